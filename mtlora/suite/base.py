@@ -1,0 +1,53 @@
+"""A task suite: named tasks, each with examples in three disjoint splits."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from mtlora.task import TaskSpec
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+class SuiteError(ValueError):
+    """A suite that cannot be used: names the file, the place and the cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One input of a task and its exact answer."""
+
+    task_id: str
+    input: str
+    target: str
+
+
+class Suite(Protocol):
+    """What trainer, evaluation, demo and load test ask of any suite."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tasks(self) -> Sequence[TaskSpec]:
+        """The tasks, in the order in which an adapter numbers them."""
+        ...
+
+    def examples(self, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
+        """`count` examples with distinct inputs; the same for the same arguments on every machine.
+
+        `count=None` means all there are, for suites that are finite. Splits share no input. Raises SuiteError where
+        the task is unknown or the split holds fewer than `count` (naming both numbers).
+        """
+        ...
+
+
+def split_of(task_id: str, text: str) -> Split:
+    """The split an input belongs to, by hash: 80 % train, 10 % validation, 10 % test.
+
+    A function of the input alone, so no seed, count or version of a generator can leak one split into another.
+    """
+    bucket = hashlib.sha256(f"{task_id}\0{text}".encode()).digest()[0]
+    return "validation" if bucket < 26 else "test" if bucket < 52 else "train"
