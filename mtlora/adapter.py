@@ -1,0 +1,138 @@
+"""`BlockAdapter`, the trainable path beside one block, and its attachment to a Hugging Face model.
+
+Shape suffixes: B sequences, L positions, T = B*L tokens, D hidden size, r rank, N experts, G groups, K = N*r, E = D/G.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from mtlora.config import MtLoRAConfig
+from mtlora.ops.routed_lora import expand, pack_experts, route
+
+
+class TaskContext:
+    """Which task each sequence of the running batch belongs to; shared by all blocks of a model.
+
+    bias_index_B: int64 [B], rows of the task biases; None outside `use`.
+    """
+
+    def __init__(self) -> None:
+        self.bias_index_B: torch.Tensor | None = None
+        self.enabled = True
+
+    @contextmanager
+    def use(self, bias_index_B: torch.Tensor | None) -> Iterator[None]:
+        """Set the batch's tasks for the forward (and, with gradient checkpointing, backward) pass inside."""
+        previous, self.bias_index_B = self.bias_index_B, bias_index_B
+        try:
+            yield
+        finally:
+            self.bias_index_B = previous
+
+    @contextmanager
+    def backbone_alone(self) -> Iterator[None]:
+        """Switch every path off inside: the model is the bare backbone."""
+        previous, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = previous
+
+
+class BlockAdapter(nn.Module):
+    """The routed low-rank path beside one transformer block (arXiv 2603.01526, section 3).
+
+    Parameters are float32: lora_A [r, D], lora_B [N, D, r], lora_route [G*N, D] (group-major) and, with task biases,
+    task_bias [tasks, G, N]. B and the biases start at zero, so a new adapter leaves the backbone as it is.
+    """
+
+    def __init__(self, config: MtLoRAConfig, hidden_size: int, num_tasks: int, context: TaskContext) -> None:
+        super().__init__()
+        config.check_hidden_size(hidden_size)
+        self.config = config
+        self.context = context
+        self.lora_A = nn.Parameter(torch.empty(config.r, hidden_size))
+        self.lora_B = nn.Parameter(torch.zeros(config.num_experts, hidden_size, config.r))
+        self.lora_route = nn.Parameter(torch.empty(config.router_rows, hidden_size))
+        if config.task_bias:
+            self.task_bias = nn.Parameter(torch.zeros(num_tasks, config.num_groups, config.num_experts))
+        self.dropout = nn.Dropout(config.lora_dropout)
+        # Mean routing weights [G, N] of the last training forward, for the balance loss.
+        self.mean_routing_GN: torch.Tensor | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A and the router as PEFT's LoRA starts A: Kaiming-uniform with a = sqrt(5)."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.lora_route, a=math.sqrt(5))
+
+    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        """The path's output, shape and dtype of `x_BLD`; the products run in the parameters' dtype."""
+        config, (B, L, D) = self.config, x_BLD.shape
+        x_TD = x_BLD.reshape(B * L, D).to(self.lora_A.dtype)
+        if self.training and config.lora_dropout > 0:
+            h_Tr = nn.functional.linear(self.dropout(x_TD), self.lora_A)
+            logits = nn.functional.linear(x_TD, self.lora_route)
+        else:
+            both = nn.functional.linear(x_TD, torch.cat([self.lora_A, self.lora_route]))
+            h_Tr, logits = both.split([config.r, config.router_rows], dim=-1)
+        weights_TGN = route(logits.reshape(-1, config.num_groups, config.num_experts), self._bias_TGN(B, L))
+        if self.training:
+            self.mean_routing_GN = weights_TGN.mean(dim=0)
+        delta_TD = expand(h_Tr, weights_TGN, pack_experts(self.lora_B, config.num_groups)) * config.scaling
+        return delta_TD.to(x_BLD.dtype).view(B, L, D)
+
+    def _bias_TGN(self, B: int, L: int) -> torch.Tensor | None:
+        if not self.config.task_bias or self.context.bias_index_B is None:
+            return None
+        bias_BGN = self.task_bias[self.context.bias_index_B]
+        return bias_BGN.unsqueeze(1).expand(B, L, -1, -1).reshape(B * L, *bias_BGN.shape[1:])
+
+
+class AdapterSet(nn.Module):
+    """All block adapters of one model, keyed as in a checkpoint: `layers.{l}.{module}`."""
+
+    def __init__(self, config: MtLoRAConfig, hidden_size: int, num_layers: int, num_tasks: int) -> None:
+        super().__init__()
+        self.config = config
+        self.context = TaskContext()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({m: BlockAdapter(config, hidden_size, num_tasks, self.context) for m in config.modules})
+            for _ in range(num_layers)
+        )
+
+    def blocks(self) -> Iterator[BlockAdapter]:
+        """Every block adapter, layer by layer."""
+        for layer in self.layers:
+            assert isinstance(layer, nn.ModuleDict)
+            for block in layer.values():
+                assert isinstance(block, BlockAdapter)
+                yield block
+
+    def attach(self, model: nn.Module) -> list[Any]:
+        """Add every path to its block's output by forward hooks; returns their handles (call `.remove()` to detach).
+
+        `model` is a Llama-style transformers model: `model.model.layers[l].{self_attn,mlp}`.
+        """
+        decoder_layers = model.get_submodule("model.layers")
+        handles = []
+        for adapters, decoder_layer in zip(self.layers, decoder_layers.children(), strict=True):
+            assert isinstance(adapters, nn.ModuleDict)
+            for name, adapter in adapters.items():
+                block = decoder_layer.get_submodule(name)
+                handles.append(block.register_forward_hook(self._hook(adapter), with_kwargs=True))
+        return handles
+
+    def _hook(self, adapter: nn.Module) -> Any:
+        def add_path(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if not self.context.enabled:
+                return output
+            delta = adapter(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+            return (output[0] + delta, *output[1:]) if isinstance(output, tuple) else output + delta
+
+        return add_path
