@@ -53,8 +53,10 @@ class Scores:
         return {
             "mean_accuracy": round(self.mean, 4),
             "tasks": {
-                score.task_id: {**{k: v for k, v in asdict(score).items() if k != "task_id"},
-                                "accuracy": round(score.accuracy, 4)}
+                score.task_id: {
+                    **{k: v for k, v in asdict(score).items() if k != "task_id"},
+                    "accuracy": round(score.accuracy, 4),
+                }
                 for score in self.tasks
             },
         }

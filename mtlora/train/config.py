@@ -32,7 +32,9 @@ class TrainingConfig(BaseModel):
     spectral: Literal["off", "pairwise", "gram"] = "pairwise"
     spectral_weight: float = Field(1e-3, ge=0)
     balance_weight: float = Field(0.01, ge=0)
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="the frozen backbone's; the adapter is float32")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="the frozen backbone's; the adapter is float32"
+    )
     seed: int = Field(0, ge=0, lt=2**32)
     save_every: int = Field(50, ge=1, description="steps between resumable states")
     validate_every: int = Field(200, ge=1, description="steps between validations")

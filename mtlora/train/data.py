@@ -43,9 +43,7 @@ class Batch:
     num_tokens: int
 
 
-def encode(
-    tokenizer: Any, tasks: Sequence[TaskSpec], examples: Iterable[Example], *, max_length: int
-) -> list[Encoded]:
+def encode(tokenizer: Any, tasks: Sequence[TaskSpec], examples: Iterable[Example], *, max_length: int) -> list[Encoded]:
     """Encode examples. Raises SuiteError for one longer than `max_length` tokens, or than its task lets it answer."""
     index = {task.id: i for i, task in enumerate(tasks)}
     encoded = []
@@ -87,7 +85,9 @@ def collate(examples: Sequence[Encoded]) -> Batch:
     """Pad one batch and mark its answer tokens."""
     length = max(len(example) for example in examples)
     tokens_BL = torch.zeros(len(examples), length, dtype=torch.int64)
-    rows, targets, owner = [], [], []
+    rows: list[int] = []
+    targets: list[int] = []
+    owner: list[int] = []
     for b, example in enumerate(examples):
         tokens_BL[b, : len(example)] = torch.tensor(example.prompt + example.answer)
         start = b * length + len(example.prompt) - 1

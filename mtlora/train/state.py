@@ -1,9 +1,9 @@
 """A run's folder, and its state on disk: enough to go on after a kill at any moment as if nothing had happened.
 
-    training.json   the run's configuration
-    log.jsonl       a line a step, and one a validation
-    state.pt        step, adapter, optimizer and random generators; replaced by a rename
-    adapter/        the checkpoint, once training is over
+training.json   the run's configuration
+log.jsonl       a line a step, and one a validation
+state.pt        step, adapter, optimizer and random generators; replaced by a rename
+adapter/        the checkpoint, once training is over
 """
 
 import json

@@ -60,9 +60,9 @@ class Trainer:
         self.adapted = new_adapted_model(backbone, config.adapter, len(self.tasks), dtype)
         self.train_set = self._encode("train", config.examples_per_task)
         self.validation_set = self._encode("validation", config.validation_per_task)
-        self.batches = schedule(
-            self.train_set, batch_size=config.batch_size, epochs=config.epochs, seed=config.seed
-        )[: config.max_steps]
+        self.batches = schedule(self.train_set, batch_size=config.batch_size, epochs=config.epochs, seed=config.seed)[
+            : config.max_steps
+        ]
         self.optimizer = _optimizer(self.adapted, config)
         self.step = 0
         if state:
@@ -82,8 +82,11 @@ class Trainer:
                 report = self.train_step()
                 tokens_per_second = report.num_tokens / (time.monotonic() - begin)
                 self.folder.log(
-                    {"step": self.step, **{k: round(v, 6) for k, v in vars(report).items()},
-                     "tokens_per_second": round(tokens_per_second, 1)}
+                    {
+                        "step": self.step,
+                        **{k: round(v, 6) for k, v in vars(report).items()},
+                        "tokens_per_second": round(tokens_per_second, 1),
+                    }
                 )
                 bar.set_postfix(loss=f"{report.loss:.3f}", tok_s=f"{tokens_per_second:.0f}")
                 bar.update()
@@ -190,7 +193,9 @@ class Trainer:
                 "examples": len(self.train_set),
                 "tokens": sum(len(self.train_set[i]) for batch in self.batches for i in batch),
                 "trainable_parameters": adapter_parameters(
-                    self.config.adapter, self.adapted.backbone.hidden_size, self.adapted.backbone.num_layers,
+                    self.config.adapter,
+                    self.adapted.backbone.hidden_size,
+                    self.adapted.backbone.num_layers,
                     len(self.tasks),
                 ),
                 "seconds_since_last_start": round(seconds, 1),
@@ -230,7 +235,8 @@ def _chosen_tasks(suite: Suite, chosen: Sequence[str] | None) -> list[TaskSpec]:
 
 
 def _optimizer(adapted: AdaptedModel, config: TrainingConfig) -> torch.optim.Optimizer:
-    routing, experts = [], []
+    routing: list[torch.nn.Parameter] = []
+    experts: list[torch.nn.Parameter] = []
     for name, parameter in adapted.adapters.named_parameters():
         (routing if name.endswith(("lora_route", "task_bias")) else experts).append(parameter)
     return torch.optim.AdamW(
