@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,9 +28,10 @@ from safetensors.torch import save_file
 
 from mtlora.backbone import BackboneIdentity
 from mtlora.config import MtLoRAConfig
+from mtlora.errors import MtLoRAError
 from mtlora.task import TaskSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 MANIFEST_FILE = "adapter.json"
 TENSORS_FILE = "adapter.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -40,7 +41,7 @@ _MAX_MANIFEST_BYTES = 64 << 20
 _MAX_HEADER_BYTES = 8 << 20
 
 
-class CheckpointError(ValueError):
+class CheckpointError(MtLoRAError):
     """A checkpoint that cannot be written or read."""
 
 
