@@ -35,8 +35,8 @@ class BackboneIdentity(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     architecture: str = Field(min_length=1)
-    hidden_size: int = Field(ge=1)
-    num_layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=1, le=1 << 20)
+    num_layers: int = Field(ge=1, le=4096)
     weights_fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 

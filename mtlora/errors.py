@@ -18,6 +18,6 @@ def describe(error: "ValidationError") -> str:
         where = ".".join(str(part) for part in item["loc"])
         # Of a missing field, or a rule about several, the input is the whole object around it.
         found = "" if isinstance(item["input"], dict) else f" (found {reprlib.repr(item['input'])})"
-        parts.append(f"{where}: {item['msg']}{found}" if where else f"{item['msg']}{found}")
+        parts.append((f"{where}: " if where else "") + item["msg"].removeprefix("Value error, ") + found)
     more = error.error_count() - len(parts)
     return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")

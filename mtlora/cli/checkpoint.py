@@ -16,7 +16,7 @@ def add_parser(subparsers: Any) -> None:
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
 
-    verify = subparsers.add_parser("verify", help="check a whole checkpoint: exit 0 if it holds, 1 with the reason if not")
+    verify = subparsers.add_parser("verify", help="check a whole checkpoint: exit 1, with the reason, where it fails")
     verify.add_argument("folder", type=Path, metavar="DIR")
     add_backbone_argument(verify, default=None)
     verify.set_defaults(run=_verify)
