@@ -13,6 +13,8 @@ import platformdirs
 from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
+from mtlora.errors import MtLoRAError
+
 DEFAULT_BACKBONE = "default"
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -23,7 +25,7 @@ _RECEIPT_VERSION = 1
 _SAMPLE = 4096
 
 
-class BackboneError(ValueError):
+class BackboneError(MtLoRAError):
     """A backbone that cannot be used: names the folder or file, what was found and what is needed."""
 
 
@@ -33,8 +35,8 @@ class BackboneIdentity(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     architecture: str = Field(min_length=1)
-    hidden_size: int = Field(ge=1)
-    num_layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=1, le=1 << 20)
+    num_layers: int = Field(ge=1, le=4096)
     weights_fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 

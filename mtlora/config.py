@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Blocks = Literal["ffn", "attention", "both"]
 
-# The submodule of a decoder layer that each block name stands for, in Llama-style models of transformers and vLLM alike.
+# The submodule of a decoder layer that each block name stands for, in Llama-style models of transformers and vLLM.
 BLOCK_MODULES: dict[str, tuple[str, ...]] = {
     "ffn": ("mlp",),
     "attention": ("self_attn",),
@@ -25,7 +25,7 @@ class MtLoRAConfig(BaseModel):
     r: int = Field(16, ge=1, le=512, description="rank of the shared down-projection and of every expert")
     lora_alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="the path is scaled by lora_alpha / r")
     num_experts: int = Field(8, ge=1, le=256, description="N, experts per block")
-    num_groups: int = Field(4, ge=1, le=4096, description="g, groups of d/g dimensions routed separately; 1 is one scalar")
+    num_groups: int = Field(4, ge=1, le=4096, description="g, groups of d/g dimensions routed apart; 1 is one scalar")
     blocks: Blocks = Field("ffn", description="transformer blocks that get a path beside them")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the path's input while training")
     task_bias: bool = Field(True, description="one learned router bias per task")
