@@ -169,7 +169,7 @@ _document = st.fixed_dictionaries(
 
 
 @given(text=(_document | _json).map(json.dumps) | st.text(max_size=20))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_file_loads_or_is_refused(text: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "task.json"
