@@ -91,7 +91,7 @@ def field_extraction(rng: random.Random) -> tuple[str, str]:
 
 
 # Intent -> (ways to ask for it, ways to say that it is not the matter). `{p}` is a product.
-_INTENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+INTENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "refund": (
         (
             "I want my money back for the {p}", "please refund the {p}", "when do I get my money back for the {p}?",
@@ -170,12 +170,12 @@ _GREETINGS = ("", "Hi, ", "Hello, ", "Good day, ", "Hey, ", "Dear team, ")
 
 def intent(rng: random.Random) -> tuple[str, str]:
     """A customer's message; half of them also name another matter, only to rule it out."""
-    wanted = rng.choice(tuple(_INTENTS))
-    request = rng.choice(_INTENTS[wanted][0]).format(p=rng.choice(_PRODUCTS))
+    wanted = rng.choice(tuple(INTENTS))
+    request = rng.choice(INTENTS[wanted][0]).format(p=rng.choice(_PRODUCTS))
     greeting = rng.choice(_GREETINGS)
     if rng.random() < 0.5:
-        other = rng.choice([name for name in _INTENTS if name != wanted])
-        aside = rng.choice(_INTENTS[other][1])
+        other = rng.choice([name for name in INTENTS if name != wanted])
+        aside = rng.choice(INTENTS[other][1])
         if rng.random() < 0.5:
             text = f"{aside}, but {request}"
         else:
@@ -190,11 +190,11 @@ _ASPECTS = (
     "battery", "screen", "sound", "price", "service", "design", "delivery", "quality", "packaging", "size", "support",
     "finish",
 )  # fmt: skip
-_PRAISE = (
+PRAISE = (
     "is great", "is excellent", "is better than I hoped", "is not bad at all", "made me happy", "never lets me down",
     "is a pleasure", "could not be better", "is worth every cent", "impressed me",
 )  # fmt: skip
-_BLAME = (
+BLAME = (
     "is awful", "is a letdown", "is worse than I feared", "is not good at all", "made me angry", "never satisfied me",
     "is a nuisance", "could not be worse", "is a waste of money", "annoyed me",
 )  # fmt: skip
@@ -206,7 +206,7 @@ def review_sentiment(rng: random.Random) -> tuple[str, str]:
     good = {"positive": [True, True], "negative": [False, False], "mixed": [True, False]}[wanted]
     rng.shuffle(good)
     first, second = rng.sample(_ASPECTS, 2)
-    judgements = [rng.choice(_PRAISE if praised else _BLAME) for praised in good]
+    judgements = [rng.choice(PRAISE if praised else BLAME) for praised in good]
     # The word between them must not give the answer away, so none means contrast or likeness.
     joint = rng.choice((". The", ", the", "; the", " and the"))
     return f"{rng.choice(_PRODUCTS).capitalize()}: the {first} {judgements[0]}{joint} {second} {judgements[1]}.", wanted
@@ -300,8 +300,8 @@ TASKS: tuple[GeneratedTask, ...] = (
     task(
         "intent_classification", intent,
         description="Sorts a customer's message by what the customer wants.",
-        instruction=f"What is the message about: {', '.join(_INTENTS)}?",
-        max_new_tokens=5, allowed_answers=tuple(_INTENTS),
+        instruction=f"What is the message about: {', '.join(INTENTS)}?",
+        max_new_tokens=5, allowed_answers=tuple(INTENTS),
     ),
     task(
         "review_sentiment", review_sentiment,

@@ -132,6 +132,7 @@ def logical_deduction(rng: random.Random) -> tuple[str, str]:
 
 # (quantifier, subject, predicate) of two premises and the conclusion. Valid means: true in every model, classes may be
 # empty. Forms that hold only if some class is not empty are left out, for logicians disagree on them.
+# The invalid forms use the very quantifiers of the valid ones, so these alone say nothing: the classes' places do.
 _Form = tuple[tuple[str, str, str], tuple[str, str, str], tuple[str, str, str]]
 VALID_FORMS: tuple[_Form, ...] = (
     (("all", "A", "B"), ("all", "B", "C"), ("all", "A", "C")),
@@ -144,9 +145,9 @@ VALID_FORMS: tuple[_Form, ...] = (
 INVALID_FORMS: tuple[_Form, ...] = (
     (("all", "A", "B"), ("all", "C", "B"), ("all", "A", "C")),
     (("all", "A", "B"), ("no", "A", "C"), ("no", "B", "C")),
-    (("no", "A", "B"), ("no", "B", "C"), ("no", "A", "C")),
+    (("no", "A", "B"), ("all", "B", "C"), ("no", "A", "C")),
     (("all", "A", "B"), ("some", "B", "C"), ("some", "A", "C")),
-    (("some", "A", "B"), ("some", "B", "C"), ("some", "A", "C")),
+    (("no", "A", "B"), ("some", "B", "C"), ("some not", "A", "C")),
     (("all", "A", "B"), ("some not", "B", "C"), ("some not", "A", "C")),
 )
 _QUANTIFIERS = {
