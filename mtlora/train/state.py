@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from mtlora.errors import MtLoRAError
 from mtlora.train.config import TrainingConfig
 
 
-class RunError(ValueError):
+class RunError(MtLoRAError):
     """A run folder that cannot be used as asked."""
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 import mtlora
 from mtlora.checkpoint import AdapterManifest, TaskEntry, read_manifest, write_checkpoint
 from mtlora.config import adapter_parameters
+from mtlora.errors import MtLoRAError
 from mtlora.evaluate import offline_answerer, score
 from mtlora.model import AdaptedModel, adapter_tensors, new_adapted_model
 from mtlora.suite import load_suite
@@ -26,7 +27,7 @@ from mtlora.train.state import RunFolder
 _VALIDATION_BATCH = 32
 
 
-class TrainingError(RuntimeError):
+class TrainingError(MtLoRAError):
     """Training that cannot go on."""
 
 
