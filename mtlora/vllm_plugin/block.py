@@ -1,6 +1,6 @@
 """A transformer block with the routed path beside it, and the one operator that adds the path.
 
-Shape suffixes: T rows of the batch (tokens and padding), D hidden size, G groups, N experts.
+Shape suffixes: T rows of the batch (tokens and padding), D hidden size.
 """
 
 import inspect
@@ -12,7 +12,6 @@ from vllm.forward_context import get_forward_context
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from mtlora.ops.routed_lora import routed_lora
 from mtlora.vllm_plugin.step import StepMapping
 
 OPERATOR = "mtlora::routed_lora_"
@@ -23,14 +22,16 @@ _LIBRARY = torch.library.Library("mtlora", "FRAGMENT")
 class RoutedBlock(BaseLayerWithLoRA):
     """Wraps a decoder layer's `mlp` or `self_attn`: y = F(x) + path(x).
 
-    name: the block's name in a checkpoint, `layers.{l}.{module}`.
+    index: the block's number among the model's wrapped blocks.
+    name: its name in a checkpoint, `layers.{l}.{module}`.
     layer_name: what the operator finds it by in vLLM's forward context; the same in every start, as compiled graphs
     are kept on disk.
     """
 
-    def __init__(self, base_layer: nn.Module, name: str, layer_name: str, step: StepMapping) -> None:
+    def __init__(self, base_layer: nn.Module, index: int, name: str, layer_name: str, step: StepMapping) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.index = index
         self.block_name = name
         self.layer_name = layer_name
         self.step = step
@@ -50,19 +51,9 @@ class RoutedBlock(BaseLayerWithLoRA):
 
     def add_path_(self, y_TD: torch.Tensor, x_TD: torch.Tensor) -> None:
         """Add to `y_TD`, in place, the path of every row that the step gives to an adapter."""
-        step = self.step
-        if step.num_tokens > len(x_TD):
-            raise RuntimeError(f"{self.layer_name}: {len(x_TD)} rows in a step of {step.num_tokens} tokens")
-        for share in step.shares:
-            block = share.adapter.blocks.get(self.block_name)
-            if block is None:
-                continue
-            table = share.adapter.bias.get(self.block_name)
-            bias_TGN = None if table is None else table[share.bias_rows]
-            if isinstance(share.rows, slice):
-                y_TD[share.rows].add_(routed_lora(x_TD[share.rows], block, bias_TGN))
-            else:
-                y_TD.index_add_(0, share.rows, routed_lora(x_TD[share.rows], block, bias_TGN))
+        if self.step.num_tokens > len(x_TD):
+            raise RuntimeError(f"{self.layer_name}: {len(x_TD)} rows in a step of {self.step.num_tokens} tokens")
+        self.step.add_path_(y_TD, x_TD, self.index)
 
 
 def _routed_lora_(y: torch.Tensor, x: torch.Tensor, layer_name: str) -> None:

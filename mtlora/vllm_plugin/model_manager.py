@@ -8,6 +8,7 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.utils import replace_submodule
 
+from mtlora.ops.table import SlotTable
 from mtlora.vllm_plugin.block import RoutedBlock
 from mtlora.vllm_plugin.packed import Slot
 from mtlora.vllm_plugin.step import StepMapping
@@ -25,7 +26,8 @@ class MtLoRAModelManager(LRUCacheLoRAModelManager):
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
         self.supports_mm = False
-        self.step = StepMapping(self.device)
+        self._hidden_size = vllm_config.model_config.get_hidden_size()
+        self._dtype = vllm_config.model_config.dtype
         self._layers_by_name = vllm_config.compilation_config.static_forward_context
 
     def _create_lora_modules(self) -> None:
@@ -37,8 +39,12 @@ class MtLoRAModelManager(LRUCacheLoRAModelManager):
                 f"{type(self.model).__name__}: expected one stack of decoder layers, layers.N.mlp and "
                 f"layers.N.self_attn, found {sorted(map(str, stacks)) or 'none'}"
             )
-        for path, match in found:
-            block = RoutedBlock(self.model.get_submodule(path), match["name"], f"mtlora.{path}", self.step)
+        table = SlotTable(
+            len(found), self.lora_slots, hidden_size=self._hidden_size, dtype=self._dtype, device=self.device
+        )
+        self.step = StepMapping(table)
+        for i, (path, match) in enumerate(found):
+            block = RoutedBlock(self.model.get_submodule(path), i, match["name"], f"mtlora.{path}", self.step)
             replace_submodule(self.model, path, block)
             self._layers_by_name[block.layer_name] = block
             self.blocks.append(block)

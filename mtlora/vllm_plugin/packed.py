@@ -3,7 +3,6 @@
 Shape suffixes: G groups, N experts, T tasks.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,32 +10,31 @@ import torch
 
 from mtlora.checkpoint import AdapterManifest, Checkpoint
 from mtlora.ops.routed_lora import PackedBlock, pack_block
+from mtlora.ops.table import AdapterRows
 
 
 @dataclass(frozen=True, eq=False)
 class PackedAdapter:
-    """One adapter version on the engine's device. Blocks are named as in a checkpoint, `layers.{l}.{module}`.
+    """One adapter version on the engine's device.
 
-    blocks: this worker's blocks, in the engine's dtype.
-    bias: where the adapter has task biases, float32 [T + 1, G, N] a block; the last row is zeros, for no task.
+    rows: its blocks, in the order of this worker's and in the engine's dtype, with their task biases [T, G, N] if any.
     """
 
     folder: Path
     manifest: AdapterManifest
-    blocks: Mapping[str, PackedBlock]
-    bias: Mapping[str, torch.Tensor]
+    rows: AdapterRows
 
     def bias_row(self, task_id: str | None) -> int:
-        """Row of the tables in `bias` for a task, or for none. Raises ValueError for a task it does not have."""
+        """Row of the bias tables for a task, -1 for none. Raises ValueError for a task it does not have."""
         if task_id is None:
-            return len(self.manifest.tasks)
+            return -1
         try:
             row = self.manifest.task(task_id).bias_index
         except KeyError:
             known = ", ".join(task.id for task in self.manifest.tasks[:8])
             more = f" and {len(self.manifest.tasks) - 8} more" if len(self.manifest.tasks) > 8 else ""
             raise ValueError(f"{self.folder}: no task {task_id!r}; this adapter has {known}{more}") from None
-        return len(self.manifest.tasks) if row is None else row
+        return -1 if row is None else row
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +52,10 @@ def pack_adapter(
 ) -> PackedAdapter:
     """Pack the blocks that this worker runs. `blocks` are all of its wrapped blocks; the adapter may have fewer."""
     config, tensors = checkpoint.manifest.config, checkpoint.tensors
-    packed, bias = {}, {}
-    for name in blocks:
+
+    def pack(name: str) -> PackedBlock | None:
         if name.rpartition(".")[2] not in config.modules:
-            continue
+            return None
         block = pack_block(
             tensors[f"{name}.lora_A"],
             tensors[f"{name}.lora_B"],
@@ -65,9 +63,8 @@ def pack_adapter(
             num_groups=config.num_groups,
             scaling=config.scaling,
             dtype=dtype,
+            bias_bGN=tensors[f"{name}.task_bias"] if config.task_bias else None,
         )
-        packed[name] = PackedBlock(block.shrink_SD.to(device), block.expand_GKE.to(device), block.rank)
-        if config.task_bias:
-            bias_TGN = tensors[f"{name}.task_bias"].float()
-            bias[name] = torch.cat([bias_TGN, torch.zeros_like(bias_TGN[:1])]).to(device)
-    return PackedAdapter(folder, checkpoint.manifest, packed, bias)
+        return block.to(device)
+
+    return PackedAdapter(folder, checkpoint.manifest, AdapterRows([pack(name) for name in blocks]))

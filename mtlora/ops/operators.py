@@ -1,0 +1,120 @@
+"""The registered operator of serving, `mtlora::add_routed_lora_`: y += path(x) for a step's whole mix of adapters.
+
+    add_routed_lora_(Tensor(a!) y, Tensor x, Tensor rows, Tensor tokens, Tensor bias_rows, Tensor tiles, int[] limits)
+
+y, x: [T, D], of the adapters' dtype; rows: a block's part of a `SlotTable`; tokens, bias_rows, tiles: a `StepPlan`;
+limits: rank, experts and groups of the largest adapter in the table. It allocates nothing that depends on the tensors'
+values, and on a GPU it waits for nothing: values are read on the device alone, so that graphs can capture it.
+
+What can be told without reading a GPU's memory is checked before any kernel runs; that weights are sound was checked
+where the table was filled, that slots are in range where the plan was made.
+"""
+
+import torch
+
+from mtlora.ops import cpu
+from mtlora.ops.plan import StepPlan
+from mtlora.ops.table import DTYPES, Field, SlotTable
+
+# Lives as long as the process: the operator goes with its library.
+_LIBRARY = torch.library.Library("mtlora", "FRAGMENT")
+_LIBRARY.define(
+    "add_routed_lora_(Tensor(a!) y, Tensor x, Tensor rows, Tensor tokens, Tensor bias_rows, Tensor tiles, int[] limits)"
+    " -> ()"
+)
+
+
+def add_routed_lora_(
+    y_TD: torch.Tensor, x_TD: torch.Tensor, table: SlotTable, block: int, plan: StepPlan
+) -> None:
+    """Add to `y_TD`, in place, the path of block number `block` for every token of the plan.
+
+    Raises ValueError as the operator does, and for tensors of another dtype, device or hidden size than the table's.
+    """
+    if (x_TD.dtype, x_TD.device, x_TD.shape[-1]) != table.kind:
+        found = (x_TD.dtype, x_TD.device, x_TD.shape[-1])
+        raise ValueError(f"x is of {found}, the table's adapters of {table.kind} (dtype, device, hidden size)")
+    limits = [table.limits.rank, table.limits.experts, table.limits.groups]
+    torch.ops.mtlora.add_routed_lora_(
+        y_TD, x_TD, table.rows_LAF[block], plan.tokens_T, plan.bias_rows_T, plan.tiles_M3, limits
+    )
+
+
+def _check(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    tokens: torch.Tensor,
+    bias_rows: torch.Tensor,
+    tiles: torch.Tensor,
+) -> None:
+    if x.dim() != 2 or y.shape != x.shape:
+        raise ValueError(f"x and y must both be [tokens, hidden], got {list(x.shape)} and {list(y.shape)}")
+    if x.dtype not in DTYPES or y.dtype != x.dtype:
+        raise ValueError(f"x and y must share one of {DTYPES}, got {x.dtype} and {y.dtype}")
+    for name, tensor in (("x", x), ("y", y)):
+        if tensor.stride(1) != 1 or (len(tensor) > 1 and tensor.stride(0) < tensor.shape[1]):
+            raise ValueError(f"{name}'s rows must be contiguous and apart, got strides {tensor.stride()}")
+    kinds = (
+        ("rows", rows, torch.int64, 2, len(Field)),
+        ("tokens", tokens, torch.int32, 1, None),
+        ("bias_rows", bias_rows, torch.int32, 1, None),
+        ("tiles", tiles, torch.int32, 2, 3),
+    )
+    for name, tensor, dtype, dims, width in kinds:
+        if tensor.dtype != dtype or tensor.dim() != dims or (width and tensor.shape[-1] != width):
+            raise ValueError(f"{name} must be {dtype} of {dims} dimensions, got {tensor.dtype} {list(tensor.shape)}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    if bias_rows.shape != tokens.shape:
+        raise ValueError(f"bias_rows must be one a token, got {list(bias_rows.shape)} for {list(tokens.shape)}")
+    for name, tensor in (("y", y), ("rows", rows), ("tokens", tokens), ("bias_rows", bias_rows), ("tiles", tiles)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+
+
+def _on_cpu(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    tokens: torch.Tensor,
+    bias_rows: torch.Tensor,
+    tiles: torch.Tensor,
+    limits: list[int],
+) -> None:
+    _check(y, x, rows, tokens, bias_rows, tiles)
+    cpu.add_routed_lora_(y, x, rows, tokens, bias_rows, tiles)
+
+
+def _on_cuda(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    tokens: torch.Tensor,
+    bias_rows: torch.Tensor,
+    tiles: torch.Tensor,
+    limits: list[int],
+) -> None:
+    # Imported here: CPU installations have no Triton.
+    from mtlora.ops import triton_gpu
+    from mtlora.ops.table import Limits
+
+    _check(y, x, rows, tokens, bias_rows, tiles)
+    triton_gpu.add_routed_lora_(y, x, rows, tokens, bias_rows, tiles, Limits(*limits))
+
+
+def _fake(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    tokens: torch.Tensor,
+    bias_rows: torch.Tensor,
+    tiles: torch.Tensor,
+    limits: list[int],
+) -> None:
+    _check(y, x, rows, tokens, bias_rows, tiles)
+
+
+_LIBRARY.impl("add_routed_lora_", _on_cpu, "CPU")
+_LIBRARY.impl("add_routed_lora_", _on_cuda, "CUDA")
+torch.library.register_fake("mtlora::add_routed_lora_", _fake, lib=_LIBRARY)

@@ -1,0 +1,153 @@
+"""Which adapter is in which slot, as the kernels read it: for every block a row of integers per slot.
+
+A row points at an adapter's own weights. Placing an adapter writes rows in place: no weight moves, nothing is allocated,
+and addresses that a compiled or captured graph holds (the table's) never change.
+
+Shape suffixes: L blocks, A slots, F fields of a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+from mtlora.ops.routed_lora import PackedBlock
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Field(IntEnum):
+    """Columns of a row. The kernels read rows by these places; `_cpu_kernel.cpp` and `triton_gpu.py` mirror them."""
+
+    SHRINK = 0  # address of [D, S]
+    EXPAND = 1  # address of [G, K, E]
+    BIAS = 2  # address of float32 [rows, G, N], or 0
+    RANK = 3  # 0: no path in this block
+    EXPERTS = 4
+    GROUPS = 5
+    BIAS_ROWS = 6
+    DTYPE = 7  # index into DTYPES
+    HIDDEN = 8
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest adapter that a table may hold, which bounds the kernels' scratch space and grids."""
+
+    rank: int = 0
+    experts: int = 0
+    groups: int = 0
+
+    def __or__(self, other: "Limits") -> "Limits":
+        return Limits(max(self.rank, other.rank), max(self.experts, other.experts), max(self.groups, other.groups))
+
+
+def check_block(block: PackedBlock) -> None:
+    """Raise ValueError unless the kernels can read `block`: shapes that agree, one dtype and device, no strides."""
+    shrink, expand, rank, bias = block
+    if shrink.dim() != 2 or expand.dim() != 3:
+        raise ValueError(f"shrink must be [D, S] and expand [G, K, E], got {list(shrink.shape)}, {list(expand.shape)}")
+    (D, S), (G, K, E) = shrink.shape, expand.shape
+    if G < 1 or G * E != D:
+        raise ValueError(f"num_groups {G} does not divide the hidden size {D} into groups of {E}")
+    if rank < 1 or K < rank or K % rank:
+        raise ValueError(f"rank {rank} does not divide the {K} rows of expand into experts")
+    if S != rank + G * (K // rank):
+        raise ValueError(f"shrink has {S} columns, rank {rank} + {G} groups x {K // rank} experts need others")
+    if shrink.dtype not in DTYPES or expand.dtype != shrink.dtype:
+        raise ValueError(f"shrink and expand must share one of {DTYPES}, got {shrink.dtype} and {expand.dtype}")
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape[1:] != (G, K // rank)):
+        raise ValueError(f"bias must be float32 [rows, {G}, {K // rank}], got {bias.dtype} {list(bias.shape)}")
+    for name, tensor in (("shrink", shrink), ("expand", expand), ("bias", bias)):
+        if tensor is None:
+            continue
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} of {list(tensor.shape)}")
+        if tensor.device != shrink.device:
+            raise ValueError(f"{name} is on {tensor.device}, shrink on {shrink.device}")
+
+
+class AdapterRows:
+    """One adapter's row for every block, checked once; keeps the weights alive that the rows point at.
+
+    blocks: one entry a block of the model, None where the adapter has no path. Raises ValueError as `check_block` does,
+    and for blocks of several dtypes, devices or hidden sizes.
+    """
+
+    def __init__(self, blocks: Sequence[PackedBlock | None]) -> None:
+        self.blocks = tuple(blocks)
+        self.limits = Limits()
+        rows, kinds = torch.zeros(len(self.blocks), len(Field), dtype=torch.int64), set()
+        for row, block in zip(rows, self.blocks, strict=True):
+            if block is None:
+                continue
+            check_block(block)
+            shrink, expand, rank, bias = block
+            kinds.add((shrink.dtype, shrink.device, shrink.shape[0]))
+            row[Field.SHRINK], row[Field.EXPAND] = shrink.data_ptr(), expand.data_ptr()
+            if bias is not None:
+                row[Field.BIAS], row[Field.BIAS_ROWS] = bias.data_ptr(), len(bias)
+            row[Field.RANK], row[Field.EXPERTS], row[Field.GROUPS] = rank, block.num_experts, block.num_groups
+            row[Field.DTYPE], row[Field.HIDDEN] = DTYPES.index(shrink.dtype), shrink.shape[0]
+            self.limits |= Limits(rank, block.num_experts, block.num_groups)
+        if len(kinds) > 1:
+            raise ValueError(f"blocks of several kinds in one adapter: {sorted(map(str, kinds))}")
+        self.kind = kinds.pop() if kinds else None
+        self.rows_LF = rows
+
+
+class SlotTable:
+    """The rows of all slots, preallocated: `rows_LAF[l]` is what the operator takes for block l.
+
+    limits: where given, what graphs were captured for; a larger adapter is refused. Else it grows with what is placed.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        num_slots: int,
+        *,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        limits: Limits | None = None,
+    ) -> None:
+        self.rows_LAF = torch.zeros(num_blocks, num_slots, len(Field), dtype=torch.int64, device=device)
+        self.kind = (dtype, self.rows_LAF.device, hidden_size)
+        self.limits = limits or Limits()
+        self._fixed = limits is not None
+        self._held: list[AdapterRows | None] = [None] * num_slots
+
+    @property
+    def num_slots(self) -> int:
+        """A."""
+        return len(self._held)
+
+    def held(self, slot: int) -> AdapterRows | None:
+        """What is in a slot."""
+        return self._held[slot]
+
+    def place(self, slot: int, adapter: AdapterRows | None) -> None:
+        """Put an adapter in a slot, or empty it; in place, and in order with what the device already has to do.
+
+        Raises IndexError for a slot out of range and ValueError for an adapter that does not fit the table.
+        """
+        if not 0 <= slot < self.num_slots:
+            raise IndexError(f"slot {slot} of {self.num_slots}")
+        if adapter is None:
+            self.rows_LAF[:, slot].zero_()
+        else:
+            if adapter.kind not in (None, self.kind):
+                raise ValueError(f"an adapter of {adapter.kind} in a table of {self.kind} (dtype, device, hidden size)")
+            if len(adapter.blocks) != len(self.rows_LAF):
+                raise ValueError(f"an adapter of {len(adapter.blocks)} blocks in a table of {len(self.rows_LAF)}")
+            limits = self.limits | adapter.limits
+            if self._fixed and limits != self.limits:
+                raise ValueError(f"an adapter of {adapter.limits} in a table of {self.limits}")
+            rows = adapter.rows_LF
+            if self.rows_LAF.device.type == "cuda":
+                rows = rows.pin_memory()
+            self.rows_LAF[:, slot].copy_(rows, non_blocking=True)
+            self.limits = limits
+        self._held[slot] = adapter
