@@ -27,8 +27,8 @@ def plot_accuracy(evaluation: Mapping[str, Any], out: Path) -> None:
     )
     if alone:
         axes.barh(
-            rows, [alone["tasks"][task]["accuracy"] for task in tasks], height=0.3, color=_ALONE, label="backbone alone",
-            zorder=3,
+            rows, [alone["tasks"][task]["accuracy"] for task in tasks], height=0.3, color=_ALONE, zorder=3,
+            label="backbone alone",
         )  # fmt: skip
     axes.scatter(
         [task["majority"] / task["total"] for task in found], list(rows), marker="|", s=90, color=_MAJORITY, zorder=4,

@@ -40,7 +40,7 @@ def main() -> int:
 
 
 def resident_bytes(pid: int) -> int:
-    """Resident memory of a process and all its descendants; pages they share count in each, so this is an upper bound."""
+    """Resident memory of a process and all its descendants; what they share counts in each: an upper bound."""
     root = psutil.Process(pid)
     return sum(process.memory_info().rss for process in (root, *root.children(recursive=True)))
 
