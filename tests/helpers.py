@@ -12,9 +12,7 @@ from mtlora.backbone import BackboneIdentity
 from mtlora.checkpoint import MANIFEST_FILE, TENSORS_FILE, AdapterManifest, TaskEntry, write_checkpoint
 from mtlora.config import MtLoRAConfig
 
-IDENTITY = BackboneIdentity(
-    architecture="LlamaForCausalLM", hidden_size=8, num_layers=2, weights_fingerprint="ab" * 32
-)
+IDENTITY = BackboneIdentity(architecture="LlamaForCausalLM", hidden_size=8, num_layers=2, weights_fingerprint="ab" * 32)
 CONFIG = MtLoRAConfig(r=2, lora_alpha=4, num_experts=3, num_groups=2)
 
 

@@ -51,7 +51,9 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("blocks", ["ffn", "attention", "both"])
-def test_a_new_adapter_leaves_the_backbone_bit_for_bit(model: Any, attach: Callable[..., AdapterSet], blocks: str) -> None:
+def test_a_new_adapter_leaves_the_backbone_bit_for_bit(
+    model: Any, attach: Callable[..., AdapterSet], blocks: str
+) -> None:
     alone = logits(model)
     adapters = attach(BOTH.model_copy(update={"blocks": blocks}), random=False)
     with adapters.context.use(torch.tensor([0, 2])):

@@ -108,9 +108,7 @@ def test_one_expert_is_plain_lora() -> None:
     expected = 1.5 * x @ A.T @ B[0].T
     block = pack_block(A.float(), B.float(), R.float(), num_groups=2, scaling=1.5, dtype=torch.float32)
     torch.testing.assert_close(routed_lora(x.float(), block, None), expected.float())
-    torch.testing.assert_close(
-        routed_lora_reference(x, A, B, R, None, num_groups=2, scaling=1.5), expected
-    )
+    torch.testing.assert_close(routed_lora_reference(x, A, B, R, None, num_groups=2, scaling=1.5), expected)
 
 
 def test_a_large_bias_picks_one_expert_of_one_group() -> None:

@@ -58,8 +58,8 @@ def test_any_text_is_a_template_or_a_template_error(template: str) -> None:
     "template",
     [
         "{}", "{0}", "{input.__class__}", "{input[0]}", "{input!r}", "{input!s}", "{input:>10}", "{input:{width}}",
-        "{input:999999999}", "{ input}", "{in put}", "{input", "input}", "{{input}", "{input}}", "{input!}", "{__class__.x}",
-        "{-1}", "{a-b}",
+        "{input:999999999}", "{ input}", "{in put}", "{input", "input}", "{{input}", "{input}}", "{input!}",
+        "{__class__.x}", "{-1}", "{a-b}",
     ],
 )  # fmt: skip
 def test_anything_but_plain_names_is_refused(template: str) -> None:
