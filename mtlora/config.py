@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mtlora.errors import MtLoRAError
+
 Blocks = Literal["ffn", "attention", "both"]
 
 # The submodule of a decoder layer that each block name stands for, in Llama-style models of transformers and vLLM.
@@ -46,9 +48,9 @@ class MtLoRAConfig(BaseModel):
         return self.num_groups * self.num_experts
 
     def check_hidden_size(self, hidden_size: int) -> None:
-        """Raise ValueError unless the groups divide `hidden_size` evenly."""
+        """Raise MtLoRAError unless the groups divide `hidden_size` evenly."""
         if hidden_size % self.num_groups:
-            raise ValueError(f"num_groups {self.num_groups} does not divide the backbone's hidden size {hidden_size}")
+            raise MtLoRAError(f"num_groups {self.num_groups} does not divide the backbone's hidden size {hidden_size}")
 
     @model_validator(mode="after")
     def _one_expert_needs_no_router(self) -> "MtLoRAConfig":

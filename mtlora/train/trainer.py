@@ -55,8 +55,6 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.suite = load_suite(config.suite)
         self.tasks = _chosen_tasks(self.suite, config.tasks)
-        self.folder = RunFolder(out)
-        state = self.folder.open(config, resume=resume)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         self.adapted = new_adapted_model(backbone, config.adapter, len(self.tasks), dtype)
         self.train_set = self._encode("train", config.examples_per_task)
@@ -66,6 +64,9 @@ class Trainer:
         ]
         self.optimizer = _optimizer(self.adapted, config)
         self.step = 0
+        # Only now, with everything that can be refused behind us, does the run leave a trace.
+        self.folder = RunFolder(out)
+        state = self.folder.open(config, resume=resume)
         if state:
             self._restore(state)
 
