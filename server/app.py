@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import time
@@ -173,6 +174,9 @@ class App:
         return task_id if task_id in self._servicer.catalog.tasks else UNKNOWN_TASK
 
     async def _open_admission(self) -> None:
+        # What is alive now stays: leave it out of garbage collections, which would hold up the streams.
+        gc.collect()
+        gc.freeze()
         self._admission.state = State.SERVING
         await self._set_health(serving=True)
 

@@ -58,8 +58,12 @@ class Engine:
         from vllm.v1.executor import Executor
 
         self._sampling_params = SamplingParams
+        arguments = self._engine_args()
+        if arguments["enforce_eager"]:
+            # vLLM compiles two sampling functions even then, for seconds, in the first request that needs them.
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
         try:
-            config = AsyncEngineArgs(**self._engine_args()).create_engine_config()
+            config = AsyncEngineArgs(**arguments).create_engine_config()
             with _no_interrupts_in_children():
                 self._llm = AsyncLLM(
                     config,
@@ -93,6 +97,7 @@ class Engine:
             "tensor_parallel_size": settings.tensor_parallel_size,
             "pipeline_parallel_size": settings.pipeline_parallel_size,
             "max_logprobs": MAX_LOGPROBS,
+            "use_tqdm_on_load": False,
             **engine_overrides(settings.max_num_seqs),
         }
 
@@ -114,9 +119,11 @@ class Engine:
         await self._llm.add_lora(slot)
 
     async def warm_up(self, slot: Any | None) -> None:
-        """Run one short sequence through prefill and decode, so that no user's request pays for first calls."""
-        async for _ in self._generate([1] * 8, Sampling(max_new_tokens=2), slot):
-            pass
+        """Run short sequences through prefill, decode and sampling, so that no user's request pays for first calls."""
+        sampled = Sampling(max_new_tokens=2, temperature=1.0, top_p=0.9, top_k=10, seed=0, logprobs=1)
+        for sampling in (Sampling(max_new_tokens=2), sampled):
+            async for _ in self._generate([1] * 8, sampling, slot):
+                pass
 
     def generate(self, job: GenerationJob) -> AsyncIterator[Delta]:
         """The sequence's deltas. Closing the iterator, or cancelling its reader, aborts the sequence in the engine."""
@@ -155,14 +162,17 @@ class Engine:
         """Stop the engine's processes. Blocks for a few seconds at most."""
         if self._llm is not None:
             self._llm.shutdown(timeout=5)
+            # Collected now: at the interpreter's exit its finalizer would fail, in writing.
+            self._llm = None
 
 
 def engine_environment(settings: Settings) -> dict[str, str]:
     """Environment variables for vLLM and its processes, which inherit them."""
-    noise = "DEBUG" if settings.log_level == "debug" else "ERROR"
     ranks = settings.tensor_parallel_size * settings.pipeline_parallel_size
+    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+    wanted = {} if settings.log_level == "debug" else {k: os.environ.get(k, v) for k, v in quiet.items()}
     return {
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", noise),
+        **wanted,
         # stdout belongs to the ready line.
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "VLLM_NO_USAGE_STATS": "1",

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from mtlora_pb.v1 import inference_pb2 as pb
 
 from mtlora.prompt import encode_chat, encode_prompt
@@ -35,7 +36,10 @@ def validate(
     violations += _parameter_violations(request.parameters)
     if task is None or violations:
         return violations
-    prompt_ids = _encode(request, task.spec, tokenizer)
+    try:
+        prompt_ids = _encode(request, task.spec, tokenizer)
+    except TemplateError as error:
+        return [Violation("chat.messages", f"the backbone's chat template refuses them: {error}")]
     room = limits.max_model_len - len(prompt_ids)
     if not prompt_ids:
         return [Violation(request.WhichOneof("input"), "found 0 tokens; allowed: at least 1")]
