@@ -1,0 +1,44 @@
+"""vLLM serves mtLoRA adapters: entry point `mtlora` of group `vllm.general_plugins`.
+
+`register` runs in every vLLM process. It puts this package's LoRA managers in the place of vLLM's own: `LoRARequest`,
+slots, `add_lora` and the prefix cache work as they always do, with checkpoints of this project's format.
+
+A process serves either kind of adapter: with `MTLORA_PLUGIN=0` in its environment the plugin stays out, and vLLM's own
+multi-LoRA serves PEFT adapters.
+"""
+
+import os
+from typing import Any
+
+SUPPORTED_VLLM = "0.32"
+ENVIRONMENT_SWITCH = "MTLORA_PLUGIN"
+
+
+def register() -> None:
+    """Install the plugin in this process; any further call does nothing.
+
+    Raises RuntimeError where vLLM does not have the parts that the plugin takes the place of.
+    """
+    if os.environ.get(ENVIRONMENT_SWITCH, "1") == "0":
+        return
+    # Imported here: vLLM only logs what an entry point's import raises, and carries on without the plugin.
+    try:
+        from mtlora.vllm_plugin.install import install
+
+        install()
+    except (ImportError, AttributeError) as error:
+        import vllm
+
+        raise RuntimeError(
+            f"the mtlora plugin supports vLLM {SUPPORTED_VLLM}, this is {vllm.__version__}: {error}. "
+            f"Install a supported version, or set {ENVIRONMENT_SWITCH}=0 to run vLLM without mtLoRA adapters."
+        ) from error
+
+
+def engine_overrides(max_num_seqs: int) -> dict[str, Any]:
+    """Arguments of vLLM's `EngineArgs` that suit mtLoRA adapters, for up to `max_num_seqs` sequences at a time.
+
+    A slot is a pointer and a row of biases, so there is one for every sequence that can run: no sequence ever waits for
+    one. `max_lora_rank` bounds nothing here. What concerns compiling, the plugin sets by itself.
+    """
+    return {"enable_lora": True, "max_loras": max_num_seqs, "max_cpu_loras": max_num_seqs}

@@ -1,0 +1,58 @@
+"""The model's side of the plugin: wraps the blocks, and turns vLLM's mapping of tokens into a step's."""
+
+import re
+
+import numpy as np
+from vllm.config import VllmConfig
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.utils import replace_submodule
+
+from mtlora.vllm_plugin.block import RoutedBlock
+from mtlora.vllm_plugin.packed import Slot
+from mtlora.vllm_plugin.step import StepMapping
+
+# Layers of other pipeline stages are empty placeholders, without these modules in them.
+_BLOCK = re.compile(r"^(?:(?P<stack>.+)\.)?(?P<name>layers\.\d+\.(?:mlp|self_attn))$")
+
+
+class MtLoRAModelManager(LRUCacheLoRAModelManager):
+    """vLLM's manager, with slots for models.
+
+    Its LRU caches decide which slots are registered and active, as ever. Its `modules`, whose stacked weights it would
+    copy a slot's into, stay empty: a block reads its weights where the step points.
+    """
+
+    def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
+        self.supports_mm = False
+        self.step = StepMapping(self.device)
+        self._layers_by_name = vllm_config.compilation_config.static_forward_context
+
+    def _create_lora_modules(self) -> None:
+        self.blocks: list[RoutedBlock] = []
+        found = [(path, match) for path, _ in self.model.named_modules() if (match := _BLOCK.match(path))]
+        stacks = {match["stack"] for _, match in found}
+        if len(stacks) != 1:
+            raise ValueError(
+                f"{type(self.model).__name__}: expected one stack of decoder layers, layers.N.mlp and "
+                f"layers.N.self_attn, found {sorted(map(str, stacks)) or 'none'}"
+            )
+        for path, match in found:
+            block = RoutedBlock(self.model.get_submodule(path), match["name"], f"mtlora.{path}", self.step)
+            replace_submodule(self.model, path, block)
+            self._layers_by_name[block.layer_name] = block
+            self.blocks.append(block)
+
+    def _add_adapter(self, slot: Slot) -> None:
+        self._registered_adapters[slot.id] = slot
+        # An id can come back with other weights, in the place it had: a mapping made before is void.
+        self._last_mapping = None
+
+    def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
+        ids = np.fromiter(mapping.index_mapping, dtype=np.int64, count=len(mapping.index_mapping))
+        self.step.set(ids, self._registered_adapters.__getitem__)
+
+    def remove_all_adapters(self) -> None:
+        """Empty the caches."""
+        super().remove_all_adapters()
+        self.step.clear()

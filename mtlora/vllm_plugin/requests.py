@@ -1,0 +1,24 @@
+"""The `LoRARequest`s by which a server addresses an adapter version and its tasks."""
+
+from pathlib import Path
+
+from vllm.lora.request import LoRARequest
+
+from mtlora.checkpoint import AdapterManifest
+from mtlora.vllm_plugin.naming import slot_name, slot_path
+
+
+def slot_requests(
+    name: str, version: str, folder: Path, manifest: AdapterManifest, first_id: int
+) -> dict[str, LoRARequest]:
+    """The request of every task: one each where tasks have a router bias of their own, else one that all share.
+
+    Takes the ids `first_id`, `first_id` + 1, ... (at least 1), as many as there are distinct requests.
+    """
+    tasks = [task.id for task in manifest.tasks]
+    if not manifest.config.task_bias:
+        return dict.fromkeys(tasks, LoRARequest(slot_name(name, version, None), first_id, slot_path(folder, None)))
+    return {
+        task: LoRARequest(slot_name(name, version, task), first_id + i, slot_path(folder, task))
+        for i, task in enumerate(tasks)
+    }
