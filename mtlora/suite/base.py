@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from mtlora.errors import MtLoRAError
 from mtlora.task import TaskSpec
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
-class SuiteError(ValueError):
+class SuiteError(MtLoRAError):
     """A suite that cannot be used: names the file, the place and the cause."""
 
 

@@ -1,0 +1,55 @@
+"""The `mtlora` command. One module a command group; each has `add_parser(subparsers)` and sets `run(args) -> int`.
+
+Command modules import torch, transformers and the like inside `run`, so that `mtlora --help` answers at once.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from mtlora import __version__
+
+# In the order in which `--help` lists them.
+_COMMANDS = ("backbone", "tasks", "train", "evaluate", "plot", "checkpoint", "publish")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 1 for a failed check, 2 for an error of the user's, 130 for Ctrl-C."""
+    args = _parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; keep the interpreter's own flush at exit from failing too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except ValueError as error:
+        if (message := _message(error)) is None:
+            raise
+        print(f"mtlora: error: {message}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mtlora", description="Many tasks from one frozen backbone.")
+    parser.add_argument("--version", action="version", version=f"mtlora {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in _COMMANDS:
+        importlib.import_module(f"mtlora.cli.{name}").add_parser(subparsers)
+    return parser
+
+
+def _message(error: ValueError) -> str | None:
+    """The one line to print for an error of the user's; None for a defect, which keeps its traceback."""
+    from pydantic import ValidationError
+
+    from mtlora.errors import MtLoRAError, describe
+
+    if isinstance(error, ValidationError):
+        return f"{error.title}: {describe(error)}"
+    return " ".join(str(error).split()) if isinstance(error, MtLoRAError) else None

@@ -1,0 +1,49 @@
+"""`mtlora backbone`: prepare the default backbone, show a backbone's identity."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mtlora.cli.output import print_fields, print_json
+
+
+def add_parser(subparsers: Any) -> None:
+    """Contribute `backbone prepare` and `backbone show`."""
+    parser = subparsers.add_parser("backbone", help="prepare or show the frozen backbone")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    prepare = commands.add_parser("prepare", help="make the default backbone's folder from the embedded weights")
+    prepare.add_argument("--out", type=Path, metavar="DIR", help="default: $MTLORA_BACKBONE_DIR, or in the cache")
+    prepare.add_argument("--force", action="store_true", help="make it anew even where it is complete")
+    prepare.set_defaults(run=_prepare)
+
+    show = commands.add_parser("show", help="print what an adapter remembers of a backbone")
+    add_backbone_argument(show)
+    show.add_argument("--json", action="store_true", help="print JSON")
+    show.set_defaults(run=_show)
+
+
+def add_backbone_argument(parser: argparse.ArgumentParser, default: str | None = "default") -> None:
+    """`--backbone B`, the same in every command."""
+    parser.add_argument(
+        "--backbone", default=default, metavar="B", help="'default', a Hugging Face folder, or a hub id OWNER/NAME"
+    )
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from mtlora.backbone import default_folder, prepare
+
+    print(prepare(args.out or default_folder(), force=args.force))
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from mtlora.backbone import identify, resolve
+
+    folder = resolve(args.backbone)
+    identity = identify(folder).model_dump()
+    if args.json:
+        print_json({"folder": str(folder), **identity})
+    else:
+        print_fields(f"backbone {folder}", identity)
+    return 0

@@ -1,0 +1,82 @@
+"""`mtlora inspect` and `mtlora verify`: what a checkpoint says of itself, and whether it holds."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from mtlora.cli.backbone import add_backbone_argument
+from mtlora.cli.output import print_fields, print_json, print_table
+
+
+def add_parser(subparsers: Any) -> None:
+    """Contribute `inspect` and `verify`."""
+    inspect = subparsers.add_parser("inspect", help="print a checkpoint's configuration, tasks and provenance")
+    inspect.add_argument("folder", type=Path, metavar="DIR")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
+
+    verify = subparsers.add_parser("verify", help="check a whole checkpoint: exit 1, with the reason, where it fails")
+    verify.add_argument("folder", type=Path, metavar="DIR")
+    add_backbone_argument(verify, default=None)
+    verify.set_defaults(run=_verify)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from mtlora.checkpoint import MANIFEST_FILE, TENSORS_FILE, read_manifest
+    from mtlora.config import adapter_parameters
+
+    manifest = read_manifest(args.folder)
+    backbone, config = manifest.backbone, manifest.config
+    parameters = adapter_parameters(config, backbone.hidden_size, backbone.num_layers, len(manifest.tasks))
+    # The tensors may be absent or damaged, which is for `verify` to say.
+    size = sum(path.stat().st_size for name in (MANIFEST_FILE, TENSORS_FILE) if (path := args.folder / name).is_file())
+    if args.json:
+        print_json({"parameters": parameters, "bytes": size, **manifest.model_dump(mode="json")})
+        return 0
+    print_fields(
+        f"adapter {args.folder}",
+        {
+            "format version": manifest.format_version,
+            "parameters": f"{parameters:,}",
+            "size": f"{size:,} bytes",
+            "tensors sha256": manifest.tensors_sha256,
+            "backbone": backbone.model_dump(),
+            "config": config.model_dump(),
+        },
+    )
+    print_table(
+        f"{len(manifest.tasks)} tasks",
+        ("task", "bias index", "max new tokens", "stop", "allowed answers", "description"),
+        [
+            (
+                task.id,
+                "–" if task.bias_index is None else task.bias_index,
+                task.max_new_tokens,
+                " ".join(map(repr, task.stop)) or "–",
+                len(task.allowed_answers) if task.allowed_answers else "any",
+                task.description,
+            )
+            for task in manifest.tasks
+        ],
+    )
+    for title, fields in (("training", manifest.training), ("evaluation", manifest.evaluation)):
+        if fields:
+            print_fields(title, fields)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from mtlora.backbone import identify, resolve
+    from mtlora.checkpoint import CheckpointError, read_checkpoint
+
+    backbone = None if args.backbone is None else identify(resolve(args.backbone))
+    try:
+        checkpoint = read_checkpoint(args.folder, backbone)
+    except CheckpointError as error:
+        print(f"mtlora: error: {error}", file=sys.stderr)
+        return 1
+    parameters = sum(tensor.numel() for tensor in checkpoint.tensors.values())
+    beside = "no backbone compared" if args.backbone is None else f"backbone {args.backbone} matches"
+    print(f"ok: {args.folder}: {len(checkpoint.manifest.tasks)} tasks, {parameters:,} parameters, {beside}")
+    return 0

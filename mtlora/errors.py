@@ -1,0 +1,23 @@
+"""The base of every error that a user can put right, and one line for a failed validation."""
+
+import reprlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+
+class MtLoRAError(ValueError):
+    """Says in one line what is wrong and where, what was expected and what was found; the CLI prints that line."""
+
+
+def describe(error: "ValidationError") -> str:
+    """The first few violations in one line: field, cause, what was found."""
+    parts = []
+    for item in error.errors(include_url=False)[:3]:
+        where = ".".join(str(part) for part in item["loc"])
+        # Of a missing field, or a rule about several, the input is the whole object around it.
+        found = "" if isinstance(item["input"], dict) else f" (found {reprlib.repr(item['input'])})"
+        parts.append((f"{where}: " if where else "") + item["msg"].removeprefix("Value error, ") + found)
+    more = error.error_count() - len(parts)
+    return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")

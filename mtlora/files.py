@@ -1,0 +1,94 @@
+"""Folders that are replaced whole: made beside the old one, then exchanged with it in one step."""
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+# What a file system (NFS, some overlays) or an old kernel answers to an exchange that it does not know.
+_NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV}
+
+
+@contextmanager
+def folder_in_the_making(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, on the same file system, removed at the end unless `put_in_place` moved it.
+
+    A process killed in between leaves a hidden `.NAME-…` folder behind, which nothing reads.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True) as temporary:
+        made = Path(temporary) / "made"
+        made.mkdir()
+        yield made
+
+
+def put_in_place(made: Path, folder: Path) -> None:
+    """Move the folder `made` to `folder`; what was at `folder` ends up beside where `made` was.
+
+    At every moment `folder` is the old one or the new one. Where the file system cannot exchange two folders, there is
+    a moment between two renames in which `folder` is absent; a failure of the second undoes the first. Raises OSError.
+    """
+    sync(made)
+    try:
+        if os.path.lexists(folder):
+            _exchange(made, folder)
+        else:
+            os.rename(made, folder)
+    except OSError as error:
+        if error.errno not in _NO_EXCHANGE:
+            raise
+        old = made.with_name("old")
+        try:
+            os.rename(folder, old)
+            os.rename(made, folder)
+        except BaseException:
+            if old.exists() and not os.path.lexists(folder):
+                os.rename(old, folder)
+            raise
+    sync(folder.parent)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock among processes, by a file that stays; it ends with the process that holds it."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

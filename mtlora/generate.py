@@ -1,0 +1,66 @@
+"""Greedy answers from a Hugging Face model and its adapter: the offline counterpart of the server.
+
+Shape suffixes: B sequences, L positions.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mtlora.model import AdaptedModel
+from mtlora.task import TaskSpec
+
+
+def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """(text up to the first stop string, whether there was one)."""
+    positions = [position for stop in stops if (position := text.find(stop)) >= 0]
+    return (text[: min(positions)], True) if positions else (text, False)
+
+
+@torch.inference_mode()
+def greedy_answers(
+    adapted: AdaptedModel,
+    tasks: Sequence[TaskSpec],
+    prompts: Sequence[Sequence[int]],
+    bias_index_B: torch.Tensor,
+    *,
+    with_adapter: bool = True,
+) -> list[str]:
+    """One answer a prompt, each cut at its task's stop strings, its max_new_tokens or the end-of-sequence token."""
+    tokenizer, model = adapted.tokenizer, adapted.model
+    length, eos = max(len(prompt) for prompt in prompts), tokenizer.eos_token_id
+    tokens_BL = torch.full((len(prompts), length), eos)
+    mask_BL = torch.zeros(len(prompts), length, dtype=torch.int64)
+    for b, prompt in enumerate(prompts):
+        tokens_BL[b, length - len(prompt) :] = torch.tensor(prompt)
+        mask_BL[b, length - len(prompt) :] = 1
+    generated: list[list[int]] = [[] for _ in prompts]
+    done = [False] * len(prompts)
+    inputs: dict[str, Any] = {"input_ids": tokens_BL, "position_ids": (mask_BL.cumsum(-1) - 1).clamp_min(0)}
+    cache = None
+    context = adapted.adapters.context
+    with context.use(bias_index_B):
+        while not all(done):
+            if with_adapter:
+                out = model(**inputs, attention_mask=mask_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            else:
+                with context.backbone_alone():
+                    out = model(
+                        **inputs, attention_mask=mask_BL, past_key_values=cache, use_cache=True, logits_to_keep=1
+                    )
+            cache = out.past_key_values
+            next_B = out.logits[:, -1].argmax(-1)
+            for b, token in enumerate(next_B.tolist()):
+                if done[b]:
+                    continue
+                if token != eos:
+                    generated[b].append(token)
+                _, stopped = cut_at_stop(tokenizer.decode(generated[b]), tasks[b].stop)
+                done[b] = token == eos or stopped or len(generated[b]) >= tasks[b].max_new_tokens
+            inputs = {"input_ids": next_B[:, None], "position_ids": mask_BL.sum(-1, keepdim=True)}
+            mask_BL = torch.nn.functional.pad(mask_BL, (0, 1), value=1)
+    return [
+        cut_at_stop(tokenizer.decode(ids, skip_special_tokens=True), task.stop)[0].strip()
+        for ids, task in zip(generated, tasks, strict=True)
+    ]

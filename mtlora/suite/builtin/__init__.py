@@ -1,0 +1,67 @@
+"""The built-in suite: 25 generated tasks with exact answers, for training and trying the system without any data."""
+
+import hashlib
+import random
+from collections.abc import Sequence
+
+from mtlora.suite.base import SPLITS, Example, Split, SuiteError, split_of
+from mtlora.suite.builtin import business, counting, logic, text, world
+from mtlora.suite.builtin.task import GeneratedTask
+from mtlora.task import TaskSpec
+
+__all__ = ["BuiltinSuite", "builtin_suite"]
+
+# The order numbers the tasks of an adapter: append, never reorder.
+_TASKS: tuple[GeneratedTask, ...] = logic.TASKS + counting.TASKS + text.TASKS + world.TASKS + business.TASKS
+
+# Draws in a row that bring nothing new before a task counts as exhausted. A tenth of all inputs belong to the test
+# split, so this many misses mean that less than a thousandth of its inputs are left.
+_MAX_MISSES = 50_000
+
+
+class BuiltinSuite:
+    """Generates examples on demand; a smaller `count` gives a prefix of what a larger one gives."""
+
+    def __init__(self, tasks: Sequence[GeneratedTask] = _TASKS, max_misses: int = _MAX_MISSES) -> None:
+        self._tasks = {task.spec.id: task for task in tasks}
+        self._max_misses = max_misses
+
+    @property
+    def name(self) -> str:
+        return "builtin"
+
+    @property
+    def tasks(self) -> Sequence[TaskSpec]:
+        return tuple(task.spec for task in self._tasks.values())
+
+    def examples(self, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
+        """See `Suite.examples`. Generated tasks have no end, so `count` must be a number here."""
+        if task_id not in self._tasks:
+            raise SuiteError(f"suite builtin has no task {task_id!r}; it has {', '.join(self._tasks)}")
+        if split not in SPLITS:
+            raise SuiteError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+        if count is None or count < 0:
+            raise SuiteError(f"count of task {task_id} is {count}; the built-in tasks are generated and need one >= 0")
+        digest = hashlib.sha256(f"{task_id}\0{split}\0{seed}".encode()).digest()
+        rng = random.Random(int.from_bytes(digest, "big"))
+        generate = self._tasks[task_id].generate
+        examples: dict[str, Example] = {}
+        misses = 0
+        while len(examples) < count:
+            text, target = generate(rng)
+            if text in examples or split_of(task_id, text) != split:
+                misses += 1
+                if misses >= self._max_misses:
+                    raise SuiteError(
+                        f"task {task_id} has only {len(examples)} distinct {split} inputs, {count} were asked for "
+                        f"({misses} draws in a row brought no new one)"
+                    )
+                continue
+            misses = 0
+            examples[text] = Example(task_id, text, target)
+        return list(examples.values())
+
+
+def builtin_suite() -> BuiltinSuite:
+    """The built-in suite."""
+    return BuiltinSuite()

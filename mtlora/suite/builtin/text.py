@@ -1,0 +1,64 @@
+"""Words: sorting, taking apart, adjective order."""
+
+import random
+
+from mtlora.suite.builtin.task import GeneratedTask, task
+from mtlora.suite.builtin.words import ADJECTIVES, NOUNS, WORDS
+
+
+def word_sorting(rng: random.Random) -> tuple[str, str]:
+    """Three or four words with distinct initials.
+
+    Later letters are not to be read off a model's tokens; the initial is what it can know of every word.
+    """
+    n = rng.choice((3, 4))
+    while True:
+        words = rng.sample(WORDS, n)
+        if len({word[0] for word in words}) == n and words != sorted(words):
+            return " ".join(words), " ".join(sorted(words))
+
+
+def string_operation(rng: random.Random) -> tuple[str, str]:
+    """Reverses a list of words, or reads off the first or last letters."""
+    words = rng.sample(WORDS, rng.choice((3, 4)))
+    name = rng.choice(("reverse", "first letters", "last letters"))
+    if name == "reverse":
+        result = words[::-1]
+    else:
+        result = [word[0] if name == "first letters" else word[-1] for word in words]
+    return f"{name}: {' '.join(words)}", " ".join(result)
+
+
+def adjective_order(rng: random.Random) -> tuple[str, str]:
+    """Two or three adjectives in the customary order, against the same with two of them swapped."""
+    classes = sorted(rng.sample(range(len(ADJECTIVES)), rng.choice((2, 3, 3))))
+    right = [rng.choice(ADJECTIVES[i]) for i in classes]
+    wrong = list(right)
+    i, j = rng.sample(range(len(right)), 2)
+    wrong[i], wrong[j] = wrong[j], wrong[i]
+    noun = rng.choice(NOUNS)
+    answer, other = " ".join([*right, noun]), " ".join([*wrong, noun])
+    options = [answer, other] if rng.random() < 0.5 else [other, answer]
+    return "; ".join(options), answer
+
+
+TASKS: tuple[GeneratedTask, ...] = (
+    task(
+        "word_sorting", word_sorting,
+        description="Sorts three or four words alphabetically.",
+        instruction="Sort the words alphabetically, separated by spaces.",
+        max_new_tokens=12,
+    ),
+    task(
+        "string_operations", string_operation,
+        description="Reverses the order of a few words, or gives their first or last letters.",
+        instruction="Reverse the words, or give the first or last letter of each, separated by spaces.",
+        max_new_tokens=12,
+    ),
+    task(
+        "hyperbaton", adjective_order,
+        description="Chooses the phrase whose adjectives stand in the customary English order.",
+        instruction="Which phrase has the correct adjective order? Copy it.",
+        max_new_tokens=16,
+    ),
+)  # fmt: skip

@@ -1,0 +1,171 @@
+"""Things, places and times: walking, swapping, tables, colours, dates, schedules."""
+
+import datetime
+import random
+from itertools import pairwise
+
+from mtlora.suite.builtin.task import GeneratedTask, article, split_sum, task
+from mtlora.suite.builtin.words import COLORS, ITEMS, NAMES, PLACES
+
+_AXES = (("left", "right"), ("forward", "backward"))
+
+
+def navigate(rng: random.Random) -> tuple[str, str]:
+    """Moves that cancel on every axis, or would but for one step count or direction."""
+    returns = rng.random() < 0.5
+    layout = rng.choices(((3,), (2, 2), (3, 2)), weights=(1, 2, 5))[0]
+    axes = rng.sample(_AXES, len(layout))
+    moves: list[tuple[int, str]] = []
+    for axis, n in zip(axes, layout, strict=True):
+        there, back = rng.sample(axis, 2)
+        total = rng.randint(n - 1, 9)
+        moves += [(steps, there) for steps in split_sum(rng, total, n - 1, total)]
+        moves.append((total, back))
+    rng.shuffle(moves)
+    if not returns:
+        i = rng.randrange(len(moves))
+        steps, direction = moves[i]
+        if rng.random() < 0.7:
+            moves[i] = (rng.choice([n for n in range(1, 10) if n != steps]), direction)
+        else:
+            # Stepping the other way shifts the end by twice the steps: never back at the start.
+            (axis,) = (axis for axis in _AXES if direction in axis)
+            moves[i] = (steps, axis[1 - axis.index(direction)])
+    text = ", ".join(f"{steps} step{'s' if steps > 1 else ''} {direction}" for steps, direction in moves)
+    return f"Take {text}.", "Yes" if returns else "No"
+
+
+def shuffled_objects(rng: random.Random) -> tuple[str, str]:
+    """Three holders and two swaps. The two are drawn independently, so each of the three things is equally likely."""
+    people, things = rng.sample(NAMES, 3), rng.sample(ITEMS, 3)
+    holding = dict(zip(people, things, strict=True))
+    start = ", ".join(f"{person} has the {thing}" for person, thing in holding.items())
+    swaps = []
+    for _ in range(2):
+        a, b = rng.sample(people, 2)
+        holding[a], holding[b] = holding[b], holding[a]
+        swaps.append(f"{a} and {b} swap")
+    asked = rng.choice(people)
+    return f"{start}. {swaps[0]}, then {swaps[1]}. What does {asked} have?", holding[asked]
+
+
+def table_lookup(rng: random.Random) -> tuple[str, str]:
+    """A table of three people: a cell, the owner of a value, or an extreme. No value occurs twice in a column."""
+    names = rng.sample(NAMES, 3)
+    ages = rng.sample(range(2, 10), 3)
+    heights = rng.sample(range(40, 100, 5), 3)
+    i = rng.randrange(3)
+    question, answer = rng.choice((
+        (f"How old is {names[i]}?", str(ages[i])),
+        (f"How tall is {names[i]}?", str(heights[i])),
+        (f"Who is {ages[i]} years old?", names[i]),
+        (f"Who is {heights[i]} cm tall?", names[i]),
+        ("Who is the oldest?", names[ages.index(max(ages))]),
+        ("Who is the youngest?", names[ages.index(min(ages))]),
+        ("Who is the tallest?", names[heights.index(max(heights))]),
+        ("Who is the shortest?", names[heights.index(min(heights))]),
+    ))  # fmt: skip
+    rows = "\n".join(f"{name}, {age}, {height}" for name, age, height in zip(names, ages, heights, strict=True))
+    return f"name, age, height\n{rows}\n{question}", answer
+
+
+def colored_objects(rng: random.Random) -> tuple[str, str]:
+    """Four things in a row; the colour of one, told by its name, a neighbour or its end of the row."""
+    things = rng.sample(ITEMS, 4)
+    colors = rng.sample(COLORS, 4)
+    target = rng.randrange(4)
+    ways = [f"the {things[target]}"]
+    if target > 0:
+        ways.append(f"the item directly right of the {things[target - 1]}")
+    if target < 3:
+        ways.append(f"the item directly left of the {things[target + 1]}")
+    if target == 0:
+        ways.append("the leftmost item")
+    if target == 3:
+        ways.append("the rightmost item")
+    row = ", ".join(f"{article(color)} {color} {thing}" for color, thing in zip(colors, things, strict=True))
+    return f"In a row, left to right: {row}. What color is {rng.choice(ways)}?", colors[target]
+
+
+def _same_day(date: datetime.date, months: int) -> datetime.date:
+    """The same day `months` later; the caller keeps to days that every month has."""
+    index = date.year * 12 + date.month - 1 + months
+    return date.replace(year=index // 12, month=index % 12 + 1)
+
+
+_SHIFTS = (
+    ("tomorrow", 1, 0), ("yesterday", -1, 0), ("in 2 days", 2, 0), ("2 days ago", -2, 0), ("in 3 days", 3, 0),
+    ("3 days ago", -3, 0), ("in one week", 7, 0), ("one week ago", -7, 0), ("in one month", 0, 1),
+    ("one month ago", 0, -1), ("in one year", 0, 12), ("one year ago", 0, -12),
+)  # fmt: skip
+_US = "%m/%d/%Y"
+
+
+def date_arithmetic(rng: random.Random) -> tuple[str, str]:
+    """A day, some days, a week, a month or a year before or after a date."""
+    phrase, days, months = rng.choice(_SHIFTS)
+    # Days that every month has, wherever the month changes, so that "one month ago" has one meaning.
+    first = datetime.date(1970, 1, 1)
+    date = first + datetime.timedelta(days=rng.randrange(70 * 365))
+    while months and date.day > 28:
+        date = first + datetime.timedelta(days=rng.randrange(70 * 365))
+    answer = _same_day(date, months) if months else date + datetime.timedelta(days=days)
+    verb = "was" if days + months < 0 else "is"
+    return f"Today is {date.strftime(_US)}. What {verb} the date {phrase}?", answer.strftime(_US)
+
+
+def _hour(hour: int) -> str:
+    return f"{(hour - 1) % 12 + 1}{'am' if hour < 12 else 'pm'}"
+
+
+def free_slot(rng: random.Random) -> tuple[str, str]:
+    """A day of three or four stretches, all but one accounted for, in any order; that one is the answer."""
+    person, places = rng.choice(NAMES), rng.sample(PLACES, rng.choice((2, 3)))
+    hours = [rng.randint(5, 9)]
+    for _ in range(len(places) + 1):
+        hours.append(hours[-1] + rng.randint(1, 3))
+    stretches = [f"{_hour(a)} to {_hour(b)}" for a, b in pairwise(hours)]
+    free = stretches.pop(rng.randrange(len(stretches)))
+    rng.shuffle(stretches)
+    busy = ", ".join(f"{place} {stretch}" for place, stretch in zip(places, stretches, strict=True))
+    return f"{person} was up from {_hour(hours[0])} to {_hour(hours[-1])}: {busy}.", free
+
+
+TASKS: tuple[GeneratedTask, ...] = (
+    task(
+        "navigate", navigate,
+        description="Says whether a few moves, facing forward all the time, lead back to the start.",
+        instruction="Do these moves, always facing forward, lead back to the start? Answer Yes or No.",
+        max_new_tokens=4, allowed_answers=("Yes", "No"),
+    ),
+    task(
+        "tracking_shuffled_objects", shuffled_objects,
+        description="Follows three objects through two swaps and names the one a person ends up with.",
+        instruction="Name the object.",
+        max_new_tokens=6,
+    ),
+    task(
+        "table_lookup", table_lookup,
+        description="Answers a question about a table of three people with a name or a number.",
+        instruction="Answer with a name or a number.",
+        max_new_tokens=6,
+    ),
+    task(
+        "colored_objects", colored_objects,
+        description="Names the color of one of four things in a row.",
+        instruction="Answer with a color.",
+        max_new_tokens=4, allowed_answers=COLORS,
+    ),
+    task(
+        "date_arithmetic", date_arithmetic,
+        description="Gives the date some days, a week, a month or a year before or after a given one.",
+        instruction="Give the date as MM/DD/YYYY.",
+        max_new_tokens=14,
+    ),
+    task(
+        "temporal_sequences", free_slot,
+        description="Finds the one stretch of a day that a person's schedule leaves free.",
+        instruction="When was the person free? Answer like: 9am to 11am",
+        max_new_tokens=12,
+    ),
+)  # fmt: skip

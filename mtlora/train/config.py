@@ -1,0 +1,41 @@
+"""Everything that decides what a training run does, checked at the door and kept as the checkpoint's provenance."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mtlora.config import MtLoRAConfig
+
+
+class TrainingConfig(BaseModel):
+    """One training run. The same config, code, machine and thread count give the same weights, bit for bit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    adapter: MtLoRAConfig = MtLoRAConfig()
+    suite: str = Field("builtin", description='"builtin" or a folder in BIG-Bench-Hard layout')
+    tasks: tuple[str, ...] | None = Field(None, description="train on these tasks of the suite; null means all")
+    examples_per_task: int | None = Field(
+        1000, ge=1, description="training examples of each task; null means all that a finite suite has"
+    )
+    validation_per_task: int = Field(16, ge=0)
+    epochs: int = Field(1, ge=1)
+    max_steps: int | None = Field(None, ge=1, description="stop, with the schedule scaled to it, after this many steps")
+    batch_size: int = Field(16, ge=1, description="sequences a step")
+    max_length: int = Field(512, ge=8, description="tokens of prompt and answer; a longer example is an error")
+    learning_rate: float = Field(2e-3, gt=0)
+    router_learning_rate_scale: float = Field(1.0, gt=0, description="factor on the rate of routers and task biases")
+    warmup_fraction: float = Field(0.03, ge=0, lt=1)
+    final_learning_rate_fraction: float = Field(0.05, ge=0, le=1, description="where the cosine ends")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    spectral: Literal["off", "pairwise", "gram"] = "pairwise"
+    spectral_weight: float = Field(1e-3, ge=0)
+    balance_weight: float = Field(0.01, ge=0)
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="the frozen backbone's; the adapter is float32"
+    )
+    seed: int = Field(0, ge=0, lt=2**32)
+    save_every: int = Field(50, ge=1, description="steps between resumable states")
+    validate_every: int = Field(200, ge=1, description="steps between validations")
+    threads: int | None = Field(None, ge=1, description="CPU threads; null leaves torch's choice")

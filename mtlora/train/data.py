@@ -1,0 +1,104 @@
+"""From suites to batches: encoded examples, and a schedule of length-bucketed batches that a step number determines."""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mtlora.prompt import encode_example
+from mtlora.suite.base import Example, SuiteError
+from mtlora.task import TaskSpec
+
+# Batches sorted together by length: large enough to waste little on padding, small enough to keep batches mixed.
+_BUCKET_BATCHES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example as token ids; `task_index` is the row of its task in the task table."""
+
+    task_index: int
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded: with a causal mask, padding behind a sequence changes nothing before it, so none is masked.
+
+    tokens_BL: int64 [B, L]; task_index_B: int64 [B]; answer_rows: int64 [A], flat positions b*L + l whose next token
+    is an answer token; answer_targets: int64 [A]; answer_owner: int64 [A], the sequence of each.
+    """
+
+    tokens_BL: torch.Tensor
+    task_index_B: torch.Tensor
+    answer_rows: torch.Tensor
+    answer_targets: torch.Tensor
+    answer_owner: torch.Tensor
+    num_tokens: int
+
+
+def encode(tokenizer: Any, tasks: Sequence[TaskSpec], examples: Iterable[Example], *, max_length: int) -> list[Encoded]:
+    """Encode examples. Raises SuiteError for one longer than `max_length` tokens, or than its task lets it answer."""
+    index = {task.id: i for i, task in enumerate(tasks)}
+    encoded = []
+    for example in examples:
+        task = tasks[index[example.task_id]]
+        prompt, answer = encode_example(tokenizer, task, example.input, example.target)
+        if len(prompt) + len(answer) > max_length:
+            raise SuiteError(
+                f"task {task.id}: example of {len(prompt) + len(answer)} tokens, expected at most {max_length}: "
+                f"{example.input[:80]!r}"
+            )
+        if len(answer) > task.max_new_tokens:
+            raise SuiteError(
+                f"task {task.id}: target {example.target[:80]!r} takes {len(answer)} tokens with its end, "
+                f"expected at most max_new_tokens {task.max_new_tokens}"
+            )
+        encoded.append(Encoded(index[task.id], tuple(prompt), tuple(answer)))
+    return encoded
+
+
+def schedule(examples: Sequence[Encoded], *, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+    """Indices of the examples of every batch of a run: each example once an epoch, near-equal lengths together."""
+    batches: list[list[int]] = []
+    for epoch in range(epochs):
+        rng = random.Random(f"{seed}/{epoch}")
+        order = list(range(len(examples)))
+        rng.shuffle(order)
+        window = batch_size * _BUCKET_BATCHES
+        epoch_batches = []
+        for start in range(0, len(order), window):
+            bucket = sorted(order[start : start + window], key=lambda i: len(examples[i]))
+            epoch_batches += [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
+        rng.shuffle(epoch_batches)
+        batches += epoch_batches
+    return batches
+
+
+def collate(examples: Sequence[Encoded]) -> Batch:
+    """Pad one batch and mark its answer tokens."""
+    length = max(len(example) for example in examples)
+    tokens_BL = torch.zeros(len(examples), length, dtype=torch.int64)
+    rows: list[int] = []
+    targets: list[int] = []
+    owner: list[int] = []
+    for b, example in enumerate(examples):
+        tokens_BL[b, : len(example)] = torch.tensor(example.prompt + example.answer)
+        start = b * length + len(example.prompt) - 1
+        rows += range(start, start + len(example.answer))
+        targets += example.answer
+        owner += [b] * len(example.answer)
+    return Batch(
+        tokens_BL,
+        torch.tensor([example.task_index for example in examples]),
+        torch.tensor(rows),
+        torch.tensor(targets),
+        torch.tensor(owner),
+        sum(len(example) for example in examples),
+    )

@@ -1,0 +1,69 @@
+"""What training minimises: the answer's tokens, the routers' balance, and the experts' spectra.
+
+Shape suffixes: M matrices (blocks), N experts, D hidden size, r rank, G groups.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+_EPSILON = 1e-12
+
+
+def answer_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy over answer tokens. logits: [A, vocabulary], targets: int64 [A]. Computed in float32."""
+    return torch.nn.functional.cross_entropy(logits.float(), targets)
+
+
+def balance_loss(mean_routing: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Squared coefficient of variation of the mean routing weights [G, N], over experts; mean over groups and blocks.
+
+    Zero where every expert gets the same share (as in the authors' code, where it is weighted 0.01).
+    """
+    routing_MGN = torch.stack(list(mean_routing))
+    variation = routing_MGN.var(dim=-1, correction=0) / (routing_MGN.mean(dim=-1) ** 2 + _EPSILON)
+    return variation.mean()
+
+
+def _spectra(B_MNDr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Singular values [M, N, r] and right singular vectors [M, N, r, r] of every expert, constants to the gradient.
+
+    By way of the r x r Gram matrix: a rank-16 expert needs no factorisation of its D rows.
+    """
+    with torch.no_grad():
+        gram = B_MNDr.transpose(-1, -2) @ B_MNDr
+        squares, vectors = torch.linalg.eigh(gram)
+        return squares.clamp_min(0).sqrt(), vectors
+
+
+def spectral_weights(sigma_MNr: torch.Tensor) -> torch.Tensor:
+    """w(sigma) = exp(-sigma / mean sigma of the matrix): near 1 for weak components, near 0 for strong, shared ones."""
+    return torch.exp(-sigma_MNr / (sigma_MNr.mean(dim=-1, keepdim=True) + _EPSILON))
+
+
+def spectral_pairwise(B_MNDr: torch.Tensor) -> torch.Tensor:
+    """Between experts, as the paper writes it: sum_{i<j} ||(B_i V_i W_i)^T (B_j V_j W_j)||_F^2, mean over matrices."""
+    sigma, vectors = _spectra(B_MNDr)
+    weighted = B_MNDr @ (vectors * spectral_weights(sigma).unsqueeze(-2))
+    M, N, D, r = weighted.shape
+    flat_MDK = weighted.transpose(1, 2).reshape(M, D, N * r)
+    gram_MKK = flat_MDK.transpose(1, 2) @ flat_MDK
+    between = torch.block_diag(*[torch.ones(r, r, device=gram_MKK.device)] * N) == 0
+    return 0.5 * (gram_MKK**2 * between).sum() / M
+
+
+def spectral_gram(B_MNDr: torch.Tensor) -> torch.Tensor:
+    """Within an expert, as the authors' code has it: ||(B_i^T B_i - s^2 I) o w w^T||_F^2, s^2 = ||B_i||_F^2 / r.
+
+    The weights follow the singular values in falling order. Mean over matrices and experts.
+    """
+    r = B_MNDr.shape[-1]
+    sigma, _ = _spectra(B_MNDr)
+    w = spectral_weights(sigma.flip(-1))
+    gram = B_MNDr.transpose(-1, -2) @ B_MNDr
+    scale = B_MNDr.square().sum(dim=(-1, -2)) / r
+    target = scale[..., None, None] * torch.eye(r, device=B_MNDr.device)
+    return (((gram - target) * (w.unsqueeze(-1) * w.unsqueeze(-2))) ** 2).sum(dim=(-1, -2)).mean()
+
+
+SPECTRAL_LOSSES = {"pairwise": spectral_pairwise, "gram": spectral_gram}

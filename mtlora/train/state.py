@@ -1,0 +1,92 @@
+"""A run's folder, and its state on disk: enough to go on after a kill at any moment as if nothing had happened.
+
+training.json   the run's configuration
+log.jsonl       a line a step, and one a validation
+state.pt        step, adapter, optimizer and random generators; replaced by a rename
+adapter/        the checkpoint, once training is over
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtlora.errors import MtLoRAError
+from mtlora.train.config import TrainingConfig
+
+
+class RunError(MtLoRAError):
+    """A run folder that cannot be used as asked."""
+
+
+class RunFolder:
+    """The files of one training run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "training.json"
+        self.log_file = path / "log.jsonl"
+        self.state_file = path / "state.pt"
+        self.checkpoint = path / "adapter"
+
+    def open(self, config: TrainingConfig, *, resume: bool) -> dict[str, Any] | None:
+        """Make or re-enter the folder; returns the saved state to go on from, if any.
+
+        Raises RunError where the folder holds another run, or holds this one and `resume` is off.
+        """
+        if self.config_file.exists():
+            if not resume:
+                raise RunError(f"{self.path} holds a run already: go on with --resume, or choose another --out")
+            previous = TrainingConfig.model_validate_json(self.config_file.read_bytes())
+            changed = [
+                f"{name}: was {getattr(previous, name)!r}, now {getattr(config, name)!r}"
+                for name in TrainingConfig.model_fields
+                if getattr(previous, name) != getattr(config, name)
+            ]
+            if changed:
+                raise RunError(f"{self.config_file}: --resume needs the same configuration; {'; '.join(changed)}")
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _replace(self.config_file, (config.model_dump_json(indent=2) + "\n").encode())
+        # weights_only keeps a planted file from running code.
+        state = torch.load(self.state_file, weights_only=True) if self.state_file.exists() else None
+        self._cut_log(state["step"] if state else 0)
+        return state
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the saved state, whole or not at all."""
+        temporary = self.state_file.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.state_file)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to the log."""
+        with self.log_file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _cut_log(self, step: int) -> None:
+        """Drop lines of steps that will be run again, and a line that the kill cut short."""
+        if not self.log_file.exists():
+            return
+        kept = []
+        for line in self.log_file.read_text(errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError, TypeError):
+                continue
+        _replace(self.log_file, "".join(kept).encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,135 @@
+"""The trainer on a tiny backbone: it learns, resumes to the same bits after a kill, and refuses what is wrong."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mtlora.backbone import identify
+from mtlora.checkpoint import read_checkpoint
+from mtlora.cli import main
+from mtlora.config import MtLoRAConfig
+from mtlora.train.config import TrainingConfig
+from mtlora.train.state import RunError
+from mtlora.train.trainer import Trainer, TrainingError
+
+SMALL = TrainingConfig(
+    adapter=MtLoRAConfig(r=4, num_experts=3, num_groups=2, lora_dropout=0.1),
+    tasks=("boolean_expressions", "object_counting", "list_operations"),
+    examples_per_task=40, validation_per_task=4, batch_size=4, save_every=3, validate_every=10, threads=1,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _restore_torch_settings():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+def test_training_learns_and_leaves_a_valid_checkpoint(tiny_backbone: Path, tmp_path: Path) -> None:
+    config = SMALL.model_copy(update={"epochs": 6, "learning_rate": 2e-2})
+    trainer = Trainer(config, tiny_backbone, tmp_path / "run")
+    manifest = trainer.fit()
+    steps = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in steps if "loss" in record]
+    assert len(losses) == 180
+    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
+    assert all({"tokens_per_second", "grad_norm", "learning_rate"} <= set(r) for r in steps if "loss" in r)
+    checkpoint = read_checkpoint(trainer.folder.checkpoint, identify(tiny_backbone))
+    assert [task.id for task in checkpoint.manifest.tasks] == list(config.tasks or ())
+    assert [task.bias_index for task in checkpoint.manifest.tasks] == [0, 1, 2]
+    assert manifest.training["config"]["seed"] == 0
+    assert set(manifest.evaluation["adapter"]["tasks"]) == set(config.tasks or ())
+    assert 0 <= manifest.evaluation["backbone_alone"]["mean_accuracy"] <= 1
+    assert any(checkpoint.tensors[name].abs().max() > 0 for name in checkpoint.tensors if name.endswith("task_bias"))
+
+
+def test_the_backbone_is_frozen_and_spectral_readings_differ(tiny_backbone: Path, tmp_path: Path) -> None:
+    finals = {}
+    for spectral in ("off", "pairwise", "gram"):
+        config = SMALL.model_copy(update={"spectral": spectral, "spectral_weight": 10.0, "max_steps": 8})
+        trainer = Trainer(config, tiny_backbone, tmp_path / spectral)
+        before = {name: value.clone() for name, value in trainer.adapted.model.state_dict().items()}
+        for _ in range(8):
+            trainer.train_step()
+        assert all(torch.equal(before[name], value) for name, value in trainer.adapted.model.state_dict().items())
+        finals[spectral] = trainer.adapted.adapters.state_dict()["layers.0.mlp.lora_B"].clone()
+    assert not torch.equal(finals["off"], finals["pairwise"])
+    assert not torch.equal(finals["pairwise"], finals["gram"])
+
+
+def command(backbone: Path, config: Path, out: Path) -> list[str]:
+    return [sys.executable, "-m", "mtlora.cli", "train", "--backbone", str(backbone), "--config", str(config),
+            "--out", str(out), "--resume"]  # fmt: skip
+
+
+def test_kill_at_any_moment_then_resume_gives_the_same_bits(tiny_backbone: Path, tmp_path: Path) -> None:
+    """MTLORA_TEST_KILLS sets how many kills; the default keeps the suite quick."""
+    config = tmp_path / "config.json"
+    config.write_text(SMALL.model_copy(update={"epochs": 4, "validation_per_task": 2}).model_dump_json())
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    begin = time.monotonic()
+    subprocess.run(command(tiny_backbone, config, whole), check=True, capture_output=True)
+    seconds = time.monotonic() - begin
+    rng = random.Random(int(os.environ.get("MTLORA_TEST_SEED", "0")))
+    for _ in range(int(os.environ.get("MTLORA_TEST_KILLS", "3"))):
+        process = subprocess.Popen(
+            command(tiny_backbone, config, broken), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(rng.uniform(0.5, 1.0) * seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(tiny_backbone, config, broken), check=True, capture_output=True)
+    expected = load_file(whole / "adapter" / "adapter.safetensors")
+    found = load_file(broken / "adapter" / "adapter.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    logged = [json.loads(line)["step"] for line in (broken / "log.jsonl").read_text().splitlines() if "loss" in line]
+    assert logged == sorted(logged)
+
+
+def test_a_run_folder_is_never_taken_for_another(tiny_backbone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    Trainer(SMALL, tiny_backbone, out)
+    with pytest.raises(RunError, match="holds a run already"):
+        Trainer(SMALL, tiny_backbone, out)
+    with pytest.raises(RunError, match=r"learning_rate: was 0\.002, now 0\.5"):
+        Trainer(SMALL.model_copy(update={"learning_rate": 0.5}), tiny_backbone, out, resume=True)
+
+
+def test_a_loss_that_is_no_number_stops_before_it_spoils_anything(tiny_backbone: Path, tmp_path: Path) -> None:
+    trainer = Trainer(SMALL, tiny_backbone, tmp_path / "run")
+    before = {name: value.clone() for name, value in trainer.adapted.adapters.state_dict().items()}
+    trainer.adapted.model.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(TrainingError, match="step 1: loss is nan"):
+        trainer.fit()
+    assert all(torch.equal(before[name], value) for name, value in trainer.adapted.adapters.state_dict().items())
+    assert not trainer.folder.checkpoint.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--suite", "/nowhere"], "/nowhere"),
+        (["--set", 'tasks=["no_such_task"]'], "no task no_such_task"),
+        (["--set", "adapter.num_groups=5"], "num_groups 5 does not divide"),
+        (["--set", "adapter.r=0"], "adapter.r"),
+        (["--learning-rate", "fast"], "learning_rate"),
+        (["--set", "colour=red"], "colour"),
+        (["--config", "/nowhere.json"], "/nowhere.json"),
+    ],
+)
+def test_bad_settings_are_named(tiny_backbone: Path, tmp_path: Path, capsys, flags: list[str], message: str) -> None:
+    status = main(["train", "--backbone", str(tiny_backbone), "--out", str(tmp_path / "run"), *flags])
+    assert status == 2
+    assert message in capsys.readouterr().err
