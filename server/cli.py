@@ -1,4 +1,4 @@
-"""`mtlora-server`: serve (the default), ask, tasks. Imports what a command needs, when it needs it."""
+"""`mtlora-server`: serve (the default), ask, tasks, demo. Imports what a command needs, when it needs it."""
 
 import argparse
 import gc
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_COMMANDS = ("serve", "ask", "tasks")
+_COMMANDS = ("serve", "ask", "tasks", "demo")
 _DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 # Importing vLLM makes millions of objects that stay, and Python would look through them for garbage all the while: a
@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="run the server", description=_SERVE_DESCRIPTION))
     _add_ask(commands.add_parser("ask", help="ask a running server"))
     _add_tasks(commands.add_parser("tasks", help="list a running server's tasks"))
+    _add_demo(commands.add_parser("demo", help="start a server and ask it every built-in task at once"))
     return parser
 
 
@@ -105,7 +106,7 @@ def _add_ask(parser: argparse.ArgumentParser) -> None:
 
 
 def _ask(options: argparse.Namespace) -> int:
-    from server.client import Client, ServerError
+    from mtlora.client import Client, ServerError
 
     try:
         given = _ask_input(options)
@@ -157,7 +158,7 @@ def _tasks(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from server.client import Client, ServerError
+    from mtlora.client import Client, ServerError
 
     try:
         with Client(options.address) as client:
@@ -169,6 +170,24 @@ def _tasks(options: argparse.Namespace) -> int:
         table.add_row(task.id, ", ".join(task.fields), f"{task.adapter_name}/{task.adapter_version}", task.description)
     Console().print(table)
     return 0
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backbone", default="default", help="default: %(default)s")
+    parser.add_argument("--adapters", type=Path, default=Path("adapters"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--per-task", type=int, default=10, help="questions a task; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="which questions; default: %(default)s")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from server.demo import run_demo
+    from server.process import ServerFailedError
+
+    try:
+        return run_demo(options.backbone, options.adapters, per_task=options.per_task, seed=options.seed)
+    except ServerFailedError as error:
+        return _fail(str(error), 1)
 
 
 def _fail_request(error: Any) -> int:

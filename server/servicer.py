@@ -43,7 +43,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         # One thread: however many large inputs come, they take one core at most.
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")
 
-    async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:  # noqa: N802
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         with self._admission.admit():
             generation = await self._generation(request)
             async with aclosing(generation.run(self.engine)) as deltas:  # type: ignore[type-var]
@@ -51,7 +51,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                     pass
             return encoding.response(generation)
 
-    async def GenerateStream(  # noqa: N802
+    async def GenerateStream(
         self, request: pb.GenerateRequest, context: Any
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         with self._admission.admit():
@@ -60,7 +60,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 async for delta in deltas:
                     yield encoding.stream_response(delta, generation)
 
-    async def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> pb.ListTasksResponse:  # noqa: N802
+    async def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> pb.ListTasksResponse:
         self._admission.check_serving()
         size, after = page_size(request), _decode_page_token(request.page_token)
         if violations := [each for each in (size, after) if isinstance(each, Violation)]:
@@ -68,7 +68,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         tasks, last = self.catalog.page(str(after), int(size))  # type: ignore[arg-type]
         return pb.ListTasksResponse(tasks=map(encoding.task, tasks), next_page_token=_encode_page_token(last))
 
-    async def GetTask(self, request: pb.GetTaskRequest, context: Any) -> pb.GetTaskResponse:  # noqa: N802
+    async def GetTask(self, request: pb.GetTaskRequest, context: Any) -> pb.GetTaskResponse:
         self._admission.check_serving()
         return pb.GetTaskResponse(task=encoding.task(self._task(request.task_id)))
 
@@ -82,9 +82,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             logger.info("prompt", extra={"fields": {"request_id": current_call().request_id, "prompt": prompt}})
         return Generation(result, current_call(), self._metrics)
 
-    async def _validate(
-        self, request: pb.GenerateRequest, task: ServedTask | None
-    ) -> GenerationJob | list[Violation]:
+    async def _validate(self, request: pb.GenerateRequest, task: ServedTask | None) -> GenerationJob | list[Violation]:
         arguments = (request, task, self.tokenizer, self.limits)
         if request.ByteSize() <= _TOKENIZE_APART_BYTES:
             return validate(*arguments)

@@ -29,7 +29,7 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", min_length=1, description="address on which gRPC listens")
     port: int = Field(50051, ge=0, le=65535, description="port of gRPC; 0 takes a free one")
     metrics_host: str = Field("127.0.0.1", min_length=1, description="address on which /metrics listens")
-    metrics_port: int = Field(9464, ge=0, le=65535, description="port of /metrics; 0 takes a free one")
+    metrics_port: int = Field(9090, ge=0, le=65535, description="port of /metrics; 0 takes a free one")
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="dtype of the backbone")
     max_model_len: int = Field(1024, ge=16, description="context: prompt and answer tokens of one sequence")

@@ -9,7 +9,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from server.client import Client, ServerError
+from mtlora.client import Client, ServerError
 from server.process import ServerProcess
 from tests.server.adapters import entry, write_adapter
 from tests.server.ports import free_port

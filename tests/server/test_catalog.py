@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +40,8 @@ def read(folder: Path) -> Catalog:
 
 
 @pytest.fixture(autouse=True)
-def _logs_reach_pytest(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _logs_reach_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("mtlora.server"), "propagate", True)
-    yield
 
 
 def test_the_highest_version_is_served(tmp_path: Path) -> None:

@@ -130,7 +130,9 @@ def test_threads_are_not_bound_under_a_smaller_quota(monkeypatch: pytest.MonkeyP
     assert threads.thread_environment(None, {}, 2) == {threads.BIND: "nobind", "OMP_NUM_THREADS": "4"}
 
 
-@pytest.mark.parametrize(("text", "cores"), [("max 100000", None), ("150000 100000", 1), ("400000 100000", 4), ("?", None)])
+@pytest.mark.parametrize(
+    ("text", "cores"), [("max 100000", None), ("150000 100000", 1), ("400000 100000", 4), ("?", None)]
+)
 def test_quota_of_the_control_group(tmp_path: Path, text: str, cores: int | None) -> None:
     (tmp_path / "cpu.max").write_text(text)
     assert threads.quota_cores(tmp_path / "cpu.max") == cores

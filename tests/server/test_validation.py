@@ -10,8 +10,8 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from transformers import AutoTokenizer
 
 from mtlora.backbone import resolve
+from mtlora.client import make_request
 from mtlora.prompt import encode_chat, encode_prompt
-from server.client import make_request
 from server.errors import Violation
 from server.job import GenerationJob, ServedTask
 from server.validation import MAX_STOP_STRINGS, Limits, page_size, validate
@@ -175,7 +175,9 @@ CHATS = st.builds(
         max_size=5,
     ),
 )
-FIELDS = st.builds(pb.TemplateFields, values=st.dictionaries(st.sampled_from(["x", "y", "input"]) | TEXTS, TEXTS, max_size=4))
+FIELDS = st.builds(
+    pb.TemplateFields, values=st.dictionaries(st.sampled_from(["x", "y", "input"]) | TEXTS, TEXTS, max_size=4)
+)
 FLOATS = st.floats(width=32) | st.floats(0, 2, width=32)
 PARAMETERS = st.fixed_dictionaries(
     {},
