@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtlora.client import Answer, AsyncClient, ServerError
-
 from mtlora.suite import load_suite
 from mtlora.suite.base import Example
 from mtlora.task import is_correct
