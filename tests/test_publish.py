@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from tests.helpers import write_random
 
 from mtlora.checkpoint import CheckpointError, read_checkpoint
 from mtlora.errors import MtLoRAError
 from mtlora.publish import publish
+from tests.helpers import write_random
 
 
 def test_versions_count_upwards(tmp_path: Path) -> None:
