@@ -44,7 +44,7 @@ test: $(STAMP) ## the whole test suite
 	$(BIN)/python -m pytest
 
 bench: $(STAMP) ## start-up time and memory of the server, measured now
-	$(BIN)/python -m tests.bench --backbone $(BACKBONE) --adapters $(ADAPTERS)
+	$(BIN)/python -m server.bench --backbone $(BACKBONE) --adapters $(ADAPTERS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check

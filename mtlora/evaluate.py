@@ -105,3 +105,19 @@ def offline_answerer(
         return answers
 
     return answer
+
+
+def server_answerer(address: str, *, without_adapter: bool = False, concurrency: int = 32) -> Answerer:
+    """Answers from a running server, `concurrency` requests at a time. Raises ServerError where one fails."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from mtlora.client import Client
+
+    def answer(examples: Sequence[Example]) -> list[str]:
+        def ask(example: Example) -> str:
+            return client.generate(example.task_id, example.input, without_adapter=without_adapter).text
+
+        with Client(address) as client, ThreadPoolExecutor(concurrency) as pool:
+            return list(tqdm(pool.map(ask, examples), total=len(examples), desc="ask", unit="ex", leave=False))
+
+    return answer

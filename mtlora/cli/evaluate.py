@@ -44,7 +44,7 @@ def _eval(args: argparse.Namespace) -> int:
     examples = _examples(suite, checkpoint.manifest, args)
     answerers: dict[str, Answerer] = {}
     if args.through:
-        from mtlora.client import server_answerer
+        from mtlora.evaluate import server_answerer
 
         answerers["adapter"] = server_answerer(args.through)
         answerers["backbone_alone"] = server_answerer(args.through, without_adapter=True)

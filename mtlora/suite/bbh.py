@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ _LAYOUT = '{"examples": [{"input": "...", "target": "..."}, ...]}'
 class FolderSuite:
     """Reads every `*.json` of a folder at once, so a wrong file is found before any work is done.
 
-    Other files and keys beyond the layout's are ignored. Of inputs that occur twice with the same target one is kept.
+    Other files and keys beyond the layout's are ignored. An input that occurs twice is in its split once, with its
+    first target; where targets differ, a warning says so, for such files are in use and must be scorable whole.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -61,7 +63,7 @@ class FolderSuite:
         return self._tasks
 
     def all_examples(self, task_id: str) -> list[Example]:
-        """Every example of the task's file, of all splits, in the file's order."""
+        """Every example of the task's file, of all splits, in the file's order, repeated inputs included."""
         if task_id not in self._examples:
             raise SuiteError(f"suite {self.name} has no task {task_id!r}; it has {', '.join(self._examples)}")
         return list(self._examples[task_id])
@@ -70,7 +72,10 @@ class FolderSuite:
         """See `Suite.examples`. A smaller `count` gives a prefix of what a larger one gives."""
         if split not in SPLITS:
             raise SuiteError(f"no split {split!r}; there are {', '.join(SPLITS)}")
-        examples = [e for e in self.all_examples(task_id) if split_of(task_id, e.input) == split]
+        first: dict[str, Example] = {}
+        for example in self.all_examples(task_id):
+            first.setdefault(example.input, example)
+        examples = [e for e in first.values() if split_of(task_id, e.input) == split]
 
         # Ordered by hash: an example added to the file or taken out leaves the others' order alone.
         def key(example: Example) -> bytes:
@@ -109,16 +114,17 @@ def _read_task(task_id: str, file: Path) -> tuple[Example, ...]:
         raise SuiteError(f'{file}: "examples" must be a list, found {_kind(entries)}')
     if not entries:
         raise SuiteError(f'{file}: "examples" is empty; a task needs at least one example')
-    seen: dict[str, tuple[int, Example]] = {}
-    for index, entry in enumerate(entries):
-        example = _read_example(task_id, entry, f"{file}: example {index}")
-        first, kept = seen.setdefault(example.input, (index, example))
+    examples = tuple(_read_example(task_id, entry, f"{file}: example {i}") for i, entry in enumerate(entries))
+    seen: dict[str, int] = {}
+    for index, example in enumerate(examples):
+        kept = examples[seen.setdefault(example.input, index)]
         if normalise_answer(kept.target) != normalise_answer(example.target):
-            raise SuiteError(
-                f"{file}: example {index} has the input of example {first} but target {example.target!r} instead of "
-                f"{kept.target!r}; an input has one target"
+            warnings.warn(
+                f"{file}: example {index} has the input of example {seen[example.input]} but target "
+                f"{example.target!r} instead of {kept.target!r}; only the first is trained on",
+                stacklevel=2,
             )
-    return tuple(example for _, example in seen.values())
+    return examples
 
 
 def _read_example(task_id: str, entry: Any, place: str) -> Example:

@@ -103,7 +103,7 @@ def test_a_run_folder_is_never_taken_for_another(tiny_backbone: Path, tmp_path: 
     Trainer(SMALL, tiny_backbone, out)
     with pytest.raises(RunError, match="holds a run already"):
         Trainer(SMALL, tiny_backbone, out)
-    with pytest.raises(RunError, match="learning_rate: was 0.002, now 0.5"):
+    with pytest.raises(RunError, match=r"learning_rate: was 0\.002, now 0\.5"):
         Trainer(SMALL.model_copy(update={"learning_rate": 0.5}), tiny_backbone, out, resume=True)
 
 

@@ -1,0 +1,188 @@
+"""Python clients of the server, for threads and for asyncio. Depends on the contract alone."""
+
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from mtlora_pb.v1 import inference_pb2 as pb
+from mtlora_pb.v1 import inference_pb2_grpc
+
+# A text for a one-field template, named fields, or the messages of a chat.
+Input = str | Mapping[str, str] | Sequence[Mapping[str, str]]
+
+_OPTIONS = [("grpc.max_receive_message_length", -1)]
+_DETAILS = (error_details_pb2.BadRequest, error_details_pb2.ResourceInfo, error_details_pb2.RetryInfo)
+
+
+class ServerError(Exception):
+    """A request that did not end in OK."""
+
+    def __init__(self, error: Any) -> None:
+        self.code: grpc.StatusCode = error.code()
+        self.message: str = error.details() or ""
+        trailer = dict(error.trailing_metadata() or ())
+        self.request_id = str(trailer.get("x-request-id", ""))
+        # Field and description, a pair each.
+        self.violations: list[tuple[str, str]] = []
+        self.retry_after_s: float | None = None
+        self.resource: str | None = None
+        for detail in _unpack(trailer.get("grpc-status-details-bin", b"")):
+            if isinstance(detail, error_details_pb2.BadRequest):
+                self.violations = [(each.field, each.description) for each in detail.field_violations]
+            elif isinstance(detail, error_details_pb2.ResourceInfo):
+                self.resource = detail.resource_name
+            elif isinstance(detail, error_details_pb2.RetryInfo):
+                self.retry_after_s = detail.retry_delay.ToTimedelta().total_seconds()
+        super().__init__(f"{self.code.name}: {self.message}")
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    summary: pb.Summary
+    logprobs: list[pb.TokenLogprobs] = field(default_factory=list)
+
+
+def make_request(task_id: str, input: Input, *, without_adapter: bool = False, **parameters: Any) -> pb.GenerateRequest:
+    """The message for one input. `parameters` are those of GenerationParameters; `stop` is a list of strings."""
+    request = pb.GenerateRequest(task_id=task_id, without_adapter=without_adapter)
+    if isinstance(input, str):
+        request.text = input
+    elif isinstance(input, Mapping):
+        request.fields.values.update(input)
+        request.fields.SetInParent()
+    else:
+        request.chat.messages.extend(pb.ChatMessage(**message) for message in input)
+        request.chat.SetInParent()
+    if (stop := parameters.pop("stop", None)) is not None:
+        request.parameters.stop.values.extend(stop)
+        request.parameters.stop.SetInParent()
+    request.parameters.MergeFrom(pb.GenerationParameters(**parameters))
+    return request
+
+
+class Client:
+    """A blocking client; a context manager. Every method raises ServerError."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def generate(self, task_id: str, input: Input, *, timeout: float | None = None, **parameters: Any) -> Answer:
+        """The answer to one input; `parameters` as for `make_request`."""
+        try:
+            reply = self._stub.Generate(make_request(task_id, input, **parameters), timeout=timeout)
+        except grpc.RpcError as error:
+            raise ServerError(error) from None
+        return Answer(reply.text, reply.summary, list(reply.logprobs))
+
+    def stream(
+        self, task_id: str, input: Input, *, timeout: float | None = None, **parameters: Any
+    ) -> Iterator[pb.GenerateStreamResponse]:
+        """The answer in pieces; the last one carries the summary. Closing the iterator cancels the request."""
+        call = self._stub.GenerateStream(make_request(task_id, input, **parameters), timeout=timeout)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise ServerError(error) from None
+        finally:
+            call.cancel()
+
+    def tasks(self, page_size: int = 0) -> list[pb.Task]:
+        """All tasks that can be asked."""
+        tasks: list[pb.Task] = []
+        token = ""
+        while True:
+            try:
+                page = self._stub.ListTasks(pb.ListTasksRequest(page_size=page_size, page_token=token))
+            except grpc.RpcError as error:
+                raise ServerError(error) from None
+            tasks += page.tasks
+            if not (token := page.next_page_token):
+                return tasks
+
+    def task(self, task_id: str) -> pb.Task:
+        try:
+            return self._stub.GetTask(pb.GetTaskRequest(task_id=task_id)).task
+        except grpc.RpcError as error:
+            raise ServerError(error) from None
+
+    def is_serving(self, service: str = "", timeout: float = 2.0) -> bool:
+        """The health of a service; False where the server cannot be reached."""
+        try:
+            reply = self._health.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout)
+        except grpc.RpcError:
+            return False
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def wait_ready(self, timeout: float) -> None:
+        """Wait until the server is serving. Raises TimeoutError."""
+        until = time.monotonic() + timeout
+        while not self.is_serving():
+            if time.monotonic() > until:
+                raise TimeoutError(f"not serving after {timeout:g} s")
+            time.sleep(0.1)
+
+
+class AsyncClient:
+    """As `Client`, for asyncio."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def generate(self, task_id: str, input: Input, *, timeout: float | None = None, **parameters: Any) -> Answer:
+        try:
+            reply = await self._stub.Generate(make_request(task_id, input, **parameters), timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            raise ServerError(error) from None
+        return Answer(reply.text, reply.summary, list(reply.logprobs))
+
+    async def stream(
+        self, task_id: str, input: Input, *, timeout: float | None = None, **parameters: Any
+    ) -> AsyncIterator[pb.GenerateStreamResponse]:
+        call = self._stub.GenerateStream(make_request(task_id, input, **parameters), timeout=timeout)
+        try:
+            async for message in call:
+                yield message
+        except grpc.aio.AioRpcError as error:
+            raise ServerError(error) from None
+        finally:
+            call.cancel()
+
+
+def _unpack(serialized: bytes) -> Iterator[Any]:
+    try:
+        packed = status_pb2.Status.FromString(serialized).details
+    except DecodeError:
+        return
+    for each in packed:
+        for kind in _DETAILS:
+            if each.Is(kind.DESCRIPTOR):
+                message = kind()
+                each.Unpack(message)
+                yield message

@@ -1,0 +1,224 @@
+"""The server's life: listen, start the engine, serve, drain, stop."""
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+from mtlora_pb.v1 import inference_pb2, inference_pb2_grpc
+
+from mtlora.backbone import BackboneError, identify, resolve
+from server.admission import Admission, State
+from server.catalog import Catalog, read_catalog
+from server.engine import Engine, EngineStartError, kill_children
+from server.interceptor import CallInterceptor
+from server.logs import get_logger
+from server.metrics import UNKNOWN_TASK, Metrics
+from server.servicer import InferenceServicer
+from server.settings import Settings
+from server.validation import Limits
+
+logger = get_logger("app")
+
+_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+_HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+_WATCH_INTERVAL_S = 1.0
+
+
+class StartError(Exception):
+    """The server cannot start; the message says why."""
+
+
+class App:
+    """One server process: `run` it once."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._metrics = Metrics()
+        self._admission = Admission(settings.in_flight_limit, self._metrics.in_flight.set)
+        self._servicer = InferenceServicer(self._admission, self._metrics, log_prompts=settings.log_prompts)
+        self._health = HealthServicer()
+        self._engine: Engine | None = None
+        self._stop = asyncio.Event()
+
+    async def run(self, ready: Callable[[str], None]) -> int:
+        """Serve until a signal; returns the exit status. `ready` gets the ready line once requests are served."""
+        self._handle_signals()
+        began = time.monotonic()
+        await self._set_health(serving=False)
+        server, address = await self._listen()
+        metrics_port, close_metrics = self._open_metrics()
+        logger.info("listening", extra={"fields": {"address": address, "metrics_port": metrics_port}})
+        try:
+            starting = asyncio.create_task(self._start())
+            stopping = asyncio.create_task(self._stop.wait())
+            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                return self._give_up_starting(starting)
+            starting.result()
+            await self._open_admission()
+            seconds = round(time.monotonic() - began, 1)
+            tasks = len(self._servicer.catalog.tasks)
+            logger.info("serving", extra={"fields": {"address": address, "tasks": tasks, "start_seconds": seconds}})
+            ready(f"serving on {address}, metrics on {self._settings.metrics_host}:{metrics_port}, {tasks} tasks")
+            watching = asyncio.create_task(self._watch_engine())
+            await stopping
+            watching.cancel()
+            await self._drain()
+        finally:
+            await server.stop(grace=1.0)
+            close_metrics()
+            if self._engine is not None:
+                self._engine.shutdown()
+        return 0
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: int) -> None:
+        if self._stop.is_set():
+            logger.warning("second signal, exiting at once")
+            kill_children()
+            os._exit(128 + number)
+        logger.info("stopping", extra={"fields": {"signal": signal.Signals(number).name}})
+        self._stop.set()
+
+    async def _listen(self) -> tuple[Any, str]:
+        settings = self._settings
+        limit = settings.max_message_bytes
+        server = grpc.aio.server(
+            interceptors=[CallInterceptor(self._metrics, self._task_label)],
+            # Without so_reuseport=0, two servers would share a port unknowingly.
+            options=[("grpc.max_receive_message_length", limit), ("grpc.so_reuseport", 0)],
+        )
+        inference_pb2_grpc.add_InferenceServicer_to_server(self._servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((_SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME), server)
+        wanted = f"{settings.host}:{settings.port}"
+        try:
+            port = server.add_insecure_port(wanted)
+        except RuntimeError:
+            port = 0
+        if not port:
+            raise StartError(f"cannot listen on {wanted}: taken, or not an address of this machine (host, port)")
+        await server.start()
+        return server, f"{settings.host}:{port}"
+
+    def _open_metrics(self) -> tuple[int, Callable[[], None]]:
+        host, port = self._settings.metrics_host, self._settings.metrics_port
+        try:
+            return self._metrics.serve(host, port)
+        except OSError as error:
+            raise StartError(f"cannot listen on {host}:{port}: {error} (metrics_host, metrics_port)") from None
+
+    async def _start(self) -> None:
+        """Start the engine and, meanwhile, verify the adapters; then load them and warm up."""
+        try:
+            backbone = await asyncio.to_thread(resolve, self._settings.backbone)
+            self._metrics.record_build(self._settings.backbone)
+            engine = self._engine = Engine(self._settings, backbone, self._metrics.record_engine)
+            _, catalog = await asyncio.gather(
+                asyncio.to_thread(engine.start), asyncio.to_thread(self._read_catalog, backbone)
+            )
+        except (BackboneError, EngineStartError) as error:
+            raise StartError(str(error)) from error
+        self._set_catalog(await self._load_slots(engine, catalog))
+        self._servicer.engine = engine
+        self._servicer.tokenizer = engine.tokenizer
+        self._servicer.limits = Limits(self._settings.max_model_len, engine.vocab_size)
+        await engine.warm_up(next((task.slot for task in self._servicer.catalog.tasks.values()), None))
+
+    def _read_catalog(self, backbone: Path) -> Catalog:
+        if self._settings.adapters is None:
+            return Catalog()
+        from mtlora.vllm_plugin.requests import slot_requests
+
+        catalog = read_catalog(self._settings.adapters, identify(backbone), slot_requests)
+        self._metrics.record_catalog(catalog)
+        self._check_catalog(catalog)
+        return catalog
+
+    async def _load_slots(self, engine: Engine, catalog: Catalog) -> Catalog:
+        """The catalog of those adapters that the engine took."""
+        for adapter in catalog.adapters:
+            try:
+                for slot in adapter.slots:
+                    await engine.load(slot)
+            except Exception as error:
+                if not engine.alive:
+                    raise StartError(f"the engine died while it loaded {adapter.name}/{adapter.version}") from error
+                catalog = catalog.without(adapter, f"the engine did not take it: {error}")
+        self._check_catalog(catalog)
+        return catalog
+
+    def _check_catalog(self, catalog: Catalog) -> None:
+        if not catalog.tasks and not self._settings.allow_no_tasks:
+            raise StartError(f"{self._settings.adapters}: no adapter there can be served; the log above says why")
+
+    def _set_catalog(self, catalog: Catalog) -> None:
+        self._servicer.catalog = catalog
+        self._metrics.record_catalog(catalog)
+
+    def _task_label(self, task_id: str) -> str:
+        return task_id if task_id in self._servicer.catalog.tasks else UNKNOWN_TASK
+
+    async def _open_admission(self) -> None:
+        # What is alive now stays: leave it out of garbage collections, which would hold up the streams.
+        gc.collect()
+        gc.freeze()
+        self._admission.state = State.SERVING
+        await self._set_health(serving=True)
+
+    async def _watch_engine(self) -> None:
+        """Stop serving when the engine dies."""
+        assert self._engine is not None
+        while self._engine.alive:
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+        logger.error("the engine has died")
+        self._admission.state = State.DEAD
+        await self._set_health(serving=False)
+
+    async def _drain(self) -> None:
+        """Admit nothing more; let running requests finish, for as long as the grace period is."""
+        self._admission.state = State.DRAINING
+        await self._set_health(serving=False)
+        if not await self._admission.drained(self._settings.grace_period_s):
+            logger.warning("grace period over, aborting running requests")
+            self._admission.abort_running()
+            await self._admission.drained(5.0)
+        logger.info("drained")
+
+    def _give_up_starting(self, starting: "asyncio.Task[None]") -> int:
+        """A signal came before the engine was up: it cannot be asked to stop yet, so its processes are ended."""
+        starting.cancel()
+        kill_children()
+        logger.info("stopped while starting")
+        os._exit(0)
+
+    async def _set_health(self, *, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        self._metrics.serving.set(serving)
+        for service in ("", _SERVICE):
+            await self._health.set(service, status)
+
+
+def serve(settings: Settings, ready: Callable[[str], None]) -> int:
+    """Run a server in this process. Raises StartError where it cannot start."""
+    with contextlib.suppress(KeyboardInterrupt):
+        return asyncio.run(_run(settings, ready))
+    return 0
+
+
+async def _run(settings: Settings, ready: Callable[[str], None]) -> int:
+    return await App(settings).run(ready)

@@ -1,0 +1,262 @@
+"""A thin asynchronous wrapper around vLLM's AsyncLLM: the only module that touches vLLM, and only when started."""
+
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from server.errors import EngineAbortedError, EngineDeadError
+from server.job import Delta, FinishReason, GenerationJob, Sampling, TokenLogprob, TokenLogprobs
+from server.logs import get_logger
+from server.settings import Settings
+from server.threads import thread_environment
+
+logger = get_logger("engine")
+
+MAX_LOGPROBS = 5
+_FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "repetition": "stop"}
+
+
+class EngineStartError(RuntimeError):
+    """The engine did not start."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """The scheduler's state after its last step."""
+
+    running: int
+    waiting: int
+    kv_cache_usage: float
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+
+
+class Engine:
+    """One engine. `start` it, then `load` slots, then `generate`; all but `start` and `shutdown` on the event loop."""
+
+    def __init__(self, settings: Settings, backbone: Path, on_stats: Callable[[EngineStats], None]) -> None:
+        self._settings = settings
+        self._backbone = backbone
+        self._on_stats = on_stats
+        self._llm: Any = None
+        self._sampling_params: Any = None
+        self._count = 0
+
+    def start(self) -> None:
+        """Start the engine's processes and load the backbone. Blocks for long; raises EngineStartError."""
+        os.environ.update(engine_environment(self._settings))
+        # vLLM's own variable would silently outrank the setting.
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.executor import Executor
+
+        self._sampling_params = SamplingParams
+        arguments = self._engine_args()
+        if arguments["enforce_eager"]:
+            # vLLM compiles two sampling functions even then, for seconds, in the first request that needs them.
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        try:
+            config = AsyncEngineArgs(**arguments).create_engine_config()
+            with _no_interrupts_in_children():
+                self._llm = AsyncLLM(
+                    config,
+                    Executor.get_class(config),
+                    log_stats=False,
+                    log_requests=False,
+                    stat_loggers=[_stat_logger_factory(self._on_stats)],
+                )
+        except Exception as error:
+            raise EngineStartError(f"the engine did not start: {error}") from error
+
+    def _engine_args(self) -> dict[str, Any]:
+        from vllm.platforms import current_platform
+
+        from mtlora.vllm_plugin import engine_overrides
+
+        settings = self._settings
+        on_cpu = bool(current_platform.is_cpu())
+        kv_cache_gib = settings.kv_cache_gib or (1.0 if on_cpu else None)
+        return {
+            "model": str(self._backbone),
+            "dtype": settings.dtype,
+            "max_model_len": settings.max_model_len,
+            "max_num_seqs": settings.max_num_seqs,
+            "max_num_batched_tokens": settings.max_num_batched_tokens,
+            "gpu_memory_utilization": settings.gpu_memory_utilization,
+            "kv_cache_memory_bytes": int(kv_cache_gib * (1 << 30)) if kv_cache_gib else None,
+            "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
+            "enable_prefix_caching": settings.enable_prefix_caching,
+            "seed": settings.seed,
+            "tensor_parallel_size": settings.tensor_parallel_size,
+            "pipeline_parallel_size": settings.pipeline_parallel_size,
+            "max_logprobs": MAX_LOGPROBS,
+            "use_tqdm_on_load": False,
+            **engine_overrides(settings.max_num_seqs),
+        }
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._llm.get_tokenizer()
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._llm.model_config.get_vocab_size())
+
+    @property
+    def alive(self) -> bool:
+        """False once the engine has died; a request would end in EngineDeadError."""
+        return self._llm is not None and not self._llm.errored
+
+    async def load(self, slot: Any) -> None:
+        """Put a task slot into the engine's memory."""
+        await self._llm.add_lora(slot)
+
+    async def warm_up(self, slot: Any | None) -> None:
+        """Run short sequences through prefill, decode and sampling, so that no user's request pays for first calls."""
+        sampled = Sampling(max_new_tokens=2, temperature=1.0, top_p=0.9, top_k=10, seed=0, logprobs=1)
+        for sampling in (Sampling(max_new_tokens=2), sampled):
+            async for _ in self._generate([1] * 8, sampling, slot):
+                pass
+
+    def generate(self, job: GenerationJob) -> AsyncIterator[Delta]:
+        """The sequence's deltas. Closing the iterator, or cancelling its reader, aborts the sequence in the engine."""
+        return self._generate(list(job.prompt_ids), job.sampling, None if job.without_adapter else job.task.slot)
+
+    async def _generate(self, prompt_ids: list[int], sampling: Sampling, slot: Any | None) -> AsyncIterator[Delta]:
+        from vllm.inputs import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
+
+        self._count += 1
+        outputs = self._llm.generate(
+            tokens_input(prompt_ids), self._params(sampling), f"sequence-{self._count}", lora_request=slot
+        )
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    yield _delta(output)
+        except VllmEngineDeadError:
+            raise EngineDeadError from None
+
+    def _params(self, sampling: Sampling) -> Any:
+        from vllm.sampling_params import RequestOutputKind
+
+        return self._sampling_params(
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=sampling.seed,
+            stop=list(sampling.stop),
+            logprobs=sampling.logprobs or None,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+    def shutdown(self) -> None:
+        """Stop the engine's processes. Blocks for a few seconds at most."""
+        if self._llm is not None:
+            self._llm.shutdown(timeout=5)
+            # Collected now: at the interpreter's exit its finalizer would fail, in writing.
+            self._llm = None
+
+
+def engine_environment(settings: Settings) -> dict[str, str]:
+    """Environment variables for vLLM and its processes, which inherit them."""
+    ranks = settings.tensor_parallel_size * settings.pipeline_parallel_size
+    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+    wanted = {} if settings.log_level == "debug" else {k: os.environ.get(k, v) for k, v in quiet.items()}
+    return {
+        **wanted,
+        # stdout belongs to the ready line.
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        # By now the backbone is a local folder.
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        **thread_environment(settings.omp_threads_bind, os.environ, ranks),
+    }
+
+
+def kill_children() -> None:
+    """Kill every process under this one, at once."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+@contextlib.contextmanager
+def _no_interrupts_in_children() -> Iterator[None]:
+    """Ctrl-C reaches every process of a terminal; the engine's must live on while running requests finish."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def _stat_logger_factory(on_stats: Callable[[EngineStats], None]) -> type:
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class StatLogger(StatLoggerBase):
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+            pass
+
+        def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
+            if scheduler_stats is not None:
+                on_stats(
+                    EngineStats(
+                        running=scheduler_stats.num_running_reqs,
+                        waiting=scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs,
+                        kv_cache_usage=scheduler_stats.kv_cache_usage,
+                        prefix_cache_queries=scheduler_stats.prefix_cache_stats.queries,
+                        prefix_cache_hits=scheduler_stats.prefix_cache_stats.hits,
+                    )
+                )
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    return StatLogger
+
+
+def _delta(output: Any) -> Delta:
+    completion = output.outputs[0]
+    reason = completion.finish_reason
+    if reason is not None and reason not in _FINISH_REASONS:
+        raise EngineAbortedError(reason)
+    scheduled_at = output.metrics.scheduled_ts if output.metrics else None
+    return Delta(
+        text=completion.text,
+        tokens=len(completion.token_ids),
+        logprobs=_logprobs(completion),
+        finish_reason=_FINISH_REASONS[reason] if reason else None,
+        scheduled_at=scheduled_at or None,
+    )
+
+
+def _logprobs(completion: Any) -> tuple[TokenLogprobs, ...]:
+    if not completion.logprobs:
+        return ()
+    return tuple(
+        _token_logprobs(token_id, position)
+        for token_id, position in zip(completion.token_ids, completion.logprobs, strict=True)
+    )
+
+
+def _token_logprobs(token_id: int, position: dict[int, Any]) -> TokenLogprobs:
+    tokens = {
+        each: TokenLogprob(each, entry.decoded_token or "", float(entry.logprob)) for each, entry in position.items()
+    }
+    # The chosen token comes first in vLLM's dictionary and counts as one of the top only where its rank says so.
+    limit = len(position) - 1 if position[token_id].rank > len(position) - 1 else len(position)
+    ranked = sorted((entry.rank, each) for each, entry in position.items())
+    return TokenLogprobs(tokens[token_id], tuple(tokens[each] for _, each in ranked[:limit]))

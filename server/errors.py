@@ -1,0 +1,104 @@
+"""Where a failure becomes a gRPC status with google.rpc details."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+DETAILS_KEY = "grpc-status-details-bin"
+# Statuses travel in HTTP/2 trailers, which clients cap at 8 KiB with everything else in them.
+_MAX_MESSAGE = 600
+_MAX_DESCRIPTION = 240
+_MAX_VIOLATIONS_BYTES = 2500
+_SHOWN = 128
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One thing wrong with one field of a request."""
+
+    field: str
+    description: str
+
+
+class RequestFailedError(Exception):
+    """A request that ends in a status other than OK."""
+
+    def __init__(self, code: grpc.StatusCode, message: str, details: Sequence[Message] = ()) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = shorten(message, _MAX_MESSAGE)
+        self.details = tuple(details)
+
+    def status_details(self) -> bytes:
+        """The value of the `grpc-status-details-bin` trailer."""
+        packed = []
+        for detail in self.details:
+            packed.append(any_pb2.Any())
+            packed[-1].Pack(detail)
+        status = status_pb2.Status(code=self.code.value[0], message=self.message, details=packed)
+        return bytes(status.SerializeToString())
+
+
+class EngineDeadError(Exception):
+    """The engine has died; nothing can be generated until the server is started again."""
+
+
+class EngineAbortedError(Exception):
+    """The engine gave up on one sequence."""
+
+
+def task_not_found(task_id: str, known: Iterable[str]) -> RequestFailedError:
+    shown = shorten(task_id, _SHOWN)
+    near = difflib.get_close_matches(shown, known, n=3, cutoff=0.6)
+    message = f"no task {shown!r}" + (f"; near: {', '.join(near)}" if near else "; ListTasks has them all")
+    info = error_details_pb2.ResourceInfo(resource_type="mtlora.v1.Task", resource_name=shown, description=message)
+    return RequestFailedError(grpc.StatusCode.NOT_FOUND, message, [info])
+
+
+def invalid_argument(violations: Sequence[Violation]) -> RequestFailedError:
+    bad_request = error_details_pb2.BadRequest()
+    for violation in violations:
+        bad_request.field_violations.add(
+            field=shorten(violation.field, _SHOWN), description=shorten(violation.description, _MAX_DESCRIPTION)
+        )
+        if bad_request.ByteSize() > _MAX_VIOLATIONS_BYTES:
+            del bad_request.field_violations[-1]
+            break
+    first = bad_request.field_violations[0]
+    more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+    message = f"{first.field}: {first.description}{more}"
+    return RequestFailedError(grpc.StatusCode.INVALID_ARGUMENT, message, [bad_request])
+
+
+def resource_exhausted(message: str, retry_after_s: float) -> RequestFailedError:
+    return RequestFailedError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, [_retry_info(retry_after_s)])
+
+
+def unavailable(message: str, retry_after_s: float) -> RequestFailedError:
+    return RequestFailedError(grpc.StatusCode.UNAVAILABLE, message, [_retry_info(retry_after_s)])
+
+
+def from_exception(error: Exception) -> RequestFailedError:
+    """The status of any exception. What is not a known failure is INTERNAL and says nothing of its cause."""
+    if isinstance(error, RequestFailedError):
+        return error
+    if isinstance(error, EngineDeadError):
+        return unavailable("the engine has died; the server must be started again", 30.0)
+    if isinstance(error, EngineAbortedError):
+        return unavailable("the engine gave up on this request", 1.0)
+    return RequestFailedError(grpc.StatusCode.INTERNAL, "internal error; the server's log has it under this request id")
+
+
+def shorten(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _retry_info(seconds: float) -> error_details_pb2.RetryInfo:
+    delay = duration_pb2.Duration()
+    delay.FromNanoseconds(int(seconds * 1e9))
+    return error_details_pb2.RetryInfo(retry_delay=delay)

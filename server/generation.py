@@ -1,0 +1,65 @@
+"""One request on its way through the engine: what it has produced so far, and when."""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from server.call import Call
+from server.job import Delta, FinishReason, GenerationJob, TokenLogprobs
+from server.metrics import Metrics
+
+
+class GeneratesDeltas(Protocol):
+    def generate(self, job: GenerationJob) -> AsyncIterator[Delta]: ...
+
+
+@dataclass
+class Generation:
+    """Runs a job once; afterwards holds the whole answer. Times are seconds from the receipt of the request."""
+
+    job: GenerationJob
+    call: Call
+    metrics: Metrics
+    text: str = ""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    completion_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    queue_s: float = 0.0
+    ttft_s: float = 0.0
+    total_s: float = 0.0
+
+    async def run(self, engine: GeneratesDeltas) -> AsyncIterator[Delta]:
+        """The deltas, as the engine makes them. Closing the iterator aborts the sequence."""
+        self.call.prompt_tokens = len(self.job.prompt_ids)
+        async with aclosing(engine.generate(self.job)) as deltas:  # type: ignore[type-var]
+            async for delta in deltas:
+                self._observe(delta)
+                yield delta
+        self.metrics.e2e.observe(self.total_s)
+
+    @property
+    def answer(self) -> str:
+        """The whole text, in the form that a unary reply gives it."""
+        return self.text.strip() if self.job.strip else self.text
+
+    def _observe(self, delta: Delta) -> None:
+        now = time.monotonic() - self.call.received
+        if not self.queue_s and delta.scheduled_at is not None:
+            self.queue_s = max(0.0, delta.scheduled_at - self.call.received)
+            self.metrics.queue.observe(self.queue_s)
+        if delta.tokens:
+            if self.completion_tokens:
+                gap = (now - self.total_s) / delta.tokens
+                for _ in range(delta.tokens):
+                    self.metrics.itl.observe(gap)
+            else:
+                self.ttft_s = now
+                self.metrics.ttft.observe(now)
+            self.total_s = now
+        self.text += delta.text
+        self.logprobs += delta.logprobs
+        self.completion_tokens += delta.tokens
+        self.call.completion_tokens = self.completion_tokens
+        self.finish_reason = delta.finish_reason

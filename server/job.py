@@ -1,0 +1,69 @@
+"""What a valid request asks of the engine, and what the engine gives back. Knows neither gRPC nor vLLM."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mtlora.task import TaskSpec
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class ServedTask:
+    """A row of the task table: a task and the adapter version that answers it."""
+
+    spec: TaskSpec
+    adapter_name: str
+    adapter_version: str
+    # vLLM's LoRARequest of the slot.
+    slot: Any
+
+
+@dataclass(frozen=True)
+class Sampling:
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int = 0
+
+
+@dataclass(frozen=True)
+class GenerationJob:
+    """A request that has passed validation."""
+
+    task: ServedTask
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    without_adapter: bool = False
+    # Template prompts are answered without outer blanks; a chat's answer is left as it is.
+    strip: bool = True
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    token_id: int
+    token: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """One generated token and the most likely ones in its place, most likely first."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one engine step, or a few, added to a sequence."""
+
+    text: str
+    tokens: int
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    # time.monotonic() when the scheduler first took the sequence; None where the engine keeps no statistics.
+    scheduled_at: float | None = None

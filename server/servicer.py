@@ -1,0 +1,107 @@
+"""The Inference service. Each method: admit, decode, call the engine, encode."""
+
+import asyncio
+import base64
+import binascii
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import Any
+
+from mtlora_pb.v1 import inference_pb2 as pb
+from mtlora_pb.v1 import inference_pb2_grpc
+
+from server import encoding
+from server.admission import Admission
+from server.call import current_call
+from server.catalog import Catalog
+from server.errors import Violation, invalid_argument, task_not_found
+from server.generation import Generation
+from server.job import GenerationJob, ServedTask
+from server.logs import get_logger
+from server.metrics import Metrics
+from server.validation import Limits, page_size, validate
+
+logger = get_logger("prompt")
+
+# Above this many bytes, tokenizing takes long enough to hold up the streams of others.
+_TOKENIZE_APART_BYTES = 8192
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """`catalog` may be replaced at any time; `engine`, `tokenizer` and `limits` are set before admission opens."""
+
+    engine: Any
+    tokenizer: Any
+    limits: Limits
+
+    def __init__(self, admission: Admission, metrics: Metrics, *, log_prompts: bool = False) -> None:
+        self.catalog = Catalog()
+        self._admission = admission
+        self._metrics = metrics
+        self._log_prompts = log_prompts
+        # One thread: however many large inputs come, they take one core at most.
+        self._tokenizing = ThreadPoolExecutor(1, "tokenize")
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
+        with self._admission.admit():
+            generation = await self._generation(request)
+            async with aclosing(generation.run(self.engine)) as deltas:  # type: ignore[type-var]
+                async for _ in deltas:
+                    pass
+            return encoding.response(generation)
+
+    async def GenerateStream(
+        self, request: pb.GenerateRequest, context: Any
+    ) -> AsyncIterator[pb.GenerateStreamResponse]:
+        with self._admission.admit():
+            generation = await self._generation(request)
+            async with aclosing(generation.run(self.engine)) as deltas:  # type: ignore[type-var]
+                async for delta in deltas:
+                    yield encoding.stream_response(delta, generation)
+
+    async def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> pb.ListTasksResponse:
+        self._admission.check_serving()
+        size, after = page_size(request), _decode_page_token(request.page_token)
+        if violations := [each for each in (size, after) if isinstance(each, Violation)]:
+            raise invalid_argument(violations)
+        tasks, last = self.catalog.page(str(after), int(size))  # type: ignore[arg-type]
+        return pb.ListTasksResponse(tasks=map(encoding.task, tasks), next_page_token=_encode_page_token(last))
+
+    async def GetTask(self, request: pb.GetTaskRequest, context: Any) -> pb.GetTaskResponse:
+        self._admission.check_serving()
+        return pb.GetTaskResponse(task=encoding.task(self._task(request.task_id)))
+
+    async def _generation(self, request: pb.GenerateRequest) -> Generation:
+        task = self._task(request.task_id) if request.task_id else None
+        result = await self._validate(request, task)
+        if isinstance(result, list):
+            raise invalid_argument(result)
+        if self._log_prompts:
+            prompt = self.tokenizer.decode(result.prompt_ids)
+            logger.info("prompt", extra={"fields": {"request_id": current_call().request_id, "prompt": prompt}})
+        return Generation(result, current_call(), self._metrics)
+
+    async def _validate(self, request: pb.GenerateRequest, task: ServedTask | None) -> GenerationJob | list[Violation]:
+        arguments = (request, task, self.tokenizer, self.limits)
+        if request.ByteSize() <= _TOKENIZE_APART_BYTES:
+            return validate(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, validate, *arguments)
+
+    def _task(self, task_id: str) -> ServedTask:
+        if not task_id:
+            raise invalid_argument([Violation("task_id", "found none; ListTasks has those that can be asked")])
+        if task := self.catalog.tasks.get(task_id):
+            return task
+        raise task_not_found(task_id, self.catalog.tasks)
+
+
+def _encode_page_token(last: str) -> str:
+    return base64.urlsafe_b64encode(last.encode()).decode()
+
+
+def _decode_page_token(token: str) -> str | Violation:
+    try:
+        return base64.b64decode(token.encode("ascii"), b"-_", validate=True).decode()
+    except (UnicodeError, binascii.Error):
+        return Violation("page_token", "found no page token of this server; allowed: next_page_token of a reply")

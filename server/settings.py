@@ -1,0 +1,131 @@
+"""Every setting of the server: by flag, environment (MTLORA_...), file or default; the first that is set wins."""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+
+ENV_PREFIX = "MTLORA_"
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be used: one line a setting, with what was found, where, and what is allowed."""
+
+
+class Settings(BaseSettings):
+    """The server's settings. Fields left at None are decided when the machine and the backbone are known."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
+
+    backbone: str = Field("default", min_length=1, description='"default", a Hugging Face model folder, or a hub id')
+    adapters: Path | None = Field(None, description="folder of adapter checkpoints, NAME/VERSION/ each")
+    allow_no_tasks: bool = Field(False, description="start although no adapter can be served")
+
+    host: str = Field("127.0.0.1", min_length=1, description="address on which gRPC listens")
+    port: int = Field(50051, ge=0, le=65535, description="port of gRPC; 0 takes a free one")
+    metrics_host: str = Field("127.0.0.1", min_length=1, description="address on which /metrics listens")
+    metrics_port: int = Field(9090, ge=0, le=65535, description="port of /metrics; 0 takes a free one")
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="dtype of the backbone")
+    max_model_len: int = Field(1024, ge=16, description="context: prompt and answer tokens of one sequence")
+    max_num_seqs: int = Field(64, ge=1, description="sequences in one step")
+    max_num_batched_tokens: int | None = Field(None, ge=1, description="tokens in one step; default: the engine's")
+    kv_cache_gib: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="KV cache; default: 1 on CPU, gpu_memory_utilization on GPU"
+    )
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of GPU memory, without kv_cache_gib")
+    enforce_eager: bool | None = Field(None, description="do not compile; default: true on CPU, false on GPU")
+    enable_prefix_caching: bool = Field(True, description="share the KV cache of equal prompt beginnings")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of sampling where a request has none")
+    tensor_parallel_size: int = Field(1, ge=1, description="ranks that share every layer")
+    pipeline_parallel_size: int = Field(1, ge=1, description="ranks that share the layers among them")
+    omp_threads_bind: str | None = Field(
+        None, min_length=1, description='cores of the engine\'s threads, such as "0-3" or, by rank, "0|1"; default: all'
+    )
+
+    max_in_flight: int | None = Field(None, ge=1, description="requests admitted at a time; default: 4 x max_num_seqs")
+    max_message_bytes: int = Field(1 << 20, ge=1024, le=1 << 28, description="largest request message")
+    grace_period_s: float = Field(
+        30.0, ge=0, allow_inf_nan=False, description="seconds that running requests get to finish after SIGTERM"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
+    log_prompts: bool = Field(False, description="log prompts too")
+
+    @field_validator("adapters")
+    @classmethod
+    def _adapters_is_a_folder(cls, folder: Path | None) -> Path | None:
+        if folder is not None and not folder.is_dir():
+            raise ValueError("not a folder; allowed: an existing folder of adapter checkpoints, NAME/VERSION/ each")
+        return folder
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Settings":
+        if self.adapters is None and not self.allow_no_tasks:
+            raise ValueError("adapters: not set; allowed: a folder of adapters (allow_no_tasks starts without)")
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens: found {self.max_num_batched_tokens}; "
+                f"allowed: at least max_num_seqs, {self.max_num_seqs}"
+            )
+        return self
+
+    @property
+    def in_flight_limit(self) -> int:
+        return self.max_in_flight or 4 * self.max_num_seqs
+
+
+def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
+    """Settings from flags, then the environment, then the YAML file `config`, then defaults. Raises SettingsError."""
+    in_file = _read_file(config) if config else {}
+
+    class Sources(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource, dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:  # fmt: skip
+            return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=config)
+
+    try:
+        return Sources(**flags)
+    except ValidationError as error:
+        lines = [_explain(item, flags, in_file, config) for item in error.errors(include_url=False)]
+        raise SettingsError("\n".join(lines)) from None
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"config: found {path}: not a readable YAML file: {error}") from None
+    if not isinstance(found, dict | None):
+        raise SettingsError(f"config: found {path}: a {type(found).__name__}; allowed: a mapping of settings")
+    return found or {}
+
+
+def _explain(item: Any, flags: Mapping[str, Any], in_file: Mapping[str, Any], config: Path | None) -> str:
+    """One line: the setting, what was found and where, what is allowed."""
+    message = item["msg"].removeprefix("Value error, ")
+    if not item["loc"]:
+        return str(message)
+    name = str(item["loc"][0])
+    variable = f"{ENV_PREFIX}{name.upper()}"
+    if name in flags:
+        where = f"flag --{name.replace('_', '-')}"
+    elif any(key.upper() == variable for key in os.environ):
+        where = f"environment variable {variable}"
+    elif name in in_file:
+        where = f"file {config}"
+    else:
+        where = "default"
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, Settings.model_fields, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; allowed: {', '.join(Settings.model_fields)}"
+        return f"{name}: no such setting ({where}){hint}"
+    return f"{name}: found {str(item['input'])!r} ({where}); {message}"

@@ -1,0 +1,47 @@
+"""Which cores the engine's OpenMP threads run on, when there is no GPU.
+
+Left alone, vLLM keeps a core for its framework, and refuses more ranks than NUMA nodes. On two cores the kept core
+costs two fifths of the throughput, so the default here is every core this process may use, dealt out among the ranks.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+BIND = "VLLM_CPU_OMP_THREADS_BIND"
+_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+
+
+def thread_environment(setting: str | None, environment: Mapping[str, str], ranks: int) -> dict[str, str]:
+    """Environment variables that place the threads of `ranks` workers: the setting, else vLLM's own, else all cores.
+
+    Under a CPU quota smaller than the cores in sight, threads are counted but not bound: neighbours under quotas of
+    their own would otherwise all be bound to the same first cores.
+    """
+    if setting is not None:
+        return {BIND: setting}
+    if BIND in environment:
+        return {}
+    cores = sorted(os.sched_getaffinity(0))
+    quota = quota_cores()
+    if quota is not None and quota < len(cores):
+        return {BIND: "nobind", "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", str(max(1, quota // ranks)))}
+    return {BIND: "|".join(",".join(map(str, share)) for share in deal(cores, ranks))}
+
+
+def deal(cores: Sequence[int], ranks: int) -> list[Sequence[int]]:
+    """Contiguous shares of the cores, one a rank; ranks beyond the cores double up."""
+    if ranks >= len(cores):
+        return [[cores[rank % len(cores)]] for rank in range(ranks)]
+    bounds = [rank * len(cores) // ranks for rank in range(ranks + 1)]
+    return [cores[start:end] for start, end in pairwise(bounds)]
+
+
+def quota_cores(path: Path = _CPU_MAX) -> int | None:
+    """Whole cores' worth of CPU time that the control group allows, at least 1; None where it sets no limit."""
+    try:
+        quota, period = path.read_text().split()
+        return None if quota == "max" else max(1, int(quota) // int(period))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,172 @@
+"""From a request message to a GenerationJob, or to all the field violations that stand in the way."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from mtlora_pb.v1 import inference_pb2 as pb
+
+from mtlora.prompt import encode_chat, encode_prompt
+from mtlora.task import TaskSpec
+from server.errors import Violation
+from server.job import GenerationJob, Sampling, ServedTask
+
+MAX_STOP_STRINGS = 8
+MAX_LOGPROBS = 5
+MAX_TEMPERATURE = 2.0
+MAX_PAGE_SIZE = 1000
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the backbone and the engine allow."""
+
+    max_model_len: int
+    vocab_size: int
+
+
+def validate(
+    request: pb.GenerateRequest, task: ServedTask | None, tokenizer: Any, limits: Limits
+) -> GenerationJob | list[Violation]:
+    """The job that a request asks for, or every violation in it. `task` is None where the request names none."""
+    violations = [] if task else [Violation("task_id", "found none; ListTasks has those that can be asked")]
+    violations += _input_violations(request, task.spec if task else None, tokenizer)
+    violations += _parameter_violations(request.parameters)
+    if task is None or violations:
+        return violations
+    try:
+        prompt_ids = _encode(request, task.spec, tokenizer)
+    except TemplateError as error:
+        return [Violation("chat.messages", f"the backbone's chat template refuses them: {error}")]
+    room = limits.max_model_len - len(prompt_ids)
+    if not prompt_ids:
+        return [Violation(request.WhichOneof("input"), "found 0 tokens; allowed: at least 1")]
+    if room < 1:
+        return [
+            Violation(
+                request.WhichOneof("input"),
+                f"prompt is too long: found {len(prompt_ids)} tokens with the template; "
+                f"allowed: {limits.max_model_len - 1}",
+            )
+        ]
+    asked = request.parameters.max_new_tokens
+    if asked > room:
+        return [
+            Violation(
+                "parameters.max_new_tokens",
+                f"found {asked}; allowed: 1 to {room}, what {len(prompt_ids)} prompt tokens leave of the context "
+                f"of {limits.max_model_len}",
+            )
+        ]
+    return GenerationJob(
+        task=task,
+        prompt_ids=tuple(prompt_ids),
+        sampling=_sampling(request.parameters, task.spec, room, limits.vocab_size),
+        without_adapter=request.without_adapter,
+        strip=request.WhichOneof("input") != "chat",
+    )
+
+
+def page_size(request: pb.ListTasksRequest) -> int | Violation:
+    """How many tasks a page holds."""
+    if request.page_size > MAX_PAGE_SIZE:
+        return Violation("page_size", f"found {request.page_size}; allowed: 0 to {MAX_PAGE_SIZE}")
+    return request.page_size or MAX_PAGE_SIZE
+
+
+def _input_violations(request: pb.GenerateRequest, task: TaskSpec | None, tokenizer: Any) -> Iterator[Violation]:
+    match request.WhichOneof("input"):
+        case "text":
+            yield from _text_violations(request.text, task)
+        case "fields":
+            yield from _fields_violations(request.fields, task)
+        case "chat":
+            yield from _chat_violations(request.chat, tokenizer)
+        case _:
+            yield Violation("input", "found none; allowed: one of text, chat, fields")
+
+
+def _text_violations(text: str, task: TaskSpec | None) -> Iterator[Violation]:
+    if not text.strip():
+        yield Violation("text", "found nothing but blanks; allowed: a text")
+    if task and len(task.fields) != 1:
+        yield Violation("text", f"task {task.id} takes the fields {', '.join(task.fields)}; allowed: fields with these")
+
+
+def _fields_violations(fields: pb.TemplateFields, task: TaskSpec | None) -> Iterator[Violation]:
+    if not any(value.strip() for value in fields.values.values()):
+        yield Violation("fields", "found nothing but blanks; allowed: a text in at least one field")
+    if task:
+        takes = f"task {task.id} takes {', '.join(task.fields)}"
+        for name in task.fields:
+            if name not in fields.values:
+                yield Violation(f"fields.values[{name}]", f"missing; {takes}")
+        for name in sorted(fields.values):
+            if name not in task.fields:
+                yield Violation(f"fields.values[{name}]", f"unknown; {takes}")
+
+
+def _chat_violations(chat: pb.Chat, tokenizer: Any) -> Iterator[Violation]:
+    if not getattr(tokenizer, "chat_template", None):
+        yield Violation("chat", "the backbone has no chat template; allowed: text or fields")
+    if not chat.messages:
+        yield Violation("chat.messages", "found none; allowed: at least one")
+    for index, message in enumerate(chat.messages):
+        where = f"chat.messages[{index}]"
+        if message.role not in _ROLES:
+            yield Violation(f"{where}.role", f"found {message.role[:32]!r}; allowed: {', '.join(_ROLES)}")
+        elif message.role == "system" and index > 0:
+            yield Violation(f"{where}.role", "found 'system' after the first message; allowed: user, assistant")
+        if not message.content.strip():
+            yield Violation(f"{where}.content", "found nothing but blanks; allowed: a text")
+    if chat.messages and chat.messages[-1].role in ("system", "assistant"):
+        where = f"chat.messages[{len(chat.messages) - 1}]"
+        yield Violation(f"{where}.role", f"found {chat.messages[-1].role!r} in the last message; allowed: user")
+
+
+def _parameter_violations(parameters: pb.GenerationParameters) -> Iterator[Violation]:
+    def out_of(name: str, allowed: str) -> Violation:
+        return Violation(f"parameters.{name}", f"found {getattr(parameters, name):g}; allowed: {allowed}")
+
+    if parameters.HasField("max_new_tokens") and parameters.max_new_tokens < 1:
+        yield out_of("max_new_tokens", "1 or more")
+    # Written so that NaN fails.
+    if not 0 <= parameters.temperature <= MAX_TEMPERATURE:
+        yield out_of("temperature", f"0 to {MAX_TEMPERATURE:g}")
+    if parameters.HasField("top_p") and not 0 < parameters.top_p <= 1:
+        yield out_of("top_p", "above 0, up to 1")
+    if parameters.seed >= 2**63:
+        yield Violation("parameters.seed", f"found {parameters.seed}; allowed: 0 to {2**63 - 1}")
+    if parameters.logprobs > MAX_LOGPROBS:
+        yield out_of("logprobs", f"0 to {MAX_LOGPROBS}")
+    stop = parameters.stop.values
+    if len(stop) > MAX_STOP_STRINGS:
+        yield Violation("parameters.stop.values", f"found {len(stop)}; allowed: up to {MAX_STOP_STRINGS}")
+    for index, value in enumerate(stop[: MAX_STOP_STRINGS + 1]):
+        if not value:
+            yield Violation(f"parameters.stop.values[{index}]", "found an empty string; allowed: 1 character or more")
+
+
+def _encode(request: pb.GenerateRequest, task: TaskSpec, tokenizer: Any) -> list[int]:
+    match request.WhichOneof("input"):
+        case "chat":
+            messages = [{"role": message.role, "content": message.content} for message in request.chat.messages]
+            return encode_chat(tokenizer, messages)
+        case "fields":
+            return encode_prompt(tokenizer, task.render(dict(request.fields.values)))
+        case _:
+            return encode_prompt(tokenizer, task.render(request.text))
+
+
+def _sampling(parameters: pb.GenerationParameters, task: TaskSpec, room: int, vocab_size: int) -> Sampling:
+    return Sampling(
+        max_new_tokens=parameters.max_new_tokens or min(task.max_new_tokens, room),
+        temperature=parameters.temperature,
+        top_p=parameters.top_p if parameters.HasField("top_p") else 1.0,
+        top_k=min(parameters.top_k, vocab_size),
+        seed=parameters.seed if parameters.HasField("seed") else None,
+        stop=tuple(parameters.stop.values) if parameters.HasField("stop") else task.stop,
+        logprobs=parameters.logprobs,
+    )

@@ -1,0 +1,110 @@
+"""Tiny random backbones and random adapters for the engine's tests, and Hugging Face's answer to each.
+
+Shape suffixes: L positions of a prompt, V vocabulary.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mtlora.adapter import AdapterSet
+from mtlora.backbone import BackboneIdentity, identify
+from mtlora.checkpoint import AdapterManifest, TaskEntry, read_checkpoint, write_checkpoint
+from mtlora.config import MtLoRAConfig
+
+VOCABULARY = 96
+HIDDEN_SIZE = 64
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma")
+
+
+def make_model(folder: Path, family: str, *, num_layers: int = 2, hidden_size: int = HIDDEN_SIZE) -> Path:
+    """Write a random model of a family, large weights and all, so that every block has its say in the logits."""
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(len(family))
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=VOCABULARY,
+        hidden_size=hidden_size,
+        intermediate_size=96,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=256,
+        initializer_range=0.15,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().save_pretrained(folder)
+    return folder
+
+
+def make_adapter(
+    folder: Path, backbone: BackboneIdentity, config: MtLoRAConfig, *, num_tasks: int = 2, seed: int = 0, size: float = 1.0
+) -> AdapterManifest:
+    """Write a random adapter with tasks t0, t1, ...; `size` is about that of its output for inputs of size one."""
+    generator = torch.Generator().manual_seed(seed)
+    tasks = tuple(
+        TaskEntry(id=f"t{i}", description="a test's task", bias_index=i if config.task_bias else None)
+        for i in range(num_tasks)
+    )
+    d, N = backbone.hidden_size, config.num_experts
+    shapes = {}
+    for layer in range(backbone.num_layers):
+        for module in config.modules:
+            name = f"layers.{layer}.{module}"
+            shapes[f"{name}.lora_A"] = (config.r, d)
+            shapes[f"{name}.lora_B"] = (N, d, config.r)
+            shapes[f"{name}.lora_route"] = (config.router_rows, d)
+            if config.task_bias:
+                shapes[f"{name}.task_bias"] = (num_tasks, config.num_groups, N)
+    scale = {
+        "lora_A": d**-0.5,
+        "lora_B": size * (N / config.r) ** 0.5 / config.scaling,
+        "lora_route": d**-0.5,
+        "task_bias": 2.0,
+    }
+    tensors = {
+        name: torch.randn(shape, generator=generator) * scale[name.rpartition(".")[2]] for name, shape in shapes.items()
+    }
+    return write_checkpoint(folder, backbone=backbone, config=config, tasks=tasks, tensors=tensors)
+
+
+class HuggingFace:
+    """The same backbone in transformers, in float32, with an adapter attached by hooks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.backbone = identify(folder)
+
+    @torch.inference_mode()
+    def logprobs(self, token_ids: list[int], adapter: Path | None = None, task_id: str | None = None) -> torch.Tensor:
+        """Log-probabilities [L, V] of the token after each position."""
+        handles: list[Any] = []
+        context = None
+        if adapter is not None:
+            checkpoint = read_checkpoint(adapter)
+            manifest = checkpoint.manifest
+            paths = AdapterSet(
+                manifest.config, self.backbone.hidden_size, self.backbone.num_layers, len(manifest.tasks)
+            ).eval()
+            paths.load_state_dict(checkpoint.tensors)
+            handles = paths.attach(self.model)
+            if task_id is not None and manifest.config.task_bias:
+                context = paths.context
+                context.bias_index_B = torch.tensor([manifest.task(task_id).bias_index])
+        try:
+            logits_LV = self.model(torch.tensor([token_ids])).logits[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        return logits_LV.float().log_softmax(-1)
+
+
+def worker_lora_manager(engine: Any) -> Any:
+    """The plugin's manager inside an engine that runs in this process."""
+    return engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.lora_manager

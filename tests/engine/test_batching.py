@@ -1,0 +1,223 @@
+"""The default backbone serves many adapters, tasks and bare requests in one batch, whatever happens to their files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from _models import make_adapter, make_model, worker_lora_manager
+from conftest import running_engine
+
+from mtlora.backbone import identify, resolve
+from mtlora.checkpoint import MANIFEST_FILE, TENSORS_FILE
+from mtlora.config import MtLoRAConfig
+
+CONFIGS = {
+    "biased": MtLoRAConfig(r=16, num_experts=8, num_groups=4, blocks="ffn"),
+    "attending": MtLoRAConfig(r=8, num_experts=4, num_groups=2, blocks="attention"),
+    "unbiased": MtLoRAConfig(r=4, num_experts=6, num_groups=1, blocks="both", task_bias=False),
+}
+NUM_TASKS = 3
+# Fewer than the slots that are registered, so that the engine evicts all the time.
+MAX_LORAS, MAX_CPU_LORAS = 3, 4
+SENTENCES = [
+    "The capital of France is",
+    "Question: is water wet? Answer:",
+    "Once upon a time, in a village by the sea, there lived an old fisherman who",
+    "1, 2, 3, 5, 8,",
+]
+
+
+class Serving:
+    """A running engine, its registered requests by (adapter, task), and the greedy tokens of some work."""
+
+    def __init__(self, engine, folder: Path) -> None:
+        from mtlora.vllm_plugin.requests import slot_requests
+
+        self.engine = engine
+        self.folder = folder
+        self.backbone = identify(resolve("default"))
+        self.slots = {}
+        first_id = 1
+        for seed, (name, config) in enumerate(CONFIGS.items()):
+            manifest = make_adapter(folder / name, self.backbone, config, num_tasks=NUM_TASKS, seed=seed, size=0.4)
+            requests = slot_requests(name, "1", folder / name, manifest, first_id)
+            first_id += len(set(requests.values()))
+            self.slots |= {(name, task): request for task, request in requests.items()}
+        for request in set(self.slots.values()):
+            assert engine.llm_engine.add_lora(request)
+        self.work = [
+            (SENTENCES[i % len(SENTENCES)], key) for i, key in enumerate([None, *self.slots, None, *reversed(self.slots)])
+        ]
+
+    def run(self, work):
+        from vllm import SamplingParams
+
+        outputs = self.engine.generate(
+            [prompt for prompt, _ in work],
+            SamplingParams(temperature=0, max_tokens=8, ignore_eos=True),
+            lora_request=[self.slots.get(key) for _, key in work],
+            use_tqdm=False,
+        )
+        self.cached = [output.num_cached_tokens for output in outputs]
+        return [tuple(output.outputs[0].token_ids) for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory):
+    with running_engine(
+        resolve("default"),
+        dtype="float32",
+        skip_tokenizer_init=False,
+        enable_prefix_caching=True,
+        block_size=16,
+        max_loras=MAX_LORAS,
+        max_cpu_loras=MAX_CPU_LORAS,
+    ) as engine:
+        yield Serving(engine, tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def one_by_one(serving):
+    answers = []
+    for item in serving.work:
+        serving.engine.reset_prefix_cache()
+        answers += serving.run([item])
+    return answers
+
+
+def test_a_mixed_batch_gives_the_answers_of_single_requests(serving, one_by_one):
+    assert len({serving.slots[key].lora_int_id for key in serving.slots}) > MAX_CPU_LORAS
+    serving.engine.reset_prefix_cache()
+    assert serving.run(serving.work) == one_by_one
+    bare = {prompt: answer for (prompt, key), answer in zip(serving.work, one_by_one, strict=True) if key is None}
+    assert any(answer != bare.get(prompt, answer) for (prompt, _), answer in zip(serving.work, one_by_one, strict=True))
+
+
+def test_prefix_caching_keeps_slots_apart(serving):
+    prompt = " ".join(SENTENCES * 2)
+    work = [(prompt, key) for key in [None, *serving.slots]]
+    fresh = []
+    for item in work:
+        serving.engine.reset_prefix_cache()
+        fresh += serving.run([item])
+    serving.engine.reset_prefix_cache()
+    cached = []
+    for item in work:
+        answer = serving.run([item])
+        # The tasks of an adapter without task biases are one slot: the second and third find the first one's blocks.
+        assert bool(serving.cached[0]) == (item[1] in [("unbiased", "t1"), ("unbiased", "t2")])
+        cached += answer
+    assert cached == fresh
+    assert serving.run(work) == fresh
+    assert all(serving.cached)
+    assert len(set(fresh)) > len(CONFIGS)
+
+
+def test_a_warm_up_run_leaves_the_slots_alone(serving, one_by_one):
+    """Idle data-parallel workers make such runs between steps, with slot ids that are also real ones."""
+    runner = serving.engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    runner._dummy_run(4)
+    serving.engine.reset_prefix_cache()
+    assert serving.run(serving.work) == one_by_one
+
+
+@pytest.mark.parametrize("spoil", ["garbage", "gone"])
+def test_registered_adapters_outlive_their_files(serving, one_by_one, spoil):
+    for name in CONFIGS:
+        if spoil == "garbage":
+            (serving.folder / name / TENSORS_FILE).write_bytes(b"garbage")
+            (serving.folder / name / MANIFEST_FILE).write_bytes(b"garbage")
+        else:
+            shutil.rmtree(serving.folder / name)
+    serving.engine.reset_prefix_cache()
+    assert serving.run(serving.work) == one_by_one
+
+
+def spoil_tensors(folder):
+    (folder / TENSORS_FILE).write_bytes((folder / TENSORS_FILE).read_bytes()[:-8])
+
+
+def spoil_backbone(folder):
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    manifest["backbone"]["weights_fingerprint"] = "0" * 64
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+
+
+def make_peft(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+
+
+BAD = {
+    "truncated": (spoil_tensors, "t0", "adapter.safetensors"),
+    "other backbone": (spoil_backbone, "t0", "weights_fingerprint"),
+    "unknown task": (lambda folder: None, "t9", "no task 't9'.*t0, t1"),
+    "peft": (make_peft, None, "PEFT.*MTLORA_PLUGIN"),
+    "missing": (shutil.rmtree, None, "not a folder"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_adapter_is_refused_and_the_engine_lives(serving, one_by_one, bad, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    from mtlora.vllm_plugin.naming import slot_path
+
+    spoil, task, message = BAD[bad]
+    make_adapter(tmp_path / "bad", serving.backbone, CONFIGS["biased"])
+    spoil(tmp_path / "bad")
+    registered = serving.engine.llm_engine.list_loras()
+    with pytest.raises(ValueError, match=message):
+        serving.engine.llm_engine.add_lora(LoRARequest("bad", 99, slot_path(tmp_path / "bad", task)))
+    assert serving.engine.llm_engine.list_loras() == registered
+    assert serving.run(serving.work[:3]) == one_by_one[:3]
+
+
+def test_an_id_belongs_to_one_path(serving, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    make_adapter(tmp_path / "other", serving.backbone, CONFIGS["biased"])
+    with pytest.raises(ValueError, match="LoRA id 1 stands for"):
+        serving.engine.llm_engine.add_lora(LoRARequest("other", 1, str(tmp_path / "other")))
+
+
+def test_load_inplace_replaces_the_weights_of_a_slot(serving, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    folder, prompt = tmp_path / "a", SENTENCES[2]
+    answers = []
+    serving.slots["inplace"] = LoRARequest("inplace", 50, str(folder))
+    for seed in (1, 2):
+        make_adapter(folder, serving.backbone, CONFIGS["biased"], seed=seed, size=1.0)
+        serving.engine.llm_engine.add_lora(LoRARequest("inplace", 50, str(folder), load_inplace=seed > 1))
+        serving.engine.reset_prefix_cache()
+        answers += serving.run([(prompt, "inplace")])
+    assert answers[0] != answers[1]
+    weights = len(worker_lora_manager(serving.engine).store._adapters)
+    assert serving.engine.llm_engine.remove_lora(50)
+    assert not serving.engine.llm_engine.remove_lora(50)
+    assert len(worker_lora_manager(serving.engine).store._adapters) == weights - 1
+    del serving.slots["inplace"]
+
+
+def test_a_bad_adapter_is_refused_across_processes(tmp_path, monkeypatch):
+    """An engine in processes of its own, as a server runs it, hands the reason back and lives."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    model = make_model(tmp_path / "model", "llama")
+    make_adapter(tmp_path / "good", identify(model), CONFIGS["unbiased"])
+    with running_engine(model, dtype="float32") as engine:
+        assert engine.llm_engine.add_lora(LoRARequest("good", 1, str(tmp_path / "good")))
+        with pytest.raises(Exception, match="no task 'nonsense'"):
+            engine.llm_engine.add_lora(LoRARequest("bad", 2, f"{tmp_path / 'good'}#nonsense"))
+        output = engine.generate(
+            [{"prompt_token_ids": [5, 6, 7]}],
+            SamplingParams(temperature=0, max_tokens=4),
+            lora_request=LoRARequest("good", 1, str(tmp_path / "good")),
+            use_tqdm=False,
+        )
+        assert output[0].outputs[0].token_ids

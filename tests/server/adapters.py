@@ -1,0 +1,41 @@
+"""Small random adapters for the default backbone."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from mtlora.backbone import BackboneIdentity, identify, resolve
+from mtlora.checkpoint import AdapterManifest, TaskEntry, write_checkpoint
+from mtlora.config import MtLoRAConfig
+
+
+@cache
+def backbone_identity() -> BackboneIdentity:
+    return identify(resolve("default"))
+
+
+def entry(task_id: str, **fields: object) -> TaskEntry:
+    return TaskEntry.model_validate({"id": task_id, "description": f"The task {task_id}."} | fields)
+
+
+def write_adapter(
+    folder: Path,
+    tasks: Sequence[TaskEntry],
+    *,
+    backbone: BackboneIdentity | None = None,
+    task_bias: bool = True,
+    seed: int = 0,
+    scale: float = 0.05,
+) -> None:
+    """A random adapter. Its answers mean nothing, but differ from the backbone's."""
+    backbone = backbone or backbone_identity()
+    config = MtLoRAConfig(r=4, num_experts=2, num_groups=2, task_bias=task_bias)
+    rows = [task.model_copy(update={"bias_index": row if task_bias else None}) for row, task in enumerate(tasks)]
+    shapes = AdapterManifest(
+        backbone=backbone, config=config, tasks=tuple(rows), tensors_sha256="0" * 64
+    ).tensor_shapes()
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: torch.randn(shape, generator=generator) * scale for name, shape in shapes.items()}
+    write_checkpoint(folder, backbone=backbone, config=config, tasks=tuple(rows), tensors=tensors)

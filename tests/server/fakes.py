@@ -1,0 +1,102 @@
+"""The service without an engine: the real servicer and interceptor around deltas that a test decides on."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from types import MappingProxyType
+from typing import Any
+
+import grpc
+from mtlora_pb.v1 import inference_pb2_grpc
+
+from server.admission import Admission, State
+from server.catalog import Catalog
+from server.interceptor import CallInterceptor
+from server.job import Delta, GenerationJob, ServedTask
+from server.metrics import UNKNOWN_TASK, Metrics
+from server.servicer import InferenceServicer
+from server.validation import Limits
+from tests.server.adapters import entry
+
+
+class FakeTokenizer:
+    """A token a character."""
+
+    chat_template = "yes"
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) for character in text]}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
+        return "".join(message["content"] for message in messages)
+
+    def decode(self, ids: tuple[int, ...]) -> str:
+        return "".join(map(chr, ids))
+
+
+class FakeEngine:
+    """Yields `deltas`, then raises `error` if there is one, else waits for `hold` before the last."""
+
+    def __init__(self) -> None:
+        self.deltas = [Delta(" a", 1), Delta("b ", 1, finish_reason="stop")]
+        self.error: Exception | None = None
+        self.hold: asyncio.Event | None = None
+        self.running = 0
+        self.jobs: list[GenerationJob] = []
+
+    async def generate(self, job: GenerationJob) -> AsyncIterator[Delta]:
+        self.jobs.append(job)
+        self.running += 1
+        try:
+            yield self.deltas[0]
+            if self.error:
+                raise self.error
+            if self.hold:
+                await self.hold.wait()
+            for delta in self.deltas[1:]:
+                yield delta
+        finally:
+            self.running -= 1
+
+
+class Service:
+    """A gRPC server in this process, serving two tasks."""
+
+    def __init__(self, max_in_flight: int = 4, *, log_prompts: bool = False) -> None:
+        self.metrics = Metrics()
+        self.admission = Admission(max_in_flight, self.metrics.in_flight.set)
+        self.engine = FakeEngine()
+        self.servicer = InferenceServicer(self.admission, self.metrics, log_prompts=log_prompts)
+        self.servicer.engine = self.engine
+        self.servicer.tokenizer = FakeTokenizer()
+        self.servicer.limits = Limits(max_model_len=64, vocab_size=300)
+        self.servicer.catalog = Catalog(
+            MappingProxyType({name: ServedTask(entry(name), "alpha", "1", slot=None) for name in ("one", "two")})
+        )
+        self.address = ""
+
+    def value(self, name: str, **labels: str) -> float:
+        """A metric's value; 0 where it has none yet."""
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    def label(self, task_id: str) -> str:
+        return task_id if task_id in self.servicer.catalog.tasks else UNKNOWN_TASK
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Service"]:
+        server = grpc.aio.server(interceptors=[CallInterceptor(self.metrics, self.label)])
+        inference_pb2_grpc.add_InferenceServicer_to_server(self.servicer, server)
+        self.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        self.admission.state = State.SERVING
+        await server.start()
+        try:
+            yield self
+        finally:
+            await server.stop(0)
+
+
+async def eventually(condition: Callable[[], bool], timeout: float = 5.0) -> None:
+    """Wait until a condition holds. Raises TimeoutError."""
+    async with asyncio.timeout(timeout):
+        while not condition():
+            await asyncio.sleep(0.01)

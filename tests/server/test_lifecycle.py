@@ -1,0 +1,138 @@
+"""Starts that fail, drains, and an engine that dies. Each with a server process of its own."""
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+
+from mtlora.client import Client, ServerError
+from server.app import App
+from server.process import ServerProcess
+from server.settings import load_settings
+from tests.server.adapters import entry, write_adapter
+from tests.server.ports import free_port
+from tests.server.test_serving import LONG
+
+SMALL: dict[str, Any] = {"kv_cache_gib": 0.25, "max_num_seqs": 8}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one-adapter")
+    write_adapter(folder / "a" / "1", [entry("open", stop=(), max_new_tokens=16)])
+    return folder
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "server", "serve", "--port", "0", "--metrics-port", "0", *arguments],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_a_taken_port(adapters: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for flag in ("--port", "--metrics-port"):
+            done = run("--adapters", str(adapters), flag, str(taken.getsockname()[1]))
+            assert done.returncode == 1
+            assert "cannot listen on 127.0.0.1" in done.stderr
+            assert "Traceback" not in done.stderr
+
+
+def test_a_backbone_that_is_none(adapters: Path, tmp_path: Path) -> None:
+    done = run("--adapters", str(adapters), "--backbone", str(tmp_path))
+    assert done.returncode == 1
+    assert "no config.json" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_adapter_that_can_be_served(tmp_path: Path) -> None:
+    (tmp_path / "a" / "1").mkdir(parents=True)
+    done = run("--adapters", str(tmp_path))
+    assert done.returncode == 1
+    assert "no adapter there can be served" in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_signal_while_starting_ends_everything(adapters: Path) -> None:
+    with ServerProcess(adapters=adapters, wait=False, **SMALL) as server:
+        time.sleep(12)
+        assert server.process.poll() is None
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        began = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - began < 10
+        _, alive = psutil.wait_procs(children, timeout=10)
+        assert not alive
+
+
+async def test_a_second_signal_exits_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exits: list[int] = []
+    monkeypatch.setattr("server.app.kill_children", lambda: None)
+    monkeypatch.setattr("server.app.os._exit", exits.append)
+    app = App(load_settings({"adapters": tmp_path}))
+    app._on_signal(signal.SIGTERM)
+    assert exits == []
+    app._on_signal(signal.SIGTERM)
+    assert exits == [128 + signal.SIGTERM]
+
+
+def test_sigterm_lets_a_long_stream_finish(adapters: Path) -> None:
+    with ServerProcess(adapters=adapters, grace_period_s=120, **SMALL) as server, server.client() as client:
+        stream = client.stream("open", "Once", **LONG)
+        pieces = [next(stream)]
+        stopped: list[int] = []
+        # A Ctrl-C, at that: it goes to every process of the group, and the engine's must not mind.
+        server.process.send_signal(signal.SIGTERM)
+        for child in psutil.Process(server.process.pid).children(recursive=True):
+            child.send_signal(signal.SIGINT)
+        waiting = threading.Thread(target=lambda: stopped.append(server.process.wait(120)))
+        waiting.start()
+        pieces.append(next(stream))
+        with Client(server.address) as other:
+            _until(lambda: not other.is_serving())
+            with pytest.raises(ServerError) as raised:
+                other.generate("open", "too late")
+        assert raised.value.code is grpc.StatusCode.UNAVAILABLE
+        pieces += stream
+        assert pieces[-1].summary.completion_tokens > 100
+        waiting.join(60)
+        assert stopped == [0]
+        assert "Traceback" not in server.log()
+
+
+def test_a_dead_engine_is_said_to_be_dead(adapters: Path) -> None:
+    port = free_port()
+    with ServerProcess(adapters=adapters, port=port, **SMALL) as server, server.client() as client:
+        assert client.is_serving("mtlora.v1.Inference")
+        stream = client.stream("open", "Once", **LONG)
+        next(stream)
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        next(child for child in children if "Worker" in child.name()).kill()
+        with pytest.raises(ServerError) as raised:
+            list(stream)
+        assert raised.value.code is grpc.StatusCode.UNAVAILABLE
+        _until(lambda: not client.is_serving("mtlora.v1.Inference"))
+        with pytest.raises(ServerError) as raised:
+            client.generate("open", "x")
+        assert raised.value.code is grpc.StatusCode.UNAVAILABLE
+        assert raised.value.retry_after_s
+        assert server.process.poll() is None
+        assert server.stop() == 0
+
+
+def _until(condition: Any, timeout: float = 20.0) -> None:
+    until = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)

@@ -1,0 +1,217 @@
+"""The servicer and the interceptor, over gRPC, around a fake engine."""
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+from mtlora_pb.v1 import inference_pb2 as pb
+from mtlora_pb.v1 import inference_pb2_grpc
+
+from mtlora.client import AsyncClient, ServerError, make_request
+from server.admission import State
+from server.errors import EngineAbortedError, EngineDeadError
+from server.logs import JsonFormatter
+from tests.server.fakes import Service, eventually
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[Service]:
+    async with Service().running() as service:
+        yield service
+
+
+@pytest.fixture
+async def client(service: Service) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(service.address) as client:
+        yield client
+
+
+async def ask(client: AsyncClient, *, stream: bool, timeout: float | None = None) -> None:
+    """Ask the same by either method, to the end."""
+    if stream:
+        async for _ in client.stream("one", "x", timeout=timeout):
+            pass
+    else:
+        await client.generate("one", "x", timeout=timeout)
+
+
+async def test_generate_and_stream_agree(service: Service, client: AsyncClient) -> None:
+    answer = await client.generate("one", "x")
+    pieces = [piece async for piece in client.stream("one", "x")]
+    assert answer.text == "ab"
+    assert "".join(piece.text for piece in pieces) == " ab "
+    assert [piece.HasField("summary") for piece in pieces] == [False, True]
+    for summary in (answer.summary, pieces[-1].summary):
+        assert (summary.task_id, summary.adapter_name, summary.adapter_version) == ("one", "alpha", "1")
+        assert (summary.prompt_tokens, summary.completion_tokens) == (len("x\nAnswer:"), 2)
+        assert summary.finish_reason == pb.FINISH_REASON_STOP
+    assert service.value("mtlora_completion_tokens_total", task="one") == 4
+    assert service.value("mtlora_requests_total", method="GenerateStream", task="one", status="OK") == 1
+    assert service.value("mtlora_request_seconds_count") == 2
+    assert service.value("mtlora_inter_token_latency_seconds_count") == 2
+
+
+async def test_a_chats_answer_keeps_its_blanks(client: AsyncClient) -> None:
+    answer = await client.generate("one", [{"role": "user", "content": "x"}])
+    assert answer.text == " ab "
+
+
+async def test_without_adapter_names_none(service: Service, client: AsyncClient) -> None:
+    answer = await client.generate("one", "x", without_adapter=True)
+    assert (answer.summary.adapter_name, answer.summary.adapter_version) == ("", "")
+    assert service.engine.jobs[-1].without_adapter
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (EngineDeadError(), grpc.StatusCode.UNAVAILABLE),
+        (EngineAbortedError("abort"), grpc.StatusCode.UNAVAILABLE),
+        (RuntimeError("secret"), grpc.StatusCode.INTERNAL),
+    ],
+)
+async def test_engine_failures(
+    service: Service, client: AsyncClient, stream: bool, error: Exception, code: grpc.StatusCode
+) -> None:
+    service.engine.error = error
+    with pytest.raises(ServerError) as raised:
+        await ask(client, stream=stream)
+    assert raised.value.code is code
+    assert "secret" not in str(raised.value)
+    assert raised.value.request_id
+    assert service.engine.running == 0
+
+
+async def test_a_full_server_says_when_to_come_back(service: Service, client: AsyncClient) -> None:
+    service.engine.hold = asyncio.Event()
+    running = [asyncio.create_task(client.generate("one", "x")) for _ in range(4)]
+    await eventually(lambda: service.engine.running == 4)
+    assert service.value("mtlora_requests_in_flight") == 4
+    with pytest.raises(ServerError) as raised:
+        await client.generate("one", "x")
+    assert raised.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert raised.value.retry_after_s is not None
+    service.engine.hold.set()
+    assert [answer.text for answer in await asyncio.gather(*running)] == ["ab"] * 4
+    assert service.value("mtlora_requests_in_flight") == 0
+
+
+@pytest.mark.parametrize("state", [State.STARTING, State.DRAINING, State.DEAD])
+async def test_nothing_is_answered_unless_serving(service: Service, client: AsyncClient, state: State) -> None:
+    service.admission.state = state
+    stub = inference_pb2_grpc.InferenceStub(client._channel)
+    for call in (
+        stub.Generate(make_request("one", "x")),
+        stub.ListTasks(pb.ListTasksRequest()),
+        stub.GetTask(pb.GetTaskRequest(task_id="one")),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await call
+        error = ServerError(raised.value)
+        assert error.code is grpc.StatusCode.UNAVAILABLE
+        assert error.retry_after_s
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_cancelling_aborts_the_sequence(service: Service, client: AsyncClient, stream: bool) -> None:
+    service.engine.hold = asyncio.Event()
+    stub = inference_pb2_grpc.InferenceStub(client._channel)
+    call = (stub.GenerateStream if stream else stub.Generate)(make_request("one", "x"))
+    if stream:
+        assert (await call.read()).text == " a"
+    await eventually(lambda: service.engine.running == 1)
+    call.cancel()
+    await eventually(lambda: service.engine.running == 0)
+    method = "GenerateStream" if stream else "Generate"
+    await eventually(lambda: service.value("mtlora_requests_total", method=method, task="one", status="CANCELLED") == 1)
+    assert service.value("mtlora_requests_in_flight") == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_deadline_aborts_the_sequence(service: Service, client: AsyncClient, stream: bool) -> None:
+    service.engine.hold = asyncio.Event()
+    with pytest.raises(ServerError) as raised:
+        await ask(client, stream=stream, timeout=0.2)
+    assert raised.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+    await eventually(lambda: service.engine.running == 0)
+    method = "GenerateStream" if stream else "Generate"
+    await eventually(
+        lambda: service.value("mtlora_requests_total", method=method, task="one", status="DEADLINE_EXCEEDED") == 1
+    )
+
+
+async def test_what_runs_beyond_the_grace_period_is_aborted(service: Service, client: AsyncClient) -> None:
+    service.engine.hold = asyncio.Event()
+    unary = asyncio.create_task(client.generate("one", "x"))
+    stub = inference_pb2_grpc.InferenceStub(client._channel)
+    stream = stub.GenerateStream(make_request("one", "x"))
+    await stream.read()
+    await eventually(lambda: service.engine.running == 2)
+    service.admission.state = State.DRAINING
+    assert not await service.admission.drained(0.05)
+    service.admission.abort_running()
+    assert await service.admission.drained(5)
+    with pytest.raises(ServerError) as raised:
+        await unary
+    assert raised.value.code is grpc.StatusCode.UNAVAILABLE
+    assert await stream.code() is grpc.StatusCode.UNAVAILABLE
+    assert service.engine.running == 0
+
+
+@pytest.mark.parametrize(("given", "kept"), [("my-id.1", True), ("x" * 65, False), ("-dash first", False), ("", False)])
+async def test_request_ids(client: AsyncClient, given: str, kept: bool) -> None:
+    stub = inference_pb2_grpc.InferenceStub(client._channel)
+    call = stub.Generate(make_request("one", "x"), metadata=(("x-request-id", given),))
+    reply = await call
+    trailer = dict(await call.trailing_metadata())
+    assert trailer["x-request-id"] == reply.summary.request_id
+    assert (reply.summary.request_id == given) is kept
+
+
+async def test_labels_are_served_tasks_alone(service: Service, client: AsyncClient) -> None:
+    for task_id in ("nonsense", "two", "other"):
+        with contextlib.suppress(ServerError):
+            await client.generate(task_id, "")
+    samples = [sample for metric in service.metrics.registry.collect() for sample in metric.samples]
+    assert {sample.labels["task"] for sample in samples if "task" in sample.labels} == {"unknown", "two"}
+
+
+async def test_pages_of_tasks(client: AsyncClient) -> None:
+    stub = inference_pb2_grpc.InferenceStub(client._channel)
+    first = await stub.ListTasks(pb.ListTasksRequest(page_size=1))
+    second = await stub.ListTasks(pb.ListTasksRequest(page_size=1, page_token=first.next_page_token))
+    assert [task.id for page in (first, second) for task in page.tasks] == ["one", "two"]
+    assert not second.next_page_token
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await stub.ListTasks(pb.ListTasksRequest(page_size=1001, page_token="?"))
+    assert [field for field, _ in ServerError(raised.value).violations] == ["page_size", "page_token"]
+
+
+async def test_a_large_input_is_tokenized_apart(client: AsyncClient) -> None:
+    with pytest.raises(ServerError) as raised:
+        await client.generate("one", "x" * 20_000)
+    assert "found 20008 tokens" in raised.value.violations[0][1]
+
+
+@pytest.mark.parametrize("log_prompts", [False, True])
+async def test_prompts_are_logged_on_demand_alone(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, log_prompts: bool
+) -> None:
+    root = logging.getLogger("mtlora.server")
+    monkeypatch.setattr(root, "propagate", True)
+    monkeypatch.setattr(root, "level", logging.INFO)
+    logging.getLogger("mtlora.server.request").manager._clear_cache()  # type: ignore[attr-defined]
+    async with Service(log_prompts=log_prompts).running() as service, AsyncClient(service.address) as client:
+        answer = await client.generate("one", "confidential")
+    lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
+    assert ("confidential" in json.dumps(lines)) is log_prompts
+    (line,) = [line for line in lines if line["message"] == "request"]
+    assert line["request_id"] == answer.summary.request_id
+    assert (line["method"], line["task"], line["status"]) == ("Generate", "one", "OK")
+    assert (line["prompt_tokens"], line["completion_tokens"]) == (20, 2)
+    assert line["ms"] > 0

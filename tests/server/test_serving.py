@@ -1,0 +1,328 @@
+"""One real server, the default backbone, two random adapters and a broken one."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+from google.protobuf import descriptor_pool, message_factory
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from mtlora_pb.v1 import inference_pb2 as pb
+
+from mtlora.client import AsyncClient, Client, ServerError
+from server.process import ServerProcess
+from tests.server.conftest import StartingObservations
+
+# Random sampling over the whole vocabulary hardly ever meets the end-of-sequence token.
+LONG: dict[str, Any] = {"max_new_tokens": 900, "temperature": 2.0, "seed": 1, "stop": [], "without_adapter": True}
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def metrics(server: ServerProcess) -> dict[str, float]:
+    """Every sample of the metrics page, by name and labels as they are written there."""
+    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=5) as reply:
+        lines = reply.read().decode().splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
+
+
+def eventually(condition: Callable[[], bool], timeout: float = 10.0) -> None:
+    until = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < until, "the condition did not come true"
+        time.sleep(0.05)
+
+
+def engine_is_idle(server: ServerProcess) -> bool:
+    found = metrics(server)
+    return not any(
+        found[name]
+        for name in ("mtlora_engine_running_sequences", "mtlora_engine_waiting_sequences", "mtlora_requests_in_flight")
+    )
+
+
+def test_the_port_is_open_before_the_engine_is(server: ServerProcess, starting: StartingObservations) -> None:
+    assert starting.health == [NOT_SERVING]
+    assert starting.generate_code is grpc.StatusCode.UNAVAILABLE
+    assert starting.retry_after_s
+
+
+@pytest.mark.parametrize(("service", "status"), [("", SERVING), ("mtlora.v1.Inference", SERVING)])
+def test_health(server: ServerProcess, service: str, status: int) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
+    assert reply.status == status
+
+
+def test_generate(client: Client) -> None:
+    answer = client.generate("count_words", "one two three")
+    summary = answer.summary
+    assert (summary.task_id, summary.adapter_name, summary.adapter_version) == ("count_words", "alpha", "1")
+    assert summary.prompt_tokens > 3
+    assert 1 <= summary.completion_tokens <= 8
+    assert answer.text == answer.text.strip()
+    assert summary.finish_reason in (pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH)
+    times = [
+        each.ToTimedelta().total_seconds()
+        for each in (summary.timings.queue, summary.timings.time_to_first_token, summary.timings.total)
+    ]
+    assert 0 < times[0] <= times[1] <= times[2]
+
+
+def test_the_adapter_makes_the_difference(client: Client) -> None:
+    text = "The capital of France is"
+    adapted = client.generate("open", text)
+    alone = client.generate("open", text, without_adapter=True)
+    assert alone.summary.adapter_name == ""
+    assert adapted.summary.adapter_name == "beta"
+    assert adapted.summary.prompt_tokens == alone.summary.prompt_tokens
+    assert adapted.text != alone.text
+
+
+def test_the_backbone_alone_answers_a_chat(client: Client) -> None:
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    assert "Paris" in client.generate("open", chat, without_adapter=True).text
+
+
+def test_named_fields(client: Client) -> None:
+    answer = client.generate("pair", {"first": "a", "second": "b"}, without_adapter=True)
+    assert answer.summary.prompt_tokens > 5
+
+
+@pytest.mark.parametrize("without_adapter", [True, False])
+@pytest.mark.parametrize("parameters", [{}, {"temperature": 1.0, "seed": 7}, {"stop": ["e"], "max_new_tokens": 30}])
+def test_a_stream_adds_up_to_the_unary_answer(
+    client: Client, without_adapter: bool, parameters: dict[str, Any]
+) -> None:
+    parameters = {"without_adapter": without_adapter, **parameters}
+    # Repeated first, so that both find the prefix cache alike.
+    client.generate("open", "Once upon a time", **parameters)
+    answer = client.generate("open", "Once upon a time", **parameters)
+    pieces = list(client.stream("open", "Once upon a time", **parameters))
+    assert "".join(piece.text for piece in pieces).strip() == answer.text
+    assert [piece.HasField("summary") for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert pieces[-1].summary.completion_tokens == answer.summary.completion_tokens
+    if "stop" in parameters:
+        assert "e" not in answer.text
+
+
+def test_seeds(client: Client) -> None:
+    def sample(seed: int) -> str:
+        return client.generate("open", "Once", temperature=1.5, seed=seed, without_adapter=True).text
+
+    assert sample(1) == sample(1)
+    assert len({sample(seed) for seed in range(4)}) > 1
+
+
+def test_stop_strings_are_the_tasks_unless_replaced(client: Client) -> None:
+    chat = [{"role": "user", "content": "List three fruits, one a line."}]
+    stopped = client.generate("echo", chat, without_adapter=True, max_new_tokens=40)
+    ran_on = client.generate("echo", chat, without_adapter=True, max_new_tokens=40, stop=[])
+    assert "\n" not in stopped.text
+    assert stopped.summary.finish_reason == pb.FINISH_REASON_STOP
+    assert ran_on.text.startswith(stopped.text)
+    assert "\n" in ran_on.text
+
+
+def test_logprobs(client: Client) -> None:
+    answer = client.generate("open", "The capital of France is", logprobs=3, max_new_tokens=4, without_adapter=True)
+    assert len(answer.logprobs) == answer.summary.completion_tokens
+    for token in answer.logprobs:
+        assert len(token.top) == 3
+        found = [each.logprob for each in token.top]
+        assert found == sorted(found, reverse=True)
+        # Greedy.
+        assert token.chosen.token_id == token.top[0].token_id
+        assert token.chosen.logprob <= 0
+    assert not client.generate("open", "x", max_new_tokens=1).logprobs
+
+
+def test_logprobs_of_a_sampled_token_outside_the_top(client: Client) -> None:
+    answer = client.generate("open", "x", logprobs=1, max_new_tokens=8, temperature=2.0, seed=3, without_adapter=True)
+    assert all(len(token.top) == 1 for token in answer.logprobs)
+    assert all(token.chosen.logprob <= token.top[0].logprob for token in answer.logprobs)
+    assert any(token.chosen.token_id != token.top[0].token_id for token in answer.logprobs)
+
+
+def test_streamed_logprobs_are_the_unary_ones(client: Client) -> None:
+    parameters: dict[str, Any] = {"logprobs": 2, "max_new_tokens": 5, "without_adapter": True}
+    client.generate("open", "hello", **parameters)
+    unary = client.generate("open", "hello", **parameters).logprobs
+    streamed = [token for piece in client.stream("open", "hello", **parameters) for token in piece.logprobs]
+    assert [token.chosen.token_id for token in streamed] == [token.chosen.token_id for token in unary]
+
+
+def test_the_context_can_be_filled_to_the_last_token(client: Client) -> None:
+    answer = client.generate("open", "word " * 1015, without_adapter=True)
+    tokens = answer.summary.prompt_tokens
+    assert tokens + answer.summary.completion_tokens <= 1024
+    with pytest.raises(ServerError) as raised:
+        client.generate("open", "word " * 1015, max_new_tokens=1024 - tokens + 1)
+    assert raised.value.violations[0][0] == "parameters.max_new_tokens"
+
+
+def test_an_unknown_task(client: Client) -> None:
+    with pytest.raises(ServerError) as raised:
+        client.generate("sort_word", "x")
+    assert raised.value.code is grpc.StatusCode.NOT_FOUND
+    assert raised.value.resource == "sort_word"
+    assert "sort_words" in raised.value.message
+    with pytest.raises(ServerError) as raised:
+        client.task("sort_word")
+    assert raised.value.code is grpc.StatusCode.NOT_FOUND
+
+
+def test_violations(client: Client) -> None:
+    with pytest.raises(ServerError) as raised:
+        client.generate("pair", {"first": "a", "third": "c"}, temperature=9, top_p=0)
+    assert raised.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert [field for field, _ in raised.value.violations] == [
+        "fields.values[second]", "fields.values[third]", "parameters.temperature", "parameters.top_p",
+    ]  # fmt: skip
+
+
+def test_a_message_beyond_the_limit(client: Client) -> None:
+    with pytest.raises(ServerError) as raised:
+        client.generate("echo", "x" * 70_000)
+    assert raised.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    with pytest.raises(ServerError) as raised:
+        client.generate("echo", "x" * 60_000)
+    assert raised.value.code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_tasks(client: Client, server: ServerProcess) -> None:
+    tasks = client.tasks(page_size=2)
+    assert [task.id for task in tasks] == ["count_words", "echo", "open", "pair", "sort_words"]
+    assert server.num_tasks == 5
+    assert {task.id: task.adapter_version for task in tasks if task.adapter_name == "beta"} == {
+        "echo": "10",
+        "open": "10",
+    }
+    pair = client.task("pair")
+    assert pair == next(task for task in tasks if task.id == "pair")
+    assert list(pair.fields) == ["first", "second"]
+    assert list(client.task("sort_words").allowed_answers) == ["yes", "no"]
+
+
+def test_a_broken_adapter_is_left_out(server: ServerProcess, client: Client) -> None:
+    with pytest.raises(ServerError):
+        client.task("lost")
+    found = metrics(server)
+    assert found['mtlora_adapters{state="failed"}'] == 1
+    assert found['mtlora_adapters{state="loaded"}'] == 2
+    assert any("adapter not served" in line and "broken" in line for line in server.log().splitlines())
+
+
+def test_a_client_that_knows_reflection_alone(server: ServerProcess, client: Client) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        pool = descriptor_pool.DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
+        service = pool.FindServiceByName("mtlora.v1.Inference")
+        method = service.FindMethodByName("Generate")
+        request = message_factory.GetMessageClass(method.input_type)()
+        request.task_id = "open"
+        request.text = "Once upon a time"
+        call = channel.unary_unary(
+            f"/{service.full_name}/{method.name}",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=message_factory.GetMessageClass(method.output_type).FromString,
+        )
+        reply = call(request)
+    assert reply.text == client.generate("open", "Once upon a time").text
+
+
+def test_reflection_names_every_service(server: ServerProcess) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        services = set(ProtoReflectionDescriptorDatabase(channel).get_services())
+    assert {"mtlora.v1.Inference", "grpc.health.v1.Health"} <= services
+
+
+def test_cancelling_a_stream_frees_the_engine(server: ServerProcess, client: Client) -> None:
+    stream = client.stream("open", "Once", **LONG)
+    for _ in range(5):
+        next(stream)
+    assert not engine_is_idle(server)
+    stream.close()
+    eventually(lambda: engine_is_idle(server))
+
+
+def test_a_deadline_frees_the_engine(server: ServerProcess, client: Client) -> None:
+    with pytest.raises(ServerError) as raised:
+        client.generate("open", "Once", timeout=1.0, **LONG)
+    assert raised.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+    eventually(lambda: engine_is_idle(server))
+    statuses = {name for name, value in metrics(server).items() if name.startswith("mtlora_requests_total") and value}
+    assert any('status="DEADLINE_EXCEEDED"' in name for name in statuses)
+
+
+async def test_thirty_at_once(server: ServerProcess, client: Client) -> None:
+    tasks = ["sort_words", "count_words", "echo", "open"]
+    async with AsyncClient(server.address) as many:
+        answers = await asyncio.gather(
+            *(many.generate(tasks[i % 4], f"number {i}", without_adapter=i % 5 == 0) for i in range(30))
+        )
+    assert [answer.summary.task_id for answer in answers] == [tasks[i % 4] for i in range(30)]
+    assert len({answer.summary.request_id for answer in answers}) == 30
+    assert engine_is_idle(server)
+
+
+def test_the_metrics_page(server: ServerProcess, client: Client) -> None:
+    before = metrics(server)
+    client.generate("count_words", "a b")
+    found = metrics(server)
+    name = 'mtlora_requests_total{method="Generate",status="OK",task="count_words"}'
+    assert found[name] == before.get(name, 0) + 1
+    for histogram in ("time_to_first_token", "inter_token_latency", "request", "queue"):
+        assert found[f"mtlora_{histogram}_seconds_count"] > 0
+    assert found["mtlora_serving"] == 1
+    assert found["mtlora_tasks"] == 5
+    assert found['mtlora_completion_tokens_total{task="count_words"}'] > 0
+    assert found["mtlora_engine_prefix_cache_queries_total"] > 0
+
+
+def test_the_log_is_json_and_without_prompts(server: ServerProcess, client: Client) -> None:
+    answer = client.generate("echo", "zanzibar")
+    eventually(lambda: answer.summary.request_id in server.log())
+    line = next(line for line in server.log().splitlines() if answer.summary.request_id in line)
+    assert json.loads(line)["task"] == "echo"
+    assert "zanzibar" not in server.log()
+
+
+def test_memory_of_all_processes(server: ServerProcess) -> None:
+    root = psutil.Process(server.process.pid)
+    resident = sum(process.memory_info().rss for process in (root, *root.children(recursive=True)))
+    assert resident < 4 << 30
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "server", *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_ask(server: ServerProcess, client: Client) -> None:
+    expected = client.generate("open", "Once upon a time", without_adapter=True).text
+    address = ("--address", server.address, "--without-adapter")
+    assert run_cli("ask", "open", "Once upon a time", *address).stdout.strip() == expected
+    assert run_cli("ask", "open", "Once upon a time", "--stream", *address).stdout.strip() == expected
+    fields = run_cli("ask", "pair", "--field", "first=a", "--field", "second=b", "--verbose", *address)
+    assert fields.returncode == 0
+    assert 'task_id: "pair"' in fields.stderr
+    wrong = run_cli("ask", "opne", "x", *address)
+    assert wrong.returncode == 1
+    assert "NOT_FOUND" in wrong.stderr
+    assert "open" in wrong.stderr
+    assert run_cli("ask", "open", "--field", "x", *address).returncode == 2
+
+
+def test_tasks_command(server: ServerProcess) -> None:
+    done = run_cli("tasks", "--address", server.address)
+    assert done.returncode == 0
+    assert "count_words" in done.stdout
+    assert "alpha/1" in done.stdout

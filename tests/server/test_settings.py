@@ -1,0 +1,138 @@
+"""Settings: where they come from, which one wins, and what is said of wrong ones."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from server import cli, threads
+from server.settings import SettingsError, load_settings
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MTLORA_MAX_NUM_SEQS", "MTLORA_ADAPTERS", "MTLORA_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text(f"adapters: {tmp_path}\nmax_num_seqs: 5\nport: 7\nmax_model_len: 128\nenforce_eager: false\n")
+    monkeypatch.setenv("MTLORA_MAX_NUM_SEQS", "6")
+    monkeypatch.setenv("MTLORA_PORT", "8")
+    settings = load_settings({"max_num_seqs": "4"}, config)
+    assert (settings.max_num_seqs, settings.port, settings.max_model_len) == (4, 8, 128)
+    assert settings.enforce_eager is False
+    assert settings.grace_period_s == 30
+    assert settings.in_flight_limit == 16
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "found", "allowed"),
+    [
+        ({"max_num_seqs": "0"}, "max_num_seqs", "'0' (flag --max-num-seqs)", "greater than or equal to 1"),
+        ({"port": "70000"}, "port", "'70000'", "less than or equal to 65535"),
+        ({"dtype": "int8"}, "dtype", "'int8'", "'bfloat16'"),
+        ({"kv_cache_gib": "inf"}, "kv_cache_gib", "'inf'", "finite"),
+        ({"kv_cache_gib": "-1"}, "kv_cache_gib", "'-1'", "greater than 0"),
+        ({"grace_period_s": "soon"}, "grace_period_s", "'soon'", "valid number"),
+        ({"adapters": "/no/such/folder"}, "adapters", "'/no/such/folder'", "existing folder"),
+        ({"max_num_batched_tokens": "8", "max_num_seqs": "9"}, "max_num_batched_tokens", "8", "at least max_num_seqs"),
+        ({"adapters": None}, "adapters", "not set", "allow_no_tasks"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_was_found_and_what_is_allowed(
+    tmp_path: Path, flags: dict[str, str], name: str, found: str, allowed: str
+) -> None:
+    with pytest.raises(SettingsError) as error:
+        load_settings({"adapters": tmp_path} | flags)
+    message = str(error.value)
+    assert message.startswith(name)
+    assert found in message
+    assert allowed in message
+
+
+def test_all_wrong_settings_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as error:
+        load_settings({"adapters": tmp_path, "port": "-1", "log_level": "loud"})
+    assert {line.split(":")[0] for line in str(error.value).splitlines()} == {"port", "log_level"}
+
+
+def test_where_a_wrong_setting_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text("max_model_len: 1\n")
+    monkeypatch.setenv("MTLORA_PORT", "x")
+    with pytest.raises(SettingsError) as error:
+        load_settings({"adapters": tmp_path}, config)
+    assert "environment variable MTLORA_PORT" in str(error.value)
+    assert f"file {config}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("max_num_seq: 3", "max_num_seq: no such setting (file"),
+        ("- a\n- b", "a list; allowed: a mapping"),
+        ("a: [", "not a readable YAML file"),
+    ],
+)
+def test_a_wrong_file(tmp_path: Path, text: str, expected: str) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text(text)
+    with pytest.raises(SettingsError) as error:
+        load_settings({"adapters": tmp_path}, config)
+    assert expected in str(error.value)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="not a readable YAML file"):
+        load_settings({"adapters": tmp_path}, tmp_path / "none.yaml")
+
+
+def test_a_near_miss_is_suggested(tmp_path: Path) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text("max_num_seq: 3")
+    with pytest.raises(SettingsError, match="did you mean max_num_seqs"):
+        load_settings({"adapters": tmp_path}, config)
+
+
+def test_wrong_settings_and_help_are_answered_at_once() -> None:
+    for arguments, status in ((["--max-num-seqs", "0"], 2), (["serve", "--help"], 0)):
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, "-m", "server", *arguments], capture_output=True, text=True)
+        assert done.returncode == status
+        assert "max_num_seqs" in done.stderr or "--max-num-seqs" in done.stdout
+        # Generous: a busy machine. What it guards against is an import of vLLM, at several seconds.
+        assert time.monotonic() - began < 4
+
+
+def test_every_setting_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    assert "--no-log-prompts" in capsys.readouterr().out
+
+
+def test_threads_are_the_setting_then_the_environment_then_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3, 4})
+    monkeypatch.setattr(threads, "quota_cores", lambda: None)
+    assert threads.thread_environment("7", {threads.BIND: "1"}, 1) == {threads.BIND: "7"}
+    assert threads.thread_environment(None, {threads.BIND: "1"}, 1) == {}
+    assert threads.thread_environment(None, {}, 1) == {threads.BIND: "0,1,2,3,4"}
+    assert threads.thread_environment(None, {}, 2) == {threads.BIND: "0,1|2,3,4"}
+    assert threads.thread_environment(None, {}, 6) == {threads.BIND: "0|1|2|3|4|0"}
+
+
+def test_threads_are_not_bound_under_a_smaller_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(threads, "quota_cores", lambda: 8)
+    assert threads.thread_environment(None, {}, 2) == {threads.BIND: "nobind", "OMP_NUM_THREADS": "4"}
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"), [("max 100000", None), ("150000 100000", 1), ("400000 100000", 4), ("?", None)]
+)
+def test_quota_of_the_control_group(tmp_path: Path, text: str, cores: int | None) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    assert threads.quota_cores(tmp_path / "cpu.max") == cores

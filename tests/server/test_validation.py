@@ -1,0 +1,244 @@
+"""Requests to jobs or violations, with the default backbone's tokenizer."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mtlora_pb.v1 import inference_pb2 as pb
+from transformers import AutoTokenizer
+
+from mtlora.backbone import resolve
+from mtlora.client import make_request
+from mtlora.prompt import encode_chat, encode_prompt
+from server.errors import Violation
+from server.job import GenerationJob, ServedTask
+from server.validation import MAX_STOP_STRINGS, Limits, page_size, validate
+from tests.server.adapters import entry
+
+LIMITS = Limits(max_model_len=128, vocab_size=49152)
+ONE = ServedTask(entry("one", max_new_tokens=200), "a", "1", slot=None)
+TWO = ServedTask(entry("two", template="{x} and {y}"), "a", "1", slot=None)
+UINT32 = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(resolve("default"))
+
+
+def fields(violations: Iterable[Violation] | GenerationJob) -> list[str]:
+    assert isinstance(violations, list)
+    return [violation.field for violation in violations]
+
+
+def job(result: GenerationJob | list[Violation]) -> GenerationJob:
+    assert isinstance(result, GenerationJob), result
+    return result
+
+
+def test_defaults_are_the_tasks(tokenizer: Any) -> None:
+    made = job(validate(make_request("one", "hello"), ONE, tokenizer, LIMITS))
+    assert list(made.prompt_ids) == encode_prompt(tokenizer, "hello\nAnswer:")
+    # The task's 200 tokens do not fit, and nobody asked for them by name.
+    assert made.sampling.max_new_tokens == 128 - len(made.prompt_ids)
+    assert made.sampling.stop == ("\n",)
+    assert (made.sampling.temperature, made.sampling.top_p, made.sampling.top_k) == (0.0, 1.0, 0)
+    assert made.sampling.seed is None
+    assert made.strip
+    assert not made.without_adapter
+
+
+def test_parameters_take_the_place_of_defaults(tokenizer: Any) -> None:
+    request = make_request(
+        "one", "hello", max_new_tokens=3, temperature=0.5, top_p=0.5, top_k=10**6, seed=0, stop=[], logprobs=5,
+        without_adapter=True,
+    )  # fmt: skip
+    made = job(validate(request, ONE, tokenizer, LIMITS))
+    assert made.without_adapter
+    sampling = made.sampling
+    assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p) == (3, 0.5, 0.5)
+    assert (sampling.top_k, sampling.seed, sampling.stop, sampling.logprobs) == (LIMITS.vocab_size, 0, (), 5)
+
+
+def test_chat_goes_through_the_backbones_template(tokenizer: Any) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    made = job(validate(make_request("one", messages), ONE, tokenizer, LIMITS))
+    assert list(made.prompt_ids) == encode_chat(tokenizer, messages)
+    assert not made.strip
+
+
+def test_fields_fill_the_template(tokenizer: Any) -> None:
+    made = job(validate(make_request("two", {"x": "1", "y": ""}), TWO, tokenizer, LIMITS))
+    assert list(made.prompt_ids) == encode_prompt(tokenizer, "1 and ")
+
+
+@pytest.mark.parametrize(
+    ("task", "given_input", "expected"),
+    [
+        (ONE, "", ["text"]),
+        (ONE, " \n", ["text"]),
+        (TWO, "x", ["text"]),
+        (TWO, {"x": "1", "z": "2"}, ["fields.values[y]", "fields.values[z]"]),
+        (TWO, {"x": "", "y": " "}, ["fields"]),
+        (ONE, [], ["chat.messages"]),
+        (ONE, [{"role": "bot", "content": "x"}], ["chat.messages[0].role"]),
+        (ONE, [{"role": "user", "content": ""}], ["chat.messages[0].content"]),
+        (ONE, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], ["chat.messages[1].role"]),
+        (ONE, [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}], ["chat.messages[1].role"] * 2),
+    ],
+)
+def test_wrong_inputs(tokenizer: Any, task: ServedTask, given_input: Any, expected: list[str]) -> None:
+    assert fields(validate(make_request(task.spec.id, given_input), task, tokenizer, LIMITS)) == expected
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 127},
+        {"temperature": -0.1},
+        {"temperature": 2.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": float("nan")},
+        {"seed": 2**63},
+        {"logprobs": 6},
+    ],
+)
+def test_wrong_parameters(tokenizer: Any, parameters: dict[str, Any]) -> None:
+    (name,) = parameters
+    result = validate(make_request("one", "hello", **parameters), ONE, tokenizer, LIMITS)
+    assert fields(result) == [f"parameters.{name}"]
+
+
+def test_wrong_stop_strings(tokenizer: Any) -> None:
+    result = validate(make_request("one", "x", stop=["a", ""]), ONE, tokenizer, LIMITS)
+    assert fields(result) == ["parameters.stop.values[1]"]
+    result = validate(make_request("one", "x", stop=["a"] * 9), ONE, tokenizer, LIMITS)
+    assert fields(result) == ["parameters.stop.values"]
+
+
+def test_all_violations_come_at_once(tokenizer: Any) -> None:
+    request = make_request("", "", temperature=3.0, top_p=2.0, logprobs=9, max_new_tokens=0)
+    assert fields(validate(request, None, tokenizer, LIMITS)) == [
+        "task_id", "text", "parameters.max_new_tokens", "parameters.temperature", "parameters.top_p",
+        "parameters.logprobs",
+    ]  # fmt: skip
+    assert fields(validate(pb.GenerateRequest(), None, tokenizer, LIMITS)) == ["task_id", "input"]
+
+
+def test_a_long_prompt_names_tokens_found_and_allowed(tokenizer: Any) -> None:
+    text = "word " * 300
+    found = len(encode_prompt(tokenizer, f"{text}\nAnswer:"))
+    (violation,) = validate(make_request("one", text), ONE, tokenizer, LIMITS)
+    assert violation.field == "text"
+    assert f"found {found} tokens" in violation.description
+    assert "allowed: 127" in violation.description
+
+
+def test_a_backbone_without_chat_template(tokenizer: Any) -> None:
+    class Plain:
+        chat_template = None
+
+    assert fields(validate(make_request("one", [{"role": "user", "content": "x"}]), ONE, Plain(), LIMITS)) == ["chat"]
+
+
+def test_a_chat_that_the_template_refuses(tokenizer: Any) -> None:
+    from jinja2 import TemplateError
+
+    class Strict:
+        chat_template = "strict"
+
+        def apply_chat_template(self, *_: Any, **__: Any) -> str:
+            raise TemplateError("roles must alternate")
+
+    (violation,) = validate(make_request("one", [{"role": "user", "content": "x"}]), ONE, Strict(), LIMITS)
+    assert violation.field == "chat.messages"
+    assert "roles must alternate" in violation.description
+
+
+def test_page_sizes() -> None:
+    assert page_size(pb.ListTasksRequest()) == 1000
+    assert page_size(pb.ListTasksRequest(page_size=3)) == 3
+    assert isinstance(page_size(pb.ListTasksRequest(page_size=1001)), Violation)
+
+
+TEXTS = st.text(max_size=200)
+CHATS = st.builds(
+    pb.Chat,
+    messages=st.lists(
+        st.builds(pb.ChatMessage, role=st.sampled_from(["user", "assistant", "system"]) | TEXTS, content=TEXTS),
+        max_size=5,
+    ),
+)
+FIELDS = st.builds(
+    pb.TemplateFields, values=st.dictionaries(st.sampled_from(["x", "y", "input"]) | TEXTS, TEXTS, max_size=4)
+)
+FLOATS = st.floats(width=32) | st.floats(0, 2, width=32)
+PARAMETERS = st.fixed_dictionaries(
+    {},
+    optional={
+        "max_new_tokens": st.integers(0, 200) | UINT32,
+        "temperature": FLOATS,
+        "top_p": FLOATS,
+        "top_k": UINT32,
+        "seed": st.integers(0, 2**64 - 1),
+        "logprobs": st.integers(0, 7) | UINT32,
+        "stop": st.builds(pb.StopStrings, values=st.lists(st.text(max_size=10), max_size=12)),
+    },
+)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> pb.GenerateRequest:
+    request = pb.GenerateRequest(task_id=draw(st.sampled_from(["one", "two", ""])), without_adapter=draw(st.booleans()))
+    match draw(st.sampled_from(["text", "chat", "fields", None])):
+        case "text":
+            request.text = draw(TEXTS)
+        case "chat":
+            request.chat.CopyFrom(draw(CHATS))
+        case "fields":
+            request.fields.CopyFrom(draw(FIELDS))
+    if draw(st.booleans()):
+        request.parameters.CopyFrom(pb.GenerationParameters(**draw(PARAMETERS)))
+    return request
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(request=requests())
+def test_any_request_is_a_job_within_the_limits_or_has_violations(tokenizer: Any, request: pb.GenerateRequest) -> None:
+    task = {"one": ONE, "two": TWO}.get(request.task_id)
+    result = validate(request, task, tokenizer, LIMITS)
+    if isinstance(result, list):
+        assert result
+        assert all(violation.field and violation.description for violation in result)
+        return
+    assert task is not None
+    sampling = result.sampling
+    assert result.prompt_ids
+    assert sampling.max_new_tokens >= 1
+    assert len(result.prompt_ids) + sampling.max_new_tokens <= LIMITS.max_model_len
+    assert 0 <= sampling.temperature <= 2
+    assert 0 < sampling.top_p <= 1
+    assert 0 <= sampling.top_k <= LIMITS.vocab_size
+    assert sampling.seed is None or 0 <= sampling.seed < 2**63
+    assert len(sampling.stop) <= MAX_STOP_STRINGS
+    assert all(sampling.stop)
+    assert 0 <= sampling.logprobs <= 5
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary(max_size=200))
+def test_any_bytes_that_parse_are_a_job_or_have_violations(tokenizer: Any, data: bytes) -> None:
+    from google.protobuf.message import DecodeError
+
+    request = pb.GenerateRequest()
+    try:
+        request.ParseFromString(data)
+    except DecodeError:
+        return
+    assert validate(request, ONE, tokenizer, LIMITS)
