@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mtlora.config import MtLoRAConfig
-from mtlora.ops.routed_lora import expand, pack_experts, route
+from mtlora.ops.training import routed_lora
 
 
 class TaskContext:
@@ -75,16 +75,18 @@ class BlockAdapter(nn.Module):
         """The path's output, shape and dtype of `x_BLD`; the products run in the parameters' dtype."""
         config, (B, L, D) = self.config, x_BLD.shape
         x_TD = x_BLD.reshape(B * L, D).to(self.lora_A.dtype)
-        if self.training and config.lora_dropout > 0:
-            h_Tr = nn.functional.linear(self.dropout(x_TD), self.lora_A)
-            logits = nn.functional.linear(x_TD, self.lora_route)
-        else:
-            both = nn.functional.linear(x_TD, torch.cat([self.lora_A, self.lora_route]))
-            h_Tr, logits = both.split([config.r, config.router_rows], dim=-1)
-        weights_TGN = route(logits.reshape(-1, config.num_groups, config.num_experts), self._bias_TGN(B, L))
+        delta_TD, weights_TGN = routed_lora(
+            x_TD,
+            self.lora_A,
+            self.lora_B,
+            self.lora_route,
+            self._bias_TGN(B, L),
+            num_groups=config.num_groups,
+            scaling=config.scaling,
+            dropped_TD=self.dropout(x_TD) if self.training and config.lora_dropout > 0 else None,
+        )
         if self.training:
             self.mean_routing_GN = weights_TGN.mean(dim=0)
-        delta_TD = expand(h_Tr, weights_TGN, pack_experts(self.lora_B, config.num_groups)) * config.scaling
         return delta_TD.to(x_BLD.dtype).view(B, L, D)
 
     def _bias_TGN(self, B: int, L: int) -> torch.Tensor | None:

@@ -71,7 +71,7 @@ def add_routed_lora_(
     """
     kernel = compiled_kernel()
     if kernel is None or x_TD.dtype not in _KERNEL_DTYPES:
-        _in_torch_ops(y_TD, x_TD, rows_AF, tokens_T, bias_rows_T, tiles_M3)
+        in_torch_ops(y_TD, x_TD, rows_AF, tokens_T, bias_rows_T, tiles_M3)
     else:
         run_kernel(kernel, 0, y_TD, x_TD, rows_AF, tokens_T, bias_rows_T, tiles_M3)
 
@@ -111,7 +111,7 @@ def run_kernel(
         raise ValueError(_ERRORS[error])
 
 
-def _in_torch_ops(
+def in_torch_ops(
     y_TD: torch.Tensor,
     x_TD: torch.Tensor,
     rows_AF: torch.Tensor,
@@ -119,6 +119,7 @@ def _in_torch_ops(
     bias_rows_T: torch.Tensor,
     tiles_M3: torch.Tensor,
 ) -> None:
+    """`add_routed_lora_` in torch ops, one adapter after another."""
     work = []
     for slot, first, count in _spans(tiles_M3):
         if not 0 <= slot < len(rows_AF):

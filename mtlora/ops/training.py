@@ -1,0 +1,160 @@
+"""The registered operator of training, `mtlora::routed_lora`: the path of one adapter, with gradients.
+
+Between forward and backward it keeps x, h and the routing weights. z and its gradient, [G, T, K] both, are made anew in
+the backward pass of one block and gone after it; no tensor per expert, [T, D] times N, is ever made.
+
+Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups, E = D/G dimensions of a group, K = N*r.
+"""
+
+from typing import Any
+
+import torch
+
+from mtlora.ops.routed_lora import outer, pack_experts, route
+
+
+def routed_lora(
+    x_TD: torch.Tensor,
+    lora_A_rD: torch.Tensor,
+    lora_B_NDr: torch.Tensor,
+    lora_route: torch.Tensor,
+    bias_TGN: torch.Tensor | None,
+    *,
+    num_groups: int,
+    scaling: float,
+    dropped_TD: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the path's output [T, D], the routing weights [T, G, N]), both differentiable in every tensor.
+
+    x_TD, lora_A_rD, lora_B_NDr, lora_route [G*N, D] (group-major): one floating dtype, one device. bias_TGN: router bias
+    per token. dropped_TD: x after dropout, which A then sees in x's place. Raises ValueError for anything else.
+    """
+    delta_TD, weights_TGN, _ = torch.ops.mtlora.routed_lora(
+        x_TD, dropped_TD, lora_A_rD, lora_B_NDr, lora_route, bias_TGN, num_groups, scaling
+    )
+    return delta_TD, weights_TGN
+
+
+def _check(
+    x: torch.Tensor,
+    dropped: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    lora_route: torch.Tensor,
+    bias: torch.Tensor | None,
+    num_groups: int,
+) -> None:
+    if x.dim() != 2 or lora_A.dim() != 2 or lora_B.dim() != 3:
+        raise ValueError("x must be [tokens, D], lora_A [r, D] and lora_B [N, D, r]")
+    (T, D), r, N = x.shape, lora_A.shape[0], lora_B.shape[0]
+    if num_groups < 1 or D % num_groups:
+        raise ValueError(f"num_groups {num_groups} does not divide the hidden size {D}")
+    expected: dict[str, tuple[torch.Tensor | None, tuple[int, ...]]] = {
+        "dropped": (dropped, (T, D)),
+        "lora_A": (lora_A, (r, D)),
+        "lora_B": (lora_B, (N, D, r)),
+        "lora_route": (lora_route, (num_groups * N, D)),
+        "bias": (bias, (T, num_groups, N)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+        if tensor.dtype != x.dtype and name != "bias":
+            raise ValueError(f"{name} is {tensor.dtype}, x {x.dtype}")
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"x must be of a floating dtype, got {x.dtype}")
+
+
+@torch.library.custom_op("mtlora::routed_lora", mutates_args=())
+def _routed_lora(
+    x: torch.Tensor,
+    dropped: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    lora_route: torch.Tensor,
+    bias: torch.Tensor | None,
+    num_groups: int,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check(x, dropped, lora_A, lora_B, lora_route, bias, num_groups)
+    T, D = x.shape
+    if dropped is None:
+        s_TS = torch.nn.functional.linear(x, torch.cat([lora_A, lora_route]))
+        h_Tr, logits = s_TS[:, : len(lora_A)].contiguous(), s_TS[:, len(lora_A) :]
+    else:
+        h_Tr, logits = dropped @ lora_A.t(), x @ lora_route.t()
+    weights_TGN = route(logits.reshape(T, num_groups, -1), bias)
+    delta_TD = torch.empty_like(x, memory_format=torch.contiguous_format)
+    delta_GTE = delta_TD.view(T, num_groups, -1).transpose(0, 1)
+    torch.bmm(outer(h_Tr * scaling, weights_TGN), pack_experts(lora_B, num_groups), out=delta_GTE)
+    return delta_TD, weights_TGN, h_Tr
+
+
+@_routed_lora.register_fake
+def _fake(
+    x: torch.Tensor,
+    dropped: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    lora_route: torch.Tensor,
+    bias: torch.Tensor | None,
+    num_groups: int,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check(x, dropped, lora_A, lora_B, lora_route, bias, num_groups)
+    weights_dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    weights = x.new_empty(len(x), num_groups, len(lora_B), dtype=weights_dtype)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), weights, x.new_empty(len(x), len(lora_A))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    *tensors, bias, ctx.num_groups, ctx.scaling = inputs
+    _, weights_TGN, h_Tr = output
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(*tensors, weights_TGN, h_Tr)
+    ctx.mark_non_differentiable(h_Tr)
+
+
+def _backward(ctx: Any, grad_delta_TD: torch.Tensor, grad_weights_TGN: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    x_TD, dropped_TD, lora_A_rD, lora_B_NDr, lora_route, weights_TGN, h_Tr = ctx.saved_tensors
+    (N, D, r), T, G = lora_B_NDr.shape, len(x_TD), ctx.num_groups
+    grad_GTE = grad_delta_TD.reshape(T, G, -1).transpose(0, 1)
+
+    z_GTK = outer(h_Tr * ctx.scaling, weights_TGN)
+    grad_B_GKE = torch.bmm(z_GTK.transpose(1, 2), grad_GTE)
+    grad_B_NDr = grad_B_GKE.view(G, N, r, -1).permute(1, 0, 3, 2).reshape(N, D, r)
+    del z_GTK, grad_B_GKE
+
+    grad_z_TGK = x_TD.new_empty(T, G, N * r)
+    torch.bmm(grad_GTE, pack_experts(lora_B_NDr, G).transpose(1, 2), out=grad_z_TGK.transpose(0, 1))
+    grad_z_TMr = grad_z_TGK.reshape(T, G * N, r)
+    grad_h_Tr = torch.bmm(weights_TGN.to(h_Tr.dtype).view(T, 1, G * N), grad_z_TMr).view(T, r) * ctx.scaling
+    grad_weights_TGN = grad_weights_TGN + torch.bmm(grad_z_TMr, (h_Tr * ctx.scaling).unsqueeze(-1)).view(T, G, N)
+    del grad_z_TGK, grad_z_TMr
+
+    inner_TG1 = (weights_TGN * grad_weights_TGN).sum(dim=-1, keepdim=True)
+    grad_logits_TGN = weights_TGN * (grad_weights_TGN - inner_TG1)
+    grad_bias_TGN = None if ctx.bias_dtype is None else grad_logits_TGN.to(ctx.bias_dtype)
+    grad_logits = grad_logits_TGN.view(T, G * N).to(x_TD.dtype)
+
+    grad_x_TD = grad_dropped_TD = None
+    needs_x, needs_dropped = ctx.needs_input_grad[:2]
+    if dropped_TD is None:
+        grad_s_TS = torch.cat([grad_h_Tr, grad_logits], dim=1)
+        grad_A_rD, grad_route = (grad_s_TS.t() @ x_TD).split([r, G * N])
+        if needs_x:
+            grad_x_TD = grad_s_TS @ torch.cat([lora_A_rD, lora_route])
+    else:
+        grad_A_rD, grad_route = grad_h_Tr.t() @ dropped_TD, grad_logits.t() @ x_TD
+        if needs_x:
+            grad_x_TD = grad_logits @ lora_route
+        if needs_dropped:
+            grad_dropped_TD = grad_h_Tr @ lora_A_rD
+    return grad_x_TD, grad_dropped_TD, grad_A_rD, grad_B_NDr, grad_route, grad_bias_TGN, None, None
+
+
+torch.library.register_autograd("mtlora::routed_lora", _backward, setup_context=_save)
