@@ -1,27 +1,34 @@
 """The registered operator of serving, `mtlora::add_routed_lora_`: y += path(x) for a step's whole mix of adapters.
 
-    add_routed_lora_(Tensor(a!) y, Tensor x, Tensor rows, Tensor tokens, Tensor bias_rows, Tensor tiles, int[] limits)
+    add_routed_lora_(Tensor(a!) y, Tensor x, Tensor rows, Tensor tokens, Tensor bias_rows, Tensor tiles, int[] limits, int tile_size)
 
 y, x: [T, D], of the adapters' dtype; rows: a block's part of a `SlotTable`; tokens, bias_rows, tiles: a `StepPlan`;
-limits: rank, experts and groups of the largest adapter in the table. It allocates nothing that depends on the tensors'
+limits: the table's `Limits`; tile_size: the plan's. It allocates nothing that depends on the tensors'
 values, and on a GPU it waits for nothing: values are read on the device alone, so that graphs can capture it.
 
 What can be told without reading a GPU's memory is checked before any kernel runs; that weights are sound was checked
 where the table was filled, that slots are in range where the plan was made.
 """
 
+from dataclasses import astuple
+
 import torch
 
-from mtlora.ops import cpu
+from mtlora.ops import cpu, tuning
 from mtlora.ops.plan import StepPlan
-from mtlora.ops.table import DTYPES, Field, SlotTable
+from mtlora.ops.table import DTYPES, Field, Limits, SlotTable
 
 # Lives as long as the process: the operator goes with its library.
 _LIBRARY = torch.library.Library("mtlora", "FRAGMENT")
 _LIBRARY.define(
-    "add_routed_lora_(Tensor(a!) y, Tensor x, Tensor rows, Tensor tokens, Tensor bias_rows, Tensor tiles, int[] limits)"
-    " -> ()"
+    "add_routed_lora_(Tensor(a!) y, Tensor x, Tensor rows, Tensor tokens, Tensor bias_rows, Tensor tiles, int[] limits, "
+    "int tile_size) -> ()"
 )
+
+
+def tile_size(device: torch.device, num_tokens: int) -> int:
+    """Tokens of a tile that suit a device and a step of so many tokens."""
+    return cpu.TILE_SIZE if device.type == "cpu" else tuning.tile_size(num_tokens)
 
 
 def add_routed_lora_(
@@ -34,9 +41,9 @@ def add_routed_lora_(
     if (x_TD.dtype, x_TD.device, x_TD.shape[-1]) != table.kind:
         found = (x_TD.dtype, x_TD.device, x_TD.shape[-1])
         raise ValueError(f"x is of {found}, the table's adapters of {table.kind} (dtype, device, hidden size)")
-    limits = [table.limits.rank, table.limits.experts, table.limits.groups]
+    limits = list(astuple(table.limits))
     torch.ops.mtlora.add_routed_lora_(
-        y_TD, x_TD, table.rows_LAF[block], plan.tokens_T, plan.bias_rows_T, plan.tiles_M3, limits
+        y_TD, x_TD, table.rows_LAF[block], plan.tokens_T, plan.bias_rows_T, plan.tiles_M3, limits, plan.tile_size
     )
 
 
@@ -81,6 +88,7 @@ def _on_cpu(
     bias_rows: torch.Tensor,
     tiles: torch.Tensor,
     limits: list[int],
+    tile_size: int,
 ) -> None:
     _check(y, x, rows, tokens, bias_rows, tiles)
     cpu.add_routed_lora_(y, x, rows, tokens, bias_rows, tiles)
@@ -94,13 +102,13 @@ def _on_cuda(
     bias_rows: torch.Tensor,
     tiles: torch.Tensor,
     limits: list[int],
+    tile_size: int,
 ) -> None:
     # Imported here: CPU installations have no Triton.
     from mtlora.ops import triton_gpu
-    from mtlora.ops.table import Limits
 
     _check(y, x, rows, tokens, bias_rows, tiles)
-    triton_gpu.add_routed_lora_(y, x, rows, tokens, bias_rows, tiles, Limits(*limits))
+    triton_gpu.add_routed_lora_(y, x, rows, tokens, bias_rows, tiles, Limits(*limits), tile_size)
 
 
 def _fake(
@@ -111,6 +119,7 @@ def _fake(
     bias_rows: torch.Tensor,
     tiles: torch.Tensor,
     limits: list[int],
+    tile_size: int,
 ) -> None:
     _check(y, x, rows, tokens, bias_rows, tiles)
 

@@ -18,16 +18,13 @@ class StepPlan:
     tokens_T: row of the batch, slot by slot.
     bias_rows_T: row of the adapter's bias table for each of those, -1 for none.
     tiles_M3: (slot, first place in tokens_T, count). Tiles of count 0 are padding.
+    tile_size: the largest count there may be.
     """
 
     tokens_T: torch.Tensor
     bias_rows_T: torch.Tensor
     tiles_M3: torch.Tensor
-
-    @property
-    def num_tiles(self) -> int:
-        """M, padding included."""
-        return len(self.tiles_M3)
+    tile_size: int
 
 
 def plan_step(slot_T: np.ndarray, bias_row_T: np.ndarray, *, num_slots: int, tile_size: int) -> StepPlan:
@@ -49,7 +46,8 @@ def plan_step(slot_T: np.ndarray, bias_row_T: np.ndarray, *, num_slots: int, til
     tiles_M3 = np.stack(
         [np.repeat(slots, tiles_of_slot), np.repeat(starts, tiles_of_slot) + first_M, last_M - first_M], axis=1
     )
-    return StepPlan(*(torch.from_numpy(a.astype(np.int32)) for a in (order_T, bias_row_T[order_T], tiles_M3)))
+    parts = (torch.from_numpy(a.astype(np.int32)) for a in (order_T, bias_row_T[order_T], tiles_M3))
+    return StepPlan(*parts, tile_size)
 
 
 class DevicePlan:
@@ -59,12 +57,12 @@ class DevicePlan:
     """
 
     def __init__(self, max_tokens: int, max_slots: int, *, tile_size: int, device: torch.device) -> None:
-        self._max_tokens, self._max_slots, self.tile_size = max_tokens, max_slots, tile_size
+        self._max_tokens, self._max_slots = max_tokens, max_slots
         # Every slot ends in at most one tile that is not full.
         num_tiles = min(max_tokens, max_slots + max_tokens // tile_size)
         self._all = torch.zeros(2 * max_tokens + 3 * num_tiles, dtype=torch.int32, device=device)
         tokens, bias_rows, tiles = self._all.split([max_tokens, max_tokens, 3 * num_tiles])
-        self.plan = StepPlan(tokens, bias_rows, tiles.view(num_tiles, 3))
+        self.plan = StepPlan(tokens, bias_rows, tiles.view(num_tiles, 3), tile_size)
 
     def set(self, slot_T: np.ndarray, bias_row_T: np.ndarray) -> StepPlan:
         """Fill the buffers for a step of up to `max_tokens` tokens, by one copy that waits for nothing.
@@ -73,7 +71,7 @@ class DevicePlan:
         """
         if len(slot_T) > self._max_tokens:
             raise ValueError(f"{len(slot_T)} tokens in a plan of {self._max_tokens}")
-        step = plan_step(slot_T, bias_row_T, num_slots=self._max_slots, tile_size=self.tile_size)
+        step = plan_step(slot_T, bias_row_T, num_slots=self._max_slots, tile_size=self.plan.tile_size)
         # A new staging buffer each time: the copy of the last step may still be under way.
         staged = torch.zeros(self._all.shape, dtype=torch.int32, pin_memory=self._all.is_cuda)
         staged[: len(step.tokens_T)] = step.tokens_T

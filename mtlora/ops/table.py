@@ -6,6 +6,7 @@ and addresses that a compiled or captured graph holds (the table's) never change
 Shape suffixes: L blocks, A slots, F fields of a row.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -33,14 +34,29 @@ class Field(IntEnum):
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest adapter that a table may hold, which bounds the kernels' scratch space and grids."""
+    """The largest adapter that a table may hold, which bounds the GPU kernels' scratch space and grids.
+
+    alignment: a power of two, up to 16, that divides every adapter's S and E.
+    """
 
     rank: int = 0
     experts: int = 0
     groups: int = 0
+    alignment: int = 16
 
     def __or__(self, other: "Limits") -> "Limits":
-        return Limits(max(self.rank, other.rank), max(self.experts, other.experts), max(self.groups, other.groups))
+        return Limits(
+            max(self.rank, other.rank),
+            max(self.experts, other.experts),
+            max(self.groups, other.groups),
+            min(self.alignment, other.alignment),
+        )
+
+    @staticmethod
+    def of(block: PackedBlock) -> "Limits":
+        """Those that hold `block` and nothing larger."""
+        alignment = math.gcd(block.shrink_DS.shape[1], block.expand_GKE.shape[2], 16)
+        return Limits(block.rank, block.num_experts, block.num_groups, alignment)
 
 
 def check_block(block: PackedBlock) -> None:
@@ -90,7 +106,7 @@ class AdapterRows:
                 row[Field.BIAS], row[Field.BIAS_ROWS] = bias.data_ptr(), len(bias)
             row[Field.RANK], row[Field.EXPERTS], row[Field.GROUPS] = rank, block.num_experts, block.num_groups
             row[Field.DTYPE], row[Field.HIDDEN] = DTYPES.index(shrink.dtype), shrink.shape[0]
-            self.limits |= Limits(rank, block.num_experts, block.num_groups)
+            self.limits |= Limits.of(block)
         if len(kinds) > 1:
             raise ValueError(f"blocks of several kinds in one adapter: {sorted(map(str, kinds))}")
         self.kind = kinds.pop() if kinds else None

@@ -129,17 +129,17 @@ def _backward(ctx: Any, grad_delta_TD: torch.Tensor, grad_weights_TGN: torch.Ten
     grad_B_NDr = grad_B_GKE.view(G, N, r, -1).permute(1, 0, 3, 2).reshape(N, D, r)
     del z_GTK, grad_B_GKE
 
-    grad_z_TGK = x_TD.new_empty(T, G, N * r)
-    torch.bmm(grad_GTE, pack_experts(lora_B_NDr, G).transpose(1, 2), out=grad_z_TGK.transpose(0, 1))
-    grad_z_TMr = grad_z_TGK.reshape(T, G * N, r)
-    grad_h_Tr = torch.bmm(weights_TGN.to(h_Tr.dtype).view(T, 1, G * N), grad_z_TMr).view(T, r) * ctx.scaling
-    grad_weights_TGN = grad_weights_TGN + torch.bmm(grad_z_TMr, (h_Tr * ctx.scaling).unsqueeze(-1)).view(T, G, N)
-    del grad_z_TGK, grad_z_TMr
+    grad_z_GTNr = torch.bmm(grad_GTE, pack_experts(lora_B_NDr, G).transpose(1, 2)).view(G, T, N, r)
+    weights_GT1N = weights_TGN.to(h_Tr.dtype).transpose(0, 1).unsqueeze(2)
+    grad_h_Tr = (weights_GT1N @ grad_z_GTNr).sum(dim=0).view(T, r) * ctx.scaling
+    grad_mix_GTN = (grad_z_GTNr @ (h_Tr * ctx.scaling).unsqueeze(-1)).squeeze(-1)
+    grad_weights_TGN = grad_weights_TGN + grad_mix_GTN.transpose(0, 1)
+    del grad_z_GTNr
 
     inner_TG1 = (weights_TGN * grad_weights_TGN).sum(dim=-1, keepdim=True)
     grad_logits_TGN = weights_TGN * (grad_weights_TGN - inner_TG1)
     grad_bias_TGN = None if ctx.bias_dtype is None else grad_logits_TGN.to(ctx.bias_dtype)
-    grad_logits = grad_logits_TGN.view(T, G * N).to(x_TD.dtype)
+    grad_logits = grad_logits_TGN.reshape(T, G * N).to(x_TD.dtype)
 
     grad_x_TD = grad_dropped_TD = None
     needs_x, needs_dropped = ctx.needs_input_grad[:2]

@@ -8,8 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from mtlora.ops import cpu
-from mtlora.ops.operators import add_routed_lora_
+from mtlora.ops.operators import add_routed_lora_, tile_size
 from mtlora.ops.plan import StepPlan, plan_step
 from mtlora.ops.table import SlotTable
 from mtlora.vllm_plugin.packed import PackedAdapter, Slot
@@ -61,7 +60,7 @@ class StepMapping:
                 place_of_id[id_index_T],
                 bias_row_of_id[id_index_T],
                 num_slots=self._table.num_slots,
-                tile_size=cpu.TILE_SIZE,
+                tile_size=tile_size(self._device, self.num_tokens),
             )
         )
 
@@ -74,4 +73,4 @@ class StepMapping:
         if self._device.type == "cpu":
             return plan
         parts = (plan.tokens_T, plan.bias_rows_T, plan.tiles_M3)
-        return StepPlan(*(part.pin_memory().to(self._device, non_blocking=True) for part in parts))
+        return StepPlan(*(p.pin_memory().to(self._device, non_blocking=True) for p in parts), plan.tile_size)

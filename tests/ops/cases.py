@@ -1,0 +1,121 @@
+"""Random batches over random adapters, and what the oracle says of them.
+
+Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups, b rows of a bias table.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mtlora.ops.plan import StepPlan, plan_step
+from mtlora.ops.reference import ReferenceAdapter, routed_lora_batch_reference
+from mtlora.ops.routed_lora import pack_block
+from mtlora.ops.table import AdapterRows, Limits, SlotTable
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """r, N, G of an adapter, and how many rows of router biases it has."""
+
+    r: int
+    N: int
+    G: int
+    bias_rows: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch: `slots` and `bias_rows` per token, an adapter (or None) a slot."""
+
+    D: int
+    shapes: tuple[Shape | None, ...]
+    slots: tuple[int, ...]
+    bias_rows: tuple[int, ...]
+    seed: int = 0
+
+
+def random_slots(shapes: Sequence[Shape | None], tokens: int, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Slots, some tokens without, and a bias row that the slot's adapter has, or none."""
+    rng = np.random.default_rng(seed)
+    slots = rng.integers(-1, len(shapes), tokens)
+    rows = [(shapes[a].bias_rows if a >= 0 and shapes[a] else 0) for a in slots]
+    return tuple(map(int, slots)), tuple(int(rng.integers(-1, n)) if n else -1 for n in rows)
+
+
+class Batch:
+    """A case's tensors on a device, in a dtype, and the expected output."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: str = "cpu", tile_size: int = 8) -> None:
+        generator = torch.Generator().manual_seed(case.seed)
+
+        def randn(*size: int) -> torch.Tensor:
+            return torch.randn(*size, generator=generator)
+
+        D, self.dtype, self.device = case.D, dtype, torch.device(device)
+        adapters: list[ReferenceAdapter | None] = []
+        self.table = SlotTable(1, len(case.shapes), hidden_size=D, dtype=dtype, device=self.device)
+        for slot, shape in enumerate(case.shapes):
+            if shape is None:
+                adapters.append(None)
+                continue
+            A, R = (randn(n, D).div(D**0.5).to(dtype) for n in (shape.r, shape.G * shape.N))
+            B = randn(shape.N, D, shape.r).div(shape.r**0.5).to(dtype)
+            bias = randn(shape.bias_rows, shape.G, shape.N) if shape.bias_rows else None
+            # A power of two: the scaled experts round as the experts do.
+            adapters.append(ReferenceAdapter(A, B, R, bias, shape.G, 2.0))
+            block = pack_block(A, B, R, num_groups=shape.G, scaling=2.0, dtype=dtype, bias_bGN=bias).to(self.device)
+            self.table.place(slot, AdapterRows([block]))
+        x_TD, y_TD = randn(len(case.slots), D).to(dtype), randn(len(case.slots), D).to(dtype)
+        delta_TD = routed_lora_batch_reference(x_TD, adapters, case.slots, case.bias_rows)
+        self.expected_TD = y_TD.double() + delta_TD
+        self.untouched_T = torch.tensor([s < 0 or case.shapes[s] is None for s in case.slots])
+        self.x_TD, self.y_TD = x_TD.to(self.device), y_TD.to(self.device)
+        self.before_TD = y_TD.clone()
+        plan = plan_step(
+            np.array(case.slots), np.array(case.bias_rows), num_slots=len(case.shapes), tile_size=tile_size
+        )
+        self.plan = StepPlan(
+            plan.tokens_T.to(self.device), plan.bias_rows_T.to(self.device), plan.tiles_M3.to(self.device), tile_size
+        )
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What every backend takes."""
+        plan = self.plan
+        return self.y_TD, self.x_TD, self.table.rows_LAF[0], plan.tokens_T, plan.bias_rows_T, plan.tiles_M3
+
+    @property
+    def limits(self) -> Limits:
+        """The table's."""
+        return self.table.limits
+
+    def check(self) -> None:
+        """y is what the oracle says, and bit for bit what it was where no adapter is."""
+        found_TD = self.y_TD.cpu()
+        assert torch.equal(found_TD[self.untouched_T], self.before_TD[self.untouched_T])
+        error = (found_TD.double() - self.expected_TD).norm() / self.expected_TD.norm()
+        assert error < TOLERANCE[self.dtype], f"relative error {error:.2e}"
+
+
+_LOOK = (Shape(4, 3, 2), None, Shape(16, 8, 4, 5), Shape(5, 1, 1))
+
+
+def mixed(tokens: int, D: int, shapes: tuple[Shape | None, ...] = _LOOK, seed: int = 0) -> Case:
+    """A batch of random slots."""
+    return Case(D, shapes, *random_slots(shapes, tokens, seed), seed=seed)
+
+
+SHAPE_CLASSES = {
+    "one-token": Case(48, (Shape(4, 3, 2),), (0,), (-1,)),
+    "many-tokens-of-one": Case(32, (Shape(4, 2, 2, 2),), (0,) * 512, (1, -1, 0, 1) * 128),
+    "many-tokens-of-many": mixed(96, 64),
+    "no-adapter-at-all": Case(32, (None, None), (-1, 0, 1, -1), (-1,) * 4),
+    "rank-64": mixed(9, 64, (Shape(64, 2, 2), Shape(4, 2, 1))),
+    "experts-1-and-32": mixed(9, 64, (Shape(4, 1, 1), Shape(4, 32, 2, 3))),
+    "groups-1-and-32": mixed(9, 64, (Shape(4, 2, 1), Shape(4, 2, 32, 2))),
+    "ragged-sizes": mixed(17, 90, (Shape(7, 3, 3, 2), Shape(5, 5, 5), Shape(3, 2, 2))),
+}
