@@ -24,12 +24,14 @@ _SHRINK, _EXPAND, _BIAS = tl.constexpr(Field.SHRINK), tl.constexpr(Field.EXPAND)
 _RANK, _EXPERTS, _GROUPS = tl.constexpr(Field.RANK), tl.constexpr(Field.EXPERTS), tl.constexpr(Field.GROUPS)
 _FIELDS = tl.constexpr(len(Field))
 
+_OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
 
 @triton.jit
 def _shrink(
     x, s, rows, tokens, tiles, hidden, x_stride, s_stride, part_stride,
     PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """s[part, place, :] = the part's share of x [A; R]; grid (tiles, parts, blocks of S)."""
     tile, part = tl.program_id(0), tl.program_id(1)
@@ -55,7 +57,7 @@ def _shrink(
                 weights + d[:, None] * size + cols[None, :],
                 mask=(d < hidden)[:, None] & (cols < size)[None, :], other=0.0,
             )  # fmt: skip
-            sums = tl.dot(a, w, sums, input_precision=PRECISION)
+            sums = tl.dot(a.to(OPERAND), w.to(OPERAND), sums, input_precision=PRECISION)
         tl.store(
             s + part * part_stride + (start + t)[:, None] * s_stride + cols[None, :],
             sums, mask=(t < count)[:, None] & (cols < size)[None, :],
@@ -74,7 +76,7 @@ def _sum_parts(s, place, column, mask, s_stride, part_stride, PARTS: tl.constexp
 
 @triton.jit
 def _logits(
-    s, bias, has_bias, place, bias_row, i, live, rank, experts, groups, j, s_stride, part_stride, PARTS: tl.constexpr
+    s, bias, place, bias_row, i, live, rank, experts, groups, j, s_stride, part_stride, PARTS: tl.constexpr
 ):
     """Router logits of group j for experts i, with the task's bias; minus infinity beyond the last expert."""
     mask = live[:, None] & (i < experts)[None, :]
@@ -82,7 +84,7 @@ def _logits(
     logits = _sum_parts(s, place, rank + column, mask, s_stride, part_stride, PARTS)
     logits += tl.load(
         bias + bias_row[:, None] * groups * experts + column[None, :],
-        mask=mask & has_bias & (bias_row >= 0)[:, None], other=0.0,
+        mask=mask & (bias_row >= 0)[:, None], other=0.0,
     )  # fmt: skip
     return tl.where((i < experts)[None, :], logits, float("-inf"))
 
@@ -92,6 +94,7 @@ def _expand(
     y, s, rows, tokens, bias_rows, tiles, hidden, y_stride, s_stride, part_stride,
     PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
     BLOCK_E: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):  # fmt: skip
     """y += softmax(logits) (x) h Bcat_j; grid (tiles, blocks of groups' columns)."""
     tile = tl.program_id(0)
@@ -107,14 +110,15 @@ def _expand(
         dtype: tl.constexpr = y.dtype.element_ty
         weights = tl.multiple_of(tl.load(row + _EXPAND), 16).to(tl.pointer_type(dtype))
         bias_at = tl.load(row + _BIAS)
-        bias, has_bias = bias_at.to(tl.pointer_type(tl.float32)), bias_at != 0
+        bias = bias_at.to(tl.pointer_type(tl.float32))
         t, k = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_R)
         live, place = t < count, start + t
         token = tl.load(tokens + place, mask=live, other=0).to(tl.int64)
-        bias_row = tl.load(bias_rows + place, mask=live, other=-1)
+        # An adapter without biases has none in any row.
+        bias_row = tl.where(bias_at == 0, -1, tl.load(bias_rows + place, mask=live, other=-1))
         h = _sum_parts(s, place, k, live[:, None] & (k < rank)[None, :], s_stride, part_stride, PARTS)
         logits = _logits(
-            s, bias, has_bias, place, bias_row, tl.arange(0, BLOCK_N), live, rank, experts, groups, j, s_stride,
+            s, bias, place, bias_row, tl.arange(0, BLOCK_N), live, rank, experts, groups, j, s_stride,
             part_stride, PARTS,
         )  # fmt: skip
         largest = tl.max(logits, axis=1)
@@ -123,7 +127,7 @@ def _expand(
         inner = tl.arange(0, BLOCK_I * BLOCK_R)
         for first in range(0, experts, BLOCK_I):
             logits = _logits(
-                s, bias, has_bias, place, bias_row, first + tl.arange(0, BLOCK_I), live, rank, experts, groups, j,
+                s, bias, place, bias_row, first + tl.arange(0, BLOCK_I), live, rank, experts, groups, j,
                 s_stride, part_stride, PARTS,
             )  # fmt: skip
             routing = tl.exp(logits - largest[:, None]) / total[:, None]
@@ -133,10 +137,14 @@ def _expand(
                 weights + ((j * experts + i) * rank + k_inner)[:, None] * width + e[None, :],
                 mask=((i < experts) & (k_inner < rank))[:, None] & (e < width)[None, :], other=0.0,
             )  # fmt: skip
-            sums = tl.dot(z.to(dtype), w, sums, input_precision=PRECISION)
+            sums = tl.dot(z.to(dtype).to(OPERAND), w.to(OPERAND), sums, input_precision=PRECISION)
         at = y + token[:, None] * y_stride + (j * width + e)[None, :]
         mask = live[:, None] & (e < width)[None, :]
         tl.store(at, (tl.load(at, mask=mask, other=0.0).to(tl.float32) + sums).to(dtype), mask=mask)
+
+
+# The interpreter multiplies bfloat16's bits as if they were integers: there, products take float32.
+_COMPILED = isinstance(_shrink, triton.JITFunction)
 
 
 def add_routed_lora_(
@@ -169,6 +177,7 @@ def add_routed_lora_(
         "BLOCK_T": block_t,
         "ALIGNED": limits.alignment,
         "PRECISION": "ieee" if x_TD.dtype == torch.float32 else "tf32",
+        "OPERAND": _OPERANDS[x_TD.dtype] if _COMPILED else tl.float32,
     }
     _shrink[(num_tiles, launch.parts, triton.cdiv(size, block_s))](
         x_TD, s_PTS, rows_AF, tokens_T, tiles_M3, D, x_TD.stride(0), s_PTS.stride(1), s_PTS.stride(0),
