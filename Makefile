@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(DEVICE)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: help venv demo test serve bench lint format proto lock train clean
+.PHONY: help venv demo test serve bench bench-ops bench-gpu lint format proto lock train clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,12 @@ test: $(STAMP) ## the whole test suite
 
 bench: $(STAMP) ## start-up time and memory of the server, measured now
 	$(BIN)/python -m server.bench --backbone $(BACKBONE) --adapters $(ADAPTERS)
+
+bench-ops: $(STAMP) ## a layer of the routed path on this CPU, in microseconds
+	$(BIN)/python -m mtlora.bench.ops
+
+bench-gpu: ## a layer of the routed path on this GPU (TUNE=--tune to measure launches first); needs torch, triton, numpy
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m mtlora.bench.gpu $(TUNE)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check

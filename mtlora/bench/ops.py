@@ -89,15 +89,16 @@ def training_variants() -> dict[str, Variant]:
     """Forward and backward of one layer, in float32."""
     T, d, r, n, g = TRAINING.values()
     x_TD = torch.randn(T, d, requires_grad=True)
-    weights = [torch.randn(*s).div_(10).requires_grad_() for s in ((r, d), (n, d, r), (g * n, d))]
+    A, B_NDr, route = (torch.randn(*s).div_(10).requires_grad_() for s in ((r, d), (n, d, r), (g * n, d)))
+    inputs = [x_TD, A, B_NDr, route]
     grad_TD = torch.randn(T, d)
 
     def ours() -> None:
-        out, _ = routed_lora(x_TD, *weights, None, num_groups=g, scaling=2.0)
-        torch.autograd.grad(out, [x_TD, *weights], grad_TD)
+        out, _ = routed_lora(x_TD, A, B_NDr, route, None, num_groups=g, scaling=2.0)
+        torch.autograd.grad(out, inputs, grad_TD)
 
     def loop() -> None:
-        torch.autograd.grad(expert_loop(x_TD, *weights, g, 2.0), [x_TD, *weights], grad_TD)
+        torch.autograd.grad(expert_loop(x_TD, A, B_NDr, route, g, 2.0), inputs, grad_TD)
 
     return {"operator": ours, "loop over experts": loop}
 
@@ -107,7 +108,8 @@ def peak_bytes(run: Variant) -> int:
     run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
     changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(changes, key=lambda e: e.start_ns()):

@@ -1,7 +1,7 @@
 """The CPU backend of `mtlora::add_routed_lora_`.
 
 `_cpu_kernel.cpp` does a step's whole mix in one call, and is built when the package is installed. Where it was not, for
-want of a compiler, or cannot run on this processor, torch ops do the same, adapter by adapter: slower for mixed batches.
+want of a compiler, or cannot run on this processor, torch ops do the same adapter by adapter, which is slower.
 
 Shape suffixes: T tokens, D hidden size, A slots, F fields of a row, M tiles, G groups, N experts.
 """
@@ -30,7 +30,7 @@ _ERRORS = {
     5: "a bias row is out of the range of its adapter's biases",
 }
 _ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_ARGUMENTS = [
+_ARGUMENTS: list[type[ctypes._SimpleCData]] = [
     _INT, _INT, _ADDRESS, _ADDRESS, _LONG, _LONG, _LONG, _LONG, _ADDRESS, _LONG, _ADDRESS, _ADDRESS, _LONG, _ADDRESS,
     _LONG, _INT,
 ]  # fmt: skip

@@ -1,10 +1,8 @@
 """The registered operator of serving, `mtlora::add_routed_lora_`: y += path(x) for a step's whole mix of adapters.
 
-    add_routed_lora_(Tensor(a!) y, Tensor x, Tensor rows, Tensor tokens, Tensor bias_rows, Tensor tiles, int[] limits, int tile_size)
-
 y, x: [T, D], of the adapters' dtype; rows: a block's part of a `SlotTable`; tokens, bias_rows, tiles: a `StepPlan`;
-limits: the table's `Limits`; tile_size: the plan's. It allocates nothing that depends on the tensors'
-values, and on a GPU it waits for nothing: values are read on the device alone, so that graphs can capture it.
+limits: the table's `Limits`; tile_size: the plan's. It allocates nothing that depends on the tensors' values, and on a
+GPU it waits for nothing: values are read on the device alone, so that graphs can capture it.
 
 What can be told without reading a GPU's memory is checked before any kernel runs; that weights are sound was checked
 where the table was filled, that slots are in range where the plan was made.
@@ -21,8 +19,8 @@ from mtlora.ops.table import DTYPES, Field, Limits, SlotTable
 # Lives as long as the process: the operator goes with its library.
 _LIBRARY = torch.library.Library("mtlora", "FRAGMENT")
 _LIBRARY.define(
-    "add_routed_lora_(Tensor(a!) y, Tensor x, Tensor rows, Tensor tokens, Tensor bias_rows, Tensor tiles, int[] limits, "
-    "int tile_size) -> ()"
+    "add_routed_lora_(Tensor(a!) y, Tensor x, Tensor rows, Tensor tokens, Tensor bias_rows, Tensor tiles, "
+    "int[] limits, int tile_size) -> ()"
 )
 
 
@@ -31,9 +29,7 @@ def tile_size(device: torch.device, num_tokens: int) -> int:
     return cpu.TILE_SIZE if device.type == "cpu" else tuning.tile_size(num_tokens)
 
 
-def add_routed_lora_(
-    y_TD: torch.Tensor, x_TD: torch.Tensor, table: SlotTable, block: int, plan: StepPlan
-) -> None:
+def add_routed_lora_(y_TD: torch.Tensor, x_TD: torch.Tensor, table: SlotTable, block: int, plan: StepPlan) -> None:
     """Add to `y_TD`, in place, the path of block number `block` for every token of the plan.
 
     Raises ValueError as the operator does, and for tensors of another dtype, device or hidden size than the table's.

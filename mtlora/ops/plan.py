@@ -34,7 +34,7 @@ def plan_step(slot_T: np.ndarray, bias_row_T: np.ndarray, *, num_slots: int, til
     """
     if slot_T.shape != bias_row_T.shape or slot_T.ndim != 1:
         raise ValueError(f"slots and bias rows must be one a token, got {slot_T.shape} and {bias_row_T.shape}")
-    if slot_T.size and not (-1 <= slot_T.min() and slot_T.max() < num_slots):
+    if slot_T.size and not (slot_T.min() >= -1 and slot_T.max() < num_slots):
         raise ValueError(f"slots {slot_T.min()}..{slot_T.max()}, the table has 0..{num_slots - 1}, and -1 is none")
     order_T = np.argsort(slot_T, kind="stable")
     order_T = order_T[slot_T[order_T] >= 0]
@@ -46,8 +46,10 @@ def plan_step(slot_T: np.ndarray, bias_row_T: np.ndarray, *, num_slots: int, til
     tiles_M3 = np.stack(
         [np.repeat(slots, tiles_of_slot), np.repeat(starts, tiles_of_slot) + first_M, last_M - first_M], axis=1
     )
-    parts = (torch.from_numpy(a.astype(np.int32)) for a in (order_T, bias_row_T[order_T], tiles_M3))
-    return StepPlan(*parts, tile_size)
+    tokens_T, bias_rows_T, tiles = (
+        torch.from_numpy(array.astype(np.int32)) for array in (order_T, bias_row_T[order_T], tiles_M3)
+    )
+    return StepPlan(tokens_T, bias_rows_T, tiles, tile_size)
 
 
 class DevicePlan:

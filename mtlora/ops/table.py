@@ -1,7 +1,7 @@
 """Which adapter is in which slot, as the kernels read it: for every block a row of integers per slot.
 
-A row points at an adapter's own weights. Placing an adapter writes rows in place: no weight moves, nothing is allocated,
-and addresses that a compiled or captured graph holds (the table's) never change.
+A row points at an adapter's own weights. Placing an adapter writes rows in place: no weight moves, nothing is
+allocated, and the table, whose address compiled or captured graphs hold, stays where it is.
 
 Shape suffixes: L blocks, A slots, F fields of a row.
 """
@@ -67,9 +67,9 @@ def check_block(block: PackedBlock) -> None:
     (D, S), (G, K, E) = shrink.shape, expand.shape
     if G < 1 or G * E != D:
         raise ValueError(f"num_groups {G} does not divide the hidden size {D} into groups of {E}")
-    if rank < 1 or K < rank or K % rank:
+    if rank < 1 or rank > K or K % rank:
         raise ValueError(f"rank {rank} does not divide the {K} rows of expand into experts")
-    if S != rank + G * (K // rank):
+    if rank + G * (K // rank) != S:
         raise ValueError(f"shrink has {S} columns, rank {rank} + {G} groups x {K // rank} experts need others")
     if shrink.dtype not in DTYPES or expand.dtype != shrink.dtype:
         raise ValueError(f"shrink and expand must share one of {DTYPES}, got {shrink.dtype} and {expand.dtype}")

@@ -26,8 +26,8 @@ def routed_lora(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(the path's output [T, D], the routing weights [T, G, N]), both differentiable in every tensor.
 
-    x_TD, lora_A_rD, lora_B_NDr, lora_route [G*N, D] (group-major): one floating dtype, one device. bias_TGN: router bias
-    per token. dropped_TD: x after dropout, which A then sees in x's place. Raises ValueError for anything else.
+    x_TD, lora_A_rD, lora_B_NDr, lora_route [G*N, D] (group-major): one floating dtype, one device. bias_TGN: router
+    bias per token. dropped_TD: x after dropout, which A then sees in x's place. Raises ValueError for anything else.
     """
     delta_TD, weights_TGN, _ = torch.ops.mtlora.routed_lora(
         x_TD, dropped_TD, lora_A_rD, lora_B_NDr, lora_route, bias_TGN, num_groups, scaling
@@ -81,7 +81,7 @@ def _routed_lora(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _check(x, dropped, lora_A, lora_B, lora_route, bias, num_groups)
-    T, D = x.shape
+    T = len(x)
     if dropped is None:
         s_TS = torch.nn.functional.linear(x, torch.cat([lora_A, lora_route]))
         h_Tr, logits = s_TS[:, : len(lora_A)].contiguous(), s_TS[:, len(lora_A) :]

@@ -10,8 +10,11 @@ of a tensor, and a tile's slot decides in the kernel where weights lie: a captur
 
 Run with TRITON_INTERPRET=1 it works on CPU tensors, for tests.
 
-Shape suffixes: T places of the plan, D hidden size, A slots, F fields of a row, M tiles, P parts of the sum, S = r + G*N.
+Shape suffixes: T places of the plan, D hidden size, A slots, F fields of a row, M tiles, P parts of a sum, S = r + G*N.
 """
+
+# Kernels take types that Python does not have.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import torch
 import triton
@@ -38,12 +41,10 @@ def _shrink(
     row = rows + tl.load(tiles + 3 * tile).to(tl.int64) * _FIELDS
     start, count = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
     rank = tl.load(row + _RANK).to(tl.int32)
-    size = tl.multiple_of(
-        rank + tl.load(row + _GROUPS).to(tl.int32) * tl.load(row + _EXPERTS).to(tl.int32), ALIGNED
-    )
+    size = tl.multiple_of(rank + tl.load(row + _GROUPS).to(tl.int32) * tl.load(row + _EXPERTS).to(tl.int32), ALIGNED)
     cols = tl.program_id(2) * BLOCK_S + tl.arange(0, BLOCK_S)
     if (count > 0) & (rank > 0) & (tl.program_id(2) * BLOCK_S < size):
-        weights = tl.multiple_of(tl.load(row + _SHRINK), 16).to(tl.pointer_type(x.dtype.element_ty))
+        weights = tl.multiple_of(tl.load(row + _SHRINK).to(tl.pointer_type(x.dtype.element_ty)), 16)
         t = tl.arange(0, BLOCK_T)
         token = tl.load(tokens + start + t, mask=t < count, other=0).to(tl.int64)
         sums = tl.zeros((BLOCK_T, BLOCK_S), dtype=tl.float32)
@@ -75,9 +76,7 @@ def _sum_parts(s, place, column, mask, s_stride, part_stride, PARTS: tl.constexp
 
 
 @triton.jit
-def _logits(
-    s, bias, place, bias_row, i, live, rank, experts, groups, j, s_stride, part_stride, PARTS: tl.constexpr
-):
+def _logits(s, bias, place, bias_row, i, live, rank, experts, groups, j, s_stride, part_stride, PARTS: tl.constexpr):
     """Router logits of group j for experts i, with the task's bias; minus infinity beyond the last expert."""
     mask = live[:, None] & (i < experts)[None, :]
     column = j * experts + i
@@ -108,7 +107,7 @@ def _expand(
     e = (tl.program_id(1) % blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
     if (count > 0) & (rank > 0) & (j < groups):
         dtype: tl.constexpr = y.dtype.element_ty
-        weights = tl.multiple_of(tl.load(row + _EXPAND), 16).to(tl.pointer_type(dtype))
+        weights = tl.multiple_of(tl.load(row + _EXPAND).to(tl.pointer_type(dtype)), 16)
         bias_at = tl.load(row + _BIAS)
         bias = bias_at.to(tl.pointer_type(tl.float32))
         t, k = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_R)
@@ -126,11 +125,11 @@ def _expand(
         sums = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
         inner = tl.arange(0, BLOCK_I * BLOCK_R)
         for first in range(0, experts, BLOCK_I):
-            logits = _logits(
+            some = _logits(
                 s, bias, place, bias_row, first + tl.arange(0, BLOCK_I), live, rank, experts, groups, j,
                 s_stride, part_stride, PARTS,
             )  # fmt: skip
-            routing = tl.exp(logits - largest[:, None]) / total[:, None]
+            routing = tl.exp(some - largest[:, None]) / total[:, None]
             z = tl.reshape(routing[:, :, None] * h[:, None, :], (BLOCK_T, BLOCK_I * BLOCK_R))
             i, k_inner = first + inner // BLOCK_R, inner % BLOCK_R
             w = tl.load(

@@ -1,11 +1,15 @@
-"""How the Triton kernels cut their work: measured once a card by `make bench-gpu TUNE=1`, kept in `tuned/{card}.json`.
+"""How the Triton kernels cut their work.
+
+`make bench-gpu TUNE=--tune` measures it once a card, and keeps it in `tuned/{card}.json`.
 
 A file holds a list of entries, each a `Launch` with the shape it was measured for. Where a card has none, or none of a
 hidden size, defaults apply.
 """
 
+import itertools
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -63,6 +67,13 @@ def default(hidden_size: int, tiles: int) -> Launch:
     while parts < 16 and parts * tiles < _ENOUGH_PROGRAMS and 2 * parts * 128 <= hidden_size:
         parts *= 2
     return Launch(parts=parts, block_e=64 if tiles < 16 else 128)
+
+
+def candidates() -> Iterator[Launch]:
+    """Launches worth timing."""
+    for parts, block_d, block_e, block_k in itertools.product((1, 2, 4, 8, 16), (64, 128), (64, 128), (64, 128)):
+        for warps in (4, 8):
+            yield Launch(parts, block_d, 64, block_k, block_e, shrink_warps=warps, expand_warps=warps)
 
 
 def card(device: torch.device) -> str:

@@ -72,5 +72,8 @@ class StepMapping:
     def _to_device(self, plan: StepPlan) -> StepPlan:
         if self._device.type == "cpu":
             return plan
-        parts = (plan.tokens_T, plan.bias_rows_T, plan.tiles_M3)
-        return StepPlan(*(p.pin_memory().to(self._device, non_blocking=True) for p in parts), plan.tile_size)
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+
+        return StepPlan(move(plan.tokens_T), move(plan.bias_rows_T), move(plan.tiles_M3), plan.tile_size)

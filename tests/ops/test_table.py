@@ -88,7 +88,7 @@ def test_blocks_without_a_path() -> None:
 
 @pytest.mark.parametrize("slots", [[2], [-2], [0, 5]])
 def test_slots_out_of_range(slots: list[int]) -> None:
-    with pytest.raises(ValueError, match="the table has 0..1"):
+    with pytest.raises(ValueError, match=r"the table has 0\.\.1"):
         plan_step(np.array(slots), np.full(len(slots), -1), num_slots=2, tile_size=8)
 
 

@@ -1,6 +1,8 @@
 """The Triton kernels against the oracle: for real where there is a GPU, else through the interpreter."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -109,3 +111,27 @@ def test_operator_on_the_gpu() -> None:
         *batch.tensors, [limits.rank, limits.experts, limits.groups, limits.alignment], 16
     )
     batch.check()
+
+
+def test_kernels_compile_for_cards() -> None:
+    """With wide loads and tensor cores, on any machine: compiling needs no GPU."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ops.compile_kernels"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("compiled") == 8
+
+
+def test_gpu_benchmark_says_that_there_is_no_gpu() -> None:
+    if GPU:
+        pytest.skip("there is one")
+    done = subprocess.run([sys.executable, "-m", "mtlora.bench.gpu"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "there is no GPU here, so nothing was measured" in done.stderr
+
+
+def test_gpu_benchmark_runs_at_tiny_sizes() -> None:
+    done = subprocess.run([sys.executable, "-m", "mtlora.bench.gpu", "--smoke"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "all parts ran" in done.stdout
