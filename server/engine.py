@@ -6,8 +6,9 @@ import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from server.errors import EngineAbortedError, EngineDeadError
 from server.job import Delta, FinishReason, GenerationJob, Sampling, TokenLogprob, TokenLogprobs
@@ -184,18 +185,21 @@ def engine_environment(settings: Settings) -> dict[str, str]:
     }
 
 
-def kill_children() -> None:
-    """Kill every process under this one, at once."""
+def exit_at_once(status: int) -> NoReturn:
+    """End this process and every one under it. An engine in the middle of its start cannot be asked to stop."""
     import psutil
 
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
+    os._exit(status)
 
 
 @contextlib.contextmanager
 def _no_interrupts_in_children() -> Iterator[None]:
     """Ctrl-C reaches every process of a terminal; the engine's must live on while running requests finish."""
+    # Started later, the tracker would unblock the signal again.
+    resource_tracker.ensure_running()
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -18,8 +18,7 @@ from server.app import App
 from server.process import ServerProcess
 from server.settings import load_settings
 from tests.server.adapters import entry, write_adapter
-from tests.server.ports import free_port
-from tests.server.test_serving import LONG
+from tests.server.helpers import LONG, free_port
 
 SMALL: dict[str, Any] = {"kv_cache_gib": 0.25, "max_num_seqs": 8}
 
@@ -78,8 +77,7 @@ def test_a_signal_while_starting_ends_everything(adapters: Path) -> None:
 
 async def test_a_second_signal_exits_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exits: list[int] = []
-    monkeypatch.setattr("server.app.kill_children", lambda: None)
-    monkeypatch.setattr("server.app.os._exit", exits.append)
+    monkeypatch.setattr("server.app.exit_at_once", exits.append)
     app = App(load_settings({"adapters": tmp_path}))
     app._on_signal(signal.SIGTERM)
     assert exits == []
@@ -88,15 +86,15 @@ async def test_a_second_signal_exits_at_once(tmp_path: Path, monkeypatch: pytest
 
 
 def test_sigterm_lets_a_long_stream_finish(adapters: Path) -> None:
-    with ServerProcess(adapters=adapters, grace_period_s=120, **SMALL) as server, server.client() as client:
-        stream = client.stream("open", "Once", **LONG)
+    with ServerProcess(adapters=adapters, grace_period_s=300, **SMALL) as server, server.client() as client:
+        stream = client.stream("open", "Once", **LONG | {"max_new_tokens": 200})
         pieces = [next(stream)]
         stopped: list[int] = []
-        # A Ctrl-C, at that: it goes to every process of the group, and the engine's must not mind.
+        # As Ctrl-C in a terminal does it: every process gets a signal, and the engine's must not mind.
         server.process.send_signal(signal.SIGTERM)
         for child in psutil.Process(server.process.pid).children(recursive=True):
             child.send_signal(signal.SIGINT)
-        waiting = threading.Thread(target=lambda: stopped.append(server.process.wait(120)))
+        waiting = threading.Thread(target=lambda: stopped.append(server.process.wait(300)))
         waiting.start()
         pieces.append(next(stream))
         with Client(server.address) as other:
