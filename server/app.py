@@ -19,6 +19,7 @@ from mtlora.backbone import BackboneError, identify, resolve
 from server.admission import Admission, State
 from server.catalog import Catalog, read_catalog
 from server.engine import Engine, EngineStartError, exit_at_once
+from server.errors import EngineDeadError
 from server.interceptor import CallInterceptor
 from server.logs import get_logger
 from server.metrics import UNKNOWN_TASK, Metrics
@@ -145,7 +146,10 @@ class App:
         self._servicer.engine = engine
         self._servicer.tokenizer = engine.tokenizer
         self._servicer.limits = Limits(self._settings.max_model_len, engine.vocab_size)
-        await engine.warm_up(next((task.slot for task in self._servicer.catalog.tasks.values()), None))
+        try:
+            await engine.warm_up(next((task.slot for task in self._servicer.catalog.tasks.values()), None))
+        except EngineDeadError:
+            raise StartError("the engine died while it warmed up; the log above says why") from None
         return engine
 
     def _read_catalog(self, backbone: Path) -> Catalog:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -14,11 +15,13 @@ import psutil
 import pytest
 
 from mtlora.client import Client, ServerError
-from server.app import App
+from server.app import App, StartError
+from server.catalog import read_catalog
 from server.process import ServerProcess
 from server.settings import load_settings
 from tests.server.adapters import entry, write_adapter
 from tests.server.helpers import LONG, free_port
+from tests.server.slots import TINY, make_slots
 
 SMALL: dict[str, Any] = {"kv_cache_gib": 0.25, "max_num_seqs": 8}
 
@@ -61,6 +64,34 @@ def test_no_adapter_that_can_be_served(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "no adapter there can be served" in done.stderr
     assert done.stdout == ""
+
+
+def test_an_engine_that_does_not_start(adapters: Path) -> None:
+    done = run("--adapters", str(adapters), "--max-model-len", "1000000")
+    assert done.returncode == 1
+    assert "mtlora-server: the engine did not start" in done.stderr
+    assert "max_model_len" in done.stderr
+
+
+async def test_an_adapter_that_the_engine_refuses_is_left_out(tmp_path: Path) -> None:
+    catalog = read_catalog(_two_adapters(tmp_path), TINY, make_slots)
+    engine = SimpleNamespace(alive=True, load=_refuse_the_first)
+    app = App(load_settings({"adapters": tmp_path}))
+    assert list((await app._load_slots(engine, catalog)).tasks) == ["y"]
+    engine.alive = False
+    with pytest.raises(StartError, match="died while it loaded a/1"):
+        await app._load_slots(engine, catalog)
+
+
+def _two_adapters(folder: Path) -> Path:
+    for name, task in (("a", "x"), ("b", "y")):
+        write_adapter(folder / name / "1", [entry(task)], backbone=TINY)
+    return folder
+
+
+async def _refuse_the_first(slot: Any) -> None:
+    if slot.lora_int_id == 1:
+        raise ValueError("no")
 
 
 def test_a_signal_while_starting_ends_everything(adapters: Path) -> None:
