@@ -44,7 +44,13 @@ def make_model(folder: Path, family: str, *, num_layers: int = 2, hidden_size: i
 
 
 def make_adapter(
-    folder: Path, backbone: BackboneIdentity, config: MtLoRAConfig, *, num_tasks: int = 2, seed: int = 0, size: float = 1.0
+    folder: Path,
+    backbone: BackboneIdentity,
+    config: MtLoRAConfig,
+    *,
+    num_tasks: int = 2,
+    seed: int = 0,
+    size: float = 1.0,
 ) -> AdapterManifest:
     """Write a random adapter with tasks t0, t1, ...; `size` is about that of its output for inputs of size one."""
     generator = torch.Generator().manual_seed(seed)
