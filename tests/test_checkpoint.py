@@ -747,6 +747,22 @@ def test_a_checkpoint_is_replaced(folder: Path) -> None:
     assert os.listdir(folder.parent) == ["good"]
 
 
+def test_replacing_is_one_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder.parent / "one").mkdir()
+    (folder.parent / "other").mkdir()
+    try:
+        mtlora.files._exchange(folder.parent / "one", folder.parent / "other")
+    except OSError as error:
+        pytest.skip(f"this file system cannot exchange two folders: {error}")
+
+    def rename(*args: Any) -> None:
+        raise AssertionError("two renames, between which the checkpoint is absent")
+
+    monkeypatch.setattr(os, "rename", rename)
+    write_random(folder, seed=1)
+    assert read_checkpoint(folder).manifest.training == {"seed": 1}
+
+
 def test_writing_through_a_link_replaces_what_it_points_to(tmp_path: Path) -> None:
     write_random(tmp_path / "v1")
     (tmp_path / "current").symlink_to("v1")
