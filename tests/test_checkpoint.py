@@ -15,18 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    CONFIG,
-    IDENTITY,
-    edit_header,
-    edit_manifest,
-    join_tensors,
-    random_tensors,
-    replace_tensors,
-    split_tensors,
-    task_table,
-    write_random,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -46,6 +34,18 @@ from mtlora.checkpoint import (
 )
 from mtlora.config import MtLoRAConfig
 from mtlora.errors import MtLoRAError
+from tests.helpers import (
+    CONFIG,
+    IDENTITY,
+    edit_header,
+    edit_manifest,
+    join_tensors,
+    random_tensors,
+    replace_tensors,
+    split_tensors,
+    task_table,
+    write_random,
+)
 
 NAMED = "layers.0.mlp.lora_B"
 
