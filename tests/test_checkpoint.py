@@ -10,6 +10,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -588,12 +589,25 @@ def test_no_folder(tmp_path: Path, make: Callable[[Path], None]) -> None:
         read_checkpoint(Path("a\0b"))
 
 
+@cache
+def good_files() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as temporary:
+        write_random(Path(temporary))
+        return {path.name: path.read_bytes() for path in Path(temporary).iterdir()}
+
+
+def good_copy(temporary: str) -> Path:
+    """A good checkpoint without the waits for the disk."""
+    for name, content in good_files().items():
+        (Path(temporary) / name).write_bytes(content)
+    return Path(temporary)
+
+
 @given(st.data())
 @settings(max_examples=200, deadline=None)
 def test_any_damage_is_a_checkpoint_error_or_no_damage(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "a"
-        write_random(folder)
+        folder = good_copy(temporary)
         original = read_checkpoint(folder)
         path = folder / data.draw(st.sampled_from([MANIFEST_FILE, TENSORS_FILE]))
         content = bytearray(path.read_bytes())
@@ -621,8 +635,7 @@ def test_any_damage_is_a_checkpoint_error_or_no_damage(data: st.DataObject) -> N
 @settings(max_examples=100, deadline=None)
 def test_any_json_in_place_of_any_field(value: Any, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "a"
-        write_random(folder)
+        folder = good_copy(temporary)
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
         node: Any = manifest
         while isinstance(node, dict | list) and node:
