@@ -117,11 +117,14 @@ class AdapterSet(nn.Module):
     def attach(self, model: nn.Module) -> list[Any]:
         """Add every path to its block's output by forward hooks; returns their handles (call `.remove()` to detach).
 
-        `model` is a Llama-style transformers model: `model.model.layers[l].{self_attn,mlp}`.
+        `model` is a Llama-style transformers model: `model.model.layers[l].{self_attn,mlp}`. Raises ValueError, with
+        nothing attached, where it has another number of layers.
         """
-        decoder_layers = model.get_submodule("model.layers")
+        decoder_layers = list(model.get_submodule("model.layers").children())
+        if len(decoder_layers) != len(self.layers):
+            raise ValueError(f"the adapter has {len(self.layers)} layers, the model {len(decoder_layers)}")
         handles = []
-        for adapters, decoder_layer in zip(self.layers, decoder_layers.children(), strict=True):
+        for adapters, decoder_layer in zip(self.layers, decoder_layers, strict=True):
             assert isinstance(adapters, nn.ModuleDict)
             for name, adapter in adapters.items():
                 block = decoder_layer.get_submodule(name)

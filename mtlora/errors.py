@@ -16,8 +16,8 @@ def describe(error: "ValidationError") -> str:
     parts = []
     for item in error.errors(include_url=False)[:3]:
         where = ".".join(str(part) for part in item["loc"])
-        # Of a missing field, or a rule about several, the input is the whole object around it.
-        found = "" if isinstance(item["input"], dict) else f" (found {reprlib.repr(item['input'])})"
+        # Of a missing field, or a rule about several, the input is the whole object around it; of bad JSON, all of it.
+        found = "" if isinstance(item["input"], dict | bytes) else f" (found {reprlib.repr(item['input'])})"
         parts.append((f"{where}: " if where else "") + item["msg"].removeprefix("Value error, ") + found)
     more = error.error_count() - len(parts)
     return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")

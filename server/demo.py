@@ -97,6 +97,12 @@ def _accuracy(asked: Sequence[Asked]) -> float:
     return sum(each.correct for each in asked) / len(asked)
 
 
+def _shortened(text: str, width: int) -> str:
+    """One line of at most `width` characters; of a longer one, the end, where most inputs ask their question."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else "…" + line[-(width - 1) :]
+
+
 def _print_table(asked: Sequence[Asked], alone: Sequence[Asked]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -106,10 +112,9 @@ def _print_table(asked: Sequence[Asked], alone: Sequence[Asked]) -> None:
     if not console.is_terminal:
         console = Console(width=160)
     table = Table(title="One backbone, one adapter, every task in the same batches", title_justify="left")
-    for name in ("task", "an input", "answer"):
-        table.add_column(name, overflow="ellipsis", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for name in ("accuracy", "backbone alone", "median latency"):
+    for name in ("task", "an input", "answer", ""):
+        table.add_column(name, no_wrap=True)
+    for name in ("accuracy", "backbone\nalone", "median\nlatency"):
         table.add_column(name, justify="right", no_wrap=True)
     for task_id in sorted({each.example.task_id for each in asked}):
         mine = [each for each in asked if each.example.task_id == task_id]
@@ -117,8 +122,8 @@ def _print_table(asked: Sequence[Asked], alone: Sequence[Asked]) -> None:
         first = mine[0]
         table.add_row(
             task_id,
-            Text(" ".join(first.example.input.split())),
-            Text(first.answer.text if first.answer else first.error),
+            Text(_shortened(first.example.input, 48)),
+            Text(_shortened(first.answer.text if first.answer else first.error, 20)),
             Text("right", "green") if first.correct else Text("wrong", "red"),
             f"{_accuracy(mine):.2f}",
             f"{_accuracy(theirs):.2f}",

@@ -32,7 +32,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         table.add_column(Text(column), overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    console.print(table)
+    # Captured and printed, since rich ends the process by itself where the reader of a pipe has gone.
+    with console.capture() as captured:
+        console.print(table)
+    print(captured.get(), end="")
 
 
 def print_fields(title: str, fields: Mapping[str, object]) -> None:

@@ -1,0 +1,1 @@
+"""Benchmarks: ratios of throughput, taken in one run on one machine."""

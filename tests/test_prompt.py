@@ -1,0 +1,65 @@
+"""Token ids of prompts and answers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from mtlora.prompt import encode_answer, encode_chat, encode_example, encode_prompt
+from mtlora.task import TaskSpec
+
+TASK = TaskSpec(id="capital", description="d", template="Country: {input}\nCapital:")
+
+
+class Characters:
+    """A tokenizer of one token a character, which puts a token before a text as Llama's does."""
+
+    bos_token_id, eos_token_id = 1, 2
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [self.bos_token_id] * add_special_tokens + [ord(c) for c in text]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(backbone: Path) -> Any:
+    return AutoTokenizer.from_pretrained(backbone)
+
+
+def test_a_prompt_has_the_special_tokens_and_an_answer_the_end() -> None:
+    prompt, answer = encode_example(Characters(), TASK, "Chad", "N'Djamena")
+    assert prompt == [1, *map(ord, "Country: Chad\nCapital:")]
+    assert answer == [*map(ord, " N'Djamena"), 2]
+
+
+def test_the_served_prompt_is_the_trained_one(tokenizer: Any) -> None:
+    prompt, answer = encode_example(tokenizer, TASK, "France", "Paris")
+    assert prompt == encode_prompt(tokenizer, TASK.render("France"))
+    assert answer == encode_answer(tokenizer, "Paris")
+    assert tokenizer.decode(prompt) == "Country: France\nCapital:"
+    assert tokenizer.decode(answer) == " Paris" + tokenizer.eos_token
+
+
+@pytest.mark.parametrize("target", ["Paris", "( a ]", "12:30", "naïve", "", "a\nb", " x"])
+def test_an_answer_ends_with_the_only_end_of_sequence(tokenizer: Any, target: str) -> None:
+    answer = encode_answer(tokenizer, target)
+    assert answer[-1] == tokenizer.eos_token_id
+    assert answer.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(answer[:-1]) == " " + target
+
+
+def test_prompts_that_differ_by_their_input_part_where_the_inputs_do(tokenizer: Any) -> None:
+    one, other = (encode_prompt(tokenizer, TASK.render(text)) for text in ("France", "Italy"))
+    shared = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    assert tokenizer.decode(one[:shared]) == "Country:"
+    assert one[:shared] == other[:shared]
+
+
+def test_chat_ends_at_the_assistants_turn_and_repeats_no_special_token(tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    ids = encode_chat(tokenizer, messages)
+    assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    text = tokenizer.decode(ids)
+    assert text.endswith("<|im_start|>assistant\n")
+    assert text.count("Hello") == 1
+    assert text.count("<|im_start|>user") == 1

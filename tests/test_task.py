@@ -1,0 +1,133 @@
+"""Templates and tasks: what renders, what is refused, and that nothing else happens."""
+
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from mtlora.task import TaskSpec, TemplateError, is_correct, normalise_answer, template_fields
+
+NAMES = st.text(string.ascii_lowercase + "_é", min_size=1, max_size=8).filter(str.isidentifier)
+
+
+def spec(**fields: object) -> TaskSpec:
+    return TaskSpec.model_validate({"id": "t", "description": "d"} | fields)
+
+
+def test_one_text_fills_the_only_field() -> None:
+    assert spec(template="Q: {input}\nA:").render("why?") == "Q: why?\nA:"
+
+
+def test_named_fields_in_order_of_first_use() -> None:
+    task = spec(template="{b} {a} {b}")
+    assert task.fields == ("b", "a")
+    assert task.render({"a": "1", "b": "2"}) == "2 1 2"
+
+
+def test_double_braces_are_braces() -> None:
+    assert spec(template='{{"q": "{input}"}}').render("x") == '{"q": "x"}'
+
+
+@given(st.text())
+def test_a_value_is_never_a_template(value: str) -> None:
+    assert spec(template="<{input}>").render(value) == f"<{value}>"
+
+
+@given(st.lists(st.tuples(st.text("abc {}\n"), NAMES), min_size=1, max_size=5), st.data())
+def test_any_well_formed_template_renders(parts: list[tuple[str, str]], data: st.DataObject) -> None:
+    template = "".join(text.replace("{", "{{").replace("}", "}}") + f"{{{name}}}" for text, name in parts)
+    values = {name: data.draw(st.text(), label=name) for _, name in parts}
+    task = spec(template=template)
+    assert task.fields == tuple(dict.fromkeys(name for _, name in parts))
+    assert task.render(values) == "".join(text + values[name] for text, name in parts)
+
+
+@given(st.text("{}[]!:.0ab_ >"))
+def test_any_text_is_a_template_or_a_template_error(template: str) -> None:
+    try:
+        fields = template_fields(template)
+    except TemplateError:
+        return
+    assert all(name.isidentifier() for name in fields)
+    template.format_map(dict.fromkeys(fields, "x"))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{}", "{0}", "{input.__class__}", "{input[0]}", "{input!r}", "{input!s}", "{input:>10}", "{input:{width}}",
+        "{input:999999999}", "{ input}", "{in put}", "{input", "input}", "{{input}", "{input}}", "{input!}",
+        "{__class__.x}", "{-1}", "{a-b}",
+    ],
+)  # fmt: skip
+def test_anything_but_plain_names_is_refused(template: str) -> None:
+    with pytest.raises(TemplateError):
+        template_fields(template)
+    with pytest.raises(ValidationError, match="template"):
+        spec(template=template)
+
+
+def test_a_template_needs_a_field() -> None:
+    with pytest.raises(ValidationError, match="at least one"):
+        spec(template="no field {{input}}")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("one text", "takes fields a, b, not one text"),
+        ({"a": "1"}, "missing b; it takes a, b"),
+        ({"a": "1", "b": "2", "c": "3"}, "unknown c; it takes a, b"),
+        ({"c": "3"}, "missing a, b; unknown c"),
+    ],
+)
+def test_fields_that_do_not_fit(values: str | dict[str, str], message: str) -> None:
+    with pytest.raises(TemplateError, match=message):
+        spec(template="{a}{b}").render(values)
+
+
+@pytest.mark.parametrize("task_id", ["", "A", "a b", "-a", ".a", "a/b", "a" * 129, "a\n", "ä", "../a", "a#b"])
+def test_task_ids_refused(task_id: str) -> None:
+    with pytest.raises(ValidationError, match="id"):
+        spec(id=task_id)
+
+
+@pytest.mark.parametrize("task_id", ["a", "0", "a.b-c_d", "a" * 128])
+def test_task_ids_taken(task_id: str) -> None:
+    assert spec(id=task_id).id == task_id
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stop": [""]}, "stop"),
+        ({"stop": ["x" * 65]}, "stop"),
+        ({"stop": ["x"] * 9}, "stop"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"allowed_answers": ["yes"]}, "allowed_answers"),
+        ({"allowed_answers": ["yes", "yes"]}, "distinct"),
+        ({"allowed_answers": ["yes", ""]}, "non-empty"),
+        ({"allowed_answers": ["a b", "c"], "stop": [" "]}, "'a b' contains the stop string ' '"),
+        ({"description": ""}, "description"),
+        ({"temperature": 1}, "temperature"),
+    ],
+)
+def test_task_fields_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        spec(**fields)
+
+
+@given(st.text())
+def test_normalising_is_idempotent_and_keeps_words(text: str) -> None:
+    once = normalise_answer(text)
+    assert normalise_answer(once) == once
+    assert once.split() == text.split()
+
+
+def test_exact_match_is_about_words_and_case() -> None:
+    assert is_correct("  (A)\n", "(A)")
+    assert is_correct("a  b", "a b")
+    assert not is_correct("a", "A")
+    assert not is_correct("ab", "a b")
