@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(DEVICE)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: help venv demo test serve bench bench-ops bench-gpu lint format proto lock train clean
+.PHONY: help venv demo test test-node serve bench bench-ops bench-gpu lint format proto lock train clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,10 @@ serve: $(STAMP) ## serve the adapters of ADAPTERS=DIR beside BACKBONE=DIR
 
 test: $(STAMP) ## the whole test suite
 	$(BIN)/python -m pytest
+
+test-node: $(STAMP) ## a client in JavaScript against a server; needs node and npm
+	cd tests/other_language && npm ci --ignore-scripts --no-audit --no-fund
+	$(BIN)/python -m pytest tests/other_language
 
 bench: $(STAMP) ## start-up time and memory of the server, measured now
 	$(BIN)/python -m server.bench --backbone $(BACKBONE) --adapters $(ADAPTERS)

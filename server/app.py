@@ -1,10 +1,9 @@
 """The server's life: listen, start the engine, serve, drain, stop."""
 
 import asyncio
-import contextlib
 import gc
-import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,8 @@ from mtlora_pb.v1 import inference_pb2, inference_pb2_grpc
 from mtlora.backbone import BackboneError, identify, resolve
 from server.admission import Admission, State
 from server.catalog import Catalog, read_catalog
-from server.engine import Engine, EngineStartError, kill_children
+from server.engine import Engine, EngineStartError, exit_at_once
+from server.errors import EngineDeadError
 from server.interceptor import CallInterceptor
 from server.logs import get_logger
 from server.metrics import UNKNOWN_TASK, Metrics
@@ -53,33 +53,42 @@ class App:
     async def run(self, ready: Callable[[str], None]) -> int:
         """Serve until a signal; returns the exit status. `ready` gets the ready line once requests are served."""
         self._handle_signals()
-        began = time.monotonic()
         await self._set_health(serving=False)
-        server, address = await self._listen()
+        try:
+            server, address = await self._listen()
+            try:
+                await self._serve(address, ready)
+            finally:
+                await server.stop(grace=1.0)
+        except StartError as error:
+            print(f"mtlora-server: {error}", file=sys.stderr, flush=True)
+            if self._engine is None:
+                return 1
+            exit_at_once(1)
+        return 0
+
+    async def _serve(self, address: str, ready: Callable[[str], None]) -> None:
+        began = time.monotonic()
         metrics_port, close_metrics = self._open_metrics()
         logger.info("listening", extra={"fields": {"address": address, "metrics_port": metrics_port}})
-        try:
-            starting = asyncio.create_task(self._start())
-            stopping = asyncio.create_task(self._stop.wait())
-            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if not starting.done():
-                return self._give_up_starting(starting)
-            starting.result()
-            await self._open_admission()
-            seconds = round(time.monotonic() - began, 1)
-            tasks = len(self._servicer.catalog.tasks)
-            logger.info("serving", extra={"fields": {"address": address, "tasks": tasks, "start_seconds": seconds}})
-            ready(f"serving on {address}, metrics on {self._settings.metrics_host}:{metrics_port}, {tasks} tasks")
-            watching = asyncio.create_task(self._watch_engine())
-            await stopping
-            watching.cancel()
-            await self._drain()
-        finally:
-            await server.stop(grace=1.0)
-            close_metrics()
-            if self._engine is not None:
-                self._engine.shutdown()
-        return 0
+        starting = asyncio.create_task(self._start())
+        stopping = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            logger.info("stopped while starting")
+            exit_at_once(0)
+        engine = starting.result()
+        await self._open_admission()
+        seconds = round(time.monotonic() - began, 1)
+        tasks = len(self._servicer.catalog.tasks)
+        logger.info("serving", extra={"fields": {"address": address, "tasks": tasks, "start_seconds": seconds}})
+        ready(f"serving on {address}, metrics on {self._settings.metrics_host}:{metrics_port}, {tasks} tasks")
+        watching = asyncio.create_task(self._watch(engine))
+        await stopping
+        watching.cancel()
+        await self._drain()
+        close_metrics()
+        engine.shutdown()
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -89,8 +98,7 @@ class App:
     def _on_signal(self, number: int) -> None:
         if self._stop.is_set():
             logger.warning("second signal, exiting at once")
-            kill_children()
-            os._exit(128 + number)
+            exit_at_once(128 + number)
         logger.info("stopping", extra={"fields": {"signal": signal.Signals(number).name}})
         self._stop.set()
 
@@ -111,6 +119,7 @@ class App:
         except RuntimeError:
             port = 0
         if not port:
+            await server.stop(None)
             raise StartError(f"cannot listen on {wanted}: taken, or not an address of this machine (host, port)")
         await server.start()
         return server, f"{settings.host}:{port}"
@@ -122,7 +131,7 @@ class App:
         except OSError as error:
             raise StartError(f"cannot listen on {host}:{port}: {error} (metrics_host, metrics_port)") from None
 
-    async def _start(self) -> None:
+    async def _start(self) -> Engine:
         """Start the engine and, meanwhile, verify the adapters; then load them and warm up."""
         try:
             backbone = await asyncio.to_thread(resolve, self._settings.backbone)
@@ -137,7 +146,11 @@ class App:
         self._servicer.engine = engine
         self._servicer.tokenizer = engine.tokenizer
         self._servicer.limits = Limits(self._settings.max_model_len, engine.vocab_size)
-        await engine.warm_up(next((task.slot for task in self._servicer.catalog.tasks.values()), None))
+        try:
+            await engine.warm_up(next((task.slot for task in self._servicer.catalog.tasks.values()), None))
+        except EngineDeadError:
+            raise StartError("the engine died while it warmed up; the log above says why") from None
+        return engine
 
     def _read_catalog(self, backbone: Path) -> Catalog:
         if self._settings.adapters is None:
@@ -180,10 +193,9 @@ class App:
         self._admission.state = State.SERVING
         await self._set_health(serving=True)
 
-    async def _watch_engine(self) -> None:
+    async def _watch(self, engine: Engine) -> None:
         """Stop serving when the engine dies."""
-        assert self._engine is not None
-        while self._engine.alive:
+        while engine.alive:
             await asyncio.sleep(_WATCH_INTERVAL_S)
         logger.error("the engine has died")
         self._admission.state = State.DEAD
@@ -199,13 +211,6 @@ class App:
             await self._admission.drained(5.0)
         logger.info("drained")
 
-    def _give_up_starting(self, starting: "asyncio.Task[None]") -> int:
-        """A signal came before the engine was up: it cannot be asked to stop yet, so its processes are ended."""
-        starting.cancel()
-        kill_children()
-        logger.info("stopped while starting")
-        os._exit(0)
-
     async def _set_health(self, *, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         self._metrics.serving.set(serving)
@@ -214,10 +219,8 @@ class App:
 
 
 def serve(settings: Settings, ready: Callable[[str], None]) -> int:
-    """Run a server in this process. Raises StartError where it cannot start."""
-    with contextlib.suppress(KeyboardInterrupt):
-        return asyncio.run(_run(settings, ready))
-    return 0
+    """Run a server in this process; returns its exit status."""
+    return asyncio.run(_run(settings, ready))
 
 
 async def _run(settings: Settings, ready: Callable[[str], None]) -> int:

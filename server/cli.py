@@ -76,14 +76,11 @@ def _serve(options: argparse.Namespace) -> int:
         settings = load_settings(flags, options.config)
     except SettingsError as error:
         return _fail(str(error), 2)
-    from server.app import StartError, serve
+    from server.app import serve
     from server.logs import configure_logging
 
     configure_logging(settings.log_level)
-    try:
-        return serve(settings, lambda line: print(line, flush=True))
-    except StartError as error:
-        return _fail(str(error), 1)
+    return serve(settings, lambda line: print(line, flush=True))
 
 
 def _add_ask(parser: argparse.ArgumentParser) -> None:

@@ -6,8 +6,9 @@ import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from server.errors import EngineAbortedError, EngineDeadError
 from server.job import Delta, FinishReason, GenerationJob, Sampling, TokenLogprob, TokenLogprobs
@@ -44,7 +45,6 @@ class Engine:
         self._backbone = backbone
         self._on_stats = on_stats
         self._llm: Any = None
-        self._sampling_params: Any = None
         self._count = 0
 
     def start(self) -> None:
@@ -52,28 +52,30 @@ class Engine:
         os.environ.update(engine_environment(self._settings))
         # vLLM's own variable would silently outrank the setting.
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+        try:
+            self._llm = self._build()
+        except Exception as error:
+            logger.error("the engine did not start", exc_info=True)
+            raise EngineStartError(f"the engine did not start: {error}") from error
+
+    def _build(self) -> Any:
         from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.sampling_params import SamplingParams
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.executor import Executor
 
-        self._sampling_params = SamplingParams
         arguments = self._engine_args()
         if arguments["enforce_eager"]:
             # vLLM compiles two sampling functions even then, for seconds, in the first request that needs them.
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
-        try:
-            config = AsyncEngineArgs(**arguments).create_engine_config()
-            with _no_interrupts_in_children():
-                self._llm = AsyncLLM(
-                    config,
-                    Executor.get_class(config),
-                    log_stats=False,
-                    log_requests=False,
-                    stat_loggers=[_stat_logger_factory(self._on_stats)],
-                )
-        except Exception as error:
-            raise EngineStartError(f"the engine did not start: {error}") from error
+        config = AsyncEngineArgs(**arguments).create_engine_config()
+        with _no_interrupts_in_children():
+            return AsyncLLM(
+                config,
+                Executor.get_class(config),
+                log_stats=False,
+                log_requests=False,
+                stat_loggers=[_stat_logger_factory(self._on_stats)],
+            )
 
     def _engine_args(self) -> dict[str, Any]:
         from vllm.platforms import current_platform
@@ -145,9 +147,9 @@ class Engine:
             raise EngineDeadError from None
 
     def _params(self, sampling: Sampling) -> Any:
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        return self._sampling_params(
+        return SamplingParams(
             max_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -184,18 +186,21 @@ def engine_environment(settings: Settings) -> dict[str, str]:
     }
 
 
-def kill_children() -> None:
-    """Kill every process under this one, at once."""
+def exit_at_once(status: int) -> NoReturn:
+    """End this process and every one under it. An engine in the middle of its start cannot be asked to stop."""
     import psutil
 
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
+    os._exit(status)
 
 
 @contextlib.contextmanager
 def _no_interrupts_in_children() -> Iterator[None]:
     """Ctrl-C reaches every process of a terminal; the engine's must live on while running requests finish."""
+    # Started later, the tracker would unblock the signal again.
+    resource_tracker.ensure_running()
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

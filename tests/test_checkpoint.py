@@ -10,23 +10,12 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    CONFIG,
-    IDENTITY,
-    edit_header,
-    edit_manifest,
-    join_tensors,
-    random_tensors,
-    replace_tensors,
-    split_tensors,
-    task_table,
-    write_random,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -46,6 +35,18 @@ from mtlora.checkpoint import (
 )
 from mtlora.config import MtLoRAConfig
 from mtlora.errors import MtLoRAError
+from tests.helpers import (
+    CONFIG,
+    IDENTITY,
+    edit_header,
+    edit_manifest,
+    join_tensors,
+    random_tensors,
+    replace_tensors,
+    split_tensors,
+    task_table,
+    write_random,
+)
 
 NAMED = "layers.0.mlp.lora_B"
 
@@ -588,12 +589,25 @@ def test_no_folder(tmp_path: Path, make: Callable[[Path], None]) -> None:
         read_checkpoint(Path("a\0b"))
 
 
+@cache
+def good_files() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as temporary:
+        write_random(Path(temporary))
+        return {path.name: path.read_bytes() for path in Path(temporary).iterdir()}
+
+
+def good_copy(temporary: str) -> Path:
+    """A good checkpoint without the waits for the disk."""
+    for name, content in good_files().items():
+        (Path(temporary) / name).write_bytes(content)
+    return Path(temporary)
+
+
 @given(st.data())
 @settings(max_examples=200, deadline=None)
 def test_any_damage_is_a_checkpoint_error_or_no_damage(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "a"
-        write_random(folder)
+        folder = good_copy(temporary)
         original = read_checkpoint(folder)
         path = folder / data.draw(st.sampled_from([MANIFEST_FILE, TENSORS_FILE]))
         content = bytearray(path.read_bytes())
@@ -621,8 +635,7 @@ def test_any_damage_is_a_checkpoint_error_or_no_damage(data: st.DataObject) -> N
 @settings(max_examples=100, deadline=None)
 def test_any_json_in_place_of_any_field(value: Any, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "a"
-        write_random(folder)
+        folder = good_copy(temporary)
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
         node: Any = manifest
         while isinstance(node, dict | list) and node:
@@ -745,6 +758,22 @@ def test_a_checkpoint_is_replaced(folder: Path) -> None:
     write_random(folder, seed=1)
     assert read_checkpoint(folder).manifest.training == {"seed": 1}
     assert os.listdir(folder.parent) == ["good"]
+
+
+def test_replacing_is_one_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder.parent / "one").mkdir()
+    (folder.parent / "other").mkdir()
+    try:
+        mtlora.files._exchange(folder.parent / "one", folder.parent / "other")
+    except OSError as error:
+        pytest.skip(f"this file system cannot exchange two folders: {error}")
+
+    def rename(*args: Any) -> None:
+        raise AssertionError("two renames, between which the checkpoint is absent")
+
+    monkeypatch.setattr(os, "rename", rename)
+    write_random(folder, seed=1)
+    assert read_checkpoint(folder).manifest.training == {"seed": 1}
 
 
 def test_writing_through_a_link_replaces_what_it_points_to(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import CONFIG, IDENTITY, edit_manifest, random_tensors, task_table, write_random
 
 from mtlora.backbone import identify
 from mtlora.checkpoint import MANIFEST_FILE, TENSORS_FILE
 from mtlora.cli import main
 from mtlora.cli.output import printable
+from tests.helpers import CONFIG, IDENTITY, edit_manifest, random_tensors, task_table, write_random
 
 
 @pytest.fixture

@@ -44,7 +44,13 @@ def make_model(folder: Path, family: str, *, num_layers: int = 2, hidden_size: i
 
 
 def make_adapter(
-    folder: Path, backbone: BackboneIdentity, config: MtLoRAConfig, *, num_tasks: int = 2, seed: int = 0, size: float = 1.0
+    folder: Path,
+    backbone: BackboneIdentity,
+    config: MtLoRAConfig,
+    *,
+    num_tasks: int = 2,
+    seed: int = 0,
+    size: float = 1.0,
 ) -> AdapterManifest:
     """Write a random adapter with tasks t0, t1, ...; `size` is about that of its output for inputs of size one."""
     generator = torch.Generator().manual_seed(seed)
@@ -103,8 +109,3 @@ class HuggingFace:
             for handle in handles:
                 handle.remove()
         return logits_LV.float().log_softmax(-1)
-
-
-def worker_lora_manager(engine: Any) -> Any:
-    """The plugin's manager inside an engine that runs in this process."""
-    return engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.lora_manager

@@ -3,40 +3,24 @@
 import json
 import logging
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mtlora.backbone import BackboneIdentity
-from mtlora.checkpoint import AdapterManifest
 from server.catalog import Catalog, read_catalog, version_key
 from tests.server.adapters import entry, write_adapter
+from tests.server.slots import TINY, make_slots
 
-BACKBONE = BackboneIdentity(architecture="Tiny", hidden_size=8, num_layers=2, weights_fingerprint="0" * 64)
-OTHER = BACKBONE.model_copy(update={"weights_fingerprint": "1" * 64})
-
-
-@dataclass(frozen=True)
-class Slot:
-    lora_int_id: int
-    lora_name: str
+OTHER = TINY.model_copy(update={"weights_fingerprint": "1" * 64})
 
 
-def make_slots(name: str, version: str, folder: Path, manifest: AdapterManifest, first_id: int) -> dict[str, Any]:
-    shared = Slot(first_id, f"{name}/{version}")
-    if not manifest.config.task_bias:
-        return {task.id: shared for task in manifest.tasks}
-    return {task.id: Slot(first_id + row, f"{name}/{version}#{task.id}") for row, task in enumerate(manifest.tasks)}
-
-
-def write(folder: Path, *task_ids: str, backbone: BackboneIdentity = BACKBONE, task_bias: bool = True) -> None:
+def write(folder: Path, *task_ids: str, backbone: BackboneIdentity = TINY, task_bias: bool = True) -> None:
     write_adapter(folder, [entry(task_id) for task_id in task_ids], backbone=backbone, task_bias=task_bias)
 
 
 def read(folder: Path) -> Catalog:
-    return read_catalog(folder, BACKBONE, make_slots)
+    return read_catalog(folder, TINY, make_slots)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -14,12 +15,13 @@ import psutil
 import pytest
 
 from mtlora.client import Client, ServerError
-from server.app import App
+from server.app import App, StartError
+from server.catalog import read_catalog
 from server.process import ServerProcess
 from server.settings import load_settings
 from tests.server.adapters import entry, write_adapter
-from tests.server.ports import free_port
-from tests.server.test_serving import LONG
+from tests.server.helpers import LONG, free_port
+from tests.server.slots import TINY, make_slots
 
 SMALL: dict[str, Any] = {"kv_cache_gib": 0.25, "max_num_seqs": 8}
 
@@ -64,6 +66,34 @@ def test_no_adapter_that_can_be_served(tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
+def test_an_engine_that_does_not_start(adapters: Path) -> None:
+    done = run("--adapters", str(adapters), "--max-model-len", "1000000")
+    assert done.returncode == 1
+    assert "mtlora-server: the engine did not start" in done.stderr
+    assert "max_model_len" in done.stderr
+
+
+async def test_an_adapter_that_the_engine_refuses_is_left_out(tmp_path: Path) -> None:
+    catalog = read_catalog(_two_adapters(tmp_path), TINY, make_slots)
+    engine = SimpleNamespace(alive=True, load=_refuse_the_first)
+    app = App(load_settings({"adapters": tmp_path}))
+    assert list((await app._load_slots(engine, catalog)).tasks) == ["y"]
+    engine.alive = False
+    with pytest.raises(StartError, match="died while it loaded a/1"):
+        await app._load_slots(engine, catalog)
+
+
+def _two_adapters(folder: Path) -> Path:
+    for name, task in (("a", "x"), ("b", "y")):
+        write_adapter(folder / name / "1", [entry(task)], backbone=TINY)
+    return folder
+
+
+async def _refuse_the_first(slot: Any) -> None:
+    if slot.lora_int_id == 1:
+        raise ValueError("no")
+
+
 def test_a_signal_while_starting_ends_everything(adapters: Path) -> None:
     with ServerProcess(adapters=adapters, wait=False, **SMALL) as server:
         time.sleep(12)
@@ -78,8 +108,7 @@ def test_a_signal_while_starting_ends_everything(adapters: Path) -> None:
 
 async def test_a_second_signal_exits_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exits: list[int] = []
-    monkeypatch.setattr("server.app.kill_children", lambda: None)
-    monkeypatch.setattr("server.app.os._exit", exits.append)
+    monkeypatch.setattr("server.app.exit_at_once", exits.append)
     app = App(load_settings({"adapters": tmp_path}))
     app._on_signal(signal.SIGTERM)
     assert exits == []
@@ -88,15 +117,15 @@ async def test_a_second_signal_exits_at_once(tmp_path: Path, monkeypatch: pytest
 
 
 def test_sigterm_lets_a_long_stream_finish(adapters: Path) -> None:
-    with ServerProcess(adapters=adapters, grace_period_s=120, **SMALL) as server, server.client() as client:
-        stream = client.stream("open", "Once", **LONG)
+    with ServerProcess(adapters=adapters, grace_period_s=300, **SMALL) as server, server.client() as client:
+        stream = client.stream("open", "Once", **LONG | {"max_new_tokens": 200})
         pieces = [next(stream)]
         stopped: list[int] = []
-        # A Ctrl-C, at that: it goes to every process of the group, and the engine's must not mind.
+        # As Ctrl-C in a terminal does it: every process gets a signal, and the engine's must not mind.
         server.process.send_signal(signal.SIGTERM)
         for child in psutil.Process(server.process.pid).children(recursive=True):
             child.send_signal(signal.SIGINT)
-        waiting = threading.Thread(target=lambda: stopped.append(server.process.wait(120)))
+        waiting = threading.Thread(target=lambda: stopped.append(server.process.wait(300)))
         waiting.start()
         pieces.append(next(stream))
         with Client(server.address) as other:

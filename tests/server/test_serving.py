@@ -20,9 +20,8 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from mtlora.client import AsyncClient, Client, ServerError
 from server.process import ServerProcess
 from tests.server.conftest import StartingObservations
+from tests.server.helpers import LONG
 
-# Random sampling over the whole vocabulary hardly ever meets the end-of-sequence token.
-LONG: dict[str, Any] = {"max_new_tokens": 900, "temperature": 2.0, "seed": 1, "stop": [], "without_adapter": True}
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -80,12 +79,12 @@ def test_generate(client: Client) -> None:
 
 def test_the_adapter_makes_the_difference(client: Client) -> None:
     text = "The capital of France is"
-    adapted = client.generate("open", text)
-    alone = client.generate("open", text, without_adapter=True)
+    adapted = client.generate("open", text, logprobs=5)
+    alone = client.generate("open", text, logprobs=5, without_adapter=True)
     assert alone.summary.adapter_name == ""
     assert adapted.summary.adapter_name == "beta"
     assert adapted.summary.prompt_tokens == alone.summary.prompt_tokens
-    assert adapted.text != alone.text
+    assert adapted.logprobs[0] != alone.logprobs[0]
 
 
 def test_the_backbone_alone_answers_a_chat(client: Client) -> None:

@@ -1,0 +1,54 @@
+"""A compiled engine gives the eager engine's answers."""
+
+import random
+import shutil
+
+import pytest
+import torch
+
+from mtlora.backbone import identify
+from mtlora.config import MtLoRAConfig
+from tests.engine._engine import running_engine
+from tests.engine._models import VOCABULARY, make_adapter, make_model
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler, g++ or clang++"
+)
+
+
+def test_compiled_answers_equal_eager_ones(tmp_path, monkeypatch):
+    from vllm import SamplingParams
+    from vllm.config import CompilationMode
+    from vllm.lora.request import LoRARequest
+
+    model = make_model(tmp_path / "model", "llama")
+    chooser = random.Random(0)
+    requests = [None]
+    for i, blocks in enumerate(["ffn", "attention", "both"], start=1):
+        make_adapter(tmp_path / f"a{i}", identify(model), MtLoRAConfig(r=4, num_experts=4, blocks=blocks), seed=i)
+        requests.append(LoRARequest(f"a{i}", i, f"{tmp_path / f'a{i}'}#t1"))
+    requests = requests + requests[::-1] + [None]
+    prompts = [[chooser.randrange(3, VOCABULARY) for _ in range(chooser.randint(2, 30))] for _ in requests]
+
+    def answers(eager):
+        with running_engine(model, dtype="float32", enforce_eager=eager) as engine:
+            mode = engine.llm_engine.vllm_config.compilation_config.mode
+            assert (mode == CompilationMode.NONE) == eager
+            outputs = engine.generate(
+                [{"prompt_token_ids": prompt} for prompt in prompts],
+                SamplingParams(temperature=0, max_tokens=6, logprobs=1, prompt_logprobs=0, ignore_eos=True),
+                lora_request=requests,
+                use_tqdm=False,
+            )
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        logprobs = [
+            next(iter(position.values())).logprob for output in outputs for position in output.outputs[0].logprobs
+        ]
+        return tokens, torch.tensor(logprobs)
+
+    eager_tokens, eager_logprobs = answers(eager=True)
+    # Compiled graphs of a test are no use to anyone later.
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    compiled_tokens, compiled_logprobs = answers(eager=False)
+    assert compiled_tokens == eager_tokens
+    torch.testing.assert_close(compiled_logprobs, eager_logprobs, atol=1e-4, rtol=0)

@@ -1,0 +1,153 @@
+"""What the plugin does to a vLLM process, and when it stays out."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mtlora import vllm_plugin
+from mtlora.backbone import BackboneIdentity
+from mtlora.config import MtLoRAConfig
+from tests.engine._models import make_adapter
+
+
+@pytest.fixture
+def installed():
+    vllm_plugin.register()
+
+
+def test_registering_again_changes_nothing(installed):
+    from vllm.config.lora import LoRAConfig
+    from vllm.platforms import current_platform
+    from vllm.v1.worker import lora_model_runner_mixin
+
+    before = (
+        lora_model_runner_mixin.LRUCacheWorkerLoRAManager,
+        LoRAConfig.compute_hash,
+        type(current_platform).__dict__["check_and_update_config"],
+    )
+    assert before[0].__module__.startswith("mtlora.")
+    vllm_plugin.register()
+    assert before == (
+        lora_model_runner_mixin.LRUCacheWorkerLoRAManager,
+        LoRAConfig.compute_hash,
+        type(current_platform).__dict__["check_and_update_config"],
+    )
+
+
+def test_switched_off_the_plugin_stays_out():
+    code = """
+import os
+from vllm.config.lora import LoRAConfig
+from vllm.plugins import load_general_plugins
+from vllm.v1.worker import lora_model_runner_mixin as mixin
+from mtlora.vllm_plugin import register
+
+load_general_plugins()
+print(mixin.LRUCacheWorkerLoRAManager.__module__, LoRAConfig.compute_hash.__module__)
+os.environ["MTLORA_PLUGIN"] = "1"
+register()
+print(mixin.LRUCacheWorkerLoRAManager.__module__, LoRAConfig.compute_hash.__module__)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"MTLORA_PLUGIN": "0"}, capture_output=True, text=True
+    )
+    assert result.stdout.splitlines()[-2:] == [
+        "vllm.lora.worker_manager vllm.config.lora",
+        "mtlora.vllm_plugin.worker_manager mtlora.vllm_plugin.compilation",
+    ], result.stderr
+
+
+def test_another_vllm_is_named_in_the_error(installed, monkeypatch):
+    from vllm.lora import worker_manager
+    from vllm.v1.worker import lora_model_runner_mixin
+
+    stock = worker_manager.LRUCacheWorkerLoRAManager
+    monkeypatch.setattr(lora_model_runner_mixin, "LRUCacheWorkerLoRAManager", stock)
+    monkeypatch.delattr(stock, "_apply_adapters")
+    monkeypatch.delattr(worker_manager.WorkerLoRAManager, "_apply_adapters")
+    with pytest.raises(RuntimeError, match="_apply_adapters") as raised:
+        vllm_plugin.register()
+    assert f"supports vLLM {vllm_plugin.SUPPORTED_VLLM}" in str(raised.value)
+    assert "MTLORA_PLUGIN=0" in str(raised.value)
+
+
+def test_compiled_graphs_are_keyed_by_the_plugins_layout(installed, monkeypatch):
+    from vllm.config.lora import LoRAConfig
+
+    from mtlora.vllm_plugin import compilation
+
+    key = LoRAConfig(max_loras=4).compute_hash()
+    assert key == LoRAConfig(max_loras=4).compute_hash()
+    assert key != LoRAConfig(max_loras=5).compute_hash()
+    monkeypatch.setattr(compilation, "LAYOUT_VERSION", compilation.LAYOUT_VERSION + 1)
+    assert key != LoRAConfig(max_loras=4).compute_hash()
+
+
+@pytest.mark.parametrize(
+    ("mode", "graphs", "becomes"),
+    [
+        ("VLLM_COMPILE", "FULL_AND_PIECEWISE", "PIECEWISE"),
+        ("VLLM_COMPILE", "FULL", "PIECEWISE"),
+        ("NONE", "FULL", "NONE"),
+        ("VLLM_COMPILE", "PIECEWISE", "PIECEWISE"),
+        ("NONE", "NONE", "NONE"),
+    ],
+)
+def test_no_cuda_graph_captures_the_operator(installed, mode, graphs, becomes):
+    from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, VllmConfig
+    from vllm.config.lora import LoRAConfig
+
+    from mtlora.vllm_plugin.compilation import OPERATOR, adapt, check_compilation
+
+    config = VllmConfig(compilation_config=CompilationConfig())
+    seen = []
+    for lora, expected in ((None, graphs), (LoRAConfig(), becomes)):
+        config.compilation_config = CompilationConfig(
+            mode=CompilationMode[mode], cudagraph_mode=CUDAGraphMode[graphs]
+        )
+        config.lora_config = lora
+        adapt(config, lambda config: seen.append(config.lora_config))
+        assert config.compilation_config.cudagraph_mode.name == expected
+        assert config.lora_config is lora
+    assert seen == [None, None]
+    config.compilation_config.set_splitting_ops_for_v1("naive")
+    assert (OPERATOR in config.compilation_config.splitting_ops) == (mode == "VLLM_COMPILE")
+    check_compilation(config)
+
+
+def test_a_config_that_would_capture_the_operator_is_refused(installed):
+    from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
+
+    from mtlora.vllm_plugin.compilation import check_compilation
+
+    config = VllmConfig(compilation_config=CompilationConfig())
+    config.compilation_config = CompilationConfig(cudagraph_mode=CUDAGraphMode.FULL)
+    with pytest.raises(ValueError, match="cudagraph_mode FULL"):
+        check_compilation(config)
+    config.compilation_config = CompilationConfig(
+        cudagraph_mode=CUDAGraphMode.PIECEWISE, splitting_ops=["vllm::unified_attention_with_output"]
+    )
+    with pytest.raises(ValueError, match="splitting_ops"):
+        check_compilation(config)
+
+
+@pytest.mark.parametrize("task_bias", [True, False])
+def test_slot_requests(task_bias, tmp_path):
+    from mtlora.vllm_plugin.naming import parse_slot_path
+    from mtlora.vllm_plugin.requests import slot_requests
+
+    backbone = BackboneIdentity(
+        architecture="LlamaForCausalLM", hidden_size=16, num_layers=1, weights_fingerprint="0" * 64
+    )
+    folder = tmp_path / "a"
+    manifest = make_adapter(folder, backbone, MtLoRAConfig(r=2, task_bias=task_bias), num_tasks=3)
+    requests = slot_requests("a", "7", folder, manifest, 11)
+    assert list(requests) == ["t0", "t1", "t2"]
+    if task_bias:
+        assert [request.lora_int_id for request in requests.values()] == [11, 12, 13]
+        assert parse_slot_path(requests["t1"].lora_path) == (folder, "t1")
+        assert requests["t1"].lora_name == "a/7#t1"
+    else:
+        assert {(r.lora_int_id, r.lora_name, r.lora_path) for r in requests.values()} == {(11, "a/7", str(folder))}

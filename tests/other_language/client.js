@@ -1,0 +1,44 @@
+// Asks a server in JavaScript, knowing the .proto file alone: node client.js ADDRESS PROTO TASK_ID TEXT
+// Prints one JSON object.
+'use strict'
+
+const grpc = require('@grpc/grpc-js')
+const protoLoader = require('@grpc/proto-loader')
+
+const [address, proto, taskId, text] = process.argv.slice(2)
+const definition = protoLoader.loadSync(proto, { keepCase: true, enums: String, longs: Number, oneofs: true })
+const { Inference } = grpc.loadPackageDefinition(definition).mtlora.v1
+const client = new Inference(address, grpc.credentials.createInsecure())
+
+const unary = (method, request) =>
+  new Promise((resolve, reject) => {
+    client[method](request, (error, reply) => (error ? reject(error) : resolve(reply)))
+  })
+
+async function main () {
+  const request = { task_id: taskId, text, without_adapter: true }
+  const answer = await unary('Generate', request)
+  let streamed = ''
+  let last
+  for await (last of client.GenerateStream(request)) streamed += last.text
+  const tasks = (await unary('ListTasks', {})).tasks.map((task) => task.id)
+  const error = await unary('Generate', { task_id: 'no-such-task', text }).catch((caught) => caught)
+  console.log(JSON.stringify({
+    text: answer.text,
+    summary: answer.summary,
+    streamed,
+    last_summary: last.summary,
+    tasks,
+    error: {
+      code: grpc.status[error.code],
+      request_id: error.metadata.get('x-request-id')[0],
+      has_details: error.metadata.get('grpc-status-details-bin').length === 1
+    }
+  }))
+  client.close()
+}
+
+main().catch((error) => {
+  console.error(error)
+  process.exit(1)
+})

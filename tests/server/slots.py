@@ -1,0 +1,23 @@
+"""A tiny backbone that exists in name alone, and slots without vLLM."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtlora.backbone import BackboneIdentity
+from mtlora.checkpoint import AdapterManifest
+
+TINY = BackboneIdentity(architecture="Tiny", hidden_size=8, num_layers=2, weights_fingerprint="0" * 64)
+
+
+@dataclass(frozen=True)
+class Slot:
+    lora_int_id: int
+    lora_name: str
+
+
+def make_slots(name: str, version: str, folder: Path, manifest: AdapterManifest, first_id: int) -> dict[str, Any]:
+    shared = Slot(first_id, f"{name}/{version}")
+    if not manifest.config.task_bias:
+        return {task.id: shared for task in manifest.tasks}
+    return {task.id: Slot(first_id + row, f"{name}/{version}#{task.id}") for row, task in enumerate(manifest.tasks)}
