@@ -3,15 +3,15 @@
 Shape suffixes: T tokens of the step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import numpy as np
 import torch
 
 from mtlora.ops.operators import add_routed_lora_, tile_size
 from mtlora.ops.plan import StepPlan, plan_step
-from mtlora.ops.table import SlotTable
-from mtlora.vllm_plugin.packed import PackedAdapter, Slot
+from mtlora.ops.table import AdapterRows, SlotTable
+from mtlora.vllm_plugin.packed import Slot
 
 
 class StepMapping:
@@ -24,7 +24,6 @@ class StepMapping:
     def __init__(self, table: SlotTable) -> None:
         self._table = table
         self._device = table.rows_LAF.device
-        self._adapters: list[PackedAdapter] = []
         self.clear()
 
     def clear(self) -> None:
@@ -41,20 +40,14 @@ class StepMapping:
         self.clear()
         self.num_tokens = len(slot_ids_T)
         ids, id_index_T = np.unique(slot_ids_T, return_inverse=True)
-        adapters: list[PackedAdapter] = []
-        place_of: dict[PackedAdapter, int] = {}
-        place_of_id, bias_row_of_id = np.full((2, len(ids)), -1)
-        for i, slot_id in enumerate(ids):
-            if slot_id > 0 and (held := slot(int(slot_id))).adapter is not None:
-                if held.adapter not in place_of:
-                    place_of[held.adapter] = len(adapters)
-                    adapters.append(held.adapter)
-                place_of_id[i], bias_row_of_id[i] = place_of[held.adapter], held.bias_row
-        if not adapters:
+        held = {i: slot(int(slot_id)) for i, slot_id in enumerate(ids) if slot_id > 0}
+        place_of = self._place({s.adapter.rows for s in held.values() if s.adapter is not None})
+        if not place_of:
             return
-        for place, adapter in enumerate(adapters):
-            if self._table.held(place) is not adapter.rows:
-                self._table.place(place, adapter.rows)
+        place_of_id, bias_row_of_id = np.full((2, len(ids)), -1)
+        for i, its in held.items():
+            if its.adapter is not None:
+                place_of_id[i], bias_row_of_id[i] = place_of[its.adapter.rows], its.bias_row
         self._plan = self._to_device(
             plan_step(
                 place_of_id[id_index_T],
@@ -68,6 +61,24 @@ class StepMapping:
         """Add to `y_TD`, in place, the path of block number `block` for every row that has an adapter."""
         if self._plan is not None:
             add_routed_lora_(y_TD, x_TD, self._table, block, self._plan)
+
+    def _place(self, wanted: Set[AdapterRows]) -> dict[AdapterRows, int]:
+        """Put the step's adapters in the table, each where it was in the last step, and the others out of it."""
+        table = self._table
+        place_of: dict[AdapterRows, int] = {}
+        free = []
+        for place in range(table.num_slots):
+            rows = table.held(place)
+            if rows is not None and rows in wanted:
+                place_of[rows] = place
+                continue
+            if rows is not None:
+                table.place(place, None)
+            free.append(place)
+        for rows in wanted - place_of.keys():
+            place_of[rows] = free.pop()
+            table.place(place_of[rows], rows)
+        return place_of
 
     def _to_device(self, plan: StepPlan) -> StepPlan:
         if self._device.type == "cpu":
