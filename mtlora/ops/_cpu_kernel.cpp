@@ -50,6 +50,20 @@ constexpr int MAX_LANES = 16;
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MTLORA_X86 1
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
+#define MTLORA_ISA avx512bf16
+#define MTLORA_VECTOR_BYTES 64
+#define MTLORA_WIDE 3
+#define MTLORA_DOT_BF16
+#include "_cpu_kernel.cpp"
+#undef MTLORA_ISA
+#undef MTLORA_VECTOR_BYTES
+#undef MTLORA_WIDE
+#undef MTLORA_DOT_BF16
+#pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
@@ -85,8 +99,10 @@ TileFunction choose(int dtype, int isa) {
   const bool has512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool has2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (has512 && has2 && isa != 2) return dtype ? avx512::tile<uint16_t> : avx512::tile<float>;
-  if (has2 && isa != 512) return dtype ? avx2::tile<uint16_t> : avx2::tile<float>;
+  const bool has_dot = has512 && has2 && __builtin_cpu_supports("avx512bf16");
+  if (has_dot && (isa == 0 || isa == 516)) return dtype ? avx512bf16::tile<uint16_t> : avx512bf16::tile<float>;
+  if (has512 && has2 && (isa == 0 || isa == 512)) return dtype ? avx512::tile<uint16_t> : avx512::tile<float>;
+  if (has2 && (isa == 0 || isa == 2)) return dtype ? avx2::tile<uint16_t> : avx2::tile<float>;
 #endif
   (void)dtype;
   (void)isa;
@@ -97,7 +113,8 @@ TileFunction choose(int dtype, int isa) {
 
 extern "C" {
 
-// 1 where this processor can run the kernel. isa: 0 for the best it has, 2 or 512 for AVX2 or AVX-512 alone.
+// 1 where this processor can run the kernel. isa: 0 for the best it has, else one alone: 2 AVX2, 512 AVX-512, 516 AVX-512 with
+// its products of bfloat16.
 int mtlora_supported(int isa) { return choose(1, isa) != nullptr; }
 
 int mtlora_max_tile() { return MAX_TILE; }
@@ -169,6 +186,12 @@ INLINE float widen(uint16_t bits) {
   return value;
 }
 
+// What a product takes on its left for weights of a type.
+template <class W> struct OperandOf { typedef float type; };
+#ifdef MTLORA_DOT_BF16
+template <> struct OperandOf<uint16_t> { typedef uint16_t type; };
+#endif
+
 // Round to nearest even; a NaN stays one.
 INLINE void narrow(float value, float* out) { *out = value; }
 INLINE void narrow(float value, uint16_t* out) {
@@ -200,9 +223,18 @@ INLINE Floats exp_negative(Floats x) {
   return p * reinterpret_cast<Floats>((n + 127) << 23);
 }
 
+template <int T, int V>
+INLINE void store(const Floats (&sum)[T][V], float* out, int64_t out_stride) {
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) *reinterpret_cast<Floats*>(out + t * out_stride + v * LANES) = sum[t][v];
+  }
+}
+
 // out[t, 0:V*LANES] = sum_k a[t, k] w[k, 0:V*LANES]; the accumulators live in registers.
-template <int T, int V, class W>
-INLINE void panel(const float* a, int64_t a_stride, const W* w, int64_t w_stride, int64_t depth, float* out,
+template <int T, int V, class W, class A>
+INLINE void panel(const A* a, int64_t a_stride, const W* w, int64_t w_stride, int64_t depth, float* out,
                   int64_t out_stride) {
   Floats sum[T][V] = {};
   for (int64_t k = 0; k < depth; ++k, w += w_stride) {
@@ -215,16 +247,46 @@ INLINE void panel(const float* a, int64_t a_stride, const W* w, int64_t w_stride
       for (int v = 0; v < V; ++v) sum[t][v] += row[v] * a[t * a_stride + k];
     }
   }
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) *reinterpret_cast<Floats*>(out + t * out_stride + v * LANES) = sum[t][v];
-  }
+  store(sum, out, out_stride);
 }
 
+#ifdef MTLORA_DOT_BF16
+// The same in bfloat16: two rows of w at a time, shuffled so that each lane has its column's pair.
+template <int T, int V>
+INLINE void panel(const uint16_t* a, int64_t a_stride, const uint16_t* w, int64_t w_stride, int64_t depth, float* out,
+                  int64_t out_stride) {
+  Floats sum[T][V] = {};
+  const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  for (int64_t k = 0; k < depth; k += 2, w += 2 * w_stride) {
+    const bool last = k + 1 == depth;
+    __m512i row[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + v * LANES));
+      const __m256i second = last ? _mm256_setzero_si256()
+                                  : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + w_stride + v * LANES));
+      row[v] = _mm512_permutexvar_epi16(pairs, _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      uint32_t pair = a[t * a_stride + k];
+      if (!last) memcpy(&pair, a + t * a_stride + k, 4);
+      const __m512i both = _mm512_set1_epi32(static_cast<int>(pair));
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v)
+        sum[t][v] = reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum[t][v]),
+                                                              reinterpret_cast<__m512bh>(row[v]),
+                                                              reinterpret_cast<__m512bh>(both)));
+    }
+  }
+  store(sum, out, out_stride);
+}
+#endif
+
 // out [T, width] = a [T, depth] w [depth, width].
-template <int T, class W>
-static __attribute__((noinline)) void product(const float* a, int64_t a_stride, const W* w, int64_t width,
+template <int T, class W, class A>
+static __attribute__((noinline)) void product(const A* a, int64_t a_stride, const W* w, int64_t width,
                                               int64_t depth, float* out, int64_t out_stride) {
   int64_t n = 0;
   for (; n + MTLORA_WIDE * LANES <= width; n += MTLORA_WIDE * LANES)
@@ -240,12 +302,12 @@ static __attribute__((noinline)) void product(const float* a, int64_t a_stride, 
     float* sum = out + t * out_stride;
     for (int64_t i = 0; i < width; ++i) sum[i] = 0;
     for (int64_t k = 0; k < depth; ++k)
-      for (int64_t i = 0; i < width; ++i) sum[i] += a[t * a_stride + k] * widen(w[k * width + i]);
+      for (int64_t i = 0; i < width; ++i) sum[i] += widen(a[t * a_stride + k]) * widen(w[k * width + i]);
   }
 }
 
-template <class W>
-INLINE void product(int count, const float* a, int64_t a_stride, const W* w, int64_t width, int64_t depth, float* out,
+template <class W, class A>
+INLINE void product(int count, const A* a, int64_t a_stride, const W* w, int64_t width, int64_t depth, float* out,
                     int64_t out_stride) {
   switch (count) {
     case 1: return product<1>(a, a_stride, w, width, depth, out, out_stride);
@@ -286,14 +348,15 @@ static void tile(const Call& call, const Tile& tile, float* scratch) {
   const int64_t S = r + G * N, K = N * r, E = D / G;
   const int T = tile.count;
   const int32_t* tokens = call.tokens + tile.start;
-  float* x = scratch;
-  float* s = x + MAX_TILE * D;
-  float* z = s + MAX_TILE * (S + LANES);
-  float* delta = z + MAX_TILE * K;
+  typedef typename OperandOf<W>::type Operand;
+  float* s = scratch;
+  float* delta = s + MAX_TILE * (S + LANES);
+  Operand* x = reinterpret_cast<Operand*>(delta + MAX_TILE * E);
+  Operand* z = x + MAX_TILE * D;
 
   for (int t = 0; t < T; ++t) {
     const W* from = static_cast<const W*>(call.x) + tokens[t] * call.x_stride;
-    for (int64_t d = 0; d < D; ++d) x[t * D + d] = widen(from[d]);
+    for (int64_t d = 0; d < D; ++d) narrow(widen(from[d]), x + t * D + d);
   }
   product(T, x, D, reinterpret_cast<const W*>(adapter.shrink), S, D, s, S + LANES);
   for (int t = 0; t < T; ++t) {
@@ -310,7 +373,7 @@ static void tile(const Call& call, const Tile& tile, float* scratch) {
       const float* h = s + t * (S + LANES);
       const float* weights = h + r + j * N;
       for (int64_t i = 0; i < N; ++i)
-        for (int64_t k = 0; k < r; ++k) z[t * K + i * r + k] = weights[i] * h[k];
+        for (int64_t k = 0; k < r; ++k) narrow(weights[i] * h[k], z + t * K + i * r + k);
     }
     product(T, z, K, reinterpret_cast<const W*>(adapter.expand) + j * K * E, E, K, delta, E);
     for (int t = 0; t < T; ++t) {

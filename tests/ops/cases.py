@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+import mtlora.ops.operators  # noqa: F401  registers the operator
 from mtlora.ops.plan import StepPlan, plan_step
 from mtlora.ops.reference import ReferenceAdapter, routed_lora_batch_reference
 from mtlora.ops.routed_lora import pack_block

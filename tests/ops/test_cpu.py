@@ -13,7 +13,7 @@ from tests.ops.cases import SHAPE_CLASSES, Batch, Case, Shape, random_slots
 KERNEL = cpu.compiled_kernel()
 BACKENDS = {"torch": cpu.in_torch_ops, "operator": lambda *tensors: torch.ops.mtlora.add_routed_lora_(*tensors, [], 8)}
 if KERNEL is not None:
-    for isa in (2, 512):
+    for isa in (2, 512, 516):
         if KERNEL.mtlora_supported(isa):
             BACKENDS[f"avx{isa}"] = partial(cpu.run_kernel, KERNEL, isa)
 
