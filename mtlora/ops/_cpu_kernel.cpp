@@ -340,6 +340,13 @@ INLINE void route(float* logits, int64_t groups, int64_t experts) {
   }
 }
 
+// Ask for weights that are needed next, while there are others to work on: their rows are too far apart for the
+// processor to guess.
+template <class W>
+INLINE void prefetch(const W* weights, int64_t size) {
+  for (int64_t i = 0; i < size; i += 64 / sizeof(W)) __builtin_prefetch(weights + i, 0, 2);
+}
+
 template <class W>
 static void tile(const Call& call, const Tile& tile, float* scratch) {
   const Adapter& adapter = call.table[tile.slot];
@@ -358,6 +365,8 @@ static void tile(const Call& call, const Tile& tile, float* scratch) {
     const W* from = static_cast<const W*>(call.x) + tokens[t] * call.x_stride;
     for (int64_t d = 0; d < D; ++d) narrow(widen(from[d]), x + t * D + d);
   }
+  const W* expand = reinterpret_cast<const W*>(adapter.expand);
+  prefetch(expand, K * E);
   product(T, x, D, reinterpret_cast<const W*>(adapter.shrink), S, D, s, S + LANES);
   for (int t = 0; t < T; ++t) {
     float* logits = s + t * (S + LANES) + r;
@@ -369,13 +378,14 @@ static void tile(const Call& call, const Tile& tile, float* scratch) {
     route(logits, G, N);
   }
   for (int64_t j = 0; j < G; ++j) {
+    if (j + 1 < G) prefetch(expand + (j + 1) * K * E, K * E);
     for (int t = 0; t < T; ++t) {
       const float* h = s + t * (S + LANES);
       const float* weights = h + r + j * N;
       for (int64_t i = 0; i < N; ++i)
         for (int64_t k = 0; k < r; ++k) narrow(weights[i] * h[k], z + t * K + i * r + k);
     }
-    product(T, z, K, reinterpret_cast<const W*>(adapter.expand) + j * K * E, E, K, delta, E);
+    product(T, z, K, expand + j * K * E, E, K, delta, E);
     for (int t = 0; t < T; ++t) {
       W* to = static_cast<W*>(call.y) + tokens[t] * call.y_stride + j * E;
       for (int64_t e = 0; e < E; ++e) narrow(widen(to[e]) + delta[t * E + e], to + e);
