@@ -9,9 +9,6 @@ import pytest
 import torch
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    # Read when Triton is imported first, which in a run of all tests may have been elsewhere.
-    os.environ["TRITON_INTERPRET"] = "1"
 triton = pytest.importorskip("triton")
 
 from mtlora.ops import triton_gpu  # noqa: E402
