@@ -40,7 +40,7 @@ def link_adapter(source: Path, folder: Path) -> None:
 
 
 def write_random_peft(folder: Path, config: dict[str, int], *, seed: int) -> None:
-    """Write a PEFT LoRA of rank 16 on all seven linear layers of every block; `config` is the backbone's config.json."""
+    """Write a PEFT LoRA, rank 16, on the seven linear layers of every block; `config` is the backbone's config.json."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     hidden, middle = config["hidden_size"], config["intermediate_size"]

@@ -104,9 +104,7 @@ def test_no_cuda_graph_captures_the_operator(installed, mode, graphs, becomes):
     config = VllmConfig(compilation_config=CompilationConfig())
     seen = []
     for lora, expected in ((None, graphs), (LoRAConfig(), becomes)):
-        config.compilation_config = CompilationConfig(
-            mode=CompilationMode[mode], cudagraph_mode=CUDAGraphMode[graphs]
-        )
+        config.compilation_config = CompilationConfig(mode=CompilationMode[mode], cudagraph_mode=CUDAGraphMode[graphs])
         config.lora_config = lora
         adapt(config, lambda config: seen.append(config.lora_config))
         assert config.compilation_config.cudagraph_mode.name == expected

@@ -30,8 +30,13 @@ def test_logprobs_equal_hugging_face(family, dtype, tmp_path):
     reference = HuggingFace(model)
     requests, wanted = [None], [(None, None)]
     for i, (blocks, task_bias, task) in enumerate(ADAPTERS, start=1):
-        config = MtLoRAConfig(r=4 * i, num_experts=1 + i % 4 if not task_bias else 4, num_groups=2 ** (i % 4),
-                              blocks=blocks, task_bias=task_bias)
+        config = MtLoRAConfig(
+            r=4 * i,
+            num_experts=1 + i % 4 if not task_bias else 4,
+            num_groups=2 ** (i % 4),
+            blocks=blocks,
+            task_bias=task_bias,
+        )
         make_adapter(tmp_path / f"a{i}", reference.backbone, config, seed=i)
         requests.append(LoRARequest(f"a{i}", i, slot_path(tmp_path / f"a{i}", task)))
         wanted.append((tmp_path / f"a{i}", task))
