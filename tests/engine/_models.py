@@ -109,8 +109,3 @@ class HuggingFace:
             for handle in handles:
                 handle.remove()
         return logits_LV.float().log_softmax(-1)
-
-
-def worker_lora_manager(engine: Any) -> Any:
-    """The plugin's manager inside an engine that runs in this process."""
-    return engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.lora_manager

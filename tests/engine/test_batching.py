@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from _models import make_adapter, make_model, worker_lora_manager
-from conftest import running_engine
 
 from mtlora.backbone import identify, resolve
 from mtlora.checkpoint import MANIFEST_FILE, TENSORS_FILE
 from mtlora.config import MtLoRAConfig
+from tests.engine._engine import lora_manager_of, running_engine, worker_of
+from tests.engine._models import make_adapter, make_model
 
 CONFIGS = {
     "biased": MtLoRAConfig(r=16, num_experts=8, num_groups=4, blocks="ffn"),
@@ -118,8 +118,7 @@ def test_prefix_caching_keeps_slots_apart(serving):
 
 def test_a_warm_up_run_leaves_the_slots_alone(serving, one_by_one):
     """Idle data-parallel workers make such runs between steps, with slot ids that are also real ones."""
-    runner = serving.engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    runner._dummy_run(4)
+    worker_of(serving.engine)._dummy_run(4)
     serving.engine.reset_prefix_cache()
     assert serving.run(serving.work) == one_by_one
 
@@ -176,7 +175,7 @@ BAD = {
     "other backbone": (spoil_backbone, "t0", "weights_fingerprint"),
     "unknown task": (lambda folder: None, "t9", "no task 't9'.*t0, t1"),
     "peft": (make_peft, None, "PEFT.*MTLORA_PLUGIN"),
-    "missing": (shutil.rmtree, None, "not a folder"),
+    "missing": (shutil.rmtree, None, "adapter.json and adapter.safetensors, found nothing"),
 }
 
 
@@ -216,10 +215,10 @@ def test_load_inplace_replaces_the_weights_of_a_slot(serving, tmp_path):
         serving.engine.reset_prefix_cache()
         answers += serving.run([(prompt, "inplace")])
     assert answers[0] != answers[1]
-    weights = len(worker_lora_manager(serving.engine).store._adapters)
+    weights = len(lora_manager_of(serving.engine).store._adapters)
     assert serving.engine.llm_engine.remove_lora(50)
     assert not serving.engine.llm_engine.remove_lora(50)
-    assert len(worker_lora_manager(serving.engine).store._adapters) == weights - 1
+    assert len(lora_manager_of(serving.engine).store._adapters) == weights - 1
     del serving.slots["inplace"]
 
 

@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
-from _models import VOCABULARY, make_adapter, make_model
-from conftest import running_engine
 
 from mtlora.backbone import identify
 from mtlora.config import MtLoRAConfig
+from tests.engine._engine import running_engine
+from tests.engine._models import VOCABULARY, make_adapter, make_model
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler, g++ or clang++"

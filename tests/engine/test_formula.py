@@ -10,13 +10,13 @@ import random
 
 import pytest
 import torch
-from _models import HIDDEN_SIZE, make_adapter, make_model, worker_lora_manager
-from conftest import running_engine
 
 from mtlora.backbone import identify
 from mtlora.checkpoint import read_checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.ops.reference import routed_lora_reference
+from tests.engine._engine import lora_manager_of, running_engine
+from tests.engine._models import HIDDEN_SIZE, make_adapter, make_model
 
 DRAWS = 200
 # Of the norm of a token's output.
@@ -73,7 +73,7 @@ def test_operator_computes_the_formula(engine, tmp_path):
     from mtlora.vllm_plugin.naming import slot_path
 
     dtype, backbone, running = engine
-    manager = worker_lora_manager(running)
+    manager = lora_manager_of(running)
     blocks = manager._adapter_manager.blocks
     assert len(blocks) == 2 * backbone.num_layers
     worst, tested = 0.0, 0

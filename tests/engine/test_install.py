@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from _models import make_adapter
 
 from mtlora import vllm_plugin
 from mtlora.backbone import BackboneIdentity
 from mtlora.config import MtLoRAConfig
+from tests.engine._models import make_adapter
 
 
 @pytest.fixture

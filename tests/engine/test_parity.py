@@ -4,10 +4,10 @@ import random
 
 import pytest
 import torch
-from _models import FAMILIES, VOCABULARY, HuggingFace, make_adapter, make_model
-from conftest import running_engine
 
 from mtlora.config import MtLoRAConfig
+from tests.engine._engine import running_engine
+from tests.engine._models import FAMILIES, VOCABULARY, HuggingFace, make_adapter, make_model
 
 # float32 differs by rounding alone; bfloat16 engines are held against float32 transformers.
 TOLERANCE = {"float32": 5e-5, "bfloat16": 0.25}

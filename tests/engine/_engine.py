@@ -1,0 +1,50 @@
+"""A vLLM engine for a test, inside the test's process and gone after it."""
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+
+@contextlib.contextmanager
+def running_engine(model: Any, **arguments: Any) -> Iterator[Any]:
+    """A `vllm.LLM` with the plugin's arguments; it and what it changed of the process are gone afterwards."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from mtlora.vllm_plugin import engine_overrides
+
+    defaults = {
+        "skip_tokenizer_init": True,
+        "max_model_len": 128,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 512,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "seed": 0,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        # vLLM writes over both.
+        patch.setenv("VLLM_DIST_IDENT", "")
+        patch.setattr(torch, "set_num_threads", torch.set_num_threads)
+        engine = LLM(str(model), **(defaults | engine_overrides(16) | arguments))
+        try:
+            yield engine
+        finally:
+            engine.llm_engine.engine_core.shutdown()
+            del engine
+            cleanup_dist_env_and_memory()
+            gc.collect()
+
+
+def worker_of(engine: Any) -> Any:
+    """The model runner of an engine inside this process."""
+    return engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def lora_manager_of(engine: Any) -> Any:
+    """The plugin's manager of an engine inside this process."""
+    return worker_of(engine).lora_manager
