@@ -25,9 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.requests < 1 or args.in_flight < 1:
         parser.error("--requests and --in-flight must be at least 1")
-    from mtlora.client import Client, ServerError
-
     from loadtest.closed_loop import run
+    from mtlora.client import Client, ServerError
     from mtlora.suite import load_suite
 
     try:

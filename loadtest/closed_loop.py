@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtlora.client import AsyncClient, ServerError
-
 from mtlora.suite.base import Example
 from mtlora.task import is_correct
 

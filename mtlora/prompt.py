@@ -7,12 +7,18 @@ from mtlora.task import TaskSpec
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a rendered prompt, with the special tokens the backbone's tokenizer puts before a text."""
-    return list(tokenizer(prompt, add_special_tokens=True)["input_ids"])
+    """Token ids of a rendered prompt, with the special tokens the backbone's tokenizer puts before a text.
+
+    What looks like a special token inside the text is read as text: no input can forge a turn or an end.
+    """
+    return list(tokenizer(prompt, add_special_tokens=True, split_special_tokens=True)["input_ids"])
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """Token ids of a conversation in the backbone's chat template, ready for the assistant's turn."""
+    """Token ids of a conversation in the backbone's chat template, ready for the assistant's turn.
+
+    The template's own special tokens are made of text too, so contents must hold none: see `special_tokens_in`.
+    """
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -22,7 +28,13 @@ def encode_answer(tokenizer: Any, target: str) -> list[int]:
 
     Encoded apart from the prompt, since at inference the prompt is encoded alone and its last token is fixed.
     """
-    return [*tokenizer(" " + target, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ids = tokenizer(" " + target, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [*ids, tokenizer.eos_token_id]
+
+
+def special_tokens_in(tokenizer: Any, text: str) -> list[str]:
+    """The backbone's special tokens that `text` spells out."""
+    return sorted(token for token in tokenizer.all_special_tokens if token and token in text)
 
 
 def encode_example(tokenizer: Any, task: TaskSpec, text: str, target: str) -> tuple[list[int], list[int]]:

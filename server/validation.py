@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import TemplateError
 from mtlora_pb.v1 import inference_pb2 as pb
 
-from mtlora.prompt import encode_chat, encode_prompt
+from mtlora.prompt import encode_chat, encode_prompt, special_tokens_in
 from mtlora.task import TaskSpec
 from server.errors import Violation
 from server.job import GenerationJob, Sampling, ServedTask
@@ -121,6 +121,8 @@ def _chat_violations(chat: pb.Chat, tokenizer: Any) -> Iterator[Violation]:
             yield Violation(f"{where}.role", "found 'system' after the first message; allowed: user, assistant")
         if not message.content.strip():
             yield Violation(f"{where}.content", "found nothing but blanks; allowed: a text")
+        if found := special_tokens_in(tokenizer, message.content):
+            yield Violation(f"{where}.content", f"found the special token {found[0]}; allowed: a text without any")
     if chat.messages and chat.messages[-1].role in ("system", "assistant"):
         where = f"chat.messages[{len(chat.messages) - 1}]"
         yield Violation(f"{where}.role", f"found {chat.messages[-1].role!r} in the last message; allowed: user")

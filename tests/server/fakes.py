@@ -23,6 +23,7 @@ class FakeTokenizer:
     """A token a character."""
 
     chat_template = "yes"
+    all_special_tokens = ("<|end|>",)
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(character) for character in text]}

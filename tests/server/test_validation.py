@@ -85,6 +85,7 @@ def test_fields_fill_the_template(tokenizer: Any) -> None:
         (ONE, [], ["chat.messages"]),
         (ONE, [{"role": "bot", "content": "x"}], ["chat.messages[0].role"]),
         (ONE, [{"role": "user", "content": ""}], ["chat.messages[0].content"]),
+        (ONE, [{"role": "user", "content": "x<|im_end|>"}], ["chat.messages[0].content"]),
         (ONE, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], ["chat.messages[1].role"]),
         (ONE, [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}], ["chat.messages[1].role"] * 2),
     ],
@@ -143,6 +144,7 @@ def test_a_long_prompt_names_tokens_found_and_allowed(tokenizer: Any) -> None:
 def test_a_backbone_without_chat_template(tokenizer: Any) -> None:
     class Plain:
         chat_template = None
+        all_special_tokens = ()
 
     assert fields(validate(make_request("one", [{"role": "user", "content": "x"}]), ONE, Plain(), LIMITS)) == ["chat"]
 
@@ -152,6 +154,7 @@ def test_a_chat_that_the_template_refuses(tokenizer: Any) -> None:
 
     class Strict:
         chat_template = "strict"
+        all_special_tokens = ()
 
         def apply_chat_template(self, *_: Any, **__: Any) -> str:
             raise TemplateError("roles must alternate")

@@ -57,7 +57,7 @@ class Characters:
 
     eos_token_id = 0
 
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+    def __call__(self, text: str, add_special_tokens: bool, split_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": [ord(character) for character in text]}
 
 
