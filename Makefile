@@ -47,8 +47,9 @@ test-node: $(STAMP) ## a client in JavaScript against a server; needs node and n
 	cd tests/other_language && npm ci --ignore-scripts --no-audit --no-fund
 	$(BIN)/python -m pytest tests/other_language
 
-bench: $(STAMP) ## start-up time and memory of the server, measured now
+bench: $(STAMP) ## start-up and memory of the server; throughput with adapters against the bare backbone and the field
 	$(BIN)/python -m server.bench --backbone $(BACKBONE) --adapters $(ADAPTERS)
+	$(BIN)/python -m mtlora.bench.engine --backbone $(BACKBONE) $(BENCH)
 
 bench-ops: $(STAMP) ## a layer of the routed path on this CPU, in microseconds
 	$(BIN)/python -m mtlora.bench.ops

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mtlora.cli.backbone import add_backbone_argument
+from mtlora.cli.evaluate import print_scores
 from mtlora.cli.output import print_fields, print_json, print_table
 
 
@@ -60,9 +61,13 @@ def _inspect(args: argparse.Namespace) -> int:
             for task in manifest.tasks
         ],
     )
-    for title, fields in (("training", manifest.training), ("evaluation", manifest.evaluation)):
-        if fields:
-            print_fields(title, fields)
+    if manifest.training:
+        print_fields("training", manifest.training)
+    try:
+        print_scores(manifest.evaluation)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+        # Any JSON may stand there; only this project's trainer writes scores of this form.
+        print_fields("evaluation", manifest.evaluation)
     return 0
 
 

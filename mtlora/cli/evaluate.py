@@ -38,6 +38,9 @@ def _eval(args: argparse.Namespace) -> int:
     from mtlora.evaluate import Answerer, score
     from mtlora.suite import load_suite
 
+    if args.json:
+        # Now, not after minutes of work.
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     folder = resolve(args.backbone)
     checkpoint = read_checkpoint(args.adapter, identify(folder))
     suite = load_suite(args.suite)
@@ -98,8 +101,11 @@ def _examples(suite: Any, manifest: Any, args: argparse.Namespace) -> list[Any]:
 
 
 def print_scores(evaluation: Mapping[str, Any]) -> None:
-    """Print a row a task: adapter, backbone alone, most frequent answer; and the means."""
-    if "adapter" not in evaluation:
+    """Print a row a task: adapter, backbone alone, most frequent answer; and the means. An empty evaluation: nothing.
+
+    Raises KeyError, TypeError and the like for what `Scores.as_dict` did not make.
+    """
+    if not evaluation:
         return
     adapter, alone = evaluation["adapter"], evaluation.get("backbone_alone")
     rows = [
