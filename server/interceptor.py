@@ -21,6 +21,9 @@ REQUEST_ID_KEY = "x-request-id"
 _SERVICE_PREFIX = "/mtlora.v1."
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:\-]{0,63}")
 
+# The client's clock for a deadline starts before this side's: its cancel can come in a moment before the deadline does.
+_DEADLINE_SLACK_S = 0.1
+
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """`task_label` maps any task id to one that is fit to be a metric's label."""
@@ -69,7 +72,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             yield
         except asyncio.CancelledError:
             left = context.time_remaining()
-            expired = left is not None and left <= 0
+            expired = left is not None and left <= _DEADLINE_SLACK_S
             code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
             raise
         except Exception as error:
