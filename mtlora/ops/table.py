@@ -111,6 +111,8 @@ class AdapterRows:
             raise ValueError(f"blocks of several kinds in one adapter: {sorted(map(str, kinds))}")
         self.kind = kinds.pop() if kinds else None
         self.rows_LF = rows
+        # Numbers of the blocks that have a path.
+        self.active = frozenset(i for i, block in enumerate(self.blocks) if block is not None)
 
 
 class SlotTable:

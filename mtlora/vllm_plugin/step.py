@@ -30,6 +30,7 @@ class StepMapping:
         """No token has an adapter."""
         self.num_tokens = 0
         self._plan: StepPlan | None = None
+        self._blocks: frozenset[int] = frozenset()
 
     def set(self, slot_ids_T: np.ndarray, slot: Callable[[int], Slot]) -> None:
         """Take the slot id of every token, int64 [T], 0 or less for none; `slot` gives the slot of an id.
@@ -44,6 +45,7 @@ class StepMapping:
         place_of = self._place({s.adapter.rows for s in held.values() if s.adapter is not None})
         if not place_of:
             return
+        self._blocks = frozenset().union(*(rows.active for rows in place_of))
         place_of_id, bias_row_of_id = np.full((2, len(ids)), -1)
         for i, its in held.items():
             if its.adapter is not None:
@@ -59,7 +61,7 @@ class StepMapping:
 
     def add_path_(self, y_TD: torch.Tensor, x_TD: torch.Tensor, block: int) -> None:
         """Add to `y_TD`, in place, the path of block number `block` for every row that has an adapter."""
-        if self._plan is not None:
+        if self._plan is not None and block in self._blocks:
             add_routed_lora_(y_TD, x_TD, self._table, block, self._plan)
 
     def _place(self, wanted: Set[AdapterRows]) -> dict[AdapterRows, int]:
