@@ -30,11 +30,8 @@ class TaskScore:
 
     @property
     def accuracy(self) -> float:
+        """Share of right answers, 0 to 1."""
         return self.correct / self.total
-
-    @property
-    def majority_rate(self) -> float:
-        return self.majority / self.total
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Shape suffixes: B sequences, L positions.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -40,15 +41,9 @@ def greedy_answers(
     inputs: dict[str, Any] = {"input_ids": tokens_BL, "position_ids": (mask_BL.cumsum(-1) - 1).clamp_min(0)}
     cache = None
     context = adapted.adapters.context
-    with context.use(bias_index_B):
+    with context.use(bias_index_B), nullcontext() if with_adapter else context.backbone_alone():
         while not all(done):
-            if with_adapter:
-                out = model(**inputs, attention_mask=mask_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            else:
-                with context.backbone_alone():
-                    out = model(
-                        **inputs, attention_mask=mask_BL, past_key_values=cache, use_cache=True, logits_to_keep=1
-                    )
+            out = model(**inputs, attention_mask=mask_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
             next_B = out.logits[:, -1].argmax(-1)
             for b, token in enumerate(next_B.tolist()):

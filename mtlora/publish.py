@@ -1,12 +1,11 @@
 """Put a checkpoint where a server finds it: `ADAPTERS/NAME/VERSION/`."""
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from mtlora.checkpoint import MANIFEST_FILE, TENSORS_FILE, read_checkpoint
 from mtlora.errors import MtLoRAError
+from mtlora.files import folder_in_the_making, sync, write_durably
 
 
 def publish(checkpoint: Path, adapter: Path) -> Path:
@@ -21,12 +20,11 @@ def publish(checkpoint: Path, adapter: Path) -> Path:
             f"{adapter}: a checkpoint; expected an adapter's folder, which holds its versions: ADAPTERS/NAME"
         )
     adapter.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=adapter, prefix=".publish-") as temporary:
-        made = Path(temporary) / "made"
-        made.mkdir()
+    with folder_in_the_making(adapter / "version") as made:
         for name in (MANIFEST_FILE, TENSORS_FILE):
-            shutil.copyfile(checkpoint / name, made / name)
+            write_durably(made / name, (checkpoint / name).read_bytes())
         read_checkpoint(made)
+        sync(made)
         while True:
             version = adapter / str(1 + max((int(p.name) for p in adapter.iterdir() if p.name.isdigit()), default=0))
             try:
@@ -36,4 +34,5 @@ def publish(checkpoint: Path, adapter: Path) -> Path:
                 if not version.exists():
                     raise
             else:
+                sync(adapter)
                 return version

@@ -38,23 +38,27 @@ class EngineProcess:
     """A `mtlora.bench.worker` with its own settings and environment."""
 
     def __init__(self, backbone: Path, environment: dict[str, str], **settings: Any) -> None:
-        log = tempfile.NamedTemporaryFile(prefix="mtlora-bench-", suffix=".log", delete=False)  # noqa: SIM115
-        self._log = log.name
+        self._log = tempfile.NamedTemporaryFile(prefix="mtlora-bench-", suffix=".log")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "mtlora.bench.worker", json.dumps({"model": str(backbone), **_ENGINE, **settings})],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
             env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1",
                  "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": _all_cores(),
                  **environment},
         )  # fmt: skip
 
     def __enter__(self) -> "EngineProcess":
-        self._read()
+        try:
+            self._read()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
+        self._log.close()
 
     def seconds(self, load: Load, slots: Sequence[Slot], vocabulary: int, seed: int) -> float:
         """Seconds for one load, request i with slots[i % len(slots)] in shuffled order."""
@@ -74,7 +78,7 @@ class EngineProcess:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the engine ended: {Path(self._log).read_text()[-2000:]}")
+            raise RuntimeError(f"the engine ended: {Path(self._log.name).read_text()[-2000:]}")
         return dict(json.loads(line))
 
 

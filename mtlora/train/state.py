@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mtlora.errors import MtLoRAError
+from mtlora.files import sync, write_durably
 from mtlora.train.config import TrainingConfig
 
 
@@ -58,10 +59,8 @@ class RunFolder:
     def save(self, state: dict[str, Any]) -> None:
         """Replace the saved state, whole or not at all."""
         temporary = self.state_file.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        torch.save(state, temporary)
+        sync(temporary)
         os.replace(temporary, self.state_file)
 
     def log(self, record: dict[str, Any]) -> None:
@@ -85,8 +84,5 @@ class RunFolder:
 
 def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    write_durably(temporary, content)
     os.replace(temporary, path)
