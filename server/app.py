@@ -10,21 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 from mtlora_pb.v1 import inference_pb2, inference_pb2_grpc
 
-from mtlora.backbone import BackboneError, identify, resolve
+from mtlora.backbone import BackboneArchitecture, BackboneError, BackboneIdentity, identify, resolve
 from server.admission import Admission, State
 from server.catalog import Catalog, read_catalog
 from server.engine import Engine, EngineStartError, exit_at_once
 from server.errors import EngineDeadError
+from server.health import Health
 from server.interceptor import CallInterceptor
 from server.logs import get_logger
 from server.metrics import UNKNOWN_TASK, Metrics
 from server.servicer import InferenceServicer
 from server.settings import Settings
+from server.tracing import Tracer
 from server.validation import Limits
 
 logger = get_logger("app")
@@ -32,6 +33,7 @@ logger = get_logger("app")
 _SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _WATCH_INTERVAL_S = 1.0
+_POLL_INTERVAL_S = 5.0
 
 
 class StartError(Exception):
@@ -43,10 +45,13 @@ class App:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._metrics = Metrics()
+        self._metrics = Metrics(exemplars=settings.metrics_exemplars)
+        self._tracer = (
+            Tracer(settings.otlp_endpoint, sample_ratio=settings.trace_sample_ratio) if settings.otlp_endpoint else None
+        )
         self._admission = Admission(settings.in_flight_limit, self._metrics.in_flight.set)
         self._servicer = InferenceServicer(self._admission, self._metrics, log_prompts=settings.log_prompts)
-        self._health = HealthServicer()
+        self._health = Health(_SERVICE)
         self._engine: Engine | None = None
         self._stop = asyncio.Event()
 
@@ -60,6 +65,8 @@ class App:
                 await self._serve(address, ready)
             finally:
                 await server.stop(grace=1.0)
+                if self._tracer:
+                    await asyncio.to_thread(self._tracer.close)
         except StartError as error:
             print(f"mtlora-server: {error}", file=sys.stderr, flush=True)
             if self._engine is None:
@@ -70,6 +77,7 @@ class App:
     async def _serve(self, address: str, ready: Callable[[str], None]) -> None:
         began = time.monotonic()
         metrics_port, close_metrics = self._open_metrics()
+        probed = await self._listen_for_probes()
         logger.info("listening", extra={"fields": {"address": address, "metrics_port": metrics_port}})
         starting = asyncio.create_task(self._start())
         stopping = asyncio.create_task(self._stop.wait())
@@ -84,10 +92,14 @@ class App:
         logger.info("serving", extra={"fields": {"address": address, "tasks": tasks, "start_seconds": seconds}})
         ready(f"serving on {address}, metrics on {self._settings.metrics_host}:{metrics_port}, {tasks} tasks")
         watching = asyncio.create_task(self._watch(engine))
+        polling = asyncio.create_task(self._poll_workers(engine))
         await stopping
         watching.cancel()
         await self._drain()
+        polling.cancel()
         close_metrics()
+        if probed:
+            await probed.stop(None)
         engine.shutdown()
 
     def _handle_signals(self) -> None:
@@ -106,12 +118,12 @@ class App:
         settings = self._settings
         limit = settings.max_message_bytes
         server = grpc.aio.server(
-            interceptors=[CallInterceptor(self._metrics, self._task_label)],
+            interceptors=[CallInterceptor(self._metrics, self._task_label, self._tracer)],
             # Without so_reuseport=0, two servers would share a port unknowingly.
             options=[("grpc.max_receive_message_length", limit), ("grpc.so_reuseport", 0)],
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(self._servicer, server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self._health.add_to(server)
         reflection.enable_server_reflection((_SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME), server)
         wanted = f"{settings.host}:{settings.port}"
         try:
@@ -123,6 +135,15 @@ class App:
             raise StartError(f"cannot listen on {wanted}: taken, or not an address of this machine (host, port)")
         await server.start()
         return server, f"{settings.host}:{port}"
+
+    async def _listen_for_probes(self) -> Any | None:
+        host, port = self._settings.host, self._settings.health_port
+        if port is None:
+            return None
+        server, bound = await self._health.listen(host, port)
+        if not bound:
+            raise StartError(f"cannot listen on {host}:{port}: taken, or not an address of this machine (health_port)")
+        return server
 
     def _open_metrics(self) -> tuple[int, Callable[[], None]]:
         host, port = self._settings.metrics_host, self._settings.metrics_port
@@ -157,7 +178,10 @@ class App:
             return Catalog()
         from mtlora.vllm_plugin.requests import slot_requests
 
-        catalog = read_catalog(self._settings.adapters, identify(backbone), slot_requests)
+        identity: BackboneArchitecture = identify(backbone)
+        if isinstance(identity, BackboneIdentity) and self._settings.adapter_backbone_check == "architecture":
+            identity = identity.without_weights()
+        catalog = read_catalog(self._settings.adapters, identity, slot_requests)
         self._metrics.record_catalog(catalog)
         self._check_catalog(catalog)
         return catalog
@@ -165,9 +189,12 @@ class App:
     async def _load_slots(self, engine: Engine, catalog: Catalog) -> Catalog:
         """The catalog of those adapters that the engine took."""
         for adapter in catalog.adapters:
+            began = time.monotonic()
             try:
                 for slot in adapter.slots:
                     await engine.load(slot)
+                self._metrics.observe_adapter_load(time.monotonic() - began)
+                self._metrics.record_adapter_event("loaded")
             except Exception as error:
                 if not engine.alive:
                     raise StartError(f"the engine died while it loaded {adapter.name}/{adapter.version}") from error
@@ -199,7 +226,17 @@ class App:
             await asyncio.sleep(_WATCH_INTERVAL_S)
         logger.error("the engine has died")
         self._admission.state = State.DEAD
-        await self._set_health(serving=False)
+        await self._set_health(serving=False, live=False)
+
+    async def _poll_workers(self, engine: Engine) -> None:
+        """Keep the metrics of the engine's processes up to date."""
+        while engine.alive:
+            try:
+                self._metrics.record_workers(await engine.worker_stats())
+            except Exception as error:
+                # The engine may be dying, which `_watch` sees to; metrics alone end nothing.
+                logger.warning("no statistics from the engine", extra={"fields": {"reason": str(error)}})
+            await asyncio.sleep(_POLL_INTERVAL_S)
 
     async def _drain(self) -> None:
         """Admit nothing more; let running requests finish, for as long as the grace period is."""
@@ -211,11 +248,9 @@ class App:
             await self._admission.drained(5.0)
         logger.info("drained")
 
-    async def _set_health(self, *, serving: bool) -> None:
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+    async def _set_health(self, *, serving: bool, live: bool = True) -> None:
         self._metrics.serving.set(serving)
-        for service in ("", _SERVICE):
-            await self._health.set(service, status)
+        await self._health.set(serving=serving, live=live)
 
 
 def serve(settings: Settings, ready: Callable[[str], None]) -> int:

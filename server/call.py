@@ -4,6 +4,8 @@ import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from server.tracing import RequestTrace
+
 
 @dataclass
 class Call:
@@ -14,6 +16,9 @@ class Call:
     # Label of metrics: the task's id where it is served, else "unknown"; empty where the method takes no task.
     task: str
     received: float = field(default_factory=time.monotonic)
+    # Empty where the server has no tenants.
+    tenant: str = ""
+    trace: RequestTrace | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
 

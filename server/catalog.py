@@ -15,7 +15,7 @@ from server.job import ServedTask
 from server.logs import get_logger
 
 if TYPE_CHECKING:
-    from mtlora.backbone import BackboneIdentity
+    from mtlora.backbone import BackboneArchitecture
     from mtlora.checkpoint import AdapterManifest
 
 logger = get_logger("catalog")
@@ -74,7 +74,7 @@ class Catalog:
         )
 
 
-def read_catalog(folder: Path, backbone: "BackboneIdentity", make_slots: MakeSlots) -> Catalog:
+def read_catalog(folder: Path, backbone: "BackboneArchitecture", make_slots: MakeSlots) -> Catalog:
     """Verify every adapter under `folder` and build the task table from the healthy ones.
 
     The highest version that is healthy is served. Of two adapters that claim a task, the first by name keeps it.

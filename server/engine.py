@@ -3,7 +3,7 @@
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -28,13 +28,41 @@ class EngineStartError(RuntimeError):
 
 @dataclass(frozen=True)
 class EngineStats:
-    """The scheduler's state after its last step."""
+    """The scheduler's state after its last step, and what happened since the one before."""
 
     running: int
     waiting: int
     kv_cache_usage: float
     prefix_cache_queries: int
     prefix_cache_hits: int
+    preemptions: int = 0
+    # Distinct slots and adapter versions of the running sequences.
+    tasks: int = 0
+    adapters: int = 0
+    # Which of the data-parallel engines.
+    engine: int = 0
+
+
+@dataclass(frozen=True)
+class RoutingSums:
+    """Of sampled routing; fields as in `mtlora.vllm_plugin.sampling.RoutingSums`."""
+
+    rows: int
+    entropy: float
+    expert_weights: Sequence[float]
+
+
+@dataclass(frozen=True)
+class WorkerStats:
+    """What one rank of one engine counts of its adapters, and its sampled routing by adapter version."""
+
+    slots: int
+    slots_in_use: int
+    slots_registered: int
+    resident_bytes: int
+    weight_loads: int
+    slot_evictions: int
+    routing: Mapping[str, RoutingSums]
 
 
 class Engine:
@@ -98,6 +126,9 @@ class Engine:
             "seed": settings.seed,
             "tensor_parallel_size": settings.tensor_parallel_size,
             "pipeline_parallel_size": settings.pipeline_parallel_size,
+            "data_parallel_size": settings.data_parallel_size,
+            "distributed_executor_backend": settings.distributed_executor_backend,
+            "quantization": settings.quantization,
             "max_logprobs": MAX_LOGPROBS,
             "use_tqdm_on_load": False,
             **engine_overrides(settings.max_num_seqs),
@@ -119,6 +150,12 @@ class Engine:
     async def load(self, slot: Any) -> None:
         """Put a task slot into the engine's memory."""
         await self._llm.add_lora(slot)
+
+    async def worker_stats(self) -> list[WorkerStats]:
+        """Of every rank of every engine, asked between two steps. Raises what the engine's channel raises."""
+        core = self._llm.engine_core
+        engines = await core.call_utility_all_async("collective_rpc", "mtlora_statistics", None, (), {})
+        return [_worker_stats(rank) for ranks in engines for rank in ranks]
 
     async def warm_up(self, slot: Any | None) -> None:
         """Run short sequences through prefill, decode and sampling, so that no user's request pays for first calls."""
@@ -170,7 +207,7 @@ class Engine:
 
 def engine_environment(settings: Settings) -> dict[str, str]:
     """Environment variables for vLLM and its processes, which inherit them."""
-    ranks = settings.tensor_parallel_size * settings.pipeline_parallel_size
+    ranks = settings.tensor_parallel_size * settings.pipeline_parallel_size * settings.data_parallel_size
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
     wanted = {} if settings.log_level == "debug" else {k: os.environ.get(k, v) for k, v in quiet.items()}
     return {
@@ -182,6 +219,9 @@ def engine_environment(settings: Settings) -> dict[str, str]:
         # By now the backbone is a local folder.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
+        # Read by the plugin in the engine's processes.
+        "MTLORA_ADAPTER_BACKBONE_CHECK": settings.adapter_backbone_check,
+        "MTLORA_ROUTING_SAMPLE_STEPS": str(settings.routing_sample_steps),
         **thread_environment(settings.omp_threads_bind, os.environ, ranks),
     }
 
@@ -213,10 +253,11 @@ def _stat_logger_factory(on_stats: Callable[[EngineStats], None]) -> type:
 
     class StatLogger(StatLoggerBase):
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-            pass
+            self._engine = engine_index
 
         def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
             if scheduler_stats is not None:
+                running = [name for name, count in scheduler_stats.running_lora_adapters.items() if count]
                 on_stats(
                     EngineStats(
                         running=scheduler_stats.num_running_reqs,
@@ -224,6 +265,10 @@ def _stat_logger_factory(on_stats: Callable[[EngineStats], None]) -> type:
                         kv_cache_usage=scheduler_stats.kv_cache_usage,
                         prefix_cache_queries=scheduler_stats.prefix_cache_stats.queries,
                         prefix_cache_hits=scheduler_stats.prefix_cache_stats.hits,
+                        preemptions=iteration_stats.num_preempted_reqs if iteration_stats else 0,
+                        tasks=len(running),
+                        adapters=len({name.partition("#")[0] for name in running}),
+                        engine=self._engine,
                     )
                 )
 
@@ -231,6 +276,11 @@ def _stat_logger_factory(on_stats: Callable[[EngineStats], None]) -> type:
             pass
 
     return StatLogger
+
+
+def _worker_stats(rank: dict[str, Any]) -> WorkerStats:
+    routing = {adapter: RoutingSums(**sums) for adapter, sums in rank["routing"].items()}
+    return WorkerStats(**{**rank, "routing": routing})
 
 
 def _delta(output: Any) -> Delta:

@@ -14,6 +14,7 @@ from server.call import Call, set_current_call
 from server.errors import DETAILS_KEY, RequestFailedError, from_exception
 from server.logs import get_logger
 from server.metrics import Metrics
+from server.tracing import Tracer
 
 logger = get_logger("request")
 
@@ -28,7 +29,8 @@ _DEADLINE_SLACK_S = 0.1
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """`task_label` maps any task id to one that is fit to be a metric's label."""
 
-    def __init__(self, metrics: Metrics, task_label: Callable[[str], str]) -> None:
+    def __init__(self, metrics: Metrics, task_label: Callable[[str], str], tracer: Tracer | None = None) -> None:
+        self._tracer = tracer
         self._metrics = metrics
         self._task_label = task_label
 
@@ -64,6 +66,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def _call(self, request: Any, context: Any, method: str, request_id: str) -> AsyncIterator[None]:
         task_id = getattr(request, "task_id", None)
         call = Call(request_id, method, task="" if task_id is None else self._task_label(task_id))
+        if self._tracer:
+            call.trace = self._tracer.begin(method, request_id, context.invocation_metadata())
         set_current_call(call)
         trailer = ((REQUEST_ID_KEY, request_id),)
         context.set_trailing_metadata(trailer)
@@ -85,10 +89,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._record(call, code)
 
     def _record(self, call: Call, code: grpc.StatusCode) -> None:
-        self._metrics.requests.labels(call.method, call.task, code.name).inc()
-        if call.prompt_tokens:
-            self._metrics.prompt_tokens.labels(call.task).inc(call.prompt_tokens)
-            self._metrics.completion_tokens.labels(call.task).inc(call.completion_tokens)
+        self._metrics.record_request(call, code.name)
+        if call.trace:
+            call.trace.end(code.name, call)
         fields = {
             "request_id": call.request_id,
             "method": call.method,

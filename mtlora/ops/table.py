@@ -114,6 +114,12 @@ class AdapterRows:
         # Numbers of the blocks that have a path.
         self.active = frozenset(i for i, block in enumerate(self.blocks) if block is not None)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights and biases."""
+        blocks = [block for block in self.blocks if block is not None]
+        return sum(t.nbytes for b in blocks for t in (b.shrink_DS, b.expand_GKE, b.bias_bGN) if t is not None)
+
 
 class SlotTable:
     """The rows of all slots, preallocated: `rows_LAF[l]` is what the operator takes for block l.

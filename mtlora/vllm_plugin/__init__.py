@@ -41,4 +41,9 @@ def engine_overrides(max_num_seqs: int) -> dict[str, Any]:
     A slot is a pointer and a row of biases, so there is one for every sequence that can run: no sequence ever waits for
     one. `max_lora_rank` bounds nothing here. What concerns compiling, the plugin sets by itself.
     """
-    return {"enable_lora": True, "max_loras": max_num_seqs, "max_cpu_loras": max_num_seqs}
+    return {
+        "enable_lora": True,
+        "max_loras": max_num_seqs,
+        "max_cpu_loras": max_num_seqs,
+        "worker_extension_cls": "mtlora.vllm_plugin.statistics.WorkerStatistics",
+    }

@@ -24,6 +24,11 @@ class PackedAdapter:
     manifest: AdapterManifest
     rows: AdapterRows
 
+    @property
+    def version(self) -> str:
+        """NAME/VERSION, as its folders are called."""
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
     def bias_row(self, task_id: str | None) -> int:
         """Row of the bias tables for a task, -1 for none. Raises ValueError for a task it does not have."""
         if task_id is None:

@@ -10,6 +10,7 @@ from vllm.lora.request import LoRARequest
 from mtlora.checkpoint import CheckpointError, read_checkpoint, read_manifest
 from mtlora.vllm_plugin.naming import parse_slot_path
 from mtlora.vllm_plugin.packed import PackedAdapter, Slot, pack_adapter
+from mtlora.vllm_plugin.statistics import Counts
 
 
 class AdapterStore:
@@ -34,10 +35,15 @@ class AdapterStore:
         self._adapters: dict[tuple[Path, str], PackedAdapter] = {}
         self._slots: dict[int, Slot] = {}
         self._users: dict[PackedAdapter, set[int]] = {}
+        self.counts = Counts()
 
     def slot_ids(self) -> set[int]:
         """Ids of all slots."""
         return set(self._slots)
+
+    def resident_bytes(self) -> int:
+        """Of every adapter's packed weights and biases on this worker's device."""
+        return sum(adapter.rows.nbytes for adapter in self._adapters.values())
 
     def register(self, request: LoRARequest) -> Slot:
         """The slot of a request, reading its adapter where its weights are not here; with `load_inplace`, read anew.
@@ -106,4 +112,5 @@ class AdapterStore:
         checkpoint = read_checkpoint(folder, manifest.backbone.model_copy(update=dict(self._backbone)))
         if missing := [module for module in manifest.config.modules if module not in self._modules]:
             raise CheckpointError(f"{folder}: config.blocks: the running model has no {missing[0]!r} in its layers")
+        self.counts.weight_loads += 1
         return pack_adapter(real, checkpoint, self._blocks, device=self._device, dtype=self._dtype)
