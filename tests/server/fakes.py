@@ -15,6 +15,7 @@ from server.interceptor import CallInterceptor
 from server.job import Delta, GenerationJob, ServedTask
 from server.metrics import UNKNOWN_TASK, Metrics
 from server.servicer import InferenceServicer
+from server.tracing import Tracer
 from server.validation import Limits
 from tests.server.adapters import entry
 
@@ -84,8 +85,8 @@ class Service:
         return task_id if task_id in self.servicer.catalog.tasks else UNKNOWN_TASK
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator["Service"]:
-        server = grpc.aio.server(interceptors=[CallInterceptor(self.metrics, self.label)])
+    async def running(self, tracer: Tracer | None = None) -> AsyncIterator["Service"]:
+        server = grpc.aio.server(interceptors=[CallInterceptor(self.metrics, self.label, tracer)])
         inference_pb2_grpc.add_InferenceServicer_to_server(self.servicer, server)
         self.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         self.admission.state = State.SERVING
