@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(DEVICE)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: help venv demo test test-node serve bench bench-ops bench-gpu faults lint format proto lock train clean
+.PHONY: help venv demo test test-node serve bench bench-ops bench-gpu faults manifests lint format proto lock train clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -59,6 +59,9 @@ bench-gpu: ## a layer of the routed path on this GPU (TUNE=--tune to measure lau
 
 faults: $(STAMP) ## faults injected into a real server, a row each (FULL=1: at full length)
 	$(BIN)/python -m server.faults --backbone $(BACKBONE) --adapters $(ADAPTERS) $(if $(FULL),--full) $(FAULTS)
+
+manifests: $(STAMP) ## build every Kubernetes overlay, validate it, hold it to the policy; needs kustomize
+	$(BIN)/python -m deploy.manifests
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check
