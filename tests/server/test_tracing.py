@@ -2,6 +2,7 @@
 
 import asyncio
 from concurrent import futures
+from itertools import pairwise
 from typing import Any
 
 import grpc
@@ -57,7 +58,7 @@ async def test_a_request_is_one_tree_at_the_collector() -> None:
     assert set(mine) == {root.name, "admission", "engine.queue", "engine.prefill", "engine.decode"}
     assert {span.parent_span_id for span in mine.values()} == {bytes.fromhex(PARENT), root.span_id}
     ordered = [mine[name] for name in ("admission", "engine.queue", "engine.prefill", "engine.decode")]
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in pairwise(ordered):
         assert before.end_time_unix_nano == after.start_time_unix_nano
     tokens = [event.attributes[0].value.int_value for event in mine["engine.decode"].events]
     assert tokens == [1, 1, 2]
