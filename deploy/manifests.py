@@ -217,6 +217,8 @@ def _pods_are_restricted(manifests: Sequence[Manifest]) -> Iterator[str]:
             yield f"{where}: no seccomp profile"
         if pod.get("automountServiceAccountToken") is not False or pod.get("serviceAccountName") in (None, "default"):
             yield f"{where}: has a token, or the default service account"
+        if pod.get("enableServiceLinks") is not False:
+            yield f"{where}: Service mtlora would set MTLORA_PORT"
         if any(pod.get(key) for key in ("hostNetwork", "hostPID", "hostIPC")):
             yield f"{where}: shares a namespace of the node"
         if any("hostPath" in volume for volume in pod.get("volumes", ())):

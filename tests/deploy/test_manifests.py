@@ -61,6 +61,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "root": (lambda m: pod(m)["securityContext"].pop("runAsNonRoot"), "runs as root"),
     "seccomp": (lambda m: pod(m)["securityContext"].pop("seccompProfile"), "no seccomp"),
     "token": (lambda m: pod(m).update(automountServiceAccountToken=True), "has a token"),
+    "service links": (lambda m: pod(m).pop("enableServiceLinks"), "would set MTLORA_PORT"),
     "host network": (lambda m: pod(m).update(hostNetwork=True), "namespace of the node"),
     "host path": (lambda m: pod(m)["volumes"].append({"name": "h", "hostPath": {"path": "/"}}), "node's file system"),
     "writable": (lambda m: server(m)["securityContext"].update(readOnlyRootFilesystem=False), "can be written"),
