@@ -1,4 +1,4 @@
-"""Compiles the C module that Triton would compile at its first use of an NVIDIA driver, so that an image needs none.
+"""Compiles the C module that Triton would compile at its first use of an NVIDIA driver: images have no compiler.
 
 Run where the image is built, with a folder that has any libcuda.so.1 to link to; TRITON_CACHE_DIR gets the module, where
 Triton finds it by its source. Exit status 1 where it is not there afterwards.
@@ -26,7 +26,7 @@ def main() -> int:
             libraries=driver.libraries,
         )
     found = list(Path(os.environ["TRITON_CACHE_DIR"]).rglob("cuda_utils*.so"))
-    print(*found or ["no module was made"])
+    print(*(map(str, found) if found else ["no module was made"]))
     return int(not found)
 
 

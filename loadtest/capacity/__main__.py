@@ -6,8 +6,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loadtest.capacity.errors import CapacityError
+
+if TYPE_CHECKING:
+    from loadtest.capacity.check import Comparison
 
 _THROUGHPUT_GOAL, _P95_GOAL = 0.10, 0.20
 
@@ -56,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("--seconds", type=float, default=120.0, help="of load; default: %(default)s")
     checking.add_argument("--utilisation", type=float, default=0.7, help="default: %(default)s")
     checking.add_argument("--seed", type=int, default=0)
-    checking.add_argument("--json", type=Path, metavar="OUT", help="write the fitted model and both results")
+    checking.add_argument("--out", type=Path, metavar="DIR", help="write the calibration's results and the comparison")
     checking.set_defaults(run=_check)
     return parser
 
@@ -130,8 +134,8 @@ def _check(options: argparse.Namespace) -> int:
     found = check(
         adapters=options.adapters, seconds=options.seconds, utilisation=options.utilisation, seed=options.seed
     )
-    if options.json:
-        options.json.write_text(json.dumps(asdict(found), indent=1) + "\n")
+    if options.out:
+        _write(options.out, found)
     print(f"model {found.model}")
     print(f"two servers, a core each, round robin, {found.rate:.2f} requests/s offered")
     print(f"throughput  measured {found.throughput[0]:.2f}, simulated {found.throughput[1]:.2f} requests/s")
@@ -142,6 +146,17 @@ def _check(options: argparse.Namespace) -> int:
         f"{'met' if met else 'MISSED'}"
     )
     return int(not met)
+
+
+def _write(folder: Path, found: "Comparison") -> None:
+    from loadtest.capacity.result import document
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, level in enumerate(found.levels):
+        path = folder / f"in-flight-{level.in_flight}-server-{i % 2 + 1}.json"
+        path.write_text(json.dumps(document(level)) + "\n")
+    both = {"model": asdict(found.model), "rate": found.rate, "throughput": found.throughput, "p95_s": found.p95}
+    (folder / "comparison.json").write_text(json.dumps(both, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Comparison:
     """Measured and simulated: requests a second, and p95 end to end in seconds."""
 
     model: ServiceModel
+    levels: Sequence[Level] = field(repr=False)
     rate: float
     throughput: tuple[float, float]
     p95: tuple[float, float]
@@ -86,6 +87,7 @@ async def _check(addresses: Sequence[str], seconds: float, utilisation: float, s
     outcome = simulate(requests_, len(addresses), model, RoundRobin(len(addresses)), warm_up=seconds / 5)
     return Comparison(
         model,
+        levels,
         rate,
         (measured_throughput, outcome.throughput),
         (float(np.percentile(measured_e2e, 95)), outcome.percentiles(outcome.e2e)[1]),

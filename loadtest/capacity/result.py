@@ -34,6 +34,25 @@ class Level:
     answered: tuple[Answered, ...]
 
 
+def document(level: Level) -> dict[str, Any]:
+    """A level in the form of a load-test result, as far as this package reads it."""
+    outcomes = [
+        {
+            "status": "OK",
+            "time_to_first_token_s": each.ttft,
+            "seconds": each.seconds,
+            "prompt_tokens": each.prompt_tokens,
+            "completion_tokens": each.completion_tokens,
+        }
+        for each in level.answered
+    ]
+    return {
+        "settings": {"in_flight": level.in_flight},
+        "seconds": len(level.answered) / level.throughput,
+        "outcomes": outcomes,
+    }
+
+
 def read_level(path: Path) -> Level:
     """Raises CapacityError for a file that is no load-test result, or has too little in it."""
     try:

@@ -72,7 +72,8 @@ class Container:
             "--as-pid-1", "--uid", str(user), "--gid", str(group), "--cap-drop", "ALL", "--die-with-parent",
             "--tmpfs", "/var/lib", "--ro-bind", str(adapters), mounts["adapters"],
             "--tmpfs", "/opt", "--ro-bind", str(REPOSITORY / "deploy/image/entrypoint.sh"), "/opt/mtlora/entrypoint.sh",
-            "--remount-ro", "/opt", "--remount-ro", "/var/lib", "--tmpfs", "/var/cache", "--dir", mounts["cache"], "--tmpfs", mounts["tmp"], "--remount-ro", "/var/cache",
+            "--remount-ro", "/opt", "--remount-ro", "/var/lib",
+            "--tmpfs", "/var/cache", "--dir", mounts["cache"], "--tmpfs", mounts["tmp"], "--remount-ro", "/var/cache",
             "--tmpfs", mounts["cache"],
             # The repository may lie under a folder that is the pod's own here.
             "--ro-bind", str(REPOSITORY), str(REPOSITORY), "--chdir", "/tmp", "--clearenv",

@@ -55,9 +55,11 @@ def test_adapters_beside_a_quantised_backbone(tmp_path, monkeypatch):
     chooser = random.Random(0)
     prompt = [chooser.randrange(3, VOCABULARY) for _ in range(24)]
 
-    with running_engine(tmp_path / "int8", dtype="bfloat16", max_logprobs=-1) as engine:
-        with pytest.raises(ValueError, match="weights_fingerprint"):
-            engine.llm_engine.add_lora(request)
+    with (
+        running_engine(tmp_path / "int8", dtype="bfloat16", max_logprobs=-1) as engine,
+        pytest.raises(ValueError, match="weights_fingerprint"),
+    ):
+        engine.llm_engine.add_lora(request)
 
     monkeypatch.setenv("MTLORA_ADAPTER_BACKBONE_CHECK", "architecture")
     with running_engine(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from loadtest.capacity.__main__ import main
 from loadtest.capacity.errors import CapacityError
 from loadtest.capacity.plan import CARDS, Card, Demand, Sizes, make_plan
-from loadtest.capacity.result import Answered, Level, read_level
+from loadtest.capacity.result import Answered, Level, document, read_level
 from loadtest.capacity.routing import ROUTERS, AdapterAware, RoundRobin
 from loadtest.capacity.service import ServiceModel, fit
 from loadtest.capacity.simulate import Memory, Replica, Request, poisson, simulate
@@ -48,18 +48,7 @@ def closed_loop(model: ServiceModel, in_flight: int, requests: int, seed: int = 
 
 
 def write_result(path: Path, level: Level) -> Path:
-    outcomes = [
-        {
-            "status": "OK",
-            "time_to_first_token_s": a.ttft,
-            "seconds": a.seconds,
-            "prompt_tokens": a.prompt_tokens,
-            "completion_tokens": a.completion_tokens,
-        }
-        for a in level.answered
-    ]
-    seconds = len(outcomes) / level.throughput
-    path.write_text(json.dumps({"settings": {"in_flight": level.in_flight}, "seconds": seconds, "outcomes": outcomes}))
+    path.write_text(json.dumps(document(level)))
     return path
 
 
