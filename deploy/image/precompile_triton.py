@@ -1,7 +1,7 @@
 """Compiles the C module that Triton would compile at its first use of an NVIDIA driver: images have no compiler.
 
-Run where the image is built, with a folder that has any libcuda.so.1 to link to; TRITON_CACHE_DIR gets the module, where
-Triton finds it by its source. Exit status 1 where it is not there afterwards.
+Run where the image is built, with a folder that has any libcuda.so.1 to link to; TRITON_CACHE_DIR gets the module,
+where Triton finds it by its source. Exit status 1 where it is not there afterwards.
 """
 
 import contextlib
