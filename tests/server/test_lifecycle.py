@@ -44,7 +44,7 @@ def test_a_taken_port(adapters: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        for flag in ("--port", "--metrics-port"):
+        for flag in ("--port", "--metrics-port", "--health-port"):
             done = run("--adapters", str(adapters), flag, str(taken.getsockname()[1]))
             assert done.returncode == 1
             assert "cannot listen on 127.0.0.1" in done.stderr
@@ -145,6 +145,7 @@ def test_a_dead_engine_is_said_to_be_dead(adapters: Path) -> None:
     port = free_port()
     with ServerProcess(adapters=adapters, port=port, **SMALL) as server, server.client() as client:
         assert client.is_serving("mtlora.v1.Inference")
+        assert client.is_serving("live")
         stream = client.stream("open", "Once", **LONG)
         next(stream)
         children = psutil.Process(server.process.pid).children(recursive=True)
@@ -153,6 +154,7 @@ def test_a_dead_engine_is_said_to_be_dead(adapters: Path) -> None:
             list(stream)
         assert raised.value.code is grpc.StatusCode.UNAVAILABLE
         _until(lambda: not client.is_serving("mtlora.v1.Inference"))
+        _until(lambda: not client.is_serving("live"))
         with pytest.raises(ServerError) as raised:
             client.generate("open", "x")
         assert raised.value.code is grpc.StatusCode.UNAVAILABLE
