@@ -69,15 +69,15 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, help="what `fit` wrote, in the place of a fit to the results")
     parser.add_argument(
         "--results", type=Path, nargs="+", required=True, metavar="RESULT",
-        help="JSON of mtlora-loadtest, at two concurrencies at least; requests are as long as in them",
+        help="JSON of mtlora-loadtest --outcomes, closed loops at two concurrencies at least; lengths are as in them",
     )  # fmt: skip
 
 
 def _fit(options: argparse.Namespace) -> int:
-    from loadtest.capacity.result import read_level
+    from loadtest.capacity.result import read_levels
     from loadtest.capacity.service import fit
 
-    model = fit([read_level(path) for path in options.results], max_num_seqs=options.max_num_seqs)
+    model = fit(read_levels(options.results), max_num_seqs=options.max_num_seqs)
     options.out.write_text(json.dumps(asdict(model), indent=1) + "\n")
     print(f"capacity: {options.out}: {model}")
     return 0
@@ -87,7 +87,7 @@ def _plan(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from loadtest.capacity.plan import CARDS, Demand, make_plan
-    from loadtest.capacity.result import read_level
+    from loadtest.capacity.result import read_levels
     from loadtest.capacity.service import fit, read_model
 
     if options.card not in CARDS:
@@ -97,7 +97,7 @@ def _plan(options: argparse.Namespace) -> int:
     if wrong := [name for name, value in given.items() if not value > 0]:
         raise CapacityError(f"{wrong[0]}: found {given[wrong[0]]}; allowed: a number above 0")
     demand = Demand(options.tasks, options.adapters, options.rate, options.p95_ttft)
-    levels = [read_level(path) for path in options.results]
+    levels = read_levels(options.results)
     lengths = [(a.prompt_tokens, a.completion_tokens) for level in levels for a in level.answered]
     model = read_model(options.model) if options.model else fit(levels)
     card = replace(CARDS[options.card], **given)
@@ -116,10 +116,10 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from loadtest.capacity.report import report
-    from loadtest.capacity.result import read_level
+    from loadtest.capacity.result import read_levels
     from loadtest.capacity.service import fit, read_model
 
-    levels = [read_level(path) for path in options.results]
+    levels = read_levels(options.results)
     model = read_model(options.model) if options.model else fit(levels)
     lengths = [(a.prompt_tokens, a.completion_tokens) for level in levels for a in level.answered]
     names = " ".join(path.name for path in options.results)
@@ -152,9 +152,7 @@ def _write(folder: Path, found: "Comparison") -> None:
     from loadtest.capacity.result import document
 
     folder.mkdir(parents=True, exist_ok=True)
-    for i, level in enumerate(found.levels):
-        path = folder / f"in-flight-{level.in_flight}-server-{i % 2 + 1}.json"
-        path.write_text(json.dumps(document(level)) + "\n")
+    (folder / "calibration.json").write_text(json.dumps(document(found.levels)) + "\n")
     both = {"model": asdict(found.model), "rate": found.rate, "throughput": found.throughput, "p95_s": found.p95}
     (folder / "comparison.json").write_text(json.dumps(both, indent=1) + "\n")
 

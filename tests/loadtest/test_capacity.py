@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from loadtest.capacity.__main__ import main
 from loadtest.capacity.errors import CapacityError
 from loadtest.capacity.plan import CARDS, Card, Demand, Sizes, make_plan
-from loadtest.capacity.result import Answered, Level, document, read_level
+from loadtest.capacity.result import Answered, Level, document, read_levels
 from loadtest.capacity.routing import ROUTERS, AdapterAware, RoundRobin
 from loadtest.capacity.service import ServiceModel, fit
 from loadtest.capacity.simulate import Memory, Replica, Request, poisson, simulate
@@ -48,7 +48,7 @@ def closed_loop(model: ServiceModel, in_flight: int, requests: int, seed: int = 
 
 
 def write_result(path: Path, level: Level) -> Path:
-    path.write_text(json.dumps(document(level)))
+    path.write_text(json.dumps(document([level])))
     return path
 
 
@@ -194,9 +194,22 @@ def test_the_commands(levels: list[Level], tmp_path: Path, capsys: pytest.Captur
     assert "one concurrency" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"outcomes": 3}', '{"outcomes": [], "seconds": 1}'])
+def test_levels_are_read_as_they_were_written(levels: list[Level], tmp_path: Path) -> None:
+    assert read_levels([write_result(tmp_path / "a", levels[0]), write_result(tmp_path / "b", levels[1])]) == levels[:2]
+
+
+def test_answers_without_a_first_token_time_are_refused(levels: list[Level], tmp_path: Path) -> None:
+    path = write_result(tmp_path / "unary.json", levels[0])
+    path.write_text(path.read_text().replace('"time_to_first_token_s": 0', '"time_to_first_token_s": null, "x": 0'))
+    with pytest.raises(CapacityError, match="as streams have them"):
+        read_levels([path])
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "phases": []}', '{"format": 1, "phases": [{}]}']
+)
 def test_what_is_no_result(content: str, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     path.write_text(content)
     with pytest.raises(CapacityError, match=r"r\.json: "):
-        read_level(path)
+        read_levels([path])
