@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(DEVICE)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: help venv demo test test-node serve bench bench-ops bench-gpu faults manifests capacity-check lint format proto lock train clean
+.PHONY: help venv demo test test-node serve bench bench-ops bench-gpu faults manifests capacity lint format proto lock train clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,8 +63,9 @@ faults: $(STAMP) ## faults injected into a real server, a row each (FULL=1: at f
 manifests: $(STAMP) ## build every Kubernetes overlay, validate it, hold it to the policy; needs kustomize
 	$(BIN)/python -m deploy.manifests
 
-capacity-check: $(STAMP) ## the capacity simulation against two real server processes, a core each (minutes)
+capacity: $(STAMP) ## check the simulation against two real servers, a core each (minutes); write deploy/capacity.md from it
 	$(BIN)/python -m loadtest.capacity check --adapters $(ADAPTERS) --out out/capacity
+	$(BIN)/python -m loadtest.capacity report --results out/capacity/calibration.json
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check

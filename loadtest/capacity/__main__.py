@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     checking = commands.add_parser("check", help="the simulation against two real server processes")
     checking.add_argument("--adapters", type=Path, default=Path("adapters"))
     checking.add_argument("--seconds", type=float, default=120.0, help="of load; default: %(default)s")
-    checking.add_argument("--utilisation", type=float, default=0.7, help="default: %(default)s")
+    checking.add_argument(
+        "--utilisation", type=float, default=0.5, help="offered, of what both can answer; default: %(default)s"
+    )
     checking.add_argument("--seed", type=int, default=0)
     checking.add_argument("--out", type=Path, metavar="DIR", help="write the calibration's results and the comparison")
     checking.set_defaults(run=_check)
@@ -122,7 +124,7 @@ def _report(options: argparse.Namespace) -> int:
     levels = read_levels(options.results)
     model = read_model(options.model) if options.model else fit(levels)
     lengths = [(a.prompt_tokens, a.completion_tokens) for level in levels for a in level.answered]
-    names = " ".join(path.name for path in options.results)
+    names = " ".join(map(str, options.results))
     options.out.write_text(report(model, lengths, f"python -m loadtest.capacity report --results {names}"))
     print(f"capacity: wrote {options.out}")
     return 0

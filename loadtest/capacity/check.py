@@ -75,7 +75,7 @@ async def _check(addresses: Sequence[str], seconds: float, utilisation: float, s
         await asyncio.gather(*(_closed_loop(client, examples, 16, 32, rng) for client in clients))
         levels = []
         for in_flight in _LEVELS:
-            requests = max(12, 3 * in_flight)
+            requests = max(30, 4 * in_flight)
             both = await asyncio.gather(*(_closed_loop(c, examples, in_flight, requests, rng) for c in clients))
             levels += both
         model = fit(levels)

@@ -64,7 +64,7 @@ def report(measured: ServiceModel, lengths: Sequence[tuple[int, int]], command: 
         "## Routing",
         "",
         "Adapter-aware routing (consistent hashing with bounded loads) against round robin, at 70 % of what the "
-        "replicas can answer; each replica holds a quarter of the adapters in "
+        "replicas can answer; each replica holds half of the adapters in "
         "memory, and a step waits 5 ms for another to load:",
         "",
         "| replicas | tasks | adapters | routing | requests/s | loads a request | adapters a step | p95 TTFT, ms | p95 "
@@ -78,7 +78,7 @@ def report(measured: ServiceModel, lengths: Sequence[tuple[int, int]], command: 
         for name, router in ROUTERS.items():
             began = time.perf_counter()
             requests = poisson(rate, 20.0, tasks=tasks, adapters=adapters, lengths=lengths)
-            memory = Memory(max(1, adapters // 4), 0.005)
+            memory = Memory(max(1, adapters // 2), 0.005)
             outcome = simulate(requests, replicas, model, router(replicas), memory=memory, warm_up=5.0)
             took = time.perf_counter() - began
             ttft, e2e = outcome.percentiles(outcome.ttft)[1], outcome.percentiles(outcome.e2e)[1]

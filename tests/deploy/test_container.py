@@ -139,7 +139,8 @@ def test_a_life_in_the_pod(container: Container, server: subprocess.Popen[bytes]
         assert container.well("live"), "a draining server is live, and not ready"
         assert list(stream)[-1].summary.completion_tokens > 100
     assert server.wait(60) == 0
-    assert "Traceback" not in log.read_text()
+    written = log.read_text()
+    assert "Traceback" not in written, written[-4000:]
 
 
 def test_the_images_are_as_the_pods_need_them() -> None:
