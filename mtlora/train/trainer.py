@@ -20,6 +20,7 @@ from mtlora.suite import load_suite
 from mtlora.suite.base import Example, Suite, SuiteError
 from mtlora.task import TaskSpec
 from mtlora.train.config import TrainingConfig
+from mtlora.train.cpu_backbone import speed_up_training
 from mtlora.train.data import Encoded, collate, encode, schedule
 from mtlora.train.losses import SPECTRAL_LOSSES, answer_loss, balance_loss
 from mtlora.train.state import RunFolder
@@ -52,11 +53,13 @@ class Trainer:
             torch.set_num_threads(config.threads)
         # Same weights after a resume: index_add in the task biases' gradient is the one op that would race.
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.manual_seed(config.seed)
         self.suite = load_suite(config.suite)
         self.tasks = _chosen_tasks(self.suite, config.tasks)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         self.adapted = new_adapted_model(backbone, config.adapter, len(self.tasks), dtype)
+        speed_up_training(self.adapted.model)
         self.train_set = self._encode("train", config.examples_per_task)
         self.validation_set = self._encode("validation", config.validation_per_task)
         self.batches = schedule(self.train_set, batch_size=config.batch_size, epochs=config.epochs, seed=config.seed)[
@@ -247,6 +250,7 @@ def _optimizer(adapted: AdaptedModel, config: TrainingConfig) -> torch.optim.Opt
             {"params": routing, "scale": config.router_learning_rate_scale, "weight_decay": 0.0},
         ],
         lr=config.learning_rate,
+        fused=True,
     )
 
 
