@@ -10,7 +10,5 @@ from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError
 __all__ = ["BBH_TASKS", "BBHTask", "Solution", "UnsolvedError"]
 
 BBH_TASKS: dict[str, BBHTask] = {
-    task.id: task
-    for module in (logic, counting, tracking, ordering, language, scenes)
-    for task in module.TASKS
+    task.id: task for module in (logic, counting, tracking, ordering, language, scenes) for task in module.TASKS
 }

@@ -67,9 +67,7 @@ def solve_boolean(text: str) -> Solution:
     values, operators = reader.operands()
     if not reader.at_end():
         raise UnsolvedError("more than one expression")
-    working = str(values[0]) + "".join(
-        f" {op} {value}" for op, value in zip(operators, values[1:], strict=True)
-    )
+    working = str(values[0]) + "".join(f" {op} {value}" for op, value in zip(operators, values[1:], strict=True))
     return Solution(working, str(_value(values, operators)))
 
 

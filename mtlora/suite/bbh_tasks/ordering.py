@@ -206,4 +206,3 @@ def _task(word: str, count: int, max_new_tokens: int) -> BBHTask:
 
 
 TASKS = (_task("three", 3, 64), _task("five", 5, 112), _task("seven", 7, 160))
-

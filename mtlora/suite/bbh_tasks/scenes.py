@@ -111,11 +111,16 @@ def generate_colored(rng: random.Random) -> str:
 
 
 def _draw_colored(rng: random.Random, surface: str, word: str) -> str:
+    options: tuple[str, ...] = COLORS
     kind = rng.choices(("remove", "row", "few"), weights=(36, 50, 38))[0]
     if kind == "remove":
         return _draw_removal(rng, surface, word)
-    nouns = [single for single, _ in rng.sample(COLORED, rng.randint(3, 6) if kind == "row" else rng.choice((3, 3, 5, 6)))]
-    colors = rng.sample(COLORS, len(nouns)) if kind == "row" or rng.random() < 0.7 else rng.choices(COLORS, k=len(nouns))
+    nouns = [
+        single for single, _ in rng.sample(COLORED, rng.randint(3, 6) if kind == "row" else rng.choice((3, 3, 5, 6)))
+    ]
+    colors = (
+        rng.sample(COLORS, len(nouns)) if kind == "row" or rng.random() < 0.7 else rng.choices(COLORS, k=len(nouns))
+    )
     listed = [a(f"{color} {noun}") for color, noun in zip(colors, nouns, strict=True)]
     things = f"{', '.join(listed[:-1])}, and {listed[-1]}"
     if kind == "few":
@@ -123,7 +128,7 @@ def _draw_colored(rng: random.Random, surface: str, word: str) -> str:
         i = rng.randrange(len(nouns))
         draw = rng.random()
         if draw < 0.35:
-            question, options = f"What color is the {nouns[i]}?", COLORS
+            question = f"What color is the {nouns[i]}?"
         elif draw < 0.7:
             asked = colors[i] if rng.random() < 0.4 else rng.choice(COLORS)
             question, options = f"Is the {nouns[i]} {asked}?", ("yes", "no")
@@ -134,7 +139,7 @@ def _draw_colored(rng: random.Random, surface: str, word: str) -> str:
     lead = rng.choice((f"a set of {word}", f"several {word}", f"the following {word}"))
     i, single = rng.randrange(len(nouns)), word[:-1]
     that = rng.choice((nouns[i], f"{colors[i]} {single}"))
-    draw, options = rng.random(), COLORS
+    draw = rng.random()
     if draw < 0.2:
         question = f"What is the color of the {rng.choice(('left', 'right'))}-most {single}?"
     elif draw < 0.45:

@@ -203,5 +203,5 @@ SORTED_WORDS = tuple(
     whodunit wier wigging wigwam wilcox wildcat wildflower wiley willard wink wiseacre wishful woebegone woodcarver
     woodcut worcestershire wrapup wring wrongdoer xerxes xylem yang yaounde yap yates yeager yeats yen yoghurt you'd
     you've ytterbium yves z's zig zinc zip zorn zoroaster
-    """.split()
+    """.split()  # noqa: SIM905
 )

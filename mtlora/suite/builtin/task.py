@@ -9,6 +9,7 @@ from mtlora.task import TaskSpec
 
 Generate = Callable[[random.Random], tuple[str, str] | tuple[str, str, str]]
 
+
 @dataclass(frozen=True, slots=True)
 class GeneratedTask:
     """`generate(rng)` gives (input, target) or (input, target, working) and draws on nothing but `rng`."""

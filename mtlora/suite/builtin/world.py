@@ -162,7 +162,7 @@ def _hour(hour: int) -> str:
 def free_slot(rng: random.Random) -> tuple[str, str, str]:
     """A day of three or four stretches, all but one accounted for, in any order; that one is the answer.
 
-    Worked as the hours at which one stretch follows another, up to the gap: `7am 9am < 11am`.
+    Worked as the hours at which one stretch follows another, up to the gap: `7am 9am`.
     """
     person, places = rng.choice(NAMES), rng.sample(PLACES, rng.choice((2, 3)))
     hours = [rng.randint(5, 9)]
@@ -171,7 +171,7 @@ def free_slot(rng: random.Random) -> tuple[str, str, str]:
     stretches = [f"{_hour(a)} to {_hour(b)}" for a, b in pairwise(hours)]
     gap = rng.randrange(len(stretches))
     free = stretches.pop(gap)
-    working = f"{' '.join(map(_hour, hours[: gap + 1]))} < {_hour(hours[gap + 1])}"
+    working = " ".join(map(_hour, hours[: gap + 1]))
     rng.shuffle(stretches)
     busy = ", ".join(f"{place} {stretch}" for place, stretch in zip(places, stretches, strict=True))
     return f"{person} was up from {_hour(hours[0])} to {_hour(hours[-1])}: {busy}.", free, working
