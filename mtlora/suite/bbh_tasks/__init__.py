@@ -4,11 +4,11 @@ The solvers agree with the public targets but for a few that are wrong there; th
 knowledge of people, films, jokes or causes, and have no solver.
 """
 
-from mtlora.suite.bbh_tasks import counting, language, logic, ordering, scenes, tracking
+from mtlora.suite.bbh_tasks import counting, dates, language, logic, ordering, scenes, tracking
 from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError
 
 __all__ = ["BBH_TASKS", "BBHTask", "Solution", "UnsolvedError"]
 
 BBH_TASKS: dict[str, BBHTask] = {
-    task.id: task for module in (logic, counting, tracking, ordering, language, scenes) for task in module.TASKS
+    task.id: task for module in (logic, counting, tracking, ordering, language, scenes, dates) for task in module.TASKS
 }
