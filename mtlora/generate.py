@@ -28,7 +28,10 @@ def greedy_answers(
     *,
     with_adapter: bool = True,
 ) -> list[str]:
-    """One answer a prompt, each cut at its task's stop strings, its max_new_tokens or the end-of-sequence token."""
+    """One answer a prompt, each cut at its task's stop strings, its max_new_tokens or the end-of-sequence token.
+
+    Working before the task's answer marker is left out; the backbone alone, which knows no marker, gives all it says.
+    """
     tokenizer, model = adapted.tokenizer, adapted.model
     length, eos = max(len(prompt) for prompt in prompts), tokenizer.eos_token_id
     tokens_BL = torch.full((len(prompts), length), eos)
@@ -55,7 +58,10 @@ def greedy_answers(
                 done[b] = token == eos or stopped or len(generated[b]) >= tasks[b].max_new_tokens
             inputs = {"input_ids": next_B[:, None], "position_ids": mask_BL.sum(-1, keepdim=True)}
             mask_BL = torch.nn.functional.pad(mask_BL, (0, 1), value=1)
-    return [
-        cut_at_stop(tokenizer.decode(ids, skip_special_tokens=True), task.stop)[0].strip()
+    texts = [
+        cut_at_stop(tokenizer.decode(ids, skip_special_tokens=True), task.stop)[0]
         for ids, task in zip(generated, tasks, strict=True)
     ]
+    if not with_adapter:
+        return [text.strip() for text in texts]
+    return [task.final_answer(text) for text, task in zip(texts, tasks, strict=True)]

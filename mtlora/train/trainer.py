@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch
 from tqdm import tqdm
 
 import mtlora
-from mtlora.checkpoint import AdapterManifest, TaskEntry, read_manifest, write_checkpoint
-from mtlora.config import adapter_parameters
+from mtlora.checkpoint import AdapterManifest, TaskEntry, read_checkpoint, read_manifest, write_checkpoint
+from mtlora.config import MtLoRAConfig, adapter_parameters
 from mtlora.errors import MtLoRAError
 from mtlora.evaluate import offline_answerer, score
 from mtlora.model import AdaptedModel, adapter_tensors, new_adapted_model
 from mtlora.suite import load_suite
-from mtlora.suite.base import Example, Suite, SuiteError
+from mtlora.suite.base import Example, Split, Suite, SuiteError
+from mtlora.suite.mix import count_for
 from mtlora.task import TaskSpec
 from mtlora.train.config import TrainingConfig
 from mtlora.train.cpu_backbone import speed_up_training
@@ -60,11 +62,20 @@ class Trainer:
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         self.adapted = new_adapted_model(backbone, config.adapter, len(self.tasks), dtype)
         speed_up_training(self.adapted.model)
-        self.train_set = self._encode("train", config.examples_per_task)
-        self.validation_set = self._encode("validation", config.validation_per_task)
-        self.batches = schedule(self.train_set, batch_size=config.batch_size, epochs=config.epochs, seed=config.seed)[
-            : config.max_steps
-        ]
+        if config.init_from is not None:
+            warm_start(self.adapted, config.adapter, self.tasks, Path(config.init_from))
+        self.skipped: Counter[str] = Counter()
+        self.train_set = self._encode("train")
+        self.validation_set = self._encode("validation")
+        if not self.train_set:
+            raise SuiteError(f"suite {self.suite.name}: no training examples; examples_per_task asks for none")
+        self.batches = schedule(
+            self.train_set,
+            batch_size=config.batch_size,
+            batch_tokens=config.batch_tokens,
+            epochs=config.epochs,
+            seed=config.seed,
+        )[: config.max_steps]
         self.optimizer = _optimizer(self.adapted, config)
         self.step = 0
         # Only now, with everything that can be refused behind us, does the run leave a trace.
@@ -134,10 +145,11 @@ class Trainer:
 
     @torch.inference_mode()
     def validate(self) -> dict[str, Any]:
-        """Loss and accuracy on the validation split.
+        """Loss and accuracy on the validation split, at the price of one forward pass a batch.
 
         An answer whose every token is the most likely one given the tokens before it is what greedy decoding would
-        have produced, so one forward pass a batch measures exact match.
+        have produced, so this is exact match, but for tasks with working: there another working may lead to the same
+        answer, and what is measured is a lower bound. `fit` ends with an evaluation that generates.
         """
         if not self.validation_set:
             return {}
@@ -169,11 +181,7 @@ class Trainer:
             for i, task in enumerate(self.tasks)
         )
         self.adapted.adapters.eval()
-        examples = [
-            example
-            for task in self.tasks
-            for example in self._examples(task, "validation", self.config.validation_per_task)
-        ]
+        examples = [example for task in self.tasks for example in self._examples(task, "validation")]
         evaluation = {}
         if examples:
             answers = offline_answerer(self.adapted, entries)(examples)
@@ -196,7 +204,9 @@ class Trainer:
                 "config": self.config.model_dump(mode="json"),
                 "steps": len(self.batches),
                 "examples": len(self.train_set),
-                "tokens": sum(len(self.train_set[i]) for batch in self.batches for i in batch),
+                "tokens": sum(self.tokens_by_task().values()),
+                "tokens_by_task": self.tokens_by_task(),
+                "longer_examples_skipped": dict(self.skipped),
                 "trainable_parameters": adapter_parameters(
                     self.config.adapter,
                     self.adapted.backbone.hidden_size,
@@ -208,11 +218,25 @@ class Trainer:
             evaluation=evaluation,
         )
 
-    def _encode(self, split: Any, count: int | None) -> list[Encoded]:
-        examples = [example for task in self.tasks for example in self._examples(task, split, count)]
-        return encode(self.adapted.tokenizer, self.tasks, examples, max_length=self.config.max_length)
+    def tokens_by_task(self) -> dict[str, int]:
+        """Tokens of prompts and answers that the schedule trains on, without padding."""
+        tokens = dict.fromkeys((task.id for task in self.tasks), 0)
+        for example in (self.train_set[i] for batch in self.batches for i in batch):
+            tokens[self.tasks[example.task_index].id] += len(example)
+        return tokens
 
-    def _examples(self, task: TaskSpec, split: Any, count: int | None) -> list[Example]:
+    def _encode(self, split: Split) -> list[Encoded]:
+        examples = [example for task in self.tasks for example in self._examples(task, split)]
+        skipped = None
+        if self.config.longer_examples == "skip":
+            # Validation leaves out the same kind of example, but only what training lacks is reported.
+            skipped = self.skipped if split == "train" else Counter()
+        return encode(self.adapted.tokenizer, self.tasks, examples, max_length=self.config.max_length, skipped=skipped)
+
+    def _examples(self, task: TaskSpec, split: Split) -> list[Example]:
+        count: int | None = self.config.validation_per_task
+        if split == "train":
+            count = count_for(self.config.examples_per_task, task.id)
         return [] if count == 0 else self.suite.examples(task.id, split, count, self.config.seed)
 
     def _state(self) -> dict[str, Any]:
@@ -228,6 +252,32 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["torch_rng"])
         self.step = state["step"]
+
+
+def warm_start(adapted: AdaptedModel, config: MtLoRAConfig, tasks: Sequence[TaskSpec], checkpoint: Path) -> None:
+    """Give the adapter a checkpoint's weights; task biases go by task id, and a task it has not keeps a zero bias.
+
+    Raises CheckpointError where it cannot be read or was made beside another backbone, TrainingError where its config
+    gives tensors of other shapes or another meaning.
+    """
+    found = read_checkpoint(checkpoint, adapted.backbone)
+    differing = [
+        f"{name}: {getattr(found.manifest.config, name)!r} there, {getattr(config, name)!r} here"
+        for name in MtLoRAConfig.model_fields
+        if name != "lora_dropout" and getattr(found.manifest.config, name) != getattr(config, name)
+    ]
+    if differing:
+        raise TrainingError(f"init_from {checkpoint}: expected the same adapter config; {'; '.join(differing)}")
+    rows = {task.id: task.bias_index for task in found.manifest.tasks}
+    state = adapted.adapters.state_dict()
+    for name, tensor in found.tensors.items():
+        if not name.endswith(".task_bias"):
+            state[name] = tensor.float()
+            continue
+        for row, task in enumerate(tasks):
+            if (source := rows.get(task.id)) is not None:
+                state[name][row] = tensor[source].float()
+    adapted.adapters.load_state_dict(state)
 
 
 def _chosen_tasks(suite: Suite, chosen: Sequence[str] | None) -> list[TaskSpec]:
