@@ -22,6 +22,7 @@ from mtlora.task import TaskSpec
 from mtlora.train.config import TrainingConfig
 from mtlora.train.data import Encoded, collate, encode, schedule
 from mtlora.train.losses import SPECTRAL_LOSSES, answer_loss, balance_loss
+from mtlora.train.start import StartingPoint
 from mtlora.train.state import RunFolder
 
 _VALIDATION_BATCH = 32
@@ -46,7 +47,15 @@ class StepReport:
 class Trainer:
     """One run. `fit` trains (or goes on training) and writes the checkpoint."""
 
-    def __init__(self, config: TrainingConfig, backbone: Path, out: Path, *, resume: bool = False) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        backbone: Path,
+        out: Path,
+        *,
+        resume: bool = False,
+        start: StartingPoint | None = None,
+    ) -> None:
         self.config = config
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -57,6 +66,8 @@ class Trainer:
         self.tasks = _chosen_tasks(self.suite, config.tasks)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         self.adapted = new_adapted_model(backbone, config.adapter, len(self.tasks), dtype)
+        if start:
+            start.apply(self.adapted.adapters)
         self.train_set = self._encode("train", config.examples_per_task)
         self.validation_set = self._encode("validation", config.validation_per_task)
         self.batches = schedule(self.train_set, batch_size=config.batch_size, epochs=config.epochs, seed=config.seed)[
@@ -240,6 +251,8 @@ def _optimizer(adapted: AdaptedModel, config: TrainingConfig) -> torch.optim.Opt
     routing: list[torch.nn.Parameter] = []
     experts: list[torch.nn.Parameter] = []
     for name, parameter in adapted.adapters.named_parameters():
+        if not parameter.requires_grad:
+            continue
         (routing if name.endswith(("lora_route", "task_bias")) else experts).append(parameter)
     return torch.optim.AdamW(
         [
