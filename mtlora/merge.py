@@ -36,7 +36,7 @@ from mtlora.config import MtLoRAConfig
 from mtlora.errors import MtLoRAError, describe
 from mtlora.model import AdaptedModel, load_adapted_model
 from mtlora.prompt import encode_prompt
-from mtlora.suite import load_suite
+from mtlora.suite import FolderSuite, load_suite
 from mtlora.suite.base import Suite, SuiteError
 from mtlora.task import TaskSpec
 from mtlora.train.config import TrainingConfig
@@ -75,6 +75,9 @@ def merge(
     task = new_task(before, suite, task_id)
     if config.adapter != extended_config(before, new_experts):
         raise MergeError("adapter: the adapter's own hyper-parameters stay as they are")
+    # A folder may have fewer than that.
+    count = None if isinstance(suite, FolderSuite) else _COMPARED_TEXTS
+    texts = [example.input for example in suite.examples(task_id, "train", count, config.seed)][:_COMPARED_TEXTS]
     learned, training, evaluation = train_task(before, config, backbone, new_experts)
     old = before.manifest
     history = [*old.training.get("merged", []), {"task": task_id, "mode": mode, "new_experts": new_experts, **training}]
@@ -87,7 +90,6 @@ def merge(
     }
     tensors = merged_tensors(before, learned)
     after = Checkpoint(AdapterManifest(**contents, tensors_sha256="0" * 64), tensors)
-    texts = [example.input for example in suite.examples(task_id, "train", _COMPARED_TEXTS, config.seed)]
     comparison = compare(backbone, before, after, texts)
     allowed = 0.0 if mode == "bias" else _ROUNDING * comparison.largest_logit
     if (mode == "bias" and not comparison.identical) or not comparison.largest_difference <= allowed:
