@@ -1,13 +1,16 @@
-"""`make bench`: what is computed from timings, what is drawn, and that PEFT's worker does the work that it is timed on."""
+"""`make bench`: what is computed from timings, what is drawn, and that PEFT does the work that it is timed on."""
 
 import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from mtlora.bench.adapters import write_random_peft
 from mtlora.bench.engine import RATIOS, Case, EngineProcess, make_report
 from mtlora.bench.load import LOADS, REFERENCE, Load
+from mtlora.bench.peft_worker import MixedBatches
 from mtlora.bench.picture import draw
 from tests.engine._models import VOCABULARY, make_model
 
@@ -68,21 +71,32 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "bare.png").stat().st_size > 5000
 
 
-def test_pefts_worker_answers_every_row_with_its_own_adapter(tmp_path: Path) -> None:
-    """The tokens it generates are those of one request at a time: its batches are real ones."""
-
+@pytest.fixture
+def peft_adapters(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A tiny backbone and folders of three PEFT adapters, large enough to change what it answers."""
     model = make_model(tmp_path / "model", "llama")
     config = json.loads((model / "config.json").read_text())
-    slots = []
     for i in range(3):
         write_random_peft(tmp_path / f"peft-{i}", config, seed=i)
-        slots.append([f"peft-{i}", i + 1, str(tmp_path / f"peft-{i}")])
-    load = Load("test", 5, (4, 12), 3)
-    settings = {"model": str(model), "dtype": "float32", "batch": 4}
+        file = tmp_path / f"peft-{i}" / "adapter_model.safetensors"
+        save_file({name: 20 * tensor for name, tensor in load_file(file).items()}, file)
+    return model, {f"peft-{i}": str(tmp_path / f"peft-{i}") for i in range(3)}
+
+
+def test_mixed_peft_batches_give_each_row_its_own_adapter(peft_adapters: tuple[Path, dict[str, str]]) -> None:
+    backbone, adapters = peft_adapters
+    model = MixedBatches(backbone, torch.float32)
+    model.load(adapters)
+    prompts = Load("test", 7, (4, 12), 3).prompts(VOCABULARY, 0)
+    names = [f"peft-{i % 3}" for i in range(len(prompts))]
+    together = model.generate(prompts, names, 6)
+    assert together == [model.generate([p], [n], 6)[0] for p, n in zip(prompts, names, strict=True)]
+    assert together != model.generate(prompts, names[1:] + names[:1], 6), "adapters that change nothing test nothing"
+
+
+def test_the_peft_worker_runs_a_load(peft_adapters: tuple[Path, dict[str, str]]) -> None:
+    backbone, adapters = peft_adapters
+    slots = [(name, i, path) for i, (name, path) in enumerate(adapters.items(), start=1)]
+    settings = {"model": str(backbone), "dtype": "float32", "batch": 4}
     with EngineProcess("mtlora.bench.peft_worker", settings) as engine:
-        assert engine.seconds(load, [tuple(slot) for slot in slots], VOCABULARY, seed=0) > 0
-        case = {"prompts": [], "new_tokens": 3, "slots": [None]}
-        engine._process.stdin.write(json.dumps(case) + "\n")
-        engine._process.stdin.flush()
-        with pytest.raises(RuntimeError, match="the engine ended"):
-            engine._read()
+        assert engine.seconds(Load("test", 6, (4, 12), 3), slots, VOCABULARY, seed=0) > 0
