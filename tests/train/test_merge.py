@@ -86,7 +86,9 @@ def test_old_tasks_compute_the_same_and_the_new_one_what_it_learned(
     x_TD = torch.randn(3, IDENTITY.hidden_size, generator=torch.Generator().manual_seed(seed))
     for name in sorted({name.rpartition(".")[0] for name in before.tensors}):
         for old, new in zip(before.manifest.tasks, tasks, strict=False):
-            assert torch.equal(path(before, name, old.bias_index, x_TD), path(after, name, new.bias_index, x_TD))
+            expected, found = path(before, name, old.bias_index, x_TD), path(after, name, new.bias_index, x_TD)
+            # Terms of zero change no sum, but torch may add in another order with them.
+            torch.testing.assert_close(found, expected, rtol=1e-12 if new_experts else 0, atol=0)
         trained = {key: value.to(dtype) for key, value in learned.items()}
         expected = formula(extended_config(before, new_experts), trained, name, 0, x_TD)
         assert torch.equal(path(after, name, tasks[-1].bias_index, x_TD), expected)
@@ -97,7 +99,7 @@ def path(checkpoint: Checkpoint, name: str, row: int | None, x_TD: torch.Tensor)
 
 
 def formula(config: MtLoRAConfig, tensors: Any, name: str, row: int | None, x_TD: torch.Tensor) -> torch.Tensor:
-    """The formula in float64, which adds expert by expert: terms of zero change no bit of it."""
+    """The formula in float64."""
     bias = None if row is None else tensors[f"{name}.task_bias"][row].expand(len(x_TD), -1, -1)
     return routed_lora_reference(
         x_TD, tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], tensors[f"{name}.lora_route"], bias,
