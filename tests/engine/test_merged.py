@@ -6,12 +6,22 @@ import torch
 from mtlora.checkpoint import read_checkpoint, write_checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.merge import extended_config, merged_tasks, merged_tensors, starting_point
+from mtlora.ops.cpu import compiled_kernel
 from mtlora.task import TaskSpec
 from tests.engine._engine import running_engine
 from tests.engine._models import VOCABULARY, HuggingFace, make_adapter, make_model
 
 NUM_TASKS = 3
 CONFIG = MtLoRAConfig(r=16, num_experts=4, num_groups=2, blocks="both")
+
+
+def adds_in_order() -> bool:
+    """Whether the kernel adds a column's terms in the same order however many columns and terms there are.
+
+    Its products of bfloat16 do; in other arithmetic a single token's do not.
+    """
+    kernel = compiled_kernel()
+    return kernel is not None and bool(kernel.mtlora_supported(516))
 
 
 def add_task(folder, out, new_experts: int):
@@ -70,11 +80,11 @@ def test_old_tasks_keep_their_bits(tmp_path, dtype):
         for name in new_experts:
             for i in range(NUM_TASKS):
                 found = logprobs(name, f"t{i}", next(ids))
-                if name == "bias" or dtype == "bfloat16":
+                if name == "bias" or (dtype == "bfloat16" and adds_in_order()):
                     assert torch.equal(found, before[i]), f"{name}: task t{i} has moved"
                 else:
-                    # Zero terms, but another order of adding.
-                    torch.testing.assert_close(found, before[i], atol=5e-5, rtol=0)
+                    # Terms of zero, but another order of adding: the last bit, and what that decides afterwards.
+                    torch.testing.assert_close(found, before[i], atol=5e-5 if dtype == "float32" else 0.05, rtol=0)
             added[name] = logprobs(name, "added", next(ids))
     assert not torch.equal(added["bias"], added["experts"])
     assert min((found - before[0]).abs().max() for found in added.values()) > 0.1
