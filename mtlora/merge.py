@@ -80,7 +80,11 @@ def merge(
     texts = [example.input for example in suite.examples(task_id, "train", count, config.seed)][:_COMPARED_TEXTS]
     learned, training, evaluation = train_task(before, config, backbone, new_experts)
     old = before.manifest
-    history = [*old.training.get("merged", []), {"task": task_id, "mode": mode, "new_experts": new_experts, **training}]
+    earlier = old.training.get("merged")
+    history = [
+        *(earlier if isinstance(earlier, list) else ()),
+        {"task": task_id, "mode": mode, "new_experts": new_experts, **training},
+    ]
     contents: dict[str, Any] = {
         "backbone": old.backbone,
         "config": config.adapter,
@@ -101,15 +105,18 @@ def merge(
 
 
 def _with_scores(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """The old tasks' scores, which still hold, with the new task's; the new ones apart where the forms differ."""
+    """The old tasks' scores, which still hold, with the new task's; scores of another form give way to the new ones."""
     merged: dict[str, Any] = dict(old)
     for name in ("adapter", "backbone_alone"):
+        if name not in new:
+            continue
         try:
             tasks = {**old[name]["tasks"], **new[name]["tasks"]}
             mean = sum(score["accuracy"] for score in tasks.values()) / len(tasks)
-            merged[name] = {"mean_accuracy": round(mean, 4), "tasks": tasks}
         except (KeyError, TypeError):
-            return {**old, "merged": new} if new else dict(old)
+            merged[name] = new[name]
+        else:
+            merged[name] = {"mean_accuracy": round(mean, 4), "tasks": tasks}
     return merged
 
 

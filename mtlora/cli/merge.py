@@ -72,8 +72,7 @@ def _merge(args: argparse.Namespace) -> int:
         settings | {"adapter": extended_config(checkpoint, new_experts), "suite": args.suite, "tasks": (task.id,)}
     )
     manifest, comparison = merge(args.adapter, folder, args.out, mode=args.mode, new_experts=new_experts, config=config)
-    evaluation = manifest.evaluation.get("merged", manifest.evaluation)
-    scores = {name: _only(task.id, evaluation.get(name)) for name in ("adapter", "backbone_alone")}
+    scores = {name: _only(task.id, manifest.evaluation.get(name)) for name in ("adapter", "backbone_alone")}
     if scores["adapter"]:
         print_scores({name: score for name, score in scores.items() if score})
     if comparison.identical:

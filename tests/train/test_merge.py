@@ -16,6 +16,7 @@ from mtlora.config import MtLoRAConfig
 from mtlora.merge import (
     CLOSED,
     MergeError,
+    _with_scores,
     compare,
     extended_config,
     merged_tasks,
@@ -168,6 +169,7 @@ def test_command_line(mode: str, tiny_backbone: Path, tmp_path: Path, capsys: py
     assert main([*arguments, "--set", "epochs=1", "--set", "threads=1", "--set", "learning_rate=0.05"]) == 0
     printed = capsys.readouterr().out
     assert "other tasks: 3 tasks, 12 prompts" in printed
+    assert "│ odd " in printed
     if mode == "bias":
         assert "bit-identical before and after" in printed
     before, after = read_checkpoint(tmp_path / "before"), read_checkpoint(out, identify(tiny_backbone))
@@ -176,6 +178,7 @@ def test_command_line(mode: str, tiny_backbone: Path, tmp_path: Path, capsys: py
     assert after.manifest.training["steps"] == 5
     (merged,) = after.manifest.training["merged"]
     assert (merged["task"], merged["mode"]) == ("odd", mode)
+    assert set(after.manifest.evaluation["adapter"]["tasks"]) == {"odd"}
     for name in before.tensors:
         if name.endswith("lora_A"):
             assert torch.equal(before.tensors[name], after.tensors[name])
@@ -245,6 +248,18 @@ def test_what_cannot_be_merged_is_named(
     assert main([*common, *flags]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_scores_of_the_old_tasks_are_kept() -> None:
+    def scores(**accuracies: float) -> dict[str, Any]:
+        return {"mean_accuracy": 0.0, "tasks": {task: {"accuracy": a} for task, a in accuracies.items()}}
+
+    old = {"split": "test", "adapter": scores(a=0.5, b=1.0), "backbone_alone": {"of": "another form"}}
+    merged = _with_scores(old, {"adapter": scores(c=0.0), "backbone_alone": scores(c=0.25)})
+    assert merged["split"] == "test"
+    assert merged["adapter"] == scores(a=0.5, b=1.0, c=0.0) | {"mean_accuracy": 0.5}
+    assert merged["backbone_alone"] == scores(c=0.25)
+    assert _with_scores(old, {}) == old
 
 
 def test_one_expert_has_no_router_to_steer(tmp_path: Path) -> None:
