@@ -23,13 +23,11 @@ import torch
 from pydantic import ValidationError
 
 from mtlora.adapter import AdapterSet
-from mtlora.backbone import identify
 from mtlora.checkpoint import (
     AdapterManifest,
     Checkpoint,
     TaskEntry,
     check_replaceable,
-    read_checkpoint,
     write_checkpoint,
 )
 from mtlora.config import MtLoRAConfig
@@ -59,16 +57,15 @@ class MergeError(MtLoRAError):
 
 
 def merge(
-    adapter: Path, backbone: Path, out: Path, *, mode: Mode, new_experts: int, config: TrainingConfig
+    before: Checkpoint, backbone: Path, out: Path, *, mode: Mode, new_experts: int, config: TrainingConfig
 ) -> tuple[AdapterManifest, "Comparison"]:
-    """Add the one task that `config` names to the checkpoint `adapter`; write the result to `out`.
+    """Add the one task that `config` names to an adapter made beside `backbone`; write the result to `out`.
 
     config: `config.adapter` is `extended_config` of the checkpoint. new_experts: 0 with mode `bias`. Returns the new
     manifest and the old tasks' comparison. Raises MergeError, with nothing written, where an old task's outputs are
-    not the same bits (mode `bias`) or differ by more than rounding (mode `experts`), and what reading, training and
-    writing raise.
+    not the same bits (mode `bias`) or differ by more than rounding (mode `experts`), and what training and writing
+    raise.
     """
-    before = read_checkpoint(adapter, identify(backbone))
     check_replaceable(out.resolve())
     (task_id,) = config.tasks or ()
     suite = load_suite(config.suite)

@@ -267,16 +267,18 @@ def refused(source: Path, out: Path) -> str:
 
 
 class Planted:
-    """Runs code where a pickle of it is loaded."""
+    """Makes a file where a pickle of it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def __reduce__(self) -> Any:
-        return (Path.touch, (Path(tempfile.gettempdir()) / "mtlora-planted",))
+        return (Path.touch, (self.path,))
 
 
 def test_a_planted_file_runs_nothing(tmp_path: Path) -> None:
-    planted = Path(tempfile.gettempdir()) / "mtlora-planted"
-    planted.unlink(missing_ok=True)
-    torch.save({"layers.0.mlp.lora_A.weight": Planted()}, tmp_path / "x.bin")
+    planted = tmp_path / "planted"
+    torch.save({"layers.0.mlp.lora_A.weight": Planted(planted)}, tmp_path / "x.bin")
     assert "expected a torch file of tensors alone" in refused(tmp_path / "x.bin", tmp_path / "out")
     assert not planted.exists()
     torch.save([1, 2], tmp_path / "y.bin")

@@ -277,6 +277,6 @@ def test_a_folder_that_is_no_checkpoint_is_left_alone_before_any_training(tiny_b
     (tmp_path / "mine" / "a.txt").write_text("mine")
     with pytest.raises(CheckpointError, match=r"'a.txt' is no part of a checkpoint"):
         merge(
-            tmp_path / "before", tiny_backbone, tmp_path / "mine", mode="bias", new_experts=0,
+            read_checkpoint(tmp_path / "before"), tiny_backbone, tmp_path / "mine", mode="bias", new_experts=0,
             config=TrainingConfig(adapter=config, tasks=("object_counting",)),
         )  # fmt: skip
