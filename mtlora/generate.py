@@ -34,17 +34,18 @@ def greedy_answers(
     """
     tokenizer, model = adapted.tokenizer, adapted.model
     length, eos = max(len(prompt) for prompt in prompts), tokenizer.eos_token_id
-    tokens_BL = torch.full((len(prompts), length), eos)
-    mask_BL = torch.zeros(len(prompts), length, dtype=torch.int64)
+    device = model.device
+    tokens_BL = torch.full((len(prompts), length), eos, device=device)
+    mask_BL = torch.zeros(len(prompts), length, dtype=torch.int64, device=device)
     for b, prompt in enumerate(prompts):
-        tokens_BL[b, length - len(prompt) :] = torch.tensor(prompt)
+        tokens_BL[b, length - len(prompt) :] = torch.tensor(prompt, device=device)
         mask_BL[b, length - len(prompt) :] = 1
     generated: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
     inputs: dict[str, Any] = {"input_ids": tokens_BL, "position_ids": (mask_BL.cumsum(-1) - 1).clamp_min(0)}
     cache = None
     context = adapted.adapters.context
-    with context.use(bias_index_B), nullcontext() if with_adapter else context.backbone_alone():
+    with context.use(bias_index_B.to(device)), nullcontext() if with_adapter else context.backbone_alone():
         while not all(done):
             out = model(**inputs, attention_mask=mask_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from mtlora.errors import MtLoRAError
@@ -24,12 +24,14 @@ class Example:
     """One input of a task and its exact answer.
 
     `working` is a short derivation of the answer that a model may be trained to write before it; scoring ignores it.
+    `source` says where it was read, for errors.
     """
 
     task_id: str
     input: str
     target: str
     working: str | None = None
+    source: str | None = field(default=None, compare=False)
 
 
 class Suite(Protocol):

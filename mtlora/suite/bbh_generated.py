@@ -3,6 +3,7 @@
 import hashlib
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mtlora.suite.base import ANSWER_MARKER, SPLITS, Example, Split, SuiteError, split_of
 from mtlora.suite.bbh_tasks import BBH_TASKS, BBHTask, UnsolvedError
@@ -35,7 +36,7 @@ def with_working(example: Example) -> Example:
         return example
     if solution.answer != example.target:
         return example
-    return Example(example.task_id, example.input, example.target, solution.working or None)
+    return replace(example, working=solution.working or None)
 
 
 class GeneratedBBHSuite:

@@ -2,18 +2,20 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mtlora.config import MtLoRAConfig
+from mtlora.methods import AnyBaseline, BaselineConfig
 from mtlora.suite.mix import ExampleCounts, SuitePart
 
 
 class TrainingConfig(BaseModel):
-    """One training run. The same config, code, machine and thread count give the same weights, bit for bit."""
+    """One training run. The same config, code, machine, thread and process count give the same weights, bit for bit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     adapter: MtLoRAConfig = MtLoRAConfig()
+    baseline: AnyBaseline | None = Field(None, description="train this, to compare with, in the adapter's place")
     init_from: str | None = Field(
         None, description="a checkpoint of the same adapter config to start from; tasks are matched by id"
     )
@@ -49,7 +51,21 @@ class TrainingConfig(BaseModel):
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="the frozen backbone's; the adapter is float32"
     )
+    gradient_checkpointing: bool = Field(
+        False, description="keep one activation a layer and compute the rest again in the backward pass"
+    )
     seed: int = Field(0, ge=0, lt=2**32)
     save_every: int = Field(50, ge=1, description="steps between resumable states")
     validate_every: int = Field(200, ge=1, description="steps between validations")
     threads: int | None = Field(None, ge=1, description="CPU threads; null leaves torch's choice")
+
+    @property
+    def method(self) -> MtLoRAConfig | BaselineConfig:
+        """What is trained beside the backbone."""
+        return self.adapter if self.baseline is None else self.baseline
+
+    @model_validator(mode="after")
+    def _baselines_start_anew(self) -> "TrainingConfig":
+        if self.baseline is not None and self.init_from is not None:
+            raise ValueError("init_from is a checkpoint of the adapter: it cannot start a baseline")
+        return self

@@ -67,16 +67,21 @@ def encode(
                 skipped[task.id] += 1
                 continue
             raise SuiteError(
-                f"task {task.id}: example of {len(prompt) + len(answer)} tokens, expected at most {max_length}: "
-                f"{example.input[:80]!r}"
+                f"{_where(example)}: example of {len(prompt) + len(answer)} tokens, expected at most "
+                f"max_length {max_length}: {example.input[:80]!r}"
             )
         if len(answer) > task.max_new_tokens:
             raise SuiteError(
-                f"task {task.id}: target {example.target[:80]!r} takes {len(answer)} tokens with its end, "
+                f"{_where(example)}: target {example.target[:80]!r} takes {len(answer)} tokens with its end, "
                 f"expected at most max_new_tokens {task.max_new_tokens}"
             )
         encoded.append(Encoded(index[task.id], tuple(prompt), tuple(answer)))
     return encoded
+
+
+def _where(example: Example) -> str:
+    task = f"task {example.task_id}"
+    return f"{example.source}: {task}" if example.source else task
 
 
 def schedule(
@@ -113,9 +118,9 @@ def _batches(bucket: list[int], lengths: list[int], batch_size: int, batch_token
     return batches
 
 
-def collate(examples: Sequence[Encoded]) -> Batch:
-    """Pad one batch and mark its answer tokens."""
-    length = max(len(example) for example in examples)
+def collate(examples: Sequence[Encoded], length: int | None = None) -> Batch:
+    """Pad one batch, to its longest example or to `length` tokens, and mark its answer tokens."""
+    length = length or max(len(example) for example in examples)
     tokens_BL = torch.zeros(len(examples), length, dtype=torch.int64)
     rows: list[int] = []
     targets: list[int] = []
