@@ -16,7 +16,8 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
     p, z2 = correct / total, _Z**2
     centre = (p + z2 / (2 * total)) / (1 + z2 / total)
     half = _Z / (1 + z2 / total) * math.sqrt(p * (1 - p) / total + z2 / (4 * total**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends the formula gives 0 and 1 but for rounding.
+    return (0.0 if correct == 0 else centre - half), (1.0 if correct == total else centre + half)
 
 
 def bootstrap_mean(counts: Sequence[Sequence[tuple[int, int]]]) -> tuple[float, float]:

@@ -68,7 +68,7 @@ def encode(
                 continue
             raise SuiteError(
                 f"{_where(example)}: example of {len(prompt) + len(answer)} tokens, expected at most "
-                f"max_length {max_length}: {example.input[:80]!r}"
+                f"{max_length} (max_length): {example.input[:80]!r}"
             )
         if len(answer) > task.max_new_tokens:
             raise SuiteError(

@@ -8,7 +8,6 @@ adapter/        the checkpoint, once training is over
 
 import json
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +66,10 @@ class RunFolder:
         try:
             # weights_only keeps a planted file from running code.
             state: dict[str, Any] = torch.load(self.state_file, weights_only=True, map_location="cpu")
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise RunError(f"{self.state_file}: not a saved state: {str(error).splitlines()[0]}") from None
+        except Exception as error:
+            # The unpickler answers damage with whatever its bytes lead to.
+            cause = " ".join(str(error).split()[:20]) or type(error).__name__
+            raise RunError(f"{self.state_file}: not a saved state: {cause}") from None
         if "torch_rng" in state:
             # As saved before there could be several processes.
             state["generators"] = [{"cpu": state.pop("torch_rng")}]

@@ -64,7 +64,7 @@ class Characters:
 @pytest.mark.parametrize(
     ("text", "target", "message"),
     [
-        ("x" * 100, "a", "task t: example of 111 tokens, expected at most max_length 64"),
+        ("x" * 100, "a", "task t: example of 111 tokens, expected at most 64"),
         ("x", "a" * 9, "takes 11 tokens with its end"),
     ],
 )
