@@ -1,62 +1,26 @@
 """The CPU backend of `mtlora::add_routed_lora_`.
 
-`_cpu_kernel.cpp` does a step's whole mix in one call, and is built when the package is installed. Where it was not, for
-want of a compiler, or cannot run on this processor, torch ops do the same adapter by adapter, which is slower.
+The compiled kernel does a step's whole mix in one call. Where there is none, torch ops do the same adapter by adapter,
+which is slower.
 
 Shape suffixes: T tokens, D hidden size, A slots, F fields of a row, M tiles, G groups, N experts.
 """
 
 import ctypes
-import importlib.machinery
-import logging
-from functools import cache
-from pathlib import Path
 
 import torch
 
+from mtlora.ops.cpu_kernel import KERNEL_DTYPES, compiled_kernel, from_units, units_shape
 from mtlora.ops.routed_lora import PackedBlock, routed_lora
 from mtlora.ops.table import DTYPES, Field
 
-logger = logging.getLogger(__name__)
-
-# Tokens of a tile: as many as the kernel's innermost loop keeps in registers.
-TILE_SIZE = 8
-
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 _ERRORS = {
     2: "a slot is out of the table's range",
     3: "a tile is out of the range of the step's tokens",
     4: "an adapter in the table has another dtype or hidden size than x",
     5: "a bias row is out of the range of its adapter's biases",
+    6: "an adapter's weights are not in the kernel's layout",
 }
-_ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_ARGUMENTS: list[type[ctypes._SimpleCData]] = [
-    _INT, _INT, _ADDRESS, _ADDRESS, _LONG, _LONG, _LONG, _LONG, _ADDRESS, _LONG, _ADDRESS, _ADDRESS, _LONG, _ADDRESS,
-    _LONG, _INT,
-]  # fmt: skip
-
-
-@cache
-def compiled_kernel() -> ctypes.CDLL | None:
-    """The compiled kernel, or None where it was not built or this processor cannot run it."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_cpu_kernel{suffix}")
-        if not path.exists():
-            continue
-        try:
-            library = ctypes.CDLL(str(path))
-        except OSError as error:
-            logger.warning("adapters run in torch ops, slower in mixed batches: %s", error)
-            return None
-        library.mtlora_add_routed.argtypes = _ARGUMENTS
-        if library.mtlora_supported(0) and library.mtlora_max_tile() == TILE_SIZE:
-            return library
-        logger.warning("adapters run in torch ops, slower in mixed batches: %s does not suit this processor", path)
-        return None
-    logger.warning("adapters run in torch ops, slower in mixed batches: the kernel was not built at install")
-    return None
-
-
 def add_routed_lora_(
     y_TD: torch.Tensor,
     x_TD: torch.Tensor,
@@ -70,7 +34,7 @@ def add_routed_lora_(
     Raises ValueError, before anything is written, where table and plan do not fit each other or x.
     """
     kernel = compiled_kernel()
-    if kernel is None or x_TD.dtype not in _KERNEL_DTYPES:
+    if kernel is None or x_TD.dtype not in KERNEL_DTYPES:
         in_torch_ops(y_TD, x_TD, rows_AF, tokens_T, bias_rows_T, tiles_M3)
     else:
         run_kernel(kernel, 0, y_TD, x_TD, rows_AF, tokens_T, bias_rows_T, tiles_M3)
@@ -161,9 +125,13 @@ def _block(row: list[int], dtype: torch.dtype) -> PackedBlock:
     bias_bGN = None
     if row[Field.BIAS]:
         bias_bGN = _at(row[Field.BIAS], (row[Field.BIAS_ROWS], G, N), torch.float32)
-    return PackedBlock(
-        _at(row[Field.SHRINK], (D, r + G * N), dtype), _at(row[Field.EXPAND], (G, N * r, D // G), dtype), r, bias_bGN
-    )
+    shrink, expand = (D, r + G * N), (G, N * r, D // G)
+    if row[Field.IN_UNITS]:
+        shrink_DS = from_units(_at(row[Field.SHRINK], units_shape(*shrink, dtype), dtype), *shrink)
+        expand_GKE = from_units(_at(row[Field.EXPAND], (G, *units_shape(*expand[1:], dtype)), dtype), *expand[1:])
+    else:
+        shrink_DS, expand_GKE = _at(row[Field.SHRINK], shrink, dtype), _at(row[Field.EXPAND], expand, dtype)
+    return PackedBlock(shrink_DS, expand_GKE, r, bias_bGN)
 
 
 def _at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

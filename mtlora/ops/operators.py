@@ -12,7 +12,7 @@ from dataclasses import astuple
 
 import torch
 
-from mtlora.ops import cpu, tuning
+from mtlora.ops import cpu, cpu_kernel, tuning
 from mtlora.ops.plan import StepPlan
 from mtlora.ops.table import DTYPES, Field, Limits, SlotTable
 
@@ -26,7 +26,7 @@ _LIBRARY.define(
 
 def tile_size(device: torch.device, num_tokens: int) -> int:
     """Tokens of a tile that suit a device and a step of so many tokens."""
-    return cpu.TILE_SIZE if device.type == "cpu" else tuning.tile_size(num_tokens)
+    return cpu_kernel.TILE_SIZE if device.type == "cpu" else tuning.tile_size(num_tokens)
 
 
 def add_routed_lora_(y_TD: torch.Tensor, x_TD: torch.Tensor, table: SlotTable, block: int, plan: StepPlan) -> None:

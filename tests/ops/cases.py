@@ -12,7 +12,7 @@ import torch
 import mtlora.ops.operators  # noqa: F401  registers the operator
 from mtlora.ops.plan import StepPlan, plan_step
 from mtlora.ops.reference import ReferenceAdapter, routed_lora_batch_reference
-from mtlora.ops.routed_lora import pack_block
+from mtlora.ops.routed_lora import PackedBlock, pack_block
 from mtlora.ops.table import AdapterRows, Limits, SlotTable
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -58,10 +58,12 @@ class Batch:
 
         D, self.dtype, self.device = case.D, dtype, torch.device(device)
         adapters: list[ReferenceAdapter | None] = []
+        self.blocks: list[PackedBlock | None] = []
         self.table = SlotTable(1, len(case.shapes), hidden_size=D, dtype=dtype, device=self.device)
         for slot, shape in enumerate(case.shapes):
             if shape is None:
                 adapters.append(None)
+                self.blocks.append(None)
                 continue
             A, R = (randn(n, D).div(D**0.5).to(dtype) for n in (shape.r, shape.G * shape.N))
             B = randn(shape.N, D, shape.r).div(shape.r**0.5).to(dtype)
@@ -69,6 +71,7 @@ class Batch:
             # A power of two: the scaled experts round as the experts do.
             adapters.append(ReferenceAdapter(A, B, R, bias, shape.G, 2.0))
             block = pack_block(A, B, R, num_groups=shape.G, scaling=2.0, dtype=dtype, bias_bGN=bias).to(self.device)
+            self.blocks.append(block)
             self.table.place(slot, AdapterRows([block]))
         x_TD, y_TD = randn(len(case.slots), D).to(dtype), randn(len(case.slots), D).to(dtype)
         delta_TD = routed_lora_batch_reference(x_TD, adapters, case.slots, case.bias_rows)

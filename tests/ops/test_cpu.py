@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtlora.ops import cpu
+from mtlora.ops import cpu, cpu_kernel
 from tests.ops.cases import SHAPE_CLASSES, Batch, Case, Shape, random_slots
 
-KERNEL = cpu.compiled_kernel()
+KERNEL = cpu_kernel.compiled_kernel()
 BACKENDS = {"torch": cpu.in_torch_ops, "operator": lambda *tensors: torch.ops.mtlora.add_routed_lora_(*tensors, [], 8)}
 if KERNEL is not None:
     for isa in (2, 512, 516):
@@ -65,15 +65,14 @@ def test_rows_of_wider_tensors(backend: str) -> None:
 @every_backend
 def test_large_logits(backend: str) -> None:
     batch = Batch(Case(48, (Shape(4, 5, 3, 1),), (0,) * 6, (0,) * 6), torch.float32)
-    adapter = batch.table.held(0)
-    assert adapter is not None
-    assert adapter.blocks[0] is not None
-    bias = adapter.blocks[0].bias_bGN
+    block = batch.blocks[0]
+    assert block is not None
+    bias = block.bias_bGN
     assert bias is not None
     bias.copy_(torch.full_like(bias, -3e4))
     bias[..., 2] = 3e4
     BACKENDS[backend](*batch.tensors)
-    shrink, expand, r, _ = adapter.blocks[0]
+    shrink, expand, r, _ = block
     h = (batch.x_TD @ shrink)[:, :r]
     only = torch.cat([h @ expand[j, 2 * r : 3 * r] for j in range(3)], 1)
     torch.testing.assert_close(batch.y_TD, batch.before_TD + only)
