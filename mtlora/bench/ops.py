@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from mtlora.ops import cpu, cpu_kernel
-from mtlora.ops.operators import add_routed_lora_
+from mtlora.ops.operators import bind
 from mtlora.ops.plan import plan_step
 from mtlora.ops.routed_lora import pack_block
 from mtlora.ops.table import AdapterRows, SlotTable
@@ -62,8 +62,9 @@ def serving_variants(tokens: int, adapters: int, layers: int) -> dict[str, Varia
     x_TD, y_TD = torch.randn(tokens, D).to(dtype), torch.zeros(tokens, D, dtype=dtype)
 
     def operator() -> None:
+        add_path_ = bind(table, plan)
         for layer in range(layers):
-            add_routed_lora_(y_TD, x_TD, table, layer, plan)
+            add_path_(y_TD, x_TD, layer)
 
     def torch_ops() -> None:
         for layer in range(layers):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Set
 import numpy as np
 import torch
 
-from mtlora.ops.operators import add_routed_lora_, tile_size
+from mtlora.ops.operators import AddPath, bind, tile_size
 from mtlora.ops.plan import StepPlan, plan_step
 from mtlora.ops.table import AdapterRows, SlotTable
 from mtlora.vllm_plugin.packed import Slot
@@ -29,7 +29,6 @@ class StepMapping:
     def clear(self) -> None:
         """No token has an adapter."""
         self.num_tokens = 0
-        self._plan: StepPlan | None = None
         self._blocks: frozenset[int] = frozenset()
 
     def set(self, slot_ids_T: np.ndarray, slot: Callable[[int], Slot]) -> None:
@@ -50,7 +49,7 @@ class StepMapping:
         for i, its in held.items():
             if its.adapter is not None:
                 place_of_id[i], bias_row_of_id[i] = place_of[its.adapter.rows], its.bias_row
-        self._plan = self._to_device(
+        plan = self._to_device(
             plan_step(
                 place_of_id[id_index_T],
                 bias_row_of_id[id_index_T],
@@ -58,13 +57,12 @@ class StepMapping:
                 tile_size=tile_size(self._device, self.num_tokens),
             )
         )
+        self._add_path_: AddPath = bind(self._table, plan)
 
     def add_path_(self, y_TD: torch.Tensor, x_TD: torch.Tensor, block: int) -> None:
         """Add to `y_TD`, in place, the path of block number `block` for every row that has an adapter."""
-        import os
-        if os.environ.get('X_NOOP'): return
-        if self._plan is not None and block in self._blocks:
-            add_routed_lora_(y_TD, x_TD, self._table, block, self._plan)
+        if block in self._blocks:
+            self._add_path_(y_TD, x_TD, block)
 
     def _place(self, wanted: Set[AdapterRows]) -> dict[AdapterRows, int]:
         """Put the step's adapters in the table, each where it was in the last step, and the others out of it."""
