@@ -53,7 +53,10 @@ def compiled_kernel() -> ctypes.CDLL | None:
 
 
 def to_units(weights: torch.Tensor) -> torch.Tensor:
-    """Weights [..., K, C] as the kernel reads them: [..., U, K, 16, 1], in bfloat16 [..., U, K/2, 16, 2], zero-filled."""
+    """Weights [..., K, C] as the kernel reads them: [..., U, K, 16, 1], in bfloat16 [..., U, K/2, 16, 2].
+
+    Zeros fill up what is missing.
+    """
     rows = _rows(weights.dtype)
     *lead, K, C = weights.shape
     padded = torch.nn.functional.pad(weights, (0, -C % UNIT, 0, -K % rows))

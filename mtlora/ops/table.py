@@ -89,12 +89,13 @@ def check_block(block: PackedBlock) -> None:
 class AdapterRows:
     """One adapter's row for every block, checked once; keeps the weights alive that the rows point at.
 
-    On a CPU those are a copy in the layout of the compiled kernel, where it can run.
+    On a CPU those are a copy in the layout of the compiled kernel, where it can run and unless `as_given`.
     blocks: one entry a block of the model, None where the adapter has no path. Raises ValueError as `check_block` does,
     and for blocks of several dtypes, devices or hidden sizes.
     """
 
-    def __init__(self, blocks: Sequence[PackedBlock | None]) -> None:
+    def __init__(self, blocks: Sequence[PackedBlock | None], *, as_given: bool = False) -> None:
+        in_units = not as_given and compiled_kernel() is not None
         self.limits = Limits()
         self._held: list[torch.Tensor | None] = []
         rows, kinds = torch.zeros(len(blocks), len(Field), dtype=torch.int64), set()
@@ -104,7 +105,7 @@ class AdapterRows:
             check_block(block)
             shrink, expand, rank, bias = block
             kinds.add((shrink.dtype, shrink.device, shrink.shape[0]))
-            if shrink.device.type == "cpu" and shrink.dtype in KERNEL_DTYPES and compiled_kernel() is not None:
+            if in_units and shrink.device.type == "cpu" and shrink.dtype in KERNEL_DTYPES:
                 shrink, expand, row[Field.IN_UNITS] = to_units(shrink), to_units(expand), 1
             self._held += [shrink, expand, bias]
             row[Field.SHRINK], row[Field.EXPAND] = shrink.data_ptr(), expand.data_ptr()

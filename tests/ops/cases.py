@@ -50,7 +50,9 @@ def random_slots(shapes: Sequence[Shape | None], tokens: int, seed: int) -> tupl
 class Batch:
     """A case's tensors on a device, in a dtype, and the expected output."""
 
-    def __init__(self, case: Case, dtype: torch.dtype, device: str = "cpu", tile_size: int = 8) -> None:
+    def __init__(
+        self, case: Case, dtype: torch.dtype, device: str = "cpu", tile_size: int = 8, *, as_given: bool = False
+    ) -> None:
         generator = torch.Generator().manual_seed(case.seed)
 
         def randn(*size: int) -> torch.Tensor:
@@ -72,7 +74,7 @@ class Batch:
             adapters.append(ReferenceAdapter(A, B, R, bias, shape.G, 2.0))
             block = pack_block(A, B, R, num_groups=shape.G, scaling=2.0, dtype=dtype, bias_bGN=bias).to(self.device)
             self.blocks.append(block)
-            self.table.place(slot, AdapterRows([block]))
+            self.table.place(slot, AdapterRows([block], as_given=as_given))
         x_TD, y_TD = randn(len(case.slots), D).to(dtype), randn(len(case.slots), D).to(dtype)
         delta_TD = routed_lora_batch_reference(x_TD, adapters, case.slots, case.bias_rows)
         self.expected_TD = y_TD.double() + delta_TD

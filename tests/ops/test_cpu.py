@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtlora.ops import cpu, cpu_kernel
+from mtlora.ops.operators import bind
 from tests.ops.cases import SHAPE_CLASSES, Batch, Case, Shape, random_slots
 
 KERNEL = cpu_kernel.compiled_kernel()
@@ -48,6 +49,41 @@ def test_is_the_formula(backend: str, dtype: torch.dtype, case: Case) -> None:
 def test_shape_classes(backend: str, dtype: torch.dtype, name: str) -> None:
     batch = Batch(SHAPE_CLASSES[name], dtype)
     BACKENDS[backend](*batch.tensors)
+    batch.check()
+
+
+@every_dtype
+@pytest.mark.parametrize(("K", "C"), [(1, 1), (7, 16), (8, 33), (576, 48)])
+def test_units_hold_the_weights(K: int, C: int, dtype: torch.dtype) -> None:
+    weights = torch.randn(3, K, C).to(dtype)
+    units = cpu_kernel.to_units(weights)
+    assert units.shape == (3, *cpu_kernel.units_shape(K, C, dtype))
+    assert torch.equal(cpu_kernel.from_units(units, K, C), weights)
+
+
+@every_dtype
+def test_torch_ops_read_weights_as_given(dtype: torch.dtype) -> None:
+    batch = Batch(SHAPE_CLASSES["ragged-sizes"], dtype, as_given=True)
+    cpu.in_torch_ops(*batch.tensors)
+    batch.check()
+    if KERNEL is not None:
+        with pytest.raises(ValueError, match="layout"):
+            cpu.run_kernel(KERNEL, 0, *batch.tensors)
+
+
+def test_a_bound_step_is_the_formula_and_refuses_what_does_not_fit() -> None:
+    batch = Batch(SHAPE_CLASSES["many-tokens-of-many"], torch.bfloat16)
+    add_path_ = bind(batch.table, batch.plan)
+    wrong = (
+        (batch.y_TD.float(), batch.x_TD), (batch.y_TD, batch.x_TD[:-1]), (batch.y_TD[:, ::2], batch.x_TD[:, ::2]),
+        (batch.y_TD, batch.x_TD.t().contiguous().t()), (batch.y_TD[:, 1:], batch.x_TD[:, 1:]),
+        (batch.y_TD[:5], batch.x_TD[:5]),
+    )  # fmt: skip
+    for y_TD, x_TD in wrong:
+        with pytest.raises(ValueError, match=r"must|table|range"):
+            add_path_(y_TD, x_TD, 0)
+    assert torch.equal(batch.y_TD, batch.before_TD)
+    add_path_(batch.y_TD, batch.x_TD, 0)
     batch.check()
 
 
