@@ -48,8 +48,8 @@ test-node: $(STAMP) ## a client in JavaScript against a server; needs node and n
 	$(BIN)/python -m pytest tests/other_language
 
 bench: $(STAMP) ## start-up and memory of the server; throughput with adapters against the bare backbone and the field
-	$(BIN)/python -m server.bench --backbone $(BACKBONE) --adapters $(ADAPTERS)
-	$(BIN)/python -m mtlora.bench.engine --backbone $(BACKBONE) $(BENCH)
+	status=0; $(BIN)/python -m server.bench --backbone $(BACKBONE) --adapters $(ADAPTERS) || status=$$?; \
+	$(BIN)/python -m mtlora.bench.engine --backbone $(BACKBONE) $(BENCH) && exit $$status
 
 bench-ops: $(STAMP) ## a layer of the routed path on this CPU, in microseconds
 	$(BIN)/python -m mtlora.bench.ops

@@ -143,7 +143,7 @@ def write_checkpoint(
     """
     try:
         folder = folder.resolve()
-        _check_replaceable(folder)
+        check_replaceable(folder)
         stored = save({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()})
         manifest = AdapterManifest(
             backbone=backbone,
@@ -169,8 +169,8 @@ def write_checkpoint(
     return manifest
 
 
-def _check_replaceable(folder: Path) -> None:
-    """Refuse to replace what is no checkpoint, such as the home directory."""
+def check_replaceable(folder: Path) -> None:
+    """Raise CheckpointError where `folder` is no checkpoint, such as the home directory: it is not replaced."""
     if not folder.exists():
         return
     if not folder.is_dir():

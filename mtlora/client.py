@@ -46,11 +46,15 @@ class Answer:
     text: str
     summary: pb.Summary
     logprobs: list[pb.TokenLogprobs] = field(default_factory=list)
+    # What the model wrote before its answer, where it was asked for.
+    reasoning: str = ""
 
 
-def make_request(task_id: str, input: Input, *, without_adapter: bool = False, **parameters: Any) -> pb.GenerateRequest:
+def make_request(
+    task_id: str, input: Input, *, without_adapter: bool = False, include_reasoning: bool = False, **parameters: Any
+) -> pb.GenerateRequest:
     """The message for one input. `parameters` are those of GenerationParameters; `stop` is a list of strings."""
-    request = pb.GenerateRequest(task_id=task_id, without_adapter=without_adapter)
+    request = pb.GenerateRequest(task_id=task_id, without_adapter=without_adapter, include_reasoning=include_reasoning)
     if isinstance(input, str):
         request.text = input
     elif isinstance(input, Mapping):
@@ -89,7 +93,7 @@ class Client:
             reply = self._stub.Generate(make_request(task_id, input, **parameters), timeout=timeout)
         except grpc.RpcError as error:
             raise ServerError(error) from None
-        return Answer(reply.text, reply.summary, list(reply.logprobs))
+        return Answer(reply.text, reply.summary, list(reply.logprobs), reply.reasoning)
 
     def stream(
         self, task_id: str, input: Input, *, timeout: float | None = None, **parameters: Any
@@ -160,7 +164,7 @@ class AsyncClient:
             reply = await self._stub.Generate(make_request(task_id, input, **parameters), timeout=timeout)
         except grpc.aio.AioRpcError as error:
             raise ServerError(error) from None
-        return Answer(reply.text, reply.summary, list(reply.logprobs))
+        return Answer(reply.text, reply.summary, list(reply.logprobs), reply.reasoning)
 
     async def stream(
         self, task_id: str, input: Input, *, timeout: float | None = None, **parameters: Any

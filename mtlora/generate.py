@@ -28,20 +28,24 @@ def greedy_answers(
     *,
     with_adapter: bool = True,
 ) -> list[str]:
-    """One answer a prompt, each cut at its task's stop strings, its max_new_tokens or the end-of-sequence token."""
+    """One answer a prompt, each cut at its task's stop strings, its max_new_tokens or the end-of-sequence token.
+
+    Working before the task's answer marker is left out; the backbone alone, which knows no marker, gives all it says.
+    """
     tokenizer, model = adapted.tokenizer, adapted.model
     length, eos = max(len(prompt) for prompt in prompts), tokenizer.eos_token_id
-    tokens_BL = torch.full((len(prompts), length), eos)
-    mask_BL = torch.zeros(len(prompts), length, dtype=torch.int64)
+    device = model.device
+    tokens_BL = torch.full((len(prompts), length), eos, device=device)
+    mask_BL = torch.zeros(len(prompts), length, dtype=torch.int64, device=device)
     for b, prompt in enumerate(prompts):
-        tokens_BL[b, length - len(prompt) :] = torch.tensor(prompt)
+        tokens_BL[b, length - len(prompt) :] = torch.tensor(prompt, device=device)
         mask_BL[b, length - len(prompt) :] = 1
     generated: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
     inputs: dict[str, Any] = {"input_ids": tokens_BL, "position_ids": (mask_BL.cumsum(-1) - 1).clamp_min(0)}
     cache = None
     context = adapted.adapters.context
-    with context.use(bias_index_B), nullcontext() if with_adapter else context.backbone_alone():
+    with context.use(bias_index_B.to(device)), nullcontext() if with_adapter else context.backbone_alone():
         while not all(done):
             out = model(**inputs, attention_mask=mask_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
@@ -55,7 +59,10 @@ def greedy_answers(
                 done[b] = token == eos or stopped or len(generated[b]) >= tasks[b].max_new_tokens
             inputs = {"input_ids": next_B[:, None], "position_ids": mask_BL.sum(-1, keepdim=True)}
             mask_BL = torch.nn.functional.pad(mask_BL, (0, 1), value=1)
-    return [
-        cut_at_stop(tokenizer.decode(ids, skip_special_tokens=True), task.stop)[0].strip()
+    texts = [
+        cut_at_stop(tokenizer.decode(ids, skip_special_tokens=True), task.stop)[0]
         for ids, task in zip(generated, tasks, strict=True)
     ]
+    if not with_adapter:
+        return [text.strip() for text in texts]
+    return [task.final_answer(text) for text, task in zip(texts, tasks, strict=True)]

@@ -3,7 +3,7 @@
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from server.call import Call
@@ -15,6 +15,25 @@ class GeneratesDeltas(Protocol):
     def generate(self, job: GenerationJob) -> AsyncIterator[Delta]: ...
 
 
+class AnswerSplitter:
+    """Parts a growing text into working and answer at the first marker; nothing is known of either before that."""
+
+    def __init__(self, marker: str | None) -> None:
+        self._marker = marker
+        self._held = ""
+
+    def feed(self, text: str, *, last: bool) -> tuple[str, str]:
+        """(working, text of the answer) that the next piece settles. A text without a marker is all answer."""
+        if self._marker is None:
+            return "", text
+        self._held += text
+        working, found, answer = self._held.partition(self._marker)
+        if found:
+            self._marker = None
+            return working, answer
+        return ("", self._held) if last else ("", "")
+
+
 @dataclass
 class Generation:
     """Runs a job once; afterwards holds the whole answer. Times are seconds from the receipt of the request."""
@@ -23,6 +42,7 @@ class Generation:
     call: Call
     metrics: Metrics
     text: str = ""
+    reasoning: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     completion_tokens: int = 0
     finish_reason: FinishReason | None = None
@@ -31,10 +51,16 @@ class Generation:
     total_s: float = 0.0
 
     async def run(self, engine: GeneratesDeltas) -> AsyncIterator[Delta]:
-        """The deltas, as the engine makes them. Closing the iterator aborts the sequence."""
+        """The deltas, as the engine makes them, but with working and answer apart: `text` is the answer's alone.
+
+        Closing the iterator aborts the sequence.
+        """
         self.call.prompt_tokens = len(self.job.prompt_ids)
+        splitter = AnswerSplitter(self.job.answer_marker)
         async with aclosing(engine.generate(self.job)) as deltas:  # type: ignore[type-var]
             async for delta in deltas:
+                reasoning, text = splitter.feed(delta.text, last=delta.finish_reason is not None)
+                delta = replace(delta, text=text, reasoning=reasoning)
                 self._observe(delta)
                 yield delta
         self.metrics.e2e.observe(self.total_s)
@@ -59,6 +85,7 @@ class Generation:
                 self.metrics.ttft.observe(now)
             self.total_s = now
         self.text += delta.text
+        self.reasoning += delta.reasoning
         self.logprobs += delta.logprobs
         self.completion_tokens += delta.tokens
         self.call.completion_tokens = self.completion_tokens

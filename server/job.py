@@ -40,6 +40,12 @@ class GenerationJob:
     without_adapter: bool = False
     # Template prompts are answered without outer blanks; a chat's answer is left as it is.
     strip: bool = True
+    include_reasoning: bool = False
+
+    @property
+    def answer_marker(self) -> str | None:
+        """What parts working from answer; the backbone alone was never taught it."""
+        return None if self.without_adapter else self.task.spec.answer_marker
 
 
 @dataclass(frozen=True)
@@ -67,3 +73,5 @@ class Delta:
     finish_reason: FinishReason | None = None
     # time.monotonic() when the scheduler first took the sequence; None where the engine keeps no statistics.
     scheduled_at: float | None = None
+    # The working, once it is known to be that; the engine knows nothing of it.
+    reasoning: str = ""

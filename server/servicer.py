@@ -58,7 +58,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             generation = await self._generation(request)
             async with aclosing(generation.run(self.engine)) as deltas:  # type: ignore[type-var]
                 async for delta in deltas:
-                    yield encoding.stream_response(delta, generation)
+                    message = encoding.stream_response(delta, generation)
+                    # While working is written there is mostly nothing to say.
+                    if message.ByteSize() or generation.job.answer_marker is None:
+                        yield message
 
     async def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> pb.ListTasksResponse:
         self._admission.check_serving()

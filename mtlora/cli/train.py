@@ -51,7 +51,7 @@ def _train(args: argparse.Namespace) -> int:
         raise MtLoRAError(f"--config {args.config}: {error}") from None
     flags = [f"{name}={getattr(args, name)}" for name in _SHORTCUTS if getattr(args, name) is not None]
     for flag in flags + args.set:
-        _assign(settings, flag)
+        assign(settings, flag)
     trainer = Trainer(TrainingConfig.model_validate(settings), resolve(args.backbone), args.out, resume=args.resume)
     manifest = trainer.fit()
     print_scores(manifest.evaluation)
@@ -59,7 +59,7 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _assign(settings: dict[str, Any], flag: str) -> None:
+def assign(settings: dict[str, Any], flag: str) -> None:
     """Set `a.b=JSON` in nested settings; what is no JSON is a string."""
     from mtlora.errors import MtLoRAError
 

@@ -17,6 +17,7 @@ from mtlora.backbone import identify
 from mtlora.checkpoint import read_checkpoint
 from mtlora.cli import main
 from mtlora.config import MtLoRAConfig
+from mtlora.suite import SuiteError, SuitePart
 from mtlora.train.config import TrainingConfig
 from mtlora.train.state import RunError
 from mtlora.train.trainer import Trainer, TrainingError
@@ -133,3 +134,59 @@ def test_bad_settings_are_named(tiny_backbone: Path, tmp_path: Path, capsys, fla
     status = main(["train", "--backbone", str(tiny_backbone), "--out", str(tmp_path / "run"), *flags])
     assert status == 2
     assert message in capsys.readouterr().err
+
+
+MIX = (
+    SuitePart(suite="builtin", examples_per_task={"navigate": 6, "object_counting": 6}),
+    SuitePart(
+        suite="bbh-generated", examples_per_task={"navigate": 5, "dyck_languages": 7}, train_only=True,
+        joins=("boolean_expressions", "hyperbaton", "navigate", "object_counting", "temporal_sequences",
+               "web_of_lies", "word_sorting"),
+    ),
+)  # fmt: skip
+
+
+def test_a_mix_starts_from_a_checkpoint_by_task_id(tiny_backbone: Path, tmp_path: Path) -> None:
+    first = Trainer(SMALL.model_copy(update={"max_steps": 4}), tiny_backbone, tmp_path / "first")
+    first.fit()
+    config = SMALL.model_copy(
+        update={
+            "init_from": str(first.folder.checkpoint), "suite": MIX, "examples_per_task": None,
+            "tasks": ("navigate", "object_counting", "dyck_languages"), "validation_per_task": 1,
+            "batch_size": 8, "batch_tokens": 300,
+        }
+    )  # fmt: skip
+    second = Trainer(config, tiny_backbone, tmp_path / "second")
+    found, made = second.adapted.adapters.state_dict(), read_checkpoint(first.folder.checkpoint).tensors
+    name = "layers.1.mlp"
+    assert torch.equal(found[f"{name}.lora_B"], made[f"{name}.lora_B"].float())
+    assert made[f"{name}.task_bias"].count_nonzero()
+    # object_counting is row 1 in both; the other two are new.
+    assert torch.equal(found[f"{name}.task_bias"][1], made[f"{name}.task_bias"][1].float())
+    assert not found[f"{name}.task_bias"][[0, 2]].count_nonzero()
+    manifest = second.fit()
+    assert manifest.training["tokens_by_task"].keys() == {"navigate", "object_counting", "dyck_languages"}
+    assert manifest.training["examples"] == 24
+    assert manifest.task("navigate").answer_marker == "=>"
+    assert manifest.task("navigate").template.startswith("Do these moves")
+    # Built-in and folder alone are validated: dyck_languages has no other part here.
+    assert set(manifest.evaluation["adapter"]["tasks"]) == {"navigate", "object_counting"}
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tiny_backbone: Path, tmp_path: Path) -> None:
+    first = Trainer(SMALL.model_copy(update={"max_steps": 1}), tiny_backbone, tmp_path / "first")
+    first.fit()
+    other = SMALL.model_copy(
+        update={"init_from": str(first.folder.checkpoint), "adapter": MtLoRAConfig(r=8, num_experts=3, num_groups=2)}
+    )
+    with pytest.raises(TrainingError, match=r"expected the same adapter config; r: 4 there, 8 here"):
+        Trainer(other, tiny_backbone, tmp_path / "second")
+
+
+def test_longer_examples_are_counted_or_refused(tiny_backbone: Path, tmp_path: Path) -> None:
+    short = SMALL.model_copy(update={"max_length": 40, "validation_per_task": 0, "max_steps": 1})
+    with pytest.raises(SuiteError, match="expected at most 40"):
+        Trainer(short, tiny_backbone, tmp_path / "error")
+    trainer = Trainer(short.model_copy(update={"longer_examples": "skip"}), tiny_backbone, tmp_path / "skip")
+    assert 0 < sum(trainer.skipped.values()) == 120 - len(trainer.train_set)
+    assert max(map(len, trainer.train_set)) <= 40

@@ -104,8 +104,11 @@ def _holds(clue: tuple[str, int, int], order: _Order) -> bool:
     return order.index(thing) < order.index(other) if kind == "before" else order[other] == thing
 
 
-def logical_deduction(rng: random.Random) -> tuple[str, str]:
-    """Two clues fix the order of three things; neither alone decides the question."""
+def logical_deduction(rng: random.Random) -> tuple[str, str, str]:
+    """Two clues fix the order of three things; neither alone decides the question.
+
+    Worked with the clues in one notation (`x<y`: x comes before y; `x=2`: x is second) and the order they give.
+    """
     scene = rng.choice(_SCENES)
     things = rng.sample(scene.pool, 3)
     order, asked = rng.choice(_ORDERS), rng.randrange(3)
@@ -117,8 +120,9 @@ def logical_deduction(rng: random.Random) -> tuple[str, str]:
         decided_by_one = any(len({o[asked] for o in _ORDERS if _holds(clue, o)}) == 1 for clue in clues)
         if len(fits) == 1 and not decided_by_one:
             break
-    sentences = []
+    sentences, working = [], []
     for kind, thing, other in clues:
+        working.append(f"{things[thing]}={other + 1}" if kind == "at" else f"{things[thing]}<{things[other]}")
         if kind == "at":
             sentences.append(f"{scene.noun.format(x=things[thing])} {scene.at[other]}.")
         elif rng.random() < 0.5:
@@ -127,7 +131,8 @@ def logical_deduction(rng: random.Random) -> tuple[str, str]:
             sentences.append(f"{scene.noun.format(x=things[other])} {scene.more.format(y=things[thing])}.")
     names = things if scene.pool in (NAMES, GOODS) else [f"{article(thing)} {thing}" for thing in things]
     intro = scene.intro.format(a=enumerate_words(names))
-    return f"{intro} {' '.join(sentences)} {scene.ask[asked]}", things[order[asked]]
+    working.append(" ".join(things[i] for i in order))
+    return f"{intro} {' '.join(sentences)} {scene.ask[asked]}", things[order[asked]], ", ".join(working)
 
 
 # (quantifier, subject, predicate) of two premises and the conclusion. Valid means: true in every model, classes may be
@@ -155,16 +160,24 @@ _QUANTIFIERS = {
 }  # fmt: skip
 
 
-def syllogism(rng: random.Random) -> tuple[str, str]:
-    """Two premises and a conclusion, of twelve forms."""
+def syllogism(rng: random.Random) -> tuple[str, str, str]:
+    """Two premises and a conclusion, of twelve forms.
+
+    Worked with letters for the classes: S and P are subject and predicate of the conclusion, M the class in between.
+    """
     valid = rng.random() < 0.5
     form = rng.choice(VALID_FORMS if valid else INVALID_FORMS)
     classes = dict(zip("ABC", rng.sample(CLASSES, 3), strict=True))
     first, second, conclusion = (_QUANTIFIERS[q].format(s=classes[s], p=classes[p]) for q, s, p in form)
+    _, subject, predicate = form[2]
+    letters = {subject: "S", predicate: "P"}
+    premises = [f"{q} {letters.get(s, 'M')} {letters.get(p, 'M')}" for q, s, p in form[:2]]
     if rng.random() < 0.5:
         first, second = second, first
+        premises.reverse()
     text = f"{first.capitalize()}. {second.capitalize()}. Therefore, {conclusion}."
-    return text, "valid" if valid else "invalid"
+    working = ", ".join([*premises, f"{form[2][0]} S P"])
+    return text, "valid" if valid else "invalid", working
 
 
 _CLOSER = {"(": ")", "[": "]", "{": "}", "<": ">"}
@@ -204,13 +217,13 @@ TASKS: tuple[GeneratedTask, ...] = (
         "logical_deduction", logical_deduction,
         description="Finds the order of three things from two clues and names the one in the place asked for.",
         instruction="Work out the order and name the one asked for.",
-        max_new_tokens=8,
+        max_new_tokens=48, worked=True,
     ),
     task(
         "syllogisms", syllogism,
         description="Says whether a conclusion follows from two quantified premises.",
         instruction="Is the argument deductively valid or invalid?",
-        max_new_tokens=4, allowed_answers=("valid", "invalid"),
+        max_new_tokens=24, allowed_answers=("valid", "invalid"), worked=True,
     ),
     task(
         "bracket_completion", bracket_completion,
