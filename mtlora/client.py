@@ -54,9 +54,7 @@ def make_request(
     task_id: str, input: Input, *, without_adapter: bool = False, include_reasoning: bool = False, **parameters: Any
 ) -> pb.GenerateRequest:
     """The message for one input. `parameters` are those of GenerationParameters; `stop` is a list of strings."""
-    request = pb.GenerateRequest(
-        task_id=task_id, without_adapter=without_adapter, include_reasoning=include_reasoning
-    )
+    request = pb.GenerateRequest(task_id=task_id, without_adapter=without_adapter, include_reasoning=include_reasoning)
     if isinstance(input, str):
         request.text = input
     elif isinstance(input, Mapping):
