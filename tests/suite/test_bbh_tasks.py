@@ -65,18 +65,18 @@ KNOWN = [
     ),
     (
         "tracking_shuffled_objects_three_objects",
-        "Alice, Bob, and Claire are playing a game. At the start of the game, they are each holding a ball: Alice has a "
-        "blue ball, Bob has a black ball, and Claire has a pink ball.\nAs the game progresses, pairs of players trade "
-        "balls. First, Claire and Bob swap balls. Then, Bob and Alice swap balls. Finally, Claire and Alice swap balls. "
-        "At the end of the game, Alice has the\nOptions:\n(A) blue ball\n(B) black ball\n(C) pink ball",
+        "Alice, Bob, and Claire are playing a game. At the start of the game, they are each holding a ball: Alice has "
+        "a blue ball, Bob has a black ball, and Claire has a pink ball.\nAs the game progresses, pairs of players trade "
+        "balls. First, Claire and Bob swap balls. Then, Bob and Alice swap balls. Finally, Claire and Alice swap "
+        "balls. At the end of the game, Alice has the\nOptions:\n(A) blue ball\n(B) black ball\n(C) pink ball",
         "Alice A Bob B Claire C, Claire B Bob C, Bob A Alice C, Claire C Alice B",
         "(B)",
     ),
     (
         "logical_deduction_three_objects",
         "The following paragraphs each describe a set of three objects arranged in a fixed order. The statements are "
-        "logically consistent within each paragraph. In an antique car show, there are three vehicles: a convertible, a "
-        "station wagon, and a truck. The truck is the newest. The station wagon is older than the convertible.\n"
+        "logically consistent within each paragraph. In an antique car show, there are three vehicles: a convertible, "
+        "a station wagon, and a truck. The truck is the newest. The station wagon is older than the convertible.\n"
         "Options:\n(A) The convertible is the second-newest\n(B) The station wagon is the second-newest\n"
         "(C) The truck is the second-newest",
         "truck=3, station wagon<convertible: station wagon convertible truck, convertible",

@@ -9,7 +9,10 @@ from mtlora.suite import SuiteError, SuitePart, load_suite
 
 SHARED = ("boolean_expressions", "hyperbaton", "navigate", "object_counting", "temporal_sequences", "web_of_lies",
           "word_sorting")  # fmt: skip
-TEXT = "If you follow these instructions, do you return to the starting point? Take 1 step. Take {n} steps.\nOptions:\n- Yes\n- No"
+TEXT = (
+    "If you follow these instructions, do you return to the starting point? Take 1 step. Take {n} steps.\n"
+    "Options:\n- Yes\n- No"
+)
 
 
 @pytest.fixture

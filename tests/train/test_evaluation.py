@@ -1,4 +1,4 @@
-"""`mtlora eval` and what it is made of, on a tiny backbone: batching that changes nothing, shots, likelihood, scores."""
+"""`mtlora eval` and what it is made of, on a tiny backbone: batches, shots, likelihood, scores."""
 
 import json
 from pathlib import Path
