@@ -66,9 +66,9 @@ KNOWN = [
     (
         "tracking_shuffled_objects_three_objects",
         "Alice, Bob, and Claire are playing a game. At the start of the game, they are each holding a ball: Alice has "
-        "a blue ball, Bob has a black ball, and Claire has a pink ball.\nAs the game progresses, pairs of players trade "
-        "balls. First, Claire and Bob swap balls. Then, Bob and Alice swap balls. Finally, Claire and Alice swap "
-        "balls. At the end of the game, Alice has the\nOptions:\n(A) blue ball\n(B) black ball\n(C) pink ball",
+        "a blue ball, Bob has a black ball, and Claire has a pink ball.\nAs the game progresses, pairs of players "
+        "trade balls. First, Claire and Bob swap balls. Then, Bob and Alice swap balls. Finally, Claire and Alice "
+        "swap balls. At the end of the game, Alice has the\nOptions:\n(A) blue ball\n(B) black ball\n(C) pink ball",
         "Alice A Bob B Claire C, Claire B Bob C, Bob A Alice C, Claire C Alice B",
         "(B)",
     ),
