@@ -11,13 +11,16 @@ DEVICE ?= cpu
 TORCH       ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BACKBONE ?= default
+# What make accuracy scores: the shipped adapter's newest version, on examples that no earlier run drew.
+ADAPTER  ?= $(patsubst %/,%,$(lastword $(sort $(wildcard adapters/builtin/*/))))
+SEED     ?= $(shell date +%s)
 ADAPTERS ?= adapters
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(DEVICE)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: help venv demo test test-node serve bench bench-ops bench-gpu faults lint format proto lock train clean
+.PHONY: help venv demo accuracy test test-node serve bench bench-ops bench-gpu faults lint format proto lock train clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +39,9 @@ endif
 
 demo: $(STAMP) ## 25 tasks answered by one backbone through one server, with accuracy
 	$(BIN)/mtlora-server demo --backbone $(BACKBONE) --adapters $(ADAPTERS)
+
+accuracy: $(STAMP) ## the shipped adapter on the built-in test split, SEED=N for the same examples again
+	$(BIN)/mtlora eval --backbone $(BACKBONE) --adapter $(ADAPTER) --seed $(SEED) --json out/accuracy.json
 
 serve: $(STAMP) ## serve the adapters of ADAPTERS=DIR beside BACKBONE=DIR
 	$(BIN)/mtlora-server serve --backbone $(BACKBONE) --adapters $(ADAPTERS)
