@@ -71,7 +71,7 @@ format: $(STAMP) ## let ruff format and sort
 
 proto: $(STAMP) ## generate proto/gen from proto/mtlora
 	$(BIN)/python -m grpc_tools.protoc -Imtlora_pb=proto/mtlora --python_out=proto/gen --pyi_out=proto/gen \
-	  --grpc_python_out=proto/gen mtlora_pb/v1/inference.proto
+	  --grpc_python_out=proto/gen $(patsubst proto/mtlora/%,mtlora_pb/%,$(wildcard proto/mtlora/v1/*.proto))
 
 train: $(STAMP) ## make the shipped adapter again, from its recorded configuration (about an hour on two cores)
 	$(BIN)/mtlora train --config adapters/builtin/training.json --out out/builtin --resume

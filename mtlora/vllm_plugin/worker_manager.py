@@ -1,5 +1,7 @@
 """The worker's side of the plugin: turns requests into slots, from memory wherever a step waits for it."""
 
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from mtlora.vllm_plugin.packed import Slot
 from mtlora.vllm_plugin.store import AdapterStore
 
 logger = init_logger(__name__)
+
+# Key of vLLM's `additional_config`.
+HOST_CACHE_KEY = "mtlora_host_cache_bytes"
 
 
 class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
@@ -37,8 +42,37 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
             [block.block_name for block in self._adapter_manager.blocks],
             device=self.device,
             dtype=vllm_config.model_config.dtype,
+            host_cache_bytes=host_cache_bytes(vllm_config.additional_config),
         )
+        # One thread: staging is to take what steps leave of the cores, not to race them.
+        self._stager = ThreadPoolExecutor(1, "stage-adapter")
+        self._staging: dict[str, Future[None]] = {}
         return wrapped
+
+    def stage(self, folder: str) -> bool:
+        """Read and pack a checkpoint beside the running steps; True once it is done. Ask again until then.
+
+        Raises CheckpointError where it cannot be used; the next call tries anew.
+        """
+        future = self._staging.get(folder)
+        if future is None:
+            future = self._staging[folder] = self._stager.submit(self.store.stage, folder)
+        if not future.done():
+            return False
+        del self._staging[folder]
+        future.result()
+        return True
+
+    def unstage(self, folder: str) -> None:
+        """Give up what was staged and not placed."""
+        if future := self._staging.pop(folder, None):
+            future.cancel()
+        self._stager.submit(self.store.unstage, folder)
+
+    def place(self, folder: str, requests: Sequence[LoRARequest]) -> None:
+        """Register the slots of a staged adapter; reads nothing. Raises ValueError as `AdapterStore.place` does."""
+        with gpu_sync_allowed():
+            self.store.place(folder, requests)
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """Register a request's adapter, outside any step. What is wrong with it reaches the caller of `add_lora`."""
@@ -96,6 +130,11 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
     def list_adapters(self) -> set[int]:
         """Ids of all registered slots, in vLLM's caches or not."""
         return self.store.slot_ids()
+
+
+def host_cache_bytes(additional_config: Any) -> int:
+    """How much of packed adapters without slots to keep in host memory: the engine's `additional_config`, else 0."""
+    return int(additional_config.get(HOST_CACHE_KEY, 0)) if isinstance(additional_config, dict) else 0
 
 
 def running_backbone(model_config: ModelConfig) -> dict[str, Any]:
