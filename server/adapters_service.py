@@ -143,7 +143,7 @@ def _event(event: Event) -> pb.AdapterEvent:
     return message
 
 
-def _stage(stage: Stage) -> pb.AdapterStage:
+def _stage(stage: Stage) -> Any:
     return pb.AdapterStage.Value(f"ADAPTER_STAGE_{stage.name}")
 
 

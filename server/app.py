@@ -158,7 +158,8 @@ class App:
             self._servicer.engine = LeasingEngine(supervisor, self._adapters.residency)
             self._adapters_servicer.registry = self._adapters.registry
             self._verifying = asyncio.ensure_future(self._verify_adapters())
-            await supervisor.start()
+            # Together: where nothing can be served, nobody waits for the engine to find out.
+            await asyncio.gather(supervisor.start(), self._verifying)
         except (BackboneError, EngineStartError) as error:
             raise StartError(str(error)) from error
         except EngineDeadError:
@@ -206,6 +207,9 @@ class App:
             print(f"mtlora-server: {error}", file=sys.stderr, flush=True)
             # Long enough for the requests that ran to get their status.
             await asyncio.sleep(0.5)
+            self._exit(1)
+        except Exception:
+            logger.error("the engine is not supervised any more", exc_info=True)
             self._exit(1)
 
     async def _follow_adapters(self) -> None:

@@ -50,7 +50,7 @@ class Supervisor:
         self.starting = False
 
     async def start(self) -> None:
-        """Start an engine and hand it to the listener. Raises EngineStartError, or EngineDeadError where it dies soon."""
+        """Start an engine and hand it to the listener. Raises EngineStartError, or EngineDeadError if it dies."""
         engine = self.engine = self._make()
         self.starting = True
         try:

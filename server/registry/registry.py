@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -131,7 +132,12 @@ class Registry:
             for record in list(self.records.values()):
                 if record.candidate() is not None and record.name not in self._busy:
                     task = self._busy[record.name] = asyncio.create_task(self._follow(record))
-                    task.add_done_callback(lambda _, name=record.name: self._busy.pop(name, None))
+                    task.add_done_callback(partial(self._followed, record.name))
+
+    def _followed(self, name: str, task: asyncio.Task[None]) -> None:
+        del self._busy[name]
+        if not task.cancelled() and (error := task.exception()):
+            logger.error("an adapter is not followed", exc_info=error, extra={"fields": {"adapter": name}})
 
     async def load(self, name: str, version: str = "") -> AdapterVersion:
         """Let a version, the highest by default, serve now; versions above it are passed over.
@@ -218,10 +224,10 @@ class Registry:
             wanted = {version for split in record.weights.values() for version in split}
             gone = [record.canary.pop(version) for version in set(record.canary) - wanted]
             self._publish()
-            for version in fresh:
-                self._event(version, Stage.SERVING)
-            for version in gone:
-                self._retire(version)
+            for each in fresh:
+                self._event(each, Stage.SERVING)
+            for each in gone:
+                self._retire(each)
 
     def pin(self, name: str) -> None:
         """Keep an adapter's serving version in the engine. Raises NotPossibleError where pins fill it."""
@@ -399,7 +405,8 @@ class Registry:
                 self._event(version, Stage.DRAINED)
                 self._parts.metrics.resident.set(len(self.residency.resident))
             key = version.name, version.version, version.content
-            if version not in record.previous and self._live.pop(key, None):
+            if version not in record.previous and key in self._live:
+                del self._live[key]
                 self._parts.spool.release(version.content)
 
         self._spawn(drain())

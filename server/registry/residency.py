@@ -89,14 +89,14 @@ class Residency:
         self._retired.add(version)
         while version in self._retired and (place := self._places.get(version)) is not None:
             await self._let_go(place)
-            await self._until(
-                lambda place=place: version not in self._retired or self._places.get(version) is not place
-            )
+            await self._gone(place, unless=lambda: version not in self._retired)
         self._retired.discard(version)
 
     def keep(self, version: AdapterVersion) -> None:
         """Call off `retire`: the version serves again."""
-        self._retired.discard(version)
+        if version in self._retired:
+            self._retired.discard(version)
+            self._spawn(self._notify())
 
     def reset(self) -> None:
         """The engine is gone, and everything in it."""
@@ -107,7 +107,7 @@ class Residency:
     async def _acquire(self, version: AdapterVersion) -> _Place:
         began = time.monotonic()
         while (place := self._places.get(version)) is not None and place.closed:
-            await self._until(lambda place=place: self._places.get(version) is not place)
+            await self._gone(place)
         place = place or self._begin(version)
         self._places.move_to_end(version)
         place.users += 1
@@ -189,6 +189,7 @@ class Residency:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _until(self, condition: Callable[[], bool]) -> None:
+    async def _gone(self, place: _Place, unless: Callable[[], bool] = lambda: False) -> None:
+        """Wait until a place is given up, or for what comes first."""
         async with self._changed:
-            await self._changed.wait_for(condition)
+            await self._changed.wait_for(lambda: self._places.get(place.version) is not place or unless())

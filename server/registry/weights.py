@@ -15,9 +15,7 @@ Split = tuple[tuple[int, _T], ...]
 
 def ordered(weights: Mapping[str, int]) -> list[tuple[str, int]]:
     """Versions with a share, by version: a key's side is then a matter of the weights alone."""
-    return sorted(
-        ((version, weight) for version, weight in weights.items() if weight), key=lambda it: version_key(it[0])
-    )
+    return [(version, weights[version]) for version in sorted(weights, key=version_key) if weights[version]]
 
 
 def choose(split: Sequence[tuple[int, _T]], salt: str, key: bytes) -> _T:
