@@ -39,9 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="run the server", description=_SERVE_DESCRIPTION))
     _add_ask(commands.add_parser("ask", help="ask a running server"))
     _add_tasks(commands.add_parser("tasks", help="list a running server's tasks"))
-    add_adapters(
-        commands.add_parser("adapters", help="change a running server's adapters"), _DEFAULT_ADDRESS, _adapters
-    )
+    add_adapters(commands.add_parser("adapters", help="of a running server"), _DEFAULT_ADDRESS, _adapters)
     _add_demo(commands.add_parser("demo", help="start a server and ask it every built-in task at once"))
     return parser
 

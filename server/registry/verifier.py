@@ -28,21 +28,25 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 2
 _CHUNK = 1 << 20
-# What reading takes beside the tensors and a copy of the largest one.
-_HEADROOM_BYTES = 512 << 20
+# A server holds a row of the table for each.
+MAX_TASKS = 20_000
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one verification may take: bytes of both files, and seconds, of the clock and of a core."""
+    """What one verification may take: bytes of both files, and seconds, of the clock and of a core.
+
+    headroom_bytes: memory for reading, beside the tensors and what is made of them.
+    """
 
     max_bytes: int = 1 << 30
     timeout_s: float = 60.0
+    headroom_bytes: int = 512 << 20
 
     @property
     def memory_bytes(self) -> int:
         """Address space, above what the child begins with."""
-        return 2 * self.max_bytes + _HEADROOM_BYTES
+        return 2 * self.max_bytes + self.headroom_bytes
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,10 @@ def _child(
 
 
 def check(root: Path, folder: Path, incoming: Path, backbone: "BackboneIdentity", max_bytes: int) -> str:
-    """Copy a version to `incoming` and read it there; its content's hash. Raises CheckpointError."""
+    """Copy a version to `incoming` and read it there; its content's hash. Raises CheckpointError.
+
+    The copy's manifest is without provenance, which may be any JSON: whoever reads it later reads only what serves.
+    """
     from mtlora.checkpoint import CheckpointError, open_file, read_checkpoint
 
     real = folder.resolve()
@@ -151,10 +158,15 @@ def check(root: Path, folder: Path, incoming: Path, backbone: "BackboneIdentity"
             # Not past that size, should it grow meanwhile: the limit on file sizes ends what goes on and on.
             shutil.copyfileobj(source, copy, _CHUNK)
     try:
-        read_checkpoint(incoming, backbone)
+        manifest = read_checkpoint(incoming, backbone).manifest
     except CheckpointError as error:
         raise CheckpointError(str(error).replace(str(incoming), str(folder))) from None
-    return hashlib.sha256((incoming / MANIFEST_FILE).read_bytes()).hexdigest()
+    if len(manifest.tasks) > MAX_TASKS:
+        raise CheckpointError(f"{folder}: tasks: expected at most {MAX_TASKS}, found {len(manifest.tasks)}")
+    content = hashlib.sha256((incoming / MANIFEST_FILE).read_bytes()).hexdigest()
+    serving = manifest.model_copy(update={"training": {}, "evaluation": {}})
+    (incoming / MANIFEST_FILE).write_text(serving.model_dump_json())
+    return content
 
 
 def _limit_this_process(limits: Limits) -> None:
