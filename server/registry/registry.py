@@ -262,7 +262,10 @@ class Registry:
         for version in found:
             by_name.setdefault(version.name, {})[version.version] = version
         for name in [*by_name, *(name for name in self.records if name not in by_name)]:
-            self._note(self.records.setdefault(name, AdapterRecord(name)), by_name.get(name, {}))
+            record = self.records.setdefault(name, AdapterRecord(name))
+            self._note(record, by_name.get(name, {}))
+            if not record.found and not record.active and name not in self._busy:
+                self._forget(record)
 
     def _note(self, record: AdapterRecord, found: dict[str, Found]) -> None:
         for version, now in found.items():
@@ -281,6 +284,13 @@ class Registry:
             for key, seen in self._first_seen.items()
             if key[0] != record.name or (key[1] in found and found[key[1]].signature == key[2])
         }
+
+    def _forget(self, record: AdapterRecord) -> None:
+        """An adapter that is neither here any more nor serves."""
+        del self.records[record.name]
+        before, record.previous = record.previous, []
+        for version in before:
+            self._retire(version)
 
     async def _follow(self, record: AdapterRecord) -> None:
         """Bring an adapter to what should serve, or to the best below it that can."""
@@ -398,7 +408,7 @@ class Registry:
         async def drain() -> None:
             was_there = version in self.residency.resident
             await self.residency.retire(version)
-            record = self.records[version.name]
+            record = self.records.get(version.name) or AdapterRecord(version.name)
             if version in record.active or version in self._bringing:
                 return
             if was_there:

@@ -438,3 +438,13 @@ def test_a_growing_share_only_gains_keys(key: bytes, one: int, other: int) -> No
     low, high = sorted((one, other))
     if pick({"new": low, "old": 100 - low})(key) == "new":
         assert pick({"new": high, "old": 100 - high})(key) == "new"
+
+
+async def test_what_is_unloaded_and_gone_is_forgotten(home: Home) -> None:
+    write(home.root / "a" / "1", "x")
+    await home.open()
+    home.follow()
+    await home.registry.unload("a")
+    shutil.rmtree(home.root / "a")
+    await eventually(lambda: not home.registry.records)
+    await eventually(lambda: not list(home.spool.root.iterdir()))
