@@ -12,6 +12,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NoReturn
 
+from server.engine_processes import EngineProcesses
 from server.errors import EngineAbortedError, EngineDeadError
 from server.job import Delta, FinishReason, GenerationJob, Sampling, TokenLogprob, TokenLogprobs
 from server.logs import get_logger
@@ -63,7 +64,7 @@ class Engine:
         self._on_stats = on_stats
         self._llm: Any = None
         self._count = 0
-        self._processes: list[Any] = []
+        self._processes = EngineProcesses()
         self._waits: set[_Wait] = set()
         self._lost = False
         self._last_step = time.monotonic()
@@ -75,7 +76,8 @@ class Engine:
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
         try:
             self._llm = self._build()
-            self._processes = self._find_processes()
+            cores = self._llm.engine_core.resources.engine_manager.processes
+            self._processes = EngineProcesses.below(core.pid for core in cores)
         except Exception as error:
             logger.error("the engine did not start", exc_info=True)
             raise EngineStartError(f"the engine did not start: {error}") from error
@@ -150,9 +152,7 @@ class Engine:
         for wait in self._waits:
             wait.lost = True
             wait.task.cancel()
-        for process in self._processes:
-            with contextlib.suppress(Exception):
-                process.kill()
+        self._processes.kill()
         if self._llm is not None:
             # Nothing more is sent to what has gone.
             self._llm.engine_core.resources.engine_dead = True
@@ -215,13 +215,6 @@ class Engine:
         self._last_step = time.monotonic()
         self._on_stats(stats)
 
-    def _find_processes(self) -> list[Any]:
-        """The engine's processes: found while all live, since a dead parent's children are not to be found."""
-        import psutil
-
-        cores = [psutil.Process(core.pid) for core in self._llm.engine_core.resources.engine_manager.processes]
-        return [process for core in cores for process in (*core.children(recursive=True), core)]
-
     async def warm_up(self, slot: Any | None, *, short: bool = False) -> None:
         """Run short sequences through prefill, decode and sampling, so that no user's request pays for first calls.
 
@@ -275,6 +268,8 @@ class Engine:
         """Stop the engine's processes. Blocks for a few seconds at most."""
         if self._llm is not None:
             self._llm.shutdown(timeout=0 if self._lost else 5)
+            if self._lost:
+                self._processes.clean_up()
             # Collected now: at the interpreter's exit its finalizer would fail, in writing.
             self._llm = None
 

@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     )
 
     engine_hang_s: float = Field(
-        30.0, ge=1, le=3600, description="seconds without a step, while work waits, after which the engine is restarted"
+        60.0, ge=1, le=3600, description="seconds without a step, while work waits, after which the engine is restarted"
     )
     engine_max_failures: int = Field(
         3, ge=1, description="engine failures within engine_failure_window_s after which the server exits"

@@ -1,6 +1,7 @@
 """What happened to adapters: each event goes to the log, to the metrics, and to whoever watches."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -45,7 +46,8 @@ class Events:
         fields |= {name: value for name in ("content", "reason") if (value := getattr(event, name))}
         if event.failed_stage:
             fields["failed_stage"] = event.failed_stage.value
-        logger.log(40 if failed else 20, "adapter not served" if failed else "adapter", extra={"fields": fields})
+        level, message = (logging.ERROR, "adapter not served") if failed else (logging.INFO, "adapter")
+        logger.log(level, message, extra={"fields": fields})
         self._on_event(event)
         for queue in list(self._watchers):
             try:

@@ -34,6 +34,8 @@ logger = get_logger("adapters")
 # (adapter name, version, folder, manifest, first id) -> a vLLM LoRARequest for each task id.
 MakeSlots = Callable[[str, str, Path, "AdapterManifest", int], Mapping[str, Any]]
 
+_LOADS_AT_ONCE = 8
+
 # Files are looked at once they have not changed for this long, and refused only after the longer time: a writer may
 # pause.
 _SETTLE_S = 0.05
@@ -115,13 +117,17 @@ class Registry:
         self.residency.reset()
         active = [(record, version) for record in self.records.values() for version in record.active]
         active.sort(key=lambda pair: (pair[0].pinned, recent.get(pair[1], -1)), reverse=True)
-        for record, version in reversed(active[: self.residency.capacity]):
+        at_once = asyncio.Semaphore(_LOADS_AT_ONCE)
+
+        async def load(record: AdapterRecord, version: AdapterVersion) -> None:
             try:
-                async with self.residency.lease(version):
+                async with at_once, self.residency.lease(version):
                     self._event(version, Stage.LOADED)
             except StageError as error:
                 self._fail(record.name, version.version, error, version.content)
                 self._drop(record, version)
+
+        await asyncio.gather(*(load(*each) for each in reversed(active[: self.residency.capacity])))
         self._publish()
         self._parts.metrics.resident.set(len(self.residency.resident))
 
