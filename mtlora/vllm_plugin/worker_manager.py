@@ -1,5 +1,8 @@
 """The worker's side of the plugin: turns requests into slots, from memory wherever a step waits for it."""
 
+import contextlib
+import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +22,8 @@ from mtlora.vllm_plugin.packed import Slot
 from mtlora.vllm_plugin.store import AdapterStore
 
 logger = init_logger(__name__)
+
+_STAGING_NICENESS = 5
 
 # Key of vLLM's `additional_config`.
 HOST_CACHE_KEY = "mtlora_host_cache_bytes"
@@ -44,8 +49,7 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
             dtype=vllm_config.model_config.dtype,
             host_cache_bytes=host_cache_bytes(vllm_config.additional_config),
         )
-        # One thread: staging is to take what steps leave of the cores, not to race them.
-        self._stager = ThreadPoolExecutor(1, "stage-adapter")
+        self._stager = ThreadPoolExecutor(1, "stage-adapter", initializer=_stand_back)
         self._staging: dict[str, Future[None]] = {}
         return wrapped
 
@@ -130,6 +134,15 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
     def list_adapters(self) -> set[int]:
         """Ids of all registered slots, in vLLM's caches or not."""
         return self.store.slot_ids()
+
+
+def _stand_back() -> None:
+    """Have this thread take what steps leave of the cores: it is not to race them."""
+    # One core, of all there are: it has inherited the one that the first of the engine's threads is bound to.
+    torch.set_num_threads(1)
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _STAGING_NICENESS)
 
 
 def host_cache_bytes(additional_config: Any) -> int:

@@ -6,7 +6,7 @@ from server.registry.source import Found, Signature
 from server.registry.version import AdapterVersion, version_key
 
 # How many versions that served before can be rolled back to.
-_KEPT = 2
+KEPT = 2
 
 
 @dataclass
@@ -55,7 +55,7 @@ class AdapterRecord:
         self.serving, self.serving_signature = version, signature
         self.previous = [each for each in self.previous if each is not version]
         self.canary.pop(version.version, None)
-        dropped, self.previous = self.previous[:-_KEPT], self.previous[-_KEPT:]
+        dropped, self.previous = self.previous[:-KEPT], self.previous[-KEPT:]
         return dropped
 
     def pass_over_above(self, version: str) -> None:

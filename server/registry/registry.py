@@ -18,7 +18,7 @@ from server.logs import get_logger
 from server.registry.events import Event, Events
 from server.registry.metrics import RegistryMetrics
 from server.registry.mirror import Mirror, MirrorError
-from server.registry.record import AdapterRecord
+from server.registry.record import KEPT, AdapterRecord
 from server.registry.residency import Residency
 from server.registry.source import Found, Misnamed, Signature, scan, signature_of
 from server.registry.spool import Spool
@@ -81,6 +81,7 @@ class Registry:
         self.catalog = Catalog()
         self._next_id = 1
         self._misnamed: set[Misnamed] = set()
+        self._suspects: set[Misnamed] | None = None
         self._first_seen: dict[tuple[str, str, Signature], float] = {}
         self._bringing: set[AdapterVersion] = set()
         self._looking = asyncio.Lock()
@@ -113,8 +114,8 @@ class Registry:
 
         For a new engine too. What the engine does not take stops serving. Raises EngineDeadError.
         """
-        recent = {version: place for place, version in enumerate(self.residency.resident)}
         self.residency.reset()
+        recent = {version: place for place, version in enumerate(self.residency.lost)}
         active = [(record, version) for record in self.records.values() for version in record.active]
         active.sort(key=lambda pair: (pair[0].pinned, recent.get(pair[1], -1)), reverse=True)
         at_once = asyncio.Semaphore(_LOADS_AT_ONCE)
@@ -169,14 +170,17 @@ class Registry:
             record.pinned = False
             self.residency.pinned.discard(name)
             gone = record.active
+            for version in gone:
+                self._event(version, Stage.UNLOADED)
             record.weights.clear()
             record.canary.clear()
             if record.serving is not None:
-                record.previous = [*record.previous[-1:], record.serving]
+                record.previous.append(record.serving)
                 record.serving, record.serving_signature = None, ()
+            gone += record.previous[:-KEPT]
+            record.previous = record.previous[-KEPT:]
             self._publish()
             for version in gone:
-                self._event(version, Stage.UNLOADED)
                 self._retire(version)
 
     async def rollback(self, name: str) -> AdapterVersion:
@@ -261,16 +265,19 @@ class Registry:
             except (OSError, MirrorError) as error:
                 logger.warning("adapters cannot be listed", extra={"fields": {"reason": str(error)}})
                 return
-        for each in set(misnamed) - self._misnamed:
+        # What is there at the start is meant; later, a folder may be half made, and is looked at twice.
+        still = set(misnamed) if self._suspects is None else set(misnamed) & self._suspects
+        self._suspects = set(misnamed)
+        for each in still - self._misnamed:
             self._fail(each.name, each.version, StageError(Stage.FOUND, each.reason))
-        self._misnamed = set(misnamed)
+        self._misnamed = still
         by_name: dict[str, dict[str, Found]] = {}
         for version in found:
             by_name.setdefault(version.name, {})[version.version] = version
         for name in [*by_name, *(name for name in self.records if name not in by_name)]:
             record = self.records.setdefault(name, AdapterRecord(name))
             self._note(record, by_name.get(name, {}))
-            if not record.found and not record.active and name not in self._busy:
+            if not record.found and not record.active and not self._lock(name).locked() and name not in self._busy:
                 self._forget(record)
 
     def _note(self, record: AdapterRecord, found: dict[str, Found]) -> None:
@@ -293,7 +300,7 @@ class Registry:
 
     def _forget(self, record: AdapterRecord) -> None:
         """An adapter that is neither here any more nor serves."""
-        del self.records[record.name]
+        del self.records[record.name], self._locks[record.name]
         before, record.previous = record.previous, []
         for version in before:
             self._retire(version)

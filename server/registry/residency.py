@@ -48,6 +48,8 @@ class Residency:
     def __init__(self, engine: LoadsSlots, capacity: int, on_cold: Callable[[float], None] = lambda _: None) -> None:
         self.capacity = capacity
         self.pinned: set[str] = set()
+        # What the last engine had, least recently used first.
+        self.lost: list[AdapterVersion] = []
         self._engine = engine
         self._on_cold = on_cold
         # Least recently used first.
@@ -99,7 +101,8 @@ class Residency:
             self._spawn(self._notify())
 
     def reset(self) -> None:
-        """The engine is gone, and everything in it."""
+        """The engine is gone, and everything in it. `lost` tells what that was."""
+        self.lost = self.resident or self.lost
         for place in self._places.values():
             place.loading.cancel()
         self._places.clear()
