@@ -20,7 +20,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(DEVICE)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: help venv demo accuracy test test-node serve bench bench-ops bench-gpu faults lint format proto lock train clean
+# Every target that `make help` lists.
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*[#][#] .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,6 +64,9 @@ bench-ops: $(STAMP) ## a layer of the routed path on this CPU, in microseconds
 bench-gpu: ## a layer of the routed path on this GPU (TUNE=--tune to measure launches first); needs torch, triton, numpy
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m mtlora.bench.gpu $(TUNE)
 
+bench-slots: $(STAMP) ## more adapters than slots, through a server
+	$(BIN)/python -m server.bench_slots --backbone $(BACKBONE)
+
 faults: $(STAMP) ## faults injected into a real server, a row each (FULL=1: at full length)
 	$(BIN)/python -m server.faults --backbone $(BACKBONE) --adapters $(ADAPTERS) $(if $(FULL),--full) $(FAULTS)
 
@@ -77,7 +81,7 @@ format: $(STAMP) ## let ruff format and sort
 
 proto: $(STAMP) ## generate proto/gen from proto/mtlora
 	$(BIN)/python -m grpc_tools.protoc -Imtlora_pb=proto/mtlora --python_out=proto/gen --pyi_out=proto/gen \
-	  --grpc_python_out=proto/gen mtlora_pb/v1/inference.proto
+	  --grpc_python_out=proto/gen $(patsubst proto/mtlora/%,mtlora_pb/%,$(wildcard proto/mtlora/v1/*.proto))
 
 train: $(STAMP) ## make the shipped adapter again, from its recorded configuration (about an hour on two cores)
 	$(BIN)/mtlora train --config adapters/builtin/training.json --out out/builtin --resume

@@ -9,8 +9,8 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from mtlora_pb.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2_grpc
 from mtlora_pb.v1 import inference_pb2 as pb
-from mtlora_pb.v1 import inference_pb2_grpc
 
 # A text for a one-field template, named fields, or the messages of a chat.
 Input = str | Mapping[str, str] | Sequence[Mapping[str, str]]
@@ -51,10 +51,21 @@ class Answer:
 
 
 def make_request(
-    task_id: str, input: Input, *, without_adapter: bool = False, include_reasoning: bool = False, **parameters: Any
+    task_id: str,
+    input: Input,
+    *,
+    without_adapter: bool = False,
+    include_reasoning: bool = False,
+    routing_key: str = "",
+    **parameters: Any,
 ) -> pb.GenerateRequest:
     """The message for one input. `parameters` are those of GenerationParameters; `stop` is a list of strings."""
-    request = pb.GenerateRequest(task_id=task_id, without_adapter=without_adapter, include_reasoning=include_reasoning)
+    request = pb.GenerateRequest(
+        task_id=task_id,
+        without_adapter=without_adapter,
+        include_reasoning=include_reasoning,
+        routing_key=routing_key,
+    )
     if isinstance(input, str):
         request.text = input
     elif isinstance(input, Mapping):
@@ -77,6 +88,7 @@ class Client:
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._adapters = adapters_pb2_grpc.AdaptersStub(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -123,6 +135,62 @@ class Client:
     def task(self, task_id: str) -> pb.Task:
         try:
             return self._stub.GetTask(pb.GetTaskRequest(task_id=task_id)).task
+        except grpc.RpcError as error:
+            raise ServerError(error) from None
+
+    def adapters(self) -> list[adapters_pb2.Adapter]:
+        """Every adapter and its versions."""
+        return list(self._admin("List", adapters_pb2.ListAdaptersRequest()).adapters)
+
+    def load_adapter(self, adapter: str, version: str = "") -> adapters_pb2.AdapterVersion:
+        """Let a version, the highest by default, serve; returns when it does."""
+        return self._admin("Load", adapters_pb2.LoadAdapterRequest(adapter=adapter, version=version)).serving
+
+    def unload_adapter(self, adapter: str) -> None:
+        """Stop serving an adapter."""
+        self._admin("Unload", adapters_pb2.UnloadAdapterRequest(adapter=adapter))
+
+    def rollback_adapter(self, adapter: str) -> adapters_pb2.AdapterVersion:
+        """Let the version serve that served before."""
+        return self._admin("Rollback", adapters_pb2.RollbackAdapterRequest(adapter=adapter)).serving
+
+    def pin_adapter(self, adapter: str, pinned: bool = True) -> None:
+        """Keep an adapter in the engine's memory, or no longer."""
+        if pinned:
+            self._admin("Pin", adapters_pb2.PinAdapterRequest(adapter=adapter))
+        else:
+            self._admin("Unpin", adapters_pb2.UnpinAdapterRequest(adapter=adapter))
+
+    def set_adapter_weights(self, weights: Mapping[str, int], *, adapter: str = "", task: str = "") -> None:
+        """Split the requests of an adapter, or of one task, among versions; no weights end the split."""
+        request = adapters_pb2.SetAdapterWeightsRequest(weights=weights)
+        if task:
+            request.task = task
+        else:
+            request.adapter = adapter
+        self._admin("SetWeights", request)
+
+    def watch_adapters(self, adapter: str = "") -> Iterator[adapters_pb2.AdapterEvent]:
+        """What happens to adapters from now on. Closing the iterator ends it."""
+        call = self._adapters.Watch(adapters_pb2.WatchAdaptersRequest(adapter=adapter))
+        try:
+            # From here on nothing is missed.
+            call.initial_metadata()
+        except grpc.RpcError as error:
+            raise ServerError(error) from None
+        return self._read(call)
+
+    def _read(self, call: Any) -> Iterator[Any]:
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise ServerError(error) from None
+        finally:
+            call.cancel()
+
+    def _admin(self, method: str, request: Any) -> Any:
+        try:
+            return getattr(self._adapters, method)(request)
         except grpc.RpcError as error:
             raise ServerError(error) from None
 

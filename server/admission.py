@@ -6,17 +6,17 @@ from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
-from server.errors import RequestFailedError, resource_exhausted, unavailable
+from server.errors import RESTART_RETRY_S, RequestFailedError, resource_exhausted, unavailable
 
 
 class State(Enum):
     STARTING = "the engine is not ready yet"
     SERVING = "serving"
     DRAINING = "the server is draining"
-    DEAD = "the engine has died; the server must be started again"
+    RESTARTING = "the engine has died and is being started again"
 
 
-_RETRY_AFTER_S = {State.STARTING: 5.0, State.DRAINING: 1.0, State.DEAD: 30.0}
+_RETRY_AFTER_S = {State.STARTING: 5.0, State.DRAINING: 1.0, State.RESTARTING: RESTART_RETRY_S}
 
 
 class Admission:

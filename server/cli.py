@@ -1,4 +1,4 @@
-"""`mtlora-server`: serve (the default), ask, tasks, demo. Imports what a command needs, when it needs it."""
+"""`mtlora-server`: serve (the default), ask, tasks, adapters, demo. Imports what a command needs, when it needs it."""
 
 import argparse
 import gc
@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_COMMANDS = ("serve", "ask", "tasks", "demo")
+from server.adapters_cli import add_adapters, run_action
+
+_COMMANDS = ("serve", "ask", "tasks", "adapters", "demo")
 _DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 # Importing vLLM makes millions of objects that stay, and Python would look through them for garbage all the while: a
@@ -37,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="run the server", description=_SERVE_DESCRIPTION))
     _add_ask(commands.add_parser("ask", help="ask a running server"))
     _add_tasks(commands.add_parser("tasks", help="list a running server's tasks"))
+    add_adapters(commands.add_parser("adapters", help="of a running server"), _DEFAULT_ADDRESS, _adapters)
     _add_demo(commands.add_parser("demo", help="start a server and ask it every built-in task at once"))
     return parser
 
@@ -166,6 +169,19 @@ def _tasks(options: argparse.Namespace) -> int:
     for task in tasks:
         table.add_row(task.id, ", ".join(task.fields), f"{task.adapter_name}/{task.adapter_version}", task.description)
     Console().print(table)
+    return 0
+
+
+def _adapters(options: argparse.Namespace) -> int:
+    from mtlora.client import Client, ServerError
+
+    try:
+        with Client(options.address) as client:
+            run_action(client, options)
+    except ValueError as error:
+        return _fail(str(error), 2)
+    except ServerError as error:
+        return _fail_request(error)
     return 0
 
 

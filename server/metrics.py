@@ -44,6 +44,9 @@ class Metrics:
         )
         self.adapters = Gauge("mtlora_adapters", "Adapter versions, by state: loaded or failed.", ["state"], **registry)
         self.tasks = Gauge("mtlora_tasks", "Tasks that can be asked.", **registry)
+        self.engine_restarts = Counter(
+            "mtlora_engine_restarts", "Engines that died or hung, and were replaced.", **registry
+        )
         self.serving = Gauge("mtlora_serving", "1 while requests are served.", **registry)
         self.running = Gauge("mtlora_engine_running_sequences", "Sequences that the engine runs.", **registry)
         self.waiting = Gauge("mtlora_engine_waiting_sequences", "Sequences that wait in the engine.", **registry)

@@ -76,7 +76,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return pb.GetTaskResponse(task=encoding.task(self._task(request.task_id)))
 
     async def _generation(self, request: pb.GenerateRequest) -> Generation:
-        task = self._task(request.task_id) if request.task_id else None
+        task = self._version_for(request, self._task(request.task_id)) if request.task_id else None
         result = await self._validate(request, task)
         if isinstance(result, list):
             raise invalid_argument(result)
@@ -91,12 +91,28 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             return validate(*arguments)
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, validate, *arguments)
 
+    def _version_for(self, request: pb.GenerateRequest, task: ServedTask) -> ServedTask:
+        """The task on the version that answers this request; it begins to load where it is not in the engine."""
+        if task.spec.id in self.catalog.splits:
+            task = self.catalog.choose(task, _routing_key(request))
+        if not request.without_adapter:
+            self.engine.prefetch(task)
+        return task
+
     def _task(self, task_id: str) -> ServedTask:
         if not task_id:
             raise invalid_argument([Violation("task_id", "found none; ListTasks has those that can be asked")])
         if task := self.catalog.tasks.get(task_id):
             return task
         raise task_not_found(task_id, self.catalog.tasks)
+
+
+def _routing_key(request: pb.GenerateRequest) -> bytes:
+    if request.routing_key:
+        return request.routing_key.encode()
+    given = request.WhichOneof("input")
+    value = getattr(request, given) if given else ""
+    return value.encode() if isinstance(value, str) else value.SerializeToString(deterministic=True)
 
 
 def _encode_page_token(last: str) -> str:

@@ -24,6 +24,24 @@ class PackedAdapter:
     manifest: AdapterManifest
     rows: AdapterRows
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its weights."""
+        return sum(
+            tensor.nbytes
+            for block in self.rows.blocks
+            if block is not None
+            for tensor in (block.shrink_DS, block.expand_GKE, block.bias_bGN)
+            if tensor is not None
+        )
+
+    def to(self, device: torch.device) -> "PackedAdapter":
+        """The adapter on another device; itself where it is there already."""
+        if self.rows.kind is None or self.rows.kind[1].type == device.type:
+            return self
+        blocks = [None if block is None else block.to(device) for block in self.rows.blocks]
+        return PackedAdapter(self.folder, self.manifest, AdapterRows(blocks))
+
     def bias_row(self, task_id: str | None) -> int:
         """Row of the bias tables for a task, -1 for none. Raises ValueError for a task it does not have."""
         if task_id is None:
@@ -47,16 +65,16 @@ class Slot:
     bias_row: int
 
 
-def pack_adapter(
-    folder: Path, checkpoint: Checkpoint, blocks: list[str], *, device: torch.device, dtype: torch.dtype
-) -> PackedAdapter:
-    """Pack the blocks that this worker runs. `blocks` are all of its wrapped blocks; the adapter may have fewer."""
+def pack_adapter(folder: Path, checkpoint: Checkpoint, blocks: list[str], *, dtype: torch.dtype) -> PackedAdapter:
+    """Pack the blocks that this worker runs, on the CPU. `blocks` are all of its wrapped blocks; an adapter may have
+    fewer.
+    """
     config, tensors = checkpoint.manifest.config, checkpoint.tensors
 
     def pack(name: str) -> PackedBlock | None:
         if name.rpartition(".")[2] not in config.modules:
             return None
-        block = pack_block(
+        return pack_block(
             tensors[f"{name}.lora_A"],
             tensors[f"{name}.lora_B"],
             tensors[f"{name}.lora_route"],
@@ -65,6 +83,5 @@ def pack_adapter(
             dtype=dtype,
             bias_bGN=tensors[f"{name}.task_bias"] if config.task_bias else None,
         )
-        return block.to(device)
 
     return PackedAdapter(folder, checkpoint.manifest, AdapterRows([pack(name) for name in blocks]))

@@ -45,6 +45,9 @@ class FakeEngine:
         self.running = 0
         self.jobs: list[GenerationJob] = []
 
+    def prefetch(self, task: ServedTask) -> None:
+        pass
+
     async def generate(self, job: GenerationJob) -> AsyncIterator[Delta]:
         self.jobs.append(job)
         self.running += 1
