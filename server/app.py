@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 from mtlora_pb.v1 import inference_pb2, inference_pb2_grpc
+from openinference_pb import grpc_predict_v2_pb2, grpc_predict_v2_pb2_grpc
 
 from mtlora.backbone import BackboneError, identify, resolve
 from server.admission import Admission, State
@@ -21,15 +21,23 @@ from server.catalog import Catalog, read_catalog
 from server.engine import Engine, EngineStartError, exit_at_once
 from server.errors import EngineDeadError
 from server.interceptor import CallInterceptor
+from server.listening import Listening
 from server.logs import get_logger
 from server.metrics import UNKNOWN_TASK, Metrics
+from server.openinference import OpenInferenceServicer
+from server.scheduling import Scheduler
+from server.scheduling.scheduler import engine_slots
 from server.servicer import InferenceServicer
 from server.settings import Settings
+from server.tenants import Directory, Tenants, TenantsError
+from server.tenants.authentication import Authenticator
+from server.tls import TLSError
 from server.validation import Limits
 
 logger = get_logger("app")
 
 _SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+_OPEN_INFERENCE = grpc_predict_v2_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _WATCH_INTERVAL_S = 1.0
 
@@ -44,8 +52,26 @@ class App:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._metrics = Metrics()
-        self._admission = Admission(settings.in_flight_limit, self._metrics.in_flight.set)
-        self._servicer = InferenceServicer(self._admission, self._metrics, log_prompts=settings.log_prompts)
+        slots = min(engine_slots(settings.max_num_seqs), settings.in_flight_limit)
+        # The queue is full before this is: which tenant is refused then is a matter of fairness.
+        self._admission = Admission(settings.in_flight_limit + slots, self._metrics.in_flight.set)
+        self._scheduler = Scheduler(slots, max(1, settings.in_flight_limit - slots))
+        self._metrics.queued.set_function(lambda: self._scheduler.load.queued)
+        try:
+            self._directory = Directory(
+                settings.tenants, on_change=self._on_tenants, on_failure=self._metrics.tenants_refused.inc
+            )
+        except TenantsError as error:
+            raise StartError(str(error)) from None
+        self._on_tenants(self._directory.current)
+        self._servicer = InferenceServicer(
+            self._admission,
+            self._metrics,
+            self._scheduler,
+            cache_salt=lambda tenant: self._directory.current.cache_salt(tenant),
+            log_prompts=settings.log_prompts,
+        )
+        self._open_inference = OpenInferenceServicer(self._servicer, self._admission)
         self._health = HealthServicer()
         self._engine: Engine | None = None
         self._stop = asyncio.Event()
@@ -84,8 +110,10 @@ class App:
         logger.info("serving", extra={"fields": {"address": address, "tasks": tasks, "start_seconds": seconds}})
         ready(f"serving on {address}, metrics on {self._settings.metrics_host}:{metrics_port}, {tasks} tasks")
         watching = asyncio.create_task(self._watch(engine))
+        reloading = asyncio.create_task(self._directory.watch())
         await stopping
         watching.cancel()
+        reloading.cancel()
         await self._drain()
         close_metrics()
         engine.shutdown()
@@ -103,26 +131,29 @@ class App:
         self._stop.set()
 
     async def _listen(self) -> tuple[Any, str]:
-        settings = self._settings
-        limit = settings.max_message_bytes
-        server = grpc.aio.server(
-            interceptors=[CallInterceptor(self._metrics, self._task_label)],
-            # Without so_reuseport=0, two servers would share a port unknowingly.
-            options=[("grpc.max_receive_message_length", limit), ("grpc.so_reuseport", 0)],
+        interceptor = CallInterceptor(
+            self._metrics,
+            self._task_label,
+            Authenticator(self._directory).tenant,
+            slow_reader_s=self._settings.slow_reader_s,
         )
-        inference_pb2_grpc.add_InferenceServicer_to_server(self._servicer, server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((_SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME), server)
-        wanted = f"{settings.host}:{settings.port}"
         try:
-            port = server.add_insecure_port(wanted)
-        except RuntimeError:
-            port = 0
-        if not port:
+            listening = Listening(self._settings, interceptor)
+        except TLSError as error:
+            raise StartError(str(error)) from None
+        server = listening.server
+        inference_pb2_grpc.add_InferenceServicer_to_server(self._servicer, server)
+        grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self._open_inference, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        services = (_SERVICE, _OPEN_INFERENCE, _HEALTH_SERVICE, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(services, server)
+        try:
+            address = listening.bind()
+        except OSError as error:
             await server.stop(None)
-            raise StartError(f"cannot listen on {wanted}: taken, or not an address of this machine (host, port)")
+            raise StartError(str(error)) from None
         await server.start()
-        return server, f"{settings.host}:{port}"
+        return server, address
 
     def _open_metrics(self) -> tuple[int, Callable[[], None]]:
         host, port = self._settings.metrics_host, self._settings.metrics_port
@@ -183,6 +214,10 @@ class App:
         self._servicer.catalog = catalog
         self._metrics.record_catalog(catalog)
 
+    def _on_tenants(self, tenants: Tenants) -> None:
+        self._metrics.tenants.set(len(tenants.by_id))
+        self._scheduler.keep_only(tenants.by_id.keys())
+
     def _task_label(self, task_id: str) -> str:
         return task_id if task_id in self._servicer.catalog.tasks else UNKNOWN_TASK
 
@@ -224,4 +259,9 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> int:
 
 
 async def _run(settings: Settings, ready: Callable[[str], None]) -> int:
-    return await App(settings).run(ready)
+    try:
+        app = App(settings)
+    except StartError as error:
+        print(f"mtlora-server: {error}", file=sys.stderr, flush=True)
+        return 1
+    return await app.run(ready)

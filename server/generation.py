@@ -9,6 +9,7 @@ from typing import Protocol
 from server.call import Call
 from server.job import Delta, FinishReason, GenerationJob, TokenLogprobs
 from server.metrics import Metrics
+from server.scheduling import Scheduler
 
 
 class GeneratesDeltas(Protocol):
@@ -30,11 +31,17 @@ class Generation:
     ttft_s: float = 0.0
     total_s: float = 0.0
 
-    async def run(self, engine: GeneratesDeltas) -> AsyncIterator[Delta]:
-        """The deltas, as the engine makes them. Closing the iterator aborts the sequence."""
-        self.call.prompt_tokens = len(self.job.prompt_ids)
-        async with aclosing(engine.generate(self.job)) as deltas:  # type: ignore[type-var]
+    async def run(self, engine: GeneratesDeltas, scheduler: Scheduler) -> AsyncIterator[Delta]:
+        """The deltas, as the engine makes them once it is the job's turn. Closing the iterator aborts the sequence."""
+        # Several generations may answer one call.
+        self.call.prompt_tokens += len(self.job.prompt_ids)
+        async with (
+            scheduler.turn(self.call.tenant, self.job, self.call.deadline) as turn,
+            aclosing(engine.generate(self.job)) as deltas,  # type: ignore[type-var]
+        ):
             async for delta in deltas:
+                if delta.tokens:
+                    turn.served(delta.tokens)
                 self._observe(delta)
                 yield delta
         self.metrics.e2e.observe(self.total_s)
@@ -61,5 +68,5 @@ class Generation:
         self.text += delta.text
         self.logprobs += delta.logprobs
         self.completion_tokens += delta.tokens
-        self.call.completion_tokens = self.completion_tokens
+        self.call.completion_tokens += delta.tokens
         self.finish_reason = delta.finish_reason

@@ -4,6 +4,7 @@ Shape suffixes: G groups, N experts, T tasks.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -23,6 +24,11 @@ class PackedAdapter:
     folder: Path
     manifest: AdapterManifest
     rows: AdapterRows
+
+    @cached_property
+    def task_ids(self) -> frozenset[str]:
+        """Ids of its tasks."""
+        return frozenset(task.id for task in self.manifest.tasks)
 
     def bias_row(self, task_id: str | None) -> int:
         """Row of the bias tables for a task, -1 for none. Raises ValueError for a task it does not have."""

@@ -78,6 +78,9 @@ class AdapterStore:
         return True
 
     def _keep(self, request: LoRARequest, adapter: PackedAdapter, task_id: str | None) -> Slot:
+        if task_id is None and request.lora_name in adapter.task_ids:
+            # `vllm serve --lora-modules TASK=FOLDER`: the name says which task.
+            task_id = request.lora_name
         slot = Slot(request.lora_int_id, request.lora_path, adapter, adapter.bias_row(task_id))
         self._adapters[adapter.folder, adapter.manifest.tensors_sha256] = adapter
         replaced = self._slots.get(slot.id)

@@ -14,6 +14,7 @@ from server.catalog import Catalog
 from server.interceptor import CallInterceptor
 from server.job import Delta, GenerationJob, ServedTask
 from server.metrics import UNKNOWN_TASK, Metrics
+from server.scheduling import Scheduler
 from server.servicer import InferenceServicer
 from server.validation import Limits
 from tests.server.adapters import entry
@@ -50,6 +51,8 @@ class FakeEngine:
         self.running += 1
         try:
             yield self.deltas[0]
+            # As the real one does between two steps, so that the first can be read before the second is there.
+            await asyncio.sleep(0.01)
             if self.error:
                 raise self.error
             if self.hold:
@@ -66,8 +69,9 @@ class Service:
     def __init__(self, max_in_flight: int = 4, *, log_prompts: bool = False) -> None:
         self.metrics = Metrics()
         self.admission = Admission(max_in_flight, self.metrics.in_flight.set)
+        self.scheduler = Scheduler(slots=max_in_flight, max_queued=max_in_flight)
         self.engine = FakeEngine()
-        self.servicer = InferenceServicer(self.admission, self.metrics, log_prompts=log_prompts)
+        self.servicer = InferenceServicer(self.admission, self.metrics, self.scheduler, log_prompts=log_prompts)
         self.servicer.engine = self.engine
         self.servicer.tokenizer = FakeTokenizer()
         self.servicer.limits = Limits(max_model_len=64, vocab_size=300)

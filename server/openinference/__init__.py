@@ -1,0 +1,5 @@
+"""The Open Inference Protocol v2 over gRPC, for KServe's and Triton's clients: every task is a model."""
+
+from server.openinference.servicer import OpenInferenceServicer, Repository
+
+__all__ = ["OpenInferenceServicer", "Repository"]
