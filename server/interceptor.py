@@ -100,7 +100,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         set_current_call(call)
         trailer = ((REQUEST_ID_KEY, request_id),)
         context.set_trailing_metadata(trailer)
-        code = grpc.StatusCode.OK
         try:
             if self._authenticate is not None and not is_open:
                 call.tenant = await self._authenticate(context.invocation_metadata(), context.auth_context())
@@ -111,18 +110,30 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except asyncio.CancelledError:
             left = context.time_remaining()
             expired = left is not None and left <= _DEADLINE_SLACK_S
-            code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
+            self._record(call, grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED)
             raise
         except Exception as error:
             failure = from_exception(error)
-            code = failure.code
-            if code is grpc.StatusCode.INTERNAL and not isinstance(error, RequestFailedError):
+            if failure.code is grpc.StatusCode.INTERNAL and not isinstance(error, RequestFailedError):
                 # Where, not what: an exception's own words may hold what a tenant sent.
                 fields = {"request_id": request_id, "error": type(error).__name__, "where": _where(error)}
                 logger.error("internal error", extra={"fields": fields})
-            await context.abort(code, failure.message, (*trailer, (DETAILS_KEY, failure.status_details())))
-        finally:
-            self._record(call, code)
+            self._record(call, failure.code)
+            await self._abort(context, failure, trailer)
+        else:
+            self._record(call, grpc.StatusCode.OK)
+
+    async def _abort(self, context: Any, failure: RequestFailedError, trailer: tuple[tuple[str, str], ...]) -> None:
+        """Send a failure's status. It queues behind messages that a reader does not take, and is left there then."""
+        try:
+            async with asyncio.timeout(self._slow_reader_s):
+                await context.abort(failure.code, failure.message, (*trailer, (DETAILS_KEY, failure.status_details())))
+        except grpc.aio.AbortError:
+            # The way out of every abort.
+            raise
+        except (TimeoutError, grpc.aio.BaseError):
+            # Nobody is there to take it. The one ending after which gRPC sends no status of its own.
+            raise asyncio.CancelledError from None
 
     def _label(self, request: Any, tenant: Tenant) -> str:
         for name in ("task_id", "model_name", "name"):
