@@ -55,7 +55,9 @@ class App:
         slots = min(engine_slots(settings.max_num_seqs), settings.in_flight_limit)
         # The queue is full before this is: which tenant is refused then is a matter of fairness.
         self._admission = Admission(settings.in_flight_limit + slots, self._metrics.in_flight.set)
-        self._scheduler = Scheduler(slots, max(1, settings.in_flight_limit - slots))
+        self._scheduler = Scheduler(
+            slots, max(1, settings.in_flight_limit - slots), on_service=self._metrics.record_service
+        )
         self._metrics.queued.set_function(lambda: self._scheduler.load.queued)
         try:
             self._directory = Directory(

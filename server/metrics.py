@@ -33,6 +33,9 @@ class Metrics:
         self.tenant_tokens = Counter(
             "mtlora_tenant_tokens", "Prompt and generated tokens, by tenant.", ["tenant"], **registry
         )
+        self.tenant_service = Counter(
+            "mtlora_tenant_service", "Service as the fair queue counts it, by tenant.", ["tenant"], **registry
+        )
         self.tenants = Gauge("mtlora_tenants", "Tenants that the server knows.", **registry)
         self.tenants_refused = Counter(
             "mtlora_tenants_reload_failures", "Changed tenants files that were refused.", **registry
@@ -74,6 +77,9 @@ class Metrics:
         self.adapters.labels("loaded").set(len(catalog.adapters))
         self.adapters.labels("failed").set(len(catalog.failures))
         self.tasks.set(len(catalog.tasks))
+
+    def record_service(self, tenant: str, service: float) -> None:
+        self.tenant_service.labels(tenant).inc(service)
 
     def record_engine(self, stats: "EngineStats") -> None:
         self.running.set(stats.running)

@@ -70,11 +70,19 @@ class Scheduler:
     """All of it on the event loop.
 
     slots: sequences that the engine is handed at a time. max_queued: requests that may wait, all tenants together;
-    where that is full, the tenant with the longest line for its weight gives up its newest.
+    where that is full, the tenant with the longest line for its weight gives up its newest. on_service is told of
+    service as the fair queue counts it.
     """
 
-    def __init__(self, slots: int, max_queued: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        slots: int,
+        max_queued: int,
+        clock: Callable[[], float] = time.monotonic,
+        on_service: Callable[[str, float], None] = lambda tenant, service: None,
+    ) -> None:
         self.clock = clock
+        self._on_service = on_service
         self.times = ServiceTimes(clock)
         self._slots = slots
         self._max_queued = max_queued
@@ -121,6 +129,7 @@ class Scheduler:
         account = self._account(tenant)
         account.served += tokens
         self._queue.charge(tenant.id, tokens * cost)
+        self._on_service(tenant.id, tokens * cost)
         if (rate := tenant.tokens_per_second) is not None:
             account.tokens.take(tokens, rate, max(1.0, rate * tenant.burst_seconds), self.clock())
 

@@ -17,11 +17,11 @@ from openinference_pb import grpc_predict_v2_pb2_grpc
 
 from mtlora.client import ServerError
 from server.admission import State
+from server.faults._tenants import tenant, write_tenants
 from server.job import ServedTask
 from server.openinference import parameters, tensors
 from tests.server.adapters import entry
 from tests.server.fakes import Service
-from tests.server.tenants_file import tenant, write_tenants
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from mtlora.access import Access
 from mtlora.client import AsyncClient, ServerError, make_request
+from server.faults._certificates import authority, issue
+from server.faults._tenants import tenant, write_tenants
 from server.logs import JsonFormatter
 from server.tenants import Directory, TenantsError, read_tenants
 from server.tenants.authentication import Authenticator
 from server.tenants.keys import check_hash, hash_key, key_id_of, new_key, verify
-from tests.server.certificates import authority, issue
 from tests.server.fakes import Service
-from tests.server.tenants_file import tenant, write_tenants
 
 
 def test_keys() -> None:

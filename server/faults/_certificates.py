@@ -1,4 +1,4 @@
-"""Authorities and certificates for tests."""
+"""Authorities and certificates to try a server with."""
 
 import datetime
 import ipaddress

@@ -1,4 +1,4 @@
-"""Tenants files for tests."""
+"""Tenants files to try a server with."""
 
 import os
 from pathlib import Path
