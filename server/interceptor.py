@@ -31,7 +31,7 @@ _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:\-]{0,63}")
 _DEADLINE_SLACK_S = 0.1
 
 
-# (metadata, auth context) -> tenant; raises RequestFailedError.
+# (metadata, what gives the auth context) -> tenant; raises RequestFailedError.
 Authenticate = Callable[[Any, Any], Awaitable[Tenant]]
 
 
@@ -102,7 +102,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         context.set_trailing_metadata(trailer)
         try:
             if self._authenticate is not None and not is_open:
-                call.tenant = await self._authenticate(context.invocation_metadata(), context.auth_context())
+                call.tenant = await self._authenticate(context.invocation_metadata(), context.auth_context)
             if isinstance(request, _Malformed):
                 raise invalid_argument([Violation("", "found bytes that are no such message")])
             call.task = self._label(request, call.tenant)

@@ -5,7 +5,7 @@ import hashlib
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -37,15 +37,18 @@ class Authenticator:
         self._certificates: OrderedDict[bytes, Certificate] = OrderedDict()
 
     async def tenant(
-        self, metadata: Iterable[tuple[str, str | bytes]], auth_context: Mapping[str, Sequence[bytes]]
+        self, metadata: Iterable[tuple[str, str | bytes]], auth_context: Callable[[], Mapping[str, Sequence[bytes]]]
     ) -> Tenant:
-        """The caller's tenant. Raises UNAUTHENTICATED, which does not say what was wrong with which part of a key."""
+        """The caller's tenant. Raises UNAUTHENTICATED, which does not say what was wrong with which part of a key.
+
+        `auth_context` is asked only where there is no key: it copies the connection's certificates.
+        """
         tenants = self._directory.current
         if tenants.open:
             return next(iter(tenants.by_id.values()))
         if (key := _bearer(metadata)) is not None:
             return await self._by_key(key)
-        if pem := auth_context.get("x509_pem_cert"):
+        if pem := auth_context().get("x509_pem_cert"):
             return self._by_certificate(pem[0])
         raise unauthenticated("no API key in metadata `authorization: Bearer KEY`, and no client certificate")
 

@@ -89,8 +89,8 @@ async def test_a_key_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     key, a = tenant("a")
     authenticator = Authenticator(Directory(write_tenants(tmp_path / "tenants.yaml", a)))
     metadata = [("authorization", f"Bearer {key}")]
-    found = await asyncio.gather(*(authenticator.tenant(metadata, {}) for _ in range(20)))
-    found.append(await authenticator.tenant(metadata, {}))
+    found = await asyncio.gather(*(authenticator.tenant(metadata, dict) for _ in range(20)))
+    found.append(await authenticator.tenant(metadata, dict))
     assert {each.id for each in found} == {"a"}
     assert calls == [key]
 
