@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from server.errors import RequestFailedError, unauthenticated, unavailable
+from server.errors import RequestFailedError, resource_exhausted, unauthenticated
 from server.tenants.config import ApiKey, Tenant
 from server.tenants.directory import Directory
 from server.tenants.keys import key_id_of, verify
@@ -72,7 +72,7 @@ class Authenticator:
         task = self._running.get(digest)
         if task is None:
             if self._waiting.get(wanted.id, 0) >= _WAITING_PER_KEY_ID or len(self._running) >= _WAITING:
-                raise unavailable("too many API keys are being checked", 1.0)
+                raise resource_exhausted("too many API keys are being checked", 1.0)
             task = asyncio.create_task(self._hash(digest, key, wanted))
             self._running[digest] = task
         # Shielded: several calls may wait for the one check.
