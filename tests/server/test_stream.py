@@ -49,10 +49,10 @@ async def test_what_gathers_comes_as_one_and_the_source_is_done_before_the_reade
 
 async def test_too_much_unread_ends_the_stream() -> None:
     closed: list[str] = []
-    with pytest.raises(RequestFailedError, match="more than 3 tokens"):
-        async with unhurried(source(some(9), closed), max_unread=3) as deltas:
-            await anext(deltas)
-            await asyncio.sleep(0.05)
+    async with unhurried(source(some(9), closed), max_unread=3) as deltas:
+        await anext(deltas)
+        await asyncio.sleep(0.05)
+        with pytest.raises(RequestFailedError, match="more than 3 tokens"):
             await anext(deltas)
     assert closed == ["closed"]
 
