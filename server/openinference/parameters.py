@@ -8,29 +8,38 @@ from openinference_pb import grpc_predict_v2_pb2 as pb
 
 from server.errors import Violation
 
-_NUMBERS = ("int64_param", "uint64_param", "double_param")
-_INTEGERS = ("int64_param", "uint64_param")
+# KServe's Python client can send no float but as a string.
+_INTEGERS = ("int64_param", "uint64_param", "string_param")
+_NUMBERS = (*_INTEGERS, "double_param")
 
 
-def _uint32(value: Any) -> int:
-    if not 0 <= value < 1 << 32:
-        raise ValueError("0 to 4294967295")
-    return int(value)
+def _integer(below: int) -> Callable[[Any], int]:
+    def convert(value: Any) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            raise ValueError("a whole number") from None
+        if not 0 <= number < below:
+            raise ValueError(f"0 to {below - 1}")
+        return number
+
+    return convert
 
 
-def _uint64(value: Any) -> int:
-    if value < 0:
-        raise ValueError("0 or more")
-    return int(value)
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError("a number") from None
 
 
 # Name -> (field of GenerationParameters, kinds of value, conversion).
 _FIELDS: dict[str, tuple[str, tuple[str, ...], Callable[[Any], Any]]] = {
-    "max_tokens": ("max_new_tokens", _INTEGERS, _uint32),
-    "temperature": ("temperature", _NUMBERS, float),
-    "top_p": ("top_p", _NUMBERS, float),
-    "top_k": ("top_k", _INTEGERS, _uint32),
-    "seed": ("seed", _INTEGERS, _uint64),
+    "max_tokens": ("max_new_tokens", _INTEGERS, _integer(1 << 32)),
+    "temperature": ("temperature", _NUMBERS, _number),
+    "top_p": ("top_p", _NUMBERS, _number),
+    "top_k": ("top_k", _INTEGERS, _integer(1 << 32)),
+    "seed": ("seed", _INTEGERS, _integer(1 << 64)),
 }
 ALLOWED = (*_FIELDS, "stop", "without_adapter")
 
@@ -48,7 +57,7 @@ def apply(given: Mapping[str, pb.InferParameter], request: native.GenerateReques
             try:
                 setattr(request.parameters, field, convert(value))
             except ValueError as error:
-                yield Violation(where, f"found {value}; allowed: {error}")
+                yield Violation(where, f"found {str(value)[:32]!r}; allowed: {error}")
         elif name == "stop" and kind == "string_param":
             # An empty one takes the task's own stop strings away.
             request.parameters.stop.values.extend([value] if value else [])

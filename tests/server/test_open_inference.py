@@ -118,7 +118,7 @@ async def test_a_tensor_a_field(service: Service, stub: Any) -> None:
 
 async def test_parameters(service: Service, stub: Any) -> None:
     given = {
-        "max_tokens": {"int64Param": 5}, "temperature": {"doubleParam": 0.5}, "top_p": {"doubleParam": 0.5},
+        "max_tokens": {"int64Param": 5}, "temperature": {"stringParam": "0.5"}, "top_p": {"doubleParam": 0.5},
         "top_k": {"uint64Param": 3}, "seed": {"int64Param": 9}, "stop": {"stringParam": "!"},
         "without_adapter": {"boolParam": True},
     }  # fmt: skip
@@ -131,7 +131,7 @@ async def test_parameters(service: Service, stub: Any) -> None:
 
 
 async def test_every_violation_at_once(stub: Any) -> None:
-    given = {"tempreture": {"doubleParam": 1}, "max_tokens": {"stringParam": "5"}, "seed": {"int64Param": -1}}
+    given = {"tempreture": {"doubleParam": 1}, "max_tokens": {"stringParam": "five"}, "seed": {"int64Param": -1}}
     request = infer("x", name="text", **given)
     request.outputs.add(name="logits")
     error = await failure(stub, request)
