@@ -92,9 +92,8 @@ def test_the_same_greedy_texts(base_url: str, client: Client) -> None:
     assert complete(base_url, "open", prompt, max_tokens=16).strip() == native.text
     alone = client.generate("open", text, without_adapter=True)
     assert complete(base_url, "backbone", prompt, max_tokens=16).strip() == alone.text
-    # Were the adapters of no effect, all of this would say nothing.
+    # Were the adapter of no effect, all of this would say nothing.
     assert native.text != alone.text
-    assert len({complete(base_url, model, prompt, max_tokens=8) for model in ("count_words", "open", "backbone")}) == 3
 
 
 def test_an_openai_client(base_url: str, client: Client) -> None:
