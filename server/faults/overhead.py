@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import statistics
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mtlora.access import Access
+from mtlora.backbone import identify, resolve
+from mtlora.bench.adapters import write_random_adapter
 from mtlora.client import AsyncClient
 from mtlora.suite import load_suite
 from server.faults import _engine
@@ -27,11 +30,25 @@ _QUOTAS = {"requests_per_second": 10_000, "tokens_per_second": 1_000_000, "max_i
 
 
 def run(options: Options) -> Row:
-    """Rounds of the same requests through both in turn; the figure is the median of the rounds' ratios."""
+    """Rounds of the same requests through both in turn; the figure is the median of the rounds' ratios.
+
+    A random adapter of 25 tasks, as in `make bench`: its answers have the full length, so that both do the same work.
+    """
     rounds, per_task = (9, 6) if options.full else (5, 4)
+    write_random_adapter(
+        options.folder / "adapters" / "random" / "1",
+        identify(resolve(options.backbone)),
+        num_tasks=25,
+        seed=options.seed,
+    )
+    options = dataclasses.replace(options, adapters=options.folder / "adapters")
     suite = load_suite("builtin")
-    tasks = [task.id for task in suite.tasks]
-    requests = [(task, each.input) for task in tasks for each in suite.examples(task, "test", per_task, options.seed)]
+    tasks = [f"task-{index}" for index in range(25)]
+    requests = [
+        (tasks[index % 25], task.render(each.input))
+        for index, task in enumerate(suite.tasks)
+        for each in suite.examples(task.id, "test", per_task, options.seed)
+    ]
     owner = {task: f"tenant-{index % _TENANTS}" for index, task in enumerate(tasks)}
     tenants = {
         name: {"tasks": [task for task in tasks if owner[task] == name], **_QUOTAS} for name in set(owner.values())
