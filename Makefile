@@ -79,9 +79,11 @@ format: $(STAMP) ## let ruff format and sort
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-proto: $(STAMP) ## generate proto/gen from proto/mtlora
+proto: $(STAMP) ## generate proto/gen from proto/mtlora and proto/openinference
 	$(BIN)/python -m grpc_tools.protoc -Imtlora_pb=proto/mtlora --python_out=proto/gen --pyi_out=proto/gen \
 	  --grpc_python_out=proto/gen $(patsubst proto/mtlora/%,mtlora_pb/%,$(wildcard proto/mtlora/v1/*.proto))
+	$(BIN)/python -m grpc_tools.protoc -Iopeninference_pb=proto/openinference --python_out=proto/gen \
+	  --pyi_out=proto/gen --grpc_python_out=proto/gen openinference_pb/grpc_predict_v2.proto
 
 train: $(STAMP) ## make the shipped adapter again, from its recorded configuration (about an hour on two cores)
 	$(BIN)/mtlora train --config adapters/builtin/training.json --out out/builtin --resume

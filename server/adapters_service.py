@@ -35,31 +35,31 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
 
     async def Load(self, request: pb.LoadAdapterRequest, context: Any) -> pb.LoadAdapterResponse:
         await self._admit(context)
-        with _statuses(request.adapter):
+        with statuses(request.adapter):
             version = await self.registry.load(_name(request), request.version)
         return pb.LoadAdapterResponse(serving=self._version(version, Stage.SERVING))
 
     async def Unload(self, request: pb.UnloadAdapterRequest, context: Any) -> pb.UnloadAdapterResponse:
         await self._admit(context)
-        with _statuses(request.adapter):
+        with statuses(request.adapter):
             await self.registry.unload(_name(request))
         return pb.UnloadAdapterResponse()
 
     async def Pin(self, request: pb.PinAdapterRequest, context: Any) -> pb.PinAdapterResponse:
         await self._admit(context)
-        with _statuses(request.adapter):
+        with statuses(request.adapter):
             self.registry.pin(_name(request))
         return pb.PinAdapterResponse()
 
     async def Unpin(self, request: pb.UnpinAdapterRequest, context: Any) -> pb.UnpinAdapterResponse:
         await self._admit(context)
-        with _statuses(request.adapter):
+        with statuses(request.adapter):
             self.registry.unpin(_name(request))
         return pb.UnpinAdapterResponse()
 
     async def Rollback(self, request: pb.RollbackAdapterRequest, context: Any) -> pb.RollbackAdapterResponse:
         await self._admit(context)
-        with _statuses(request.adapter):
+        with statuses(request.adapter):
             version = await self.registry.rollback(_name(request))
         return pb.RollbackAdapterResponse(serving=self._version(version, Stage.SERVING))
 
@@ -74,7 +74,7 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
             name = task.adapter_name
         elif not name:
             raise invalid_argument([Violation("target", "found none; allowed: one of adapter, task")])
-        with _statuses(name):
+        with statuses(name):
             await self.registry.set_weights(name, weights, request.task)
         return pb.SetAdapterWeightsResponse()
 
@@ -167,7 +167,7 @@ def _weights(weights: Mapping[str, int]) -> dict[str, int]:
 
 
 @contextmanager
-def _statuses(name: str) -> Iterator[None]:
+def statuses(name: str) -> Iterator[None]:
     """What the registry raises, as statuses."""
     try:
         yield

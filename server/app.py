@@ -8,31 +8,40 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 from mtlora_pb.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+from openinference_pb import grpc_predict_v2_pb2, grpc_predict_v2_pb2_grpc
 
 from mtlora.backbone import BackboneError, resolve
 from server.adapters import Adapters, open_adapters
 from server.adapters_service import AdaptersServicer
 from server.admission import Admission, State
+from server.call import current_call
 from server.catalog import Catalog
 from server.engine import Engine, EngineStartError, exit_at_once
 from server.errors import EngineDeadError
 from server.interceptor import CallInterceptor
 from server.leasing import LeasingEngine
+from server.listening import Listening
 from server.logs import get_logger
 from server.metrics import UNKNOWN_TASK, Metrics
+from server.openinference import OpenInferenceServicer, RegistryRepository
+from server.scheduling import Scheduler
+from server.scheduling.scheduler import engine_slots
 from server.servicer import InferenceServicer
 from server.settings import Settings
 from server.supervisor import EngineGaveUpError, Supervisor
+from server.tenants import Directory, Tenants, TenantsError
+from server.tenants.authentication import Authenticator, require_admin
+from server.tls import TLSError
 from server.validation import Limits
 
 logger = get_logger("app")
 
 _SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+_OPEN_INFERENCE = grpc_predict_v2_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 _ADAPTERS_SERVICE = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].full_name
 _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
@@ -47,9 +56,31 @@ class App:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._metrics = Metrics()
-        self._admission = Admission(settings.in_flight_limit, self._metrics.in_flight.set)
-        self._servicer = InferenceServicer(self._admission, self._metrics, log_prompts=settings.log_prompts)
-        self._adapters_servicer = AdaptersServicer(self._admission.check_serving)
+        slots = min(engine_slots(settings.max_num_seqs), settings.in_flight_limit)
+        # The queue is full before this is: which tenant is refused then is a matter of fairness.
+        self._admission = Admission(settings.in_flight_limit + slots, self._metrics.in_flight.set)
+        self._scheduler = Scheduler(
+            slots, max(1, settings.in_flight_limit - slots), on_service=self._metrics.record_service
+        )
+        self._metrics.queued.set_function(lambda: self._scheduler.load.queued)
+        try:
+            self._directory = Directory(
+                settings.tenants, on_change=self._on_tenants, on_failure=self._metrics.tenants_refused.inc
+            )
+        except TenantsError as error:
+            raise StartError(str(error)) from None
+        self._on_tenants(self._directory.current)
+        self._servicer = InferenceServicer(
+            self._admission,
+            self._metrics,
+            self._scheduler,
+            cache_salt=lambda tenant: self._directory.current.cache_salt(tenant),
+            log_prompts=settings.log_prompts,
+        )
+        self._adapters_servicer = AdaptersServicer(self._admission.check_serving, _authorize_admin)
+        self._open_inference = OpenInferenceServicer(
+            self._servicer, self._admission, RegistryRepository(lambda: self._adapters_servicer.registry)
+        )
         self._health = HealthServicer()
         self._supervisor: Supervisor | None = None
         self._adapters: Adapters | None = None
@@ -88,7 +119,8 @@ class App:
         tasks = len(self._servicer.catalog.tasks)
         logger.info("serving", extra={"fields": {"address": address, "tasks": tasks, "start_seconds": seconds}})
         ready(f"serving on {address}, metrics on {self._settings.metrics_host}:{metrics_port}, {tasks} tasks")
-        working = [asyncio.create_task(self._supervise()), asyncio.create_task(self._follow_adapters())]
+        work = (self._supervise(), self._follow_adapters(), self._directory.watch())
+        working = [asyncio.create_task(each) for each in work]
         await stopping
         await self._drain()
         for task in working:
@@ -109,28 +141,30 @@ class App:
         self._stop.set()
 
     async def _listen(self) -> tuple[Any, str]:
-        settings = self._settings
-        limit = settings.max_message_bytes
-        server = grpc.aio.server(
-            interceptors=[CallInterceptor(self._metrics, self._task_label)],
-            # Without so_reuseport=0, two servers would share a port unknowingly.
-            options=[("grpc.max_receive_message_length", limit), ("grpc.so_reuseport", 0)],
+        interceptor = CallInterceptor(
+            self._metrics,
+            self._task_label,
+            Authenticator(self._directory).tenant,
+            slow_reader_s=self._settings.slow_reader_s,
         )
+        try:
+            listening = Listening(self._settings, interceptor)
+        except TLSError as error:
+            raise StartError(str(error)) from None
+        server = listening.server
         inference_pb2_grpc.add_InferenceServicer_to_server(self._servicer, server)
         adapters_pb2_grpc.add_AdaptersServicer_to_server(self._adapters_servicer, server)
+        grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self._open_inference, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        services = (_SERVICE, _ADAPTERS_SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME)
+        services = (_SERVICE, _ADAPTERS_SERVICE, _OPEN_INFERENCE, _HEALTH_SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(services, server)
-        wanted = f"{settings.host}:{settings.port}"
         try:
-            port = server.add_insecure_port(wanted)
-        except RuntimeError:
-            port = 0
-        if not port:
+            address = listening.bind()
+        except OSError as error:
             await server.stop(None)
-            raise StartError(f"cannot listen on {wanted}: taken, or not an address of this machine (host, port)")
+            raise StartError(str(error)) from None
         await server.start()
-        return server, f"{settings.host}:{port}"
+        return server, address
 
     def _open_metrics(self) -> tuple[int, Callable[[], None]]:
         host, port = self._settings.metrics_host, self._settings.metrics_port
@@ -238,6 +272,10 @@ class App:
         self._servicer.catalog = catalog
         self._metrics.record_catalog(catalog)
 
+    def _on_tenants(self, tenants: Tenants) -> None:
+        self._metrics.tenants.set(len(tenants.by_id))
+        self._scheduler.keep_only(tenants.by_id.keys())
+
     def _task_label(self, task_id: str) -> str:
         return task_id if task_id in self._servicer.catalog.tasks else UNKNOWN_TASK
 
@@ -272,5 +310,14 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> int:
     return asyncio.run(_run(settings, ready))
 
 
+async def _authorize_admin(context: Any) -> None:
+    require_admin(current_call().tenant)
+
+
 async def _run(settings: Settings, ready: Callable[[str], None]) -> int:
-    return await App(settings).run(ready)
+    try:
+        app = App(settings)
+    except StartError as error:
+        print(f"mtlora-server: {error}", file=sys.stderr, flush=True)
+        return 1
+    return await app.run(ready)

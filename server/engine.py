@@ -227,9 +227,12 @@ class Engine:
 
     def generate(self, job: GenerationJob) -> AsyncIterator[Delta]:
         """The sequence's deltas. Closing the iterator, or cancelling its reader, aborts the sequence in the engine."""
-        return self._generate(list(job.prompt_ids), job.sampling, None if job.without_adapter else job.task.slot)
+        slot = None if job.without_adapter else job.task.slot
+        return self._generate(list(job.prompt_ids), job.sampling, slot, job.cache_salt)
 
-    async def _generate(self, prompt_ids: list[int], sampling: Sampling, slot: Any | None) -> AsyncIterator[Delta]:
+    async def _generate(
+        self, prompt_ids: list[int], sampling: Sampling, slot: Any | None, cache_salt: str | None = None
+    ) -> AsyncIterator[Delta]:
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
@@ -237,7 +240,10 @@ class Engine:
             raise EngineDeadError
         self._count += 1
         outputs = self._llm.generate(
-            tokens_input(prompt_ids), self._params(sampling), f"sequence-{self._count}", lora_request=slot
+            tokens_input(prompt_ids, cache_salt=cache_salt),
+            self._params(sampling),
+            f"sequence-{self._count}",
+            lora_request=slot,
         )
         try:
             async with aclosing(outputs):

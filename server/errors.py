@@ -90,6 +90,26 @@ def resource_exhausted(message: str, retry_after_s: float) -> RequestFailedError
     return RequestFailedError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, [_retry_info(retry_after_s)])
 
 
+def quota_exceeded(subject: str, quota: str, retry_after_s: float) -> RequestFailedError:
+    """A limit of `subject`, such as `tenant:NAME`, that this request is beyond; `quota` says which and how much."""
+    violation = error_details_pb2.QuotaFailure.Violation(subject=subject, description=quota)
+    details = [_retry_info(retry_after_s), error_details_pb2.QuotaFailure(violations=[violation])]
+    return RequestFailedError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{subject}: {quota}", details)
+
+
+def deadline_out_of_reach(message: str) -> RequestFailedError:
+    return RequestFailedError(grpc.StatusCode.DEADLINE_EXCEEDED, message)
+
+
+def unauthenticated(message: str) -> RequestFailedError:
+    return RequestFailedError(grpc.StatusCode.UNAUTHENTICATED, message)
+
+
+def slow_reader(message: str) -> RequestFailedError:
+    """A stream that was given up because nobody takes its messages."""
+    return RequestFailedError(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
+
+
 def unavailable(message: str, retry_after_s: float) -> RequestFailedError:
     return RequestFailedError(grpc.StatusCode.UNAVAILABLE, message, [_retry_info(retry_after_s)])
 

@@ -9,6 +9,7 @@ from typing import Protocol
 from server.call import Call
 from server.job import Delta, FinishReason, GenerationJob, TokenLogprobs
 from server.metrics import Metrics
+from server.scheduling import Scheduler
 
 
 class GeneratesDeltas(Protocol):
@@ -50,15 +51,21 @@ class Generation:
     ttft_s: float = 0.0
     total_s: float = 0.0
 
-    async def run(self, engine: GeneratesDeltas) -> AsyncIterator[Delta]:
-        """The deltas, as the engine makes them, but with working and answer apart: `text` is the answer's alone.
+    async def run(self, engine: GeneratesDeltas, scheduler: Scheduler) -> AsyncIterator[Delta]:
+        """The deltas, as the engine makes them once it is the job's turn, but with working and answer apart.
 
-        Closing the iterator aborts the sequence.
+        `text` is the answer's alone. Closing the iterator aborts the sequence.
         """
-        self.call.prompt_tokens = len(self.job.prompt_ids)
+        # Several generations may answer one call.
+        self.call.prompt_tokens += len(self.job.prompt_ids)
         splitter = AnswerSplitter(self.job.answer_marker)
-        async with aclosing(engine.generate(self.job)) as deltas:  # type: ignore[type-var]
+        async with (
+            scheduler.turn(self.call.tenant, self.job, self.call.deadline) as turn,
+            aclosing(engine.generate(self.job)) as deltas,  # type: ignore[type-var]
+        ):
             async for delta in deltas:
+                if delta.tokens:
+                    turn.served(delta.tokens)
                 reasoning, text = splitter.feed(delta.text, last=delta.finish_reason is not None)
                 delta = replace(delta, text=text, reasoning=reasoning)
                 self._observe(delta)
@@ -88,5 +95,5 @@ class Generation:
         self.reasoning += delta.reasoning
         self.logprobs += delta.logprobs
         self.completion_tokens += delta.tokens
-        self.call.completion_tokens = self.completion_tokens
+        self.call.completion_tokens += delta.tokens
         self.finish_reason = delta.finish_reason

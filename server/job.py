@@ -43,6 +43,8 @@ class GenerationJob:
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     without_adapter: bool = False
+    # Requests with different salts share nothing of the prefix cache.
+    cache_salt: str | None = None
     # Template prompts are answered without outer blanks; a chat's answer is left as it is.
     strip: bool = True
     include_reasoning: bool = False

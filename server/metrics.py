@@ -27,6 +27,20 @@ class Metrics:
         self.requests = Counter(
             "mtlora_requests", "Finished requests, by gRPC status.", ["method", "task", "status"], **registry
         )
+        self.tenant_requests = Counter(
+            "mtlora_tenant_requests", "Finished requests, by tenant and gRPC status.", ["tenant", "status"], **registry
+        )
+        self.tenant_tokens = Counter(
+            "mtlora_tenant_tokens", "Prompt and generated tokens, by tenant.", ["tenant"], **registry
+        )
+        self.tenant_service = Counter(
+            "mtlora_tenant_service", "Service as the fair queue counts it, by tenant.", ["tenant"], **registry
+        )
+        self.tenants = Gauge("mtlora_tenants", "Tenants that the server knows.", **registry)
+        self.tenants_refused = Counter(
+            "mtlora_tenants_reload_failures", "Changed tenants files that were refused.", **registry
+        )
+        self.queued = Gauge("mtlora_requests_queued", "Admitted requests that wait for the engine.", **registry)
         self.in_flight = Gauge("mtlora_requests_in_flight", "Admitted requests that are not finished.", **registry)
         self.prompt_tokens = Counter("mtlora_prompt_tokens", "Prompt tokens.", ["task"], **registry)
         self.completion_tokens = Counter("mtlora_completion_tokens", "Generated tokens.", ["task"], **registry)
@@ -66,6 +80,9 @@ class Metrics:
         self.adapters.labels("loaded").set(len(catalog.adapters))
         self.adapters.labels("failed").set(len(catalog.failures))
         self.tasks.set(len(catalog.tasks))
+
+    def record_service(self, tenant: str, service: float) -> None:
+        self.tenant_service.labels(tenant).inc(service)
 
     def record_engine(self, stats: "EngineStats") -> None:
         self.running.set(stats.running)

@@ -77,6 +77,18 @@ class Settings(BaseSettings):
     grace_period_s: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="seconds that running requests get to finish after SIGTERM"
     )
+    tenants: Path | None = Field(None, description="tenants file; default: one open tenant, without keys or quotas")
+    tls_certificate: Path | None = Field(None, description="PEM certificate chain of gRPC; default: no TLS")
+    tls_key: Path | None = Field(None, description="PEM private key of the certificate")
+    tls_client_ca: Path | None = Field(None, description="PEM authorities; clients must show a certificate of theirs")
+    max_connections: int = Field(4096, ge=1, description="open connections")
+    max_concurrent_streams: int = Field(1024, ge=1, description="calls at a time on one connection")
+    keepalive_s: float = Field(60.0, ge=1, le=86400, description="seconds of silence until a connection is tried")
+    keepalive_timeout_s: float = Field(20.0, ge=1, le=3600, description="seconds until a silent connection is closed")
+    min_ping_interval_s: float = Field(10.0, ge=0, le=3600, description="clients that ping more often are closed")
+    max_connection_idle_s: float = Field(3600.0, ge=1, description="seconds until a connection without calls is closed")
+    slow_reader_s: float = Field(30.0, gt=0, le=3600, description="seconds that a stream's message may go untaken")
+
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
     log_prompts: bool = Field(False, description="log prompts too")
 
@@ -92,6 +104,14 @@ class Settings(BaseSettings):
                 "not a folder; allowed: an existing folder of adapter checkpoints, NAME/VERSION/ each, or a URL of one"
             )
         return str(adapters)
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> "Settings":
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate, tls_key: found one alone; allowed: both or neither")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca: found without tls_certificate; allowed: with it")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":

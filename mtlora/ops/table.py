@@ -89,15 +89,21 @@ def check_block(block: PackedBlock) -> None:
 class AdapterRows:
     """One adapter's row for every block, checked once; keeps the weights alive that the rows point at.
 
-    On a CPU those are a copy in the layout of the compiled kernel, where it can run and unless `as_given`.
+    On a CPU those are a copy in the layout of the compiled kernel, where it can run and unless `as_given`; only weights
+    as they were given can go to another device, from `blocks`.
     blocks: one entry a block of the model, None where the adapter has no path. Raises ValueError as `check_block` does,
     and for blocks of several dtypes, devices or hidden sizes.
     """
 
     def __init__(self, blocks: Sequence[PackedBlock | None], *, as_given: bool = False) -> None:
-        in_units = not as_given and compiled_kernel() is not None
+        first = next((block.shrink_DS for block in blocks if block is not None), None)
+        in_units = (
+            not as_given and first is not None and first.device.type == "cpu" and first.dtype in KERNEL_DTYPES
+            and compiled_kernel() is not None
+        )  # fmt: skip
         self.limits = Limits()
         self._held: list[torch.Tensor | None] = []
+        self.blocks: tuple[PackedBlock | None, ...] = () if in_units else tuple(blocks)
         rows, kinds = torch.zeros(len(blocks), len(Field), dtype=torch.int64), set()
         for row, block in zip(rows, blocks, strict=True):
             if block is None:
@@ -105,7 +111,7 @@ class AdapterRows:
             check_block(block)
             shrink, expand, rank, bias = block
             kinds.add((shrink.dtype, shrink.device, shrink.shape[0]))
-            if in_units and shrink.device.type == "cpu" and shrink.dtype in KERNEL_DTYPES:
+            if in_units:
                 shrink, expand, row[Field.IN_UNITS] = to_units(shrink), to_units(expand), 1
             self._held += [shrink, expand, bias]
             row[Field.SHRINK], row[Field.EXPAND] = shrink.data_ptr(), expand.data_ptr()
@@ -118,6 +124,7 @@ class AdapterRows:
             raise ValueError(f"blocks of several kinds in one adapter: {sorted(map(str, kinds))}")
         self.kind = kinds.pop() if kinds else None
         self.rows_LF = rows
+        self.num_bytes = sum(tensor.nbytes for tensor in self._held if tensor is not None)
         # Numbers of the blocks that have a path.
         self.active = frozenset(i for i, block in enumerate(blocks) if block is not None)
 

@@ -4,6 +4,7 @@ Shape suffixes: G groups, N experts, T tasks.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -27,13 +28,7 @@ class PackedAdapter:
     @property
     def num_bytes(self) -> int:
         """Bytes of its weights."""
-        return sum(
-            tensor.nbytes
-            for block in self.rows.blocks
-            if block is not None
-            for tensor in (block.shrink_DS, block.expand_GKE, block.bias_bGN)
-            if tensor is not None
-        )
+        return self.rows.num_bytes
 
     def to(self, device: torch.device) -> "PackedAdapter":
         """The adapter on another device; itself where it is there already."""
@@ -41,6 +36,11 @@ class PackedAdapter:
             return self
         blocks = [None if block is None else block.to(device) for block in self.rows.blocks]
         return PackedAdapter(self.folder, self.manifest, AdapterRows(blocks))
+
+    @cached_property
+    def task_ids(self) -> frozenset[str]:
+        """Ids of its tasks."""
+        return frozenset(task.id for task in self.manifest.tasks)
 
     def bias_row(self, task_id: str | None) -> int:
         """Row of the bias tables for a task, -1 for none. Raises ValueError for a task it does not have."""
@@ -65,9 +65,11 @@ class Slot:
     bias_row: int
 
 
-def pack_adapter(folder: Path, checkpoint: Checkpoint, blocks: list[str], *, dtype: torch.dtype) -> PackedAdapter:
+def pack_adapter(
+    folder: Path, checkpoint: Checkpoint, blocks: list[str], *, dtype: torch.dtype, movable: bool
+) -> PackedAdapter:
     """Pack the blocks that this worker runs, on the CPU. `blocks` are all of its wrapped blocks; an adapter may have
-    fewer.
+    fewer. movable: it will go to another device.
     """
     config, tensors = checkpoint.manifest.config, checkpoint.tensors
 
@@ -84,4 +86,4 @@ def pack_adapter(folder: Path, checkpoint: Checkpoint, blocks: list[str], *, dty
             bias_bGN=tensors[f"{name}.task_bias"] if config.task_bias else None,
         )
 
-    return PackedAdapter(folder, checkpoint.manifest, AdapterRows([pack(name) for name in blocks]))
+    return PackedAdapter(folder, checkpoint.manifest, AdapterRows([pack(name) for name in blocks], as_given=movable))

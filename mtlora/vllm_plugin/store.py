@@ -140,6 +140,9 @@ class AdapterStore:
         return True
 
     def _keep(self, request: LoRARequest, adapter: PackedAdapter, task_id: str | None) -> Slot:
+        if task_id is None and request.lora_name in adapter.task_ids:
+            # `vllm serve --lora-modules TASK=FOLDER`: the name says which task.
+            task_id = request.lora_name
         slot = Slot(request.lora_int_id, request.lora_path, adapter, adapter.bias_row(task_id))
         self._adapters[adapter.folder, adapter.manifest.tensors_sha256] = adapter
         replaced = self._slots.get(slot.id)
@@ -186,4 +189,5 @@ class AdapterStore:
         checkpoint = read_checkpoint(folder, manifest.backbone.model_copy(update=dict(self._backbone)))
         if missing := [module for module in manifest.config.modules if module not in self._modules]:
             raise CheckpointError(f"{folder}: config.blocks: the running model has no {missing[0]!r} in its layers")
-        return pack_adapter(folder.resolve(), checkpoint, self._blocks, dtype=self._dtype)
+        movable = self._device.type != "cpu"
+        return pack_adapter(folder.resolve(), checkpoint, self._blocks, dtype=self._dtype, movable=movable)

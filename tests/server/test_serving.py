@@ -238,7 +238,24 @@ def test_a_client_that_knows_reflection_alone(server: ServerProcess, client: Cli
 def test_reflection_names_every_service(server: ServerProcess) -> None:
     with grpc.insecure_channel(server.address) as channel:
         services = set(ProtoReflectionDescriptorDatabase(channel).get_services())
-    assert {"mtlora.v1.Inference", "grpc.health.v1.Health"} <= services
+    assert {"mtlora.v1.Inference", "inference.GRPCInferenceService", "grpc.health.v1.Health"} <= services
+
+
+def test_the_open_inference_protocol_gives_the_native_texts(server: ServerProcess, client: Client) -> None:
+    from openinference_pb import grpc_predict_v2_pb2 as oip
+    from openinference_pb import grpc_predict_v2_pb2_grpc
+
+    texts = ["Once upon a time", "Call me Ishmael"]
+    with grpc.insecure_channel(server.address) as channel:
+        stub = grpc_predict_v2_pb2_grpc.GRPCInferenceServiceStub(channel)
+        assert stub.ServerReady(oip.ServerReadyRequest()).ready
+        request = oip.ModelInferRequest(model_name="open")
+        request.parameters["max_tokens"].int64_param = 12
+        tensor = request.inputs.add(name="text_input", datatype="BYTES", shape=[2])
+        tensor.contents.bytes_contents.extend(text.encode() for text in texts)
+        reply = stub.ModelInfer(request)
+    answers = [element.decode() for element in reply.outputs[0].contents.bytes_contents]
+    assert answers == [client.generate("open", text, max_new_tokens=12).text for text in texts]
 
 
 def test_cancelling_a_stream_frees_the_engine(server: ServerProcess, client: Client) -> None:
