@@ -34,9 +34,7 @@ def throughput(steps: Sequence[Mapping[str, Any]], knee: float | None) -> str:
     highest = max(offered)
     axes.plot([0, highest], [0, highest], "--", color=GREY, lw=1, label="everything offered is answered at once")
     axes.plot(offered, [s["throughput"] for s in steps], "o-", color=BLUE, label="throughput: answered")
-    axes.plot(
-        offered, [s["goodput"] for s in steps], "s-", color=ORANGE, label="goodput: answered within service level"
-    )
+    axes.plot(offered, [s["goodput"] for s in steps], "s-", color=ORANGE, label="goodput: within the service level")
     if knee is not None:
         axes.axvline(knee, color=GREEN, lw=1.5)
         axes.annotate(
@@ -95,13 +93,13 @@ def by_name(groups: Mapping[str, Mapping[str, Any]], what: str) -> str:
     figure = Figure(figsize=(11, 0.27 * len(rows) + 1.5), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     for axes, (key, title, _) in zip(panels, _latencies({}), strict=True):
-        for y, (_, group) in enumerate(rows):
-            latency = group[key]
-            if not latency["count"]:
-                continue
-            axes.plot([latency["p50"], latency["p99"]], [y, y], color="#c7ccd1", lw=2, zorder=1)
-            for quantile, _, colour in _BY_QUANTILE:
-                axes.scatter(latency[quantile], y, color=colour, s=18, zorder=2)
+        seen = [(y, group[key]) for y, (_, group) in enumerate(rows) if group[key]["count"]]
+        places = [y for y, _ in seen]
+        axes.hlines(
+            places, [at["p50"] for _, at in seen], [at["p99"] for _, at in seen], color="#c7ccd1", lw=2, zorder=1
+        )
+        for quantile, _, colour in _BY_QUANTILE:
+            axes.scatter([at[quantile] for _, at in seen], places, color=colour, s=18, zorder=2)
         axes.set(title=title, xlabel="seconds", xlim=(0, None), ylim=(len(rows) - 0.4, -0.6))
         axes.tick_params(left=False)
     panels[0].set_yticks(range(len(rows)), [name.replace("_", " ") for name, _ in rows])

@@ -47,13 +47,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     load = parser.add_argument_group("load: one of --rate, --in-flight, --trace")
     load.add_argument("--rate", type=float, metavar="R", help="open loop: Poisson arrivals, R requests/s on average")
     load.add_argument("--in-flight", type=int, metavar="N", help="closed loop: N requests under way at all times")
-    load.add_argument(
-        "--trace", type=Path, metavar="FILE", help='open loop: JSONL, {"at": SECONDS, "task": ...} a line'
-    )
+    load.add_argument("--trace", type=Path, metavar="FILE", help='open loop: JSONL, {"at": SECONDS, "task"} a line')
     load.add_argument("--speed", type=float, metavar="X", help="play the trace X times as fast")
-    load.add_argument(
-        "--duration", type=float, metavar="S", help="seconds that count; default: 30, a trace's own length"
-    )
+    load.add_argument("--duration", type=float, metavar="S", help="seconds that count; default: 30, a trace's own")
     load.add_argument("--requests", type=int, metavar="N", help="closed loop: end after N requests, all of which count")
     load.add_argument("--warm-up", type=float, metavar="S", help="seconds left out at the start; default: 3, trace: 0")
     _add_server(parser)
@@ -109,9 +105,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--examples-per-task", type=int, metavar="N", help="distinct inputs a task; default: 200")
     group.add_argument("--prompts", type=Path, metavar="FILE", help='JSONL, {"task", "input", "target"} a line')
     group.add_argument("--prompt-words", metavar="N|A-B", help="random words instead of examples")
-    group.add_argument(
-        "--new-tokens", metavar="N|A-B", help="tokens of an answer, stop strings off; default: the task's"
-    )
+    group.add_argument("--new-tokens", metavar="N|A-B", help="length of answers, stop strings off; default: the task's")
     group.add_argument("--seed", type=int, metavar="N", help="of arrivals, mix and inputs; default: 0")
     group.add_argument("--timeout", type=float, metavar="S", help="a request's deadline; default: 60")
     group.add_argument("--unary", action="store_true", default=None, help="Generate instead of GenerateStream")
@@ -121,8 +115,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--slo-e2e", type=float, metavar="S", help="service level, whole answer; default: 3")
     group.add_argument(
         "--check", choices=("reply", "alone", "exact"),
-        help="what makes an answer wrong: reply, it is incomplete or another's; alone, also where it is neither exact nor "
-        "what the server answers to the same input alone (default); exact, wherever it is not the exact answer",
+        help="what makes an answer wrong: reply, it is incomplete or another's; alone, also where it is neither exact "
+        "nor what the server answers to the same input alone (default); exact, wherever it is not the exact answer",
     )  # fmt: skip
     group.add_argument("--tie", type=float, metavar="NATS", help="tokens this near are a tie; default: 0.5")
     group = parser.add_argument_group("output")
@@ -318,9 +312,10 @@ def _print_phase(session: "Session", phase: dict[str, Any]) -> None:
     Console().print(table)
     accuracy = "" if phase["accuracy"] is None else f"; exact answers {phase['accuracy']:.1%}"
     session.view.line(
-        f"offered {phase['offered_per_second']:.2f} requests/s, answered {phase['throughput_per_second']:.2f}, within the "
-        f"service level {phase['goodput_per_second']:.2f}; {phase['completion_tokens_per_second']:.0f} tokens/s out"
-        f"{accuracy}; generator {phase['generator']['cores']:.1%} of a core"
+        f"offered {phase['offered_per_second']:.2f} requests/s, answered "
+        f"{phase['throughput_per_second']:.2f}, within the service level {phase['goodput_per_second']:.2f}; "
+        f"{phase['completion_tokens_per_second']:.0f} tokens/s out{accuracy}; "
+        f"generator {phase['generator']['cores']:.1%} of a core"
     )
     _print_judgement(session)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from loadtest.histogram import Latency
 
-_DRAWS = 2000
+_DRAWS = 1000
 _MIN_SLICES = 5
 # A difference is told where at least this share of the draws is on one side.
 CONFIDENCE = 0.975
@@ -83,7 +83,7 @@ def _rows(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]], seed: 
         sampled = [_Sampled(phases, key) for phases in (a, b)]
         picks = [each.draw(rng) for each in sampled]
         for q in _QUANTILES:
-            draws = [each.quantile(q, weights) for each, weights in zip(sampled, picks, strict=True)]
+            draws = [each.quantile(q, drawn) for each, drawn in zip(sampled, picks, strict=True)]
             values = [_whole(phases, key).quantile(q) for phases in (a, b)]
             rows.append(_row(f"{name} p{100 * q:g}", values, draws, more_is_better=False))
     return [row for row in rows if row is not None]
@@ -149,21 +149,21 @@ class _Sampled:
         points = [Latency.decode(each).points() for each in encoded]
         self._values = np.array(sorted({value for each in points for value, _ in each}))
         column = {value: i for i, value in enumerate(self._values)}
-        self._counts = np.zeros((len(points), len(self._values)))
+        self._counts = np.zeros((len(points), len(self._values)), np.float32)
         for row, each in enumerate(points):
             for value, count in each:
                 self._counts[row, column[value]] += count
 
     def draw(self, rng: np.random.Generator) -> Any:
-        """How often each slice comes up, a row a draw; None where there are too few."""
+        """Observations up to each value, a row a draw of slices; None where there are too few slices."""
         slices = len(self._counts)
         if slices < _MIN_SLICES or not self._counts.any():
             return None
-        return rng.multinomial(slices, np.full(slices, 1 / slices), size=_DRAWS)
+        times = rng.multinomial(slices, np.full(slices, 1 / slices), size=_DRAWS).astype(np.float32)
+        return np.cumsum(times @ self._counts, axis=1)
 
-    def quantile(self, q: float, weights: Any) -> Any:
+    def quantile(self, q: float, cumulative: Any) -> Any:
         """The quantile of each draw."""
-        if weights is None:
+        if cumulative is None:
             return None
-        cumulative = np.cumsum(weights @ self._counts, axis=1)
         return self._values[np.argmax(cumulative >= q * cumulative[:, -1:], axis=1)]

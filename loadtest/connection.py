@@ -19,7 +19,7 @@ _OPTIONS = (
     # Several processes or phases must not share one connection unknowingly.
     ("grpc.use_local_subchannel_pool", 1),
 )
-_CONNECT_S = 10.0
+_CONNECT_S = 5.0
 
 Metadata = Sequence[tuple[str, str]]
 

@@ -16,7 +16,8 @@ padding-top: .8em; } p { max-width: 50em; } .sub { color: #667; margin-top: .2em
 .tile { background: #f3f5f7; border-radius: 6px; padding: .6em 1em; min-width: 9.5em; }
 .tile b { display: block; font-size: 1.45em; } .tile span { color: #556; font-size: .87em; }
 table { border-collapse: collapse; margin: .8em 0; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .25em .8em; border-bottom: 1px solid #e6e8eb; } th { font-weight: 600; color: #445; }
+th, td { text-align: right; padding: .25em .8em; border-bottom: 1px solid #e6e8eb; }
+th { font-weight: 600; color: #445; }
 th:first-child, td:first-child, td.text, th.text { text-align: left; } svg { width: 100%; height: auto; }
 details { margin: .6em 0; } pre { background: #f3f5f7; padding: 1em; overflow-x: auto; font-size: 12px; }
 """
@@ -48,10 +49,10 @@ def render(result: Mapping[str, Any]) -> str:
 
 def _main_phase(result: Mapping[str, Any], phases: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The phase that details are shown of: the one at the knee, else the last that answered anything."""
-    answered = [phase for phase in phases if phase["total"]["ok"]]
+    answered: list[Any] = [phase for phase in phases if phase["total"]["ok"]]
     knee = result["knee"] and result["knee"]["phase"]
     at_knee = [phase for phase in answered if phase["name"] == knee]
-    return (at_knee or answered or [None])[-1]
+    return (at_knee or answered)[-1] if answered else None
 
 
 def _head(result: Mapping[str, Any]) -> str:
@@ -101,15 +102,15 @@ def _tiles(result: Mapping[str, Any], main: Mapping[str, Any]) -> str:
 def _words(result: Mapping[str, Any]) -> str:
     o = result["settings"]["objective"]
     return (
-        "<details open><summary>The words used here</summary><p><b>Offered load</b>: requests a second that were due to be "
-        "sent, whether or not the server kept up. <b>Throughput</b>: requests a second that were answered. "
+        "<details open><summary>The words used here</summary><p><b>Offered load</b>: requests a second that were due "
+        "to be sent, whether or not the server kept up. <b>Throughput</b>: requests a second that were answered. "
         "<b>Service level</b>: the first token within "
         f"{o['ttft_s']:g} s and the whole answer within {o['e2e_s']:g} s of when the request was due. <b>Goodput</b>: "
         "requests a second that were answered within it. <b>Knee</b>: the highest offered load of which goodput is "
-        f"at least {o['goodput_share']:.0%}, with p{100 * o['quantile']:g} of both times within the service level; above "
-        "it, requests pile up. <b>p95</b>: 95 of 100 requests were at least this fast. <b>TTFT</b>: time to first "
-        "token. <b>ITL</b>: inter-token latency, the time between the pieces of an answer. <b>E2E</b>: end to end, "
-        "until the whole answer is there. All times count from when a request was <i>due</i>, so a stall of the "
+        f"at least {o['goodput_share']:.0%}, with p{100 * o['quantile']:g} of both times within the service level; "
+        "above it, requests pile up. <b>p95</b>: 95 of 100 requests were at least this fast. <b>TTFT</b>: time to "
+        "first token. <b>ITL</b>: inter-token latency, the time between the pieces of an answer. <b>E2E</b>: end to "
+        "end, until the whole answer is there. All times count from when a request was <i>due</i>, so a stall of the "
         "server is not hidden by requests that waited to be sent.</p></details>"
     )
 
@@ -119,17 +120,17 @@ def _load(result: Mapping[str, Any], phases: Sequence[Mapping[str, Any]]) -> str
 
     knee = result["knee"]
     if not knee or not knee["steps"]:
-        rows = [
+        plain = [
             (p["name"], f"{p['offered_per_second']:.2f}", f"{p['throughput_per_second']:.2f}",
              f"{p['goodput_per_second']:.2f}", f"{p['total']['offered']:,}")
             for p in phases
         ]  # fmt: skip
-        heads = ("phase", "offered/s", "answered/s", "within service level/s", "requests")
-        return "<h2>Throughput</h2>" + _table(heads, rows)
+        columns = ("phase", "offered/s", "answered/s", "within service level/s", "requests")
+        return "<h2>Throughput</h2>" + _table(columns, plain)
     at = knee["offered_per_second"]
     rows = [
-        (f"{s['offered']:.2f}", f"{s['throughput']:.2f}", f"{s['goodput']:.2f}", _seconds(s["ttft"]), _seconds(s["e2e"]),
-         "; ".join(s["breaches"]) or ("holds: the knee" if s["offered"] == at else "holds"))
+        (f"{s['offered']:.2f}", f"{s['throughput']:.2f}", f"{s['goodput']:.2f}", _seconds(s["ttft"]),
+         _seconds(s["e2e"]), "; ".join(s["breaches"]) or ("holds: the knee" if s["offered"] == at else "holds"))
         for s in sorted(knee["steps"], key=lambda s: s["offered"])
     ]  # fmt: skip
     percent = f"p{100 * result['settings']['objective']['quantile']:g}"
@@ -218,9 +219,9 @@ def _agreement(phases: Sequence[Mapping[str, Any]]) -> str:
     agree = sum(row[-1] == "yes" for row in rows)
     heads = ("phase", "latency", "quantile", "generator", "server's bucket", "buckets apart", "agree")
     return (
-        "<h2>Do generator and server agree?</h2><p>The generator measures from when a request was due; the server counts "
-        "into buckets, from when it received the request. They agree where the generator's figure lies in the server's "
-        f"bucket or one next to it: <b>{agree} of {len(rows)}</b> do.</p>"
+        "<h2>Do generator and server agree?</h2><p>The generator measures from when a request was due; the server "
+        "counts into buckets, from when it received the request. They agree where the generator's figure lies in the "
+        f"server's bucket or one next to it: <b>{agree} of {len(rows)}</b> do.</p>"
         f"<details><summary>All of them</summary>{_table(heads, rows)}</details>"
     )
 
@@ -253,9 +254,9 @@ def _errors(result: Mapping[str, Any]) -> str:
         for phase in result["phases"]
     ]  # fmt: skip
     made = (
-        "<h2>Errors, by status</h2><p>Every request ends in a status; OK is an answer. CUT_OFF is what this program gave "
-        "up when it was told to end. Beyond the knee, a server that says RESOURCE_EXHAUSTED or misses a deadline does "
-        "what it should, so there these do not count as failed.</p>"
+        "<h2>Errors, by status</h2><p>Every request ends in a status; OK is an answer. CUT_OFF is what this program "
+        "gave up when it was told to end. Beyond the knee, a server that says RESOURCE_EXHAUSTED or misses a deadline "
+        "does what it should, so there these do not count as failed.</p>"
         + _table(("phase", *statuses, "incomplete replies", "counted as failed"), rows)
     )
     if messages:
@@ -275,9 +276,9 @@ def _answers(result: Mapping[str, Any]) -> str:
         ("not checked", f"{found['unchecked']:,}"),
     ]
     made = (
-        "<h2>Were the answers right?</h2><p>A model's answer need not be the task's exact one to be right here: it must be "
-        "the answer that this model gives, whatever else the server is busy with. Each answer that is not exact is "
-        "compared with what the server says to the same input alone, after the test.</p>"
+        "<h2>Were the answers right?</h2><p>A model's answer need not be the task's exact one to be right here: it "
+        "must be the answer that this model gives, whatever else the server is busy with. Each answer that is not "
+        "exact is compared with what the server says to the same input alone, after the test.</p>"
         if found["how"] == "alone"
         else "<h2>Were the answers right?</h2><p>Every answer had to be the task's exact one.</p>"
     )

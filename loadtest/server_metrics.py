@@ -21,6 +21,10 @@ HISTOGRAMS = {
     "e2e": "mtlora_request_seconds",
 }
 _PREFIX = "mtlora_"
+# A label's value may hold blanks and braces; behind the sample there may be a time and an exemplar.
+_SAMPLE = re.compile(
+    r'(?P<name>\w+)(?P<labels>\{(?:[^"}]|"(?:[^"\\]|\\.)*")*\})?\s+(?P<value>[-+]?(?:[\d.]+(?:[eE][-+]?\d+)?|Inf|NaN))(?:\s|$)'
+)
 _LE = re.compile(r'le="([^"]+)"')
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _INTERVAL_S = 2.0
@@ -89,14 +93,9 @@ def parse(text: str, at: float) -> Page:
     for line in text.splitlines():
         if not line.startswith(_PREFIX):
             continue
-        # A label's value may hold blanks and braces; what follows the last brace does not.
-        head, brace, tail = line.rpartition("}")
-        series, number = (head, tail) if brace else tuple(line.split(" ", 1))
-        name = series.partition("{")[0]
-        try:
-            value = float(number.split("#")[0].split()[0])
-        except (ValueError, IndexError):
+        if (sample := _SAMPLE.match(line)) is None:
             continue
+        name, series, value = sample["name"], sample["labels"] or "", float(sample["value"])
         if name.endswith("_bucket"):
             if bound := _LE.search(series):
                 of = buckets.setdefault(name.removesuffix("_bucket"), {})
@@ -124,7 +123,7 @@ def compare(before: Page, after: Page, recorded: Mapping[str, Latency]) -> dict[
         if not cumulative or cumulative[-1][1] <= 0 or not latency.count:
             continue
         bounds = [le for le, _ in cumulative]
-        rows = {}
+        rows: dict[str, dict[str, Any]] = {}
         for q in QUANTILES:
             ours = latency.quantile(q)
             theirs = next(i for i, (_, n) in enumerate(cumulative) if n >= q * cumulative[-1][1] - 1e-9)
