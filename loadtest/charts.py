@@ -81,7 +81,7 @@ def distribution(phase: Mapping[str, Any]) -> str:
     for share in (50, 95, 99):
         axes.axhline(share, color=GREY, lw=0.6)
         axes.annotate(f"p{share}", (1, share), xycoords=("axes fraction", "data"), color=GREY, fontsize=8, va="bottom")
-    axes.set(xlabel="seconds", ylabel="requests at least as fast, %", ylim=(0, 101))
+    axes.set(xlabel="latency", ylabel="requests at least as fast, %", ylim=(0, 101))
     _log_seconds(axes.set_xscale, axes.xaxis)
     axes.legend(loc="lower right")
     return _svg(figure)
@@ -101,6 +101,7 @@ def by_name(groups: Mapping[str, Mapping[str, Any]], what: str) -> str:
         for quantile, _, colour in _BY_QUANTILE:
             axes.scatter([at[quantile] for _, at in seen], places, color=colour, s=18, zorder=2)
         axes.set(title=title, xlabel="seconds", xlim=(0, None), ylim=(len(rows) - 0.4, -0.6))
+        axes.locator_params(axis="x", nbins=5)
         axes.tick_params(left=False)
     panels[0].set_yticks(range(len(rows)), [name.replace("_", " ") for name, _ in rows])
     panels[0].set_ylabel(what)

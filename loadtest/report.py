@@ -18,7 +18,8 @@ padding-top: .8em; } p { max-width: 50em; } .sub { color: #667; margin-top: .2em
 table { border-collapse: collapse; margin: .8em 0; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .25em .8em; border-bottom: 1px solid #e6e8eb; }
 th { font-weight: 600; color: #445; }
-th:first-child, td:first-child, td.text, th.text { text-align: left; } svg { width: 100%; height: auto; }
+th:first-child, td:first-child, td.text, th.text { text-align: left; }
+td:not(.text) { white-space: nowrap; } svg { width: 100%; height: auto; }
 details { margin: .6em 0; } pre { background: #f3f5f7; padding: 1em; overflow-x: auto; font-size: 12px; }
 """
 _WARM_UP = "warm-up"
