@@ -121,6 +121,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tie", type=float, metavar="NATS", help="tokens this near are a tie; default: 0.5")
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, default=_OUT, metavar="DIR", help="result.json and report.html; %(default)s")
+    group.add_argument("--outcomes", action="store_true", default=None, help="keep every request in the result")
     group.add_argument("--no-live", action="store_true", help="plain lines on a terminal too")
 
 
@@ -151,7 +152,7 @@ def _settings(options: argparse.Namespace) -> "Settings":
     objective = make(Objective, ttft_s=options.slo_ttft, e2e_s=options.slo_e2e)
     return make(
         Settings, target=target, workload=workload, objective=objective, processes=options.processes,
-        check=options.check, tie_nats=options.tie,
+        check=options.check, tie_nats=options.tie, outcomes=options.outcomes,
     )  # fmt: skip
 
 

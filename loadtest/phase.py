@@ -82,6 +82,8 @@ class Generator:
             window, share.settings.objective, self._top(self._workload.tasks, self._workload.task_weights),
             self._top([tenant.name for tenant in share.tenants], self._workload.tenant_weights), _slices(window),
         )  # fmt: skip
+        if share.settings.outcomes:
+            recorder.keep_outcomes()
         target = share.settings.target
         driver = self.driver = Driver(self.connection, recorder, began, timeout_s=target.timeout_s, unary=target.unary)
         cpu, wall = _cpu_seconds(), time.monotonic()

@@ -42,6 +42,19 @@ class Outcome:
     def ok(self) -> bool:
         return self.status == "OK" and not self.flaw
 
+    def to_json(self) -> dict[str, Any]:
+        """For a result that keeps every request."""
+        return {
+            "task_id": self.request.task_id,
+            "tenant": self.request.tenant.name,
+            "status": self.status,
+            "intended_s": round(self.intended, 6),
+            "time_to_first_token_s": None if self.ttft is None else round(self.ttft, 6),
+            "seconds": round(self.e2e, 6),
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+        }
+
     @property
     def ttft(self) -> float | None:
         return None if self.first is None else self.first - self.intended
@@ -144,7 +157,12 @@ class Recorder:
         self.answers: Counter[tuple[bytes, str, str | None, str]] = Counter()
         self.flaws: list[str] = []
         self.errors: dict[str, str] = {}
+        self.outcomes: list[dict[str, Any]] | None = None
         self._objective = objective
+
+    def keep_outcomes(self) -> None:
+        """From now on keep every request that counts, not only what they amount to."""
+        self.outcomes = []
 
     def start(self, request: Request, intended: float, now: float) -> None:
         """A request is on its way."""
@@ -176,6 +194,8 @@ class Recorder:
         good = outcome.ok and self.is_good(outcome)
         self.everything.add(outcome, good=good, exact=exact)
         if self._counts(outcome.intended):
+            if self.outcomes is not None:
+                self.outcomes.append(outcome.to_json())
             for group in self._groups(request):
                 group.add(outcome, good=good, exact=exact)
             if part := self._slice(outcome.intended):
@@ -217,6 +237,8 @@ class Recorder:
         self.lag.merge(other.lag)
         self.answers += other.answers
         self.flaws += other.flaws
+        if self.outcomes is not None:
+            self.outcomes += other.outcomes or []
         self.errors = other.errors | self.errors
         self.last_ended = max(self.last_ended, other.last_ended)
         self.window = (self.window[0], max(self.window[1], other.window[1]))

@@ -54,6 +54,7 @@ def phase_json(load: Load, ran: Ran, server: Mapping[str, Any] | None) -> dict[s
         },
         "server": server,
         "complete": not ran.stopped,
+        **({} if recorder.outcomes is None else {"outcomes": recorder.outcomes}),
     }
 
 

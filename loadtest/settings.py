@@ -161,7 +161,7 @@ class RampSettings(_Frozen):
 
 
 class Settings(_Frozen):
-    """All of one invocation. `processes` share every load evenly."""
+    """All of one invocation. `processes` share every load evenly; `outcomes` keeps every request in the result."""
 
     target: Target = Target()
     workload: WorkloadSettings = WorkloadSettings()
@@ -169,6 +169,7 @@ class Settings(_Frozen):
     processes: int = Field(1, ge=1, le=64)
     check: Literal["reply", "alone", "exact"] = "alone"
     tie_nats: float = Field(0.5, ge=0, allow_inf_nan=False)
+    outcomes: bool = False
 
 
 def make(model: type[Model], **values: Any) -> Model:

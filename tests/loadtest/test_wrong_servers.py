@@ -205,8 +205,11 @@ def test_unary_calls(tmp_path: Path) -> None:
 
 def test_two_processes_share_a_load(tmp_path: Path) -> None:
     with lying(text) as (address, servicer, _):
-        status, found = load(address, tmp_path, "--processes", "2", "--check", "reply")
+        status, found = load(address, tmp_path, "--processes", "2", "--check", "reply", "--outcomes")
     assert status == 0
+    outcomes = found["phases"][0]["outcomes"]
+    assert [each["status"] for each in outcomes] == ["OK"] * 20
+    assert all(0 < each["time_to_first_token_s"] <= each["seconds"] for each in outcomes)
     assert found["phases"][0]["total"]["offered"] == len(servicer.keys) == 20
     assert found["phases"][0]["total"]["e2e"]["count"] == 20
 
