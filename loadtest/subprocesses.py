@@ -135,6 +135,8 @@ class InProcessEngine(_Process):
             "VLLM_LOGGING_LEVEL": "ERROR",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
+            # As in the server: vLLM compiles functions even in eager mode, in the midst of requests.
+            "TORCHDYNAMO_DISABLE": "1",
             # As the server places its threads: on every core.
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
         }

@@ -22,7 +22,10 @@ from loadtest.subprocesses import InProcessEngine, Server
 from loadtest.workload import Request
 
 # The engine's settings, given to both in the same words.
-_ENGINE = {"max_num_seqs": 64, "max_model_len": 1024, "dtype": "auto", "enable_prefix_caching": True, "seed": 0}
+_ENGINE = {
+    "max_num_seqs": 64, "max_num_batched_tokens": 2048, "max_model_len": 1024, "dtype": "auto",
+    "enable_prefix_caching": True, "seed": 0,
+}  # fmt: skip
 _KV_CACHE_GIB = 1.0
 CLOSED_LOOP = "closed loop at the knee"
 
