@@ -67,6 +67,9 @@ bench-gpu: ## a layer of the routed path on this GPU (TUNE=--tune to measure lau
 bench-slots: $(STAMP) ## more adapters than slots, through a server
 	$(BIN)/python -m server.bench_slots --backbone $(BACKBONE)
 
+loadtest: $(STAMP) ## a server's knee, a closed loop there, the engine without a server; report in out/loadtest
+	$(BIN)/mtlora-loadtest all --backbone $(BACKBONE) --adapters $(ADAPTERS) $(LOADTEST)
+
 faults: $(STAMP) ## faults injected into a real server, a row each (FULL=1: at full length)
 	$(BIN)/python -m server.faults --backbone $(BACKBONE) --adapters $(ADAPTERS) $(if $(FULL),--full) $(FAULTS)
 
