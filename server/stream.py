@@ -74,4 +74,5 @@ def _join(first: Delta, second: Delta) -> Delta:
         logprobs=first.logprobs + second.logprobs,
         finish_reason=second.finish_reason,
         scheduled_at=first.scheduled_at or second.scheduled_at,
+        reasoning=first.reasoning + second.reasoning,
     )

@@ -67,6 +67,7 @@ class FakeEngine:
                 await self.hold.wait()
             for delta in self.deltas[1:]:
                 yield delta
+                await asyncio.sleep(0.01)
         finally:
             self.running -= 1
 
