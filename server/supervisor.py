@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,11 +68,9 @@ class Supervisor:
             await self._replace(reason)
             logger.info("engine restarted", extra={"fields": {"seconds": round(time.monotonic() - began, 1)}})
 
-    async def generate(self, job: GenerationJob) -> AsyncIterator[Delta]:
-        """The deltas of a sequence. Raises EngineDeadError once its engine is lost."""
-        async with aclosing(self._running.generate(job)) as deltas:  # type: ignore[type-var]
-            async for delta in deltas:
-                yield delta
+    def generate(self, job: GenerationJob) -> AsyncIterator[Delta]:
+        """As `Engine.generate`."""
+        return self._running.generate(job)
 
     async def load(self, folder: Path, slots: Sequence[Any]) -> None:
         """As `Engine.load`."""
