@@ -28,7 +28,7 @@ _SETTINGS: dict[str, Any] = {"max_num_seqs": 16, "max_in_flight": 256, "enable_p
 
 def run(options: Options) -> Row:
     """Short turns with and without the flood, so that what else the machine does falls on both alike."""
-    turns, turn_s, backlog_s = (60, 5.0, 120.0) if options.full else (10, 4.0, 25.0)
+    turns, turn_s, backlog_s = (60, 5.0, 120.0) if options.full else (8, 4.0, 20.0)
     tenants: dict[str, Mapping[str, Any]] = {name: {} for name in (*_GENTLE, *_EQUAL)}
     tenants["flooder"] = {"requests_per_second": _QUOTA}
     with secured_server(options, tenants, **_SETTINGS) as secured:

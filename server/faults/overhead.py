@@ -34,7 +34,7 @@ def run(options: Options) -> Row:
 
     A random adapter of 25 tasks, as in `make bench`: its answers have the full length, so that both do the same work.
     """
-    rounds, per_task = (9, 6) if options.full else (5, 4)
+    rounds, per_task = (9, 6) if options.full else (4, 3)
     write_random_adapter(
         options.folder / "adapters" / "random" / "1",
         identify(resolve(options.backbone)),
