@@ -21,7 +21,7 @@ _EPSILON = 1e-12
 
 @dataclass(frozen=True)
 class Routing:
-    """Routing of each task's tokens: its mean weights [T, M, G, N], and the mean entropy [T, M] of a token's, in nats."""
+    """Routing of each task: mean weights [T, M, G, N] of its tokens, and the mean entropy [T, M] of one, in nats."""
 
     tasks: tuple[str, ...]
     blocks: tuple[str, ...]
