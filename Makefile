@@ -73,6 +73,12 @@ loadtest: $(STAMP) ## a server's knee, a closed loop there, the engine without a
 faults: $(STAMP) ## faults injected into a real server, a row each (FULL=1: at full length)
 	$(BIN)/python -m server.faults --backbone $(BACKBONE) --adapters $(ADAPTERS) $(if $(FULL),--full) $(FAULTS)
 
+manifests: $(STAMP) ## build every Kubernetes overlay, validate it, hold it to the policy; needs kustomize
+	$(BIN)/python -m deploy.manifests
+
+capacity-check: $(STAMP) ## the capacity simulation against two real server processes, a core each (minutes)
+	$(BIN)/python -m loadtest.capacity check --adapters $(ADAPTERS) --out out/capacity
+
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

@@ -7,7 +7,6 @@ from pathlib import Path
 from server.catalog import Catalog
 from server.metrics import Metrics
 from server.registry.events import Events
-from server.registry.metrics import RegistryMetrics
 from server.registry.mirror import Mirror, is_url
 from server.registry.registry import Parts, Registry
 from server.registry.residency import Residency
@@ -35,14 +34,22 @@ def open_adapters(
     settings: Settings, backbone: Path, supervisor: Supervisor, metrics: Metrics, publish: Callable[[Catalog], None]
 ) -> Adapters:
     """A registry over `settings.adapters`, or over nothing where that is not set; nothing is read yet."""
-    from mtlora.backbone import identify
+    from mtlora.backbone import BackboneArchitecture, identify
     from mtlora.vllm_plugin.requests import slot_requests
 
     max_bytes = settings.max_adapter_mib << 20
-    of_registry = RegistryMetrics(metrics.registry)
-    residency = Residency(supervisor, settings.adapter_slots, of_registry.cold.observe)
+    residency = Residency(
+        supervisor,
+        settings.adapter_slots,
+        on_cold=metrics.adapter_cold.observe,
+        on_load=metrics.adapter_load.observe,
+        on_evict=metrics.adapter_evictions.inc,
+    )
     spool = Spool(settings.adapter_cache)
-    verifier = Verifier(spool, identify(backbone), Limits(max_bytes, settings.verify_timeout_s))
+    made_beside = identify(backbone)
+    strict = settings.adapter_backbone_check == "strict"
+    identity: BackboneArchitecture = made_beside if strict else made_beside.without_weights()
+    verifier = Verifier(spool, identity, Limits(max_bytes, settings.verify_timeout_s))
     root, mirror = _root(settings.adapters, spool, max_bytes)
     registry = Registry(
         Parts(
@@ -53,8 +60,8 @@ def open_adapters(
             make_slots=slot_requests,
             warm=lambda slot: supervisor.warm_up(slot, short=True),
             publish=publish,
-            events=Events(of_registry.record),
-            metrics=of_registry,
+            events=Events(metrics.record_adapter_event),
+            metrics=metrics,
             mirror=mirror,
         )
     )

@@ -20,12 +20,21 @@ _RETRY_AFTER_S = {State.STARTING: 5.0, State.DRAINING: 1.0, State.RESTARTING: RE
 
 
 class Admission:
-    """Admits requests while the server is serving and has room, and knows when the last one has left."""
+    """Admits requests while the server is serving and has room, and knows when the last one has left.
 
-    def __init__(self, max_in_flight: int, on_change: Callable[[int], None] = lambda _: None) -> None:
+    `on_change` gets how many are in flight; `on_full` is called for every request that is refused for want of room.
+    """
+
+    def __init__(
+        self,
+        max_in_flight: int,
+        on_change: Callable[[int], None] = lambda _: None,
+        on_full: Callable[[], None] = lambda: None,
+    ) -> None:
         self.state = State.STARTING
         self._max_in_flight = max_in_flight
         self._on_change = on_change
+        self._on_full = on_full
         self._running: set[asyncio.Task[Any]] = set()
         self._aborting = False
         self._idle = asyncio.Event()
@@ -41,6 +50,7 @@ class Admission:
         """Hold a place for the current task, one request. Raises UNAVAILABLE or RESOURCE_EXHAUSTED."""
         self.check_serving()
         if len(self._running) >= self._max_in_flight:
+            self._on_full()
             raise resource_exhausted(f"{self._max_in_flight} requests are in flight, the most this server admits", 1.0)
         task = asyncio.current_task()
         assert task is not None

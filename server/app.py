@@ -8,8 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 from mtlora_pb.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from openinference_pb import grpc_predict_v2_pb2, grpc_predict_v2_pb2_grpc
@@ -22,6 +21,7 @@ from server.call import current_call
 from server.catalog import Catalog
 from server.engine import Engine, EngineStartError, exit_at_once
 from server.errors import EngineDeadError
+from server.health import Health
 from server.interceptor import CallInterceptor
 from server.leasing import LeasingEngine
 from server.listening import Listening
@@ -32,10 +32,11 @@ from server.scheduling import Scheduler
 from server.scheduling.scheduler import engine_slots
 from server.servicer import InferenceServicer
 from server.settings import Settings
-from server.supervisor import EngineGaveUpError, Supervisor
+from server.supervisor import EngineFailure, EngineGaveUpError, Supervisor
 from server.tenants import Directory, Tenants, TenantsError
 from server.tenants.authentication import Authenticator, require_admin
 from server.tls import TLSError
+from server.tracing import Tracer
 from server.validation import Limits
 
 logger = get_logger("app")
@@ -44,6 +45,7 @@ _SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 _OPEN_INFERENCE = grpc_predict_v2_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 _ADAPTERS_SERVICE = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].full_name
 _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+_POLL_INTERVAL_S = 5.0
 
 
 class StartError(Exception):
@@ -55,14 +57,18 @@ class App:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._metrics = Metrics()
+        self._metrics = Metrics(exemplars=settings.metrics_exemplars)
+        self._tracer = (
+            Tracer(settings.otlp_endpoint, sample_ratio=settings.trace_sample_ratio) if settings.otlp_endpoint else None
+        )
         slots = min(engine_slots(settings.max_num_seqs), settings.in_flight_limit)
         # The queue is full before this is: which tenant is refused then is a matter of fairness.
-        self._admission = Admission(settings.in_flight_limit + slots, self._metrics.in_flight.set)
-        self._scheduler = Scheduler(
-            slots, max(1, settings.in_flight_limit - slots), on_service=self._metrics.record_service
+        self._admission = Admission(
+            settings.in_flight_limit + slots,
+            on_change=self._metrics.in_flight.set,
+            on_full=lambda: self._metrics.record_shed(current_call().tenant.id, "in_flight"),
         )
-        self._metrics.queued.set_function(lambda: self._scheduler.load.queued)
+        self._scheduler = Scheduler(slots, max(1, settings.in_flight_limit - slots), observer=self._metrics)
         try:
             self._directory = Directory(
                 settings.tenants, on_change=self._on_tenants, on_failure=self._metrics.tenants_refused.inc
@@ -81,7 +87,7 @@ class App:
         self._open_inference = OpenInferenceServicer(
             self._servicer, self._admission, RegistryRepository(lambda: self._adapters_servicer.registry)
         )
-        self._health = HealthServicer()
+        self._health = Health(_SERVICE)
         self._supervisor: Supervisor | None = None
         self._adapters: Adapters | None = None
         self._verifying: asyncio.Future[None] | None = None
@@ -97,6 +103,8 @@ class App:
                 await self._serve(address, ready)
             finally:
                 await server.stop(grace=1.0)
+                if self._tracer:
+                    await asyncio.to_thread(self._tracer.close)
         except StartError as error:
             print(f"mtlora-server: {error}", file=sys.stderr, flush=True)
             if self._supervisor is None:
@@ -107,6 +115,7 @@ class App:
     async def _serve(self, address: str, ready: Callable[[str], None]) -> None:
         began = time.monotonic()
         metrics_port, close_metrics = self._open_metrics()
+        probed = await self._listen_for_probes()
         logger.info("listening", extra={"fields": {"address": address, "metrics_port": metrics_port}})
         starting = asyncio.create_task(self._start())
         stopping = asyncio.create_task(self._stop.wait())
@@ -119,13 +128,15 @@ class App:
         tasks = len(self._servicer.catalog.tasks)
         logger.info("serving", extra={"fields": {"address": address, "tasks": tasks, "start_seconds": seconds}})
         ready(f"serving on {address}, metrics on {self._settings.metrics_host}:{metrics_port}, {tasks} tasks")
-        work = (self._supervise(), self._follow_adapters(), self._directory.watch())
+        work = (self._supervise(), self._follow_adapters(), self._directory.watch(), self._poll_workers())
         working = [asyncio.create_task(each) for each in work]
         await stopping
         await self._drain()
         for task in working:
             task.cancel()
         close_metrics()
+        if probed:
+            await probed.stop(None)
         self._shut_down()
 
     def _handle_signals(self) -> None:
@@ -145,6 +156,7 @@ class App:
             self._metrics,
             self._task_label,
             Authenticator(self._directory).tenant,
+            self._tracer,
             slow_reader_s=self._settings.slow_reader_s,
         )
         try:
@@ -155,7 +167,7 @@ class App:
         inference_pb2_grpc.add_InferenceServicer_to_server(self._servicer, server)
         adapters_pb2_grpc.add_AdaptersServicer_to_server(self._adapters_servicer, server)
         grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self._open_inference, server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self._health.add_to(server)
         services = (_SERVICE, _ADAPTERS_SERVICE, _OPEN_INFERENCE, _HEALTH_SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(services, server)
         try:
@@ -165,6 +177,15 @@ class App:
             raise StartError(str(error)) from None
         await server.start()
         return server, address
+
+    async def _listen_for_probes(self) -> Any | None:
+        host, port = self._settings.host, self._settings.health_port
+        if port is None:
+            return None
+        server, bound = await self._health.listen(host, port)
+        if not bound:
+            raise StartError(f"cannot listen on {host}:{port}: taken, or not an address of this machine (health_port)")
+        return server
 
     def _open_metrics(self) -> tuple[int, Callable[[], None]]:
         host, port = self._settings.metrics_host, self._settings.metrics_port
@@ -223,13 +244,13 @@ class App:
         await self._supervisor.warm_up(resident[-1].distinct_slots[0] if resident else None)
         await self._open_admission()
 
-    async def engine_lost(self, reason: str) -> None:
+    async def engine_lost(self, failure: EngineFailure) -> None:
         """Serve nothing until another engine runs."""
         assert self._adapters is not None
         if not self._stop.is_set():
             self._admission.state = State.RESTARTING
         await self._set_health(serving=False)
-        self._metrics.engine_restarts.inc()
+        self._metrics.record_engine_restart(failure.kind)
         self._adapters.residency.reset()
 
     async def _supervise(self) -> None:
@@ -239,12 +260,28 @@ class App:
         except EngineGaveUpError as error:
             logger.error("giving up", extra={"fields": {"reason": str(error)}})
             print(f"mtlora-server: {error}", file=sys.stderr, flush=True)
+            await self._set_health(serving=False, live=False)
             # Long enough for the requests that ran to get their status.
             await asyncio.sleep(0.5)
             self._exit(1)
         except Exception:
             logger.error("the engine is not supervised any more", exc_info=True)
             self._exit(1)
+
+    async def _poll_workers(self) -> None:
+        """Keep the metrics of the engine's processes, and of what they hold, up to date, whichever engine runs."""
+        assert self._supervisor is not None
+        assert self._adapters is not None
+        while True:
+            self._metrics.adapters_resident.set(len(self._adapters.residency.resident))
+            engine = self._supervisor.engine
+            if engine is not None and engine.alive and not self._supervisor.starting:
+                try:
+                    self._metrics.record_workers(await engine.worker_stats())
+                except Exception as error:
+                    # A dying engine is the supervisor's concern; metrics alone end nothing.
+                    logger.warning("no statistics from the engine", extra={"fields": {"reason": str(error)}})
+            await asyncio.sleep(_POLL_INTERVAL_S)
 
     async def _follow_adapters(self) -> None:
         assert self._adapters is not None
@@ -298,11 +335,9 @@ class App:
             await self._admission.drained(5.0)
         logger.info("drained")
 
-    async def _set_health(self, *, serving: bool) -> None:
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+    async def _set_health(self, *, serving: bool, live: bool = True) -> None:
         self._metrics.serving.set(serving)
-        for service in ("", _SERVICE):
-            await self._health.set(service, status)
+        await self._health.set(serving=serving, live=live)
 
 
 def serve(settings: Settings, ready: Callable[[str], None]) -> int:

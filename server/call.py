@@ -5,6 +5,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from server.tenants import OPEN_TENANT, Tenant
+from server.tracing import RequestTrace
 
 
 @dataclass
@@ -19,6 +20,7 @@ class Call:
     tenant: Tenant = OPEN_TENANT
     # time.monotonic() of the deadline; None where the client set none.
     deadline: float | None = None
+    trace: RequestTrace | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
 

@@ -5,7 +5,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -34,13 +34,41 @@ class EngineStartError(RuntimeError):
 
 @dataclass(frozen=True)
 class EngineStats:
-    """The scheduler's state after its last step."""
+    """The scheduler's state after its last step, and what happened since the one before."""
 
     running: int
     waiting: int
     kv_cache_usage: float
     prefix_cache_queries: int
     prefix_cache_hits: int
+    preemptions: int = 0
+    # Distinct slots and adapter versions of the running sequences.
+    tasks: int = 0
+    adapters: int = 0
+    # Which of the data-parallel engines.
+    engine: int = 0
+
+
+@dataclass(frozen=True)
+class RoutingSums:
+    """Of sampled routing; fields as in `mtlora.vllm_plugin.sampling.RoutingSums`."""
+
+    rows: int
+    entropy: float
+    expert_weights: Sequence[float]
+
+
+@dataclass(frozen=True)
+class WorkerStats:
+    """What one rank of one engine counts of its adapters, and its sampled routing by adapter version."""
+
+    slots: int
+    slots_in_use: int
+    slots_registered: int
+    resident_bytes: int
+    weight_loads: int
+    slot_evictions: int
+    routing: Mapping[str, RoutingSums]
 
 
 @dataclass(eq=False)
@@ -122,6 +150,9 @@ class Engine:
             "seed": settings.seed,
             "tensor_parallel_size": settings.tensor_parallel_size,
             "pipeline_parallel_size": settings.pipeline_parallel_size,
+            "data_parallel_size": settings.data_parallel_size,
+            "distributed_executor_backend": settings.distributed_executor_backend,
+            "quantization": settings.quantization,
             "max_logprobs": MAX_LOGPROBS,
             "use_tqdm_on_load": False,
             **engine_overrides(settings.max_num_seqs, int(settings.host_cache_gib * (1 << 30))),
@@ -181,16 +212,22 @@ class Engine:
         """Take slots, and with its last slot an adapter, out of the engine's memory."""
         await self._call("mtlora_remove", [slot.lora_int_id for slot in slots])
 
+    async def worker_stats(self) -> list[WorkerStats]:
+        """Of every rank of every engine, asked between two steps."""
+        return [_worker_stats(rank) for rank in await self._call("mtlora_statistics")]
+
     async def _call(self, method: str, *arguments: Any) -> list[Any]:
-        """The result of a worker's method, of each rank."""
+        """The result of a worker's method, of each rank of each engine."""
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
         with self._waiting():
             try:
-                results: list[Any] = await self._llm.collective_rpc(method, args=arguments)
+                core = self._llm.engine_core
+                # vLLM's own `collective_rpc` gives the results of the first engine alone.
+                engines = await core.call_utility_all_async("collective_rpc", method, None, arguments, {})
             except VllmEngineDeadError:
                 raise EngineDeadError from None
-        return results
+        return [result for ranks in engines for result in ranks]
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -282,7 +319,7 @@ class Engine:
 
 def engine_environment(settings: Settings) -> dict[str, str]:
     """Environment variables for vLLM and its processes, which inherit them."""
-    ranks = settings.tensor_parallel_size * settings.pipeline_parallel_size
+    ranks = settings.tensor_parallel_size * settings.pipeline_parallel_size * settings.data_parallel_size
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
     wanted = {} if settings.log_level == "debug" else {k: os.environ.get(k, v) for k, v in quiet.items()}
     return {
@@ -294,6 +331,9 @@ def engine_environment(settings: Settings) -> dict[str, str]:
         # By now the backbone is a local folder.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
+        # Read by the plugin in the engine's processes.
+        "MTLORA_ADAPTER_BACKBONE_CHECK": settings.adapter_backbone_check,
+        "MTLORA_ROUTING_SAMPLE_STEPS": str(settings.routing_sample_steps),
         **thread_environment(settings.omp_threads_bind, os.environ, ranks),
     }
 
@@ -325,10 +365,11 @@ def _stat_logger_factory(on_stats: Callable[[EngineStats], None]) -> type:
 
     class StatLogger(StatLoggerBase):
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-            pass
+            self._engine = engine_index
 
         def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
             if scheduler_stats is not None:
+                running = [name for name, count in scheduler_stats.running_lora_adapters.items() if count]
                 on_stats(
                     EngineStats(
                         running=scheduler_stats.num_running_reqs,
@@ -336,6 +377,10 @@ def _stat_logger_factory(on_stats: Callable[[EngineStats], None]) -> type:
                         kv_cache_usage=scheduler_stats.kv_cache_usage,
                         prefix_cache_queries=scheduler_stats.prefix_cache_stats.queries,
                         prefix_cache_hits=scheduler_stats.prefix_cache_stats.hits,
+                        preemptions=iteration_stats.num_preempted_reqs if iteration_stats else 0,
+                        tasks=len(running),
+                        adapters=len({name.partition("#")[0] for name in running}),
+                        engine=self._engine,
                     )
                 )
 
@@ -343,6 +388,11 @@ def _stat_logger_factory(on_stats: Callable[[EngineStats], None]) -> type:
             pass
 
     return StatLogger
+
+
+def _worker_stats(rank: dict[str, Any]) -> WorkerStats:
+    routing = {adapter: RoutingSums(**sums) for adapter, sums in rank["routing"].items()}
+    return WorkerStats(**{**rank, "routing": routing})
 
 
 def _check_loaded(states: Sequence[Sequence[str]]) -> None:

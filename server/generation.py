@@ -63,6 +63,8 @@ class Generation:
             scheduler.turn(self.call.tenant, self.job, self.call.deadline) as turn,
             aclosing(engine.generate(self.job)) as deltas,  # type: ignore[type-var]
         ):
+            if self.call.trace:
+                self.call.trace.submitted()
             async for delta in deltas:
                 if delta.tokens:
                     turn.served(delta.tokens)
@@ -70,7 +72,7 @@ class Generation:
                 delta = replace(delta, text=text, reasoning=reasoning)
                 self._observe(delta)
                 yield delta
-        self.metrics.e2e.observe(self.total_s)
+        self.metrics.observe_e2e(self.call, self.total_s)
 
     @property
     def answer(self) -> str:
@@ -81,7 +83,9 @@ class Generation:
         now = time.monotonic() - self.call.received
         if not self.queue_s and delta.scheduled_at is not None:
             self.queue_s = max(0.0, delta.scheduled_at - self.call.received)
-            self.metrics.queue.observe(self.queue_s)
+            self.metrics.observe_queue(self.call, self.queue_s)
+            if self.call.trace:
+                self.call.trace.scheduled(delta.scheduled_at)
         if delta.tokens:
             if self.completion_tokens:
                 gap = (now - self.total_s) / delta.tokens
@@ -89,8 +93,10 @@ class Generation:
                     self.metrics.itl.observe(gap)
             else:
                 self.ttft_s = now
-                self.metrics.ttft.observe(now)
+                self.metrics.observe_ttft(self.call, now)
             self.total_s = now
+            if self.call.trace:
+                self.call.trace.step(delta.tokens)
         self.text += delta.text
         self.reasoning += delta.reasoning
         self.logprobs += delta.logprobs

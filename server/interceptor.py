@@ -19,6 +19,7 @@ from server.errors import DETAILS_KEY, RequestFailedError, Violation, from_excep
 from server.logs import get_logger
 from server.metrics import UNKNOWN_TASK, Metrics
 from server.tenants import Tenant
+from server.tracing import Tracer
 
 logger = get_logger("request")
 
@@ -46,12 +47,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         metrics: Metrics,
         task_label: Callable[[str], str],
         authenticate: Authenticate | None = None,
+        tracer: Tracer | None = None,
         *,
         slow_reader_s: float = 30.0,
     ) -> None:
         self._metrics = metrics
         self._task_label = task_label
         self._authenticate = authenticate
+        self._tracer = tracer
         self._slow_reader_s = slow_reader_s
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
@@ -59,18 +62,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(_SERVICE_PREFIXES):
             return handler
-        method = handler_call_details.method.rpartition("/")[2]
-        is_open = handler_call_details.method in _OPEN
+        rpc = handler_call_details.method
         request_id = _request_id(handler_call_details.invocation_metadata)
 
         async def unary(request: Any, context: Any) -> Any:
-            async with self._call(request, context, method, request_id, is_open):
+            async with self._call(request, context, rpc, request_id):
                 return await handler.unary_unary(request, context)
 
         # A coroutine that writes, not a generator: cancellation then lands in here, and closes the handler's generator.
         async def stream(request: Any, context: Any) -> None:
             async with (
-                self._call(request, context, method, request_id, is_open),
+                self._call(request, context, rpc, request_id),
                 aclosing(handler.unary_stream(request, context)) as messages,
             ):
                 async for message in messages:
@@ -92,11 +94,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             raise slow_reader(f"no message of the stream was taken for {self._slow_reader_s:g} s") from None
 
     @asynccontextmanager
-    async def _call(
-        self, request: Any, context: Any, method: str, request_id: str, is_open: bool
-    ) -> AsyncIterator[None]:
-        left = context.time_remaining()
-        call = Call(request_id, method, task="", deadline=None if left is None else time.monotonic() + left)
+    async def _call(self, request: Any, context: Any, rpc: str, request_id: str) -> AsyncIterator[None]:
+        left, is_open = context.time_remaining(), rpc in _OPEN
+        deadline = None if left is None else time.monotonic() + left
+        call = Call(request_id, rpc.rpartition("/")[2], task="", deadline=deadline)
+        # Not of probes, which come every few seconds.
+        if self._tracer and not is_open:
+            call.trace = self._tracer.begin(rpc, request_id, context.invocation_metadata())
         set_current_call(call)
         trailer = ((REQUEST_ID_KEY, request_id),)
         context.set_trailing_metadata(trailer)
@@ -143,13 +147,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return ""
 
     def _record(self, call: Call, code: grpc.StatusCode) -> None:
-        self._metrics.requests.labels(call.method, call.task, code.name).inc()
-        self._metrics.tenant_requests.labels(call.tenant.id, code.name).inc()
-        if call.prompt_tokens:
-            served = call.prompt_tokens + call.completion_tokens
-            self._metrics.tenant_tokens.labels(call.tenant.id).inc(served)
-            self._metrics.prompt_tokens.labels(call.task).inc(call.prompt_tokens)
-            self._metrics.completion_tokens.labels(call.task).inc(call.completion_tokens)
+        self._metrics.record_request(call, code.name)
+        if call.trace:
+            call.trace.end(code.name, call)
         fields = {
             "request_id": call.request_id,
             "method": call.method,

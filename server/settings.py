@@ -60,6 +60,19 @@ class Settings(BaseSettings):
     seed: int = Field(0, ge=0, lt=2**31, description="seed of sampling where a request has none")
     tensor_parallel_size: int = Field(1, ge=1, description="ranks that share every layer")
     pipeline_parallel_size: int = Field(1, ge=1, description="ranks that share the layers among them")
+    data_parallel_size: int = Field(1, ge=1, description="engines behind this server, each with ranks of its own")
+    distributed_executor_backend: Literal["mp", "ray"] | None = Field(
+        None,
+        description='what starts ranks: "mp" on this machine, "ray" on those of a Ray cluster; default: the engine\'s',
+    )
+    quantization: str | None = Field(
+        None, min_length=1, description="how the backbone's weights are quantised; default: as its config says"
+    )
+    adapter_backbone_check: Literal["strict", "architecture"] = Field(
+        "strict",
+        description='"strict" serves only adapters made beside these very weights; "architecture" also those made '
+        "beside others of the same shape, as a quantised backbone needs",
+    )
     omp_threads_bind: str | None = Field(
         None, min_length=1, description='cores of the engine\'s threads, such as "0-3" or, by rank, "0|1"; default: all'
     )
@@ -89,6 +102,17 @@ class Settings(BaseSettings):
     max_connection_idle_s: float = Field(3600.0, ge=1, description="seconds until a connection without calls is closed")
     slow_reader_s: float = Field(30.0, gt=0, le=3600, description="seconds that a stream's message may go untaken")
 
+    health_port: int | None = Field(
+        None, ge=0, le=65535, description="port of a second listener, on host, that knows health alone; default: none"
+    )
+    routing_sample_steps: int = Field(
+        0, ge=0, description="sample how tokens are routed every so many steps, for the metrics; 0: never"
+    )
+    metrics_exemplars: bool = Field(False, description="histograms carry trace or request ids, in OpenMetrics")
+    otlp_endpoint: str | None = Field(
+        None, min_length=1, description="OpenTelemetry collector (OTLP/gRPC) that gets a trace a request; default: none"
+    )
+    trace_sample_ratio: float = Field(1.0, ge=0, le=1, description="share of the requests that are traced")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
     log_prompts: bool = Field(False, description="log prompts too")
 

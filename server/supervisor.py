@@ -4,8 +4,9 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from server.engine import Engine, EngineStartError
 from server.errors import EngineDeadError
@@ -17,6 +18,14 @@ logger = get_logger("engine")
 _LOOK_INTERVAL_S = 0.1
 
 
+@dataclass(frozen=True)
+class EngineFailure:
+    """How an engine was lost: of which kind, and in words."""
+
+    kind: Literal["died", "hung", "not_started"]
+    reason: str
+
+
 class EngineGaveUpError(Exception):
     """The engine failed too often to try again."""
 
@@ -24,7 +33,7 @@ class EngineGaveUpError(Exception):
 class Listener(Protocol):
     """What is to be done when an engine is lost, before anything that takes time, and when another is there."""
 
-    async def engine_lost(self, reason: str) -> None: ...
+    async def engine_lost(self, failure: EngineFailure) -> None: ...
     async def engine_started(self, engine: Engine) -> None: ...
 
 
@@ -61,11 +70,9 @@ class Supervisor:
     async def run(self) -> None:
         """Watch the engine that was started, and its successors. Ends in EngineGaveUpError alone."""
         while True:
-            reason = await self._failure()
-            logger.error("engine lost", extra={"fields": {"reason": reason}})
-            await self._listener.engine_lost(reason)
+            failure = await self._failure()
             began = time.monotonic()
-            await self._replace(reason)
+            await self._replace(failure)
             logger.info("engine restarted", extra={"fields": {"seconds": round(time.monotonic() - began, 1)}})
 
     def generate(self, job: GenerationJob) -> AsyncIterator[Delta]:
@@ -90,26 +97,29 @@ class Supervisor:
             raise EngineDeadError
         return self.engine
 
-    async def _failure(self) -> str:
+    async def _failure(self) -> EngineFailure:
         """Wait for the engine to fail; how."""
         while True:
             engine = self._running
             if not engine.alive:
-                return "a process of it has died"
+                return EngineFailure("died", "a process of it has died")
             if (stalled := engine.stalled_s) > self._hang_s:
-                return f"no step for {stalled:.0f} s while work waited"
+                return EngineFailure("hung", f"no step for {stalled:.0f} s while work waited")
             await asyncio.sleep(_LOOK_INTERVAL_S)
 
-    async def _replace(self, reason: str) -> None:
+    async def _replace(self, failure: EngineFailure) -> None:
         while True:
-            self._count_failure(reason)
+            logger.error("engine lost", extra={"fields": {"reason": failure.reason}})
+            await self._listener.engine_lost(failure)
+            self._count_failure(failure.reason)
             await self._dispose()
             try:
                 await self.start()
                 return
-            except (EngineStartError, EngineDeadError) as error:
-                reason = str(error) or "it died while its adapters were loaded"
-                logger.error("engine lost", extra={"fields": {"reason": reason}})
+            except EngineStartError as error:
+                failure = EngineFailure("not_started", str(error))
+            except EngineDeadError:
+                failure = EngineFailure("died", "it died while its adapters were loaded")
 
     async def _or_failure(self, work: Awaitable[None]) -> None:
         """`work`, unless the engine fails first: EngineDeadError then."""

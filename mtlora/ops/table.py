@@ -13,7 +13,7 @@ from enum import IntEnum
 
 import torch
 
-from mtlora.ops.cpu_kernel import KERNEL_DTYPES, compiled_kernel, to_units
+from mtlora.ops.cpu_kernel import KERNEL_DTYPES, compiled_kernel, from_units, to_units
 from mtlora.ops.routed_lora import PackedBlock
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -102,18 +102,20 @@ class AdapterRows:
             and compiled_kernel() is not None
         )  # fmt: skip
         self.limits = Limits()
-        self._held: list[torch.Tensor | None] = []
+        # As the rows point at them: in units, or as given.
+        self._held: list[PackedBlock | None] = []
         self.blocks: tuple[PackedBlock | None, ...] = () if in_units else tuple(blocks)
         rows, kinds = torch.zeros(len(blocks), len(Field), dtype=torch.int64), set()
         for row, block in zip(rows, blocks, strict=True):
             if block is None:
+                self._held.append(None)
                 continue
             check_block(block)
             shrink, expand, rank, bias = block
             kinds.add((shrink.dtype, shrink.device, shrink.shape[0]))
             if in_units:
                 shrink, expand, row[Field.IN_UNITS] = to_units(shrink), to_units(expand), 1
-            self._held += [shrink, expand, bias]
+            self._held.append(PackedBlock(shrink, expand, rank, bias))
             row[Field.SHRINK], row[Field.EXPAND] = shrink.data_ptr(), expand.data_ptr()
             if bias is not None:
                 row[Field.BIAS], row[Field.BIAS_ROWS] = bias.data_ptr(), len(bias)
@@ -124,9 +126,22 @@ class AdapterRows:
             raise ValueError(f"blocks of several kinds in one adapter: {sorted(map(str, kinds))}")
         self.kind = kinds.pop() if kinds else None
         self.rows_LF = rows
-        self.num_bytes = sum(tensor.nbytes for tensor in self._held if tensor is not None)
+        tensors = [tensor for held in self._held if held for tensor in (held.shrink_DS, held.expand_GKE, held.bias_bGN)]
+        self.num_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
         # Numbers of the blocks that have a path.
         self.active = frozenset(i for i, block in enumerate(blocks) if block is not None)
+
+    def block(self, number: int) -> PackedBlock | None:
+        """A block's weights, in their own layout whatever the kernel's is; None where the adapter has no path there."""
+        held = self._held[number]
+        row = self.rows_LF[number].tolist()
+        if held is None or not row[Field.IN_UNITS]:
+            return held
+        D, K = row[Field.HIDDEN], row[Field.RANK] * row[Field.EXPERTS]
+        S, E = row[Field.RANK] + row[Field.GROUPS] * row[Field.EXPERTS], D // row[Field.GROUPS]
+        return PackedBlock(
+            from_units(held.shrink_DS, D, S), from_units(held.expand_GKE, K, E), held.rank, held.bias_bGN
+        )
 
 
 class SlotTable:

@@ -1,4 +1,4 @@
-"""What a server calls in every worker, through vLLM's `collective_rpc`, to load adapters beside running steps.
+"""What a server calls in every worker, through vLLM's `collective_rpc`: loading adapters beside running steps, counts.
 
 Arguments and results are what msgpack carries. A failure is a value: an exception would be logged with its traceback
 as the engine's own.
@@ -9,12 +9,13 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 
 from mtlora.errors import MtLoRAError
+from mtlora.vllm_plugin.statistics import WorkerStatistics
 
 PENDING, READY, FAILED = "pending", "ready", "failed"
 
 
-class AdapterExtension:
-    """Mixed into vLLM's worker, by `worker_extension_cls`."""
+class AdapterLoading:
+    """Loads and removes adapters in a worker."""
 
     model_runner: Any
 
@@ -41,3 +42,7 @@ class AdapterExtension:
     def mtlora_remove(self, slot_ids: list[int]) -> int:
         """Remove slots; returns how many there were."""
         return sum(self.model_runner.lora_manager.remove_adapter(slot_id) for slot_id in slot_ids)
+
+
+class AdapterExtension(AdapterLoading, WorkerStatistics):
+    """Mixed into vLLM's worker, which takes one class, by `worker_extension_cls`."""

@@ -12,6 +12,7 @@ import torch
 from mtlora.checkpoint import AdapterManifest, Checkpoint
 from mtlora.ops.routed_lora import PackedBlock, pack_block
 from mtlora.ops.table import AdapterRows
+from mtlora.vllm_plugin.naming import adapter_version
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +61,15 @@ class Slot:
     """What a `LoRARequest` stands for. `adapter` is None for the empty slots of vLLM's warm-up runs."""
 
     id: int
+    name: str
     path: str
     adapter: PackedAdapter | None
     bias_row: int
+
+    @property
+    def version(self) -> str:
+        """NAME/VERSION of its adapter, whichever task it is for."""
+        return adapter_version(self.name)
 
 
 def pack_adapter(

@@ -12,6 +12,7 @@ from vllm.lora.request import LoRARequest
 from mtlora.checkpoint import CheckpointError, read_checkpoint, read_manifest
 from mtlora.vllm_plugin.naming import parse_slot_path
 from mtlora.vllm_plugin.packed import PackedAdapter, Slot, pack_adapter
+from mtlora.vllm_plugin.statistics import Counts
 
 
 class AdapterStore:
@@ -54,10 +55,15 @@ class AdapterStore:
         # What was placed, and the host copy and name of each.
         self._placed: dict[str, PackedAdapter] = {}
         self._origin: dict[PackedAdapter, tuple[str, PackedAdapter]] = {}
+        self.counts = Counts()
 
     def slot_ids(self) -> set[int]:
         """Ids of all slots."""
         return set(self._slots)
+
+    def resident_bytes(self) -> int:
+        """Of every adapter's packed weights and biases on this worker's device."""
+        return sum(adapter.num_bytes for adapter in self._adapters.values())
 
     def register(self, request: LoRARequest) -> Slot:
         """The slot of a request, reading its adapter where its weights are not here; with `load_inplace`, read anew.
@@ -143,7 +149,7 @@ class AdapterStore:
         if task_id is None and request.lora_name in adapter.task_ids:
             # `vllm serve --lora-modules TASK=FOLDER`: the name says which task.
             task_id = request.lora_name
-        slot = Slot(request.lora_int_id, request.lora_path, adapter, adapter.bias_row(task_id))
+        slot = Slot(request.lora_int_id, request.lora_name, request.lora_path, adapter, adapter.bias_row(task_id))
         self._adapters[adapter.folder, adapter.manifest.tensors_sha256] = adapter
         replaced = self._slots.get(slot.id)
         if replaced is not None and replaced.adapter is not adapter:
@@ -189,5 +195,7 @@ class AdapterStore:
         checkpoint = read_checkpoint(folder, manifest.backbone.model_copy(update=dict(self._backbone)))
         if missing := [module for module in manifest.config.modules if module not in self._modules]:
             raise CheckpointError(f"{folder}: config.blocks: the running model has no {missing[0]!r} in its layers")
+        with self._lock:
+            self.counts.weight_loads += 1
         movable = self._device.type != "cpu"
         return pack_adapter(folder.resolve(), checkpoint, self._blocks, dtype=self._dtype, movable=movable)

@@ -19,6 +19,7 @@ from mtlora.backbone import BackboneError, identify
 from mtlora.vllm_plugin.compilation import check_compilation
 from mtlora.vllm_plugin.model_manager import MtLoRAModelManager
 from mtlora.vllm_plugin.packed import Slot
+from mtlora.vllm_plugin.pipeline import warm_up_stages
 from mtlora.vllm_plugin.store import AdapterStore
 
 logger = init_logger(__name__)
@@ -27,6 +28,11 @@ _STAGING_NICENESS = 5
 
 # Key of vLLM's `additional_config`.
 HOST_CACHE_KEY = "mtlora_host_cache_bytes"
+
+# "strict": adapters must have been made beside these weights; "architecture": beside some of this shape, as where the
+# backbone is a quantised form of theirs.
+ENVIRONMENT_CHECK = "MTLORA_ADAPTER_BACKBONE_CHECK"
+STRICT = "strict"
 
 
 class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
@@ -41,6 +47,7 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
         """Wrap the model's blocks and open the store. Raises ValueError for a model or a config that cannot work."""
         check_compilation(vllm_config)
+        warm_up_stages(vllm_config)
         wrapped = super().create_lora_manager(model, vllm_config)
         self.store = AdapterStore(
             running_backbone(vllm_config.model_config),
@@ -105,6 +112,7 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
             manager.remove_adapter(slot.id)
             if len(manager) >= manager.capacity:
                 manager.remove_oldest_adapter()
+                self.store.counts.slot_evictions += 1
         # Also touches the slot in the LRU order.
         manager.add_adapter(slot)
         manager.activate_adapter(slot.id)
@@ -117,7 +125,7 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         """
         self._adapter_manager.remove_adapter(lora_request.lora_int_id)
         return self._adapter_manager.add_adapter(
-            Slot(lora_request.lora_int_id, lora_request.lora_path, adapter=None, bias_row=0)
+            Slot(lora_request.lora_int_id, lora_request.lora_name, lora_request.lora_path, adapter=None, bias_row=0)
         )
 
     def remove_adapter(self, adapter_id: int) -> bool:
@@ -159,7 +167,7 @@ def running_backbone(model_config: ModelConfig) -> dict[str, Any]:
         "num_layers": text_config.num_hidden_layers,
     }
     folder = Path(model_config.model)
-    if folder.is_dir():
+    if folder.is_dir() and os.environ.get(ENVIRONMENT_CHECK, STRICT) == STRICT:
         try:
             return identify(folder).model_dump()
         except BackboneError as error:

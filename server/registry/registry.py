@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from server.catalog import AdapterFailure, Catalog, build_catalog
 from server.errors import EngineDeadError
 from server.logs import get_logger
+from server.metrics import Metrics
 from server.registry.events import Event, Events
-from server.registry.metrics import RegistryMetrics
 from server.registry.mirror import Mirror, MirrorError
 from server.registry.record import KEPT, AdapterRecord
 from server.registry.residency import Residency
@@ -66,7 +66,7 @@ class Parts:
     warm: Callable[[Any], Awaitable[None]]
     publish: Callable[[Catalog], None]
     events: Events
-    metrics: RegistryMetrics
+    metrics: Metrics
     mirror: Mirror | None = None
 
 
@@ -130,7 +130,6 @@ class Registry:
 
         await asyncio.gather(*(load(*each) for each in reversed(active[: self.residency.capacity])))
         self._publish()
-        self._parts.metrics.resident.set(len(self.residency.resident))
 
     async def run(self, poll_s: float) -> None:
         """Follow the folder until cancelled."""
@@ -327,7 +326,7 @@ class Registry:
                     continue
                 seen = self._first_seen.get((found.name, found.version, found.signature), time.monotonic())
                 self._flip(record, version, found.signature)
-                self._parts.metrics.swap.observe(time.monotonic() - seen)
+                self._parts.metrics.adapter_swap.observe(time.monotonic() - seen)
 
     async def _settled(self, record: AdapterRecord, found: Found) -> bool:
         """Whether a version's files have stopped changing; where not, they are noted as they are now."""
@@ -383,7 +382,6 @@ class Registry:
             except Exception as error:
                 raise StageError(Stage.WARMED, f"{version}: a first sequence failed: {error}") from error
             self._event(version, Stage.WARMED)
-        self._parts.metrics.resident.set(len(self.residency.resident))
 
     def _flip(self, record: AdapterRecord, version: AdapterVersion, signature: Signature) -> None:
         """The moment: new requests go to `version`. What served before is drained."""
@@ -426,7 +424,6 @@ class Registry:
                 return
             if was_there:
                 self._event(version, Stage.DRAINED)
-                self._parts.metrics.resident.set(len(self.residency.resident))
             key = version.name, version.version, version.content
             if version not in record.previous and key in self._live:
                 del self._live[key]

@@ -42,16 +42,26 @@ class _Place:
 class Residency:
     """`capacity` versions at a time, whatever their tasks. Adapters named in `pinned` are not evicted for others.
 
-    `on_cold` gets the seconds that each request waited whose version was not in the engine.
+    `on_cold` gets the seconds that each request waited whose version was not in the engine, `on_load` those that each
+    load took, without the wait for a place; `on_evict` is called for every version that makes room for another.
     """
 
-    def __init__(self, engine: LoadsSlots, capacity: int, on_cold: Callable[[float], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        engine: LoadsSlots,
+        capacity: int,
+        on_cold: Callable[[float], None] = lambda _: None,
+        on_load: Callable[[float], None] = lambda _: None,
+        on_evict: Callable[[], None] = lambda: None,
+    ) -> None:
         self.capacity = capacity
         self.pinned: set[str] = set()
         # What the last engine had, least recently used first.
         self.lost: list[AdapterVersion] = []
         self._engine = engine
         self._on_cold = on_cold
+        self._on_load = on_load
+        self._on_evict = on_evict
         # Least recently used first.
         self._places: OrderedDict[AdapterVersion, _Place] = OrderedDict()
         self._retired: set[AdapterVersion] = set()
@@ -137,11 +147,13 @@ class Residency:
                 async with self._line:
                     await self._make_room()
                     place.admitted = True
+                began = time.monotonic()
                 await self._engine.load(version.folder, version.distinct_slots)
             except BaseException:
                 self._forget(place)
                 await self._notify()
                 raise
+            self._on_load(time.monotonic() - began)
             place.ready = True
             await self._let_go(place)
 
@@ -155,6 +167,7 @@ class Residency:
         while sum(place.admitted for place in self._places.values()) >= self.capacity:
             evictable = [p for p in self._places.values() if p.ready and p.version.name not in self.pinned]
             if idle := next((place for place in evictable if not place.users), None):
+                self._on_evict()
                 await self._evict(idle)
                 continue
             if time.monotonic() >= until and evictable and not any(place.closed for place in evictable):
@@ -166,6 +179,8 @@ class Residency:
     async def _let_go(self, place: _Place) -> None:
         """Evict a place that nobody uses and nobody is to use."""
         if place.ready and not place.users and (place.closed or place.version in self._retired):
+            if place.closed:
+                self._on_evict()
             await self._evict(place)
         else:
             await self._notify()

@@ -23,7 +23,7 @@ from server.registry.spool import Spool
 from server.registry.version import Stage, StageError
 
 if TYPE_CHECKING:
-    from mtlora.backbone import BackboneIdentity
+    from mtlora.backbone import BackboneArchitecture
     from mtlora.checkpoint import AdapterManifest
 
 _AT_ONCE = 2
@@ -61,7 +61,7 @@ class Verified:
 class Verifier:
     """Checks versions beside `backbone`; what passes is in `spool`."""
 
-    def __init__(self, spool: Spool, backbone: "BackboneIdentity", limits: Limits) -> None:
+    def __init__(self, spool: Spool, backbone: "BackboneArchitecture", limits: Limits) -> None:
         self._spool = spool
         self._backbone = backbone
         self._limits = limits
@@ -123,7 +123,7 @@ def _death(exit_code: int | None, limits: Limits) -> str:
 
 
 def _child(
-    sender: Connection, root: Path, folder: Path, incoming: Path, backbone: "BackboneIdentity", limits: Limits
+    sender: Connection, root: Path, folder: Path, incoming: Path, backbone: "BackboneArchitecture", limits: Limits
 ) -> None:
     """In the child: send (True, content) or (False, reason)."""
     _limit_this_process(limits)
@@ -138,7 +138,7 @@ def _child(
     sender.close()
 
 
-def check(root: Path, folder: Path, incoming: Path, backbone: "BackboneIdentity", max_bytes: int) -> str:
+def check(root: Path, folder: Path, incoming: Path, backbone: "BackboneArchitecture", max_bytes: int) -> str:
     """Copy a version to `incoming` and read it there; its content's hash. Raises CheckpointError.
 
     The copy's manifest is without provenance, which may be any JSON: whoever reads it later reads only what serves.

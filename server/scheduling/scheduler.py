@@ -11,6 +11,7 @@ from server.job import GenerationJob
 from server.scheduling.bucket import TokenBucket
 from server.scheduling.estimate import ServiceTimes
 from server.scheduling.fair_queue import FairQueue
+from server.scheduling.observer import Observer, Quota, Unobserved
 from server.tenants import Tenant
 
 # What a token costs, as in the paper: a generated one takes a step of its own.
@@ -70,8 +71,7 @@ class Scheduler:
     """All of it on the event loop.
 
     slots: sequences that the engine is handed at a time. max_queued: requests that may wait, all tenants together;
-    where that is full, the tenant with the longest line for its weight gives up its newest. on_service is told of
-    service as the fair queue counts it.
+    where that is full, the tenant with the longest line for its weight gives up its newest.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class Scheduler:
         slots: int,
         max_queued: int,
         clock: Callable[[], float] = time.monotonic,
-        on_service: Callable[[str, float], None] = lambda tenant, service: None,
+        observer: Observer | None = None,
     ) -> None:
         self.clock = clock
-        self._on_service = on_service
+        self._observer = observer or Unobserved()
         self.times = ServiceTimes(clock)
         self._slots = slots
         self._max_queued = max_queued
@@ -101,11 +101,11 @@ class Scheduler:
         if (rate := tenant.tokens_per_second) is not None:
             capacity = max(1.0, rate * tenant.burst_seconds)
             if wait := account.tokens.seconds_until(1.0, rate, capacity, now):
-                raise _over_quota(tenant, f"{rate:g} tokens_per_second", wait)
+                raise self._over_quota(tenant, "tokens_per_second", f"{rate:g} tokens_per_second", wait)
         if (rate := tenant.requests_per_second) is not None:
             capacity = max(1.0, rate * tenant.burst_seconds)
             if wait := account.requests.seconds_until(1.0, rate, capacity, now):
-                raise _over_quota(tenant, f"{rate:g} requests_per_second", wait)
+                raise self._over_quota(tenant, "requests_per_second", f"{rate:g} requests_per_second", wait)
             account.requests.take(1.0, rate, capacity, now)
 
     @asynccontextmanager
@@ -129,7 +129,7 @@ class Scheduler:
         account = self._account(tenant)
         account.served += tokens
         self._queue.charge(tenant.id, tokens * cost)
-        self._on_service(tenant.id, tokens * cost)
+        self._observer.record_service(tenant.id, tokens * cost)
         if (rate := tenant.tokens_per_second) is not None:
             account.tokens.take(tokens, rate, max(1.0, rate * tenant.burst_seconds), self.clock())
 
@@ -149,9 +149,11 @@ class Scheduler:
         tenant = turn.tenant
         free = self._running < self._slots and not self._at_limit(tenant)
         if tenant.max_queue is not None and not free and self._queue.queued(tenant.id) >= tenant.max_queue:
-            raise _over_quota(tenant, f"{tenant.max_queue} requests in its queue, max_queue", self._retry_s(turn))
+            found = f"{tenant.max_queue} requests in its queue, max_queue"
+            raise self._over_quota(tenant, "max_queue", found, self._retry_s(turn))
         self._account(tenant)
         self._queue.push(tenant.id, turn, weight=tenant.weight, rank=tenant.priority.rank)
+        self._report(tenant)
         if len(self._queue) > self._max_queued and not free:
             self._make_room(turn)
 
@@ -162,6 +164,8 @@ class Scheduler:
         if self._queue.length_by_weight(newcomer.tenant.id) >= self._queue.length_by_weight(longest):
             longest = newcomer.tenant.id
         dropped = self._queue.drop_newest(longest)
+        self._report(dropped.tenant)
+        self._observer.record_shed(longest, "queue")
         failure = resource_exhausted(
             f"{self._max_queued} requests wait, the most this server queues", self._retry_s(dropped)
         )
@@ -172,6 +176,7 @@ class Scheduler:
     def _dispatch(self) -> None:
         while self._running < self._slots and (entry := self._queue.pop()):
             _, turn = entry
+            self._report(turn.tenant)
             if turn._granted.done():
                 continue
             if failure := self._too_late(turn):
@@ -180,6 +185,7 @@ class Scheduler:
             self._running += 1
             account = self._account(turn.tenant)
             account.running += 1
+            self._report(turn.tenant)
             turn._began, turn._beside = self.clock(), self._running
             self._block(turn.tenant)
             self.charge(turn.tenant, len(turn.job.prompt_ids), PROMPT_COST)
@@ -188,12 +194,14 @@ class Scheduler:
     def _leave(self, turn: Turn) -> None:
         if not turn._began:
             self._queue.remove(turn.tenant.id, turn)
+            self._report(turn.tenant)
             if turn._granted.done() and not turn._granted.cancelled():
                 # Seen, also where the request was cancelled in the same moment.
                 turn._granted.exception()
             return
         self._running -= 1
         self._account(turn.tenant).running -= 1
+        self._report(turn.tenant)
         self._block(turn.tenant)
         if turn._first:
             first, whole = turn._first - turn._began, self.clock() - turn._began
@@ -232,8 +240,9 @@ class Scheduler:
             return
         left = turn.deadline - self.clock()
         if service > left:
-            raise _out_of_reach(left, service)
+            raise self._out_of_reach(turn, left, service)
         if (wait := self._wait_s(turn)) + service > left:
+            self._observer.record_shed(turn.tenant.id, "deadline")
             raise resource_exhausted(
                 f"the deadline is {left:.2f} s away, the queue takes about {wait:.2f} s and the answer {service:.2f} s",
                 max(_MIN_RETRY_S, wait),
@@ -243,12 +252,17 @@ class Scheduler:
         if turn.deadline is None:
             return None
         left, service = turn.deadline - self.clock(), self._service_s(turn) or 0.0
-        return _out_of_reach(left, service) if service > left else None
+        return self._out_of_reach(turn, left, service) if service > left else None
 
+    def _out_of_reach(self, turn: Turn, left: float, service: float) -> RequestFailedError:
+        self._observer.record_shed(turn.tenant.id, "deadline")
+        return deadline_out_of_reach(f"the deadline is {left:.2f} s away, the answer takes about {service:.2f} s")
 
-def _out_of_reach(left: float, service: float) -> RequestFailedError:
-    return deadline_out_of_reach(f"the deadline is {left:.2f} s away, the answer takes about {service:.2f} s")
+    def _over_quota(self, tenant: Tenant, quota: Quota, found: str, retry_s: float) -> RequestFailedError:
+        self._observer.record_quota_refusal(tenant.id, quota)
+        return quota_exceeded(f"tenant:{tenant.id}", found, max(_MIN_RETRY_S, retry_s))
 
-
-def _over_quota(tenant: Tenant, quota: str, retry_s: float) -> RequestFailedError:
-    return quota_exceeded(f"tenant:{tenant.id}", quota, max(_MIN_RETRY_S, retry_s))
+    def _report(self, tenant: Tenant) -> None:
+        account = self._accounts.get(tenant.id)
+        self._observer.set_tenant_queued(tenant.id, self._queue.queued(tenant.id))
+        self._observer.set_tenant_in_flight(tenant.id, account.running if account else 0)

@@ -21,6 +21,7 @@ from server.servicer import InferenceServicer
 from server.settings import load_settings
 from server.tenants import Directory
 from server.tenants.authentication import Authenticator
+from server.tracing import Tracer
 from server.validation import Limits
 from tests.server.adapters import entry
 
@@ -95,7 +96,7 @@ class Service:
         self.directory = Directory(self.settings.tenants)
         self.metrics = Metrics()
         self.admission = Admission(max_in_flight, self.metrics.in_flight.set)
-        self.scheduler = Scheduler(slots=slots or max_in_flight, max_queued=max_in_flight)
+        self.scheduler = Scheduler(slots=slots or max_in_flight, max_queued=max_in_flight, observer=self.metrics)
         self.engine = FakeEngine()
         self.repository = FakeRepository()
         self.servicer = InferenceServicer(
@@ -122,9 +123,11 @@ class Service:
         return task_id if task_id in self.servicer.catalog.tasks else UNKNOWN_TASK
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator["Service"]:
+    async def running(self, tracer: Tracer | None = None) -> AsyncIterator["Service"]:
         authenticate = Authenticator(self.directory).tenant
-        interceptor = CallInterceptor(self.metrics, self.label, authenticate, slow_reader_s=self.settings.slow_reader_s)
+        interceptor = CallInterceptor(
+            self.metrics, self.label, authenticate, tracer, slow_reader_s=self.settings.slow_reader_s
+        )
         listening = Listening(self.settings, interceptor)
         server = listening.server
         inference_pb2_grpc.add_InferenceServicer_to_server(self.servicer, server)

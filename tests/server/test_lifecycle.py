@@ -41,7 +41,7 @@ def test_a_taken_port(adapters: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        for flag in ("--port", "--metrics-port"):
+        for flag in ("--port", "--metrics-port", "--health-port"):
             done = run("--adapters", str(adapters), flag, str(taken.getsockname()[1]))
             assert done.returncode == 1
             assert "cannot listen on 127.0.0.1" in done.stderr
@@ -130,6 +130,7 @@ def test_an_engine_that_dies_or_hangs_is_replaced(adapters: Path) -> None:
             assert raised.value.code is grpc.StatusCode.UNAVAILABLE
             assert raised.value.retry_after_s
             _until(lambda: not client.is_serving("mtlora.v1.Inference"))
+            assert client.is_serving("live")
             # Generous: a busy machine.
             assert time.monotonic() - began < 3 * limit
             with pytest.raises(ServerError) as raised:

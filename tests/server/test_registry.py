@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry
 
 from server.catalog import Catalog
+from server.metrics import Metrics
 from server.registry.events import Event, Events
-from server.registry.metrics import RegistryMetrics
 from server.registry.registry import NotPossibleError, Parts, Registry, UnknownAdapterError
 from server.registry.residency import Residency
 from server.registry.source import Found
@@ -72,11 +71,11 @@ class Home:
         self.tables: list[Catalog] = []
         self.warmed: list[str] = []
         self.cold_sequence: Exception | None = None
-        self.metrics = CollectorRegistry()
-        metrics = RegistryMetrics(self.metrics)
+        metrics = Metrics()
+        self.metrics = metrics.registry
 
         def on_event(event: Event) -> None:
-            metrics.record(event)
+            metrics.record_adapter_event(event)
             self.events.append(event)
 
         self.residency = Residency(self.engine, 8)

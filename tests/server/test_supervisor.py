@@ -8,7 +8,7 @@ import pytest
 from server.engine import Engine, EngineStartError
 from server.errors import EngineDeadError
 from server.settings import Settings
-from server.supervisor import EngineGaveUpError, Supervisor
+from server.supervisor import EngineFailure, EngineGaveUpError, Supervisor
 from tests.server.fakes import eventually
 
 
@@ -34,10 +34,12 @@ class FakeEngine:
 class Listener:
     def __init__(self) -> None:
         self.said: list[str] = []
+        self.kinds: list[str] = []
         self.hold: asyncio.Event | None = None
 
-    async def engine_lost(self, reason: str) -> None:
-        self.said.append(reason)
+    async def engine_lost(self, failure: EngineFailure) -> None:
+        self.said.append(failure.reason)
+        self.kinds.append(failure.kind)
 
     async def engine_started(self, engine: Any) -> None:
         if self.hold:
@@ -79,6 +81,7 @@ async def test_an_engine_that_makes_no_step_is_replaced() -> None:
     setting.engines[0].stalled_s = 5.1
     await eventually(lambda: setting.listener.said.count("started") == 2)
     assert "no step for 5 s" in setting.listener.said[1]
+    assert setting.listener.kinds == ["hung"]
     running.cancel()
 
 
@@ -90,6 +93,7 @@ async def test_it_gives_up_after_too_many_failures() -> None:
     with pytest.raises(EngineGaveUpError, match="failed 3 times within 60 s, the last time: no"):
         await setting.supervisor.run()
     assert len(setting.engines) == 3
+    assert setting.listener.kinds == ["died", "not_started", "not_started"]
 
 
 async def test_an_engine_that_dies_while_it_is_loaded_counts_as_failed() -> None:

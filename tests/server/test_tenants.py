@@ -125,7 +125,8 @@ async def test_wrong_keys(tmp_path: Path) -> None:
             async with two.client(key) as client:
                 assert (await client.generate("one", "x")).text == "ab"
     assert two.service.value("mtlora_tenant_requests_total", tenant="a", status="OK") == 1
-    assert two.service.value("mtlora_tenant_tokens_total", tenant="a") == len("x\nAnswer:") + 2
+    tokens = [two.service.value("mtlora_tenant_tokens_total", tenant="a", kind=k) for k in ("prompt", "completion")]
+    assert tokens == [len("x\nAnswer:"), 2]
 
 
 async def test_anothers_task_looks_like_none(tmp_path: Path) -> None:
