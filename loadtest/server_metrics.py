@@ -1,6 +1,7 @@
 """The server's own metrics page: what it says over the time of a phase, and how its histograms agree with ours."""
 
 import asyncio
+import math
 import re
 import time
 import urllib.error
@@ -103,7 +104,7 @@ def parse(text: str, at: float) -> Page:
                 of[le] = of.get(le, 0.0) + value
         elif name == "mtlora_build_info":
             build = dict(_LABEL.findall(series))
-        elif not name.endswith("_created"):
+        elif not name.endswith("_created") and math.isfinite(value):
             values[name] = values.get(name, 0.0) + value
     return Page(at, values, buckets, build)
 
@@ -117,9 +118,8 @@ def bucket_counts(before: Page, after: Page, name: str) -> list[tuple[float, flo
 def compare(before: Page, after: Page, recorded: Mapping[str, Latency]) -> dict[str, Any]:
     """By latency and quantile: the generator's seconds, the server's bucket, and how many buckets lie between them."""
     found: dict[str, Any] = {}
-    for name, metric in HISTOGRAMS.items():
-        cumulative = bucket_counts(before, after, metric)
-        latency = recorded[name]
+    for name, latency in recorded.items():
+        cumulative = bucket_counts(before, after, HISTOGRAMS[name])
         if not cumulative or cumulative[-1][1] <= 0 or not latency.count:
             continue
         bounds = [le for le, _ in cumulative]

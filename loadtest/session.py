@@ -17,7 +17,7 @@ from loadtest.knee import KneeSearch, Step
 from loadtest.live import View
 from loadtest.phase import Ran, Share
 from loadtest.processes import Generators, start
-from loadtest.server_metrics import Scraper, Watched
+from loadtest.server_metrics import Page, Scraper, Watched
 from loadtest.settings import Load, Objective, RampSettings, Settings
 from loadtest.tenants import ANONYMOUS, Tenant, read_tenants
 from loadtest.workload import Request, TaskInfo, task_info
@@ -65,9 +65,9 @@ class Session:
         """Run a phase and add it to the result. A `probe` looks for the knee: beyond it, refusals are no failures."""
         watched = Watched()
         began = time.monotonic()
-        watching = None
+        watching = before = None
         if self._scraper is not None:
-            watched.pages.append(await self._scraper.read())
+            before = await self._page(watched)
             watching = asyncio.create_task(self._scraper.watch(watched))
         try:
             with self.view.phase(load.name):
@@ -76,7 +76,7 @@ class Session:
             if watching is not None:
                 watching.cancel()
         self.gone = self.gone or ran.gone
-        server = await self._server(ran, watched, began)
+        server = await self._server(ran, watched, began, before)
         self._answers.update(ran.recorder.answers)
         self._exact += ran.recorder.everything.exact
         phase = result.phase_json(load, ran, server)
@@ -139,11 +139,18 @@ class Session:
             return INTERRUPTED
         return FAILED if self.gone or self.result["failed"] or self.result["wrong"] else OK
 
-    async def _server(self, ran: Ran, watched: Watched, began: float) -> dict[str, Any] | None:
-        if self._scraper is None:
-            return None
+    async def _page(self, watched: Watched) -> Page | None:
+        """A reading of the server's metrics, kept; None where it has gone."""
+        assert self._scraper is not None
         with contextlib.suppress(LoadTestError):
             watched.pages.append(await self._scraper.read())
+            return watched.pages[-1]
+        return None
+
+    async def _server(self, ran: Ran, watched: Watched, began: float, before: Page | None) -> dict[str, Any] | None:
+        if self._scraper is None:
+            return None
+        after = await self._page(watched)
         everything = ran.recorder.everything
         recorded = {"ttft": everything.ttft, "itl": everything.itl, "e2e": everything.e2e}
         # Of a unary answer the generator sees no first token of its own.
@@ -151,7 +158,7 @@ class Session:
             recorded = {"e2e": everything.e2e}
         return {
             **server_metrics.series(watched, began),
-            "agreement": server_metrics.compare(watched.pages[0], watched.pages[-1], recorded),
+            "agreement": server_metrics.compare(before, after, recorded) if before and after else {},
         }
 
 

@@ -94,7 +94,7 @@ class _Process:
 class Server(_Process):
     """`mtlora-server serve` on free loopback ports, ready for requests; on leaving it gets SIGTERM."""
 
-    def __init__(self, settings: Mapping[str, Any], timeout_s: float = 300.0) -> None:
+    def __init__(self, settings: Mapping[str, Any], timeout_s: float = 600.0) -> None:
         flags = [
             part
             for name, value in ({"port": 0, "metrics_port": 0} | dict(settings)).items()

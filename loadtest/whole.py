@@ -24,7 +24,7 @@ from loadtest.workload import Request
 # The engine's settings, given to both in the same words.
 _ENGINE = {
     "max_num_seqs": 64, "max_num_batched_tokens": 2048, "max_model_len": 1024, "dtype": "auto",
-    "enable_prefix_caching": True, "seed": 0,
+    "enable_prefix_caching": True, "enforce_eager": True, "seed": 0,
 }  # fmt: skip
 _KV_CACHE_GIB = 1.0
 CLOSED_LOOP = "closed loop at the knee"
@@ -88,7 +88,7 @@ def last_line(result: dict[str, Any]) -> str:
 
 async def _against_in_process(session: Session, plan: Plan, in_flight: int, count: int) -> None:
     adapters = [_adapter(plan.adapters, name) for name in session.result["server"]["adapters"]]
-    engine_arguments = {**_ENGINE, "enforce_eager": True, "disable_log_stats": True}
+    engine_arguments = {**_ENGINE, "disable_log_stats": True}
     engine = InProcessEngine(plan.backbone, adapters, engine_arguments, _KV_CACHE_GIB)
     await asyncio.to_thread(engine.__enter__)
     try:
