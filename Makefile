@@ -97,6 +97,17 @@ proto: $(STAMP) ## generate proto/gen from proto/mtlora and proto/openinference
 train: $(STAMP) ## make the shipped adapter again, from its recorded configuration (about an hour on two cores)
 	$(BIN)/mtlora train --config adapters/builtin/training.json --out out/builtin --resume
 
+bench-training: $(STAMP) ## seconds of a training step, the whole method against HydraLoRA on q and v
+	$(BIN)/python -m mtlora.bench.training --backbone $(BACKBONE) configs/methods/full.json \
+	  configs/methods/hydralora-qv.json configs/methods/lora-qv.json
+
+sweep: $(STAMP) ## every method on the built-in suite, equal budgets, one table (goes on where it was stopped)
+	$(BIN)/mtlora sweep configs/methods/*.json --backbone $(BACKBONE) --out out/sweep $(SWEEP)
+
+scaling: $(STAMP) ## accuracy of the methods against the number of tasks
+	$(BIN)/mtlora sweep configs/methods/lora-qv.json configs/methods/hydralora-qv.json configs/methods/full.json \
+	  --task-counts 5 10 15 20 25 --backbone $(BACKBONE) --out out/scaling $(SWEEP)
+
 lock: $(STAMP) ## resolve requirements/*.in into the lock files
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --excludes requirements/exclude.txt \
 	  --generate-hashes --custom-compile-command "make lock" requirements/cpu.in -o requirements/cpu.lock

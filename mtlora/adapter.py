@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mtlora.config import MtLoRAConfig
+from mtlora.ops.routed_lora import route
 from mtlora.ops.training import routed_lora
 
 
@@ -88,6 +89,13 @@ class BlockAdapter(nn.Module):
         if self.training:
             self.mean_routing_GN = weights_TGN.mean(dim=0)
         return delta_TD.to(x_BLD.dtype).view(B, L, D)
+
+    @torch.no_grad()
+    def routing(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        """The routing weights [B*L, G, N] that `forward` mixes the experts with, in float32."""
+        (B, L, _), G = x_BLD.shape, self.config.num_groups
+        logits = nn.functional.linear(x_BLD.flatten(0, 1).to(self.lora_route.dtype), self.lora_route)
+        return route(logits.view(B * L, G, -1), self._bias_TGN(B, L))
 
     def _bias_TGN(self, B: int, L: int) -> torch.Tensor | None:
         if not self.config.task_bias or self.context.bias_index_B is None:

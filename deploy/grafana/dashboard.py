@@ -309,7 +309,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             Panel(
                 "Loads and evictions",
                 "none",
-                "A second: weights read from disk; versions that made room in the engine, tasks that made room in a slot.",
+                "Weights read from disk, versions and tasks that made room for others: a second.",
                 (
                     (_rate("mtlora_adapter_weight_loads_total"), "loads"),
                     (_rate("mtlora_adapter_evictions_total"), "versions evicted"),

@@ -49,7 +49,7 @@ def _merge(args: argparse.Namespace) -> int:
     from mtlora.backbone import identify, resolve
     from mtlora.checkpoint import read_checkpoint
     from mtlora.cli.evaluate import print_scores
-    from mtlora.cli.train import assign
+    from mtlora.cli.settings import assign
     from mtlora.merge import MergeError, extended_config, merge, new_task
     from mtlora.suite import load_suite
     from mtlora.train.config import TrainingConfig
@@ -66,7 +66,7 @@ def _merge(args: argparse.Namespace) -> int:
     settings: dict[str, Any] = {**_DEFAULTS[args.mode], **_counts(suite, task.id)}
     for flag in args.set:
         assign(settings, flag)
-    if taken := {"adapter", "suite", "tasks"} & settings.keys():
+    if taken := {"adapter", "baseline", "suite", "tasks"} & settings.keys():
         raise MergeError(f"--set {min(taken)}: given by ADAPTER, --suite and --task")
     config = TrainingConfig.model_validate(
         settings | {"adapter": extended_config(checkpoint, new_experts), "suite": args.suite, "tasks": (task.id,)}
