@@ -172,33 +172,6 @@ def test_pin_and_list(gamma: Path, client: Client) -> None:
     assert "broken" in {adapter.name for adapter in client.adapters()}
 
 
-@pytest.mark.parametrize(
-    ("call", "code", "said"),
-    [
-        (lambda client: client.load_adapter("delta"), grpc.StatusCode.NOT_FOUND, "no adapter 'delta'; there are alpha"),
-        (lambda client: client.load_adapter("alpha", "7"), grpc.StatusCode.NOT_FOUND, "there are 1"),
-        (lambda client: client.rollback_adapter("alpha"), grpc.StatusCode.FAILED_PRECONDITION, "nothing served before"),
-        (lambda client: client.load_adapter(""), grpc.StatusCode.INVALID_ARGUMENT, "found none"),
-        (
-            lambda client: client.set_adapter_weights({"1": 0}, adapter="alpha"),
-            grpc.StatusCode.INVALID_ARGUMENT,
-            "nothing but 0",
-        ),
-        (
-            lambda client: client.set_adapter_weights({"1": 10**6}, adapter="alpha"),
-            grpc.StatusCode.INVALID_ARGUMENT,
-            "0 to 10000",
-        ),
-        (lambda client: client.set_adapter_weights({"1": 1}, task="nope"), grpc.StatusCode.NOT_FOUND, "no task"),
-    ],
-)
-def test_wrong_calls(client: Client, call: Any, code: grpc.StatusCode, said: str) -> None:
-    with pytest.raises(ServerError) as raised:
-        call(client)
-    assert raised.value.code is code
-    assert said in raised.value.message
-
-
 def test_the_command(gamma: Path, server: ServerProcess) -> None:
     address = ("adapters", "--address", server.address)
     assert "gamma" in run_cli(*address, "list").stdout
