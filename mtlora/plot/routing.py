@@ -1,12 +1,13 @@
 """Pictures of routing: heat maps of tasks by experts, and how many experts and groups that takes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mtlora.diagnosis import Routing
-from mtlora.plot.figure import COLOURS, HEAT, clean, figure, label
+from mtlora.plot.figure import COLOURS, clean, figure, label
 
 _COLUMNS = 6
 _LAYERS, _GROUPS = 5, 8
@@ -26,9 +27,8 @@ def plot_routing(routing: Routing, out: Path) -> None:
                 continue
             image = _heat(panel, maps[:, i], float(maps.max()))
             panel.set_title(routing.blocks[i], fontsize=8, pad=2)
-            panel.set_yticks(range(tasks), [label(t) for t in routing.tasks] if i % columns == 0 else [], fontsize=4.5)
-            panel.set_xticks([])
-        made.colorbar(image, ax=axes, shrink=0.4, label="mean routing weight")
+            _name_tasks(panel, routing.tasks if i % columns == 0 else (), 4.5)
+        made.colorbar(image, ax=axes, shrink=0.4, label="mean routing weight ÷ an even share")
         made.suptitle(f"Which of {maps.shape[-1]} experts each task uses, a block a panel", x=0.01, ha="left")
 
 
@@ -45,9 +45,8 @@ def plot_groups(routing: Routing, out: Path) -> None:
                 panel = axes[i][j]
                 image = _heat(panel, routing.weights_TMGN[:, block, group], float(routing.weights_TMGN.max()))
                 panel.set_title(f"{routing.blocks[block]}, group {group}", fontsize=8, pad=2)
-                panel.set_yticks(range(tasks), [label(t) for t in routing.tasks] if j == 0 else [], fontsize=5)
-                panel.set_xticks([])
-        made.colorbar(image, ax=axes, shrink=0.4, label="mean routing weight")
+                _name_tasks(panel, routing.tasks if j == 0 else (), 5)
+        made.colorbar(image, ax=axes, shrink=0.4, label="mean routing weight ÷ an even share")
         made.suptitle(f"Experts (columns, {N}) by task, in {len(groups)} of {G} groups", x=0.01, ha="left")
 
 
@@ -79,8 +78,19 @@ def plot_use(routing: Routing, out: Path) -> None:
             clean(panel)
 
 
-def _heat(panel: Any, values: Any, top: float) -> Any:
-    return panel.imshow(np.asarray(values), aspect="auto", cmap=HEAT, vmin=0.0, vmax=top, interpolation="nearest")
+def _heat(panel: Any, weights: Any, top: float) -> Any:
+    """Weights [rows, N] as multiples of an even share: more of it and less of it in two colours."""
+    from matplotlib.colors import TwoSlopeNorm
+
+    N = weights.shape[-1]
+    norm = TwoSlopeNorm(1.0, vmin=0.0, vmax=max(top * N, 1.01))
+    return panel.imshow(np.asarray(weights) * N, aspect="auto", cmap="PuOr_r", norm=norm, interpolation="nearest")
+
+
+def _name_tasks(panel: Any, tasks: Sequence[str], size: float) -> None:
+    panel.set_yticks(range(len(tasks)), [label(task) for task in tasks], fontsize=size)
+    panel.tick_params(length=0)
+    panel.set_xticks([])
 
 
 def _picked(total: int, most: int) -> list[int]:

@@ -93,8 +93,10 @@ def do(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
     settings: `examples`, the test examples of each task at most.
     """
-    # A process a run, since memory's peak is a process'.
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+    # A process a run, since memory's peak is a process'; forked from one that has imported what is slow to import.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["mtlora.train.trainer"])
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         result = pool.submit(_train_and_score, run, backbone, settings).result()
     run.folder.mkdir(parents=True, exist_ok=True)
     temporary = run.result_file.with_suffix(".tmp")
