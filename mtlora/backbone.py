@@ -31,15 +31,24 @@ class BackboneError(MtLoRAError):
     """A backbone that cannot be used: names the folder or file, what was found and what is needed."""
 
 
-class BackboneIdentity(BaseModel):
-    """What an adapter remembers of the backbone it was trained beside."""
+class BackboneArchitecture(BaseModel):
+    """What an adapter needs to fit a backbone at all: enough where the weights are another form of the same ones."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     architecture: str = Field(min_length=1)
     hidden_size: int = Field(ge=1, le=1 << 20)
     num_layers: int = Field(ge=1, le=4096)
+
+
+class BackboneIdentity(BackboneArchitecture):
+    """What an adapter remembers of the backbone it was trained beside."""
+
     weights_fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    def without_weights(self) -> BackboneArchitecture:
+        """The architecture alone."""
+        return BackboneArchitecture(**self.model_dump(exclude={"weights_fingerprint"}))
 
 
 def default_folder() -> Path:

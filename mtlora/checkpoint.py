@@ -28,7 +28,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors.torch import save
 
-from mtlora.backbone import BackboneIdentity
+from mtlora.backbone import BackboneArchitecture, BackboneIdentity
 from mtlora.config import MtLoRAConfig
 from mtlora.errors import MtLoRAError, describe
 from mtlora.files import folder_in_the_making, put_in_place, write_durably
@@ -193,7 +193,7 @@ def read_manifest(folder: Path) -> AdapterManifest:
     return _unless_replaced(folder, lambda: _read_manifest(folder))
 
 
-def read_checkpoint(folder: Path, backbone: BackboneIdentity | None = None) -> Checkpoint:
+def read_checkpoint(folder: Path, backbone: BackboneArchitecture | None = None) -> Checkpoint:
     """Read and validate a checkpoint; with `backbone`, also that it was made beside it. Raises CheckpointError.
 
     The tensors of one checkpoint share one buffer.
@@ -201,9 +201,9 @@ def read_checkpoint(folder: Path, backbone: BackboneIdentity | None = None) -> C
     return _unless_replaced(folder, lambda: _read_checkpoint(folder, backbone))
 
 
-def check_backbone(folder: Path, manifest: AdapterManifest, backbone: BackboneIdentity) -> None:
-    """Raise CheckpointError unless the adapter was made beside this backbone."""
-    for field in BackboneIdentity.model_fields:
+def check_backbone(folder: Path, manifest: AdapterManifest, backbone: BackboneArchitecture) -> None:
+    """Raise CheckpointError unless the adapter was made beside this backbone, or beside one of this architecture."""
+    for field in type(backbone).model_fields:
         expected, found = getattr(backbone, field), getattr(manifest.backbone, field)
         if expected != found:
             where = f"{folder / MANIFEST_FILE}: backbone.{field}"
@@ -235,7 +235,7 @@ def _generation(folder: Path) -> list[tuple[int, int, int] | None]:
 
 def _read_manifest(folder: Path) -> AdapterManifest:
     path = folder / MANIFEST_FILE
-    with _open(folder, MANIFEST_FILE) as file:
+    with open_file(folder, MANIFEST_FILE) as file:
         content = file.read(_MAX_MANIFEST_BYTES + 1)
     if len(content) > _MAX_MANIFEST_BYTES:
         raise CheckpointError(f"{path}: expected at most {_MAX_MANIFEST_BYTES} bytes, found more")
@@ -251,13 +251,13 @@ def _read_manifest(folder: Path) -> AdapterManifest:
         raise CheckpointError(f"{path}: {describe(error)}") from None
 
 
-def _read_checkpoint(folder: Path, backbone: BackboneIdentity | None) -> Checkpoint:
+def _read_checkpoint(folder: Path, backbone: BackboneArchitecture | None) -> Checkpoint:
     manifest = _read_manifest(folder)
     if backbone is not None:
         check_backbone(folder, manifest, backbone)
     path = folder / TENSORS_FILE
     shapes = manifest.tensor_shapes()
-    with _open(folder, TENSORS_FILE) as file:
+    with open_file(folder, TENSORS_FILE) as file:
         size = os.fstat(file.fileno()).st_size
         # The header first, so that its claims are checked before memory is given to the rest.
         preamble = _read_preamble(path, file)
@@ -359,7 +359,7 @@ def _and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _open(folder: Path, name: str) -> BufferedReader:
+def open_file(folder: Path, name: str) -> BufferedReader:
     """Open a regular file that lies, links followed, inside `folder`. Raises CheckpointError."""
     path = folder / name
     try:

@@ -4,7 +4,7 @@ Shape suffixes: T tasks, M blocks (or matrices), G groups, N experts, D hidden s
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ _EPSILON = 1e-12
 
 @dataclass(frozen=True)
 class Routing:
-    """Routing of each task's tokens: mean weights [T, M, G, N], and the mean entropy [T, M] of a token's, in nats."""
+    """Routing of each task: mean weights [T, M, G, N] of its tokens, and the mean entropy [T, M] of one, in nats."""
 
     tasks: tuple[str, ...]
     blocks: tuple[str, ...]
@@ -67,9 +67,7 @@ def task_batches(
     """A (batch, mask [B*L] of its tokens that are no padding) a task, of its examples; task indices are the tasks'."""
     found = []
     for task in tasks:
-        # A suite may have working that a task, as this adapter learnt it, has none of.
-        given = [e if task.answer_marker else replace(e, working=None) for e in examples[task.id]]
-        encoded = encode(adapted.tokenizer, tasks, given, max_length=1 << 20)
+        encoded = encode(adapted.tokenizer, tasks, examples[task.id], max_length=1 << 20)
         batch = collate(encoded)
         lengths = torch.tensor([len(example) for example in encoded])
         mask = torch.arange(batch.tokens_BL.shape[1]) < lengths.unsqueeze(1)

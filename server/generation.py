@@ -9,6 +9,7 @@ from typing import Protocol
 from server.call import Call
 from server.job import Delta, FinishReason, GenerationJob, TokenLogprobs
 from server.metrics import Metrics
+from server.scheduling import Scheduler
 
 
 class GeneratesDeltas(Protocol):
@@ -50,20 +51,28 @@ class Generation:
     ttft_s: float = 0.0
     total_s: float = 0.0
 
-    async def run(self, engine: GeneratesDeltas) -> AsyncIterator[Delta]:
-        """The deltas, as the engine makes them, but with working and answer apart: `text` is the answer's alone.
+    async def run(self, engine: GeneratesDeltas, scheduler: Scheduler) -> AsyncIterator[Delta]:
+        """The deltas, as the engine makes them once it is the job's turn, but with working and answer apart.
 
-        Closing the iterator aborts the sequence.
+        `text` is the answer's alone. Closing the iterator aborts the sequence.
         """
-        self.call.prompt_tokens = len(self.job.prompt_ids)
+        # Several generations may answer one call.
+        self.call.prompt_tokens += len(self.job.prompt_ids)
         splitter = AnswerSplitter(self.job.answer_marker)
-        async with aclosing(engine.generate(self.job)) as deltas:  # type: ignore[type-var]
+        async with (
+            scheduler.turn(self.call.tenant, self.job, self.call.deadline) as turn,
+            aclosing(engine.generate(self.job)) as deltas,  # type: ignore[type-var]
+        ):
+            if self.call.trace:
+                self.call.trace.submitted()
             async for delta in deltas:
+                if delta.tokens:
+                    turn.served(delta.tokens)
                 reasoning, text = splitter.feed(delta.text, last=delta.finish_reason is not None)
                 delta = replace(delta, text=text, reasoning=reasoning)
                 self._observe(delta)
                 yield delta
-        self.metrics.e2e.observe(self.total_s)
+        self.metrics.observe_e2e(self.call, self.total_s)
 
     @property
     def answer(self) -> str:
@@ -74,7 +83,9 @@ class Generation:
         now = time.monotonic() - self.call.received
         if not self.queue_s and delta.scheduled_at is not None:
             self.queue_s = max(0.0, delta.scheduled_at - self.call.received)
-            self.metrics.queue.observe(self.queue_s)
+            self.metrics.observe_queue(self.call, self.queue_s)
+            if self.call.trace:
+                self.call.trace.scheduled(delta.scheduled_at)
         if delta.tokens:
             if self.completion_tokens:
                 gap = (now - self.total_s) / delta.tokens
@@ -82,11 +93,13 @@ class Generation:
                     self.metrics.itl.observe(gap)
             else:
                 self.ttft_s = now
-                self.metrics.ttft.observe(now)
+                self.metrics.observe_ttft(self.call, now)
             self.total_s = now
+            if self.call.trace:
+                self.call.trace.step(delta.tokens)
         self.text += delta.text
         self.reasoning += delta.reasoning
         self.logprobs += delta.logprobs
         self.completion_tokens += delta.tokens
-        self.call.completion_tokens = self.completion_tokens
+        self.call.completion_tokens += delta.tokens
         self.finish_reason = delta.finish_reason

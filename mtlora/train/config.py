@@ -30,7 +30,10 @@ class TrainingConfig(BaseModel):
     )
     validation_per_task: int = Field(16, ge=0)
     epochs: int = Field(1, ge=1)
-    max_steps: int | None = Field(None, ge=1, description="stop, with the schedule scaled to it, after this many steps")
+    max_steps: int | None = Field(None, ge=1, description="stop after this many steps")
+    schedule_steps: int | None = Field(
+        None, ge=1, description="steps that the learning rate's schedule spans, where it is not those that are run"
+    )
     batch_size: int = Field(16, ge=1, description="sequences a step, at most")
     batch_tokens: int | None = Field(
         None, ge=8, description="tokens a step with padding, at most; a longer example is a batch by itself"

@@ -152,7 +152,7 @@ class Trainer:
             # This process' part of all answer tokens, and of all tokens with padding.
             answers = len(batch.answer_targets) / sum(len(e.answer) for e in whole) if counts else 0.0
             tokens = len(share) / len(whole) if counts else 0.0
-            rate = learning_rate(config, self.step, len(self.batches))
+            rate = learning_rate(config, self.step, config.schedule_steps or len(self.batches))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             self.optimizer.zero_grad(set_to_none=True)

@@ -11,6 +11,7 @@ from vllm.lora.utils import replace_submodule
 from mtlora.ops.table import SlotTable
 from mtlora.vllm_plugin.block import RoutedBlock
 from mtlora.vllm_plugin.packed import Slot
+from mtlora.vllm_plugin.sampling import RoutingSampler
 from mtlora.vllm_plugin.step import StepMapping
 
 # Layers of other pipeline stages are empty placeholders, without these modules in them.
@@ -42,7 +43,7 @@ class MtLoRAModelManager(LRUCacheLoRAModelManager):
         table = SlotTable(
             len(found), self.lora_slots, hidden_size=self._hidden_size, dtype=self._dtype, device=self.device
         )
-        self.step = StepMapping(table)
+        self.step = StepMapping(table, RoutingSampler.from_environment(len(found)))
         for i, (path, match) in enumerate(found):
             block = RoutedBlock(self.model.get_submodule(path), i, match["name"], f"mtlora.{path}", self.step)
             replace_submodule(self.model, path, block)

@@ -8,10 +8,11 @@ from collections.abc import Callable, Set
 import numpy as np
 import torch
 
-from mtlora.ops.operators import add_routed_lora_, tile_size
+from mtlora.ops.operators import AddPath, bind, tile_size
 from mtlora.ops.plan import StepPlan, plan_step
 from mtlora.ops.table import AdapterRows, SlotTable
 from mtlora.vllm_plugin.packed import Slot
+from mtlora.vllm_plugin.sampling import RoutingSampler
 
 
 class StepMapping:
@@ -21,16 +22,17 @@ class StepMapping:
     steps: compiled graphs hold the object, never the content.
     """
 
-    def __init__(self, table: SlotTable) -> None:
+    def __init__(self, table: SlotTable, sampler: RoutingSampler | None = None) -> None:
         self._table = table
+        self.sampler = sampler
         self._device = table.rows_LAF.device
         self.clear()
 
     def clear(self) -> None:
         """No token has an adapter."""
         self.num_tokens = 0
-        self._plan: StepPlan | None = None
         self._blocks: frozenset[int] = frozenset()
+        self._names: dict[int, str] = {}
 
     def set(self, slot_ids_T: np.ndarray, slot: Callable[[int], Slot]) -> None:
         """Take the slot id of every token, int64 [T], 0 or less for none; `slot` gives the slot of an id.
@@ -46,11 +48,13 @@ class StepMapping:
         if not place_of:
             return
         self._blocks = frozenset().union(*(rows.active for rows in place_of))
+        if self.sampler:
+            self._names = {place_of[s.adapter.rows]: s.version for s in held.values() if s.adapter is not None}
         place_of_id, bias_row_of_id = np.full((2, len(ids)), -1)
         for i, its in held.items():
             if its.adapter is not None:
                 place_of_id[i], bias_row_of_id[i] = place_of[its.adapter.rows], its.bias_row
-        self._plan = self._to_device(
+        plan = self._plan = self._to_device(
             plan_step(
                 place_of_id[id_index_T],
                 bias_row_of_id[id_index_T],
@@ -58,11 +62,14 @@ class StepMapping:
                 tile_size=tile_size(self._device, self.num_tokens),
             )
         )
+        self._add_path_: AddPath = bind(self._table, plan)
 
     def add_path_(self, y_TD: torch.Tensor, x_TD: torch.Tensor, block: int) -> None:
         """Add to `y_TD`, in place, the path of block number `block` for every row that has an adapter."""
-        if self._plan is not None and block in self._blocks:
-            add_routed_lora_(y_TD, x_TD, self._table, block, self._plan)
+        if block in self._blocks:
+            self._add_path_(y_TD, x_TD, block)
+            if self.sampler and self.sampler.due(block):
+                self.sampler.observe(x_TD, self._table, block, self._plan, self._names)
 
     def _place(self, wanted: Set[AdapterRows]) -> dict[AdapterRows, int]:
         """Put the step's adapters in the table, each where it was in the last step, and the others out of it."""

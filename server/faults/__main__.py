@@ -51,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append(row)
         verdict = "met" if row.met else "MISSED"
         print(
-            f"{row.name:<42} {verdict:<7} {row.figure}  (goal: {row.goal}; {time.monotonic() - began:.0f} s)", flush=True
+            f"{row.name:<42} {verdict:<7} {row.figure}  (goal: {row.goal}; {time.monotonic() - began:.0f} s)",
+            flush=True,
         )
     met = sum(row.met for row in rows)
     print(f"faults: {len(rows)} rows, {met} met")

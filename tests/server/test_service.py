@@ -173,7 +173,7 @@ async def test_a_full_server_says_when_to_come_back(service: Service, client: As
     assert service.value("mtlora_requests_in_flight") == 0
 
 
-@pytest.mark.parametrize("state", [State.STARTING, State.DRAINING, State.DEAD])
+@pytest.mark.parametrize("state", [State.STARTING, State.DRAINING, State.RESTARTING])
 async def test_nothing_is_answered_unless_serving(service: Service, client: AsyncClient, state: State) -> None:
     service.admission.state = state
     stub = inference_pb2_grpc.InferenceStub(client._channel)

@@ -1,7 +1,7 @@
 """Tasks of BIG-Bench Hard that can be worked out: solvers of their inputs, and generators of more like them.
 
-The solvers agree with the public targets but for a few that are wrong there; the rest of the benchmark's tasks ask for
-knowledge of people, films, jokes or causes, and have no solver.
+The solvers give the public targets (see `dates` for three texts whose targets contradict them). Most of the benchmark's
+other tasks ask for knowledge of people, films, jokes or causes, which nothing can be generated for.
 """
 
 from mtlora.suite.bbh_tasks import counting, dates, language, logic, ordering, scenes, tracking

@@ -20,8 +20,8 @@ def _or_of_ands(values: Sequence[bool], operators: Sequence[str]) -> bool:
     return any(all(group) for group in groups)
 
 
-def boolean_expression(rng: random.Random) -> tuple[str, str]:
-    """Three or four operands, some negated, at most one pair of brackets."""
+def boolean_expression(rng: random.Random) -> tuple[str, str, str]:
+    """Three or four operands, some negated, at most one pair of brackets; worked by reducing operands to constants."""
     wanted = rng.random() < 0.5
     while True:
         n = rng.choice((3, 4, 4, 4))
@@ -44,11 +44,12 @@ def boolean_expression(rng: random.Random) -> tuple[str, str]:
             operators[start : end - 1] = []
         if _or_of_ands(values, operators) == wanted:
             text = texts[0] + "".join(f" {op} {term}" for op, term in zip(operators, texts[1:], strict=True))
-            return text, str(wanted)
+            reduced = "".join(f" {op} {value}" for op, value in zip(operators, values[1:], strict=True))
+            return text, str(wanted), f"{values[0]}{reduced}"
 
 
-def web_of_lies(rng: random.Random) -> tuple[str, str]:
-    """A chain of three people, each vouching for or accusing the one before."""
+def web_of_lies(rng: random.Random) -> tuple[str, str, str]:
+    """A chain of three people, each vouching for or accusing the one before; worked by who tells the truth."""
     people = rng.sample(NAMES, 3)
     honest = [rng.random() < 0.5 for _ in people]
     verb = {True: "tells the truth", False: "lies"}
@@ -56,7 +57,8 @@ def web_of_lies(rng: random.Random) -> tuple[str, str]:
     for i in (1, 2):
         # The truthful report the predecessor's honesty as it is, liars report the opposite.
         statements.append(f"{people[i]} says {people[i - 1]} {verb[honest[i] == honest[i - 1]]}.")
-    return f"{' '.join(statements)} Does {people[2]} tell the truth?", "Yes" if honest[2] else "No"
+    working = " ".join(f"{person} {'yes' if true else 'no'}" for person, true in zip(people, honest, strict=True))
+    return f"{' '.join(statements)} Does {people[2]} tell the truth?", "Yes" if honest[2] else "No", working
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,13 +207,13 @@ TASKS: tuple[GeneratedTask, ...] = (
         "boolean_expressions", boolean_expression,
         description="Evaluates a boolean expression of three or four operands.",
         instruction="Is the boolean expression True or False?",
-        max_new_tokens=4, allowed_answers=("True", "False"),
+        max_new_tokens=16, allowed_answers=("True", "False"), worked=True,
     ),
     task(
         "web_of_lies", web_of_lies,
         description="Says whether the last of three people, who vouch for or accuse one another, tells the truth.",
         instruction="Everyone always lies or always tells the truth. Answer Yes or No.",
-        max_new_tokens=4, allowed_answers=("Yes", "No"),
+        max_new_tokens=24, allowed_answers=("Yes", "No"), worked=True,
     ),
     task(
         "logical_deduction", logical_deduction,

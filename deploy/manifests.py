@@ -1,0 +1,419 @@
+"""`make manifests`: build every overlay, validate what comes out, hold it to the policy.
+
+Validated against schemas: Kubernetes' own kinds (kubernetes-validate, strictly: unknown fields are errors),
+cert-manager's and the Prometheus operator's (models generated from their own definitions). No package carries those of
+the Gateway API and KubeRay; for them the fields in use are asserted in `_CUSTOM`.
+
+With --write-rules, prometheusrule.yaml is made anew from rules.yaml first.
+"""
+
+import argparse
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Manifest = dict[str, Any]
+
+FOLDER = Path(__file__).parent
+OVERLAYS = FOLDER / "kubernetes" / "overlays"
+RULES = FOLDER / "prometheus" / "rules.yaml"
+PROMETHEUS_RULE = FOLDER / "prometheus" / "prometheusrule.yaml"
+KUBERNETES_VERSION = "1.34"
+# What the server takes after SIGTERM beyond its grace period: to abort what is left, and to stop the engine.
+_STOP_SECONDS = 10
+SERVICE = "mtlora.v1.Inference"
+
+
+class KustomizeMissingError(RuntimeError):
+    """There is no kustomize to build with."""
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container, its pod and where it is."""
+
+    where: str
+    pod: Manifest
+    spec: Manifest
+    init: bool
+
+
+def build(overlay: Path) -> list[Manifest]:
+    """The overlay's manifests. Raises KustomizeMissingError, or RuntimeError with what kustomize says."""
+    if shutil.which("kustomize"):
+        command = ["kustomize", "build", str(overlay)]
+    elif shutil.which("kubectl"):
+        command = ["kubectl", "kustomize", str(overlay)]
+    else:
+        raise KustomizeMissingError(
+            "kustomize is not installed: apt-get install kustomize (Debian 13, Ubuntu 24.10 and later), or "
+            "https://kubectl.docs.kubernetes.io/installation/kustomize/"
+        )
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{overlay.name}: {done.stderr.strip()}")
+    return [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest]
+
+
+def validate(manifest: Manifest) -> list[str]:
+    """What is wrong with a manifest by its kind's schema; for kinds without one, by what is asserted here."""
+    name = f"{manifest['kind']} {manifest['metadata']['name']}"
+    group = manifest["apiVersion"].partition("/")[0] if "/" in manifest["apiVersion"] else ""
+    if check := _CUSTOM.get((group, manifest["kind"])):
+        try:
+            return [f"{name}: {found}" for found in check(manifest)]
+        except (LookupError, TypeError) as error:
+            return [f"{name}: {type(error).__name__}: {error}"]
+    return [f"{name}: {found}" for found in _by_schema(manifest)]
+
+
+def _by_schema(manifest: Manifest) -> Iterator[str]:
+    import kubernetes_validate
+
+    try:
+        kubernetes_validate.validate(manifest, KUBERNETES_VERSION, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        yield f"{'.'.join(map(str, error.path))}: {error.message}"
+    except kubernetes_validate.SchemaNotFoundError:
+        yield f"no schema for {manifest['apiVersion']} in Kubernetes {KUBERNETES_VERSION}"
+
+
+def _by_model(module: str) -> Callable[[Manifest], Iterator[str]]:
+    def check(manifest: Manifest) -> Iterator[str]:
+        import importlib
+
+        from pydantic import ValidationError
+
+        model = getattr(importlib.import_module(module), manifest["kind"])
+        try:
+            parsed = model.model_validate(manifest)
+        except ValidationError as error:
+            yield from (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+            return
+        kept = parsed.model_dump(mode="json", by_alias=True, exclude_none=True)
+        yield from _lost(manifest.get("spec"), kept.get("spec"), "spec")
+
+    return check
+
+
+def _lost(given: Any, kept: Any, where: str) -> Iterator[str]:
+    """Fields that a model did not take: it does not know them."""
+    if isinstance(given, dict):
+        for key, value in given.items():
+            if not isinstance(kept, dict) or key not in kept:
+                yield f"{where}.{key}: no such field"
+            else:
+                yield from _lost(value, kept[key], f"{where}.{key}")
+    elif isinstance(given, list) and isinstance(kept, list):
+        for i, (a, b) in enumerate(zip(given, kept, strict=False)):
+            yield from _lost(a, b, f"{where}.{i}")
+
+
+def _only(found: Manifest, allowed: set[str], where: str) -> Iterator[str]:
+    for key in found.keys() - allowed:
+        yield f"{where}.{key}: not among the fields in use, {', '.join(sorted(allowed))}"
+
+
+def _grpc_route(manifest: Manifest) -> Iterator[str]:
+    if manifest["apiVersion"] != "gateway.networking.k8s.io/v1":
+        yield "apiVersion: GRPCRoute is served as gateway.networking.k8s.io/v1"
+    spec = manifest["spec"]
+    yield from _only(spec, {"parentRefs", "hostnames", "rules"}, "spec")
+    for parent in spec["parentRefs"]:
+        yield from _only(parent, {"name", "namespace", "sectionName"}, "spec.parentRefs")
+    for rule in spec["rules"]:
+        yield from _only(rule, {"matches", "backendRefs"}, "spec.rules")
+        for match in rule["matches"]:
+            yield from _only(match, {"method"}, "spec.rules.matches")
+            yield from _only(match["method"], {"service", "method"}, "spec.rules.matches.method")
+        for backend in rule["backendRefs"]:
+            yield from _only(backend, {"name", "port"}, "spec.rules.backendRefs")
+            if not isinstance(backend["port"], int):
+                yield "spec.rules.backendRefs.port: not an integer"
+
+
+def _backend_tls_policy(manifest: Manifest) -> Iterator[str]:
+    spec = manifest["spec"]
+    yield from _only(spec, {"targetRefs", "validation"}, "spec")
+    yield from _only(spec["validation"], {"hostname", "caCertificateRefs"}, "spec.validation")
+    for reference in (*spec["targetRefs"], *spec["validation"]["caCertificateRefs"]):
+        if set(reference) != {"group", "kind", "name"}:
+            yield f"spec: a reference has group, kind and name, found {sorted(reference)}"
+
+
+def _ray_cluster(manifest: Manifest) -> Iterator[str]:
+    spec = manifest["spec"]
+    yield from _only(spec, {"rayVersion", "enableInTreeAutoscaling", "headGroupSpec", "workerGroupSpecs"}, "spec")
+    head, workers = spec["headGroupSpec"], spec["workerGroupSpecs"]
+    yield from _only(head, {"serviceType", "rayStartParams", "template"}, "spec.headGroupSpec")
+    allowed = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+    for group in workers:
+        yield from _only(group, allowed, "spec.workerGroupSpecs")
+        if not group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]:
+            yield "spec.workerGroupSpecs: replicas lie between minReplicas and maxReplicas"
+    for group in (head, *workers):
+        if not all(isinstance(value, str) for value in group["rayStartParams"].values()):
+            yield "rayStartParams: values are strings"
+        # A pod template is Kubernetes' own: it is validated as a Pod.
+        template = group["template"]
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x", **template["metadata"]}}
+        yield from _by_schema({**pod, "spec": template["spec"]})
+
+
+_CUSTOM: dict[tuple[str, str], Callable[[Manifest], Iterator[str]]] = {
+    ("cert-manager.io", "Certificate"): _by_model("cloudcoil.models.cert_manager.v1"),
+    ("cert-manager.io", "Issuer"): _by_model("cloudcoil.models.cert_manager.v1"),
+    ("monitoring.coreos.com", "ServiceMonitor"): _by_model("cloudcoil.models.prometheus_operator.v1"),
+    ("monitoring.coreos.com", "PrometheusRule"): _by_model("cloudcoil.models.prometheus_operator.v1"),
+    ("gateway.networking.k8s.io", "GRPCRoute"): _grpc_route,
+    ("gateway.networking.k8s.io", "BackendTLSPolicy"): _backend_tls_policy,
+    ("ray.io", "RayCluster"): _ray_cluster,
+}
+
+
+def containers(manifests: Sequence[Manifest]) -> list[Container]:
+    """Every container of every pod template."""
+    found = []
+    for where, pod in pods(manifests):
+        for key in ("initContainers", "containers"):
+            found += [Container(f"{where}/{c['name']}", pod, c, key != "containers") for c in pod.get(key, ())]
+    return found
+
+
+def pods(manifests: Sequence[Manifest]) -> Iterator[tuple[str, Manifest]]:
+    """(where, pod spec) of every pod template."""
+    for manifest in manifests:
+        name, spec = manifest["metadata"]["name"], manifest.get("spec") or {}
+        if manifest["kind"] == "RayCluster":
+            yield f"{name}-head", spec["headGroupSpec"]["template"]["spec"]
+            yield from ((f"{name}-{g['groupName']}", g["template"]["spec"]) for g in spec["workerGroupSpecs"])
+        elif "template" in spec:
+            yield name, spec["template"]["spec"]
+
+
+def server_settings(manifests: Sequence[Manifest]) -> dict[str, str]:
+    """The server's environment."""
+    return next(
+        m["data"] for m in manifests if m["kind"] == "ConfigMap" and m["metadata"]["name"].startswith("mtlora-server")
+    )
+
+
+def violations(manifests: Sequence[Manifest]) -> list[str]:
+    """What of the policy a built overlay does not meet."""
+    return [found for rule in POLICY for found in rule(manifests)]
+
+
+def _pods_are_restricted(manifests: Sequence[Manifest]) -> Iterator[str]:
+    for where, pod in pods(manifests):
+        context = pod.get("securityContext", {})
+        if context.get("runAsNonRoot") is not True or not context.get("runAsUser"):
+            yield f"{where}: runs as root, or as nobody knows whom"
+        if context.get("seccompProfile", {}).get("type") != "RuntimeDefault":
+            yield f"{where}: no seccomp profile"
+        if pod.get("automountServiceAccountToken") is not False or pod.get("serviceAccountName") in (None, "default"):
+            yield f"{where}: has a token, or the default service account"
+        if pod.get("enableServiceLinks") is not False:
+            yield f"{where}: Service mtlora would set MTLORA_PORT"
+        if any(pod.get(key) for key in ("hostNetwork", "hostPID", "hostIPC")):
+            yield f"{where}: shares a namespace of the node"
+        if any("hostPath" in volume for volume in pod.get("volumes", ())):
+            yield f"{where}: mounts the node's file system"
+
+
+def _containers_are_confined(manifests: Sequence[Manifest]) -> Iterator[str]:
+    for container in containers(manifests):
+        context = container.spec.get("securityContext", {})
+        if context.get("readOnlyRootFilesystem") is not True:
+            yield f"{container.where}: root file system can be written"
+        if context.get("allowPrivilegeEscalation") is not False or context.get("privileged", False):
+            yield f"{container.where}: may gain privileges"
+        if context.get("capabilities", {}).get("drop") != ["ALL"] or context["capabilities"].get("add"):
+            yield f"{container.where}: keeps capabilities"
+
+
+def _resources_are_bounded(manifests: Sequence[Manifest]) -> Iterator[str]:
+    for container in containers(manifests):
+        resources = container.spec.get("resources", {})
+        for kind in ("requests", "limits"):
+            for what in ("cpu", "memory", "ephemeral-storage"):
+                if what not in resources.get(kind, {}):
+                    yield f"{container.where}: no {kind} of {what}"
+    for where, pod in pods(manifests):
+        for volume in pod.get("volumes", ()):
+            if "emptyDir" in volume and "sizeLimit" not in volume["emptyDir"]:
+                yield f"{where}: volume {volume['name']} has no limit"
+
+
+def _images_are_pinned(manifests: Sequence[Manifest]) -> Iterator[str]:
+    for container in containers(manifests):
+        image = container.spec["image"]
+        tag = image.rpartition("/")[2].partition(":")[2]
+        if "@sha256:" not in image and (not tag or tag == "latest"):
+            yield f"{container.where}: image {image} is not pinned"
+
+
+def _probes_fit(manifests: Sequence[Manifest]) -> Iterator[str]:
+    health = int(server_settings(manifests)["MTLORA_HEALTH_PORT"])
+    for container in _servers(manifests):
+        wanted = {"startupProbe": SERVICE, "readinessProbe": SERVICE, "livenessProbe": "live"}
+        for probe, service in wanted.items():
+            grpc = container.spec.get(probe, {}).get("grpc")
+            if grpc != {"port": health, "service": service}:
+                yield f"{container.where}: {probe} asks {grpc}, not {service} on {health}"
+        startup = container.spec.get("startupProbe", {})
+        if startup.get("periodSeconds", 10) * startup.get("failureThreshold", 3) < 300:
+            yield f"{container.where}: startup has less than five minutes"
+
+
+def _drains_end(manifests: Sequence[Manifest]) -> Iterator[str]:
+    grace = float(server_settings(manifests)["MTLORA_GRACE_PERIOD_S"])
+    for container in _servers(manifests):
+        wait = container.spec.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+        if wait < 5:
+            yield f"{container.where}: SIGTERM comes before balancers have stopped sending"
+        if container.pod.get("terminationGracePeriodSeconds", 30) < wait + grace + _STOP_SECONDS:
+            yield f"{container.where}: is killed before its drain of {wait} + {grace:g} + {_STOP_SECONDS} s ends"
+
+
+def _ranks_have_their_gpus(manifests: Sequence[Manifest]) -> Iterator[str]:
+    settings = server_settings(manifests)
+    tensor, pipeline = (int(settings.get(f"MTLORA_{k}_PARALLEL_SIZE", 1)) for k in ("TENSOR", "PIPELINE"))
+    gpus = [int(c.spec["resources"]["limits"].get("nvidia.com/gpu", 0)) for c in containers(manifests) if not c.init]
+    if sum(gpus) and sum(gpus) != tensor * pipeline:
+        yield f"{sum(gpus)} GPUs for {tensor} x {pipeline} ranks"
+    if not sum(gpus) and tensor * pipeline > 1:
+        yield f"{tensor} x {pipeline} ranks without a GPU"
+
+
+def _services_select_servers(manifests: Sequence[Manifest]) -> Iterator[str]:
+    labels = [
+        template["metadata"]["labels"]
+        for m in manifests
+        if "spec" in m
+        for template in (
+            [m["spec"]["headGroupSpec"]["template"]] if m["kind"] == "RayCluster" else [m["spec"].get("template")]
+        )
+        if template
+    ]
+    for manifest in manifests:
+        if manifest["kind"] == "Service":
+            selector = manifest["spec"]["selector"]
+        elif manifest["kind"] == "PodDisruptionBudget":
+            selector = manifest["spec"]["selector"]["matchLabels"]
+        else:
+            continue
+        if not any(selector.items() <= each.items() for each in labels):
+            yield f"{manifest['kind']} {manifest['metadata']['name']}: selects no pod"
+    headless = [m for m in manifests if m["kind"] == "Service" and m["spec"].get("clusterIP") == "None"]
+    if not any(port["port"] == 50051 for m in headless for port in m["spec"]["ports"]):
+        yield "no headless Service for clients that balance themselves"
+
+
+def _names_are_found(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """What pods name is made here, or is one of the things that the operator brings."""
+    brought = {"mtlora-tenants", "mtlora-object-storage", "mtlora-tls"}
+    made = {(m["kind"], m["metadata"]["name"]) for m in manifests}
+    for where, pod in pods(manifests):
+        named = [("ServiceAccount", pod["serviceAccountName"])]
+        for volume in pod.get("volumes", ()):
+            if "persistentVolumeClaim" in volume:
+                named.append(("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]))
+            if "secret" in volume:
+                named.append(("Secret", volume["secret"]["secretName"]))
+        for container in (*pod.get("initContainers", ()), *pod["containers"]):
+            for source in container.get("envFrom", ()):
+                named += [("ConfigMap", source[k]["name"]) for k in ("configMapRef",) if k in source]
+                named += [("Secret", source[k]["name"]) for k in ("secretRef",) if k in source]
+        for kind, name in named:
+            if (kind, name) not in made and not (kind == "Secret" and name in brought):
+                yield f"{where}: names {kind} {name}, which is nowhere"
+
+
+def _everything_is_there(manifests: Sequence[Manifest]) -> Iterator[str]:
+    kinds = {m["kind"] for m in manifests}
+    wanted = {
+        "Namespace", "ServiceAccount", "Service", "NetworkPolicy", "PodDisruptionBudget", "ServiceMonitor",
+        "PrometheusRule", "Certificate", "GRPCRoute", "ConfigMap",
+    }  # fmt: skip
+    wanted |= {"RayCluster"} if "RayCluster" in kinds else {"Deployment", "HorizontalPodAutoscaler"}
+    for kind in sorted(wanted - kinds):
+        yield f"no {kind}"
+    for manifest in manifests:
+        if manifest["kind"] == "NetworkPolicy" and len(manifest["spec"]["policyTypes"]) != 2:
+            yield "NetworkPolicy: leaves a direction open"
+        if manifest["kind"] == "Deployment" and not manifest["spec"]["template"]["spec"].get(
+            "topologySpreadConstraints"
+        ):
+            yield f"{manifest['metadata']['name']}: replicas may share a node"
+
+
+POLICY: tuple[Callable[[Sequence[Manifest]], Iterator[str]], ...] = (
+    _everything_is_there,
+    _pods_are_restricted,
+    _containers_are_confined,
+    _resources_are_bounded,
+    _images_are_pinned,
+    _probes_fit,
+    _drains_end,
+    _ranks_have_their_gpus,
+    _services_select_servers,
+    _names_are_found,
+)
+
+
+def _servers(manifests: Sequence[Manifest]) -> list[Container]:
+    """Containers that run the server: those whose port is gRPC's."""
+    return [c for c in containers(manifests) if any(p["name"] == "grpc" for p in c.spec.get("ports", ()))]
+
+
+def prometheus_rule() -> str:
+    """prometheusrule.yaml: rules.yaml as the Prometheus operator takes it."""
+    head = (
+        "# Made from rules.yaml: python -m deploy.manifests --write-rules\n"
+        "apiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\nmetadata:\n  name: mtlora\n"
+        "  labels:\n    app.kubernetes.io/name: mtlora\nspec:\n"
+    )
+    lines = [line for line in RULES.read_text().splitlines() if not line.startswith("#")]
+    return head + "".join(f"  {line}\n" if line else "\n" for line in lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print every finding and the summary line; 0 where every overlay is valid and meets the policy."""
+    parser = argparse.ArgumentParser(prog="python -m deploy.manifests", description=__doc__)
+    parser.add_argument("--write-rules", action="store_true", help="make prometheusrule.yaml anew first")
+    options = parser.parse_args(argv)
+    if options.write_rules:
+        PROMETHEUS_RULE.write_text(prometheus_rule())
+    overlays = sorted(path.parent for path in OVERLAYS.glob("*/kustomization.yaml"))
+    valid, broken = 0, 0
+    for overlay in overlays:
+        try:
+            manifests = build(overlay)
+        except KustomizeMissingError as error:
+            print(f"manifests: {error}")
+            return 2
+        except RuntimeError as error:
+            print(error)
+            broken += 1
+            continue
+        wrong = [found for manifest in manifests for found in validate(manifest)]
+        unmet = violations(manifests)
+        print(f"{overlay.name}: {len(manifests)} manifests, {len(wrong)} errors, {len(unmet)} violations")
+        for found in (*wrong, *unmet):
+            print(f"  {found}")
+        valid += not wrong
+        broken += bool(unmet)
+    if PROMETHEUS_RULE.read_text() != prometheus_rule():
+        print("prometheusrule.yaml is not rules.yaml: python -m deploy.manifests --write-rules")
+        broken += 1
+    print(f"manifests: {len(overlays)} overlays, {valid} valid, policy {'met' if not broken else 'NOT met'}")
+    return int(broken > 0 or valid < len(overlays))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,45 @@
+"""What a worker counts of its adapters, and how the server asks for it.
+
+`WorkerStatistics` is a part of the worker extension: `collective_rpc("mtlora_statistics")` gives one plain dictionary a
+rank, whose fields `statistics` names.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mtlora.vllm_plugin.worker_manager import MtLoRAWorkerManager
+
+
+@dataclass
+class Counts:
+    """What has happened in a worker since its start."""
+
+    weight_loads: int = 0
+    slot_evictions: int = 0
+
+
+class WorkerStatistics:
+    """Asks a worker for its `statistics`."""
+
+    model_runner: Any
+
+    def mtlora_statistics(self) -> dict[str, Any]:
+        """This rank's `statistics`."""
+        manager: MtLoRAWorkerManager = self.model_runner.lora_manager
+        return statistics(manager)
+
+
+def statistics(manager: "MtLoRAWorkerManager") -> dict[str, Any]:
+    """Slots and weights as they are now, counts since the start, and the sampled routing by adapter version."""
+    adapter_manager, store = manager._adapter_manager, manager.store
+    sampler = adapter_manager.step.sampler
+    return {
+        "slots": adapter_manager.lora_slots,
+        "slots_in_use": len(adapter_manager._active_adapters),
+        "slots_registered": len(store.slot_ids()),
+        "resident_bytes": store.resident_bytes(),
+        "weight_loads": store.counts.weight_loads,
+        "slot_evictions": store.counts.slot_evictions,
+        "routing": sampler.sums() if sampler else {},
+    }

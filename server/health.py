@@ -1,0 +1,56 @@
+"""The health protocol: what each service name means, and a listener of its own for probes.
+
+| name | SERVING while |
+| --- | --- |
+| "" and "mtlora.v1.Inference" | requests are served |
+| "live" | the process may yet serve, or finishes what runs: while it starts, serves, replaces its engine, drains |
+
+Once the engine was lost too often, nothing is SERVING, and the process exits.
+
+A probe that restarts the server asks for "live", one that sends it requests for the other. Kubernetes' own gRPC probes
+speak no TLS, so with TLS on the main port they need `health_port`.
+"""
+
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+
+LIVE = "live"
+
+
+class Health:
+    """The health of one server. `set` it whenever its state changes."""
+
+    def __init__(self, service: str) -> None:
+        self._names = ("", service)
+        self._servicer = HealthServicer()
+
+    def add_to(self, server: Any) -> None:
+        """Answer health checks on a gRPC server."""
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+
+    async def set(self, *, serving: bool, live: bool = True) -> None:
+        """Set every name's status."""
+        for name in self._names:
+            await self._servicer.set(name, _status(serving))
+        await self._servicer.set(LIVE, _status(live))
+
+    async def listen(self, host: str, port: int) -> tuple[Any, int]:
+        """A second gRPC server, in plain text, with health alone; returns it and its port, 0 where it cannot listen."""
+        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self.add_to(server)
+        try:
+            bound = server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError:
+            bound = 0
+        if bound:
+            await server.start()
+        else:
+            await server.stop(None)
+        return server, bound
+
+
+def _status(good: bool) -> Any:
+    return health_pb2.HealthCheckResponse.SERVING if good else health_pb2.HealthCheckResponse.NOT_SERVING

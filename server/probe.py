@@ -1,0 +1,33 @@
+"""`python -m server.probe`: ask a server's health, for a container's health check. Exit status 0 where it is well."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 where the service is SERVING, 1 where it is not or cannot be reached."""
+    default = f"127.0.0.1:{os.environ.get('MTLORA_HEALTH_PORT') or os.environ.get('MTLORA_PORT') or 50051}"
+    parser = argparse.ArgumentParser(prog="python -m server.probe", description=__doc__)
+    parser.add_argument("service", nargs="?", default="live", help='"live", or "mtlora.v1.Inference" for readiness')
+    parser.add_argument("--address", default=default, metavar="HOST:PORT", help="default: %(default)s")
+    parser.add_argument("--timeout", type=float, default=3.0, metavar="SECONDS")
+    options = parser.parse_args(argv)
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with grpc.insecure_channel(options.address) as channel:
+        request = health_pb2.HealthCheckRequest(service=options.service)
+        try:
+            reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=options.timeout)
+        except grpc.RpcError as error:
+            print(f"{options.address}: {error.code().name}: {error.details()}", file=sys.stderr)
+            return 1
+    name = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
+    print(f"{options.address}: {options.service}: {name}")
+    return int(reply.status != health_pb2.HealthCheckResponse.SERVING)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,58 @@
+"""Bounds a metric's label: the busiest ids keep a value of their own, the rest share one."""
+
+from collections.abc import Callable
+
+OTHER = "other"
+
+# How often the ranking is looked at again, in counted requests, and how much busier than one that has a value of its
+# own another id must be to take its place.
+_RANK_EVERY = 4096
+_MARGIN = 2.0
+
+
+class TopLabels:
+    """The `limit` busiest ids of late, by requests counted; memory is bounded by the ids of the last few rankings.
+
+    An id that loses its place is told to `on_drop`, which removes its series: it ends there, and where it comes back it
+    begins at 0, which `rate()` takes for a restart. So totals are sums of rates, never rates of sums.
+    """
+
+    def __init__(self, limit: int, on_drop: Callable[[str], None], *, rank_every: int = _RANK_EVERY) -> None:
+        self._limit = limit
+        self._on_drop = on_drop
+        self._rank_every = rank_every
+        self._since = 0
+        self._kept: set[str] = set()
+        self._counts: dict[str, float] = {}
+
+    def count(self, name: str) -> str:
+        """Count one request of `name`; returns its label's value."""
+        self._counts[name] = self._counts.get(name, 0.0) + 1.0
+        self._since += 1
+        self.claim(name)
+        if self._since >= self._rank_every:
+            self._rank()
+        return self.label(name)
+
+    def claim(self, name: str) -> str:
+        """The label's value for `name`, which takes a place where one is free, without counting."""
+        if name not in self._kept and len(self._kept) < self._limit:
+            self._kept.add(name)
+        return self.label(name)
+
+    def label(self, name: str) -> str:
+        """The label's value for `name` as it is. From any thread."""
+        return name if name in self._kept else OTHER
+
+    def _rank(self) -> None:
+        counts = self._counts
+        outside = sorted((name for name in counts if name not in self._kept), key=counts.__getitem__, reverse=True)
+        inside = sorted(self._kept, key=lambda name: counts.get(name, 0.0))
+        for new, old in zip(outside, inside, strict=False):
+            if counts[new] <= _MARGIN * counts.get(old, 0.0):
+                break
+            self._kept.remove(old)
+            self._kept.add(new)
+            self._on_drop(old)
+        self._counts = {name: count / 2 for name, count in counts.items() if count > 1}
+        self._since = 0

@@ -1,0 +1,160 @@
+"""OpenTelemetry traces, where a collector is named: one tree of spans a request, from the RPC to the engine's steps.
+
+    mtlora.v1.Inference/Generate     from receipt to status
+      admission                      until the engine is asked: authorising, tokenizing, waiting for the tenant's turn
+      engine.queue                   until the engine's scheduler first takes the sequence, its adapter loaded
+      engine.prefill                 until its first token
+      engine.decode                  until its last, with an event a step
+
+Of a call with several sequences, as the Open Inference Protocol has them: until the first of them is asked for,
+scheduled, has a token; and until the last step of any.
+
+The spans are made when the request ends, from the times it met on its way: what runs per token is one list append.
+"""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from server.call import Call
+
+# A span holds so many events at most; the last steps of a longer answer are not told apart.
+_MAX_STEPS = 120
+# Both clocks at one moment: spans want the wall clock, the engine tells monotonic time.
+_WALL_MINUS_MONOTONIC_NS = time.time_ns() - time.monotonic_ns()
+
+
+class Tracer:
+    """Starts traces and exports them over OTLP/gRPC, in batches, from a thread of its own.
+
+    endpoint: `host:port` or `http://host:port` of a collector, in plain text; `https://` for TLS.
+    sample_ratio: share of the traces kept, of those whose caller has not decided that already.
+    exporter: where spans go instead of an endpoint.
+    """
+
+    def __init__(self, endpoint: str, *, sample_ratio: float = 1.0, exporter: Any = None) -> None:
+        from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        from mtlora import __version__
+
+        if exporter is None:
+            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+            url = endpoint if "://" in endpoint else f"http://{endpoint}"
+            exporter = OTLPSpanExporter(endpoint=url, insecure=not url.startswith("https://"))
+        self._provider = TracerProvider(
+            sampler=ParentBasedTraceIdRatio(sample_ratio),
+            resource=Resource.create({SERVICE_NAME: "mtlora-server", SERVICE_VERSION: __version__}),
+            # At the interpreter's exit, which `close` comes before.
+            shutdown_on_exit=False,
+        )
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._tracer = self._provider.get_tracer("mtlora.server")
+        self._propagator = TraceContextTextMapPropagator()
+
+    def begin(self, rpc: str, request_id: str, metadata: Any) -> "RequestTrace | None":
+        """The trace of a request received now, under the caller's where `traceparent` names one; None if not sampled.
+
+        rpc: `/SERVICE/METHOD`. metadata: (key, value) pairs of the call, or None.
+        """
+        from opentelemetry.trace import SpanKind
+
+        service, _, method = rpc.removeprefix("/").partition("/")
+        carrier = {key: value for key, value in metadata or () if isinstance(value, str)}
+        span = self._tracer.start_span(
+            f"{service}/{method}",
+            context=self._propagator.extract(carrier),
+            kind=SpanKind.SERVER,
+            attributes={
+                "rpc.system": "grpc",
+                "rpc.service": service,
+                "rpc.method": method,
+                "mtlora.request_id": request_id,
+            },
+        )
+        return RequestTrace(self._tracer, span) if span.is_recording() else None
+
+    def close(self) -> None:
+        """Export what is left; blocks for a few seconds at most."""
+        self._provider.force_flush(3000)
+        self._provider.shutdown()
+
+
+class RequestTrace:
+    """One request's times, monotonic, in seconds; its spans once it has ended."""
+
+    def __init__(self, tracer: Any, span: Any) -> None:
+        self._tracer = tracer
+        self._span = span
+        self._began = time.monotonic()
+        self._submitted: float | None = None
+        self._scheduled: float | None = None
+        self._steps: list[tuple[float, int]] = []
+
+    @property
+    def trace_id(self) -> str:
+        """As collectors write it: 32 hexadecimal digits."""
+        return f"{self._span.get_span_context().trace_id:032x}"
+
+    def submitted(self) -> None:
+        """The engine is asked now."""
+        self._submitted = self._submitted or time.monotonic()
+
+    def scheduled(self, at: float) -> None:
+        """The scheduler first took the sequence, at a monotonic time."""
+        self._scheduled = self._scheduled or at
+
+    def step(self, tokens: int) -> None:
+        """A step of the engine gave the sequence its next tokens, now."""
+        self._steps.append((time.monotonic(), tokens))
+
+    def end(self, status: str, call: "Call") -> None:
+        """The request has ended, with a gRPC status name."""
+        from opentelemetry.trace import Status, StatusCode
+
+        now = time.monotonic()
+        submitted = self._submitted or now
+        self._child("admission", self._began, submitted)
+        if self._submitted is not None:
+            # The engine's own clock may lie a moment before the hand-over.
+            scheduled = max(submitted, self._scheduled) if self._scheduled is not None else now
+            self._child("engine.queue", submitted, scheduled)
+            if self._scheduled is not None:
+                first = self._steps[0][0] if self._steps else now
+                self._child("engine.prefill", scheduled, first, {"mtlora.prompt_tokens": call.prompt_tokens})
+            if self._steps:
+                self._decode()
+        attributes = {
+            "mtlora.task": call.task,
+            "mtlora.tenant": call.tenant.id,
+            "mtlora.prompt_tokens": call.prompt_tokens,
+            "mtlora.completion_tokens": call.completion_tokens,
+            "rpc.grpc.status": status,
+        }
+        self._span.set_attributes({name: value for name, value in attributes.items() if value != ""})
+        if status not in ("OK", "CANCELLED"):
+            self._span.set_status(Status(StatusCode.ERROR, status))
+        self._span.end()
+
+    def _decode(self) -> None:
+        span = self._start("engine.decode", self._steps[0][0], {"mtlora.steps": len(self._steps)})
+        for at, tokens in self._steps[:_MAX_STEPS]:
+            span.add_event("step", {"mtlora.tokens": tokens}, timestamp=_wall_ns(at))
+        span.end(_wall_ns(self._steps[-1][0]))
+
+    def _child(self, name: str, began: float, ended: float, attributes: dict[str, Any] | None = None) -> None:
+        self._start(name, began, attributes).end(_wall_ns(max(began, ended)))
+
+    def _start(self, name: str, began: float, attributes: dict[str, Any] | None) -> Any:
+        from opentelemetry.trace import set_span_in_context
+
+        context = set_span_in_context(self._span)
+        return self._tracer.start_span(name, context=context, attributes=attributes, start_time=_wall_ns(began))
+
+
+def _wall_ns(monotonic_s: float) -> int:
+    return int(monotonic_s * 1e9) + _WALL_MINUS_MONOTONIC_NS

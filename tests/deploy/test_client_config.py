@@ -1,0 +1,48 @@
+"""The service config that clients are given: calls go round the servers, and past one that refuses."""
+
+import json
+
+import grpc
+from mtlora_pb.v1 import inference_pb2, inference_pb2_grpc
+
+from deploy import manifests
+from server.admission import State
+from tests.server.fakes import Service, eventually
+
+CONFIG = (manifests.FOLDER / "kubernetes" / "base" / "service-config.json").read_text()
+
+
+def target(*addresses: str) -> str:
+    return "ipv4:" + ",".join(addresses)
+
+
+def channel(*services: Service) -> grpc.aio.Channel:
+    options = [("grpc.service_config", CONFIG), ("grpc.enable_retries", 1)]
+    return grpc.aio.insecure_channel(target(*(service.address for service in services)), options=options)
+
+
+def test_it_names_services_that_exist() -> None:
+    config = json.loads(CONFIG)
+    service = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+    assert config["methodConfig"][0]["name"] == [{"service": service}]
+    assert config["healthCheckConfig"]["serviceName"] == service
+
+
+async def test_calls_go_round_the_servers() -> None:
+    async with Service().running() as first, Service().running() as second, channel(first, second) as open_channel:
+        stub = inference_pb2_grpc.InferenceStub(open_channel)
+        for _ in range(8):
+            await stub.Generate(inference_pb2.GenerateRequest(task_id="one", text="x"), wait_for_ready=True)
+        # The second connection may come up a call or two after the first.
+        await eventually(lambda: bool(first.engine.jobs))
+        assert min(len(first.engine.jobs), len(second.engine.jobs)) >= 2
+
+
+async def test_unavailable_is_tried_elsewhere() -> None:
+    async with Service().running() as good, Service().running() as draining, channel(good, draining) as open_channel:
+        draining.admission.state = State.DRAINING
+        stub = inference_pb2_grpc.InferenceStub(open_channel)
+        for _ in range(6):
+            reply = await stub.Generate(inference_pb2.GenerateRequest(task_id="one", text="x"), wait_for_ready=True)
+            assert reply.text
+        assert len(good.engine.jobs) == 6

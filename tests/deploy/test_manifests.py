@@ -1,0 +1,134 @@
+"""Every overlay builds, is valid and meets the policy; and a manifest that is not or does not is found out."""
+
+import copy
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from deploy import manifests
+from server.settings import ENV_PREFIX, Settings
+
+OVERLAYS = sorted(path.parent.name for path in manifests.OVERLAYS.glob("*/kustomization.yaml"))
+needs_kustomize = pytest.mark.skipif(
+    not (shutil.which("kustomize") or shutil.which("kubectl")), reason="neither kustomize nor kubectl is installed"
+)
+
+
+@pytest.fixture(scope="module", params=OVERLAYS)
+def built(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return manifests.build(manifests.OVERLAYS / request.param)
+
+
+@pytest.fixture(scope="module")
+def cpu() -> list[dict[str, Any]]:
+    return manifests.build(manifests.OVERLAYS / "cpu")
+
+
+def test_the_four_overlays() -> None:
+    assert OVERLAYS == ["cpu", "gpu", "gpu-tp", "multi-node"]
+
+
+@needs_kustomize
+def test_valid_and_within_the_policy(built: list[dict[str, Any]]) -> None:
+    assert [found for manifest in built for found in manifests.validate(manifest)] == []
+    assert manifests.violations(built) == []
+
+
+@needs_kustomize
+def test_every_variable_is_a_setting(built: list[dict[str, Any]]) -> None:
+    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
+    # Of the tenants file and TLS, which a server without them ignores.
+    known |= {f"{ENV_PREFIX}{name}" for name in ("TENANTS", "TLS_CERTIFICATE", "TLS_KEY")}
+    assert manifests.server_settings(built).keys() <= known
+
+
+def pod(found: list[dict[str, Any]]) -> dict[str, Any]:
+    return one(found, "Deployment")["spec"]["template"]["spec"]
+
+
+def server(found: list[dict[str, Any]]) -> dict[str, Any]:
+    return pod(found)["containers"][0]
+
+
+def one(found: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    return next(manifest for manifest in found if manifest["kind"] == kind)
+
+
+Damage = Callable[[list[dict[str, Any]]], Any]
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "root": (lambda m: pod(m)["securityContext"].pop("runAsNonRoot"), "runs as root"),
+    "seccomp": (lambda m: pod(m)["securityContext"].pop("seccompProfile"), "no seccomp"),
+    "token": (lambda m: pod(m).update(automountServiceAccountToken=True), "has a token"),
+    "service links": (lambda m: pod(m).pop("enableServiceLinks"), "would set MTLORA_PORT"),
+    "host network": (lambda m: pod(m).update(hostNetwork=True), "namespace of the node"),
+    "host path": (lambda m: pod(m)["volumes"].append({"name": "h", "hostPath": {"path": "/"}}), "node's file system"),
+    "writable": (lambda m: server(m)["securityContext"].update(readOnlyRootFilesystem=False), "can be written"),
+    "privileges": (lambda m: server(m)["securityContext"].pop("allowPrivilegeEscalation"), "gain privileges"),
+    "capabilities": (lambda m: server(m)["securityContext"]["capabilities"].update(add=["SYS_NICE"]), "capabilities"),
+    "limits": (lambda m: server(m)["resources"]["limits"].pop("memory"), "no limits of memory"),
+    "empty dir": (lambda m: pod(m)["volumes"][-1]["emptyDir"].pop("sizeLimit"), "has no limit"),
+    "latest": (lambda m: server(m).update(image="mtlora-server:latest"), "not pinned"),
+    "no tag": (lambda m: server(m).update(image="host:5000/mtlora-server"), "not pinned"),
+    "liveness": (lambda m: server(m)["livenessProbe"]["grpc"].update(service=manifests.SERVICE), "livenessProbe asks"),
+    "startup": (lambda m: server(m)["startupProbe"].update(failureThreshold=3), "less than five minutes"),
+    "no pre-stop": (lambda m: server(m).pop("lifecycle"), "before balancers"),
+    "short grace": (lambda m: pod(m).update(terminationGracePeriodSeconds=60), "is killed before its drain"),
+    "gpus": (lambda m: server(m)["resources"]["limits"].update({"nvidia.com/gpu": "2"}), "2 GPUs for 1 x 1"),
+    "selector": (lambda m: one(m, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"].update(x="y"), "no pod"),
+    "volume": (lambda m: pod(m)["volumes"][0]["persistentVolumeClaim"].update(claimName="lost"), "which is nowhere"),
+    "network": (lambda m: one(m, "NetworkPolicy")["spec"].update(policyTypes=["Ingress"]), "a direction open"),
+    "nothing": (lambda m: m.remove(one(m, "PodDisruptionBudget")), "no PodDisruptionBudget"),
+}
+
+
+@needs_kustomize
+@pytest.mark.parametrize("name", DAMAGES)
+def test_the_policy_finds(name: str, cpu: list[dict[str, Any]]) -> None:
+    damage, message = DAMAGES[name]
+    damaged = copy.deepcopy(cpu)
+    damage(damaged)
+    assert any(message in found for found in manifests.violations(damaged))
+
+
+INVALID: dict[str, tuple[str, Damage]] = {
+    "unknown field": ("Deployment", lambda m: m["spec"].update(replica=2)),
+    "wrong type": ("Service", lambda m: m["spec"]["ports"][0].update(port="http")),
+    "missing": ("HorizontalPodAutoscaler", lambda m: m["spec"].pop("maxReplicas")),
+    "issuer": ("Certificate", lambda m: m["spec"].pop("issuerRef")),
+    "unknown in certificate": ("Certificate", lambda m: m["spec"].update(dnsName="x")),
+    "endpoint": ("ServiceMonitor", lambda m: m["spec"]["endpoints"][0].update(intervall="15s")),
+    "rule": ("PrometheusRule", lambda m: m["spec"]["groups"][0]["rules"][0].pop("expr")),
+    "route": ("GRPCRoute", lambda m: m["spec"]["rules"][0].update(match=[])),
+    "policy": ("BackendTLSPolicy", lambda m: m["spec"]["targetRefs"][0].pop("kind")),
+}
+
+
+@needs_kustomize
+@pytest.mark.parametrize("name", INVALID)
+def test_validation_finds(name: str, cpu: list[dict[str, Any]]) -> None:
+    kind, damage = INVALID[name]
+    damaged = copy.deepcopy(one(cpu, kind))
+    assert manifests.validate(damaged) == []
+    damage(damaged)
+    assert manifests.validate(damaged) != []
+
+
+@needs_kustomize
+def test_validation_reads_the_pods_of_a_ray_cluster() -> None:
+    cluster = one(manifests.build(manifests.OVERLAYS / "multi-node"), "RayCluster")
+    cluster["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["imagee"] = "x"
+    assert manifests.validate(cluster) != []
+
+
+def test_without_kustomize_it_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert manifests.main([]) == 2
+    assert "apt-get install kustomize" in capsys.readouterr().out
+
+
+def test_the_prometheus_rule_is_the_rules() -> None:
+    assert manifests.PROMETHEUS_RULE.read_text() == manifests.prometheus_rule()

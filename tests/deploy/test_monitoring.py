@@ -1,0 +1,161 @@
+"""Rules, alerts, dashboard and autoscaler name metrics that the server has, and do what they are for."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from prometheus_client import generate_latest
+from prometheus_client.metrics_core import Metric
+
+from deploy import manifests
+from deploy.grafana import dashboard
+from server.call import Call
+from server.metrics import Metrics
+from server.registry.events import Event
+from server.registry.version import Stage
+from server.tenants import Tenant
+
+PROMETHEUS = manifests.RULES.parent
+NAME = re.compile(r"\bmtlora[_:][a-zA-Z0-9_:]*[a-zA-Z0-9_]")
+SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+CALL = Call("r", "Generate", "one", tenant=Tenant(id="a"), prompt_tokens=1, completion_tokens=1)
+needs_promtool = pytest.mark.skipif(
+    not shutil.which("promtool"), reason="promtool is not installed (Debian: prometheus)"
+)
+
+
+def families() -> list[Metric]:
+    return list(Metrics().registry.collect())
+
+
+def served() -> set[str]:
+    return {family.name + suffix for family in families() for suffix in SUFFIXES[family.type]}
+
+
+def rules() -> list[dict[str, str]]:
+    return [rule for group in yaml.safe_load(manifests.RULES.read_text())["groups"] for rule in group["rules"]]
+
+
+def queries() -> list[str]:
+    return [target["expr"] for panel in dashboard.dashboard()["panels"] for target in panel.get("targets", ())]
+
+
+def recorded() -> set[str]:
+    return {rule["record"] for rule in rules() if "record" in rule}
+
+
+def names_in(text: str) -> set[str]:
+    return set(NAME.findall(text))
+
+
+def test_rules_name_metrics_that_exist() -> None:
+    known = served() | recorded()
+    for rule in rules():
+        assert names_in(rule["expr"]) <= known
+        assert names_in(rule["expr"])
+    in_texts = names_in(" ".join(text for rule in rules() for text in rule.get("annotations", {}).values()))
+    # Texts name families, with or without the suffix.
+    assert in_texts <= known | {family.name for family in families()}
+
+
+def test_the_dashboard_names_metrics_that_exist() -> None:
+    assert len(queries()) > 40
+    for expression in queries():
+        assert names_in(expression), expression
+        assert names_in(expression) <= served() | recorded()
+
+
+def test_every_metric_is_on_the_dashboard_or_in_a_rule() -> None:
+    text = dashboard.text() + manifests.RULES.read_text()
+    used = names_in(text)
+    assert {f.name for f in families() if not any(name.startswith(f.name) for name in used)} == set()
+
+
+def test_the_autoscaler_names_metrics_that_exist() -> None:
+    base = manifests.FOLDER / "kubernetes" / "base"
+    scaler = yaml.safe_load((base / "horizontalpodautoscaler.yaml").read_text())
+    asked = {metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]}
+    assert asked <= served()
+    assert asked <= names_in((PROMETHEUS / "adapter-values.yaml").read_text())
+
+
+def test_labels_in_expressions_exist() -> None:
+    metrics = Metrics()
+    metrics.record_request(
+        Call("r", "Generate", "one", tenant=Tenant(id="a"), prompt_tokens=1, completion_tokens=1), "OK"
+    )
+    metrics.record_quota_refusal("a", "max_queue")
+    metrics.record_shed("a", "deadline")
+    metrics.record_engine_restart("died")
+    metrics.record_service("a", 1.0)
+    metrics.record_adapter_event(Event("alpha", "1", Stage.FAILED, failed_stage=Stage.VERIFIED))
+    labels = {label for family in metrics.registry.collect() for sample in family.samples for label in sample.labels}
+    # Of the scrape, of the dashboard's variables, and of a histogram.
+    labels |= {"namespace", "pod", "le", "adapter", "expert", "state", "version", "backbone"}
+    expressions = [rule["expr"] for rule in rules()]
+    expressions += [target["expr"] for panel in dashboard.dashboard()["panels"] for target in panel.get("targets", ())]
+    for expression in expressions:
+        grouped = [
+            name for group in re.findall(r"(?:by|on) ?\(([^)]*)\)", expression) for name in re.split(r",\s*", group)
+        ]
+        matched = re.findall(r"(\w+)\s*(?:=~|!=|=)\s*\"", expression)
+        assert {*grouped, *matched} - {""} <= labels, expression
+
+
+def test_the_dashboard_is_what_its_module_makes() -> None:
+    assert dashboard.FILE.read_text() == dashboard.text()
+
+
+def test_the_dashboard_answers_an_operators_questions() -> None:
+    made = dashboard.dashboard()
+    rows = [panel["title"] for panel in made["panels"] if panel["type"] == "row"]
+    assert rows == ["Is it well?", "Tenants", "Latency", "Capacity", "Adapters", "Engine"]
+    places = [tuple(panel["gridPos"].values()) for panel in made["panels"]]
+    cells = [(x + i, y + j) for x, y, w, h in places for i in range(w) for j in range(h)]
+    assert len(cells) == len(set(cells)), "panels overlap"
+
+
+def test_every_alert_has_a_runbook() -> None:
+    alerts = [rule for rule in rules() if "alert" in rule]
+    assert len(alerts) >= 10
+    for alert in alerts:
+        assert len(alert["annotations"]["runbook"]) > 40
+        assert alert["labels"]["severity"] in ("critical", "warning", "info")
+
+
+def test_every_alert_is_tested() -> None:
+    tested = (PROMETHEUS / "rules_test.yaml").read_text()
+    assert [rule["alert"] for rule in rules() if "alert" in rule and f'alertname="{rule["alert"]}"' not in tested] == []
+
+
+@needs_promtool
+@pytest.mark.parametrize("arguments", [("check", "rules", "rules.yaml"), ("test", "rules", "rules_test.yaml")])
+def test_promtool(arguments: tuple[str, ...]) -> None:
+    done = subprocess.run(["promtool", *arguments], cwd=PROMETHEUS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
+def test_the_dashboards_queries_are_promql(tmp_path: Path) -> None:
+    written = [{"record": f"r:{i}", "expr": e.replace("$__rate_interval", "5m")} for i, e in enumerate(queries())]
+    path = tmp_path / "queries.yaml"
+    path.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": written}]}))
+    done = subprocess.run(["promtool", "check", "rules", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
+def test_the_page_is_sound() -> None:
+    metrics = Metrics()
+    metrics.record_request(
+        Call("r", "Generate", "one", tenant=Tenant(id="a"), prompt_tokens=1, completion_tokens=1), "OK"
+    )
+    done = subprocess.run(
+        ["promtool", "check", "metrics"], input=generate_latest(metrics.registry), capture_output=True
+    )
+    complaints = [line for line in done.stderr.decode().splitlines() if "error" in line.lower()]
+    assert done.returncode in (0, 3), done.stderr.decode()
+    assert complaints == []

@@ -1,0 +1,74 @@
+"""Ranks that share the model give the tokens of one: adapters are whole on each, beside blocks that are not."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtlora.backbone import identify, resolve
+from mtlora.config import MtLoRAConfig
+from tests.engine._engine import running_engine
+from tests.engine._models import VOCABULARY, make_adapter, make_model
+
+CONFIGS = {
+    "ffn": MtLoRAConfig(r=8, num_experts=4, num_groups=2, blocks="ffn"),
+    "attention": MtLoRAConfig(r=8, num_experts=4, num_groups=2, blocks="attention"),
+    "both": MtLoRAConfig(r=4, num_experts=3, num_groups=1, blocks="both", task_bias=False),
+}
+NEW_TOKENS = 12
+
+
+def greedy(
+    model: Path, adapters: Path, prompts: Sequence[Sequence[int]], bind: str, monkeypatch: pytest.MonkeyPatch,
+    **arguments: Any,
+) -> list[tuple[int, ...]]:  # fmt: skip
+    """Greedy tokens of every prompt, bare and with each adapter, all in one batch."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
+    requests = [LoRARequest(name, i, str(adapters / name)) for i, name in enumerate(CONFIGS, start=1)]
+    work = [(prompt, request) for prompt in prompts for request in (None, *requests)]
+    with running_engine(model, dtype="float32", **arguments) as engine:
+        for request in requests:
+            assert engine.llm_engine.add_lora(request)
+        outputs = engine.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt, _ in work],
+            SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False),
+            lora_request=[request for _, request in work],
+            use_tqdm=False,
+        )
+    return [tuple(output.outputs[0].token_ids) for output in outputs]
+
+
+def prepare(model: Path, adapters: Path, vocabulary: int) -> list[list[int]]:
+    """Write an adapter of each kind; returns prompts."""
+    for seed, (name, config) in enumerate(CONFIGS.items()):
+        make_adapter(adapters / name, identify(model), config, seed=seed, size=2.0)
+    chooser = random.Random(0)
+    return [[chooser.randrange(3, vocabulary) for _ in range(length)] for length in (5, 23, 40)]
+
+
+def check(alone: list[tuple[int, ...]], shared: list[tuple[int, ...]]) -> None:
+    assert shared == alone
+    kinds = len(CONFIGS) + 1
+    for kind in range(1, kinds):
+        assert alone[kind::kinds] != alone[::kinds], "an adapter that changes nothing tests nothing"
+
+
+def test_three_ranks_share_the_layers_of_the_default_backbone(tmp_path, monkeypatch):
+    """9 heads and 3 key-value heads: three of each to a rank, and one."""
+    model = resolve("default")
+    prompts = prepare(model, tmp_path, 49152)
+    alone = greedy(model, tmp_path, prompts, "0", monkeypatch)
+    check(alone, greedy(model, tmp_path, prompts, "0|1|1", monkeypatch, tensor_parallel_size=3))
+
+
+def test_two_ranks_share_the_layers_or_have_some_each(tmp_path, monkeypatch):
+    model = make_model(tmp_path / "model", "llama", num_layers=4)
+    prompts = prepare(model, tmp_path, VOCABULARY)
+    alone = greedy(model, tmp_path, prompts, "0", monkeypatch)
+    for split in ("tensor_parallel_size", "pipeline_parallel_size"):
+        check(alone, greedy(model, tmp_path, prompts, "0|1", monkeypatch, **{split: 2}))
