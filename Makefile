@@ -64,6 +64,9 @@ bench-ops: $(STAMP) ## a layer of the routed path on this CPU, in microseconds
 bench-gpu: ## a layer of the routed path on this GPU (TUNE=--tune to measure launches first); needs torch, triton, numpy
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m mtlora.bench.gpu $(TUNE)
 
+bench-merge: $(STAMP) ## a task added by merge against joint training, and the other tasks' bits
+	$(BIN)/python -m mtlora.bench.merging --backbone $(BACKBONE)
+
 bench-slots: $(STAMP) ## more adapters than slots, through a server
 	$(BIN)/python -m server.bench_slots --backbone $(BACKBONE)
 

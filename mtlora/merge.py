@@ -42,6 +42,14 @@ from mtlora.train.start import StartingPoint
 
 Mode = Literal["bias", "experts"]
 
+# What a mode trains with, unless told otherwise. One task needs no balance between experts, and a row of biases takes
+# and needs larger steps than weights.
+SETTINGS: dict[Mode, dict[str, Any]] = {
+    "bias": {"epochs": 3, "balance_weight": 0.0, "spectral": "off", "router_learning_rate_scale": 10.0},
+    "experts": {"epochs": 3, "balance_weight": 0.0},
+}
+NEW_EXPERTS = 2
+
 # Router bias of an expert that a task must not use: a power of two, exact in every dtype of a checkpoint, under which
 # the softmax weight is zero in float32 unless router logits differ by more than 32,000.
 CLOSED = -32768.0

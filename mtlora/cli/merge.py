@@ -7,12 +7,6 @@ from typing import Any
 
 from mtlora.cli.backbone import add_backbone_argument
 
-# What a mode trains with, unless told otherwise. One task needs no balance between experts, and a row of biases takes
-# and needs larger steps than weights.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "bias": {"epochs": 3, "balance_weight": 0.0, "spectral": "off", "router_learning_rate_scale": 10.0},
-    "experts": {"epochs": 3, "balance_weight": 0.0},
-}
 _EXAMPLES = 1000
 _VALIDATION = 16
 
@@ -31,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="the new checkpoint's folder")
     parser.add_argument(
         "--mode",
-        choices=tuple(_DEFAULTS),
+        choices=("bias", "experts"),
         default="bias",
         help="bias: a new mix of the experts there are; experts: also new experts, which only the new task uses",
     )
@@ -50,20 +44,20 @@ def _merge(args: argparse.Namespace) -> int:
     from mtlora.checkpoint import read_checkpoint
     from mtlora.cli.evaluate import print_scores
     from mtlora.cli.settings import assign
-    from mtlora.merge import MergeError, extended_config, merge, new_task
+    from mtlora.merge import NEW_EXPERTS, SETTINGS, MergeError, extended_config, merge, new_task
     from mtlora.suite import load_suite
     from mtlora.train.config import TrainingConfig
 
     if args.mode == "bias" and args.new_experts is not None:
         raise MergeError("--new-experts goes with --mode experts")
-    new_experts = 0 if args.mode == "bias" else 2 if args.new_experts is None else args.new_experts
+    new_experts = 0 if args.mode == "bias" else NEW_EXPERTS if args.new_experts is None else args.new_experts
     if args.mode == "experts" and new_experts < 1:
         raise MergeError(f"--new-experts: expected at least 1, found {new_experts}")
     folder = resolve(args.backbone)
     checkpoint = read_checkpoint(args.adapter, identify(folder))
     suite = load_suite(args.suite)
     task = new_task(checkpoint, suite, args.task)
-    settings: dict[str, Any] = {**_DEFAULTS[args.mode], **_counts(suite, task.id)}
+    settings: dict[str, Any] = {**SETTINGS[args.mode], **_counts(suite, task.id)}
     for flag in args.set:
         assign(settings, flag)
     if taken := {"adapter", "baseline", "suite", "tasks"} & settings.keys():

@@ -6,7 +6,7 @@ import torch
 from mtlora.checkpoint import read_checkpoint, write_checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.merge import extended_config, merged_tasks, merged_tensors, starting_point
-from mtlora.ops.cpu import compiled_kernel
+from mtlora.ops.cpu_kernel import compiled_kernel
 from mtlora.task import TaskSpec
 from tests.engine._engine import running_engine
 from tests.engine._models import VOCABULARY, HuggingFace, make_adapter, make_model
