@@ -11,13 +11,17 @@ DEVICE ?= cpu
 TORCH       ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BACKBONE ?= default
+# What make accuracy scores: the shipped adapter's newest version, on examples that no earlier run drew.
+ADAPTER  ?= $(patsubst %/,%,$(lastword $(sort $(wildcard adapters/builtin/*/))))
+SEED     ?= $(shell date +%s)
 ADAPTERS ?= adapters
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(DEVICE)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: help venv demo test test-node serve bench bench-ops bench-gpu faults manifests capacity lint format proto lock train clean
+# Every target that `make help` lists.
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*[#][#] .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +41,9 @@ endif
 demo: $(STAMP) ## 25 tasks answered by one backbone through one server, with accuracy
 	$(BIN)/mtlora-server demo --backbone $(BACKBONE) --adapters $(ADAPTERS)
 
+accuracy: $(STAMP) ## the shipped adapter on the built-in test split, SEED=N for the same examples again
+	$(BIN)/mtlora eval --backbone $(BACKBONE) --adapter $(ADAPTER) --seed $(SEED) --json out/accuracy.json
+
 serve: $(STAMP) ## serve the adapters of ADAPTERS=DIR beside BACKBONE=DIR
 	$(BIN)/mtlora-server serve --backbone $(BACKBONE) --adapters $(ADAPTERS)
 
@@ -48,14 +55,23 @@ test-node: $(STAMP) ## a client in JavaScript against a server; needs node and n
 	$(BIN)/python -m pytest tests/other_language
 
 bench: $(STAMP) ## start-up and memory of the server; throughput with adapters against the bare backbone and the field
-	$(BIN)/python -m server.bench --backbone $(BACKBONE) --adapters $(ADAPTERS)
-	$(BIN)/python -m mtlora.bench.engine --backbone $(BACKBONE) $(BENCH)
+	status=0; $(BIN)/python -m server.bench --backbone $(BACKBONE) --adapters $(ADAPTERS) || status=$$?; \
+	$(BIN)/python -m mtlora.bench.engine --backbone $(BACKBONE) $(BENCH) && exit $$status
 
 bench-ops: $(STAMP) ## a layer of the routed path on this CPU, in microseconds
 	$(BIN)/python -m mtlora.bench.ops
 
 bench-gpu: ## a layer of the routed path on this GPU (TUNE=--tune to measure launches first); needs torch, triton, numpy
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m mtlora.bench.gpu $(TUNE)
+
+bench-merge: $(STAMP) ## a task added by merge against joint training, and the other tasks' bits
+	$(BIN)/python -m mtlora.bench.merging --backbone $(BACKBONE)
+
+bench-slots: $(STAMP) ## more adapters than slots, through a server
+	$(BIN)/python -m server.bench_slots --backbone $(BACKBONE)
+
+loadtest: $(STAMP) ## a server's knee, a closed loop there, the engine without a server; report in out/loadtest
+	$(BIN)/mtlora-loadtest all --backbone $(BACKBONE) --adapters $(ADAPTERS) $(LOADTEST)
 
 faults: $(STAMP) ## faults injected into a real server, a row each (FULL=1: at full length)
 	$(BIN)/python -m server.faults --backbone $(BACKBONE) --adapters $(ADAPTERS) $(if $(FULL),--full) $(FAULTS)
@@ -76,12 +92,26 @@ format: $(STAMP) ## let ruff format and sort
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-proto: $(STAMP) ## generate proto/gen from proto/mtlora
+proto: $(STAMP) ## generate proto/gen from proto/mtlora and proto/openinference
 	$(BIN)/python -m grpc_tools.protoc -Imtlora_pb=proto/mtlora --python_out=proto/gen --pyi_out=proto/gen \
-	  --grpc_python_out=proto/gen mtlora_pb/v1/inference.proto
+	  --grpc_python_out=proto/gen $(patsubst proto/mtlora/%,mtlora_pb/%,$(wildcard proto/mtlora/v1/*.proto))
+	$(BIN)/python -m grpc_tools.protoc -Iopeninference_pb=proto/openinference --python_out=proto/gen \
+	  --pyi_out=proto/gen --grpc_python_out=proto/gen openinference_pb/grpc_predict_v2.proto
 
-train: $(STAMP) ## make the shipped adapter again, from its recorded configuration (about an hour on two cores)
-	$(BIN)/mtlora train --config adapters/builtin/training.json --out out/builtin --resume
+train: $(STAMP) ## make the shipped adapter again (an hour on two cores); BIG-Bench Hard's folder must be at data/bbh
+	$(BIN)/mtlora train --config configs/joint.json --out out/joint --resume
+	$(BIN)/mtlora train --config configs/joint-finish.json --out out/finish --resume
+
+bench-training: $(STAMP) ## seconds of a training step, the whole method against HydraLoRA on q and v
+	$(BIN)/python -m mtlora.bench.training --backbone $(BACKBONE) configs/methods/full.json \
+	  configs/methods/hydralora-qv.json configs/methods/lora-qv.json
+
+sweep: $(STAMP) ## every method on the built-in suite, equal budgets, one table (goes on where it was stopped)
+	$(BIN)/mtlora sweep configs/methods/*.json --backbone $(BACKBONE) --out out/sweep $(SWEEP)
+
+scaling: $(STAMP) ## accuracy of the methods against the number of tasks
+	$(BIN)/mtlora sweep configs/methods/lora-qv.json configs/methods/hydralora-qv.json configs/methods/full.json \
+	  --task-counts 5 10 15 20 25 --backbone $(BACKBONE) --out out/scaling $(SWEEP)
 
 lock: $(STAMP) ## resolve requirements/*.in into the lock files
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --excludes requirements/exclude.txt \

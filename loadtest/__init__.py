@@ -1,0 +1,1 @@
+"""The load generator. It knows a server by its public contract alone."""

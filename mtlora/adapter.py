@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mtlora.config import MtLoRAConfig
+from mtlora.ops.routed_lora import route
 from mtlora.ops.training import routed_lora
 
 
@@ -89,6 +90,13 @@ class BlockAdapter(nn.Module):
             self.mean_routing_GN = weights_TGN.mean(dim=0)
         return delta_TD.to(x_BLD.dtype).view(B, L, D)
 
+    @torch.no_grad()
+    def routing(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        """The routing weights [B*L, G, N] that `forward` mixes the experts with, in float32."""
+        (B, L, _), G = x_BLD.shape, self.config.num_groups
+        logits = nn.functional.linear(x_BLD.flatten(0, 1).to(self.lora_route.dtype), self.lora_route)
+        return route(logits.view(B * L, G, -1), self._bias_TGN(B, L))
+
     def _bias_TGN(self, B: int, L: int) -> torch.Tensor | None:
         if not self.config.task_bias or self.context.bias_index_B is None:
             return None
@@ -96,7 +104,21 @@ class BlockAdapter(nn.Module):
         return bias_BGN.unsqueeze(1).expand(B, L, -1, -1).reshape(B * L, *bias_BGN.shape[1:])
 
 
-class AdapterSet(nn.Module):
+class Attachment(nn.Module):
+    """What is trained beside a frozen backbone; its parameters and its state are the method's and nothing else's."""
+
+    context: TaskContext
+
+    def mean_routing(self) -> list[torch.Tensor]:
+        """Mean routing weights [G, N] of every router in the last training forward pass; none without routers."""
+        return []
+
+    def experts(self) -> list[torch.Tensor]:
+        """The experts as stacks [M, N, D, r] of M matrices of one shape; none where there is one expert alone."""
+        return []
+
+
+class AdapterSet(Attachment):
     """All block adapters of one model, keyed as in a checkpoint: `layers.{l}.{module}`."""
 
     def __init__(self, config: MtLoRAConfig, hidden_size: int, num_layers: int, num_tasks: int) -> None:
@@ -115,6 +137,15 @@ class AdapterSet(nn.Module):
             for block in layer.values():
                 assert isinstance(block, BlockAdapter)
                 yield block
+
+    def mean_routing(self) -> list[torch.Tensor]:
+        """See `Attachment`."""
+        found = [block.mean_routing_GN for block in self.blocks() if block.mean_routing_GN is not None]
+        return found if self.config.num_experts > 1 else []
+
+    def experts(self) -> list[torch.Tensor]:
+        """See `Attachment`."""
+        return [torch.stack([block.lora_B for block in self.blocks()])]
 
     def attach(self, model: nn.Module) -> list[Any]:
         """Add every path to its block's output by forward hooks; returns their handles (call `.remove()` to detach).

@@ -143,7 +143,7 @@ def write_checkpoint(
     """
     try:
         folder = folder.resolve()
-        _check_replaceable(folder)
+        check_replaceable(folder)
         stored = save({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()})
         manifest = AdapterManifest(
             backbone=backbone,
@@ -169,8 +169,8 @@ def write_checkpoint(
     return manifest
 
 
-def _check_replaceable(folder: Path) -> None:
-    """Refuse to replace what is no checkpoint, such as the home directory."""
+def check_replaceable(folder: Path) -> None:
+    """Raise CheckpointError where `folder` is no checkpoint, such as the home directory: it is not replaced."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -235,7 +235,7 @@ def _generation(folder: Path) -> list[tuple[int, int, int] | None]:
 
 def _read_manifest(folder: Path) -> AdapterManifest:
     path = folder / MANIFEST_FILE
-    with _open(folder, MANIFEST_FILE) as file:
+    with open_file(folder, MANIFEST_FILE) as file:
         content = file.read(_MAX_MANIFEST_BYTES + 1)
     if len(content) > _MAX_MANIFEST_BYTES:
         raise CheckpointError(f"{path}: expected at most {_MAX_MANIFEST_BYTES} bytes, found more")
@@ -257,7 +257,7 @@ def _read_checkpoint(folder: Path, backbone: BackboneArchitecture | None) -> Che
         check_backbone(folder, manifest, backbone)
     path = folder / TENSORS_FILE
     shapes = manifest.tensor_shapes()
-    with _open(folder, TENSORS_FILE) as file:
+    with open_file(folder, TENSORS_FILE) as file:
         size = os.fstat(file.fileno()).st_size
         # The header first, so that its claims are checked before memory is given to the rest.
         preamble = _read_preamble(path, file)
@@ -359,7 +359,7 @@ def _and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _open(folder: Path, name: str) -> BufferedReader:
+def open_file(folder: Path, name: str) -> BufferedReader:
     """Open a regular file that lies, links followed, inside `folder`. Raises CheckpointError."""
     path = folder / name
     try:

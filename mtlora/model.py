@@ -7,26 +7,37 @@ from typing import Any
 import torch
 from torch import nn
 
-from mtlora.adapter import AdapterSet
+from mtlora.adapter import AdapterSet, Attachment
 from mtlora.backbone import BackboneIdentity, identify
 from mtlora.checkpoint import Checkpoint
 from mtlora.config import MtLoRAConfig
+from mtlora.methods import BaselineConfig, attach_baseline
 
 
 @dataclass
 class AdaptedModel:
-    """A backbone with its tokenizer and the adapter attached to it."""
+    """A backbone with its tokenizer and what is attached to it."""
 
     model: Any
     tokenizer: Any
-    adapters: AdapterSet
+    adapters: Attachment
     backbone: BackboneIdentity
 
     def answer_logits(self, tokens_BL: torch.Tensor, bias_index_B: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Logits [A, vocabulary] at flat positions `rows` [A]: the vocabulary product runs where it is needed alone."""
-        with self.adapters.context.use(bias_index_B):
-            hidden_BLD = self.model.model(input_ids=tokens_BL, use_cache=False).last_hidden_state
-        return self.model.lm_head(hidden_BLD.flatten(0, 1)[rows])
+        """Logits [A, vocabulary] at flat positions `rows` [A]: the vocabulary product runs where it is needed alone.
+
+        The inputs may be on any device. With gradient checkpointing the caller keeps the tasks in use for the backward
+        pass too.
+        """
+        device = self.model.device
+        with self.adapters.context.use(bias_index_B.to(device)):
+            hidden_BLD = self.model.model(input_ids=tokens_BL.to(device), use_cache=False).last_hidden_state
+        return self.model.lm_head(hidden_BLD.flatten(0, 1)[rows.to(device)])
+
+    def to(self, device: torch.device) -> None:
+        """Move backbone and attachment to a device."""
+        self.model.to(device)
+        self.adapters.to(device)
 
 
 def load_backbone(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -40,9 +51,13 @@ def load_backbone(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def new_adapted_model(folder: Path, config: MtLoRAConfig, num_tasks: int, dtype: torch.dtype) -> AdaptedModel:
-    """A backbone with a fresh adapter: B and biases zero, A and routers from torch's generator."""
+def new_adapted_model(
+    folder: Path, config: MtLoRAConfig | BaselineConfig, num_tasks: int, dtype: torch.dtype
+) -> AdaptedModel:
+    """A backbone with a fresh adapter, or baseline: B and biases zero, A and routers from torch's generator."""
     model, tokenizer = load_backbone(folder, dtype)
+    if not isinstance(config, MtLoRAConfig):
+        return AdaptedModel(model, tokenizer, attach_baseline(config, model), identify(folder))
     backbone = identify(folder)
     adapters = AdapterSet(config, backbone.hidden_size, backbone.num_layers, num_tasks)
     adapters.attach(model)

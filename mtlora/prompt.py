@@ -37,6 +37,8 @@ def special_tokens_in(tokenizer: Any, text: str) -> list[str]:
     return sorted(token for token in tokenizer.all_special_tokens if token and token in text)
 
 
-def encode_example(tokenizer: Any, task: TaskSpec, text: str, target: str) -> tuple[list[int], list[int]]:
-    """(prompt ids, answer ids) of one training example."""
-    return encode_prompt(tokenizer, task.render(text)), encode_answer(tokenizer, target)
+def encode_example(
+    tokenizer: Any, task: TaskSpec, text: str, target: str, working: str | None = None
+) -> tuple[list[int], list[int]]:
+    """(prompt ids, answer ids) of one training example; the answer's include its working, where there is any."""
+    return encode_prompt(tokenizer, task.render(text)), encode_answer(tokenizer, task.worked_answer(working, target))

@@ -45,6 +45,12 @@ class TaskSpec(BaseModel):
     stop: tuple[Annotated[str, StringConstraints(min_length=1, max_length=64)], ...] = Field(("\n",), max_length=8)
     max_new_tokens: int = Field(32, ge=1, le=4096)
     allowed_answers: tuple[str, ...] | None = Field(None, description="the closed set of answers, where there is one")
+    # Left out of JSON where unset, so that a task without it reads and writes as it did before there was the field.
+    answer_marker: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = Field(
+        None,
+        description="what parts working from answer in a generated text; null where all of it is the answer",
+        exclude_if=lambda marker: marker is None,
+    )
 
     @field_validator("template")
     @classmethod
@@ -66,12 +72,52 @@ class TaskSpec(BaseModel):
             for stop in self.stop:
                 if stop in answer:
                     raise ValueError(f"allowed answer {answer!r} contains the stop string {stop!r}")
+            if self.answer_marker and self.answer_marker in answer:
+                raise ValueError(f"allowed answer {answer!r} contains the answer marker {self.answer_marker!r}")
+        if self.answer_marker is not None:
+            if not self.answer_marker.strip():
+                raise ValueError("answer_marker is blank; it needs a mark such as =>")
+            for stop in self.stop:
+                if stop in self.answer_marker:
+                    raise ValueError(f"answer_marker {self.answer_marker!r} contains the stop string {stop!r}")
         return self
 
     @property
     def fields(self) -> tuple[str, ...]:
         """The template's field names."""
         return template_fields(self.template)
+
+    def split_answer(self, text: str) -> tuple[str, str]:
+        """(working, answer) of a generated text: what precedes the first marker, and what follows it.
+
+        Without a marker in the text, or for a task that has none, all of it is the answer. The first one counts, so
+        that an answer can be streamed from there on. Blanks are left as they are.
+        """
+        if self.answer_marker is None:
+            return "", text
+        working, found, answer = text.partition(self.answer_marker)
+        return (working, answer) if found else ("", text)
+
+    def final_answer(self, text: str) -> str:
+        """The answer in a generated text, without outer blanks."""
+        return self.split_answer(text)[1].strip()
+
+    def worked_answer(self, working: str | None, target: str) -> str:
+        """The text to train on: `working marker target`, or the bare target where there is no working.
+
+        Raises TemplateError where `split_answer` would not find the two parts again, or a stop string would cut them.
+        """
+        for name, part in (("working", working or ""), ("target", target)):
+            if self.answer_marker and self.answer_marker in part:
+                raise TemplateError(f"task {self.id}: {name} {part[:80]!r} contains the marker {self.answer_marker!r}")
+        if not working:
+            return target
+        if self.answer_marker is None:
+            raise TemplateError(f"task {self.id} has no answer_marker, so its examples can have no working")
+        for stop in self.stop:
+            if stop in working:
+                raise TemplateError(f"task {self.id}: working {working[:80]!r} contains the stop string {stop!r}")
+        return f"{working} {self.answer_marker} {target}"
 
     def render(self, values: str | Mapping[str, str]) -> str:
         """The prompt for one input. A bare string fills the only field of a one-field template.

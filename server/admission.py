@@ -6,26 +6,35 @@ from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
-from server.errors import RequestFailedError, resource_exhausted, unavailable
+from server.errors import RESTART_RETRY_S, RequestFailedError, resource_exhausted, unavailable
 
 
 class State(Enum):
     STARTING = "the engine is not ready yet"
     SERVING = "serving"
     DRAINING = "the server is draining"
-    DEAD = "the engine has died; the server must be started again"
+    RESTARTING = "the engine has died and is being started again"
 
 
-_RETRY_AFTER_S = {State.STARTING: 5.0, State.DRAINING: 1.0, State.DEAD: 30.0}
+_RETRY_AFTER_S = {State.STARTING: 5.0, State.DRAINING: 1.0, State.RESTARTING: RESTART_RETRY_S}
 
 
 class Admission:
-    """Admits requests while the server is serving and has room, and knows when the last one has left."""
+    """Admits requests while the server is serving and has room, and knows when the last one has left.
 
-    def __init__(self, max_in_flight: int, on_change: Callable[[int], None] = lambda _: None) -> None:
+    `on_change` gets how many are in flight; `on_full` is called for every request that is refused for want of room.
+    """
+
+    def __init__(
+        self,
+        max_in_flight: int,
+        on_change: Callable[[int], None] = lambda _: None,
+        on_full: Callable[[], None] = lambda: None,
+    ) -> None:
         self.state = State.STARTING
         self._max_in_flight = max_in_flight
         self._on_change = on_change
+        self._on_full = on_full
         self._running: set[asyncio.Task[Any]] = set()
         self._aborting = False
         self._idle = asyncio.Event()
@@ -41,6 +50,7 @@ class Admission:
         """Hold a place for the current task, one request. Raises UNAVAILABLE or RESOURCE_EXHAUSTED."""
         self.check_serving()
         if len(self._running) >= self._max_in_flight:
+            self._on_full()
             raise resource_exhausted(f"{self._max_in_flight} requests are in flight, the most this server admits", 1.0)
         task = asyncio.current_task()
         assert task is not None

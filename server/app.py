@@ -6,33 +6,45 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import grpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
-from mtlora_pb.v1 import inference_pb2, inference_pb2_grpc
+from mtlora_pb.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+from openinference_pb import grpc_predict_v2_pb2, grpc_predict_v2_pb2_grpc
 
-from mtlora.backbone import BackboneArchitecture, BackboneError, BackboneIdentity, identify, resolve
+from mtlora.backbone import BackboneError, resolve
+from server.adapters import Adapters, open_adapters
+from server.adapters_service import AdaptersServicer
 from server.admission import Admission, State
-from server.catalog import Catalog, read_catalog
+from server.call import current_call
+from server.catalog import Catalog
 from server.engine import Engine, EngineStartError, exit_at_once
 from server.errors import EngineDeadError
 from server.health import Health
 from server.interceptor import CallInterceptor
+from server.leasing import LeasingEngine
+from server.listening import Listening
 from server.logs import get_logger
 from server.metrics import UNKNOWN_TASK, Metrics
+from server.openinference import OpenInferenceServicer, RegistryRepository
+from server.scheduling import Scheduler
+from server.scheduling.scheduler import engine_slots
 from server.servicer import InferenceServicer
 from server.settings import Settings
+from server.supervisor import EngineFailure, EngineGaveUpError, Supervisor
+from server.tenants import Directory, Tenants, TenantsError
+from server.tenants.authentication import Authenticator, require_admin
+from server.tls import TLSError
 from server.tracing import Tracer
 from server.validation import Limits
 
 logger = get_logger("app")
 
 _SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+_OPEN_INFERENCE = grpc_predict_v2_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+_ADAPTERS_SERVICE = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].full_name
 _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-_WATCH_INTERVAL_S = 1.0
 _POLL_INTERVAL_S = 5.0
 
 
@@ -49,10 +61,36 @@ class App:
         self._tracer = (
             Tracer(settings.otlp_endpoint, sample_ratio=settings.trace_sample_ratio) if settings.otlp_endpoint else None
         )
-        self._admission = Admission(settings.in_flight_limit, self._metrics.in_flight.set)
-        self._servicer = InferenceServicer(self._admission, self._metrics, log_prompts=settings.log_prompts)
+        slots = min(engine_slots(settings.max_num_seqs), settings.in_flight_limit)
+        # The queue is full before this is: which tenant is refused then is a matter of fairness.
+        self._admission = Admission(
+            settings.in_flight_limit + slots,
+            on_change=self._metrics.in_flight.set,
+            on_full=lambda: self._metrics.record_shed(current_call().tenant.id, "in_flight"),
+        )
+        self._scheduler = Scheduler(slots, max(1, settings.in_flight_limit - slots), observer=self._metrics)
+        try:
+            self._directory = Directory(
+                settings.tenants, on_change=self._on_tenants, on_failure=self._metrics.tenants_refused.inc
+            )
+        except TenantsError as error:
+            raise StartError(str(error)) from None
+        self._on_tenants(self._directory.current)
+        self._servicer = InferenceServicer(
+            self._admission,
+            self._metrics,
+            self._scheduler,
+            cache_salt=lambda tenant: self._directory.current.cache_salt(tenant),
+            log_prompts=settings.log_prompts,
+        )
+        self._adapters_servicer = AdaptersServicer(self._admission.check_serving, _authorize_admin)
+        self._open_inference = OpenInferenceServicer(
+            self._servicer, self._admission, RegistryRepository(lambda: self._adapters_servicer.registry)
+        )
         self._health = Health(_SERVICE)
-        self._engine: Engine | None = None
+        self._supervisor: Supervisor | None = None
+        self._adapters: Adapters | None = None
+        self._verifying: asyncio.Future[None] | None = None
         self._stop = asyncio.Event()
 
     async def run(self, ready: Callable[[str], None]) -> int:
@@ -69,9 +107,9 @@ class App:
                     await asyncio.to_thread(self._tracer.close)
         except StartError as error:
             print(f"mtlora-server: {error}", file=sys.stderr, flush=True)
-            if self._engine is None:
+            if self._supervisor is None:
                 return 1
-            exit_at_once(1)
+            self._exit(1)
         return 0
 
     async def _serve(self, address: str, ready: Callable[[str], None]) -> None:
@@ -84,23 +122,22 @@ class App:
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             logger.info("stopped while starting")
-            exit_at_once(0)
-        engine = starting.result()
-        await self._open_admission()
+            self._exit(0)
+        starting.result()
         seconds = round(time.monotonic() - began, 1)
         tasks = len(self._servicer.catalog.tasks)
         logger.info("serving", extra={"fields": {"address": address, "tasks": tasks, "start_seconds": seconds}})
         ready(f"serving on {address}, metrics on {self._settings.metrics_host}:{metrics_port}, {tasks} tasks")
-        watching = asyncio.create_task(self._watch(engine))
-        polling = asyncio.create_task(self._poll_workers(engine))
+        work = (self._supervise(), self._follow_adapters(), self._directory.watch(), self._poll_workers())
+        working = [asyncio.create_task(each) for each in work]
         await stopping
-        watching.cancel()
         await self._drain()
-        polling.cancel()
+        for task in working:
+            task.cancel()
         close_metrics()
         if probed:
             await probed.stop(None)
-        engine.shutdown()
+        self._shut_down()
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -110,31 +147,36 @@ class App:
     def _on_signal(self, number: int) -> None:
         if self._stop.is_set():
             logger.warning("second signal, exiting at once")
-            exit_at_once(128 + number)
+            self._exit(128 + number)
         logger.info("stopping", extra={"fields": {"signal": signal.Signals(number).name}})
         self._stop.set()
 
     async def _listen(self) -> tuple[Any, str]:
-        settings = self._settings
-        limit = settings.max_message_bytes
-        server = grpc.aio.server(
-            interceptors=[CallInterceptor(self._metrics, self._task_label, self._tracer)],
-            # Without so_reuseport=0, two servers would share a port unknowingly.
-            options=[("grpc.max_receive_message_length", limit), ("grpc.so_reuseport", 0)],
+        interceptor = CallInterceptor(
+            self._metrics,
+            self._task_label,
+            Authenticator(self._directory).tenant,
+            self._tracer,
+            slow_reader_s=self._settings.slow_reader_s,
         )
-        inference_pb2_grpc.add_InferenceServicer_to_server(self._servicer, server)
-        self._health.add_to(server)
-        reflection.enable_server_reflection((_SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME), server)
-        wanted = f"{settings.host}:{settings.port}"
         try:
-            port = server.add_insecure_port(wanted)
-        except RuntimeError:
-            port = 0
-        if not port:
+            listening = Listening(self._settings, interceptor)
+        except TLSError as error:
+            raise StartError(str(error)) from None
+        server = listening.server
+        inference_pb2_grpc.add_InferenceServicer_to_server(self._servicer, server)
+        adapters_pb2_grpc.add_AdaptersServicer_to_server(self._adapters_servicer, server)
+        grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self._open_inference, server)
+        self._health.add_to(server)
+        services = (_SERVICE, _ADAPTERS_SERVICE, _OPEN_INFERENCE, _HEALTH_SERVICE, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(services, server)
+        try:
+            address = listening.bind()
+        except OSError as error:
             await server.stop(None)
-            raise StartError(f"cannot listen on {wanted}: taken, or not an address of this machine (host, port)")
+            raise StartError(str(error)) from None
         await server.start()
-        return server, f"{settings.host}:{port}"
+        return server, address
 
     async def _listen_for_probes(self) -> Any | None:
         host, port = self._settings.host, self._settings.health_port
@@ -152,91 +194,136 @@ class App:
         except OSError as error:
             raise StartError(f"cannot listen on {host}:{port}: {error} (metrics_host, metrics_port)") from None
 
-    async def _start(self) -> Engine:
-        """Start the engine and, meanwhile, verify the adapters; then load them and warm up."""
+    async def _start(self) -> None:
+        """Start the engine and, meanwhile, verify the adapters; then load them and open the admission."""
+        settings = self._settings
         try:
-            backbone = await asyncio.to_thread(resolve, self._settings.backbone)
-            self._metrics.record_build(self._settings.backbone)
-            engine = self._engine = Engine(self._settings, backbone, self._metrics.record_engine)
-            _, catalog = await asyncio.gather(
-                asyncio.to_thread(engine.start), asyncio.to_thread(self._read_catalog, backbone)
+            backbone = await asyncio.to_thread(resolve, settings.backbone)
+            self._metrics.record_build(settings.backbone)
+            supervisor = self._supervisor = Supervisor(
+                lambda: Engine(settings, backbone, self._metrics.record_engine),
+                self,
+                hang_s=settings.engine_hang_s,
+                max_failures=settings.engine_max_failures,
+                window_s=settings.engine_failure_window_s,
             )
+            self._adapters = await asyncio.to_thread(
+                open_adapters, settings, backbone, supervisor, self._metrics, self._set_catalog
+            )
+            self._servicer.engine = LeasingEngine(supervisor, self._adapters.residency)
+            self._adapters_servicer.registry = self._adapters.registry
+            self._verifying = asyncio.ensure_future(self._verify_adapters())
+            # Together: where nothing can be served, nobody waits for the engine to find out.
+            await asyncio.gather(supervisor.start(), self._verifying)
         except (BackboneError, EngineStartError) as error:
             raise StartError(str(error)) from error
-        self._set_catalog(await self._load_slots(engine, catalog))
-        self._servicer.engine = engine
+        except EngineDeadError:
+            raise StartError("the engine died while it loaded its adapters; the log above says why") from None
+
+    async def _verify_adapters(self) -> None:
+        assert self._adapters is not None
+        await self._adapters.registry.verify_all()
+        self._check_catalog()
+
+    def _check_catalog(self) -> None:
+        if not self._servicer.catalog.tasks and not self._settings.allow_no_tasks:
+            raise StartError(f"{self._settings.adapters}: no adapter there can be served; the log above says why")
+
+    async def engine_started(self, engine: Engine) -> None:
+        """An engine runs, with nothing loaded: load what served, and serve."""
+        assert self._adapters is not None
+        assert self._verifying is not None
+        assert self._supervisor is not None
+        await self._verifying
         self._servicer.tokenizer = engine.tokenizer
         self._servicer.limits = Limits(self._settings.max_model_len, engine.vocab_size)
+        await self._adapters.registry.load_all()
+        if self._admission.state is State.STARTING:
+            self._check_catalog()
+        resident = self._adapters.residency.resident
+        await self._supervisor.warm_up(resident[-1].distinct_slots[0] if resident else None)
+        await self._open_admission()
+
+    async def engine_lost(self, failure: EngineFailure) -> None:
+        """Serve nothing until another engine runs."""
+        assert self._adapters is not None
+        if not self._stop.is_set():
+            self._admission.state = State.RESTARTING
+        await self._set_health(serving=False)
+        self._metrics.record_engine_restart(failure.kind)
+        self._adapters.residency.reset()
+
+    async def _supervise(self) -> None:
+        assert self._supervisor is not None
         try:
-            await engine.warm_up(next((task.slot for task in self._servicer.catalog.tasks.values()), None))
-        except EngineDeadError:
-            raise StartError("the engine died while it warmed up; the log above says why") from None
-        return engine
+            await self._supervisor.run()
+        except EngineGaveUpError as error:
+            logger.error("giving up", extra={"fields": {"reason": str(error)}})
+            print(f"mtlora-server: {error}", file=sys.stderr, flush=True)
+            await self._set_health(serving=False, live=False)
+            # Long enough for the requests that ran to get their status.
+            await asyncio.sleep(0.5)
+            self._exit(1)
+        except Exception:
+            logger.error("the engine is not supervised any more", exc_info=True)
+            self._exit(1)
 
-    def _read_catalog(self, backbone: Path) -> Catalog:
-        if self._settings.adapters is None:
-            return Catalog()
-        from mtlora.vllm_plugin.requests import slot_requests
+    async def _poll_workers(self) -> None:
+        """Keep the metrics of the engine's processes, and of what they hold, up to date, whichever engine runs."""
+        assert self._supervisor is not None
+        assert self._adapters is not None
+        while True:
+            self._metrics.adapters_resident.set(len(self._adapters.residency.resident))
+            engine = self._supervisor.engine
+            if engine is not None and engine.alive and not self._supervisor.starting:
+                try:
+                    self._metrics.record_workers(await engine.worker_stats())
+                except Exception as error:
+                    # A dying engine is the supervisor's concern; metrics alone end nothing.
+                    logger.warning("no statistics from the engine", extra={"fields": {"reason": str(error)}})
+            await asyncio.sleep(_POLL_INTERVAL_S)
 
-        identity: BackboneArchitecture = identify(backbone)
-        if isinstance(identity, BackboneIdentity) and self._settings.adapter_backbone_check == "architecture":
-            identity = identity.without_weights()
-        catalog = read_catalog(self._settings.adapters, identity, slot_requests)
-        self._metrics.record_catalog(catalog)
-        self._check_catalog(catalog)
-        return catalog
+    async def _follow_adapters(self) -> None:
+        assert self._adapters is not None
+        try:
+            await self._adapters.registry.run(self._settings.adapters_poll_s)
+        except Exception:
+            logger.error("adapters are not followed any more", exc_info=True)
 
-    async def _load_slots(self, engine: Engine, catalog: Catalog) -> Catalog:
-        """The catalog of those adapters that the engine took."""
-        for adapter in catalog.adapters:
-            began = time.monotonic()
-            try:
-                for slot in adapter.slots:
-                    await engine.load(slot)
-                self._metrics.observe_adapter_load(time.monotonic() - began)
-                self._metrics.record_adapter_event("loaded")
-            except Exception as error:
-                if not engine.alive:
-                    raise StartError(f"the engine died while it loaded {adapter.name}/{adapter.version}") from error
-                catalog = catalog.without(adapter, f"the engine did not take it: {error}")
-        self._check_catalog(catalog)
-        return catalog
+    def _shut_down(self) -> None:
+        assert self._adapters is not None
+        assert self._supervisor is not None
+        if self._supervisor.starting:
+            self._exit(0)
+        self._adapters.close()
+        if self._supervisor.engine is not None:
+            self._supervisor.engine.shutdown()
 
-    def _check_catalog(self, catalog: Catalog) -> None:
-        if not catalog.tasks and not self._settings.allow_no_tasks:
-            raise StartError(f"{self._settings.adapters}: no adapter there can be served; the log above says why")
+    def _exit(self, status: int) -> None:
+        """End at once, whatever runs."""
+        if self._adapters is not None:
+            self._adapters.close()
+        exit_at_once(status)
 
     def _set_catalog(self, catalog: Catalog) -> None:
         self._servicer.catalog = catalog
         self._metrics.record_catalog(catalog)
 
+    def _on_tenants(self, tenants: Tenants) -> None:
+        self._metrics.tenants.set(len(tenants.by_id))
+        self._scheduler.keep_only(tenants.by_id.keys())
+
     def _task_label(self, task_id: str) -> str:
         return task_id if task_id in self._servicer.catalog.tasks else UNKNOWN_TASK
 
     async def _open_admission(self) -> None:
+        if self._stop.is_set():
+            return
         # What is alive now stays: leave it out of garbage collections, which would hold up the streams.
         gc.collect()
         gc.freeze()
         self._admission.state = State.SERVING
         await self._set_health(serving=True)
-
-    async def _watch(self, engine: Engine) -> None:
-        """Stop serving when the engine dies."""
-        while engine.alive:
-            await asyncio.sleep(_WATCH_INTERVAL_S)
-        logger.error("the engine has died")
-        self._admission.state = State.DEAD
-        await self._set_health(serving=False, live=False)
-
-    async def _poll_workers(self, engine: Engine) -> None:
-        """Keep the metrics of the engine's processes up to date."""
-        while engine.alive:
-            try:
-                self._metrics.record_workers(await engine.worker_stats())
-            except Exception as error:
-                # The engine may be dying, which `_watch` sees to; metrics alone end nothing.
-                logger.warning("no statistics from the engine", extra={"fields": {"reason": str(error)}})
-            await asyncio.sleep(_POLL_INTERVAL_S)
 
     async def _drain(self) -> None:
         """Admit nothing more; let running requests finish, for as long as the grace period is."""
@@ -258,5 +345,14 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> int:
     return asyncio.run(_run(settings, ready))
 
 
+async def _authorize_admin(context: Any) -> None:
+    require_admin(current_call().tenant)
+
+
 async def _run(settings: Settings, ready: Callable[[str], None]) -> int:
-    return await App(settings).run(ready)
+    try:
+        app = App(settings)
+    except StartError as error:
+        print(f"mtlora-server: {error}", file=sys.stderr, flush=True)
+        return 1
+    return await app.run(ready)

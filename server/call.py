@@ -4,6 +4,7 @@ import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from server.tenants import OPEN_TENANT, Tenant
 from server.tracing import RequestTrace
 
 
@@ -16,8 +17,9 @@ class Call:
     # Label of metrics: the task's id where it is served, else "unknown"; empty where the method takes no task.
     task: str
     received: float = field(default_factory=time.monotonic)
-    # Empty where the server has no tenants.
-    tenant: str = ""
+    tenant: Tenant = OPEN_TENANT
+    # time.monotonic() of the deadline; None where the client set none.
+    deadline: float | None = None
     trace: RequestTrace | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0

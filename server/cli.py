@@ -1,7 +1,8 @@
-"""`mtlora-server`: serve (the default), ask, tasks, demo. Imports what a command needs, when it needs it."""
+"""`mtlora-server`: serve (the default), ask, tasks, adapters, demo, new-key. Imports are as late as can be."""
 
 import argparse
 import gc
+import os
 import sys
 import types
 import typing
@@ -9,8 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_COMMANDS = ("serve", "ask", "tasks", "demo")
+from server.adapters_cli import add_adapters, run_action
+
+_COMMANDS = ("serve", "ask", "tasks", "adapters", "demo", "new-key")
 _DEFAULT_ADDRESS = "127.0.0.1:50051"
+_KEY_VARIABLE = "MTLORA_API_KEY"
 
 # Importing vLLM makes millions of objects that stay, and Python would look through them for garbage all the while: a
 # fifth of the time to import. The engine's processes import this module first, so this goes for them too.
@@ -37,7 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="run the server", description=_SERVE_DESCRIPTION))
     _add_ask(commands.add_parser("ask", help="ask a running server"))
     _add_tasks(commands.add_parser("tasks", help="list a running server's tasks"))
+    add_adapters(commands.add_parser("adapters", help="of a running server"), _DEFAULT_ADDRESS, _adapters)
     _add_demo(commands.add_parser("demo", help="start a server and ask it every built-in task at once"))
+    new_key = commands.add_parser("new-key", help="make an API key, and its entry for the tenants file")
+    new_key.set_defaults(run=_new_key)
     return parser
 
 
@@ -83,12 +90,45 @@ def _serve(options: argparse.Namespace) -> int:
     return serve(settings, lambda line: print(line, flush=True))
 
 
+def _add_access(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", default=_DEFAULT_ADDRESS, metavar="HOST:PORT", help="default: %(default)s")
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"file that holds the API key; default: {_KEY_VARIABLE}'s value",
+    )
+    parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="PEM authorities of the server; without: no TLS")
+    parser.add_argument("--tls-certificate", type=Path, metavar="FILE", help="PEM certificate to show the server")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="its PEM key")
+
+
+def _access(options: argparse.Namespace) -> Any:
+    from mtlora.access import Access
+
+    # Not a flag: other users of the machine can read those.
+    if options.api_key_file:
+        api_key = options.api_key_file.read_text().strip()
+    else:
+        api_key = os.environ.get(_KEY_VARIABLE)
+    return Access(api_key, options.tls_ca, options.tls_certificate, options.tls_key)
+
+
+def _new_key(options: argparse.Namespace) -> int:
+    from server.tenants.keys import new_key
+
+    key, key_id, hashed = new_key()
+    print(f"the key, shown this once: {key}", file=sys.stderr)
+    print(f"- id: {key_id}\n  hash: {hashed}")
+    return 0
+
+
 def _add_ask(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task_id", help="which task answers; `tasks` lists them")
     parser.add_argument("input", nargs="?", help="fills the only field of the task's template; - reads stdin")
     parser.add_argument("--field", action="append", default=[], metavar="NAME=VALUE", help="fills one named field")
     parser.add_argument("--chat", action="store_true", help="send the input as a user's chat message")
-    parser.add_argument("--address", default=_DEFAULT_ADDRESS, metavar="HOST:PORT", help="default: %(default)s")
+    _add_access(parser)
     parser.add_argument("--stream", action="store_true", help="print the answer as it is made")
     parser.add_argument("--without-adapter", action="store_true", help="let the backbone answer alone")
     parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="default: %(default)s")
@@ -113,7 +153,7 @@ def _ask(options: argparse.Namespace) -> int:
     parameters = {name: value for name in names if (value := getattr(options, name)) is not None}
     parameters |= {"timeout": options.timeout, "without_adapter": options.without_adapter}
     try:
-        with Client(options.address) as client:
+        with Client(options.address, _access(options)) as client:
             if options.stream:
                 for piece in client.stream(options.task_id, given, **parameters):
                     print(piece.text, end="", flush=True)
@@ -125,6 +165,8 @@ def _ask(options: argparse.Namespace) -> int:
                 summary = answer.summary
     except ValueError as error:
         return _fail(f"not a valid parameter: {error}", 2)
+    except OSError as error:
+        return _fail(str(error), 2)
     except ServerError as error:
         return _fail_request(error)
     if options.verbose:
@@ -147,7 +189,7 @@ def _ask_input(options: argparse.Namespace) -> Any:
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--address", default=_DEFAULT_ADDRESS, metavar="HOST:PORT", help="default: %(default)s")
+    _add_access(parser)
     parser.set_defaults(run=_tasks)
 
 
@@ -158,14 +200,29 @@ def _tasks(options: argparse.Namespace) -> int:
     from mtlora.client import Client, ServerError
 
     try:
-        with Client(options.address) as client:
+        with Client(options.address, _access(options)) as client:
             tasks = client.tasks()
+    except OSError as error:
+        return _fail(str(error), 2)
     except ServerError as error:
         return _fail_request(error)
     table = Table("task", "fields", "adapter", "description")
     for task in tasks:
         table.add_row(task.id, ", ".join(task.fields), f"{task.adapter_name}/{task.adapter_version}", task.description)
     Console().print(table)
+    return 0
+
+
+def _adapters(options: argparse.Namespace) -> int:
+    from mtlora.client import Client, ServerError
+
+    try:
+        with Client(options.address) as client:
+            run_action(client, options)
+    except ValueError as error:
+        return _fail(str(error), 2)
+    except ServerError as error:
+        return _fail_request(error)
     return 0
 
 

@@ -54,7 +54,9 @@ def run_demo(backbone: str, adapters: Path, *, per_task: int, seed: int) -> int:
             return 1
         # Shuffled, so that every batch of the engine mixes tasks.
         random.Random(seed).shuffle(examples)
-        with console.status(f"Asking {len(examples)} questions of {len(served)} tasks at once ..."):
+        with console.status(
+            f"Asking {len(examples)} questions of {len({e.task_id for e in examples})} tasks at once ..."
+        ):
             began = time.monotonic()
             asked = asyncio.run(ask_all(server.address, examples))
             seconds = time.monotonic() - began

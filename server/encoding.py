@@ -20,6 +20,7 @@ def task(served: ServedTask) -> pb.Task:
         allowed_answers=spec.allowed_answers or (),
         adapter_name=served.adapter_name,
         adapter_version=served.adapter_version,
+        answer_marker=spec.answer_marker or "",
     )
 
 
@@ -28,6 +29,7 @@ def response(generation: Generation) -> pb.GenerateResponse:
         text=generation.answer,
         summary=summary(generation),
         logprobs=[token_logprobs(token) for token in generation.logprobs],
+        reasoning=_reasoning(generation.reasoning, generation),
     )
 
 
@@ -37,7 +39,12 @@ def stream_response(delta: Delta, generation: Generation) -> pb.GenerateStreamRe
         text=delta.text,
         logprobs=[token_logprobs(token) for token in delta.logprobs],
         summary=summary(generation) if delta.finish_reason else None,
+        reasoning=_reasoning(delta.reasoning, generation),
     )
+
+
+def _reasoning(text: str, generation: Generation) -> str:
+    return text.strip() if generation.job.include_reasoning else ""
 
 
 def summary(generation: Generation) -> pb.Summary:

@@ -9,12 +9,16 @@ from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
+from server.registry.version import StageError
+
 DETAILS_KEY = "grpc-status-details-bin"
 # Statuses travel in HTTP/2 trailers, which clients cap at 8 KiB with everything else in them.
 _MAX_MESSAGE = 600
 _MAX_DESCRIPTION = 240
 _MAX_VIOLATIONS_BYTES = 2500
 _SHOWN = 128
+# What a restart of the engine takes, roughly.
+RESTART_RETRY_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class RequestFailedError(Exception):
 
 
 class EngineDeadError(Exception):
-    """The engine has died; nothing can be generated until the server is started again."""
+    """The engine has died, or hung and was killed; the server starts another."""
 
 
 class EngineAbortedError(Exception):
@@ -56,7 +60,14 @@ def task_not_found(task_id: str, known: Iterable[str]) -> RequestFailedError:
     shown = shorten(task_id, _SHOWN)
     near = difflib.get_close_matches(shown, known, n=3, cutoff=0.6)
     message = f"no task {shown!r}" + (f"; near: {', '.join(near)}" if near else "; ListTasks has them all")
-    info = error_details_pb2.ResourceInfo(resource_type="mtlora.v1.Task", resource_name=shown, description=message)
+    return not_found("mtlora.v1.Task", shown, message)
+
+
+def not_found(kind: str, name: str, message: str) -> RequestFailedError:
+    """`kind`: the resource's message in the contract."""
+    info = error_details_pb2.ResourceInfo(
+        resource_type=kind, resource_name=shorten(name, _SHOWN), description=shorten(message, _MAX_MESSAGE)
+    )
     return RequestFailedError(grpc.StatusCode.NOT_FOUND, message, [info])
 
 
@@ -79,6 +90,26 @@ def resource_exhausted(message: str, retry_after_s: float) -> RequestFailedError
     return RequestFailedError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, [_retry_info(retry_after_s)])
 
 
+def quota_exceeded(subject: str, quota: str, retry_after_s: float) -> RequestFailedError:
+    """A limit of `subject`, such as `tenant:NAME`, that this request is beyond; `quota` says which and how much."""
+    violation = error_details_pb2.QuotaFailure.Violation(subject=subject, description=quota)
+    details = [_retry_info(retry_after_s), error_details_pb2.QuotaFailure(violations=[violation])]
+    return RequestFailedError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{subject}: {quota}", details)
+
+
+def deadline_out_of_reach(message: str) -> RequestFailedError:
+    return RequestFailedError(grpc.StatusCode.DEADLINE_EXCEEDED, message)
+
+
+def unauthenticated(message: str) -> RequestFailedError:
+    return RequestFailedError(grpc.StatusCode.UNAUTHENTICATED, message)
+
+
+def slow_reader(message: str) -> RequestFailedError:
+    """A stream that was given up because nobody takes its messages."""
+    return RequestFailedError(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
+
+
 def unavailable(message: str, retry_after_s: float) -> RequestFailedError:
     return RequestFailedError(grpc.StatusCode.UNAVAILABLE, message, [_retry_info(retry_after_s)])
 
@@ -88,7 +119,9 @@ def from_exception(error: Exception) -> RequestFailedError:
     if isinstance(error, RequestFailedError):
         return error
     if isinstance(error, EngineDeadError):
-        return unavailable("the engine has died; the server must be started again", 30.0)
+        return unavailable("the engine has died and is being started again", RESTART_RETRY_S)
+    if isinstance(error, StageError):
+        return unavailable("the task's adapter cannot be loaded now; the server's log says why", 5.0)
     if isinstance(error, EngineAbortedError):
         return unavailable("the engine gave up on this request", 1.0)
     return RequestFailedError(grpc.StatusCode.INTERNAL, "internal error; the server's log has it under this request id")

@@ -3,16 +3,36 @@
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from server.call import Call
 from server.job import Delta, FinishReason, GenerationJob, TokenLogprobs
 from server.metrics import Metrics
+from server.scheduling import Scheduler
 
 
 class GeneratesDeltas(Protocol):
     def generate(self, job: GenerationJob) -> AsyncIterator[Delta]: ...
+
+
+class AnswerSplitter:
+    """Parts a growing text into working and answer at the first marker; nothing is known of either before that."""
+
+    def __init__(self, marker: str | None) -> None:
+        self._marker = marker
+        self._held = ""
+
+    def feed(self, text: str, *, last: bool) -> tuple[str, str]:
+        """(working, text of the answer) that the next piece settles. A text without a marker is all answer."""
+        if self._marker is None:
+            return "", text
+        self._held += text
+        working, found, answer = self._held.partition(self._marker)
+        if found:
+            self._marker = None
+            return working, answer
+        return ("", self._held) if last else ("", "")
 
 
 @dataclass
@@ -23,6 +43,7 @@ class Generation:
     call: Call
     metrics: Metrics
     text: str = ""
+    reasoning: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     completion_tokens: int = 0
     finish_reason: FinishReason | None = None
@@ -30,13 +51,25 @@ class Generation:
     ttft_s: float = 0.0
     total_s: float = 0.0
 
-    async def run(self, engine: GeneratesDeltas) -> AsyncIterator[Delta]:
-        """The deltas, as the engine makes them. Closing the iterator aborts the sequence."""
-        self.call.prompt_tokens = len(self.job.prompt_ids)
-        if self.call.trace:
-            self.call.trace.submitted()
-        async with aclosing(engine.generate(self.job)) as deltas:  # type: ignore[type-var]
+    async def run(self, engine: GeneratesDeltas, scheduler: Scheduler) -> AsyncIterator[Delta]:
+        """The deltas, as the engine makes them once it is the job's turn, but with working and answer apart.
+
+        `text` is the answer's alone. Closing the iterator aborts the sequence.
+        """
+        # Several generations may answer one call.
+        self.call.prompt_tokens += len(self.job.prompt_ids)
+        splitter = AnswerSplitter(self.job.answer_marker)
+        async with (
+            scheduler.turn(self.call.tenant, self.job, self.call.deadline) as turn,
+            aclosing(engine.generate(self.job)) as deltas,  # type: ignore[type-var]
+        ):
+            if self.call.trace:
+                self.call.trace.submitted()
             async for delta in deltas:
+                if delta.tokens:
+                    turn.served(delta.tokens)
+                reasoning, text = splitter.feed(delta.text, last=delta.finish_reason is not None)
+                delta = replace(delta, text=text, reasoning=reasoning)
                 self._observe(delta)
                 yield delta
         self.metrics.observe_e2e(self.call, self.total_s)
@@ -65,7 +98,8 @@ class Generation:
             if self.call.trace:
                 self.call.trace.step(delta.tokens)
         self.text += delta.text
+        self.reasoning += delta.reasoning
         self.logprobs += delta.logprobs
         self.completion_tokens += delta.tokens
-        self.call.completion_tokens = self.completion_tokens
+        self.call.completion_tokens += delta.tokens
         self.finish_reason = delta.finish_reason

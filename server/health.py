@@ -3,7 +3,9 @@
 | name | SERVING while |
 | --- | --- |
 | "" and "mtlora.v1.Inference" | requests are served |
-| "live" | the process may yet serve, or finishes what runs: starting, serving, draining; not with a dead engine |
+| "live" | the process may yet serve, or finishes what runs: while it starts, serves, replaces its engine, drains |
+
+Once the engine was lost too often, nothing is SERVING, and the process exits.
 
 A probe that restarts the server asks for "live", one that sends it requests for the other. Kubernetes' own gRPC probes
 speak no TLS, so with TLS on the main port they need `health_port`.

@@ -1,9 +1,12 @@
 """What a valid request asks of the engine, and what the engine gives back. Knows neither gRPC nor vLLM."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mtlora.task import TaskSpec
+
+if TYPE_CHECKING:
+    from server.registry.version import AdapterVersion
 
 FinishReason = Literal["stop", "length"]
 
@@ -17,6 +20,8 @@ class ServedTask:
     adapter_version: str
     # vLLM's LoRARequest of the slot.
     slot: Any
+    # What must be in the engine for that; None where the slots were put there by hand.
+    version: "AdapterVersion | None" = None
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,16 @@ class GenerationJob:
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     without_adapter: bool = False
+    # Requests with different salts share nothing of the prefix cache.
+    cache_salt: str | None = None
     # Template prompts are answered without outer blanks; a chat's answer is left as it is.
     strip: bool = True
+    include_reasoning: bool = False
+
+    @property
+    def answer_marker(self) -> str | None:
+        """What parts working from answer; the backbone alone was never taught it."""
+        return None if self.without_adapter else self.task.spec.answer_marker
 
 
 @dataclass(frozen=True)
@@ -67,3 +80,5 @@ class Delta:
     finish_reason: FinishReason | None = None
     # time.monotonic() when the scheduler first took the sequence; None where the engine keeps no statistics.
     scheduled_at: float | None = None
+    # The working, once it is known to be that; the engine knows nothing of it.
+    reasoning: str = ""

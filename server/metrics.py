@@ -20,6 +20,7 @@ from server.top import OTHER, TopLabels
 if TYPE_CHECKING:
     from server.catalog import Catalog
     from server.engine import EngineStats, WorkerStats
+    from server.registry.events import Event
 
 UNKNOWN_TASK = "unknown"
 TOP_TASKS = 100
@@ -33,7 +34,7 @@ _QUEUE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 _TENANT_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512)
-_LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 class Metrics:
@@ -104,15 +105,24 @@ class Metrics:
         self._shed = Counter(
             "mtlora_shed_requests", "Requests given up to keep the rest in time.", ["tenant", "reason"], **registry
         )
+        self._tenant_service = Counter(
+            "mtlora_tenant_service", "Service as the fair queue counts it, by tenant.", ["tenant"], **registry
+        )
+        self.tenants = Gauge("mtlora_tenants", "Tenants that the server knows.", **registry)
+        self.tenants_refused = Counter(
+            "mtlora_tenants_reload_failures", "Changed tenants files that were refused.", **registry
+        )
         label = self._top_tenants.label
         self._tenant_in_flight = _GaugeByLabel(
-            "mtlora_tenant_requests_in_flight", "Admitted requests of a tenant.", "tenant", label
+            "mtlora_tenant_requests_in_flight", "Requests of a tenant that the engine has.", "tenant", label
         )
         self._tenant_queued = _GaugeByLabel(
-            "mtlora_tenant_requests_queued", "Requests of a tenant that wait to be admitted.", "tenant", label
+            "mtlora_tenant_requests_queued", "Admitted requests of a tenant that wait for their turn.", "tenant", label
         )
         self.registry.register(self._tenant_in_flight)
         self.registry.register(self._tenant_queued)
+        queued = Gauge("mtlora_requests_queued", "Admitted requests that wait for their turn.", **registry)
+        queued.set_function(self._tenant_queued.total)
 
     def _engine(self) -> None:
         registry: Any = {"registry": self.registry}
@@ -140,7 +150,7 @@ class Metrics:
             "mtlora_engine_step_adapters", "Distinct adapter versions of a step.", buckets=_BATCH_BUCKETS, **registry
         )
         self._restarts = Counter(
-            "mtlora_engine_restarts", "Engines started anew while the server ran.", ["reason"], **registry
+            "mtlora_engine_restarts", "Engines lost, to be started anew, while the server ran.", ["reason"], **registry
         )
         self.build = Gauge(
             "mtlora_build_info", "1; what runs here, as labels.", ["version", "python", "backbone"], **registry
@@ -150,10 +160,23 @@ class Metrics:
         registry: Any = {"registry": self.registry}
         self.adapters = Gauge("mtlora_adapters", "Adapter versions, by state: loaded or failed.", ["state"], **registry)
         self.tasks = Gauge("mtlora_tasks", "Tasks that can be asked.", **registry)
-        self._events = Counter(
-            "mtlora_adapter_version_events", "What became of adapter versions.", ["outcome"], **registry
+        self._events = Counter("mtlora_adapter_events", "Adapter versions that reached a stage.", ["stage"], **registry)
+        self._failures = Counter(
+            "mtlora_adapter_failures", "Adapter versions that did not reach a stage.", ["stage"], **registry
         )
-        self._load_seconds = Histogram(
+        self.adapters_resident = Gauge("mtlora_adapters_resident", "Adapter versions in the engine.", **registry)
+        self.adapter_evictions = Counter(
+            "mtlora_adapter_evictions", "Adapter versions that made room for another in the engine.", **registry
+        )
+        self.adapter_swap = Histogram(
+            "mtlora_adapter_swap_seconds", "From a version's discovery until it serves.", buckets=_LOAD_BUCKETS,
+            **registry,
+        )  # fmt: skip
+        self.adapter_cold = Histogram(
+            "mtlora_adapter_cold_seconds", "What requests waited whose adapter was not in the engine.",
+            buckets=_LOAD_BUCKETS, **registry,
+        )  # fmt: skip
+        self.adapter_load = Histogram(
             "mtlora_adapter_load_seconds", "To load an adapter version with all its slots.", buckets=_LOAD_BUCKETS,
             **registry,
         )  # fmt: skip
@@ -178,18 +201,16 @@ class Metrics:
         """Count a finished request, by gRPC status name."""
         task = self._top_tasks.count(call.task) if call.task not in ("", UNKNOWN_TASK) else call.task
         self.requests.labels(call.method, task, status).inc()
-        if call.tenant:
-            self._tenant_requests.labels(self._top_tenants.count(call.tenant), status).inc()
+        self._tenant_requests.labels(self._top_tenants.count(call.tenant.id), status).inc()
         if not call.prompt_tokens:
             return
         self.prompt_tokens.labels(task).inc(call.prompt_tokens)
         self.completion_tokens.labels(task).inc(call.completion_tokens)
         self.prompt_length.observe(call.prompt_tokens)
         self.completion_length.observe(call.completion_tokens)
-        if call.tenant:
-            tenant = self._top_tenants.label(call.tenant)
-            self._tenant_tokens.labels(tenant, "prompt").inc(call.prompt_tokens)
-            self._tenant_tokens.labels(tenant, "completion").inc(call.completion_tokens)
+        tenant = self._top_tenants.label(call.tenant.id)
+        self._tenant_tokens.labels(tenant, "prompt").inc(call.prompt_tokens)
+        self._tenant_tokens.labels(tenant, "completion").inc(call.completion_tokens)
 
     def observe_queue(self, call: Call, seconds: float) -> None:
         """From receipt until first scheduled."""
@@ -198,14 +219,12 @@ class Metrics:
     def observe_ttft(self, call: Call, seconds: float) -> None:
         """From receipt to first token."""
         self.ttft.observe(seconds, self._exemplar(call))
-        if call.tenant:
-            self._tenant_ttft.labels(self._top_tenants.label(call.tenant)).observe(seconds)
+        self._tenant_ttft.labels(self._top_tenants.claim(call.tenant.id)).observe(seconds)
 
     def observe_e2e(self, call: Call, seconds: float) -> None:
         """From receipt to the last token of a complete answer."""
         self.e2e.observe(seconds, self._exemplar(call))
-        if call.tenant:
-            self._tenant_e2e.labels(self._top_tenants.label(call.tenant)).observe(seconds)
+        self._tenant_e2e.labels(self._top_tenants.claim(call.tenant.id)).observe(seconds)
 
     def _exemplar(self, call: Call) -> dict[str, str] | None:
         if not self._exemplars:
@@ -215,20 +234,24 @@ class Metrics:
     # Tenants.
 
     def set_tenant_in_flight(self, tenant: str, requests: int) -> None:
-        """Admitted requests of a tenant that are not finished."""
+        """Requests of a tenant that the engine has."""
         self._tenant_in_flight.set(tenant, requests)
 
     def set_tenant_queued(self, tenant: str, requests: int) -> None:
-        """Requests of a tenant that wait to be admitted."""
+        """Admitted requests of a tenant that wait for their turn."""
         self._tenant_queued.set(tenant, requests)
 
     def record_quota_refusal(self, tenant: str, quota: str) -> None:
         """Count a request refused for a tenant's quota; `quota` is the quota's name, one of a fixed few."""
-        self._refusals.labels(self._top_tenants.label(tenant), quota).inc()
+        self._refusals.labels(self._top_tenants.claim(tenant), quota).inc()
 
     def record_shed(self, tenant: str, reason: str) -> None:
         """Count a request given up under overload; `reason` is one of a fixed few."""
-        self._shed.labels(self._top_tenants.label(tenant), reason).inc()
+        self._shed.labels(self._top_tenants.claim(tenant), reason).inc()
+
+    def record_service(self, tenant: str, service: float) -> None:
+        """Count service of a tenant, as the fair queue counts it."""
+        self._tenant_service.labels(self._top_tenants.claim(tenant)).inc(service)
 
     # Engine.
 
@@ -252,12 +275,14 @@ class Metrics:
             self.step_adapters.observe(stats.adapters)
 
     def record_engine_restart(self, reason: str) -> None:
-        """Count an engine started anew; `reason` is one of a fixed few. Its own counts begin at 0 again."""
+        """Count an engine that was lost; `reason` is one of a fixed few. The counts of the next begin at 0 again."""
         self._restarts.labels(reason).inc()
         self._by_engine.clear()
         for counter in (self._loads, self._evictions):
             counter.restart()
         self._routing.restart()
+        for gauge in (self.running, self.waiting, self.kv_cache):
+            gauge.set(0)
 
     # Adapters.
 
@@ -267,13 +292,11 @@ class Metrics:
         self.adapters.labels("failed").set(len(catalog.failures))
         self.tasks.set(len(catalog.tasks))
 
-    def record_adapter_event(self, outcome: str) -> None:
-        """Count what became of an adapter version; `outcome` is one of a fixed few: loaded, failed, replaced, ..."""
-        self._events.labels(outcome).inc()
-
-    def observe_adapter_load(self, seconds: float) -> None:
-        """To load an adapter version with all its slots."""
-        self._load_seconds.observe(seconds)
+    def record_adapter_event(self, event: "Event") -> None:
+        """Count a stage that an adapter version reached, and one that it did not."""
+        self._events.labels(event.stage.value).inc()
+        if event.failed_stage is not None:
+            self._failures.labels(event.failed_stage.value).inc()
 
     def record_workers(self, workers: Sequence["WorkerStats"]) -> None:
         """What every rank of every engine counts of its adapters. Ranks of an engine hold the same slots."""
@@ -299,6 +322,7 @@ class Metrics:
     def _drop_tenant(self, tenant: str) -> None:
         for metric in (
             self._tenant_requests, self._tenant_tokens, self._tenant_ttft, self._tenant_e2e, self._refusals, self._shed,
+            self._tenant_service,
         ):  # fmt: skip
             metric.remove_by_labels({"tenant": tenant})
 
@@ -315,6 +339,10 @@ class _GaugeByLabel(Collector):
             self._values[name] = value
         else:
             self._values.pop(name, None)
+
+    def total(self) -> int:
+        """Over all ids. From any thread."""
+        return sum(self._values.copy().values())
 
     def collect(self) -> Iterable[Metric]:
         sums: dict[str, int] = {}

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
+from mtlora.access import OPEN, Access
 from mtlora.client import Client
 
 _READY = re.compile(r"serving on (?P<address>\S+), metrics on (?P<metrics>\S+), (?P<tasks>\d+) tasks")
@@ -86,8 +87,8 @@ class ServerProcess:
                 self.address, self.metrics, self.num_tasks = found["address"], found["metrics"], int(found["tasks"])
                 return
 
-    def client(self) -> Client:
-        return Client(self.address)
+    def client(self, access: Access = OPEN) -> Client:
+        return Client(self.address, access)
 
     def log(self) -> str:
         """What the server has written to stderr."""

@@ -10,6 +10,8 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
+from server.registry.mirror import check_url, is_url
+
 ENV_PREFIX = "MTLORA_"
 
 
@@ -23,8 +25,22 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
 
     backbone: str = Field("default", min_length=1, description='"default", a Hugging Face model folder, or a hub id')
-    adapters: Path | None = Field(None, description="folder of adapter checkpoints, NAME/VERSION/ each")
+    adapters: str | None = Field(
+        None, description="folder of adapter checkpoints, NAME/VERSION/ each, or an fsspec URL of one, such as s3://..."
+    )
     allow_no_tasks: bool = Field(False, description="start although no adapter can be served")
+    adapters_poll_s: float = Field(
+        2.0, gt=0, le=3600, description="seconds between looks at the adapters, beside the kernel's notices of changes"
+    )
+    adapter_slots: int = Field(256, ge=1, description="adapter versions in the engine at a time")
+    host_cache_gib: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="memory for adapters that have lost their place in the engine"
+    )
+    adapter_cache: Path | None = Field(
+        None, description="folder for copies of verified adapters; default: the system's temporary folder"
+    )
+    max_adapter_mib: int = Field(1024, ge=1, le=4096, description="largest adapter that is looked at")
+    verify_timeout_s: float = Field(60.0, ge=1, le=3600, description="seconds that verifying an adapter may take")
 
     host: str = Field("127.0.0.1", min_length=1, description="address on which gRPC listens")
     port: int = Field(50051, ge=0, le=65535, description="port of gRPC; 0 takes a free one")
@@ -61,11 +77,31 @@ class Settings(BaseSettings):
         None, min_length=1, description='cores of the engine\'s threads, such as "0-3" or, by rank, "0|1"; default: all'
     )
 
+    engine_hang_s: float = Field(
+        60.0, ge=1, le=3600, description="seconds without a step, while work waits, after which the engine is restarted"
+    )
+    engine_max_failures: int = Field(
+        3, ge=1, description="engine failures within engine_failure_window_s after which the server exits"
+    )
+    engine_failure_window_s: float = Field(600.0, gt=0, allow_inf_nan=False, description="see engine_max_failures")
+
     max_in_flight: int | None = Field(None, ge=1, description="requests admitted at a time; default: 4 x max_num_seqs")
     max_message_bytes: int = Field(1 << 20, ge=1024, le=1 << 28, description="largest request message")
     grace_period_s: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="seconds that running requests get to finish after SIGTERM"
     )
+    tenants: Path | None = Field(None, description="tenants file; default: one open tenant, without keys or quotas")
+    tls_certificate: Path | None = Field(None, description="PEM certificate chain of gRPC; default: no TLS")
+    tls_key: Path | None = Field(None, description="PEM private key of the certificate")
+    tls_client_ca: Path | None = Field(None, description="PEM authorities; clients must show a certificate of theirs")
+    max_connections: int = Field(4096, ge=1, description="open connections")
+    max_concurrent_streams: int = Field(1024, ge=1, description="calls at a time on one connection")
+    keepalive_s: float = Field(60.0, ge=1, le=86400, description="seconds of silence until a connection is tried")
+    keepalive_timeout_s: float = Field(20.0, ge=1, le=3600, description="seconds until a silent connection is closed")
+    min_ping_interval_s: float = Field(10.0, ge=0, le=3600, description="clients that ping more often are closed")
+    max_connection_idle_s: float = Field(3600.0, ge=1, description="seconds until a connection without calls is closed")
+    slow_reader_s: float = Field(30.0, gt=0, le=3600, description="seconds that a stream's message may go untaken")
+
     health_port: int | None = Field(
         None, ge=0, le=65535, description="port of a second listener, on host, that knows health alone; default: none"
     )
@@ -80,12 +116,26 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
     log_prompts: bool = Field(False, description="log prompts too")
 
-    @field_validator("adapters")
+    @field_validator("adapters", mode="before")
     @classmethod
-    def _adapters_is_a_folder(cls, folder: Path | None) -> Path | None:
-        if folder is not None and not folder.is_dir():
-            raise ValueError("not a folder; allowed: an existing folder of adapter checkpoints, NAME/VERSION/ each")
-        return folder
+    def _adapters_can_be_read(cls, adapters: Any) -> Any:
+        if adapters is None:
+            return None
+        if is_url(str(adapters)):
+            check_url(str(adapters))
+        elif not Path(adapters).is_dir():
+            raise ValueError(
+                "not a folder; allowed: an existing folder of adapter checkpoints, NAME/VERSION/ each, or a URL of one"
+            )
+        return str(adapters)
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> "Settings":
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate, tls_key: found one alone; allowed: both or neither")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca: found without tls_certificate; allowed: with it")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":

@@ -29,14 +29,19 @@ class TopLabels:
         """Count one request of `name`; returns its label's value."""
         self._counts[name] = self._counts.get(name, 0.0) + 1.0
         self._since += 1
-        if name not in self._kept and len(self._kept) < self._limit:
-            self._kept.add(name)
+        self.claim(name)
         if self._since >= self._rank_every:
             self._rank()
         return self.label(name)
 
+    def claim(self, name: str) -> str:
+        """The label's value for `name`, which takes a place where one is free, without counting."""
+        if name not in self._kept and len(self._kept) < self._limit:
+            self._kept.add(name)
+        return self.label(name)
+
     def label(self, name: str) -> str:
-        """The label's value for `name`, without counting."""
+        """The label's value for `name` as it is. From any thread."""
         return name if name in self._kept else OTHER
 
     def _rank(self) -> None:

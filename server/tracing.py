@@ -1,10 +1,13 @@
 """OpenTelemetry traces, where a collector is named: one tree of spans a request, from the RPC to the engine's steps.
 
     mtlora.v1.Inference/Generate     from receipt to status
-      admission                      until the engine is asked: authorising, waiting for a place, tokenizing
-      engine.queue                   until the scheduler first takes the sequence
+      admission                      until the engine is asked: authorising, tokenizing, waiting for the tenant's turn
+      engine.queue                   until the engine's scheduler first takes the sequence, its adapter loaded
       engine.prefill                 until its first token
       engine.decode                  until its last, with an event a step
+
+Of a call with several sequences, as the Open Inference Protocol has them: until the first of them is asked for,
+scheduled, has a token; and until the last step of any.
 
 The spans are made when the request ends, from the times it met on its way: what runs per token is one list append.
 """
@@ -15,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from server.call import Call
 
-_SERVICE = "mtlora.v1.Inference"
 # A span holds so many events at most; the last steps of a longer answer are not told apart.
 _MAX_STEPS = 120
 # Both clocks at one moment: spans want the wall clock, the engine tells monotonic time.
@@ -54,21 +56,22 @@ class Tracer:
         self._tracer = self._provider.get_tracer("mtlora.server")
         self._propagator = TraceContextTextMapPropagator()
 
-    def begin(self, method: str, request_id: str, metadata: Any) -> "RequestTrace | None":
+    def begin(self, rpc: str, request_id: str, metadata: Any) -> "RequestTrace | None":
         """The trace of a request received now, under the caller's where `traceparent` names one; None if not sampled.
 
-        metadata: (key, value) pairs of the call, or None.
+        rpc: `/SERVICE/METHOD`. metadata: (key, value) pairs of the call, or None.
         """
         from opentelemetry.trace import SpanKind
 
+        service, _, method = rpc.removeprefix("/").partition("/")
         carrier = {key: value for key, value in metadata or () if isinstance(value, str)}
         span = self._tracer.start_span(
-            f"{_SERVICE}/{method}",
+            f"{service}/{method}",
             context=self._propagator.extract(carrier),
             kind=SpanKind.SERVER,
             attributes={
                 "rpc.system": "grpc",
-                "rpc.service": _SERVICE,
+                "rpc.service": service,
                 "rpc.method": method,
                 "mtlora.request_id": request_id,
             },
@@ -99,11 +102,11 @@ class RequestTrace:
 
     def submitted(self) -> None:
         """The engine is asked now."""
-        self._submitted = time.monotonic()
+        self._submitted = self._submitted or time.monotonic()
 
     def scheduled(self, at: float) -> None:
         """The scheduler first took the sequence, at a monotonic time."""
-        self._scheduled = at
+        self._scheduled = self._scheduled or at
 
     def step(self, tokens: int) -> None:
         """A step of the engine gave the sequence its next tokens, now."""
@@ -127,7 +130,7 @@ class RequestTrace:
                 self._decode()
         attributes = {
             "mtlora.task": call.task,
-            "mtlora.tenant": call.tenant,
+            "mtlora.tenant": call.tenant.id,
             "mtlora.prompt_tokens": call.prompt_tokens,
             "mtlora.completion_tokens": call.completion_tokens,
             "rpc.grpc.status": status,

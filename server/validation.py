@@ -66,6 +66,7 @@ def validate(
         sampling=_sampling(request.parameters, task.spec, room, limits.vocab_size),
         without_adapter=request.without_adapter,
         strip=request.WhichOneof("input") != "chat",
+        include_reasoning=request.include_reasoning,
     )
 
 

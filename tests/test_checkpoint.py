@@ -686,7 +686,7 @@ def test_a_flip_between_the_two_files_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flips: int
 ) -> None:
     mount = mounted(tmp_path, 0, 1)
-    original, left = mtlora.checkpoint._open, [flips]
+    original, left = mtlora.checkpoint.open_file, [flips]
 
     def opened(folder: Path, name: str) -> Any:
         if name == TENSORS_FILE and left[0]:
@@ -694,7 +694,7 @@ def test_a_flip_between_the_two_files_is_read_again(
             flip(mount, (left[0] + 1) % 2)
         return original(folder, name)
 
-    monkeypatch.setattr(mtlora.checkpoint, "_open", opened)
+    monkeypatch.setattr(mtlora.checkpoint, "open_file", opened)
     checkpoint = read_checkpoint(mount)
     assert torch.equal(checkpoint.tensors[NAMED], random_tensors(seed=checkpoint.manifest.training["seed"])[NAMED])
     assert left == [0]

@@ -131,3 +131,38 @@ def test_exact_match_is_about_words_and_case() -> None:
     assert is_correct("a  b", "a b")
     assert not is_correct("a", "A")
     assert not is_correct("ab", "a b")
+
+
+def test_answers_are_told_from_working() -> None:
+    task = TaskSpec(id="t", description="d", answer_marker="=>")
+    assert task.worked_answer("3+4=7", "7") == "3+4=7 => 7"
+    assert task.split_answer(" 3+4=7 => 7") == (" 3+4=7 ", " 7")
+    assert task.final_answer(" 3+4=7 => 7 => 8 ") == "7 => 8"
+    assert task.final_answer(" 7 ") == "7"
+    assert task.worked_answer(None, "7") == task.worked_answer("", "7") == "7"
+    plain = TaskSpec(id="t", description="d")
+    assert plain.final_answer(" a => b ") == "a => b"
+    for spec, working, target in ((plain, "w", "7"), (task, "a => b", "7"), (task, "w", "=>"), (task, "a\nb", "7")):
+        with pytest.raises(TemplateError):
+            spec.worked_answer(working, target)
+
+
+def test_a_task_without_a_marker_is_written_as_before() -> None:
+    spec = TaskSpec(id="t", description="d")
+    assert set(spec.model_dump()) == {"id", "description", "template", "stop", "max_new_tokens", "allowed_answers"}
+    marked = TaskSpec(id="t", description="d", answer_marker="=>")
+    assert TaskSpec.model_validate_json(marked.model_dump_json()) == marked
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"answer_marker": ""}, "at least 1 character"),
+        ({"answer_marker": "  "}, "is blank"),
+        ({"answer_marker": "=\n>"}, "contains the stop string"),
+        ({"answer_marker": "s", "allowed_answers": ("Yes", "No")}, "contains the answer marker 's'"),
+    ],
+)
+def test_bad_markers(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TaskSpec.model_validate({"id": "t", "description": "d", **fields})

@@ -87,7 +87,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             Panel(
                 "Engine restarts",
                 "none",
-                "Engines started anew within the hour; each fails what was running.",
+                "Engines lost and started anew within the hour; each fails what was running.",
                 (("sum by (reason) (increase(mtlora_engine_restarts_total{$by}[1h]))", "{{reason}}"),),
                 kind="stat",
                 thresholds=((1, "red"),),
@@ -132,14 +132,14 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             Panel(
                 "Queued by tenant",
                 "none",
-                "Requests that wait to be admitted.",
+                "Admitted requests that wait for their turn.",
                 (("sum by (tenant) (mtlora_tenant_requests_queued{$by})", "{{tenant}}"),),
                 stacked=True,
             ),
             Panel(
                 "In flight by tenant",
                 "none",
-                "Admitted requests.",
+                "Requests that the engine has; a tenant's max_in_flight bounds them.",
                 (("sum by (tenant) (mtlora_tenant_requests_in_flight{$by})", "{{tenant}}"),),
                 stacked=True,
             ),
@@ -161,6 +161,23 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "reqps",
                 "By tenant and reason.",
                 ((_rate("mtlora_shed_requests_total", "tenant, reason"), "{{tenant}} {{reason}}"),),
+            ),
+            Panel(
+                "Service by tenant",
+                "none",
+                "As the fair queue counts it, a second: by weight alike while tenants wait.",
+                ((_rate("mtlora_tenant_service_total", "tenant"), "{{tenant}}"),),
+                stacked=True,
+            ),
+            Panel(
+                "Tenants file",
+                "none",
+                "Tenants that are known, and changes of the file that were refused within the hour.",
+                (
+                    ("max(mtlora_tenants{$by})", "tenants"),
+                    ("sum(increase(mtlora_tenants_reload_failures_total{$by}[1h]))", "refused"),
+                ),
+                kind="stat",
             ),
         ),
     ),
@@ -201,8 +218,11 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             Panel(
                 "In flight by pod",
                 "none",
-                "Admitted requests that are not finished.",
-                (("sum by (pod) (mtlora_requests_in_flight{$by})", "{{pod}}"),),
+                "Admitted requests that are not finished, and those of them that wait for their turn.",
+                (
+                    ("sum by (pod) (mtlora_requests_in_flight{$by})", "{{pod}}"),
+                    ("sum by (pod) (mtlora_requests_queued{$by})", "queued {{pod}}"),
+                ),
                 stacked=True,
             ),
             Panel(
@@ -256,10 +276,26 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             Panel(
                 "What became of versions",
                 "none",
-                "Within the hour.",
-                (("sum by (outcome) (increase(mtlora_adapter_version_events_total{$by}[1h]))", "{{outcome}}"),),
+                "Stages reached within the hour, and stages that were not.",
+                (
+                    ("sum by (stage) (increase(mtlora_adapter_events_total{$by}[1h]))", "{{stage}}"),
+                    ("sum by (stage) (increase(mtlora_adapter_failures_total{$by}[1h]))", "not {{stage}}"),
+                ),
             ),
             Panel("To load a version", "s", "With all its slots.", _quantiles("mtlora_adapter_load_seconds")),
+            Panel("To serve a new version", "s", "From its discovery.", _quantiles("mtlora_adapter_swap_seconds")),
+            Panel(
+                "Wait for an adapter",
+                "s",
+                "Of requests whose adapter was not in the engine.",
+                _quantiles("mtlora_adapter_cold_seconds"),
+            ),
+            Panel(
+                "Versions in the engine",
+                "none",
+                "adapter_slots bounds them.",
+                (("max by (pod) (mtlora_adapters_resident{$by})", "{{pod}}"),),
+            ),
             Panel(
                 "Slots",
                 "none",
@@ -273,10 +309,11 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             Panel(
                 "Loads and evictions",
                 "none",
-                "Weights read into memory, and tasks that made room for another, a second.",
+                "Weights read from disk, versions and tasks that made room for others: a second.",
                 (
                     (_rate("mtlora_adapter_weight_loads_total"), "loads"),
-                    (_rate("mtlora_adapter_slot_evictions_total"), "evictions"),
+                    (_rate("mtlora_adapter_evictions_total"), "versions evicted"),
+                    (_rate("mtlora_adapter_slot_evictions_total"), "slots evicted"),
                 ),
             ),
             Panel(

@@ -16,11 +16,14 @@ CONFIG = MtLoRAConfig(r=16, num_experts=8, num_groups=4)
 PEFT_RANK = 16
 
 
-def write_random_adapter(folder: Path, backbone: BackboneIdentity, *, num_tasks: int, seed: int) -> AdapterManifest:
+def write_random_adapter(
+    folder: Path, backbone: BackboneIdentity, *, num_tasks: int, seed: int, max_new_tokens: int = 32
+) -> AdapterManifest:
     """Write an mtLoRA checkpoint of random float16 tensors with `num_tasks` tasks `task-0`, `task-1`, ..."""
     generator = torch.Generator().manual_seed(seed)
     tasks = tuple(
-        TaskEntry(id=f"task-{i}", description="random", template="{input}", bias_index=i) for i in range(num_tasks)
+        TaskEntry(id=f"task-{i}", description="random", template="{input}", bias_index=i, max_new_tokens=max_new_tokens)
+        for i in range(num_tasks)
     )
     shapes = _shapes(backbone, tasks)
     tensors = {name: (0.02 * torch.randn(shape, generator=generator)).half() for name, shape in shapes.items()}

@@ -77,7 +77,7 @@ class Case:
                 blocks.append(pack_block(A, B, R, num_groups=G, scaling=4.0, dtype=dtype))
                 if len(blocks) == 1:
                     self.first_layer.append(ReferenceAdapter(A, B, R, None, G, 4.0))
-            self.table.place(slot, AdapterRows(blocks))
+            self.table.place(slot, AdapterRows(blocks, as_given=True))
         tile_size = tuning.tile_size(tokens)
         self.slot_T = np.arange(tokens) % self.adapters
         self.plan = DevicePlan(tokens, self.adapters, tile_size=tile_size, device=device).set(

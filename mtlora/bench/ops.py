@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mtlora.ops import cpu
-from mtlora.ops.operators import add_routed_lora_
+from mtlora.ops import cpu, cpu_kernel
+from mtlora.ops.operators import bind
 from mtlora.ops.plan import plan_step
 from mtlora.ops.routed_lora import pack_block
 from mtlora.ops.table import AdapterRows, SlotTable
@@ -58,12 +58,13 @@ def serving_variants(tokens: int, adapters: int, layers: int) -> dict[str, Varia
         ]  # fmt: skip
         table.place(slot, AdapterRows(blocks))
     slot_T = np.arange(tokens) % adapters
-    plan = plan_step(slot_T, np.zeros_like(slot_T), num_slots=adapters, tile_size=cpu.TILE_SIZE)
+    plan = plan_step(slot_T, np.zeros_like(slot_T), num_slots=adapters, tile_size=cpu_kernel.TILE_SIZE)
     x_TD, y_TD = torch.randn(tokens, D).to(dtype), torch.zeros(tokens, D, dtype=dtype)
 
     def operator() -> None:
+        add_path_ = bind(table, plan)
         for layer in range(layers):
-            add_routed_lora_(y_TD, x_TD, table, layer, plan)
+            add_path_(y_TD, x_TD, layer)
 
     def torch_ops() -> None:
         for layer in range(layers):
@@ -135,7 +136,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     options = parser.parse_args()
     torch.manual_seed(0)
-    kernel = "the compiled kernel" if cpu.compiled_kernel() else "torch ops: the kernel is not built"
+    kernel = "the compiled kernel" if cpu_kernel.compiled_kernel() else "torch ops: the kernel is not built"
     print(f"{torch.get_num_threads()} threads, {kernel}; us a layer, median (best) of {options.rounds} rounds")
     print(f"{'':<34}{'operator':>16}{'loop':>16}{'':>10}")
     results = {}

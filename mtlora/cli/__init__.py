@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from mtlora import __version__
 
 # In the order in which `--help` lists them.
-_COMMANDS = ("backbone", "tasks", "train", "evaluate", "plot", "checkpoint", "publish")
+_COMMANDS = ("backbone", "tasks", "train", "sweep", "evaluate", "plot", "checkpoint", "convert", "merge", "publish")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

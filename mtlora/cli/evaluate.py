@@ -4,10 +4,18 @@ import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtlora.cli.backbone import add_backbone_argument
 from mtlora.cli.output import print_table
+
+if TYPE_CHECKING:
+    from mtlora.checkpoint import Checkpoint, TaskEntry
+    from mtlora.evaluate import Answerer, Scores
+    from mtlora.suite import Example, Suite
+
+# Examples of each task of a suite that generates them, where none are asked for.
+_GENERATED_EXAMPLES = 40
 
 
 def add_parser(subparsers: Any) -> None:
@@ -15,60 +23,59 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "eval",
         help="score an adapter on a suite by exact match",
-        description="Scores every example of a folder, or EXAMPLES of each task of the built-in suite's split.",
+        description="Scores every example of a folder, or EXAMPLES of each task of the built-in suite's split. "
+        "The adapter's own task table says how a task's input becomes a prompt and when its answer ends.",
     )
-    parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="a checkpoint")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a checkpoint; without it the backbone is alone")
     add_backbone_argument(parser)
-    parser.add_argument("--suite", default="builtin", metavar="S", help="'builtin' or a folder of task files")
+    parser.add_argument(
+        "--suite", default="builtin", metavar="S", help="'builtin', 'bbh-generated' or a folder of task files"
+    )
     parser.add_argument("--split", choices=("train", "validation", "test"), help="built-in: test; folder: all it holds")
     parser.add_argument("--examples", type=int, metavar="N", help="of each task (built-in: 40; folder: all)")
-    parser.add_argument("--seed", type=int, default=0, help="which examples are drawn")
+    parser.add_argument("--seed", type=int, default=0, help="which examples, and which shots, are drawn")
+    parser.add_argument(
+        "--shots", type=int, default=0, metavar="K", help="solved training examples before each input (default: 0)"
+    )
+    parser.add_argument(
+        "--scoring", choices=("generate", "likelihood"), default="generate",
+        help="likelihood: of the options of a multiple choice, take the likeliest; other tasks generate all the same",
+    )  # fmt: skip
     parser.add_argument(
         "--through", metavar="HOST:PORT", help="ask a running server instead of a model in this process"
     )
     parser.add_argument("--adapter-only", action="store_true", help="leave the backbone alone out")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores, and every answer, as JSON")
     parser.set_defaults(run=_eval)
 
 
 def _eval(args: argparse.Namespace) -> int:
     from mtlora.backbone import identify, resolve
-    from mtlora.checkpoint import read_checkpoint
-    from mtlora.evaluate import Answerer, score
+    from mtlora.checkpoint import TaskEntry, read_checkpoint
+    from mtlora.evaluate import score
     from mtlora.suite import load_suite
 
+    _check(args)
     if args.json:
         # Now, not after minutes of work.
         args.json.parent.mkdir(parents=True, exist_ok=True)
     folder = resolve(args.backbone)
-    checkpoint = read_checkpoint(args.adapter, identify(folder))
+    checkpoint = read_checkpoint(args.adapter, identify(folder)) if args.adapter else None
     suite = load_suite(args.suite)
-    examples = _examples(suite, checkpoint.manifest, args)
-    answerers: dict[str, Answerer] = {}
-    if args.through:
-        from mtlora.evaluate import server_answerer
-
-        answerers["adapter"] = server_answerer(args.through)
-        answerers["backbone_alone"] = server_answerer(args.through, without_adapter=True)
-    else:
-        import torch
-
-        from mtlora.evaluate import offline_answerer
-        from mtlora.model import load_adapted_model
-
-        adapted = load_adapted_model(folder, checkpoint, getattr(torch, args.dtype))
-        answerers["adapter"] = offline_answerer(adapted, checkpoint.manifest.tasks)
-        answerers["backbone_alone"] = offline_answerer(adapted, checkpoint.manifest.tasks, with_adapter=False)
-    if args.adapter_only:
-        del answerers["backbone_alone"]
-    answers = {name: answer(examples) for name, answer in answerers.items()}
+    tasks = checkpoint.manifest.tasks if checkpoint else tuple(TaskEntry(**task.model_dump()) for task in suite.tasks)
+    examples = _examples(suite, tasks, args)
+    answers = {name: answer(examples) for name, answer in _answerers(folder, checkpoint, tasks, suite, args).items()}
+    scores = {name: score(examples, found) for name, found in answers.items()}
     evaluation: dict[str, Any] = {
         "suite": suite.name,
-        "split": args.split or ("test" if suite.name == "builtin" else "all"),
+        "split": args.split or ("all" if _is_finite(suite) else "test"),
         "seed": args.seed,
+        "shots": args.shots,
+        "scoring": args.scoring,
         "through": args.through or "offline",
-        **{name: score(examples, found).as_dict() for name, found in answers.items()},
+        **{name: found.as_dict() for name, found in scores.items()},
     }
     print_scores(evaluation)
     if args.json:
@@ -77,27 +84,96 @@ def _eval(args: argparse.Namespace) -> int:
             for i, e in enumerate(examples)
         ]
         args.json.write_text(json.dumps({**evaluation, "answers": records}, indent=1) + "\n")
+    print(summary(scores))
     return 0
 
 
-def _examples(suite: Any, manifest: Any, args: argparse.Namespace) -> list[Any]:
+def _check(args: argparse.Namespace) -> None:
     from mtlora.errors import MtLoRAError
 
-    known = {task.id for task in manifest.tasks}
+    if args.shots < 0:
+        raise MtLoRAError(f"--shots {args.shots}: allowed are 0 and more")
+    if args.examples is not None and args.examples < 1:
+        raise MtLoRAError(f"--examples {args.examples}: allowed are 1 and more")
+    if args.through and (args.shots or args.scoring != "generate" or not args.adapter):
+        raise MtLoRAError("--through asks a server that has its own prompts: not with --shots, --scoring likelihood "
+                          "or without --adapter")  # fmt: skip
+    if args.adapter_only and not args.adapter:
+        raise MtLoRAError("--adapter-only: there is no --adapter")
+
+
+def _answerers(
+    folder: Path, checkpoint: "Checkpoint | None", tasks: "tuple[TaskEntry, ...]", suite: "Suite", args: Any
+) -> "dict[str, Answerer]":
+    """`adapter` and `backbone_alone`, or one of them."""
+    from mtlora import evaluate
+
+    found: dict[str, Answerer] = {}
+    wanted = {"adapter": checkpoint is not None, "backbone_alone": not args.adapter_only}
+    if args.through:
+        for name, it_is in wanted.items():
+            if it_is:
+                found[name] = evaluate.server_answerer(args.through, without_adapter=name == "backbone_alone")
+        return found
+
+    import torch
+
+    from mtlora.config import MtLoRAConfig
+    from mtlora.model import load_adapted_model, new_adapted_model
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype)
+    if checkpoint:
+        adapted = load_adapted_model(folder, checkpoint, dtype)
+    else:
+        # Never asked: the smallest adapter there is.
+        adapted = new_adapted_model(folder, MtLoRAConfig(r=1, num_experts=1, num_groups=1, task_bias=False), 1, dtype)
+    make = evaluate.likelihood_answerer if args.scoring == "likelihood" else evaluate.offline_answerer
+    prompt_of = evaluate.few_shot_prompt(suite, args.shots, args.seed) if args.shots else evaluate.plain_prompt
+    for name, it_is in wanted.items():
+        if it_is:
+            found[name] = make(adapted, tasks, with_adapter=name == "adapter", prompt_of=prompt_of)
+    return found
+
+
+def _is_finite(suite: "Suite") -> bool:
+    from mtlora.suite import FolderSuite
+
+    return isinstance(suite, FolderSuite)
+
+
+def _examples(suite: "Suite", tasks: "tuple[TaskEntry, ...]", args: argparse.Namespace) -> "list[Example]":
+    from mtlora.errors import MtLoRAError
+    from mtlora.suite import FolderSuite
+
+    known = {task.id for task in tasks}
     if unknown := [task.id for task in suite.tasks if task.id not in known]:
         raise MtLoRAError(
             f"{args.adapter}: the adapter has no task {', '.join(unknown)} of suite {suite.name}; "
             f"it has {', '.join(sorted(known))}"
         )
-    whole = suite.name != "builtin" and not args.split
-    found = []
+    found: list[Example] = []
     for task in suite.tasks:
-        if whole:
+        if isinstance(suite, FolderSuite) and not args.split:
             found += suite.all_examples(task.id)[: args.examples]
         else:
-            count = args.examples or (40 if suite.name == "builtin" else None)
+            count = args.examples or (None if _is_finite(suite) else _GENERATED_EXAMPLES)
             found += suite.examples(task.id, args.split or "test", count, args.seed)
     return found
+
+
+def summary(scores: "Mapping[str, Scores]") -> str:
+    """The line that says it all. `backbone alone` and the floor are left out where they were not measured."""
+    adapter, alone = scores.get("adapter"), scores.get("backbone_alone")
+    parts = [f"{len((adapter or scores['backbone_alone']).tasks)} tasks"]
+    if adapter:
+        parts.append(f"mean {adapter.mean:.2f}")
+    if alone:
+        parts.append(f"backbone alone {alone.mean:.2f}")
+    if adapter:
+        parts.append(f"tasks below floor {len(adapter.below_floor)}")
+    return f"accuracy: {', '.join(parts)}"
 
 
 def print_scores(evaluation: Mapping[str, Any]) -> None:
@@ -107,18 +183,20 @@ def print_scores(evaluation: Mapping[str, Any]) -> None:
     """
     if not evaluation:
         return
-    adapter, alone = evaluation["adapter"], evaluation.get("backbone_alone")
-    rows = [
+    names = [name for name in ("adapter", "backbone_alone") if name in evaluation]
+    first = evaluation[names[0] if names else "adapter"]
+    rows: list[tuple[object, ...]] = [
         (
             task_id,
             found["total"],
-            f"{found['accuracy']:.2f}",
-            f"{alone['tasks'][task_id]['accuracy']:.2f}" if alone else "",
+            *(f"{evaluation[name]['tasks'][task_id]['accuracy']:.2f}" for name in names),
             f"{found['majority'] / found['total']:.2f}",
         )
-        for task_id, found in adapter["tasks"].items()
+        for task_id, found in first["tasks"].items()
     ]
-    total = sum(found["total"] for found in adapter["tasks"].values())
-    mean = (f"{adapter['mean_accuracy']:.2f}", f"{alone['mean_accuracy']:.2f}" if alone else "", "")
-    rows.append(("mean over tasks", total, *mean))
-    print_table("accuracy, exact match", ("task", "examples", "adapter", "backbone alone", "most frequent"), rows)
+    total = sum(found["total"] for found in first["tasks"].values())
+    majority = sum(found["majority"] / found["total"] for found in first["tasks"].values()) / len(first["tasks"])
+    means = (f"{evaluation[name]['mean_accuracy']:.2f}" for name in names)
+    rows.append(("mean over tasks", total, *means, f"{majority:.2f}"))
+    headings = (name.replace("_", " ") for name in names)
+    print_table("accuracy, exact match", ("task", "examples", *headings, "most frequent"), rows)

@@ -2,32 +2,195 @@
 
 import argparse
 import json
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from mtlora.cli.backbone import add_backbone_argument
+
+if TYPE_CHECKING:
+    from mtlora.checkpoint import Checkpoint
+    from mtlora.suite import Example
+
+_PICTURES = ("accuracy", "curves", "spectra", "routing", "gradients")
 
 
 def add_parser(subparsers: Any) -> None:
     """Contribute `plot`."""
-    parser = subparsers.add_parser("plot", help="draw a checkpoint's accuracy, a bar a task")
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="a checkpoint, or a file that eval --json wrote")
-    parser.add_argument("--out", type=Path, default=Path("accuracy.png"), metavar="FILE", help="PNG, SVG or PDF")
+    parser = subparsers.add_parser(
+        "plot",
+        help="draw what a checkpoint's tasks, experts and groups do",
+        description="Draws into the folder OUT: accuracy a task; curves (of the log.jsonl beside the checkpoint); "
+        "spectra of the experts; routing (a heat map a block, one a group, and the effective number of experts); and "
+        "the cosine between task gradients, block against component level. With OUT a file: accuracy alone.",
+    )
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="a checkpoint, a training run, or a file that eval --json wrote"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("plots"), metavar="OUT", help="a folder, or a PNG, SVG or PDF file"
+    )
+    parser.add_argument("--only", nargs="+", choices=_PICTURES, metavar="NAME", help=f"of {', '.join(_PICTURES)}")
+    add_backbone_argument(parser)
+    parser.add_argument("--suite", metavar="S", help="where inputs come from (default: what it was trained on)")
+    parser.add_argument("--examples", type=int, default=8, metavar="N", help="inputs of each task (default: 8)")
+    parser.add_argument(
+        "--against", type=Path, metavar="DIR", help="a trained HydraLoRA or LoRA whose gradients are drawn beside"
+    )
     parser.set_defaults(run=_plot)
 
 
 def _plot(args: argparse.Namespace) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from mtlora.checkpoint import read_manifest
     from mtlora.errors import MtLoRAError
-    from mtlora.plot import plot_accuracy
 
-    if args.source.is_dir():
-        evaluation = read_manifest(args.source).evaluation
-    else:
-        try:
-            evaluation = json.loads(args.source.read_text())
-        except (OSError, ValueError) as error:
-            raise MtLoRAError(f"{args.source}: {error}") from None
-    if "adapter" not in evaluation:
-        raise MtLoRAError(f"{args.source}: no evaluation in it; mtlora eval --json makes one")
-    plot_accuracy(evaluation, args.out)
-    print(args.out)
+    if args.examples < 1:
+        raise MtLoRAError(f"--examples {args.examples}: allowed are 1 and more")
+    source = args.source / "adapter" if (args.source / "training.json").is_file() else args.source
+    if args.out.suffix or not source.is_dir():
+        evaluation = read_manifest(source).evaluation if source.is_dir() else _read_evaluation(source)
+        out = args.out if args.out.suffix else args.out / "accuracy.png"
+        _accuracy(evaluation, source, out)
+        print(out)
+        return 0
+    draw: dict[str, Callable[[], list[Path]]] = _checkpoint_pictures(args, source)
+    for name in args.only or draw:
+        if name not in draw:
+            raise MtLoRAError(f"{source}: nothing to draw {name} from")
+        for path in draw[name]():
+            print(path)
     return 0
+
+
+def _read_evaluation(file: Path) -> Any:
+    from mtlora.errors import MtLoRAError
+
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise MtLoRAError(f"{file}: {error}") from None
+
+
+def _accuracy(evaluation: Mapping[str, Any], source: Path, out: Path) -> None:
+    from mtlora.errors import MtLoRAError
+    from mtlora.plot.accuracy import plot_accuracy
+
+    if "adapter" not in evaluation:
+        raise MtLoRAError(f"{source}: no evaluation in it; mtlora eval --json makes one")
+    plot_accuracy(evaluation, out)
+
+
+def _checkpoint_pictures(args: argparse.Namespace, source: Path) -> dict[str, Callable[[], list[Path]]]:
+    """What can be drawn of this checkpoint, by name; each returns the files that it wrote."""
+    import torch
+
+    from mtlora.backbone import identify, resolve
+    from mtlora.checkpoint import read_checkpoint
+
+    folder = resolve(args.backbone)
+    checkpoint = read_checkpoint(source, identify(folder))
+    manifest = checkpoint.manifest
+
+    def accuracy() -> list[Path]:
+        _accuracy(manifest.evaluation, source, args.out / "accuracy.png")
+        return [args.out / "accuracy.png"]
+
+    def curves() -> list[Path]:
+        from mtlora.plot.curves import plot_curves, read_log
+
+        plot_curves(read_log(source.parent / "log.jsonl"), args.out / "curves.png")
+        return [args.out / "curves.png"]
+
+    def spectra() -> list[Path]:
+        from mtlora import diagnosis
+        from mtlora.plot.spectra import plot_spectra
+
+        experts = [tensor.float() for name, tensor in checkpoint.tensors.items() if name.endswith("lora_B")]
+        plot_spectra(diagnosis.spectra(torch.stack(experts)), args.out / "spectra.png")
+        return [args.out / "spectra.png"]
+
+    def routing() -> list[Path]:
+        from mtlora.diagnosis import routing_by_task
+        from mtlora.model import load_adapted_model
+        from mtlora.plot.routing import plot_groups, plot_routing, plot_use
+
+        adapted = load_adapted_model(folder, checkpoint, torch.bfloat16)
+        found = routing_by_task(adapted, _in_order_of_bias(checkpoint), _examples(args, checkpoint))
+        files = [args.out / f"{name}.png" for name in ("routing", "routing-groups", "experts-in-use")]
+        for plot, file in zip((plot_routing, plot_groups, plot_use), files, strict=True):
+            plot(found, file)
+        return files
+
+    def gradients() -> list[Path]:
+        from mtlora.plot.gradients import plot_gradients
+
+        matrices = _gradient_cosines(args, folder, checkpoint)
+        tasks = [task.id for task in _in_order_of_bias(checkpoint)]
+        plot_gradients(matrices, tasks, args.out / "gradients.png")
+        return [args.out / "gradients.png"]
+
+    found: dict[str, Callable[[], list[Path]]] = {}
+    if manifest.evaluation.get("adapter"):
+        found["accuracy"] = accuracy
+    if (source.parent / "log.jsonl").is_file():
+        found["curves"] = curves
+    found["spectra"] = spectra
+    if manifest.config.num_experts > 1:
+        found["routing"] = routing
+    return {**found, "gradients": gradients}
+
+
+def _in_order_of_bias(checkpoint: "Checkpoint") -> list[Any]:
+    """The task table with the tasks at the rows of their biases."""
+    return sorted(checkpoint.manifest.tasks, key=lambda task: -1 if task.bias_index is None else task.bias_index)
+
+
+def _examples(args: argparse.Namespace, checkpoint: "Checkpoint") -> "dict[str, list[Example]]":
+    from mtlora.errors import MtLoRAError
+    from mtlora.suite import FolderSuite, load_suite
+    from mtlora.train.config import TrainingConfig
+
+    if args.suite:
+        suite = load_suite(args.suite)
+    elif "config" in checkpoint.manifest.training:
+        suite = load_suite(TrainingConfig.model_validate(checkpoint.manifest.training["config"]).suite)
+    else:
+        raise MtLoRAError(f"{args.source}: does not say what it was trained on: name it with --suite")
+    known = {task.id for task in suite.tasks}
+    if missing := [task.id for task in checkpoint.manifest.tasks if task.id not in known]:
+        raise MtLoRAError(f"suite {suite.name} lacks the adapter's task {', '.join(missing)}: name another by --suite")
+    finite = isinstance(suite, FolderSuite)
+    return {
+        task.id: suite.examples(task.id, "validation", None if finite else args.examples)[: args.examples]
+        or suite.examples(task.id, "train", None if finite else args.examples)[: args.examples]
+        for task in checkpoint.manifest.tasks
+    }
+
+
+def _gradient_cosines(args: argparse.Namespace, folder: Path, checkpoint: "Checkpoint") -> dict[str, Any]:
+    """Of this checkpoint, and of both levels before any training; or beside it of a trained baseline."""
+    import torch
+
+    from mtlora.diagnosis import cosines, task_gradients
+    from mtlora.methods import HydraLoRAConfig
+    from mtlora.methods.checkpoint import load_baseline
+    from mtlora.model import load_adapted_model, new_adapted_model
+
+    config, tasks = checkpoint.manifest.config, _in_order_of_bias(checkpoint)
+    examples = _examples(args, checkpoint)
+
+    def measured(adapted: Any) -> Any:
+        adapted.adapters.eval()
+        return cosines(task_gradients(adapted, tasks, examples))
+
+    found = {"block level, trained": measured(load_adapted_model(folder, checkpoint, torch.bfloat16))}
+    if args.against:
+        baseline, manifest = load_baseline(folder, args.against, torch.bfloat16)
+        return {**found, f"component level, trained ({manifest.config.method})": measured(baseline)}
+    torch.manual_seed(0)
+    found["block level, untrained"] = measured(new_adapted_model(folder, config, len(tasks), torch.bfloat16))
+    component = HydraLoRAConfig(r=config.r, lora_alpha=config.lora_alpha, num_experts=max(2, config.num_experts))
+    found["component level (q, v), untrained"] = measured(new_adapted_model(folder, component, 1, torch.bfloat16))
+    return found

@@ -4,8 +4,10 @@
     routed_lora.py   one block's packed weights, and the path of one adapter in torch ops
     table.py         which adapter is in which slot: a table of pointers, one row a slot, one table a block
     plan.py          which token belongs to which slot: sorted into tiles once a step, read by every block
-    operators.py     the registered operator `mtlora::add_routed_lora_` over table and plan, and its checks
+    operators.py     the registered operator `mtlora::add_routed_lora_` over table and plan
+    checks.py        what its tensors must be
     cpu.py           its CPU backend: a compiled kernel, torch ops where that is not built
+    cpu_kernel.py    finding that kernel, and its layout of weights
     triton_gpu.py    its CUDA backend: two launches for any mix
     training.py      the registered operator `mtlora::routed_lora`, with gradients
 

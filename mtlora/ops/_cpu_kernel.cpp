@@ -7,6 +7,10 @@
 // Plain C interface, loaded with ctypes: it depends on no version of torch or Python. It is compiled with -fopenmp but
 // not linked to any OpenMP: torch has loaded one, whose threads (and their binding) are thus the only ones.
 //
+// Weights come in units of 16 columns, each [depth, 16] in float32 and [depth / 2, 16, 2] in bfloat16 (an odd depth is
+// filled up with zeros): see mtlora/ops/cpu_kernel.py. What a product reads is thus one stream a unit, from end to end,
+// and in bfloat16 lies as the processor's products of pairs take it.
+//
 // This file includes itself once an instruction set; which one runs is chosen when it is loaded.
 
 #ifndef MTLORA_ISA
@@ -19,8 +23,8 @@ namespace {
 
 // One adapter in the table of a block; mirrors `Field` in mtlora/ops/table.py.
 struct Adapter {
-  int64_t shrink;  // [D, S]
-  int64_t expand;  // [G, K, E]
+  int64_t shrink;  // units of [D, S]
+  int64_t expand;  // [G] of units of [K, E]
   int64_t bias;    // float32 [bias_rows, G, N], or 0
   int64_t rank;    // 0: the slot has no path here
   int64_t experts;
@@ -28,6 +32,7 @@ struct Adapter {
   int64_t bias_rows;
   int64_t dtype;
   int64_t hidden;
+  int64_t in_units;
 };
 
 struct Tile {
@@ -44,7 +49,16 @@ struct Call {
 };
 
 constexpr int MAX_TILE = 8;
-constexpr int MAX_LANES = 16;
+constexpr int UNIT = 16;
+
+inline int64_t up(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
+
+// Floats of scratch that a tile of an adapter needs.
+inline int64_t scratch_size(const Adapter& adapter) {
+  const int64_t N = adapter.experts, G = adapter.groups, D = adapter.hidden;
+  const int64_t S = adapter.rank + G * N, K = N * adapter.rank;
+  return MAX_TILE * (up(S, UNIT) + up(D / G, UNIT) + up(D, UNIT) + up(K, UNIT) + up(G * N, UNIT));
+}
 
 }  // namespace
 
@@ -56,12 +70,10 @@ constexpr int MAX_LANES = 16;
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 #define MTLORA_ISA avx512bf16
 #define MTLORA_VECTOR_BYTES 64
-#define MTLORA_WIDE 3
 #define MTLORA_DOT_BF16
 #include "_cpu_kernel.cpp"
 #undef MTLORA_ISA
 #undef MTLORA_VECTOR_BYTES
-#undef MTLORA_WIDE
 #undef MTLORA_DOT_BF16
 #pragma GCC pop_options
 
@@ -69,22 +81,18 @@ constexpr int MAX_LANES = 16;
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #define MTLORA_ISA avx512
 #define MTLORA_VECTOR_BYTES 64
-#define MTLORA_WIDE 3
 #include "_cpu_kernel.cpp"
 #undef MTLORA_ISA
 #undef MTLORA_VECTOR_BYTES
-#undef MTLORA_WIDE
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define MTLORA_ISA avx2
 #define MTLORA_VECTOR_BYTES 32
-#define MTLORA_WIDE 1
 #include "_cpu_kernel.cpp"
 #undef MTLORA_ISA
 #undef MTLORA_VECTOR_BYTES
-#undef MTLORA_WIDE
 #pragma GCC pop_options
 #endif
 
@@ -121,7 +129,7 @@ int mtlora_max_tile() { return MAX_TILE; }
 
 // y += path(x) for every tile. x and y: [num_tokens, hidden] with strides of a row. Returns 0, or what is wrong with the
 // call (y is untouched then): 1 no memory, 2 a slot out of range, 3 a tile or token out of range, 4 an adapter of another
-// dtype or hidden size, 5 a bias row out of range.
+// dtype or hidden size, 5 a bias row out of range, 6 weights that are not in units.
 int mtlora_add_routed(int isa, int dtype, void* y, const void* x, int64_t y_stride, int64_t x_stride,
                       int64_t num_tokens, int64_t hidden, const void* table, int64_t num_slots, const int32_t* tokens,
                       const int32_t* bias_rows, int64_t num_planned, const int32_t* tiles, int64_t num_tiles,
@@ -136,16 +144,15 @@ int mtlora_add_routed(int isa, int dtype, void* y, const void* x, int64_t y_stri
     const Adapter& adapter = call.table[tile.slot];
     if (adapter.rank == 0) continue;
     if (adapter.dtype != dtype || adapter.hidden != hidden) return 4;
+    if (!adapter.in_units) return 6;
     for (int t = tile.start; t < tile.start + tile.count; ++t) {
       if (tokens[t] < 0 || tokens[t] >= num_tokens) return 3;
       if (adapter.bias && bias_rows[t] >= adapter.bias_rows) return 5;
     }
-    const int64_t width = hidden + adapter.rank + adapter.groups * adapter.experts + MAX_LANES +
-                          adapter.experts * adapter.rank + hidden / adapter.groups;
-    share = width > share ? width : share;
+    const int64_t size = scratch_size(adapter);
+    share = size > share ? size : share;
   }
   if (share == 0) return 0;
-  share = (MAX_TILE * share + MAX_LANES - 1) / MAX_LANES * MAX_LANES;
   if (threads > num_tiles) threads = static_cast<int>(num_tiles);
   float* scratch = static_cast<float*>(aligned_alloc(64, share * threads * sizeof(float)));
   if (scratch == nullptr) return 1;
@@ -186,12 +193,6 @@ INLINE float widen(uint16_t bits) {
   return value;
 }
 
-// What a product takes on its left for weights of a type.
-template <class W> struct OperandOf { typedef float type; };
-#ifdef MTLORA_DOT_BF16
-template <> struct OperandOf<uint16_t> { typedef uint16_t type; };
-#endif
-
 // Round to nearest even; a NaN stays one.
 INLINE void narrow(float value, float* out) { *out = value; }
 INLINE void narrow(float value, uint16_t* out) {
@@ -206,145 +207,177 @@ INLINE Floats load(const uint16_t* from) {
   return reinterpret_cast<Floats>(words);
 }
 
+INLINE void store(Floats values, float* out) { *reinterpret_cast<Floats*>(out) = values; }
+INLINE void store(Floats values, uint16_t* out) {
+#ifdef MTLORA_DOT_BF16
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                      reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(values))));
+#else
+  const Words words = reinterpret_cast<Words>(values);
+  const Words rounded = (words + 0x7FFF + ((words >> 16) & 1)) >> 16;
+  const Words quiet = {};
+  *reinterpret_cast<Halves*>(out) = __builtin_convertvector(values == values ? rounded : quiet + 0x7FC0, Halves);
+#endif
+}
+
+// What a product takes on its left for weights of a type: bfloat16 only where there are products of bfloat16.
+template <class W> struct Left { typedef float type; };
+#ifdef MTLORA_DOT_BF16
+template <> struct Left<uint16_t> { typedef uint16_t type; };
+#endif
+
+// Vectors of a unit, and how many vectors of columns a panel of T tokens has room for in the registers.
+constexpr int PER_UNIT = UNIT / LANES;
+constexpr int room(int T) { return LANES == 16 ? (T <= 4 ? 6 : 3) : (T <= 2 ? 4 : T <= 4 ? 2 : 1); }
+
+// sum[t][v] += a[t, k] w[k, columns of v] over one row, or over one pair of rows. `w` is at the row of the first unit.
+template <int T, int V>
+INLINE void accumulate(Floats (&sum)[T][V], const float* a, int64_t a_stride, const float* w, int64_t unit, int first) {
+  Floats row[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) row[v] = load(w + (first + v) / PER_UNIT * unit + (first + v) % PER_UNIT * LANES);
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum[t][v] += row[v] * a[t * a_stride];
+  }
+}
+
+template <int T, int V>
+INLINE void accumulate(Floats (&sum)[T][V], const float* a, int64_t a_stride, const uint16_t* w, int64_t unit,
+                       int first) {
+  Floats even[V], odd[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) {
+    Words pairs;
+    memcpy(&pairs, w + (first + v) / PER_UNIT * unit + (first + v) % PER_UNIT * 2 * LANES, sizeof pairs);
+    even[v] = reinterpret_cast<Floats>(pairs << 16);
+    odd[v] = reinterpret_cast<Floats>(pairs & 0xFFFF0000u);
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum[t][v] += even[v] * a[t * a_stride] + odd[v] * a[t * a_stride + 1];
+  }
+}
+
+#ifdef MTLORA_DOT_BF16
+template <int T, int V>
+INLINE void accumulate(Floats (&sum)[T][V], const uint16_t* a, int64_t a_stride, const uint16_t* w, int64_t unit,
+                       int first) {
+  __m512bh row[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) row[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w + (first + v) * unit));
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    int pair;
+    memcpy(&pair, a + t * a_stride, 4);
+    const __m512bh both = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+      sum[t][v] = reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum[t][v]), row[v], both));
+  }
+}
+#endif
+
+// V vectors of columns from vector `first` of the units at w; the accumulators live in registers.
+template <int T, int V, class W, class A>
+INLINE void panel(const A* a, int64_t a_stride, const W* w, int first, int64_t depth, float* out, int64_t out_stride) {
+  constexpr int ROWS = sizeof(W) == 2 ? 2 : 1;
+  const int64_t unit = up(depth, ROWS) * UNIT;
+  Floats sum[T][V] = {};
+  for (int64_t k = 0; k < depth; k += ROWS) accumulate<T, V>(sum, a + k, a_stride, w + k * UNIT, unit, first);
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(sum[t][v], out + t * out_stride + (first + v) * LANES);
+  }
+}
+
+// out [T, width] = a [T, depth] w, for `units` units of columns; a has a zero behind an odd depth.
+template <int T, class W, class A>
+static __attribute__((noinline)) void product(const A* a, int64_t a_stride, const W* w, int64_t units, int64_t depth,
+                                              float* out, int64_t out_stride) {
+  const int end = static_cast<int>(units) * PER_UNIT;
+  int v = 0;
+  for (; v + room(T) <= end; v += room(T)) panel<T, room(T)>(a, a_stride, w, v, depth, out, out_stride);
+  if (room(T) > 3)
+    for (; v + 3 <= end; v += 3) panel<T, 3>(a, a_stride, w, v, depth, out, out_stride);
+  for (; v < end; ++v) panel<T, 1>(a, a_stride, w, v, depth, out, out_stride);
+}
+
+template <class W, class A>
+INLINE void product(int count, const A* a, int64_t a_stride, const W* w, int64_t units, int64_t depth, float* out,
+                    int64_t out_stride) {
+  switch (count) {
+    case 1: return product<1>(a, a_stride, w, units, depth, out, out_stride);
+    case 2: return product<2>(a, a_stride, w, units, depth, out, out_stride);
+    case 3: return product<3>(a, a_stride, w, units, depth, out, out_stride);
+    case 4: return product<4>(a, a_stride, w, units, depth, out, out_stride);
+    case 5: return product<5>(a, a_stride, w, units, depth, out, out_stride);
+    case 6: return product<6>(a, a_stride, w, units, depth, out, out_stride);
+    case 7: return product<7>(a, a_stride, w, units, depth, out, out_stride);
+    default: return product<8>(a, a_stride, w, units, depth, out, out_stride);
+  }
+}
+
+// Tokens side by side: softmax needs no step across lanes then.
+typedef float Tokens __attribute__((vector_size(4 * MAX_TILE), aligned(4), may_alias));
+typedef int32_t TokenInts __attribute__((vector_size(4 * MAX_TILE)));
+
 // exp(x) for x <= 0, to float32's precision: 2^n times the series of the rest of x / ln 2.
-INLINE Floats exp_negative(Floats x) {
-  const Floats zero = {};
+INLINE Tokens exp_negative(Tokens x) {
+  const Tokens zero = {};
   x = x > zero - 87.0f ? x : zero - 87.0f;
-  const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
-  const Floats whole = __builtin_convertvector(n, Floats);
-  const Floats f = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  Floats p = zero + 1.9875691500e-4f;
+  const TokenInts n = __builtin_convertvector(x * 1.44269504f - 0.5f, TokenInts);
+  const Tokens whole = __builtin_convertvector(n, Tokens);
+  const Tokens f = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Tokens p = zero + 1.9875691500e-4f;
   p = p * f + 1.3981999507e-3f;
   p = p * f + 8.3334519073e-3f;
   p = p * f + 4.1665795894e-2f;
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * f * f + f + 1.0f;
-  return p * reinterpret_cast<Floats>((n + 127) << 23);
+  return p * reinterpret_cast<Tokens>((n + 127) << 23);
 }
 
-template <int T, int V>
-INLINE void store(const Floats (&sum)[T][V], float* out, int64_t out_stride) {
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) *reinterpret_cast<Floats*>(out + t * out_stride + v * LANES) = sum[t][v];
-  }
-}
-
-// out[t, 0:V*LANES] = sum_k a[t, k] w[k, 0:V*LANES]; the accumulators live in registers.
-template <int T, int V, class W, class A>
-INLINE void panel(const A* a, int64_t a_stride, const W* w, int64_t w_stride, int64_t depth, float* out,
-                  int64_t out_stride) {
-  Floats sum[T][V] = {};
-  for (int64_t k = 0; k < depth; ++k, w += w_stride) {
-    Floats row[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) row[v] = load(w + v * LANES);
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[t][v] += row[v] * a[t * a_stride + k];
-    }
-  }
-  store(sum, out, out_stride);
-}
-
-#ifdef MTLORA_DOT_BF16
-// The same in bfloat16: two rows of w at a time, shuffled so that each lane has its column's pair.
-template <int T, int V>
-INLINE void panel(const uint16_t* a, int64_t a_stride, const uint16_t* w, int64_t w_stride, int64_t depth, float* out,
-                  int64_t out_stride) {
-  Floats sum[T][V] = {};
-  const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  for (int64_t k = 0; k < depth; k += 2, w += 2 * w_stride) {
-    const bool last = k + 1 == depth;
-    __m512i row[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + v * LANES));
-      const __m256i second = last ? _mm256_setzero_si256()
-                                  : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + w_stride + v * LANES));
-      row[v] = _mm512_permutexvar_epi16(pairs, _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
-    }
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-      uint32_t pair = a[t * a_stride + k];
-      if (!last) memcpy(&pair, a + t * a_stride + k, 4);
-      const __m512i both = _mm512_set1_epi32(static_cast<int>(pair));
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v)
-        sum[t][v] = reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum[t][v]),
-                                                              reinterpret_cast<__m512bh>(row[v]),
-                                                              reinterpret_cast<__m512bh>(both)));
-    }
-  }
-  store(sum, out, out_stride);
-}
-#endif
-
-// out [T, width] = a [T, depth] w [depth, width].
-template <int T, class W, class A>
-static __attribute__((noinline)) void product(const A* a, int64_t a_stride, const W* w, int64_t width,
-                                              int64_t depth, float* out, int64_t out_stride) {
-  int64_t n = 0;
-  for (; n + MTLORA_WIDE * LANES <= width; n += MTLORA_WIDE * LANES)
-    panel<T, MTLORA_WIDE>(a, a_stride, w + n, width, depth, out + n, out_stride);
-  for (; n + LANES <= width; n += LANES) panel<T, 1>(a, a_stride, w + n, width, depth, out + n, out_stride);
-  if (n == width) return;
-  if (width >= LANES) {  // the last columns, along with some that are done already
-    n = width - LANES;
-    panel<T, 1>(a, a_stride, w + n, width, depth, out + n, out_stride);
-    return;
-  }
-  for (int t = 0; t < T; ++t) {
-    float* sum = out + t * out_stride;
-    for (int64_t i = 0; i < width; ++i) sum[i] = 0;
-    for (int64_t k = 0; k < depth; ++k)
-      for (int64_t i = 0; i < width; ++i) sum[i] += widen(a[t * a_stride + k]) * widen(w[k * width + i]);
-  }
-}
-
-template <class W, class A>
-INLINE void product(int count, const A* a, int64_t a_stride, const W* w, int64_t width, int64_t depth, float* out,
-                    int64_t out_stride) {
-  switch (count) {
-    case 1: return product<1>(a, a_stride, w, width, depth, out, out_stride);
-    case 2: return product<2>(a, a_stride, w, width, depth, out, out_stride);
-    case 3: return product<3>(a, a_stride, w, width, depth, out, out_stride);
-    case 4: return product<4>(a, a_stride, w, width, depth, out, out_stride);
-    case 5: return product<5>(a, a_stride, w, width, depth, out, out_stride);
-    case 6: return product<6>(a, a_stride, w, width, depth, out, out_stride);
-    case 7: return product<7>(a, a_stride, w, width, depth, out, out_stride);
-    default: return product<8>(a, a_stride, w, width, depth, out, out_stride);
-  }
-}
-
-// Softmax over the experts of every group, in place; `logits` has room for a vector more than G*N.
-INLINE void route(float* logits, int64_t groups, int64_t experts) {
-  const int64_t size = groups * experts;
+// Softmax over the experts of every group, in place. logits: [G*N, MAX_TILE].
+INLINE void route(Tokens* logits, int64_t groups, int64_t experts) {
   for (int64_t j = 0; j < groups; ++j) {
-    float* group = logits + j * experts;
-    float largest = group[0];
+    Tokens* group = logits + j * experts;
+    Tokens largest = group[0], sum = {};
+    // A NaN among the logits makes the sum one, wherever it is.
     for (int64_t i = 1; i < experts; ++i) largest = group[i] > largest ? group[i] : largest;
-    for (int64_t i = 0; i < experts; ++i) group[i] -= largest;
-  }
-  for (int64_t i = 0; i < size; i += LANES)
-    *reinterpret_cast<Floats*>(logits + i) = exp_negative(load(logits + i));
-  for (int64_t j = 0; j < groups; ++j) {
-    float* group = logits + j * experts;
-    float sum = 0;
-    for (int64_t i = 0; i < experts; ++i) sum += group[i];
-    for (int64_t i = 0; i < experts; ++i) group[i] /= sum;
+    for (int64_t i = 0; i < experts; ++i) {
+      const Tokens less = group[i] - largest;
+      group[i] = less == less ? exp_negative(less) : less;
+      sum += group[i];
+    }
+    const Tokens scale = 1.0f / sum;
+    for (int64_t i = 0; i < experts; ++i) group[i] *= scale;
   }
 }
 
-// Ask for weights that are needed next, while there are others to work on: their rows are too far apart for the
-// processor to guess.
+// out = x * factor.
+template <class A>
+INLINE void scale_into(const float* x, float factor, A* out, int64_t size) {
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) store(load(x + i) * factor, out + i);
+  for (; i < size; ++i) narrow(x[i] * factor, out + i);
+}
+
 template <class W>
-INLINE void prefetch(const W* weights, int64_t size) {
-  for (int64_t i = 0; i < size; i += 64 / sizeof(W)) __builtin_prefetch(weights + i, 0, 2);
+INLINE void add_into(W* y, const float* x, int64_t size) {
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) store(load(y + i) + load(x + i), y + i);
+  for (; i < size; ++i) narrow(widen(y[i]) + x[i], y + i);
+}
+
+INLINE void copy(const float* from, float* to, int64_t size) { memcpy(to, from, size * sizeof(float)); }
+INLINE void copy(const uint16_t* from, uint16_t* to, int64_t size) { memcpy(to, from, size * sizeof(uint16_t)); }
+INLINE void copy(const uint16_t* from, float* to, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) to[i] = widen(from[i]);
 }
 
 template <class W>
@@ -352,44 +385,48 @@ static void tile(const Call& call, const Tile& tile, float* scratch) {
   const Adapter& adapter = call.table[tile.slot];
   const int64_t r = adapter.rank, N = adapter.experts, G = adapter.groups, D = call.hidden;
   if (r == 0 || tile.count == 0) return;
-  const int64_t S = r + G * N, K = N * r, E = D / G;
+  const int64_t S = r + G * N, K = N * r, E = D / G, C = G * N;
+  const int64_t s_stride = up(S, UNIT), e_stride = up(E, UNIT), x_stride = up(D, UNIT), z_stride = up(K, UNIT);
+  const int64_t depth_K = sizeof(W) == 2 ? up(K, 2) : K;
   const int T = tile.count;
   const int32_t* tokens = call.tokens + tile.start;
-  typedef typename OperandOf<W>::type Operand;
-  float* s = scratch;
-  float* delta = s + MAX_TILE * (S + LANES);
-  Operand* x = reinterpret_cast<Operand*>(delta + MAX_TILE * E);
-  Operand* z = x + MAX_TILE * D;
+  typedef typename Left<W>::type A;
+  Tokens* weights = reinterpret_cast<Tokens*>(scratch);
+  float* s = scratch + MAX_TILE * up(C, UNIT);
+  float* delta = s + MAX_TILE * s_stride;
+  A* x = reinterpret_cast<A*>(delta + MAX_TILE * e_stride);
+  A* z = reinterpret_cast<A*>(delta + MAX_TILE * (e_stride + x_stride));
 
   for (int t = 0; t < T; ++t) {
-    const W* from = static_cast<const W*>(call.x) + tokens[t] * call.x_stride;
-    for (int64_t d = 0; d < D; ++d) narrow(widen(from[d]), x + t * D + d);
+    copy(static_cast<const W*>(call.x) + tokens[t] * call.x_stride, x + t * x_stride, D);
+    if (D % 2) x[t * x_stride + D] = 0;
+    if (K % 2) z[t * z_stride + K] = 0;
   }
+  product(T, x, x_stride, reinterpret_cast<const W*>(adapter.shrink), s_stride / UNIT, D, s, s_stride);
+  float* logits = scratch;
+  for (int t = 0; t < MAX_TILE; ++t) {
+    if (t >= T) {  // lanes without a token
+      for (int64_t c = 0; c < C; ++c) logits[c * MAX_TILE + t] = 0;
+      continue;
+    }
+    const float* from = s + t * s_stride + r;
+    const int32_t row = adapter.bias ? call.bias_rows[tile.start + t] : -1;
+    if (row >= 0) {
+      const float* bias = reinterpret_cast<const float*>(adapter.bias) + row * C;
+      for (int64_t c = 0; c < C; ++c) logits[c * MAX_TILE + t] = from[c] + bias[c];
+    } else {
+      for (int64_t c = 0; c < C; ++c) logits[c * MAX_TILE + t] = from[c];
+    }
+  }
+  route(weights, G, N);
   const W* expand = reinterpret_cast<const W*>(adapter.expand);
-  prefetch(expand, K * E);
-  product(T, x, D, reinterpret_cast<const W*>(adapter.shrink), S, D, s, S + LANES);
-  for (int t = 0; t < T; ++t) {
-    float* logits = s + t * (S + LANES) + r;
-    if (adapter.bias && call.bias_rows[tile.start + t] >= 0) {
-      const float* bias = reinterpret_cast<const float*>(adapter.bias) + call.bias_rows[tile.start + t] * G * N;
-      for (int64_t i = 0; i < G * N; ++i) logits[i] += bias[i];
-    }
-    for (int64_t i = G * N; i < G * N + LANES; ++i) logits[i] = 0;
-    route(logits, G, N);
-  }
-  for (int64_t j = 0; j < G; ++j) {
-    if (j + 1 < G) prefetch(expand + (j + 1) * K * E, K * E);
-    for (int t = 0; t < T; ++t) {
-      const float* h = s + t * (S + LANES);
-      const float* weights = h + r + j * N;
+  for (int64_t j = 0; j < G; ++j, expand += e_stride * depth_K) {
+    for (int t = 0; t < T; ++t)
       for (int64_t i = 0; i < N; ++i)
-        for (int64_t k = 0; k < r; ++k) narrow(weights[i] * h[k], z + t * K + i * r + k);
-    }
-    product(T, z, K, expand + j * K * E, E, K, delta, E);
-    for (int t = 0; t < T; ++t) {
-      W* to = static_cast<W*>(call.y) + tokens[t] * call.y_stride + j * E;
-      for (int64_t e = 0; e < E; ++e) narrow(widen(to[e]) + delta[t * E + e], to + e);
-    }
+        scale_into(s + t * s_stride, scratch[(j * N + i) * MAX_TILE + t], z + t * z_stride + i * r, r);
+    product(T, z, z_stride, expand, e_stride / UNIT, K, delta, e_stride);
+    for (int t = 0; t < T; ++t)
+      add_into(static_cast<W*>(call.y) + tokens[t] * call.y_stride + j * E, delta + t * e_stride, E);
   }
 }
 

@@ -1,60 +1,30 @@
 """The CPU backend of `mtlora::add_routed_lora_`.
 
-`_cpu_kernel.cpp` does a step's whole mix in one call, and is built when the package is installed. Where it was not, for
-want of a compiler, or cannot run on this processor, torch ops do the same adapter by adapter, which is slower.
+The compiled kernel does a step's whole mix in one call. Where there is none, torch ops do the same adapter by adapter,
+which is slower.
 
 Shape suffixes: T tokens, D hidden size, A slots, F fields of a row, M tiles, G groups, N experts.
 """
 
 import ctypes
-import importlib.machinery
-import logging
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 
+from mtlora.ops.checks import check
+from mtlora.ops.cpu_kernel import KERNEL_DTYPES, compiled_kernel, from_units, units_shape
+from mtlora.ops.plan import StepPlan
 from mtlora.ops.routed_lora import PackedBlock, routed_lora
-from mtlora.ops.table import DTYPES, Field
+from mtlora.ops.table import DTYPES, Field, SlotTable
 
-logger = logging.getLogger(__name__)
-
-# Tokens of a tile: as many as the kernel's innermost loop keeps in registers.
-TILE_SIZE = 8
-
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+_ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ERRORS = {
     2: "a slot is out of the table's range",
     3: "a tile is out of the range of the step's tokens",
     4: "an adapter in the table has another dtype or hidden size than x",
     5: "a bias row is out of the range of its adapter's biases",
+    6: "an adapter's weights are not in the kernel's layout",
 }
-_ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_ARGUMENTS: list[type[ctypes._SimpleCData]] = [
-    _INT, _INT, _ADDRESS, _ADDRESS, _LONG, _LONG, _LONG, _LONG, _ADDRESS, _LONG, _ADDRESS, _ADDRESS, _LONG, _ADDRESS,
-    _LONG, _INT,
-]  # fmt: skip
-
-
-@cache
-def compiled_kernel() -> ctypes.CDLL | None:
-    """The compiled kernel, or None where it was not built or this processor cannot run it."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_cpu_kernel{suffix}")
-        if not path.exists():
-            continue
-        try:
-            library = ctypes.CDLL(str(path))
-        except OSError as error:
-            logger.warning("adapters run in torch ops, slower in mixed batches: %s", error)
-            return None
-        library.mtlora_add_routed.argtypes = _ARGUMENTS
-        if library.mtlora_supported(0) and library.mtlora_max_tile() == TILE_SIZE:
-            return library
-        logger.warning("adapters run in torch ops, slower in mixed batches: %s does not suit this processor", path)
-        return None
-    logger.warning("adapters run in torch ops, slower in mixed batches: the kernel was not built at install")
-    return None
 
 
 def add_routed_lora_(
@@ -70,10 +40,55 @@ def add_routed_lora_(
     Raises ValueError, before anything is written, where table and plan do not fit each other or x.
     """
     kernel = compiled_kernel()
-    if kernel is None or x_TD.dtype not in _KERNEL_DTYPES:
+    if kernel is None or x_TD.dtype not in KERNEL_DTYPES:
         in_torch_ops(y_TD, x_TD, rows_AF, tokens_T, bias_rows_T, tiles_M3)
     else:
         run_kernel(kernel, 0, y_TD, x_TD, rows_AF, tokens_T, bias_rows_T, tiles_M3)
+
+
+def bind(table: SlotTable, plan: StepPlan) -> Callable[[torch.Tensor, torch.Tensor, int], None] | None:
+    """`run(y_TD, x_TD, block)` for a step's plan, with all that does not change from block to block settled here.
+
+    None where there is no compiled kernel for the table. `run` raises ValueError, before anything is written, for y or
+    x that do not fit. A small model's layer takes tens of microseconds, so each one spent here counts.
+    """
+    kernel = compiled_kernel()
+    dtype, device, hidden = table.kind
+    if kernel is None or device.type != "cpu" or dtype not in KERNEL_DTYPES:
+        return None
+    add_routed = kernel.mtlora_add_routed
+    isa, dtype_index, width = _INT(0), _INT(DTYPES.index(dtype)), _LONG(hidden)
+    rows, slots = table.rows_LAF, _LONG(table.num_slots)
+    first, step = rows.data_ptr(), rows.stride(0) * rows.element_size()
+    tokens, bias_rows, tiles = (_ADDRESS(t.data_ptr()) for t in (plan.tokens_T, plan.bias_rows_T, plan.tiles_M3))
+    num_planned, num_tiles = _LONG(len(plan.tokens_T)), _LONG(len(plan.tiles_M3))
+    threads = _INT(torch.get_num_threads())
+
+    def run(y_TD: torch.Tensor, x_TD: torch.Tensor, block: int) -> None:
+        # `plan` is named, so that its tensors live as long as this.
+        (T, D), (y_stride, y_step), (x_stride, x_step) = x_TD.shape, y_TD.stride(), x_TD.stride()
+        if (
+            hidden != D or y_TD.shape != x_TD.shape or x_TD.dtype != dtype or y_TD.dtype != dtype
+            or y_step != 1 or x_step != 1 or (T > 1 and (y_stride < D or x_stride < D))
+            or y_TD.device != device or x_TD.device != device
+        ):  # fmt: skip
+            check(y_TD, x_TD, rows[block], plan.tokens_T, plan.bias_rows_T, plan.tiles_M3)
+            raise ValueError(f"x is of {(x_TD.dtype, x_TD.device, D)}, the table's adapters of {table.kind}")
+        error = add_routed(
+            isa, dtype_index, y_TD.data_ptr(), x_TD.data_ptr(), y_stride, x_stride, T, width, first + block * step,
+            slots, tokens, bias_rows, num_planned, tiles, num_tiles, threads,
+        )  # fmt: skip
+        if error:
+            raise _failure(error)
+
+    return run
+
+
+def _failure(error: int) -> Exception:
+    """What a status of the kernel says."""
+    if error == 1:
+        return MemoryError("no memory for the scratch space of the routed path")
+    return ValueError(_ERRORS[error])
 
 
 def run_kernel(
@@ -105,10 +120,8 @@ def run_kernel(
         tiles_M3.shape[0],
         torch.get_num_threads(),
     )
-    if error == 1:
-        raise MemoryError("no memory for the scratch space of the routed path")
     if error:
-        raise ValueError(_ERRORS[error])
+        raise _failure(error)
 
 
 def in_torch_ops(
@@ -161,9 +174,13 @@ def _block(row: list[int], dtype: torch.dtype) -> PackedBlock:
     bias_bGN = None
     if row[Field.BIAS]:
         bias_bGN = _at(row[Field.BIAS], (row[Field.BIAS_ROWS], G, N), torch.float32)
-    return PackedBlock(
-        _at(row[Field.SHRINK], (D, r + G * N), dtype), _at(row[Field.EXPAND], (G, N * r, D // G), dtype), r, bias_bGN
-    )
+    shrink, expand = (D, r + G * N), (G, N * r, D // G)
+    if row[Field.IN_UNITS]:
+        shrink_DS = from_units(_at(row[Field.SHRINK], units_shape(*shrink, dtype), dtype), *shrink)
+        expand_GKE = from_units(_at(row[Field.EXPAND], (G, *units_shape(*expand[1:], dtype)), dtype), *expand[1:])
+    else:
+        shrink_DS, expand_GKE = _at(row[Field.SHRINK], shrink, dtype), _at(row[Field.EXPAND], expand, dtype)
+    return PackedBlock(shrink_DS, expand_GKE, r, bias_bGN)
 
 
 def _at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

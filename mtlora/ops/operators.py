@@ -8,13 +8,18 @@ What can be told without reading a GPU's memory is checked before any kernel run
 where the table was filled, that slots are in range where the plan was made.
 """
 
+from collections.abc import Callable
 from dataclasses import astuple
 
 import torch
 
-from mtlora.ops import cpu, tuning
+from mtlora.ops import cpu, cpu_kernel, tuning
+from mtlora.ops.checks import check
 from mtlora.ops.plan import StepPlan
-from mtlora.ops.table import DTYPES, Field, Limits, SlotTable
+from mtlora.ops.table import Limits, SlotTable
+
+# Adds to y [T, D], in place, the path of x [T, D] in a block, by its number.
+AddPath = Callable[[torch.Tensor, torch.Tensor, int], None]
 
 # Lives as long as the process: the operator goes with its library.
 _LIBRARY = torch.library.Library("mtlora", "FRAGMENT")
@@ -26,7 +31,7 @@ _LIBRARY.define(
 
 def tile_size(device: torch.device, num_tokens: int) -> int:
     """Tokens of a tile that suit a device and a step of so many tokens."""
-    return cpu.TILE_SIZE if device.type == "cpu" else tuning.tile_size(num_tokens)
+    return cpu_kernel.TILE_SIZE if device.type == "cpu" else tuning.tile_size(num_tokens)
 
 
 def add_routed_lora_(y_TD: torch.Tensor, x_TD: torch.Tensor, table: SlotTable, block: int, plan: StepPlan) -> None:
@@ -43,37 +48,10 @@ def add_routed_lora_(y_TD: torch.Tensor, x_TD: torch.Tensor, table: SlotTable, b
     )
 
 
-def _check(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    rows: torch.Tensor,
-    tokens: torch.Tensor,
-    bias_rows: torch.Tensor,
-    tiles: torch.Tensor,
-) -> None:
-    if x.dim() != 2 or y.shape != x.shape:
-        raise ValueError(f"x and y must both be [tokens, hidden], got {list(x.shape)} and {list(y.shape)}")
-    if x.dtype not in DTYPES or y.dtype != x.dtype:
-        raise ValueError(f"x and y must share one of {DTYPES}, got {x.dtype} and {y.dtype}")
-    for name, tensor in (("x", x), ("y", y)):
-        if tensor.stride(1) != 1 or (len(tensor) > 1 and tensor.stride(0) < tensor.shape[1]):
-            raise ValueError(f"{name}'s rows must be contiguous and apart, got strides {tensor.stride()}")
-    kinds = (
-        ("rows", rows, torch.int64, 2, len(Field)),
-        ("tokens", tokens, torch.int32, 1, None),
-        ("bias_rows", bias_rows, torch.int32, 1, None),
-        ("tiles", tiles, torch.int32, 2, 3),
-    )
-    for name, tensor, dtype, dims, width in kinds:
-        if tensor.dtype != dtype or tensor.dim() != dims or (width and tensor.shape[-1] != width):
-            raise ValueError(f"{name} must be {dtype} of {dims} dimensions, got {tensor.dtype} {list(tensor.shape)}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-    if bias_rows.shape != tokens.shape:
-        raise ValueError(f"bias_rows must be one a token, got {list(bias_rows.shape)} for {list(tokens.shape)}")
-    for name, tensor in (("y", y), ("rows", rows), ("tokens", tokens), ("bias_rows", bias_rows), ("tiles", tiles)):
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+def bind(table: SlotTable, plan: StepPlan) -> AddPath:
+    """`add_routed_lora_` for one step: `run(y_TD, x_TD, block)` at the least cost a call."""
+    run = cpu.bind(table, plan) if table.rows_LAF.device.type == "cpu" else None
+    return run or (lambda y_TD, x_TD, block: add_routed_lora_(y_TD, x_TD, table, block, plan))
 
 
 def _on_cpu(
@@ -86,7 +64,7 @@ def _on_cpu(
     limits: list[int],
     tile_size: int,
 ) -> None:
-    _check(y, x, rows, tokens, bias_rows, tiles)
+    check(y, x, rows, tokens, bias_rows, tiles)
     cpu.add_routed_lora_(y, x, rows, tokens, bias_rows, tiles)
 
 
@@ -103,7 +81,7 @@ def _on_cuda(
     # Imported here: CPU installations have no Triton.
     from mtlora.ops import triton_gpu
 
-    _check(y, x, rows, tokens, bias_rows, tiles)
+    check(y, x, rows, tokens, bias_rows, tiles)
     triton_gpu.add_routed_lora_(y, x, rows, tokens, bias_rows, tiles, Limits(*limits), tile_size)
 
 
@@ -117,7 +95,7 @@ def _fake(
     limits: list[int],
     tile_size: int,
 ) -> None:
-    _check(y, x, rows, tokens, bias_rows, tiles)
+    check(y, x, rows, tokens, bias_rows, tiles)
 
 
 _LIBRARY.impl("add_routed_lora_", _on_cpu, "CPU")

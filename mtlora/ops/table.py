@@ -13,6 +13,7 @@ from enum import IntEnum
 
 import torch
 
+from mtlora.ops.cpu_kernel import KERNEL_DTYPES, compiled_kernel, from_units, to_units
 from mtlora.ops.routed_lora import PackedBlock
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,8 +22,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Field(IntEnum):
     """Columns of a row. The kernels read rows by these places; `_cpu_kernel.cpp` and `triton_gpu.py` mirror them."""
 
-    SHRINK = 0  # address of [D, S]
-    EXPAND = 1  # address of [G, K, E]
+    SHRINK = 0  # address of [D, S], or of its units
+    EXPAND = 1  # address of [G, K, E], or of its units
     BIAS = 2  # address of float32 [rows, G, N], or 0
     RANK = 3  # 0: no path in this block
     EXPERTS = 4
@@ -30,6 +31,7 @@ class Field(IntEnum):
     BIAS_ROWS = 6
     DTYPE = 7  # index into DTYPES
     HIDDEN = 8
+    IN_UNITS = 9  # 1: weights are in the layout of `cpu_kernel.to_units`
 
 
 @dataclass(frozen=True)
@@ -87,38 +89,59 @@ def check_block(block: PackedBlock) -> None:
 class AdapterRows:
     """One adapter's row for every block, checked once; keeps the weights alive that the rows point at.
 
+    On a CPU those are a copy in the layout of the compiled kernel, where it can run and unless `as_given`; only weights
+    as they were given can go to another device, from `blocks`.
     blocks: one entry a block of the model, None where the adapter has no path. Raises ValueError as `check_block` does,
     and for blocks of several dtypes, devices or hidden sizes.
     """
 
-    def __init__(self, blocks: Sequence[PackedBlock | None]) -> None:
-        self.blocks = tuple(blocks)
+    def __init__(self, blocks: Sequence[PackedBlock | None], *, as_given: bool = False) -> None:
+        first = next((block.shrink_DS for block in blocks if block is not None), None)
+        in_units = (
+            not as_given and first is not None and first.device.type == "cpu" and first.dtype in KERNEL_DTYPES
+            and compiled_kernel() is not None
+        )  # fmt: skip
         self.limits = Limits()
-        rows, kinds = torch.zeros(len(self.blocks), len(Field), dtype=torch.int64), set()
-        for row, block in zip(rows, self.blocks, strict=True):
+        # As the rows point at them: in units, or as given.
+        self._held: list[PackedBlock | None] = []
+        self.blocks: tuple[PackedBlock | None, ...] = () if in_units else tuple(blocks)
+        rows, kinds = torch.zeros(len(blocks), len(Field), dtype=torch.int64), set()
+        for row, block in zip(rows, blocks, strict=True):
             if block is None:
+                self._held.append(None)
                 continue
             check_block(block)
             shrink, expand, rank, bias = block
             kinds.add((shrink.dtype, shrink.device, shrink.shape[0]))
+            if in_units:
+                shrink, expand, row[Field.IN_UNITS] = to_units(shrink), to_units(expand), 1
+            self._held.append(PackedBlock(shrink, expand, rank, bias))
             row[Field.SHRINK], row[Field.EXPAND] = shrink.data_ptr(), expand.data_ptr()
             if bias is not None:
                 row[Field.BIAS], row[Field.BIAS_ROWS] = bias.data_ptr(), len(bias)
             row[Field.RANK], row[Field.EXPERTS], row[Field.GROUPS] = rank, block.num_experts, block.num_groups
-            row[Field.DTYPE], row[Field.HIDDEN] = DTYPES.index(shrink.dtype), shrink.shape[0]
+            row[Field.DTYPE], row[Field.HIDDEN] = DTYPES.index(block.shrink_DS.dtype), len(block.shrink_DS)
             self.limits |= Limits.of(block)
         if len(kinds) > 1:
             raise ValueError(f"blocks of several kinds in one adapter: {sorted(map(str, kinds))}")
         self.kind = kinds.pop() if kinds else None
         self.rows_LF = rows
+        tensors = [tensor for held in self._held if held for tensor in (held.shrink_DS, held.expand_GKE, held.bias_bGN)]
+        self.num_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
         # Numbers of the blocks that have a path.
-        self.active = frozenset(i for i, block in enumerate(self.blocks) if block is not None)
+        self.active = frozenset(i for i, block in enumerate(blocks) if block is not None)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weights and biases."""
-        blocks = [block for block in self.blocks if block is not None]
-        return sum(t.nbytes for b in blocks for t in (b.shrink_DS, b.expand_GKE, b.bias_bGN) if t is not None)
+    def block(self, number: int) -> PackedBlock | None:
+        """A block's weights, in their own layout whatever the kernel's is; None where the adapter has no path there."""
+        held = self._held[number]
+        row = self.rows_LF[number].tolist()
+        if held is None or not row[Field.IN_UNITS]:
+            return held
+        D, K = row[Field.HIDDEN], row[Field.RANK] * row[Field.EXPERTS]
+        S, E = row[Field.RANK] + row[Field.GROUPS] * row[Field.EXPERTS], D // row[Field.GROUPS]
+        return PackedBlock(
+            from_units(held.shrink_DS, D, S), from_units(held.expand_GKE, K, E), held.rank, held.bias_bGN
+        )
 
 
 class SlotTable:
@@ -164,8 +187,8 @@ class SlotTable:
         else:
             if adapter.kind not in (None, self.kind):
                 raise ValueError(f"an adapter of {adapter.kind} in a table of {self.kind} (dtype, device, hidden size)")
-            if len(adapter.blocks) != len(self.rows_LAF):
-                raise ValueError(f"an adapter of {len(adapter.blocks)} blocks in a table of {len(self.rows_LAF)}")
+            if len(adapter.rows_LF) != len(self.rows_LAF):
+                raise ValueError(f"an adapter of {len(adapter.rows_LF)} blocks in a table of {len(self.rows_LAF)}")
             limits = self.limits | adapter.limits
             if self._fixed and limits != self.limits:
                 raise ValueError(f"an adapter of {adapter.limits} in a table of {self.limits}")

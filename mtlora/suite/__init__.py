@@ -1,21 +1,45 @@
-"""Task suites: the built-in one, or a folder of files in the layout of BIG-Bench Hard. Needs no torch."""
+"""Task suites: the built-in one, a folder of files in the layout of BIG-Bench Hard, generated inputs like its own, or
+a mix of these. Needs no torch."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mtlora.suite.base import SPLITS, Example, Split, Suite, SuiteError, split_of
 from mtlora.suite.bbh import FolderSuite
+from mtlora.suite.bbh_generated import GeneratedBBHSuite
 from mtlora.suite.builtin import BuiltinSuite, builtin_suite
+from mtlora.suite.mix import MixedSuite, SuitePart
 
-__all__ = ["SPLITS", "BuiltinSuite", "Example", "FolderSuite", "Split", "Suite", "SuiteError", "load_suite", "split_of"]
+__all__ = [
+    "SPLITS",
+    "BuiltinSuite",
+    "Example",
+    "FolderSuite",
+    "GeneratedBBHSuite",
+    "MixedSuite",
+    "Split",
+    "Suite",
+    "SuiteError",
+    "SuitePart",
+    "load_suite",
+    "split_of",
+]
 
 
-def load_suite(name_or_path: str) -> Suite:
-    """The suite called `builtin`, or the one in a folder. (A folder of that name is `./builtin`.)"""
+def load_suite(name_or_path: str | Sequence[SuitePart]) -> Suite:
+    """The suite called `builtin` or `bbh-generated`, the one in a folder, or a mix of parts.
+
+    (A folder that has one of these names is `./builtin`.)
+    """
+    if not isinstance(name_or_path, str):
+        return MixedSuite([(part, load_suite(part.suite)) for part in name_or_path])
     if name_or_path == "builtin":
         return builtin_suite()
+    if name_or_path == "bbh-generated":
+        return GeneratedBBHSuite()
     if not name_or_path or not Path(name_or_path).is_dir():
         raise SuiteError(
-            f"no suite {name_or_path!r}: allowed are builtin, or the path of a folder of JSON files in the layout of "
-            "BIG-Bench Hard"
+            f"no suite {name_or_path!r}: allowed are builtin, bbh-generated, or the path of a folder of JSON files "
+            "in the layout of BIG-Bench Hard"
         )
     return FolderSuite(name_or_path)

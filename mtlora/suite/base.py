@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from mtlora.errors import MtLoRAError
@@ -11,6 +11,9 @@ from mtlora.task import TaskSpec
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
+# What parts working from answer, in every suite here: one token of the default backbone, and in no task's text.
+ANSWER_MARKER = "=>"
+
 
 class SuiteError(MtLoRAError):
     """A suite that cannot be used: names the file, the place and the cause."""
@@ -18,11 +21,17 @@ class SuiteError(MtLoRAError):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One input of a task and its exact answer."""
+    """One input of a task and its exact answer.
+
+    `working` is a short derivation of the answer that a model may be trained to write before it; scoring ignores it.
+    `source` says where it was read, for errors.
+    """
 
     task_id: str
     input: str
     target: str
+    working: str | None = None
+    source: str | None = field(default=None, compare=False)
 
 
 class Suite(Protocol):

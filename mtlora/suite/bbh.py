@@ -147,7 +147,7 @@ def _read_example(task_id: str, entry: Any, place: str) -> Example:
         raise SuiteError(f"{place}: target {target[:60]!r} contains the stop string {_STOP!r}; answers are one line")
     if len(target) > MAX_TARGET_CHARS:
         raise SuiteError(f"{place}: target has {len(target)} characters; at most {MAX_TARGET_CHARS} are allowed")
-    return Example(task_id, entry["input"], target)
+    return Example(task_id, entry["input"], target, source=place)
 
 
 def _keys(document: dict[str, Any]) -> str:

@@ -1,28 +1,47 @@
 """Everything that decides what a training run does, checked at the door and kept as the checkpoint's provenance."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mtlora.config import MtLoRAConfig
+from mtlora.methods import AnyBaseline, BaselineConfig
+from mtlora.suite.mix import ExampleCounts, SuitePart
 
 
 class TrainingConfig(BaseModel):
-    """One training run. The same config, code, machine and thread count give the same weights, bit for bit."""
+    """One training run. The same config, code, machine, thread and process count give the same weights, bit for bit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     adapter: MtLoRAConfig = MtLoRAConfig()
-    suite: str = Field("builtin", description='"builtin" or a folder in BIG-Bench-Hard layout')
+    baseline: AnyBaseline | None = Field(None, description="train this, to compare with, in the adapter's place")
+    init_from: str | None = Field(
+        None, description="a checkpoint of the same adapter config to start from; tasks are matched by id"
+    )
+    suite: str | Annotated[tuple[SuitePart, ...], Field(min_length=1)] = Field(
+        "builtin", description='"builtin", "bbh-generated", a folder in BIG-Bench-Hard layout, or parts to mix'
+    )
     tasks: tuple[str, ...] | None = Field(None, description="train on these tasks of the suite; null means all")
-    examples_per_task: int | None = Field(
-        1000, ge=1, description="training examples of each task; null means all that a finite suite has"
+    examples_per_task: ExampleCounts = Field(
+        1000,
+        description="training examples: a number, null for all that a finite suite has, or a number a task id, * for "
+        "the rest; at most this many of each part of a mix",
     )
     validation_per_task: int = Field(16, ge=0)
     epochs: int = Field(1, ge=1)
-    max_steps: int | None = Field(None, ge=1, description="stop, with the schedule scaled to it, after this many steps")
-    batch_size: int = Field(16, ge=1, description="sequences a step")
-    max_length: int = Field(512, ge=8, description="tokens of prompt and answer; a longer example is an error")
+    max_steps: int | None = Field(None, ge=1, description="stop after this many steps")
+    schedule_steps: int | None = Field(
+        None, ge=1, description="steps that the learning rate's schedule spans, where it is not those that are run"
+    )
+    batch_size: int = Field(16, ge=1, description="sequences a step, at most")
+    batch_tokens: int | None = Field(
+        None, ge=8, description="tokens a step with padding, at most; a longer example is a batch by itself"
+    )
+    max_length: int = Field(512, ge=8, description="tokens of prompt and answer")
+    longer_examples: Literal["error", "skip"] = Field(
+        "error", description="what becomes of a training example above max_length; skipped ones are counted"
+    )
     learning_rate: float = Field(2e-3, gt=0)
     router_learning_rate_scale: float = Field(1.0, gt=0, description="factor on the rate of routers and task biases")
     warmup_fraction: float = Field(0.03, ge=0, lt=1)
@@ -35,7 +54,21 @@ class TrainingConfig(BaseModel):
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="the frozen backbone's; the adapter is float32"
     )
+    gradient_checkpointing: bool = Field(
+        False, description="keep one activation a layer and compute the rest again in the backward pass"
+    )
     seed: int = Field(0, ge=0, lt=2**32)
     save_every: int = Field(50, ge=1, description="steps between resumable states")
     validate_every: int = Field(200, ge=1, description="steps between validations")
     threads: int | None = Field(None, ge=1, description="CPU threads; null leaves torch's choice")
+
+    @property
+    def method(self) -> MtLoRAConfig | BaselineConfig:
+        """What is trained beside the backbone."""
+        return self.adapter if self.baseline is None else self.baseline
+
+    @model_validator(mode="after")
+    def _baselines_start_anew(self) -> "TrainingConfig":
+        if self.baseline is not None and self.init_from is not None:
+            raise ValueError("init_from is a checkpoint of the adapter: it cannot start a baseline")
+        return self

@@ -1,6 +1,7 @@
 """From suites to batches: encoded examples, and a schedule of length-bucketed batches that a step number determines."""
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,29 +44,53 @@ class Batch:
     num_tokens: int
 
 
-def encode(tokenizer: Any, tasks: Sequence[TaskSpec], examples: Iterable[Example], *, max_length: int) -> list[Encoded]:
-    """Encode examples. Raises SuiteError for one longer than `max_length` tokens, or than its task lets it answer."""
+def encode(
+    tokenizer: Any,
+    tasks: Sequence[TaskSpec],
+    examples: Iterable[Example],
+    *,
+    max_length: int,
+    skipped: Counter[str] | None = None,
+) -> list[Encoded]:
+    """Encode examples, with their working where they have it.
+
+    One longer than `max_length` tokens is counted in `skipped` under its task, or raises SuiteError where that is None;
+    so does one longer than its task lets it answer, always.
+    """
     index = {task.id: i for i, task in enumerate(tasks)}
     encoded = []
     for example in examples:
         task = tasks[index[example.task_id]]
-        prompt, answer = encode_example(tokenizer, task, example.input, example.target)
+        prompt, answer = encode_example(tokenizer, task, example.input, example.target, example.working)
         if len(prompt) + len(answer) > max_length:
+            if skipped is not None:
+                skipped[task.id] += 1
+                continue
             raise SuiteError(
-                f"task {task.id}: example of {len(prompt) + len(answer)} tokens, expected at most {max_length}: "
-                f"{example.input[:80]!r}"
+                f"{_where(example)}: example of {len(prompt) + len(answer)} tokens, expected at most "
+                f"{max_length} (max_length): {example.input[:80]!r}"
             )
         if len(answer) > task.max_new_tokens:
             raise SuiteError(
-                f"task {task.id}: target {example.target[:80]!r} takes {len(answer)} tokens with its end, "
+                f"{_where(example)}: target {example.target[:80]!r} takes {len(answer)} tokens with its end, "
                 f"expected at most max_new_tokens {task.max_new_tokens}"
             )
         encoded.append(Encoded(index[task.id], tuple(prompt), tuple(answer)))
     return encoded
 
 
-def schedule(examples: Sequence[Encoded], *, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
-    """Indices of the examples of every batch of a run: each example once an epoch, near-equal lengths together."""
+def _where(example: Example) -> str:
+    task = f"task {example.task_id}"
+    return f"{example.source}: {task}" if example.source else task
+
+
+def schedule(
+    examples: Sequence[Encoded], *, batch_size: int, epochs: int, seed: int, batch_tokens: int | None = None
+) -> list[list[int]]:
+    """Indices of the examples of every batch of a run: each example once an epoch, near-equal lengths together.
+
+    A batch has at most `batch_size` examples and, padded to its longest, `batch_tokens` tokens, but always one example.
+    """
     batches: list[list[int]] = []
     for epoch in range(epochs):
         rng = random.Random(f"{seed}/{epoch}")
@@ -75,15 +100,27 @@ def schedule(examples: Sequence[Encoded], *, batch_size: int, epochs: int, seed:
         epoch_batches = []
         for start in range(0, len(order), window):
             bucket = sorted(order[start : start + window], key=lambda i: len(examples[i]))
-            epoch_batches += [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
+            epoch_batches += _batches(bucket, [len(examples[i]) for i in bucket], batch_size, batch_tokens)
         rng.shuffle(epoch_batches)
         batches += epoch_batches
     return batches
 
 
-def collate(examples: Sequence[Encoded]) -> Batch:
-    """Pad one batch and mark its answer tokens."""
-    length = max(len(example) for example in examples)
+def _batches(bucket: list[int], lengths: list[int], batch_size: int, batch_tokens: int | None) -> list[list[int]]:
+    """A bucket in rising order of length, cut into batches."""
+    batches: list[list[int]] = [[]]
+    for index, length in zip(bucket, lengths, strict=True):
+        full = len(batches[-1]) >= batch_size
+        # Lengths rise, so the newest is the one that the batch is padded to.
+        if batches[-1] and (full or (batch_tokens is not None and (len(batches[-1]) + 1) * length > batch_tokens)):
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def collate(examples: Sequence[Encoded], length: int | None = None) -> Batch:
+    """Pad one batch, to its longest example or to `length` tokens, and mark its answer tokens."""
+    length = length or max(len(example) for example in examples)
     tokens_BL = torch.zeros(len(examples), length, dtype=torch.int64)
     rows: list[int] = []
     targets: list[int] = []

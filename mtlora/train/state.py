@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
-from mtlora.errors import MtLoRAError
+from mtlora.errors import MtLoRAError, describe
 from mtlora.files import sync, write_durably
 from mtlora.train.config import TrainingConfig
 
@@ -40,7 +41,10 @@ class RunFolder:
         if self.config_file.exists():
             if not resume:
                 raise RunError(f"{self.path} holds a run already: go on with --resume, or choose another --out")
-            previous = TrainingConfig.model_validate_json(self.config_file.read_bytes())
+            try:
+                previous = TrainingConfig.model_validate_json(self.config_file.read_bytes())
+            except ValidationError as error:
+                raise RunError(f"{self.config_file}: {describe(error)}") from None
             changed = [
                 f"{name}: was {getattr(previous, name)!r}, now {getattr(config, name)!r}"
                 for name in TrainingConfig.model_fields
@@ -51,9 +55,26 @@ class RunFolder:
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             _replace(self.config_file, (config.model_dump_json(indent=2) + "\n").encode())
-        # weights_only keeps a planted file from running code.
-        state = torch.load(self.state_file, weights_only=True) if self.state_file.exists() else None
+        state = self.read_state()
         self._cut_log(state["step"] if state else 0)
+        return state
+
+    def read_state(self) -> dict[str, Any] | None:
+        """The saved state, its tensors on the CPU; None before the first. Raises RunError for a damaged file."""
+        if not self.state_file.exists():
+            return None
+        try:
+            # weights_only keeps a planted file from running code.
+            state: dict[str, Any] = torch.load(self.state_file, weights_only=True, map_location="cpu")
+        except Exception as error:
+            # The unpickler answers damage with whatever its bytes lead to.
+            cause = " ".join(str(error).split()[:20]) or type(error).__name__
+            raise RunError(f"{self.state_file}: not a saved state: {cause}") from None
+        if "torch_rng" in state:
+            # As saved before there could be several processes.
+            state["generators"] = [{"cpu": state.pop("torch_rng")}]
+        if missing := {"step", "adapter", "optimizer", "generators"} - set(state):
+            raise RunError(f"{self.state_file}: lacks {', '.join(sorted(missing))}: saved by another version")
         return state
 
     def save(self, state: dict[str, Any]) -> None:

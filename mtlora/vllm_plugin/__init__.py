@@ -35,15 +35,17 @@ def register() -> None:
         ) from error
 
 
-def engine_overrides(max_num_seqs: int) -> dict[str, Any]:
+def engine_overrides(max_num_seqs: int, host_cache_bytes: int = 0) -> dict[str, Any]:
     """Arguments of vLLM's `EngineArgs` that suit mtLoRA adapters, for up to `max_num_seqs` sequences at a time.
 
     A slot is a pointer and a row of biases, so there is one for every sequence that can run: no sequence ever waits for
-    one. `max_lora_rank` bounds nothing here. What concerns compiling, the plugin sets by itself.
+    one. `max_lora_rank` bounds nothing here. What concerns compiling, the plugin sets by itself. `host_cache_bytes`:
+    what adapters that have no slots any more may take of host memory.
     """
     return {
         "enable_lora": True,
         "max_loras": max_num_seqs,
         "max_cpu_loras": max_num_seqs,
-        "worker_extension_cls": "mtlora.vllm_plugin.statistics.WorkerStatistics",
+        "worker_extension_cls": "mtlora.vllm_plugin.extension.AdapterExtension",
+        "additional_config": {"mtlora_host_cache_bytes": host_cache_bytes},
     }

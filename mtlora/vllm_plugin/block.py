@@ -46,7 +46,10 @@ class RoutedBlock(BaseLayerWithLoRA):
         """The block's output [T, D] with the path added to it in place."""
         x_TD = kwargs[self.input_name] if self.input_name in kwargs else args[self.input_index]
         y_TD = self.base_layer(*args, **kwargs)
-        torch.ops.mtlora.routed_lora_(y_TD, x_TD, self.layer_name)
+        if torch.compiler.is_compiling():
+            torch.ops.mtlora.routed_lora_(y_TD, x_TD, self.layer_name)
+        else:  # the operator is for compilers; without one its dispatch costs what a small layer's path costs
+            self.add_path_(y_TD, x_TD)
         return y_TD
 
     def add_path_(self, y_TD: torch.Tensor, x_TD: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ _OVERRIDDEN = {
     LRUCacheLoRAModelManager: MtLoRAModelManager,
     LRUCacheWorkerLoRAManager: MtLoRAWorkerManager,
 }
-_OWN = {"_slot_in_step", "_place"}
+_OWN = {"_slot_in_step", "_place", "stage", "unstage", "place"}
 
 
 def install() -> None:

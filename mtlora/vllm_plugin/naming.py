@@ -15,6 +15,11 @@ def slot_name(adapter: str, version: str, task_id: str | None) -> str:
     return f"{adapter}/{version}" + (f"{_SEPARATOR}{task_id}" if task_id else "")
 
 
+def adapter_version(name: str) -> str:
+    """`NAME/VERSION` of a `lora_name`, without the content that a server may add to the version after an `@`."""
+    return name.partition(_SEPARATOR)[0].partition("@")[0]
+
+
 def slot_path(folder: Path, task_id: str | None) -> str:
     """`LoRARequest.lora_path`: the checkpoint's folder, or `FOLDER#TASK`."""
     return str(folder) + (f"{_SEPARATOR}{task_id}" if task_id else "")

@@ -4,6 +4,7 @@ Shape suffixes: G groups, N experts, T tasks.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from mtlora.checkpoint import AdapterManifest, Checkpoint
 from mtlora.ops.routed_lora import PackedBlock, pack_block
 from mtlora.ops.table import AdapterRows
+from mtlora.vllm_plugin.naming import adapter_version
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,9 +27,21 @@ class PackedAdapter:
     rows: AdapterRows
 
     @property
-    def version(self) -> str:
-        """NAME/VERSION, as its folders are called."""
-        return f"{self.folder.parent.name}/{self.folder.name}"
+    def num_bytes(self) -> int:
+        """Bytes of its weights."""
+        return self.rows.num_bytes
+
+    def to(self, device: torch.device) -> "PackedAdapter":
+        """The adapter on another device; itself where it is there already."""
+        if self.rows.kind is None or self.rows.kind[1].type == device.type:
+            return self
+        blocks = [None if block is None else block.to(device) for block in self.rows.blocks]
+        return PackedAdapter(self.folder, self.manifest, AdapterRows(blocks))
+
+    @cached_property
+    def task_ids(self) -> frozenset[str]:
+        """Ids of its tasks."""
+        return frozenset(task.id for task in self.manifest.tasks)
 
     def bias_row(self, task_id: str | None) -> int:
         """Row of the bias tables for a task, -1 for none. Raises ValueError for a task it does not have."""
@@ -47,21 +61,29 @@ class Slot:
     """What a `LoRARequest` stands for. `adapter` is None for the empty slots of vLLM's warm-up runs."""
 
     id: int
+    name: str
     path: str
     adapter: PackedAdapter | None
     bias_row: int
 
+    @property
+    def version(self) -> str:
+        """NAME/VERSION of its adapter, whichever task it is for."""
+        return adapter_version(self.name)
+
 
 def pack_adapter(
-    folder: Path, checkpoint: Checkpoint, blocks: list[str], *, device: torch.device, dtype: torch.dtype
+    folder: Path, checkpoint: Checkpoint, blocks: list[str], *, dtype: torch.dtype, movable: bool
 ) -> PackedAdapter:
-    """Pack the blocks that this worker runs. `blocks` are all of its wrapped blocks; the adapter may have fewer."""
+    """Pack the blocks that this worker runs, on the CPU. `blocks` are all of its wrapped blocks; an adapter may have
+    fewer. movable: it will go to another device.
+    """
     config, tensors = checkpoint.manifest.config, checkpoint.tensors
 
     def pack(name: str) -> PackedBlock | None:
         if name.rpartition(".")[2] not in config.modules:
             return None
-        block = pack_block(
+        return pack_block(
             tensors[f"{name}.lora_A"],
             tensors[f"{name}.lora_B"],
             tensors[f"{name}.lora_route"],
@@ -70,6 +92,5 @@ def pack_adapter(
             dtype=dtype,
             bias_bGN=tensors[f"{name}.task_bias"] if config.task_bias else None,
         )
-        return block.to(device)
 
-    return PackedAdapter(folder, checkpoint.manifest, AdapterRows([pack(name) for name in blocks]))
+    return PackedAdapter(folder, checkpoint.manifest, AdapterRows([pack(name) for name in blocks], as_given=movable))

@@ -9,6 +9,7 @@ Shape suffixes: T tokens, D hidden size, G groups, N experts.
 import math
 import os
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class RoutingSampler:
         tile = self._step // self._steps // self._num_blocks % max(1, len(plan.tiles_M3))
         slot, first, count = plan.tiles_M3[tile].tolist() if len(plan.tiles_M3) else (0, 0, 0)
         held = table.held(slot) if count else None
-        packed = held.blocks[block] if held else None
+        packed = held.block(block) if held else None
         if packed is None:
             return
         rows = slice(first, first + min(count, _TOKENS))
@@ -71,8 +72,8 @@ class RoutingSampler:
         sums = self._sums.setdefault(names[slot], RoutingSums())
         sums.rows += weights_TGN.shape[0] * weights_TGN.shape[1]
         sums.entropy += float(share.sum())
-        old_N = sums.expert_weights or [0.0] * len(used_N)
-        sums.expert_weights = [old + new for old, new in zip(old_N, used_N, strict=True)]
+        # A version can come again under its name with other content, and so with other experts.
+        sums.expert_weights = [old + new for old, new in zip_longest(sums.expert_weights, used_N, fillvalue=0.0)]
 
     def sums(self) -> dict[str, dict[str, Any]]:
         """The sums so far, by adapter version."""

@@ -1,7 +1,7 @@
 """What a worker counts of its adapters, and how the server asks for it.
 
-`WorkerStatistics` is vLLM's worker extension: `collective_rpc("mtlora_statistics")` gives one plain dictionary a rank,
-whose fields `statistics` names.
+`WorkerStatistics` is a part of the worker extension: `collective_rpc("mtlora_statistics")` gives one plain dictionary a
+rank, whose fields `statistics` names.
 """
 
 from dataclasses import dataclass
@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mtlora.vllm_plugin.worker_manager import MtLoRAWorkerManager
-
-EXTENSION = f"{__name__}.WorkerStatistics"
-METHOD = "mtlora_statistics"
 
 
 @dataclass
@@ -23,11 +20,13 @@ class Counts:
 
 
 class WorkerStatistics:
-    """Mixed into vLLM's worker by the `worker_extension_cls` argument."""
+    """Asks a worker for its `statistics`."""
+
+    model_runner: Any
 
     def mtlora_statistics(self) -> dict[str, Any]:
         """This rank's `statistics`."""
-        manager: MtLoRAWorkerManager = self.model_runner.lora_manager  # type: ignore[attr-defined]
+        manager: MtLoRAWorkerManager = self.model_runner.lora_manager
         return statistics(manager)
 
 

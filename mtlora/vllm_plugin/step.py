@@ -8,7 +8,7 @@ from collections.abc import Callable, Set
 import numpy as np
 import torch
 
-from mtlora.ops.operators import add_routed_lora_, tile_size
+from mtlora.ops.operators import AddPath, bind, tile_size
 from mtlora.ops.plan import StepPlan, plan_step
 from mtlora.ops.table import AdapterRows, SlotTable
 from mtlora.vllm_plugin.packed import Slot
@@ -31,7 +31,6 @@ class StepMapping:
     def clear(self) -> None:
         """No token has an adapter."""
         self.num_tokens = 0
-        self._plan: StepPlan | None = None
         self._blocks: frozenset[int] = frozenset()
         self._names: dict[int, str] = {}
 
@@ -50,12 +49,12 @@ class StepMapping:
             return
         self._blocks = frozenset().union(*(rows.active for rows in place_of))
         if self.sampler:
-            self._names = {place_of[s.adapter.rows]: s.adapter.version for s in held.values() if s.adapter is not None}
+            self._names = {place_of[s.adapter.rows]: s.version for s in held.values() if s.adapter is not None}
         place_of_id, bias_row_of_id = np.full((2, len(ids)), -1)
         for i, its in held.items():
             if its.adapter is not None:
                 place_of_id[i], bias_row_of_id[i] = place_of[its.adapter.rows], its.bias_row
-        self._plan = self._to_device(
+        plan = self._plan = self._to_device(
             plan_step(
                 place_of_id[id_index_T],
                 bias_row_of_id[id_index_T],
@@ -63,11 +62,12 @@ class StepMapping:
                 tile_size=tile_size(self._device, self.num_tokens),
             )
         )
+        self._add_path_: AddPath = bind(self._table, plan)
 
     def add_path_(self, y_TD: torch.Tensor, x_TD: torch.Tensor, block: int) -> None:
         """Add to `y_TD`, in place, the path of block number `block` for every row that has an adapter."""
-        if self._plan is not None and block in self._blocks:
-            add_routed_lora_(y_TD, x_TD, self._table, block, self._plan)
+        if block in self._blocks:
+            self._add_path_(y_TD, x_TD, block)
             if self.sampler and self.sampler.due(block):
                 self.sampler.observe(x_TD, self._table, block, self._plan, self._names)
 

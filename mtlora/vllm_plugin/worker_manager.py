@@ -1,6 +1,10 @@
 """The worker's side of the plugin: turns requests into slots, from memory wherever a step waits for it."""
 
+import contextlib
 import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,11 @@ from mtlora.vllm_plugin.pipeline import warm_up_stages
 from mtlora.vllm_plugin.store import AdapterStore
 
 logger = init_logger(__name__)
+
+_STAGING_NICENESS = 5
+
+# Key of vLLM's `additional_config`.
+HOST_CACHE_KEY = "mtlora_host_cache_bytes"
 
 # "strict": adapters must have been made beside these weights; "architecture": beside some of this shape, as where the
 # backbone is a quantised form of theirs.
@@ -45,8 +54,36 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
             [block.block_name for block in self._adapter_manager.blocks],
             device=self.device,
             dtype=vllm_config.model_config.dtype,
+            host_cache_bytes=host_cache_bytes(vllm_config.additional_config),
         )
+        self._stager = ThreadPoolExecutor(1, "stage-adapter", initializer=_stand_back)
+        self._staging: dict[str, Future[None]] = {}
         return wrapped
+
+    def stage(self, folder: str) -> bool:
+        """Read and pack a checkpoint beside the running steps; True once it is done. Ask again until then.
+
+        Raises CheckpointError where it cannot be used; the next call tries anew.
+        """
+        future = self._staging.get(folder)
+        if future is None:
+            future = self._staging[folder] = self._stager.submit(self.store.stage, folder)
+        if not future.done():
+            return False
+        del self._staging[folder]
+        future.result()
+        return True
+
+    def unstage(self, folder: str) -> None:
+        """Give up what was staged and not placed."""
+        if future := self._staging.pop(folder, None):
+            future.cancel()
+        self._stager.submit(self.store.unstage, folder)
+
+    def place(self, folder: str, requests: Sequence[LoRARequest]) -> None:
+        """Register the slots of a staged adapter; reads nothing. Raises ValueError as `AdapterStore.place` does."""
+        with gpu_sync_allowed():
+            self.store.place(folder, requests)
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """Register a request's adapter, outside any step. What is wrong with it reaches the caller of `add_lora`."""
@@ -88,7 +125,7 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         """
         self._adapter_manager.remove_adapter(lora_request.lora_int_id)
         return self._adapter_manager.add_adapter(
-            Slot(lora_request.lora_int_id, lora_request.lora_path, adapter=None, bias_row=0)
+            Slot(lora_request.lora_int_id, lora_request.lora_name, lora_request.lora_path, adapter=None, bias_row=0)
         )
 
     def remove_adapter(self, adapter_id: int) -> bool:
@@ -105,6 +142,20 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
     def list_adapters(self) -> set[int]:
         """Ids of all registered slots, in vLLM's caches or not."""
         return self.store.slot_ids()
+
+
+def _stand_back() -> None:
+    """Have this thread take what steps leave of the cores: it is not to race them."""
+    # One core, of all there are: it has inherited the one that the first of the engine's threads is bound to.
+    torch.set_num_threads(1)
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _STAGING_NICENESS)
+
+
+def host_cache_bytes(additional_config: Any) -> int:
+    """How much of packed adapters without slots to keep in host memory: the engine's `additional_config`, else 0."""
+    return int(additional_config.get(HOST_CACHE_KEY, 0)) if isinstance(additional_config, dict) else 0
 
 
 def running_backbone(model_config: ModelConfig) -> dict[str, Any]:

@@ -14,10 +14,14 @@ from deploy import manifests
 from deploy.grafana import dashboard
 from server.call import Call
 from server.metrics import Metrics
+from server.registry.events import Event
+from server.registry.version import Stage
+from server.tenants import Tenant
 
 PROMETHEUS = manifests.RULES.parent
 NAME = re.compile(r"\bmtlora[_:][a-zA-Z0-9_:]*[a-zA-Z0-9_]")
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+CALL = Call("r", "Generate", "one", tenant=Tenant(id="a"), prompt_tokens=1, completion_tokens=1)
 needs_promtool = pytest.mark.skipif(
     not shutil.which("promtool"), reason="promtool is not installed (Debian: prometheus)"
 )
@@ -80,11 +84,14 @@ def test_the_autoscaler_names_metrics_that_exist() -> None:
 
 def test_labels_in_expressions_exist() -> None:
     metrics = Metrics()
-    metrics.record_request(Call("r", "Generate", "one", tenant="a", prompt_tokens=1, completion_tokens=1), "OK")
-    metrics.record_quota_refusal("a", "requests")
+    metrics.record_request(
+        Call("r", "Generate", "one", tenant=Tenant(id="a"), prompt_tokens=1, completion_tokens=1), "OK"
+    )
+    metrics.record_quota_refusal("a", "max_queue")
     metrics.record_shed("a", "deadline")
     metrics.record_engine_restart("died")
-    metrics.record_adapter_event("loaded")
+    metrics.record_service("a", 1.0)
+    metrics.record_adapter_event(Event("alpha", "1", Stage.FAILED, failed_stage=Stage.VERIFIED))
     labels = {label for family in metrics.registry.collect() for sample in family.samples for label in sample.labels}
     # Of the scrape, of the dashboard's variables, and of a histogram.
     labels |= {"namespace", "pod", "le", "adapter", "expert", "state", "version", "backbone"}
@@ -143,7 +150,9 @@ def test_the_dashboards_queries_are_promql(tmp_path: Path) -> None:
 @needs_promtool
 def test_the_page_is_sound() -> None:
     metrics = Metrics()
-    metrics.record_request(Call("r", "Generate", "one", tenant="a", prompt_tokens=1, completion_tokens=1), "OK")
+    metrics.record_request(
+        Call("r", "Generate", "one", tenant=Tenant(id="a"), prompt_tokens=1, completion_tokens=1), "OK"
+    )
     done = subprocess.run(
         ["promtool", "check", "metrics"], input=generate_latest(metrics.registry), capture_output=True
     )

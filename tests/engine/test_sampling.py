@@ -36,11 +36,11 @@ def mapping(tmp_path, monkeypatch):
         backbone=IDENTITY, config=MtLoRAConfig(r=2, num_experts=3, num_groups=2), tasks=task_table(3),
         tensors_sha256="0" * 64,
     )  # fmt: skip
-    adapter = PackedAdapter(tmp_path / "name" / "7", manifest, AdapterRows(blocks))
+    adapter = PackedAdapter(tmp_path, manifest, AdapterRows(blocks))
     table = SlotTable(BLOCKS, 2, hidden_size=D, dtype=torch.float32, device=torch.device("cpu"))
     monkeypatch.setenv(ENVIRONMENT_STEPS, "2")
     step = StepMapping(table, RoutingSampler.from_environment(BLOCKS))
-    step.set(np.full(TOKENS, 9), lambda _: Slot(9, "", adapter, bias_row=1))
+    step.set(np.full(TOKENS, 9), lambda _: Slot(9, "name/7@0123#task", "", adapter, bias_row=1))
     return step, route, bias
 
 

@@ -12,7 +12,7 @@ import torch
 import mtlora.ops.operators  # noqa: F401  registers the operator
 from mtlora.ops.plan import StepPlan, plan_step
 from mtlora.ops.reference import ReferenceAdapter, routed_lora_batch_reference
-from mtlora.ops.routed_lora import pack_block
+from mtlora.ops.routed_lora import PackedBlock, pack_block
 from mtlora.ops.table import AdapterRows, Limits, SlotTable
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -50,7 +50,9 @@ def random_slots(shapes: Sequence[Shape | None], tokens: int, seed: int) -> tupl
 class Batch:
     """A case's tensors on a device, in a dtype, and the expected output."""
 
-    def __init__(self, case: Case, dtype: torch.dtype, device: str = "cpu", tile_size: int = 8) -> None:
+    def __init__(
+        self, case: Case, dtype: torch.dtype, device: str = "cpu", tile_size: int = 8, *, as_given: bool = False
+    ) -> None:
         generator = torch.Generator().manual_seed(case.seed)
 
         def randn(*size: int) -> torch.Tensor:
@@ -58,10 +60,12 @@ class Batch:
 
         D, self.dtype, self.device = case.D, dtype, torch.device(device)
         adapters: list[ReferenceAdapter | None] = []
+        self.blocks: list[PackedBlock | None] = []
         self.table = SlotTable(1, len(case.shapes), hidden_size=D, dtype=dtype, device=self.device)
         for slot, shape in enumerate(case.shapes):
             if shape is None:
                 adapters.append(None)
+                self.blocks.append(None)
                 continue
             A, R = (randn(n, D).div(D**0.5).to(dtype) for n in (shape.r, shape.G * shape.N))
             B = randn(shape.N, D, shape.r).div(shape.r**0.5).to(dtype)
@@ -69,7 +73,8 @@ class Batch:
             # A power of two: the scaled experts round as the experts do.
             adapters.append(ReferenceAdapter(A, B, R, bias, shape.G, 2.0))
             block = pack_block(A, B, R, num_groups=shape.G, scaling=2.0, dtype=dtype, bias_bGN=bias).to(self.device)
-            self.table.place(slot, AdapterRows([block]))
+            self.blocks.append(block)
+            self.table.place(slot, AdapterRows([block], as_given=as_given))
         x_TD, y_TD = randn(len(case.slots), D).to(dtype), randn(len(case.slots), D).to(dtype)
         delta_TD = routed_lora_batch_reference(x_TD, adapters, case.slots, case.bias_rows)
         self.expected_TD = y_TD.double() + delta_TD

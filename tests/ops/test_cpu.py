@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtlora.ops import cpu
+from mtlora.ops import cpu, cpu_kernel
+from mtlora.ops.operators import bind
 from tests.ops.cases import SHAPE_CLASSES, Batch, Case, Shape, random_slots
 
-KERNEL = cpu.compiled_kernel()
+KERNEL = cpu_kernel.compiled_kernel()
 BACKENDS = {"torch": cpu.in_torch_ops, "operator": lambda *tensors: torch.ops.mtlora.add_routed_lora_(*tensors, [], 8)}
 if KERNEL is not None:
     for isa in (2, 512, 516):
@@ -51,6 +52,41 @@ def test_shape_classes(backend: str, dtype: torch.dtype, name: str) -> None:
     batch.check()
 
 
+@every_dtype
+@pytest.mark.parametrize(("K", "C"), [(1, 1), (7, 16), (8, 33), (576, 48)])
+def test_units_hold_the_weights(K: int, C: int, dtype: torch.dtype) -> None:
+    weights = torch.randn(3, K, C).to(dtype)
+    units = cpu_kernel.to_units(weights)
+    assert units.shape == (3, *cpu_kernel.units_shape(K, C, dtype))
+    assert torch.equal(cpu_kernel.from_units(units, K, C), weights)
+
+
+@every_dtype
+def test_torch_ops_read_weights_as_given(dtype: torch.dtype) -> None:
+    batch = Batch(SHAPE_CLASSES["ragged-sizes"], dtype, as_given=True)
+    cpu.in_torch_ops(*batch.tensors)
+    batch.check()
+    if KERNEL is not None:
+        with pytest.raises(ValueError, match="layout"):
+            cpu.run_kernel(KERNEL, 0, *batch.tensors)
+
+
+def test_a_bound_step_is_the_formula_and_refuses_what_does_not_fit() -> None:
+    batch = Batch(SHAPE_CLASSES["many-tokens-of-many"], torch.bfloat16)
+    add_path_ = bind(batch.table, batch.plan)
+    wrong = (
+        (batch.y_TD.float(), batch.x_TD), (batch.y_TD, batch.x_TD[:-1]), (batch.y_TD[:, ::2], batch.x_TD[:, ::2]),
+        (batch.y_TD, batch.x_TD.t().contiguous().t()), (batch.y_TD[:, 1:], batch.x_TD[:, 1:]),
+        (batch.y_TD[:5], batch.x_TD[:5]),
+    )  # fmt: skip
+    for y_TD, x_TD in wrong:
+        with pytest.raises(ValueError, match=r"must|table|range"):
+            add_path_(y_TD, x_TD, 0)
+    assert torch.equal(batch.y_TD, batch.before_TD)
+    add_path_(batch.y_TD, batch.x_TD, 0)
+    batch.check()
+
+
 @every_backend
 def test_rows_of_wider_tensors(backend: str) -> None:
     batch = Batch(SHAPE_CLASSES["many-tokens-of-many"], torch.float32)
@@ -65,15 +101,14 @@ def test_rows_of_wider_tensors(backend: str) -> None:
 @every_backend
 def test_large_logits(backend: str) -> None:
     batch = Batch(Case(48, (Shape(4, 5, 3, 1),), (0,) * 6, (0,) * 6), torch.float32)
-    adapter = batch.table.held(0)
-    assert adapter is not None
-    assert adapter.blocks[0] is not None
-    bias = adapter.blocks[0].bias_bGN
+    block = batch.blocks[0]
+    assert block is not None
+    bias = block.bias_bGN
     assert bias is not None
     bias.copy_(torch.full_like(bias, -3e4))
     bias[..., 2] = 3e4
     BACKENDS[backend](*batch.tensors)
-    shrink, expand, r, _ = adapter.blocks[0]
+    shrink, expand, r, _ = block
     h = (batch.x_TD @ shrink)[:, :r]
     only = torch.cat([h @ expand[j, 2 * r : 3 * r] for j in range(3)], 1)
     torch.testing.assert_close(batch.y_TD, batch.before_TD + only)

@@ -33,7 +33,7 @@ def run(batch: Batch, launch: Launch | None, limits: Limits | None = None) -> No
 @pytest.mark.parametrize(("launch", "tile_size"), [(DECODE, 16), (PREFILL, 64)], ids=["decode", "prefill"])
 @pytest.mark.parametrize("name", list(SHAPE_CLASSES))
 def test_shape_classes(name: str, launch: Launch, tile_size: int, dtype: torch.dtype) -> None:
-    batch = Batch(SHAPE_CLASSES[name], dtype, DEVICE, tile_size)
+    batch = Batch(SHAPE_CLASSES[name], dtype, DEVICE, tile_size, as_given=True)
     run(batch, launch)
     batch.check()
 
@@ -49,13 +49,13 @@ def test_random_batches(seed: int) -> None:
         for _ in range(rng.integers(1, 5))
     )  # fmt: skip
     case = Case(D, shapes, *random_slots(shapes, int(rng.integers(1, 24)), seed), seed=seed)
-    batch = Batch(case, [torch.float32, torch.bfloat16][seed % 2], DEVICE, 16)
+    batch = Batch(case, [torch.float32, torch.bfloat16][seed % 2], DEVICE, 16, as_given=True)
     run(batch, DECODE)
     batch.check()
 
 
 def test_default_launch_and_wider_limits() -> None:
-    batch = Batch(mixed(5, 48), torch.float32, DEVICE, 16)
+    batch = Batch(mixed(5, 48), torch.float32, DEVICE, 16, as_given=True)
     run(batch, None, batch.limits | Limits(rank=20, experts=9, groups=6))
     batch.check()
 
@@ -67,7 +67,7 @@ def test_defaults_fill_a_card() -> None:
 
 
 def test_padding_tiles_do_nothing() -> None:
-    batch = Batch(mixed(7, 48), torch.float32, DEVICE, 16)
+    batch = Batch(mixed(7, 48), torch.float32, DEVICE, 16, as_given=True)
     case = mixed(7, 48)
     batch.plan = DevicePlan(12, len(case.shapes), tile_size=16, device=torch.device(DEVICE)).set(
         np.array(case.slots), np.array(case.bias_rows)

@@ -6,15 +6,21 @@ from contextlib import asynccontextmanager
 from types import MappingProxyType
 from typing import Any
 
-import grpc
 from mtlora_pb.v1 import inference_pb2_grpc
+from openinference_pb import grpc_predict_v2_pb2_grpc
 
 from server.admission import Admission, State
 from server.catalog import Catalog
 from server.interceptor import CallInterceptor
 from server.job import Delta, GenerationJob, ServedTask
+from server.listening import Listening
 from server.metrics import UNKNOWN_TASK, Metrics
+from server.openinference import OpenInferenceServicer
+from server.scheduling import Scheduler
 from server.servicer import InferenceServicer
+from server.settings import load_settings
+from server.tenants import Directory
+from server.tenants.authentication import Authenticator
 from server.tracing import Tracer
 from server.validation import Limits
 from tests.server.adapters import entry
@@ -46,29 +52,61 @@ class FakeEngine:
         self.running = 0
         self.jobs: list[GenerationJob] = []
 
+    def prefetch(self, task: ServedTask) -> None:
+        pass
+
     async def generate(self, job: GenerationJob) -> AsyncIterator[Delta]:
         self.jobs.append(job)
         self.running += 1
         try:
             yield self.deltas[0]
+            # As the real one does between two steps, so that the first can be read before the second is there.
+            await asyncio.sleep(0.01)
             if self.error:
                 raise self.error
             if self.hold:
                 await self.hold.wait()
             for delta in self.deltas[1:]:
                 yield delta
+                await asyncio.sleep(0.01)
         finally:
             self.running -= 1
+
+
+class FakeRepository:
+    """Remembers what it was asked to do."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+
+    async def load(self, model: str) -> None:
+        self.asked.append(("load", model))
+
+    async def unload(self, model: str) -> None:
+        self.asked.append(("unload", model))
 
 
 class Service:
     """A gRPC server in this process, serving two tasks."""
 
-    def __init__(self, max_in_flight: int = 4, *, log_prompts: bool = False) -> None:
+    def __init__(
+        self, max_in_flight: int = 4, *, log_prompts: bool = False, slots: int | None = None, **settings: Any
+    ) -> None:
+        self.settings = load_settings({"allow_no_tasks": True, "port": 0, "metrics_port": 0, **settings})
+        self.directory = Directory(self.settings.tenants)
         self.metrics = Metrics()
         self.admission = Admission(max_in_flight, self.metrics.in_flight.set)
+        self.scheduler = Scheduler(slots=slots or max_in_flight, max_queued=max_in_flight, observer=self.metrics)
         self.engine = FakeEngine()
-        self.servicer = InferenceServicer(self.admission, self.metrics, log_prompts=log_prompts)
+        self.repository = FakeRepository()
+        self.servicer = InferenceServicer(
+            self.admission,
+            self.metrics,
+            self.scheduler,
+            cache_salt=lambda tenant: self.directory.current.cache_salt(tenant),
+            log_prompts=log_prompts,
+        )
+        self.open_inference = OpenInferenceServicer(self.servicer, self.admission, self.repository)
         self.servicer.engine = self.engine
         self.servicer.tokenizer = FakeTokenizer()
         self.servicer.limits = Limits(max_model_len=64, vocab_size=300)
@@ -86,9 +124,15 @@ class Service:
 
     @asynccontextmanager
     async def running(self, tracer: Tracer | None = None) -> AsyncIterator["Service"]:
-        server = grpc.aio.server(interceptors=[CallInterceptor(self.metrics, self.label, tracer)])
+        authenticate = Authenticator(self.directory).tenant
+        interceptor = CallInterceptor(
+            self.metrics, self.label, authenticate, tracer, slow_reader_s=self.settings.slow_reader_s
+        )
+        listening = Listening(self.settings, interceptor)
+        server = listening.server
         inference_pb2_grpc.add_InferenceServicer_to_server(self.servicer, server)
-        self.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self.open_inference, server)
+        self.address = listening.bind()
         self.admission.state = State.SERVING
         await server.start()
         try:

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -15,13 +14,11 @@ import psutil
 import pytest
 
 from mtlora.client import Client, ServerError
-from server.app import App, StartError
-from server.catalog import read_catalog
+from server.app import App
 from server.process import ServerProcess
 from server.settings import load_settings
 from tests.server.adapters import entry, write_adapter
-from tests.server.helpers import LONG, free_port
-from tests.server.slots import TINY, make_slots
+from tests.server.helpers import LONG
 
 SMALL: dict[str, Any] = {"kv_cache_gib": 0.25, "max_num_seqs": 8}
 
@@ -73,27 +70,6 @@ def test_an_engine_that_does_not_start(adapters: Path) -> None:
     assert "max_model_len" in done.stderr
 
 
-async def test_an_adapter_that_the_engine_refuses_is_left_out(tmp_path: Path) -> None:
-    catalog = read_catalog(_two_adapters(tmp_path), TINY, make_slots)
-    engine = SimpleNamespace(alive=True, load=_refuse_the_first)
-    app = App(load_settings({"adapters": tmp_path}))
-    assert list((await app._load_slots(engine, catalog)).tasks) == ["y"]
-    engine.alive = False
-    with pytest.raises(StartError, match="died while it loaded a/1"):
-        await app._load_slots(engine, catalog)
-
-
-def _two_adapters(folder: Path) -> Path:
-    for name, task in (("a", "x"), ("b", "y")):
-        write_adapter(folder / name / "1", [entry(task)], backbone=TINY)
-    return folder
-
-
-async def _refuse_the_first(slot: Any) -> None:
-    if slot.lora_int_id == 1:
-        raise ValueError("no")
-
-
 def test_a_signal_while_starting_ends_everything(adapters: Path) -> None:
     with ServerProcess(adapters=adapters, wait=False, **SMALL) as server:
         root = psutil.Process(server.process.pid)
@@ -141,26 +117,49 @@ def test_sigterm_lets_a_long_stream_finish(adapters: Path) -> None:
         assert "Traceback" not in server.log()
 
 
-def test_a_dead_engine_is_said_to_be_dead(adapters: Path) -> None:
-    port = free_port()
-    with ServerProcess(adapters=adapters, port=port, **SMALL) as server, server.client() as client:
-        assert client.is_serving("mtlora.v1.Inference")
-        assert client.is_serving("live")
-        stream = client.stream("open", "Once", **LONG)
-        next(stream)
-        children = psutil.Process(server.process.pid).children(recursive=True)
-        next(child for child in children if "Worker" in child.name()).kill()
-        with pytest.raises(ServerError) as raised:
-            list(stream)
-        assert raised.value.code is grpc.StatusCode.UNAVAILABLE
-        _until(lambda: not client.is_serving("mtlora.v1.Inference"))
-        _until(lambda: not client.is_serving("live"))
-        with pytest.raises(ServerError) as raised:
-            client.generate("open", "x")
-        assert raised.value.code is grpc.StatusCode.UNAVAILABLE
-        assert raised.value.retry_after_s
-        assert server.process.poll() is None
+def test_an_engine_that_dies_or_hangs_is_replaced(adapters: Path) -> None:
+    with ServerProcess(adapters=adapters, engine_hang_s=3, **SMALL) as server, server.client() as client:
+        before = client.generate("open", "Once").text
+        for name, number, limit in (("Worker", signal.SIGKILL, 2.0), ("EngineCore", signal.SIGSTOP, 6.0)):
+            stream = client.stream("open", "Once", **LONG)
+            next(stream)
+            _engine(server, name).send_signal(number)
+            began = time.monotonic()
+            with pytest.raises(ServerError) as raised:
+                list(stream)
+            assert raised.value.code is grpc.StatusCode.UNAVAILABLE
+            assert raised.value.retry_after_s
+            _until(lambda: not client.is_serving("mtlora.v1.Inference"))
+            assert client.is_serving("live")
+            # Generous: a busy machine.
+            assert time.monotonic() - began < 3 * limit
+            with pytest.raises(ServerError) as raised:
+                client.generate("open", "x")
+            assert raised.value.code is grpc.StatusCode.UNAVAILABLE
+            client.wait_ready(150)
+            assert client.generate("open", "Once").text == before
+            assert _engine(server, "EngineCore").status() != psutil.STATUS_STOPPED
         assert server.stop() == 0
+
+
+def test_an_engine_that_keeps_dying_ends_the_server(adapters: Path) -> None:
+    with ServerProcess(adapters=adapters, engine_max_failures=1, engine_failure_window_s=1000, **SMALL) as server:
+        _engine(server, "EngineCore").kill()
+        with server.client() as client:
+            _until(lambda: not client.is_serving())
+            # The next one dies while it starts.
+            _until(lambda: any("EngineCore" in child.name() for child in _children(server)), 60)
+            _engine(server, "EngineCore").kill()
+        assert server.process.wait(120) == 1
+        assert "failed 2 times within 1000 s" in server.log()
+
+
+def _children(server: ServerProcess) -> list[psutil.Process]:
+    return psutil.Process(server.process.pid).children(recursive=True)
+
+
+def _engine(server: ServerProcess, name: str) -> psutil.Process:
+    return next(child for child in _children(server) if name in child.name())
 
 
 def _until(condition: Any, timeout: float = 20.0) -> None:

@@ -11,13 +11,14 @@ from prometheus_client.openmetrics.exposition import generate_latest as openmetr
 from server.call import Call
 from server.engine import EngineStats, RoutingSums, WorkerStats
 from server.metrics import TOP_TASKS, TOP_TENANTS, UNKNOWN_TASK, Metrics
+from server.tenants import Tenant
 from server.top import OTHER, TopLabels
 
 STATUSES = ("OK", "CANCELLED", "DEADLINE_EXCEEDED", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNAVAILABLE")
 
 
-def call(task: str = "one", tenant: str = "", **fields: object) -> Call:
-    return Call("r", "Generate", task, tenant=tenant, **fields)  # type: ignore[arg-type]
+def call(task: str = "one", tenant: str = "open", **fields: object) -> Call:
+    return Call("r", "Generate", task, tenant=Tenant(id=tenant), **fields)  # type: ignore[arg-type]
 
 
 def worker(**fields: object) -> WorkerStats:
@@ -40,10 +41,11 @@ def test_a_scrape_of_many_tasks_and_tenants_is_small_and_quick() -> None:
         metrics.record_request(each, STATUSES[i % 7 % 6])
         metrics.observe_ttft(each, 0.2)
         metrics.observe_e2e(each, 1.0)
-        metrics.set_tenant_in_flight(each.tenant, i % 5)
-        metrics.set_tenant_queued(each.tenant, i % 3)
-        metrics.record_quota_refusal(each.tenant, "requests")
-        metrics.record_shed(each.tenant, "deadline")
+        metrics.set_tenant_in_flight(each.tenant.id, i % 5)
+        metrics.set_tenant_queued(each.tenant.id, i % 3)
+        metrics.record_service(each.tenant.id, 100.0)
+        metrics.record_quota_refusal(each.tenant.id, "max_queue")
+        metrics.record_shed(each.tenant.id, "deadline")
     routing = {f"adapter-{i}/1": RoutingSums(8, 4.0, [1.0] * 16) for i in range(1000)}
     metrics.record_workers([worker(routing=routing)])
     page = generate_latest(metrics.registry)
@@ -113,6 +115,10 @@ def test_tenants_are_folded_when_scraped() -> None:
         metrics.set_tenant_in_flight(tenant, requests)
     assert value(metrics, "mtlora_tenant_requests_in_flight", tenant="big") == 5
     assert value(metrics, "mtlora_tenant_requests_in_flight", tenant=OTHER) == 3
+    assert value(metrics, "mtlora_requests_queued") == 0
+    for tenant in ("big", "small"):
+        metrics.set_tenant_queued(tenant, 3)
+    assert value(metrics, "mtlora_requests_queued") == 6
     metrics.set_tenant_in_flight("small", 0)
     assert value(metrics, "mtlora_tenant_requests_in_flight", tenant=OTHER) == 1
 

@@ -5,15 +5,23 @@ import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from itertools import pairwise
+from types import MappingProxyType
 
 import grpc
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mtlora_pb.v1 import inference_pb2 as pb
 from mtlora_pb.v1 import inference_pb2_grpc
 
 from mtlora.client import AsyncClient, ServerError, make_request
+from mtlora.task import TaskSpec
 from server.admission import State
 from server.errors import EngineAbortedError, EngineDeadError
+from server.generation import AnswerSplitter
+from server.job import Delta, TokenLogprob, TokenLogprobs
 from server.logs import JsonFormatter
 from tests.server.fakes import Service, eventually
 
@@ -53,6 +61,70 @@ async def test_generate_and_stream_agree(service: Service, client: AsyncClient) 
     assert service.value("mtlora_requests_total", method="GenerateStream", task="one", status="OK") == 1
     assert service.value("mtlora_request_seconds_count") == 2
     assert service.value("mtlora_inter_token_latency_seconds_count") == 2
+
+
+WORKED = [
+    Delta(" 3+4", 2),
+    Delta("=7 =", 2),
+    Delta("> 7", 2),
+    Delta(" => 8", 2),
+    Delta("", 1, finish_reason="stop"),
+]
+
+
+def with_marker(service: Service) -> None:
+    """Give task one an answer marker, and the engine an answer with working."""
+    served = service.servicer.catalog.tasks["one"]
+    spec = served.spec.model_copy(update={"answer_marker": "=>"})
+    tasks = {**service.servicer.catalog.tasks, "one": replace(served, spec=spec)}
+    service.servicer.catalog = replace(service.servicer.catalog, tasks=MappingProxyType(tasks))
+    service.engine.deltas = list(WORKED)
+
+
+async def test_working_is_kept_from_the_answer(service: Service, client: AsyncClient) -> None:
+    with_marker(service)
+    answer = await client.generate("one", "x")
+    assert (answer.text, answer.reasoning) == ("7 => 8", "")
+    assert answer.summary.completion_tokens == 9
+    assert (await client.generate("one", "x", include_reasoning=True)).reasoning == "3+4=7"
+    assert (await client.generate("one", "x", without_adapter=True)).text == "3+4=7 => 7 => 8"
+
+
+async def test_a_stream_holds_working_back(service: Service, client: AsyncClient) -> None:
+    """Nothing comes before the marker, which two deltas share; from there on every piece does."""
+    with_marker(service)
+    pieces = [piece async for piece in client.stream("one", "x", include_reasoning=True)]
+    assert [(piece.reasoning, piece.text) for piece in pieces] == [("3+4=7", " 7"), ("", " => 8"), ("", "")]
+    assert pieces[-1].summary.completion_tokens == 9
+    assert [piece.text async for piece in client.stream("one", "x")] == [" 7", " => 8", ""]
+
+
+async def test_logprobs_of_working_are_streamed_as_they_come(service: Service, client: AsyncClient) -> None:
+    with_marker(service)
+    token = TokenLogprobs(TokenLogprob(5, "5", -0.5), ())
+    service.engine.deltas = [replace(delta, logprobs=(token,) * delta.tokens) for delta in WORKED]
+    pieces = [piece async for piece in client.stream("one", "x", logprobs=1)]
+    assert [len(piece.logprobs) for piece in pieces] == [2, 2, 2, 2, 1]
+    assert "".join(piece.text for piece in pieces) == " 7 => 8"
+    assert len((await client.generate("one", "x", logprobs=1)).logprobs) == 9
+
+
+async def test_without_a_marker_in_it_all_of_a_text_is_the_answer(service: Service, client: AsyncClient) -> None:
+    with_marker(service)
+    service.engine.deltas = [Delta(" 3+", 2), Delta("4 =", 2, finish_reason="length")]
+    answer = await client.generate("one", "x", include_reasoning=True)
+    assert (answer.text, answer.reasoning) == ("3+4 =", "")
+    assert [piece.text async for piece in client.stream("one", "x")] == [" 3+4 ="]
+
+
+@given(text=st.text(alphabet="a =>", max_size=12), cuts=st.lists(st.integers(0, 12), max_size=5))
+def test_a_split_text_is_split_as_the_whole_one_is(text: str, cuts: list[int]) -> None:
+    """However it is cut into pieces, and as the offline generator splits it."""
+    bounds = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
+    splitter = AnswerSplitter("=>")
+    parts = [splitter.feed(text[a:b], last=b == len(text)) for a, b in pairwise(bounds)] or [("", "")]
+    spec = TaskSpec(id="t", description="d", answer_marker="=>")
+    assert ("".join(part[0] for part in parts), "".join(part[1] for part in parts)) == spec.split_answer(text)
 
 
 async def test_a_chats_answer_keeps_its_blanks(client: AsyncClient) -> None:
@@ -101,7 +173,7 @@ async def test_a_full_server_says_when_to_come_back(service: Service, client: As
     assert service.value("mtlora_requests_in_flight") == 0
 
 
-@pytest.mark.parametrize("state", [State.STARTING, State.DRAINING, State.DEAD])
+@pytest.mark.parametrize("state", [State.STARTING, State.DRAINING, State.RESTARTING])
 async def test_nothing_is_answered_unless_serving(service: Service, client: AsyncClient, state: State) -> None:
     service.admission.state = state
     stub = inference_pb2_grpc.InferenceStub(client._channel)

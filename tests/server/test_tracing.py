@@ -71,8 +71,8 @@ async def test_a_request_is_one_tree_at_the_collector() -> None:
 def test_what_is_not_sampled_costs_no_trace() -> None:
     spans = InMemorySpanExporter()
     tracer = Tracer("", sample_ratio=0.0, exporter=spans)
-    assert tracer.begin("Generate", "r", None) is None
-    traced = tracer.begin("Generate", "r", (("traceparent", f"00-{TRACE}-{PARENT}-01"),))
+    assert tracer.begin("/mtlora.v1.Inference/Generate", "r", None) is None
+    traced = tracer.begin("/mtlora.v1.Inference/Generate", "r", (("traceparent", f"00-{TRACE}-{PARENT}-01"),))
     assert traced is not None
     assert traced.trace_id == TRACE
     traced.end("CANCELLED", Call("r", "Generate", "one"))

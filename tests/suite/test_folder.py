@@ -144,7 +144,7 @@ def test_ids_ignore_case(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "built-in", "/nowhere/at/all", "a\0b"])
 def test_unknown_suite(name: str) -> None:
-    with pytest.raises(SuiteError, match="allowed are builtin, or the path of a folder"):
+    with pytest.raises(SuiteError, match="allowed are builtin, bbh-generated, or the path"):
         load_suite(name)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtlora.suite.base import Example, SuiteError
-from mtlora.task import TaskSpec
+from mtlora.task import TaskSpec, TemplateError
 from mtlora.train.data import Encoded, collate, encode, schedule
 
 encoded = st.builds(
@@ -63,12 +63,21 @@ class Characters:
 
 @pytest.mark.parametrize(
     ("text", "target", "message"),
-    [("x" * 100, "a", "example of 111 tokens, expected at most 64"), ("x", "a" * 9, "takes 11 tokens with its end")],
+    [
+        ("x" * 100, "a", "task t: example of 111 tokens, expected at most 64"),
+        ("x", "a" * 9, "takes 11 tokens with its end"),
+    ],
 )
 def test_encode_names_the_example_that_is_too_long(text: str, target: str, message: str) -> None:
     task = TaskSpec(id="t", description="d", max_new_tokens=8)
     with pytest.raises(SuiteError, match=message):
         encode(Characters(), [task], [Example("t", text, target)], max_length=64)
+
+
+def test_a_template_that_names_an_unknown_field_stops_at_its_first_example() -> None:
+    task = TaskSpec(id="t", description="d", template="{input} {context}")
+    with pytest.raises(TemplateError, match="task t takes fields input, context, not one text"):
+        encode(Characters(), [task], [Example("t", "x", "y")], max_length=64)
 
 
 def test_padding_leaves_every_sequence_as_if_alone(tiny_backbone) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from mtlora.backbone import identify
 from mtlora.checkpoint import read_checkpoint
 from mtlora.cli import main
 from mtlora.config import MtLoRAConfig
+from mtlora.suite import SuiteError, SuitePart
 from mtlora.train.config import TrainingConfig
 from mtlora.train.state import RunError
 from mtlora.train.trainer import Trainer, TrainingError
@@ -107,6 +109,76 @@ def test_a_run_folder_is_never_taken_for_another(tiny_backbone: Path, tmp_path: 
         Trainer(SMALL.model_copy(update={"learning_rate": 0.5}), tiny_backbone, out, resume=True)
 
 
+def test_gradients_that_are_no_numbers_stop_before_they_spoil_anything(tiny_backbone: Path, tmp_path: Path) -> None:
+    trainer = Trainer(SMALL, tiny_backbone, tmp_path / "run")
+    before = {name: value.clone() for name, value in trainer.adapted.adapters.state_dict().items()}
+    next(trainer.adapted.adapters.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(TrainingError, match="step 1: the gradients' norm is nan"):
+        trainer.fit()
+    assert all(torch.equal(before[name], value) for name, value in trainer.adapted.adapters.state_dict().items())
+
+
+def test_a_good_checkpoint_outlives_a_run_that_fails(tiny_backbone: Path, tmp_path: Path) -> None:
+    """The state that was saved, and what was there in the checkpoint's place, stay as they were."""
+    trainer = Trainer(SMALL, tiny_backbone, tmp_path / "run")
+    good = Trainer(SMALL.model_copy(update={"max_steps": 2}), tiny_backbone, tmp_path / "good")
+    good.fit()
+    (tmp_path / "good" / "adapter").rename(trainer.folder.checkpoint)
+    files = {path: path.read_bytes() for path in trainer.folder.checkpoint.iterdir()}
+    for _ in range(2):
+        trainer.train_step()
+    trainer.save()
+    state = trainer.folder.state_file.read_bytes()
+    trainer.adapted.model.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(TrainingError, match="step 3: loss is nan"):
+        trainer.fit()
+    assert {path: path.read_bytes() for path in trainer.folder.checkpoint.iterdir()} == files
+    assert trainer.folder.state_file.read_bytes() == state
+    assert sorted(path.name for path in trainer.folder.path.iterdir()) == ["adapter", "state.pt", "training.json"]
+
+
+def test_a_damaged_state_is_named(tiny_backbone: Path, tmp_path: Path) -> None:
+    trainer = Trainer(SMALL, tiny_backbone, tmp_path / "run")
+    trainer.save()
+    whole = trainer.folder.state_file.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"hello"):
+        trainer.folder.state_file.write_bytes(content)
+        with pytest.raises(RunError, match=r"state\.pt: not a saved state"):
+            Trainer(SMALL, tiny_backbone, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("files", "flags", "message"),
+    [
+        ({"a": [("x", "y" * 300)]}, [], "a.json: example 0: target has 300 characters; at most 256 are allowed"),
+        ({"a": [("x", "y"), ("z " * 99, "y")]}, ["max_length=40"],
+         "a.json: example 1: task a: example of .* tokens, expected at most 40"),
+        ({"a": [("x", "y")], "A": [("x", "y")]}, [], "a.json: task id 'a' is taken by A.json"),
+        ({"a": []}, [], 'a.json: "examples" is empty'),
+        ({"a": [("x", "y")], "b": [("v", None)]}, [], 'b.json: example 0: no "target"'),
+        ({"a": [("x", "y")], "b": [("z " * 99, "y")]}, ["max_length=40", "longer_examples=skip"],
+         r"task b has no training example \(all 1 are longer than max_length 40\)"),
+        ({"a": [("x", "y")]}, ['tasks=["a","a"]'], "each task is named once; a more than once"),
+        ({"a": [("x", "y")]}, ["tasks=[]"], "at least one task"),
+    ],
+    ids=["long target", "long example", "duplicate id", "empty task", "missing field", "all too long", "twice", "none"],
+)  # fmt: skip
+def test_bad_task_files_are_named_before_a_run_leaves_a_trace(
+    tiny_backbone: Path, tmp_path: Path, capsys, files: dict, flags: list[str], message: str
+) -> None:
+    suite, out = tmp_path / "suite", tmp_path / "run"
+    suite.mkdir()
+    for name, pairs in files.items():
+        entries = [{"input": text} | ({"target": target} if target else {}) for text, target in pairs]
+        (suite / f"{name}.json").write_text(json.dumps({"examples": entries}))
+    sets = [word for flag in ("examples_per_task=null", "validation_per_task=0", *flags) for word in ("--set", flag)]
+    status = main(["train", "--backbone", str(tiny_backbone), "--out", str(out), "--suite", str(suite), *sets])
+    error = capsys.readouterr().err
+    assert status == 2
+    assert re.search(message, error), error
+    assert not out.exists()
+
+
 def test_a_loss_that_is_no_number_stops_before_it_spoils_anything(tiny_backbone: Path, tmp_path: Path) -> None:
     trainer = Trainer(SMALL, tiny_backbone, tmp_path / "run")
     before = {name: value.clone() for name, value in trainer.adapted.adapters.state_dict().items()}
@@ -127,9 +199,67 @@ def test_a_loss_that_is_no_number_stops_before_it_spoils_anything(tiny_backbone:
         (["--learning-rate", "fast"], "learning_rate"),
         (["--set", "colour=red"], "colour"),
         (["--config", "/nowhere.json"], "/nowhere.json"),
+        (["--suite", "builtin", "--set", "suite.x=1"], "suite is 'builtin', which has no x"),
+        (["--profile", "0"], "one of --out DIR and --profile STEPS"),
     ],
 )
 def test_bad_settings_are_named(tiny_backbone: Path, tmp_path: Path, capsys, flags: list[str], message: str) -> None:
     status = main(["train", "--backbone", str(tiny_backbone), "--out", str(tmp_path / "run"), *flags])
     assert status == 2
     assert message in capsys.readouterr().err
+
+
+MIX = (
+    SuitePart(suite="builtin", examples_per_task={"navigate": 6, "object_counting": 6}),
+    SuitePart(
+        suite="bbh-generated", examples_per_task={"navigate": 5, "dyck_languages": 7}, train_only=True,
+        joins=("boolean_expressions", "hyperbaton", "navigate", "object_counting", "temporal_sequences",
+               "web_of_lies", "word_sorting"),
+    ),
+)  # fmt: skip
+
+
+def test_a_mix_starts_from_a_checkpoint_by_task_id(tiny_backbone: Path, tmp_path: Path) -> None:
+    first = Trainer(SMALL.model_copy(update={"max_steps": 4}), tiny_backbone, tmp_path / "first")
+    first.fit()
+    config = SMALL.model_copy(
+        update={
+            "init_from": str(first.folder.checkpoint), "suite": MIX, "examples_per_task": None,
+            "tasks": ("navigate", "object_counting", "dyck_languages"), "validation_per_task": 1,
+            "batch_size": 8, "batch_tokens": 300,
+        }
+    )  # fmt: skip
+    second = Trainer(config, tiny_backbone, tmp_path / "second")
+    found, made = second.adapted.adapters.state_dict(), read_checkpoint(first.folder.checkpoint).tensors
+    name = "layers.1.mlp"
+    assert torch.equal(found[f"{name}.lora_B"], made[f"{name}.lora_B"].float())
+    assert made[f"{name}.task_bias"].count_nonzero()
+    # object_counting is row 1 in both; the other two are new.
+    assert torch.equal(found[f"{name}.task_bias"][1], made[f"{name}.task_bias"][1].float())
+    assert not found[f"{name}.task_bias"][[0, 2]].count_nonzero()
+    manifest = second.fit()
+    assert manifest.training["tokens_by_task"].keys() == {"navigate", "object_counting", "dyck_languages"}
+    assert manifest.training["examples"] == 24
+    assert manifest.task("navigate").answer_marker == "=>"
+    assert manifest.task("navigate").template.startswith("Do these moves")
+    # Built-in and folder alone are validated: dyck_languages has no other part here.
+    assert set(manifest.evaluation["adapter"]["tasks"]) == {"navigate", "object_counting"}
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tiny_backbone: Path, tmp_path: Path) -> None:
+    first = Trainer(SMALL.model_copy(update={"max_steps": 1}), tiny_backbone, tmp_path / "first")
+    first.fit()
+    other = SMALL.model_copy(
+        update={"init_from": str(first.folder.checkpoint), "adapter": MtLoRAConfig(r=8, num_experts=3, num_groups=2)}
+    )
+    with pytest.raises(TrainingError, match=r"expected the same adapter config; r: 4 there, 8 here"):
+        Trainer(other, tiny_backbone, tmp_path / "second")
+
+
+def test_longer_examples_are_counted_or_refused(tiny_backbone: Path, tmp_path: Path) -> None:
+    short = SMALL.model_copy(update={"max_length": 40, "validation_per_task": 0, "max_steps": 1})
+    with pytest.raises(SuiteError, match="expected at most 40"):
+        Trainer(short, tiny_backbone, tmp_path / "error")
+    trainer = Trainer(short.model_copy(update={"longer_examples": "skip"}), tiny_backbone, tmp_path / "skip")
+    assert 0 < sum(trainer.skipped.values()) == 120 - len(trainer.train_set)
+    assert max(map(len, trainer.train_set)) <= 40

@@ -48,7 +48,7 @@ class BuiltinSuite:
         examples: dict[str, Example] = {}
         misses = 0
         while len(examples) < count:
-            text, target = generate(rng)
+            text, target, *working = generate(rng)
             if text in examples or split_of(task_id, text) != split:
                 misses += 1
                 if misses >= self._max_misses:
@@ -58,7 +58,7 @@ class BuiltinSuite:
                     )
                 continue
             misses = 0
-            examples[text] = Example(task_id, text, target)
+            examples[text] = Example(task_id, text, target, *working)
         return list(examples.values())
 
 

@@ -225,27 +225,27 @@ def _plain(value: Decimal) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def unit_conversion(rng: random.Random) -> tuple[str, str]:
-    """Metric units either way, and now and then hours, minutes, days and weeks."""
+def unit_conversion(rng: random.Random) -> tuple[str, str, str]:
+    """Metric units either way, and now and then hours, minutes, days and weeks; worked by the factor."""
     if rng.random() < 0.1:
         source, target, factor = rng.choice(TIMES)
         value = Decimal(rng.randint(2, 40))
-        result = value * factor
+        result, working = value * factor, f"*{factor}"
     else:
         source, target, factor = rng.choice(UNITS)
         if rng.random() < 0.6:
             value = Decimal(rng.choice((rng.randint(1, 99) * 10, rng.randint(1, 999)))) / 10
-            result = value * factor
+            result, working = value * factor, f"*{factor}"
         else:
             source, target = target, source
             value = Decimal(rng.choice((rng.randint(1, 99) * factor // 10, rng.randint(1, 99) * factor)))
-            result = value / factor
+            result, working = value / factor, f"/{factor}"
     text = rng.choice((
         f"{_plain(value)} {source} in {target}",
         f"{_plain(value)} {source} to {target}",
         f"Convert {_plain(value)} {source} to {target}",
     ))  # fmt: skip
-    return text, f"{_plain(result)} {target}"
+    return text, f"{_plain(result)} {target}", working
 
 
 # How systems write each severity.
@@ -313,7 +313,7 @@ TASKS: tuple[GeneratedTask, ...] = (
         "unit_conversion", unit_conversion,
         description="Converts a quantity between metric units or units of time.",
         instruction="Convert the quantity. Answer with number and unit.",
-        max_new_tokens=14,
+        max_new_tokens=24, worked=True,
     ),
     task(
         "log_triage", log_triage,

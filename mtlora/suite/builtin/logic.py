@@ -20,8 +20,8 @@ def _or_of_ands(values: Sequence[bool], operators: Sequence[str]) -> bool:
     return any(all(group) for group in groups)
 
 
-def boolean_expression(rng: random.Random) -> tuple[str, str]:
-    """Three or four operands, some negated, at most one pair of brackets."""
+def boolean_expression(rng: random.Random) -> tuple[str, str, str]:
+    """Three or four operands, some negated, at most one pair of brackets; worked by reducing operands to constants."""
     wanted = rng.random() < 0.5
     while True:
         n = rng.choice((3, 4, 4, 4))
@@ -44,11 +44,12 @@ def boolean_expression(rng: random.Random) -> tuple[str, str]:
             operators[start : end - 1] = []
         if _or_of_ands(values, operators) == wanted:
             text = texts[0] + "".join(f" {op} {term}" for op, term in zip(operators, texts[1:], strict=True))
-            return text, str(wanted)
+            reduced = "".join(f" {op} {value}" for op, value in zip(operators, values[1:], strict=True))
+            return text, str(wanted), f"{values[0]}{reduced}"
 
 
-def web_of_lies(rng: random.Random) -> tuple[str, str]:
-    """A chain of three people, each vouching for or accusing the one before."""
+def web_of_lies(rng: random.Random) -> tuple[str, str, str]:
+    """A chain of three people, each vouching for or accusing the one before; worked by who tells the truth."""
     people = rng.sample(NAMES, 3)
     honest = [rng.random() < 0.5 for _ in people]
     verb = {True: "tells the truth", False: "lies"}
@@ -56,7 +57,8 @@ def web_of_lies(rng: random.Random) -> tuple[str, str]:
     for i in (1, 2):
         # The truthful report the predecessor's honesty as it is, liars report the opposite.
         statements.append(f"{people[i]} says {people[i - 1]} {verb[honest[i] == honest[i - 1]]}.")
-    return f"{' '.join(statements)} Does {people[2]} tell the truth?", "Yes" if honest[2] else "No"
+    working = " ".join(f"{person} {'yes' if true else 'no'}" for person, true in zip(people, honest, strict=True))
+    return f"{' '.join(statements)} Does {people[2]} tell the truth?", "Yes" if honest[2] else "No", working
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +106,11 @@ def _holds(clue: tuple[str, int, int], order: _Order) -> bool:
     return order.index(thing) < order.index(other) if kind == "before" else order[other] == thing
 
 
-def logical_deduction(rng: random.Random) -> tuple[str, str]:
-    """Two clues fix the order of three things; neither alone decides the question."""
+def logical_deduction(rng: random.Random) -> tuple[str, str, str]:
+    """Two clues fix the order of three things; neither alone decides the question.
+
+    Worked with the clues in one notation (`x<y`: x comes before y; `x=2`: x is second) and the order they give.
+    """
     scene = rng.choice(_SCENES)
     things = rng.sample(scene.pool, 3)
     order, asked = rng.choice(_ORDERS), rng.randrange(3)
@@ -117,8 +122,9 @@ def logical_deduction(rng: random.Random) -> tuple[str, str]:
         decided_by_one = any(len({o[asked] for o in _ORDERS if _holds(clue, o)}) == 1 for clue in clues)
         if len(fits) == 1 and not decided_by_one:
             break
-    sentences = []
+    sentences, working = [], []
     for kind, thing, other in clues:
+        working.append(f"{things[thing]}={other + 1}" if kind == "at" else f"{things[thing]}<{things[other]}")
         if kind == "at":
             sentences.append(f"{scene.noun.format(x=things[thing])} {scene.at[other]}.")
         elif rng.random() < 0.5:
@@ -127,7 +133,8 @@ def logical_deduction(rng: random.Random) -> tuple[str, str]:
             sentences.append(f"{scene.noun.format(x=things[other])} {scene.more.format(y=things[thing])}.")
     names = things if scene.pool in (NAMES, GOODS) else [f"{article(thing)} {thing}" for thing in things]
     intro = scene.intro.format(a=enumerate_words(names))
-    return f"{intro} {' '.join(sentences)} {scene.ask[asked]}", things[order[asked]]
+    working.append(" ".join(things[i] for i in order))
+    return f"{intro} {' '.join(sentences)} {scene.ask[asked]}", things[order[asked]], ", ".join(working)
 
 
 # (quantifier, subject, predicate) of two premises and the conclusion. Valid means: true in every model, classes may be
@@ -155,16 +162,24 @@ _QUANTIFIERS = {
 }  # fmt: skip
 
 
-def syllogism(rng: random.Random) -> tuple[str, str]:
-    """Two premises and a conclusion, of twelve forms."""
+def syllogism(rng: random.Random) -> tuple[str, str, str]:
+    """Two premises and a conclusion, of twelve forms.
+
+    Worked with letters for the classes: S and P are subject and predicate of the conclusion, M the class in between.
+    """
     valid = rng.random() < 0.5
     form = rng.choice(VALID_FORMS if valid else INVALID_FORMS)
     classes = dict(zip("ABC", rng.sample(CLASSES, 3), strict=True))
     first, second, conclusion = (_QUANTIFIERS[q].format(s=classes[s], p=classes[p]) for q, s, p in form)
+    _, subject, predicate = form[2]
+    letters = {subject: "S", predicate: "P"}
+    premises = [f"{q} {letters.get(s, 'M')} {letters.get(p, 'M')}" for q, s, p in form[:2]]
     if rng.random() < 0.5:
         first, second = second, first
+        premises.reverse()
     text = f"{first.capitalize()}. {second.capitalize()}. Therefore, {conclusion}."
-    return text, "valid" if valid else "invalid"
+    working = ", ".join([*premises, f"{form[2][0]} S P"])
+    return text, "valid" if valid else "invalid", working
 
 
 _CLOSER = {"(": ")", "[": "]", "{": "}", "<": ">"}
@@ -192,25 +207,25 @@ TASKS: tuple[GeneratedTask, ...] = (
         "boolean_expressions", boolean_expression,
         description="Evaluates a boolean expression of three or four operands.",
         instruction="Is the boolean expression True or False?",
-        max_new_tokens=4, allowed_answers=("True", "False"),
+        max_new_tokens=16, allowed_answers=("True", "False"), worked=True,
     ),
     task(
         "web_of_lies", web_of_lies,
         description="Says whether the last of three people, who vouch for or accuse one another, tells the truth.",
         instruction="Everyone always lies or always tells the truth. Answer Yes or No.",
-        max_new_tokens=4, allowed_answers=("Yes", "No"),
+        max_new_tokens=24, allowed_answers=("Yes", "No"), worked=True,
     ),
     task(
         "logical_deduction", logical_deduction,
         description="Finds the order of three things from two clues and names the one in the place asked for.",
         instruction="Work out the order and name the one asked for.",
-        max_new_tokens=8,
+        max_new_tokens=48, worked=True,
     ),
     task(
         "syllogisms", syllogism,
         description="Says whether a conclusion follows from two quantified premises.",
         instruction="Is the argument deductively valid or invalid?",
-        max_new_tokens=4, allowed_answers=("valid", "invalid"),
+        max_new_tokens=24, allowed_answers=("valid", "invalid"), worked=True,
     ),
     task(
         "bracket_completion", bracket_completion,

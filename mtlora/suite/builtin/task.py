@@ -4,14 +4,15 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mtlora.suite.base import ANSWER_MARKER
 from mtlora.task import TaskSpec
 
-Generate = Callable[[random.Random], tuple[str, str]]
+Generate = Callable[[random.Random], tuple[str, str] | tuple[str, str, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratedTask:
-    """`generate(rng)` gives (input, target) and draws on nothing but `rng`."""
+    """`generate(rng)` gives (input, target) or (input, target, working) and draws on nothing but `rng`."""
 
     spec: TaskSpec
     generate: Generate
@@ -25,8 +26,9 @@ def task(
     instruction: str,
     max_new_tokens: int,
     allowed_answers: tuple[str, ...] | None = None,
+    worked: bool = False,
 ) -> GeneratedTask:
-    """A task whose prompt is a one-line instruction, the input, and `Answer:`."""
+    """A task whose prompt is a one-line instruction, the input, and `Answer:`; `worked` where it gives working."""
     spec = TaskSpec(
         id=task_id,
         description=description,
@@ -34,6 +36,7 @@ def task(
         stop=("\n",),
         max_new_tokens=max_new_tokens,
         allowed_answers=allowed_answers,
+        answer_marker=ANSWER_MARKER if worked else None,
     )
     return GeneratedTask(spec, generate)
 

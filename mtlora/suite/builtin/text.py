@@ -6,8 +6,8 @@ from mtlora.suite.builtin.task import GeneratedTask, task
 from mtlora.suite.builtin.words import ADJECTIVES, NOUNS, WORDS
 
 
-def word_sorting(rng: random.Random) -> tuple[str, str]:
-    """Three or four words with distinct initials.
+def word_sorting(rng: random.Random) -> tuple[str, str, str]:
+    """Three or four words with distinct initials, worked by sorting these.
 
     Later letters are not to be read off a model's tokens; the initial is what it can know of every word.
     """
@@ -15,18 +15,19 @@ def word_sorting(rng: random.Random) -> tuple[str, str]:
     while True:
         words = rng.sample(WORDS, n)
         if len({word[0] for word in words}) == n and words != sorted(words):
-            return " ".join(words), " ".join(sorted(words))
+            return " ".join(words), " ".join(sorted(words)), " ".join(sorted(word[0] for word in words))
 
 
-def string_operation(rng: random.Random) -> tuple[str, str]:
-    """Reverses a list of words, or reads off the first or last letters."""
+def string_operation(rng: random.Random) -> tuple[str, str] | tuple[str, str, str]:
+    """Reverses a list of words, or reads off the first or last letters, worked with each word before its letter."""
     words = rng.sample(WORDS, rng.choice((3, 4)))
     name = rng.choice(("reverse", "first letters", "last letters"))
+    text = f"{name}: {' '.join(words)}"
     if name == "reverse":
-        result = words[::-1]
-    else:
-        result = [word[0] if name == "first letters" else word[-1] for word in words]
-    return f"{name}: {' '.join(words)}", " ".join(result)
+        return text, " ".join(words[::-1])
+    letters = [word[0] if name == "first letters" else word[-1] for word in words]
+    working = " ".join(f"{word} {letter}" for word, letter in zip(words, letters, strict=True))
+    return text, " ".join(letters), working
 
 
 def adjective_order(rng: random.Random) -> tuple[str, str]:
@@ -47,13 +48,13 @@ TASKS: tuple[GeneratedTask, ...] = (
         "word_sorting", word_sorting,
         description="Sorts three or four words alphabetically.",
         instruction="Sort the words alphabetically, separated by spaces.",
-        max_new_tokens=12,
+        max_new_tokens=20, worked=True,
     ),
     task(
         "string_operations", string_operation,
         description="Reverses the order of a few words, or gives their first or last letters.",
         instruction="Reverse the words, or give the first or last letter of each, separated by spaces.",
-        max_new_tokens=12,
+        max_new_tokens=24, worked=True,
     ),
     task(
         "hyperbaton", adjective_order,

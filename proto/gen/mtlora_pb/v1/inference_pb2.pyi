@@ -20,20 +20,24 @@ FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("task_id", "text", "chat", "fields", "parameters", "without_adapter")
+    __slots__ = ("task_id", "text", "chat", "fields", "parameters", "without_adapter", "include_reasoning", "routing_key")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     FIELDS_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     WITHOUT_ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_REASONING_FIELD_NUMBER: _ClassVar[int]
+    ROUTING_KEY_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     text: str
     chat: Chat
     fields: TemplateFields
     parameters: GenerationParameters
     without_adapter: bool
-    def __init__(self, task_id: _Optional[str] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., fields: _Optional[_Union[TemplateFields, _Mapping]] = ..., parameters: _Optional[_Union[GenerationParameters, _Mapping]] = ..., without_adapter: _Optional[bool] = ...) -> None: ...
+    include_reasoning: bool
+    routing_key: str
+    def __init__(self, task_id: _Optional[str] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., fields: _Optional[_Union[TemplateFields, _Mapping]] = ..., parameters: _Optional[_Union[GenerationParameters, _Mapping]] = ..., without_adapter: _Optional[bool] = ..., include_reasoning: _Optional[bool] = ..., routing_key: _Optional[str] = ...) -> None: ...
 
 class Chat(_message.Message):
     __slots__ = ("messages",)
@@ -87,24 +91,28 @@ class StopStrings(_message.Message):
     def __init__(self, values: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("text", "summary", "logprobs")
+    __slots__ = ("text", "summary", "logprobs", "reasoning")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    REASONING_FIELD_NUMBER: _ClassVar[int]
     text: str
     summary: Summary
     logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
-    def __init__(self, text: _Optional[str] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
+    reasoning: str
+    def __init__(self, text: _Optional[str] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., reasoning: _Optional[str] = ...) -> None: ...
 
 class GenerateStreamResponse(_message.Message):
-    __slots__ = ("text", "logprobs", "summary")
+    __slots__ = ("text", "logprobs", "summary", "reasoning")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    REASONING_FIELD_NUMBER: _ClassVar[int]
     text: str
     logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
     summary: Summary
-    def __init__(self, text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ...) -> None: ...
+    reasoning: str
+    def __init__(self, text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ..., reasoning: _Optional[str] = ...) -> None: ...
 
 class Summary(_message.Message):
     __slots__ = ("request_id", "task_id", "adapter_name", "adapter_version", "finish_reason", "prompt_tokens", "completion_tokens", "timings")
@@ -183,7 +191,7 @@ class GetTaskResponse(_message.Message):
     def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("id", "description", "template", "fields", "stop", "max_new_tokens", "allowed_answers", "adapter_name", "adapter_version")
+    __slots__ = ("id", "description", "template", "fields", "stop", "max_new_tokens", "allowed_answers", "adapter_name", "adapter_version", "answer_marker")
     ID_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     TEMPLATE_FIELD_NUMBER: _ClassVar[int]
@@ -193,6 +201,7 @@ class Task(_message.Message):
     ALLOWED_ANSWERS_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_NAME_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_MARKER_FIELD_NUMBER: _ClassVar[int]
     id: str
     description: str
     template: str
@@ -202,4 +211,5 @@ class Task(_message.Message):
     allowed_answers: _containers.RepeatedScalarFieldContainer[str]
     adapter_name: str
     adapter_version: str
-    def __init__(self, id: _Optional[str] = ..., description: _Optional[str] = ..., template: _Optional[str] = ..., fields: _Optional[_Iterable[str]] = ..., stop: _Optional[_Iterable[str]] = ..., max_new_tokens: _Optional[int] = ..., allowed_answers: _Optional[_Iterable[str]] = ..., adapter_name: _Optional[str] = ..., adapter_version: _Optional[str] = ...) -> None: ...
+    answer_marker: str
+    def __init__(self, id: _Optional[str] = ..., description: _Optional[str] = ..., template: _Optional[str] = ..., fields: _Optional[_Iterable[str]] = ..., stop: _Optional[_Iterable[str]] = ..., max_new_tokens: _Optional[int] = ..., allowed_answers: _Optional[_Iterable[str]] = ..., adapter_name: _Optional[str] = ..., adapter_version: _Optional[str] = ..., answer_marker: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,134 @@
+"""Whether answers were right: each that is not the task's exact one is asked again, alone.
+
+A model's greedy answer to an input is fixed, but not always its task's exact answer. So an answer counts as right where
+it is the exact answer, or the one that the server gives to the same input when it is asked alone, after the run: before
+it, the input would wait in the server's prefix cache and the run would be faster than a real one.
+
+In bfloat16 a sum depends on the batch in its last bits, which may turn the choice between two tokens that are almost
+as likely. Where an answer departs from the one alone at such a tie, within `tie_nats` of log-probability, it counts as
+a tie, not as wrong; how many there were is reported. Anything else is wrong: another request's text, a broken one, or
+an answer by other weights.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from mtlora_pb.v1 import inference_pb2 as pb
+
+from loadtest.connection import Connection
+from loadtest.tenants import Tenant
+
+_TOP = 5
+_MOST_SHOWN = 20
+
+# (message, task, target, text): as the recorder keeps answers that are not exact.
+Answer = tuple[bytes, str, str | None, str]
+
+
+@dataclass
+class Checked:
+    """Requests by how their answer fared. `unchecked` could not be asked again."""
+
+    exact: int = 0
+    same_alone: int = 0
+    ties: int = 0
+    wrong: int = 0
+    unchecked: int = 0
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    # By how much the token alone was more likely than the one in the batch, of every tie, in nats.
+    tie_nats: list[float] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+async def ask_again(
+    connection: Connection,
+    tenant: Tenant,
+    answers: Mapping[Answer, int],
+    stops: Mapping[str, Sequence[str]],
+    *,
+    tie_nats: float,
+    timeout_s: float,
+    progress: Callable[[int, int], None],
+    stopped: Callable[[], bool] = lambda: False,
+) -> Checked:
+    """Ask every answer's input again, one at a time, and sort the answers. `stops`: the stop strings of each task."""
+    checked = Checked()
+    by_message: dict[bytes, list[tuple[Answer, int]]] = {}
+    for answer, count in answers.items():
+        by_message.setdefault(answer[0], []).append((answer, count))
+    for done, (message, asked) in enumerate(by_message.items()):
+        progress(done, len(by_message))
+        reply = None if stopped() else await _alone(connection, tenant, message, timeout_s)
+        for (_, task_id, target, text), count in asked:
+            if reply is None:
+                checked.unchecked += count
+            elif " ".join(text.split()) == " ".join(reply.text.split()):
+                checked.same_alone += count
+            elif (gap := tie(text, reply.logprobs, stops.get(task_id, ()), tie_nats)) is not None:
+                checked.ties += count
+                checked.tie_nats += [round(gap, 4)] * count
+            else:
+                checked.wrong += count
+                if len(checked.examples) < _MOST_SHOWN:
+                    example = {"task": task_id, "answer": text, "alone": reply.text, "target": target}
+                    checked.examples.append(example)
+    return checked
+
+
+def against_targets(answers: Mapping[Answer, int]) -> Checked:
+    """Every answer that is not the exact one is wrong; those without an exact answer are not checked."""
+    checked = Checked()
+    for (_, task_id, target, text), count in answers.items():
+        if target is None:
+            checked.unchecked += count
+            continue
+        checked.wrong += count
+        if len(checked.examples) < _MOST_SHOWN:
+            checked.examples.append({"task": task_id, "answer": text, "alone": None, "target": target})
+    return checked
+
+
+def tie(text: str, alone: Iterable[pb.TokenLogprobs], stop: Sequence[str], tolerance: float) -> float | None:
+    """Nats between the tokens at which `text` may have departed from the answer alone; None where it is no tie.
+
+    Walks the tokens of the answer alone as long as `text` begins with them. Each has others almost as likely; one with
+    which `text` goes on as well is where the two may have parted.
+    """
+    found: float | None = None
+    rest = text.strip()
+    for position, token in enumerate(alone):
+        for other in token.top:
+            gap = token.chosen.logprob - other.logprob
+            if other.token_id != token.chosen.token_id and gap <= tolerance and _goes_on(rest, other.token, stop):
+                found = gap if found is None else min(found, gap)
+        chosen = token.chosen.token if position else token.chosen.token.lstrip()
+        if not rest.startswith(chosen) or (not rest and chosen):
+            break
+        rest = rest[len(chosen) :]
+    return found
+
+
+def _goes_on(rest: str, token: str, stop: Sequence[str]) -> bool:
+    """Whether an answer of which `rest` is still to come can have this token next."""
+    ends = not token or token.startswith("<|") or any(s in token for s in stop)
+    if ends:
+        # The text before a stop string in the same token is part of the answer.
+        before = min((token.partition(s)[0] for s in stop if s in token), key=len, default="")
+        return rest.strip() == before.strip()
+    return bool(rest) and bool(token.strip()) and rest.startswith((token, token.lstrip()))
+
+
+async def _alone(
+    connection: Connection, tenant: Tenant, message: bytes, timeout_s: float
+) -> pb.GenerateResponse | None:
+    request = pb.GenerateRequest.FromString(message)
+    request.parameters.logprobs = _TOP
+    try:
+        reply = await connection.generate(request.SerializeToString(), timeout=timeout_s, metadata=tenant.metadata)
+    except grpc.aio.AioRpcError:
+        return None
+    return pb.GenerateResponse.FromString(reply)

@@ -1,0 +1,165 @@
+"""Sends requests when they are due and records what comes back."""
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import grpc
+from mtlora_pb.v1 import inference_pb2 as pb
+
+from loadtest.connection import Connection
+from loadtest.recorder import CUT_OFF, Outcome, Recorder
+from loadtest.workload import Request
+
+# So many refusals to connect in a row mean that the server has gone.
+_GONE_AFTER = 50
+# A closed loop whose request failed waits, or it would do nothing but fail.
+_PAUSE_S = 0.2
+_FINISHED = (pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH)
+
+
+class Driver:
+    """Runs one phase. `began` is its start on the monotonic clock, to which all other times are relative.
+
+    Latency counts from when a request was due, not from when it was sent: what a stalled server or a late generator
+    holds up is not left out (coordinated omission).
+    """
+
+    def __init__(
+        self, connection: Connection, recorder: Recorder, began: float, *, timeout_s: float, unary: bool
+    ) -> None:
+        self._connection = connection
+        self._recorder = recorder
+        self._began = began
+        self._timeout_s = timeout_s
+        self._ask = self._ask_unary if unary else self._ask_stream
+        self._running: set[asyncio.Task[None]] = set()
+        self._stopped = asyncio.Event()
+        self._prefix = uuid.uuid4().hex[:12]
+        self._count = 0
+        self.gone = False
+
+    def stop(self) -> None:
+        """Send nothing more and give up on what is under way."""
+        self._stopped.set()
+        for task in self._running:
+            task.cancel()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped.is_set()
+
+    async def open_loop(self, due: Iterable[tuple[float, Request]]) -> None:
+        """Send every request at its time, whatever became of those before it; returns when all have ended."""
+        for intended, request in due:
+            if (delay := intended - self._now()) > 0:
+                await self._sleep(delay)
+            if self.stopped:
+                break
+            self._start(request, intended)
+        while self._running:
+            await asyncio.wait(self._running)
+
+    async def closed_loop(self, requests: Iterator[Request], in_flight: int, until: float) -> None:
+        """Keep `in_flight` requests under way until so many seconds have passed or the requests are used up."""
+
+        async def client() -> None:
+            while not self.stopped and self._now() < until:
+                if (request := next(requests, None)) is None:
+                    return
+                if not await self._send(request, self._now()):
+                    await self._sleep(_PAUSE_S)
+
+        if (delay := -self._now()) > 0:
+            await self._sleep(delay)
+        for _ in range(in_flight):
+            task = asyncio.create_task(client())
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+        while self._running:
+            await asyncio.wait(self._running)
+
+    def _now(self) -> float:
+        return time.monotonic() - self._began
+
+    async def _sleep(self, seconds: float) -> None:
+        if seconds < 0.5:
+            await asyncio.sleep(seconds)
+            return
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopped.wait(), seconds)
+
+    def _start(self, request: Request, intended: float) -> None:
+        task: asyncio.Task[Any] = asyncio.create_task(self._send(request, intended))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _send(self, request: Request, intended: float) -> bool:
+        """Ask, record; whether it was answered."""
+        now = self._now()
+        self._recorder.start(request, intended, now)
+        outcome = Outcome(request, intended, now, now)
+        self._count += 1
+        request_id = f"{self._prefix}-{self._count}"
+        try:
+            summary = await self._ask(outcome, (("x-request-id", request_id), *request.tenant.metadata))
+        except grpc.aio.AioRpcError as error:
+            outcome.status, outcome.message = error.code().name, error.details() or ""
+        except asyncio.CancelledError:
+            # By `stop`, after which the task ends by itself; otherwise grpc's way to say that the server cancelled.
+            outcome.status = CUT_OFF if self.stopped else "CANCELLED"
+        else:
+            outcome.flaw = _flaw(request, summary, request_id)
+            if summary is not None:
+                outcome.prompt_tokens, outcome.completion_tokens = summary.prompt_tokens, summary.completion_tokens
+        outcome.ended = self._now()
+        self._recorder.end(outcome)
+        if self._recorder.unreachable_in_a_row >= _GONE_AFTER and not self.gone:
+            self.gone = True
+            self.stop()
+        return outcome.ok
+
+    async def _ask_stream(self, outcome: Outcome, metadata: Any) -> pb.Summary | None:
+        call = self._connection.generate_stream(outcome.request.message, timeout=self._timeout_s, metadata=metadata)
+        summary, last, texts = None, 0.0, []
+        while not isinstance(serialized := await call.read(), type(grpc.aio.EOF)):
+            now = self._now()
+            if outcome.first is None:
+                outcome.first = now
+            else:
+                outcome.gaps.append(now - last)
+            last = now
+            message = pb.GenerateStreamResponse.FromString(serialized)
+            texts.append(message.text)
+            if message.HasField("summary"):
+                summary = message.summary
+        outcome.text = "".join(texts)
+        return summary
+
+    async def _ask_unary(self, outcome: Outcome, metadata: Any) -> pb.Summary | None:
+        call = self._connection.generate(outcome.request.message, timeout=self._timeout_s, metadata=metadata)
+        reply = pb.GenerateResponse.FromString(await call)
+        outcome.text = reply.text
+        if not reply.HasField("summary"):
+            return None
+        # Nothing of a unary answer is seen before its end; the server says when its first token was there.
+        outcome.first = outcome.sent + reply.summary.timings.time_to_first_token.ToTimedelta().total_seconds()
+        return reply.summary
+
+
+def _flaw(request: Request, summary: pb.Summary | None, request_id: str) -> str:
+    """What makes a reply wrong whatever the right answer is: it is incomplete, or another request's."""
+    if summary is None:
+        return "the reply ended without its summary"
+    if summary.task_id != request.task_id:
+        return f"the reply is for task {summary.task_id!r}"
+    if summary.request_id != request_id:
+        return f"the reply is for request {summary.request_id!r}, this one was {request_id!r}"
+    if summary.finish_reason not in _FINISHED:
+        return "the reply does not say why it ended"
+    if not summary.completion_tokens:
+        return "the reply holds no token"
+    return ""

@@ -1,0 +1,82 @@
+"""Latencies as HDR histograms: small, mergeable, and true to two digits at every quantile."""
+
+from typing import Any
+
+import numpy as np
+from hdrh.histogram import HdrHistogram
+
+# A count is kept in units of 10 microseconds, up to an hour.
+_UNIT_S = 1e-5
+_MOST = int(3600 / _UNIT_S)
+QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
+
+
+class Latency:
+    """Seconds, recorded. The memory for them is taken when the first comes."""
+
+    __slots__ = ("_histogram",)
+
+    def __init__(self) -> None:
+        self._histogram: Any = None
+
+    def record(self, seconds: float) -> None:
+        if self._histogram is None:
+            self._histogram = HdrHistogram(1, _MOST, 2)
+        self._histogram.record_value(min(max(int(seconds / _UNIT_S), 1), _MOST))
+
+    @property
+    def count(self) -> int:
+        return int(self._histogram.get_total_count()) if self._histogram else 0
+
+    @property
+    def mean(self) -> float:
+        return float(self._histogram.get_mean_value()) * _UNIT_S if self.count else 0.0
+
+    def quantile(self, q: float) -> float:
+        """Seconds that a share `q` of what was recorded did not exceed; 0 where nothing was."""
+        return float(self._histogram.get_value_at_percentile(100 * q)) * _UNIT_S if self.count else 0.0
+
+    def merge(self, other: "Latency") -> None:
+        """Take in all that `other` recorded."""
+        if other._histogram is None:
+            return
+        if self._histogram is None:
+            self._histogram = HdrHistogram(1, _MOST, 2)
+        self._histogram.add(other._histogram)
+
+    def points(self) -> list[tuple[float, int]]:
+        """(seconds, count) of every value recorded, rising."""
+        if not self.count:
+            return []
+        # The library's own iterator visits every empty bucket as well.
+        histogram, counts = self._histogram, np.frombuffer(self._histogram.counts, np.int64)
+        return [
+            (histogram.get_highest_equivalent_value(histogram.get_value_from_index(i)) * _UNIT_S, int(counts[i]))
+            for i in map(int, np.flatnonzero(counts))
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Count, mean and quantiles in seconds, and the histogram in HDR's own encoding (units of 10 microseconds)."""
+        return {
+            "count": self.count,
+            "mean": round(self.mean, 6),
+            **{f"p{100 * q:g}": round(self.quantile(q), 6) for q in QUANTILES},
+            "hdr": self.encode(),
+        }
+
+    def encode(self) -> str:
+        return self._histogram.encode().decode() if self.count else ""
+
+    @classmethod
+    def decode(cls, encoded: str) -> "Latency":
+        """Of what `encode` or the `hdr` of `to_json` gave."""
+        latency = cls()
+        if encoded:
+            latency._histogram = HdrHistogram.decode(encoded)
+        return latency
+
+    def __getstate__(self) -> str:
+        return self.encode()
+
+    def __setstate__(self, state: str) -> None:
+        self._histogram = Latency.decode(state)._histogram

@@ -1,0 +1,277 @@
+"""What happened to every request: counts, histograms and time slices, small enough to keep and to merge."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from loadtest.histogram import Latency
+from loadtest.settings import Objective
+from loadtest.workload import Request
+from mtlora.task import is_correct
+
+OTHER = "(other)"
+CUT_OFF = "CUT_OFF"
+_MAX_ANSWERS = 20_000
+_MAX_FLAWS = 20
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One request that has ended. Times are seconds from the start of the phase; `intended` is when it was due.
+
+    `status` is a gRPC status name, or CUT_OFF where this side gave up at the end of the run. `gaps` are the seconds
+    between messages of a stream. `flaw` says what is wrong with a reply in itself.
+    """
+
+    request: Request
+    intended: float
+    sent: float
+    ended: float
+    status: str = "OK"
+    first: float | None = None
+    gaps: list[float] = field(default_factory=list)
+    text: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    flaw: str = ""
+    message: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "OK" and not self.flaw
+
+    def to_json(self) -> dict[str, Any]:
+        """For a result that keeps every request."""
+        return {
+            "task_id": self.request.task_id,
+            "tenant": self.request.tenant.name,
+            "status": self.status,
+            "intended_s": round(self.intended, 6),
+            "time_to_first_token_s": None if self.ttft is None else round(self.ttft, 6),
+            "seconds": round(self.e2e, 6),
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+        }
+
+    @property
+    def ttft(self) -> float | None:
+        return None if self.first is None else self.first - self.intended
+
+    @property
+    def e2e(self) -> float:
+        return self.ended - self.intended
+
+
+@dataclass(slots=True)
+class Group:
+    """Requests that are looked at together: all, one task's, or one tenant's."""
+
+    offered: int = 0
+    ok: int = 0
+    good: int = 0
+    exact: int = 0
+    scored: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
+    ttft: Latency = field(default_factory=Latency)
+    itl: Latency = field(default_factory=Latency)
+    e2e: Latency = field(default_factory=Latency)
+
+    def add(self, outcome: Outcome, *, good: bool, exact: bool | None) -> None:
+        """Count an outcome whose request counted as offered before."""
+        self.statuses[outcome.status] += 1
+        if not outcome.ok:
+            return
+        self.ok += 1
+        self.good += good
+        self.scored += exact is not None
+        self.exact += bool(exact)
+        self.prompt_tokens += outcome.prompt_tokens
+        self.completion_tokens += outcome.completion_tokens
+        self.e2e.record(outcome.e2e)
+        if (ttft := outcome.ttft) is not None:
+            self.ttft.record(ttft)
+        for gap in outcome.gaps:
+            self.itl.record(gap)
+
+    def merge(self, other: "Group") -> None:
+        _merge(self, other)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            each.name: value.to_json() if isinstance(value := getattr(self, each.name), Latency) else value
+            for each in fields(self)
+        }
+
+
+@dataclass(slots=True)
+class Slice:
+    """A stretch of the window: requests that were due in it, and what ended in it."""
+
+    offered: int = 0
+    good: int = 0
+    ended_ok: int = 0
+    ended_tokens: int = 0
+    failed: int = 0
+    ttft: Latency = field(default_factory=Latency)
+    itl: Latency = field(default_factory=Latency)
+    e2e: Latency = field(default_factory=Latency)
+
+    def merge(self, other: "Slice") -> None:
+        _merge(self, other)
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts, and latencies of the requests that were due here as encoded histograms."""
+        return {
+            each.name: value.encode() if isinstance(value := getattr(self, each.name), Latency) else value
+            for each in fields(self)
+        }
+
+
+class Recorder:
+    """Records one phase. Times are seconds from its start; `window` is the part that counts.
+
+    `tasks` and `tenants` are those that get histograms of their own; what is beyond them is recorded as one, `(other)`.
+    """
+
+    def __init__(
+        self, window: tuple[float, float], objective: Objective, tasks: Iterable[str], tenants: Iterable[str],
+        slices: int,
+    ) -> None:  # fmt: skip
+        self.window = window
+        self.total = Group()
+        # Of every request of the phase, warm-up included: what the server's own histograms saw as well.
+        self.everything = Group()
+        self.tasks = {task_id: Group() for task_id in tasks}
+        self.tenants = {name: Group() for name in tenants}
+        self.slices = [Slice() for _ in range(slices)]
+        self.slice_s = (window[1] - window[0]) / slices if slices else math.inf
+        self.lag = Latency()
+        self.in_flight = 0
+        self.unreachable_in_a_row = 0
+        self.last_ended = 0.0
+        # Answers that are not the exact target, to be asked again: (message, task, target, text) and how often.
+        self.answers: Counter[tuple[bytes, str, str | None, str]] = Counter()
+        self.flaws: list[str] = []
+        self.errors: dict[str, str] = {}
+        self.outcomes: list[dict[str, Any]] | None = None
+        self._objective = objective
+
+    def keep_outcomes(self) -> None:
+        """From now on keep every request that counts, not only what they amount to."""
+        self.outcomes = []
+
+    def start(self, request: Request, intended: float, now: float) -> None:
+        """A request is on its way."""
+        self.in_flight += 1
+        self.everything.offered += 1
+        self.lag.record(now - intended)
+        if self._counts(intended):
+            for group in self._groups(request):
+                group.offered += 1
+            if part := self._slice(intended):
+                part.offered += 1
+
+    def end(self, outcome: Outcome) -> None:
+        """A request has ended, this way or that."""
+        self.in_flight -= 1
+        self.last_ended = max(self.last_ended, outcome.ended)
+        self.unreachable_in_a_row = self.unreachable_in_a_row + 1 if outcome.status == "UNAVAILABLE" else 0
+        request = outcome.request
+        exact = None
+        if outcome.ok:
+            text = outcome.text.strip()
+            exact = None if request.target is None else is_correct(text, request.target)
+            if not exact and len(self.answers) < _MAX_ANSWERS:
+                self.answers[(request.message, request.task_id, request.target, text)] += 1
+        elif outcome.flaw and len(self.flaws) < _MAX_FLAWS:
+            self.flaws.append(f"{request.task_id}: {outcome.flaw}")
+        elif outcome.status != "OK":
+            self.errors.setdefault(outcome.status, outcome.message)
+        good = outcome.ok and self.is_good(outcome)
+        self.everything.add(outcome, good=good, exact=exact)
+        if self._counts(outcome.intended):
+            if self.outcomes is not None:
+                self.outcomes.append(outcome.to_json())
+            for group in self._groups(request):
+                group.add(outcome, good=good, exact=exact)
+            if part := self._slice(outcome.intended):
+                part.good += good
+                part.failed += not outcome.ok
+                if outcome.ok:
+                    part.e2e.record(outcome.e2e)
+                    if (ttft := outcome.ttft) is not None:
+                        part.ttft.record(ttft)
+                    for gap in outcome.gaps:
+                        part.itl.record(gap)
+        if outcome.ok and (part := self._slice(outcome.ended)):
+            part.ended_ok += 1
+            part.ended_tokens += outcome.completion_tokens
+
+    def is_good(self, outcome: Outcome) -> bool:
+        """Whether an answer came within the service level's times."""
+        ttft = outcome.ttft
+        return outcome.e2e <= self._objective.e2e_s and (ttft is None or ttft <= self._objective.ttft_s)
+
+    def end_window(self, now: float) -> None:
+        """The window ended early, or ends now since it had no end of its own."""
+        start, end = self.window
+        self.window = (start, max(start, min(end, now)))
+        if self.slices:
+            # One that was cut short would count as a slow one.
+            del self.slices[int(self.seconds / self.slice_s) :]
+
+    def merge(self, other: "Recorder") -> None:
+        """Take in what another process recorded of the same phase."""
+        self.total.merge(other.total)
+        self.everything.merge(other.everything)
+        for mine, theirs in ((self.tasks, other.tasks), (self.tenants, other.tenants)):
+            for name, group in theirs.items():
+                mine.setdefault(name, Group()).merge(group)
+        del self.slices[len(other.slices) :]
+        for slice_, more in zip(self.slices, other.slices, strict=False):
+            slice_.merge(more)
+        self.lag.merge(other.lag)
+        self.answers += other.answers
+        self.flaws += other.flaws
+        if self.outcomes is not None:
+            self.outcomes += other.outcomes or []
+        self.errors = other.errors | self.errors
+        self.last_ended = max(self.last_ended, other.last_ended)
+        self.window = (self.window[0], max(self.window[1], other.window[1]))
+
+    @property
+    def seconds(self) -> float:
+        """Length of the window."""
+        return self.window[1] - self.window[0]
+
+    def _counts(self, moment: float) -> bool:
+        return self.window[0] <= moment < self.window[1]
+
+    def _groups(self, request: Request) -> Iterable[Group]:
+        yield self.total
+        yield _group(self.tasks, request.task_id)
+        yield _group(self.tenants, request.tenant.name)
+
+    def _slice(self, moment: float) -> Slice | None:
+        if not self.slices or not self._counts(moment):
+            return None
+        return self.slices[min(int((moment - self.window[0]) / self.slice_s), len(self.slices) - 1)]
+
+
+def _merge(mine: Any, other: Any) -> None:
+    """Add every count and histogram of `other`."""
+    for each in fields(mine):
+        value, more = getattr(mine, each.name), getattr(other, each.name)
+        if isinstance(value, Latency):
+            value.merge(more)
+        else:
+            setattr(mine, each.name, value + more)
+
+
+def _group(groups: dict[str, Group], name: str) -> Group:
+    found = groups.get(name)
+    return found if found is not None else groups.setdefault(OTHER, Group())

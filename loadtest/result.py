@@ -1,0 +1,148 @@
+"""The result of a run: one JSON document with every setting, what was measured, and how it was judged."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from loadtest.errors import LoadTestError
+from loadtest.fairness import jain
+from loadtest.phase import Ran
+from loadtest.recorder import CUT_OFF, Group, Recorder
+from loadtest.settings import Load
+
+FORMAT = 1
+# Answers with which a server says that it is loaded: no fault where a load is meant to be too high.
+OVERLOAD = frozenset({"RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"})
+_PACKAGES = ("grpcio", "protobuf", "hdrhistogram", "mtlora")
+
+
+def phase_json(load: Load, ran: Ran, server: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What one phase measured. Rates are a second of the window; latencies seconds."""
+    recorder = ran.recorder
+    total, seconds = recorder.total, recorder.seconds
+    return {
+        "name": load.name,
+        "kind": load.kind,
+        "load": load.model_dump(mode="json", exclude_none=True),
+        "window_s": round(seconds, 3),
+        "offered_per_second": _rate(total.offered, seconds),
+        "throughput_per_second": _rate(_ended(recorder), seconds),
+        "goodput_per_second": _rate(total.good, seconds),
+        "completion_tokens_per_second": _rate(_ended_tokens(recorder), seconds),
+        "prompt_tokens_per_second": _rate(total.prompt_tokens, seconds),
+        "accuracy": total.exact / total.scored if total.scored else None,
+        "flawed": flawed(recorder.everything),
+        "statuses": dict(recorder.everything.statuses),
+        "errors": recorder.errors,
+        "flaws": recorder.flaws,
+        "total": total.to_json(),
+        "tasks": {name: group.to_json() for name, group in recorder.tasks.items() if group.offered},
+        "tenants": {name: group.to_json() for name, group in recorder.tenants.items() if group.offered},
+        "fairness": {"tasks": _fairness(recorder.tasks), "tenants": _fairness(recorder.tenants)},
+        "slice_s": recorder.slice_s if recorder.slices else None,
+        "slices": [each.to_json() for each in recorder.slices],
+        "generator": {
+            "cpu_s": round(ran.cpu_s, 3),
+            "wall_s": round(ran.wall_s, 3),
+            "cores": round(ran.cpu_s / ran.wall_s, 4) if ran.wall_s else 0.0,
+            "send_lag": recorder.lag.to_json(),
+        },
+        "server": server,
+        "complete": not ran.stopped,
+        **({} if recorder.outcomes is None else {"outcomes": recorder.outcomes}),
+    }
+
+
+def failed(group: Group, *, tolerated: bool) -> int:
+    """Requests that were lost: an error, or a reply that cannot be right. What this side cut off was not lost.
+
+    `tolerated` says that the load was too high for the service level, so that a refusal is no failure.
+    """
+    errors = sum(
+        count
+        for status, count in group.statuses.items()
+        if status not in ("OK", CUT_OFF) and not (tolerated and status in OVERLOAD)
+    )
+    return errors + flawed(group)
+
+
+def flawed(group: Group) -> int:
+    """Replies of status OK that are incomplete or another request's."""
+    return group.statuses["OK"] - group.ok
+
+
+def document(command: list[str], settings: Mapping[str, Any], server: Mapping[str, Any]) -> dict[str, Any]:
+    """A result to which phases are added."""
+    return {
+        "format": FORMAT,
+        "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": command,
+        "settings": dict(settings),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "machine": {"cores": len(os.sched_getaffinity(0)), "processor": _processor(), "system": platform.platform()},
+        "server": dict(server),
+        "phases": [],
+        "knee": None,
+        "check": None,
+        "in_process": None,
+        "complete": False,
+        "failed": 0,
+        "wrong": 0,
+    }
+
+
+def write(result: Mapping[str, Any], path: Path) -> None:
+    """Write a result whole, or leave what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result from its file. Raises LoadTestError where it is none."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise LoadTestError(f"{path}: cannot be read as a result: {error}") from None
+    if not isinstance(result, dict) or "phases" not in result or result.get("format") != FORMAT:
+        raise LoadTestError(f"{path}: not a result of this program (format {FORMAT})")
+    return result
+
+
+def _rate(count: int, seconds: float) -> float:
+    return round(count / seconds, 4) if seconds else 0.0
+
+
+def _ended(recorder: Recorder) -> int:
+    """Answers that came within the window; without slices the window ends with the last answer."""
+    return sum(each.ended_ok for each in recorder.slices) if recorder.slices else recorder.total.ok
+
+
+def _ended_tokens(recorder: Recorder) -> int:
+    return sum(each.ended_tokens for each in recorder.slices) if recorder.slices else recorder.total.completion_tokens
+
+
+def _fairness(groups: Mapping[str, Group]) -> float:
+    """Jain's index over the share of its own requests that each had answered within the service level."""
+    return round(jain(group.good / group.offered for group in groups.values() if group.offered), 4)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

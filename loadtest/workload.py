@@ -1,0 +1,165 @@
+"""What is asked: an endless, repeatable row of requests, drawn as the settings say."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from mtlora_pb.v1 import inference_pb2 as pb
+
+from loadtest.errors import LoadTestError
+from loadtest.mix import require_known, weights
+from loadtest.settings import WorkloadSettings
+from loadtest.tenants import Tenant
+from loadtest.trace import Entry, read_prompts
+from loadtest.words import WORDS
+from mtlora.client import make_request
+from mtlora.suite import SuiteError, load_suite
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request, ready to be sent. `message` is a serialized GenerateRequest; `target` the exact answer, if known."""
+
+    task_id: str
+    tenant: Tenant
+    message: bytes
+    target: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInfo:
+    """What must be known of a task to ask it."""
+
+    id: str
+    fields: tuple[str, ...]
+    stop: tuple[str, ...]
+
+
+class Workload:
+    """Draws requests. Share `index` of `count` draws another row from the same settings.
+
+    A task's inputs come in shuffled order, each once before any comes again: sent again too soon, an input would be
+    found in the server's prefix cache. The row goes on from phase to phase.
+    """
+
+    def __init__(
+        self,
+        settings: WorkloadSettings,
+        tasks: Sequence[TaskInfo],
+        tenants: Sequence[Tenant],
+        *,
+        index: int = 0,
+        count: int = 1,
+    ) -> None:
+        self._settings = settings
+        self._served = {task.id: task for task in tasks}
+        self._tenants = {tenant.name: tenant for tenant in tenants}
+        self._rng = random.Random(f"{settings.seed}/{index}")
+        self._share = (index, count)
+        entries = _entries(settings, tasks)
+        require_known(settings.tasks, list(self._served), "task", "the list of tasks")
+        self.tasks = list(settings.tasks or sorted(entries))
+        if missing := [task_id for task_id in self.tasks if task_id not in entries]:
+            raise LoadTestError(f"no input for task {missing[0]!r}; there are inputs for {', '.join(sorted(entries))}")
+        require_known(self.tasks, list(self._served), "task", "the inputs")
+        self.task_weights = weights(settings.task_mix, self.tasks, "task")
+        self.tenant_weights = weights(settings.tenant_mix, list(self._tenants), "tenant")
+        self._cumulative = list(accumulate(self.task_weights))
+        self._tenant_cumulative = list(accumulate(self.tenant_weights))
+        self._pools = {task_id: self._pool(task_id, entries[task_id]) for task_id in self.tasks}
+
+    def __iter__(self) -> Iterator[Request]:
+        return self
+
+    def __next__(self) -> Request:
+        return self.request(Entry())
+
+    def take(self, count: int) -> list[Request]:
+        """The next requests."""
+        return [next(self) for _ in range(count)]
+
+    def request(self, entry: Entry) -> Request:
+        """The request of one line of a trace; what it leaves out is drawn. Raises LoadTestError on unknown names."""
+        task_id = entry.task or self._rng.choices(self.tasks, cum_weights=self._cumulative)[0]
+        if task_id not in self._served:
+            require_known([task_id], list(self._served), "task", "the trace")
+        tenant = entry.tenant or self._rng.choices(list(self._tenants), cum_weights=self._tenant_cumulative)[0]
+        if tenant not in self._tenants:
+            require_known([tenant], list(self._tenants), "tenant", "the trace")
+        if entry.input is None:
+            if task_id not in self._pools:
+                raise LoadTestError(f"the trace asks task {task_id!r} without an input, and there is none to draw")
+            drawn = next(self._pools[task_id])
+            entry = Entry(task_id, drawn.input, drawn.target, entry.max_new_tokens or drawn.max_new_tokens)
+        return Request(task_id, self._tenants[tenant], self._message(task_id, entry), entry.target)
+
+    def _message(self, task_id: str, entry: Entry) -> bytes:
+        parameters: dict[str, Any] = {}
+        if entry.max_new_tokens:
+            parameters["max_new_tokens"] = entry.max_new_tokens
+        elif (length := self._settings.new_tokens) is not None:
+            parameters = {"max_new_tokens": self._rng.randint(length.low, length.high), "stop": []}
+        return bytes(make_request(task_id, entry.input, **parameters).SerializeToString())
+
+    def _pool(self, task_id: str, entries: Sequence[Entry]) -> Iterator[Entry]:
+        index, count = self._share
+        if (length := self._settings.prompt_words) is not None:
+            fields = self._served[task_id].fields
+            while True:
+                words = self._rng.choices(WORDS, k=self._rng.randint(length.low, length.high))
+                each = max(1, len(words) // len(fields))
+                parts = [" ".join(words[i * each : (i + 1) * each] or WORDS[:1]) for i in range(len(fields))]
+                yield Entry(task_id, " ".join(words) if len(fields) == 1 else dict(zip(fields, parts, strict=True)))
+        shuffled = list(entries)
+        random.Random(f"{self._settings.seed}/{task_id}").shuffle(shuffled)
+        mine = shuffled[index::count] or shuffled
+        while True:
+            yield from mine
+
+
+def _entries(settings: WorkloadSettings, tasks: Sequence[TaskInfo]) -> dict[str, list[Entry]]:
+    """Inputs by task, those of tasks that the server does not serve left out; any task where inputs name none."""
+    if settings.prompt_words:
+        return {task.id: [] for task in tasks}
+    served = [task.id for task in tasks]
+    if settings.prompts:
+        entries: dict[str, list[Entry]] = {}
+        for entry in read_prompts(settings.prompts):
+            for task_id in [entry.task] if entry.task else [t.id for t in tasks if len(t.fields) == 1]:
+                entries.setdefault(task_id, []).append(entry)
+        return entries
+    try:
+        suite = load_suite(settings.suite)
+        found = {
+            task.id: [Entry(task.id, e.input, e.target) for e in _examples(suite, task.id, settings)]
+            for task in suite.tasks
+            if task.id in served and (not settings.tasks or task.id in settings.tasks)
+        }
+    except SuiteError as error:
+        raise LoadTestError(str(error)) from None
+    if not found and not settings.tasks:
+        raise LoadTestError(
+            f"the server serves no task of suite {suite.name}; it serves {', '.join(served[:10]) or 'none'} "
+            "(--prompt-words asks any task with random words)"
+        )
+    return found
+
+
+def _examples(suite: Any, task_id: str, settings: WorkloadSettings) -> list[Any]:
+    """As many test examples as asked for, or all where there are fewer; a folder's tasks are small."""
+    try:
+        examples = suite.examples(task_id, "test", settings.examples_per_task, settings.seed)
+    except SuiteError:
+        if suite.name == "builtin":
+            raise
+        examples = suite.examples(task_id, "test", None, settings.seed)
+    if not examples:
+        raise LoadTestError(f"suite {suite.name}: task {task_id} has no example in its test split")
+    return list(examples)
+
+
+def task_info(task: pb.Task) -> TaskInfo:
+    """What a workload needs of a task of the contract."""
+    return TaskInfo(task.id, tuple(task.fields), tuple(task.stop))

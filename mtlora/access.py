@@ -1,0 +1,43 @@
+"""How a client gets in: an API key, and TLS."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+
+@dataclass(frozen=True)
+class Access:
+    """Credentials of a client. PEM files.
+
+    ca: authorities that the server's certificate is checked against; without it there is no TLS.
+    certificate, key: the client's own, where the server wants one.
+    server_name: the name to look for in the server's certificate, where it is not the address's.
+    """
+
+    api_key: str | None = None
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    server_name: str | None = None
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What every call carries."""
+        return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
+
+    def channel(self, kind: Any, address: str, options: list[tuple[str, Any]]) -> Any:
+        """A channel of `kind`: grpc or grpc.aio. Raises OSError for a file that cannot be read."""
+        if self.ca is None:
+            return kind.insecure_channel(address, options=options)
+        credentials = grpc.ssl_channel_credentials(
+            self.ca.read_bytes(),
+            self.key.read_bytes() if self.key else None,
+            self.certificate.read_bytes() if self.certificate else None,
+        )
+        if self.server_name:
+            options = [*options, ("grpc.ssl_target_name_override", self.server_name)]
+        return kind.secure_channel(address, credentials, options=options)
+
+
+OPEN = Access()

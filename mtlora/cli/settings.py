@@ -1,0 +1,47 @@
+"""A training configuration from a file and flags."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mtlora.errors import MtLoRAError
+
+
+def add_set_argument(parser: argparse.ArgumentParser) -> None:
+    """`--set KEY=JSON`, the same in every command."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=JSON", help="any other setting, such as adapter.r=32"
+    )
+
+
+def read_settings(file: Path | None, flags: Sequence[str]) -> dict[str, Any]:
+    """The file's settings with flags of the form `a.b=JSON` over them. Raises MtLoRAError naming file or flag."""
+    try:
+        settings = json.loads(file.read_text()) if file else {}
+    except (OSError, ValueError) as error:
+        raise MtLoRAError(f"{file}: {error}") from None
+    if not isinstance(settings, dict):
+        raise MtLoRAError(f"{file}: expected a JSON object of settings, found {type(settings).__name__}")
+    for flag in flags:
+        assign(settings, flag)
+    return settings
+
+
+def assign(settings: dict[str, Any], flag: str) -> None:
+    """Set `a.b=JSON` in nested settings; what is no JSON is a string."""
+    key, separator, raw = flag.partition("=")
+    if not separator:
+        raise MtLoRAError(f"--set {flag!r}: expected KEY=VALUE")
+    try:
+        value = json.loads(raw)
+    except json.JSONDecodeError:
+        value = raw
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        inner = settings.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise MtLoRAError(f"--set {flag!r}: {parent} is {inner!r}, which has no {last}")
+        settings = inner
+    settings[last] = value

@@ -1,0 +1,75 @@
+"""`mtlora sweep`: many configurations, task counts and seeds, compared in one table."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from mtlora.cli.backbone import add_backbone_argument
+from mtlora.cli.settings import add_set_argument, read_settings
+
+# A small budget, so that a first table is there within the hour; the configuration's own is --set's to give.
+_EXAMPLES_PER_TASK = 100
+
+
+def add_parser(subparsers: Any) -> None:
+    """Contribute `sweep`."""
+    parser = subparsers.add_parser(
+        "sweep",
+        help="train and score many configurations, task counts and seeds; one results table",
+        description="Trains every configuration with every number of tasks and every seed, scores each on the test "
+        "split, and writes results.md, results.json, results.png and, with several task counts, scaling.png to DIR. "
+        "The same command goes on where it was stopped.",
+    )
+    parser.add_argument("configs", type=Path, nargs="+", metavar="CONFIG", help="JSON files of training configurations")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder a run, and the results")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
+    parser.add_argument("--task-counts", type=int, nargs="+", metavar="N", help="such as 5 10 15 20 25; default: all")
+    parser.add_argument(
+        "--examples-per-task", type=int, default=_EXAMPLES_PER_TASK, metavar="N",
+        help="training examples of each task, in every run (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--test-examples", type=int, default=20, metavar="N", help="scored of each task (default: %(default)s)"
+    )
+    add_backbone_argument(parser)
+    add_set_argument(parser)
+    parser.set_defaults(run=_sweep)
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from tqdm import tqdm
+
+    from mtlora.backbone import resolve
+    from mtlora.sweep.grid import SweepError, do, grid, read_result
+    from mtlora.sweep.report import markdown, summarise, write_report
+    from mtlora.train.config import TrainingConfig
+
+    names = [file.stem for file in args.configs]
+    if len(set(names)) != len(names):
+        raise SweepError(f"configurations are told apart by their files' names: {', '.join(names)}")
+    if args.test_examples < 1:
+        raise SweepError(f"--test-examples {args.test_examples}: allowed are 1 and more")
+    flags = [f"examples_per_task={args.examples_per_task}", "validation_per_task=0", *args.set]
+    configs = {file.stem: TrainingConfig.model_validate(read_settings(file, flags)) for file in args.configs}
+    runs = grid(configs, args.out, seeds=list(dict.fromkeys(args.seeds)), task_counts=args.task_counts)
+    settings = {"examples": args.test_examples}
+    # All of them first: what cannot be gone on with is said before any work is done.
+    done = {run.folder: read_result(run, settings) for run in runs}
+    folder = resolve(args.backbone)
+    results, failed = [], []
+    for run in tqdm(runs, desc="sweep", unit="run"):
+        result = done[run.folder] or do(run, folder, settings)
+        if "error" in result:
+            failed.append(f"{run.folder}: {result['error']}")
+        else:
+            results.append(result)
+            # After each run, so that a sweep of hours shows what it has.
+            files = write_report(results, args.out)
+    if results:
+        print(markdown(summarise(results)), end="")
+        print(*files, sep="\n")
+    if failed:
+        raise SweepError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
+    return 0

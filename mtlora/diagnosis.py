@@ -1,0 +1,164 @@
+"""What a trained adapter does inside: which experts its tasks use, how the experts differ, where tasks pull apart.
+
+Shape suffixes: T tasks, M blocks (or matrices), G groups, N experts, D hidden size, r rank, P parameters.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mtlora.adapter import AdapterSet, BlockAdapter
+from mtlora.model import AdaptedModel
+from mtlora.suite.base import Example
+from mtlora.task import TaskSpec
+from mtlora.train.data import Batch, collate, encode
+from mtlora.train.losses import answer_loss
+
+_EPSILON = 1e-12
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Routing of each task: mean weights [T, M, G, N] of its tokens, and the mean entropy [T, M] of one, in nats."""
+
+    tasks: tuple[str, ...]
+    blocks: tuple[str, ...]
+    weights_TMGN: torch.Tensor
+    token_entropy_TM: torch.Tensor
+
+    def experts_of_a_token(self) -> torch.Tensor:
+        """[M]: the effective number of experts, exp(entropy), that one token mixes in a group."""
+        return self.token_entropy_TM.mean(0).exp()
+
+    def experts_of_a_task(self) -> torch.Tensor:
+        """[M]: the effective number of experts that one task uses in a group, over its tokens."""
+        return entropy(self.weights_TMGN).mean((0, 2)).exp()
+
+    def experts_of_all(self) -> torch.Tensor:
+        """[M]: the effective number of experts that all tasks together use in a group: how many there need be."""
+        return entropy(self.weights_TMGN.mean(0)).mean(1).exp()
+
+    def between_tasks(self) -> torch.Tensor:
+        """[M]: how differently tasks route: Jensen-Shannon divergence between them, 0 to 1 (of its maximum)."""
+        return _divergence(self.weights_TMGN, 0).mean(1)
+
+    def between_groups(self) -> torch.Tensor:
+        """[M]: how differently the groups of one task route, likewise; 0 with one group, or where one would do."""
+        return _divergence(self.weights_TMGN, 2).mean(0)
+
+
+def entropy(weights: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats over the last dimension."""
+    return -(weights * (weights + _EPSILON).log()).sum(-1)
+
+
+def _divergence(weights: torch.Tensor, dim: int) -> torch.Tensor:
+    """Jensen-Shannon divergence between the distributions along `dim`, as a share of the largest possible."""
+    largest = torch.tensor(float(min(weights.shape[dim], weights.shape[-1]))).log()
+    found = entropy(weights.mean(dim)) - entropy(weights).mean(dim)
+    return found.clamp_min(0) / largest if largest > 0 else torch.zeros_like(found)
+
+
+def task_batches(
+    adapted: AdaptedModel, tasks: Sequence[TaskSpec], examples: Mapping[str, Sequence[Example]]
+) -> list[tuple[Batch, torch.Tensor]]:
+    """A (batch, mask [B*L] of its tokens that are no padding) a task, of its examples; task indices are the tasks'."""
+    found = []
+    for task in tasks:
+        encoded = encode(adapted.tokenizer, tasks, examples[task.id], max_length=1 << 20)
+        batch = collate(encoded)
+        lengths = torch.tensor([len(example) for example in encoded])
+        mask = torch.arange(batch.tokens_BL.shape[1]) < lengths.unsqueeze(1)
+        found.append((batch, mask.flatten()))
+    return found
+
+
+@torch.inference_mode()
+def routing_by_task(
+    adapted: AdaptedModel, tasks: Sequence[TaskSpec], examples: Mapping[str, Sequence[Example]]
+) -> Routing:
+    """How every block routes each task's tokens, prompts and answers, padding left out.
+
+    The adapter is a checkpoint's, in evaluation mode, whose task table is `tasks` in the order of its bias rows.
+    """
+    attached = adapted.adapters
+    assert isinstance(attached, AdapterSet)
+    blocks = {name: block for name, block in attached.named_modules() if isinstance(block, BlockAdapter)}
+    weights: list[torch.Tensor] = []
+    entropies: list[torch.Tensor] = []
+    mask = torch.empty(0)
+
+    def look(block: BlockAdapter, args: tuple[Any, ...]) -> None:
+        weights_TGN = block.routing(args[0])[mask.to(args[0].device)]
+        weights.append(weights_TGN.mean(0).cpu())
+        entropies.append(entropy(weights_TGN).mean().cpu())
+
+    handles = [block.register_forward_pre_hook(look) for block in blocks.values()]
+    try:
+        for batch, mask in task_batches(adapted, tasks, examples):  # noqa: B007 (read by `look`)
+            adapted.answer_logits(batch.tokens_BL, batch.task_index_B, batch.answer_rows)
+    finally:
+        for handle in handles:
+            handle.remove()
+    shape = len(tasks), len(blocks)
+    return Routing(
+        tuple(task.id for task in tasks),
+        tuple(name.removeprefix("layers.") for name in blocks),
+        torch.stack(weights).unflatten(0, shape),
+        torch.stack(entropies).unflatten(0, shape),
+    )
+
+
+def task_gradients(
+    adapted: AdaptedModel, tasks: Sequence[TaskSpec], examples: Mapping[str, Sequence[Example]]
+) -> torch.Tensor:
+    """[T, P]: the gradient of each task's answer loss in every parameter that tasks share, which biases are not."""
+    attached = adapted.adapters
+    shared = [p for name, p in attached.named_parameters() if not name.endswith("task_bias")]
+    gradients = []
+    for batch, _ in task_batches(adapted, tasks, examples):
+        logits = adapted.answer_logits(batch.tokens_BL, batch.task_index_B, batch.answer_rows)
+        loss = answer_loss(logits, batch.answer_targets.to(logits.device))
+        found = torch.autograd.grad(loss, shared, allow_unused=True)
+        flat = [torch.zeros_like(p) if g is None else g for g, p in zip(found, shared, strict=True)]
+        gradients.append(torch.cat([g.flatten().cpu() for g in flat]))
+    return torch.stack(gradients)
+
+
+def cosines(vectors: torch.Tensor) -> torch.Tensor:
+    """[T, T]: cosine between every two rows; 0 with a row of zeros."""
+    normed = torch.nn.functional.normalize(vectors, dim=1)
+    return normed @ normed.T
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """Of the experts of every block: singular values, falling, [M, N, r], and the overlap [M] of their ranges.
+
+    Overlap is the mean over pairs of experts of the RV coefficient, the cosine between B_i B_i^T and B_j B_j^T: 0 where
+    experts write into orthogonal ranges, 1 where they write into the same one by the same strengths.
+    """
+
+    sigma_MNr: torch.Tensor
+    overlap_M: torch.Tensor
+
+    def effective_rank(self) -> torch.Tensor:
+        """[M, N]: exp of the entropy of the squared singular values' shares; 0 for an expert of zeros."""
+        squares = self.sigma_MNr.square()
+        total = squares.sum(-1, keepdim=True)
+        return torch.where(total.squeeze(-1) > 0, entropy(squares / (total + _EPSILON)).exp(), 0.0)
+
+
+def spectra(experts_MNDr: torch.Tensor) -> Spectra:
+    """Singular values and overlap of the experts [M, N, D, r]."""
+    M, N, D, r = experts_MNDr.shape
+    sigma = torch.linalg.svdvals(experts_MNDr.float())
+    flat = experts_MNDr.float().transpose(1, 2).reshape(M, D, N * r)
+    gram = (flat.transpose(1, 2) @ flat).square().view(M, N, r, N, r).sum((2, 4))
+    own = gram.diagonal(dim1=1, dim2=2)
+    ratio = gram / (own.unsqueeze(1) * own.unsqueeze(2)).sqrt().clamp_min(1e-30)
+    pairs = max(1, N * (N - 1))
+    overlap = (ratio.sum((1, 2)) - ratio.diagonal(dim1=1, dim2=2).sum(1)) / pairs
+    return Spectra(sigma, overlap)

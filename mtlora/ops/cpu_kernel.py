@@ -1,0 +1,83 @@
+"""The compiled kernel of the CPU backend: finding it, and the layout in which it reads weights.
+
+`_cpu_kernel.cpp` is built when the package is installed. Where it was not, for want of a compiler, or cannot run on
+this processor, weights stay as they are and torch ops read them.
+
+Shape suffixes: K depth, C columns, U units of columns.
+"""
+
+import ctypes
+import importlib.machinery
+import logging
+from functools import cache
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# Tokens of a tile: as many as the kernel's innermost loop keeps in registers.
+TILE_SIZE = 8
+
+# Columns of a unit.
+UNIT = 16
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+_ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_ARGUMENTS: list[type[ctypes._SimpleCData]] = [
+    _INT, _INT, _ADDRESS, _ADDRESS, _LONG, _LONG, _LONG, _LONG, _ADDRESS, _LONG, _ADDRESS, _ADDRESS, _LONG, _ADDRESS,
+    _LONG, _INT,
+]  # fmt: skip
+
+
+@cache
+def compiled_kernel() -> ctypes.CDLL | None:
+    """The compiled kernel, or None where it was not built or this processor cannot run it."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_cpu_kernel{suffix}")
+        if not path.exists():
+            continue
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            logger.warning("adapters run in torch ops, slower in mixed batches: %s", error)
+            return None
+        library.mtlora_add_routed.argtypes = _ARGUMENTS
+        if library.mtlora_supported(0) and library.mtlora_max_tile() == TILE_SIZE:
+            return library
+        logger.warning("adapters run in torch ops, slower in mixed batches: %s does not suit this processor", path)
+        return None
+    logger.warning("adapters run in torch ops, slower in mixed batches: the kernel was not built at install")
+    return None
+
+
+def to_units(weights: torch.Tensor) -> torch.Tensor:
+    """Weights [..., K, C] as the kernel reads them: [..., U, K, 16, 1], in bfloat16 [..., U, K/2, 16, 2].
+
+    Zeros fill up what is missing.
+    """
+    rows = _rows(weights.dtype)
+    *lead, K, C = weights.shape
+    padded = torch.nn.functional.pad(weights, (0, -C % UNIT, 0, -K % rows))
+    units = padded.unflatten(-1, (-1, UNIT)).unflatten(-3, (-1, rows))  # [..., K/rows, rows, U, 16]
+    n = len(lead)
+    return units.permute(*range(n), n + 2, n, n + 3, n + 1).contiguous()
+
+
+def from_units(units: torch.Tensor, K: int, C: int) -> torch.Tensor:
+    """The inverse of `to_units`: [..., K, C]."""
+    n = units.dim() - 4
+    padded = units.permute(*range(n), n + 1, n + 3, n, n + 2).flatten(-2).flatten(-3, -2)
+    return padded[..., :K, :C]
+
+
+def units_shape(K: int, C: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Shape of `to_units` of weights [K, C]."""
+    rows = _rows(dtype)
+    return -(-C // UNIT), -(-K // rows), UNIT, rows
+
+
+def _rows(dtype: torch.dtype) -> int:
+    """Rows of weights that lie together."""
+    return 2 if dtype == torch.bfloat16 else 1

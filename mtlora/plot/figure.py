@@ -1,0 +1,41 @@
+"""What the pictures share: a backend that needs no screen, colours, and small habits."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+INK, GRID, MUTED = "#222222", "#e5e7ea", "#c7ccd1"
+# Told apart by the colour-blind too (Okabe and Ito, 2008), the house's blue first.
+COLOURS = ("#1f6f8b", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8d979f", "#f0e442")
+HEAT = "viridis"
+
+
+@contextmanager
+def figure(out: Path, rows: int = 1, columns: int = 1, *, size: tuple[float, float], **kwargs: Any) -> Iterator[Any]:
+    """(figure, axes [rows, columns]) to draw on; written to `out`, in the format of its suffix, at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    made, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **kwargs)
+    try:
+        yield made, axes
+        out.parent.mkdir(parents=True, exist_ok=True)
+        made.savefig(out, dpi=130)
+    finally:
+        plt.close(made)
+
+
+def clean(axes: Any) -> None:
+    """A light grid, no box."""
+    axes.grid(color=GRID, zorder=0)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def label(task: str) -> str:
+    """A task id as a label."""
+    return task.replace("_", " ")

@@ -1,0 +1,97 @@
+"""Pictures of routing: heat maps of tasks by experts, and how many experts and groups that takes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtlora.diagnosis import Routing
+from mtlora.plot.figure import COLOURS, clean, figure, label
+
+_COLUMNS = 6
+_LAYERS, _GROUPS = 5, 8
+
+
+def plot_routing(routing: Routing, out: Path) -> None:
+    """A heat map a block: mean weight of each expert (columns) on each task's tokens (rows), mean over groups."""
+    maps = routing.weights_TMGN.mean(2)
+    blocks, tasks = len(routing.blocks), len(routing.tasks)
+    rows = -(-blocks // _COLUMNS)
+    columns = min(_COLUMNS, blocks)
+    high = max(0.2 + 0.075 * tasks, 0.9)
+    with figure(out, rows, columns, size=(1.9 * columns + 1.6, high * rows + 0.9)) as (made, axes):
+        for i, panel in enumerate(axes.flat):
+            if i >= blocks:
+                panel.axis("off")
+                continue
+            image = _heat(panel, maps[:, i], float(maps.max()))
+            panel.set_title(routing.blocks[i], fontsize=8, pad=2)
+            _name_tasks(panel, routing.tasks if i % columns == 0 else (), 4.5)
+        made.colorbar(image, ax=axes, shrink=0.4, label="mean routing weight ÷ an even share")
+        made.suptitle(f"Which of {maps.shape[-1]} experts each task uses, a block a panel", x=0.01, ha="left")
+
+
+def plot_groups(routing: Routing, out: Path) -> None:
+    """The same for single groups: rows of panels are blocks, columns are groups, evenly picked where there are many."""
+    _, M, G, N = routing.weights_TMGN.shape
+    blocks, groups = _picked(M, _LAYERS), _picked(G, _GROUPS)
+    tasks = len(routing.tasks)
+    high = max(0.25 + 0.085 * tasks, 0.9)
+    size = (1.9 * len(groups) + 2.0, high * len(blocks) + 0.9)
+    with figure(out, len(blocks), len(groups), size=size) as (made, axes):
+        for i, block in enumerate(blocks):
+            for j, group in enumerate(groups):
+                panel = axes[i][j]
+                image = _heat(panel, routing.weights_TMGN[:, block, group], float(routing.weights_TMGN.max()))
+                panel.set_title(f"{routing.blocks[block]}, group {group}", fontsize=8, pad=2)
+                _name_tasks(panel, routing.tasks if j == 0 else (), 5)
+        made.colorbar(image, ax=axes, shrink=0.4, label="mean routing weight ÷ an even share")
+        made.suptitle(f"Experts (columns, {N}) by task, in {len(groups)} of {G} groups", x=0.01, ha="left")
+
+
+def plot_use(routing: Routing, out: Path) -> None:
+    """Effective numbers of experts a block, and how far tasks and groups route apart."""
+    N = routing.weights_TMGN.shape[-1]
+    layers = range(len(routing.blocks))
+    with figure(out, 1, 2, size=(11, 3.8)) as (_, axes):
+        left, right = axes[0]
+        for name, values, colour in (
+            ("all tasks together", routing.experts_of_all(), COLOURS[0]),
+            ("one task", routing.experts_of_a_task(), COLOURS[1]),
+            ("one token", routing.experts_of_a_token(), COLOURS[2]),
+        ):
+            left.plot(layers, values, marker=".", color=colour, label=f"{name}: {float(values.mean()):.1f}")
+        left.axhline(N, color="#8d979f", linestyle=":", linewidth=1)
+        left.set_ylim(0.9, N * 1.05)
+        left.set_title(f"experts in use, exp(routing entropy), of {N}", loc="left", fontsize=10)
+        for name, values, colour in (
+            ("between tasks", routing.between_tasks(), COLOURS[0]),
+            ("between groups", routing.between_groups(), COLOURS[1]),
+        ):
+            right.plot(layers, values, marker=".", color=colour, label=f"{name}: {float(values.mean()):.2f}")
+        right.set_ylim(bottom=0)
+        right.set_title("how far routing differs (Jensen–Shannon, share of maximum)", loc="left", fontsize=10)
+        for panel in (left, right):
+            panel.set_xlabel("block")
+            panel.legend(frameon=False, fontsize=9)
+            clean(panel)
+
+
+def _heat(panel: Any, weights: Any, top: float) -> Any:
+    """Weights [rows, N] as multiples of an even share: more of it and less of it in two colours."""
+    from matplotlib.colors import TwoSlopeNorm
+
+    N = weights.shape[-1]
+    norm = TwoSlopeNorm(1.0, vmin=0.0, vmax=max(top * N, 1.01))
+    return panel.imshow(np.asarray(weights) * N, aspect="auto", cmap="PuOr_r", norm=norm, interpolation="nearest")
+
+
+def _name_tasks(panel: Any, tasks: Sequence[str], size: float) -> None:
+    panel.set_yticks(range(len(tasks)), [label(task) for task in tasks], fontsize=size)
+    panel.tick_params(length=0)
+    panel.set_xticks([])
+
+
+def _picked(total: int, most: int) -> list[int]:
+    return sorted({round(i) for i in np.linspace(0, total - 1, min(total, most))})

@@ -1,0 +1,81 @@
+"""Generated inputs in the form of BIG-Bench Hard's algorithmic tasks, worked out by their solvers."""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mtlora.suite.base import ANSWER_MARKER, SPLITS, Example, Split, SuiteError, split_of
+from mtlora.suite.bbh_tasks import BBH_TASKS, BBHTask, UnsolvedError
+from mtlora.task import TaskSpec
+
+# Draws in a row that bring nothing new before a task counts as exhausted.
+_MAX_MISSES = 20_000
+
+
+def bbh_spec(task: BBHTask) -> TaskSpec:
+    """The spec of a task that can be worked out, for generated inputs and for a folder's."""
+    return TaskSpec(
+        id=task.id,
+        description=task.description,
+        template="{input}\nAnswer:",
+        stop=("\n",),
+        max_new_tokens=task.max_new_tokens,
+        answer_marker=ANSWER_MARKER,
+    )
+
+
+def with_working(example: Example) -> Example:
+    """The example with its solver's working, where a solver gives the very target; else as it is."""
+    task = BBH_TASKS.get(example.task_id)
+    if task is None:
+        return example
+    try:
+        solution = task.solve(example.input)
+    except UnsolvedError:
+        return example
+    if solution.answer != example.target:
+        return example
+    return replace(example, working=solution.working or None)
+
+
+class GeneratedBBHSuite:
+    """The tasks that have a generator. Splits are by hash of the input, as a folder's are, so they share no input."""
+
+    def __init__(self) -> None:
+        self._tasks = {task_id: task for task_id, task in BBH_TASKS.items() if task.generate is not None}
+
+    @property
+    def name(self) -> str:
+        return "bbh-generated"
+
+    @property
+    def tasks(self) -> Sequence[TaskSpec]:
+        return tuple(bbh_spec(task) for task in self._tasks.values())
+
+    def examples(self, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
+        """See `Suite.examples`. Generated tasks have no end, so `count` must be a number here."""
+        task = self._tasks.get(task_id)
+        if task is None or task.generate is None:
+            raise SuiteError(f"suite {self.name} has no task {task_id!r}; it has {', '.join(self._tasks)}")
+        if split not in SPLITS:
+            raise SuiteError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+        if count is None or count < 0:
+            raise SuiteError(f"count of task {task_id} is {count}; generated tasks need one >= 0")
+        digest = hashlib.sha256(f"{self.name}\0{task_id}\0{split}\0{seed}".encode()).digest()
+        rng = random.Random(int.from_bytes(digest, "big"))
+        examples: dict[str, Example] = {}
+        misses = 0
+        while len(examples) < count:
+            text = task.generate(rng)
+            if text in examples or split_of(task_id, text) != split:
+                misses += 1
+                if misses >= _MAX_MISSES:
+                    raise SuiteError(
+                        f"task {task_id} has only {len(examples)} distinct {split} inputs, {count} were asked for"
+                    )
+                continue
+            misses = 0
+            solution = task.solve(text)
+            examples[text] = Example(task_id, text, solution.answer, solution.working or None)
+        return list(examples.values())

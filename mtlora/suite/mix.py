@@ -1,0 +1,120 @@
+"""A suite made of parts, each with its own number of training examples a task."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mtlora.suite.base import Example, Split, Suite, SuiteError
+from mtlora.suite.bbh import FolderSuite
+from mtlora.suite.bbh_generated import bbh_spec, with_working
+from mtlora.suite.bbh_tasks import BBH_TASKS
+from mtlora.task import TaskSpec
+
+# One number for every task, one a task ("*" stands for the rest), or null: all that a finite suite has.
+Count = Annotated[int, Field(ge=0)]
+ExampleCounts = Count | dict[str, Count | None] | None
+
+
+def count_for(counts: int | Mapping[str, int | None] | None, task_id: str) -> int | None:
+    """How many examples of a task are asked for. A task that a mapping leaves out, and that has no "*", gets none."""
+    return counts.get(task_id, counts.get("*", 0)) if isinstance(counts, Mapping) else counts
+
+
+class SuitePart(BaseModel):
+    """One part of a mix."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    suite: str = Field(description='"builtin", "bbh-generated", or a folder in BIG-Bench-Hard layout')
+    examples_per_task: ExampleCounts = Field(
+        None, description="training examples: a number, null for all, or a number a task id, * for the rest"
+    )
+    joins: tuple[str, ...] = Field(
+        (), description="tasks that are the same as an earlier part's of that id, and become one with it"
+    )
+    train_only: bool = Field(False, description="leave this part out of validation")
+    worked: bool = Field(False, description="give a folder's examples the working of the solvers that know their form")
+
+
+class MixedSuite:
+    """Tasks of several suites in one table.
+
+    A task that several parts have must be declared in `joins` of the later ones. It keeps the first part's template
+    and description; answer marker, length and the set of answers are widened to cover them all.
+    """
+
+    def __init__(self, parts: Sequence[tuple[SuitePart, Suite]]) -> None:
+        if not parts:
+            raise SuiteError("a mix of suites needs at least one part")
+        self._parts = [(part, suite, {task.id for task in suite.tasks}) for part, suite in parts]
+        tasks: dict[str, TaskSpec] = {}
+        for part, suite, ids in self._parts:
+            counts = part.examples_per_task
+            named = set(counts) - {"*"} if isinstance(counts, Mapping) else set()
+            for field, unknown in (("joins", set(part.joins) - ids), ("examples_per_task", named - ids)):
+                if unknown:
+                    raise SuiteError(f"{field} of part {part.suite}: it has no task {', '.join(sorted(unknown))}")
+            for task in suite.tasks:
+                spec = bbh_spec(BBH_TASKS[task.id]) if part.worked and task.id in BBH_TASKS else task
+                if task.id not in tasks:
+                    if task.id in part.joins:
+                        raise SuiteError(f"part {part.suite}: joins names {task.id}, which no earlier part has")
+                    tasks[task.id] = spec
+                elif task.id in part.joins:
+                    tasks[task.id] = _joined(tasks[task.id], spec, part)
+                else:
+                    raise SuiteError(
+                        f"part {part.suite}: task {task.id} is in an earlier part already; "
+                        "name it in this part's joins where the two are one task"
+                    )
+        self._tasks = tasks
+
+    @property
+    def name(self) -> str:
+        return " + ".join(suite.name for _, suite, _ in self._parts)
+
+    @property
+    def tasks(self) -> Sequence[TaskSpec]:
+        return tuple(self._tasks.values())
+
+    def examples(self, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
+        """Training: as many as each part is to give, `count` of each at most. Else: up to `count` of each part.
+
+        An input that two parts give is taken once, from the first. Raises SuiteError where the task is unknown.
+        """
+        if task_id not in self._tasks:
+            raise SuiteError(f"suite {self.name} has no task {task_id!r}; it has {', '.join(self._tasks)}")
+        found: dict[str, Example] = {}
+        for part, suite, ids in self._parts:
+            if task_id not in ids or (split != "train" and part.train_only):
+                continue
+            wanted = count_for(part.examples_per_task, task_id) if split == "train" else count
+            if count is not None:
+                wanted = count if wanted is None else min(wanted, count)
+            if isinstance(suite, FolderSuite):
+                examples = suite.examples(task_id, split, None, seed)[:wanted]
+            else:
+                examples = suite.examples(task_id, split, wanted, seed)
+            for example in examples:
+                found.setdefault(example.input, with_working(example) if part.worked else example)
+        return list(found.values())
+
+
+def _joined(first: TaskSpec, second: TaskSpec, part: SuitePart) -> TaskSpec:
+    if first.stop != second.stop:
+        raise SuiteError(
+            f"part {part.suite}: task {first.id} stops at {second.stop}, the earlier part's at {first.stop}"
+        )
+    markers = {task.answer_marker for task in (first, second)} - {None}
+    if len(markers) > 1:
+        raise SuiteError(f"part {part.suite}: task {first.id} has other answer markers than the earlier part's")
+    answers: tuple[str, ...] | None = None
+    if first.allowed_answers and second.allowed_answers:
+        answers = tuple(dict.fromkeys((*first.allowed_answers, *second.allowed_answers)))
+    changed: dict[str, Any] = {
+        "max_new_tokens": max(first.max_new_tokens, second.max_new_tokens),
+        "answer_marker": next(iter(markers), None),
+        "allowed_answers": answers,
+    }
+    return TaskSpec.model_validate({**first.model_dump(), **changed})

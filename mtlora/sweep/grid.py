@@ -1,0 +1,148 @@
+"""The runs of a sweep: which there are, and doing one of them."""
+
+import hashlib
+import json
+import os
+import resource
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from mtlora.errors import MtLoRAError
+from mtlora.files import write_durably
+from mtlora.suite import FolderSuite, load_suite
+from mtlora.suite.base import Example, Suite
+from mtlora.train.config import TrainingConfig
+
+_RESULT = "result.json"
+
+
+class SweepError(MtLoRAError):
+    """A sweep that cannot be run as asked."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of the grid. `config` is complete: with its seed and its tasks."""
+
+    name: str
+    config: TrainingConfig
+    folder: Path
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks it trains on."""
+        return len(self.config.tasks or ())
+
+    @property
+    def result_file(self) -> Path:
+        """Where its result is, once it is done."""
+        return self.folder / _RESULT
+
+
+def grid(
+    configs: dict[str, TrainingConfig], out: Path, *, seeds: Sequence[int], task_counts: Sequence[int] | None
+) -> list[Run]:
+    """Every run: each configuration with each number of tasks and each seed.
+
+    Fewer tasks are always a part of more: the first of the configuration's list, or else of the suite's tasks in an
+    order drawn once for all (by hash, so that no family of tasks is whole before the next begins). Raises SweepError
+    for a count that a suite does not have.
+    """
+    runs = []
+    for name, config in configs.items():
+        order = list(config.tasks or sorted((task.id for task in load_suite(config.suite).tasks), key=_drawn))
+        for count in task_counts or [len(order)]:
+            if not 1 <= count <= len(order):
+                raise SweepError(f"--task-counts {count}: {name} has {len(order)} tasks; allowed are 1 to {len(order)}")
+            for seed in seeds:
+                changed = {"tasks": tuple(order[:count]), "seed": seed}
+                runs.append(
+                    Run(name, config.model_copy(update=changed), out / name / f"{count}-tasks" / f"seed-{seed}")
+                )
+    return runs
+
+
+def _drawn(task_id: str) -> bytes:
+    return hashlib.sha256(task_id.encode()).digest()
+
+
+def read_result(run: Run, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """A finished run's result; None where there is none yet, or it failed.
+
+    Raises SweepError where the result is of another configuration, or was scored otherwise.
+    """
+    try:
+        result: dict[str, Any] = json.loads(run.result_file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise SweepError(f"{run.result_file}: {error}") from None
+    if "error" in result:
+        return None
+    if result["config"] != run.config.model_dump(mode="json") or result["settings"] != settings:
+        raise SweepError(f"{run.result_file}: of another configuration; choose another --out, or remove {run.folder}")
+    return result
+
+
+def do(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Train, or go on training, and score on the test split, in a process of its own; returns the result, or its error.
+
+    settings: `examples`, the test examples of each task at most.
+    """
+    # A process a run, since memory's peak is a process'; forked from one that has imported what is slow to import.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["mtlora.train.trainer"])
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        result = pool.submit(_train_and_score, run, backbone, settings).result()
+    run.folder.mkdir(parents=True, exist_ok=True)
+    temporary = run.result_file.with_suffix(".tmp")
+    write_durably(temporary, (json.dumps(result, indent=1) + "\n").encode())
+    os.replace(temporary, run.result_file)
+    return result
+
+
+def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    from mtlora.checkpoint import TaskEntry
+    from mtlora.evaluate import offline_answerer, score
+    from mtlora.train.trainer import Trainer
+
+    about = {
+        "name": run.name,
+        "seed": run.config.seed,
+        "num_tasks": run.num_tasks,
+        "config": run.config.model_dump(mode="json"),
+        "settings": settings,
+    }
+    try:
+        trainer = Trainer(run.config, backbone, run.folder, resume=True)
+        trainer.fit()
+    except MtLoRAError as error:
+        return {**about, "error": str(error)}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    steps = [json.loads(line) for line in trainer.folder.log_file.read_text().splitlines()]
+    steps = [record for record in steps if "num_tokens" in record]
+    seconds, tokens = sum(s["seconds"] for s in steps), sum(s["num_tokens"] for s in steps)
+    trainer.adapted.adapters.eval()
+    biased = run.config.baseline is None and run.config.adapter.task_bias
+    entries = [TaskEntry(**t.model_dump(), bias_index=i if biased else None) for i, t in enumerate(trainer.tasks)]
+    examples = [e for task in trainer.tasks for e in _test_examples(trainer.suite, task.id, settings["examples"])]
+    scores = score(examples, offline_answerer(trainer.adapted, entries)(examples))
+    return {
+        **about,
+        "parameters": trainer.num_parameters,
+        "steps": len(trainer.batches),
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "peak_memory_bytes": peak,
+        **scores.as_dict(),
+    }
+
+
+def _test_examples(suite: Suite, task_id: str, count: int) -> list[Example]:
+    if isinstance(suite, FolderSuite):
+        return suite.examples(task_id, "test", None)[:count]
+    return suite.examples(task_id, "test", count)

@@ -1,0 +1,95 @@
+"""A sweep's results in one table: over seeds, with confidence intervals."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from mtlora.sweep.statistics import bootstrap_mean, wilson
+
+Result = dict[str, Any]
+
+
+def summarise(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """A row a configuration and task count, in the order of the results.
+
+    `accuracy` is the mean over tasks and seeds with its bootstrap interval; `tasks` the accuracy of each, its seeds'
+    examples together, with its Wilson interval; `common` the mean over the tasks that every row has.
+    """
+    cells: dict[tuple[str, int], list[Result]] = {}
+    for result in results:
+        cells.setdefault((result["name"], result["num_tasks"]), []).append(result)
+    shared = set.intersection(*(set(result["tasks"]) for result in results))
+    common = [task for task in results[0]["tasks"] if task in shared]
+    return [_row(name, count, cell, common) for (name, count), cell in cells.items()]
+
+
+def _row(name: str, count: int, cell: list[Result], common: list[str]) -> dict[str, Any]:
+    tasks = {}
+    for task in cell[0]["tasks"]:
+        correct = sum(result["tasks"][task]["correct"] for result in cell)
+        total = sum(result["tasks"][task]["total"] for result in cell)
+        tasks[task] = {"accuracy": correct / total, "interval": wilson(correct, total), "total": total}
+    return {
+        "name": name,
+        "num_tasks": count,
+        "seeds": [result["seed"] for result in cell],
+        "parameters": cell[0]["parameters"],
+        "steps": cell[0]["steps"],
+        "seconds": fmean(result["seconds"] for result in cell),
+        "tokens_per_second": fmean(result["tokens_per_second"] for result in cell),
+        "peak_memory_bytes": max(result["peak_memory_bytes"] for result in cell),
+        "accuracy": _mean(cell, list(tasks)),
+        "common": _mean(cell, common) if common else None,
+        "tasks": tasks,
+    }
+
+
+def _mean(cell: list[Result], tasks: list[str]) -> dict[str, Any]:
+    counts = [[(r["tasks"][task]["correct"], r["tasks"][task]["total"]) for task in tasks] for r in cell]
+    mean = fmean(correct / total for seed in counts for correct, total in seed)
+    return {"mean": mean, "interval": bootstrap_mean(counts), "tasks": len(tasks)}
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The summary, and below it a table of every task's accuracy for each number of tasks."""
+    lines = [
+        "| configuration | tasks | seeds | parameters | steps | seconds | tokens/s | peak memory | accuracy (95 %) |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: | --- |",
+    ]
+    lines += [
+        f"| {row['name']} | {row['num_tasks']} | {len(row['seeds'])} | {row['parameters']:,} | {row['steps']} "
+        f"| {row['seconds']:.0f} | {row['tokens_per_second']:.0f} | {row['peak_memory_bytes'] / 2**30:.2f} GiB "
+        f"| {_interval(row['accuracy']['mean'], row['accuracy']['interval'])} |"
+        for row in rows
+    ]
+    for count in sorted({row["num_tasks"] for row in rows}):
+        columns = [row for row in rows if row["num_tasks"] == count]
+        tasks = list(dict.fromkeys(task for row in columns for task in row["tasks"]))
+        lines += ["", f"| {count} tasks | " + " | ".join(row["name"] for row in columns) + " |"]
+        lines.append("| --- |" + " --- |" * len(columns))
+        for task in tasks:
+            found = [row["tasks"].get(task) for row in columns]
+            cells = [_interval(cell["accuracy"], cell["interval"]) if cell else "" for cell in found]
+            lines.append(f"| {task} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _interval(value: float, interval: Sequence[float]) -> str:
+    return f"{value:.2f} ({interval[0]:.2f}–{interval[1]:.2f})"
+
+
+def write_report(results: Sequence[Result], out: Path) -> list[Path]:
+    """Write results.json, results.md, results.png and, with several task counts, scaling.png; returns their paths."""
+    from mtlora.plot.sweep import plot_methods, plot_scaling
+
+    rows = summarise(results)
+    files = [out / "results.json", out / "results.md", out / "results.png"]
+    files[0].write_text(json.dumps({"rows": rows, "runs": list(results)}, indent=1) + "\n")
+    files[1].write_text(markdown(rows))
+    plot_methods(rows, files[2])
+    if len({row["num_tasks"] for row in rows}) > 1:
+        files.append(out / "scaling.png")
+        plot_scaling(rows, files[-1])
+    return files

@@ -1,0 +1,33 @@
+"""The optimizer and its schedule."""
+
+import math
+
+import torch
+from torch import nn
+
+from mtlora.train.config import TrainingConfig
+
+
+def make_optimizer(attached: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW over what is attached; routers and task biases without decay, at a rate of their own."""
+    routing: list[nn.Parameter] = []
+    experts: list[nn.Parameter] = []
+    for name, parameter in attached.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        (routing if name.endswith(("lora_route", "task_bias")) else experts).append(parameter)
+    groups = [
+        {"params": experts, "scale": 1.0, "weight_decay": config.weight_decay},
+        {"params": routing, "scale": config.router_learning_rate_scale, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate, fused=True)
+
+
+def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to a fraction of the peak."""
+    warmup = max(1, round(steps * config.warmup_fraction))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    floor = config.final_learning_rate_fraction
+    return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -1,0 +1,48 @@
+"""What a server calls in every worker, through vLLM's `collective_rpc`: loading adapters beside running steps, counts.
+
+Arguments and results are what msgpack carries. A failure is a value: an exception would be logged with its traceback
+as the engine's own.
+"""
+
+from typing import Any
+
+from vllm.lora.request import LoRARequest
+
+from mtlora.errors import MtLoRAError
+from mtlora.vllm_plugin.statistics import WorkerStatistics
+
+PENDING, READY, FAILED = "pending", "ready", "failed"
+
+
+class AdapterLoading:
+    """Loads and removes adapters in a worker."""
+
+    model_runner: Any
+
+    def mtlora_stage(self, folder: str) -> tuple[str, str]:
+        """(pending | ready | failed, why): reads and packs a checkpoint in a thread; ask until it is not pending."""
+        try:
+            return (READY, "") if self.model_runner.lora_manager.stage(folder) else (PENDING, "")
+        except (MtLoRAError, ValueError, OSError, MemoryError) as error:
+            return FAILED, str(error) or type(error).__name__
+
+    def mtlora_unstage(self, folder: str) -> None:
+        """Give up what was staged and not placed."""
+        self.model_runner.lora_manager.unstage(folder)
+
+    def mtlora_place(self, folder: str, slots: list[Any]) -> tuple[str, str]:
+        """(ready | failed, why): registers the slots, (id, name, path) each, of a staged checkpoint, all or none."""
+        try:
+            requests = [LoRARequest(name, slot_id, path) for slot_id, name, path in slots]
+            self.model_runner.lora_manager.place(folder, requests)
+        except (MtLoRAError, ValueError, RuntimeError) as error:
+            return FAILED, str(error)
+        return READY, ""
+
+    def mtlora_remove(self, slot_ids: list[int]) -> int:
+        """Remove slots; returns how many there were."""
+        return sum(self.model_runner.lora_manager.remove_adapter(slot_id) for slot_id in slot_ids)
+
+
+class AdapterExtension(AdapterLoading, WorkerStatistics):
+    """Mixed into vLLM's worker, which takes one class, by `worker_extension_cls`."""

@@ -1,0 +1,180 @@
+"""The Adapters service. Each method: authorise, decode, call the registry, encode."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+from mtlora_pb.v1 import adapters_pb2 as pb
+from mtlora_pb.v1 import adapters_pb2_grpc
+
+from server.errors import RequestFailedError, Violation, invalid_argument, not_found, resource_exhausted, task_not_found
+from server.registry.events import Event, WatcherTooSlowError
+from server.registry.record import AdapterRecord
+from server.registry.registry import NotPossibleError, Registry, UnknownAdapterError
+from server.registry.version import AdapterVersion, Stage, StageError, version_key
+from server.registry.weights import MAX_WEIGHT
+
+# Raises RequestFailedError unless the current call may change adapters. The one place for a check of permissions: every
+# method goes through it.
+Authorize = Callable[[Any], Awaitable[None]]
+
+
+async def anyone(context: Any) -> None:
+    """Authorises every call."""
+
+
+class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
+    """`registry` is set before `check_serving`, which raises UNAVAILABLE until then, lets calls in."""
+
+    registry: Registry
+
+    def __init__(self, check_serving: Callable[[], None], authorize: Authorize = anyone) -> None:
+        self._check_serving = check_serving
+        self._authorize = authorize
+
+    async def Load(self, request: pb.LoadAdapterRequest, context: Any) -> pb.LoadAdapterResponse:
+        await self._admit(context)
+        with statuses(request.adapter):
+            version = await self.registry.load(_name(request), request.version)
+        return pb.LoadAdapterResponse(serving=self._version(version, Stage.SERVING))
+
+    async def Unload(self, request: pb.UnloadAdapterRequest, context: Any) -> pb.UnloadAdapterResponse:
+        await self._admit(context)
+        with statuses(request.adapter):
+            await self.registry.unload(_name(request))
+        return pb.UnloadAdapterResponse()
+
+    async def Pin(self, request: pb.PinAdapterRequest, context: Any) -> pb.PinAdapterResponse:
+        await self._admit(context)
+        with statuses(request.adapter):
+            self.registry.pin(_name(request))
+        return pb.PinAdapterResponse()
+
+    async def Unpin(self, request: pb.UnpinAdapterRequest, context: Any) -> pb.UnpinAdapterResponse:
+        await self._admit(context)
+        with statuses(request.adapter):
+            self.registry.unpin(_name(request))
+        return pb.UnpinAdapterResponse()
+
+    async def Rollback(self, request: pb.RollbackAdapterRequest, context: Any) -> pb.RollbackAdapterResponse:
+        await self._admit(context)
+        with statuses(request.adapter):
+            version = await self.registry.rollback(_name(request))
+        return pb.RollbackAdapterResponse(serving=self._version(version, Stage.SERVING))
+
+    async def SetWeights(self, request: pb.SetAdapterWeightsRequest, context: Any) -> pb.SetAdapterWeightsResponse:
+        await self._admit(context)
+        weights = _weights(request.weights)
+        name = request.adapter
+        if request.WhichOneof("target") == "task":
+            task = self.registry.catalog.tasks.get(request.task)
+            if task is None:
+                raise task_not_found(request.task, self.registry.catalog.tasks)
+            name = task.adapter_name
+        elif not name:
+            raise invalid_argument([Violation("target", "found none; allowed: one of adapter, task")])
+        with statuses(name):
+            await self.registry.set_weights(name, weights, request.task)
+        return pb.SetAdapterWeightsResponse()
+
+    async def List(self, request: pb.ListAdaptersRequest, context: Any) -> pb.ListAdaptersResponse:
+        await self._admit(context)
+        records = sorted(self.registry.records.items())
+        return pb.ListAdaptersResponse(adapters=[self._adapter(record) for _, record in records])
+
+    async def Watch(self, request: pb.WatchAdaptersRequest, context: Any) -> AsyncIterator[pb.AdapterEvent]:
+        await self._admit(context)
+        # At once, so that a client knows from when on it sees everything.
+        await context.send_initial_metadata(())
+        try:
+            async for event in self.registry.events.watch():
+                if request.adapter in ("", event.name):
+                    yield _event(event)
+        except WatcherTooSlowError:
+            raise resource_exhausted("events came faster than they were read; watch again", 0.0) from None
+
+    async def _admit(self, context: Any) -> None:
+        await self._authorize(context)
+        self._check_serving()
+
+    def _adapter(self, record: AdapterRecord) -> pb.Adapter:
+        active = [self._version(version, Stage.SERVING) for version in record.active]
+        before = [self._version(version, Stage.VERIFIED) for version in reversed(record.previous)]
+        known = {each.version for each in (*active, *before)}
+        rest = []
+        for version in sorted({*record.found, *record.refused}, key=version_key, reverse=True):
+            if version in record.refused:
+                rest.append(_message(version, Stage.FAILED, record.refused[version][1]))
+            elif version not in known:
+                rest.append(_message(version, Stage.FOUND))
+        return pb.Adapter(
+            name=record.name,
+            pinned=record.pinned,
+            unloaded=record.unloaded,
+            versions=[*active, *before, *rest],
+            splits=[pb.AdapterSplit(task=task, weights=split) for task, split in sorted(record.weights.items())],
+        )
+
+    def _version(self, version: AdapterVersion, stage: Stage) -> pb.AdapterVersion:
+        residency = self.registry.residency
+        message = _message(version.version, stage)
+        message.content = version.content
+        message.resident = version in residency.resident
+        message.requests = residency.users(version)
+        message.tasks = len(version.slots)
+        return message
+
+
+def _message(version: str, stage: Stage, reason: str = "") -> pb.AdapterVersion:
+    return pb.AdapterVersion(version=version, stage=_stage(stage), reason=reason)
+
+
+def _event(event: Event) -> pb.AdapterEvent:
+    message = pb.AdapterEvent(
+        adapter=event.name,
+        version=event.version,
+        content=event.content,
+        stage=_stage(event.stage),
+        failed_stage=_stage(event.failed_stage) if event.failed_stage else None,
+        reason=event.reason,
+    )
+    message.time.FromNanoseconds(int(event.time * 1e9))
+    return message
+
+
+def _stage(stage: Stage) -> Any:
+    return pb.AdapterStage.Value(f"ADAPTER_STAGE_{stage.name}")
+
+
+def _name(request: Any) -> str:
+    if not request.adapter:
+        raise invalid_argument([Violation("adapter", "found none; List has those there are")])
+    return str(request.adapter)
+
+
+def _weights(weights: Mapping[str, int]) -> dict[str, int]:
+    violations = [
+        Violation(f"weights[{version}]", f"found {weight}; allowed: 0 to {MAX_WEIGHT}")
+        for version, weight in weights.items()
+        if weight > MAX_WEIGHT
+    ]
+    if weights and not any(weights.values()):
+        violations.append(Violation("weights", "found nothing but 0; allowed: one above 0, or no weights at all"))
+    if violations:
+        raise invalid_argument(violations)
+    return {version: weight for version, weight in weights.items() if weight}
+
+
+@contextmanager
+def statuses(name: str) -> Iterator[None]:
+    """What the registry raises, as statuses."""
+    try:
+        yield
+    except UnknownAdapterError as error:
+        raise not_found("mtlora.v1.Adapter", name, str(error)) from None
+    except NotPossibleError as error:
+        raise RequestFailedError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
+    except StageError as error:
+        message = f"{name}: not {error.stage.value}: {error.reason}"
+        raise RequestFailedError(grpc.StatusCode.FAILED_PRECONDITION, message) from None

@@ -1,0 +1,50 @@
+"""The processes of an engine, and what they leave behind when they are killed."""
+
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+class EngineProcesses:
+    """Found while all of them live: the children of a parent that has died are not to be found any more.
+
+    shared: names in shared memory that they have mapped and this process has not.
+    """
+
+    def __init__(self, processes: Iterable[psutil.Process] = ()) -> None:
+        self._processes = list(processes)
+        maps = [_mapped(process.pid) for process in self._processes]
+        self.shared = frozenset[Path]().union(*maps) - _mapped("self")
+
+    @classmethod
+    def below(cls, pids: Iterable[int]) -> Self:
+        """Those of an engine's cores and everything under them."""
+        cores = [psutil.Process(pid) for pid in pids]
+        return cls(process for core in cores for process in (*core.children(recursive=True), core))
+
+    def kill(self) -> None:
+        """End them at once; also one that is stopped."""
+        for process in self._processes:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+    def clean_up(self) -> None:
+        """Wait for them to be gone, and free the shared memory that nobody else would."""
+        psutil.wait_procs(self._processes, timeout=10)
+        for path in self.shared:
+            path.unlink(missing_ok=True)
+
+
+def _mapped(pid: int | str) -> frozenset[Path]:
+    """Names in shared memory that a process has mapped."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    paths = (line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6)
+    return frozenset(Path(path) for path in paths if path.startswith(f"{_SHARED_MEMORY}/") and "(deleted)" not in path)

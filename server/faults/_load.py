@@ -1,0 +1,156 @@
+"""Load on a server, from a thread of its own: what was asked, what came back, and how long each token took."""
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+
+from mtlora.client import AsyncClient, Client, ServerError
+
+# Long enough for a token rate, whatever the task's own stop strings.
+PARAMETERS: dict[str, Any] = {"max_new_tokens": 16, "stop": []}
+_WORDS = (
+    "seven", "apples", "7/30/2018", "walked", "north", "before", "the", "old", "bridge", "cost", "$12.50", "nobody",
+    "answered", "twice",
+)  # fmt: skip
+_TIMEOUT_S = 90.0
+
+
+@dataclass(frozen=True)
+class Question:
+    task_id: str
+    text: str
+
+
+@dataclass
+class Asked:
+    """One request. `gaps_s`: between its tokens. `status`: of gRPC; empty while it runs."""
+
+    question: Question
+    began: float
+    status: str = ""
+    detail: str = ""
+    text: str = ""
+    version: str = ""
+    ended: float = 0.0
+    gaps_s: list[float] = field(default_factory=list)
+
+
+def questions(client: Client, number: int, seed: int) -> list[Question]:
+    """Random inputs for the tasks that a server has, which take one text."""
+    rng = random.Random(seed)
+    tasks = [task.id for task in client.tasks() if len(task.fields) == 1]
+    return [Question(rng.choice(tasks), " ".join(rng.choices(_WORDS, k=rng.randint(8, 24)))) for _ in range(number)]
+
+
+def answers(client: Client, asked: Sequence[Question]) -> list[str]:
+    """What the serving version answers, one at a time."""
+    return [client.generate(each.task_id, each.text, timeout=_TIMEOUT_S, **PARAMETERS).text for each in asked]
+
+
+class Load:
+    """`with Load(...) as load`: `workers` streams at a time, or `rate` requests a second where that is given.
+
+    Leaving waits for every request to end. `asked` holds all of them, in the order in which they began.
+    """
+
+    def __init__(
+        self, address: str, asked: Sequence[Question], *, seed: int, workers: int = 12, rate: float | None = None
+    ) -> None:
+        self._address = address
+        self._questions = asked
+        self._rng = random.Random(seed)
+        self._workers = workers
+        self._rate = rate
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+        self.asked: list[Asked] = []
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Begin no more requests, and wait for those that run."""
+        self._stopping.set()
+        self._thread.join(_TIMEOUT_S + 30)
+
+    async def _run(self) -> None:
+        async with AsyncClient(self._address) as client:
+            if self._rate is None:
+                await asyncio.gather(*(self._work(client) for _ in range(self._workers)))
+                return
+            running: set[asyncio.Task[None]] = set()
+            while not self._stopping.is_set():
+                task = asyncio.create_task(self._ask(client))
+                running.add(task)
+                task.add_done_callback(running.discard)
+                await asyncio.sleep(self._rng.expovariate(self._rate))
+            await asyncio.gather(*running)
+
+    async def _work(self, client: AsyncClient) -> None:
+        while not self._stopping.is_set():
+            await self._ask(client)
+            if self.asked and self.asked[-1].status == "UNAVAILABLE":
+                await asyncio.sleep(0.5)
+
+    async def _ask(self, client: AsyncClient) -> None:
+        question = self._rng.choice(self._questions)
+        asked = Asked(question, time.monotonic())
+        self.asked.append(asked)
+        last = 0.0
+        try:
+            async for piece in client.stream(question.task_id, question.text, timeout=_TIMEOUT_S, **PARAMETERS):
+                now = time.monotonic()
+                if last and piece.text:
+                    asked.gaps_s.append(now - last)
+                last = now
+                asked.text += piece.text
+                if piece.HasField("summary"):
+                    asked.version = piece.summary.adapter_version
+            asked.status = "OK"
+        except ServerError as error:
+            asked.status, asked.detail = error.code.name, error.message
+        finally:
+            asked.ended = time.monotonic()
+
+
+def failures(asked: Iterable[Asked]) -> list[Asked]:
+    """Requests that did not end in OK."""
+    return [each for each in asked if each.status != "OK"]
+
+
+def p99_gap_s(asked: Iterable[Asked], since: float = 0.0, until: float = float("inf")) -> float:
+    """The 99th percentile of the gaps between tokens, of requests that began in a span of time."""
+    gaps = [gap for each in asked if since <= each.began < until for gap in each.gaps_s]
+    return float(np.percentile(gaps, 99)) if gaps else float("nan")
+
+
+@dataclass
+class References:
+    """What each content answers, greedily, to each question."""
+
+    texts: dict[tuple[Question, int], str]
+
+    def wrong(self, asked: Iterable[Asked], content_of: Any) -> list[Asked]:
+        """Answers that differ from what their version gives."""
+        return [
+            each
+            for each in asked
+            if each.status == "OK" and each.text.strip() != self.texts[each.question, content_of(each.version)]
+        ]
+
+    @property
+    def distinct(self) -> int:
+        """Questions to which the two contents give different answers."""
+        return sum(
+            self.texts[question, 0] != self.texts[question, 1] for question, content in self.texts if content == 0
+        )

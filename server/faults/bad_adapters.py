@@ -1,0 +1,52 @@
+"""Bad adapters of every kind, put in place under load: all are refused, and nobody else notices."""
+
+import random
+import shutil
+
+from mtlora_pb.v1 import adapters_pb2
+
+from server.faults._bad_files import KINDS
+from server.faults._load import Load, failures
+from server.faults._server import shared
+from server.faults._swapping import FAILED, SERVING, Watcher, references, swap
+from server.faults.scenario import Options, Row
+
+ORDER = 12
+FULL_TIMES, SHORT_TIMES = 20, 2
+_END = {SERVING, FAILED, adapters_pb2.ADAPTER_STAGE_VANISHED}
+
+
+def run(options: Options) -> Row:
+    """Each bad version is the highest of the adapter that serves the load, so that the server wants it at once."""
+    target = shared(options)
+    rng = random.Random(options.seed)
+    times = FULL_TIMES if options.full else SHORT_TIMES
+    problems: list[str] = []
+    with target.server.client() as client, Watcher(client) as watcher:
+        asked, expected = references(target, client, watcher, 16, options.seed)
+        engine = {process.pid for process in target.engine_processes()}
+        with Load(target.address, asked, seed=options.seed) as load:
+            for kind, write in rng.sample([*KINDS.items()] * times, len(KINDS) * times):
+                version, content = target.next_version()
+                folder = target.root / target.name / version
+                write(content, folder, rng)
+                event = watcher.wait(version, _END, 60)
+                if event.stage == SERVING and kind != "vanishing":
+                    problems.append(f"{kind}: version {version} came to serve")
+                if folder.is_symlink():
+                    folder.unlink()
+                else:
+                    shutil.rmtree(folder, ignore_errors=True)
+            swap(target, watcher)
+        up = engine == {process.pid for process in target.engine_processes()} and client.is_serving()
+    failed, wrong = failures(load.asked), expected.wrong(load.asked, target.content_of)
+    problems += [f"{each.question}: {each.status} {each.detail} {each.version}" for each in (*failed, *wrong)]
+    for problem in problems[:8]:
+        print(f"bad_adapters: {problem}")
+    return Row(
+        f"{len(KINDS)} kinds of bad adapters, {times} times each",
+        "0 other requests affected, none served, the engine stays up",
+        f"{len(failed) + len(wrong)} of {len(load.asked)} requests affected, "
+        f"{len(problems) - len(failed) - len(wrong)} served, engine {'up' if up else 'lost'}",
+        met=not problems and up,
+    )

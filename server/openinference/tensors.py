@@ -1,0 +1,102 @@
+"""BYTES tensors, as contents or raw, to texts and back."""
+
+import struct
+from collections.abc import Iterator, Sequence
+
+from openinference_pb import grpc_predict_v2_pb2 as pb
+
+from mtlora.task import TaskSpec
+from server.errors import Violation
+
+# Elements of one request: each is a sequence in the engine.
+MAX_BATCH = 64
+TEXT_INPUT = "text_input"
+TEXT_OUTPUT = "text_output"
+
+
+class TensorError(Exception):
+    """Tensors that are no texts, with every reason."""
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        super().__init__(violations[0].description)
+        self.violations = list(violations)
+
+
+def input_names(task: TaskSpec) -> tuple[str, ...]:
+    """The input tensors that a task takes."""
+    return (TEXT_INPUT,) if len(task.fields) == 1 else task.fields
+
+
+def read_texts(request: pb.ModelInferRequest, names: Sequence[str]) -> dict[str, list[str]]:
+    """The texts of every input tensor, all of one shape. Raises TensorError."""
+    violations = list(_name_violations(request, names))
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        violations.append(Violation("raw_input_contents", f"found {len(raw)}; allowed: one for each of the inputs"))
+    if violations:
+        raise TensorError(violations)
+    texts: dict[str, list[str]] = {}
+    for index, tensor in enumerate(request.inputs):
+        try:
+            texts[tensor.name] = _texts(tensor, raw[index] if raw else None)
+        except ValueError as error:
+            violations.append(Violation(f"inputs[{index}]", str(error)))
+    if not violations and len({tuple(tensor.shape) for tensor in request.inputs}) > 1:
+        violations.append(Violation("inputs", "found several shapes; allowed: the same for all"))
+    if violations:
+        raise TensorError(violations)
+    return texts
+
+
+def write_texts(response: pb.ModelInferResponse, texts: Sequence[str], shape: Sequence[int], *, raw: bool) -> None:
+    """Add the output tensor, in the form of the inputs."""
+    tensor = response.outputs.add(name=TEXT_OUTPUT, datatype="BYTES", shape=shape)
+    elements = [text.encode() for text in texts]
+    if raw:
+        response.raw_output_contents.append(b"".join(struct.pack("<I", len(each)) + each for each in elements))
+    else:
+        tensor.contents.bytes_contents.extend(elements)
+
+
+def _name_violations(request: pb.ModelInferRequest, names: Sequence[str]) -> Iterator[Violation]:
+    found = [tensor.name for tensor in request.inputs]
+    if sorted(found) != sorted(names):
+        yield Violation("inputs", f"found {_shown(found)}; allowed: {', '.join(names)}, once each")
+    wanted = [tensor.name for tensor in request.outputs]
+    if any(name != TEXT_OUTPUT for name in wanted):
+        yield Violation("outputs", f"found {_shown(wanted)}; allowed: {TEXT_OUTPUT}")
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(repr(name[:32]) for name in names[:4]) or "none"
+
+
+def _texts(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> list[str]:
+    if tensor.datatype != "BYTES":
+        raise ValueError(f"datatype: found {tensor.datatype[:16]!r}; allowed: BYTES")
+    shape = list(tensor.shape)
+    if len(shape) not in (1, 2) or not 1 <= shape[0] <= MAX_BATCH or shape[1:] not in ([], [1]):
+        raise ValueError(f"shape: found {shape[:4]}; allowed: [n] or [n, 1], n from 1 to {MAX_BATCH}")
+    if raw is not None and tensor.contents.ByteSize():
+        raise ValueError("contents: found some beside raw_input_contents; allowed: one of the two")
+    elements = list(tensor.contents.bytes_contents) if raw is None else _split(raw)
+    if len(elements) != shape[0]:
+        raise ValueError(f"found {len(elements)} elements in a tensor of shape {shape}")
+    try:
+        return [element.decode() for element in elements]
+    except UnicodeDecodeError:
+        raise ValueError("found bytes that are no UTF-8; allowed: texts") from None
+
+
+def _split(raw: bytes) -> list[bytes]:
+    elements, at = [], 0
+    while at < len(raw):
+        if at + 4 > len(raw):
+            raise ValueError("raw contents end inside an element's length")
+        (length,) = struct.unpack_from("<I", raw, at)
+        at += 4
+        if at + length > len(raw):
+            raise ValueError(f"raw contents end inside an element of {length} bytes")
+        elements.append(raw[at : at + length])
+        at += length
+    return elements

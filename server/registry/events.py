@@ -1,0 +1,72 @@
+"""What happened to adapters: each event goes to the log, to the metrics, and to whoever watches."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from server.logs import get_logger
+from server.registry.version import Stage
+
+logger = get_logger("adapters")
+
+# What a watcher may be behind before it is let go.
+_WATCHER_BACKLOG = 1024
+
+
+@dataclass(frozen=True)
+class Event:
+    """`failed_stage`: what a version that failed did not reach. `content` is empty where it is not known yet."""
+
+    name: str
+    version: str
+    stage: Stage
+    content: str = ""
+    reason: str = ""
+    failed_stage: Stage | None = None
+    time: float = field(default_factory=time.time)
+
+
+class WatcherTooSlowError(Exception):
+    """A watcher that did not read its events."""
+
+
+class Events:
+    """`on_event` is called with each one, before any watcher sees it."""
+
+    def __init__(self, on_event: Callable[[Event], None] = lambda _: None) -> None:
+        self._on_event = on_event
+        self._watchers: set[asyncio.Queue[Event | None]] = set()
+
+    def emit(self, event: Event) -> None:
+        """Log, count and hand on. On the event loop."""
+        failed = event.stage is Stage.FAILED
+        fields = {"adapter": event.name, "version": event.version, "stage": event.stage.value}
+        fields |= {name: value for name in ("content", "reason") if (value := getattr(event, name))}
+        if event.failed_stage:
+            fields["failed_stage"] = event.failed_stage.value
+        level, message = (logging.ERROR, "adapter not served") if failed else (logging.INFO, "adapter")
+        logger.log(level, message, extra={"fields": fields})
+        self._on_event(event)
+        for queue in list(self._watchers):
+            try:
+                queue.put_nowait(event)
+            except asyncio.QueueFull:
+                self._watchers.discard(queue)
+                queue.get_nowait()
+                queue.put_nowait(None)
+
+    async def watch(self) -> AsyncIterator[Event]:
+        """Every event from now on. Raises WatcherTooSlowError once it is too far behind."""
+        queue: asyncio.Queue[Event | None] = asyncio.Queue(_WATCHER_BACKLOG)
+        self._watchers.add(queue)
+        try:
+            while queue in self._watchers or not queue.empty():
+                event = await queue.get()
+                if event is None:
+                    break
+                yield event
+            raise WatcherTooSlowError
+        finally:
+            self._watchers.discard(queue)

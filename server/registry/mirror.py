@@ -1,0 +1,98 @@
+"""Adapters in object storage, by fsspec URL, copied to a local folder of the same layout."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from server.logs import get_logger
+from server.registry.source import MANIFEST_FILE, TENSORS_FILE
+from server.registry.version import NAME
+
+logger = get_logger("adapters")
+
+_FILES = (MANIFEST_FILE, TENSORS_FILE)
+
+
+class MirrorError(Exception):
+    """Storage that cannot be read."""
+
+
+def is_url(text: str) -> bool:
+    """Whether this names storage by URL, rather than a folder."""
+    return "://" in text
+
+
+def check_url(url: str) -> None:
+    """Raise ValueError unless fsspec knows the protocol and the package for it is installed."""
+    import fsspec
+
+    protocol = url.partition("://")[0]
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"{protocol}://: {error}; allowed: a folder, or a URL that fsspec can read") from None
+
+
+class Mirror:
+    """`folder` follows `url`: a version appears there whole, changes in one step, and goes when it is gone there."""
+
+    def __init__(self, url: str, folder: Path, max_bytes: int) -> None:
+        import fsspec
+
+        self._url = url
+        self._max_bytes = max_bytes
+        self._files, self._root = fsspec.core.url_to_fs(url, skip_instance_cache=True)
+        self._folder = folder
+        # What each mirrored version was made from.
+        self._seen: dict[tuple[str, str], Any] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def sync(self) -> None:
+        """Make the folder as the storage is. Blocks. Raises MirrorError where that cannot be read; nothing is removed
+        then. One version that cannot be fetched is logged, and tried again next time.
+        """
+        try:
+            listed = dict(self._list())
+        except Exception as error:
+            raise MirrorError(f"{self._url}: {error or type(error).__name__}") from error
+        for key, files in listed.items():
+            state = [self._files.ukey(files[name]["name"]) if name in files else None for name in _FILES]
+            if self._seen.get(key) == state:
+                continue
+            try:
+                self._fetch(*key, files)
+            except Exception as error:
+                logger.warning(
+                    "not fetched", extra={"fields": {"adapter": key[0], "version": key[1], "reason": str(error)}}
+                )
+            else:
+                self._seen[key] = state
+        for name, version in set(self._seen) - set(listed):
+            del self._seen[name, version]
+            shutil.rmtree(self._folder / name / version, ignore_errors=True)
+
+    def _list(self) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
+        """((name, version), {file name: its entry}) of every version."""
+        # Object stores cache listings.
+        self._files.invalidate_cache()
+        root = self._root.rstrip("/")
+        versions: dict[tuple[str, str], dict[str, Any]] = {}
+        for path, entry in self._files.find(root, detail=True).items():
+            parts = path[len(root) :].lstrip("/").split("/")
+            if len(parts) == 3 and parts[2] in _FILES and all(NAME.fullmatch(part) for part in parts[:2]):
+                versions.setdefault((parts[0], parts[1]), {})[parts[2]] = entry
+        yield from versions.items()
+
+    def _fetch(self, name: str, version: str, files: dict[str, Any]) -> None:
+        from mtlora.files import folder_in_the_making, put_in_place
+
+        if len(files) < len(_FILES):
+            # Still being uploaded.
+            raise FileNotFoundError(f"no {next(file for file in _FILES if file not in files)} yet")
+        if (size := sum(int(entry.get("size") or 0) for entry in files.values())) > self._max_bytes:
+            raise ValueError(f"expected at most {self._max_bytes} bytes in all, found {size}")
+        with folder_in_the_making(self._folder / name / version) as made:
+            for file, entry in files.items():
+                self._files.get_file(entry["name"], str(made / file))
+            put_in_place(made, self._folder / name / version)

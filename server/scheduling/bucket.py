@@ -1,0 +1,28 @@
+"""A rate limit that allows bursts."""
+
+
+class TokenBucket:
+    """Fills at a rate up to a capacity. May go into debt, which it pays back before it gives anything again.
+
+    Debt is what makes it exact for answers, whose length is known only when they have been given. The rate comes with
+    every call: it may change while the bucket lives.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._level: float | None = None
+        self._at = now
+
+    def seconds_until(self, amount: float, rate: float, capacity: float, now: float) -> float:
+        """Seconds until `amount`, or the whole capacity where that is less, can be taken; 0 where it can be now."""
+        missing = min(amount, capacity) - self._refill(rate, capacity, now)
+        return max(0.0, missing / rate)
+
+    def take(self, amount: float, rate: float, capacity: float, now: float) -> None:
+        """Take `amount`, into debt if need be."""
+        self._level = self._refill(rate, capacity, now) - amount
+
+    def _refill(self, rate: float, capacity: float, now: float) -> float:
+        # New buckets are full.
+        level = capacity if self._level is None else self._level + (now - self._at) * rate
+        self._level, self._at = min(capacity, level), now
+        return self._level

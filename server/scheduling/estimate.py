@@ -1,0 +1,73 @@
+"""How long a request will take, from how long others took lately."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_MEMORY = 0.1
+_MAX_TASKS = 4096
+# Older measurements say nothing of the engine as it is now.
+_STALE_S = 10.0
+
+
+@dataclass
+class _Measured:
+    """Moving averages at one load, in seconds."""
+
+    at: float
+    first_token: float
+    per_token: float
+    whole: float
+
+
+class ServiceTimes:
+    """Times inside the engine, from the moment a sequence is handed to it, by how many ran beside it.
+
+    An estimate errs towards the short: what it calls impossible should be. Without measurements of the last seconds
+    there is none.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._by_load: dict[int, _Measured] = {}
+        self._tokens: OrderedDict[str, float] = OrderedDict()
+
+    def observe(self, task: str, tokens: int, first_token_s: float, whole_s: float, running: int) -> None:
+        """Count a finished sequence: its generated tokens, and how many ran when it began, itself included."""
+        if tokens < 1:
+            return
+        per_token = (whole_s - first_token_s) / (tokens - 1) if tokens > 1 else 0.0
+        now, load = self._clock(), running.bit_length()
+        held = self._by_load.get(load)
+        if held is None or now - held.at > _STALE_S:
+            self._by_load[load] = _Measured(now, first_token_s, per_token, whole_s)
+        else:
+            held.at = now
+            held.first_token += _MEMORY * (first_token_s - held.first_token)
+            held.whole += _MEMORY * (whole_s - held.whole)
+            if tokens > 1:
+                held.per_token += _MEMORY * (per_token - held.per_token)
+        self._tokens[task] = self._tokens.get(task, tokens) + _MEMORY * (tokens - self._tokens.get(task, tokens))
+        self._tokens.move_to_end(task)
+        if len(self._tokens) > _MAX_TASKS:
+            self._tokens.popitem(last=False)
+
+    def service_s(self, task: str, max_new_tokens: int, running: int) -> float | None:
+        """Seconds in the engine for a request of this task, once handed over beside `running` others."""
+        if (measured := self._measured(running + 1)) is None:
+            return None
+        tokens = min(float(max_new_tokens), self._tokens.get(task, 1.0))
+        return measured.first_token + max(0.0, tokens - 1) * measured.per_token
+
+    def wait_s(self, ahead: int, slots: int) -> float | None:
+        """Seconds until `ahead` requests have been handed over, where all of `slots` are taken."""
+        measured = self._measured(slots)
+        return None if measured is None else ahead * measured.whole / slots
+
+    def _measured(self, running: int) -> _Measured | None:
+        now = self._clock()
+        loads = [
+            load for load, held in self._by_load.items() if load <= running.bit_length() and now - held.at <= _STALE_S
+        ]
+        return self._by_load[max(loads)] if loads else None

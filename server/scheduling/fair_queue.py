@@ -1,0 +1,148 @@
+"""Weighted fair queueing by service received: the virtual token counter.
+
+Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024, algorithm 2, with weights. Every tenant has a
+counter of the service it has had, divided by its weight; the tenant with the least goes next. One that comes back from
+having nothing to do is lifted to the least counter of those that wait, so that idling saves up no credit. Within a
+priority class only: a class is served while no more urgent one waits.
+
+Two tenants that wait all the time never differ by more than a constant in service by weight, however long they wait.
+"""
+
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class _Flow(Generic[Item]):
+    """One tenant's line."""
+
+    def __init__(self) -> None:
+        self.counter = 0.0
+        self.weight = 1.0
+        self.rank = 0
+        # A dict keeps the order and removes from the middle at no cost.
+        self.items: dict[Item, None] = {}
+        self.blocked = False
+
+    @property
+    def active(self) -> bool:
+        return bool(self.items) and not self.blocked
+
+
+class FairQueue(Generic[Item]):
+    """Lines of hashable items, one a tenant. First in, first out within a tenant."""
+
+    def __init__(self) -> None:
+        self._flows: dict[str, _Flow[Item]] = {}
+        self._len = 0
+        # Counter of the tenant that left a class's queue last: where the class is empty, who comes is lifted to it.
+        self._last: dict[int, float] = {}
+
+    def __len__(self) -> int:
+        return self._len
+
+    def queued(self, tenant: str) -> int:
+        """Items of one tenant."""
+        flow = self._flows.get(tenant)
+        return len(flow.items) if flow else 0
+
+    def push(self, tenant: str, item: Item, *, weight: float, rank: int) -> None:
+        """Put an item at the end of its tenant's line. `rank` is the class, 0 the most urgent."""
+        flow = self._flows.setdefault(tenant, _Flow())
+        if flow.rank != rank:
+            # Counters of two classes say nothing of one another.
+            flow.rank, flow.counter = rank, 0.0
+            self._lift(flow)
+        elif not flow.active:
+            self._lift(flow)
+        flow.weight = weight
+        flow.items[item] = None
+        self._len += 1
+
+    def pop(self) -> tuple[str, Item] | None:
+        """Take out the next item; None only where nothing waits but tenants that are blocked."""
+        tenant, flow = min(
+            ((name, flow) for name, flow in self._flows.items() if flow.active),
+            key=lambda entry: (entry[1].rank, entry[1].counter),
+            default=("", None),
+        )
+        if flow is None:
+            return None
+        item = next(iter(flow.items))
+        self._take(flow, item)
+        return tenant, item
+
+    def remove(self, tenant: str, item: Item) -> bool:
+        """Take an item out of the middle; False where it is not there any more."""
+        flow = self._flows.get(tenant)
+        if flow is None or item not in flow.items:
+            return False
+        self._take(flow, item)
+        return True
+
+    def drop_newest(self, tenant: str) -> Item:
+        """Take out the last item of a tenant's line. Raises KeyError where the tenant has none."""
+        flow = self._flows[tenant]
+        item = next(reversed(flow.items))
+        self._take(flow, item)
+        return item
+
+    def longest(self) -> str | None:
+        """The tenant with the most items for its weight, of the least urgent class that waits; None where none does."""
+        waiting = [(flow.rank, len(flow.items) / flow.weight, name) for name, flow in self._flows.items() if flow.items]
+        return max(waiting)[2] if waiting else None
+
+    def length_by_weight(self, tenant: str) -> tuple[int, float]:
+        """What `longest` compares: (rank, items by weight)."""
+        flow = self._flows[tenant]
+        return flow.rank, len(flow.items) / flow.weight
+
+    def charge(self, tenant: str, service: float) -> None:
+        """Count service that a tenant has had."""
+        if flow := self._flows.get(tenant):
+            flow.counter += service / flow.weight
+
+    def block(self, tenant: str, blocked: bool) -> None:
+        """Keep a tenant from its turns, or let it have them again. While it is blocked it counts as idle."""
+        flow = self._flows.setdefault(tenant, _Flow())
+        if flow.blocked == blocked:
+            return
+        if not blocked and flow.items:
+            self._lift(flow)
+        flow.blocked = blocked
+
+    def ahead_of(self, tenant: str, *, weight: float, rank: int) -> int:
+        """About how many items go before one that this tenant puts in now."""
+        own = self.queued(tenant)
+        ahead = own
+        for name, flow in self._flows.items():
+            if name == tenant or not flow.active:
+                continue
+            if flow.rank < rank:
+                ahead += len(flow.items)
+            elif flow.rank == rank:
+                ahead += min(len(flow.items), round((own + 1) * flow.weight / weight))
+        return ahead
+
+    def forget(self, tenant: str) -> None:
+        """Drop what is kept of a tenant that has nothing here."""
+        if (flow := self._flows.get(tenant)) and not flow.items:
+            del self._flows[tenant]
+
+    def counter(self, tenant: str) -> float:
+        """Service by weight, lifts included."""
+        return self._flows[tenant].counter
+
+    def _take(self, flow: _Flow[Item], item: Item) -> None:
+        del flow.items[item]
+        self._len -= 1
+        if not flow.items:
+            self._last[flow.rank] = flow.counter
+
+    def _lift(self, flow: _Flow[Item]) -> None:
+        others = [
+            other.counter
+            for other in self._flows.values()
+            if other is not flow and other.active and other.rank == flow.rank
+        ]
+        flow.counter = max(flow.counter, min(others) if others else self._last.get(flow.rank, 0.0))

@@ -1,0 +1,268 @@
+"""Hands the engine its sequences: no more than it can run, the next one by fairness, none that comes too late."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from server.errors import RequestFailedError, deadline_out_of_reach, quota_exceeded, resource_exhausted
+from server.job import GenerationJob
+from server.scheduling.bucket import TokenBucket
+from server.scheduling.estimate import ServiceTimes
+from server.scheduling.fair_queue import FairQueue
+from server.scheduling.observer import Observer, Quota, Unobserved
+from server.tenants import Tenant
+
+# What a token costs, as in the paper: a generated one takes a step of its own.
+PROMPT_COST = 1.0
+COMPLETION_COST = 2.0
+_MIN_RETRY_S = 0.05
+
+
+def engine_slots(max_num_seqs: int) -> int:
+    """Sequences that the engine is handed at a time: what it runs, and a few so that it never waits for the next."""
+    return max_num_seqs + max(2, max_num_seqs // 16)
+
+
+@dataclass(eq=False)
+class Turn:
+    """A request's stay in the engine. `served` tells of every token it was given."""
+
+    tenant: Tenant
+    job: GenerationJob
+    deadline: float | None
+    _scheduler: "Scheduler"
+    _granted: asyncio.Future[None]
+    _began: float = 0.0
+    _beside: int = 0
+    _first: float = 0.0
+    _tokens: int = 0
+
+    def served(self, tokens: int) -> None:
+        """Count generated tokens."""
+        if not self._first:
+            self._first = self._scheduler.clock()
+        self._tokens += tokens
+        self._scheduler.charge(self.tenant, tokens, COMPLETION_COST)
+
+
+@dataclass
+class _Account:
+    """What is kept of a tenant between its requests."""
+
+    requests: TokenBucket
+    tokens: TokenBucket
+    running: int = 0
+    # Tokens served, prompts included: for reports and tests.
+    served: int = 0
+
+
+@dataclass(frozen=True)
+class Load:
+    """How full the scheduler is."""
+
+    running: int
+    queued: int
+    queued_by_tenant: dict[str, int] = field(default_factory=dict)
+
+
+class Scheduler:
+    """All of it on the event loop.
+
+    slots: sequences that the engine is handed at a time. max_queued: requests that may wait, all tenants together;
+    where that is full, the tenant with the longest line for its weight gives up its newest.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        max_queued: int,
+        clock: Callable[[], float] = time.monotonic,
+        observer: Observer | None = None,
+    ) -> None:
+        self.clock = clock
+        self._observer = observer or Unobserved()
+        self.times = ServiceTimes(clock)
+        self._slots = slots
+        self._max_queued = max_queued
+        self._queue: FairQueue[Turn] = FairQueue()
+        self._accounts: dict[str, _Account] = {}
+        self._running = 0
+
+    @property
+    def load(self) -> Load:
+        queued = {name: n for name in self._accounts if (n := self._queue.queued(name))}
+        return Load(self._running, len(self._queue), queued)
+
+    def check_quotas(self, tenant: Tenant) -> None:
+        """Count one request against its tenant's rates. Raises RESOURCE_EXHAUSTED with what is used up, until when."""
+        account, now = self._account(tenant), self.clock()
+        if (rate := tenant.tokens_per_second) is not None:
+            capacity = max(1.0, rate * tenant.burst_seconds)
+            if wait := account.tokens.seconds_until(1.0, rate, capacity, now):
+                raise self._over_quota(tenant, "tokens_per_second", f"{rate:g} tokens_per_second", wait)
+        if (rate := tenant.requests_per_second) is not None:
+            capacity = max(1.0, rate * tenant.burst_seconds)
+            if wait := account.requests.seconds_until(1.0, rate, capacity, now):
+                raise self._over_quota(tenant, "requests_per_second", f"{rate:g} requests_per_second", wait)
+            account.requests.take(1.0, rate, capacity, now)
+
+    @asynccontextmanager
+    async def turn(self, tenant: Tenant, job: GenerationJob, deadline: float | None) -> AsyncIterator[Turn]:
+        """Wait for the request's turn and hold it. `deadline` is in the clock's seconds.
+
+        Raises DEADLINE_EXCEEDED for a deadline out of reach, and RESOURCE_EXHAUSTED where a line is full.
+        """
+        turn = Turn(tenant, job, deadline, self, asyncio.get_running_loop().create_future())
+        self._check_deadline(turn)
+        self._enqueue(turn)
+        try:
+            self._dispatch()
+            await turn._granted
+            yield turn
+        finally:
+            self._leave(turn)
+
+    def charge(self, tenant: Tenant, tokens: int, cost: float) -> None:
+        """Count tokens that a tenant was served: for its quota and for its place in the queue."""
+        account = self._account(tenant)
+        account.served += tokens
+        self._queue.charge(tenant.id, tokens * cost)
+        self._observer.record_service(tenant.id, tokens * cost)
+        if (rate := tenant.tokens_per_second) is not None:
+            account.tokens.take(tokens, rate, max(1.0, rate * tenant.burst_seconds), self.clock())
+
+    def served(self, tenant_id: str) -> int:
+        """Tokens that a tenant has been served, prompts included."""
+        account = self._accounts.get(tenant_id)
+        return account.served if account else 0
+
+    def keep_only(self, tenant_ids: Collection[str]) -> None:
+        """Forget tenants that are gone, once nothing of theirs is here."""
+        for name in [name for name in self._accounts if name not in tenant_ids]:
+            if not self._accounts[name].running and not self._queue.queued(name):
+                del self._accounts[name]
+                self._queue.forget(name)
+
+    def _enqueue(self, turn: Turn) -> None:
+        tenant = turn.tenant
+        free = self._running < self._slots and not self._at_limit(tenant)
+        if tenant.max_queue is not None and not free and self._queue.queued(tenant.id) >= tenant.max_queue:
+            found = f"{tenant.max_queue} requests in its queue, max_queue"
+            raise self._over_quota(tenant, "max_queue", found, self._retry_s(turn))
+        self._account(tenant)
+        self._queue.push(tenant.id, turn, weight=tenant.weight, rank=tenant.priority.rank)
+        self._report(tenant)
+        if len(self._queue) > self._max_queued and not free:
+            self._make_room(turn)
+
+    def _make_room(self, newcomer: Turn) -> None:
+        longest = self._queue.longest()
+        assert longest is not None
+        # Among equals the newcomer goes: nothing that was admitted is given up for the like of it.
+        if self._queue.length_by_weight(newcomer.tenant.id) >= self._queue.length_by_weight(longest):
+            longest = newcomer.tenant.id
+        dropped = self._queue.drop_newest(longest)
+        self._report(dropped.tenant)
+        self._observer.record_shed(longest, "queue")
+        failure = resource_exhausted(
+            f"{self._max_queued} requests wait, the most this server queues", self._retry_s(dropped)
+        )
+        if dropped is newcomer:
+            raise failure
+        dropped._granted.set_exception(failure)
+
+    def _dispatch(self) -> None:
+        while self._running < self._slots and (entry := self._queue.pop()):
+            _, turn = entry
+            self._report(turn.tenant)
+            if turn._granted.done():
+                continue
+            if failure := self._too_late(turn):
+                turn._granted.set_exception(failure)
+                continue
+            self._running += 1
+            account = self._account(turn.tenant)
+            account.running += 1
+            self._report(turn.tenant)
+            turn._began, turn._beside = self.clock(), self._running
+            self._block(turn.tenant)
+            self.charge(turn.tenant, len(turn.job.prompt_ids), PROMPT_COST)
+            turn._granted.set_result(None)
+
+    def _leave(self, turn: Turn) -> None:
+        if not turn._began:
+            self._queue.remove(turn.tenant.id, turn)
+            self._report(turn.tenant)
+            if turn._granted.done() and not turn._granted.cancelled():
+                # Seen, also where the request was cancelled in the same moment.
+                turn._granted.exception()
+            return
+        self._running -= 1
+        self._account(turn.tenant).running -= 1
+        self._report(turn.tenant)
+        self._block(turn.tenant)
+        if turn._first:
+            first, whole = turn._first - turn._began, self.clock() - turn._began
+            self.times.observe(turn.job.task.spec.id, turn._tokens, first, whole, turn._beside)
+        self._dispatch()
+
+    def _block(self, tenant: Tenant) -> None:
+        self._queue.block(tenant.id, self._at_limit(tenant))
+
+    def _at_limit(self, tenant: Tenant) -> bool:
+        return tenant.max_in_flight is not None and self._account(tenant).running >= tenant.max_in_flight
+
+    def _account(self, tenant: Tenant) -> _Account:
+        account = self._accounts.get(tenant.id)
+        if account is None:
+            now = self.clock()
+            account = self._accounts[tenant.id] = _Account(TokenBucket(now), TokenBucket(now))
+        return account
+
+    def _service_s(self, turn: Turn) -> float | None:
+        job = turn.job
+        return self.times.service_s(job.task.spec.id, job.sampling.max_new_tokens, min(self._running, self._slots))
+
+    def _wait_s(self, turn: Turn) -> float:
+        """Seconds until the request would be handed over, if it came now; 0 where that is not known."""
+        if self._running < self._slots and not len(self._queue):
+            return 0.0
+        ahead = self._queue.ahead_of(turn.tenant.id, weight=turn.tenant.weight, rank=turn.tenant.priority.rank)
+        return self.times.wait_s(ahead + 1, self._slots) or 0.0
+
+    def _retry_s(self, turn: Turn) -> float:
+        return max(_MIN_RETRY_S, self._wait_s(turn) or 1.0)
+
+    def _check_deadline(self, turn: Turn) -> None:
+        if turn.deadline is None or (service := self._service_s(turn)) is None:
+            return
+        left = turn.deadline - self.clock()
+        if service > left:
+            raise self._out_of_reach(turn, left, service)
+        if (wait := self._wait_s(turn)) + service > left:
+            self._observer.record_shed(turn.tenant.id, "deadline")
+            raise resource_exhausted(
+                f"the deadline is {left:.2f} s away, the queue takes about {wait:.2f} s and the answer {service:.2f} s",
+                max(_MIN_RETRY_S, wait),
+            )
+
+    def _too_late(self, turn: Turn) -> RequestFailedError | None:
+        if turn.deadline is None:
+            return None
+        left, service = turn.deadline - self.clock(), self._service_s(turn) or 0.0
+        return self._out_of_reach(turn, left, service) if service > left else None
+
+    def _out_of_reach(self, turn: Turn, left: float, service: float) -> RequestFailedError:
+        self._observer.record_shed(turn.tenant.id, "deadline")
+        return deadline_out_of_reach(f"the deadline is {left:.2f} s away, the answer takes about {service:.2f} s")
+
+    def _over_quota(self, tenant: Tenant, quota: Quota, found: str, retry_s: float) -> RequestFailedError:
+        self._observer.record_quota_refusal(tenant.id, quota)
+        return quota_exceeded(f"tenant:{tenant.id}", found, max(_MIN_RETRY_S, retry_s))
+
+    def _report(self, tenant: Tenant) -> None:
+        account = self._accounts.get(tenant.id)
+        self._observer.set_tenant_queued(tenant.id, self._queue.queued(tenant.id))
+        self._observer.set_tenant_in_flight(tenant.id, account.running if account else 0)

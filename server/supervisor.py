@@ -1,0 +1,150 @@
+"""Keeps an engine running: notices that it has died or hangs, and starts another in its place."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from server.engine import Engine, EngineStartError
+from server.errors import EngineDeadError
+from server.job import Delta, GenerationJob
+from server.logs import get_logger
+
+logger = get_logger("engine")
+
+_LOOK_INTERVAL_S = 0.1
+
+
+@dataclass(frozen=True)
+class EngineFailure:
+    """How an engine was lost: of which kind, and in words."""
+
+    kind: Literal["died", "hung", "not_started"]
+    reason: str
+
+
+class EngineGaveUpError(Exception):
+    """The engine failed too often to try again."""
+
+
+class Listener(Protocol):
+    """What is to be done when an engine is lost, before anything that takes time, and when another is there."""
+
+    async def engine_lost(self, failure: EngineFailure) -> None: ...
+    async def engine_started(self, engine: Engine) -> None: ...
+
+
+class Supervisor:
+    """`make` makes an engine that is not started yet. More than `max_failures` of them within `window_s` seconds are
+    too many; one that makes no step for `hang_s` seconds while work waits has failed too.
+
+    It stands for whichever engine runs: `generate`, `load` and `unload` go to that one.
+    """
+
+    def __init__(
+        self, make: Callable[[], Engine], listener: Listener, *, hang_s: float, max_failures: int, window_s: float
+    ) -> None:
+        self.engine: Engine | None = None
+        self._make = make
+        self._listener = listener
+        self._hang_s = hang_s
+        self._max_failures = max_failures
+        self._window_s = window_s
+        self._failures: deque[float] = deque()
+        # While an engine starts it cannot be told to stop.
+        self.starting = False
+
+    async def start(self) -> None:
+        """Start an engine and hand it to the listener. Raises EngineStartError, or EngineDeadError if it dies."""
+        engine = self.engine = self._make()
+        self.starting = True
+        try:
+            await asyncio.to_thread(engine.start)
+        finally:
+            self.starting = False
+        await self._or_failure(self._listener.engine_started(engine))
+
+    async def run(self) -> None:
+        """Watch the engine that was started, and its successors. Ends in EngineGaveUpError alone."""
+        while True:
+            failure = await self._failure()
+            began = time.monotonic()
+            await self._replace(failure)
+            logger.info("engine restarted", extra={"fields": {"seconds": round(time.monotonic() - began, 1)}})
+
+    def generate(self, job: GenerationJob) -> AsyncIterator[Delta]:
+        """As `Engine.generate`."""
+        return self._running.generate(job)
+
+    async def load(self, folder: Path, slots: Sequence[Any]) -> None:
+        """As `Engine.load`."""
+        await self._running.load(folder, slots)
+
+    async def unload(self, slots: Sequence[Any]) -> None:
+        """As `Engine.unload`."""
+        await self._running.unload(slots)
+
+    async def warm_up(self, slot: Any | None, *, short: bool = False) -> None:
+        """As `Engine.warm_up`."""
+        await self._running.warm_up(slot, short=short)
+
+    @property
+    def _running(self) -> Engine:
+        if self.engine is None:
+            raise EngineDeadError
+        return self.engine
+
+    async def _failure(self) -> EngineFailure:
+        """Wait for the engine to fail; how."""
+        while True:
+            engine = self._running
+            if not engine.alive:
+                return EngineFailure("died", "a process of it has died")
+            if (stalled := engine.stalled_s) > self._hang_s:
+                return EngineFailure("hung", f"no step for {stalled:.0f} s while work waited")
+            await asyncio.sleep(_LOOK_INTERVAL_S)
+
+    async def _replace(self, failure: EngineFailure) -> None:
+        while True:
+            logger.error("engine lost", extra={"fields": {"reason": failure.reason}})
+            await self._listener.engine_lost(failure)
+            self._count_failure(failure.reason)
+            await self._dispose()
+            try:
+                await self.start()
+                return
+            except EngineStartError as error:
+                failure = EngineFailure("not_started", str(error))
+            except EngineDeadError:
+                failure = EngineFailure("died", "it died while its adapters were loaded")
+
+    async def _or_failure(self, work: Awaitable[None]) -> None:
+        """`work`, unless the engine fails first: EngineDeadError then."""
+        working, failing = asyncio.ensure_future(work), asyncio.create_task(self._failure())
+        try:
+            await asyncio.wait({working, failing}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            failing.cancel()
+        if not working.done():
+            self._running.lose()
+        await working
+
+    async def _dispose(self) -> None:
+        if self.engine is not None:
+            self.engine.lose()
+            await asyncio.to_thread(self.engine.shutdown)
+
+    def _count_failure(self, reason: str) -> None:
+        now = time.monotonic()
+        self._failures.append(now)
+        while self._failures[0] < now - self._window_s:
+            self._failures.popleft()
+        if len(self._failures) > self._max_failures:
+            if self.engine is not None:
+                self.engine.lose()
+            raise EngineGaveUpError(
+                f"the engine failed {len(self._failures)} times within {self._window_s:g} s, the last time: {reason}"
+            )

@@ -1,0 +1,6 @@
+"""Who may ask what, and how much: tenants.yaml, API keys, client certificates."""
+
+from server.tenants.config import OPEN_TENANT, Priority, Tenant, TenantsError
+from server.tenants.directory import Directory, Tenants, read_tenants
+
+__all__ = ["OPEN_TENANT", "Directory", "Priority", "Tenant", "Tenants", "TenantsError", "read_tenants"]

@@ -1,0 +1,148 @@
+"""Who is calling: an API key in the metadata, or the certificate that the connection was opened with."""
+
+import asyncio
+import hashlib
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import grpc
+
+from server.errors import RequestFailedError, resource_exhausted, unauthenticated
+from server.tenants.config import ApiKey, Tenant
+from server.tenants.directory import Directory
+from server.tenants.keys import key_id_of, verify
+
+_SCHEME = "bearer "
+# Verified keys remembered, and checks of one key id that may wait: a flood of guesses at one id holds up nobody else.
+_REMEMBERED = 65_536
+_WAITING_PER_KEY_ID = 4
+_WAITING = 256
+
+
+class Authenticator:
+    """Maps a call to its tenant. A key is hashed once; after that the process knows it by a keyed digest."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self._pepper = secrets.token_bytes(32)
+        # Digest of a key -> (the hash it was compared with, whether they agreed).
+        self._verified: OrderedDict[bytes, tuple[str, bool]] = OrderedDict()
+        self._running: dict[bytes, asyncio.Task[bool]] = {}
+        self._waiting: dict[str, int] = {}
+        self._hashing = ThreadPoolExecutor(1, "api-keys")
+        self._certificates: OrderedDict[bytes, Certificate] = OrderedDict()
+
+    async def tenant(
+        self, metadata: Iterable[tuple[str, str | bytes]], auth_context: Callable[[], Mapping[str, Sequence[bytes]]]
+    ) -> Tenant:
+        """The caller's tenant. Raises UNAUTHENTICATED, which does not say what was wrong with which part of a key.
+
+        `auth_context` is asked only where there is no key: it copies the connection's certificates.
+        """
+        tenants = self._directory.current
+        if tenants.open:
+            return next(iter(tenants.by_id.values()))
+        if (key := _bearer(metadata)) is not None:
+            return await self._by_key(key)
+        if pem := auth_context().get("x509_pem_cert"):
+            return self._by_certificate(pem[0])
+        raise unauthenticated("no API key in metadata `authorization: Bearer KEY`, and no client certificate")
+
+    async def _by_key(self, key: str) -> Tenant:
+        key_id = key_id_of(key)
+        found = self._directory.current.by_key_id.get(key_id) if key_id else None
+        if key_id is None or found is None or not await self._is_right(key, found[1]):
+            raise unauthenticated("the API key is not one of this server's")
+        # Looked up again: hashing takes a while, and a reload may have revoked the key meanwhile.
+        now = self._directory.current.by_key_id.get(key_id)
+        if now is None or now[1].hash != found[1].hash:
+            raise unauthenticated("the API key is not one of this server's")
+        return now[0]
+
+    async def _is_right(self, key: str, wanted: ApiKey) -> bool:
+        digest = hashlib.blake2b(key.encode(), key=self._pepper, digest_size=32).digest()
+        known = self._verified.get(digest)
+        if known is not None and known[0] == wanted.hash:
+            self._verified.move_to_end(digest)
+            return known[1]
+        task = self._running.get(digest)
+        if task is None:
+            if self._waiting.get(wanted.id, 0) >= _WAITING_PER_KEY_ID or len(self._running) >= _WAITING:
+                raise resource_exhausted("too many API keys are being checked", 1.0)
+            task = asyncio.create_task(self._hash(digest, key, wanted))
+            self._running[digest] = task
+        # Shielded: several calls may wait for the one check.
+        return await asyncio.shield(task)
+
+    async def _hash(self, digest: bytes, key: str, wanted: ApiKey) -> bool:
+        self._waiting[wanted.id] = self._waiting.get(wanted.id, 0) + 1
+        try:
+            right = await asyncio.get_running_loop().run_in_executor(self._hashing, verify, key, wanted.hash)
+        finally:
+            self._running.pop(digest, None)
+            self._waiting[wanted.id] -= 1
+            if not self._waiting[wanted.id]:
+                del self._waiting[wanted.id]
+        _remember(self._verified, digest, (wanted.hash, right))
+        return right
+
+    def _by_certificate(self, pem: bytes) -> Tenant:
+        certificate = self._certificates.get(pem)
+        if certificate is None:
+            certificate = Certificate.read(pem)
+            _remember(self._certificates, pem, certificate)
+        # A connection outlives the handshake, and may outlive the certificate too.
+        if certificate.not_after < time.time():
+            raise unauthenticated("the client certificate has expired")
+        by_name = self._directory.current.by_certificate
+        for name in certificate.names:
+            if name in by_name:
+                return by_name[name]
+        raise unauthenticated("the client certificate is no tenant's")
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A client certificate's names, most specific first, and when it ends (seconds since 1970)."""
+
+    names: tuple[str, ...]
+    not_after: float
+
+    @staticmethod
+    def read(pem: bytes) -> "Certificate":
+        """From PEM. Names: `URI:..` and `DNS:..` of the alternative names, then the subject in RFC 4514's form."""
+        from cryptography import x509
+
+        certificate = x509.load_pem_x509_certificate(pem)
+        names: list[str] = []
+        try:
+            other = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+            names += [f"URI:{name}" for name in other.get_values_for_type(x509.UniformResourceIdentifier)]
+            names += [f"DNS:{name}" for name in other.get_values_for_type(x509.DNSName)]
+        except x509.ExtensionNotFound:
+            pass
+        names.append(certificate.subject.rfc4514_string())
+        return Certificate(tuple(names), certificate.not_valid_after_utc.timestamp())
+
+
+def require_admin(tenant: Tenant) -> None:
+    """Raise PERMISSION_DENIED unless the tenant may change what is served."""
+    if not tenant.admin:
+        raise RequestFailedError(grpc.StatusCode.PERMISSION_DENIED, f"tenant {tenant.id} is not an admin")
+
+
+def _bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
+    for name, value in metadata:
+        if name == "authorization" and isinstance(value, str) and value[: len(_SCHEME)].lower() == _SCHEME:
+            return value[len(_SCHEME) :].strip()
+    return None
+
+
+def _remember(cache: OrderedDict, name: bytes, value: object) -> None:
+    cache[name] = value
+    if len(cache) > _REMEMBERED:
+        cache.popitem(last=False)

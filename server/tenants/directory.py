@@ -1,0 +1,107 @@
+"""The tenants of now: a snapshot of the file, read again whenever it changes."""
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from mtlora.errors import describe
+from server.logs import get_logger
+from server.tenants.config import OPEN_TENANT, ApiKey, Tenant, TenantsError, TenantsFile
+
+logger = get_logger("tenants")
+
+_MAX_FILE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Tenants:
+    """An immutable snapshot. `open` means that whoever asks is the one open tenant."""
+
+    by_id: Mapping[str, Tenant] = field(default_factory=lambda: MappingProxyType({OPEN_TENANT.id: OPEN_TENANT}))
+    by_key_id: Mapping[str, tuple[Tenant, ApiKey]] = field(default_factory=lambda: MappingProxyType({}))
+    by_certificate: Mapping[str, Tenant] = field(default_factory=lambda: MappingProxyType({}))
+    share_prefix_cache: bool = True
+    open: bool = True
+
+    def cache_salt(self, tenant: Tenant) -> str | None:
+        """What keeps this tenant's blocks of the prefix cache from the others'; None where they are shared."""
+        return None if self.share_prefix_cache else tenant.id
+
+
+def read_tenants(path: Path) -> Tenants:
+    """Read and check a tenants file. Raises TenantsError."""
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise TenantsError(f"{path}: larger than {_MAX_FILE_BYTES} bytes")
+        found: Any = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise TenantsError(f"{path}: not a readable YAML file: {error}") from None
+    try:
+        file = TenantsFile.model_validate(found)
+    except ValidationError as error:
+        raise TenantsError(f"{path}: {describe(error)}") from None
+    return Tenants(
+        by_id=MappingProxyType({tenant.id: tenant for tenant in file.tenants}),
+        by_key_id=MappingProxyType({key.id: (tenant, key) for tenant in file.tenants for key in tenant.api_keys}),
+        by_certificate=MappingProxyType({name: tenant for tenant in file.tenants for name in tenant.certificates}),
+        share_prefix_cache=file.share_prefix_cache,
+        open=False,
+    )
+
+
+class Directory:
+    """Holds the current snapshot; `watch` replaces it while the server runs.
+
+    path: the tenants file; None is one open tenant for ever. on_change gets every new snapshot, on_failure is called
+    once for every state of the file that is refused. Raises TenantsError where the first read fails.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        on_change: Callable[[Tenants], None] = lambda _: None,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._path = path
+        self._on_change = on_change
+        self._on_failure = on_failure
+        self._seen = _signature(path) if path else None
+        self.current = read_tenants(path) if path else Tenants()
+
+    def reload_if_changed(self) -> None:
+        """Read the file again where it is not what it was; a bad one changes nothing but the log."""
+        if self._path is None or (signature := _signature(self._path)) == self._seen:
+            return
+        self._seen = signature
+        try:
+            tenants = read_tenants(self._path)
+        except TenantsError as error:
+            logger.error("tenants file refused, the old tenants stay", extra={"fields": {"reason": str(error)}})
+            self._on_failure()
+            return
+        self.current = tenants
+        self._on_change(tenants)
+        logger.info("tenants read anew", extra={"fields": {"tenants": len(tenants.by_id)}})
+
+    async def watch(self, interval_s: float = 1.0) -> None:
+        """Look at the file for ever. Looking, not being told: that works on NFS, and where a ConfigMap flips a link."""
+        while self._path is not None:
+            await asyncio.sleep(interval_s)
+            self.reload_if_changed()
+
+
+def _signature(path: Path) -> tuple[int, ...] | None:
+    """Differs whenever the file behind the path was written or replaced."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size

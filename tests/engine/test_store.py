@@ -1,0 +1,125 @@
+"""The worker's store of adapters: staging beside steps, placing at once, and the host cache behind it."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from vllm.lora.request import LoRARequest
+
+from mtlora.checkpoint import CheckpointError
+from mtlora.vllm_plugin.store import AdapterStore
+from tests.server.adapters import entry, write_adapter
+from tests.server.slots import TINY
+
+BLOCKS = ["layers.0.mlp", "layers.1.mlp"]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[[str], str]:
+    def write(name: str) -> str:
+        write_adapter(tmp_path / name, [entry("x"), entry("y")], backbone=TINY, seed=hash(name) % 1000)
+        return str(tmp_path / name)
+
+    return write
+
+
+def store(host_cache_bytes: int = 0) -> AdapterStore:
+    return AdapterStore(
+        TINY.model_dump(), BLOCKS, device=torch.device("cpu"), dtype=torch.float32, host_cache_bytes=host_cache_bytes
+    )
+
+
+def requests(folder: str, first_id: int = 1) -> list[LoRARequest]:
+    return [LoRARequest(f"a/1#{task}", first_id + n, f"{folder}#{task}") for n, task in enumerate("xy")]
+
+
+def load(into: AdapterStore, folder: str, first_id: int = 1) -> None:
+    into.stage(folder)
+    into.place(folder, requests(folder, first_id))
+
+
+def test_placing_reads_nothing(make: Callable[[str], str]) -> None:
+    held, folder = store(), make("a")
+    held.stage(folder)
+    shutil.rmtree(folder)
+    held.place(folder, requests(folder))
+    assert held.slot_ids() == {1, 2}
+    one, other = (held.in_step(request) for request in requests(folder))
+    assert one.adapter is other.adapter
+    assert (one.bias_row, other.bias_row) == (0, 1)
+
+
+def test_nothing_that_is_not_staged_is_placed(make: Callable[[str], str]) -> None:
+    held, folder = store(), make("a")
+    with pytest.raises(ValueError, match="not staged"):
+        held.place(folder, requests(folder))
+    held.stage(folder)
+    held.unstage(folder)
+    with pytest.raises(ValueError, match="not staged"):
+        held.place(folder, requests(folder))
+
+
+def test_placing_is_all_or_nothing(make: Callable[[str], str]) -> None:
+    held, folder = store(), make("a")
+    held.stage(folder)
+    with pytest.raises(ValueError, match="no task 'z'"):
+        held.place(folder, [*requests(folder), LoRARequest("a/1#z", 3, f"{folder}#z")])
+    assert held.slot_ids() == set()
+    held.place(folder, requests(folder))
+    held.stage(folder)
+    with pytest.raises(ValueError, match="id 1 is in use"):
+        held.place(folder, requests(folder))
+
+
+def test_a_bad_file_fails_in_staging(make: Callable[[str], str]) -> None:
+    held, folder = store(), make("a")
+    (Path(folder) / "adapter.safetensors").write_bytes(b"garbage")
+    with pytest.raises(CheckpointError):
+        held.stage(folder)
+    assert held.slot_ids() == set()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_host_cache_spares_a_second_reading(make: Callable[[str], str], cached: bool) -> None:
+    held, folder = store(1 << 20 if cached else 0), make("a")
+    load(held, folder)
+    for slot_id in (1, 2):
+        assert held.remove(slot_id)
+    shutil.rmtree(folder)
+    if cached:
+        load(held, folder, 5)
+        assert held.slot_ids() == {5, 6}
+    else:
+        with pytest.raises(CheckpointError):
+            load(held, folder, 5)
+
+
+def test_the_host_cache_keeps_to_its_size_and_lets_the_oldest_go(make: Callable[[str], str]) -> None:
+    folders = [make(name) for name in "abc"]
+    one = store()
+    load(one, folders[0])
+    adapter = one.in_step(requests(folders[0])[0]).adapter
+    assert adapter is not None
+    held = store(2 * adapter.num_bytes)
+    for folder in folders:
+        load(held, folder)
+        for slot_id in (1, 2):
+            held.remove(slot_id)
+        shutil.rmtree(folder)
+    with pytest.raises(CheckpointError):
+        held.stage(folders[0])
+    for folder in folders[1:]:
+        held.stage(folder)
+
+
+def test_one_content_under_two_names_is_in_memory_once(make: Callable[[str], str]) -> None:
+    held, folder = store(), make("a")
+    load(held, folder, 1)
+    load(held, folder, 3)
+    slots = [held.in_step(LoRARequest("n", slot_id, f"{folder}#x")) for slot_id in (1, 3)]
+    assert slots[0].adapter is slots[1].adapter
+    for slot_id in (1, 2):
+        held.remove(slot_id)
+    assert held.in_step(LoRARequest("n", 3, f"{folder}#x")) is slots[1]

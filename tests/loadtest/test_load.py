@@ -1,0 +1,243 @@
+"""When, of what and by whom is asked: arrivals, mixes, traces, tenants, workloads."""
+
+import json
+import statistics
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from mtlora_pb.v1 import inference_pb2 as pb
+
+from loadtest.arrivals import poisson
+from loadtest.errors import LoadTestError
+from loadtest.mix import weights
+from loadtest.settings import Load, Range, Settings, Target, WorkloadSettings, make
+from loadtest.tenants import ANONYMOUS, Tenant, read_tenants
+from loadtest.trace import parse_trace, read_prompts, read_trace
+from loadtest.workload import TaskInfo, Workload
+
+NAMES = ["a", "b", "c", "d"]
+SERVED = [TaskInfo("navigate", ("input",), ("\n",)), TaskInfo("pair", ("first", "second"), ())]
+
+
+def test_poisson_arrivals_have_the_rate_and_the_spread_of_a_poisson_process() -> None:
+    times = list(poisson(50, 200, "seed"))
+    gaps = [b - a for a, b in pairwise(times)]
+    assert len(times) == pytest.approx(50 * 200, rel=0.04)
+    # Of an exponential distribution the deviation is the mean, and 1/e of it lies beyond the mean.
+    assert statistics.stdev(gaps) == pytest.approx(1 / 50, rel=0.05)
+    assert sum(gap > 1 / 50 for gap in gaps) / len(gaps) == pytest.approx(0.3679, abs=0.02)
+    assert times == list(poisson(50, 200, "seed")) != list(poisson(50, 200, "other"))
+    assert all(0 < time < 200 for time in times)
+
+
+@pytest.mark.parametrize(
+    ("mix", "expected"),
+    [
+        ("uniform", [0.25] * 4),
+        ("zipf", [12 / 25, 6 / 25, 4 / 25, 3 / 25]),
+        ("zipf:0", [0.25] * 4),
+        ("hot:c", [1 / 6, 1 / 6, 1 / 2, 1 / 6]),
+        ("hot:a=0.7", [0.7, 0.1, 0.1, 0.1]),
+    ],
+)
+def test_mixes(mix: str, expected: list[float]) -> None:
+    assert weights(mix, NAMES, "task") == pytest.approx(expected)
+
+
+def test_an_unknown_name_in_a_mix_gets_near_matches() -> None:
+    with pytest.raises(LoadTestError, match=r"no task 'navigat'.*near: navigate"):
+        weights("hot:navigat", ["navigate", "sort"], "task")
+    with pytest.raises(LoadTestError, match="share of 2"):
+        weights("hot:a=2", NAMES, "task")
+    with pytest.raises(LoadTestError, match=r"task_mix.*zipf:EXPONENT"):
+        make(WorkloadSettings, task_mix="pareto")
+
+
+LINES = st.fixed_dictionaries(
+    {"at": st.floats(0, 1e6)},
+    optional={
+        "task": st.sampled_from(["navigate", "pair"]),
+        "tenant": st.text(min_size=1, max_size=5),
+        "target": st.text(max_size=5),
+        "max_new_tokens": st.integers(1, 100),
+    },
+)
+
+
+@given(st.lists(LINES, min_size=1, max_size=10))
+def test_a_trace_is_read_as_it_was_written(lines: list[dict[str, object]]) -> None:
+    lines.sort(key=lambda line: line["at"])  # type: ignore[arg-type,return-value]
+    entries = parse_trace([json.dumps(line) for line in lines], "trace")
+    assert [entry.at for entry in entries] == [line["at"] for line in lines]
+    for name in ("task", "tenant", "target", "max_new_tokens"):
+        assert [getattr(entry, name) for entry in entries] == [line.get(name) for line in lines]
+
+
+@given(st.text(max_size=40), st.integers(0, 3))
+def test_anything_else_is_an_error_that_names_the_line(text: str, before: int) -> None:
+    assume(text.strip())
+    # A text as short as this is a line of a trace by no chance worth counting.
+    with pytest.raises(LoadTestError, match=f"trace: line {before + 1}: "):
+        parse_trace([*['{"at": 1}'] * before, text], "trace")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"at": 0.5}', '"at" is 0.5, before the 1'),
+        ("{", "not JSON"),
+        ("[]", "expected an object"),
+        ('{"at": true}', "must be a number"),
+        ('{"at": NaN}', "must be a number"),
+        ('{"at": 2, "tsk": "x"}', "no such key 'tsk'; allowed: at, tenant, task"),
+        ('{"at": 2, "max_new_tokens": 0}', "whole number from 1"),
+        ('{"at": 2, "input": ""}', '"input" must be'),
+        ('{"at": 2, "input": {"first": "x"}}', 'needs a "task"'),
+    ],
+)
+def test_a_wrong_line_of_a_trace(line: str, expected: str) -> None:
+    with pytest.raises(LoadTestError) as caught:
+        parse_trace(['{"at": 1}', "", line], "trace")
+    assert "trace: line 3: " in str(caught.value)
+    assert expected in str(caught.value)
+
+
+def test_a_trace_begins_at_zero_and_has_lines(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"at": 1700000000.5}\n{"at": 1700000002}\n')
+    assert [entry.at for entry in read_trace(path)] == [0, 1.5]
+    path.write_text("\n")
+    with pytest.raises(LoadTestError, match="needs at least one"):
+        read_trace(path)
+    with pytest.raises(LoadTestError, match="cannot be read"):
+        read_trace(tmp_path / "none")
+    path.write_text('{"task": "x"}')
+    with pytest.raises(LoadTestError, match='line 1: no "input"'):
+        read_prompts(path)
+
+
+def test_tenants(tmp_path: Path) -> None:
+    path = tmp_path / "tenants"
+    path.write_text("# who\nacme s3cret\n\nbolt 0ther\n")
+    assert read_tenants(path) == [Tenant("acme", "s3cret"), Tenant("bolt", "0ther")]
+    assert read_tenants(path)[0].metadata == (("authorization", "Bearer s3cret"),)
+    assert ANONYMOUS.metadata == ()
+    wrongs = (("acme", "line 1: expected NAME KEY"), ("a k\na k", "line 2: tenant 'a'"), ("", "no tenant"))
+    for wrong, message in wrongs:
+        path.write_text(wrong)
+        with pytest.raises(LoadTestError, match=message):
+            read_tenants(path)
+    path.write_text("acme top secret")
+    with pytest.raises(LoadTestError) as caught:
+        read_tenants(path)
+    assert "secret" not in str(caught.value)
+
+
+def workload(index: int = 0, count: int = 1, **settings: object) -> Workload:
+    tenants = [Tenant("acme"), Tenant("bolt")]
+    return Workload(WorkloadSettings(**settings), SERVED, tenants, index=index, count=count)  # type: ignore[arg-type]
+
+
+def test_a_workload_repeats_itself_for_its_seed_and_no_input_before_all_were_asked() -> None:
+    first, again, other = workload(), workload(), workload(seed=1)
+    requests = first.take(200)
+    assert requests == again.take(200)
+    assert requests != other.take(200)
+    assert len({request.message for request in requests}) == 200
+    assert {request.tenant.name for request in requests} == {"acme", "bolt"}
+    message = pb.GenerateRequest.FromString(requests[0].message)
+    # Only the served task of the suite is asked.
+    assert message.task_id == requests[0].task_id == "navigate"
+    assert requests[0].target in ("Yes", "No")
+    assert not message.HasField("parameters") or not message.parameters.HasField("max_new_tokens")
+
+
+def test_processes_ask_different_inputs() -> None:
+    shares = [{r.message for r in workload(i, 2).take(100)} for i in range(2)]
+    assert [len(share) for share in shares] == [100, 100]
+    assert not shares[0] & shares[1]
+
+
+def test_mix_and_lengths_of_made_up_inputs() -> None:
+    drawn = workload(
+        task_mix="hot:pair=0.8", tenant_mix="hot:acme=0.9", prompt_words=Range(low=4, high=6),
+        new_tokens=Range(low=2, high=3),
+    ).take(1000)  # fmt: skip
+    assert Counter(r.task_id for r in drawn)["pair"] == pytest.approx(800, abs=60)
+    assert Counter(r.tenant.name for r in drawn)["acme"] == pytest.approx(900, abs=40)
+    messages = [pb.GenerateRequest.FromString(r.message) for r in drawn]
+    assert {len(m.text.split()) for m in messages if m.task_id == "navigate"} == {4, 5, 6}
+    assert {tuple(sorted(m.fields.values)) for m in messages if m.task_id == "pair"} == {("first", "second")}
+    assert {m.parameters.max_new_tokens for m in messages} == {2, 3}
+    # No stop string, said explicitly: the length decides.
+    assert all(m.parameters.HasField("stop") and not m.parameters.stop.values for m in messages)
+    assert all(r.target is None for r in drawn)
+
+
+def test_inputs_from_files(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"task": "pair", "input": {"first": "a", "second": "b"}, "target": "c", "max_new_tokens": 5}\n')
+    drawn = next(workload(prompts=path))
+    message = pb.GenerateRequest.FromString(drawn.message)
+    assert (drawn.task_id, drawn.target, message.parameters.max_new_tokens) == ("pair", "c", 5)
+    assert dict(message.fields.values) == {"first": "a", "second": "b"}
+    (tmp_path / "suite").mkdir()
+    examples = [{"input": f"question {i}", "target": "yes"} for i in range(200)]
+    (tmp_path / "suite" / "navigate.json").write_text(json.dumps({"examples": examples}))
+    drawn = next(workload(suite=str(tmp_path / "suite")))
+    assert (drawn.task_id, drawn.target) == ("navigate", "yes")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tasks": ("navigat",)}, "no task 'navigat'.*near: navigate"),
+        ({"tasks": ("pair",)}, "no input for task 'pair'"),
+        ({"suite": "nowhere"}, "no suite 'nowhere'"),
+        ({"tenant_mix": "hot:acne"}, "no tenant 'acne'.*near: acme"),
+    ],
+)
+def test_a_workload_that_cannot_be(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(LoadTestError, match=message):
+        workload(**settings)
+
+
+def test_a_trace_may_name_only_what_there_is(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    line = '{"at": 0, "task": "navigate", "input": "Turn.", "tenant": "bolt"}'
+    path.write_text(line + '\n{"at": 1, "task": "navigator"}\n')
+    made = workload()
+    first, second = read_trace(path)
+    request = made.request(first)
+    assert (request.tenant.name, pb.GenerateRequest.FromString(request.message).text) == ("bolt", "Turn.")
+    with pytest.raises(LoadTestError, match=r"no task 'navigator' \(in the trace\); near: navigate"):
+        made.request(second)
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "message"),
+    [
+        (Load, {"rate": 1, "in_flight": 2, "duration_s": 1}, "exactly one of rate"),
+        (Load, {"rate": 0, "duration_s": 1}, "greater than 0"),
+        (Load, {"rate": 1}, "duration: needed"),
+        (Load, {"rate": 1, "duration_s": 1, "requests": 3}, "closed loop alone"),
+        (Target, {"tls_key": Path("k")}, "both or neither"),
+        (Settings, {"processes": 0}, "processes.*greater than or equal to 1"),
+        (WorkloadSettings, {"prompts": Path("p"), "prompt_words": Range(low=1, high=2)}, "one of them"),
+    ],
+)
+def test_impossible_settings(model: type, values: dict[str, object], message: str) -> None:
+    with pytest.raises(LoadTestError, match=message):
+        make(model, **values)
+
+
+def test_ranges() -> None:
+    assert Range.parse("40") == Range(low=40, high=40)
+    assert Range.parse("2-5") == Range(low=2, high=5)
+    for wrong in ("x", "5-2", "0", "1-", "-3"):
+        with pytest.raises(ValueError, match=r"allowed|greater"):
+            Range.parse(wrong)

@@ -1,0 +1,306 @@
+"""What is made of what was seen: histograms, records, the knee, fairness, the server's own figures, the check."""
+
+import math
+import pickle
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mtlora_pb.v1 import inference_pb2 as pb
+
+from loadtest import result, server_metrics
+from loadtest.check import tie
+from loadtest.fairness import jain
+from loadtest.histogram import Latency
+from loadtest.knee import KneeSearch, Step
+from loadtest.recorder import OTHER, Recorder
+from loadtest.settings import Objective, RampSettings
+from tests.loadtest.samples import OBJECTIVE, outcome, record, recorder, request
+
+
+@given(st.lists(st.floats(1e-4, 3000), min_size=1, max_size=60), st.floats(0.01, 1))
+def test_quantiles_are_true_to_two_digits(seconds: list[float], q: float) -> None:
+    latency = Latency()
+    for each in seconds:
+        latency.record(each)
+    exact = sorted(seconds)[max(0, math.ceil(q * len(seconds) - 1e-9) - 1)]
+    # The percentile is rounded to the nearest count inside the library: its neighbours in rank pass too.
+    near = sorted(seconds)[max(0, math.floor(q * len(seconds)) - 1) : math.ceil(q * len(seconds)) + 1]
+    assert min([exact, *near]) * 0.985 <= latency.quantile(q) <= max([exact, *near]) * 1.015 + 1e-5
+
+
+@given(st.lists(st.lists(st.floats(1e-4, 100), max_size=30), min_size=1, max_size=4))
+@settings(deadline=None)
+def test_merged_histograms_are_those_of_everything(parts: list[list[float]]) -> None:
+    merged, whole = Latency(), Latency()
+    for part in parts:
+        latency = Latency()
+        for seconds in part:
+            latency.record(seconds)
+            whole.record(seconds)
+        # As it crosses from process to process, and as it lies in a result.
+        merged.merge(Latency.decode(pickle.loads(pickle.dumps(latency)).to_json()["hdr"]))
+    assert merged.points() == whole.points()
+    assert merged.count == sum(map(len, parts))
+
+
+def test_what_is_beyond_the_range_is_kept_at_its_end() -> None:
+    latency = Latency()
+    latency.record(-1.0)
+    latency.record(1e9)
+    assert latency.count == 2
+    assert latency.quantile(1.0) == pytest.approx(3600, rel=0.01)
+
+
+def test_the_window_counts_what_was_due_in_it_and_what_ended_in_it() -> None:
+    seen = record(
+        recorder(),
+        outcome(0.5, 0.8),  # warm-up, though it ended within
+        outcome(1.0, 0.2),
+        outcome(5.0, 0.9),
+        outcome(9.0, 1.5),  # too late to be good
+        outcome(10.9, 0.4),  # ends after the window
+        outcome(11.0, 0.1),  # due after it
+    )
+    assert (seen.everything.offered, seen.total.offered, seen.total.ok, seen.total.good) == (6, 4, 4, 3)
+    assert seen.total.completion_tokens == 12
+    assert [part.offered for part in seen.slices] == [1, 0, 0, 0, 1, 0, 0, 0, 1, 1]
+    assert [part.ended_ok for part in seen.slices] == [2, 0, 0, 0, 1, 0, 0, 0, 0, 1]
+    assert sum(part.good for part in seen.slices) == 3
+    assert seen.total.itl.count == 8
+    assert seen.in_flight == 0
+
+
+def test_latency_counts_from_when_a_request_was_due() -> None:
+    late = outcome(2.0, 0.9, sent=2.8)
+    seen = record(recorder(), late)
+    assert seen.total.e2e.quantile(0.5) == pytest.approx(0.9, rel=0.02)
+    assert seen.lag.quantile(0.5) == pytest.approx(0.8, rel=0.02)
+
+
+def test_failures_and_flaws_are_no_answers() -> None:
+    seen = record(
+        recorder(),
+        outcome(2.0, 0.1),
+        outcome(2.0, 0.1, status="UNAVAILABLE", message="draining"),
+        outcome(2.0, 0.1, status="RESOURCE_EXHAUSTED", message="full"),
+        outcome(2.0, 0.1, status="CUT_OFF"),
+        outcome(2.0, 0.1, flaw="the reply is for task 'x'"),
+    )
+    assert (seen.total.offered, seen.total.ok) == (5, 1)
+    assert seen.total.e2e.count == 1
+    assert seen.errors["UNAVAILABLE"] == "draining"
+    assert seen.flaws == ["sort: the reply is for task 'x'"]
+    assert result.flawed(seen.everything) == 1
+    assert result.failed(seen.everything, tolerated=False) == 3
+    assert result.failed(seen.everything, tolerated=True) == 2
+    assert sum(part.failed for part in seen.slices) == 4
+
+
+def test_answers_that_are_not_exact_are_kept_to_be_asked_again() -> None:
+    asked = request(target="three  words here")
+    seen = record(
+        recorder(),
+        outcome(2, 0.1, request=asked, text=" three words here "),
+        outcome(2, 0.1, request=asked, text="two"),
+        outcome(2, 0.1, request=asked, text="two"),
+        outcome(2, 0.1, request=request(), text="x"),
+    )
+    assert (seen.total.exact, seen.total.scored) == (1, 3)
+    assert sorted(seen.answers.items(), key=str) == sorted(
+        [((b"message", "sort", asked.target, "two"), 2), ((b"message", "sort", None, "x"), 1)], key=str
+    )
+
+
+def test_names_beyond_those_kept_are_one_group() -> None:
+    asked = [request(), request("rare"), request("rarer")]
+    seen = record(recorder(), *(outcome(2, 0.1, request=each) for each in asked))
+    assert {name: group.offered for name, group in seen.tasks.items()} == {"sort": 1, "count": 0, OTHER: 2}
+
+
+def test_records_of_processes_merge_into_one() -> None:
+    rng = random.Random(0)
+    whole, parts = recorder(), [recorder() for _ in range(3)]
+    for _ in range(300):
+        each = outcome(
+            rng.uniform(0, 12), rng.uniform(0.1, 1.5), request=request(rng.choice(("sort", "count", "z")), "bolt"),
+            status=rng.choice(("OK", "OK", "UNAVAILABLE")),
+        )  # fmt: skip
+        record(whole, each)
+        record(rng.choice(parts), each)
+    merged: Recorder = pickle.loads(pickle.dumps(parts[0]))
+    for part in parts[1:]:
+        merged.merge(part)
+    for name in ("total", "everything"):
+        assert getattr(merged, name).to_json() == getattr(whole, name).to_json()
+    assert {n: g.to_json() for n, g in merged.tasks.items()} == {n: g.to_json() for n, g in whole.tasks.items()}
+    assert [s.to_json() for s in merged.slices] == [s.to_json() for s in whole.slices]
+    assert merged.answers == whole.answers
+
+
+def test_a_window_cut_short_keeps_its_whole_slices() -> None:
+    seen = record(recorder(), outcome(1.5, 0.1), outcome(3.4, 0.1))
+    seen.end_window(3.6)
+    assert seen.window == (1.0, 3.6)
+    assert len(seen.slices) == 2
+
+
+class System:
+    """A queue that answers up to `capacity` requests a second, without a server."""
+
+    def __init__(self, capacity: float, latency: float = 0.2) -> None:
+        self.capacity, self.latency = capacity, latency
+
+    def step(self, rate: float) -> Step:
+        over = max(0.0, rate / self.capacity - 1)
+        e2e = self.latency / max(0.02, 1 - rate / self.capacity) if not over else 10 * (1 + over)
+        good = rate if e2e <= OBJECTIVE.e2e_s else min(rate, self.capacity) * 0.3
+        return Step(rate, rate, min(rate, self.capacity), good, e2e / 4, e2e)
+
+
+def search(system: System, **ramp: float) -> KneeSearch:
+    found = KneeSearch(RampSettings(**ramp), OBJECTIVE)  # type: ignore[arg-type]
+    while (rate := found.next_rate()) is not None:
+        found.add(system.step(rate))
+        assert len(found.steps) < 60
+    return found
+
+
+@given(st.floats(0.3, 5000), st.floats(0.02, 0.5))
+def test_the_knee_is_found_to_the_resolution(capacity: float, resolution: float) -> None:
+    found = search(System(capacity), resolution=resolution)
+    # 0.2 s over what is left of the capacity reaches the second of the service level at 80 % load.
+    exact = 0.8 * capacity
+    assert found.knee is not None
+    assert found.bounded
+    assert exact / (1 + resolution) * 0.999 <= found.knee.rate <= exact * 1.001
+    # No more steps than doubling and halving need.
+    assert len(found.steps) <= 2 + abs(math.log2(exact / 4)) + math.log2(1 / math.log2(1 + resolution)) + 2
+
+
+def test_no_load_holds() -> None:
+    found = search(System(100, latency=5.0))
+    assert found.knee is None
+    assert min(step.rate for step in found.steps) == pytest.approx(4 / 32)
+
+
+def test_every_load_holds() -> None:
+    found = search(System(1e9), max_rate=100)
+    assert found.knee is not None
+    assert (found.knee.rate, found.bounded) == (100, False)
+
+
+def test_what_breaks_the_service_level_is_said() -> None:
+    step = Step(rate=10, offered=10, throughput=8, goodput=8.9, ttft=0.6, e2e=1.5)
+    goodput, ttft, e2e = step.breaches(OBJECTIVE)
+    assert goodput == "goodput is 89% of the offered load, below 90%"
+    assert ttft == "TTFT p95 0.60 s, above 0.5 s"
+    assert e2e == "E2E p95 1.50 s, above 1 s"
+    assert replace(step, goodput=9.0, ttft=0.5, e2e=1.0).breaches(OBJECTIVE) == []
+    assert Step(1, 0, 0, 0, 0, 0).breaches(Objective()) == []
+
+
+def test_fairness() -> None:
+    assert jain([0.5, 0.5, 0.5]) == pytest.approx(1)
+    assert jain([1, 0, 0, 0]) == pytest.approx(0.25)
+    assert jain([]) == jain([0, 0]) == 1
+
+
+PAGE = """# HELP mtlora_request_seconds From receipt to the end of the answer.
+# TYPE mtlora_request_seconds histogram
+mtlora_request_seconds_bucket{{le="0.1",task="a}} b"}} {0}
+mtlora_request_seconds_bucket{{le="0.5",task="a}} b"}} {1} # {{trace_id="x"}} 0.2 1.5
+mtlora_request_seconds_bucket{{le="+Inf",task="a}} b"}} {2}
+mtlora_request_seconds_bucket{{le="0.1",task="c"}} 0
+mtlora_request_seconds_bucket{{le="0.5",task="c"}} 0
+mtlora_request_seconds_bucket{{le="+Inf",task="c"}} 0
+mtlora_request_seconds_sum{{task="c"}} 1.5
+mtlora_requests_total{{method="Generate",task="a",status="OK"}} {2}
+mtlora_requests_total{{method="Generate",task="c",status="OK"}} 1
+mtlora_requests_created{{method="Generate"}} 1.7e9
+mtlora_build_info{{version="1.2",backbone="default"}} 1.0
+mtlora_kv_cache 0.5
+process_cpu_seconds_total 12
+"""
+
+
+def test_a_metrics_page_is_read_and_summed_over_labels() -> None:
+    page = server_metrics.parse(PAGE.format(1, 3, 4), 10.0)
+    assert page.build == {"version": "1.2", "backbone": "default"}
+    assert page.values == {"mtlora_request_seconds_sum": 1.5, "mtlora_requests_total": 5, "mtlora_kv_cache": 0.5}
+    assert page.buckets == {"mtlora_request_seconds": {0.1: 1, 0.5: 3, math.inf: 4}}
+    watched = server_metrics.Watched([page, server_metrics.parse(PAGE.format(1, 3, 8), 12.0)], missed=1)
+    assert server_metrics.series(watched, 9.0) == {
+        "seconds": [1.0, 3.0], "missed": 1,
+        "values": {"mtlora_requests_per_second": [None, 2.0], "mtlora_kv_cache": [0.5, 0.5]},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("seconds", "apart"), [(0.05, 1), (0.3, 0), (0.9, 1)])
+def test_generator_and_server_are_compared_by_bucket(seconds: float, apart: int) -> None:
+    before, after = (server_metrics.parse(PAGE.format(*counts), 0) for counts in ((5, 5, 5), (5, 25, 25)))
+    latency = Latency()
+    latency.record(seconds)
+    found = server_metrics.compare(before, after, {"ttft": latency, "itl": latency, "e2e": latency})
+    assert list(found) == ["e2e"]
+    row = found["e2e"]["quantiles"]["p50"]
+    assert (row["server_from"], row["server_to"], row["buckets_apart"]) == (0.1, 0.5, apart)
+    assert found["e2e"]["observed"] == {"generator": 1, "server": 20}
+
+
+def test_two_buckets_apart_do_not_agree() -> None:
+    before, after = (server_metrics.parse(PAGE.format(*counts), 0) for counts in ((0, 0, 0), (10, 10, 10)))
+    latency = Latency()
+    latency.record(2.0)
+    found = server_metrics.compare(before, after, {"ttft": Latency(), "itl": Latency(), "e2e": latency})
+    assert not found["e2e"]["agree"]
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [("h:9", "http://h:9/metrics"), ("http://h:9/", "http://h:9/metrics"), ("https://h/m", "https://h/m")],
+)
+def test_metrics_urls(given: str, url: str) -> None:
+    assert server_metrics.metrics_url(given) == url
+
+
+def tokens(*positions: list[tuple[str, float]]) -> list[pb.TokenLogprobs]:
+    """Alternatives of each position, the chosen one first."""
+    return [
+        pb.TokenLogprobs(
+            chosen=pb.TokenLogprob(token_id=0, token=top[0][0], logprob=top[0][1]),
+            top=[pb.TokenLogprob(token_id=i, token=text, logprob=p) for i, (text, p) in enumerate(top)],
+        )
+        for top in positions
+    ]
+
+
+ALONE = tokens(
+    [(" one", -0.1), (" two", -2.5)],
+    [(" blue", -0.6), (" red", -0.8), ("<|im_end|>", -0.7)],
+    [("\n", -0.1), (" x", -0.3)],
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "gap"),
+    [
+        ("one red", 0.2),  # the other of two close tokens
+        ("one red herring", 0.2),  # what follows is free to differ
+        ("one", 0.1),  # an end as close as going on
+        ("one blue x y", 0.2),  # going on as close as an end
+        ("two blue", None),  # far less likely
+        ("one green", None),  # not among the likely ones
+        ("three", None),
+        ("", None),
+    ],
+)
+def test_ties(text: str, gap: float | None) -> None:
+    found = tie(text, ALONE, ["\n"], 0.5)
+    assert found == (None if gap is None else pytest.approx(gap, abs=1e-5))
+
+
+def test_no_tolerance_no_tie() -> None:
+    assert tie("one red", ALONE, ["\n"], 0.0) is None

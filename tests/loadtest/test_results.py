@@ -1,0 +1,154 @@
+"""Results: kept, reported, compared."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from loadtest import compare, report, result
+from loadtest.cli import main
+from loadtest.errors import LoadTestError
+from tests.loadtest.samples import a_result, phase, with_knee
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and gathers what a page would fetch."""
+
+    _VOID = frozenset({"meta", "br", "path", "use"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.text = ""
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in self._VOID:
+            self.open.append(tag)
+        self.fetched += [
+            value for name, value in attributes if name in ("src", "href", "xlink:href") and value and value[0] != "#"
+        ]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self._VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def read_page(text: str) -> Page:
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    return page
+
+
+def test_a_report_stands_alone_and_says_what_the_result_says() -> None:
+    made = with_knee(a_result(*(phase(rate, latency) for rate, latency in ((5, 0.2), (10, 0.4), (20, 2.0)))))
+    made["in_process"] = {
+        "in_flight": 3, "ratio": 0.968, "ratio_min": 0.95, "ratio_max": 0.98,
+        "rounds": [{"end_to_end_per_second": 29.0, "in_process_per_second": 30.0}],
+    }  # fmt: skip
+    made["check"] = {"how": "alone", "exact": 9, "same_alone": 4, "ties": 1, "wrong": 1, "unchecked": 0,
+                     "examples": [{"task": "sort", "answer": "<b>", "alone": "c", "target": "d"}]}  # fmt: skip
+    made["wrong"] = 1
+    text = report.render(made)
+    page = read_page(text)
+    assert page.fetched == []
+    assert "script" not in page.tags
+    assert page.tags.count("svg") >= 4
+    assert "1 answered wrongly" in page.text
+    assert f"{made['knee']['offered_per_second']:.1f}/s" in page.text
+    assert "0.97" in page.text
+    assert "<b>" in page.text
+    for name in ("sort", "count", "(other)", "acme", "bolt"):
+        assert name in page.text
+
+
+def test_a_report_of_a_run_that_had_nothing_yet() -> None:
+    made = a_result() | {"complete": False}
+    assert "did not run to its end" in read_page(report.render(made)).text
+
+
+def test_with_many_names_a_picture_shows_the_most_asked_and_the_rest_together() -> None:
+    from loadtest import charts
+
+    one = phase(20, 0.2)["tasks"]["sort"]
+    groups = {f"task-{i:03}": one | {"offered": 1000 - i} for i in range(300)}
+    rows = charts.top_rows(groups)
+    assert len(rows) == charts.TOP + 1
+    assert rows[0][0] == "task-000"
+    assert rows[-1][0] == "(other)"
+    assert rows[-1][1]["offered"] == sum(1000 - i for i in range(charts.TOP, 300))
+    assert rows[-1][1]["e2e"]["count"] == one["e2e"]["count"] * (300 - charts.TOP)
+    assert "task-000" in charts.by_name(groups, "task")
+
+
+def test_a_result_is_json_that_comes_back(tmp_path: Path) -> None:
+    made = a_result(phase(5, 0.2))
+    result.write(made, tmp_path / "new" / "result.json")
+    assert result.read(tmp_path / "new" / "result.json") == json.loads(json.dumps(made))
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["result.json"]
+    for wrong in ("{", "[]", '{"format": 1}', '{"format": 99, "phases": []}'):
+        (tmp_path / "wrong.json").write_text(wrong)
+        with pytest.raises(LoadTestError, match="result"):
+            result.read(tmp_path / "wrong.json")
+
+
+def verdicts(a: dict[str, object], b: dict[str, object]) -> dict[str, compare.Row]:
+    return {row.name: row for row in compare.compare(a, b)["load"]}
+
+
+def test_a_slower_server_is_told_from_a_faster_one() -> None:
+    slow, fast = (a_result(phase(20, latency, name="load", seed=seed)) for latency, seed in ((0.4, 1), (0.2, 2)))
+    rows = verdicts(slow, fast)
+    row = rows["E2E p95"]
+    assert row.verdict == "better"
+    assert row.ratio == pytest.approx(0.5, rel=0.1)
+    assert row.low < 0.5 * 1.1 < 1
+    assert row.low <= row.ratio <= row.high
+    assert row.confidence > 0.99
+    # The same load was offered and answered: what differs there is chance.
+    assert rows["answers/s"].verdict == "no difference shown"
+    assert verdicts(fast, slow)["E2E p95"].verdict == "worse"
+    assert compare.summary(compare.compare(slow, fast)).startswith("verdict: B is better")
+
+
+def test_two_runs_of_one_system_are_not_told_apart() -> None:
+    mistaken = 0
+    for seed in range(4):
+        a, b = (a_result(phase(20, 0.3, name="load", seed=2 * seed + i)) for i in range(2))
+        rows = verdicts(a, b).values()
+        mistaken += sum(row.verdict != "no difference shown" for row in rows)
+    # Twelve figures a pair at a confidence of 0.95, many of them moving together.
+    assert mistaken <= 8
+
+
+def test_too_short_a_run_shows_nothing() -> None:
+    a, b = (a_result(phase(20, latency, name="load", seconds=3)) for latency in (0.4, 0.2))
+    row = verdicts(a, b)["E2E p95"]
+    assert row.verdict == "no difference shown"
+    assert math.isnan(row.low)
+
+
+def test_compare_and_report_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b, other = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "other.json"
+    result.write(a_result(phase(20, 0.4, name="load")), a)
+    result.write(a_result(phase(20, 0.2, name="load", seed=1)), b)
+    result.write(a_result(phase(20, 0.2, name="another")), other)
+    assert main(["compare", str(a), str(b)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"E2E p95.*better", printed)
+    assert printed.splitlines()[-1].startswith("verdict: B is better")
+    assert main(["report", str(a), "--html", str(tmp_path / "r.html")]) == 0
+    assert "Load test" in (tmp_path / "r.html").read_text()
+    assert main(["compare", str(a), str(other)]) == 2
+    assert "no load in common" in capsys.readouterr().err
+    assert main(["compare", str(a), str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err

@@ -1,0 +1,255 @@
+"""What the load generator makes of servers that do what a real one must not: lose answers, mix them up, go away."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from mtlora_pb.v1 import inference_pb2 as pb
+from mtlora_pb.v1 import inference_pb2_grpc
+
+from loadtest.cli import main
+
+Answer = Callable[[pb.GenerateRequest, Any, pb.Summary], Iterator[pb.GenerateStreamResponse]]
+
+
+class LyingServer(inference_pb2_grpc.InferenceServicer):
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self.keys: list[str | None] = []
+        self.lock = threading.Lock()
+
+    def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> pb.ListTasksResponse:
+        if not request.page_token:
+            return pb.ListTasksResponse(tasks=[pb.Task(id="navigate", fields=["input"])], next_page_token="2")
+        return pb.ListTasksResponse(tasks=[pb.Task(id="sort", fields=["input"])])
+
+    def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
+        return pb.GenerateResponse(text="alone", summary=self._summary(request, context))
+
+    def GenerateStream(self, request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateStreamResponse]:
+        with self.lock:
+            self.keys.append(dict(context.invocation_metadata()).get("authorization"))
+        yield from self._answer(request, context, self._summary(request, context))
+
+    def _summary(self, request: pb.GenerateRequest, context: Any) -> pb.Summary:
+        request_id = dict(context.invocation_metadata()).get("x-request-id", "")
+        return pb.Summary(
+            request_id=request_id, task_id=request.task_id, finish_reason=pb.FINISH_REASON_STOP, prompt_tokens=3,
+            completion_tokens=2,
+        )  # fmt: skip
+
+
+@contextmanager
+def lying(answer: Answer) -> Iterator[tuple[str, LyingServer, grpc.Server]]:
+    server = grpc.server(ThreadPoolExecutor(16))
+    servicer = LyingServer(answer)
+    inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}", servicer, server
+    finally:
+        server.stop(None).wait()
+
+
+def load(address: str, out: Path, *flags: str) -> tuple[int, dict[str, Any]]:
+    status = main(
+        ["run", "--address", address, "--in-flight", "4", "--requests", "20", "--prompt-words", "3", "--out", str(out),
+         *flags]
+    )  # fmt: skip
+    return status, json.loads((out / "result.json").read_text())
+
+
+def text(request: pb.GenerateRequest, context: Any, summary: pb.Summary) -> Iterator[pb.GenerateStreamResponse]:
+    yield pb.GenerateStreamResponse(text=" al")
+    yield pb.GenerateStreamResponse(text="one", summary=summary)
+
+
+def other_task(request: pb.GenerateRequest, context: Any, summary: pb.Summary) -> Iterator[pb.GenerateStreamResponse]:
+    summary.task_id = "other"
+    yield pb.GenerateStreamResponse(text="x", summary=summary)
+
+
+def other_request(
+    request: pb.GenerateRequest, context: Any, summary: pb.Summary
+) -> Iterator[pb.GenerateStreamResponse]:
+    summary.request_id += "0"
+    yield pb.GenerateStreamResponse(text="x", summary=summary)
+
+
+def cut(request: pb.GenerateRequest, context: Any, summary: pb.Summary) -> Iterator[pb.GenerateStreamResponse]:
+    yield pb.GenerateStreamResponse(text="x")
+
+
+def no_reason(request: pb.GenerateRequest, context: Any, summary: pb.Summary) -> Iterator[pb.GenerateStreamResponse]:
+    summary.finish_reason = pb.FINISH_REASON_UNSPECIFIED
+    yield pb.GenerateStreamResponse(text="x", summary=summary)
+
+
+def error(request: pb.GenerateRequest, context: Any, summary: pb.Summary) -> Iterator[pb.GenerateStreamResponse]:
+    yield pb.GenerateStreamResponse(text="x")
+    context.abort(grpc.StatusCode.INTERNAL, "broke in the middle")
+
+
+def changed(request: pb.GenerateRequest, context: Any, summary: pb.Summary) -> Iterator[pb.GenerateStreamResponse]:
+    yield pb.GenerateStreamResponse(text="something else", summary=summary)
+
+
+def test_an_honest_server_passes(tmp_path: Path) -> None:
+    with lying(text) as (address, _, _):
+        status, found = load(address, tmp_path)
+    assert (status, found["failed"], found["wrong"]) == (0, 0, 0)
+    assert found["check"]["same_alone"] == 20
+    assert found["server"]["tasks"] == 2
+    phase = found["phases"][0]
+    assert sum(task["offered"] for task in phase["tasks"].values()) == 20
+    assert phase["total"]["itl"]["count"] == 20
+
+
+@pytest.mark.parametrize(
+    ("answer", "flaw"),
+    [
+        (other_task, "for task 'other'"),
+        (other_request, "for request"),
+        (cut, "without its summary"),
+        (no_reason, "why it ended"),
+    ],
+)
+def test_replies_that_cannot_be_right(answer: Answer, flaw: str, tmp_path: Path) -> None:
+    with lying(answer) as (address, _, _):
+        status, found = load(address, tmp_path)
+    assert (status, found["failed"]) == (1, 20)
+    assert flaw in found["phases"][0]["flaws"][0]
+
+
+def test_errors_are_counted_by_status(tmp_path: Path) -> None:
+    with lying(error) as (address, _, _):
+        status, found = load(address, tmp_path)
+    assert (status, found["failed"]) == (1, 20)
+    assert found["phases"][0]["statuses"] == {"INTERNAL": 20}
+    assert found["phases"][0]["errors"] == {"INTERNAL": "broke in the middle"}
+
+
+def test_an_answer_unlike_the_one_alone_is_wrong(tmp_path: Path) -> None:
+    with lying(changed) as (address, _, _):
+        status, found = load(address, tmp_path)
+        assert (status, found["failed"], found["wrong"]) == (1, 0, 20)
+        assert found["check"]["examples"][0]["alone"] == "alone"
+        assert load(address, tmp_path, "--check", "reply")[0] == 0
+
+
+def test_what_a_stall_holds_up_counts(tmp_path: Path) -> None:
+    """A server that stops for a second: requests due meanwhile are late, though each is answered at once when sent."""
+    first: list[float] = []
+
+    def stalling(request: pb.GenerateRequest, context: Any, summary: pb.Summary) -> Iterator[pb.GenerateStreamResponse]:
+        first.append(time.monotonic())
+        if 1.0 <= (at := time.monotonic() - first[0]) < 2.0:
+            time.sleep(2.0 - at)
+        yield pb.GenerateStreamResponse(text="alone", summary=summary)
+
+    with lying(stalling) as (address, _, _):
+        status = main(
+            ["run", "--address", address, "--rate", "30", "--duration", "3", "--warm-up", "0", "--prompt-words", "3",
+             "--check", "reply", "--out", str(tmp_path)]
+        )  # fmt: skip
+    found = json.loads((tmp_path / "result.json").read_text())["phases"][0]
+    assert status == 0
+    assert found["total"]["offered"] == pytest.approx(90, abs=30)
+    # A third of the requests came during the stall and waited half a second on average.
+    assert found["total"]["e2e"]["p90"] > 0.4
+    assert found["total"]["e2e"]["p50"] < 0.2
+
+
+def test_a_server_that_goes_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with lying(text) as (address, _, server):
+        threading.Timer(1.5, lambda: server.stop(None)).start()
+        status = main(
+            ["run", "--address", address, "--rate", "60", "--duration", "30", "--prompt-words", "3", "--warm-up", "0",
+             "--out", str(tmp_path)]
+        )  # fmt: skip
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert status == 1
+    assert found["server_gone"]
+    assert not found["complete"]
+    assert found["phases"][0]["total"]["ok"] > 10
+    assert found["phases"][0]["statuses"]["UNAVAILABLE"] >= 50
+    assert "did not complete" in capsys.readouterr().out
+
+
+def test_each_tenant_asks_with_its_own_key(tmp_path: Path) -> None:
+    (tmp_path / "tenants").write_text("acme one\nbolt two\n")
+    with lying(text) as (address, servicer, _):
+        status, found = load(address, tmp_path, "--tenants", str(tmp_path / "tenants"), "--tenant-mix", "hot:acme=0.8")
+    assert status == 0
+    assert set(servicer.keys) == {"Bearer one", "Bearer two"}
+    sent = {name: group["offered"] for name, group in found["phases"][0]["tenants"].items()}
+    assert sent == {"acme": servicer.keys.count("Bearer one"), "bolt": servicer.keys.count("Bearer two")}
+    written = (tmp_path / "result.json").read_text() + (tmp_path / "report.html").read_text()
+    assert "Bearer" not in written
+    assert '"one"' not in written
+
+
+def test_unary_calls(tmp_path: Path) -> None:
+    with lying(cut) as (address, _, _):
+        status, found = load(address, tmp_path, "--unary")
+    assert (status, found["phases"][0]["total"]["ok"]) == (0, 20)
+
+
+def test_two_processes_share_a_load(tmp_path: Path) -> None:
+    with lying(text) as (address, servicer, _):
+        status, found = load(address, tmp_path, "--processes", "2", "--check", "reply", "--outcomes")
+    assert status == 0
+    outcomes = found["phases"][0]["outcomes"]
+    assert [each["status"] for each in outcomes] == ["OK"] * 20
+    assert all(0 < each["time_to_first_token_s"] <= each["seconds"] for each in outcomes)
+    assert found["phases"][0]["total"]["offered"] == len(servicer.keys) == 20
+    assert found["phases"][0]["total"]["e2e"]["count"] == 20
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tasks", "navigat"], "no task 'navigat'"),
+        (["--task-mix", "hot:sorted"], "no task 'sorted' (in the mix); near: sort"),
+        (["--tenants", "nowhere"], "nowhere: cannot be read"),
+        (["--metrics", "127.0.0.1:1"], "cannot read the server's metrics"),
+        (["--trace", "nowhere"], "exactly one of rate"),
+    ],
+)
+def test_wrong_use(flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with lying(text) as (address, _, _):
+        command = ["run", "--address", address, "--in-flight", "1", "--requests", "1", "--prompt-words", "3"]
+        assert main([*command, "--out", str(tmp_path), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_wrong_trace_is_found_before_anything_is_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "trace.jsonl"
+    command = ["run", "--trace", str(trace), "--prompt-words", "3", "--out", str(tmp_path)]
+    with lying(text) as (address, servicer, _):
+        trace.write_text('{"at": 0}\n{"at": 1, "task": "sorted"}\n')
+        assert main([*command, "--address", address]) == 2
+        assert "no task 'sorted' (in the trace); near: sort" in capsys.readouterr().err
+        trace.write_text('{"at": 0}\nnonsense\n')
+        assert main([*command, "--address", address]) == 2
+        assert "line 2: not JSON" in capsys.readouterr().err
+        assert servicer.keys == []
+        trace.write_text('{"at": 5, "task": "sort"}\n{"at": 5.5, "task": "sort", "input": "b a"}\n{"at": 6}\n')
+        assert main([*command, "--address", address, "--speed", "2"]) == 0
+    found = json.loads((tmp_path / "result.json").read_text())["phases"][0]
+    assert (found["kind"], found["total"]["offered"]) == ("trace", 3)
+    assert found["window_s"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_no_server(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["run", "--address", "127.0.0.1:1", "--rate", "1", "--out", str(tmp_path)]) == 2
+    assert "cannot reach a server at 127.0.0.1:1" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

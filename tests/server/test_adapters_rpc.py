@@ -1,0 +1,177 @@
+"""The Adapters service over a registry that has no engine: statuses, permissions, and what each call answers."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import pytest
+from mtlora_pb.v1 import adapters_pb2 as pb
+from mtlora_pb.v1 import adapters_pb2_grpc
+
+from mtlora.client import Client, ServerError
+from server import adapters_cli
+from server.adapters_service import AdaptersServicer
+from server.errors import RequestFailedError
+from server.interceptor import CallInterceptor
+from server.metrics import Metrics
+from tests.server.fakes import eventually
+from tests.server.test_registry import Home, home, write
+
+__all__ = ["home"]
+
+
+@dataclass
+class Service:
+    client: Client
+    home: Home
+    refused: set[str]
+
+    async def call(self, method: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        return await asyncio.to_thread(method, *arguments, **named)
+
+
+@pytest.fixture
+async def service(home: Home) -> AsyncIterator[Service]:
+    for number in (1, 2):
+        write(home.root / "a" / str(number), "x", "y", seed=number)
+    await home.open()
+    home.follow()
+    refused: set[str] = set()
+
+    async def authorize(_: Any) -> None:
+        if refused:
+            raise RequestFailedError(grpc.StatusCode.PERMISSION_DENIED, "not yours")
+
+    servicer = AdaptersServicer(lambda: None, authorize)
+    servicer.registry = home.registry
+    server = grpc.aio.server(interceptors=[CallInterceptor(Metrics(), lambda task: task)])
+    adapters_pb2_grpc.add_AdaptersServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    with Client(f"127.0.0.1:{port}") as client:
+        yield Service(client, home, refused)
+    await server.stop(0)
+
+
+async def test_load_list_pin_and_unload(service: Service) -> None:
+    client = service.client
+    assert (await service.call(client.load_adapter, "a", "1")).version == "1"
+    assert service.home.serving() == {"x": "a/1", "y": "a/1"}
+    await service.call(client.pin_adapter, "a")
+    (listed,) = await service.call(client.adapters)
+    assert listed.pinned
+    shown = [(each.version, each.stage, each.resident, each.tasks) for each in listed.versions]
+    assert shown[0] == ("1", pb.ADAPTER_STAGE_SERVING, True, 2)
+    assert shown[1][:2] == ("2", pb.ADAPTER_STAGE_VERIFIED)
+    await service.call(client.pin_adapter, "a", pinned=False)
+    await service.call(client.unload_adapter, "a")
+    assert service.home.serving() == {}
+    assert (await service.call(client.load_adapter, "a")).version == "2"
+    assert (await service.call(client.rollback_adapter, "a")).version == "1"
+
+
+async def test_weights_of_an_adapter_and_of_a_task(service: Service) -> None:
+    await service.call(service.client.set_adapter_weights, {"1": 30, "2": 70, "9": 0}, adapter="a")
+    await service.call(service.client.set_adapter_weights, {"1": 1}, task="y")
+    (listed,) = await service.call(service.client.adapters)
+    splits = {split.task: dict(split.weights) for split in listed.splits}
+    assert splits == {"": {"1": 30, "2": 70}, "y": {"1": 1}}
+    assert service.home.tables[-1].choose(service.home.tables[-1].tasks["y"], b"").adapter_version == "1"
+
+
+async def test_watching_sees_everything_from_the_call_on(service: Service) -> None:
+    events = await service.call(service.client.watch_adapters)
+    seen: list[Any] = []
+    reading = threading.Thread(target=lambda: seen.extend(next(events) for _ in range(5)))
+    reading.start()
+    write(service.home.root / "b" / "1", "z")
+    await service.call(reading.join, 10)
+    assert [each.stage for each in seen] == [
+        pb.ADAPTER_STAGE_FOUND,
+        pb.ADAPTER_STAGE_VERIFIED,
+        pb.ADAPTER_STAGE_LOADED,
+        pb.ADAPTER_STAGE_WARMED,
+        pb.ADAPTER_STAGE_SERVING,
+    ]
+    assert {(each.adapter, each.version) for each in seen} == {("b", "1")}
+    events.close()
+
+
+async def test_every_call_asks_for_permission(service: Service) -> None:
+    service.refused.add("everyone")
+    client = service.client
+    for call in (
+        lambda: client.load_adapter("a"),
+        lambda: client.unload_adapter("a"),
+        lambda: client.rollback_adapter("a"),
+        lambda: client.pin_adapter("a"),
+        lambda: client.pin_adapter("a", pinned=False),
+        lambda: client.set_adapter_weights({"1": 1}, adapter="a"),
+        lambda: client.adapters(),
+        lambda: next(client.watch_adapters()),
+    ):
+        with pytest.raises(ServerError) as raised:
+            await service.call(call)
+        assert raised.value.code is grpc.StatusCode.PERMISSION_DENIED
+    assert service.home.serving()["x"] == "a/2"
+
+
+async def test_a_refused_version_says_why(service: Service) -> None:
+    write(service.home.root / "a" / "3", "x", seed=3)
+    (service.home.root / "a" / "3" / "adapter.safetensors").write_bytes(b"garbage")
+    with pytest.raises(ServerError) as raised:
+        await service.call(service.client.load_adapter, "a", "3")
+    assert raised.value.code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "not verified" in raised.value.message
+    assert service.home.serving()["x"] == "a/2"
+    await eventually(lambda: bool(service.home.registry.records["a"].refused))
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "said"),
+    [
+        (lambda client: client.load_adapter("delta"), grpc.StatusCode.NOT_FOUND, "no adapter 'delta'; there are a"),
+        (lambda client: client.load_adapter("a", "7"), grpc.StatusCode.NOT_FOUND, "there are 1"),
+        (
+            # From 2 to 1, and no further.
+            lambda client: (client.rollback_adapter("a"), client.rollback_adapter("a")),
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "nothing served before",
+        ),
+        (lambda client: client.load_adapter(""), grpc.StatusCode.INVALID_ARGUMENT, "found none"),
+        (
+            lambda client: client.set_adapter_weights({"1": 0}, adapter="a"),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "nothing but 0",
+        ),
+        (
+            lambda client: client.set_adapter_weights({"1": 10**6}, adapter="a"),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "0 to 10000",
+        ),
+        (lambda client: client.set_adapter_weights({"1": 1}, task="nope"), grpc.StatusCode.NOT_FOUND, "no task"),
+    ],
+)
+async def test_wrong_calls(service: Service, call: Any, code: grpc.StatusCode, said: str) -> None:
+    with pytest.raises(ServerError) as raised:
+        await asyncio.to_thread(call, service.client)
+    assert raised.value.code is code
+    assert said in raised.value.message
+
+
+async def test_the_table_of_the_command(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    await service.call(service.client.set_adapter_weights, {"1": 30, "2": 70}, adapter="a")
+    await service.call(adapters_cli._print_table, await service.call(service.client.adapters))
+    shown = capsys.readouterr().out
+    assert "serving" in shown
+    assert "1=30, 2=70" in shown
+
+
+def test_weights_on_the_command_line() -> None:
+    assert adapters_cli.parse_weights(["3=90", "v4=10"]) == {"3": 90, "v4": 10}
+    for wrong in ("3", "=4", "3=", "3=-1", "3:4"):
+        with pytest.raises(ValueError, match="VERSION=WEIGHT"):
+            adapters_cli.parse_weights([wrong])

@@ -1,0 +1,158 @@
+"""The virtual token counter: work-conserving, fair within a bound, no credit for idling."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from server.scheduling.fair_queue import FairQueue
+
+TENANTS = ("a", "b", "c")
+MOST = 50
+COSTS = st.integers(1, MOST)
+
+
+def push(queue: FairQueue[Any], tenant: str, item: Any, weight: float = 1.0, rank: int = 1) -> None:
+    queue.push(tenant, item, weight=weight, rank=rank)
+
+
+@settings(deadline=None)
+@given(
+    weights=st.lists(st.sampled_from([0.5, 1.0, 2.0, 4.0]), min_size=2, max_size=4),
+    costs=st.lists(COSTS, min_size=1, max_size=40),
+)
+def test_backlogged_tenants_get_service_by_weight(weights: list[float], costs: list[int]) -> None:
+    queue: FairQueue[int] = FairQueue()
+    served = [0.0] * len(weights)
+    for turn in range(200):
+        for i, weight in enumerate(weights):
+            # Never without something to do.
+            while queue.queued(str(i)) < 2:
+                push(queue, str(i), len(served) * 1000 * turn + i * 100 + queue.queued(str(i)), weight)
+        tenant, _ = queue.pop() or pytest.fail("nothing came although everybody waits")
+        cost = costs[turn % len(costs)]
+        queue.charge(tenant, cost)
+        served[int(tenant)] += cost
+        by_weight = [amount / weight for amount, weight in zip(served, weights, strict=True)]
+        # The paper's bound: one largest request on either side, here by the smallest weight.
+        assert max(by_weight) - min(by_weight) <= 2 * MOST / min(weights)
+
+
+@settings(deadline=None)
+@given(turns=st.integers(1, 300), costs=st.lists(COSTS, min_size=1, max_size=20))
+def test_idling_saves_up_no_credit(turns: int, costs: list[int]) -> None:
+    queue: FairQueue[Any] = FairQueue()
+    served = {"busy": 0.0, "late": 0.0}
+    for turn in range(turns):
+        push(queue, "busy", turn)
+        push(queue, "busy", -1 - turn)
+        assert queue.pop()
+        queue.charge("busy", costs[turn % len(costs)])
+    for turn in range(100):
+        push(queue, "late", ("late", turn))
+        push(queue, "busy", ("busy", turn))
+    for turn in range(100):
+        tenant, _ = queue.pop() or pytest.fail("nothing came")
+        cost = costs[turn % len(costs)]
+        queue.charge(tenant, cost)
+        served[tenant] += cost
+    assert abs(served["busy"] - served["late"]) <= 2 * MOST
+
+
+def test_who_comes_to_an_empty_queue_is_lifted_to_who_left_last() -> None:
+    queue: FairQueue[int] = FairQueue()
+    push(queue, "a", 1)
+    queue.charge("a", 100)
+    assert queue.pop() == ("a", 1)
+    push(queue, "b", 2)
+    assert queue.counter("b") == 100
+
+
+def test_a_tenant_at_its_limit_counts_as_idle() -> None:
+    queue: FairQueue[int] = FairQueue()
+    push(queue, "a", 1)
+    push(queue, "b", 2)
+    queue.block("a", True)
+    assert queue.pop() == ("b", 2)
+    assert queue.pop() is None
+    assert len(queue) == 1
+    queue.charge("b", 40)
+    push(queue, "b", 3)
+    queue.block("a", False)
+    assert queue.counter("a") == 40
+
+
+def test_more_urgent_classes_go_first() -> None:
+    queue: FairQueue[str] = FairQueue()
+    push(queue, "batch", "x", rank=2)
+    push(queue, "now", "y", rank=0)
+    queue.charge("now", 1000)
+    push(queue, "now", "z", rank=0)
+    assert [queue.pop() for _ in range(4)] == [("now", "y"), ("now", "z"), ("batch", "x"), None]
+
+
+def test_the_longest_line_for_its_weight_gives_up_its_newest() -> None:
+    queue: FairQueue[int] = FairQueue()
+    for item in range(4):
+        push(queue, "heavy", item, weight=4.0)
+    for item in range(10, 13):
+        push(queue, "light", item)
+    assert queue.longest() == "light"
+    assert queue.drop_newest("light") == 12
+    push(queue, "batch", 20, rank=2)
+    assert queue.longest() == "batch"
+
+
+class AgainstAModel(RuleBasedStateMachine):
+    """Whatever happens: nothing is lost, order holds within a tenant, and nothing idles while somebody may go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue: FairQueue[int] = FairQueue()
+        self.lines: dict[str, list[int]] = {tenant: [] for tenant in TENANTS}
+        self.blocked: set[str] = set()
+        self.count = 0
+
+    @rule(tenant=st.sampled_from(TENANTS), weight=st.sampled_from([0.5, 1.0, 3.0]), rank=st.integers(0, 2))
+    def push(self, tenant: str, weight: float, rank: int) -> None:
+        self.count += 1
+        push(self.queue, tenant, self.count, weight, rank)
+        self.lines[tenant].append(self.count)
+
+    @rule()
+    def pop(self) -> None:
+        entry = self.queue.pop()
+        eligible = [tenant for tenant in TENANTS if self.lines[tenant] and tenant not in self.blocked]
+        assert (entry is None) == (not eligible)
+        if entry:
+            tenant, item = entry
+            assert tenant in eligible
+            assert self.lines[tenant].pop(0) == item
+
+    @rule(tenant=st.sampled_from(TENANTS), cost=COSTS)
+    def charge(self, tenant: str, cost: int) -> None:
+        self.queue.charge(tenant, cost)
+
+    @rule(tenant=st.sampled_from(TENANTS), blocked=st.booleans())
+    def block(self, tenant: str, blocked: bool) -> None:
+        self.queue.block(tenant, blocked)
+        (self.blocked.add if blocked else self.blocked.discard)(tenant)
+
+    @rule(tenant=st.sampled_from(TENANTS), data=st.data())
+    def remove(self, tenant: str, data: st.DataObject) -> None:
+        if line := self.lines[tenant]:
+            item = data.draw(st.sampled_from(line))
+            assert self.queue.remove(tenant, item)
+            line.remove(item)
+        assert not self.queue.remove(tenant, -1)
+
+    @invariant()
+    def lengths_agree(self) -> None:
+        assert len(self.queue) == sum(map(len, self.lines.values()))
+        assert all(self.queue.queued(tenant) == len(line) for tenant, line in self.lines.items())
+
+
+TestAgainstAModel = AgainstAModel.TestCase
+TestAgainstAModel.settings = settings(deadline=None, max_examples=60)

@@ -1,0 +1,140 @@
+"""The port: certificates that change, and limits of connections."""
+
+import asyncio
+import os
+import socket
+import ssl
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from cryptography import x509
+from mtlora_pb.v1 import inference_pb2_grpc
+
+from mtlora.access import Access
+from mtlora.client import AsyncClient, ServerError, make_request
+from server.faults._certificates import Issued, authority, issue
+from server.settings import SettingsError, load_settings
+from server.tls import Certificates, TLSError
+from tests.server.fakes import Service
+
+
+def served_certificate(address: str) -> x509.Certificate:
+    host, port = address.split(":")
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    with socket.create_connection((host, int(port)), 5) as plain, context.wrap_socket(plain) as wrapped:
+        return x509.load_der_x509_certificate(wrapped.getpeercert(True) or b"")
+
+
+def replace(old: Issued, new: Issued) -> None:
+    os.replace(new.pem, old.pem)
+    os.replace(new.key, old.key)
+
+
+async def test_a_new_certificate_serves_the_next_connection(tmp_path: Path) -> None:
+    ca = authority(tmp_path)
+    first, second, third = (issue(ca, tmp_path, name) for name in ("first", "second", "third"))
+    service = Service(tls_certificate=first.pem, tls_key=first.key)
+    access = Access(ca=ca.pem)
+    async with service.running(), AsyncClient(service.address, access) as old:
+        await old.generate("one", "x")
+        assert await asyncio.to_thread(served_certificate, service.address) == first.certificate
+        replace(first, second)
+        assert await asyncio.to_thread(served_certificate, service.address) == second.certificate
+        # A connection that is open stays.
+        await old.generate("one", "x")
+        # A key that does not fit leaves what is in use in use.
+        os.replace(third.pem, first.pem)
+        assert await asyncio.to_thread(served_certificate, service.address) == second.certificate
+        async with AsyncClient(service.address, access) as new:
+            await new.generate("one", "x")
+
+
+async def test_a_server_without_a_certificate_that_the_client_trusts(tmp_path: Path) -> None:
+    ca, other = authority(tmp_path), authority(tmp_path, "other")
+    server = issue(other, tmp_path, "server")
+    service = Service(tls_certificate=server.pem, tls_key=server.key)
+    async with service.running(), AsyncClient(service.address, Access(ca=ca.pem)) as client:
+        with pytest.raises(ServerError, match="UNAVAILABLE"):
+            await client.generate("one", "x", timeout=5)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    ca = authority(tmp_path)
+    good, late = issue(ca, tmp_path, "good"), issue(ca, tmp_path, "late", days=-1)
+    other = issue(ca, tmp_path, "other")
+    (tmp_path / "empty").write_text("")
+    for files, message in (
+        ((tmp_path / "none", good.key), "No such file"),
+        ((tmp_path / "empty", good.key), "no PEM certificate"),
+        ((good.pem, tmp_path / "empty"), "no PEM private key"),
+        ((good.pem, other.key), "not the key of the certificate"),
+        ((late.pem, late.key), "expired"),
+        ((good.pem, good.key, tmp_path / "empty"), "no PEM certificate"),
+    ):
+        with pytest.raises(TLSError, match=message):
+            Certificates(*files)
+
+
+@pytest.mark.parametrize(
+    "given", [{"tls_key": "x"}, {"tls_certificate": "x"}, {"tls_client_ca": "x"}, {"max_connections": 0}]
+)
+def test_settings_that_do_not_fit_together(given: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=r"allowed|greater"):
+        load_settings({"allow_no_tasks": True, **given})
+
+
+async def test_no_more_connections_than_allowed() -> None:
+    async with Service(max_connections=2).running() as service:
+        open_ones = [grpc.aio.insecure_channel(service.address, options=_apart(i)) for i in range(3)]
+        try:
+            for channel in open_ones[:2]:
+                await _ask(channel)
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await _ask(open_ones[2])
+            assert raised.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+            await open_ones[0].close()
+            async with grpc.aio.insecure_channel(service.address, options=_apart(4)) as late:
+                await _ask(late, wait=True)
+        finally:
+            for channel in open_ones:
+                await channel.close()
+
+
+def _apart(number: int) -> list[tuple[str, int]]:
+    """Channels of one process share a connection unless their options differ."""
+    return [("grpc.use_local_subchannel_pool", 1), ("test.number", number)]
+
+
+async def _ask(channel: Any, *, wait: bool = False) -> None:
+    stub = inference_pb2_grpc.InferenceStub(channel)
+    await stub.Generate(make_request("one", "x"), timeout=5, wait_for_ready=wait)
+
+
+async def test_calls_beyond_the_streams_of_a_connection_do_not_run() -> None:
+    async with Service(max_concurrent_streams=2).running() as service, AsyncClient(service.address) as client:
+        # Connected, the client knows the limit.
+        await client.generate("one", "x")
+        service.engine.hold = asyncio.Event()
+        calls = [asyncio.create_task(client.generate("one", "x")) for _ in range(4)]
+        await asyncio.sleep(0.5)
+        assert service.engine.running == 2
+        service.engine.hold.set()
+        # The others waited in the client, or were refused: gRPC does either.
+        for call in calls:
+            try:
+                await call
+            except ServerError as error:
+                assert error.code is grpc.StatusCode.UNAVAILABLE  # noqa: PT017
+        assert len(service.engine.jobs) >= 3
+
+
+async def test_bytes_that_are_no_message_are_invalid() -> None:
+    async with Service().running() as service, grpc.aio.insecure_channel(service.address) as channel:
+        for method in ("/mtlora.v1.Inference/Generate", "/inference.GRPCInferenceService/ModelInfer"):
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await channel.unary_unary(method)(b"\xff\xff\xff")
+            assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT

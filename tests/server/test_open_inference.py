@@ -1,0 +1,238 @@
+"""The Open Inference Protocol over gRPC, around a fake engine."""
+
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import json_format
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mtlora_pb.v1 import inference_pb2 as native
+from openinference_pb import grpc_predict_v2_pb2 as pb
+from openinference_pb import grpc_predict_v2_pb2_grpc
+
+from mtlora.client import ServerError
+from server.admission import State
+from server.faults._tenants import tenant, write_tenants
+from server.job import ServedTask
+from server.openinference import parameters, tensors
+from tests.server.adapters import entry
+from tests.server.fakes import Service
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[Service]:
+    async with Service().running() as service:
+        pair = ServedTask(entry("pair", template="{first} {second}"), "alpha", "1", slot=None)
+        catalog = service.servicer.catalog
+        object.__setattr__(catalog, "tasks", MappingProxyType({**catalog.tasks, "pair": pair}))
+        yield service
+
+
+@pytest.fixture
+async def stub(service: Service) -> AsyncIterator[Any]:
+    async with grpc.aio.insecure_channel(service.address) as channel:
+        yield grpc_predict_v2_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+
+def infer(*texts: str, model: str = "one", name: str = "text_input", raw: bool = False, **given: Any) -> Any:
+    """A request as KServe's and Triton's clients make it."""
+    request = pb.ModelInferRequest(model_name=model, id="7")
+    add(request, name, texts, raw=raw)
+    json_format.ParseDict({"parameters": given}, request)
+    return request
+
+
+def add(request: pb.ModelInferRequest, name: str, texts: Any, *, raw: bool = False, shape: Any = None) -> None:
+    tensor = request.inputs.add(name=name, datatype="BYTES", shape=shape or [len(texts)])
+    elements = [text.encode() for text in texts]
+    if raw:
+        request.raw_input_contents.append(b"".join(struct.pack("<I", len(each)) + each for each in elements))
+    else:
+        tensor.contents.bytes_contents.extend(elements)
+
+
+async def failure(stub: Any, request: Any, method: str = "ModelInfer") -> ServerError:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await getattr(stub, method)(request)
+    return ServerError(raised.value)
+
+
+async def test_metadata(service: Service, stub: Any) -> None:
+    assert (await stub.ServerLive(pb.ServerLiveRequest())).live
+    assert (await stub.ServerReady(pb.ServerReadyRequest())).ready
+    assert (await stub.ModelReady(pb.ModelReadyRequest(name="one"))).ready
+    assert (await stub.ServerMetadata(pb.ServerMetadataRequest())).name == "mtlora-server"
+    model = await stub.ModelMetadata(pb.ModelMetadataRequest(name="pair", version="1"))
+    assert (model.name, list(model.versions)) == ("pair", ["1"])
+    assert [(tensor.name, tensor.datatype, list(tensor.shape)) for tensor in model.inputs] == [
+        ("first", "BYTES", [-1]),
+        ("second", "BYTES", [-1]),
+    ]
+    assert [tensor.name for tensor in model.outputs] == ["text_output"]
+    for request in (pb.ModelReadyRequest(name="none"), pb.ModelReadyRequest(name="one", version="2")):
+        assert (await failure(stub, request, "ModelReady")).code is grpc.StatusCode.NOT_FOUND
+    index = await stub.RepositoryIndex(pb.RepositoryIndexRequest(ready=True))
+    assert [(each.name, each.version, each.state) for each in index.models] == [
+        ("one", "1", "READY"),
+        ("two", "1", "READY"),
+        ("pair", "1", "READY"),
+    ]
+    service.admission.state = State.DRAINING
+    assert (await stub.ServerLive(pb.ServerLiveRequest())).live
+    assert not (await stub.ServerReady(pb.ServerReadyRequest())).ready
+    assert (await failure(stub, infer("x"))).code is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("shape", [[3], [3, 1]])
+async def test_answers_come_in_the_form_of_the_inputs(service: Service, stub: Any, raw: bool, shape: list[int]) -> None:
+    request = infer("a", "b", "c", raw=raw)
+    request.inputs[0].shape[:] = shape
+    reply = await stub.ModelInfer(request)
+    assert (reply.model_name, reply.model_version, reply.id) == ("one", "1", "7")
+    (output,) = reply.outputs
+    assert (output.name, output.datatype, list(output.shape)) == ("text_output", "BYTES", shape)
+    if raw:
+        assert list(reply.raw_output_contents) == [b"\2\0\0\0ab" * 3]
+    else:
+        assert list(output.contents.bytes_contents) == [b"ab"] * 3
+    assert len({job.prompt_ids for job in service.engine.jobs}) == 3
+    # One request with three sequences' tokens.
+    assert service.value("mtlora_requests_total", method="ModelInfer", task="one", status="OK") == 1
+    assert service.value("mtlora_completion_tokens_total", task="one") == 6
+
+
+async def test_a_tensor_a_field(service: Service, stub: Any) -> None:
+    request = pb.ModelInferRequest(model_name="pair")
+    add(request, "second", ["2", "4"])
+    add(request, "first", ["1", "3"])
+    await stub.ModelInfer(request)
+    prompts = {"".join(map(chr, job.prompt_ids)) for job in service.engine.jobs}
+    assert prompts == {"1 2", "3 4"}
+
+
+async def test_parameters(service: Service, stub: Any) -> None:
+    given = {
+        "max_tokens": {"int64Param": 5}, "temperature": {"stringParam": "0.5"}, "top_p": {"doubleParam": 0.5},
+        "top_k": {"uint64Param": 3}, "seed": {"int64Param": 9}, "stop": {"stringParam": "!"},
+        "without_adapter": {"boolParam": True},
+    }  # fmt: skip
+    await stub.ModelInfer(infer("x", **given))
+    (job,) = service.engine.jobs
+    sampling = job.sampling
+    assert job.without_adapter
+    assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p) == (5, 0.5, 0.5)
+    assert (sampling.top_k, sampling.seed, sampling.stop) == (3, 9, ("!",))
+
+
+async def test_every_violation_at_once(stub: Any) -> None:
+    given = {"tempreture": {"doubleParam": 1}, "max_tokens": {"stringParam": "five"}, "seed": {"int64Param": -1}}
+    request = infer("x", name="text", **given)
+    request.outputs.add(name="logits")
+    error = await failure(stub, request)
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert [field for field, _ in error.violations] == [
+        "parameters[max_tokens]", "parameters[seed]", "parameters[tempreture]", "inputs", "outputs",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: setattr(r.inputs[0], "datatype", "FP32"), "datatype"),
+        (lambda r: r.inputs[0].shape.extend([2]), "shape"),
+        (lambda r: r.inputs[0].shape.__setitem__(0, 2), "1 elements in a tensor"),
+        (lambda r: r.inputs[0].shape.__setitem__(0, 1000), "1 to 64"),
+        (lambda r: r.inputs[0].contents.bytes_contents.__setitem__(0, b"\xff"), "UTF-8"),
+        (lambda r: r.raw_input_contents.append(b"\1\0\0\0x"), "beside raw_input_contents"),
+    ],
+)
+async def test_tensors_that_do_not_fit(stub: Any, change: Any, said: str) -> None:
+    request = infer("x")
+    change(request)
+    error = await failure(stub, request)
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert said in error.message
+
+
+async def test_what_the_native_service_refuses_is_refused_here(stub: Any) -> None:
+    error = await failure(stub, infer("x", "  "))
+    assert (error.code, [field for field, _ in error.violations]) == (grpc.StatusCode.INVALID_ARGUMENT, ["text"])
+
+
+async def test_tenants_and_the_repository(tmp_path: Path) -> None:
+    key, entry_a = tenant("a", tasks=["one"], requests_per_second=2, burst_seconds=1)
+    admin_key, entry_admin = tenant("root", admin=True)
+    path = write_tenants(tmp_path / "tenants.yaml", entry_a, entry_admin)
+    load, unload = pb.RepositoryModelLoadRequest, pb.RepositoryModelUnloadRequest
+    async with Service(tenants=path).running() as service, grpc.aio.insecure_channel(service.address) as channel:
+        stub = grpc_predict_v2_pb2_grpc.GRPCInferenceServiceStub(channel)
+        a, admin = ((("authorization", f"Bearer {each}"),) for each in (key, admin_key))
+        assert (await stub.ServerReady(pb.ServerReadyRequest())).ready
+        assert (await failure(stub, infer("x"))).code is grpc.StatusCode.UNAUTHENTICATED
+        index = await stub.RepositoryIndex(pb.RepositoryIndexRequest(), metadata=a)
+        assert [each.name for each in index.models] == ["one"]
+
+        async def code(method: str, request: Any, metadata: Any) -> grpc.StatusCode:
+            try:
+                await getattr(stub, method)(request, metadata=metadata)
+            except grpc.aio.AioRpcError as error:
+                return error.code()
+            return grpc.StatusCode.OK
+
+        assert await code("ModelInfer", infer("x", model="two"), a) is grpc.StatusCode.NOT_FOUND
+        assert await code("ModelInfer", infer("x", "y", "z"), a) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert await code("RepositoryModelLoad", load(model_name="m"), a) is grpc.StatusCode.PERMISSION_DENIED
+        # Triton's form, and KServe's, whose only field has the first one's number.
+        reply = await stub.RepositoryModelLoad(load(repository_name="r", model_name="m"), metadata=admin)
+        assert (reply.model_name, reply.isLoaded) == ("m", True)
+        assert (await stub.RepositoryModelUnload(unload(repository_name="n"), metadata=admin)).isUnloaded
+        assert await code("RepositoryModelUnload", unload(), admin) is grpc.StatusCode.INVALID_ARGUMENT
+    assert service.repository.asked == [("load", "m"), ("unload", "n")]
+    assert service.engine.running == 0
+
+
+TENSORS = st.builds(
+    pb.ModelInferRequest.InferInputTensor,
+    name=st.sampled_from(["text_input", "x", ""]),
+    datatype=st.sampled_from(["BYTES", "FP32", ""]),
+    shape=st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 3), max_size=3),
+    contents=st.builds(pb.InferTensorContents, bytes_contents=st.lists(st.binary(max_size=5), max_size=3)),
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(inputs=st.lists(TENSORS, max_size=3), raw=st.lists(st.binary(max_size=20), max_size=3))
+def test_any_tensors_are_texts_or_have_violations(inputs: list[Any], raw: list[bytes]) -> None:
+    request = pb.ModelInferRequest(inputs=inputs, raw_input_contents=raw)
+    try:
+        texts = tensors.read_texts(request, ["text_input"])
+    except tensors.TensorError as error:
+        assert error.violations  # noqa: PT017
+        return
+    assert [len(texts["text_input"])] == list(request.inputs[0].shape)[:1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(parameters.ALLOWED) | st.text(max_size=9),
+        st.builds(pb.InferParameter, double_param=st.floats())
+        | st.builds(pb.InferParameter, int64_param=st.integers(-(2**63), 2**63 - 1))
+        | st.builds(pb.InferParameter, uint64_param=st.integers(0, 2**64 - 1))
+        | st.builds(pb.InferParameter, string_param=st.text(max_size=5))
+        | st.builds(pb.InferParameter, bool_param=st.booleans())
+        | st.builds(pb.InferParameter),
+        max_size=5,
+    )
+)
+def test_any_parameters_apply_or_have_violations(given: dict[str, pb.InferParameter]) -> None:
+    request = native.GenerateRequest()
+    violations = list(parameters.apply(given, request))
+    assert len(violations) <= len(given)
+    assert request.SerializeToString() or violations or not given or set(given) <= {"stop", "without_adapter"}

@@ -1,0 +1,449 @@
+"""A version's life, without an engine: real folders, real verification, an engine's memory that a test watches."""
+
+import asyncio
+import json
+import logging
+import shutil
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.catalog import Catalog
+from server.metrics import Metrics
+from server.registry.events import Event, Events
+from server.registry.registry import NotPossibleError, Parts, Registry, UnknownAdapterError
+from server.registry.residency import Residency
+from server.registry.source import Found
+from server.registry.spool import Spool
+from server.registry.verifier import Verified, check
+from server.registry.version import Stage, StageError, version_key
+from server.registry.weights import choose
+from tests.server.adapters import entry, write_adapter
+from tests.server.fakes import eventually
+from tests.server.slots import TINY, make_slots
+from tests.server.test_residency import Loads
+
+OTHER = TINY.model_copy(update={"weights_fingerprint": "1" * 64})
+
+
+def write(folder: Path, *task_ids: str, seed: int = 0, backbone: Any = TINY, task_bias: bool = True) -> None:
+    write_adapter(folder, [entry(task) for task in task_ids], backbone=backbone, task_bias=task_bias, seed=seed)
+
+
+class Verifier:
+    """The check itself, in this process."""
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
+
+    async def verify(self, root: Path, found: Found) -> Verified:
+        from mtlora.checkpoint import CheckpointError, read_manifest
+
+        incoming = self._spool.incoming()
+        try:
+            content = check(root, found.folder, incoming, TINY, 1 << 20)
+        except (CheckpointError, OSError) as error:
+            self._spool.discard(incoming)
+            raise StageError(Stage.VERIFIED, str(error)) from None
+        return Verified(content, self._spool.keep(incoming, content), read_manifest(self._spool.root / content))
+
+
+class Engine(Loads):
+    """Reads nothing, and so much the more insists on its being there."""
+
+    async def load(self, folder: Path, slots: Any) -> None:
+        assert (folder / "adapter.safetensors").exists()
+        await super().load(folder, slots)
+
+
+class Home:
+    """A registry over a folder, and everything that came of it."""
+
+    def __init__(self, root: Path, scratch: Path) -> None:
+        self.root = root
+        self.engine = Engine()
+        self.spool = Spool(scratch)
+        self.events: list[Event] = []
+        self.tables: list[Catalog] = []
+        self.warmed: list[str] = []
+        self.cold_sequence: Exception | None = None
+        metrics = Metrics()
+        self.metrics = metrics.registry
+
+        def on_event(event: Event) -> None:
+            metrics.record_adapter_event(event)
+            self.events.append(event)
+
+        self.residency = Residency(self.engine, 8)
+        self.registry = Registry(
+            Parts(
+                root=root,
+                verifier=Verifier(self.spool),
+                spool=self.spool,
+                residency=self.residency,
+                make_slots=make_slots,
+                warm=self._warm,
+                publish=self.tables.append,
+                events=Events(on_event),
+                metrics=metrics,
+            )
+        )
+        self._running: asyncio.Task[None] | None = None
+
+    async def _warm(self, slot: Any) -> None:
+        if self.cold_sequence:
+            raise self.cold_sequence
+        self.warmed.append(slot.lora_name)
+
+    async def open(self) -> None:
+        await self.registry.verify_all()
+        await self.registry.load_all()
+
+    def follow(self) -> None:
+        self._running = asyncio.create_task(self.registry.run(0.1))
+
+    async def close(self) -> None:
+        if self._running:
+            self._running.cancel()
+        self.spool.close()
+
+    def serving(self) -> dict[str, str]:
+        return {task: f"{row.adapter_name}/{row.adapter_version}" for task, row in self.tables[-1].tasks.items()}
+
+    def stages(self, version: str) -> list[Stage]:
+        return [event.stage for event in self.events if event.version == version]
+
+    async def until_serving(self, task: str, version: str) -> None:
+        await eventually(lambda: self.serving().get(task) == version)
+
+
+@pytest.fixture
+async def home(tmp_path: Path) -> AsyncIterator[Home]:
+    (tmp_path / "adapters").mkdir()
+    made = Home(tmp_path / "adapters", tmp_path / "scratch")
+    yield made
+    await made.close()
+
+
+@pytest.fixture(autouse=True)
+def _logs_reach_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("mtlora.server"), "propagate", True)
+
+
+def test_versions_sort_by_number_else_by_letter() -> None:
+    versions = ["2", "10", "v10.1", "1.9", "1.10", "beta", "alpha", "10.0.1"]
+    assert sorted(versions, key=version_key) == ["alpha", "beta", "1.9", "1.10", "2", "10", "10.0.1", "v10.1"]
+
+
+async def test_the_highest_version_serves(home: Home) -> None:
+    for version in ("9", "10", "nightly"):
+        write(home.root / "a" / version, "x")
+    (home.root / "a" / ".10-unfinished").mkdir()
+    (home.root / "a" / "notes.txt").write_text("not a version")
+    await home.open()
+    assert home.serving() == {"x": "a/10"}
+    assert len(home.engine.held) == 1
+
+
+async def test_a_bad_adapter_is_left_out_and_said_so(home: Home, caplog: pytest.LogCaptureFixture) -> None:
+    write(home.root / "good" / "1", "x")
+    write(home.root / "bad" / "1", "y")
+    (home.root / "bad" / "1" / "adapter.safetensors").write_bytes(b"garbage")
+    write(home.root / "foreign" / "1", "z", backbone=OTHER)
+    (home.root / "hollow").mkdir()
+    write(home.root / "od d" / "1", "w")
+    await home.open()
+    assert home.serving() == {"x": "good/1"}
+    reasons = {failure.name: failure.reason for failure in home.tables[-1].failures}
+    assert set(reasons) == {"bad", "foreign", "hollow", "od d"}
+    assert "weights_fingerprint" in reasons["foreign"]
+    assert "NAME/VERSION" in reasons["hollow"]
+    assert str(home.root / "bad" / "1") in reasons["bad"]
+    assert len([record for record in caplog.records if record.levelno == logging.ERROR]) == 4
+    assert home.metrics.get_sample_value("mtlora_adapter_failures_total", {"stage": "verified"}) == 2
+
+
+async def test_where_the_highest_version_is_bad_the_next_serves(home: Home) -> None:
+    write(home.root / "a" / "1", "x")
+    shutil.copytree(home.root / "a" / "1", home.root / "a" / "2")
+    manifest = home.root / "a" / "2" / "adapter.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 2}))
+    await home.open()
+    assert home.serving() == {"x": "a/1"}
+    assert [(failure.name, failure.version) for failure in home.tables[-1].failures] == [("a", "2")]
+
+
+async def test_of_two_claims_to_a_task_the_first_by_name_wins_and_later_ones_change_nothing(home: Home) -> None:
+    write(home.root / "b" / "1", "x", "y")
+    write(home.root / "c" / "1", "x")
+    await home.open()
+    assert home.serving() == {"x": "b/1", "y": "b/1"}
+    (failure,) = home.tables[-1].failures
+    assert failure.name == "c"
+    assert "task x is b's already" in failure.reason
+    home.follow()
+    write(home.root / "a" / "1", "x", "z")
+    await home.until_serving("z", "a/1")
+    assert home.serving()["x"] == "b/1"
+
+
+async def test_a_new_version_takes_over_and_the_old_one_leaves_with_its_last_request(home: Home) -> None:
+    write(home.root / "a" / "1", "x")
+    await home.open()
+    home.follow()
+    old = home.tables[-1].tasks["x"]
+    assert old.version is not None
+    async with home.residency.lease(old.version):
+        write(home.root / "a" / "2", "x", seed=2)
+        await home.until_serving("x", "a/2")
+        assert len(home.engine.held) == 2
+        assert Stage.DRAINED not in home.stages("1")
+    await eventually(lambda: len(home.engine.held) == 1)
+    expected = [Stage.FOUND, Stage.VERIFIED, Stage.LOADED, Stage.WARMED, Stage.SERVING]
+    assert home.stages("2") == expected
+    assert home.stages("1")[-1] is Stage.DRAINED
+
+
+async def test_other_bytes_under_the_same_name_are_another_version(home: Home) -> None:
+    write(home.root / "a" / "1", "x")
+    await home.open()
+    home.follow()
+    before = home.tables[-1].tasks["x"]
+    write(home.root / "a" / "1", "x", seed=7)
+    await eventually(lambda: home.tables[-1].tasks["x"].slot is not before.slot)
+    after = home.tables[-1].tasks["x"]
+    assert after.adapter_version == "1"
+    # What vLLM keys cached blocks by, and slots.
+    assert after.slot.lora_name != before.slot.lora_name
+    assert after.slot.lora_int_id != before.slot.lora_int_id
+    assert before.version is not None
+    assert after.version is not None
+    assert after.version.folder != before.version.folder
+
+
+async def test_the_same_bytes_again_change_nothing(home: Home) -> None:
+    write(home.root / "a" / "1", "x")
+    await home.open()
+    home.follow()
+    slot = home.tables[-1].tasks["x"].slot
+    (home.root / "a" / "1" / "adapter.json").touch()
+    await asyncio.sleep(0.5)
+    assert home.tables[-1].tasks["x"].slot is slot
+    assert len(home.engine.held) == 1
+
+
+@pytest.mark.parametrize("stage", [Stage.VERIFIED, Stage.LOADED, Stage.WARMED])
+async def test_a_failure_at_any_stage_leaves_the_old_version_serving(home: Home, stage: Stage) -> None:
+    write(home.root / "a" / "1", "x")
+    await home.open()
+    home.follow()
+    if stage is Stage.VERIFIED:
+        write(home.root / "a" / "2", "x", seed=2, backbone=OTHER)
+    else:
+        home.cold_sequence = RuntimeError("no") if stage is Stage.WARMED else None
+        if stage is Stage.LOADED:
+            home.engine.load = refuse  # type: ignore[method-assign]
+        write(home.root / "a" / "2", "x", seed=2)
+    await eventually(lambda: Stage.FAILED in home.stages("2"))
+    (failed,) = (event for event in home.events if event.stage is Stage.FAILED)
+    assert failed.failed_stage is stage
+    assert failed.reason
+    assert home.serving() == {"x": "a/1"}
+    await eventually(lambda: len(home.engine.held) == 1)
+    assert home.metrics.get_sample_value("mtlora_adapter_failures_total", {"stage": stage.value}) == 1
+    # Refused once, not time and again.
+    await asyncio.sleep(0.4)
+    assert home.stages("2").count(Stage.FAILED) == 1
+
+
+async def refuse(*_: Any) -> None:
+    raise StageError(Stage.LOADED, "no room")
+
+
+async def test_a_version_that_is_being_copied_is_waited_for(home: Home) -> None:
+    write(home.root / "a" / "1", "x")
+    await home.open()
+    home.follow()
+    write(home.root.parent / "made", "x", seed=2)
+    target = home.root / "a" / "2"
+    target.mkdir()
+    shutil.copy(home.root.parent / "made" / "adapter.json", target)
+    content = (home.root.parent / "made" / "adapter.safetensors").read_bytes()
+    with (target / "adapter.safetensors").open("wb") as file:
+        for begin in range(0, len(content), len(content) // 5):
+            file.write(content[begin : begin + len(content) // 5])
+            file.flush()
+            await asyncio.sleep(0.15)
+    await home.until_serving("x", "a/2")
+    assert Stage.FAILED not in home.stages("2")
+
+
+async def test_a_bad_version_that_is_mended_serves(home: Home) -> None:
+    write(home.root / "a" / "1", "x")
+    await home.open()
+    home.follow()
+    write(home.root / "a" / "2", "x", seed=2)
+    whole = (home.root / "a" / "2" / "adapter.safetensors").read_bytes()
+    (home.root / "a" / "2" / "adapter.safetensors").write_bytes(whole[:100])
+    await eventually(lambda: Stage.FAILED in home.stages("2"))
+    (home.root / "a" / "2" / "adapter.safetensors").write_bytes(whole)
+    await home.until_serving("x", "a/2")
+
+
+async def test_a_flipped_link_is_noticed(home: Home, tmp_path: Path) -> None:
+    for number in (1, 2):
+        write(home.root / f".data-{number}" / str(number), "x", seed=number)
+    link = home.root / "a"
+    link.symlink_to(".data-1", target_is_directory=True)
+    await home.open()
+    home.follow()
+    fresh = home.root / ".fresh"
+    fresh.symlink_to(".data-2", target_is_directory=True)
+    fresh.rename(link)
+    await home.until_serving("x", "a/2")
+
+
+async def test_a_version_that_vanishes_serves_on(home: Home) -> None:
+    write(home.root / "a" / "1", "x")
+    write(home.root / "a" / "2", "x", seed=2)
+    await home.open()
+    home.follow()
+    shutil.rmtree(home.root / "a")
+    await eventually(lambda: Stage.VANISHED in home.stages("2"))
+    await asyncio.sleep(0.3)
+    assert home.serving() == {"x": "a/2"}
+    # Even an engine that starts anew has it, from the verified copy.
+    home.engine.held.clear()
+    await home.registry.load_all()
+    assert len(home.engine.held) == 1
+
+
+async def test_rollback_serves_what_served_before_and_stays(home: Home) -> None:
+    write(home.root / "a" / "1", "x")
+    await home.open()
+    home.follow()
+    write(home.root / "a" / "2", "x", seed=2)
+    await home.until_serving("x", "a/2")
+    assert (await home.registry.rollback("a")).version == "1"
+    assert home.serving() == {"x": "a/1"}
+    await asyncio.sleep(0.3)
+    assert home.serving() == {"x": "a/1"}
+    with pytest.raises(NotPossibleError, match="nothing served before"):
+        await home.registry.rollback("a")
+    write(home.root / "a" / "3", "x", seed=3)
+    await home.until_serving("x", "a/3")
+    await eventually(lambda: len(home.engine.held) == 1)
+
+
+async def test_load_and_unload_by_name(home: Home) -> None:
+    write(home.root / "a" / "1", "x")
+    write(home.root / "a" / "2", "x", seed=2)
+    await home.open()
+    home.follow()
+    await home.registry.load("a", "1")
+    await asyncio.sleep(0.3)
+    assert home.serving() == {"x": "a/1"}
+    await home.registry.unload("a")
+    assert home.serving() == {}
+    await eventually(lambda: home.engine.held == [])
+    await asyncio.sleep(0.3)
+    assert home.serving() == {}
+    assert (await home.registry.load("a")).version == "2"
+    assert home.serving() == {"x": "a/2"}
+    with pytest.raises(UnknownAdapterError, match="there are 1, 2"):
+        await home.registry.load("a", "9")
+    with pytest.raises(UnknownAdapterError, match="there are a"):
+        await home.registry.load("b")
+
+
+async def test_weights_split_requests_and_hold_new_versions_back(home: Home) -> None:
+    for number in (1, 2):
+        write(home.root / "a" / str(number), "x", "y", seed=number)
+    await home.open()
+    home.follow()
+    await home.registry.set_weights("a", {"1": 30, "2": 70}, "x")
+    table = home.tables[-1]
+    chosen = [table.choose(table.tasks["x"], f"user-{n}".encode()).adapter_version for n in range(1000)]
+    assert 220 < chosen.count("1") < 380
+    assert chosen == [table.choose(table.tasks["x"], f"user-{n}".encode()).adapter_version for n in range(1000)]
+    assert {table.choose(table.tasks["y"], bytes([n])).adapter_version for n in range(50)} == {"2"}
+    write(home.root / "a" / "3", "x", "y", seed=3)
+    await asyncio.sleep(0.4)
+    assert home.serving() == {"x": "a/2", "y": "a/2"}
+    with pytest.raises(UnknownAdapterError):
+        await home.registry.set_weights("a", {"7": 1})
+    await home.registry.set_weights("a", {}, "x")
+    await home.until_serving("x", "a/3")
+    await eventually(lambda: len(home.engine.held) == 1)
+    assert not home.tables[-1].splits
+
+
+async def test_pins_leave_a_place_for_the_rest(home: Home) -> None:
+    for name in "abcdefgh":
+        write(home.root / name / "1", name)
+    await home.open()
+    for name in "abcdefg":
+        home.registry.pin(name)
+    with pytest.raises(NotPossibleError, match="7 adapters are pinned"):
+        home.registry.pin("h")
+    home.registry.unpin("a")
+    home.registry.pin("h")
+
+
+async def test_copies_are_kept_as_long_as_they_can_serve(home: Home) -> None:
+    write(home.root / "a" / "1", "x", seed=1)
+    await home.open()
+    home.follow()
+    for number in range(2, 7):
+        write(home.root / "a" / str(number), "x", seed=number)
+        await home.until_serving("x", f"a/{number}")
+    # The one that serves, and the two that can be rolled back to.
+    await eventually(lambda: len(list(home.spool.root.iterdir())) == 3)
+    assert len(home.engine.held) == 1
+
+
+async def test_pages_cover_every_task_once(home: Home) -> None:
+    ids = [f"t{number:02}" for number in range(7)]
+    write(home.root / "a" / "1", *ids)
+    await home.open()
+    for size in range(1, 9):
+        seen: list[str] = []
+        after = ""
+        while True:
+            page, after = home.tables[-1].page(after, size)
+            seen += [served.spec.id for served in page]
+            if not after:
+                break
+        assert seen == ids
+
+
+def pick(weights: dict[str, int]) -> Callable[[bytes], str]:
+    split = tuple((weight, name) for name, weight in weights.items())
+    return lambda key: choose(split, "salt", key)
+
+
+@given(st.binary(max_size=40), st.dictionaries(st.sampled_from("abcd"), st.integers(1, 100), min_size=1))
+def test_a_key_has_one_side(key: bytes, weights: dict[str, int]) -> None:
+    assert pick(weights)(key) == pick(weights)(key)
+    assert pick(weights)(key) in weights
+
+
+@given(st.binary(max_size=40), st.integers(1, 99), st.integers(1, 99))
+def test_a_growing_share_only_gains_keys(key: bytes, one: int, other: int) -> None:
+    low, high = sorted((one, other))
+    if pick({"new": low, "old": 100 - low})(key) == "new":
+        assert pick({"new": high, "old": 100 - high})(key) == "new"
+
+
+async def test_what_is_unloaded_and_gone_is_forgotten(home: Home) -> None:
+    write(home.root / "a" / "1", "x")
+    await home.open()
+    home.follow()
+    await home.registry.unload("a")
+    shutil.rmtree(home.root / "a")
+    await eventually(lambda: not home.registry.records)
+    await eventually(lambda: not list(home.spool.root.iterdir()))

@@ -1,0 +1,195 @@
+"""Places in the engine: least recently used goes first, never under a running request, and cold waits alone."""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from server.errors import EngineDeadError
+from server.registry import residency as module
+from server.registry.residency import Residency
+from server.registry.version import AdapterVersion, Stage, StageError
+from tests.server.fakes import eventually
+from tests.server.slots import Slot
+
+
+class Loads:
+    """An engine's memory: what is in it, and loads that a test holds up or lets fail."""
+
+    def __init__(self) -> None:
+        self.held: list[str] = []
+        self.most = 0
+        self.gate: dict[str, asyncio.Event] = {}
+        self.refuse: set[str] = set()
+
+    async def load(self, folder: Path, slots: Sequence[Any]) -> None:
+        name = slots[0].lora_name
+        if name in self.gate:
+            await self.gate[name].wait()
+        await asyncio.sleep(0)
+        if name in self.refuse:
+            raise StageError(Stage.LOADED, "no")
+        assert name not in self.held
+        self.held.append(name)
+        self.most = max(self.most, len(self.held))
+
+    async def unload(self, slots: Sequence[Any]) -> None:
+        self.held.remove(slots[0].lora_name)
+
+
+def version(name: str) -> AdapterVersion:
+    manifest: Any = SimpleNamespace(tasks=())
+    return AdapterVersion(name, "1", name, Path(name), manifest, {"task": Slot(1, name)})
+
+
+A, B, C = version("a"), version("b"), version("c")
+
+
+@pytest.fixture
+def engine() -> Loads:
+    return Loads()
+
+
+async def use(residency: Residency, *versions: AdapterVersion) -> None:
+    for each in versions:
+        async with residency.lease(each):
+            pass
+
+
+async def test_the_least_recently_used_makes_room(engine: Loads) -> None:
+    residency = Residency(engine, 2)
+    await use(residency, A, B, A, C)
+    assert engine.held == ["a", "c"]
+    assert residency.resident == [A, C]
+
+
+async def test_a_pinned_adapter_stays(engine: Loads) -> None:
+    residency = Residency(engine, 2)
+    residency.pinned.add("a")
+    await use(residency, A, B, C)
+    assert engine.held == ["a", "c"]
+
+
+async def test_requests_for_a_cold_adapter_do_not_hold_up_warm_ones(engine: Loads) -> None:
+    waited: list[float] = []
+    residency = Residency(engine, 2, waited.append)
+    await use(residency, A)
+    engine.gate["b"] = asyncio.Event()
+    cold = [asyncio.create_task(use(residency, B)) for _ in range(3)]
+    await asyncio.sleep(0.01)
+    async with asyncio.timeout(0.5):
+        await use(residency, A, A)
+    assert not any(task.done() for task in cold)
+    engine.gate["b"].set()
+    await asyncio.gather(*cold)
+    assert engine.held == ["a", "b"]
+    # The first request of a, and the three that waited for b.
+    assert len(waited) == 4
+
+
+async def test_what_runs_is_never_evicted(engine: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE_S", 30.0)
+    residency = Residency(engine, 1)
+    async with residency.lease(A):
+        waiting = asyncio.create_task(use(residency, B))
+        await asyncio.sleep(0.05)
+        assert engine.held == ["a"]
+    await waiting
+    assert engine.held == ["b"]
+    assert engine.most == 1
+
+
+async def test_a_busy_adapter_makes_room_in_the_end(engine: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE_S", 0.05)
+    residency = Residency(engine, 1)
+    stop = False
+
+    async def keep_busy() -> None:
+        # Overlapping requests: never a moment without one.
+        while not stop:
+            async with AsyncExitStack() as stack:
+                await stack.enter_async_context(residency.lease(A))
+                await asyncio.sleep(0.02)
+
+    busy = [asyncio.create_task(keep_busy()) for _ in range(3)]
+    await asyncio.sleep(0.02)
+    async with asyncio.timeout(2):
+        await use(residency, B)
+    stop = True
+    async with asyncio.timeout(2):
+        await asyncio.gather(*busy)
+    assert engine.most == 1
+
+
+async def test_a_load_that_fails_fails_its_requests_alone(engine: Loads) -> None:
+    residency = Residency(engine, 1)
+    engine.refuse.add("a")
+    results = await asyncio.gather(use(residency, A), use(residency, A), return_exceptions=True)
+    assert [type(each) for each in results] == [StageError, StageError]
+    await use(residency, B)
+    engine.refuse.clear()
+    await use(residency, A)
+    assert engine.held == ["a"]
+
+
+async def test_a_cancelled_request_leaves_the_load_to_others(engine: Loads) -> None:
+    residency = Residency(engine, 1)
+    engine.gate["a"] = asyncio.Event()
+    first, second = (asyncio.create_task(use(residency, A)) for _ in range(2))
+    await asyncio.sleep(0.01)
+    first.cancel()
+    await asyncio.sleep(0.01)
+    engine.gate["a"].set()
+    await second
+    assert first.cancelled()
+    assert residency.users(A) == 0
+
+
+async def test_retiring_waits_for_the_last_request(engine: Loads) -> None:
+    residency = Residency(engine, 4)
+    async with residency.lease(A):
+        retiring = asyncio.create_task(residency.retire(A))
+        await asyncio.sleep(0.01)
+        assert not retiring.done()
+        assert engine.held == ["a"]
+    await retiring
+    assert engine.held == []
+
+
+async def test_retiring_is_called_off_by_keeping(engine: Loads) -> None:
+    residency = Residency(engine, 4)
+    async with residency.lease(A):
+        retiring = asyncio.create_task(residency.retire(A))
+        await asyncio.sleep(0.01)
+        residency.keep(A)
+        async with asyncio.timeout(1):
+            await retiring
+    assert engine.held == ["a"]
+
+
+async def test_a_lost_engine_ends_the_wait_for_it(engine: Loads) -> None:
+    residency = Residency(engine, 1)
+    engine.gate["a"] = asyncio.Event()
+    waiting = asyncio.create_task(use(residency, A))
+    await asyncio.sleep(0.01)
+    residency.reset()
+    with pytest.raises(EngineDeadError):
+        await waiting
+    assert residency.resident == []
+    engine.gate.clear()
+    await use(residency, A)
+    assert engine.held == ["a"]
+
+
+async def test_prefetching_loads_before_anyone_waits(engine: Loads) -> None:
+    residency = Residency(engine, 1)
+    residency.prefetch(A)
+    await eventually(lambda: engine.held == ["a"])
+    engine.refuse.add("b")
+    residency.prefetch(B)
+    await eventually(lambda: engine.held == [])
+    await use(residency, A)

@@ -1,0 +1,240 @@
+"""Quotas, slots, deadlines and full queues, on a clock that a test moves."""
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.errors import RequestFailedError
+from server.job import GenerationJob, Sampling, ServedTask
+from server.scheduling import Scheduler
+from server.scheduling.bucket import TokenBucket
+from server.tenants import Priority, Tenant
+from tests.server.adapters import entry
+
+A, B = Tenant(id="a"), Tenant(id="b")
+JOB = GenerationJob(ServedTask(entry("one"), "x", "1", slot=None), (1,) * 10, Sampling(max_new_tokens=20))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def make(clock: Clock, slots: int = 2, max_queued: int = 4) -> Scheduler:
+    return Scheduler(slots, max_queued, clock)
+
+
+async def hold(scheduler: Scheduler, stack: AsyncExitStack, tenant: Tenant = A, deadline: float | None = None) -> Any:
+    return await stack.enter_async_context(scheduler.turn(tenant, JOB, deadline))
+
+
+async def wait_for(scheduler: Scheduler, tenant: Tenant, done: list[str], deadline: float | None = None) -> None:
+    async with scheduler.turn(tenant, JOB, deadline):
+        done.append(tenant.id)
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def details(error: RequestFailedError) -> tuple[float, list[tuple[str, str]]]:
+    """(seconds to wait, quotas) of a RESOURCE_EXHAUSTED."""
+    assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    retry, quotas = error_details_pb2.RetryInfo(), error_details_pb2.QuotaFailure()
+    for each in status_pb2.Status.FromString(error.status_details()).details:
+        each.Unpack(retry) or each.Unpack(quotas)
+    return retry.retry_delay.ToMilliseconds() / 1e3, [(each.subject, each.description) for each in quotas.violations]
+
+
+async def test_no_more_than_the_slots_run_and_the_rest_follow_by_fairness(clock: Clock) -> None:
+    scheduler, done = make(clock), list[str]()
+    async with AsyncExitStack() as stack:
+        await hold(scheduler, stack)
+        await hold(scheduler, stack)
+        tasks = [asyncio.create_task(wait_for(scheduler, A, done)) for _ in range(3)]
+        await settle()
+        tasks.append(asyncio.create_task(wait_for(scheduler, B, done)))
+        await settle()
+        assert done == []
+        assert (scheduler.load.running, scheduler.load.queued) == (2, 4)
+    await asyncio.gather(*tasks)
+    # b comes with the least service, and before those of a that waited longer.
+    assert done == ["a", "b", "a", "a"] or done == ["b", "a", "a", "a"]
+    assert (scheduler.load.running, scheduler.load.queued) == (0, 0)
+    assert (scheduler.served("a"), scheduler.served("b")) == (50, 10)
+
+
+async def test_a_cancelled_wait_leaves_no_trace(clock: Clock) -> None:
+    scheduler, done = make(clock, slots=1), list[str]()
+    async with AsyncExitStack() as stack:
+        await hold(scheduler, stack)
+        gone, stays = (asyncio.create_task(wait_for(scheduler, tenant, done)) for tenant in (A, B))
+        await settle()
+        gone.cancel()
+        await settle()
+        assert scheduler.load.queued_by_tenant == {"b": 1}
+    await stays
+    assert done == ["b"]
+    assert scheduler.load.running == 0
+
+
+async def test_requests_per_second(clock: Clock) -> None:
+    scheduler = make(clock)
+    tenant = Tenant(id="a", requests_per_second=2)
+    for _ in range(2):
+        scheduler.check_quotas(tenant)
+    with pytest.raises(RequestFailedError) as raised:
+        scheduler.check_quotas(tenant)
+    assert details(raised.value) == (0.5, [("tenant:a", "2 requests_per_second")])
+    scheduler.check_quotas(B)
+    clock.now += 0.5
+    scheduler.check_quotas(tenant)
+    # A reload that raises the quota goes for the next request.
+    scheduler.check_quotas(Tenant(id="a"))
+
+
+async def test_tokens_per_second_are_exact_in_the_long_run(clock: Clock) -> None:
+    scheduler = make(clock)
+    tenant = Tenant(id="a", tokens_per_second=10)
+    began, refused = clock.now, 0
+    while clock.now < began + 100:
+        try:
+            scheduler.check_quotas(tenant)
+        except RequestFailedError as error:
+            retry, quotas = details(error)
+            assert quotas == [("tenant:a", "10 tokens_per_second")]
+            refused += 1
+            clock.now += retry
+            continue
+        async with scheduler.turn(tenant, JOB, None) as turn:
+            turn.served(15)
+    assert refused > 10
+    assert scheduler.served("a") == pytest.approx(1000, abs=50)
+
+
+async def test_max_in_flight_holds_up_the_tenant_alone(clock: Clock) -> None:
+    scheduler, done = make(clock), list[str]()
+    tenant = Tenant(id="a", max_in_flight=1, max_queue=1)
+    async with AsyncExitStack() as stack:
+        await hold(scheduler, stack, tenant)
+        waiting = asyncio.create_task(wait_for(scheduler, tenant, done))
+        await settle()
+        await wait_for(scheduler, B, done)
+        assert done == ["b"]
+        with pytest.raises(RequestFailedError) as raised:
+            await hold(scheduler, stack, tenant)
+        assert details(raised.value)[1] == [("tenant:a", "1 requests in its queue, max_queue")]
+    await waiting
+    assert done == ["b", "a"]
+
+
+async def test_a_full_queue_makes_room_for_who_has_less_in_it(clock: Clock) -> None:
+    scheduler, done = make(clock, slots=1, max_queued=3), list[str]()
+    async with AsyncExitStack() as stack:
+        await hold(scheduler, stack)
+        flood = [asyncio.create_task(wait_for(scheduler, A, done)) for _ in range(3)]
+        await settle()
+        with pytest.raises(RequestFailedError):
+            await hold(scheduler, stack, A)
+        other = asyncio.create_task(wait_for(scheduler, B, done))
+        await settle()
+        with pytest.raises(RequestFailedError) as raised:
+            await flood[2]
+        assert details(raised.value)[0] > 0
+    await asyncio.gather(other, *flood[:2])
+    assert sorted(done) == ["a", "a", "b"]
+
+
+async def measured(clock: Clock, scheduler: Scheduler, seconds: float, tokens: int = 11) -> None:
+    """One request that took `seconds`, a tenth of them to its first token."""
+    async with scheduler.turn(A, JOB, None) as turn:
+        clock.now += seconds / 10
+        turn.served(1)
+        clock.now += seconds * 9 / 10
+        turn.served(tokens - 1)
+
+
+async def test_a_deadline_out_of_reach_is_refused_at_once(clock: Clock) -> None:
+    scheduler, done = make(clock, slots=1), list[str]()
+    # Nothing is known yet, so nothing is impossible.
+    await wait_for(scheduler, A, done, clock.now + 0.001)
+    await measured(clock, scheduler, 1.0)
+    with pytest.raises(RequestFailedError) as raised:
+        await wait_for(scheduler, A, done, clock.now + 0.5)
+    assert raised.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+    await wait_for(scheduler, A, done, clock.now + 1.5)
+    async with AsyncExitStack() as stack:
+        await hold(scheduler, stack)
+        with pytest.raises(RequestFailedError) as raised:
+            await wait_for(scheduler, B, done, clock.now + 1.5)
+        assert details(raised.value)[0] == pytest.approx(1.0, abs=0.1)
+    assert done == ["a", "a"]
+    # Old measurements say nothing.
+    clock.now += 60
+    await wait_for(scheduler, A, done, clock.now + 0.01)
+
+
+async def test_who_waited_beyond_reach_is_not_run(clock: Clock) -> None:
+    scheduler, done = make(clock, slots=1), list[str]()
+    await measured(clock, scheduler, 1.0)
+    async with AsyncExitStack() as stack:
+        await hold(scheduler, stack)
+        late = asyncio.create_task(wait_for(scheduler, B, done, clock.now + 3))
+        await settle()
+        clock.now += 2.5
+    with pytest.raises(RequestFailedError) as raised:
+        await late
+    assert raised.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert (done, scheduler.load.running) == ([], 0)
+
+
+async def test_priorities(clock: Clock) -> None:
+    scheduler, done = make(clock, slots=1), list[str]()
+    batch, urgent = Tenant(id="batch", priority=Priority.BATCH), Tenant(id="urgent", priority=Priority.INTERACTIVE)
+    async with AsyncExitStack() as stack:
+        await hold(scheduler, stack)
+        tasks = [asyncio.create_task(wait_for(scheduler, tenant, done)) for tenant in (batch, urgent, batch, urgent)]
+        await settle()
+    await asyncio.gather(*tasks)
+    assert done == ["urgent", "urgent", "batch", "batch"]
+
+
+async def test_a_tenant_that_is_gone_is_forgotten(clock: Clock) -> None:
+    scheduler, done = make(clock), list[str]()
+    await wait_for(scheduler, A, done)
+    scheduler.keep_only({"b"})
+    assert scheduler.served("a") == 0
+
+
+@settings(deadline=None)
+@given(
+    rate=st.floats(0.1, 100),
+    capacity=st.floats(1, 100),
+    takes=st.lists(st.tuples(st.floats(0, 5), st.floats(0.1, 50)), max_size=50),
+)
+def test_a_bucket_never_gives_more_than_its_rate_and_one_burst(
+    rate: float, capacity: float, takes: list[tuple[float, float]]
+) -> None:
+    bucket, now, taken, largest = TokenBucket(0.0), 0.0, 0.0, 0.0
+    for pause, amount in takes:
+        now += pause
+        if bucket.seconds_until(1.0, rate, capacity, now) == 0:
+            bucket.take(amount, rate, capacity, now)
+            taken += amount
+            largest = max(largest, amount)
+    assert taken <= capacity + rate * now + largest + 1e-6

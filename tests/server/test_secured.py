@@ -1,0 +1,142 @@
+"""One real server with TLS and tenants, on the real engine."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from mtlora.access import Access
+from mtlora.client import Client, ServerError
+from server.faults._certificates import authority, issue
+from server.faults._secured import metrics
+from server.faults._tenants import tenant, write_tenants
+from server.process import ServerProcess
+
+
+@dataclass
+class Secured:
+    server: ServerProcess
+    ca: Path
+    tenants: Path
+    keys: dict[str, str]
+    entries: dict[str, dict[str, Any]]
+
+    def client(self, tenant_id: str) -> Client:
+        return self.server.client(Access(api_key=self.keys[tenant_id], ca=self.ca))
+
+
+@pytest.fixture(scope="module")
+def secured(adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    folder = tmp_path_factory.mktemp("secured")
+    keys, entries = {}, {}
+    for name, fields in {"a": {"tasks": ["open", "e*"]}, "b": {}, "slow": {"requests_per_second": 0.1}}.items():
+        keys[name], entries[name] = tenant(name, **fields)
+    path = write_tenants(folder / "tenants.yaml", *entries.values())
+    ca = authority(folder)
+    certificate = issue(ca, folder, "server")
+    with ServerProcess(
+        adapters=adapters, tenants=path, tls_certificate=certificate.pem, tls_key=certificate.key,
+        kv_cache_gib=0.25, max_num_seqs=8,
+    ) as server:  # fmt: skip
+        yield Secured(server, ca.pem, path, keys, entries)
+
+
+def eventually(condition: Callable[[], bool], timeout: float = 10.0) -> None:
+    until = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < until, "the condition did not come true"
+        time.sleep(0.05)
+
+
+def test_each_tenant_has_its_tasks(secured: Secured) -> None:
+    with secured.client("a") as a, secured.client("b") as b:
+        assert [task.id for task in a.tasks()] == ["echo", "open"]
+        assert [task.id for task in b.tasks()] == ["count_words", "echo", "open", "pair", "sort_words"]
+        with pytest.raises(ServerError) as raised:
+            a.generate("count_words", "a b")
+        assert raised.value.code is grpc.StatusCode.NOT_FOUND
+        assert "near" not in raised.value.message
+        assert a.generate("open", "Once").text == b.generate("open", "Once").text
+
+
+def test_without_tls_or_key_nobody_gets_in(secured: Secured) -> None:
+    with secured.server.client() as client, pytest.raises(ServerError) as raised:
+        client.generate("open", "x", timeout=5)
+    assert raised.value.code is grpc.StatusCode.UNAVAILABLE
+    with secured.server.client(Access(ca=secured.ca)) as client:
+        with pytest.raises(ServerError) as raised:
+            client.generate("open", "x")
+        assert raised.value.code is grpc.StatusCode.UNAUTHENTICATED
+        # Health is open to everybody.
+        assert client.is_serving("mtlora.v1.Inference")
+
+
+def test_prompts_of_two_tenants_share_no_cached_block(secured: Secured) -> None:
+    text = "All happy families are alike; each unhappy family is unhappy in its own way. " * 6
+
+    def hits(tenant_id: str) -> float:
+        name = "mtlora_engine_prefix_cache_hits_total"
+        before = metrics(secured.server)[name]
+        with secured.client(tenant_id) as client:
+            client.generate("open", text, max_new_tokens=2)
+        time.sleep(0.2)
+        return metrics(secured.server)[name] - before
+
+    assert hits("a") == 0
+    assert hits("a") > 50
+    assert hits("b") == 0
+    assert hits("b") > 50
+
+
+def test_a_quota(secured: Secured) -> None:
+    with secured.client("slow") as slow:
+        slow.generate("open", "x", max_new_tokens=1)
+        with pytest.raises(ServerError) as raised:
+            slow.generate("open", "x")
+    assert raised.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert raised.value.quotas == [("tenant:slow", "0.1 requests_per_second")]
+    assert raised.value.retry_after_s == pytest.approx(10, abs=2)
+
+
+def test_the_command_line(secured: Secured, tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text(secured.keys["a"] + "\n")
+    command = [sys.executable, "-m", "server", "ask", "open", "Once", "--address", secured.server.address]
+    command += ["--tls-ca", str(secured.ca)]
+    with secured.client("b") as b:
+        expected = b.generate("open", "Once").text
+    done = subprocess.run([*command, "--api-key-file", str(file)], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == expected
+    environment = {**os.environ, "MTLORA_API_KEY": "mtk_00000000_nonsense-nonsense"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "UNAUTHENTICATED" in done.stderr
+
+
+def test_a_revoked_key_is_refused_while_others_go_on(secured: Secured) -> None:
+    with secured.client("a") as a, secured.client("b") as b:
+        a.generate("open", "x", max_new_tokens=1)
+        write_tenants(secured.tenants, secured.entries["b"])
+
+        def refused() -> bool:
+            b.generate("open", "x", max_new_tokens=1)
+            try:
+                a.generate("open", "x", max_new_tokens=1)
+            except ServerError as error:
+                return error.code is grpc.StatusCode.UNAUTHENTICATED
+            return False
+
+        eventually(refused)
+        secured.tenants.write_text("tenants: nonsense")
+        eventually(lambda: metrics(secured.server)["mtlora_tenants_reload_failures_total"] == 1)
+        b.generate("open", "x", max_new_tokens=1)
+    log = secured.server.log()
+    assert "tenants file refused" in log
+    assert not any(key[-30:] in log for key in secured.keys.values())

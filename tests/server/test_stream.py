@@ -1,0 +1,72 @@
+"""What lies between the engine and a reader that lags."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from server.errors import RequestFailedError
+from server.job import Delta, TokenLogprob, TokenLogprobs
+from server.stream import unhurried
+
+LOGPROBS = TokenLogprobs(TokenLogprob(1, "x", -0.5), ())
+
+
+async def source(deltas: list[Delta], closed: list[str], error: Exception | None = None) -> AsyncIterator[Delta]:
+    try:
+        for delta in deltas:
+            yield delta
+            await asyncio.sleep(0)
+        if error:
+            raise error
+    finally:
+        closed.append("closed")
+
+
+def some(count: int) -> list[Delta]:
+    deltas = [Delta(str(i), 1, (LOGPROBS,), scheduled_at=7.0 if i == 0 else None) for i in range(count)]
+    return [*deltas, Delta("", 1, finish_reason="stop")]
+
+
+async def test_a_reader_that_keeps_up_gets_every_delta() -> None:
+    closed: list[str] = []
+    async with unhurried(source(some(3), closed)) as deltas:
+        assert [delta.text async for delta in deltas] == ["0", "1", "2", ""]
+    assert closed == ["closed"]
+
+
+async def test_what_gathers_comes_as_one_and_the_source_is_done_before_the_reader() -> None:
+    closed: list[str] = []
+    async with unhurried(source(some(5), closed)) as deltas:
+        first = await anext(deltas)
+        await asyncio.sleep(0.05)
+        assert closed == ["closed"]
+        (rest,) = [delta async for delta in deltas]
+    assert (first.text, rest.text, rest.tokens, rest.finish_reason) == ("0", "1234", 5, "stop")
+    assert first.scheduled_at == 7.0
+    assert len(rest.logprobs) == 4
+
+
+async def test_too_much_unread_ends_the_stream() -> None:
+    closed: list[str] = []
+    async with unhurried(source(some(9), closed), max_unread=3) as deltas:
+        await anext(deltas)
+        await asyncio.sleep(0.05)
+        with pytest.raises(RequestFailedError, match="more than 3 tokens"):
+            await anext(deltas)
+    assert closed == ["closed"]
+
+
+async def test_a_failure_comes_after_what_was_made_before_it() -> None:
+    async with unhurried(source([Delta("a", 1)], [], ValueError("no"))) as deltas:
+        await asyncio.sleep(0.05)
+        assert (await anext(deltas)).text == "a"
+        with pytest.raises(ValueError, match="no"):
+            await anext(deltas)
+
+
+async def test_leaving_closes_the_source() -> None:
+    closed: list[str] = []
+    async with unhurried(source([Delta("a", 1)] * 1000, closed)) as deltas:
+        await anext(deltas)
+    assert closed == ["closed"]

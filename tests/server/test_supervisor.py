@@ -1,0 +1,128 @@
+"""Supervision, with engines that a test lets die: noticed at once, replaced, and given up in the end."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from server.engine import Engine, EngineStartError
+from server.errors import EngineDeadError
+from server.settings import Settings
+from server.supervisor import EngineFailure, EngineGaveUpError, Supervisor
+from tests.server.fakes import eventually
+
+
+class FakeEngine:
+    def __init__(self) -> None:
+        self.alive = True
+        self.stalled_s = 0.0
+        self.lost = False
+        self.starts = True
+
+    def start(self) -> None:
+        if not self.starts:
+            self.alive = False
+            raise EngineStartError("no")
+
+    def lose(self) -> None:
+        self.lost, self.alive = True, False
+
+    def shutdown(self) -> None:
+        assert self.lost
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.kinds: list[str] = []
+        self.hold: asyncio.Event | None = None
+
+    async def engine_lost(self, failure: EngineFailure) -> None:
+        self.said.append(failure.reason)
+        self.kinds.append(failure.kind)
+
+    async def engine_started(self, engine: Any) -> None:
+        if self.hold:
+            await self.hold.wait()
+        self.said.append("started")
+
+
+class Setting:
+    def __init__(self, max_failures: int = 3) -> None:
+        self.engines: list[FakeEngine] = []
+        self.next_starts = True
+        self.listener = Listener()
+        self.supervisor = Supervisor(self.make, self.listener, hang_s=5.0, max_failures=max_failures, window_s=60.0)
+
+    def make(self) -> Any:
+        self.engines.append(FakeEngine())
+        self.engines[-1].starts = self.next_starts
+        return self.engines[-1]
+
+
+async def test_an_engine_that_dies_is_replaced() -> None:
+    setting = Setting()
+    await setting.supervisor.start()
+    running = asyncio.create_task(setting.supervisor.run())
+    setting.engines[0].alive = False
+    await eventually(lambda: setting.listener.said.count("started") == 2)
+    assert setting.listener.said == ["started", "a process of it has died", "started"]
+    assert setting.engines[0].lost
+    running.cancel()
+
+
+async def test_an_engine_that_makes_no_step_is_replaced() -> None:
+    setting = Setting()
+    await setting.supervisor.start()
+    running = asyncio.create_task(setting.supervisor.run())
+    setting.engines[0].stalled_s = 4.9
+    await asyncio.sleep(0.3)
+    assert setting.listener.said == ["started"]
+    setting.engines[0].stalled_s = 5.1
+    await eventually(lambda: setting.listener.said.count("started") == 2)
+    assert "no step for 5 s" in setting.listener.said[1]
+    assert setting.listener.kinds == ["hung"]
+    running.cancel()
+
+
+async def test_it_gives_up_after_too_many_failures() -> None:
+    setting = Setting(max_failures=2)
+    await setting.supervisor.start()
+    setting.next_starts = False
+    setting.engines[0].alive = False
+    with pytest.raises(EngineGaveUpError, match="failed 3 times within 60 s, the last time: no"):
+        await setting.supervisor.run()
+    assert len(setting.engines) == 3
+    assert setting.listener.kinds == ["died", "not_started", "not_started"]
+
+
+async def test_an_engine_that_dies_while_it_is_loaded_counts_as_failed() -> None:
+    setting = Setting()
+    setting.listener.hold = asyncio.Event()
+    starting = asyncio.create_task(setting.supervisor.start())
+    await eventually(lambda: bool(setting.engines))
+    await asyncio.sleep(0.15)
+    # Whoever waits for a lost engine gets EngineDeadError; here nobody waits for it but the listener.
+    setting.engines[0].lose = lambda: setting.listener.hold.set()  # type: ignore[method-assign, union-attr]
+    setting.engines[0].alive = False
+    await starting
+    assert setting.listener.said == ["started"]
+
+
+async def test_losing_an_engine_ends_every_wait_for_it() -> None:
+    engine = Engine(Settings(allow_no_tasks=True), backbone=None, on_stats=lambda _: None)  # type: ignore[arg-type]
+
+    async def wait() -> None:
+        with engine._waiting():
+            await asyncio.sleep(60)
+
+    waits = [asyncio.create_task(wait()) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    assert engine.stalled_s > 0.04
+    waits[0].cancel()
+    engine.lose()
+    results = await asyncio.gather(*waits, return_exceptions=True)
+    assert [type(each) for each in results[1:]] == [EngineDeadError, EngineDeadError]
+    assert engine.stalled_s == 0
+    with pytest.raises(EngineDeadError):
+        await wait()

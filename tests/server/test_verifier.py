@@ -1,0 +1,115 @@
+"""Verification in a process of its own: what passes, what is refused, and that limits hold."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mtlora.checkpoint import read_checkpoint
+from server.faults._bad_files import KINDS
+from server.registry.source import Found, scan
+from server.registry.spool import Spool
+from server.registry.verifier import Limits, Verifier
+from server.registry.version import StageError
+from tests.server.adapters import entry, write_adapter
+from tests.server.slots import TINY
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verified")
+    write_adapter(folder / "healthy", [entry("x")], backbone=TINY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def verifier(home: Path) -> Iterator[Verifier]:
+    spool = Spool(home / "spool")
+    yield Verifier(spool, TINY, Limits(max_bytes=1 << 20, timeout_s=20))
+    spool.close()
+
+
+def found(root: Path) -> Found:
+    (version,), _ = scan(root)
+    return version
+
+
+def test_what_passes_is_kept_and_independent_of_where_it_was_found(
+    verifier: Verifier, home: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(home / "healthy", tmp_path / "a" / "1")
+    verified = verifier.verify_now(tmp_path, found(tmp_path))
+    again = verifier.verify_now(tmp_path, found(tmp_path))
+    assert (again.content, again.folder) == (verified.content, verified.folder)
+    shutil.rmtree(tmp_path / "a")
+    assert read_checkpoint(verified.folder, TINY).manifest == verified.manifest
+    assert [task.id for task in verified.manifest.tasks] == ["x"]
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"vanishing"}))
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bad_files_are_refused_with_a_reason(
+    verifier: Verifier, home: Path, tmp_path: Path, kind: str, seed: int
+) -> None:
+    (tmp_path / "a").mkdir()
+    KINDS[kind](home / "healthy", tmp_path / "a" / "1", random.Random(f"{kind}-{seed}"))
+    with pytest.raises(StageError) as raised:
+        verifier.verify_now(tmp_path, found(tmp_path))
+    assert raised.value.reason.startswith(f"{tmp_path / 'a' / '1'}")
+    assert not list(verifier._spool.root.glob(".incoming-*"))
+
+
+def test_a_version_that_vanishes(verifier: Verifier, home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "healthy", tmp_path / "a" / "1")
+    version = found(tmp_path)
+    shutil.rmtree(tmp_path / "a")
+    with pytest.raises(StageError, match="found nothing"):
+        verifier.verify_now(tmp_path, version)
+
+
+def test_time_is_limited(home: Path, tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    shutil.copytree(home / "healthy", tmp_path / "adapters" / "a" / "1")
+    with pytest.raises(StageError, match=r"not read within 0\.001 s"):
+        Verifier(spool, TINY, Limits(timeout_s=0.001)).verify_now(tmp_path / "adapters", found(tmp_path / "adapters"))
+    spool.close()
+
+
+def test_memory_is_limited(home: Path, tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    folder = tmp_path / "adapters" / "a" / "1"
+    shutil.copytree(home / "healthy", folder)
+    # Provenance may hold any JSON: megabytes of text, and many times that of objects.
+    manifest = json.loads((folder / "adapter.json").read_text())
+    manifest["training"] = {"list": [[]] * 1_500_000}
+    (folder / "adapter.json").write_text(json.dumps(manifest, separators=(",", ":")))
+    limits = Limits(max_bytes=8 << 20, timeout_s=60, headroom_bytes=16 << 20)
+    with pytest.raises(StageError, match=r"takes more than 32 MiB of memory"):
+        Verifier(spool, TINY, limits).verify_now(tmp_path / "adapters", found(tmp_path / "adapters"))
+    spool.close()
+
+
+def test_what_is_kept_is_without_provenance(verifier: Verifier, home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "healthy", tmp_path / "a" / "1")
+    plain = verifier.verify_now(tmp_path, found(tmp_path))
+    manifest = json.loads((tmp_path / "a" / "1" / "adapter.json").read_text())
+    (tmp_path / "a" / "1" / "adapter.json").write_text(json.dumps(manifest | {"training": {"long": [0] * 100_000}}))
+    noted = verifier.verify_now(tmp_path, found(tmp_path))
+    assert noted.content != plain.content
+    assert noted.manifest == plain.manifest
+
+
+def test_spools_of_dead_servers_are_removed_and_those_of_living_ones_are_not(tmp_path: Path) -> None:
+    living = Spool(tmp_path)
+    abandoned = tmp_path / "mtlora-adapters-gone"
+    (abandoned / "content").mkdir(parents=True)
+    other = Spool(tmp_path)
+    assert not abandoned.exists()
+    assert living.root.exists()
+    for spool in (living, other):
+        spool.close()
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,106 @@
+"""`vllm serve` with the plugin: OpenAI's API gives the native service's greedy texts. One start."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtlora.client import Client
+from mtlora.vllm_plugin import cpu_build
+from tests.server.helpers import free_port
+
+
+def _why_not() -> str:
+    """Why the `vllm` command cannot run here; empty where it can."""
+    if not Path(sys.executable).with_name("vllm").exists():
+        return "no vllm command beside this Python"
+    names = {distribution.metadata["Name"] for distribution in metadata.distributions()}
+    points = {point.value for point in metadata.entry_points(group="vllm.platform_plugins")}
+    if "vllm" not in names and f"{cpu_build.__name__}:register" not in points:
+        return "the package is installed without its entry points; install it again"
+    return ""
+
+
+pytestmark = pytest.mark.skipif(bool(_why_not()), reason=_why_not())
+
+
+@pytest.fixture(scope="module")
+def base_url(adapters: Path, backbone: Path) -> Iterator[str]:
+    alpha = adapters / "alpha" / "1"
+    port = free_port()
+    command = [
+        str(Path(sys.executable).with_name("vllm")), "serve", str(backbone), "--served-model-name", "backbone",
+        "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8",
+        "--enable-lora", "--max-loras", "8", "--lora-modules", f"count_words={alpha}", f"two-fields={alpha}#pair",
+        f"open={adapters / 'beta' / '10'}",
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+    }  # fmt: skip
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            until = time.monotonic() + 300
+            while not _answers(f"{url}/health"):
+                if process.poll() is not None or time.monotonic() > until:
+                    log.seek(0)
+                    pytest.fail(f"vllm serve is not ready:\n{log.read().decode(errors='replace')[-4000:]}")
+                time.sleep(0.5)
+            yield f"{url}/v1"
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def complete(base_url: str, model: str, prompt: str, **parameters: Any) -> str:
+    body = json.dumps({"model": model, "prompt": prompt, "temperature": 0, **parameters}).encode()
+    request = urllib.request.Request(f"{base_url}/completions", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return str(json.load(reply)["choices"][0]["text"])
+
+
+def test_the_same_greedy_texts(base_url: str, client: Client) -> None:
+    text = "The quick brown fox"
+    prompt = f"{text}\nAnswer:"
+    native = client.generate("count_words", text)
+    assert complete(base_url, "count_words", prompt, max_tokens=8).strip() == native.text
+    native = client.generate("pair", {"first": "red", "second": "blue"})
+    given = {"max_tokens": 8, "stop": ["\n"]}
+    assert complete(base_url, "two-fields", "First: red\nSecond: blue\nAnswer:", **given).strip() == native.text
+    native = client.generate("open", text)
+    assert complete(base_url, "open", prompt, max_tokens=16).strip() == native.text
+    alone = client.generate("open", text, without_adapter=True)
+    assert complete(base_url, "backbone", prompt, max_tokens=16).strip() == alone.text
+    # Were the adapter of no effect, all of this would say nothing.
+    assert native.text != alone.text
+
+
+def test_an_openai_client(base_url: str, client: Client) -> None:
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=base_url, api_key="none") as http:
+        assert {"count_words", "two-fields", "open", "backbone"} == {model.id for model in http.models.list()}
+        messages = [{"role": "user", "content": "Name a colour."}]
+        chat = http.chat.completions.create(model="open", messages=messages, max_tokens=16, temperature=0)
+    native = client.generate("open", messages, stop=[], max_new_tokens=16)
+    assert chat.choices[0].message.content == native.text

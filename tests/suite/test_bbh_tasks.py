@@ -1,0 +1,244 @@
+"""Solvers and generators of BIG-Bench Hard's tasks: right by independent reckoning, readable, and true to the form."""
+
+import datetime
+import random
+import re
+from collections import Counter
+from itertools import permutations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtlora.suite import GeneratedBBHSuite, SuiteError, split_of
+from mtlora.suite.base import ANSWER_MARKER
+from mtlora.suite.bbh_generated import bbh_spec, with_working
+from mtlora.suite.bbh_tasks import BBH_TASKS, UnsolvedError
+from mtlora.suite.bbh_tasks.task import read_options
+
+SUITE = GeneratedBBHSuite()
+some_task = st.sampled_from([task.id for task in SUITE.tasks])
+
+# The form of the public files: (task, input, working, answer).
+KNOWN = [
+    ("boolean_expressions", "not not False and not not not False is", "False and True", "False"),
+    ("boolean_expressions", "False or not ( True and False ) is", "False or True", "True"),
+    (
+        "web_of_lies",
+        "Question: Ann lies. Bo says Ann lies. Cy says Bo lies. Di says Cy tells the truth. Ed says Di lies. "
+        "Does Ed tell the truth?",
+        "Ann no Bo yes Cy no Di no Ed yes",
+        "Yes",
+    ),
+    (
+        "dyck_languages",
+        "Complete the rest of the sequence, making sure that the parentheses are closed properly. Input: { [ < > ( )",
+        "{ [",
+        "] }",
+    ),
+    (
+        "object_counting",
+        "I have a carrot, three stalks of celery, a snake, and two heads of broccoli. How many vegetables do I have?",
+        "carrot 1 celery 4 broccoli 6",
+        "6",
+    ),
+    ("object_counting", "I have a car, and a toaster. How many objects do I have?", "car 1 toaster 2", "2"),
+    (
+        "multistep_arithmetic_two",
+        "((5 * -2 + 8 * 1) * (9 + -3 * -8 - -5)) =",
+        "5*-2=-10 8*1=8 -10+8=-2; -3*-8=24 9+24=33 33--5=38; -2*38=-76",
+        "-76",
+    ),
+    (
+        "navigate",
+        "If you follow these instructions, do you return to the starting point? Take 2 steps. Turn right. "
+        "Take 1 step. Turn around.\nOptions:\n- Yes\n- No",
+        "0,2 E 1,2 W",
+        "No",
+    ),
+    (
+        "navigate",
+        "If you follow these instructions, do you return to the starting point? Always face forward. "
+        "Take 7 steps left. Take 7 steps right.\nOptions:\n- Yes\n- No",
+        "-7,0 0,0",
+        "Yes",
+    ),
+    (
+        "tracking_shuffled_objects_three_objects",
+        "Alice, Bob, and Claire are playing a game. At the start of the game, they are each holding a ball: Alice has "
+        "a blue ball, Bob has a black ball, and Claire has a pink ball.\nAs the game progresses, pairs of players "
+        "trade balls. First, Claire and Bob swap balls. Then, Bob and Alice swap balls. Finally, Claire and Alice "
+        "swap balls. At the end of the game, Alice has the\nOptions:\n(A) blue ball\n(B) black ball\n(C) pink ball",
+        "Alice A Bob B Claire C, Claire B Bob C, Bob A Alice C, Claire C Alice B",
+        "(B)",
+    ),
+    (
+        "logical_deduction_three_objects",
+        "The following paragraphs each describe a set of three objects arranged in a fixed order. The statements are "
+        "logically consistent within each paragraph. In an antique car show, there are three vehicles: a convertible, "
+        "a station wagon, and a truck. The truck is the newest. The station wagon is older than the convertible.\n"
+        "Options:\n(A) The convertible is the second-newest\n(B) The station wagon is the second-newest\n"
+        "(C) The truck is the second-newest",
+        "truck=3, station wagon<convertible: station wagon convertible truck, convertible",
+        "(A)",
+    ),
+    ("word_sorting", "Sort the following words alphabetically: List: syndrome therefrom", "", "syndrome therefrom"),
+    (
+        "hyperbaton",
+        "Which sentence has the correct adjective order:\nOptions:\n(A) old silver lovely monkey\n"
+        "(B) lovely old silver monkey",
+        "371",
+        "(B)",
+    ),
+    (
+        "temporal_sequences",
+        "Today, Leslie went to the beach. Between what times could they have gone?\nWe know that:\n"
+        "Leslie woke up at 5am.\nRichard saw Leslie working at the office from 5am to 7am.\n"
+        "Jason saw Leslie waiting at the airport from 11am to 6pm.\nThe beach was closed after 6pm.\n"
+        "Between what times could Leslie have gone to the beach?\nOptions:\n(A) 11am to 6pm\n(B) 7am to 11am",
+        "5am 7am, 7am to 11am",
+        "(B)",
+    ),
+    (
+        "reasoning_about_colored_objects",
+        "On the table, you see several things arranged in a row: a blue plate, a grey cup, and an orange pen. How many "
+        "non-grey things do you see to the right of the plate?\nOptions:\n(A) zero\n(B) one\n(C) two",
+        "orange 1",
+        "(B)",
+    ),
+    (
+        "reasoning_about_colored_objects",
+        "On the desk, there are three black sheets of paper, two black cups, and one brown cup. If I remove all the "
+        "sheets of paper from the desk, how many black objects remain on it?\nOptions:\n(A) zero\n(B) one\n(C) two",
+        "cup 2",
+        "(C)",
+    ),
+    (
+        "date_understanding",
+        "Today is Apr 10, 1985. Jane's appointment will be 3 days later. What is the date one week ago from today in "
+        "MM/DD/YYYY?\nOptions:\n(A) 04/03/1985\n(B) 04/10/1985",
+        "04/10/1985, 04/03/1985",
+        "(A)",
+    ),
+    (
+        "date_understanding",
+        "Jane is celebrating the last day of Jan 2012. What is the date a month ago in MM/DD/YYYY?\nOptions:\n"
+        "(A) 01/31/2012\n(B) 12/31/2011",
+        "01/31/2012, 12/31/2011",
+        "(B)",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task_id", "text", "working", "answer"), KNOWN)
+def test_known_inputs(task_id: str, text: str, working: str, answer: str) -> None:
+    assert BBH_TASKS[task_id].solve(text) == (working, answer)
+
+
+@given(task_id=st.sampled_from(sorted(BBH_TASKS)), text=st.text(max_size=80))
+def test_what_cannot_be_read_is_said_to_be_unsolved(task_id: str, text: str) -> None:
+    with pytest.raises(UnsolvedError):
+        BBH_TASKS[task_id].solve(text)
+
+
+@given(task_id=some_task, seed=st.integers(0, 2**32))
+@settings(max_examples=150, deadline=None)
+def test_generated_inputs_are_solved_and_trainable(task_id: str, seed: int) -> None:
+    (example,) = SUITE.examples(task_id, "train", 1, seed)
+    assert split_of(task_id, example.input) == "train"
+    spec = bbh_spec(BBH_TASKS[task_id])
+    # The marker and the stop string part what they are to part.
+    text = spec.worked_answer(example.working, example.target)
+    assert spec.final_answer(text) == example.target
+    assert "\n" not in text
+    if "\nOptions:\n(" in example.input:
+        assert example.target.strip("()") in read_options(example.input).values()
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_python_agrees_on_expressions(seed: int) -> None:
+    rng = random.Random(seed)
+    for task_id, ending in (("boolean_expressions", " is"), ("multistep_arithmetic_two", " =")):
+        task = BBH_TASKS[task_id]
+        assert task.generate is not None
+        text = task.generate(rng)
+        assert str(eval(text.removesuffix(ending))) == task.solve(text).answer
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=30, deadline=None)
+def test_orders_by_trying_all_of_them(seed: int) -> None:
+    """From the working's clues alone, every permutation tried: one fits, and it is the one that is written."""
+    for word in ("three", "five"):
+        (example,) = SUITE.examples(f"logical_deduction_{word}_objects", "train", 1, seed)
+        notes, _, rest = (example.working or "").partition(": ")
+        order, _, asked = rest.rpartition(", ")
+        assert asked in order
+        listed = re.search(r" \w+: (.*?)\. ", example.input)
+        assert listed
+        things = [re.sub(r"^(and )?(an? )?", "", thing) for thing in re.split(r", | and ", listed[1]) if thing]
+        fits = []
+        for guess in permutations(sorted(things)):
+            place = {thing: i for i, thing in enumerate(guess)}
+            if all(
+                place[note.split("<")[0]] < place[note.split("<")[1]]
+                if "<" in note
+                else place[note.split("=")[0]] == int(note.split("=")[1]) - 1
+                for note in notes.split(", ")
+            ):
+                fits.append(" ".join(guess))
+        assert fits == [order]
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=30, deadline=None)
+def test_swaps_followed_backwards(seed: int) -> None:
+    """From the person asked for back through the swaps to who held the thing at first."""
+    for word in ("three", "five", "seven"):
+        (example,) = SUITE.examples(f"tracking_shuffled_objects_{word}_objects", "train", 1, seed)
+        holder = re.search(r"At the end of the \w+, (\w+)", example.input)[1]  # type: ignore[index]
+        for one, other in reversed(re.findall(r"(?:First|Then|Finally), (\w+) and (\w+)", example.input)):
+            holder = other if holder == one else one if holder == other else holder
+        assert example.target == f"({holder[0]})"
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=40, deadline=None)
+def test_dates_that_are_told_plainly(seed: int) -> None:
+    (example,) = SUITE.examples("date_understanding", "train", 1, seed)
+    today, asked = (example.working or "").split(", ")
+    assert example.target == f"({read_options(example.input)[asked]})"
+    if "What is the date one week ago" in example.input:
+        gap = datetime.datetime.strptime(today, "%m/%d/%Y") - datetime.datetime.strptime(asked, "%m/%d/%Y")
+        assert gap.days == 7
+
+
+@pytest.mark.parametrize("task_id", [task.id for task in SUITE.tasks])
+def test_no_answer_dominates(task_id: str) -> None:
+    answers = Counter(example.target for example in SUITE.examples(task_id, "train", 200))
+    assert max(answers.values()) <= 0.6 * answers.total()
+
+
+def test_the_same_seed_gives_the_same_and_splits_are_apart() -> None:
+    for task in SUITE.tasks:
+        few, more = SUITE.examples(task.id, "train", 3, 5), SUITE.examples(task.id, "train", 6, 5)
+        assert more[:3] == few
+        assert SUITE.examples(task.id, "train", 6, 6) != more
+        assert {split_of(task.id, e.input) for e in SUITE.examples(task.id, "test", 3)} == {"test"}
+        assert task.answer_marker == ANSWER_MARKER
+
+
+def test_working_is_given_only_where_the_solver_agrees() -> None:
+    (example,) = SUITE.examples("navigate", "train", 1)
+    assert with_working(type(example)("navigate", example.input, example.target)).working == example.working
+    wrong = "No" if example.target == "Yes" else "Yes"
+    assert with_working(type(example)("navigate", example.input, wrong)).working is None
+    assert with_working(type(example)("snarks", "x", "(A)")).working is None
+
+
+def test_bad_requests() -> None:
+    with pytest.raises(SuiteError, match="no task 'snarks'; it has boolean_expressions"):
+        SUITE.examples("snarks", "train", 1)
+    with pytest.raises(SuiteError, match="count of task navigate is None"):
+        SUITE.examples("navigate", "train", None)

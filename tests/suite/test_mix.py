@@ -1,0 +1,84 @@
+"""Mixes: one table of tasks out of several suites, each giving what it is to give."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mtlora.suite import SuiteError, SuitePart, load_suite
+
+SHARED = ("boolean_expressions", "hyperbaton", "navigate", "object_counting", "temporal_sequences", "web_of_lies",
+          "word_sorting")  # fmt: skip
+TEXT = (
+    "If you follow these instructions, do you return to the starting point? Take 1 step. Take {n} steps.\n"
+    "Options:\n- Yes\n- No"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    navigate = [{"input": TEXT.format(n=n), "target": "No"} for n in range(2, 62)]
+    jokes = [{"input": f"joke {n}", "target": "(A)"} for n in range(60)]
+    for name, examples in (("navigate", navigate), ("snarks", jokes)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"examples": examples}))
+    return tmp_path
+
+
+def part(suite: object, counts: object = None, **more: object) -> SuitePart:
+    return SuitePart.model_validate({"suite": str(suite), "examples_per_task": counts, **more})
+
+
+def test_a_task_of_several_parts_is_one(folder: Path) -> None:
+    mix = load_suite([
+        part("builtin", {"*": 3, "navigate": 5}),
+        part("bbh-generated", {"navigate": 4}, joins=SHARED, train_only=True),
+        part(folder, None, joins=("navigate",), worked=True),
+    ])  # fmt: skip
+    ids = [task.id for task in mix.tasks]
+    builtin, generated = load_suite("builtin"), load_suite("bbh-generated")
+    assert ids[:25] == [task.id for task in builtin.tasks]
+    assert len(ids) == len(set(ids)) == 25 + len(generated.tasks) - len(SHARED) + 1
+    tasks = {task.id: task for task in mix.tasks}
+    navigate = tasks["navigate"]
+    assert navigate.template == builtin.tasks[ids.index("navigate")].template
+    assert (navigate.answer_marker, navigate.allowed_answers) == ("=>", None)
+    assert navigate.max_new_tokens == 72
+    assert tasks["snarks"].answer_marker is None
+
+    whole = load_suite(str(folder))
+    trained = mix.examples("navigate", "train", None, 3)
+    expected = len(whole.examples("navigate", "train", None))
+    assert len(trained) == 5 + 4 + expected
+    assert all(example.working for example in trained)
+    assert [e.input for e in trained[:5]] == [e.input for e in builtin.examples("navigate", "train", 5, 3)]
+    assert [e.input for e in trained[5:9]] == [e.input for e in generated.examples("navigate", "train", 4, 3)]
+    assert len(mix.examples("navigate", "train", 2)) == 6
+    assert len(mix.examples("object_counting", "train", None)) == 3
+    assert mix.examples("dyck_languages", "train", None) == []
+    # Two of the built-in part, and of the folder as many as it has up to two; nothing generated.
+    validation = [e.input for e in mix.examples("navigate", "validation", 2)]
+    assert sum(text.startswith("If you") for text in validation) == min(
+        2, len(whole.examples("navigate", "validation", None))
+    )
+    assert len(validation) - sum(text.startswith("If you") for text in validation) == 2
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([part("builtin", 1), part("bbh-generated", 1)], "task boolean_expressions is in an earlier part already"),
+        ([part("builtin", 1, joins=("navigate",))], "joins names navigate, which no earlier part has"),
+        ([part("builtin", {"nonesuch": 1})], "examples_per_task of part builtin: it has no task nonesuch"),
+        ([part("builtin", 1), part("bbh-generated", 1, joins=("snarks",))], "joins of part bbh-generated: it has no"),
+        ([part("/nowhere", 1)], "no suite '/nowhere'"),
+        ([], "at least one part"),
+    ],
+)
+def test_bad_mixes(parts: list[SuitePart], message: str) -> None:
+    with pytest.raises(SuiteError, match=message):
+        load_suite(parts)
+
+
+def test_one_input_of_two_parts_is_taken_once(folder: Path) -> None:
+    mix = load_suite([part(folder, None), part(folder, None, joins=("navigate", "snarks"))])
+    assert len(mix.examples("snarks", "train", None)) == len(load_suite(str(folder)).examples("snarks", "train", None))
