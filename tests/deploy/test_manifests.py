@@ -39,8 +39,6 @@ def test_valid_and_within_the_policy(built: list[dict[str, Any]]) -> None:
 @needs_kustomize
 def test_every_variable_is_a_setting(built: list[dict[str, Any]]) -> None:
     known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
-    # Of the tenants file and TLS, which a server without them ignores.
-    known |= {f"{ENV_PREFIX}{name}" for name in ("TENANTS", "TLS_CERTIFICATE", "TLS_KEY")}
     assert manifests.server_settings(built).keys() <= known
 
 
