@@ -50,6 +50,9 @@ serve: $(STAMP) ## serve the adapters of ADAPTERS=DIR beside BACKBONE=DIR
 test: $(STAMP) ## the whole test suite
 	$(BIN)/python -m pytest
 
+test-scaleout: $(STAMP) ## engines of several ranks (tensor, pipeline, data parallel); minutes
+	$(BIN)/python -m pytest -m scaleout
+
 test-node: $(STAMP) ## a client in JavaScript against a server; needs node and npm
 	cd tests/other_language && npm ci --ignore-scripts --no-audit --no-fund
 	$(BIN)/python -m pytest tests/other_language

@@ -13,8 +13,7 @@ from loadtest.recorder import OTHER
 
 matplotlib.use("Agg")
 matplotlib.rcParams |= {
-    # Text stays text: it can be searched, and the file is small.
-    "svg.fonttype": "none", "svg.hashsalt": "mtlora", "font.family": "sans-serif", "font.size": 10,
+    "font.family": "sans-serif", "font.size": 10,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e8eb",
     "axes.axisbelow": True, "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False,
 }  # fmt: skip
@@ -189,7 +188,9 @@ def _log_seconds(set_scale: Callable[[str], None], axis: Any) -> None:
 def _svg(figure: Figure) -> str:
     """The figure as an element of a page: no XML header, and scaled to the page's width."""
     written = io.StringIO()
-    figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
+    # Text stays text: it can be searched, and the file is small.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mtlora"}):
+        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
     text = written.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     return re.sub(r'^<svg([^>]*?) width="([\d.]+)pt" height="[\d.]+pt"', r'<svg\1 style="max-width:\2pt"', text)

@@ -1,6 +1,7 @@
 """Diagnosis: known routers, gradients and experts give known numbers; every picture is drawn."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,9 @@ TASKS = ("boolean_expressions", "navigate", "object_counting")
 def tasks_and_examples():
     suite = load_suite("builtin")
     tasks = [task for task in suite.tasks if task.id in TASKS]
-    return tasks, {task.id: suite.examples(task.id, "train", 4) for task in tasks}
+    # Without working: the last part counts on answers of one token.
+    examples = {task.id: suite.examples(task.id, "train", 4) for task in tasks}
+    return tasks, {task_id: [replace(e, working=None) for e in found] for task_id, found in examples.items()}
 
 
 def test_routing_follows_task_biases_and_leaves_padding_out(tiny_backbone: Path, tasks_and_examples) -> None:

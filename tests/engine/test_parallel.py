@@ -12,6 +12,8 @@ from mtlora.config import MtLoRAConfig
 from tests.engine._engine import running_engine
 from tests.engine._models import VOCABULARY, make_adapter, make_model
 
+pytestmark = pytest.mark.scaleout
+
 CONFIGS = {
     "ffn": MtLoRAConfig(r=8, num_experts=4, num_groups=2, blocks="ffn"),
     "attention": MtLoRAConfig(r=8, num_experts=4, num_groups=2, blocks="attention"),

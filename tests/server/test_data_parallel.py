@@ -5,8 +5,12 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from server.process import ServerProcess
 from tests.server.adapters import entry, write_adapter
+
+pytestmark = pytest.mark.scaleout
 
 
 def metrics(server: ServerProcess) -> dict[str, float]:
