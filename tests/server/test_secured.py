@@ -79,7 +79,7 @@ def test_without_tls_or_key_nobody_gets_in(secured: Secured) -> None:
 
 
 def test_prompts_of_two_tenants_share_no_cached_block(secured: Secured) -> None:
-    text = "All happy families are alike; each unhappy family is unhappy in its own way. " * 6
+    text = "All happy families are alike; each unhappy family is unhappy in its own way. " * 20
 
     name = "mtlora_engine_prefix_cache_hits_total"
 
