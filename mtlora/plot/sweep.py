@@ -24,8 +24,9 @@ def plot_methods(rows: Sequence[Row], out: Path) -> None:
         for panel, (title, values, form) in zip(axes[0], panels, strict=True):
             panel.barh(names, values, height=0.62, color=COLOURS[0], zorder=2)
             for y, value in enumerate(values):
-                panel.text(0.01, y, form.format(value), va="center", fontsize=8, color="white", zorder=4,
-                           transform=panel.get_yaxis_transform())  # fmt: skip
+                panel.text(0.015, y, form.format(value), va="center", fontsize=8, color=INK, zorder=4,
+                           transform=panel.get_yaxis_transform(),
+                           bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.5})  # fmt: skip
             panel.set_title(title, loc="left", fontsize=10)
             clean(panel)
         for y, row in enumerate(shown):
