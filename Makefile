@@ -12,7 +12,7 @@ TORCH       ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BACKBONE ?= default
 # What make accuracy scores: the shipped adapter's newest version, on examples that no earlier run drew.
-ADAPTER  ?= $(patsubst %/,%,$(lastword $(sort $(wildcard adapters/builtin/*/))))
+ADAPTER  ?= $(shell ls -d adapters/builtin/*/ | sort -V | tail -1 | sed 's,/$$,,')
 SEED     ?= $(shell date +%s)
 ADAPTERS ?= adapters
 

@@ -127,6 +127,9 @@ int mtlora_supported(int isa) { return choose(1, isa) != nullptr; }
 
 int mtlora_max_tile() { return MAX_TILE; }
 
+// Of the table's rows and the weights' layout, `LAYOUT` in mtlora/ops/cpu_kernel.py: to be raised with either.
+int mtlora_layout() { return 2; }
+
 // y += path(x) for every tile. x and y: [num_tokens, hidden] with strides of a row. Returns 0, or what is wrong with the
 // call (y is untouched then): 1 no memory, 2 a slot out of range, 3 a tile or token out of range, 4 an adapter of another
 // dtype or hidden size, 5 a bias row out of range, 6 weights that are not in units.

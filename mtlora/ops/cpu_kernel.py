@@ -22,6 +22,9 @@ TILE_SIZE = 8
 # Columns of a unit.
 UNIT = 16
 
+# Version of what the kernel reads, `mtlora_layout` in its source: one built before a change would give wrong numbers.
+LAYOUT = 2
+
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 _ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -42,6 +45,9 @@ def compiled_kernel() -> ctypes.CDLL | None:
             library = ctypes.CDLL(str(path))
         except OSError as error:
             logger.warning("adapters run in torch ops, slower in mixed batches: %s", error)
+            return None
+        if not hasattr(library, "mtlora_layout") or library.mtlora_layout() != LAYOUT:
+            logger.warning("adapters run in torch ops, slower in mixed batches: %s is stale; install again", path)
             return None
         library.mtlora_add_routed.argtypes = _ARGUMENTS
         if library.mtlora_supported(0) and library.mtlora_max_tile() == TILE_SIZE:
