@@ -121,3 +121,9 @@ def test_not_a_number_stays_one(backend: str) -> None:
     BACKENDS[backend](*batch.tensors)
     assert batch.y_TD[0].isnan().all()
     assert not batch.y_TD[1:].isnan().any()
+
+
+@pytest.mark.skipif(KERNEL is None, reason="the kernel was not built")
+def test_a_kernel_of_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernel, "LAYOUT", cpu_kernel.LAYOUT + 1)
+    assert cpu_kernel.compiled_kernel.__wrapped__() is None
