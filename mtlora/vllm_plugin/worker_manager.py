@@ -20,6 +20,7 @@ from mtlora.vllm_plugin.compilation import check_compilation
 from mtlora.vllm_plugin.model_manager import MtLoRAModelManager
 from mtlora.vllm_plugin.packed import Slot
 from mtlora.vllm_plugin.pipeline import warm_up_stages
+from mtlora.vllm_plugin.seeded import rewind_cpu_generators
 from mtlora.vllm_plugin.store import AdapterStore
 
 logger = init_logger(__name__)
@@ -48,6 +49,8 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         """Wrap the model's blocks and open the store. Raises ValueError for a model or a config that cannot work."""
         check_compilation(vllm_config)
         warm_up_stages(vllm_config)
+        if self.device.type == "cpu":
+            rewind_cpu_generators()
         wrapped = super().create_lora_manager(model, vllm_config)
         self.store = AdapterStore(
             running_backbone(vllm_config.model_config),

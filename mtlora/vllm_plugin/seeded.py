@@ -1,0 +1,47 @@
+"""Requests with a seed on a CPU: their random numbers, where a prompt takes several steps.
+
+vLLM draws a token for every sequence of a step and throws away those of prompts that are not through yet. It then takes
+the sequence's generator back by an offset, which CUDA's generators have. vLLM 0.32 does so on a CPU as well, where the
+call raises and ends the engine, and with it every request.
+"""
+
+from typing import Any
+
+import torch
+
+
+def rewind_cpu_generators() -> None:
+    """Have model runners on CPUs rewind generators by their state. Takes effect for this process, once.
+
+    Raises AttributeError where vLLM does not sample in these steps.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    # Defined by the base class, which runners of other devices share: only the CPU's own may change.
+    if "_sample" in vars(CPUModelRunner):
+        return
+    sample, bookkeeping_sync = CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync
+
+    def _sample(self: Any, *arguments: Any, **named: Any) -> Any:
+        drawn_for_nothing = [
+            generator
+            for row, generator in self.input_batch.generators.items()
+            if self.discard_request_mask.np[row] and row < self.input_batch.num_reqs
+        ]
+        states = [generator.get_state() for generator in drawn_for_nothing]
+        try:
+            return sample(self, *arguments, **named)
+        finally:
+            for generator, state in zip(drawn_for_nothing, states, strict=True):
+                generator.set_state(state)
+
+    def _bookkeeping_sync(self: Any, *arguments: Any, **named: Any) -> Any:
+        generators: dict[int, torch.Generator] = self.input_batch.generators
+        self.input_batch.generators = {}  # nothing left to rewind
+        try:
+            return bookkeeping_sync(self, *arguments, **named)
+        finally:
+            self.input_batch.generators = generators
+
+    CPUModelRunner._sample = _sample
+    CPUModelRunner._bookkeeping_sync = _bookkeeping_sync
