@@ -56,17 +56,17 @@ def run(options: Options) -> Row:
     with secured_server(options, tenants, **_SETTINGS) as secured, _engine_process(options) as engine:
         ratios = []
         for number in range(-1, rounds):
-            alone = engine.seconds(requests)
+            alone = engine.rate(requests)
             served = asyncio.run(_serve(secured.server.address, secured.access, requests, owner))
             # The first round warms both up.
             if number >= 0:
-                ratios.append(alone / served)
+                ratios.append(served / alone)
     ratio = statistics.median(ratios)
     return Row(
         "throughput with TLS, auth, quotas / in process",
         f">= {GOAL}",
         f"{ratio:.3f} (rounds {min(ratios):.3f} to {max(ratios):.3f}; {len(tasks)} tasks, {_TENANTS} tenants, "
-        f"{len(requests) / served:.1f} requests/s)",
+        f"{served:.0f} tokens/s)",
         met=ratio >= GOAL,
     )
 
@@ -74,7 +74,7 @@ def run(options: Options) -> Row:
 async def _serve(
     address: str, access: Mapping[str, Access], requests: list[tuple[str, str]], owner: Mapping[str, str]
 ) -> float:
-    """Seconds for all requests at once, every tenant over a connection of its own."""
+    """Tokens a second for all requests at once, every tenant over a connection of its own."""
     async with contextlib.AsyncExitStack() as stack:
         clients = {name: await stack.enter_async_context(AsyncClient(address, each)) for name, each in access.items()}
         # Connected, and known.
@@ -86,15 +86,15 @@ async def _serve(
             *(clients[owner[task]].generate(task, text, **_engine.PARAMETERS) for task, text in requests)
         )
         seconds = time.perf_counter() - began
-    _check(sum(answer.summary.completion_tokens for answer in answers), requests)
-    return seconds
+    return _rate(sum(answer.summary.completion_tokens for answer in answers), seconds, requests)
 
 
-def _check(tokens: int, requests: list[tuple[str, str]]) -> None:
-    """Answers are drawn at random; now and then one ends early."""
+def _rate(tokens: int, seconds: float, requests: list[tuple[str, str]]) -> float:
+    """Tokens a second. Answers are drawn at random, so some end early; where many do, it is other work."""
     wanted = len(requests) * _engine.PARAMETERS["max_new_tokens"]
-    if tokens < 0.97 * wanted:
+    if tokens < 0.9 * wanted:
         raise RuntimeError(f"{tokens} tokens instead of {wanted}")
+    return tokens / seconds
 
 
 class _Engine:
@@ -102,14 +102,13 @@ class _Engine:
         self._process = process
         self._log = log
 
-    def seconds(self, requests: list[tuple[str, str]]) -> float:
-        """Seconds for all requests at once."""
+    def rate(self, requests: list[tuple[str, str]]) -> float:
+        """Tokens a second for all requests at once."""
         assert self._process.stdin is not None
         self._process.stdin.write(_engine.encode(requests) + "\n")
         self._process.stdin.flush()
         seconds, tokens = self.read()
-        _check(int(tokens), requests)
-        return seconds
+        return _rate(int(tokens), seconds, requests)
 
     def read(self) -> tuple[float, float]:
         assert self._process.stdout is not None
