@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from mtlora.access import Access
 from mtlora.backbone import identify, resolve
 from mtlora.bench.adapters import write_random_adapter
@@ -56,8 +58,10 @@ def run(options: Options) -> Row:
     with secured_server(options, tenants, **_SETTINGS) as secured, _engine_process(options) as engine:
         ratios = []
         for number in range(-1, rounds):
-            alone = engine.rate(requests)
-            served = asyncio.run(_serve(secured.server.address, secured.access, requests, owner))
+            with _halted(secured.server.process.pid):
+                alone = engine.rate(requests)
+            with _halted(engine.pid):
+                served = asyncio.run(_serve(secured.server.address, secured.access, requests, owner))
             # The first round warms both up.
             if number >= 0:
                 ratios.append(served / alone)
@@ -97,10 +101,25 @@ def _rate(tokens: int, seconds: float, requests: list[tuple[str, str]]) -> float
     return tokens / seconds
 
 
+@contextlib.contextmanager
+def _halted(pid: int) -> Iterator[None]:
+    """Halt a process and its children: engines without work still look for some, on the cores being measured."""
+    root = psutil.Process(pid)
+    processes = [root, *root.children(recursive=True)]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
 class _Engine:
     def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
         self._process = process
         self._log = log
+        self.pid = process.pid
 
     def rate(self, requests: list[tuple[str, str]]) -> float:
         """Tokens a second for all requests at once."""
