@@ -18,13 +18,12 @@ import grpc
 from mtlora_pb.v1 import inference_pb2 as pb
 
 from loadtest.connection import Connection
+from loadtest.recorder import Answer
 from loadtest.tenants import Tenant
+from loadtest.workload import TaskInfo
 
 _TOP = 5
 _MOST_SHOWN = 20
-
-# (message, task, target, text): as the recorder keeps answers that are not exact.
-Answer = tuple[bytes, str, str | None, str]
 
 
 @dataclass
@@ -48,33 +47,36 @@ async def ask_again(
     connection: Connection,
     tenant: Tenant,
     answers: Mapping[Answer, int],
-    stops: Mapping[str, Sequence[str]],
+    tasks: Mapping[str, TaskInfo],
     *,
     tie_nats: float,
     timeout_s: float,
     progress: Callable[[int, int], None],
     stopped: Callable[[], bool] = lambda: False,
 ) -> Checked:
-    """Ask every answer's input again, one at a time, and sort the answers. `stops`: the stop strings of each task."""
+    """Ask every answer's input again, one at a time, and sort the answers. `tasks`: those of the server, by id."""
     checked = Checked()
     by_message: dict[bytes, list[tuple[Answer, int]]] = {}
     for answer, count in answers.items():
-        by_message.setdefault(answer[0], []).append((answer, count))
+        by_message.setdefault(answer.message, []).append((answer, count))
     for done, (message, asked) in enumerate(by_message.items()):
         progress(done, len(by_message))
         reply = None if stopped() else await _alone(connection, tenant, message, timeout_s)
-        for (_, task_id, target, text), count in asked:
+        for answer, count in asked:
             if reply is None:
                 checked.unchecked += count
-            elif " ".join(text.split()) == " ".join(reply.text.split()):
+                continue
+            task = tasks[answer.task_id]
+            came, alone = whole(answer.reasoning, answer.text, task), whole(reply.reasoning, reply.text, task)
+            if " ".join(came.split()) == " ".join(alone.split()):
                 checked.same_alone += count
-            elif (gap := tie(text, reply.logprobs, stops.get(task_id, ()), tie_nats)) is not None:
+            elif (gap := tie(came, reply.logprobs, task.stop, tie_nats)) is not None:
                 checked.ties += count
                 checked.tie_nats += [round(gap, 4)] * count
             else:
                 checked.wrong += count
                 if len(checked.examples) < _MOST_SHOWN:
-                    example = {"task": task_id, "answer": text, "alone": reply.text, "target": target}
+                    example = {"task": answer.task_id, "answer": came, "alone": alone, "target": answer.target}
                     checked.examples.append(example)
     return checked
 
@@ -82,14 +84,22 @@ async def ask_again(
 def against_targets(answers: Mapping[Answer, int]) -> Checked:
     """Every answer that is not the exact one is wrong; those without an exact answer are not checked."""
     checked = Checked()
-    for (_, task_id, target, text), count in answers.items():
-        if target is None:
+    for answer, count in answers.items():
+        if answer.target is None:
             checked.unchecked += count
             continue
         checked.wrong += count
         if len(checked.examples) < _MOST_SHOWN:
-            checked.examples.append({"task": task_id, "answer": text, "alone": None, "target": target})
+            example = {"task": answer.task_id, "answer": answer.text, "alone": None, "target": answer.target}
+            checked.examples.append(example)
     return checked
+
+
+def whole(reasoning: str, text: str, task: TaskInfo) -> str:
+    """All that was generated, as far as blanks beside the marker are what they mostly are: one on either side."""
+    if not reasoning:
+        return text.strip()
+    return f"{reasoning.strip()} {task.answer_marker} {text.strip()}"
 
 
 def tie(text: str, alone: Iterable[pb.TokenLogprobs], stop: Sequence[str], tolerance: float) -> float | None:

@@ -124,7 +124,7 @@ class Driver:
 
     async def _ask_stream(self, outcome: Outcome, metadata: Any) -> pb.Summary | None:
         call = self._connection.generate_stream(outcome.request.message, timeout=self._timeout_s, metadata=metadata)
-        summary, last, texts = None, 0.0, []
+        summary, last, texts, reasoning = None, 0.0, [], []
         while not isinstance(serialized := await call.read(), type(grpc.aio.EOF)):
             now = self._now()
             if outcome.first is None:
@@ -134,15 +134,19 @@ class Driver:
             last = now
             message = pb.GenerateStreamResponse.FromString(serialized)
             texts.append(message.text)
+            reasoning.append(message.reasoning)
             if message.HasField("summary"):
                 summary = message.summary
-        outcome.text = "".join(texts)
+        outcome.text, outcome.reasoning = "".join(texts), "".join(reasoning)
+        # Without a marker it was no working, and has come again as text.
+        if outcome.text.startswith(outcome.reasoning):
+            outcome.reasoning = ""
         return summary
 
     async def _ask_unary(self, outcome: Outcome, metadata: Any) -> pb.Summary | None:
         call = self._connection.generate(outcome.request.message, timeout=self._timeout_s, metadata=metadata)
         reply = pb.GenerateResponse.FromString(await call)
-        outcome.text = reply.text
+        outcome.text, outcome.reasoning = reply.text, reply.reasoning
         if not reply.HasField("summary"):
             return None
         # Nothing of a unary answer is seen before its end; the server says when its first token was there.

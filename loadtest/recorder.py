@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from loadtest.histogram import Latency
 from loadtest.settings import Objective
@@ -15,6 +15,16 @@ OTHER = "(other)"
 CUT_OFF = "CUT_OFF"
 _MAX_ANSWERS = 20_000
 _MAX_FLAWS = 20
+
+
+class Answer(NamedTuple):
+    """An answer to be looked at after the run: the request's message, task and target, and what came."""
+
+    message: bytes
+    task_id: str
+    target: str | None
+    text: str
+    reasoning: str = ""
 
 
 @dataclass(slots=True)
@@ -33,6 +43,7 @@ class Outcome:
     first: float | None = None
     gaps: list[float] = field(default_factory=list)
     text: str = ""
+    reasoning: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     flaw: str = ""
@@ -153,8 +164,8 @@ class Recorder:
         self.in_flight = 0
         self.unreachable_in_a_row = 0
         self.last_ended = 0.0
-        # Answers that are not the exact target, to be asked again: (message, task, target, text) and how often.
-        self.answers: Counter[tuple[bytes, str, str | None, str]] = Counter()
+        # Answers that are not the exact target, to be asked again, and how often each came.
+        self.answers: Counter[Answer] = Counter()
         self.flaws: list[str] = []
         self.errors: dict[str, str] = {}
         self.outcomes: list[dict[str, Any]] | None = None
@@ -186,7 +197,7 @@ class Recorder:
             text = outcome.text.strip()
             exact = None if request.target is None else is_correct(text, request.target)
             if not exact and len(self.answers) < _MAX_ANSWERS:
-                self.answers[(request.message, request.task_id, request.target, text)] += 1
+                self.answers[Answer(request.message, request.task_id, request.target, text, outcome.reasoning)] += 1
         elif outcome.flaw and len(self.flaws) < _MAX_FLAWS:
             self.flaws.append(f"{request.task_id}: {outcome.flaw}")
         elif outcome.status != "OK":

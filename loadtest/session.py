@@ -17,6 +17,7 @@ from loadtest.knee import KneeSearch, Step
 from loadtest.live import View
 from loadtest.phase import Ran, Share
 from loadtest.processes import Generators, start
+from loadtest.recorder import Answer
 from loadtest.server_metrics import Page, Scraper, Watched
 from loadtest.settings import Load, Objective, RampSettings, Settings
 from loadtest.tenants import ANONYMOUS, Tenant, read_tenants
@@ -44,10 +45,10 @@ class Session:
         self.interrupted = False
         self.gone = False
         self.generators = generators
-        self._stops = {task.id: task.stop for task in tasks}
+        self._tasks = {task.id: task for task in tasks}
         self._tenants = tenants
         self._scraper = scraper
-        self._answers: Counter[check.Answer] = Counter()
+        self._answers: Counter[Answer] = Counter()
         self._exact = 0
         self._began = time.monotonic()
 
@@ -121,7 +122,7 @@ class Session:
             # On this process's own connection, whoever sent the load.
             async with Connection(self.settings.target) as connection:
                 checked = await check.ask_again(
-                    connection, self._tenants[0], self._answers, self._stops, tie_nats=self.settings.tie_nats,
+                    connection, self._tenants[0], self._answers, self._tasks, tie_nats=self.settings.tie_nats,
                     timeout_s=self.settings.target.timeout_s, progress=self.view.asking_again,
                     stopped=lambda: self.interrupted,
                 )  # fmt: skip

@@ -35,6 +35,7 @@ class TaskInfo:
     id: str
     fields: tuple[str, ...]
     stop: tuple[str, ...]
+    answer_marker: str = ""
 
 
 class Workload:
@@ -101,7 +102,8 @@ class Workload:
             parameters["max_new_tokens"] = entry.max_new_tokens
         elif (length := self._settings.new_tokens) is not None:
             parameters = {"max_new_tokens": self._rng.randint(length.low, length.high), "stop": []}
-        return bytes(make_request(task_id, entry.input, **parameters).SerializeToString())
+        # With the working, to see the first token when it comes and to compare answers token by token.
+        return bytes(make_request(task_id, entry.input, include_reasoning=True, **parameters).SerializeToString())
 
     def _pool(self, task_id: str, entries: Sequence[Entry]) -> Iterator[Entry]:
         index, count = self._share
@@ -162,4 +164,4 @@ def _examples(suite: Any, task_id: str, settings: WorkloadSettings) -> list[Any]
 
 def task_info(task: pb.Task) -> TaskInfo:
     """What a workload needs of a task of the contract."""
-    return TaskInfo(task.id, tuple(task.fields), tuple(task.stop))
+    return TaskInfo(task.id, tuple(task.fields), tuple(task.stop), task.answer_marker)

@@ -29,7 +29,7 @@ def response(generation: Generation) -> pb.GenerateResponse:
         text=generation.answer,
         summary=summary(generation),
         logprobs=[token_logprobs(token) for token in generation.logprobs],
-        reasoning=_reasoning(generation.reasoning, generation),
+        reasoning=generation.reasoning.strip() if generation.job.include_reasoning else "",
     )
 
 
@@ -39,12 +39,8 @@ def stream_response(delta: Delta, generation: Generation) -> pb.GenerateStreamRe
         text=delta.text,
         logprobs=[token_logprobs(token) for token in delta.logprobs],
         summary=summary(generation) if delta.finish_reason else None,
-        reasoning=_reasoning(delta.reasoning, generation),
+        reasoning=delta.reasoning if generation.job.include_reasoning else "",
     )
-
-
-def _reasoning(text: str, generation: Generation) -> str:
-    return text.strip() if generation.job.include_reasoning else ""
 
 
 def summary(generation: Generation) -> pb.Summary:

@@ -17,22 +17,37 @@ class GeneratesDeltas(Protocol):
 
 
 class AnswerSplitter:
-    """Parts a growing text into working and answer at the first marker; nothing is known of either before that."""
+    """Parts a growing text into working and answer at the first marker.
+
+    `working` is what has been handed out as such so far; none where the text ended without a marker.
+    """
 
     def __init__(self, marker: str | None) -> None:
         self._marker = marker
         self._held = ""
+        self.working = ""
 
     def feed(self, text: str, *, last: bool) -> tuple[str, str]:
-        """(working, text of the answer) that the next piece settles. A text without a marker is all answer."""
+        """(working, text of the answer) that the next piece adds.
+
+        All of a text without a marker is the answer: its end brings it whole, what was taken for working included.
+        """
         if self._marker is None:
             return "", text
         self._held += text
         working, found, answer = self._held.partition(self._marker)
         if found:
             self._marker = None
+            self.working += working
             return working, answer
-        return ("", self._held) if last else ("", "")
+        if last:
+            whole, self.working = self.working + self._held, ""
+            return "", whole
+        # The end of it may be the beginning of the marker.
+        kept = max(n for n in range(len(self._marker)) if self._held.endswith(self._marker[:n]))
+        working, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
+        self.working += working
+        return working, ""
 
 
 @dataclass
@@ -70,6 +85,7 @@ class Generation:
                     turn.served(delta.tokens)
                 reasoning, text = splitter.feed(delta.text, last=delta.finish_reason is not None)
                 delta = replace(delta, text=text, reasoning=reasoning)
+                self.reasoning = splitter.working
                 self._observe(delta)
                 yield delta
         self.metrics.observe_e2e(self.call, self.total_s)
@@ -98,7 +114,6 @@ class Generation:
             if self.call.trace:
                 self.call.trace.step(delta.tokens)
         self.text += delta.text
-        self.reasoning += delta.reasoning
         self.logprobs += delta.logprobs
         self.completion_tokens += delta.tokens
         self.call.completion_tokens += delta.tokens

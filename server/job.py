@@ -80,5 +80,5 @@ class Delta:
     finish_reason: FinishReason | None = None
     # time.monotonic() when the scheduler first took the sequence; None where the engine keeps no statistics.
     scheduled_at: float | None = None
-    # The working, once it is known to be that; the engine knows nothing of it.
+    # The working, as long as no marker has come; the engine knows nothing of it.
     reasoning: str = ""

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from mtlora_pb.v1 import inference_pb2 as pb
 
 from loadtest import result, server_metrics
-from loadtest.check import tie
+from loadtest.check import tie, whole
 from loadtest.fairness import jain
 from loadtest.histogram import Latency
 from loadtest.knee import KneeSearch, Step
-from loadtest.recorder import OTHER, Recorder
+from loadtest.recorder import OTHER, Answer, Recorder
 from loadtest.settings import Objective, RampSettings
+from loadtest.workload import TaskInfo
 from tests.loadtest.samples import OBJECTIVE, outcome, record, recorder, request
 
 
@@ -110,7 +111,7 @@ def test_answers_that_are_not_exact_are_kept_to_be_asked_again() -> None:
     )
     assert (seen.total.exact, seen.total.scored) == (1, 3)
     assert sorted(seen.answers.items(), key=str) == sorted(
-        [((b"message", "sort", asked.target, "two"), 2), ((b"message", "sort", None, "x"), 1)], key=str
+        [(Answer(b"message", "sort", asked.target, "two"), 2), (Answer(b"message", "sort", None, "x"), 1)], key=str
     )
 
 
@@ -304,3 +305,13 @@ def test_ties(text: str, gap: float | None) -> None:
 
 def test_no_tolerance_no_tie() -> None:
     assert tie("one red", ALONE, ["\n"], 0.0) is None
+
+
+def test_an_answer_with_working_is_compared_from_its_first_token_on() -> None:
+    task = TaskInfo("sum", ("input",), ("\n",), "=>")
+    alone = tokens([(" 3", -0.6), (" 4", -0.7)], [(" =>", 0.0)], [(" 3", -0.1), (" 4", -4.0)], [("\n", 0.0)])
+    assert whole(" 3 ", " 3", task) == "3 => 3"
+    assert whole("", " 3 ", task) == "3"
+    # Parted in the working, at a tie; the answer follows from it, far as it is from a tie itself.
+    assert tie(whole(" 4 ", " 4", task), alone, task.stop, 0.5) == pytest.approx(0.1, abs=1e-5)
+    assert tie(whole(" 3 ", " 4", task), alone, task.stop, 0.5) is None
