@@ -101,9 +101,11 @@ proto: $(STAMP) ## generate proto/gen from proto/mtlora and proto/openinference
 	$(BIN)/python -m grpc_tools.protoc -Iopeninference_pb=proto/openinference --python_out=proto/gen \
 	  --pyi_out=proto/gen --grpc_python_out=proto/gen openinference_pb/grpc_predict_v2.proto
 
-train: $(STAMP) ## make the shipped adapter again (an hour on two cores); BIG-Bench Hard's folder must be at data/bbh
+train: $(STAMP) ## make the shipped adapter again (two hours on two cores); BIG-Bench Hard's folder must be at data/bbh
 	$(BIN)/mtlora train --config configs/joint.json --out out/joint --resume
 	$(BIN)/mtlora train --config configs/joint-finish.json --out out/finish --resume
+	$(BIN)/mtlora train --config configs/joint-continue.json --out out/third --resume
+	$(BIN)/mtlora train --config configs/joint-last.json --out out/last --resume
 
 bench-training: $(STAMP) ## seconds of a training step, the whole method against HydraLoRA on q and v
 	$(BIN)/python -m mtlora.bench.training --backbone $(BACKBONE) configs/methods/full.json \
