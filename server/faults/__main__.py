@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import server.faults
+from server.faults._server import close_shared
 from server.faults.scenario import Options, Row
 
 Run = Callable[[Options], Row]
@@ -27,6 +28,11 @@ def scenarios() -> dict[str, Run]:
     ]
     found = [module for module in modules if hasattr(module, "run")]
     return {module.__name__.rpartition(".")[2]: module.run for module in sorted(found, key=lambda m: m.ORDER)}
+
+
+def uses_shared_server(run: Run) -> bool:
+    """Whether a scenario's module has the server that some share."""
+    return hasattr(sys.modules[run.__module__], "shared")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
                 Options(options.backbone, options.adapters.resolve(), Path(folder), options.seed, options.full),
             )
         rows.append(row)
+        if not any(uses_shared_server(known[later]) for later in options.only[len(rows) :]):
+            close_shared()
         verdict = "met" if row.met else "MISSED"
         print(
             f"{row.name:<42} {verdict:<7} {row.figure}  (goal: {row.goal}; {time.monotonic() - began:.0f} s)",

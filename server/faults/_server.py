@@ -1,7 +1,6 @@
 """The one server that the scenarios about adapters and the engine share, and what they put into its folder."""
 
 import atexit
-import functools
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -90,14 +89,21 @@ class Target:
         shutil.rmtree(self._home, ignore_errors=True)
 
 
-@functools.cache
-def _shared(backbone: str, adapters: Path) -> Target:
-    return Target(Options(backbone, adapters, adapters, 0, False))
+_running: dict[tuple[str, Path], Target] = {}
 
 
 def shared(options: Options) -> Target:
-    """The server of all these scenarios: started by the first one, stopped when the process ends."""
-    return _shared(options.backbone, options.adapters)
+    """The server of all these scenarios: started by the first one, stopped by `close_shared`."""
+    key = (options.backbone, options.adapters)
+    if key not in _running:
+        _running[key] = Target(options)
+    return _running[key]
+
+
+def close_shared() -> None:
+    """Stop it, where it runs: idle as it is, it would take time from servers that are measured."""
+    while _running:
+        _running.popitem()[1].close()
 
 
 def _highest_version(adapters: Path) -> Path:
