@@ -86,6 +86,25 @@ def one_by_one(serving):
     return answers
 
 
+def test_a_seed_gives_the_same_tokens_when_its_prompt_takes_several_steps(serving):
+    from vllm import SamplingParams
+
+    # 16 prompts of 100 tokens do not fit into one step of 512.
+    prompts = [{"prompt_token_ids": [20 + i] * 100} for i in range(16)]
+    sampling = [SamplingParams(temperature=1.0, max_tokens=6, seed=i, ignore_eos=True) for i in range(16)]
+
+    def tokens(outputs):
+        return [tuple(output.outputs[0].token_ids) for output in outputs]
+
+    together = tokens(serving.engine.generate(prompts, sampling, use_tqdm=False))
+    alone = [
+        tokens(serving.engine.generate([prompt], each, use_tqdm=False))[0]
+        for prompt, each in zip(prompts[3:7], sampling[3:7], strict=True)
+    ]
+    assert together[3:7] == alone
+    assert len(set(together)) > 1
+
+
 def test_a_mixed_batch_gives_the_answers_of_single_requests(serving, one_by_one):
     assert len({serving.slots[key].lora_int_id for key in serving.slots}) > MAX_CPU_LORAS
     serving.engine.reset_prefix_cache()
@@ -241,22 +260,3 @@ def test_a_bad_adapter_is_refused_across_processes(tmp_path, monkeypatch):
             use_tqdm=False,
         )
         assert output[0].outputs[0].token_ids
-
-
-def test_a_seed_gives_the_same_tokens_when_its_prompt_takes_several_steps(serving):
-    from vllm import SamplingParams
-
-    # 16 prompts of 100 tokens do not fit into one step of 512.
-    prompts = [{"prompt_token_ids": [20 + i] * 100} for i in range(16)]
-    sampling = [SamplingParams(temperature=1.0, max_tokens=6, seed=i, ignore_eos=True) for i in range(16)]
-
-    def tokens(outputs):
-        return [tuple(output.outputs[0].token_ids) for output in outputs]
-
-    together = tokens(serving.engine.generate(prompts, sampling, use_tqdm=False))
-    alone = [
-        tokens(serving.engine.generate([prompt], each, use_tqdm=False))[0]
-        for prompt, each in zip(prompts[3:7], sampling[3:7], strict=True)
-    ]
-    assert together[3:7] == alone
-    assert len(set(together)) > 1

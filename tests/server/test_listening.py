@@ -111,7 +111,7 @@ def _apart(number: int) -> list[tuple[str, int]]:
 
 async def _ask(channel: Any, *, wait: bool = False) -> None:
     stub = inference_pb2_grpc.InferenceStub(channel)
-    await stub.Generate(make_request("one", "x"), timeout=5, wait_for_ready=wait)
+    await stub.Generate(make_request("one", "x"), timeout=30 if wait else 5, wait_for_ready=wait)
 
 
 async def test_calls_beyond_the_streams_of_a_connection_do_not_run() -> None:
