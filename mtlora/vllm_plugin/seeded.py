@@ -26,7 +26,7 @@ def rewind_cpu_generators() -> None:
         drawn_for_nothing = [
             generator
             for row, generator in self.input_batch.generators.items()
-            if self.discard_request_mask.np[row] and row < self.input_batch.num_reqs
+            if row < self.input_batch.num_reqs and self.discard_request_mask.np[row]
         ]
         states = [generator.get_state() for generator in drawn_for_nothing]
         try:
