@@ -96,6 +96,8 @@ async def test_no_more_connections_than_allowed() -> None:
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await _ask(open_ones[2])
             assert raised.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+            # The refused one goes on trying and would take the place that the first one leaves.
+            await open_ones[2].close()
             await open_ones[0].close()
             async with grpc.aio.insecure_channel(service.address, options=_apart(4)) as late:
                 await _ask(late, wait=True)
