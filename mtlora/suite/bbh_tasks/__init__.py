@@ -4,11 +4,13 @@ The solvers give the public targets (see `dates` for three texts whose targets c
 other tasks ask for knowledge of people, films, jokes or causes, which nothing can be generated for.
 """
 
-from mtlora.suite.bbh_tasks import counting, dates, language, logic, ordering, scenes, tracking
+from mtlora.suite.bbh_tasks import counting, dates, language, logic, ordering, scenes, shapes, tables, tracking
 from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError
 
 __all__ = ["BBH_TASKS", "BBHTask", "Solution", "UnsolvedError"]
 
 BBH_TASKS: dict[str, BBHTask] = {
-    task.id: task for module in (logic, counting, tracking, ordering, language, scenes, dates) for task in module.TASKS
+    task.id: task
+    for module in (logic, counting, tracking, ordering, language, scenes, dates, shapes, tables)
+    for task in module.TASKS
 }

@@ -105,8 +105,13 @@ _DIRECTIONS = {"forward": 0, "right": 1, "backward": 2, "left": 3}
 _TURNS = {"right": 1, "around": 2, "left": 3}
 
 
+def walked(dx: int, dy: int, steps: int) -> str:
+    """A walk as its axis and signed length: `x-3`, `y+4`."""
+    return f"{'x' if dx else 'y'}{(dx + dy) * steps:+d}"
+
+
 def solve_navigate(text: str) -> Solution:
-    """Works it out as positions `x,y` after each walk, and where one faces (N, E, S, W) after each turn."""
+    """Works it out as each walk along an axis, the position `x,y` after it, and where one faces (N, E, S, W) after turns."""
     x = y = heading = 0
     working = []
     for sentence in matched(r"point\? (?:Always face forward\. )?(.*)\.\n", text)[1].split(". "):
@@ -117,7 +122,7 @@ def solve_navigate(text: str) -> Solution:
         walk = matched(r"^Take (\d+) steps?(?: (forward|backward|left|right))?$", sentence)
         dx, dy = _COMPASS[_DIRECTIONS[walk[2]] if walk[2] else heading]
         x, y = x + dx * int(walk[1]), y + dy * int(walk[1])
-        working.append(f"{x},{y}")
+        working.append(f"{walked(dx, dy, int(walk[1]))} {x},{y}")
     return Solution(" ".join(working), "Yes" if x == y == 0 else "No")
 
 
@@ -151,6 +156,6 @@ TASKS = (
         solve_arithmetic, 112, generate_arithmetic,
     ),
     BBHTask(
-        "navigate", "Says whether moves and turns lead back to the start.", solve_navigate, 72, generate_navigate,
+        "navigate", "Says whether moves and turns lead back to the start.", solve_navigate, 112, generate_navigate,
     ),
 )  # fmt: skip

@@ -5,7 +5,7 @@ import random
 import re
 from collections.abc import Callable
 
-from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError, choose, matched, read_options, with_options
+from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError, look_up, matched, read_options, with_options
 
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _US = "%m/%d/%Y"
@@ -104,14 +104,15 @@ _TELLINGS: tuple[tuple[str, Callable[[tuple[str, ...]], datetime.date]], ...] = 
 
 
 def solve_dates(text: str) -> Solution:
-    """Works it out as today's date and the date asked for."""
+    """Works it out as today's date, the date asked for, and the options up to that one."""
     letters = read_options(text)
     body = matched(r"^(.*) What is the date (.*) in MM/DD/YYYY\?\n", text)
     if body[2] not in _ASKED:
         raise UnsolvedError(f"no known day: {body[2]!r}")
     today = _today(body[1])
     asked = _ASKED[body[2]](today).strftime(_US)
-    return Solution(f"{today.strftime(_US)}, {asked}", choose(letters, asked))
+    read, answer = look_up(letters, asked)
+    return Solution(f"{today.strftime(_US)}, {asked}: {read}", answer)
 
 
 def _today(text: str) -> datetime.date:
@@ -212,6 +213,6 @@ def generate_dates(rng: random.Random) -> str:
 TASKS = (
     BBHTask(
         "date_understanding", "Finds a date from a text that tells in a roundabout way what today is.",
-        solve_dates, 40, generate_dates,
+        solve_dates, 144, generate_dates,
     ),
 )  # fmt: skip

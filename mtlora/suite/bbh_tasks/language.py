@@ -1,6 +1,7 @@
 """Words: sorting, adjective order."""
 
 import random
+from itertools import pairwise
 
 from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError, choose, matched, read_options, with_options
 from mtlora.suite.bbh_tasks.words import ADJECTIVES, HYPERBATON_NOUNS, SORTED_WORDS
@@ -22,7 +23,7 @@ def generate_word_sorting(rng: random.Random) -> str:
 
 
 def solve_hyperbaton(text: str) -> Solution:
-    """Works it out by the classes, 1 to 8, of the first option's adjectives: rising, or not."""
+    """Works it out by the classes, 1 to 8, of the first option's adjectives, up to one that falls."""
     letters = read_options(text)
     ranks: dict[str, list[int]] = {}
     for option in letters:
@@ -33,7 +34,10 @@ def solve_hyperbaton(text: str) -> Solution:
     right = [option for option, rank in ranks.items() if rank == sorted(rank)]
     if len(right) != 1:
         raise UnsolvedError(f"{len(right)} options are right")
-    return Solution("".join(map(str, next(iter(ranks.values())))), choose(letters, right[0]))
+    first, rank = next(iter(ranks.items()))
+    fall = next((i for i, (one, other) in enumerate(pairwise(rank), 1) if other < one), len(rank))
+    named = [f"{word} {number}" for word, number in zip(first.split(), rank, strict=False)]
+    return Solution(" ".join(named[: fall + 1]), choose(letters, right[0]))
 
 
 def generate_hyperbaton(rng: random.Random) -> str:
@@ -55,6 +59,6 @@ TASKS = (
     ),
     BBHTask(
         "hyperbaton", "Chooses the phrase whose adjectives stand in the customary English order.",
-        solve_hyperbaton, 16, generate_hyperbaton,
+        solve_hyperbaton, 48, generate_hyperbaton,
     ),
 )  # fmt: skip

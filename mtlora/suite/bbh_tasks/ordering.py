@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError, a, matched, read_options, with_options
+from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError, a, look_up, matched, read_options, with_options
 
 _ORDINALS = ("first", "second", "third", "fourth")
 _INTRO = (
@@ -122,8 +122,18 @@ def _orders(things: Sequence[str], clues: Sequence[_Clue]) -> list[list[str]]:
     return found
 
 
+def _thing(reader: re.Pattern[str], option: str) -> str:
+    """What an option speaks of."""
+    match = reader.fullmatch(option)
+    if match is None:
+        raise UnsolvedError(f"no place: {option!r}")
+    return match["x"]
+
+
 def solve_ordering(text: str) -> Solution:
-    """Works it out by the clues in one notation (`x<y`, or `x=2` for the second place), the order, and who is asked."""
+    """Works it out by the clues in one notation (`x<y`, or `x=2` for the second place), the order, who is asked for, and whom the options name
+    up to that one.
+    """
     letters = read_options(text)
     body = matched(r"within each paragraph\. (.*?: )(.*?)\. (.*)\.\nOptions", text)
     scenes = [scene for scene in _SCENES if scene.intro.partition("{n}")[0] == re.split(r"\w+ \w+: $", body[1])[0]]
@@ -147,13 +157,14 @@ def solve_ordering(text: str) -> Solution:
     if len(orders) != 1:
         raise UnsolvedError(f"{len(orders)} orders fit")
     (order,) = orders
-    for option, letter in letters.items():
+    for option in letters:
         match = reader.fullmatch(option)
         if match is None or match["less"] or match["more"]:
             raise UnsolvedError(f"no place: {option!r}")
         if order[_place(match, scene, len(things))] == match["x"]:
             notes = [f"{x}<{y}" if isinstance(y, str) else f"{x}={y + 1}" for x, y in clues]
-            return Solution(f"{', '.join(notes)}: {' '.join(order)}, {match['x']}", f"({letter})")
+            read, answer = look_up(letters, option, lambda other: _thing(reader, other))
+            return Solution(f"{', '.join(notes)}: {' '.join(order)}, {match['x']}: {read}", answer)
     raise UnsolvedError("no option is right")
 
 
@@ -205,4 +216,4 @@ def _task(word: str, count: int, max_new_tokens: int) -> BBHTask:
     )
 
 
-TASKS = (_task("three", 3, 64), _task("five", 5, 112), _task("seven", 7, 160))
+TASKS = (_task("three", 3, 80), _task("five", 5, 144), _task("seven", 7, 208))

@@ -4,7 +4,9 @@ import random
 import re
 from itertools import pairwise
 
-from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError, a, choose, matched, read_options, with_options
+from mtlora.suite.bbh_tasks.task import (
+    BBHTask, Solution, UnsolvedError, a, choose, look_up, matched, read_options, with_options,
+)  # fmt: skip
 from mtlora.suite.bbh_tasks.words import COLORED, COLORS, DESTINATIONS, DOINGS, WITNESSES
 
 _NUMBERS = (
@@ -47,7 +49,7 @@ def _find(entries: list[_Entry], what: str) -> int:
 
 
 def solve_colored(text: str) -> Solution:
-    """Works it out by the thing and its colour, or by a running sum over what is counted."""
+    """Works it out by the thing and its colour, by the row up to them, or by a running sum over what is counted."""
     letters = read_options(text)
     stated = matched(r"^On the \w+, (?:there (?:is|are)|(?:you|I) see) (.*?)\. (.*)\nOptions", text)
     entries = _read_entries(stated[1].rpartition(": ")[2])
@@ -57,10 +59,16 @@ def solve_colored(text: str) -> Solution:
         return Solution(color, choose(letters, color))
     if asked := re.fullmatch(r"Is the (.*) (\w+)\?", question):
         _, color, _ = entries[_find(entries, asked[1])]
-        return Solution(color, choose(letters, "yes" if color == asked[2] else "no"))
+        word = "yes" if color == asked[2] else "no"
+        return Solution(f"{color} {word}", choose(letters, word))
     if asked := re.fullmatch(r"What is the color of the (.*)\?", question):
-        _, color, noun = entries[_place(entries, asked[1])]
-        return Solution(f"{noun} {color}", choose(letters, color))
+        place = _place(entries, asked[1])
+        # A neighbour is reached by reading the row up to the two of them.
+        beside = re.match(r"\w+ directly to the (left|right) ", asked[1])
+        last = place + 1 if beside and beside[1] == "left" else place
+        row = entries[: last + 1] if beside else entries[place : place + 1]
+        color = entries[place][1]
+        return Solution(f"{', '.join(f'{c} {noun}' for _, c, noun in row)}: {color}", choose(letters, color))
     if asked := re.fullmatch(r"How many non-(\w+) \w+ do you see to the (left|right) of the (.*)\?", question):
         place = _find(entries, asked[3])
         side = entries[:place] if asked[2] == "left" else entries[place + 1 :]
@@ -175,14 +183,15 @@ def _draw_removal(rng: random.Random, surface: str, word: str) -> str:
 
 
 def solve_temporal(text: str) -> Solution:
-    """Works it out as the hours at which one stretch follows another, up to the gap, and the gap."""
+    """Works it out as the hours at which one stretch follows another, up to the gap, the gap, and the options up to it."""
     letters = read_options(text)
     reached = [matched(r"\w+ woke up at (\w+)\.", text)[1]]
     closed = matched(r" was closed after (\w+)\.", text)[1]
     for begin, end in [*re.findall(r" from (\w+) to (\w+)\.\n", text), (closed, "")]:
         if begin != reached[-1]:
             gap = f"{reached[-1]} to {begin}"
-            return Solution(f"{' '.join(reached)}, {gap}", choose(letters, gap))
+            read, answer = look_up(letters, gap)
+            return Solution(f"{' '.join(reached)}, {gap}: {read}", answer)
         reached.append(end)
     raise UnsolvedError("no gap")
 
@@ -227,6 +236,6 @@ TASKS = (
     ),
     BBHTask(
         "temporal_sequences", "Finds the one stretch of a day that nobody accounts for.",
-        solve_temporal, 64, generate_temporal,
+        solve_temporal, 96, generate_temporal,
     ),
 )  # fmt: skip

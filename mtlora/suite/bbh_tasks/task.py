@@ -51,6 +51,20 @@ def choose(letters: dict[str, str], option: str) -> str:
     return f"({letters[option]})"
 
 
+def look_up(letters: dict[str, str], option: str, shown: Callable[[str], str] = str) -> tuple[str, str]:
+    """(the options read out up to the right one, `(B)`): a letter stands before its option, where no model looks for it.
+
+    `shown` is what is read out of an option. Raises UnsolvedError where the option is none.
+    """
+    answer = choose(letters, option)
+    read = []
+    for other, letter in letters.items():
+        read.append(f"{letter} {shown(other)}")
+        if other == option:
+            break
+    return " ".join(read), answer
+
+
 def with_options(question: str, options: Sequence[str]) -> str:
     """An input that ends in lettered options."""
     lines = (f"({chr(ord('A') + i)}) {option}" for i, option in enumerate(options))

@@ -62,7 +62,7 @@ _SCENES = (
 
 
 def solve_tracking(text: str) -> Solution:
-    """Works it out as who holds which option: all of them at the start, then the two who swapped."""
+    """Works it out as who holds which option: all of them at the start, then the two who swapped, and who is asked."""
     letters = read_options(text)
     start, _, rest = text.partition("\n")
     holding: dict[str, str] = {}
@@ -77,7 +77,7 @@ def solve_tracking(text: str) -> Solution:
         holding[one], holding[other] = holding[other], holding[one]
         working.append(f"{one} {holding[one]} {other} {holding[other]}")
     asked = matched(r"At the end of the \w+, (\w+) ", rest)[1]
-    return Solution(", ".join(working), f"({holding[asked]})")
+    return Solution(", ".join([*working, f"{asked} {holding[asked]}"]), f"({holding[asked]})")
 
 
 def _generate(rng: random.Random, count: int) -> str:
@@ -104,4 +104,4 @@ def _task(word: str, count: int, max_new_tokens: int) -> BBHTask:
     )
 
 
-TASKS = (_task("three", 3, 40), _task("five", 5, 64), _task("seven", 7, 96))
+TASKS = (_task("three", 3, 44), _task("five", 5, 68), _task("seven", 7, 100))

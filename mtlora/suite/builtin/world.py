@@ -15,7 +15,7 @@ _STEPS = {"right": (1, 0), "left": (-1, 0), "forward": (0, 1), "backward": (0, -
 
 
 def navigate(rng: random.Random) -> tuple[str, str, str]:
-    """Moves that cancel on every axis, or would but for one step count or direction; worked as positions `x,y`."""
+    """Moves that cancel on every axis, or would but for one step count or direction; worked as walks and positions `x,y`."""
     returns = rng.random() < 0.5
     layout = rng.choices(((3,), (2, 2), (3, 2)), weights=(1, 2, 5))[0]
     axes = rng.sample(_AXES, len(layout))
@@ -40,14 +40,15 @@ def navigate(rng: random.Random) -> tuple[str, str, str]:
     positions = []
     for steps, direction in moves:
         x, y = x + steps * _STEPS[direction][0], y + steps * _STEPS[direction][1]
-        positions.append(f"{x},{y}")
+        dx, dy = _STEPS[direction]
+        positions.append(f"{'x' if dx else 'y'}{(dx + dy) * steps:+d} {x},{y}")
     return f"Take {text}.", "Yes" if returns else "No", " ".join(positions)
 
 
 def shuffled_objects(rng: random.Random) -> tuple[str, str, str]:
     """Three holders and two swaps. The two are drawn independently, so each of the three things is equally likely.
 
-    Worked as who holds what: all three at the start, then the two who swapped.
+    Worked as who holds what: all three at the start, then the two who swapped, and who is asked.
     """
     people, things = rng.sample(NAMES, 3), rng.sample(ITEMS, 3)
     holding = dict(zip(people, things, strict=True))
@@ -61,6 +62,7 @@ def shuffled_objects(rng: random.Random) -> tuple[str, str, str]:
         working.append(f"{a} {holding[a]} {b} {holding[b]}")
     asked = rng.choice(people)
     text = f"{start}. {swaps[0]}, then {swaps[1]}. What does {asked} have?"
+    working.append(f"{asked} {holding[asked]}")
     return text, holding[asked], ", ".join(working)
 
 
@@ -182,13 +184,13 @@ TASKS: tuple[GeneratedTask, ...] = (
         "navigate", navigate,
         description="Says whether a few moves, facing forward all the time, lead back to the start.",
         instruction="Do these moves, always facing forward, lead back to the start? Answer Yes or No.",
-        max_new_tokens=48, allowed_answers=("Yes", "No"), worked=True,
+        max_new_tokens=72, allowed_answers=("Yes", "No"), worked=True,
     ),
     task(
         "tracking_shuffled_objects", shuffled_objects,
         description="Follows three objects through two swaps and names the one a person ends up with.",
         instruction="Name the object.",
-        max_new_tokens=40, worked=True,
+        max_new_tokens=48, worked=True,
     ),
     task(
         "table_lookup", table_lookup,
