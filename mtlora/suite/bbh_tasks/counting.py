@@ -111,7 +111,7 @@ def walked(dx: int, dy: int, steps: int) -> str:
 
 
 def solve_navigate(text: str) -> Solution:
-    """Works it out as each walk along an axis, the position `x,y` after it, and where one faces (N, E, S, W) after turns."""
+    """Works it out as each walk along an axis with the position `x,y` after it, and where one faces after each turn."""
     x = y = heading = 0
     working = []
     for sentence in matched(r"point\? (?:Always face forward\. )?(.*)\.\n", text)[1].split(". "):

@@ -5,7 +5,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError, a, look_up, matched, read_options, with_options
+from mtlora.suite.bbh_tasks.task import (
+    BBHTask,
+    Solution,
+    UnsolvedError,
+    a,
+    look_up,
+    matched,
+    read_options,
+    with_options,
+)
 
 _ORDINALS = ("first", "second", "third", "fourth")
 _INTRO = (
@@ -131,8 +140,9 @@ def _thing(reader: re.Pattern[str], option: str) -> str:
 
 
 def solve_ordering(text: str) -> Solution:
-    """Works it out by the clues in one notation (`x<y`, or `x=2` for the second place), the order, who is asked for, and whom the options name
-    up to that one.
+    """Works it out by the clues, the order, who is asked for, and whom the options name up to that one.
+
+    Clues are in one notation: `x<y`, or `x=2` for the second place.
     """
     letters = read_options(text)
     body = matched(r"within each paragraph\. (.*?: )(.*?)\. (.*)\.\nOptions", text)

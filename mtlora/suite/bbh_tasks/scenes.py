@@ -5,8 +5,16 @@ import re
 from itertools import pairwise
 
 from mtlora.suite.bbh_tasks.task import (
-    BBHTask, Solution, UnsolvedError, a, choose, look_up, matched, read_options, with_options,
-)  # fmt: skip
+    BBHTask,
+    Solution,
+    UnsolvedError,
+    a,
+    choose,
+    look_up,
+    matched,
+    read_options,
+    with_options,
+)
 from mtlora.suite.bbh_tasks.words import COLORED, COLORS, DESTINATIONS, DOINGS, WITNESSES
 
 _NUMBERS = (
@@ -183,7 +191,7 @@ def _draw_removal(rng: random.Random, surface: str, word: str) -> str:
 
 
 def solve_temporal(text: str) -> Solution:
-    """Works it out as the hours at which one stretch follows another, up to the gap, the gap, and the options up to it."""
+    """Works it out as the hours at which one stretch follows another, the gap, and the options up to the gap."""
     letters = read_options(text)
     reached = [matched(r"\w+ woke up at (\w+)\.", text)[1]]
     closed = matched(r" was closed after (\w+)\.", text)[1]

@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from itertools import pairwise
 
 from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError, choose, matched, read_options, with_options
 
@@ -68,7 +69,7 @@ def generate_shapes(rng: random.Random) -> str:
 def _lifted(rng: random.Random, parts: list[str]) -> str:
     """The parts in order; now and then the pen is lifted and put down again where it was."""
     path = parts[0]
-    for before, part in zip(parts, parts[1:], strict=False):
+    for before, part in pairwise(parts):
         if rng.random() < 0.25:
             path += f" M {before.split()[-1]}"
         path += f" {part}"

@@ -3,17 +3,30 @@
 import random
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError, choose, look_up, read_options, with_options
 
-# name, age, height in cm, weight in kg
-_Row = tuple[str, int, int, int]
+
+class _Row(NamedTuple):
+    """Years, centimetres, kilograms."""
+
+    name: str
+    age: int
+    height: int
+    weight: int
+
+    def figure(self, column: str) -> int:
+        """The figure of a column."""
+        return {"age": self.age, "height": self.height, "weight": self.weight}[column]
+
+
 _PENGUINS: tuple[_Row, ...] = (
-    ("Louis", 7, 50, 11), ("Bernard", 5, 80, 13), ("Vincent", 9, 60, 11), ("Gwen", 8, 70, 15),
+    _Row("Louis", 7, 50, 11), _Row("Bernard", 5, 80, 13), _Row("Vincent", 9, 60, 11), _Row("Gwen", 8, 70, 15),
 )  # fmt: skip
-_JAMES: _Row = ("James", 12, 90, 12)
+_JAMES = _Row("James", 12, 90, 12)
 _GIRAFFES: tuple[_Row, ...] = (
-    ("Jody", 5, 430, 620), ("Gladys", 10, 420, 590), ("Marian", 2, 310, 410), ("Donna", 9, 440, 650),
+    _Row("Jody", 5, 430, 620), _Row("Gladys", 10, 420, 590), _Row("Marian", 2, 310, 410), _Row("Donna", 9, 440, 650),
 )  # fmt: skip
 _HEADER = "name, age, height (cm), weight (kg)"
 _TABLE = (
@@ -25,11 +38,10 @@ _ADDED = "We now add a penguin to the table:\nJames, 12, 90, 12\n"
 _DELETED = "We then delete the penguin named Bernard from the table.\n"
 _ALSO = "And here is a similar table, but listing giraffes:\n"
 _OTHER = f"{_ALSO}{_HEADER}\n" + "".join(", ".join(map(str, row)) + "\n" for row in _GIRAFFES)
-_COLUMN = {"age": 1, "height": 2, "weight": 3}
 # superlative -> (column, whether the greatest)
 _EXTREMES = {
-    "oldest": (1, True), "youngest": (1, False), "younest": (1, False), "tallest": (2, True), "shortest": (2, False),
-    "heaviest": (3, True), "lightest": (3, False),
+    "oldest": ("age", True), "youngest": ("age", False), "younest": ("age", False), "tallest": ("height", True),
+    "shortest": ("height", False), "heaviest": ("weight", True), "lightest": ("weight", False),
 }  # fmt: skip
 
 _NAMES = {
@@ -42,7 +54,7 @@ class _Tables:
     """The rows that a text holds."""
 
     def __init__(self, text: str) -> None:
-        self.penguins = [row for row in _PENGUINS if row[0] != "Bernard" or "named Bernard" not in text]
+        self.penguins = [row for row in _PENGUINS if row.name != "Bernard" or "named Bernard" not in text]
         if "add a penguin" in text:
             self.penguins.append(_JAMES)
         self.giraffes = list(_GIRAFFES) if "giraffes:" in text else []
@@ -56,54 +68,57 @@ class _Tables:
 
 def _counted(rows: list[_Row], match: re.Match[str]) -> tuple[str, str]:
     """How many are more or less than so old (and so heavy): each with its figures and the running count."""
-    tests = [(1, match["age_side"], int(match["age"]))]
+    tests = [("age", match["age_side"], int(match["age"]))]
     if match["weight"]:
-        tests.append((3, match["weight_side"], int(match["weight"])))
+        tests.append(("weight", match["weight_side"], int(match["weight"])))
     count, working = 0, []
     for row in rows:
-        count += all(row[column] > limit if side == "more" else row[column] < limit for column, side, limit in tests)
-        working.append(" ".join([row[0], *(str(row[column]) for column, _, _ in tests), str(count)]))
+        count += all(
+            row.figure(column) > limit if side == "more" else row.figure(column) < limit
+            for column, side, limit in tests
+        )
+        working.append(" ".join([row.name, *(str(row.figure(column)) for column, _, _ in tests), str(count)]))
     return ", ".join(working), str(count)
 
 
-def _summed(rows: list[_Row], column: int) -> tuple[str, str]:
+def _summed(rows: list[_Row], column: str) -> tuple[str, str]:
     total, working = 0, []
     for row in rows:
-        total += row[column]
-        working.append(f"{row[0]} {row[column]} {total}")
+        total += row.figure(column)
+        working.append(f"{row.name} {row.figure(column)} {total}")
     return ", ".join(working), str(total)
 
 
-def _listed(rows: list[_Row], column: int) -> str:
-    return " ".join(f"{row[0]} {row[column]}" for row in rows)
+def _listed(rows: list[_Row], column: str) -> str:
+    return " ".join(f"{row.name} {row.figure(column)}" for row in rows)
 
 
 def _extreme(rows: list[_Row], word: str, second: bool) -> tuple[str, str]:
     column, greatest = _EXTREMES[word]
-    row = sorted(rows, key=lambda row: row[column], reverse=greatest)[int(second)]
-    return f"{_listed(rows, column)}, {row[column]}", row[0]
+    row = sorted(rows, key=lambda row: row.figure(column), reverse=greatest)[int(second)]
+    return f"{_listed(rows, column)}, {row.figure(column)}", row.name
 
 
 def _sorted_name(rows: list[_Row], place: str) -> tuple[str, str]:
-    names = sorted(row[0] for row in rows)
+    names = sorted(row.name for row in rows)
     return " ".join(names), names[-1 if place == "last" else 0]
 
 
 def _placed(rows: list[_Row], place: str) -> tuple[str, str]:
-    names = [row[0] for row in rows]
+    names = [row.name for row in rows]
     return " ".join(names), names[{"first": 0, "second": 1, "third": 2, "last": -1}[place]]
 
 
-def _only(rows: list[_Row], column: int, holds: Callable[[int], bool]) -> tuple[str, str]:
-    found = [row for row in rows if holds(row[column])]
+def _only(rows: list[_Row], column: str, holds: Callable[[int], bool]) -> tuple[str, str]:
+    found = [row for row in rows if holds(row.figure(column))]
     if len(found) != 1:
         raise UnsolvedError(f"{len(found)} rows fit")
-    return f"{_listed(rows, column)}, {found[0][column]}", found[0][0]
+    return f"{_listed(rows, column)}, {found[0].figure(column)}", found[0].name
 
 
 def _one(rows: list[_Row], name: str) -> _Row:
     for row in rows:
-        if row[0] == name:
+        if row.name == name:
             return row
     raise UnsolvedError(f"no {name} in the table")
 
@@ -120,10 +135,10 @@ def _answer(tables: _Tables, question: str) -> tuple[str, str]:
     ):
         return _counted(tables.of(m["kind"]), m)
     if m := re.fullmatch(r"What is the cumulated (age|weight|height) of the ([\w ]+)\?", question):
-        return _summed(tables.of(m[2]), _COLUMN[m[1]])
+        return _summed(tables.of(m[2]), m[1])
     if m := re.fullmatch(r"What is the average (age|weight|height) of the ([\w ]+)\?", question):
         rows = tables.of(m[2])
-        working, total = _summed(rows, _COLUMN[m[1]])
+        working, total = _summed(rows, m[1])
         return f"{working}, {total}/{len(rows)}", str(int(total) // len(rows))
     if m := re.fullmatch(r"Which is the (second )?(\w+) (penguin|giraffe)\?", question):
         if m[2] not in _EXTREMES:
@@ -134,20 +149,21 @@ def _answer(tables: _Tables, question: str) -> tuple[str, str]:
     if m := re.fullmatch(r"What is the name of the (first|second|third|last) (penguin|giraffe)\?", question):
         return _placed(tables.of(m[2]), m[1])
     if m := re.fullmatch(r"What is the name of the (?:penguin that is )?(\d+) cm tall(?: penguin)?\?", question):
-        return _only(tables.penguins, 2, lambda height: height == int(m[1]))
+        tall = int(m[1])
+        return _only(tables.penguins, "height", lambda height: height == tall)
     if m := re.fullmatch(r"How many (penguin|giraffe|animal)s are (?:there|listed) in the tables?\?", question):
-        names = [row[0] for row in tables.of(m[1])]
+        names = [row.name for row in tables.of(m[1])]
         return " ".join(f"{name} {i}" for i, name in enumerate(names, 1)), str(len(names))
     if m := re.fullmatch(r"What is the (age|weight|height) of (\w+)\?", question):
-        value = _one(tables.of("animals"), m[2])[_COLUMN[m[1]]]
+        value = _one(tables.of("animals"), m[2]).figure(m[1])
         return f"{m[2]} {value}", str(value)
     if m := re.fullmatch(r"Which penguin is younger than (\w+)(?: and older than (\w+))?\?", question):
-        below = _one(tables.penguins, m[1])[1]
-        above = _one(tables.penguins, m[2])[1] if m[2] else 0
-        return _only(tables.penguins, 1, lambda age: above < age < below)
+        below = _one(tables.penguins, m[1]).age
+        above = _one(tables.penguins, m[2]).age if m[2] else 0
+        return _only(tables.penguins, "age", lambda age: above < age < below)
     if m := re.fullmatch(r"Which penguin is (one|two) years? younger than (\w+)\?", question):
-        wanted = _one(tables.penguins, m[2])[1] - _YEARS[m[1]]
-        return _only(tables.penguins, 1, lambda age: age == wanted)
+        wanted = _one(tables.penguins, m[2]).age - _YEARS[m[1]]
+        return _only(tables.penguins, "age", lambda age: age == wanted)
     raise UnsolvedError(f"no known question: {question!r}")
 
 

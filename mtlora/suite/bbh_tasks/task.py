@@ -52,9 +52,10 @@ def choose(letters: dict[str, str], option: str) -> str:
 
 
 def look_up(letters: dict[str, str], option: str, shown: Callable[[str], str] = str) -> tuple[str, str]:
-    """(the options read out up to the right one, `(B)`): a letter stands before its option, where no model looks for it.
+    """(the options read out up to the right one, `(B)`).
 
-    `shown` is what is read out of an option. Raises UnsolvedError where the option is none.
+    A small model finds what follows a text it has written, but a letter precedes its option. `shown` is
+    what is read out of an option. Raises UnsolvedError where the option is none.
     """
     answer = choose(letters, option)
     read = []

@@ -15,7 +15,7 @@ _STEPS = {"right": (1, 0), "left": (-1, 0), "forward": (0, 1), "backward": (0, -
 
 
 def navigate(rng: random.Random) -> tuple[str, str, str]:
-    """Moves that cancel on every axis, or would but for one step count or direction; worked as walks and positions `x,y`."""
+    """Moves that cancel on every axis, or would but for one count or direction; worked as walks and positions `x,y`."""
     returns = rng.random() < 0.5
     layout = rng.choices(((3,), (2, 2), (3, 2)), weights=(1, 2, 5))[0]
     axes = rng.sample(_AXES, len(layout))
@@ -184,7 +184,7 @@ TASKS: tuple[GeneratedTask, ...] = (
         "navigate", navigate,
         description="Says whether a few moves, facing forward all the time, lead back to the start.",
         instruction="Do these moves, always facing forward, lead back to the start? Answer Yes or No.",
-        max_new_tokens=72, allowed_answers=("Yes", "No"), worked=True,
+        max_new_tokens=48, allowed_answers=("Yes", "No"), worked=True,
     ),
     task(
         "tracking_shuffled_objects", shuffled_objects,
