@@ -68,14 +68,14 @@ KNOWN = [
         "navigate",
         "If you follow these instructions, do you return to the starting point? Take 2 steps. Turn right. "
         "Take 1 step. Turn around.\nOptions:\n- Yes\n- No",
-        "y+2 0,2 E x+1 1,2 W",
+        "N2 E E1 W, N2 S0 E1 W0",
         "No",
     ),
     (
         "navigate",
         "If you follow these instructions, do you return to the starting point? Always face forward. "
         "Take 7 steps left. Take 7 steps right.\nOptions:\n- Yes\n- No",
-        "x-7 -7,0 x+7 0,0",
+        "W7 E7, N0 S0 E7 W7",
         "Yes",
     ),
     (
@@ -118,14 +118,14 @@ KNOWN = [
         "reasoning_about_colored_objects",
         "On the table, you see several things arranged in a row: a blue plate, a grey cup, and an orange pen. How many "
         "non-grey things do you see to the right of the plate?\nOptions:\n(A) zero\n(B) one\n(C) two",
-        "orange 1",
+        "right of plate no grey: orange 1, one, A zero B one",
         "(B)",
     ),
     (
         "reasoning_about_colored_objects",
         "On the desk, there are three black sheets of paper, two black cups, and one brown cup. If I remove all the "
         "sheets of paper from the desk, how many black objects remain on it?\nOptions:\n(A) zero\n(B) one\n(C) two",
-        "cup 2",
+        "black no sheet of paper: cup 2, two, A zero B one C two",
         "(C)",
     ),
     (

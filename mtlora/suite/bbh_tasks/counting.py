@@ -5,6 +5,7 @@ import re
 
 from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError, a, matched
 from mtlora.suite.bbh_tasks.words import THINGS
+from mtlora.suite.walk import DIRECTIONS, Walk
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # Singular and plural -> kind.
@@ -98,32 +99,20 @@ def generate_arithmetic(rng: random.Random) -> str:
 
 _QUESTION = "If you follow these instructions, do you return to the starting point? "
 _ENDING = "\nOptions:\n- Yes\n- No"
-# (x, y) of a step, clockwise from straight on, and the letter of that direction.
-_COMPASS = ((0, 1), (1, 0), (0, -1), (-1, 0))
-_LETTERS = "NESW"
-_DIRECTIONS = {"forward": 0, "right": 1, "backward": 2, "left": 3}
 _TURNS = {"right": 1, "around": 2, "left": 3}
 
 
-def walked(dx: int, dy: int, steps: int) -> str:
-    """A walk as its axis and signed length: `x-3`, `y+4`."""
-    return f"{'x' if dx else 'y'}{(dx + dy) * steps:+d}"
-
-
 def solve_navigate(text: str) -> Solution:
-    """Works it out as each walk along an axis with the position `x,y` after it, and where one faces after each turn."""
-    x = y = heading = 0
-    working = []
+    """Works it out as a `Walk`."""
+    walk, heading = Walk(), 0
     for sentence in matched(r"point\? (?:Always face forward\. )?(.*)\.\n", text)[1].split(". "):
         if turn := re.fullmatch(r"Turn (left|right|around)", sentence):
             heading = (heading + _TURNS[turn[1]]) % 4
-            working.append(_LETTERS[heading])
+            walk.turn(heading)
             continue
-        walk = matched(r"^Take (\d+) steps?(?: (forward|backward|left|right))?$", sentence)
-        dx, dy = _COMPASS[_DIRECTIONS[walk[2]] if walk[2] else heading]
-        x, y = x + dx * int(walk[1]), y + dy * int(walk[1])
-        working.append(f"{walked(dx, dy, int(walk[1]))} {x},{y}")
-    return Solution(" ".join(working), "Yes" if x == y == 0 else "No")
+        taken = matched(r"^Take (\d+) steps?(?: (forward|backward|left|right))?$", sentence)
+        walk.take(int(taken[1]), DIRECTIONS[taken[2]] if taken[2] else heading)
+    return Solution(walk.working, "Yes" if walk.returns else "No")
 
 
 def generate_navigate(rng: random.Random) -> str:
@@ -134,7 +123,7 @@ def generate_navigate(rng: random.Random) -> str:
         steps = [f"Take {n} step{'s' if n > 1 else ''}" for n in (rng.randint(1, 10) for _ in range(9))]
         if forward:
             count = rng.randint(2, 8)
-            axis = rng.choice((("forward", "backward"), ("left", "right"), tuple(_DIRECTIONS)))
+            axis = rng.choice((("forward", "backward"), ("left", "right"), tuple(DIRECTIONS)))
             parts = [f"{step} {rng.choice(axis)}" for step in steps[:count]]
         else:
             count = rng.randint(3, 9)
@@ -156,6 +145,6 @@ TASKS = (
         solve_arithmetic, 112, generate_arithmetic,
     ),
     BBHTask(
-        "navigate", "Says whether moves and turns lead back to the start.", solve_navigate, 112, generate_navigate,
+        "navigate", "Says whether moves and turns lead back to the start.", solve_navigate, 48, generate_navigate,
     ),
 )  # fmt: skip

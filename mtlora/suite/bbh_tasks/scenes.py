@@ -9,7 +9,6 @@ from mtlora.suite.bbh_tasks.task import (
     Solution,
     UnsolvedError,
     a,
-    choose,
     look_up,
     matched,
     read_options,
@@ -45,7 +44,7 @@ def _count(counted: list[tuple[str, int]]) -> tuple[str, str]:
         working.append(f"{name} {running}")
     if running >= len(_NUMBERS):
         raise UnsolvedError(f"{running} is more than any option")
-    return " ".join(working) or "none 0", _NUMBERS[running]
+    return " ".join(working) or "none", _NUMBERS[running]
 
 
 def _find(entries: list[_Entry], what: str) -> int:
@@ -57,43 +56,49 @@ def _find(entries: list[_Entry], what: str) -> int:
 
 
 def solve_colored(text: str) -> Solution:
-    """Works it out by the thing and its colour, by the row up to them, or by a running sum over what is counted."""
+    """Works it out by what is asked for; the thing, the row up to it, or a running sum; and the options up to that."""
     letters = read_options(text)
     stated = matched(r"^On the \w+, (?:there (?:is|are)|(?:you|I) see) (.*?)\. (.*)\nOptions", text)
     entries = _read_entries(stated[1].rpartition(": ")[2])
     question = stated[2]
     if asked := re.fullmatch(r"What color is the (.*)\?", question):
         _, color, _ = entries[_find(entries, asked[1])]
-        return Solution(color, choose(letters, color))
+        return _chosen(letters, asked[1], "", color)
     if asked := re.fullmatch(r"Is the (.*) (\w+)\?", question):
         _, color, _ = entries[_find(entries, asked[1])]
-        word = "yes" if color == asked[2] else "no"
-        return Solution(f"{color} {word}", choose(letters, word))
+        return _chosen(letters, asked[1], f"{color} {asked[2]}", "yes" if color == asked[2] else "no")
     if asked := re.fullmatch(r"What is the color of the (.*)\?", question):
         place = _place(entries, asked[1])
         # A neighbour is reached by reading the row up to the two of them.
         beside = re.match(r"\w+ directly to the (left|right) ", asked[1])
         last = place + 1 if beside and beside[1] == "left" else place
         row = entries[: last + 1] if beside else entries[place : place + 1]
-        color = entries[place][1]
-        return Solution(f"{', '.join(f'{c} {noun}' for _, c, noun in row)}: {color}", choose(letters, color))
+        wanted = re.sub(r"directly to the | the|-most \w+$|^(?:item|object|thing) ", "", asked[1])
+        return _chosen(letters, wanted, ", ".join(f"{c} {noun}" for _, c, noun in row), entries[place][1])
     if asked := re.fullmatch(r"How many non-(\w+) \w+ do you see to the (left|right) of the (.*)\?", question):
         place = _find(entries, asked[3])
         side = entries[:place] if asked[2] == "left" else entries[place + 1 :]
+        wanted = f"{asked[2]} of {asked[3]} no {asked[1]}"
         counted = [(color, count) for count, color, _ in side if color != asked[1]]
     elif asked := re.fullmatch(r"How many \w+ are neither (\w+) nor (\w+)\?", question):
+        wanted = f"no {asked[1]} {asked[2]}"
         counted = [(color, count) for count, color, _ in entries if color not in asked.groups()]
     elif asked := re.fullmatch(r"If I remove all the (.*) from the \w+, how many (.*) remain on it\?", question):
         if asked[1] in _SINGULAR:
-            gone, wanted = _SINGULAR[asked[1]], asked[2].split()[0]
-            counted = [(noun, count) for count, color, noun in entries if noun != gone and color == wanted]
+            gone, left = _SINGULAR[asked[1]], asked[2].split()[0]
+            counted = [(noun, count) for count, color, noun in entries if noun != gone and color == left]
         else:
-            gone, wanted = asked[1].split()[0], _SINGULAR.get(asked[2], "")
-            counted = [(color, count) for count, color, noun in entries if color != gone and noun == wanted]
+            gone, left = asked[1].split()[0], _SINGULAR.get(asked[2], "")
+            counted = [(color, count) for count, color, noun in entries if color != gone and noun == left]
+        wanted = f"{left} no {gone}"
     else:
         raise UnsolvedError(f"no known question: {question!r}")
-    working, number = _count(counted)
-    return Solution(working, choose(letters, number))
+    return _chosen(letters, wanted, *_count(counted))
+
+
+def _chosen(letters: dict[str, str], wanted: str, working: str, answer: str) -> Solution:
+    read, letter = look_up(letters, answer)
+    return Solution(f"{wanted}: {working}{', ' if working else ''}{answer}, {read}", letter)
 
 
 def _place(entries: list[_Entry], where: str) -> int:
@@ -240,7 +245,7 @@ def generate_temporal(rng: random.Random) -> str:
 TASKS = (
     BBHTask(
         "reasoning_about_colored_objects", "Answers a question about coloured things on a table.",
-        solve_colored, 64, generate_colored,
+        solve_colored, 96, generate_colored,
     ),
     BBHTask(
         "temporal_sequences", "Finds the one stretch of a day that nobody accounts for.",

@@ -7,15 +7,13 @@ from itertools import pairwise
 
 from mtlora.suite.builtin.task import GeneratedTask, article, split_sum, task
 from mtlora.suite.builtin.words import COLORS, ITEMS, NAMES, PLACES
+from mtlora.suite.walk import DIRECTIONS, Walk
 
 _AXES = (("left", "right"), ("forward", "backward"))
 
 
-_STEPS = {"right": (1, 0), "left": (-1, 0), "forward": (0, 1), "backward": (0, -1)}
-
-
 def navigate(rng: random.Random) -> tuple[str, str, str]:
-    """Moves that cancel on every axis, or would but for one count or direction; worked as walks and positions `x,y`."""
+    """Moves that cancel on every axis, or would but for one count or direction; worked as a `Walk`."""
     returns = rng.random() < 0.5
     layout = rng.choices(((3,), (2, 2), (3, 2)), weights=(1, 2, 5))[0]
     axes = rng.sample(_AXES, len(layout))
@@ -36,13 +34,10 @@ def navigate(rng: random.Random) -> tuple[str, str, str]:
             (axis,) = (axis for axis in _AXES if direction in axis)
             moves[i] = (steps, axis[1 - axis.index(direction)])
     text = ", ".join(f"{steps} step{'s' if steps > 1 else ''} {direction}" for steps, direction in moves)
-    x = y = 0
-    positions = []
+    walk = Walk()
     for steps, direction in moves:
-        x, y = x + steps * _STEPS[direction][0], y + steps * _STEPS[direction][1]
-        dx, dy = _STEPS[direction]
-        positions.append(f"{'x' if dx else 'y'}{(dx + dy) * steps:+d} {x},{y}")
-    return f"Take {text}.", "Yes" if returns else "No", " ".join(positions)
+        walk.take(steps, DIRECTIONS[direction])
+    return f"Take {text}.", "Yes" if returns else "No", walk.working
 
 
 def shuffled_objects(rng: random.Random) -> tuple[str, str, str]:
