@@ -108,6 +108,7 @@ train: $(STAMP) ## make the shipped adapter again (two hours on two cores); BIG-
 	$(BIN)/mtlora train --config configs/joint-last.json --out out/last --resume
 	$(BIN)/mtlora train --config configs/joint-options.json --out out/options --resume
 	$(BIN)/mtlora train --config configs/joint-walks.json --out out/walks --resume
+	$(BIN)/mtlora train --config configs/joint-checks.json --out out/checks --resume
 
 bench-training: $(STAMP) ## seconds of a training step, the whole method against HydraLoRA on q and v
 	$(BIN)/python -m mtlora.bench.training --backbone $(BACKBONE) configs/methods/full.json \

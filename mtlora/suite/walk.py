@@ -6,9 +6,10 @@ DIRECTIONS = {"forward": 0, "right": 1, "backward": 2, "left": 3}
 
 
 class Walk:
-    """A walk worked out as what has been walked each way so far: `W2 S4 W5, N0 S4 E0 W5`. A turn is a letter alone.
+    """A walk worked out as what has been walked each way so far, and whether opposite ways are equal.
 
-    Sums of counts, which never pass zero, and most of them of one term: a small model adds those, not signed numbers.
+    `W2 S4 W2+3=5, N0 S4 differ, E0 W5 differ`; a turn is a letter alone. Counts never pass zero, each sum has its terms
+    beside it, and each comparison its two sides: a small model does in a token what is that close.
     """
 
     def __init__(self) -> None:
@@ -22,15 +23,21 @@ class Walk:
     def take(self, steps: int, heading: int) -> None:
         """Go so many steps a way, counted so."""
         way = _COMPASS[heading]
+        before = self._totals[way]
         self._totals[way] += steps
-        self._steps.append(f"{way}{self._totals[way]}")
+        self._steps.append(f"{way}{before}+{steps}={before + steps}" if before else f"{way}{steps}")
 
     @property
     def returns(self) -> bool:
         """Whether it ends where it began."""
-        return self._totals["N"] == self._totals["S"] and self._totals["E"] == self._totals["W"]
+        return all(self._totals[there] == self._totals[back] for there, back in ("NS", "EW"))
 
     @property
     def working(self) -> str:
-        """The steps, and all four totals."""
-        return f"{' '.join(self._steps)}, {' '.join(f'{way}{total}' for way, total in self._totals.items())}"
+        """The steps, the totals and how they compare."""
+        totals = self._totals
+        pairs = [
+            f"{there}{totals[there]} {back}{totals[back]} {'same' if totals[there] == totals[back] else 'differ'}"
+            for there, back in ("NS", "EW")
+        ]
+        return f"{' '.join(self._steps)}, {', '.join(pairs)}"

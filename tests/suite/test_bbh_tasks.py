@@ -68,14 +68,14 @@ KNOWN = [
         "navigate",
         "If you follow these instructions, do you return to the starting point? Take 2 steps. Turn right. "
         "Take 1 step. Turn around.\nOptions:\n- Yes\n- No",
-        "N2 E E1 W, N2 S0 E1 W0",
+        "N2 E E1 W, N2 S0 differ, E1 W0 differ",
         "No",
     ),
     (
         "navigate",
         "If you follow these instructions, do you return to the starting point? Always face forward. "
         "Take 7 steps left. Take 7 steps right.\nOptions:\n- Yes\n- No",
-        "W7 E7, N0 S0 E7 W7",
+        "W7 E7, N0 S0 same, E7 W7 same",
         "Yes",
     ),
     (

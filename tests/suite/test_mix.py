@@ -42,7 +42,7 @@ def test_a_task_of_several_parts_is_one(folder: Path) -> None:
     navigate = tasks["navigate"]
     assert navigate.template == builtin.tasks[ids.index("navigate")].template
     assert (navigate.answer_marker, navigate.allowed_answers) == ("=>", None)
-    assert navigate.max_new_tokens == 48
+    assert navigate.max_new_tokens == 96
     assert tasks["snarks"].answer_marker is None
 
     whole = load_suite(str(folder))

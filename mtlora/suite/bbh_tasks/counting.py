@@ -145,6 +145,6 @@ TASKS = (
         solve_arithmetic, 112, generate_arithmetic,
     ),
     BBHTask(
-        "navigate", "Says whether moves and turns lead back to the start.", solve_navigate, 48, generate_navigate,
+        "navigate", "Says whether moves and turns lead back to the start.", solve_navigate, 96, generate_navigate,
     ),
 )  # fmt: skip

@@ -166,6 +166,8 @@ def syllogism(rng: random.Random) -> tuple[str, str, str]:
     """Two premises and a conclusion, of twelve forms.
 
     Worked with letters for the classes: S and P are subject and predicate of the conclusion, M the class in between.
+    Where a statement speaks of the whole class (it distributes the term) the letter is a capital. It is valid, of these
+    forms, where M and what the conclusion distributes are distributed in a premise.
     """
     valid = rng.random() < 0.5
     form = rng.choice(VALID_FORMS if valid else INVALID_FORMS)
@@ -173,13 +175,21 @@ def syllogism(rng: random.Random) -> tuple[str, str, str]:
     first, second, conclusion = (_QUANTIFIERS[q].format(s=classes[s], p=classes[p]) for q, s, p in form)
     _, subject, predicate = form[2]
     letters = {subject: "S", predicate: "P"}
-    premises = [f"{q} {letters.get(s, 'M')} {letters.get(p, 'M')}" for q, s, p in form[:2]]
+    statements = [_distributed(q, letters.get(s, "M"), letters.get(p, "M")) for q, s, p in form]
     if rng.random() < 0.5:
         first, second = second, first
-        premises.reverse()
+        statements[:2] = reversed(statements[:2])
     text = f"{first.capitalize()}. {second.capitalize()}. Therefore, {conclusion}."
-    working = ", ".join([*premises, f"{form[2][0]} S P"])
-    return text, "valid" if valid else "invalid", working
+    needed = "M" + "".join(letter for letter in "SP" if letter in statements[2])
+    checks = [f"{letter} {'yes' if letter in ' '.join(statements[:2]) else 'no'}" for letter in needed]
+    return text, "valid" if valid else "invalid", f"{', '.join(statements)}: {' '.join(checks)}"
+
+
+def _distributed(quantifier: str, subject: str, predicate: str) -> str:
+    """A statement with capitals for the terms that it distributes."""
+    subject = subject if quantifier in ("all", "no") else subject.lower()
+    predicate = predicate if quantifier in ("no", "some not") else predicate.lower()
+    return f"{quantifier} {subject} {predicate}"
 
 
 _CLOSER = {"(": ")", "[": "]", "{": "}", "<": ">"}
@@ -225,7 +235,7 @@ TASKS: tuple[GeneratedTask, ...] = (
         "syllogisms", syllogism,
         description="Says whether a conclusion follows from two quantified premises.",
         instruction="Is the argument deductively valid or invalid?",
-        max_new_tokens=24, allowed_answers=("valid", "invalid"), worked=True,
+        max_new_tokens=32, allowed_answers=("valid", "invalid"), worked=True,
     ),
     task(
         "bracket_completion", bracket_completion,
