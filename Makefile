@@ -101,7 +101,7 @@ proto: $(STAMP) ## generate proto/gen from proto/mtlora and proto/openinference
 	$(BIN)/python -m grpc_tools.protoc -Iopeninference_pb=proto/openinference --python_out=proto/gen \
 	  --pyi_out=proto/gen --grpc_python_out=proto/gen openinference_pb/grpc_predict_v2.proto
 
-train: $(STAMP) ## make the shipped adapter again (two hours on two cores); BIG-Bench Hard's folder must be at data/bbh
+train: $(STAMP) ## make the shipped adapter again (three hours on two cores); BIG-Bench Hard's folder must be at data/bbh
 	$(BIN)/mtlora train --config configs/joint.json --out out/joint --resume
 	$(BIN)/mtlora train --config configs/joint-finish.json --out out/finish --resume
 	$(BIN)/mtlora train --config configs/joint-continue.json --out out/third --resume
