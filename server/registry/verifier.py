@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mtlora.checkpoint import AdapterManifest
 
 _AT_ONCE = 2
+# Of ten thousand tasks it has a few; JSON takes many times its size to read.
+_MAX_MANIFEST_BYTES = 16 << 20
 _CHUNK = 1 << 20
 # A server holds a row of the table for each.
 MAX_TASKS = 20_000
@@ -152,7 +154,10 @@ def check(root: Path, folder: Path, incoming: Path, backbone: "BackboneArchitect
     for name in (MANIFEST_FILE, TENSORS_FILE):
         with open_file(folder, name) as source, (incoming / name).open("xb") as copy:
             # The size first: a sparse file claims any size and costs nothing.
-            left -= os.fstat(source.fileno()).st_size
+            size = os.fstat(source.fileno()).st_size
+            if name == MANIFEST_FILE and size > _MAX_MANIFEST_BYTES:
+                raise CheckpointError(f"{folder / name}: {size} bytes, allowed are {_MAX_MANIFEST_BYTES}")
+            left -= size
             if left < 0:
                 raise CheckpointError(f"{folder}: expected at most {max_bytes} bytes in all, found {max_bytes - left}")
             # Not past that size, should it grow meanwhile: the limit on file sizes ends what goes on and on.
