@@ -31,7 +31,11 @@ def run(options: Options) -> Row:
             for kind, write in rng.sample([*KINDS.items()] * times, len(KINDS) * times):
                 version, content = target.next_version()
                 folder = target.root / target.name / version
-                write(content, folder, rng)
+                # In one step: a healthy copy that is yet to be spoilt would be served, and rightly.
+                hidden = folder.with_name(f".bad-{version}")
+                write(content, folder if kind == "vanishing" else hidden, rng)
+                if kind != "vanishing":
+                    hidden.rename(folder)
                 try:
                     event = watcher.wait(version, _END, _WAIT_S.get(kind, 60.0))
                     if event.stage == SERVING and kind != "vanishing":
