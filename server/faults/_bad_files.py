@@ -4,8 +4,6 @@ import json
 import os
 import random
 import shutil
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,17 +49,8 @@ def wrong_backbone(healthy: Path, folder: Path, rng: random.Random) -> None:
 
 
 def vanishing(healthy: Path, folder: Path, rng: random.Random) -> None:
-    """A healthy version that is removed within moments: it may come to serve, or not."""
-    hidden = folder.with_name(f".{folder.name}")
-    shutil.copytree(healthy, hidden)
-    hidden.rename(folder)
-    wait = rng.random() * 0.4
-
-    def remove() -> None:
-        time.sleep(wait)
-        shutil.rmtree(folder, ignore_errors=True)
-
-    threading.Thread(target=remove).start()
+    """A healthy version: whoever puts it in place removes it within moments, so that it may come to serve, or not."""
+    shutil.copytree(healthy, folder)
 
 
 def oversize(healthy: Path, folder: Path, rng: random.Random) -> None:

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import time
 
 from mtlora_pb.v1 import adapters_pb2
 
@@ -32,10 +33,12 @@ def run(options: Options) -> Row:
                 version, content = target.next_version()
                 folder = target.root / target.name / version
                 # In one step: a healthy copy that is yet to be spoilt would be served, and rightly.
-                hidden = folder.with_name(f".bad-{version}")
-                write(content, folder if kind == "vanishing" else hidden, rng)
-                if kind != "vanishing":
-                    hidden.rename(folder)
+                hidden = folder.with_name(f".{version}")
+                write(content, hidden, rng)
+                hidden.rename(folder)
+                if kind == "vanishing":
+                    time.sleep(rng.random() * 0.4)
+                    shutil.rmtree(folder)
                 try:
                     event = watcher.wait(version, _END, _WAIT_S.get(kind, 60.0))
                     if event.stage == SERVING and kind != "vanishing":

@@ -93,6 +93,14 @@ def test_memory_is_limited(home: Path, tmp_path: Path) -> None:
     spool.close()
 
 
+def test_a_manifest_is_limited(verifier: Verifier, home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "healthy", tmp_path / "a" / "1")
+    with (tmp_path / "a" / "1" / "adapter.json").open("ab") as manifest:
+        manifest.write(b" " * (16 << 20))
+    with pytest.raises(StageError, match=r"adapter.json: \d+ bytes, allowed are 16777216"):
+        verifier.verify_now(tmp_path, found(tmp_path))
+
+
 def test_what_is_kept_is_without_provenance(verifier: Verifier, home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "healthy", tmp_path / "a" / "1")
     plain = verifier.verify_now(tmp_path, found(tmp_path))
