@@ -120,7 +120,7 @@ class Engine:
             # vLLM compiles two sampling functions even then, for seconds, in the first request that needs them.
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
         config = AsyncEngineArgs(**arguments).create_engine_config()
-        with _no_interrupts_in_children():
+        with _no_interrupts_in_children(), rank_environment(config):
             return AsyncLLM(
                 config,
                 Executor.get_class(config),
@@ -151,7 +151,7 @@ class Engine:
             "tensor_parallel_size": settings.tensor_parallel_size,
             "pipeline_parallel_size": settings.pipeline_parallel_size,
             "data_parallel_size": settings.data_parallel_size,
-            "distributed_executor_backend": settings.distributed_executor_backend,
+            "distributed_executor_backend": settings.distributed_executor_backend or default_executor(settings, on_cpu),
             "quantization": settings.quantization,
             "max_logprobs": MAX_LOGPROBS,
             "use_tqdm_on_load": False,
@@ -319,7 +319,6 @@ class Engine:
 
 def engine_environment(settings: Settings) -> dict[str, str]:
     """Environment variables for vLLM and its processes, which inherit them."""
-    ranks = settings.tensor_parallel_size * settings.pipeline_parallel_size * settings.data_parallel_size
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
     wanted = {} if settings.log_level == "debug" else {k: os.environ.get(k, v) for k, v in quiet.items()}
     return {
@@ -334,8 +333,34 @@ def engine_environment(settings: Settings) -> dict[str, str]:
         # Read by the plugin in the engine's processes.
         "MTLORA_ADAPTER_BACKBONE_CHECK": settings.adapter_backbone_check,
         "MTLORA_ROUTING_SAMPLE_STEPS": str(settings.routing_sample_steps),
-        **thread_environment(settings.omp_threads_bind, os.environ, ranks),
+        **thread_environment(settings.omp_threads_bind, os.environ, settings.ranks),
     }
+
+
+def default_executor(settings: Settings, on_cpu: bool) -> type | None:
+    """The executor where none was asked for: None is vLLM's choice.
+
+    One rank on CPU runs in the engine's own process. vLLM would give it another, to place its threads by environment
+    variables, and have the two look for each other's messages without a pause, on the cores that the model needs. It
+    can be kept from that by the class alone: the name "uni" it overrides (vllm/platforms/cpu.py).
+    """
+    if not on_cpu or settings.ranks > 1:
+        return None
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    return UniProcExecutor
+
+
+@contextlib.contextmanager
+def rank_environment(config: Any) -> Iterator[None]:
+    """The environment that places the threads of a rank in the engine's own process, as vLLM sets it for others."""
+    if isinstance(config.parallel_config.distributed_executor_backend, str):
+        yield
+        return
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+    with OMPProcessManager(config).configure_omp_envs(0, 0):
+        yield
 
 
 def exit_at_once(status: int) -> NoReturn:

@@ -149,6 +149,11 @@ class Settings(BaseSettings):
         return self
 
     @property
+    def ranks(self) -> int:
+        """Workers in all, of every engine."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+
+    @property
     def in_flight_limit(self) -> int:
         return self.max_in_flight or 4 * self.max_num_seqs
 

@@ -150,7 +150,7 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
 def _stand_back() -> None:
     """Have this thread take what steps leave of the cores: it is not to race them."""
     # One core, of all there are: it has inherited the one that the first of the engine's threads is bound to.
-    torch.set_num_threads(1)
+    torch._C.set_num_threads(1)
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _STAGING_NICENESS)

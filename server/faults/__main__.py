@@ -6,6 +6,7 @@ A scenario is a module of this package that has `run(options: Options) -> Row`; 
 import argparse
 import importlib
 import pkgutil
+import signal
 import sys
 import tempfile
 import time
@@ -45,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="full length instead of the short form")
     parser.add_argument("--only", nargs="+", choices=known, default=list(known), metavar="SCENARIO")
     options = parser.parse_args(arguments)
+    # Ends like Ctrl-C, with the servers that were started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     rows = []
     for name in options.only:
         began = time.monotonic()
