@@ -149,8 +149,10 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
 
 def _stand_back() -> None:
     """Have this thread take what steps leave of the cores: it is not to race them."""
-    # One core, of all there are: it has inherited the one that the first of the engine's threads is bound to.
+    # A second OpenMP team beside that of the steps makes more threads than cores: from then on libgomp would put the
+    # steps' threads to sleep at every barrier. Not `torch.set_num_threads`, which vLLM disables in CPU workers.
     torch._C.set_num_threads(1)
+    # Any of the cores there are: it has inherited the one that the first of the engine's threads is bound to.
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _STAGING_NICENESS)

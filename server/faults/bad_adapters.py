@@ -45,7 +45,7 @@ def run(options: Options) -> Row:
                         problems.append(f"{kind}: version {version} came to serve")
                 except TimeoutError as error:
                     if kind != "vanishing":
-                        problems.append(f"{kind}: {error}")
+                        problems.append(f"{kind}: {error}; the server's log ends in {target.server.log()[-1000:]}")
                 if folder.is_symlink():
                     folder.unlink()
                 else:
