@@ -265,10 +265,15 @@ class Engine:
     def generate(self, job: GenerationJob) -> AsyncIterator[Delta]:
         """The sequence's deltas. Closing the iterator, or cancelling its reader, aborts the sequence in the engine."""
         slot = None if job.without_adapter else job.task.slot
-        return self._generate(list(job.prompt_ids), job.sampling, slot, job.cache_salt)
+        return self._generate(list(job.prompt_ids), job.sampling, slot, job.cache_salt, job.delta_tokens)
 
     async def _generate(
-        self, prompt_ids: list[int], sampling: Sampling, slot: Any | None, cache_salt: str | None = None
+        self,
+        prompt_ids: list[int],
+        sampling: Sampling,
+        slot: Any | None,
+        cache_salt: str | None = None,
+        delta_tokens: int = 1,
     ) -> AsyncIterator[Delta]:
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
@@ -278,7 +283,7 @@ class Engine:
         self._count += 1
         outputs = self._llm.generate(
             tokens_input(prompt_ids, cache_salt=cache_salt),
-            self._params(sampling),
+            self._params(sampling, delta_tokens),
             f"sequence-{self._count}",
             lora_request=slot,
         )
@@ -293,7 +298,7 @@ class Engine:
         except VllmEngineDeadError:
             raise EngineDeadError from None
 
-    def _params(self, sampling: Sampling) -> Any:
+    def _params(self, sampling: Sampling, delta_tokens: int) -> Any:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         return SamplingParams(
@@ -305,6 +310,9 @@ class Engine:
             stop=list(sampling.stop),
             logprobs=sampling.logprobs or None,
             output_kind=RequestOutputKind.DELTA,
+            stream_interval=delta_tokens,
+            # Nobody else has these: no deep copy.
+            skip_clone=True,
         )
 
     def shutdown(self) -> None:

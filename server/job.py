@@ -48,6 +48,8 @@ class GenerationJob:
     # Template prompts are answered without outer blanks; a chat's answer is left as it is.
     strip: bool = True
     include_reasoning: bool = False
+    # Tokens that may gather before the engine hands them out; the first one and the last ones never wait.
+    delta_tokens: int = 1
 
     @property
     def answer_marker(self) -> str | None:

@@ -77,7 +77,10 @@ class Metrics:
             "mtlora_time_to_first_token_seconds", "From receipt to first token.", buckets=_LATENCY_BUCKETS, **registry
         )
         self.itl = Histogram(
-            "mtlora_inter_token_latency_seconds", "Between tokens of a sequence.", buckets=_ITL_BUCKETS, **registry
+            "mtlora_inter_token_latency_seconds",
+            "Between tokens of a sequence; of a unary answer, averages over a few.",
+            buckets=_ITL_BUCKETS,
+            **registry,
         )
         self.e2e = Histogram(
             "mtlora_request_seconds", "From receipt to the end of the answer.", buckets=_LATENCY_BUCKETS, **registry

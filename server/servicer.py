@@ -29,6 +29,9 @@ from server.validation import Limits, page_size, validate
 
 logger = get_logger("prompt")
 
+# Nobody reads a unary answer as it grows. Every token handed on takes time from the next step where cores are few;
+# often enough for the tenants' counts to follow.
+_UNARY_DELTA_TOKENS = 16
 # Above this many bytes, tokenizing takes long enough to hold up the streams of others.
 _TOKENIZE_APART_BYTES = 8192
 
@@ -68,7 +71,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """The current call's tenant's request, run to its end: the way of every front."""
         with self._admission.admit():
             self._scheduler.check_quotas(current_call().tenant)
-            generation = await self._generation(request)
+            generation = await self._generation(request, _UNARY_DELTA_TOKENS)
             async with aclosing(generation.run(self.engine, self._scheduler)) as deltas:  # type: ignore[type-var]
                 async for _ in deltas:
                     pass
@@ -99,7 +102,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._admission.check_serving()
         return pb.GetTaskResponse(task=encoding.task(self.task(request.task_id)))
 
-    async def _generation(self, request: pb.GenerateRequest) -> Generation:
+    async def _generation(self, request: pb.GenerateRequest, delta_tokens: int = 1) -> Generation:
         task = self._version_for(request, self.task(request.task_id)) if request.task_id else None
         result = await self._validate(request, task)
         if isinstance(result, list):
@@ -108,7 +111,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         if self._log_prompts:
             prompt = self.tokenizer.decode(result.prompt_ids)
             logger.info("prompt", extra={"fields": {"request_id": call.request_id, "prompt": prompt}})
-        return Generation(replace(result, cache_salt=self._cache_salt(call.tenant)), call, self._metrics)
+        job = replace(result, cache_salt=self._cache_salt(call.tenant), delta_tokens=delta_tokens)
+        return Generation(job, call, self._metrics)
 
     async def _validate(self, request: pb.GenerateRequest, task: ServedTask | None) -> GenerationJob | list[Violation]:
         arguments = (request, task, self.tokenizer, self.limits)
