@@ -85,7 +85,8 @@ class Generator:
         if share.settings.outcomes:
             recorder.keep_outcomes()
         target = share.settings.target
-        driver = self.driver = Driver(self.connection, recorder, began, timeout_s=target.timeout_s, unary=target.unary)
+        unary = target.unary or load.unary
+        driver = self.driver = Driver(self.connection, recorder, began, timeout_s=target.timeout_s, unary=unary)
         cpu, wall = _cpu_seconds(), time.monotonic()
         if load.in_flight is not None:
             await driver.closed_loop(self._closed(load, requests), self._part(load.in_flight), window[1])

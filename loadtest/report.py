@@ -232,16 +232,18 @@ def _in_process(result: Mapping[str, Any]) -> str:
     if not found:
         return ""
     rows = [
-        (str(i), f"{r['end_to_end_per_second']:.2f}", f"{r['in_process_per_second']:.2f}",
-         f"{r['end_to_end_per_second'] / r['in_process_per_second']:.3f}")
-        for i, r in enumerate(found["rounds"], 1)
+        ("whole" if r["unary"] else "streamed", f"{r['end_to_end_per_second']:.2f}",
+         f"{r['in_process_per_second']:.2f}", f"{r['ratio']:.3f}")
+        for r in sorted(found["rounds"], key=lambda r: not r["unary"])
     ]  # fmt: skip
     return (
         "<h2>What the server costs</h2><p>The same requests, "
         f"{found['in_flight']} at a time, through the server and through the engine with no server around it, in turn. "
-        f"Ratio, median of {len(rows)} rounds: <b>{found['ratio']:.3f}</b> ({found['ratio_min']:.3f} to "
-        f"{found['ratio_max']:.3f}).</p>"
-        + _table(("round", "requests/s through the server", "requests/s, engine alone", "ratio"), rows)
+        f"The engine gives whole answers; asked for the same, the server has <b>{found['ratio']:.3f}</b> of its "
+        f"throughput (median of the rounds; {found['ratio_min']:.3f} to {found['ratio_max']:.3f}). Asked for streams, "
+        f"each token a message of its own, it has <b>{found['streamed_ratio']:.3f}</b> "
+        f"({found['streamed_ratio_min']:.3f} to {found['streamed_ratio_max']:.3f}).</p>"
+        + _table(("answers", "requests/s through the server", "requests/s, engine alone", "ratio"), rows, (0,))
     )
 
 

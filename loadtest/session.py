@@ -77,7 +77,7 @@ class Session:
             if watching is not None:
                 watching.cancel()
         self.gone = self.gone or ran.gone
-        server = await self._server(ran, watched, began, before)
+        server = await self._server(load, ran, watched, began, before)
         self._answers.update(ran.recorder.answers)
         self._exact += ran.recorder.everything.exact
         phase = result.phase_json(load, ran, server)
@@ -148,14 +148,16 @@ class Session:
             return watched.pages[-1]
         return None
 
-    async def _server(self, ran: Ran, watched: Watched, began: float, before: Page | None) -> dict[str, Any] | None:
+    async def _server(
+        self, load: Load, ran: Ran, watched: Watched, began: float, before: Page | None
+    ) -> dict[str, Any] | None:
         if self._scraper is None:
             return None
         after = await self._page(watched)
         everything = ran.recorder.everything
         recorded = {"ttft": everything.ttft, "itl": everything.itl, "e2e": everything.e2e}
         # Of a unary answer the generator sees no first token of its own.
-        if self.settings.target.unary:
+        if self.settings.target.unary or load.unary:
             recorded = {"e2e": everything.e2e}
         return {
             **server_metrics.series(watched, began),

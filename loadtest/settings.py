@@ -116,7 +116,8 @@ class Load(_Frozen):
     """One phase of load: `rate` (open loop, Poisson), `in_flight` (closed loop) or `trace` (a file).
 
     `requests` ends a closed loop after so many, without a window or warm-up; otherwise what is intended in the first
-    `warm_up_s` seconds is left out, and what is intended in the `duration_s` after it counts.
+    `warm_up_s` seconds is left out, and what is intended in the `duration_s` after it counts. `unary` asks for whole
+    answers, also where the target is asked for streams.
     """
 
     name: str = "run"
@@ -127,6 +128,7 @@ class Load(_Frozen):
     duration_s: Positive | None = None
     requests: int | None = Field(None, ge=1)
     warm_up_s: float = Field(3.0, ge=0, allow_inf_nan=False)
+    unary: bool = False
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:

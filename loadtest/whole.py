@@ -4,6 +4,9 @@ The closed loop keeps as many requests under way as there were, on average, at t
 latency). Rounds of it take turns with the same requests through the engine in process, so that what else the machine
 does falls on both alike; their order is swapped from round to round, and the ratio is the median of the rounds' own.
 Each round's requests are new to both, so neither finds them in its prefix cache.
+
+The engine in process gives whole answers, so what is held against it are rounds of unary calls. Rounds of streams, each
+token a message of its own, are there beside them.
 """
 
 import asyncio
@@ -32,7 +35,7 @@ CLOSED_LOOP = "closed loop at the knee"
 
 @dataclass(frozen=True)
 class Plan:
-    """What a whole load test is made of. `round_s` is about how long a closed loop of a round takes."""
+    """What a whole load test is made of. `rounds` of either kind; about how long a closed loop of one takes."""
 
     backbone: str
     adapters: Path
@@ -96,29 +99,36 @@ async def _against_in_process(session: Session, plan: Plan, in_flight: int, coun
         await asyncio.to_thread(engine.run, _texts(session.generators.workload.take(50)), in_flight)
         rounds = []
         for number in range(plan.rounds):
-            if session.over:
-                break
-            rounds.append(await _round(session, engine, number, in_flight, count))
+            for unary in (True, False):
+                if not session.over:
+                    rounds.append(await _round(session, engine, number, in_flight, count, unary))
     finally:
         await asyncio.to_thread(engine.__exit__)
-    ratios = [each["end_to_end_per_second"] / each["in_process_per_second"] for each in rounds if each]
-    if not ratios:
+    whole, streamed = ([each["ratio"] for each in rounds if each["unary"] is unary] for unary in (True, False))
+    if not streamed:
         return
     session.result["in_process"] = {
         "in_flight": in_flight,
         "engine": engine_arguments,
         "rounds": rounds,
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
+        "ratio": statistics.median(whole),
+        "ratio_min": min(whole),
+        "ratio_max": max(whole),
+        "streamed_ratio": statistics.median(streamed),
+        "streamed_ratio_min": min(streamed),
+        "streamed_ratio_max": max(streamed),
     }
 
 
-async def _round(session: Session, engine: InProcessEngine, number: int, in_flight: int, count: int) -> dict[str, Any]:
+async def _round(
+    session: Session, engine: InProcessEngine, number: int, in_flight: int, count: int, unary: bool
+) -> dict[str, Any]:
     requests = session.generators.workload.take(count)
+    kind = "whole answers" if unary else "streams"
 
     async def through_the_server() -> dict[str, Any]:
-        load = Load(name=f"{CLOSED_LOOP}, round {number + 1}", in_flight=in_flight, requests=count)
+        name = f"{CLOSED_LOOP}, {kind}, round {number + 1}"
+        load = Load(name=name, in_flight=in_flight, requests=count, unary=unary)
         return await session.run(load, requests)
 
     if number % 2 == 0:
@@ -127,19 +137,20 @@ async def _round(session: Session, engine: InProcessEngine, number: int, in_flig
     else:
         alone = await asyncio.to_thread(engine.run, _texts(requests), in_flight)
         phase = await through_the_server()
+    end_to_end, in_process = phase["throughput_per_second"], round(count / alone.seconds, 4)
     found = {
+        "unary": unary,
         "requests": count,
-        "end_to_end_per_second": phase["throughput_per_second"],
-        "in_process_per_second": round(count / alone.seconds, 4),
+        "end_to_end_per_second": end_to_end,
+        "in_process_per_second": in_process,
+        "ratio": end_to_end / in_process,
         "completion_tokens": {
             "end_to_end": phase["total"]["completion_tokens"], "in_process": alone.completion_tokens,
         },
     }  # fmt: skip
-    ratio = found["end_to_end_per_second"] / found["in_process_per_second"]
     session.view.line(
-        f"round {number + 1}, {in_flight} in flight: "
-        f"{found['end_to_end_per_second']:.2f} requests/s through the server, "
-        f"{found['in_process_per_second']:.2f} in process, ratio {ratio:.3f}; "
+        f"round {number + 1}, {kind}, {in_flight} in flight: {end_to_end:.2f} requests/s through the server, "
+        f"{in_process:.2f} in process, ratio {found['ratio']:.3f}; "
         f"generator {phase['generator']['cores']:.0%} of a core"
     )
     return found
