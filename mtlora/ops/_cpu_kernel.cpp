@@ -39,6 +39,13 @@ struct Tile {
   int32_t slot, start, count;
 };
 
+// What is the same in every block of a step; mirrors `Step` in mtlora/ops/cpu_kernel.py.
+struct Step {
+  const int32_t *tokens, *bias_rows, *tiles;
+  int64_t num_planned, num_tiles, num_slots, hidden;
+  int32_t isa, dtype, threads;
+};
+
 struct Call {
   void* y;
   const void* x;
@@ -121,45 +128,46 @@ TileFunction choose(int dtype, int isa) {
 
 extern "C" {
 
-// 1 where this processor can run the kernel. isa: 0 for the best it has, else one alone: 2 AVX2, 512 AVX-512, 516 AVX-512 with
-// its products of bfloat16.
+// 1 where this processor can run the kernel. isa: 0 for the best it has, else one alone: 2 AVX2, 512 AVX-512, 516 AVX-512
+// with its products of bfloat16.
 int mtlora_supported(int isa) { return choose(1, isa) != nullptr; }
 
 int mtlora_max_tile() { return MAX_TILE; }
 
-// Of the table's rows and the weights' layout, `LAYOUT` in mtlora/ops/cpu_kernel.py: to be raised with either.
-int mtlora_layout() { return 2; }
+// Of a step, the table's rows and the weights' layout, `LAYOUT` in mtlora/ops/cpu_kernel.py: to be raised with any.
+int mtlora_layout() { return 3; }
 
-// y += path(x) for every tile. x and y: [num_tokens, hidden] with strides of a row. Returns 0, or what is wrong with the
-// call (y is untouched then): 1 no memory, 2 a slot out of range, 3 a tile or token out of range, 4 an adapter of another
-// dtype or hidden size, 5 a bias row out of range, 6 weights that are not in units.
-int mtlora_add_routed(int isa, int dtype, void* y, const void* x, int64_t y_stride, int64_t x_stride,
-                      int64_t num_tokens, int64_t hidden, const void* table, int64_t num_slots, const int32_t* tokens,
-                      const int32_t* bias_rows, int64_t num_planned, const int32_t* tiles, int64_t num_tiles,
-                      int threads) {
-  const Call call{y, x, y_stride, x_stride, hidden, static_cast<const Adapter*>(table), tokens, bias_rows};
-  const Tile* all = reinterpret_cast<const Tile*>(tiles);
+// y += path(x) for every tile. table: a block's rows. x and y: [num_tokens, hidden] with strides of a row. Returns 0, or
+// what is wrong with the call (y is untouched then): 1 no memory, 2 a slot out of range, 3 a tile or token out of range,
+// 4 an adapter of another dtype or hidden size, 5 a bias row out of range, 6 weights that are not in units.
+int mtlora_add_routed(const Step* step, const void* table, void* y, const void* x, int64_t y_stride, int64_t x_stride,
+                      int64_t num_tokens) {
+  const Call call{y, x, y_stride, x_stride, step->hidden, static_cast<const Adapter*>(table), step->tokens,
+                  step->bias_rows};
+  const Tile* all = reinterpret_cast<const Tile*>(step->tiles);
+  const int64_t num_tiles = step->num_tiles;
   int64_t share = 0;
   for (int64_t i = 0; i < num_tiles; ++i) {
     const Tile& tile = all[i];
-    if (tile.slot < 0 || tile.slot >= num_slots) return 2;
-    if (tile.count < 0 || tile.count > MAX_TILE || tile.start < 0 || tile.start + tile.count > num_planned) return 3;
+    if (tile.slot < 0 || tile.slot >= step->num_slots) return 2;
+    if (tile.count < 0 || tile.count > MAX_TILE || tile.start < 0) return 3;
+    if (tile.start + tile.count > step->num_planned) return 3;
     const Adapter& adapter = call.table[tile.slot];
     if (adapter.rank == 0) continue;
-    if (adapter.dtype != dtype || adapter.hidden != hidden) return 4;
+    if (adapter.dtype != step->dtype || adapter.hidden != step->hidden) return 4;
     if (!adapter.in_units) return 6;
     for (int t = tile.start; t < tile.start + tile.count; ++t) {
-      if (tokens[t] < 0 || tokens[t] >= num_tokens) return 3;
-      if (adapter.bias && bias_rows[t] >= adapter.bias_rows) return 5;
+      if (call.tokens[t] < 0 || call.tokens[t] >= num_tokens) return 3;
+      if (adapter.bias && call.bias_rows[t] >= adapter.bias_rows) return 5;
     }
     const int64_t size = scratch_size(adapter);
     share = size > share ? size : share;
   }
   if (share == 0) return 0;
-  if (threads > num_tiles) threads = static_cast<int>(num_tiles);
+  const int threads = step->threads > num_tiles ? static_cast<int>(num_tiles) : step->threads;
   float* scratch = static_cast<float*>(aligned_alloc(64, share * threads * sizeof(float)));
   if (scratch == nullptr) return 1;
-  const TileFunction run = choose(dtype, isa);
+  const TileFunction run = choose(step->dtype, step->isa);
   int next = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

@@ -12,12 +12,11 @@ from collections.abc import Callable
 import torch
 
 from mtlora.ops.checks import check
-from mtlora.ops.cpu_kernel import KERNEL_DTYPES, compiled_kernel, from_units, units_shape
+from mtlora.ops.cpu_kernel import KERNEL_DTYPES, Step, compiled_kernel, from_units, units_shape
 from mtlora.ops.plan import StepPlan
 from mtlora.ops.routed_lora import PackedBlock, routed_lora
 from mtlora.ops.table import DTYPES, Field, SlotTable
 
-_ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ERRORS = {
     2: "a slot is out of the table's range",
     3: "a tile is out of the range of the step's tokens",
@@ -56,32 +55,43 @@ def bind(table: SlotTable, plan: StepPlan) -> Callable[[torch.Tensor, torch.Tens
     dtype, device, hidden = table.kind
     if kernel is None or device.type != "cpu" or dtype not in KERNEL_DTYPES:
         return None
-    add_routed = kernel.mtlora_add_routed
-    isa, dtype_index, width = _INT(0), _INT(DTYPES.index(dtype)), _LONG(hidden)
-    rows, slots = table.rows_LAF, _LONG(table.num_slots)
-    first, step = rows.data_ptr(), rows.stride(0) * rows.element_size()
-    tokens, bias_rows, tiles = (_ADDRESS(t.data_ptr()) for t in (plan.tokens_T, plan.bias_rows_T, plan.tiles_M3))
-    num_planned, num_tiles = _LONG(len(plan.tokens_T)), _LONG(len(plan.tiles_M3))
-    threads = _INT(torch.get_num_threads())
+    add_routed, rows = kernel.mtlora_add_routed, table.rows_LAF
+    first, size = rows.data_ptr(), rows.stride(0) * rows.element_size()
+    step = _step(0, dtype, hidden, table.num_slots, plan.tokens_T, plan.bias_rows_T, plan.tiles_M3)
+    address = ctypes.addressof(step)
 
     def run(y_TD: torch.Tensor, x_TD: torch.Tensor, block: int) -> None:
-        # `plan` is named, so that its tensors live as long as this.
+        # `plan` and `step` are named, so that they live as long as this.
         (T, D), (y_stride, y_step), (x_stride, x_step) = x_TD.shape, y_TD.stride(), x_TD.stride()
         if (
-            hidden != D or y_TD.shape != x_TD.shape or x_TD.dtype != dtype or y_TD.dtype != dtype
+            step.hidden != D or y_TD.shape != x_TD.shape or x_TD.dtype is not dtype or y_TD.dtype is not dtype
             or y_step != 1 or x_step != 1 or (T > 1 and (y_stride < D or x_stride < D))
-            or y_TD.device != device or x_TD.device != device
+            or not (y_TD.is_cpu and x_TD.is_cpu)
         ):  # fmt: skip
             check(y_TD, x_TD, rows[block], plan.tokens_T, plan.bias_rows_T, plan.tiles_M3)
             raise ValueError(f"x is of {(x_TD.dtype, x_TD.device, D)}, the table's adapters of {table.kind}")
-        error = add_routed(
-            isa, dtype_index, y_TD.data_ptr(), x_TD.data_ptr(), y_stride, x_stride, T, width, first + block * step,
-            slots, tokens, bias_rows, num_planned, tiles, num_tiles, threads,
-        )  # fmt: skip
+        error = add_routed(address, first + block * size, y_TD.data_ptr(), x_TD.data_ptr(), y_stride, x_stride, T)
         if error:
             raise _failure(error)
 
     return run
+
+
+def _step(
+    instruction_set: int,
+    dtype: torch.dtype,
+    hidden: int,
+    num_slots: int,
+    tokens_T: torch.Tensor,
+    bias_rows_T: torch.Tensor,
+    tiles_M3: torch.Tensor,
+) -> Step:
+    """What the kernel is told once. It holds addresses alone: the tensors must live as long."""
+    return Step(
+        tokens=tokens_T.data_ptr(), bias_rows=bias_rows_T.data_ptr(), tiles=tiles_M3.data_ptr(),
+        num_planned=len(tokens_T), num_tiles=len(tiles_M3), num_slots=num_slots, hidden=hidden, isa=instruction_set,
+        dtype=DTYPES.index(dtype), threads=torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _failure(error: int) -> Exception:
@@ -102,23 +112,10 @@ def run_kernel(
     tiles_M3: torch.Tensor,
 ) -> None:
     """`add_routed_lora_` by the compiled kernel. instruction_set: 0 for the best there is, 2 or 512 for one of AVX."""
+    (T, D), rows = x_TD.shape, rows_AF.data_ptr()
+    step = _step(instruction_set, x_TD.dtype, D, len(rows_AF), tokens_T, bias_rows_T, tiles_M3)
     error = kernel.mtlora_add_routed(
-        instruction_set,
-        DTYPES.index(x_TD.dtype),
-        y_TD.data_ptr(),
-        x_TD.data_ptr(),
-        y_TD.stride(0),
-        x_TD.stride(0),
-        x_TD.shape[0],
-        x_TD.shape[1],
-        rows_AF.data_ptr(),
-        rows_AF.shape[0],
-        tokens_T.data_ptr(),
-        bias_rows_T.data_ptr(),
-        tokens_T.shape[0],
-        tiles_M3.data_ptr(),
-        tiles_M3.shape[0],
-        torch.get_num_threads(),
+        ctypes.addressof(step), rows, y_TD.data_ptr(), x_TD.data_ptr(), y_TD.stride(0), x_TD.stride(0), T
     )
     if error:
         raise _failure(error)

@@ -23,15 +23,28 @@ TILE_SIZE = 8
 UNIT = 16
 
 # Version of what the kernel reads, `mtlora_layout` in its source: one built before a change would give wrong numbers.
-LAYOUT = 2
+LAYOUT = 3
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
-_ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_ARGUMENTS: list[type[ctypes._SimpleCData]] = [
-    _INT, _INT, _ADDRESS, _ADDRESS, _LONG, _LONG, _LONG, _LONG, _ADDRESS, _LONG, _ADDRESS, _ADDRESS, _LONG, _ADDRESS,
-    _LONG, _INT,
-]  # fmt: skip
+_ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+
+class Step(ctypes.Structure):
+    """What is the same in every block of a step: built once, for a call of few arguments."""
+
+    _fields_ = (
+        ("tokens", _ADDRESS),
+        ("bias_rows", _ADDRESS),
+        ("tiles", _ADDRESS),
+        ("num_planned", _LONG),
+        ("num_tiles", _LONG),
+        ("num_slots", _LONG),
+        ("hidden", _LONG),
+        ("isa", _INT),
+        ("dtype", _INT),
+        ("threads", _INT),
+    )
 
 
 @cache
@@ -49,7 +62,7 @@ def compiled_kernel() -> ctypes.CDLL | None:
         if not hasattr(library, "mtlora_layout") or library.mtlora_layout() != LAYOUT:
             logger.warning("adapters run in torch ops, slower in mixed batches: %s is stale; install again", path)
             return None
-        library.mtlora_add_routed.argtypes = _ARGUMENTS
+        library.mtlora_add_routed.argtypes = [_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _LONG, _LONG, _LONG]
         if library.mtlora_supported(0) and library.mtlora_max_tile() == TILE_SIZE:
             return library
         logger.warning("adapters run in torch ops, slower in mixed batches: %s does not suit this processor", path)
