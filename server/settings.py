@@ -63,8 +63,8 @@ class Settings(BaseSettings):
     data_parallel_size: int = Field(1, ge=1, description="engines behind this server, each with ranks of its own")
     distributed_executor_backend: Literal["mp", "ray"] | None = Field(
         None,
-        description='what starts ranks: "mp" on this machine, "ray" on those of a Ray cluster; default: nothing for one '
-        "on CPU, which runs in the engine's own process, else the engine's choice",
+        description='what starts ranks: "mp" on this machine, "ray" on those of a Ray cluster; default: one on CPU '
+        "runs in the engine's own process, else the engine's choice",
     )
     quantization: str | None = Field(
         None, min_length=1, description="how the backbone's weights are quantised; default: as its config says"

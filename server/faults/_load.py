@@ -48,6 +48,18 @@ def questions(client: Client, number: int, seed: int) -> list[Question]:
     return [Question(rng.choice(tasks), " ".join(rng.choices(_WORDS, k=rng.randint(8, 24)))) for _ in range(number)]
 
 
+def ask_every_length(client: Client, longest: int = 300) -> None:
+    """Have the engine see a prompt of every length once.
+
+    What oneDNN prepares for a number of tokens, vLLM's CPU build keeps, for each layer and up to 128 numbers. Until
+    then memory grows with the variety of the load, by some hundred MB in all; to be measured is what grows after.
+    """
+    task = next(task.id for task in client.tasks() if len(task.fields) == 1)
+    for words in range(1, longest + 1):
+        # A beginning of its own: what the prefix cache has is not computed.
+        client.generate(task, f"{words}" + " a" * words, max_new_tokens=1, timeout=_TIMEOUT_S)
+
+
 def answers(client: Client, asked: Sequence[Question]) -> list[str]:
     """What the serving version answers, one at a time."""
     return [client.generate(each.task_id, each.text, timeout=_TIMEOUT_S, **PARAMETERS).text for each in asked]

@@ -13,7 +13,10 @@ from google.protobuf.message import Message
 from mtlora_pb.v1 import inference_pb2 as native
 from openinference_pb import grpc_predict_v2_pb2 as oip
 
+from mtlora.access import Access
+from mtlora.client import Client
 from server.bench import resident_bytes
+from server.faults._load import ask_every_length
 from server.faults._secured import metrics, what_is_left
 from server.faults._tenants import tenant, write_tenants
 from server.faults.scenario import Options, Row
@@ -48,7 +51,9 @@ def run(options: Options) -> Row:
     with ServerProcess(
         backbone=options.backbone, adapters=options.adapters, tenants=tenants, kv_cache_gib=0.5, max_message_bytes=65536
     ) as server:
-        fuzzer = Fuzzer(options.seed, key, _task_ids(server.address, key))
+        with Client(server.address, Access(api_key=key)) as client:
+            fuzzer = Fuzzer(options.seed, key, [task.id for task in client.tasks()])
+            ask_every_length(client)
         # As much as it takes until caches are full and pools have their size.
         asyncio.run(_send(server.address, fuzzer, max(1_500, count // 20)))
         before = resident_bytes(server.process.pid)
@@ -68,14 +73,6 @@ def run(options: Options) -> Row:
         f"{sum(statuses.values())} requests ({shown}), RSS {growth:+.1%}" + (f", left: {left}" if left else ""),
         met=alive and not improper and not internal and not left and abs(growth) <= 0.05,
     )
-
-
-def _task_ids(address: str, key: str) -> list[str]:
-    from mtlora.access import Access
-    from mtlora.client import Client
-
-    with Client(address, Access(api_key=key)) as client:
-        return [task.id for task in client.tasks()]
 
 
 class Fuzzer:

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from server.faults._load import Load, failures
+from server.faults._load import Load, ask_every_length, failures
 from server.faults._server import Target, shared
 from server.faults._swapping import Watcher, references, swap
 from server.faults.scenario import Options, Row
@@ -33,6 +33,7 @@ def soak(options: Options, seconds: float, swap_every_s: float) -> Row:
     target = shared(options)
     with target.server.client() as client, Watcher(client) as watcher:
         asked, expected = references(target, client, watcher, 24, options.seed)
+        ask_every_length(client)
         with Load(target.address, asked, seed=options.seed) as full:
             time.sleep(8.0)
         span = full.asked[-1].ended - full.asked[0].began
