@@ -137,6 +137,7 @@ class InProcessEngine(_Process):
             "HF_HUB_OFFLINE": "1",
             # As in the server: vLLM compiles functions even in eager mode, in the midst of requests.
             "TORCHDYNAMO_DISABLE": "1",
+            "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
             # As the server places its threads: on every core.
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
         }

@@ -338,6 +338,8 @@ def engine_environment(settings: Settings) -> dict[str, str]:
         # By now the backbone is a local folder.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
+        # Weights in huge pages where the kernel gives them on request: some percent of a step on CPU.
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
         # Read by the plugin in the engine's processes.
         "MTLORA_ADAPTER_BACKBONE_CHECK": settings.adapter_backbone_check,
         "MTLORA_ROUTING_SAMPLE_STEPS": str(settings.routing_sample_steps),

@@ -45,7 +45,7 @@ class EngineProcess:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
             env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1",
                  "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": _all_cores(),
-                 "TQDM_DISABLE": "1", **(environment or {})},
+                 "TQDM_DISABLE": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **(environment or {})},
         )  # fmt: skip
 
     def __enter__(self) -> "EngineProcess":
