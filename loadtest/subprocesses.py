@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from loadtest.errors import LoadTestError
+from mtlora.vllm_plugin import memory_environment
 
 _READY = re.compile(r"serving on (?P<address>\S+), metrics on (?P<metrics>\S+), (?P<tasks>\d+) tasks")
 _LOG_CHARS = 3000
@@ -137,7 +138,7 @@ class InProcessEngine(_Process):
             "HF_HUB_OFFLINE": "1",
             # As in the server: vLLM compiles functions even in eager mode, in the midst of requests.
             "TORCHDYNAMO_DISABLE": "1",
-            "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
+            **memory_environment(),
             # As the server places its threads: on every core.
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
         }

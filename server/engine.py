@@ -12,6 +12,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mtlora.vllm_plugin import memory_environment
 from server.engine_processes import EngineProcesses
 from server.errors import EngineAbortedError, EngineDeadError
 from server.job import Delta, FinishReason, GenerationJob, Sampling, TokenLogprob, TokenLogprobs
@@ -338,11 +339,10 @@ def engine_environment(settings: Settings) -> dict[str, str]:
         # By now the backbone is a local folder.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
-        # Weights in huge pages where the kernel gives them on request: some percent of a step on CPU.
-        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
         # Read by the plugin in the engine's processes.
         "MTLORA_ADAPTER_BACKBONE_CHECK": settings.adapter_backbone_check,
         "MTLORA_ROUTING_SAMPLE_STEPS": str(settings.routing_sample_steps),
+        **memory_environment(),
         **thread_environment(settings.omp_threads_bind, os.environ, settings.ranks),
     }
 

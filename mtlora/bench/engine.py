@@ -25,6 +25,7 @@ from mtlora.backbone import identify, resolve
 from mtlora.bench.adapters import link_adapter, write_random_adapter, write_random_peft
 from mtlora.bench.load import LOADS, REFERENCE, Load
 from mtlora.bench.picture import draw
+from mtlora.vllm_plugin import memory_environment
 
 Slot = tuple[str, int, str] | None
 
@@ -45,7 +46,7 @@ class EngineProcess:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
             env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1",
                  "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": _all_cores(),
-                 "TQDM_DISABLE": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **(environment or {})},
+                 "TQDM_DISABLE": "1", **memory_environment(), **(environment or {})},
         )  # fmt: skip
 
     def __enter__(self) -> "EngineProcess":
