@@ -46,20 +46,14 @@ class RoutedBlock(BaseLayerWithLoRA):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The block's output [T, D] with the path added to it in place."""
+        x_TD = kwargs[self.input_name] if self.input_name in kwargs else args[self.input_index]
         if torch.compiler.is_compiling():
             y_TD: torch.Tensor = self.base_layer(*args, **kwargs)
-            torch.ops.mtlora.routed_lora_(y_TD, self._input(args, kwargs), self.layer_name)
-            return y_TD
-        # The operator is for compilers; without one its dispatch costs what a small layer's path costs.
-        y_TD = self._base_forward(*args, **kwargs)
-        if self.index in self.step.blocks:
-            self.add_path_(y_TD, self._input(args, kwargs))
+            torch.ops.mtlora.routed_lora_(y_TD, x_TD, self.layer_name)
+        else:  # the operator is for compilers; without one its dispatch costs what a small layer's path costs
+            y_TD = self._base_forward(*args, **kwargs)
+            self.add_path_(y_TD, x_TD)
         return y_TD
-
-    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        """The block's input [T, D] among its arguments."""
-        found: torch.Tensor = kwargs[self.input_name] if self.input_name in kwargs else args[self.input_index]
-        return found
 
     def add_path_(self, y_TD: torch.Tensor, x_TD: torch.Tensor) -> None:
         """Add to `y_TD`, in place, the path of every row that the step gives to an adapter."""

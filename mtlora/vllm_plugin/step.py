@@ -31,8 +31,7 @@ class StepMapping:
     def clear(self) -> None:
         """No token has an adapter."""
         self.num_tokens = 0
-        # Numbers of the blocks in which any of the step's adapters has a path.
-        self.blocks: frozenset[int] = frozenset()
+        self._blocks: frozenset[int] = frozenset()
         self._names: dict[int, str] = {}
 
     def set(self, slot_ids_T: np.ndarray, slot: Callable[[int], Slot]) -> None:
@@ -48,7 +47,7 @@ class StepMapping:
         place_of = self._place({s.adapter.rows for s in held.values() if s.adapter is not None})
         if not place_of:
             return
-        self.blocks = frozenset().union(*(rows.active for rows in place_of))
+        self._blocks = frozenset().union(*(rows.active for rows in place_of))
         if self.sampler:
             self._names = {place_of[s.adapter.rows]: s.version for s in held.values() if s.adapter is not None}
         place_of_id, bias_row_of_id = np.full((2, len(ids)), -1)
@@ -67,7 +66,7 @@ class StepMapping:
 
     def add_path_(self, y_TD: torch.Tensor, x_TD: torch.Tensor, block: int) -> None:
         """Add to `y_TD`, in place, the path of block number `block` for every row that has an adapter."""
-        if block in self.blocks:
+        if block in self._blocks:
             self._add_path_(y_TD, x_TD, block)
             if self.sampler and self.sampler.due(block):
                 self.sampler.observe(x_TD, self._table, block, self._plan, self._names)
