@@ -35,7 +35,7 @@ CLOSED_LOOP = "closed loop at the knee"
 
 @dataclass(frozen=True)
 class Plan:
-    """What a whole load test is made of. `rounds` of either kind; about how long a closed loop of one takes."""
+    """What a whole load test is made of. `rounds` of either kind, of about `round_s` seconds each."""
 
     backbone: str
     adapters: Path
