@@ -46,7 +46,7 @@ _EXPONENTS = {
     torch.bfloat16: (torch.int16, 0x7F80),
 }
 # A task table of 10,000 tasks takes some 10 MiB.
-_MAX_MANIFEST_BYTES = 32 << 20
+MAX_MANIFEST_BYTES = 16 << 20
 # The safetensors header: names, shapes and offsets.
 _MAX_HEADER_BYTES = 8 << 20
 # The published adapter for LLaMA-2-7B has 0.16 GB. A manifest may claim any size, and a sparse file costs nothing.
@@ -236,9 +236,9 @@ def _generation(folder: Path) -> list[tuple[int, int, int] | None]:
 def _read_manifest(folder: Path) -> AdapterManifest:
     path = folder / MANIFEST_FILE
     with open_file(folder, MANIFEST_FILE) as file:
-        content = file.read(_MAX_MANIFEST_BYTES + 1)
-    if len(content) > _MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"{path}: expected at most {_MAX_MANIFEST_BYTES} bytes, found more")
+        content = file.read(MAX_MANIFEST_BYTES + 1)
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"{path}: expected at most {MAX_MANIFEST_BYTES} bytes, found more")
     raw = _json_object(path, content)
     version = raw.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.catalog import Catalog
+from server.engine import Supervisor
 from server.metrics import Metrics
 from server.registry.events import Events
 from server.registry.mirror import Mirror, is_url
@@ -13,7 +14,6 @@ from server.registry.residency import Residency
 from server.registry.spool import Spool
 from server.registry.verifier import Limits, Verifier
 from server.settings import Settings
-from server.supervisor import Supervisor
 
 
 @dataclass

@@ -19,7 +19,14 @@ from server.adapters_service import AdaptersServicer
 from server.admission import Admission, State
 from server.call import current_call
 from server.catalog import Catalog
-from server.engine import Engine, EngineStartError, exit_at_once
+from server.engine import (
+    Engine,
+    EngineFailure,
+    EngineGaveUpError,
+    EngineStartError,
+    Supervisor,
+    exit_at_once,
+)
 from server.errors import EngineDeadError
 from server.health import Health
 from server.interceptor import CallInterceptor
@@ -32,7 +39,6 @@ from server.scheduling import Scheduler
 from server.scheduling.scheduler import engine_slots
 from server.servicer import InferenceServicer
 from server.settings import Settings
-from server.supervisor import EngineFailure, EngineGaveUpError, Supervisor
 from server.tenants import Directory, Tenants, TenantsError
 from server.tenants.authentication import Authenticator, require_admin
 from server.tls import TLSError
@@ -319,9 +325,11 @@ class App:
     async def _open_admission(self) -> None:
         if self._stop.is_set():
             return
-        # What is alive now stays: leave it out of garbage collections, which would hold up the streams.
+        # What is alive now stays: leave it out of garbage collections, which would hold up the streams. The second one
+        # tells the collector how little is left: full ones wait for a quarter of what the last one found alive.
         gc.collect()
         gc.freeze()
+        gc.collect()
         self._admission.state = State.SERVING
         await self._set_health(serving=True)
 

@@ -146,12 +146,14 @@ class Metrics:
             "mtlora_engine_step_sequences", "Sequences of a step.", buckets=_BATCH_BUCKETS, **registry
         )
         self.step_slots = Histogram(
-            "mtlora_engine_step_tasks", "Distinct tasks of a step; those without a bias of their own count as one.",
+            "mtlora_engine_step_tasks",
+            "Distinct tasks of the sequences that run on after a step; those without a bias of their own count as one.",
             buckets=_BATCH_BUCKETS, **registry,
         )  # fmt: skip
         self.step_adapters = Histogram(
-            "mtlora_engine_step_adapters", "Distinct adapter versions of a step.", buckets=_BATCH_BUCKETS, **registry
-        )
+            "mtlora_engine_step_adapters", "Distinct adapter versions of the sequences that run on after a step.",
+            buckets=_BATCH_BUCKETS, **registry,
+        )  # fmt: skip
         self._restarts = Counter(
             "mtlora_engine_restarts", "Engines lost, to be started anew, while the server ran.", ["reason"], **registry
         )
@@ -272,8 +274,9 @@ class Metrics:
         self.prefix_queries.inc(stats.prefix_cache_queries)
         self.prefix_hits.inc(stats.prefix_cache_hits)
         self.preemptions.inc(stats.preemptions)
+        if sequences := stats.running + stats.finished:
+            self.batch.observe(sequences)
         if stats.running:
-            self.batch.observe(stats.running)
             self.step_slots.observe(stats.tasks)
             self.step_adapters.observe(stats.adapters)
 

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from mtlora.checkpoint import AdapterManifest
 
 _AT_ONCE = 2
-# Of ten thousand tasks it has a few; JSON takes many times its size to read.
-_MAX_MANIFEST_BYTES = 16 << 20
 _CHUNK = 1 << 20
 # A server holds a row of the table for each.
 MAX_TASKS = 20_000
@@ -145,7 +143,7 @@ def check(root: Path, folder: Path, incoming: Path, backbone: "BackboneArchitect
 
     The copy's manifest is without provenance, which may be any JSON: whoever reads it later reads only what serves.
     """
-    from mtlora.checkpoint import CheckpointError, open_file, read_checkpoint
+    from mtlora.checkpoint import MAX_MANIFEST_BYTES, CheckpointError, open_file, read_checkpoint
 
     real = folder.resolve()
     if not real.is_relative_to(root.resolve()):
@@ -155,8 +153,8 @@ def check(root: Path, folder: Path, incoming: Path, backbone: "BackboneArchitect
         with open_file(folder, name) as source, (incoming / name).open("xb") as copy:
             # The size first: a sparse file claims any size and costs nothing.
             size = os.fstat(source.fileno()).st_size
-            if name == MANIFEST_FILE and size > _MAX_MANIFEST_BYTES:
-                raise CheckpointError(f"{folder / name}: {size} bytes, allowed are {_MAX_MANIFEST_BYTES}")
+            if name == MANIFEST_FILE and size > MAX_MANIFEST_BYTES:
+                raise CheckpointError(f"{folder / name}: {size} bytes, allowed are {MAX_MANIFEST_BYTES}")
             left -= size
             if left < 0:
                 raise CheckpointError(f"{folder}: expected at most {max_bytes} bytes in all, found {max_bytes - left}")

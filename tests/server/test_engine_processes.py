@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from server.engine_processes import EngineProcesses
+from server.engine.processes import EngineProcesses
 
 # A parent and its child, which maps shared memory of its own and some of this process's.
 _PARENT = """

@@ -134,6 +134,15 @@ def test_several_engines_add_up() -> None:
     assert value(metrics, "mtlora_engine_step_sequences_count") == 3
 
 
+def test_a_steps_sequences_include_those_it_ended() -> None:
+    metrics = Metrics()
+    metrics.record_engine(EngineStats(0, 0, 0.0, 0, 0, finished=5))
+    metrics.record_engine(EngineStats(3, 0, 0.0, 0, 0, finished=2))
+    assert value(metrics, "mtlora_engine_step_sequences_count") == 2
+    assert value(metrics, "mtlora_engine_step_sequences_sum") == 10
+    assert value(metrics, "mtlora_engine_step_tasks_count") == 1
+
+
 def test_counts_of_workers_survive_their_restart() -> None:
     metrics = Metrics()
     metrics.record_workers([worker(weight_loads=3, resident_bytes=10), worker(weight_loads=3, resident_bytes=20)])

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from server import cli, threads
+from server import cli
+from server.engine import threads
 from server.settings import SettingsError, load_settings
 
 

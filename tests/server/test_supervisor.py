@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 
-from server.engine import Engine, EngineStartError
+from server.engine import Engine, EngineFailure, EngineGaveUpError, EngineStartError, Supervisor
 from server.errors import EngineDeadError
 from server.settings import Settings
-from server.supervisor import EngineFailure, EngineGaveUpError, Supervisor
 from tests.server.fakes import eventually
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from server.engine import Engine, EngineStartError
+from server.engine.engine import Engine, EngineStartError
 from server.errors import EngineDeadError
 from server.job import Delta, GenerationJob
 from server.logs import get_logger

@@ -1,0 +1,23 @@
+"""The engine: vLLM behind an interface of the server's own. Nothing else in the server touches vLLM, and this only when
+an engine is started.
+
+`Supervisor` keeps one `Engine` running. `launch` starts its processes, `threads` places them on cores, `translation`
+has the words of both sides, `stats` what an engine counts.
+"""
+
+from server.engine.engine import Engine, EngineStartError
+from server.engine.launch import exit_at_once
+from server.engine.stats import EngineStats, RoutingSums, WorkerStats
+from server.engine.supervisor import EngineFailure, EngineGaveUpError, Supervisor
+
+__all__ = [
+    "Engine",
+    "EngineFailure",
+    "EngineGaveUpError",
+    "EngineStartError",
+    "EngineStats",
+    "RoutingSums",
+    "Supervisor",
+    "WorkerStats",
+    "exit_at_once",
+]

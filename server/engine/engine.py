@@ -1,0 +1,220 @@
+"""A thin asynchronous wrapper around vLLM's AsyncLLM."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from server.engine import translation
+from server.engine.launch import launch
+from server.engine.processes import EngineProcesses
+from server.engine.stats import EngineStats, WorkerStats, stat_logger, worker_stats
+from server.errors import EngineDeadError
+from server.job import Delta, GenerationJob, Sampling
+from server.logs import get_logger
+from server.registry.version import Stage, StageError
+from server.settings import Settings
+
+logger = get_logger("engine")
+
+# How often a load that runs beside the steps is asked whether it is done.
+_STAGING_POLL_S = 0.02
+
+
+class EngineStartError(RuntimeError):
+    """The engine did not start."""
+
+
+@dataclass(eq=False)
+class _Wait:
+    """A task that waits for the engine."""
+
+    task: "asyncio.Task[Any]"
+    since: float
+    lost: bool = False
+
+
+class Engine:
+    """One engine. `start` it, then `load` slots, then `generate`; all but `start` and `shutdown` on the event loop.
+
+    Once it is `lose`d, whoever waits for it, or comes later, gets EngineDeadError.
+    """
+
+    def __init__(self, settings: Settings, backbone: Path, on_stats: Callable[[EngineStats], None]) -> None:
+        self._settings = settings
+        self._backbone = backbone
+        self._on_stats = on_stats
+        self._llm: Any = None
+        self._count = 0
+        self._processes = EngineProcesses()
+        self._waits: set[_Wait] = set()
+        self._lost = False
+        self._last_step = time.monotonic()
+
+    def start(self) -> None:
+        """Start the engine's processes and load the backbone. Blocks for long; raises EngineStartError."""
+        try:
+            self._llm = launch(self._settings, self._backbone, stat_logger(self._record_step))
+            cores = self._llm.engine_core.resources.engine_manager.processes
+            self._processes = EngineProcesses.below(core.pid for core in cores)
+        except Exception as error:
+            logger.error("the engine did not start", exc_info=True)
+            raise EngineStartError(f"the engine did not start: {error}") from error
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._llm.get_tokenizer()
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._llm.model_config.get_vocab_size())
+
+    @property
+    def alive(self) -> bool:
+        """False once the engine has died; a request would end in EngineDeadError."""
+        return self._llm is not None and not self._lost and not self._llm.errored
+
+    @property
+    def stalled_s(self) -> float:
+        """For how long somebody has waited and no step has been made. A reader that takes its time is no waiter."""
+        waiting_since = min((wait.since for wait in self._waits), default=None)
+        return 0.0 if waiting_since is None else time.monotonic() - max(waiting_since, self._last_step)
+
+    def lose(self) -> None:
+        """Give this engine up: end every wait for it, and kill its processes."""
+        self._lost = True
+        for wait in self._waits:
+            wait.lost = True
+            wait.task.cancel()
+        self._processes.kill()
+        if self._llm is not None:
+            # Nothing more is sent to what has gone.
+            self._llm.engine_core.resources.engine_dead = True
+
+    async def load(self, folder: Path, slots: Sequence[Any]) -> None:
+        """Put an adapter and its slots into the engine's memory, reading it beside the running steps.
+
+        Raises StageError where the engine does not take it; nothing has changed then.
+        """
+        try:
+            while True:
+                states = await self._call("mtlora_stage", str(folder))
+                _check_loaded(states)
+                if all(state == "ready" for state, _ in states):
+                    break
+                await asyncio.sleep(_STAGING_POLL_S)
+            named = [[slot.lora_int_id, slot.lora_name, slot.lora_path] for slot in slots]
+            _check_loaded(await self._call("mtlora_place", str(folder), named))
+        except StageError:
+            # Another rank may have it.
+            await self._call("mtlora_remove", [slot.lora_int_id for slot in slots])
+            await self._call("mtlora_unstage", str(folder))
+            raise
+
+    async def unload(self, slots: Sequence[Any]) -> None:
+        """Take slots, and with its last slot an adapter, out of the engine's memory."""
+        await self._call("mtlora_remove", [slot.lora_int_id for slot in slots])
+
+    async def worker_stats(self) -> list[WorkerStats]:
+        """Of every rank of every engine, asked between two steps."""
+        return [worker_stats(rank) for rank in await self._call("mtlora_statistics")]
+
+    async def _call(self, method: str, *arguments: Any) -> list[Any]:
+        """The result of a worker's method, of each rank of each engine."""
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
+
+        with self._waiting():
+            try:
+                core = self._llm.engine_core
+                # vLLM's own `collective_rpc` gives the results of the first engine alone.
+                engines = await core.call_utility_all_async("collective_rpc", method, None, arguments, {})
+            except VllmEngineDeadError:
+                raise EngineDeadError from None
+        return [result for ranks in engines for result in ranks]
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Around everything that waits for the engine: `lose` ends it with EngineDeadError."""
+        if self._lost:
+            raise EngineDeadError
+        task = asyncio.current_task()
+        assert task is not None
+        wait = _Wait(task, time.monotonic())
+        self._waits.add(wait)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if wait.lost:
+                task.uncancel()
+                raise EngineDeadError from None
+            raise
+        finally:
+            self._waits.discard(wait)
+
+    def _record_step(self, stats: EngineStats) -> None:
+        self._last_step = time.monotonic()
+        self._on_stats(stats)
+
+    async def warm_up(self, slot: Any | None, *, short: bool = False) -> None:
+        """Run short sequences through prefill, decode and sampling, so that no user's request pays for first calls.
+
+        `short`: one greedy sequence, for a slot that is new to an engine that is not.
+        """
+        sampled = Sampling(max_new_tokens=2, temperature=1.0, top_p=0.9, top_k=10, seed=0, logprobs=1)
+        for sampling in (Sampling(max_new_tokens=2), *(() if short else (sampled,))):
+            async for _ in self._generate([1] * 8, sampling, slot):
+                pass
+
+    def generate(self, job: GenerationJob) -> AsyncIterator[Delta]:
+        """The sequence's deltas. Closing the iterator, or cancelling its reader, aborts the sequence in the engine."""
+        slot = None if job.without_adapter else job.task.slot
+        return self._generate(list(job.prompt_ids), job.sampling, slot, job.cache_salt, job.delta_tokens)
+
+    async def _generate(
+        self,
+        prompt_ids: list[int],
+        sampling: Sampling,
+        slot: Any | None,
+        cache_salt: str | None = None,
+        delta_tokens: int = 1,
+    ) -> AsyncIterator[Delta]:
+        from vllm.inputs import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
+
+        if self._lost:
+            raise EngineDeadError
+        self._count += 1
+        outputs = self._llm.generate(
+            tokens_input(prompt_ids, cache_salt=cache_salt),
+            translation.sampling_params(sampling, delta_tokens),
+            f"sequence-{self._count}",
+            lora_request=slot,
+        )
+        try:
+            async with aclosing(outputs):
+                while True:
+                    with self._waiting():
+                        output = await anext(outputs, None)
+                    if output is None:
+                        return
+                    yield translation.delta(output)
+        except VllmEngineDeadError:
+            raise EngineDeadError from None
+
+    def shutdown(self) -> None:
+        """Stop the engine's processes. Blocks for a few seconds at most."""
+        if self._llm is not None:
+            self._llm.shutdown(timeout=0 if self._lost else 5)
+            if self._lost:
+                self._processes.clean_up()
+            # Collected now: at the interpreter's exit its finalizer would fail, in writing.
+            self._llm = None
+
+
+def _check_loaded(states: Sequence[Sequence[str]]) -> None:
+    for state, reason in states:
+        if state == "failed":
+            raise StageError(Stage.LOADED, f"the engine did not take it: {reason}")

@@ -1,0 +1,131 @@
+"""How an engine is started: vLLM's arguments, the environment of its processes, and the way out while it starts."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mtlora.vllm_plugin import memory_environment
+from server.engine.threads import thread_environment
+from server.settings import Settings
+from server.validation import MAX_LOGPROBS
+
+
+def launch(settings: Settings, backbone: Path, stat_logger: type) -> Any:
+    """Start vLLM's AsyncLLM, its processes included. Blocks for long; raises whatever vLLM raises."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.executor import Executor
+
+    os.environ.update(engine_environment(settings))
+    # vLLM's own variable would silently outrank the setting.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    arguments = _engine_args(settings, backbone)
+    if arguments["enforce_eager"]:
+        # vLLM compiles two sampling functions even then, for seconds, in the first request that needs them.
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    config = AsyncEngineArgs(**arguments).create_engine_config()
+    with _no_interrupts_in_children(), _rank_environment(config):
+        executor = Executor.get_class(config)
+        return AsyncLLM(config, executor, log_stats=False, log_requests=False, stat_loggers=[stat_logger])
+
+
+def _engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
+    from vllm.platforms import current_platform
+
+    from mtlora.vllm_plugin import engine_overrides
+
+    on_cpu = bool(current_platform.is_cpu())
+    kv_cache_gib = settings.kv_cache_gib or (1.0 if on_cpu else None)
+    return {
+        "model": str(backbone),
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "kv_cache_memory_bytes": int(kv_cache_gib * (1 << 30)) if kv_cache_gib else None,
+        "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
+        "enable_prefix_caching": settings.enable_prefix_caching,
+        "seed": settings.seed,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "pipeline_parallel_size": settings.pipeline_parallel_size,
+        "data_parallel_size": settings.data_parallel_size,
+        "distributed_executor_backend": settings.distributed_executor_backend or _default_executor(settings, on_cpu),
+        "quantization": settings.quantization,
+        "max_logprobs": MAX_LOGPROBS,
+        "use_tqdm_on_load": False,
+        **engine_overrides(settings.max_num_seqs, int(settings.host_cache_gib * (1 << 30))),
+    }
+
+
+def engine_environment(settings: Settings) -> dict[str, str]:
+    """Environment variables for vLLM and its processes, which inherit them."""
+    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+    wanted = {} if settings.log_level == "debug" else {k: os.environ.get(k, v) for k, v in quiet.items()}
+    return {
+        **wanted,
+        # stdout belongs to the ready line.
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        # By now the backbone is a local folder.
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        # Read by the plugin in the engine's processes.
+        "MTLORA_ADAPTER_BACKBONE_CHECK": settings.adapter_backbone_check,
+        "MTLORA_ROUTING_SAMPLE_STEPS": str(settings.routing_sample_steps),
+        **memory_environment(),
+        **thread_environment(settings.omp_threads_bind, os.environ, settings.ranks),
+    }
+
+
+def _default_executor(settings: Settings, on_cpu: bool) -> type | None:
+    """The executor where none was asked for: None is vLLM's choice.
+
+    One rank on CPU runs in the engine's own process. vLLM would give it another, to place its threads by environment
+    variables, and have the two look for each other's messages without a pause, on the cores that the model needs. It
+    can be kept from that by the class alone: the name "uni" it overrides (vllm/platforms/cpu.py).
+    """
+    if not on_cpu or settings.ranks > 1:
+        return None
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    return UniProcExecutor
+
+
+@contextlib.contextmanager
+def _rank_environment(config: Any) -> Iterator[None]:
+    """The environment that places the threads of a rank in the engine's own process, as vLLM sets it for others."""
+    if isinstance(config.parallel_config.distributed_executor_backend, str):
+        yield
+        return
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+    with OMPProcessManager(config).configure_omp_envs(0, 0):
+        yield
+
+
+def exit_at_once(status: int) -> NoReturn:
+    """End this process and every one under it. An engine in the middle of its start cannot be asked to stop."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(status)
+
+
+@contextlib.contextmanager
+def _no_interrupts_in_children() -> Iterator[None]:
+    """Ctrl-C reaches every process of a terminal; the engine's must live on while running requests finish."""
+    # Started later, the tracker would unblock the signal again.
+    resource_tracker.ensure_running()
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)

@@ -1,0 +1,100 @@
+"""What an engine tells of itself after a step, and of its processes when asked."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """The scheduler's state after its last step, and what happened since the one before."""
+
+    running: int
+    waiting: int
+    kv_cache_usage: float
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    preemptions: int = 0
+    # Sequences that the step ended; the others of it run on.
+    finished: int = 0
+    # Distinct slots and adapter versions of the running sequences.
+    tasks: int = 0
+    adapters: int = 0
+    # Which of the data-parallel engines.
+    engine: int = 0
+
+
+@dataclass(frozen=True)
+class RoutingSums:
+    """Of sampled routing; fields as in `mtlora.vllm_plugin.sampling.RoutingSums`."""
+
+    rows: int
+    entropy: float
+    expert_weights: Sequence[float]
+
+
+@dataclass(frozen=True)
+class WorkerStats:
+    """What one rank of one engine counts of its adapters, and its sampled routing by adapter version."""
+
+    slots: int
+    slots_in_use: int
+    slots_registered: int
+    resident_bytes: int
+    weight_loads: int
+    slot_evictions: int
+    routing: Mapping[str, RoutingSums]
+
+
+def worker_stats(rank: dict[str, Any]) -> WorkerStats:
+    """From what a rank's `mtlora_statistics` returns."""
+    routing = {adapter: RoutingSums(**sums) for adapter, sums in rank["routing"].items()}
+    return WorkerStats(**{**rank, "routing": routing})
+
+
+def stat_logger(on_stats: Callable[[EngineStats], None]) -> type:
+    """A logger for vLLM that hands each step's statistics on.
+
+    vLLM adds its Prometheus logger wherever none of that class is given. That one takes its time in every step, keeps a
+    series for every combination of adapters that ever ran together, and nobody reads it: this one stands in its place.
+    """
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    class StatLogger(PrometheusStatLogger):
+        def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
+            pass
+
+        def record(
+            self,
+            scheduler_stats: Any,
+            iteration_stats: Any,
+            mm_cache_stats: Any = None,
+            engine_idx: int = 0,
+        ) -> None:
+            if scheduler_stats is not None:
+                running = [name for name, count in scheduler_stats.running_lora_adapters.items() if count]
+                on_stats(
+                    EngineStats(
+                        running=scheduler_stats.num_running_reqs,
+                        waiting=scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs,
+                        kv_cache_usage=scheduler_stats.kv_cache_usage,
+                        prefix_cache_queries=scheduler_stats.prefix_cache_stats.queries,
+                        prefix_cache_hits=scheduler_stats.prefix_cache_stats.hits,
+                        preemptions=iteration_stats.num_preempted_reqs if iteration_stats else 0,
+                        finished=len(iteration_stats.finished_requests) if iteration_stats else 0,
+                        tasks=len(running),
+                        adapters=len({name.partition("#")[0] for name in running}),
+                        engine=engine_idx,
+                    )
+                )
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+        def record_sleep_state(self, sleep: int = 0, level: int = 0) -> None:
+            pass
+
+        def record_admission_rejection(self, reason: str) -> None:
+            pass
+
+    return StatLogger

@@ -1,0 +1,62 @@
+"""From this server's words into vLLM's, and back."""
+
+from typing import Any
+
+from server.errors import EngineAbortedError
+from server.job import Delta, FinishReason, Sampling, TokenLogprob, TokenLogprobs
+
+_FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "repetition": "stop"}
+
+
+def sampling_params(sampling: Sampling, delta_tokens: int) -> Any:
+    """vLLM's SamplingParams; the output comes in pieces of `delta_tokens` tokens."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    return SamplingParams(
+        max_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        stop=list(sampling.stop),
+        logprobs=sampling.logprobs or None,
+        output_kind=RequestOutputKind.DELTA,
+        stream_interval=delta_tokens,
+        # Nobody else has these: no deep copy.
+        skip_clone=True,
+    )
+
+
+def delta(output: Any) -> Delta:
+    """From vLLM's RequestOutput. Raises EngineAbortedError where the engine ended the sequence by itself."""
+    completion = output.outputs[0]
+    reason = completion.finish_reason
+    if reason is not None and reason not in _FINISH_REASONS:
+        raise EngineAbortedError(reason)
+    scheduled_at = output.metrics.scheduled_ts if output.metrics else None
+    return Delta(
+        text=completion.text,
+        tokens=len(completion.token_ids),
+        logprobs=_logprobs(completion),
+        finish_reason=_FINISH_REASONS[reason] if reason else None,
+        scheduled_at=scheduled_at or None,
+    )
+
+
+def _logprobs(completion: Any) -> tuple[TokenLogprobs, ...]:
+    if not completion.logprobs:
+        return ()
+    return tuple(
+        _token_logprobs(token_id, position)
+        for token_id, position in zip(completion.token_ids, completion.logprobs, strict=True)
+    )
+
+
+def _token_logprobs(token_id: int, position: dict[int, Any]) -> TokenLogprobs:
+    tokens = {
+        each: TokenLogprob(each, entry.decoded_token or "", float(entry.logprob)) for each, entry in position.items()
+    }
+    # The chosen token comes first in vLLM's dictionary and counts as one of the top only where its rank says so.
+    limit = len(position) - 1 if position[token_id].rank > len(position) - 1 else len(position)
+    ranked = sorted((entry.rank, each) for each, entry in position.items())
+    return TokenLogprobs(tokens[token_id], tuple(tokens[each] for _, each in ranked[:limit]))
