@@ -16,13 +16,14 @@ from server.validation import MAX_LOGPROBS
 
 def launch(settings: Settings, backbone: Path, stat_logger: type) -> Any:
     """Start vLLM's AsyncLLM, its processes included. Blocks for long; raises whatever vLLM raises."""
+    # Before vLLM is imported, which reads some of it then.
+    os.environ.update(engine_environment(settings))
+    # vLLM's own variable would silently outrank the setting.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.executor import Executor
 
-    os.environ.update(engine_environment(settings))
-    # vLLM's own variable would silently outrank the setting.
-    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     arguments = _engine_args(settings, backbone)
     if arguments["enforce_eager"]:
         # vLLM compiles two sampling functions even then, for seconds, in the first request that needs them.
