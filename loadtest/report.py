@@ -94,7 +94,9 @@ def _tiles(result: Mapping[str, Any], main: Mapping[str, Any]) -> str:
     if main["accuracy"] is not None:
         tiles.append((f"{main['accuracy']:.0%}", "answers that are the task's exact one (the model's accuracy)"))
     if inside:
-        tiles.append((f"{inside['ratio']:.2f}", "throughput through the server ÷ engine with no server around it"))
+        tiles.append(
+            (f"{inside['ratio']:.2f}", "throughput through the server ÷ engine with no server around it, full")
+        )
     tiles.append((f"{main['generator']['cores']:.1%}", f"of a core: what this load generator itself used {where}"))
     cells = "".join(f"<div class=tile><b>{_e(value)}</b><span>{_e(name)}</span></div>" for value, name in tiles)
     return f"<div class=tiles>{cells}</div>"
@@ -232,18 +234,23 @@ def _in_process(result: Mapping[str, Any]) -> str:
     if not found:
         return ""
     rows = [
-        ("whole" if r["unary"] else "streamed", f"{r['end_to_end_per_second']:.2f}",
-         f"{r['in_process_per_second']:.2f}", f"{r['ratio']:.3f}")
-        for r in sorted(found["rounds"], key=lambda r: not r["unary"])
+        (r["loop"], f"{r['end_to_end_per_second']:.2f}", f"{r['in_process_per_second']:.2f}", f"{r['ratio']:.3f}")
+        for r in sorted(found["rounds"], key=lambda r: [loop["name"] for loop in found["loops"]].index(r["loop"]))
+    ]
+    medians = [
+        (loop["name"], f"{loop['in_flight']:,}", f"{loop['ratio']:.3f}",
+         f"{loop['ratio_min']:.3f} to {loop['ratio_max']:.3f}")
+        for loop in found["loops"]
     ]  # fmt: skip
     return (
-        "<h2>What the server costs</h2><p>The same requests, "
-        f"{found['in_flight']} at a time, through the server and through the engine with no server around it, in turn. "
-        f"The engine gives whole answers; asked for the same, the server has <b>{found['ratio']:.3f}</b> of its "
-        f"throughput (median of the rounds; {found['ratio_min']:.3f} to {found['ratio_max']:.3f}). Asked for streams, "
-        f"each token a message of its own, it has <b>{found['streamed_ratio']:.3f}</b> "
-        f"({found['streamed_ratio_min']:.3f} to {found['streamed_ratio_max']:.3f}).</p>"
-        + _table(("answers", "requests/s through the server", "requests/s, engine alone", "ratio"), rows, (0,))
+        "<h2>What the server costs</h2><p>The same requests, as many at a time, through the server and through the "
+        "engine with no server around it, in turn. <b>Full</b>: more requests are under way than the engine runs at a "
+        "time, so that it never waits for one. The engine alone gives whole answers; in streams each token is a "
+        "message of its own. <b>As at the knee</b>: with fewer under way, a request's place in the engine stays empty "
+        "for the step that begins while its answer is on its way to the client.</p>"
+        + _table(("closed loop", "in flight", "server ÷ engine alone, median", "rounds"), medians, (0,))
+        + "<p>Every round:</p>"
+        + _table(("closed loop", "requests/s through the server", "requests/s, engine alone", "ratio"), rows, (0,))
     )
 
 

@@ -1,18 +1,20 @@
-"""`mtlora-loadtest all`: a server of its own, its knee, a closed loop at the knee, and the engine without a server.
+"""`mtlora-loadtest all`: a server of its own, its knee, and closed loops through it and through the engine alone.
 
-The closed loop keeps as many requests under way as there were, on average, at the knee (Little's law: load times mean
-latency). Rounds of it take turns with the same requests through the engine in process, so that what else the machine
-does falls on both alike; their order is swapped from round to round, and the ratio is the median of the rounds' own.
-Each round's requests are new to both, so neither finds them in its prefix cache.
+Rounds of a closed loop take turns with the same requests through the engine in process, so that what else the machine
+does falls on both alike; their order is swapped from round to round, and a ratio is the median of the rounds' own. Each
+round's requests are new to both, so neither finds them in its prefix cache.
 
-The engine in process gives whole answers, so what is held against it are rounds of unary calls. Rounds of streams, each
-token a message of its own, are there beside them.
+What the server costs is what it takes from a full engine: the ratio of the last line keeps half as many requests again
+under way as a step runs sequences, so that the batch is full on either side, as in `make bench`, and asks for whole
+answers, as that engine gives them. Two more stand beside it. Streams make each token a message. And with only as many
+under way as there were at the knee on average (Little's law: load times mean latency), the place of a request that has
+ended stays empty for the step that begins while its answer travels; in process the next request is there before.
 """
 
 import asyncio
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +27,35 @@ from loadtest.subprocesses import InProcessEngine, Server
 from loadtest.workload import Request
 
 # The engine's settings, given to both in the same words.
+_MAX_NUM_SEQS = 64
 _ENGINE = {
-    "max_num_seqs": 64, "max_num_batched_tokens": 2048, "max_model_len": 1024, "dtype": "auto",
+    "max_num_seqs": _MAX_NUM_SEQS, "max_num_batched_tokens": 2048, "max_model_len": 1024, "dtype": "auto",
     "enable_prefix_caching": True, "enforce_eager": True, "seed": 0,
 }  # fmt: skip
 _KV_CACHE_GIB = 1.0
-CLOSED_LOOP = "closed loop at the knee"
+# Of a round, at least: some seconds.
+_REQUESTS = 320
+# Requests under way of a closed loop that keeps the engine's batch full.
+_FULL = 3 * _MAX_NUM_SEQS // 2
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A kind of closed loop: how many requests are under way, and whether whole answers are asked for, or streams."""
+
+    name: str
+    in_flight: int
+    unary: bool
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a whole load test is made of. `rounds` of either kind, of about `round_s` seconds each."""
+    """What a whole load test is made of. `rounds` of each kind of closed loop."""
 
     backbone: str
     adapters: Path
     ramp: RampSettings
     rounds: int = 5
-    round_s: float = 8.0
 
 
 def server_settings(plan: Plan) -> dict[str, Any]:
@@ -70,9 +84,14 @@ async def run(session: Session, plan: Plan) -> int:
         raise LoadTestError(
             "no load holds the service level, not even the lowest that was tried (--slo-ttft, --slo-e2e)"
         )
-    in_flight = max(1, round(knee.offered * knee.mean_e2e))
-    view.line(f"knee: {knee.offered:.1f} requests/s, {in_flight} in flight on average; starting the engine in process")
-    await _against_in_process(session, plan, in_flight, max(in_flight * 4, round(knee.offered * plan.round_s)))
+    at_knee = max(1, round(knee.offered * knee.mean_e2e))
+    view.line(f"knee: {knee.offered:.1f} requests/s, {at_knee} in flight on average; starting the engine in process")
+    loops = (
+        Loop("full, whole answers", _FULL, unary=True),
+        Loop("full, streams", _FULL, unary=False),
+        Loop("as at the knee, whole answers", at_knee, unary=True),
+    )
+    await _against_in_process(session, plan, loops)
     if not session.over:
         await session.check()
     return session.finish()
@@ -89,57 +108,58 @@ def last_line(result: dict[str, Any]) -> str:
     )
 
 
-async def _against_in_process(session: Session, plan: Plan, in_flight: int, count: int) -> None:
+async def _against_in_process(session: Session, plan: Plan, loops: Sequence[Loop]) -> None:
     adapters = [_adapter(plan.adapters, name) for name in session.result["server"]["adapters"]]
     engine_arguments = {**_ENGINE, "disable_log_stats": True}
     engine = InProcessEngine(plan.backbone, adapters, engine_arguments, _KV_CACHE_GIB)
     await asyncio.to_thread(engine.__enter__)
+    rounds = []
     try:
         # Its first steps are slow, as the server's were.
-        await asyncio.to_thread(engine.run, _texts(session.generators.workload.take(50)), in_flight)
-        rounds = []
+        await asyncio.to_thread(engine.run, _texts(session.generators.workload.take(50)), loops[0].in_flight)
         for number in range(plan.rounds):
-            for unary in (True, False):
+            for loop in loops:
                 if not session.over:
-                    rounds.append(await _round(session, engine, number, in_flight, count, unary))
+                    rounds.append(await _round(session, engine, number, loop))
     finally:
         await asyncio.to_thread(engine.__exit__)
-    whole, streamed = ([each["ratio"] for each in rounds if each["unary"] is unary] for unary in (True, False))
-    if not streamed:
+    ratios = {loop.name: [each["ratio"] for each in rounds if each["loop"] == loop.name] for loop in loops}
+    if not all(ratios.values()):
         return
     session.result["in_process"] = {
-        "in_flight": in_flight,
         "engine": engine_arguments,
         "rounds": rounds,
-        "ratio": statistics.median(whole),
-        "ratio_min": min(whole),
-        "ratio_max": max(whole),
-        "streamed_ratio": statistics.median(streamed),
-        "streamed_ratio_min": min(streamed),
-        "streamed_ratio_max": max(streamed),
+        "loops": [
+            {**asdict(loop), "ratio": statistics.median(found), "ratio_min": min(found), "ratio_max": max(found)}
+            for loop, found in zip(loops, ratios.values(), strict=True)
+        ],
+        "ratio": statistics.median(ratios[loops[0].name]),
     }
+    for loop, found in zip(loops, ratios.values(), strict=True):
+        session.view.line(
+            f"end-to-end/in-process, {loop.name}, {loop.in_flight} in flight: "
+            f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+        )
 
 
-async def _round(
-    session: Session, engine: InProcessEngine, number: int, in_flight: int, count: int, unary: bool
-) -> dict[str, Any]:
+async def _round(session: Session, engine: InProcessEngine, number: int, loop: Loop) -> dict[str, Any]:
+    count = max(_REQUESTS, 4 * loop.in_flight)
     requests = session.generators.workload.take(count)
-    kind = "whole answers" if unary else "streams"
 
     async def through_the_server() -> dict[str, Any]:
-        name = f"{CLOSED_LOOP}, {kind}, round {number + 1}"
-        load = Load(name=name, in_flight=in_flight, requests=count, unary=unary)
+        name = f"closed loop, {loop.name}, round {number + 1}"
+        load = Load(name=name, in_flight=loop.in_flight, requests=count, unary=loop.unary)
         return await session.run(load, requests)
 
     if number % 2 == 0:
         phase = await through_the_server()
-        alone = await asyncio.to_thread(engine.run, _texts(requests), in_flight)
+        alone = await asyncio.to_thread(engine.run, _texts(requests), loop.in_flight)
     else:
-        alone = await asyncio.to_thread(engine.run, _texts(requests), in_flight)
+        alone = await asyncio.to_thread(engine.run, _texts(requests), loop.in_flight)
         phase = await through_the_server()
     end_to_end, in_process = phase["throughput_per_second"], round(count / alone.seconds, 4)
     found = {
-        "unary": unary,
+        "loop": loop.name,
         "requests": count,
         "end_to_end_per_second": end_to_end,
         "in_process_per_second": in_process,
@@ -149,7 +169,7 @@ async def _round(
         },
     }  # fmt: skip
     session.view.line(
-        f"round {number + 1}, {kind}, {in_flight} in flight: {end_to_end:.2f} requests/s through the server, "
+        f"round {number + 1}, {loop.name}, {loop.in_flight} in flight: {end_to_end:.2f} requests/s through the server, "
         f"{in_process:.2f} in process, ratio {found['ratio']:.3f}; "
         f"generator {phase['generator']['cores']:.0%} of a core"
     )
