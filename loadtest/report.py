@@ -94,9 +94,7 @@ def _tiles(result: Mapping[str, Any], main: Mapping[str, Any]) -> str:
     if main["accuracy"] is not None:
         tiles.append((f"{main['accuracy']:.0%}", "answers that are the task's exact one (the model's accuracy)"))
     if inside:
-        tiles.append(
-            (f"{inside['ratio']:.2f}", "throughput through the server ÷ engine with no server around it, full")
-        )
+        tiles.append((f"{inside['ratio']:.2f}", "throughput through the server ÷ engine with no server around it"))
     tiles.append((f"{main['generator']['cores']:.1%}", f"of a core: what this load generator itself used {where}"))
     cells = "".join(f"<div class=tile><b>{_e(value)}</b><span>{_e(name)}</span></div>" for value, name in tiles)
     return f"<div class=tiles>{cells}</div>"
@@ -244,10 +242,10 @@ def _in_process(result: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     return (
         "<h2>What the server costs</h2><p>The same requests, as many at a time, through the server and through the "
-        "engine with no server around it, in turn. <b>Full</b>: more requests are under way than the engine runs at a "
-        "time, so that it never waits for one. The engine alone gives whole answers; in streams each token is a "
-        "message of its own. <b>As at the knee</b>: with fewer under way, a request's place in the engine stays empty "
-        "for the step that begins while its answer is on its way to the client.</p>"
+        "engine with no server around it, in turn. <b>At the knee</b>: as many requests under way as there were there "
+        "on average; a request's place in the engine then stays empty for the step that begins while its answer is on "
+        "its way to the client. <b>Engine full</b>: more are under way than the engine runs at a time, so that none "
+        "stays empty. The engine alone gives whole answers; in streams each token is a message of its own.</p>"
         + _table(("closed loop", "in flight", "server ÷ engine alone, median", "rounds"), medians, (0,))
         + "<p>Every round:</p>"
         + _table(("closed loop", "requests/s through the server", "requests/s, engine alone", "ratio"), rows, (0,))

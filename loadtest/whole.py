@@ -4,11 +4,11 @@ Rounds of a closed loop take turns with the same requests through the engine in 
 does falls on both alike; their order is swapped from round to round, and a ratio is the median of the rounds' own. Each
 round's requests are new to both, so neither finds them in its prefix cache.
 
-What the server costs is what it takes from a full engine: the ratio of the last line keeps half as many requests again
-under way as a step runs sequences, so that the batch is full on either side, as in `make bench`, and asks for whole
-answers, as that engine gives them. Two more stand beside it. Streams make each token a message. And with only as many
-under way as there were at the knee on average (Little's law: load times mean latency), the place of a request that has
-ended stays empty for the step that begins while its answer travels; in process the next request is there before.
+The loop of the last line keeps as many requests under way as there were at the knee on average (Little's law: load
+times mean latency), and asks for whole answers, as the engine in process gives them. Two more stand beside it. Streams
+make each token a message. And half as many requests again as a step runs sequences keep the engine's batch full on
+either side, as in `make bench`: with fewer, the place of a request that has ended stays empty for the step that begins
+while its answer travels, where in process the next one is there before.
 """
 
 import asyncio
@@ -87,9 +87,9 @@ async def run(session: Session, plan: Plan) -> int:
     at_knee = max(1, round(knee.offered * knee.mean_e2e))
     view.line(f"knee: {knee.offered:.1f} requests/s, {at_knee} in flight on average; starting the engine in process")
     loops = (
-        Loop("full, whole answers", _FULL, unary=True),
-        Loop("full, streams", _FULL, unary=False),
-        Loop("as at the knee, whole answers", at_knee, unary=True),
+        Loop("at the knee, whole answers", at_knee, unary=True),
+        Loop("at the knee, streams", at_knee, unary=False),
+        Loop("engine full, whole answers", _FULL, unary=True),
     )
     await _against_in_process(session, plan, loops)
     if not session.over:

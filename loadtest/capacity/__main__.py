@@ -125,7 +125,12 @@ def _report(options: argparse.Namespace) -> int:
     model = read_model(options.model) if options.model else fit(levels)
     lengths = [(a.prompt_tokens, a.completion_tokens) for level in levels for a in level.answered]
     names = " ".join(map(str, options.results))
-    options.out.write_text(report(model, lengths, f"python -m loadtest.capacity report --results {names}"))
+    # What `check` wrote beside the calibration.
+    beside = options.results[0].with_name("comparison.json")
+    compared = [each.name for each in options.results] == ["calibration.json"] and beside.exists()
+    comparison = json.loads(beside.read_text()) if compared else None
+    command = f"python -m loadtest.capacity report --results {names}"
+    options.out.write_text(report(model, lengths, command, comparison))
     print(f"capacity: wrote {options.out}")
     return 0
 

@@ -71,7 +71,7 @@ class Card:
         )
 
 
-# Memory, bandwidth and dense bfloat16 compute as the makers give them. "measured" is the machine of the load test.
+# Memory, bandwidth and dense bfloat16 compute as the makers give them. "measured" is the server that was.
 CARDS = {
     "measured": Card("measured", 8.0),
     "l4": Card("l4", 24.0, 0.3, 121.0),

@@ -1,7 +1,8 @@
 """Writes deploy/capacity.md: everything in it is computed here."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from loadtest.capacity.errors import CapacityError
 from loadtest.capacity.plan import CARDS, Demand, Sizes, make_plan
@@ -14,20 +15,26 @@ _DEMANDS = (
 )  # fmt: skip
 
 
-def report(measured: ServiceModel, lengths: Sequence[tuple[int, int]], command: str) -> str:
-    """The document."""
+def report(
+    measured: ServiceModel,
+    lengths: Sequence[tuple[int, int]],
+    command: str,
+    comparison: Mapping[str, Any] | None = None,
+) -> str:
+    """The document. `comparison`: what `check` wrote of the simulation against real servers."""
     prompt = sum(p for p, _ in lengths) / len(lengths)
     completion = sum(c for _, c in lengths) / len(lengths)
     lines = [
         "# Capacity",
         "",
         f"Made by `{command}` on {time.strftime('%Y-%m-%d')}. Requests have {prompt:.0f} prompt tokens and "
-        f"{completion:.0f} generated ones on average, as in the load test; tasks are asked for under a Zipf law.",
+        f"{completion:.0f} generated ones on average, as in those results; tasks are asked for under a Zipf law.",
         "",
         "## The service model",
         "",
         "A step of one replica costs `base + per_sequence · sequences + per_prompt_token · prompt tokens + per_adapter "
-        "· distinct adapters`. On the machine of the load test, fitted to its results:",
+        "· distinct adapters`. Of the server that was measured, fitted to its results"
+        + (", one on a single core:" if comparison else ":"),
         "",
         "| base | a sequence | a prompt token | a request, outside the engine | most requests/s |",
         "| --- | --- | --- | --- | --- |",
@@ -35,6 +42,7 @@ def report(measured: ServiceModel, lengths: Sequence[tuple[int, int]], command: 
         f"{1e3 * measured.per_prompt_token:.3f} ms | {1e3 * measured.overhead:.1f} ms | "
         f"{measured.saturated_rate(prompt, completion):.1f} |",
         "",
+        *(_compared(comparison) if comparison else ()),
         "Cards without a load test of their own are a roofline of their memory bandwidth and compute at 40 % "
         "efficiency, with 4 ms a step to schedule and launch: an assumption until a load test on one replaces it "
         "(`fit`, then `plan --model`).",
@@ -94,3 +102,13 @@ def report(measured: ServiceModel, lengths: Sequence[tuple[int, int]], command: 
         "",
     ]
     return "\n".join(lines)
+
+
+def _compared(comparison: Mapping[str, Any]) -> list[str]:
+    (measured, simulated), (p95, simulated_p95) = comparison["throughput"], comparison["p95_s"]
+    return [
+        f"Two such servers, a core each, were then offered {comparison['rate']:.1f} requests/s, round robin: they "
+        f"answered {measured:.1f}, the simulation {simulated:.1f}; p95 end to end was {p95:.2f} s, in the simulation "
+        f"{simulated_p95:.2f} s.",
+        "",
+    ]
