@@ -67,6 +67,7 @@ def distribution(phase: Mapping[str, Any]) -> str:
     """What share of the requests was faster than a time."""
     figure = Figure(figsize=(8.6, 3.6), layout="constrained")
     axes = figure.subplots()
+    fastest = []
     for (key, title, _), colour in zip(_latencies({}), (BLUE, GREY, ORANGE), strict=True):
         points = Latency.decode(phase["total"][key]["hdr"]).points()
         if not points:
@@ -77,12 +78,16 @@ def distribution(phase: Mapping[str, Any]) -> str:
             seen += count
             shares.append(100 * seen / whole)
         axes.step([seconds for seconds, _ in points], shares, where="post", color=colour, label=title)
+        # The few faster ones, messages that came together, would fill most of a logarithmic axis.
+        fastest.append(next(seconds for (seconds, _), share in zip(points, shares, strict=True) if share >= 2))
     for share in (50, 95, 99):
         axes.axhline(share, color=GREY, lw=0.6)
         axes.annotate(f"p{share}", (1, share), xycoords=("axes fraction", "data"), color=GREY, fontsize=8, va="bottom")
     axes.set(xlabel="latency", ylabel="requests at least as fast, %", ylim=(0, 101))
     _log_seconds(axes.set_xscale, axes.xaxis)
-    axes.legend(loc="lower right")
+    if fastest:
+        axes.set_xlim(left=min(fastest) / 1.5)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.06, 1.0), frameon=False)
     return _svg(figure)
 
 
@@ -180,7 +185,7 @@ def _log_seconds(set_scale: Callable[[str], None], axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     set_scale("log")
-    axis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0)))
+    axis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0), numticks=9))
     axis.set_minor_formatter(NullFormatter())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} s" if value >= 1 else f"{1000 * value:g} ms"))
 
