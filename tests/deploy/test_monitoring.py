@@ -23,7 +23,7 @@ NAME = re.compile(r"\bmtlora[_:][a-zA-Z0-9_:]*[a-zA-Z0-9_]")
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
 CALL = Call("r", "Generate", "one", tenant=Tenant(id="a"), prompt_tokens=1, completion_tokens=1)
 needs_promtool = pytest.mark.skipif(
-    not shutil.which("promtool"), reason="promtool is not installed (Debian: prometheus)"
+    not shutil.which("promtool"), reason="promtool is not installed (a Debian package of that name)"
 )
 
 
