@@ -319,7 +319,7 @@ MALFORMED: dict[str, tuple[Damage, list[str]]] = {
     ),
     "manifest too large": (
         lambda f: os.truncate(f / MANIFEST_FILE, 1 << 40),
-        [MANIFEST_FILE, "at most 33554432 bytes"],
+        [MANIFEST_FILE, "at most 16777216 bytes"],
     ),
     "manifest a folder": (replaced_by(MANIFEST_FILE, Path.mkdir), [MANIFEST_FILE, "regular file, found a folder"]),
     "manifest a pipe": (replaced_by(MANIFEST_FILE, os.mkfifo), [MANIFEST_FILE, "regular file, found a special file"]),
