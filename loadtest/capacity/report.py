@@ -42,7 +42,7 @@ def report(
         f"{1e3 * measured.per_prompt_token:.3f} ms | {1e3 * measured.overhead:.1f} ms | "
         f"{measured.saturated_rate(prompt, completion):.1f} |",
         "",
-        *(_compared(comparison) if comparison else ()),
+        *(compared(comparison) if comparison else ()),
         "Cards without a load test of their own are a roofline of their memory bandwidth and compute at 40 % "
         "efficiency, with 4 ms a step to schedule and launch: an assumption until a load test on one replaces it "
         "(`fit`, then `plan --model`).",
@@ -104,7 +104,8 @@ def report(
     return "\n".join(lines)
 
 
-def _compared(comparison: Mapping[str, Any]) -> list[str]:
+def compared(comparison: Mapping[str, Any]) -> list[str]:
+    """Lines of the document: two real servers and the simulation, side by side."""
     (measured, simulated), (p95, simulated_p95) = comparison["throughput"], comparison["p95_s"]
     return [
         f"Two such servers, a core each, were then offered {comparison['rate']:.1f} requests/s, round robin: they "

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from loadtest.capacity.__main__ import main
 from loadtest.capacity.errors import CapacityError
 from loadtest.capacity.plan import CARDS, Card, Demand, Sizes, make_plan
+from loadtest.capacity.report import compared
 from loadtest.capacity.result import Answered, Level, document, read_levels
 from loadtest.capacity.routing import ROUTERS, AdapterAware, RoundRobin
 from loadtest.capacity.service import ServiceModel, fit
@@ -213,3 +214,9 @@ def test_what_is_no_result(content: str, tmp_path: Path) -> None:
     path.write_text(content)
     with pytest.raises(CapacityError, match=r"r\.json: "):
         read_levels([path])
+
+
+def test_the_document_says_how_far_the_simulation_was_off() -> None:
+    found = " ".join(compared({"rate": 24.81, "throughput": (24.76, 24.87), "p95_s": (1.069, 1.038)}))
+    assert "offered 24.8 requests/s" in found
+    assert "answered 24.8, the simulation 24.9; p95 end to end was 1.07 s, in the simulation 1.04 s" in found
