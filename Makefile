@@ -117,6 +117,10 @@ bench-training: $(STAMP) ## seconds of a training step, the whole method against
 sweep: $(STAMP) ## every method on the built-in suite, equal budgets, one table (goes on where it was stopped)
 	$(BIN)/mtlora sweep configs/methods/*.json --backbone $(BACKBONE) --out out/sweep $(SWEEP)
 
+sweep-bbh: $(STAMP) ## the methods on BIG-Bench Hard, three seeds; its folder must be at data/bbh
+	$(BIN)/mtlora sweep configs/methods/lora-qv.json configs/methods/hydralora-qv.json configs/methods/full.json \
+	  --set @configs/bbh.json --seeds 0 1 2 --backbone $(BACKBONE) --out out/sweep-bbh $(SWEEP)
+
 scaling: $(STAMP) ## accuracy of the methods against the number of tasks
 	$(BIN)/mtlora sweep configs/methods/lora-qv.json configs/methods/hydralora-qv.json configs/methods/full.json \
 	  --task-counts 5 10 15 20 25 --backbone $(BACKBONE) --out out/scaling $(SWEEP)

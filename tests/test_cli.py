@@ -11,6 +11,8 @@ from mtlora.backbone import identify
 from mtlora.checkpoint import MANIFEST_FILE, TENSORS_FILE
 from mtlora.cli import main
 from mtlora.cli.output import printable
+from mtlora.cli.settings import read_settings
+from mtlora.errors import MtLoRAError
 from tests.helpers import CONFIG, IDENTITY, edit_manifest, random_tensors, task_table, write_random
 
 
@@ -201,3 +203,30 @@ def test_a_reader_that_leaves_early() -> None:
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 141
+
+
+def test_settings_lie_over_each_other_in_the_order_in_which_they_are_given(tmp_path: Path) -> None:
+    base, over = tmp_path / "base.json", tmp_path / "over.json"
+    base.write_text('{"adapter": {"r": 8}, "epochs": 1, "seed": 7}')
+    over.write_text('{"epochs": 2, "suite": [{"suite": "builtin"}]}')
+    flags = ["epochs=5", f"@{over}", "adapter.num_experts=4", "seed=8"]
+    assert read_settings(base, flags) == {
+        "adapter": {"r": 8, "num_experts": 4}, "epochs": 2, "seed": 8, "suite": [{"suite": "builtin"}],
+    }  # fmt: skip
+    assert read_settings(None, [f"@{over}", "epochs=5"])["epochs"] == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "No such file"),
+        ("{", "Expecting property name"),
+        ("[1]", "expected a JSON object of settings, found list"),
+    ],
+)
+def test_a_wrong_file_of_settings_is_refused_by_name(tmp_path: Path, content: str | None, expected: str) -> None:
+    file = tmp_path / "over.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(MtLoRAError, match=f"over.json.*{expected}"):
+        read_settings(None, [f"@{file}"])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mtlora.cli import main
+from mtlora.cli.settings import read_settings
 from mtlora.sweep.grid import SweepError, grid
 from mtlora.sweep.report import markdown, summarise
 from mtlora.sweep.statistics import bootstrap_mean, wilson
@@ -62,6 +63,12 @@ def test_every_shipped_configuration_is_one_and_says_what_its_name_says() -> Non
     differing = {"adapter", "baseline", "spectral", "spectral_weight", "balance_weight"}
     budgets = [config.model_dump(exclude=differing) for config in configs.values()]
     assert all(budget == budgets[0] for budget in budgets)
+
+
+def test_the_settings_for_big_bench_hard_fit_every_method() -> None:
+    for file in sorted((CONFIGS / "methods").glob("*.json")):
+        config = TrainingConfig.model_validate(read_settings(file, [f"@{CONFIGS / 'bbh.json'}"]))
+        assert [part.suite for part in config.suite] == ["bbh-generated", "data/bbh"]  # type: ignore[union-attr]
 
 
 def test_a_sweep_writes_its_table_goes_on_and_refuses_another(tiny_backbone: Path, tmp_path: Path, capsys) -> None:

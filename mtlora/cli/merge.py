@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mtlora.cli.backbone import add_backbone_argument
+from mtlora.cli.settings import add_set_argument, lay_over
 
 _EXAMPLES = 1000
 _VALIDATION = 16
@@ -31,9 +32,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--new-experts", type=int, metavar="M", help="with --mode experts; default: 2")
     add_backbone_argument(parser)
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=JSON", help="a training setting, such as learning_rate=0.005"
-    )
+    add_set_argument(parser)
     parser.set_defaults(run=_merge)
 
 
@@ -43,7 +42,6 @@ def _merge(args: argparse.Namespace) -> int:
     from mtlora.backbone import identify, resolve
     from mtlora.checkpoint import read_checkpoint
     from mtlora.cli.evaluate import print_scores
-    from mtlora.cli.settings import assign
     from mtlora.merge import NEW_EXPERTS, SETTINGS, MergeError, extended_config, merge, new_task
     from mtlora.suite import load_suite
     from mtlora.train.config import TrainingConfig
@@ -58,8 +56,7 @@ def _merge(args: argparse.Namespace) -> int:
     suite = load_suite(args.suite)
     task = new_task(checkpoint, suite, args.task)
     settings: dict[str, Any] = {**SETTINGS[args.mode], **_counts(suite, task.id)}
-    for flag in args.set:
-        assign(settings, flag)
+    lay_over(settings, args.set)
     if taken := {"adapter", "baseline", "suite", "tasks"} & settings.keys():
         raise MergeError(f"--set {min(taken)}: given by ADAPTER, --suite and --task")
     config = TrainingConfig.model_validate(

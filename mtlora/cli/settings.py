@@ -12,24 +12,41 @@ from mtlora.errors import MtLoRAError
 def add_set_argument(parser: argparse.ArgumentParser) -> None:
     """`--set KEY=JSON`, the same in every command."""
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=JSON", help="any other setting, such as adapter.r=32"
-    )
+        "--set", action="append", default=[], metavar="KEY=JSON",
+        help="any other setting, such as adapter.r=32; @FILE: all that a JSON file has",
+    )  # fmt: skip
 
 
 def read_settings(file: Path | None, flags: Sequence[str]) -> dict[str, Any]:
-    """The file's settings with flags of the form `a.b=JSON` over them. Raises MtLoRAError naming file or flag."""
+    """The file's settings with flags of the form `a.b=JSON` or `@FILE` over them, each over those before it.
+
+    Raises MtLoRAError naming file or flag.
+    """
+    settings = _read(file) if file else {}
+    lay_over(settings, flags)
+    return settings
+
+
+def lay_over(settings: dict[str, Any], flags: Sequence[str]) -> None:
+    """Lay what `--set` gave over settings. Raises MtLoRAError naming file or flag."""
+    for flag in flags:
+        if flag.startswith("@"):
+            settings |= _read(Path(flag[1:]))
+        else:
+            _assign(settings, flag)
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(file.read_text()) if file else {}
+        settings = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise MtLoRAError(f"{file}: {error}") from None
     if not isinstance(settings, dict):
         raise MtLoRAError(f"{file}: expected a JSON object of settings, found {type(settings).__name__}")
-    for flag in flags:
-        assign(settings, flag)
     return settings
 
 
-def assign(settings: dict[str, Any], flag: str) -> None:
+def _assign(settings: dict[str, Any], flag: str) -> None:
     """Set `a.b=JSON` in nested settings; what is no JSON is a string."""
     key, separator, raw = flag.partition("=")
     if not separator:
