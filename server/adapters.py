@@ -9,7 +9,8 @@ from server.engine import Supervisor
 from server.metrics import Metrics
 from server.registry.events import Events
 from server.registry.mirror import Mirror, is_url
-from server.registry.registry import Parts, Registry
+from server.registry.parts import Parts
+from server.registry.registry import Registry
 from server.registry.residency import Residency
 from server.registry.spool import Spool
 from server.registry.verifier import Limits, Verifier

@@ -5,9 +5,10 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import Self
 
 from server.logs import get_logger
-from server.registry.version import Stage
+from server.registry.version import AdapterVersion, Stage, StageError
 
 logger = get_logger("adapters")
 
@@ -26,6 +27,16 @@ class Event:
     reason: str = ""
     failed_stage: Stage | None = None
     time: float = field(default_factory=time.time)
+
+    @classmethod
+    def of(cls, version: AdapterVersion, stage: Stage) -> Self:
+        """A version has reached a stage."""
+        return cls(version.name, version.version, stage, version.content)
+
+    @classmethod
+    def failure(cls, name: str, version: str, error: StageError, content: str = "") -> Self:
+        """A version has not."""
+        return cls(name, version, Stage.FAILED, content, error.reason, failed_stage=error.stage)
 
 
 class WatcherTooSlowError(Exception):

@@ -1,49 +1,28 @@
-"""Takes adapter versions through their life: found, verified, loaded, warmed, serving, drained.
+"""Which adapter versions serve, and what changes that: the folder, a call, a new engine.
 
 Every step that can fail comes before the task table changes, and that change is one assignment. So a failure leaves
 what serves as it is, and is an event, a metric and a log line. All methods run on the event loop.
 """
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
 
 from server.catalog import AdapterFailure, Catalog, build_catalog
 from server.errors import EngineDeadError
 from server.logs import get_logger
-from server.metrics import Metrics
-from server.registry.events import Event, Events
-from server.registry.mirror import Mirror, MirrorError
+from server.registry.events import Event
+from server.registry.folder import Folder
+from server.registry.parts import Parts
 from server.registry.record import KEPT, AdapterRecord
-from server.registry.residency import Residency
-from server.registry.source import Found, Misnamed, Signature, scan, signature_of
-from server.registry.spool import Spool
-from server.registry.verifier import Verified
+from server.registry.source import Found, Signature
 from server.registry.version import AdapterVersion, Stage, StageError, version_key
+from server.registry.versions import Versions
 from server.registry.watch import changes
-
-if TYPE_CHECKING:
-    from mtlora.checkpoint import AdapterManifest
 
 logger = get_logger("adapters")
 
-# (adapter name, version, folder, manifest, first id) -> a vLLM LoRARequest for each task id.
-MakeSlots = Callable[[str, str, Path, "AdapterManifest", int], Mapping[str, Any]]
-
 _LOADS_AT_ONCE = 8
-
-# Files are looked at once they have not changed for this long, and refused only after the longer time: a writer may
-# pause.
-_SETTLE_S = 0.05
-_WRITING_S = 1.0
-
-
-class Verifies(Protocol):
-    async def verify(self, root: Path, found: Found) -> Verified: ...
 
 
 class UnknownAdapterError(Exception):
@@ -54,24 +33,8 @@ class NotPossibleError(Exception):
     """A call that the adapter's state does not allow; the message says why."""
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a registry works with. `warm` runs a short sequence on a slot; `publish` gets each new table."""
-
-    root: Path
-    verifier: Verifies
-    spool: Spool
-    residency: Residency
-    make_slots: MakeSlots
-    warm: Callable[[Any], Awaitable[None]]
-    publish: Callable[[Catalog], None]
-    events: Events
-    metrics: Metrics
-    mirror: Mirror | None = None
-
-
 class Registry:
-    """The adapters of one server. `open` it once, then `run` beside the server; `records` are its state, by name."""
+    """A server's adapters: `verify_all`, then `load_all`, then `run` beside the server. `records` are its state."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
@@ -79,18 +42,10 @@ class Registry:
         self.residency = parts.residency
         self.records: dict[str, AdapterRecord] = {}
         self.catalog = Catalog()
-        self._next_id = 1
-        self._misnamed: set[Misnamed] = set()
-        self._suspects: set[Misnamed] | None = None
-        self._first_seen: dict[tuple[str, str, Signature], float] = {}
-        self._bringing: set[AdapterVersion] = set()
-        self._looking = asyncio.Lock()
+        self._folder = Folder(parts)
+        self._versions = Versions(parts, self.records)
         self._locks: dict[str, asyncio.Lock] = {}
         self._busy: dict[str, asyncio.Task[None]] = {}
-        self._background: set[asyncio.Task[Any]] = set()
-        # Every version that may serve, now or again, or still runs requests; each holds its copy in the spool. The
-        # engine tells versions apart by name, version and content, so of each of those there is one.
-        self._live: dict[tuple[str, str, str], AdapterVersion] = {}
 
     async def verify_all(self) -> None:
         """Look once, and verify the best version of every adapter. The engine is not needed."""
@@ -99,7 +54,7 @@ class Registry:
         async def best(record: AdapterRecord) -> None:
             while (found := record.candidate()) is not None:
                 try:
-                    version = await self._verified(record, found)
+                    version = await self._versions.verified(found)
                 except StageError as error:
                     self._refuse(record, found, error)
                 else:
@@ -123,9 +78,9 @@ class Registry:
         async def load(record: AdapterRecord, version: AdapterVersion) -> None:
             try:
                 async with at_once, self.residency.lease(version):
-                    self._event(version, Stage.LOADED)
+                    self.events.emit(Event.of(version, Stage.LOADED))
             except StageError as error:
-                self._fail(record.name, version.version, error, version.content)
+                self.events.emit(Event.failure(record.name, version.version, error, version.content))
                 self._drop(record, version)
 
         await asyncio.gather(*(load(*each) for each in reversed(active[: self.residency.capacity])))
@@ -153,7 +108,7 @@ class Registry:
         await self._look()
         record, found = self._find(name, version)
         async with self._lock(name):
-            brought = await self._bring(record, found)
+            brought = await self._versions.bring(found)
             record.unloaded = False
             record.weights.clear()
             record.passed_over.pop(found.version, None)
@@ -170,7 +125,7 @@ class Registry:
             self.residency.pinned.discard(name)
             gone = record.active
             for version in gone:
-                self._event(version, Stage.UNLOADED)
+                self.events.emit(Event.of(version, Stage.UNLOADED))
             record.weights.clear()
             record.canary.clear()
             if record.serving is not None:
@@ -180,7 +135,7 @@ class Registry:
             record.previous = record.previous[-KEPT:]
             self._publish()
             for version in gone:
-                self._retire(version)
+                self._versions.retire(version)
 
     async def rollback(self, name: str) -> AdapterVersion:
         """Let the version serve that served before. Raises NotPossibleError where there is none."""
@@ -189,10 +144,10 @@ class Registry:
             left, signature = record.serving, record.serving_signature
             if record.previous:
                 brought, its_signature = record.previous[-1], self._signature(record, record.previous[-1].version)
-                await self._warmed(brought)
+                await self._versions.warmed(brought)
             else:
                 below = self._below(record)
-                brought, its_signature = await self._bring(record, below), below.signature
+                brought, its_signature = await self._versions.bring(below), below.signature
             if left is not None:
                 record.passed_over[left.version] = signature
             record.unloaded = False
@@ -217,13 +172,13 @@ class Registry:
             try:
                 for version in weights:
                     if record.version_of(version) is None:
-                        fresh.append(await self._bring(record, self._find(name, version)[1]))
+                        fresh.append(await self._versions.bring(self._find(name, version)[1]))
                 for each in (*record.active, *fresh):
                     if each.version in weights and task not in ("", *each.slots):
                         raise NotPossibleError(f"{each}: has no task {task}")
             except BaseException:
                 for each in fresh:
-                    self._retire(each)
+                    self._versions.retire(each)
                 raise
             record.canary |= {version.version: version for version in fresh}
             if weights:
@@ -234,9 +189,9 @@ class Registry:
             gone = [record.canary.pop(version) for version in set(record.canary) - wanted]
             self._publish()
             for each in fresh:
-                self._event(each, Stage.SERVING)
+                self.events.emit(Event.of(each, Stage.SERVING))
             for each in gone:
-                self._retire(each)
+                self._versions.retire(each)
 
     def pin(self, name: str) -> None:
         """Keep an adapter's serving version in the engine. Raises NotPossibleError where pins fill it."""
@@ -256,132 +211,41 @@ class Registry:
 
     async def _look(self) -> None:
         """Take note of what lies in the folder."""
-        async with self._looking:
-            try:
-                if self._parts.mirror is not None:
-                    await asyncio.to_thread(self._parts.mirror.sync)
-                found, misnamed = await asyncio.to_thread(scan, self._parts.root)
-            except (OSError, MirrorError) as error:
-                logger.warning("adapters cannot be listed", extra={"fields": {"reason": str(error)}})
-                return
-        # What is there at the start is meant; later, a folder may be half made, and is looked at twice.
-        still = set(misnamed) if self._suspects is None else set(misnamed) & self._suspects
-        self._suspects = set(misnamed)
-        for each in still - self._misnamed:
-            self._fail(each.name, each.version, StageError(Stage.FOUND, each.reason))
-        self._misnamed = still
-        by_name: dict[str, dict[str, Found]] = {}
-        for version in found:
-            by_name.setdefault(version.name, {})[version.version] = version
-        for name in [*by_name, *(name for name in self.records if name not in by_name)]:
+        if (found := await self._folder.look()) is None:
+            return
+        for name in [*found, *(name for name in self.records if name not in found)]:
             record = self.records.setdefault(name, AdapterRecord(name))
-            self._note(record, by_name.get(name, {}))
+            self._folder.note(record, found.get(name, {}))
             if not record.found and not record.active and not self._lock(name).locked() and name not in self._busy:
                 self._forget(record)
-
-    def _note(self, record: AdapterRecord, found: dict[str, Found]) -> None:
-        for version, now in found.items():
-            before = record.found.get(version)
-            if now.complete and (before is None or before.signature != now.signature):
-                self._first_seen[record.name, version, now.signature] = time.monotonic()
-                if before is None or not before.complete:
-                    self.events.emit(Event(record.name, version, Stage.FOUND))
-        for version in set(record.found) - set(found):
-            self.events.emit(Event(record.name, version, Stage.VANISHED))
-            record.refused.pop(version, None)
-            record.passed_over.pop(version, None)
-        record.found = found
-        self._first_seen = {
-            key: seen
-            for key, seen in self._first_seen.items()
-            if key[0] != record.name or (key[1] in found and found[key[1]].signature == key[2])
-        }
 
     def _forget(self, record: AdapterRecord) -> None:
         """An adapter that is neither here any more nor serves."""
         del self.records[record.name], self._locks[record.name]
         before, record.previous = record.previous, []
         for version in before:
-            self._retire(version)
+            self._versions.retire(version)
 
     async def _follow(self, record: AdapterRecord) -> None:
         """Bring an adapter to what should serve, or to the best below it that can."""
         while (found := record.candidate()) is not None:
-            if not await self._settled(record, found):
+            if not await self._folder.settled(record, found):
                 continue
             async with self._lock(record.name):
                 if record.candidate() != found:
                     continue
                 try:
-                    version = await self._bring(record, found)
+                    version = await self._versions.bring(found)
                 except EngineDeadError:
                     # Its successor gets it: nothing was refused.
                     return
                 except StageError as error:
-                    if self._may_be_unfinished(found):
-                        await asyncio.sleep(_WRITING_S / 4)
-                    else:
+                    if not await self._folder.wait_for_writer(found):
                         self._refuse(record, found, error)
                         self._publish()
                     continue
-                seen = self._first_seen.get((found.name, found.version, found.signature), time.monotonic())
                 self._flip(record, version, found.signature)
-                self._parts.metrics.adapter_swap.observe(time.monotonic() - seen)
-
-    async def _settled(self, record: AdapterRecord, found: Found) -> bool:
-        """Whether a version's files have stopped changing; where not, they are noted as they are now."""
-        await asyncio.sleep(_SETTLE_S)
-        signature = await asyncio.to_thread(signature_of, found.folder)
-        if signature == found.signature:
-            return True
-        self._note(record, record.found | {found.version: replace(found, signature=signature)})
-        return False
-
-    def _may_be_unfinished(self, found: Found) -> bool:
-        seen = self._first_seen.get((found.name, found.version, found.signature), 0.0)
-        return time.monotonic() - seen < _WRITING_S
-
-    async def _bring(self, record: AdapterRecord, found: Found) -> AdapterVersion:
-        """A version, ready to serve: verified, loaded, warmed. What serves already comes back as it is."""
-        version = await self._verified(record, found)
-        if version in record.active:
-            return version
-        self._bringing.add(version)
-        try:
-            await self._warmed(version)
-        except BaseException:
-            self._bringing.discard(version)
-            self._retire(version)
-            raise
-        # Until the caller has let it serve, at once, nothing else runs.
-        self._bringing.discard(version)
-        return version
-
-    async def _verified(self, record: AdapterRecord, found: Found) -> AdapterVersion:
-        verified = await self._parts.verifier.verify(self._parts.root, found)
-        key = found.name, found.version, verified.content
-        if live := self._live.get(key):
-            self._parts.spool.release(verified.content)
-            return live
-        # Part of what the engine, and its prefix cache, know a version by.
-        label = f"{found.version}@{verified.content[:16]}"
-        slots = self._parts.make_slots(found.name, label, verified.folder, verified.manifest, self._next_id)
-        self._next_id = max(slot.lora_int_id for slot in slots.values()) + 1
-        version = self._live[key] = AdapterVersion(*key, verified.folder, verified.manifest, slots)
-        self._event(version, Stage.VERIFIED)
-        return version
-
-    async def _warmed(self, version: AdapterVersion) -> None:
-        self.residency.keep(version)
-        async with self.residency.lease(version):
-            self._event(version, Stage.LOADED)
-            try:
-                await self._parts.warm(version.distinct_slots[0])
-            except EngineDeadError:
-                raise
-            except Exception as error:
-                raise StageError(Stage.WARMED, f"{version}: a first sequence failed: {error}") from error
-            self._event(version, Stage.WARMED)
+                self._parts.metrics.adapter_swap.observe(self._folder.age(found))
 
     def _flip(self, record: AdapterRecord, version: AdapterVersion, signature: Signature) -> None:
         """The moment: new requests go to `version`. What served before is drained."""
@@ -389,12 +253,12 @@ class Registry:
         self._serve(record, version, signature)
         self._publish()
         if old is not version:
-            self._event(version, Stage.SERVING)
+            self.events.emit(Event.of(version, Stage.SERVING))
         gone = {old, *record.canary.values()} - {None, version}
         record.canary.clear()
         for each in gone:
             assert each is not None
-            self._retire(each)
+            self._versions.retire(each)
 
     def _serve(self, record: AdapterRecord, version: AdapterVersion, signature: Signature) -> None:
         record.refused.pop(version.version, None)
@@ -402,7 +266,7 @@ class Registry:
             record.serving_signature = signature
             return
         for dropped in record.serve(version, signature):
-            self._retire(dropped)
+            self._versions.retire(dropped)
 
     def _drop(self, record: AdapterRecord, version: AdapterVersion) -> None:
         """Stop serving a version that the engine does not take."""
@@ -411,25 +275,7 @@ class Registry:
             record.serving, record.serving_signature = None, ()
         record.canary.pop(version.version, None)
         record.weights.clear()
-        self._retire(version)
-
-    def _retire(self, version: AdapterVersion) -> None:
-        """Take a version out of the engine once its last request has left, and forget one that nothing brings back."""
-
-        async def drain() -> None:
-            was_there = version in self.residency.resident
-            await self.residency.retire(version)
-            record = self.records.get(version.name) or AdapterRecord(version.name)
-            if version in record.active or version in self._bringing:
-                return
-            if was_there:
-                self._event(version, Stage.DRAINED)
-            key = version.name, version.version, version.content
-            if version not in record.previous and key in self._live:
-                del self._live[key]
-                self._parts.spool.release(version.content)
-
-        self._spawn(drain())
+        self._versions.retire(version)
 
     def _publish(self) -> None:
         failures = [
@@ -437,24 +283,18 @@ class Registry:
             for record in self.records.values()
             for version, (_, reason) in record.refused.items()
         ]
-        failures += [AdapterFailure(each.name, each.version, each.reason) for each in self._misnamed]
+        failures += [AdapterFailure(each.name, each.version, each.reason) for each in self._folder.misnamed]
         before = {(each.name, each.reason) for each in self.catalog.failures}
         catalog = build_catalog(self.records.values(), self.catalog, failures)
         for each in catalog.failures[len(failures) :]:
             if (each.name, each.reason) not in before:
-                self._fail(each.name, each.version, StageError(Stage.SERVING, each.reason))
+                self.events.emit(Event.failure(each.name, each.version, StageError(Stage.SERVING, each.reason)))
         self.catalog = catalog
         self._parts.publish(catalog)
 
     def _refuse(self, record: AdapterRecord, found: Found, error: StageError) -> None:
         record.refused[found.version] = found.signature, error.reason
-        self._fail(record.name, found.version, error)
-
-    def _fail(self, name: str, version: str, error: StageError, content: str = "") -> None:
-        self.events.emit(Event(name, version, Stage.FAILED, content, error.reason, failed_stage=error.stage))
-
-    def _event(self, version: AdapterVersion, stage: Stage) -> None:
-        self.events.emit(Event(version.name, version.version, stage, version.content))
+        self.events.emit(Event.failure(record.name, found.version, error))
 
     def _record(self, name: str) -> AdapterRecord:
         if record := self.records.get(name):
@@ -490,8 +330,3 @@ class Registry:
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from server.catalog import Catalog
 from server.metrics import Metrics
 from server.registry.events import Event, Events
-from server.registry.registry import NotPossibleError, Parts, Registry, UnknownAdapterError
+from server.registry.parts import Parts
+from server.registry.registry import NotPossibleError, Registry, UnknownAdapterError
 from server.registry.residency import Residency
 from server.registry.source import Found
 from server.registry.spool import Spool
