@@ -34,7 +34,7 @@ from mtlora.config import MtLoRAConfig
 from mtlora.errors import MtLoRAError, describe
 from mtlora.model import AdaptedModel, load_adapted_model
 from mtlora.prompt import encode_prompt
-from mtlora.suite import FolderSuite, load_suite
+from mtlora.suite import load_suite, up_to
 from mtlora.suite.base import Suite, SuiteError
 from mtlora.task import TaskSpec
 from mtlora.train.config import TrainingConfig
@@ -80,9 +80,7 @@ def merge(
     task = new_task(before, suite, task_id)
     if config.adapter != extended_config(before, new_experts):
         raise MergeError("adapter: the adapter's own hyper-parameters stay as they are")
-    # A folder may have fewer than that.
-    count = None if isinstance(suite, FolderSuite) else _COMPARED_TEXTS
-    texts = [example.input for example in suite.examples(task_id, "train", count, config.seed)][:_COMPARED_TEXTS]
+    texts = [example.input for example in up_to(suite, task_id, "train", _COMPARED_TEXTS, config.seed)]
     learned, training, evaluation = train_task(before, config, backbone, new_experts)
     old = before.manifest
     earlier = old.training.get("merged")

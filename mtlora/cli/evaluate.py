@@ -70,7 +70,7 @@ def _eval(args: argparse.Namespace) -> int:
     scores = {name: score(examples, found) for name, found in answers.items()}
     evaluation: dict[str, Any] = {
         "suite": suite.name,
-        "split": args.split or ("all" if _is_finite(suite) else "test"),
+        "split": args.split or ("all" if suite.finite else "test"),
         "seed": args.seed,
         "shots": args.shots,
         "scoring": args.scoring,
@@ -137,12 +137,6 @@ def _answerers(
     return found
 
 
-def _is_finite(suite: "Suite") -> bool:
-    from mtlora.suite import FolderSuite
-
-    return isinstance(suite, FolderSuite)
-
-
 def _examples(suite: "Suite", tasks: "tuple[TaskEntry, ...]", args: argparse.Namespace) -> "list[Example]":
     from mtlora.errors import MtLoRAError
     from mtlora.suite import FolderSuite
@@ -158,7 +152,7 @@ def _examples(suite: "Suite", tasks: "tuple[TaskEntry, ...]", args: argparse.Nam
         if isinstance(suite, FolderSuite) and not args.split:
             found += suite.all_examples(task.id)[: args.examples]
         else:
-            count = args.examples or (None if _is_finite(suite) else _GENERATED_EXAMPLES)
+            count = args.examples or (None if suite.finite else _GENERATED_EXAMPLES)
             found += suite.examples(task.id, args.split or "test", count, args.seed)
     return found
 

@@ -84,9 +84,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _counts(suite: Any, task_id: str) -> dict[str, Any]:
     """How many examples to take: of a generator what is usual, of a folder all that it has."""
-    from mtlora.suite import FolderSuite
-
-    if not isinstance(suite, FolderSuite):
+    if not suite.finite:
         return {"examples_per_task": _EXAMPLES, "validation_per_task": _VALIDATION}
     validation = len(suite.examples(task_id, "validation", None))
     return {"examples_per_task": None, "validation_per_task": validation}

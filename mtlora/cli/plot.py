@@ -149,7 +149,7 @@ def _in_order_of_bias(checkpoint: "Checkpoint") -> list[Any]:
 
 def _examples(args: argparse.Namespace, checkpoint: "Checkpoint") -> "dict[str, list[Example]]":
     from mtlora.errors import MtLoRAError
-    from mtlora.suite import FolderSuite, load_suite
+    from mtlora.suite import load_suite, up_to
     from mtlora.train.config import TrainingConfig
 
     if args.suite:
@@ -161,10 +161,8 @@ def _examples(args: argparse.Namespace, checkpoint: "Checkpoint") -> "dict[str, 
     known = {task.id for task in suite.tasks}
     if missing := [task.id for task in checkpoint.manifest.tasks if task.id not in known]:
         raise MtLoRAError(f"suite {suite.name} lacks the adapter's task {', '.join(missing)}: name another by --suite")
-    finite = isinstance(suite, FolderSuite)
     return {
-        task.id: suite.examples(task.id, "validation", None if finite else args.examples)[: args.examples]
-        or suite.examples(task.id, "train", None if finite else args.examples)[: args.examples]
+        task.id: up_to(suite, task.id, "validation", args.examples) or up_to(suite, task.id, "train", args.examples)
         for task in checkpoint.manifest.tasks
     }
 

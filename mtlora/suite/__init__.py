@@ -4,7 +4,7 @@ a mix of these. Needs no torch."""
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtlora.suite.base import SPLITS, Example, Split, Suite, SuiteError, split_of
+from mtlora.suite.base import SPLITS, Example, Split, Suite, SuiteError, split_of, up_to
 from mtlora.suite.bbh import FolderSuite
 from mtlora.suite.bbh_generated import GeneratedBBHSuite
 from mtlora.suite.builtin import BuiltinSuite, builtin_suite
@@ -23,6 +23,7 @@ __all__ = [
     "SuitePart",
     "load_suite",
     "split_of",
+    "up_to",
 ]
 
 

@@ -41,6 +41,11 @@ class Suite(Protocol):
     def name(self) -> str: ...
 
     @property
+    def finite(self) -> bool:
+        """Whether a task has so many examples and no more; a generator has no end."""
+        ...
+
+    @property
     def tasks(self) -> Sequence[TaskSpec]:
         """The tasks, in the order in which an adapter numbers them."""
         ...
@@ -52,6 +57,13 @@ class Suite(Protocol):
         the task is unknown or the split holds fewer than `count` (naming both numbers).
         """
         ...
+
+
+def up_to(suite: Suite, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
+    """`count` examples, or all there are of a finite suite that has fewer. Raises SuiteError as `Suite.examples`."""
+    if suite.finite:
+        return suite.examples(task_id, split, None, seed)[:count]
+    return suite.examples(task_id, split, count, seed)
 
 
 def split_of(task_id: str, text: str) -> Split:

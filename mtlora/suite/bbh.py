@@ -59,6 +59,10 @@ class FolderSuite:
         return self._path.resolve().name or "folder"
 
     @property
+    def finite(self) -> bool:
+        return True
+
+    @property
     def tasks(self) -> Sequence[TaskSpec]:
         return self._tasks
 

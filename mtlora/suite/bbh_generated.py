@@ -50,6 +50,10 @@ class GeneratedBBHSuite:
         return "bbh-generated"
 
     @property
+    def finite(self) -> bool:
+        return False
+
+    @property
     def tasks(self) -> Sequence[TaskSpec]:
         return tuple(bbh_spec(task) for task in self._tasks.values())
 

@@ -5,8 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mtlora.suite.base import Example, Split, Suite, SuiteError
-from mtlora.suite.bbh import FolderSuite
+from mtlora.suite.base import Example, Split, Suite, SuiteError, up_to
 from mtlora.suite.bbh_generated import bbh_spec, with_working
 from mtlora.suite.bbh_tasks import BBH_TASKS
 from mtlora.task import TaskSpec
@@ -75,6 +74,10 @@ class MixedSuite:
         return " + ".join(suite.name for _, suite, _ in self._parts)
 
     @property
+    def finite(self) -> bool:
+        return all(suite.finite for _, suite, _ in self._parts)
+
+    @property
     def tasks(self) -> Sequence[TaskSpec]:
         return tuple(self._tasks.values())
 
@@ -92,11 +95,7 @@ class MixedSuite:
             wanted = count_for(part.examples_per_task, task_id) if split == "train" else count
             if count is not None:
                 wanted = count if wanted is None else min(wanted, count)
-            if isinstance(suite, FolderSuite):
-                examples = suite.examples(task_id, split, None, seed)[:wanted]
-            else:
-                examples = suite.examples(task_id, split, wanted, seed)
-            for example in examples:
+            for example in up_to(suite, task_id, split, wanted, seed):
                 found.setdefault(example.input, with_working(example) if part.worked else example)
         return list(found.values())
 

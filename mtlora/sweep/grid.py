@@ -13,8 +13,7 @@ from typing import Any
 
 from mtlora.errors import MtLoRAError
 from mtlora.files import write_durably
-from mtlora.suite import FolderSuite, load_suite
-from mtlora.suite.base import Example, Suite
+from mtlora.suite import load_suite, up_to
 from mtlora.train.config import TrainingConfig
 
 _RESULT = "result.json"
@@ -129,7 +128,7 @@ def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any]) -> dict
     trainer.adapted.adapters.eval()
     biased = run.config.baseline is None and run.config.adapter.task_bias
     entries = [TaskEntry(**t.model_dump(), bias_index=i if biased else None) for i, t in enumerate(trainer.tasks)]
-    examples = [e for task in trainer.tasks for e in _test_examples(trainer.suite, task.id, settings["examples"])]
+    examples = [e for task in trainer.tasks for e in up_to(trainer.suite, task.id, "test", settings["examples"])]
     scores = score(examples, offline_answerer(trainer.adapted, entries)(examples))
     return {
         **about,
@@ -140,9 +139,3 @@ def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any]) -> dict
         "peak_memory_bytes": peak,
         **scores.as_dict(),
     }
-
-
-def _test_examples(suite: Suite, task_id: str, count: int) -> list[Example]:
-    if isinstance(suite, FolderSuite):
-        return suite.examples(task_id, "test", None)[:count]
-    return suite.examples(task_id, "test", count)

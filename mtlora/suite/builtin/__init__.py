@@ -31,6 +31,10 @@ class BuiltinSuite:
         return "builtin"
 
     @property
+    def finite(self) -> bool:
+        return False
+
+    @property
     def tasks(self) -> Sequence[TaskSpec]:
         return tuple(task.spec for task in self._tasks.values())
 
