@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mtlora.suite import SuiteError, SuitePart, load_suite
+from mtlora.suite import SuiteError, SuitePart, load_suite, up_to
 
 SHARED = ("boolean_expressions", "hyperbaton", "navigate", "object_counting", "temporal_sequences", "web_of_lies",
           "word_sorting")  # fmt: skip
@@ -82,3 +82,17 @@ def test_bad_mixes(parts: list[SuitePart], message: str) -> None:
 def test_one_input_of_two_parts_is_taken_once(folder: Path) -> None:
     mix = load_suite([part(folder, None), part(folder, None, joins=("navigate", "snarks"))])
     assert len(mix.examples("snarks", "train", None)) == len(load_suite(str(folder)).examples("snarks", "train", None))
+
+
+def test_of_a_finite_suite_as_many_as_it_has_of_a_generator_as_many_as_asked_for(folder: Path) -> None:
+    files, generated = load_suite(str(folder)), load_suite("builtin")
+    mixed = load_suite([part("builtin", 3), part(folder, joins=["navigate"])])
+    assert (files.finite, generated.finite, mixed.finite) == (True, False, False)
+    assert load_suite([part(folder)]).finite
+    assert up_to(files, "snarks", "train", 10_000) == files.examples("snarks", "train", None)
+    assert up_to(files, "snarks", "train", 2, seed=1) == files.examples("snarks", "train", 2, seed=1)
+    assert up_to(files, "snarks", "train", None) == files.examples("snarks", "train", None)
+    assert len(up_to(generated, "navigate", "test", 5)) == 5
+    assert up_to(mixed, "snarks", "test", 10_000) == files.examples("snarks", "test", None)
+    with pytest.raises(SuiteError, match="no task 'films'"):
+        up_to(files, "films", "train", 1)
