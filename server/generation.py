@@ -9,11 +9,12 @@ from typing import Protocol
 from server.call import Call
 from server.job import Delta, FinishReason, GenerationJob, TokenLogprobs
 from server.metrics import Metrics
+from server.registry.residency import Aside
 from server.scheduling import Scheduler
 
 
 class GeneratesDeltas(Protocol):
-    def generate(self, job: GenerationJob) -> AsyncIterator[Delta]: ...
+    def generate(self, job: GenerationJob, aside: Aside) -> AsyncIterator[Delta]: ...
 
 
 class AnswerSplitter:
@@ -76,7 +77,7 @@ class Generation:
         splitter = AnswerSplitter(self.job.answer_marker)
         async with (
             scheduler.turn(self.call.tenant, self.job, self.call.deadline) as turn,
-            aclosing(engine.generate(self.job)) as deltas,  # type: ignore[type-var]
+            aclosing(engine.generate(self.job, turn.aside)) as deltas,  # type: ignore[type-var]
         ):
             if self.call.trace:
                 self.call.trace.submitted()

@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,10 @@ from server.registry.version import AdapterVersion
 # How long a version waits for a place before the least recently used one, busy as it is, has to make room: that one
 # takes no new requests then and goes with its last. Below that, swapping places would cost more than waiting.
 PATIENCE_S = 1.0
+
+
+# What a request does while it waits for its version.
+Aside = Callable[[], AbstractAsyncContextManager[None]]
 
 
 class LoadsSlots(Protocol):
@@ -86,15 +90,25 @@ class Residency:
             self._begin(version)
 
     @asynccontextmanager
-    async def lease(self, version: AdapterVersion) -> AsyncIterator[None]:
-        """Hold a version in the engine, once it is there. Raises StageError where it cannot be loaded."""
-        place = await self._acquire(version)
+    async def lease(self, version: AdapterVersion, aside: Aside = contextlib.nullcontext) -> AsyncIterator[None]:
+        """Hold a version in the engine, once it is there; where it is not, the wait is inside `aside`.
+
+        Raises StageError where it cannot be loaded.
+        """
+        place = self._at_once(version)
         try:
+            while place is None:
+                async with aside():
+                    place = await self._acquire(version)
+                if self._places.get(version) is not place:
+                    # Lost with its engine on the way back.
+                    place = None
             yield
         finally:
-            place.users -= 1
-            # Not the request's to wait for.
-            self._spawn(self._let_go(place))
+            if place is not None:
+                place.users -= 1
+                # Not the request's to wait for.
+                self._spawn(self._let_go(place))
 
     async def retire(self, version: AdapterVersion) -> None:
         """Take a version out of the engine when its last request has left; returns then."""
@@ -116,6 +130,14 @@ class Residency:
         for place in self._places.values():
             place.loading.cancel()
         self._places.clear()
+
+    def _at_once(self, version: AdapterVersion) -> _Place | None:
+        place = self._places.get(version)
+        if place is None or not place.ready or place.closed:
+            return None
+        self._places.move_to_end(version)
+        place.users += 1
+        return place
 
     async def _acquire(self, version: AdapterVersion) -> _Place:
         began = time.monotonic()

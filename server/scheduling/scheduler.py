@@ -1,7 +1,9 @@
 """Hands the engine its sequences: no more than it can run, the next one by fairness, none that comes too late."""
 
 import asyncio
+import contextlib
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -30,7 +32,7 @@ def engine_slots(max_num_seqs: int) -> int:
 
 @dataclass(eq=False)
 class Turn:
-    """A request's stay in the engine. `served` tells of every token it was given."""
+    """A request's stay in the engine. `served` tells of every token it was given, `aside` of a wait meanwhile."""
 
     tenant: Tenant
     job: GenerationJob
@@ -41,6 +43,18 @@ class Turn:
     _beside: int = 0
     _first: float = 0.0
     _tokens: int = 0
+    _away: bool = False
+
+    @asynccontextmanager
+    async def aside(self) -> AsyncIterator[None]:
+        """Leave the slot to others inside; at the end, back in one before all that queue.
+
+        Its tenant's limits count it all the while. As many as there are slots may be aside; more keep their slots.
+        """
+        self._scheduler.step_aside(self)
+        yield
+        # One that fails inside does not come back.
+        await self._scheduler.come_back(self)
 
     def served(self, tokens: int) -> None:
         """Count generated tokens."""
@@ -92,6 +106,9 @@ class Scheduler:
         self._queue: FairQueue[Turn] = FairQueue()
         self._accounts: dict[str, _Account] = {}
         self._running = 0
+        self._num_aside = 0
+        # Of those that are aside, who waits for a slot again.
+        self._returning: deque[tuple[Turn, asyncio.Future[None]]] = deque()
 
     @property
     def load(self) -> Load:
@@ -126,6 +143,28 @@ class Scheduler:
             yield turn
         finally:
             self._leave(turn)
+
+    def step_aside(self, turn: Turn) -> None:
+        """See `Turn.aside`."""
+        if self._num_aside < self._slots:
+            turn._away = True
+            self._num_aside += 1
+            self._running -= 1
+            self._dispatch()
+
+    async def come_back(self, turn: Turn) -> None:
+        """See `Turn.aside`."""
+        if not turn._away:
+            return
+        returning = turn, asyncio.get_running_loop().create_future()
+        self._returning.append(returning)
+        self._dispatch()
+        try:
+            await returning[1]
+        finally:
+            # Where it was cancelled first.
+            with contextlib.suppress(ValueError):
+                self._returning.remove(returning)
 
     def charge(self, tenant: Tenant, tokens: int, cost: float) -> None:
         """Count tokens that a tenant was served: for its quota and for its place in the queue."""
@@ -177,6 +216,13 @@ class Scheduler:
         dropped._granted.set_exception(failure)
 
     def _dispatch(self) -> None:
+        while self._running < self._slots and self._returning:
+            turn, back = self._returning.popleft()
+            if not back.done():
+                turn._away = False
+                self._num_aside -= 1
+                self._occupy(turn)
+                back.set_result(None)
         while self._running < self._slots and (entry := self._queue.pop()):
             _, turn = entry
             self._report(turn.tenant)
@@ -185,14 +231,16 @@ class Scheduler:
             if failure := self._too_late(turn):
                 turn._granted.set_exception(failure)
                 continue
-            self._running += 1
-            account = self._account(turn.tenant)
-            account.running += 1
+            self._occupy(turn)
+            self._account(turn.tenant).running += 1
             self._report(turn.tenant)
-            turn._began, turn._beside = self.clock(), self._running
             self._block(turn.tenant)
             self.charge(turn.tenant, len(turn.job.prompt_ids), PROMPT_COST)
             turn._granted.set_result(None)
+
+    def _occupy(self, turn: Turn) -> None:
+        self._running += 1
+        turn._began, turn._beside = self.clock(), self._running
 
     def _leave(self, turn: Turn) -> None:
         if not turn._began:
@@ -202,7 +250,10 @@ class Scheduler:
                 # Seen, also where the request was cancelled in the same moment.
                 turn._granted.exception()
             return
-        self._running -= 1
+        if turn._away:
+            self._num_aside -= 1
+        else:
+            self._running -= 1
         self._account(turn.tenant).running -= 1
         self._report(turn.tenant)
         self._block(turn.tenant)

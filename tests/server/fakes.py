@@ -16,6 +16,7 @@ from server.job import Delta, GenerationJob, ServedTask
 from server.listening import Listening
 from server.metrics import UNKNOWN_TASK, Metrics
 from server.openinference import OpenInferenceServicer
+from server.registry.residency import Aside
 from server.scheduling import Scheduler
 from server.servicer import InferenceServicer
 from server.settings import load_settings
@@ -55,7 +56,7 @@ class FakeEngine:
     def prefetch(self, task: ServedTask) -> None:
         pass
 
-    async def generate(self, job: GenerationJob) -> AsyncIterator[Delta]:
+    async def generate(self, job: GenerationJob, aside: Aside) -> AsyncIterator[Delta]:
         self.jobs.append(job)
         self.running += 1
         try:

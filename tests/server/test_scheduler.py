@@ -93,6 +93,87 @@ async def test_a_cancelled_wait_leaves_no_trace(clock: Clock) -> None:
     assert scheduler.load.running == 0
 
 
+async def test_one_that_steps_aside_leaves_its_slot_and_comes_back_before_the_queue(clock: Clock) -> None:
+    scheduler, done = make(clock, slots=1), list[str]()
+    ready, leave = asyncio.Event(), asyncio.Event()
+
+    async def cold(name: str) -> None:
+        async with scheduler.turn(A, JOB, None) as turn:
+            async with turn.aside():
+                await ready.wait()
+            done.append(name)
+
+    async def warm(name: str) -> None:
+        async with scheduler.turn(B, JOB, None):
+            await leave.wait()
+            done.append(name)
+
+    works = (cold("cold"), warm("first"), warm("second"))
+    tasks = [asyncio.create_task(work) for work in works]
+    await settle()
+    assert (scheduler.load.running, scheduler.load.queued) == (1, 1)
+    ready.set()
+    await settle()
+    # Ready, but the slot is taken.
+    assert done == []
+    leave.set()
+    await asyncio.gather(*tasks)
+    assert done == ["first", "cold", "second"]
+    # With one aside, the next one keeps its slot.
+    ready.clear()
+    tasks = [asyncio.create_task(work) for work in (cold("one"), cold("two"), warm("third"))]
+    await settle()
+    assert (scheduler.load.running, scheduler.load.queued) == (1, 1)
+    ready.set()
+    await asyncio.gather(*tasks)
+    assert done[3:] == ["two", "one", "third"]
+    assert (scheduler.load.running, scheduler.load.queued) == (0, 0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.booleans(), st.integers(0, 12)), max_size=12))
+@settings(max_examples=50, deadline=None)
+def test_whatever_steps_aside_fails_or_is_cancelled_no_slot_is_lost_or_made_up(
+    requests: list[tuple[int, int, bool, int]],
+) -> None:
+    """Each: turns of the loop aside and in the engine, whether it fails aside, and after how many it is cancelled."""
+
+    async def run() -> None:
+        scheduler, inside = Scheduler(2, 100), 0
+
+        async def ask(aside: int, engine: int, fails: bool) -> None:
+            nonlocal inside
+            async with scheduler.turn(A, JOB, None) as turn:
+                async with turn.aside():
+                    for _ in range(aside):
+                        await asyncio.sleep(0)
+                    if fails:
+                        raise RuntimeError
+                inside += 1
+                try:
+                    for _ in range(engine):
+                        assert inside <= scheduler.load.running <= 2
+                        await asyncio.sleep(0)
+                finally:
+                    inside -= 1
+
+        async def cancel(task: asyncio.Task[None], after: int) -> None:
+            for _ in range(after):
+                await asyncio.sleep(0)
+            task.cancel()
+
+        # Some are done before they are cancelled, and some are not.
+        tasks = [asyncio.create_task(ask(*each[:3])) for each in requests]
+        await asyncio.gather(*(cancel(task, each[3]) for each, task in zip(requests, tasks, strict=True)))
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {type(each) for each in results} <= {type(None), RuntimeError, asyncio.CancelledError}
+        assert (scheduler.load.running, scheduler.load.queued) == (0, 0)
+        # Both slots are there, and both places aside.
+        async with scheduler.turn(A, JOB, None) as one, scheduler.turn(A, JOB, None) as two, one.aside(), two.aside():
+            assert scheduler.load.running == 0
+
+    asyncio.run(run())
+
+
 async def test_requests_per_second(clock: Clock) -> None:
     scheduler = make(clock)
     tenant = Tenant(id="a", requests_per_second=2)
