@@ -42,12 +42,15 @@ from mtlora.train.start import StartingPoint
 
 Mode = Literal["bias", "experts"]
 
-# What a mode trains with, unless told otherwise. One task needs no balance between experts, and a row of biases takes
-# and needs larger steps than weights.
+# What a mode trains with, unless told otherwise. One task needs no balance between experts, and has few examples: small
+# batches make many steps of them (of 500 examples twice, batches of 4 gave 0.99 where joint training gives 0.96). A row
+# of biases takes and needs larger steps than weights.
 SETTINGS: dict[Mode, dict[str, Any]] = {
-    "bias": {"epochs": 3, "balance_weight": 0.0, "spectral": "off", "router_learning_rate_scale": 10.0},
-    "experts": {"epochs": 3, "balance_weight": 0.0},
-}
+    "bias": {
+        "epochs": 3, "batch_size": 4, "balance_weight": 0.0, "spectral": "off", "router_learning_rate_scale": 10.0,
+    },
+    "experts": {"epochs": 3, "batch_size": 4, "balance_weight": 0.0},
+}  # fmt: skip
 NEW_EXPERTS = 2
 
 # Router bias of an expert that a task must not use: a power of two, exact in every dtype of a checkpoint, under which

@@ -1,8 +1,12 @@
 """Sweeps on a tiny backbone: the grid, the table and its intervals, going on, and what is refused."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mtlora.cli import main
@@ -102,6 +106,25 @@ def test_a_sweep_writes_its_table_goes_on_and_refuses_another(tiny_backbone: Pat
     assert (out / "results.md").exists()
     assert main([*command, "--test-examples", "4"]) == 2
     assert "of another configuration" in capsys.readouterr().err
+
+
+def test_a_sweep_that_is_killed_takes_its_run_along(tiny_backbone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    command = ["sweep", str(CONFIGS / "methods" / "full.json"), "--backbone", str(tiny_backbone), "--out", str(out),
+               "--task-counts", "1", "--examples-per-task", "1000"]  # fmt: skip
+    for setting in [*TINY, "max_steps=null", "epochs=1000"]:
+        command += ["--set", setting]
+    with subprocess.Popen([sys.executable, "-m", "mtlora.cli", *command], stderr=subprocess.DEVNULL) as sweep:
+        log = out / "full" / "1-tasks" / "seed-0" / "log.jsonl"
+        until = time.monotonic() + 60
+        while not (log.exists() and log.stat().st_size):
+            assert sweep.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        started = psutil.Process(sweep.pid).children(recursive=True)
+        sweep.kill()
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert not alive
 
 
 def test_the_table_pools_seeds_and_compares_common_tasks() -> None:

@@ -7,8 +7,9 @@ import resource
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from mtlora.errors import MtLoRAError
@@ -95,13 +96,25 @@ def do(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
     # A process a run, since memory's peak is a process'; forked from one that has imported what is slow to import.
     context = get_context("forkserver")
     context.set_forkserver_preload(["mtlora.train.trainer"])
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+    with ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_end_with_parent) as pool:
         result = pool.submit(_train_and_score, run, backbone, settings).result()
     run.folder.mkdir(parents=True, exist_ok=True)
     temporary = run.result_file.with_suffix(".tmp")
     write_durably(temporary, (json.dumps(result, indent=1) + "\n").encode())
     os.replace(temporary, run.result_file)
     return result
+
+
+def _end_with_parent() -> None:
+    """A sweep that is killed leaves no run going on behind it, to be in the way of the same command again."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
