@@ -124,6 +124,8 @@ def test_a_sweep_that_is_killed_takes_its_run_along(tiny_backbone: Path, tmp_pat
         started = psutil.Process(sweep.pid).children(recursive=True)
         sweep.kill()
     _, alive = psutil.wait_procs(started, timeout=10)
+    for process in alive:
+        process.kill()
     assert not alive
 
 
