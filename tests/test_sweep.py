@@ -63,8 +63,8 @@ def test_every_shipped_configuration_is_one_and_says_what_its_name_says() -> Non
     assert [(c.adapter.num_groups > 1, c.spectral != "off") for c in methods] == [
         (False, False), (False, True), (True, False), (True, True),
     ]  # fmt: skip
-    # Equal budgets: nothing but the method may differ.
-    differing = {"adapter", "baseline", "spectral", "spectral_weight", "balance_weight"}
+    # Equal budgets: nothing but the method may differ, and the rate, which each has at its best of those tried.
+    differing = {"adapter", "baseline", "spectral", "spectral_weight", "balance_weight", "learning_rate"}
     budgets = [config.model_dump(exclude=differing) for config in configs.values()]
     assert all(budget == budgets[0] for budget in budgets)
 
@@ -78,7 +78,7 @@ def test_the_settings_for_big_bench_hard_fit_every_method() -> None:
 def test_a_sweep_writes_its_table_goes_on_and_refuses_another(tiny_backbone: Path, tmp_path: Path, capsys) -> None:
     config = str(CONFIGS / "methods" / "full.json")
     command = ["sweep", config, "--backbone", str(tiny_backbone), "--out", str(tmp_path / "sweep"), "--test-examples",
-               "3", "--task-counts", "1", "2", "--examples-per-task", "8"]  # fmt: skip
+               "3", "--task-counts", "1", "2", "--examples-per-task", "8", "--jobs", "2"]  # fmt: skip
     for setting in [*TINY, 'tasks=["boolean_expressions","navigate"]']:
         command += ["--set", setting]
     assert main(command) == 0
@@ -91,6 +91,9 @@ def test_a_sweep_writes_its_table_goes_on_and_refuses_another(tiny_backbone: Pat
         assert row["parameters"] > 0
         assert row["seconds"] > 0
         assert row["tokens_per_second"] > 0
+        log = out / "full" / f"{row['num_tasks']}-tasks" / "seed-0" / "log.jsonl"
+        steps = [step["loss"] for step in map(json.loads, log.read_text().splitlines()) if "loss" in step]
+        assert row["loss"] == pytest.approx(sum(steps[1:]) / len(steps[1:]), abs=1e-4)
         assert row["peak_memory_bytes"] > 1 << 27
         assert row["steps"] == 2 if row["num_tasks"] == 1 else 3
         for task in row["tasks"].values():
@@ -133,7 +136,7 @@ def test_the_table_pools_seeds_and_compares_common_tasks() -> None:
     def result(name: str, seed: int, correct: dict[str, int]) -> dict[str, object]:
         return {
             "name": name, "seed": seed, "num_tasks": len(correct), "parameters": 10, "steps": 2, "seconds": 1.0 + seed,
-            "tokens_per_second": 5.0, "peak_memory_bytes": (1 + seed) << 30,
+            "tokens_per_second": 5.0, "loss": 2.0 - seed, "peak_memory_bytes": (1 + seed) << 30,
             "tasks": {task: {"correct": c, "total": 4} for task, c in correct.items()},
         }  # fmt: skip
 
@@ -142,4 +145,4 @@ def test_the_table_pools_seeds_and_compares_common_tasks() -> None:
     assert (one["accuracy"]["mean"], one["seconds"], one["peak_memory_bytes"]) == (0.75, 1.5, 2 << 30)
     assert one["tasks"]["a"]["interval"] == wilson(6, 8)
     assert (two["accuracy"]["mean"], two["common"]["mean"], two["common"]["tasks"]) == (0.5, 0.25, 1)
-    assert "| m | 1 | 2 | 10 | 2 | 2 | 5 | 2.00 GiB | 0.75 (" in markdown(rows)
+    assert "| m | 1 | 2 | 10 | 2 | 2 | 5 | 2.00 GiB | 1.500 | 0.75 (" in markdown(rows)

@@ -32,6 +32,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--test-examples", type=int, default=20, metavar="N", help="scored of each task (default: %(default)s)"
     )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N",
+        help="runs at a time (default: %(default)s); on CPUs, N runs of one thread (--set threads=1) get more done",
+    )  # fmt: skip
     add_backbone_argument(parser)
     add_set_argument(parser)
     parser.set_defaults(run=_sweep)
@@ -42,7 +46,7 @@ def _sweep(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from mtlora.backbone import resolve
-    from mtlora.sweep.grid import SweepError, do, grid, read_result
+    from mtlora.sweep.grid import SweepError, do_all, grid, read_result
     from mtlora.sweep.report import markdown, summarise, write_report
     from mtlora.train.config import TrainingConfig
 
@@ -51,6 +55,8 @@ def _sweep(args: argparse.Namespace) -> int:
         raise SweepError(f"configurations are told apart by their files' names: {', '.join(names)}")
     if args.test_examples < 1:
         raise SweepError(f"--test-examples {args.test_examples}: allowed are 1 and more")
+    if args.jobs < 1:
+        raise SweepError(f"--jobs {args.jobs}: allowed are 1 and more")
     flags = [f"examples_per_task={args.examples_per_task}", "validation_per_task=0", *args.set]
     configs = {file.stem: TrainingConfig.model_validate(read_settings(file, flags)) for file in args.configs}
     runs = grid(configs, args.out, seeds=list(dict.fromkeys(args.seeds)), task_counts=args.task_counts)
@@ -58,16 +64,20 @@ def _sweep(args: argparse.Namespace) -> int:
     # All of them first: what cannot be gone on with is said before any work is done.
     done = {run.folder: read_result(run, settings) for run in runs}
     folder = resolve(args.backbone)
-    results, failed = [], []
-    for run in tqdm(runs, desc="sweep", unit="run"):
-        result = done[run.folder] or do(run, folder, settings)
-        if "error" in result:
-            failed.append(f"{run.folder}: {result['error']}")
-        else:
-            results.append(result)
-            # After each run, so that a sweep of hours shows what it has.
-            files = write_report(results, args.out)
+    todo = [run for run in runs if not done[run.folder]]
+    failed = []
+    with tqdm(total=len(runs), initial=len(runs) - len(todo), desc="sweep", unit="run") as bar:
+        for run, result in do_all(todo, folder, settings, args.jobs):
+            bar.update()
+            if "error" in result:
+                failed.append(f"{run.folder}: {result['error']}")
+                continue
+            done[run.folder] = result
+            # After each run, so that a sweep of hours shows what it has; in the order that was asked for.
+            write_report([result for result in done.values() if result], args.out)
+    results = [result for result in done.values() if result]
     if results:
+        files = write_report(results, args.out)
         print(markdown(summarise(results)), end="")
         print(*files, sep="\n")
     if failed:

@@ -4,11 +4,12 @@ import hashlib
 import json
 import os
 import resource
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from statistics import fmean
 from threading import Thread
 from typing import Any
 
@@ -88,6 +89,20 @@ def read_result(run: Run, settings: dict[str, Any]) -> dict[str, Any] | None:
     return result
 
 
+def do_all(
+    runs: Sequence[Run], backbone: Path, settings: dict[str, Any], jobs: int
+) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Each run and what `do` returns for it, as they end, `jobs` at a time."""
+    # A thread only waits: every run is a process of its own.
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        going = {pool.submit(do, run, backbone, settings): run for run in runs}
+        for ended in as_completed(going):
+            yield going[ended], ended.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def do(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Train, or go on training, and score on the test split, in a process of its own; returns the result, or its error.
 
@@ -138,6 +153,7 @@ def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any]) -> dict
     steps = [json.loads(line) for line in trainer.folder.log_file.read_text().splitlines()]
     steps = [record for record in steps if "num_tokens" in record]
     seconds, tokens = sum(s["seconds"] for s in steps), sum(s["num_tokens"] for s in steps)
+    losses = [s["loss"] for s in steps[len(steps) // 2 :]]
     trainer.adapted.adapters.eval()
     biased = run.config.baseline is None and run.config.adapter.task_bias
     entries = [TaskEntry(**t.model_dump(), bias_index=i if biased else None) for i, t in enumerate(trainer.tasks)]
@@ -149,6 +165,7 @@ def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any]) -> dict
         "steps": len(trainer.batches),
         "seconds": round(seconds, 2),
         "tokens_per_second": round(tokens / seconds, 1),
+        "loss": round(fmean(losses), 4),
         "peak_memory_bytes": peak,
         **scores.as_dict(),
     }

@@ -15,7 +15,8 @@ def summarise(results: Sequence[Result]) -> list[dict[str, Any]]:
     """A row a configuration and task count, in the order of the results.
 
     `accuracy` is the mean over tasks and seeds with its bootstrap interval; `tasks` the accuracy of each, its seeds'
-    examples together, with its Wilson interval; `common` the mean over the tasks that every row has.
+    examples together, with its Wilson interval; `loss` that of the answers in the second half of the training steps,
+    which in the first epoch is of examples not seen before; `common` the mean over the tasks that every row has.
     """
     cells: dict[tuple[str, int], list[Result]] = {}
     for result in results:
@@ -39,6 +40,7 @@ def _row(name: str, count: int, cell: list[Result], common: list[str]) -> dict[s
         "steps": cell[0]["steps"],
         "seconds": fmean(result["seconds"] for result in cell),
         "tokens_per_second": fmean(result["tokens_per_second"] for result in cell),
+        "loss": fmean(result["loss"] for result in cell),
         "peak_memory_bytes": max(result["peak_memory_bytes"] for result in cell),
         "accuracy": _mean(cell, list(tasks)),
         "common": _mean(cell, common) if common else None,
@@ -55,13 +57,14 @@ def _mean(cell: list[Result], tasks: list[str]) -> dict[str, Any]:
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The summary, and below it a table of every task's accuracy for each number of tasks."""
     lines = [
-        "| configuration | tasks | seeds | parameters | steps | seconds | tokens/s | peak memory | accuracy (95 %) |",
-        "| --- | --: | --: | --: | --: | --: | --: | --: | --- |",
+        "| configuration | tasks | seeds | parameters | steps | seconds | tokens/s | peak memory | loss "
+        "| accuracy (95 %) |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --- |",
     ]
     lines += [
         f"| {row['name']} | {row['num_tasks']} | {len(row['seeds'])} | {row['parameters']:,} | {row['steps']} "
         f"| {row['seconds']:.0f} | {row['tokens_per_second']:.0f} | {row['peak_memory_bytes'] / 2**30:.2f} GiB "
-        f"| {_interval(row['accuracy']['mean'], row['accuracy']['interval'])} |"
+        f"| {row['loss']:.3f} | {_interval(row['accuracy']['mean'], row['accuracy']['interval'])} |"
         for row in rows
     ]
     for count in sorted({row["num_tasks"] for row in rows}):
