@@ -148,15 +148,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _record(self, call: Call, code: grpc.StatusCode) -> None:
         self._metrics.record_request(call, code.name)
-        if call.trace:
-            call.trace.end(code.name, call)
-        fields = {
-            "request_id": call.request_id,
-            "method": call.method,
+        known: dict[str, Any] = {
             "tenant": call.tenant.id,
             "task": call.task,
             "prompt_tokens": call.prompt_tokens,
             "completion_tokens": call.completion_tokens,
+        }
+        if call.trace:
+            call.trace.end(code.name, **known)
+        fields = {
+            "request_id": call.request_id,
+            "method": call.method,
+            **known,
             "status": code.name,
             "ms": round((time.monotonic() - call.received) * 1e3, 1),
         }

@@ -13,10 +13,7 @@ The spans are made when the request ends, from the times it met on its way: what
 """
 
 import time
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from server.call import Call
+from typing import Any
 
 # A span holds so many events at most; the last steps of a longer answer are not told apart.
 _MAX_STEPS = 120
@@ -112,7 +109,7 @@ class RequestTrace:
         """A step of the engine gave the sequence its next tokens, now."""
         self._steps.append((time.monotonic(), tokens))
 
-    def end(self, status: str, call: "Call") -> None:
+    def end(self, status: str, *, task: str, tenant: str, prompt_tokens: int, completion_tokens: int) -> None:
         """The request has ended, with a gRPC status name."""
         from opentelemetry.trace import Status, StatusCode
 
@@ -125,14 +122,14 @@ class RequestTrace:
             self._child("engine.queue", submitted, scheduled)
             if self._scheduled is not None:
                 first = self._steps[0][0] if self._steps else now
-                self._child("engine.prefill", scheduled, first, {"mtlora.prompt_tokens": call.prompt_tokens})
+                self._child("engine.prefill", scheduled, first, {"mtlora.prompt_tokens": prompt_tokens})
             if self._steps:
                 self._decode()
         attributes = {
-            "mtlora.task": call.task,
-            "mtlora.tenant": call.tenant.id,
-            "mtlora.prompt_tokens": call.prompt_tokens,
-            "mtlora.completion_tokens": call.completion_tokens,
+            "mtlora.task": task,
+            "mtlora.tenant": tenant,
+            "mtlora.prompt_tokens": prompt_tokens,
+            "mtlora.completion_tokens": completion_tokens,
             "rpc.grpc.status": status,
         }
         self._span.set_attributes({name: value for name, value in attributes.items() if value != ""})

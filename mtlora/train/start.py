@@ -1,10 +1,17 @@
-"""Training that begins at given weights and may change only a part of them."""
+"""Training that begins at given weights: all of them another checkpoint's, or a part of them to be left as it is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
+
+from mtlora.checkpoint import read_checkpoint
+from mtlora.config import MtLoRAConfig
+from mtlora.model import AdaptedModel
+from mtlora.task import TaskSpec
+from mtlora.train.errors import TrainingError
 
 
 @dataclass(frozen=True)
@@ -27,3 +34,29 @@ class StartingPoint:
                 parameter.requires_grad_(False)
             elif frozen.any():
                 parameter.register_hook(lambda grad, frozen=frozen: grad.masked_fill(frozen, 0.0))
+
+
+def warm_start(adapted: AdaptedModel, config: MtLoRAConfig, tasks: Sequence[TaskSpec], checkpoint: Path) -> None:
+    """Give the adapter a checkpoint's weights; task biases go by task id, and a task it has not keeps a zero bias.
+
+    Raises CheckpointError where it cannot be read or was made beside another backbone, TrainingError where its config
+    gives tensors of other shapes or another meaning.
+    """
+    found = read_checkpoint(checkpoint, adapted.backbone)
+    differing = [
+        f"{name}: {getattr(found.manifest.config, name)!r} there, {getattr(config, name)!r} here"
+        for name in MtLoRAConfig.model_fields
+        if name != "lora_dropout" and getattr(found.manifest.config, name) != getattr(config, name)
+    ]
+    if differing:
+        raise TrainingError(f"init_from {checkpoint}: expected the same adapter config; {'; '.join(differing)}")
+    rows = {task.id: task.bias_index for task in found.manifest.tasks}
+    state = adapted.adapters.state_dict()
+    for name, tensor in found.tensors.items():
+        if not name.endswith(".task_bias"):
+            state[name] = tensor.float()
+            continue
+        for row, task in enumerate(tasks):
+            if (source := rows.get(task.id)) is not None:
+                state[name][row] = tensor[source].float()
+    adapted.adapters.load_state_dict(state)

@@ -12,31 +12,25 @@ import torch
 from tqdm import tqdm
 
 import mtlora
-from mtlora.checkpoint import AdapterManifest, TaskEntry, read_checkpoint, read_manifest, write_checkpoint
-from mtlora.config import MtLoRAConfig
-from mtlora.errors import MtLoRAError
+from mtlora.checkpoint import AdapterManifest, TaskEntry, read_manifest, write_checkpoint
 from mtlora.evaluate import offline_answerer, score
 from mtlora.methods.checkpoint import BaselineManifest, read_baseline_manifest, write_baseline
-from mtlora.model import AdaptedModel, adapter_tensors, new_adapted_model
+from mtlora.model import adapter_tensors, new_adapted_model
 from mtlora.suite import load_suite
 from mtlora.suite.base import Example, Split, Suite, SuiteError
 from mtlora.suite.mix import count_for
 from mtlora.task import TaskSpec
+from mtlora.train.clock import Clock
 from mtlora.train.config import TrainingConfig
 from mtlora.train.cpu_backbone import speed_up_training
 from mtlora.train.data import Batch, Encoded, collate, encode, schedule
+from mtlora.train.errors import TrainingError
 from mtlora.train.losses import SPECTRAL_LOSSES, answer_loss, balance_loss
 from mtlora.train.optimizer import learning_rate, make_optimizer
 from mtlora.train.parallel import Ranks
-from mtlora.train.profile import Clock
-from mtlora.train.start import StartingPoint
+from mtlora.train.start import StartingPoint, warm_start
 from mtlora.train.state import RunFolder
-
-_VALIDATION_BATCH = 32
-
-
-class TrainingError(MtLoRAError):
-    """Training that cannot go on."""
+from mtlora.train.validation import held_out
 
 
 @dataclass(frozen=True)
@@ -241,38 +235,13 @@ class Trainer:
                 "the last saved state is untouched; try a lower learning_rate"
             )
 
-    @torch.inference_mode()
     def validate(self) -> dict[str, Any]:
-        """Loss and accuracy on the validation split, at the price of one forward pass a batch.
-
-        An answer whose every token is the most likely one given the tokens before it is what greedy decoding would
-        have produced, so this is exact match, but for tasks with working: there another working may lead to the same
-        answer, and what is measured is a lower bound. `fit` ends with an evaluation that generates.
-        """
+        """`held_out` of the validation split, where there is one; the last evaluation, in `fit`, generates."""
         if not self.validation_set:
             return {}
         self.adapted.adapters.eval()
-        order = sorted(range(len(self.validation_set)), key=lambda i: len(self.validation_set[i]))
-        loss_sum, answer_tokens = 0.0, 0
-        correct = [0] * len(self.tasks)
-        total = [0] * len(self.tasks)
-        for start in range(0, len(order), _VALIDATION_BATCH):
-            batch = collate([self.validation_set[i] for i in order[start : start + _VALIDATION_BATCH]])
-            logits = self.adapted.answer_logits(batch.tokens_BL, batch.task_index_B, batch.answer_rows)
-            logits = logits.cpu()
-            loss_sum += answer_loss(logits, batch.answer_targets).item() * len(batch.answer_targets)
-            answer_tokens += len(batch.answer_targets)
-            wrong_B = torch.zeros(len(batch.task_index_B))
-            wrong_B.index_add_(0, batch.answer_owner, (logits.argmax(-1) != batch.answer_targets).float())
-            for task_index, wrong in zip(batch.task_index_B.tolist(), wrong_B.tolist(), strict=True):
-                total[task_index] += 1
-                correct[task_index] += wrong == 0
-        accuracy = {task.id: round(c / t, 4) for task, c, t in zip(self.tasks, correct, total, strict=True) if t}
-        return {
-            "validation_loss": round(loss_sum / answer_tokens, 5),
-            "validation_accuracy": round(sum(accuracy.values()) / len(accuracy), 4),
-            "validation_accuracy_by_task": accuracy,
-        }
+        found = held_out(self.adapted, self.tasks, self.validation_set)
+        return {f"validation_{name}": value for name, value in found.items()}
 
     def _finish(self, seconds: float) -> None:
         biased = self.config.baseline is None and self.config.adapter.task_bias
@@ -388,32 +357,6 @@ def _checkpoint_layers(model: Any) -> None:
     for layer in model.model.layers:
         # Not layer.train(): what is inside, dropout if any, stays in evaluation mode.
         layer.training = True
-
-
-def warm_start(adapted: AdaptedModel, config: MtLoRAConfig, tasks: Sequence[TaskSpec], checkpoint: Path) -> None:
-    """Give the adapter a checkpoint's weights; task biases go by task id, and a task it has not keeps a zero bias.
-
-    Raises CheckpointError where it cannot be read or was made beside another backbone, TrainingError where its config
-    gives tensors of other shapes or another meaning.
-    """
-    found = read_checkpoint(checkpoint, adapted.backbone)
-    differing = [
-        f"{name}: {getattr(found.manifest.config, name)!r} there, {getattr(config, name)!r} here"
-        for name in MtLoRAConfig.model_fields
-        if name != "lora_dropout" and getattr(found.manifest.config, name) != getattr(config, name)
-    ]
-    if differing:
-        raise TrainingError(f"init_from {checkpoint}: expected the same adapter config; {'; '.join(differing)}")
-    rows = {task.id: task.bias_index for task in found.manifest.tasks}
-    state = adapted.adapters.state_dict()
-    for name, tensor in found.tensors.items():
-        if not name.endswith(".task_bias"):
-            state[name] = tensor.float()
-            continue
-        for row, task in enumerate(tasks):
-            if (source := rows.get(task.id)) is not None:
-                state[name][row] = tensor[source].float()
-    adapted.adapters.load_state_dict(state)
 
 
 def _chosen_tasks(suite: Suite, chosen: Sequence[str] | None) -> list[TaskSpec]:

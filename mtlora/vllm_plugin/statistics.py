@@ -4,19 +4,9 @@
 rank, whose fields `statistics` names.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from mtlora.vllm_plugin.worker_manager import MtLoRAWorkerManager
-
-
-@dataclass
-class Counts:
-    """What has happened in a worker since its start."""
-
-    weight_loads: int = 0
-    slot_evictions: int = 0
+from mtlora.vllm_plugin.worker_manager import MtLoRAWorkerManager
 
 
 class WorkerStatistics:
@@ -30,7 +20,7 @@ class WorkerStatistics:
         return statistics(manager)
 
 
-def statistics(manager: "MtLoRAWorkerManager") -> dict[str, Any]:
+def statistics(manager: MtLoRAWorkerManager) -> dict[str, Any]:
     """Slots and weights as they are now, counts since the start, and the sampled routing by adapter version."""
     adapter_manager, store = manager._adapter_manager, manager.store
     sampler = adapter_manager.step.sampler

@@ -3,6 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ from vllm.lora.request import LoRARequest
 from mtlora.checkpoint import CheckpointError, read_checkpoint, read_manifest
 from mtlora.vllm_plugin.naming import parse_slot_path
 from mtlora.vllm_plugin.packed import PackedAdapter, Slot, pack_adapter
-from mtlora.vllm_plugin.statistics import Counts
+
+
+@dataclass
+class Counts:
+    """What has happened in a worker since its start."""
+
+    weight_loads: int = 0
+    slot_evictions: int = 0
 
 
 class AdapterStore:

@@ -11,7 +11,6 @@ from mtlora_pb.v1 import inference_pb2, inference_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from server.call import Call
 from server.job import Delta
 from server.tracing import Tracer
 from tests.server.fakes import Service
@@ -75,6 +74,6 @@ def test_what_is_not_sampled_costs_no_trace() -> None:
     traced = tracer.begin("/mtlora.v1.Inference/Generate", "r", (("traceparent", f"00-{TRACE}-{PARENT}-01"),))
     assert traced is not None
     assert traced.trace_id == TRACE
-    traced.end("CANCELLED", Call("r", "Generate", "one"))
+    traced.end("CANCELLED", task="one", tenant="", prompt_tokens=0, completion_tokens=0)
     tracer.close()
     assert [span.name for span in spans.get_finished_spans()] == ["admission", "mtlora.v1.Inference/Generate"]

@@ -7,8 +7,9 @@ import torch
 
 from mtlora.config import MtLoRAConfig
 from mtlora.train.config import TrainingConfig
+from mtlora.train.errors import TrainingError
 from mtlora.train.profile import profile_training
-from mtlora.train.trainer import Trainer, TrainingError
+from mtlora.train.trainer import Trainer
 
 
 def test_sections_add_up(tiny_backbone: Path, tmp_path: Path) -> None:

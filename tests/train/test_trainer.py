@@ -20,8 +20,9 @@ from mtlora.cli import main
 from mtlora.config import MtLoRAConfig
 from mtlora.suite import SuiteError, SuitePart
 from mtlora.train.config import TrainingConfig
+from mtlora.train.errors import TrainingError
 from mtlora.train.state import RunError
-from mtlora.train.trainer import Trainer, TrainingError
+from mtlora.train.trainer import Trainer
 
 SMALL = TrainingConfig(
     adapter=MtLoRAConfig(r=4, num_experts=3, num_groups=2, lora_dropout=0.1),

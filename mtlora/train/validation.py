@@ -1,0 +1,43 @@
+"""Loss and accuracy of held-out examples, their answers given: one forward pass a batch, nothing generated."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mtlora.model import AdaptedModel
+from mtlora.task import TaskSpec
+from mtlora.train.data import Encoded, collate
+from mtlora.train.losses import answer_loss
+
+_BATCH = 32
+
+
+@torch.inference_mode()
+def held_out(adapted: AdaptedModel, tasks: Sequence[TaskSpec], examples: Sequence[Encoded]) -> dict[str, Any]:
+    """`loss`, the mean over all answer tokens; `accuracy_by_task`, and their mean `accuracy`, 0 to 1.
+
+    An answer whose every token is the most likely one given the tokens before it is what greedy decoding would have
+    produced, so this is exact match, but for tasks with working: there another working may lead to the same answer,
+    and what is measured is a lower bound.
+    """
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    loss_sum, answer_tokens = 0.0, 0
+    correct = [0] * len(tasks)
+    total = [0] * len(tasks)
+    for start in range(0, len(order), _BATCH):
+        batch = collate([examples[i] for i in order[start : start + _BATCH]])
+        logits = adapted.answer_logits(batch.tokens_BL, batch.task_index_B, batch.answer_rows).cpu()
+        loss_sum += answer_loss(logits, batch.answer_targets).item() * len(batch.answer_targets)
+        answer_tokens += len(batch.answer_targets)
+        wrong_B = torch.zeros(len(batch.task_index_B))
+        wrong_B.index_add_(0, batch.answer_owner, (logits.argmax(-1) != batch.answer_targets).float())
+        for task_index, wrong in zip(batch.task_index_B.tolist(), wrong_B.tolist(), strict=True):
+            total[task_index] += 1
+            correct[task_index] += wrong == 0
+    accuracy = {task.id: round(c / t, 4) for task, c, t in zip(tasks, correct, total, strict=True) if t}
+    return {
+        "loss": round(loss_sum / answer_tokens, 5),
+        "accuracy": round(sum(accuracy.values()) / len(accuracy), 4),
+        "accuracy_by_task": accuracy,
+    }
