@@ -30,11 +30,17 @@ class EngineStartError(RuntimeError):
 
 @dataclass(eq=False)
 class _Wait:
-    """A task that waits for the engine."""
+    """A task that waits for the engine: for a sequence's next tokens, or for an answer from between two steps."""
 
     task: "asyncio.Task[Any]"
     since: float
+    between_steps: bool
     lost: bool = False
+
+    def stalled_s(self, last_step: float) -> float:
+        """A sequence may wait its turn for as long as steps are made. An answer from between steps waits for one step
+        of every engine, so that of several one that hangs is noticed while the others go on."""
+        return time.monotonic() - (self.since if self.between_steps else max(self.since, last_step))
 
 
 class Engine:
@@ -79,9 +85,8 @@ class Engine:
 
     @property
     def stalled_s(self) -> float:
-        """For how long somebody has waited and no step has been made. A reader that takes its time is no waiter."""
-        waiting_since = min((wait.since for wait in self._waits), default=None)
-        return 0.0 if waiting_since is None else time.monotonic() - max(waiting_since, self._last_step)
+        """For how long somebody has waited in vain, in seconds. A reader that takes its time is no waiter."""
+        return max((wait.stalled_s(self._last_step) for wait in self._waits), default=0.0)
 
     def lose(self) -> None:
         """Give this engine up: end every wait for it, and kill its processes."""
@@ -126,7 +131,7 @@ class Engine:
         """The result of a worker's method, of each rank of each engine."""
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
-        with self._waiting():
+        with self._waiting(between_steps=True):
             try:
                 core = self._llm.engine_core
                 # vLLM's own `collective_rpc` gives the results of the first engine alone.
@@ -136,13 +141,13 @@ class Engine:
         return [result for ranks in engines for result in ranks]
 
     @contextmanager
-    def _waiting(self) -> Iterator[None]:
+    def _waiting(self, *, between_steps: bool = False) -> Iterator[None]:
         """Around everything that waits for the engine: `lose` ends it with EngineDeadError."""
         if self._lost:
             raise EngineDeadError
         task = asyncio.current_task()
         assert task is not None
-        wait = _Wait(task, time.monotonic())
+        wait = _Wait(task, time.monotonic(), between_steps)
         self._waits.add(wait)
         try:
             yield

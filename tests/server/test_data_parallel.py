@@ -1,16 +1,21 @@
 """Two engines behind one server: both have the adapters, both answer, and what they count adds up."""
 
+import contextlib
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
+from mtlora.client import ServerError
 from server.process import ServerProcess
 from tests.server.adapters import entry, write_adapter
 
 pytestmark = pytest.mark.scaleout
+
+SETTINGS = {"data_parallel_size": 2, "dtype": "float32", "kv_cache_gib": 0.25, "max_num_seqs": 4}
 
 
 def metrics(server: ServerProcess) -> dict[str, float]:
@@ -21,8 +26,7 @@ def metrics(server: ServerProcess) -> dict[str, float]:
 
 def test_two_engines_answer_as_one(tmp_path: Path) -> None:
     write_adapter(tmp_path / "a" / "1", [entry("open", stop=(), max_new_tokens=12)], scale=0.2)
-    settings = {"data_parallel_size": 2, "dtype": "float32", "kv_cache_gib": 0.25, "max_num_seqs": 4}
-    with ServerProcess(adapters=tmp_path, timeout=300, **settings) as server, server.client() as client:
+    with ServerProcess(adapters=tmp_path, timeout=300, **SETTINGS) as server, server.client() as client:
 
         def ask(alone: bool) -> str:
             return client.generate("open", "Once upon a time", without_adapter=alone).text
@@ -41,3 +45,24 @@ def test_two_engines_answer_as_one(tmp_path: Path) -> None:
         assert found["mtlora_adapter_slots_registered"] == 1
         assert found["mtlora_engine_step_adapters_sum"] > 0
         assert found["mtlora_adapter_load_seconds_count"] == 1
+
+
+def test_one_of_two_engines_that_hangs_is_noticed_while_the_other_answers(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a" / "1", [entry("open", stop=(), max_new_tokens=12)], scale=0.2)
+    with (
+        ServerProcess(adapters=tmp_path, timeout=300, engine_hang_s=5, **SETTINGS) as server,
+        server.client() as client,
+    ):
+        before = client.generate("open", "Once upon a time").text
+        engines = [p for p in psutil.Process(server.process.pid).children(recursive=True) if "EngineCore" in p.name()]
+        assert len(engines) == 2
+        engines[0].suspend()
+        until = time.monotonic() + 60
+        answered = 0
+        while client.is_serving("mtlora.v1.Inference"):
+            assert time.monotonic() < until
+            with contextlib.suppress(ServerError):
+                answered += client.generate("open", "Once upon a time", timeout=1).text == before
+        assert answered, "the engine that runs goes on answering until then"
+        client.wait_ready(300)
+        assert client.generate("open", "Once upon a time").text == before

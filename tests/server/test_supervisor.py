@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 
 from server.engine import Engine, EngineFailure, EngineGaveUpError, EngineStartError, Supervisor
+from server.engine.stats import EngineStats
 from server.errors import EngineDeadError
 from server.settings import Settings
 from tests.server.fakes import eventually
+
+STEP = EngineStats(running=1, waiting=0, kv_cache_usage=0.0, prefix_cache_queries=0, prefix_cache_hits=0)
 
 
 class FakeEngine:
@@ -125,3 +128,24 @@ async def test_losing_an_engine_ends_every_wait_for_it() -> None:
     assert engine.stalled_s == 0
     with pytest.raises(EngineDeadError):
         await wait()
+
+
+async def test_steps_of_one_engine_hide_no_other_that_hangs() -> None:
+    engine = Engine(Settings(allow_no_tasks=True), backbone=None, on_stats=lambda _: None)  # type: ignore[arg-type]
+    ended = asyncio.Event()
+
+    async def wait(between_steps: bool) -> None:
+        with engine._waiting(between_steps=between_steps):
+            await ended.wait()
+
+    sequence = asyncio.create_task(wait(False))
+    await asyncio.sleep(0.05)
+    engine._record_step(STEP)
+    assert engine.stalled_s < 0.04, "a sequence in the queue, while steps are made"
+    answer = asyncio.create_task(wait(True))
+    await asyncio.sleep(0.05)
+    engine._record_step(STEP)
+    assert engine.stalled_s > 0.04, "no answer, whatever steps are made"
+    ended.set()
+    await asyncio.gather(sequence, answer)
+    assert engine.stalled_s == 0
