@@ -99,7 +99,7 @@ def test_a_sweep_writes_its_table_goes_on_and_refuses_another(tiny_backbone: Pat
         for task in row["tasks"].values():
             assert task["total"] == 3
             assert task["interval"][0] <= task["accuracy"] <= task["interval"][1]
-    assert all((out / name).stat().st_size > 10_000 for name in ("results.png", "scaling.png"))
+    assert all((out / name).stat().st_size > 10_000 for name in ("results.png", "losses.png", "scaling.png"))
     # Again: nothing is trained anew, also where the table itself was lost.
     trained = {path: path.stat().st_mtime_ns for path in out.glob("*/*/*/result.json")}
     assert len(trained) == 2

@@ -18,7 +18,7 @@ def add_parser(subparsers: Any) -> None:
         "sweep",
         help="train and score many configurations, task counts and seeds; one results table",
         description="Trains every configuration with every number of tasks and every seed, scores each on the test "
-        "split, and writes results.md, results.json, results.png and, with several task counts, scaling.png to DIR. "
+        "split, and writes results.md, .json and .png, losses.png and, with several task counts, scaling.png to DIR. "
         "The same command goes on where it was stopped.",
     )
     parser.add_argument("configs", type=Path, nargs="+", metavar="CONFIG", help="JSON files of training configurations")

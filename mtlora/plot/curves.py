@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 
 from mtlora.errors import MtLoRAError
-from mtlora.plot.figure import COLOURS, clean, figure
-
-_SMOOTHED_STEPS = 50
+from mtlora.plot.figure import COLOURS, clean, figure, smoothed
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
@@ -69,6 +67,5 @@ def _line(panel: Any, steps: list[dict[str, Any]], key: str, name: str | None, c
         return
     at, values = np.array(found, dtype=float).T
     panel.plot(at, values, color=colour, alpha=0.2, linewidth=0.6)
-    window = min(_SMOOTHED_STEPS, max(1, len(values) // 10))
-    smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-    panel.plot(at[window - 1 :], smooth, color=colour, linewidth=1.5, label=name)
+    mean = smoothed(values)
+    panel.plot(at[len(at) - len(mean) :], mean, color=colour, linewidth=1.5, label=name)

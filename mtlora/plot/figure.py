@@ -1,14 +1,17 @@
 """What the pictures share: a backend that needs no screen, colours, and small habits."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 INK, GRID, MUTED = "#222222", "#e5e7ea", "#c7ccd1"
 # Told apart by the colour-blind too (Okabe and Ito, 2008), the house's blue first.
 COLOURS = ("#1f6f8b", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8d979f", "#f0e442")
 HEAT = "viridis"
+_SMOOTHED_STEPS = 50
 
 
 @contextmanager
@@ -39,3 +42,9 @@ def clean(axes: Any) -> None:
 def label(task: str) -> str:
     """A task id as a label."""
     return task.replace("_", " ")
+
+
+def smoothed(values: Sequence[float]) -> np.ndarray:
+    """The running mean of steps, over a tenth of them and at most 50; shorter by what the first mean is made of."""
+    window = min(_SMOOTHED_STEPS, max(1, len(values) // 10))
+    return np.convolve(values, np.ones(window) / window, mode="valid")

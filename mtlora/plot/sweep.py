@@ -1,10 +1,12 @@
-"""Pictures of a sweep: the methods side by side, and accuracy against the number of tasks."""
+"""Pictures of a sweep: the methods side by side, their losses, and accuracy against the number of tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtlora.plot.figure import COLOURS, INK, clean, figure
+import numpy as np
+
+from mtlora.plot.figure import COLOURS, INK, clean, figure, smoothed
 
 Row = dict[str, Any]
 
@@ -36,6 +38,31 @@ def plot_methods(rows: Sequence[Row], out: Path) -> None:
             )
         seeds = max(len(row["seeds"]) for row in shown)
         made.suptitle(f"{most} tasks, {seeds} seed{'s' if seeds > 1 else ''}, equal budgets", x=0.01, ha="left")
+
+
+def plot_losses(logs: Mapping[str, Sequence[Sequence[Row]]], out: Path) -> None:
+    """Training loss against the step, smoothed: each configuration's seeds faintly, and their mean.
+
+    logs: the records of each seed's log, by configuration.
+    """
+    with figure(out, size=(7.5, 4.4)) as (_, axes):
+        panel = axes[0][0]
+        for i, (name, seeds) in enumerate(logs.items()):
+            colour = COLOURS[i % len(COLOURS)]
+            losses = [[record["loss"] for record in log if "loss" in record] for log in seeds]
+            fewest = min(map(len, losses))
+            curves = [smoothed(seed[:fewest]) for seed in losses]
+            steps = range(fewest - len(curves[0]) + 1, fewest + 1)
+            for curve in curves if len(curves) > 1 else ():
+                panel.plot(steps, curve, color=colour, alpha=0.25, linewidth=0.7)
+            panel.plot(steps, np.mean(curves, axis=0), color=colour, linewidth=1.6, label=name)
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
+        panel.set_xlabel("step")
+        panel.set_title("loss of answers in training, running mean", loc="left", fontsize=10)
+        panel.legend(frameon=False, fontsize=9)
+        clean(panel)
 
 
 def plot_scaling(rows: Sequence[Row], out: Path) -> None:

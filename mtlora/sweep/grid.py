@@ -61,10 +61,13 @@ def grid(
                 raise SweepError(f"--task-counts {count}: {name} has {len(order)} tasks; allowed are 1 to {len(order)}")
             for seed in seeds:
                 changed = {"tasks": tuple(order[:count]), "seed": seed}
-                runs.append(
-                    Run(name, config.model_copy(update=changed), out / name / f"{count}-tasks" / f"seed-{seed}")
-                )
+                runs.append(Run(name, config.model_copy(update=changed), run_folder(out, name, count, seed)))
     return runs
+
+
+def run_folder(out: Path, name: str, num_tasks: int, seed: int) -> Path:
+    """Where a sweep has the run of a configuration."""
+    return out / name / f"{num_tasks}-tasks" / f"seed-{seed}"
 
 
 def _drawn(task_id: str) -> bytes:

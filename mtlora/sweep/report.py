@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from mtlora.sweep.grid import run_folder
 from mtlora.sweep.statistics import bootstrap_mean, wilson
 
 Result = dict[str, Any]
@@ -84,14 +85,26 @@ def _interval(value: float, interval: Sequence[float]) -> str:
 
 
 def write_report(results: Sequence[Result], out: Path) -> list[Path]:
-    """Write results.json, results.md, results.png and, with several task counts, scaling.png; returns their paths."""
-    from mtlora.plot.sweep import plot_methods, plot_scaling
+    """Write results.json, .md and .png, losses.png and, with several task counts, scaling.png; returns their paths.
+
+    out: the sweep's folder, where the runs' logs are.
+    """
+    from mtlora.plot.curves import read_log
+    from mtlora.plot.sweep import plot_losses, plot_methods, plot_scaling
+    from mtlora.train.state import LOG
 
     rows = summarise(results)
-    files = [out / "results.json", out / "results.md", out / "results.png"]
+    files = [out / name for name in ("results.json", "results.md", "results.png", "losses.png")]
     files[0].write_text(json.dumps({"rows": rows, "runs": list(results)}, indent=1) + "\n")
     files[1].write_text(markdown(rows))
     plot_methods(rows, files[2])
+    most = max(row["num_tasks"] for row in rows)
+    logs: dict[str, list[list[Result]]] = {}
+    for result in results:
+        if result["num_tasks"] == most:
+            folder = run_folder(out, result["name"], most, result["seed"])
+            logs.setdefault(result["name"], []).append(read_log(folder / LOG))
+    plot_losses(logs, files[3])
     if len({row["num_tasks"] for row in rows}) > 1:
         files.append(out / "scaling.png")
         plot_scaling(rows, files[-1])

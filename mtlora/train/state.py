@@ -18,6 +18,8 @@ from mtlora.errors import MtLoRAError, describe
 from mtlora.files import sync, write_durably
 from mtlora.train.config import TrainingConfig
 
+LOG = "log.jsonl"
+
 
 class RunError(MtLoRAError):
     """A run folder that cannot be used as asked."""
@@ -29,7 +31,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config_file = path / "training.json"
-        self.log_file = path / "log.jsonl"
+        self.log_file = path / LOG
         self.state_file = path / "state.pt"
         self.checkpoint = path / "adapter"
 
