@@ -1,7 +1,6 @@
 """Hands the engine its sequences: no more than it can run, the next one by fairness, none that comes too late."""
 
 import asyncio
-import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection
@@ -156,15 +155,11 @@ class Scheduler:
         """See `Turn.aside`."""
         if not turn._away:
             return
-        returning = turn, asyncio.get_running_loop().create_future()
-        self._returning.append(returning)
+        back = asyncio.get_running_loop().create_future()
+        # Cancelled, it is passed over when its turn comes.
+        self._returning.append((turn, back))
         self._dispatch()
-        try:
-            await returning[1]
-        finally:
-            # Where it was cancelled first.
-            with contextlib.suppress(ValueError):
-                self._returning.remove(returning)
+        await back
 
     def charge(self, tenant: Tenant, tokens: int, cost: float) -> None:
         """Count tokens that a tenant was served: for its quota and for its place in the queue."""
