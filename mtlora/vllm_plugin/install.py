@@ -1,5 +1,7 @@
 """The seams of vLLM that the plugin takes: all of them, and nothing else, in one place."""
 
+import gc
+
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.v1.worker import lora_model_runner_mixin
@@ -28,3 +30,5 @@ def install() -> None:
     key_compile_cache()
     adapt_engine_config()
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = MtLoRAWorkerManager
+    # What is imported by now stays: vLLM would look through all of it for garbage half a dozen times as it starts.
+    gc.freeze()

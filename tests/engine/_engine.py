@@ -1,6 +1,8 @@
 """A vLLM engine for a test, inside the test's process and gone after it."""
 
+import atexit
 import contextlib
+import functools
 import gc
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +19,7 @@ def running_engine(model: Any, **arguments: Any) -> Iterator[Any]:
 
     from mtlora.vllm_plugin import engine_overrides
 
+    _leave_imports_to_themselves()
     defaults = {
         "skip_tokenizer_init": True,
         "max_model_len": 128,
@@ -30,6 +33,9 @@ def running_engine(model: Any, **arguments: Any) -> Iterator[Any]:
         # vLLM writes over both.
         patch.setenv("VLLM_DIST_IDENT", "")
         patch.setattr(torch, "set_num_threads", torch.set_num_threads)
+        # vLLM freezes and unfreezes all that is alive, and collects eight times in an engine's short life.
+        patch.setattr("vllm.v1.engine.core.freeze_gc_heap", lambda: None)
+        patch.setattr(gc, "unfreeze", lambda: None)
         engine = LLM(str(model), **(defaults | engine_overrides(16) | arguments))
         try:
             yield engine
@@ -37,7 +43,15 @@ def running_engine(model: Any, **arguments: Any) -> Iterator[Any]:
             engine.llm_engine.engine_core.shutdown()
             del engine
             cleanup_dist_env_and_memory()
-            gc.collect()
+
+
+@functools.cache
+def _leave_imports_to_themselves() -> None:
+    """Garbage is looked for among what comes from now on: half a second a collection otherwise, most of an engine."""
+    gc.collect()
+    gc.freeze()
+    # At the interpreter's exit some bindings count what is left, and say so.
+    atexit.register(gc.unfreeze)
 
 
 def worker_of(engine: Any) -> Any:
