@@ -1,4 +1,4 @@
-"""Starts that fail, drains, and an engine that dies. Each with a server process of its own."""
+"""Starts that fail, drains, and an engine that dies, with servers of their own."""
 
 import signal
 import socket
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,32 +94,27 @@ async def test_a_second_signal_exits_at_once(tmp_path: Path, monkeypatch: pytest
     assert exits == [128 + signal.SIGTERM]
 
 
-def test_sigterm_lets_a_long_stream_finish(adapters: Path) -> None:
-    with ServerProcess(adapters=adapters, grace_period_s=300, **SMALL) as server, server.client() as client:
-        stream = client.stream("open", "Once", **LONG | {"max_new_tokens": 200})
-        pieces = [next(stream)]
-        stopped: list[int] = []
-        # As Ctrl-C in a terminal does it: every process gets a signal, and the engine's must not mind.
-        server.process.send_signal(signal.SIGTERM)
-        for child in psutil.Process(server.process.pid).children(recursive=True):
-            child.send_signal(signal.SIGINT)
-        waiting = threading.Thread(target=lambda: stopped.append(server.process.wait(300)))
-        waiting.start()
-        pieces.append(next(stream))
-        with Client(server.address) as other:
-            _until(lambda: not other.is_serving())
-            with pytest.raises(ServerError) as raised:
-                other.generate("open", "too late")
-        assert raised.value.code is grpc.StatusCode.UNAVAILABLE
-        pieces += stream
-        assert pieces[-1].summary.completion_tokens > 100
-        waiting.join(60)
-        assert stopped == [0]
-        assert "Traceback" not in server.log()
+def test_an_engine_that_keeps_dying_ends_the_server(adapters: Path) -> None:
+    with ServerProcess(adapters=adapters, engine_max_failures=1, engine_failure_window_s=1000, **SMALL) as server:
+        _engine(server).kill()
+        with server.client() as client:
+            _until(lambda: not client.is_serving())
+            # The next one dies while it starts.
+            _until(lambda: any("EngineCore" in child.name() for child in _children(server)), 60)
+            _engine(server).kill()
+        assert server.process.wait(120) == 1
+        assert "failed 2 times within 1000 s" in server.log()
 
 
-def test_an_engine_that_dies_or_hangs_is_replaced(adapters: Path) -> None:
-    with ServerProcess(adapters=adapters, engine_hang_s=3, **SMALL) as server, server.client() as client:
+@pytest.fixture(scope="module")
+def server(adapters: Path) -> Iterator[ServerProcess]:
+    """The server of the tests below, which follow it to its end."""
+    with ServerProcess(adapters=adapters, engine_hang_s=3, grace_period_s=300, **SMALL) as server:
+        yield server
+
+
+def test_an_engine_that_dies_or_hangs_is_replaced(server: ServerProcess) -> None:
+    with server.client() as client:
         before = client.generate("open", "Once").text
         for number, limit in ((signal.SIGKILL, 2.0), (signal.SIGSTOP, 6.0)):
             stream = client.stream("open", "Once", **LONG)
@@ -139,19 +135,32 @@ def test_an_engine_that_dies_or_hangs_is_replaced(adapters: Path) -> None:
             client.wait_ready(150)
             assert client.generate("open", "Once").text == before
             assert _engine(server).status() != psutil.STATUS_STOPPED
-        assert server.stop() == 0
 
 
-def test_an_engine_that_keeps_dying_ends_the_server(adapters: Path) -> None:
-    with ServerProcess(adapters=adapters, engine_max_failures=1, engine_failure_window_s=1000, **SMALL) as server:
-        _engine(server).kill()
-        with server.client() as client:
-            _until(lambda: not client.is_serving())
-            # The next one dies while it starts.
-            _until(lambda: any("EngineCore" in child.name() for child in _children(server)), 60)
-            _engine(server).kill()
-        assert server.process.wait(120) == 1
-        assert "failed 2 times within 1000 s" in server.log()
+def test_sigterm_lets_a_long_stream_finish(server: ServerProcess) -> None:
+    # The last of them: the server is gone then.
+    logged = len(server.log())
+    with server.client() as client:
+        stream = client.stream("open", "Once", **LONG | {"max_new_tokens": 200})
+        pieces = [next(stream)]
+        stopped: list[int] = []
+        # As Ctrl-C in a terminal does it: every process gets a signal, and the engine's must not mind.
+        server.process.send_signal(signal.SIGTERM)
+        for child in psutil.Process(server.process.pid).children(recursive=True):
+            child.send_signal(signal.SIGINT)
+        waiting = threading.Thread(target=lambda: stopped.append(server.process.wait(300)))
+        waiting.start()
+        pieces.append(next(stream))
+        with Client(server.address) as other:
+            _until(lambda: not other.is_serving())
+            with pytest.raises(ServerError) as raised:
+                other.generate("open", "too late")
+        assert raised.value.code is grpc.StatusCode.UNAVAILABLE
+        pieces += stream
+        assert pieces[-1].summary.completion_tokens > 100
+        waiting.join(60)
+        assert stopped == [0]
+        assert "Traceback" not in server.log()[logged:]
 
 
 def _children(server: ServerProcess) -> list[psutil.Process]:
