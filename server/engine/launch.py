@@ -21,6 +21,7 @@ def launch(settings: Settings, backbone: Path, stat_logger: type) -> Any:
     # vLLM's own variable would silently outrank the setting.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.envs import enable_envs_cache
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.executor import Executor
 
@@ -31,7 +32,10 @@ def launch(settings: Settings, backbone: Path, stat_logger: type) -> Any:
     config = AsyncEngineArgs(**arguments).create_engine_config()
     with _no_interrupts_in_children(), _rank_environment(config):
         executor = Executor.get_class(config)
-        return AsyncLLM(config, executor, log_stats=False, log_requests=False, stat_loggers=[stat_logger])
+        engine = AsyncLLM(config, executor, log_stats=False, log_requests=False, stat_loggers=[stat_logger])
+    # vLLM reads its environment variables anew with every request; in the engine's processes it stops that by itself.
+    enable_envs_cache()
+    return engine
 
 
 def _engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
