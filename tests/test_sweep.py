@@ -13,7 +13,7 @@ from mtlora.cli import main
 from mtlora.cli.settings import read_settings
 from mtlora.sweep.grid import SweepError, grid
 from mtlora.sweep.report import markdown, summarise
-from mtlora.sweep.statistics import bootstrap_mean, wilson
+from mtlora.sweep.statistics import bootstrap_difference, bootstrap_mean, wilson
 from mtlora.train.config import TrainingConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -39,6 +39,16 @@ def test_bootstrap_holds_the_mean_and_narrows_with_examples_and_widens_with_seed
     apart = bootstrap_mean([[(200, 1000)], [(500, 1000)], [(800, 1000)]])
     assert apart[1] - apart[0] > 0.3
     assert bootstrap_mean([[(10, 10)]]) == (1.0, 1.0)
+
+
+def test_a_difference_knows_that_seeds_are_shared() -> None:
+    # Both swing with the seed, together: what is between them does not.
+    better, worse = [[(400, 1000)], [(800, 1000)]], [[(300, 1000)], [(700, 1000)]]
+    low, high = bootstrap_difference(better, worse)
+    assert 0.05 < low < 0.1 < high < 0.15
+    assert bootstrap_mean(better)[0] < bootstrap_mean(worse)[1]
+    with pytest.raises(ValueError, match="2 and 1 seeds"):
+        bootstrap_difference(better, worse[:1])
 
 
 def test_fewer_tasks_are_part_of_more(tmp_path: Path) -> None:
@@ -140,6 +150,9 @@ def test_the_table_pools_seeds_and_compares_common_tasks() -> None:
             "tasks": {task: {"correct": c, "total": 4} for task, c in correct.items()},
         }  # fmt: skip
 
+    ahead, behind = summarise([result("x", 0, {"a": 3}), result("y", 0, {"a": 1})])
+    assert ahead["behind"] is None
+    assert (behind["behind"]["best"], behind["behind"]["mean"]) == ("x", 0.5)
     rows = summarise([result("m", 0, {"a": 4}), result("m", 1, {"a": 2}), result("m", 0, {"a": 1, "b": 3})])
     one, two = rows
     assert (one["accuracy"]["mean"], one["seconds"], one["peak_memory_bytes"]) == (0.75, 1.5, 2 << 30)

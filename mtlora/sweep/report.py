@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from mtlora.sweep.grid import run_folder
-from mtlora.sweep.statistics import bootstrap_mean, wilson
+from mtlora.sweep.statistics import Counts, bootstrap_difference, bootstrap_mean, wilson
 
 Result = dict[str, Any]
 
@@ -17,14 +17,29 @@ def summarise(results: Sequence[Result]) -> list[dict[str, Any]]:
 
     `accuracy` is the mean over tasks and seeds with its bootstrap interval; `tasks` the accuracy of each, its seeds'
     examples together, with its Wilson interval; `loss` that of the answers in the second half of the training steps,
-    which in the first epoch is of examples not seen before; `common` the mean over the tasks that every row has.
+    which in the first epoch is of examples not seen before; `behind` how far it is below the most accurate row of the
+    same tasks and seeds, None for that one; `common` the mean over the tasks that every row has.
     """
     cells: dict[tuple[str, int], list[Result]] = {}
     for result in results:
         cells.setdefault((result["name"], result["num_tasks"]), []).append(result)
     shared = set.intersection(*(set(result["tasks"]) for result in results))
     common = [task for task in results[0]["tasks"] if task in shared]
-    return [_row(name, count, cell, common) for (name, count), cell in cells.items()]
+    rows = [_row(name, count, cell, common) for (name, count), cell in cells.items()]
+    for row, cell in zip(rows, cells.values(), strict=True):
+        rivals = [r for r in rows if r["seeds"] == row["seeds"] and r["tasks"].keys() == row["tasks"].keys()]
+        best = max(rivals, key=lambda rival: rival["accuracy"]["mean"])
+        row["behind"] = None if best is row else _behind(best, cells[best["name"], best["num_tasks"]], row, cell)
+    return rows
+
+
+def _behind(best: dict[str, Any], ahead: list[Result], row: dict[str, Any], cell: list[Result]) -> dict[str, Any]:
+    tasks = list(row["tasks"])
+    return {
+        "best": best["name"],
+        "mean": best["accuracy"]["mean"] - row["accuracy"]["mean"],
+        "interval": bootstrap_difference(_counts(ahead, tasks), _counts(cell, tasks)),
+    }
 
 
 def _row(name: str, count: int, cell: list[Result], common: list[str]) -> dict[str, Any]:
@@ -49,8 +64,12 @@ def _row(name: str, count: int, cell: list[Result], common: list[str]) -> dict[s
     }
 
 
+def _counts(cell: list[Result], tasks: list[str]) -> Counts:
+    return [[(r["tasks"][task]["correct"], r["tasks"][task]["total"]) for task in tasks] for r in cell]
+
+
 def _mean(cell: list[Result], tasks: list[str]) -> dict[str, Any]:
-    counts = [[(r["tasks"][task]["correct"], r["tasks"][task]["total"]) for task in tasks] for r in cell]
+    counts = _counts(cell, tasks)
     mean = fmean(correct / total for seed in counts for correct, total in seed)
     return {"mean": mean, "interval": bootstrap_mean(counts), "tasks": len(tasks)}
 
@@ -59,13 +78,14 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The summary, and below it a table of every task's accuracy for each number of tasks."""
     lines = [
         "| configuration | tasks | seeds | parameters | steps | seconds | tokens/s | peak memory | loss "
-        "| accuracy (95 %) |",
-        "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --- |",
+        "| accuracy (95 %) | behind the best (95 %) |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --- | --- |",
     ]
     lines += [
         f"| {row['name']} | {row['num_tasks']} | {len(row['seeds'])} | {row['parameters']:,} | {row['steps']} "
         f"| {row['seconds']:.0f} | {row['tokens_per_second']:.0f} | {row['peak_memory_bytes'] / 2**30:.2f} GiB "
-        f"| {row['loss']:.3f} | {_interval(row['accuracy']['mean'], row['accuracy']['interval'])} |"
+        f"| {row['loss']:.3f} | {_interval(row['accuracy']['mean'], row['accuracy']['interval'])} "
+        f"| {_difference(row['behind'])} |"
         for row in rows
     ]
     for count in sorted({row["num_tasks"] for row in rows}):
@@ -78,6 +98,10 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             cells = [_interval(cell["accuracy"], cell["interval"]) if cell else "" for cell in found]
             lines.append(f"| {task} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _difference(behind: dict[str, Any] | None) -> str:
+    return "{:.3f} ({:+.3f} to {:+.3f})".format(behind["mean"], *behind["interval"]) if behind else ""
 
 
 def _interval(value: float, interval: Sequence[float]) -> str:

@@ -20,15 +20,44 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
     return (0.0 if correct == 0 else centre - half), (1.0 if correct == total else centre + half)
 
 
-def bootstrap_mean(counts: Sequence[Sequence[tuple[int, int]]]) -> tuple[float, float]:
+# One sequence a seed of (correct, total), a task each, in the same order.
+Counts = Sequence[Sequence[tuple[int, int]]]
+
+
+def bootstrap_mean(counts: Counts) -> tuple[float, float]:
     """The 95 % bootstrap interval of the mean over seeds and tasks of accuracies.
 
-    counts: one sequence a seed of (correct, total), a task each, in the same order. Seeds are drawn with replacement,
-    and of each task its examples, so both sources of chance count; with one seed it is the examples' alone.
+    Seeds are drawn with replacement, and of each task its examples, so both sources of chance count; with one seed it
+    is the examples' alone.
     """
-    correct, total = np.moveaxis(np.asarray(counts, dtype=np.int64), -1, 0)
     rng = np.random.default_rng(0)
-    seeds = rng.integers(0, len(correct), size=(_DRAWS, len(correct)))
+    return _interval(_means(counts, _drawn_seeds(len(counts), rng), rng))
+
+
+def bootstrap_difference(counts: Counts, others: Counts) -> tuple[float, float]:
+    """The 95 % bootstrap interval of how far the mean of `counts` is above that of `others`.
+
+    Both are of the same seeds, in the same order, which are drawn together. Raises ValueError for unequal numbers.
+    """
+    if len(counts) != len(others):
+        raise ValueError(f"{len(counts)} and {len(others)} seeds: expected the same ones")
+    rng = np.random.default_rng(0)
+    seeds = _drawn_seeds(len(counts), rng)
+    return _interval(_means(counts, seeds, rng) - _means(others, seeds, rng))
+
+
+def _drawn_seeds(number: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, number, size=(_DRAWS, number))
+
+
+def _means(counts: Counts, seeds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The mean of every draw."""
+    correct, total = np.moveaxis(np.asarray(counts, dtype=np.int64), -1, 0)
     drawn = rng.binomial(total[seeds], (correct / total)[seeds]) / total[seeds]
-    low, high = np.quantile(drawn.mean(axis=(1, 2)), [0.025, 0.975])
+    means: np.ndarray = drawn.mean(axis=(1, 2))
+    return means
+
+
+def _interval(draws: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(draws, [0.025, 0.975])
     return float(low), float(high)
