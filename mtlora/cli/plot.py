@@ -88,10 +88,12 @@ def _checkpoint_pictures(args: argparse.Namespace, source: Path) -> dict[str, Ca
 
     from mtlora.backbone import identify, resolve
     from mtlora.checkpoint import read_checkpoint
+    from mtlora.train.state import LOG
 
     folder = resolve(args.backbone)
     checkpoint = read_checkpoint(source, identify(folder))
     manifest = checkpoint.manifest
+    log = source.parent / LOG
 
     def accuracy() -> list[Path]:
         _accuracy(manifest.evaluation, source, args.out / "accuracy.png")
@@ -100,7 +102,7 @@ def _checkpoint_pictures(args: argparse.Namespace, source: Path) -> dict[str, Ca
     def curves() -> list[Path]:
         from mtlora.plot.curves import plot_curves, read_log
 
-        plot_curves(read_log(source.parent / "log.jsonl"), args.out / "curves.png")
+        plot_curves(read_log(log), args.out / "curves.png")
         return [args.out / "curves.png"]
 
     def spectra() -> list[Path]:
@@ -134,7 +136,7 @@ def _checkpoint_pictures(args: argparse.Namespace, source: Path) -> dict[str, Ca
     found: dict[str, Callable[[], list[Path]]] = {}
     if manifest.evaluation.get("adapter"):
         found["accuracy"] = accuracy
-    if (source.parent / "log.jsonl").is_file():
+    if log.is_file():
         found["curves"] = curves
     found["spectra"] = spectra
     if manifest.config.num_experts > 1:
