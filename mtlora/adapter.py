@@ -75,7 +75,7 @@ class BlockAdapter(nn.Module):
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
         """The path's output, shape and dtype of `x_BLD`; the products run in the parameters' dtype."""
         config, (B, L, D) = self.config, x_BLD.shape
-        x_TD = x_BLD.reshape(B * L, D).to(self.lora_A.dtype)
+        x_TD = x_BLD.reshape(B * L, D)
         delta_TD, weights_TGN = routed_lora(
             x_TD,
             self.lora_A,
@@ -88,7 +88,7 @@ class BlockAdapter(nn.Module):
         )
         if self.training:
             self.mean_routing_GN = weights_TGN.mean(dim=0)
-        return delta_TD.to(x_BLD.dtype).view(B, L, D)
+        return delta_TD.view(B, L, D)
 
     @torch.no_grad()
     def routing(self, x_BLD: torch.Tensor) -> torch.Tensor:

@@ -23,8 +23,8 @@ class AdaptedModel:
     adapters: Attachment
     backbone: BackboneIdentity
 
-    def answer_logits(self, tokens_BL: torch.Tensor, bias_index_B: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Logits [A, vocabulary] at flat positions `rows` [A]: the vocabulary product runs where it is needed alone.
+    def answer_states(self, tokens_BL: torch.Tensor, bias_index_B: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [A, D] at flat positions `rows` [A]: the vocabulary product runs where it is needed alone.
 
         The inputs may be on any device. With gradient checkpointing the caller keeps the tasks in use for the backward
         pass too.
@@ -32,7 +32,13 @@ class AdaptedModel:
         device = self.model.device
         with self.adapters.context.use(bias_index_B.to(device)):
             hidden_BLD = self.model.model(input_ids=tokens_BL.to(device), use_cache=False).last_hidden_state
-        return self.model.lm_head(hidden_BLD.flatten(0, 1)[rows.to(device)])
+        states_AD: torch.Tensor = hidden_BLD.flatten(0, 1)[rows.to(device)]
+        return states_AD
+
+    def answer_logits(self, tokens_BL: torch.Tensor, bias_index_B: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Logits [A, vocabulary] of `answer_states`."""
+        logits_AV: torch.Tensor = self.model.lm_head(self.answer_states(tokens_BL, bias_index_B, rows))
+        return logits_AV
 
     def to(self, device: torch.device) -> None:
         """Move backbone and attachment to a device."""

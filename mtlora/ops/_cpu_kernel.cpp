@@ -15,9 +15,7 @@
 
 #ifndef MTLORA_ISA
 
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
+#include "_cpu_layout.h"
 
 namespace {
 
@@ -55,11 +53,6 @@ struct Call {
   const int32_t* bias_rows;
 };
 
-constexpr int MAX_TILE = 8;
-constexpr int UNIT = 16;
-
-inline int64_t up(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
-
 // Floats of scratch that a tile of an adapter needs.
 inline int64_t scratch_size(const Adapter& adapter) {
   const int64_t N = adapter.experts, G = adapter.groups, D = adapter.hidden;
@@ -69,59 +62,23 @@ inline int64_t scratch_size(const Adapter& adapter) {
 
 }  // namespace
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MTLORA_X86 1
-#include <immintrin.h>
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
-#define MTLORA_ISA avx512bf16
-#define MTLORA_VECTOR_BYTES 64
-#define MTLORA_DOT_BF16
-#include "_cpu_kernel.cpp"
-#undef MTLORA_ISA
-#undef MTLORA_VECTOR_BYTES
-#undef MTLORA_DOT_BF16
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-#define MTLORA_ISA avx512
-#define MTLORA_VECTOR_BYTES 64
-#include "_cpu_kernel.cpp"
-#undef MTLORA_ISA
-#undef MTLORA_VECTOR_BYTES
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define MTLORA_ISA avx2
-#define MTLORA_VECTOR_BYTES 32
-#include "_cpu_kernel.cpp"
-#undef MTLORA_ISA
-#undef MTLORA_VECTOR_BYTES
-#pragma GCC pop_options
-#endif
+#define MTLORA_SOURCE "_cpu_kernel.cpp"
+#include "_cpu_instruction_sets.h"
 
 namespace {
 
 using TileFunction = void (*)(const Call&, const Tile&, float*);
 
 // dtype: 0 float32, 1 bfloat16. Null where the processor has no instruction set this was written for.
-TileFunction choose(int dtype, int isa) {
+TileFunction choose_tile(int dtype, int isa) {
 #ifdef MTLORA_X86
-  __builtin_cpu_init();
-  const bool has512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool has2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_dot = has512 && has2 && __builtin_cpu_supports("avx512bf16");
-  if (has_dot && (isa == 0 || isa == 516)) return dtype ? avx512bf16::tile<uint16_t> : avx512bf16::tile<float>;
-  if (has512 && has2 && (isa == 0 || isa == 512)) return dtype ? avx512::tile<uint16_t> : avx512::tile<float>;
-  if (has2 && (isa == 0 || isa == 2)) return dtype ? avx2::tile<uint16_t> : avx2::tile<float>;
-#endif
+  return dtype ? choose<TileFunction>(isa, avx512bf16::tile<uint16_t>, avx512::tile<uint16_t>, avx2::tile<uint16_t>)
+               : choose<TileFunction>(isa, avx512bf16::tile<float>, avx512::tile<float>, avx2::tile<float>);
+#else
   (void)dtype;
   (void)isa;
   return nullptr;
+#endif
 }
 
 }  // namespace
@@ -130,7 +87,7 @@ extern "C" {
 
 // 1 where this processor can run the kernel. isa: 0 for the best it has, else one alone: 2 AVX2, 512 AVX-512, 516 AVX-512
 // with its products of bfloat16.
-int mtlora_supported(int isa) { return choose(1, isa) != nullptr; }
+int mtlora_supported(int isa) { return choose_tile(1, isa) != nullptr; }
 
 int mtlora_max_tile() { return MAX_TILE; }
 
@@ -167,7 +124,7 @@ int mtlora_add_routed(const Step* step, const void* table, void* y, const void* 
   const int threads = step->threads > num_tiles ? static_cast<int>(num_tiles) : step->threads;
   float* scratch = static_cast<float*>(aligned_alloc(64, share * threads * sizeof(float)));
   if (scratch == nullptr) return 1;
-  const TileFunction run = choose(step->dtype, step->isa);
+  const TileFunction run = choose_tile(step->dtype, step->isa);
   int next = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -188,48 +145,7 @@ int mtlora_add_routed(const Step* step, const void* table, void* y, const void* 
 namespace {
 namespace MTLORA_ISA {
 
-#define INLINE static inline __attribute__((always_inline))
-
-constexpr int LANES = MTLORA_VECTOR_BYTES / 4;
-typedef float Floats __attribute__((vector_size(MTLORA_VECTOR_BYTES), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(MTLORA_VECTOR_BYTES)));
-typedef uint32_t Words __attribute__((vector_size(MTLORA_VECTOR_BYTES)));
-typedef uint16_t Halves __attribute__((vector_size(MTLORA_VECTOR_BYTES / 2), aligned(2), may_alias));
-
-INLINE float widen(float value) { return value; }
-INLINE float widen(uint16_t bits) {
-  const uint32_t word = static_cast<uint32_t>(bits) << 16;
-  float value;
-  memcpy(&value, &word, 4);
-  return value;
-}
-
-// Round to nearest even; a NaN stays one.
-INLINE void narrow(float value, float* out) { *out = value; }
-INLINE void narrow(float value, uint16_t* out) {
-  uint32_t word;
-  memcpy(&word, &value, 4);
-  *out = value != value ? 0x7FC0 : static_cast<uint16_t>((word + 0x7FFF + ((word >> 16) & 1)) >> 16);
-}
-
-INLINE Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
-INLINE Floats load(const uint16_t* from) {
-  const Words words = __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16;
-  return reinterpret_cast<Floats>(words);
-}
-
-INLINE void store(Floats values, float* out) { *reinterpret_cast<Floats*>(out) = values; }
-INLINE void store(Floats values, uint16_t* out) {
-#ifdef MTLORA_DOT_BF16
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
-                      reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(values))));
-#else
-  const Words words = reinterpret_cast<Words>(values);
-  const Words rounded = (words + 0x7FFF + ((words >> 16) & 1)) >> 16;
-  const Words quiet = {};
-  *reinterpret_cast<Halves*>(out) = __builtin_convertvector(values == values ? rounded : quiet + 0x7FC0, Halves);
-#endif
-}
+#include "_cpu_vectors.h"
 
 // What a product takes on its left for weights of a type: bfloat16 only where there are products of bfloat16.
 template <class W> struct Left { typedef float type; };
@@ -330,65 +246,6 @@ INLINE void product(int count, const A* a, int64_t a_stride, const W* w, int64_t
     case 7: return product<7>(a, a_stride, w, units, depth, out, out_stride);
     default: return product<8>(a, a_stride, w, units, depth, out, out_stride);
   }
-}
-
-// Tokens side by side: softmax needs no step across lanes then.
-typedef float Tokens __attribute__((vector_size(4 * MAX_TILE), aligned(4), may_alias));
-typedef int32_t TokenInts __attribute__((vector_size(4 * MAX_TILE)));
-
-// exp(x) for x <= 0, to float32's precision: 2^n times the series of the rest of x / ln 2.
-INLINE Tokens exp_negative(Tokens x) {
-  const Tokens zero = {};
-  x = x > zero - 87.0f ? x : zero - 87.0f;
-  const TokenInts n = __builtin_convertvector(x * 1.44269504f - 0.5f, TokenInts);
-  const Tokens whole = __builtin_convertvector(n, Tokens);
-  const Tokens f = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  Tokens p = zero + 1.9875691500e-4f;
-  p = p * f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * f * f + f + 1.0f;
-  return p * reinterpret_cast<Tokens>((n + 127) << 23);
-}
-
-// Softmax over the experts of every group, in place. logits: [G*N, MAX_TILE].
-INLINE void route(Tokens* logits, int64_t groups, int64_t experts) {
-  for (int64_t j = 0; j < groups; ++j) {
-    Tokens* group = logits + j * experts;
-    Tokens largest = group[0], sum = {};
-    // A NaN among the logits makes the sum one, wherever it is.
-    for (int64_t i = 1; i < experts; ++i) largest = group[i] > largest ? group[i] : largest;
-    for (int64_t i = 0; i < experts; ++i) {
-      const Tokens less = group[i] - largest;
-      group[i] = less == less ? exp_negative(less) : less;
-      sum += group[i];
-    }
-    const Tokens scale = 1.0f / sum;
-    for (int64_t i = 0; i < experts; ++i) group[i] *= scale;
-  }
-}
-
-// out = x * factor.
-template <class A>
-INLINE void scale_into(const float* x, float factor, A* out, int64_t size) {
-  int64_t i = 0;
-  for (; i + LANES <= size; i += LANES) store(load(x + i) * factor, out + i);
-  for (; i < size; ++i) narrow(x[i] * factor, out + i);
-}
-
-template <class W>
-INLINE void add_into(W* y, const float* x, int64_t size) {
-  int64_t i = 0;
-  for (; i + LANES <= size; i += LANES) store(load(y + i) + load(x + i), y + i);
-  for (; i < size; ++i) narrow(widen(y[i]) + x[i], y + i);
-}
-
-INLINE void copy(const float* from, float* to, int64_t size) { memcpy(to, from, size * sizeof(float)); }
-INLINE void copy(const uint16_t* from, uint16_t* to, int64_t size) { memcpy(to, from, size * sizeof(uint16_t)); }
-INLINE void copy(const uint16_t* from, float* to, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) to[i] = widen(from[i]);
 }
 
 template <class W>

@@ -1,7 +1,8 @@
 """The registered operator of training, `mtlora::routed_lora`: the path of one adapter, with gradients.
 
-Between forward and backward it keeps x, h and the routing weights. z and its gradient, [G, T, K] both, are made anew in
-the backward pass of one block and gone after it; no tensor per expert, [T, D] times N, is ever made.
+Between forward and backward it keeps x, h and the routing weights; no tensor per expert, [T, D] times N, is ever made.
+On a CPU the compiled kernel computes both passes. Where it cannot, torch ops do, and z and its gradient, [G, T, K] both,
+are made anew in the backward pass of one block and gone after it.
 
 Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups, E = D/G dimensions of a group, K = N*r.
 """
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mtlora.ops import cpu_training
 from mtlora.ops.routed_lora import outer, pack_experts, route
 
 
@@ -26,8 +28,9 @@ def routed_lora(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(the path's output [T, D], the routing weights [T, G, N]), both differentiable in every tensor.
 
-    x_TD, lora_A_rD, lora_B_NDr, lora_route [G*N, D] (group-major): one floating dtype, one device. bias_TGN: router
-    bias per token. dropped_TD: x after dropout, which A then sees in x's place. Raises ValueError for anything else.
+    lora_A_rD, lora_B_NDr, lora_route [G*N, D] (group-major): one floating dtype, in which everything is computed. x_TD:
+    any floating dtype, which the output then has. bias_TGN: router bias per token. dropped_TD: x after dropout, which A
+    then sees in x's place. All on one device. Raises ValueError for anything else.
     """
     delta_TD, weights_TGN, _ = torch.ops.mtlora.routed_lora(
         x_TD, dropped_TD, lora_A_rD, lora_B_NDr, lora_route, bias_TGN, num_groups, scaling
@@ -63,10 +66,13 @@ def _check(
             raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
-        if tensor.dtype != x.dtype and name != "bias":
-            raise ValueError(f"{name} is {tensor.dtype}, x {x.dtype}")
-    if not x.dtype.is_floating_point:
-        raise ValueError(f"x must be of a floating dtype, got {x.dtype}")
+        if name == "dropped" and tensor.dtype != x.dtype:
+            raise ValueError(f"dropped is {tensor.dtype}, x {x.dtype}")
+        if name.startswith("lora") and tensor.dtype != lora_A.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, lora_A {lora_A.dtype}")
+    for name, dtype in (("x", x.dtype), ("lora_A", lora_A.dtype)):
+        if not dtype.is_floating_point:
+            raise ValueError(f"{name} must be of a floating dtype, got {dtype}")
 
 
 @torch.library.custom_op("mtlora::routed_lora", mutates_args=())
@@ -81,17 +87,32 @@ def _routed_lora(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _check(x, dropped, lora_A, lora_B, lora_route, bias, num_groups)
-    T = len(x)
+    run = cpu_training.forward if cpu_training.runs(x, lora_A) else _in_torch_ops
+    return run(x, dropped, lora_A, lora_B, lora_route, bias, num_groups, scaling)
+
+
+def _in_torch_ops(
+    x: torch.Tensor,
+    dropped: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    lora_route: torch.Tensor,
+    bias: torch.Tensor | None,
+    num_groups: int,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    T, dtype = len(x), x.dtype
+    x = x.to(lora_A.dtype)
     if dropped is None:
         s_TS = torch.nn.functional.linear(x, torch.cat([lora_A, lora_route]))
         h_Tr, logits = s_TS[:, : len(lora_A)].contiguous(), s_TS[:, len(lora_A) :]
     else:
-        h_Tr, logits = dropped @ lora_A.t(), x @ lora_route.t()
+        h_Tr, logits = dropped.to(x.dtype) @ lora_A.t(), x @ lora_route.t()
     weights_TGN = route(logits.reshape(T, num_groups, -1), bias)
     delta_TD = torch.empty_like(x, memory_format=torch.contiguous_format)
     delta_GTE = delta_TD.view(T, num_groups, -1).transpose(0, 1)
     torch.bmm(outer(h_Tr * scaling, weights_TGN), pack_experts(lora_B, num_groups), out=delta_GTE)
-    return delta_TD, weights_TGN, h_Tr
+    return delta_TD.to(dtype), weights_TGN, h_Tr
 
 
 @_routed_lora.register_fake
@@ -106,13 +127,14 @@ def _fake(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _check(x, dropped, lora_A, lora_B, lora_route, bias, num_groups)
-    weights_dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    weights_dtype = lora_A.dtype if lora_A.dtype == torch.float64 else torch.float32
     weights = x.new_empty(len(x), num_groups, len(lora_B), dtype=weights_dtype)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), weights, x.new_empty(len(x), len(lora_A))
+    h = x.new_empty(len(x), len(lora_A), dtype=lora_A.dtype)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), weights, h
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    *tensors, bias, ctx.num_groups, ctx.scaling = inputs
+    *tensors, bias, _, ctx.scaling = inputs
     _, weights_TGN, h_Tr = output
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(*tensors, weights_TGN, h_Tr)
@@ -120,41 +142,64 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
 
 
 def _backward(ctx: Any, grad_delta_TD: torch.Tensor, grad_weights_TGN: torch.Tensor, _: Any) -> tuple[Any, ...]:
-    x_TD, dropped_TD, lora_A_rD, lora_B_NDr, lora_route, weights_TGN, h_Tr = ctx.saved_tensors
-    (N, D, r), T, G = lora_B_NDr.shape, len(x_TD), ctx.num_groups
+    x_TD, _, lora_A_rD, *_ = ctx.saved_tensors
+    run = cpu_training.backward if cpu_training.runs(x_TD, lora_A_rD) else _backward_in_torch_ops
+    needs_x, needs_dropped = ctx.needs_input_grad[:2]
+    *grads, grad_logits_TGN = run(
+        grad_delta_TD, grad_weights_TGN, *ctx.saved_tensors, ctx.scaling, needs_x=needs_x, needs_dropped=needs_dropped
+    )
+    grad_bias_TGN = None if ctx.bias_dtype is None else grad_logits_TGN.to(ctx.bias_dtype)
+    return *grads, grad_bias_TGN, None, None
+
+
+def _backward_in_torch_ops(
+    grad_delta_TD: torch.Tensor,
+    grad_weights_TGN: torch.Tensor,
+    x_TD: torch.Tensor,
+    dropped_TD: torch.Tensor | None,
+    lora_A_rD: torch.Tensor,
+    lora_B_NDr: torch.Tensor,
+    lora_route: torch.Tensor,
+    weights_TGN: torch.Tensor,
+    h_Tr: torch.Tensor,
+    scaling: float,
+    *,
+    needs_x: bool,
+    needs_dropped: bool,
+) -> tuple[torch.Tensor | None, ...]:
+    (N, D, r), (T, G, _), dtype = lora_B_NDr.shape, weights_TGN.shape, x_TD.dtype
+    x_TD, grad_delta_TD = x_TD.to(lora_A_rD.dtype), grad_delta_TD.to(lora_A_rD.dtype)
     grad_GTE = grad_delta_TD.reshape(T, G, -1).transpose(0, 1)
 
-    z_GTK = outer(h_Tr * ctx.scaling, weights_TGN)
+    z_GTK = outer(h_Tr * scaling, weights_TGN)
     grad_B_GKE = torch.bmm(z_GTK.transpose(1, 2), grad_GTE)
     grad_B_NDr = grad_B_GKE.view(G, N, r, -1).permute(1, 0, 3, 2).reshape(N, D, r)
     del z_GTK, grad_B_GKE
 
     grad_z_GTNr = torch.bmm(grad_GTE, pack_experts(lora_B_NDr, G).transpose(1, 2)).view(G, T, N, r)
     weights_GT1N = weights_TGN.to(h_Tr.dtype).transpose(0, 1).unsqueeze(2)
-    grad_h_Tr = (weights_GT1N @ grad_z_GTNr).sum(dim=0).view(T, r) * ctx.scaling
-    grad_mix_GTN = (grad_z_GTNr @ (h_Tr * ctx.scaling).unsqueeze(-1)).squeeze(-1)
+    grad_h_Tr = (weights_GT1N @ grad_z_GTNr).sum(dim=0).view(T, r) * scaling
+    grad_mix_GTN = (grad_z_GTNr @ (h_Tr * scaling).unsqueeze(-1)).squeeze(-1)
     grad_weights_TGN = grad_weights_TGN + grad_mix_GTN.transpose(0, 1)
     del grad_z_GTNr
 
     inner_TG1 = (weights_TGN * grad_weights_TGN).sum(dim=-1, keepdim=True)
     grad_logits_TGN = weights_TGN * (grad_weights_TGN - inner_TG1)
-    grad_bias_TGN = None if ctx.bias_dtype is None else grad_logits_TGN.to(ctx.bias_dtype)
     grad_logits = grad_logits_TGN.reshape(T, G * N).to(x_TD.dtype)
 
     grad_x_TD = grad_dropped_TD = None
-    needs_x, needs_dropped = ctx.needs_input_grad[:2]
     if dropped_TD is None:
         grad_s_TS = torch.cat([grad_h_Tr, grad_logits], dim=1)
         grad_A_rD, grad_route = (grad_s_TS.t() @ x_TD).split([r, G * N])
         if needs_x:
-            grad_x_TD = grad_s_TS @ torch.cat([lora_A_rD, lora_route])
+            grad_x_TD = (grad_s_TS @ torch.cat([lora_A_rD, lora_route])).to(dtype)
     else:
-        grad_A_rD, grad_route = grad_h_Tr.t() @ dropped_TD, grad_logits.t() @ x_TD
+        grad_A_rD, grad_route = grad_h_Tr.t() @ dropped_TD.to(x_TD.dtype), grad_logits.t() @ x_TD
         if needs_x:
-            grad_x_TD = grad_logits @ lora_route
+            grad_x_TD = (grad_logits @ lora_route).to(dtype)
         if needs_dropped:
-            grad_dropped_TD = grad_h_Tr @ lora_A_rD
-    return grad_x_TD, grad_dropped_TD, grad_A_rD, grad_B_NDr, grad_route, grad_bias_TGN, None, None
+            grad_dropped_TD = (grad_h_Tr @ lora_A_rD).to(dtype)
+    return grad_x_TD, grad_dropped_TD, grad_A_rD, grad_B_NDr, grad_route, grad_logits_TGN
 
 
 torch.library.register_autograd("mtlora::routed_lora", _backward, setup_context=_save)

@@ -208,8 +208,8 @@ class Trainer:
                 )
 
     def _answer_loss(self, batch: Batch) -> torch.Tensor:
-        logits = self.adapted.answer_logits(batch.tokens_BL, batch.task_index_B, batch.answer_rows)
-        return answer_loss(logits, batch.answer_targets.to(logits.device))
+        states_AD = self.adapted.answer_states(batch.tokens_BL, batch.task_index_B, batch.answer_rows)
+        return answer_loss(states_AD, self.adapted.model.lm_head, batch.answer_targets.to(states_AD.device))
 
     def _balance(self, share: float) -> torch.Tensor:
         routing = self.adapted.adapters.mean_routing() if self.config.balance_weight else []

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from mtlora.model import AdaptedModel
 from mtlora.task import TaskSpec
 from mtlora.train.data import Encoded, collate
-from mtlora.train.losses import answer_loss
 
 _BATCH = 32
 
@@ -28,7 +28,7 @@ def held_out(adapted: AdaptedModel, tasks: Sequence[TaskSpec], examples: Sequenc
     for start in range(0, len(order), _BATCH):
         batch = collate([examples[i] for i in order[start : start + _BATCH]])
         logits = adapted.answer_logits(batch.tokens_BL, batch.task_index_B, batch.answer_rows).cpu()
-        loss_sum += answer_loss(logits, batch.answer_targets).item() * len(batch.answer_targets)
+        loss_sum += cross_entropy(logits.float(), batch.answer_targets, reduction="sum").item()
         answer_tokens += len(batch.answer_targets)
         wrong_B = torch.zeros(len(batch.task_index_B))
         wrong_B.index_add_(0, batch.answer_owner, (logits.argmax(-1) != batch.answer_targets).float())

@@ -1,0 +1,56 @@
+// Includes MTLORA_SOURCE, the kernel at work, once an instruction set, each in a namespace MTLORA_ISA of its own, and says
+// which of them this processor has.
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define MTLORA_X86 1
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
+#define MTLORA_ISA avx512bf16
+#define MTLORA_VECTOR_BYTES 64
+#define MTLORA_DOT_BF16
+#include MTLORA_SOURCE
+#undef MTLORA_ISA
+#undef MTLORA_VECTOR_BYTES
+#undef MTLORA_DOT_BF16
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#define MTLORA_ISA avx512
+#define MTLORA_VECTOR_BYTES 64
+#include MTLORA_SOURCE
+#undef MTLORA_ISA
+#undef MTLORA_VECTOR_BYTES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define MTLORA_ISA avx2
+#define MTLORA_VECTOR_BYTES 32
+#include MTLORA_SOURCE
+#undef MTLORA_ISA
+#undef MTLORA_VECTOR_BYTES
+#pragma GCC pop_options
+#endif
+
+namespace {
+
+// isa: 0 for the best, else one alone: 2 AVX2, 512 AVX-512, 516 AVX-512 with its products of bfloat16. Of the three
+// functions, one an instruction set, that which runs here; null where the processor has none of them.
+template <class Function>
+Function choose(int isa, Function with_dot, Function with_512, Function with_2) {
+#ifdef MTLORA_X86
+  __builtin_cpu_init();
+  const bool has_2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_512 = has_2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_512 && __builtin_cpu_supports("avx512bf16") && (isa == 0 || isa == 516)) return with_dot;
+  if (has_512 && (isa == 0 || isa == 512)) return with_512;
+  if (has_2 && (isa == 0 || isa == 2)) return with_2;
+#endif
+  return nullptr;
+}
+
+}  // namespace
