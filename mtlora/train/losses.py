@@ -61,15 +61,28 @@ def balance_loss(mean_routing: Sequence[torch.Tensor]) -> torch.Tensor:
     return variation.mean()
 
 
-def _spectra(B_MNDr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Singular values [M, N, r] and right singular vectors [M, N, r, r] of every expert, constants to the gradient.
+@torch.no_grad()
+def _spectra(gram_MNrr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Singular values [M, N, r] and right singular vectors [M, N, r, r] of experts, from their Gram matrices B^T B.
 
-    By way of the r x r Gram matrix: a rank-16 expert needs no factorisation of its D rows.
+    Constants to the gradient. A rank-16 expert needs no factorisation of its D rows.
     """
-    with torch.no_grad():
-        gram = B_MNDr.transpose(-1, -2) @ B_MNDr
-        squares, vectors = torch.linalg.eigh(gram)
-        return squares.clamp_min(0).sqrt(), vectors
+    squares, vectors = torch.linalg.eigh(gram_MNrr)
+    return squares.clamp_min(0).sqrt(), vectors
+
+
+class _Gram(torch.autograd.Function):
+    """X^T X of a batch, whose gradient takes one product where autograd, not knowing both sides alike, takes two."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.transpose(-1, -2) @ x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return x @ (grads[0] + grads[0].transpose(-1, -2))
 
 
 def spectral_weights(sigma_MNr: torch.Tensor) -> torch.Tensor:
@@ -78,12 +91,17 @@ def spectral_weights(sigma_MNr: torch.Tensor) -> torch.Tensor:
 
 
 def spectral_pairwise(B_MNDr: torch.Tensor) -> torch.Tensor:
-    """Between experts, as the paper writes it: sum_{i<j} ||(B_i V_i W_i)^T (B_j V_j W_j)||_F^2, mean over matrices."""
-    sigma, vectors = _spectra(B_MNDr)
-    weighted = B_MNDr @ (vectors * spectral_weights(sigma).unsqueeze(-2))
-    M, N, D, r = weighted.shape
-    flat_MDK = weighted.transpose(1, 2).reshape(M, D, N * r)
-    gram_MKK = flat_MDK.transpose(1, 2) @ flat_MDK
+    """Between experts, as the paper writes it: sum_{i<j} ||(B_i V_i W_i)^T (B_j V_j W_j)||_F^2, mean over matrices.
+
+    From the products B_i^T B_j, which V and W, constants, then turn: no weighted expert is made.
+    """
+    M, N, D, r = B_MNDr.shape
+    gram_MKK = _Gram.apply(B_MNDr.transpose(1, 2).reshape(M, D, N * r))
+    own_MNrr = gram_MKK.view(M, N, r, N, r).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    sigma, vectors = _spectra(own_MNrr)
+    turn_MNrr = (vectors * spectral_weights(sigma).unsqueeze(-2)).transpose(-1, -2)
+    for _ in range(2):  # the rows, then, transposed, the columns
+        gram_MKK = (turn_MNrr @ gram_MKK.transpose(1, 2).reshape(M, N, r, N * r)).view(M, N * r, N * r)
     between = torch.block_diag(*[torch.ones(r, r, device=gram_MKK.device)] * N) == 0
     return 0.5 * (gram_MKK**2 * between).sum() / M
 
@@ -94,9 +112,9 @@ def spectral_gram(B_MNDr: torch.Tensor) -> torch.Tensor:
     The weights follow the singular values in falling order. Mean over matrices and experts.
     """
     r = B_MNDr.shape[-1]
-    sigma, _ = _spectra(B_MNDr)
+    gram = _Gram.apply(B_MNDr)
+    sigma, _ = _spectra(gram)
     w = spectral_weights(sigma.flip(-1))
-    gram = B_MNDr.transpose(-1, -2) @ B_MNDr
     scale = B_MNDr.square().sum(dim=(-1, -2)) / r
     target = scale[..., None, None] * torch.eye(r, device=B_MNDr.device)
     return (((gram - target) * (w.unsqueeze(-1) * w.unsqueeze(-2))) ** 2).sum(dim=(-1, -2)).mean()

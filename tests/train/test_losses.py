@@ -1,10 +1,12 @@
 """Losses against their formulas, written out with loops and full factorisations in float64."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from mtlora.train import losses
 from mtlora.train.losses import answer_loss, balance_loss, spectral_gram, spectral_pairwise, spectral_weights
 
 
@@ -46,6 +48,26 @@ def test_spectral_losses_equal_their_formulas(blocks: int, num_experts: int, d: 
     assert spectral_gram(B).item() == pytest.approx(gram_by_formula(B), rel=1e-9)
 
 
+@pytest.mark.parametrize("loss", [spectral_pairwise, spectral_gram])
+def test_spectral_gradients_are_those_with_the_weights_held(loss: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    B = experts(2, 3, 6, 2).requires_grad_()
+    (found,) = torch.autograd.grad(loss(B), [B])
+    grams = B.detach().transpose(-1, -2) @ B.detach()
+    sigma, V = (torch.linalg.eigh(grams)[0].sqrt(), torch.linalg.eigh(grams)[1])
+    w = torch.exp(-sigma / sigma.mean(-1, keepdim=True))
+    if loss is spectral_pairwise:
+        weighted = B @ (V * w.unsqueeze(-2))
+        pairs = itertools.combinations(range(3), 2)
+        expected = sum((weighted[:, i].transpose(1, 2) @ weighted[:, j]).square().sum() for i, j in pairs) / 2
+    else:
+        gram = B.transpose(-1, -2) @ B
+        scale = B.square().sum(dim=(-1, -2), keepdim=True) / 2
+        w = w.flip(-1)
+        outer = w.unsqueeze(-1) * w.unsqueeze(-2)
+        expected = ((gram - scale * torch.eye(2, dtype=B.dtype)) * outer).square().sum(dim=(-1, -2)).mean()
+    torch.testing.assert_close(found, torch.autograd.grad(expected, [B])[0], rtol=1e-9, atol=1e-9)
+
+
 def test_pairwise_is_zero_for_orthogonal_experts_and_pushes_weak_components_hardest() -> None:
     B = torch.zeros(1, 2, 8, 2, dtype=torch.float64)
     B[0, 0, 0, 0], B[0, 0, 1, 1], B[0, 1, 2, 0], B[0, 1, 3, 1] = 3.0, 0.1, 3.0, 0.1
@@ -74,8 +96,30 @@ def test_balance_loss_is_the_squared_coefficient_of_variation() -> None:
     assert balance_loss([skewed]).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_answer_loss_is_mean_negative_log_likelihood() -> None:
-    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
-    targets = torch.tensor([0, 6, 3, 3, 1])
-    expected = -torch.log_softmax(logits.double(), -1)[torch.arange(5), targets].mean()
-    assert answer_loss(logits, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+@pytest.mark.parametrize("rows_at_a_time", [1, 2, 100])
+@pytest.mark.parametrize("biased", [False, True])
+def test_answer_loss_and_its_gradient(monkeypatch: pytest.MonkeyPatch, rows_at_a_time: int, biased: bool) -> None:
+    monkeypatch.setattr(losses, "_LOSS_ELEMENTS", 7 * rows_at_a_time)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(4, 7, bias=biased).requires_grad_(False)
+    states, targets = torch.randn(5, 4, requires_grad=True), torch.tensor([0, 6, 3, 3, 1])
+    wide = states.detach().double().requires_grad_()
+    expected = -torch.log_softmax(head.double()(wide), -1)[torch.arange(5), targets].mean()
+    loss = answer_loss(states, head.float(), targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(states.grad.double(), wide.grad, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert answer_loss(states, head, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_answer_loss_in_bfloat16_is_autograds() -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 50, bias=False).bfloat16().requires_grad_(False)
+    states, targets = torch.randn(6, 8).bfloat16().requires_grad_(), torch.randint(50, (6,))
+    loss = answer_loss(states, head, targets)
+    expected = torch.nn.functional.cross_entropy(head(states).float(), targets)
+    (found,), (wanted,) = (torch.autograd.grad(value, [states]) for value in (loss, expected))
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=1e-4)
