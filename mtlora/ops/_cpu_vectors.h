@@ -47,21 +47,22 @@ INLINE void store(Floats values, uint16_t* out) {
 typedef float Tokens __attribute__((vector_size(4 * MAX_TILE), aligned(4), may_alias));
 typedef int32_t TokenInts __attribute__((vector_size(4 * MAX_TILE)));
 
-// exp(x) for x <= 0, to float32's precision: 2^n times the series of the rest of x / ln 2.
-INLINE Tokens exp_negative(Tokens x) {
-  const Tokens zero = {};
+// exp(x) for x <= 0, to float32's precision: 2^n times the series of the rest of x / ln 2. I: V's integers.
+template <class V, class I>
+INLINE V exp_negative(V x) {
+  const V zero = {};
   x = x > zero - 87.0f ? x : zero - 87.0f;
-  const TokenInts n = __builtin_convertvector(x * 1.44269504f - 0.5f, TokenInts);
-  const Tokens whole = __builtin_convertvector(n, Tokens);
-  const Tokens f = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  Tokens p = zero + 1.9875691500e-4f;
+  const I n = __builtin_convertvector(x * 1.44269504f - 0.5f, I);
+  const V whole = __builtin_convertvector(n, V);
+  const V f = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  V p = zero + 1.9875691500e-4f;
   p = p * f + 1.3981999507e-3f;
   p = p * f + 8.3334519073e-3f;
   p = p * f + 4.1665795894e-2f;
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * f * f + f + 1.0f;
-  return p * reinterpret_cast<Tokens>((n + 127) << 23);
+  return p * reinterpret_cast<V>((n + 127) << 23);
 }
 
 // Softmax over the experts of every group, in place. logits: [G*N, MAX_TILE].
@@ -73,7 +74,7 @@ INLINE void route(Tokens* logits, int64_t groups, int64_t experts) {
     for (int64_t i = 1; i < experts; ++i) largest = group[i] > largest ? group[i] : largest;
     for (int64_t i = 0; i < experts; ++i) {
       const Tokens less = group[i] - largest;
-      group[i] = less == less ? exp_negative(less) : less;
+      group[i] = less == less ? exp_negative<Tokens, TokenInts>(less) : less;
       sum += group[i];
     }
     const Tokens scale = 1.0f / sum;

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtlora.model import load_backbone
-from mtlora.train.cpu_backbone import causal_attention, rms_norm, speed_up_training
+from mtlora.train.cpu_backbone import causal_attention, rms_norm, speed_up_training, swiglu
 
 
 @settings(deadline=None, max_examples=30)
@@ -45,6 +45,17 @@ def test_rms_norm() -> None:
     )
 
 
+def test_swiglu() -> None:
+    gate, up, probe = torch.randn(3, 4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    inputs = [gate.requires_grad_(), up.requires_grad_()]
+    found, expected = swiglu(*inputs), torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, inputs, probe), torch.autograd.grad(expected, inputs, probe), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("wants_gradients", [True, False])
 def test_a_whole_model_is_the_same_function(tiny_backbone: Path, wants_gradients: bool) -> None:
     tokens_BL = torch.randint(0, 1000, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -55,7 +66,8 @@ def test_a_whole_model_is_the_same_function(tiny_backbone: Path, wants_gradients
             speed_up_training(model)
         embedded = model.get_input_embeddings()(tokens_BL).requires_grad_(wants_gradients)
         hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        assert ("_CausalAttention" in graph(hidden)) == ("_RMSNorm" in graph(hidden)) == (fast and wants_gradients)
+        for operation in ("_CausalAttention", "_RMSNorm", "_SwiGLU"):
+            assert (operation in graph(hidden)) == (fast and wants_gradients)
         outputs.append([hidden, *(torch.autograd.grad(hidden.sin().sum(), embedded) if wants_gradients else ())])
     for plain, fast_one in zip(*outputs, strict=True):
         torch.testing.assert_close(fast_one, plain, rtol=2e-4, atol=2e-4)

@@ -1,0 +1,197 @@
+// Three element-by-element operations of a backbone in training, each forward and backward in one pass over its tensors.
+//
+// Computed in float32, rows side by side over threads. Plain C interface, OpenMP and instruction sets as in
+// _cpu_kernel.cpp. Tensors are contiguous, of one dtype (0 float32, 1 bfloat16) but for RMSNorm's `inverse`, float32.
+
+#ifndef MTLORA_ISA
+
+#include "_cpu_layout.h"
+
+namespace {
+
+// Mirrors `Call` in mtlora/ops/cpu_elementwise.py: [rows, size] of everything but `weight` [size] and `inverse` [rows].
+struct ElementwiseCall {
+  int64_t rows, size;
+  float number;  // RMSNorm's epsilon, softmax's scaling
+  int32_t dtype, threads, isa;
+  const void *first, *second, *third;
+  float* inverse;
+  void *out, *also_out;
+};
+
+}  // namespace
+
+#define MTLORA_SOURCE "_cpu_elementwise.cpp"
+#include "_cpu_instruction_sets.h"
+
+namespace {
+
+using RowFunction = void (*)(const ElementwiseCall&, int64_t);
+
+void over_rows(const ElementwiseCall& call, RowFunction row) {
+#pragma omp parallel for schedule(static) num_threads(call.threads) if (call.threads > 1)
+  for (int64_t i = 0; i < call.rows; ++i) row(call, i);
+}
+
+}  // namespace
+
+#ifdef MTLORA_X86
+#define MTLORA_CHOOSE(call, name)                                                                              \
+  ((call)->dtype ? choose<RowFunction>((call)->isa, avx512bf16::name<uint16_t>, avx512::name<uint16_t>,        \
+                                       avx2::name<uint16_t>)                                                   \
+                 : choose<RowFunction>((call)->isa, avx512bf16::name<float>, avx512::name<float>, avx2::name<float>))
+#else
+#define MTLORA_CHOOSE(call, name) nullptr
+#endif
+
+extern "C" {
+
+// Version of `ElementwiseCall`: to be raised with it.
+int mtlora_elementwise_layout() { return 1; }
+
+// out = weight * x / sqrt(mean x^2 + epsilon), rounded before the weight as the eager models do. first: x, second: weight.
+void mtlora_rms_norm(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE(call, rms_norm)); }
+
+// out = x's gradient. first: out's gradient, second: weight, third: x.
+void mtlora_rms_norm_backward(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE(call, rms_norm_backward)); }
+
+// out = silu(gate) * up. first: gate, second: up.
+void mtlora_swiglu(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE(call, swiglu)); }
+
+// out, also_out = the gradients of gate and up. first: out's gradient, second: gate, third: up.
+void mtlora_swiglu_backward(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE(call, swiglu_backward)); }
+
+// out = softmax(scaling * scores) up to the diagonal, zeros beyond it; may take the scores' place. first: scores, of
+// which row i is position i % size of a query, among `size` keys.
+void mtlora_causal_softmax(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE(call, causal_softmax)); }
+
+}  // extern "C"
+
+#else  // MTLORA_ISA: the operations for one instruction set
+
+namespace {
+namespace MTLORA_ISA {
+
+#include "_cpu_vectors.h"
+
+// The next `count` elements, at most a vector of them, and `rest` in what is left of its lanes.
+template <class W>
+INLINE Floats load_part(const W* from, int64_t count, float rest = 0) {
+  if (count >= LANES) return load(from);
+  Floats lanes = Floats{} + rest;
+  for (int64_t i = 0; i < count; ++i) lanes[i] = widen(from[i]);
+  return lanes;
+}
+
+template <class W>
+INLINE void store_part(Floats values, W* out, int64_t count) {
+  if (count >= LANES) return store(values, out);
+  W lanes[LANES];
+  store(values, lanes);
+  for (int64_t i = 0; i < count; ++i) out[i] = lanes[i];
+}
+
+// Rounded to W and back.
+INLINE Floats rounded(Floats values, const float*) { return values; }
+INLINE Floats rounded(Floats values, const uint16_t*) {
+  uint16_t lanes[LANES];
+  store(values, lanes);
+  return load(lanes);
+}
+
+INLINE Floats sigmoid(Floats x) {
+  const Floats zero = {}, power = exp_negative<Floats, Ints>(x < zero ? x : -x);
+  return (x < zero ? power : zero + 1.0f) / (power + 1.0f);
+}
+
+template <class W>
+static void rms_norm(const ElementwiseCall& call, int64_t row) {
+  const int64_t size = call.size;
+  const W* x = static_cast<const W*>(call.first) + row * size;
+  const W* weight = static_cast<const W*>(call.second);
+  W* out = static_cast<W*>(call.out) + row * size;
+  Floats squares = {};
+  for (int64_t i = 0; i < size; i += LANES) {
+    const Floats values = load_part(x + i, size - i);
+    squares += values * values;
+  }
+  const float inverse = 1.0f / __builtin_sqrtf(total(squares) / size + call.number);
+  call.inverse[row] = inverse;
+  for (int64_t i = 0; i < size; i += LANES) {
+    const Floats normal = rounded(load_part(x + i, size - i) * inverse, x);
+    store_part(normal * load_part(weight + i, size - i), out + i, size - i);
+  }
+}
+
+template <class W>
+static void rms_norm_backward(const ElementwiseCall& call, int64_t row) {
+  const int64_t size = call.size;
+  const W* grad = static_cast<const W*>(call.first) + row * size;
+  const W* weight = static_cast<const W*>(call.second);
+  const W* x = static_cast<const W*>(call.third) + row * size;
+  W* out = static_cast<W*>(call.out) + row * size;
+  const float inverse = call.inverse[row];
+  Floats along = {};
+  for (int64_t i = 0; i < size; i += LANES)
+    along += load_part(grad + i, size - i) * load_part(weight + i, size - i) * load_part(x + i, size - i);
+  const float factor = total(along) / size * inverse * inverse;
+  for (int64_t i = 0; i < size; i += LANES) {
+    const Floats weighted = load_part(grad + i, size - i) * load_part(weight + i, size - i);
+    store_part((weighted - load_part(x + i, size - i) * factor) * inverse, out + i, size - i);
+  }
+}
+
+template <class W>
+static void swiglu(const ElementwiseCall& call, int64_t row) {
+  const int64_t size = call.size, at = row * size;
+  const W *gate = static_cast<const W*>(call.first) + at, *up = static_cast<const W*>(call.second) + at;
+  W* out = static_cast<W*>(call.out) + at;
+  for (int64_t i = 0; i < size; i += LANES) {
+    const Floats g = load_part(gate + i, size - i);
+    store_part(g * sigmoid(g) * load_part(up + i, size - i), out + i, size - i);
+  }
+}
+
+template <class W>
+static void swiglu_backward(const ElementwiseCall& call, int64_t row) {
+  const int64_t size = call.size, at = row * size;
+  const W* grad = static_cast<const W*>(call.first) + at;
+  const W *gate = static_cast<const W*>(call.second) + at, *up = static_cast<const W*>(call.third) + at;
+  W *grad_gate = static_cast<W*>(call.out) + at, *grad_up = static_cast<W*>(call.also_out) + at;
+  for (int64_t i = 0; i < size; i += LANES) {
+    const Floats d = load_part(grad + i, size - i), g = load_part(gate + i, size - i), s = sigmoid(g);
+    store_part(d * g * s, grad_up + i, size - i);
+    store_part(d * load_part(up + i, size - i) * s * (1.0f + g * (1.0f - s)), grad_gate + i, size - i);
+  }
+}
+
+template <class W>
+static void causal_softmax(const ElementwiseCall& call, int64_t row) {
+  const int64_t size = call.size, keys = row % size + 1;
+  const W* scores = static_cast<const W*>(call.first) + row * size;
+  W* out = static_cast<W*>(call.out) + row * size;
+  const Floats zero = {};
+  Floats largest = zero - __builtin_inff(), sums = zero;
+  for (int64_t i = 0; i < keys; i += LANES) {
+    const Floats values = load_part(scores + i, keys - i, -__builtin_inff());
+    largest = values > largest ? values : largest;
+  }
+  float top = largest[0];
+  for (int lane = 1; lane < LANES; ++lane) top = largest[lane] > top ? largest[lane] : top;
+  // Computed twice: that costs less than keeping a row of it. A NaN makes the sum, and so the row, one.
+  const auto power = [&](int64_t i) {
+    const Floats less = (load_part(scores + i, keys - i, -__builtin_inff()) - top) * call.number;
+    return less == less ? exp_negative<Floats, Ints>(less) : less;
+  };
+  for (int64_t i = 0; i < keys; i += LANES) sums += power(i);
+  const float scale = 1.0f / total(sums);
+  for (int64_t i = 0; i < keys; i += LANES) store_part(power(i) * scale, out + i, keys - i);
+  memset(out + keys, 0, (size - keys) * sizeof(W));
+}
+
+#undef INLINE
+
+}  // namespace MTLORA_ISA
+}  // namespace
+
+#endif
