@@ -16,9 +16,14 @@ LAYOUT = 1
 _ADDRESS, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 # In the order of `TrainingCall` in the kernel's source, which says what each is.
 _TENSORS = (
-    "x", "dropped", "lora_A", "lora_B", "route", "bias", "weights", "h", "delta", "grad_delta", "grad_weights", "grad_x",
-    "grad_dropped", "grad_A", "grad_B", "grad_route", "grad_logits",
+    "x", "dropped", "lora_A", "lora_B", "route", "bias", "weights", "h", "delta", "grad_delta", "grad_weights",
+    "grad_x", "grad_dropped", "grad_A", "grad_B", "grad_route", "grad_logits",
 )  # fmt: skip
+
+# Of x, dropped, A, B, R and the logits.
+Gradients = tuple[
+    torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]  # fmt: skip
 
 
 class Call(ctypes.Structure):
@@ -96,7 +101,7 @@ def backward(
     needs_x: bool,
     needs_dropped: bool,
     isa: int = 0,
-) -> tuple[torch.Tensor | None, ...]:
+) -> Gradients:
     """Gradients of x, dropped, A, B, R and the logits [T, G, N]; of x and dropped where they are needed."""
     grad_x_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype) if needs_x else None
     grad_dropped_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype) if needs_dropped else None

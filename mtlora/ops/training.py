@@ -1,8 +1,8 @@
 """The registered operator of training, `mtlora::routed_lora`: the path of one adapter, with gradients.
 
 Between forward and backward it keeps x, h and the routing weights; no tensor per expert, [T, D] times N, is ever made.
-On a CPU the compiled kernel computes both passes. Where it cannot, torch ops do, and z and its gradient, [G, T, K] both,
-are made anew in the backward pass of one block and gone after it.
+On a CPU the compiled kernel computes both passes. Where it cannot, torch ops do, and make z and its gradient, both
+[G, T, K], anew in the backward pass of a block; they are gone after it.
 
 Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups, E = D/G dimensions of a group, K = N*r.
 """
@@ -142,12 +142,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
 
 
 def _backward(ctx: Any, grad_delta_TD: torch.Tensor, grad_weights_TGN: torch.Tensor, _: Any) -> tuple[Any, ...]:
-    x_TD, _, lora_A_rD, *_ = ctx.saved_tensors
+    x_TD, dropped_TD, lora_A_rD, lora_B_NDr, lora_route, weights_TGN, h_Tr = ctx.saved_tensors
     run = cpu_training.backward if cpu_training.runs(x_TD, lora_A_rD) else _backward_in_torch_ops
     needs_x, needs_dropped = ctx.needs_input_grad[:2]
     *grads, grad_logits_TGN = run(
-        grad_delta_TD, grad_weights_TGN, *ctx.saved_tensors, ctx.scaling, needs_x=needs_x, needs_dropped=needs_dropped
-    )
+        grad_delta_TD, grad_weights_TGN, x_TD, dropped_TD, lora_A_rD, lora_B_NDr, lora_route, weights_TGN, h_Tr,
+        ctx.scaling, needs_x=needs_x, needs_dropped=needs_dropped,
+    )  # fmt: skip
     grad_bias_TGN = None if ctx.bias_dtype is None else grad_logits_TGN.to(ctx.bias_dtype)
     return *grads, grad_bias_TGN, None, None
 
@@ -166,7 +167,7 @@ def _backward_in_torch_ops(
     *,
     needs_x: bool,
     needs_dropped: bool,
-) -> tuple[torch.Tensor | None, ...]:
+) -> cpu_training.Gradients:
     (N, D, r), (T, G, _), dtype = lora_B_NDr.shape, weights_TGN.shape, x_TD.dtype
     x_TD, grad_delta_TD = x_TD.to(lora_A_rD.dtype), grad_delta_TD.to(lora_A_rD.dtype)
     grad_GTE = grad_delta_TD.reshape(T, G, -1).transpose(0, 1)

@@ -1,11 +1,14 @@
 """The training operator against autograd through the reference, and by finite differences."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtlora.bench.ops import expert_loop, peak_bytes, training_variants
+from mtlora.ops import cpu_training
 from mtlora.ops.reference import routed_lora_reference
 from mtlora.ops.training import routed_lora
 
@@ -71,6 +74,28 @@ def test_float32_and_the_authors_loop_agree() -> None:
         assert (a - b).norm() / b.norm() < 1e-5
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_an_input_of_less_precision_than_the_parameters(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    if not compiled:
+        monkeypatch.setattr(cpu_training, "runs", lambda *tensors: False)
+    x, A, B, R, bias = inputs({"T": 9, "E": 8, "r": 4, "N": 3, "G": 2, "biased": True, "seed": 1}, torch.float32)
+    x = x.detach().bfloat16().requires_grad_()
+    dropped = (x.detach() * 1.5).requires_grad_()
+    out, weights = routed_lora(x, A, B, R, bias, num_groups=2, scaling=2.0, dropped_TD=dropped)
+    assert (out.dtype, weights.dtype) == (torch.bfloat16, torch.float32)
+    wide = [t.detach().double().requires_grad_() for t in (x, A, B, R, bias, dropped)]
+    expected, expected_weights = routed_lora(*wide[:5], num_groups=2, scaling=2.0, dropped_TD=wide[5])
+    close = partial(torch.testing.assert_close, rtol=2e-2, atol=2e-2, check_dtype=False)
+    close(out, expected)
+    probes = torch.ones_like(expected), torch.randn_like(expected_weights)
+    found = torch.autograd.grad(
+        [out, weights], [x, A, B, R, bias, dropped], [p.to(t) for p, t in zip(probes, (out, weights), strict=True)]
+    )
+    for ours, theirs in zip(found, torch.autograd.grad([expected, expected_weights], wide, probes), strict=True):
+        close(ours, theirs)
+    assert [t.dtype for t in found] == [torch.bfloat16, *[torch.float32] * 4, torch.bfloat16]
+
+
 def test_only_what_needs_a_gradient_gets_one() -> None:
     x, A, B, R, _ = inputs({"T": 4, "E": 2, "r": 2, "N": 2, "G": 2, "biased": False, "seed": 2})
     frozen = x.detach()
@@ -94,7 +119,8 @@ def test_memory_beside_the_authors_loop() -> None:
     ("position", "change", "message"),
     [
         (1, lambda t: t[:, :-1], "lora_A must be"),
-        (2, lambda t: t.float(), "lora_B is torch.float32"),
+        (2, lambda t: t.float(), "lora_B is torch.float32, lora_A torch.float64"),
+        (0, lambda t: t.long(), "x must be of a floating dtype"),
         (3, lambda t: t[1:], "lora_route must be"),
         (4, lambda t: t[:, :1], "bias must be"),
         (2, lambda t: t.to("meta"), "lora_B is on meta"),

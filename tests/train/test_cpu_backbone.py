@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtlora.model import load_backbone
+from mtlora.ops import cpu_elementwise
 from mtlora.train.cpu_backbone import causal_attention, rms_norm, speed_up_training, swiglu
 
 
@@ -56,8 +57,13 @@ def test_swiglu() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("wants_gradients", [True, False])
-def test_a_whole_model_is_the_same_function(tiny_backbone: Path, wants_gradients: bool) -> None:
+def test_a_whole_model_is_the_same_function(
+    tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch, wants_gradients: bool, compiled: bool
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(cpu_elementwise, "runs", lambda *tensors: False)
     tokens_BL = torch.randint(0, 1000, (3, 11), generator=torch.Generator().manual_seed(0))
     outputs = []
     for fast in (False, True):

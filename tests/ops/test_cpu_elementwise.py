@@ -1,0 +1,101 @@
+"""The backbone's compiled operations, in every instruction set of this processor, against torch in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtlora.ops import cpu_elementwise, cpu_kernel
+
+KERNEL = cpu_kernel.compiled_kernel()
+pytestmark = pytest.mark.skipif(KERNEL is None, reason="the kernel is not built here")
+SETS = [isa for isa in (2, 512, 516) if KERNEL is not None and KERNEL.mtlora_supported(isa)]
+
+every_set = pytest.mark.parametrize("isa", SETS)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+SHAPES = {"rows": st.integers(1, 5), "size": st.integers(1, 70), "seed": st.integers(0, 2**31)}
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    return (3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, roundings: int = 1) -> None:
+    unit = {torch.float32: 1e-5, torch.bfloat16: 2**-8}[found.dtype] * roundings
+    torch.testing.assert_close(found.double(), expected.detach(), rtol=unit, atol=unit * 1e-2)
+
+
+@every_set
+@every_dtype
+@given(**SHAPES)
+@settings(max_examples=20, deadline=None)
+def test_rms_norm(isa: int, dtype: torch.dtype, rows: int, size: int, seed: int) -> None:
+    x, grad = randn(2, rows, size, seed=seed, dtype=dtype).unbind()
+    weight = randn(size, seed=seed + 1, dtype=dtype)
+    wide = x.double().requires_grad_()
+    expected = torch.nn.functional.rms_norm(wide, (size,), weight.double(), 1e-2)
+    out, inverse = cpu_elementwise.rms_norm(x, weight, 1e-2, isa)
+    close(out, expected, roundings=2)
+    close(inverse, (wide.square().mean(-1) + 1e-2).rsqrt())
+    (expected_grad,) = torch.autograd.grad(expected, wide, grad.double())
+    found = cpu_elementwise.rms_norm_backward(grad, x, weight, inverse, isa)
+    atol = {torch.float32: 1e-4, torch.bfloat16: 2**-7}[dtype] * max(1.0, expected_grad.abs().max().item())
+    torch.testing.assert_close(found.double(), expected_grad, rtol=0, atol=atol)
+
+
+@every_set
+@every_dtype
+@given(**SHAPES)
+@settings(max_examples=20, deadline=None)
+def test_swiglu(isa: int, dtype: torch.dtype, rows: int, size: int, seed: int) -> None:
+    gate, up, grad = randn(3, rows, size, seed=seed, dtype=dtype).unbind()
+    leaves = [t.double().requires_grad_() for t in (gate, up)]
+    expected = torch.nn.functional.silu(leaves[0]) * leaves[1]
+    close(cpu_elementwise.swiglu(gate, up, isa), expected)
+    wanted = torch.autograd.grad(expected, leaves, grad.double())
+    for ours, theirs in zip(cpu_elementwise.swiglu_backward(grad, gate, up, isa), wanted, strict=True):
+        close(ours, theirs)
+
+
+@every_set
+@every_dtype
+@given(heads=st.integers(1, 4), length=st.integers(1, 70), seed=st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_causal_softmax(isa: int, dtype: torch.dtype, heads: int, length: int, seed: int) -> None:
+    scores = randn(heads, length, length, seed=seed, dtype=dtype)
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    expected = (0.7 * scores.double()).masked_fill(future, float("-inf")).softmax(-1)
+    # What lies beyond the diagonal is never read.
+    scores.masked_fill_(future, float("nan"))
+    found = cpu_elementwise.causal_softmax_(scores, 0.7, isa)
+    assert found is scores
+    assert not found[:, future].any()
+    close(found, expected)
+
+
+@every_set
+def test_extremes(isa: int) -> None:
+    scores = torch.full((1, 40, 40), -1e30)
+    scores[0, :, 0] = 1e30
+    assert torch.equal(cpu_elementwise.causal_softmax_(scores, 1.0, isa)[0, :, 0], torch.ones(40))
+    scores = torch.zeros(1, 40, 40)
+    scores[0, 20, 3] = float("nan")
+    found = cpu_elementwise.causal_softmax_(scores, 1.0, isa)[0]
+    assert found[20, :21].isnan().all()
+    assert not found[torch.arange(40) != 20].isnan().any()
+    gate = torch.tensor([-1e4, -200.0, 0.0, 200.0, 1e4, float("nan")])
+    found = cpu_elementwise.swiglu(gate, torch.ones(6), isa)
+    torch.testing.assert_close(found, torch.nn.functional.silu(gate), rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+def test_only_tensors_alike_on_the_cpu_are_taken() -> None:
+    x = torch.zeros(3)
+    assert cpu_elementwise.runs(x, x)
+    assert not cpu_elementwise.runs(x, x.bfloat16())
+    assert not cpu_elementwise.runs(x.double())
+    assert not cpu_elementwise.runs(x.to("meta"))
+
+
+def test_a_stale_library_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_elementwise, "LAYOUT", cpu_elementwise.LAYOUT + 1)
+    assert cpu_elementwise._library.__wrapped__() is None
