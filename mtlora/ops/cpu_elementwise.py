@@ -1,4 +1,4 @@
-"""The compiled operations of a backbone in training on a CPU, `_cpu_elementwise.cpp`: one pass over memory each.
+"""The compiled operations of a backbone in training on a CPU, `csrc/elementwise.cpp`: one pass over memory each.
 
 Tensors are float32 or bfloat16, all of a call alike; everything is computed in float32.
 """

@@ -1,7 +1,7 @@
-"""The compiled kernel of the CPU backend: finding it, and the layout in which it reads weights.
+"""The compiled kernels for CPUs: finding them, and the layout in which that of serving reads weights.
 
-`_cpu_kernel.cpp` is built when the package is installed. Where it was not, for want of a compiler, or cannot run on
-this processor, weights stay as they are and torch ops read them.
+`csrc` is built into one library when the package is installed. Where it was not, for want of a compiler, or cannot run
+on this processor, weights stay as they are and torch ops read them.
 
 Shape suffixes: K depth, C columns, U units of columns.
 """
@@ -16,7 +16,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Tokens of a tile: as many as the kernel's innermost loop keeps in registers.
+# Tokens of a tile: as many as the serving kernel's innermost loop keeps in registers.
 TILE_SIZE = 8
 
 # Columns of a unit.

@@ -1,4 +1,4 @@
-"""The compiled kernel of training on a CPU, `_cpu_training.cpp`: one adapter's path and its gradients, in float32.
+"""The compiled kernel of training on a CPU, `csrc/training.cpp`: one adapter's path and its gradients, in float32.
 
 Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups.
 """

@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Field(IntEnum):
-    """Columns of a row. The kernels read rows by these places; `_cpu_kernel.cpp` and `triton_gpu.py` mirror them."""
+    """Columns of a row. The kernels read rows by these places; `csrc/serving.cpp` and `triton_gpu.py` mirror them."""
 
     SHRINK = 0  # address of [D, S], or of its units
     EXPAND = 1  # address of [G, K, E], or of its units

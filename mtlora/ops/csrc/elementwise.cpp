@@ -1,11 +1,11 @@
 // Three element-by-element operations of a backbone in training, each forward and backward in one pass over its tensors.
 //
 // Computed in float32, rows side by side over threads. Plain C interface, OpenMP and instruction sets as in
-// _cpu_kernel.cpp. Tensors are contiguous, of one dtype (0 float32, 1 bfloat16) but for RMSNorm's `inverse`, float32.
+// serving.cpp. Tensors are contiguous, of one dtype (0 float32, 1 bfloat16) but for RMSNorm's `inverse`, float32.
 
 #ifndef MTLORA_ISA
 
-#include "_cpu_layout.h"
+#include "layout.h"
 
 namespace {
 
@@ -21,8 +21,8 @@ struct ElementwiseCall {
 
 }  // namespace
 
-#define MTLORA_SOURCE "_cpu_elementwise.cpp"
-#include "_cpu_instruction_sets.h"
+#define MTLORA_SOURCE "elementwise.cpp"
+#include "instruction_sets.h"
 
 namespace {
 
@@ -72,7 +72,7 @@ void mtlora_causal_softmax(const ElementwiseCall* call) { over_rows(*call, MTLOR
 namespace {
 namespace MTLORA_ISA {
 
-#include "_cpu_vectors.h"
+#include "vectors.h"
 
 // The next `count` elements, at most a vector of them, and `rest` in what is left of its lanes.
 template <class W>

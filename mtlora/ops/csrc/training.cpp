@@ -5,13 +5,13 @@
 // delta are read and written once, in the backbone's dtype. The weights' gradients are summed a thread, then over threads
 // in their order: the same threads give the same bits.
 //
-// Plain C interface, OpenMP and instruction sets as in _cpu_kernel.cpp.
+// Plain C interface, OpenMP and instruction sets as in serving.cpp.
 //
 // c tokens of a chunk, D hidden size, r rank, N experts, G groups, E = D/G, K = N*r, S = r + G*N.
 
 #ifndef MTLORA_ISA
 
-#include "_cpu_layout.h"
+#include "layout.h"
 
 namespace {
 
@@ -65,8 +65,8 @@ struct Sizes {
 
 }  // namespace
 
-#define MTLORA_SOURCE "_cpu_training.cpp"
-#include "_cpu_instruction_sets.h"
+#define MTLORA_SOURCE "training.cpp"
+#include "instruction_sets.h"
 
 namespace {
 
@@ -118,7 +118,7 @@ int mtlora_training_backward(const TrainingCall* call) { return run(*call, false
 namespace {
 namespace MTLORA_ISA {
 
-#include "_cpu_vectors.h"
+#include "vectors.h"
 
 // Rows of a product at a time, and vectors of columns: the accumulators, a row of weights and a factor fill the registers.
 constexpr int ROWS = LANES == 16 ? 8 : 4;

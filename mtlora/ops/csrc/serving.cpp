@@ -15,7 +15,7 @@
 
 #ifndef MTLORA_ISA
 
-#include "_cpu_layout.h"
+#include "layout.h"
 
 namespace {
 
@@ -62,8 +62,8 @@ inline int64_t scratch_size(const Adapter& adapter) {
 
 }  // namespace
 
-#define MTLORA_SOURCE "_cpu_kernel.cpp"
-#include "_cpu_instruction_sets.h"
+#define MTLORA_SOURCE "serving.cpp"
+#include "instruction_sets.h"
 
 namespace {
 
@@ -145,7 +145,7 @@ int mtlora_add_routed(const Step* step, const void* table, void* y, const void* 
 namespace {
 namespace MTLORA_ISA {
 
-#include "_cpu_vectors.h"
+#include "vectors.h"
 
 // What a product takes on its left for weights of a type: bfloat16 only where there are products of bfloat16.
 template <class W> struct Left { typedef float type; };
