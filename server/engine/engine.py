@@ -22,6 +22,8 @@ logger = get_logger("engine")
 
 # How often a load that runs beside the steps is asked whether it is done.
 _STAGING_POLL_S = 0.02
+# How much nicer an engine on CPUs is than the server.
+_NICENESS = 10
 
 
 class EngineStartError(RuntimeError):
@@ -66,6 +68,8 @@ class Engine:
             self._llm = launch(self._settings, self._backbone, stat_logger(self._record_step))
             cores = self._llm.engine_core.resources.engine_manager.processes
             self._processes = EngineProcesses.below(core.pid for core in cores)
+            if self._llm.vllm_config.device_config.device_type == "cpu":
+                self._processes.yield_cores(_NICENESS)
         except Exception as error:
             logger.error("the engine did not start", exc_info=True)
             raise EngineStartError(f"the engine did not start: {error}") from error

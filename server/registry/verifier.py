@@ -183,5 +183,5 @@ def _limit_this_process(limits: Limits) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_FSIZE, (limits.max_bytes + _CHUNK, limits.max_bytes + _CHUNK))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Steps of the engine come first.
-    os.nice(5)
+    # Steps of the engine come first, which itself is nicer than this process's parent.
+    os.nice(19)

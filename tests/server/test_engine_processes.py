@@ -1,5 +1,6 @@
 """Killing an engine's processes: all of them, also a stopped one, with the shared memory they leave."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -52,3 +53,21 @@ def test_they_are_killed_and_leave_nothing() -> None:
         parent.kill()
         ours.close()
         ours.unlink()
+
+
+def test_they_yield_their_cores_with_every_thread() -> None:
+    threads = "import threading, time; threading.Thread(target=time.sleep, args=(600,)).start(); print(flush=True)"
+    parent = subprocess.Popen([sys.executable, "-c", threads], stdout=subprocess.PIPE)
+    try:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        EngineProcesses.below([parent.pid]).yield_cores(3)
+        found = {os.getpriority(os.PRIO_PROCESS, thread.id) for thread in psutil.Process(parent.pid).threads()}
+        assert found == {min(own + 3, 19)}
+        assert os.getpriority(os.PRIO_PROCESS, 0) == own
+        EngineProcesses.below([parent.pid]).yield_cores(99)
+        assert psutil.Process(parent.pid).nice() == 19
+    finally:
+        parent.kill()
+        parent.wait()
