@@ -32,8 +32,8 @@ class EngineProcesses:
     def yield_cores(self, by: int) -> None:
         """Let this process have a core before theirs, which become `by` steps nicer; their new threads inherit that.
 
-        An engine on CPUs works on every core there is. If this process had to wait for one, a request would miss the next
-        step, and an answer's successor, in a closed loop, too.
+        An engine on CPUs works on every core there is. If this process had to wait for one, a request would miss the
+        next step, and so would the one that follows an answer.
         """
         niceness = min(os.getpriority(os.PRIO_PROCESS, 0) + by, _LOWEST)
         for process in self._processes:
