@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from mtlora.ops.cpu_kernel import KERNEL_DTYPES, compiled_kernel
+from mtlora.ops.cpu_kernel import KERNEL_DTYPES, training_kernel
 
 # Version of `Call`, `mtlora_elementwise_layout` in the kernel's source.
 LAYOUT = 1
@@ -37,10 +37,7 @@ class Call(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    library = compiled_kernel()
-    if library is None or not hasattr(library, "mtlora_elementwise_layout"):
-        return None
-    return library if library.mtlora_elementwise_layout() == LAYOUT else None
+    return training_kernel("elementwise", LAYOUT)
 
 
 def runs(*tensors: torch.Tensor) -> bool:

@@ -71,6 +71,17 @@ def compiled_kernel() -> ctypes.CDLL | None:
     return None
 
 
+def training_kernel(part: str, layout: int) -> ctypes.CDLL | None:
+    """The library where its kernel `part` takes what the caller knows as `layout`, else None."""
+    library = compiled_kernel()
+    version = getattr(library, f"mtlora_{part}_layout", None)
+    if version is not None and version() == layout:
+        return library
+    if library is not None:
+        logger.warning("training runs in torch ops, slower: %s is stale; install again", library._name)
+    return None
+
+
 def to_units(weights: torch.Tensor) -> torch.Tensor:
     """Weights [..., K, C] as the kernel reads them: [..., U, K, 16, 1], in bfloat16 [..., U, K/2, 16, 2].
 

@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from mtlora.ops.cpu_kernel import KERNEL_DTYPES, compiled_kernel
+from mtlora.ops.cpu_kernel import KERNEL_DTYPES, training_kernel
 
 # Version of `Call`, `mtlora_training_layout` in the kernel's source.
 LAYOUT = 1
@@ -45,11 +45,7 @@ class Call(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    library = compiled_kernel()
-    if library is None or not hasattr(library, "mtlora_training_layout"):
-        return None
-    fits = library.mtlora_training_layout() == LAYOUT and library.mtlora_training_supported(0)
-    return library if fits else None
+    return training_kernel("training", LAYOUT)
 
 
 def runs(x_TD: torch.Tensor, lora_A_rD: torch.Tensor) -> bool:

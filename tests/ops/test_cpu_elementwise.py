@@ -96,6 +96,9 @@ def test_only_tensors_alike_on_the_cpu_are_taken() -> None:
     assert not cpu_elementwise.runs(x.to("meta"))
 
 
-def test_a_stale_library_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stale_library_is_not_used_and_said_to_be(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(cpu_elementwise, "LAYOUT", cpu_elementwise.LAYOUT + 1)
     assert cpu_elementwise._library.__wrapped__() is None
+    assert "is stale; install again" in caplog.text

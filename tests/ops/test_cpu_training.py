@@ -94,6 +94,9 @@ def test_a_token_that_is_no_number_leaves_the_others_alone(dtype: torch.dtype) -
     assert torch.equal(found[others], clean[others])
 
 
-def test_a_stale_library_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stale_library_is_not_used_and_said_to_be(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(cpu_training, "LAYOUT", cpu_training.LAYOUT + 1)
     assert cpu_training._library.__wrapped__() is None
+    assert "is stale; install again" in caplog.text
