@@ -70,6 +70,7 @@ class Engine:
             self._processes = EngineProcesses.below(core.pid for core in cores)
             if self._llm.vllm_config.device_config.device_type == "cpu":
                 self._processes.yield_cores(_NICENESS)
+                self._processes.part_cores()
         except Exception as error:
             logger.error("the engine did not start", exc_info=True)
             raise EngineStartError(f"the engine did not start: {error}") from error
@@ -215,6 +216,7 @@ class Engine:
 
     def shutdown(self) -> None:
         """Stop the engine's processes. Blocks for a few seconds at most."""
+        self._processes.rejoin_cores()
         if self._llm is not None:
             self._llm.shutdown(timeout=0 if self._lost else 5)
             if self._lost:

@@ -11,6 +11,8 @@ import psutil
 _SHARED_MEMORY = Path("/dev/shm")
 _LOWEST = 19
 
+Cores = frozenset[int]
+
 
 class EngineProcesses:
     """Found while all of them live: the children of a parent that has died are not to be found any more.
@@ -22,6 +24,8 @@ class EngineProcesses:
         self._processes = list(processes)
         maps = [_mapped(process.pid) for process in self._processes]
         self.shared = frozenset[Path]().union(*maps) - _mapped("self")
+        self._given: Cores = frozenset()
+        self._kept: Cores = frozenset()
 
     @classmethod
     def below(cls, pids: Iterable[int]) -> Self:
@@ -41,6 +45,29 @@ class EngineProcesses:
                 for thread in process.threads():
                     os.setpriority(os.PRIO_PROCESS, thread.id, niceness)
 
+    def part_cores(self) -> None:
+        """Keep everything else off the cores that ranks on CPUs begin their steps on, where other cores are left.
+
+        Every part of a step waits for a rank's first thread; the rest of its team has nothing to do for half of the
+        time. So this process and the engine's threads that pass requests and answers on keep to the other cores.
+        """
+        firsts = {p.pid: cores for p in self._processes if len(cores := _affinity(p.pid)) == 1}
+        given = _affinity(0)
+        others = given.difference(*firsts.values())
+        if not firsts or not others:
+            return
+        for process in self._processes:
+            if cores := firsts.get(process.pid):
+                _move(process, cores, others, but=process.pid)
+        self._given, self._kept = given, others
+        _move(psutil.Process(), given, others)
+
+    def rejoin_cores(self) -> None:
+        """Let this process run where it did before `part_cores`."""
+        if self._given:
+            _move(psutil.Process(), self._kept, self._given)
+            self._given = frozenset()
+
     def kill(self) -> None:
         """End them at once; also one that is stopped."""
         for process in self._processes:
@@ -52,6 +79,23 @@ class EngineProcesses:
         psutil.wait_procs(self._processes, timeout=10)
         for path in self.shared:
             path.unlink(missing_ok=True)
+
+
+def _affinity(thread: int) -> Cores:
+    """The cores a thread may use; 0 is this thread. No cores where it has gone."""
+    try:
+        return frozenset(os.sched_getaffinity(thread))
+    except OSError:
+        return frozenset()
+
+
+def _move(process: psutil.Process, source: Cores, target: Cores, but: int | None = None) -> None:
+    """Have a process's threads that may use the cores `source`, those and no others, use `target`."""
+    with contextlib.suppress(psutil.Error):
+        for thread in process.threads():
+            if thread.id != but and _affinity(thread.id) == source:
+                with contextlib.suppress(OSError):
+                    os.sched_setaffinity(thread.id, target)
 
 
 def _mapped(pid: int | str) -> frozenset[Path]:

@@ -71,3 +71,52 @@ def test_they_yield_their_cores_with_every_thread() -> None:
     finally:
         parent.kill()
         parent.wait()
+
+
+def test_nothing_else_runs_where_a_rank_begins_its_steps() -> None:
+    given = os.sched_getaffinity(0)
+    first = min(given)
+    # A rank's first thread, bound to a core, one that inherits that, and one of the team, bound to another.
+    script = f"""
+import os, threading, time
+given = os.sched_getaffinity(0)
+def bound():
+    os.sched_setaffinity(0, {{max(given)}})
+    time.sleep(600)
+os.sched_setaffinity(0, {{{first}}})
+threads = [threading.Thread(target=target, args=args) for target, args in [(time.sleep, (600,)), (bound, ())]]
+for thread in threads: thread.start()
+time.sleep(0.2)
+print(*(thread.native_id for thread in threads), flush=True)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    engine = EngineProcesses()
+    try:
+        assert parent.stdout is not None
+        inheriting, bound = map(int, parent.stdout.readline().split())
+        engine = EngineProcesses.below([parent.pid])
+        engine.part_cores()
+        others = (given - {first}) or given
+        assert os.sched_getaffinity(parent.pid) == {first}
+        assert os.sched_getaffinity(inheriting) == (others if len(given) > 1 else {first})
+        assert os.sched_getaffinity(bound) == {max(given)}
+        assert os.sched_getaffinity(0) == others
+        engine.rejoin_cores()
+        assert os.sched_getaffinity(0) == given
+    finally:
+        engine.rejoin_cores()
+        parent.kill()
+        parent.wait()
+
+
+def test_ranks_that_are_not_bound_leave_every_core_to_all() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    given = os.sched_getaffinity(0)
+    try:
+        if len(given) > 1:
+            engine = EngineProcesses.below([parent.pid])
+            engine.part_cores()
+            assert os.sched_getaffinity(0) == os.sched_getaffinity(parent.pid) == given
+    finally:
+        parent.kill()
+        parent.wait()
