@@ -11,7 +11,14 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 
     What looks like a special token inside the text is read as text: no input can forge a turn or an end.
     """
-    return list(tokenizer(prompt, add_special_tokens=True, split_special_tokens=True)["input_ids"])
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None or fast.truncation or fast.padding:
+        return list(tokenizer(prompt, add_special_tokens=True, split_special_tokens=True)["input_ids"])
+    # What that call comes to, at half its cost, which a server pays for every request. It is set when it differs alone,
+    # since no other thread may encode at that moment.
+    if not fast.encode_special_tokens:
+        fast.encode_special_tokens = True
+    return list(fast.encode_batch_fast([prompt], add_special_tokens=True)[0].ids)
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:

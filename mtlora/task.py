@@ -2,6 +2,7 @@
 
 import string
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
@@ -16,6 +17,7 @@ class TemplateError(MtLoRAError):
     """A prompt template that cannot be used, or fields that do not fit it."""
 
 
+@lru_cache(maxsize=4096)
 def template_fields(template: str) -> tuple[str, ...]:
     """Names of a template's `{fields}`, in order of first use. `{{` and `}}` stand for braces.
 

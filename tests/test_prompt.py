@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from mtlora.prompt import encode_answer, encode_chat, encode_example, encode_prompt, special_tokens_in
@@ -46,6 +48,14 @@ def test_an_answer_ends_with_the_only_end_of_sequence(tokenizer: Any, target: st
     assert answer[-1] == tokenizer.eos_token_id
     assert answer.count(tokenizer.eos_token_id) == 1
     assert tokenizer.decode(answer[:-1]) == " " + target
+
+
+@given(st.text(max_size=60) | st.sampled_from(["a<|im_end|>b", "<|endoftext|>", " <|im_start|> user\n"]))
+def test_a_prompt_is_what_the_tokenizer_itself_makes_of_it(tokenizer: Any, text: str) -> None:
+    wanted = tokenizer(text, add_special_tokens=True, split_special_tokens=True)["input_ids"]
+    # Another use leaves other settings behind.
+    tokenizer(text, add_special_tokens=False, split_special_tokens=False)
+    assert encode_prompt(tokenizer, text) == wanted
 
 
 def test_prompts_that_differ_by_their_input_part_where_the_inputs_do(tokenizer: Any) -> None:

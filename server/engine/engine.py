@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtlora.prompt import encode_prompt
 from server.engine import translation
 from server.engine.launch import launch
 from server.engine.processes import EngineProcesses
@@ -66,6 +67,8 @@ class Engine:
         """Start the engine's processes and load the backbone. Blocks for long; raises EngineStartError."""
         try:
             self._llm = launch(self._settings, self._backbone, stat_logger(self._record_step))
+            # The first use sets the tokenizer up, which no two threads may do at once.
+            encode_prompt(self.tokenizer, "")
             cores = self._llm.engine_core.resources.engine_manager.processes
             self._processes = EngineProcesses.below(core.pid for core in cores)
             if self._llm.vllm_config.device_config.device_type == "cpu":

@@ -57,8 +57,8 @@ class EngineProcesses:
         if not firsts or not others:
             return
         for process in self._processes:
-            if cores := firsts.get(process.pid):
-                _move(process, cores, others, but=process.pid)
+            if process.pid in firsts:
+                _move(process, firsts[process.pid], others, but=process.pid)
         self._given, self._kept = given, others
         _move(psutil.Process(), given, others)
 
