@@ -118,7 +118,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help="what makes an answer wrong: reply, it is incomplete or another's; alone, also where it is neither exact "
         "nor what the server answers to the same input alone (default); exact, wherever it is not the exact answer",
     )  # fmt: skip
-    group.add_argument("--tie", type=float, metavar="NATS", help="tokens this near are a tie; default: 0.75")
+    group.add_argument("--tie", type=float, metavar="NATS", help="tokens this near are a tie; default: 0.5")
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, default=_OUT, metavar="DIR", help="result.json and report.html; %(default)s")
     group.add_argument("--outcomes", action="store_true", default=None, help="keep every request in the result")

@@ -170,7 +170,7 @@ class Settings(_Frozen):
     objective: Objective = Objective()
     processes: int = Field(1, ge=1, le=64)
     check: Literal["reply", "alone", "exact"] = "alone"
-    tie_nats: float = Field(0.75, ge=0, allow_inf_nan=False)
+    tie_nats: float = Field(0.5, ge=0, allow_inf_nan=False)
     outcomes: bool = False
 
 
