@@ -14,7 +14,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is None or fast.truncation or fast.padding:
         return list(tokenizer(prompt, add_special_tokens=True, split_special_tokens=True)["input_ids"])
-    # What that call comes to, at half its cost, which a server pays for every request. It is set when it differs alone,
+    # What that call comes to, without its overhead, which a server pays for every request. Set where it differs alone,
     # since no other thread may encode at that moment.
     if not fast.encode_special_tokens:
         fast.encode_special_tokens = True

@@ -88,9 +88,9 @@ def test_the_adapter_makes_the_difference(client: Client) -> None:
 
 
 def test_the_backbone_alone_answers_a_chat(client: Client) -> None:
-    # With the answer in the question: what so small a backbone knows by heart hangs on the processor's last bits.
-    chat = [{"role": "user", "content": "The capital of France is Paris. What is the capital of France?"}]
-    assert "Paris" in client.generate("open", chat, without_adapter=True).text
+    # Every token of it is likelier than the next best by 1.1 nats or more, which no processor's rounding turns round.
+    chat = [{"role": "user", "content": "What is the name of the capital city of France?"}]
+    assert client.generate("open", chat, without_adapter=True).text == "The capital city of France is Paris."
 
 
 def test_named_fields(client: Client) -> None:
