@@ -47,7 +47,9 @@ class Settings(BaseSettings):
     metrics_host: str = Field("127.0.0.1", min_length=1, description="address on which /metrics listens")
     metrics_port: int = Field(9090, ge=0, le=65535, description="port of /metrics; 0 takes a free one")
 
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="dtype of the backbone")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="dtype of the backbone; auto: its weights', or float32 on a CPU without bfloat16 products"
+    )
     max_model_len: int = Field(1024, ge=16, description="context: prompt and answer tokens of one sequence")
     max_num_seqs: int = Field(64, ge=1, description="sequences in one step")
     max_num_batched_tokens: int | None = Field(None, ge=1, description="tokens in one step; default: the engine's")

@@ -39,11 +39,17 @@ class InProcessEngine:
         from mtlora.backbone import identify, resolve
         from mtlora.checkpoint import read_checkpoint
         from mtlora.vllm_plugin import engine_overrides
+        from mtlora.vllm_plugin.precision import engine_dtype
         from mtlora.vllm_plugin.requests import slot_requests
 
         folder = resolve(backbone)
-        overrides = engine_overrides(arguments.get("max_num_seqs", 64))
-        llm = LLM(model=str(folder), **arguments, **overrides)
+        arguments = {
+            **arguments,
+            # As a server on this machine would.
+            "dtype": engine_dtype(arguments.get("dtype", "auto"), folder),
+            **engine_overrides(arguments.get("max_num_seqs", 64)),
+        }
+        llm = LLM(model=str(folder), **arguments)
         self._engine: Any = llm.llm_engine
         self._tokenizer: Any = llm.get_tokenizer()
         self._tasks: dict[str, tuple[Any, Any]] = {}

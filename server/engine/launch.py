@@ -10,8 +10,11 @@ from typing import Any, NoReturn
 
 from mtlora.vllm_plugin import memory_environment
 from server.engine.threads import thread_environment
+from server.logs import get_logger
 from server.settings import Settings
 from server.validation import MAX_LOGPROBS
+
+logger = get_logger("engine")
 
 
 def launch(settings: Settings, backbone: Path, stat_logger: type) -> Any:
@@ -26,6 +29,8 @@ def launch(settings: Settings, backbone: Path, stat_logger: type) -> Any:
     from vllm.v1.executor import Executor
 
     arguments = _engine_args(settings, backbone)
+    if arguments["dtype"] != settings.dtype:
+        logger.info("this processor has no bfloat16 products", extra={"fields": {"dtype": arguments["dtype"]}})
     if arguments["enforce_eager"]:
         # vLLM compiles two sampling functions even then, for seconds, in the first request that needs them.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -42,12 +47,13 @@ def _engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     from mtlora.vllm_plugin import engine_overrides
+    from mtlora.vllm_plugin.precision import engine_dtype
 
     on_cpu = bool(current_platform.is_cpu())
     kv_cache_gib = settings.kv_cache_gib or (1.0 if on_cpu else None)
     return {
         "model": str(backbone),
-        "dtype": settings.dtype,
+        "dtype": engine_dtype(settings.dtype, backbone, quantised=settings.quantization is not None),
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
         "max_num_batched_tokens": settings.max_num_batched_tokens,

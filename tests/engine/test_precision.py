@@ -1,0 +1,44 @@
+"""The dtype of a backbone where nobody has said one."""
+
+import json
+
+import pytest
+import torch
+
+from mtlora.vllm_plugin.precision import engine_dtype, multiplies_bfloat16
+
+X86 = {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        (X86, False),
+        (X86 | {"avx512_bf16": True}, True),
+        (X86 | {"amx_bf16": True}, True),
+        ({"architecture": "aarch64"}, True),
+    ],
+)
+def test_processors_that_multiply_bfloat16(capabilities, expected):
+    assert multiplies_bfloat16(capabilities) is expected
+
+
+def test_this_processor_says_what_it_can():
+    multiplies_bfloat16(torch.cpu.get_capabilities())
+
+
+@pytest.mark.parametrize(
+    ("asked", "config", "quantised", "capabilities", "expected"),
+    [
+        ("auto", {}, False, X86, "float32"),
+        ("auto", {}, False, X86 | {"amx_bf16": True}, "auto"),
+        ("bfloat16", {}, False, X86, "bfloat16"),
+        ("float16", {}, False, X86, "float16"),
+        ("auto", {"quantization_config": {}}, False, X86, "auto"),
+        ("auto", {}, True, X86, "auto"),
+    ],
+)
+def test_dtype_of_an_engine(tmp_path, monkeypatch, asked, config, quantised, capabilities, expected):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert engine_dtype(asked, tmp_path, quantised=quantised) == expected
