@@ -5,6 +5,7 @@ ones, and takes several times as long as for float32 itself.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 
 def engine_dtype(asked: str, folder: Path, *, quantised: bool = False) -> str:
-    """What to give vLLM as `dtype` for the backbone in `folder`: "float32" for "auto" on such a processor, else `asked`.
+    """vLLM's `dtype` for the backbone in `folder`: "float32" for "auto" on such a processor, else what is asked for.
 
     quantised: by the engine, as it loads. A backbone that is quantised, there or in its folder, keeps "auto": its
     kernels want activations in the dtypes that they were made for.
@@ -25,7 +26,7 @@ def engine_dtype(asked: str, folder: Path, *, quantised: bool = False) -> str:
     return "auto" if multiplies_bfloat16(torch.cpu.get_capabilities()) else "float32"
 
 
-def multiplies_bfloat16(capabilities: dict[str, Any]) -> bool:
+def multiplies_bfloat16(capabilities: Mapping[str, Any]) -> bool:
     """Whether a processor of these capabilities, `torch.cpu`'s, has such instructions.
 
     Taken to be so off x86, where torch does not say: vLLM's own choice stands there.
