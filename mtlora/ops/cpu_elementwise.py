@@ -1,17 +1,18 @@
-"""The compiled operations of a backbone in training on a CPU, `csrc/elementwise.cpp`: one pass over memory each.
+"""The compiled operations of a backbone on a CPU, `csrc/elementwise.cpp`: one pass over memory each.
 
 Tensors are float32 or bfloat16, all of a call alike; everything is computed in float32.
 """
 
 import ctypes
 from functools import cache
+from typing import Any
 
 import torch
 
-from mtlora.ops.cpu_kernel import KERNEL_DTYPES, training_kernel
+from mtlora.ops.cpu_kernel import KERNEL_DTYPES, kernel_part
 
 # Version of `Call`, `mtlora_elementwise_layout` in the kernel's source.
-LAYOUT = 1
+LAYOUT = 2
 
 _ADDRESS, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
@@ -36,14 +37,20 @@ class Call(ctypes.Structure):
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
-    return training_kernel("elementwise", LAYOUT)
+def _library() -> Any:
+    library = kernel_part("elementwise", LAYOUT)
+    if library is not None:
+        sizes, number, how = [_LONG, _LONG], [_FLOAT], [_INT, _INT, _INT]
+        library.mtlora_norm.argtypes = [_ADDRESS, _ADDRESS, _ADDRESS, *sizes, *number, *how]
+        library.mtlora_add_rms_norm.argtypes = [_ADDRESS, _ADDRESS, _ADDRESS, *sizes, *number, *how]
+        library.mtlora_silu_and_mul.argtypes = [_ADDRESS, _ADDRESS, *sizes, *how]
+    return library
 
 
 def runs(*tensors: torch.Tensor) -> bool:
     """Whether these may be given to the operations, on this machine."""
     dtype = tensors[0].dtype
-    alike = all(tensor.device.type == "cpu" and tensor.dtype == dtype for tensor in tensors)
+    alike = all(tensor.dtype is dtype and tensor.is_cpu for tensor in tensors)
     return alike and dtype in KERNEL_DTYPES and _library() is not None
 
 
@@ -80,6 +87,35 @@ def swiglu_backward(
     return grad_gate, grad_up
 
 
+def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, isa: int = 0) -> torch.Tensor:
+    """`rms_norm` of a contiguous x [..., d], with nothing for a backward pass."""
+    out = torch.empty_like(x)
+    _library().mtlora_norm(
+        x.data_ptr(), weight.data_ptr(), out.data_ptr(), *_rows(x), epsilon, *_how(x, isa)
+    )  # fmt: skip
+    return out
+
+
+def add_rms_norm_(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float, isa: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm` of x + residual in x's place and the sum in the residual's; both contiguous [..., d]. Returns both.
+
+    What is normalised is the sum before it is rounded to its dtype, as in vLLM (vllm/ir/ops/layernorm.py).
+    """
+    _library().mtlora_add_rms_norm(
+        x.data_ptr(), residual.data_ptr(), weight.data_ptr(), *_rows(x), epsilon, *_how(x, isa)
+    )
+    return x, residual
+
+
+def silu_and_mul(x: torch.Tensor, isa: int = 0) -> torch.Tensor:
+    """silu(gate) * up [..., d] of a contiguous x [..., 2d] that holds gate and up side by side, as serving has them."""
+    out = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype)
+    _library().mtlora_silu_and_mul(x.data_ptr(), out.data_ptr(), *_rows(out), *_how(x, isa))
+    return out
+
+
 def causal_softmax_(scores: torch.Tensor, scaling: float, isa: int = 0) -> torch.Tensor:
     """softmax(scaling * scores) over the last dimension's keys up to each query's own position, in place.
 
@@ -87,6 +123,15 @@ def causal_softmax_(scores: torch.Tensor, scaling: float, isa: int = 0) -> torch
     """
     _run("mtlora_causal_softmax", scaling, isa, first=scores, out=scores)
     return scores
+
+
+def _rows(tensor: torch.Tensor) -> tuple[int, int]:
+    size = tensor.shape[-1]
+    return tensor.numel() // size, size
+
+
+def _how(tensor: torch.Tensor, isa: int) -> tuple[int, int, int]:
+    return int(tensor.dtype is torch.bfloat16), torch.get_num_threads(), isa
 
 
 def _run(function: str, number: float, isa: int, **tensors: torch.Tensor) -> None:

@@ -71,14 +71,14 @@ def compiled_kernel() -> ctypes.CDLL | None:
     return None
 
 
-def training_kernel(part: str, layout: int) -> ctypes.CDLL | None:
+def kernel_part(part: str, layout: int) -> ctypes.CDLL | None:
     """The library where its kernel `part` takes what the caller knows as `layout`, else None."""
     library = compiled_kernel()
     version = getattr(library, f"mtlora_{part}_layout", None)
     if version is not None and version() == layout:
         return library
     if library is not None:
-        logger.warning("training runs in torch ops, slower: %s is stale; install again", library._name)
+        logger.warning("%s runs in torch ops, slower: %s is stale; install again", part, library._name)
     return None
 
 

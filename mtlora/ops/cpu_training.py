@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from mtlora.ops.cpu_kernel import KERNEL_DTYPES, training_kernel
+from mtlora.ops.cpu_kernel import KERNEL_DTYPES, kernel_part
 
 # Version of `Call`, `mtlora_training_layout` in the kernel's source.
 LAYOUT = 1
@@ -45,7 +45,7 @@ class Call(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    return training_kernel("training", LAYOUT)
+    return kernel_part("training", LAYOUT)
 
 
 def runs(x_TD: torch.Tensor, lora_A_rD: torch.Tensor) -> bool:

@@ -107,8 +107,9 @@ class Residency:
         finally:
             if place is not None:
                 place.users -= 1
-                # Not the request's to wait for.
-                self._spawn(self._let_go(place))
+                if not place.users:
+                    # Not the request's to wait for.
+                    self._spawn(self._let_go(place))
 
     async def retire(self, version: AdapterVersion) -> None:
         """Take a version out of the engine when its last request has left; returns then."""

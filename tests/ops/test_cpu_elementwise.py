@@ -37,10 +37,26 @@ def test_rms_norm(isa: int, dtype: torch.dtype, rows: int, size: int, seed: int)
     out, inverse = cpu_elementwise.rms_norm(x, weight, 1e-2, isa)
     close(out, expected, roundings=2)
     close(inverse, (wide.square().mean(-1) + 1e-2).rsqrt())
+    assert torch.equal(cpu_elementwise.norm(x, weight, 1e-2, isa), out)
     (expected_grad,) = torch.autograd.grad(expected, wide, grad.double())
     found = cpu_elementwise.rms_norm_backward(grad, x, weight, inverse, isa)
     atol = {torch.float32: 1e-4, torch.bfloat16: 2**-7}[dtype] * max(1.0, expected_grad.abs().max().item())
     torch.testing.assert_close(found.double(), expected_grad, rtol=0, atol=atol)
+
+
+@every_set
+@every_dtype
+@given(**SHAPES)
+@settings(max_examples=20, deadline=None)
+def test_add_rms_norm(isa: int, dtype: torch.dtype, rows: int, size: int, seed: int) -> None:
+    x, residual = randn(2, rows, size, seed=seed, dtype=dtype).unbind()
+    weight = randn(size, seed=seed + 1, dtype=dtype)
+    total = x.double() + residual.double()
+    expected = torch.nn.functional.rms_norm(total, (size,), weight.double(), 1e-2)
+    found, kept = cpu_elementwise.add_rms_norm_(x.clone(), residual.clone(), weight, 1e-2, isa)
+    close(found, expected, roundings=2)
+    # To the nearest: what comes out is what torch rounds to.
+    assert torch.equal(kept, x + residual)
 
 
 @every_set
@@ -55,6 +71,8 @@ def test_swiglu(isa: int, dtype: torch.dtype, rows: int, size: int, seed: int) -
     wanted = torch.autograd.grad(expected, leaves, grad.double())
     for ours, theirs in zip(cpu_elementwise.swiglu_backward(grad, gate, up, isa), wanted, strict=True):
         close(ours, theirs)
+    side_by_side = torch.cat([gate, up], dim=-1)
+    assert torch.equal(cpu_elementwise.silu_and_mul(side_by_side, isa), cpu_elementwise.swiglu(gate, up, isa))
 
 
 @every_set

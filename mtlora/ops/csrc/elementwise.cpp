@@ -1,4 +1,5 @@
-// Three element-by-element operations of a backbone in training, each forward and backward in one pass over its tensors.
+// Operations of a backbone along its rows, each in one pass over its tensors: those of training forward and backward,
+// and norm and gate as serving has them.
 //
 // Computed in float32, rows side by side over threads. Plain C interface, OpenMP and instruction sets as in
 // serving.cpp. Tensors are contiguous, of one dtype (0 float32, 1 bfloat16) but for RMSNorm's `inverse`, float32.
@@ -29,7 +30,7 @@ namespace {
 using RowFunction = void (*)(const ElementwiseCall&, int64_t);
 
 void over_rows(const ElementwiseCall& call, RowFunction row) {
-#pragma omp parallel for schedule(static) num_threads(call.threads) if (call.threads > 1)
+#pragma omp parallel for schedule(static) num_threads(call.threads) if (call.threads > 1 && call.rows > 1)
   for (int64_t i = 0; i < call.rows; ++i) row(call, i);
 }
 
@@ -46,8 +47,8 @@ void over_rows(const ElementwiseCall& call, RowFunction row) {
 
 extern "C" {
 
-// Version of `ElementwiseCall`: to be raised with it.
-int mtlora_elementwise_layout() { return 1; }
+// Version of `ElementwiseCall` and of the functions below: to be raised with them.
+int mtlora_elementwise_layout() { return 2; }
 
 // out = weight * x / sqrt(mean x^2 + epsilon), rounded before the weight as the eager models do. first: x, second: weight.
 void mtlora_rms_norm(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE(call, rms_norm)); }
@@ -60,6 +61,27 @@ void mtlora_swiglu(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE
 
 // out, also_out = the gradients of gate and up. first: out's gradient, second: gate, third: up.
 void mtlora_swiglu_backward(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE(call, swiglu_backward)); }
+
+// x = weight * s / sqrt(mean s^2 + epsilon) of the sums s = x + residual, which become the residual: both in place.
+void mtlora_add_rms_norm(void* x, void* residual, const void* weight, int64_t rows, int64_t size, float epsilon,
+                         int32_t dtype, int32_t threads, int32_t isa) {
+  const ElementwiseCall call = {rows, size, epsilon, dtype, threads, isa, x, weight, residual, nullptr, x, residual};
+  over_rows(call, MTLORA_CHOOSE(&call, add_rms_norm));
+}
+
+// out = weight * x / sqrt(mean x^2 + epsilon): `mtlora_rms_norm` where nothing comes after.
+void mtlora_norm(const void* x, const void* weight, void* out, int64_t rows, int64_t size, float epsilon, int32_t dtype,
+                 int32_t threads, int32_t isa) {
+  const ElementwiseCall call = {rows, size, epsilon, dtype, threads, isa, x, weight, nullptr, nullptr, out, nullptr};
+  over_rows(call, MTLORA_CHOOSE(&call, rms_norm));
+}
+
+// out [rows, size] = silu(gate) * up of `in` [rows, 2 * size], whose rows are gate and up side by side.
+void mtlora_silu_and_mul(const void* in, void* out, int64_t rows, int64_t size, int32_t dtype, int32_t threads,
+                         int32_t isa) {
+  const ElementwiseCall call = {rows, size, 0, dtype, threads, isa, in, nullptr, nullptr, nullptr, out, nullptr};
+  over_rows(call, MTLORA_CHOOSE(&call, silu_and_mul));
+}
 
 // out = softmax(scaling * scores) up to the diagonal, zeros beyond it; may take the scores' place. first: scores, of
 // which row i is position i % size of a query, among `size` keys.
@@ -116,10 +138,29 @@ static void rms_norm(const ElementwiseCall& call, int64_t row) {
     squares += values * values;
   }
   const float inverse = 1.0f / __builtin_sqrtf(total(squares) / size + call.number);
-  call.inverse[row] = inverse;
+  if (call.inverse) call.inverse[row] = inverse;
   for (int64_t i = 0; i < size; i += LANES) {
     const Floats normal = rounded(load_part(x + i, size - i) * inverse, x);
     store_part(normal * load_part(weight + i, size - i), out + i, size - i);
+  }
+}
+
+template <class W>
+static void add_rms_norm(const ElementwiseCall& call, int64_t row) {
+  const int64_t size = call.size;
+  const W* weight = static_cast<const W*>(call.second);
+  W *x = static_cast<W*>(call.out) + row * size, *residual = static_cast<W*>(call.also_out) + row * size;
+  const auto sum = [&](int64_t i) { return load_part(x + i, size - i) + load_part(residual + i, size - i); };
+  Floats squares = {};
+  for (int64_t i = 0; i < size; i += LANES) {
+    const Floats values = sum(i);
+    squares += values * values;
+  }
+  const float inverse = 1.0f / __builtin_sqrtf(total(squares) / size + call.number);
+  for (int64_t i = 0; i < size; i += LANES) {
+    const Floats values = sum(i);
+    store_part(values, residual + i, size - i);
+    store_part(rounded(values * inverse, x) * load_part(weight + i, size - i), x + i, size - i);
   }
 }
 
@@ -142,14 +183,25 @@ static void rms_norm_backward(const ElementwiseCall& call, int64_t row) {
 }
 
 template <class W>
-static void swiglu(const ElementwiseCall& call, int64_t row) {
-  const int64_t size = call.size, at = row * size;
-  const W *gate = static_cast<const W*>(call.first) + at, *up = static_cast<const W*>(call.second) + at;
-  W* out = static_cast<W*>(call.out) + at;
+INLINE void gate_row(const W* gate, const W* up, W* out, int64_t size) {
   for (int64_t i = 0; i < size; i += LANES) {
     const Floats g = load_part(gate + i, size - i);
     store_part(g * sigmoid(g) * load_part(up + i, size - i), out + i, size - i);
   }
+}
+
+template <class W>
+static void swiglu(const ElementwiseCall& call, int64_t row) {
+  const int64_t size = call.size, at = row * size;
+  gate_row(static_cast<const W*>(call.first) + at, static_cast<const W*>(call.second) + at,
+           static_cast<W*>(call.out) + at, size);
+}
+
+template <class W>
+static void silu_and_mul(const ElementwiseCall& call, int64_t row) {
+  const int64_t size = call.size;
+  const W* gate = static_cast<const W*>(call.first) + 2 * row * size;
+  gate_row(gate, gate + size, static_cast<W*>(call.out) + row * size, size);
 }
 
 template <class W>
