@@ -33,8 +33,10 @@ _ENGINE = {
     "enable_prefix_caching": True, "enforce_eager": True, "seed": 0,
 }  # fmt: skip
 _KV_CACHE_GIB = 1.0
-# Of a round, at least: some seconds.
+# Requests of a round, or four times what is under way where that is more; fewer where they would take so many seconds,
+# but twice what is under way.
 _REQUESTS = 320
+_ROUND_S = 20.0
 # Requests under way of a closed loop that keeps the engine's batch full.
 _FULL = 3 * _MAX_NUM_SEQS // 2
 
@@ -91,7 +93,7 @@ async def run(session: Session, plan: Plan) -> int:
         Loop("at the knee, streams", at_knee, unary=False),
         Loop("engine full, whole answers", _FULL, unary=True),
     )
-    await _against_in_process(session, plan, loops)
+    await _against_in_process(session, plan, loops, knee.offered)
     if not session.over:
         await session.check()
     return session.finish()
@@ -108,19 +110,20 @@ def last_line(result: dict[str, Any]) -> str:
     )
 
 
-async def _against_in_process(session: Session, plan: Plan, loops: Sequence[Loop]) -> None:
+async def _against_in_process(session: Session, plan: Plan, loops: Sequence[Loop], knee: float) -> None:
     adapters = [_adapter(plan.adapters, name) for name in session.result["server"]["adapters"]]
     engine_arguments = {**_ENGINE, "disable_log_stats": True}
     engine = InProcessEngine(plan.backbone, adapters, engine_arguments, _KV_CACHE_GIB)
     await asyncio.to_thread(engine.__enter__)
     rounds = []
     try:
-        # Its first steps are slow, as the server's were.
-        await asyncio.to_thread(engine.run, _texts(session.generators.workload.take(50)), loops[0].in_flight)
+        if not session.over:
+            # Its first steps are slow, as the server's were.
+            await asyncio.to_thread(engine.run, _texts(session.generators.workload.take(50)), loops[0].in_flight)
         for number in range(plan.rounds):
             for loop in loops:
                 if not session.over:
-                    rounds.append(await _round(session, engine, number, loop))
+                    rounds.append(await _round(session, engine, number, loop, requests_of_round(loop, knee)))
     finally:
         await asyncio.to_thread(engine.__exit__)
     ratios = {loop.name: [each["ratio"] for each in rounds if each["loop"] == loop.name] for loop in loops}
@@ -142,8 +145,13 @@ async def _against_in_process(session: Session, plan: Plan, loops: Sequence[Loop
         )
 
 
-async def _round(session: Session, engine: InProcessEngine, number: int, loop: Loop) -> dict[str, Any]:
-    count = max(_REQUESTS, 4 * loop.in_flight)
+def requests_of_round(loop: Loop, knee: float) -> int:
+    """How many requests a round of `loop` is made of, on a machine whose knee is at `knee` requests/s."""
+    wanted = max(_REQUESTS, 4 * loop.in_flight)
+    return max(2 * loop.in_flight, min(wanted, round(_ROUND_S * knee)))
+
+
+async def _round(session: Session, engine: InProcessEngine, number: int, loop: Loop, count: int) -> dict[str, Any]:
     requests = session.generators.workload.take(count)
 
     async def through_the_server() -> dict[str, Any]:

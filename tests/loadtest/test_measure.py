@@ -17,6 +17,7 @@ from loadtest.histogram import Latency
 from loadtest.knee import KneeSearch, Step
 from loadtest.recorder import OTHER, Answer, Recorder
 from loadtest.settings import Objective, RampSettings
+from loadtest.whole import Loop, requests_of_round
 from loadtest.workload import TaskInfo
 from tests.loadtest.samples import OBJECTIVE, outcome, record, recorder, request
 
@@ -315,3 +316,11 @@ def test_an_answer_with_working_is_compared_from_its_first_token_on() -> None:
     # Parted in the working, at a tie; the answer follows from it, far as it is from a tie itself.
     assert tie(whole(" 4 ", " 4", task), alone, task.stop, 0.5) == pytest.approx(0.1, abs=1e-5)
     assert tie(whole(" 3 ", " 4", task), alone, task.stop, 0.5) is None
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "knee", "requests"),
+    [(37, 38.7, 320), (96, 38.7, 384), (4, 2.7, 54), (96, 2.7, 192), (200, 38.7, 774), (2, 0.05, 4)],
+)
+def test_a_round_is_short_on_a_slow_machine(in_flight, knee, requests):
+    assert requests_of_round(Loop("closed", in_flight, unary=True), knee) == requests
