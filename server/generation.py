@@ -85,7 +85,8 @@ class Generation:
                 if delta.tokens:
                     turn.served(delta.tokens)
                 reasoning, text = splitter.feed(delta.text, last=delta.finish_reason is not None)
-                delta = replace(delta, text=text, reasoning=reasoning)
+                if self.job.answer_marker is not None:
+                    delta = replace(delta, text=text, reasoning=reasoning)
                 self.reasoning = splitter.working
                 self._observe(delta)
                 yield delta
@@ -105,9 +106,7 @@ class Generation:
                 self.call.trace.scheduled(delta.scheduled_at)
         if delta.tokens:
             if self.completion_tokens:
-                gap = (now - self.total_s) / delta.tokens
-                for _ in range(delta.tokens):
-                    self.metrics.itl.observe(gap)
+                self.metrics.itl.observe((now - self.total_s) / delta.tokens, delta.tokens)
             else:
                 self.ttft_s = now
                 self.metrics.observe_ttft(self.call, now)

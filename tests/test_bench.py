@@ -17,7 +17,7 @@ from tests.engine._models import VOCABULARY, make_model
 ROWS = {
     "backbone": [10.0, 20.0], "one-adapter-25-tasks": [10.0, 25.0], "25-adapters": [12.5, 20.0],
     "1000-tasks": [10.0, 25.0], "32-adapters": [10.0, 10.0], "256-adapters-zipf": [20.0, 20.0],
-    "vllm-multi-lora": [100.0], "peft-mixed-batches": [50.0],
+    "vllm-backbone": [12.5], "vllm-multi-lora": [100.0], "peft-mixed-batches": [50.0],
 }  # fmt: skip
 
 
@@ -34,6 +34,7 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert ratios["256-adapters-zipf/32-adapters"]["median"] == pytest.approx(0.5)
     # A case with one round is compared with the other's first; one with half the requests, by its rate.
     assert ratios["25-adapters/vllm-multi-lora"]["median"] == pytest.approx(8)
+    assert ratios["backbone/vllm-backbone"]["median"] == pytest.approx(1.25)
     assert ratios["25-adapters/peft-mixed-batches"]["median"] == pytest.approx(8)
     assert made["rows"]["peft-mixed-batches"]["requests_per_second"]["median"] == pytest.approx(1)
     assert [name for name, ratio in ratios.items() if ratio["contract"]] == [

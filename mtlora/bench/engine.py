@@ -26,12 +26,13 @@ from mtlora.bench.adapters import link_adapter, write_random_adapter, write_rand
 from mtlora.bench.load import LOADS, REFERENCE, Load
 from mtlora.bench.picture import draw
 from mtlora.vllm_plugin import memory_environment
+from mtlora.vllm_plugin.precision import engine_dtype
 
 Slot = tuple[str, int, str] | None
 
 BATCH = 64
 _ENGINE = {
-    "dtype": "bfloat16", "max_num_seqs": BATCH, "max_model_len": 1024, "enforce_eager": True,
+    "max_num_seqs": BATCH, "max_model_len": 1024, "enforce_eager": True,
     "enable_prefix_caching": False, "disable_log_stats": True, "seed": 0,
 }  # fmt: skip
 
@@ -119,6 +120,8 @@ class Ratio:
 RATIOS = (
     Ratio("256-adapters-zipf", "32-adapters", 0.85, contract=False),
     Ratio("25-adapters", "peft-mixed-batches", None, contract=False),
+    # What the plugin does for a backbone without adapters, on CPUs: the other ratios are held against the faster one.
+    Ratio("backbone", "vllm-backbone", None, contract=False),
     Ratio("one-adapter-25-tasks", "backbone", 0.97),
     Ratio("25-adapters", "backbone", 0.90),
     Ratio("1000-tasks", "one-adapter-25-tasks", 0.97, name="1000-tasks/25-tasks"),
@@ -159,6 +162,9 @@ def _cases(stack: ExitStack, folder: Path, temporary: Path, *, field: bool) -> l
     identity = identify(folder)
     config = json.loads((folder / "config.json").read_text())
 
+    # As a server would run it; PEFT's worker wants a name.
+    dtype = engine_dtype("auto", folder).replace("auto", "bfloat16")
+
     def adapter(name: str, num_tasks: int, seed: int) -> Path:
         write_random_adapter(temporary / name, identity, num_tasks=num_tasks, seed=seed)
         return temporary / name
@@ -177,7 +183,9 @@ def _cases(stack: ExitStack, folder: Path, temporary: Path, *, field: bool) -> l
     drawn = random.Random(0).choices(zipf, weights=[1 / (1 + i) for i in range(256)], k=400)
 
     def engine(environment: dict[str, str] | None = None, **settings: Any) -> EngineProcess:
-        made = EngineProcess("mtlora.bench.worker", {"model": str(folder), **_ENGINE, **settings}, environment)
+        made = EngineProcess(
+            "mtlora.bench.worker", {"model": str(folder), "dtype": dtype, **_ENGINE, **settings}, environment
+        )
         return stack.enter_context(made)
 
     bare = engine()
@@ -195,11 +203,13 @@ def _cases(stack: ExitStack, folder: Path, temporary: Path, *, field: bool) -> l
         for i in range(25):
             write_random_peft(temporary / f"peft-{i}", config, seed=i)
         slots = [(f"peft-{i}", i + 1, str(temporary / f"peft-{i}")) for i in range(25)]
-        stock = engine({"MTLORA_PLUGIN": "0"}, enable_lora=True, max_loras=25, max_cpu_loras=25, max_lora_rank=16)
-        settings = {"model": str(folder), "dtype": _ENGINE["dtype"], "batch": BATCH}
+        without_plugin = {"MTLORA_PLUGIN": "0"}
+        stock = engine(without_plugin, enable_lora=True, max_loras=25, max_cpu_loras=25, max_lora_rank=16)
+        settings = {"model": str(folder), "dtype": dtype, "batch": BATCH}
         peft = stack.enter_context(EngineProcess("mtlora.bench.peft_worker", settings))
         # One full batch: a larger one shares the loop over adapters among more requests, so this is PEFT at its best.
         cases += [
+            Case("vllm-backbone", engine(without_plugin), [None], rounds=_FEW_ROUNDS),
             Case("vllm-multi-lora", stock, slots, rounds=_FEW_ROUNDS),
             Case("peft-mixed-batches", peft, slots, sample=BATCH, rounds=1),
         ]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 _OURS, _BACKBONE, _FIELD, _GOAL, _INK = "#1f6f8b", "#8d979f", "#c98b53", "#a3262a", "#222222"
-_COLOURS = {"backbone": _BACKBONE, "vllm-multi-lora": _FIELD, "peft-mixed-batches": _FIELD}
+_COLOURS = {"backbone": _BACKBONE, "vllm-backbone": _FIELD, "vllm-multi-lora": _FIELD, "peft-mixed-batches": _FIELD}
 
 
 def draw(report: Mapping[str, Any], out: Path) -> None:

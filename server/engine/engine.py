@@ -2,9 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +30,33 @@ class EngineStartError(RuntimeError):
     """The engine did not start."""
 
 
-@dataclass(eq=False)
 class _Wait:
-    """A task that waits for the engine: for a sequence's next tokens, or for an answer from between two steps."""
+    """Around everything in which the current task waits for the engine: a sequence's next tokens, or an answer from
+    between two steps. Enters itself into `waits`; `lose` ends it with EngineDeadError.
+    """
 
-    task: "asyncio.Task[Any]"
-    since: float
-    between_steps: bool
-    lost: bool = False
+    __slots__ = ("_lost", "_task", "_waits", "since")
 
-    def stalled_s(self, last_step: float) -> float:
-        """A sequence may wait its turn for as long as steps are made. An answer from between steps waits for one step
-        of every engine, so that of several one that hangs is noticed while the others go on."""
-        return time.monotonic() - (self.since if self.between_steps else max(self.since, last_step))
+    def __init__(self, waits: "dict[_Wait, None]") -> None:
+        self._waits = waits
+        self._lost = False
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self.since = time.monotonic()
+        self._waits[self] = None
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        del self._waits[self]
+        if self._lost and isinstance(error, asyncio.CancelledError):
+            self._task.uncancel()
+            raise EngineDeadError from None
+
+    def lose(self) -> None:
+        self._lost = True
+        self._task.cancel()
 
 
 class Engine:
@@ -59,7 +72,9 @@ class Engine:
         self._llm: Any = None
         self._count = 0
         self._processes = EngineProcesses()
-        self._waits: set[_Wait] = set()
+        # Whoever has waited the longest comes first.
+        self._sequences: dict[_Wait, None] = {}
+        self._calls: dict[_Wait, None] = {}
         self._lost = False
         self._last_step = time.monotonic()
 
@@ -93,15 +108,23 @@ class Engine:
 
     @property
     def stalled_s(self) -> float:
-        """For how long somebody has waited in vain, in seconds. A reader that takes its time is no waiter."""
-        return max((wait.stalled_s(self._last_step) for wait in self._waits), default=0.0)
+        """For how long somebody has waited in vain, in seconds. A reader that takes its time is no waiter.
+
+        A sequence may wait its turn for as long as steps are made. An answer from between steps waits for one step of
+        every engine, so that of several one that hangs is noticed while the others go on.
+        """
+        now = time.monotonic()
+        call, sequence = next(iter(self._calls), None), next(iter(self._sequences), None)
+        return max(
+            now - call.since if call else 0.0,
+            now - max(sequence.since, self._last_step) if sequence else 0.0,
+        )
 
     def lose(self) -> None:
         """Give this engine up: end every wait for it, and kill its processes."""
         self._lost = True
-        for wait in self._waits:
-            wait.lost = True
-            wait.task.cancel()
+        for wait in (*self._calls, *self._sequences):
+            wait.lose()
         self._processes.kill()
         if self._llm is not None:
             # Nothing more is sent to what has gone.
@@ -148,24 +171,10 @@ class Engine:
                 raise EngineDeadError from None
         return [result for ranks in engines for result in ranks]
 
-    @contextmanager
-    def _waiting(self, *, between_steps: bool = False) -> Iterator[None]:
-        """Around everything that waits for the engine: `lose` ends it with EngineDeadError."""
+    def _waiting(self, *, between_steps: bool = False) -> _Wait:
         if self._lost:
             raise EngineDeadError
-        task = asyncio.current_task()
-        assert task is not None
-        wait = _Wait(task, time.monotonic(), between_steps)
-        self._waits.add(wait)
-        try:
-            yield
-        except asyncio.CancelledError:
-            if wait.lost:
-                task.uncancel()
-                raise EngineDeadError from None
-            raise
-        finally:
-            self._waits.discard(wait)
+        return _Wait(self._calls if between_steps else self._sequences)
 
     def _record_step(self, stats: EngineStats) -> None:
         self._last_step = time.monotonic()
