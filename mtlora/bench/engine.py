@@ -188,11 +188,13 @@ def _cases(stack: ExitStack, folder: Path, temporary: Path, *, field: bool) -> l
         )
         return stack.enter_context(made)
 
+    without_plugin = {"MTLORA_PLUGIN": "0"}
     bare = engine()
     routed = engine(enable_lora=True, max_loras=BATCH, max_cpu_loras=2048)
     narrow = engine(enable_lora=True, max_loras=32, max_cpu_loras=32)
     cases = [
         Case("backbone", bare, [None]),
+        Case("vllm-backbone", engine(without_plugin), [None], rounds=_FEW_ROUNDS),
         Case("one-adapter-25-tasks", routed, [slot(one, f"task-{i}") for i in range(25)]),
         Case("25-adapters", routed, [slot(path, "task-0") for path in several]),
         Case("1000-tasks", routed, [slot(many, f"task-{i}") for i in range(1000)]),
@@ -203,13 +205,11 @@ def _cases(stack: ExitStack, folder: Path, temporary: Path, *, field: bool) -> l
         for i in range(25):
             write_random_peft(temporary / f"peft-{i}", config, seed=i)
         slots = [(f"peft-{i}", i + 1, str(temporary / f"peft-{i}")) for i in range(25)]
-        without_plugin = {"MTLORA_PLUGIN": "0"}
         stock = engine(without_plugin, enable_lora=True, max_loras=25, max_cpu_loras=25, max_lora_rank=16)
         settings = {"model": str(folder), "dtype": dtype, "batch": BATCH}
         peft = stack.enter_context(EngineProcess("mtlora.bench.peft_worker", settings))
         # One full batch: a larger one shares the loop over adapters among more requests, so this is PEFT at its best.
         cases += [
-            Case("vllm-backbone", engine(without_plugin), [None], rounds=_FEW_ROUNDS),
             Case("vllm-multi-lora", stock, slots, rounds=_FEW_ROUNDS),
             Case("peft-mixed-batches", peft, slots, sample=BATCH, rounds=1),
         ]

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from mtlora.vllm_plugin.precision import engine_dtype, multiplies_bfloat16
+from mtlora.vllm_plugin import precision
+from mtlora.vllm_plugin.precision import engine_dtype, free_memory, multiplies_bfloat16
 
 X86 = {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}
 
@@ -42,3 +43,23 @@ def test_dtype_of_an_engine(tmp_path, monkeypatch, asked, config, quantised, cap
     (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert engine_dtype(asked, tmp_path, quantised=quantised) == expected
+
+
+@pytest.mark.parametrize(("free", "expected"), [(40_000, "float32"), (39_999, "auto")])
+def test_float32_must_fit(tmp_path, monkeypatch, free, expected):
+    (tmp_path / "config.json").write_text("{}")
+    for part in ("model-1.safetensors", "model-2.safetensors"):
+        (tmp_path / part).write_bytes(bytes(5_000))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: X86)
+    monkeypatch.setattr(precision, "free_memory", lambda: free)
+    assert engine_dtype("auto", tmp_path) == expected
+
+
+def test_a_control_group_bounds_the_memory(tmp_path):
+    everything = free_memory(tmp_path)
+    assert everything > 1 << 20
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert free_memory(tmp_path) == 4000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(tmp_path) > 1 << 20
