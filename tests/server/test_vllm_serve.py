@@ -17,6 +17,7 @@ import pytest
 
 from mtlora.client import Client
 from mtlora.vllm_plugin import cpu_build
+from mtlora.vllm_plugin.precision import engine_dtype
 from tests.server.helpers import free_port
 
 
@@ -41,6 +42,8 @@ def base_url(adapters: Path, backbone: Path) -> Iterator[str]:
     command = [
         str(Path(sys.executable).with_name("vllm")), "serve", str(backbone), "--served-model-name", "backbone",
         "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8",
+        # The native service's own.
+        "--dtype", engine_dtype("auto", backbone),
         "--enable-lora", "--max-loras", "8", "--lora-modules", f"count_words={alpha}", f"two-fields={alpha}#pair",
         f"open={adapters / 'beta' / '10'}",
     ]  # fmt: skip
