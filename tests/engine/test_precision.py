@@ -25,7 +25,7 @@ def test_processors_that_multiply_bfloat16(capabilities, expected):
 
 
 def test_this_processor_says_what_it_can():
-    multiplies_bfloat16(torch.cpu.get_capabilities())
+    assert multiplies_bfloat16(torch.cpu.get_capabilities()) in (True, False)
 
 
 @pytest.mark.parametrize(
