@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "mtlora-loadtest"
 _OUT = Path("out/loadtest")
+# A generator that is later than this has measured itself; a server, less than there was.
+_LATE_S = 0.1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -318,6 +320,13 @@ def _print_phase(session: "Session", phase: dict[str, Any]) -> None:
         f"{phase['completion_tokens_per_second']:.0f} tokens/s out{accuracy}; "
         f"generator {phase['generator']['cores']:.1%} of a core"
     )
+    if (late := phase["generator"]["held_up"]["most"]) > _LATE_S:
+        session.view.line(f"the generator was late itself, by up to {late:.2f} s: latencies hold that")
+    delay = phase["server"] and phase["server"]["loop_delay"]
+    if delay and delay["p99_from"] >= _LATE_S:
+        session.view.line(
+            f"the server's event loop was late, p99 above {delay['p99_from']:g} s: it measures less than clients wait"
+        )
     _print_judgement(session)
 
 

@@ -1,5 +1,6 @@
 """One phase of load in this process: from settings to a recorder full of what happened."""
 
+import asyncio
 import math
 import resource
 import time
@@ -21,6 +22,8 @@ from loadtest.workload import Request, TaskInfo, Workload
 MAX_GROUPS = 128
 # Time slices of a window: enough to resample, and to see a run change over time.
 MAX_SLICES = 120
+# How often the generator looks whether it is late itself.
+_LOOK_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,14 @@ class Generator:
         unary = target.unary or load.unary
         driver = self.driver = Driver(self.connection, recorder, began, timeout_s=target.timeout_s, unary=unary)
         cpu, wall = _cpu_seconds(), time.monotonic()
-        if load.in_flight is not None:
-            await driver.closed_loop(self._closed(load, requests), self._part(load.in_flight), window[1])
-        else:
-            await driver.open_loop(self._trace(load, entries) if load.trace else self._poisson(load))
+        watching = asyncio.create_task(_watch_own_delay(recorder))
+        try:
+            if load.in_flight is not None:
+                await driver.closed_loop(self._closed(load, requests), self._part(load.in_flight), window[1])
+            else:
+                await driver.open_loop(self._trace(load, entries) if load.trace else self._poisson(load))
+        finally:
+            watching.cancel()
         ended = time.monotonic()
         if driver.stopped or not math.isfinite(recorder.window[1]):
             recorder.end_window(recorder.last_ended)
@@ -149,6 +156,14 @@ def _window(load: Load, entries: list[Entry]) -> tuple[float, float]:
 def _slices(window: tuple[float, float]) -> int:
     seconds = window[1] - window[0]
     return min(MAX_SLICES, max(1, round(seconds))) if math.isfinite(seconds) else 0
+
+
+async def _watch_own_delay(recorder: Recorder) -> None:
+    """Record by how much this process does late what is due; whatever it measures meanwhile is longer by as much."""
+    while True:
+        due = time.monotonic() + _LOOK_S
+        await asyncio.sleep(_LOOK_S)
+        recorder.held_up.record(max(0.0, time.monotonic() - due))
 
 
 def _cpu_seconds() -> float:

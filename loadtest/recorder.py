@@ -161,6 +161,8 @@ class Recorder:
         self.slices = [Slice() for _ in range(slices)]
         self.slice_s = (window[1] - window[0]) / slices if slices else math.inf
         self.lag = Latency()
+        # By how much the generator itself was late, looked at all the while.
+        self.held_up = Latency()
         self.in_flight = 0
         self.unreachable_in_a_row = 0
         self.last_ended = 0.0
@@ -246,6 +248,7 @@ class Recorder:
         for slice_, more in zip(self.slices, other.slices, strict=False):
             slice_.merge(more)
         self.lag.merge(other.lag)
+        self.held_up.merge(other.held_up)
         self.answers += other.answers
         self.flaws += other.flaws
         if self.outcomes is not None:

@@ -51,6 +51,7 @@ def phase_json(load: Load, ran: Ran, server: Mapping[str, Any] | None) -> dict[s
             "wall_s": round(ran.wall_s, 3),
             "cores": round(ran.cpu_s / ran.wall_s, 4) if ran.wall_s else 0.0,
             "send_lag": recorder.lag.to_json(),
+            "held_up": {**recorder.held_up.to_json(), "most": recorder.held_up.quantile(1.0)},
         },
         "server": server,
         "complete": not ran.stopped,

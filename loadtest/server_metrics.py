@@ -21,6 +21,7 @@ HISTOGRAMS = {
     "itl": "mtlora_inter_token_latency_seconds",
     "e2e": "mtlora_request_seconds",
 }
+_LOOP_DELAY = "mtlora_event_loop_delay_seconds"
 _PREFIX = "mtlora_"
 # A label's value may hold blanks and braces; behind the sample there may be a time and an exemplar.
 _SAMPLE = re.compile(
@@ -141,6 +142,16 @@ def compare(before: Page, after: Page, recorded: Mapping[str, Latency]) -> dict[
             "agree": all(row["buckets_apart"] <= 1 for row in rows.values()),
         }
     return found
+
+
+def loop_delay(before: Page, after: Page) -> dict[str, float | None] | None:
+    """How late the server's event loop was, 99th percentile, seconds, as a bucket; None where it does not say."""
+    cumulative = bucket_counts(before, after, _LOOP_DELAY)
+    if not cumulative or cumulative[-1][1] <= 0:
+        return None
+    at = next(i for i, (_, n) in enumerate(cumulative) if n >= 0.99 * cumulative[-1][1] - 1e-9)
+    bound = cumulative[at][0]
+    return {"p99_from": cumulative[at - 1][0] if at else 0.0, "p99_to": bound if math.isfinite(bound) else None}
 
 
 def series(watched: Watched, began: float) -> dict[str, Any]:

@@ -162,6 +162,7 @@ class Session:
         return {
             **server_metrics.series(watched, began),
             "agreement": server_metrics.compare(before, after, recorded) if before and after else {},
+            "loop_delay": server_metrics.loop_delay(before, after) if before and after else None,
         }
 
 

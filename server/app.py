@@ -32,7 +32,8 @@ from server.health import Health
 from server.interceptor import CallInterceptor
 from server.leasing import LeasingEngine
 from server.listening import Listening
-from server.logs import get_logger
+from server.logs import finish_logging, get_logger
+from server.loop_delay import watch_loop
 from server.metrics import UNKNOWN_TASK, Metrics
 from server.openinference import OpenInferenceServicer, RegistryRepository
 from server.scheduling import Scheduler
@@ -112,7 +113,7 @@ class App:
                 if self._tracer:
                     await asyncio.to_thread(self._tracer.close)
         except StartError as error:
-            print(f"mtlora-server: {error}", file=sys.stderr, flush=True)
+            _print_error(error)
             if self._supervisor is None:
                 return 1
             self._exit(1)
@@ -134,7 +135,13 @@ class App:
         tasks = len(self._servicer.catalog.tasks)
         logger.info("serving", extra={"fields": {"address": address, "tasks": tasks, "start_seconds": seconds}})
         ready(f"serving on {address}, metrics on {self._settings.metrics_host}:{metrics_port}, {tasks} tasks")
-        work = (self._supervise(), self._follow_adapters(), self._directory.watch(), self._poll_workers())
+        work = (
+            self._supervise(),
+            self._follow_adapters(),
+            self._directory.watch(),
+            self._poll_workers(),
+            watch_loop(self._metrics.loop_delay.observe),
+        )
         working = [asyncio.create_task(each) for each in work]
         await stopping
         await self._drain()
@@ -265,7 +272,7 @@ class App:
             await self._supervisor.run()
         except EngineGaveUpError as error:
             logger.error("giving up", extra={"fields": {"reason": str(error)}})
-            print(f"mtlora-server: {error}", file=sys.stderr, flush=True)
+            _print_error(error)
             await self._set_health(serving=False, live=False)
             # Long enough for the requests that ran to get their status.
             await asyncio.sleep(0.5)
@@ -284,6 +291,7 @@ class App:
             if engine is not None and engine.alive and not self._supervisor.starting:
                 try:
                     self._metrics.record_workers(await engine.worker_stats())
+                    self._metrics.record_between_steps(await engine.between_steps())
                 except Exception as error:
                     # A dying engine is the supervisor's concern; metrics alone end nothing.
                     logger.warning("no statistics from the engine", extra={"fields": {"reason": str(error)}})
@@ -309,6 +317,7 @@ class App:
         """End at once, whatever runs."""
         if self._adapters is not None:
             self._adapters.close()
+        finish_logging()
         exit_at_once(status)
 
     def _set_catalog(self, catalog: Catalog) -> None:
@@ -361,6 +370,12 @@ async def _run(settings: Settings, ready: Callable[[str], None]) -> int:
     try:
         app = App(settings)
     except StartError as error:
-        print(f"mtlora-server: {error}", file=sys.stderr, flush=True)
+        _print_error(error)
         return 1
     return await app.run(ready)
+
+
+def _print_error(error: Exception) -> None:
+    # It may refer to the log above it.
+    finish_logging()
+    print(f"mtlora-server: {error}", file=sys.stderr, flush=True)

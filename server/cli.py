@@ -84,10 +84,13 @@ def _serve(options: argparse.Namespace) -> int:
     except SettingsError as error:
         return _fail(str(error), 2)
     from server.app import serve
-    from server.logs import configure_logging
+    from server.logs import configure_logging, finish_logging
 
     configure_logging(settings.log_level)
-    return serve(settings, lambda line: print(line, flush=True))
+    try:
+        return serve(settings, lambda line: print(line, flush=True))
+    finally:
+        finish_logging()
 
 
 def _add_access(parser: argparse.ArgumentParser) -> None:

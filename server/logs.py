@@ -1,12 +1,22 @@
-"""Logs: one JSON object a line on stderr."""
+"""Logs: one JSON object a line on stderr, written by a thread.
+
+Whoever reads stderr may be slow, a disk or a container runtime. What serves requests does not wait for it: lines that
+wait for their turn are kept up to a number, and those beyond it are counted and left out.
+"""
 
 import json
 import logging
+import logging.handlers
+import queue
 import sys
+import threading
 import time
 from typing import Any
 
 _PREFIX = "mtlora.server"
+MAX_WAITING = 10_000
+# What the last lines get to be written in.
+_FINISH_S = 2.0
 
 
 class JsonFormatter(logging.Formatter):
@@ -25,15 +35,64 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-def configure_logging(level: str) -> None:
-    """Send this server's logs to stderr. Other libraries' loggers are left alone."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
+class _Waiting(logging.handlers.QueueHandler):
+    """Hands records to the thread that writes them. Of those left out, because too many wait, it says how many."""
+
+    def __init__(self, writes: logging.Handler, most: int) -> None:
+        self._lines: queue.Queue[Any] = queue.Queue(most)
+        super().__init__(self._lines)
+        self._writes = writes
+        self._listener = logging.handlers.QueueListener(self._lines, writes)
+        self._listener.start()
+        self._left_out = 0
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        # The thread that writes is of this process: it formats.
+        return record
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            if self._left_out:
+                self._lines.put_nowait(_notice(self._left_out))
+                self._left_out = 0
+            self._lines.put_nowait(record)
+        except queue.Full:
+            self._left_out += 1
+
+    def finish(self) -> logging.Handler:
+        """Have what waits written, for a while at most, and end the thread. Returns what writes at once."""
+        # A stream that nobody reads holds the thread up.
+        last = threading.Thread(target=self._listener.stop, daemon=True)
+        last.start()
+        last.join(_FINISH_S)
+        if self._left_out and not last.is_alive():
+            self._writes.handle(_notice(self._left_out))
+        return self._writes
+
+
+def configure_logging(level: str, most_waiting: int = MAX_WAITING) -> None:
+    """Send this server's logs to stderr. Other libraries' loggers are left alone. `finish_logging` before the end."""
+    stderr = logging.StreamHandler(sys.stderr)
+    stderr.setFormatter(JsonFormatter())
     root = logging.getLogger(_PREFIX)
-    root.handlers = [handler]
+    root.handlers = [_Waiting(stderr, most_waiting)]
     root.propagate = False
     root.setLevel(level.upper())
 
 
+def finish_logging() -> None:
+    """Write the lines that still wait, for two seconds at most; later ones are written at once."""
+    root = logging.getLogger(_PREFIX)
+    root.handlers = [each.finish() if isinstance(each, _Waiting) else each for each in root.handlers]
+
+
 def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(f"{_PREFIX}.{name}")
+
+
+def _notice(lines: int) -> logging.LogRecord:
+    extra = {"fields": {"lines": lines}}
+    return get_logger("logs").makeRecord(
+        f"{_PREFIX}.logs", logging.WARNING, __file__, 0, "lines left out: stderr is not read fast enough", (), None,
+        extra=extra,
+    )  # fmt: skip

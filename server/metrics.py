@@ -23,7 +23,7 @@ from server.top import OTHER, TopLabels
 
 if TYPE_CHECKING:
     from server.catalog import Catalog
-    from server.engine import EngineStats, WorkerStats
+    from server.engine import BetweenSteps, EngineStats, WorkerStats
     from server.registry.events import Event
 
 UNKNOWN_TASK = "unknown"
@@ -36,6 +36,7 @@ _ITL_BUCKETS = (0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0
 _QUEUE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 # Fewer: there is one histogram a tenant.
 _TENANT_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_DELAY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512)
 _LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -158,9 +159,19 @@ class Metrics:
             "mtlora_engine_step_adapters", "Distinct adapter versions of the sequences that run on after a step.",
             buckets=_BATCH_BUCKETS, **registry,
         )  # fmt: skip
+        self._waited = _CounterOf(
+            Counter("mtlora_engine_anticipation_seconds", "For which steps waited for requests to follow.", **registry)
+        )
+        self._followed = _CounterOf(
+            Counter("mtlora_engine_anticipated_requests", "Requests that followed while a step waited.", **registry)
+        )
         self._restarts = Counter(
             "mtlora_engine_restarts", "Engines lost, to be started anew, while the server ran.", ["reason"], **registry
         )
+        self.loop_delay = Histogram(
+            "mtlora_event_loop_delay_seconds", "By which the server's event loop is late, ten times a second.",
+            buckets=_DELAY_BUCKETS, **registry,
+        )  # fmt: skip
         self.build = Gauge(
             "mtlora_build_info", "1; what runs here, as labels.", ["version", "python", "backbone"], **registry
         )
@@ -284,11 +295,16 @@ class Metrics:
             self.step_slots.observe(stats.tasks)
             self.step_adapters.observe(stats.adapters)
 
+    def record_between_steps(self, engines: Sequence["BetweenSteps"]) -> None:
+        """What every engine did between its steps."""
+        self._waited.set(sum(each.waited_s for each in engines))
+        self._followed.set(sum(each.followed for each in engines))
+
     def record_engine_restart(self, reason: str) -> None:
         """Count an engine that was lost; `reason` is one of a fixed few. The counts of the next begin at 0 again."""
         self._restarts.labels(reason).inc()
         self._by_engine.clear()
-        for counter in (self._loads, self._evictions):
+        for counter in (self._loads, self._evictions, self._waited, self._followed):
             counter.restart()
         self._routing.restart()
         for gauge in (self.running, self.waiting, self.kv_cache):

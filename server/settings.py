@@ -80,6 +80,10 @@ class Settings(BaseSettings):
         None, min_length=1, description='cores of the engine\'s threads, such as "0-3" or, by rank, "0|1"; default: all'
     )
 
+    anticipation: bool = Field(
+        True, description="hold a step up for the request that follows an answer, where requests do and few are running"
+    )
+
     engine_hang_s: float = Field(
         60.0, ge=1, le=3600, description="seconds without a step, while work waits, after which the engine is restarted"
     )

@@ -8,6 +8,7 @@ from vllm.v1.worker import lora_model_runner_mixin
 
 from mtlora.vllm_plugin.compilation import adapt_engine_config, key_compile_cache, split_graphs_around_operator
 from mtlora.vllm_plugin.eager_cpu import use_single_calls
+from mtlora.vllm_plugin.engine_core import wait_between_steps
 from mtlora.vllm_plugin.model_manager import MtLoRAModelManager
 from mtlora.vllm_plugin.worker_manager import MtLoRAWorkerManager
 
@@ -31,6 +32,7 @@ def install() -> None:
     key_compile_cache()
     adapt_engine_config()
     use_single_calls()
+    wait_between_steps()
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = MtLoRAWorkerManager
     # What is imported by now stays: vLLM would look through all of it for garbage half a dozen times as it starts.
     gc.freeze()

@@ -7,10 +7,11 @@ has the words of both sides, `stats` what an engine counts.
 
 from server.engine.engine import Engine, EngineStartError
 from server.engine.launch import exit_at_once
-from server.engine.stats import EngineStats, RoutingSums, WorkerStats
+from server.engine.stats import BetweenSteps, EngineStats, RoutingSums, WorkerStats
 from server.engine.supervisor import EngineFailure, EngineGaveUpError, Supervisor
 
 __all__ = [
+    "BetweenSteps",
     "Engine",
     "EngineFailure",
     "EngineGaveUpError",

@@ -11,7 +11,7 @@ from mtlora.prompt import encode_prompt
 from server.engine import translation
 from server.engine.launch import launch
 from server.engine.processes import EngineProcesses
-from server.engine.stats import EngineStats, WorkerStats, stat_logger, worker_stats
+from server.engine.stats import BetweenSteps, EngineStats, WorkerStats, stat_logger, worker_stats
 from server.errors import EngineDeadError
 from server.job import Delta, GenerationJob, Sampling
 from server.logs import get_logger
@@ -158,18 +158,25 @@ class Engine:
         """Of every rank of every engine, asked between two steps."""
         return [worker_stats(rank) for rank in await self._call("mtlora_statistics")]
 
+    async def between_steps(self) -> list[BetweenSteps]:
+        """Of every engine, asked between two steps."""
+        return [BetweenSteps(**counts) for counts in await self._call_engines("mtlora_between")]
+
     async def _call(self, method: str, *arguments: Any) -> list[Any]:
         """The result of a worker's method, of each rank of each engine."""
+        # vLLM's own `collective_rpc` gives the results of the first engine alone.
+        engines = await self._call_engines("collective_rpc", method, None, arguments, {})
+        return [result for ranks in engines for result in ranks]
+
+    async def _call_engines(self, method: str, *arguments: Any) -> list[Any]:
+        """The result of an engine core's method, of each engine."""
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
         with self._waiting(between_steps=True):
             try:
-                core = self._llm.engine_core
-                # vLLM's own `collective_rpc` gives the results of the first engine alone.
-                engines = await core.call_utility_all_async("collective_rpc", method, None, arguments, {})
+                return list(await self._llm.engine_core.call_utility_all_async(method, *arguments))
             except VllmEngineDeadError:
                 raise EngineDeadError from None
-        return [result for ranks in engines for result in ranks]
 
     def _waiting(self, *, between_steps: bool = False) -> _Wait:
         if self._lost:

@@ -89,6 +89,7 @@ def engine_environment(settings: Settings) -> dict[str, str]:
         # Read by the plugin in the engine's processes.
         "MTLORA_ADAPTER_BACKBONE_CHECK": settings.adapter_backbone_check,
         "MTLORA_ROUTING_SAMPLE_STEPS": str(settings.routing_sample_steps),
+        "MTLORA_ANTICIPATION": str(int(settings.anticipation)),
         **memory_environment(),
         **thread_environment(settings.omp_threads_bind, os.environ, settings.ranks),
     }

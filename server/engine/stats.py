@@ -25,6 +25,14 @@ class EngineStats:
 
 
 @dataclass(frozen=True)
+class BetweenSteps:
+    """What one engine did between its steps, since its start; fields as `mtlora.vllm_plugin.engine_core` counts."""
+
+    waited_s: float
+    followed: int
+
+
+@dataclass(frozen=True)
 class RoutingSums:
     """Of sampled routing; fields as in `mtlora.vllm_plugin.sampling.RoutingSums`."""
 

@@ -261,6 +261,21 @@ def test_two_buckets_apart_do_not_agree() -> None:
 
 
 @pytest.mark.parametrize(
+    ("counts", "found"),
+    [
+        pytest.param((198, 199, 200), {"p99_from": 0.0, "p99_to": 0.1}, id="two of two hundred may be late"),
+        pytest.param((197, 199, 200), {"p99_from": 0.1, "p99_to": 0.5}, id="three may not"),
+        pytest.param((10, 10, 20), {"p99_from": 0.5, "p99_to": None}, id="beyond the last bound"),
+        pytest.param((0, 0, 0), None, id="nothing counted"),
+    ],
+)
+def test_how_late_the_servers_loop_was(counts: tuple[int, ...], found: dict[str, float | None] | None) -> None:
+    text = PAGE.replace("mtlora_request_seconds", "mtlora_event_loop_delay_seconds")
+    before, after = server_metrics.parse(text.format(0, 0, 0), 0), server_metrics.parse(text.format(*counts), 0)
+    assert server_metrics.loop_delay(before, after) == found
+
+
+@pytest.mark.parametrize(
     ("given", "url"),
     [("h:9", "http://h:9/metrics"), ("http://h:9/", "http://h:9/metrics"), ("https://h/m", "https://h/m")],
 )

@@ -13,7 +13,8 @@ from mtlora_pb.v1 import adapters_pb2 as pb
 from mtlora.client import Client, ServerError
 from server.process import ServerProcess
 from tests.server.adapters import entry, write_adapter
-from tests.server.test_serving import eventually, metrics, run_cli
+from tests.server.helpers import eventually
+from tests.server.test_serving import metrics, run_cli
 
 TEXT = "The quick brown fox"
 TASKS = [entry("gamma_one", stop=(), max_new_tokens=8), entry("gamma_two", stop=(), max_new_tokens=8)]

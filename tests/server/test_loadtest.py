@@ -19,12 +19,17 @@ REQUESTS = ("--tasks", "count_words,echo,open", "--prompt-words", "4-12")
 def test_an_open_loop_and_what_the_server_says_of_it(
     server: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = main(
-        ["run", "--address", server.address, "--metrics", server.metrics, "--rate", "5", "--duration", "6",
-         "--warm-up", "1", "--check", "reply", "--out", str(tmp_path), *REQUESTS]
-    )  # fmt: skip
-    found = json.loads((tmp_path / "result.json").read_text())
-    assert status == 0, capsys.readouterr().out
+    # What a loop does late, be it the server's or the generator's, no two clocks agree on.
+    for _ in range(3):
+        status = main(
+            ["run", "--address", server.address, "--metrics", server.metrics, "--rate", "5", "--duration", "6",
+             "--warm-up", "1", "--check", "reply", "--out", str(tmp_path), *REQUESTS]
+        )  # fmt: skip
+        found = json.loads((tmp_path / "result.json").read_text())
+        assert status == 0, capsys.readouterr().out
+        generator, loop_delay = found["phases"][0]["generator"], found["phases"][0]["server"]["loop_delay"]
+        if generator["held_up"]["most"] < 0.1 and loop_delay["p99_from"] < 0.1:
+            break
     assert (found["failed"], found["wrong"], found["complete"]) == (0, 0, True)
     phase = found["phases"][0]
     assert phase["offered_per_second"] == pytest.approx(5, abs=3)
@@ -35,7 +40,7 @@ def test_an_open_loop_and_what_the_server_says_of_it(
     sent = sum(phase["statuses"].values())
     for latency in ("ttft", "e2e"):
         assert agreement[latency]["observed"] == {"generator": sent, "server": sent}
-        assert agreement[latency]["agree"], agreement[latency]
+        assert agreement[latency]["agree"], (agreement, generator, loop_delay)
     assert found["server"]["build"]["backbone"]
     assert "<svg" in (tmp_path / "report.html").read_text()
 

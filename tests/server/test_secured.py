@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from server.faults._certificates import authority, issue
 from server.faults._secured import metrics
 from server.faults._tenants import tenant, write_tenants
 from server.process import ServerProcess
+from tests.server.helpers import eventually
 
 
 @dataclass
@@ -46,13 +47,6 @@ def secured(adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         kv_cache_gib=0.25, max_num_seqs=8,
     ) as server:  # fmt: skip
         yield Secured(server, ca.pem, path, keys, entries)
-
-
-def eventually(condition: Callable[[], bool], timeout: float = 10.0) -> None:
-    until = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < until, "the condition did not come true"
-        time.sleep(0.05)
 
 
 def test_each_tenant_has_its_tasks(secured: Secured) -> None:

@@ -4,9 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -20,7 +18,7 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from mtlora.client import AsyncClient, Client, ServerError
 from server.process import ServerProcess
 from tests.server.conftest import StartingObservations
-from tests.server.helpers import LONG
+from tests.server.helpers import LONG, eventually
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -32,13 +30,6 @@ def metrics(server: ServerProcess) -> dict[str, float]:
         lines = reply.read().decode().splitlines()
     pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     return {name: float(value) for name, value in pairs}
-
-
-def eventually(condition: Callable[[], bool], timeout: float = 10.0) -> None:
-    until = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < until, "the condition did not come true"
-        time.sleep(0.05)
 
 
 def engine_is_idle(server: ServerProcess) -> bool:
