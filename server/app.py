@@ -377,5 +377,5 @@ async def _run(settings: Settings, ready: Callable[[str], None]) -> int:
 
 def _print_error(error: Exception) -> None:
     # It may refer to the log above it.
-    finish_logging()
-    print(f"mtlora-server: {error}", file=sys.stderr, flush=True)
+    if finish_logging():
+        print(f"mtlora-server: {error}", file=sys.stderr, flush=True)

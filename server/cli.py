@@ -88,9 +88,12 @@ def _serve(options: argparse.Namespace) -> int:
 
     configure_logging(settings.log_level)
     try:
-        return serve(settings, lambda line: print(line, flush=True))
+        status = serve(settings, lambda line: print(line, flush=True))
     finally:
-        finish_logging()
+        written = finish_logging()
+    if not written:
+        os._exit(status)
+    return status
 
 
 def _add_access(parser: argparse.ArgumentParser) -> None:

@@ -35,6 +35,14 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
+class _Writing(logging.handlers.QueueListener):
+    """The thread that writes. Told to end, it ends when it has written what is before that."""
+
+    def enqueue_sentinel(self) -> None:
+        # The base class gives up on a full queue.
+        self.queue.put(self._sentinel)  # type: ignore[attr-defined]
+
+
 class _Waiting(logging.handlers.QueueHandler):
     """Hands records to the thread that writes them. Of those left out, because too many wait, it says how many."""
 
@@ -42,8 +50,9 @@ class _Waiting(logging.handlers.QueueHandler):
         self._lines: queue.Queue[Any] = queue.Queue(most)
         super().__init__(self._lines)
         self._writes = writes
-        self._listener = logging.handlers.QueueListener(self._lines, writes)
+        self._listener = _Writing(self._lines, writes)
         self._listener.start()
+        self._finishing = threading.Thread(target=self._listener.stop, daemon=True)
         self._left_out = 0
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
@@ -59,15 +68,17 @@ class _Waiting(logging.handlers.QueueHandler):
         except queue.Full:
             self._left_out += 1
 
-    def finish(self) -> logging.Handler:
-        """Have what waits written, for a while at most, and end the thread. Returns what writes at once."""
-        # A stream that nobody reads holds the thread up.
-        last = threading.Thread(target=self._listener.stop, daemon=True)
-        last.start()
-        last.join(_FINISH_S)
-        if self._left_out and not last.is_alive():
+    def finish(self) -> bool:
+        """Have what waits written, for a while at most, and end the thread. False where a stream held it up."""
+        if not self._finishing.ident:
+            self._finishing.start()
+        self._finishing.join(_FINISH_S)
+        if self._finishing.is_alive():
+            return False
+        if self._left_out:
             self._writes.handle(_notice(self._left_out))
-        return self._writes
+        logging.getLogger(_PREFIX).handlers = [self._writes]
+        return True
 
 
 def configure_logging(level: str, most_waiting: int = MAX_WAITING) -> None:
@@ -80,10 +91,12 @@ def configure_logging(level: str, most_waiting: int = MAX_WAITING) -> None:
     root.setLevel(level.upper())
 
 
-def finish_logging() -> None:
-    """Write the lines that still wait, for two seconds at most; later ones are written at once."""
-    root = logging.getLogger(_PREFIX)
-    root.handlers = [each.finish() if isinstance(each, _Waiting) else each for each in root.handlers]
+def finish_logging() -> bool:
+    """Write the lines that still wait, for two seconds at most; later ones are written at once.
+
+    False where nobody reads stderr: whoever writes there now waits as well, the interpreter on its way out included.
+    """
+    return all(each.finish() for each in logging.getLogger(_PREFIX).handlers if isinstance(each, _Waiting))
 
 
 def get_logger(name: str) -> logging.Logger:

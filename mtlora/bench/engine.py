@@ -146,11 +146,14 @@ def main() -> int:
     args = parser.parse_args()
     load = LOADS[args.load]
     folder = resolve(args.backbone)
+    # As a server would run it; PEFT's worker wants a name.
+    dtype = engine_dtype("auto", folder).replace("auto", "bfloat16")
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        cases = _cases(stack, folder, temporary, field=not args.skip_field)
+        cases = _cases(stack, folder, dtype, temporary, field=not args.skip_field)
         seconds = _run(cases, load, args.rounds, json.loads((folder / "config.json").read_text())["vocab_size"])
         report = make_report(load, {case.name: case.part_of(load).requests for case in cases}, seconds)
+    report["dtype"] = dtype
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"engine-{load.name}.json").write_text(json.dumps(report, indent=1) + "\n")
     draw(report, args.out / f"engine-{load.name}.png")
@@ -158,12 +161,9 @@ def main() -> int:
     return 0
 
 
-def _cases(stack: ExitStack, folder: Path, temporary: Path, *, field: bool) -> list[Case]:
+def _cases(stack: ExitStack, folder: Path, dtype: str, temporary: Path, *, field: bool) -> list[Case]:
     identity = identify(folder)
     config = json.loads((folder / "config.json").read_text())
-
-    # As a server would run it; PEFT's worker wants a name.
-    dtype = engine_dtype("auto", folder).replace("auto", "bfloat16")
 
     def adapter(name: str, num_tasks: int, seed: int) -> Path:
         write_random_adapter(temporary / name, identity, num_tasks=num_tasks, seed=seed)
@@ -268,7 +268,8 @@ def _print(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("case", "requests", "requests/s, median", "min", "max", title=f"load: {report['load']['name']}")
+    title = f"load: {report['load']['name']}; {report['dtype']} on {report['cores']} cores"
+    table = Table("case", "requests", "requests/s, median", "min", "max", title=title)
     for name, row in report["rows"].items():
         rate = row["requests_per_second"]
         table.add_row(

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 # Far more than a pipe holds, and than may wait.
 LINES, WAITING = 5000, 100
@@ -38,6 +39,8 @@ def test_a_stderr_that_nobody_reads_holds_nothing_up() -> None:
     finally:
         overdue.cancel()
         process.kill()
+    assert process.returncode == 0, stderr[-2000:]
+    assert [line for line in stderr.splitlines() if not line.startswith("{")] == []
     lines = [json.loads(line) for line in stderr.splitlines()]
     written = [line["message"] for line in lines]
     left_out = sum(line["lines"] for line in lines if line["logger"] == "mtlora.server.logs")
@@ -48,3 +51,24 @@ def test_a_stderr_that_nobody_reads_holds_nothing_up() -> None:
     assert left_out > LINES / 2
     assert all("ZeroDivisionError" in line["exception"] for line in last)
     assert written[-1] == "after the end"
+
+
+def test_a_server_ends_though_nobody_reads_its_log(tmp_path: Path) -> None:
+    """One that cannot start, and says so in far more than a pipe holds."""
+    script = f"""
+import sys
+from server import app, cli, logs
+def serve(settings, ready):
+    for i in range({LINES}):
+        logs.get_logger("test").info("line %d " + "x" * 1000, i)
+    app._print_error(RuntimeError("it did not start"))
+    return 3
+app.serve = serve
+sys.exit(cli.main(["serve", "--adapters", {str(tmp_path)!r}]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        assert process.wait(60) == 3
+    finally:
+        process.kill()
+        process.communicate()
