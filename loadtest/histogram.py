@@ -1,4 +1,4 @@
-"""Latencies as HDR histograms: small, mergeable, and true to two digits at every quantile."""
+"""Latencies as HDR histograms: small, mergeable, and true to two digits, or half a unit, at every quantile."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ class Latency:
     def record(self, seconds: float) -> None:
         if self._histogram is None:
             self._histogram = HdrHistogram(1, _MOST, 2)
-        self._histogram.record_value(min(max(int(seconds / _UNIT_S), 1), _MOST))
+        self._histogram.record_value(min(max(round(seconds / _UNIT_S), 1), _MOST))
 
     @property
     def count(self) -> int:
