@@ -1,5 +1,6 @@
-"""Latencies as HDR histograms: small, mergeable, and true to two digits, or half a unit, at every quantile."""
+"""Latencies as HDR histograms: small, mergeable, and true to two digits, or rounded up to a unit, at every quantile."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ class Latency:
     def record(self, seconds: float) -> None:
         if self._histogram is None:
             self._histogram = HdrHistogram(1, _MOST, 2)
-        self._histogram.record_value(min(max(round(seconds / _UNIT_S), 1), _MOST))
+        self._histogram.record_value(min(max(math.ceil(seconds / _UNIT_S), 1), _MOST))
 
     @property
     def count(self) -> int:

@@ -1,13 +1,11 @@
 """Steps that wait for the request that follows an answer, on the real engine."""
 
 import threading
-import time
-import urllib.request
 from random import Random
 
-from loadtest.server_metrics import parse
 from server.process import ServerProcess
 from tests.server.helpers import eventually
+from tests.server.test_serving import metrics
 
 WORDS = ["apple", "river", "stone", "cloud", "tiger", "lemon", "piano", "garden", "window", "candle"]
 
@@ -27,8 +25,7 @@ def test_clients_that_ask_one_thing_after_another_find_a_step_held_up_for_them(s
             failures.append(error)
 
     def followed() -> float:
-        with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=10) as reply:
-            return parse(reply.read().decode(), time.monotonic()).values["mtlora_engine_anticipated_requests_total"]
+        return metrics(server)["mtlora_engine_anticipated_requests_total"]
 
     before = followed()
     clients = [threading.Thread(target=ask, args=(seed,)) for seed in range(2)]

@@ -19,28 +19,25 @@ REQUESTS = ("--tasks", "count_words,echo,open", "--prompt-words", "4-12")
 def test_an_open_loop_and_what_the_server_says_of_it(
     server: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # What a loop does late, be it the server's or the generator's, no two clocks agree on.
-    for _ in range(3):
-        status = main(
-            ["run", "--address", server.address, "--metrics", server.metrics, "--rate", "5", "--duration", "6",
-             "--warm-up", "1", "--check", "reply", "--out", str(tmp_path), *REQUESTS]
-        )  # fmt: skip
-        found = json.loads((tmp_path / "result.json").read_text())
-        assert status == 0, capsys.readouterr().out
-        generator, loop_delay = found["phases"][0]["generator"], found["phases"][0]["server"]["loop_delay"]
-        if generator["held_up"]["most"] < 0.1 and loop_delay["p99_from"] < 0.1:
-            break
+    status = main(
+        ["run", "--address", server.address, "--metrics", server.metrics, "--rate", "5", "--duration", "6",
+         "--warm-up", "1", "--check", "reply", "--out", str(tmp_path), *REQUESTS]
+    )  # fmt: skip
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert status == 0, capsys.readouterr().out
     assert (found["failed"], found["wrong"], found["complete"]) == (0, 0, True)
     phase = found["phases"][0]
     assert phase["offered_per_second"] == pytest.approx(5, abs=3)
     assert set(phase["tasks"]) == {"count_words", "echo", "open"}
     assert phase["total"]["completion_tokens"] == sum(t["completion_tokens"] for t in phase["tasks"].values())
     # Every request of the phase was seen by both, and their quantiles lie within one bucket of each other.
+    assert phase["generator"]["held_up"]["count"] > 10
+    assert phase["server"]["loop_delay"] is not None
     agreement = phase["server"]["agreement"]
     sent = sum(phase["statuses"].values())
     for latency in ("ttft", "e2e"):
         assert agreement[latency]["observed"] == {"generator": sent, "server": sent}
-        assert agreement[latency]["agree"], (agreement, generator, loop_delay)
+        assert agreement[latency]["agree"], (agreement, phase["generator"], phase["server"]["loop_delay"])
     assert found["server"]["build"]["backbone"]
     assert "<svg" in (tmp_path / "report.html").read_text()
 
