@@ -6,19 +6,16 @@ Labels `task`, `tenant` and `adapter` are bounded: the busiest have a value of t
 """
 
 import platform
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate
-from math import inf
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
-from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from mtlora import __version__
 from server.call import Call
+from server.collectors import CounterOf, GaugeByLabel, RunsHistogram
 from server.top import OTHER, TopLabels
 
 if TYPE_CHECKING:
@@ -81,7 +78,7 @@ class Metrics:
         self.ttft = Histogram(
             "mtlora_time_to_first_token_seconds", "From receipt to first token.", buckets=_LATENCY_BUCKETS, **registry
         )
-        self.itl = _RunsHistogram(
+        self.itl = RunsHistogram(
             "mtlora_inter_token_latency_seconds",
             "Between tokens of a sequence; of a unary answer, averages over a few.",
             _ITL_BUCKETS,
@@ -121,10 +118,10 @@ class Metrics:
             "mtlora_tenants_reload_failures", "Changed tenants files that were refused.", **registry
         )
         label = self._top_tenants.label
-        self._tenant_in_flight = _GaugeByLabel(
+        self._tenant_in_flight = GaugeByLabel(
             "mtlora_tenant_requests_in_flight", "Requests of a tenant that the engine has.", "tenant", label
         )
-        self._tenant_queued = _GaugeByLabel(
+        self._tenant_queued = GaugeByLabel(
             "mtlora_tenant_requests_queued", "Admitted requests of a tenant that wait for their turn.", "tenant", label
         )
         self.registry.register(self._tenant_in_flight)
@@ -159,10 +156,10 @@ class Metrics:
             "mtlora_engine_step_adapters", "Distinct adapter versions of the sequences that run on after a step.",
             buckets=_BATCH_BUCKETS, **registry,
         )  # fmt: skip
-        self._waited = _CounterOf(
+        self._waited = CounterOf(
             Counter("mtlora_engine_anticipation_seconds", "For which steps waited for requests to follow.", **registry)
         )
-        self._followed = _CounterOf(
+        self._followed = CounterOf(
             Counter("mtlora_engine_anticipated_requests", "Requests that followed while a step waited.", **registry)
         )
         self._restarts = Counter(
@@ -206,10 +203,10 @@ class Metrics:
         self._resident = Gauge(
             "mtlora_adapter_resident_bytes", "Adapter weights in memory, all ranks together.", **registry
         )
-        self._loads = _CounterOf(
+        self._loads = CounterOf(
             Counter("mtlora_adapter_weight_loads", "Adapter versions read into memory, on every rank.", **registry)
         )
-        self._evictions = _CounterOf(
+        self._evictions = CounterOf(
             Counter("mtlora_adapter_slot_evictions", "Tasks that made room for another in a slot.", **registry)
         )
         self._routing = _Routing()
@@ -353,71 +350,6 @@ class Metrics:
             metric.remove_by_labels({"tenant": tenant})
 
 
-class _GaugeByLabel(Collector):
-    """A gauge of many ids, folded into the label's values when it is scraped, so that it is right at any moment."""
-
-    def __init__(self, name: str, documentation: str, label: str, value_of: Callable[[str], str]) -> None:
-        self._name, self._documentation, self._label, self._value_of = name, documentation, label, value_of
-        self._values: dict[str, int] = {}
-
-    def set(self, name: str, value: int) -> None:
-        if value:
-            self._values[name] = value
-        else:
-            self._values.pop(name, None)
-
-    def total(self) -> int:
-        """Over all ids. From any thread."""
-        return sum(self._values.copy().values())
-
-    def collect(self) -> Iterable[Metric]:
-        sums: dict[str, int] = {}
-        for name, value in self._values.copy().items():
-            label = self._value_of(name)
-            sums[label] = sums.get(label, 0) + value
-        family = GaugeMetricFamily(self._name, self._documentation, labels=[self._label])
-        for label, total in sorted(sums.items()):
-            family.add_metric([label], total)
-        yield family
-
-
-class _RunsHistogram(Collector):
-    """A histogram that takes many equal observations at the price of one."""
-
-    def __init__(self, name: str, documentation: str, buckets: Sequence[float]) -> None:
-        self._name, self._documentation = name, documentation
-        self._bounds = (*buckets, inf)
-        self._counts = [0] * len(self._bounds)
-        self._sum = 0.0
-
-    def observe(self, value: float, times: int = 1) -> None:
-        """On one thread; read from any."""
-        self._counts[bisect_left(self._bounds, value)] += times
-        self._sum += value * times
-
-    def collect(self) -> Iterable[Metric]:
-        total = self._sum
-        bounds = map(floatToGoString, self._bounds)
-        buckets = list(zip(bounds, map(float, accumulate(self._counts)), strict=True))
-        yield HistogramMetricFamily(self._name, self._documentation, buckets=buckets, sum_value=total)
-
-
-class _CounterOf:
-    """A counter that follows a count kept elsewhere, across restarts of whoever keeps it."""
-
-    def __init__(self, counter: Counter) -> None:
-        self._counter = counter
-        self._seen = 0.0
-
-    def set(self, value: float) -> None:
-        # A smaller value than before is of a process that began anew.
-        self._counter.inc(value - self._seen if value >= self._seen else value)
-        self._seen = value
-
-    def restart(self) -> None:
-        self._seen = 0.0
-
-
 class _Routing(Collector):
     """What the routers chose, of the tokens that were sampled, by adapter version."""
 
@@ -431,8 +363,6 @@ class _Routing(Collector):
         self._workers = ()
 
     def collect(self) -> Iterable[Metric]:
-        from prometheus_client.metrics_core import CounterMetricFamily
-
         tokens = CounterMetricFamily(
             "mtlora_routing_sampled_rows", "Rows (token and group) whose routing was sampled.", labels=["adapter"]
         )
