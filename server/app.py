@@ -25,6 +25,7 @@ from server.engine import (
     EngineGaveUpError,
     EngineStartError,
     Supervisor,
+    begin_imports,
     exit_at_once,
 )
 from server.errors import EngineDeadError
@@ -210,6 +211,7 @@ class App:
     async def _start(self) -> None:
         """Start the engine and, meanwhile, verify the adapters; then load them and open the admission."""
         settings = self._settings
+        begin_imports(settings)
         try:
             backbone = await asyncio.to_thread(resolve, settings.backbone)
             self._metrics.record_build(settings.backbone)

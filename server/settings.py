@@ -80,6 +80,11 @@ class Settings(BaseSettings):
         None, min_length=1, description='cores of the engine\'s threads, such as "0-3" or, by rank, "0|1"; default: all'
     )
 
+    preload: bool = Field(
+        True,
+        description="on a CPU, fork engines of one rank from a process that has made their imports: (re)starts are "
+        "shorter by those",
+    )
     anticipation: bool = Field(
         True, description="hold a step up for the request that follows an answer, where requests do and few are running"
     )

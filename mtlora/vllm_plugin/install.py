@@ -10,6 +10,7 @@ from mtlora.vllm_plugin.compilation import adapt_engine_config, key_compile_cach
 from mtlora.vllm_plugin.eager_cpu import use_single_calls
 from mtlora.vllm_plugin.engine_core import wait_between_steps
 from mtlora.vllm_plugin.model_manager import MtLoRAModelManager
+from mtlora.vllm_plugin.orphans import end_with_parent
 from mtlora.vllm_plugin.worker_manager import MtLoRAWorkerManager
 
 # What the subclasses override, and what vLLM's own code calls of it.
@@ -33,6 +34,7 @@ def install() -> None:
     adapt_engine_config()
     use_single_calls()
     wait_between_steps()
+    end_with_parent()
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = MtLoRAWorkerManager
     # What is imported by now stays: vLLM would look through all of it for garbage half a dozen times as it starts.
     gc.freeze()

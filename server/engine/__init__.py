@@ -1,12 +1,12 @@
 """The engine: vLLM behind an interface of the server's own. Nothing else in the server touches vLLM, and this only when
 an engine is started.
 
-`Supervisor` keeps one `Engine` running. `launch` starts its processes, `threads` places them on cores, `translation`
-has the words of both sides, `stats` what an engine counts.
+`Supervisor` keeps one `Engine` running. `launch` starts its processes, `preload` has their imports made beforehand,
+`threads` places them on cores, `translation` has the words of both sides, `stats` what an engine counts.
 """
 
 from server.engine.engine import Engine, EngineStartError
-from server.engine.launch import exit_at_once
+from server.engine.launch import begin_imports, exit_at_once
 from server.engine.stats import BetweenSteps, EngineStats, RoutingSums, WorkerStats
 from server.engine.supervisor import EngineFailure, EngineGaveUpError, Supervisor
 
@@ -20,5 +20,6 @@ __all__ = [
     "RoutingSums",
     "Supervisor",
     "WorkerStats",
+    "begin_imports",
     "exit_at_once",
 ]

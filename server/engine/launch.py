@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mtlora.vllm_plugin import memory_environment
+from server.engine.preload import EAGER, forked_engines, start_fork_server
 from server.engine.threads import thread_environment
 from server.logs import get_logger
 from server.settings import Settings
 from server.validation import MAX_LOGPROBS
 
 logger = get_logger("engine")
+
+
+def begin_imports(settings: Settings) -> None:
+    """Begin the imports of an engine's process, long before it can be started."""
+    with _no_interrupts_in_children():
+        start_fork_server(settings, engine_environment(settings))
 
 
 def launch(settings: Settings, backbone: Path, stat_logger: type) -> Any:
@@ -32,10 +39,9 @@ def launch(settings: Settings, backbone: Path, stat_logger: type) -> Any:
     if arguments["dtype"] != settings.dtype:
         logger.info("this processor has no bfloat16 products", extra={"fields": {"dtype": arguments["dtype"]}})
     if arguments["enforce_eager"]:
-        # vLLM compiles two sampling functions even then, for seconds, in the first request that needs them.
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        os.environ.update(EAGER)
     config = AsyncEngineArgs(**arguments).create_engine_config()
-    with _no_interrupts_in_children(), _rank_environment(config):
+    with _no_interrupts_in_children(), _rank_environment(config), forked_engines():
         executor = Executor.get_class(config)
         engine = AsyncLLM(config, executor, log_stats=False, log_requests=False, stat_loggers=[stat_logger])
     # vLLM reads its environment variables anew with every request; in the engine's processes it stops that by itself.

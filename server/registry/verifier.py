@@ -6,6 +6,7 @@ that a child has not passed.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -176,6 +177,9 @@ def _limit_this_process(limits: Limits) -> None:
     import torch
 
     torch.set_num_threads(1)
+    # Any of the cores there are: the process it was forked from may be bound to one.
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     address_space = pages * resource.getpagesize() + limits.memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))

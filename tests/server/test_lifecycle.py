@@ -106,6 +106,15 @@ def test_an_engine_that_keeps_dying_ends_the_server(adapters: Path) -> None:
         assert "failed 2 times within 1000 s" in server.log()
 
 
+def test_a_server_that_is_killed_leaves_nothing_running(adapters: Path) -> None:
+    with ServerProcess(adapters=adapters, **SMALL) as server:
+        children = _children(server)
+        assert "EngineCore" in "".join(child.name() for child in children)
+        server.process.kill()
+        _, alive = psutil.wait_procs(children, timeout=20)
+        assert not alive
+
+
 @pytest.fixture(scope="module")
 def server(adapters: Path) -> Iterator[ServerProcess]:
     """The server of the tests below, which follow it to its end."""
