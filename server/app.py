@@ -115,8 +115,6 @@ class App:
                     await asyncio.to_thread(self._tracer.close)
         except StartError as error:
             _print_error(error)
-            if self._supervisor is None:
-                return 1
             self._exit(1)
         return 0
 

@@ -9,6 +9,7 @@ from vllm.v1.worker import lora_model_runner_mixin
 from mtlora.vllm_plugin.compilation import adapt_engine_config, key_compile_cache, split_graphs_around_operator
 from mtlora.vllm_plugin.eager_cpu import use_single_calls
 from mtlora.vllm_plugin.engine_core import wait_between_steps
+from mtlora.vllm_plugin.inspection import inspect_models_here
 from mtlora.vllm_plugin.model_manager import MtLoRAModelManager
 from mtlora.vllm_plugin.orphans import end_with_parent
 from mtlora.vllm_plugin.worker_manager import MtLoRAWorkerManager
@@ -35,6 +36,7 @@ def install() -> None:
     use_single_calls()
     wait_between_steps()
     end_with_parent()
+    inspect_models_here()
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = MtLoRAWorkerManager
     # What is imported by now stays: vLLM would look through all of it for garbage half a dozen times as it starts.
     gc.freeze()
