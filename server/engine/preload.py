@@ -51,18 +51,25 @@ def environment_of_libraries(environment: Mapping[str, str]) -> dict[str, str]:
 
     Mirrors vllm/platforms/cpu.py and vllm/utils/ompmultiprocessing.py. Empty where that cannot be told in advance.
     """
-    cores = _cores(environment.get(BIND, ""))
-    spec = importlib.util.find_spec("torch")
-    if cores is None or spec is None or not spec.submodule_search_locations:
+    cores, libraries = _cores(environment.get(BIND, "")), _with_openmp(os.environ.get("LD_PRELOAD", ""))
+    if cores is None or libraries is None:
         return {}
-    torch = Path(spec.submodule_search_locations[0])
-    places = (torch.parent / "torch.libs", torch / "lib")
-    library = next((str(path) for place in places for path in place.glob("libgomp*.so*")), None)
-    if library is None:
-        return {}
-    already = os.environ.get("LD_PRELOAD")
     threads = {"OMP_NUM_THREADS": str(len(cores)), "GOMP_CPU_AFFINITY": " ".join(map(str, cores))} if cores else {}
-    return {"LD_PRELOAD": f"{already}:{library}" if already else library, **threads}
+    return {"LD_PRELOAD": libraries, **threads}
+
+
+def _with_openmp(libraries: str) -> str | None:
+    """What LD_PRELOAD names and, where that is no OpenMP library, torch's own; None where it is not GNU's."""
+    if "libgomp" in libraries:
+        return libraries
+    spec = importlib.util.find_spec("torch")
+    if "libomp" in libraries or "libiomp" in libraries or spec is None or not spec.submodule_search_locations:
+        return None
+    torch = Path(spec.submodule_search_locations[0])
+    for place in (torch.parent / "torch.libs", torch / "lib"):
+        for library in place.glob("libgomp*.so*"):
+            return f"{libraries}:{library}" if libraries else str(library)
+    return None
 
 
 def _cores(bind: str) -> list[int] | None:

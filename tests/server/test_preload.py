@@ -71,6 +71,20 @@ def test_what_the_libraries_will_read(bind: str, threads: dict[str, str], monkey
     assert found == threads
 
 
+def test_libraries_that_are_preloaded_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    bind = {preload.BIND: "0"}
+    for already in ("/lib/libgomp.so.1", "/lib/libtcmalloc.so:/lib/libgomp.so.1"):
+        monkeypatch.setenv("LD_PRELOAD", already)
+        assert preload.environment_of_libraries(bind)["LD_PRELOAD"] == already
+    monkeypatch.setenv("LD_PRELOAD", "/lib/libtcmalloc.so")
+    first, second = preload.environment_of_libraries(bind)["LD_PRELOAD"].split(":")
+    assert first == "/lib/libtcmalloc.so"
+    assert "libgomp" in second
+    # Its threads are told their cores in another way.
+    monkeypatch.setenv("LD_PRELOAD", "/lib/libiomp5.so")
+    assert preload.environment_of_libraries(bind) == {}
+
+
 @pytest.mark.parametrize("bind", ["", "auto", "0|1", "all", "1-", "-1"])
 def test_cores_that_are_not_known_in_advance(bind: str) -> None:
     assert preload.environment_of_libraries({preload.BIND: bind}) == {}
