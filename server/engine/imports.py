@@ -20,7 +20,6 @@ for _name in (
     "mtlora.vllm_plugin.worker_manager",
 ):
     import_module(_name)
-# Now: the place of a name is looked for once, and none is found after the environment has been changed.
 import_module("setproctitle").setproctitle("mtlora-server: imports of engines")
 
 # All of it stays. Collections would write into every object's header, and so copy the pages that forks share.

@@ -20,6 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import setproctitle
+
 from server.engine.threads import BIND
 from server.logs import get_logger
 from server.settings import Settings
@@ -111,6 +113,8 @@ class _EngineProcess(multiprocessing.context.ForkServerProcess):
         super().start()
 
     def run(self) -> None:
+        # It looks for the place of a process's name once, and finds none after the environment has been changed.
+        setproctitle.getproctitle()
         _set_environment(self._environment)
         super().run()
 
