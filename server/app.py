@@ -312,6 +312,8 @@ class App:
         self._adapters.close()
         if self._supervisor.engine is not None:
             self._supervisor.engine.shutdown()
+        # At the interpreter's exit some bindings count what is left, and say so.
+        gc.unfreeze()
 
     def _exit(self, status: int) -> None:
         """End at once, whatever runs."""

@@ -36,6 +36,20 @@ def test_registering_again_changes_nothing(installed):
     )
 
 
+def test_a_model_is_inspected_in_this_process(installed, monkeypatch, tmp_path):
+    from vllm.model_executor.models import registry
+
+    def none(*_, **__):
+        raise AssertionError("a process of its own")
+
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setattr(registry.subprocess, "run", none)
+    model = registry._LazyRegisteredModel("vllm.model_executor.models.llama", "LlamaForCausalLM")
+    # A look into the cache is no inspection.
+    monkeypatch.setattr(model.__class__, "_load_modelinfo_from_cache", lambda *_: None)
+    assert model.inspect_model_cls().is_text_generation_model
+
+
 def test_switched_off_the_plugin_stays_out():
     code = """
 import os
