@@ -1,11 +1,11 @@
 """Engines on CPUs are forked from a process that has made their imports: multiprocessing's fork server.
 
-Imports are two thirds of an engine's start. The fork server makes them while this process makes its own, and keeps
-them: an engine in the place of a lost one is there in seconds. Their memory an engine shares with it.
+Imports are most of an engine's start. The fork server makes them while this process makes its own, and keeps them: an
+engine in the place of a lost one is there in seconds. Their memory an engine shares with it.
 
 What C libraries read of the environment as they are loaded, OpenMP's threads and their cores above all, is the fork
-server's in all its forks. So it gets in advance what vLLM will want for an engine; where that turned out otherwise, or
-the fork server has died, an engine is spawned, as vLLM does by itself.
+server's in all its forks. So it gets in advance what vLLM will want for an engine; where that turned out otherwise, an
+engine is spawned, as vLLM does by itself.
 """
 
 import importlib.util

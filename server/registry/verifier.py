@@ -66,6 +66,7 @@ class Verifier:
         self._spool = spool
         self._backbone = backbone
         self._limits = limits
+        self._cores = os.sched_getaffinity(0)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["mtlora.checkpoint"])
         self._pool = ThreadPoolExecutor(_AT_ONCE, "verify")
@@ -96,7 +97,7 @@ class Verifier:
 
     def _in_child(self, root: Path, folder: Path, incoming: Path) -> str:
         receiver, sender = self._context.Pipe(duplex=False)
-        arguments = (sender, root, folder, incoming, self._backbone, self._limits)
+        arguments = (sender, root, folder, incoming, self._backbone, self._limits, self._cores)
         process = self._context.Process(target=_child, args=arguments, name="mtlora-verify", daemon=True)
         process.start()
         sender.close()
@@ -124,9 +125,18 @@ def _death(exit_code: int | None, limits: Limits) -> str:
 
 
 def _child(
-    sender: Connection, root: Path, folder: Path, incoming: Path, backbone: "BackboneArchitecture", limits: Limits
+    sender: Connection,
+    root: Path,
+    folder: Path,
+    incoming: Path,
+    backbone: "BackboneArchitecture",
+    limits: Limits,
+    cores: set[int],
 ) -> None:
     """In the child: send (True, content) or (False, reason)."""
+    # The process it was forked from may be bound to one. Of those there were, some may have been taken away since.
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, cores)
     _limit_this_process(limits)
     answer: tuple[bool, Any]
     try:
@@ -177,9 +187,6 @@ def _limit_this_process(limits: Limits) -> None:
     import torch
 
     torch.set_num_threads(1)
-    # Any of the cores there are: the process it was forked from may be bound to one.
-    with contextlib.suppress(OSError):
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     address_space = pages * resource.getpagesize() + limits.memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
