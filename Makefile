@@ -58,33 +58,33 @@ test-node: $(STAMP) ## a client in JavaScript against a server; needs node and n
 	$(BIN)/python -m pytest tests/other_language
 
 bench: $(STAMP) ## start-up and memory of the server; throughput with adapters against the bare backbone and the field
-	status=0; $(BIN)/python -m server.bench --backbone $(BACKBONE) --adapters $(ADAPTERS) || status=$$?; \
-	$(BIN)/python -m mtlora.bench.engine --backbone $(BACKBONE) $(BENCH) && exit $$status
+	status=0; $(BIN)/python -m benchmarks.server_start --backbone $(BACKBONE) --adapters $(ADAPTERS) || status=$$?; \
+	$(BIN)/python -m benchmarks.engine --backbone $(BACKBONE) $(BENCH) && exit $$status
 
 bench-ops: $(STAMP) ## a layer of the routed path on this CPU, in microseconds
-	$(BIN)/python -m mtlora.bench.ops
+	$(BIN)/python -m benchmarks.ops
 
 bench-gpu: ## a layer of the routed path on this GPU (TUNE=--tune to measure launches first); needs torch, triton, numpy
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m mtlora.bench.gpu $(TUNE)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(TUNE)
 
 bench-merge: $(STAMP) ## a task added by merge against joint training, and the other tasks' bits
-	$(BIN)/python -m mtlora.bench.merging --backbone $(BACKBONE)
+	$(BIN)/python -m benchmarks.merging --backbone $(BACKBONE)
 
 bench-slots: $(STAMP) ## more adapters than slots, through a server
-	$(BIN)/python -m server.bench_slots --backbone $(BACKBONE)
+	$(BIN)/python -m benchmarks.slots --backbone $(BACKBONE)
 
 loadtest: $(STAMP) ## a server's knee, a closed loop there, the engine without a server; report in out/loadtest
 	$(BIN)/mtlora-loadtest all --backbone $(BACKBONE) --adapters $(ADAPTERS) $(LOADTEST)
 
 faults: $(STAMP) ## faults injected into a real server, a row each (FULL=1: at full length)
-	$(BIN)/python -m server.faults --backbone $(BACKBONE) --adapters $(ADAPTERS) $(if $(FULL),--full) $(FAULTS)
+	$(BIN)/python -m tests.faults --backbone $(BACKBONE) --adapters $(ADAPTERS) $(if $(FULL),--full) $(FAULTS)
 
 manifests: $(STAMP) ## build every Kubernetes overlay, validate it, hold it to the policy; needs kustomize
 	$(BIN)/python -m deploy.manifests
 
 capacity: $(STAMP) ## check the simulation against two real servers, a core each (minutes); write deploy/capacity.md from it
-	$(BIN)/python -m loadtest.capacity check --adapters $(ADAPTERS) --out out/capacity
-	$(BIN)/python -m loadtest.capacity report --results out/capacity/calibration.json
+	$(BIN)/python -m deploy.capacity check --adapters $(ADAPTERS) --out out/capacity
+	$(BIN)/python -m deploy.capacity report --results out/capacity/calibration.json
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check
@@ -102,16 +102,16 @@ proto: $(STAMP) ## generate proto/gen from proto/mtlora and proto/openinference
 	  --pyi_out=proto/gen --grpc_python_out=proto/gen openinference_pb/grpc_predict_v2.proto
 
 train: $(STAMP) ## make the shipped adapter again (three hours on two cores); BIG-Bench Hard's folder must be at data/bbh
-	$(BIN)/mtlora train --config configs/joint.json --out out/joint --resume
-	$(BIN)/mtlora train --config configs/joint-finish.json --out out/finish --resume
-	$(BIN)/mtlora train --config configs/joint-continue.json --out out/third --resume
-	$(BIN)/mtlora train --config configs/joint-last.json --out out/last --resume
-	$(BIN)/mtlora train --config configs/joint-options.json --out out/options --resume
-	$(BIN)/mtlora train --config configs/joint-walks.json --out out/walks --resume
-	$(BIN)/mtlora train --config configs/joint-checks.json --out out/checks --resume
+	$(BIN)/mtlora train --config configs/joint-1-start.json --out out/joint --resume
+	$(BIN)/mtlora train --config configs/joint-2-finish.json --out out/finish --resume
+	$(BIN)/mtlora train --config configs/joint-3-continue.json --out out/third --resume
+	$(BIN)/mtlora train --config configs/joint-4-last.json --out out/last --resume
+	$(BIN)/mtlora train --config configs/joint-5-options.json --out out/options --resume
+	$(BIN)/mtlora train --config configs/joint-6-walks.json --out out/walks --resume
+	$(BIN)/mtlora train --config configs/joint-7-checks.json --out out/checks --resume
 
 bench-training: $(STAMP) ## seconds of a training step, the whole method against HydraLoRA on q and v
-	$(BIN)/python -m mtlora.bench.training --backbone $(BACKBONE) configs/methods/full.json \
+	$(BIN)/python -m benchmarks.training --backbone $(BACKBONE) configs/methods/full.json \
 	  configs/methods/hydralora-qv.json configs/methods/lora-qv.json
 
 sweep: $(STAMP) ## every method on the built-in suite, equal budgets, one table (goes on where it was stopped)

@@ -9,7 +9,7 @@ from torch import nn
 
 from mtlora.adapter import AdapterSet, Attachment
 from mtlora.backbone import BackboneIdentity, identify
-from mtlora.checkpoint import Checkpoint
+from mtlora.checkpoint.format import Checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.methods import BaselineConfig, attach_baseline
 

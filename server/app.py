@@ -14,11 +14,7 @@ from mtlora_pb.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inferen
 from openinference_pb import grpc_predict_v2_pb2, grpc_predict_v2_pb2_grpc
 
 from mtlora.backbone import BackboneError, resolve
-from server.adapters import Adapters, open_adapters
-from server.adapters_service import AdaptersServicer
-from server.admission import Admission, State
 from server.call import current_call
-from server.catalog import Catalog
 from server.engine import (
     Engine,
     EngineFailure,
@@ -29,23 +25,27 @@ from server.engine import (
     exit_at_once,
 )
 from server.errors import EngineDeadError
-from server.health import Health
-from server.interceptor import CallInterceptor
-from server.leasing import LeasingEngine
-from server.listening import Listening
-from server.logs import finish_logging, get_logger
-from server.loop_delay import watch_loop
-from server.metrics import UNKNOWN_TASK, Metrics
-from server.openinference import OpenInferenceServicer, RegistryRepository
+from server.registry.adapters import Adapters, open_adapters
+from server.registry.catalog import Catalog
+from server.registry.leasing import LeasingEngine
+from server.rpc.adapters_service import AdaptersServicer
+from server.rpc.health import Health
+from server.rpc.inference_service import InferenceServicer
+from server.rpc.interceptor import CallInterceptor
+from server.rpc.listening import Listening
+from server.rpc.openinference import OpenInferenceServicer, RegistryRepository
+from server.rpc.tls import TLSError
+from server.rpc.validation import Limits
 from server.scheduling import Scheduler
+from server.scheduling.admission import Admission, State
 from server.scheduling.scheduler import engine_slots
-from server.servicer import InferenceServicer
 from server.settings import Settings
+from server.telemetry.logs import finish_logging, get_logger
+from server.telemetry.loop_delay import watch_loop
+from server.telemetry.metrics import UNKNOWN_TASK, Metrics
+from server.telemetry.tracing import Tracer
 from server.tenants import Directory, Tenants, TenantsError
 from server.tenants.authentication import Authenticator, require_admin
-from server.tls import TLSError
-from server.tracing import Tracer
-from server.validation import Limits
 
 logger = get_logger("app")
 

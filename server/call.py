@@ -4,8 +4,8 @@ import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from server.telemetry.tracing import RequestTrace
 from server.tenants import OPEN_TENANT, Tenant
-from server.tracing import RequestTrace
 
 
 @dataclass

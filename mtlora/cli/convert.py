@@ -29,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
 
 def _convert(args: argparse.Namespace) -> int:
     from mtlora.backbone import identify, resolve
-    from mtlora.convert import PUBLISHED_ALPHA, convert, read_tasks
+    from mtlora.checkpoint.convert import PUBLISHED_ALPHA, convert, read_tasks
     from mtlora.suite import load_suite
     from mtlora.task import TaskSpec
 

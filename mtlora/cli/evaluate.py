@@ -10,8 +10,8 @@ from mtlora.cli.backbone import add_backbone_argument
 from mtlora.cli.output import print_table
 
 if TYPE_CHECKING:
-    from mtlora.checkpoint import Checkpoint, TaskEntry
-    from mtlora.evaluate import Answerer, Scores
+    from mtlora.checkpoint.format import Checkpoint, TaskEntry
+    from mtlora.evaluation.evaluate import Answerer, Scores
     from mtlora.suite import Example, Suite
 
 # Examples of each task of a suite that generates them, where none are asked for.
@@ -53,8 +53,8 @@ def add_parser(subparsers: Any) -> None:
 
 def _eval(args: argparse.Namespace) -> int:
     from mtlora.backbone import identify, resolve
-    from mtlora.checkpoint import TaskEntry, read_checkpoint
-    from mtlora.evaluate import score
+    from mtlora.checkpoint.format import TaskEntry, read_checkpoint
+    from mtlora.evaluation.evaluate import score
     from mtlora.suite import load_suite
 
     _check(args)
@@ -106,7 +106,7 @@ def _answerers(
     folder: Path, checkpoint: "Checkpoint | None", tasks: "tuple[TaskEntry, ...]", suite: "Suite", args: Any
 ) -> "dict[str, Answerer]":
     """`adapter` and `backbone_alone`, or one of them."""
-    from mtlora import evaluate
+    from mtlora.evaluation import evaluate
 
     found: dict[str, Answerer] = {}
     wanted = {"adapter": checkpoint is not None, "backbone_alone": not args.adapter_only}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mtlora.cli.backbone import add_backbone_argument
 
 if TYPE_CHECKING:
-    from mtlora.checkpoint import Checkpoint
+    from mtlora.checkpoint.format import Checkpoint
     from mtlora.suite import Example
 
 _PICTURES = ("accuracy", "curves", "spectra", "routing", "gradients")
@@ -43,7 +43,7 @@ def add_parser(subparsers: Any) -> None:
 
 def _plot(args: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from mtlora.checkpoint import read_manifest
+    from mtlora.checkpoint.format import read_manifest
     from mtlora.errors import MtLoRAError
 
     if args.examples < 1:
@@ -87,7 +87,7 @@ def _checkpoint_pictures(args: argparse.Namespace, source: Path) -> dict[str, Ca
     import torch
 
     from mtlora.backbone import identify, resolve
-    from mtlora.checkpoint import read_checkpoint
+    from mtlora.checkpoint.format import read_checkpoint
     from mtlora.train.state import LOG
 
     folder = resolve(args.backbone)
@@ -106,7 +106,7 @@ def _checkpoint_pictures(args: argparse.Namespace, source: Path) -> dict[str, Ca
         return [args.out / "curves.png"]
 
     def spectra() -> list[Path]:
-        from mtlora import diagnosis
+        from mtlora.evaluation import diagnosis
         from mtlora.plot.spectra import plot_spectra
 
         experts = [tensor.float() for name, tensor in checkpoint.tensors.items() if name.endswith("lora_B")]
@@ -114,7 +114,7 @@ def _checkpoint_pictures(args: argparse.Namespace, source: Path) -> dict[str, Ca
         return [args.out / "spectra.png"]
 
     def routing() -> list[Path]:
-        from mtlora.diagnosis import routing_by_task
+        from mtlora.evaluation.diagnosis import routing_by_task
         from mtlora.model import load_adapted_model
         from mtlora.plot.routing import plot_groups, plot_routing, plot_use
 
@@ -173,7 +173,7 @@ def _gradient_cosines(args: argparse.Namespace, folder: Path, checkpoint: "Check
     """Of this checkpoint, and of both levels before any training; or beside it of a trained baseline."""
     import torch
 
-    from mtlora.diagnosis import cosines, task_gradients
+    from mtlora.evaluation.diagnosis import cosines, task_gradients
     from mtlora.methods import HydraLoRAConfig
     from mtlora.methods.checkpoint import load_baseline
     from mtlora.model import load_adapted_model, new_adapted_model

@@ -14,7 +14,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _publish(args: argparse.Namespace) -> int:
-    from mtlora.publish import publish
+    from mtlora.checkpoint.publish import publish
 
     print(publish(args.checkpoint, args.adapter))
     return 0

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from mtlora.backbone import BackboneIdentity
-from mtlora.checkpoint import CheckpointError, TaskEntry
+from mtlora.checkpoint.format import CheckpointError, TaskEntry
 from mtlora.errors import describe
 from mtlora.files import folder_in_the_making, put_in_place, write_durably
 from mtlora.methods import AnyBaseline

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mtlora.diagnosis import Routing
+from mtlora.evaluation.diagnosis import Routing
 from mtlora.plot.figure import COLOURS, clean, figure, label
 
 _COLUMNS = 6

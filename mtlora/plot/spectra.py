@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mtlora.diagnosis import Spectra
+from mtlora.evaluation.diagnosis import Spectra
 from mtlora.plot.figure import COLOURS, HEAT, clean, figure
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtlora.suite.base import SPLITS, Example, Split, Suite, SuiteError, split_of, up_to
-from mtlora.suite.bbh import FolderSuite
 from mtlora.suite.bbh_generated import GeneratedBBHSuite
 from mtlora.suite.builtin import BuiltinSuite, builtin_suite
+from mtlora.suite.folder import FolderSuite
 from mtlora.suite.mix import MixedSuite, SuitePart
 
 __all__ = [

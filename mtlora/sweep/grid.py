@@ -136,8 +136,8 @@ def _end_with_parent() -> None:
 
 
 def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    from mtlora.checkpoint import TaskEntry
-    from mtlora.evaluate import offline_answerer, score
+    from mtlora.checkpoint.format import TaskEntry
+    from mtlora.evaluation.evaluate import offline_answerer, score
     from mtlora.train.trainer import Trainer
 
     about = {

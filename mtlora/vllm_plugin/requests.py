@@ -4,7 +4,7 @@ from pathlib import Path
 
 from vllm.lora.request import LoRARequest
 
-from mtlora.checkpoint import AdapterManifest
+from mtlora.checkpoint.format import AdapterManifest
 from mtlora.vllm_plugin.naming import slot_name, slot_path
 
 

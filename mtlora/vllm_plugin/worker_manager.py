@@ -16,11 +16,11 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from mtlora.backbone import BackboneError, identify
+from mtlora.vllm_cpu.pipeline import warm_up_stages
+from mtlora.vllm_cpu.seeded import rewind_cpu_generators
 from mtlora.vllm_plugin.compilation import check_compilation
 from mtlora.vllm_plugin.model_manager import MtLoRAModelManager
 from mtlora.vllm_plugin.packed import Slot
-from mtlora.vllm_plugin.pipeline import warm_up_stages
-from mtlora.vllm_plugin.seeded import rewind_cpu_generators
 from mtlora.vllm_plugin.store import AdapterStore
 
 logger = init_logger(__name__)

@@ -14,9 +14,9 @@ from server.engine.processes import EngineProcesses
 from server.engine.stats import BetweenSteps, EngineStats, WorkerStats, stat_logger, worker_stats
 from server.errors import EngineDeadError
 from server.job import Delta, GenerationJob, Sampling
-from server.logs import get_logger
 from server.registry.version import Stage, StageError
 from server.settings import Settings
+from server.telemetry.logs import get_logger
 
 logger = get_logger("engine")
 

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 from mtlora.vllm_plugin import memory_environment
 from server.engine.preload import EAGER, forked_engines, start_fork_server
 from server.engine.threads import thread_environment
-from server.logs import get_logger
+from server.rpc.validation import MAX_LOGPROBS
 from server.settings import Settings
-from server.validation import MAX_LOGPROBS
+from server.telemetry.logs import get_logger
 
 logger = get_logger("engine")
 
@@ -52,8 +52,8 @@ def launch(settings: Settings, backbone: Path, stat_logger: type) -> Any:
 def _engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
+    from mtlora.vllm_cpu.precision import engine_dtype
     from mtlora.vllm_plugin import engine_overrides
-    from mtlora.vllm_plugin.precision import engine_dtype
 
     on_cpu = bool(current_platform.is_cpu())
     kv_cache_gib = settings.kv_cache_gib or (1.0 if on_cpu else None)

@@ -23,8 +23,8 @@ from typing import Any
 import setproctitle
 
 from server.engine.threads import BIND
-from server.logs import get_logger
 from server.settings import Settings
+from server.telemetry.logs import get_logger
 
 logger = get_logger("engine")
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 from server.engine.engine import Engine, EngineStartError
 from server.errors import EngineDeadError
 from server.job import Delta, GenerationJob
-from server.logs import get_logger
+from server.telemetry.logs import get_logger
 
 logger = get_logger("engine")
 

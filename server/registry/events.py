@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Self
 
-from server.logs import get_logger
 from server.registry.version import AdapterVersion, Stage, StageError
+from server.telemetry.logs import get_logger
 
 logger = get_logger("adapters")
 

@@ -4,13 +4,13 @@ import asyncio
 import time
 from dataclasses import replace
 
-from server.logs import get_logger
 from server.registry.events import Event
 from server.registry.mirror import MirrorError
 from server.registry.parts import Parts
 from server.registry.record import AdapterRecord
 from server.registry.source import Found, Misnamed, Signature, scan, signature_of
 from server.registry.version import Stage, StageError
+from server.telemetry.logs import get_logger
 
 logger = get_logger("adapters")
 

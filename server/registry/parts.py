@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from server.catalog import Catalog
-from server.metrics import Metrics
+from server.registry.catalog import Catalog
 from server.registry.events import Events
 from server.registry.mirror import Mirror
 from server.registry.residency import Residency
 from server.registry.source import Found
 from server.registry.spool import Spool
 from server.registry.verifier import Verified
+from server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from mtlora.checkpoint import AdapterManifest
+    from mtlora.checkpoint.format import AdapterManifest
 
 # (adapter name, version, folder, manifest, first id) -> a vLLM LoRARequest for each task id.
 MakeSlots = Callable[[str, str, Path, "AdapterManifest", int], Mapping[str, Any]]

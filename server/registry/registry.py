@@ -8,9 +8,8 @@ import asyncio
 from collections.abc import Mapping
 from functools import partial
 
-from server.catalog import AdapterFailure, Catalog, build_catalog
 from server.errors import EngineDeadError
-from server.logs import get_logger
+from server.registry.catalog import AdapterFailure, Catalog, build_catalog
 from server.registry.events import Event
 from server.registry.folder import Folder
 from server.registry.parts import Parts
@@ -19,6 +18,7 @@ from server.registry.source import Found, Signature
 from server.registry.version import AdapterVersion, Stage, StageError, version_key
 from server.registry.versions import Versions
 from server.registry.watch import changes
+from server.telemetry.logs import get_logger
 
 logger = get_logger("adapters")
 

@@ -25,7 +25,7 @@ from server.registry.version import Stage, StageError
 
 if TYPE_CHECKING:
     from mtlora.backbone import BackboneArchitecture
-    from mtlora.checkpoint import AdapterManifest
+    from mtlora.checkpoint.format import AdapterManifest
 
 _AT_ONCE = 2
 _CHUNK = 1 << 20
@@ -68,7 +68,7 @@ class Verifier:
         self._limits = limits
         self._cores = os.sched_getaffinity(0)
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["mtlora.checkpoint"])
+        self._context.set_forkserver_preload(["mtlora.checkpoint.format"])
         self._pool = ThreadPoolExecutor(_AT_ONCE, "verify")
 
     async def verify(self, root: Path, found: Found) -> Verified:
@@ -80,7 +80,7 @@ class Verifier:
 
     def verify_now(self, root: Path, found: Found) -> Verified:
         """As `verify`, for threads."""
-        from mtlora.checkpoint import read_manifest
+        from mtlora.checkpoint.format import read_manifest
 
         incoming = self._spool.incoming()
         try:
@@ -154,7 +154,7 @@ def check(root: Path, folder: Path, incoming: Path, backbone: "BackboneArchitect
 
     The copy's manifest is without provenance, which may be any JSON: whoever reads it later reads only what serves.
     """
-    from mtlora.checkpoint import MAX_MANIFEST_BYTES, CheckpointError, open_file, read_checkpoint
+    from mtlora.checkpoint.format import MAX_MANIFEST_BYTES, CheckpointError, open_file, read_checkpoint
 
     real = folder.resolve()
     if not real.is_relative_to(root.resolve()):

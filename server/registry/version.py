@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mtlora.checkpoint import AdapterManifest, TaskEntry
+    from mtlora.checkpoint.format import AdapterManifest, TaskEntry
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
 _NUMBERS = re.compile(r"v?(\d+(?:\.\d+)*)", re.ASCII)

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from server.logs import get_logger
+from server.telemetry.logs import get_logger
 
 logger = get_logger("adapters")
 

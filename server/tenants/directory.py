@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from mtlora.errors import describe
-from server.logs import get_logger
+from server.telemetry.logs import get_logger
 from server.tenants.config import OPEN_TENANT, ApiKey, Tenant, TenantsError, TenantsFile
 
 logger = get_logger("tenants")

@@ -6,7 +6,7 @@ import grpc
 from mtlora_pb.v1 import inference_pb2, inference_pb2_grpc
 
 from deploy import manifests
-from server.admission import State
+from server.scheduling.admission import State
 from tests.server.fakes import Service, eventually
 
 CONFIG = (manifests.FOLDER / "kubernetes" / "base" / "service-config.json").read_text()

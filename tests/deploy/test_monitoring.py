@@ -13,9 +13,9 @@ from prometheus_client.metrics_core import Metric
 from deploy import manifests
 from deploy.grafana import dashboard
 from server.call import Call
-from server.metrics import Metrics
 from server.registry.events import Event
 from server.registry.version import Stage
+from server.telemetry.metrics import Metrics
 from server.tenants import Tenant
 
 PROMETHEUS = manifests.RULES.parent

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtlora.adapter import AdapterSet
 from mtlora.backbone import BackboneIdentity, identify
-from mtlora.checkpoint import AdapterManifest, TaskEntry, read_checkpoint, write_checkpoint
+from mtlora.checkpoint.format import AdapterManifest, TaskEntry, read_checkpoint, write_checkpoint
 from mtlora.config import MtLoRAConfig
 
 VOCABULARY = 96

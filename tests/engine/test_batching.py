@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mtlora.backbone import identify, resolve
-from mtlora.checkpoint import MANIFEST_FILE, TENSORS_FILE
+from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE
 from mtlora.config import MtLoRAConfig
 from tests.engine._engine import lora_manager_of, running_engine, worker_of
 from tests.engine._models import make_adapter, make_model

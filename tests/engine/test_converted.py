@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 
-from mtlora.convert import convert
+from mtlora.checkpoint.convert import convert
 from mtlora.task import TaskSpec
-from tests.authors import AuthorsBlockAdapter, attach_authors, authors_state
 from tests.engine._engine import running_engine
 from tests.engine._models import HIDDEN_SIZE, VOCABULARY, HuggingFace, make_model
+from tests.mtlora.authors import AuthorsBlockAdapter, attach_authors, authors_state
 
 TOLERANCE = 5e-5
 BLOCKS = {"ffn": ("mlp",), "attention": ("self_attn",), "both": ("self_attn", "mlp")}

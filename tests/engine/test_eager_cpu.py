@@ -19,7 +19,7 @@ def norms():
     from vllm import ir
     from vllm.platforms import current_platform
 
-    from mtlora.vllm_plugin.eager_cpu import PROVIDER
+    from mtlora.vllm_cpu.eager_cpu import PROVIDER
 
     current_platform.import_ir_kernels()
     return ir.ops.rms_norm.impls[PROVIDER], ir.ops.fused_add_rms_norm.impls[PROVIDER]
@@ -59,7 +59,7 @@ def test_an_eager_engine_runs_them(tmp_path, monkeypatch):
     from vllm import SamplingParams, ir
 
     from mtlora.ops import cpu_elementwise
-    from mtlora.vllm_plugin.eager_cpu import PROVIDER, OneCallSiluAndMul
+    from mtlora.vllm_cpu.eager_cpu import PROVIDER, OneCallSiluAndMul
 
     gates = []
     one_call = cpu_elementwise.silu_and_mul
@@ -79,7 +79,7 @@ def test_a_compiled_engine_leaves_the_norms_to_its_compiler(tmp_path):
     vllm_plugin.register()
     from vllm.engine.arg_utils import EngineArgs
 
-    from mtlora.vllm_plugin.eager_cpu import PROVIDER
+    from mtlora.vllm_cpu.eager_cpu import PROVIDER
 
     folder = str(make_model(tmp_path / "model", "llama"))
     for eager in (True, False):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mtlora.checkpoint import read_checkpoint, write_checkpoint
+from mtlora.checkpoint.format import read_checkpoint, write_checkpoint
+from mtlora.checkpoint.merge import extended_config, merged_tasks, merged_tensors, starting_point
 from mtlora.config import MtLoRAConfig
-from mtlora.merge import extended_config, merged_tasks, merged_tensors, starting_point
 from mtlora.ops.cpu_kernel import compiled_kernel
 from mtlora.task import TaskSpec
 from tests.engine._engine import running_engine

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from mtlora.vllm_plugin import precision
-from mtlora.vllm_plugin.precision import engine_dtype, free_memory, multiplies_bfloat16
+from mtlora.vllm_cpu import precision
+from mtlora.vllm_cpu.precision import engine_dtype, free_memory, multiplies_bfloat16
 
 X86 = {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}
 

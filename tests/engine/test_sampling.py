@@ -16,12 +16,12 @@ D, R, N, G, BLOCKS, TOKENS = 16, 4, 3, 2, 3, 5
 @pytest.fixture
 def mapping(tmp_path, monkeypatch):
     """A step of TOKENS tokens of one adapter, whose tensors are handed out too."""
-    from mtlora.checkpoint import AdapterManifest
+    from mtlora.checkpoint.format import AdapterManifest
     from mtlora.config import MtLoRAConfig
     from mtlora.ops.table import SlotTable
     from mtlora.vllm_plugin.packed import PackedAdapter, Slot
     from mtlora.vllm_plugin.step import StepMapping
-    from tests.helpers import IDENTITY, task_table
+    from tests.factories import IDENTITY, task_table
 
     generator = torch.Generator().manual_seed(0)
     route, bias = torch.randn(G * N, D, generator=generator), torch.randn(2, G, N, generator=generator)

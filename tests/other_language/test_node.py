@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from server.process import ServerProcess
+from server.cli.process import ServerProcess
 from tests.server.adapters import entry, write_adapter
 
 HERE = Path(__file__).parent

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from mtlora.backbone import BackboneIdentity, identify, resolve
-from mtlora.checkpoint import AdapterManifest, TaskEntry, write_checkpoint
+from mtlora.checkpoint.format import AdapterManifest, TaskEntry, write_checkpoint
 from mtlora.config import MtLoRAConfig
 
 

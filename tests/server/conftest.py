@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mtlora.client import Client, ServerError
-from server.process import ServerProcess
+from server.cli.process import ServerProcess
 from tests.server.adapters import entry, write_adapter
 from tests.server.helpers import free_port
 

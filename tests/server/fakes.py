@@ -9,21 +9,21 @@ from typing import Any
 from mtlora_pb.v1 import inference_pb2_grpc
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
-from server.admission import Admission, State
-from server.catalog import Catalog
-from server.interceptor import CallInterceptor
 from server.job import Delta, GenerationJob, ServedTask
-from server.listening import Listening
-from server.metrics import UNKNOWN_TASK, Metrics
-from server.openinference import OpenInferenceServicer
+from server.registry.catalog import Catalog
 from server.registry.residency import Aside
+from server.rpc.inference_service import InferenceServicer
+from server.rpc.interceptor import CallInterceptor
+from server.rpc.listening import Listening
+from server.rpc.openinference import OpenInferenceServicer
+from server.rpc.validation import Limits
 from server.scheduling import Scheduler
-from server.servicer import InferenceServicer
+from server.scheduling.admission import Admission, State
 from server.settings import load_settings
+from server.telemetry.metrics import UNKNOWN_TASK, Metrics
+from server.telemetry.tracing import Tracer
 from server.tenants import Directory
 from server.tenants.authentication import Authenticator
-from server.tracing import Tracer
-from server.validation import Limits
 from tests.server.adapters import entry
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mtlora.backbone import BackboneIdentity
-from mtlora.checkpoint import AdapterManifest
+from mtlora.checkpoint.format import AdapterManifest
 
 TINY = BackboneIdentity(architecture="Tiny", hidden_size=8, num_layers=2, weights_fingerprint="0" * 64)
 

@@ -12,11 +12,11 @@ from mtlora_pb.v1 import adapters_pb2 as pb
 from mtlora_pb.v1 import adapters_pb2_grpc
 
 from mtlora.client import Client, ServerError
-from server import adapters_cli
-from server.adapters_service import AdaptersServicer
+from server.cli import adapters as adapters_cli
 from server.errors import RequestFailedError
-from server.interceptor import CallInterceptor
-from server.metrics import Metrics
+from server.rpc.adapters_service import AdaptersServicer
+from server.rpc.interceptor import CallInterceptor
+from server.telemetry.metrics import Metrics
 from tests.server.fakes import eventually
 from tests.server.test_registry import Home, home, write
 

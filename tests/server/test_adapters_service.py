@@ -11,7 +11,7 @@ import pytest
 from mtlora_pb.v1 import adapters_pb2 as pb
 
 from mtlora.client import Client, ServerError
-from server.process import ServerProcess
+from server.cli.process import ServerProcess
 from tests.server.adapters import entry, write_adapter
 from tests.server.helpers import eventually
 from tests.server.test_serving import metrics, run_cli

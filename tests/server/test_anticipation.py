@@ -3,7 +3,7 @@
 import threading
 from random import Random
 
-from server.process import ServerProcess
+from server.cli.process import ServerProcess
 from tests.server.helpers import eventually
 from tests.server.test_serving import metrics
 

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from mtlora.client import ServerError
-from server.process import ServerProcess
+from server.cli.process import ServerProcess
 from tests.server.adapters import entry, write_adapter
 
 pytestmark = pytest.mark.scaleout

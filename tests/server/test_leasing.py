@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from server.job import Delta, GenerationJob
-from server.leasing import LeasingEngine
+from server.registry.leasing import LeasingEngine
 from server.registry.residency import Residency
 from server.registry.version import AdapterVersion
 from server.scheduling import Scheduler

@@ -16,7 +16,7 @@ import pytest
 
 from mtlora.client import Client, ServerError
 from server.app import App
-from server.process import ServerProcess
+from server.cli.process import ServerProcess
 from server.settings import load_settings
 from tests.server.adapters import entry, write_adapter
 from tests.server.helpers import LONG

@@ -12,11 +12,10 @@ import pytest
 from cryptography import x509
 from mtlora_pb.v1 import inference_pb2_grpc
 
-from mtlora.access import Access
-from mtlora.client import AsyncClient, ServerError, make_request
-from server.faults._certificates import Issued, authority, issue
+from mtlora.client import Access, AsyncClient, ServerError, make_request
+from server.rpc.tls import Certificates, TLSError
 from server.settings import SettingsError, load_settings
-from server.tls import Certificates, TLSError
+from tests.faults._certificates import Issued, authority, issue
 from tests.server.fakes import Service
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from loadtest.cli import main
-from server.process import ServerProcess
+from server.cli.process import ServerProcess
 
 # Random words, for the tasks of the tests' random adapters.
 REQUESTS = ("--tasks", "count_words,echo,open", "--prompt-words", "4-12")

@@ -10,7 +10,7 @@ from pathlib import Path
 LINES, WAITING = 5000, 100
 SCRIPT = f"""
 import sys
-from server.logs import configure_logging, finish_logging, get_logger
+from server.telemetry.logs import configure_logging, finish_logging, get_logger
 configure_logging("info", most_waiting={WAITING})
 logger = get_logger("test")
 for i in range({LINES}):
@@ -57,7 +57,8 @@ def test_a_server_ends_though_nobody_reads_its_log(tmp_path: Path) -> None:
     """One that cannot start, and says so in far more than a pipe holds."""
     script = f"""
 import sys
-from server import app, cli, logs
+from server import app, cli
+from server.telemetry import logs
 def serve(settings, ready):
     for i in range({LINES}):
         logs.get_logger("test").info("line %d " + "x" * 1000, i)

@@ -11,9 +11,9 @@ from prometheus_client.openmetrics.exposition import generate_latest as openmetr
 
 from server.call import Call
 from server.engine import BetweenSteps, EngineStats, RoutingSums, WorkerStats
-from server.metrics import TOP_TASKS, TOP_TENANTS, UNKNOWN_TASK, Metrics
+from server.telemetry.metrics import TOP_TASKS, TOP_TENANTS, UNKNOWN_TASK, Metrics
+from server.telemetry.top import OTHER, TopLabels
 from server.tenants import Tenant
-from server.top import OTHER, TopLabels
 
 STATUSES = ("OK", "CANCELLED", "DEADLINE_EXCEEDED", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNAVAILABLE")
 

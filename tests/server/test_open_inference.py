@@ -16,10 +16,10 @@ from openinference_pb import grpc_predict_v2_pb2 as pb
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
 from mtlora.client import ServerError
-from server.admission import State
-from server.faults._tenants import tenant, write_tenants
 from server.job import ServedTask
-from server.openinference import parameters, tensors
+from server.rpc.openinference import parameters, tensors
+from server.scheduling.admission import State
+from tests.faults._tenants import tenant, write_tenants
 from tests.server.adapters import entry
 from tests.server.fakes import Service
 

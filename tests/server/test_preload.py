@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from server.cli.process import ServerProcess
 from server.engine import preload
-from server.process import ServerProcess
 
 SCRIPT = """
 import multiprocessing, os

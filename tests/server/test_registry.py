@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.catalog import Catalog
-from server.metrics import Metrics
+from server.registry.catalog import Catalog
 from server.registry.events import Event, Events
 from server.registry.parts import Parts
 from server.registry.registry import NotPossibleError, Registry, UnknownAdapterError
@@ -23,6 +22,7 @@ from server.registry.spool import Spool
 from server.registry.verifier import Verified, check
 from server.registry.version import Stage, StageError, version_key
 from server.registry.weights import choose
+from server.telemetry.metrics import Metrics
 from tests.server.adapters import entry, write_adapter
 from tests.server.fakes import eventually
 from tests.server.slots import TINY, make_slots
@@ -42,7 +42,7 @@ class Verifier:
         self._spool = spool
 
     async def verify(self, root: Path, found: Found) -> Verified:
-        from mtlora.checkpoint import CheckpointError, read_manifest
+        from mtlora.checkpoint.format import CheckpointError, read_manifest
 
         incoming = self._spool.incoming()
         try:

@@ -12,12 +12,11 @@ from typing import Any
 import grpc
 import pytest
 
-from mtlora.access import Access
-from mtlora.client import Client, ServerError
-from server.faults._certificates import authority, issue
-from server.faults._secured import metrics
-from server.faults._tenants import tenant, write_tenants
-from server.process import ServerProcess
+from mtlora.client import Access, Client, ServerError
+from server.cli.process import ServerProcess
+from tests.faults._certificates import authority, issue
+from tests.faults._secured import metrics
+from tests.faults._tenants import tenant, write_tenants
 from tests.server.helpers import eventually
 
 

@@ -18,11 +18,11 @@ from mtlora_pb.v1 import inference_pb2_grpc
 
 from mtlora.client import AsyncClient, ServerError, make_request
 from mtlora.task import TaskSpec
-from server.admission import State
 from server.errors import EngineAbortedError, EngineDeadError
-from server.generation import AnswerSplitter
 from server.job import Delta, TokenLogprob, TokenLogprobs
-from server.logs import JsonFormatter
+from server.rpc.generation import AnswerSplitter
+from server.scheduling.admission import State
+from server.telemetry.logs import JsonFormatter
 from tests.server.fakes import Service, eventually
 
 

@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from mtlora_pb.v1 import inference_pb2 as pb
 
 from mtlora.client import AsyncClient, Client, ServerError
-from server.process import ServerProcess
+from server.cli.process import ServerProcess
 from tests.server.conftest import StartingObservations
 from tests.server.helpers import LONG, eventually
 

@@ -7,7 +7,7 @@ import pytest
 
 from server.errors import RequestFailedError
 from server.job import Delta, TokenLogprob, TokenLogprobs
-from server.stream import unhurried
+from server.rpc.stream import unhurried
 
 LOGPROBS = TokenLogprobs(TokenLogprob(1, "x", -0.5), ())
 

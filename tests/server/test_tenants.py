@@ -11,14 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtlora.access import Access
-from mtlora.client import AsyncClient, ServerError, make_request
-from server.faults._certificates import authority, issue
-from server.faults._tenants import tenant, write_tenants
-from server.logs import JsonFormatter
+from mtlora.client import Access, AsyncClient, ServerError, make_request
+from server.telemetry.logs import JsonFormatter
 from server.tenants import Directory, TenantsError, read_tenants
 from server.tenants.authentication import Authenticator
 from server.tenants.keys import check_hash, hash_key, key_id_of, new_key, verify
+from tests.faults._certificates import authority, issue
+from tests.faults._tenants import tenant, write_tenants
 from tests.server.fakes import Service
 
 

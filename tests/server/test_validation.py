@@ -14,7 +14,7 @@ from mtlora.client import make_request
 from mtlora.prompt import encode_chat, encode_prompt
 from server.errors import Violation
 from server.job import GenerationJob, ServedTask
-from server.validation import MAX_STOP_STRINGS, Limits, page_size, validate
+from server.rpc.validation import MAX_STOP_STRINGS, Limits, page_size, validate
 from tests.server.adapters import entry
 
 LIMITS = Limits(max_model_len=128, vocab_size=49152)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from mtlora.checkpoint import read_checkpoint
-from server.faults._bad_files import KINDS
+from mtlora.checkpoint.format import read_checkpoint
 from server.registry.source import Found, scan
 from server.registry.spool import Spool
 from server.registry.verifier import Limits, Verifier
 from server.registry.version import StageError
+from tests.faults._bad_files import KINDS
 from tests.server.adapters import entry, write_adapter
 from tests.server.slots import TINY
 

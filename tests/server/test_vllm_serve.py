@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from mtlora.client import Client
-from mtlora.vllm_plugin import cpu_build
-from mtlora.vllm_plugin.precision import engine_dtype
+from mtlora.vllm_cpu import cpu_build
+from mtlora.vllm_cpu.precision import engine_dtype
 from tests.server.helpers import free_port
 
 

@@ -1,0 +1,288 @@
+"""`make bench`: throughput through the real engine, adapters against the bare backbone and against the field.
+
+Every engine is a process that lives through the whole run; cases take turns, so that what else the machine does falls
+on all of them alike. Ratios are medians of each round's own ratio.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.adapters import link_adapter, write_random_adapter, write_random_peft
+from benchmarks.load import LOADS, REFERENCE, Load
+from benchmarks.picture import draw
+from mtlora.backbone import identify, resolve
+from mtlora.vllm_cpu.precision import engine_dtype
+from mtlora.vllm_plugin import memory_environment
+
+Slot = tuple[str, int, str] | None
+
+BATCH = 64
+_ENGINE = {
+    "max_num_seqs": BATCH, "max_model_len": 1024, "enforce_eager": True,
+    "enable_prefix_caching": False, "disable_log_stats": True, "seed": 0,
+}  # fmt: skip
+
+
+class EngineProcess:
+    """A worker, such as `benchmarks.worker`, with its own settings and environment."""
+
+    def __init__(self, module: str, settings: dict[str, Any], environment: dict[str, str] | None = None) -> None:
+        self._log = tempfile.NamedTemporaryFile(prefix="mtlora-bench-", suffix=".log")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, json.dumps(settings)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1",
+                 "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": _all_cores(),
+                 "TQDM_DISABLE": "1", **memory_environment(), **(environment or {})},
+        )  # fmt: skip
+
+    def __enter__(self) -> "EngineProcess":
+        try:
+            self._read()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+    def seconds(self, load: Load, slots: Sequence[Slot], vocabulary: int, seed: int) -> float:
+        """Seconds for one load, request i with slots[i % len(slots)] in shuffled order."""
+        prompts = load.prompts(vocabulary, seed)
+        given = [slots[i % len(slots)] for i in range(len(prompts))]
+        random.Random(seed).shuffle(given)
+        case = {"prompts": prompts, "new_tokens": load.new_tokens, "slots": given}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(case) + "\n")
+        self._process.stdin.flush()
+        reply = self._read()
+        if reply["tokens"] != load.requests * load.new_tokens:
+            raise RuntimeError(f"{reply['tokens']} tokens instead of {load.requests * load.new_tokens}")
+        return float(reply["seconds"])
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the engine ended: {Path(self._log.name).read_text()[-2000:]}")
+        return dict(json.loads(line))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: an engine, and the slot of each request in turn.
+
+    sample: how many of the load's requests it gets, where all would take too long. rounds: in how many it runs.
+    """
+
+    name: str
+    engine: EngineProcess
+    slots: Sequence[Slot]
+    sample: int | None = None
+    rounds: int | None = None
+
+    def part_of(self, load: Load) -> Load:
+        """The part of the load that this case runs."""
+        return load if self.sample is None else replace(load, requests=min(self.sample, load.requests))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Throughput of one row over that of another, and what it must reach; `contract` ratios are the last lines."""
+
+    over: str
+    under: str
+    goal: float | None
+    contract: bool = True
+    name: str = ""
+
+    def __str__(self) -> str:
+        return self.name or f"{self.over}/{self.under}"
+
+
+RATIOS = (
+    Ratio("256-adapters-zipf", "32-adapters", 0.85, contract=False),
+    Ratio("25-adapters", "peft-mixed-batches", None, contract=False),
+    # What the plugin does for a backbone without adapters, on CPUs: the other ratios are held against the faster one.
+    Ratio("backbone", "vllm-backbone", None, contract=False),
+    Ratio("one-adapter-25-tasks", "backbone", 0.97),
+    Ratio("25-adapters", "backbone", 0.90),
+    Ratio("1000-tasks", "one-adapter-25-tasks", 0.97, name="1000-tasks/25-tasks"),
+    Ratio("25-adapters", "vllm-multi-lora", 7.0),
+)
+# Of rows that are slow, or whose goals are far from what the noise of a round changes: the whole takes minutes.
+_FEW_ROUNDS = 2
+
+
+def _all_cores() -> str:
+    return ",".join(map(str, sorted(os.sched_getaffinity(0))))
+
+
+def main() -> int:
+    """Run every case in turn, several rounds; print rows and ratios, write JSON and a picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backbone", default="default")
+    parser.add_argument("--rounds", type=int, default=4, help="slow rows have fewer; default: %(default)s")
+    parser.add_argument("--load", choices=sorted(LOADS), default=REFERENCE.name)
+    parser.add_argument("--skip-field", action="store_true", help="leave vLLM's own multi-LoRA and PEFT out")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    args = parser.parse_args()
+    load = LOADS[args.load]
+    folder = resolve(args.backbone)
+    # As a server would run it; PEFT's worker wants a name.
+    dtype = engine_dtype("auto", folder).replace("auto", "bfloat16")
+    with ExitStack() as stack:
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        cases = _cases(stack, folder, dtype, temporary, field=not args.skip_field)
+        seconds = _run(cases, load, args.rounds, json.loads((folder / "config.json").read_text())["vocab_size"])
+        report = make_report(load, {case.name: case.part_of(load).requests for case in cases}, seconds)
+    report["dtype"] = dtype
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"engine-{load.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(report, args.out / f"engine-{load.name}.png")
+    _print(report)
+    return 0
+
+
+def _cases(stack: ExitStack, folder: Path, dtype: str, temporary: Path, *, field: bool) -> list[Case]:
+    identity = identify(folder)
+    config = json.loads((folder / "config.json").read_text())
+
+    def adapter(name: str, num_tasks: int, seed: int) -> Path:
+        write_random_adapter(temporary / name, identity, num_tasks=num_tasks, seed=seed)
+        return temporary / name
+
+    one, many = adapter("one", 25, 1), adapter("many", 1000, 2)
+    several = [adapter(f"several-{i}", 1, 100 + i) for i in range(25)]
+    for i in range(256):
+        link_adapter(several[i % 25], temporary / f"zipf-{i}")
+    ids = iter(range(1, 100_000))
+
+    def slot(path: Path, task: str) -> Slot:
+        return (f"{path.name}#{task}", next(ids), f"{path}#{task}")
+
+    # In a fixed order of popularity, request by request: what a Zipf law of exponent 1 gives.
+    zipf = [slot(temporary / f"zipf-{i}", "task-0") for i in range(256)]
+    drawn = random.Random(0).choices(zipf, weights=[1 / (1 + i) for i in range(256)], k=400)
+
+    def engine(environment: dict[str, str] | None = None, **settings: Any) -> EngineProcess:
+        made = EngineProcess(
+            "benchmarks.worker", {"model": str(folder), "dtype": dtype, **_ENGINE, **settings}, environment
+        )
+        return stack.enter_context(made)
+
+    without_plugin = {"MTLORA_PLUGIN": "0"}
+    bare = engine()
+    routed = engine(enable_lora=True, max_loras=BATCH, max_cpu_loras=2048)
+    narrow = engine(enable_lora=True, max_loras=32, max_cpu_loras=32)
+    cases = [
+        Case("backbone", bare, [None]),
+        Case("vllm-backbone", engine(without_plugin), [None], rounds=_FEW_ROUNDS),
+        Case("one-adapter-25-tasks", routed, [slot(one, f"task-{i}") for i in range(25)]),
+        Case("25-adapters", routed, [slot(path, "task-0") for path in several]),
+        Case("1000-tasks", routed, [slot(many, f"task-{i}") for i in range(1000)]),
+        Case("32-adapters", narrow, zipf[:32], rounds=_FEW_ROUNDS),
+        Case("256-adapters-zipf", narrow, drawn, rounds=_FEW_ROUNDS),
+    ]
+    if field:
+        for i in range(25):
+            write_random_peft(temporary / f"peft-{i}", config, seed=i)
+        slots = [(f"peft-{i}", i + 1, str(temporary / f"peft-{i}")) for i in range(25)]
+        stock = engine(without_plugin, enable_lora=True, max_loras=25, max_cpu_loras=25, max_lora_rank=16)
+        settings = {"model": str(folder), "dtype": dtype, "batch": BATCH}
+        peft = stack.enter_context(EngineProcess("benchmarks.peft_worker", settings))
+        # One full batch: a larger one shares the loop over adapters among more requests, so this is PEFT at its best.
+        cases += [
+            Case("vllm-multi-lora", stock, slots, rounds=_FEW_ROUNDS),
+            Case("peft-mixed-batches", peft, slots, sample=BATCH, rounds=1),
+        ]
+    return cases
+
+
+def _run(cases: Sequence[Case], load: Load, rounds: int, vocabulary: int) -> dict[str, list[float]]:
+    """Seconds of every case's part of the load, a list of rounds; a case with fewer rounds runs in the first ones."""
+    warm_up = Load("warm-up", 8, load.prompt_tokens, 4)
+    for case in cases:
+        case.engine.seconds(warm_up, case.slots, vocabulary, seed=0)
+    seconds: dict[str, list[float]] = {case.name: [] for case in cases}
+    with tqdm(total=rounds * len(cases), unit="case", desc="bench") as bar:
+        for round_number in range(rounds):
+            turn = list(cases)
+            random.Random(round_number).shuffle(turn)
+            for case in turn:
+                bar.set_postfix_str(case.name)
+                if case.rounds is None or round_number < case.rounds:
+                    part = case.part_of(load)
+                    seconds[case.name].append(case.engine.seconds(part, case.slots, vocabulary, seed=round_number))
+                bar.update()
+    return seconds
+
+
+def make_report(load: Load, requests: Mapping[str, int], seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Rows and ratios of a run. requests, seconds: by case, how many a round and how long each round took.
+
+    Ratios are taken round by round; a case with fewer rounds is compared with the other's first ones.
+    """
+    rates = {name: [requests[name] / each for each in values] for name, values in seconds.items() if values}
+    ratios = {}
+    for ratio in RATIOS:
+        if ratio.over in rates and ratio.under in rates:
+            each = [a / b for a, b in zip(rates[ratio.over], rates[ratio.under], strict=False)]
+            facts = {key: value for key, value in vars(ratio).items() if key != "name"}
+            ratios[str(ratio)] = facts | _spread(each)
+    rows = {
+        name: {"requests": requests[name], "requests_per_second": _spread(values), "seconds": list(seconds[name])}
+        for name, values in rates.items()
+    }
+    return {
+        "load": vars(load),
+        "made": time.strftime("%Y-%m-%d"),
+        "cores": len(os.sched_getaffinity(0)),
+        "rows": rows,
+        "ratios": ratios,
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"load: {report['load']['name']}; {report['dtype']} on {report['cores']} cores"
+    table = Table("case", "requests", "requests/s, median", "min", "max", title=title)
+    for name, row in report["rows"].items():
+        rate = row["requests_per_second"]
+        table.add_row(
+            name, f"{len(row['seconds'])} x {row['requests']}", *(f"{rate[k]:.2f}" for k in ("median", "min", "max"))
+        )
+    Console().print(table)
+    for name, ratio in report["ratios"].items():
+        if not ratio["contract"]:
+            print(f"{name} {ratio['median']:.2f}" + (f" (goal {ratio['goal']:.2f})" if ratio["goal"] else ""))
+    for name, ratio in report["ratios"].items():
+        if ratio["contract"]:
+            print(f"bench: {name} {ratio['median']:.2f}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,160 @@
+"""Microbenchmark of the routed path on the CPU: a layer's time in serving, and in training against the authors' loop.
+
+    python -m benchmarks.ops [--rounds 40] [--json FILE]
+
+Variants take turns within every round, so that what else the machine does falls on all of them alike.
+
+Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mtlora.ops import cpu, cpu_kernel
+from mtlora.ops.operators import bind
+from mtlora.ops.plan import plan_step
+from mtlora.ops.routed_lora import pack_block
+from mtlora.ops.table import AdapterRows, SlotTable
+from mtlora.ops.training import routed_lora
+
+# The default backbone and its adapters.
+LAYERS, D, R, N, G = 30, 576, 16, 8, 4
+SERVING = ((1, 1), (64, 1), (64, 25), (64, 64), (1024, 1), (1024, 25))
+TRAINING = {"tokens": 1024, "D": 576, "r": 16, "N": 16, "G": 2}
+
+Variant = Callable[[], None]
+
+
+def interleaved(variants: dict[str, Variant], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every variant in every round, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for i in range(rounds + 1):
+        for name, run in variants.items():
+            begin = time.perf_counter()
+            run()
+            if i:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def serving_variants(tokens: int, adapters: int, layers: int) -> dict[str, Variant]:
+    """The operator, and torch ops adapter by adapter, over `layers` layers, each with weights of its own."""
+    dtype, device = torch.bfloat16, torch.device("cpu")
+    table = SlotTable(layers, adapters, hidden_size=D, dtype=dtype, device=device)
+    for slot in range(adapters):
+        blocks = [
+            pack_block(
+                torch.randn(R, D) / D**0.5, torch.randn(N, D, R) / 100, torch.randn(G * N, D) / D**0.5,
+                num_groups=G, scaling=2.0, dtype=dtype, bias_bGN=torch.randn(1, G, N),
+            )
+            for _ in range(layers)
+        ]  # fmt: skip
+        table.place(slot, AdapterRows(blocks))
+    slot_T = np.arange(tokens) % adapters
+    plan = plan_step(slot_T, np.zeros_like(slot_T), num_slots=adapters, tile_size=cpu_kernel.TILE_SIZE)
+    x_TD, y_TD = torch.randn(tokens, D).to(dtype), torch.zeros(tokens, D, dtype=dtype)
+
+    def operator() -> None:
+        add_path_ = bind(table, plan)
+        for layer in range(layers):
+            add_path_(y_TD, x_TD, layer)
+
+    def torch_ops() -> None:
+        for layer in range(layers):
+            cpu.in_torch_ops(y_TD, x_TD, table.rows_LAF[layer], plan.tokens_T, plan.bias_rows_T, plan.tiles_M3)
+
+    return {"operator": operator, "torch ops, one adapter after another": torch_ops}
+
+
+def expert_loop(
+    x_TD: torch.Tensor, A: torch.Tensor, B_NDr: torch.Tensor, route: torch.Tensor, num_groups: int, scaling: float
+) -> torch.Tensor:
+    """The path as the paper's authors write it: a product and a weighted sum an expert, N tensors [T, D] held."""
+    T, num_experts = len(x_TD), len(B_NDr)
+    h_Tr = x_TD @ A.t()
+    weights_TGN = torch.softmax((x_TD @ route.t()).view(T, num_groups, num_experts), dim=-1)
+    out = torch.zeros_like(x_TD).view(T, num_groups, -1)
+    for i in range(num_experts):
+        out = out + weights_TGN[:, :, i, None] * (h_Tr @ B_NDr[i].t()).view(T, num_groups, -1)
+    return out.view(T, -1) * scaling
+
+
+def training_variants() -> dict[str, Variant]:
+    """Forward and backward of one layer, in float32."""
+    T, d, r, n, g = TRAINING.values()
+    x_TD = torch.randn(T, d, requires_grad=True)
+    A, B_NDr, route = (torch.randn(*s).div_(10).requires_grad_() for s in ((r, d), (n, d, r), (g * n, d)))
+    inputs = [x_TD, A, B_NDr, route]
+    grad_TD = torch.randn(T, d)
+
+    def ours() -> None:
+        out, _ = routed_lora(x_TD, A, B_NDr, route, None, num_groups=g, scaling=2.0)
+        torch.autograd.grad(out, inputs, grad_TD)
+
+    def loop() -> None:
+        torch.autograd.grad(expert_loop(x_TD, A, B_NDr, route, g, 2.0), inputs, grad_TD)
+
+    return {"operator": ours, "loop over experts": loop}
+
+
+def peak_bytes(run: Variant) -> int:
+    """Most bytes of tensors that `run` holds at a time, beyond what was there before."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(changes, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def _report(title: str, seconds: dict[str, list[float]], layers: int) -> dict[str, float]:
+    ours, theirs = seconds
+    ratio = statistics.median(b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True))
+    row = {name: statistics.median(times) / layers * 1e6 for name, times in seconds.items()}
+    best = {name: min(times) / layers * 1e6 for name, times in seconds.items()}
+    print(f"{title:<34}" + "".join(f"{row[name]:>10.0f} ({best[name]:.0f})" for name in seconds) + f"{ratio:>9.1f}x")
+    return {**{f"{name}, us": value for name, value in row.items()}, "ratio": ratio}
+
+
+def main() -> None:
+    """Print the table, and write it to a file where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--json", type=Path, help="write the numbers here too")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    kernel = "the compiled kernel" if cpu_kernel.compiled_kernel() else "torch ops: the kernel is not built"
+    print(f"{torch.get_num_threads()} threads, {kernel}; us a layer, median (best) of {options.rounds} rounds")
+    print(f"{'':<34}{'operator':>16}{'loop':>16}{'':>10}")
+    results = {}
+    for tokens, adapters in SERVING:
+        layers = options.layers if tokens <= 64 else max(1, options.layers // 10)
+        title = f"serving, {tokens} tokens, {adapters} adapters"
+        with torch.inference_mode():
+            seconds = interleaved(serving_variants(tokens, adapters, layers), options.rounds)
+        results[title] = _report(title, seconds, layers)
+    title = "training, 1024 tokens, N 16"
+    results[title] = _report(title, interleaved(training_variants(), options.rounds), 1)
+    memory = {name: peak_bytes(run) for name, run in training_variants().items()}
+    ours, loop = memory.values()
+    print(f"training, peak extra memory: {ours / 2**20:.1f} MiB, loop {loop / 2**20:.1f} MiB: {ours / loop:.3f}")
+    results["training, peak extra bytes"] = {**memory, "ratio": ours / loop}
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

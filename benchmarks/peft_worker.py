@@ -1,0 +1,81 @@
+"""Hugging Face PEFT with mixed-adapter batches, in a process of its own: `benchmarks.worker`'s protocol.
+
+A case's prompts run in static batches of up to `batch` sequences, padded on the left, through
+`generate(adapter_names=...)`, each row with the adapter of its slot. Adapters are loaded before the clock starts.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class MixedBatches:
+    """A transformers model with any number of PEFT adapters, each row of a batch with its own."""
+
+    def __init__(self, backbone: Path, dtype: torch.dtype) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._model: Any = AutoModelForCausalLM.from_pretrained(backbone, dtype=dtype).eval()
+        self._loaded: set[str] = set()
+
+    def load(self, adapters: Mapping[str, str]) -> None:
+        """Load adapters, folders by name, that are not loaded yet."""
+        from peft import PeftModel
+
+        # In the backbone's dtype, as vLLM has them: PEFT's own choice is float32, for inference too.
+        options = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
+        for name, path in adapters.items():
+            if not self._loaded:
+                self._model = PeftModel.from_pretrained(self._model, path, adapter_name=name, **options).eval()
+            elif name not in self._loaded:
+                self._model.load_adapter(path, name, **options)
+            self._loaded.add(name)
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Sequence[int]], names: Sequence[str], new_tokens: int) -> list[list[int]]:
+        """`new_tokens` token ids for each prompt, greedily, as one batch; names: each row's adapter."""
+        length = max(map(len, prompts))
+        found = self._model.generate(
+            input_ids=torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts]),
+            attention_mask=torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
+            adapter_names=list(names),
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            pad_token_id=0,
+        )
+        tokens: list[list[int]] = found[:, length:].tolist()
+        return tokens
+
+
+def main() -> None:
+    """Serve cases until stdin ends. argv[1]: {"model": folder, "dtype": name, "batch": sequences} as JSON."""
+    # Libraries print to stdout; replies must have it to themselves.
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    settings = json.loads(sys.argv[1])
+    model = MixedBatches(Path(settings["model"]), getattr(torch, settings["dtype"]))
+
+    def run(case: dict[str, Any]) -> dict[str, float]:
+        model.load({name: path for name, _, path in case["slots"]})
+        names = [name for name, _, _ in case["slots"]]
+        began, tokens = time.perf_counter(), 0
+        for first in range(0, len(names), settings["batch"]):
+            rows = slice(first, first + settings["batch"])
+            answers = model.generate(case["prompts"][rows], names[rows], case["new_tokens"])
+            tokens += sum(map(len, answers))
+        return {"seconds": time.perf_counter() - began, "tokens": tokens}
+
+    print(json.dumps({"ready": True}), file=replies, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()

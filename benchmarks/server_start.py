@@ -1,0 +1,120 @@
+"""`make bench`: what the server costs before it answers anything faster: start-up time and memory."""
+
+import argparse
+import asyncio
+import json
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from benchmarks.adapters import write_random_adapter
+from mtlora.backbone import identify, resolve
+from mtlora.suite import load_suite
+from mtlora.suite.base import Example
+from server.cli.demo import ask_all
+from server.cli.process import ServerProcess
+
+_GIB = 1 << 30
+START_GOAL_S = 40.0
+RESIDENT_GOAL_GIB = 4.0
+# A thousand tasks of one adapter against these few.
+FEW_TASKS, MANY_TASKS = 25, 1000
+MANY_TASKS_GOAL = 1.05
+# Requests of either, so that every one of the many tasks is asked.
+_REQUESTS = MANY_TASKS
+_NEW_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One server's figures after its load: seconds to SERVING, bytes now and at their most, requests that failed."""
+
+    start_seconds: float
+    resident_bytes: int
+    peak_bytes: int
+    failed: int
+
+
+def main() -> int:
+    """Start servers, load each once with every task, print the figures; 1 where a goal is missed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backbone", default="default")
+    parser.add_argument("--adapters", type=Path, default=Path("adapters"))
+    parser.add_argument("--json", type=Path, default=Path("out/bench.json"))
+    args = parser.parse_args()
+    suite = load_suite("builtin")
+    examples = [example for task in suite.tasks for example in suite.examples(task.id, "test", 4, 1)]
+    shipped = measure(args.backbone, args.adapters, examples)
+    with tempfile.TemporaryDirectory() as temporary:
+        few, many = (measure_tasks(args.backbone, Path(temporary), count) for count in (FEW_TASKS, MANY_TASKS))
+    resident = shipped.resident_bytes / _GIB
+    # At the end too: a peak of the start would hide what tasks take.
+    peak_ratio, end_ratio = many.peak_bytes / few.peak_bytes, many.resident_bytes / few.resident_bytes
+    failed = sum(cost.failed for cost in (shipped, few, many))
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    document = {
+        "start_seconds": round(shipped.start_seconds, 1),
+        "resident_gib": round(resident, 3),
+        "by_tasks": {
+            str(n): {"resident_gib": round(cost.resident_bytes / _GIB, 3), "peak_gib": round(cost.peak_bytes / _GIB, 3)}
+            for n, cost in ((FEW_TASKS, few), (MANY_TASKS, many))
+        },
+        "many_over_few_tasks": {"resident": round(end_ratio, 4), "peak": round(peak_ratio, 4)},
+        "failed": failed,
+    }
+    args.json.write_text(json.dumps(document) + "\n")
+    print(f"bench: start-up to SERVING {shipped.start_seconds:.1f} s (goal {START_GOAL_S:.0f} s)")
+    print(f"bench: resident, all processes, KV cache 1 GiB {resident:.2f} GiB (goal {RESIDENT_GOAL_GIB:.0f} GiB)")
+    print(
+        f"bench: memory, {MANY_TASKS} tasks of one adapter/{FEW_TASKS} tasks: peak {peak_ratio:.3f}, "
+        f"resident after as many requests {end_ratio:.3f} (goal {MANY_TASKS_GOAL})"
+    )
+    missed = shipped.start_seconds > START_GOAL_S or resident > RESIDENT_GOAL_GIB
+    missed |= max(peak_ratio, end_ratio) > MANY_TASKS_GOAL
+    return int(failed > 0 or missed)
+
+
+def measure(backbone: str, adapters: Path, examples: Sequence[Example]) -> Cost:
+    """Start a server, ask it every example, and look at it before it stops."""
+    with ServerProcess(backbone=backbone, adapters=adapters, kv_cache_gib=1) as server:
+        asked = asyncio.run(ask_all(server.address, examples))
+        pid = server.process.pid
+        failed = sum(each.answer is None for each in asked)
+        return Cost(server.start_seconds, resident_bytes(pid), peak_bytes(pid), failed)
+
+
+def measure_tasks(backbone: str, folder: Path, num_tasks: int) -> Cost:
+    """`measure` with one random adapter of so many tasks, asked in turn with short answers."""
+    adapters = folder / str(num_tasks)
+    identity = identify(resolve(backbone))
+    write_random_adapter(adapters / "random" / "1", identity, num_tasks=num_tasks, seed=0, max_new_tokens=_NEW_TOKENS)
+    examples = [Example(f"task-{i % num_tasks}", f"Question {i}:", "none") for i in range(_REQUESTS)]
+    return measure(backbone, adapters, examples)
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process and all its descendants; what they share counts in each: an upper bound."""
+    return sum(process.memory_info().rss for process in _tree(pid))
+
+
+def peak_bytes(pid: int) -> int:
+    """Sum of the most that a process and each of its descendants has had resident: an upper bound of their peak."""
+    total = 0
+    for process in _tree(pid):
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+        # A process that has ended and is not yet waited for has no memory.
+        total += int(found[1]) * 1024 if found else 0
+    return total
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    root = psutil.Process(pid)
+    return [root, *root.children(recursive=True)]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,130 @@
+"""`make bench-slots`: more adapters than slots, what the cold ones cost, and what they cost the warm ones."""
+
+import argparse
+import asyncio
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mtlora.checkpoint.format import read_checkpoint, write_checkpoint
+from mtlora.client import AsyncClient
+from server.cli.process import ServerProcess
+
+IN_FLIGHT = 16
+PARAMETERS = {"max_new_tokens": 32, "stop": [], "timeout": 300}
+
+
+@dataclass(frozen=True)
+class Result:
+    requests_per_s: float
+    ttft_s: list[float]
+
+
+def main() -> int:
+    """Print requests a second with as many adapters as slots and with three times as many; 1 where the ratio is low."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.slots", description=__doc__)
+    parser.add_argument("--backbone", default="default")
+    parser.add_argument(
+        "--adapter", type=Path, default=Path("adapters/builtin/1"), help="copied, each a little changed"
+    )
+    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--adapters", type=int, default=48)
+    parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument("--goal", type=float, default=0.9, help="least ratio of requests a second")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(args.adapters):
+            write_variant(args.adapter, Path(folder), number)
+        with ServerProcess(
+            backbone=args.backbone, adapters=folder, adapter_slots=args.slots, max_num_seqs=IN_FLIGHT, kv_cache_gib=0.5,
+            log_level="warning",
+        ) as server:  # fmt: skip
+            asyncio.run(ask(server.address, range(args.slots), args.slots * 2))
+            few = [asyncio.run(ask(server.address, range(args.slots), args.requests))]
+            many = asyncio.run(ask(server.address, range(args.adapters), args.requests))
+            few.append(asyncio.run(ask(server.address, range(args.slots), args.requests)))
+            cold = cold_waits(server.metrics)
+    base = statistics.mean(each.requests_per_s for each in few)
+    ratio = many.requests_per_s / base
+    print(f"{args.slots} adapters in {args.slots} slots: {base:.2f} requests/s, TTFT p99 {p99(few[-1].ttft_s):.2f} s")
+    print(
+        f"{args.adapters} adapters in {args.slots} slots: {many.requests_per_s:.2f} requests/s, "
+        f"TTFT p99 {p99(many.ttft_s):.2f} s; {cold}"
+    )
+    print(f"bench: {args.adapters} adapters / {args.slots} in {args.slots} slots {ratio:.2f} (goal {args.goal})")
+    return int(ratio < args.goal)
+
+
+def write_variant(source: Path, folder: Path, number: int) -> None:
+    """The adapter under another name, with other weights and one task of its own."""
+    checkpoint = read_checkpoint(source)
+    manifest = checkpoint.manifest
+    tensors = {
+        name: tensor * (1 - number / 1000) if name.endswith("lora_B") else tensor
+        for name, tensor in checkpoint.tensors.items()
+    }
+    tasks = tuple(
+        task.model_copy(update={"id": f"t{number:03}_{task.id}"[:64], "template": "{input}\nAnswer:"})
+        for task in manifest.tasks
+    )
+    write_checkpoint(
+        folder / f"adapter{number:03}" / "1", backbone=manifest.backbone, config=manifest.config, tasks=tasks,
+        tensors=tensors,
+    )  # fmt: skip
+
+
+async def ask(address: str, adapters: Sequence[int], number: int) -> Result:
+    """Ask `number` questions, `IN_FLIGHT` at a time, of adapters drawn by a Zipf law."""
+    rng = random.Random(len(adapters))
+    weights = [1 / (rank + 1) for rank in range(len(adapters))]
+    waiting = rng.choices(adapters, weights, k=number)
+    ttft: list[float] = []
+    async with AsyncClient(address) as client:
+        tasks = await first_tasks(address)
+
+        async def work() -> None:
+            while waiting:
+                task = tasks[waiting.pop()]
+                text = " ".join(rng.choices(["one", "two", "three", "four"], k=60))
+                answer = await client.generate(task, text, **PARAMETERS)  # type: ignore[arg-type]
+                ttft.append(answer.summary.timings.time_to_first_token.ToTimedelta().total_seconds())
+
+        began = time.monotonic()
+        await asyncio.gather(*(work() for _ in range(IN_FLIGHT)))
+        return Result(number / (time.monotonic() - began), ttft)
+
+
+async def first_tasks(address: str) -> dict[int, str]:
+    """One task of each adapter, by its number."""
+    from mtlora.client import Client
+
+    def find() -> dict[int, str]:
+        with Client(address) as client:
+            return {int(task.adapter_name.removeprefix("adapter")): task.id for task in client.tasks()}
+
+    return await asyncio.to_thread(find)
+
+
+def cold_waits(metrics: str) -> str:
+    """How many requests waited for their adapter, and how long on average."""
+    import urllib.request
+
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=5) as reply:
+        lines = reply.read().decode().splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if line.startswith("mtlora_adapter_cold_seconds_"))
+    count, total = (float(values[f"mtlora_adapter_cold_seconds_{name}"]) for name in ("count", "sum"))
+    return f"{count:.0f} requests waited for their adapter, {1e3 * total / max(count, 1):.0f} ms on average"
+
+
+def p99(values: Sequence[float]) -> float:
+    return float(np.percentile(values, 99))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

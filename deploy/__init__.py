@@ -1,0 +1,1 @@
+"""Images, Kubernetes, monitoring, capacity: what a deployment needs beside the server."""

@@ -1,0 +1,168 @@
+"""`python -m deploy.capacity`: fit a service model, plan for a demand, write the report, check on real servers."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploy.capacity.errors import CapacityError
+
+if TYPE_CHECKING:
+    from deploy.capacity.check import Comparison
+
+_THROUGHPUT_GOAL, _P95_GOAL = 0.10, 0.20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 impossible or missed, 2 wrong use."""
+    options = _parser().parse_args(argv)
+    try:
+        return int(options.run(options))
+    except CapacityError as error:
+        print(f"capacity: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m deploy.capacity", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    fitting = commands.add_parser("fit", help="a service model from load tests at several concurrencies")
+    fitting.add_argument("results", type=Path, nargs="+", metavar="RESULT", help="JSON of mtlora-loadtest")
+    fitting.add_argument("--max-num-seqs", type=int, default=64, help="the server's; default: %(default)s")
+    fitting.add_argument("--out", type=Path, required=True, metavar="MODEL")
+    fitting.set_defaults(run=_fit)
+
+    planning = commands.add_parser("plan", help="replicas, slots and memory for a demand")
+    _add_source(planning)
+    planning.add_argument("--tasks", type=int, required=True, metavar="T")
+    planning.add_argument("--adapters", type=int, required=True, metavar="A")
+    planning.add_argument("--rate", type=float, required=True, metavar="R", help="requests a second")
+    planning.add_argument("--p95-ttft", type=float, default=1.0, metavar="SECONDS", help="default: %(default)s")
+    planning.add_argument("--card", default="measured", help="measured, l4, a100-80, h100; default: %(default)s")
+    planning.add_argument("--memory-gib", type=float, help="the card's memory, where it is another")
+    planning.add_argument("--bandwidth-tbs", type=float, help="the card's memory bandwidth, TB/s")
+    planning.add_argument("--tflops", type=float, help="the card's dense compute, TFLOPS")
+    planning.add_argument("--routing", choices=("adapter-aware", "round-robin"), default="adapter-aware")
+    planning.add_argument("--max-replicas", type=int, default=100, help="default: %(default)s")
+    planning.set_defaults(run=_plan)
+
+    reporting = commands.add_parser("report", help="write deploy/capacity.md")
+    _add_source(reporting)
+    reporting.add_argument("--out", type=Path, default=Path("deploy/capacity.md"))
+    reporting.set_defaults(run=_report)
+
+    checking = commands.add_parser("check", help="the simulation against two real server processes")
+    checking.add_argument("--adapters", type=Path, default=Path("adapters"))
+    checking.add_argument("--seconds", type=float, default=120.0, help="of load; default: %(default)s")
+    checking.add_argument(
+        "--utilisation", type=float, default=0.5, help="offered, of what both can answer; default: %(default)s"
+    )
+    checking.add_argument("--seed", type=int, default=0)
+    checking.add_argument("--out", type=Path, metavar="DIR", help="write the calibration's results and the comparison")
+    checking.set_defaults(run=_check)
+    return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, help="what `fit` wrote, in the place of a fit to the results")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", required=True, metavar="RESULT",
+        help="JSON of mtlora-loadtest --outcomes, closed loops at two concurrencies at least; lengths are as in them",
+    )  # fmt: skip
+
+
+def _fit(options: argparse.Namespace) -> int:
+    from deploy.capacity.result import read_levels
+    from deploy.capacity.service import fit
+
+    model = fit(read_levels(options.results), max_num_seqs=options.max_num_seqs)
+    options.out.write_text(json.dumps(asdict(model), indent=1) + "\n")
+    print(f"capacity: {options.out}: {model}")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from deploy.capacity.plan import CARDS, Demand, make_plan
+    from deploy.capacity.result import read_levels
+    from deploy.capacity.service import fit, read_model
+
+    if options.card not in CARDS:
+        raise CapacityError(f"card: found {options.card!r}; allowed: {', '.join(CARDS)}")
+    names = ("memory_gib", "bandwidth_tbs", "tflops")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if wrong := [name for name, value in given.items() if not value > 0]:
+        raise CapacityError(f"{wrong[0]}: found {given[wrong[0]]}; allowed: a number above 0")
+    demand = Demand(options.tasks, options.adapters, options.rate, options.p95_ttft)
+    levels = read_levels(options.results)
+    lengths = [(a.prompt_tokens, a.completion_tokens) for level in levels for a in level.answered]
+    model = read_model(options.model) if options.model else fit(levels)
+    card = replace(CARDS[options.card], **given)
+    plan = make_plan(demand, card, model, lengths, router=options.routing, max_replicas=options.max_replicas)
+    made, ttft = plan.footprint, plan.outcome.percentiles(plan.outcome.ttft)
+    print(f"replicas            {plan.replicas}")
+    print(f"slots a replica     {made.slots}")
+    print(
+        f"memory a replica    {made.total:.2f} GiB: backbone {made.backbone:.2f}, KV cache {made.kv_cache:.2f}, "
+        f"adapters {made.adapters:.2f} ({made.resident} of {demand.adapters}), tasks {made.tasks:.2f}"
+    )
+    print(f"requests/s          {plan.outcome.throughput:.1f} of {demand.rate:g}")
+    print(f"TTFT p50, p95, p99  {', '.join(f'{1e3 * each:.0f}' for each in ttft)} ms")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from deploy.capacity.report import report
+    from deploy.capacity.result import read_levels
+    from deploy.capacity.service import fit, read_model
+
+    levels = read_levels(options.results)
+    model = read_model(options.model) if options.model else fit(levels)
+    lengths = [(a.prompt_tokens, a.completion_tokens) for level in levels for a in level.answered]
+    names = " ".join(map(str, options.results))
+    # What `check` wrote beside the calibration.
+    beside = options.results[0].with_name("comparison.json")
+    compared = [each.name for each in options.results] == ["calibration.json"] and beside.exists()
+    comparison = json.loads(beside.read_text()) if compared else None
+    command = f"python -m deploy.capacity report --results {names}"
+    options.out.write_text(report(model, lengths, command, comparison))
+    print(f"capacity: wrote {options.out}")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from deploy.capacity.check import check
+
+    found = check(
+        adapters=options.adapters, seconds=options.seconds, utilisation=options.utilisation, seed=options.seed
+    )
+    if options.out:
+        _write(options.out, found)
+    print(f"model {found.model}")
+    print(f"two servers, a core each, round robin, {found.rate:.2f} requests/s offered")
+    print(f"throughput  measured {found.throughput[0]:.2f}, simulated {found.throughput[1]:.2f} requests/s")
+    print(f"p95         measured {found.p95[0]:.3f}, simulated {found.p95[1]:.3f} s")
+    met = found.throughput_error <= _THROUGHPUT_GOAL and found.p95_error <= _P95_GOAL
+    print(
+        f"capacity: throughput off by {found.throughput_error:.0%}, p95 by {found.p95_error:.0%}: "
+        f"{'met' if met else 'MISSED'}"
+    )
+    return int(not met)
+
+
+def _write(folder: Path, found: "Comparison") -> None:
+    from deploy.capacity.result import document
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "calibration.json").write_text(json.dumps(document(found.levels)) + "\n")
+    both = {"model": asdict(found.model), "rate": found.rate, "throughput": found.throughput, "p95_s": found.p95}
+    (folder / "comparison.json").write_text(json.dumps(both, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

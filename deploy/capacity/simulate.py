@@ -1,0 +1,222 @@
+"""Discrete events: requests arrive, a router sends them to replicas, each replica runs step after step.
+
+A replica is modelled as the engine schedules: waiting requests are taken first come first served while there is room in
+the batch and in the step's token budget, a taken request's prompt is read in its first step, and every running sequence
+gains a token a step. Weights of an adapter that a replica has not in memory are loaded first, and the least recently
+used make room.
+"""
+
+import heapq
+import random
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from deploy.capacity.routing import Router
+from deploy.capacity.service import ServiceModel
+
+
+@dataclass(slots=True)
+class Request:
+    """Arrival in seconds; task, adapter and tokens. The rest is filled in by the simulation."""
+
+    arrival: float
+    task: int
+    adapter: int
+    prompt_tokens: int
+    completion_tokens: int
+    first_token: float = 0.0
+    finished: float = 0.0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Adapter versions that a replica keeps in memory, and seconds to load one that is not."""
+
+    adapters: int
+    load_seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one simulation. Times in seconds, of requests that arrived after the warm-up."""
+
+    throughput: float
+    ttft: np.ndarray = field(repr=False)
+    e2e: np.ndarray = field(repr=False)
+    loads: int = 0
+    adapters_per_step: float = 0.0
+    sequences_per_step: float = 0.0
+
+    def percentiles(self, values: np.ndarray) -> tuple[float, float, float]:
+        """p50, p95 and p99."""
+        p50, p95, p99 = np.percentile(values, (50, 95, 99))
+        return float(p50), float(p95), float(p99)
+
+
+class Replica:
+    """One engine. `advance` runs a step and gives its end."""
+
+    def __init__(self, model: ServiceModel, memory: Memory | None) -> None:
+        self._model = model
+        self._memory = memory
+        self.waiting: deque[Request] = deque()
+        # (number of the step in which it ends, order, request)
+        self._running: list[tuple[int, int, Request]] = []
+        self._fresh: list[Request] = []
+        self._step = 0
+        self._order = 0
+        self._adapters: dict[int, int] = {}
+        self._resident: OrderedDict[int, None] = OrderedDict()
+        self.busy = False
+        self.loads = 0
+        self.steps = 0
+        self.step_sequences = 0
+        self.step_adapters = 0
+
+    def begin_step(self, now: float) -> float:
+        """Take what waits and start a step; returns when it ends."""
+        model, tokens, load = self._model, 0, 0.0
+        self._fresh = []
+        while self.waiting and len(self._running) < model.max_num_seqs:
+            request = self.waiting[0]
+            if self._fresh and tokens + request.prompt_tokens > model.max_batched_tokens:
+                break
+            self.waiting.popleft()
+            tokens += request.prompt_tokens
+            load += self._touch(request.adapter)
+            self._order += 1
+            heapq.heappush(self._running, (self._step + request.completion_tokens, self._order, request))
+            self._adapters[request.adapter] = self._adapters.get(request.adapter, 0) + 1
+            self._fresh.append(request)
+        self.steps += 1
+        self.step_sequences += len(self._running)
+        self.step_adapters += len(self._adapters)
+        return now + load + model.step(len(self._running), tokens, len(self._adapters))
+
+    def end_step(self, now: float) -> list[Request]:
+        """The step has ended; returns what is finished with it."""
+        for request in self._fresh:
+            request.first_token = now
+        self._step += 1
+        done = []
+        while self._running and self._running[0][0] <= self._step:
+            request = heapq.heappop(self._running)[2]
+            request.finished = now
+            left = self._adapters[request.adapter] - 1
+            if left:
+                self._adapters[request.adapter] = left
+            else:
+                del self._adapters[request.adapter]
+            done.append(request)
+        return done
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs or waits."""
+        return not self._running and not self.waiting
+
+    def _touch(self, adapter: int) -> float:
+        """Seconds until an adapter's weights are in memory."""
+        if self._memory is None:
+            return 0.0
+        if adapter in self._resident:
+            self._resident.move_to_end(adapter)
+            return 0.0
+        self._resident[adapter] = None
+        self.loads += 1
+        if len(self._resident) > self._memory.adapters:
+            self._resident.popitem(last=False)
+        return self._memory.load_seconds
+
+
+def simulate(
+    requests: Iterable[Request],
+    replicas: int,
+    model: ServiceModel,
+    router: Router,
+    *,
+    memory: Memory | None = None,
+    warm_up: float = 0.0,
+) -> Outcome:
+    """Run requests, in order of arrival, through `replicas` replicas, to the end of the last one.
+
+    Throughput is of what finished between the warm-up's end and the last arrival.
+    """
+    engines = [Replica(model, memory) for _ in range(replicas)]
+    in_flight = [0] * replicas
+    events: list[tuple[float, int, int]] = []
+    finished: list[Request] = []
+    arrivals = iter(requests)
+    arriving = next(arrivals, None)
+    last_arrival, count = 0.0, 0
+    half = model.overhead / 2
+
+    def begin(index: int, now: float) -> None:
+        nonlocal count
+        engine = engines[index]
+        engine.busy = True
+        count += 1
+        heapq.heappush(events, (engine.begin_step(now), count, index))
+
+    while arriving is not None or events:
+        if arriving is not None and (not events or arriving.arrival + half <= events[0][0]):
+            last_arrival = arriving.arrival
+            index = router.choose(arriving.adapter, in_flight)
+            in_flight[index] += 1
+            engines[index].waiting.append(arriving)
+            if not engines[index].busy:
+                begin(index, arriving.arrival + half)
+            arriving = next(arrivals, None)
+            continue
+        now, _, index = heapq.heappop(events)
+        engine = engines[index]
+        done = engine.end_step(now)
+        in_flight[index] -= len(done)
+        finished += done
+        if engine.idle:
+            engine.busy = False
+        else:
+            begin(index, now)
+    counted = [request for request in finished if request.arrival >= warm_up]
+    in_time = sum(warm_up <= request.finished <= last_arrival for request in finished)
+    steps = sum(engine.steps for engine in engines) or 1
+    return Outcome(
+        throughput=in_time / (last_arrival - warm_up) if last_arrival > warm_up else 0.0,
+        ttft=np.array([request.first_token + half - request.arrival for request in counted]),
+        e2e=np.array([request.finished + half - request.arrival for request in counted]),
+        loads=sum(engine.loads for engine in engines),
+        adapters_per_step=sum(engine.step_adapters for engine in engines) / steps,
+        sequences_per_step=sum(engine.step_sequences for engine in engines) / steps,
+    )
+
+
+def poisson(
+    rate: float,
+    seconds: float,
+    *,
+    tasks: int,
+    adapters: int,
+    lengths: Sequence[tuple[int, int]],
+    zipf: float = 1.0,
+    seed: int = 0,
+) -> list[Request]:
+    """Requests that arrive independently, `rate` a second.
+
+    lengths: (prompt, completion) tokens to draw from. zipf: exponent of the tasks' popularity, 0 for uniform; the tasks
+    are dealt out to the adapters by turns.
+    """
+    rng = np.random.default_rng(seed)
+    count = int(rng.poisson(rate * seconds))
+    arrivals = np.sort(rng.uniform(0, seconds, count))
+    weights = np.arange(1, tasks + 1) ** -zipf
+    drawn = rng.choice(tasks, count, p=weights / weights.sum())
+    # Popular tasks fall on adapters at random, not all on the first ones.
+    home = random.Random(seed).sample(range(tasks), tasks)
+    which = rng.integers(len(lengths), size=count)
+    return [
+        Request(float(at), int(task), home[task] % adapters, *lengths[int(i)])
+        for at, task, i in zip(arrivals, drawn, which, strict=True)
+    ]

@@ -1,4 +1,0 @@
-"""How many replicas a load needs: a load test's result, a service model fitted to it, a simulation of many replicas.
-
-`python -m loadtest.capacity` has the commands; `deploy/capacity.md` is written by one of them.
-"""

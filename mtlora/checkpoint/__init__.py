@@ -1,0 +1,1 @@
+"""Checkpoints of adapters: the format, converted, merged, published."""

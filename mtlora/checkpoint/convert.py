@@ -1,0 +1,291 @@
+"""Checkpoints of other trainers, read into format 1: mtLoRA's authors' and block-level HydraLoRA.
+
+Both are a torch file of a state dict. Under any prefix, layer l and block m (`mlp` or `self_attn`) have
+
+    layers.{l}.{m}.block_adapter.lora_A.weight      [r, d]
+    layers.{l}.{m}.block_adapter.lora_B.{i}.weight  [d, r]     expert i; HydraLoRA writes lora_B{i}
+    layers.{l}.{m}.block_adapter.lora_route.weight  [g*N, d]   group-major, as here; absent where N is 1
+
+`block_adapter.` may be missing. Their softmax (over experts, float32) and scaling (alpha / r) are this project's, and
+their router has no bias, so tensors are taken over as they are and tasks share one slot. A path inside a block (under
+`q_proj`, say), which is what HydraLoRA's own trainer makes, cannot be had at its output and is refused.
+"""
+
+import json
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from mtlora.backbone import BackboneIdentity
+from mtlora.checkpoint.format import AdapterManifest, TaskEntry, write_checkpoint
+from mtlora.config import BLOCK_MODULES, Blocks, MtLoRAConfig
+from mtlora.errors import MtLoRAError, describe
+from mtlora.files import sha256
+from mtlora.task import TaskSpec
+
+# Of the authors' published settings, at rank 16. No file of theirs carries it.
+PUBLISHED_ALPHA = 64.0
+
+# Of the parts that may have a path: expert numbers as Python prints them, so that none has two spellings.
+_NUMBER = r"(?:0|[1-9]\d{0,5})"
+_KEY = re.compile(
+    rf"(?:.*\.)?layers\.(?P<layer>{_NUMBER})\.(?P<module>mlp|self_attn)\.(?:block_adapter\.)?"
+    rf"(?P<name>lora_A|lora_route|lora_B\.?(?P<expert>{_NUMBER}))\.weight"
+)
+_COMPONENT = re.compile(
+    r"(?:.*\.)?layers\.\d+\.(?:mlp|self_attn)\.(?P<component>(?!block_adapter\.|lora_)\w+)\.lora_.*"
+)
+_LAYOUT = "layers.L.{mlp,self_attn}.block_adapter.{lora_A,lora_B.I,lora_route}.weight"
+# To what each floating dtype is read; a checkpoint holds no float64.
+_DTYPES = {
+    torch.float32: torch.float32, torch.float16: torch.float16, torch.bfloat16: torch.bfloat16,
+    torch.float64: torch.float32,
+}  # fmt: skip
+
+
+class ConversionError(MtLoRAError):
+    """A foreign checkpoint that cannot be taken over: names the key, what was found and what is allowed."""
+
+
+@dataclass
+class _Block:
+    """What a file has of one block: the key and tensor of A, of the router and of every expert."""
+
+    down: tuple[str, torch.Tensor] | None = None
+    route: tuple[str, torch.Tensor] | None = None
+    experts: dict[int, tuple[str, torch.Tensor]] = field(default_factory=dict)
+
+
+def convert(
+    source: Path,
+    out: Path,
+    *,
+    backbone: BackboneIdentity,
+    tasks: Sequence[TaskSpec],
+    lora_alpha: float = PUBLISHED_ALPHA,
+) -> AdapterManifest:
+    """Write the checkpoint in `source` to `out` in format 1, with these tasks.
+
+    Raises ConversionError for a file that is not one of the layouts, or not beside this backbone; CheckpointError where
+    `out` cannot be written.
+    """
+    config, tensors = convert_tensors(
+        _read_state(source),
+        hidden_size=backbone.hidden_size,
+        num_layers=backbone.num_layers,
+        lora_alpha=lora_alpha,
+    )
+    return write_checkpoint(
+        out,
+        backbone=backbone,
+        config=config,
+        tasks=tuple(TaskEntry(**task.model_dump(), bias_index=None) for task in tasks),
+        tensors=tensors,
+        training={"converted_from": {"file": source.name, "sha256": sha256(source), "lora_alpha": lora_alpha}},
+    )
+
+
+def convert_tensors(
+    state: Mapping[str, Any], *, hidden_size: int, num_layers: int, lora_alpha: float
+) -> tuple[MtLoRAConfig, dict[str, torch.Tensor]]:
+    """(config, tensors under their names in format 1) of a state dict; keys that belong to no path are passed over.
+
+    Raises ConversionError naming the key.
+    """
+    blocks = _sort(state)
+    first_layer, first_module = min(blocks)
+    modules = {module for _, module in blocks}
+    for module in sorted(modules):
+        if missing := [layer for layer in range(num_layers) if (layer, module) not in blocks]:
+            raise ConversionError(
+                f"layers.{missing[0]}.{module}: no path, but other layers have one; "
+                f"the backbone's {num_layers} layers each need one{_and_more(missing)}"
+            )
+        if beyond := sorted(layer for layer, m in blocks if m == module and layer >= num_layers):
+            raise ConversionError(
+                f"layers.{beyond[0]}.{module}: found, but the backbone has layers 0 to {num_layers - 1}"
+                f"{_and_more(beyond)}"
+            )
+    whole = {place: _whole(place, block) for place, block in blocks.items()}
+    r, num_experts, num_groups = _sizes(whole[first_layer, first_module], hidden_size)
+    tensors: dict[str, torch.Tensor] = {}
+    for (layer, module), (down, experts, route) in sorted(whole.items()):
+        expected = [(down, (r, hidden_size)), *((expert, (hidden_size, r)) for expert in experts)]
+        if route is not None:
+            expected.append((route, (num_groups * num_experts, hidden_size)))
+        for (key, tensor), shape in expected:
+            if tuple(tensor.shape) != shape:
+                raise ConversionError(
+                    f"{key}: expected {list(shape)}, as r {r}, {num_experts} experts and {num_groups} groups of "
+                    f"layers.{first_layer}.{first_module} and the backbone's hidden size {hidden_size} give, "
+                    f"found {list(tensor.shape)}"
+                )
+        if len(experts) != num_experts:
+            raise ConversionError(
+                f"layers.{layer}.{module}: {len(experts)} experts, layers.{first_layer}.{first_module} has "
+                f"{num_experts}; every block must have as many"
+            )
+        name = f"layers.{layer}.{module}"
+        tensors[f"{name}.lora_A"] = down[1]
+        tensors[f"{name}.lora_B"] = torch.stack([tensor for _, tensor in experts])
+        tensors[f"{name}.lora_route"] = down[1].new_zeros(num_groups, hidden_size) if route is None else route[1]
+    try:
+        config = MtLoRAConfig(
+            r=r, lora_alpha=lora_alpha, num_experts=num_experts, num_groups=num_groups,
+            blocks=_blocks_of(modules), task_bias=False,
+        )  # fmt: skip
+    except ValidationError as error:
+        raise ConversionError(f"config: {describe(error)}") from None
+    return config, tensors
+
+
+def read_tasks(path: Path) -> tuple[TaskSpec, ...]:
+    """Tasks from a JSON file: a list of objects with the fields of `TaskSpec`, of which `id` and `description` must be.
+
+    Raises ConversionError naming file and line, or file, task and field.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot be read: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise ConversionError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{path}: JSON that cannot be read: {error}") from None
+    if not isinstance(document, list) or not document:
+        raise ConversionError(f'{path}: expected a list of tasks such as [{{"id": "mine", "description": "..."}}]')
+    tasks = []
+    for i, entry in enumerate(document):
+        try:
+            tasks.append(TaskSpec.model_validate(entry))
+        except ValidationError as error:
+            raise ConversionError(f"{path}: task {i}: {describe(error)}") from None
+    return tuple(tasks)
+
+
+def _read_state(source: Path) -> Mapping[str, Any]:
+    try:
+        if source.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(source)
+        else:
+            # weights_only keeps a planted file from running code.
+            state = torch.load(source, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ConversionError(f"{source}: cannot be read: {error.strerror or error}") from None
+    except Exception as error:
+        # What torch raises for a file that is none of its own is anything.
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConversionError(f"{source}: expected a torch file of tensors alone, found otherwise: {cause}") from None
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise ConversionError(f"{source}: expected a dict of tensors by name, found {reprlib.repr(type(state))}")
+    return state
+
+
+def _sort(state: Mapping[str, Any]) -> dict[tuple[int, str], _Block]:
+    """The file's tensors by (layer, module), each looked at on its own."""
+    blocks: dict[tuple[int, str], _Block] = {}
+    for key, value in state.items():
+        found = _KEY.fullmatch(key)
+        if found is None:
+            if part := _COMPONENT.fullmatch(key):
+                raise ConversionError(
+                    f"{key}: a path inside a block, at the linear layer {part['component']!r}: component-level LoRA or "
+                    f"HydraLoRA; only a path beside a whole block ({_LAYOUT}) can be converted"
+                )
+            if "lora_" in key or "block_adapter." in key:
+                raise ConversionError(f"{key}: no part of a block-level adapter; allowed is {_LAYOUT}, any prefix")
+            continue
+        tensor = _tensor(key, value)
+        block = blocks.setdefault((int(found["layer"]), found["module"]), _Block())
+        if found["expert"] is not None:
+            other = block.experts.setdefault(int(found["expert"]), (key, tensor))
+        elif found["name"] == "lora_A":
+            other = block.down = block.down or (key, tensor)
+        else:
+            other = block.route = block.route or (key, tensor)
+        if other[0] != key:
+            raise ConversionError(f"{key}: the same part as {other[0]}; each must be in the file once")
+    if not blocks:
+        some = ", ".join(map(repr, list(state)[:3])) or "nothing"
+        raise ConversionError(f"no key of the form {_LAYOUT}; found {some}")
+    return blocks
+
+
+def _tensor(key: str, value: Any) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise ConversionError(f"{key}: expected a tensor, found {type(value).__name__}")
+    if value.dtype not in _DTYPES or value.layout != torch.strided or value.device.type == "meta":
+        raise ConversionError(
+            f"{key}: expected a dense tensor of {', '.join(str(dtype) for dtype in _DTYPES)}, "
+            f"found {value.layout} of {value.dtype} on {value.device}"
+        )
+    if value.dim() != 2:
+        raise ConversionError(f"{key}: expected two dimensions, found {list(value.shape)}")
+    tensor = value.detach().to(_DTYPES[value.dtype])
+    if bad := int((~torch.isfinite(tensor)).sum()):
+        raise ConversionError(f"{key}: expected finite values, found {bad} NaN or infinite (as {tensor.dtype})")
+    return tensor
+
+
+_Part = tuple[str, torch.Tensor]
+
+
+def _whole(place: tuple[int, str], block: _Block) -> tuple[_Part, list[_Part], _Part | None]:
+    """(A, experts in order, router or None) of a block that lacks nothing."""
+    name = "layers.{}.{}".format(*place)
+    if block.down is None:
+        raise ConversionError(f"{name}: no lora_A.weight; a block needs one [r, d]")
+    if not block.experts:
+        raise ConversionError(f"{name}: no lora_B.0.weight; a block needs experts numbered from 0")
+    numbers = sorted(block.experts)
+    if numbers != list(range(len(numbers))):
+        missing = next(i for i, number in enumerate([*numbers, -1]) if i != number)
+        raise ConversionError(
+            f"{name}: expert {missing} of 0 to {numbers[-1]} is missing; experts must be numbered from 0 without a gap"
+        )
+    if block.route is None and len(numbers) > 1:
+        raise ConversionError(f"{name}: no lora_route.weight; {len(numbers)} experts need one [g*{len(numbers)}, d]")
+    kinds = {tensor.dtype for _, tensor in block.experts.values()}
+    if len(kinds) > 1:
+        raise ConversionError(
+            f"{name}: experts of several dtypes, {', '.join(sorted(map(str, kinds)))}; one is allowed"
+        )
+    return block.down, [block.experts[i] for i in numbers], block.route
+
+
+def _sizes(block: tuple[_Part, list[_Part], _Part | None], hidden_size: int) -> tuple[int, int, int]:
+    """(r, N, g) as one block has them."""
+    (key, down), experts, route = block
+    if down.shape[1] != hidden_size:
+        raise ConversionError(f"{key}: expected [r, {hidden_size}], the backbone's hidden size, found {[*down.shape]}")
+    if down.shape[0] == 0:
+        raise ConversionError(f"{key}: expected a rank of at least 1, found 0")
+    if route is None:
+        return down.shape[0], len(experts), 1
+    key, rows = route[0], route[1].shape[0]
+    num_groups, rest = divmod(rows, len(experts))
+    if rest or num_groups == 0:
+        raise ConversionError(f"{key}: expected rows in a multiple of the {len(experts)} experts, found {rows}")
+    if hidden_size % num_groups:
+        raise ConversionError(
+            f"{key}: {rows} rows of {len(experts)} experts are {num_groups} groups, which do not divide the backbone's "
+            f"hidden size {hidden_size}"
+        )
+    return down.shape[0], len(experts), num_groups
+
+
+def _blocks_of(modules: set[str]) -> Blocks:
+    names: list[Blocks] = ["ffn", "attention", "both"]
+    return next(name for name in names if set(BLOCK_MODULES[name]) == modules)
+
+
+def _and_more(items: Sequence[object]) -> str:
+    return f" (and {len(items) - 1} more)" if len(items) > 1 else ""

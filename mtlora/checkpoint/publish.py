@@ -1,0 +1,38 @@
+"""Put a checkpoint where a server finds it: `ADAPTERS/NAME/VERSION/`."""
+
+import os
+from pathlib import Path
+
+from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, read_checkpoint
+from mtlora.errors import MtLoRAError
+from mtlora.files import folder_in_the_making, sync, write_durably
+
+
+def publish(checkpoint: Path, adapter: Path) -> Path:
+    """Copy a valid checkpoint to the next free version of an adapter's folder; returns the new folder.
+
+    It appears by a rename: a server that watches never sees half of it. Raises CheckpointError for a checkpoint that
+    cannot be read, MtLoRAError where `adapter` is itself a checkpoint.
+    """
+    read_checkpoint(checkpoint)
+    if (adapter / MANIFEST_FILE).exists():
+        raise MtLoRAError(
+            f"{adapter}: a checkpoint; expected an adapter's folder, which holds its versions: ADAPTERS/NAME"
+        )
+    adapter.mkdir(parents=True, exist_ok=True)
+    with folder_in_the_making(adapter / "version") as made:
+        for name in (MANIFEST_FILE, TENSORS_FILE):
+            write_durably(made / name, (checkpoint / name).read_bytes())
+        read_checkpoint(made)
+        sync(made)
+        while True:
+            version = adapter / str(1 + max((int(p.name) for p in adapter.iterdir() if p.name.isdigit()), default=0))
+            try:
+                os.rename(made, version)
+            except OSError:
+                # Another publisher took the number; a rename over its folder fails as that is not empty.
+                if not version.exists():
+                    raise
+            else:
+                sync(adapter)
+                return version

@@ -1,0 +1,6 @@
+"""Python clients of the server, for threads and for asyncio."""
+
+from mtlora.client.access import OPEN, Access
+from mtlora.client.client import Answer, AsyncClient, Client, Input, ServerError, make_request
+
+__all__ = ["OPEN", "Access", "Answer", "AsyncClient", "Client", "Input", "ServerError", "make_request"]

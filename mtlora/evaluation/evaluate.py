@@ -1,0 +1,236 @@
+"""Accuracy by exact match, a task and overall, of anything that answers."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mtlora.checkpoint.format import TaskEntry
+from mtlora.errors import MtLoRAError
+from mtlora.evaluation.generate import greedy_answers
+from mtlora.evaluation.likelihood import likeliest, options_of
+from mtlora.model import AdaptedModel
+from mtlora.prompt import encode_prompt
+from mtlora.suite.base import Example, Suite
+from mtlora.task import TaskSpec, is_correct, normalise_answer
+
+# Answers to examples, in their order.
+Answerer = Callable[[Sequence[Example]], list[str]]
+# The prompt of one example of a task.
+PromptOf = Callable[[TaskSpec, Example], str]
+
+# How far above always giving the most frequent answer a task has to be to count as learned.
+FLOOR_MARGIN = 0.10
+
+
+class PromptError(MtLoRAError):
+    """A prompt that the backbone cannot take."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task's examples, right answers, and what always giving its most frequent target would score."""
+
+    task_id: str
+    total: int
+    correct: int
+    majority: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, 0 to 1."""
+        return self.correct / self.total
+
+    @property
+    def floor(self) -> float:
+        """The accuracy that says that something was learned: that of the most frequent target and a margin."""
+        return self.majority / self.total + FLOOR_MARGIN
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one answerer over a set of tasks."""
+
+    tasks: tuple[TaskScore, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean of the tasks' accuracies: every task counts the same."""
+        return sum(task.accuracy for task in self.tasks) / len(self.tasks)
+
+    @property
+    def below_floor(self) -> tuple[TaskScore, ...]:
+        """The tasks that do not reach their floor."""
+        return tuple(task for task in self.tasks if task.accuracy < task.floor - 1e-9)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form: mean, and per task its counts and accuracy."""
+        return {
+            "mean_accuracy": round(self.mean, 4),
+            "tasks": {
+                score.task_id: {
+                    **{k: v for k, v in asdict(score).items() if k != "task_id"},
+                    "accuracy": round(score.accuracy, 4),
+                }
+                for score in self.tasks
+            },
+        }
+
+
+def score(examples: Sequence[Example], answers: Sequence[str]) -> Scores:
+    """Exact match of answers against their examples' targets, tasks in order of first appearance."""
+    by_task: dict[str, list[tuple[Example, str]]] = {}
+    for example, answer in zip(examples, answers, strict=True):
+        by_task.setdefault(example.task_id, []).append((example, answer))
+    return Scores(
+        tuple(
+            TaskScore(
+                task_id,
+                len(pairs),
+                sum(is_correct(answer, example.target) for example, answer in pairs),
+                Counter(normalise_answer(example.target) for example, _ in pairs).most_common(1)[0][1],
+            )
+            for task_id, pairs in by_task.items()
+        )
+    )
+
+
+def plain_prompt(task: TaskSpec, example: Example) -> str:
+    """The task's own prompt: zero shots."""
+    return task.render(example.input)
+
+
+def few_shot_prompt(suite: Suite, shots: int, seed: int = 0) -> PromptOf:
+    """Prompts that begin with `shots` solved examples of the same task from the suite's training split.
+
+    They are the same for every input of a task, but never hold the input itself. Raises SuiteError, when a prompt is
+    asked for, where the split has fewer.
+    """
+    drawn: dict[str, list[Example]] = {}
+
+    def prompt(task: TaskSpec, example: Example) -> str:
+        if task.id not in drawn:
+            # One to spare, for the input that is among them.
+            drawn[task.id] = suite.examples(task.id, "train", shots + 1, seed)
+        others = [shot for shot in drawn[task.id] if shot.input != example.input][:shots]
+        parts = [f"{task.render(shot.input)} {shot.target}" for shot in others]
+        return "\n\n".join([*parts, task.render(example.input)])
+
+    return prompt
+
+
+def offline_answerer(
+    adapted: AdaptedModel,
+    tasks: Sequence[TaskEntry],
+    *,
+    with_adapter: bool = True,
+    prompt_of: PromptOf = plain_prompt,
+    batch_size: int = 32,
+    batch_tokens: int = 8192,
+) -> Answerer:
+    """Answers from the Hugging Face model in this process, in batches of like length.
+
+    A batch has at most `batch_size` prompts and, padded, `batch_tokens` tokens of prompts, but always one.
+    """
+    by_id = {task.id: task for task in tasks}
+
+    def answer(examples: Sequence[Example]) -> list[str]:
+        prompts = _encode(adapted, by_id, examples, prompt_of)
+        # Shortest answers first, then shortest prompts; the longest prompt of a batch is its last.
+        order = sorted(range(len(examples)), key=lambda i: (by_id[examples[i].task_id].max_new_tokens, len(prompts[i])))
+        answers = [""] * len(examples)
+        with _bar(len(examples), "answer", with_adapter) as bar:
+            start = 0
+            while start < len(order):
+                rows = [order[start]]
+                longest = len(prompts[rows[0]])
+                for i in order[start + 1 : start + batch_size]:
+                    longest = max(longest, len(prompts[i]))
+                    if (len(rows) + 1) * longest > batch_tokens:
+                        break
+                    rows.append(i)
+                start += len(rows)
+                batch_tasks: list[TaskSpec] = [by_id[examples[i].task_id] for i in rows]
+                bias_index_B = torch.tensor([by_id[examples[i].task_id].bias_index or 0 for i in rows])
+                found = greedy_answers(
+                    adapted, batch_tasks, [prompts[i] for i in rows], bias_index_B, with_adapter=with_adapter
+                )
+                for i, text in zip(rows, found, strict=True):
+                    answers[i] = text
+                bar.update(len(rows))
+        return answers
+
+    return answer
+
+
+def likelihood_answerer(
+    adapted: AdaptedModel,
+    tasks: Sequence[TaskEntry],
+    *,
+    with_adapter: bool = True,
+    prompt_of: PromptOf = plain_prompt,
+) -> Answerer:
+    """As `offline_answerer`, but where there are options to choose from, the likeliest one is the answer."""
+    by_id = {task.id: task for task in tasks}
+    generate = offline_answerer(adapted, tasks, with_adapter=with_adapter, prompt_of=prompt_of)
+
+    def answer(examples: Sequence[Example]) -> list[str]:
+        options = [options_of(by_id[example.task_id], example.input) for example in examples]
+        open_ended = [i for i in range(len(examples)) if not options[i]]
+        generated = generate([examples[i] for i in open_ended]) if open_ended else []
+        answers = [""] * len(examples)
+        for i, text in zip(open_ended, generated, strict=True):
+            answers[i] = text
+        prompts = _encode(adapted, by_id, examples, prompt_of)
+        with _bar(len(examples) - len(open_ended), "choose", with_adapter) as bar:
+            for i, example in enumerate(examples):
+                if options[i]:
+                    task = by_id[example.task_id]
+                    answers[i] = likeliest(
+                        adapted, task, prompts[i], options[i], task.bias_index or 0, with_adapter=with_adapter
+                    )
+                    bar.update()
+        return answers
+
+    return answer
+
+
+def _encode(
+    adapted: AdaptedModel, by_id: Mapping[str, TaskEntry], examples: Sequence[Example], prompt_of: PromptOf
+) -> list[list[int]]:
+    """Token ids of every prompt. Raises PromptError for one that leaves the backbone no room to answer."""
+    room: int = adapted.model.config.max_position_embeddings
+    prompts = []
+    for example in examples:
+        task = by_id[example.task_id]
+        prompt = encode_prompt(adapted.tokenizer, prompt_of(task, example))
+        if len(prompt) + task.max_new_tokens > room:
+            raise PromptError(
+                f"task {task.id}: prompt of {len(prompt)} tokens and {task.max_new_tokens} new ones; "
+                f"the backbone takes {room}: {example.input[:80]!r}"
+            )
+        prompts.append(prompt)
+    return prompts
+
+
+def _bar(total: int, what: str, with_adapter: bool) -> "tqdm[Any]":
+    return tqdm(total=total, desc=f"{what} ({'adapter' if with_adapter else 'backbone alone'})", unit="ex", leave=False)
+
+
+def server_answerer(address: str, *, without_adapter: bool = False, concurrency: int = 32) -> Answerer:
+    """Answers from a running server, `concurrency` requests at a time. Raises ServerError where one fails."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from mtlora.client import Client
+
+    def answer(examples: Sequence[Example]) -> list[str]:
+        def ask(example: Example) -> str:
+            return client.generate(example.task_id, example.input, without_adapter=without_adapter).text
+
+        with Client(address) as client, ThreadPoolExecutor(concurrency) as pool:
+            return list(tqdm(pool.map(ask, examples), total=len(examples), desc="ask", unit="ex", leave=False))
+
+    return answer

@@ -1,0 +1,69 @@
+"""Multiple choice by likelihood: the option that a model finds likeliest, whatever it would have written."""
+
+import re
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+
+from mtlora.evaluation.generate import greedy_tokens
+from mtlora.model import AdaptedModel
+from mtlora.task import TaskSpec
+
+_LETTERED = re.compile(r"^(\([A-Z]\)) ", re.MULTILINE)
+_DASHED = re.compile(r"^- (.+?)\s*$", re.MULTILINE)
+
+
+def options_of(task: TaskSpec, text: str) -> tuple[str, ...]:
+    """The answers to choose from: the task's closed set, or those that an input lists under `Options:`, or none."""
+    _, listed, block = text.partition("\nOptions:\n")
+    if listed and (found := _LETTERED.findall(block) or _DASHED.findall(block)):
+        return tuple(found)
+    return task.allowed_answers or ()
+
+
+@torch.inference_mode()
+def likeliest(
+    adapted: AdaptedModel,
+    task: TaskSpec,
+    prompt: Sequence[int],
+    options: Sequence[str],
+    bias_index: int,
+    *,
+    with_adapter: bool = True,
+) -> str:
+    """The option of the highest log-likelihood after the prompt, summed over its tokens; the first of equals.
+
+    For a task with an answer marker the adapter writes its working first, and the options are compared behind it.
+    """
+    bias_index_B = torch.tensor([bias_index])
+    prefix = list(prompt)
+    if with_adapter and task.answer_marker:
+        prefix += _working(adapted, task, prompt, bias_index_B)
+    choices = [
+        adapted.tokenizer(f" {o}", add_special_tokens=False, split_special_tokens=True)["input_ids"] for o in options
+    ]
+    length = max(map(len, choices))
+    # Right-padded: with a causal mask, padding changes nothing before it.
+    tokens_BL = torch.tensor([ids + [0] * (length - len(ids)) for ids in choices])
+    context, model = adapted.adapters.context, adapted.model
+    with nullcontext() if with_adapter else context.backbone_alone():
+        with context.use(bias_index_B):
+            first = model(input_ids=torch.tensor([prefix]), use_cache=True, logits_to_keep=1)
+        cache = first.past_key_values
+        cache.batch_repeat_interleave(len(options))
+        with context.use(bias_index_B.expand(len(options))):
+            rest = model(input_ids=tokens_BL, past_key_values=cache, use_cache=True)
+    logits_BLV = torch.cat([first.logits.expand(len(options), -1, -1), rest.logits[:, :-1]], dim=1)
+    logprobs_BL = logits_BLV.float().log_softmax(-1).gather(-1, tokens_BL.unsqueeze(-1)).squeeze(-1)
+    sums = [float(row[: len(ids)].sum()) for row, ids in zip(logprobs_BL, choices, strict=True)]
+    return options[sums.index(max(sums))]
+
+
+def _working(adapted: AdaptedModel, task: TaskSpec, prompt: Sequence[int], bias_index_B: torch.Tensor) -> list[int]:
+    """The tokens of the adapter's working and its marker; none where it answers without."""
+    (generated,) = greedy_tokens(adapted, [task], [prompt], bias_index_B)
+    for end in range(1, len(generated) + 1):
+        if str(task.answer_marker) in adapted.tokenizer.decode(generated[:end]):
+            return generated[:end]
+    return []

@@ -1,0 +1,134 @@
+"""`mtlora-server demo`: start a server, ask it every task of the built-in suite at once, print how it did."""
+
+import asyncio
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mtlora.client import Answer, AsyncClient, ServerError
+from mtlora.suite import load_suite
+from mtlora.suite.base import Example
+from mtlora.task import is_correct
+from server.cli.process import ServerProcess
+
+# Requests in flight: enough to fill the engine's batches with every task.
+_CONCURRENCY = 64
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One example and what came back: an answer, or the error that took its place."""
+
+    example: Example
+    answer: Answer | None
+    error: str
+    seconds: float
+
+    @property
+    def correct(self) -> bool:
+        return self.answer is not None and is_correct(self.answer.text, self.example.target)
+
+
+def run_demo(backbone: str, adapters: Path, *, per_task: int, seed: int) -> int:
+    """Print a row a task and the summary line; returns 1 where a request failed, else 0."""
+    from rich.console import Console
+
+    console = Console()
+    suite = load_suite("builtin")
+    console.print(f"Starting one server: backbone {backbone}, adapters {adapters} ...")
+    with ServerProcess(backbone=backbone, adapters=adapters) as server:
+        console.print(f"Serving on {server.address} after {server.start_seconds:.0f} s.")
+        with server.client() as client:
+            served = {task.id for task in client.tasks()}
+        examples = [
+            example
+            for task in suite.tasks
+            if task.id in served
+            for example in suite.examples(task.id, "test", per_task, seed)
+        ]
+        if not examples:
+            console.print("The server has no task of the built-in suite.")
+            return 1
+        # Shuffled, so that every batch of the engine mixes tasks.
+        random.Random(seed).shuffle(examples)
+        with console.status(
+            f"Asking {len(examples)} questions of {len({e.task_id for e in examples})} tasks at once ..."
+        ):
+            began = time.monotonic()
+            asked = asyncio.run(ask_all(server.address, examples))
+            seconds = time.monotonic() - began
+        with console.status("The same questions to the backbone alone ..."):
+            alone = asyncio.run(ask_all(server.address, examples, without_adapter=True))
+    _print_table(asked, alone)
+    failed = [each for each in (*asked, *alone) if each.answer is None]
+    for each in failed[:5]:
+        console.print(f"failed: {each.example.task_id}: {each.error}", markup=False)
+    console.print(f"{len(asked) / seconds:.1f} requests/s through one backbone, {_CONCURRENCY} in flight.")
+    tasks = len({each.example.task_id for each in asked})
+    ok = sum(each.answer is not None for each in asked)
+    print(
+        f"demo: {tasks} tasks, {len(asked)} requests, {ok} ok, accuracy {_accuracy(asked):.2f}, "
+        f"backbone alone {_accuracy(alone):.2f}"
+    )
+    return 1 if failed else 0
+
+
+async def ask_all(address: str, examples: Sequence[Example], *, without_adapter: bool = False) -> list[Asked]:
+    """Ask every example, `_CONCURRENCY` at a time, in order."""
+    room = asyncio.Semaphore(_CONCURRENCY)
+
+    async def ask(client: AsyncClient, example: Example) -> Asked:
+        async with room:
+            began = time.monotonic()
+            try:
+                answer = await client.generate(
+                    example.task_id, example.input, timeout=300, without_adapter=without_adapter
+                )
+            except ServerError as error:
+                return Asked(example, None, str(error), time.monotonic() - began)
+            return Asked(example, answer, "", time.monotonic() - began)
+
+    async with AsyncClient(address) as client:
+        return await asyncio.gather(*(ask(client, example) for example in examples))
+
+
+def _accuracy(asked: Sequence[Asked]) -> float:
+    return sum(each.correct for each in asked) / len(asked)
+
+
+def _shortened(text: str, width: int) -> str:
+    """One line of at most `width` characters; of a longer one, the end, where most inputs ask their question."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else "…" + line[-(width - 1) :]
+
+
+def _print_table(asked: Sequence[Asked], alone: Sequence[Asked]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    table = Table(title="One backbone, one adapter, every task in the same batches", title_justify="left")
+    for name in ("task", "an input", "answer", ""):
+        table.add_column(name, no_wrap=True)
+    for name in ("accuracy", "backbone\nalone", "median\nlatency"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for task_id in sorted({each.example.task_id for each in asked}):
+        mine = [each for each in asked if each.example.task_id == task_id]
+        theirs = [each for each in alone if each.example.task_id == task_id]
+        first = mine[0]
+        table.add_row(
+            task_id,
+            Text(_shortened(first.example.input, 48)),
+            Text(_shortened(first.answer.text if first.answer else first.error, 20)),
+            Text("right", "green") if first.correct else Text("wrong", "red"),
+            f"{_accuracy(mine):.2f}",
+            f"{_accuracy(theirs):.2f}",
+            f"{statistics.median(each.seconds for each in mine):.1f} s",
+        )
+    console.print(table)

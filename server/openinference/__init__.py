@@ -1,6 +1,0 @@
-"""The Open Inference Protocol v2 over gRPC, for KServe's and Triton's clients: every task is a model."""
-
-from server.openinference.repository import RegistryRepository, Repository
-from server.openinference.servicer import OpenInferenceServicer
-
-__all__ = ["OpenInferenceServicer", "RegistryRepository", "Repository"]

@@ -1,0 +1,77 @@
+"""The registry of one server, put together from its settings."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from server.engine import Supervisor
+from server.registry.catalog import Catalog
+from server.registry.events import Events
+from server.registry.mirror import Mirror, is_url
+from server.registry.parts import Parts
+from server.registry.registry import Registry
+from server.registry.residency import Residency
+from server.registry.spool import Spool
+from server.registry.verifier import Limits, Verifier
+from server.settings import Settings
+from server.telemetry.metrics import Metrics
+
+
+@dataclass
+class Adapters:
+    """`close` removes what the registry has put on the disk."""
+
+    registry: Registry
+    residency: Residency
+    spool: Spool
+    verifier: Verifier
+
+    def close(self) -> None:
+        self.verifier.close()
+        self.spool.close()
+
+
+def open_adapters(
+    settings: Settings, backbone: Path, supervisor: Supervisor, metrics: Metrics, publish: Callable[[Catalog], None]
+) -> Adapters:
+    """A registry over `settings.adapters`, or over nothing where that is not set; nothing is read yet."""
+    from mtlora.backbone import BackboneArchitecture, identify
+    from mtlora.vllm_plugin.requests import slot_requests
+
+    max_bytes = settings.max_adapter_mib << 20
+    residency = Residency(
+        supervisor,
+        settings.adapter_slots,
+        on_cold=metrics.adapter_cold.observe,
+        on_load=metrics.adapter_load.observe,
+        on_evict=metrics.adapter_evictions.inc,
+    )
+    spool = Spool(settings.adapter_cache)
+    made_beside = identify(backbone)
+    strict = settings.adapter_backbone_check == "strict"
+    identity: BackboneArchitecture = made_beside if strict else made_beside.without_weights()
+    verifier = Verifier(spool, identity, Limits(max_bytes, settings.verify_timeout_s))
+    root, mirror = _root(settings.adapters, spool, max_bytes)
+    registry = Registry(
+        Parts(
+            root=root,
+            verifier=verifier,
+            spool=spool,
+            residency=residency,
+            make_slots=slot_requests,
+            warm=lambda slot: supervisor.warm_up(slot, short=True),
+            publish=publish,
+            events=Events(metrics.record_adapter_event),
+            metrics=metrics,
+            mirror=mirror,
+        )
+    )
+    return Adapters(registry, residency, spool, verifier)
+
+
+def _root(adapters: str | None, spool: Spool, max_bytes: int) -> tuple[Path, Mirror | None]:
+    if adapters is not None and not is_url(adapters):
+        return Path(adapters), None
+    local = spool.root / "mirror"
+    local.mkdir()
+    return local, Mirror(adapters, local, max_bytes) if adapters is not None else None

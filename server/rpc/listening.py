@@ -1,0 +1,55 @@
+"""The gRPC port: TLS, and limits on what connections may hold of the server."""
+
+from typing import Any
+
+import grpc
+
+from server.rpc.tls import Certificates
+from server.settings import Settings
+
+
+class Listening:
+    """An aio server that is not started yet. Add services to `server`, then `bind`. Raises TLSError."""
+
+    def __init__(self, settings: Settings, interceptor: grpc.aio.ServerInterceptor) -> None:
+        self._wanted = (settings.host, settings.port)
+        self._certificates: Certificates | None = None
+        if settings.tls_certificate is not None and settings.tls_key is not None:
+            self._certificates = Certificates(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+        self.server: Any = grpc.aio.server(
+            interceptors=[interceptor],
+            options=channel_options(settings),
+            # Beyond it a call ends in RESOURCE_EXHAUSTED before anything is made for it. Admission refuses far earlier.
+            maximum_concurrent_rpcs=4 * settings.in_flight_limit + 1024,
+        )
+
+    def bind(self) -> str:
+        """Take the port; returns HOST:PORT. Raises OSError."""
+        host, port = self._wanted
+        address = f"{host}:{port}"
+        try:
+            if self._certificates is None:
+                taken = self.server.add_insecure_port(address)
+            else:
+                taken = self.server.add_secure_port(address, self._certificates.credentials())
+        except RuntimeError:
+            taken = 0
+        if not taken:
+            raise OSError(f"cannot listen on {address}: taken, or not an address of this machine (host, port)")
+        return f"{host}:{taken}"
+
+
+def channel_options(settings: Settings) -> list[tuple[str, int]]:
+    """gRPC's own limits."""
+    return [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        # Without so_reuseport=0, two servers would share a port unknowingly.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
+        ("grpc.keepalive_time_ms", round(settings.keepalive_s * 1e3)),
+        ("grpc.keepalive_timeout_ms", round(settings.keepalive_timeout_s * 1e3)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", round(settings.min_ping_interval_s * 1e3)),
+        ("grpc.max_connection_idle_ms", round(settings.max_connection_idle_s * 1e3)),
+    ]

@@ -1,0 +1,151 @@
+"""The GRPCInferenceService: each method turns its request into one of the native service, and the answer back."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+from mtlora_pb.v1 import inference_pb2 as native
+from openinference_pb import grpc_predict_v2_pb2 as pb
+from openinference_pb import grpc_predict_v2_pb2_grpc
+
+from mtlora import __version__
+from server.call import current_call
+from server.errors import RequestFailedError, Violation, invalid_argument, task_not_found
+from server.job import ServedTask
+from server.rpc.generation import Generation
+from server.rpc.inference_service import InferenceServicer
+from server.rpc.openinference import parameters, tensors
+from server.rpc.openinference.repository import Repository
+from server.scheduling.admission import Admission, State
+from server.tenants.authentication import require_admin
+
+_PLATFORM = "mtlora"
+_EXTENSIONS = ("model_repository",)
+
+
+class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceServicer):
+    """Goes through `service` for everything: the same tenants, quotas, validation and queue."""
+
+    def __init__(self, service: InferenceServicer, admission: Admission, repository: Repository) -> None:
+        self._service = service
+        self._admission = admission
+        self._repository = repository
+
+    async def ServerLive(self, request: pb.ServerLiveRequest, context: Any) -> pb.ServerLiveResponse:
+        return pb.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, request: pb.ServerReadyRequest, context: Any) -> pb.ServerReadyResponse:
+        return pb.ServerReadyResponse(ready=self._admission.state is State.SERVING)
+
+    async def ModelReady(self, request: pb.ModelReadyRequest, context: Any) -> pb.ModelReadyResponse:
+        self._task(request.name, request.version)
+        return pb.ModelReadyResponse(ready=self._admission.state is State.SERVING)
+
+    async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Any) -> pb.ServerMetadataResponse:
+        return pb.ServerMetadataResponse(name="mtlora-server", version=__version__, extensions=_EXTENSIONS)
+
+    async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Any) -> pb.ModelMetadataResponse:
+        self._admission.check_serving()
+        task = self._task(request.name, request.version)
+
+        def tensor(name: str) -> pb.ModelMetadataResponse.TensorMetadata:
+            return pb.ModelMetadataResponse.TensorMetadata(name=name, datatype="BYTES", shape=[-1])
+
+        return pb.ModelMetadataResponse(
+            name=task.spec.id,
+            versions=[task.adapter_version],
+            platform=_PLATFORM,
+            inputs=[tensor(name) for name in tensors.input_names(task.spec)],
+            outputs=[tensor(tensors.TEXT_OUTPUT)],
+        )
+
+    async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
+        self._admission.check_serving()
+        task = self._task(request.model_name, request.model_version)
+        generations = await self._answer_all(_requests(request, task))
+        response = pb.ModelInferResponse(
+            model_name=task.spec.id, model_version=generations[0].job.task.adapter_version, id=request.id
+        )
+        texts = [generation.answer for generation in generations]
+        tensors.write_texts(response, texts, request.inputs[0].shape, raw=bool(request.raw_input_contents))
+        return response
+
+    async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Any) -> pb.RepositoryIndexResponse:
+        state = "READY" if self._admission.state is State.SERVING else "UNAVAILABLE"
+        if request.ready and state != "READY":
+            return pb.RepositoryIndexResponse()
+        index = pb.RepositoryIndexResponse.ModelIndex
+        return pb.RepositoryIndexResponse(
+            models=[
+                index(name=task_id, version=task.adapter_version, state=state)
+                for task_id, task in self._service.visible().tasks.items()
+            ]
+        )
+
+    async def RepositoryModelLoad(
+        self, request: pb.RepositoryModelLoadRequest, context: Any
+    ) -> pb.RepositoryModelLoadResponse:
+        name = _repository_model(request)
+        await self._repository.load(name)
+        return pb.RepositoryModelLoadResponse(model_name=name, isLoaded=True)
+
+    async def RepositoryModelUnload(
+        self, request: pb.RepositoryModelUnloadRequest, context: Any
+    ) -> pb.RepositoryModelUnloadResponse:
+        name = _repository_model(request)
+        await self._repository.unload(name)
+        return pb.RepositoryModelUnloadResponse(model_name=name, isUnloaded=True)
+
+    def _task(self, name: str, version: str) -> ServedTask:
+        if not name:
+            raise invalid_argument([Violation("name", "found none; RepositoryIndex has those that can be asked")])
+        task = self._service.task(name)
+        if version and version != task.adapter_version:
+            raise task_not_found(f"{name}/{version}", [f"{name}/{task.adapter_version}"])
+        return task
+
+    async def _answer_all(self, requests: Sequence[native.GenerateRequest]) -> list[Generation]:
+        """Every element's answer. The first failure is the whole request's, and ends the others."""
+        running = [asyncio.create_task(self._service.answer(request)) for request in requests]
+        try:
+            return list(await asyncio.gather(*running))
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+
+def _requests(request: pb.ModelInferRequest, task: ServedTask) -> list[native.GenerateRequest]:
+    """The native request of every element. Raises INVALID_ARGUMENT with every violation."""
+    names = tensors.input_names(task.spec)
+    common = native.GenerateRequest(task_id=task.spec.id)
+    violations = list(parameters.apply(request.parameters, common))
+    try:
+        texts = tensors.read_texts(request, names)
+    except tensors.TensorError as error:
+        violations += error.violations
+    if violations:
+        raise invalid_argument(violations)
+    made = []
+    for values in zip(*(texts[name] for name in names), strict=True):
+        one = native.GenerateRequest()
+        one.CopyFrom(common)
+        if names == (tensors.TEXT_INPUT,):
+            one.text = values[0]
+        else:
+            one.fields.values.update(zip(names, values, strict=True))
+        made.append(one)
+    return made
+
+
+def _repository_model(request: pb.RepositoryModelLoadRequest | pb.RepositoryModelUnloadRequest) -> str:
+    require_admin(current_call().tenant)
+    # KServe's clients put the name where Triton's put the repository's.
+    if name := request.model_name or request.repository_name:
+        return name
+    raise invalid_argument([Violation("model_name", "found none; allowed: a model's name")])
+
+
+def _unimplemented() -> RequestFailedError:
+    return RequestFailedError(grpc.StatusCode.UNIMPLEMENTED, "this server reads its adapters at its start alone")

@@ -1,0 +1,97 @@
+"""TLS and mutual TLS, with certificates that may be replaced while the server runs."""
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from server.telemetry.logs import get_logger
+
+logger = get_logger("tls")
+
+
+class TLSError(ValueError):
+    """Certificate files that cannot be used; the message names the file and what is wrong with it."""
+
+
+class Certificates:
+    """The files of a TLS server. gRPC asks for them at every handshake; changed files serve the next one.
+
+    With `client_ca`, whoever connects must show a certificate signed by it (mutual TLS). Files that are bad when they
+    change leave the old ones in use. Raises TLSError where the first read fails.
+    """
+
+    def __init__(self, certificate: Path, key: Path, client_ca: Path | None = None) -> None:
+        self._paths = (certificate, key) + ((client_ca,) if client_ca else ())
+        self._mutual = client_ca is not None
+        self._lock = threading.Lock()
+        self._seen = self._signature()
+        self._first = self._read()
+
+    def credentials(self) -> Any:
+        """Server credentials for `add_secure_port`, of grpc and of grpc.aio alike."""
+        return grpc.dynamic_ssl_server_credentials(self._first, self._fetch, require_client_authentication=self._mutual)
+
+    def _fetch(self) -> Any:
+        """The new configuration where the files have changed, else None: keep the old. Runs in gRPC's threads."""
+        with self._lock:
+            signature = self._signature()
+            if signature == self._seen:
+                return None
+            self._seen = signature
+            try:
+                configuration = self._read()
+            except TLSError as error:
+                logger.error("certificates refused, the old ones stay", extra={"fields": {"reason": str(error)}})
+                return None
+            logger.info("certificates read anew", extra={"fields": {"certificate": str(self._paths[0])}})
+            return configuration
+
+    def _read(self) -> Any:
+        try:
+            contents = [path.read_bytes() for path in self._paths]
+        except OSError as error:
+            raise TLSError(str(error)) from None
+        _check(self._paths, contents)
+        return grpc.ssl_server_certificate_configuration(
+            [(contents[1], contents[0])], root_certificates=contents[2] if self._mutual else None
+        )
+
+    def _signature(self) -> tuple[Any, ...]:
+        return tuple(_state(path) for path in self._paths)
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+
+
+def _check(paths: tuple[Path, ...], contents: list[bytes]) -> None:
+    """Raise TLSError for what gRPC would only answer with failed handshakes."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+
+    encoding, form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    try:
+        leaf = x509.load_pem_x509_certificates(contents[0])[0]
+    except ValueError as error:
+        raise TLSError(f"{paths[0]}: no PEM certificate: {error}") from None
+    try:
+        key: Any = serialization.load_pem_private_key(contents[1], password=None)
+    except (ValueError, TypeError) as error:
+        raise TLSError(f"{paths[1]}: no PEM private key without a password: {error}") from None
+    if key.public_key().public_bytes(encoding, form) != leaf.public_key().public_bytes(encoding, form):
+        raise TLSError(f"{paths[1]}: not the key of the certificate {paths[0]}")
+    if leaf.not_valid_after_utc.timestamp() < time.time():
+        raise TLSError(f"{paths[0]}: expired on {leaf.not_valid_after_utc:%Y-%m-%d}")
+    if len(contents) > 2:
+        try:
+            x509.load_pem_x509_certificates(contents[2])
+        except ValueError as error:
+            raise TLSError(f"{paths[2]}: no PEM certificate: {error}") from None

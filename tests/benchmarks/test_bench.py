@@ -1,0 +1,103 @@
+"""`make bench`: what is computed from timings, what is drawn, and that PEFT does the work that it is timed on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.adapters import write_random_peft
+from benchmarks.engine import RATIOS, Case, EngineProcess, make_report
+from benchmarks.load import LOADS, REFERENCE, Load
+from benchmarks.peft_worker import MixedBatches
+from benchmarks.picture import draw
+from tests.engine._models import VOCABULARY, make_model
+
+ROWS = {
+    "backbone": [10.0, 20.0], "one-adapter-25-tasks": [10.0, 25.0], "25-adapters": [12.5, 20.0],
+    "1000-tasks": [10.0, 25.0], "32-adapters": [10.0, 10.0], "256-adapters-zipf": [20.0, 20.0],
+    "vllm-backbone": [12.5], "vllm-multi-lora": [100.0], "peft-mixed-batches": [50.0],
+}  # fmt: skip
+
+
+def report(rows: dict[str, list[float]] = ROWS):
+    return make_report(REFERENCE, {name: 50 if name.startswith("peft") else 100 for name in rows}, rows)
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    made = report()
+    ratios = made["ratios"]
+    assert ratios["one-adapter-25-tasks/backbone"]["median"] == pytest.approx((1 + 0.8) / 2)
+    assert ratios["25-adapters/backbone"]["min"] == pytest.approx(0.8)
+    assert ratios["1000-tasks/25-tasks"]["median"] == pytest.approx(1)
+    assert ratios["256-adapters-zipf/32-adapters"]["median"] == pytest.approx(0.5)
+    # A case with one round is compared with the other's first; one with half the requests, by its rate.
+    assert ratios["25-adapters/vllm-multi-lora"]["median"] == pytest.approx(8)
+    assert ratios["backbone/vllm-backbone"]["median"] == pytest.approx(1.25)
+    assert ratios["25-adapters/peft-mixed-batches"]["median"] == pytest.approx(8)
+    assert made["rows"]["peft-mixed-batches"]["requests_per_second"]["median"] == pytest.approx(1)
+    assert [name for name, ratio in ratios.items() if ratio["contract"]] == [
+        "one-adapter-25-tasks/backbone", "25-adapters/backbone", "1000-tasks/25-tasks", "25-adapters/vllm-multi-lora",
+    ]  # fmt: skip
+    assert len(ratios) == len(RATIOS)
+
+
+def test_rows_that_did_not_run_are_left_out() -> None:
+    made = report({name: ROWS[name] if name in ("backbone", "25-adapters") else [] for name in ROWS})
+    assert set(made["rows"]) == {"backbone", "25-adapters"}
+    assert set(made["ratios"]) == {"25-adapters/backbone"}
+
+
+def test_a_sample_is_never_more_than_the_load() -> None:
+    engine = object.__new__(EngineProcess)
+    for load in LOADS.values():
+        part = Case("x", engine, [None], sample=64).part_of(load)
+        assert part.requests == min(64, load.requests)
+        assert part.prompts(100, 0) == load.prompts(100, 0)[: part.requests]
+        assert Case("x", engine, [None]).part_of(load) is load
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    made = json.loads(json.dumps(report()))
+    draw(made, tmp_path / "bench.svg")
+    drawn = (tmp_path / "bench.svg").read_text()
+    assert drawn.count("<!-- ") > 20
+    for name, row in made["rows"].items():
+        assert f"<!-- {name.replace('-', ' ')} -->" in drawn
+        assert f"<!-- {row['requests_per_second']['median']:.2f}" in drawn
+    assert "0.90 of backbone" in drawn
+    del made["ratios"], made["rows"]["backbone"]
+    draw({**made, "ratios": {}}, tmp_path / "bare.png")
+    assert (tmp_path / "bare.png").stat().st_size > 5000
+
+
+@pytest.fixture
+def peft_adapters(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A tiny backbone and folders of three PEFT adapters, large enough to change what it answers."""
+    model = make_model(tmp_path / "model", "llama")
+    config = json.loads((model / "config.json").read_text())
+    for i in range(3):
+        write_random_peft(tmp_path / f"peft-{i}", config, seed=i)
+        file = tmp_path / f"peft-{i}" / "adapter_model.safetensors"
+        save_file({name: 20 * tensor for name, tensor in load_file(file).items()}, file)
+    return model, {f"peft-{i}": str(tmp_path / f"peft-{i}") for i in range(3)}
+
+
+def test_mixed_peft_batches_give_each_row_its_own_adapter(peft_adapters: tuple[Path, dict[str, str]]) -> None:
+    backbone, adapters = peft_adapters
+    model = MixedBatches(backbone, torch.float32)
+    model.load(adapters)
+    prompts = Load("test", 7, (4, 12), 3).prompts(VOCABULARY, 0)
+    names = [f"peft-{i % 3}" for i in range(len(prompts))]
+    together = model.generate(prompts, names, 6)
+    assert together == [model.generate([p], [n], 6)[0] for p, n in zip(prompts, names, strict=True)]
+    assert together != model.generate(prompts, names[1:] + names[:1], 6), "adapters that change nothing test nothing"
+
+
+def test_the_peft_worker_runs_a_load(peft_adapters: tuple[Path, dict[str, str]]) -> None:
+    backbone, adapters = peft_adapters
+    slots = [(name, i, path) for i, (name, path) in enumerate(adapters.items(), start=1)]
+    settings = {"model": str(backbone), "dtype": "float32", "batch": 4}
+    with EngineProcess("benchmarks.peft_worker", settings) as engine:
+        assert engine.seconds(Load("test", 6, (4, 12), 3), slots, VOCABULARY, seed=0) > 0

@@ -1,0 +1,222 @@
+"""The simulation against what is known exactly, the fit against models it must find again, and impossible questions."""
+
+import heapq
+import json
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deploy.capacity.__main__ import main
+from deploy.capacity.errors import CapacityError
+from deploy.capacity.plan import CARDS, Card, Demand, Sizes, make_plan
+from deploy.capacity.report import compared
+from deploy.capacity.result import Answered, Level, document, read_levels
+from deploy.capacity.routing import ROUTERS, AdapterAware, RoundRobin
+from deploy.capacity.service import ServiceModel, fit
+from deploy.capacity.simulate import Memory, Replica, Request, poisson, simulate
+
+MODEL = ServiceModel(base=0.02, per_sequence=0.001, per_prompt_token=0.0002, overhead=0.004)
+LENGTHS = [(60, 12), (100, 32), (140, 24)]
+
+
+def closed_loop(model: ServiceModel, in_flight: int, requests: int, seed: int = 0) -> Level:
+    """What a load test of `model` records."""
+    rng = random.Random(seed)
+    engine, answered, waiting, now = Replica(model, None), [], [], 0.0
+
+    def ask(at: float) -> None:
+        heapq.heappush(waiting, (at + model.overhead / 2, rng.random(), Request(at, 0, 0, *rng.choice(LENGTHS))))
+
+    for _ in range(in_flight):
+        ask(0.0)
+    while len(answered) < requests:
+        if engine.idle and waiting:
+            now = max(now, waiting[0][0])
+        while waiting and waiting[0][0] <= now:
+            engine.waiting.append(heapq.heappop(waiting)[2])
+        now = engine.begin_step(now)
+        for done in engine.end_step(now):
+            end = now + model.overhead / 2
+            first = done.first_token + model.overhead / 2 - done.arrival
+            answered.append(Answered(first, end - done.arrival, done.prompt_tokens, done.completion_tokens))
+            ask(end)
+    return Level(in_flight, len(answered) / now, tuple(answered))
+
+
+def write_result(path: Path, level: Level) -> Path:
+    path.write_text(json.dumps(document([level])))
+    return path
+
+
+@pytest.fixture(scope="module")
+def levels() -> list[Level]:
+    return [closed_loop(MODEL, n, 40 * n) for n in (1, 4, 16, 48)]
+
+
+def test_one_sequence_at_a_time_is_the_queue_of_the_textbook() -> None:
+    """Poisson arrivals, one server, constant service: the mean wait is rho * s / (2 (1 - rho))."""
+    model = ServiceModel(base=0.01, per_sequence=0.0, per_prompt_token=0.0, max_num_seqs=1)
+    requests = poisson(70.0, 2000.0, tasks=1, adapters=1, lengths=[(1, 1)])
+    outcome = simulate(requests, 1, model, RoundRobin(1), warm_up=10.0)
+    assert outcome.e2e.mean() == pytest.approx(0.01 + 0.7 * 0.01 / (2 * 0.3), rel=0.03)
+    assert outcome.throughput == pytest.approx(70.0, rel=0.02)
+
+
+def test_a_request_alone_takes_its_steps() -> None:
+    outcome = simulate([Request(0.0, 0, 0, 50, 10)], 1, MODEL, RoundRobin(1))
+    assert outcome.ttft[0] == pytest.approx(MODEL.step(1, 50, 1) + MODEL.overhead)
+    assert outcome.e2e[0] == pytest.approx(MODEL.step(1, 50, 1) + 9 * MODEL.step(1, 0, 1) + MODEL.overhead)
+
+
+def test_a_full_replica_answers_its_saturated_rate() -> None:
+    requests = [Request(0.0, 0, 0, 100, 32) for _ in range(64 * 40)]
+    outcome = simulate(requests, 1, MODEL, RoundRobin(1))
+    assert len(requests) / outcome.e2e.max() == pytest.approx(MODEL.saturated_rate(100, 32), rel=0.05)
+
+
+@given(st.integers(1, 5), st.sampled_from(list(ROUTERS)), st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_every_request_is_answered_in_order_of_time(replicas: int, router: str, seed: int) -> None:
+    requests = poisson(30.0, 3.0, tasks=20, adapters=5, lengths=LENGTHS, seed=seed)
+    outcome = simulate(requests, replicas, MODEL, ROUTERS[router](replicas), memory=Memory(2, 0.01))
+    assert len(outcome.e2e) == len(requests)
+    assert all(r.arrival < r.first_token <= r.finished for r in requests)
+    assert outcome.loads >= len({r.adapter for r in requests})
+
+
+def test_adapter_aware_routing_loads_less() -> None:
+    outcomes = {}
+    for name, router in ROUTERS.items():
+        requests = poisson(150.0, 20.0, tasks=1000, adapters=200, lengths=LENGTHS)
+        outcomes[name] = simulate(requests, 8, MODEL, router(8), memory=Memory(50, 0.05), warm_up=5.0)
+    assert outcomes["adapter-aware"].loads < 0.5 * outcomes["round-robin"].loads
+    assert outcomes["adapter-aware"].adapters_per_step < outcomes["round-robin"].adapters_per_step
+
+
+@given(st.lists(st.integers(0, 30), min_size=2, max_size=20), st.integers(0, 500))
+def test_no_replica_gets_more_than_its_bound(in_flight: list[int], adapter: int) -> None:
+    chosen = AdapterAware(len(in_flight), slack=1.25).choose(adapter, in_flight)
+    bound = 1.25 * (sum(in_flight) + 1) / len(in_flight)
+    assert in_flight[chosen] + 1 <= max(1.0, bound) or in_flight[chosen] == min(in_flight)
+
+
+def test_a_replica_more_moves_few_adapters() -> None:
+    before, after = AdapterAware(20), AdapterAware(21)
+    moved = sum(before.choose(a, [0] * 20) != after.choose(a, [0] * 21) for a in range(1000))
+    assert moved < 150
+
+
+def test_the_fit_finds_the_model_again(levels: list[Level]) -> None:
+    found = fit(levels)
+    for in_flight, each in zip((1, 4, 16, 48), levels, strict=True):
+        again = closed_loop(found, in_flight, 40 * in_flight)
+        assert again.throughput == pytest.approx(each.throughput, rel=0.05)
+        p95 = [np.percentile([a.seconds for a in level.answered], 95) for level in (each, again)]
+        assert p95[1] == pytest.approx(p95[0], rel=0.08)
+
+
+def test_ten_thousand_tasks_on_a_hundred_replicas_in_a_minute() -> None:
+    requests = poisson(1000.0, 20.0, tasks=10_000, adapters=2000, lengths=LENGTHS)
+    began = time.process_time()
+    outcome = simulate(requests, 100, MODEL, AdapterAware(100), memory=Memory(200, 0.05))
+    assert time.process_time() - began < 60
+    assert len(outcome.e2e) == len(requests)
+
+
+def test_a_plan_is_the_fewest_replicas_that_do() -> None:
+    demand = Demand(tasks=100, adapters=10, rate=40.0, p95_ttft=0.5)
+    plan = make_plan(demand, CARDS["measured"], MODEL, LENGTHS)
+    assert plan.outcome.percentiles(plan.outcome.ttft)[1] <= 0.5
+    requests = poisson(40.0, 60.0, tasks=100, adapters=10, lengths=LENGTHS)
+    fewer = plan.replicas - 1
+    if fewer:
+        memory = Memory(plan.footprint.resident, 0.05)
+        outcome = simulate(requests, fewer, MODEL, AdapterAware(fewer), memory=memory, warm_up=15.0)
+        assert outcome.percentiles(outcome.ttft)[1] > 0.5
+    assert plan.footprint.resident == 10
+    assert plan.footprint.slots == MODEL.max_num_seqs
+
+
+def test_memory_bounds_the_adapters_that_are_resident() -> None:
+    sizes = Sizes(adapter=100 << 20)
+    plan = make_plan(Demand(500, 500, 5.0), Card("small", 2.0), MODEL, LENGTHS, sizes=sizes)
+    assert 0 < plan.footprint.resident < 20
+    assert plan.footprint.total <= 2.0 * 0.9
+
+
+IMPOSSIBLE = {
+    "rate": (Demand(10, 1, 1e6), CARDS["measured"], "rate: found 1e[+]06 requests/s; 100 replicas"),
+    "latency": (Demand(10, 1, 1.0, p95_ttft=0.001), CARDS["measured"], "p95_ttft: found 0.001 s; a request alone"),
+    "memory": (Demand(10, 1, 1.0), Card("tiny", 0.2), "memory: tiny has 0.2 GiB to use.*no room for one adapter"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_the_impossible_is_said_to_be(name: str) -> None:
+    demand, card, message = IMPOSSIBLE[name]
+    with pytest.raises(CapacityError, match=message):
+        make_plan(demand, card, MODEL, LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((0, 1, 1.0), "tasks: found 0"),
+        ((5, 6, 1.0), "adapters: found 6 for 5 tasks"),
+        ((5, 1, 0.0), "rate: found 0.0"),
+        ((5, 1, float("nan")), "rate: found nan"),
+        ((10**6, 1, 1.0), "tasks: found 1000000"),
+    ],
+)
+def test_demands_that_make_no_sense(values: tuple[int, int, float], message: str) -> None:
+    with pytest.raises(CapacityError, match=message):
+        Demand(*values)
+
+
+def test_the_commands(levels: list[Level], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = [str(write_result(tmp_path / f"{level.in_flight}.json", level)) for level in levels]
+    assert main(["fit", *results, "--out", str(tmp_path / "model.json")]) == 0
+    demand = ["--tasks", "50", "--adapters", "2", "--rate", "30"]
+    assert main(["plan", "--results", *results, *demand]) == 0
+    by_fit = capsys.readouterr().out
+    assert "replicas " in by_fit
+    assert main(["plan", "--results", *results, *demand, "--model", str(tmp_path / "model.json")]) == 0
+    assert capsys.readouterr().out in by_fit
+    assert main(["plan", "--results", *results, "--tasks", "50", "--adapters", "2", "--rate", "1e9"]) == 1
+    assert "capacity: rate: found 1e+09 requests/s" in capsys.readouterr().err
+    assert main(["plan", "--results", *results, *demand, "--card", "abacus"]) == 1
+    assert "allowed: measured, l4" in capsys.readouterr().err
+    assert main(["fit", results[0], "--out", str(tmp_path / "x")]) == 1
+    assert "one concurrency" in capsys.readouterr().err
+
+
+def test_levels_are_read_as_they_were_written(levels: list[Level], tmp_path: Path) -> None:
+    assert read_levels([write_result(tmp_path / "a", levels[0]), write_result(tmp_path / "b", levels[1])]) == levels[:2]
+
+
+def test_answers_without_a_first_token_time_are_refused(levels: list[Level], tmp_path: Path) -> None:
+    path = write_result(tmp_path / "unary.json", levels[0])
+    path.write_text(path.read_text().replace('"time_to_first_token_s": 0', '"time_to_first_token_s": null, "x": 0'))
+    with pytest.raises(CapacityError, match="as streams have them"):
+        read_levels([path])
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "phases": []}', '{"format": 1, "phases": [{}]}']
+)
+def test_what_is_no_result(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(content)
+    with pytest.raises(CapacityError, match=r"r\.json: "):
+        read_levels([path])
+
+
+def test_the_document_says_how_far_the_simulation_was_off() -> None:
+    found = " ".join(compared({"rate": 24.81, "throughput": (24.76, 24.87), "p95_s": (1.069, 1.038)}))
+    assert "offered 24.8 requests/s" in found
+    assert "answered 24.8, the simulation 24.9; p95 end to end was 1.07 s, in the simulation 1.04 s" in found

@@ -1,0 +1,83 @@
+"""Small random checkpoints, and ways to damage them."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtlora.backbone import BackboneIdentity
+from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, AdapterManifest, TaskEntry, write_checkpoint
+from mtlora.config import MtLoRAConfig
+
+IDENTITY = BackboneIdentity(architecture="LlamaForCausalLM", hidden_size=8, num_layers=2, weights_fingerprint="ab" * 32)
+CONFIG = MtLoRAConfig(r=2, lora_alpha=4, num_experts=3, num_groups=2)
+
+
+def task_table(num_tasks: int, *, biased: bool = True) -> tuple[TaskEntry, ...]:
+    """`num_tasks` tasks; the bias indices run against the order of the table, so that one cannot pass for the other."""
+    return tuple(
+        TaskEntry(id=f"task-{i}", description=f"Task {i}.", bias_index=num_tasks - 1 - i if biased else None)
+        for i in range(num_tasks)
+    )
+
+
+def random_tensors(
+    config: MtLoRAConfig = CONFIG,
+    identity: BackboneIdentity = IDENTITY,
+    num_tasks: int = 3,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Every tensor that a checkpoint of this config holds."""
+    generator = torch.Generator().manual_seed(seed)
+    manifest = AdapterManifest(
+        backbone=identity, config=config, tasks=task_table(num_tasks, biased=config.task_bias), tensors_sha256="0" * 64
+    )
+    return {n: torch.randn(s, generator=generator).to(dtype) for n, s in manifest.tensor_shapes().items()}
+
+
+def write_random(folder: Path, *, seed: int = 0, **kwargs: Any) -> AdapterManifest:
+    """Write a checkpoint of three tasks; `kwargs` replace arguments of `write_checkpoint`."""
+    arguments: dict[str, Any] = {
+        "backbone": IDENTITY, "config": CONFIG, "tasks": task_table(3), "tensors": random_tensors(seed=seed),
+        "training": {"seed": seed},
+    }  # fmt: skip
+    return write_checkpoint(folder, **(arguments | kwargs))
+
+
+def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Change the manifest's JSON."""
+    path = folder / MANIFEST_FILE
+    manifest = json.loads(path.read_text())
+    edit(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def replace_tensors(folder: Path, content: bytes) -> None:
+    """Replace the tensor file and record its checksum, so that nothing but its content can be at fault."""
+    (folder / TENSORS_FILE).write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    edit_manifest(folder, lambda manifest: manifest.update(tensors_sha256=digest))
+
+
+def edit_header(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Change the tensor file's header, checksum included."""
+    header, data = split_tensors(folder)
+    edit(header)
+    replace_tensors(folder, join_tensors(json.dumps(header).encode(), data))
+
+
+def split_tensors(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """(header, data) of the tensor file."""
+    content = (folder / TENSORS_FILE).read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + size]), content[8 + size :]
+
+
+def join_tensors(header: bytes, data: bytes) -> bytes:
+    """A safetensors file."""
+    return len(header).to_bytes(8, "little") + header + data

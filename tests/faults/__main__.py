@@ -1,0 +1,83 @@
+"""`python -m tests.faults`: run the scenarios, print a row each, and a last line that machines read.
+
+A scenario is a module of this package that has `run(options: Options) -> Row`; `ORDER`, an int, places it.
+"""
+
+import argparse
+import importlib
+import pkgutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.faults._server import close_shared
+from tests.faults.scenario import Options, Row
+
+Run = Callable[[Options], Row]
+
+
+def scenarios() -> dict[str, Run]:
+    """Every scenario by its module's name, in order."""
+    modules = [
+        importlib.import_module(f"{__package__}.{info.name}")
+        for info in pkgutil.iter_modules(sys.modules[__package__].__path__)
+        if not info.name.startswith(("_", "test_"))
+    ]
+    found = [module for module in modules if hasattr(module, "run")]
+    return {module.__name__.rpartition(".")[2]: module.run for module in sorted(found, key=lambda m: m.ORDER)}
+
+
+def uses_shared_server(run: Run) -> bool:
+    """Whether a scenario's module has the server that some share."""
+    return hasattr(sys.modules[run.__module__], "shared")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns 0 when every row is met."""
+    known = scenarios()
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--backbone", default="default")
+    parser.add_argument("--adapters", type=Path, default=Path("adapters"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--full", action="store_true", help="full length instead of the short form")
+    parser.add_argument("--only", nargs="+", choices=known, default=list(known), metavar="SCENARIO")
+    options = parser.parse_args(arguments)
+    # Ends like Ctrl-C, with the servers that were started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    rows = []
+    for name in options.only:
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix=f"faults-{name}-") as folder:
+            row = _run(
+                known[name],
+                name,
+                Options(options.backbone, options.adapters.resolve(), Path(folder), options.seed, options.full),
+            )
+        rows.append(row)
+        if not any(uses_shared_server(known[later]) for later in options.only[len(rows) :]):
+            close_shared()
+        verdict = "met" if row.met else "MISSED"
+        print(
+            f"{row.name:<42} {verdict:<7} {row.figure}  (goal: {row.goal}; {time.monotonic() - began:.0f} s)",
+            flush=True,
+        )
+    met = sum(row.met for row in rows)
+    print(f"faults: {len(rows)} rows, {met} met")
+    return 0 if met == len(rows) else 1
+
+
+def _run(run: Run, name: str, options: Options) -> Row:
+    try:
+        return run(options)
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        return Row(name, "runs to its end", f"failed: {type(error).__name__}: {error}", met=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

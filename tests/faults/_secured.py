@@ -1,0 +1,68 @@
+"""A server with TLS and tenants, and what is needed to ask it and to look into it."""
+
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from mtlora.client import Access
+from server.cli.process import ServerProcess
+from tests.faults._certificates import authority, issue
+from tests.faults._tenants import tenant, write_tenants
+from tests.faults.scenario import Options
+
+
+@dataclass(frozen=True)
+class Secured:
+    """A running server, and each tenant's way in."""
+
+    server: ServerProcess
+    access: Mapping[str, Access]
+
+
+@contextmanager
+def secured_server(options: Options, tenants: Mapping[str, Mapping[str, Any]], **settings: Any) -> Iterator[Secured]:
+    """Start a server with a certificate and these tenants (id -> fields of its entry)."""
+    keys, entries = {}, []
+    for tenant_id, fields in tenants.items():
+        keys[tenant_id], entry = tenant(tenant_id, **fields)
+        entries.append(entry)
+    ca = authority(options.folder)
+    certificate = issue(ca, options.folder, "server")
+    defaults: dict[str, Any] = {"kv_cache_gib": 0.5, "backbone": options.backbone, "adapters": options.adapters}
+    files: dict[str, Any] = {
+        "tenants": write_tenants(options.folder / "tenants.yaml", *entries),
+        "tls_certificate": certificate.pem,
+        "tls_key": certificate.key,
+    }
+    with ServerProcess(**defaults, **files, **settings) as server:
+        yield Secured(server, {tenant_id: Access(api_key=key, ca=ca.pem) for tenant_id, key in keys.items()})
+
+
+def metrics(server: ServerProcess) -> dict[str, float]:
+    """Every sample of the metrics page, by name and labels as they are written there."""
+    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=10) as reply:
+        lines = reply.read().decode().splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
+
+
+IDLE = (
+    "mtlora_engine_running_sequences",
+    "mtlora_engine_waiting_sequences",
+    "mtlora_engine_kv_cache_usage_ratio",
+    "mtlora_requests_in_flight",
+    "mtlora_requests_queued",
+)
+
+
+def what_is_left(server: ServerProcess, timeout: float = 15.0) -> dict[str, float]:
+    """What of `IDLE` does not come back to 0 within `timeout` seconds, and its value."""
+    until = time.monotonic() + timeout
+    while True:
+        found = metrics(server)
+        if not (left := {name: found[name] for name in IDLE if found[name]}) or time.monotonic() > until:
+            return left
+        time.sleep(0.2)

@@ -1,0 +1,123 @@
+"""The one server that the scenarios about adapters and the engine share, and what they put into its folder."""
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mtlora.checkpoint.format import read_checkpoint, write_checkpoint
+from server.cli.process import ServerProcess
+from server.registry.version import version_key
+from tests.faults.scenario import Options
+
+# Float32, so that a text does not hang on which other sequences share its batches.
+SETTINGS: Mapping[str, Any] = {
+    "dtype": "float32",
+    "kv_cache_gib": 0.5,
+    "max_num_seqs": 16,
+    "max_adapter_mib": 64,
+    "engine_max_failures": 1000,
+    "engine_hang_s": 20,
+    "log_level": "warning",
+}
+
+
+class Target:
+    """A server with one adapter, which the scenarios give new versions. Two contents take turns in them.
+
+    root: the server's folder of adapters.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._home = Path(tempfile.mkdtemp(prefix="faults-server-"))
+        self.root = self._home / "adapters"
+        source = _highest_version(options.adapters)
+        self.name = source.parent.name
+        self.contents = [self._home / "content" / "0", self._home / "content" / "1"]
+        shutil.copytree(source, self.contents[0])
+        _write_other_content(source, self.contents[1])
+        self.version = 1
+        shutil.copytree(self.contents[1], self.root / self.name / "1")
+        self.server = ServerProcess(backbone=options.backbone, adapters=self.root, **SETTINGS)
+        self.server.__enter__()
+        atexit.register(self.close)
+
+    @property
+    def address(self) -> str:
+        return self.server.address
+
+    def content_of(self, version: str) -> int:
+        """Which content a version was made of."""
+        return int(version) % 2
+
+    def next_version(self) -> tuple[str, Path]:
+        """Name and content of the version that is to come next."""
+        self.version += 1
+        return str(self.version), self.contents[self.version % 2]
+
+    def publish(self) -> str:
+        """Put the next version in place, in one step."""
+        version, content = self.next_version()
+        hidden = self.root / self.name / f".{version}"
+        shutil.copytree(content, hidden)
+        hidden.rename(self.root / self.name / version)
+        self.forget_below(self.version - 3)
+        return version
+
+    def forget_below(self, version: int) -> None:
+        """Remove old versions' folders."""
+        for folder in (self.root / self.name).iterdir():
+            if folder.name.isdigit() and int(folder.name) < version:
+                shutil.rmtree(folder)
+
+    def processes(self) -> list[psutil.Process]:
+        """The server's processes."""
+        root = psutil.Process(self.server.process.pid)
+        return [root, *root.children(recursive=True)]
+
+    def engine_processes(self) -> list[psutil.Process]:
+        """The engine's, by name: its core and its workers."""
+        return [process for process in self.processes() if process.name().startswith("VLLM::")]
+
+    def close(self) -> None:
+        atexit.unregister(self.close)
+        self.server.stop()
+        shutil.rmtree(self._home, ignore_errors=True)
+
+
+_running: dict[tuple[str, Path], Target] = {}
+
+
+def shared(options: Options) -> Target:
+    """The server of all these scenarios: started by the first one, stopped by `close_shared`."""
+    key = (options.backbone, options.adapters)
+    if key not in _running:
+        _running[key] = Target(options)
+    return _running[key]
+
+
+def close_shared() -> None:
+    """Stop it, where it runs: idle as it is, it would take time from servers that are measured."""
+    while _running:
+        _running.popitem()[1].close()
+
+
+def _highest_version(adapters: Path) -> Path:
+    """The highest version of the first adapter in a folder. Raises ValueError where there is none."""
+    for adapter in sorted(path for path in adapters.iterdir() if path.is_dir()):
+        versions = [path for path in adapter.iterdir() if (path / "adapter.json").exists()]
+        if versions:
+            return max(versions, key=lambda path: version_key(path.name))
+    raise ValueError(f"{adapters}: no adapter, NAME/VERSION/, in it")
+
+
+def _write_other_content(source: Path, folder: Path) -> None:
+    """The adapter with its experts at half strength: other answers to most inputs."""
+    checkpoint = read_checkpoint(source)
+    manifest = checkpoint.manifest
+    tensors = {name: tensor * 0.5 if name.endswith("lora_B") else tensor for name, tensor in checkpoint.tensors.items()}
+    write_checkpoint(folder, backbone=manifest.backbone, config=manifest.config, tasks=manifest.tasks, tensors=tensors)

@@ -1,0 +1,230 @@
+"""Nonsense, well-formed and not: the server must answer each request with a proper status and grow no bigger."""
+
+import asyncio
+import random
+import socket
+import struct
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+from mtlora_pb.v1 import inference_pb2 as native
+from openinference_pb import grpc_predict_v2_pb2 as oip
+
+from benchmarks.server_start import resident_bytes
+from mtlora.client import Access, Client
+from server.cli.process import ServerProcess
+from tests.faults._load import ask_every_length
+from tests.faults._secured import metrics, what_is_left
+from tests.faults._tenants import tenant, write_tenants
+from tests.faults.scenario import Options, Row
+
+ORDER = 80
+_IN_FLIGHT = 32
+_PROPER = {
+    "OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED",
+    "UNIMPLEMENTED", "OUT_OF_RANGE", "DEADLINE_EXCEEDED",
+}  # fmt: skip
+_NATIVE, _OIP = "/mtlora.v1.Inference/", "/inference.GRPCInferenceService/"
+_METHODS: dict[str, type[Message]] = {
+    f"{_NATIVE}Generate": native.GenerateRequest,
+    f"{_NATIVE}GenerateStream": native.GenerateRequest,
+    f"{_NATIVE}ListTasks": native.ListTasksRequest,
+    f"{_NATIVE}GetTask": native.GetTaskRequest,
+    f"{_OIP}ModelInfer": oip.ModelInferRequest,
+    f"{_OIP}ModelReady": oip.ModelReadyRequest,
+    f"{_OIP}ModelMetadata": oip.ModelMetadataRequest,
+    f"{_OIP}RepositoryIndex": oip.RepositoryIndexRequest,
+    f"{_OIP}RepositoryModelLoad": oip.RepositoryModelLoadRequest,
+    f"{_OIP}ServerMetadata": oip.ServerMetadataRequest,
+}
+
+
+def run(options: Options) -> Row:
+    """Send 100,000 requests (short: 3,000) and measure the memory of every process before and after."""
+    count = 100_000 if options.full else 3_000
+    key, entry = tenant("fuzzer")
+    tenants = write_tenants(options.folder / "tenants.yaml", entry)
+    with ServerProcess(
+        backbone=options.backbone, adapters=options.adapters, tenants=tenants, kv_cache_gib=0.5, max_message_bytes=65536
+    ) as server:
+        with Client(server.address, Access(api_key=key)) as client:
+            fuzzer = Fuzzer(options.seed, key, [task.id for task in client.tasks()])
+            ask_every_length(client)
+        # As much as it takes until caches are full and pools have their size.
+        asyncio.run(_send(server.address, fuzzer, max(1_500, count // 20)))
+        before = resident_bytes(server.process.pid)
+        statuses = asyncio.run(_send(server.address, fuzzer, count))
+        left = what_is_left(server)
+        growth = resident_bytes(server.process.pid) / before - 1
+        internal = sum(
+            value for name, value in metrics(server).items()
+            if name.startswith("mtlora_requests_total") and ('"INTERNAL"' in name or '"UNKNOWN"' in name)
+        )  # fmt: skip
+        alive = server.process.poll() is None
+    improper = {name: n for name, n in statuses.items() if name not in _PROPER}
+    shown = ", ".join(f"{name} {n}" for name, n in statuses.most_common())
+    return Row(
+        "fuzzed requests",
+        "no crash, RSS within 5 %, every reply a proper status",
+        f"{sum(statuses.values())} requests ({shown}), RSS {growth:+.1%}" + (f", left: {left}" if left else ""),
+        met=alive and not improper and not internal and not left and abs(growth) <= 0.05,
+    )
+
+
+class Fuzzer:
+    """Makes requests: (method, metadata, bytes)."""
+
+    def __init__(self, seed: int, key: str, task_ids: list[str]) -> None:
+        self._rng = random.Random(seed)
+        self._key = key
+        self._task_ids = task_ids
+
+    def request(self) -> tuple[str, tuple[tuple[str, str], ...], bytes]:
+        rng = self._rng
+        method = rng.choice(list(_METHODS)) if rng.random() < 0.6 else f"{_NATIVE}Generate"
+        message = _METHODS[method]()
+        self._fill(message)
+        data = message.SerializeToString()
+        match rng.randrange(4):
+            case 0:
+                data = rng.randbytes(rng.choice((1, 7, 100, 3000)))
+            case 1:
+                data = self._damage(data)
+        return method, self._metadata(), data[:70_000]
+
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        rng = self._rng
+        if rng.random() < 0.9:
+            return (("authorization", f"Bearer {self._key}"), ("x-request-id", self._text()[:80].encode().hex()[:70]))
+        junk = "".join(chr(rng.randint(33, 126)) for _ in range(rng.randint(0, 200)))
+        # With the right id, so that the secret is looked at too.
+        return (("authorization", rng.choice(("", "Bearer ", f"Bearer {self._key[:20]}_")) + junk),)
+
+    def _damage(self, data: bytes) -> bytes:
+        rng, damaged = self._rng, bytearray(data)
+        for _ in range(rng.randint(1, 8)):
+            if not damaged:
+                break
+            at = rng.randrange(len(damaged))
+            match rng.randrange(3):
+                case 0:
+                    damaged[at] = rng.randrange(256)
+                case 1:
+                    del damaged[at : at + rng.randint(1, 5)]
+                case _:
+                    damaged[at:at] = rng.randbytes(rng.randint(1, 5))
+        return bytes(damaged)
+
+    def _fill(self, message: Message, depth: int = 0) -> None:
+        """Set fields at random, by the contract's own description."""
+        rng = self._rng
+        for field in message.DESCRIPTOR.fields:
+            if rng.random() < 0.3 or depth > 4:
+                continue
+            if field.message_type is not None and field.message_type.GetOptions().map_entry:
+                self._fill_map(getattr(message, field.name), field.message_type)
+            elif field.message_type is not None:
+                if field.is_repeated:
+                    for _ in range(rng.choice((1, 1, 2, 5))):
+                        self._fill(getattr(message, field.name).add(), depth + 1)
+                else:
+                    getattr(message, field.name).SetInParent()
+                    self._fill(getattr(message, field.name), depth + 1)
+            elif field.is_repeated:
+                getattr(message, field.name).extend(self._value(field) for _ in range(rng.choice((0, 1, 2, 9))))
+            else:
+                setattr(message, field.name, self._value(field))
+
+    def _fill_map(self, values: Any, entry: Any) -> None:
+        value_field = entry.fields_by_name["value"]
+        for _ in range(self._rng.randint(0, 3)):
+            key = self._text()[:20]
+            if value_field.message_type is not None:
+                self._fill(values[key], 3)
+            else:
+                values[key] = self._value(value_field)
+
+    def _value(self, field: Any) -> Any:
+        rng = self._rng
+        kinds: dict[int, Callable[[], Any]] = {
+            field.CPPTYPE_STRING: lambda: self._bytes() if field.type == field.TYPE_BYTES else self._string(field.name),
+            field.CPPTYPE_BOOL: lambda: rng.random() < 0.5,
+            field.CPPTYPE_FLOAT: self._float,
+            field.CPPTYPE_DOUBLE: self._float,
+            # Few tokens or impossibly many: a fuzzer that generates for hours finds nothing.
+            field.CPPTYPE_UINT32: lambda: rng.choice((0, 1, 2, 3, 5, 2000, 2**32 - 1)),
+            field.CPPTYPE_UINT64: lambda: rng.choice((0, 1, 2**63, 2**64 - 1)),
+            field.CPPTYPE_INT32: lambda: rng.choice((0, 1, -1, 2**31 - 1)),
+            field.CPPTYPE_INT64: lambda: rng.choice((0, 1, 2, -1, 2**63 - 1, -(2**63))),
+        }
+        return kinds[field.cpp_type]()
+
+    def _float(self) -> float:
+        return self._rng.choice((0.0, 0.5, 1.0, 2.0, -1.0, 1e30, float("inf"), float("nan")))
+
+    def _string(self, name: str) -> str:
+        rng = self._rng
+        if name in ("task_id", "model_name", "name") and rng.random() < 0.7:
+            return rng.choice((*self._task_ids, "text_input", "text_output"))
+        if name == "datatype" and rng.random() < 0.7:
+            return "BYTES"
+        if name == "role" and rng.random() < 0.7:
+            return rng.choice(("system", "user", "assistant"))
+        return self._text()
+
+    def _text(self) -> str:
+        rng = self._rng
+        alphabet = rng.choice(("abc XYZ 0123\n", "\0\x01\x7f\t", "äß漢字🙂\u202e\ufeff", "{}%<|im_end|>#/..\\'\""))
+        return "".join(rng.choice(alphabet) for _ in range(rng.choice((0, 1, 10, 100, 1000, 1000))))
+
+    def _bytes(self) -> bytes:
+        text = self._text().encode()
+        return self._rng.choice((text, struct.pack("<I", len(text)) + text, self._rng.randbytes(20)))
+
+    def garbage(self) -> bytes:
+        """For the bare connection: no HTTP/2, or an HTTP/2 that breaks off."""
+        rng = self._rng
+        start = rng.choice((b"", b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"))
+        return start + rng.randbytes(rng.choice((0, 9, 100, 5000)))
+
+
+async def _send(address: str, fuzzer: Fuzzer, count: int) -> Counter[str]:
+    """Status -> how many replies had it."""
+    statuses: Counter[str] = Counter()
+    numbers = iter(range(count))
+
+    async def worker(channel: Any) -> None:
+        for number in numbers:
+            if number % 100 == 0:
+                await asyncio.to_thread(_break_in, address, fuzzer.garbage())
+            method, metadata, data = fuzzer.request()
+            statuses[await _status(channel, method, metadata, data)] += 1
+
+    async with grpc.aio.insecure_channel(address) as channel:
+        await asyncio.gather(*(worker(channel) for _ in range(_IN_FLIGHT)))
+    return statuses
+
+
+async def _status(channel: Any, method: str, metadata: Any, data: bytes) -> str:
+    try:
+        if method.endswith("Stream"):
+            async for _ in channel.unary_stream(method)(data, metadata=metadata, timeout=60):
+                pass
+        else:
+            await channel.unary_unary(method)(data, metadata=metadata, timeout=60)
+    except grpc.aio.AioRpcError as error:
+        return str(error.code().name)
+    return "OK"
+
+
+def _break_in(address: str, data: bytes) -> None:
+    host, port = address.split(":")
+    try:
+        with socket.create_connection((host, int(port)), 5) as connection:
+            connection.sendall(data)
+    except OSError:
+        # It may well close the connection first.
+        return

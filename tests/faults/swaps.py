@@ -1,0 +1,46 @@
+"""100 version swaps under load: no request fails or gets what its version does not say, and tokens keep coming."""
+
+import itertools
+import time
+
+from tests.faults._load import Load, failures, p99_gap_s
+from tests.faults._server import shared
+from tests.faults._swapping import Watcher, references, swap
+from tests.faults.scenario import Options, Row
+
+ORDER = 10
+SWAPS = 100
+MAX_RATIO = 1.5
+
+
+def run(options: Options) -> Row:
+    """Steady load, then swaps one after the other under the same load, then steady load again."""
+    target = shared(options)
+    steady_s = 60.0 if options.full else 15.0
+    with target.server.client() as client, Watcher(client) as watcher:
+        asked, expected = references(target, client, watcher, 24, options.seed)
+        with Load(target.address, asked, seed=options.seed) as load:
+            time.sleep(3.0)
+            marks = [time.monotonic()]
+            time.sleep(steady_s)
+            marks.append(time.monotonic())
+            for _ in range(SWAPS):
+                swap(target, watcher)
+            marks.append(time.monotonic())
+            time.sleep(steady_s)
+            marks.append(time.monotonic())
+    failed = failures(load.asked)
+    wrong = expected.wrong(load.asked, target.content_of)
+    for each in (*failed, *wrong)[:5]:
+        print(f"swaps: {each.question}: {each.status} {each.detail} {each.version} {each.text!r}")
+    gaps = [p99_gap_s(load.asked, since, until) for since, until in itertools.pairwise(marks)]
+    steady, swapping = max(gaps[0], gaps[2]), gaps[1]
+    seen = len({each.version for each in load.asked})
+    return Row(
+        f"{SWAPS} version swaps under load",
+        f"0 failed or wrong, p99 inter-token latency at most {MAX_RATIO} x steady",
+        f"{len(failed)} failed, {len(wrong)} wrong of {len(load.asked)} on {seen} versions, "
+        f"{swapping * 1e3:.0f} / {steady * 1e3:.0f} ms = {swapping / steady:.2f}, "
+        f"{(marks[2] - marks[1]) / SWAPS:.2f} s a swap",
+        met=not failed and not wrong and swapping <= MAX_RATIO * steady,
+    )

@@ -1,0 +1,27 @@
+"""The measures and the fuzzer of the fault scenarios."""
+
+import pytest
+
+from tests.faults.flood import jain, p99
+from tests.faults.fuzz import Fuzzer
+
+
+def test_jains_index() -> None:
+    assert jain([3.0, 3.0, 3.0]) == pytest.approx(1)
+    assert jain([5.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
+
+
+def test_p99() -> None:
+    assert p99([float(i) for i in range(200, 0, -1)]) == 199
+    assert p99([7.0]) == 7
+
+
+def test_a_seed_says_which_requests_and_they_are_of_every_kind() -> None:
+    def made(seed: int) -> list[tuple[str, object, bytes]]:
+        fuzzer = Fuzzer(seed, "mtk_00000000_secret", ["one"])
+        return [fuzzer.request() for _ in range(300)]
+
+    assert made(1) == made(1)
+    assert made(1) != made(2)
+    assert len({method for method, _, _ in made(1)}) == 10
+    assert any(b"one" in data for _, _, data in made(1))

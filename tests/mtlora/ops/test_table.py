@@ -1,0 +1,198 @@
+"""What tables, plans and the operator refuse, before any kernel runs; and what placing an adapter does."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mtlora.ops.operators import add_routed_lora_
+from mtlora.ops.plan import DevicePlan, StepPlan, plan_step
+from mtlora.ops.routed_lora import PackedBlock
+from mtlora.ops.table import AdapterRows, Limits, SlotTable
+from tests.mtlora.ops.cases import SHAPE_CLASSES, Batch
+
+CPU = torch.device("cpu")
+
+
+def block(D: int = 12, r: int = 2, N: int = 3, G: int = 2, dtype: torch.dtype = torch.float32) -> PackedBlock:
+    return PackedBlock(torch.zeros(D, r + G * N, dtype=dtype), torch.zeros(G, N * r, D // G, dtype=dtype), r)
+
+
+def table(**changes: object) -> SlotTable:
+    arguments = {"hidden_size": 12, "dtype": torch.float32, "device": CPU} | changes
+    return SlotTable(1, 2, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shrink_DS": torch.zeros(12, 8, dtype=torch.bfloat16)}, "must share one of"),
+        ({"shrink_DS": torch.zeros(12, 8, dtype=torch.int32)}, "must share one of"),
+        ({"shrink_DS": torch.zeros(8, 12).t()}, "shrink must be contiguous"),
+        ({"expand_GKE": torch.zeros(2, 6, 12)[:, :, ::2]}, "expand must be contiguous"),
+        ({"expand_GKE": torch.zeros(5, 6, 2)}, "num_groups 5 does not divide the hidden size 12"),
+        ({"shrink_DS": torch.zeros(12, 9)}, "shrink has 9 columns"),
+        ({"rank": 4}, "rank 4 does not divide"),
+        ({"bias_bGN": torch.zeros(1, 2, 3, dtype=torch.float64)}, "bias must be float32"),
+        ({"bias_bGN": torch.zeros(1, 3, 2)}, "bias must be float32"),
+        ({"expand_GKE": torch.zeros(2, 6, 6, device="meta")}, "expand is on meta"),
+    ],
+)
+def test_weights_that_kernels_cannot_read(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdapterRows([block()._replace(**changes)])
+
+
+def test_adapters_that_do_not_fit_the_table() -> None:
+    for slot in (-1, 2):
+        with pytest.raises(IndexError):
+            table().place(slot, AdapterRows([block()]))
+    for changes in ({"dtype": torch.bfloat16}, {"hidden_size": 24}):
+        with pytest.raises(ValueError, match="in a table of"):
+            table(**changes).place(0, AdapterRows([block()]))
+    with pytest.raises(ValueError, match="2 blocks"):
+        table().place(0, AdapterRows([block(), block()]))
+    with pytest.raises(ValueError, match="several kinds"):
+        AdapterRows([block(), block(dtype=torch.bfloat16)])
+    fixed = table(limits=Limits(rank=2, experts=3, groups=2, alignment=2))
+    fixed.place(0, AdapterRows([block()]))
+    with pytest.raises(ValueError, match="in a table of"):
+        fixed.place(1, AdapterRows([block(r=4)]))
+
+
+def test_placing_is_in_place_and_can_be_undone() -> None:
+    batch = Batch(SHAPE_CLASSES["many-tokens-of-many"], torch.float32)
+    address, held = batch.table.rows_LAF.data_ptr(), batch.table.held(0)
+    batch.table.place(0, None)
+    batch.table.place(0, held)
+    assert batch.table.rows_LAF.data_ptr() == address
+    torch.ops.mtlora.add_routed_lora_(*batch.tensors, [], 8)
+    batch.check()
+    for slot in range(batch.table.num_slots):
+        batch.table.place(slot, None)
+    before = batch.y_TD.clone()
+    torch.ops.mtlora.add_routed_lora_(*batch.tensors, [], 8)
+    assert torch.equal(batch.y_TD, before)
+
+
+def test_blocks_without_a_path() -> None:
+    rows = AdapterRows([None, block()])
+    many = SlotTable(2, 1, hidden_size=12, dtype=torch.float32, device=CPU)
+    many.place(0, rows)
+    plan = plan_step(np.zeros(3, int), np.full(3, -1), num_slots=1, tile_size=8)
+    y = torch.ones(3, 12)
+    add_routed_lora_(y, torch.ones(3, 12), many, 0, plan)
+    assert torch.equal(y, torch.ones(3, 12))
+
+
+@pytest.mark.parametrize("slots", [[2], [-2], [0, 5]])
+def test_slots_out_of_range(slots: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"the table has 0\.\.1"):
+        plan_step(np.array(slots), np.full(len(slots), -1), num_slots=2, tile_size=8)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("tiles", [[9, 0, 1]], "a slot is out"),
+        ("tiles", [[0, 0, 9999]], "tile is out"),
+        ("tokens", 999, "tile is out"),
+        ("bias_rows", 7, "bias row is out"),
+    ],
+)
+def test_plans_that_do_not_fit(
+    name: str, value: object, message: str, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernel:
+        monkeypatch.setattr("mtlora.ops.cpu.compiled_kernel", lambda: None)
+    batch = Batch(SHAPE_CLASSES["many-tokens-of-one"], torch.float32)
+    plan = batch.plan
+    if name == "tiles":
+        batch.plan = replace(plan, tiles_M3=torch.tensor(value, dtype=torch.int32))
+    else:
+        getattr(plan, f"{name}_T")[3] = value
+    with pytest.raises(ValueError, match=message):
+        torch.ops.mtlora.add_routed_lora_(*batch.tensors, [], 8)
+    assert torch.equal(batch.y_TD, batch.before_TD)
+
+
+def test_operator_refuses_tensors_of_the_wrong_kind() -> None:
+    batch = Batch(SHAPE_CLASSES["many-tokens-of-many"], torch.float32)
+    y, x, rows, tokens, bias_rows, tiles = batch.tensors
+    bad = {
+        "both be": (y[:1], x, rows, tokens, bias_rows, tiles),
+        "x and y must share": (y.double(), x, rows, tokens, bias_rows, tiles),
+        "x's rows": (y, x.t().contiguous().t(), rows, tokens, bias_rows, tiles),
+        "y's rows": (y[:1].expand(len(y), -1), x, rows, tokens, bias_rows, tiles),
+        "rows must be": (y, x, rows.int(), tokens, bias_rows, tiles),
+        "rows must be contiguous": (y, x, rows[::2], tokens, bias_rows, tiles),
+        "tokens must be": (y, x, rows, tokens.long(), bias_rows, tiles),
+        "one a token": (y, x, rows, tokens, bias_rows[1:], tiles),
+        "tiles must be": (y, x, rows, tokens, bias_rows, tiles[:, :2]),
+        "another dtype": (y.bfloat16(), x.bfloat16(), rows, tokens, bias_rows, tiles),
+        "another dtype or hidden size": (y[:, 1:], x[:, 1:], rows, tokens, bias_rows, tiles),
+    }
+    for message, tensors in bad.items():
+        with pytest.raises(ValueError, match=message):
+            torch.ops.mtlora.add_routed_lora_(*tensors, [], 8)
+    with pytest.raises(ValueError, match="the table's adapters"):
+        add_routed_lora_(y.bfloat16(), x.bfloat16(), batch.table, 0, batch.plan)
+    assert torch.equal(batch.y_TD, batch.before_TD)
+
+
+def test_device_plan_keeps_its_buffers() -> None:
+    buffers = DevicePlan(8, 3, tile_size=4, device=CPU)
+    address = buffers.plan.tokens_T.data_ptr()
+    rng = np.random.default_rng(0)
+    for tokens in (8, 1, 5, 0):
+        slot_T = rng.integers(-1, 3, tokens)
+        plan, expected = buffers.set(slot_T, slot_T), plan_step(slot_T, slot_T, num_slots=3, tile_size=4)
+        assert plan.tokens_T.data_ptr() == address
+        num_tiles = len(expected.tiles_M3)
+        assert torch.equal(plan.tiles_M3[:num_tiles], expected.tiles_M3)
+        assert not plan.tiles_M3[num_tiles:, 2].any()
+        assert torch.equal(plan.tokens_T[: len(expected.tokens_T)], expected.tokens_T)
+    with pytest.raises(ValueError, match="9 tokens"):
+        buffers.set(np.zeros(9, int), np.zeros(9, int))
+
+
+def test_a_plan_holds_every_token_once() -> None:
+    slot_T = np.random.default_rng(1).integers(-1, 4, 100)
+    plan = plan_step(slot_T, np.arange(100), num_slots=4, tile_size=8)
+    seen = []
+    for slot, first, count in plan.tiles_M3.tolist():
+        assert 0 < count <= 8
+        tokens = plan.tokens_T[first : first + count].tolist()
+        assert all(slot_T[t] == slot for t in tokens)
+        seen += tokens
+    assert sorted(seen) == np.flatnonzero(slot_T >= 0).tolist()
+    assert torch.equal(plan.bias_rows_T, plan.tokens_T)
+
+
+def test_traces_without_running() -> None:
+    batch = Batch(SHAPE_CLASSES["many-tokens-of-many"], torch.float32)
+    limits = [16, 8, 4, 1]
+    torch.library.opcheck(
+        torch.ops.mtlora.add_routed_lora_.default, (*batch.tensors, limits, 8),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+
+def test_runs_inside_a_compiled_function() -> None:
+    batch = Batch(SHAPE_CLASSES["many-tokens-of-many"], torch.float32)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(y: torch.Tensor, x: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
+        torch.ops.mtlora.add_routed_lora_(y, x, *plan, [16, 8, 4, 1], 8)
+        return y * 1.0
+
+    batch.y_TD = step(*batch.tensors)
+    batch.check()
+
+
+def test_step_plan_is_of_the_operators_kinds() -> None:
+    plan = plan_step(np.array([0, 1]), np.array([-1, -1]), num_slots=2, tile_size=8)
+    assert isinstance(plan, StepPlan)
+    assert {plan.tokens_T.dtype, plan.bias_rows_T.dtype, plan.tiles_M3.dtype} == {torch.int32}

@@ -1,0 +1,134 @@
+"""The Triton kernels against the oracle: for real where there is a GPU, else through the interpreter."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+triton = pytest.importorskip("triton")
+
+from mtlora.ops import triton_gpu  # noqa: E402
+from mtlora.ops.plan import DevicePlan  # noqa: E402
+from mtlora.ops.table import Limits  # noqa: E402
+from mtlora.ops.tuning import Launch, default  # noqa: E402
+from tests.mtlora.ops.cases import SHAPE_CLASSES, Batch, Case, Shape, mixed, random_slots  # noqa: E402
+
+DEVICE = "cuda" if GPU else "cpu"
+INTERPRETED = not isinstance(triton_gpu._shrink, triton.JITFunction)
+pytestmark = pytest.mark.skipif(not GPU and not INTERPRETED, reason="no GPU, and Triton came without its interpreter")
+
+DECODE = Launch(parts=3, block_d=16, block_s=16, block_k=16, block_e=16)
+PREFILL = Launch(parts=1, block_d=32, block_s=64, block_k=64, block_e=64)
+
+
+def run(batch: Batch, launch: Launch | None, limits: Limits | None = None) -> None:
+    triton_gpu.add_routed_lora_(*batch.tensors, limits or batch.limits, batch.plan.tile_size, launch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("launch", "tile_size"), [(DECODE, 16), (PREFILL, 64)], ids=["decode", "prefill"])
+@pytest.mark.parametrize("name", list(SHAPE_CLASSES))
+def test_shape_classes(name: str, launch: Launch, tile_size: int, dtype: torch.dtype) -> None:
+    batch = Batch(SHAPE_CLASSES[name], dtype, DEVICE, tile_size, as_given=True)
+    run(batch, launch)
+    batch.check()
+
+
+@pytest.mark.parametrize("seed", range(6 if not GPU else 60))
+def test_random_batches(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    D = int(rng.choice([24, 60, 96]))
+    divisors = [g for g in range(1, 33) if D % g == 0]
+    shapes = tuple(
+        None if rng.random() < 0.2 else Shape(int(rng.integers(1, 20)), int(rng.integers(1, 9)),
+                                              int(rng.choice(divisors)), int(rng.integers(0, 3)))
+        for _ in range(rng.integers(1, 5))
+    )  # fmt: skip
+    case = Case(D, shapes, *random_slots(shapes, int(rng.integers(1, 24)), seed), seed=seed)
+    batch = Batch(case, [torch.float32, torch.bfloat16][seed % 2], DEVICE, 16, as_given=True)
+    run(batch, DECODE)
+    batch.check()
+
+
+def test_default_launch_and_wider_limits() -> None:
+    batch = Batch(mixed(5, 48), torch.float32, DEVICE, 16, as_given=True)
+    run(batch, None, batch.limits | Limits(rank=20, experts=9, groups=6))
+    batch.check()
+
+
+def test_defaults_fill_a_card() -> None:
+    assert default(4096, tiles=1).parts == 16
+    assert default(4096, tiles=1000).parts == 1
+    assert default(128, tiles=1).parts == 1
+
+
+def test_padding_tiles_do_nothing() -> None:
+    batch = Batch(mixed(7, 48), torch.float32, DEVICE, 16, as_given=True)
+    case = mixed(7, 48)
+    batch.plan = DevicePlan(12, len(case.shapes), tile_size=16, device=torch.device(DEVICE)).set(
+        np.array(case.slots), np.array(case.bias_rows)
+    )
+    run(batch, DECODE)
+    batch.check()
+
+
+@pytest.mark.skipif(not GPU, reason="no GPU")
+def test_graph_serves_another_mix_than_it_was_captured_with() -> None:
+    device = torch.device("cuda")
+    shapes = (Shape(4, 3, 2), Shape(16, 8, 4, 5), Shape(5, 1, 1))
+    first = Batch(mixed(12, 96, shapes, seed=1), torch.bfloat16, "cuda", 16)
+    buffers = DevicePlan(12, len(shapes), tile_size=16, device=device)
+    first.plan = buffers.set(*(np.array(a) for a in random_slots(shapes, 12, 1)))
+    run(first, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(first, None)
+    for seed in (2, 3):
+        case = mixed(12, 96, shapes, seed=seed)
+        other = Batch(case, torch.bfloat16, "cuda", 16)
+        for slot in range(len(shapes)):
+            first.table.place(slot, other.table.held(slot))
+        buffers.set(np.array(case.slots), np.array(case.bias_rows))
+        first.x_TD.copy_(other.x_TD)
+        first.y_TD.copy_(other.y_TD)
+        graph.replay()
+        other.y_TD = first.y_TD
+        other.check()
+
+
+@pytest.mark.skipif(not GPU, reason="no GPU")
+def test_operator_on_the_gpu() -> None:
+    batch = Batch(mixed(40, 96), torch.bfloat16, "cuda", 16)
+    limits = batch.limits
+    torch.ops.mtlora.add_routed_lora_(
+        *batch.tensors, [limits.rank, limits.experts, limits.groups, limits.alignment], 16
+    )
+    batch.check()
+
+
+def test_kernels_compile_for_cards() -> None:
+    """With wide loads and tensor cores, on any machine: compiling needs no GPU."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.mtlora.ops.compile_kernels"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("compiled") == 8
+
+
+def test_gpu_benchmark_says_that_there_is_no_gpu() -> None:
+    if GPU:
+        pytest.skip("there is one")
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "there is no GPU here, so nothing was measured" in done.stderr
+
+
+def test_gpu_benchmark_runs_at_tiny_sizes() -> None:
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--smoke"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "all parts ran" in done.stdout

@@ -1,0 +1,161 @@
+"""Sweeps on a tiny backbone: the grid, the table and its intervals, going on, and what is refused."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mtlora.cli import main
+from mtlora.cli.settings import read_settings
+from mtlora.sweep.grid import SweepError, grid
+from mtlora.sweep.report import markdown, summarise
+from mtlora.sweep.statistics import bootstrap_difference, bootstrap_mean, wilson
+from mtlora.train.config import TrainingConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TINY = ["adapter.r=2", "adapter.num_experts=2", "adapter.num_groups=2", "max_steps=3", "batch_size=4", "threads=1"]
+
+
+def test_wilson_is_the_published_interval() -> None:
+    """Ten of twenty, none, and all: values of Newcombe (1998) and of the formula at the ends."""
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson(20, 20) == pytest.approx((0.8389, 1.0), abs=5e-5)
+    for correct, total in [(0, 0), (3, 2), (-1, 4)]:
+        with pytest.raises(ValueError, match="expected 0 <= correct <= total"):
+            wilson(correct, total)
+
+
+def test_bootstrap_holds_the_mean_and_narrows_with_examples_and_widens_with_seeds_that_differ() -> None:
+    few, many = [[(5, 10), (8, 10)]], [[(500, 1000), (800, 1000)]]
+    for counts in (few, many):
+        low, high = bootstrap_mean(counts)
+        assert low < 0.65 < high
+    assert bootstrap_mean(many)[1] - bootstrap_mean(many)[0] < 0.3 * (bootstrap_mean(few)[1] - bootstrap_mean(few)[0])
+    apart = bootstrap_mean([[(200, 1000)], [(500, 1000)], [(800, 1000)]])
+    assert apart[1] - apart[0] > 0.3
+    assert bootstrap_mean([[(10, 10)]]) == (1.0, 1.0)
+
+
+def test_a_difference_knows_that_seeds_are_shared() -> None:
+    # Both swing with the seed, together: what is between them does not.
+    better, worse = [[(400, 1000)], [(800, 1000)]], [[(300, 1000)], [(700, 1000)]]
+    low, high = bootstrap_difference(better, worse)
+    assert 0.05 < low < 0.1 < high < 0.15
+    assert bootstrap_mean(better)[0] < bootstrap_mean(worse)[1]
+    with pytest.raises(ValueError, match="2 and 1 seeds"):
+        bootstrap_difference(better, worse[:1])
+
+
+def test_fewer_tasks_are_part_of_more(tmp_path: Path) -> None:
+    runs = grid({"a": TrainingConfig()}, tmp_path, seeds=[0, 1], task_counts=[5, 25, 10])
+    assert [(run.num_tasks, run.config.seed) for run in runs] == [(5, 0), (5, 1), (25, 0), (25, 1), (10, 0), (10, 1)]
+    five, _, twenty_five, _, ten, _ = (run.config.tasks for run in runs)
+    assert five == ten[:5] == twenty_five[:5]
+    assert len(set(twenty_five)) == 25
+    listed = TrainingConfig(tasks=("navigate", "web_of_lies", "syllogisms"))
+    assert grid({"a": listed}, tmp_path, seeds=[0], task_counts=[2])[0].config.tasks == ("navigate", "web_of_lies")
+    with pytest.raises(SweepError, match="a has 3 tasks; allowed are 1 to 3"):
+        grid({"a": listed}, tmp_path, seeds=[0], task_counts=[4])
+
+
+def test_every_shipped_configuration_is_one_and_says_what_its_name_says() -> None:
+    files = sorted(CONFIGS.glob("*/*.json"))
+    configs = {file.stem: TrainingConfig.model_validate_json(file.read_bytes()) for file in files}
+    assert {"lora-qv", "hydralora-qv", "block", "block-spectral", "block-routing", "full"} <= set(configs)
+    assert [configs[f"groups-{g:02d}"].adapter.num_groups for g in (1, 2, 4, 8, 16, 32)] == [1, 2, 4, 8, 16, 32]
+    assert all(configs[blocks].adapter.blocks == blocks for blocks in ("ffn", "attention", "both"))
+    methods = [configs[name] for name in ("block", "block-spectral", "block-routing", "full")]
+    assert [(c.adapter.num_groups > 1, c.spectral != "off") for c in methods] == [
+        (False, False), (False, True), (True, False), (True, True),
+    ]  # fmt: skip
+    # Equal budgets: nothing but the method may differ, and the rate, which each has at its best of those tried.
+    differing = {"adapter", "baseline", "spectral", "spectral_weight", "balance_weight", "learning_rate"}
+    budgets = [config.model_dump(exclude=differing) for config in configs.values()]
+    assert all(budget == budgets[0] for budget in budgets)
+
+
+def test_the_settings_for_big_bench_hard_fit_every_method() -> None:
+    for file in sorted((CONFIGS / "methods").glob("*.json")):
+        config = TrainingConfig.model_validate(read_settings(file, [f"@{CONFIGS / 'bbh.json'}"]))
+        assert [part.suite for part in config.suite] == ["bbh-generated", "data/bbh"]  # type: ignore[union-attr]
+
+
+def test_a_sweep_writes_its_table_goes_on_and_refuses_another(tiny_backbone: Path, tmp_path: Path, capsys) -> None:
+    config = str(CONFIGS / "methods" / "full.json")
+    command = ["sweep", config, "--backbone", str(tiny_backbone), "--out", str(tmp_path / "sweep"), "--test-examples",
+               "3", "--task-counts", "1", "2", "--examples-per-task", "8", "--jobs", "2"]  # fmt: skip
+    for setting in [*TINY, 'tasks=["boolean_expressions","navigate"]']:
+        command += ["--set", setting]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    out = tmp_path / "sweep"
+    assert (out / "results.md").read_text() in printed
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [(row["name"], row["num_tasks"]) for row in rows] == [("full", 1), ("full", 2)]
+    for row in rows:
+        assert row["parameters"] > 0
+        assert row["seconds"] > 0
+        assert row["tokens_per_second"] > 0
+        log = out / "full" / f"{row['num_tasks']}-tasks" / "seed-0" / "log.jsonl"
+        steps = [step["loss"] for step in map(json.loads, log.read_text().splitlines()) if "loss" in step]
+        assert row["loss"] == pytest.approx(sum(steps[1:]) / len(steps[1:]), abs=1e-4)
+        assert row["peak_memory_bytes"] > 1 << 27
+        assert row["steps"] == 2 if row["num_tasks"] == 1 else 3
+        for task in row["tasks"].values():
+            assert task["total"] == 3
+            assert task["interval"][0] <= task["accuracy"] <= task["interval"][1]
+    assert all((out / name).stat().st_size > 10_000 for name in ("results.png", "losses.png", "scaling.png"))
+    # Again: nothing is trained anew, also where the table itself was lost.
+    trained = {path: path.stat().st_mtime_ns for path in out.glob("*/*/*/result.json")}
+    assert len(trained) == 2
+    (out / "results.md").unlink()
+    assert main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/*/*/result.json")} == trained
+    assert (out / "results.md").exists()
+    assert main([*command, "--test-examples", "4"]) == 2
+    assert "of another configuration" in capsys.readouterr().err
+
+
+def test_a_sweep_that_is_killed_takes_its_run_along(tiny_backbone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    command = ["sweep", str(CONFIGS / "methods" / "full.json"), "--backbone", str(tiny_backbone), "--out", str(out),
+               "--task-counts", "1", "--examples-per-task", "1000"]  # fmt: skip
+    for setting in [*TINY, "max_steps=null", "epochs=1000"]:
+        command += ["--set", setting]
+    with subprocess.Popen([sys.executable, "-m", "mtlora.cli", *command], stderr=subprocess.DEVNULL) as sweep:
+        log = out / "full" / "1-tasks" / "seed-0" / "log.jsonl"
+        until = time.monotonic() + 60
+        while not (log.exists() and log.stat().st_size):
+            assert sweep.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        started = psutil.Process(sweep.pid).children(recursive=True)
+        sweep.kill()
+    _, alive = psutil.wait_procs(started, timeout=10)
+    for process in alive:
+        process.kill()
+    assert not alive
+
+
+def test_the_table_pools_seeds_and_compares_common_tasks() -> None:
+    def result(name: str, seed: int, correct: dict[str, int]) -> dict[str, object]:
+        return {
+            "name": name, "seed": seed, "num_tasks": len(correct), "parameters": 10, "steps": 2, "seconds": 1.0 + seed,
+            "tokens_per_second": 5.0, "loss": 2.0 - seed, "peak_memory_bytes": (1 + seed) << 30,
+            "tasks": {task: {"correct": c, "total": 4} for task, c in correct.items()},
+        }  # fmt: skip
+
+    ahead, behind = summarise([result("x", 0, {"a": 3}), result("y", 0, {"a": 1})])
+    assert ahead["behind"] is None
+    assert (behind["behind"]["best"], behind["behind"]["mean"]) == ("x", 0.5)
+    rows = summarise([result("m", 0, {"a": 4}), result("m", 1, {"a": 2}), result("m", 0, {"a": 1, "b": 3})])
+    one, two = rows
+    assert (one["accuracy"]["mean"], one["seconds"], one["peak_memory_bytes"]) == (0.75, 1.5, 2 << 30)
+    assert one["tasks"]["a"]["interval"] == wilson(6, 8)
+    assert (two["accuracy"]["mean"], two["common"]["mean"], two["common"]["tasks"]) == (0.5, 0.25, 1)
+    assert "| m | 1 | 2 | 10 | 2 | 2 | 5 | 2.00 GiB | 1.500 | 0.75 (" in markdown(rows)

@@ -1,0 +1,222 @@
+"""`mtlora eval` and what it is made of, on a tiny backbone: batches, shots, likelihood, scores."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtlora.checkpoint.format import TaskEntry, write_checkpoint
+from mtlora.cli import main
+from mtlora.cli.evaluate import summary
+from mtlora.config import MtLoRAConfig
+from mtlora.evaluation.evaluate import (
+    PromptError,
+    few_shot_prompt,
+    likelihood_answerer,
+    offline_answerer,
+    plain_prompt,
+    score,
+)
+from mtlora.evaluation.generate import greedy_answers, greedy_tokens
+from mtlora.evaluation.likelihood import likeliest, options_of
+from mtlora.model import AdaptedModel, adapter_tensors, new_adapted_model
+from mtlora.prompt import encode_prompt
+from mtlora.suite import Example, FolderSuite
+
+CONFIG = MtLoRAConfig(r=4, num_experts=2, num_groups=2)
+TASKS = (
+    TaskEntry(id="letters", description="d", max_new_tokens=6, bias_index=0),
+    TaskEntry(id="words", description="d", max_new_tokens=9, bias_index=1),
+)
+CHOICE = "Which?\nOptions:\n(A) one\n(B) two\n(C) three"
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_backbone: Path) -> AdaptedModel:
+    made = new_adapted_model(tiny_backbone, CONFIG, len(TASKS), torch.float32)
+    torch.manual_seed(1)
+    for parameter in made.adapters.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    made.adapters.eval()
+    return made
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "suite"
+    path.mkdir()
+    for name, ask, answers in (("letters", CHOICE, ("(A)", "(A)", "(B)")), ("words", "Say it.", ("a", "b", "c"))):
+        examples = [{"input": f"{n} {ask}", "target": answers[n % 3]} for n in range(15)]
+        (path / f"{name}.json").write_text(json.dumps({"examples": examples}))
+    return path
+
+
+def test_a_batch_answers_as_its_sequences_alone(adapted: AdaptedModel) -> None:
+    """Sequences end at different lengths, so that the batch is cut down on the way."""
+    texts = ["a", "the quick brown fox", "1 2 3", "if you follow these", "x y", "Question: who?", "So", "In a row"]
+    tasks = [TASKS[i % 2].model_copy(update={"max_new_tokens": 1 + 3 * (i % 4)}) for i in range(len(texts))]
+    prompts = [encode_prompt(adapted.tokenizer, text) for text in texts]
+    bias = torch.tensor([task.bias_index or 0 for task in tasks])
+    together = greedy_tokens(adapted, tasks, prompts, bias)
+    alone = [greedy_tokens(adapted, [t], [p], b[None])[0] for t, p, b in zip(tasks, prompts, bias, strict=True)]
+    assert together == alone
+    assert len({len(ids) for ids in together}) > 1
+    bare = greedy_tokens(adapted, tasks, prompts, bias, with_adapter=False)
+    assert bare != together
+
+
+def test_working_is_left_out_but_for_the_backbone_alone(adapted: AdaptedModel) -> None:
+    prompts = [encode_prompt(adapted.tokenizer, "the quick brown fox")]
+    bias = torch.tensor([1])
+    plain = TaskEntry(id="t", description="d", max_new_tokens=12, stop=("never",))
+    (text,) = greedy_answers(adapted, [plain], prompts, bias)
+    marker = text[len(text) // 2]
+    task = plain.model_copy(update={"answer_marker": marker})
+    assert greedy_answers(adapted, [task], prompts, bias) == [text.partition(marker)[2].strip()]
+    (alone,) = greedy_answers(adapted, [plain], prompts, bias, with_adapter=False)
+    assert greedy_answers(adapted, [task], prompts, bias, with_adapter=False) == [alone]
+
+
+def test_the_order_of_examples_is_kept_whatever_the_batches(adapted: AdaptedModel) -> None:
+    examples = [Example(TASKS[n % 2].id, "word " * (n % 5 + 1), "x") for n in range(5)]
+    answers = offline_answerer(adapted, TASKS)(examples)
+    assert answers == offline_answerer(adapted, TASKS, batch_size=2)(examples)
+    assert answers == offline_answerer(adapted, TASKS, batch_tokens=1)(examples)
+
+
+def test_options() -> None:
+    task = TASKS[0]
+    assert options_of(task, CHOICE) == ("(A)", "(B)", "(C)")
+    assert options_of(task, "Is it?\nOptions:\n- Yes \n- No") == ("Yes", "No")
+    assert options_of(task, "Say (A) or (B)") == ()
+    closed = task.model_copy(update={"allowed_answers": ("True", "False")})
+    assert options_of(closed, "not True") == ("True", "False")
+
+
+@pytest.mark.parametrize("with_adapter", [True, False])
+def test_the_likeliest_option_by_scoring_each_whole(adapted: AdaptedModel, with_adapter: bool) -> None:
+    """Against one plain forward pass an option, with options of different lengths."""
+    tokenizer, options = adapted.tokenizer, ("Yes", "a longer one", "(B)", "No")
+    for text in ("first", "the second prompt", "and a third"):
+        prompt = encode_prompt(tokenizer, text)
+        sums = []
+        for option in options:
+            ids = tokenizer(f" {option}", add_special_tokens=False)["input_ids"]
+            enabled = adapted.adapters.context.enabled
+            adapted.adapters.context.enabled = with_adapter
+            with torch.inference_mode(), adapted.adapters.context.use(torch.tensor([1])):
+                logits = adapted.model(input_ids=torch.tensor([prompt + ids])).logits[0]
+            adapted.adapters.context.enabled = enabled
+            logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            sums.append(sum(float(row[token]) for row, token in zip(logprobs, ids, strict=True)))
+        found = likeliest(adapted, TASKS[1], prompt, options, 1, with_adapter=with_adapter)
+        assert found == options[sums.index(max(sums))]
+
+
+def test_likelihood_is_measured_behind_the_adapters_own_working(adapted: AdaptedModel) -> None:
+    prompt = encode_prompt(adapted.tokenizer, "the quick brown fox")
+    plain = TASKS[1].model_copy(update={"max_new_tokens": 12, "stop": ("never",)})
+    (generated,) = greedy_tokens(adapted, [plain], [prompt], torch.tensor([1]))
+    marker = adapted.tokenizer.decode(generated[5:6]).strip()
+    end = next(e for e in range(1, 13) if marker in adapted.tokenizer.decode(generated[:e]))
+    task = plain.model_copy(update={"answer_marker": marker})
+    options = ("Yes", "No", "(A)", "(B)", "maybe", "seven")
+    expected = likeliest(adapted, plain, prompt + generated[:end], options, 1)
+    assert likeliest(adapted, task, prompt, options, 1) == expected
+
+
+def test_only_open_questions_are_generated(adapted: AdaptedModel) -> None:
+    examples = [Example("letters", CHOICE, "(A)"), Example("words", "Say it.", "a")]
+    chosen, said = likelihood_answerer(adapted, TASKS)(examples)
+    assert chosen in ("(A)", "(B)", "(C)")
+    assert said == offline_answerer(adapted, TASKS)(examples[1:])[0]
+
+
+def test_shots_come_from_training_and_never_hold_the_input(folder: Path) -> None:
+    suite = FolderSuite(folder)
+    prompt_of = few_shot_prompt(suite, 2, seed=3)
+    train = suite.examples("words", "train", 3, 3)
+    test = suite.examples("words", "test", 1)[0] if suite.examples("words", "test", None) else train[2]
+    first, second = (f"{TASKS[1].render(shot.input)} {shot.target}" for shot in train[:2])
+    assert prompt_of(TASKS[1], test) == f"{first}\n\n{second}\n\n{TASKS[1].render(test.input)}"
+    third = f"{TASKS[1].render(train[2].input)} {train[2].target}"
+    assert prompt_of(TASKS[1], train[0]) == f"{second}\n\n{third}\n\n{TASKS[1].render(train[0].input)}"
+
+
+def test_a_prompt_without_room_for_an_answer_is_named(adapted: AdaptedModel) -> None:
+    room = adapted.model.config.max_position_embeddings
+    with pytest.raises(PromptError, match=f"task letters: prompt of .* the backbone takes {room}: 'word word"):
+        offline_answerer(adapted, TASKS)([Example("letters", "word " * room, "x")])
+    assert plain_prompt(TASKS[0], Example("letters", "x", "y")) == "x\nAnswer:"
+
+
+def test_the_floor_is_the_majority_and_a_margin() -> None:
+    examples = [Example("a", str(n), "yes" if n < 6 else "no") for n in range(10)]
+    examples += [Example("b", str(n), str(n)) for n in range(10)]
+    right = [example.target for example in examples]
+    assert score(examples, right).below_floor == ()
+    # 0.7 is the floor of the first task, 0.2 of the second.
+    wrong = ["x"] * 3 + right[3:10] + ["x"] * 9 + right[19:]
+    found = score(examples, wrong)
+    assert [task.task_id for task in found.below_floor] == ["b"]
+    assert summary({"adapter": found, "backbone_alone": score(examples, ["x"] * 20)}) == (
+        "accuracy: 2 tasks, mean 0.40, backbone alone 0.00, tasks below floor 1"
+    )
+    assert summary({"adapter": found}) == "accuracy: 2 tasks, mean 0.40, tasks below floor 1"
+    assert summary({"backbone_alone": found}) == "accuracy: 2 tasks, backbone alone 0.40"
+
+
+@pytest.fixture
+def checkpoint(adapted: AdaptedModel, tmp_path: Path) -> Path:
+    write_checkpoint(
+        tmp_path / "adapter", backbone=adapted.backbone, config=CONFIG, tasks=TASKS,
+        tensors=adapter_tensors(adapted.adapters, torch.float32),
+    )  # fmt: skip
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("flags", [[], ["--scoring", "likelihood", "--shots", "1"], ["--adapter-only"]])
+def test_every_example_of_a_folder_is_scored(
+    tiny_backbone: Path, checkpoint: Path, folder: Path, tmp_path: Path, capsys, flags: list[str]
+) -> None:
+    out = tmp_path / "new" / "out.json"
+    command = ["eval", "--backbone", str(tiny_backbone), "--adapter", str(checkpoint), "--suite", str(folder)]
+    assert main([*command, "--json", str(out), *flags]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    written = json.loads(out.read_text())
+    assert {name: task["total"] for name, task in written["adapter"]["tasks"].items()} == {"letters": 15, "words": 15}
+    assert len(written["answers"]) == 30
+    assert written["split"] == "all"
+    accuracy = [task["accuracy"] for task in written["adapter"]["tasks"].values()]
+    assert written["adapter"]["mean_accuracy"] == pytest.approx(sum(accuracy) / 2, abs=1e-4)
+    for name in ("letters", "words"):
+        answers = [a["adapter"] == a["target"] for a in written["answers"] if a["task_id"] == name]
+        assert written["adapter"]["tasks"][name]["correct"] == sum(answers)
+    assert last.startswith(f"accuracy: 2 tasks, mean {written['adapter']['mean_accuracy']:.2f}, ")
+    assert ("backbone alone" in last) == ("--adapter-only" not in flags) == ("backbone_alone" in written)
+
+
+def test_the_backbone_alone_needs_no_adapter(tiny_backbone: Path, folder: Path, capsys) -> None:
+    flags = ["--suite", str(folder), "--shots", "2", "--examples", "4"]
+    assert main(["eval", "--backbone", str(tiny_backbone), *flags]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("accuracy: 2 tasks, backbone alone ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shots", "-1"], "--shots -1: allowed are 0 and more"),
+        (["--examples", "0"], "--examples 0: allowed are 1 and more"),
+        (["--through", "127.0.0.1:1", "--shots", "1"], "--through asks a server"),
+        (["--suite", "bbh-generated"], "the adapter has no task boolean_expressions"),
+    ],
+)
+def test_bad_requests(tiny_backbone: Path, checkpoint: Path, capsys, flags: list[str], message: str) -> None:
+    assert main(["eval", "--backbone", str(tiny_backbone), "--adapter", str(checkpoint), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_adapter_only_needs_an_adapter(tiny_backbone: Path, capsys) -> None:
+    assert main(["eval", "--backbone", str(tiny_backbone), "--adapter-only"]) == 2
+    assert "there is no --adapter" in capsys.readouterr().err

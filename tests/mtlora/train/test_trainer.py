@@ -1,0 +1,266 @@
+"""The trainer on a tiny backbone: it learns, resumes to the same bits after a kill, and refuses what is wrong."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mtlora.backbone import identify
+from mtlora.checkpoint.format import read_checkpoint
+from mtlora.cli import main
+from mtlora.config import MtLoRAConfig
+from mtlora.suite import SuiteError, SuitePart
+from mtlora.train.config import TrainingConfig
+from mtlora.train.errors import TrainingError
+from mtlora.train.state import RunError
+from mtlora.train.trainer import Trainer
+
+SMALL = TrainingConfig(
+    adapter=MtLoRAConfig(r=4, num_experts=3, num_groups=2, lora_dropout=0.1),
+    tasks=("boolean_expressions", "object_counting", "list_operations"),
+    examples_per_task=40, validation_per_task=4, batch_size=4, save_every=3, validate_every=10, threads=1,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _restore_torch_settings():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+def test_training_learns_and_leaves_a_valid_checkpoint(tiny_backbone: Path, tmp_path: Path) -> None:
+    config = SMALL.model_copy(update={"epochs": 6, "learning_rate": 2e-2})
+    trainer = Trainer(config, tiny_backbone, tmp_path / "run")
+    manifest = trainer.fit()
+    steps = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in steps if "loss" in record]
+    assert len(losses) == 180
+    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
+    assert all({"tokens_per_second", "grad_norm", "learning_rate"} <= set(r) for r in steps if "loss" in r)
+    checkpoint = read_checkpoint(trainer.folder.checkpoint, identify(tiny_backbone))
+    assert [task.id for task in checkpoint.manifest.tasks] == list(config.tasks or ())
+    assert [task.bias_index for task in checkpoint.manifest.tasks] == [0, 1, 2]
+    assert manifest.training["config"]["seed"] == 0
+    assert set(manifest.evaluation["adapter"]["tasks"]) == set(config.tasks or ())
+    assert 0 <= manifest.evaluation["backbone_alone"]["mean_accuracy"] <= 1
+    assert any(checkpoint.tensors[name].abs().max() > 0 for name in checkpoint.tensors if name.endswith("task_bias"))
+
+
+def test_the_backbone_is_frozen_and_spectral_readings_differ(tiny_backbone: Path, tmp_path: Path) -> None:
+    finals = {}
+    for spectral in ("off", "pairwise", "gram"):
+        config = SMALL.model_copy(update={"spectral": spectral, "spectral_weight": 10.0, "max_steps": 8})
+        trainer = Trainer(config, tiny_backbone, tmp_path / spectral)
+        before = {name: value.clone() for name, value in trainer.adapted.model.state_dict().items()}
+        for _ in range(8):
+            trainer.train_step()
+        assert all(torch.equal(before[name], value) for name, value in trainer.adapted.model.state_dict().items())
+        finals[spectral] = trainer.adapted.adapters.state_dict()["layers.0.mlp.lora_B"].clone()
+    assert not torch.equal(finals["off"], finals["pairwise"])
+    assert not torch.equal(finals["pairwise"], finals["gram"])
+
+
+def command(backbone: Path, config: Path, out: Path) -> list[str]:
+    return [sys.executable, "-m", "mtlora.cli", "train", "--backbone", str(backbone), "--config", str(config),
+            "--out", str(out), "--resume"]  # fmt: skip
+
+
+def test_kill_at_any_moment_then_resume_gives_the_same_bits(tiny_backbone: Path, tmp_path: Path) -> None:
+    """MTLORA_TEST_KILLS sets how many kills; the default keeps the suite quick."""
+    config = tmp_path / "config.json"
+    config.write_text(SMALL.model_copy(update={"epochs": 4, "validation_per_task": 2}).model_dump_json())
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    begin = time.monotonic()
+    subprocess.run(command(tiny_backbone, config, whole), check=True, capture_output=True)
+    seconds = time.monotonic() - begin
+    rng = random.Random(int(os.environ.get("MTLORA_TEST_SEED", "0")))
+    for _ in range(int(os.environ.get("MTLORA_TEST_KILLS", "3"))):
+        process = subprocess.Popen(
+            command(tiny_backbone, config, broken), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(rng.uniform(0.5, 1.0) * seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(tiny_backbone, config, broken), check=True, capture_output=True)
+    expected = load_file(whole / "adapter" / "adapter.safetensors")
+    found = load_file(broken / "adapter" / "adapter.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    logged = [json.loads(line)["step"] for line in (broken / "log.jsonl").read_text().splitlines() if "loss" in line]
+    assert logged == sorted(logged)
+
+
+def test_a_run_folder_is_never_taken_for_another(tiny_backbone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    Trainer(SMALL, tiny_backbone, out)
+    with pytest.raises(RunError, match="holds a run already"):
+        Trainer(SMALL, tiny_backbone, out)
+    with pytest.raises(RunError, match=r"learning_rate: was 0\.002, now 0\.5"):
+        Trainer(SMALL.model_copy(update={"learning_rate": 0.5}), tiny_backbone, out, resume=True)
+
+
+def test_gradients_that_are_no_numbers_stop_before_they_spoil_anything(tiny_backbone: Path, tmp_path: Path) -> None:
+    trainer = Trainer(SMALL, tiny_backbone, tmp_path / "run")
+    before = {name: value.clone() for name, value in trainer.adapted.adapters.state_dict().items()}
+    next(trainer.adapted.adapters.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(TrainingError, match="step 1: the gradients' norm is nan"):
+        trainer.fit()
+    assert all(torch.equal(before[name], value) for name, value in trainer.adapted.adapters.state_dict().items())
+
+
+def test_a_good_checkpoint_outlives_a_run_that_fails(tiny_backbone: Path, tmp_path: Path) -> None:
+    """The state that was saved, and what was there in the checkpoint's place, stay as they were."""
+    trainer = Trainer(SMALL, tiny_backbone, tmp_path / "run")
+    good = Trainer(SMALL.model_copy(update={"max_steps": 2}), tiny_backbone, tmp_path / "good")
+    good.fit()
+    (tmp_path / "good" / "adapter").rename(trainer.folder.checkpoint)
+    files = {path: path.read_bytes() for path in trainer.folder.checkpoint.iterdir()}
+    for _ in range(2):
+        trainer.train_step()
+    trainer.save()
+    state = trainer.folder.state_file.read_bytes()
+    trainer.adapted.model.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(TrainingError, match="step 3: loss is nan"):
+        trainer.fit()
+    assert {path: path.read_bytes() for path in trainer.folder.checkpoint.iterdir()} == files
+    assert trainer.folder.state_file.read_bytes() == state
+    assert sorted(path.name for path in trainer.folder.path.iterdir()) == ["adapter", "state.pt", "training.json"]
+
+
+def test_a_damaged_state_is_named(tiny_backbone: Path, tmp_path: Path) -> None:
+    trainer = Trainer(SMALL, tiny_backbone, tmp_path / "run")
+    trainer.save()
+    whole = trainer.folder.state_file.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"hello"):
+        trainer.folder.state_file.write_bytes(content)
+        with pytest.raises(RunError, match=r"state\.pt: not a saved state"):
+            Trainer(SMALL, tiny_backbone, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("files", "flags", "message"),
+    [
+        ({"a": [("x", "y" * 300)]}, [], "a.json: example 0: target has 300 characters; at most 256 are allowed"),
+        ({"a": [("x", "y"), ("z " * 99, "y")]}, ["max_length=40"],
+         "a.json: example 1: task a: example of .* tokens, expected at most 40"),
+        ({"a": [("x", "y")], "A": [("x", "y")]}, [], "a.json: task id 'a' is taken by A.json"),
+        ({"a": []}, [], 'a.json: "examples" is empty'),
+        ({"a": [("x", "y")], "b": [("v", None)]}, [], 'b.json: example 0: no "target"'),
+        ({"a": [("x", "y")], "b": [("z " * 99, "y")]}, ["max_length=40", "longer_examples=skip"],
+         r"task b has no training example \(all 1 are longer than max_length 40\)"),
+        ({"a": [("x", "y")]}, ['tasks=["a","a"]'], "each task is named once; a more than once"),
+        ({"a": [("x", "y")]}, ["tasks=[]"], "at least one task"),
+    ],
+    ids=["long target", "long example", "duplicate id", "empty task", "missing field", "all too long", "twice", "none"],
+)  # fmt: skip
+def test_bad_task_files_are_named_before_a_run_leaves_a_trace(
+    tiny_backbone: Path, tmp_path: Path, capsys, files: dict, flags: list[str], message: str
+) -> None:
+    suite, out = tmp_path / "suite", tmp_path / "run"
+    suite.mkdir()
+    for name, pairs in files.items():
+        entries = [{"input": text} | ({"target": target} if target else {}) for text, target in pairs]
+        (suite / f"{name}.json").write_text(json.dumps({"examples": entries}))
+    sets = [word for flag in ("examples_per_task=null", "validation_per_task=0", *flags) for word in ("--set", flag)]
+    status = main(["train", "--backbone", str(tiny_backbone), "--out", str(out), "--suite", str(suite), *sets])
+    error = capsys.readouterr().err
+    assert status == 2
+    assert re.search(message, error), error
+    assert not out.exists()
+
+
+def test_a_loss_that_is_no_number_stops_before_it_spoils_anything(tiny_backbone: Path, tmp_path: Path) -> None:
+    trainer = Trainer(SMALL, tiny_backbone, tmp_path / "run")
+    before = {name: value.clone() for name, value in trainer.adapted.adapters.state_dict().items()}
+    trainer.adapted.model.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(TrainingError, match="step 1: loss is nan"):
+        trainer.fit()
+    assert all(torch.equal(before[name], value) for name, value in trainer.adapted.adapters.state_dict().items())
+    assert not trainer.folder.checkpoint.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--suite", "/nowhere"], "/nowhere"),
+        (["--set", 'tasks=["no_such_task"]'], "no task no_such_task"),
+        (["--set", "adapter.num_groups=5"], "num_groups 5 does not divide"),
+        (["--set", "adapter.r=0"], "adapter.r"),
+        (["--learning-rate", "fast"], "learning_rate"),
+        (["--set", "colour=red"], "colour"),
+        (["--config", "/nowhere.json"], "/nowhere.json"),
+        (["--suite", "builtin", "--set", "suite.x=1"], "suite is 'builtin', which has no x"),
+        (["--profile", "0"], "one of --out DIR and --profile STEPS"),
+    ],
+)
+def test_bad_settings_are_named(tiny_backbone: Path, tmp_path: Path, capsys, flags: list[str], message: str) -> None:
+    status = main(["train", "--backbone", str(tiny_backbone), "--out", str(tmp_path / "run"), *flags])
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+MIX = (
+    SuitePart(suite="builtin", examples_per_task={"navigate": 6, "object_counting": 6}),
+    SuitePart(
+        suite="bbh-generated", examples_per_task={"navigate": 5, "dyck_languages": 7}, train_only=True,
+        joins=("boolean_expressions", "hyperbaton", "navigate", "object_counting", "temporal_sequences",
+               "web_of_lies", "word_sorting"),
+    ),
+)  # fmt: skip
+
+
+def test_a_mix_starts_from_a_checkpoint_by_task_id(tiny_backbone: Path, tmp_path: Path) -> None:
+    first = Trainer(SMALL.model_copy(update={"max_steps": 4}), tiny_backbone, tmp_path / "first")
+    first.fit()
+    config = SMALL.model_copy(
+        update={
+            "init_from": str(first.folder.checkpoint), "suite": MIX, "examples_per_task": None,
+            "tasks": ("navigate", "object_counting", "dyck_languages"), "validation_per_task": 1,
+            "batch_size": 8, "batch_tokens": 300,
+        }
+    )  # fmt: skip
+    second = Trainer(config, tiny_backbone, tmp_path / "second")
+    found, made = second.adapted.adapters.state_dict(), read_checkpoint(first.folder.checkpoint).tensors
+    name = "layers.1.mlp"
+    assert torch.equal(found[f"{name}.lora_B"], made[f"{name}.lora_B"].float())
+    assert made[f"{name}.task_bias"].count_nonzero()
+    # object_counting is row 1 in both; the other two are new.
+    assert torch.equal(found[f"{name}.task_bias"][1], made[f"{name}.task_bias"][1].float())
+    assert not found[f"{name}.task_bias"][[0, 2]].count_nonzero()
+    manifest = second.fit()
+    assert manifest.training["tokens_by_task"].keys() == {"navigate", "object_counting", "dyck_languages"}
+    assert manifest.training["examples"] == 24
+    assert manifest.task("navigate").answer_marker == "=>"
+    assert manifest.task("navigate").template.startswith("Do these moves")
+    # Built-in and folder alone are validated: dyck_languages has no other part here.
+    assert set(manifest.evaluation["adapter"]["tasks"]) == {"navigate", "object_counting"}
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tiny_backbone: Path, tmp_path: Path) -> None:
+    first = Trainer(SMALL.model_copy(update={"max_steps": 1}), tiny_backbone, tmp_path / "first")
+    first.fit()
+    other = SMALL.model_copy(
+        update={"init_from": str(first.folder.checkpoint), "adapter": MtLoRAConfig(r=8, num_experts=3, num_groups=2)}
+    )
+    with pytest.raises(TrainingError, match=r"expected the same adapter config; r: 4 there, 8 here"):
+        Trainer(other, tiny_backbone, tmp_path / "second")
+
+
+def test_longer_examples_are_counted_or_refused(tiny_backbone: Path, tmp_path: Path) -> None:
+    short = SMALL.model_copy(update={"max_length": 40, "validation_per_task": 0, "max_steps": 1})
+    with pytest.raises(SuiteError, match="expected at most 40"):
+        Trainer(short, tiny_backbone, tmp_path / "error")
+    trainer = Trainer(short.model_copy(update={"longer_examples": "skip"}), tiny_backbone, tmp_path / "skip")
+    assert 0 < sum(trainer.skipped.values()) == 120 - len(trainer.train_set)
+    assert max(map(len, trainer.train_set)) <= 40
