@@ -125,11 +125,15 @@ scaling: $(STAMP) ## accuracy of the methods against the number of tasks
 	$(BIN)/mtlora sweep configs/methods/lora-qv.json configs/methods/hydralora-qv.json configs/methods/full.json \
 	  --task-counts 5 10 15 20 25 --backbone $(BACKBONE) --out out/scaling $(SWEEP)
 
-lock: $(STAMP) ## resolve requirements/*.in into the lock files
-	$(BIN)/uv pip compile -q --universal --python-version 3.11 --excludes requirements/exclude.txt \
-	  --generate-hashes --custom-compile-command "make lock" requirements/cpu.in -o requirements/cpu.lock
-	$(BIN)/uv pip compile -q --universal --python-version 3.11 --excludes requirements/exclude-gpu.txt \
-	  --generate-hashes --custom-compile-command "make lock" requirements/gpu.in -o requirements/gpu.lock
+# What the images keep: the same versions, without the extras that only training, load tests and development need.
+COMPILE = $(BIN)/uv pip compile -q --universal --python-version 3.11 --custom-compile-command "make lock" pyproject.toml
+lock: $(STAMP) ## compile pyproject.toml and requirements/*.in into the lock files
+	for device in cpu gpu; do \
+	  $(COMPILE) requirements/$$device.in --all-extras --excludes requirements/exclude-$$device.txt --generate-hashes \
+	    -o requirements/$$device.lock && \
+	  $(COMPILE) requirements/$$device.in --extra server --excludes requirements/exclude-$$device.txt --no-annotate \
+	    --constraint requirements/$$device.lock -o requirements/$$device-server.txt || exit 1; \
+	done
 
 clean: ## remove what was built
 	rm -rf $(VENV) build *.egg-info out .mypy_cache .ruff_cache .pytest_cache .hypothesis
