@@ -101,6 +101,9 @@ proto: $(STAMP) ## generate proto/gen from proto/mtlora and proto/openinference
 	$(BIN)/python -m grpc_tools.protoc -Iopeninference_pb=proto/openinference --python_out=proto/gen \
 	  --pyi_out=proto/gen --grpc_python_out=proto/gen openinference_pb/grpc_predict_v2.proto
 
+docs: $(STAMP) ## generate docs/reference from settings, metrics and the contract
+	$(BIN)/python docs/generate.py
+
 train: $(STAMP) ## make the shipped adapter again (three hours on two cores); BIG-Bench Hard's folder must be at data/bbh
 	$(BIN)/mtlora train --config configs/joint-1-start.json --out out/joint --resume
 	$(BIN)/mtlora train --config configs/joint-2-finish.json --out out/finish --resume
