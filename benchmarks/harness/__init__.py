@@ -1,0 +1,1 @@
+"""What benchmarks and fault scenarios share: worker processes, asking a server, random adapters, waiting."""

@@ -1,0 +1,56 @@
+"""Workers: what they answer, how they fail, and that nothing of them is left."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from benchmarks.harness.worker import WorkerFailedError, WorkerProcess
+
+MODULE = "tests.benchmarks.parent_worker"
+
+
+def wait_gone(pid: int) -> None:
+    until = time.monotonic() + 10
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until, f"process {pid} still runs"
+        time.sleep(0.02)
+
+
+def test_replies_hold_nothing_that_a_worker_prints() -> None:
+    with WorkerProcess(MODULE, {"size": 3}) as worker:
+        reply = worker.ask({"number": 1})
+        assert reply["asked"] == {"number": 1}
+        assert reply["settings"] == {"size": 3}
+        assert worker.ask({"number": 2})["asked"] == {"number": 2}
+    wait_gone(reply["child"])
+
+
+def test_a_failed_worker_shows_the_end_of_its_log_and_takes_its_children_along() -> None:
+    with WorkerProcess(MODULE, {}) as worker:
+        child = worker.ask({})["child"]
+        with pytest.raises(WorkerFailedError, match=r"(?s)ValueError: no such case.*ended with status 1"):
+            worker.ask({"fail": "no such case"})
+        wait_gone(child)
+
+
+def test_a_module_that_does_not_exist_fails_the_start() -> None:
+    with pytest.raises(WorkerFailedError, match=r"No module named tests\.benchmarks\.nothing"):
+        WorkerProcess("tests.benchmarks.nothing", {}).__enter__()
+
+
+@pytest.mark.parametrize("end", [psutil.Process.kill, psutil.Process.terminate], ids=["SIGKILL", "SIGTERM"])
+def test_a_worker_and_its_children_end_with_the_process_that_started_it(end: Callable[[psutil.Process], None]) -> None:
+    command = [sys.executable, "-m", MODULE]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout is not None
+        child = int(starter.stdout.readline())
+        started = psutil.Process(starter.pid).children(recursive=True)
+        assert child in {process.pid for process in started}
+        assert len(started) == 3  # the guard, the worker and its child
+        end(psutil.Process(starter.pid))
+    for process in started:
+        wait_gone(process.pid)
