@@ -1,0 +1,18 @@
+"""The environment of a process that runs an engine in itself, as a server on this machine would run it."""
+
+import os
+
+from mtlora.vllm_plugin import memory_environment
+
+
+def engine_environment(kv_cache_gib: float = 1.0) -> dict[str, str]:
+    """No process besides, every core, no network, and so much KV cache."""
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": f"{kv_cache_gib:g}",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+        **memory_environment(),
+    }
