@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
+from benchmarks.harness.asking import closed_loop
+from benchmarks.harness.percentile import p99
 from mtlora.checkpoint.format import read_checkpoint, write_checkpoint
-from mtlora.client import AsyncClient
+from mtlora.client import AsyncClient, Client, MetricsPage
 from server.cli.process import ServerProcess
 
 IN_FLIGHT = 16
-PARAMETERS = {"max_new_tokens": 32, "stop": [], "timeout": 300}
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,12 @@ def main() -> int:
             backbone=args.backbone, adapters=folder, adapter_slots=args.slots, max_num_seqs=IN_FLIGHT, kv_cache_gib=0.5,
             log_level="warning",
         ) as server:  # fmt: skip
-            asyncio.run(ask(server.address, range(args.slots), args.slots * 2))
-            few = [asyncio.run(ask(server.address, range(args.slots), args.requests))]
-            many = asyncio.run(ask(server.address, range(args.adapters), args.requests))
-            few.append(asyncio.run(ask(server.address, range(args.slots), args.requests)))
+            with server.client() as client:
+                tasks = tasks_by_adapter(client)
+            asyncio.run(ask(server.address, tasks[: args.slots], args.slots * 2))
+            few = [asyncio.run(ask(server.address, tasks[: args.slots], args.requests))]
+            many = asyncio.run(ask(server.address, tasks, args.requests))
+            few.append(asyncio.run(ask(server.address, tasks[: args.slots], args.requests)))
             cold = cold_waits(server.metrics)
     base = statistics.mean(each.requests_per_s for each in few)
     ratio = many.requests_per_s / base
@@ -79,51 +80,33 @@ def write_variant(source: Path, folder: Path, number: int) -> None:
     )  # fmt: skip
 
 
-async def ask(address: str, adapters: Sequence[int], number: int) -> Result:
-    """Ask `number` questions, `IN_FLIGHT` at a time, of adapters drawn by a Zipf law."""
-    rng = random.Random(len(adapters))
-    weights = [1 / (rank + 1) for rank in range(len(adapters))]
-    waiting = rng.choices(adapters, weights, k=number)
-    ttft: list[float] = []
+async def ask(address: str, tasks: Sequence[str], number: int) -> Result:
+    """Ask `number` questions, `IN_FLIGHT` at a time, of tasks drawn by a Zipf law."""
+    rng = random.Random(len(tasks))
+    weights = [1 / (rank + 1) for rank in range(len(tasks))]
+    ttft_s: list[float] = []
     async with AsyncClient(address) as client:
-        tasks = await first_tasks(address)
 
-        async def work() -> None:
-            while waiting:
-                task = tasks[waiting.pop()]
-                text = " ".join(rng.choices(["one", "two", "three", "four"], k=60))
-                answer = await client.generate(task, text, **PARAMETERS)  # type: ignore[arg-type]
-                ttft.append(answer.summary.timings.time_to_first_token.ToTimedelta().total_seconds())
+        async def generate(task: str) -> None:
+            text = " ".join(rng.choices(["one", "two", "three", "four"], k=60))
+            answer = await client.generate(task, text, max_new_tokens=32, stop=[], timeout=300)
+            ttft_s.append(answer.summary.timings.time_to_first_token.ToTimedelta().total_seconds())
 
         began = time.monotonic()
-        await asyncio.gather(*(work() for _ in range(IN_FLIGHT)))
-        return Result(number / (time.monotonic() - began), ttft)
+        await closed_loop(rng.choices(tasks, weights, k=number), IN_FLIGHT, generate)
+        return Result(number / (time.monotonic() - began), ttft_s)
 
 
-async def first_tasks(address: str) -> dict[int, str]:
-    """One task of each adapter, by its number."""
-    from mtlora.client import Client
-
-    def find() -> dict[int, str]:
-        with Client(address) as client:
-            return {int(task.adapter_name.removeprefix("adapter")): task.id for task in client.tasks()}
-
-    return await asyncio.to_thread(find)
+def tasks_by_adapter(client: Client) -> list[str]:
+    """One task of each adapter, in the order of their names."""
+    return list({task.adapter_name: task.id for task in sorted(client.tasks(), key=lambda t: t.adapter_name)}.values())
 
 
 def cold_waits(metrics: str) -> str:
     """How many requests waited for their adapter, and how long on average."""
-    import urllib.request
-
-    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=5) as reply:
-        lines = reply.read().decode().splitlines()
-    values = dict(line.rsplit(" ", 1) for line in lines if line.startswith("mtlora_adapter_cold_seconds_"))
-    count, total = (float(values[f"mtlora_adapter_cold_seconds_{name}"]) for name in ("count", "sum"))
+    page = MetricsPage.fetch(metrics)
+    count, total = (page.value(f"mtlora_adapter_cold_seconds_{name}") for name in ("count", "sum"))
     return f"{count:.0f} requests waited for their adapter, {1e3 * total / max(count, 1):.0f} ms on average"
-
-
-def p99(values: Sequence[float]) -> float:
-    return float(np.percentile(values, 99))
 
 
 if __name__ == "__main__":

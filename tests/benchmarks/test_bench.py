@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.adapters import write_random_peft
-from benchmarks.engine import RATIOS, Case, EngineProcess, make_report
-from benchmarks.load import LOADS, REFERENCE, Load
+from benchmarks.harness.random_adapters import write_random_peft
+from benchmarks.harness.worker import WorkerProcess
 from benchmarks.peft_worker import MixedBatches
-from benchmarks.picture import draw
+from benchmarks.prompts import LOADS, REFERENCE, RandomPrompts
+from benchmarks.throughput import RATIOS, Case, make_report
+from benchmarks.throughput_picture import draw
 from tests.engine._models import VOCABULARY, make_model
 
 ROWS = {
@@ -50,12 +51,12 @@ def test_rows_that_did_not_run_are_left_out() -> None:
 
 
 def test_a_sample_is_never_more_than_the_load() -> None:
-    engine = object.__new__(EngineProcess)
+    worker = WorkerProcess("benchmarks.engine_worker", {})
     for load in LOADS.values():
-        part = Case("x", engine, [None], sample=64).part_of(load)
+        part = Case("x", worker, [None], sample=64).part_of(load)
         assert part.requests == min(64, load.requests)
-        assert part.prompts(100, 0) == load.prompts(100, 0)[: part.requests]
-        assert Case("x", engine, [None]).part_of(load) is load
+        assert part.draw(100, 0) == load.draw(100, 0)[: part.requests]
+        assert Case("x", worker, [None]).part_of(load) is load
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_mixed_peft_batches_give_each_row_its_own_adapter(peft_adapters: tuple[P
     backbone, adapters = peft_adapters
     model = MixedBatches(backbone, torch.float32)
     model.load(adapters)
-    prompts = Load("test", 7, (4, 12), 3).prompts(VOCABULARY, 0)
+    prompts = RandomPrompts("test", 7, (4, 12), 3).draw(VOCABULARY, 0)
     names = [f"peft-{i % 3}" for i in range(len(prompts))]
     together = model.generate(prompts, names, 6)
     assert together == [model.generate([p], [n], 6)[0] for p, n in zip(prompts, names, strict=True)]
@@ -99,5 +100,6 @@ def test_the_peft_worker_runs_a_load(peft_adapters: tuple[Path, dict[str, str]])
     backbone, adapters = peft_adapters
     slots = [(name, i, path) for i, (name, path) in enumerate(adapters.items(), start=1)]
     settings = {"model": str(backbone), "dtype": "float32", "batch": 4}
-    with EngineProcess("benchmarks.peft_worker", settings) as engine:
-        assert engine.seconds(Load("test", 6, (4, 12), 3), slots, VOCABULARY, seed=0) > 0
+    with WorkerProcess("benchmarks.peft_worker", settings) as worker:
+        case = Case("peft", worker, slots)
+        assert case.seconds(RandomPrompts("test", 6, (4, 12), 3), VOCABULARY, seed=0) > 0

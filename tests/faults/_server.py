@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.harness.processes import process_tree
 from mtlora.checkpoint.format import read_checkpoint, write_checkpoint
 from server.cli.process import ServerProcess
 from server.registry.version import version_key
@@ -74,14 +75,9 @@ class Target:
             if folder.name.isdigit() and int(folder.name) < version:
                 shutil.rmtree(folder)
 
-    def processes(self) -> list[psutil.Process]:
-        """The server's processes."""
-        root = psutil.Process(self.server.process.pid)
-        return [root, *root.children(recursive=True)]
-
     def engine_processes(self) -> list[psutil.Process]:
         """The engine's, by name: its core and its workers."""
-        return [process for process in self.processes() if process.name().startswith("VLLM::")]
+        return [process for process in process_tree(self.server.process.pid) if process.name().startswith("VLLM::")]
 
     def close(self) -> None:
         atexit.unregister(self.close)

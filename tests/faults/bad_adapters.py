@@ -7,7 +7,7 @@ import time
 from mtlora_pb.v1 import adapters_pb2
 
 from tests.faults._bad_files import KINDS
-from tests.faults._load import Load, failures
+from tests.faults._load import BackgroundLoad, failures
 from tests.faults._server import shared
 from tests.faults._swapping import FAILED, SERVING, Watcher, references, swap
 from tests.faults.scenario import Options, Row
@@ -28,7 +28,7 @@ def run(options: Options) -> Row:
     with target.server.client() as client, Watcher(client) as watcher:
         asked, expected = references(target, client, watcher, 16, options.seed)
         engine = {process.pid for process in target.engine_processes()}
-        with Load(target.address, asked, seed=options.seed) as load:
+        with BackgroundLoad(target.address, asked, seed=options.seed) as load:
             for kind, write in rng.sample([*KINDS.items()] * times, len(KINDS) * times):
                 version, content = target.next_version()
                 folder = target.root / target.name / version

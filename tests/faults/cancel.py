@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 from mtlora_pb.v1 import inference_pb2_grpc
 
+from benchmarks.harness.asking import closed_loop
 from mtlora.client import AsyncClient, Client, make_request
 from server.cli.process import ServerProcess
 from tests.faults._secured import what_is_left
@@ -54,10 +55,11 @@ async def _cancel(address: str, tasks: list[str], streams: int, seed: int) -> Co
     """How the streams ended."""
     rng = random.Random(seed)
     ends: Counter[str] = Counter()
-    numbers = iter(range(streams))
 
-    async def worker(stub: Any) -> None:
-        for number in numbers:
+    async with AsyncClient(address) as client:
+        stub: Any = inference_pb2_grpc.InferenceStub(client._channel)
+
+        async def cancel(number: int) -> None:
             request = make_request(rng.choice(tasks), f"{number} " * rng.randint(1, 60), seed=number, **_LONG)
             call = stub.GenerateStream(request, timeout=120)
             # At once; while it waits, is read or is decoded; after some messages.
@@ -75,7 +77,5 @@ async def _cancel(address: str, tasks: list[str], streams: int, seed: int) -> Co
             call.cancel()
             ends[(await call.code()).name] += 1
 
-    async with AsyncClient(address) as client:
-        stub = inference_pb2_grpc.InferenceStub(client._channel)
-        await asyncio.gather(*(worker(stub) for _ in range(_IN_FLIGHT)))
+        await closed_loop(range(streams), _IN_FLIGHT, cancel)
     return ends

@@ -13,11 +13,12 @@ from google.protobuf.message import Message
 from mtlora_pb.v1 import inference_pb2 as native
 from openinference_pb import grpc_predict_v2_pb2 as oip
 
-from benchmarks.server_start import resident_bytes
-from mtlora.client import Access, Client
+from benchmarks.harness.asking import closed_loop
+from benchmarks.harness.processes import resident_bytes
+from mtlora.client import Access, Client, MetricsPage
 from server.cli.process import ServerProcess
 from tests.faults._load import ask_every_length
-from tests.faults._secured import metrics, what_is_left
+from tests.faults._secured import what_is_left
 from tests.faults._tenants import tenant, write_tenants
 from tests.faults.scenario import Options, Row
 
@@ -59,10 +60,8 @@ def run(options: Options) -> Row:
         statuses = asyncio.run(_send(server.address, fuzzer, count))
         left = what_is_left(server)
         growth = resident_bytes(server.process.pid) / before - 1
-        internal = sum(
-            value for name, value in metrics(server).items()
-            if name.startswith("mtlora_requests_total") and ('"INTERNAL"' in name or '"UNKNOWN"' in name)
-        )  # fmt: skip
+        page = MetricsPage.fetch(server.metrics)
+        internal = sum(page.value("mtlora_requests_total", status=status) for status in ("INTERNAL", "UNKNOWN"))
         alive = server.process.poll() is None
     improper = {name: n for name, n in statuses.items() if name not in _PROPER}
     shown = ", ".join(f"{name} {n}" for name, n in statuses.most_common())
@@ -194,17 +193,16 @@ class Fuzzer:
 async def _send(address: str, fuzzer: Fuzzer, count: int) -> Counter[str]:
     """Status -> how many replies had it."""
     statuses: Counter[str] = Counter()
-    numbers = iter(range(count))
 
-    async def worker(channel: Any) -> None:
-        for number in numbers:
+    async with grpc.aio.insecure_channel(address) as channel:
+
+        async def send(number: int) -> None:
             if number % 100 == 0:
                 await asyncio.to_thread(_break_in, address, fuzzer.garbage())
             method, metadata, data = fuzzer.request()
             statuses[await _status(channel, method, metadata, data)] += 1
 
-    async with grpc.aio.insecure_channel(address) as channel:
-        await asyncio.gather(*(worker(channel) for _ in range(_IN_FLIGHT)))
+        await closed_loop(range(count), _IN_FLIGHT, send)
     return statuses
 
 

@@ -10,7 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.faults._load import Load, ask_every_length, failures
+from benchmarks.harness.processes import resident_bytes
+from tests.faults._load import BackgroundLoad, ask_every_length, failures
 from tests.faults._server import Target, shared
 from tests.faults._swapping import Watcher, references, swap
 from tests.faults.scenario import Options, Row
@@ -34,11 +35,11 @@ def soak(options: Options, seconds: float, swap_every_s: float) -> Row:
     with target.server.client() as client, Watcher(client) as watcher:
         asked, expected = references(target, client, watcher, 24, options.seed)
         ask_every_length(client)
-        with Load(target.address, asked, seed=options.seed) as full:
+        with BackgroundLoad(target.address, asked, seed=options.seed) as full:
             time.sleep(8.0)
         span = full.asked[-1].ended - full.asked[0].began
         rate = SHARE * len(full.asked) / span
-        with Load(target.address, asked, seed=options.seed + 1, rate=rate) as load:
+        with BackgroundLoad(target.address, asked, seed=options.seed + 1, rate=rate) as load:
             _swapping(target, watcher, min(seconds / 4, 120.0), swap_every_s)
             before = _resident(target)
             swaps = _swapping(target, watcher, seconds, swap_every_s)
@@ -69,7 +70,7 @@ def _resident(target: Target) -> float:
     """Resident bytes of the server's processes, the median of some seconds."""
     samples = []
     for _ in range(_SAMPLES):
-        samples.append(sum(process.memory_info().rss for process in target.processes()))
+        samples.append(resident_bytes(target.server.process.pid))
         time.sleep(0.5)
     return statistics.median(samples)
 

@@ -3,7 +3,7 @@
 import itertools
 import time
 
-from tests.faults._load import Load, failures, p99_gap_s
+from tests.faults._load import BackgroundLoad, failures, p99_gap_s
 from tests.faults._server import shared
 from tests.faults._swapping import Watcher, references, swap
 from tests.faults.scenario import Options, Row
@@ -19,7 +19,7 @@ def run(options: Options) -> Row:
     steady_s = 60.0 if options.full else 15.0
     with target.server.client() as client, Watcher(client) as watcher:
         asked, expected = references(target, client, watcher, 24, options.seed)
-        with Load(target.address, asked, seed=options.seed) as load:
+        with BackgroundLoad(target.address, asked, seed=options.seed) as load:
             time.sleep(3.0)
             marks = [time.monotonic()]
             time.sleep(steady_s)

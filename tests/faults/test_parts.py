@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.faults.flood import jain, p99
+from benchmarks.harness.percentile import p99
+from tests.faults.flood import jain
 from tests.faults.fuzz import Fuzzer
 
 

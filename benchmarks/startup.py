@@ -3,15 +3,13 @@
 import argparse
 import asyncio
 import json
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
-from benchmarks.adapters import write_random_adapter
+from benchmarks.harness.processes import peak_bytes, resident_bytes
+from benchmarks.harness.random_adapters import random_tasks, write_random_adapter
 from mtlora.backbone import identify, resolve
 from mtlora.suite import load_suite
 from mtlora.suite.base import Example
@@ -91,29 +89,9 @@ def measure_tasks(backbone: str, folder: Path, num_tasks: int) -> Cost:
     """`measure` with one random adapter of so many tasks, asked in turn with short answers."""
     adapters = folder / str(num_tasks)
     identity = identify(resolve(backbone))
-    write_random_adapter(adapters / "random" / "1", identity, num_tasks=num_tasks, seed=0, max_new_tokens=_NEW_TOKENS)
+    write_random_adapter(adapters / "random" / "1", identity, random_tasks(num_tasks, max_new_tokens=_NEW_TOKENS))
     examples = [Example(f"task-{i % num_tasks}", f"Question {i}:", "none") for i in range(_REQUESTS)]
     return measure(backbone, adapters, examples)
-
-
-def resident_bytes(pid: int) -> int:
-    """Resident memory of a process and all its descendants; what they share counts in each: an upper bound."""
-    return sum(process.memory_info().rss for process in _tree(pid))
-
-
-def peak_bytes(pid: int) -> int:
-    """Sum of the most that a process and each of its descendants has had resident: an upper bound of their peak."""
-    total = 0
-    for process in _tree(pid):
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
-        # A process that has ended and is not yet waited for has no memory.
-        total += int(found[1]) * 1024 if found else 0
-    return total
-
-
-def _tree(pid: int) -> list[psutil.Process]:
-    root = psutil.Process(pid)
-    return [root, *root.children(recursive=True)]
 
 
 if __name__ == "__main__":

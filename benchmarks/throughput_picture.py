@@ -9,7 +9,7 @@ _COLOURS = {"backbone": _BACKBONE, "vllm-backbone": _FIELD, "vllm-multi-lora": _
 
 
 def draw(report: Mapping[str, Any], out: Path) -> None:
-    """Draw what `benchmarks.engine.make_report` made. The format follows `out`'s suffix.
+    """Draw what `benchmarks.throughput.make_report` made. The format follows `out`'s suffix.
 
     A goal is a ratio to another row: its mark stands where this row's bar would have to end beside that row's median.
     """
