@@ -73,6 +73,9 @@ bench-merge: $(STAMP) ## a task added by merge against joint training, and the o
 bench-slots: $(STAMP) ## more adapters than slots, through a server
 	$(BIN)/python -m benchmarks.slots --backbone $(BACKBONE)
 
+bench-front: $(STAMP) ## the server's own processor time a request beside `vllm serve` with the same plugin
+	$(BIN)/python -m benchmarks.front --backbone $(BACKBONE) $(FRONT)
+
 loadtest: $(STAMP) ## a server's knee, a closed loop there, the engine without a server; report in out/loadtest
 	$(BIN)/mtlora-loadtest all --backbone $(BACKBONE) --adapters $(ADAPTERS) $(LOADTEST)
 

@@ -27,7 +27,7 @@ from mtlora.checkpoint.format import TaskEntry, read_manifest
 from mtlora.cli.output import print_table
 from mtlora.client import AsyncClient
 from mtlora.suite import load_suite
-from mtlora.suite.base import Example
+from mtlora.suite.base import Example, Suite
 from mtlora.vllm_cpu.precision import engine_dtype
 from server.cli.process import ServerProcess
 from server.registry.version import version_key
@@ -81,8 +81,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=18.0, help="of each turn; default: %(default)s")
     args = parser.parse_args()
     folder = resolve(args.backbone)
-    adapter = args.adapter or max(Path("adapters/builtin").iterdir(), key=lambda path: version_key(path.name))
-    tasks = {task.id: task for task in read_manifest(adapter).tasks}
+    adapter = args.adapter or max(Path("adapters/builtin").glob("*/"), key=lambda path: version_key(path.name))
+    suite = load_suite("builtin")
+    manifest = read_manifest(adapter)
+    tasks = {task.id: manifest.task(task.id) for task in suite.tasks}
     engine: dict[str, Any] = {
         "dtype": engine_dtype("auto", folder), "max_num_seqs": MAX_NUM_SEQS, "max_model_len": MAX_MODEL_LEN,
         "enforce_eager": True,
@@ -98,17 +100,14 @@ def main() -> int:
         ours = Side("mtlora-server", server.process.pid, server.process.pid, lambda: _grpc(server.address))
         theirs = Side("vllm serve", vllm.pid, vllm.front_pid, lambda: _http(vllm.url, tasks))
         # The first round warms both up.
-        rounds = [run_round(ours, theirs, list(tasks), args.seconds, number) for number in range(args.rounds + 1)][1:]
+        rounds = [run_round(ours, theirs, suite, args.seconds, number) for number in range(args.rounds + 1)][1:]
     report({ours.name: [each[0] for each in rounds], theirs.name: [each[1] for each in rounds]})
     return 0
 
 
-def run_round(ours: Side, theirs: Side, task_ids: Sequence[str], seconds: float, number: int) -> tuple[Turn, Turn]:
+def run_round(ours: Side, theirs: Side, suite: Suite, seconds: float, number: int) -> tuple[Turn, Turn]:
     """A turn of each with the same requests; who goes first changes from round to round."""
-    suite = load_suite("builtin")
-    examples = [
-        example for task_id in task_ids for example in suite.examples(task_id, "test", _EXAMPLES_PER_TASK, number)
-    ]
+    examples = [each for task in suite.tasks for each in suite.examples(task.id, "test", _EXAMPLES_PER_TASK, number)]
     random.Random(number).shuffle(examples)
     turns = {}
     for side, other in ((ours, theirs), (theirs, ours))[:: 1 if number % 2 else -1]:

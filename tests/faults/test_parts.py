@@ -2,7 +2,6 @@
 
 import pytest
 
-from benchmarks.harness.percentile import p99
 from tests.faults.flood import jain
 from tests.faults.fuzz import Fuzzer
 
@@ -10,11 +9,6 @@ from tests.faults.fuzz import Fuzzer
 def test_jains_index() -> None:
     assert jain([3.0, 3.0, 3.0]) == pytest.approx(1)
     assert jain([5.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
-
-
-def test_p99() -> None:
-    assert p99([float(i) for i in range(200, 0, -1)]) == 199
-    assert p99([7.0]) == 7
 
 
 def test_a_seed_says_which_requests_and_they_are_of_every_kind() -> None:

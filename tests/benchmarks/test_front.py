@@ -1,0 +1,49 @@
+"""`make bench-front`: what is taken of a turn, and the line that machines read."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from benchmarks.front import IN_FLIGHT, Ask, Side, Turn, report, run_turn
+from mtlora.suite.base import Example
+
+
+def test_turn_counts_the_middle_of_a_closed_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.front._WARM_UP_S", 0.1)
+    asked: list[str] = []
+    running = most = 0
+
+    @asynccontextmanager
+    async def connect() -> AsyncIterator[Ask]:
+        async def ask(example: Example) -> int:
+            nonlocal running, most
+            asked.append(example.input)
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0.02)
+            running -= 1
+            return 3
+
+        yield ask
+
+    examples = [Example("task", str(number), "") for number in range(5)]
+    turn = asyncio.run(run_turn(Side("this", os.getpid(), os.getpid(), connect), examples, 0.4))
+    assert most == IN_FLIGHT
+    assert running == 0
+    assert asked[:7] == ["0", "1", "2", "3", "4", "0", "1"]
+    assert turn.seconds == pytest.approx(0.4, rel=0.2)
+    assert 0 < turn.requests < len(asked)
+    assert turn.tokens == 3 * turn.requests
+    assert 0 <= turn.asker_s <= turn.seconds
+
+
+def test_last_line_holds_medians_of_the_ratios_of_rounds(capsys: pytest.CaptureFixture[str]) -> None:
+    ours = [Turn(10, 100, 500, 0.4, 1), Turn(10, 50, 250, 0.4, 1), Turn(10, 80, 400, 0.4, 1)]
+    theirs = [Turn(10, 80, 400, 0.4, 1), Turn(10, 50, 250, 0.5, 1), Turn(10, 80, 400, 0.2, 1)]
+    report({"mtlora-server": ours, "vllm serve": theirs})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "bench-front: cost/vllm-serve 0.80, throughput/vllm-serve 1.00"
+    assert any("mtlora-server" in line and "8.00" in line and "5.00" in line for line in lines)
