@@ -23,13 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.ops import expert_loop
+from benchmarks.ops import TrainingSizes, expert_loop, training_variants
 from mtlora.ops import tuning
 from mtlora.ops.plan import DevicePlan
 from mtlora.ops.reference import ReferenceAdapter, routed_lora_batch_reference
 from mtlora.ops.routed_lora import pack_block
 from mtlora.ops.table import AdapterRows, SlotTable
-from mtlora.ops.training import routed_lora
 
 Run = Callable[[], object]
 
@@ -52,6 +51,11 @@ class Sizes:
     def weights(self) -> int:
         """Numbers in one adapter's block."""
         return self.D * (self.r + self.G * self.N + self.N * self.r)
+
+    @property
+    def training(self) -> TrainingSizes:
+        """Sizes of the training step."""
+        return TrainingSizes(self.training_tokens, self.D, self.r, self.N, self.G)
 
 
 TINY = Sizes(D=64, intermediate=96, r=4, N=4, G=2, layers=2, tokens=(1, 9), adapters=(1, 3), training_tokens=16)
@@ -187,25 +191,6 @@ def authors_loop(case: Case) -> Run:
     return run
 
 
-def training_runs(sizes: Sizes, device: torch.device) -> tuple[Run, Run]:
-    """Forward and backward of one layer, float32: the operator, and the loop over experts."""
-    T, D, r, N, G = sizes.training_tokens, sizes.D, sizes.r, sizes.N, sizes.G
-    x_TD = torch.randn(T, D, device=device, requires_grad=True)
-    shapes = ((r, D), (N, D, r), (G * N, D))
-    A, B_NDr, route = (torch.randn(*s, device=device).div_(10).requires_grad_() for s in shapes)
-    inputs = [x_TD, A, B_NDr, route]
-    grad_TD = torch.randn(T, D, device=device)
-
-    def ours() -> None:
-        out, _ = routed_lora(x_TD, A, B_NDr, route, None, num_groups=G, scaling=4.0)
-        torch.autograd.grad(out, inputs, grad_TD)
-
-    def loop() -> None:
-        torch.autograd.grad(expert_loop(x_TD, A, B_NDr, route, G, 4.0), inputs, grad_TD)
-
-    return ours, loop
-
-
 def tune(sizes: Sizes, device: torch.device) -> Path:
     """Time many launches for every shape and keep the best of each in the card's file."""
     entries = []
@@ -252,7 +237,7 @@ def measure(sizes: Sizes) -> dict[str, object]:
                 flush=True,
             )
     training = {}
-    for label, run in zip(("operator", "loop over experts"), training_runs(sizes, device), strict=True):
+    for label, run in training_variants(sizes.training, device.type).items():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         seconds = event_seconds(run)
@@ -280,7 +265,7 @@ def smoke() -> None:
         if error > 1e-2:
             raise SystemExit("smoke: the kernels do not compute the formula")
     decoder_products(TINY, 2, device)()
-    for run in training_runs(TINY, device):
+    for run in training_variants(TINY.training, device.type).values():
         run()
     print(f"smoke: all parts ran on {device}; nothing was timed")
 

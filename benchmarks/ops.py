@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +28,21 @@ from mtlora.ops.training import routed_lora
 # The default backbone and its adapters.
 LAYERS, D, R, N, G = 30, 576, 16, 8, 4
 SERVING = ((1, 1), (64, 1), (64, 25), (64, 64), (1024, 1), (1024, 25))
-TRAINING = {"tokens": 1024, "D": 576, "r": 16, "N": 16, "G": 2}
 
 Variant = Callable[[], None]
+
+
+class TrainingSizes(NamedTuple):
+    """One layer's sizes in training."""
+
+    T: int
+    D: int
+    r: int
+    N: int
+    G: int
+
+
+TRAINING = TrainingSizes(T=1024, D=576, r=16, N=16, G=2)
 
 
 def interleaved(variants: dict[str, Variant], rounds: int) -> dict[str, list[float]]:
@@ -86,20 +99,21 @@ def expert_loop(
     return out.view(T, -1) * scaling
 
 
-def training_variants() -> dict[str, Variant]:
+def training_variants(sizes: TrainingSizes = TRAINING, device: str = "cpu") -> dict[str, Variant]:
     """Forward and backward of one layer, in float32."""
-    T, d, r, n, g = TRAINING.values()
-    x_TD = torch.randn(T, d, requires_grad=True)
-    A, B_NDr, route = (torch.randn(*s).div_(10).requires_grad_() for s in ((r, d), (n, d, r), (g * n, d)))
+    T, D, r, N, G = sizes
+    x_TD = torch.randn(T, D, device=device, requires_grad=True)
+    shapes = ((r, D), (N, D, r), (G * N, D))
+    A, B_NDr, route = (torch.randn(*shape, device=device).div_(10).requires_grad_() for shape in shapes)
     inputs = [x_TD, A, B_NDr, route]
-    grad_TD = torch.randn(T, d)
+    grad_TD = torch.randn(T, D, device=device)
 
     def ours() -> None:
-        out, _ = routed_lora(x_TD, A, B_NDr, route, None, num_groups=g, scaling=2.0)
+        out, _ = routed_lora(x_TD, A, B_NDr, route, None, num_groups=G, scaling=2.0)
         torch.autograd.grad(out, inputs, grad_TD)
 
     def loop() -> None:
-        torch.autograd.grad(expert_loop(x_TD, A, B_NDr, route, g, 2.0), inputs, grad_TD)
+        torch.autograd.grad(expert_loop(x_TD, A, B_NDr, route, G, 2.0), inputs, grad_TD)
 
     return {"operator": ours, "loop over experts": loop}
 
