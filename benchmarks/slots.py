@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.harness.adapters import write_scaled_adapter
 from benchmarks.harness.asking import closed_loop
 from benchmarks.harness.percentile import p99
-from mtlora.checkpoint.format import read_checkpoint, write_checkpoint
+from mtlora.checkpoint.format import read_manifest
 from mtlora.client import AsyncClient, Client, MetricsPage
 from server.cli.process import ServerProcess
 
@@ -63,21 +64,12 @@ def main() -> int:
 
 
 def write_variant(source: Path, folder: Path, number: int) -> None:
-    """The adapter under another name, with other weights and one task of its own."""
-    checkpoint = read_checkpoint(source)
-    manifest = checkpoint.manifest
-    tensors = {
-        name: tensor * (1 - number / 1000) if name.endswith("lora_B") else tensor
-        for name, tensor in checkpoint.tensors.items()
-    }
-    tasks = tuple(
+    """The adapter under another name, with other weights and tasks of its own."""
+    tasks = [
         task.model_copy(update={"id": f"t{number:03}_{task.id}"[:64], "template": "{input}\nAnswer:"})
-        for task in manifest.tasks
-    )
-    write_checkpoint(
-        folder / f"adapter{number:03}" / "1", backbone=manifest.backbone, config=manifest.config, tasks=tasks,
-        tensors=tensors,
-    )  # fmt: skip
+        for task in read_manifest(source).tasks
+    ]
+    write_scaled_adapter(source, folder / f"adapter{number:03}" / "1", 1 - number / 1000, tasks)
 
 
 async def ask(address: str, tasks: Sequence[str], number: int) -> Result:

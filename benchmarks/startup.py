@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.harness.adapters import random_tasks, write_random_adapter
 from benchmarks.harness.processes import peak_bytes, resident_bytes
-from benchmarks.harness.random_adapters import random_tasks, write_random_adapter
 from mtlora.backbone import identify, resolve
 from mtlora.suite import load_suite
 from mtlora.suite.base import Example

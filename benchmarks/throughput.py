@@ -18,8 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.harness.adapters import link_adapter, random_tasks, write_random_adapter, write_random_peft
 from benchmarks.harness.environment import engine_environment, usable_cores
-from benchmarks.harness.random_adapters import link_adapter, random_tasks, write_random_adapter, write_random_peft
 from benchmarks.harness.worker import WorkerProcess
 from benchmarks.prompts import LOADS, REFERENCE, RandomPrompts
 from benchmarks.throughput_picture import draw

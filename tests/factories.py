@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import random_adapters
+from benchmarks.harness import adapters
 from mtlora.backbone import BackboneIdentity
 from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, AdapterManifest, TaskEntry, write_checkpoint
 from mtlora.config import MtLoRAConfig
@@ -34,7 +34,7 @@ def random_tensors(
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Every tensor that a checkpoint of this config holds."""
-    made = random_adapters.random_tensors(identity, config, task_table(num_tasks, biased=config.task_bias), seed=seed)
+    made = adapters.random_tensors(identity, config, task_table(num_tasks, biased=config.task_bias), seed=seed)
     return {name: tensor.to(dtype) for name, tensor in made.items()}
 
 

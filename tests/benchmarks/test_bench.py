@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.harness.random_adapters import write_random_peft
+from benchmarks.harness.adapters import write_random_peft
 from benchmarks.harness.worker import WorkerProcess
 from benchmarks.peft_worker import MixedBatches
 from benchmarks.prompts import LOADS, REFERENCE, RandomPrompts

@@ -11,10 +11,10 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.harness.adapters import CONFIG, link_adapter, random_tasks, random_tensors, write_random_adapter
 from benchmarks.harness.asking import closed_loop, open_loop
 from benchmarks.harness.percentile import p99
 from benchmarks.harness.processes import cpu_seconds, halted, peak_bytes, process_tree, resident_bytes
-from benchmarks.harness.random_adapters import CONFIG, link_adapter, random_tasks, random_tensors, write_random_adapter
 from benchmarks.harness.waiting import wait_until
 from mtlora.checkpoint.format import read_checkpoint
 from tests.factories import IDENTITY

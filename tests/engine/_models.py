@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.harness.random_adapters import random_tensors
+from benchmarks.harness.adapters import random_tensors
 from mtlora.adapter import AdapterSet
 from mtlora.backbone import BackboneIdentity, identify
 from mtlora.checkpoint.format import AdapterManifest, TaskEntry, read_checkpoint, write_checkpoint

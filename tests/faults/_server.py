@@ -9,8 +9,8 @@ from typing import Any
 
 import psutil
 
+from benchmarks.harness.adapters import write_scaled_adapter
 from benchmarks.harness.processes import process_tree
-from mtlora.checkpoint.format import read_checkpoint, write_checkpoint
 from server.cli.process import ServerProcess
 from server.registry.version import version_key
 from tests.faults.scenario import Options
@@ -40,7 +40,8 @@ class Target:
         self.name = source.parent.name
         self.contents = [self._home / "content" / "0", self._home / "content" / "1"]
         shutil.copytree(source, self.contents[0])
-        _write_other_content(source, self.contents[1])
+        # Other answers to most inputs.
+        write_scaled_adapter(source, self.contents[1], 0.5)
         self.version = 1
         shutil.copytree(self.contents[1], self.root / self.name / "1")
         self.server = ServerProcess(backbone=options.backbone, adapters=self.root, **SETTINGS)
@@ -109,11 +110,3 @@ def _highest_version(adapters: Path) -> Path:
         if versions:
             return max(versions, key=lambda path: version_key(path.name))
     raise ValueError(f"{adapters}: no adapter, NAME/VERSION/, in it")
-
-
-def _write_other_content(source: Path, folder: Path) -> None:
-    """The adapter with its experts at half strength: other answers to most inputs."""
-    checkpoint = read_checkpoint(source)
-    manifest = checkpoint.manifest
-    tensors = {name: tensor * 0.5 if name.endswith("lora_B") else tensor for name, tensor in checkpoint.tensors.items()}
-    write_checkpoint(folder, backbone=manifest.backbone, config=manifest.config, tasks=manifest.tasks, tensors=tensors)

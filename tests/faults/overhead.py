@@ -8,8 +8,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.harness.adapters import random_tasks, write_random_adapter
 from benchmarks.harness.processes import halted
-from benchmarks.harness.random_adapters import random_tasks, write_random_adapter
 from benchmarks.harness.worker import WorkerProcess
 from mtlora.backbone import identify, resolve
 from mtlora.client import Access, AsyncClient

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from benchmarks.harness.random_adapters import random_tensors
+from benchmarks.harness.adapters import random_tensors
 from mtlora.backbone import BackboneIdentity, identify, resolve
 from mtlora.checkpoint.format import TaskEntry, write_checkpoint
 from mtlora.config import MtLoRAConfig

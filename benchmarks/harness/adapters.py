@@ -1,4 +1,4 @@
-"""Random adapters: every path is full work, and no task is a shipped one."""
+"""Adapters to measure with: random ones, whose every path is full work, and changed copies of a real one."""
 
 import json
 import os
@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from mtlora.backbone import BackboneIdentity
-from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, AdapterManifest, TaskEntry, write_checkpoint
+from mtlora.checkpoint.format import (
+    MANIFEST_FILE,
+    TENSORS_FILE,
+    AdapterManifest,
+    TaskEntry,
+    read_checkpoint,
+    write_checkpoint,
+)
 from mtlora.config import MtLoRAConfig
 
 CONFIG = MtLoRAConfig(r=16, num_experts=8, num_groups=4)
@@ -60,6 +67,19 @@ def link_adapter(source: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     for name in (MANIFEST_FILE, TENSORS_FILE):
         os.link(source / name, folder / name)
+
+
+def write_scaled_adapter(source: Path, folder: Path, factor: float, tasks: Sequence[TaskEntry] | None = None) -> None:
+    """Write an adapter with what its experts add scaled, and with `tasks`, where given, in the place of its own."""
+    checkpoint = read_checkpoint(source)
+    manifest = checkpoint.manifest
+    write_checkpoint(
+        folder,
+        backbone=manifest.backbone,
+        config=manifest.config,
+        tasks=manifest.tasks if tasks is None else tuple(tasks),
+        tensors={n: t * factor if n.endswith("lora_B") else t for n, t in checkpoint.tensors.items()},
+    )
 
 
 def write_random_peft(folder: Path, config: Mapping[str, int], *, seed: int) -> None:
