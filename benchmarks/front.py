@@ -20,8 +20,9 @@ from typing import Any
 import aiohttp
 
 from benchmarks.harness.asking import closed_loop
+from benchmarks.harness.native_server import native_server
 from benchmarks.harness.processes import cpu_seconds, halted
-from benchmarks.harness.vllm_server import VllmServer
+from benchmarks.harness.vllm_server import vllm_server
 from mtlora.backbone import resolve
 from mtlora.checkpoint.format import TaskEntry, read_manifest
 from mtlora.cli.output import print_table
@@ -29,7 +30,6 @@ from mtlora.client import AsyncClient
 from mtlora.suite import load_suite
 from mtlora.suite.base import Example, Suite
 from mtlora.vllm_cpu.precision import engine_dtype
-from server.cli.process import ServerProcess
 from server.registry.version import version_key
 
 IN_FLIGHT = 16
@@ -44,11 +44,10 @@ Ask = Callable[[Example], Awaitable[int]]
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two servers. pid: the root of its processes. front_pid: the process that speaks to clients."""
+    """One of the two servers. pid: the process that speaks to clients, whose children are the engine's."""
 
     name: str
     pid: int
-    front_pid: int
     connect: Callable[[], AbstractAsyncContextManager[Ask]]
 
 
@@ -90,15 +89,14 @@ def main() -> int:
         "enforce_eager": True,
     }  # fmt: skip
     with (
-        ServerProcess(backbone=args.backbone, adapters=adapter.parent.parent, **engine) as server,
-        VllmServer(
-            folder,
-            dict.fromkeys(tasks, adapter),
-            {**engine, "enable_lora": True, "max_loras": MAX_NUM_SEQS, "max_cpu_loras": MAX_NUM_SEQS},
+        native_server(backbone=args.backbone, adapters=adapter.parent.parent, **engine) as server,
+        vllm_server(
+            folder, dict.fromkeys(tasks, adapter), enable_lora=True, max_loras=MAX_NUM_SEQS,
+            max_cpu_loras=MAX_NUM_SEQS, **engine,
         ) as vllm,
-    ):
-        ours = Side("mtlora-server", server.process.pid, server.process.pid, lambda: _grpc(server.address))
-        theirs = Side("vllm serve", vllm.pid, vllm.front_pid, lambda: _http(vllm.url, tasks))
+    ):  # fmt: skip
+        ours = Side("mtlora-server", server.process.pid, lambda: _grpc(server.address))
+        theirs = Side("vllm serve", vllm.pid, lambda: _http(vllm.url, tasks))
         # The first round warms both up.
         rounds = [run_round(ours, theirs, suite, args.seconds, number) for number in range(args.rounds + 1)][1:]
     report({ours.name: [each[0] for each in rounds], theirs.name: [each[1] for each in rounds]})
@@ -127,7 +125,7 @@ async def run_turn(side: Side, examples: Sequence[Example], seconds: float) -> T
             answers.append(await ask(example))
 
         def counters() -> tuple[float, int, int, float, float]:
-            return time.perf_counter(), len(answers), sum(answers), cpu_seconds(side.front_pid), time.process_time()
+            return time.perf_counter(), len(answers), sum(answers), cpu_seconds(side.pid), time.process_time()
 
         endless = itertools.takewhile(lambda _: not stopped, itertools.cycle(examples))
         loop = asyncio.create_task(closed_loop(endless, IN_FLIGHT, count))

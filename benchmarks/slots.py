@@ -12,10 +12,10 @@ from pathlib import Path
 
 from benchmarks.harness.adapters import write_scaled_adapter
 from benchmarks.harness.asking import closed_loop
+from benchmarks.harness.native_server import native_server
 from benchmarks.harness.percentile import p99
 from mtlora.checkpoint.format import read_manifest
 from mtlora.client import AsyncClient, Client, MetricsPage
-from server.cli.process import ServerProcess
 
 IN_FLIGHT = 16
 
@@ -41,7 +41,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(args.adapters):
             write_variant(args.adapter, Path(folder), number)
-        with ServerProcess(
+        with native_server(
             backbone=args.backbone, adapters=folder, adapter_slots=args.slots, max_num_seqs=IN_FLIGHT, kv_cache_gib=0.5,
             log_level="warning",
         ) as server:  # fmt: skip

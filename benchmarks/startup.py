@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.harness.adapters import random_tasks, write_random_adapter
+from benchmarks.harness.native_server import native_server
 from benchmarks.harness.processes import peak_bytes, resident_bytes
 from mtlora.backbone import identify, resolve
 from mtlora.suite import load_suite
 from mtlora.suite.base import Example
 from server.cli.demo import ask_all
-from server.cli.process import ServerProcess
 
 _GIB = 1 << 30
 START_GOAL_S = 40.0
@@ -78,7 +78,7 @@ def main() -> int:
 
 def measure(backbone: str, adapters: Path, examples: Sequence[Example]) -> Cost:
     """Start a server, ask it every example, and look at it before it stops."""
-    with ServerProcess(backbone=backbone, adapters=adapters, kv_cache_gib=1) as server:
+    with native_server(backbone=backbone, adapters=adapters, kv_cache_gib=1) as server:
         asked = asyncio.run(ask_all(server.address, examples))
         pid = server.process.pid
         failed = sum(each.answer is None for each in asked)

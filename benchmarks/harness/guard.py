@@ -1,37 +1,42 @@
-"""Runs a command that does not outlive the process that asks for it.
+"""Processes that do not outlive the one that started them, however it ends: SIGTERM and SIGKILL run no cleanup there.
 
-    python -m benchmarks.harness.guard PARENT COMMAND...
-
-The guard leads a session of its own. When process PARENT or the command ends, in any way, the guard kills its process
-group: the command, everything that the command has started, and itself. The command needs to know nothing of it.
+A guard is a process of its own. When either process ends, the guard kills the group that the started one leads.
 """
 
+import contextlib
 import os
 import select
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 
-def guarded(command: Sequence[str]) -> list[str]:
-    """`command`, to be started with `start_new_session=True`, bound to the life of this process."""
-    return [sys.executable, "-m", __spec__.name, str(os.getpid()), *command]
+@contextlib.contextmanager
+def guarded(process: "subprocess.Popen[str] | subprocess.Popen[bytes]") -> Iterator[None]:
+    """Bind a process, started with `start_new_session=True`, and all that it starts to the life of this one."""
+    ends = [os.pidfd_open(pid) for pid in (os.getpid(), process.pid)]
+    try:
+        guard = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__, str(process.pid), *map(str, ends)],
+            pass_fds=ends, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+    finally:
+        for end in ends:
+            os.close(end)
+    try:
+        yield
+    finally:
+        guard.kill()
+        guard.wait()
 
 
 def main() -> None:
-    """Start the command, wait for the first of two ends, kill the group."""
-    parent, command = int(sys.argv[1]), sys.argv[2:]
-    parent_end = os.pidfd_open(parent)
-    # The number may have passed to another process by now.
-    if os.getppid() != parent:
-        return
-    process = subprocess.Popen(command)
-    command_end = os.pidfd_open(process.pid)
-    ended, _, _ = select.select([parent_end, command_end], [], [])
-    if command_end in ended:
-        print(f"ended with status {process.wait()}", file=sys.stderr, flush=True)
-    os.killpg(os.getpid(), signal.SIGKILL)
+    """Wait for the first of two ends."""
+    group, *ends = map(int, sys.argv[1:])
+    select.select(ends, [], [])
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -60,10 +60,12 @@ class WorkerProcess:
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            guarded([sys.executable, "-m", self._module, json.dumps(self._settings)]),
+            [sys.executable, "-m", self._module, json.dumps(self._settings)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
             env={**os.environ, **self._environment}, start_new_session=True,
         )  # fmt: skip
+        self._guard = guarded(self._process)
+        self._guard.__enter__()
         threading.Thread(target=self._read_lines, daemon=True).start()
         try:
             self._reply()
@@ -100,8 +102,7 @@ class WorkerProcess:
         except queue.Empty:
             raise WorkerFailedError(f"{self._module}: no reply in {self._timeout_s:g} s\n{self._log_end()}") from None
         if line is None:
-            self._process.wait()
-            raise WorkerFailedError(f"{self._module} ended\n{self._log_end()}")
+            raise WorkerFailedError(f"{self._module}: ended with status {self._process.wait()}\n{self._log_end()}")
         return dict(json.loads(line))
 
     def _log_end(self) -> str:
@@ -111,6 +112,7 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._guard.__exit__(None, None, None)
         self._log.close()
 
     def _read_lines(self) -> None:

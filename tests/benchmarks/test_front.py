@@ -30,7 +30,7 @@ def test_turn_counts_the_middle_of_a_closed_loop(monkeypatch: pytest.MonkeyPatch
         yield ask
 
     examples = [Example("task", str(number), "") for number in range(5)]
-    turn = asyncio.run(run_turn(Side("this", os.getpid(), os.getpid(), connect), examples, 0.4))
+    turn = asyncio.run(run_turn(Side("this", os.getpid(), connect), examples, 0.4))
     assert most == IN_FLIGHT
     assert running == 0
     assert asked[:7] == ["0", "1", "2", "3", "4", "0", "1"]

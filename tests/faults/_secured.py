@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.harness.native_server import native_server
 from benchmarks.harness.waiting import wait_until
 from mtlora.client import Access, MetricsPage
 from server.cli.process import ServerProcess
@@ -36,7 +37,7 @@ def secured_server(options: Options, tenants: Mapping[str, Mapping[str, Any]], *
         "tls_certificate": certificate.pem,
         "tls_key": certificate.key,
     }
-    with ServerProcess(**defaults, **files, **settings) as server:
+    with native_server(**defaults, **files, **settings) as server:
         yield Secured(server, {tenant_id: Access(api_key=key, ca=ca.pem) for tenant_id, key in keys.items()})
 
 

@@ -1,6 +1,7 @@
 """The one server that the scenarios about adapters and the engine share, and what they put into its folder."""
 
 import atexit
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -10,8 +11,8 @@ from typing import Any
 import psutil
 
 from benchmarks.harness.adapters import write_scaled_adapter
+from benchmarks.harness.native_server import native_server
 from benchmarks.harness.processes import process_tree
-from server.cli.process import ServerProcess
 from server.registry.version import version_key
 from tests.faults.scenario import Options
 
@@ -44,8 +45,10 @@ class Target:
         write_scaled_adapter(source, self.contents[1], 0.5)
         self.version = 1
         shutil.copytree(self.contents[1], self.root / self.name / "1")
-        self.server = ServerProcess(backbone=options.backbone, adapters=self.root, **SETTINGS)
-        self.server.__enter__()
+        self._running = contextlib.ExitStack()
+        self.server = self._running.enter_context(
+            native_server(backbone=options.backbone, adapters=self.root, **SETTINGS)
+        )
         atexit.register(self.close)
 
     @property
@@ -82,7 +85,7 @@ class Target:
 
     def close(self) -> None:
         atexit.unregister(self.close)
-        self.server.stop()
+        self._running.close()
         shutil.rmtree(self._home, ignore_errors=True)
 
 

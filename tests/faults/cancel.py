@@ -10,8 +10,8 @@ import grpc
 from mtlora_pb.v1 import inference_pb2_grpc
 
 from benchmarks.harness.asking import closed_loop
+from benchmarks.harness.native_server import native_server
 from mtlora.client import AsyncClient, Client, make_request
-from server.cli.process import ServerProcess
 from tests.faults._secured import what_is_left
 from tests.faults.scenario import Options, Row
 
@@ -24,7 +24,7 @@ _LONG: dict[str, Any] = {"temperature": 2.0, "stop": [], "max_new_tokens": 200, 
 def run(options: Options) -> Row:
     """Cancel 10,000 streams (short: 500), then look at what the engine still holds."""
     streams = 10_000 if options.full else 500
-    with ServerProcess(
+    with native_server(
         backbone=options.backbone, adapters=options.adapters, kv_cache_gib=0.5, max_num_seqs=32, max_in_flight=128
     ) as server:
         with server.client() as client:

@@ -14,9 +14,9 @@ from mtlora_pb.v1 import inference_pb2 as native
 from openinference_pb import grpc_predict_v2_pb2 as oip
 
 from benchmarks.harness.asking import closed_loop
+from benchmarks.harness.native_server import native_server
 from benchmarks.harness.processes import resident_bytes
 from mtlora.client import Access, Client, MetricsPage
-from server.cli.process import ServerProcess
 from tests.faults._load import ask_every_length
 from tests.faults._secured import what_is_left
 from tests.faults._tenants import tenant, write_tenants
@@ -48,7 +48,7 @@ def run(options: Options) -> Row:
     count = 100_000 if options.full else 3_000
     key, entry = tenant("fuzzer")
     tenants = write_tenants(options.folder / "tenants.yaml", entry)
-    with ServerProcess(
+    with native_server(
         backbone=options.backbone, adapters=options.adapters, tenants=tenants, kv_cache_gib=0.5, max_message_bytes=65536
     ) as server:
         with Client(server.address, Access(api_key=key)) as client:
