@@ -1,7 +1,7 @@
 """`make bench-front`: the server's own cost beside vLLM's own HTTP server, with the same plugin, engine and requests.
 
-Both serve the built-in tasks of one adapter. A turn keeps 16 requests in flight at one server, whole answers, while the
-other is halted. Cost is the processor time a request of the process that speaks gRPC or HTTP, with all its threads and
+Both serve the built-in tasks of one adapter. A turn asks one server, 16 requests in flight, whole answers, while the other
+is halted. Cost is the processor time a request of the process that speaks gRPC or HTTP, with all its threads and
 without the engine's processes. Ratios are medians of the rounds' own.
 """
 
@@ -35,7 +35,8 @@ from server.registry.version import version_key
 IN_FLIGHT = 16
 MAX_NUM_SEQS = 64
 MAX_MODEL_LEN = 1024
-_WARM_UP_S = 1.5
+# Of each side, in the round that does not count.
+_WARM_UP_REQUESTS = 64
 _EXAMPLES_PER_TASK = 40
 
 # Asks one example; returns the number of tokens in its answer.
@@ -53,7 +54,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a server did in some seconds. front_s, asker_s: processor time of its front end and of who asked it."""
+    """What a server did. front_s, asker_s: processor time of its front end and of who asked it."""
 
     seconds: float
     requests: int
@@ -77,7 +78,7 @@ def main() -> int:
     parser.add_argument("--backbone", default="default")
     parser.add_argument("--adapter", type=Path, help="default: the shipped one's newest version")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--seconds", type=float, default=18.0, help="of each turn; default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=18.0, help="that a turn takes, about; default: %(default)s")
     args = parser.parse_args()
     folder = resolve(args.backbone)
     adapter = args.adapter or max(Path("adapters/builtin").glob("*/"), key=lambda path: version_key(path.name))
@@ -97,26 +98,27 @@ def main() -> int:
     ):  # fmt: skip
         ours = Side("mtlora-server", server.process.pid, lambda: _grpc(server.address))
         theirs = Side("vllm serve", vllm.pid, lambda: _http(vllm.url, tasks))
-        # The first round warms both up.
-        rounds = [run_round(ours, theirs, suite, args.seconds, number) for number in range(args.rounds + 1)][1:]
+        warm_up = run_round(ours, theirs, suite, 0, _WARM_UP_REQUESTS)
+        requests = max(IN_FLIGHT, int(args.seconds * min(turn.requests_per_s for turn in warm_up)))
+        rounds = [run_round(ours, theirs, suite, number, requests) for number in range(1, args.rounds + 1)]
     report({ours.name: [each[0] for each in rounds], theirs.name: [each[1] for each in rounds]})
     return 0
 
 
-def run_round(ours: Side, theirs: Side, suite: Suite, seconds: float, number: int) -> tuple[Turn, Turn]:
+def run_round(ours: Side, theirs: Side, suite: Suite, number: int, requests: int) -> tuple[Turn, Turn]:
     """A turn of each with the same requests; who goes first changes from round to round."""
     examples = [each for task in suite.tasks for each in suite.examples(task.id, "test", _EXAMPLES_PER_TASK, number)]
     random.Random(number).shuffle(examples)
+    asked = list(itertools.islice(itertools.cycle(examples), IN_FLIGHT + requests))
     turns = {}
     for side, other in ((ours, theirs), (theirs, ours))[:: 1 if number % 2 else -1]:
         with halted(other.pid):
-            turns[side.name] = asyncio.run(run_turn(side, examples, seconds))
+            turns[side.name] = asyncio.run(run_turn(side, asked))
     return turns[ours.name], turns[theirs.name]
 
 
-async def run_turn(side: Side, examples: Sequence[Example], seconds: float) -> Turn:
-    """Some seconds in the middle of a closed loop."""
-    stopped = False
+async def run_turn(side: Side, examples: Sequence[Example]) -> Turn:
+    """Ask every example in a closed loop. The first `IN_FLIGHT`, which open connections, are asked before it."""
     answers: list[int] = []
 
     async with side.connect() as ask:
@@ -127,14 +129,10 @@ async def run_turn(side: Side, examples: Sequence[Example], seconds: float) -> T
         def counters() -> tuple[float, int, int, float, float]:
             return time.perf_counter(), len(answers), sum(answers), cpu_seconds(side.pid), time.process_time()
 
-        endless = itertools.takewhile(lambda _: not stopped, itertools.cycle(examples))
-        loop = asyncio.create_task(closed_loop(endless, IN_FLIGHT, count))
-        await asyncio.sleep(_WARM_UP_S)
+        await closed_loop(examples[:IN_FLIGHT], IN_FLIGHT, count)
         before = counters()
-        await asyncio.sleep(seconds)
+        await closed_loop(examples[IN_FLIGHT:], IN_FLIGHT, count)
         after = counters()
-        stopped = True
-        await loop
     return Turn(*(late - early for early, late in zip(before, after, strict=True)))  # type: ignore[arg-type]
 
 
