@@ -1,7 +1,7 @@
 """`make bench-front`: the server's own cost beside vLLM's own HTTP server, with the same plugin, engine and requests.
 
-Both serve the built-in tasks of one adapter. A turn asks one server, 16 requests in flight, whole answers, while the other
-is halted. Cost is the processor time a request of the process that speaks gRPC or HTTP, with all its threads and
+Both serve the built-in tasks of one adapter. A turn asks one server for whole answers, 16 requests in flight, while the
+other is halted. Cost is the processor time a request of the process that speaks gRPC or HTTP, with all its threads and
 without the engine's processes. Ratios are medians of the rounds' own.
 """
 
