@@ -1,11 +1,11 @@
-"""A worker: an engine without a server answers tasks in a closed loop, as a server's clients would ask them.
+"""A worker: an engine without a server answers tasks in a closed loop, as clients ask a server.
 
 Settings: {"backbone": name or folder, "adapters": [[name, version, folder], ...], "engine": {keyword arguments of
 vllm.LLM}}. Message: {"in_flight": n, "requests": [[task_id, text], ...]}. Reply: {"seconds": s, "prompt_tokens": p,
 "completion_tokens": c, "texts": [...]} in the order of the requests.
 
 Prompts, stop strings and lengths come from the adapters' task tables, greedy, as in a server. Prompts are tokenized
-before the clock starts, and no answer crosses a process: this is what the engine alone can do.
+before the clock starts, and no answer crosses a process border: this is what the engine alone can do.
 """
 
 import time
@@ -38,7 +38,7 @@ class InProcessEngine:
         folder = resolve(backbone)
         arguments = {
             **arguments,
-            # As a server on this machine would.
+            # The same dtype and settings as a server on this machine.
             "dtype": engine_dtype(arguments.get("dtype", "auto"), folder),
             **engine_overrides(arguments.get("max_num_seqs", 64)),
         }
@@ -57,7 +57,7 @@ class InProcessEngine:
             self._tasks |= {task.id: (task, slots[task.id]) for task in manifest.tasks}
 
     def run(self, requests: list[tuple[str, str]], in_flight: int) -> dict[str, Any]:
-        """Answer every request in order, `in_flight` at a time: the next is added as soon as one has ended."""
+        """Answer every request in order, `in_flight` at a time: when one ends, the next begins."""
         from mtlora.prompt import encode_prompt
 
         prompts = [encode_prompt(self._tokenizer, self._tasks[task_id][0].render(text)) for task_id, text in requests]

@@ -35,11 +35,11 @@ from server.registry.version import version_key
 IN_FLIGHT = 16
 MAX_NUM_SEQS = 64
 MAX_MODEL_LEN = 1024
-# Of each side, in the round that does not count.
+# Requests to each server in the first round, which does not count.
 _WARM_UP_REQUESTS = 64
 _EXAMPLES_PER_TASK = 40
 
-# Asks one example; returns the number of tokens in its answer.
+# Asks one example and returns the number of tokens in its answer.
 Ask = Callable[[Example], Awaitable[int]]
 
 
@@ -54,7 +54,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a server did. front_s, asker_s: processor time of its front end and of who asked it."""
+    """What a server did. front_s, asker_s: processor time of its front end and of the process that asked it."""
 
     seconds: float
     requests: int
@@ -76,9 +76,9 @@ def main() -> int:
     """Start both servers, ask them in turn, print a table and the ratios."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.front", description=__doc__)
     parser.add_argument("--backbone", default="default")
-    parser.add_argument("--adapter", type=Path, help="default: the shipped one's newest version")
+    parser.add_argument("--adapter", type=Path, help="default: the newest version of the shipped adapter")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--seconds", type=float, default=18.0, help="that a turn takes, about; default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=18.0, help="length of a turn, about; default: %(default)s")
     args = parser.parse_args()
     folder = resolve(args.backbone)
     adapter = args.adapter or max(Path("adapters/builtin").glob("*/"), key=lambda path: version_key(path.name))
@@ -106,7 +106,7 @@ def main() -> int:
 
 
 def run_round(ours: Side, theirs: Side, suite: Suite, number: int, requests: int) -> tuple[Turn, Turn]:
-    """A turn of each with the same requests; who goes first changes from round to round."""
+    """A turn of each server with the same requests. The order changes from round to round."""
     examples = [each for task in suite.tasks for each in suite.examples(task.id, "test", _EXAMPLES_PER_TASK, number)]
     random.Random(number).shuffle(examples)
     asked = list(itertools.islice(itertools.cycle(examples), IN_FLIGHT + requests))
@@ -118,7 +118,7 @@ def run_round(ours: Side, theirs: Side, suite: Suite, number: int, requests: int
 
 
 async def run_turn(side: Side, examples: Sequence[Example]) -> Turn:
-    """Ask every example in a closed loop. The first `IN_FLIGHT`, which open connections, are asked before it."""
+    """Ask every example in a closed loop. The first `IN_FLIGHT` open the connections and do not count."""
     answers: list[int] = []
 
     async with side.connect() as ask:

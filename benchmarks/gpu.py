@@ -3,9 +3,10 @@
     python -m benchmarks.gpu [--json FILE] [--tune]     on a GPU
     python -m benchmarks.gpu --smoke                    tiny sizes, through Triton's interpreter where there is none
 
-Serving is timed under CUDA graphs over several layers with weights of their own, so that no cache holds them, against
-the roofline (least bytes and FLOPs, by ceilings measured in the same run), the loop over experts as the paper's authors
-write it, and a decoder layer's own matrix products. Training is forward and backward of one layer against the loop.
+Serving runs as CUDA graphs over several layers, each with weights of its own, so that no cache holds them. It is
+compared with the roofline (least bytes and FLOPs, at ceilings measured in the same run), with the loop over experts as
+the paper's authors write it, and with a decoder layer's matrix products. Training is forward and backward of one layer,
+compared with the loop.
 
 Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups.
 """
@@ -49,7 +50,7 @@ class Sizes:
 
     @property
     def weights(self) -> int:
-        """Numbers in one adapter's block."""
+        """Number of weights in one adapter's block."""
         return self.D * (self.r + self.G * self.N + self.N * self.r)
 
     @property
@@ -90,7 +91,7 @@ class Case:
         self.x_TD, self.y_TD = randn(tokens, D, scale=1.0), torch.zeros(tokens, D, device=device, dtype=dtype)
 
     def run_layer(self, layer: int, launch: tuning.Launch | None = None) -> None:
-        """Add one layer's path to y."""
+        """Add the path of one layer to y."""
         from mtlora.ops import triton_gpu
 
         plan = self.plan
@@ -100,7 +101,7 @@ class Case:
         )  # fmt: skip
 
     def run(self, launch: tuning.Launch | None = None) -> None:
-        """Every layer's path."""
+        """Run the path of every layer."""
         for layer in range(self.sizes.layers):
             self.run_layer(layer, launch)
 
@@ -117,7 +118,7 @@ class Case:
         return float((self.y_TD[some].cpu().double() - expected).norm() / expected.norm())
 
     def roofline(self, bytes_per_second: float, flops_per_second: float) -> float:
-        """Seconds a layer that no implementation can beat: weights once, x once, y read and written."""
+        """The least seconds a layer can take: weights read once, x read once, y read and written."""
         D = self.sizes.D
         moved = 2 * (self.adapters * self.sizes.weights + 3 * self.tokens * D)
         return max(moved / bytes_per_second, 2 * self.tokens * self.sizes.weights / flops_per_second)
@@ -200,7 +201,7 @@ def tune(sizes: Sizes, device: torch.device) -> Path:
         for launch in tuning.candidates():
             try:
                 measured = graph_seconds(lambda c=case, way=launch: c.run(way), repeats=8)  # type: ignore[misc]
-            except (RuntimeError, ValueError):  # too much shared memory or too many registers for this card
+            except (RuntimeError, ValueError):  # needs more shared memory or registers than this card has
                 torch.cuda.synchronize()
                 continue
             if measured < seconds:
@@ -211,7 +212,7 @@ def tune(sizes: Sizes, device: torch.device) -> Path:
 
 
 def measure(sizes: Sizes) -> dict[str, object]:
-    """The whole table, printed as it is made."""
+    """Measure everything; print each row when it is done."""
     device = torch.device("cuda")
     bandwidth, flops = ceilings()
     name = torch.cuda.get_device_name()
@@ -243,7 +244,7 @@ def measure(sizes: Sizes) -> dict[str, object]:
         seconds = event_seconds(run)
         training[label] = {"seconds": seconds, "peak_bytes": torch.cuda.max_memory_allocated() - before}
         print(f"training, {sizes.training_tokens} tokens, {label}: {seconds * 1e3:.2f} ms, "
-              f"{training[label]['peak_bytes'] / 2**20:.0f} MiB beyond what was held")  # fmt: skip
+              f"{training[label]['peak_bytes'] / 2**20:.0f} MiB more at peak")  # fmt: skip
     return {
         "card": name,
         "bytes_per_second": bandwidth,
@@ -254,7 +255,7 @@ def measure(sizes: Sizes) -> dict[str, object]:
 
 
 def smoke() -> None:
-    """Every part once, at tiny sizes, with nothing timed: on the GPU, or through the interpreter."""
+    """Run every part once at tiny sizes, on the GPU or through Triton's interpreter. Times nothing."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for tokens, adapters in itertools.product(TINY.tokens, TINY.adapters):
         case = Case(TINY, tokens, adapters, device)
@@ -271,11 +272,11 @@ def smoke() -> None:
 
 
 def main() -> None:
-    """Run what the flags ask for."""
+    """Run the parts that the flags select."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     parser.add_argument("--tune", action="store_true", help="time many launches and keep the best for this card")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--smoke", action="store_true", help="run everything once at tiny sizes")
     options = parser.parse_args()
     if options.smoke:
         smoke()

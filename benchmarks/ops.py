@@ -1,8 +1,8 @@
-"""Microbenchmark of the routed path on the CPU: a layer's time in serving, and in training against the authors' loop.
+"""`make bench-ops`: time of the routed path on the CPU, a layer in serving and in training.
 
     python -m benchmarks.ops [--rounds 40] [--json FILE]
 
-Variants take turns within every round, so that what else the machine does falls on all of them alike.
+Variants take turns within every round, so that other load on the machine affects all of them alike.
 
 Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups.
 """
@@ -46,7 +46,7 @@ TRAINING = TrainingSizes(T=1024, D=576, r=16, N=16, G=2)
 
 
 def interleaved(variants: dict[str, Variant], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every variant in every round, after one round that does not count."""
+    """Seconds of every variant in every round. One round before them does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(rounds + 1):
         for name, run in variants.items():
@@ -58,7 +58,7 @@ def interleaved(variants: dict[str, Variant], rounds: int) -> dict[str, list[flo
 
 
 def serving_variants(tokens: int, adapters: int, layers: int) -> dict[str, Variant]:
-    """The operator, and torch ops adapter by adapter, over `layers` layers, each with weights of its own."""
+    """The operator, and torch ops one adapter after another, over `layers` layers, each with its own weights."""
     dtype, device = torch.bfloat16, torch.device("cpu")
     table = SlotTable(layers, adapters, hidden_size=D, dtype=dtype, device=device)
     for slot in range(adapters):
@@ -89,7 +89,7 @@ def serving_variants(tokens: int, adapters: int, layers: int) -> dict[str, Varia
 def expert_loop(
     x_TD: torch.Tensor, A: torch.Tensor, B_NDr: torch.Tensor, route: torch.Tensor, num_groups: int, scaling: float
 ) -> torch.Tensor:
-    """The path as the paper's authors write it: a product and a weighted sum an expert, N tensors [T, D] held."""
+    """The path as the paper's authors write it: a product and a weighted sum for each expert, N tensors [T, D]."""
     T, num_experts = len(x_TD), len(B_NDr)
     h_Tr = x_TD @ A.t()
     weights_TGN = torch.softmax((x_TD @ route.t()).view(T, num_groups, num_experts), dim=-1)
@@ -119,7 +119,7 @@ def training_variants(sizes: TrainingSizes = TRAINING, device: str = "cpu") -> d
 
 
 def peak_bytes(run: Variant) -> int:
-    """Most bytes of tensors that `run` holds at a time, beyond what was there before."""
+    """Peak bytes of the tensors that `run` allocates."""
     run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
@@ -143,7 +143,7 @@ def _report(title: str, seconds: dict[str, list[float]], layers: int) -> dict[st
 
 
 def main() -> None:
-    """Print the table, and write it to a file where asked."""
+    """Print the table, and write it to a file if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--layers", type=int, default=LAYERS)

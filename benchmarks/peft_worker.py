@@ -16,7 +16,7 @@ from benchmarks.harness.worker import Handle, serve
 
 
 class MixedBatches:
-    """A transformers model with any number of PEFT adapters, each row of a batch with its own."""
+    """A transformers model with any number of PEFT adapters; each row of a batch has its own."""
 
     def __init__(self, backbone: Path, dtype: torch.dtype) -> None:
         from transformers import AutoModelForCausalLM
@@ -25,10 +25,10 @@ class MixedBatches:
         self._loaded: set[str] = set()
 
     def load(self, adapters: Mapping[str, str]) -> None:
-        """Load adapters, folders by name, that are not loaded yet."""
+        """Load those adapters, given as folders by name, that are not loaded yet."""
         from peft import PeftModel
 
-        # In the backbone's dtype, as vLLM has them: PEFT's own choice is float32, for inference too.
+        # In the backbone's dtype, as in vLLM. PEFT's default is float32, even for inference.
         options = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
         for name, path in adapters.items():
             if not self._loaded:
@@ -39,7 +39,7 @@ class MixedBatches:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], names: Sequence[str], new_tokens: int) -> list[list[int]]:
-        """`new_tokens` token ids for each prompt, greedily, as one batch; names: each row's adapter."""
+        """`new_tokens` greedy token ids for each prompt, in one batch. names: the adapter of each row."""
         length = max(map(len, prompts))
         found = self._model.generate(
             input_ids=torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts]),

@@ -1,4 +1,4 @@
-"""The prompts that throughput is measured on: random token ids, so that neither text nor prefix cache matters."""
+"""Prompts for throughput: random token ids, so that neither the text nor the prefix cache matters."""
 
 import random
 from dataclasses import dataclass

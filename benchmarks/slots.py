@@ -1,4 +1,4 @@
-"""`make bench-slots`: more adapters than slots, what the cold ones cost, and what they cost the warm ones."""
+"""`make bench-slots`: throughput and waiting times when there are more adapters than slots in the engine."""
 
 import argparse
 import asyncio
@@ -27,11 +27,11 @@ class Result:
 
 
 def main() -> int:
-    """Print requests a second with as many adapters as slots and with three times as many; 1 where the ratio is low."""
+    """Compare as many adapters as slots with three times as many. Returns 1 if the ratio is below the goal."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.slots", description=__doc__)
     parser.add_argument("--backbone", default="default")
     parser.add_argument(
-        "--adapter", type=Path, default=Path("adapters/builtin/1"), help="copied, each a little changed"
+        "--adapter", type=Path, default=Path("adapters/builtin/1"), help="the one to copy, with small changes"
     )
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--adapters", type=int, default=48)
@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def write_variant(source: Path, folder: Path, number: int) -> None:
-    """The adapter under another name, with other weights and tasks of its own."""
+    """Write the adapter under another name, with other weights and task ids."""
     tasks = [
         task.model_copy(update={"id": f"t{number:03}_{task.id}"[:64], "template": "{input}\nAnswer:"})
         for task in read_manifest(source).tasks
@@ -90,8 +90,9 @@ async def ask(address: str, tasks: Sequence[str], number: int) -> Result:
 
 
 def tasks_by_adapter(client: Client) -> list[str]:
-    """One task of each adapter, in the order of their names."""
-    return list({task.adapter_name: task.id for task in sorted(client.tasks(), key=lambda t: t.adapter_name)}.values())
+    """One task of each adapter, in the order of the adapters' names."""
+    task_of = {task.adapter_name: task.id for task in client.tasks()}
+    return [task_of[adapter] for adapter in sorted(task_of)]
 
 
 def cold_waits(metrics: str) -> str:

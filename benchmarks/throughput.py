@@ -1,7 +1,7 @@
-"""`make bench`: throughput through the real engine, adapters against the bare backbone and against the field.
+"""`make bench`: throughput of the engine with adapters, compared with the bare backbone and with other systems.
 
-Every engine is a process that lives through the whole run; cases take turns, so that what else the machine does falls
-on all of them alike. Ratios are medians of each round's own ratio.
+Every engine is a process that lives through the whole run. Cases take turns, so that other load on the machine affects
+all of them alike. A ratio is the median of the rounds' ratios.
 """
 
 import argparse
@@ -41,7 +41,7 @@ _ENGINE = {
 class Case:
     """One row: an engine's worker, and the slot of each request in turn.
 
-    sample: how many of the load's requests it gets, where all would take too long. rounds: in how many it runs.
+    sample: the number of the load's requests that it gets, if not all. rounds: the number in which it runs, if not all.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Case:
         return load if self.sample is None else replace(load, requests=min(self.sample, load.requests))
 
     def seconds(self, load: RandomPrompts, vocabulary: int, seed: int) -> float:
-        """Seconds for its part of a load, request i with slots[i % len(slots)] in shuffled order."""
+        """Seconds for its part of a load. Request i gets slots[i % len(slots)]; the requests are shuffled."""
         part = self.part_of(load)
         slots = [self.slots[i % len(self.slots)] for i in range(part.requests)]
         random.Random(seed).shuffle(slots)
@@ -68,7 +68,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Throughput of one row over that of another, and what it must reach; `contract` ratios are the last lines."""
+    """Throughput of one row divided by that of another, and its goal. `contract` ratios are the last lines."""
 
     over: str
     under: str
@@ -83,29 +83,29 @@ class Ratio:
 RATIOS = (
     Ratio("256-adapters-zipf", "32-adapters", 0.85, contract=False),
     Ratio("25-adapters", "peft-mixed-batches", None, contract=False),
-    # What the plugin does for a backbone without adapters, on CPUs: the other ratios are held against the faster one.
+    # On CPUs the plugin speeds up the backbone without adapters too; the other ratios compare with the faster one.
     Ratio("backbone", "vllm-backbone", None, contract=False),
     Ratio("one-adapter-25-tasks", "backbone", 0.97),
     Ratio("25-adapters", "backbone", 0.90),
     Ratio("1000-tasks", "one-adapter-25-tasks", 0.97, name="1000-tasks/25-tasks"),
     Ratio("25-adapters", "vllm-multi-lora", 7.0),
 )
-# Of rows that are slow, or whose goals are far from what the noise of a round changes: the whole takes minutes.
+# Rounds of rows that are slow, or whose ratios are far from their goals.
 _FEW_ROUNDS = 2
 
 
 def main() -> int:
-    """Run every case in turn, several rounds; print rows and ratios, write JSON and a picture."""
+    """Run every case in turn in several rounds. Print rows and ratios, write JSON and a picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbone", default="default")
     parser.add_argument("--rounds", type=int, default=4, help="slow rows have fewer; default: %(default)s")
     parser.add_argument("--load", choices=sorted(LOADS), default=REFERENCE.name)
-    parser.add_argument("--skip-field", action="store_true", help="leave vLLM's own multi-LoRA and PEFT out")
+    parser.add_argument("--skip-field", action="store_true", help="without vLLM's own multi-LoRA and PEFT")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     args = parser.parse_args()
     load = LOADS[args.load]
     folder = resolve(args.backbone)
-    # As a server would run it; PEFT's worker wants a name.
+    # The server's choice; PEFT's worker needs a name.
     dtype = engine_dtype("auto", folder).replace("auto", "bfloat16")
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -137,7 +137,7 @@ def _cases(stack: ExitStack, folder: Path, dtype: str, temporary: Path, *, field
     def slot(path: Path, task: str) -> Slot:
         return (f"{path.name}#{task}", next(ids), f"{path}#{task}")
 
-    # In a fixed order of popularity, request by request: what a Zipf law of exponent 1 gives.
+    # Drawn by a Zipf law of exponent 1.
     zipf = [slot(temporary / f"zipf-{i}", "task-0") for i in range(256)]
     drawn = random.Random(0).choices(zipf, weights=[1 / (1 + i) for i in range(256)], k=400)
 
@@ -167,7 +167,7 @@ def _cases(stack: ExitStack, folder: Path, dtype: str, temporary: Path, *, field
         slots = [(f"peft-{i}", i + 1, str(temporary / f"peft-{i}")) for i in range(25)]
         stock = engine(without_plugin, enable_lora=True, max_loras=25, max_cpu_loras=25, max_lora_rank=16)
         peft = worker("benchmarks.peft_worker", {"batch": BATCH})
-        # One full batch: a larger one shares the loop over adapters among more requests, so this is PEFT at its best.
+        # One full batch, PEFT's best case: the loop over adapters is shared among the most requests.
         cases += [
             Case("vllm-multi-lora", stock, slots, rounds=_FEW_ROUNDS),
             Case("peft-mixed-batches", peft, slots, sample=BATCH, rounds=1),
@@ -176,7 +176,7 @@ def _cases(stack: ExitStack, folder: Path, dtype: str, temporary: Path, *, field
 
 
 def _run(cases: Sequence[Case], load: RandomPrompts, rounds: int, vocabulary: int) -> dict[str, list[float]]:
-    """Seconds of every case's part of the load, a list of rounds; a case with fewer rounds runs in the first ones."""
+    """Seconds of every case's part of the load, by round. A case with fewer rounds runs in the first ones."""
     warm_up = RandomPrompts("warm-up", 8, load.prompt_tokens, 4)
     for case in cases:
         case.seconds(warm_up, vocabulary, seed=0)
@@ -196,9 +196,9 @@ def _run(cases: Sequence[Case], load: RandomPrompts, rounds: int, vocabulary: in
 def make_report(
     load: RandomPrompts, requests: Mapping[str, int], seconds: Mapping[str, Sequence[float]]
 ) -> dict[str, Any]:
-    """Rows and ratios of a run. requests, seconds: by case, how many a round and how long each round took.
+    """Rows and ratios of a run. requests: of each case in a round. seconds: of each case, by round.
 
-    Ratios are taken round by round; a case with fewer rounds is compared with the other's first ones.
+    Ratios are taken round by round. A case with fewer rounds is compared with the first rounds of the other.
     """
     rates = {name: [requests[name] / each for each in values] for name, values in seconds.items() if values}
     ratios = {}

@@ -1,1 +1,1 @@
-"""What benchmarks and fault scenarios share: worker processes, asking a server, random adapters, waiting."""
+"""The parts that benchmarks and fault scenarios share: workers, servers, loops, adapters, measuring processes."""

@@ -1,4 +1,4 @@
-"""Adapters to measure with: random ones, whose every path is full work, and changed copies of a real one."""
+"""Adapters for measurements and tests: random ones, and changed copies of a given one."""
 
 import json
 import os
@@ -63,14 +63,14 @@ def write_random_adapter(
 
 
 def link_adapter(source: Path, folder: Path) -> None:
-    """Another adapter of the same bytes: the engine holds its weights apart, the disk does not."""
+    """Write another adapter as hard links: its weights take memory of their own in the engine, but no disk."""
     folder.mkdir(parents=True)
     for name in (MANIFEST_FILE, TENSORS_FILE):
         os.link(source / name, folder / name)
 
 
 def write_scaled_adapter(source: Path, folder: Path, factor: float, tasks: Sequence[TaskEntry] | None = None) -> None:
-    """Write an adapter with what its experts add scaled, and with `tasks`, where given, in the place of its own."""
+    """Write a copy of an adapter whose output is scaled. `tasks`, if given, replace its task table."""
     checkpoint = read_checkpoint(source)
     manifest = checkpoint.manifest
     write_checkpoint(

@@ -1,4 +1,4 @@
-"""The two ways to ask a server: a closed loop, with so many requests at a time, and an open one, at given times."""
+"""The two ways to load a server: a closed loop with a fixed number in flight, and an open loop with fixed gaps."""
 
 import asyncio
 import time
@@ -9,7 +9,7 @@ Item = TypeVar("Item")
 
 
 async def closed_loop(items: Iterable[Item], in_flight: int, ask: Callable[[Item], Awaitable[None]]) -> None:
-    """Ask every item in order, `in_flight` at a time: the next begins as soon as one has ended."""
+    """Ask every item in order, `in_flight` at a time: when one ends, the next begins."""
     waiting = iter(items)
 
     async def work() -> None:
@@ -20,7 +20,7 @@ async def closed_loop(items: Iterable[Item], in_flight: int, ask: Callable[[Item
 
 
 async def open_loop(items: Iterable[Item], gaps_s: Iterable[float], ask: Callable[[Item], Awaitable[None]]) -> None:
-    """Ask items in order, a gap of so many seconds apart, however long each takes; wait for all of them."""
+    """Ask an item, wait for a gap, ask the next, however long the answers take. Wait for all answers at the end."""
     due = time.monotonic()
     async with asyncio.TaskGroup() as running:
         for item, gap_s in zip(items, gaps_s, strict=False):

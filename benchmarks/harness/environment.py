@@ -1,4 +1,4 @@
-"""The environment of a process that runs an engine in itself, as a server on this machine would run it."""
+"""Environment variables of a process that runs an engine."""
 
 import os
 
@@ -6,12 +6,12 @@ from mtlora.vllm_plugin import memory_environment
 
 
 def usable_cores() -> list[int]:
-    """The cores that this process may run on."""
+    """Numbers of the cores that this process may use."""
     return sorted(os.sched_getaffinity(0))
 
 
 def engine_environment(kv_cache_gib: float = 1.0) -> dict[str, str]:
-    """No process besides, every core, no network, and so much KV cache."""
+    """An engine inside the process itself, on every core, without network, with `kv_cache_gib` of KV cache."""
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": f"{kv_cache_gib:g}",

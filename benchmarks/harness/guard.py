@@ -1,6 +1,6 @@
-"""Processes that do not outlive the one that started them, however it ends: SIGTERM and SIGKILL run no cleanup there.
+"""Ends a process with the one that started it, even if SIGTERM or SIGKILL ends that one before it can clean up.
 
-A guard is a process of its own. When either process ends, the guard kills the group that the started one leads.
+A guard is a process of its own. It waits until either of the two ends, then kills the process group of the started one.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def guarded(process: "subprocess.Popen[str] | subprocess.Popen[bytes]") -> Iterator[None]:
-    """Bind a process, started with `start_new_session=True`, and all that it starts to the life of this one."""
+    """Guard a process, started with `start_new_session=True`, and everything that it starts."""
     ends = [os.pidfd_open(pid) for pid in (os.getpid(), process.pid)]
     try:
         guard = subprocess.Popen(
@@ -32,7 +32,7 @@ def guarded(process: "subprocess.Popen[str] | subprocess.Popen[bytes]") -> Itera
 
 
 def main() -> None:
-    """Wait for the first of two ends."""
+    """Be the guard. Arguments: the process group, and pidfds of the two processes."""
     group, *ends = map(int, sys.argv[1:])
     select.select(ends, [], [])
     with contextlib.suppress(ProcessLookupError):

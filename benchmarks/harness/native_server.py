@@ -1,4 +1,4 @@
-"""The server of this project, started for a measurement."""
+"""This project's server, for a measurement."""
 
 import contextlib
 import time
@@ -11,7 +11,7 @@ from server.cli.process import ServerProcess
 
 @contextlib.contextmanager
 def native_server(**settings: Any) -> Iterator[ServerProcess]:
-    """A `ServerProcess` that is ready for requests, and that ends with this process even where that is killed."""
+    """A `ServerProcess` that is ready for requests and ends with this process, even if this process is killed."""
     began = time.monotonic()
     with ServerProcess(**settings, wait=False) as server, guarded(server.process):
         server.wait_ready()

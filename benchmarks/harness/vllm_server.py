@@ -1,4 +1,4 @@
-"""vLLM's own HTTP server with the plugin, beside which this project's is measured."""
+"""vLLM's own HTTP server with the plugin, to compare this project's server with."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from server.cli.process import flags
 
 @dataclass(frozen=True)
 class VllmServer:
-    """A running one. pid: the process that speaks HTTP, whose children are the engine's."""
+    """A running server. pid: the process that speaks HTTP, the parent of the engine's."""
 
     url: str
     pid: int
@@ -32,7 +32,7 @@ class VllmServer:
 def vllm_server(
     backbone: Path, modules: Mapping[str, Path], *, timeout_s: float = 300.0, **settings: Any
 ) -> Iterator[VllmServer]:
-    """Start what `vllm serve` runs, on a free loopback port, and wait until it is ready. Raises RuntimeError.
+    """Start what `vllm serve` starts, on a free loopback port, and wait until it is ready. Raises RuntimeError.
 
     modules: an adapter's folder by the id of the task that it answers. settings: vLLM's own.
     """
@@ -43,7 +43,7 @@ def vllm_server(
         *flags({"model": backbone, "host": "127.0.0.1", "port": port, **settings}),
         "--lora-modules", *(f"{name}={folder}" for name, folder in modules.items()),
     ]  # fmt: skip
-    # As in the native server: the engine is a process of its own, and compiles nothing in the midst of requests.
+    # As in the native server: the engine is a process of its own, and compiles nothing while it serves.
     environment = engine_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TORCHDYNAMO_DISABLE": "1"}
     with tempfile.NamedTemporaryFile(prefix="mtlora-vllm-", suffix=".log") as log:
         process = subprocess.Popen(

@@ -1,11 +1,11 @@
-"""Workers: processes that answer one line of JSON with another, such as an engine of their own.
+"""Workers: processes that answer JSON messages, a line each. Most hold an engine.
 
-The module of a worker ends in
+A worker is a module that ends in
 
     if __name__ == "__main__":
         serve(start)
 
-and the process that uses it says
+and is used by
 
     with WorkerProcess("benchmarks.engine_worker", settings) as worker:
         reply = worker.ask({...})
@@ -33,14 +33,14 @@ _LOG_CHARS = 4000
 
 
 class WorkerFailedError(RuntimeError):
-    """A worker ended, or took too long; carries the end of its log."""
+    """A worker ended or took too long. Carries the end of its log."""
 
 
 class WorkerProcess:
-    """`python -m MODULE SETTINGS` with these additions to the environment, ready once entered.
+    """`python -m MODULE SETTINGS` with additions to the environment. Entering waits until the worker is ready.
 
-    It and everything that it has started end with the process that started it, however that ends.
-    `timeout_s` holds for the start and for each reply.
+    The worker and everything that it starts end with this process, even if SIGKILL ends it.
+    timeout_s: for the start, and for each reply.
     """
 
     def __init__(
@@ -84,13 +84,13 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int:
-        """The root of the worker's processes."""
+        """The worker's process."""
         return self._process.pid
 
     def ask(self, message: Mapping[str, Any]) -> Message:
         """The reply to a message. Raises WorkerFailedError."""
         assert self._process.stdin is not None
-        # A worker that has ended says why in its log.
+        # If the worker has ended, the reply raises with its log.
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
@@ -123,9 +123,9 @@ class WorkerProcess:
 
 
 def serve(start: Callable[[Message], Handle]) -> None:
-    """Run a worker until stdin ends: `start` takes its settings and returns what turns a message into a reply.
+    """Run a worker until stdin ends. `start` takes the settings and returns the function that answers a message.
 
-    What `start` or a library writes to stdout goes to stderr: replies have stdout to themselves.
+    Stdout carries replies alone: output of libraries goes to stderr.
     """
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

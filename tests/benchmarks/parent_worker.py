@@ -1,4 +1,4 @@
-"""A worker that has a child of its own, for the tests of workers: `python -m tests.benchmarks.parent_worker`."""
+"""A worker with a child process, for tests of workers."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from benchmarks.harness.worker import Handle, WorkerProcess, serve
 
 
 def start(settings: dict[str, Any]) -> Handle:
-    """Replies with the child's number; fails where it is asked to."""
+    """Start the child. Replies carry its pid; a message with "fail" raises."""
     print("started with", settings)
     child = subprocess.Popen(["sleep", "600"])
 
@@ -22,7 +22,7 @@ def start(settings: dict[str, Any]) -> Handle:
 
 
 def main() -> None:
-    """As a worker; with no settings, a process that starts one, tells its child's number and waits."""
+    """With settings, be the worker. Without, start one, print its child's pid and wait."""
     if len(sys.argv) > 1:
         serve(start)
         return

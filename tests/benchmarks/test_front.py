@@ -1,4 +1,4 @@
-"""`make bench-front`: what is taken of a turn, and the line that machines read."""
+"""`make bench-front`: what a turn counts, and the last line."""
 
 import asyncio
 import os
@@ -11,7 +11,7 @@ from benchmarks.front import IN_FLIGHT, Ask, Side, Turn, report, run_turn
 from mtlora.suite.base import Example
 
 
-def test_turn_counts_what_follows_the_first_requests() -> None:
+def test_turn_does_not_count_the_first_requests() -> None:
     asked: list[str] = []
     running = most = 0
 

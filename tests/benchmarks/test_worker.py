@@ -1,4 +1,4 @@
-"""Workers: what they answer, how they fail, and that nothing of them is left."""
+"""Workers: replies, failures, and that no process is left."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ def wait_gone(pid: int) -> None:
         time.sleep(0.02)
 
 
-def test_replies_hold_nothing_that_a_worker_prints() -> None:
+def test_prints_of_a_worker_do_not_mix_with_its_replies() -> None:
     with WorkerProcess(MODULE, {"size": 3}) as worker:
         reply = worker.ask({"number": 1})
         assert reply["asked"] == {"number": 1}
@@ -29,7 +29,7 @@ def test_replies_hold_nothing_that_a_worker_prints() -> None:
     wait_gone(reply["child"])
 
 
-def test_a_failed_worker_shows_the_end_of_its_log_and_takes_its_children_along() -> None:
+def test_failed_worker_shows_its_log_and_leaves_no_child() -> None:
     with WorkerProcess(MODULE, {}) as worker:
         child = worker.ask({})["child"]
         with pytest.raises(WorkerFailedError, match=r"(?s)ended with status 1.*ValueError: no such case"):
@@ -37,13 +37,13 @@ def test_a_failed_worker_shows_the_end_of_its_log_and_takes_its_children_along()
         wait_gone(child)
 
 
-def test_a_module_that_does_not_exist_fails_the_start() -> None:
+def test_entering_fails_for_a_missing_module() -> None:
     with pytest.raises(WorkerFailedError, match=r"No module named tests\.benchmarks\.nothing"):
         WorkerProcess("tests.benchmarks.nothing", {}).__enter__()
 
 
 @pytest.mark.parametrize("end", [psutil.Process.kill, psutil.Process.terminate], ids=["SIGKILL", "SIGTERM"])
-def test_a_worker_and_its_children_end_with_the_process_that_started_it(end: Callable[[psutil.Process], None]) -> None:
+def test_worker_and_its_children_end_with_the_process_that_started_it(end: Callable[[psutil.Process], None]) -> None:
     command = [sys.executable, "-m", MODULE]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as starter:
         assert starter.stdout is not None

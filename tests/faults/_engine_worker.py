@@ -1,4 +1,4 @@
-"""A worker: the engine driven in process, with no gRPC, no tenants, and prompts encoded beforehand.
+"""A worker: the engine without gRPC and tenants, with prompts encoded beforehand.
 
 Settings: {"backbone": name or folder, "adapters": folder}. Message: {"requests": [[task id, text], ...]}, which run all
 at once. Reply: {"seconds": s, "tokens": generated}.
@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.harness.worker import Handle, serve
 
-# Answers of full length: drawn from the whole vocabulary, they hardly ever end by themselves.
+# Answers of full length: a token drawn from the whole vocabulary hardly ever ends one.
 PARAMETERS: dict[str, Any] = {"max_new_tokens": 32, "temperature": 2.0, "stop": []}
 
 

@@ -1,4 +1,4 @@
-"""A server with TLS and tenants, and what is needed to ask it and to look into it."""
+"""A server with TLS and tenants, access to it, and its idle state."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from tests.faults.scenario import Options
 
 @dataclass(frozen=True)
 class Secured:
-    """A running server, and each tenant's way in."""
+    """A running server, and each tenant's access to it."""
 
     server: ServerProcess
     access: Mapping[str, Access]
@@ -51,7 +51,7 @@ IDLE = (
 
 
 def what_is_left(server: ServerProcess, timeout_s: float = 15.0) -> dict[str, float]:
-    """What of `IDLE` does not come back to 0 in time, and its value."""
+    """Metrics of `IDLE` that do not return to 0 in time, with their values."""
 
     def left() -> dict[str, float]:
         samples = MetricsPage.fetch(server.metrics).samples

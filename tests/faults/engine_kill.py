@@ -1,4 +1,4 @@
-"""`kill -9` of the engine under load: health tells at once, another engine comes, and no request hangs."""
+"""`kill -9` of the engine under load: health reports it at once, the engine restarts, no request hangs."""
 
 import random
 import time
@@ -12,12 +12,12 @@ from tests.faults.scenario import Options, Row
 ORDER = 15
 MAX_UNHEALTHY_AFTER_S = 2.0
 MAX_SERVING_AFTER_S = 45.0
-# What a request may take that was in flight at the kill.
+# A request in flight at the kill must end within this time.
 _MAX_END_S = 10.0
 
 
 def run(options: Options) -> Row:
-    """Kills the engine's core or its worker, by chance; the load goes on asking all the while."""
+    """Kill the engine's core or its worker, chosen at random, under constant load."""
     target = shared(options)
     rng = random.Random(options.seed)
     kills = 10 if options.full else 2
@@ -64,7 +64,7 @@ def _wait_for_an_answer(load: BackgroundLoad) -> None:
 
 
 def _kill(target: Target, client: Client, rng: random.Random) -> tuple[float, float]:
-    """Seconds until the server's health says so, and until it serves again."""
+    """Kill; returns seconds until health reports it, and until the server serves again."""
     rng.choice(target.engine_processes()).kill()
     began = time.monotonic()
     wait_until(lambda: not client.is_serving(), 30)

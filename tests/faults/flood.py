@@ -1,4 +1,4 @@
-"""One tenant floods; the others must not feel it. And equal tenants that all want more than there is get the same."""
+"""A tenant's flood must not slow the others down; equal tenants under overload get equal service."""
 
 import asyncio
 import contextlib
@@ -27,12 +27,12 @@ _GENTLE = ("gentle-0", "gentle-1")
 # Requests a second of each gentle tenant.
 _RATE = 3.0
 _EQUAL = ("equal-0", "equal-1", "equal-2", "equal-3")
-# Greedy, and without the prefix cache: the same requests are the same work, with the flood and without.
+# Without the prefix cache, and greedy: the same requests are the same work with the flood and without.
 _SETTINGS: dict[str, Any] = {"max_num_seqs": 16, "max_in_flight": 256, "enable_prefix_caching": False}
 
 
 def run(options: Options) -> Row:
-    """Short turns with and without the flood, so that what else the machine does falls on both alike."""
+    """Short turns with and without the flood, so that other load on the machine affects both alike."""
     turns, turn_s, backlog_s = (60, 5.0, 120.0) if options.full else (8, 4.0, 20.0)
     tenants: dict[str, Mapping[str, Any]] = {name: {} for name in (*_GENTLE, *_EQUAL)}
     tenants["flooder"] = {"requests_per_second": _QUOTA}
@@ -50,7 +50,7 @@ def run(options: Options) -> Row:
 
 
 def jain(values: list[float]) -> float:
-    """Jain's fairness index: 1 where all are equal, 1/n where one has everything."""
+    """Jain's fairness index: 1 if all are equal, 1/n if one has everything."""
     return sum(values) ** 2 / (len(values) * sum(value**2 for value in values))
 
 
@@ -64,7 +64,7 @@ async def _clients(secured: Secured, names: tuple[str, ...]) -> Any:
 
 
 async def _turns(secured: Secured, turns: int, turn_s: float, seed: int) -> tuple[list[float], list[float], int]:
-    """(seconds of the gentle tenants' requests without the flood, with it, refused requests of the flood)."""
+    """(seconds of each gentle request without the flood, the same with it, number of refused requests of the flood)."""
     quiet: list[float] = []
     flooded: list[float] = []
     examples = _examples(4, seed)
@@ -105,7 +105,7 @@ async def _turns(secured: Secured, turns: int, turn_s: float, seed: int) -> tupl
 
 
 async def _backlog(secured: Secured, seconds: float, seed: int) -> dict[str, float]:
-    """Service of equal tenants that always have more to do: few and many requests at a time, short and long ones."""
+    """Service of equal tenants under overload. They differ in requests in flight and in the length of answers."""
     examples = _examples(2, seed)
     shapes = dict(zip(_EQUAL, ((24, 8), (24, 24), (48, 8), (48, 24)), strict=True))
     stopping = False

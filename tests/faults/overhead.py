@@ -1,4 +1,4 @@
-"""What the server costs: throughput with TLS, keys and quotas on, against the engine driven in process."""
+"""Throughput of the server with TLS, keys and quotas, divided by that of the engine without a server."""
 
 import asyncio
 import contextlib
@@ -22,14 +22,14 @@ ORDER = 60
 GOAL = 0.95
 _TENANTS = 5
 _SETTINGS: dict[str, Any] = {"max_num_seqs": 64, "max_in_flight": 512}
-# Quotas that are counted on every request, and never reached.
+# Quotas that are counted for every request and never reached.
 _QUOTAS = {"requests_per_second": 10_000, "tokens_per_second": 1_000_000, "max_in_flight": 500, "max_queue": 500}
 
 
 def run(options: Options) -> Row:
-    """Rounds of the same requests through both in turn; the figure is the median of the rounds' ratios.
+    """Rounds of the same requests to both in turn. The figure is the median of the rounds' ratios.
 
-    A random adapter of 25 tasks, as in `make bench`: its answers have the full length, so that both do the same work.
+    The adapter is random, with 25 tasks, as in `make bench`: answers have full length, so both do the same work.
     """
     rounds, per_task = (9, 6) if options.full else (4, 3)
     options = dataclasses.replace(options, adapters=options.folder / "adapters")
@@ -74,10 +74,10 @@ def run(options: Options) -> Row:
 async def _serve(
     address: str, access: Mapping[str, Access], requests: list[tuple[str, str]], owner: Mapping[str, str]
 ) -> float:
-    """Tokens a second for all requests at once, every tenant over a connection of its own."""
+    """Tokens a second for all requests at once. Every tenant has its own connection."""
     async with contextlib.AsyncExitStack() as stack:
         clients = {name: await stack.enter_async_context(AsyncClient(address, each)) for name, each in access.items()}
-        # Connected, and known.
+        # Opens the connections, and the server checks every key once.
         await asyncio.gather(
             *(clients[owner[task]].generate(task, text, max_new_tokens=1) for task, text in dict(requests).items())
         )
@@ -90,7 +90,7 @@ async def _serve(
 
 
 def _rate(tokens: int, seconds: float, requests: list[tuple[str, str]]) -> float:
-    """Tokens a second. Answers are drawn at random, so some end early; where many do, it is other work."""
+    """Tokens a second. Raises RuntimeError if many answers ended early: that is other work."""
     wanted = len(requests) * PARAMETERS["max_new_tokens"]
     if tokens < 0.9 * wanted:
         raise RuntimeError(f"{tokens} tokens instead of {wanted}")

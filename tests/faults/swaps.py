@@ -1,4 +1,4 @@
-"""100 version swaps under load: no request fails or gets what its version does not say, and tokens keep coming."""
+"""100 version swaps under load: no request fails, every answer is its version's, and tokens keep coming."""
 
 import itertools
 import time
@@ -14,7 +14,7 @@ MAX_RATIO = 1.5
 
 
 def run(options: Options) -> Row:
-    """Steady load, then swaps one after the other under the same load, then steady load again."""
+    """Steady load, then swaps one after another under the same load, then steady load again."""
     target = shared(options)
     steady_s = 60.0 if options.full else 15.0
     with target.server.client() as client, Watcher(client) as watcher:
