@@ -1,7 +1,7 @@
 """`make bench-front`: the server's own cost beside vLLM's own HTTP server, with the same plugin, engine and requests.
 
-Both serve the built-in tasks of one adapter. A turn asks one server for whole answers, 16 requests in flight, while the
-other is halted. Cost is the processor time a request of the process that speaks gRPC or HTTP, with all its threads and
+Both serve the built-in tasks of one adapter. In every round each is asked for whole answers to the same requests, 16 in
+flight, while the other is halted. Cost is the processor time a request of the process that speaks gRPC or HTTP, with all its threads and
 without the engine's processes. Ratios are medians of the rounds' own.
 """
 
@@ -53,8 +53,8 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What a server did. front_s, asker_s: processor time of its front end and of the process that asked it."""
+class Measured:
+    """A server's figures in one round. front_s, asker_s: processor time of its front end and of the process that asked it."""
 
     seconds: float
     requests: int
@@ -78,7 +78,7 @@ def main() -> int:
     parser.add_argument("--backbone", default="default")
     parser.add_argument("--adapter", type=Path, help="default: the newest version of the shipped adapter")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--seconds", type=float, default=18.0, help="length of a turn, about; default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=18.0, help="for each server in a round, about")
     args = parser.parse_args()
     folder = resolve(args.backbone)
     adapter = args.adapter or max(Path("adapters/builtin").glob("*/"), key=lambda path: version_key(path.name))
@@ -99,25 +99,25 @@ def main() -> int:
         ours = Side("mtlora-server", server.process.pid, lambda: _grpc(server.address))
         theirs = Side("vllm serve", vllm.pid, lambda: _http(vllm.url, tasks))
         warm_up = run_round(ours, theirs, suite, 0, _WARM_UP_REQUESTS)
-        requests = max(IN_FLIGHT, int(args.seconds * min(turn.requests_per_s for turn in warm_up)))
+        requests = max(IN_FLIGHT, int(args.seconds * min(each.requests_per_s for each in warm_up)))
         rounds = [run_round(ours, theirs, suite, number, requests) for number in range(1, args.rounds + 1)]
     report({ours.name: [each[0] for each in rounds], theirs.name: [each[1] for each in rounds]})
     return 0
 
 
-def run_round(ours: Side, theirs: Side, suite: Suite, number: int, requests: int) -> tuple[Turn, Turn]:
-    """A turn of each server with the same requests. The order changes from round to round."""
+def run_round(ours: Side, theirs: Side, suite: Suite, number: int, requests: int) -> tuple[Measured, Measured]:
+    """Measure both servers with the same requests. The order changes from round to round."""
     examples = [each for task in suite.tasks for each in suite.examples(task.id, "test", _EXAMPLES_PER_TASK, number)]
     random.Random(number).shuffle(examples)
     asked = list(itertools.islice(itertools.cycle(examples), IN_FLIGHT + requests))
-    turns = {}
+    measured = {}
     for side, other in ((ours, theirs), (theirs, ours))[:: 1 if number % 2 else -1]:
         with halted(other.pid):
-            turns[side.name] = asyncio.run(run_turn(side, asked))
-    return turns[ours.name], turns[theirs.name]
+            measured[side.name] = asyncio.run(measure(side, asked))
+    return measured[ours.name], measured[theirs.name]
 
 
-async def run_turn(side: Side, examples: Sequence[Example]) -> Turn:
+async def measure(side: Side, examples: Sequence[Example]) -> Measured:
     """Ask every example in a closed loop. The first `IN_FLIGHT` open the connections and do not count."""
     answers: list[int] = []
 
@@ -133,7 +133,7 @@ async def run_turn(side: Side, examples: Sequence[Example]) -> Turn:
         before = counters()
         await closed_loop(examples[IN_FLIGHT:], IN_FLIGHT, count)
         after = counters()
-    return Turn(*(late - early for early, late in zip(before, after, strict=True)))  # type: ignore[arg-type]
+    return Measured(*(late - early for early, late in zip(before, after, strict=True)))  # type: ignore[arg-type]
 
 
 @asynccontextmanager
@@ -163,14 +163,14 @@ async def _http(url: str, tasks: Mapping[str, TaskEntry]) -> AsyncIterator[Ask]:
         yield ask
 
 
-def report(turns: Mapping[str, Sequence[Turn]]) -> None:
+def report(measured: Mapping[str, Sequence[Measured]]) -> None:
     """Print medians of both servers, ours first, and the medians of each round's ratios."""
 
-    def median(value: Callable[[Turn], float], of: Sequence[Turn]) -> float:
+    def median(value: Callable[[Measured], float], of: Sequence[Measured]) -> float:
         return statistics.median(map(value, of))
 
     print_table(
-        f"{IN_FLIGHT} requests in flight, medians of {len(next(iter(turns.values())))} rounds",
+        f"{IN_FLIGHT} requests in flight, medians of {len(next(iter(measured.values())))} rounds",
         ("server", "requests/s", "front end, ms a request", "tokens an answer", "asker, ms a request", "requests"),
         [
             (
@@ -181,10 +181,10 @@ def report(turns: Mapping[str, Sequence[Turn]]) -> None:
                 f"{1e3 * median(lambda t: t.asker_s / t.requests, each):.2f}",
                 sum(t.requests for t in each),
             )
-            for name, each in turns.items()
+            for name, each in measured.items()
         ],
     )
-    rounds = list(zip(*turns.values(), strict=True))
+    rounds = list(zip(*measured.values(), strict=True))
     cost = statistics.median(ours.cost_s / theirs.cost_s for ours, theirs in rounds)
     throughput = statistics.median(ours.requests_per_s / theirs.requests_per_s for ours, theirs in rounds)
     print(f"bench-front: cost/vllm-serve {cost:.2f}, throughput/vllm-serve {throughput:.2f}")

@@ -62,7 +62,7 @@ class Sizes:
 TINY = Sizes(D=64, intermediate=96, r=4, N=4, G=2, layers=2, tokens=(1, 9), adapters=(1, 3), training_tokens=16)
 
 
-class Case:
+class Batch:
     """One batch over one set of adapters, ready to run layer after layer."""
 
     def __init__(self, sizes: Sizes, tokens: int, adapters: int, device: torch.device) -> None:
@@ -179,15 +179,15 @@ def decoder_products(sizes: Sizes, tokens: int, device: torch.device) -> Run:
     return run
 
 
-def authors_loop(case: Case) -> Run:
+def authors_loop(batch: Batch) -> Run:
     """The loop over experts, adapter by adapter, on the first layer."""
-    groups = [torch.from_numpy(np.flatnonzero(case.slot_T == a)).to(case.x_TD.device) for a in range(case.adapters)]
+    groups = [torch.from_numpy(np.flatnonzero(batch.slot_T == a)).to(batch.x_TD.device) for a in range(batch.adapters)]
 
     def run() -> None:
-        for tokens, adapter in zip(groups, case.first_layer, strict=True):
+        for tokens, adapter in zip(groups, batch.first_layer, strict=True):
             assert adapter is not None
             A, B, R, _, num_groups, scaling = adapter
-            case.y_TD.index_add_(0, tokens, expert_loop(case.x_TD[tokens], A, B, R, num_groups, scaling))
+            batch.y_TD.index_add_(0, tokens, expert_loop(batch.x_TD[tokens], A, B, R, num_groups, scaling))
 
     return run
 
@@ -196,18 +196,18 @@ def tune(sizes: Sizes, device: torch.device) -> Path:
     """Time many launches for every shape and keep the best of each in the card's file."""
     entries = []
     for tokens, adapters in itertools.product(sizes.tokens, sizes.adapters):
-        case = Case(sizes, tokens, adapters, device)
+        batch = Batch(sizes, tokens, adapters, device)
         best, seconds = tuning.Launch(), float("inf")
         for launch in tuning.candidates():
             try:
-                measured = graph_seconds(lambda c=case, way=launch: c.run(way), repeats=8)  # type: ignore[misc]
+                measured = graph_seconds(lambda c=batch, way=launch: c.run(way), repeats=8)  # type: ignore[misc]
             except (RuntimeError, ValueError):  # needs more shared memory or registers than this card has
                 torch.cuda.synchronize()
                 continue
             if measured < seconds:
                 best, seconds = launch, measured
         print(f"{tokens:>5} tokens {adapters:>3} adapters {seconds / sizes.layers * 1e6:8.1f} us  {best}")
-        entries.append(tuning.Tuned(sizes.D, tokens, len(case.plan.tiles_M3), best))
+        entries.append(tuning.Tuned(sizes.D, tokens, len(batch.plan.tiles_M3), best))
     return tuning.save(tuning.card(device), entries)
 
 
@@ -222,13 +222,13 @@ def measure(sizes: Sizes) -> dict[str, object]:
     for tokens in sizes.tokens:
         layer = graph_seconds(decoder_products(sizes, tokens, device)) / min(4, sizes.layers)
         for adapters in sizes.adapters:
-            case = Case(sizes, tokens, adapters, device)
-            error = case.error()
+            batch = Batch(sizes, tokens, adapters, device)
+            error = batch.error()
             if error > 1e-2:
                 raise SystemExit(f"{tokens} tokens, {adapters} adapters: relative error {error:.1e}")
-            path = graph_seconds(case.run) / sizes.layers
-            floor = case.roofline(bandwidth, flops)
-            loop = event_seconds(authors_loop(case))
+            path = graph_seconds(batch.run) / sizes.layers
+            floor = batch.roofline(bandwidth, flops)
+            loop = event_seconds(authors_loop(batch))
             rows.append(
                 {"tokens": tokens, "adapters": adapters, "path": path, "roofline": floor, "loop": loop, "layer": layer}
             )
@@ -258,10 +258,10 @@ def smoke() -> None:
     """Run every part once at tiny sizes, on the GPU or through Triton's interpreter. Times nothing."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for tokens, adapters in itertools.product(TINY.tokens, TINY.adapters):
-        case = Case(TINY, tokens, adapters, device)
-        error = case.error()
-        case.run()
-        authors_loop(case)()
+        batch = Batch(TINY, tokens, adapters, device)
+        error = batch.error()
+        batch.run()
+        authors_loop(batch)()
         print(f"smoke: {tokens} tokens, {adapters} adapters: relative error {error:.1e}")
         if error > 1e-2:
             raise SystemExit("smoke: the kernels do not compute the formula")

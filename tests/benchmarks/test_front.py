@@ -1,4 +1,4 @@
-"""`make bench-front`: what a turn counts, and the last line."""
+"""`make bench-front`: what is measured, and the last line."""
 
 import asyncio
 import os
@@ -7,11 +7,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from benchmarks.front import IN_FLIGHT, Ask, Side, Turn, report, run_turn
+from benchmarks.front import IN_FLIGHT, Ask, Measured, Side, measure, report
 from mtlora.suite.base import Example
 
 
-def test_turn_does_not_count_the_first_requests() -> None:
+def test_measure_does_not_count_the_first_requests() -> None:
     asked: list[str] = []
     running = most = 0
 
@@ -29,19 +29,19 @@ def test_turn_does_not_count_the_first_requests() -> None:
         yield ask
 
     examples = [Example("task", str(number), "") for number in range(3 * IN_FLIGHT)]
-    turn = asyncio.run(run_turn(Side("this", os.getpid(), connect), examples))
+    measured = asyncio.run(measure(Side("this", os.getpid(), connect), examples))
     assert asked == [example.input for example in examples]
     assert most == IN_FLIGHT
     assert running == 0
-    assert turn.requests == 2 * IN_FLIGHT
-    assert turn.tokens == 3 * turn.requests
-    assert 0.04 <= turn.seconds < 1
-    assert 0 <= turn.asker_s <= turn.seconds
+    assert measured.requests == 2 * IN_FLIGHT
+    assert measured.tokens == 3 * measured.requests
+    assert 0.04 <= measured.seconds < 1
+    assert 0 <= measured.asker_s <= measured.seconds
 
 
 def test_last_line_holds_medians_of_the_ratios_of_rounds(capsys: pytest.CaptureFixture[str]) -> None:
-    ours = [Turn(10, 100, 500, 0.4, 1), Turn(10, 50, 250, 0.4, 1), Turn(10, 80, 400, 0.4, 1)]
-    theirs = [Turn(10, 80, 400, 0.4, 1), Turn(10, 50, 250, 0.5, 1), Turn(10, 80, 400, 0.2, 1)]
+    ours = [Measured(10, 100, 500, 0.4, 1), Measured(10, 50, 250, 0.4, 1), Measured(10, 80, 400, 0.4, 1)]
+    theirs = [Measured(10, 80, 400, 0.4, 1), Measured(10, 50, 250, 0.5, 1), Measured(10, 80, 400, 0.2, 1)]
     report({"mtlora-server": ours, "vllm serve": theirs})
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "bench-front: cost/vllm-serve 0.80, throughput/vllm-serve 1.00"
