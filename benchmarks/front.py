@@ -1,8 +1,8 @@
 """`make bench-front`: the server's own cost beside vLLM's own HTTP server, with the same plugin, engine and requests.
 
 Both serve the built-in tasks of one adapter. In every round each is asked for whole answers to the same requests, 16 in
-flight, while the other is halted. Cost is the processor time a request of the process that speaks gRPC or HTTP, with all its threads and
-without the engine's processes. Ratios are medians of the rounds' own.
+flight, while the other is halted. Cost is the processor time a request of the process that speaks gRPC or HTTP, with
+all its threads and without the engine's processes. Ratios are medians of the rounds' own.
 """
 
 import argparse
@@ -54,7 +54,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Measured:
-    """A server's figures in one round. front_s, asker_s: processor time of its front end and of the process that asked it."""
+    """A server's figures in one round. front_s, asker_s: processor time of its front end, and of who asked it."""
 
     seconds: float
     requests: int
