@@ -58,8 +58,8 @@ test-node: $(STAMP) ## a client in JavaScript against a server; needs node and n
 	$(BIN)/python -m pytest tests/other_language
 
 bench: $(STAMP) ## start-up and memory of the server; throughput with adapters against the bare backbone and the field
-	status=0; $(BIN)/python -m benchmarks.server_start --backbone $(BACKBONE) --adapters $(ADAPTERS) || status=$$?; \
-	$(BIN)/python -m benchmarks.engine --backbone $(BACKBONE) $(BENCH) && exit $$status
+	status=0; $(BIN)/python -m benchmarks.startup --backbone $(BACKBONE) --adapters $(ADAPTERS) || status=$$?; \
+	$(BIN)/python -m benchmarks.throughput --backbone $(BACKBONE) $(BENCH) && exit $$status
 
 bench-ops: $(STAMP) ## a layer of the routed path on this CPU, in microseconds
 	$(BIN)/python -m benchmarks.ops
@@ -72,6 +72,9 @@ bench-merge: $(STAMP) ## a task added by merge against joint training, and the o
 
 bench-slots: $(STAMP) ## more adapters than slots, through a server
 	$(BIN)/python -m benchmarks.slots --backbone $(BACKBONE)
+
+bench-front: $(STAMP) ## the server's own processor time a request beside `vllm serve` with the same plugin
+	$(BIN)/python -m benchmarks.front --backbone $(BACKBONE) $(FRONT)
 
 loadtest: $(STAMP) ## a server's knee, a closed loop there, the engine without a server; report in out/loadtest
 	$(BIN)/mtlora-loadtest all --backbone $(BACKBONE) --adapters $(ADAPTERS) $(LOADTEST)

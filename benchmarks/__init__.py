@@ -1,1 +1,1 @@
-"""Benchmarks: ratios of throughput, taken in one run on one machine."""
+"""Benchmarks, a module each. They report ratios that one run on one machine measures."""

@@ -3,9 +3,10 @@
     python -m benchmarks.gpu [--json FILE] [--tune]     on a GPU
     python -m benchmarks.gpu --smoke                    tiny sizes, through Triton's interpreter where there is none
 
-Serving is timed under CUDA graphs over several layers with weights of their own, so that no cache holds them, against
-the roofline (least bytes and FLOPs, by ceilings measured in the same run), the loop over experts as the paper's authors
-write it, and a decoder layer's own matrix products. Training is forward and backward of one layer against the loop.
+Serving runs as CUDA graphs over several layers, each with weights of its own, so that no cache holds them. It is
+compared with the roofline (least bytes and FLOPs, at ceilings measured in the same run), with the loop over experts as
+the paper's authors write it, and with a decoder layer's matrix products. Training is forward and backward of one layer,
+compared with the loop.
 
 Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups.
 """
@@ -23,13 +24,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.ops import expert_loop
+from benchmarks.ops import TrainingSizes, expert_loop, training_variants
 from mtlora.ops import tuning
 from mtlora.ops.plan import DevicePlan
 from mtlora.ops.reference import ReferenceAdapter, routed_lora_batch_reference
 from mtlora.ops.routed_lora import pack_block
 from mtlora.ops.table import AdapterRows, SlotTable
-from mtlora.ops.training import routed_lora
 
 Run = Callable[[], object]
 
@@ -50,14 +50,19 @@ class Sizes:
 
     @property
     def weights(self) -> int:
-        """Numbers in one adapter's block."""
+        """Number of weights in one adapter's block."""
         return self.D * (self.r + self.G * self.N + self.N * self.r)
+
+    @property
+    def training(self) -> TrainingSizes:
+        """Sizes of the training step."""
+        return TrainingSizes(self.training_tokens, self.D, self.r, self.N, self.G)
 
 
 TINY = Sizes(D=64, intermediate=96, r=4, N=4, G=2, layers=2, tokens=(1, 9), adapters=(1, 3), training_tokens=16)
 
 
-class Case:
+class Batch:
     """One batch over one set of adapters, ready to run layer after layer."""
 
     def __init__(self, sizes: Sizes, tokens: int, adapters: int, device: torch.device) -> None:
@@ -86,7 +91,7 @@ class Case:
         self.x_TD, self.y_TD = randn(tokens, D, scale=1.0), torch.zeros(tokens, D, device=device, dtype=dtype)
 
     def run_layer(self, layer: int, launch: tuning.Launch | None = None) -> None:
-        """Add one layer's path to y."""
+        """Add the path of one layer to y."""
         from mtlora.ops import triton_gpu
 
         plan = self.plan
@@ -96,7 +101,7 @@ class Case:
         )  # fmt: skip
 
     def run(self, launch: tuning.Launch | None = None) -> None:
-        """Every layer's path."""
+        """Run the path of every layer."""
         for layer in range(self.sizes.layers):
             self.run_layer(layer, launch)
 
@@ -113,7 +118,7 @@ class Case:
         return float((self.y_TD[some].cpu().double() - expected).norm() / expected.norm())
 
     def roofline(self, bytes_per_second: float, flops_per_second: float) -> float:
-        """Seconds a layer that no implementation can beat: weights once, x once, y read and written."""
+        """The least seconds a layer can take: weights read once, x read once, y read and written."""
         D = self.sizes.D
         moved = 2 * (self.adapters * self.sizes.weights + 3 * self.tokens * D)
         return max(moved / bytes_per_second, 2 * self.tokens * self.sizes.weights / flops_per_second)
@@ -174,59 +179,40 @@ def decoder_products(sizes: Sizes, tokens: int, device: torch.device) -> Run:
     return run
 
 
-def authors_loop(case: Case) -> Run:
+def authors_loop(batch: Batch) -> Run:
     """The loop over experts, adapter by adapter, on the first layer."""
-    groups = [torch.from_numpy(np.flatnonzero(case.slot_T == a)).to(case.x_TD.device) for a in range(case.adapters)]
+    groups = [torch.from_numpy(np.flatnonzero(batch.slot_T == a)).to(batch.x_TD.device) for a in range(batch.adapters)]
 
     def run() -> None:
-        for tokens, adapter in zip(groups, case.first_layer, strict=True):
+        for tokens, adapter in zip(groups, batch.first_layer, strict=True):
             assert adapter is not None
             A, B, R, _, num_groups, scaling = adapter
-            case.y_TD.index_add_(0, tokens, expert_loop(case.x_TD[tokens], A, B, R, num_groups, scaling))
+            batch.y_TD.index_add_(0, tokens, expert_loop(batch.x_TD[tokens], A, B, R, num_groups, scaling))
 
     return run
-
-
-def training_runs(sizes: Sizes, device: torch.device) -> tuple[Run, Run]:
-    """Forward and backward of one layer, float32: the operator, and the loop over experts."""
-    T, D, r, N, G = sizes.training_tokens, sizes.D, sizes.r, sizes.N, sizes.G
-    x_TD = torch.randn(T, D, device=device, requires_grad=True)
-    shapes = ((r, D), (N, D, r), (G * N, D))
-    A, B_NDr, route = (torch.randn(*s, device=device).div_(10).requires_grad_() for s in shapes)
-    inputs = [x_TD, A, B_NDr, route]
-    grad_TD = torch.randn(T, D, device=device)
-
-    def ours() -> None:
-        out, _ = routed_lora(x_TD, A, B_NDr, route, None, num_groups=G, scaling=4.0)
-        torch.autograd.grad(out, inputs, grad_TD)
-
-    def loop() -> None:
-        torch.autograd.grad(expert_loop(x_TD, A, B_NDr, route, G, 4.0), inputs, grad_TD)
-
-    return ours, loop
 
 
 def tune(sizes: Sizes, device: torch.device) -> Path:
     """Time many launches for every shape and keep the best of each in the card's file."""
     entries = []
     for tokens, adapters in itertools.product(sizes.tokens, sizes.adapters):
-        case = Case(sizes, tokens, adapters, device)
+        batch = Batch(sizes, tokens, adapters, device)
         best, seconds = tuning.Launch(), float("inf")
         for launch in tuning.candidates():
             try:
-                measured = graph_seconds(lambda c=case, way=launch: c.run(way), repeats=8)  # type: ignore[misc]
-            except (RuntimeError, ValueError):  # too much shared memory or too many registers for this card
+                measured = graph_seconds(lambda c=batch, way=launch: c.run(way), repeats=8)  # type: ignore[misc]
+            except (RuntimeError, ValueError):  # needs more shared memory or registers than this card has
                 torch.cuda.synchronize()
                 continue
             if measured < seconds:
                 best, seconds = launch, measured
         print(f"{tokens:>5} tokens {adapters:>3} adapters {seconds / sizes.layers * 1e6:8.1f} us  {best}")
-        entries.append(tuning.Tuned(sizes.D, tokens, len(case.plan.tiles_M3), best))
+        entries.append(tuning.Tuned(sizes.D, tokens, len(batch.plan.tiles_M3), best))
     return tuning.save(tuning.card(device), entries)
 
 
 def measure(sizes: Sizes) -> dict[str, object]:
-    """The whole table, printed as it is made."""
+    """Measure everything; print each row when it is done."""
     device = torch.device("cuda")
     bandwidth, flops = ceilings()
     name = torch.cuda.get_device_name()
@@ -236,13 +222,13 @@ def measure(sizes: Sizes) -> dict[str, object]:
     for tokens in sizes.tokens:
         layer = graph_seconds(decoder_products(sizes, tokens, device)) / min(4, sizes.layers)
         for adapters in sizes.adapters:
-            case = Case(sizes, tokens, adapters, device)
-            error = case.error()
+            batch = Batch(sizes, tokens, adapters, device)
+            error = batch.error()
             if error > 1e-2:
                 raise SystemExit(f"{tokens} tokens, {adapters} adapters: relative error {error:.1e}")
-            path = graph_seconds(case.run) / sizes.layers
-            floor = case.roofline(bandwidth, flops)
-            loop = event_seconds(authors_loop(case))
+            path = graph_seconds(batch.run) / sizes.layers
+            floor = batch.roofline(bandwidth, flops)
+            loop = event_seconds(authors_loop(batch))
             rows.append(
                 {"tokens": tokens, "adapters": adapters, "path": path, "roofline": floor, "loop": loop, "layer": layer}
             )
@@ -252,13 +238,13 @@ def measure(sizes: Sizes) -> dict[str, object]:
                 flush=True,
             )
     training = {}
-    for label, run in zip(("operator", "loop over experts"), training_runs(sizes, device), strict=True):
+    for label, run in training_variants(sizes.training, device.type).items():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         seconds = event_seconds(run)
         training[label] = {"seconds": seconds, "peak_bytes": torch.cuda.max_memory_allocated() - before}
         print(f"training, {sizes.training_tokens} tokens, {label}: {seconds * 1e3:.2f} ms, "
-              f"{training[label]['peak_bytes'] / 2**20:.0f} MiB beyond what was held")  # fmt: skip
+              f"{training[label]['peak_bytes'] / 2**20:.0f} MiB more at peak")  # fmt: skip
     return {
         "card": name,
         "bytes_per_second": bandwidth,
@@ -269,28 +255,28 @@ def measure(sizes: Sizes) -> dict[str, object]:
 
 
 def smoke() -> None:
-    """Every part once, at tiny sizes, with nothing timed: on the GPU, or through the interpreter."""
+    """Run every part once at tiny sizes, on the GPU or through Triton's interpreter. Times nothing."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for tokens, adapters in itertools.product(TINY.tokens, TINY.adapters):
-        case = Case(TINY, tokens, adapters, device)
-        error = case.error()
-        case.run()
-        authors_loop(case)()
+        batch = Batch(TINY, tokens, adapters, device)
+        error = batch.error()
+        batch.run()
+        authors_loop(batch)()
         print(f"smoke: {tokens} tokens, {adapters} adapters: relative error {error:.1e}")
         if error > 1e-2:
             raise SystemExit("smoke: the kernels do not compute the formula")
     decoder_products(TINY, 2, device)()
-    for run in training_runs(TINY, device):
+    for run in training_variants(TINY.training, device.type).values():
         run()
     print(f"smoke: all parts ran on {device}; nothing was timed")
 
 
 def main() -> None:
-    """Run what the flags ask for."""
+    """Run the parts that the flags select."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     parser.add_argument("--tune", action="store_true", help="time many launches and keep the best for this card")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--smoke", action="store_true", help="run everything once at tiny sizes")
     options = parser.parse_args()
     if options.smoke:
         smoke()

@@ -1,7 +1,7 @@
-"""A task added by `mtlora merge` against the same task trained jointly, and what merging did to the other tasks.
+"""A task added by `mtlora merge` compared with the same task trained jointly, and the effect on the other tasks.
 
-Trains an adapter on all tasks, another on all but the new one, and adds the new one to that in both modes. All see the
-same number of examples of a task, as often. Accuracy is on the new task's test split.
+Trains one adapter on all tasks and another on all but the new one, then merges the new task into the second in both
+modes. Every training sees each example equally often. Accuracy is on the new task's test split.
 """
 
 import argparse
@@ -31,12 +31,12 @@ GOAL = 0.9
 
 
 def main() -> int:
-    """Train, merge, print a row each; 1 where neither mode reaches the goal or a frozen task has moved."""
+    """Train, merge, print a row each. Returns 1 if neither mode reaches the goal, or if a frozen task changes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.merging", description=__doc__)
     add_backbone_argument(parser)
     parser.add_argument("--old", nargs="+", default=list(_OLD), metavar="TASK", help="built-in tasks to begin with")
     parser.add_argument("--new", default=_NEW, metavar="TASK", help="the built-in task to add")
-    parser.add_argument("--examples", type=int, default=500, help="of each task, for training; default: %(default)s")
+    parser.add_argument("--examples", type=int, default=500, help="training examples a task; default: %(default)s")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--test-examples", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -94,7 +94,7 @@ def main() -> int:
 
 
 def accuracy(folder: Path, adapter: Path, examples: list[Example]) -> float:
-    """Share of right answers with an adapter."""
+    """Share of right answers with the adapter in a folder."""
     checkpoint = read_checkpoint(adapter)
     adapted = load_adapted_model(folder, checkpoint, torch.bfloat16)
     return score(examples, offline_answerer(adapted, checkpoint.manifest.tasks)(examples)).mean

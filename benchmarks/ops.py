@@ -1,8 +1,8 @@
-"""Microbenchmark of the routed path on the CPU: a layer's time in serving, and in training against the authors' loop.
+"""`make bench-ops`: time of the routed path on the CPU, a layer in serving and in training.
 
     python -m benchmarks.ops [--rounds 40] [--json FILE]
 
-Variants take turns within every round, so that what else the machine does falls on all of them alike.
+Variants take turns within every round, so that other load on the machine affects all of them alike.
 
 Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups.
 """
@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,13 +28,25 @@ from mtlora.ops.training import routed_lora
 # The default backbone and its adapters.
 LAYERS, D, R, N, G = 30, 576, 16, 8, 4
 SERVING = ((1, 1), (64, 1), (64, 25), (64, 64), (1024, 1), (1024, 25))
-TRAINING = {"tokens": 1024, "D": 576, "r": 16, "N": 16, "G": 2}
 
 Variant = Callable[[], None]
 
 
+class TrainingSizes(NamedTuple):
+    """One layer's sizes in training."""
+
+    T: int
+    D: int
+    r: int
+    N: int
+    G: int
+
+
+TRAINING = TrainingSizes(T=1024, D=576, r=16, N=16, G=2)
+
+
 def interleaved(variants: dict[str, Variant], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every variant in every round, after one round that does not count."""
+    """Seconds of every variant in every round. One round before them does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(rounds + 1):
         for name, run in variants.items():
@@ -45,7 +58,7 @@ def interleaved(variants: dict[str, Variant], rounds: int) -> dict[str, list[flo
 
 
 def serving_variants(tokens: int, adapters: int, layers: int) -> dict[str, Variant]:
-    """The operator, and torch ops adapter by adapter, over `layers` layers, each with weights of its own."""
+    """The operator, and torch ops one adapter after another, over `layers` layers, each with its own weights."""
     dtype, device = torch.bfloat16, torch.device("cpu")
     table = SlotTable(layers, adapters, hidden_size=D, dtype=dtype, device=device)
     for slot in range(adapters):
@@ -76,7 +89,7 @@ def serving_variants(tokens: int, adapters: int, layers: int) -> dict[str, Varia
 def expert_loop(
     x_TD: torch.Tensor, A: torch.Tensor, B_NDr: torch.Tensor, route: torch.Tensor, num_groups: int, scaling: float
 ) -> torch.Tensor:
-    """The path as the paper's authors write it: a product and a weighted sum an expert, N tensors [T, D] held."""
+    """The path as the paper's authors write it: a product and a weighted sum for each expert, N tensors [T, D]."""
     T, num_experts = len(x_TD), len(B_NDr)
     h_Tr = x_TD @ A.t()
     weights_TGN = torch.softmax((x_TD @ route.t()).view(T, num_groups, num_experts), dim=-1)
@@ -86,26 +99,27 @@ def expert_loop(
     return out.view(T, -1) * scaling
 
 
-def training_variants() -> dict[str, Variant]:
+def training_variants(sizes: TrainingSizes = TRAINING, device: str = "cpu") -> dict[str, Variant]:
     """Forward and backward of one layer, in float32."""
-    T, d, r, n, g = TRAINING.values()
-    x_TD = torch.randn(T, d, requires_grad=True)
-    A, B_NDr, route = (torch.randn(*s).div_(10).requires_grad_() for s in ((r, d), (n, d, r), (g * n, d)))
+    T, D, r, N, G = sizes
+    x_TD = torch.randn(T, D, device=device, requires_grad=True)
+    shapes = ((r, D), (N, D, r), (G * N, D))
+    A, B_NDr, route = (torch.randn(*shape, device=device).div_(10).requires_grad_() for shape in shapes)
     inputs = [x_TD, A, B_NDr, route]
-    grad_TD = torch.randn(T, d)
+    grad_TD = torch.randn(T, D, device=device)
 
     def ours() -> None:
-        out, _ = routed_lora(x_TD, A, B_NDr, route, None, num_groups=g, scaling=2.0)
+        out, _ = routed_lora(x_TD, A, B_NDr, route, None, num_groups=G, scaling=2.0)
         torch.autograd.grad(out, inputs, grad_TD)
 
     def loop() -> None:
-        torch.autograd.grad(expert_loop(x_TD, A, B_NDr, route, g, 2.0), inputs, grad_TD)
+        torch.autograd.grad(expert_loop(x_TD, A, B_NDr, route, G, 2.0), inputs, grad_TD)
 
     return {"operator": ours, "loop over experts": loop}
 
 
 def peak_bytes(run: Variant) -> int:
-    """Most bytes of tensors that `run` holds at a time, beyond what was there before."""
+    """Peak bytes of the tensors that `run` allocates."""
     run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
@@ -129,7 +143,7 @@ def _report(title: str, seconds: dict[str, list[float]], layers: int) -> dict[st
 
 
 def main() -> None:
-    """Print the table, and write it to a file where asked."""
+    """Print the table, and write it to a file if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--layers", type=int, default=LAYERS)

@@ -1,12 +1,10 @@
-"""Hugging Face PEFT with mixed-adapter batches, in a process of its own: `benchmarks.worker`'s protocol.
+"""A worker: Hugging Face PEFT with mixed-adapter batches. Messages and replies are `benchmarks.engine_worker`'s.
 
-A case's prompts run in static batches of up to `batch` sequences, padded on the left, through
-`generate(adapter_names=...)`, each row with the adapter of its slot. Adapters are loaded before the clock starts.
+Settings: {"model": folder, "dtype": name, "batch": sequences}. The prompts of a message run in static batches of up to
+`batch` sequences, padded on the left, through `generate(adapter_names=...)`, each row with the adapter of its slot.
+Adapters are loaded before the clock starts.
 """
 
-import json
-import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +12,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness.worker import Handle, serve
+
 
 class MixedBatches:
-    """A transformers model with any number of PEFT adapters, each row of a batch with its own."""
+    """A transformers model with any number of PEFT adapters; each row of a batch has its own."""
 
     def __init__(self, backbone: Path, dtype: torch.dtype) -> None:
         from transformers import AutoModelForCausalLM
@@ -25,10 +25,10 @@ class MixedBatches:
         self._loaded: set[str] = set()
 
     def load(self, adapters: Mapping[str, str]) -> None:
-        """Load adapters, folders by name, that are not loaded yet."""
+        """Load those adapters, given as folders by name, that are not loaded yet."""
         from peft import PeftModel
 
-        # In the backbone's dtype, as vLLM has them: PEFT's own choice is float32, for inference too.
+        # In the backbone's dtype, as in vLLM. PEFT's default is float32, even for inference.
         options = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
         for name, path in adapters.items():
             if not self._loaded:
@@ -39,7 +39,7 @@ class MixedBatches:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], names: Sequence[str], new_tokens: int) -> list[list[int]]:
-        """`new_tokens` token ids for each prompt, greedily, as one batch; names: each row's adapter."""
+        """`new_tokens` greedy token ids for each prompt, in one batch. names: the adapter of each row."""
         length = max(map(len, prompts))
         found = self._model.generate(
             input_ids=torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts]),
@@ -54,15 +54,11 @@ class MixedBatches:
         return tokens
 
 
-def main() -> None:
-    """Serve cases until stdin ends. argv[1]: {"model": folder, "dtype": name, "batch": sequences} as JSON."""
-    # Libraries print to stdout; replies must have it to themselves.
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    settings = json.loads(sys.argv[1])
+def start(settings: dict[str, Any]) -> Handle:
+    """Load the backbone."""
     model = MixedBatches(Path(settings["model"]), getattr(torch, settings["dtype"]))
 
-    def run(case: dict[str, Any]) -> dict[str, float]:
+    def generate(case: dict[str, Any]) -> dict[str, Any]:
         model.load({name: path for name, _, path in case["slots"]})
         names = [name for name, _, _ in case["slots"]]
         began, tokens = time.perf_counter(), 0
@@ -72,10 +68,8 @@ def main() -> None:
             tokens += sum(map(len, answers))
         return {"seconds": time.perf_counter() - began, "tokens": tokens}
 
-    print(json.dumps({"ready": True}), file=replies, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(run(json.loads(line))), file=replies, flush=True)
+    return generate
 
 
 if __name__ == "__main__":
-    main()
+    serve(start)

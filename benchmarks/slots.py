@@ -1,4 +1,4 @@
-"""`make bench-slots`: more adapters than slots, what the cold ones cost, and what they cost the warm ones."""
+"""`make bench-slots`: throughput and waiting times when there are more adapters than slots in the engine."""
 
 import argparse
 import asyncio
@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from mtlora.checkpoint.format import read_checkpoint, write_checkpoint
-from mtlora.client import AsyncClient
-from server.cli.process import ServerProcess
+from benchmarks.harness.adapters import write_scaled_adapter
+from benchmarks.harness.asking import closed_loop
+from benchmarks.harness.native_server import native_server
+from benchmarks.harness.percentile import p99
+from mtlora.checkpoint.format import read_manifest
+from mtlora.client import AsyncClient, Client, MetricsPage
 
 IN_FLIGHT = 16
-PARAMETERS = {"max_new_tokens": 32, "stop": [], "timeout": 300}
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Result:
 
 
 def main() -> int:
-    """Print requests a second with as many adapters as slots and with three times as many; 1 where the ratio is low."""
+    """Compare as many adapters as slots with three times as many. Returns 1 if the ratio is below the goal."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.slots", description=__doc__)
     parser.add_argument("--backbone", default="default")
     parser.add_argument(
-        "--adapter", type=Path, default=Path("adapters/builtin/1"), help="copied, each a little changed"
+        "--adapter", type=Path, default=Path("adapters/builtin/1"), help="the one to copy, with small changes"
     )
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--adapters", type=int, default=48)
@@ -41,14 +41,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(args.adapters):
             write_variant(args.adapter, Path(folder), number)
-        with ServerProcess(
+        with native_server(
             backbone=args.backbone, adapters=folder, adapter_slots=args.slots, max_num_seqs=IN_FLIGHT, kv_cache_gib=0.5,
             log_level="warning",
         ) as server:  # fmt: skip
-            asyncio.run(ask(server.address, range(args.slots), args.slots * 2))
-            few = [asyncio.run(ask(server.address, range(args.slots), args.requests))]
-            many = asyncio.run(ask(server.address, range(args.adapters), args.requests))
-            few.append(asyncio.run(ask(server.address, range(args.slots), args.requests)))
+            with server.client() as client:
+                tasks = tasks_by_adapter(client)
+            asyncio.run(ask(server.address, tasks[: args.slots], args.slots * 2))
+            few = [asyncio.run(ask(server.address, tasks[: args.slots], args.requests))]
+            many = asyncio.run(ask(server.address, tasks, args.requests))
+            few.append(asyncio.run(ask(server.address, tasks[: args.slots], args.requests)))
             cold = cold_waits(server.metrics)
     base = statistics.mean(each.requests_per_s for each in few)
     ratio = many.requests_per_s / base
@@ -62,68 +64,42 @@ def main() -> int:
 
 
 def write_variant(source: Path, folder: Path, number: int) -> None:
-    """The adapter under another name, with other weights and one task of its own."""
-    checkpoint = read_checkpoint(source)
-    manifest = checkpoint.manifest
-    tensors = {
-        name: tensor * (1 - number / 1000) if name.endswith("lora_B") else tensor
-        for name, tensor in checkpoint.tensors.items()
-    }
-    tasks = tuple(
+    """Write the adapter under another name, with other weights and task ids."""
+    tasks = [
         task.model_copy(update={"id": f"t{number:03}_{task.id}"[:64], "template": "{input}\nAnswer:"})
-        for task in manifest.tasks
-    )
-    write_checkpoint(
-        folder / f"adapter{number:03}" / "1", backbone=manifest.backbone, config=manifest.config, tasks=tasks,
-        tensors=tensors,
-    )  # fmt: skip
+        for task in read_manifest(source).tasks
+    ]
+    write_scaled_adapter(source, folder / f"adapter{number:03}" / "1", 1 - number / 1000, tasks)
 
 
-async def ask(address: str, adapters: Sequence[int], number: int) -> Result:
-    """Ask `number` questions, `IN_FLIGHT` at a time, of adapters drawn by a Zipf law."""
-    rng = random.Random(len(adapters))
-    weights = [1 / (rank + 1) for rank in range(len(adapters))]
-    waiting = rng.choices(adapters, weights, k=number)
-    ttft: list[float] = []
+async def ask(address: str, tasks: Sequence[str], number: int) -> Result:
+    """Ask `number` questions, `IN_FLIGHT` at a time, of tasks drawn by a Zipf law."""
+    rng = random.Random(len(tasks))
+    weights = [1 / (rank + 1) for rank in range(len(tasks))]
+    ttft_s: list[float] = []
     async with AsyncClient(address) as client:
-        tasks = await first_tasks(address)
 
-        async def work() -> None:
-            while waiting:
-                task = tasks[waiting.pop()]
-                text = " ".join(rng.choices(["one", "two", "three", "four"], k=60))
-                answer = await client.generate(task, text, **PARAMETERS)  # type: ignore[arg-type]
-                ttft.append(answer.summary.timings.time_to_first_token.ToTimedelta().total_seconds())
+        async def generate(task: str) -> None:
+            text = " ".join(rng.choices(["one", "two", "three", "four"], k=60))
+            answer = await client.generate(task, text, max_new_tokens=32, stop=[], timeout=300)
+            ttft_s.append(answer.summary.timings.time_to_first_token.ToTimedelta().total_seconds())
 
         began = time.monotonic()
-        await asyncio.gather(*(work() for _ in range(IN_FLIGHT)))
-        return Result(number / (time.monotonic() - began), ttft)
+        await closed_loop(rng.choices(tasks, weights, k=number), IN_FLIGHT, generate)
+        return Result(number / (time.monotonic() - began), ttft_s)
 
 
-async def first_tasks(address: str) -> dict[int, str]:
-    """One task of each adapter, by its number."""
-    from mtlora.client import Client
-
-    def find() -> dict[int, str]:
-        with Client(address) as client:
-            return {int(task.adapter_name.removeprefix("adapter")): task.id for task in client.tasks()}
-
-    return await asyncio.to_thread(find)
+def tasks_by_adapter(client: Client) -> list[str]:
+    """One task of each adapter, in the order of the adapters' names."""
+    task_of = {task.adapter_name: task.id for task in client.tasks()}
+    return [task_of[adapter] for adapter in sorted(task_of)]
 
 
 def cold_waits(metrics: str) -> str:
     """How many requests waited for their adapter, and how long on average."""
-    import urllib.request
-
-    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=5) as reply:
-        lines = reply.read().decode().splitlines()
-    values = dict(line.rsplit(" ", 1) for line in lines if line.startswith("mtlora_adapter_cold_seconds_"))
-    count, total = (float(values[f"mtlora_adapter_cold_seconds_{name}"]) for name in ("count", "sum"))
+    page = MetricsPage.fetch(metrics)
+    count, total = (page.value(f"mtlora_adapter_cold_seconds_{name}") for name in ("count", "sum"))
     return f"{count:.0f} requests waited for their adapter, {1e3 * total / max(count, 1):.0f} ms on average"
-
-
-def p99(values: Sequence[float]) -> float:
-    return float(np.percentile(values, 99))
 
 
 if __name__ == "__main__":

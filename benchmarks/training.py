@@ -1,9 +1,10 @@
-"""Seconds of a training step of one configuration against another, on the same batches, turn by turn in one process.
+"""`make bench-training`: seconds of a training step of several configurations, on the same batches, in one process.
 
     python -m benchmarks.training configs/methods/full.json configs/methods/hydralora-qv.json
 
-HydraLoRA is measured both ways: with its experts one after the other, as its authors publish it, and as one product, as
-this project computes blocks. Ratios are medians over turns; what else the machine does meets both alike.
+HydraLoRA is measured twice: with its experts one after the other, as its authors publish it, and as one product, as
+this project computes blocks. Configurations take turns, and ratios are medians over turns, so that other load on the
+machine affects all of them alike.
 """
 
 import argparse
@@ -25,7 +26,7 @@ _WARM_UP = 2
 
 
 def variants(files: list[Path], flags: list[str]) -> dict[str, TrainingConfig]:
-    """The configurations by name; HydraLoRA twice."""
+    """The configurations by name. HydraLoRA stands twice."""
     found: dict[str, TrainingConfig] = {}
     for file in files:
         config = TrainingConfig.model_validate(read_settings(file, ["validation_per_task=0", *flags]))
@@ -39,7 +40,7 @@ def variants(files: list[Path], flags: list[str]) -> dict[str, TrainingConfig]:
 
 
 def measure(configs: dict[str, TrainingConfig], backbone: Path, steps: int) -> dict[str, list[float]]:
-    """Seconds of each of `steps` steps of every configuration, all on the same batch before any goes on."""
+    """Seconds of every step of each configuration. All take a step before any takes the next."""
     with tempfile.TemporaryDirectory(prefix="mtlora-bench-") as folder:
         trainers = {
             name: Trainer(config, backbone, Path(folder) / str(i)) for i, (name, config) in enumerate(configs.items())
@@ -47,7 +48,7 @@ def measure(configs: dict[str, TrainingConfig], backbone: Path, steps: int) -> d
         seconds: dict[str, list[float]] = {name: [] for name in trainers}
         for turn in range(_WARM_UP + steps):
             order = list(trainers.items())
-            # Who goes first changes, so that no one always finds the other's caches.
+            # The order changes, so that none always runs on the caches that another left.
             for name, trainer in order if turn % 2 else order[::-1]:
                 begin = time.perf_counter()
                 trainer.train_step()
@@ -57,7 +58,7 @@ def measure(configs: dict[str, TrainingConfig], backbone: Path, steps: int) -> d
 
 
 def report(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Median seconds a step, and the median over turns of the ratio to the first configuration's."""
+    """Median seconds a step, and the median over turns of the first configuration's seconds divided by these."""
     first = next(iter(seconds.values()))
     return {
         name: {
@@ -69,9 +70,9 @@ def report(seconds: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print a table, and write JSON where it is asked for."""
+    """Measure, print a table, and write JSON if asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
-    parser.add_argument("configs", type=Path, nargs="+", metavar="CONFIG", help="the first is compared with the others")
+    parser.add_argument("configs", type=Path, nargs="+", metavar="CONFIG", help="compared with the first one")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path, metavar="OUT")
     add_backbone_argument(parser)

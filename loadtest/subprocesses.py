@@ -123,7 +123,7 @@ class Answered:
 
 
 class InProcessEngine(_Process):
-    """`benchmarks.closed_loop`: the engine with no server around it. `engine` are keyword arguments of vllm.LLM."""
+    """`benchmarks.closed_loop_worker`: the engine without a server. `engine` are keyword arguments of vllm.LLM."""
 
     def __init__(
         self, backbone: str, adapters: Sequence[tuple[str, str, Path]], engine: Mapping[str, Any], kv_cache_gib: float,
@@ -142,7 +142,9 @@ class InProcessEngine(_Process):
             # As the server places its threads: on every core.
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
         }
-        super().__init__([sys.executable, "-m", "benchmarks.closed_loop", json.dumps(given)], environment, timeout_s)
+        super().__init__(
+            [sys.executable, "-m", "benchmarks.closed_loop_worker", json.dumps(given)], environment, timeout_s
+        )
 
     @property
     def _name(self) -> str:

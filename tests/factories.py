@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness import adapters
 from mtlora.backbone import BackboneIdentity
 from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, AdapterManifest, TaskEntry, write_checkpoint
 from mtlora.config import MtLoRAConfig
@@ -33,11 +34,8 @@ def random_tensors(
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Every tensor that a checkpoint of this config holds."""
-    generator = torch.Generator().manual_seed(seed)
-    manifest = AdapterManifest(
-        backbone=identity, config=config, tasks=task_table(num_tasks, biased=config.task_bias), tensors_sha256="0" * 64
-    )
-    return {n: torch.randn(s, generator=generator).to(dtype) for n, s in manifest.tensor_shapes().items()}
+    made = adapters.random_tensors(identity, config, task_table(num_tasks, biased=config.task_bias), seed=seed)
+    return {name: tensor.to(dtype) for name, tensor in made.items()}
 
 
 def write_random(folder: Path, *, seed: int = 0, **kwargs: Any) -> AdapterManifest:

@@ -1,4 +1,4 @@
-"""`make bench`: what is computed from timings, what is drawn, and that PEFT does the work that it is timed on."""
+"""`make bench`: ratios, the picture, and the work of the PEFT worker."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.adapters import write_random_peft
-from benchmarks.engine import RATIOS, Case, EngineProcess, make_report
-from benchmarks.load import LOADS, REFERENCE, Load
+from benchmarks.harness.adapters import write_random_peft
+from benchmarks.harness.worker import WorkerProcess
 from benchmarks.peft_worker import MixedBatches
-from benchmarks.picture import draw
+from benchmarks.prompts import LOADS, REFERENCE, RandomPrompts
+from benchmarks.throughput import RATIOS, Case, make_report
+from benchmarks.throughput_picture import draw
 from tests.engine._models import VOCABULARY, make_model
 
 ROWS = {
@@ -32,7 +33,7 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert ratios["25-adapters/backbone"]["min"] == pytest.approx(0.8)
     assert ratios["1000-tasks/25-tasks"]["median"] == pytest.approx(1)
     assert ratios["256-adapters-zipf/32-adapters"]["median"] == pytest.approx(0.5)
-    # A case with one round is compared with the other's first; one with half the requests, by its rate.
+    # One round is compared with the first of two; half the requests are compared by their rate.
     assert ratios["25-adapters/vllm-multi-lora"]["median"] == pytest.approx(8)
     assert ratios["backbone/vllm-backbone"]["median"] == pytest.approx(1.25)
     assert ratios["25-adapters/peft-mixed-batches"]["median"] == pytest.approx(8)
@@ -43,22 +44,22 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert len(ratios) == len(RATIOS)
 
 
-def test_rows_that_did_not_run_are_left_out() -> None:
+def test_report_leaves_out_rows_that_did_not_run() -> None:
     made = report({name: ROWS[name] if name in ("backbone", "25-adapters") else [] for name in ROWS})
     assert set(made["rows"]) == {"backbone", "25-adapters"}
     assert set(made["ratios"]) == {"25-adapters/backbone"}
 
 
-def test_a_sample_is_never_more_than_the_load() -> None:
-    engine = object.__new__(EngineProcess)
+def test_sample_is_at_most_the_whole_load() -> None:
+    worker = WorkerProcess("benchmarks.engine_worker", {})
     for load in LOADS.values():
-        part = Case("x", engine, [None], sample=64).part_of(load)
+        part = Case("x", worker, [None], sample=64).part_of(load)
         assert part.requests == min(64, load.requests)
-        assert part.prompts(100, 0) == load.prompts(100, 0)[: part.requests]
-        assert Case("x", engine, [None]).part_of(load) is load
+        assert part.draw(100, 0) == load.draw(100, 0)[: part.requests]
+        assert Case("x", worker, [None]).part_of(load) is load
 
 
-def test_the_picture_is_drawn(tmp_path: Path) -> None:
+def test_picture_shows_every_row_with_its_rate_and_ratio(tmp_path: Path) -> None:
     made = json.loads(json.dumps(report()))
     draw(made, tmp_path / "bench.svg")
     drawn = (tmp_path / "bench.svg").read_text()
@@ -74,7 +75,7 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
 
 @pytest.fixture
 def peft_adapters(tmp_path: Path) -> tuple[Path, dict[str, str]]:
-    """A tiny backbone and folders of three PEFT adapters, large enough to change what it answers."""
+    """A tiny backbone and three PEFT adapters, scaled so that they change its answers."""
     model = make_model(tmp_path / "model", "llama")
     config = json.loads((model / "config.json").read_text())
     for i in range(3):
@@ -84,20 +85,21 @@ def peft_adapters(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     return model, {f"peft-{i}": str(tmp_path / f"peft-{i}") for i in range(3)}
 
 
-def test_mixed_peft_batches_give_each_row_its_own_adapter(peft_adapters: tuple[Path, dict[str, str]]) -> None:
+def test_mixed_peft_batch_uses_the_adapter_of_each_row(peft_adapters: tuple[Path, dict[str, str]]) -> None:
     backbone, adapters = peft_adapters
     model = MixedBatches(backbone, torch.float32)
     model.load(adapters)
-    prompts = Load("test", 7, (4, 12), 3).prompts(VOCABULARY, 0)
+    prompts = RandomPrompts("test", 7, (4, 12), 3).draw(VOCABULARY, 0)
     names = [f"peft-{i % 3}" for i in range(len(prompts))]
     together = model.generate(prompts, names, 6)
     assert together == [model.generate([p], [n], 6)[0] for p, n in zip(prompts, names, strict=True)]
     assert together != model.generate(prompts, names[1:] + names[:1], 6), "adapters that change nothing test nothing"
 
 
-def test_the_peft_worker_runs_a_load(peft_adapters: tuple[Path, dict[str, str]]) -> None:
+def test_peft_worker_runs_a_load(peft_adapters: tuple[Path, dict[str, str]]) -> None:
     backbone, adapters = peft_adapters
     slots = [(name, i, path) for i, (name, path) in enumerate(adapters.items(), start=1)]
     settings = {"model": str(backbone), "dtype": "float32", "batch": 4}
-    with EngineProcess("benchmarks.peft_worker", settings) as engine:
-        assert engine.seconds(Load("test", 6, (4, 12), 3), slots, VOCABULARY, seed=0) > 0
+    with WorkerProcess("benchmarks.peft_worker", settings) as worker:
+        case = Case("peft", worker, slots)
+        assert case.seconds(RandomPrompts("test", 6, (4, 12), 3), VOCABULARY, seed=0) > 0

@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.harness.adapters import random_tensors
 from mtlora.adapter import AdapterSet
 from mtlora.backbone import BackboneIdentity, identify
 from mtlora.checkpoint.format import AdapterManifest, TaskEntry, read_checkpoint, write_checkpoint
@@ -53,30 +54,18 @@ def make_adapter(
     size: float = 1.0,
 ) -> AdapterManifest:
     """Write a random adapter with tasks t0, t1, ...; `size` is about that of its output for inputs of size one."""
-    generator = torch.Generator().manual_seed(seed)
     tasks = tuple(
         TaskEntry(id=f"t{i}", description="a test's task", bias_index=i if config.task_bias else None)
         for i in range(num_tasks)
     )
     d, N = backbone.hidden_size, config.num_experts
-    shapes = {}
-    for layer in range(backbone.num_layers):
-        for module in config.modules:
-            name = f"layers.{layer}.{module}"
-            shapes[f"{name}.lora_A"] = (config.r, d)
-            shapes[f"{name}.lora_B"] = (N, d, config.r)
-            shapes[f"{name}.lora_route"] = (config.router_rows, d)
-            if config.task_bias:
-                shapes[f"{name}.task_bias"] = (num_tasks, config.num_groups, N)
     scale = {
         "lora_A": d**-0.5,
         "lora_B": size * (N / config.r) ** 0.5 / config.scaling,
         "lora_route": d**-0.5,
         "task_bias": 2.0,
     }
-    tensors = {
-        name: torch.randn(shape, generator=generator) * scale[name.rpartition(".")[2]] for name, shape in shapes.items()
-    }
+    tensors = random_tensors(backbone, config, tasks, seed=seed, scale=scale)
     return write_checkpoint(folder, backbone=backbone, config=config, tasks=tasks, tensors=tensors)
 
 

@@ -1,1 +1,1 @@
-"""Fault injection against a real server: `make faults`. One scenario a module, each one row of the printed table."""
+"""`make faults`: faults injected into a real server. Each scenario is a module and a row of the printed table."""

@@ -20,7 +20,7 @@ Run = Callable[[Options], Row]
 
 
 def scenarios() -> dict[str, Run]:
-    """Every scenario by its module's name, in order."""
+    """Every scenario by the name of its module, in order."""
     modules = [
         importlib.import_module(f"{__package__}.{info.name}")
         for info in pkgutil.iter_modules(sys.modules[__package__].__path__)
@@ -31,12 +31,12 @@ def scenarios() -> dict[str, Run]:
 
 
 def uses_shared_server(run: Run) -> bool:
-    """Whether a scenario's module has the server that some share."""
+    """Whether a scenario uses the shared server."""
     return hasattr(sys.modules[run.__module__], "shared")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0 when every row is met."""
+    """Run scenarios. Returns 0 if every goal is met."""
     known = scenarios()
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--backbone", default="default")
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="full length instead of the short form")
     parser.add_argument("--only", nargs="+", choices=known, default=list(known), metavar="SCENARIO")
     options = parser.parse_args(arguments)
-    # Ends like Ctrl-C, with the servers that were started.
+    # SIGTERM ends the run as Ctrl-C does: servers and folders are cleaned up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     rows = []
     for name in options.only:

@@ -1,4 +1,4 @@
-"""Adapters that nobody should be hurt by. Each writes a version's folder from a healthy one."""
+"""Bad adapters. Each function writes a version's folder, made from that of a healthy one."""
 
 import json
 import os
@@ -14,7 +14,7 @@ Write = Callable[[Path, Path, random.Random], None]
 
 
 def corrupt(healthy: Path, folder: Path, rng: random.Random) -> None:
-    """Random bytes in the middle of the tensors, or of the header."""
+    """Random bytes among the tensors, or in their header."""
     shutil.copytree(healthy, folder)
     file = folder / TENSORS_FILE
     content = bytearray(file.read_bytes())
@@ -25,14 +25,14 @@ def corrupt(healthy: Path, folder: Path, rng: random.Random) -> None:
 
 
 def truncated(healthy: Path, folder: Path, rng: random.Random) -> None:
-    """One of the two files ends too soon."""
+    """One of the two files is cut off."""
     shutil.copytree(healthy, folder)
     file = folder / (TENSORS_FILE if rng.random() < 0.7 else MANIFEST_FILE)
     os.truncate(file, rng.randrange(file.stat().st_size))
 
 
 def not_a_number(healthy: Path, folder: Path, rng: random.Random) -> None:
-    """A NaN among the weights, with checksums that agree."""
+    """A NaN or an infinity among the weights, with a right checksum."""
     from safetensors.torch import load_file, save
 
     tensors = load_file(healthy / TENSORS_FILE)
@@ -42,19 +42,19 @@ def not_a_number(healthy: Path, folder: Path, rng: random.Random) -> None:
 
 
 def wrong_backbone(healthy: Path, folder: Path, rng: random.Random) -> None:
-    """Made beside other weights."""
+    """Names the fingerprint of another backbone."""
     manifest = json.loads((healthy / MANIFEST_FILE).read_text())
     manifest["backbone"]["weights_fingerprint"] = f"{rng.getrandbits(256):064x}"
     _write(folder, manifest, (healthy / TENSORS_FILE).read_bytes())
 
 
 def vanishing(healthy: Path, folder: Path, rng: random.Random) -> None:
-    """A healthy version: whoever puts it in place removes it within moments, so that it may come to serve, or not."""
+    """A healthy version. The scenario removes it within moments, so it may serve or not."""
     shutil.copytree(healthy, folder)
 
 
 def oversize(healthy: Path, folder: Path, rng: random.Random) -> None:
-    """More bytes than the server looks at."""
+    """More bytes than the server accepts."""
     shutil.copytree(healthy, folder)
     with (folder / TENSORS_FILE).open("ab") as file:
         for _ in range(rng.randrange(65, 80)):
@@ -62,7 +62,7 @@ def oversize(healthy: Path, folder: Path, rng: random.Random) -> None:
 
 
 def symlink(healthy: Path, folder: Path, rng: random.Random) -> None:
-    """A link out of the folder: to a device, to a file of the machine, or of the folder itself."""
+    """A link out of the folder, to a device or a file; or the folder is a link itself."""
     target = rng.choice(["/dev/zero", "/etc/passwd", "itself", str(healthy / TENSORS_FILE)])
     if target == "itself":
         folder.symlink_to(healthy, target_is_directory=True)
@@ -73,8 +73,8 @@ def symlink(healthy: Path, folder: Path, rng: random.Random) -> None:
 
 
 def bomb(healthy: Path, folder: Path, rng: random.Random) -> None:
-    """Few bytes that claim many: a sparse file, endless nesting, a header of gigabytes, a million experts, provenance
-    of a gigabyte's objects.
+    """Few bytes that claim many: a sparse file, deep nesting, a header of gigabytes, a million experts, or provenance
+    whose objects take a gigabyte.
     """
     kind = rng.randrange(5)
     manifest: dict[str, Any] = json.loads((healthy / MANIFEST_FILE).read_text())

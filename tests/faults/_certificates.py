@@ -1,4 +1,4 @@
-"""Authorities and certificates to try a server with."""
+"""Certificate authorities and certificates for tests of a server."""
 
 import datetime
 import ipaddress
@@ -26,7 +26,7 @@ def authority(folder: Path, name: str = "authority") -> Issued:
 
 
 def issue(by: Issued, folder: Path, name: str, *, days: float = 1.0, uri: str | None = None) -> Issued:
-    """A certificate for `name` on this machine; negative `days` make one that has expired."""
+    """A certificate for `name` on this machine; negative `days` make an expired one."""
     return _issue(folder, name, by, x509.BasicConstraints(ca=False, path_length=None), days=days, uri=uri)
 
 

@@ -1,18 +1,20 @@
-"""Load on a server, from a thread of its own: what was asked, what came back, and how long each token took."""
+"""Load on a server from a thread of its own, with every answer and the times of its tokens."""
 
 import asyncio
+import functools
+import itertools
 import random
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-import numpy as np
-
+from benchmarks.harness.asking import closed_loop, open_loop
+from benchmarks.harness.percentile import p99
 from mtlora.client import AsyncClient, Client, ServerError
 
-# Long enough for a token rate, whatever the task's own stop strings.
+# Answers long enough to measure gaps between tokens: the task's stop strings do not count.
 PARAMETERS: dict[str, Any] = {"max_new_tokens": 16, "stop": []}
 _WORDS = (
     "seven", "apples", "7/30/2018", "walked", "north", "before", "the", "old", "bridge", "cost", "$12.50", "nobody",
@@ -29,7 +31,7 @@ class Question:
 
 @dataclass
 class Asked:
-    """One request. `gaps_s`: between its tokens. `status`: of gRPC; empty while it runs."""
+    """One request. gaps_s: between its tokens. status: gRPC's, empty while the request runs."""
 
     question: Question
     began: float
@@ -42,42 +44,42 @@ class Asked:
 
 
 def questions(client: Client, number: int, seed: int) -> list[Question]:
-    """Random inputs for the tasks that a server has, which take one text."""
+    """Random inputs for those of a server's tasks that take one text."""
     rng = random.Random(seed)
     tasks = [task.id for task in client.tasks() if len(task.fields) == 1]
     return [Question(rng.choice(tasks), " ".join(rng.choices(_WORDS, k=rng.randint(8, 24)))) for _ in range(number)]
 
 
 def ask_every_length(client: Client, longest: int = 300) -> None:
-    """Have the engine see a prompt of every length once.
+    """Send one prompt of every length, so that memory grows no further with the variety of lengths.
 
-    What oneDNN prepares for a number of tokens, vLLM's CPU build keeps, for each layer and up to 128 numbers. Until
-    then memory grows with the variety of the load, by some hundred MB in all; to be measured is what grows after.
+    vLLM's CPU build caches what oneDNN prepares for a number of tokens, for each layer and up to 128 numbers: some
+    hundred MB in all.
     """
     task = next(task.id for task in client.tasks() if len(task.fields) == 1)
     for words in range(1, longest + 1):
-        # A beginning of its own: what the prefix cache has is not computed.
+        # The beginnings differ, so that the prefix cache saves no computation.
         client.generate(task, f"{words}" + " a" * words, max_new_tokens=1, timeout=_TIMEOUT_S)
 
 
 def answers(client: Client, asked: Sequence[Question]) -> list[str]:
-    """What the serving version answers, one at a time."""
+    """Answers of the serving version, asked one at a time."""
     return [client.generate(each.task_id, each.text, timeout=_TIMEOUT_S, **PARAMETERS).text for each in asked]
 
 
-class Load:
-    """`with Load(...) as load`: `workers` streams at a time, or `rate` requests a second where that is given.
+class BackgroundLoad:
+    """`with BackgroundLoad(...) as load`: `in_flight` streams at a time, or, where given, `rate` new ones a second.
 
-    Leaving waits for every request to end. `asked` holds all of them, in the order in which they began.
+    Leaving waits for every request to end. `asked` holds the requests in the order in which they began.
     """
 
     def __init__(
-        self, address: str, asked: Sequence[Question], *, seed: int, workers: int = 12, rate: float | None = None
+        self, address: str, asked: Sequence[Question], *, seed: int, in_flight: int = 12, rate: float | None = None
     ) -> None:
         self._address = address
         self._questions = asked
         self._rng = random.Random(seed)
-        self._workers = workers
+        self._in_flight = in_flight
         self._rate = rate
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
@@ -88,34 +90,22 @@ class Load:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Begin no more requests, and wait for those that run."""
         self._stopping.set()
         self._thread.join(_TIMEOUT_S + 30)
 
     async def _run(self) -> None:
         async with AsyncClient(self._address) as client:
-            if self._rate is None:
-                await asyncio.gather(*(self._work(client) for _ in range(self._workers)))
-                return
-            running: set[asyncio.Task[None]] = set()
-            while not self._stopping.is_set():
-                task = asyncio.create_task(self._ask(client))
-                running.add(task)
-                task.add_done_callback(running.discard)
-                await asyncio.sleep(self._rng.expovariate(self._rate))
-            await asyncio.gather(*running)
+            ask = functools.partial(self._ask, client)
+            if (rate := self._rate) is None:
+                await closed_loop(self._until_stopped(), self._in_flight, ask)
+            else:
+                await open_loop(self._until_stopped(), (self._rng.expovariate(rate) for _ in itertools.count()), ask)
 
-    async def _work(self, client: AsyncClient) -> None:
+    def _until_stopped(self) -> Iterator[Question]:
         while not self._stopping.is_set():
-            await self._ask(client)
-            if self.asked and self.asked[-1].status == "UNAVAILABLE":
-                await asyncio.sleep(0.5)
+            yield self._rng.choice(self._questions)
 
-    async def _ask(self, client: AsyncClient) -> None:
-        question = self._rng.choice(self._questions)
+    async def _ask(self, client: AsyncClient, question: Question) -> None:
         asked = Asked(question, time.monotonic())
         self.asked.append(asked)
         last = 0.0
@@ -133,6 +123,9 @@ class Load:
             asked.status, asked.detail = error.code.name, error.message
         finally:
             asked.ended = time.monotonic()
+        if asked.status == "UNAVAILABLE":
+            # A closed loop would spin while the engine restarts.
+            await asyncio.sleep(0.5)
 
 
 def failures(asked: Iterable[Asked]) -> list[Asked]:
@@ -143,17 +136,17 @@ def failures(asked: Iterable[Asked]) -> list[Asked]:
 def p99_gap_s(asked: Iterable[Asked], since: float = 0.0, until: float = float("inf")) -> float:
     """The 99th percentile of the gaps between tokens, of requests that began in a span of time."""
     gaps = [gap for each in asked if since <= each.began < until for gap in each.gaps_s]
-    return float(np.percentile(gaps, 99)) if gaps else float("nan")
+    return p99(gaps) if gaps else float("nan")
 
 
 @dataclass
 class References:
-    """What each content answers, greedily, to each question."""
+    """The greedy answer of each content to each question."""
 
     texts: dict[tuple[Question, int], str]
 
     def wrong(self, asked: Iterable[Asked], content_of: Any) -> list[Asked]:
-        """Answers that differ from what their version gives."""
+        """Answers that differ from the reference of their version."""
         return [
             each
             for each in asked
@@ -162,7 +155,7 @@ class References:
 
     @property
     def distinct(self) -> int:
-        """Questions to which the two contents give different answers."""
+        """Number of questions to which the two contents give different answers."""
         return sum(
             self.texts[question, 0] != self.texts[question, 1] for question, content in self.texts if content == 0
         )

@@ -1,13 +1,13 @@
-"""A server with TLS and tenants, and what is needed to ask it and to look into it."""
+"""A server with TLS and tenants, access to it, and its idle state."""
 
-import time
-import urllib.request
+import contextlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from mtlora.client import Access
+from benchmarks.harness.native_server import native_server
+from benchmarks.harness.waiting import wait_until
+from mtlora.client import Access, MetricsPage
 from server.cli.process import ServerProcess
 from tests.faults._certificates import authority, issue
 from tests.faults._tenants import tenant, write_tenants
@@ -16,13 +16,13 @@ from tests.faults.scenario import Options
 
 @dataclass(frozen=True)
 class Secured:
-    """A running server, and each tenant's way in."""
+    """A running server, and each tenant's access to it."""
 
     server: ServerProcess
     access: Mapping[str, Access]
 
 
-@contextmanager
+@contextlib.contextmanager
 def secured_server(options: Options, tenants: Mapping[str, Mapping[str, Any]], **settings: Any) -> Iterator[Secured]:
     """Start a server with a certificate and these tenants (id -> fields of its entry)."""
     keys, entries = {}, []
@@ -37,16 +37,8 @@ def secured_server(options: Options, tenants: Mapping[str, Mapping[str, Any]], *
         "tls_certificate": certificate.pem,
         "tls_key": certificate.key,
     }
-    with ServerProcess(**defaults, **files, **settings) as server:
+    with native_server(**defaults, **files, **settings) as server:
         yield Secured(server, {tenant_id: Access(api_key=key, ca=ca.pem) for tenant_id, key in keys.items()})
-
-
-def metrics(server: ServerProcess) -> dict[str, float]:
-    """Every sample of the metrics page, by name and labels as they are written there."""
-    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=10) as reply:
-        lines = reply.read().decode().splitlines()
-    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    return {name: float(value) for name, value in pairs}
 
 
 IDLE = (
@@ -58,11 +50,13 @@ IDLE = (
 )
 
 
-def what_is_left(server: ServerProcess, timeout: float = 15.0) -> dict[str, float]:
-    """What of `IDLE` does not come back to 0 within `timeout` seconds, and its value."""
-    until = time.monotonic() + timeout
-    while True:
-        found = metrics(server)
-        if not (left := {name: found[name] for name in IDLE if found[name]}) or time.monotonic() > until:
-            return left
-        time.sleep(0.2)
+def what_is_left(server: ServerProcess, timeout_s: float = 15.0) -> dict[str, float]:
+    """Metrics of `IDLE` that do not return to 0 in time, with their values."""
+
+    def left() -> dict[str, float]:
+        samples = MetricsPage.fetch(server.metrics).samples
+        return {name: value for name in IDLE for _, value in samples[name] if value}
+
+    with contextlib.suppress(TimeoutError):
+        wait_until(lambda: not left(), timeout_s, every_s=0.2)
+    return left()

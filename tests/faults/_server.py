@@ -1,6 +1,7 @@
-"""The one server that the scenarios about adapters and the engine share, and what they put into its folder."""
+"""The server that scenarios about adapters and the engine share, and the versions that they publish to it."""
 
 import atexit
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -9,12 +10,13 @@ from typing import Any
 
 import psutil
 
-from mtlora.checkpoint.format import read_checkpoint, write_checkpoint
-from server.cli.process import ServerProcess
+from benchmarks.harness.adapters import write_scaled_adapter
+from benchmarks.harness.native_server import native_server
+from benchmarks.harness.processes import process_tree
 from server.registry.version import version_key
 from tests.faults.scenario import Options
 
-# Float32, so that a text does not hang on which other sequences share its batches.
+# In float32 an answer does not depend on the other sequences in its batches.
 SETTINGS: Mapping[str, Any] = {
     "dtype": "float32",
     "kv_cache_gib": 0.5,
@@ -27,7 +29,7 @@ SETTINGS: Mapping[str, Any] = {
 
 
 class Target:
-    """A server with one adapter, which the scenarios give new versions. Two contents take turns in them.
+    """A server with one adapter, to which scenarios publish new versions, made of two contents in turn.
 
     root: the server's folder of adapters.
     """
@@ -39,11 +41,14 @@ class Target:
         self.name = source.parent.name
         self.contents = [self._home / "content" / "0", self._home / "content" / "1"]
         shutil.copytree(source, self.contents[0])
-        _write_other_content(source, self.contents[1])
+        # Other answers to most inputs.
+        write_scaled_adapter(source, self.contents[1], 0.5)
         self.version = 1
         shutil.copytree(self.contents[1], self.root / self.name / "1")
-        self.server = ServerProcess(backbone=options.backbone, adapters=self.root, **SETTINGS)
-        self.server.__enter__()
+        self._running = contextlib.ExitStack()
+        self.server = self._running.enter_context(
+            native_server(backbone=options.backbone, adapters=self.root, **SETTINGS)
+        )
         atexit.register(self.close)
 
     @property
@@ -51,16 +56,16 @@ class Target:
         return self.server.address
 
     def content_of(self, version: str) -> int:
-        """Which content a version was made of."""
+        """Index of the content that a version is made of."""
         return int(version) % 2
 
     def next_version(self) -> tuple[str, Path]:
-        """Name and content of the version that is to come next."""
+        """Name and content of the next version."""
         self.version += 1
         return str(self.version), self.contents[self.version % 2]
 
     def publish(self) -> str:
-        """Put the next version in place, in one step."""
+        """Put the next version in place by one rename."""
         version, content = self.next_version()
         hidden = self.root / self.name / f".{version}"
         shutil.copytree(content, hidden)
@@ -69,23 +74,18 @@ class Target:
         return version
 
     def forget_below(self, version: int) -> None:
-        """Remove old versions' folders."""
+        """Remove the folders of older versions."""
         for folder in (self.root / self.name).iterdir():
             if folder.name.isdigit() and int(folder.name) < version:
                 shutil.rmtree(folder)
 
-    def processes(self) -> list[psutil.Process]:
-        """The server's processes."""
-        root = psutil.Process(self.server.process.pid)
-        return [root, *root.children(recursive=True)]
-
     def engine_processes(self) -> list[psutil.Process]:
-        """The engine's, by name: its core and its workers."""
-        return [process for process in self.processes() if process.name().startswith("VLLM::")]
+        """The engine's core and its workers, found by name."""
+        return [process for process in process_tree(self.server.process.pid) if process.name().startswith("VLLM::")]
 
     def close(self) -> None:
         atexit.unregister(self.close)
-        self.server.stop()
+        self._running.close()
         shutil.rmtree(self._home, ignore_errors=True)
 
 
@@ -93,7 +93,7 @@ _running: dict[tuple[str, Path], Target] = {}
 
 
 def shared(options: Options) -> Target:
-    """The server of all these scenarios: started by the first one, stopped by `close_shared`."""
+    """The shared server. The first scenario starts it, `close_shared` stops it."""
     key = (options.backbone, options.adapters)
     if key not in _running:
         _running[key] = Target(options)
@@ -101,23 +101,15 @@ def shared(options: Options) -> Target:
 
 
 def close_shared() -> None:
-    """Stop it, where it runs: idle as it is, it would take time from servers that are measured."""
+    """Stop the shared server if it runs: even idle it takes time from servers that are measured."""
     while _running:
         _running.popitem()[1].close()
 
 
 def _highest_version(adapters: Path) -> Path:
-    """The highest version of the first adapter in a folder. Raises ValueError where there is none."""
+    """The highest version of the first adapter in a folder. Raises ValueError if there is none."""
     for adapter in sorted(path for path in adapters.iterdir() if path.is_dir()):
         versions = [path for path in adapter.iterdir() if (path / "adapter.json").exists()]
         if versions:
             return max(versions, key=lambda path: version_key(path.name))
-    raise ValueError(f"{adapters}: no adapter, NAME/VERSION/, in it")
-
-
-def _write_other_content(source: Path, folder: Path) -> None:
-    """The adapter with its experts at half strength: other answers to most inputs."""
-    checkpoint = read_checkpoint(source)
-    manifest = checkpoint.manifest
-    tensors = {name: tensor * 0.5 if name.endswith("lora_B") else tensor for name, tensor in checkpoint.tensors.items()}
-    write_checkpoint(folder, backbone=manifest.backbone, config=manifest.config, tasks=manifest.tasks, tensors=tensors)
+    raise ValueError(f"{adapters}: holds no adapter, NAME/VERSION/")

@@ -1,4 +1,4 @@
-"""New versions under load: put in place, awaited, and what both contents answer."""
+"""New versions under load: publish one, wait for it, and collect the answers of both contents."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ FAILED = adapters_pb2.ADAPTER_STAGE_FAILED
 
 
 class Watcher:
-    """Every event of a server's adapters, from entering on."""
+    """Collects the events of a server's adapters from entering on."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -29,7 +29,7 @@ class Watcher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """The stream ends with the client's channel."""
+        """Nothing to do: the stream ends with the client's channel."""
 
     def wait(self, version: str, stages: Collection[int], timeout: float) -> adapters_pb2.AdapterEvent:
         """The first event of a version in one of these stages. Raises TimeoutError."""
@@ -40,7 +40,7 @@ class Watcher:
                     if event.version == version and event.stage in stages:
                         return event
                 if not self._news.wait(until - time.monotonic()) and time.monotonic() > until:
-                    raise TimeoutError(f"version {version}: nothing of {stages} after {timeout:g} s")
+                    raise TimeoutError(f"version {version}: in none of the stages {stages} after {timeout:g} s")
 
     def _read(self) -> None:
         try:
@@ -49,12 +49,12 @@ class Watcher:
                     self.events.append((time.monotonic(), event))
                     self._news.notify_all()
         except Exception:
-            # The channel was closed.
+            # The channel is closed.
             return
 
 
 def swap(target: Target, watcher: Watcher, timeout: float = 30.0) -> str:
-    """Put the next version in place and wait until it serves. Raises TimeoutError, or ValueError where it failed."""
+    """Put the next version in place and wait until it serves. Raises TimeoutError, or ValueError if it failed."""
     version = target.publish()
     event = watcher.wait(version, {SERVING, FAILED}, timeout)
     if event.stage == FAILED:
@@ -65,7 +65,7 @@ def swap(target: Target, watcher: Watcher, timeout: float = 30.0) -> str:
 def references(
     target: Target, client: Client, watcher: Watcher, number: int, seed: int
 ) -> tuple[list[Question], References]:
-    """Questions, and what each of the two contents answers. Raises ValueError where they hardly differ."""
+    """Questions, and the answers of both contents. Raises ValueError if too few of them differ."""
     asked = questions(client, number, seed)
     texts: dict[tuple[Question, int], str] = {}
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Tenants files to try a server with."""
+"""Tenants files for tests of a server."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ def tenant(tenant_id: str, **fields: Any) -> tuple[str, dict[str, Any]]:
 
 
 def write_tenants(path: Path, *entries: dict[str, Any], **fields: Any) -> Path:
-    """Replace the file in one step, as an editor or a ConfigMap does."""
+    """Write the file, or replace it in one step, as an editor or a ConfigMap does."""
     fresh = path.with_suffix(".new")
     fresh.write_text(yaml.safe_dump({"tenants": list(entries), **fields}))
     os.replace(fresh, path)

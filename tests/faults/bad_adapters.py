@@ -1,4 +1,4 @@
-"""Bad adapters of every kind, put in place under load: all are refused, and nobody else notices."""
+"""Bad adapters of every kind, published under load: all are refused, and no request is affected."""
 
 import random
 import shutil
@@ -7,7 +7,7 @@ import time
 from mtlora_pb.v1 import adapters_pb2
 
 from tests.faults._bad_files import KINDS
-from tests.faults._load import Load, failures
+from tests.faults._load import BackgroundLoad, failures
 from tests.faults._server import shared
 from tests.faults._swapping import FAILED, SERVING, Watcher, references, swap
 from tests.faults.scenario import Options, Row
@@ -15,12 +15,12 @@ from tests.faults.scenario import Options, Row
 ORDER = 12
 FULL_TIMES, SHORT_TIMES = 20, 2
 _END = {SERVING, FAILED, adapters_pb2.ADAPTER_STAGE_VANISHED}
-# One that was gone before it was looked at is never heard of.
+# The server says nothing about a version that vanishes before the server sees it.
 _WAIT_S = {"vanishing": 5.0}
 
 
 def run(options: Options) -> Row:
-    """Each bad version is the highest of the adapter that serves the load, so that the server wants it at once."""
+    """Each bad version is the highest of the adapter under load, so the server tries to serve it at once."""
     target = shared(options)
     rng = random.Random(options.seed)
     times = FULL_TIMES if options.full else SHORT_TIMES
@@ -28,11 +28,11 @@ def run(options: Options) -> Row:
     with target.server.client() as client, Watcher(client) as watcher:
         asked, expected = references(target, client, watcher, 16, options.seed)
         engine = {process.pid for process in target.engine_processes()}
-        with Load(target.address, asked, seed=options.seed) as load:
+        with BackgroundLoad(target.address, asked, seed=options.seed) as load:
             for kind, write in rng.sample([*KINDS.items()] * times, len(KINDS) * times):
                 version, content = target.next_version()
                 folder = target.root / target.name / version
-                # In one step: a healthy copy that is yet to be spoilt would be served, and rightly.
+                # By a rename: the server must not see the healthy copy before it is damaged.
                 hidden = folder.with_name(f".{version}")
                 write(content, hidden, rng)
                 hidden.rename(folder)

@@ -1,4 +1,4 @@
-"""Streams that are opened and cancelled at random points; the engine must come back to nothing."""
+"""Streams are cancelled at random points; afterwards the engine must hold no sequence and no KV block."""
 
 import asyncio
 import contextlib
@@ -9,21 +9,22 @@ from typing import Any
 import grpc
 from mtlora_pb.v1 import inference_pb2_grpc
 
+from benchmarks.harness.asking import closed_loop
+from benchmarks.harness.native_server import native_server
 from mtlora.client import AsyncClient, Client, make_request
-from server.cli.process import ServerProcess
 from tests.faults._secured import what_is_left
 from tests.faults.scenario import Options, Row
 
 ORDER = 70
 _IN_FLIGHT = 96
-# Long answers, so that hardly any stream ends by itself.
+# Long answers: hardly any stream ends by itself.
 _LONG: dict[str, Any] = {"temperature": 2.0, "stop": [], "max_new_tokens": 200, "without_adapter": False}
 
 
 def run(options: Options) -> Row:
-    """Cancel 10,000 streams (short: 500), then look at what the engine still holds."""
+    """Cancel 10,000 streams (short: 500), then check what the engine still holds."""
     streams = 10_000 if options.full else 500
-    with ServerProcess(
+    with native_server(
         backbone=options.backbone, adapters=options.adapters, kv_cache_gib=0.5, max_num_seqs=32, max_in_flight=128
     ) as server:
         with server.client() as client:
@@ -31,7 +32,7 @@ def run(options: Options) -> Row:
             before = _answers(client, tasks)
         ends = asyncio.run(_cancel(server.address, tasks, streams, options.seed))
         with server.client() as client:
-            # Statistics come with a step; this brings about some.
+            # The engine reports statistics with its steps, and these requests cause some.
             after = _answers(client, tasks)
         left = what_is_left(server)
     wrong = sum(one != other for one, other in zip(before, after, strict=True))
@@ -51,23 +52,24 @@ def _answers(client: Client, tasks: list[str]) -> list[str]:
 
 
 async def _cancel(address: str, tasks: list[str], streams: int, seed: int) -> Counter[str]:
-    """How the streams ended."""
+    """How many streams ended in each status."""
     rng = random.Random(seed)
     ends: Counter[str] = Counter()
-    numbers = iter(range(streams))
 
-    async def worker(stub: Any) -> None:
-        for number in numbers:
+    async with AsyncClient(address) as client:
+        stub: Any = inference_pb2_grpc.InferenceStub(client._channel)
+
+        async def cancel(number: int) -> None:
             request = make_request(rng.choice(tasks), f"{number} " * rng.randint(1, 60), seed=number, **_LONG)
             call = stub.GenerateStream(request, timeout=120)
-            # At once; while it waits, is read or is decoded; after some messages.
+            # At once; after a random time; after some messages.
             match rng.randrange(3):
                 case 0:
                     await asyncio.sleep(0)
                 case 1:
                     await asyncio.sleep(rng.expovariate(2.0))
                 case _:
-                    # A stream that fails says so in its code, below.
+                    # The code of a failed stream is counted below.
                     with contextlib.suppress(grpc.aio.AioRpcError):
                         for _ in range(rng.randint(1, 12)):
                             if await call.read() is grpc.aio.EOF:
@@ -75,7 +77,5 @@ async def _cancel(address: str, tasks: list[str], streams: int, seed: int) -> Co
             call.cancel()
             ends[(await call.code()).name] += 1
 
-    async with AsyncClient(address) as client:
-        stub = inference_pb2_grpc.InferenceStub(client._channel)
-        await asyncio.gather(*(worker(stub) for _ in range(_IN_FLIGHT)))
+        await closed_loop(range(streams), _IN_FLIGHT, cancel)
     return ends

@@ -1,16 +1,21 @@
-"""One tenant floods; the others must not feel it. And equal tenants that all want more than there is get the same."""
+"""A tenant's flood must not slow the others down; equal tenants under overload get equal service."""
 
 import asyncio
 import contextlib
+import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 
-from mtlora.client import AsyncClient, ServerError
+from benchmarks.harness.asking import closed_loop, open_loop
+from benchmarks.harness.percentile import p99
+from mtlora.client import AsyncClient, MetricsPage, ServerError
 from mtlora.suite import load_suite
-from tests.faults._secured import Secured, metrics, secured_server
+from mtlora.suite.base import Example
+from tests.faults._secured import Secured, secured_server
 from tests.faults.scenario import Options, Row
 
 ORDER = 50
@@ -22,12 +27,12 @@ _GENTLE = ("gentle-0", "gentle-1")
 # Requests a second of each gentle tenant.
 _RATE = 3.0
 _EQUAL = ("equal-0", "equal-1", "equal-2", "equal-3")
-# Greedy, and without the prefix cache: the same requests are the same work, with the flood and without.
+# Without the prefix cache, and greedy: the same requests are the same work with the flood and without.
 _SETTINGS: dict[str, Any] = {"max_num_seqs": 16, "max_in_flight": 256, "enable_prefix_caching": False}
 
 
 def run(options: Options) -> Row:
-    """Short turns with and without the flood, so that what else the machine does falls on both alike."""
+    """Short turns with and without the flood, so that other load on the machine affects both alike."""
     turns, turn_s, backlog_s = (60, 5.0, 120.0) if options.full else (8, 4.0, 20.0)
     tenants: dict[str, Mapping[str, Any]] = {name: {} for name in (*_GENTLE, *_EQUAL)}
     tenants["flooder"] = {"requests_per_second": _QUOTA}
@@ -44,14 +49,8 @@ def run(options: Options) -> Row:
     )
 
 
-def p99(values: list[float]) -> float:
-    """The 99th percentile."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
-
-
 def jain(values: list[float]) -> float:
-    """Jain's fairness index: 1 where all are equal, 1/n where one has everything."""
+    """Jain's fairness index: 1 if all are equal, 1/n if one has everything."""
     return sum(values) ** 2 / (len(values) * sum(value**2 for value in values))
 
 
@@ -65,48 +64,40 @@ async def _clients(secured: Secured, names: tuple[str, ...]) -> Any:
 
 
 async def _turns(secured: Secured, turns: int, turn_s: float, seed: int) -> tuple[list[float], list[float], int]:
-    """(seconds of the gentle tenants' requests without the flood, with it, refused requests of the flood)."""
+    """(seconds of each gentle request without the flood, the same with it, number of refused requests of the flood)."""
     quiet: list[float] = []
     flooded: list[float] = []
-    suite = load_suite("builtin")
-    examples = [each for task in suite.tasks for each in suite.examples(task.id, "test", 4, seed)]
+    examples = _examples(4, seed)
     statuses: Counter[str] = Counter()
 
-    async def ask(client: AsyncClient, rng: random.Random, seconds: list[float]) -> None:
-        example = rng.choice(examples)
+    async def gentle(client: AsyncClient, into: list[float], example: Example) -> None:
         began = time.perf_counter()
         await client.generate(example.task_id, example.input, max_new_tokens=16)
-        seconds.append(time.perf_counter() - began)
+        into.append(time.perf_counter() - began)
 
-    async def flood(client: AsyncClient, rng: random.Random) -> None:
-        example = rng.choice(examples)
+    async def flood(client: AsyncClient, example: Example) -> None:
         try:
             await client.generate(example.task_id, example.input, max_new_tokens=16)
             statuses["OK"] += 1
         except ServerError as error:
             statuses[error.code.name] += 1
 
-    async def steadily(rate: float, seconds: float, make: Any) -> None:
-        """An open loop: a request every 1 / rate seconds, whatever becomes of the others."""
-        began, running = time.perf_counter(), []
-        for number in range(int(seconds * rate)):
-            await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
-            running.append(asyncio.create_task(make()))
-        await asyncio.gather(*running)
+    def steadily(rate: float, rng: random.Random, ask: Callable[[Example], Awaitable[None]]) -> Awaitable[None]:
+        number = int(turn_s * rate)
+        return open_loop(rng.choices(examples, k=number), itertools.repeat(1 / rate), ask)
 
     async with _clients(secured, (*_GENTLE, "flooder")) as clients:
         for turn in range(-1, turns):
             for with_flood in (False, True):
-                # The same requests in both; the first turn warms up.
-                rng = random.Random(f"{seed}/{turn}")
+                # The first turn warms up.
                 into = [] if turn < 0 else flooded if with_flood else quiet
+                # The same requests with the flood and without.
                 loads = [
-                    steadily(_RATE, turn_s, lambda name=name, rng=rng, into=into: ask(clients[name], rng, into))
+                    steadily(_RATE, random.Random(f"{seed}/{turn}/{name}"), partial(gentle, clients[name], into))
                     for name in _GENTLE
                 ]
                 if with_flood:
-                    other = random.Random(turn)
-                    loads.append(steadily(_FLOOD, turn_s, lambda other=other: flood(clients["flooder"], other)))
+                    loads.append(steadily(_FLOOD, random.Random(turn), partial(flood, clients["flooder"])))
                 await asyncio.gather(*loads)
     if set(statuses) - {"OK", "RESOURCE_EXHAUSTED"}:
         raise RuntimeError(f"the flood ended in {dict(statuses)}")
@@ -114,28 +105,33 @@ async def _turns(secured: Secured, turns: int, turn_s: float, seed: int) -> tupl
 
 
 async def _backlog(secured: Secured, seconds: float, seed: int) -> dict[str, float]:
-    """Service of equal tenants that always have more to do: few and many requests at a time, short and long ones."""
-    suite = load_suite("builtin")
-    texts = [each for task in suite.tasks for each in suite.examples(task.id, "test", 2, seed)]
+    """Service of equal tenants under overload. They differ in requests in flight and in the length of answers."""
+    examples = _examples(2, seed)
     shapes = dict(zip(_EQUAL, ((24, 8), (24, 24), (48, 8), (48, 24)), strict=True))
     stopping = False
 
-    async def worker(name: str, client: AsyncClient, rng: random.Random) -> None:
-        while not stopping:
-            example = rng.choice(texts)
-            await client.generate(example.task_id, example.input, max_new_tokens=shapes[name][1], stop=[])
+    async def backlog(name: str, client: AsyncClient) -> None:
+        in_flight, max_new_tokens = shapes[name]
+        rng = random.Random(f"{seed}/{name}")
+
+        async def ask(example: Example) -> None:
+            await client.generate(example.task_id, example.input, max_new_tokens=max_new_tokens, stop=[])
+
+        endless = itertools.takewhile(lambda _: not stopping, (rng.choice(examples) for _ in itertools.count()))
+        await closed_loop(endless, in_flight, ask)
 
     async with _clients(secured, _EQUAL) as clients:
-        workers = [
-            asyncio.create_task(worker(name, clients[name], random.Random(f"{seed}/{name}/{number}")))
-            for name in _EQUAL
-            for number in range(shapes[name][0])
-        ]
+        running = [asyncio.create_task(backlog(name, client)) for name, client in clients.items()]
         await asyncio.sleep(5)
-        before = await asyncio.to_thread(metrics, secured.server)
+        before = await asyncio.to_thread(MetricsPage.fetch, secured.server.metrics)
         await asyncio.sleep(seconds)
-        after = await asyncio.to_thread(metrics, secured.server)
+        after = await asyncio.to_thread(MetricsPage.fetch, secured.server.metrics)
         stopping = True
-        await asyncio.gather(*workers)
-    names = {name: f'mtlora_tenant_service_total{{tenant="{name}"}}' for name in _EQUAL}
-    return {name: after[sample] - before[sample] for name, sample in names.items()}
+        await asyncio.gather(*running)
+    sample = "mtlora_tenant_service_total"
+    return {name: after.value(sample, tenant=name) - before.value(sample, tenant=name) for name in _EQUAL}
+
+
+def _examples(per_task: int, seed: int) -> list[Example]:
+    suite = load_suite("builtin")
+    return [each for task in suite.tasks for each in suite.examples(task.id, "test", per_task, seed)]

@@ -1,4 +1,4 @@
-"""From a new version's files in place, plainly copied, to its first answer."""
+"""Time from a new version's files, copied into place, to its first answer."""
 
 import shutil
 import time
@@ -12,7 +12,7 @@ MAX_S = 2.0
 
 
 def run(options: Options) -> Row:
-    """A client asks all the while; the first answer that names the new version counts."""
+    """A client asks until an answer names the new version."""
     target = shared(options)
     seconds = []
     with target.server.client() as client:

@@ -1,4 +1,4 @@
-"""Nonsense, well-formed and not: the server must answer each request with a proper status and grow no bigger."""
+"""Fuzzed requests: the server must answer each with a proper status, and its memory must not grow."""
 
 import asyncio
 import random
@@ -13,11 +13,12 @@ from google.protobuf.message import Message
 from mtlora_pb.v1 import inference_pb2 as native
 from openinference_pb import grpc_predict_v2_pb2 as oip
 
-from benchmarks.server_start import resident_bytes
-from mtlora.client import Access, Client
-from server.cli.process import ServerProcess
+from benchmarks.harness.asking import closed_loop
+from benchmarks.harness.native_server import native_server
+from benchmarks.harness.processes import resident_bytes
+from mtlora.client import Access, Client, MetricsPage
 from tests.faults._load import ask_every_length
-from tests.faults._secured import metrics, what_is_left
+from tests.faults._secured import what_is_left
 from tests.faults._tenants import tenant, write_tenants
 from tests.faults.scenario import Options, Row
 
@@ -47,22 +48,20 @@ def run(options: Options) -> Row:
     count = 100_000 if options.full else 3_000
     key, entry = tenant("fuzzer")
     tenants = write_tenants(options.folder / "tenants.yaml", entry)
-    with ServerProcess(
+    with native_server(
         backbone=options.backbone, adapters=options.adapters, tenants=tenants, kv_cache_gib=0.5, max_message_bytes=65536
     ) as server:
         with Client(server.address, Access(api_key=key)) as client:
             fuzzer = Fuzzer(options.seed, key, [task.id for task in client.tasks()])
             ask_every_length(client)
-        # As much as it takes until caches are full and pools have their size.
+        # Until caches are full and pools have their size.
         asyncio.run(_send(server.address, fuzzer, max(1_500, count // 20)))
         before = resident_bytes(server.process.pid)
         statuses = asyncio.run(_send(server.address, fuzzer, count))
         left = what_is_left(server)
         growth = resident_bytes(server.process.pid) / before - 1
-        internal = sum(
-            value for name, value in metrics(server).items()
-            if name.startswith("mtlora_requests_total") and ('"INTERNAL"' in name or '"UNKNOWN"' in name)
-        )  # fmt: skip
+        page = MetricsPage.fetch(server.metrics)
+        internal = sum(page.value("mtlora_requests_total", status=status) for status in ("INTERNAL", "UNKNOWN"))
         alive = server.process.poll() is None
     improper = {name: n for name, n in statuses.items() if name not in _PROPER}
     shown = ", ".join(f"{name} {n}" for name, n in statuses.most_common())
@@ -100,7 +99,7 @@ class Fuzzer:
         if rng.random() < 0.9:
             return (("authorization", f"Bearer {self._key}"), ("x-request-id", self._text()[:80].encode().hex()[:70]))
         junk = "".join(chr(rng.randint(33, 126)) for _ in range(rng.randint(0, 200)))
-        # With the right id, so that the secret is looked at too.
+        # Some have a known key id, so that the server compares the secret too.
         return (("authorization", rng.choice(("", "Bearer ", f"Bearer {self._key[:20]}_")) + junk),)
 
     def _damage(self, data: bytes) -> bytes:
@@ -119,7 +118,7 @@ class Fuzzer:
         return bytes(damaged)
 
     def _fill(self, message: Message, depth: int = 0) -> None:
-        """Set fields at random, by the contract's own description."""
+        """Set fields at random, by the message's descriptor."""
         rng = self._rng
         for field in message.DESCRIPTOR.fields:
             if rng.random() < 0.3 or depth > 4:
@@ -154,7 +153,7 @@ class Fuzzer:
             field.CPPTYPE_BOOL: lambda: rng.random() < 0.5,
             field.CPPTYPE_FLOAT: self._float,
             field.CPPTYPE_DOUBLE: self._float,
-            # Few tokens or impossibly many: a fuzzer that generates for hours finds nothing.
+            # Few tokens or impossibly many: long answers would take the time and find nothing.
             field.CPPTYPE_UINT32: lambda: rng.choice((0, 1, 2, 3, 5, 2000, 2**32 - 1)),
             field.CPPTYPE_UINT64: lambda: rng.choice((0, 1, 2**63, 2**64 - 1)),
             field.CPPTYPE_INT32: lambda: rng.choice((0, 1, -1, 2**31 - 1)),
@@ -185,26 +184,25 @@ class Fuzzer:
         return self._rng.choice((text, struct.pack("<I", len(text)) + text, self._rng.randbytes(20)))
 
     def garbage(self) -> bytes:
-        """For the bare connection: no HTTP/2, or an HTTP/2 that breaks off."""
+        """Bytes for a bare connection: no HTTP/2, or an HTTP/2 preface and noise."""
         rng = self._rng
         start = rng.choice((b"", b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"))
         return start + rng.randbytes(rng.choice((0, 9, 100, 5000)))
 
 
 async def _send(address: str, fuzzer: Fuzzer, count: int) -> Counter[str]:
-    """Status -> how many replies had it."""
+    """Number of replies by status."""
     statuses: Counter[str] = Counter()
-    numbers = iter(range(count))
 
-    async def worker(channel: Any) -> None:
-        for number in numbers:
+    async with grpc.aio.insecure_channel(address) as channel:
+
+        async def send(number: int) -> None:
             if number % 100 == 0:
                 await asyncio.to_thread(_break_in, address, fuzzer.garbage())
             method, metadata, data = fuzzer.request()
             statuses[await _status(channel, method, metadata, data)] += 1
 
-    async with grpc.aio.insecure_channel(address) as channel:
-        await asyncio.gather(*(worker(channel) for _ in range(_IN_FLIGHT)))
+        await closed_loop(range(count), _IN_FLIGHT, send)
     return statuses
 
 
@@ -226,5 +224,5 @@ def _break_in(address: str, data: bytes) -> None:
         with socket.create_connection((host, int(port)), 5) as connection:
             connection.sendall(data)
     except OSError:
-        # It may well close the connection first.
+        # The server may close the connection first.
         return

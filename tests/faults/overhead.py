@@ -1,24 +1,20 @@
-"""What the server costs: throughput with TLS, keys and quotas on, against the engine driven in process."""
+"""Throughput of the server with TLS, keys and quotas, divided by that of the engine without a server."""
 
 import asyncio
 import contextlib
 import dataclasses
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import psutil
-
-from benchmarks.adapters import write_random_adapter
+from benchmarks.harness.adapters import random_tasks, write_random_adapter
+from benchmarks.harness.processes import halted
+from benchmarks.harness.worker import WorkerProcess
 from mtlora.backbone import identify, resolve
 from mtlora.client import Access, AsyncClient
 from mtlora.suite import load_suite
-from tests.faults import _engine
+from tests.faults._engine_worker import PARAMETERS
 from tests.faults._secured import secured_server
 from tests.faults.scenario import Options, Row
 
@@ -26,25 +22,22 @@ ORDER = 60
 GOAL = 0.95
 _TENANTS = 5
 _SETTINGS: dict[str, Any] = {"max_num_seqs": 64, "max_in_flight": 512}
-# Quotas that are counted on every request, and never reached.
+# Quotas that are counted for every request and never reached.
 _QUOTAS = {"requests_per_second": 10_000, "tokens_per_second": 1_000_000, "max_in_flight": 500, "max_queue": 500}
 
 
 def run(options: Options) -> Row:
-    """Rounds of the same requests through both in turn; the figure is the median of the rounds' ratios.
+    """Rounds of the same requests to both in turn. The figure is the median of the rounds' ratios.
 
-    A random adapter of 25 tasks, as in `make bench`: its answers have the full length, so that both do the same work.
+    The adapter is random, with 25 tasks, as in `make bench`: answers have full length, so both do the same work.
     """
     rounds, per_task = (9, 6) if options.full else (4, 3)
-    write_random_adapter(
-        options.folder / "adapters" / "random" / "1",
-        identify(resolve(options.backbone)),
-        num_tasks=25,
-        seed=options.seed,
-    )
     options = dataclasses.replace(options, adapters=options.folder / "adapters")
+    entries = random_tasks(25)
+    identity = identify(resolve(options.backbone))
+    write_random_adapter(options.adapters / "random" / "1", identity, entries, seed=options.seed)
     suite = load_suite("builtin")
-    tasks = [f"task-{index}" for index in range(25)]
+    tasks = [entry.id for entry in entries]
     requests = [
         (tasks[index % 25], task.render(each.input))
         for index, task in enumerate(suite.tasks)
@@ -54,12 +47,16 @@ def run(options: Options) -> Row:
     tenants = {
         name: {"tasks": [task for task in tasks if owner[task] == name], **_QUOTAS} for name in set(owner.values())
     }
-    with secured_server(options, tenants, **_SETTINGS) as secured, _engine_process(options) as engine:
+    engine = WorkerProcess(
+        "tests.faults._engine_worker", {"backbone": options.backbone, "adapters": str(options.adapters)}
+    )
+    with secured_server(options, tenants, **_SETTINGS) as secured, engine:
         ratios = []
         for number in range(-1, rounds):
-            with _halted(secured.server.process.pid):
-                alone = engine.rate(requests)
-            with _halted(engine.pid):
+            with halted(secured.server.process.pid):
+                reply = engine.ask({"requests": requests})
+            alone = _rate(reply["tokens"], reply["seconds"], requests)
+            with halted(engine.pid):
                 served = asyncio.run(_serve(secured.server.address, secured.access, requests, owner))
             # The first round warms both up.
             if number >= 0:
@@ -77,82 +74,24 @@ def run(options: Options) -> Row:
 async def _serve(
     address: str, access: Mapping[str, Access], requests: list[tuple[str, str]], owner: Mapping[str, str]
 ) -> float:
-    """Tokens a second for all requests at once, every tenant over a connection of its own."""
+    """Tokens a second for all requests at once. Every tenant has its own connection."""
     async with contextlib.AsyncExitStack() as stack:
         clients = {name: await stack.enter_async_context(AsyncClient(address, each)) for name, each in access.items()}
-        # Connected, and known.
+        # Opens the connections, and the server checks every key once.
         await asyncio.gather(
             *(clients[owner[task]].generate(task, text, max_new_tokens=1) for task, text in dict(requests).items())
         )
         began = time.perf_counter()
         answers = await asyncio.gather(
-            *(clients[owner[task]].generate(task, text, **_engine.PARAMETERS) for task, text in requests)
+            *(clients[owner[task]].generate(task, text, **PARAMETERS) for task, text in requests)
         )
         seconds = time.perf_counter() - began
     return _rate(sum(answer.summary.completion_tokens for answer in answers), seconds, requests)
 
 
 def _rate(tokens: int, seconds: float, requests: list[tuple[str, str]]) -> float:
-    """Tokens a second. Answers are drawn at random, so some end early; where many do, it is other work."""
-    wanted = len(requests) * _engine.PARAMETERS["max_new_tokens"]
+    """Tokens a second. Raises RuntimeError if many answers ended early: that is other work."""
+    wanted = len(requests) * PARAMETERS["max_new_tokens"]
     if tokens < 0.9 * wanted:
         raise RuntimeError(f"{tokens} tokens instead of {wanted}")
     return tokens / seconds
-
-
-@contextlib.contextmanager
-def _halted(pid: int) -> Iterator[None]:
-    """Halt a process and its children: engines without work still look for some, on the cores being measured."""
-    root = psutil.Process(pid)
-    processes = [root, *root.children(recursive=True)]
-    for process in processes:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.resume()
-
-
-class _Engine:
-    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
-        self._process = process
-        self._log = log
-        self.pid = process.pid
-
-    def rate(self, requests: list[tuple[str, str]]) -> float:
-        """Tokens a second for all requests at once."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(_engine.encode(requests) + "\n")
-        self._process.stdin.flush()
-        seconds, tokens = self.read()
-        return _rate(int(tokens), seconds, requests)
-
-    def read(self) -> tuple[float, float]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the engine ended: {self._log.read_text(errors='replace')[-2000:]}")
-        seconds, tokens = line.split()
-        return float(seconds), float(tokens)
-
-
-@contextlib.contextmanager
-def _engine_process(options: Options) -> Iterator[_Engine]:
-    with tempfile.NamedTemporaryFile(prefix="mtlora-engine-", suffix=".log") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", _engine.__name__, options.backbone, str(options.adapters)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-        )  # fmt: skip
-        try:
-            engine = _Engine(process, Path(log.name))
-            engine.read()
-            yield engine
-        finally:
-            assert process.stdin is not None
-            process.stdin.close()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()

@@ -1,4 +1,4 @@
-"""What a fault scenario is given and what it reports."""
+"""Options of a fault scenario, and the row that it reports."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Options:
-    """How to run: `full` is full length, otherwise the short form; `folder` is empty and the scenario's own."""
+    """Options of a scenario. folder: empty, for this scenario alone. full: at full length, not in the short form."""
 
     backbone: str
     adapters: Path
@@ -17,7 +17,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: what must hold, what was found, and whether it held."""
+    """One row of the table: the goal, the measured figure, and whether it meets the goal."""
 
     name: str
     goal: str

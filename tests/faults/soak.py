@@ -1,4 +1,4 @@
-"""An hour of 80 % load with version swaps: memory stays, and nothing fails.
+"""An hour at 80 % load with version swaps: memory does not grow, and no request fails.
 
 Another length: `python -m tests.faults.soak --minutes 10`.
 """
@@ -10,7 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.faults._load import Load, ask_every_length, failures
+from benchmarks.harness.processes import resident_bytes
+from tests.faults._load import BackgroundLoad, ask_every_length, failures
 from tests.faults._server import Target, shared
 from tests.faults._swapping import Watcher, references, swap
 from tests.faults.scenario import Options, Row
@@ -24,21 +25,21 @@ _SAMPLES = 5
 
 
 def run(options: Options) -> Row:
-    """An hour, or a minute in the short form."""
+    """Soak for an hour, in the short form for a minute."""
     return soak(options, FULL_S if options.full else SHORT_S, SWAP_EVERY_S if options.full else SHORT_SWAP_EVERY_S)
 
 
 def soak(options: Options, seconds: float, swap_every_s: float) -> Row:
-    """Memory is compared with that after a warm-up of the same kind, a quarter as long and 2 minutes at most."""
+    """Compare memory with that after a warm-up under the same load, a quarter as long, at most 2 minutes."""
     target = shared(options)
     with target.server.client() as client, Watcher(client) as watcher:
         asked, expected = references(target, client, watcher, 24, options.seed)
         ask_every_length(client)
-        with Load(target.address, asked, seed=options.seed) as full:
+        with BackgroundLoad(target.address, asked, seed=options.seed) as full:
             time.sleep(8.0)
         span = full.asked[-1].ended - full.asked[0].began
         rate = SHARE * len(full.asked) / span
-        with Load(target.address, asked, seed=options.seed + 1, rate=rate) as load:
+        with BackgroundLoad(target.address, asked, seed=options.seed + 1, rate=rate) as load:
             _swapping(target, watcher, min(seconds / 4, 120.0), swap_every_s)
             before = _resident(target)
             swaps = _swapping(target, watcher, seconds, swap_every_s)
@@ -66,16 +67,16 @@ def _swapping(target: Target, watcher: Watcher, seconds: float, every_s: float) 
 
 
 def _resident(target: Target) -> float:
-    """Resident bytes of the server's processes, the median of some seconds."""
+    """Resident bytes of the server's processes, the median over some seconds."""
     samples = []
     for _ in range(_SAMPLES):
-        samples.append(sum(process.memory_info().rss for process in target.processes()))
+        samples.append(resident_bytes(target.server.process.pid))
         time.sleep(0.5)
     return statistics.median(samples)
 
 
 def main() -> int:
-    """Soak for as many minutes as asked for; 0 where the goal is met."""
+    """Soak for some minutes. Returns 0 if the goal is met."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--backbone", default="default")

@@ -1,9 +1,9 @@
-"""100 version swaps under load: no request fails or gets what its version does not say, and tokens keep coming."""
+"""100 version swaps under load: no request fails, every answer is its version's, and tokens keep coming."""
 
 import itertools
 import time
 
-from tests.faults._load import Load, failures, p99_gap_s
+from tests.faults._load import BackgroundLoad, failures, p99_gap_s
 from tests.faults._server import shared
 from tests.faults._swapping import Watcher, references, swap
 from tests.faults.scenario import Options, Row
@@ -14,12 +14,12 @@ MAX_RATIO = 1.5
 
 
 def run(options: Options) -> Row:
-    """Steady load, then swaps one after the other under the same load, then steady load again."""
+    """Steady load, then swaps one after another under the same load, then steady load again."""
     target = shared(options)
     steady_s = 60.0 if options.full else 15.0
     with target.server.client() as client, Watcher(client) as watcher:
         asked, expected = references(target, client, watcher, 24, options.seed)
-        with Load(target.address, asked, seed=options.seed) as load:
+        with BackgroundLoad(target.address, asked, seed=options.seed) as load:
             time.sleep(3.0)
             marks = [time.monotonic()]
             time.sleep(steady_s)

@@ -1,22 +1,17 @@
-"""The measures and the fuzzer of the fault scenarios."""
+"""The fairness index and the fuzzer of the fault scenarios."""
 
 import pytest
 
-from tests.faults.flood import jain, p99
+from tests.faults.flood import jain
 from tests.faults.fuzz import Fuzzer
 
 
-def test_jains_index() -> None:
+def test_jains_index_of_equal_and_unequal_shares() -> None:
     assert jain([3.0, 3.0, 3.0]) == pytest.approx(1)
     assert jain([5.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
 
 
-def test_p99() -> None:
-    assert p99([float(i) for i in range(200, 0, -1)]) == 199
-    assert p99([7.0]) == 7
-
-
-def test_a_seed_says_which_requests_and_they_are_of_every_kind() -> None:
+def test_fuzzer_repeats_its_requests_for_a_seed_and_calls_every_method() -> None:
     def made(seed: int) -> list[tuple[str, object, bytes]]:
         fuzzer = Fuzzer(seed, "mtk_00000000_secret", ["one"])
         return [fuzzer.request() for _ in range(300)]

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-import torch
-
+from benchmarks.harness.adapters import random_tensors
 from mtlora.backbone import BackboneIdentity, identify, resolve
-from mtlora.checkpoint.format import AdapterManifest, TaskEntry, write_checkpoint
+from mtlora.checkpoint.format import TaskEntry, write_checkpoint
 from mtlora.config import MtLoRAConfig
 
 
@@ -33,9 +32,5 @@ def write_adapter(
     backbone = backbone or backbone_identity()
     config = MtLoRAConfig(r=4, num_experts=2, num_groups=2, task_bias=task_bias)
     rows = [task.model_copy(update={"bias_index": row if task_bias else None}) for row, task in enumerate(tasks)]
-    shapes = AdapterManifest(
-        backbone=backbone, config=config, tasks=tuple(rows), tensors_sha256="0" * 64
-    ).tensor_shapes()
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {name: torch.randn(shape, generator=generator) * scale for name, shape in shapes.items()}
+    tensors = random_tensors(backbone, config, rows, seed=seed, scale=scale)
     write_checkpoint(folder, backbone=backbone, config=config, tasks=tuple(rows), tensors=tensors)

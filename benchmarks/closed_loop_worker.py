@@ -1,33 +1,26 @@
-"""One engine in a process of its own that answers tasks in a closed loop, as a server's clients would ask them.
+"""A worker: an engine without a server answers tasks in a closed loop, as clients ask a server.
 
-argv[1] is JSON: {"backbone": name or folder, "adapters": [[name, version, folder], ...], "engine": {keyword arguments
-of vllm.LLM}}. A case is a line on stdin, {"in_flight": n, "requests": [[task_id, text], ...]}; its reply a line on
-stdout, {"seconds": s, "prompt_tokens": p, "completion_tokens": c, "texts": [...]} in the order of the requests.
+Settings: {"backbone": name or folder, "adapters": [[name, version, folder], ...], "engine": {keyword arguments of
+vllm.LLM}}. Message: {"in_flight": n, "requests": [[task_id, text], ...]}. Reply: {"seconds": s, "prompt_tokens": p,
+"completion_tokens": c, "texts": [...]} in the order of the requests.
 
-Prompts, stop strings and lengths are those of the adapters' task tables, greedy, as a server has them. Prompts are
-tokenized before the clock starts, and no answer crosses a process: this is what the engine alone can do.
+Prompts, stop strings and lengths come from the adapters' task tables, greedy, as in a server. Prompts are tokenized
+before the clock starts, and no answer crosses a process border: this is what the engine alone can do.
 """
 
-import json
-import os
-import sys
 import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.worker import Handle, serve
 
-def main() -> None:
-    """Serve cases until stdin ends."""
-    # vLLM logs to stdout; replies must have it to themselves.
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    given = json.loads(sys.argv[1])
-    engine = InProcessEngine(given["backbone"], [(n, v, Path(f)) for n, v, f in given["adapters"]], given["engine"])
-    print(json.dumps({"ready": True}), file=replies, flush=True)
-    for line in sys.stdin:
-        case = json.loads(line)
-        print(json.dumps(engine.run(case["requests"], case["in_flight"])), file=replies, flush=True)
+
+def start(settings: dict[str, Any]) -> Handle:
+    """Load the adapters into an engine."""
+    adapters = [(name, version, Path(folder)) for name, version, folder in settings["adapters"]]
+    engine = InProcessEngine(settings["backbone"], adapters, settings["engine"])
+    return lambda case: engine.run(case["requests"], case["in_flight"])
 
 
 class InProcessEngine:
@@ -45,7 +38,7 @@ class InProcessEngine:
         folder = resolve(backbone)
         arguments = {
             **arguments,
-            # As a server on this machine would.
+            # The same dtype and settings as a server on this machine.
             "dtype": engine_dtype(arguments.get("dtype", "auto"), folder),
             **engine_overrides(arguments.get("max_num_seqs", 64)),
         }
@@ -64,7 +57,7 @@ class InProcessEngine:
             self._tasks |= {task.id: (task, slots[task.id]) for task in manifest.tasks}
 
     def run(self, requests: list[tuple[str, str]], in_flight: int) -> dict[str, Any]:
-        """Answer every request in order, `in_flight` at a time: the next is added as soon as one has ended."""
+        """Answer every request in order, `in_flight` at a time: when one ends, the next begins."""
         from mtlora.prompt import encode_prompt
 
         prompts = [encode_prompt(self._tokenizer, self._tasks[task_id][0].render(text)) for task_id, text in requests]
@@ -102,4 +95,4 @@ class InProcessEngine:
 
 
 if __name__ == "__main__":
-    main()
+    serve(start)

@@ -1,16 +1,13 @@
-"""`make bench`: throughput through the real engine, adapters against the bare backbone and against the field.
+"""`make bench`: throughput of the engine with adapters, compared with the bare backbone and with other systems.
 
-Every engine is a process that lives through the whole run; cases take turns, so that what else the machine does falls
-on all of them alike. Ratios are medians of each round's own ratio.
+Every engine is a process that lives through the whole run. Cases take turns, so that other load on the machine affects
+all of them alike. A ratio is the median of the rounds' ratios.
 """
 
 import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -21,12 +18,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.adapters import link_adapter, write_random_adapter, write_random_peft
-from benchmarks.load import LOADS, REFERENCE, Load
-from benchmarks.picture import draw
+from benchmarks.harness.adapters import link_adapter, random_tasks, write_random_adapter, write_random_peft
+from benchmarks.harness.environment import engine_environment, usable_cores
+from benchmarks.harness.worker import WorkerProcess
+from benchmarks.prompts import LOADS, REFERENCE, RandomPrompts
+from benchmarks.throughput_picture import draw
 from mtlora.backbone import identify, resolve
+from mtlora.cli.output import print_table
 from mtlora.vllm_cpu.precision import engine_dtype
-from mtlora.vllm_plugin import memory_environment
+from mtlora.vllm_plugin import ENVIRONMENT_SWITCH
 
 Slot = tuple[str, int, str] | None
 
@@ -37,75 +37,38 @@ _ENGINE = {
 }  # fmt: skip
 
 
-class EngineProcess:
-    """A worker, such as `benchmarks.worker`, with its own settings and environment."""
-
-    def __init__(self, module: str, settings: dict[str, Any], environment: dict[str, str] | None = None) -> None:
-        self._log = tempfile.NamedTemporaryFile(prefix="mtlora-bench-", suffix=".log")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module, json.dumps(settings)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1",
-                 "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": _all_cores(),
-                 "TQDM_DISABLE": "1", **memory_environment(), **(environment or {})},
-        )  # fmt: skip
-
-    def __enter__(self) -> "EngineProcess":
-        try:
-            self._read()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._log.close()
-
-    def seconds(self, load: Load, slots: Sequence[Slot], vocabulary: int, seed: int) -> float:
-        """Seconds for one load, request i with slots[i % len(slots)] in shuffled order."""
-        prompts = load.prompts(vocabulary, seed)
-        given = [slots[i % len(slots)] for i in range(len(prompts))]
-        random.Random(seed).shuffle(given)
-        case = {"prompts": prompts, "new_tokens": load.new_tokens, "slots": given}
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(case) + "\n")
-        self._process.stdin.flush()
-        reply = self._read()
-        if reply["tokens"] != load.requests * load.new_tokens:
-            raise RuntimeError(f"{reply['tokens']} tokens instead of {load.requests * load.new_tokens}")
-        return float(reply["seconds"])
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the engine ended: {Path(self._log.name).read_text()[-2000:]}")
-        return dict(json.loads(line))
-
-
 @dataclass(frozen=True)
 class Case:
-    """One row: an engine, and the slot of each request in turn.
+    """One row: an engine's worker, and the slot of each request in turn.
 
-    sample: how many of the load's requests it gets, where all would take too long. rounds: in how many it runs.
+    sample: the number of the load's requests that it gets, if not all. rounds: the number in which it runs, if not all.
     """
 
     name: str
-    engine: EngineProcess
+    worker: WorkerProcess
     slots: Sequence[Slot]
     sample: int | None = None
     rounds: int | None = None
 
-    def part_of(self, load: Load) -> Load:
+    def part_of(self, load: RandomPrompts) -> RandomPrompts:
         """The part of the load that this case runs."""
         return load if self.sample is None else replace(load, requests=min(self.sample, load.requests))
+
+    def seconds(self, load: RandomPrompts, vocabulary: int, seed: int) -> float:
+        """Seconds for its part of a load. Request i gets slots[i % len(slots)]; the requests are shuffled."""
+        part = self.part_of(load)
+        slots = [self.slots[i % len(self.slots)] for i in range(part.requests)]
+        random.Random(seed).shuffle(slots)
+        prompts = part.draw(vocabulary, seed)
+        reply = self.worker.ask({"prompts": prompts, "new_tokens": part.new_tokens, "slots": slots})
+        if reply["tokens"] != part.requests * part.new_tokens:
+            raise RuntimeError(f"{reply['tokens']} tokens instead of {part.requests * part.new_tokens}")
+        return float(reply["seconds"])
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Throughput of one row over that of another, and what it must reach; `contract` ratios are the last lines."""
+    """Throughput of one row divided by that of another, and its goal. `contract` ratios are the last lines."""
 
     over: str
     under: str
@@ -120,33 +83,29 @@ class Ratio:
 RATIOS = (
     Ratio("256-adapters-zipf", "32-adapters", 0.85, contract=False),
     Ratio("25-adapters", "peft-mixed-batches", None, contract=False),
-    # What the plugin does for a backbone without adapters, on CPUs: the other ratios are held against the faster one.
+    # On CPUs the plugin speeds up the backbone without adapters too; the other ratios compare with the faster one.
     Ratio("backbone", "vllm-backbone", None, contract=False),
     Ratio("one-adapter-25-tasks", "backbone", 0.97),
     Ratio("25-adapters", "backbone", 0.90),
     Ratio("1000-tasks", "one-adapter-25-tasks", 0.97, name="1000-tasks/25-tasks"),
     Ratio("25-adapters", "vllm-multi-lora", 7.0),
 )
-# Of rows that are slow, or whose goals are far from what the noise of a round changes: the whole takes minutes.
+# Rounds of rows that are slow, or whose ratios are far from their goals.
 _FEW_ROUNDS = 2
 
 
-def _all_cores() -> str:
-    return ",".join(map(str, sorted(os.sched_getaffinity(0))))
-
-
 def main() -> int:
-    """Run every case in turn, several rounds; print rows and ratios, write JSON and a picture."""
+    """Run every case in turn in several rounds. Print rows and ratios, write JSON and a picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbone", default="default")
     parser.add_argument("--rounds", type=int, default=4, help="slow rows have fewer; default: %(default)s")
     parser.add_argument("--load", choices=sorted(LOADS), default=REFERENCE.name)
-    parser.add_argument("--skip-field", action="store_true", help="leave vLLM's own multi-LoRA and PEFT out")
+    parser.add_argument("--skip-field", action="store_true", help="without vLLM's own multi-LoRA and PEFT")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     args = parser.parse_args()
     load = LOADS[args.load]
     folder = resolve(args.backbone)
-    # As a server would run it; PEFT's worker wants a name.
+    # The server's choice; PEFT's worker needs a name.
     dtype = engine_dtype("auto", folder).replace("auto", "bfloat16")
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -166,7 +125,7 @@ def _cases(stack: ExitStack, folder: Path, dtype: str, temporary: Path, *, field
     config = json.loads((folder / "config.json").read_text())
 
     def adapter(name: str, num_tasks: int, seed: int) -> Path:
-        write_random_adapter(temporary / name, identity, num_tasks=num_tasks, seed=seed)
+        write_random_adapter(temporary / name, identity, random_tasks(num_tasks), seed=seed)
         return temporary / name
 
     one, many = adapter("one", 25, 1), adapter("many", 1000, 2)
@@ -178,17 +137,18 @@ def _cases(stack: ExitStack, folder: Path, dtype: str, temporary: Path, *, field
     def slot(path: Path, task: str) -> Slot:
         return (f"{path.name}#{task}", next(ids), f"{path}#{task}")
 
-    # In a fixed order of popularity, request by request: what a Zipf law of exponent 1 gives.
+    # Drawn by a Zipf law of exponent 1.
     zipf = [slot(temporary / f"zipf-{i}", "task-0") for i in range(256)]
     drawn = random.Random(0).choices(zipf, weights=[1 / (1 + i) for i in range(256)], k=400)
 
-    def engine(environment: dict[str, str] | None = None, **settings: Any) -> EngineProcess:
-        made = EngineProcess(
-            "benchmarks.worker", {"model": str(folder), "dtype": dtype, **_ENGINE, **settings}, environment
-        )
-        return stack.enter_context(made)
+    def worker(module: str, settings: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> WorkerProcess:
+        settings = {"model": str(folder), "dtype": dtype, **settings}
+        return stack.enter_context(WorkerProcess(module, settings, {**engine_environment(), **(environment or {})}))
 
-    without_plugin = {"MTLORA_PLUGIN": "0"}
+    def engine(environment: Mapping[str, str] | None = None, **settings: Any) -> WorkerProcess:
+        return worker("benchmarks.engine_worker", {**_ENGINE, **settings}, environment)
+
+    without_plugin = {ENVIRONMENT_SWITCH: "0"}
     bare = engine()
     routed = engine(enable_lora=True, max_loras=BATCH, max_cpu_loras=2048)
     narrow = engine(enable_lora=True, max_loras=32, max_cpu_loras=32)
@@ -206,9 +166,8 @@ def _cases(stack: ExitStack, folder: Path, dtype: str, temporary: Path, *, field
             write_random_peft(temporary / f"peft-{i}", config, seed=i)
         slots = [(f"peft-{i}", i + 1, str(temporary / f"peft-{i}")) for i in range(25)]
         stock = engine(without_plugin, enable_lora=True, max_loras=25, max_cpu_loras=25, max_lora_rank=16)
-        settings = {"model": str(folder), "dtype": dtype, "batch": BATCH}
-        peft = stack.enter_context(EngineProcess("benchmarks.peft_worker", settings))
-        # One full batch: a larger one shares the loop over adapters among more requests, so this is PEFT at its best.
+        peft = worker("benchmarks.peft_worker", {"batch": BATCH})
+        # One full batch, PEFT's best case: the loop over adapters is shared among the most requests.
         cases += [
             Case("vllm-multi-lora", stock, slots, rounds=_FEW_ROUNDS),
             Case("peft-mixed-batches", peft, slots, sample=BATCH, rounds=1),
@@ -216,11 +175,11 @@ def _cases(stack: ExitStack, folder: Path, dtype: str, temporary: Path, *, field
     return cases
 
 
-def _run(cases: Sequence[Case], load: Load, rounds: int, vocabulary: int) -> dict[str, list[float]]:
-    """Seconds of every case's part of the load, a list of rounds; a case with fewer rounds runs in the first ones."""
-    warm_up = Load("warm-up", 8, load.prompt_tokens, 4)
+def _run(cases: Sequence[Case], load: RandomPrompts, rounds: int, vocabulary: int) -> dict[str, list[float]]:
+    """Seconds of every case's part of the load, by round. A case with fewer rounds runs in the first ones."""
+    warm_up = RandomPrompts("warm-up", 8, load.prompt_tokens, 4)
     for case in cases:
-        case.engine.seconds(warm_up, case.slots, vocabulary, seed=0)
+        case.seconds(warm_up, vocabulary, seed=0)
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
     with tqdm(total=rounds * len(cases), unit="case", desc="bench") as bar:
         for round_number in range(rounds):
@@ -229,16 +188,17 @@ def _run(cases: Sequence[Case], load: Load, rounds: int, vocabulary: int) -> dic
             for case in turn:
                 bar.set_postfix_str(case.name)
                 if case.rounds is None or round_number < case.rounds:
-                    part = case.part_of(load)
-                    seconds[case.name].append(case.engine.seconds(part, case.slots, vocabulary, seed=round_number))
+                    seconds[case.name].append(case.seconds(load, vocabulary, seed=round_number))
                 bar.update()
     return seconds
 
 
-def make_report(load: Load, requests: Mapping[str, int], seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Rows and ratios of a run. requests, seconds: by case, how many a round and how long each round took.
+def make_report(
+    load: RandomPrompts, requests: Mapping[str, int], seconds: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    """Rows and ratios of a run. requests: of each case in a round. seconds: of each case, by round.
 
-    Ratios are taken round by round; a case with fewer rounds is compared with the other's first ones.
+    Ratios are taken round by round. A case with fewer rounds is compared with the first rounds of the other.
     """
     rates = {name: [requests[name] / each for each in values] for name, values in seconds.items() if values}
     ratios = {}
@@ -254,7 +214,7 @@ def make_report(load: Load, requests: Mapping[str, int], seconds: Mapping[str, S
     return {
         "load": vars(load),
         "made": time.strftime("%Y-%m-%d"),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(usable_cores()),
         "rows": rows,
         "ratios": ratios,
     }
@@ -265,17 +225,13 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    title = f"load: {report['load']['name']}; {report['dtype']} on {report['cores']} cores"
-    table = Table("case", "requests", "requests/s, median", "min", "max", title=title)
+    rows = []
     for name, row in report["rows"].items():
         rate = row["requests_per_second"]
-        table.add_row(
-            name, f"{len(row['seconds'])} x {row['requests']}", *(f"{rate[k]:.2f}" for k in ("median", "min", "max"))
-        )
-    Console().print(table)
+        spread = (f"{rate[key]:.2f}" for key in ("median", "min", "max"))
+        rows.append((name, f"{len(row['seconds'])} x {row['requests']}", *spread))
+    title = f"load: {report['load']['name']}; {report['dtype']} on {report['cores']} cores"
+    print_table(title, ("case", "requests", "requests/s, median", "min", "max"), rows)
     for name, ratio in report["ratios"].items():
         if not ratio["contract"]:
             print(f"{name} {ratio['median']:.2f}" + (f" (goal {ratio['goal']:.2f})" if ratio["goal"] else ""))

@@ -1,4 +1,4 @@
-"""A picture of a throughput run: a bar a row with its spread, its ratio to the backbone, and its goals."""
+"""A picture of a throughput run: a bar for each row, with its spread, its ratio to the backbone, and its goals."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,9 +9,9 @@ _COLOURS = {"backbone": _BACKBONE, "vllm-backbone": _FIELD, "vllm-multi-lora": _
 
 
 def draw(report: Mapping[str, Any], out: Path) -> None:
-    """Draw what `benchmarks.engine.make_report` made. The format follows `out`'s suffix.
+    """Draw what `benchmarks.throughput.make_report` made. The format follows `out`'s suffix.
 
-    A goal is a ratio to another row: its mark stands where this row's bar would have to end beside that row's median.
+    A goal is a ratio to another row. Its mark stands where this row's bar must end to reach it.
     """
     import matplotlib
 
@@ -32,7 +32,7 @@ def draw(report: Mapping[str, Any], out: Path) -> None:
         )  # fmt: skip
         text = f"{rate['median']:.2f}"
         if "backbone" in rates and name != "backbone":
-            # As printed where it is printed: the median of the rounds' own ratios.
+            # The median of the rounds' ratios, as in the printed lines; without one, the ratio of the medians.
             ratio = report["ratios"].get(f"{name}/backbone", {"median": rate["median"] / rates["backbone"]["median"]})
             text += f"   {ratio['median']:.2f} of backbone"
         axes.text(widest * 1.03, y, text, va="center", fontsize=9)

@@ -1,37 +1,35 @@
-"""`make bench`: what the server costs before it answers anything faster: start-up time and memory."""
+"""`make bench`: the server's start-up time and memory."""
 
 import argparse
 import asyncio
 import json
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
-from benchmarks.adapters import write_random_adapter
+from benchmarks.harness.adapters import random_tasks, write_random_adapter
+from benchmarks.harness.native_server import native_server
+from benchmarks.harness.processes import peak_bytes, resident_bytes
 from mtlora.backbone import identify, resolve
 from mtlora.suite import load_suite
 from mtlora.suite.base import Example
 from server.cli.demo import ask_all
-from server.cli.process import ServerProcess
 
 _GIB = 1 << 30
 START_GOAL_S = 40.0
 RESIDENT_GOAL_GIB = 4.0
-# A thousand tasks of one adapter against these few.
+# Numbers of tasks of one adapter that are compared.
 FEW_TASKS, MANY_TASKS = 25, 1000
 MANY_TASKS_GOAL = 1.05
-# Requests of either, so that every one of the many tasks is asked.
+# Requests to each server: enough to ask every task once.
 _REQUESTS = MANY_TASKS
 _NEW_TOKENS = 2
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One server's figures after its load: seconds to SERVING, bytes now and at their most, requests that failed."""
+    """One server's figures after its load. start_seconds: until SERVING. failed: requests without an answer."""
 
     start_seconds: float
     resident_bytes: int
@@ -40,7 +38,7 @@ class Cost:
 
 
 def main() -> int:
-    """Start servers, load each once with every task, print the figures; 1 where a goal is missed."""
+    """Start servers, ask each every task, print the figures. Returns 1 if a goal is missed or a request failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbone", default="default")
     parser.add_argument("--adapters", type=Path, default=Path("adapters"))
@@ -52,7 +50,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         few, many = (measure_tasks(args.backbone, Path(temporary), count) for count in (FEW_TASKS, MANY_TASKS))
     resident = shipped.resident_bytes / _GIB
-    # At the end too: a peak of the start would hide what tasks take.
+    # Both: the peak may be at the start and hide the memory of tasks.
     peak_ratio, end_ratio = many.peak_bytes / few.peak_bytes, many.resident_bytes / few.resident_bytes
     failed = sum(cost.failed for cost in (shipped, few, many))
     args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +77,8 @@ def main() -> int:
 
 
 def measure(backbone: str, adapters: Path, examples: Sequence[Example]) -> Cost:
-    """Start a server, ask it every example, and look at it before it stops."""
-    with ServerProcess(backbone=backbone, adapters=adapters, kv_cache_gib=1) as server:
+    """Start a server, ask it every example, and measure it before it stops."""
+    with native_server(backbone=backbone, adapters=adapters, kv_cache_gib=1) as server:
         asked = asyncio.run(ask_all(server.address, examples))
         pid = server.process.pid
         failed = sum(each.answer is None for each in asked)
@@ -88,32 +86,12 @@ def measure(backbone: str, adapters: Path, examples: Sequence[Example]) -> Cost:
 
 
 def measure_tasks(backbone: str, folder: Path, num_tasks: int) -> Cost:
-    """`measure` with one random adapter of so many tasks, asked in turn with short answers."""
+    """`measure` with one random adapter of `num_tasks` tasks, asked in turn, with short answers."""
     adapters = folder / str(num_tasks)
     identity = identify(resolve(backbone))
-    write_random_adapter(adapters / "random" / "1", identity, num_tasks=num_tasks, seed=0, max_new_tokens=_NEW_TOKENS)
+    write_random_adapter(adapters / "random" / "1", identity, random_tasks(num_tasks, max_new_tokens=_NEW_TOKENS))
     examples = [Example(f"task-{i % num_tasks}", f"Question {i}:", "none") for i in range(_REQUESTS)]
     return measure(backbone, adapters, examples)
-
-
-def resident_bytes(pid: int) -> int:
-    """Resident memory of a process and all its descendants; what they share counts in each: an upper bound."""
-    return sum(process.memory_info().rss for process in _tree(pid))
-
-
-def peak_bytes(pid: int) -> int:
-    """Sum of the most that a process and each of its descendants has had resident: an upper bound of their peak."""
-    total = 0
-    for process in _tree(pid):
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
-        # A process that has ended and is not yet waited for has no memory.
-        total += int(found[1]) * 1024 if found else 0
-    return total
-
-
-def _tree(pid: int) -> list[psutil.Process]:
-    root = psutil.Process(pid)
-    return [root, *root.children(recursive=True)]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,36 @@
+"""A worker: vLLM's synchronous engine, which generates for token ids.
+
+Settings: keyword arguments of vllm.LLM. Message: {"prompts": [[ids]], "new_tokens": n, "slots": [[lora_name,
+lora_int_id, lora_path] or null, ...]}. Reply: {"seconds": s, "tokens": generated}. Every slot of a message is loaded
+before its clock starts.
+"""
+
+import time
+from typing import Any
+
+from benchmarks.harness.worker import Handle, serve
+
+
+def start(settings: dict[str, Any]) -> Handle:
+    """Start the engine."""
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    engine = LLM(**settings)
+
+    def generate(case: dict[str, Any]) -> dict[str, Any]:
+        requests = [slot and LoRARequest(*slot) for slot in case["slots"]]
+        for request in {request.lora_int_id: request for request in requests if request}.values():
+            engine.llm_engine.add_lora(request)
+        parameters = SamplingParams(temperature=0, max_tokens=case["new_tokens"], ignore_eos=True, detokenize=False)
+        prompts: Any = [{"prompt_token_ids": ids} for ids in case["prompts"]]
+        began = time.perf_counter()
+        outputs = engine.generate(prompts, parameters, use_tqdm=False, lora_request=requests if any(requests) else None)
+        seconds = time.perf_counter() - began
+        return {"seconds": seconds, "tokens": sum(len(output.outputs[0].token_ids) for output in outputs)}
+
+    return generate
+
+
+if __name__ == "__main__":
+    serve(start)

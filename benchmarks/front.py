@@ -1,0 +1,194 @@
+"""`make bench-front`: the server's own cost beside vLLM's own HTTP server, with the same plugin, engine and requests.
+
+Both serve the built-in tasks of one adapter. In every round each is asked for whole answers to the same requests, 16 in
+flight, while the other is halted. Cost is the processor time a request of the process that speaks gRPC or HTTP, with
+all its threads and without the engine's processes. Ratios are medians of the rounds' own.
+"""
+
+import argparse
+import asyncio
+import itertools
+import random
+import statistics
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from benchmarks.harness.asking import closed_loop
+from benchmarks.harness.native_server import native_server
+from benchmarks.harness.processes import cpu_seconds, halted
+from benchmarks.harness.vllm_server import vllm_server
+from mtlora.backbone import resolve
+from mtlora.checkpoint.format import TaskEntry, read_manifest
+from mtlora.cli.output import print_table
+from mtlora.client import AsyncClient
+from mtlora.suite import load_suite
+from mtlora.suite.base import Example, Suite
+from mtlora.vllm_cpu.precision import engine_dtype
+from server.registry.version import version_key
+
+IN_FLIGHT = 16
+MAX_NUM_SEQS = 64
+MAX_MODEL_LEN = 1024
+# Requests to each server in the first round, which does not count.
+_WARM_UP_REQUESTS = 64
+_EXAMPLES_PER_TASK = 40
+
+# Asks one example and returns the number of tokens in its answer.
+Ask = Callable[[Example], Awaitable[int]]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two servers. pid: the process that speaks to clients, whose children are the engine's."""
+
+    name: str
+    pid: int
+    connect: Callable[[], AbstractAsyncContextManager[Ask]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A server's figures in one round. front_s, asker_s: processor time of its front end, and of who asked it."""
+
+    seconds: float
+    requests: int
+    tokens: int
+    front_s: float
+    asker_s: float
+
+    @property
+    def requests_per_s(self) -> float:
+        return self.requests / self.seconds
+
+    @property
+    def cost_s(self) -> float:
+        """Processor time a request of the front end."""
+        return self.front_s / self.requests
+
+
+def main() -> int:
+    """Start both servers, ask them in turn, print a table and the ratios."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.front", description=__doc__)
+    parser.add_argument("--backbone", default="default")
+    parser.add_argument("--adapter", type=Path, help="default: the newest version of the shipped adapter")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--seconds", type=float, default=18.0, help="for each server in a round, about")
+    args = parser.parse_args()
+    folder = resolve(args.backbone)
+    adapter = args.adapter or max(Path("adapters/builtin").glob("*/"), key=lambda path: version_key(path.name))
+    suite = load_suite("builtin")
+    manifest = read_manifest(adapter)
+    tasks = {task.id: manifest.task(task.id) for task in suite.tasks}
+    engine: dict[str, Any] = {
+        "dtype": engine_dtype("auto", folder), "max_num_seqs": MAX_NUM_SEQS, "max_model_len": MAX_MODEL_LEN,
+        "enforce_eager": True,
+    }  # fmt: skip
+    with (
+        native_server(backbone=args.backbone, adapters=adapter.parent.parent, **engine) as server,
+        vllm_server(
+            folder, dict.fromkeys(tasks, adapter), enable_lora=True, max_loras=MAX_NUM_SEQS,
+            max_cpu_loras=MAX_NUM_SEQS, **engine,
+        ) as vllm,
+    ):  # fmt: skip
+        ours = Side("mtlora-server", server.process.pid, lambda: _grpc(server.address))
+        theirs = Side("vllm serve", vllm.pid, lambda: _http(vllm.url, tasks))
+        warm_up = run_round(ours, theirs, suite, 0, _WARM_UP_REQUESTS)
+        requests = max(IN_FLIGHT, int(args.seconds * min(each.requests_per_s for each in warm_up)))
+        rounds = [run_round(ours, theirs, suite, number, requests) for number in range(1, args.rounds + 1)]
+    report({ours.name: [each[0] for each in rounds], theirs.name: [each[1] for each in rounds]})
+    return 0
+
+
+def run_round(ours: Side, theirs: Side, suite: Suite, number: int, requests: int) -> tuple[Measured, Measured]:
+    """Measure both servers with the same requests. The order changes from round to round."""
+    examples = [each for task in suite.tasks for each in suite.examples(task.id, "test", _EXAMPLES_PER_TASK, number)]
+    random.Random(number).shuffle(examples)
+    asked = list(itertools.islice(itertools.cycle(examples), IN_FLIGHT + requests))
+    measured = {}
+    for side, other in ((ours, theirs), (theirs, ours))[:: 1 if number % 2 else -1]:
+        with halted(other.pid):
+            measured[side.name] = asyncio.run(measure(side, asked))
+    return measured[ours.name], measured[theirs.name]
+
+
+async def measure(side: Side, examples: Sequence[Example]) -> Measured:
+    """Ask every example in a closed loop. The first `IN_FLIGHT` open the connections and do not count."""
+    answers: list[int] = []
+
+    async with side.connect() as ask:
+
+        async def count(example: Example) -> None:
+            answers.append(await ask(example))
+
+        def counters() -> tuple[float, int, int, float, float]:
+            return time.perf_counter(), len(answers), sum(answers), cpu_seconds(side.pid), time.process_time()
+
+        await closed_loop(examples[:IN_FLIGHT], IN_FLIGHT, count)
+        before = counters()
+        await closed_loop(examples[IN_FLIGHT:], IN_FLIGHT, count)
+        after = counters()
+    return Measured(*(late - early for early, late in zip(before, after, strict=True)))  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def _grpc(address: str) -> AsyncIterator[Ask]:
+    async with AsyncClient(address) as client:
+
+        async def ask(example: Example) -> int:
+            answer = await client.generate(example.task_id, example.input, timeout=300)
+            return int(answer.summary.completion_tokens)
+
+        yield ask
+
+
+@asynccontextmanager
+async def _http(url: str, tasks: Mapping[str, TaskEntry]) -> AsyncIterator[Ask]:
+    async with aiohttp.ClientSession(url, raise_for_status=True) as session:
+
+        async def ask(example: Example) -> int:
+            task = tasks[example.task_id]
+            body = {
+                "model": task.id, "prompt": task.render(example.input), "stop": list(task.stop),
+                "max_tokens": task.max_new_tokens, "temperature": 0,
+            }  # fmt: skip
+            async with session.post("/v1/completions", json=body) as reply:
+                return int((await reply.json())["usage"]["completion_tokens"])
+
+        yield ask
+
+
+def report(measured: Mapping[str, Sequence[Measured]]) -> None:
+    """Print medians of both servers, ours first, and the medians of each round's ratios."""
+
+    def median(value: Callable[[Measured], float], of: Sequence[Measured]) -> float:
+        return statistics.median(map(value, of))
+
+    print_table(
+        f"{IN_FLIGHT} requests in flight, medians of {len(next(iter(measured.values())))} rounds",
+        ("server", "requests/s", "front end, ms a request", "tokens an answer", "asker, ms a request", "requests"),
+        [
+            (
+                name,
+                f"{median(lambda t: t.requests_per_s, each):.2f}",
+                f"{1e3 * median(lambda t: t.cost_s, each):.2f}",
+                f"{median(lambda t: t.tokens / t.requests, each):.2f}",
+                f"{1e3 * median(lambda t: t.asker_s / t.requests, each):.2f}",
+                sum(t.requests for t in each),
+            )
+            for name, each in measured.items()
+        ],
+    )
+    rounds = list(zip(*measured.values(), strict=True))
+    cost = statistics.median(ours.cost_s / theirs.cost_s for ours, theirs in rounds)
+    throughput = statistics.median(ours.requests_per_s / theirs.requests_per_s for ours, theirs in rounds)
+    print(f"bench-front: cost/vllm-serve {cost:.2f}, throughput/vllm-serve {throughput:.2f}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

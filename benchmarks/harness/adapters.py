@@ -1,0 +1,108 @@
+"""Adapters for measurements and tests: random ones, and changed copies of a given one."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from mtlora.backbone import BackboneIdentity
+from mtlora.checkpoint.format import (
+    MANIFEST_FILE,
+    TENSORS_FILE,
+    AdapterManifest,
+    TaskEntry,
+    read_checkpoint,
+    write_checkpoint,
+)
+from mtlora.config import MtLoRAConfig
+
+CONFIG = MtLoRAConfig(r=16, num_experts=8, num_groups=4)
+PEFT_RANK = 16
+_SCALE = 0.02
+
+
+def random_tasks(number: int, *, max_new_tokens: int = 32) -> tuple[TaskEntry, ...]:
+    """Tasks `task-0`, `task-1`, ... whose prompt is the input."""
+    return tuple(
+        TaskEntry(id=f"task-{i}", description="random", template="{input}", bias_index=i, max_new_tokens=max_new_tokens)
+        for i in range(number)
+    )
+
+
+def random_tensors(
+    backbone: BackboneIdentity,
+    config: MtLoRAConfig,
+    tasks: Sequence[TaskEntry],
+    *,
+    seed: int = 0,
+    scale: float | Mapping[str, float] = 1.0,
+) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, normally distributed, in float32.
+
+    scale: the standard deviation of all, or by the last part of a tensor's name.
+    """
+    manifest = AdapterManifest(backbone=backbone, config=config, tasks=tuple(tasks), tensors_sha256="0" * 64)
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator)
+        * (scale if isinstance(scale, float) else scale[name.rpartition(".")[2]])
+        for name, shape in manifest.tensor_shapes().items()
+    }
+
+
+def write_random_adapter(
+    folder: Path, backbone: BackboneIdentity, tasks: Sequence[TaskEntry], *, seed: int = 0
+) -> AdapterManifest:
+    """Write a checkpoint of the shipped adapter's size in float16."""
+    tensors = random_tensors(backbone, CONFIG, tasks, seed=seed, scale=_SCALE)
+    halves = {name: tensor.half() for name, tensor in tensors.items()}
+    return write_checkpoint(folder, backbone=backbone, config=CONFIG, tasks=tuple(tasks), tensors=halves)
+
+
+def link_adapter(source: Path, folder: Path) -> None:
+    """Write another adapter as hard links: its weights take memory of their own in the engine, but no disk."""
+    folder.mkdir(parents=True)
+    for name in (MANIFEST_FILE, TENSORS_FILE):
+        os.link(source / name, folder / name)
+
+
+def write_scaled_adapter(source: Path, folder: Path, factor: float, tasks: Sequence[TaskEntry] | None = None) -> None:
+    """Write a copy of an adapter whose output is scaled. `tasks`, if given, replace its task table."""
+    checkpoint = read_checkpoint(source)
+    manifest = checkpoint.manifest
+    write_checkpoint(
+        folder,
+        backbone=manifest.backbone,
+        config=manifest.config,
+        tasks=manifest.tasks if tasks is None else tuple(tasks),
+        tensors={n: t * factor if n.endswith("lora_B") else t for n, t in checkpoint.tensors.items()},
+    )
+
+
+def write_random_peft(folder: Path, config: Mapping[str, int], *, seed: int) -> None:
+    """Write a PEFT LoRA, rank 16, on the seven linear layers of every block; `config` is the backbone's config.json."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, middle = config["hidden_size"], config["intermediate_size"]
+    queries = config["num_attention_heads"] * config["head_dim"]
+    keys = config["num_key_value_heads"] * config["head_dim"]
+    sizes = {
+        "self_attn.q_proj": (hidden, queries), "self_attn.k_proj": (hidden, keys), "self_attn.v_proj": (hidden, keys),
+        "self_attn.o_proj": (queries, hidden), "mlp.gate_proj": (hidden, middle), "mlp.up_proj": (hidden, middle),
+        "mlp.down_proj": (middle, hidden),
+    }  # fmt: skip
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        for module, (inputs, outputs) in sizes.items():
+            prefix = f"base_model.model.model.layers.{layer}.{module}"
+            tensors[f"{prefix}.lora_A.weight"] = _SCALE * torch.randn(PEFT_RANK, inputs, generator=generator)
+            tensors[f"{prefix}.lora_B.weight"] = _SCALE * torch.randn(outputs, PEFT_RANK, generator=generator)
+    folder.mkdir(parents=True)
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    modules = sorted(name.split(".")[1] for name in sizes)
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": PEFT_RANK, "lora_alpha": PEFT_RANK, "target_modules": modules,
+                    "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0})
+    )  # fmt: skip

@@ -1,0 +1,23 @@
+"""Environment variables of a process that runs an engine."""
+
+import os
+
+from mtlora.vllm_plugin import memory_environment
+
+
+def usable_cores() -> list[int]:
+    """Numbers of the cores that this process may use."""
+    return sorted(os.sched_getaffinity(0))
+
+
+def engine_environment(kv_cache_gib: float = 1.0) -> dict[str, str]:
+    """An engine inside the process itself, on every core, without network, with `kv_cache_gib` of KV cache."""
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": f"{kv_cache_gib:g}",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, usable_cores())),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+        **memory_environment(),
+    }

@@ -1,0 +1,43 @@
+"""Ends a process with the one that started it, even if SIGTERM or SIGKILL ends that one before it can clean up.
+
+A guard is a process of its own. It waits until either of the two ends, then kills the process group of the started one.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def guarded(process: "subprocess.Popen[str] | subprocess.Popen[bytes]") -> Iterator[None]:
+    """Guard a process, started with `start_new_session=True`, and everything that it starts."""
+    ends = [os.pidfd_open(pid) for pid in (os.getpid(), process.pid)]
+    try:
+        guard = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__, str(process.pid), *map(str, ends)],
+            pass_fds=ends, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+    finally:
+        for end in ends:
+            os.close(end)
+    try:
+        yield
+    finally:
+        guard.kill()
+        guard.wait()
+
+
+def main() -> None:
+    """Be the guard. Arguments: the process group, and pidfds of the two processes."""
+    group, *ends = map(int, sys.argv[1:])
+    select.select(ends, [], [])
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
