@@ -9,8 +9,6 @@ from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from server.registry.version import StageError
-
 DETAILS_KEY = "grpc-status-details-bin"
 # Statuses travel in HTTP/2 trailers, which clients cap at 8 KiB with everything else in them.
 _MAX_MESSAGE = 600
@@ -54,6 +52,10 @@ class EngineDeadError(Exception):
 
 class EngineAbortedError(Exception):
     """The engine gave up on one sequence."""
+
+
+class AdapterError(Exception):
+    """An adapter version cannot serve; the message says why."""
 
 
 def task_not_found(task_id: str, known: Iterable[str]) -> RequestFailedError:
@@ -120,7 +122,7 @@ def from_exception(error: Exception) -> RequestFailedError:
         return error
     if isinstance(error, EngineDeadError):
         return unavailable("the engine has died and is being started again", RESTART_RETRY_S)
-    if isinstance(error, StageError):
+    if isinstance(error, AdapterError):
         return unavailable("the task's adapter cannot be loaded now; the server's log says why", 5.0)
     if isinstance(error, EngineAbortedError):
         return unavailable("the engine gave up on this request", 1.0)
