@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -196,7 +196,7 @@ class Engine:
             async for _ in self._generate([1] * 8, sampling, slot):
                 pass
 
-    def generate(self, job: GenerationJob) -> AsyncIterator[Delta]:
+    def generate(self, job: GenerationJob) -> AsyncGenerator[Delta, None]:
         """The sequence's deltas. Closing the iterator, or cancelling its reader, aborts the sequence in the engine."""
         slot = None if job.without_adapter else job.task.slot
         return self._generate(list(job.prompt_ids), job.sampling, slot, job.cache_salt, job.delta_tokens)
@@ -208,7 +208,7 @@ class Engine:
         slot: Any | None,
         cache_salt: str | None = None,
         delta_tokens: int = 1,
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 

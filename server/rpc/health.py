@@ -23,6 +23,8 @@ LIVE = "live"
 class Health:
     """The health of one server. `set` it whenever its state changes."""
 
+    SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
     def __init__(self, service: str) -> None:
         self._names = ("", service)
         self._servicer = HealthServicer()

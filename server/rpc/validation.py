@@ -20,7 +20,7 @@ _ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
-class Limits:
+class PromptLimits:
     """What the backbone and the engine allow."""
 
     max_model_len: int
@@ -28,7 +28,7 @@ class Limits:
 
 
 def validate(
-    request: pb.GenerateRequest, task: ServedTask | None, tokenizer: Any, limits: Limits
+    request: pb.GenerateRequest, task: ServedTask | None, tokenizer: Any, limits: PromptLimits
 ) -> GenerationJob | list[Violation]:
     """The job that a request asks for, or every violation in it. `task` is None where the request names none."""
     violations = [] if task else [Violation("task_id", "found none; ListTasks has those that can be asked")]

@@ -60,10 +60,10 @@ class ServiceTimes:
         tokens = min(float(max_new_tokens), self._tokens.get(task, 1.0))
         return measured.first_token + max(0.0, tokens - 1) * measured.per_token
 
-    def wait_s(self, ahead: int, slots: int) -> float | None:
-        """Seconds until `ahead` requests have been handed over, where all of `slots` are taken."""
-        measured = self._measured(slots)
-        return None if measured is None else ahead * measured.whole / slots
+    def wait_s(self, ahead: int, turns: int) -> float | None:
+        """Seconds until `ahead` requests have had their turn, while all of `turns` are taken."""
+        measured = self._measured(turns)
+        return None if measured is None else ahead * measured.whole / turns
 
     def _measured(self, running: int) -> _Measured | None:
         now = self._clock()

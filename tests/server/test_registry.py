@@ -77,7 +77,7 @@ class Home:
         self.metrics = metrics.registry
 
         def on_event(event: Event) -> None:
-            metrics.record_adapter_event(event)
+            metrics.record_stage(event.stage.value, event.failed_stage.value if event.failed_stage else None)
             self.events.append(event)
 
         self.residency = Residency(self.engine, 8)
