@@ -136,18 +136,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             task = self._version_for(request, task)
         elif request.task_id:
             raise self.not_found(request.task_id)
-        arguments = (request, task, self.tokenizer, self.limits)
+        # Tenants share no cached blocks, unless their file says so: answer times would tell of another's prompts.
+        cache_salt = None if self._directory.current.share_prefix_cache else call.tenant.id
+        arguments = (request, task, self.tokenizer, self.limits, cache_salt, delta_tokens)
         if request.ByteSize() <= _TOKENIZE_APART_BYTES:
-            result = validate(*arguments)
+            job = validate(*arguments)
         else:
-            result = await asyncio.get_running_loop().run_in_executor(self._tokenizing, validate, *arguments)
-        if isinstance(result, list):
-            raise invalid_argument(result)
+            job = await asyncio.get_running_loop().run_in_executor(self._tokenizing, validate, *arguments)
+        if isinstance(job, list):
+            raise invalid_argument(job)
         if self._log_prompts:
-            prompt = self.tokenizer.decode(result.prompt_ids)
+            prompt = self.tokenizer.decode(job.prompt_ids)
             logger.info("prompt", extra={"fields": {"request_id": call.request_id, "prompt": prompt}})
-        shared = self._directory.current.share_prefix_cache
-        job = replace(result, cache_salt=None if shared else call.tenant.id, delta_tokens=delta_tokens)
         return Generation(job, call, self._metrics)
 
     def _version_for(self, request: pb.GenerateRequest, task: ServedTask) -> ServedTask:

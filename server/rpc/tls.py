@@ -1,6 +1,5 @@
 """TLS and mutual TLS, with certificates that may be replaced while the server runs."""
 
-import os
 import threading
 import time
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import grpc
 
+from mtlora.files import signature
 from server.telemetry.logs import get_logger
 
 logger = get_logger("tls")
@@ -28,7 +28,7 @@ class Certificates:
         self._paths = (certificate, key) + ((client_ca,) if client_ca else ())
         self._mutual = client_ca is not None
         self._lock = threading.Lock()
-        self._seen = self._signature()
+        self._seen = self._signatures()
         self._first = self._read()
 
     def credentials(self) -> Any:
@@ -38,10 +38,10 @@ class Certificates:
     def _fetch(self) -> Any:
         """The new configuration where the files have changed, else None: keep the old. Runs in gRPC's threads."""
         with self._lock:
-            signature = self._signature()
-            if signature == self._seen:
+            signatures = self._signatures()
+            if signatures == self._seen:
                 return None
-            self._seen = signature
+            self._seen = signatures
             try:
                 configuration = self._read()
             except TLSError as error:
@@ -60,16 +60,8 @@ class Certificates:
             [(contents[1], contents[0])], root_certificates=contents[2] if self._mutual else None
         )
 
-    def _signature(self) -> tuple[Any, ...]:
-        return tuple(_state(path) for path in self._paths)
-
-
-def _state(path: Path) -> tuple[int, ...] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+    def _signatures(self) -> tuple[Any, ...]:
+        return tuple(signature(path) for path in self._paths)
 
 
 def _check(paths: tuple[Path, ...], contents: list[bytes]) -> None:

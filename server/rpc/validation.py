@@ -28,9 +28,14 @@ class PromptLimits:
 
 
 def validate(
-    request: pb.GenerateRequest, task: ServedTask | None, tokenizer: Any, limits: PromptLimits
+    request: pb.GenerateRequest,
+    task: ServedTask | None,
+    tokenizer: Any,
+    limits: PromptLimits,
+    cache_salt: str | None = None,
+    delta_tokens: int = 1,
 ) -> GenerationJob | list[Violation]:
-    """The job that a request asks for, or every violation in it. `task` is None where the request names none."""
+    """The job that a request asks for, or every violation in it. `task` is None if the request names none."""
     violations = [] if task else [Violation("task_id", "found none; ListTasks has those that can be asked")]
     violations += _input_violations(request, task.spec if task else None, tokenizer)
     violations += _parameter_violations(request.parameters)
@@ -65,6 +70,8 @@ def validate(
         prompt_ids=tuple(prompt_ids),
         sampling=_sampling(request.parameters, task.spec, room, limits.vocab_size),
         without_adapter=request.without_adapter,
+        cache_salt=cache_salt,
+        delta_tokens=delta_tokens,
         strip=request.WhichOneof("input") != "chat",
         include_reasoning=request.include_reasoning,
     )
