@@ -1,4 +1,4 @@
-"""What a valid request asks of the engine, and what the engine gives back. Knows neither gRPC nor vLLM."""
+"""What a valid request asks of the engine, and what the engine returns. Knows neither gRPC nor vLLM."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +17,7 @@ class ServedTask:
     adapter_version: str
     # vLLM's LoRARequest of the slot.
     slot: Any
-    # The registry's adapter version, which must be in the engine meanwhile; None where nothing must be.
+    # The registry's adapter version, which the engine must hold meanwhile; None if the slot needs none.
     version: Any = None
 
 
@@ -40,9 +40,9 @@ class GenerationJob:
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     without_adapter: bool = False
-    # Requests with different salts share nothing of the prefix cache.
+    # Requests with different salts share no blocks of the prefix cache.
     cache_salt: str | None = None
-    # Template prompts are answered without outer blanks; a chat's answer is left as it is.
+    # Answers to template prompts lose their outer blanks; a chat's answer keeps them.
     strip: bool = True
     include_reasoning: bool = False
     # Tokens that may gather before the engine hands them out. An answer that fits comes in one piece; of others the
@@ -67,13 +67,13 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one engine step, or a few, added to a sequence."""
+    """What one or more engine steps added to a sequence."""
 
     text: str
     tokens: int
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
-    # time.monotonic() when the scheduler first took the sequence, and when it had its first token; None where the
+    # time.monotonic() when the engine's scheduler first took the sequence, and when its first token came; None if the
     # engine keeps no statistics.
     scheduled_at: float | None = None
     first_token_at: float | None = None

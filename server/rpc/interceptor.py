@@ -1,6 +1,6 @@
-"""Around every RPC of the contracts: request id, tenant, one log line, one count, a status for whatever was raised.
+"""Around every RPC of the contracts: request id, tenant, one log line, one count, a status for every exception.
 
-Health and reflection are open to everybody and stay as they are; so are the two probes of the Open Inference Protocol.
+Health and reflection pass unchanged, for everybody. The two probes of the Open Inference Protocol need no key.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ _SERVICE_PREFIXES = ("/mtlora.v1.", "/inference.")
 _OPEN = {"/inference.GRPCInferenceService/ServerLive", "/inference.GRPCInferenceService/ServerReady"}
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:\-]{0,63}")
 
-# The client's clock for a deadline starts before this side's: its cancel can come in a moment before the deadline does.
+# A client's deadline starts before the server's, so its cancellation can come a moment before the server's deadline.
 _DEADLINE_SLACK_S = 0.1
 
 
@@ -132,10 +132,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             async with asyncio.timeout(self._slow_reader_s):
                 await context.abort(failure.code, failure.message, (*trailer, (DETAILS_KEY, failure.status_details())))
         except grpc.aio.AbortError:
-            # The way out of every abort.
+            # `abort` always ends so.
             raise
         except (TimeoutError, grpc.aio.BaseError):
-            # Nobody is there to take it. The one ending after which gRPC sends no status of its own.
+            # Nobody takes the status. After a cancellation gRPC does not send one of its own.
             raise asyncio.CancelledError from None
 
     def _record(self, call: Call, code: grpc.StatusCode) -> None:
@@ -159,20 +159,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _request_id(metadata: Any) -> str:
-    """The client's own id where it is sane, else a new one."""
+    """The client's own id if it is sane, else a new one."""
     for key, value in metadata or ():
         if key == REQUEST_ID_KEY and isinstance(value, str) and _SANE_ID.fullmatch(value):
             return value
-    # An id is no secret: no need for the kernel's random numbers.
+    # Not a secret: no system call for random numbers.
     return f"{random.getrandbits(128):032x}"
 
 
 class _Malformed:
-    """Stands for a request that is no message of its type."""
+    """Stands for a request whose bytes are no message of its type."""
 
 
 def _forgiving(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """gRPC answers UNKNOWN where a deserializer raises; this leaves the status to the call."""
+    """Leave a bad message's status to the call: gRPC answers UNKNOWN if a deserializer raises."""
 
     def attempt(data: bytes) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""TLS and mutual TLS, with certificates that may be replaced while the server runs."""
+"""TLS and mutual TLS; certificates may be replaced while the server runs."""
 
 import threading
 import time
@@ -14,14 +14,14 @@ logger = get_logger("tls")
 
 
 class TLSError(ValueError):
-    """Certificate files that cannot be used; the message names the file and what is wrong with it."""
+    """An unusable certificate file; the message names the file and what is wrong with it."""
 
 
 class Certificates:
     """The files of a TLS server. gRPC asks for them at every handshake; changed files serve the next one.
 
-    With `client_ca`, whoever connects must show a certificate signed by it (mutual TLS). Files that are bad when they
-    change leave the old ones in use. Raises TLSError where the first read fails.
+    With `client_ca`, clients must show a certificate signed by it (mutual TLS). If changed files are bad, the old ones
+    stay in use. Raises TLSError if the first read fails.
     """
 
     def __init__(self, certificate: Path, key: Path, client_ca: Path | None = None) -> None:
@@ -36,7 +36,7 @@ class Certificates:
         return grpc.dynamic_ssl_server_credentials(self._first, self._fetch, require_client_authentication=self._mutual)
 
     def _fetch(self) -> Any:
-        """The new configuration where the files have changed, else None: keep the old. Runs in gRPC's threads."""
+        """The new configuration if the files have changed, else None: keep the old. Runs in gRPC's threads."""
         with self._lock:
             signatures = self._signatures()
             if signatures == self._seen:
@@ -65,7 +65,7 @@ class Certificates:
 
 
 def _check(paths: tuple[Path, ...], contents: list[bytes]) -> None:
-    """Raise TLSError for what gRPC would only answer with failed handshakes."""
+    """Raise TLSError for files with which gRPC would fail every handshake."""
     from cryptography import x509
     from cryptography.hazmat.primitives import serialization
 

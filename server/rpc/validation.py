@@ -1,4 +1,4 @@
-"""From a request message to a GenerationJob, or to all the field violations that stand in the way."""
+"""From a request message to a GenerationJob, or to all its field violations."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -142,7 +142,7 @@ def _parameter_violations(parameters: pb.GenerationParameters) -> Iterator[Viola
 
     if parameters.HasField("max_new_tokens") and parameters.max_new_tokens < 1:
         yield out_of("max_new_tokens", "1 or more")
-    # Written so that NaN fails.
+    # This order of comparisons refuses NaN.
     if not 0 <= parameters.temperature <= MAX_TEMPERATURE:
         yield out_of("temperature", f"0 to {MAX_TEMPERATURE:g}")
     if parameters.HasField("top_p") and not 0 < parameters.top_p <= 1:

@@ -1,4 +1,4 @@
-"""Whether a request may run now: the server's state, and how many requests are in flight."""
+"""Whether a request may enter: the server's state, and the number of requests in flight."""
 
 import asyncio
 from collections.abc import Iterator

@@ -24,7 +24,7 @@ _EXTENSIONS = ("model_repository",)
 
 
 class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceServicer):
-    """Goes through `service` for everything: the same tenants, quotas, validation and queue."""
+    """Goes through `service`, so that tenants, quotas, validation and queue are the same."""
 
     def __init__(self, service: InferenceServicer, admission: Admission, repository: Repository) -> None:
         self._service = service
