@@ -1,4 +1,4 @@
-"""Folders that are replaced whole: made beside the old one, then exchanged with it in one step."""
+"""Folders that are replaced whole: made beside the old one, then exchanged with it in one step. Files that change."""
 
 import ctypes
 import errno
@@ -53,6 +53,15 @@ def put_in_place(made: Path, folder: Path) -> None:
                 os.rename(old, folder)
             raise
     sync(folder.parent)
+
+
+def signature(path: Path) -> tuple[int, ...] | None:
+    """Differs whenever the file behind the path was written or replaced; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 def _exchange(one: Path, other: Path) -> None:

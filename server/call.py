@@ -1,4 +1,4 @@
-"""What is known of the call that the current asyncio task answers: shared by interceptor and servicer."""
+"""The RPC that the current asyncio task answers: the interceptor sets it, the services read it."""
 
 import time
 from contextvars import ContextVar
@@ -14,8 +14,8 @@ class Call:
 
     request_id: str
     method: str
-    # Label of metrics: the task's id where it is served, else "unknown"; empty where the method takes no task.
-    task: str
+    # Label of metrics: the task's id where it is served, else "unknown"; empty for methods that take no task.
+    task: str = ""
     received: float = field(default_factory=time.monotonic)
     tenant: Tenant = OPEN_TENANT
     # time.monotonic() of the deadline; None where the client set none.
@@ -24,13 +24,10 @@ class Call:
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
-
-_current: ContextVar[Call] = ContextVar("call")
-
-
-def current_call() -> Call:
-    return _current.get()
+    @property
+    def exemplar(self) -> dict[str, str]:
+        """What a histogram's sample points to."""
+        return {"trace_id": self.trace.trace_id} if self.trace else {"request_id": self.request_id}
 
 
-def set_current_call(call: Call) -> None:
-    _current.set(call)
+current_call: ContextVar[Call] = ContextVar("call")

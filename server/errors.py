@@ -1,4 +1,4 @@
-"""Where a failure becomes a gRPC status with google.rpc details."""
+"""Failures, and the gRPC status with google.rpc details that each becomes."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -9,15 +9,13 @@ from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from server.registry.version import StageError
-
 DETAILS_KEY = "grpc-status-details-bin"
-# Statuses travel in HTTP/2 trailers, which clients cap at 8 KiB with everything else in them.
+# A status travels in HTTP/2 trailers, which clients cap at 8 KiB altogether.
 _MAX_MESSAGE = 600
 _MAX_DESCRIPTION = 240
 _MAX_VIOLATIONS_BYTES = 2500
 _SHOWN = 128
-# What a restart of the engine takes, roughly.
+# Roughly what a restart of the engine takes.
 RESTART_RETRY_S = 20.0
 
 
@@ -56,6 +54,10 @@ class EngineAbortedError(Exception):
     """The engine gave up on one sequence."""
 
 
+class AdapterError(Exception):
+    """An adapter version cannot serve; the message says why."""
+
+
 def task_not_found(task_id: str, known: Iterable[str]) -> RequestFailedError:
     shown = shorten(task_id, _SHOWN)
     near = difflib.get_close_matches(shown, known, n=3, cutoff=0.6)
@@ -91,7 +93,7 @@ def resource_exhausted(message: str, retry_after_s: float) -> RequestFailedError
 
 
 def quota_exceeded(subject: str, quota: str, retry_after_s: float) -> RequestFailedError:
-    """A limit of `subject`, such as `tenant:NAME`, that this request is beyond; `quota` says which and how much."""
+    """A request beyond a limit of `subject`, such as `tenant:NAME`; `quota` names the limit and its value."""
     violation = error_details_pb2.QuotaFailure.Violation(subject=subject, description=quota)
     details = [_retry_info(retry_after_s), error_details_pb2.QuotaFailure(violations=[violation])]
     return RequestFailedError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{subject}: {quota}", details)
@@ -106,7 +108,7 @@ def unauthenticated(message: str) -> RequestFailedError:
 
 
 def slow_reader(message: str) -> RequestFailedError:
-    """A stream that was given up because nobody takes its messages."""
+    """A stream that ends because its reader takes no messages."""
     return RequestFailedError(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
 
 
@@ -115,12 +117,12 @@ def unavailable(message: str, retry_after_s: float) -> RequestFailedError:
 
 
 def from_exception(error: Exception) -> RequestFailedError:
-    """The status of any exception. What is not a known failure is INTERNAL and says nothing of its cause."""
+    """The status of any exception. An unknown failure is INTERNAL, without its cause."""
     if isinstance(error, RequestFailedError):
         return error
     if isinstance(error, EngineDeadError):
         return unavailable("the engine has died and is being started again", RESTART_RETRY_S)
-    if isinstance(error, StageError):
+    if isinstance(error, AdapterError):
         return unavailable("the task's adapter cannot be loaded now; the server's log says why", 5.0)
     if isinstance(error, EngineAbortedError):
         return unavailable("the engine gave up on this request", 1.0)

@@ -1,12 +1,9 @@
-"""What a valid request asks of the engine, and what the engine gives back. Knows neither gRPC nor vLLM."""
+"""What a valid request asks of the engine, and what the engine returns. Knows neither gRPC nor vLLM."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from mtlora.task import TaskSpec
-
-if TYPE_CHECKING:
-    from server.registry.version import AdapterVersion
 
 FinishReason = Literal["stop", "length"]
 
@@ -20,8 +17,8 @@ class ServedTask:
     adapter_version: str
     # vLLM's LoRARequest of the slot.
     slot: Any
-    # What must be in the engine for that; None where the slots were put there by hand.
-    version: "AdapterVersion | None" = None
+    # The registry's adapter version, which the engine must hold meanwhile; None if the slot needs none.
+    version: Any = None
 
 
 @dataclass(frozen=True)
@@ -43,18 +40,14 @@ class GenerationJob:
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     without_adapter: bool = False
-    # Requests with different salts share nothing of the prefix cache.
+    # Requests with different salts share no blocks of the prefix cache.
     cache_salt: str | None = None
-    # Template prompts are answered without outer blanks; a chat's answer is left as it is.
+    # Answers to template prompts lose their outer blanks; a chat's answer keeps them.
     strip: bool = True
     include_reasoning: bool = False
-    # Tokens that may gather before the engine hands them out; the first one and the last ones never wait.
+    # Tokens that may gather before the engine hands them out. An answer that fits comes in one piece; of others the
+    # first token and the last ones never wait.
     delta_tokens: int = 1
-
-    @property
-    def answer_marker(self) -> str | None:
-        """What parts working from answer; the backbone alone was never taught it."""
-        return None if self.without_adapter else self.task.spec.answer_marker
 
 
 @dataclass(frozen=True)
@@ -74,13 +67,15 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one engine step, or a few, added to a sequence."""
+    """What one or more engine steps added to a sequence."""
 
     text: str
     tokens: int
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
-    # time.monotonic() when the scheduler first took the sequence; None where the engine keeps no statistics.
+    # time.monotonic() when the engine's scheduler first took the sequence, and when its first token came; None if the
+    # engine keeps no statistics.
     scheduled_at: float | None = None
-    # The working, as long as no marker has come; the engine knows nothing of it.
+    first_token_at: float | None = None
+    # The working, until the marker comes. `Generation` sets it; the engine does not know the marker.
     reasoning: str = ""

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,8 @@ from server.engine import translation
 from server.engine.launch import launch
 from server.engine.processes import EngineProcesses
 from server.engine.stats import BetweenSteps, EngineStats, WorkerStats, stat_logger, worker_stats
-from server.errors import EngineDeadError
+from server.errors import AdapterError, EngineDeadError
 from server.job import Delta, GenerationJob, Sampling
-from server.registry.version import Stage, StageError
 from server.settings import Settings
 from server.telemetry.logs import get_logger
 
@@ -133,7 +132,7 @@ class Engine:
     async def load(self, folder: Path, slots: Sequence[Any]) -> None:
         """Put an adapter and its slots into the engine's memory, reading it beside the running steps.
 
-        Raises StageError where the engine does not take it; nothing has changed then.
+        Raises AdapterError where the engine does not take it; nothing has changed then.
         """
         try:
             while True:
@@ -144,7 +143,7 @@ class Engine:
                 await asyncio.sleep(_STAGING_POLL_S)
             named = [[slot.lora_int_id, slot.lora_name, slot.lora_path] for slot in slots]
             _check_loaded(await self._call("mtlora_place", str(folder), named))
-        except StageError:
+        except AdapterError:
             # Another rank may have it.
             await self._call("mtlora_remove", [slot.lora_int_id for slot in slots])
             await self._call("mtlora_unstage", str(folder))
@@ -197,7 +196,7 @@ class Engine:
             async for _ in self._generate([1] * 8, sampling, slot):
                 pass
 
-    def generate(self, job: GenerationJob) -> AsyncIterator[Delta]:
+    def generate(self, job: GenerationJob) -> AsyncGenerator[Delta, None]:
         """The sequence's deltas. Closing the iterator, or cancelling its reader, aborts the sequence in the engine."""
         slot = None if job.without_adapter else job.task.slot
         return self._generate(list(job.prompt_ids), job.sampling, slot, job.cache_salt, job.delta_tokens)
@@ -209,7 +208,7 @@ class Engine:
         slot: Any | None,
         cache_salt: str | None = None,
         delta_tokens: int = 1,
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
@@ -247,4 +246,4 @@ class Engine:
 def _check_loaded(states: Sequence[Sequence[str]]) -> None:
     for state, reason in states:
         if state == "failed":
-            raise StageError(Stage.LOADED, f"the engine did not take it: {reason}")
+            raise AdapterError(f"the engine did not take it: {reason}")

@@ -3,14 +3,13 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from server.engine.engine import Engine, EngineStartError
 from server.errors import EngineDeadError
-from server.job import Delta, GenerationJob
 from server.telemetry.logs import get_logger
 
 logger = get_logger("engine")
@@ -41,7 +40,7 @@ class Supervisor:
     """`make` makes an engine that is not started yet. More than `max_failures` of them within `window_s` seconds are
     too many; one that makes no step for `hang_s` seconds while work waits has failed too.
 
-    It stands for whichever engine runs: `generate`, `load` and `unload` go to that one.
+    It stands for whichever engine runs: `load`, `unload` and `warm_up` go to that one.
     """
 
     def __init__(
@@ -74,10 +73,6 @@ class Supervisor:
             began = time.monotonic()
             await self._replace(failure)
             logger.info("engine restarted", extra={"fields": {"seconds": round(time.monotonic() - began, 1)}})
-
-    def generate(self, job: GenerationJob) -> AsyncIterator[Delta]:
-        """As `Engine.generate`."""
-        return self._running.generate(job)
 
     async def load(self, folder: Path, slots: Sequence[Any]) -> None:
         """As `Engine.load`."""

@@ -9,9 +9,10 @@ _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", 
 
 
 def sampling_params(sampling: Sampling, delta_tokens: int) -> Any:
-    """vLLM's SamplingParams; the output comes in pieces of `delta_tokens` tokens."""
+    """vLLM's SamplingParams; the output comes in pieces of `delta_tokens` tokens, or in one that holds it all."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+    in_one_piece = sampling.max_new_tokens <= delta_tokens
     return SamplingParams(
         max_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
@@ -20,7 +21,7 @@ def sampling_params(sampling: Sampling, delta_tokens: int) -> Any:
         seed=sampling.seed,
         stop=list(sampling.stop),
         logprobs=sampling.logprobs or None,
-        output_kind=RequestOutputKind.DELTA,
+        output_kind=RequestOutputKind.FINAL_ONLY if in_one_piece else RequestOutputKind.DELTA,
         stream_interval=delta_tokens,
         # Nobody else has these: no deep copy.
         skip_clone=True,
@@ -33,13 +34,14 @@ def delta(output: Any) -> Delta:
     reason = completion.finish_reason
     if reason is not None and reason not in _FINISH_REASONS:
         raise EngineAbortedError(reason)
-    scheduled_at = output.metrics.scheduled_ts if output.metrics else None
+    times = output.metrics
     return Delta(
         text=completion.text,
         tokens=len(completion.token_ids),
         logprobs=_logprobs(completion),
         finish_reason=_FINISH_REASONS[reason] if reason else None,
-        scheduled_at=scheduled_at or None,
+        scheduled_at=(times.scheduled_ts or None) if times else None,
+        first_token_at=(times.first_token_ts or None) if times else None,
     )
 
 

@@ -61,7 +61,11 @@ def open_adapters(
             make_slots=slot_requests,
             warm=lambda slot: supervisor.warm_up(slot, short=True),
             publish=publish,
-            events=Events(metrics.record_adapter_event),
+            events=Events(
+                lambda event: metrics.record_stage(
+                    event.stage.value, event.failed_stage.value if event.failed_stage else None
+                )
+            ),
             metrics=metrics,
             mirror=mirror,
         )

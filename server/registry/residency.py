@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from server.errors import EngineDeadError
-from server.registry.version import AdapterVersion
+from server.errors import AdapterError, EngineDeadError
+from server.registry.version import AdapterVersion, Stage, StageError
 
 # How long a version waits for a place before the least recently used one, busy as it is, has to make room: that one
 # takes no new requests then and goes with its last. Below that, swapping places would cost more than waiting.
@@ -172,9 +172,11 @@ class Residency:
                     place.admitted = True
                 began = time.monotonic()
                 await self._engine.load(version.folder, version.distinct_slots)
-            except BaseException:
+            except BaseException as error:
                 self._forget(place)
                 await self._notify()
+                if isinstance(error, AdapterError):
+                    raise StageError(Stage.LOADED, str(error)) from error
                 raise
             self._on_load(time.monotonic() - began)
             place.ready = True

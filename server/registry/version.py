@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from server.errors import AdapterError
+
 if TYPE_CHECKING:
     from mtlora.checkpoint.format import AdapterManifest, TaskEntry
 
@@ -29,7 +31,7 @@ class Stage(Enum):
     UNLOADED = "unloaded"
 
 
-class StageError(Exception):
+class StageError(AdapterError):
     """A version that did not reach a stage; the message says why."""
 
     def __init__(self, stage: Stage, reason: str) -> None:

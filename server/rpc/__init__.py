@@ -1,1 +1,10 @@
-"""The gRPC side: listening, authentication around each call, the services, and the way of a request."""
+"""The gRPC side, by the way of a request.
+
+listening.py     the port and its limits, tls.py the certificates
+interceptor.py   around each call: tenant, status, log line, counts, trace
+inference_service.py, adapters_service.py, openinference/, health.py: the services
+validation.py    a request's message to a job
+generation.py    the job's way: turn, adapter version, engine
+stream.py        between a generation and a reader that lags
+encoding.py      answers to messages
+"""

@@ -1,6 +1,6 @@
 """The Adapters service. Each method: authorise, decode, call the registry, encode."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,63 +8,57 @@ import grpc
 from mtlora_pb.v1 import adapters_pb2 as pb
 from mtlora_pb.v1 import adapters_pb2_grpc
 
+from server.call import current_call
 from server.errors import RequestFailedError, Violation, invalid_argument, not_found, resource_exhausted, task_not_found
 from server.registry.events import Event, WatcherTooSlowError
 from server.registry.record import AdapterRecord
 from server.registry.registry import NotPossibleError, Registry, UnknownAdapterError
 from server.registry.version import AdapterVersion, Stage, StageError, version_key
 from server.registry.weights import MAX_WEIGHT
-
-# Raises RequestFailedError unless the current call may change adapters. The one place for a check of permissions: every
-# method goes through it.
-Authorize = Callable[[Any], Awaitable[None]]
-
-
-async def anyone(context: Any) -> None:
-    """Authorises every call."""
+from server.scheduling.admission import Admission
+from server.tenants.authentication import require_admin
 
 
 class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
-    """`registry` is set before `check_serving`, which raises UNAVAILABLE until then, lets calls in."""
+    """For admins alone. `registry` is set before admission opens."""
 
     registry: Registry
 
-    def __init__(self, check_serving: Callable[[], None], authorize: Authorize = anyone) -> None:
-        self._check_serving = check_serving
-        self._authorize = authorize
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
 
     async def Load(self, request: pb.LoadAdapterRequest, context: Any) -> pb.LoadAdapterResponse:
-        await self._admit(context)
+        self._admit()
         with statuses(request.adapter):
             version = await self.registry.load(_name(request), request.version)
         return pb.LoadAdapterResponse(serving=self._version(version, Stage.SERVING))
 
     async def Unload(self, request: pb.UnloadAdapterRequest, context: Any) -> pb.UnloadAdapterResponse:
-        await self._admit(context)
+        self._admit()
         with statuses(request.adapter):
             await self.registry.unload(_name(request))
         return pb.UnloadAdapterResponse()
 
     async def Pin(self, request: pb.PinAdapterRequest, context: Any) -> pb.PinAdapterResponse:
-        await self._admit(context)
+        self._admit()
         with statuses(request.adapter):
             self.registry.pin(_name(request))
         return pb.PinAdapterResponse()
 
     async def Unpin(self, request: pb.UnpinAdapterRequest, context: Any) -> pb.UnpinAdapterResponse:
-        await self._admit(context)
+        self._admit()
         with statuses(request.adapter):
             self.registry.unpin(_name(request))
         return pb.UnpinAdapterResponse()
 
     async def Rollback(self, request: pb.RollbackAdapterRequest, context: Any) -> pb.RollbackAdapterResponse:
-        await self._admit(context)
+        self._admit()
         with statuses(request.adapter):
             version = await self.registry.rollback(_name(request))
         return pb.RollbackAdapterResponse(serving=self._version(version, Stage.SERVING))
 
     async def SetWeights(self, request: pb.SetAdapterWeightsRequest, context: Any) -> pb.SetAdapterWeightsResponse:
-        await self._admit(context)
+        self._admit()
         weights = _weights(request.weights)
         name = request.adapter
         if request.WhichOneof("target") == "task":
@@ -79,13 +73,13 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
         return pb.SetAdapterWeightsResponse()
 
     async def List(self, request: pb.ListAdaptersRequest, context: Any) -> pb.ListAdaptersResponse:
-        await self._admit(context)
+        self._admit()
         records = sorted(self.registry.records.items())
         return pb.ListAdaptersResponse(adapters=[self._adapter(record) for _, record in records])
 
     async def Watch(self, request: pb.WatchAdaptersRequest, context: Any) -> AsyncIterator[pb.AdapterEvent]:
-        await self._admit(context)
-        # At once, so that a client knows from when on it sees everything.
+        self._admit()
+        # At once: from then on, the client sees every event.
         await context.send_initial_metadata(())
         try:
             async for event in self.registry.events.watch():
@@ -94,9 +88,9 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
         except WatcherTooSlowError:
             raise resource_exhausted("events came faster than they were read; watch again", 0.0) from None
 
-    async def _admit(self, context: Any) -> None:
-        await self._authorize(context)
-        self._check_serving()
+    def _admit(self) -> None:
+        require_admin(current_call.get().tenant)
+        self._admission.check_serving()
 
     def _adapter(self, record: AdapterRecord) -> pb.Adapter:
         active = [self._version(version, Stage.SERVING) for version in record.active]
@@ -168,7 +162,7 @@ def _weights(weights: Mapping[str, int]) -> dict[str, int]:
 
 @contextmanager
 def statuses(name: str) -> Iterator[None]:
-    """What the registry raises, as statuses."""
+    """Turn what the registry raises into statuses."""
     try:
         yield
     except UnknownAdapterError as error:

@@ -1,4 +1,4 @@
-"""From what the server knows to the messages of the contract."""
+"""From the server's data to the messages of the contract."""
 
 from mtlora_pb.v1 import inference_pb2 as pb
 

@@ -1,26 +1,22 @@
-"""One request on its way through the engine: what it has produced so far, and when."""
+"""One request's way through scheduler, residency and engine; afterwards, its whole answer."""
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import Callable
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from server.call import Call
+from server.engine import Engine
 from server.job import Delta, FinishReason, GenerationJob, TokenLogprobs
-from server.registry.residency import Aside
+from server.registry.residency import Residency
 from server.scheduling import Scheduler
 from server.telemetry.metrics import Metrics
 
 
-class GeneratesDeltas(Protocol):
-    def generate(self, job: GenerationJob, aside: Aside) -> AsyncIterator[Delta]: ...
-
-
 class AnswerSplitter:
-    """Parts a growing text into working and answer at the first marker.
+    """Splits a growing text into working and answer at the first marker.
 
-    `working` is what has been handed out as such so far; none where the text ended without a marker.
+    `working` is the working handed out so far; empty when the text ended without a marker.
     """
 
     def __init__(self, marker: str | None) -> None:
@@ -31,7 +27,7 @@ class AnswerSplitter:
     def feed(self, text: str, *, last: bool) -> tuple[str, str]:
         """(working, text of the answer) that the next piece adds.
 
-        All of a text without a marker is the answer: its end brings it whole, what was taken for working included.
+        A text without a marker is all answer: its last piece brings it whole, with what was handed out as working.
         """
         if self._marker is None:
             return "", text
@@ -44,7 +40,7 @@ class AnswerSplitter:
         if last:
             whole, self.working = self.working + self._held, ""
             return "", whole
-        # The end of it may be the beginning of the marker.
+        # The end of the text may be the beginning of the marker.
         kept = max(n for n in range(len(self._marker)) if self._held.endswith(self._marker[:n]))
         working, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
         self.working += working
@@ -66,31 +62,48 @@ class Generation:
     queue_s: float = 0.0
     ttft_s: float = 0.0
     total_s: float = 0.0
+    # In time.monotonic()'s seconds.
+    first_token_at: float = 0.0
 
-    async def run(self, engine: GeneratesDeltas, scheduler: Scheduler) -> AsyncIterator[Delta]:
-        """The deltas, as the engine makes them once it is the job's turn, but with working and answer apart.
+    async def run(
+        self,
+        engine: Engine,
+        scheduler: Scheduler,
+        residency: Residency,
+        emit: Callable[[Delta], None] = lambda _: None,
+    ) -> None:
+        """Wait for the job's turn and its adapter version, then run it to its end; cancelling aborts it in the engine.
 
-        `text` is the answer's alone. Closing the iterator aborts the sequence.
+        `emit` gets every delta as the engine makes it, with working and answer apart. What it raises ends the job.
+        Raises AdapterError where the version cannot be loaded.
         """
+        job, call = self.job, self.call
         # Several generations may answer one call.
-        self.call.prompt_tokens += len(self.job.prompt_ids)
-        splitter = AnswerSplitter(self.job.answer_marker)
-        async with (
-            scheduler.turn(self.call.tenant, self.job, self.call.deadline) as turn,
-            aclosing(engine.generate(self.job, turn.aside)) as deltas,  # type: ignore[type-var]
-        ):
-            if self.call.trace:
-                self.call.trace.submitted()
-            async for delta in deltas:
-                if delta.tokens:
-                    turn.served(delta.tokens)
-                reasoning, text = splitter.feed(delta.text, last=delta.finish_reason is not None)
-                if self.job.answer_marker is not None:
-                    delta = replace(delta, text=text, reasoning=reasoning)
-                self.reasoning = splitter.working
-                self._observe(delta)
-                yield delta
-        self.metrics.observe_e2e(self.call, self.total_s)
+        call.prompt_tokens += len(job.prompt_ids)
+        version = None if job.without_adapter else job.task.version
+        splitter = AnswerSplitter(self.marker)
+        async with scheduler.turn(call.tenant, job, call.deadline) as turn:
+            if call.trace:
+                call.trace.submitted()
+            async with (
+                residency.lease(version, turn.aside) if version else nullcontext(),
+                aclosing(engine.generate(job)) as deltas,
+            ):
+                async for delta in deltas:
+                    if self.marker is not None:
+                        reasoning, text = splitter.feed(delta.text, last=delta.finish_reason is not None)
+                        delta = replace(delta, text=text, reasoning=reasoning)
+                        self.reasoning = splitter.working
+                    self._observe(delta)
+                    if delta.tokens:
+                        turn.served(delta.tokens, self.first_token_at)
+                    emit(delta)
+        self.metrics.observe_e2e(call.tenant.id, self.total_s, call.exemplar)
+
+    @property
+    def marker(self) -> str | None:
+        """What separates working from answer; the backbone alone was never taught it."""
+        return None if self.job.without_adapter else self.job.task.spec.answer_marker
 
     @property
     def answer(self) -> str:
@@ -98,23 +111,32 @@ class Generation:
         return self.text.strip() if self.job.strip else self.text
 
     def _observe(self, delta: Delta) -> None:
-        now = time.monotonic() - self.call.received
         if not self.queue_s and delta.scheduled_at is not None:
             self.queue_s = max(0.0, delta.scheduled_at - self.call.received)
-            self.metrics.observe_queue(self.call, self.queue_s)
+            self.metrics.observe_queue(self.queue_s, self.call.exemplar)
             if self.call.trace:
                 self.call.trace.scheduled(delta.scheduled_at)
         if delta.tokens:
-            if self.completion_tokens:
-                self.metrics.itl.observe((now - self.total_s) / delta.tokens, delta.tokens)
-            else:
-                self.ttft_s = now
-                self.metrics.observe_ttft(self.call, now)
-            self.total_s = now
-            if self.call.trace:
-                self.call.trace.step(delta.tokens)
+            self._time(delta)
         self.text += delta.text
         self.logprobs += delta.logprobs
         self.completion_tokens += delta.tokens
         self.call.completion_tokens += delta.tokens
         self.finish_reason = delta.finish_reason
+
+    def _time(self, delta: Delta) -> None:
+        call, now, tokens = self.call, time.monotonic(), delta.tokens
+        if not self.completion_tokens:
+            # The first token of a piece came before the others; the engine knows when, by a clock of its own.
+            came = delta.first_token_at if tokens > 1 and delta.first_token_at is not None else now
+            self.first_token_at = min(now, max(call.received, came))
+            self.ttft_s = self.total_s = self.first_token_at - call.received
+            self.metrics.observe_ttft(call.tenant.id, self.ttft_s, call.exemplar)
+            if call.trace:
+                call.trace.step(1, self.first_token_at)
+            tokens -= 1
+        if tokens:
+            self.metrics.itl.observe((now - call.received - self.total_s) / tokens, tokens)
+            self.total_s = now - call.received
+            if call.trace:
+                call.trace.step(tokens, now)

@@ -5,10 +5,10 @@
 | "" and "mtlora.v1.Inference" | requests are served |
 | "live" | the process may yet serve, or finishes what runs: while it starts, serves, replaces its engine, drains |
 
-Once the engine was lost too often, nothing is SERVING, and the process exits.
+After too many engine failures nothing is SERVING, and the process exits.
 
-A probe that restarts the server asks for "live", one that sends it requests for the other. Kubernetes' own gRPC probes
-speak no TLS, so with TLS on the main port they need `health_port`.
+A liveness probe asks for "live", a readiness probe for "mtlora.v1.Inference". Kubernetes' own gRPC probes speak no TLS,
+so with TLS on the main port they need `health_port`.
 """
 
 from typing import Any
@@ -22,6 +22,8 @@ LIVE = "live"
 
 class Health:
     """The health of one server. `set` it whenever its state changes."""
+
+    SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
     def __init__(self, service: str) -> None:
         self._names = ("", service)
@@ -38,7 +40,7 @@ class Health:
         await self._servicer.set(LIVE, _status(live))
 
     async def listen(self, host: str, port: int) -> tuple[Any, int]:
-        """A second gRPC server, in plain text, with health alone; returns it and its port, 0 where it cannot listen."""
+        """A second gRPC server, in plain text, with health alone; returns it and its port, 0 if it cannot listen."""
         server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         self.add_to(server)
         try:

@@ -9,7 +9,7 @@ from server.settings import Settings
 
 
 class Listening:
-    """An aio server that is not started yet. Add services to `server`, then `bind`. Raises TLSError."""
+    """An aio server that has not started. Add services to `server`, then `bind`. Raises TLSError."""
 
     def __init__(self, settings: Settings, interceptor: grpc.aio.ServerInterceptor) -> None:
         self._wanted = (settings.host, settings.port)
@@ -19,7 +19,7 @@ class Listening:
         self.server: Any = grpc.aio.server(
             interceptors=[interceptor],
             options=channel_options(settings),
-            # Beyond it a call ends in RESOURCE_EXHAUSTED before anything is made for it. Admission refuses far earlier.
+            # Above admission's limit: further calls end in RESOURCE_EXHAUSTED at no cost.
             maximum_concurrent_rpcs=4 * settings.in_flight_limit + 1024,
         )
 

@@ -1,8 +1,8 @@
-"""Between the engine and one reader: what the reader has not taken yet, in one piece, up to a limit."""
+"""What a stream's reader has not taken yet: one delta, up to a limit."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 from server.errors import slow_reader
 from server.job import Delta
@@ -12,22 +12,22 @@ MAX_UNREAD_TOKENS = 4096
 
 @asynccontextmanager
 async def unhurried(
-    source: AsyncIterator[Delta], max_unread: int = MAX_UNREAD_TOKENS
+    produce: Callable[[Callable[[Delta], None]], Awaitable[None]], max_unread: int = MAX_UNREAD_TOKENS
 ) -> AsyncIterator[AsyncIterator[Delta]]:
-    """`source`'s deltas for a reader that may lag: what gathers meanwhile comes to it as one delta.
+    """The deltas that `produce` hands to its argument, for a reader that may lag: it gets several as one.
 
-    The source runs to its end at its own pace, so that a slow reader keeps its place in the engine no longer than a
-    fast one. Ends in RESOURCE_EXHAUSTED where more than `max_unread` tokens lie unread.
+    `produce` runs to its end at its own pace, so that a slow reader keeps its place in the engine no longer than a
+    fast one. More than `max_unread` unread tokens end it, and the reader gets RESOURCE_EXHAUSTED.
     """
     buffer = _Buffer(max_unread)
-    pump = asyncio.create_task(buffer.fill(source))
+    producer = asyncio.create_task(buffer.fill(produce))
     try:
         yield buffer.drain()
     finally:
-        pump.cancel()
-        await asyncio.wait([pump])
-        if not pump.cancelled():
-            pump.exception()
+        producer.cancel()
+        await asyncio.wait([producer])
+        if not producer.cancelled():
+            producer.exception()
 
 
 class _Buffer:
@@ -38,15 +38,9 @@ class _Buffer:
         self._error: BaseException | None = None
         self._change = asyncio.Event()
 
-    async def fill(self, source: AsyncIterator[Delta]) -> None:
+    async def fill(self, produce: Callable[[Callable[[Delta], None]], Awaitable[None]]) -> None:
         try:
-            async with aclosing(source) as deltas:  # type: ignore[type-var]
-                async for delta in deltas:
-                    self._unread = delta if self._unread is None else _join(self._unread, delta)
-                    if self._unread.tokens > self._max_unread:
-                        self._unread = None
-                        raise slow_reader(f"more than {self._max_unread} tokens of the stream lie unread")
-                    self._change.set()
+            await produce(self._put)
         except Exception as error:
             self._error = error
         finally:
@@ -66,6 +60,13 @@ class _Buffer:
                 await self._change.wait()
                 self._change.clear()
 
+    def _put(self, delta: Delta) -> None:
+        self._unread = delta if self._unread is None else _join(self._unread, delta)
+        if self._unread.tokens > self._max_unread:
+            self._unread = None
+            raise slow_reader(f"more than {self._max_unread} tokens of the stream lie unread")
+        self._change.set()
+
 
 def _join(first: Delta, second: Delta) -> Delta:
     return Delta(
@@ -73,6 +74,5 @@ def _join(first: Delta, second: Delta) -> Delta:
         tokens=first.tokens + second.tokens,
         logprobs=first.logprobs + second.logprobs,
         finish_reason=second.finish_reason,
-        scheduled_at=first.scheduled_at or second.scheduled_at,
         reasoning=first.reasoning + second.reasoning,
     )

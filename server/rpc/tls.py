@@ -1,6 +1,5 @@
-"""TLS and mutual TLS, with certificates that may be replaced while the server runs."""
+"""TLS and mutual TLS; certificates may be replaced while the server runs."""
 
-import os
 import threading
 import time
 from pathlib import Path
@@ -8,27 +7,28 @@ from typing import Any
 
 import grpc
 
+from mtlora.files import signature
 from server.telemetry.logs import get_logger
 
 logger = get_logger("tls")
 
 
 class TLSError(ValueError):
-    """Certificate files that cannot be used; the message names the file and what is wrong with it."""
+    """An unusable certificate file; the message names the file and what is wrong with it."""
 
 
 class Certificates:
     """The files of a TLS server. gRPC asks for them at every handshake; changed files serve the next one.
 
-    With `client_ca`, whoever connects must show a certificate signed by it (mutual TLS). Files that are bad when they
-    change leave the old ones in use. Raises TLSError where the first read fails.
+    With `client_ca`, clients must show a certificate signed by it (mutual TLS). If changed files are bad, the old ones
+    stay in use. Raises TLSError if the first read fails.
     """
 
     def __init__(self, certificate: Path, key: Path, client_ca: Path | None = None) -> None:
         self._paths = (certificate, key) + ((client_ca,) if client_ca else ())
         self._mutual = client_ca is not None
         self._lock = threading.Lock()
-        self._seen = self._signature()
+        self._seen = self._signatures()
         self._first = self._read()
 
     def credentials(self) -> Any:
@@ -36,12 +36,12 @@ class Certificates:
         return grpc.dynamic_ssl_server_credentials(self._first, self._fetch, require_client_authentication=self._mutual)
 
     def _fetch(self) -> Any:
-        """The new configuration where the files have changed, else None: keep the old. Runs in gRPC's threads."""
+        """The new configuration if the files have changed, else None: keep the old. Runs in gRPC's threads."""
         with self._lock:
-            signature = self._signature()
-            if signature == self._seen:
+            signatures = self._signatures()
+            if signatures == self._seen:
                 return None
-            self._seen = signature
+            self._seen = signatures
             try:
                 configuration = self._read()
             except TLSError as error:
@@ -60,20 +60,12 @@ class Certificates:
             [(contents[1], contents[0])], root_certificates=contents[2] if self._mutual else None
         )
 
-    def _signature(self) -> tuple[Any, ...]:
-        return tuple(_state(path) for path in self._paths)
-
-
-def _state(path: Path) -> tuple[int, ...] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
+    def _signatures(self) -> tuple[Any, ...]:
+        return tuple(signature(path) for path in self._paths)
 
 
 def _check(paths: tuple[Path, ...], contents: list[bytes]) -> None:
-    """Raise TLSError for what gRPC would only answer with failed handshakes."""
+    """Raise TLSError for files with which gRPC would fail every handshake."""
     from cryptography import x509
     from cryptography.hazmat.primitives import serialization
 

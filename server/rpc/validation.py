@@ -1,4 +1,4 @@
-"""From a request message to a GenerationJob, or to all the field violations that stand in the way."""
+"""From a request message to a GenerationJob, or to all its field violations."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
-class Limits:
+class PromptLimits:
     """What the backbone and the engine allow."""
 
     max_model_len: int
@@ -28,9 +28,14 @@ class Limits:
 
 
 def validate(
-    request: pb.GenerateRequest, task: ServedTask | None, tokenizer: Any, limits: Limits
+    request: pb.GenerateRequest,
+    task: ServedTask | None,
+    tokenizer: Any,
+    limits: PromptLimits,
+    cache_salt: str | None = None,
+    delta_tokens: int = 1,
 ) -> GenerationJob | list[Violation]:
-    """The job that a request asks for, or every violation in it. `task` is None where the request names none."""
+    """The job that a request asks for, or every violation in it. `task` is None if the request names none."""
     violations = [] if task else [Violation("task_id", "found none; ListTasks has those that can be asked")]
     violations += _input_violations(request, task.spec if task else None, tokenizer)
     violations += _parameter_violations(request.parameters)
@@ -65,6 +70,8 @@ def validate(
         prompt_ids=tuple(prompt_ids),
         sampling=_sampling(request.parameters, task.spec, room, limits.vocab_size),
         without_adapter=request.without_adapter,
+        cache_salt=cache_salt,
+        delta_tokens=delta_tokens,
         strip=request.WhichOneof("input") != "chat",
         include_reasoning=request.include_reasoning,
     )
@@ -135,7 +142,7 @@ def _parameter_violations(parameters: pb.GenerationParameters) -> Iterator[Viola
 
     if parameters.HasField("max_new_tokens") and parameters.max_new_tokens < 1:
         yield out_of("max_new_tokens", "1 or more")
-    # Written so that NaN fails.
+    # This order of comparisons refuses NaN.
     if not 0 <= parameters.temperature <= MAX_TEMPERATURE:
         yield out_of("temperature", f"0 to {MAX_TEMPERATURE:g}")
     if parameters.HasField("top_p") and not 0 < parameters.top_p <= 1:

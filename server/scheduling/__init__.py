@@ -1,4 +1,9 @@
-"""Whose request the engine gets next: quotas, a fair queue, deadlines."""
+"""Whose request the engine gets next.
+
+admission.py     the server's state, requests in flight     scheduler.py     turns, quotas, deadlines
+fair_queue.py    the order among tenants                    bucket.py        a rate limit with bursts
+estimate.py      how long a request will take
+"""
 
 from server.scheduling.scheduler import Scheduler, Turn
 

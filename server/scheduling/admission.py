@@ -1,12 +1,14 @@
-"""Whether a request may run now: the server's state, and how many requests are in flight."""
+"""Whether a request may enter: the server's state, and the number of requests in flight."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
 from server.errors import RESTART_RETRY_S, RequestFailedError, resource_exhausted, unavailable
+from server.telemetry.metrics import Metrics
+from server.tenants import Tenant
 
 
 class State(Enum):
@@ -20,22 +22,14 @@ _RETRY_AFTER_S = {State.STARTING: 5.0, State.DRAINING: 1.0, State.RESTARTING: RE
 
 
 class Admission:
-    """Admits requests while the server is serving and has room, and knows when the last one has left.
+    """Admits requests while the server is serving and has room; `drained` waits for the last one."""
 
-    `on_change` gets how many are in flight; `on_full` is called for every request that is refused for want of room.
-    """
-
-    def __init__(
-        self,
-        max_in_flight: int,
-        on_change: Callable[[int], None] = lambda _: None,
-        on_full: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, max_in_flight: int, metrics: Metrics) -> None:
         self.state = State.STARTING
         self._max_in_flight = max_in_flight
-        self._on_change = on_change
-        self._on_full = on_full
+        self._metrics = metrics
         self._running: set[asyncio.Task[Any]] = set()
+        metrics.in_flight.set_function(lambda: len(self._running))
         self._aborting = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -46,16 +40,16 @@ class Admission:
             raise unavailable(self.state.value, _RETRY_AFTER_S[self.state])
 
     @contextmanager
-    def admit(self) -> Iterator[None]:
-        """Hold a place for the current task, one request. Raises UNAVAILABLE or RESOURCE_EXHAUSTED."""
+    def admit(self, tenant: Tenant) -> Iterator[None]:
+        """Count the current task, one request of a tenant, as in flight. Raises UNAVAILABLE or RESOURCE_EXHAUSTED."""
         self.check_serving()
         if len(self._running) >= self._max_in_flight:
-            self._on_full()
+            self._metrics.record_shed(tenant.id, "in_flight")
             raise resource_exhausted(f"{self._max_in_flight} requests are in flight, the most this server admits", 1.0)
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
-        self._changed()
+        self._idle.clear()
         try:
             yield
         except asyncio.CancelledError:
@@ -64,10 +58,11 @@ class Admission:
             raise
         finally:
             self._running.discard(task)
-            self._changed()
+            if not self._running:
+                self._idle.set()
 
     async def drained(self, timeout: float) -> bool:
-        """Wait until no request is in flight; False where `timeout` seconds were not enough."""
+        """Wait until no request is in flight; False if that takes more than `timeout` seconds."""
         try:
             await asyncio.wait_for(self._idle.wait(), timeout)
         except TimeoutError:
@@ -79,13 +74,6 @@ class Admission:
         self._aborting = True
         for task in self._running:
             task.cancel()
-
-    def _changed(self) -> None:
-        self._on_change(len(self._running))
-        if self._running:
-            self._idle.clear()
-        else:
-            self._idle.set()
 
 
 def _out_of_time() -> RequestFailedError:

@@ -2,10 +2,9 @@
 
 
 class TokenBucket:
-    """Fills at a rate up to a capacity. May go into debt, which it pays back before it gives anything again.
+    """Fills at a rate up to a capacity. It may go into debt, which it pays back before it gives anything again.
 
-    Debt is what makes it exact for answers, whose length is known only when they have been given. The rate comes with
-    every call: it may change while the bucket lives.
+    Debt makes it exact for answers, whose length is known at their end. The rate comes with every call: it may change.
     """
 
     def __init__(self, now: float) -> None:
@@ -13,7 +12,7 @@ class TokenBucket:
         self._at = now
 
     def seconds_until(self, amount: float, rate: float, capacity: float, now: float) -> float:
-        """Seconds until `amount`, or the whole capacity where that is less, can be taken; 0 where it can be now."""
+        """Seconds until `amount`, but at most the capacity, can be taken; 0 if it can be taken now."""
         missing = min(amount, capacity) - self._refill(rate, capacity, now)
         return max(0.0, missing / rate)
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 _MEMORY = 0.1
 _MAX_TASKS = 4096
-# Older measurements say nothing of the engine as it is now.
+# The engine may be faster or slower than at older measurements.
 _STALE_S = 10.0
 
 
 @dataclass
 class _Measured:
-    """Moving averages at one load, in seconds."""
+    """Moving averages, in seconds, at one number of running sequences."""
 
     at: float
     first_token: float
@@ -22,10 +22,10 @@ class _Measured:
 
 
 class ServiceTimes:
-    """Times inside the engine, from the moment a sequence is handed to it, by how many ran beside it.
+    """Times inside the engine, from the hand-over of a sequence, by the number of sequences beside it.
 
-    An estimate errs towards the short: what it calls impossible should be. Without measurements of the last seconds
-    there is none.
+    Estimates err towards short ones: a deadline that they call impossible is. They need measurements of the last
+    seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -34,7 +34,7 @@ class ServiceTimes:
         self._tokens: OrderedDict[str, float] = OrderedDict()
 
     def observe(self, task: str, tokens: int, first_token_s: float, whole_s: float, running: int) -> None:
-        """Count a finished sequence: its generated tokens, and how many ran when it began, itself included."""
+        """Count a finished sequence: its generated tokens, and how many sequences ran when it began, with itself."""
         if tokens < 1:
             return
         per_token = (whole_s - first_token_s) / (tokens - 1) if tokens > 1 else 0.0
@@ -54,16 +54,16 @@ class ServiceTimes:
             self._tokens.popitem(last=False)
 
     def service_s(self, task: str, max_new_tokens: int, running: int) -> float | None:
-        """Seconds in the engine for a request of this task, once handed over beside `running` others."""
+        """Seconds in the engine for a request of this task, handed over beside `running` others; None if unknown."""
         if (measured := self._measured(running + 1)) is None:
             return None
         tokens = min(float(max_new_tokens), self._tokens.get(task, 1.0))
         return measured.first_token + max(0.0, tokens - 1) * measured.per_token
 
-    def wait_s(self, ahead: int, slots: int) -> float | None:
-        """Seconds until `ahead` requests have been handed over, where all of `slots` are taken."""
-        measured = self._measured(slots)
-        return None if measured is None else ahead * measured.whole / slots
+    def wait_s(self, ahead: int, turns: int) -> float | None:
+        """Seconds until `ahead` requests got their turn, while all of `turns` are taken; None if unknown."""
+        measured = self._measured(turns)
+        return None if measured is None else ahead * measured.whole / turns
 
     def _measured(self, running: int) -> _Measured | None:
         now = self._clock()

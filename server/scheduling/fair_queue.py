@@ -1,11 +1,11 @@
 """Weighted fair queueing by service received: the virtual token counter.
 
 Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024, algorithm 2, with weights. Every tenant has a
-counter of the service it has had, divided by its weight; the tenant with the least goes next. One that comes back from
-having nothing to do is lifted to the least counter of those that wait, so that idling saves up no credit. Within a
-priority class only: a class is served while no more urgent one waits.
+counter of the service it got, divided by its weight; the tenant with the lowest counter goes next. A tenant that was
+idle is lifted to the lowest counter of those that wait, so that idling saves up no credit. Counters compare within a
+priority class: a class is served while no more urgent one waits.
 
-Two tenants that wait all the time never differ by more than a constant in service by weight, however long they wait.
+Invariant: the service by weight of two tenants that wait all the time never differs by more than a constant.
 """
 
 from typing import Generic, TypeVar
@@ -20,7 +20,7 @@ class _Flow(Generic[Item]):
         self.counter = 0.0
         self.weight = 1.0
         self.rank = 0
-        # A dict keeps the order and removes from the middle at no cost.
+        # A dict keeps the order and removes from the middle in constant time.
         self.items: dict[Item, None] = {}
         self.blocked = False
 
@@ -30,12 +30,12 @@ class _Flow(Generic[Item]):
 
 
 class FairQueue(Generic[Item]):
-    """Lines of hashable items, one a tenant. First in, first out within a tenant."""
+    """Lines of hashable items, one for each tenant. First in, first out within a tenant."""
 
     def __init__(self) -> None:
         self._flows: dict[str, _Flow[Item]] = {}
         self._len = 0
-        # Counter of the tenant that left a class's queue last: where the class is empty, who comes is lifted to it.
+        # By class, the counter of the tenant that left last: a newcomer to an empty class is lifted to it.
         self._last: dict[int, float] = {}
 
     def __len__(self) -> int:
@@ -50,7 +50,7 @@ class FairQueue(Generic[Item]):
         """Put an item at the end of its tenant's line. `rank` is the class, 0 the most urgent."""
         flow = self._flows.setdefault(tenant, _Flow())
         if flow.rank != rank:
-            # Counters of two classes say nothing of one another.
+            # Counters of two classes do not compare.
             flow.rank, flow.counter = rank, 0.0
             self._lift(flow)
         elif not flow.active:
@@ -60,7 +60,7 @@ class FairQueue(Generic[Item]):
         self._len += 1
 
     def pop(self) -> tuple[str, Item] | None:
-        """Take out the next item; None only where nothing waits but tenants that are blocked."""
+        """Take out the next item; None if only blocked tenants wait."""
         tenant, flow = min(
             ((name, flow) for name, flow in self._flows.items() if flow.active),
             key=lambda entry: (entry[1].rank, entry[1].counter),
@@ -73,7 +73,7 @@ class FairQueue(Generic[Item]):
         return tenant, item
 
     def remove(self, tenant: str, item: Item) -> bool:
-        """Take an item out of the middle; False where it is not there any more."""
+        """Take an item out of the middle; False if it has left already."""
         flow = self._flows.get(tenant)
         if flow is None or item not in flow.items:
             return False
@@ -81,14 +81,14 @@ class FairQueue(Generic[Item]):
         return True
 
     def drop_newest(self, tenant: str) -> Item:
-        """Take out the last item of a tenant's line. Raises KeyError where the tenant has none."""
+        """Take out the last item of a tenant's line. Raises KeyError if the tenant has none."""
         flow = self._flows[tenant]
         item = next(reversed(flow.items))
         self._take(flow, item)
         return item
 
     def longest(self) -> str | None:
-        """The tenant with the most items for its weight, of the least urgent class that waits; None where none does."""
+        """The tenant with the most items for its weight, in the least urgent class that waits; None if none waits."""
         waiting = [(flow.rank, len(flow.items) / flow.weight, name) for name, flow in self._flows.items() if flow.items]
         return max(waiting)[2] if waiting else None
 
@@ -98,12 +98,12 @@ class FairQueue(Generic[Item]):
         return flow.rank, len(flow.items) / flow.weight
 
     def charge(self, tenant: str, service: float) -> None:
-        """Count service that a tenant has had."""
+        """Count service to a tenant."""
         if flow := self._flows.get(tenant):
             flow.counter += service / flow.weight
 
     def block(self, tenant: str, blocked: bool) -> None:
-        """Keep a tenant from its turns, or let it have them again. While it is blocked it counts as idle."""
+        """Stop serving a tenant, or serve it again. A blocked tenant counts as idle."""
         flow = self._flows.setdefault(tenant, _Flow())
         if flow.blocked == blocked:
             return
@@ -112,7 +112,7 @@ class FairQueue(Generic[Item]):
         flow.blocked = blocked
 
     def ahead_of(self, tenant: str, *, weight: float, rank: int) -> int:
-        """About how many items go before one that this tenant puts in now."""
+        """Roughly how many items go before one that this tenant pushes now."""
         own = self.queued(tenant)
         ahead = own
         for name, flow in self._flows.items():
@@ -125,7 +125,7 @@ class FairQueue(Generic[Item]):
         return ahead
 
     def forget(self, tenant: str) -> None:
-        """Drop what is kept of a tenant that has nothing here."""
+        """Drop the counter of a tenant that has no items."""
         if (flow := self._flows.get(tenant)) and not flow.items:
             del self._flows[tenant]
 

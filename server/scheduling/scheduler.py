@@ -1,18 +1,18 @@
-"""Hands the engine its sequences: no more than it can run, the next one by fairness, none that comes too late."""
+"""Turns in the engine: as many as it can run, the next one by fairness, none that would end too late."""
 
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from server.errors import RequestFailedError, deadline_out_of_reach, quota_exceeded, resource_exhausted
 from server.job import GenerationJob
 from server.scheduling.bucket import TokenBucket
 from server.scheduling.estimate import ServiceTimes
 from server.scheduling.fair_queue import FairQueue
-from server.scheduling.observer import Observer, Quota, Unobserved
+from server.telemetry.metrics import Metrics
 from server.tenants import Tenant
 
 # What a token costs, as in the paper: a generated one takes a step of its own.
@@ -21,8 +21,8 @@ COMPLETION_COST = 2.0
 _MIN_RETRY_S = 0.05
 
 
-def engine_slots(max_num_seqs: int) -> int:
-    """Sequences that the engine is handed at a time: what it runs, and a few so that it never waits for the next.
+def engine_turns(max_num_seqs: int) -> int:
+    """Turns at a time: the sequences that the engine runs, and a few more so that it never waits for the next one.
 
     Answers of a dozen tokens end five at a time in a full step of 64, and the next step begins before this side knows.
     """
@@ -31,7 +31,7 @@ def engine_slots(max_num_seqs: int) -> int:
 
 @dataclass(eq=False)
 class Turn:
-    """A request's stay in the engine. `served` tells of every token it was given, `aside` of a wait meanwhile."""
+    """A request's stay in the engine. `served` counts its tokens, `aside` lets others run while it waits."""
 
     tenant: Tenant
     job: GenerationJob
@@ -46,73 +46,82 @@ class Turn:
 
     @asynccontextmanager
     async def aside(self) -> AsyncIterator[None]:
-        """Leave the slot to others inside; at the end, back in one before all that queue.
+        """Give the turn to others inside; at the end, get it back before every request that queues.
 
-        Its tenant's limits count it all the while. As many as there are slots may be aside; more keep their slots.
+        The tenant's limits count the request all the while. As many requests as there are turns may be aside; further
+        ones keep their turns.
         """
         self._scheduler.step_aside(self)
         yield
-        # One that fails inside does not come back.
+        # A request that fails inside does not come back.
         await self._scheduler.come_back(self)
 
-    def served(self, tokens: int) -> None:
-        """Count generated tokens."""
-        if not self._first:
-            self._first = self._scheduler.clock()
+    def served(self, tokens: int, first_token_at: float) -> None:
+        """Count generated tokens; the request's first one came at `first_token_at`, in the clock's seconds."""
+        self._first = first_token_at
         self._tokens += tokens
         self._scheduler.charge(self.tenant, tokens, COMPLETION_COST)
+
+    @property
+    def service(self) -> float:
+        """What the request has cost, as the fair queue counts it."""
+        return len(self.job.prompt_ids) * PROMPT_COST + self._tokens * COMPLETION_COST
 
 
 @dataclass
 class _Account:
-    """What is kept of a tenant between its requests."""
+    """A tenant's buckets and running requests."""
 
     requests: TokenBucket
     tokens: TokenBucket
     running: int = 0
-    # Tokens served, prompts included: for reports and tests.
-    served: int = 0
 
 
 @dataclass(frozen=True)
-class Load:
-    """How full the scheduler is."""
+class Occupancy:
+    """Requests that have their turn, and requests that wait for it."""
 
     running: int
     queued: int
-    queued_by_tenant: dict[str, int] = field(default_factory=dict)
 
 
 class Scheduler:
-    """All of it on the event loop.
+    """All methods run on the event loop.
 
-    slots: sequences that the engine is handed at a time. max_queued: requests that may wait, all tenants together;
-    where that is full, the tenant with the longest line for its weight gives up its newest.
+    turns: requests that the engine has at a time. max_queued: requests that may wait, all tenants together; when more
+    come, the tenant with the longest line for its weight loses its newest.
     """
 
     def __init__(
         self,
-        slots: int,
+        turns: int,
         max_queued: int,
+        metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
-        observer: Observer | None = None,
     ) -> None:
         self.clock = clock
-        self._observer = observer or Unobserved()
-        self.times = ServiceTimes(clock)
-        self._slots = slots
+        self._metrics = metrics
+        self._times = ServiceTimes(clock)
+        self._turns = turns
         self._max_queued = max_queued
         self._queue: FairQueue[Turn] = FairQueue()
         self._accounts: dict[str, _Account] = {}
         self._running = 0
         self._num_aside = 0
-        # Of those that are aside, who waits for a slot again.
+        # Requests aside that wait for a turn again.
         self._returning: deque[tuple[Turn, asyncio.Future[None]]] = deque()
+        metrics.follow_turns(self._running_by_tenant, self.queued_by_tenant)
 
     @property
-    def load(self) -> Load:
-        queued = {name: n for name in self._accounts if (n := self._queue.queued(name))}
-        return Load(self._running, len(self._queue), queued)
+    def occupancy(self) -> Occupancy:
+        return Occupancy(self._running, len(self._queue))
+
+    def queued_by_tenant(self) -> Mapping[str, int]:
+        """Requests that wait for their turn. From any thread."""
+        return {name: queued for name in list(self._accounts) if (queued := self._queue.queued(name))}
+
+    def _running_by_tenant(self) -> Mapping[str, int]:
+        return {name: each.running for name, each in list(self._accounts.items()) if each.running}
 
     def check_quotas(self, tenant: Tenant) -> None:
         """Count one request against its tenant's rates. Raises RESOURCE_EXHAUSTED with what is used up, until when."""
@@ -131,7 +140,7 @@ class Scheduler:
     async def turn(self, tenant: Tenant, job: GenerationJob, deadline: float | None) -> AsyncIterator[Turn]:
         """Wait for the request's turn and hold it. `deadline` is in the clock's seconds.
 
-        Raises DEADLINE_EXCEEDED for a deadline out of reach, and RESOURCE_EXHAUSTED where a line is full.
+        Raises DEADLINE_EXCEEDED for a deadline out of reach, and RESOURCE_EXHAUSTED when a line is full.
         """
         turn = Turn(tenant, job, deadline, self, asyncio.get_running_loop().create_future())
         self._check_deadline(turn)
@@ -145,7 +154,7 @@ class Scheduler:
 
     def step_aside(self, turn: Turn) -> None:
         """See `Turn.aside`."""
-        if self._num_aside < self._slots:
+        if self._num_aside < self._turns:
             turn._away = True
             self._num_aside += 1
             self._running -= 1
@@ -156,27 +165,20 @@ class Scheduler:
         if not turn._away:
             return
         back = asyncio.get_running_loop().create_future()
-        # Cancelled, it is passed over when its turn comes.
+        # `_dispatch` passes over a future that was cancelled.
         self._returning.append((turn, back))
         self._dispatch()
         await back
 
     def charge(self, tenant: Tenant, tokens: int, cost: float) -> None:
-        """Count tokens that a tenant was served: for its quota and for its place in the queue."""
-        account = self._account(tenant)
-        account.served += tokens
+        """Count tokens against a tenant's quota and its place in the queue."""
         self._queue.charge(tenant.id, tokens * cost)
-        self._observer.record_service(tenant.id, tokens * cost)
         if (rate := tenant.tokens_per_second) is not None:
-            account.tokens.take(tokens, rate, max(1.0, rate * tenant.burst_seconds), self.clock())
-
-    def served(self, tenant_id: str) -> int:
-        """Tokens that a tenant has been served, prompts included."""
-        account = self._accounts.get(tenant_id)
-        return account.served if account else 0
+            bucket = self._account(tenant).tokens
+            bucket.take(tokens, rate, max(1.0, rate * tenant.burst_seconds), self.clock())
 
     def keep_only(self, tenant_ids: Collection[str]) -> None:
-        """Forget tenants that are gone, once nothing of theirs is here."""
+        """Forget every other tenant that has no request here."""
         for name in [name for name in self._accounts if name not in tenant_ids]:
             if not self._accounts[name].running and not self._queue.queued(name):
                 del self._accounts[name]
@@ -184,25 +186,23 @@ class Scheduler:
 
     def _enqueue(self, turn: Turn) -> None:
         tenant = turn.tenant
-        free = self._running < self._slots and not self._at_limit(tenant)
+        free = self._running < self._turns and not self._at_limit(tenant)
         if tenant.max_queue is not None and not free and self._queue.queued(tenant.id) >= tenant.max_queue:
             found = f"{tenant.max_queue} requests in its queue, max_queue"
             raise self._over_quota(tenant, "max_queue", found, self._retry_s(turn))
         self._account(tenant)
         self._queue.push(tenant.id, turn, weight=tenant.weight, rank=tenant.priority.rank)
-        self._report(tenant)
         if len(self._queue) > self._max_queued and not free:
             self._make_room(turn)
 
     def _make_room(self, newcomer: Turn) -> None:
         longest = self._queue.longest()
         assert longest is not None
-        # Among equals the newcomer goes: nothing that was admitted is given up for the like of it.
+        # Between equals the newcomer goes.
         if self._queue.length_by_weight(newcomer.tenant.id) >= self._queue.length_by_weight(longest):
             longest = newcomer.tenant.id
         dropped = self._queue.drop_newest(longest)
-        self._report(dropped.tenant)
-        self._observer.record_shed(longest, "queue")
+        self._metrics.record_shed(longest, "queue")
         failure = resource_exhausted(
             f"{self._max_queued} requests wait, the most this server queues", self._retry_s(dropped)
         )
@@ -211,16 +211,15 @@ class Scheduler:
         dropped._granted.set_exception(failure)
 
     def _dispatch(self) -> None:
-        while self._running < self._slots and self._returning:
+        while self._running < self._turns and self._returning:
             turn, back = self._returning.popleft()
             if not back.done():
                 turn._away = False
                 self._num_aside -= 1
                 self._occupy(turn)
                 back.set_result(None)
-        while self._running < self._slots and (entry := self._queue.pop()):
+        while self._running < self._turns and (entry := self._queue.pop()):
             _, turn = entry
-            self._report(turn.tenant)
             if turn._granted.done():
                 continue
             if failure := self._too_late(turn):
@@ -228,7 +227,6 @@ class Scheduler:
                 continue
             self._occupy(turn)
             self._account(turn.tenant).running += 1
-            self._report(turn.tenant)
             self._block(turn.tenant)
             self.charge(turn.tenant, len(turn.job.prompt_ids), PROMPT_COST)
             turn._granted.set_result(None)
@@ -240,9 +238,8 @@ class Scheduler:
     def _leave(self, turn: Turn) -> None:
         if not turn._began:
             self._queue.remove(turn.tenant.id, turn)
-            self._report(turn.tenant)
             if turn._granted.done() and not turn._granted.cancelled():
-                # Seen, also where the request was cancelled in the same moment.
+                # Retrieve the exception, or asyncio logs it as never retrieved.
                 turn._granted.exception()
             return
         if turn._away:
@@ -250,11 +247,11 @@ class Scheduler:
         else:
             self._running -= 1
         self._account(turn.tenant).running -= 1
-        self._report(turn.tenant)
+        self._metrics.record_service(turn.tenant.id, turn.service)
         self._block(turn.tenant)
         if turn._first:
             first, whole = turn._first - turn._began, self.clock() - turn._began
-            self.times.observe(turn.job.task.spec.id, turn._tokens, first, whole, turn._beside)
+            self._times.observe(turn.job.task.spec.id, turn._tokens, first, whole, turn._beside)
         self._dispatch()
 
     def _block(self, tenant: Tenant) -> None:
@@ -272,14 +269,14 @@ class Scheduler:
 
     def _service_s(self, turn: Turn) -> float | None:
         job = turn.job
-        return self.times.service_s(job.task.spec.id, job.sampling.max_new_tokens, min(self._running, self._slots))
+        return self._times.service_s(job.task.spec.id, job.sampling.max_new_tokens, min(self._running, self._turns))
 
     def _wait_s(self, turn: Turn) -> float:
-        """Seconds until the request would be handed over, if it came now; 0 where that is not known."""
-        if self._running < self._slots and not len(self._queue):
+        """Seconds until the request would get its turn if it came now; 0 when nothing was measured lately."""
+        if self._running < self._turns and not len(self._queue):
             return 0.0
         ahead = self._queue.ahead_of(turn.tenant.id, weight=turn.tenant.weight, rank=turn.tenant.priority.rank)
-        return self.times.wait_s(ahead + 1, self._slots) or 0.0
+        return self._times.wait_s(ahead + 1, self._turns) or 0.0
 
     def _retry_s(self, turn: Turn) -> float:
         return max(_MIN_RETRY_S, self._wait_s(turn) or 1.0)
@@ -291,7 +288,7 @@ class Scheduler:
         if service > left:
             raise self._out_of_reach(turn, left, service)
         if (wait := self._wait_s(turn)) + service > left:
-            self._observer.record_shed(turn.tenant.id, "deadline")
+            self._metrics.record_shed(turn.tenant.id, "deadline")
             raise resource_exhausted(
                 f"the deadline is {left:.2f} s away, the queue takes about {wait:.2f} s and the answer {service:.2f} s",
                 max(_MIN_RETRY_S, wait),
@@ -304,14 +301,9 @@ class Scheduler:
         return self._out_of_reach(turn, left, service) if service > left else None
 
     def _out_of_reach(self, turn: Turn, left: float, service: float) -> RequestFailedError:
-        self._observer.record_shed(turn.tenant.id, "deadline")
+        self._metrics.record_shed(turn.tenant.id, "deadline")
         return deadline_out_of_reach(f"the deadline is {left:.2f} s away, the answer takes about {service:.2f} s")
 
-    def _over_quota(self, tenant: Tenant, quota: Quota, found: str, retry_s: float) -> RequestFailedError:
-        self._observer.record_quota_refusal(tenant.id, quota)
+    def _over_quota(self, tenant: Tenant, quota: str, found: str, retry_s: float) -> RequestFailedError:
+        self._metrics.record_quota_refusal(tenant.id, quota)
         return quota_exceeded(f"tenant:{tenant.id}", found, max(_MIN_RETRY_S, retry_s))
-
-    def _report(self, tenant: Tenant) -> None:
-        account = self._accounts.get(tenant.id)
-        self._observer.set_tenant_queued(tenant.id, self._queue.queued(tenant.id))
-        self._observer.set_tenant_in_flight(tenant.id, account.running if account else 0)

@@ -1,7 +1,7 @@
 """Kinds of metrics that prometheus-client has not. They know no name of any."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from math import inf
 
@@ -12,27 +12,23 @@ from prometheus_client.utils import floatToGoString
 
 
 class GaugeByLabel(Collector):
-    """A gauge of many ids, folded into the label's values when it is scraped, so that it is right at any moment."""
+    """A gauge of many ids, read and folded into the label's values when it is scraped.
+
+    `read` gives the values by id, from any thread; it may be replaced.
+    """
 
     def __init__(self, name: str, documentation: str, label: str, value_of: Callable[[str], str]) -> None:
         self._name, self._documentation, self._label, self._value_of = name, documentation, label, value_of
-        self._values: dict[str, int] = {}
-
-    def set(self, name: str, value: int) -> None:
-        """An id's value; 0 forgets the id."""
-        if value:
-            self._values[name] = value
-        else:
-            self._values.pop(name, None)
+        self.read: Callable[[], Mapping[str, int]] = dict
 
     def total(self) -> int:
-        """Over all ids. From any thread."""
-        return sum(self._values.copy().values())
+        """Sum over all ids. From any thread."""
+        return sum(self.read().values())
 
     def collect(self) -> Iterable[Metric]:
         """One sample a value of the label."""
         sums: dict[str, int] = {}
-        for name, value in self._values.copy().items():
+        for name, value in self.read().items():
             label = self._value_of(name)
             sums[label] = sums.get(label, 0) + value
         family = GaugeMetricFamily(self._name, self._documentation, labels=[self._label])

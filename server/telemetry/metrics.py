@@ -6,7 +6,7 @@ Labels `task`, `tenant` and `adapter` are bounded: the busiest have a value of t
 """
 
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
@@ -14,14 +14,11 @@ from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from mtlora import __version__
-from server.call import Call
 from server.telemetry.collectors import CounterOf, GaugeByLabel, RunsHistogram
 from server.telemetry.top import OTHER, TopLabels
 
 if TYPE_CHECKING:
     from server.engine import BetweenSteps, EngineStats, WorkerStats
-    from server.registry.catalog import Catalog
-    from server.registry.events import Event
 
 UNKNOWN_TASK = "unknown"
 TOP_TASKS = 100
@@ -214,49 +211,46 @@ class Metrics:
 
     # Requests.
 
-    def record_request(self, call: Call, status: str) -> None:
+    def record_request(
+        self, method: str, task: str, tenant: str, status: str, prompt_tokens: int, completion_tokens: int
+    ) -> None:
         """Count a finished request, by gRPC status name."""
-        task = self._top_tasks.count(call.task) if call.task not in ("", UNKNOWN_TASK) else call.task
-        self.requests.labels(call.method, task, status).inc()
-        self._tenant_requests.labels(self._top_tenants.count(call.tenant.id), status).inc()
-        if not call.prompt_tokens:
+        task = self._top_tasks.count(task) if task not in ("", UNKNOWN_TASK) else task
+        tenant = self._top_tenants.count(tenant)
+        self.requests.labels(method, task, status).inc()
+        self._tenant_requests.labels(tenant, status).inc()
+        if not prompt_tokens:
             return
-        self.prompt_tokens.labels(task).inc(call.prompt_tokens)
-        self.completion_tokens.labels(task).inc(call.completion_tokens)
-        self.prompt_length.observe(call.prompt_tokens)
-        self.completion_length.observe(call.completion_tokens)
-        tenant = self._top_tenants.label(call.tenant.id)
-        self._tenant_tokens.labels(tenant, "prompt").inc(call.prompt_tokens)
-        self._tenant_tokens.labels(tenant, "completion").inc(call.completion_tokens)
+        self.prompt_tokens.labels(task).inc(prompt_tokens)
+        self.completion_tokens.labels(task).inc(completion_tokens)
+        self.prompt_length.observe(prompt_tokens)
+        self.completion_length.observe(completion_tokens)
+        self._tenant_tokens.labels(tenant, "prompt").inc(prompt_tokens)
+        self._tenant_tokens.labels(tenant, "completion").inc(completion_tokens)
 
-    def observe_queue(self, call: Call, seconds: float) -> None:
+    def observe_queue(self, seconds: float, exemplar: dict[str, str]) -> None:
         """From receipt until first scheduled."""
-        self.queue.observe(seconds, self._exemplar(call))
+        self.queue.observe(seconds, self._exemplar(exemplar))
 
-    def observe_ttft(self, call: Call, seconds: float) -> None:
+    def observe_ttft(self, tenant: str, seconds: float, exemplar: dict[str, str]) -> None:
         """From receipt to first token."""
-        self.ttft.observe(seconds, self._exemplar(call))
-        self._tenant_ttft.labels(self._top_tenants.claim(call.tenant.id)).observe(seconds)
+        self.ttft.observe(seconds, self._exemplar(exemplar))
+        self._tenant_ttft.labels(self._top_tenants.claim(tenant)).observe(seconds)
 
-    def observe_e2e(self, call: Call, seconds: float) -> None:
+    def observe_e2e(self, tenant: str, seconds: float, exemplar: dict[str, str]) -> None:
         """From receipt to the last token of a complete answer."""
-        self.e2e.observe(seconds, self._exemplar(call))
-        self._tenant_e2e.labels(self._top_tenants.claim(call.tenant.id)).observe(seconds)
+        self.e2e.observe(seconds, self._exemplar(exemplar))
+        self._tenant_e2e.labels(self._top_tenants.claim(tenant)).observe(seconds)
 
-    def _exemplar(self, call: Call) -> dict[str, str] | None:
-        if not self._exemplars:
-            return None
-        return {"trace_id": call.trace.trace_id} if call.trace else {"request_id": call.request_id}
+    def _exemplar(self, exemplar: dict[str, str]) -> dict[str, str] | None:
+        return exemplar if self._exemplars else None
 
     # Tenants.
 
-    def set_tenant_in_flight(self, tenant: str, requests: int) -> None:
-        """Requests of a tenant that the engine has."""
-        self._tenant_in_flight.set(tenant, requests)
-
-    def set_tenant_queued(self, tenant: str, requests: int) -> None:
-        """Admitted requests of a tenant that wait for their turn."""
-        self._tenant_queued.set(tenant, requests)
+    def follow_turns(self, running: Callable[[], Mapping[str, int]], queued: Callable[[], Mapping[str, int]]) -> None:
+        """Read, at every scrape, each tenant's requests that the engine has and that wait for their turn."""
+        self._tenant_in_flight.read = running
+        self._tenant_queued.read = queued
 
     def record_quota_refusal(self, tenant: str, quota: str) -> None:
         """Count a request refused for a tenant's quota; `quota` is the quota's name, one of a fixed few."""
@@ -309,17 +303,17 @@ class Metrics:
 
     # Adapters.
 
-    def record_catalog(self, catalog: "Catalog") -> None:
+    def record_catalog(self, *, loaded: int, failed: int, tasks: int) -> None:
         """What can be asked."""
-        self.adapters.labels("loaded").set(len(catalog.adapters))
-        self.adapters.labels("failed").set(len(catalog.failures))
-        self.tasks.set(len(catalog.tasks))
+        self.adapters.labels("loaded").set(loaded)
+        self.adapters.labels("failed").set(failed)
+        self.tasks.set(tasks)
 
-    def record_adapter_event(self, event: "Event") -> None:
+    def record_stage(self, stage: str, failed_stage: str | None) -> None:
         """Count a stage that an adapter version reached, and one that it did not."""
-        self._events.labels(event.stage.value).inc()
-        if event.failed_stage is not None:
-            self._failures.labels(event.failed_stage.value).inc()
+        self._events.labels(stage).inc()
+        if failed_stage is not None:
+            self._failures.labels(failed_stage).inc()
 
     def record_workers(self, workers: Sequence["WorkerStats"]) -> None:
         """What every rank of every engine counts of its adapters. Ranks of an engine hold the same slots."""

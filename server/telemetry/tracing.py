@@ -105,9 +105,9 @@ class RequestTrace:
         """The scheduler first took the sequence, at a monotonic time."""
         self._scheduled = self._scheduled or at
 
-    def step(self, tokens: int) -> None:
-        """A step of the engine gave the sequence its next tokens, now."""
-        self._steps.append((time.monotonic(), tokens))
+    def step(self, tokens: int, at: float) -> None:
+        """A step of the engine gave the sequence its next tokens, at a monotonic time."""
+        self._steps.append((at, tokens))
 
     def end(self, status: str, *, task: str, tenant: str, prompt_tokens: int, completion_tokens: int) -> None:
         """The request has ended, with a gRPC status name."""

@@ -29,8 +29,8 @@ class Authenticator:
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
         self._pepper = secrets.token_bytes(32)
-        # Digest of a key -> (the hash it was compared with, whether they agreed).
-        self._verified: OrderedDict[bytes, tuple[str, bool]] = OrderedDict()
+        # Digest of a key -> (the key it was compared with, whether they agreed).
+        self._verified: OrderedDict[bytes, tuple[ApiKey, bool]] = OrderedDict()
         self._running: dict[bytes, asyncio.Task[bool]] = {}
         self._waiting: dict[str, int] = {}
         self._hashing = ThreadPoolExecutor(1, "api-keys")
@@ -53,22 +53,28 @@ class Authenticator:
         raise unauthenticated("no API key in metadata `authorization: Bearer KEY`, and no client certificate")
 
     async def _by_key(self, key: str) -> Tenant:
+        digest = hashlib.blake2b(key.encode(), key=self._pepper, digest_size=32).digest()
+        if (known := self._verified.get(digest)) and (tenant := self._holder(known[0])):
+            self._verified.move_to_end(digest)
+            if not known[1]:
+                raise _wrong_key()
+            return tenant
         key_id = key_id_of(key)
         found = self._directory.current.by_key_id.get(key_id) if key_id else None
-        if key_id is None or found is None or not await self._is_right(key, found[1]):
-            raise unauthenticated("the API key is not one of this server's")
-        # Looked up again: hashing takes a while, and a reload may have revoked the key meanwhile.
-        now = self._directory.current.by_key_id.get(key_id)
-        if now is None or now[1].hash != found[1].hash:
-            raise unauthenticated("the API key is not one of this server's")
-        return now[0]
+        if found is None:
+            raise _wrong_key()
+        right = await self._is_right(digest, key, found[1])
+        # Look the key up again: a reload may have revoked it during the hashing.
+        holder = self._holder(found[1])
+        if not right or holder is None:
+            raise _wrong_key()
+        return holder
 
-    async def _is_right(self, key: str, wanted: ApiKey) -> bool:
-        digest = hashlib.blake2b(key.encode(), key=self._pepper, digest_size=32).digest()
-        known = self._verified.get(digest)
-        if known is not None and known[0] == wanted.hash:
-            self._verified.move_to_end(digest)
-            return known[1]
+    def _holder(self, key: ApiKey) -> Tenant | None:
+        found = self._directory.current.by_key_id.get(key.id)
+        return found[0] if found and found[1].hash == key.hash else None
+
+    async def _is_right(self, digest: bytes, key: str, wanted: ApiKey) -> bool:
         task = self._running.get(digest)
         if task is None:
             if self._waiting.get(wanted.id, 0) >= _WAITING_PER_KEY_ID or len(self._running) >= _WAITING:
@@ -87,7 +93,7 @@ class Authenticator:
             self._waiting[wanted.id] -= 1
             if not self._waiting[wanted.id]:
                 del self._waiting[wanted.id]
-        _remember(self._verified, digest, (wanted.hash, right))
+        _remember(self._verified, digest, (wanted, right))
         return right
 
     def _by_certificate(self, pem: bytes) -> Tenant:
@@ -133,6 +139,10 @@ def require_admin(tenant: Tenant) -> None:
     """Raise PERMISSION_DENIED unless the tenant may change what is served."""
     if not tenant.admin:
         raise RequestFailedError(grpc.StatusCode.PERMISSION_DENIED, f"tenant {tenant.id} is not an admin")
+
+
+def _wrong_key() -> RequestFailedError:
+    return unauthenticated("the API key is not one of this server's")
 
 
 def _bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:

@@ -1,7 +1,6 @@
 """The tenants of now: a snapshot of the file, read again whenever it changes."""
 
 import asyncio
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from mtlora.errors import describe
+from mtlora.files import signature
 from server.telemetry.logs import get_logger
 from server.tenants.config import OPEN_TENANT, ApiKey, Tenant, TenantsError, TenantsFile
 
@@ -29,10 +29,6 @@ class Tenants:
     by_certificate: Mapping[str, Tenant] = field(default_factory=lambda: MappingProxyType({}))
     share_prefix_cache: bool = True
     open: bool = True
-
-    def cache_salt(self, tenant: Tenant) -> str | None:
-        """What keeps this tenant's blocks of the prefix cache from the others'; None where they are shared."""
-        return None if self.share_prefix_cache else tenant.id
 
 
 def read_tenants(path: Path) -> Tenants:
@@ -73,14 +69,14 @@ class Directory:
         self._path = path
         self._on_change = on_change
         self._on_failure = on_failure
-        self._seen = _signature(path) if path else None
+        self._seen = signature(path) if path else None
         self.current = read_tenants(path) if path else Tenants()
 
     def reload_if_changed(self) -> None:
         """Read the file again where it is not what it was; a bad one changes nothing but the log."""
-        if self._path is None or (signature := _signature(self._path)) == self._seen:
+        if self._path is None or (now := signature(self._path)) == self._seen:
             return
-        self._seen = signature
+        self._seen = now
         try:
             tenants = read_tenants(self._path)
         except TenantsError as error:
@@ -96,12 +92,3 @@ class Directory:
         while self._path is not None:
             await asyncio.sleep(interval_s)
             self.reload_if_changed()
-
-
-def _signature(path: Path) -> tuple[int, ...] | None:
-    """Differs whenever the file behind the path was written or replaced."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size

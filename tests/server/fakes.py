@@ -1,8 +1,9 @@
 """The service without an engine: the real servicer and interceptor around deltas that a test decides on."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -11,16 +12,16 @@ from openinference_pb import grpc_predict_v2_pb2_grpc
 
 from server.job import Delta, GenerationJob, ServedTask
 from server.registry.catalog import Catalog
-from server.registry.residency import Aside
+from server.registry.residency import Residency
 from server.rpc.inference_service import InferenceServicer
 from server.rpc.interceptor import CallInterceptor
 from server.rpc.listening import Listening
 from server.rpc.openinference import OpenInferenceServicer
-from server.rpc.validation import Limits
+from server.rpc.validation import PromptLimits
 from server.scheduling import Scheduler
 from server.scheduling.admission import Admission, State
 from server.settings import load_settings
-from server.telemetry.metrics import UNKNOWN_TASK, Metrics
+from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracer
 from server.tenants import Directory
 from server.tenants.authentication import Authenticator
@@ -53,10 +54,7 @@ class FakeEngine:
         self.running = 0
         self.jobs: list[GenerationJob] = []
 
-    def prefetch(self, task: ServedTask) -> None:
-        pass
-
-    async def generate(self, job: GenerationJob, aside: Aside) -> AsyncIterator[Delta]:
+    async def generate(self, job: GenerationJob) -> AsyncGenerator[Delta, None]:
         self.jobs.append(job)
         self.running += 1
         try:
@@ -72,6 +70,16 @@ class FakeEngine:
                 await asyncio.sleep(0.01)
         finally:
             self.running -= 1
+
+
+class FakeMemory:
+    """An engine's memory that takes every adapter at once."""
+
+    async def load(self, folder: Path, slots: Sequence[Any]) -> None:
+        pass
+
+    async def unload(self, slots: Sequence[Any]) -> None:
+        pass
 
 
 class FakeRepository:
@@ -91,26 +99,23 @@ class Service:
     """A gRPC server in this process, serving two tasks."""
 
     def __init__(
-        self, max_in_flight: int = 4, *, log_prompts: bool = False, slots: int | None = None, **settings: Any
+        self, max_in_flight: int = 4, *, log_prompts: bool = False, turns: int | None = None, **settings: Any
     ) -> None:
         self.settings = load_settings({"allow_no_tasks": True, "port": 0, "metrics_port": 0, **settings})
         self.directory = Directory(self.settings.tenants)
         self.metrics = Metrics()
-        self.admission = Admission(max_in_flight, self.metrics.in_flight.set)
-        self.scheduler = Scheduler(slots=slots or max_in_flight, max_queued=max_in_flight, observer=self.metrics)
-        self.engine = FakeEngine()
-        self.repository = FakeRepository()
+        self.admission = Admission(max_in_flight, self.metrics)
+        self.scheduler = Scheduler(turns or max_in_flight, max_in_flight, self.metrics)
+        self.engine: Any = FakeEngine()
+        self.repository: Any = FakeRepository()
         self.servicer = InferenceServicer(
-            self.admission,
-            self.metrics,
-            self.scheduler,
-            cache_salt=lambda tenant: self.directory.current.cache_salt(tenant),
-            log_prompts=log_prompts,
+            self.admission, self.metrics, self.scheduler, self.directory, log_prompts=log_prompts
         )
         self.open_inference = OpenInferenceServicer(self.servicer, self.admission, self.repository)
         self.servicer.engine = self.engine
+        self.servicer.residency = Residency(FakeMemory(), capacity=2)
         self.servicer.tokenizer = FakeTokenizer()
-        self.servicer.limits = Limits(max_model_len=64, vocab_size=300)
+        self.servicer.limits = PromptLimits(max_model_len=64, vocab_size=300)
         self.servicer.catalog = Catalog(
             MappingProxyType({name: ServedTask(entry(name), "alpha", "1", slot=None) for name in ("one", "two")})
         )
@@ -120,15 +125,10 @@ class Service:
         """A metric's value; 0 where it has none yet."""
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
-    def label(self, task_id: str) -> str:
-        return task_id if task_id in self.servicer.catalog.tasks else UNKNOWN_TASK
-
     @asynccontextmanager
     async def running(self, tracer: Tracer | None = None) -> AsyncIterator["Service"]:
         authenticate = Authenticator(self.directory).tenant
-        interceptor = CallInterceptor(
-            self.metrics, self.label, authenticate, tracer, slow_reader_s=self.settings.slow_reader_s
-        )
+        interceptor = CallInterceptor(self.metrics, authenticate, tracer, slow_reader_s=self.settings.slow_reader_s)
         listening = Listening(self.settings, interceptor)
         server = listening.server
         inference_pb2_grpc.add_InferenceServicer_to_server(self.servicer, server)

@@ -13,10 +13,11 @@ from mtlora_pb.v1 import adapters_pb2_grpc
 
 from mtlora.client import Client, ServerError
 from server.cli import adapters as adapters_cli
-from server.errors import RequestFailedError
 from server.rpc.adapters_service import AdaptersServicer
 from server.rpc.interceptor import CallInterceptor
+from server.scheduling.admission import Admission, State
 from server.telemetry.metrics import Metrics
+from server.tenants import Tenant
 from tests.server.fakes import eventually
 from tests.server.test_registry import Home, home, write
 
@@ -41,13 +42,15 @@ async def service(home: Home) -> AsyncIterator[Service]:
     home.follow()
     refused: set[str] = set()
 
-    async def authorize(_: Any) -> None:
-        if refused:
-            raise RequestFailedError(grpc.StatusCode.PERMISSION_DENIED, "not yours")
+    async def authenticate(_: Any, __: Any) -> Tenant:
+        return Tenant(id="a", admin=not refused)
 
-    servicer = AdaptersServicer(lambda: None, authorize)
+    metrics = Metrics()
+    admission = Admission(1, metrics)
+    admission.state = State.SERVING
+    servicer = AdaptersServicer(admission)
     servicer.registry = home.registry
-    server = grpc.aio.server(interceptors=[CallInterceptor(Metrics(), lambda task: task)])
+    server = grpc.aio.server(interceptors=[CallInterceptor(metrics, authenticate)])
     adapters_pb2_grpc.add_AdaptersServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.errors import AdapterError
 from server.registry.catalog import Catalog
 from server.registry.events import Event, Events
 from server.registry.parts import Parts
@@ -76,7 +77,7 @@ class Home:
         self.metrics = metrics.registry
 
         def on_event(event: Event) -> None:
-            metrics.record_adapter_event(event)
+            metrics.record_stage(event.stage.value, event.failed_stage.value if event.failed_stage else None)
             self.events.append(event)
 
         self.residency = Residency(self.engine, 8)
@@ -262,7 +263,7 @@ async def test_a_failure_at_any_stage_leaves_the_old_version_serving(home: Home,
 
 
 async def refuse(*_: Any) -> None:
-    raise StageError(Stage.LOADED, "no room")
+    raise AdapterError("no room")
 
 
 async def test_a_version_that_is_being_copied_is_waited_for(home: Home) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from server.errors import EngineDeadError
+from server.errors import AdapterError, EngineDeadError
 from server.registry import residency as module
 from server.registry.residency import Residency
-from server.registry.version import AdapterVersion, Stage, StageError
+from server.registry.version import AdapterVersion, StageError
 from tests.server.fakes import eventually
 from tests.server.slots import Slot
 
@@ -32,7 +32,7 @@ class Loads:
             await self.gate[name].wait()
         await asyncio.sleep(0)
         if name in self.refuse:
-            raise StageError(Stage.LOADED, "no")
+            raise AdapterError("no")
         assert name not in self.held
         self.held.append(name)
         self.most = max(self.most, len(self.held))

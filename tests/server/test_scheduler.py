@@ -14,6 +14,7 @@ from server.errors import RequestFailedError
 from server.job import GenerationJob, Sampling, ServedTask
 from server.scheduling import Scheduler
 from server.scheduling.bucket import TokenBucket
+from server.telemetry.metrics import Metrics
 from server.tenants import Priority, Tenant
 from tests.server.adapters import entry
 
@@ -34,8 +35,13 @@ def clock() -> Clock:
     return Clock()
 
 
-def make(clock: Clock, slots: int = 2, max_queued: int = 4) -> Scheduler:
-    return Scheduler(slots, max_queued, clock)
+def make(clock: Clock, turns: int = 2, max_queued: int = 4, metrics: Metrics | None = None) -> Scheduler:
+    return Scheduler(turns, max_queued, metrics or Metrics(), clock)
+
+
+def service(metrics: Metrics, tenant: str) -> float:
+    """What a tenant was served, as the fair queue counts it."""
+    return metrics.registry.get_sample_value("mtlora_tenant_service_total", {"tenant": tenant}) or 0.0
 
 
 async def hold(scheduler: Scheduler, stack: AsyncExitStack, tenant: Tenant = A, deadline: float | None = None) -> Any:
@@ -62,7 +68,8 @@ def details(error: RequestFailedError) -> tuple[float, list[tuple[str, str]]]:
 
 
 async def test_no_more_than_the_slots_run_and_the_rest_follow_by_fairness(clock: Clock) -> None:
-    scheduler, done = make(clock), list[str]()
+    metrics, done = Metrics(), list[str]()
+    scheduler = make(clock, metrics=metrics)
     async with AsyncExitStack() as stack:
         await hold(scheduler, stack)
         await hold(scheduler, stack)
@@ -71,30 +78,30 @@ async def test_no_more_than_the_slots_run_and_the_rest_follow_by_fairness(clock:
         tasks.append(asyncio.create_task(wait_for(scheduler, B, done)))
         await settle()
         assert done == []
-        assert (scheduler.load.running, scheduler.load.queued) == (2, 4)
+        assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (2, 4)
     await asyncio.gather(*tasks)
     # b comes with the least service, and before those of a that waited longer.
     assert done == ["a", "b", "a", "a"] or done == ["b", "a", "a", "a"]
-    assert (scheduler.load.running, scheduler.load.queued) == (0, 0)
-    assert (scheduler.served("a"), scheduler.served("b")) == (50, 10)
+    assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (0, 0)
+    assert (service(metrics, "a"), service(metrics, "b")) == (50, 10)
 
 
 async def test_a_cancelled_wait_leaves_no_trace(clock: Clock) -> None:
-    scheduler, done = make(clock, slots=1), list[str]()
+    scheduler, done = make(clock, turns=1), list[str]()
     async with AsyncExitStack() as stack:
         await hold(scheduler, stack)
         gone, stays = (asyncio.create_task(wait_for(scheduler, tenant, done)) for tenant in (A, B))
         await settle()
         gone.cancel()
         await settle()
-        assert scheduler.load.queued_by_tenant == {"b": 1}
+        assert scheduler.queued_by_tenant() == {"b": 1}
     await stays
     assert done == ["b"]
-    assert scheduler.load.running == 0
+    assert scheduler.occupancy.running == 0
 
 
 async def test_one_that_steps_aside_leaves_its_slot_and_comes_back_before_the_queue(clock: Clock) -> None:
-    scheduler, done = make(clock, slots=1), list[str]()
+    scheduler, done = make(clock, turns=1), list[str]()
     ready, leave = asyncio.Event(), asyncio.Event()
 
     async def cold(name: str) -> None:
@@ -111,7 +118,7 @@ async def test_one_that_steps_aside_leaves_its_slot_and_comes_back_before_the_qu
     works = (cold("cold"), warm("first"), warm("second"))
     tasks = [asyncio.create_task(work) for work in works]
     await settle()
-    assert (scheduler.load.running, scheduler.load.queued) == (1, 1)
+    assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (1, 1)
     ready.set()
     await settle()
     # Ready, but the slot is taken.
@@ -123,11 +130,11 @@ async def test_one_that_steps_aside_leaves_its_slot_and_comes_back_before_the_qu
     ready.clear()
     tasks = [asyncio.create_task(work) for work in (cold("one"), cold("two"), warm("third"))]
     await settle()
-    assert (scheduler.load.running, scheduler.load.queued) == (1, 1)
+    assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (1, 1)
     ready.set()
     await asyncio.gather(*tasks)
     assert done[3:] == ["two", "one", "third"]
-    assert (scheduler.load.running, scheduler.load.queued) == (0, 0)
+    assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (0, 0)
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.booleans(), st.integers(0, 12)), max_size=12))
@@ -138,7 +145,7 @@ def test_whatever_steps_aside_fails_or_is_cancelled_no_slot_is_lost_or_made_up(
     """Each: turns of the loop aside and in the engine, whether it fails aside, and after how many it is cancelled."""
 
     async def run() -> None:
-        scheduler, inside = Scheduler(2, 100), 0
+        scheduler, inside = Scheduler(2, 100, Metrics()), 0
 
         async def ask(aside: int, engine: int, fails: bool) -> None:
             nonlocal inside
@@ -151,7 +158,7 @@ def test_whatever_steps_aside_fails_or_is_cancelled_no_slot_is_lost_or_made_up(
                 inside += 1
                 try:
                     for _ in range(engine):
-                        assert inside <= scheduler.load.running <= 2
+                        assert inside <= scheduler.occupancy.running <= 2
                         await asyncio.sleep(0)
                 finally:
                     inside -= 1
@@ -166,10 +173,10 @@ def test_whatever_steps_aside_fails_or_is_cancelled_no_slot_is_lost_or_made_up(
         await asyncio.gather(*(cancel(task, each[3]) for each, task in zip(requests, tasks, strict=True)))
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert {type(each) for each in results} <= {type(None), RuntimeError, asyncio.CancelledError}
-        assert (scheduler.load.running, scheduler.load.queued) == (0, 0)
+        assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (0, 0)
         # Both slots are there, and both places aside.
         async with scheduler.turn(A, JOB, None) as one, scheduler.turn(A, JOB, None) as two, one.aside(), two.aside():
-            assert scheduler.load.running == 0
+            assert scheduler.occupancy.running == 0
 
     asyncio.run(run())
 
@@ -192,7 +199,7 @@ async def test_requests_per_second(clock: Clock) -> None:
 async def test_tokens_per_second_are_exact_in_the_long_run(clock: Clock) -> None:
     scheduler = make(clock)
     tenant = Tenant(id="a", tokens_per_second=10)
-    began, refused = clock.now, 0
+    began, refused, served = clock.now, 0, 0
     while clock.now < began + 100:
         try:
             scheduler.check_quotas(tenant)
@@ -203,9 +210,10 @@ async def test_tokens_per_second_are_exact_in_the_long_run(clock: Clock) -> None
             clock.now += retry
             continue
         async with scheduler.turn(tenant, JOB, None) as turn:
-            turn.served(15)
+            turn.served(15, clock.now)
+            served += len(JOB.prompt_ids) + 15
     assert refused > 10
-    assert scheduler.served("a") == pytest.approx(1000, abs=50)
+    assert served == pytest.approx(1000, abs=50)
 
 
 async def test_max_in_flight_holds_up_the_tenant_alone(clock: Clock) -> None:
@@ -225,7 +233,7 @@ async def test_max_in_flight_holds_up_the_tenant_alone(clock: Clock) -> None:
 
 
 async def test_a_full_queue_makes_room_for_who_has_less_in_it(clock: Clock) -> None:
-    scheduler, done = make(clock, slots=1, max_queued=3), list[str]()
+    scheduler, done = make(clock, turns=1, max_queued=3), list[str]()
     async with AsyncExitStack() as stack:
         await hold(scheduler, stack)
         flood = [asyncio.create_task(wait_for(scheduler, A, done)) for _ in range(3)]
@@ -244,14 +252,14 @@ async def test_a_full_queue_makes_room_for_who_has_less_in_it(clock: Clock) -> N
 async def measured(clock: Clock, scheduler: Scheduler, seconds: float, tokens: int = 11) -> None:
     """One request that took `seconds`, a tenth of them to its first token."""
     async with scheduler.turn(A, JOB, None) as turn:
-        clock.now += seconds / 10
-        turn.served(1)
-        clock.now += seconds * 9 / 10
-        turn.served(tokens - 1)
+        first = clock.now + seconds / 10
+        turn.served(1, first)
+        clock.now += seconds
+        turn.served(tokens - 1, first)
 
 
 async def test_a_deadline_out_of_reach_is_refused_at_once(clock: Clock) -> None:
-    scheduler, done = make(clock, slots=1), list[str]()
+    scheduler, done = make(clock, turns=1), list[str]()
     # Nothing is known yet, so nothing is impossible.
     await wait_for(scheduler, A, done, clock.now + 0.001)
     await measured(clock, scheduler, 1.0)
@@ -271,7 +279,7 @@ async def test_a_deadline_out_of_reach_is_refused_at_once(clock: Clock) -> None:
 
 
 async def test_who_waited_beyond_reach_is_not_run(clock: Clock) -> None:
-    scheduler, done = make(clock, slots=1), list[str]()
+    scheduler, done = make(clock, turns=1), list[str]()
     await measured(clock, scheduler, 1.0)
     async with AsyncExitStack() as stack:
         await hold(scheduler, stack)
@@ -281,11 +289,11 @@ async def test_who_waited_beyond_reach_is_not_run(clock: Clock) -> None:
     with pytest.raises(RequestFailedError) as raised:
         await late
     assert raised.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert (done, scheduler.load.running) == ([], 0)
+    assert (done, scheduler.occupancy.running) == ([], 0)
 
 
 async def test_priorities(clock: Clock) -> None:
-    scheduler, done = make(clock, slots=1), list[str]()
+    scheduler, done = make(clock, turns=1), list[str]()
     batch, urgent = Tenant(id="batch", priority=Priority.BATCH), Tenant(id="urgent", priority=Priority.INTERACTIVE)
     async with AsyncExitStack() as stack:
         await hold(scheduler, stack)
@@ -297,9 +305,12 @@ async def test_priorities(clock: Clock) -> None:
 
 async def test_a_tenant_that_is_gone_is_forgotten(clock: Clock) -> None:
     scheduler, done = make(clock), list[str]()
-    await wait_for(scheduler, A, done)
+    tenant = Tenant(id="a", requests_per_second=1)
+    scheduler.check_quotas(tenant)
+    await wait_for(scheduler, tenant, done)
     scheduler.keep_only({"b"})
-    assert scheduler.served("a") == 0
+    # With a new bucket.
+    scheduler.check_quotas(tenant)
 
 
 @settings(deadline=None)

@@ -1,7 +1,7 @@
 """What lies between the engine and a reader that lags."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -12,49 +12,54 @@ from server.rpc.stream import unhurried
 LOGPROBS = TokenLogprobs(TokenLogprob(1, "x", -0.5), ())
 
 
-async def source(deltas: list[Delta], closed: list[str], error: Exception | None = None) -> AsyncIterator[Delta]:
-    try:
-        for delta in deltas:
-            yield delta
-            await asyncio.sleep(0)
-        if error:
-            raise error
-    finally:
-        closed.append("closed")
+Produce = Callable[[Callable[[Delta], None]], Awaitable[None]]
+
+
+def source(deltas: list[Delta], ended: list[str], error: Exception | None = None) -> Produce:
+    async def produce(emit: Callable[[Delta], None]) -> None:
+        try:
+            for delta in deltas:
+                emit(delta)
+                await asyncio.sleep(0)
+            if error:
+                raise error
+        finally:
+            ended.append("ended")
+
+    return produce
 
 
 def some(count: int) -> list[Delta]:
-    deltas = [Delta(str(i), 1, (LOGPROBS,), scheduled_at=7.0 if i == 0 else None) for i in range(count)]
+    deltas = [Delta(str(i), 1, (LOGPROBS,)) for i in range(count)]
     return [*deltas, Delta("", 1, finish_reason="stop")]
 
 
 async def test_a_reader_that_keeps_up_gets_every_delta() -> None:
-    closed: list[str] = []
-    async with unhurried(source(some(3), closed)) as deltas:
+    ended: list[str] = []
+    async with unhurried(source(some(3), ended)) as deltas:
         assert [delta.text async for delta in deltas] == ["0", "1", "2", ""]
-    assert closed == ["closed"]
+    assert ended == ["ended"]
 
 
 async def test_what_gathers_comes_as_one_and_the_source_is_done_before_the_reader() -> None:
-    closed: list[str] = []
-    async with unhurried(source(some(5), closed)) as deltas:
+    ended: list[str] = []
+    async with unhurried(source(some(5), ended)) as deltas:
         first = await anext(deltas)
         await asyncio.sleep(0.05)
-        assert closed == ["closed"]
+        assert ended == ["ended"]
         (rest,) = [delta async for delta in deltas]
     assert (first.text, rest.text, rest.tokens, rest.finish_reason) == ("0", "1234", 5, "stop")
-    assert first.scheduled_at == 7.0
     assert len(rest.logprobs) == 4
 
 
 async def test_too_much_unread_ends_the_stream() -> None:
-    closed: list[str] = []
-    async with unhurried(source(some(9), closed), max_unread=3) as deltas:
+    ended: list[str] = []
+    async with unhurried(source(some(9), ended), max_unread=3) as deltas:
         await anext(deltas)
         await asyncio.sleep(0.05)
         with pytest.raises(RequestFailedError, match="more than 3 tokens"):
             await anext(deltas)
-    assert closed == ["closed"]
+    assert ended == ["ended"]
 
 
 async def test_a_failure_comes_after_what_was_made_before_it() -> None:
@@ -66,7 +71,7 @@ async def test_a_failure_comes_after_what_was_made_before_it() -> None:
 
 
 async def test_leaving_closes_the_source() -> None:
-    closed: list[str] = []
-    async with unhurried(source([Delta("a", 1)] * 1000, closed)) as deltas:
+    ended: list[str] = []
+    async with unhurried(source([Delta("a", 1)] * 1000, ended)) as deltas:
         await anext(deltas)
-    assert closed == ["closed"]
+    assert ended == ["ended"]

@@ -268,7 +268,7 @@ async def test_a_slow_reader_holds_up_itself_alone_and_is_ended(tmp_path: Path) 
 
     from server.job import Delta
 
-    service = Service(slots=1, slow_reader_s=1.0)
+    service = Service(turns=1, slow_reader_s=1.0)
     service.engine.deltas = [Delta("x" * 200_000, 1) for _ in range(20)] + [Delta("", 1, finish_reason="stop")]
     async with service.running(), AsyncClient(service.address) as quick:
         options = [("grpc.http2.bdp_probe", 0), ("grpc.max_receive_message_length", -1)]

@@ -14,10 +14,10 @@ from mtlora.client import make_request
 from mtlora.prompt import encode_chat, encode_prompt
 from server.errors import Violation
 from server.job import GenerationJob, ServedTask
-from server.rpc.validation import MAX_STOP_STRINGS, Limits, page_size, validate
+from server.rpc.validation import MAX_STOP_STRINGS, PromptLimits, page_size, validate
 from tests.server.adapters import entry
 
-LIMITS = Limits(max_model_len=128, vocab_size=49152)
+LIMITS = PromptLimits(max_model_len=128, vocab_size=49152)
 ONE = ServedTask(entry("one", max_new_tokens=200), "a", "1", slot=None)
 TWO = ServedTask(entry("two", template="{x} and {y}"), "a", "1", slot=None)
 UINT32 = st.integers(0, 2**32 - 1)

@@ -1,6 +1,6 @@
 """Request parameters of the Open Inference Protocol to those of the native contract."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mtlora_pb.v1 import inference_pb2 as native
@@ -8,38 +8,18 @@ from openinference_pb import grpc_predict_v2_pb2 as pb
 
 from server.errors import Violation
 
-# KServe's Python client can send no float but as a string.
+# KServe's Python client sends floats as strings.
 _INTEGERS = ("int64_param", "uint64_param", "string_param")
 _NUMBERS = (*_INTEGERS, "double_param")
 
 
-def _integer(below: int) -> Callable[[Any], int]:
-    def convert(value: Any) -> int:
-        try:
-            number = int(value)
-        except ValueError:
-            raise ValueError("a whole number") from None
-        if not 0 <= number < below:
-            raise ValueError(f"0 to {below - 1}")
-        return number
-
-    return convert
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise ValueError("a number") from None
-
-
-# Name -> (field of GenerationParameters, kinds of value, conversion).
-_FIELDS: dict[str, tuple[str, tuple[str, ...], Callable[[Any], Any]]] = {
-    "max_tokens": ("max_new_tokens", _INTEGERS, _integer(1 << 32)),
-    "temperature": ("temperature", _NUMBERS, _number),
-    "top_p": ("top_p", _NUMBERS, _number),
-    "top_k": ("top_k", _INTEGERS, _integer(1 << 32)),
-    "seed": ("seed", _INTEGERS, _integer(1 << 64)),
+# Name -> (field of GenerationParameters, whose type bounds the value; kinds of value; conversion; what is allowed).
+_FIELDS: dict[str, tuple[str, tuple[str, ...], type[int] | type[float], str]] = {
+    "max_tokens": ("max_new_tokens", _INTEGERS, int, "0 to 4294967295"),
+    "temperature": ("temperature", _NUMBERS, float, "a number"),
+    "top_p": ("top_p", _NUMBERS, float, "a number"),
+    "top_k": ("top_k", _INTEGERS, int, "0 to 4294967295"),
+    "seed": ("seed", _INTEGERS, int, "0 to 18446744073709551615"),
 }
 ALLOWED = (*_FIELDS, "stop", "without_adapter")
 
@@ -48,16 +28,16 @@ def apply(given: Mapping[str, pb.InferParameter], request: native.GenerateReques
     """Set the parameters in `request`; yields what is wrong with them."""
     for name in sorted(given):
         where, kind = f"parameters[{name[:32]}]", given[name].WhichOneof("parameter_choice")
-        value = getattr(given[name], kind) if kind else None
+        value: Any = getattr(given[name], kind) if kind else None
         if name in _FIELDS:
-            field, kinds, convert = _FIELDS[name]
+            field, kinds, convert, allowed = _FIELDS[name]
             if kind not in kinds:
                 yield Violation(where, f"found {kind}; allowed: {', '.join(kinds)}")
                 continue
             try:
                 setattr(request.parameters, field, convert(value))
-            except ValueError as error:
-                yield Violation(where, f"found {str(value)[:32]!r}; allowed: {error}")
+            except ValueError:
+                yield Violation(where, f"found {str(value)[:32]!r}; allowed: {allowed}")
         elif name == "stop" and kind == "string_param":
             # An empty one takes the task's own stop strings away.
             request.parameters.stop.values.extend([value] if value else [])

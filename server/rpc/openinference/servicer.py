@@ -4,14 +4,13 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-import grpc
 from mtlora_pb.v1 import inference_pb2 as native
 from openinference_pb import grpc_predict_v2_pb2 as pb
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
 from mtlora import __version__
 from server.call import current_call
-from server.errors import RequestFailedError, Violation, invalid_argument, task_not_found
+from server.errors import Violation, invalid_argument, task_not_found
 from server.job import ServedTask
 from server.rpc.generation import Generation
 from server.rpc.inference_service import InferenceServicer
@@ -25,7 +24,7 @@ _EXTENSIONS = ("model_repository",)
 
 
 class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceServicer):
-    """Goes through `service` for everything: the same tenants, quotas, validation and queue."""
+    """Goes through `service`, so that tenants, quotas, validation and queue are the same."""
 
     def __init__(self, service: InferenceServicer, admission: Admission, repository: Repository) -> None:
         self._service = service
@@ -63,7 +62,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
         self._admission.check_serving()
         task = self._task(request.model_name, request.model_version)
-        generations = await self._answer_all(_requests(request, task))
+        generations = await self._answer_all(_requests(request, task), task)
         response = pb.ModelInferResponse(
             model_name=task.spec.id, model_version=generations[0].job.task.adapter_version, id=request.id
         )
@@ -86,33 +85,45 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
     async def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, context: Any
     ) -> pb.RepositoryModelLoadResponse:
-        name = _repository_model(request)
+        name = self._model_to_change(request)
         await self._repository.load(name)
         return pb.RepositoryModelLoadResponse(model_name=name, isLoaded=True)
 
     async def RepositoryModelUnload(
         self, request: pb.RepositoryModelUnloadRequest, context: Any
     ) -> pb.RepositoryModelUnloadResponse:
-        name = _repository_model(request)
+        name = self._model_to_change(request)
         await self._repository.unload(name)
         return pb.RepositoryModelUnloadResponse(model_name=name, isUnloaded=True)
 
     def _task(self, name: str, version: str) -> ServedTask:
         if not name:
             raise invalid_argument([Violation("name", "found none; RepositoryIndex has those that can be asked")])
-        task = self._service.task(name)
+        task = self._service.find(name)
+        if task is None:
+            raise self._service.not_found(name)
         if version and version != task.adapter_version:
             raise task_not_found(f"{name}/{version}", [f"{name}/{task.adapter_version}"])
         return task
 
-    async def _answer_all(self, requests: Sequence[native.GenerateRequest]) -> list[Generation]:
-        """Every element's answer. The first failure is the whole request's, and ends the others."""
-        running = [asyncio.create_task(self._service.answer(request)) for request in requests]
+    def _model_to_change(self, request: pb.RepositoryModelLoadRequest | pb.RepositoryModelUnloadRequest) -> str:
+        # KServe's clients put the name where Triton's put the repository's.
+        name = request.model_name or request.repository_name
+        # For the call's label: the model may be an adapter too.
+        self._service.find(name)
+        require_admin(current_call.get().tenant)
+        if not name:
+            raise invalid_argument([Violation("model_name", "found none; allowed: a model's name")])
+        return name
+
+    async def _answer_all(self, requests: Sequence[native.GenerateRequest], task: ServedTask) -> list[Generation]:
+        """Every element's answer. The first failure fails the whole request and ends the other elements."""
+        running = [asyncio.create_task(self._service.answer(request, task)) for request in requests]
         try:
             return list(await asyncio.gather(*running))
         finally:
-            for task in running:
-                task.cancel()
+            for each in running:
+                each.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
 
@@ -137,15 +148,3 @@ def _requests(request: pb.ModelInferRequest, task: ServedTask) -> list[native.Ge
             one.fields.values.update(zip(names, values, strict=True))
         made.append(one)
     return made
-
-
-def _repository_model(request: pb.RepositoryModelLoadRequest | pb.RepositoryModelUnloadRequest) -> str:
-    require_admin(current_call().tenant)
-    # KServe's clients put the name where Triton's put the repository's.
-    if name := request.model_name or request.repository_name:
-        return name
-    raise invalid_argument([Violation("model_name", "found none; allowed: a model's name")])
-
-
-def _unimplemented() -> RequestFailedError:
-    return RequestFailedError(grpc.StatusCode.UNIMPLEMENTED, "this server reads its adapters at its start alone")

@@ -8,14 +8,14 @@ from openinference_pb import grpc_predict_v2_pb2 as pb
 from mtlora.task import TaskSpec
 from server.errors import Violation
 
-# Elements of one request: each is a sequence in the engine.
+# Elements of one request; each becomes a sequence in the engine.
 MAX_BATCH = 64
 TEXT_INPUT = "text_input"
 TEXT_OUTPUT = "text_output"
 
 
 class TensorError(Exception):
-    """Tensors that are no texts, with every reason."""
+    """Tensors that hold no texts, with every reason."""
 
     def __init__(self, violations: Sequence[Violation]) -> None:
         super().__init__(violations[0].description)

@@ -1,33 +1,34 @@
-"""A request's way to the engine by scheduler and residency together."""
+"""A request's way through scheduler, residency and engine."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 
+from server.call import Call
 from server.job import Delta, GenerationJob
-from server.registry.leasing import LeasingEngine
 from server.registry.residency import Residency
 from server.registry.version import AdapterVersion
+from server.rpc.generation import Generation
 from server.scheduling import Scheduler
-from server.tenants import Tenant
+from server.telemetry.metrics import Metrics
 from tests.server.test_residency import A, B, Loads
 from tests.server.test_scheduler import JOB
 
 
-class Sequences:
-    async def generate(self, job: GenerationJob) -> AsyncIterator[Delta]:
+class OneTokenEngine:
+    async def generate(self, job: GenerationJob) -> AsyncGenerator[Delta, None]:
         yield Delta("x", 1, finish_reason="stop")
 
 
 async def test_requests_for_a_cold_adapter_as_many_as_fit_do_not_hold_up_one_for_a_warm_one() -> None:
-    loads = Loads()
+    loads, metrics = Loads(), Metrics()
     loads.gate["b"] = asyncio.Event()
-    scheduler, engine = Scheduler(4, 100), LeasingEngine(Sequences(), Residency(loads, 2))
+    scheduler, residency, engine = Scheduler(4, 100, metrics), Residency(loads, 2), OneTokenEngine()
 
     async def ask(version: AdapterVersion) -> str:
-        job = replace(JOB, task=replace(JOB.task, version=version))
-        async with scheduler.turn(Tenant(id="a"), job, None) as turn:
-            return "".join([delta.text async for delta in engine.generate(job, turn.aside)])
+        generation = Generation(replace(JOB, task=replace(JOB.task, version=version)), Call("r", "Generate"), metrics)
+        await generation.run(engine, scheduler, residency)  # type: ignore[arg-type]
+        return generation.text
 
     assert await ask(A) == "x"
     cold = [asyncio.create_task(ask(B)) for _ in range(4)]
@@ -38,4 +39,4 @@ async def test_requests_for_a_cold_adapter_as_many_as_fit_do_not_hold_up_one_for
     loads.gate["b"].set()
     async with asyncio.timeout(1):
         assert await asyncio.gather(*cold) == ["x"] * 4
-    assert (scheduler.load.running, scheduler.load.queued) == (0, 0)
+    assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (0, 0)

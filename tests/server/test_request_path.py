@@ -1,0 +1,106 @@
+"""How many files a request passes, from the interceptor's entry to vLLM's `generate`: counted while one runs."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import FrameType, MappingProxyType, ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mtlora.client import Access, Client
+from server.engine import Engine
+from server.job import ServedTask
+from server.registry.catalog import Catalog
+from server.registry.version import AdapterVersion
+from server.rpc.interceptor import CallInterceptor
+from tests.faults._tenants import tenant, write_tenants
+from tests.server.adapters import entry
+from tests.server.fakes import Service
+from tests.server.slots import Slot
+
+ROOT = Path(__file__).parents[2]
+MOST_FILES = 14
+
+
+class Recorder:
+    """The files of this project whose functions run in this thread between `begin` and `end`."""
+
+    def __init__(self) -> None:
+        self.files: set[str] = set()
+
+    def begin(self) -> None:
+        self.files.clear()
+        sys.setprofile(self._note)
+
+    def end(self) -> None:
+        sys.setprofile(None)
+
+    def _note(self, frame: FrameType, event: str, _: Any) -> None:
+        # The generated `__init__` of a data class stands in no file.
+        file = Path(frame.f_code.co_filename)
+        if event == "call" and file.is_relative_to(ROOT) and file.relative_to(ROOT).parts[0] in ("server", "mtlora"):
+            self.files.add(str(file.relative_to(ROOT)))
+
+
+# As much of vLLM as a request imports: the whole takes seconds.
+VLLM: dict[str, dict[str, Any]] = {
+    "vllm": {},
+    "vllm.inputs": {"tokens_input": lambda prompt_ids, cache_salt: prompt_ids},
+    "vllm.sampling_params": {
+        "SamplingParams": SimpleNamespace,
+        "RequestOutputKind": SimpleNamespace(DELTA=1, FINAL_ONLY=2),
+    },
+    "vllm.v1": {},
+    "vllm.v1.engine": {},
+    "vllm.v1.engine.exceptions": {"EngineDeadError": RuntimeError},
+}
+
+
+@pytest.fixture(autouse=True)
+def _vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, contents in VLLM.items():
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def async_llm(recorder: Recorder) -> Any:
+    """As much of AsyncLLM as the engine calls for a sequence: one that ends with its first token."""
+
+    async def generate(prompt: Any, params: Any, request_id: str, *, lora_request: Any) -> AsyncIterator[Any]:
+        recorder.end()
+        completion = SimpleNamespace(text="x", token_ids=[1], logprobs=None, finish_reason="stop")
+        yield SimpleNamespace(outputs=[completion], metrics=None)
+
+    return SimpleNamespace(generate=generate)
+
+
+async def test_a_request_passes_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unary call of a tenant with a key, on a server that has answered one before."""
+    recorder = Recorder()
+    key, tenant_entry = tenant("a")
+    service = Service(tenants=write_tenants(tmp_path / "tenants.yaml", tenant_entry))
+    engine = Engine(service.settings, tmp_path, lambda _: None)
+    engine._llm = async_llm(recorder)
+    service.servicer.engine = engine
+    manifest: Any = SimpleNamespace(tasks=(entry("one"),))
+    version = AdapterVersion("alpha", "1", "0" * 64, tmp_path, manifest, {"one": Slot(1, "alpha/1")})
+    served = ServedTask(entry("one"), "alpha", "1", slot=version.slots["one"], version=version)
+    service.servicer.catalog = Catalog(MappingProxyType({"one": served}))
+
+    answer = CallInterceptor._answer
+
+    async def recorded(*arguments: Any) -> Any:
+        recorder.begin()
+        return await answer(*arguments)
+
+    monkeypatch.setattr(CallInterceptor, "_answer", recorded)
+    async with service.running():
+        with Client(service.address, Access(key)) as client:
+            for _ in range(2):
+                reply = await asyncio.to_thread(client.generate, "one", "x")
+    assert reply.text == "x"
+    assert "server/engine/engine.py" in recorder.files
+    assert len(recorder.files) <= MOST_FILES, sorted(recorder.files)
