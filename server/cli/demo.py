@@ -1,5 +1,6 @@
 """`mtlora-server demo`: start a server, ask it every task of the built-in suite at once, print how it did."""
 
+import argparse
 import asyncio
 import random
 import statistics
@@ -8,11 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from mtlora.client import Answer, AsyncClient, ServerError
 from mtlora.suite import load_suite
 from mtlora.suite.base import Example
 from mtlora.task import is_correct
-from server.cli.process import ServerProcess
+from server.cli import CommandError
+from server.cli.process import ServerFailedError, ServerProcess
 
 # Requests in flight: enough to fill the engine's batches with every task.
 _CONCURRENCY = 64
@@ -32,10 +38,23 @@ class Asked:
         return self.answer is not None and is_correct(self.answer.text, self.example.target)
 
 
-def run_demo(backbone: str, adapters: Path, *, per_task: int, seed: int) -> int:
-    """Print a row a task and the summary line; returns 1 where a request failed, else 0."""
-    from rich.console import Console
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to serve, and which questions to ask."""
+    parser.add_argument("--backbone", default="default", help="default: %(default)s")
+    parser.add_argument("--adapters", type=Path, default=Path("adapters"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--per-task", type=int, default=10, help="questions a task; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="which questions; default: %(default)s")
 
+
+def run(options: argparse.Namespace) -> int:
+    """Print a row a task and the summary line; returns 1 if a request failed, else 0."""
+    try:
+        return _demonstrate(options.backbone, options.adapters, options.per_task, options.seed)
+    except ServerFailedError as error:
+        raise CommandError(str(error), 1) from None
+
+
+def _demonstrate(backbone: str, adapters: Path, per_task: int, seed: int) -> int:
     console = Console()
     suite = load_suite("builtin")
     console.print(f"Starting one server: backbone {backbone}, adapters {adapters} ...")
@@ -106,10 +125,6 @@ def _shortened(text: str, width: int) -> str:
 
 
 def _print_table(asked: Sequence[Asked], alone: Sequence[Asked]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)

@@ -9,12 +9,12 @@ import pytest
 
 from server import cli
 from server.engine import threads
-from server.settings import SettingsError, load_settings
+from server.settings import Settings, SettingsError, flag_of, load_settings
 
 
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MTLORA_MAX_NUM_SEQS", "MTLORA_ADAPTERS", "MTLORA_PORT"):
+    for name in ("MTLORA_MAX_NUM_SEQS", "MTLORA_ADAPTERS", "MTLORA_PORT", "MTLORA_HOST"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -40,7 +40,12 @@ def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path, monke
         ({"kv_cache_gib": "-1"}, "kv_cache_gib", "'-1'", "greater than 0"),
         ({"grace_period_s": "soon"}, "grace_period_s", "'soon'", "valid number"),
         ({"adapters": "/no/such/folder"}, "adapters", "'/no/such/folder'", "existing folder"),
-        ({"adapters": "gopher://adapters"}, "adapters", "'gopher://adapters'", "a URL that fsspec can read"),
+        (
+            {"adapters": "gopher://adapters"},
+            "adapters",
+            "'gopher://adapters'",
+            "allowed: a folder, or a URL that fsspec",
+        ),
         ({"adapter_slots": "0"}, "adapter_slots", "'0'", "greater than or equal to 1"),
         ({"engine_hang_s": "0"}, "engine_hang_s", "'0'", "greater than or equal to 1"),
         ({"max_num_batched_tokens": "8", "max_num_seqs": "9"}, "max_num_batched_tokens", "8", "at least max_num_seqs"),
@@ -112,10 +117,39 @@ def test_wrong_settings_and_help_are_answered_at_once() -> None:
         assert time.monotonic() - began < 4
 
 
-def test_every_setting_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_every_setting_with_its_description_and_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["serve", "--help"])
-    assert "--no-log-prompts" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, field in Settings.model_fields.items():
+        assert field.description
+        default = "unset" if field.default is None else field.default
+        flag = flag_of(name)
+        assert f"{flag} " in shown
+        assert f"{field.description} (default: {default})" in shown
+    assert "--log-prompts, --no-log-prompts" in shown
+    assert "--enforce-eager, --no-enforce-eager" in shown
+
+
+def test_flags_reach_the_settings_as_they_were_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTLORA_PORT", "8")
+    served: list[Settings] = []
+    monkeypatch.setattr("server.app.serve", lambda settings, ready: served.append(settings) or 0)
+    monkeypatch.setattr("server.telemetry.logs.configure_logging", lambda level: None)
+    flags = ["--adapters", str(tmp_path), "--port", "9", "--no-enable-prefix-caching", "--enforce-eager"]
+    assert cli.main(flags) == 0
+    (settings,) = served
+    assert (settings.port, settings.enable_prefix_caching, settings.enforce_eager) == (9, False, True)
+    assert settings.model_fields_set == {"adapters", "port", "enable_prefix_caching", "enforce_eager"}
+
+
+def test_an_empty_flag_is_wrong_where_an_empty_variable_is_not_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MTLORA_HOST", "")
+    assert load_settings({"adapters": tmp_path}).host == "127.0.0.1"
+    assert cli.main(["--adapters", str(tmp_path), "--host", ""]) == 2
+    assert "host: found '' (flag --host)" in capsys.readouterr().err
 
 
 def test_threads_are_the_setting_then_the_environment_then_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
