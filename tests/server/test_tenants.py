@@ -15,7 +15,7 @@ from mtlora.client import Access, AsyncClient, ServerError, make_request
 from server.telemetry.logs import JsonFormatter
 from server.tenants import Directory, TenantsError, read_tenants
 from server.tenants.authentication import Authenticator
-from server.tenants.keys import check_hash, hash_key, key_id_of, new_key, verify
+from server.tenants.keys import checked_hash, hash_key, key_id_of, new_key, verify
 from tests.faults._certificates import authority, issue
 from tests.faults._tenants import tenant, write_tenants
 from tests.server.fakes import Service
@@ -34,7 +34,7 @@ def test_keys() -> None:
 @given(st.text(max_size=80) | st.from_regex(r"scrypt\$ln=\d{1,3},r=\d{1,3},p=\d\$[A-Za-z0-9+/=]*\$[A-Za-z0-9+/=]*"))
 def test_what_is_no_hash_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"allowed|base64"):
-        check_hash(text)
+        checked_hash(text)
 
 
 @pytest.mark.parametrize(
