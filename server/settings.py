@@ -1,7 +1,7 @@
 """Every setting of the server: by flag, environment (MTLORA_...), file or default; the first that is set wins.
 
-A setting's name, type, default and description stand in `Settings.model_fields`; `flag_of` and `variable_of` give its
-flag and its environment variable.
+`Settings.model_fields` has the name, type, default and description of each; `flag_of` and `variable_of` give its flag
+and its environment variable.
 """
 
 import difflib
@@ -16,11 +16,11 @@ ENV_PREFIX = "MTLORA_"
 
 
 class SettingsError(ValueError):
-    """Settings that cannot be used: one line a setting, with what was found, where, and what is allowed."""
+    """Wrong settings: a line for each, with what was found, where, and what is allowed."""
 
 
 class Settings(BaseSettings):
-    """The server's settings. Fields left at None are decided when the machine and the backbone are known."""
+    """The server's settings. Fields left at None depend on the machine and the backbone."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
@@ -40,51 +40,51 @@ class Settings(BaseSettings):
     )
     allow_no_tasks: bool = Field(False, description="start although no adapter can be served")
     adapters_poll_s: float = Field(
-        2.0, gt=0, le=3600, description="seconds between looks at the adapters, beside the kernel's notices of changes"
+        2.0, gt=0, le=3600, description="seconds between scans of the adapters, beside the kernel's notices of changes"
     )
-    adapter_slots: int = Field(256, ge=1, description="adapter versions in the engine at a time")
+    adapter_slots: int = Field(256, ge=1, description="adapter versions in the engine at the same time")
     host_cache_gib: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="memory for adapters that have lost their place in the engine"
+        1.0, ge=0, allow_inf_nan=False, description="GiB of memory for adapters evicted from the engine"
     )
     adapter_cache: Path | None = Field(
         None, description="folder for copies of verified adapters; unset: the system's temporary folder"
     )
-    max_adapter_mib: int = Field(1024, ge=1, le=4096, description="largest adapter that is looked at")
-    verify_timeout_s: float = Field(60.0, ge=1, le=3600, description="seconds that verifying an adapter may take")
+    max_adapter_mib: int = Field(1024, ge=1, le=4096, description="MiB of the largest adapter accepted")
+    verify_timeout_s: float = Field(60.0, ge=1, le=3600, description="seconds allowed to verify an adapter")
 
     host: str = Field("127.0.0.1", min_length=1, description="address on which gRPC listens")
-    port: int = Field(50051, ge=0, le=65535, description="port of gRPC; 0 takes a free one")
+    port: int = Field(50051, ge=0, le=65535, description="port of gRPC; 0: a free one")
     metrics_host: str = Field("127.0.0.1", min_length=1, description="address on which /metrics listens")
-    metrics_port: int = Field(9090, ge=0, le=65535, description="port of /metrics; 0 takes a free one")
+    metrics_port: int = Field(9090, ge=0, le=65535, description="port of /metrics; 0: a free one")
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="dtype of the backbone; auto: its weights', or float32 on a CPU without bfloat16 products"
+        "auto", description="dtype of the backbone; auto: as its weights, or float32 on a CPU without bfloat16 products"
     )
-    max_model_len: int = Field(1024, ge=16, description="context: prompt and answer tokens of one sequence")
+    max_model_len: int = Field(1024, ge=16, description="prompt and answer tokens of one sequence")
     max_num_seqs: int = Field(64, ge=1, description="sequences in one step")
     max_num_batched_tokens: int | None = Field(None, ge=1, description="tokens in one step; unset: the engine's choice")
     kv_cache_gib: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="KV cache; unset: 1 on CPU, gpu_memory_utilization on GPU"
+        None, gt=0, allow_inf_nan=False, description="GiB of KV cache; unset: 1 on CPU, gpu_memory_utilization on GPU"
     )
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of GPU memory, without kv_cache_gib")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of GPU memory, if kv_cache_gib is unset")
     enforce_eager: bool | None = Field(None, description="do not compile; unset: true on CPU, false on GPU")
-    enable_prefix_caching: bool = Field(True, description="share the KV cache of equal prompt beginnings")
-    seed: int = Field(0, ge=0, lt=2**31, description="seed of sampling where a request has none")
-    tensor_parallel_size: int = Field(1, ge=1, description="ranks that share every layer")
-    pipeline_parallel_size: int = Field(1, ge=1, description="ranks that share the layers among them")
+    enable_prefix_caching: bool = Field(True, description="share the KV cache of equal prompt prefixes")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of sampling for requests without one")
+    tensor_parallel_size: int = Field(1, ge=1, description="ranks that split every layer")
+    pipeline_parallel_size: int = Field(1, ge=1, description="ranks that split the sequence of layers")
     data_parallel_size: int = Field(1, ge=1, description="engines behind this server, each with ranks of its own")
     distributed_executor_backend: Literal["mp", "ray"] | None = Field(
         None,
-        description='what starts ranks: "mp" on this machine, "ray" on those of a Ray cluster; unset: one on CPU '
-        "runs in the engine's own process, else the engine's choice",
+        description='where ranks run: "mp" on this machine, "ray" on a Ray cluster; unset: one rank on CPU runs in the '
+        "engine's own process, otherwise the engine chooses",
     )
     quantization: str | None = Field(
-        None, min_length=1, description="how the backbone's weights are quantised; unset: as its config says"
+        None, min_length=1, description="quantisation of the backbone's weights; unset: as its config says"
     )
     adapter_backbone_check: Literal["strict", "architecture"] = Field(
         "strict",
-        description='"strict" serves only adapters made beside these very weights; "architecture" also those made '
-        "beside others of the same shape, as a quantised backbone needs",
+        description='"strict" serves only adapters trained on these very weights; "architecture" also those trained on '
+        "others of the same shape, as a quantised backbone needs",
     )
     omp_threads_bind: str | None = Field(
         None, min_length=1, description='cores of the engine\'s threads, such as "0-3" or, by rank, "0|1"; unset: all'
@@ -100,41 +100,47 @@ class Settings(BaseSettings):
     )
 
     engine_hang_s: float = Field(
-        60.0, ge=1, le=3600, description="seconds without a step, while work waits, after which the engine is restarted"
+        60.0, ge=1, le=3600, description="seconds without a step, while work waits, until the engine is restarted"
     )
     engine_max_failures: int = Field(
-        3, ge=1, description="engine failures within engine_failure_window_s after which the server exits"
+        3, ge=1, description="engine failures within engine_failure_window_s until the server exits"
     )
-    engine_failure_window_s: float = Field(600.0, gt=0, allow_inf_nan=False, description="see engine_max_failures")
+    engine_failure_window_s: float = Field(
+        600.0, gt=0, allow_inf_nan=False, description="seconds; see engine_max_failures"
+    )
 
-    max_in_flight: int | None = Field(None, ge=1, description="requests admitted at a time; unset: 4 x max_num_seqs")
-    max_message_bytes: int = Field(1 << 20, ge=1024, le=1 << 28, description="largest request message")
+    max_in_flight: int | None = Field(None, ge=1, description="requests admitted at once; unset: 4 x max_num_seqs")
+    max_message_bytes: int = Field(1 << 20, ge=1024, le=1 << 28, description="bytes of the largest request message")
     grace_period_s: float = Field(
-        30.0, ge=0, allow_inf_nan=False, description="seconds that running requests get to finish after SIGTERM"
+        30.0, ge=0, allow_inf_nan=False, description="seconds for running requests to finish after SIGTERM"
     )
     tenants: Path | None = Field(None, description="tenants file; unset: one open tenant, without keys or quotas")
     tls_certificate: Path | None = Field(None, description="PEM certificate chain of gRPC; unset: no TLS")
     tls_key: Path | None = Field(None, description="PEM private key of the certificate")
-    tls_client_ca: Path | None = Field(None, description="PEM authorities; clients must show a certificate of theirs")
+    tls_client_ca: Path | None = Field(None, description="PEM authorities that clients' certificates must come from")
     max_connections: int = Field(4096, ge=1, description="open connections")
-    max_concurrent_streams: int = Field(1024, ge=1, description="calls at a time on one connection")
-    keepalive_s: float = Field(60.0, ge=1, le=86400, description="seconds of silence until a connection is tried")
-    keepalive_timeout_s: float = Field(20.0, ge=1, le=3600, description="seconds until a silent connection is closed")
-    min_ping_interval_s: float = Field(10.0, ge=0, le=3600, description="clients that ping more often are closed")
+    max_concurrent_streams: int = Field(1024, ge=1, description="calls at the same time on one connection")
+    keepalive_s: float = Field(60.0, ge=1, le=86400, description="seconds of silence until a connection is pinged")
+    keepalive_timeout_s: float = Field(
+        20.0, ge=1, le=3600, description="seconds until an unanswered ping ends a connection"
+    )
+    min_ping_interval_s: float = Field(
+        10.0, ge=0, le=3600, description="seconds; connections that ping more often are closed"
+    )
     max_connection_idle_s: float = Field(3600.0, ge=1, description="seconds until a connection without calls is closed")
-    slow_reader_s: float = Field(30.0, gt=0, le=3600, description="seconds that a stream's message may go untaken")
+    slow_reader_s: float = Field(30.0, gt=0, le=3600, description="seconds until a stream that nobody reads is ended")
 
     health_port: int | None = Field(
-        None, ge=0, le=65535, description="port of a second listener, on host, that knows health alone; unset: none"
+        None, ge=0, le=65535, description="port of a second listener, on host, for health checks alone; unset: none"
     )
     routing_sample_steps: int = Field(
-        0, ge=0, description="sample how tokens are routed every so many steps, for the metrics; 0: never"
+        0, ge=0, description="sample the routing of tokens for the metrics, every so many steps; 0: never"
     )
-    metrics_exemplars: bool = Field(False, description="histograms carry trace or request ids, in OpenMetrics")
+    metrics_exemplars: bool = Field(False, description="add trace or request ids to histograms, in OpenMetrics")
     otlp_endpoint: str | None = Field(
-        None, min_length=1, description="OpenTelemetry collector (OTLP/gRPC) that gets a trace a request; unset: none"
+        None, min_length=1, description="OpenTelemetry collector (OTLP/gRPC) for a trace of each request; unset: none"
     )
-    trace_sample_ratio: float = Field(1.0, ge=0, le=1, description="share of the requests that are traced")
+    trace_sample_ratio: float = Field(1.0, ge=0, le=1, description="share of requests that are traced")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
     log_prompts: bool = Field(False, description="log prompts too")
 
@@ -172,7 +178,7 @@ class Settings(BaseSettings):
 
     @property
     def ranks(self) -> int:
-        """Workers in all, of every engine."""
+        """Workers of all engines."""
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
 
     @property

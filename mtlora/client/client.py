@@ -1,4 +1,4 @@
-"""The clients, for threads and for asyncio. They depend on the contract alone."""
+"""The clients, for threads and for asyncio. They depend only on the gRPC contract."""
 
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -84,11 +84,11 @@ class Client(_Connection):
         self._call(self._adapters.Unload, adapters_pb2.UnloadAdapterRequest(adapter=adapter))
 
     def rollback_adapter(self, adapter: str) -> adapters_pb2.AdapterVersion:
-        """Let the version serve that served before."""
+        """Let the previous version serve again."""
         return self._call(self._adapters.Rollback, adapters_pb2.RollbackAdapterRequest(adapter=adapter)).serving
 
     def pin_adapter(self, adapter: str, pinned: bool = True) -> None:
-        """Keep an adapter in the engine's memory, or no longer."""
+        """Keep an adapter in the engine's memory, or stop keeping it."""
         if pinned:
             self._call(self._adapters.Pin, adapters_pb2.PinAdapterRequest(adapter=adapter))
         else:
@@ -108,7 +108,7 @@ class Client(_Connection):
         return _read(call)
 
     def is_serving(self, service: str = "", timeout: float = 2.0) -> bool:
-        """The health of a service; False where the server cannot be reached."""
+        """Whether a service is healthy; False if the server cannot be reached."""
         try:
             reply = self._health.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout)
         except grpc.RpcError:
@@ -129,7 +129,7 @@ class Client(_Connection):
 
 
 class AsyncClient(_Connection):
-    """As `Client`, for asyncio."""
+    """`Client` for asyncio: answers alone."""
 
     def __init__(self, address: str, access: Access = OPEN) -> None:
         super().__init__(grpc.aio, address, access)

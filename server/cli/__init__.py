@@ -16,8 +16,8 @@ _COMMANDS = {
     "new-key": "make an API key, and its entry for the tenants file",
 }
 
-# Importing vLLM makes millions of objects that stay. With Python's own threshold, a fifth of the time to import goes to
-# looking through them for garbage. The engine's processes import this module first, so this holds for them too.
+# Importing vLLM makes millions of lasting objects. With Python's own threshold, a fifth of the import time goes to
+# garbage collections. The engine's processes import this module first, so this holds for them too.
 gc.set_threshold(50_000, 20, 20)
 
 

@@ -1,4 +1,4 @@
-"""`mtlora-server adapters`: what an operator does to the adapters of a running server."""
+"""`mtlora-server adapters`: list and change the adapters of a running server."""
 
 import argparse
 from collections.abc import Iterable, Iterator
@@ -22,14 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument("version", nargs="?", default="", help="default: the highest")
     for action, text in (
         ("unload", "stop serving an adapter"),
-        ("rollback", "let the version serve that served before"),
+        ("rollback", "let the previous version serve again"),
         ("pin", "keep an adapter in the engine's memory"),
         ("unpin", "let an adapter make room for others again"),
     ):
         actions.add_parser(action, help=text).add_argument("adapter")
     weights = actions.add_parser("weights", help="split requests among versions, such as: weights mine 3=90 4=10")
     weights.add_argument("adapter", help="or, with --task, a task")
-    weights.add_argument("weights", nargs="*", metavar="VERSION=WEIGHT", help="none end the split")
+    weights.add_argument("weights", nargs="*", metavar="VERSION=WEIGHT", help="none: end the split")
     weights.add_argument("--task", action="store_true", help="split the requests of one task alone")
     watch = actions.add_parser("watch", help="print what happens to adapters, until interrupted")
     watch.add_argument("adapter", nargs="?", default="", help="default: all")

@@ -1,4 +1,4 @@
-"""`mtlora-server demo`: start a server, ask it every task of the built-in suite at once, print how it did."""
+"""`mtlora-server demo`: start a server, ask it every task of the built-in suite at once, print its accuracy."""
 
 import argparse
 import asyncio
@@ -20,13 +20,13 @@ from mtlora.task import is_correct
 from server.cli import CommandError
 from server.cli.process import ServerFailedError, ServerProcess
 
-# Requests in flight: enough to fill the engine's batches with every task.
+# Requests in flight: enough to mix all tasks in the engine's batches.
 _CONCURRENCY = 64
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One example and what came back: an answer, or the error that took its place."""
+    """One example and its answer, or the error."""
 
     example: Example
     answer: Answer | None
@@ -71,7 +71,7 @@ def _demonstrate(backbone: str, adapters: Path, per_task: int, seed: int) -> int
         if not examples:
             console.print("The server has no task of the built-in suite.")
             return 1
-        # Shuffled, so that every batch of the engine mixes tasks.
+        # Shuffle, so that every batch mixes tasks.
         random.Random(seed).shuffle(examples)
         with console.status(
             f"Asking {len(examples)} questions of {len({e.task_id for e in examples})} tasks at once ..."
@@ -119,7 +119,7 @@ def _accuracy(asked: Sequence[Asked]) -> float:
 
 
 def _shortened(text: str, width: int) -> str:
-    """One line of at most `width` characters; of a longer one, the end, where most inputs ask their question."""
+    """One line of at most `width` characters: the end of a longer text, as most inputs end with their question."""
     line = " ".join(text.split())
     return line if len(line) <= width else "…" + line[-(width - 1) :]
 
