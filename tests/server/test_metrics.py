@@ -1,4 +1,4 @@
-"""The metrics page: bounded however many tasks and tenants there are, and right whatever the engine's processes do."""
+"""The metrics page: its size is bounded, and its counts survive restarts of the engine's processes."""
 
 import re
 import time
@@ -18,7 +18,7 @@ from server.telemetry.top import OTHER, TopLabels
 STATUSES = ("OK", "CANCELLED", "DEADLINE_EXCEEDED", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "UNAVAILABLE")
 
 
-# `_created` samples, which the server does not have.
+# The server has no `_created` samples to compare.
 disable_created_metrics()
 
 EXEMPLAR = {"request_id": "r"}
@@ -47,7 +47,7 @@ LOOP = range(1_000_000)
 
 
 def least_time(work: Callable[[], object]) -> float:
-    """Seconds of this thread's own time, of five times: neighbours on the machine do not count."""
+    """The least processor time of five runs, in seconds: other processes do not count."""
     times = []
     for _ in range(5):
         began = time.thread_time()
@@ -76,7 +76,7 @@ def test_a_scrape_of_many_tasks_and_tenants_is_small_and_quick() -> None:
     metrics.record_workers([worker(routing=routing)])
     page = generate_latest(metrics.registry)
     assert len(page) <= 1_000_000
-    # 50 ms where a million rounds of a loop take 40: a fixed time would say more of the machine than of the page.
+    # A million rounds of a loop are the measure, as a fixed time would depend on the machine.
     assert least_time(lambda: generate_latest(metrics.registry)) <= 1.25 * least_time(lambda: sum(i for i in LOOP))
     labels = {s.labels["task"] for m in metrics.registry.collect() for s in m.samples if "task" in s.labels}
     assert len(labels) == TOP_TASKS + 1
@@ -84,7 +84,7 @@ def test_a_scrape_of_many_tasks_and_tenants_is_small_and_quick() -> None:
     assert len(labels) == TOP_TENANTS + 1
 
 
-def test_requests_are_counted_once_whichever_label_they_get() -> None:
+def test_requests_are_counted_once_under_any_label() -> None:
     metrics = Metrics(top_tasks=3)
     for i in range(100):
         record(metrics, f"task-{i % 10}")
@@ -129,7 +129,7 @@ def test_never_more_labels_than_the_limit(names: list[str], limit: int) -> None:
         assert all(top.label(each) == each for each in kept)
 
 
-def test_tenants_are_folded_when_scraped() -> None:
+def test_gauges_by_tenant_are_summed_at_each_scrape() -> None:
     metrics = Metrics(top_tenants=1)
     record(metrics, tenant="big")
     running = {"big": 5, "small": 2, "smaller": 1}
@@ -155,7 +155,7 @@ def test_several_engines_add_up() -> None:
     assert value(metrics, "mtlora_engine_step_sequences_count") == 3
 
 
-def test_a_steps_sequences_include_those_it_ended() -> None:
+def test_sequences_of_a_step_include_those_that_ended_in_it() -> None:
     metrics = Metrics()
     metrics.record_engine(EngineStats(0, 0, 0.0, 0, 0, finished=5))
     metrics.record_engine(EngineStats(3, 0, 0.0, 0, 0, finished=2))
@@ -186,7 +186,7 @@ def test_counts_of_workers_survive_their_restart() -> None:
     assert value(metrics, "mtlora_engine_restarts_total", reason="died") == 1
 
 
-def test_routing_is_that_of_the_busiest_adapters() -> None:
+def test_routing_shows_the_busiest_adapters() -> None:
     metrics = Metrics()
     routing = {f"a/{i}": RoutingSums(rows=i + 1, entropy=0.5, expert_weights=[0.25, 0.75]) for i in range(30)}
     metrics.record_workers([worker(), worker(routing=routing), worker(routing=routing)])
@@ -196,7 +196,7 @@ def test_routing_is_that_of_the_busiest_adapters() -> None:
 
 
 @pytest.mark.parametrize("exemplars", [True, False])
-def test_exemplars_by_flag(exemplars: bool) -> None:
+def test_histograms_carry_exemplars_by_flag(exemplars: bool) -> None:
     metrics = Metrics(exemplars=exemplars)
     metrics.observe_e2e("open", 0.1, EXEMPLAR)
     assert (b'# {request_id="r"} 0.1' in openmetrics(metrics.registry)) is exemplars
@@ -206,12 +206,12 @@ OBSERVED = st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from([0.1, 0.25,
 
 
 def page_without_sums(registry: CollectorRegistry) -> list[str]:
-    """Sums differ in their last bits: those of n equal observations are products."""
+    """The page's lines but sums, which differ in their last bits: n equal observations are one product."""
     return [line for line in generate_latest(registry).decode().splitlines() if "_sum" not in line]
 
 
 @given(OBSERVED, st.booleans())
-def test_histograms_show_as_those_of_prometheus_client(observed: list[tuple[str, float, int]], drop: bool) -> None:
+def test_histograms_look_like_those_of_prometheus_client(observed: list[tuple[str, float, int]], drop: bool) -> None:
     ours, theirs = CollectorRegistry(), CollectorRegistry()
     histograms = Histograms("h", "text", ["label"], buckets=(0.25, 1.0), registry=ours)
     plain = Histograms("p", "text", buckets=(0.25, 1.0), registry=ours)
@@ -232,7 +232,7 @@ def test_histograms_show_as_those_of_prometheus_client(observed: list[tuple[str,
 
 
 @given(OBSERVED, st.booleans())
-def test_counts_show_as_counters_of_prometheus_client(observed: list[tuple[str, float, int]], drop: bool) -> None:
+def test_counts_look_like_counters_of_prometheus_client(observed: list[tuple[str, float, int]], drop: bool) -> None:
     ours, theirs = CollectorRegistry(), CollectorRegistry()
     counts, plain = Counts("c", "text", ["label", "n"], registry=ours), Counts("p", "text", registry=ours)
     expected = Counter("c", "text", ["label", "n"], registry=theirs)
@@ -248,7 +248,7 @@ def test_counts_show_as_counters_of_prometheus_client(observed: list[tuple[str, 
     assert generate_latest(ours) == generate_latest(theirs)
 
 
-def test_a_histograms_exemplar_is_its_buckets_last() -> None:
+def test_a_bucket_shows_its_last_exemplar() -> None:
     ours, theirs = CollectorRegistry(), CollectorRegistry()
     histograms = Histograms("h", "text", buckets=(1.0, 2.0), registry=ours)
     expected = Histogram("h", "text", buckets=(1.0, 2.0), registry=theirs)
@@ -261,7 +261,7 @@ def test_a_histograms_exemplar_is_its_buckets_last() -> None:
 
 
 def test_every_metric_has_a_name_a_type_and_help() -> None:
-    """What the reference page is made of."""
+    """docs/reference is made of these."""
     metrics = Metrics()
     families = list(metrics.registry.collect())
     assert sorted(family.name for family in families) == sorted(metrics.labels)
