@@ -1,4 +1,4 @@
-"""`python -m server.probe`: ask a server's health, for a container's health check. Exit status 0 where it is well."""
+"""`python -m server.probe`: ask a server's health, for a container's health check. Exit status 0: it is serving."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 where the service is SERVING, 1 where it is not or cannot be reached."""
+    """0 if the service is SERVING, 1 if it is not or cannot be reached."""
     default = f"127.0.0.1:{os.environ.get('MTLORA_HEALTH_PORT') or os.environ.get('MTLORA_PORT') or 50051}"
     parser = argparse.ArgumentParser(prog="python -m server.probe", description=__doc__)
     parser.add_argument("service", nargs="?", default="live", help='"live", or "mtlora.v1.Inference" for readiness')

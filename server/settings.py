@@ -1,28 +1,38 @@
-"""Every setting of the server: by flag, environment (MTLORA_...), file or default; the first that is set wins."""
+"""Every setting of the server: by flag, environment (MTLORA_...), file or default; the first that is set wins.
+
+`Settings.model_fields` has the name, type, default and description of each; `flag_of` and `variable_of` give its flag
+and its environment variable.
+"""
 
 import difflib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
-
-from server.registry.mirror import check_url, is_url
+from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource, SettingsConfigDict
 
 ENV_PREFIX = "MTLORA_"
 
 
 class SettingsError(ValueError):
-    """Settings that cannot be used: one line a setting, with what was found, where, and what is allowed."""
+    """Wrong settings: a line for each, with what was found, where, and what is allowed."""
 
 
 class Settings(BaseSettings):
-    """The server's settings. Fields left at None are decided when the machine and the backbone are known."""
+    """The server's settings. Fields left at None depend on the machine and the backbone."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        # How `mtlora-server serve --help` shows them.
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_parse_none_str="unset",
+    )
 
     backbone: str = Field("default", min_length=1, description='"default", a Hugging Face model folder, or a hub id')
     adapters: str | None = Field(
@@ -30,54 +40,54 @@ class Settings(BaseSettings):
     )
     allow_no_tasks: bool = Field(False, description="start although no adapter can be served")
     adapters_poll_s: float = Field(
-        2.0, gt=0, le=3600, description="seconds between looks at the adapters, beside the kernel's notices of changes"
+        2.0, gt=0, le=3600, description="seconds between scans of the adapters, beside the kernel's notices of changes"
     )
-    adapter_slots: int = Field(256, ge=1, description="adapter versions in the engine at a time")
+    adapter_slots: int = Field(256, ge=1, description="adapter versions in the engine at the same time")
     host_cache_gib: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="memory for adapters that have lost their place in the engine"
+        1.0, ge=0, allow_inf_nan=False, description="GiB of memory for adapters evicted from the engine"
     )
     adapter_cache: Path | None = Field(
-        None, description="folder for copies of verified adapters; default: the system's temporary folder"
+        None, description="folder for copies of verified adapters; unset: the system's temporary folder"
     )
-    max_adapter_mib: int = Field(1024, ge=1, le=4096, description="largest adapter that is looked at")
-    verify_timeout_s: float = Field(60.0, ge=1, le=3600, description="seconds that verifying an adapter may take")
+    max_adapter_mib: int = Field(1024, ge=1, le=4096, description="MiB of the largest adapter accepted")
+    verify_timeout_s: float = Field(60.0, ge=1, le=3600, description="seconds allowed to verify an adapter")
 
     host: str = Field("127.0.0.1", min_length=1, description="address on which gRPC listens")
-    port: int = Field(50051, ge=0, le=65535, description="port of gRPC; 0 takes a free one")
+    port: int = Field(50051, ge=0, le=65535, description="port of gRPC; 0: a free one")
     metrics_host: str = Field("127.0.0.1", min_length=1, description="address on which /metrics listens")
-    metrics_port: int = Field(9090, ge=0, le=65535, description="port of /metrics; 0 takes a free one")
+    metrics_port: int = Field(9090, ge=0, le=65535, description="port of /metrics; 0: a free one")
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="dtype of the backbone; auto: its weights', or float32 on a CPU without bfloat16 products"
+        "auto", description="dtype of the backbone; auto: as its weights, or float32 on a CPU without bfloat16 products"
     )
-    max_model_len: int = Field(1024, ge=16, description="context: prompt and answer tokens of one sequence")
+    max_model_len: int = Field(1024, ge=16, description="prompt and answer tokens of one sequence")
     max_num_seqs: int = Field(64, ge=1, description="sequences in one step")
-    max_num_batched_tokens: int | None = Field(None, ge=1, description="tokens in one step; default: the engine's")
+    max_num_batched_tokens: int | None = Field(None, ge=1, description="tokens in one step; unset: the engine's choice")
     kv_cache_gib: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="KV cache; default: 1 on CPU, gpu_memory_utilization on GPU"
+        None, gt=0, allow_inf_nan=False, description="GiB of KV cache; unset: 1 on CPU, gpu_memory_utilization on GPU"
     )
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of GPU memory, without kv_cache_gib")
-    enforce_eager: bool | None = Field(None, description="do not compile; default: true on CPU, false on GPU")
-    enable_prefix_caching: bool = Field(True, description="share the KV cache of equal prompt beginnings")
-    seed: int = Field(0, ge=0, lt=2**31, description="seed of sampling where a request has none")
-    tensor_parallel_size: int = Field(1, ge=1, description="ranks that share every layer")
-    pipeline_parallel_size: int = Field(1, ge=1, description="ranks that share the layers among them")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of GPU memory, if kv_cache_gib is unset")
+    enforce_eager: bool | None = Field(None, description="do not compile; unset: true on CPU, false on GPU")
+    enable_prefix_caching: bool = Field(True, description="share the KV cache of equal prompt prefixes")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of sampling for requests without one")
+    tensor_parallel_size: int = Field(1, ge=1, description="ranks that split every layer")
+    pipeline_parallel_size: int = Field(1, ge=1, description="ranks that split the sequence of layers")
     data_parallel_size: int = Field(1, ge=1, description="engines behind this server, each with ranks of its own")
     distributed_executor_backend: Literal["mp", "ray"] | None = Field(
         None,
-        description='what starts ranks: "mp" on this machine, "ray" on those of a Ray cluster; default: one on CPU '
-        "runs in the engine's own process, else the engine's choice",
+        description='where ranks run: "mp" on this machine, "ray" on a Ray cluster; unset: one rank on CPU runs in the '
+        "engine's own process, otherwise the engine chooses",
     )
     quantization: str | None = Field(
-        None, min_length=1, description="how the backbone's weights are quantised; default: as its config says"
+        None, min_length=1, description="quantisation of the backbone's weights; unset: as its config says"
     )
     adapter_backbone_check: Literal["strict", "architecture"] = Field(
         "strict",
-        description='"strict" serves only adapters made beside these very weights; "architecture" also those made '
-        "beside others of the same shape, as a quantised backbone needs",
+        description='"strict" serves only adapters trained on these very weights; "architecture" also those trained on '
+        "others of the same shape, as a quantised backbone needs",
     )
     omp_threads_bind: str | None = Field(
-        None, min_length=1, description='cores of the engine\'s threads, such as "0-3" or, by rank, "0|1"; default: all'
+        None, min_length=1, description='cores of the engine\'s threads, such as "0-3" or, by rank, "0|1"; unset: all'
     )
 
     preload: bool = Field(
@@ -90,41 +100,47 @@ class Settings(BaseSettings):
     )
 
     engine_hang_s: float = Field(
-        60.0, ge=1, le=3600, description="seconds without a step, while work waits, after which the engine is restarted"
+        60.0, ge=1, le=3600, description="seconds without a step, while work waits, until the engine is restarted"
     )
     engine_max_failures: int = Field(
-        3, ge=1, description="engine failures within engine_failure_window_s after which the server exits"
+        3, ge=1, description="engine failures within engine_failure_window_s until the server exits"
     )
-    engine_failure_window_s: float = Field(600.0, gt=0, allow_inf_nan=False, description="see engine_max_failures")
+    engine_failure_window_s: float = Field(
+        600.0, gt=0, allow_inf_nan=False, description="seconds; see engine_max_failures"
+    )
 
-    max_in_flight: int | None = Field(None, ge=1, description="requests admitted at a time; default: 4 x max_num_seqs")
-    max_message_bytes: int = Field(1 << 20, ge=1024, le=1 << 28, description="largest request message")
+    max_in_flight: int | None = Field(None, ge=1, description="requests admitted at once; unset: 4 x max_num_seqs")
+    max_message_bytes: int = Field(1 << 20, ge=1024, le=1 << 28, description="bytes of the largest request message")
     grace_period_s: float = Field(
-        30.0, ge=0, allow_inf_nan=False, description="seconds that running requests get to finish after SIGTERM"
+        30.0, ge=0, allow_inf_nan=False, description="seconds for running requests to finish after SIGTERM"
     )
-    tenants: Path | None = Field(None, description="tenants file; default: one open tenant, without keys or quotas")
-    tls_certificate: Path | None = Field(None, description="PEM certificate chain of gRPC; default: no TLS")
+    tenants: Path | None = Field(None, description="tenants file; unset: one open tenant, without keys or quotas")
+    tls_certificate: Path | None = Field(None, description="PEM certificate chain of gRPC; unset: no TLS")
     tls_key: Path | None = Field(None, description="PEM private key of the certificate")
-    tls_client_ca: Path | None = Field(None, description="PEM authorities; clients must show a certificate of theirs")
+    tls_client_ca: Path | None = Field(None, description="PEM authorities that clients' certificates must come from")
     max_connections: int = Field(4096, ge=1, description="open connections")
-    max_concurrent_streams: int = Field(1024, ge=1, description="calls at a time on one connection")
-    keepalive_s: float = Field(60.0, ge=1, le=86400, description="seconds of silence until a connection is tried")
-    keepalive_timeout_s: float = Field(20.0, ge=1, le=3600, description="seconds until a silent connection is closed")
-    min_ping_interval_s: float = Field(10.0, ge=0, le=3600, description="clients that ping more often are closed")
+    max_concurrent_streams: int = Field(1024, ge=1, description="calls at the same time on one connection")
+    keepalive_s: float = Field(60.0, ge=1, le=86400, description="seconds of silence until a connection is pinged")
+    keepalive_timeout_s: float = Field(
+        20.0, ge=1, le=3600, description="seconds until an unanswered ping ends a connection"
+    )
+    min_ping_interval_s: float = Field(
+        10.0, ge=0, le=3600, description="seconds; connections that ping more often are closed"
+    )
     max_connection_idle_s: float = Field(3600.0, ge=1, description="seconds until a connection without calls is closed")
-    slow_reader_s: float = Field(30.0, gt=0, le=3600, description="seconds that a stream's message may go untaken")
+    slow_reader_s: float = Field(30.0, gt=0, le=3600, description="seconds until a stream that nobody reads is ended")
 
     health_port: int | None = Field(
-        None, ge=0, le=65535, description="port of a second listener, on host, that knows health alone; default: none"
+        None, ge=0, le=65535, description="port of a second listener, on host, for health checks alone; unset: none"
     )
     routing_sample_steps: int = Field(
-        0, ge=0, description="sample how tokens are routed every so many steps, for the metrics; 0: never"
+        0, ge=0, description="sample the routing of tokens for the metrics, every so many steps; 0: never"
     )
-    metrics_exemplars: bool = Field(False, description="histograms carry trace or request ids, in OpenMetrics")
+    metrics_exemplars: bool = Field(False, description="add trace or request ids to histograms, in OpenMetrics")
     otlp_endpoint: str | None = Field(
-        None, min_length=1, description="OpenTelemetry collector (OTLP/gRPC) that gets a trace a request; default: none"
+        None, min_length=1, description="OpenTelemetry collector (OTLP/gRPC) for a trace of each request; unset: none"
     )
-    trace_sample_ratio: float = Field(1.0, ge=0, le=1, description="share of the requests that are traced")
+    trace_sample_ratio: float = Field(1.0, ge=0, le=1, description="share of requests that are traced")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
     log_prompts: bool = Field(False, description="log prompts too")
 
@@ -134,7 +150,7 @@ class Settings(BaseSettings):
         if adapters is None:
             return None
         if is_url(str(adapters)):
-            check_url(str(adapters))
+            _check_protocol(str(adapters))
         elif not Path(adapters).is_dir():
             raise ValueError(
                 "not a folder; allowed: an existing folder of adapter checkpoints, NAME/VERSION/ each, or a URL of one"
@@ -162,7 +178,7 @@ class Settings(BaseSettings):
 
     @property
     def ranks(self) -> int:
-        """Workers in all, of every engine."""
+        """Workers of all engines."""
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
 
     @property
@@ -170,27 +186,37 @@ class Settings(BaseSettings):
         return self.max_in_flight or 4 * self.max_num_seqs
 
 
+def flag_of(setting: str) -> str:
+    return f"--{setting.replace('_', '-')}"
+
+
+def variable_of(setting: str) -> str:
+    """The setting's environment variable."""
+    return f"{ENV_PREFIX}{setting.upper()}"
+
+
+def is_url(adapters: str) -> bool:
+    """Whether `adapters` names storage by URL, rather than a folder."""
+    return "://" in adapters
+
+
 def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
     """Settings from flags, then the environment, then the YAML file `config`, then defaults. Raises SettingsError."""
     in_file = _read_file(config) if config else {}
-
-    class Sources(Settings):
-        @classmethod
-        def settings_customise_sources(
-            cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource, dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:  # fmt: skip
-            return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=config)
-
+    environment = EnvSettingsSource(Settings)
+    sources = (InitSettingsSource(Settings, dict(flags)), environment, InitSettingsSource(Settings, in_file))
     try:
-        return Sources(**flags)
+        return Settings(_build_sources=(sources, dict(flags)))
     except ValidationError as error:
-        lines = [_explain(item, flags, in_file, config) for item in error.errors(include_url=False)]
+        in_environment = environment()
+        lines = [_explain(item, flags, in_environment, in_file, config) for item in error.errors(include_url=False)]
         raise SettingsError("\n".join(lines)) from None
 
 
 def _read_file(path: Path) -> dict[str, Any]:
+    # Not pydantic-settings' YAML source: it takes a missing file for an empty one, and names no file in its errors.
+    import yaml
+
     try:
         found = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -200,17 +226,22 @@ def _read_file(path: Path) -> dict[str, Any]:
     return found or {}
 
 
-def _explain(item: Any, flags: Mapping[str, Any], in_file: Mapping[str, Any], config: Path | None) -> str:
-    """One line: the setting, what was found and where, what is allowed."""
+def _explain(
+    item: Any,
+    flags: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    in_file: Mapping[str, Any],
+    config: Path | None,
+) -> str:
+    """One line for one violation: the setting, what was found and where, what is allowed."""
     message = item["msg"].removeprefix("Value error, ")
     if not item["loc"]:
         return str(message)
     name = str(item["loc"][0])
-    variable = f"{ENV_PREFIX}{name.upper()}"
     if name in flags:
-        where = f"flag --{name.replace('_', '-')}"
-    elif any(key.upper() == variable for key in os.environ):
-        where = f"environment variable {variable}"
+        where = f"flag {flag_of(name)}"
+    elif name in environment:
+        where = f"environment variable {variable_of(name)}"
     elif name in in_file:
         where = f"file {config}"
     else:
@@ -220,3 +251,14 @@ def _explain(item: Any, flags: Mapping[str, Any], in_file: Mapping[str, Any], co
         hint = f"; did you mean {near[0]}?" if near else f"; allowed: {', '.join(Settings.model_fields)}"
         return f"{name}: no such setting ({where}){hint}"
     return f"{name}: found {str(item['input'])!r} ({where}); {message}"
+
+
+def _check_protocol(url: str) -> None:
+    """Raise ValueError unless fsspec knows the protocol and the package for it is installed."""
+    import fsspec
+
+    protocol = url.partition("://")[0]
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"{protocol}://: {error}; allowed: a folder, or a URL that fsspec can read") from None

@@ -1,7 +1,9 @@
 """Python clients of the server, for threads and for asyncio."""
 
 from mtlora.client.access import OPEN, Access
-from mtlora.client.client import Answer, AsyncClient, Client, Input, ServerError, make_request
+from mtlora.client.client import AsyncClient, Client
+from mtlora.client.errors import ServerError
+from mtlora.client.messages import Answer, Input, make_request
 from mtlora.client.metrics_page import MetricsPage
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""How a client gets in: an API key, and TLS."""
+"""A client's credentials: an API key, and TLS."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +9,11 @@ import grpc
 
 @dataclass(frozen=True)
 class Access:
-    """Credentials of a client. PEM files.
+    """Credentials of a client; paths are of PEM files.
 
-    ca: authorities that the server's certificate is checked against; without it there is no TLS.
-    certificate, key: the client's own, where the server wants one.
-    server_name: the name to look for in the server's certificate, where it is not the address's.
+    ca: authorities for the server's certificate; None means no TLS.
+    certificate, key: the client's own, if the server requires them.
+    server_name: the name in the server's certificate, if it is not the address's.
     """
 
     api_key: str | None = None
@@ -23,7 +23,7 @@ class Access:
     server_name: str | None = None
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What every call carries."""
+        """Metadata for every call."""
         return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
 
     def channel(self, kind: Any, address: str, options: list[tuple[str, Any]]) -> Any:

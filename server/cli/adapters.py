@@ -1,13 +1,20 @@
-"""`mtlora-server adapters`: what an operator does to the adapters of a running server."""
+"""`mtlora-server adapters`: list and change the adapters of a running server."""
 
 import argparse
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterable, Iterator
+
+from mtlora_pb.v1 import adapters_pb2 as pb
+from rich.console import Console
+from rich.table import Table
+
+from mtlora.client import Client
+from server.cli import CommandError
+from server.cli.connection import add_address, connect
 
 
-def add_adapters(parser: argparse.ArgumentParser, address: str, run: Callable[[argparse.Namespace], int]) -> None:
-    """Give a parser the actions and their arguments; `run` is called with what was given."""
-    parser.add_argument("--address", default=address, metavar="HOST:PORT", help="default: %(default)s")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The actions and their arguments."""
+    add_address(parser)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="every adapter and its versions")
     load = actions.add_parser("load", help="let a version serve")
@@ -15,22 +22,30 @@ def add_adapters(parser: argparse.ArgumentParser, address: str, run: Callable[[a
     load.add_argument("version", nargs="?", default="", help="default: the highest")
     for action, text in (
         ("unload", "stop serving an adapter"),
-        ("rollback", "let the version serve that served before"),
+        ("rollback", "let the previous version serve again"),
         ("pin", "keep an adapter in the engine's memory"),
         ("unpin", "let an adapter make room for others again"),
     ):
         actions.add_parser(action, help=text).add_argument("adapter")
     weights = actions.add_parser("weights", help="split requests among versions, such as: weights mine 3=90 4=10")
     weights.add_argument("adapter", help="or, with --task, a task")
-    weights.add_argument("weights", nargs="*", metavar="VERSION=WEIGHT", help="none end the split")
+    weights.add_argument("weights", nargs="*", metavar="VERSION=WEIGHT", help="none: end the split")
     weights.add_argument("--task", action="store_true", help="split the requests of one task alone")
     watch = actions.add_parser("watch", help="print what happens to adapters, until interrupted")
     watch.add_argument("adapter", nargs="?", default="", help="default: all")
-    parser.set_defaults(run=run)
 
 
-def run_action(client: Any, options: argparse.Namespace) -> None:
-    """Do what was asked. Raises ServerError, and ValueError for weights that are none."""
+def run(options: argparse.Namespace) -> int:
+    """Take the action; returns 0."""
+    try:
+        with connect(options) as client:
+            _act(client, options)
+    except ValueError as error:
+        raise CommandError(str(error), 2) from None
+    return 0
+
+
+def _act(client: Client, options: argparse.Namespace) -> None:
     match options.action:
         case "list":
             _print_table(client.adapters())
@@ -60,10 +75,7 @@ def parse_weights(pairs: list[str]) -> dict[str, int]:
     return weights
 
 
-def _print_table(adapters: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def _print_table(adapters: Iterable[pb.Adapter]) -> None:
     table = Table("adapter", "version", "state", "in engine", "requests", "tasks", "why")
     for adapter in adapters:
         for version in adapter.versions:
@@ -82,7 +94,7 @@ def _print_table(adapters: Any) -> None:
     Console().print(table)
 
 
-def _print_events(events: Any) -> None:
+def _print_events(events: Iterator[pb.AdapterEvent]) -> None:
     try:
         for event in events:
             failed = f" (not {_stage(event.failed_stage)}: {event.reason})" if event.failed_stage else ""
@@ -93,6 +105,4 @@ def _print_events(events: Any) -> None:
 
 
 def _stage(stage: int) -> str:
-    from mtlora_pb.v1 import adapters_pb2
-
-    return adapters_pb2.AdapterStage.Name(stage).removeprefix("ADAPTER_STAGE_").lower()
+    return pb.AdapterStage.Name(stage).removeprefix("ADAPTER_STAGE_").lower()

@@ -1,5 +1,6 @@
-"""`mtlora-server demo`: start a server, ask it every task of the built-in suite at once, print how it did."""
+"""`mtlora-server demo`: start a server, ask it every task of the built-in suite at once, print its accuracy."""
 
+import argparse
 import asyncio
 import random
 import statistics
@@ -8,19 +9,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from mtlora.client import Answer, AsyncClient, ServerError
 from mtlora.suite import load_suite
 from mtlora.suite.base import Example
 from mtlora.task import is_correct
-from server.cli.process import ServerProcess
+from server.cli import CommandError
+from server.cli.process import ServerFailedError, ServerProcess
 
-# Requests in flight: enough to fill the engine's batches with every task.
+# Requests in flight: enough to mix all tasks in the engine's batches.
 _CONCURRENCY = 64
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One example and what came back: an answer, or the error that took its place."""
+    """One example and its answer, or the error."""
 
     example: Example
     answer: Answer | None
@@ -32,10 +38,23 @@ class Asked:
         return self.answer is not None and is_correct(self.answer.text, self.example.target)
 
 
-def run_demo(backbone: str, adapters: Path, *, per_task: int, seed: int) -> int:
-    """Print a row a task and the summary line; returns 1 where a request failed, else 0."""
-    from rich.console import Console
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to serve, and which questions to ask."""
+    parser.add_argument("--backbone", default="default", help="default: %(default)s")
+    parser.add_argument("--adapters", type=Path, default=Path("adapters"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--per-task", type=int, default=10, help="questions a task; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="which questions; default: %(default)s")
 
+
+def run(options: argparse.Namespace) -> int:
+    """Print a row a task and the summary line; returns 1 if a request failed, else 0."""
+    try:
+        return _demonstrate(options.backbone, options.adapters, options.per_task, options.seed)
+    except ServerFailedError as error:
+        raise CommandError(str(error), 1) from None
+
+
+def _demonstrate(backbone: str, adapters: Path, per_task: int, seed: int) -> int:
     console = Console()
     suite = load_suite("builtin")
     console.print(f"Starting one server: backbone {backbone}, adapters {adapters} ...")
@@ -52,7 +71,7 @@ def run_demo(backbone: str, adapters: Path, *, per_task: int, seed: int) -> int:
         if not examples:
             console.print("The server has no task of the built-in suite.")
             return 1
-        # Shuffled, so that every batch of the engine mixes tasks.
+        # Shuffle, so that every batch mixes tasks.
         random.Random(seed).shuffle(examples)
         with console.status(
             f"Asking {len(examples)} questions of {len({e.task_id for e in examples})} tasks at once ..."
@@ -100,16 +119,12 @@ def _accuracy(asked: Sequence[Asked]) -> float:
 
 
 def _shortened(text: str, width: int) -> str:
-    """One line of at most `width` characters; of a longer one, the end, where most inputs ask their question."""
+    """One line of at most `width` characters: the end of a longer text, as most inputs end with their question."""
     line = " ".join(text.split())
     return line if len(line) <= width else "…" + line[-(width - 1) :]
 
 
 def _print_table(asked: Sequence[Asked], alone: Sequence[Asked]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)

@@ -1,4 +1,4 @@
-"""A server in a process of its own, for demos, tests and benchmarks. Depends on the client alone."""
+"""A server in a process of its own, for demos, tests and benchmarks."""
 
 import contextlib
 import os
@@ -24,9 +24,9 @@ class ServerFailedError(RuntimeError):
 
 
 class ServerProcess:
-    """`with ServerProcess(adapters=folder) as server:` starts `mtlora-server` on free loopback ports and waits for it.
+    """`with ServerProcess(adapters=folder) as server:` starts a server on free loopback ports and waits for it.
 
-    Settings are the server's own, as keyword arguments. On leaving, the server gets SIGTERM.
+    Keyword arguments are the server's settings. Leaving the block stops the server with SIGTERM.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ServerProcess:
 
     def __enter__(self) -> Self:
         began = time.monotonic()
-        # A session of its own: a Ctrl-C meant for the parent does not reach it, and it can be killed whole.
+        # In its own session, the server gets no Ctrl-C meant for the parent, and `kill` reaches all its processes.
         self.process = subprocess.Popen(
             self._command, env=self._environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log,
             text=True, start_new_session=True,
@@ -90,11 +90,11 @@ class ServerProcess:
         return Client(self.address, access)
 
     def log(self) -> str:
-        """What the server has written to stderr."""
+        """The server's stderr so far."""
         return Path(self._log.name).read_text(errors="replace")
 
     def stop(self, timeout: float = 60.0) -> int:
-        """Send SIGTERM and wait; returns the exit status. Kills a server that does not stop in time."""
+        """Send SIGTERM and wait; returns the exit status. Kills a server that does not end in time."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
@@ -103,7 +103,7 @@ class ServerProcess:
             self.kill()
 
     def kill(self) -> None:
-        """End every process of the server, at once."""
+        """Kill every process of the server."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -1,27 +1,10 @@
 """What an engine tells of itself after a step, and of its processes when asked."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class EngineStats:
-    """The scheduler's state after its last step, and what happened since the one before."""
-
-    running: int
-    waiting: int
-    kv_cache_usage: float
-    prefix_cache_queries: int
-    prefix_cache_hits: int
-    preemptions: int = 0
-    # Sequences that the step ended; the others of it run on.
-    finished: int = 0
-    # Distinct slots and adapter versions of the running sequences.
-    tasks: int = 0
-    adapters: int = 0
-    # Which of the data-parallel engines.
-    engine: int = 0
+from server.telemetry.engine_stats import EngineStats, RoutingSums, WorkerStats
 
 
 @dataclass(frozen=True)
@@ -30,28 +13,6 @@ class BetweenSteps:
 
     waited_s: float
     followed: int
-
-
-@dataclass(frozen=True)
-class RoutingSums:
-    """Of sampled routing; fields as in `mtlora.vllm_plugin.sampling.RoutingSums`."""
-
-    rows: int
-    entropy: float
-    expert_weights: Sequence[float]
-
-
-@dataclass(frozen=True)
-class WorkerStats:
-    """What one rank of one engine counts of its adapters, and its sampled routing by adapter version."""
-
-    slots: int
-    slots_in_use: int
-    slots_registered: int
-    resident_bytes: int
-    weight_loads: int
-    slot_evictions: int
-    routing: Mapping[str, RoutingSums]
 
 
 def worker_stats(rank: dict[str, Any]) -> WorkerStats:

@@ -7,13 +7,13 @@ from pathlib import Path
 from server.engine import Supervisor
 from server.registry.catalog import Catalog
 from server.registry.events import Events
-from server.registry.mirror import Mirror, is_url
+from server.registry.mirror import Mirror
 from server.registry.parts import Parts
 from server.registry.registry import Registry
 from server.registry.residency import Residency
 from server.registry.spool import Spool
 from server.registry.verifier import Limits, Verifier
-from server.settings import Settings
+from server.settings import Settings, is_url
 from server.telemetry.metrics import Metrics
 
 

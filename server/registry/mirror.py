@@ -18,22 +18,6 @@ class MirrorError(Exception):
     """Storage that cannot be read."""
 
 
-def is_url(text: str) -> bool:
-    """Whether this names storage by URL, rather than a folder."""
-    return "://" in text
-
-
-def check_url(url: str) -> None:
-    """Raise ValueError unless fsspec knows the protocol and the package for it is installed."""
-    import fsspec
-
-    protocol = url.partition("://")[0]
-    try:
-        fsspec.get_filesystem_class(protocol)
-    except (ValueError, ImportError) as error:
-        raise ValueError(f"{protocol}://: {error}; allowed: a folder, or a URL that fsspec can read") from None
-
-
 class Mirror:
     """`folder` follows `url`: a version appears there whole, changes in one step, and goes when it is gone there."""
 

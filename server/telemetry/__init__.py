@@ -1,1 +1,1 @@
-"""What the server tells of itself: logs, metrics, traces."""
+"""What operators see of the server: logs, metrics, traces."""

@@ -1,25 +1,134 @@
-"""Kinds of metrics that prometheus-client has not. They know no name of any."""
+"""Metric types missing from prometheus-client; names live in metrics.py.
 
+`Counts` and `Histograms` cost a dict update for every request, token or engine step that they count, where
+prometheus-client's counters and histograms look up a child, take locks and walk the buckets. One thread counts; any
+thread reads.
+"""
+
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from math import inf
+from typing import TypeVar
 
-from prometheus_client import Counter
-from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
+
+_T = TypeVar("_T")
+
+
+class Counts(Collector):
+    """A counter with labels."""
+
+    def __init__(
+        self, name: str, documentation: str, labels: Sequence[str] = (), *, registry: CollectorRegistry
+    ) -> None:
+        self._name, self._documentation, self._labels = name, documentation, labels
+        self._values: dict[tuple[str, ...], float] = {} if labels else {(): 0.0}
+        registry.register(self)
+
+    def inc(self, amount: float = 1.0, labels: tuple[str, ...] = ()) -> None:
+        """Add to the series of these labels' values."""
+        self._values[labels] = self._values.get(labels, 0.0) + amount
+
+    def drop(self, label: str, value: str) -> None:
+        """Forget every series with this value of a label."""
+        self._values = _without(self._values, self._labels.index(label), value)
+
+    def replace(self, values: Mapping[tuple[str, ...], float]) -> None:
+        """Take all series from counts kept elsewhere, by the labels' values."""
+        self._values = dict(values)
+
+    def collect(self) -> Iterable[Metric]:
+        """One sample a series."""
+        family = CounterMetricFamily(self._name, self._documentation, labels=self._labels)
+        for labels, value in self._values.copy().items():
+            family.add_metric(labels, value)
+        yield family
+
+
+class Histograms(Collector):
+    """A histogram with labels; many equal observations cost as much as one."""
+
+    def __init__(
+        self,
+        name: str,
+        documentation: str,
+        labels: Sequence[str] = (),
+        *,
+        buckets: Sequence[float],
+        registry: CollectorRegistry,
+    ) -> None:
+        self._name, self._documentation, self._labels = name, documentation, labels
+        self._bounds = (*buckets, inf)
+        self._series: dict[tuple[str, ...], _Series] = {} if labels else {(): _Series(len(self._bounds))}
+        registry.register(self)
+
+    def observe(
+        self, value: float, times: int = 1, *, labels: tuple[str, ...] = (), exemplar: dict[str, str] | None = None
+    ) -> None:
+        """`times` observations of a value in the series of these labels' values."""
+        series = self._series.get(labels)
+        if series is None:
+            series = self._series[labels] = _Series(len(self._bounds))
+        bucket = bisect_left(self._bounds, value)
+        series.counts[bucket] += times
+        series.sum += value * times
+        if exemplar is not None:
+            series.exemplars[bucket] = Exemplar(exemplar, value, time.time())
+
+    def drop(self, label: str, value: str) -> None:
+        """Forget every series with this value of a label."""
+        self._series = _without(self._series, self._labels.index(label), value)
+
+    def collect(self) -> Iterable[Metric]:
+        """All buckets of every series."""
+        family = HistogramMetricFamily(self._name, self._documentation, labels=self._labels)
+        bounds = [floatToGoString(bound) for bound in self._bounds]
+        for labels, series in self._series.copy().items():
+            total, exemplars = series.sum, series.exemplars.copy()
+            counts = map(float, accumulate(series.counts))
+            buckets = [
+                (bound, count, exemplars[i]) if i in exemplars else (bound, count)
+                for i, (bound, count) in enumerate(zip(bounds, counts, strict=True))
+            ]
+            family.add_metric(labels, buckets, total)
+        yield family
+
+
+class _Series:
+    """One series: counts by bucket, not cumulative, and each bucket's last exemplar."""
+
+    __slots__ = ("counts", "exemplars", "sum")
+
+    def __init__(self, num_buckets: int) -> None:
+        self.counts = [0] * num_buckets
+        self.sum = 0.0
+        self.exemplars: dict[int, Exemplar] = {}
 
 
 class GaugeByLabel(Collector):
-    """A gauge of many ids, read and folded into the label's values when it is scraped.
+    """A gauge of many ids, read and summed by the label's values at each scrape.
 
     `read` gives the values by id, from any thread; it may be replaced.
     """
 
-    def __init__(self, name: str, documentation: str, label: str, value_of: Callable[[str], str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        documentation: str,
+        label: str,
+        *,
+        value_of: Callable[[str], str],
+        registry: CollectorRegistry,
+    ) -> None:
         self._name, self._documentation, self._label, self._value_of = name, documentation, label, value_of
         self.read: Callable[[], Mapping[str, int]] = dict
+        registry.register(self)
 
     def total(self) -> int:
         """Sum over all ids. From any thread."""
@@ -37,41 +146,23 @@ class GaugeByLabel(Collector):
         yield family
 
 
-class RunsHistogram(Collector):
-    """A histogram that takes many equal observations at the price of one."""
-
-    def __init__(self, name: str, documentation: str, buckets: Sequence[float]) -> None:
-        self._name, self._documentation = name, documentation
-        self._bounds = (*buckets, inf)
-        self._counts = [0] * len(self._bounds)
-        self._sum = 0.0
-
-    def observe(self, value: float, times: int = 1) -> None:
-        """`times` observations of a value. On one thread; read from any."""
-        self._counts[bisect_left(self._bounds, value)] += times
-        self._sum += value * times
-
-    def collect(self) -> Iterable[Metric]:
-        """The whole histogram."""
-        total = self._sum
-        bounds = map(floatToGoString, self._bounds)
-        buckets = list(zip(bounds, map(float, accumulate(self._counts)), strict=True))
-        yield HistogramMetricFamily(self._name, self._documentation, buckets=buckets, sum_value=total)
-
-
 class CounterOf:
-    """A counter that follows a count kept elsewhere, across restarts of whoever keeps it."""
+    """A counter that follows a count kept in another process, across that process's restarts."""
 
-    def __init__(self, counter: Counter) -> None:
+    def __init__(self, counter: Counts) -> None:
         self._counter = counter
         self._seen = 0.0
 
     def set(self, value: float) -> None:
         """The count as it is now."""
-        # A smaller value than before is of a process that began anew.
+        # A smaller value than before is a new process's.
         self._counter.inc(value - self._seen if value >= self._seen else value)
         self._seen = value
 
     def restart(self) -> None:
-        """The next count is of a process that began anew."""
+        """Take the next count for a new process's."""
         self._seen = 0.0
+
+
+def _without(series: dict[tuple[str, ...], _T], position: int, value: str) -> dict[tuple[str, ...], _T]:
+    return {labels: each for labels, each in series.items() if labels[position] != value}

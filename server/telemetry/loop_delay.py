@@ -1,4 +1,4 @@
-"""How late an event loop runs what is due."""
+"""How late an event loop runs its tasks."""
 
 import asyncio
 from collections.abc import Callable
@@ -7,11 +7,10 @@ INTERVAL_S = 0.1
 
 
 async def watch_loop(observe: Callable[[float], None]) -> None:
-    """Hand on, ten times a second, by how many seconds this task was woken too late; runs until cancelled.
+    """Report, ten times a second, by how many seconds this task woke too late; runs until cancelled.
 
-    A loop is late where its process has too little processor time, waits for a disk, or does something long at one go.
-    Everything it does then is late by as much, and by more than its own clocks show: what has not been taken in yet
-    has no clock.
+    A loop is late if its process gets too little processor time, waits for a disk, or runs one long computation. Every
+    request is then late too, by more than its own clock shows: that clock starts when the loop reads the request.
     """
     loop = asyncio.get_running_loop()
     while True:

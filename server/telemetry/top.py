@@ -1,20 +1,20 @@
-"""Bounds a metric's label: the busiest ids keep a value of their own, the rest share one."""
+"""Bounds a metric's label: the busiest ids have a value of their own, the rest share one."""
 
 from collections.abc import Callable
 
 OTHER = "other"
 
-# How often the ranking is looked at again, in counted requests, and how much busier than one that has a value of its
-# own another id must be to take its place.
+# Counted requests between rankings, and how many times busier an id must be than one with a value of its own to take
+# its place.
 _RANK_EVERY = 4096
 _MARGIN = 2.0
 
 
 class TopLabels:
-    """The `limit` busiest ids of late, by requests counted; memory is bounded by the ids of the last few rankings.
+    """The `limit` busiest ids, by recent requests; memory is bounded by the ids of the last few rankings.
 
-    An id that loses its place is told to `on_drop`, which removes its series: it ends there, and where it comes back it
-    begins at 0, which `rate()` takes for a restart. So totals are sums of rates, never rates of sums.
+    `on_drop` gets an id that loses its place, to remove its series. If the id comes back, its series starts at 0, which
+    `rate()` takes for a restart. So queries must sum rates, never rate sums.
     """
 
     def __init__(self, limit: int, on_drop: Callable[[str], None], *, rank_every: int = _RANK_EVERY) -> None:
@@ -35,13 +35,13 @@ class TopLabels:
         return self.label(name)
 
     def claim(self, name: str) -> str:
-        """The label's value for `name`, which takes a place where one is free, without counting."""
+        """The label's value for `name`, without counting; `name` takes a place if one is free."""
         if name not in self._kept and len(self._kept) < self._limit:
             self._kept.add(name)
         return self.label(name)
 
     def label(self, name: str) -> str:
-        """The label's value for `name` as it is. From any thread."""
+        """The label's value for `name`. From any thread."""
         return name if name in self._kept else OTHER
 
     def _rank(self) -> None:

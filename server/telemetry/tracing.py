@@ -1,23 +1,23 @@
-"""OpenTelemetry traces, where a collector is named: one tree of spans a request, from the RPC to the engine's steps.
+"""OpenTelemetry traces, if a collector is set: one tree of spans a request, from the RPC to the engine's steps.
 
     mtlora.v1.Inference/Generate     from receipt to status
-      admission                      until the engine is asked: authorising, tokenizing, waiting for the tenant's turn
+      admission                      until the engine is asked: authorisation, tokenization, the tenant's queue
       engine.queue                   until the engine's scheduler first takes the sequence, its adapter loaded
       engine.prefill                 until its first token
       engine.decode                  until its last, with an event a step
 
-Of a call with several sequences, as the Open Inference Protocol has them: until the first of them is asked for,
-scheduled, has a token; and until the last step of any.
+A call of the Open Inference Protocol may have several sequences: the first three spans end when the first of them is
+asked, scheduled, has a token; the last ends with the last step of any.
 
-The spans are made when the request ends, from the times it met on its way: what runs per token is one list append.
+The spans are made when the request ends, from times noted on its way: a token costs one list append.
 """
 
 import time
 from typing import Any
 
-# A span holds so many events at most; the last steps of a longer answer are not told apart.
+# The most events that a span holds; a longer answer's last steps have none.
 _MAX_STEPS = 120
-# Both clocks at one moment: spans want the wall clock, the engine tells monotonic time.
+# Both clocks at one moment: spans need wall time, the engine gives monotonic time.
 _WALL_MINUS_MONOTONIC_NS = time.time_ns() - time.monotonic_ns()
 
 
@@ -25,8 +25,8 @@ class Tracer:
     """Starts traces and exports them over OTLP/gRPC, in batches, from a thread of its own.
 
     endpoint: `host:port` or `http://host:port` of a collector, in plain text; `https://` for TLS.
-    sample_ratio: share of the traces kept, of those whose caller has not decided that already.
-    exporter: where spans go instead of an endpoint.
+    sample_ratio: share of traces kept, unless the caller has decided.
+    exporter: takes the spans instead of an endpoint.
     """
 
     def __init__(self, endpoint: str, *, sample_ratio: float = 1.0, exporter: Any = None) -> None:
@@ -46,7 +46,7 @@ class Tracer:
         self._provider = TracerProvider(
             sampler=ParentBasedTraceIdRatio(sample_ratio),
             resource=Resource.create({SERVICE_NAME: "mtlora-server", SERVICE_VERSION: __version__}),
-            # At the interpreter's exit, which `close` comes before.
+            # `close` does it before the interpreter exits.
             shutdown_on_exit=False,
         )
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
@@ -54,7 +54,7 @@ class Tracer:
         self._propagator = TraceContextTextMapPropagator()
 
     def begin(self, rpc: str, request_id: str, metadata: Any) -> "RequestTrace | None":
-        """The trace of a request received now, under the caller's where `traceparent` names one; None if not sampled.
+        """The trace of a request received now, inside the caller's if `traceparent` names one; None if not sampled.
 
         rpc: `/SERVICE/METHOD`. metadata: (key, value) pairs of the call, or None.
         """
@@ -76,13 +76,13 @@ class Tracer:
         return RequestTrace(self._tracer, span) if span.is_recording() else None
 
     def close(self) -> None:
-        """Export what is left; blocks for a few seconds at most."""
+        """Export the last spans; blocks for a few seconds at most."""
         self._provider.force_flush(3000)
         self._provider.shutdown()
 
 
 class RequestTrace:
-    """One request's times, monotonic, in seconds; its spans once it has ended."""
+    """One request's monotonic times, in seconds; `end` makes its spans."""
 
     def __init__(self, tracer: Any, span: Any) -> None:
         self._tracer = tracer
@@ -117,7 +117,7 @@ class RequestTrace:
         submitted = self._submitted or now
         self._child("admission", self._began, submitted)
         if self._submitted is not None:
-            # The engine's own clock may lie a moment before the hand-over.
+            # The engine's clock may be slightly behind the time of the hand-over.
             scheduled = max(submitted, self._scheduled) if self._scheduled is not None else now
             self._child("engine.queue", submitted, scheduled)
             if self._scheduled is not None:

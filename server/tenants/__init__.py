@@ -1,4 +1,4 @@
-"""Who may ask what, and how much: tenants.yaml, API keys, client certificates."""
+"""Who may ask which tasks, and how much: tenants.yaml, API keys, client certificates."""
 
 from server.tenants.config import OPEN_TENANT, Priority, Tenant, TenantsError
 from server.tenants.directory import Directory, Tenants, read_tenants

@@ -1,4 +1,4 @@
-"""Who is calling: an API key in the metadata, or the certificate that the connection was opened with."""
+"""Which tenant a call is from: by an API key in its metadata, or by its connection's client certificate."""
 
 import asyncio
 import hashlib
@@ -17,19 +17,19 @@ from server.tenants.directory import Directory
 from server.tenants.keys import key_id_of, verify
 
 _SCHEME = "bearer "
-# Verified keys remembered, and checks of one key id that may wait: a flood of guesses at one id holds up nobody else.
+# Verified keys remembered, and waiting checks of one key id and of all: guesses at one id must not hold up other keys.
 _REMEMBERED = 65_536
 _WAITING_PER_KEY_ID = 4
 _WAITING = 256
 
 
 class Authenticator:
-    """Maps a call to its tenant. A key is hashed once; after that the process knows it by a keyed digest."""
+    """Maps a call to its tenant. A key is hashed once; then a keyed digest of it is remembered."""
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
         self._pepper = secrets.token_bytes(32)
-        # Digest of a key -> (the key it was compared with, whether they agreed).
+        # Digest of a key -> (the key it was compared with, whether they matched).
         self._verified: OrderedDict[bytes, tuple[ApiKey, bool]] = OrderedDict()
         self._running: dict[bytes, asyncio.Task[bool]] = {}
         self._waiting: dict[str, int] = {}
@@ -39,9 +39,9 @@ class Authenticator:
     async def tenant(
         self, metadata: Iterable[tuple[str, str | bytes]], auth_context: Callable[[], Mapping[str, Sequence[bytes]]]
     ) -> Tenant:
-        """The caller's tenant. Raises UNAUTHENTICATED, which does not say what was wrong with which part of a key.
+        """The caller's tenant. Raises UNAUTHENTICATED without saying which part of a key is wrong.
 
-        `auth_context` is asked only where there is no key: it copies the connection's certificates.
+        `auth_context` is called only if there is no key, as it copies the connection's certificates.
         """
         tenants = self._directory.current
         if tenants.open:
@@ -81,7 +81,7 @@ class Authenticator:
                 raise resource_exhausted("too many API keys are being checked", 1.0)
             task = asyncio.create_task(self._hash(digest, key, wanted))
             self._running[digest] = task
-        # Shielded: several calls may wait for the one check.
+        # Shielded, as several calls may wait for the same check.
         return await asyncio.shield(task)
 
     async def _hash(self, digest: bytes, key: str, wanted: ApiKey) -> bool:
@@ -101,7 +101,7 @@ class Authenticator:
         if certificate is None:
             certificate = Certificate.read(pem)
             _remember(self._certificates, pem, certificate)
-        # A connection outlives the handshake, and may outlive the certificate too.
+        # A connection may outlive its certificate.
         if certificate.not_after < time.time():
             raise unauthenticated("the client certificate has expired")
         by_name = self._directory.current.by_certificate
@@ -113,14 +113,14 @@ class Authenticator:
 
 @dataclass(frozen=True)
 class Certificate:
-    """A client certificate's names, most specific first, and when it ends (seconds since 1970)."""
+    """A client certificate's names, most specific first, and its expiry in seconds since 1970."""
 
     names: tuple[str, ...]
     not_after: float
 
     @staticmethod
     def read(pem: bytes) -> "Certificate":
-        """From PEM. Names: `URI:..` and `DNS:..` of the alternative names, then the subject in RFC 4514's form."""
+        """Parse PEM. Names: `URI:..` and `DNS:..` for the alternative names, then the subject as in RFC 4514."""
         from cryptography import x509
 
         certificate = x509.load_pem_x509_certificate(pem)

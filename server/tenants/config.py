@@ -1,4 +1,4 @@
-"""tenants.yaml: its entries, and what makes one valid."""
+"""The entries of tenants.yaml and their validation."""
 
 import re
 from enum import StrEnum
@@ -6,9 +6,9 @@ from fnmatch import translate
 from functools import cached_property
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from server.tenants.keys import KEY_ID_PATTERN, check_hash
+from server.tenants.keys import KEY_ID_PATTERN, checked_hash
 
 _ID = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
 _TASK_PATTERN = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_.\-*?\[\]!]{1,128}$")]
@@ -16,11 +16,11 @@ _CERTIFICATE = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
 
 class TenantsError(ValueError):
-    """A tenants file that cannot be used; the message names the file, the entry, what was found and what is allowed."""
+    """A wrong tenants file; the message names the file, the entry, what was found and what is allowed."""
 
 
 class Priority(StrEnum):
-    """Classes of requests, most urgent first: a class is served while no request of a more urgent one waits."""
+    """Classes of requests, most urgent first. A class is served while no request of a more urgent class waits."""
 
     INTERACTIVE = "interactive"
     STANDARD = "standard"
@@ -33,22 +33,16 @@ class Priority(StrEnum):
 
 
 class ApiKey(BaseModel):
-    """What is kept of an API key: its public id, and a hash of the whole key."""
+    """An API key's public id and a hash of the whole key."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str = Field(pattern=KEY_ID_PATTERN)
-    hash: str = Field(repr=False)
-
-    @field_validator("hash")
-    @classmethod
-    def _hash_is_one(cls, text: str) -> str:
-        check_hash(text)
-        return text
+    hash: Annotated[str, AfterValidator(checked_hash)] = Field(repr=False)
 
 
 class Tenant(BaseModel):
-    """One tenant. A limit left at None is none."""
+    """One tenant. None means no limit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -60,7 +54,7 @@ class Tenant(BaseModel):
     priority: Priority = Priority.STANDARD
     requests_per_second: float | None = Field(None, gt=0, le=1e6)
     tokens_per_second: float | None = Field(None, gt=0, le=1e9)
-    # How many seconds' worth of a rate may be spent at once.
+    # Seconds of a rate that may be spent at once.
     burst_seconds: float = Field(1.0, ge=0.1, le=3600)
     max_in_flight: int | None = Field(None, ge=1)
     max_queue: int | None = Field(None, ge=0)
@@ -75,7 +69,7 @@ class Tenant(BaseModel):
         return self._allowed.fullmatch(task_id) is not None
 
 
-# Without a tenants file everybody is this one.
+# Every caller's tenant if there is no tenants file.
 OPEN_TENANT = Tenant(id="open", admin=True)
 
 
@@ -85,19 +79,21 @@ class TenantsFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tenants: tuple[Tenant, ...] = Field(min_length=1)
-    # Off, equal prompts of two tenants share no cached block, so that no answer's timing tells of another tenant.
+    # If false, tenants share no cached blocks: an answer's timing must not reveal another tenant's prompts.
     share_prefix_cache: bool = False
 
     @model_validator(mode="after")
-    def _nobody_is_two(self) -> "TenantsFile":
+    def _identities_are_unique(self) -> "TenantsFile":
         seen: dict[tuple[str, str], str] = {}
         for tenant in self.tenants:
             if not tenant.api_keys and not tenant.certificates:
-                raise ValueError(f"tenant {tenant.id} has neither api_keys nor certificates: nobody could be it")
+                raise ValueError(
+                    f"tenant {tenant.id} has neither api_keys nor certificates; allowed: one of them at least"
+                )
             names = [("tenant id", tenant.id), *(("API key id", key.id) for key in tenant.api_keys)]
             names += [("certificate", name) for name in tenant.certificates]
             for name in names:
                 if name in seen:
-                    raise ValueError(f"{name[0]} {name[1]!r} of tenant {tenant.id} is {seen[name]}'s already")
+                    raise ValueError(f"{name[0]} {name[1]!r} of tenant {tenant.id} is tenant {seen[name]}'s already")
                 seen[name] = tenant.id
         return self

@@ -1,4 +1,4 @@
-"""The tenants of now: a snapshot of the file, read again whenever it changes."""
+"""The current tenants: a snapshot of the file, read again whenever the file changes."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ _MAX_FILE_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Tenants:
-    """An immutable snapshot. `open` means that whoever asks is the one open tenant."""
+    """An immutable snapshot. `open`: every caller is the open tenant."""
 
     by_id: Mapping[str, Tenant] = field(default_factory=lambda: MappingProxyType({OPEN_TENANT.id: OPEN_TENANT}))
     by_key_id: Mapping[str, tuple[Tenant, ApiKey]] = field(default_factory=lambda: MappingProxyType({}))
@@ -55,8 +55,8 @@ def read_tenants(path: Path) -> Tenants:
 class Directory:
     """Holds the current snapshot; `watch` replaces it while the server runs.
 
-    path: the tenants file; None is one open tenant for ever. on_change gets every new snapshot, on_failure is called
-    once for every state of the file that is refused. Raises TenantsError where the first read fails.
+    path: the tenants file; None means one open tenant for ever. on_change gets every new snapshot; on_failure is called
+    once for every refused state of the file. Raises TenantsError if the first read fails.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Directory:
         self.current = read_tenants(path) if path else Tenants()
 
     def reload_if_changed(self) -> None:
-        """Read the file again where it is not what it was; a bad one changes nothing but the log."""
+        """Read the file again if it changed; a wrong file is logged and changes nothing."""
         if self._path is None or (now := signature(self._path)) == self._seen:
             return
         self._seen = now
@@ -85,10 +85,10 @@ class Directory:
             return
         self.current = tenants
         self._on_change(tenants)
-        logger.info("tenants read anew", extra={"fields": {"tenants": len(tenants.by_id)}})
+        logger.info("tenants read again", extra={"fields": {"tenants": len(tenants.by_id)}})
 
     async def watch(self, interval_s: float = 1.0) -> None:
-        """Look at the file for ever. Looking, not being told: that works on NFS, and where a ConfigMap flips a link."""
+        """Check the file for ever. Polling works on NFS too, and where a ConfigMap replaces a link."""
         while self._path is not None:
             await asyncio.sleep(interval_s)
             self.reload_if_changed()

@@ -1,7 +1,7 @@
-"""API keys: made at random, kept as scrypt hashes, found by the public id inside them.
+"""API keys: random, stored as scrypt hashes, found by the public id inside them.
 
-A key is `mtk_ID_SECRET`. The id says which hash to compare with, so that a request costs one scrypt and not one for
-every key there is.
+A key is `mtk_ID_SECRET`. The id says which hash to compare with, so checking a key costs one scrypt, not one for every
+stored key.
 """
 
 import base64
@@ -18,8 +18,8 @@ _HASH = re.compile(
     r"scrypt\$ln=(?P<ln>\d{1,2}),r=(?P<r>\d{1,2}),p=(?P<p>\d{1,2})\$(?P<salt>[A-Za-z0-9+/=]+)\$(?P<digest>[A-Za-z0-9+/=]+)",
     re.ASCII,
 )
-# 16 MiB and some tens of milliseconds a key. The secret's 256 bits are what makes guessing hopeless; this makes a
-# leaked file worthless too where somebody chose a key of their own.
+# 16 MiB and tens of milliseconds a key. Nobody guesses a secret of 256 random bits; the cost protects keys that people
+# choose themselves, should the file leak.
 _LN, _R, _P = 14, 8, 1
 _LIMITS = {"ln": (10, 18), "r": (1, 16), "p": (1, 4)}
 _MAX_MEMORY = 1 << 30
@@ -42,7 +42,7 @@ def new_key() -> tuple[str, str, str]:
 
 
 def key_id_of(key: str) -> str | None:
-    """The public id inside a key; None where the text is no key."""
+    """The public id inside a key; None if the text is not a key."""
     found = _KEY.fullmatch(key)
     return found["id"] if found else None
 
@@ -54,13 +54,14 @@ def hash_key(key: str) -> str:
     return f"scrypt$ln={_LN},r={_R},p={_P}${base64.b64encode(salt).decode()}${base64.b64encode(digest).decode()}"
 
 
-def check_hash(text: str) -> None:
-    """Raise ValueError unless `text` is a hash that `verify` can compare with."""
+def checked_hash(text: str) -> str:
+    """`text`. Raises ValueError unless it is a hash that `verify` can compare with."""
     _parse(text)
+    return text
 
 
 def verify(key: str, text: str) -> bool:
-    """Whether `key` is the one hashed in `text`. Takes tens of milliseconds, the same for every key; frees the GIL."""
+    """Whether `text` is the hash of `key`. Takes tens of milliseconds, equally for every key; releases the GIL."""
     wanted = _parse(text)
     return hmac.compare_digest(_scrypt(key, wanted), wanted.digest)
 

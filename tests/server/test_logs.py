@@ -1,4 +1,4 @@
-"""Log lines are written by a thread, for which nothing else waits."""
+"""A thread writes log lines; nothing else waits for it."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ import sys
 import threading
 from pathlib import Path
 
-# Far more than a pipe holds, and than may wait.
+# More lines than a pipe holds, and than may wait.
 LINES, WAITING = 5000, 100
 SCRIPT = f"""
 import sys
@@ -26,7 +26,7 @@ logger.info("after the end")
 """
 
 
-def test_a_stderr_that_nobody_reads_holds_nothing_up() -> None:
+def test_an_unread_stderr_holds_nothing_up() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -53,8 +53,8 @@ def test_a_stderr_that_nobody_reads_holds_nothing_up() -> None:
     assert written[-1] == "after the end"
 
 
-def test_a_server_ends_though_nobody_reads_its_log(tmp_path: Path) -> None:
-    """One that cannot start, and says so in far more than a pipe holds."""
+def test_a_server_ends_while_nobody_reads_its_log(tmp_path: Path) -> None:
+    """The server cannot start and logs more than a pipe holds."""
     script = f"""
 import sys
 from server import app, cli

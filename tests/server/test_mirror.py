@@ -6,7 +6,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from server.registry.mirror import Mirror, MirrorError, check_url
+from server.registry.mirror import Mirror, MirrorError
 from server.registry.source import scan
 
 
@@ -80,8 +80,3 @@ def test_storage_that_fails_removes_nothing(
     with pytest.raises(MirrorError, match="no route"):
         mirror.sync()
     assert len(mirrored(tmp_path)) == 2
-
-
-def test_an_unknown_protocol_is_named() -> None:
-    with pytest.raises(ValueError, match=r"gopher://.*allowed: a folder, or a URL"):
-        check_url("gopher://adapters")

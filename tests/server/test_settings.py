@@ -1,5 +1,6 @@
-"""Settings: where they come from, which one wins, and what is said of wrong ones."""
+"""Settings: their sources, which source wins, and the errors for wrong ones."""
 
+import argparse
 import subprocess
 import sys
 import time
@@ -8,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from server import cli
+from server.cli import serve
 from server.engine import threads
-from server.settings import SettingsError, load_settings
+from server.settings import Settings, SettingsError, flag_of, load_settings
 
 
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MTLORA_MAX_NUM_SEQS", "MTLORA_ADAPTERS", "MTLORA_PORT"):
+    for name in ("MTLORA_MAX_NUM_SEQS", "MTLORA_ADAPTERS", "MTLORA_PORT", "MTLORA_HOST"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -40,7 +42,12 @@ def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path, monke
         ({"kv_cache_gib": "-1"}, "kv_cache_gib", "'-1'", "greater than 0"),
         ({"grace_period_s": "soon"}, "grace_period_s", "'soon'", "valid number"),
         ({"adapters": "/no/such/folder"}, "adapters", "'/no/such/folder'", "existing folder"),
-        ({"adapters": "gopher://adapters"}, "adapters", "'gopher://adapters'", "a URL that fsspec can read"),
+        (
+            {"adapters": "gopher://adapters"},
+            "adapters",
+            "'gopher://adapters'",
+            "allowed: a folder, or a URL that fsspec",
+        ),
         ({"adapter_slots": "0"}, "adapter_slots", "'0'", "greater than or equal to 1"),
         ({"engine_hang_s": "0"}, "engine_hang_s", "'0'", "greater than or equal to 1"),
         ({"max_num_batched_tokens": "8", "max_num_seqs": "9"}, "max_num_batched_tokens", "8", "at least max_num_seqs"),
@@ -64,7 +71,7 @@ def test_all_wrong_settings_are_named_at_once(tmp_path: Path) -> None:
     assert {line.split(":")[0] for line in str(error.value).splitlines()} == {"port", "log_level"}
 
 
-def test_where_a_wrong_setting_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_says_where_a_wrong_setting_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tmp_path / "server.yaml"
     config.write_text("max_model_len: 1\n")
     monkeypatch.setenv("MTLORA_PORT", "x")
@@ -82,7 +89,7 @@ def test_where_a_wrong_setting_was_found(tmp_path: Path, monkeypatch: pytest.Mon
         ("a: [", "not a readable YAML file"),
     ],
 )
-def test_a_wrong_file(tmp_path: Path, text: str, expected: str) -> None:
+def test_an_error_says_what_is_wrong_with_a_file(tmp_path: Path, text: str, expected: str) -> None:
     config = tmp_path / "server.yaml"
     config.write_text(text)
     with pytest.raises(SettingsError) as error:
@@ -90,7 +97,7 @@ def test_a_wrong_file(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in str(error.value)
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="not a readable YAML file"):
         load_settings({"adapters": tmp_path}, tmp_path / "none.yaml")
 
@@ -102,23 +109,50 @@ def test_a_near_miss_is_suggested(tmp_path: Path) -> None:
         load_settings({"adapters": tmp_path}, config)
 
 
-def test_wrong_settings_and_help_are_answered_at_once() -> None:
+def test_wrong_settings_and_help_need_no_import_of_vllm() -> None:
     for arguments, status in ((["--max-num-seqs", "0"], 2), (["serve", "--help"], 0)):
         began = time.monotonic()
         done = subprocess.run([sys.executable, "-m", "server", *arguments], capture_output=True, text=True)
         assert done.returncode == status
         assert "max_num_seqs" in done.stderr or "--max-num-seqs" in done.stdout
-        # Generous: a busy machine. What it guards against is an import of vLLM, at several seconds.
+        # Generous for a busy machine; an import of vLLM takes longer.
         assert time.monotonic() - began < 4
 
 
-def test_every_setting_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_every_setting_with_its_description_and_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["serve", "--help"])
-    assert "--no-log-prompts" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, field in Settings.model_fields.items():
+        assert field.description
+        default = "unset" if field.default is None else field.default
+        flag = flag_of(name)
+        assert f"{flag} " in shown
+        assert f"{field.description} (default: {default})" in shown
+    assert "--log-prompts, --no-log-prompts" in shown
+    assert "--enforce-eager, --no-enforce-eager" in shown
 
 
-def test_threads_are_the_setting_then_the_environment_then_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_reach_the_settings_as_they_were_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTLORA_PORT", "8")
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    flags = ["--adapters", str(tmp_path), "--port", "9", "--no-enable-prefix-caching", "--enforce-eager"]
+    settings = serve.settings_from(parser.parse_args(flags))
+    assert (settings.port, settings.enable_prefix_caching, settings.enforce_eager) == (9, False, True)
+    assert settings.model_fields_set == {"adapters", "port", "enable_prefix_caching", "enforce_eager"}
+
+
+def test_an_empty_flag_is_wrong_where_an_empty_variable_is_not_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MTLORA_HOST", "")
+    assert load_settings({"adapters": tmp_path}).host == "127.0.0.1"
+    assert cli.main(["--adapters", str(tmp_path), "--host", ""]) == 2
+    assert "host: found '' (flag --host)" in capsys.readouterr().err
+
+
+def test_threads_follow_the_setting_then_the_environment_then_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3, 4})
     monkeypatch.setattr(threads, "quota_cores", lambda: None)
     assert threads.thread_environment("7", {threads.BIND: "1"}, 1) == {threads.BIND: "7"}
@@ -128,7 +162,7 @@ def test_threads_are_the_setting_then_the_environment_then_all_cores(monkeypatch
     assert threads.thread_environment(None, {}, 6) == {threads.BIND: "0|1|2|3|4|0"}
 
 
-def test_threads_are_not_bound_under_a_smaller_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quota_of_fewer_cores_limits_threads_without_binding_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
     monkeypatch.setattr(threads, "quota_cores", lambda: 8)
     assert threads.thread_environment(None, {}, 2) == {threads.BIND: "nobind", "OMP_NUM_THREADS": "4"}
@@ -137,6 +171,6 @@ def test_threads_are_not_bound_under_a_smaller_quota(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("text", "cores"), [("max 100000", None), ("150000 100000", 1), ("400000 100000", 4), ("?", None)]
 )
-def test_quota_of_the_control_group(tmp_path: Path, text: str, cores: int | None) -> None:
+def test_quota_is_read_from_the_control_group(tmp_path: Path, text: str, cores: int | None) -> None:
     (tmp_path / "cpu.max").write_text(text)
     assert threads.quota_cores(tmp_path / "cpu.max") == cores

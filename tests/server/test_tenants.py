@@ -1,4 +1,4 @@
-"""Tenants over gRPC, around a fake engine: who gets in, what they see, and what changes when the file does."""
+"""Tenants over gRPC, with a fake engine: who gets in, what they see, and what a changed file changes."""
 
 import asyncio
 import json
@@ -15,13 +15,13 @@ from mtlora.client import Access, AsyncClient, ServerError, make_request
 from server.telemetry.logs import JsonFormatter
 from server.tenants import Directory, TenantsError, read_tenants
 from server.tenants.authentication import Authenticator
-from server.tenants.keys import check_hash, hash_key, key_id_of, new_key, verify
+from server.tenants.keys import checked_hash, hash_key, key_id_of, new_key, verify
 from tests.faults._certificates import authority, issue
 from tests.faults._tenants import tenant, write_tenants
 from tests.server.fakes import Service
 
 
-def test_keys() -> None:
+def test_a_new_key_matches_its_own_hash_alone() -> None:
     key, key_id, hashed = new_key()
     assert key_id_of(key) == key_id
     assert key not in hashed
@@ -32,9 +32,9 @@ def test_keys() -> None:
 
 
 @given(st.text(max_size=80) | st.from_regex(r"scrypt\$ln=\d{1,3},r=\d{1,3},p=\d\$[A-Za-z0-9+/=]*\$[A-Za-z0-9+/=]*"))
-def test_what_is_no_hash_is_refused(text: str) -> None:
+def test_a_malformed_hash_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"allowed|base64"):
-        check_hash(text)
+        checked_hash(text)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ async def refusal(client: AsyncClient, task_id: str = "one", **parameters: Any) 
     return raised.value
 
 
-async def test_wrong_keys(tmp_path: Path) -> None:
+async def test_wrong_keys_are_unauthenticated(tmp_path: Path) -> None:
     two = Two(tmp_path)
     async with two.service.running():
         for key in (None, "nonsense", two.key_a[:-1] + "-", new_key()[0]):
@@ -128,10 +128,10 @@ async def test_wrong_keys(tmp_path: Path) -> None:
     assert tokens == [len("x\nAnswer:"), 2]
 
 
-async def test_anothers_task_looks_like_none(tmp_path: Path) -> None:
+async def test_a_forbidden_task_looks_like_an_unknown_one(tmp_path: Path) -> None:
     two = Two(tmp_path)
     async with two.service.running(), two.client(two.key_a) as a, two.client(two.key_b) as b:
-        # `two` is served; `tow` is not: but for the id, a cannot tell them apart.
+        # `two` is served, `tow` is not. For tenant a, the errors differ in the id alone.
         errors = [await refusal(a, task_id) for task_id in ("two", "tow")]
         said = [(e.code, e.message.replace(e.resource or "?", "ID"), e.violations, e.quotas) for e in errors]
         assert said[0] == said[1]
@@ -163,7 +163,7 @@ async def test_a_revoked_key_is_refused_after_the_reload(tmp_path: Path) -> None
             await fresh.generate("two", "x")
 
 
-async def test_quota_details(tmp_path: Path) -> None:
+async def test_a_quota_refusal_names_the_quota_and_when_to_retry(tmp_path: Path) -> None:
     two = Two(tmp_path, requests_per_second=0.5, burst_seconds=2)
     async with two.service.running(), two.client(two.key_a) as a, two.client(two.key_b) as b:
         await a.generate("one", "x")
@@ -175,7 +175,7 @@ async def test_quota_details(tmp_path: Path) -> None:
             await b.generate("one", "x")
 
 
-async def test_the_prefix_cache_is_salted_a_tenant(tmp_path: Path) -> None:
+async def test_each_tenant_has_its_own_salt_for_the_prefix_cache(tmp_path: Path) -> None:
     two = Two(tmp_path)
     async with two.service.running(), two.client(two.key_a) as a, two.client(two.key_b) as b:
         for client in (a, b):
@@ -186,7 +186,7 @@ async def test_the_prefix_cache_is_salted_a_tenant(tmp_path: Path) -> None:
     assert [job.cache_salt for job in two.service.engine.jobs] == ["a", "b", None]
 
 
-async def test_without_a_file_everybody_is_the_open_tenant() -> None:
+async def test_without_a_file_every_caller_is_the_open_tenant() -> None:
     async with Service().running() as service, AsyncClient(service.address) as client:
         await client.generate("one", "x")
     assert service.engine.jobs[0].cache_salt is None
@@ -203,7 +203,7 @@ async def test_neither_keys_nor_texts_reach_the_log(
     two = Two(tmp_path)
     async with two.service.running(), two.client(two.key_a) as a, two.client(two.key_b) as b:
         await a.generate("one", "confidential")
-        # Even where an exception's own words hold what was sent.
+        # An exception's message may contain the text that a tenant sent.
         two.service.engine.error = RuntimeError("could not do 'confidential'")
         assert (await refusal(b)).code is grpc.StatusCode.INTERNAL
     lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
@@ -216,7 +216,7 @@ async def test_neither_keys_nor_texts_reach_the_log(
     assert two.key_a[-20:] not in written
 
 
-async def test_mutual_tls(tmp_path: Path) -> None:
+async def test_client_certificates_name_tenants(tmp_path: Path) -> None:
     ca, other_ca = authority(tmp_path), authority(tmp_path, "elsewhere")
     server = issue(ca, tmp_path, "server")
     a = issue(ca, tmp_path, "client-a", uri="spiffe://x/a")
@@ -245,12 +245,14 @@ async def test_mutual_tls(tmp_path: Path) -> None:
         assert await ask(a, "two") is grpc.StatusCode.NOT_FOUND
         assert await ask(b, "two") is grpc.StatusCode.OK
         assert await ask(stranger, "one") is grpc.StatusCode.UNAUTHENTICATED
-        # These get no connection at all.
+        # The handshake refuses these.
         for refused in (expired, forged, None):
             assert await ask(refused, "one") is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_a_certificate_that_expires_during_a_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_certificate_that_expires_during_a_connection_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ca = authority(tmp_path)
     server, a = issue(ca, tmp_path, "server"), issue(ca, tmp_path, "client-a")
     path = write_tenants(tmp_path / "tenants.yaml", {"id": "a", "certificates": ["CN=client-a"]})
@@ -275,13 +277,13 @@ async def test_a_slow_reader_holds_up_itself_alone_and_is_ended(tmp_path: Path) 
         async with grpc.aio.insecure_channel(service.address, options=options) as channel:
             call = inference_pb2_grpc.InferenceStub(channel).GenerateStream(make_request("one", "x"))
             await call.read()
-            # The only slot is free again although nobody reads.
+            # The only slot is free again, although nobody reads the stream.
             assert (await asyncio.wait_for(quick.generate("one", "y"), 5)).text
             await asyncio.sleep(1.5)
             assert service.value("mtlora_requests_in_flight") == 0
             name = "mtlora_requests_total"
             assert service.value(name, method="GenerateStream", task="one", status="RESOURCE_EXHAUSTED") == 1
-            # What the client finds when it reads on at last.
+            # The client gets the status when it reads on.
             with pytest.raises(grpc.aio.AioRpcError):
                 await _read_on(call)
             assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

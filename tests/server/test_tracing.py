@@ -67,7 +67,7 @@ async def test_a_request_is_one_tree_at_the_collector() -> None:
     assert [span.status.message for span in failed] == ["NOT_FOUND"]
 
 
-def test_what_is_not_sampled_costs_no_trace() -> None:
+def test_a_request_that_is_not_sampled_has_no_trace() -> None:
     spans = InMemorySpanExporter()
     tracer = Tracer("", sample_ratio=0.0, exporter=spans)
     assert tracer.begin("/mtlora.v1.Inference/Generate", "r", None) is None

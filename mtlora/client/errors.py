@@ -1,0 +1,65 @@
+"""A failed request, with the details that the server gives in its status."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+
+_DETAILS = (
+    error_details_pb2.BadRequest,
+    error_details_pb2.QuotaFailure,
+    error_details_pb2.ResourceInfo,
+    error_details_pb2.RetryInfo,
+)
+
+
+class ServerError(Exception):
+    """A request that ended in a status other than OK.
+
+    violations: (field, description) of each wrong field. quotas: (subject, description) of each quota exceeded.
+    """
+
+    def __init__(self, error: Any) -> None:
+        self.code: grpc.StatusCode = error.code()
+        self.message: str = error.details() or ""
+        trailer = dict(error.trailing_metadata() or ())
+        self.request_id = str(trailer.get("x-request-id", ""))
+        self.violations: list[tuple[str, str]] = []
+        self.quotas: list[tuple[str, str]] = []
+        self.retry_after_s: float | None = None
+        self.resource: str | None = None
+        for detail in _unpack(trailer.get("grpc-status-details-bin", b"")):
+            if isinstance(detail, error_details_pb2.BadRequest):
+                self.violations = [(each.field, each.description) for each in detail.field_violations]
+            elif isinstance(detail, error_details_pb2.QuotaFailure):
+                self.quotas = [(each.subject, each.description) for each in detail.violations]
+            elif isinstance(detail, error_details_pb2.ResourceInfo):
+                self.resource = detail.resource_name
+            elif isinstance(detail, error_details_pb2.RetryInfo):
+                self.retry_after_s = detail.retry_delay.ToTimedelta().total_seconds()
+        super().__init__(f"{self.code.name}: {self.message}")
+
+
+@contextmanager
+def server_errors() -> Iterator[None]:
+    """Raise ServerError for what gRPC raises inside."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise ServerError(error) from None
+
+
+def _unpack(serialized: bytes) -> Iterator[Any]:
+    try:
+        packed = status_pb2.Status.FromString(serialized).details
+    except DecodeError:
+        return
+    for each in packed:
+        for kind in _DETAILS:
+            if each.Is(kind.DESCRIPTOR):
+                message = kind()
+                each.Unpack(message)
+                yield message

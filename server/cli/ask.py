@@ -1,0 +1,66 @@
+"""`mtlora-server ask`: put one input to a running server and print the answer."""
+
+import argparse
+import sys
+
+from mtlora.client import Input
+from server.cli import CommandError
+from server.cli.connection import add_address, connect
+
+_PARAMETERS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The input, how to generate, and what to print."""
+    parser.add_argument("task_id", help="which task answers; `tasks` lists them")
+    parser.add_argument("input", nargs="?", help="fills the only field of the task's template; - reads stdin")
+    parser.add_argument("--field", action="append", default=[], metavar="NAME=VALUE", help="fills one named field")
+    parser.add_argument("--chat", action="store_true", help="send the input as a user's chat message")
+    add_address(parser)
+    parser.add_argument("--stream", action="store_true", help="print the answer as it is made")
+    parser.add_argument("--without-adapter", action="store_true", help="let the backbone answer alone")
+    parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int)
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="stop string; may be given several times")
+    parser.add_argument("--verbose", action="store_true", help="print adapter, tokens and timings on stderr")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Ask; returns 0."""
+    given = _input(options)
+    parameters = {name: value for name in _PARAMETERS if (value := getattr(options, name)) is not None}
+    parameters |= {"timeout": options.timeout, "without_adapter": options.without_adapter}
+    with connect(options) as client:
+        try:
+            if options.stream:
+                for piece in client.stream(options.task_id, given, **parameters):
+                    print(piece.text, end="", flush=True)
+                print()
+                summary = piece.summary
+            else:
+                answer = client.generate(options.task_id, given, **parameters)
+                print(answer.text)
+                summary = answer.summary
+        except ValueError as error:
+            raise CommandError(f"not a valid parameter: {error}", 2) from None
+    if options.verbose:
+        print(summary, end="", file=sys.stderr)
+    return 0
+
+
+def _input(options: argparse.Namespace) -> Input:
+    if options.field:
+        if options.input is not None:
+            raise CommandError("give either an input or --field, not both", 2)
+        pairs = [pair.partition("=") for pair in options.field]
+        if wrong := [name for name, separator, _ in pairs if not separator]:
+            raise CommandError(f"--field {wrong[0]}: expected NAME=VALUE", 2)
+        return {name: value for name, _, value in pairs}
+    if options.input is None:
+        raise CommandError("give an input, or --field NAME=VALUE", 2)
+    text = sys.stdin.read() if options.input == "-" else options.input
+    return [{"role": "user", "content": text}] if options.chat else text

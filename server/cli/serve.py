@@ -1,0 +1,47 @@
+"""`mtlora-server serve`: run the server in this process."""
+
+import argparse
+import os
+from pathlib import Path
+
+from pydantic_settings import CliSettingsSource
+
+from server.cli import CommandError
+from server.settings import Settings, SettingsError, load_settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A flag for every setting; flags that are not given stay out of the options."""
+    parser.description = (
+        "Every setting can be given as a flag, as an environment variable (MTLORA_ and the name in capitals, such as "
+        "MTLORA_MAX_NUM_SEQS), or in a YAML file (--config). A flag wins over the environment, that over the file, "
+        "that over the default."
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
+    CliSettingsSource(Settings, root_parser=parser)
+
+
+def settings_from(options: argparse.Namespace) -> Settings:
+    """The settings that the options, the environment and the file give. Raises CommandError."""
+    # CliSettingsSource would drop flags with an empty value.
+    flags = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
+    try:
+        return load_settings(flags, options.config)
+    except SettingsError as error:
+        raise CommandError(str(error), 2) from None
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until a signal; returns the exit status."""
+    settings = settings_from(options)
+    from server.app import serve
+    from server.telemetry.logs import configure_logging, finish_logging
+
+    configure_logging(settings.log_level)
+    try:
+        status = serve(settings, lambda line: print(line, flush=True))
+    finally:
+        written = finish_logging()
+    if not written:
+        os._exit(status)
+    return status

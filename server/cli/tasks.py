@@ -1,0 +1,24 @@
+"""`mtlora-server tasks`: the tasks of a running server, as a table."""
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+from server.cli.connection import add_address, connect
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which server to ask."""
+    add_address(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the table; returns 0."""
+    with connect(options) as client:
+        tasks = client.tasks()
+    table = Table("task", "fields", "adapter", "description")
+    for task in tasks:
+        table.add_row(task.id, ", ".join(task.fields), f"{task.adapter_name}/{task.adapter_version}", task.description)
+    Console().print(table)
+    return 0
