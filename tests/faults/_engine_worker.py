@@ -25,7 +25,7 @@ def start(given: dict[str, Any]) -> Handle:
     from server.engine import Engine
     from server.job import GenerationJob, ServedTask
     from server.registry.version import version_key
-    from server.rpc.validation import Limits, validate
+    from server.rpc.validation import PromptLimits, validate
     from server.settings import load_settings
 
     adapters = Path(given["adapters"])
@@ -54,7 +54,7 @@ def start(given: dict[str, Any]) -> Handle:
 
     runner = asyncio.Runner()
     runner.run(load())
-    limits = Limits(settings.max_model_len, engine.vocab_size)
+    limits = PromptLimits(settings.max_model_len, engine.vocab_size)
 
     def job(task_id: str, text: str) -> GenerationJob:
         made = validate(make_request(task_id, text, **PARAMETERS), tasks[task_id], engine.tokenizer, limits)
