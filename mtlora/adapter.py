@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from mtlora.config import MtLoRAConfig
-from mtlora.ops.routed_lora import route
-from mtlora.ops.training import routed_lora
+from mtlora.ops.packed_block import route
+from mtlora.ops.training import path_with_gradients
 
 
 class TaskContext:
@@ -76,7 +76,7 @@ class BlockAdapter(nn.Module):
         """The path's output, shape and dtype of `x_BLD`; the products run in the parameters' dtype."""
         config, (B, L, D) = self.config, x_BLD.shape
         x_TD = x_BLD.reshape(B * L, D)
-        delta_TD, weights_TGN = routed_lora(
+        delta_TD, weights_TGN = path_with_gradients(
             x_TD,
             self.lora_A,
             self.lora_B,

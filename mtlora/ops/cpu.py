@@ -1,9 +1,10 @@
-"""The CPU backend of `mtlora::add_routed_lora_`.
+"""The CPU backend of `mtlora::add_mixed_paths_`.
 
 The compiled kernel does a step's whole mix in one call. Where there is none, torch ops do the same adapter by adapter,
 which is slower.
 
-Shape suffixes: T tokens, D hidden size, A slots, F fields of a row, M tiles, G groups, N experts.
+Shape suffixes: T tokens, P planned tokens, D hidden size, A rows of the table, F fields of a row, M tiles, G groups,
+N experts, r rank, K = N*r, E = D/G, S = r + G*N, b rows of a bias table.
 """
 
 import ctypes
@@ -11,14 +12,14 @@ from collections.abc import Callable
 
 import torch
 
-from mtlora.ops.checks import check
 from mtlora.ops.cpu_kernel import KERNEL_DTYPES, Step, compiled_kernel, from_units, units_shape
+from mtlora.ops.mix import Mix
+from mtlora.ops.packed_block import PackedBlock, packed_path
 from mtlora.ops.plan import StepPlan
-from mtlora.ops.routed_lora import PackedBlock, routed_lora
-from mtlora.ops.table import DTYPES, Field, SlotTable
+from mtlora.ops.table import DTYPES, AdapterTable, Field
 
 _ERRORS = {
-    2: "a slot is out of the table's range",
+    2: "a tile names a row that the table lacks",
     3: "a tile is out of the range of the step's tokens",
     4: "an adapter in the table has another dtype or hidden size than x",
     5: "a bias row is out of the range of its adapter's biases",
@@ -26,26 +27,19 @@ _ERRORS = {
 }
 
 
-def add_routed_lora_(
-    y_TD: torch.Tensor,
-    x_TD: torch.Tensor,
-    rows_AF: torch.Tensor,
-    tokens_T: torch.Tensor,
-    bias_rows_T: torch.Tensor,
-    tiles_M3: torch.Tensor,
-) -> None:
-    """Add the path of every planned token to `y_TD`, in place. The operator has checked the tensors' kinds.
+def add_mixed_paths_(mix: Mix) -> None:
+    """Add the path of every planned token to `mix.y_TD`, in place; `mix` is checked.
 
     Raises ValueError, before anything is written, where table and plan do not fit each other or x.
     """
     kernel = compiled_kernel()
-    if kernel is None or x_TD.dtype not in KERNEL_DTYPES:
-        in_torch_ops(y_TD, x_TD, rows_AF, tokens_T, bias_rows_T, tiles_M3)
+    if kernel is None or mix.x_TD.dtype not in KERNEL_DTYPES:
+        in_torch_ops(mix)
     else:
-        run_kernel(kernel, 0, y_TD, x_TD, rows_AF, tokens_T, bias_rows_T, tiles_M3)
+        run_kernel(kernel, 0, mix)
 
 
-def bind(table: SlotTable, plan: StepPlan) -> Callable[[torch.Tensor, torch.Tensor, int], None] | None:
+def bind(table: AdapterTable, plan: StepPlan) -> Callable[[torch.Tensor, torch.Tensor, int], None] | None:
     """`run(y_TD, x_TD, block)` for a step's plan, with all that does not change from block to block settled here.
 
     None where there is no compiled kernel for the table. `run` raises ValueError, before anything is written, for y or
@@ -57,7 +51,7 @@ def bind(table: SlotTable, plan: StepPlan) -> Callable[[torch.Tensor, torch.Tens
         return None
     add_routed, rows = kernel.mtlora_add_routed, table.rows_LAF
     first, size = rows.data_ptr(), rows.stride(0) * rows.element_size()
-    step = _step(0, dtype, hidden, table.num_slots, plan.tokens_T, plan.bias_rows_T, plan.tiles_M3)
+    step = _step(0, dtype, hidden, table.num_rows, plan.tokens_P, plan.bias_rows_P, plan.tiles_M3)
     address = ctypes.addressof(step)
 
     def run(y_TD: torch.Tensor, x_TD: torch.Tensor, block: int) -> None:
@@ -68,7 +62,7 @@ def bind(table: SlotTable, plan: StepPlan) -> Callable[[torch.Tensor, torch.Tens
             or y_step != 1 or x_step != 1 or (T > 1 and (y_stride < D or x_stride < D))
             or not (y_TD.is_cpu and x_TD.is_cpu)
         ):  # fmt: skip
-            check(y_TD, x_TD, rows[block], plan.tokens_T, plan.bias_rows_T, plan.tiles_M3)
+            Mix.of(y_TD, x_TD, table, block, plan).check()
             raise ValueError(f"x is of {(x_TD.dtype, x_TD.device, D)}, the table's adapters of {table.kind}")
         error = add_routed(address, first + block * size, y_TD.data_ptr(), x_TD.data_ptr(), y_stride, x_stride, T)
         if error:
@@ -81,15 +75,15 @@ def _step(
     instruction_set: int,
     dtype: torch.dtype,
     hidden: int,
-    num_slots: int,
-    tokens_T: torch.Tensor,
-    bias_rows_T: torch.Tensor,
+    num_rows: int,
+    tokens_P: torch.Tensor,
+    bias_rows_P: torch.Tensor,
     tiles_M3: torch.Tensor,
 ) -> Step:
     """What the kernel is told once. It holds addresses alone: the tensors must live as long."""
     return Step(
-        tokens=tokens_T.data_ptr(), bias_rows=bias_rows_T.data_ptr(), tiles=tiles_M3.data_ptr(),
-        num_planned=len(tokens_T), num_tiles=len(tiles_M3), num_slots=num_slots, hidden=hidden, isa=instruction_set,
+        tokens=tokens_P.data_ptr(), bias_rows=bias_rows_P.data_ptr(), tiles=tiles_M3.data_ptr(),
+        num_planned=len(tokens_P), num_tiles=len(tiles_M3), num_rows=num_rows, hidden=hidden, isa=instruction_set,
         dtype=DTYPES.index(dtype), threads=torch.get_num_threads(),
     )  # fmt: skip
 
@@ -101,45 +95,31 @@ def _failure(error: int) -> Exception:
     return ValueError(_ERRORS[error])
 
 
-def run_kernel(
-    kernel: ctypes.CDLL,
-    instruction_set: int,
-    y_TD: torch.Tensor,
-    x_TD: torch.Tensor,
-    rows_AF: torch.Tensor,
-    tokens_T: torch.Tensor,
-    bias_rows_T: torch.Tensor,
-    tiles_M3: torch.Tensor,
-) -> None:
-    """`add_routed_lora_` by the compiled kernel. instruction_set: 0 for the best there is, 2 or 512 for one of AVX."""
-    (T, D), rows = x_TD.shape, rows_AF.data_ptr()
-    step = _step(instruction_set, x_TD.dtype, D, len(rows_AF), tokens_T, bias_rows_T, tiles_M3)
+def run_kernel(kernel: ctypes.CDLL, instruction_set: int, mix: Mix) -> None:
+    """`add_mixed_paths_` by the compiled kernel. instruction_set: 0 for the best there is, 2 or 512 for one of AVX."""
+    y_TD, x_TD, rows_AF, tokens_P, bias_rows_P, tiles_M3 = mix
+    T, D = x_TD.shape
+    step = _step(instruction_set, x_TD.dtype, D, len(rows_AF), tokens_P, bias_rows_P, tiles_M3)
     error = kernel.mtlora_add_routed(
-        ctypes.addressof(step), rows, y_TD.data_ptr(), x_TD.data_ptr(), y_TD.stride(0), x_TD.stride(0), T
+        ctypes.addressof(step), rows_AF.data_ptr(), y_TD.data_ptr(), x_TD.data_ptr(), y_TD.stride(0), x_TD.stride(0), T
     )
     if error:
         raise _failure(error)
 
 
-def in_torch_ops(
-    y_TD: torch.Tensor,
-    x_TD: torch.Tensor,
-    rows_AF: torch.Tensor,
-    tokens_T: torch.Tensor,
-    bias_rows_T: torch.Tensor,
-    tiles_M3: torch.Tensor,
-) -> None:
-    """`add_routed_lora_` in torch ops, one adapter after another."""
+def in_torch_ops(mix: Mix) -> None:
+    """`add_mixed_paths_` in torch ops, one adapter after another."""
+    y_TD, x_TD, rows_AF, tokens_P, bias_rows_P, tiles_M3 = mix
     work = []
-    for slot, first, count in _spans(tiles_M3):
-        if not 0 <= slot < len(rows_AF):
+    for number, first, count in _spans(tiles_M3):
+        if not 0 <= number < len(rows_AF):
             raise ValueError(_ERRORS[2])
-        row = rows_AF[slot].tolist()
+        row = rows_AF[number].tolist()
         if row[Field.RANK] == 0:
             continue
         if row[Field.DTYPE] != DTYPES.index(x_TD.dtype) or row[Field.HIDDEN] != x_TD.shape[1]:
             raise ValueError(_ERRORS[4])
-        tokens, bias_rows = tokens_T[first : first + count], bias_rows_T[first : first + count]
+        tokens, bias_rows = tokens_P[first : first + count], bias_rows_P[first : first + count]
         if first < 0 or len(tokens) != count or tokens.min() < 0 or tokens.max() >= len(x_TD):
             raise ValueError(_ERRORS[3])
         if row[Field.BIAS] and bias_rows.max() >= row[Field.BIAS_ROWS]:
@@ -149,19 +129,19 @@ def in_torch_ops(
         bias_TGN = None
         if block.bias_bGN is not None:
             bias_TGN = block.bias_bGN[bias_rows.clamp_min(0)] * (bias_rows >= 0).view(-1, 1, 1)
-        y_TD.index_add_(0, tokens, routed_lora(x_TD[tokens], block, bias_TGN))
+        y_TD.index_add_(0, tokens, packed_path(x_TD[tokens], block, bias_TGN))
 
 
 def _spans(tiles_M3: torch.Tensor) -> list[list[int]]:
-    """[slot, first, count] of every slot: neighbouring tiles of a slot in one."""
+    """[row, first, count] of every row of the table: neighbouring tiles of a row in one."""
     spans: list[list[int]] = []
-    for slot, first, count in tiles_M3.tolist():
+    for row, first, count in tiles_M3.tolist():
         if count == 0:
             continue
-        if spans and spans[-1][0] == slot and sum(spans[-1][1:]) == first:
+        if spans and spans[-1][0] == row and sum(spans[-1][1:]) == first:
             spans[-1][2] += count
         else:
-            spans.append([slot, first, count])
+            spans.append([row, first, count])
     return spans
 
 

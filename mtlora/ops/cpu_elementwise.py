@@ -11,13 +11,13 @@ import torch
 
 from mtlora.ops.cpu_kernel import KERNEL_DTYPES, kernel_part
 
-# Version of `Call`, `mtlora_elementwise_layout` in the kernel's source.
+# Version of `ElementwiseCall`, `mtlora_elementwise_layout` in the kernel's source.
 LAYOUT = 2
 
 _ADDRESS, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 
-class Call(ctypes.Structure):
+class ElementwiseCall(ctypes.Structure):
     """One call's sizes and tensors; `ElementwiseCall` in the kernel's source."""
 
     _fields_ = (
@@ -137,7 +137,7 @@ def _how(tensor: torch.Tensor, isa: int) -> tuple[int, int, int]:
 def _run(function: str, number: float, isa: int, **tensors: torch.Tensor) -> None:
     given = {name: tensor.contiguous() for name, tensor in tensors.items()}
     first = given["first"]
-    call = Call(
+    call = ElementwiseCall(
         rows=first.numel() // first.shape[-1], size=first.shape[-1], number=number,
         dtype=KERNEL_DTYPES.index(first.dtype), threads=torch.get_num_threads(), isa=isa,
         **{name: tensor.data_ptr() for name, tensor in given.items()},

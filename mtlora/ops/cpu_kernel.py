@@ -39,7 +39,7 @@ class Step(ctypes.Structure):
         ("tiles", _ADDRESS),
         ("num_planned", _LONG),
         ("num_tiles", _LONG),
-        ("num_slots", _LONG),
+        ("num_rows", _LONG),
         ("hidden", _LONG),
         ("isa", _INT),
         ("dtype", _INT),

@@ -10,7 +10,7 @@ import torch
 
 from mtlora.ops.cpu_kernel import KERNEL_DTYPES, kernel_part
 
-# Version of `Call`, `mtlora_training_layout` in the kernel's source.
+# Version of `TrainingCall`, `mtlora_training_layout` in the kernel's source.
 LAYOUT = 1
 
 _ADDRESS, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -26,7 +26,7 @@ Gradients = tuple[
 ]  # fmt: skip
 
 
-class Call(ctypes.Structure):
+class TrainingCall(ctypes.Structure):
     """One call's sizes and tensors."""
 
     _fields_ = (
@@ -115,7 +115,7 @@ def backward(
 def _run(function: str, x_TD: torch.Tensor, scaling: float, isa: int, **tensors: torch.Tensor | None) -> None:
     given = {name: tensor.contiguous() for name, tensor in {"x": x_TD, **tensors}.items() if tensor is not None}
     lora_B, weights = given["lora_B"], given["weights"]
-    call = Call(
+    call = TrainingCall(
         tokens=len(x_TD), hidden=x_TD.shape[1], rank=lora_B.shape[2], experts=len(lora_B), groups=weights.shape[1],
         scaling=scaling, dtype=KERNEL_DTYPES.index(x_TD.dtype), threads=torch.get_num_threads(), isa=isa,
         **{name: tensor.data_ptr() for name, tensor in given.items()},

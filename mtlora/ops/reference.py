@@ -61,20 +61,20 @@ def routed_lora_reference(
 def routed_lora_batch_reference(
     x_TD: torch.Tensor,
     adapters: Sequence[ReferenceAdapter | None],
-    slots: Sequence[int],
+    rows: Sequence[int],
     bias_rows: Sequence[int],
 ) -> torch.Tensor:
     """The path's output [T, D] in float64 for a batch of many adapters.
 
-    slots: index into `adapters` per token, -1 for none; the path of an empty slot (None) adds nothing.
+    rows: index into `adapters` per token, -1 for none; an empty row (None) adds nothing.
     bias_rows: row of the adapter's bias table per token, -1 for none.
     """
     out_TD = torch.zeros(x_TD.shape, dtype=torch.float64)
-    for t, (slot, row) in enumerate(zip(slots, bias_rows, strict=True)):
-        adapter = adapters[slot] if slot >= 0 else None
+    for t, (row, bias_row) in enumerate(zip(rows, bias_rows, strict=True)):
+        adapter = adapters[row] if row >= 0 else None
         if adapter is None:
             continue
         A, B, R, table, num_groups, scaling = adapter
-        bias = None if table is None or row < 0 else table[row : row + 1]
-        out_TD[t] = routed_lora_reference(x_TD[t : t + 1], A, B, R, bias, num_groups=num_groups, scaling=scaling)[0]
+        bias_TGN = None if table is None or bias_row < 0 else table[bias_row : bias_row + 1]
+        out_TD[t] = routed_lora_reference(x_TD[t : t + 1], A, B, R, bias_TGN, num_groups=num_groups, scaling=scaling)[0]
     return out_TD

@@ -1,9 +1,9 @@
-"""Which adapter is in which slot, as the kernels read it: for every block a row of integers per slot.
+"""Which adapter is in which row of a table, as the kernels read it: for every block a row of integers per adapter.
 
 A row points at an adapter's own weights. Placing an adapter writes rows in place: no weight moves, nothing is
 allocated, and the table, whose address compiled or captured graphs hold, stays where it is.
 
-Shape suffixes: L blocks, A slots, F fields of a row.
+Shape suffixes: L blocks, A rows (adapters), F fields of a row.
 """
 
 import math
@@ -14,7 +14,7 @@ from enum import IntEnum
 import torch
 
 from mtlora.ops.cpu_kernel import KERNEL_DTYPES, compiled_kernel, from_units, to_units
-from mtlora.ops.routed_lora import PackedBlock
+from mtlora.ops.packed_block import PackedBlock
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,7 +35,7 @@ class Field(IntEnum):
 
 
 @dataclass(frozen=True)
-class Limits:
+class TableLimits:
     """The largest adapter that a table may hold, which bounds the GPU kernels' scratch space and grids.
 
     alignment: a power of two, up to 16, that divides every adapter's S and E.
@@ -46,8 +46,8 @@ class Limits:
     groups: int = 0
     alignment: int = 16
 
-    def __or__(self, other: "Limits") -> "Limits":
-        return Limits(
+    def __or__(self, other: "TableLimits") -> "TableLimits":
+        return TableLimits(
             max(self.rank, other.rank),
             max(self.experts, other.experts),
             max(self.groups, other.groups),
@@ -55,10 +55,10 @@ class Limits:
         )
 
     @staticmethod
-    def of(block: PackedBlock) -> "Limits":
+    def of(block: PackedBlock) -> "TableLimits":
         """Those that hold `block` and nothing larger."""
         alignment = math.gcd(block.shrink_DS.shape[1], block.expand_GKE.shape[2], 16)
-        return Limits(block.rank, block.num_experts, block.num_groups, alignment)
+        return TableLimits(block.rank, block.num_experts, block.num_groups, alignment)
 
 
 def check_block(block: PackedBlock) -> None:
@@ -101,7 +101,7 @@ class AdapterRows:
             not as_given and first is not None and first.device.type == "cpu" and first.dtype in KERNEL_DTYPES
             and compiled_kernel() is not None
         )  # fmt: skip
-        self.limits = Limits()
+        self.limits = TableLimits()
         # As the rows point at them: in units, or as given.
         self._held: list[PackedBlock | None] = []
         self.blocks: tuple[PackedBlock | None, ...] = () if in_units else tuple(blocks)
@@ -121,7 +121,7 @@ class AdapterRows:
                 row[Field.BIAS], row[Field.BIAS_ROWS] = bias.data_ptr(), len(bias)
             row[Field.RANK], row[Field.EXPERTS], row[Field.GROUPS] = rank, block.num_experts, block.num_groups
             row[Field.DTYPE], row[Field.HIDDEN] = DTYPES.index(block.shrink_DS.dtype), len(block.shrink_DS)
-            self.limits |= Limits.of(block)
+            self.limits |= TableLimits.of(block)
         if len(kinds) > 1:
             raise ValueError(f"blocks of several kinds in one adapter: {sorted(map(str, kinds))}")
         self.kind = kinds.pop() if kinds else None
@@ -144,8 +144,8 @@ class AdapterRows:
         )
 
 
-class SlotTable:
-    """The rows of all slots, preallocated: `rows_LAF[l]` is what the operator takes for block l.
+class AdapterTable:
+    """The rows of all adapters, preallocated: `rows_LAF[l]` is what the operator takes for block l.
 
     limits: where given, what graphs were captured for; a larger adapter is refused. Else it grows with what is placed.
     """
@@ -153,37 +153,37 @@ class SlotTable:
     def __init__(
         self,
         num_blocks: int,
-        num_slots: int,
+        num_rows: int,
         *,
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        limits: Limits | None = None,
+        limits: TableLimits | None = None,
     ) -> None:
-        self.rows_LAF = torch.zeros(num_blocks, num_slots, len(Field), dtype=torch.int64, device=device)
+        self.rows_LAF = torch.zeros(num_blocks, num_rows, len(Field), dtype=torch.int64, device=device)
         self.kind = (dtype, self.rows_LAF.device, hidden_size)
-        self.limits = limits or Limits()
+        self.limits = limits or TableLimits()
         self._fixed = limits is not None
-        self._held: list[AdapterRows | None] = [None] * num_slots
+        self._held: list[AdapterRows | None] = [None] * num_rows
 
     @property
-    def num_slots(self) -> int:
+    def num_rows(self) -> int:
         """A."""
         return len(self._held)
 
-    def held(self, slot: int) -> AdapterRows | None:
-        """What is in a slot."""
-        return self._held[slot]
+    def held(self, row: int) -> AdapterRows | None:
+        """The adapter in a row; None where the row is empty."""
+        return self._held[row]
 
-    def place(self, slot: int, adapter: AdapterRows | None) -> None:
-        """Put an adapter in a slot, or empty it; in place, and in order with what the device already has to do.
+    def place(self, row: int, adapter: AdapterRows | None) -> None:
+        """Put an adapter in a row, or empty it; in place, and in order with the work that the device already has.
 
-        Raises IndexError for a slot out of range and ValueError for an adapter that does not fit the table.
+        Raises IndexError for a row out of range and ValueError for an adapter that does not fit the table.
         """
-        if not 0 <= slot < self.num_slots:
-            raise IndexError(f"slot {slot} of {self.num_slots}")
+        if not 0 <= row < self.num_rows:
+            raise IndexError(f"row {row} of {self.num_rows}")
         if adapter is None:
-            self.rows_LAF[:, slot].zero_()
+            self.rows_LAF[:, row].zero_()
         else:
             if adapter.kind not in (None, self.kind):
                 raise ValueError(f"an adapter of {adapter.kind} in a table of {self.kind} (dtype, device, hidden size)")
@@ -192,9 +192,9 @@ class SlotTable:
             limits = self.limits | adapter.limits
             if self._fixed and limits != self.limits:
                 raise ValueError(f"an adapter of {adapter.limits} in a table of {self.limits}")
-            rows = adapter.rows_LF
+            rows_LF = adapter.rows_LF
             if self.rows_LAF.device.type == "cuda":
-                rows = rows.pin_memory()
-            self.rows_LAF[:, slot].copy_(rows, non_blocking=True)
+                rows_LF = rows_LF.pin_memory()
+            self.rows_LAF[:, row].copy_(rows_LF, non_blocking=True)
             self.limits = limits
-        self._held[slot] = adapter
+        self._held[row] = adapter

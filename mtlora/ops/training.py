@@ -1,4 +1,4 @@
-"""The registered operator of training, `mtlora::routed_lora`: the path of one adapter, with gradients.
+"""The registered operator of training, `mtlora::path_with_gradients`: the path of one adapter, with gradients.
 
 Between forward and backward it keeps x, h and the routing weights; no tensor per expert, [T, D] times N, is ever made.
 On a CPU the compiled kernel computes both passes. Where it cannot, torch ops do, and make z and its gradient, both
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from mtlora.ops import cpu_training
-from mtlora.ops.routed_lora import outer, pack_experts, route
+from mtlora.ops.packed_block import outer, pack_experts, route
 
 
-def routed_lora(
+def path_with_gradients(
     x_TD: torch.Tensor,
     lora_A_rD: torch.Tensor,
     lora_B_NDr: torch.Tensor,
@@ -32,7 +32,7 @@ def routed_lora(
     any floating dtype, which the output then has. bias_TGN: router bias per token. dropped_TD: x after dropout, which A
     then sees in x's place. All on one device. Raises ValueError for anything else.
     """
-    delta_TD, weights_TGN, _ = torch.ops.mtlora.routed_lora(
+    delta_TD, weights_TGN, _ = torch.ops.mtlora.path_with_gradients(
         x_TD, dropped_TD, lora_A_rD, lora_B_NDr, lora_route, bias_TGN, num_groups, scaling
     )
     return delta_TD, weights_TGN
@@ -75,8 +75,8 @@ def _check(
             raise ValueError(f"{name} must be of a floating dtype, got {dtype}")
 
 
-@torch.library.custom_op("mtlora::routed_lora", mutates_args=())
-def _routed_lora(
+@torch.library.custom_op("mtlora::path_with_gradients", mutates_args=())
+def _path_with_gradients(
     x: torch.Tensor,
     dropped: torch.Tensor | None,
     lora_A: torch.Tensor,
@@ -115,18 +115,10 @@ def _in_torch_ops(
     return delta_TD.to(dtype), weights_TGN, h_Tr
 
 
-@_routed_lora.register_fake
-def _fake(
-    x: torch.Tensor,
-    dropped: torch.Tensor | None,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    lora_route: torch.Tensor,
-    bias: torch.Tensor | None,
-    num_groups: int,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check(x, dropped, lora_A, lora_B, lora_route, bias, num_groups)
+@_path_with_gradients.register_fake
+def _fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, _, lora_A, lora_B, _, _, num_groups, _ = arguments
+    _check(*arguments[:-1])
     weights_dtype = lora_A.dtype if lora_A.dtype == torch.float64 else torch.float32
     weights = x.new_empty(len(x), num_groups, len(lora_B), dtype=weights_dtype)
     h = x.new_empty(len(x), len(lora_A), dtype=lora_A.dtype)
@@ -203,4 +195,4 @@ def _backward_in_torch_ops(
     return grad_x_TD, grad_dropped_TD, grad_A_rD, grad_B_NDr, grad_route, grad_logits_TGN
 
 
-torch.library.register_autograd("mtlora::routed_lora", _backward, setup_context=_save)
+torch.library.register_autograd("mtlora::path_with_gradients", _backward, setup_context=_save)

@@ -1,4 +1,4 @@
-"""The GPU backend of `mtlora::add_routed_lora_`: two Triton launches for any mix of adapters.
+"""The GPU backend of `mtlora::add_mixed_paths_`: two Triton launches for any mix of adapters.
 
 `_shrink` computes s = x [A; R] for every tile of tokens, split over x's dimensions and over the rows of [A; R] where
 tokens are few, so that a decode step fills the card. `_expand` sums the parts, takes the softmax over experts and forms
@@ -6,11 +6,12 @@ z in registers, and adds z Bcat_j to y; no two programs own the same piece of y.
 floats a token, where z would take G*N*r.
 
 Products take the adapters' dtype and accumulate in float32. Nothing is read back, nothing is allocated by the values
-of a tensor, and a tile's slot decides in the kernel where weights lie: a captured graph serves any later mix.
+of a tensor, and a tile's row decides in the kernel where weights lie: a captured graph serves any later mix.
 
 Run with TRITON_INTERPRET=1 it works on CPU tensors, for tests.
 
-Shape suffixes: T places of the plan, D hidden size, A slots, F fields of a row, M tiles, P parts of a sum, S = r + G*N.
+Shape suffixes: T tokens, P planned tokens, D hidden size, A rows of the table, F fields of a row, M tiles, C parts of a
+sum, S = r + G*N.
 """
 
 # Kernels take types that Python does not have.
@@ -20,7 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mtlora.ops.table import Field, Limits
+from mtlora.ops.mix import Mix
+from mtlora.ops.table import Field, TableLimits
 from mtlora.ops.tuning import Launch, choose
 
 _SHRINK, _EXPAND, _BIAS = tl.constexpr(Field.SHRINK), tl.constexpr(Field.EXPAND), tl.constexpr(Field.BIAS)
@@ -146,27 +148,18 @@ def _expand(
 _COMPILED = isinstance(_shrink, triton.JITFunction)
 
 
-def add_routed_lora_(
-    y_TD: torch.Tensor,
-    x_TD: torch.Tensor,
-    rows_AF: torch.Tensor,
-    tokens_T: torch.Tensor,
-    bias_rows_T: torch.Tensor,
-    tiles_M3: torch.Tensor,
-    limits: Limits,
-    tile_size: int,
-    launch: Launch | None = None,
-) -> None:
-    """Add the path of every planned token to `y_TD`, in place. The operator has checked the tensors' kinds.
+def add_mixed_paths_(mix: Mix, limits: TableLimits, tile_size: int, launch: Launch | None = None) -> None:
+    """Add the path of every planned token to `mix.y_TD`, in place; `mix` is checked.
 
     launch: how to cut the work; by default what was tuned for this card and shape.
     """
-    num_tiles, num_planned, D = len(tiles_M3), len(tokens_T), x_TD.shape[1]
+    y_TD, x_TD, rows_AF, tokens_P, bias_rows_P, tiles_M3 = mix
+    num_tiles, num_planned, D = len(tiles_M3), len(tokens_P), x_TD.shape[1]
     if num_tiles == 0 or limits.rank == 0:
         return
     launch = launch or choose(x_TD.device, D, num_planned, num_tiles, limits)
     size = limits.rank + limits.groups * limits.experts
-    s_PTS = torch.empty(launch.parts, num_planned, size, dtype=torch.float32, device=x_TD.device)
+    s_CPS = torch.empty(launch.parts, num_planned, size, dtype=torch.float32, device=x_TD.device)
     block_t, block_s = max(16, triton.next_power_of_2(tile_size)), min(launch.block_s, _power(size))
     block_r, block_n = triton.next_power_of_2(limits.rank), triton.next_power_of_2(limits.experts)
     # A product's inner dimension is at least 16, and z [tile, BLOCK_I * BLOCK_R] lives in registers.
@@ -179,14 +172,14 @@ def add_routed_lora_(
         "OPERAND": _OPERANDS[x_TD.dtype] if _COMPILED else tl.float32,
     }
     _shrink[(num_tiles, launch.parts, triton.cdiv(size, block_s))](
-        x_TD, s_PTS, rows_AF, tokens_T, tiles_M3, D, x_TD.stride(0), s_PTS.stride(1), s_PTS.stride(0),
+        x_TD, s_CPS, rows_AF, tokens_P, tiles_M3, D, x_TD.stride(0), s_CPS.stride(1), s_CPS.stride(0),
         BLOCK_S=block_s, BLOCK_D=launch.block_d, **common,
         num_warps=launch.shrink_warps, num_stages=launch.shrink_stages,
     )  # fmt: skip
     # Any number of groups up to the limit cuts D into at most so many blocks.
     num_blocks = triton.cdiv(D, launch.block_e) + limits.groups
     _expand[(num_tiles, num_blocks)](
-        y_TD, s_PTS, rows_AF, tokens_T, bias_rows_T, tiles_M3, D, y_TD.stride(0), s_PTS.stride(1), s_PTS.stride(0),
+        y_TD, s_CPS, rows_AF, tokens_P, bias_rows_P, tiles_M3, D, y_TD.stride(0), s_CPS.stride(1), s_CPS.stride(0),
         BLOCK_R=block_r, BLOCK_N=block_n, BLOCK_I=block_i, BLOCK_E=launch.block_e, **common,
         num_warps=launch.expand_warps, num_stages=launch.expand_stages,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mtlora.ops.table import Limits
+from mtlora.ops.table import TableLimits
 
 FOLDER = Path(__file__).with_name("tuned")
 # Fewer programs than this leave a card idle.
@@ -53,7 +53,7 @@ def tile_size(max_tokens: int) -> int:
     return 16 if max_tokens <= 512 else 64
 
 
-def choose(device: torch.device, hidden_size: int, tokens: int, tiles: int, limits: Limits) -> Launch:
+def choose(device: torch.device, hidden_size: int, tokens: int, tiles: int, limits: TableLimits) -> Launch:
     """The launch measured on this card for the nearest shape of this hidden size, else a default."""
     known = [t for t in _tuned(card(device)) if t.hidden_size == hidden_size]
     if known:

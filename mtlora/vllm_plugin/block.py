@@ -14,7 +14,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from mtlora.vllm_plugin.step import StepMapping
 
-OPERATOR = "mtlora::routed_lora_"
+OPERATOR = "mtlora::add_layer_path_"
 # Lives as long as the process: the operator goes with its library.
 _LIBRARY = torch.library.Library("mtlora", "FRAGMENT")
 
@@ -49,7 +49,7 @@ class RoutedBlock(BaseLayerWithLoRA):
         x_TD = kwargs[self.input_name] if self.input_name in kwargs else args[self.input_index]
         if torch.compiler.is_compiling():
             y_TD: torch.Tensor = self.base_layer(*args, **kwargs)
-            torch.ops.mtlora.routed_lora_(y_TD, x_TD, self.layer_name)
+            torch.ops.mtlora.add_layer_path_(y_TD, x_TD, self.layer_name)
         else:  # the operator is for compilers; without one its dispatch costs what a small layer's path costs
             y_TD = self._base_forward(*args, **kwargs)
             self.add_path_(y_TD, x_TD)
@@ -62,18 +62,18 @@ class RoutedBlock(BaseLayerWithLoRA):
         self.step.add_path_(y_TD, x_TD, self.index)
 
 
-def _routed_lora_(y: torch.Tensor, x: torch.Tensor, layer_name: str) -> None:
+def _add_layer_path_(y: torch.Tensor, x: torch.Tensor, layer_name: str) -> None:
     get_forward_context().no_compile_layers[layer_name].add_path_(y, x)
 
 
-def _routed_lora_fake(y: torch.Tensor, x: torch.Tensor, layer_name: str) -> None:
+def _add_layer_path_fake(y: torch.Tensor, x: torch.Tensor, layer_name: str) -> None:
     return None
 
 
 direct_register_custom_op(
-    op_name="routed_lora_",
-    op_func=_routed_lora_,
+    op_name="add_layer_path_",
+    op_func=_add_layer_path_,
     mutates_args=["y"],
-    fake_impl=_routed_lora_fake,
+    fake_impl=_add_layer_path_fake,
     target_lib=_LIBRARY,
 )

@@ -8,7 +8,7 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.utils import replace_submodule
 
-from mtlora.ops.table import SlotTable
+from mtlora.ops.table import AdapterTable
 from mtlora.vllm_plugin.block import RoutedBlock
 from mtlora.vllm_plugin.packed import Slot
 from mtlora.vllm_plugin.sampling import RoutingSampler
@@ -40,7 +40,7 @@ class MtLoRAModelManager(LRUCacheLoRAModelManager):
                 f"{type(self.model).__name__}: expected one stack of decoder layers, layers.N.mlp and "
                 f"layers.N.self_attn, found {sorted(map(str, stacks)) or 'none'}"
             )
-        table = SlotTable(
+        table = AdapterTable(
             len(found), self.lora_slots, hidden_size=self._hidden_size, dtype=self._dtype, device=self.device
         )
         self.step = StepMapping(table, RoutingSampler.from_environment(len(found)))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mtlora.checkpoint.format import AdapterManifest, Checkpoint
-from mtlora.ops.routed_lora import PackedBlock, pack_block
+from mtlora.ops.packed_block import PackedBlock, pack_block
 from mtlora.ops.table import AdapterRows
 from mtlora.vllm_plugin.naming import adapter_version
 

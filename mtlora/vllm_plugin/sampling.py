@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from mtlora.ops.packed_block import PackedBlock, route
 from mtlora.ops.plan import StepPlan
-from mtlora.ops.routed_lora import PackedBlock, route
-from mtlora.ops.table import SlotTable
+from mtlora.ops.table import AdapterTable
 
 ENVIRONMENT_STEPS = "MTLORA_ROUTING_SAMPLE_STEPS"
 # Tokens of one tile, of one adapter: what a sample costs is bounded by it.
@@ -56,20 +56,22 @@ class RoutingSampler:
         turn, rest = divmod(self._step, self._steps)
         return rest == 0 and block == turn % self._num_blocks
 
-    def observe(self, x_TD: torch.Tensor, table: SlotTable, block: int, plan: StepPlan, names: dict[int, str]) -> None:
-        """Sample one tile of the plan; `names` gives the adapter version in each slot of the table."""
+    def observe(
+        self, x_TD: torch.Tensor, table: AdapterTable, block: int, plan: StepPlan, names: dict[int, str]
+    ) -> None:
+        """Sample one tile of the plan; `names` gives the adapter version in each row of the table."""
         tile = self._step // self._steps // self._num_blocks % max(1, len(plan.tiles_M3))
-        slot, first, count = plan.tiles_M3[tile].tolist() if len(plan.tiles_M3) else (0, 0, 0)
-        held = table.held(slot) if count else None
+        row, first, count = plan.tiles_M3[tile].tolist() if len(plan.tiles_M3) else (0, 0, 0)
+        held = table.held(row) if count else None
         packed = held.block(block) if held else None
         if packed is None:
             return
-        rows = slice(first, first + min(count, _TOKENS))
-        x_TD = x_TD[plan.tokens_T[rows].long()]
-        weights_TGN = routing(x_TD, packed, plan.bias_rows_T[rows])
+        taken = slice(first, first + min(count, _TOKENS))
+        x_TD = x_TD[plan.tokens_P[taken].long()]
+        weights_TGN = routing(x_TD, packed, plan.bias_rows_P[taken])
         share = entropy(weights_TGN) / math.log(packed.num_experts) if packed.num_experts > 1 else entropy(weights_TGN)
         used_N = weights_TGN.sum((0, 1)).tolist()
-        sums = self._sums.setdefault(names[slot], RoutingSums())
+        sums = self._sums.setdefault(names[row], RoutingSums())
         sums.rows += weights_TGN.shape[0] * weights_TGN.shape[1]
         sums.entropy += float(share.sum())
         # A version can come again under its name with other content, and so with other experts.

@@ -10,19 +10,19 @@ import torch
 
 from mtlora.ops.operators import AddPath, bind, tile_size
 from mtlora.ops.plan import StepPlan, plan_step
-from mtlora.ops.table import AdapterRows, SlotTable
+from mtlora.ops.table import AdapterRows, AdapterTable
 from mtlora.vllm_plugin.packed import Slot
 from mtlora.vllm_plugin.sampling import RoutingSampler
 
 
 class StepMapping:
-    """The step's adapters, in the slots of a table, and its tokens by slot.
+    """The step's adapters, in the rows of a table, and its tokens by row.
 
     Rows that no adapter claims, padding among them, are in no tile. One object a model, whose content changes between
     steps: compiled graphs hold the object, never the content.
     """
 
-    def __init__(self, table: SlotTable, sampler: RoutingSampler | None = None) -> None:
+    def __init__(self, table: AdapterTable, sampler: RoutingSampler | None = None) -> None:
         self._table = table
         self.sampler = sampler
         self._device = table.rows_LAF.device
@@ -37,8 +37,7 @@ class StepMapping:
     def set(self, slot_ids_T: np.ndarray, slot: Callable[[int], Slot]) -> None:
         """Take the slot id of every token, int64 [T], 0 or less for none; `slot` gives the slot of an id.
 
-        One adapter's slots (of vLLM, one a task) share a slot of the table. Raises IndexError for more adapters than
-        the table has slots.
+        One adapter's slots share a row of the table. Raises IndexError for more adapters than the table has rows.
         """
         self.clear()
         self.num_tokens = len(slot_ids_T)
@@ -58,7 +57,7 @@ class StepMapping:
             plan_step(
                 place_of_id[id_index_T],
                 bias_row_of_id[id_index_T],
-                num_slots=self._table.num_slots,
+                num_rows=self._table.num_rows,
                 tile_size=tile_size(self._device, self.num_tokens),
             )
         )
@@ -76,7 +75,7 @@ class StepMapping:
         table = self._table
         place_of: dict[AdapterRows, int] = {}
         free = []
-        for place in range(table.num_slots):
+        for place in range(table.num_rows):
             rows = table.held(place)
             if rows is not None and rows in wanted:
                 place_of[rows] = place
@@ -96,4 +95,4 @@ class StepMapping:
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.pin_memory().to(self._device, non_blocking=True)
 
-        return StepPlan(move(plan.tokens_T), move(plan.bias_rows_T), move(plan.tiles_M3), plan.tile_size)
+        return StepPlan(move(plan.tokens_P), move(plan.bias_rows_P), move(plan.tiles_M3), plan.tile_size)

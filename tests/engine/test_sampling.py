@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtlora.ops.routed_lora import pack_block
+from mtlora.ops.packed_block import pack_block
 from mtlora.ops.table import AdapterRows
 from mtlora.vllm_plugin.sampling import ENVIRONMENT_STEPS, RoutingSampler, entropy
 
@@ -18,7 +18,7 @@ def mapping(tmp_path, monkeypatch):
     """A step of TOKENS tokens of one adapter, whose tensors are handed out too."""
     from mtlora.checkpoint.format import AdapterManifest
     from mtlora.config import MtLoRAConfig
-    from mtlora.ops.table import SlotTable
+    from mtlora.ops.table import AdapterTable
     from mtlora.vllm_plugin.packed import PackedAdapter, Slot
     from mtlora.vllm_plugin.step import StepMapping
     from tests.factories import IDENTITY, task_table
@@ -37,7 +37,7 @@ def mapping(tmp_path, monkeypatch):
         tensors_sha256="0" * 64,
     )  # fmt: skip
     adapter = PackedAdapter(tmp_path, manifest, AdapterRows(blocks))
-    table = SlotTable(BLOCKS, 2, hidden_size=D, dtype=torch.float32, device=torch.device("cpu"))
+    table = AdapterTable(BLOCKS, 2, hidden_size=D, dtype=torch.float32, device=torch.device("cpu"))
     monkeypatch.setenv(ENVIRONMENT_STEPS, "2")
     step = StepMapping(table, RoutingSampler.from_environment(BLOCKS))
     step.set(np.full(TOKENS, 9), lambda _: Slot(9, "name/7@0123#task", "", adapter, bias_row=1))

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from mtlora.adapter import BlockAdapter, TaskContext
 from mtlora.config import MtLoRAConfig
+from mtlora.ops.packed_block import pack_block, pack_experts, packed_path
 from mtlora.ops.reference import routed_lora_reference
-from mtlora.ops.routed_lora import pack_block, pack_experts, routed_lora
 
 # Enough tokens and dimensions that not all terms of a sum cancel: the error is measured against the whole output.
 SHAPES = st.fixed_dictionaries(
@@ -52,7 +52,7 @@ def test_routed_lora_is_the_formula(dtype: torch.dtype, tolerance: float, shape:
     expected = routed_lora_reference(x, A, B, R, row, num_groups=shape["num_groups"], scaling=2.5)
     block = pack_block(A, B, R, num_groups=shape["num_groups"], scaling=2.5, dtype=dtype)
     assert (block.rank, block.num_groups, block.num_experts) == (shape["r"], shape["num_groups"], shape["num_experts"])
-    found = routed_lora(x, block, row)
+    found = packed_path(x, block, row)
     assert found.dtype == dtype
     assert found.shape == x.shape
     assert relative_error(found, expected) < tolerance
@@ -98,7 +98,7 @@ def test_block_adapter_has_the_values_and_gradients_of_the_formula(shape: dict[s
 def test_experts_at_zero_add_exactly_nothing() -> None:
     x, A, B, R, bias = weights(SMALL, torch.float32)
     block = pack_block(A, torch.zeros_like(B), R, num_groups=2, scaling=2.0, dtype=torch.float32)
-    assert torch.equal(routed_lora(x, block, bias), torch.zeros_like(x))
+    assert torch.equal(packed_path(x, block, bias), torch.zeros_like(x))
     adapter = BlockAdapter(MtLoRAConfig(r=2, num_experts=4, num_groups=2), 6, num_tasks=1, context=TaskContext())
     assert torch.equal(adapter(x[None]), torch.zeros(1, 5, 6))
 
@@ -107,7 +107,7 @@ def test_one_expert_is_plain_lora() -> None:
     x, A, B, R, _ = weights(SMALL | {"num_experts": 1}, torch.float64)
     expected = 1.5 * x @ A.T @ B[0].T
     block = pack_block(A.float(), B.float(), R.float(), num_groups=2, scaling=1.5, dtype=torch.float32)
-    torch.testing.assert_close(routed_lora(x.float(), block, None), expected.float())
+    torch.testing.assert_close(packed_path(x.float(), block, None), expected.float())
     torch.testing.assert_close(routed_lora_reference(x, A, B, R, None, num_groups=2, scaling=1.5), expected)
 
 
@@ -116,7 +116,7 @@ def test_a_large_bias_picks_one_expert_of_one_group() -> None:
     bias = torch.zeros_like(bias)
     bias[0, 1, 2] = bias[0, 0, 3] = bias[1, 1, 0] = bias[1, 0, 1] = 1e4
     block = pack_block(A, B, R, num_groups=2, scaling=1.0, dtype=torch.float32)
-    out = routed_lora(x, block, bias)
+    out = packed_path(x, block, bias)
     for token, expert_of_group in ((0, (3, 2)), (1, (1, 0))):
         rows = torch.cat([B[expert, 3 * j : 3 * j + 3] @ (A @ x[token]) for j, expert in enumerate(expert_of_group)])
         torch.testing.assert_close(out[token], rows)

@@ -24,7 +24,7 @@ struct Adapter {
   int64_t shrink;  // units of [D, S]
   int64_t expand;  // [G] of units of [K, E]
   int64_t bias;    // float32 [bias_rows, G, N], or 0
-  int64_t rank;    // 0: the slot has no path here
+  int64_t rank;    // 0: the row has no path here
   int64_t experts;
   int64_t groups;
   int64_t bias_rows;
@@ -34,13 +34,13 @@ struct Adapter {
 };
 
 struct Tile {
-  int32_t slot, start, count;
+  int32_t row, start, count;
 };
 
 // What is the same in every block of a step; mirrors `Step` in mtlora/ops/cpu_kernel.py.
 struct Step {
   const int32_t *tokens, *bias_rows, *tiles;
-  int64_t num_planned, num_tiles, num_slots, hidden;
+  int64_t num_planned, num_tiles, num_rows, hidden;
   int32_t isa, dtype, threads;
 };
 
@@ -95,7 +95,7 @@ int mtlora_max_tile() { return MAX_TILE; }
 int mtlora_layout() { return 3; }
 
 // y += path(x) for every tile. table: a block's rows. x and y: [num_tokens, hidden] with strides of a row. Returns 0, or
-// what is wrong with the call (y is untouched then): 1 no memory, 2 a slot out of range, 3 a tile or token out of range,
+// what is wrong with the call (y is untouched then): 1 no memory, 2 a row out of range, 3 a tile or token out of range,
 // 4 an adapter of another dtype or hidden size, 5 a bias row out of range, 6 weights that are not in units.
 int mtlora_add_routed(const Step* step, const void* table, void* y, const void* x, int64_t y_stride, int64_t x_stride,
                       int64_t num_tokens) {
@@ -106,10 +106,10 @@ int mtlora_add_routed(const Step* step, const void* table, void* y, const void* 
   int64_t share = 0;
   for (int64_t i = 0; i < num_tiles; ++i) {
     const Tile& tile = all[i];
-    if (tile.slot < 0 || tile.slot >= step->num_slots) return 2;
+    if (tile.row < 0 || tile.row >= step->num_rows) return 2;
     if (tile.count < 0 || tile.count > MAX_TILE || tile.start < 0) return 3;
     if (tile.start + tile.count > step->num_planned) return 3;
-    const Adapter& adapter = call.table[tile.slot];
+    const Adapter& adapter = call.table[tile.row];
     if (adapter.rank == 0) continue;
     if (adapter.dtype != step->dtype || adapter.hidden != step->hidden) return 4;
     if (!adapter.in_units) return 6;
@@ -250,7 +250,7 @@ INLINE void product(int count, const A* a, int64_t a_stride, const W* w, int64_t
 
 template <class W>
 static void tile(const Call& call, const Tile& tile, float* scratch) {
-  const Adapter& adapter = call.table[tile.slot];
+  const Adapter& adapter = call.table[tile.row];
   const int64_t r = adapter.rank, N = adapter.experts, G = adapter.groups, D = call.hidden;
   if (r == 0 || tile.count == 0) return;
   const int64_t S = r + G * N, K = N * r, E = D / G, C = G * N;

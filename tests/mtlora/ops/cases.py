@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 import mtlora.ops.operators  # noqa: F401  registers the operator
+from mtlora.ops.mix import Mix
+from mtlora.ops.packed_block import PackedBlock, pack_block
 from mtlora.ops.plan import StepPlan, plan_step
 from mtlora.ops.reference import ReferenceAdapter, routed_lora_batch_reference
-from mtlora.ops.routed_lora import PackedBlock, pack_block
-from mtlora.ops.table import AdapterRows, Limits, SlotTable
+from mtlora.ops.table import AdapterRows, AdapterTable, TableLimits
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -30,21 +31,21 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """A batch: `slots` and `bias_rows` per token, an adapter (or None) a slot."""
+    """A batch: `rows` and `bias_rows` per token, an adapter (or None) a row."""
 
     D: int
     shapes: tuple[Shape | None, ...]
-    slots: tuple[int, ...]
+    rows: tuple[int, ...]
     bias_rows: tuple[int, ...]
     seed: int = 0
 
 
-def random_slots(shapes: Sequence[Shape | None], tokens: int, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Slots, some tokens without, and a bias row that the slot's adapter has, or none."""
+def random_rows(shapes: Sequence[Shape | None], tokens: int, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Rows of the table, some tokens without, and a bias row that the row's adapter has, or none."""
     rng = np.random.default_rng(seed)
-    slots = rng.integers(-1, len(shapes), tokens)
-    rows = [(shapes[a].bias_rows if a >= 0 and shapes[a] else 0) for a in slots]
-    return tuple(map(int, slots)), tuple(int(rng.integers(-1, n)) if n else -1 for n in rows)
+    rows = rng.integers(-1, len(shapes), tokens)
+    bias_rows = [(shapes[a].bias_rows if a >= 0 and shapes[a] else 0) for a in rows]
+    return tuple(map(int, rows)), tuple(int(rng.integers(-1, n)) if n else -1 for n in bias_rows)
 
 
 class Batch:
@@ -61,8 +62,8 @@ class Batch:
         D, self.dtype, self.device = case.D, dtype, torch.device(device)
         adapters: list[ReferenceAdapter | None] = []
         self.blocks: list[PackedBlock | None] = []
-        self.table = SlotTable(1, len(case.shapes), hidden_size=D, dtype=dtype, device=self.device)
-        for slot, shape in enumerate(case.shapes):
+        self.table = AdapterTable(1, len(case.shapes), hidden_size=D, dtype=dtype, device=self.device)
+        for row, shape in enumerate(case.shapes):
             if shape is None:
                 adapters.append(None)
                 self.blocks.append(None)
@@ -74,28 +75,25 @@ class Batch:
             adapters.append(ReferenceAdapter(A, B, R, bias, shape.G, 2.0))
             block = pack_block(A, B, R, num_groups=shape.G, scaling=2.0, dtype=dtype, bias_bGN=bias).to(self.device)
             self.blocks.append(block)
-            self.table.place(slot, AdapterRows([block], as_given=as_given))
-        x_TD, y_TD = randn(len(case.slots), D).to(dtype), randn(len(case.slots), D).to(dtype)
-        delta_TD = routed_lora_batch_reference(x_TD, adapters, case.slots, case.bias_rows)
+            self.table.place(row, AdapterRows([block], as_given=as_given))
+        x_TD, y_TD = randn(len(case.rows), D).to(dtype), randn(len(case.rows), D).to(dtype)
+        delta_TD = routed_lora_batch_reference(x_TD, adapters, case.rows, case.bias_rows)
         self.expected_TD = y_TD.double() + delta_TD
-        self.untouched_T = torch.tensor([s < 0 or case.shapes[s] is None for s in case.slots])
+        self.untouched_T = torch.tensor([s < 0 or case.shapes[s] is None for s in case.rows])
         self.x_TD, self.y_TD = x_TD.to(self.device), y_TD.to(self.device)
         self.before_TD = y_TD.clone()
-        plan = plan_step(
-            np.array(case.slots), np.array(case.bias_rows), num_slots=len(case.shapes), tile_size=tile_size
-        )
+        plan = plan_step(np.array(case.rows), np.array(case.bias_rows), num_rows=len(case.shapes), tile_size=tile_size)
         self.plan = StepPlan(
-            plan.tokens_T.to(self.device), plan.bias_rows_T.to(self.device), plan.tiles_M3.to(self.device), tile_size
+            plan.tokens_P.to(self.device), plan.bias_rows_P.to(self.device), plan.tiles_M3.to(self.device), tile_size
         )
 
     @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
+    def mix(self) -> Mix:
         """What every backend takes."""
-        plan = self.plan
-        return self.y_TD, self.x_TD, self.table.rows_LAF[0], plan.tokens_T, plan.bias_rows_T, plan.tiles_M3
+        return Mix.of(self.y_TD, self.x_TD, self.table, 0, self.plan)
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> TableLimits:
         """The table's."""
         return self.table.limits
 
@@ -111,8 +109,8 @@ _LOOK = (Shape(4, 3, 2), None, Shape(16, 8, 4, 5), Shape(5, 1, 1))
 
 
 def mixed(tokens: int, D: int, shapes: tuple[Shape | None, ...] = _LOOK, seed: int = 0) -> Case:
-    """A batch of random slots."""
-    return Case(D, shapes, *random_slots(shapes, tokens, seed), seed=seed)
+    """A batch of random rows."""
+    return Case(D, shapes, *random_rows(shapes, tokens, seed), seed=seed)
 
 
 SHAPE_CLASSES = {

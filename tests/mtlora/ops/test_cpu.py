@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from mtlora.ops import cpu, cpu_kernel
 from mtlora.ops.operators import bind
-from tests.mtlora.ops.cases import SHAPE_CLASSES, Batch, Case, Shape, random_slots
+from tests.mtlora.ops.cases import SHAPE_CLASSES, Batch, Case, Shape, random_rows
 
 KERNEL = cpu_kernel.compiled_kernel()
-BACKENDS = {"torch": cpu.in_torch_ops, "operator": lambda *tensors: torch.ops.mtlora.add_routed_lora_(*tensors, [], 8)}
+BACKENDS = {"torch": cpu.in_torch_ops, "operator": lambda mix: torch.ops.mtlora.add_mixed_paths_(*mix, [], 8)}
 if KERNEL is not None:
     for isa in (2, 512, 516):
         if KERNEL.mtlora_supported(isa):
@@ -24,13 +24,13 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Any adapters of one hidden size, and any slots."""
+    """Any adapters of one hidden size, and any rows."""
     D = draw(st.sampled_from([24, 48, 60, 96]))
     divisors = [g for g in range(1, 33) if D % g == 0]
     shape = st.builds(Shape, st.integers(1, 20), st.integers(1, 9), st.sampled_from(divisors), st.integers(0, 3))
     shapes = tuple(draw(st.lists(st.none() | shape, min_size=1, max_size=4)))
     seed = draw(st.integers(0, 2**31))
-    return Case(D, shapes, *random_slots(shapes, draw(st.integers(1, 24)), seed), seed=seed)
+    return Case(D, shapes, *random_rows(shapes, draw(st.integers(1, 24)), seed), seed=seed)
 
 
 @every_backend
@@ -39,7 +39,7 @@ def cases(draw: st.DrawFn) -> Case:
 @settings(max_examples=15, deadline=None)
 def test_is_the_formula(backend: str, dtype: torch.dtype, case: Case) -> None:
     batch = Batch(case, dtype)
-    BACKENDS[backend](*batch.tensors)
+    BACKENDS[backend](batch.mix)
     batch.check()
 
 
@@ -48,7 +48,7 @@ def test_is_the_formula(backend: str, dtype: torch.dtype, case: Case) -> None:
 @pytest.mark.parametrize("name", list(SHAPE_CLASSES))
 def test_shape_classes(backend: str, dtype: torch.dtype, name: str) -> None:
     batch = Batch(SHAPE_CLASSES[name], dtype)
-    BACKENDS[backend](*batch.tensors)
+    BACKENDS[backend](batch.mix)
     batch.check()
 
 
@@ -64,11 +64,11 @@ def test_units_hold_the_weights(K: int, C: int, dtype: torch.dtype) -> None:
 @every_dtype
 def test_torch_ops_read_weights_as_given(dtype: torch.dtype) -> None:
     batch = Batch(SHAPE_CLASSES["ragged-sizes"], dtype, as_given=True)
-    cpu.in_torch_ops(*batch.tensors)
+    cpu.in_torch_ops(batch.mix)
     batch.check()
     if KERNEL is not None:
         with pytest.raises(ValueError, match="layout"):
-            cpu.run_kernel(KERNEL, 0, *batch.tensors)
+            cpu.run_kernel(KERNEL, 0, batch.mix)
 
 
 def test_a_bound_step_is_the_formula_and_refuses_what_does_not_fit() -> None:
@@ -93,7 +93,7 @@ def test_rows_of_wider_tensors(backend: str) -> None:
     wide_y, wide_x = torch.cat([batch.y_TD, batch.y_TD], 1), torch.cat([batch.x_TD, batch.x_TD], 1)
     D = batch.x_TD.shape[1]
     batch.y_TD, batch.x_TD = wide_y[:, :D], wide_x[:, D:]
-    BACKENDS[backend](*batch.tensors)
+    BACKENDS[backend](batch.mix)
     batch.check()
     assert torch.equal(wide_y[:, D:], batch.before_TD)
 
@@ -107,7 +107,7 @@ def test_large_logits(backend: str) -> None:
     assert bias is not None
     bias.copy_(torch.full_like(bias, -3e4))
     bias[..., 2] = 3e4
-    BACKENDS[backend](*batch.tensors)
+    BACKENDS[backend](batch.mix)
     shrink, expand, r, _ = block
     h = (batch.x_TD @ shrink)[:, :r]
     only = torch.cat([h @ expand[j, 2 * r : 3 * r] for j in range(3)], 1)
@@ -118,7 +118,7 @@ def test_large_logits(backend: str) -> None:
 def test_not_a_number_stays_one(backend: str) -> None:
     batch = Batch(Case(48, (Shape(4, 5, 3),), (0, 0, -1), (-1,) * 3), torch.bfloat16)
     batch.x_TD[0, 3] = float("nan")
-    BACKENDS[backend](*batch.tensors)
+    BACKENDS[backend](batch.mix)
     assert batch.y_TD[0].isnan().all()
     assert not batch.y_TD[1:].isnan().any()
 

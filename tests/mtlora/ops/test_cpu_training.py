@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtlora.ops import cpu_kernel, cpu_training, training
-from mtlora.ops.training import routed_lora
+from mtlora.ops.training import path_with_gradients
 
 KERNEL = cpu_kernel.compiled_kernel()
 pytestmark = pytest.mark.skipif(KERNEL is None, reason="the kernel is not built here")
@@ -70,7 +70,7 @@ def test_the_same_threads_give_the_same_bits_and_others_the_same_values() -> Non
         for count in (1, 2, 2, 5):
             torch.set_num_threads(count)
             leaves = [t.clone().requires_grad_() for t in (x, A, B, R)]
-            out, _ = routed_lora(*leaves, None, num_groups=2, scaling=2.0)
+            out, _ = path_with_gradients(*leaves, None, num_groups=2, scaling=2.0)
             results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     finally:
         torch.set_num_threads(threads)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from benchmarks.ops import expert_loop, peak_bytes, training_variants
 from mtlora.ops import cpu_training
 from mtlora.ops.reference import routed_lora_reference
-from mtlora.ops.training import routed_lora
+from mtlora.ops.training import path_with_gradients
 
 SHAPES = st.fixed_dictionaries(
     {
@@ -37,7 +37,7 @@ def inputs(shape: dict[str, int], dtype: torch.dtype = torch.float64) -> list[to
 def test_values_and_gradients_of_the_reference(shape: dict[str, int]) -> None:
     tensors = inputs(shape)
     wanted = [t for t in tensors if t is not None]
-    found, weights = routed_lora(*tensors, num_groups=shape["G"], scaling=1.7)
+    found, weights = path_with_gradients(*tensors, num_groups=shape["G"], scaling=1.7)
     expected = routed_lora_reference(*tensors, num_groups=shape["G"], scaling=1.7)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
@@ -56,14 +56,14 @@ def test_gradients_of_both_outputs_by_finite_differences(dropped: bool) -> None:
 
     def run(*leaves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         extra = {"dropped_TD": leaves[5]} if dropped else {}
-        return routed_lora(*leaves[:5], num_groups=2, scaling=1.3, **extra)
+        return path_with_gradients(*leaves[:5], num_groups=2, scaling=1.3, **extra)
 
     assert torch.autograd.gradcheck(run, tensors)
 
 
 def test_float32_and_the_authors_loop_agree() -> None:
     x, A, B, R, _ = inputs({"T": 32, "E": 24, "r": 8, "N": 4, "G": 3, "biased": False, "seed": 1}, torch.float32)
-    ours, _ = routed_lora(x, A, B, R, None, num_groups=3, scaling=2.0)
+    ours, _ = path_with_gradients(x, A, B, R, None, num_groups=3, scaling=2.0)
     loop = expert_loop(x, A, B, R, 3, 2.0)
     assert (ours - loop).norm() / loop.norm() < 1e-5
     for a, b in zip(
@@ -81,10 +81,10 @@ def test_an_input_of_less_precision_than_the_parameters(monkeypatch: pytest.Monk
     x, A, B, R, bias = inputs({"T": 9, "E": 8, "r": 4, "N": 3, "G": 2, "biased": True, "seed": 1}, torch.float32)
     x = x.detach().bfloat16().requires_grad_()
     dropped = (x.detach() * 1.5).requires_grad_()
-    out, weights = routed_lora(x, A, B, R, bias, num_groups=2, scaling=2.0, dropped_TD=dropped)
+    out, weights = path_with_gradients(x, A, B, R, bias, num_groups=2, scaling=2.0, dropped_TD=dropped)
     assert (out.dtype, weights.dtype) == (torch.bfloat16, torch.float32)
     wide = [t.detach().double().requires_grad_() for t in (x, A, B, R, bias, dropped)]
-    expected, expected_weights = routed_lora(*wide[:5], num_groups=2, scaling=2.0, dropped_TD=wide[5])
+    expected, expected_weights = path_with_gradients(*wide[:5], num_groups=2, scaling=2.0, dropped_TD=wide[5])
     close = partial(torch.testing.assert_close, rtol=2e-2, atol=2e-2, check_dtype=False)
     close(out, expected)
     probes = torch.ones_like(expected), torch.randn_like(expected_weights)
@@ -99,7 +99,7 @@ def test_an_input_of_less_precision_than_the_parameters(monkeypatch: pytest.Monk
 def test_only_what_needs_a_gradient_gets_one() -> None:
     x, A, B, R, _ = inputs({"T": 4, "E": 2, "r": 2, "N": 2, "G": 2, "biased": False, "seed": 2})
     frozen = x.detach()
-    out, _ = routed_lora(frozen, A, B, R, None, num_groups=2, scaling=1.0)
+    out, _ = path_with_gradients(frozen, A, B, R, None, num_groups=2, scaling=1.0)
     out.sum().backward()
     assert frozen.grad is None
     assert all(t.grad is not None for t in (A, B, R))
@@ -107,7 +107,7 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
 
 def test_traces_and_compiles() -> None:
     x, A, B, R, bias = inputs({"T": 3, "E": 2, "r": 2, "N": 3, "G": 4, "biased": True, "seed": 3})
-    torch.library.opcheck(torch.ops.mtlora.routed_lora.default, (x, None, A, B, R, bias, 4, 1.5))
+    torch.library.opcheck(torch.ops.mtlora.path_with_gradients.default, (x, None, A, B, R, bias, 4, 1.5))
 
 
 def test_memory_beside_the_authors_loop() -> None:
@@ -131,10 +131,10 @@ def test_bad_input(position: int, change, message: str) -> None:
     tensors = inputs({"T": 3, "E": 3, "r": 2, "N": 2, "G": 2, "biased": True, "seed": 0})
     tensors[position] = change(tensors[position])
     with pytest.raises(ValueError, match=message):
-        routed_lora(*tensors, num_groups=2, scaling=1.0)
+        path_with_gradients(*tensors, num_groups=2, scaling=1.0)
 
 
 def test_groups_must_divide() -> None:
     tensors = inputs({"T": 3, "E": 3, "r": 2, "N": 2, "G": 2, "biased": False, "seed": 0})
     with pytest.raises(ValueError, match="num_groups 4 does not divide the hidden size 6"):
-        routed_lora(*tensors, num_groups=4, scaling=1.0)
+        path_with_gradients(*tensors, num_groups=4, scaling=1.0)

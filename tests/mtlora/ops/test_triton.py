@@ -13,9 +13,9 @@ triton = pytest.importorskip("triton")
 
 from mtlora.ops import triton_gpu  # noqa: E402
 from mtlora.ops.plan import DevicePlan  # noqa: E402
-from mtlora.ops.table import Limits  # noqa: E402
+from mtlora.ops.table import TableLimits  # noqa: E402
 from mtlora.ops.tuning import Launch, default  # noqa: E402
-from tests.mtlora.ops.cases import SHAPE_CLASSES, Batch, Case, Shape, mixed, random_slots  # noqa: E402
+from tests.mtlora.ops.cases import SHAPE_CLASSES, Batch, Case, Shape, mixed, random_rows  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 INTERPRETED = not isinstance(triton_gpu._shrink, triton.JITFunction)
@@ -25,8 +25,8 @@ DECODE = Launch(parts=3, block_d=16, block_s=16, block_k=16, block_e=16)
 PREFILL = Launch(parts=1, block_d=32, block_s=64, block_k=64, block_e=64)
 
 
-def run(batch: Batch, launch: Launch | None, limits: Limits | None = None) -> None:
-    triton_gpu.add_routed_lora_(*batch.tensors, limits or batch.limits, batch.plan.tile_size, launch)
+def run(batch: Batch, launch: Launch | None, limits: TableLimits | None = None) -> None:
+    triton_gpu.add_mixed_paths_(batch.mix, limits or batch.limits, batch.plan.tile_size, launch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -48,7 +48,7 @@ def test_random_batches(seed: int) -> None:
                                               int(rng.choice(divisors)), int(rng.integers(0, 3)))
         for _ in range(rng.integers(1, 5))
     )  # fmt: skip
-    case = Case(D, shapes, *random_slots(shapes, int(rng.integers(1, 24)), seed), seed=seed)
+    case = Case(D, shapes, *random_rows(shapes, int(rng.integers(1, 24)), seed), seed=seed)
     batch = Batch(case, [torch.float32, torch.bfloat16][seed % 2], DEVICE, 16, as_given=True)
     run(batch, DECODE)
     batch.check()
@@ -56,7 +56,7 @@ def test_random_batches(seed: int) -> None:
 
 def test_default_launch_and_wider_limits() -> None:
     batch = Batch(mixed(5, 48), torch.float32, DEVICE, 16, as_given=True)
-    run(batch, None, batch.limits | Limits(rank=20, experts=9, groups=6))
+    run(batch, None, batch.limits | TableLimits(rank=20, experts=9, groups=6))
     batch.check()
 
 
@@ -70,7 +70,7 @@ def test_padding_tiles_do_nothing() -> None:
     batch = Batch(mixed(7, 48), torch.float32, DEVICE, 16, as_given=True)
     case = mixed(7, 48)
     batch.plan = DevicePlan(12, len(case.shapes), tile_size=16, device=torch.device(DEVICE)).set(
-        np.array(case.slots), np.array(case.bias_rows)
+        np.array(case.rows), np.array(case.bias_rows)
     )
     run(batch, DECODE)
     batch.check()
@@ -82,7 +82,7 @@ def test_graph_serves_another_mix_than_it_was_captured_with() -> None:
     shapes = (Shape(4, 3, 2), Shape(16, 8, 4, 5), Shape(5, 1, 1))
     first = Batch(mixed(12, 96, shapes, seed=1), torch.bfloat16, "cuda", 16)
     buffers = DevicePlan(12, len(shapes), tile_size=16, device=device)
-    first.plan = buffers.set(*(np.array(a) for a in random_slots(shapes, 12, 1)))
+    first.plan = buffers.set(*(np.array(a) for a in random_rows(shapes, 12, 1)))
     run(first, None)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -90,9 +90,9 @@ def test_graph_serves_another_mix_than_it_was_captured_with() -> None:
     for seed in (2, 3):
         case = mixed(12, 96, shapes, seed=seed)
         other = Batch(case, torch.bfloat16, "cuda", 16)
-        for slot in range(len(shapes)):
-            first.table.place(slot, other.table.held(slot))
-        buffers.set(np.array(case.slots), np.array(case.bias_rows))
+        for row in range(len(shapes)):
+            first.table.place(row, other.table.held(row))
+        buffers.set(np.array(case.rows), np.array(case.bias_rows))
         first.x_TD.copy_(other.x_TD)
         first.y_TD.copy_(other.y_TD)
         graph.replay()
@@ -104,9 +104,7 @@ def test_graph_serves_another_mix_than_it_was_captured_with() -> None:
 def test_operator_on_the_gpu() -> None:
     batch = Batch(mixed(40, 96), torch.bfloat16, "cuda", 16)
     limits = batch.limits
-    torch.ops.mtlora.add_routed_lora_(
-        *batch.tensors, [limits.rank, limits.experts, limits.groups, limits.alignment], 16
-    )
+    torch.ops.mtlora.add_mixed_paths_(*batch.mix, [limits.rank, limits.experts, limits.groups, limits.alignment], 16)
     batch.check()
 
 

@@ -83,7 +83,7 @@ def expand(h_Tr: torch.Tensor, weights_TGN: torch.Tensor, expand_GKE: torch.Tens
     return torch.bmm(outer(h_Tr, weights_TGN), expand_GKE).transpose(0, 1).reshape(len(h_Tr), -1)
 
 
-def routed_lora(x_TD: torch.Tensor, block: PackedBlock, bias_TGN: torch.Tensor | None) -> torch.Tensor:
+def packed_path(x_TD: torch.Tensor, block: PackedBlock, bias_TGN: torch.Tensor | None) -> torch.Tensor:
     """The path's output [T, D], in x's dtype, for tokens that share one adapter.
 
     bias_TGN: router bias per token in float32, [T, G, N] or broadcastable to it; `block.bias_bGN` is not read.
