@@ -30,7 +30,7 @@ class InProcessEngine:
         from vllm import LLM
 
         from mtlora.backbone import identify, resolve
-        from mtlora.checkpoint.format import read_checkpoint
+        from mtlora.checkpoint.read import read_checkpoint
         from mtlora.vllm_cpu.precision import engine_dtype
         from mtlora.vllm_plugin import engine_overrides
         from mtlora.vllm_plugin.requests import slot_requests

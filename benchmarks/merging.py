@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from mtlora.backbone import resolve
-from mtlora.checkpoint.format import read_checkpoint
 from mtlora.checkpoint.merge import NEW_EXPERTS, SETTINGS, Mode, extended_config, merge
+from mtlora.checkpoint.read import read_checkpoint
 from mtlora.cli.backbone import add_backbone_argument
 from mtlora.cli.output import print_table
 from mtlora.evaluation.evaluate import offline_answerer, score

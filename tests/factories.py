@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.harness import adapters
 from mtlora.backbone import BackboneIdentity
-from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, AdapterManifest, TaskEntry, write_checkpoint
+from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, AdapterManifest, TaskEntry
+from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
 
 IDENTITY = BackboneIdentity(architecture="LlamaForCausalLM", hidden_size=8, num_layers=2, weights_fingerprint="ab" * 32)

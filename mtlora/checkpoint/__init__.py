@@ -1,1 +1,9 @@
-"""Checkpoints of adapters: the format, converted, merged, published."""
+"""Checkpoints of adapters.
+
+format.py     format 1: what a folder holds, the manifest, the tensors' names and shapes
+write.py      writing, whole or not at all
+read.py       reading and verifying, of files that nobody trusts
+untrusted.py  opening such files, and strict JSON
+convert.py    other trainers' checkpoints, read into format 1
+publish.py    copying a checkpoint to where a server finds it
+"""

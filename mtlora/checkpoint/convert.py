@@ -23,7 +23,8 @@ import torch
 from pydantic import ValidationError
 
 from mtlora.backbone import BackboneIdentity
-from mtlora.checkpoint.format import AdapterManifest, TaskEntry, write_checkpoint
+from mtlora.checkpoint.format import AdapterManifest, TaskEntry, and_more
+from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import BLOCK_MODULES, Blocks, MtLoRAConfig
 from mtlora.errors import MtLoRAError, describe
 from mtlora.files import sha256
@@ -105,12 +106,12 @@ def convert_tensors(
         if missing := [layer for layer in range(num_layers) if (layer, module) not in blocks]:
             raise ConversionError(
                 f"layers.{missing[0]}.{module}: no path, but other layers have one; "
-                f"the backbone's {num_layers} layers each need one{_and_more(missing)}"
+                f"the backbone's {num_layers} layers each need one{and_more(missing)}"
             )
         if beyond := sorted(layer for layer, m in blocks if m == module and layer >= num_layers):
             raise ConversionError(
                 f"layers.{beyond[0]}.{module}: found, but the backbone has layers 0 to {num_layers - 1}"
-                f"{_and_more(beyond)}"
+                f"{and_more(beyond)}"
             )
     whole = {place: _whole(place, block) for place, block in blocks.items()}
     r, num_experts, num_groups = _sizes(whole[first_layer, first_module], hidden_size)
@@ -285,7 +286,3 @@ def _sizes(block: tuple[_Part, list[_Part], _Part | None], hidden_size: int) -> 
 def _blocks_of(modules: set[str]) -> Blocks:
     names: list[Blocks] = ["ffn", "attention", "both"]
     return next(name for name in names if set(BLOCK_MODULES[name]) == modules)
-
-
-def _and_more(items: Sequence[object]) -> str:
-    return f" (and {len(items) - 1} more)" if len(items) > 1 else ""

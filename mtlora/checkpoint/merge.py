@@ -23,13 +23,8 @@ import torch
 from pydantic import ValidationError
 
 from mtlora.adapter import AdapterSet
-from mtlora.checkpoint.format import (
-    AdapterManifest,
-    Checkpoint,
-    TaskEntry,
-    check_replaceable,
-    write_checkpoint,
-)
+from mtlora.checkpoint.format import AdapterManifest, Checkpoint, TaskEntry
+from mtlora.checkpoint.write import check_replaceable, write_checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.errors import MtLoRAError, describe
 from mtlora.model import AdaptedModel, load_adapted_model

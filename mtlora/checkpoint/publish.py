@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, read_checkpoint
+from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE
+from mtlora.checkpoint.read import read_checkpoint
 from mtlora.errors import MtLoRAError
 from mtlora.files import folder_in_the_making, sync, write_durably
 

@@ -24,7 +24,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, read_manifest
+    from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE
+    from mtlora.checkpoint.read import read_manifest
     from mtlora.config import adapter_parameters
 
     manifest = read_manifest(args.folder)
@@ -73,7 +74,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from mtlora.backbone import identify, resolve
-    from mtlora.checkpoint.format import CheckpointError, read_checkpoint
+    from mtlora.checkpoint.format import CheckpointError
+    from mtlora.checkpoint.read import read_checkpoint
 
     backbone = None if args.backbone is None else identify(resolve(args.backbone))
     try:

@@ -53,7 +53,8 @@ def add_parser(subparsers: Any) -> None:
 
 def _eval(args: argparse.Namespace) -> int:
     from mtlora.backbone import identify, resolve
-    from mtlora.checkpoint.format import TaskEntry, read_checkpoint
+    from mtlora.checkpoint.format import TaskEntry
+    from mtlora.checkpoint.read import read_checkpoint
     from mtlora.evaluation.evaluate import score
     from mtlora.suite import load_suite
 

@@ -40,8 +40,8 @@ def _merge(args: argparse.Namespace) -> int:
     # Threads that wait without spinning lose little alone and little beside other work; spinning loses tenfold there.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from mtlora.backbone import identify, resolve
-    from mtlora.checkpoint.format import read_checkpoint
     from mtlora.checkpoint.merge import NEW_EXPERTS, SETTINGS, MergeError, extended_config, merge, new_task
+    from mtlora.checkpoint.read import read_checkpoint
     from mtlora.cli.evaluate import print_scores
     from mtlora.suite import load_suite
     from mtlora.train.config import TrainingConfig

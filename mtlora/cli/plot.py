@@ -43,7 +43,7 @@ def add_parser(subparsers: Any) -> None:
 
 def _plot(args: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from mtlora.checkpoint.format import read_manifest
+    from mtlora.checkpoint.read import read_manifest
     from mtlora.errors import MtLoRAError
 
     if args.examples < 1:
@@ -87,7 +87,7 @@ def _checkpoint_pictures(args: argparse.Namespace, source: Path) -> dict[str, Ca
     import torch
 
     from mtlora.backbone import identify, resolve
-    from mtlora.checkpoint.format import read_checkpoint
+    from mtlora.checkpoint.read import read_checkpoint
     from mtlora.train.state import LOG
 
     folder = resolve(args.backbone)

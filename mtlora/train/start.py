@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mtlora.checkpoint.format import read_checkpoint
+from mtlora.checkpoint.read import read_checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.model import AdaptedModel
 from mtlora.task import TaskSpec

@@ -12,7 +12,9 @@ import torch
 from tqdm import tqdm
 
 import mtlora
-from mtlora.checkpoint.format import AdapterManifest, TaskEntry, read_manifest, write_checkpoint
+from mtlora.checkpoint.format import AdapterManifest, TaskEntry
+from mtlora.checkpoint.read import read_manifest
+from mtlora.checkpoint.write import write_checkpoint
 from mtlora.evaluation.evaluate import offline_answerer, score
 from mtlora.methods.checkpoint import BaselineManifest, read_baseline_manifest, write_baseline
 from mtlora.model import adapter_tensors, new_adapted_model

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from vllm.lora.request import LoRARequest
 
-from mtlora.checkpoint.format import CheckpointError, read_checkpoint, read_manifest
+from mtlora.checkpoint.format import CheckpointError
+from mtlora.checkpoint.read import read_checkpoint, read_manifest
 from mtlora.vllm_plugin.naming import parse_slot_path
 from mtlora.vllm_plugin.packed import PackedAdapter, Slot, pack_adapter
 

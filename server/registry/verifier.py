@@ -68,7 +68,7 @@ class Verifier:
         self._limits = limits
         self._cores = os.sched_getaffinity(0)
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["mtlora.checkpoint.format"])
+        self._context.set_forkserver_preload(["mtlora.checkpoint.read"])
         self._pool = ThreadPoolExecutor(_AT_ONCE, "verify")
 
     async def verify(self, root: Path, found: Found) -> Verified:
@@ -80,7 +80,7 @@ class Verifier:
 
     def verify_now(self, root: Path, found: Found) -> Verified:
         """As `verify`, for threads."""
-        from mtlora.checkpoint.format import read_manifest
+        from mtlora.checkpoint.read import read_manifest
 
         incoming = self._spool.incoming()
         try:
@@ -154,7 +154,9 @@ def check(root: Path, folder: Path, incoming: Path, backbone: "BackboneArchitect
 
     The copy's manifest is without provenance, which may be any JSON: whoever reads it later reads only what serves.
     """
-    from mtlora.checkpoint.format import MAX_MANIFEST_BYTES, CheckpointError, open_file, read_checkpoint
+    from mtlora.checkpoint.format import CheckpointError
+    from mtlora.checkpoint.read import MAX_MANIFEST_BYTES, read_checkpoint
+    from mtlora.checkpoint.untrusted import open_file
 
     real = folder.resolve()
     if not real.is_relative_to(root.resolve()):

@@ -13,7 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.harness.adapters import random_tensors
 from mtlora.adapter import AdapterSet
 from mtlora.backbone import BackboneIdentity, identify
-from mtlora.checkpoint.format import AdapterManifest, TaskEntry, read_checkpoint, write_checkpoint
+from mtlora.checkpoint.format import AdapterManifest, TaskEntry
+from mtlora.checkpoint.read import read_checkpoint
+from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
 
 VOCABULARY = 96

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mtlora.backbone import identify
-from mtlora.checkpoint.format import read_checkpoint
+from mtlora.checkpoint.read import read_checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.ops.reference import routed_lora_reference
 from tests.engine._engine import lora_manager_of, running_engine

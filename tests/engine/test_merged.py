@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from mtlora.checkpoint.format import read_checkpoint, write_checkpoint
 from mtlora.checkpoint.merge import extended_config, merged_tasks, merged_tensors, starting_point
+from mtlora.checkpoint.read import read_checkpoint
+from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.ops.cpu_kernel import compiled_kernel
 from mtlora.task import TaskSpec

@@ -43,7 +43,8 @@ class Verifier:
         self._spool = spool
 
     async def verify(self, root: Path, found: Found) -> Verified:
-        from mtlora.checkpoint.format import CheckpointError, read_manifest
+        from mtlora.checkpoint.format import CheckpointError
+        from mtlora.checkpoint.read import read_manifest
 
         incoming = self._spool.incoming()
         try:

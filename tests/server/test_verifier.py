@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mtlora.checkpoint.format import read_checkpoint
+from mtlora.checkpoint.read import read_checkpoint
 from server.registry.source import Found, scan
 from server.registry.spool import Spool
 from server.registry.verifier import Limits, Verifier

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtlora.backbone import identify
-from mtlora.checkpoint.format import Checkpoint, CheckpointError, read_checkpoint, write_checkpoint
+from mtlora.checkpoint.format import Checkpoint, CheckpointError
 from mtlora.checkpoint.merge import (
     CLOSED,
     MergeError,
@@ -21,6 +21,8 @@ from mtlora.checkpoint.merge import (
     merged_tensors,
     starting_point,
 )
+from mtlora.checkpoint.read import read_checkpoint
+from mtlora.checkpoint.write import write_checkpoint
 from mtlora.cli import main
 from mtlora.config import MtLoRAConfig
 from mtlora.ops.reference import routed_lora_reference

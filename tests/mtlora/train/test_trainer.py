@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from mtlora.backbone import identify
-from mtlora.checkpoint.format import read_checkpoint
+from mtlora.checkpoint.read import read_checkpoint
 from mtlora.cli import main
 from mtlora.config import MtLoRAConfig
 from mtlora.suite import SuiteError, SuitePart

@@ -14,7 +14,7 @@ from torch import nn
 from mtlora.adapter import AdapterSet
 from mtlora.backbone import BackboneIdentity
 from mtlora.checkpoint.convert import ConversionError, convert_tensors, read_tasks
-from mtlora.checkpoint.format import read_checkpoint
+from mtlora.checkpoint.read import read_checkpoint
 from mtlora.cli import main
 from mtlora.errors import MtLoRAError
 from tests.engine._models import HIDDEN_SIZE, HuggingFace, make_model

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtlora.checkpoint.format import TaskEntry, write_checkpoint
+from mtlora.checkpoint.format import TaskEntry
+from mtlora.checkpoint.write import write_checkpoint
 from mtlora.cli import main
 from mtlora.cli.evaluate import summary
 from mtlora.config import MtLoRAConfig

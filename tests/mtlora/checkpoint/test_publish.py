@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from mtlora.checkpoint.format import CheckpointError, read_checkpoint
+from mtlora.checkpoint.format import CheckpointError
 from mtlora.checkpoint.publish import publish
+from mtlora.checkpoint.read import read_checkpoint
 from mtlora.errors import MtLoRAError
 from tests.factories import write_random
 

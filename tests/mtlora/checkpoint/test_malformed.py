@@ -1,14 +1,10 @@
-"""Checkpoints: what is written is read back, whatever is damaged is refused by name, and nothing is half written."""
+"""A damaged checkpoint is refused by name: file, tensor or field, what was expected and what was found."""
 
 import contextlib
-import errno
 import json
 import math
-import multiprocessing
 import os
-import signal
 import tempfile
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,281 +15,40 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
-import mtlora.checkpoint.format
-import mtlora.files
 from mtlora.backbone import BackboneIdentity
-from mtlora.checkpoint.format import (
-    MANIFEST_FILE,
-    TENSORS_FILE,
-    CheckpointError,
-    TaskEntry,
-    read_checkpoint,
-    read_manifest,
-    write_checkpoint,
-)
-from mtlora.config import MtLoRAConfig
+from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, CheckpointError
+from mtlora.checkpoint.read import read_checkpoint, read_manifest
 from mtlora.errors import MtLoRAError
 from tests.factories import (
-    CONFIG,
     IDENTITY,
     edit_header,
-    edit_manifest,
-    join_tensors,
     random_tensors,
     replace_tensors,
     split_tensors,
-    task_table,
     write_random,
 )
-
-NAMED = "layers.0.mlp.lora_B"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A good checkpoint."""
-    write_random(tmp_path / "good")
-    return tmp_path / "good"
-
-
-# ---- round trip ------------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def checkpoints(draw: st.DrawFn) -> dict[str, Any]:
-    num_groups = draw(st.integers(1, 3))
-    num_experts = draw(st.integers(1, 3))
-    config = MtLoRAConfig(
-        r=draw(st.integers(1, 3)),
-        lora_alpha=draw(st.floats(1e-3, 1e3)),
-        num_experts=num_experts,
-        num_groups=num_groups,
-        blocks=draw(st.sampled_from(["ffn", "attention", "both"])),
-        task_bias=draw(st.booleans()) if num_experts > 1 else False,
-    )
-    identity = IDENTITY.model_copy(
-        update={"hidden_size": num_groups * draw(st.integers(1, 3)), "num_layers": draw(st.integers(1, 2))}
-    )
-    text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
-    ids = draw(
-        st.lists(st.from_regex(r"[a-z0-9][a-z0-9_.\-]{0,20}", fullmatch=True), min_size=1, max_size=4, unique=True)
-    )
-    rows = draw(st.permutations(range(len(ids))))
-    tasks = tuple(
-        TaskEntry(
-            id=task_id,
-            description=draw(text),
-            template=draw(text).replace("{", "{{").replace("}", "}}") + "{input}",
-            stop=tuple(draw(st.lists(text, max_size=2))),
-            max_new_tokens=draw(st.integers(1, 4096)),
-            bias_index=row if config.task_bias else None,
-        )
-        for task_id, row in zip(ids, rows, strict=True)
-    )
-    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-    json_values = st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text,
-        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(text, inner, max_size=2),
-        max_leaves=4,
-    )
-    return {
-        "backbone": identity,
-        "config": config,
-        "tasks": tasks,
-        "tensors": random_tensors(config, identity, len(ids), dtype=dtype, seed=draw(st.integers(0, 99))),
-        "training": draw(st.dictionaries(text, json_values, max_size=2)),
-        "evaluation": draw(st.dictionaries(text, json_values, max_size=2)),
-    }
-
-
-@given(checkpoints())
-@settings(max_examples=40, deadline=None)
-def test_round_trip(arguments: dict[str, Any]) -> None:
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "ädapter"
-        manifest = write_checkpoint(folder, **arguments)
-        checkpoint = read_checkpoint(folder, arguments["backbone"])
-        assert checkpoint.manifest == manifest == read_manifest(folder)
-        for field in ("backbone", "config", "tasks", "training", "evaluation"):
-            assert getattr(manifest, field) == arguments[field]
-        others = load_file(folder / TENSORS_FILE)
-        assert set(checkpoint.tensors) == set(others) == set(arguments["tensors"])
-        for name, tensor in arguments["tensors"].items():
-            assert checkpoint.tensors[name].dtype == tensor.dtype
-            assert torch.equal(checkpoint.tensors[name], tensor)
-            assert torch.equal(others[name], tensor)
-        assert os.listdir(temporary) == [folder.name]
-
-
-def test_tensors_of_one_storage_and_of_odd_strides(tmp_path: Path) -> None:
-    tensors = random_tensors()
-    route = tensors["layers.0.mlp.lora_route"]
-    tensors["layers.1.mlp.lora_route"] = route
-    tensors[NAMED] = torch.randn(2, 8, 3).permute(2, 1, 0)
-    write_random(tmp_path / "a", tensors=tensors)
-    read = read_checkpoint(tmp_path / "a").tensors
-    assert torch.equal(read["layers.1.mlp.lora_route"], route)
-    assert torch.equal(read[NAMED], tensors[NAMED])
-
-
-def test_a_file_of_mixed_dtypes_whose_floats_lie_at_odd_offsets(folder: Path) -> None:
-    tensors = {n: t.half() if n == "layers.0.mlp.lora_A" else t for n, t in random_tensors().items()}
-    header, data, at = {}, b"", 0
-    for name in sorted(tensors):
-        raw = tensors[name].numpy().tobytes()
-        dtype = "F16" if tensors[name].dtype == torch.float16 else "F32"
-        header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [at, at + len(raw)]}
-        data, at = data + raw, at + len(raw)
-    replace_tensors(folder, join_tensors(json.dumps(header).encode(), data))
-    read = read_checkpoint(folder).tensors
-    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
-
-
-def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
-    before = os.umask(0o022)
-    try:
-        write_random(tmp_path / "a")
-    finally:
-        os.umask(before)
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()} == {0o644}
-
-
-def test_what_json_would_change_is_normalised_or_refused(tmp_path: Path) -> None:
-    manifest = write_random(tmp_path / "a", training={"shape": (1, 2)})
-    assert manifest.training == {"shape": [1, 2]} == read_manifest(tmp_path / "a").training
-    for value in (math.nan, math.inf, {1}, Path("x"), "\ud800"):
-        with pytest.raises(CheckpointError):
-            write_random(tmp_path / "b", evaluation={"value": value})
-    assert not (tmp_path / "b").exists()
-
-
-# ---- malformed -------------------------------------------------------------------------------------------------------
-
-Damage = Callable[[Path], object]
-
-
-def manifest_bytes(content: bytes) -> Damage:
-    return lambda folder: (folder / MANIFEST_FILE).write_bytes(content)
-
-
-def manifest_set(*keys: str | int, to: Any) -> Damage:
-    """Set manifest[keys[0]][keys[1]]… ."""
-
-    def edit(manifest: Any) -> None:
-        for key in keys[:-1]:
-            manifest = manifest[key]
-        manifest[keys[-1]] = to
-
-    return lambda folder: edit_manifest(folder, edit)
-
-
-def manifest_drop(*keys: str | int) -> Damage:
-    def edit(manifest: Any) -> None:
-        for key in keys[:-1]:
-            manifest = manifest[key]
-        del manifest[keys[-1]]
-
-    return lambda folder: edit_manifest(folder, edit)
-
-
-def manifest_text(old: str, new: str) -> Damage:
-    def damage(folder: Path) -> None:
-        text = json.dumps(json.loads((folder / MANIFEST_FILE).read_text()))
-        assert old in text
-        (folder / MANIFEST_FILE).write_text(text.replace(old, new, 1))
-
-    return damage
-
-
-def tensors_cut(*, keep: Callable[[int, int], int]) -> Damage:
-    """Keep the first `keep(header size, file size)` bytes of the tensor file."""
-
-    def damage(folder: Path) -> None:
-        content = (folder / TENSORS_FILE).read_bytes()
-        replace_tensors(folder, content[: keep(int.from_bytes(content[:8], "little"), len(content))])
-
-    return damage
-
-
-def tensor_set(name: str, tensor: torch.Tensor | None) -> Damage:
-    """Replace, add or (None) remove a tensor."""
-    tensors = random_tensors() | {name: tensor}
-    return lambda folder: replace_tensors(folder, save({n: t for n, t in tensors.items() if t is not None}))
-
-
-def tensor_value(value: float, dtype: torch.dtype = torch.float32) -> Damage:
-    def damage(folder: Path) -> None:
-        tensors = random_tensors(dtype=dtype)
-        tensors[NAMED][2, 7, 1] = value
-        replace_tensors(folder, save(tensors))
-
-    return damage
-
-
-def header_set(key: str, to: Any) -> Damage:
-    return lambda folder: edit_header(folder, lambda header: header[NAMED].update({key: to}))
-
-
-def header_bytes(header: bytes) -> Damage:
-    return lambda folder: replace_tensors(folder, join_tensors(header, split_tensors(folder)[1]))
-
-
-def overlapping(folder: Path) -> None:
-    def edit(header: dict[str, Any]) -> None:
-        header["layers.1.mlp.lora_B"]["data_offsets"] = header[NAMED]["data_offsets"]
-
-    edit_header(folder, edit)
-
-
-def gap(folder: Path) -> None:
-    header, data = split_tensors(folder)
-    for entry in header.values():
-        entry["data_offsets"] = [offset + 4 for offset in entry["data_offsets"]]
-    replace_tensors(folder, join_tensors(json.dumps(header).encode(), bytes(4) + data))
-
-
-def replaced_by(name: str, make: Callable[[Path], object]) -> Damage:
-    def damage(folder: Path) -> None:
-        (folder / name).unlink()
-        make(folder / name)
-
-    return damage
-
-
-def linked_outside(name: str) -> Damage:
-    def damage(folder: Path) -> None:
-        os.rename(folder / name, folder.parent / "outside")
-        (folder / name).symlink_to("../outside")
-
-    return damage
-
-
-def linked_outside_in_two_steps(folder: Path) -> None:
-    os.rename(folder / TENSORS_FILE, folder.parent / "outside")
-    (folder / "inside").symlink_to(folder.parent)
-    (folder / TENSORS_FILE).symlink_to("inside/outside")
-
-
-def sparse(size: int) -> Damage:
-    return lambda folder: os.truncate(folder / TENSORS_FILE, size)
-
-
-def huge_and_consistent(folder: Path) -> None:
-    """A manifest and a header that agree on 8 TiB, in a sparse file."""
-    config = MtLoRAConfig(r=512, num_experts=256, num_groups=2)
-    identity = IDENTITY.model_copy(update={"hidden_size": 1 << 20})
-    manifest = read_manifest(folder).model_copy(update={"config": config, "backbone": identity})
-    header, at = {}, 0
-    for name, shape in manifest.tensor_shapes().items():
-        end = at + 4 * math.prod(shape)
-        header[name], at = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, end]}, end
-    (folder / MANIFEST_FILE).write_text(manifest.model_dump_json())
-    content = join_tensors(json.dumps(header).encode(), b"")
-    (folder / TENSORS_FILE).write_bytes(content)
-    os.truncate(folder / TENSORS_FILE, len(content) + at)
-
+from tests.mtlora.checkpoint.damage import (
+    NAMED,
+    Damage,
+    gap,
+    header_bytes,
+    header_set,
+    huge_and_consistent,
+    linked_outside,
+    linked_outside_in_two_steps,
+    manifest_bytes,
+    manifest_drop,
+    manifest_set,
+    manifest_text,
+    overlapping,
+    replaced_by,
+    sparse,
+    tensor_set,
+    tensor_value,
+    tensors_cut,
+)
 
 MALFORMED: dict[str, tuple[Damage, list[str]]] = {
     # The manifest as a file.
@@ -551,17 +306,6 @@ def test_malformed(folder: Path, name: str) -> None:
     assert len(message) < 1000
 
 
-def test_largest_and_smallest_finite_values_are_no_nan(folder: Path) -> None:
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        tensors = random_tensors(dtype=dtype)
-        info = torch.finfo(dtype)
-        tensors[NAMED].view(-1)[:5] = torch.tensor([info.max, info.min, info.tiny, -0.0, info.smallest_normal / 4]).to(
-            dtype
-        )
-        replace_tensors(folder, save(tensors))
-        assert torch.equal(read_checkpoint(folder).tensors[NAMED], tensors[NAMED])
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -647,227 +391,6 @@ def test_any_json_in_place_of_any_field(value: Any, data: st.DataObject) -> None
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
         with contextlib.suppress(CheckpointError):
             read_checkpoint(folder)
-
-
-# ---- links and replacement while reading -----------------------------------------------------------------------------
-
-
-def mounted(root: Path, *seeds: int) -> Path:
-    """A folder as Kubernetes mounts a ConfigMap: files are links through `..data` to a dated folder."""
-    mount = root / "mount"
-    for seed in seeds:
-        write_random(mount / f"..{seed}", seed=seed)
-    (mount / "..data").symlink_to(f"..{seeds[0]}")
-    for name in (MANIFEST_FILE, TENSORS_FILE):
-        (mount / name).symlink_to(f"..data/{name}")
-    return mount
-
-
-def flip(mount: Path, seed: int) -> None:
-    (mount / "..new").symlink_to(f"..{seed}")
-    os.rename(mount / "..new", mount / "..data")
-
-
-def test_a_mounted_config_map(tmp_path: Path) -> None:
-    mount = mounted(tmp_path, 0, 1)
-    assert read_checkpoint(mount).manifest.training == {"seed": 0}
-    flip(mount, 1)
-    assert read_checkpoint(mount).manifest.training == {"seed": 1}
-
-
-def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
-    write_random(tmp_path / "v1")
-    (tmp_path / "current").symlink_to("v1")
-    assert read_checkpoint(tmp_path / "current").manifest.training == {"seed": 0}
-
-
-@pytest.mark.parametrize("flips", [1, 3])
-def test_a_flip_between_the_two_files_is_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flips: int
-) -> None:
-    mount = mounted(tmp_path, 0, 1)
-    original, left = mtlora.checkpoint.open_file, [flips]
-
-    def opened(folder: Path, name: str) -> Any:
-        if name == TENSORS_FILE and left[0]:
-            left[0] -= 1
-            flip(mount, (left[0] + 1) % 2)
-        return original(folder, name)
-
-    monkeypatch.setattr(mtlora.checkpoint, "open_file", opened)
-    checkpoint = read_checkpoint(mount)
-    assert torch.equal(checkpoint.tensors[NAMED], random_tensors(seed=checkpoint.manifest.training["seed"])[NAMED])
-    assert left == [0]
-
-
-@pytest.mark.parametrize("change", [-1, 1])
-def test_a_file_that_grows_or_shrinks_while_it_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: int
-) -> None:
-    config = CONFIG.model_copy(update={"r": 512})  # More than one buffer of the reader.
-    write_random(tmp_path, config=config, tensors=random_tensors(config))
-    original = mtlora.checkpoint._layout
-
-    def resized(path: Path, *args: Any) -> Any:
-        layout = original(path, *args)
-        os.truncate(path, path.stat().st_size + change)
-        return layout
-
-    monkeypatch.setattr(mtlora.checkpoint, "_layout", resized)
-    # Read again, since it changed meanwhile; by then it does not fit its header.
-    with pytest.raises(CheckpointError, match="bytes of tensors, found"):
-        read_checkpoint(tmp_path)
-
-
-def test_what_was_read_does_not_change_with_the_file(folder: Path) -> None:
-    tensors = read_checkpoint(folder).tensors
-    with (folder / TENSORS_FILE).open("r+b") as file:
-        file.write(b"\xff" * (folder / TENSORS_FILE).stat().st_size)
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in random_tensors().items())
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"tensors": random_tensors() | {NAMED: torch.zeros(3, 8, 3)}}, f"{NAMED}: expected shape"),
-        ({"tensors": random_tensors() | {NAMED: torch.full((3, 8, 2), math.nan)}}, f"{NAMED}: expected finite"),
-        ({"tensors": random_tensors() | {NAMED: torch.zeros(3, 8, 2).double()}}, f"{NAMED}: expected dtype"),
-        ({"tensors": random_tensors() | {"more": torch.zeros(1)}}, "tensor 'more'"),
-        ({"tensors": {}}, "lora_A: expected by the config, found none"),
-        ({"tasks": task_table(2)}, "task_bias: expected shape"),
-        ({"tasks": task_table(3, biased=False)}, "bias_index: expected 0 to 2"),
-        ({"tasks": ()}, "tasks"),
-        ({"config": CONFIG.model_copy(update={"num_groups": 3})}, "num_groups 3 does not divide"),
-        ({"training": {"loss": math.nan}}, "training"),
-    ],
-)
-def test_what_could_not_be_read_is_not_written(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    write_random(tmp_path / "a", seed=5)
-    with pytest.raises(CheckpointError) as caught:
-        write_random(tmp_path / "a", **change)
-    assert message in str(caught.value)
-    assert "made" not in str(caught.value)
-    assert read_checkpoint(tmp_path / "a").manifest.training == {"seed": 5}
-    assert os.listdir(tmp_path) == ["a"]
-
-
-def test_a_checkpoint_is_replaced(folder: Path) -> None:
-    write_random(folder, seed=1)
-    assert read_checkpoint(folder).manifest.training == {"seed": 1}
-    assert os.listdir(folder.parent) == ["good"]
-
-
-def test_replacing_is_one_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder.parent / "one").mkdir()
-    (folder.parent / "other").mkdir()
-    try:
-        mtlora.files._exchange(folder.parent / "one", folder.parent / "other")
-    except OSError as error:
-        pytest.skip(f"this file system cannot exchange two folders: {error}")
-
-    def rename(*args: Any) -> None:
-        raise AssertionError("two renames, between which the checkpoint is absent")
-
-    monkeypatch.setattr(os, "rename", rename)
-    write_random(folder, seed=1)
-    assert read_checkpoint(folder).manifest.training == {"seed": 1}
-
-
-def test_writing_through_a_link_replaces_what_it_points_to(tmp_path: Path) -> None:
-    write_random(tmp_path / "v1")
-    (tmp_path / "current").symlink_to("v1")
-    write_random(tmp_path / "current", seed=1)
-    assert (tmp_path / "current").is_symlink()
-    assert read_manifest(tmp_path / "v1").training == {"seed": 1}
-
-
-@pytest.mark.parametrize("name", ["notes.txt", ".git", "adapter.json.bak"])
-def test_a_folder_that_holds_anything_else_is_never_replaced(tmp_path: Path, name: str) -> None:
-    (tmp_path / "home" / name).mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=rf"home: not replaced: '{name}' is no part of a checkpoint"):
-        write_random(tmp_path / "home")
-    assert os.listdir(tmp_path / "home") == [name]
-
-
-def test_a_file_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("mine")
-    with pytest.raises(CheckpointError, match="expected a folder or nothing, found a file"):
-        write_random(tmp_path / "a")
-    assert (tmp_path / "a").read_text() == "mine"
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        write_random(tmp_path / "a" / "b")
-
-
-def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    write_random(tmp_path / "a")
-    assert read_manifest(tmp_path / "a").training == {"seed": 0}
-
-
-@pytest.mark.parametrize("call", ["fsync", "rename"])
-def test_a_failure_at_any_call_leaves_the_old_checkpoint(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    """Without an exchange there are two renames: each, and each fsync before them, fails once."""
-
-    def no_exchange(one: Path, other: Path) -> None:
-        raise OSError(errno.EINVAL, "no exchange here")
-
-    monkeypatch.setattr(mtlora.files, "_exchange", no_exchange)
-    original, calls = getattr(os, call), 0
-    for failing in range(10):
-        calls = 0
-
-        def flaky(*args: Any, failing: int = failing) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == failing + 1:
-                raise OSError(errno.EIO, "disk on fire")
-            return original(*args)
-
-        monkeypatch.setattr(os, call, flaky)
-        try:
-            write_random(folder, seed=1)
-        except CheckpointError:
-            # The last fsync, of the parent, comes after the new checkpoint is in place.
-            assert read_checkpoint(folder).manifest.training["seed"] == (1 if call == "fsync" and calls == 4 else 0)
-            assert os.listdir(folder.parent) == ["good"]
-        else:
-            break
-    assert failing == {"fsync": 4, "rename": 2}[call]
-    assert read_checkpoint(folder).manifest.training == {"seed": 1}
-    assert os.listdir(folder.parent) == ["good"]
-
-
-def _write_for_ever(folder: Path) -> None:
-    seed = 0
-    while True:
-        seed += 1
-        write_random(folder, seed=seed)
-
-
-def test_kills_and_readers_meet_whole_checkpoints_only(folder: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    reads, seeds = 0, set()
-    for attempt in range(8):
-        writer = context.Process(target=_write_for_ever, args=(folder,))
-        writer.start()
-        until = time.monotonic() + 0.05 + 0.013 * attempt
-        while time.monotonic() < until:
-            checkpoint = read_checkpoint(folder, IDENTITY)
-            reads += 1
-            seeds.add(checkpoint.manifest.training["seed"])
-        assert writer.pid is not None
-        os.kill(writer.pid, signal.SIGKILL)
-        writer.join()
-        checkpoint = read_checkpoint(folder, IDENTITY)
-        seed = checkpoint.manifest.training["seed"]
-        assert all(torch.equal(checkpoint.tensors[n], t) for n, t in random_tensors(seed=seed).items())
-    assert reads > 8
-    assert len(seeds) > 2
 
 
 def test_errors_are_of_the_kind_the_command_prints() -> None:

@@ -1,0 +1,213 @@
+"""Reading and verifying checkpoints.
+
+Reading trusts nothing: every failure is one CheckpointError that says which file, which tensor or field, what was
+expected and what was found. Each file is opened once, and what is checked is what is returned. The folder, and the
+files within it, may be links (as in a mounted ConfigMap), so long as they end inside the folder.
+"""
+
+import hashlib
+import math
+import os
+import reprlib
+from collections.abc import Callable, Mapping
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ValidationError
+
+from mtlora.backbone import BackboneArchitecture
+from mtlora.checkpoint.format import (
+    DTYPES,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    TENSORS_FILE,
+    AdapterManifest,
+    Checkpoint,
+    CheckpointError,
+    and_more,
+)
+from mtlora.checkpoint.untrusted import json_object, open_file
+from mtlora.errors import describe
+
+_T = TypeVar("_T")
+
+_EXPONENTS = {
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+}
+# A task table of 10,000 tasks takes some 10 MiB.
+MAX_MANIFEST_BYTES = 16 << 20
+# The safetensors header: names, shapes and offsets.
+_MAX_HEADER_BYTES = 8 << 20
+# The published adapter for LLaMA-2-7B has 0.16 GB. A manifest may claim any size, and a sparse file costs nothing.
+_MAX_TENSORS_BYTES = 4 << 30
+
+
+def read_manifest(folder: Path) -> AdapterManifest:
+    """Read and validate `adapter.json` alone. Raises CheckpointError."""
+    return _unless_replaced(folder, lambda: _read_manifest(folder))
+
+
+def read_checkpoint(folder: Path, backbone: BackboneArchitecture | None = None) -> Checkpoint:
+    """Read and validate a checkpoint; with `backbone`, also that it was made beside it. Raises CheckpointError.
+
+    The tensors of one checkpoint share one buffer.
+    """
+    return _unless_replaced(folder, lambda: _read_checkpoint(folder, backbone))
+
+
+def check_backbone(folder: Path, manifest: AdapterManifest, backbone: BackboneArchitecture) -> None:
+    """Raise CheckpointError unless the adapter was made beside this backbone, or beside one of this architecture."""
+    for field in type(backbone).model_fields:
+        expected, found = getattr(backbone, field), getattr(manifest.backbone, field)
+        if expected != found:
+            where = f"{folder / MANIFEST_FILE}: backbone.{field}"
+            raise CheckpointError(f"{where}: expected {expected!r} (the backbone in use), found {found!r}")
+
+
+def _unless_replaced(folder: Path, read: Callable[[], _T]) -> _T:
+    """`read()`, again where it failed on a mix of two checkpoints because one took the other's place meanwhile."""
+    for _ in range(3):
+        before = _generation(folder)
+        try:
+            return read()
+        except CheckpointError:
+            if _generation(folder) == before:
+                raise
+    return read()
+
+
+def _generation(folder: Path) -> list[tuple[int, int, int] | None]:
+    result: list[tuple[int, int, int] | None] = []
+    for name in (MANIFEST_FILE, TENSORS_FILE):
+        try:
+            status = (folder / name).stat()
+            result.append((status.st_dev, status.st_ino, status.st_ctime_ns))
+        except (OSError, ValueError):
+            result.append(None)
+    return result
+
+
+def _read_manifest(folder: Path) -> AdapterManifest:
+    path = folder / MANIFEST_FILE
+    with open_file(folder, MANIFEST_FILE) as file:
+        content = file.read(MAX_MANIFEST_BYTES + 1)
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"{path}: expected at most {MAX_MANIFEST_BYTES} bytes, found more")
+    raw = json_object(path, content)
+    version = raw.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        found = reprlib.repr(version) if "format_version" in raw else "none"
+        raise CheckpointError(f"{path}: format_version: expected {FORMAT_VERSION}, found {found}")
+    try:
+        # From JSON again: in strict mode "16" is no number and true is no 1, but an array may be a tuple.
+        return AdapterManifest.model_validate_json(content, strict=True)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {describe(error)}") from None
+
+
+def _read_checkpoint(folder: Path, backbone: BackboneArchitecture | None) -> Checkpoint:
+    manifest = _read_manifest(folder)
+    if backbone is not None:
+        check_backbone(folder, manifest, backbone)
+    path = folder / TENSORS_FILE
+    shapes = manifest.tensor_shapes()
+    with open_file(folder, TENSORS_FILE) as file:
+        size = os.fstat(file.fileno()).st_size
+        # The header first, so that its claims are checked before memory is given to the rest.
+        preamble = _read_preamble(path, file)
+        layout = _layout(path, json_object(path, preamble[8:]), shapes, size - len(preamble))
+        data = bytearray(size - len(preamble))
+        if file.readinto(data) != len(data) or file.read(1):
+            raise CheckpointError(f"{path}: expected {size} bytes, found another size: it is being written to")
+    tensors = {
+        name: torch.frombuffer(data, dtype=dtype, count=math.prod(shapes[name]), offset=begin).view(shapes[name])
+        for name, (dtype, begin) in layout.items()
+    }
+    for name, tensor in tensors.items():
+        if bad := _count_not_finite(tensor):
+            raise CheckpointError(f"{path}: tensor {name}: expected finite values, found {bad} NaN or infinite")
+    # Last, since it says only that something differs; the checks above say what.
+    digest = hashlib.sha256(preamble)
+    digest.update(data)
+    if digest.hexdigest() != manifest.tensors_sha256:
+        raise CheckpointError(f"{path}: sha256: expected {manifest.tensors_sha256}, found {digest.hexdigest()}")
+    return Checkpoint(manifest, tensors)
+
+
+def _count_not_finite(tensor: torch.Tensor) -> int:
+    """How many elements are NaN or infinite: those whose exponent is all ones.
+
+    In numpy, since each of torch's parallel reductions waits for threads that a busy engine holds.
+    """
+    integers, exponent = _EXPONENTS[tensor.dtype]
+    return int(((tensor.view(integers).numpy() & exponent) == exponent).sum())
+
+
+def _read_preamble(path: Path, file: BufferedReader) -> bytes:
+    """The header's size and the header itself, of a safetensors file."""
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise CheckpointError(f"{path}: truncated: expected 8 bytes of header size, found {len(prefix)}")
+    header_size = int.from_bytes(prefix, "little")
+    if header_size > _MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path}: header: expected at most {_MAX_HEADER_BYTES} bytes, found {header_size}")
+    header = file.read(header_size)
+    if len(header) < header_size:
+        raise CheckpointError(f"{path}: truncated: expected {header_size} bytes of header, found {len(header)}")
+    return prefix + header
+
+
+def _layout(
+    path: Path, header: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], data_size: int
+) -> dict[str, tuple[torch.dtype, int]]:
+    """(dtype, offset into the data) of each tensor, which together fill the data exactly."""
+    header.pop("__metadata__", None)
+    _check_names(path, set(header), set(shapes))
+    result: dict[str, tuple[torch.dtype, int]] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, shape in shapes.items():
+        dtype, begin, end = _tensor_span(f"{path}: tensor {name}", header[name], shape)
+        result[name] = dtype, begin
+        spans.append((begin, end, name))
+    filled = 0
+    for begin, end, name in sorted(spans):
+        if begin != filled:
+            raise CheckpointError(f"{path}: tensor {name}: data_offsets: expected to begin at {filled}, found {begin}")
+        filled = end
+    if filled != data_size:
+        state = "truncated: " if data_size < filled else ""
+        raise CheckpointError(f"{path}: {state}expected {filled} bytes of tensors, found {data_size}")
+    if filled > _MAX_TENSORS_BYTES:
+        raise CheckpointError(f"{path}: expected at most {_MAX_TENSORS_BYTES} bytes of tensors, found {filled}")
+    return result
+
+
+def _tensor_span(where: str, entry: Any, shape: tuple[int, ...]) -> tuple[torch.dtype, int, int]:
+    """(dtype, begin, end) of one tensor's entry in the header."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, found {reprlib.repr(entry)}")
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise CheckpointError(f"{where}: expected dtype {' or '.join(DTYPES)}, found {reprlib.repr(entry['dtype'])}")
+    if entry["shape"] != list(shape):
+        raise CheckpointError(f"{where}: expected shape {list(shape)}, found {reprlib.repr(entry['shape'])}")
+    offsets = entry["data_offsets"]
+    if not isinstance(offsets, list) or [type(offset) for offset in offsets] != [int, int]:
+        raise CheckpointError(f"{where}: data_offsets: expected two integers, found {reprlib.repr(offsets)}")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        size = math.prod(shape) * dtype.itemsize
+        raise CheckpointError(f"{where}: data_offsets: expected {size} bytes, found {reprlib.repr(offsets)}")
+    return dtype, begin, end
+
+
+def _check_names(path: Path, found: set[str], expected: set[str]) -> None:
+    if missing := sorted(expected - found):
+        raise CheckpointError(f"{path}: tensor {missing[0]}: expected by the config, found none{and_more(missing)}")
+    if unexpected := sorted(found - expected):
+        name = reprlib.repr(unexpected[0])
+        raise CheckpointError(f"{path}: tensor {name}: found, but no part of this config{and_more(unexpected)}")

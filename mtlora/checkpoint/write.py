@@ -1,0 +1,88 @@
+"""Writing checkpoints: whole or not at all."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import save
+
+from mtlora.backbone import BackboneIdentity
+from mtlora.checkpoint.format import (
+    MANIFEST_FILE,
+    TENSORS_FILE,
+    AdapterManifest,
+    CheckpointError,
+    TaskEntry,
+    and_more,
+)
+from mtlora.checkpoint.read import read_checkpoint
+from mtlora.config import MtLoRAConfig
+from mtlora.errors import describe
+from mtlora.files import folder_in_the_making, put_in_place, write_durably
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    backbone: BackboneIdentity,
+    config: MtLoRAConfig,
+    tasks: tuple[TaskEntry, ...],
+    tensors: Mapping[str, torch.Tensor],
+    training: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+) -> AdapterManifest:
+    """Write a checkpoint to `folder`, whole or not at all; one that is there is replaced in one step.
+
+    A crash at any moment leaves the old checkpoint or the new one (`files.put_in_place` has the one exception). Where
+    `folder` is a link, what it points to is replaced. Raises CheckpointError where tensors and config disagree (what
+    could not be read back is never written), where `folder` holds anything else, or where the disk refuses.
+    """
+    try:
+        folder = folder.resolve()
+        check_replaceable(folder)
+        stored = save({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()})
+        manifest = AdapterManifest(
+            backbone=backbone,
+            config=config,
+            tasks=tasks,
+            tensors_sha256=hashlib.sha256(stored).hexdigest(),
+            training=_as_json("training", training),
+            evaluation=_as_json("evaluation", evaluation),
+        )
+        document = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
+        with folder_in_the_making(folder) as made:
+            write_durably(made / TENSORS_FILE, stored)
+            write_durably(made / MANIFEST_FILE, (document + "\n").encode())
+            try:
+                read_checkpoint(made)
+            except CheckpointError as error:
+                raise CheckpointError(str(error).replace(str(made), str(folder))) from None
+            put_in_place(made, folder)
+    except ValidationError as error:
+        raise CheckpointError(f"{folder}: {describe(error)}") from None
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error}") from error
+    return manifest
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise CheckpointError where `folder` is no checkpoint, such as the home directory: it is not replaced."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected a folder or nothing, found a file")
+    if others := sorted({path.name for path in folder.iterdir()} - {MANIFEST_FILE, TENSORS_FILE}):
+        raise CheckpointError(f"{folder}: not replaced: {others[0]!r} is no part of a checkpoint{and_more(others)}")
+
+
+def _as_json(field: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`value` as it will be read back."""
+    try:
+        result: dict[str, Any] = json.loads(json.dumps(dict(value or {}), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{field}: expected what JSON can hold, found otherwise: {error}") from None
+    return result

@@ -1,0 +1,146 @@
+"""What is written is read back."""
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save
+
+from mtlora.checkpoint.format import TENSORS_FILE, CheckpointError, TaskEntry
+from mtlora.checkpoint.read import read_checkpoint, read_manifest
+from mtlora.checkpoint.write import write_checkpoint
+from mtlora.config import MtLoRAConfig
+from tests.factories import (
+    IDENTITY,
+    join_tensors,
+    random_tensors,
+    replace_tensors,
+    write_random,
+)
+from tests.mtlora.checkpoint.damage import NAMED
+
+
+@st.composite
+def checkpoints(draw: st.DrawFn) -> dict[str, Any]:
+    num_groups = draw(st.integers(1, 3))
+    num_experts = draw(st.integers(1, 3))
+    config = MtLoRAConfig(
+        r=draw(st.integers(1, 3)),
+        lora_alpha=draw(st.floats(1e-3, 1e3)),
+        num_experts=num_experts,
+        num_groups=num_groups,
+        blocks=draw(st.sampled_from(["ffn", "attention", "both"])),
+        task_bias=draw(st.booleans()) if num_experts > 1 else False,
+    )
+    identity = IDENTITY.model_copy(
+        update={"hidden_size": num_groups * draw(st.integers(1, 3)), "num_layers": draw(st.integers(1, 2))}
+    )
+    text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
+    ids = draw(
+        st.lists(st.from_regex(r"[a-z0-9][a-z0-9_.\-]{0,20}", fullmatch=True), min_size=1, max_size=4, unique=True)
+    )
+    rows = draw(st.permutations(range(len(ids))))
+    tasks = tuple(
+        TaskEntry(
+            id=task_id,
+            description=draw(text),
+            template=draw(text).replace("{", "{{").replace("}", "}}") + "{input}",
+            stop=tuple(draw(st.lists(text, max_size=2))),
+            max_new_tokens=draw(st.integers(1, 4096)),
+            bias_index=row if config.task_bias else None,
+        )
+        for task_id, row in zip(ids, rows, strict=True)
+    )
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    json_values = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text,
+        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(text, inner, max_size=2),
+        max_leaves=4,
+    )
+    return {
+        "backbone": identity,
+        "config": config,
+        "tasks": tasks,
+        "tensors": random_tensors(config, identity, len(ids), dtype=dtype, seed=draw(st.integers(0, 99))),
+        "training": draw(st.dictionaries(text, json_values, max_size=2)),
+        "evaluation": draw(st.dictionaries(text, json_values, max_size=2)),
+    }
+
+
+@given(checkpoints())
+@settings(max_examples=40, deadline=None)
+def test_round_trip(arguments: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "ädapter"
+        manifest = write_checkpoint(folder, **arguments)
+        checkpoint = read_checkpoint(folder, arguments["backbone"])
+        assert checkpoint.manifest == manifest == read_manifest(folder)
+        for field in ("backbone", "config", "tasks", "training", "evaluation"):
+            assert getattr(manifest, field) == arguments[field]
+        others = load_file(folder / TENSORS_FILE)
+        assert set(checkpoint.tensors) == set(others) == set(arguments["tensors"])
+        for name, tensor in arguments["tensors"].items():
+            assert checkpoint.tensors[name].dtype == tensor.dtype
+            assert torch.equal(checkpoint.tensors[name], tensor)
+            assert torch.equal(others[name], tensor)
+        assert os.listdir(temporary) == [folder.name]
+
+
+def test_tensors_of_one_storage_and_of_odd_strides(tmp_path: Path) -> None:
+    tensors = random_tensors()
+    route = tensors["layers.0.mlp.lora_route"]
+    tensors["layers.1.mlp.lora_route"] = route
+    tensors[NAMED] = torch.randn(2, 8, 3).permute(2, 1, 0)
+    write_random(tmp_path / "a", tensors=tensors)
+    read = read_checkpoint(tmp_path / "a").tensors
+    assert torch.equal(read["layers.1.mlp.lora_route"], route)
+    assert torch.equal(read[NAMED], tensors[NAMED])
+
+
+def test_a_file_of_mixed_dtypes_whose_floats_lie_at_odd_offsets(folder: Path) -> None:
+    tensors = {n: t.half() if n == "layers.0.mlp.lora_A" else t for n, t in random_tensors().items()}
+    header, data, at = {}, b"", 0
+    for name in sorted(tensors):
+        raw = tensors[name].numpy().tobytes()
+        dtype = "F16" if tensors[name].dtype == torch.float16 else "F32"
+        header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [at, at + len(raw)]}
+        data, at = data + raw, at + len(raw)
+    replace_tensors(folder, join_tensors(json.dumps(header).encode(), data))
+    read = read_checkpoint(folder).tensors
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        write_random(tmp_path / "a")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()} == {0o644}
+
+
+def test_what_json_would_change_is_normalised_or_refused(tmp_path: Path) -> None:
+    manifest = write_random(tmp_path / "a", training={"shape": (1, 2)})
+    assert manifest.training == {"shape": [1, 2]} == read_manifest(tmp_path / "a").training
+    for value in (math.nan, math.inf, {1}, Path("x"), "\ud800"):
+        with pytest.raises(CheckpointError):
+            write_random(tmp_path / "b", evaluation={"value": value})
+    assert not (tmp_path / "b").exists()
+
+
+def test_largest_and_smallest_finite_values_are_no_nan(folder: Path) -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        tensors = random_tensors(dtype=dtype)
+        info = torch.finfo(dtype)
+        tensors[NAMED].view(-1)[:5] = torch.tensor([info.max, info.min, info.tiny, -0.0, info.smallest_normal / 4]).to(
+            dtype
+        )
+        replace_tensors(folder, save(tensors))
+        assert torch.equal(read_checkpoint(folder).tensors[NAMED], tensors[NAMED])
