@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from mtlora.backbone import resolve
-from mtlora.checkpoint.merge import NEW_EXPERTS, SETTINGS, Mode, extended_config, merge
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.cli.backbone import add_backbone_argument
 from mtlora.cli.output import print_table
 from mtlora.evaluation.evaluate import offline_answerer, score
+from mtlora.merge.extend import extended_config
+from mtlora.merge.merge import NEW_EXPERTS, SETTINGS, Mode, merge
 from mtlora.model import load_adapted_model
 from mtlora.suite import load_suite
 from mtlora.suite.base import Example

@@ -40,9 +40,10 @@ def _merge(args: argparse.Namespace) -> int:
     # Threads that wait without spinning lose little alone and little beside other work; spinning loses tenfold there.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from mtlora.backbone import identify, resolve
-    from mtlora.checkpoint.merge import NEW_EXPERTS, SETTINGS, MergeError, extended_config, merge, new_task
     from mtlora.checkpoint.read import read_checkpoint
     from mtlora.cli.evaluate import print_scores
+    from mtlora.merge.extend import MergeError, extended_config, new_task
+    from mtlora.merge.merge import NEW_EXPERTS, SETTINGS, merge
     from mtlora.suite import load_suite
     from mtlora.train.config import TrainingConfig
 

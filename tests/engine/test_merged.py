@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mtlora.checkpoint.merge import extended_config, merged_tasks, merged_tensors, starting_point
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
+from mtlora.merge.extend import extended_config, merged_tasks, merged_tensors, starting_point
 from mtlora.ops.cpu_kernel import compiled_kernel
 from mtlora.task import TaskSpec
 from tests.engine._engine import running_engine

@@ -11,20 +11,13 @@ from hypothesis import strategies as st
 
 from mtlora.backbone import identify
 from mtlora.checkpoint.format import Checkpoint, CheckpointError
-from mtlora.checkpoint.merge import (
-    CLOSED,
-    MergeError,
-    _with_scores,
-    compare,
-    extended_config,
-    merged_tasks,
-    merged_tensors,
-    starting_point,
-)
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.cli import main
 from mtlora.config import MtLoRAConfig
+from mtlora.merge.compare import compare
+from mtlora.merge.extend import CLOSED, MergeError, extended_config, merged_tasks, merged_tensors, starting_point
+from mtlora.merge.merge import _with_scores
 from mtlora.ops.reference import routed_lora_reference
 from mtlora.task import TaskSpec
 from mtlora.train.config import TrainingConfig
@@ -202,17 +195,17 @@ def test_command_line(mode: str, tiny_backbone: Path, tmp_path: Path, capsys: py
 def test_an_old_task_that_moved_is_not_written(
     tiny_backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import mtlora.checkpoint.merge
+    import mtlora.merge.merge
 
     write_tiny(tiny_backbone, tmp_path / "before", MtLoRAConfig(r=4, num_experts=3, num_groups=2))
-    honest = mtlora.checkpoint.merge.merged_tensors
+    honest = mtlora.merge.merge.merged_tensors
 
     def careless(*arguments: Any) -> dict[str, torch.Tensor]:
         tensors = honest(*arguments)
         name = "layers.1.mlp.lora_B"
         return tensors | {name: tensors[name] * 1.01}
 
-    monkeypatch.setattr(mtlora.checkpoint.merge, "merged_tensors", careless)
+    monkeypatch.setattr(mtlora.merge.merge, "merged_tensors", careless)
     arguments = ["merge", str(tmp_path / "before"), "--task", "object_counting", "--suite", "builtin",
                  "--out", str(tmp_path / "after"), "--backbone", str(tiny_backbone)]  # fmt: skip
     settings = ("max_steps=1", "examples_per_task=8", "validation_per_task=0", "threads=1")
@@ -271,7 +264,7 @@ def test_one_expert_has_no_router_to_steer(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_checkpoint_is_left_alone_before_any_training(tiny_backbone: Path, tmp_path: Path) -> None:
-    from mtlora.checkpoint.merge import merge
+    from mtlora.merge.merge import merge
 
     config = MtLoRAConfig(r=4, num_experts=3, num_groups=2)
     write_tiny(tiny_backbone, tmp_path / "before", config)

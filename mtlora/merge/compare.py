@@ -1,0 +1,73 @@
+"""Old tasks' logits before and after a merge.
+
+Shape suffixes: B sequences, L positions, A compared positions, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mtlora.adapter import AdapterSet
+from mtlora.checkpoint.format import Checkpoint
+from mtlora.model import AdaptedModel, load_adapted_model
+from mtlora.prompt import encode_prompt
+
+_COMPARED_PROMPTS = 128
+_COMPARED_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Old tasks' logits before and after, in float32: how many, how many differ, and by how much at most."""
+
+    tasks: int
+    prompts: int
+    logits: int
+    differing: int
+    largest_difference: float
+    largest_logit: float
+
+    @property
+    def identical(self) -> bool:
+        """Whether every bit is the same."""
+        return self.differing == 0
+
+
+@torch.inference_mode()
+def compare(folder: Path, before: Checkpoint, after: Checkpoint, texts: Sequence[str]) -> Comparison:
+    """Logits of every old task on its prompts for `texts`, at every position, of two adapters beside one backbone."""
+    old = load_adapted_model(folder, before, torch.float32)
+    adapters = AdapterSet(
+        after.manifest.config, old.backbone.hidden_size, old.backbone.num_layers, len(after.manifest.tasks)
+    )
+    adapters.load_state_dict({name: tensor.float() for name, tensor in after.tensors.items()})
+    adapters.eval().attach(old.model)
+    new = AdaptedModel(old.model, old.tokenizer, adapters, old.backbone)
+    per_task = max(1, min(len(texts), _COMPARED_PROMPTS // len(before.manifest.tasks)))
+    prompts = [
+        (task.id, encode_prompt(old.tokenizer, task.render(dict.fromkeys(task.fields, text))))
+        for task in before.manifest.tasks
+        for text in texts[:per_task]
+    ]
+    prompts.sort(key=lambda prompt: len(prompt[1]))
+    logits, differing, difference, largest = 0, 0, 0.0, 0.0
+    for start in range(0, len(prompts), _COMPARED_AT_ONCE):
+        batch = prompts[start : start + _COMPARED_AT_ONCE]
+        length = max(len(ids) for _, ids in batch)
+        tokens_BL = torch.tensor([ids + [0] * (length - len(ids)) for _, ids in batch])
+        rows_A = torch.tensor([i * length + k for i, (_, ids) in enumerate(batch) for k in range(len(ids))])
+        with adapters.context.backbone_alone():
+            expected_AV = old.answer_logits(tokens_BL, _rows_of(before, batch), rows_A)
+        with old.adapters.context.backbone_alone():
+            found_AV = new.answer_logits(tokens_BL, _rows_of(after, batch), rows_A)
+        logits += expected_AV.numel()
+        differing += int((expected_AV.view(torch.int32) != found_AV.view(torch.int32)).sum())
+        difference = max(difference, (expected_AV - found_AV).abs().max().item())
+        largest = max(largest, expected_AV.abs().max().item())
+    return Comparison(len(before.manifest.tasks), len(prompts), logits, differing, difference, largest)
+
+
+def _rows_of(checkpoint: Checkpoint, batch: Sequence[tuple[str, list[int]]]) -> torch.Tensor:
+    return torch.tensor([checkpoint.manifest.task(task_id).bias_index or 0 for task_id, _ in batch])

@@ -1,0 +1,123 @@
+"""An adapter's config, tensors and task table with room for one more task.
+
+Shape suffixes: N experts, M new experts, D hidden size, r rank, G groups, b tasks.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from pydantic import ValidationError
+
+from mtlora.checkpoint.format import Checkpoint, TaskEntry
+from mtlora.config import MtLoRAConfig
+from mtlora.errors import MtLoRAError, describe
+from mtlora.suite.base import Suite, SuiteError
+from mtlora.task import TaskSpec
+from mtlora.train.start import StartingPoint
+
+# Router bias of an expert that a task must not use: a power of two, exact in every dtype of a checkpoint, under which
+# the softmax weight is zero in float32 unless router logits differ by more than 32,000.
+CLOSED = -32768.0
+
+
+class MergeError(MtLoRAError):
+    """A task that cannot be added: says what is in the way."""
+
+
+def extended_config(checkpoint: Checkpoint, new_experts: int) -> MtLoRAConfig:
+    """The adapter's config with `new_experts` more experts, and with task biases. Raises MergeError."""
+    config = checkpoint.manifest.config
+    if config.num_experts + new_experts == 1:
+        raise MergeError("the adapter has one expert, so no router to steer by a bias; add experts (mode experts)")
+    changed = {"num_experts": config.num_experts + new_experts, "task_bias": True}
+    try:
+        return MtLoRAConfig.model_validate(config.model_dump() | changed)
+    except ValidationError as error:
+        raise MergeError(f"{new_experts} new experts beside {config.num_experts}: {describe(error)}") from None
+
+
+def starting_point(checkpoint: Checkpoint, new_experts: int, generator: torch.Generator) -> StartingPoint:
+    """An adapter of one task to begin with: new experts zero, new router rows random, the bias the old tasks' mean."""
+    config, tensors = checkpoint.manifest.config, checkpoint.tensors
+    N, G = config.num_experts, config.num_groups
+    start: dict[str, torch.Tensor] = {}
+    trainable: dict[str, torch.Tensor] = {}
+    for name in _blocks(checkpoint):
+        lora_A_rD, lora_B_NDr = tensors[f"{name}.lora_A"].float(), tensors[f"{name}.lora_B"].float()
+        D = lora_A_rD.shape[1]
+        route_GND = tensors[f"{name}.lora_route"].float().view(G, N, D)
+        # As a fresh adapter's: uniform within 1 / sqrt(D).
+        fresh_GMD = (2 * torch.rand(G, new_experts, D, generator=generator) - 1) / math.sqrt(D)
+        bias_GN = torch.zeros(G, N)
+        if config.task_bias:
+            bias_bGN = tensors[f"{name}.task_bias"].float()
+            open_bGN = bias_bGN > CLOSED / 2
+            bias_GN = (bias_bGN * open_bGN).sum(0) / open_bGN.sum(0).clamp_min(1)
+        start |= {
+            f"{name}.lora_A": lora_A_rD,
+            f"{name}.lora_B": torch.cat([lora_B_NDr, lora_B_NDr.new_zeros(new_experts, *lora_B_NDr.shape[1:])]),
+            f"{name}.lora_route": torch.cat([route_GND, fresh_GMD], dim=1).flatten(0, 1),
+            f"{name}.task_bias": torch.cat([bias_GN, torch.zeros(G, new_experts)], dim=1).unsqueeze(0),
+        }
+        new_N = torch.arange(N + new_experts) >= N
+        trainable |= {
+            f"{name}.lora_A": torch.zeros_like(lora_A_rD, dtype=torch.bool),
+            f"{name}.lora_B": new_N.view(-1, 1, 1).expand_as(start[f"{name}.lora_B"]),
+            f"{name}.lora_route": new_N.repeat(G).unsqueeze(1).expand_as(start[f"{name}.lora_route"]),
+            f"{name}.task_bias": torch.ones(1, G, N + new_experts, dtype=torch.bool),
+        }
+    return StartingPoint(start, trainable)
+
+
+def merged_tensors(checkpoint: Checkpoint, learned: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The adapter's tensors with what was learned behind them, each in the dtype that it had.
+
+    learned: an adapter of one task, from a `starting_point` of this checkpoint.
+    """
+    config, tensors = checkpoint.manifest.config, checkpoint.tensors
+    N, G, b = config.num_experts, config.num_groups, len(checkpoint.manifest.tasks)
+    merged: dict[str, torch.Tensor] = {}
+    for name in _blocks(checkpoint):
+        lora_B_NDr, lora_route = tensors[f"{name}.lora_B"], tensors[f"{name}.lora_route"]
+        D = lora_route.shape[1]
+        new_route_GMD = learned[f"{name}.lora_route"].view(G, -1, D)[:, N:].to(lora_route.dtype)
+        if config.task_bias:
+            bias_bGN = tensors[f"{name}.task_bias"]
+        else:
+            # Without a bias is with a bias of zero.
+            bias_bGN = lora_route.new_zeros(b, G, N)
+        closed_bGM = bias_bGN.new_full((b, G, new_route_GMD.shape[1]), CLOSED)
+        merged |= {
+            f"{name}.lora_A": tensors[f"{name}.lora_A"],
+            f"{name}.lora_B": torch.cat([lora_B_NDr, learned[f"{name}.lora_B"][N:].to(lora_B_NDr.dtype)]),
+            f"{name}.lora_route": torch.cat([lora_route.view(G, N, D), new_route_GMD], dim=1).flatten(0, 1),
+            f"{name}.task_bias": torch.cat(
+                [torch.cat([bias_bGN, closed_bGM], dim=2), learned[f"{name}.task_bias"].to(bias_bGN.dtype)]
+            ),
+        }
+    return merged
+
+
+def merged_tasks(checkpoint: Checkpoint, task: TaskSpec) -> tuple[TaskEntry, ...]:
+    """The task table with the new task as its last bias row."""
+    old = checkpoint.manifest.tasks
+    if not checkpoint.manifest.config.task_bias:
+        old = tuple(entry.model_copy(update={"bias_index": i}) for i, entry in enumerate(old))
+    return (*old, TaskEntry(**task.model_dump(exclude={"bias_index"}), bias_index=len(old)))
+
+
+def new_task(checkpoint: Checkpoint, suite: Suite, task_id: str) -> TaskSpec:
+    """The suite's task. Raises SuiteError where the suite lacks it, MergeError where the adapter has it."""
+    if any(entry.id == task_id for entry in checkpoint.manifest.tasks):
+        raise MergeError(f"the adapter has a task {task_id!r} already; a task is added once")
+    by_id = {task.id: task for task in suite.tasks}
+    if task_id not in by_id:
+        raise SuiteError(f"suite {suite.name} has no task {task_id!r}; it has {', '.join(by_id)}")
+    return by_id[task_id]
+
+
+def _blocks(checkpoint: Checkpoint) -> Iterator[str]:
+    for layer in range(checkpoint.manifest.backbone.num_layers):
+        for module in checkpoint.manifest.config.modules:
+            yield f"layers.{layer}.{module}"
