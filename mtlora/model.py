@@ -1,4 +1,7 @@
-"""The frozen backbone as a Hugging Face model, with an adapter beside it."""
+"""The frozen backbone as a Hugging Face model, with an adapter beside it.
+
+Shape suffixes: B sequences, L positions, D hidden size, A answer tokens, V vocabulary.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +26,8 @@ class AdaptedModel:
     adapters: Attachment
     backbone: BackboneIdentity
 
-    def answer_states(self, tokens_BL: torch.Tensor, bias_index_B: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Last hidden states [A, D] at flat positions `rows` [A]: the vocabulary product runs where it is needed alone.
+    def answer_states(self, tokens_BL: torch.Tensor, bias_index_B: torch.Tensor, rows_A: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [A, D] at flat positions `rows_A`: the vocabulary product runs for these alone.
 
         The inputs may be on any device. With gradient checkpointing the caller keeps the tasks in use for the backward
         pass too.
@@ -32,12 +35,12 @@ class AdaptedModel:
         device = self.model.device
         with self.adapters.context.use(bias_index_B.to(device)):
             hidden_BLD = self.model.model(input_ids=tokens_BL.to(device), use_cache=False).last_hidden_state
-        states_AD: torch.Tensor = hidden_BLD.flatten(0, 1)[rows.to(device)]
+        states_AD: torch.Tensor = hidden_BLD.flatten(0, 1)[rows_A.to(device)]
         return states_AD
 
-    def answer_logits(self, tokens_BL: torch.Tensor, bias_index_B: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def answer_logits(self, tokens_BL: torch.Tensor, bias_index_B: torch.Tensor, rows_A: torch.Tensor) -> torch.Tensor:
         """Logits [A, vocabulary] of `answer_states`."""
-        logits_AV: torch.Tensor = self.model.lm_head(self.answer_states(tokens_BL, bias_index_B, rows))
+        logits_AV: torch.Tensor = self.model.lm_head(self.answer_states(tokens_BL, bias_index_B, rows_A))
         return logits_AV
 
     def to(self, device: torch.device) -> None:

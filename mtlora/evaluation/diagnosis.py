@@ -98,7 +98,7 @@ def routing_by_task(
     handles = [block.register_forward_pre_hook(look) for block in blocks.values()]
     try:
         for batch, mask in task_batches(adapted, tasks, examples):  # noqa: B007 (read by `look`)
-            adapted.answer_logits(batch.tokens_BL, batch.task_index_B, batch.answer_rows)
+            adapted.answer_logits(batch.tokens_BL, batch.task_index_B, batch.answer_rows_A)
     finally:
         for handle in handles:
             handle.remove()
@@ -119,8 +119,8 @@ def task_gradients(
     shared = [p for name, p in attached.named_parameters() if not name.endswith("task_bias")]
     gradients = []
     for batch, _ in task_batches(adapted, tasks, examples):
-        states_AD = adapted.answer_states(batch.tokens_BL, batch.task_index_B, batch.answer_rows)
-        loss = answer_loss(states_AD, adapted.model.lm_head, batch.answer_targets.to(states_AD.device))
+        states_AD = adapted.answer_states(batch.tokens_BL, batch.task_index_B, batch.answer_rows_A)
+        loss = answer_loss(states_AD, adapted.model.lm_head, batch.answer_targets_A.to(states_AD.device))
         found = torch.autograd.grad(loss, shared, allow_unused=True)
         flat = [torch.zeros_like(p) if g is None else g for g, p in zip(found, shared, strict=True)]
         gradients.append(torch.cat([g.flatten().cpu() for g in flat]))

@@ -136,8 +136,8 @@ def _end_with_parent() -> None:
 
 
 def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    from mtlora.checkpoint.format import TaskEntry
     from mtlora.evaluation.evaluate import offline_answerer, score
+    from mtlora.train.result import task_table
     from mtlora.train.trainer import Trainer
 
     about = {
@@ -158,10 +158,8 @@ def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any]) -> dict
     seconds, tokens = sum(s["seconds"] for s in steps), sum(s["num_tokens"] for s in steps)
     losses = [s["loss"] for s in steps[len(steps) // 2 :]]
     trainer.adapted.adapters.eval()
-    biased = run.config.baseline is None and run.config.adapter.task_bias
-    entries = [TaskEntry(**t.model_dump(), bias_index=i if biased else None) for i, t in enumerate(trainer.tasks)]
     examples = [e for task in trainer.tasks for e in up_to(trainer.suite, task.id, "test", settings["examples"])]
-    scores = score(examples, offline_answerer(trainer.adapted, entries)(examples))
+    scores = score(examples, offline_answerer(trainer.adapted, task_table(run.config, trainer.tasks))(examples))
     return {
         **about,
         "parameters": trainer.num_parameters,

@@ -5,8 +5,13 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mtlora.config import MtLoRAConfig
+from mtlora.errors import MtLoRAError
 from mtlora.methods import AnyBaseline, BaselineConfig
 from mtlora.suite.mix import ExampleCounts, SuitePart
+
+
+class TrainingError(MtLoRAError):
+    """Training that cannot start or cannot go on."""
 
 
 class TrainingConfig(BaseModel):

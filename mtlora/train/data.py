@@ -1,4 +1,7 @@
-"""From suites to batches: encoded examples, and a schedule of length-bucketed batches that a step number determines."""
+"""From suites to batches: encoded examples, and a schedule of length-bucketed batches that a step number determines.
+
+Shape suffixes: B sequences, L positions, A answer tokens.
+"""
 
 import random
 from collections import Counter
@@ -32,15 +35,15 @@ class Encoded:
 class Batch:
     """Right-padded: with a causal mask, padding behind a sequence changes nothing before it, so none is masked.
 
-    tokens_BL: int64 [B, L]; task_index_B: int64 [B]; answer_rows: int64 [A], flat positions b*L + l whose next token
-    is an answer token; answer_targets: int64 [A]; answer_owner: int64 [A], the sequence of each.
+    All are int64. answer_rows_A: flat positions b*L + l whose next token is an answer token; answer_targets_A: that
+    token; answer_owner_A: its sequence b.
     """
 
     tokens_BL: torch.Tensor
     task_index_B: torch.Tensor
-    answer_rows: torch.Tensor
-    answer_targets: torch.Tensor
-    answer_owner: torch.Tensor
+    answer_rows_A: torch.Tensor
+    answer_targets_A: torch.Tensor
+    answer_owner_A: torch.Tensor
     num_tokens: int
 
 

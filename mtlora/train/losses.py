@@ -1,6 +1,7 @@
 """What training minimises: the answer's tokens, the routers' balance, and the experts' spectra.
 
-Shape suffixes: M matrices (blocks), N experts, D hidden size, r rank, G groups, A answer tokens, V vocabulary.
+Shape suffixes: M matrices (blocks), N experts, D hidden size, r rank, G groups, A answer tokens, R of them at
+a time, V vocabulary, K = N*r.
 """
 
 from collections.abc import Sequence
@@ -34,13 +35,13 @@ class _AnswerLoss(torch.autograd.Function):
         (A, V), wanted = logits_AV.shape, ctx.needs_input_grad[0]
         loss = torch.zeros((), dtype=torch.float32, device=logits_AV.device)
         rows = max(1, _LOSS_ELEMENTS // V)
-        for logits, targets in zip(logits_AV.split(rows), targets_A.split(rows), strict=True):
-            logs = torch.log_softmax(logits.float(), dim=-1)
-            loss -= logs.gather(1, targets[:, None]).sum()
+        for logits_RV, targets_R in zip(logits_AV.split(rows), targets_A.split(rows), strict=True):
+            logs_RV = torch.log_softmax(logits_RV.float(), dim=-1)
+            loss -= logs_RV.gather(1, targets_R[:, None]).sum()
             if wanted:
-                grad = logs.exp_()
-                grad.scatter_add_(1, targets[:, None], grad.new_full((len(targets), 1), -1.0))
-                logits.copy_(grad.mul_(1 / A))
+                grad_RV = logs_RV.exp_()
+                grad_RV.scatter_add_(1, targets_R[:, None], grad_RV.new_full((len(targets_R), 1), -1.0))
+                logits_RV.copy_(grad_RV.mul_(1 / A))
         if wanted:
             ctx.save_for_backward(logits_AV @ head_VD)
         return loss / A
@@ -98,12 +99,12 @@ def spectral_pairwise(B_MNDr: torch.Tensor) -> torch.Tensor:
     M, N, D, r = B_MNDr.shape
     gram_MKK = _Gram.apply(B_MNDr.transpose(1, 2).reshape(M, D, N * r))
     own_MNrr = gram_MKK.view(M, N, r, N, r).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-    sigma, vectors = _spectra(own_MNrr)
-    turn_MNrr = (vectors * spectral_weights(sigma).unsqueeze(-2)).transpose(-1, -2)
+    sigma_MNr, vectors_MNrr = _spectra(own_MNrr)
+    turn_MNrr = (vectors_MNrr * spectral_weights(sigma_MNr).unsqueeze(-2)).transpose(-1, -2)
     for _ in range(2):  # the rows, then, transposed, the columns
         gram_MKK = (turn_MNrr @ gram_MKK.transpose(1, 2).reshape(M, N, r, N * r)).view(M, N * r, N * r)
-    between = torch.block_diag(*[torch.ones(r, r, device=gram_MKK.device)] * N) == 0
-    return 0.5 * (gram_MKK**2 * between).sum() / M
+    between_KK = torch.block_diag(*[torch.ones(r, r, device=gram_MKK.device)] * N) == 0
+    return 0.5 * (gram_MKK**2 * between_KK).sum() / M
 
 
 def spectral_gram(B_MNDr: torch.Tensor) -> torch.Tensor:
@@ -112,12 +113,12 @@ def spectral_gram(B_MNDr: torch.Tensor) -> torch.Tensor:
     The weights follow the singular values in falling order. Mean over matrices and experts.
     """
     r = B_MNDr.shape[-1]
-    gram = _Gram.apply(B_MNDr)
-    sigma, _ = _spectra(gram)
-    w = spectral_weights(sigma.flip(-1))
-    scale = B_MNDr.square().sum(dim=(-1, -2)) / r
-    target = scale[..., None, None] * torch.eye(r, device=B_MNDr.device)
-    return (((gram - target) * (w.unsqueeze(-1) * w.unsqueeze(-2))) ** 2).sum(dim=(-1, -2)).mean()
+    gram_MNrr = _Gram.apply(B_MNDr)
+    sigma_MNr, _ = _spectra(gram_MNrr)
+    w_MNr = spectral_weights(sigma_MNr.flip(-1))
+    scale_MN = B_MNDr.square().sum(dim=(-1, -2)) / r
+    target_MNrr = scale_MN[..., None, None] * torch.eye(r, device=B_MNDr.device)
+    return (((gram_MNrr - target_MNrr) * (w_MNr.unsqueeze(-1) * w_MNr.unsqueeze(-2))) ** 2).sum(dim=(-1, -2)).mean()
 
 
 SPECTRAL_LOSSES = {"pairwise": spectral_pairwise, "gram": spectral_gram}

@@ -1,13 +1,16 @@
 """Where the time of a training step goes."""
 
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mtlora.train.clock import Clock
-from mtlora.train.errors import TrainingError
-from mtlora.train.trainer import Trainer
+from mtlora.train.config import TrainingError
+
+if TYPE_CHECKING:
+    from mtlora.train.trainer import Trainer
 
 # The sections that are the model's own work; each of the others should take 5 % of a step at most.
 MODEL_SECTIONS = ("forward", "backward")
@@ -15,7 +18,27 @@ _WARM_UP = 3
 _OPERATORS = 15
 
 
-def profile_training(trainer: Trainer, steps: int) -> dict[str, Any]:
+class Clock:
+    """Seconds spent in named sections. Set `synchronise` to measure a GPU, whose work runs in the background."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.synchronise = False
+
+    @contextmanager
+    def __call__(self, section: str) -> Iterator[None]:
+        self._wait()
+        begin = time.perf_counter()
+        yield
+        self._wait()
+        self.seconds[section] = self.seconds.get(section, 0.0) + time.perf_counter() - begin
+
+    def _wait(self) -> None:
+        if self.synchronise and torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def profile_training(trainer: "Trainer", steps: int) -> dict[str, Any]:
     """Train `steps` steps after a few to warm up; returns tokens a second, and the share of each section and operator.
 
     `sections`: name to share of the time, with saving as often as the configuration says. `operators`: name to (share,
@@ -47,7 +70,7 @@ def profile_training(trainer: Trainer, steps: int) -> dict[str, Any]:
     }
 
 
-def _operators(trainer: Trainer) -> dict[str, tuple[float, int]]:
+def _operators(trainer: "Trainer") -> dict[str, tuple[float, int]]:
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU]

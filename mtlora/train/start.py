@@ -11,7 +11,7 @@ from mtlora.checkpoint.read import read_checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.model import AdaptedModel
 from mtlora.task import TaskSpec
-from mtlora.train.errors import TrainingError
+from mtlora.train.config import TrainingError
 
 
 @dataclass(frozen=True)

@@ -72,11 +72,6 @@ class RunFolder:
             # The unpickler answers damage with whatever its bytes lead to.
             cause = " ".join(str(error).split()[:20]) or type(error).__name__
             raise RunError(f"{self.state_file}: not a saved state: {cause}") from None
-        if "torch_rng" in state:
-            # As saved before there could be several processes.
-            state["generators"] = [{"cpu": state.pop("torch_rng")}]
-        if missing := {"step", "adapter", "optimizer", "generators"} - set(state):
-            raise RunError(f"{self.state_file}: lacks {', '.join(sorted(missing))}: saved by another version")
         return state
 
     def save(self, state: dict[str, Any]) -> None:

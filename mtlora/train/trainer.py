@@ -2,8 +2,6 @@
 
 import os
 import time
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,24 +10,19 @@ import torch
 from tqdm import tqdm
 
 import mtlora
-from mtlora.checkpoint.format import AdapterManifest, TaskEntry
-from mtlora.checkpoint.read import read_manifest
-from mtlora.checkpoint.write import write_checkpoint
-from mtlora.evaluation.evaluate import offline_answerer, score
-from mtlora.methods.checkpoint import BaselineManifest, read_baseline_manifest, write_baseline
-from mtlora.model import adapter_tensors, new_adapted_model
+from mtlora.checkpoint.format import AdapterManifest
+from mtlora.methods.checkpoint import BaselineManifest
+from mtlora.model import new_adapted_model
 from mtlora.suite import load_suite
-from mtlora.suite.base import Example, Split, Suite, SuiteError
-from mtlora.suite.mix import count_for
-from mtlora.task import TaskSpec
-from mtlora.train.clock import Clock
-from mtlora.train.config import TrainingConfig
+from mtlora.train.config import TrainingConfig, TrainingError
 from mtlora.train.cpu_backbone import speed_up_training
-from mtlora.train.data import Batch, Encoded, collate, encode, schedule
-from mtlora.train.errors import TrainingError
+from mtlora.train.data import Batch, collate, schedule
+from mtlora.train.examples import RunExamples, chosen_tasks
 from mtlora.train.losses import SPECTRAL_LOSSES, answer_loss, balance_loss
 from mtlora.train.optimizer import learning_rate, make_optimizer
 from mtlora.train.parallel import Ranks
+from mtlora.train.profile import Clock
+from mtlora.train.result import evaluate, read_result, task_table, write_result
 from mtlora.train.start import StartingPoint, warm_start
 from mtlora.train.state import RunFolder
 from mtlora.train.validation import held_out
@@ -73,17 +66,14 @@ class Trainer:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.manual_seed(config.seed)
         self.suite = load_suite(config.suite)
-        self.tasks = _chosen_tasks(self.suite, config.tasks)
+        self.tasks = chosen_tasks(self.suite, config.tasks)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         self.adapted = new_adapted_model(backbone, config.method, len(self.tasks), dtype)
         if config.init_from is not None:
             warm_start(self.adapted, config.adapter, self.tasks, Path(config.init_from))
-        self.skipped: Counter[str] = Counter()
-        self.train_set = self._encode("train")
-        self.validation_set = self._encode("validation")
-        self._check_tasks_have_examples()
+        self.examples = RunExamples(config, self.suite, self.tasks, self.adapted.tokenizer)
         self.batches = schedule(
-            self.train_set,
+            self.examples.train,
             batch_size=config.batch_size,
             batch_tokens=config.batch_tokens,
             epochs=config.epochs,
@@ -114,7 +104,7 @@ class Trainer:
         A run that is complete already is left as it is. Raises TrainingError where loss or gradients are no numbers.
         """
         if self.folder.checkpoint.exists() and self.step == len(self.batches):
-            return self._read_manifest()
+            return read_result(self.folder.checkpoint, self.config)
         started = time.monotonic()
         with tqdm(
             total=len(self.batches), initial=self.step, desc="train", unit="step", disable=not self.ranks.first or None
@@ -134,19 +124,19 @@ class Trainer:
         if self.ranks.first:
             self._finish(time.monotonic() - started)
         self.ranks.wait()
-        return self._read_manifest()
+        return read_result(self.folder.checkpoint, self.config)
 
     def train_step(self) -> StepReport:
         """One optimizer step on the next batch of the schedule."""
         config, attached, ranks, clock = self.config, self.adapted.adapters, self.ranks, self.clock
         attached.train()
         with clock("batch"):
-            whole = [self.train_set[i] for i in self.batches[self.step]]
+            whole = [self.examples.train[i] for i in self.batches[self.step]]
             share, counts = ranks.share(whole)
             # Padded as in one process, since the balance loss sees padding too.
             batch = collate(share, max(map(len, whole)))
             # This process' part of all answer tokens, and of all tokens with padding.
-            answers = len(batch.answer_targets) / sum(len(e.answer) for e in whole) if counts else 0.0
+            answers = len(batch.answer_targets_A) / sum(len(e.answer) for e in whole) if counts else 0.0
             tokens = len(share) / len(whole) if counts else 0.0
             rate = learning_rate(config, self.step, config.schedule_steps or len(self.batches))
             for group in self.optimizer.param_groups:
@@ -210,8 +200,8 @@ class Trainer:
                 )
 
     def _answer_loss(self, batch: Batch) -> torch.Tensor:
-        states_AD = self.adapted.answer_states(batch.tokens_BL, batch.task_index_B, batch.answer_rows)
-        return answer_loss(states_AD, self.adapted.model.lm_head, batch.answer_targets.to(states_AD.device))
+        states_AD = self.adapted.answer_states(batch.tokens_BL, batch.task_index_B, batch.answer_rows_A)
+        return answer_loss(states_AD, self.adapted.model.lm_head, batch.answer_targets_A.to(states_AD.device))
 
     def _balance(self, share: float) -> torch.Tensor:
         routing = self.adapted.adapters.mean_routing() if self.config.balance_weight else []
@@ -239,100 +229,36 @@ class Trainer:
 
     def validate(self) -> dict[str, Any]:
         """`held_out` of the validation split, where there is one; the last evaluation, in `fit`, generates."""
-        if not self.validation_set:
+        if not self.examples.validation:
             return {}
         self.adapted.adapters.eval()
-        found = held_out(self.adapted, self.tasks, self.validation_set)
+        found = held_out(self.adapted, self.tasks, self.examples.validation)
         return {f"validation_{name}": value for name, value in found.items()}
 
     def _finish(self, seconds: float) -> None:
-        biased = self.config.baseline is None and self.config.adapter.task_bias
-        entries = tuple(
-            TaskEntry(**task.model_dump(), bias_index=i if biased else None) for i, task in enumerate(self.tasks)
-        )
         self.adapted.adapters.eval()
-        examples = [example for task in self.tasks for example in self._examples(task, "validation")]
-        evaluation = {}
-        if examples:
-            answers = offline_answerer(self.adapted, entries)(examples)
-            alone = offline_answerer(self.adapted, entries, with_adapter=False)(examples)
-            evaluation = {
-                "split": "validation",
-                "examples_per_task": self.config.validation_per_task,
-                "adapter": score(examples, answers).as_dict(),
-                "backbone_alone": score(examples, alone).as_dict(),
-            }
+        config, table = self.config, task_table(self.config, self.tasks)
+        evaluation = evaluate(self.adapted, table, self.examples.of("validation"), config.validation_per_task)
+        tokens_by_task = self.examples.tokens_by_task(self.batches)
         training = {
             "mtlora_version": mtlora.__version__,
             "torch_version": torch.__version__,
-            "config": self.config.model_dump(mode="json"),
+            "config": config.model_dump(mode="json"),
             "steps": len(self.batches),
-            "examples": len(self.train_set),
-            "tokens": sum(self.tokens_by_task().values()),
-            "tokens_by_task": self.tokens_by_task(),
-            "longer_examples_skipped": dict(self.skipped),
+            "examples": len(self.examples.train),
+            "tokens": sum(tokens_by_task.values()),
+            "tokens_by_task": tokens_by_task,
+            "longer_examples_skipped": dict(self.examples.skipped),
             "trainable_parameters": self.num_parameters,
             "seconds_since_last_start": round(seconds, 1),
             "processes": self.ranks.world,
         }
-        if self.config.baseline is not None:
-            manifest = BaselineManifest(
-                backbone=self.adapted.backbone, config=self.config.baseline, tasks=entries, training=training,
-                evaluation=evaluation,
-            )  # fmt: skip
-            write_baseline(self.folder.checkpoint, manifest, adapter_tensors(self.adapted.adapters, torch.float32))
-            return
-        write_checkpoint(
-            self.folder.checkpoint,
-            backbone=self.adapted.backbone,
-            config=self.config.adapter,
-            tasks=entries,
-            tensors=adapter_tensors(self.adapted.adapters, torch.float16),
-            training=training,
-            evaluation=evaluation,
-        )
-
-    def _read_manifest(self) -> AdapterManifest | BaselineManifest:
-        folder = self.folder.checkpoint
-        return read_manifest(folder) if self.config.baseline is None else read_baseline_manifest(folder)
+        write_result(self.folder.checkpoint, config, self.adapted, table, training, evaluation)
 
     @property
     def num_parameters(self) -> int:
         """Parameters that are attached to the backbone."""
         return sum(parameter.numel() for parameter in self.adapted.adapters.parameters())
-
-    def tokens_by_task(self) -> dict[str, int]:
-        """Tokens of prompts and answers that the schedule trains on, without padding."""
-        tokens = dict.fromkeys((task.id for task in self.tasks), 0)
-        for example in (self.train_set[i] for batch in self.batches for i in batch):
-            tokens[self.tasks[example.task_index].id] += len(example)
-        return tokens
-
-    def _encode(self, split: Split) -> list[Encoded]:
-        examples = [example for task in self.tasks for example in self._examples(task, split)]
-        skipped = None
-        if self.config.longer_examples == "skip":
-            # Validation leaves out the same kind of example, but only what training lacks is reported.
-            skipped = self.skipped if split == "train" else Counter()
-        return encode(self.adapted.tokenizer, self.tasks, examples, max_length=self.config.max_length, skipped=skipped)
-
-    def _examples(self, task: TaskSpec, split: Split) -> list[Example]:
-        count: int | None = self.config.validation_per_task
-        if split == "train":
-            count = count_for(self.config.examples_per_task, task.id)
-        return [] if count == 0 else self.suite.examples(task.id, split, count, self.config.seed)
-
-    def _check_tasks_have_examples(self) -> None:
-        trained = {example.task_index for example in self.train_set}
-        for index, task in enumerate(self.tasks):
-            if index not in trained and count_for(self.config.examples_per_task, task.id) != 0:
-                skipped = self.skipped[task.id]
-                cause = (
-                    f"all {skipped} are longer than max_length {self.config.max_length}" if skipped else "none found"
-                )
-                raise SuiteError(f"suite {self.suite.name}: task {task.id} has no training example ({cause})")
-        if not self.train_set:
-            raise SuiteError(f"suite {self.suite.name}: no training examples; examples_per_task asks for none")
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.adapted.adapters.load_state_dict(state["adapter"])
@@ -359,16 +285,3 @@ def _checkpoint_layers(model: Any) -> None:
     for layer in model.model.layers:
         # Not layer.train(): what is inside, dropout if any, stays in evaluation mode.
         layer.training = True
-
-
-def _chosen_tasks(suite: Suite, chosen: Sequence[str] | None) -> list[TaskSpec]:
-    if chosen is None:
-        return list(suite.tasks)
-    by_id = {task.id: task for task in suite.tasks}
-    if unknown := [task_id for task_id in chosen if task_id not in by_id]:
-        raise SuiteError(f"suite {suite.name} has no task {', '.join(unknown)}; it has {', '.join(by_id)}")
-    if twice := [task_id for task_id, count in Counter(chosen).items() if count > 1]:
-        raise SuiteError(f"tasks: each task is named once; {', '.join(twice)} more than once")
-    if not chosen:
-        raise SuiteError("tasks: at least one task is needed; null means all of the suite")
-    return [by_id[task_id] for task_id in chosen]

@@ -1,4 +1,7 @@
-"""Loss and accuracy of held-out examples, their answers given: one forward pass a batch, nothing generated."""
+"""Loss and accuracy of held-out examples, their answers given: one forward pass a batch, nothing generated.
+
+Shape suffixes: B sequences, A answer tokens, V vocabulary.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,11 +30,11 @@ def held_out(adapted: AdaptedModel, tasks: Sequence[TaskSpec], examples: Sequenc
     total = [0] * len(tasks)
     for start in range(0, len(order), _BATCH):
         batch = collate([examples[i] for i in order[start : start + _BATCH]])
-        logits = adapted.answer_logits(batch.tokens_BL, batch.task_index_B, batch.answer_rows).cpu()
-        loss_sum += cross_entropy(logits.float(), batch.answer_targets, reduction="sum").item()
-        answer_tokens += len(batch.answer_targets)
+        logits_AV = adapted.answer_logits(batch.tokens_BL, batch.task_index_B, batch.answer_rows_A).cpu()
+        loss_sum += cross_entropy(logits_AV.float(), batch.answer_targets_A, reduction="sum").item()
+        answer_tokens += len(batch.answer_targets_A)
         wrong_B = torch.zeros(len(batch.task_index_B))
-        wrong_B.index_add_(0, batch.answer_owner, (logits.argmax(-1) != batch.answer_targets).float())
+        wrong_B.index_add_(0, batch.answer_owner_A, (logits_AV.argmax(-1) != batch.answer_targets_A).float())
         for task_index, wrong in zip(batch.task_index_B.tolist(), wrong_B.tolist(), strict=True):
             total[task_index] += 1
             correct[task_index] += wrong == 0

@@ -42,8 +42,8 @@ def test_collate_marks_the_token_before_each_answer_token(examples) -> None:
     batch = collate(examples)
     flat = batch.tokens_BL.flatten()
     length = batch.tokens_BL.shape[1]
-    assert batch.answer_targets.tolist() == [token for example in examples for token in example.answer]
-    for row, target, owner in zip(batch.answer_rows, batch.answer_targets, batch.answer_owner, strict=True):
+    assert batch.answer_targets_A.tolist() == [token for example in examples for token in example.answer]
+    for row, target, owner in zip(batch.answer_rows_A, batch.answer_targets_A, batch.answer_owner_A, strict=True):
         assert row // length == owner
         # The last answer token of the longest sequence has no next column; any other one is the next token.
         if row % length + 1 < length:
@@ -89,9 +89,9 @@ def test_padding_leaves_every_sequence_as_if_alone(tiny_backbone) -> None:
         torch.nn.init.normal_(parameter, std=0.2)
     examples = [Encoded(0, (5, 6, 7), (8, 9)), Encoded(2, tuple(range(20)), (3,)), Encoded(1, (4,), (2, 2, 2))]
     batch = collate(examples)
-    together = adapted.answer_logits(batch.tokens_BL, batch.task_index_B, batch.answer_rows)
+    together = adapted.answer_logits(batch.tokens_BL, batch.task_index_B, batch.answer_rows_A)
     alone = []
     for example in examples:
         one = collate([example])
-        alone.append(adapted.answer_logits(one.tokens_BL, one.task_index_B, one.answer_rows))
+        alone.append(adapted.answer_logits(one.tokens_BL, one.task_index_B, one.answer_rows_A))
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)

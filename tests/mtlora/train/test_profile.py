@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from mtlora.config import MtLoRAConfig
-from mtlora.train.config import TrainingConfig
-from mtlora.train.errors import TrainingError
+from mtlora.train.config import TrainingConfig, TrainingError
 from mtlora.train.profile import profile_training
 from mtlora.train.trainer import Trainer
 

@@ -19,8 +19,7 @@ from mtlora.checkpoint.read import read_checkpoint
 from mtlora.cli import main
 from mtlora.config import MtLoRAConfig
 from mtlora.suite import SuiteError, SuitePart
-from mtlora.train.config import TrainingConfig
-from mtlora.train.errors import TrainingError
+from mtlora.train.config import TrainingConfig, TrainingError
 from mtlora.train.state import RunError
 from mtlora.train.trainer import Trainer
 
@@ -262,5 +261,5 @@ def test_longer_examples_are_counted_or_refused(tiny_backbone: Path, tmp_path: P
     with pytest.raises(SuiteError, match="expected at most 40"):
         Trainer(short, tiny_backbone, tmp_path / "error")
     trainer = Trainer(short.model_copy(update={"longer_examples": "skip"}), tiny_backbone, tmp_path / "skip")
-    assert 0 < sum(trainer.skipped.values()) == 120 - len(trainer.train_set)
-    assert max(map(len, trainer.train_set)) <= 40
+    assert 0 < sum(trainer.examples.skipped.values()) == 120 - len(trainer.examples.train)
+    assert max(map(len, trainer.examples.train)) <= 40

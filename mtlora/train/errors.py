@@ -1,7 +1,0 @@
-"""What training raises of its own."""
-
-from mtlora.errors import MtLoRAError
-
-
-class TrainingError(MtLoRAError):
-    """Training that cannot go on."""

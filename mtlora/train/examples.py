@@ -1,0 +1,80 @@
+"""The examples that a run trains on and validates with, encoded."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from mtlora.suite.base import Example, Split, Suite, SuiteError
+from mtlora.suite.mix import count_for
+from mtlora.task import TaskSpec
+from mtlora.train.config import TrainingConfig
+from mtlora.train.data import Encoded, encode
+
+
+class RunExamples:
+    """`train` and `validation`, encoded, and in `skipped` how many of each task are too long to train on.
+
+    Raises SuiteError for an example that the configuration does not allow, and for a task without a training example.
+    """
+
+    def __init__(self, config: TrainingConfig, suite: Suite, tasks: Sequence[TaskSpec], tokenizer: Any) -> None:
+        self._config = config
+        self._suite = suite
+        self._tasks = tasks
+        self._tokenizer = tokenizer
+        self.skipped: Counter[str] = Counter()
+        # Validation leaves out the same kind of example, but the run reports only what training lacks.
+        self.train = self._encode("train", self.skipped)
+        self.validation = self._encode("validation", Counter())
+        self._check_tasks_have_examples()
+
+    def of(self, split: Split) -> list[Example]:
+        """The split's examples as the configuration asks for them, task by task."""
+        config, found = self._config, []
+        for task in self._tasks:
+            count: int | None = config.validation_per_task
+            if split == "train":
+                count = count_for(config.examples_per_task, task.id)
+            if count != 0:
+                found += self._suite.examples(task.id, split, count, config.seed)
+        return found
+
+    def tokens_by_task(self, batches: Sequence[Sequence[int]]) -> dict[str, int]:
+        """Tokens of prompts and answers in `batches` of training examples, without padding."""
+        tokens = dict.fromkeys((task.id for task in self._tasks), 0)
+        for example in (self.train[i] for batch in batches for i in batch):
+            tokens[self._tasks[example.task_index].id] += len(example)
+        return tokens
+
+    def _encode(self, split: Split, skipped: Counter[str]) -> list[Encoded]:
+        config = self._config
+        return encode(
+            self._tokenizer, self._tasks, self.of(split), max_length=config.max_length,
+            skipped=skipped if config.longer_examples == "skip" else None,
+        )  # fmt: skip
+
+    def _check_tasks_have_examples(self) -> None:
+        config, suite = self._config, self._suite.name
+        trained = {example.task_index for example in self.train}
+        for index, task in enumerate(self._tasks):
+            if index in trained or count_for(config.examples_per_task, task.id) == 0:
+                continue
+            skipped = self.skipped[task.id]
+            cause = f"all {skipped} are longer than max_length {config.max_length}" if skipped else "none found"
+            raise SuiteError(f"suite {suite}: task {task.id} has no training example ({cause})")
+        if not self.train:
+            raise SuiteError(f"suite {suite}: no training examples; examples_per_task asks for none")
+
+
+def chosen_tasks(suite: Suite, chosen: Sequence[str] | None) -> list[TaskSpec]:
+    """The suite's tasks of these ids, in this order; None means all. Raises SuiteError."""
+    if chosen is None:
+        return list(suite.tasks)
+    by_id = {task.id: task for task in suite.tasks}
+    if unknown := [task_id for task_id in chosen if task_id not in by_id]:
+        raise SuiteError(f"suite {suite.name} has no task {', '.join(unknown)}; it has {', '.join(by_id)}")
+    if twice := [task_id for task_id, count in Counter(chosen).items() if count > 1]:
+        raise SuiteError(f"tasks: each task is named once; {', '.join(twice)} more than once")
+    if not chosen:
+        raise SuiteError("tasks: at least one task is needed; null means all of the suite")
+    return [by_id[task_id] for task_id in chosen]
