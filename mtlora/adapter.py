@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mtlora.config import MtLoRAConfig
+from mtlora.families import decoder_layers
 from mtlora.ops.packed_block import route
 from mtlora.ops.training import path_with_gradients
 
@@ -150,14 +151,14 @@ class AdapterSet(Attachment):
     def attach(self, model: nn.Module) -> list[Any]:
         """Add every path to its block's output by forward hooks; returns their handles (call `.remove()` to detach).
 
-        `model` is a Llama-style transformers model: `model.model.layers[l].{self_attn,mlp}`. Raises ValueError, with
-        nothing attached, where it has another number of layers.
+        `model`: a transformers model of the layout in `mtlora.families`. Raises ValueError, with nothing attached,
+        where it has another number of layers.
         """
-        decoder_layers = list(model.get_submodule("model.layers").children())
-        if len(decoder_layers) != len(self.layers):
-            raise ValueError(f"the adapter has {len(self.layers)} layers, the model {len(decoder_layers)}")
+        layers = decoder_layers(model)
+        if len(layers) != len(self.layers):
+            raise ValueError(f"the adapter has {len(self.layers)} layers, the model {len(layers)}")
         handles = []
-        for adapters, decoder_layer in zip(self.layers, decoder_layers, strict=True):
+        for adapters, decoder_layer in zip(self.layers, layers, strict=True):
             assert isinstance(adapters, nn.ModuleDict)
             for name, adapter in adapters.items():
                 block = decoder_layer.get_submodule(name)

@@ -1,19 +1,9 @@
 """What an mtLoRA adapter is made of: its hyper-parameters, checked once, at the door."""
 
-from typing import Literal
-
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mtlora.errors import MtLoRAError
-
-Blocks = Literal["ffn", "attention", "both"]
-
-# The submodule of a decoder layer that each block name stands for, in Llama-style models of transformers and vLLM.
-BLOCK_MODULES: dict[str, tuple[str, ...]] = {
-    "ffn": ("mlp",),
-    "attention": ("self_attn",),
-    "both": ("self_attn", "mlp"),
-}
+from mtlora.families import BLOCK_MODULES, Blocks
 
 
 class MtLoRAConfig(BaseModel):

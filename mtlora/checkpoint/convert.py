@@ -25,8 +25,9 @@ from pydantic import ValidationError
 from mtlora.backbone import BackboneIdentity
 from mtlora.checkpoint.format import AdapterManifest, TaskEntry, and_more
 from mtlora.checkpoint.write import write_checkpoint
-from mtlora.config import BLOCK_MODULES, Blocks, MtLoRAConfig
+from mtlora.config import MtLoRAConfig
 from mtlora.errors import MtLoRAError, describe
+from mtlora.families import BLOCK_MODULES, Blocks
 from mtlora.files import sha256
 from mtlora.task import TaskSpec
 
@@ -284,5 +285,4 @@ def _sizes(block: tuple[_Part, list[_Part], _Part | None], hidden_size: int) -> 
 
 
 def _blocks_of(modules: set[str]) -> Blocks:
-    names: list[Blocks] = ["ffn", "attention", "both"]
-    return next(name for name in names if set(BLOCK_MODULES[name]) == modules)
+    return next(blocks for blocks, names in BLOCK_MODULES.items() if set(names) == modules)

@@ -15,15 +15,14 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
+from mtlora.families import FAMILIES
 from mtlora.ops import cpu_elementwise
 
 # Above this length the scores [B, H, L, L] that the backward pass keeps outweigh what they save.
 MAX_ATTENTION_LENGTH = 320
 _ATTENTION = "mtlora_grouped"
-# The families whose RMSNorm is weight * normalised, in transformers.
-_RMS_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
-# The families whose MLP is down(activation(gate x) * up x).
-_GATED_MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
+_RMS_NORMS = {family.rms_norm for family in FAMILIES.values()}
+_GATED_MLPS = {family.gated_mlp for family in FAMILIES.values()}
 
 
 def speed_up_training(model: Any) -> None:

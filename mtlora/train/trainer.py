@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 import mtlora
 from mtlora.checkpoint.format import AdapterManifest
+from mtlora.families import decoder_layers
 from mtlora.methods.checkpoint import BaselineManifest
 from mtlora.model import new_adapted_model
 from mtlora.suite import load_suite
@@ -282,6 +283,6 @@ def _set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> N
 def _checkpoint_layers(model: Any) -> None:
     """Let each decoder layer keep its input alone; the layers, and they alone, then count as training."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for layer in model.model.layers:
+    for layer in decoder_layers(model):
         # Not layer.train(): what is inside, dropout if any, stays in evaluation mode.
         layer.training = True

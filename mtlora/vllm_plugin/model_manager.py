@@ -8,6 +8,7 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.utils import replace_submodule
 
+from mtlora.families import BLOCK_PATTERN
 from mtlora.ops.table import AdapterTable
 from mtlora.vllm_plugin.block import RoutedBlock
 from mtlora.vllm_plugin.packed import Slot
@@ -15,7 +16,7 @@ from mtlora.vllm_plugin.sampling import RoutingSampler
 from mtlora.vllm_plugin.step import StepMapping
 
 # Layers of other pipeline stages are empty placeholders, without these modules in them.
-_BLOCK = re.compile(r"^(?:(?P<stack>.+)\.)?(?P<name>layers\.\d+\.(?:mlp|self_attn))$")
+_BLOCK = re.compile(rf"^(?:(?P<stack>.+)\.)?(?P<name>{BLOCK_PATTERN})$")
 
 
 class MtLoRAModelManager(LRUCacheLoRAModelManager):

@@ -20,7 +20,6 @@ from mtlora.config import MtLoRAConfig
 
 VOCABULARY = 96
 HIDDEN_SIZE = 64
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma")
 
 
 def make_model(folder: Path, family: str, *, num_layers: int = 2, hidden_size: int = HIDDEN_SIZE) -> Path:

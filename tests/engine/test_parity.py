@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mtlora.config import MtLoRAConfig
+from mtlora.families import FAMILIES
 from tests.engine._engine import running_engine
-from tests.engine._models import FAMILIES, VOCABULARY, HuggingFace, make_adapter, make_model
+from tests.engine._models import VOCABULARY, HuggingFace, make_adapter, make_model
 
 # float32 differs by rounding alone; bfloat16 engines are held against float32 transformers.
 TOLERANCE = {"float32": 5e-5, "bfloat16": 0.25}
