@@ -11,16 +11,16 @@ their router has no bias, so tensors are taken over as they are and tasks share 
 `q_proj`, say), which is what HydraLoRA's own trainer makes, cannot be had at its output and is refused.
 """
 
-import json
+import codecs
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from mtlora.backbone import BackboneIdentity
 from mtlora.checkpoint.format import AdapterManifest, TaskEntry, and_more
@@ -49,6 +49,9 @@ _DTYPES = {
     torch.float32: torch.float32, torch.float16: torch.float16, torch.bfloat16: torch.bfloat16,
     torch.float64: torch.float32,
 }  # fmt: skip
+
+
+_TASKS = TypeAdapter(Annotated[tuple[TaskSpec, ...], Field(min_length=1)])
 
 
 class ConversionError(MtLoRAError):
@@ -148,27 +151,16 @@ def convert_tensors(
 
 
 def read_tasks(path: Path) -> tuple[TaskSpec, ...]:
-    """Tasks from a JSON file: a list of objects with the fields of `TaskSpec`, of which `id` and `description` must be.
+    """Tasks from a JSON file: a list of objects with the fields of `TaskSpec`; `id` and `description` are required.
 
     Raises ConversionError naming file and line, or file, task and field.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
+        return _TASKS.validate_json(path.read_bytes().removeprefix(codecs.BOM_UTF8))
     except OSError as error:
         raise ConversionError(f"{path}: cannot be read: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        raise ConversionError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path}: JSON that cannot be read: {error}") from None
-    if not isinstance(document, list) or not document:
-        raise ConversionError(f'{path}: expected a list of tasks such as [{{"id": "mine", "description": "..."}}]')
-    tasks = []
-    for i, entry in enumerate(document):
-        try:
-            tasks.append(TaskSpec.model_validate(entry))
-        except ValidationError as error:
-            raise ConversionError(f"{path}: task {i}: {describe(error)}") from None
-    return tuple(tasks)
+    except ValidationError as error:
+        raise ConversionError(f"{path}: expected a list of tasks: {describe(error)}") from None
 
 
 def _read_state(source: Path) -> Mapping[str, Any]:

@@ -1,19 +1,44 @@
 """A folder of JSON files in the layout of BIG-Bench Hard as a suite: one task a file."""
 
+import codecs
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from mtlora.errors import describe
 from mtlora.suite.base import SPLITS, Example, Split, SuiteError, split_of
 from mtlora.task import TASK_ID_PATTERN, TaskSpec, normalise_answer
 
 MAX_TARGET_CHARS = 256
 _STOP = "\n"
 _LAYOUT = '{"examples": [{"input": "...", "target": "..."}, ...]}'
+
+
+class _Entry(BaseModel):
+    input: str
+    target: str = Field(max_length=MAX_TARGET_CHARS)
+
+    @field_validator("input", "target")
+    @classmethod
+    def _has_text(cls, text: str) -> str:
+        if not text.strip():
+            raise ValueError("blank; it needs some text")
+        return text
+
+    @field_validator("target")
+    @classmethod
+    def _is_one_line(cls, target: str) -> str:
+        if _STOP in target:
+            raise ValueError(f"contains the stop string {_STOP!r}; answers are one line")
+        return target
+
+
+class _File(BaseModel):
+    examples: list[_Entry] = Field(min_length=1)
 
 
 class FolderSuite:
@@ -100,25 +125,15 @@ def _read_task(task_id: str, file: Path) -> tuple[Example, ...]:
     if not file.is_file():
         raise SuiteError(f"{file}: not a file; every .json of a suite's folder must be one")
     try:
-        # The byte order mark that some editors write is let pass.
-        document = json.loads(file.read_text(encoding="utf-8-sig"))
+        # Some editors write a byte order mark.
+        entries = _File.model_validate_json(file.read_bytes().removeprefix(codecs.BOM_UTF8)).examples
     except OSError as error:
         raise SuiteError(f"{file}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise SuiteError(f"{file}: not UTF-8 at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise SuiteError(f"{file}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        raise SuiteError(f"{file}: JSON that cannot be read: {error}") from None
-    if not isinstance(document, dict) or "examples" not in document:
-        what = _keys(document) if isinstance(document, dict) else _kind(document)
-        raise SuiteError(f'{file}: expected an object with "examples", found {what}; the layout is {_LAYOUT}')
-    entries = document["examples"]
-    if not isinstance(entries, list):
-        raise SuiteError(f'{file}: "examples" must be a list, found {_kind(entries)}')
-    if not entries:
-        raise SuiteError(f'{file}: "examples" is empty; a task needs at least one example')
-    examples = tuple(_read_example(task_id, entry, f"{file}: example {i}") for i, entry in enumerate(entries))
+    except ValidationError as error:
+        raise SuiteError(f"{file}: {describe(error)}; the layout is {_LAYOUT}") from None
+    examples = tuple(
+        Example(task_id, entry.input, entry.target, source=f"{file}: example {i}") for i, entry in enumerate(entries)
+    )
     seen: dict[str, int] = {}
     for index, example in enumerate(examples):
         kept = examples[seen.setdefault(example.input, index)]
@@ -129,40 +144,6 @@ def _read_task(task_id: str, file: Path) -> tuple[Example, ...]:
                 stacklevel=2,
             )
     return examples
-
-
-def _read_example(task_id: str, entry: Any, place: str) -> Example:
-    if not isinstance(entry, dict):
-        raise SuiteError(f'{place}: expected an object with "input" and "target", found {_kind(entry)}')
-    for field in ("input", "target"):
-        if field not in entry:
-            raise SuiteError(f'{place}: no "{field}"; found {_keys(entry)}')
-        value = entry[field]
-        if not isinstance(value, str):
-            raise SuiteError(f'{place}: "{field}" must be a string, found {_kind(value)}')
-        if not value.strip():
-            raise SuiteError(f'{place}: "{field}" is blank; it needs some text')
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise SuiteError(f'{place}: "{field}" has half a surrogate pair at character {error.start}') from None
-    target = entry["target"]
-    if _STOP in target:
-        raise SuiteError(f"{place}: target {target[:60]!r} contains the stop string {_STOP!r}; answers are one line")
-    if len(target) > MAX_TARGET_CHARS:
-        raise SuiteError(f"{place}: target has {len(target)} characters; at most {MAX_TARGET_CHARS} are allowed")
-    return Example(task_id, entry["input"], target, source=place)
-
-
-def _keys(document: dict[str, Any]) -> str:
-    keys = sorted(document)
-    return f"keys {', '.join(map(repr, keys[:8]))}{', ...' if len(keys) > 8 else ''}" if keys else "no keys"
-
-
-def _kind(value: Any) -> str:
-    """The name of a JSON value's type."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 def _max_new_tokens(targets: Sequence[str]) -> int:

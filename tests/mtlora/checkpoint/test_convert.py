@@ -299,13 +299,16 @@ def test_tasks_by_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[\n{]", r"tasks.json: not JSON: .* at line 2, column 2"),
-        ("{}", r"tasks.json: expected a list of tasks"),
-        ("[]", r"tasks.json: expected a list of tasks"),
-        ('[{"id": "a", "description": "A."}, {"id": "b"}]', r"tasks.json: task 1: description: Field required"),
-        ('[{"id": "A B", "description": "A."}]', r"tasks.json: task 0: id: "),
-        ('[{"id": "a", "description": "A.", "template": "none"}]', r"task 0: template: template names no field"),
-        ('[{"id": "a", "description": "A.", "color": 1}]', r"task 0: color: "),
+        ("[\n{]", r"tasks.json: .*Invalid JSON: .* at line 2 column 2"),
+        ("{}", r"tasks.json: expected a list of tasks: Input should be a valid array"),
+        ("[]", r"tasks.json: expected a list of tasks: Tuple should have at least 1 item"),
+        ('[{"id": "a", "description": "A."}, {"id": "b"}]', r"tasks.json: .*1\.description: Field required"),
+        ('[{"id": "A B", "description": "A."}]', r"tasks.json: .*0\.id: "),
+        (
+            '[{"id": "a", "description": "A.", "template": "none"}]',
+            r"0\.template: template names no field",
+        ),
+        ('[{"id": "a", "description": "A.", "color": 1}]', r"tasks.json: .*0\.color: "),
     ],
 )
 def test_a_wrong_task_file_is_named(tmp_path: Path, content: str, message: str) -> None:

@@ -78,26 +78,38 @@ GOOD = {"input": "x", "target": "y"}
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ("", "not JSON: Expecting value at line 1, column 1"),
-        ('{"examples": [', "not JSON: .* line 1, column 15"),
-        ("[" * 100_000, "cannot be read"),
-        ([], 'expected an object with "examples", found a list'),
-        (None, "found null"),
-        (3, "found a number"),
-        ({}, "found no keys"),
-        ({"Examples": [GOOD], "canary": ""}, "found keys 'Examples', 'canary'"),
-        ({"examples": {"0": GOOD}}, '"examples" must be a list, found an object'),
-        ({"examples": []}, '"examples" is empty'),
-        ({"examples": [GOOD, "x"]}, 'example 1: expected an object with "input" and "target", found a string'),
-        ({"examples": [GOOD, GOOD, {"input": "z"}]}, "example 2: no \"target\"; found keys 'input'"),
-        ({"examples": [{"target": "z"}]}, "example 0: no \"input\"; found keys 'target'"),
-        ({"examples": [{"input": 3, "target": "z"}]}, 'example 0: "input" must be a string, found a number'),
-        ({"examples": [{"input": "z", "target": True}]}, 'example 0: "target" must be a string, found a boolean'),
-        ({"examples": [{"input": " \n", "target": "z"}]}, 'example 0: "input" is blank'),
-        ({"examples": [{"input": "z", "target": ""}]}, 'example 0: "target" is blank'),
-        ({"examples": [{"input": "z", "target": "a\nb"}]}, r"example 0: target 'a\\nb' contains the stop string '\\n'"),
-        ({"examples": [{"input": "z", "target": "a" * 257}]}, "example 0: target has 257 characters; at most 256"),
-        ({"examples": [{"input": "z\ud800", "target": "a"}]}, 'example 0: "input" has half a surrogate pair at .* 1'),
+        ("", "Invalid JSON: EOF while parsing a value at line 1 column 0"),
+        ('{"examples": [', "Invalid JSON: EOF while parsing a list at line 1 column 14"),
+        ("[" * 100_000, "Invalid JSON: recursion limit exceeded"),
+        ([], r"Input should be an object \(found \[\]\); the layout is {\"examples\": "),
+        (None, "Input should be an object .found None"),
+        (3, "Input should be an object .found 3"),
+        ({}, "examples: Field required"),
+        ({"Examples": [GOOD], "canary": ""}, "examples: Field required"),
+        ({"examples": {"0": GOOD}}, "examples: Input should be a valid array"),
+        ({"examples": []}, "examples: List should have at least 1 item"),
+        ({"examples": [GOOD, "x"]}, r"examples\.1: Input should be an object \(found 'x'\)"),
+        ({"examples": [GOOD, GOOD, {"input": "z"}]}, r"examples\.2\.target: Field required"),
+        ({"examples": [{"target": "z"}]}, r"examples\.0\.input: Field required"),
+        (
+            {"examples": [{"input": 3, "target": "z"}]},
+            r"examples\.0\.input: .* a valid string \(found 3\)",
+        ),
+        (
+            {"examples": [{"input": "z", "target": True}]},
+            r"examples\.0\.target: .* a valid string \(found True\)",
+        ),
+        ({"examples": [{"input": " \n", "target": "z"}]}, r"examples\.0\.input: blank"),
+        ({"examples": [{"input": "z", "target": ""}]}, r"examples\.0\.target: blank"),
+        (
+            {"examples": [{"input": "z", "target": "a\nb"}]},
+            r"0\.target: contains the stop string '\\n'.*found 'a\\nb'",
+        ),
+        (
+            {"examples": [{"input": "z", "target": "a" * 257}]},
+            r"examples\.0\.target: .* at most 256 characters",
+        ),
+        ({"examples": [{"input": "z\ud800", "target": "a"}]}, "Invalid JSON: .*hex escape at line 1 column"),
     ],
 )
 def test_wrong_file(tmp_path: Path, document: Any, message: str) -> None:
@@ -122,7 +134,7 @@ def test_wrong_folder(tmp_path: Path) -> None:
 
 def test_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "task.json").write_bytes(b'{"examples": [{"input": "\xff", "target": "x"}]}')
-    with pytest.raises(SuiteError, match=r"task\.json: not UTF-8 at byte 25"):
+    with pytest.raises(SuiteError, match=r"task\.json: Invalid JSON: invalid unicode code point at line 1 column 26"):
         FolderSuite(tmp_path)
 
 

@@ -150,12 +150,12 @@ def test_a_damaged_state_is_named(tiny_backbone: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "flags", "message"),
     [
-        ({"a": [("x", "y" * 300)]}, [], "a.json: example 0: target has 300 characters; at most 256 are allowed"),
+        ({"a": [("x", "y" * 300)]}, [], r"a.json: examples\.0\.target: String should have at most 256 characters"),
         ({"a": [("x", "y"), ("z " * 99, "y")]}, ["max_length=40"],
          "a.json: example 1: task a: example of .* tokens, expected at most 40"),
         ({"a": [("x", "y")], "A": [("x", "y")]}, [], "a.json: task id 'a' is taken by A.json"),
-        ({"a": []}, [], 'a.json: "examples" is empty'),
-        ({"a": [("x", "y")], "b": [("v", None)]}, [], 'b.json: example 0: no "target"'),
+        ({"a": []}, [], "a.json: examples: List should have at least 1 item"),
+        ({"a": [("x", "y")], "b": [("v", None)]}, [], r"b.json: examples\.0\.target: Field required"),
         ({"a": [("x", "y")], "b": [("z " * 99, "y")]}, ["max_length=40", "longer_examples=skip"],
          r"task b has no training example \(all 1 are longer than max_length 40\)"),
         ({"a": [("x", "y")]}, ['tasks=["a","a"]'], "each task is named once; a more than once"),
