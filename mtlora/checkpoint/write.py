@@ -69,6 +69,16 @@ def write_checkpoint(
     return manifest
 
 
+def record_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
+    """Replace the scores that a checkpoint's manifest holds; nothing else changes. Raises CheckpointError."""
+    checkpoint = read_checkpoint(folder)
+    manifest = checkpoint.manifest
+    write_checkpoint(
+        folder, backbone=manifest.backbone, config=manifest.config, tasks=manifest.tasks, tensors=checkpoint.tensors,
+        training=manifest.training, evaluation=evaluation,
+    )  # fmt: skip
+
+
 def check_replaceable(folder: Path) -> None:
     """Raise CheckpointError where `folder` is no checkpoint, such as the home directory: it is not replaced."""
     if not folder.exists():

@@ -48,6 +48,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores, and every answer, as JSON")
+    parser.add_argument("--record", action="store_true", help="keep the scores in the checkpoint's manifest")
     parser.set_defaults(run=_eval)
 
 
@@ -55,6 +56,7 @@ def _eval(args: argparse.Namespace) -> int:
     from mtlora.backbone import identify, resolve
     from mtlora.checkpoint.format import TaskEntry
     from mtlora.checkpoint.read import read_checkpoint
+    from mtlora.checkpoint.write import record_evaluation
     from mtlora.evaluation.evaluate import score
     from mtlora.suite import load_suite
 
@@ -85,6 +87,8 @@ def _eval(args: argparse.Namespace) -> int:
             for i, e in enumerate(examples)
         ]
         args.json.write_text(json.dumps({**evaluation, "answers": records}, indent=1) + "\n")
+    if args.record:
+        record_evaluation(args.adapter, evaluation)
     print(summary(scores))
     return 0
 
@@ -99,8 +103,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.through and (args.shots or args.scoring != "generate" or not args.adapter):
         raise MtLoRAError("--through asks a server that has its own prompts: not with --shots, --scoring likelihood "
                           "or without --adapter")  # fmt: skip
-    if args.adapter_only and not args.adapter:
-        raise MtLoRAError("--adapter-only: there is no --adapter")
+    for flag in ("adapter_only", "record"):
+        if getattr(args, flag) and not args.adapter:
+            raise MtLoRAError(f"--{flag.replace('_', '-')}: there is no --adapter")
 
 
 def _answerers(

@@ -228,9 +228,17 @@ def server_answerer(address: str, *, without_adapter: bool = False, concurrency:
 
     def answer(examples: Sequence[Example]) -> list[str]:
         def ask(example: Example) -> str:
-            return client.generate(example.task_id, example.input, without_adapter=without_adapter).text
+            text = client.generate(example.task_id, example.input, without_adapter=without_adapter).text
+            # Here, not where answers are collected: those wait for the slowest example before them.
+            with bar.get_lock():
+                bar.update()
+            return text
 
-        with Client(address) as client, ThreadPoolExecutor(concurrency) as pool:
-            return list(tqdm(pool.map(ask, examples), total=len(examples), desc="ask", unit="ex", leave=False))
+        with (
+            Client(address) as client,
+            ThreadPoolExecutor(concurrency) as pool,
+            _bar(len(examples), "ask", not without_adapter) as bar,
+        ):
+            return list(pool.map(ask, examples))
 
     return answer

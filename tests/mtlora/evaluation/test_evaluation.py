@@ -1,12 +1,19 @@
 """`mtlora eval` and what it is made of, on a tiny backbone: batches, shots, likelihood, scores."""
 
+import io
 import json
+import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
-from mtlora.checkpoint.format import TaskEntry
+from mtlora.checkpoint.format import TENSORS_FILE, TaskEntry
+from mtlora.checkpoint.read import read_manifest
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.cli import main
 from mtlora.cli.evaluate import summary
@@ -18,6 +25,7 @@ from mtlora.evaluation.evaluate import (
     offline_answerer,
     plain_prompt,
     score,
+    server_answerer,
 )
 from mtlora.evaluation.generate import greedy_answers, greedy_tokens
 from mtlora.evaluation.likelihood import likeliest, options_of
@@ -198,6 +206,37 @@ def test_every_example_of_a_folder_is_scored(
     assert ("backbone alone" in last) == ("--adapter-only" not in flags) == ("backbone_alone" in written)
 
 
+def test_recorded_scores_are_in_the_manifest_and_the_tensors_stay(
+    tiny_backbone: Path, checkpoint: Path, folder: Path, tmp_path: Path
+) -> None:
+    before, tensors = read_manifest(checkpoint), (checkpoint / TENSORS_FILE).read_bytes()
+    out = tmp_path / "out.json"
+    assert main(["eval", "--backbone", str(tiny_backbone), "--adapter", str(checkpoint), "--suite", str(folder),
+                 "--examples", "3", "--record", "--json", str(out)]) == 0  # fmt: skip
+    written = json.loads(out.read_text())
+    del written["answers"]
+    assert read_manifest(checkpoint) == before.model_copy(update={"evaluation": written})
+    assert (checkpoint / TENSORS_FILE).read_bytes() == tensors
+
+
+def test_the_bar_moves_while_the_first_answer_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [Example("words", str(i), "x") for i in range(8)]
+    bar = tqdm(total=8, file=io.StringIO())
+
+    class Client:
+        def generate(self, task_id: str, text: str, *, without_adapter: bool) -> Any:
+            until = time.monotonic() + 30
+            while text == "0" and bar.n < 7:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            return SimpleNamespace(text=f"answer {text}")
+
+    monkeypatch.setattr("mtlora.evaluation.evaluate._bar", lambda *arguments: bar)
+    monkeypatch.setattr("mtlora.client.Client", lambda address: nullcontext(Client()))
+    assert server_answerer("nowhere", concurrency=2)(examples) == [f"answer {i}" for i in range(8)]
+    assert bar.n == 8
+
+
 def test_the_backbone_alone_needs_no_adapter(tiny_backbone: Path, folder: Path, capsys) -> None:
     flags = ["--suite", str(folder), "--shots", "2", "--examples", "4"]
     assert main(["eval", "--backbone", str(tiny_backbone), *flags]) == 0
@@ -218,6 +257,7 @@ def test_bad_requests(tiny_backbone: Path, checkpoint: Path, capsys, flags: list
     assert message in capsys.readouterr().err
 
 
-def test_adapter_only_needs_an_adapter(tiny_backbone: Path, capsys) -> None:
-    assert main(["eval", "--backbone", str(tiny_backbone), "--adapter-only"]) == 2
+@pytest.mark.parametrize("flag", ["--adapter-only", "--record"])
+def test_flags_of_an_adapter_need_one(tiny_backbone: Path, capsys, flag: str) -> None:
+    assert main(["eval", "--backbone", str(tiny_backbone), flag]) == 2
     assert "there is no --adapter" in capsys.readouterr().err
