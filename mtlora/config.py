@@ -61,9 +61,3 @@ def adapter_parameters(config: MtLoRAConfig, hidden_size: int, num_layers: int, 
     if config.task_bias:
         per_block += num_tasks * config.router_rows
     return per_block * len(config.modules) * num_layers
-
-
-def hydralora_parameters(r: int, num_experts: int, in_out_features: list[tuple[int, int]], num_layers: int) -> int:
-    """Trainable parameters of component-level HydraLoRA: per linear layer A [r, in], N x B [out, r], router [N, in]."""
-    per_layer = sum(r * i + num_experts * o * r + num_experts * i for i, o in in_out_features)
-    return per_layer * num_layers

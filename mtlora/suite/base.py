@@ -1,7 +1,7 @@
 """A task suite: named tasks, each with examples in three disjoint splits."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -64,6 +64,35 @@ def up_to(suite: Suite, task_id: str, split: Split, count: int | None, seed: int
     if suite.finite:
         return suite.examples(task_id, split, None, seed)[:count]
     return suite.examples(task_id, split, count, seed)
+
+
+def draw_distinct(
+    draw: Callable[[], tuple[str, ...]], task_id: str, split: Split, count: int | None, max_misses: int
+) -> list[tuple[str, ...]]:
+    """`count` draws of a generated task whose inputs, their first parts, are distinct and of one split.
+
+    Raises SuiteError for an unknown split, for a count that is no number, and after `max_misses` draws in a row that
+    bring nothing new.
+    """
+    if split not in SPLITS:
+        raise SuiteError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+    if count is None or count < 0:
+        raise SuiteError(f"count of task {task_id} is {count}; generated tasks need one >= 0")
+    drawn: dict[str, tuple[str, ...]] = {}
+    misses = 0
+    while len(drawn) < count:
+        parts = draw()
+        if parts[0] not in drawn and split_of(task_id, parts[0]) == split:
+            drawn[parts[0]] = parts
+            misses = 0
+            continue
+        misses += 1
+        if misses >= max_misses:
+            raise SuiteError(
+                f"task {task_id} has only {len(drawn)} distinct {split} inputs, {count} were asked for "
+                f"({misses} draws in a row brought no new one)"
+            )
+    return list(drawn.values())
 
 
 def split_of(task_id: str, text: str) -> Split:

@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mtlora.suite.base import ANSWER_MARKER, SPLITS, Example, Split, SuiteError, split_of
+from mtlora.suite.base import ANSWER_MARKER, Example, Split, SuiteError, draw_distinct
 from mtlora.suite.bbh_tasks import BBH_TASKS, BBHTask, UnsolvedError
 from mtlora.task import TaskSpec
 
@@ -62,24 +62,10 @@ class GeneratedBBHSuite:
         task = self._tasks.get(task_id)
         if task is None or task.generate is None:
             raise SuiteError(f"suite {self.name} has no task {task_id!r}; it has {', '.join(self._tasks)}")
-        if split not in SPLITS:
-            raise SuiteError(f"no split {split!r}; there are {', '.join(SPLITS)}")
-        if count is None or count < 0:
-            raise SuiteError(f"count of task {task_id} is {count}; generated tasks need one >= 0")
         digest = hashlib.sha256(f"{self.name}\0{task_id}\0{split}\0{seed}".encode()).digest()
-        rng = random.Random(int.from_bytes(digest, "big"))
-        examples: dict[str, Example] = {}
-        misses = 0
-        while len(examples) < count:
-            text = task.generate(rng)
-            if text in examples or split_of(task_id, text) != split:
-                misses += 1
-                if misses >= _MAX_MISSES:
-                    raise SuiteError(
-                        f"task {task_id} has only {len(examples)} distinct {split} inputs, {count} were asked for"
-                    )
-                continue
-            misses = 0
+        rng, generate = random.Random(int.from_bytes(digest, "big")), task.generate
+        examples = []
+        for (text,) in draw_distinct(lambda: (generate(rng),), task_id, split, count, _MAX_MISSES):
             solution = task.solve(text)
-            examples[text] = Example(task_id, text, solution.answer, solution.working or None)
-        return list(examples.values())
+            examples.append(Example(task_id, text, solution.answer, solution.working or None))
+        return examples

@@ -5,7 +5,7 @@ import re
 
 from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError, a, matched
 from mtlora.suite.bbh_tasks.words import THINGS
-from mtlora.suite.walk import DIRECTIONS, Walk
+from mtlora.suite.derivations import DIRECTIONS, Walk
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # Singular and plural -> kind.

@@ -4,6 +4,7 @@ import random
 
 from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError, matched
 from mtlora.suite.bbh_tasks.words import LIARS
+from mtlora.suite.derivations import or_of_ands
 
 _OPERATORS = ("and", "or")
 
@@ -42,23 +43,12 @@ class _Reader:
                 return self._take() == "True"
             case "(":
                 self._take()
-                value = _value(*self.operands())
+                value = or_of_ands(*self.operands())
                 if self._peek() != ")":
                     raise UnsolvedError("a bracket is not closed")
                 self._take()
                 return value
         raise UnsolvedError(f"{self._peek()!r} where an operand should be")
-
-
-def _value(values: list[bool], operators: list[str]) -> bool:
-    """`and` binds tighter than `or`."""
-    groups = [[values[0]]]
-    for operator, value in zip(operators, values[1:], strict=True):
-        if operator == "or":
-            groups.append([value])
-        else:
-            groups[-1].append(value)
-    return any(all(group) for group in groups)
 
 
 def solve_boolean(text: str) -> Solution:
@@ -68,7 +58,7 @@ def solve_boolean(text: str) -> Solution:
     if not reader.at_end():
         raise UnsolvedError("more than one expression")
     working = str(values[0]) + "".join(f" {op} {value}" for op, value in zip(operators, values[1:], strict=True))
-    return Solution(working, str(_value(values, operators)))
+    return Solution(working, str(or_of_ands(values, operators)))
 
 
 def _expression(rng: random.Random, length: int) -> str:

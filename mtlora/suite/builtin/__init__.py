@@ -4,7 +4,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 
-from mtlora.suite.base import SPLITS, Example, Split, SuiteError, split_of
+from mtlora.suite.base import Example, Split, SuiteError, draw_distinct
 from mtlora.suite.builtin import business, counting, logic, text, world
 from mtlora.suite.builtin.task import GeneratedTask
 from mtlora.task import TaskSpec
@@ -42,28 +42,11 @@ class BuiltinSuite:
         """See `Suite.examples`. Generated tasks have no end, so `count` must be a number here."""
         if task_id not in self._tasks:
             raise SuiteError(f"suite builtin has no task {task_id!r}; it has {', '.join(self._tasks)}")
-        if split not in SPLITS:
-            raise SuiteError(f"no split {split!r}; there are {', '.join(SPLITS)}")
-        if count is None or count < 0:
-            raise SuiteError(f"count of task {task_id} is {count}; the built-in tasks are generated and need one >= 0")
         digest = hashlib.sha256(f"{task_id}\0{split}\0{seed}".encode()).digest()
         rng = random.Random(int.from_bytes(digest, "big"))
         generate = self._tasks[task_id].generate
-        examples: dict[str, Example] = {}
-        misses = 0
-        while len(examples) < count:
-            text, target, *working = generate(rng)
-            if text in examples or split_of(task_id, text) != split:
-                misses += 1
-                if misses >= self._max_misses:
-                    raise SuiteError(
-                        f"task {task_id} has only {len(examples)} distinct {split} inputs, {count} were asked for "
-                        f"({misses} draws in a row brought no new one)"
-                    )
-                continue
-            misses = 0
-            examples[text] = Example(task_id, text, target, *working)
-        return list(examples.values())
+        drawn = draw_distinct(lambda: generate(rng), task_id, split, count, self._max_misses)
+        return [Example(task_id, *parts) for parts in drawn]
 
 
 def builtin_suite() -> BuiltinSuite:

@@ -7,17 +7,7 @@ from itertools import permutations
 
 from mtlora.suite.builtin.task import GeneratedTask, article, enumerate_words, task
 from mtlora.suite.builtin.words import BIRDS, CARS, CLASSES, GOODS, NAMES
-
-
-def _or_of_ands(values: Sequence[bool], operators: Sequence[str]) -> bool:
-    """The value of an expression without brackets: `and` binds tighter than `or`."""
-    groups = [[values[0]]]
-    for operator, value in zip(operators, values[1:], strict=True):
-        if operator == "or":
-            groups.append([value])
-        else:
-            groups[-1].append(value)
-    return any(all(group) for group in groups)
+from mtlora.suite.derivations import or_of_ands
 
 
 def boolean_expression(rng: random.Random) -> tuple[str, str, str]:
@@ -35,14 +25,14 @@ def boolean_expression(rng: random.Random) -> tuple[str, str, str]:
             if end > n:
                 continue
             negated = rng.random() < 0.4
-            inner = _or_of_ands(values[start:end], operators[start : end - 1])
+            inner = or_of_ands(values[start:end], operators[start : end - 1])
             text = texts[start]
             for operator, operand in zip(operators[start : end - 1], texts[start + 1 : end], strict=True):
                 text += f" {operator} {operand}"
             texts[start:end] = [f"not ( {text} )" if negated else f"( {text} )"]
             values[start:end] = [inner != negated]
             operators[start : end - 1] = []
-        if _or_of_ands(values, operators) == wanted:
+        if or_of_ands(values, operators) == wanted:
             text = texts[0] + "".join(f" {op} {term}" for op, term in zip(operators, texts[1:], strict=True))
             reduced = "".join(f" {op} {value}" for op, value in zip(operators, values[1:], strict=True))
             return text, str(wanted), f"{values[0]}{reduced}"

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from mtlora.suite.builtin.task import GeneratedTask, article, split_sum, task
 from mtlora.suite.builtin.words import COLORS, ITEMS, NAMES, PLACES
-from mtlora.suite.walk import DIRECTIONS, Walk
+from mtlora.suite.derivations import DIRECTIONS, Walk
 
 _AXES = (("left", "right"), ("forward", "backward"))
 

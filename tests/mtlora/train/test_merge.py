@@ -28,14 +28,6 @@ from tests.factories import CONFIG, IDENTITY, random_tensors, task_table, write_
 NEW = TaskSpec(id="added", description="Added.")
 
 
-@pytest.fixture(autouse=True)
-def _restore_torch_settings():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-
-
 def in_memory(folder: Path, config: MtLoRAConfig, num_tasks: int, dtype: torch.dtype, seed: int = 0) -> Checkpoint:
     write_random(
         folder, config=config, tasks=task_table(num_tasks, biased=config.task_bias),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtlora.config import MtLoRAConfig, adapter_parameters, hydralora_parameters
+from mtlora.config import MtLoRAConfig, adapter_parameters
 from mtlora.errors import MtLoRAError
 from mtlora.methods import HydraLoRAConfig, LoRAConfig
 from mtlora.methods.checkpoint import load_baseline
@@ -21,12 +21,10 @@ SMALL = TrainingConfig(
 BASELINES = [HydraLoRAConfig(r=4, num_experts=3, lora_dropout=0.1), LoRAConfig(r=4, lora_dropout=0.1)]
 
 
-@pytest.fixture(autouse=True)
-def _restore_torch_settings():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
+def hydralora_parameters(r: int, num_experts: int, in_out_features: list[tuple[int, int]], num_layers: int) -> int:
+    """Trainable parameters of component-level HydraLoRA: per linear layer A [r, in], N x B [out, r], router [N, in]."""
+    per_layer = sum(r * i + num_experts * o * r + num_experts * i for i, o in in_out_features)
+    return per_layer * num_layers
 
 
 def test_published_counts_and_the_saving_between_them() -> None:

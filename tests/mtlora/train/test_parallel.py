@@ -21,14 +21,6 @@ CONFIG = TrainingConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _restore_torch_settings():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-
-
 def losses(run: Path) -> list[dict[str, float]]:
     records = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     return [record for record in records if "loss" in record]

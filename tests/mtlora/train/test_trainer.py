@@ -30,14 +30,6 @@ SMALL = TrainingConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _restore_torch_settings():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-
-
 def test_training_learns_and_leaves_a_valid_checkpoint(tiny_backbone: Path, tmp_path: Path) -> None:
     config = SMALL.model_copy(update={"epochs": 6, "learning_rate": 2e-2})
     trainer = Trainer(config, tiny_backbone, tmp_path / "run")

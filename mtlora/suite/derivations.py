@@ -1,8 +1,21 @@
-"""Walks on a plane, worked out in a form that a small model can follow."""
+"""How the built-in tasks and BIG-Bench Hard's are worked out alike: expressions, and walks on a plane."""
+
+from collections.abc import Sequence
 
 # Clockwise from straight on.
 _COMPASS = "NESW"
 DIRECTIONS = {"forward": 0, "right": 1, "backward": 2, "left": 3}
+
+
+def or_of_ands(values: Sequence[bool], operators: Sequence[str]) -> bool:
+    """The value of an expression without brackets: `and` binds tighter than `or`."""
+    groups = [[values[0]]]
+    for operator, value in zip(operators, values[1:], strict=True):
+        if operator == "or":
+            groups.append([value])
+        else:
+            groups[-1].append(value)
+    return any(all(group) for group in groups)
 
 
 class Walk:
