@@ -1,6 +1,6 @@
 """`BlockAdapter`, the trainable path beside one block, and its attachment to a Hugging Face model.
 
-Shape suffixes: B sequences, L positions, T = B*L tokens, D hidden size, r rank, N experts, G groups, K = N*r, E = D/G.
+Shape suffixes: B sequences, L positions, T = B*L tokens, D hidden size, r rank, N experts, G groups, J = G*N.
 """
 
 import math
@@ -95,8 +95,8 @@ class BlockAdapter(nn.Module):
     def routing(self, x_BLD: torch.Tensor) -> torch.Tensor:
         """The routing weights [B*L, G, N] that `forward` mixes the experts with, in float32."""
         (B, L, _), G = x_BLD.shape, self.config.num_groups
-        logits = nn.functional.linear(x_BLD.flatten(0, 1).to(self.lora_route.dtype), self.lora_route)
-        return route(logits.view(B * L, G, -1), self._bias_TGN(B, L))
+        logits_TJ = nn.functional.linear(x_BLD.flatten(0, 1).to(self.lora_route.dtype), self.lora_route)
+        return route(logits_TJ.view(B * L, G, -1), self._bias_TGN(B, L))
 
     def _bias_TGN(self, B: int, L: int) -> torch.Tensor | None:
         if not self.config.task_bias or self.context.bias_index_B is None:

@@ -1,4 +1,7 @@
-"""Multiple choice by likelihood: the option that a model finds likeliest, whatever it would have written."""
+"""Multiple choice by likelihood: the option that a model finds likeliest, whatever it would have written.
+
+Shape suffixes: B options, L positions, V vocabulary.
+"""
 
 import re
 from collections.abc import Sequence

@@ -1,6 +1,8 @@
 """The compiled operations of a backbone on a CPU, `csrc/elementwise.cpp`: one pass over memory each.
 
-Tensors are float32 or bfloat16, all of a call alike; everything is computed in float32.
+Tensors are float32 or bfloat16, all of one call alike; everything is computed in float32.
+
+Shape suffixes: R rows (all leading dimensions), d their size, W = 2*d, M matrices, L positions.
 """
 
 import ctypes
@@ -54,75 +56,86 @@ def runs(*tensors: torch.Tensor) -> bool:
     return alike and dtype in KERNEL_DTYPES and _library() is not None
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, isa: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def rms_norm(
+    x_Rd: torch.Tensor, weight_d: torch.Tensor, epsilon: float, isa: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """weight * x / sqrt(mean x^2 + epsilon) over the last dimension, and 1 / sqrt(...) [rows] in float32 for later."""
-    out = torch.empty(x.shape, dtype=x.dtype)
-    inverse = torch.empty(x.shape[:-1], dtype=torch.float32)
-    _run("mtlora_rms_norm", epsilon, isa, first=x, second=weight, inverse=inverse, out=out)
-    return out, inverse
+    out_Rd = torch.empty(x_Rd.shape, dtype=x_Rd.dtype)
+    inverse_R = torch.empty(x_Rd.shape[:-1], dtype=torch.float32)
+    _run("mtlora_rms_norm", epsilon, isa, first=x_Rd, second=weight_d, inverse=inverse_R, out=out_Rd)
+    return out_Rd, inverse_R
 
 
 def rms_norm_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor, isa: int = 0
+    grad_Rd: torch.Tensor, x_Rd: torch.Tensor, weight_d: torch.Tensor, inverse_R: torch.Tensor, isa: int = 0
 ) -> torch.Tensor:
     """The gradient of `rms_norm`'s x."""
-    out = torch.empty(x.shape, dtype=x.dtype)
-    _run("mtlora_rms_norm_backward", 0, isa, first=grad, second=weight, third=x, inverse=inverse, out=out)
-    return out
+    out_Rd = torch.empty(x_Rd.shape, dtype=x_Rd.dtype)
+    _run("mtlora_rms_norm_backward", 0, isa, first=grad_Rd, second=weight_d, third=x_Rd, inverse=inverse_R, out=out_Rd)
+    return out_Rd
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor, isa: int = 0) -> torch.Tensor:
+def swiglu(gate_Rd: torch.Tensor, up_Rd: torch.Tensor, isa: int = 0) -> torch.Tensor:
     """silu(gate) * up."""
-    out = torch.empty(gate.shape, dtype=gate.dtype)
-    _run("mtlora_swiglu", 0, isa, first=gate, second=up, out=out)
-    return out
+    out_Rd = torch.empty(gate_Rd.shape, dtype=gate_Rd.dtype)
+    _run("mtlora_swiglu", 0, isa, first=gate_Rd, second=up_Rd, out=out_Rd)
+    return out_Rd
 
 
 def swiglu_backward(
-    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, isa: int = 0
+    grad_Rd: torch.Tensor, gate_Rd: torch.Tensor, up_Rd: torch.Tensor, isa: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of `swiglu`'s gate and up."""
-    grad_gate, grad_up = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
-    _run("mtlora_swiglu_backward", 0, isa, first=grad, second=gate, third=up, out=grad_gate, also_out=grad_up)
-    return grad_gate, grad_up
+    grad_gate_Rd, grad_up_Rd = (torch.empty(gate_Rd.shape, dtype=gate_Rd.dtype) for _ in range(2))
+    _run(
+        "mtlora_swiglu_backward",
+        0,
+        isa,
+        first=grad_Rd,
+        second=gate_Rd,
+        third=up_Rd,
+        out=grad_gate_Rd,
+        also_out=grad_up_Rd,
+    )
+    return grad_gate_Rd, grad_up_Rd
 
 
-def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, isa: int = 0) -> torch.Tensor:
+def norm(x_Rd: torch.Tensor, weight_d: torch.Tensor, epsilon: float, isa: int = 0) -> torch.Tensor:
     """`rms_norm` of a contiguous x [..., d], with nothing for a backward pass."""
-    out = torch.empty_like(x)
+    out_Rd = torch.empty_like(x_Rd)
     _library().mtlora_norm(
-        x.data_ptr(), weight.data_ptr(), out.data_ptr(), *_rows(x), epsilon, *_how(x, isa)
+        x_Rd.data_ptr(), weight_d.data_ptr(), out_Rd.data_ptr(), *_rows(x_Rd), epsilon, *_how(x_Rd, isa)
     )  # fmt: skip
-    return out
+    return out_Rd
 
 
 def add_rms_norm_(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float, isa: int = 0
+    x_Rd: torch.Tensor, residual_Rd: torch.Tensor, weight_d: torch.Tensor, epsilon: float, isa: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`rms_norm` of x + residual in x's place and the sum in the residual's; both contiguous [..., d]. Returns both.
 
     What is normalised is the sum before it is rounded to its dtype, as in vLLM (vllm/ir/ops/layernorm.py).
     """
     _library().mtlora_add_rms_norm(
-        x.data_ptr(), residual.data_ptr(), weight.data_ptr(), *_rows(x), epsilon, *_how(x, isa)
+        x_Rd.data_ptr(), residual_Rd.data_ptr(), weight_d.data_ptr(), *_rows(x_Rd), epsilon, *_how(x_Rd, isa)
     )
-    return x, residual
+    return x_Rd, residual_Rd
 
 
-def silu_and_mul(x: torch.Tensor, isa: int = 0) -> torch.Tensor:
+def silu_and_mul(gate_up_RW: torch.Tensor, isa: int = 0) -> torch.Tensor:
     """silu(gate) * up [..., d] of a contiguous x [..., 2d] that holds gate and up side by side, as serving has them."""
-    out = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype)
-    _library().mtlora_silu_and_mul(x.data_ptr(), out.data_ptr(), *_rows(out), *_how(x, isa))
-    return out
+    out_Rd = torch.empty((*gate_up_RW.shape[:-1], gate_up_RW.shape[-1] // 2), dtype=gate_up_RW.dtype)
+    _library().mtlora_silu_and_mul(gate_up_RW.data_ptr(), out_Rd.data_ptr(), *_rows(out_Rd), *_how(gate_up_RW, isa))
+    return out_Rd
 
 
-def causal_softmax_(scores: torch.Tensor, scaling: float, isa: int = 0) -> torch.Tensor:
+def causal_softmax_(scores_MLL: torch.Tensor, scaling: float, isa: int = 0) -> torch.Tensor:
     """softmax(scaling * scores) over the last dimension's keys up to each query's own position, in place.
 
     scores: contiguous [..., L, L], queries by keys; keys beyond a query get zero. scaling: positive.
     """
-    _run("mtlora_causal_softmax", scaling, isa, first=scores, out=scores)
-    return scores
+    _run("mtlora_causal_softmax", scaling, isa, first=scores_MLL, out=scores_MLL)
+    return scores_MLL
 
 
 def _rows(tensor: torch.Tensor) -> tuple[int, int]:

@@ -4,7 +4,7 @@ With z_j = Pi[j,:] (x) h in R^(N*r), group j of the output is one product z_j @ 
 layer of rank N*r costs, and no tensor per expert ever exists. [A; R] is one product of r + G*N columns.
 
 Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups, E = D/G dimensions of a group, K = N*r,
-S = r + G*N rows of [A; R], b rows of a bias table.
+J = G*N, S = r + J rows of [A; R], b rows of a bias table.
 """
 
 from typing import NamedTuple
@@ -89,6 +89,6 @@ def packed_path(x_TD: torch.Tensor, block: PackedBlock, bias_TGN: torch.Tensor |
     bias_TGN: router bias per token in float32, [T, G, N] or broadcastable to it; `block.bias_bGN` is not read.
     """
     s_TS = x_TD @ block.shrink_DS
-    h_Tr, logits = s_TS[:, : block.rank], s_TS[:, block.rank :]
-    weights_TGN = route(logits.reshape(-1, block.num_groups, block.num_experts), bias_TGN)
+    h_Tr, logits_TJ = s_TS[:, : block.rank], s_TS[:, block.rank :]
+    weights_TGN = route(logits_TJ.reshape(-1, block.num_groups, block.num_experts), bias_TGN)
     return expand(h_Tr, weights_TGN, block.expand_GKE)

@@ -4,7 +4,8 @@ Between forward and backward it keeps x, h and the routing weights; no tensor pe
 On a CPU the compiled kernel computes both passes. Where it cannot, torch ops do, and make z and its gradient, both
 [G, T, K], anew in the backward pass of a block; they are gone after it.
 
-Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups, E = D/G dimensions of a group, K = N*r.
+Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups, E = D/G dimensions of a group, K = N*r,
+J = G*N, S = r + J.
 """
 
 from typing import Any
@@ -92,26 +93,26 @@ def _path_with_gradients(
 
 
 def _in_torch_ops(
-    x: torch.Tensor,
-    dropped: torch.Tensor | None,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
+    x_TD: torch.Tensor,
+    dropped_TD: torch.Tensor | None,
+    lora_A_rD: torch.Tensor,
+    lora_B_NDr: torch.Tensor,
     lora_route: torch.Tensor,
-    bias: torch.Tensor | None,
+    bias_TGN: torch.Tensor | None,
     num_groups: int,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    T, dtype = len(x), x.dtype
-    x = x.to(lora_A.dtype)
-    if dropped is None:
-        s_TS = torch.nn.functional.linear(x, torch.cat([lora_A, lora_route]))
-        h_Tr, logits = s_TS[:, : len(lora_A)].contiguous(), s_TS[:, len(lora_A) :]
+    T, dtype = len(x_TD), x_TD.dtype
+    x_TD = x_TD.to(lora_A_rD.dtype)
+    if dropped_TD is None:
+        s_TS = torch.nn.functional.linear(x_TD, torch.cat([lora_A_rD, lora_route]))
+        h_Tr, logits_TJ = s_TS[:, : len(lora_A_rD)].contiguous(), s_TS[:, len(lora_A_rD) :]
     else:
-        h_Tr, logits = dropped.to(x.dtype) @ lora_A.t(), x @ lora_route.t()
-    weights_TGN = route(logits.reshape(T, num_groups, -1), bias)
-    delta_TD = torch.empty_like(x, memory_format=torch.contiguous_format)
+        h_Tr, logits_TJ = dropped_TD.to(x_TD.dtype) @ lora_A_rD.t(), x_TD @ lora_route.t()
+    weights_TGN = route(logits_TJ.reshape(T, num_groups, -1), bias_TGN)
+    delta_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
     delta_GTE = delta_TD.view(T, num_groups, -1).transpose(0, 1)
-    torch.bmm(outer(h_Tr * scaling, weights_TGN), pack_experts(lora_B, num_groups), out=delta_GTE)
+    torch.bmm(outer(h_Tr * scaling, weights_TGN), pack_experts(lora_B_NDr, num_groups), out=delta_GTE)
     return delta_TD.to(dtype), weights_TGN, h_Tr
 
 
@@ -178,18 +179,18 @@ def _backward_in_torch_ops(
 
     inner_TG1 = (weights_TGN * grad_weights_TGN).sum(dim=-1, keepdim=True)
     grad_logits_TGN = weights_TGN * (grad_weights_TGN - inner_TG1)
-    grad_logits = grad_logits_TGN.reshape(T, G * N).to(x_TD.dtype)
+    grad_logits_TJ = grad_logits_TGN.reshape(T, G * N).to(x_TD.dtype)
 
     grad_x_TD = grad_dropped_TD = None
     if dropped_TD is None:
-        grad_s_TS = torch.cat([grad_h_Tr, grad_logits], dim=1)
+        grad_s_TS = torch.cat([grad_h_Tr, grad_logits_TJ], dim=1)
         grad_A_rD, grad_route = (grad_s_TS.t() @ x_TD).split([r, G * N])
         if needs_x:
             grad_x_TD = (grad_s_TS @ torch.cat([lora_A_rD, lora_route])).to(dtype)
     else:
-        grad_A_rD, grad_route = grad_h_Tr.t() @ dropped_TD.to(x_TD.dtype), grad_logits.t() @ x_TD
+        grad_A_rD, grad_route = grad_h_Tr.t() @ dropped_TD.to(x_TD.dtype), grad_logits_TJ.t() @ x_TD
         if needs_x:
-            grad_x_TD = (grad_logits @ lora_route).to(dtype)
+            grad_x_TD = (grad_logits_TJ @ lora_route).to(dtype)
         if needs_dropped:
             grad_dropped_TD = (grad_h_Tr @ lora_A_rD).to(dtype)
     return grad_x_TD, grad_dropped_TD, grad_A_rD, grad_B_NDr, grad_route, grad_logits_TGN

@@ -1,11 +1,14 @@
-"""Three operations of a frozen backbone whose gradients torch computes slowly on a CPU, done anew for training.
+"""Three operations of a frozen backbone whose gradients torch computes slowly on a CPU, replaced for training.
 
-Of a training step with short sequences torch's fused CPU attention took 14 %, most of it in the backward pass; the
-eager RMSNorm's backward pass is a dozen small operations of which four are needed, and keeps more than its input; the
-gated MLP keeps the activated gate, which is soon made again. Without gradients, on a GPU, or where a model's layers are
-not of these forms, the originals run.
+- Attention: torch's fused CPU attention took 14 % of a step with short sequences, most of it in the backward pass.
+- RMSNorm: the eager one's backward pass is a dozen small operations, of which four are needed, and it keeps more than
+  its input.
+- Gated MLP: it keeps the activated gate, which is cheap to compute again.
 
-Shape suffixes: B sequences, L positions, H query heads, K key heads, d head size.
+The originals run without gradients, on a GPU, and for layers of other forms (see `mtlora.families`).
+
+Shape suffixes: B sequences, L positions, H query heads, K key heads, d head size; C = B*K, Q = H/K*L queries that share
+a key head; R rows (all leading dimensions), D their size; I size of the gate; M = B*H.
 """
 
 from types import MethodType
@@ -79,24 +82,27 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BHLd: torch.Tensor, k_BKLd: torch.Tensor, v_BKLd: torch.Tensor, scaling: float) -> Any:
         (B, H, L, d), K = q_BHLd.shape, k_BKLd.shape[1]
-        q, k, v = q_BHLd.reshape(B * K, -1, d), k_BKLd.reshape(B * K, L, d), v_BKLd.reshape(B * K, L, -1)
-        scores = torch.bmm(q, k.transpose(1, 2))
-        weights = _causal_softmax_(scores.view(B * H, L, L), scaling).view(scores.shape)
-        ctx.save_for_backward(q, k, v, weights)
+        q_CQd, k_CLd, v_CLd = q_BHLd.reshape(B * K, -1, d), k_BKLd.reshape(B * K, L, d), v_BKLd.reshape(B * K, L, -1)
+        scores_CQL = torch.bmm(q_CQd, k_CLd.transpose(1, 2))
+        weights_CQL = _causal_softmax_(scores_CQL.view(B * H, L, L), scaling).view(scores_CQL.shape)
+        ctx.save_for_backward(q_CQd, k_CLd, v_CLd, weights_CQL)
         ctx.scaling = scaling
-        return torch.bmm(weights, v).view(B, H, L, -1)
+        return torch.bmm(weights_CQL, v_CLd).view(B, H, L, -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        q, k, v, weights = ctx.saved_tensors
-        (B, H, L, _), BK = grads[0].shape, len(k)
-        grad = grads[0].reshape(BK, -1, v.shape[-1])
-        grad_v = torch.bmm(weights.transpose(1, 2), grad)
-        grad_weights = torch.bmm(grad, v.transpose(1, 2))
-        grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(ctx.scaling)
-        grad_q, grad_k = torch.bmm(grad_scores, k), torch.bmm(grad_scores.transpose(1, 2), q)
-        K = BK // B
-        return grad_q.view(B, H, L, -1), grad_k.view(B, K, L, -1), grad_v.view(B, K, L, -1), None
+        q_CQd, k_CLd, v_CLd, weights_CQL = ctx.saved_tensors
+        (B, H, L, _), C = grads[0].shape, len(k_CLd)
+        grad_CQd = grads[0].reshape(C, -1, v_CLd.shape[-1])
+        grad_v_CLd = torch.bmm(weights_CQL.transpose(1, 2), grad_CQd)
+        grad_weights_CQL = torch.bmm(grad_CQd, v_CLd.transpose(1, 2))
+        grad_scores_CQL = torch.ops.aten._softmax_backward_data(
+            grad_weights_CQL, weights_CQL, -1, weights_CQL.dtype
+        ).mul_(ctx.scaling)
+        grad_q_CQd = torch.bmm(grad_scores_CQL, k_CLd)
+        grad_k_CLd = torch.bmm(grad_scores_CQL.transpose(1, 2), q_CQd)
+        K = C // B
+        return grad_q_CQd.view(B, H, L, -1), grad_k_CLd.view(B, K, L, -1), grad_v_CLd.view(B, K, L, -1), None
 
 
 def _causal_softmax_(scores_MLL: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -114,33 +120,33 @@ def _rms_norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+def rms_norm(x_RD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
     """weight * x / sqrt(mean x^2 + epsilon) over the last dimension, in float32 inside; `weight` gets no gradient."""
-    return _RMSNorm.apply(x, weight, epsilon)
+    return _RMSNorm.apply(x_RD, weight_D, epsilon)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> Any:
-        if cpu_elementwise.runs(x, weight):
-            out, inverse = cpu_elementwise.rms_norm(x, weight, epsilon)
+    def forward(ctx: Any, x_RD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> Any:
+        if cpu_elementwise.runs(x_RD, weight_D):
+            out_RD, inverse_R = cpu_elementwise.rms_norm(x_RD, weight_D, epsilon)
         else:
-            wide = x.float()
-            inverse = wide.pow(2).mean(-1).add_(epsilon).rsqrt_()
-            out = weight * (wide * inverse.unsqueeze(-1)).to(x.dtype)
-        ctx.save_for_backward(x, weight, inverse)
-        return out
+            wide_RD = x_RD.float()
+            inverse_R = wide_RD.pow(2).mean(-1).add_(epsilon).rsqrt_()
+            out_RD = weight_D * (wide_RD * inverse_R.unsqueeze(-1)).to(x_RD.dtype)
+        ctx.save_for_backward(x_RD, weight_D, inverse_R)
+        return out_RD
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        x, weight, inverse = ctx.saved_tensors
-        if cpu_elementwise.runs(x, weight, grads[0]):
-            return cpu_elementwise.rms_norm_backward(grads[0], x, weight, inverse), None, None
-        inverse = inverse.unsqueeze(-1)
-        normal = x * inverse  # in float32, as inverse is
-        grad = (grads[0] * weight).float()
-        along = (grad * normal).mean(-1, keepdim=True)
-        return grad.addcmul(normal, along, value=-1).mul_(inverse).to(grads[0].dtype), None, None
+        x_RD, weight_D, inverse_R = ctx.saved_tensors
+        if cpu_elementwise.runs(x_RD, weight_D, grads[0]):
+            return cpu_elementwise.rms_norm_backward(grads[0], x_RD, weight_D, inverse_R), None, None
+        inverse_R1 = inverse_R.unsqueeze(-1)
+        normal_RD = x_RD * inverse_R1  # in float32, as the inverse is
+        grad_RD = (grads[0] * weight_D).float()
+        along_R1 = (grad_RD * normal_RD).mean(-1, keepdim=True)
+        return grad_RD.addcmul(normal_RD, along_R1, value=-1).mul_(inverse_R1).to(grads[0].dtype), None, None
 
 
 def _gated_mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -153,20 +159,22 @@ def _gated_mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def swiglu(gate_RI: torch.Tensor, up_RI: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, in their dtype."""
-    return _SwiGLU.apply(gate, up)
+    return _SwiGLU.apply(gate_RI, up_RI)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> Any:
-        ctx.save_for_backward(gate, up)
-        return cpu_elementwise.swiglu(gate, up) if cpu_elementwise.runs(gate, up) else silu(gate).mul_(up)
+    def forward(ctx: Any, gate_RI: torch.Tensor, up_RI: torch.Tensor) -> Any:
+        ctx.save_for_backward(gate_RI, up_RI)
+        if cpu_elementwise.runs(gate_RI, up_RI):
+            return cpu_elementwise.swiglu(gate_RI, up_RI)
+        return silu(gate_RI).mul_(up_RI)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        gate, up = ctx.saved_tensors
-        if cpu_elementwise.runs(gate, up, grads[0]):
-            return cpu_elementwise.swiglu_backward(grads[0], gate, up)
-        return torch.ops.aten.silu_backward(grads[0] * up, gate), silu(gate).mul_(grads[0])
+        gate_RI, up_RI = ctx.saved_tensors
+        if cpu_elementwise.runs(gate_RI, up_RI, grads[0]):
+            return cpu_elementwise.swiglu_backward(grads[0], gate_RI, up_RI)
+        return torch.ops.aten.silu_backward(grads[0] * up_RI, gate_RI), silu(gate_RI).mul_(grads[0])
