@@ -78,7 +78,7 @@ def _accuracy(evaluation: Mapping[str, Any], source: Path, out: Path) -> None:
     from mtlora.plot.accuracy import plot_accuracy
 
     if "adapter" not in evaluation:
-        raise MtLoRAError(f"{source}: no evaluation in it; mtlora eval --json makes one")
+        raise MtLoRAError(f"{source}: no evaluation in it; mtlora eval --record adds one")
     plot_accuracy(evaluation, out)
 
 
@@ -107,7 +107,7 @@ def _checkpoint_pictures(args: argparse.Namespace, source: Path) -> dict[str, Ca
 
     def spectra() -> list[Path]:
         from mtlora.evaluation import diagnosis
-        from mtlora.plot.spectra import plot_spectra
+        from mtlora.plot.diagnosis import plot_spectra
 
         experts = [tensor.float() for name, tensor in checkpoint.tensors.items() if name.endswith("lora_B")]
         plot_spectra(diagnosis.spectra(torch.stack(experts)), args.out / "spectra.png")
@@ -116,7 +116,7 @@ def _checkpoint_pictures(args: argparse.Namespace, source: Path) -> dict[str, Ca
     def routing() -> list[Path]:
         from mtlora.evaluation.diagnosis import routing_by_task
         from mtlora.model import load_adapted_model
-        from mtlora.plot.routing import plot_groups, plot_routing, plot_use
+        from mtlora.plot.diagnosis import plot_groups, plot_routing, plot_use
 
         adapted = load_adapted_model(folder, checkpoint, torch.bfloat16)
         found = routing_by_task(adapted, _in_order_of_bias(checkpoint), _examples(args, checkpoint))
@@ -126,7 +126,7 @@ def _checkpoint_pictures(args: argparse.Namespace, source: Path) -> dict[str, Ca
         return files
 
     def gradients() -> list[Path]:
-        from mtlora.plot.gradients import plot_gradients
+        from mtlora.plot.diagnosis import plot_gradients
 
         matrices = _gradient_cosines(args, folder, checkpoint)
         tasks = [task.id for task in _in_order_of_bias(checkpoint)]

@@ -1,6 +1,6 @@
 """What a trained adapter does inside: which experts its tasks use, how the experts differ, where tasks pull apart.
 
-Shape suffixes: T tasks, M blocks (or matrices), G groups, N experts, D hidden size, r rank, P parameters.
+Shape suffixes: T tasks, M blocks (or matrices), G groups, N experts, D hidden size, r rank, K = N*r, P parameters.
 """
 
 from collections.abc import Mapping, Sequence
@@ -154,11 +154,11 @@ class Spectra:
 def spectra(experts_MNDr: torch.Tensor) -> Spectra:
     """Singular values and overlap of the experts [M, N, D, r]."""
     M, N, D, r = experts_MNDr.shape
-    sigma = torch.linalg.svdvals(experts_MNDr.float())
-    flat = experts_MNDr.float().transpose(1, 2).reshape(M, D, N * r)
-    gram = (flat.transpose(1, 2) @ flat).square().view(M, N, r, N, r).sum((2, 4))
-    own = gram.diagonal(dim1=1, dim2=2)
-    ratio = gram / (own.unsqueeze(1) * own.unsqueeze(2)).sqrt().clamp_min(1e-30)
+    sigma_MNr = torch.linalg.svdvals(experts_MNDr.float())
+    flat_MDK = experts_MNDr.float().transpose(1, 2).reshape(M, D, N * r)
+    gram_MNN = (flat_MDK.transpose(1, 2) @ flat_MDK).square().view(M, N, r, N, r).sum((2, 4))
+    own_MN = gram_MNN.diagonal(dim1=1, dim2=2)
+    ratio_MNN = gram_MNN / (own_MN.unsqueeze(1) * own_MN.unsqueeze(2)).sqrt().clamp_min(1e-30)
     pairs = max(1, N * (N - 1))
-    overlap = (ratio.sum((1, 2)) - ratio.diagonal(dim1=1, dim2=2).sum(1)) / pairs
-    return Spectra(sigma, overlap)
+    overlap_M = (ratio_MNN.sum((1, 2)) - ratio_MNN.diagonal(dim1=1, dim2=2).sum(1)) / pairs
+    return Spectra(sigma_MNr, overlap_M)

@@ -1,6 +1,6 @@
 """HydraLoRA at component level: a routed low-rank path beside single linear layers.
 
-Shape suffixes: B sequences, L positions, I input features, O output features, r rank, N experts.
+Shape suffixes: B sequences, L positions, I input features, O output features, r rank, N experts, K = N*r.
 """
 
 import math
@@ -33,16 +33,16 @@ class HydraLinear(nn.Module):
 
     def forward(self, x_BLI: torch.Tensor) -> torch.Tensor:
         """The path's output [B, L, O], in x's dtype."""
-        x = x_BLI.to(self.lora_A.dtype)
-        weights_BLN = torch.softmax(nn.functional.linear(x, self.lora_route), dim=-1)
-        h_BLr = nn.functional.linear(self.dropout(x), self.lora_A) * self.config.scaling
+        wide_BLI = x_BLI.to(self.lora_A.dtype)
+        weights_BLN = torch.softmax(nn.functional.linear(wide_BLI, self.lora_route), dim=-1)
+        h_BLr = nn.functional.linear(self.dropout(wide_BLI), self.lora_A) * self.config.scaling
         if self.training:
             self.mean_routing_GN = weights_BLN.mean(dim=(0, 1)).unsqueeze(0)
         if self.config.products == "fused":
             z_BLK = (weights_BLN.unsqueeze(-1) * h_BLr.unsqueeze(-2)).flatten(-2)
             delta_BLO = z_BLK @ self.lora_B.transpose(1, 2).flatten(0, 1)
         else:
-            delta_BLO = torch.zeros((), dtype=x.dtype, device=x.device)
+            delta_BLO = torch.zeros((), dtype=wide_BLI.dtype, device=wide_BLI.device)
             for i, B_Or in enumerate(self.lora_B.unbind()):
                 delta_BLO = delta_BLO + weights_BLN[..., i : i + 1] * nn.functional.linear(h_BLr, B_Or)
         return delta_BLO.to(x_BLI.dtype)

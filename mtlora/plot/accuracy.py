@@ -1,10 +1,10 @@
-"""Pictures of a checkpoint, from what it says of itself."""
+"""A picture of a checkpoint's scores."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_ADAPTER, _ALONE, _MAJORITY = "#1f6f8b", "#c7ccd1", "#222222"
+from mtlora.plot.figure import COLOURS, GRID, INK, MUTED, figure, label
 
 
 def plot_accuracy(evaluation: Mapping[str, Any], out: Path) -> None:
@@ -12,40 +12,37 @@ def plot_accuracy(evaluation: Mapping[str, Any], out: Path) -> None:
 
     `evaluation` is a manifest's, or what `mtlora eval --json` writes. The format follows `out`'s suffix.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     adapter, alone = evaluation["adapter"], evaluation.get("backbone_alone")
     tasks = sorted(adapter["tasks"], key=lambda task: (adapter["tasks"][task]["accuracy"], task))
-    figure, axes = plt.subplots(figsize=(8, 0.29 * len(tasks) + 1.2), layout="constrained")
     rows = range(len(tasks))
     found = [adapter["tasks"][task] for task in tasks]
-    axes.barh(
-        rows, [task["accuracy"] for task in found], height=0.62, color=_ADAPTER, label="with the adapter", zorder=2
-    )
-    if alone:
+    with figure(out, size=(8, 0.29 * len(tasks) + 1.2)) as (made, ((axes,),)):
         axes.barh(
-            rows, [alone["tasks"][task]["accuracy"] for task in tasks], height=0.3, color=_ALONE, zorder=3,
-            label="backbone alone",
+            rows,
+            [task["accuracy"] for task in found],
+            height=0.62,
+            color=COLOURS[0],
+            label="with the adapter",
+            zorder=2,
+        )
+        if alone:
+            axes.barh(
+                rows, [alone["tasks"][task]["accuracy"] for task in tasks], height=0.3, color=MUTED, zorder=3,
+                label="backbone alone",
+            )  # fmt: skip
+        axes.scatter(
+            [task["majority"] / task["total"] for task in found], list(rows), marker="|", s=90, color=INK, zorder=4,
+            label="always the most frequent answer",
         )  # fmt: skip
-    axes.scatter(
-        [task["majority"] / task["total"] for task in found], list(rows), marker="|", s=90, color=_MAJORITY, zorder=4,
-        label="always the most frequent answer",
-    )  # fmt: skip
-    axes.set_yticks(list(rows), [task.replace("_", " ") for task in tasks], fontsize=9)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(-0.6, len(tasks) - 0.4)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.grid(axis="x", color="#e5e7ea", zorder=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(length=0)
-    title = f"{len(tasks)} tasks, one adapter: mean accuracy {adapter['mean_accuracy']:.0%}"
-    if alone:
-        title += f", backbone alone {alone['mean_accuracy']:.0%}"
-    axes.set_title(title, loc="left", fontsize=11)
-    figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=9)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
+        axes.set_yticks(list(rows), [label(task) for task in tasks], fontsize=9)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(-0.6, len(tasks) - 0.4)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.grid(axis="x", color=GRID, zorder=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(length=0)
+        title = f"{len(tasks)} tasks, one adapter: mean accuracy {adapter['mean_accuracy']:.0%}"
+        if alone:
+            title += f", backbone alone {alone['mean_accuracy']:.0%}"
+        axes.set_title(title, loc="left", fontsize=11)
+        made.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=9)

@@ -1,13 +1,14 @@
-"""Pictures of routing: heat maps of tasks by experts, and how many experts and groups that takes."""
+"""Pictures of what `mtlora.evaluation.diagnosis` finds: routing, the experts' singular values, task gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from mtlora.evaluation.diagnosis import Routing
-from mtlora.plot.figure import COLOURS, clean, figure, label
+from mtlora.evaluation.diagnosis import Routing, Spectra
+from mtlora.plot.figure import COLOURS, HEAT, clean, figure, label
 
 _COLUMNS = 6
 _LAYERS, _GROUPS = 5, 8
@@ -95,3 +96,54 @@ def _name_tasks(panel: Any, tasks: Sequence[str], size: float) -> None:
 
 def _picked(total: int, most: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, total - 1, min(total, most))})
+
+
+def plot_spectra(found: Spectra, out: Path) -> None:
+    """Singular values a block, effective ranks, and how much the experts overlap."""
+    import matplotlib
+
+    M, N, r = found.sigma_MNr.shape
+    strongest = found.sigma_MNr[..., :1].clamp_min(1e-12)
+    relative = (found.sigma_MNr / strongest).mean(1)
+    rank = found.effective_rank()
+    with figure(out, 1, 3, size=(14, 3.8)) as (made, axes):
+        first, second, third = axes[0]
+        colours = matplotlib.colormaps[HEAT](np.linspace(0, 1, M))
+        for values, colour in zip(relative, colours, strict=True):
+            first.plot(range(1, r + 1), values, color=colour, linewidth=1)
+        scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, max(1, M - 1)), HEAT)
+        made.colorbar(scale, ax=first, label="block")
+        first.set_yscale("log")
+        first.set_xlabel("component")
+        first.set_title("singular values ÷ the largest, mean over experts", loc="left", fontsize=10)
+        second.fill_between(range(M), rank.amin(1), rank.amax(1), color=COLOURS[4], alpha=0.4, label="least to most")
+        second.plot(range(M), rank.mean(1), marker=".", color=COLOURS[0], label=f"mean: {float(rank.mean()):.1f}")
+        second.axhline(r, color="#8d979f", linestyle=":", linewidth=1)
+        second.set_ylim(0, r * 1.05)
+        second.set_title(f"effective rank of an expert, of {r}", loc="left", fontsize=10)
+        second.legend(frameon=False, fontsize=9)
+        third.plot(range(M), found.overlap_M, marker=".", color=COLOURS[0])
+        third.set_ylim(0, 1)
+        third.set_title(f"overlap of the {N} experts' ranges (1: the same)", loc="left", fontsize=10)
+        for panel in (second, third):
+            panel.set_xlabel("block")
+        for panel in (first, second, third):
+            clean(panel)
+
+
+def plot_gradients(found: Mapping[str, torch.Tensor], tasks: Sequence[str], out: Path) -> None:
+    """A matrix of cosines [T, T] a panel, with its mean over pairs and the share of pairs that pull apart."""
+    count = len(tasks)
+    side = max(3.2, 0.17 * count)
+    with figure(out, 1, len(found), size=(side * len(found) + 2.6, side + 0.9)) as (made, axes):
+        for i, (panel, (name, matrix)) in enumerate(zip(axes[0], found.items(), strict=True)):
+            values = matrix.numpy()
+            image = panel.imshow(values, cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest")
+            pairs = values[~np.eye(count, dtype=bool)]
+            told = f"mean {pairs.mean():.2f}, below zero {np.mean(pairs < 0):.0%}" if count > 1 else "one task"
+            panel.set_title(f"{name}\n{told}", fontsize=9, loc="left")
+            names = [label(task) for task in tasks] if i == 0 else []
+            panel.set_yticks(range(len(names)), names, fontsize=6)
+            panel.tick_params(length=0)
+            panel.set_xticks([])
+        made.colorbar(image, ax=axes, shrink=0.7, label="cosine between task gradients")
