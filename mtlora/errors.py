@@ -1,4 +1,4 @@
-"""The base of every error that a user can put right, and one line for a failed validation."""
+"""The base of every error that a user can fix, and one line for a failed validation."""
 
 import reprlib
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ def describe(error: "ValidationError") -> str:
     parts = []
     for item in error.errors(include_url=False)[:3]:
         where = ".".join(str(part) for part in item["loc"])
-        # Of a missing field, or a rule about several, the input is the whole object around it; of bad JSON, all of it.
+        # For a missing field or a rule about several, pydantic gives the whole object; for bad JSON, the whole text.
         found = "" if isinstance(item["input"], dict | bytes) else f" (found {reprlib.repr(item['input'])})"
         parts.append((f"{where}: " if where else "") + item["msg"].removeprefix("Value error, ") + found)
     more = error.error_count() - len(parts)

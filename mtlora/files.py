@@ -1,4 +1,4 @@
-"""Folders that are replaced whole: made beside the old one, then exchanged with it in one step. Files that change."""
+"""Folders that are replaced whole (made beside the old one, exchanged in one step), and files that change."""
 
 import ctypes
 import errno
@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-# What a file system (NFS, some overlays) or an old kernel answers to an exchange that it does not know.
+# Errors of file systems (NFS, some overlays) and old kernels that cannot exchange two folders.
 _NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV}
 
 
@@ -20,7 +20,7 @@ _NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV}
 def folder_in_the_making(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder`, on the same file system, removed at the end unless `put_in_place` moved it.
 
-    A process killed in between leaves a hidden `.NAME-…` folder behind, which nothing reads.
+    A killed process leaves a hidden `.NAME-…` folder behind; nothing reads it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True) as temporary:
@@ -32,8 +32,8 @@ def folder_in_the_making(folder: Path) -> Iterator[Path]:
 def put_in_place(made: Path, folder: Path) -> None:
     """Move the folder `made` to `folder`; what was at `folder` ends up beside where `made` was.
 
-    At every moment `folder` is the old one or the new one. Where the file system cannot exchange two folders, there is
-    a moment between two renames in which `folder` is absent; a failure of the second undoes the first. Raises OSError.
+    At every moment, `folder` is the old one or the new one. Exception: if the file system cannot exchange two folders,
+    `folder` is absent between two renames; if the second fails, the first is undone. Raises OSError.
     """
     sync(made)
     try:
@@ -74,7 +74,7 @@ def _exchange(one: Path, other: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock among processes, by a file that stays; it ends with the process that holds it."""
+    """Hold an exclusive lock among processes. The lock file stays; the lock ends with its process."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

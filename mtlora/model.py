@@ -29,8 +29,8 @@ class AdaptedModel:
     def answer_states(self, tokens_BL: torch.Tensor, bias_index_B: torch.Tensor, rows_A: torch.Tensor) -> torch.Tensor:
         """Last hidden states [A, D] at flat positions `rows_A`: the vocabulary product runs for these alone.
 
-        The inputs may be on any device. With gradient checkpointing the caller keeps the tasks in use for the backward
-        pass too.
+        The inputs may be on any device. With gradient checkpointing, the caller must keep the tasks in use for the
+        backward pass too.
         """
         device = self.model.device
         with self.adapters.context.use(bias_index_B.to(device)):
@@ -63,7 +63,7 @@ def load_backbone(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 def new_adapted_model(
     folder: Path, config: MtLoRAConfig | BaselineConfig, num_tasks: int, dtype: torch.dtype
 ) -> AdaptedModel:
-    """A backbone with a fresh adapter, or baseline: B and biases zero, A and routers from torch's generator."""
+    """A backbone with a fresh adapter or baseline: B and biases are zero, A and routers come from torch's generator."""
     model, tokenizer = load_backbone(folder, dtype)
     if not isinstance(config, MtLoRAConfig):
         return AdaptedModel(model, tokenizer, attach_baseline(config, model), identify(folder))

@@ -7,15 +7,15 @@ from mtlora.task import TaskSpec
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a rendered prompt, with the special tokens the backbone's tokenizer puts before a text.
+    """Token ids of a rendered prompt, with the special tokens that the backbone's tokenizer puts before a text.
 
-    What looks like a special token inside the text is read as text: no input can forge a turn or an end.
+    A special token spelled out inside the text is encoded as plain text: no input can forge a turn or an end.
     """
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is None or fast.truncation or fast.padding:
         return list(tokenizer(prompt, add_special_tokens=True, split_special_tokens=True)["input_ids"])
-    # What that call comes to, without its overhead, which a server pays for every request. Set where it differs alone,
-    # since no other thread may encode at that moment.
+    # The same as the call above without its overhead, which a server pays for every request. Set the flag only if it
+    # differs: no other thread may encode while it changes.
     if not fast.encode_special_tokens:
         fast.encode_special_tokens = True
     return list(fast.encode_batch_fast([prompt], add_special_tokens=True)[0].ids)
@@ -24,7 +24,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Token ids of a conversation in the backbone's chat template, ready for the assistant's turn.
 
-    The template's own special tokens are made of text too, so contents must hold none: see `special_tokens_in`.
+    The template spells out special tokens as text, so contents must hold none: see `special_tokens_in`.
     """
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -33,7 +33,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[i
 def encode_answer(tokenizer: Any, target: str) -> list[int]:
     """Token ids that a model should generate after the prompt: a blank, the answer, the end-of-sequence token.
 
-    Encoded apart from the prompt, since at inference the prompt is encoded alone and its last token is fixed.
+    Encoded apart from the prompt: inference encodes the prompt alone, which fixes its last token.
     """
     ids = tokenizer(" " + target, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return [*ids, tokenizer.eos_token_id]
@@ -47,5 +47,5 @@ def special_tokens_in(tokenizer: Any, text: str) -> list[str]:
 def encode_example(
     tokenizer: Any, task: TaskSpec, text: str, target: str, working: str | None = None
 ) -> tuple[list[int], list[int]]:
-    """(prompt ids, answer ids) of one training example; the answer's include its working, where there is any."""
+    """(prompt ids, answer ids) of one training example; the answer includes its working, if any."""
     return encode_prompt(tokenizer, task.render(text)), encode_answer(tokenizer, task.worked_answer(working, target))

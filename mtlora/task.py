@@ -46,11 +46,11 @@ class TaskSpec(BaseModel):
     template: str = Field("{input}\nAnswer:", min_length=1, max_length=20_000)
     stop: tuple[Annotated[str, StringConstraints(min_length=1, max_length=64)], ...] = Field(("\n",), max_length=8)
     max_new_tokens: int = Field(32, ge=1, le=4096)
-    allowed_answers: tuple[str, ...] | None = Field(None, description="the closed set of answers, where there is one")
-    # Left out of JSON where unset, so that a task without it reads and writes as it did before there was the field.
+    allowed_answers: tuple[str, ...] | None = Field(None, description="the closed set of answers, if there is one")
+    # Left out of JSON if unset.
     answer_marker: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = Field(
         None,
-        description="what parts working from answer in a generated text; null where all of it is the answer",
+        description="the mark between working and answer in a generated text; null if all of it is the answer",
         exclude_if=lambda marker: marker is None,
     )
 
@@ -92,8 +92,8 @@ class TaskSpec(BaseModel):
     def split_answer(self, text: str) -> tuple[str, str]:
         """(working, answer) of a generated text: what precedes the first marker, and what follows it.
 
-        Without a marker in the text, or for a task that has none, all of it is the answer. The first one counts, so
-        that an answer can be streamed from there on. Blanks are left as they are.
+        Without a marker, all of the text is the answer. The first marker counts, so that the answer can be streamed
+        from there on. Blanks stay.
         """
         if self.answer_marker is None:
             return "", text
@@ -105,9 +105,9 @@ class TaskSpec(BaseModel):
         return self.split_answer(text)[1].strip()
 
     def worked_answer(self, working: str | None, target: str) -> str:
-        """The text to train on: `working marker target`, or the bare target where there is no working.
+        """The text to train on: `working marker target`, or the target alone without working.
 
-        Raises TemplateError where `split_answer` would not find the two parts again, or a stop string would cut them.
+        Raises TemplateError if `split_answer` could not find the two parts again, or a stop string would cut them.
         """
         for name, part in (("working", working or ""), ("target", target)):
             if self.answer_marker and self.answer_marker in part:
@@ -115,7 +115,7 @@ class TaskSpec(BaseModel):
         if not working:
             return target
         if self.answer_marker is None:
-            raise TemplateError(f"task {self.id} has no answer_marker, so its examples can have no working")
+            raise TemplateError(f"task {self.id} has no answer_marker, so its examples cannot have working")
         for stop in self.stop:
             if stop in working:
                 raise TemplateError(f"task {self.id}: working {working[:80]!r} contains the stop string {stop!r}")
@@ -140,7 +140,7 @@ class TaskSpec(BaseModel):
 
 
 def normalise_answer(text: str) -> str:
-    """The form in which two answers are compared: outer blanks dropped, inner runs of blanks made one."""
+    """The form in which answers are compared: no outer blanks, one blank for each inner run of blanks."""
     return " ".join(text.split())
 
 

@@ -1,4 +1,4 @@
-"""The `mtlora` command. One module a command group; each has `add_parser(subparsers)` and sets `run(args) -> int`.
+"""The `mtlora` command. Each command group is a module with `add_parser(subparsers)`, which sets `run(args) -> int`.
 
 Command modules import torch, transformers and the like inside `run`, so that `mtlora --help` answers at once.
 """
@@ -16,7 +16,7 @@ _COMMANDS = ("backbone", "tasks", "train", "sweep", "evaluate", "plot", "checkpo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 1 for a failed check, 2 for an error of the user's, 130 for Ctrl-C."""
+    """Run one command; returns the exit status: 1 for a failed check, 2 for a user's error, 130 for Ctrl-C."""
     args = _parser().parse_args(argv)
     try:
         status: int = args.run(args)
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader (`| head`) has gone; keep the interpreter's own flush at exit from failing too.
+        # The reader (`| head`) is gone: keep the interpreter's flush at exit from failing too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except ValueError as error:
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _message(error: ValueError) -> str | None:
-    """The one line to print for an error of the user's; None for a defect, which keeps its traceback."""
+    """The line to print for a user's error; None for a defect, which keeps its traceback."""
     from pydantic import ValidationError
 
     from mtlora.errors import MtLoRAError, describe

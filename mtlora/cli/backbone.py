@@ -14,10 +14,10 @@ def add_parser(subparsers: Any) -> None:
 
     prepare = commands.add_parser("prepare", help="make the default backbone's folder from the embedded weights")
     prepare.add_argument("--out", type=Path, metavar="DIR", help="default: $MTLORA_BACKBONE_DIR, or in the cache")
-    prepare.add_argument("--force", action="store_true", help="make it anew even where it is complete")
+    prepare.add_argument("--force", action="store_true", help="make it again even if it is complete")
     prepare.set_defaults(run=_prepare)
 
-    show = commands.add_parser("show", help="print what an adapter remembers of a backbone")
+    show = commands.add_parser("show", help="print a backbone's identity, as adapters store it")
     add_backbone_argument(show)
     show.add_argument("--json", action="store_true", help="print JSON")
     show.set_defaults(run=_show)

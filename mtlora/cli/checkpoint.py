@@ -1,4 +1,4 @@
-"""`mtlora inspect` and `mtlora verify`: what a checkpoint says of itself, and whether it holds."""
+"""`mtlora inspect` and `mtlora verify`: what a manifest says, and whether the whole checkpoint is sound."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ def add_parser(subparsers: Any) -> None:
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
 
-    verify = subparsers.add_parser("verify", help="check a whole checkpoint: exit 1, with the reason, where it fails")
+    verify = subparsers.add_parser("verify", help="check a whole checkpoint; exit 1 with the reason if it fails")
     verify.add_argument("folder", type=Path, metavar="DIR")
     add_backbone_argument(verify, default=None)
     verify.set_defaults(run=_verify)
@@ -31,7 +31,7 @@ def _inspect(args: argparse.Namespace) -> int:
     manifest = read_manifest(args.folder)
     backbone, config = manifest.backbone, manifest.config
     parameters = adapter_parameters(config, backbone.hidden_size, backbone.num_layers, len(manifest.tasks))
-    # The tensors may be absent or damaged, which is for `verify` to say.
+    # The tensors may be absent or damaged; `verify` reports that.
     size = sum(path.stat().st_size for name in (MANIFEST_FILE, TENSORS_FILE) if (path := args.folder / name).is_file())
     if args.json:
         print_json({"parameters": parameters, "bytes": size, **manifest.model_dump(mode="json")})
@@ -67,7 +67,7 @@ def _inspect(args: argparse.Namespace) -> int:
     try:
         print_scores(manifest.evaluation)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
-        # Any JSON may stand there; only this project's trainer writes scores of this form.
+        # The manifest may hold any JSON here; only this project writes scores of this form.
         print_fields("evaluation", manifest.evaluation)
     return 0
 

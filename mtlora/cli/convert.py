@@ -1,4 +1,4 @@
-"""`mtlora convert`: take over a checkpoint of mtLoRA's authors, or of block-level HydraLoRA."""
+"""`mtlora convert`: convert a checkpoint of mtLoRA's authors, or of block-level HydraLoRA."""
 
 import argparse
 from pathlib import Path
@@ -11,8 +11,8 @@ def add_parser(subparsers: Any) -> None:
     """Contribute `convert`."""
     parser = subparsers.add_parser(
         "convert",
-        help="take over a checkpoint of mtLoRA's authors, or of block-level HydraLoRA",
-        description="Writes SRC in this project's format to OUT. Such files know neither their tasks nor alpha.",
+        help="convert a checkpoint of mtLoRA's authors, or of block-level HydraLoRA",
+        description="Writes SRC to OUT in this project's format. Such files hold neither tasks nor alpha.",
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="a torch or safetensors file of a state dict")
     parser.add_argument("out", type=Path, metavar="OUT", help="the checkpoint's folder")

@@ -1,4 +1,4 @@
-"""`mtlora eval`: accuracy of an adapter, a task and overall, with the backbone alone beside it."""
+"""`mtlora eval`: accuracy of an adapter, per task and overall, beside the backbone alone."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mtlora.evaluation.evaluate import Answerer, Scores
     from mtlora.suite import Example, Suite
 
-# Examples of each task of a suite that generates them, where none are asked for.
+# Examples of each task of a generated suite, without --examples.
 _GENERATED_EXAMPLES = 40
 
 
@@ -26,7 +26,9 @@ def add_parser(subparsers: Any) -> None:
         description="Scores every example of a folder, or EXAMPLES of each task of the built-in suite's split. "
         "The adapter's own task table says how a task's input becomes a prompt and when its answer ends.",
     )
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a checkpoint; without it the backbone is alone")
+    parser.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="a checkpoint; without it, only the backbone is scored"
+    )
     add_backbone_argument(parser)
     parser.add_argument(
         "--suite", default="builtin", metavar="S", help="'builtin', 'bbh-generated' or a folder of task files"
@@ -39,15 +41,15 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--scoring", choices=("generate", "likelihood"), default="generate",
-        help="likelihood: of the options of a multiple choice, take the likeliest; other tasks generate all the same",
+        help="likelihood: answer a multiple choice by its likeliest option; other tasks still generate",
     )  # fmt: skip
     parser.add_argument(
         "--through", metavar="HOST:PORT", help="ask a running server instead of a model in this process"
     )
-    parser.add_argument("--adapter-only", action="store_true", help="leave the backbone alone out")
+    parser.add_argument("--adapter-only", action="store_true", help="do not score the backbone alone")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores, and every answer, as JSON")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores and every answer as JSON")
     parser.add_argument("--record", action="store_true", help="keep the scores in the checkpoint's manifest")
     parser.set_defaults(run=_eval)
 
@@ -62,7 +64,7 @@ def _eval(args: argparse.Namespace) -> int:
 
     _check(args)
     if args.json:
-        # Now, not after minutes of work.
+        # Fail now, not after minutes of work.
         args.json.parent.mkdir(parents=True, exist_ok=True)
     folder = resolve(args.backbone)
     checkpoint = read_checkpoint(args.adapter, identify(folder)) if args.adapter else None
@@ -101,17 +103,18 @@ def _check(args: argparse.Namespace) -> None:
     if args.examples is not None and args.examples < 1:
         raise MtLoRAError(f"--examples {args.examples}: allowed are 1 and more")
     if args.through and (args.shots or args.scoring != "generate" or not args.adapter):
-        raise MtLoRAError("--through asks a server that has its own prompts: not with --shots, --scoring likelihood "
-                          "or without --adapter")  # fmt: skip
+        raise MtLoRAError(
+            "--through: a server has its own prompts; it needs --adapter, without --shots and --scoring likelihood"
+        )
     for flag in ("adapter_only", "record"):
         if getattr(args, flag) and not args.adapter:
-            raise MtLoRAError(f"--{flag.replace('_', '-')}: there is no --adapter")
+            raise MtLoRAError(f"--{flag.replace('_', '-')}: needs --adapter")
 
 
 def _answerers(
     folder: Path, checkpoint: "Checkpoint | None", tasks: "tuple[TaskEntry, ...]", suite: "Suite", args: Any
 ) -> "dict[str, Answerer]":
-    """`adapter` and `backbone_alone`, or one of them."""
+    """The answerers to score: `adapter`, `backbone_alone`, or both."""
     from mtlora.evaluation import evaluate
 
     found: dict[str, Answerer] = {}
@@ -133,7 +136,7 @@ def _answerers(
     if checkpoint:
         adapted = load_adapted_model(folder, checkpoint, dtype)
     else:
-        # Never asked: the smallest adapter there is.
+        # The smallest possible adapter, which is never used.
         adapted = new_adapted_model(folder, MtLoRAConfig(r=1, num_experts=1, num_groups=1, task_bias=False), 1, dtype)
     make = evaluate.likelihood_answerer if args.scoring == "likelihood" else evaluate.offline_answerer
     prompt_of = evaluate.few_shot_prompt(suite, args.shots, args.seed) if args.shots else evaluate.plain_prompt
@@ -164,7 +167,7 @@ def _examples(suite: "Suite", tasks: "tuple[TaskEntry, ...]", args: argparse.Nam
 
 
 def summary(scores: "Mapping[str, Scores]") -> str:
-    """The line that says it all. `backbone alone` and the floor are left out where they were not measured."""
+    """The summary in one line; leaves out what was not measured."""
     adapter, alone = scores.get("adapter"), scores.get("backbone_alone")
     parts = [f"{len((adapter or scores['backbone_alone']).tasks)} tasks"]
     if adapter:
@@ -177,9 +180,9 @@ def summary(scores: "Mapping[str, Scores]") -> str:
 
 
 def print_scores(evaluation: Mapping[str, Any]) -> None:
-    """Print a row a task: adapter, backbone alone, most frequent answer; and the means. An empty evaluation: nothing.
+    """Print a row per task (adapter, backbone alone, most frequent answer) and the means; nothing for no evaluation.
 
-    Raises KeyError, TypeError and the like for what `Scores.as_dict` did not make.
+    Raises KeyError, TypeError and the like for anything that `Scores.as_dict` did not make.
     """
     if not evaluation:
         return

@@ -17,7 +17,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "merge",
         help="add a task to an adapter without moving its other tasks",
-        description="Trains one task with everything that the adapter has frozen, compares the other tasks' outputs "
+        description="Trains one task with the adapter's weights frozen, compares the other tasks' outputs "
         "before and after, and writes the adapter with one task more to OUT.",
     )
     parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="a checkpoint")
@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
         "--mode",
         choices=("bias", "experts"),
         default="bias",
-        help="bias: a new mix of the experts there are; experts: also new experts, which only the new task uses",
+        help="bias: a new mix of the existing experts; experts: also new experts, which only the new task uses",
     )
     parser.add_argument("--new-experts", type=int, metavar="M", help="with --mode experts; default: 2")
     add_backbone_argument(parser)
@@ -37,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    # Threads that wait without spinning lose little alone and little beside other work; spinning loses tenfold there.
+    # Threads that wait without spinning cost little. Spinning beside other work costs a factor of ten.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from mtlora.backbone import identify, resolve
     from mtlora.checkpoint.read import read_checkpoint
@@ -84,7 +84,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _counts(suite: Any, task_id: str) -> dict[str, Any]:
-    """How many examples to take: of a generator what is usual, of a folder all that it has."""
+    """Example counts: the usual number from a generator, all that a folder has."""
     if not suite.finite:
         return {"examples_per_task": _EXAMPLES, "validation_per_task": _VALIDATION}
     validation = len(suite.examples(task_id, "validation", None))

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def printable(value: object) -> str:
-    """`value` as text that cannot steer a terminal: what a checkpoint says of itself is not trusted."""
+    """`value` as text that cannot control a terminal: a checkpoint's texts are not trusted."""
     text = value if isinstance(value, str) else str(value)
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
@@ -19,7 +19,7 @@ def print_json(value: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table; its cells are plain text, never markup. Nothing is cut where the output is not a terminal."""
+    """Print a table. Cells are plain text, never markup; output that is no terminal is never cut."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -32,7 +32,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         table.add_column(Text(column), overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    # Captured and printed, since rich ends the process by itself where the reader of a pipe has gone.
+    # Capture, then print: rich ends the process by itself when a pipe's reader is gone.
     with console.capture() as captured:
         console.print(table)
     print(captured.get(), end="")

@@ -21,9 +21,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "plot",
         help="draw what a checkpoint's tasks, experts and groups do",
-        description="Draws into the folder OUT: accuracy a task; curves (of the log.jsonl beside the checkpoint); "
-        "spectra of the experts; routing (a heat map a block, one a group, and the effective number of experts); and "
-        "the cosine between task gradients, block against component level. With OUT a file: accuracy alone.",
+        description="Draws into the folder OUT: accuracy per task; curves (of the log.jsonl beside the checkpoint); "
+        "spectra of the experts; routing (a heat map per block and per group, the effective number of experts); and "
+        "the cosine between task gradients, block level against component level. If OUT is a file: accuracy alone.",
     )
     parser.add_argument(
         "source", type=Path, metavar="SOURCE", help="a checkpoint, a training run, or a file that eval --json wrote"
@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--suite", metavar="S", help="where inputs come from (default: what it was trained on)")
     parser.add_argument("--examples", type=int, default=8, metavar="N", help="inputs of each task (default: 8)")
     parser.add_argument(
-        "--against", type=Path, metavar="DIR", help="a trained HydraLoRA or LoRA whose gradients are drawn beside"
+        "--against", type=Path, metavar="DIR", help="a trained HydraLoRA or LoRA to compare gradients with"
     )
     parser.set_defaults(run=_plot)
 
@@ -83,7 +83,7 @@ def _accuracy(evaluation: Mapping[str, Any], source: Path, out: Path) -> None:
 
 
 def _checkpoint_pictures(args: argparse.Namespace, source: Path) -> dict[str, Callable[[], list[Path]]]:
-    """What can be drawn of this checkpoint, by name; each returns the files that it wrote."""
+    """What this checkpoint can be drawn as, by name; each function returns the files that it wrote."""
     import torch
 
     from mtlora.backbone import identify, resolve
@@ -145,7 +145,7 @@ def _checkpoint_pictures(args: argparse.Namespace, source: Path) -> dict[str, Ca
 
 
 def _in_order_of_bias(checkpoint: "Checkpoint") -> list[Any]:
-    """The task table with the tasks at the rows of their biases."""
+    """The task table in the order of the bias rows."""
     return sorted(checkpoint.manifest.tasks, key=lambda task: -1 if task.bias_index is None else task.bias_index)
 
 
@@ -159,10 +159,12 @@ def _examples(args: argparse.Namespace, checkpoint: "Checkpoint") -> "dict[str, 
     elif "config" in checkpoint.manifest.training:
         suite = load_suite(TrainingConfig.model_validate(checkpoint.manifest.training["config"]).suite)
     else:
-        raise MtLoRAError(f"{args.source}: does not say what it was trained on: name it with --suite")
+        raise MtLoRAError(f"{args.source}: its training suite is not recorded: name it with --suite")
     known = {task.id for task in suite.tasks}
     if missing := [task.id for task in checkpoint.manifest.tasks if task.id not in known]:
-        raise MtLoRAError(f"suite {suite.name} lacks the adapter's task {', '.join(missing)}: name another by --suite")
+        raise MtLoRAError(
+            f"suite {suite.name} lacks the adapter's task {', '.join(missing)}: name another with --suite"
+        )
     return {
         task.id: up_to(suite, task.id, "validation", args.examples) or up_to(suite, task.id, "train", args.examples)
         for task in checkpoint.manifest.tasks
@@ -170,7 +172,7 @@ def _examples(args: argparse.Namespace, checkpoint: "Checkpoint") -> "dict[str, 
 
 
 def _gradient_cosines(args: argparse.Namespace, folder: Path, checkpoint: "Checkpoint") -> dict[str, Any]:
-    """Of this checkpoint, and of both levels before any training; or beside it of a trained baseline."""
+    """Cosines of this checkpoint beside a trained baseline's, or beside both levels before training."""
     import torch
 
     from mtlora.evaluation.diagnosis import cosines, task_gradients

@@ -1,4 +1,4 @@
-"""`mtlora publish`: hand a checkpoint to the server."""
+"""`mtlora publish`: copy a checkpoint to where a server finds it."""
 
 import argparse
 from pathlib import Path

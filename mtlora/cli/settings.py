@@ -13,12 +13,12 @@ def add_set_argument(parser: argparse.ArgumentParser) -> None:
     """`--set KEY=JSON`, the same in every command."""
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=JSON",
-        help="any other setting, such as adapter.r=32; @FILE: all that a JSON file has",
+        help="any other setting, such as adapter.r=32; @FILE: all settings of a JSON file",
     )  # fmt: skip
 
 
 def read_settings(file: Path | None, flags: Sequence[str]) -> dict[str, Any]:
-    """The file's settings with flags of the form `a.b=JSON` or `@FILE` over them, each over those before it.
+    """The file's settings, then flags of the form `a.b=JSON` or `@FILE`; later ones win.
 
     Raises MtLoRAError naming file or flag.
     """
@@ -28,7 +28,7 @@ def read_settings(file: Path | None, flags: Sequence[str]) -> dict[str, Any]:
 
 
 def lay_over(settings: dict[str, Any], flags: Sequence[str]) -> None:
-    """Lay what `--set` gave over settings. Raises MtLoRAError naming file or flag."""
+    """Apply `--set` flags to settings, in place. Raises MtLoRAError naming file or flag."""
     for flag in flags:
         if flag.startswith("@"):
             settings |= _read(Path(flag[1:]))
@@ -47,7 +47,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _assign(settings: dict[str, Any], flag: str) -> None:
-    """Set `a.b=JSON` in nested settings; what is no JSON is a string."""
+    """Set `a.b=JSON` in nested settings; a value that is not JSON is a string."""
     key, separator, raw = flag.partition("=")
     if not separator:
         raise MtLoRAError(f"--set {flag!r}: expected KEY=VALUE")

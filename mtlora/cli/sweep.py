@@ -8,7 +8,7 @@ from typing import Any
 from mtlora.cli.backbone import add_backbone_argument
 from mtlora.cli.settings import add_set_argument, read_settings
 
-# A small budget, so that a first table is there within the hour; the configuration's own is --set's to give.
+# A small budget gives a first table within the hour; --set gives others.
 _EXAMPLES_PER_TASK = 100
 
 
@@ -19,10 +19,10 @@ def add_parser(subparsers: Any) -> None:
         help="train and score many configurations, task counts and seeds; one results table",
         description="Trains every configuration with every number of tasks and every seed, scores each on the test "
         "split, and writes results.md, .json and .png, losses.png and, with several task counts, scaling.png to DIR. "
-        "The same command goes on where it was stopped.",
+        "The same command resumes a stopped sweep.",
     )
     parser.add_argument("configs", type=Path, nargs="+", metavar="CONFIG", help="JSON files of training configurations")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder a run, and the results")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder for each run, and the results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
     parser.add_argument("--task-counts", type=int, nargs="+", metavar="N", help="such as 5 10 15 20 25; default: all")
     parser.add_argument(
@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N",
-        help="runs at a time (default: %(default)s); on CPUs, N runs of one thread (--set threads=1) get more done",
+        help="runs at a time (default: %(default)s); on CPUs, N runs of one thread (--set threads=1) are faster",
     )  # fmt: skip
     add_backbone_argument(parser)
     add_set_argument(parser)
@@ -52,7 +52,7 @@ def _sweep(args: argparse.Namespace) -> int:
 
     names = [file.stem for file in args.configs]
     if len(set(names)) != len(names):
-        raise SweepError(f"configurations are told apart by their files' names: {', '.join(names)}")
+        raise SweepError(f"configurations need distinct file names: {', '.join(names)}")
     if args.test_examples < 1:
         raise SweepError(f"--test-examples {args.test_examples}: allowed are 1 and more")
     if args.jobs < 1:
@@ -61,7 +61,7 @@ def _sweep(args: argparse.Namespace) -> int:
     configs = {file.stem: TrainingConfig.model_validate(read_settings(file, flags)) for file in args.configs}
     runs = grid(configs, args.out, seeds=list(dict.fromkeys(args.seeds)), task_counts=args.task_counts)
     settings = {"examples": args.test_examples}
-    # All of them first: what cannot be gone on with is said before any work is done.
+    # Read all results first, so that a run which cannot resume is reported before any work.
     done = {run.folder: read_result(run, settings) for run in runs}
     folder = resolve(args.backbone)
     todo = [run for run in runs if not done[run.folder]]
@@ -73,7 +73,7 @@ def _sweep(args: argparse.Namespace) -> int:
                 failed.append(f"{run.folder}: {result['error']}")
                 continue
             done[run.folder] = result
-            # After each run, so that a sweep of hours shows what it has; in the order that was asked for.
+            # After each run, so that a long sweep shows intermediate results; in the order of the command.
             write_report([result for result in done.values() if result], args.out)
     results = [result for result in done.values() if result]
     if results:

@@ -13,7 +13,7 @@ from mtlora.cli.settings import add_set_argument, read_settings
 if TYPE_CHECKING:
     from mtlora.train.config import TrainingConfig
 
-# Flags of their own for what is changed most; everything else goes by --set.
+# The settings that users change most have flags; --set covers the rest.
 _SHORTCUTS = ("suite", "examples_per_task", "epochs", "batch_size", "learning_rate", "seed", "threads", "max_steps")
 
 
@@ -23,7 +23,7 @@ def add_parser(subparsers: Any) -> None:
         "train",
         help="train an adapter for a suite of tasks",
         description="Trains an adapter beside the frozen backbone. DIR gets training.json (the configuration), "
-        "log.jsonl (a line a step), state.pt (to go on from) and, at the end, adapter/ (the checkpoint). Under "
+        "log.jsonl (a line per step), state.pt (to resume from) and, at the end, adapter/ (the checkpoint). Under "
         "torchrun every process takes its share of each batch.",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder")
@@ -31,9 +31,9 @@ def add_parser(subparsers: Any) -> None:
         "--config", type=Path, metavar="FILE", help="JSON of a training configuration; flags win over it"
     )
     add_backbone_argument(parser)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in DIR, or begin where there is none")
+    parser.add_argument("--resume", action="store_true", help="resume the run in DIR, or start one")
     parser.add_argument(
-        "--profile", type=int, metavar="STEPS", help="train so many steps, print where their time goes, keep nothing"
+        "--profile", type=int, metavar="STEPS", help="train this many steps, print where the time goes, keep nothing"
     )
     for name in _SHORTCUTS:
         parser.add_argument(
@@ -44,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    # Threads that wait without spinning lose little alone and little beside other work; spinning loses tenfold there.
+    # Threads that wait without spinning cost little. Spinning beside other work costs a factor of ten.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from mtlora.backbone import resolve
     from mtlora.cli.evaluate import print_scores
@@ -84,5 +84,5 @@ def _profile(config: "TrainingConfig", backbone: Path, steps: int) -> int:
     )
     print_table(title, ("part of a step", "", "share of the time"), rows)
     operators = [(name, calls, f"{share:.1%}") for name, (share, calls) in found["operators"].items()]
-    print_table("the dearest operators", ("operator", "calls", "share of the time"), operators)
+    print_table("the most expensive operators", ("operator", "calls", "share of the time"), operators)
     return 0

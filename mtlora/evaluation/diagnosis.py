@@ -1,4 +1,4 @@
-"""What a trained adapter does inside: which experts its tasks use, how the experts differ, where tasks pull apart.
+"""What a trained adapter does inside: which experts tasks use, how experts differ, where tasks' gradients disagree.
 
 Shape suffixes: T tasks, M blocks (or matrices), G groups, N experts, D hidden size, r rank, K = N*r, P parameters.
 """
@@ -21,7 +21,7 @@ _EPSILON = 1e-12
 
 @dataclass(frozen=True)
 class Routing:
-    """Routing of each task: mean weights [T, M, G, N] of its tokens, and the mean entropy [T, M] of one, in nats."""
+    """Routing of each task: the mean weights [T, M, G, N] of its tokens, and their mean entropy [T, M] in nats."""
 
     tasks: tuple[str, ...]
     blocks: tuple[str, ...]
@@ -29,23 +29,23 @@ class Routing:
     token_entropy_TM: torch.Tensor
 
     def experts_of_a_token(self) -> torch.Tensor:
-        """[M]: the effective number of experts, exp(entropy), that one token mixes in a group."""
+        """The effective number of experts, exp(entropy), that one token mixes in a group: [M]."""
         return self.token_entropy_TM.mean(0).exp()
 
     def experts_of_a_task(self) -> torch.Tensor:
-        """[M]: the effective number of experts that one task uses in a group, over its tokens."""
+        """The effective number of experts that one task uses in a group, over its tokens: [M]."""
         return entropy(self.weights_TMGN).mean((0, 2)).exp()
 
     def experts_of_all(self) -> torch.Tensor:
-        """[M]: the effective number of experts that all tasks together use in a group: how many there need be."""
+        """The effective number of experts that all tasks together use in a group: [M]."""
         return entropy(self.weights_TMGN.mean(0)).mean(1).exp()
 
     def between_tasks(self) -> torch.Tensor:
-        """[M]: how differently tasks route: Jensen-Shannon divergence between them, 0 to 1 (of its maximum)."""
+        """How differently tasks route: their Jensen-Shannon divergence as a share of its maximum, 0 to 1: [M]."""
         return _divergence(self.weights_TMGN, 0).mean(1)
 
     def between_groups(self) -> torch.Tensor:
-        """[M]: how differently the groups of one task route, likewise; 0 with one group, or where one would do."""
+        """How differently the groups of one task route, likewise; 0 if one group would do: [M]."""
         return _divergence(self.weights_TMGN, 2).mean(0)
 
 
@@ -64,7 +64,7 @@ def _divergence(weights: torch.Tensor, dim: int) -> torch.Tensor:
 def task_batches(
     adapted: AdaptedModel, tasks: Sequence[TaskSpec], examples: Mapping[str, Sequence[Example]]
 ) -> list[tuple[Batch, torch.Tensor]]:
-    """A (batch, mask [B*L] of its tokens that are no padding) a task, of its examples; task indices are the tasks'."""
+    """Each task's examples as (batch, mask [B*L] that is False for padding); task indices follow `tasks`."""
     found = []
     for task in tasks:
         encoded = encode(adapted.tokenizer, tasks, examples[task.id], max_length=1 << 20)
@@ -79,9 +79,10 @@ def task_batches(
 def routing_by_task(
     adapted: AdaptedModel, tasks: Sequence[TaskSpec], examples: Mapping[str, Sequence[Example]]
 ) -> Routing:
-    """How every block routes each task's tokens, prompts and answers, padding left out.
+    """How every block routes each task's tokens, of prompts and answers, without padding.
 
-    The adapter is a checkpoint's, in evaluation mode, whose task table is `tasks` in the order of its bias rows.
+    The adapter comes from a checkpoint and is in evaluation mode. `tasks`: its task table in the order of the bias
+    rows.
     """
     attached = adapted.adapters
     assert isinstance(attached, AdapterSet)
@@ -114,7 +115,7 @@ def routing_by_task(
 def task_gradients(
     adapted: AdaptedModel, tasks: Sequence[TaskSpec], examples: Mapping[str, Sequence[Example]]
 ) -> torch.Tensor:
-    """[T, P]: the gradient of each task's answer loss in every parameter that tasks share, which biases are not."""
+    """The gradient of each task's answer loss in every parameter that tasks share (all but task biases): [T, P]."""
     attached = adapted.adapters
     shared = [p for name, p in attached.named_parameters() if not name.endswith("task_bias")]
     gradients = []
@@ -128,24 +129,24 @@ def task_gradients(
 
 
 def cosines(vectors: torch.Tensor) -> torch.Tensor:
-    """[T, T]: cosine between every two rows; 0 with a row of zeros."""
+    """The cosine between every two rows; 0 for a row of zeros: [T, T]."""
     normed = torch.nn.functional.normalize(vectors, dim=1)
     return normed @ normed.T
 
 
 @dataclass(frozen=True)
 class Spectra:
-    """Of the experts of every block: singular values, falling, [M, N, r], and the overlap [M] of their ranges.
+    """The experts of every block: singular values in falling order [M, N, r], and the overlap [M] of their ranges.
 
-    Overlap is the mean over pairs of experts of the RV coefficient, the cosine between B_i B_i^T and B_j B_j^T: 0 where
-    experts write into orthogonal ranges, 1 where they write into the same one by the same strengths.
+    Overlap is the mean RV coefficient over pairs of experts, the cosine between B_i B_i^T and B_j B_j^T: 0 for experts
+    that write into orthogonal ranges, 1 for experts that write into the same range with the same strengths.
     """
 
     sigma_MNr: torch.Tensor
     overlap_M: torch.Tensor
 
     def effective_rank(self) -> torch.Tensor:
-        """[M, N]: exp of the entropy of the squared singular values' shares; 0 for an expert of zeros."""
+        """Exp of the entropy of the squared singular values' shares; 0 for an expert of zeros: [M, N]."""
         squares = self.sigma_MNr.square()
         total = squares.sum(-1, keepdim=True)
         return torch.where(total.squeeze(-1) > 0, entropy(squares / (total + _EPSILON)).exp(), 0.0)

@@ -1,4 +1,4 @@
-"""Accuracy by exact match, a task and overall, of anything that answers."""
+"""Accuracy by exact match, per task and overall, of anything that answers."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +17,12 @@ from mtlora.prompt import encode_prompt
 from mtlora.suite.base import Example, Suite
 from mtlora.task import TaskSpec, is_correct, normalise_answer
 
-# Answers to examples, in their order.
+# Gives an answer to each example, in order.
 Answerer = Callable[[Sequence[Example]], list[str]]
-# The prompt of one example of a task.
+# Gives the prompt of one example of a task.
 PromptOf = Callable[[TaskSpec, Example], str]
 
-# How far above always giving the most frequent answer a task has to be to count as learned.
+# A task counts as learned this far above the accuracy of always giving the most frequent answer.
 FLOOR_MARGIN = 0.10
 
 
@@ -32,7 +32,7 @@ class PromptError(MtLoRAError):
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One task's examples, right answers, and what always giving its most frequent target would score."""
+    """One task's examples, its right answers, and how many its most frequent target would get right."""
 
     task_id: str
     total: int
@@ -46,7 +46,7 @@ class TaskScore:
 
     @property
     def floor(self) -> float:
-        """The accuracy that says that something was learned: that of the most frequent target and a margin."""
+        """The least accuracy of a learned task: that of the most frequent target, plus a margin."""
         return self.majority / self.total + FLOOR_MARGIN
 
 
@@ -106,14 +106,14 @@ def plain_prompt(task: TaskSpec, example: Example) -> str:
 def few_shot_prompt(suite: Suite, shots: int, seed: int = 0) -> PromptOf:
     """Prompts that begin with `shots` solved examples of the same task from the suite's training split.
 
-    They are the same for every input of a task, but never hold the input itself. Raises SuiteError, when a prompt is
-    asked for, where the split has fewer.
+    The shots are the same for every input of a task, but never hold the input itself. A prompt raises SuiteError if the
+    split has fewer examples.
     """
     drawn: dict[str, list[Example]] = {}
 
     def prompt(task: TaskSpec, example: Example) -> str:
         if task.id not in drawn:
-            # One to spare, for the input that is among them.
+            # One more, in case the input is among them.
             drawn[task.id] = suite.examples(task.id, "train", shots + 1, seed)
         others = [shot for shot in drawn[task.id] if shot.input != example.input][:shots]
         parts = [f"{task.render(shot.input)} {shot.target}" for shot in others]
@@ -133,7 +133,7 @@ def offline_answerer(
 ) -> Answerer:
     """Answers from the Hugging Face model in this process, in batches of like length.
 
-    A batch has at most `batch_size` prompts and, padded, `batch_tokens` tokens of prompts, but always one.
+    A batch has at most `batch_size` prompts and, padded, `batch_tokens` prompt tokens, but at least one prompt.
     """
     by_id = {task.id: task for task in tasks}
 
@@ -173,7 +173,7 @@ def likelihood_answerer(
     with_adapter: bool = True,
     prompt_of: PromptOf = plain_prompt,
 ) -> Answerer:
-    """As `offline_answerer`, but where there are options to choose from, the likeliest one is the answer."""
+    """As `offline_answerer`, but a multiple choice is answered by its likeliest option."""
     by_id = {task.id: task for task in tasks}
     generate = offline_answerer(adapted, tasks, with_adapter=with_adapter, prompt_of=prompt_of)
 
@@ -201,7 +201,7 @@ def likelihood_answerer(
 def _encode(
     adapted: AdaptedModel, by_id: Mapping[str, TaskEntry], examples: Sequence[Example], prompt_of: PromptOf
 ) -> list[list[int]]:
-    """Token ids of every prompt. Raises PromptError for one that leaves the backbone no room to answer."""
+    """Token ids of every prompt. Raises PromptError for a prompt that leaves no room to answer."""
     room: int = adapted.model.config.max_position_embeddings
     prompts = []
     for example in examples:
@@ -221,7 +221,7 @@ def _bar(total: int, what: str, with_adapter: bool) -> "tqdm[Any]":
 
 
 def server_answerer(address: str, *, without_adapter: bool = False, concurrency: int = 32) -> Answerer:
-    """Answers from a running server, `concurrency` requests at a time. Raises ServerError where one fails."""
+    """Answers from a running server, `concurrency` requests at a time. Raises ServerError if one fails."""
     from concurrent.futures import ThreadPoolExecutor
 
     from mtlora.client import Client
@@ -229,7 +229,7 @@ def server_answerer(address: str, *, without_adapter: bool = False, concurrency:
     def answer(examples: Sequence[Example]) -> list[str]:
         def ask(example: Example) -> str:
             text = client.generate(example.task_id, example.input, without_adapter=without_adapter).text
-            # Here, not where answers are collected: those wait for the slowest example before them.
+            # Update the bar here: the loop that collects answers waits for the slowest example before each.
             with bar.get_lock():
                 bar.update()
             return text

@@ -30,7 +30,7 @@ def greedy_tokens(
 ) -> list[list[int]]:
     """What follows each prompt, up to a stop string of its task, its max_new_tokens or the end-of-sequence token.
 
-    The stop string is included, the end-of-sequence token is not.
+    Includes the stop string, but not the end-of-sequence token.
     """
     tokenizer, model = adapted.tokenizer, adapted.model
     length, eos = max(len(prompt) for prompt in prompts), tokenizer.eos_token_id
@@ -41,7 +41,7 @@ def greedy_tokens(
         tokens_BL[b, length - len(prompt) :] = torch.tensor(prompt, device=device)
         mask_BL[b, length - len(prompt) :] = 1
     generated: list[list[int]] = [[] for _ in prompts]
-    # The sequence of each row; a batch is cut down to those that go on once they are half of it or fewer.
+    # The sequence in each row. Once at most half of a batch is unfinished, only those sequences go on.
     rows = list(range(len(prompts)))
     going = set(rows)
     inputs: dict[str, Any] = {"input_ids": tokens_BL, "position_ids": (mask_BL.cumsum(-1) - 1).clamp_min(0)}
@@ -78,9 +78,9 @@ def greedy_answers(
     *,
     with_adapter: bool = True,
 ) -> list[str]:
-    """One answer a prompt: `greedy_tokens` as text, without the stop string.
+    """One answer per prompt: `greedy_tokens` as text, without the stop string.
 
-    Working before the task's answer marker is left out; the backbone alone, which knows no marker, gives all it says.
+    Leaves out working before the task's answer marker. The backbone alone knows no marker, so its whole text counts.
     """
     generated = greedy_tokens(adapted, tasks, prompts, bias_index_B, with_adapter=with_adapter)
     texts = [

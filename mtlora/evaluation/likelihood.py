@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood: the option that a model finds likeliest, whatever it would have written.
+"""Multiple choice by likelihood: the option that a model finds likeliest, whatever it would generate.
 
 Shape suffixes: B options, L positions, V vocabulary.
 """
@@ -18,7 +18,7 @@ _DASHED = re.compile(r"^- (.+?)\s*$", re.MULTILINE)
 
 
 def options_of(task: TaskSpec, text: str) -> tuple[str, ...]:
-    """The answers to choose from: the task's closed set, or those that an input lists under `Options:`, or none."""
+    """The answers to choose from: those that an input lists under `Options:`, else the task's closed set, else none."""
     _, listed, block = text.partition("\nOptions:\n")
     if listed and (found := _LETTERED.findall(block) or _DASHED.findall(block)):
         return tuple(found)
@@ -35,9 +35,9 @@ def likeliest(
     *,
     with_adapter: bool = True,
 ) -> str:
-    """The option of the highest log-likelihood after the prompt, summed over its tokens; the first of equals.
+    """The option with the highest log-likelihood after the prompt, summed over its tokens; the first among equals.
 
-    For a task with an answer marker the adapter writes its working first, and the options are compared behind it.
+    If the task has an answer marker, the adapter writes its working first, and the options are compared after it.
     """
     bias_index_B = torch.tensor([bias_index])
     prefix = list(prompt)
@@ -64,7 +64,7 @@ def likeliest(
 
 
 def _working(adapted: AdaptedModel, task: TaskSpec, prompt: Sequence[int], bias_index_B: torch.Tensor) -> list[int]:
-    """The tokens of the adapter's working and its marker; none where it answers without."""
+    """The tokens of the adapter's working and its marker; none if it answers without."""
     (generated,) = greedy_tokens(adapted, [task], [prompt], bias_index_B)
     for end in range(1, len(generated) + 1):
         if str(task.answer_marker) in adapted.tokenizer.decode(generated[:end]):

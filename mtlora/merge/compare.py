@@ -20,7 +20,7 @@ _COMPARED_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Comparison:
-    """Old tasks' logits before and after, in float32: how many, how many differ, and by how much at most."""
+    """Old tasks' logits before and after, in float32: how many there are, how many differ, and by how much at most."""
 
     tasks: int
     prompts: int
@@ -37,7 +37,7 @@ class Comparison:
 
 @torch.inference_mode()
 def compare(folder: Path, before: Checkpoint, after: Checkpoint, texts: Sequence[str]) -> Comparison:
-    """Logits of every old task on its prompts for `texts`, at every position, of two adapters beside one backbone."""
+    """Compare two adapters' logits for every old task, on its prompts for `texts`, at every position."""
     old = load_adapted_model(folder, before, torch.float32)
     adapters = AdapterSet(
         after.manifest.config, old.backbone.hidden_size, old.backbone.num_layers, len(after.manifest.tasks)

@@ -16,13 +16,13 @@ from mtlora.suite.base import Suite, SuiteError
 from mtlora.task import TaskSpec
 from mtlora.train.start import StartingPoint
 
-# Router bias of an expert that a task must not use: a power of two, exact in every dtype of a checkpoint, under which
-# the softmax weight is zero in float32 unless router logits differ by more than 32,000.
+# Router bias of an expert that a task must not use. A power of two, so exact in every dtype of a checkpoint. The
+# softmax weight is zero in float32, unless router logits differ by more than 32,000.
 CLOSED = -32768.0
 
 
 class MergeError(MtLoRAError):
-    """A task that cannot be added: says what is in the way."""
+    """A task that cannot be added, and why."""
 
 
 def extended_config(checkpoint: Checkpoint, new_experts: int) -> MtLoRAConfig:
@@ -38,7 +38,8 @@ def extended_config(checkpoint: Checkpoint, new_experts: int) -> MtLoRAConfig:
 
 
 def starting_point(checkpoint: Checkpoint, new_experts: int, generator: torch.Generator) -> StartingPoint:
-    """An adapter of one task to begin with: new experts zero, new router rows random, the bias the old tasks' mean."""
+    """An adapter of one task to start from: new experts are zero, new router rows random, the bias is the old tasks'
+    mean."""
     config, tensors = checkpoint.manifest.config, checkpoint.tensors
     N, G = config.num_experts, config.num_groups
     start: dict[str, torch.Tensor] = {}
@@ -47,7 +48,7 @@ def starting_point(checkpoint: Checkpoint, new_experts: int, generator: torch.Ge
         lora_A_rD, lora_B_NDr = tensors[f"{name}.lora_A"].float(), tensors[f"{name}.lora_B"].float()
         D = lora_A_rD.shape[1]
         route_GND = tensors[f"{name}.lora_route"].float().view(G, N, D)
-        # As a fresh adapter's: uniform within 1 / sqrt(D).
+        # As in a fresh adapter: uniform within 1 / sqrt(D).
         fresh_GMD = (2 * torch.rand(G, new_experts, D, generator=generator) - 1) / math.sqrt(D)
         bias_GN = torch.zeros(G, N)
         if config.task_bias:
@@ -71,7 +72,7 @@ def starting_point(checkpoint: Checkpoint, new_experts: int, generator: torch.Ge
 
 
 def merged_tensors(checkpoint: Checkpoint, learned: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The adapter's tensors with what was learned behind them, each in the dtype that it had.
+    """The adapter's tensors followed by the learned ones, each in its old dtype.
 
     learned: an adapter of one task, from a `starting_point` of this checkpoint.
     """
@@ -85,7 +86,7 @@ def merged_tensors(checkpoint: Checkpoint, learned: Mapping[str, torch.Tensor]) 
         if config.task_bias:
             bias_bGN = tensors[f"{name}.task_bias"]
         else:
-            # Without a bias is with a bias of zero.
+            # No bias is a bias of zero.
             bias_bGN = lora_route.new_zeros(b, G, N)
         closed_bGM = bias_bGN.new_full((b, G, new_route_GMD.shape[1]), CLOSED)
         merged |= {
@@ -108,7 +109,7 @@ def merged_tasks(checkpoint: Checkpoint, task: TaskSpec) -> tuple[TaskEntry, ...
 
 
 def new_task(checkpoint: Checkpoint, suite: Suite, task_id: str) -> TaskSpec:
-    """The suite's task. Raises SuiteError where the suite lacks it, MergeError where the adapter has it."""
+    """The suite's task. Raises SuiteError if the suite lacks it, MergeError if the adapter has it."""
     if any(entry.id == task_id for entry in checkpoint.manifest.tasks):
         raise MergeError(f"the adapter has a task {task_id!r} already; a task is added once")
     by_id = {task.id: task for task in suite.tasks}

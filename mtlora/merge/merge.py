@@ -16,9 +16,9 @@ from mtlora.train.config import TrainingConfig
 
 Mode = Literal["bias", "experts"]
 
-# What a mode trains with, unless told otherwise. One task needs no balance between experts, and has few examples: small
-# batches make many steps of them (of 500 examples twice, batches of 4 gave 0.99 where joint training gives 0.96). A row
-# of biases takes and needs larger steps than weights.
+# Each mode's training settings by default. One task needs no balance between experts. It has few examples, and small
+# batches make many steps of them: 500 examples twice gave 0.99 in batches of 4, joint training 0.96. A row of biases
+# needs larger steps than weights.
 SETTINGS: dict[Mode, dict[str, Any]] = {
     "bias": {
         "epochs": 3, "batch_size": 4, "balance_weight": 0.0, "spectral": "off", "router_learning_rate_scale": 10.0,
@@ -28,7 +28,7 @@ SETTINGS: dict[Mode, dict[str, Any]] = {
 NEW_EXPERTS = 2
 
 _COMPARED_TEXTS = 4
-# Of the largest logit: what another order of adding may change over a model's depth.
+# The share of the largest logit that another order of adding may change over a model's depth.
 _ROUNDING = 1e-3
 
 
@@ -38,8 +38,8 @@ def merge(
     """Add the one task that `config` names to an adapter made beside `backbone`; write the result to `out`.
 
     config: `config.adapter` is `extended_config` of the checkpoint. new_experts: 0 with mode `bias`. Returns the new
-    manifest and the old tasks' comparison. Raises MergeError, with nothing written, where an old task's outputs are
-    not the same bits (mode `bias`) or differ by more than rounding (mode `experts`), and what training and writing
+    manifest and the old tasks' comparison. Raises MergeError, with nothing written, if an old task's outputs are not
+    the same bits (mode `bias`) or differ by more than rounding (mode `experts`); also raises what training and writing
     raise.
     """
     check_replaceable(out.resolve())
@@ -76,7 +76,7 @@ def merge(
 
 
 def _with_scores(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """The old tasks' scores, which still hold, with the new task's; scores of another form give way to the new ones."""
+    """The old tasks' scores, which still hold, with the new task's. Scores of another form are replaced."""
     merged: dict[str, Any] = dict(old)
     for name in ("adapter", "backbone_alone"):
         if name not in new:
@@ -96,12 +96,12 @@ def train_task(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
     """Train the one task that `config` names; returns (learned tensors, provenance, evaluation).
 
-    Raises MergeError for weight decay, which would move what is frozen, and what the trainer raises.
+    Raises MergeError for weight decay, which would move frozen weights, and what the trainer raises.
     """
     from mtlora.train.trainer import Trainer
 
     if config.weight_decay:
-        raise MergeError(f"weight_decay: expected 0, found {config.weight_decay}: it would move what is frozen")
+        raise MergeError(f"weight_decay: expected 0, found {config.weight_decay}: it would move frozen weights")
     start = starting_point(checkpoint, new_experts, torch.Generator().manual_seed(config.seed))
     with tempfile.TemporaryDirectory(prefix="mtlora-merge-") as folder:
         trainer = Trainer(config, backbone, Path(folder) / "run", start=start)

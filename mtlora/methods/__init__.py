@@ -1,4 +1,4 @@
-"""The baselines of the method: other things to train beside the same frozen backbone, by the same trainer."""
+"""Baselines to compare mtLoRA with: other methods, trained beside the same backbone by the same trainer."""
 
 from typing import Annotated, Any
 
@@ -8,14 +8,14 @@ from mtlora.adapter import Attachment
 from mtlora.methods.config import HydraLoRAConfig, LoRAConfig
 
 BaselineConfig = HydraLoRAConfig | LoRAConfig
-# As a field of a configuration: which of the two is said by `method`.
+# As a field of a configuration: its `method` tells the two apart.
 AnyBaseline = Annotated[BaselineConfig, Field(discriminator="method")]
 
 __all__ = ["AnyBaseline", "BaselineConfig", "HydraLoRAConfig", "LoRAConfig", "attach_baseline"]
 
 
 def attach_baseline(config: BaselineConfig, model: Any) -> Attachment:
-    """Attach a fresh baseline to a transformers causal language model. Raises MtLoRAError where no module matches."""
+    """Attach a fresh baseline to a transformers causal language model. Raises MtLoRAError if no module matches."""
     if isinstance(config, HydraLoRAConfig):
         from mtlora.methods.hydralora import HydraLoRA
 

@@ -1,4 +1,4 @@
-"""A trained baseline on disk: a folder of `baseline.json` and `baseline.safetensors`. A server loads no such thing."""
+"""A trained baseline on disk: a folder of `baseline.json` and `baseline.safetensors`. No server loads it."""
 
 import json
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ class BaselineManifest(BaseModel):
 
 
 def write_baseline(folder: Path, manifest: BaselineManifest, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a baseline, whole or not at all. Raises CheckpointError where the disk refuses."""
+    """Write a baseline, whole or not at all. Raises CheckpointError if it cannot be written."""
     stored = save({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()})
     try:
         with folder_in_the_making(folder) as made:
@@ -59,7 +59,7 @@ def read_baseline_manifest(folder: Path) -> BaselineManifest:
 def load_baseline(folder: Path, checkpoint: Path, dtype: torch.dtype) -> tuple[AdaptedModel, BaselineManifest]:
     """(the backbone at `folder` with the baseline at `checkpoint`, its manifest), in evaluation mode.
 
-    Raises CheckpointError where it cannot be read, or was trained beside another backbone.
+    Raises CheckpointError if it cannot be read or was trained beside another backbone.
     """
     manifest = read_baseline_manifest(checkpoint)
     adapted = new_adapted_model(folder, manifest.config, len(manifest.tasks), dtype)

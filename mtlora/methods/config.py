@@ -33,5 +33,5 @@ class HydraLoRAConfig(_LinearLayers):
     method: Literal["hydralora"] = "hydralora"
     num_experts: int = Field(8, ge=2, le=256)
     products: Literal["fused", "loop"] = Field(
-        "fused", description="experts as one product, as for blocks; or one after the other, as its authors do"
+        "fused", description="experts as one product, as for blocks; or one after the other, as HydraLoRA's authors do"
     )

@@ -84,7 +84,7 @@ class HydraLoRA(Attachment):
 
 
 def linear_layers(model: Any, names: tuple[str, ...]) -> dict[str, nn.Linear]:
-    """The model's linear layers of these names, by path. Raises MtLoRAError for a name that none has."""
+    """The model's linear layers of these names, by path. Raises MtLoRAError for a name without a layer."""
     found = {
         path: module
         for path, module in model.named_modules()

@@ -15,7 +15,7 @@ _NAME = "default"
 
 
 class _PeftContext(TaskContext):
-    """PEFT's layers switch themselves off; there are no tasks to tell apart."""
+    """Switches PEFT's layers off by their own means; tasks do not differ here."""
 
     def __init__(self, layers: list[Any]) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class _PeftContext(TaskContext):
 
 
 class PeftLoRA(Attachment):
-    """What PEFT put into the model: A and B, in float32, and dropout."""
+    """The modules that PEFT adds to the model: A and B in float32, and dropout."""
 
     def __init__(self, config: LoRAConfig, model: Any) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""Pictures: of a checkpoint, of a training run, of a sweep. matplotlib is imported where one is drawn."""
+"""Pictures of checkpoints, training runs and sweeps. matplotlib is imported only when one is drawn."""

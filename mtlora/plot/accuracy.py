@@ -8,7 +8,7 @@ from mtlora.plot.figure import COLOURS, GRID, INK, MUTED, figure, label
 
 
 def plot_accuracy(evaluation: Mapping[str, Any], out: Path) -> None:
-    """A bar a task: accuracy with the adapter, the backbone alone behind it, a mark at the most frequent answer's rate.
+    """A bar per task: accuracy with the adapter and of the backbone alone, a mark at the most frequent answer's rate.
 
     `evaluation` is a manifest's, or what `mtlora eval --json` writes. The format follows `out`'s suffix.
     """

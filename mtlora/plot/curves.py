@@ -11,7 +11,7 @@ from mtlora.plot.figure import COLOURS, clean, figure, smoothed
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """The records of a `log.jsonl`. Raises MtLoRAError naming the line that is none."""
+    """The records of a `log.jsonl`. Raises MtLoRAError naming a line that is not a record."""
     records = []
     for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
         try:
@@ -61,7 +61,7 @@ def plot_curves(records: list[dict[str, Any]], out: Path) -> None:
 
 
 def _line(panel: Any, steps: list[dict[str, Any]], key: str, name: str | None, colour: str) -> None:
-    """The values faintly, and their running mean."""
+    """Draw the values faintly, and their running mean."""
     found = [(record["step"], record[key]) for record in steps if key in record]
     if not found:
         return

@@ -15,7 +15,7 @@ _LAYERS, _GROUPS = 5, 8
 
 
 def plot_routing(routing: Routing, out: Path) -> None:
-    """A heat map a block: mean weight of each expert (columns) on each task's tokens (rows), mean over groups."""
+    """A heat map per block: the mean weight of each expert (columns) on each task's tokens (rows), over all groups."""
     maps = routing.weights_TMGN.mean(2)
     blocks, tasks = len(routing.blocks), len(routing.tasks)
     rows = -(-blocks // _COLUMNS)
@@ -34,7 +34,7 @@ def plot_routing(routing: Routing, out: Path) -> None:
 
 
 def plot_groups(routing: Routing, out: Path) -> None:
-    """The same for single groups: rows of panels are blocks, columns are groups, evenly picked where there are many."""
+    """The same for single groups: rows of panels are blocks, columns groups; a few of them, evenly picked."""
     _, M, G, N = routing.weights_TMGN.shape
     blocks, groups = _picked(M, _LAYERS), _picked(G, _GROUPS)
     tasks = len(routing.tasks)
@@ -52,7 +52,7 @@ def plot_groups(routing: Routing, out: Path) -> None:
 
 
 def plot_use(routing: Routing, out: Path) -> None:
-    """Effective numbers of experts a block, and how far tasks and groups route apart."""
+    """Effective numbers of experts per block, and how differently tasks and groups route."""
     N = routing.weights_TMGN.shape[-1]
     layers = range(len(routing.blocks))
     with figure(out, 1, 2, size=(11, 3.8)) as (_, axes):
@@ -80,7 +80,7 @@ def plot_use(routing: Routing, out: Path) -> None:
 
 
 def _heat(panel: Any, weights: Any, top: float) -> Any:
-    """Weights [rows, N] as multiples of an even share: more of it and less of it in two colours."""
+    """Draw weights [rows, N] as multiples of an even share, in one colour above it and another below."""
     from matplotlib.colors import TwoSlopeNorm
 
     N = weights.shape[-1]
@@ -99,7 +99,7 @@ def _picked(total: int, most: int) -> list[int]:
 
 
 def plot_spectra(found: Spectra, out: Path) -> None:
-    """Singular values a block, effective ranks, and how much the experts overlap."""
+    """Singular values per block, effective ranks, and how much the experts overlap."""
     import matplotlib
 
     M, N, r = found.sigma_MNr.shape
@@ -132,7 +132,7 @@ def plot_spectra(found: Spectra, out: Path) -> None:
 
 
 def plot_gradients(found: Mapping[str, torch.Tensor], tasks: Sequence[str], out: Path) -> None:
-    """A matrix of cosines [T, T] a panel, with its mean over pairs and the share of pairs that pull apart."""
+    """A panel per matrix of cosines [T, T], with its mean over pairs and the share of pairs below zero."""
     count = len(tasks)
     side = max(3.2, 0.17 * count)
     with figure(out, 1, len(found), size=(side * len(found) + 2.6, side + 0.9)) as (made, axes):

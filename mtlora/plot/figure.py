@@ -1,4 +1,4 @@
-"""What the pictures share: a backend that needs no screen, colours, and small habits."""
+"""What the pictures share: a backend without a screen, colours, and style."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 INK, GRID, MUTED = "#222222", "#e5e7ea", "#c7ccd1"
-# Told apart by the colour-blind too (Okabe and Ito, 2008), the house's blue first.
+# Distinct for colour-blind readers too (Okabe and Ito, 2008), the project's blue first.
 COLOURS = ("#1f6f8b", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8d979f", "#f0e442")
 HEAT = "viridis"
 _SMOOTHED_STEPS = 50
@@ -45,6 +45,6 @@ def label(task: str) -> str:
 
 
 def smoothed(values: Sequence[float]) -> np.ndarray:
-    """The running mean of steps, over a tenth of them and at most 50; shorter by what the first mean is made of."""
+    """The running mean over a tenth of the steps, at most 50; shorter by that window, less one."""
     window = min(_SMOOTHED_STEPS, max(1, len(values) // 10))
     return np.convolve(values, np.ones(window) / window, mode="valid")

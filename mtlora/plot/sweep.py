@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 def plot_methods(rows: Sequence[Row], out: Path) -> None:
-    """Accuracy with its interval, parameters, seconds and peak memory of every configuration, at most tasks."""
+    """Accuracy with its interval, parameters, seconds and peak memory of every configuration, at the most tasks."""
     most = max(row["num_tasks"] for row in rows)
     shown = [row for row in rows if row["num_tasks"] == most][::-1]
     names = [row["name"] for row in shown]
@@ -78,7 +78,7 @@ def plot_scaling(rows: Sequence[Row], out: Path) -> None:
                 means = [row[key]["mean"] for row in shown]
                 below = [max(0.0, row[key]["mean"] - row[key]["interval"][0]) for row in shown]
                 above = [max(0.0, row[key]["interval"][1] - row[key]["mean"]) for row in shown]
-                # Beside each other, not over each other.
+                # Beside each other, not on top of each other.
                 shift = 0.25 * (i - (len(names) - 1) / 2)
                 panel.errorbar(
                     [row["num_tasks"] + shift for row in shown], means, yerr=[below, above], marker="o", markersize=4,

@@ -1,4 +1,4 @@
-"""The runs of a sweep: which there are, and doing one of them."""
+"""The runs of a sweep: their grid, and training and scoring one of them."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ class Run:
 
     @property
     def result_file(self) -> Path:
-        """Where its result is, once it is done."""
+        """Where the result of a finished run is."""
         return self.folder / _RESULT
 
 
@@ -49,9 +49,8 @@ def grid(
 ) -> list[Run]:
     """Every run: each configuration with each number of tasks and each seed.
 
-    Fewer tasks are always a part of more: the first of the configuration's list, or else of the suite's tasks in an
-    order drawn once for all (by hash, so that no family of tasks is whole before the next begins). Raises SweepError
-    for a count that a suite does not have.
+    Smaller task counts are prefixes of larger ones: of the configuration's list, else of the suite's tasks in an order
+    by hash, which mixes kinds of tasks. Raises SweepError for more tasks than a suite has.
     """
     runs = []
     for name, config in configs.items():
@@ -66,7 +65,7 @@ def grid(
 
 
 def run_folder(out: Path, name: str, num_tasks: int, seed: int) -> Path:
-    """Where a sweep has the run of a configuration."""
+    """The folder of a configuration's run in a sweep."""
     return out / name / f"{num_tasks}-tasks" / f"seed-{seed}"
 
 
@@ -75,9 +74,9 @@ def _drawn(task_id: str) -> bytes:
 
 
 def read_result(run: Run, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """A finished run's result; None where there is none yet, or it failed.
+    """A finished run's result; None for a run that is not finished or failed.
 
-    Raises SweepError where the result is of another configuration, or was scored otherwise.
+    Raises SweepError if the result is of another configuration, or was scored with other settings.
     """
     try:
         result: dict[str, Any] = json.loads(run.result_file.read_bytes())
@@ -95,8 +94,8 @@ def read_result(run: Run, settings: dict[str, Any]) -> dict[str, Any] | None:
 def do_all(
     runs: Sequence[Run], backbone: Path, settings: dict[str, Any], jobs: int
 ) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Each run and what `do` returns for it, as they end, `jobs` at a time."""
-    # A thread only waits: every run is a process of its own.
+    """Each run with what `do` returns for it, as they end, `jobs` at a time."""
+    # A thread only waits: every run is a process.
     pool = ThreadPoolExecutor(jobs)
     try:
         going = {pool.submit(do, run, backbone, settings): run for run in runs}
@@ -107,11 +106,11 @@ def do_all(
 
 
 def do(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Train, or go on training, and score on the test split, in a process of its own; returns the result, or its error.
+    """Train, or resume training, and score on the test split, in a separate process; returns the result or the error.
 
     settings: `examples`, the test examples of each task at most.
     """
-    # A process a run, since memory's peak is a process'; forked from one that has imported what is slow to import.
+    # One process per run: peak memory is measured per process. It is forked from a process with the slow imports done.
     context = get_context("forkserver")
     context.set_forkserver_preload(["mtlora.train.trainer"])
     with ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_end_with_parent) as pool:
@@ -124,7 +123,7 @@ def do(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _end_with_parent() -> None:
-    """A sweep that is killed leaves no run going on behind it, to be in the way of the same command again."""
+    """End this run with the sweep, so that the same command can resume it."""
     parent = parent_process()
     assert parent is not None
 

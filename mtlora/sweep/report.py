@@ -13,12 +13,12 @@ Result = dict[str, Any]
 
 
 def summarise(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """A row a configuration and task count, in the order of the results.
+    """One row per configuration and task count, in the order of the results.
 
-    `accuracy` is the mean over tasks and seeds with its bootstrap interval; `tasks` the accuracy of each, its seeds'
-    examples together, with its Wilson interval; `loss` that of the answers in the second half of the training steps,
-    which in the first epoch is of examples not seen before; `behind` how far it is below the most accurate row of the
-    same tasks and seeds, None for that one; `common` the mean over the tasks that every row has.
+    `accuracy`: the mean over tasks and seeds with its bootstrap interval. `tasks`: each task's accuracy over the
+    examples of all seeds, with its Wilson interval. `loss`: the answers' loss in the second half of the training steps;
+    in the first epoch, these examples are new. `behind`: the distance to the most accurate row of the same tasks and
+    seeds, None for that row. `common`: the mean over the tasks that every row has.
     """
     cells: dict[tuple[str, int], list[Result]] = {}
     for result in results:
@@ -75,7 +75,7 @@ def _mean(cell: list[Result], tasks: list[str]) -> dict[str, Any]:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The summary, and below it a table of every task's accuracy for each number of tasks."""
+    """The summary, then a table of every task's accuracy for each number of tasks."""
     lines = [
         "| configuration | tasks | seeds | parameters | steps | seconds | tokens/s | peak memory | loss "
         "| accuracy (95 %) | behind the best (95 %) |",

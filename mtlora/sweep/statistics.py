@@ -16,31 +16,31 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
     p, z2 = correct / total, _Z**2
     centre = (p + z2 / (2 * total)) / (1 + z2 / total)
     half = _Z / (1 + z2 / total) * math.sqrt(p * (1 - p) / total + z2 / (4 * total**2))
-    # At the ends the formula gives 0 and 1 but for rounding.
+    # At the ends, the formula gives 0 and 1 up to rounding.
     return (0.0 if correct == 0 else centre - half), (1.0 if correct == total else centre + half)
 
 
-# One sequence a seed of (correct, total), a task each, in the same order.
+# For each seed, (correct, total) of every task, in the same order.
 Counts = Sequence[Sequence[tuple[int, int]]]
 
 
 def bootstrap_mean(counts: Counts) -> tuple[float, float]:
     """The 95 % bootstrap interval of the mean over seeds and tasks of accuracies.
 
-    Seeds are drawn with replacement, and of each task its examples, so both sources of chance count; with one seed it
-    is the examples' alone.
+    Seeds are drawn with replacement, and so are each task's examples: both sources of chance count. With one seed, only
+    the examples do.
     """
     rng = np.random.default_rng(0)
     return _interval(_means(counts, _drawn_seeds(len(counts), rng), rng))
 
 
 def bootstrap_difference(counts: Counts, others: Counts) -> tuple[float, float]:
-    """The 95 % bootstrap interval of how far the mean of `counts` is above that of `others`.
+    """The 95 % bootstrap interval of the mean of `counts` minus the mean of `others`.
 
-    Both are of the same seeds, in the same order, which are drawn together. Raises ValueError for unequal numbers.
+    Both have the same seeds in the same order; they are drawn together. Raises ValueError for unequal numbers.
     """
     if len(counts) != len(others):
-        raise ValueError(f"{len(counts)} and {len(others)} seeds: expected the same ones")
+        raise ValueError(f"{len(counts)} and {len(others)} seeds: expected the same seeds")
     rng = np.random.default_rng(0)
     seeds = _drawn_seeds(len(counts), rng)
     return _interval(_means(counts, seeds, rng) - _means(others, seeds, rng))

@@ -1,0 +1,1 @@
+"""Training adapters and baselines beside a frozen backbone; `trainer.py` reads from top to bottom."""

@@ -1,4 +1,4 @@
-"""Everything that decides what a training run does, checked at the door and kept as the checkpoint's provenance."""
+"""The configuration of a training run: everything that decides what it does, kept as the checkpoint's provenance."""
 
 from typing import Annotated, Literal
 
@@ -20,7 +20,7 @@ class TrainingConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     adapter: MtLoRAConfig = MtLoRAConfig()
-    baseline: AnyBaseline | None = Field(None, description="train this, to compare with, in the adapter's place")
+    baseline: AnyBaseline | None = Field(None, description="train this baseline in place of the adapter")
     init_from: str | None = Field(
         None, description="a checkpoint of the same adapter config to start from; tasks are matched by id"
     )
@@ -30,22 +30,22 @@ class TrainingConfig(BaseModel):
     tasks: tuple[str, ...] | None = Field(None, description="train on these tasks of the suite; null means all")
     examples_per_task: ExampleCounts = Field(
         1000,
-        description="training examples: a number, null for all that a finite suite has, or a number a task id, * for "
-        "the rest; at most this many of each part of a mix",
+        description="training examples per task: a number, null for all of a finite suite, or numbers by task id, * "
+        "for the rest; at most this many of each part of a mix",
     )
     validation_per_task: int = Field(16, ge=0)
     epochs: int = Field(1, ge=1)
     max_steps: int | None = Field(None, ge=1, description="stop after this many steps")
     schedule_steps: int | None = Field(
-        None, ge=1, description="steps that the learning rate's schedule spans, where it is not those that are run"
+        None, ge=1, description="steps that the learning rate's schedule spans; null means the steps of the run"
     )
-    batch_size: int = Field(16, ge=1, description="sequences a step, at most")
+    batch_size: int = Field(16, ge=1, description="sequences per step, at most")
     batch_tokens: int | None = Field(
-        None, ge=8, description="tokens a step with padding, at most; a longer example is a batch by itself"
+        None, ge=8, description="tokens per step with padding, at most; a longer example is a batch by itself"
     )
     max_length: int = Field(512, ge=8, description="tokens of prompt and answer")
     longer_examples: Literal["error", "skip"] = Field(
-        "error", description="what becomes of a training example above max_length; skipped ones are counted"
+        "error", description="what to do with a training example above max_length; skipped ones are counted"
     )
     learning_rate: float = Field(2e-3, gt=0)
     router_learning_rate_scale: float = Field(1.0, gt=0, description="factor on the rate of routers and task biases")
@@ -60,7 +60,7 @@ class TrainingConfig(BaseModel):
         "bfloat16", description="the frozen backbone's; the adapter is float32"
     )
     gradient_checkpointing: bool = Field(
-        False, description="keep one activation a layer and compute the rest again in the backward pass"
+        False, description="keep one activation per layer and compute the rest again in the backward pass"
     )
     seed: int = Field(0, ge=0, lt=2**32)
     save_every: int = Field(50, ge=1, description="steps between resumable states")

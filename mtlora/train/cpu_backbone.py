@@ -21,7 +21,7 @@ from torch.nn.functional import silu
 from mtlora.families import FAMILIES
 from mtlora.ops import cpu_elementwise
 
-# Above this length the scores [B, H, L, L] that the backward pass keeps outweigh what they save.
+# Above this length, the scores [B, H, L, L] kept for the backward pass cost more than they save.
 MAX_ATTENTION_LENGTH = 320
 _ATTENTION = "mtlora_grouped"
 _RMS_NORMS = {family.rms_norm for family in FAMILIES.values()}
@@ -29,11 +29,11 @@ _GATED_MLPS = {family.gated_mlp for family in FAMILIES.values()}
 
 
 def speed_up_training(model: Any) -> None:
-    """Let a transformers causal language model use them where gradients are wanted and the tensors are on a CPU."""
+    """Make a transformers causal language model use them for tensors on a CPU that need gradients."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    # With sdpa's mask rule a plain causal mask is never built: attention_mask is None.
+    # With sdpa's mask rule, no plain causal mask is built: attention_mask is None.
     AttentionInterface.register(_ATTENTION, _attention)
     AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
     model.set_attn_implementation(_ATTENTION)

@@ -1,4 +1,4 @@
-"""From suites to batches: encoded examples, and a schedule of length-bucketed batches that a step number determines.
+"""From suites to batches: encoded examples, and a deterministic schedule of length-bucketed batches.
 
 Shape suffixes: B sequences, L positions, A answer tokens.
 """
@@ -33,7 +33,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded: with a causal mask, padding behind a sequence changes nothing before it, so none is masked.
+    """A right-padded batch. With a causal mask, padding changes nothing before it, so padding needs no mask.
 
     All are int64. answer_rows_A: flat positions b*L + l whose next token is an answer token; answer_targets_A: that
     token; answer_owner_A: its sequence b.
@@ -57,8 +57,8 @@ def encode(
 ) -> list[Encoded]:
     """Encode examples, with their working where they have it.
 
-    One longer than `max_length` tokens is counted in `skipped` under its task, or raises SuiteError where that is None;
-    so does one longer than its task lets it answer, always.
+    An example longer than `max_length` tokens is counted in `skipped` under its task, or raises SuiteError if `skipped`
+    is None. An answer longer than its task's max_new_tokens always raises SuiteError.
     """
     index = {task.id: i for i, task in enumerate(tasks)}
     encoded = []
@@ -90,9 +90,9 @@ def _where(example: Example) -> str:
 def schedule(
     examples: Sequence[Encoded], *, batch_size: int, epochs: int, seed: int, batch_tokens: int | None = None
 ) -> list[list[int]]:
-    """Indices of the examples of every batch of a run: each example once an epoch, near-equal lengths together.
+    """The examples' indices of every batch of a run: each example once per epoch, similar lengths together.
 
-    A batch has at most `batch_size` examples and, padded to its longest, `batch_tokens` tokens, but always one example.
+    A batch has at most `batch_size` examples and, with padding, `batch_tokens` tokens, but at least one example.
     """
     batches: list[list[int]] = []
     for epoch in range(epochs):
@@ -110,11 +110,11 @@ def schedule(
 
 
 def _batches(bucket: list[int], lengths: list[int], batch_size: int, batch_tokens: int | None) -> list[list[int]]:
-    """A bucket in rising order of length, cut into batches."""
+    """Cut a bucket, in rising order of length, into batches."""
     batches: list[list[int]] = [[]]
     for index, length in zip(bucket, lengths, strict=True):
         full = len(batches[-1]) >= batch_size
-        # Lengths rise, so the newest is the one that the batch is padded to.
+        # Lengths rise, so the batch is padded to the newest example.
         if batches[-1] and (full or (batch_tokens is not None and (len(batches[-1]) + 1) * length > batch_tokens)):
             batches.append([])
         batches[-1].append(index)

@@ -16,11 +16,11 @@ _LOSS_ELEMENTS = 2**21
 
 
 def answer_loss(states_AD: torch.Tensor, head: nn.Linear, targets_A: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy over answer tokens, in float32; differentiable in the hidden states, the head being frozen.
+    """Mean cross-entropy over answer tokens, in float32; differentiable in the hidden states (the head is frozen).
 
-    head: D to the vocabulary. targets_A: int64. The logits are the one tensor [A, V] that is ever made, in the states'
-    dtype; their gradient takes their place a few rows at a time, as in Liger Kernel's fused linear cross-entropy
-    (arXiv 2410.10989, section 3.2).
+    head: D to the vocabulary. targets_A: int64. The logits, in the states' dtype, are the only tensor [A, V]: their
+    gradient overwrites them a few rows at a time, as in Liger Kernel's fused linear cross-entropy (arXiv 2410.10989,
+    section 3.2).
     """
     loss: torch.Tensor = _AnswerLoss.apply(states_AD, head.weight, head.bias, targets_A)
     return loss
@@ -55,7 +55,7 @@ class _AnswerLoss(torch.autograd.Function):
 def balance_loss(mean_routing: Sequence[torch.Tensor]) -> torch.Tensor:
     """Squared coefficient of variation of the mean routing weights [G, N], over experts; mean over groups and blocks.
 
-    Zero where every expert gets the same share (as in the authors' code, where it is weighted 0.01).
+    Zero if every expert gets the same share. From the authors' code, which weights it 0.01.
     """
     routing_MGN = torch.stack(list(mean_routing))
     variation = routing_MGN.var(dim=-1, correction=0) / (routing_MGN.mean(dim=-1) ** 2 + _EPSILON)
@@ -66,14 +66,14 @@ def balance_loss(mean_routing: Sequence[torch.Tensor]) -> torch.Tensor:
 def _spectra(gram_MNrr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Singular values [M, N, r] and right singular vectors [M, N, r, r] of experts, from their Gram matrices B^T B.
 
-    Constants to the gradient. A rank-16 expert needs no factorisation of its D rows.
+    No gradient flows through them. A rank-16 expert needs no factorisation of its D rows.
     """
     squares, vectors = torch.linalg.eigh(gram_MNrr)
     return squares.clamp_min(0).sqrt(), vectors
 
 
 class _Gram(torch.autograd.Function):
-    """X^T X of a batch, whose gradient takes one product where autograd, not knowing both sides alike, takes two."""
+    """X^T X of a batch. Its gradient takes one product; autograd takes two, not knowing that both sides are equal."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ def spectral_weights(sigma_MNr: torch.Tensor) -> torch.Tensor:
 def spectral_pairwise(B_MNDr: torch.Tensor) -> torch.Tensor:
     """Between experts, as the paper writes it: sum_{i<j} ||(B_i V_i W_i)^T (B_j V_j W_j)||_F^2, mean over matrices.
 
-    From the products B_i^T B_j, which V and W, constants, then turn: no weighted expert is made.
+    Computed from the products B_i^T B_j; V and W are constants, so no weighted expert is needed.
     """
     M, N, D, r = B_MNDr.shape
     gram_MKK = _Gram.apply(B_MNDr.transpose(1, 2).reshape(M, D, N * r))
@@ -108,7 +108,7 @@ def spectral_pairwise(B_MNDr: torch.Tensor) -> torch.Tensor:
 
 
 def spectral_gram(B_MNDr: torch.Tensor) -> torch.Tensor:
-    """Within an expert, as the authors' code has it: ||(B_i^T B_i - s^2 I) o w w^T||_F^2, s^2 = ||B_i||_F^2 / r.
+    """Within an expert, as in the authors' code: ||(B_i^T B_i - s^2 I) o w w^T||_F^2, s^2 = ||B_i||_F^2 / r.
 
     The weights follow the singular values in falling order. Mean over matrices and experts.
     """

@@ -9,7 +9,7 @@ from mtlora.train.config import TrainingConfig
 
 
 def make_optimizer(attached: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over what is attached; routers and task biases without decay, at a rate of their own."""
+    """AdamW over the attached parameters. Routers and task biases have no decay and their own rate."""
     routing: list[nn.Parameter] = []
     experts: list[nn.Parameter] = []
     for name, parameter in attached.named_parameters():

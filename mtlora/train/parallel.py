@@ -1,7 +1,7 @@
-"""Data parallel training by torchrun: every process has the whole schedule and works on its share of each batch.
+"""Data parallel training with torchrun: every process has the whole schedule and works on its share of each batch.
 
-Sums, not means, go between the processes: a loss is divided by the answer tokens of the whole batch before, so that
-shares of unlike size weigh as they do in one process.
+Processes exchange sums, not means. Each divides its loss by the answer tokens of the whole batch first, so that shares
+of different size weigh as in one process.
 """
 
 import os
@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 _T = TypeVar("_T")
-# While one process validates or writes, the others wait.
+# The other processes wait this long while one validates or writes.
 _PATIENCE = timedelta(hours=6)
 
 
 class Ranks:
-    """This process among those that torchrun started; one alone where it was not started by torchrun."""
+    """This process among those that torchrun started; a single process without torchrun."""
 
     def __init__(self) -> None:
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -36,7 +36,7 @@ class Ranks:
         return self.rank == 0
 
     def share(self, batch: Sequence[_T]) -> tuple[Sequence[_T], bool]:
-        """(this process' part of a batch, whether it counts). Where there is none, one that must count for nothing."""
+        """(this process' part of a batch, whether it counts). An empty part is one example of weight zero."""
         mine = batch[self.rank :: self.world]
         return (mine, True) if mine else (batch[:1], False)
 
@@ -51,7 +51,7 @@ class Ranks:
             gradient.copy_(summed.view_as(gradient))
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes, whose gradient here is that of this process' part."""
+        """The sum over all processes; its gradient is that of this process' part."""
         if self.world == 1:
             return tensor
         total = tensor.detach().clone()

@@ -12,7 +12,7 @@ from mtlora.train.config import TrainingError
 if TYPE_CHECKING:
     from mtlora.train.trainer import Trainer
 
-# The sections that are the model's own work; each of the others should take 5 % of a step at most.
+# The sections that are the model's own work. Every other one should take at most 5 % of a step.
 MODEL_SECTIONS = ("forward", "backward")
 _WARM_UP = 3
 _OPERATORS = 15
@@ -39,10 +39,10 @@ class Clock:
 
 
 def profile_training(trainer: "Trainer", steps: int) -> dict[str, Any]:
-    """Train `steps` steps after a few to warm up; returns tokens a second, and the share of each section and operator.
+    """Train `steps` steps after a warm-up; returns tokens per second, and the share of each section and operator.
 
-    `sections`: name to share of the time, with saving as often as the configuration says. `operators`: name to (share,
-    calls) of the dearest, over a few steps. Raises TrainingError where the schedule has fewer steps.
+    `sections`: name to share of the time; saving counts as often as the configuration says. `operators`: name to
+    (share, calls) of the most expensive ones, over a few steps. Raises TrainingError if the schedule is too short.
     """
     needed = steps + 2 * _WARM_UP
     if len(trainer.batches) < needed:

@@ -1,4 +1,4 @@
-"""Training that begins at given weights: all of them another checkpoint's, or a part of them to be left as it is."""
+"""Training that starts from given weights: another checkpoint's, or weights of which a part stays frozen."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ from mtlora.train.config import TrainingError
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """Weights to begin with, and which of their entries a run may change; names are the adapter's own.
+    """Weights to start from, and which of their entries a run may change; names are those of the adapter.
 
-    trainable: a boolean mask of each tensor's shape. What is not trainable keeps its bits, so long as the optimizer
-    moves nothing but by its gradient: without weight decay.
+    trainable: a boolean mask of each tensor's shape. Other entries keep their bits, if there is no weight decay: the
+    optimizer then moves entries by their gradient alone.
     """
 
     tensors: Mapping[str, torch.Tensor]
     trainable: Mapping[str, torch.Tensor]
 
     def apply(self, adapters: nn.Module) -> None:
-        """Load the weights, keep gradients off what is frozen. Raises RuntimeError for other names or shapes."""
+        """Load the weights and stop gradients at frozen entries. Raises RuntimeError for other names or shapes."""
         adapters.load_state_dict(dict(self.tensors))
         for name, parameter in adapters.named_parameters():
             frozen = ~self.trainable[name]
@@ -37,10 +37,10 @@ class StartingPoint:
 
 
 def warm_start(adapted: AdaptedModel, config: MtLoRAConfig, tasks: Sequence[TaskSpec], checkpoint: Path) -> None:
-    """Give the adapter a checkpoint's weights; task biases go by task id, and a task it has not keeps a zero bias.
+    """Load a checkpoint's weights; task biases are matched by task id, and a new task keeps a zero bias.
 
-    Raises CheckpointError where it cannot be read or was made beside another backbone, TrainingError where its config
-    gives tensors of other shapes or another meaning.
+    Raises CheckpointError if it cannot be read or was made beside another backbone, TrainingError if its config gives
+    tensors another shape or meaning.
     """
     found = read_checkpoint(checkpoint, adapted.backbone)
     differing = [

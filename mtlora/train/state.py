@@ -1,9 +1,9 @@
-"""A run's folder, and its state on disk: enough to go on after a kill at any moment as if nothing had happened.
+"""A run's folder, and its state on disk: enough to resume after a kill at any moment, with the same result.
 
 training.json   the run's configuration
-log.jsonl       a line a step, and one a validation
+log.jsonl       a line per step and per validation
 state.pt        step, adapter, optimizer and random generators; replaced by a rename
-adapter/        the checkpoint, once training is over
+adapter/        the checkpoint, after training
 """
 
 import json
@@ -36,13 +36,13 @@ class RunFolder:
         self.checkpoint = path / "adapter"
 
     def open(self, config: TrainingConfig, *, resume: bool) -> dict[str, Any] | None:
-        """Make or re-enter the folder; returns the saved state to go on from, if any.
+        """Create the folder or open it again; returns the saved state to resume from, if any.
 
-        Raises RunError where the folder holds another run, or holds this one and `resume` is off.
+        Raises RunError if the folder holds another run, or holds this one and `resume` is off.
         """
         if self.config_file.exists():
             if not resume:
-                raise RunError(f"{self.path} holds a run already: go on with --resume, or choose another --out")
+                raise RunError(f"{self.path} holds a run already: resume it with --resume, or choose another --out")
             try:
                 previous = TrainingConfig.model_validate_json(self.config_file.read_bytes())
             except ValidationError as error:
@@ -66,10 +66,10 @@ class RunFolder:
         if not self.state_file.exists():
             return None
         try:
-            # weights_only keeps a planted file from running code.
+            # weights_only: a malicious file cannot run code.
             state: dict[str, Any] = torch.load(self.state_file, weights_only=True, map_location="cpu")
         except Exception as error:
-            # The unpickler answers damage with whatever its bytes lead to.
+            # The unpickler may raise anything for damaged bytes.
             cause = " ".join(str(error).split()[:20]) or type(error).__name__
             raise RunError(f"{self.state_file}: not a saved state: {cause}") from None
         return state
@@ -87,7 +87,7 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def _cut_log(self, step: int) -> None:
-        """Drop lines of steps that will be run again, and a line that the kill cut short."""
+        """Drop lines of steps that will run again, and a line that a kill cut off."""
         if not self.log_file.exists():
             return
         kept = []

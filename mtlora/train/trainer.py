@@ -42,9 +42,9 @@ class StepReport:
 
 
 class Trainer:
-    """One run. `fit` trains (or goes on training) and writes the checkpoint.
+    """One run. `fit` trains, or resumes training, and writes the checkpoint.
 
-    Under torchrun each process makes its own Trainer of the same configuration; the first one writes.
+    With torchrun, each process makes its own Trainer of the same configuration; the first one writes.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Trainer:
         self.clock = Clock()
         if config.threads:
             torch.set_num_threads(config.threads)
-        # Same weights after a resume: index_add in the task biases' gradient is the one op that would race.
+        # For the same weights after a resume: index_add in the task biases' gradient would race.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -88,9 +88,9 @@ class Trainer:
             _checkpoint_layers(self.adapted.model)
         self.optimizer = make_optimizer(self.adapted.adapters, config)
         self.step = 0
-        # Dropout draws apart in each process; the weights above were drawn alike.
+        # Each process draws its own dropout; all drew the same weights above.
         torch.manual_seed(config.seed + self.ranks.rank)
-        # Only now, with everything that can be refused behind us, does the run leave a trace.
+        # Write files only now: everything that can be refused has been checked.
         self.folder = RunFolder(out)
         state = self.folder.open(config, resume=resume) if self.ranks.first else None
         self.ranks.wait()
@@ -102,7 +102,7 @@ class Trainer:
     def fit(self) -> AdapterManifest | BaselineManifest:
         """Train to the end, evaluate, write the checkpoint; returns its manifest.
 
-        A run that is complete already is left as it is. Raises TrainingError where loss or gradients are no numbers.
+        Does nothing for a complete run. Raises TrainingError if loss or gradients are not finite.
         """
         if self.folder.checkpoint.exists() and self.step == len(self.batches):
             return read_result(self.folder.checkpoint, self.config)
@@ -134,9 +134,9 @@ class Trainer:
         with clock("batch"):
             whole = [self.examples.train[i] for i in self.batches[self.step]]
             share, counts = ranks.share(whole)
-            # Padded as in one process, since the balance loss sees padding too.
+            # Pad as in one process: the balance loss sees padding too.
             batch = collate(share, max(map(len, whole)))
-            # This process' part of all answer tokens, and of all tokens with padding.
+            # This process' share of all answer tokens, and of all tokens with padding.
             answers = len(batch.answer_targets_A) / sum(len(e.answer) for e in whole) if counts else 0.0
             tokens = len(share) / len(whole) if counts else 0.0
             rate = learning_rate(config, self.step, config.schedule_steps or len(self.batches))
@@ -155,7 +155,7 @@ class Trainer:
                 (loss + config.balance_weight * balance).backward()
         if spectral.requires_grad:
             with clock("spectral"):
-                # The same in every process, so each gives its part of the sum.
+                # The same in every process, so each contributes its part of the sum.
                 (spectral * (config.spectral_weight / ranks.world)).backward()
         with clock("exchange"):
             ranks.sum_gradients(attached.parameters())
@@ -187,7 +187,7 @@ class Trainer:
             )
 
     def save(self) -> None:
-        """Save a state to go on from."""
+        """Save a state to resume from."""
         with self.clock("save"):
             generators = self.ranks.gather(_random_state(self.ranks.device))
             if self.ranks.first:
@@ -213,7 +213,7 @@ class Trainer:
         return balance_loss(routing)
 
     def _spectral(self) -> torch.Tensor:
-        """Mean over all blocks, or linear layers."""
+        """The spectral loss, a mean over all blocks or linear layers."""
         config = self.config
         stacks = self.adapted.adapters.experts() if config.spectral != "off" and config.spectral_weight else []
         loss, matrices = torch.zeros((), device=self.ranks.device), sum(map(len, stacks))
@@ -229,7 +229,7 @@ class Trainer:
             )
 
     def validate(self) -> dict[str, Any]:
-        """`held_out` of the validation split, where there is one; the last evaluation, in `fit`, generates."""
+        """`held_out` of the validation split, if there is one. The evaluation at the end of `fit` generates answers."""
         if not self.examples.validation:
             return {}
         self.adapted.adapters.eval()
@@ -258,7 +258,7 @@ class Trainer:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters that are attached to the backbone."""
+        """Number of parameters attached to the backbone."""
         return sum(parameter.numel() for parameter in self.adapted.adapters.parameters())
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -281,8 +281,8 @@ def _set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> N
 
 
 def _checkpoint_layers(model: Any) -> None:
-    """Let each decoder layer keep its input alone; the layers, and they alone, then count as training."""
+    """Let each decoder layer keep only its input; only the layers then count as training."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in decoder_layers(model):
-        # Not layer.train(): what is inside, dropout if any, stays in evaluation mode.
+        # Not layer.train(): modules inside, such as dropout, stay in evaluation mode.
         layer.training = True

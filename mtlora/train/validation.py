@@ -1,4 +1,4 @@
-"""Loss and accuracy of held-out examples, their answers given: one forward pass a batch, nothing generated.
+"""Loss and accuracy of held-out examples with their answers given: one forward pass per batch, no generation.
 
 Shape suffixes: B sequences, A answer tokens, V vocabulary.
 """
@@ -18,11 +18,10 @@ _BATCH = 32
 
 @torch.inference_mode()
 def held_out(adapted: AdaptedModel, tasks: Sequence[TaskSpec], examples: Sequence[Encoded]) -> dict[str, Any]:
-    """`loss`, the mean over all answer tokens; `accuracy_by_task`, and their mean `accuracy`, 0 to 1.
+    """`loss`, the mean over all answer tokens; `accuracy_by_task`; and `accuracy`, their mean, 0 to 1.
 
-    An answer whose every token is the most likely one given the tokens before it is what greedy decoding would have
-    produced, so this is exact match, but for tasks with working: there another working may lead to the same answer,
-    and what is measured is a lower bound.
+    Greedy decoding gives an answer whose every token is the most likely one after the tokens before it, so this is
+    exact match. For tasks with working it is a lower bound: another working may lead to the same answer.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
     loss_sum, answer_tokens = 0.0, 0
