@@ -2,8 +2,8 @@
 
 format.py     format 1: what a folder holds, the manifest, the tensors' names and shapes
 write.py      writing, whole or not at all
-read.py       reading and verifying, of files that nobody trusts
-untrusted.py  opening such files, and strict JSON
-convert.py    other trainers' checkpoints, read into format 1
+read.py       reading and verifying untrusted files
+untrusted.py  opening untrusted files, and strict JSON
+convert.py    converting other trainers' checkpoints to format 1
 publish.py    copying a checkpoint to where a server finds it
 """

@@ -1,14 +1,14 @@
-"""Checkpoints of other trainers, read into format 1: mtLoRA's authors' and block-level HydraLoRA.
+"""Conversion of other trainers' checkpoints to format 1: those of mtLoRA's authors, and block-level HydraLoRA.
 
 Both are a torch file of a state dict. Under any prefix, layer l and block m (`mlp` or `self_attn`) have
 
     layers.{l}.{m}.block_adapter.lora_A.weight      [r, d]
     layers.{l}.{m}.block_adapter.lora_B.{i}.weight  [d, r]     expert i; HydraLoRA writes lora_B{i}
-    layers.{l}.{m}.block_adapter.lora_route.weight  [g*N, d]   group-major, as here; absent where N is 1
+    layers.{l}.{m}.block_adapter.lora_route.weight  [g*N, d]   group-major, as here; absent if N is 1
 
-`block_adapter.` may be missing. Their softmax (over experts, float32) and scaling (alpha / r) are this project's, and
-their router has no bias, so tensors are taken over as they are and tasks share one slot. A path inside a block (under
-`q_proj`, say), which is what HydraLoRA's own trainer makes, cannot be had at its output and is refused.
+`block_adapter.` may be missing. Softmax (over experts, float32) and scaling (alpha / r) are the same here, and the
+router has no bias: tensors stay as they are, and all tasks share one slot. A path inside a block (such as under
+`q_proj`, where HydraLoRA's own trainer puts it) has no equivalent at the block's output and is refused.
 """
 
 import codecs
@@ -31,10 +31,10 @@ from mtlora.families import BLOCK_MODULES, Blocks
 from mtlora.files import sha256
 from mtlora.task import TaskSpec
 
-# Of the authors' published settings, at rank 16. No file of theirs carries it.
+# From the authors' published settings, at rank 16. Their files do not hold it.
 PUBLISHED_ALPHA = 64.0
 
-# Of the parts that may have a path: expert numbers as Python prints them, so that none has two spellings.
+# A layer or expert number as Python prints it, so that no number has two spellings.
 _NUMBER = r"(?:0|[1-9]\d{0,5})"
 _KEY = re.compile(
     rf"(?:.*\.)?layers\.(?P<layer>{_NUMBER})\.(?P<module>mlp|self_attn)\.(?:block_adapter\.)?"
@@ -44,7 +44,7 @@ _COMPONENT = re.compile(
     r"(?:.*\.)?layers\.\d+\.(?:mlp|self_attn)\.(?P<component>(?!block_adapter\.|lora_)\w+)\.lora_.*"
 )
 _LAYOUT = "layers.L.{mlp,self_attn}.block_adapter.{lora_A,lora_B.I,lora_route}.weight"
-# To what each floating dtype is read; a checkpoint holds no float64.
+# What each floating dtype is converted to; a checkpoint holds no float64.
 _DTYPES = {
     torch.float32: torch.float32, torch.float16: torch.float16, torch.bfloat16: torch.bfloat16,
     torch.float64: torch.float32,
@@ -55,12 +55,12 @@ _TASKS = TypeAdapter(Annotated[tuple[TaskSpec, ...], Field(min_length=1)])
 
 
 class ConversionError(MtLoRAError):
-    """A foreign checkpoint that cannot be taken over: names the key, what was found and what is allowed."""
+    """A checkpoint that cannot be converted. Names the key, what was found and what is allowed."""
 
 
 @dataclass
 class _Block:
-    """What a file has of one block: the key and tensor of A, of the router and of every expert."""
+    """One block's parts in a file: key and tensor of A, of the router and of every expert."""
 
     down: tuple[str, torch.Tensor] | None = None
     route: tuple[str, torch.Tensor] | None = None
@@ -77,8 +77,8 @@ def convert(
 ) -> AdapterManifest:
     """Write the checkpoint in `source` to `out` in format 1, with these tasks.
 
-    Raises ConversionError for a file that is not one of the layouts, or not beside this backbone; CheckpointError where
-    `out` cannot be written.
+    Raises ConversionError for a file of another layout, or of another backbone; CheckpointError if `out` cannot be
+    written.
     """
     config, tensors = convert_tensors(
         _read_state(source),
@@ -99,7 +99,7 @@ def convert(
 def convert_tensors(
     state: Mapping[str, Any], *, hidden_size: int, num_layers: int, lora_alpha: float
 ) -> tuple[MtLoRAConfig, dict[str, torch.Tensor]]:
-    """(config, tensors under their names in format 1) of a state dict; keys that belong to no path are passed over.
+    """(config, tensors under their names in format 1) of a state dict; ignores keys that belong to no path.
 
     Raises ConversionError naming the key.
     """
@@ -170,12 +170,12 @@ def _read_state(source: Path) -> Mapping[str, Any]:
 
             state = load_file(source)
         else:
-            # weights_only keeps a planted file from running code.
+            # weights_only: a malicious file cannot run code.
             state = torch.load(source, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ConversionError(f"{source}: cannot be read: {error.strerror or error}") from None
     except Exception as error:
-        # What torch raises for a file that is none of its own is anything.
+        # torch may raise anything for a file that it did not write.
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConversionError(f"{source}: expected a torch file of tensors alone, found otherwise: {cause}") from None
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
@@ -184,7 +184,7 @@ def _read_state(source: Path) -> Mapping[str, Any]:
 
 
 def _sort(state: Mapping[str, Any]) -> dict[tuple[int, str], _Block]:
-    """The file's tensors by (layer, module), each looked at on its own."""
+    """The file's tensors by (layer, module), each checked by itself."""
     blocks: dict[tuple[int, str], _Block] = {}
     for key, value in state.items():
         found = _KEY.fullmatch(key)
@@ -233,7 +233,7 @@ _Part = tuple[str, torch.Tensor]
 
 
 def _whole(place: tuple[int, str], block: _Block) -> tuple[_Part, list[_Part], _Part | None]:
-    """(A, experts in order, router or None) of a block that lacks nothing."""
+    """(A, experts in order, router or None) of a block. Raises ConversionError if a part is missing."""
     name = "layers.{}.{}".format(*place)
     if block.down is None:
         raise ConversionError(f"{name}: no lora_A.weight; a block needs one [r, d]")
@@ -256,7 +256,7 @@ def _whole(place: tuple[int, str], block: _Block) -> tuple[_Part, list[_Part], _
 
 
 def _sizes(block: tuple[_Part, list[_Part], _Part | None], hidden_size: int) -> tuple[int, int, int]:
-    """(r, N, g) as one block has them."""
+    """(r, N, g) of one block."""
     (key, down), experts, route = block
     if down.shape[1] != hidden_size:
         raise ConversionError(f"{key}: expected [r, {hidden_size}], the backbone's hidden size, found {[*down.shape]}")

@@ -5,7 +5,7 @@ Tensors of layer l and module m (`self_attn` or `mlp`), where T = tasks, N = exp
     layers.{l}.{m}.lora_A       [r, d]       down-projection shared by the experts
     layers.{l}.{m}.lora_B       [N, d, r]    experts
     layers.{l}.{m}.lora_route   [g*N, d]     router, group-major: row j*N + i is expert i in group j
-    layers.{l}.{m}.task_bias    [T, g, N]    router bias per task, where the config has task_bias
+    layers.{l}.{m}.task_bias    [T, g, N]    router bias per task, if the config has task_bias
 """
 
 import reprlib
@@ -48,7 +48,9 @@ class AdapterManifest(BaseModel):
     tasks: tuple[TaskEntry, ...] = Field(min_length=1)
     tensors_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     training: dict[str, Any] = Field(default_factory=dict, description="provenance: how the adapter was made")
-    evaluation: dict[str, Any] = Field(default_factory=dict, description="what it scored when it was made")
+    evaluation: dict[str, Any] = Field(
+        default_factory=dict, description="its scores, from training or `mtlora eval --record`"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "AdapterManifest":
@@ -66,14 +68,14 @@ class AdapterManifest(BaseModel):
         return self
 
     def task(self, task_id: str) -> TaskEntry:
-        """The entry of one task; KeyError where it has none."""
+        """The entry of one task. Raises KeyError for an unknown task."""
         for task in self.tasks:
             if task.id == task_id:
                 return task
         raise KeyError(task_id)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor this manifest calls for."""
+        """Name and shape of every tensor that this manifest requires."""
         return dict(_tensor_shapes(self.config, self.backbone, len(self.tasks)))
 
 
@@ -100,5 +102,5 @@ class Checkpoint:
 
 
 def and_more(names: Sequence[object]) -> str:
-    """The end of a message that names the first of these."""
+    """The end of a message that names only the first of `names`."""
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

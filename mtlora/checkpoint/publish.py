@@ -12,8 +12,8 @@ from mtlora.files import folder_in_the_making, sync, write_durably
 def publish(checkpoint: Path, adapter: Path) -> Path:
     """Copy a valid checkpoint to the next free version of an adapter's folder; returns the new folder.
 
-    It appears by a rename: a server that watches never sees half of it. Raises CheckpointError for a checkpoint that
-    cannot be read, MtLoRAError where `adapter` is itself a checkpoint.
+    It appears by a rename: a watching server never sees half of it. Raises CheckpointError for a checkpoint that cannot
+    be read, MtLoRAError if `adapter` is itself a checkpoint.
     """
     read_checkpoint(checkpoint)
     if (adapter / MANIFEST_FILE).exists():
@@ -31,7 +31,7 @@ def publish(checkpoint: Path, adapter: Path) -> Path:
             try:
                 os.rename(made, version)
             except OSError:
-                # Another publisher took the number; a rename over its folder fails as that is not empty.
+                # Another publisher took the number: a rename over its folder fails, because it is not empty.
                 if not version.exists():
                     raise
             else:

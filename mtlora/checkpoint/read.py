@@ -1,8 +1,8 @@
 """Reading and verifying checkpoints.
 
-Reading trusts nothing: every failure is one CheckpointError that says which file, which tensor or field, what was
-expected and what was found. Each file is opened once, and what is checked is what is returned. The folder, and the
-files within it, may be links (as in a mounted ConfigMap), so long as they end inside the folder.
+Reading trusts nothing. Every failure is a CheckpointError that names the file, the tensor or field, what was expected
+and what was found. Each file is opened once, so what is checked is what is returned. The folder and its files may be
+links, as in a mounted ConfigMap, if they end inside the folder.
 """
 
 import hashlib
@@ -38,11 +38,12 @@ _EXPONENTS = {
     torch.float16: (torch.int16, 0x7C00),
     torch.bfloat16: (torch.int16, 0x7F80),
 }
-# A task table of 10,000 tasks takes some 10 MiB.
+# A table of 10,000 tasks takes about 10 MiB.
 MAX_MANIFEST_BYTES = 16 << 20
 # The safetensors header: names, shapes and offsets.
 _MAX_HEADER_BYTES = 8 << 20
-# The published adapter for LLaMA-2-7B has 0.16 GB. A manifest may claim any size, and a sparse file costs nothing.
+# The published adapter for LLaMA-2-7B has 0.16 GB. Needs a limit: a manifest may claim any size, and a sparse file
+# costs nothing.
 _MAX_TENSORS_BYTES = 4 << 30
 
 
@@ -69,7 +70,7 @@ def check_backbone(folder: Path, manifest: AdapterManifest, backbone: BackboneAr
 
 
 def _unless_replaced(folder: Path, read: Callable[[], _T]) -> _T:
-    """`read()`, again where it failed on a mix of two checkpoints because one took the other's place meanwhile."""
+    """Call `read()`; call it again if it failed because the checkpoint was replaced meanwhile."""
     for _ in range(3):
         before = _generation(folder)
         try:
@@ -103,7 +104,8 @@ def _read_manifest(folder: Path) -> AdapterManifest:
         found = reprlib.repr(version) if "format_version" in raw else "none"
         raise CheckpointError(f"{path}: format_version: expected {FORMAT_VERSION}, found {found}")
     try:
-        # From JSON again: in strict mode "16" is no number and true is no 1, but an array may be a tuple.
+        # Strict mode takes "16" for no number and true for no 1. Parse the JSON again: only then may an array be a
+        # tuple.
         return AdapterManifest.model_validate_json(content, strict=True)
     except ValidationError as error:
         raise CheckpointError(f"{path}: {describe(error)}") from None
@@ -117,7 +119,7 @@ def _read_checkpoint(folder: Path, backbone: BackboneArchitecture | None) -> Che
     shapes = manifest.tensor_shapes()
     with open_file(folder, TENSORS_FILE) as file:
         size = os.fstat(file.fileno()).st_size
-        # The header first, so that its claims are checked before memory is given to the rest.
+        # Check the header before allocating memory for the data.
         preamble = _read_preamble(path, file)
         layout = _layout(path, json_object(path, preamble[8:]), shapes, size - len(preamble))
         data = bytearray(size - len(preamble))
@@ -130,7 +132,7 @@ def _read_checkpoint(folder: Path, backbone: BackboneArchitecture | None) -> Che
     for name, tensor in tensors.items():
         if bad := _count_not_finite(tensor):
             raise CheckpointError(f"{path}: tensor {name}: expected finite values, found {bad} NaN or infinite")
-    # Last, since it says only that something differs; the checks above say what.
+    # Last: the checks above say what is wrong, this one only that something is.
     digest = hashlib.sha256(preamble)
     digest.update(data)
     if digest.hexdigest() != manifest.tensors_sha256:
@@ -139,9 +141,9 @@ def _read_checkpoint(folder: Path, backbone: BackboneArchitecture | None) -> Che
 
 
 def _count_not_finite(tensor: torch.Tensor) -> int:
-    """How many elements are NaN or infinite: those whose exponent is all ones.
+    """How many elements are NaN or infinite: their exponent is all ones.
 
-    In numpy, since each of torch's parallel reductions waits for threads that a busy engine holds.
+    In numpy: torch's parallel reductions wait for threads that a busy engine holds.
     """
     integers, exponent = _EXPONENTS[tensor.dtype]
     return int(((tensor.view(integers).numpy() & exponent) == exponent).sum())
@@ -164,7 +166,7 @@ def _read_preamble(path: Path, file: BufferedReader) -> bytes:
 def _layout(
     path: Path, header: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], data_size: int
 ) -> dict[str, tuple[torch.dtype, int]]:
-    """(dtype, offset into the data) of each tensor, which together fill the data exactly."""
+    """(dtype, offset into the data) of each tensor. Together they must fill the data exactly."""
     header.pop("__metadata__", None)
     _check_names(path, set(header), set(shapes))
     result: dict[str, tuple[torch.dtype, int]] = {}

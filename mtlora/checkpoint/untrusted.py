@@ -1,4 +1,4 @@
-"""Files that may be anything: opened inside one folder, parsed as strict JSON."""
+"""Untrusted files: opened inside one folder, parsed as strict JSON."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, CheckpointErro
 
 
 def open_file(folder: Path, name: str) -> BufferedReader:
-    """Open a regular file that lies, links followed, inside `folder`. Raises CheckpointError."""
+    """Open a regular file that is inside `folder` after following links. Raises CheckpointError."""
     path = folder / name
     try:
         if not folder.is_dir():
@@ -22,8 +22,8 @@ def open_file(folder: Path, name: str) -> BufferedReader:
                 + ("a file" if folder.exists() else "nothing")
             )
         root = folder.resolve(strict=True)
-        # O_PATH only names the file: a pipe cannot block it, a device does not notice, and a link that changes after
-        # the checks changes nothing.
+        # O_PATH does not open the content: a pipe cannot block it, a device is not touched, and a link that changes
+        # after the checks has no effect.
         descriptor = os.open(root / name, os.O_PATH | os.O_CLOEXEC)
         try:
             handle = Path(f"/proc/self/fd/{descriptor}")
@@ -61,7 +61,7 @@ def json_object(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def _no_constant(value: str) -> None:
-    raise ValueError(f"{value} is no JSON")
+    raise ValueError(f"{value} is not JSON")
 
 
 def _finite(value: str) -> float:

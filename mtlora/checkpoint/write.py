@@ -35,11 +35,11 @@ def write_checkpoint(
     training: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
 ) -> AdapterManifest:
-    """Write a checkpoint to `folder`, whole or not at all; one that is there is replaced in one step.
+    """Write a checkpoint to `folder`, whole or not at all; an old checkpoint there is replaced in one step.
 
-    A crash at any moment leaves the old checkpoint or the new one (`files.put_in_place` has the one exception). Where
-    `folder` is a link, what it points to is replaced. Raises CheckpointError where tensors and config disagree (what
-    could not be read back is never written), where `folder` holds anything else, or where the disk refuses.
+    A crash at any moment leaves the old checkpoint or the new one (`files.put_in_place` names the only exception). If
+    `folder` is a link, its target is replaced. Raises CheckpointError if the checkpoint could not be read back, such as
+    when tensors and config disagree; if `folder` holds anything else; or if it cannot be written.
     """
     try:
         folder = folder.resolve()
@@ -70,7 +70,7 @@ def write_checkpoint(
 
 
 def record_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
-    """Replace the scores that a checkpoint's manifest holds; nothing else changes. Raises CheckpointError."""
+    """Replace the scores in a checkpoint's manifest, and nothing else. Raises CheckpointError."""
     checkpoint = read_checkpoint(folder)
     manifest = checkpoint.manifest
     write_checkpoint(
@@ -80,7 +80,7 @@ def record_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise CheckpointError where `folder` is no checkpoint, such as the home directory: it is not replaced."""
+    """Raise CheckpointError for a folder that must not be replaced: one that holds anything but a checkpoint."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -90,7 +90,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def _as_json(field: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`value` as it will be read back."""
+    """`value` as JSON gives it back."""
     try:
         result: dict[str, Any] = json.loads(json.dumps(dict(value or {}), allow_nan=False))
     except (TypeError, ValueError) as error:

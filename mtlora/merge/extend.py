@@ -38,8 +38,7 @@ def extended_config(checkpoint: Checkpoint, new_experts: int) -> MtLoRAConfig:
 
 
 def starting_point(checkpoint: Checkpoint, new_experts: int, generator: torch.Generator) -> StartingPoint:
-    """An adapter of one task to start from: new experts are zero, new router rows random, the bias is the old tasks'
-    mean."""
+    """An adapter of one task to start from: zero new experts, random new router rows, the old tasks' mean bias."""
     config, tensors = checkpoint.manifest.config, checkpoint.tensors
     N, G = config.num_experts, config.num_groups
     start: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""The one place where the routed low-rank path is computed: y = F(x) + path(x), for any mix of adapters.
+"""The routed low-rank path, computed here alone: y = F(x) + path(x), for any mix of adapters.
 
     reference.py     the formula, float64, slow: the oracle of everything else
     packed_block.py  one block's weights, packed, and the path of one adapter in torch ops
@@ -8,7 +8,7 @@
     table.py         which adapter is in which row: a table of pointers for each block
     plan.py          which token belongs to which row: sorted into tiles once a step, read by every block
     mix.py           the operator's tensors and what they must be
-    cpu.py           the CPU backend: a compiled kernel, or torch ops where it is not built
+    cpu.py           the CPU backend: a compiled kernel, or torch ops without it
     triton_gpu.py    the CUDA backend: two launches for any mix
     tuning.py        how the CUDA backend cuts its work
 

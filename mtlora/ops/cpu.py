@@ -1,6 +1,6 @@
 """The CPU backend of `mtlora::add_mixed_paths_`.
 
-The compiled kernel does a step's whole mix in one call. Where there is none, torch ops do the same adapter by adapter,
+The compiled kernel computes a step's whole mix in one call. Without it, torch ops compute one adapter after another,
 which is slower.
 
 Shape suffixes: T tokens, P planned tokens, D hidden size, A rows of the table, F fields of a row, M tiles, G groups,
@@ -30,7 +30,7 @@ _ERRORS = {
 def add_mixed_paths_(mix: Mix) -> None:
     """Add the path of every planned token to `mix.y_TD`, in place; `mix` is checked.
 
-    Raises ValueError, before anything is written, where table and plan do not fit each other or x.
+    Raises ValueError, before anything is written, if table and plan do not fit each other or x.
     """
     kernel = compiled_kernel()
     if kernel is None or mix.x_TD.dtype not in KERNEL_DTYPES:
@@ -40,10 +40,10 @@ def add_mixed_paths_(mix: Mix) -> None:
 
 
 def bind(table: AdapterTable, plan: StepPlan) -> Callable[[torch.Tensor, torch.Tensor, int], None] | None:
-    """`run(y_TD, x_TD, block)` for a step's plan, with all that does not change from block to block settled here.
+    """`run(y_TD, x_TD, block)` for a step's plan, with everything prepared that is the same for all blocks.
 
-    None where there is no compiled kernel for the table. `run` raises ValueError, before anything is written, for y or
-    x that do not fit. A small model's layer takes tens of microseconds, so each one spent here counts.
+    None if there is no compiled kernel for the table. `run` raises ValueError, before anything is written, for y or x
+    that do not fit. A small model's layer takes tens of microseconds, so each microsecond here counts.
     """
     kernel = compiled_kernel()
     dtype, device, hidden = table.kind
@@ -55,7 +55,7 @@ def bind(table: AdapterTable, plan: StepPlan) -> Callable[[torch.Tensor, torch.T
     address = ctypes.addressof(step)
 
     def run(y_TD: torch.Tensor, x_TD: torch.Tensor, block: int) -> None:
-        # `plan` and `step` are named, so that they live as long as this.
+        # Naming `plan` and `step` keeps them alive as long as this function.
         (T, D), (y_stride, y_step), (x_stride, x_step) = x_TD.shape, y_TD.stride(), x_TD.stride()
         if (
             step.hidden != D or y_TD.shape != x_TD.shape or x_TD.dtype is not dtype or y_TD.dtype is not dtype
@@ -80,7 +80,7 @@ def _step(
     bias_rows_P: torch.Tensor,
     tiles_M3: torch.Tensor,
 ) -> Step:
-    """What the kernel is told once. It holds addresses alone: the tensors must live as long."""
+    """The kernel's arguments for all blocks of a step. Holds only addresses: the tensors must outlive it."""
     return Step(
         tokens=tokens_P.data_ptr(), bias_rows=bias_rows_P.data_ptr(), tiles=tiles_M3.data_ptr(),
         num_planned=len(tokens_P), num_tiles=len(tiles_M3), num_rows=num_rows, hidden=hidden, isa=instruction_set,
@@ -89,14 +89,14 @@ def _step(
 
 
 def _failure(error: int) -> Exception:
-    """What a status of the kernel says."""
+    """The exception for a status of the kernel."""
     if error == 1:
         return MemoryError("no memory for the scratch space of the routed path")
     return ValueError(_ERRORS[error])
 
 
 def run_kernel(kernel: ctypes.CDLL, instruction_set: int, mix: Mix) -> None:
-    """`add_mixed_paths_` by the compiled kernel. instruction_set: 0 for the best there is, 2 or 512 for one of AVX."""
+    """`add_mixed_paths_` by the compiled kernel. instruction_set: 0 for the best, else 2, 512 or 516."""
     y_TD, x_TD, rows_AF, tokens_P, bias_rows_P, tiles_M3 = mix
     T, D = x_TD.shape
     step = _step(instruction_set, x_TD.dtype, D, len(rows_AF), tokens_P, bias_rows_P, tiles_M3)
@@ -133,7 +133,7 @@ def in_torch_ops(mix: Mix) -> None:
 
 
 def _spans(tiles_M3: torch.Tensor) -> list[list[int]]:
-    """[row, first, count] of every row of the table: neighbouring tiles of a row in one."""
+    """[row, first, count] for every row of the table: merges a row's neighbouring tiles."""
     spans: list[list[int]] = []
     for row, first, count in tiles_M3.tolist():
         if count == 0:

@@ -1,4 +1,4 @@
-"""The compiled operations of a backbone on a CPU, `csrc/elementwise.cpp`: one pass over memory each.
+"""A backbone's elementwise operations on a CPU, compiled (`csrc/elementwise.cpp`): each one pass over memory.
 
 Tensors are float32 or bfloat16, all of one call alike; everything is computed in float32.
 
@@ -50,7 +50,7 @@ def _library() -> Any:
 
 
 def runs(*tensors: torch.Tensor) -> bool:
-    """Whether these may be given to the operations, on this machine."""
+    """Whether the operations take these tensors on this machine."""
     dtype = tensors[0].dtype
     alike = all(tensor.dtype is dtype and tensor.is_cpu for tensor in tensors)
     return alike and dtype in KERNEL_DTYPES and _library() is not None
@@ -101,7 +101,7 @@ def swiglu_backward(
 
 
 def norm(x_Rd: torch.Tensor, weight_d: torch.Tensor, epsilon: float, isa: int = 0) -> torch.Tensor:
-    """`rms_norm` of a contiguous x [..., d], with nothing for a backward pass."""
+    """`rms_norm` of a contiguous x, without the inverse for a backward pass."""
     out_Rd = torch.empty_like(x_Rd)
     _library().mtlora_norm(
         x_Rd.data_ptr(), weight_d.data_ptr(), out_Rd.data_ptr(), *_rows(x_Rd), epsilon, *_how(x_Rd, isa)
@@ -112,9 +112,9 @@ def norm(x_Rd: torch.Tensor, weight_d: torch.Tensor, epsilon: float, isa: int = 
 def add_rms_norm_(
     x_Rd: torch.Tensor, residual_Rd: torch.Tensor, weight_d: torch.Tensor, epsilon: float, isa: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rms_norm` of x + residual in x's place and the sum in the residual's; both contiguous [..., d]. Returns both.
+    """Overwrite x with `rms_norm` of x + residual, and the residual with the sum; both contiguous. Returns both.
 
-    What is normalised is the sum before it is rounded to its dtype, as in vLLM (vllm/ir/ops/layernorm.py).
+    Normalises the sum before rounding it to its dtype, as in vLLM (vllm/ir/ops/layernorm.py).
     """
     _library().mtlora_add_rms_norm(
         x_Rd.data_ptr(), residual_Rd.data_ptr(), weight_d.data_ptr(), *_rows(x_Rd), epsilon, *_how(x_Rd, isa)
@@ -123,7 +123,7 @@ def add_rms_norm_(
 
 
 def silu_and_mul(gate_up_RW: torch.Tensor, isa: int = 0) -> torch.Tensor:
-    """silu(gate) * up [..., d] of a contiguous x [..., 2d] that holds gate and up side by side, as serving has them."""
+    """silu(gate) * up of a contiguous tensor that holds gate and up side by side, as in serving."""
     out_Rd = torch.empty((*gate_up_RW.shape[:-1], gate_up_RW.shape[-1] // 2), dtype=gate_up_RW.dtype)
     _library().mtlora_silu_and_mul(gate_up_RW.data_ptr(), out_Rd.data_ptr(), *_rows(out_Rd), *_how(gate_up_RW, isa))
     return out_Rd
@@ -132,7 +132,7 @@ def silu_and_mul(gate_up_RW: torch.Tensor, isa: int = 0) -> torch.Tensor:
 def causal_softmax_(scores_MLL: torch.Tensor, scaling: float, isa: int = 0) -> torch.Tensor:
     """softmax(scaling * scores) over the last dimension's keys up to each query's own position, in place.
 
-    scores: contiguous [..., L, L], queries by keys; keys beyond a query get zero. scaling: positive.
+    scores: contiguous, queries by keys; keys after a query get zero. scaling: positive.
     """
     _run("mtlora_causal_softmax", scaling, isa, first=scores_MLL, out=scores_MLL)
     return scores_MLL

@@ -1,7 +1,7 @@
-"""The compiled kernels for CPUs: finding them, and the layout in which that of serving reads weights.
+"""The compiled kernels for CPUs: loading them, and the weights' layout for serving.
 
-`csrc` is built into one library when the package is installed. Where it was not, for want of a compiler, or cannot run
-on this processor, weights stay as they are and torch ops read them.
+`csrc` is built into one library when the package is installed. If there was no compiler, or this processor cannot run
+it, weights keep their layout and torch ops read them.
 
 Shape suffixes: K depth, C columns, U units of columns.
 """
@@ -16,13 +16,13 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Tokens of a tile: as many as the serving kernel's innermost loop keeps in registers.
+# Tokens of a tile: as many as the serving kernel's inner loop keeps in registers.
 TILE_SIZE = 8
 
 # Columns of a unit.
 UNIT = 16
 
-# Version of what the kernel reads, `mtlora_layout` in its source: one built before a change would give wrong numbers.
+# Version of what the kernel reads, `mtlora_layout` in its source: a kernel built before a change gives wrong numbers.
 LAYOUT = 3
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -31,7 +31,7 @@ _ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
 class Step(ctypes.Structure):
-    """What is the same in every block of a step: built once, for a call of few arguments."""
+    """The arguments that are the same for every block of a step."""
 
     _fields_ = (
         ("tokens", _ADDRESS),
@@ -49,7 +49,7 @@ class Step(ctypes.Structure):
 
 @cache
 def compiled_kernel() -> ctypes.CDLL | None:
-    """The compiled kernel, or None where it was not built or this processor cannot run it."""
+    """The compiled kernel; None if it was not built or this processor cannot run it."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_cpu_kernel{suffix}")
         if not path.exists():
@@ -72,7 +72,7 @@ def compiled_kernel() -> ctypes.CDLL | None:
 
 
 def kernel_part(part: str, layout: int) -> ctypes.CDLL | None:
-    """The library where its kernel `part` takes what the caller knows as `layout`, else None."""
+    """The library, if the version of its kernel `part` is `layout`, else None."""
     library = compiled_kernel()
     version = getattr(library, f"mtlora_{part}_layout", None)
     if version is not None and version() == layout:
@@ -85,7 +85,7 @@ def kernel_part(part: str, layout: int) -> ctypes.CDLL | None:
 def to_units(weights: torch.Tensor) -> torch.Tensor:
     """Weights [..., K, C] as the kernel reads them: [..., U, K, 16, 1], in bfloat16 [..., U, K/2, 16, 2].
 
-    Zeros fill up what is missing.
+    Zeros fill incomplete units.
     """
     rows = _rows(weights.dtype)
     *lead, K, C = weights.shape
@@ -109,5 +109,5 @@ def units_shape(K: int, C: int, dtype: torch.dtype) -> tuple[int, int, int, int]
 
 
 def _rows(dtype: torch.dtype) -> int:
-    """Rows of weights that lie together."""
+    """Rows of weights stored side by side."""
     return 2 if dtype == torch.bfloat16 else 1

@@ -14,13 +14,13 @@ from mtlora.ops.cpu_kernel import KERNEL_DTYPES, kernel_part
 LAYOUT = 1
 
 _ADDRESS, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-# In the order of `TrainingCall` in the kernel's source, which says what each is.
+# In the order of `TrainingCall` in the kernel's source, which describes each.
 _TENSORS = (
     "x", "dropped", "lora_A", "lora_B", "route", "bias", "weights", "h", "delta", "grad_delta", "grad_weights",
     "grad_x", "grad_dropped", "grad_A", "grad_B", "grad_route", "grad_logits",
 )  # fmt: skip
 
-# Of x, dropped, A, B, R and the logits.
+# Gradients of x, dropped, A, B, R and the logits.
 Gradients = tuple[
     torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]  # fmt: skip
@@ -98,7 +98,7 @@ def backward(
     needs_dropped: bool,
     isa: int = 0,
 ) -> Gradients:
-    """Gradients of x, dropped, A, B, R and the logits [T, G, N]; of x and dropped where they are needed."""
+    """Gradients of x, dropped, A, B, R and the logits [T, G, N]; of x and dropped only if needed."""
     grad_x_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype) if needs_x else None
     grad_dropped_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype) if needs_dropped else None
     grad_A, grad_B, grad_route = (torch.empty(t.shape) for t in (lora_A_rD, lora_B_NDr, lora_route))

@@ -48,7 +48,7 @@ def add_mixed_paths_(y_TD: torch.Tensor, x_TD: torch.Tensor, table: AdapterTable
 
 
 def bind(table: AdapterTable, plan: StepPlan) -> AddPath:
-    """`add_mixed_paths_` for one step: `run(y_TD, x_TD, block)` at the least cost a call."""
+    """`add_mixed_paths_` for one step, as `run(y_TD, x_TD, block)` with the least cost per call."""
     run = cpu.bind(table, plan) if table.rows_LAF.device.type == "cpu" else None
     return run or (lambda y_TD, x_TD, block: add_mixed_paths_(y_TD, x_TD, table, block, plan))
 

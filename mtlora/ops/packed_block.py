@@ -1,7 +1,7 @@
 """One block's weights in the layout of the products, and the path of one adapter in torch ops.
 
-With z_j = Pi[j,:] (x) h in R^(N*r), group j of the output is one product z_j @ Bcat_j: the path costs what one low-rank
-layer of rank N*r costs, and no tensor per expert ever exists. [A; R] is one product of r + G*N columns.
+With z_j = Pi[j,:] (x) h in R^(N*r), group j of the output is one product z_j @ Bcat_j. So the path costs as much as one
+low-rank layer of rank N*r, and no tensor per expert exists. [A; R] is one product of r + G*N columns.
 
 Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups, E = D/G dimensions of a group, K = N*r,
 J = G*N, S = r + J rows of [A; R], b rows of a bias table.
@@ -13,12 +13,12 @@ import torch
 
 
 class PackedBlock(NamedTuple):
-    """One block's weights, as every backend reads them: row by row along the summed dimension.
+    """One block's weights, as every backend reads them: row by row along the dimension that is summed over.
 
     shrink_DS: [A; R] transposed, [D, r + G*N].
     expand_GKE: the experts times alpha/r, [G, N*r, D/G], in the same dtype.
     rank: r, where A ends in shrink_DS.
-    bias_bGN: router biases, float32 [b, G, N], where the adapter has any.
+    bias_bGN: router biases, float32 [b, G, N], if the adapter has any.
     """
 
     shrink_DS: torch.Tensor

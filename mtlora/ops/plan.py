@@ -53,28 +53,28 @@ def plan_step(row_T: np.ndarray, bias_row_T: np.ndarray, *, num_rows: int, tile_
 
 
 class DevicePlan:
-    """A plan in buffers of fixed size and address on a GPU, for graphs that are captured once and replayed.
+    """A plan in buffers of fixed size and address on a GPU, for captured graphs.
 
     max_tokens, max_rows: bounds of a step; they fix the number of tiles, and with it every grid.
     """
 
     def __init__(self, max_tokens: int, max_rows: int, *, tile_size: int, device: torch.device) -> None:
         self._max_tokens, self._max_rows = max_tokens, max_rows
-        # Every row ends in at most one tile that is not full.
+        # Every row has at most one tile that is not full.
         num_tiles = min(max_tokens, max_rows + max_tokens // tile_size)
         self._all = torch.zeros(2 * max_tokens + 3 * num_tiles, dtype=torch.int32, device=device)
         tokens, bias_rows, tiles = self._all.split([max_tokens, max_tokens, 3 * num_tiles])
         self.plan = StepPlan(tokens, bias_rows, tiles.view(num_tiles, 3), tile_size)
 
     def set(self, row_T: np.ndarray, bias_row_T: np.ndarray) -> StepPlan:
-        """Fill the buffers for a step of up to `max_tokens` tokens, by one copy that waits for nothing.
+        """Fill the buffers for a step of up to `max_tokens` tokens, with one asynchronous copy.
 
-        Raises ValueError for more tokens or rows than that; the buffers are as they were then.
+        Raises ValueError for more tokens or rows than that, and leaves the buffers unchanged.
         """
         if len(row_T) > self._max_tokens:
             raise ValueError(f"{len(row_T)} tokens in a plan of {self._max_tokens}")
         step = plan_step(row_T, bias_row_T, num_rows=self._max_rows, tile_size=self.plan.tile_size)
-        # A new staging buffer each time: the copy of the last step may still be under way.
+        # A new staging buffer each time: the last step's copy may still be running.
         staged = torch.zeros(self._all.shape, dtype=torch.int32, pin_memory=self._all.is_cuda)
         staged[: len(step.tokens_P)] = step.tokens_P
         staged[self._max_tokens : self._max_tokens + len(step.bias_rows_P)] = step.bias_rows_P

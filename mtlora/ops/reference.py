@@ -1,4 +1,4 @@
-"""The routed low-rank path exactly as the formula states it, in float64: the oracle of every faster implementation.
+"""The routed low-rank path exactly as in the formula, in float64: the oracle of every faster implementation.
 
     h       = A x
     Pi[j,:] = softmax_i( (R x)[j,i] + b[j,i] )
@@ -16,7 +16,7 @@ import torch
 
 
 class ReferenceAdapter(NamedTuple):
-    """One adapter's weights as a checkpoint has them, for one block.
+    """One adapter's weights for one block, as in a checkpoint.
 
     bias_bGN: the router biases of its tasks, or None.
     """

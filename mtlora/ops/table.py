@@ -1,7 +1,7 @@
 """Which adapter is in which row of a table, as the kernels read it: for every block a row of integers per adapter.
 
 A row points at an adapter's own weights. Placing an adapter writes rows in place: no weight moves, nothing is
-allocated, and the table, whose address compiled or captured graphs hold, stays where it is.
+allocated, and the table keeps its address, which compiled or captured graphs hold.
 
 Shape suffixes: L blocks, A rows (adapters), F fields of a row.
 """
@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Field(IntEnum):
-    """Columns of a row. The kernels read rows by these places; `csrc/serving.cpp` and `triton_gpu.py` mirror them."""
+    """Columns of a row. The kernels read rows by these numbers; `csrc/serving.cpp` and `triton_gpu.py` mirror them."""
 
     SHRINK = 0  # address of [D, S], or of its units
     EXPAND = 1  # address of [G, K, E], or of its units
@@ -56,13 +56,13 @@ class TableLimits:
 
     @staticmethod
     def of(block: PackedBlock) -> "TableLimits":
-        """Those that hold `block` and nothing larger."""
+        """The limits that just hold `block`."""
         alignment = math.gcd(block.shrink_DS.shape[1], block.expand_GKE.shape[2], 16)
         return TableLimits(block.rank, block.num_experts, block.num_groups, alignment)
 
 
 def check_block(block: PackedBlock) -> None:
-    """Raise ValueError unless the kernels can read `block`: shapes that agree, one dtype and device, no strides."""
+    """Raise ValueError unless the kernels can read `block`: matching shapes, one dtype and device, contiguous."""
     shrink, expand, rank, bias = block
     if shrink.dim() != 2 or expand.dim() != 3:
         raise ValueError(f"shrink must be [D, S] and expand [G, K, E], got {list(shrink.shape)}, {list(expand.shape)}")
@@ -87,11 +87,11 @@ def check_block(block: PackedBlock) -> None:
 
 
 class AdapterRows:
-    """One adapter's row for every block, checked once; keeps the weights alive that the rows point at.
+    """One adapter's row for every block, checked once. Keeps the weights alive that the rows point at.
 
-    On a CPU those are a copy in the layout of the compiled kernel, where it can run and unless `as_given`; only weights
-    as they were given can go to another device, from `blocks`.
-    blocks: one entry a block of the model, None where the adapter has no path. Raises ValueError as `check_block` does,
+    On a CPU with the compiled kernel, the weights are a copy in its layout, unless `as_given` is set. Only weights as
+    given can move to another device, from `blocks`.
+    blocks: one entry per block of the model, None for a block without a path. Raises ValueError as `check_block` does,
     and for blocks of several dtypes, devices or hidden sizes.
     """
 
@@ -102,7 +102,7 @@ class AdapterRows:
             and compiled_kernel() is not None
         )  # fmt: skip
         self.limits = TableLimits()
-        # As the rows point at them: in units, or as given.
+        # The weights that the rows point at: in units, or as given.
         self._held: list[PackedBlock | None] = []
         self.blocks: tuple[PackedBlock | None, ...] = () if in_units else tuple(blocks)
         rows, kinds = torch.zeros(len(blocks), len(Field), dtype=torch.int64), set()
@@ -128,11 +128,11 @@ class AdapterRows:
         self.rows_LF = rows
         tensors = [tensor for held in self._held if held for tensor in (held.shrink_DS, held.expand_GKE, held.bias_bGN)]
         self.num_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-        # Numbers of the blocks that have a path.
+        # The numbers of the blocks with a path.
         self.active = frozenset(i for i, block in enumerate(blocks) if block is not None)
 
     def block(self, number: int) -> PackedBlock | None:
-        """A block's weights, in their own layout whatever the kernel's is; None where the adapter has no path there."""
+        """A block's weights in the packed layout, whatever the kernel's is; None for a block without a path."""
         held = self._held[number]
         row = self.rows_LF[number].tolist()
         if held is None or not row[Field.IN_UNITS]:
@@ -147,7 +147,8 @@ class AdapterRows:
 class AdapterTable:
     """The rows of all adapters, preallocated: `rows_LAF[l]` is what the operator takes for block l.
 
-    limits: where given, what graphs were captured for; a larger adapter is refused. Else it grows with what is placed.
+    limits: the limits that graphs were captured for; a larger adapter is refused. By default they grow with the
+    adapters.
     """
 
     def __init__(

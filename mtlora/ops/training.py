@@ -1,8 +1,8 @@
 """The registered operator of training, `mtlora::path_with_gradients`: the path of one adapter, with gradients.
 
-Between forward and backward it keeps x, h and the routing weights; no tensor per expert, [T, D] times N, is ever made.
-On a CPU the compiled kernel computes both passes. Where it cannot, torch ops do, and make z and its gradient, both
-[G, T, K], anew in the backward pass of a block; they are gone after it.
+Between forward and backward it keeps x, h and the routing weights; there is never a tensor [T, D] per expert. On a CPU,
+the compiled kernel computes both passes. Otherwise torch ops do: they compute z and its gradient, both [G, T, K], again
+in the backward pass of a block, and free them after it.
 
 Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups, E = D/G dimensions of a group, K = N*r,
 J = G*N, S = r + J.
@@ -30,8 +30,8 @@ def path_with_gradients(
     """(the path's output [T, D], the routing weights [T, G, N]), both differentiable in every tensor.
 
     lora_A_rD, lora_B_NDr, lora_route [G*N, D] (group-major): one floating dtype, in which everything is computed. x_TD:
-    any floating dtype, which the output then has. bias_TGN: router bias per token. dropped_TD: x after dropout, which A
-    then sees in x's place. All on one device. Raises ValueError for anything else.
+    any floating dtype, which is also the output's. bias_TGN: router bias per token. dropped_TD: x after dropout, the
+    input of A in place of x. All on one device. Raises ValueError for anything else.
     """
     delta_TD, weights_TGN, _ = torch.ops.mtlora.path_with_gradients(
         x_TD, dropped_TD, lora_A_rD, lora_B_NDr, lora_route, bias_TGN, num_groups, scaling

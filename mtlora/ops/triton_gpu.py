@@ -1,14 +1,14 @@
 """The GPU backend of `mtlora::add_mixed_paths_`: two Triton launches for any mix of adapters.
 
-`_shrink` computes s = x [A; R] for every tile of tokens, split over x's dimensions and over the rows of [A; R] where
-tokens are few, so that a decode step fills the card. `_expand` sums the parts, takes the softmax over experts and forms
-z in registers, and adds z Bcat_j to y; no two programs own the same piece of y. Only s goes through memory: r + G*N
-floats a token, where z would take G*N*r.
+`_shrink` computes s = x [A; R] for every tile of tokens. If tokens are few, it splits x's dimensions and the rows of
+[A; R], so that a decode step fills the card. `_expand` sums the parts, takes the softmax over experts, forms z in
+registers, and adds z Bcat_j to y; each piece of y belongs to one program. Only s goes through memory: r + G*N floats
+per token; z would take G*N*r.
 
-Products take the adapters' dtype and accumulate in float32. Nothing is read back, nothing is allocated by the values
-of a tensor, and a tile's row decides in the kernel where weights lie: a captured graph serves any later mix.
+Products take the adapters' dtype and accumulate in float32. The host reads nothing back, allocations do not depend on
+tensor values, and the kernel finds a tile's weights through its row: a captured graph serves any later mix.
 
-Run with TRITON_INTERPRET=1 it works on CPU tensors, for tests.
+With TRITON_INTERPRET=1 it works on CPU tensors, for tests.
 
 Shape suffixes: T tokens, P planned tokens, D hidden size, A rows of the table, F fields of a row, M tiles, C parts of a
 sum, S = r + G*N.
@@ -115,7 +115,7 @@ def _expand(
         t, k = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_R)
         live, place = t < count, start + t
         token = tl.load(tokens + place, mask=live, other=0).to(tl.int64)
-        # An adapter without biases has none in any row.
+        # An adapter without biases: no row has one.
         bias_row = tl.where(bias_at == 0, -1, tl.load(bias_rows + place, mask=live, other=-1))
         h = _sum_parts(s, place, k, live[:, None] & (k < rank)[None, :], s_stride, part_stride, PARTS)
         logits = _logits(
@@ -144,14 +144,14 @@ def _expand(
         tl.store(at, (tl.load(at, mask=mask, other=0.0).to(tl.float32) + sums).to(dtype), mask=mask)
 
 
-# The interpreter multiplies bfloat16's bits as if they were integers: there, products take float32.
+# The interpreter multiplies bfloat16's bits as if they were integers, so products take float32 there.
 _COMPILED = isinstance(_shrink, triton.JITFunction)
 
 
 def add_mixed_paths_(mix: Mix, limits: TableLimits, tile_size: int, launch: Launch | None = None) -> None:
     """Add the path of every planned token to `mix.y_TD`, in place; `mix` is checked.
 
-    launch: how to cut the work; by default what was tuned for this card and shape.
+    launch: how to divide the work; by default as tuned for this card and shape.
     """
     y_TD, x_TD, rows_AF, tokens_P, bias_rows_P, tiles_M3 = mix
     num_tiles, num_planned, D = len(tiles_M3), len(tokens_P), x_TD.shape[1]
@@ -176,7 +176,7 @@ def add_mixed_paths_(mix: Mix, limits: TableLimits, tile_size: int, launch: Laun
         BLOCK_S=block_s, BLOCK_D=launch.block_d, **common,
         num_warps=launch.shrink_warps, num_stages=launch.shrink_stages,
     )  # fmt: skip
-    # Any number of groups up to the limit cuts D into at most so many blocks.
+    # With any number of groups up to the limit, D has at most this many blocks.
     num_blocks = triton.cdiv(D, launch.block_e) + limits.groups
     _expand[(num_tiles, num_blocks)](
         y_TD, s_CPS, rows_AF, tokens_P, bias_rows_P, tiles_M3, D, y_TD.stride(0), s_CPS.stride(1), s_CPS.stride(0),

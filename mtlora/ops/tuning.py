@@ -1,9 +1,9 @@
-"""How the Triton kernels cut their work.
+"""How the Triton kernels divide their work.
 
-`make bench-gpu TUNE=--tune` measures it once a card, and keeps it in `tuned/{card}.json`.
+`make bench-gpu TUNE=--tune` measures it for a card and writes `tuned/{card}.json`.
 
-A file holds a list of entries, each a `Launch` with the shape it was measured for. Where a card has none, or none of a
-hidden size, defaults apply.
+A file holds a list of entries, each a `Launch` with the shape that it was measured for. Defaults apply to a card or
+hidden size without entries.
 """
 
 import itertools
@@ -19,13 +19,13 @@ import torch
 from mtlora.ops.table import TableLimits
 
 FOLDER = Path(__file__).with_name("tuned")
-# Fewer programs than this leave a card idle.
+# Fewer programs leave a card partly idle.
 _ENOUGH_PROGRAMS = 128
 
 
 @dataclass(frozen=True)
 class Launch:
-    """parts: into how many sums x's dimensions are cut. block_*: a program's share of D, S, K and E."""
+    """parts: the number of sums that x's dimensions are split into. block_*: a program's share of D, S, K and E."""
 
     parts: int = 1
     block_d: int = 128
@@ -49,7 +49,7 @@ class Tuned:
 
 
 def tile_size(max_tokens: int) -> int:
-    """Tokens of a tile on a GPU: the least that a product takes in decode steps, more in prefill."""
+    """Tokens of a tile on a GPU: the smallest size of a product in decode steps, more in prefill."""
     return 16 if max_tokens <= 512 else 64
 
 
@@ -62,7 +62,7 @@ def choose(device: torch.device, hidden_size: int, tokens: int, tiles: int, limi
 
 
 def default(hidden_size: int, tiles: int) -> Launch:
-    """Enough programs for a large card, with parts of at least one block."""
+    """A launch with enough programs for a large card, and parts of at least one block."""
     parts = 1
     while parts < 16 and parts * tiles < _ENOUGH_PROGRAMS and 2 * parts * 128 <= hidden_size:
         parts *= 2
@@ -77,7 +77,7 @@ def candidates() -> Iterator[Launch]:
 
 
 def card(device: torch.device) -> str:
-    """The card's name as a file is named after it."""
+    """The card's name, as in the name of its file."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 

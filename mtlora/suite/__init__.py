@@ -1,5 +1,4 @@
-"""Task suites: the built-in one, a folder of files in the layout of BIG-Bench Hard, generated inputs like its own, or
-a mix of these. Needs no torch."""
+"""Task suites: built-in, a folder of files like BIG-Bench Hard's, inputs generated like its, or a mix. No torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ __all__ = [
 def load_suite(name_or_path: str | Sequence[SuitePart]) -> Suite:
     """The suite called `builtin` or `bbh-generated`, the one in a folder, or a mix of parts.
 
-    (A folder that has one of these names is `./builtin`.)
+    Write `./builtin` for a folder of that name.
     """
     if not isinstance(name_or_path, str):
         return MixedSuite([(part, load_suite(part.suite)) for part in name_or_path])

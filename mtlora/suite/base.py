@@ -11,20 +11,20 @@ from mtlora.task import TaskSpec
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
-# What parts working from answer, in every suite here: one token of the default backbone, and in no task's text.
+# The mark between working and answer in every suite here: one token of the default backbone, in no task's text.
 ANSWER_MARKER = "=>"
 
 
 class SuiteError(MtLoRAError):
-    """A suite that cannot be used: names the file, the place and the cause."""
+    """A suite that cannot be used. Names the file, the place and the cause."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One input of a task and its exact answer.
 
-    `working` is a short derivation of the answer that a model may be trained to write before it; scoring ignores it.
-    `source` says where it was read, for errors.
+    `working` is a short derivation that a model may learn to write before the answer; scoring ignores it. `source` is
+    where the example was read, for errors.
     """
 
     task_id: str
@@ -35,32 +35,32 @@ class Example:
 
 
 class Suite(Protocol):
-    """What trainer, evaluation, demo and load test ask of any suite."""
+    """What trainer, evaluation, demo and load test need from a suite."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def finite(self) -> bool:
-        """Whether a task has so many examples and no more; a generator has no end."""
+        """Whether tasks have a limited number of examples; generators do not."""
         ...
 
     @property
     def tasks(self) -> Sequence[TaskSpec]:
-        """The tasks, in the order in which an adapter numbers them."""
+        """The tasks, in the order of an adapter's bias rows."""
         ...
 
     def examples(self, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
         """`count` examples with distinct inputs; the same for the same arguments on every machine.
 
-        `count=None` means all there are, for suites that are finite. Splits share no input. Raises SuiteError where
-        the task is unknown or the split holds fewer than `count` (naming both numbers).
+        `count=None` means all of a finite suite. Splits share no input. Raises SuiteError for an unknown task, and if
+        the split has fewer than `count` examples (naming both numbers).
         """
         ...
 
 
 def up_to(suite: Suite, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
-    """`count` examples, or all there are of a finite suite that has fewer. Raises SuiteError as `Suite.examples`."""
+    """`count` examples, or all of a finite suite that has fewer. Raises SuiteError as `Suite.examples` does."""
     if suite.finite:
         return suite.examples(task_id, split, None, seed)[:count]
     return suite.examples(task_id, split, count, seed)
@@ -69,10 +69,10 @@ def up_to(suite: Suite, task_id: str, split: Split, count: int | None, seed: int
 def draw_distinct(
     draw: Callable[[], tuple[str, ...]], task_id: str, split: Split, count: int | None, max_misses: int
 ) -> list[tuple[str, ...]]:
-    """`count` draws of a generated task whose inputs, their first parts, are distinct and of one split.
+    """`count` draws of a generated task with distinct inputs of one split; the first part of a draw is its input.
 
-    Raises SuiteError for an unknown split, for a count that is no number, and after `max_misses` draws in a row that
-    bring nothing new.
+    Raises SuiteError for an unknown split, a count of None or below 0, and after `max_misses` draws in a row without a
+    new input.
     """
     if split not in SPLITS:
         raise SuiteError(f"no split {split!r}; there are {', '.join(SPLITS)}")
@@ -98,7 +98,7 @@ def draw_distinct(
 def split_of(task_id: str, text: str) -> Split:
     """The split an input belongs to, by hash: 80 % train, 10 % validation, 10 % test.
 
-    A function of the input alone, so no seed, count or version of a generator can leak one split into another.
+    It depends on the input alone, so no seed, count or version of a generator can leak one split into another.
     """
     bucket = hashlib.sha256(f"{task_id}\0{text}".encode()).digest()[0]
     return "validation" if bucket < 26 else "test" if bucket < 52 else "train"

@@ -9,12 +9,12 @@ from mtlora.suite.base import ANSWER_MARKER, Example, Split, SuiteError, draw_di
 from mtlora.suite.bbh_tasks import BBH_TASKS, BBHTask, UnsolvedError
 from mtlora.task import TaskSpec
 
-# Draws in a row that bring nothing new before a task counts as exhausted.
+# A task counts as exhausted after this many draws in a row without a new input.
 _MAX_MISSES = 20_000
 
 
 def bbh_spec(task: BBHTask) -> TaskSpec:
-    """The spec of a task that can be worked out, for generated inputs and for a folder's."""
+    """The spec of a solvable task, for generated inputs and for a folder's."""
     return TaskSpec(
         id=task.id,
         description=task.description,
@@ -26,7 +26,7 @@ def bbh_spec(task: BBHTask) -> TaskSpec:
 
 
 def with_working(example: Example) -> Example:
-    """The example with its solver's working, where a solver gives the very target; else as it is."""
+    """The example with its solver's working, if a solver gives exactly the target; else the example unchanged."""
     task = BBH_TASKS.get(example.task_id)
     if task is None:
         return example
@@ -40,7 +40,8 @@ def with_working(example: Example) -> Example:
 
 
 class GeneratedBBHSuite:
-    """The tasks that have a generator. Splits are by hash of the input, as a folder's are, so they share no input."""
+    """The tasks that have a generator. Splits go by the input's hash, as a folder's do, so the two share no input
+    across splits."""
 
     def __init__(self) -> None:
         self._tasks = {task_id: task for task_id, task in BBH_TASKS.items() if task.generate is not None}

@@ -1,8 +1,8 @@
-"""How the built-in tasks and BIG-Bench Hard's are worked out alike: expressions, and walks on a plane."""
+"""Derivations shared by the built-in tasks and BIG-Bench Hard's: expressions, and walks on a plane."""
 
 from collections.abc import Sequence
 
-# Clockwise from straight on.
+# Clockwise, from straight ahead.
 _COMPASS = "NESW"
 DIRECTIONS = {"forward": 0, "right": 1, "backward": 2, "left": 3}
 
@@ -19,10 +19,10 @@ def or_of_ands(values: Sequence[bool], operators: Sequence[str]) -> bool:
 
 
 class Walk:
-    """A walk worked out as what has been walked each way so far, and whether opposite ways are equal.
+    """The working of a walk: the steps in each direction so far, and whether opposite directions are equal.
 
-    `W2 S4 W2+3=5, N0 S4 differ, E0 W5 differ`; a turn is a letter alone. Counts never pass zero, each sum has its terms
-    beside it, and each comparison its two sides: a small model does in a token what is that close.
+    Example: `W2 S4 W2+3=5, N0 S4 differ, E0 W5 differ`; a turn is a single letter. Counts are never negative, and each
+    sum and comparison stands beside its terms, because a small model can compute in one token only from tokens nearby.
     """
 
     def __init__(self) -> None:
@@ -30,11 +30,11 @@ class Walk:
         self._steps: list[str] = []
 
     def turn(self, heading: int) -> None:
-        """Face a way, counted clockwise from straight on."""
+        """Face a direction, counted clockwise from straight ahead."""
         self._steps.append(_COMPASS[heading])
 
     def take(self, steps: int, heading: int) -> None:
-        """Go so many steps a way, counted so."""
+        """Walk `steps` in a direction, counted the same way."""
         way = _COMPASS[heading]
         before = self._totals[way]
         self._totals[way] += steps
@@ -42,12 +42,12 @@ class Walk:
 
     @property
     def returns(self) -> bool:
-        """Whether it ends where it began."""
+        """Whether the walk ends at its start."""
         return all(self._totals[there] == self._totals[back] for there, back in ("NS", "EW"))
 
     @property
     def working(self) -> str:
-        """The steps, the totals and how they compare."""
+        """The steps, the totals and their comparison."""
         totals = self._totals
         pairs = [
             f"{there}{totals[there]} {back}{totals[back]} {'same' if totals[there] == totals[back] else 'differ'}"

@@ -42,10 +42,10 @@ class _File(BaseModel):
 
 
 class FolderSuite:
-    """Reads every `*.json` of a folder at once, so a wrong file is found before any work is done.
+    """Reads every `*.json` of a folder at once, to find a wrong file before any work starts.
 
-    Other files and keys beyond the layout's are ignored. An input that occurs twice is in its split once, with its
-    first target; where targets differ, a warning says so, for such files are in use and must be scorable whole.
+    Ignores other files, and keys that are not in the layout. A repeated input is in its split once, with its first
+    target; different targets give only a warning, because published files have them and must be scorable as a whole.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -106,7 +106,7 @@ class FolderSuite:
             first.setdefault(example.input, example)
         examples = [e for e in first.values() if split_of(task_id, e.input) == split]
 
-        # Ordered by hash: an example added to the file or taken out leaves the others' order alone.
+        # Ordered by hash: adding or removing an example keeps the others' order.
         def key(example: Example) -> bytes:
             return hashlib.sha256(f"{task_id}\0{split}\0{seed}\0{example.input}".encode()).digest()
 
@@ -147,10 +147,10 @@ def _read_task(task_id: str, file: Path) -> tuple[Example, ...]:
 
 
 def _max_new_tokens(targets: Sequence[str]) -> int:
-    """An estimate from above of the longest target's tokens, with room for answers the folder has no example of.
+    """An upper estimate of the longest target's tokens, with room for answers that the folder does not contain.
 
-    No tokenizer is at hand here. Byte-level vocabularies give a digit or a mark one token, spell other scripts in at
-    most a token a byte, and seldom cut letters finer than into twos.
+    There is no tokenizer here. Byte-level vocabularies use one token for a digit or mark, at most one per byte for
+    other scripts, and rarely less than two letters per token.
     """
 
     def estimate(target: str) -> int:

@@ -10,13 +10,13 @@ from mtlora.suite.bbh_generated import bbh_spec, with_working
 from mtlora.suite.bbh_tasks import BBH_TASKS
 from mtlora.task import TaskSpec
 
-# One number for every task, one a task ("*" stands for the rest), or null: all that a finite suite has.
+# One number for every task, numbers by task id ("*" for the rest), or null: all of a finite suite.
 Count = Annotated[int, Field(ge=0)]
 ExampleCounts = Count | dict[str, Count | None] | None
 
 
 def count_for(counts: int | Mapping[str, int | None] | None, task_id: str) -> int | None:
-    """How many examples of a task are asked for. A task that a mapping leaves out, and that has no "*", gets none."""
+    """How many examples of a task are wanted. A task that a mapping without "*" leaves out gets none."""
     return counts.get(task_id, counts.get("*", 0)) if isinstance(counts, Mapping) else counts
 
 
@@ -27,20 +27,18 @@ class SuitePart(BaseModel):
 
     suite: str = Field(description='"builtin", "bbh-generated", or a folder in BIG-Bench-Hard layout')
     examples_per_task: ExampleCounts = Field(
-        None, description="training examples: a number, null for all, or a number a task id, * for the rest"
+        None, description="training examples per task: a number, null for all, or numbers by task id, * for the rest"
     )
-    joins: tuple[str, ...] = Field(
-        (), description="tasks that are the same as an earlier part's of that id, and become one with it"
-    )
-    train_only: bool = Field(False, description="leave this part out of validation")
-    worked: bool = Field(False, description="give a folder's examples the working of the solvers that know their form")
+    joins: tuple[str, ...] = Field((), description="tasks to join with an earlier part's tasks of the same id")
+    train_only: bool = Field(False, description="do not validate with this part")
+    worked: bool = Field(False, description="give a folder's examples the working of their solvers")
 
 
 class MixedSuite:
     """Tasks of several suites in one table.
 
-    A task that several parts have must be declared in `joins` of the later ones. It keeps the first part's template
-    and description; answer marker, length and the set of answers are widened to cover them all.
+    If several parts have a task, the later ones must name it in `joins`. The task keeps the first part's template and
+    description; answer marker, length and set of answers cover all parts.
     """
 
     def __init__(self, parts: Sequence[tuple[SuitePart, Suite]]) -> None:
@@ -82,9 +80,9 @@ class MixedSuite:
         return tuple(self._tasks.values())
 
     def examples(self, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
-        """Training: as many as each part is to give, `count` of each at most. Else: up to `count` of each part.
+        """Training: each part's own number, at most `count`. Other splits: up to `count` of each part.
 
-        An input that two parts give is taken once, from the first. Raises SuiteError where the task is unknown.
+        An input of two parts is taken once, from the first. Raises SuiteError for an unknown task.
         """
         if task_id not in self._tasks:
             raise SuiteError(f"suite {self.name} has no task {task_id!r}; it has {', '.join(self._tasks)}")

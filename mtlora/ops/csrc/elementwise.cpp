@@ -10,7 +10,7 @@
 
 namespace {
 
-// Mirrors `Call` in mtlora/ops/cpu_elementwise.py: [rows, size] of everything but `weight` [size] and `inverse` [rows].
+// Mirrors `ElementwiseCall` in mtlora/ops/cpu_elementwise.py: [rows, size] of everything but `weight` [size] and `inverse` [rows].
 struct ElementwiseCall {
   int64_t rows, size;
   float number;  // RMSNorm's epsilon, softmax's scaling

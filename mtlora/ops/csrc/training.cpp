@@ -15,7 +15,7 @@
 
 namespace {
 
-// Mirrors `Call` in mtlora/ops/cpu_training.py. Tensors are contiguous; those of the input's dtype are void.
+// Mirrors `TrainingCall` in mtlora/ops/cpu_training.py. Tensors are contiguous; those of the input's dtype are void.
 struct TrainingCall {
   int64_t tokens, hidden, rank, experts, groups;
   float scaling;

@@ -1,7 +1,7 @@
-"""Tasks of BIG-Bench Hard that can be worked out: solvers of their inputs, and generators of more like them.
+"""Solvable tasks of BIG-Bench Hard: solvers of their inputs, and generators of similar inputs.
 
-The solvers give the public targets (see `dates` for three texts whose targets contradict them). Most of the benchmark's
-other tasks ask for knowledge of people, films, jokes or causes, which nothing can be generated for.
+The solvers give the public targets (`dates` lists three texts whose targets contradict the text). Most other tasks of
+the benchmark ask for knowledge of people, films, jokes or causes, and cannot be generated.
 """
 
 from mtlora.suite.bbh_tasks import counting, dates, language, logic, ordering, scenes, shapes, tables, tracking

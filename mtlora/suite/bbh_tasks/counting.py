@@ -1,4 +1,4 @@
-"""Numbers: counting things, arithmetic, walking about."""
+"""Numbers: counting things, arithmetic, walks."""
 
 import random
 import re
@@ -37,7 +37,7 @@ def solve_object_counting(text: str) -> Solution:
 
 
 def generate_object_counting(rng: random.Random) -> str:
-    """Two to ten entries of one kind, now and then with up to three others among them."""
+    """Two to ten entries of one kind, sometimes with up to three others among them."""
     kind = rng.choice(("objects", "vegetables", "animals", "musical instruments", "fruits"))
     things = THINGS[kind]
     chosen = rng.sample(things, rng.randint(2, min(10, len(things))))
@@ -116,7 +116,7 @@ def solve_navigate(text: str) -> Solution:
 
 
 def generate_navigate(rng: random.Random) -> str:
-    """Moves in four directions, or walks and turns; as often back at the start as not."""
+    """Moves in four directions, or walks and turns; half of them end at the start."""
     wanted = rng.choice(("Yes", "No"))
     forward = rng.random() < 0.5
     while True:

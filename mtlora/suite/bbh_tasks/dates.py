@@ -1,4 +1,4 @@
-"""Dates: what today is, told in a roundabout way, and what another day is then."""
+"""Dates: what day today is, told indirectly, and what date another day has."""
 
 import datetime
 import random
@@ -34,7 +34,7 @@ _ASKED: dict[str, Callable[[datetime.date], datetime.date]] = {
 
 
 def _read(text: str) -> datetime.date:
-    """A date as `4/19/1969` or `Apr 19, 1969`."""
+    """A date such as `4/19/1969` or `Apr 19, 1969`."""
     if slashes := re.search(r"(\d{1,2})/(\d{1,2})/(\d{4})", text):
         return datetime.date(int(slashes[3]), int(slashes[1]), int(slashes[2]))
     words = matched(r"(\w{3})\w*\.? (\d{1,2})(?:st|nd|rd|th)?, (\d{4})", text)
@@ -51,9 +51,9 @@ def _second_time(groups: tuple[str, ...]) -> datetime.date:
     return datetime.date(int(groups[2]), int(groups[0]), int(groups[1]))
 
 
-# What says which day today is: a pattern, and today from its groups. The first that matches holds.
+# Patterns that tell today's date, and the date from their groups. The first match counts.
 _TELLINGS: tuple[tuple[str, Callable[[tuple[str, ...]], datetime.date]], ...] = (
-    # Three of the benchmark's texts whose own targets all rest on another day than the text says.
+    # Three of the benchmark's texts whose targets assume another day than the text says.
     (r"^2015 is coming in 36 hours", lambda g: datetime.date(2014, 12, 29)),
     (r"married on Jan 2, 1958\. It is their 5-year anniversary", lambda g: datetime.date(1961, 1, 2)),
     (r"Today is the US Thanksgiving of 2001", lambda g: datetime.date(2002, 11, 22)),
@@ -116,7 +116,7 @@ def solve_dates(text: str) -> Solution:
 
 
 def _today(text: str) -> datetime.date:
-    """The day that a text says it is. Raises UnsolvedError where it does not."""
+    """Today's date in a text. Raises UnsolvedError if the text does not tell."""
     for pattern, today_from in _TELLINGS:
         if found := re.search(pattern, text):
             try:
@@ -126,7 +126,7 @@ def _today(text: str) -> datetime.date:
     raise UnsolvedError("nothing tells what today is")
 
 
-# Texts of the benchmark. In all but those about one year or day alone, other dates may take the place of theirs.
+# Texts of the benchmark. Their dates may be replaced, except in texts about one particular year or day.
 _TEXTS = (
     "Yesterday, Jan 21, 2011, Jane ate 2 pizzas and 5 wings.",
     "Jane was born on the last day of Feburary in 2001. Today is her 16-year-old birthday.",
@@ -173,12 +173,12 @@ _TEXTS = (
     "Today's meeting is rescheduled to 11 am tomorrow, 10/16/1924.",
     "Today is the first day of 2007.",
 )
-# How often a text is told with other dates.
+# How often a text gets another date.
 _REDATED = 0.3
 
 
 def _redated(rng: random.Random, text: str) -> str:
-    """The text with its only full date, if it has just one, replaced by another."""
+    """The text with another full date, if it holds exactly one."""
     date = datetime.date(1900, 1, 1) + rng.randrange(130 * 365) * _DAY
     slashes, words = re.findall(r"\d+/\d+/\d{4}", text), re.findall(r"\b[A-Z]\w\w \d+, \d{4}", text)
     if len(slashes) + len(words) != 1 or any(word in text for word in ("because", "in fact", "UK")):
@@ -189,7 +189,7 @@ def _redated(rng: random.Random, text: str) -> str:
 
 
 def generate_dates(rng: random.Random) -> str:
-    """One of the benchmark's texts, now and then with another date, and six options around the right one."""
+    """One of the benchmark's texts, sometimes with another date, and six options around the right one."""
     text = rng.choice(_TEXTS)
     if rng.random() < _REDATED:
         text = _redated(rng, text)

@@ -12,18 +12,18 @@ _HYPERBATON = "Which sentence has the correct adjective order:"
 
 
 def solve_word_sorting(text: str) -> Solution:
-    """Answered without working: a word's letters are not to be read off a model's tokens, whatever one writes first."""
+    """Has no working: a model cannot read a word's letters off its tokens, whatever it writes first."""
     words = matched(r"^Sort the following words alphabetically: List: (.*)$", text)[1].split()
     return Solution("", " ".join(sorted(words)))
 
 
 def generate_word_sorting(rng: random.Random) -> str:
-    """Three to twenty words, none twice."""
+    """Three to twenty distinct words."""
     return _LIST + " ".join(rng.sample(SORTED_WORDS, rng.randint(3, 20)))
 
 
 def solve_hyperbaton(text: str) -> Solution:
-    """Works it out by the classes, 1 to 8, of the first option's adjectives, up to one that falls."""
+    """Works through the classes, 1 to 8, of the first option's adjectives, up to one that is lower than the last."""
     letters = read_options(text)
     ranks: dict[str, list[int]] = {}
     for option in letters:

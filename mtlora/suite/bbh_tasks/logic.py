@@ -78,7 +78,7 @@ def _expression(rng: random.Random, length: int) -> str:
 
 
 def generate_boolean(rng: random.Random) -> str:
-    """Eight words, as all of them have; as often True as False."""
+    """Eight words, as in the benchmark; half of them True."""
     wanted = str(rng.random() < 0.5)
     while True:
         text = f"{_expression(rng, 8)} is"
@@ -87,7 +87,7 @@ def generate_boolean(rng: random.Random) -> str:
 
 
 def solve_web_of_lies(text: str) -> Solution:
-    """Works through the chain: who tells the truth, yes or no."""
+    """Works through the chain of who tells the truth."""
     body = matched(r"^Question: (.*) Does (\w+) tell the truth\?$", text)
     honest: dict[str, bool] = {}
     for sentence in body[1].rstrip(".").split(". "):
@@ -106,7 +106,7 @@ def solve_web_of_lies(text: str) -> Solution:
 
 
 def generate_web_of_lies(rng: random.Random) -> str:
-    """Five people, each of whom speaks of the one before."""
+    """Five people; each speaks of the one before."""
     people = rng.sample(LIARS, 5)
     verbs = [rng.choice(("lies", "tells the truth")) for _ in people]
     sentences = [f"{people[0]} {verbs[0]}."]
@@ -119,7 +119,7 @@ _DYCK = "Complete the rest of the sequence, making sure that the parentheses are
 
 
 def solve_dyck(text: str) -> Solution:
-    """Works it out by what is still open, outermost first."""
+    """Works through the brackets that are still open, outermost first."""
     stack: list[str] = []
     for symbol in matched(r" Input: (.*)$", text)[1].split():
         if symbol in _CLOSER:
@@ -132,7 +132,7 @@ def solve_dyck(text: str) -> Solution:
 
 
 def generate_dyck(rng: random.Random) -> str:
-    """One to three brackets are left open after 2 to some 40 symbols, most often few."""
+    """Leaves one to three brackets open after 2 to about 40 symbols, mostly few."""
     wanted = rng.choice((1, 1, 2, 2, 2, 3))
     while True:
         length = min(int(2 + rng.expovariate(1 / 14)), 40)

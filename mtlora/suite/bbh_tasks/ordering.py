@@ -109,7 +109,7 @@ _Clue = tuple[str, str] | tuple[str, int]
 
 
 def _orders(things: Sequence[str], clues: Sequence[_Clue]) -> list[list[str]]:
-    """Up to two orders that fit all clues, placed from the first place on."""
+    """Up to two orders that fit all clues, filled from the first place."""
     found: list[list[str]] = []
     at = {thing: place for thing, place in clues if isinstance(place, int)}
     before = [(x, y) for x, y in clues if isinstance(y, str)]
@@ -132,7 +132,7 @@ def _orders(things: Sequence[str], clues: Sequence[_Clue]) -> list[list[str]]:
 
 
 def _thing(reader: re.Pattern[str], option: str) -> str:
-    """What an option speaks of."""
+    """The thing that an option is about."""
     match = reader.fullmatch(option)
     if match is None:
         raise UnsolvedError(f"no place: {option!r}")
@@ -140,7 +140,7 @@ def _thing(reader: re.Pattern[str], option: str) -> str:
 
 
 def solve_ordering(text: str) -> Solution:
-    """Works it out by the clues, the order, who is asked for, and whom the options name up to that one.
+    """Works through the clues, the order, who is asked for, and whom the options name up to the right one.
 
     Clues are in one notation: `x<y`, or `x=2` for the second place.
     """
@@ -185,7 +185,7 @@ def _generate(rng: random.Random, word: str, count: int) -> str:
     neighbours: list[_Clue] = [(order[i], order[j]) for i in range(count) for j in range(i + 1, min(count, i + 4))]
     places: list[_Clue] = [(thing, place) for place, thing in enumerate(order)]
     while True:
-        # As many clues as things, or one less; as many of them comparisons as not, on the whole.
+        # As many clues as things, or one less; about half are comparisons.
         share = rng.choice((0, 1, 1, 2, 3))
         clues = rng.sample(places, min(share, count - 1))
         clues += rng.sample(neighbours, min(len(neighbours), count - 1 - len(clues)))
@@ -209,7 +209,7 @@ def _generate(rng: random.Random, word: str, count: int) -> str:
 
 
 def _said(scene: _Scene, place: int, count: int, rng: random.Random) -> str:
-    """A place from the nearer end, the middle one from either."""
+    """A place in words, from the nearer end; the middle from either end."""
     from_high = count - 1 - place
     if place < from_high or (place == from_high and rng.random() < 0.5):
         return scene.low[place]

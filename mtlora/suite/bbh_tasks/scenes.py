@@ -48,7 +48,7 @@ def _count(counted: list[tuple[str, int]]) -> tuple[str, str]:
 
 
 def _find(entries: list[_Entry], what: str) -> int:
-    """Which entry `mug` or `red thing` is."""
+    """The entry that `mug` or `red thing` names."""
     for i, (_, color, noun) in enumerate(entries):
         if what == noun or what.split()[0] == color:
             return i
@@ -56,7 +56,7 @@ def _find(entries: list[_Entry], what: str) -> int:
 
 
 def solve_colored(text: str) -> Solution:
-    """Works it out by what is asked for; the thing, the row up to it, or a running sum; and the options up to that."""
+    """Works through the question; the thing, its row or a running sum; and the options up to the right one."""
     letters = read_options(text)
     stated = matched(r"^On the \w+, (?:there (?:is|are)|(?:you|I) see) (.*?)\. (.*)\nOptions", text)
     entries = _read_entries(stated[1].rpartition(": ")[2])
@@ -69,7 +69,7 @@ def solve_colored(text: str) -> Solution:
         return _chosen(letters, asked[1], f"{color} {asked[2]}", "yes" if color == asked[2] else "no")
     if asked := re.fullmatch(r"What is the color of the (.*)\?", question):
         place = _place(entries, asked[1])
-        # A neighbour is reached by reading the row up to the two of them.
+        # To find a neighbour, read the row up to both things.
         beside = re.match(r"\w+ directly to the (left|right) ", asked[1])
         last = place + 1 if beside and beside[1] == "left" else place
         row = entries[: last + 1] if beside else entries[place : place + 1]
@@ -102,7 +102,7 @@ def _chosen(letters: dict[str, str], wanted: str, working: str, answer: str) -> 
 
 
 def _place(entries: list[_Entry], where: str) -> int:
-    """Which entry of a row `left-most item`, `thing directly to the left of the mug` and the like is."""
+    """The entry of a row that `left-most item`, `thing directly to the left of the mug` and the like name."""
     if end := re.fullmatch(r"(left|right)-most \w+", where):
         return 0 if end[1] == "left" else len(entries) - 1
     if beside := re.fullmatch(r"\w+ directly to the (left|right) of the (.*)", where):
@@ -119,7 +119,7 @@ def _place(entries: list[_Entry], where: str) -> int:
 
 
 def generate_colored(rng: random.Random) -> str:
-    """A few things, a row of them, or several of each, and a question of the nine kinds."""
+    """A few things, a row of things, or several of each, and a question of one of nine kinds."""
     surface = rng.choice(("desk", "floor", "nightstand", "table"))
     word = rng.choice(("items", "objects", "things"))
     while True:
@@ -196,7 +196,7 @@ def _draw_removal(rng: random.Random, surface: str, word: str) -> str:
 
 
 def solve_temporal(text: str) -> Solution:
-    """Works it out as the hours at which one stretch follows another, the gap, and the options up to the gap."""
+    """Works through the hours at which one stretch follows another, the gap, and the options up to it."""
     letters = read_options(text)
     reached = [matched(r"\w+ woke up at (\w+)\.", text)[1]]
     closed = matched(r" was closed after (\w+)\.", text)[1]
@@ -214,7 +214,7 @@ def _hour(hour: int) -> str:
 
 
 def generate_temporal(rng: random.Random) -> str:
-    """A day of four to six stretches, all but one of which somebody saw."""
+    """A day of four to six stretches; somebody saw all but one."""
     count = rng.choice((3, 4, 5))
     hours = [rng.randint(5, 9)]
     bounds = sorted(rng.sample(range(hours[0] + 1, 23), count + 1))

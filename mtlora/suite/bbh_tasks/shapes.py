@@ -10,13 +10,13 @@ from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError, choose
 _OPTIONS = (
     "circle", "heptagon", "hexagon", "kite", "line", "octagon", "pentagon", "rectangle", "sector", "triangle",
 )  # fmt: skip
-# By the number of lines. Four are a kite, or the trapezoid that an eleventh option then names.
+# By the number of lines. Four lines are a kite, or the trapezoid if there is an eleventh option.
 _POLYGONS = {1: "line", 3: "triangle", 4: "kite", 5: "pentagon", 6: "hexagon", 7: "heptagon", 8: "octagon"}
 _EXTRA = ("trapezoid", "ellipse")
 
 
 def solve_shapes(text: str) -> Solution:
-    """Works it out by the ends of the lines (whole part of x), numbered, and the arcs, and names the shape."""
+    """Works through the numbered ends of the lines (whole part of x) and the arcs, and names the shape."""
     letters = read_options(text)
     path = matched(r'^This SVG path element <path d="(.*)"/> draws a\n', text)[1]
     working, lines, arcs = [], 0, 0
@@ -67,7 +67,7 @@ def generate_shapes(rng: random.Random) -> str:
 
 
 def _lifted(rng: random.Random, parts: list[str]) -> str:
-    """The parts in order; now and then the pen is lifted and put down again where it was."""
+    """The parts in order; sometimes the pen is lifted and put down again at the same point."""
     path = parts[0]
     for before, part in pairwise(parts):
         if rng.random() < 0.25:

@@ -1,4 +1,4 @@
-"""Questions about a table of penguins, and now and then one of giraffes."""
+"""Questions about a table of penguins, and sometimes one of giraffes."""
 
 import random
 import re
@@ -60,14 +60,14 @@ class _Tables:
         self.giraffes = list(_GIRAFFES) if "giraffes:" in text else []
 
     def of(self, kind: str) -> list[_Row]:
-        """Rows of `penguin`, `giraffe` or `animal`, in the plural or not; of several kinds joined by `and`."""
+        """Rows of `penguin`, `giraffe` or `animal`, singular or plural, or of several kinds joined by `and`."""
         kinds = {word.removesuffix("s") for word in kind.split(" and ")}
         rows = [] if kinds == {"giraffe"} else self.penguins
         return [*rows, *(self.giraffes if kinds != {"penguin"} else [])]
 
 
 def _counted(rows: list[_Row], match: re.Match[str]) -> tuple[str, str]:
-    """How many are more or less than so old (and so heavy): each with its figures and the running count."""
+    """How many are above or below a limit of age (and weight): each row's figures with the running count."""
     tests = [("age", match["age_side"], int(match["age"]))]
     if match["weight"]:
         tests.append(("weight", match["weight_side"], int(match["weight"])))
@@ -127,7 +127,7 @@ _YEARS = {"one": 1, "two": 2}
 
 
 def _answer(tables: _Tables, question: str) -> tuple[str, str]:
-    """(working, the answer's text). Raises UnsolvedError where the question is of no known form."""
+    """(working, the answer's text). Raises UnsolvedError for a question of unknown form."""
     if m := re.fullmatch(
         r"How many (?P<kind>\w+) are (?P<age_side>more|less) than (?P<age>\d+) years old"
         r"(?: and weight (?P<weight_side>more|less) than (?P<weight>\d+) kg)?\?",
@@ -168,7 +168,7 @@ def _answer(tables: _Tables, question: str) -> tuple[str, str]:
 
 
 def solve_penguins(text: str) -> Solution:
-    """Works it out by the rows asked about: their figures, running counts or sums, and the one that is found."""
+    """Works through the rows asked about: their figures, running counts or sums, and the answer."""
     letters = read_options(text)
     if not text.startswith("Here is a table where the first line is a header"):
         raise UnsolvedError("no table")
@@ -182,7 +182,7 @@ def solve_penguins(text: str) -> Solution:
 
 
 def generate_penguins(rng: random.Random) -> str:
-    """One of the benchmark's tables and a question of a form that it asks."""
+    """One of the benchmark's tables, and a question in one of its forms."""
     while True:
         text = _draw(rng)
         try:

@@ -1,4 +1,4 @@
-"""A task of BIG-Bench Hard that can be worked out: a solver of its inputs and, mostly, a generator of more of them."""
+"""A solvable task of BIG-Bench Hard: a solver of its inputs and, for most, a generator of similar inputs."""
 
 import random
 import re
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Solution(NamedTuple):
-    """A short derivation, and the answer in the form that the task's targets have."""
+    """A short derivation, and the answer in the form of the task's targets."""
 
     working: str
     answer: str
@@ -36,7 +36,7 @@ _OPTION = re.compile(r"^\(([A-Z])\) (.*?)\s*$", re.MULTILINE)
 
 
 def read_options(text: str) -> dict[str, str]:
-    """Letter of each option's text. Raises UnsolvedError where there are none."""
+    """The letter of each option's text. Raises UnsolvedError if there are no options."""
     _, found, block = text.partition("\nOptions:\n")
     letters = {option: letter for letter, option in _OPTION.findall(block)}
     if not found or not letters:
@@ -45,7 +45,7 @@ def read_options(text: str) -> dict[str, str]:
 
 
 def choose(letters: dict[str, str], option: str) -> str:
-    """`(B)` for the option of that text. Raises UnsolvedError where it is none."""
+    """`(B)` for the option of that text. Raises UnsolvedError for a text that is not an option."""
     if option not in letters:
         raise UnsolvedError(f"{option!r} is no option")
     return f"({letters[option]})"
@@ -54,8 +54,8 @@ def choose(letters: dict[str, str], option: str) -> str:
 def look_up(letters: dict[str, str], option: str, shown: Callable[[str], str] = str) -> tuple[str, str]:
     """(the options read out up to the right one, `(B)`).
 
-    A small model finds what follows a text it has written, but a letter precedes its option. `shown` is
-    what is read out of an option. Raises UnsolvedError where the option is none.
+    A small model finds what follows a text that it has written, but a letter precedes its option: so the options are
+    read out. `shown` gives the part of an option to read out. Raises UnsolvedError as `choose` does.
     """
     answer = choose(letters, option)
     read = []
@@ -73,7 +73,7 @@ def with_options(question: str, options: Sequence[str]) -> str:
 
 
 def matched(pattern: str, text: str) -> re.Match[str]:
-    """The match of a pattern anywhere in a text. Raises UnsolvedError where there is none."""
+    """The match of a pattern anywhere in a text. Raises UnsolvedError without a match."""
     found = re.search(pattern, text)
     if found is None:
         raise UnsolvedError(f"no {pattern!r} in {text[:80]!r}")
@@ -81,5 +81,5 @@ def matched(pattern: str, text: str) -> re.Match[str]:
 
 
 def a(noun: str) -> str:
-    """The noun after its article."""
+    """The noun with its article."""
     return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"

@@ -11,7 +11,7 @@ _PEOPLE = ("Alice", "Bob", "Claire", "Dave", "Eve", "Fred", "Gertrude")
 
 @dataclass(frozen=True, slots=True)
 class _Scene:
-    """What the people do: `has` is what stands between a person and a thing, at the start and `at the end`."""
+    """What the people do. `has` stands between a person and a thing, at the start and at the end."""
 
     intro: str
     has: str
@@ -62,7 +62,7 @@ _SCENES = (
 
 
 def solve_tracking(text: str) -> Solution:
-    """Works it out as who holds which option: all of them at the start, then the two who swapped, and who is asked."""
+    """Works through who holds which option: everyone at the start, then the two who swapped, then the one asked for."""
     letters = read_options(text)
     start, _, rest = text.partition("\n")
     holding: dict[str, str] = {}

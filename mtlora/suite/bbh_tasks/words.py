@@ -1,4 +1,4 @@
-"""Words of BIG-Bench Hard's inputs (MIT licence), for generators of more of the same kinds."""
+"""Words of BIG-Bench Hard's inputs (MIT licence), for the generators."""
 
 # People of web_of_lies.
 LIARS = (
@@ -37,7 +37,7 @@ THINGS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }  # fmt: skip
 
-# Adjectives of hyperbaton by class, in the order that it calls correct: opinion, size, age, shape, colour, origin,
+# Adjectives of hyperbaton by class, in the order that it takes for correct: opinion, size, age, shape, colour, origin,
 # material, purpose.
 ADJECTIVES: tuple[tuple[str, ...], ...] = (
     ("awful", "good", "lovely", "mysterious", "nice", "obnoxious", "repulsive", "ridiculous", "silly", "terrible",

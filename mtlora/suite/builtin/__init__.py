@@ -14,8 +14,8 @@ __all__ = ["BuiltinSuite", "builtin_suite"]
 # The order numbers the tasks of an adapter: append, never reorder.
 _TASKS: tuple[GeneratedTask, ...] = logic.TASKS + counting.TASKS + text.TASKS + world.TASKS + business.TASKS
 
-# Draws in a row that bring nothing new before a task counts as exhausted. A tenth of all inputs belong to the test
-# split, so this many misses mean that less than a thousandth of its inputs are left.
+# A task counts as exhausted after this many draws in a row without a new input. The test split holds a tenth of all
+# inputs, so less than a thousandth of its inputs are left then.
 _MAX_MISSES = 50_000
 
 

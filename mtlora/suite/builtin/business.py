@@ -1,4 +1,4 @@
-"""What a business asks of text: normalise dates, amounts and units, extract fields, sort messages."""
+"""Business tasks: normalise dates, amounts and units, extract fields, sort messages."""
 
 import datetime
 import random
@@ -16,7 +16,7 @@ def _ordinal(n: int) -> str:
 
 
 def date_normalisation(rng: random.Random) -> tuple[str, str]:
-    """A date in one of ten notations. The instruction says how to read the two that are ambiguous by themselves."""
+    """A date in one of ten notations. The instruction says how to read the two ambiguous ones."""
     date = datetime.date(2000, 1, 1) + datetime.timedelta(days=rng.randrange(40 * 365))
     day, month, year = date.day, MONTHS[date.month - 1], date.year
     text = rng.choice((
@@ -51,7 +51,7 @@ def amount_normalisation(rng: random.Random) -> tuple[str, str]:
         value = Decimal(rng.randint(1_000, 99_999))
         number = f"{value:,}"
     else:
-        # One decimal or none: 3, 4.5, 12. Millions stay below ten, for their zeros have to be counted out.
+        # At most one decimal: 3, 4.5, 12. Millions stay below ten, because their zeros must be counted.
         largest = 99 if kind == "k" else 9
         tenths = rng.choice((rng.randint(1, largest) * 10, rng.randint(11, largest * 10 + 9)))
         digits = f"{tenths // 10}.{tenths % 10}" if tenths % 10 else str(tenths // 10)
@@ -90,7 +90,7 @@ def field_extraction(rng: random.Random) -> tuple[str, str]:
     return f"{asked}: {rng.choice(_OPENINGS)}, {name} here, {first}{joint}{second}.", values[asked]
 
 
-# Intent -> (ways to ask for it, ways to say that it is not the matter). `{p}` is a product.
+# Intent -> (ways to ask for it, ways to rule it out). `{p}` is a product.
 INTENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "refund": (
         (
@@ -169,7 +169,7 @@ _GREETINGS = ("", "Hi, ", "Hello, ", "Good day, ", "Hey, ", "Dear team, ")
 
 
 def intent(rng: random.Random) -> tuple[str, str]:
-    """A customer's message; half of them also name another matter, only to rule it out."""
+    """A customer's message; half of the messages also rule out another intent."""
     wanted = rng.choice(tuple(INTENTS))
     request = rng.choice(INTENTS[wanted][0]).format(p=rng.choice(_PRODUCTS))
     greeting = rng.choice(_GREETINGS)
@@ -207,7 +207,7 @@ def review_sentiment(rng: random.Random) -> tuple[str, str]:
     rng.shuffle(good)
     first, second = rng.sample(_ASPECTS, 2)
     judgements = [rng.choice(PRAISE if praised else BLAME) for praised in good]
-    # The word between them must not give the answer away, so none means contrast or likeness.
+    # The word between them must not give the answer away, so no word means contrast or likeness.
     joint = rng.choice((". The", ", the", "; the", " and the"))
     return f"{rng.choice(_PRODUCTS).capitalize()}: the {first} {judgements[0]}{joint} {second} {judgements[1]}.", wanted
 
@@ -220,13 +220,13 @@ TIMES: tuple[tuple[str, str, int], ...] = (("h", "min", 60), ("min", "s", 60), (
 
 
 def _plain(value: Decimal) -> str:
-    """Without exponent or idle zeros."""
+    """A number without exponent or trailing zeros."""
     text = f"{value:f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def unit_conversion(rng: random.Random) -> tuple[str, str, str]:
-    """Metric units either way, and now and then hours, minutes, days and weeks; worked by the factor."""
+    """Metric units in either direction, sometimes hours, minutes, days and weeks; worked by the factor."""
     if rng.random() < 0.1:
         source, target, factor = rng.choice(TIMES)
         value = Decimal(rng.randint(2, 40))
@@ -263,7 +263,7 @@ _EVENTS = (
 
 
 def log_triage(rng: random.Random) -> tuple[str, str]:
-    """Severity, in one spelling, and error code of a log line; other numbers are there to mislead."""
+    """Severity, in one spelling, and error code of a log line; its other numbers are distractions."""
     severity = rng.choice(tuple(_LEVELS))
     level, service = rng.choice(_LEVELS[severity]), rng.choice(_SERVICES)
     code = f"{rng.choice('ABCDEFGHKLMNPRTX')}{rng.randint(100, 999)}"

@@ -91,7 +91,7 @@ def sequence_continuation(rng: random.Random) -> tuple[str, str, str]:
         working = f"{step:+}"
     else:
         words = rng.sample(WORDS, 3)
-        # One period of the pattern; none is a repetition of a shorter one, so what comes next is never in doubt.
+        # One period of the pattern. No period repeats a shorter one, so the next item is certain.
         period = rng.choice(((0, 1), (0, 1, 2), (0, 0, 1), (0, 1, 1)))
         shown = 2 * len(period) + rng.randint(0, len(period) - 1)
         items = [words[period[i % len(period)]] for i in range(shown + 1)]

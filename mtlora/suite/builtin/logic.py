@@ -45,7 +45,7 @@ def web_of_lies(rng: random.Random) -> tuple[str, str, str]:
     verb = {True: "tells the truth", False: "lies"}
     statements = [f"{people[0]} {verb[honest[0]]}."]
     for i in (1, 2):
-        # The truthful report the predecessor's honesty as it is, liars report the opposite.
+        # A truthful person reports the predecessor's honesty, a liar its opposite.
         statements.append(f"{people[i]} says {people[i - 1]} {verb[honest[i] == honest[i - 1]]}.")
     working = " ".join(f"{person} {'yes' if true else 'no'}" for person, true in zip(people, honest, strict=True))
     return f"{' '.join(statements)} Does {people[2]} tell the truth?", "Yes" if honest[2] else "No", working
@@ -53,7 +53,7 @@ def web_of_lies(rng: random.Random) -> tuple[str, str, str]:
 
 @dataclass(frozen=True, slots=True)
 class _Scene:
-    """A way to tell an order of three: how it is introduced, compared, placed and asked about."""
+    """A way to tell an order of three: how it is introduced, compared, placed and asked for."""
 
     pool: Sequence[str]
     intro: str
@@ -127,9 +127,9 @@ def logical_deduction(rng: random.Random) -> tuple[str, str, str]:
     return f"{intro} {' '.join(sentences)} {scene.ask[asked]}", things[order[asked]], ", ".join(working)
 
 
-# (quantifier, subject, predicate) of two premises and the conclusion. Valid means: true in every model, classes may be
-# empty. Forms that hold only if some class is not empty are left out, for logicians disagree on them.
-# The invalid forms use the very quantifiers of the valid ones, so these alone say nothing: the classes' places do.
+# (quantifier, subject, predicate) of two premises and the conclusion. Valid means true in every model, also with empty
+# classes. Forms that hold only if some class is not empty are left out: logicians disagree on them.
+# The invalid forms use the same quantifiers as the valid ones: only the places of the classes decide.
 _Form = tuple[tuple[str, str, str], tuple[str, str, str], tuple[str, str, str]]
 VALID_FORMS: tuple[_Form, ...] = (
     (("all", "A", "B"), ("all", "B", "C"), ("all", "A", "C")),
@@ -156,8 +156,8 @@ def syllogism(rng: random.Random) -> tuple[str, str, str]:
     """Two premises and a conclusion, of twelve forms.
 
     Worked with letters for the classes: S and P are subject and predicate of the conclusion, M the class in between.
-    Where a statement speaks of the whole class (it distributes the term) the letter is a capital. It is valid, of these
-    forms, where M and what the conclusion distributes are distributed in a premise.
+    A capital marks a distributed term: the statement is about its whole class. One of these forms is valid if a premise
+    distributes M, and if a premise distributes each term that the conclusion distributes.
     """
     valid = rng.random() < 0.5
     form = rng.choice(VALID_FORMS if valid else INVALID_FORMS)

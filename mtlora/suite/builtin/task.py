@@ -28,7 +28,7 @@ def task(
     allowed_answers: tuple[str, ...] | None = None,
     worked: bool = False,
 ) -> GeneratedTask:
-    """A task whose prompt is a one-line instruction, the input, and `Answer:`; `worked` where it gives working."""
+    """A task whose prompt is an instruction, the input, and `Answer:`. worked: whether `generate` gives working."""
     spec = TaskSpec(
         id=task_id,
         description=description,
@@ -42,7 +42,7 @@ def task(
 
 
 def article(noun: str) -> str:
-    """`a` or `an`, by the first letter; the word lists hold no noun for which that is wrong."""
+    """`a` or `an`, by the first letter; that is right for every noun of the word lists."""
     return "an" if noun[0].lower() in "aeiou" else "a"
 
 
@@ -52,7 +52,7 @@ def enumerate_words(words: list[str]) -> str:
 
 
 def split_sum(rng: random.Random, total: int, parts: int, largest: int) -> list[int]:
-    """`parts` numbers from 1 to `largest` that sum to `total`, which must allow it."""
+    """`parts` numbers from 1 to `largest` with sum `total`, which must be possible."""
     numbers = []
     for left in range(parts, 0, -1):
         rest = left - 1

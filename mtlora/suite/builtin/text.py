@@ -9,7 +9,7 @@ from mtlora.suite.builtin.words import ADJECTIVES, NOUNS, WORDS
 def word_sorting(rng: random.Random) -> tuple[str, str, str]:
     """Three or four words with distinct initials, worked by sorting these.
 
-    Later letters are not to be read off a model's tokens; the initial is what it can know of every word.
+    A model cannot read later letters off its tokens, but it can know every word's initial.
     """
     n = rng.choice((3, 4))
     while True:
@@ -31,7 +31,7 @@ def string_operation(rng: random.Random) -> tuple[str, str] | tuple[str, str, st
 
 
 def adjective_order(rng: random.Random) -> tuple[str, str]:
-    """Two or three adjectives in the customary order, against the same with two of them swapped."""
+    """Two or three adjectives in the customary order, beside the same phrase with two of them swapped."""
     classes = sorted(rng.sample(range(len(ADJECTIVES)), rng.choice((2, 3, 3))))
     right = [rng.choice(ADJECTIVES[i]) for i in classes]
     wrong = list(right)

@@ -1,4 +1,4 @@
-"""Word lists of the generators. Short common words: an input should cost tokens for its structure, not its spelling."""
+"""Word lists of the generators. Words are short and common: an input should spend tokens on structure, not spelling."""
 
 NAMES = (
     "Alice", "Anna", "Ben", "Bob", "Carl", "Claire", "Clara", "Dan", "Dave", "David", "Emma", "Eric", "Eve", "Frank",
@@ -7,7 +7,7 @@ NAMES = (
     "Sara", "Simon", "Sophie", "Steve", "Tom", "Victor", "Wendy", "Zoe",
 )  # fmt: skip
 
-# Kinds of things with (singular, plural). No word belongs to two kinds, nor could a reader argue that it does.
+# Kinds of things with (singular, plural). No word could belong to two kinds.
 KINDS: dict[str, tuple[tuple[str, str], ...]] = {
     "fruits": (
         ("apple", "apples"), ("banana", "bananas"), ("grape", "grapes"), ("lemon", "lemons"), ("mango", "mangoes"),
@@ -42,7 +42,7 @@ ITEMS = (
     "key", "knife", "lamp", "map", "mug", "pen", "pencil", "phone", "plate", "ring", "spoon", "stamp", "toy", "watch",
 )  # fmt: skip
 
-# Words for lists: enough initials to draw lists of four with distinct ones.
+# Words for lists, with enough initials for lists of four distinct ones.
 WORDS = (
     "air", "apple", "arm", "ball", "bank", "bird", "book", "box", "bread", "cake", "car", "chair", "city", "clock",
     "cloud", "cup", "day", "desk", "dog", "door", "dream", "ear", "earth", "egg", "eye", "face", "farm", "field",
@@ -55,15 +55,15 @@ WORDS = (
     "year", "zoo",
 )  # fmt: skip
 
-# Nouns for syllogisms, plural. They need not make sense together: validity is a matter of form.
+# Nouns for syllogisms, plural. They need not make sense together: validity depends on form alone.
 CLASSES = (
     "artists", "bakers", "cats", "cooks", "dancers", "doctors", "dogs", "drivers", "engineers", "farmers", "golfers",
     "hikers", "horses", "judges", "lawyers", "miners", "nurses", "painters", "pilots", "poets", "rabbits", "readers",
     "runners", "sailors", "singers", "students", "swimmers", "teachers", "tigers", "writers",
 )  # fmt: skip
 
-# Adjectives by class, in the order in which English sets them before a noun. Every pair of neighbouring classes is
-# one on which grammars agree; words that belong to two classes are left out.
+# Adjectives by class, in their order before an English noun. Grammars agree on every pair of neighbouring classes;
+# words of two classes are left out.
 ADJECTIVES: tuple[tuple[str, ...], ...] = (
     ("awful", "beautiful", "lovely", "nice", "silly", "terrible", "ugly", "wonderful"),
     ("big", "enormous", "huge", "large", "little", "massive", "small", "tiny"),

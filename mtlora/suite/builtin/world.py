@@ -30,7 +30,7 @@ def navigate(rng: random.Random) -> tuple[str, str, str]:
         if rng.random() < 0.7:
             moves[i] = (rng.choice([n for n in range(1, 10) if n != steps]), direction)
         else:
-            # Stepping the other way shifts the end by twice the steps: never back at the start.
+            # A step in the other direction shifts the end by twice the steps, so never back to the start.
             (axis,) = (axis for axis in _AXES if direction in axis)
             moves[i] = (steps, axis[1 - axis.index(direction)])
     text = ", ".join(f"{steps} step{'s' if steps > 1 else ''} {direction}" for steps, direction in moves)
@@ -106,7 +106,7 @@ def colored_objects(rng: random.Random) -> tuple[str, str, str]:
 
 
 def _same_day(date: datetime.date, months: int) -> datetime.date:
-    """The same day `months` later; the caller keeps to days that every month has."""
+    """The same day `months` later, for a day that every month has."""
     index = date.year * 12 + date.month - 1 + months
     return date.replace(year=index // 12, month=index % 12 + 1)
 
@@ -120,7 +120,7 @@ _US = "%m/%d/%Y"
 
 
 def _wrapped(value: int, change: int, length: int) -> str:
-    """`28+7=35-31=4`: a day of a month of `length` days, or a month of 12, and where it lands in the next one."""
+    """`28+7=35-31=4`: a sum that passes the end of a month of `length` days, or of a year of 12 months."""
     result = value + change
     text = f"{value}{change:+}={result}"
     if result > length:
@@ -130,7 +130,7 @@ def _wrapped(value: int, change: int, length: int) -> str:
 
 def _date_working(date: datetime.date, days: int, months: int) -> str:
     if days:
-        # Backwards, it is the month before that the day lands in.
+        # Backwards, the day is in the month before.
         month = date if days > 0 else date.replace(day=1) - datetime.timedelta(days=1)
         return _wrapped(date.day, days, calendar.monthrange(month.year, month.month)[1])
     if abs(months) == 12:
@@ -141,7 +141,7 @@ def _date_working(date: datetime.date, days: int, months: int) -> str:
 def date_arithmetic(rng: random.Random) -> tuple[str, str, str]:
     """A day, some days, a week, a month or a year before or after a date; worked by the sum that changes it."""
     phrase, days, months = rng.choice(_SHIFTS)
-    # Days that every month has, wherever the month changes, so that "one month ago" has one meaning.
+    # If the month changes, use days that every month has: "one month ago" then has one meaning.
     first = datetime.date(1970, 1, 1)
     date = first + datetime.timedelta(days=rng.randrange(70 * 365))
     while months and date.day > 28:
@@ -157,7 +157,7 @@ def _hour(hour: int) -> str:
 
 
 def free_slot(rng: random.Random) -> tuple[str, str, str]:
-    """A day of three or four stretches, all but one accounted for, in any order; that one is the answer.
+    """A day of three or four stretches, given in any order but for one, which is the answer.
 
     Worked as the hours at which one stretch follows another, up to the gap: `7am 9am`.
     """
