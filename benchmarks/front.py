@@ -24,7 +24,8 @@ from benchmarks.harness.native_server import native_server
 from benchmarks.harness.processes import cpu_seconds, halted
 from benchmarks.harness.vllm_server import vllm_server
 from mtlora.backbone import resolve
-from mtlora.checkpoint.format import TaskEntry, read_manifest
+from mtlora.checkpoint.format import TaskEntry
+from mtlora.checkpoint.read import read_manifest
 from mtlora.cli.output import print_table
 from mtlora.client import AsyncClient
 from mtlora.suite import load_suite

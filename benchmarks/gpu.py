@@ -26,10 +26,11 @@ import torch
 
 from benchmarks.ops import TrainingSizes, expert_loop, training_variants
 from mtlora.ops import tuning
+from mtlora.ops.mix import Mix
+from mtlora.ops.packed_block import pack_block
 from mtlora.ops.plan import DevicePlan
 from mtlora.ops.reference import ReferenceAdapter, routed_lora_batch_reference
-from mtlora.ops.routed_lora import pack_block
-from mtlora.ops.table import AdapterRows, SlotTable
+from mtlora.ops.table import AdapterRows, AdapterTable
 
 Run = Callable[[], object]
 
@@ -72,9 +73,9 @@ class Batch:
         def randn(*size: int, scale: float) -> torch.Tensor:
             return torch.randn(*size, device=device, dtype=dtype) * scale
 
-        self.table = SlotTable(sizes.layers, self.adapters, hidden_size=D, dtype=dtype, device=device)
+        self.table = AdapterTable(sizes.layers, self.adapters, hidden_size=D, dtype=dtype, device=device)
         self.first_layer: list[ReferenceAdapter | None] = []
-        for slot in range(self.adapters):
+        for row in range(self.adapters):
             blocks = []
             for _ in range(sizes.layers):
                 A, R = randn(r, D, scale=D**-0.5), randn(G * N, D, scale=D**-0.5)
@@ -82,11 +83,11 @@ class Batch:
                 blocks.append(pack_block(A, B, R, num_groups=G, scaling=4.0, dtype=dtype))
                 if len(blocks) == 1:
                     self.first_layer.append(ReferenceAdapter(A, B, R, None, G, 4.0))
-            self.table.place(slot, AdapterRows(blocks, as_given=True))
+            self.table.place(row, AdapterRows(blocks, as_given=True))
         tile_size = tuning.tile_size(tokens)
-        self.slot_T = np.arange(tokens) % self.adapters
+        self.row_T = np.arange(tokens) % self.adapters
         self.plan = DevicePlan(tokens, self.adapters, tile_size=tile_size, device=device).set(
-            self.slot_T, np.full(tokens, -1)
+            self.row_T, np.full(tokens, -1)
         )
         self.x_TD, self.y_TD = randn(tokens, D, scale=1.0), torch.zeros(tokens, D, device=device, dtype=dtype)
 
@@ -94,11 +95,8 @@ class Batch:
         """Add the path of one layer to y."""
         from mtlora.ops import triton_gpu
 
-        plan = self.plan
-        triton_gpu.add_routed_lora_(
-            self.y_TD, self.x_TD, self.table.rows_LAF[layer], plan.tokens_T, plan.bias_rows_T, plan.tiles_M3,
-            self.table.limits, plan.tile_size, launch,
-        )  # fmt: skip
+        mix = Mix.of(self.y_TD, self.x_TD, self.table, layer, self.plan)
+        triton_gpu.add_mixed_paths_(mix, self.table.limits, self.plan.tile_size, launch)
 
     def run(self, launch: tuning.Launch | None = None) -> None:
         """Run the path of every layer."""
@@ -113,7 +111,7 @@ class Batch:
         cpu = [ReferenceAdapter(a.lora_A_rD.cpu(), a.lora_B_NDr.cpu(), a.lora_route.cpu(), *a[3:])
                for a in self.first_layer if a is not None]  # fmt: skip
         expected = routed_lora_batch_reference(
-            self.x_TD[some].cpu(), cpu, self.slot_T[some].tolist(), [-1] * len(self.slot_T[some])
+            self.x_TD[some].cpu(), cpu, self.row_T[some].tolist(), [-1] * len(self.row_T[some])
         )
         return float((self.y_TD[some].cpu().double() - expected).norm() / expected.norm())
 
@@ -181,7 +179,7 @@ def decoder_products(sizes: Sizes, tokens: int, device: torch.device) -> Run:
 
 def authors_loop(batch: Batch) -> Run:
     """The loop over experts, adapter by adapter, on the first layer."""
-    groups = [torch.from_numpy(np.flatnonzero(batch.slot_T == a)).to(batch.x_TD.device) for a in range(batch.adapters)]
+    groups = [torch.from_numpy(np.flatnonzero(batch.row_T == a)).to(batch.x_TD.device) for a in range(batch.adapters)]
 
     def run() -> None:
         for tokens, adapter in zip(groups, batch.first_layer, strict=True):

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 
 from mtlora.ops import cpu, cpu_kernel
+from mtlora.ops.mix import Mix
 from mtlora.ops.operators import bind
+from mtlora.ops.packed_block import pack_block
 from mtlora.ops.plan import plan_step
-from mtlora.ops.routed_lora import pack_block
-from mtlora.ops.table import AdapterRows, SlotTable
-from mtlora.ops.training import routed_lora
+from mtlora.ops.table import AdapterRows, AdapterTable
+from mtlora.ops.training import path_with_gradients
 
 # The default backbone and its adapters.
 LAYERS, D, R, N, G = 30, 576, 16, 8, 4
@@ -60,8 +61,8 @@ def interleaved(variants: dict[str, Variant], rounds: int) -> dict[str, list[flo
 def serving_variants(tokens: int, adapters: int, layers: int) -> dict[str, Variant]:
     """The operator, and torch ops one adapter after another, over `layers` layers, each with its own weights."""
     dtype, device = torch.bfloat16, torch.device("cpu")
-    table = SlotTable(layers, adapters, hidden_size=D, dtype=dtype, device=device)
-    for slot in range(adapters):
+    table = AdapterTable(layers, adapters, hidden_size=D, dtype=dtype, device=device)
+    for row in range(adapters):
         blocks = [
             pack_block(
                 torch.randn(R, D) / D**0.5, torch.randn(N, D, R) / 100, torch.randn(G * N, D) / D**0.5,
@@ -69,9 +70,9 @@ def serving_variants(tokens: int, adapters: int, layers: int) -> dict[str, Varia
             )
             for _ in range(layers)
         ]  # fmt: skip
-        table.place(slot, AdapterRows(blocks))
-    slot_T = np.arange(tokens) % adapters
-    plan = plan_step(slot_T, np.zeros_like(slot_T), num_slots=adapters, tile_size=cpu_kernel.TILE_SIZE)
+        table.place(row, AdapterRows(blocks))
+    row_T = np.arange(tokens) % adapters
+    plan = plan_step(row_T, np.zeros_like(row_T), num_rows=adapters, tile_size=cpu_kernel.TILE_SIZE)
     x_TD, y_TD = torch.randn(tokens, D).to(dtype), torch.zeros(tokens, D, dtype=dtype)
 
     def operator() -> None:
@@ -81,7 +82,7 @@ def serving_variants(tokens: int, adapters: int, layers: int) -> dict[str, Varia
 
     def torch_ops() -> None:
         for layer in range(layers):
-            cpu.in_torch_ops(y_TD, x_TD, table.rows_LAF[layer], plan.tokens_T, plan.bias_rows_T, plan.tiles_M3)
+            cpu.in_torch_ops(Mix.of(y_TD, x_TD, table, layer, plan))
 
     return {"operator": operator, "torch ops, one adapter after another": torch_ops}
 
@@ -109,7 +110,7 @@ def training_variants(sizes: TrainingSizes = TRAINING, device: str = "cpu") -> d
     grad_TD = torch.randn(T, D, device=device)
 
     def ours() -> None:
-        out, _ = routed_lora(x_TD, A, B_NDr, route, None, num_groups=G, scaling=2.0)
+        out, _ = path_with_gradients(x_TD, A, B_NDr, route, None, num_groups=G, scaling=2.0)
         torch.autograd.grad(out, inputs, grad_TD)
 
     def loop() -> None:

@@ -14,7 +14,7 @@ from benchmarks.harness.adapters import write_scaled_adapter
 from benchmarks.harness.asking import closed_loop
 from benchmarks.harness.native_server import native_server
 from benchmarks.harness.percentile import p99
-from mtlora.checkpoint.format import read_manifest
+from mtlora.checkpoint.read import read_manifest
 from mtlora.client import AsyncClient, Client, MetricsPage
 
 IN_FLIGHT = 16

@@ -9,14 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from mtlora.backbone import BackboneIdentity
-from mtlora.checkpoint.format import (
-    MANIFEST_FILE,
-    TENSORS_FILE,
-    AdapterManifest,
-    TaskEntry,
-    read_checkpoint,
-    write_checkpoint,
-)
+from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, AdapterManifest, TaskEntry
+from mtlora.checkpoint.read import read_checkpoint
+from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
 
 CONFIG = MtLoRAConfig(r=16, num_experts=8, num_groups=4)

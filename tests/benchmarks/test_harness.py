@@ -16,7 +16,7 @@ from benchmarks.harness.asking import closed_loop, open_loop
 from benchmarks.harness.percentile import p99
 from benchmarks.harness.processes import cpu_seconds, halted, peak_bytes, process_tree, resident_bytes
 from benchmarks.harness.waiting import wait_until
-from mtlora.checkpoint.format import read_checkpoint
+from mtlora.checkpoint.read import read_checkpoint
 from tests.factories import IDENTITY
 
 

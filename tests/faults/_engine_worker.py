@@ -19,7 +19,7 @@ PARAMETERS: dict[str, Any] = {"max_new_tokens": 32, "temperature": 2.0, "stop": 
 def start(given: dict[str, Any]) -> Handle:
     """Start the engine and load the newest version of every adapter."""
     from mtlora.backbone import resolve
-    from mtlora.checkpoint.format import read_manifest
+    from mtlora.checkpoint.read import read_manifest
     from mtlora.client import make_request
     from mtlora.vllm_plugin.requests import slot_requests
     from server.engine import Engine

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from benchmarks.harness.adapters import random_tensors
 from mtlora.backbone import BackboneIdentity, identify, resolve
-from mtlora.checkpoint.format import TaskEntry, write_checkpoint
+from mtlora.checkpoint.format import TaskEntry
+from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
 
 
