@@ -1,4 +1,8 @@
-"""Fixtures of every test."""
+"""Fixtures of every test, and what is decided about a test from what it uses: whether it is slow, and its group.
+
+A group runs in one worker of pytest-xdist, in order, so that its tests share servers, engines and imports. Without
+xdist groups change nothing.
+"""
 
 import os
 from pathlib import Path
@@ -6,10 +10,32 @@ from pathlib import Path
 import pytest
 import torch
 
+# What starts an engine, in a process of its own or not. A module that imports one of them is slow.
+ENGINES = ("ServerProcess", "EngineProcess", "running_engine")
+# Making the default backbone takes half of what `make test-fast` may take.
+SLOW_FIXTURES = {"backbone", "tiny_backbone", "server"}
+TESTS = Path(__file__).parent
+
 os.environ["TQDM_DISABLE"] = "1"
 if not torch.cuda.is_available():
     # Triton looks at it when it is imported first, which any test may bring about.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        if any(hasattr(item.module, name) for name in ENGINES) or SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker("slow")
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+
+
+def _group(item: pytest.Function) -> str:
+    """The tests of the session's server, those in whose process an engine runs, else the tests of a file."""
+    folder, *_ = item.path.relative_to(TESTS).parts
+    if folder == "engine":
+        return "engine"
+    return "server" if "server" in item.fixturenames else str(item.path.relative_to(TESTS))
 
 
 @pytest.fixture(scope="session")
