@@ -4,7 +4,9 @@ A group runs in one worker of pytest-xdist, in order, so that its tests share se
 xdist groups change nothing.
 """
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 # What starts an engine, in a process of its own or not. A module that imports one of them is slow.
 ENGINES = ("ServerProcess", "EngineProcess", "running_engine")
 # Making the default backbone takes half of what `make test-fast` may take.
-SLOW_FIXTURES = {"backbone", "tiny_backbone", "server"}
+SLOW_FIXTURES = {"backbone", "short_backbone", "tiny_backbone", "server"}
 TESTS = Path(__file__).parent
 
 os.environ["TQDM_DISABLE"] = "1"
@@ -44,6 +46,27 @@ def backbone() -> Path:
     from mtlora.backbone import resolve
 
     return resolve("default")
+
+
+@pytest.fixture(scope="session")
+def short_backbone(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first layers of the default backbone, for engines whose answers need to make no sense."""
+    from safetensors.torch import load_file, save_file
+
+    num_layers = 4
+    folder = tmp_path_factory.mktemp("short-backbone")
+    config = json.loads((backbone / "config.json").read_text()) | {"num_hidden_layers": num_layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(backbone / "model.safetensors")
+    kept = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if ".layers." not in name or int(name.split(".layers.")[1].split(".")[0]) < num_layers
+    }
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(backbone / name, folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
