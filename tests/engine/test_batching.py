@@ -1,4 +1,4 @@
-"""The default backbone serves many adapters, tasks and bare requests in one batch, whatever happens to their files."""
+"""One engine serves many adapters, tasks and bare requests in one batch, whatever happens to their files."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mtlora.backbone import identify, resolve
+from mtlora.backbone import identify
 from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE
 from mtlora.config import MtLoRAConfig
 from tests.engine._engine import lora_manager_of, running_engine, worker_of
@@ -31,12 +31,12 @@ SENTENCES = [
 class Serving:
     """A running engine, its registered requests by (adapter, task), and the greedy tokens of some work."""
 
-    def __init__(self, engine, folder: Path) -> None:
+    def __init__(self, engine, backbone: Path, folder: Path) -> None:
         from mtlora.vllm_plugin.requests import slot_requests
 
         self.engine = engine
         self.folder = folder
-        self.backbone = identify(resolve("default"))
+        self.backbone = identify(backbone)
         self.slots = {}
         first_id = 1
         for seed, (name, config) in enumerate(CONFIGS.items()):
@@ -64,9 +64,9 @@ class Serving:
 
 
 @pytest.fixture(scope="module")
-def serving(tmp_path_factory):
+def serving(short_backbone, tmp_path_factory):
     with running_engine(
-        resolve("default"),
+        short_backbone,
         dtype="float32",
         skip_tokenizer_init=False,
         enable_prefix_caching=True,
@@ -74,7 +74,7 @@ def serving(tmp_path_factory):
         max_loras=MAX_LORAS,
         max_cpu_loras=MAX_CPU_LORAS,
     ) as engine:
-        yield Serving(engine, tmp_path_factory.mktemp("adapters"))
+        yield Serving(engine, short_backbone, tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="module")
