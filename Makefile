@@ -77,7 +77,7 @@ bench-front: $(STAMP) ## the server's own processor time a request beside `vllm 
 	$(BIN)/python -m benchmarks.front --backbone $(BACKBONE) $(FRONT)
 
 loadtest: $(STAMP) ## a server's knee, a closed loop there, the engine without a server; report in out/loadtest
-	$(BIN)/mtlora-loadtest all --backbone $(BACKBONE) --adapters $(ADAPTERS) $(LOADTEST)
+	$(BIN)/python -m benchmarks.loadtest --backbone $(BACKBONE) --adapters $(ADAPTERS) $(LOADTEST)
 
 faults: $(STAMP) ## faults injected into a real server, a row each (FULL=1: at full length)
 	$(BIN)/python -m tests.faults --backbone $(BACKBONE) --adapters $(ADAPTERS) $(if $(FULL),--full) $(FAULTS)

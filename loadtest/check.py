@@ -10,6 +10,7 @@ a tie, not as wrong; how many there were is reported. Anything else is wrong: an
 an answer by other weights.
 """
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from loadtest.tenants import Tenant
 from loadtest.workload import TaskInfo
 
 _TOP = 5
+_LINE_EVERY_S = 5.0
 _MOST_SHOWN = 20
 
 
@@ -51,7 +53,6 @@ async def ask_again(
     *,
     tie_nats: float,
     timeout_s: float,
-    progress: Callable[[int, int], None],
     stopped: Callable[[], bool] = lambda: False,
 ) -> Checked:
     """Ask every answer's input again, one at a time, and sort the answers. `tasks`: those of the server, by id."""
@@ -59,8 +60,11 @@ async def ask_again(
     by_message: dict[bytes, list[tuple[Answer, int]]] = {}
     for answer, count in answers.items():
         by_message.setdefault(answer.message, []).append((answer, count))
+    told = time.monotonic()
     for done, (message, asked) in enumerate(by_message.items()):
-        progress(done, len(by_message))
+        if time.monotonic() - told >= _LINE_EVERY_S:
+            told = time.monotonic()
+            print(f"  check: {done} of {len(by_message)} inputs asked again alone", flush=True)
         reply = None if stopped() else await _alone(connection, tenant, message, timeout_s)
         for answer, count in asked:
             if reply is None:

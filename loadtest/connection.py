@@ -8,7 +8,7 @@ from typing import Any, Self
 import grpc
 from mtlora_pb.v1 import inference_pb2 as pb
 
-from loadtest.errors import LoadTestError
+from loadtest import LoadTestError
 from loadtest.settings import Target
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -16,8 +16,6 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     # A retry would hide a lost answer.
     ("grpc.enable_retries", 0),
-    # Several processes or phases must not share one connection unknowingly.
-    ("grpc.use_local_subchannel_pool", 1),
 )
 _CONNECT_S = 5.0
 

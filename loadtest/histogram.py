@@ -75,9 +75,3 @@ class Latency:
         if encoded:
             latency._histogram = HdrHistogram.decode(encoded)
         return latency
-
-    def __getstate__(self) -> str:
-        return self.encode()
-
-    def __setstate__(self, state: str) -> None:
-        self._histogram = Latency.decode(state)._histogram

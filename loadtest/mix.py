@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Sequence
 
-from loadtest.errors import LoadTestError
+from loadtest import LoadTestError
 
 _DEFAULT_EXPONENT = 1.0
 _DEFAULT_HOT_SHARE = 0.5

@@ -1,6 +1,5 @@
-"""What happened to every request: counts, histograms and time slices, small enough to keep and to merge."""
+"""What happened to every request: counts and histograms, small enough to keep."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -108,36 +107,9 @@ class Group:
         for gap in outcome.gaps:
             self.itl.record(gap)
 
-    def merge(self, other: "Group") -> None:
-        _merge(self, other)
-
     def to_json(self) -> dict[str, Any]:
         return {
             each.name: value.to_json() if isinstance(value := getattr(self, each.name), Latency) else value
-            for each in fields(self)
-        }
-
-
-@dataclass(slots=True)
-class Slice:
-    """A stretch of the window: requests that were due in it, and what ended in it."""
-
-    offered: int = 0
-    good: int = 0
-    ended_ok: int = 0
-    ended_tokens: int = 0
-    failed: int = 0
-    ttft: Latency = field(default_factory=Latency)
-    itl: Latency = field(default_factory=Latency)
-    e2e: Latency = field(default_factory=Latency)
-
-    def merge(self, other: "Slice") -> None:
-        _merge(self, other)
-
-    def to_json(self) -> dict[str, Any]:
-        """Counts, and latencies of the requests that were due here as encoded histograms."""
-        return {
-            each.name: value.encode() if isinstance(value := getattr(self, each.name), Latency) else value
             for each in fields(self)
         }
 
@@ -149,17 +121,17 @@ class Recorder:
     """
 
     def __init__(
-        self, window: tuple[float, float], objective: Objective, tasks: Iterable[str], tenants: Iterable[str],
-        slices: int,
-    ) -> None:  # fmt: skip
+        self, window: tuple[float, float], objective: Objective, tasks: Iterable[str], tenants: Iterable[str]
+    ) -> None:
         self.window = window
         self.total = Group()
         # Of every request of the phase, warm-up included: what the server's own histograms saw as well.
         self.everything = Group()
         self.tasks = {task_id: Group() for task_id in tasks}
         self.tenants = {name: Group() for name in tenants}
-        self.slices = [Slice() for _ in range(slices)]
-        self.slice_s = (window[1] - window[0]) / slices if slices else math.inf
+        # Answers that came within the window, whenever they were due, and their tokens.
+        self.ended = 0
+        self.ended_tokens = 0
         self.lag = Latency()
         # By how much the generator itself was late, looked at all the while.
         self.held_up = Latency()
@@ -170,12 +142,9 @@ class Recorder:
         self.answers: Counter[Answer] = Counter()
         self.flaws: list[str] = []
         self.errors: dict[str, str] = {}
+        # Every request that counts, where the result keeps them.
         self.outcomes: list[dict[str, Any]] | None = None
         self._objective = objective
-
-    def keep_outcomes(self) -> None:
-        """From now on keep every request that counts, not only what they amount to."""
-        self.outcomes = []
 
     def start(self, request: Request, intended: float, now: float) -> None:
         """A request is on its way."""
@@ -185,8 +154,6 @@ class Recorder:
         if self._counts(intended):
             for group in self._groups(request):
                 group.offered += 1
-            if part := self._slice(intended):
-                part.offered += 1
 
     def end(self, outcome: Outcome) -> None:
         """A request has ended, this way or that."""
@@ -211,18 +178,9 @@ class Recorder:
                 self.outcomes.append(outcome.to_json())
             for group in self._groups(request):
                 group.add(outcome, good=good, exact=exact)
-            if part := self._slice(outcome.intended):
-                part.good += good
-                part.failed += not outcome.ok
-                if outcome.ok:
-                    part.e2e.record(outcome.e2e)
-                    if (ttft := outcome.ttft) is not None:
-                        part.ttft.record(ttft)
-                    for gap in outcome.gaps:
-                        part.itl.record(gap)
-        if outcome.ok and (part := self._slice(outcome.ended)):
-            part.ended_ok += 1
-            part.ended_tokens += outcome.completion_tokens
+        if outcome.ok and self._counts(outcome.ended):
+            self.ended += 1
+            self.ended_tokens += outcome.completion_tokens
 
     def is_good(self, outcome: Outcome) -> bool:
         """Whether an answer came within the service level's times."""
@@ -233,29 +191,6 @@ class Recorder:
         """The window ended early, or ends now since it had no end of its own."""
         start, end = self.window
         self.window = (start, max(start, min(end, now)))
-        if self.slices:
-            # One that was cut short would count as a slow one.
-            del self.slices[int(self.seconds / self.slice_s) :]
-
-    def merge(self, other: "Recorder") -> None:
-        """Take in what another process recorded of the same phase."""
-        self.total.merge(other.total)
-        self.everything.merge(other.everything)
-        for mine, theirs in ((self.tasks, other.tasks), (self.tenants, other.tenants)):
-            for name, group in theirs.items():
-                mine.setdefault(name, Group()).merge(group)
-        del self.slices[len(other.slices) :]
-        for slice_, more in zip(self.slices, other.slices, strict=False):
-            slice_.merge(more)
-        self.lag.merge(other.lag)
-        self.held_up.merge(other.held_up)
-        self.answers += other.answers
-        self.flaws += other.flaws
-        if self.outcomes is not None:
-            self.outcomes += other.outcomes or []
-        self.errors = other.errors | self.errors
-        self.last_ended = max(self.last_ended, other.last_ended)
-        self.window = (self.window[0], max(self.window[1], other.window[1]))
 
     @property
     def seconds(self) -> float:
@@ -269,21 +204,6 @@ class Recorder:
         yield self.total
         yield _group(self.tasks, request.task_id)
         yield _group(self.tenants, request.tenant.name)
-
-    def _slice(self, moment: float) -> Slice | None:
-        if not self.slices or not self._counts(moment):
-            return None
-        return self.slices[min(int((moment - self.window[0]) / self.slice_s), len(self.slices) - 1)]
-
-
-def _merge(mine: Any, other: Any) -> None:
-    """Add every count and histogram of `other`."""
-    for each in fields(mine):
-        value, more = getattr(mine, each.name), getattr(other, each.name)
-        if isinstance(value, Latency):
-            value.merge(more)
-        else:
-            setattr(mine, each.name, value + more)
 
 
 def _group(groups: dict[str, Group], name: str) -> Group:

@@ -4,16 +4,15 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from loadtest.errors import LoadTestError
-from loadtest.fairness import jain
+from loadtest import LoadTestError
 from loadtest.phase import Ran
-from loadtest.recorder import CUT_OFF, Group, Recorder
-from loadtest.settings import Load
+from loadtest.recorder import CUT_OFF, Group
+from loadtest.settings import PhaseSettings
 
 FORMAT = 1
 # Answers with which a server says that it is loaded: no fault where a load is meant to be too high.
@@ -21,19 +20,19 @@ OVERLOAD = frozenset({"RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"})
 _PACKAGES = ("grpcio", "protobuf", "hdrhistogram", "mtlora")
 
 
-def phase_json(load: Load, ran: Ran, server: Mapping[str, Any] | None) -> dict[str, Any]:
+def phase_json(name: str, load: PhaseSettings, ran: Ran, server: Mapping[str, Any] | None) -> dict[str, Any]:
     """What one phase measured. Rates are a second of the window; latencies seconds."""
     recorder = ran.recorder
     total, seconds = recorder.total, recorder.seconds
     return {
-        "name": load.name,
+        "name": name,
         "kind": load.kind,
         "load": load.model_dump(mode="json", exclude_none=True),
         "window_s": round(seconds, 3),
         "offered_per_second": _rate(total.offered, seconds),
-        "throughput_per_second": _rate(_ended(recorder), seconds),
+        "throughput_per_second": _rate(recorder.ended, seconds),
         "goodput_per_second": _rate(total.good, seconds),
-        "completion_tokens_per_second": _rate(_ended_tokens(recorder), seconds),
+        "completion_tokens_per_second": _rate(recorder.ended_tokens, seconds),
         "prompt_tokens_per_second": _rate(total.prompt_tokens, seconds),
         "accuracy": total.exact / total.scored if total.scored else None,
         "flawed": flawed(recorder.everything),
@@ -44,8 +43,6 @@ def phase_json(load: Load, ran: Ran, server: Mapping[str, Any] | None) -> dict[s
         "tasks": {name: group.to_json() for name, group in recorder.tasks.items() if group.offered},
         "tenants": {name: group.to_json() for name, group in recorder.tenants.items() if group.offered},
         "fairness": {"tasks": _fairness(recorder.tasks), "tenants": _fairness(recorder.tenants)},
-        "slice_s": recorder.slice_s if recorder.slices else None,
-        "slices": [each.to_json() for each in recorder.slices],
         "generator": {
             "cpu_s": round(ran.cpu_s, 3),
             "wall_s": round(ran.wall_s, 3),
@@ -120,13 +117,14 @@ def _rate(count: int, seconds: float) -> float:
     return round(count / seconds, 4) if seconds else 0.0
 
 
-def _ended(recorder: Recorder) -> int:
-    """Answers that came within the window; without slices the window ends with the last answer."""
-    return sum(each.ended_ok for each in recorder.slices) if recorder.slices else recorder.total.ok
+def jain(shares: Iterable[float]) -> float:
+    """Jain's index of fairness, (Σx)² / (n·Σx²).
 
-
-def _ended_tokens(recorder: Recorder) -> int:
-    return sum(each.ended_tokens for each in recorder.slices) if recorder.slices else recorder.total.completion_tokens
+    1 where all have the same, 1/n where one has everything. 1 for none and for all zero.
+    """
+    xs = list(shares)
+    squares = sum(x * x for x in xs)
+    return sum(xs) ** 2 / (len(xs) * squares) if squares else 1.0
 
 
 def _fairness(groups: Mapping[str, Group]) -> float:

@@ -2,18 +2,14 @@
 
 import asyncio
 import math
-import re
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
-from loadtest.errors import LoadTestError
+from loadtest import LoadTestError
 from loadtest.histogram import Latency
+from mtlora.client.metrics_page import MetricsPage
 
 # Histograms of the server that measure what the generator measures, by the generator's name for it.
 HISTOGRAMS = {
@@ -21,119 +17,91 @@ HISTOGRAMS = {
     "itl": "mtlora_inter_token_latency_seconds",
     "e2e": "mtlora_request_seconds",
 }
+BUILD = "mtlora_build_info"
+QUANTILES = (0.5, 0.95, 0.99)
 _LOOP_DELAY = "mtlora_event_loop_delay_seconds"
 _PREFIX = "mtlora_"
-# A label's value may hold blanks and braces; behind the sample there may be a time and an exemplar.
-_SAMPLE = re.compile(
-    r'(?P<name>\w+)(?P<labels>\{(?:[^"}]|"(?:[^"\\]|\\.)*")*\})?\s+(?P<value>[-+]?(?:[\d.]+(?:[eE][-+]?\d+)?|Inf|NaN))(?:\s|$)'
-)
-_LE = re.compile(r'le="([^"]+)"')
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+_NOT_SERIES = ("_bucket", "_sum", "_count", "_created", "_info")
 _INTERVAL_S = 2.0
-_TIMEOUT_S = 5.0
-QUANTILES = (0.5, 0.95, 0.99)
 
 
-@dataclass(frozen=True)
-class Page:
-    """One reading. Samples of a name are summed over their labels: `values`; buckets by upper bound: `buckets`."""
-
-    at: float
-    values: Mapping[str, float]
-    buckets: Mapping[str, Mapping[float, float]]
-    build: Mapping[str, str]
+async def fetch(address: str) -> MetricsPage:
+    """The page at a URL or HOST:PORT. Raises LoadTestError if it cannot be read."""
+    try:
+        return await asyncio.to_thread(MetricsPage.fetch, address)
+    except (OSError, ValueError) as error:
+        raise LoadTestError(f"cannot read the server's metrics at {address}: {error}") from None
 
 
-@dataclass
-class Watched:
-    """The pages read over a phase, the first before it and the last after it."""
+class Watch:
+    """`async with Watch(address) as watch:` reads the page before, during and after what happens within.
 
-    pages: list[Page] = field(default_factory=list)
-    missed: int = 0
+    A reading that fails is counted: the server may be busy, or gone.
+    """
 
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._before: MetricsPage | None = None
+        self._after: MetricsPage | None = None
+        # (moment on the monotonic clock, page)
+        self.pages: list[tuple[float, MetricsPage]] = []
+        self.missed = 0
 
-class Scraper:
-    """Reads the metrics page at `url`, now and every few seconds."""
+    async def __aenter__(self) -> Self:
+        self._before = await self._read()
+        self._reading = asyncio.create_task(self._read_on())
+        return self
 
-    def __init__(self, url: str) -> None:
-        self.url = metrics_url(url)
+    async def __aexit__(self, *_: object) -> None:
+        self._reading.cancel()
+        self._after = await self._read()
 
-    async def read(self) -> Page:
-        """One reading. Raises LoadTestError where there is no such page."""
+    def to_json(self, began: float, recorded: Mapping[str, Latency]) -> dict[str, Any]:
+        """What the server said, beside what the generator recorded since `began`."""
+        made = series(self.pages, began) | {"missed": self.missed, "agreement": {}, "loop_delay": None}
+        if self._before and self._after:
+            made["agreement"] = compare(self._before, self._after, recorded)
+            made["loop_delay"] = loop_delay(self._before, self._after)
+        return made
+
+    async def _read(self) -> MetricsPage | None:
         try:
-            text = await asyncio.to_thread(_fetch, self.url)
-        except (OSError, ValueError, urllib.error.URLError) as error:
-            raise LoadTestError(f"cannot read the server's metrics at {self.url}: {error}") from None
-        return parse(text, time.monotonic())
+            page = await fetch(self._address)
+        except LoadTestError:
+            self.missed += 1
+            return None
+        self.pages.append((time.monotonic(), page))
+        return page
 
-    async def watch(self, watched: Watched) -> None:
-        """Read on until cancelled. A reading that fails is counted: the server may be busy, or gone."""
+    async def _read_on(self) -> None:
         while True:
             await asyncio.sleep(_INTERVAL_S)
-            try:
-                watched.pages.append(await self.read())
-            except LoadTestError:
-                watched.missed += 1
+            await self._read()
 
 
-def metrics_url(given: str) -> str:
-    """`HOST:PORT` or a URL, as a URL with a path."""
-    url = given if "//" in given else f"http://{given}"
-    return url if urllib.parse.urlparse(url).path.strip("/") else f"{url.rstrip('/')}/metrics"
-
-
-def _fetch(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as reply:
-        return str(reply.read().decode())
-
-
-def parse(text: str, at: float) -> Page:
-    """What this project's server says of itself on a page of the Prometheus text format."""
-    values: dict[str, float] = {}
-    buckets: dict[str, dict[float, float]] = {}
-    build: dict[str, str] = {}
-    for line in text.splitlines():
-        if not line.startswith(_PREFIX):
-            continue
-        if (sample := _SAMPLE.match(line)) is None:
-            continue
-        name, series, value = sample["name"], sample["labels"] or "", float(sample["value"])
-        if name.endswith("_bucket"):
-            if bound := _LE.search(series):
-                of = buckets.setdefault(name.removesuffix("_bucket"), {})
-                le = float(bound[1])
-                of[le] = of.get(le, 0.0) + value
-        elif name == "mtlora_build_info":
-            build = dict(_LABEL.findall(series))
-        elif not name.endswith("_created") and math.isfinite(value):
-            values[name] = values.get(name, 0.0) + value
-    return Page(at, values, buckets, build)
-
-
-def bucket_counts(before: Page, after: Page, name: str) -> list[tuple[float, float]]:
+def bucket_counts(before: MetricsPage, after: MetricsPage, name: str) -> list[tuple[float, float]]:
     """(upper bound, observations up to it) of a histogram, of what was observed between two pages; rising."""
-    old = before.buckets.get(name, {})
-    return [(le, total - old.get(le, 0.0)) for le, total in sorted(after.buckets.get(name, {}).items())]
+    old = before.buckets(name)
+    return [(bound, total - old.get(bound, 0.0)) for bound, total in after.buckets(name).items()]
 
 
-def compare(before: Page, after: Page, recorded: Mapping[str, Latency]) -> dict[str, Any]:
+def compare(before: MetricsPage, after: MetricsPage, recorded: Mapping[str, Latency]) -> dict[str, Any]:
     """By latency and quantile: the generator's seconds, the server's bucket, and how many buckets lie between them."""
     found: dict[str, Any] = {}
     for name, latency in recorded.items():
         cumulative = bucket_counts(before, after, HISTOGRAMS[name])
         if not cumulative or cumulative[-1][1] <= 0 or not latency.count:
             continue
-        bounds = [le for le, _ in cumulative]
+        bounds = [bound for bound, _ in cumulative]
         rows: dict[str, dict[str, Any]] = {}
         for q in QUANTILES:
             ours = latency.quantile(q)
-            theirs = next(i for i, (_, n) in enumerate(cumulative) if n >= q * cumulative[-1][1] - 1e-9)
-            mine = next(i for i, le in enumerate(bounds) if ours <= le)
+            theirs = _bucket_of(cumulative, q)
+            mine = next(i for i, bound in enumerate(bounds) if ours <= bound)
             rows[f"p{100 * q:g}"] = {
                 "generator": round(ours, 5),
                 "server_from": bounds[theirs - 1] if theirs else 0.0,
-                # JSON knows no infinity.
-                "server_to": None if bounds[theirs] == float("inf") else bounds[theirs],
+                "server_to": _finite(bounds[theirs]),
                 "buckets_apart": abs(mine - theirs),
             }
         found[name] = {
@@ -144,30 +112,36 @@ def compare(before: Page, after: Page, recorded: Mapping[str, Latency]) -> dict[
     return found
 
 
-def loop_delay(before: Page, after: Page) -> dict[str, float | None] | None:
+def loop_delay(before: MetricsPage, after: MetricsPage) -> dict[str, float | None] | None:
     """How late the server's event loop was, 99th percentile, seconds, as a bucket; None where it does not say."""
     cumulative = bucket_counts(before, after, _LOOP_DELAY)
     if not cumulative or cumulative[-1][1] <= 0:
         return None
-    at = next(i for i, (_, n) in enumerate(cumulative) if n >= 0.99 * cumulative[-1][1] - 1e-9)
-    bound = cumulative[at][0]
-    return {"p99_from": cumulative[at - 1][0] if at else 0.0, "p99_to": bound if math.isfinite(bound) else None}
+    at = _bucket_of(cumulative, 0.99)
+    return {"p99_from": cumulative[at - 1][0] if at else 0.0, "p99_to": _finite(cumulative[at][0])}
 
 
-def series(watched: Watched, began: float) -> dict[str, Any]:
+def _bucket_of(cumulative: list[tuple[float, float]], q: float) -> int:
+    """The index of the bucket that a quantile lies in."""
+    return next(i for i, (_, count) in enumerate(cumulative) if count >= q * cumulative[-1][1] - 1e-9)
+
+
+def _finite(bound: float) -> float | None:
+    """JSON knows no infinity."""
+    return bound if math.isfinite(bound) else None
+
+
+def series(pages: Sequence[tuple[float, MetricsPage]], began: float) -> dict[str, Any]:
     """Gauges over time, and counters as a rate over each interval; times in seconds from the phase's start."""
-    pages = watched.pages
-    if not pages:
-        return {"seconds": [], "values": {}, "missed": watched.missed}
     made: dict[str, list[float | None]] = {}
-    names = sorted({name for page in pages for name in page.values if not name.endswith(("_sum", "_count"))})
-    for name in names:
-        readings = [page.values.get(name) for page in pages]
+    names = {name for _, page in pages for name in page.samples if name.startswith(_PREFIX)}
+    for name in sorted(name for name in names if not name.endswith(_NOT_SERIES)):
+        readings = [(moment, page.value(name) if name in page.samples else None) for moment, page in pages]
         if name.endswith("_total"):
             rates: list[float | None] = [None]
-            for (a, old), (b, new) in pairwise(zip(pages, readings, strict=True)):
-                rates.append(None if old is None or new is None else round((new - old) / (b.at - a.at), 4))
+            for (then, old), (now, new) in pairwise(readings):
+                rates.append(None if old is None or new is None else round((new - old) / (now - then), 4))
             made[f"{name.removesuffix('_total')}_per_second"] = rates
         else:
-            made[name] = [None if value is None else round(value, 6) for value in readings]
-    return {"seconds": [round(page.at - began, 2) for page in pages], "values": made, "missed": watched.missed}
+            made[name] = [None if value is None else round(value, 6) for _, value in readings]
+    return {"seconds": [round(moment - began, 2) for moment, _ in pages], "values": made}

@@ -5,25 +5,22 @@ import contextlib
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from loadtest import check, result, server_metrics
 from loadtest.connection import Connection
-from loadtest.errors import LoadTestError
 from loadtest.histogram import Latency
 from loadtest.knee import KneeSearch, Step
-from loadtest.live import View
-from loadtest.phase import Ran, Share
-from loadtest.processes import Generators, start
+from loadtest.phase import Generator
 from loadtest.recorder import Answer
-from loadtest.server_metrics import Page, Scraper, Watched
-from loadtest.settings import Load, Objective, RampSettings, Settings
+from loadtest.server_metrics import Watch
+from loadtest.settings import Objective, PhaseSettings, RampSettings, Settings
 from loadtest.tenants import ANONYMOUS, Tenant, read_tenants
 from loadtest.workload import Request, TaskInfo, task_info
 
-OK, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, INTERRUPTED = 0, 1, 130
 
 
 class Session:
@@ -32,22 +29,19 @@ class Session:
     def __init__(
         self,
         settings: Settings,
-        view: View,
-        generators: Generators,
-        tasks: list[TaskInfo],
-        tenants: list[Tenant],
-        scraper: Scraper | None,
+        connection: Connection,
+        tasks: Sequence[TaskInfo],
+        tenants: Sequence[Tenant],
         document: dict[str, Any],
     ) -> None:
-        self.settings = settings
-        self.view = view
         self.result = document
         self.interrupted = False
         self.gone = False
-        self.generators = generators
+        self._settings = settings
+        self._connection = connection
+        self._generator = Generator(settings, connection, tasks, tenants)
         self._tasks = {task.id: task for task in tasks}
         self._tenants = tenants
-        self._scraper = scraper
         self._answers: Counter[Answer] = Counter()
         self._exact = 0
         self._began = time.monotonic()
@@ -60,29 +54,43 @@ class Session:
     def interrupt(self) -> None:
         """End what runs, keeping what it has."""
         self.interrupted = True
-        self.generators.stop()
+        self._generator.stop()
 
-    async def run(self, load: Load, requests: list[Request] | None = None, *, probe: bool = False) -> dict[str, Any]:
-        """Run a phase and add it to the result. A `probe` looks for the knee: beyond it, refusals are no failures."""
-        watched = Watched()
+    def take(self, count: int) -> list[Request]:
+        """The workload's next requests."""
+        return [next(self._generator.workload) for _ in range(count)]
+
+    async def run(
+        self,
+        name: str,
+        load: PhaseSettings,
+        requests: Sequence[Request] | None = None,
+        *,
+        unary: bool = False,
+        probe: bool = False,
+    ) -> dict[str, Any]:
+        """Run a phase and add it to the result.
+
+        `requests` are asked in the place of drawn ones. `unary` asks for whole answers in any case. A `probe` looks for
+        the knee: beyond it, refusals are no failures.
+        """
         began = time.monotonic()
-        watching = before = None
-        if self._scraper is not None:
-            before = await self._page(watched)
-            watching = asyncio.create_task(self._scraper.watch(watched))
-        try:
-            with self.view.phase(load.name):
-                ran = await self.generators.run(load, self.view.progress, requests)
-        finally:
-            if watching is not None:
-                watching.cancel()
+        async with contextlib.AsyncExitStack() as stack:
+            metrics = self._settings.metrics
+            watch = await stack.enter_async_context(Watch(metrics)) if metrics else None
+            ran = await self._generator.run(name, load, requests, unary=unary)
         self.gone = self.gone or ran.gone
-        server = await self._server(load, ran, watched, began, before)
+        everything = ran.recorder.everything
+        recorded = {"e2e": everything.e2e}
+        # Of a unary answer the generator sees no first token of its own.
+        if not (unary or self._settings.unary):
+            recorded |= {"ttft": everything.ttft, "itl": everything.itl}
+        server = watch.to_json(began, recorded) if watch else None
         self._answers.update(ran.recorder.answers)
-        self._exact += ran.recorder.everything.exact
-        phase = result.phase_json(load, ran, server)
-        tolerated = probe and bool(step_of(phase, self.settings.objective).breaches(self.settings.objective))
-        phase |= {"tolerated": tolerated, "failed": result.failed(ran.recorder.everything, tolerated=tolerated)}
+        self._exact += everything.exact
+        phase = result.phase_json(name, load, ran, server)
+        tolerated = probe and bool(step_of(phase, self._settings).breaches(self._settings))
+        phase |= {"tolerated": tolerated, "failed": result.failed(everything, tolerated=tolerated)}
         phase["began_s"] = round(began - self._began, 2)
         self.result["phases"].append(phase)
         self.result["failed"] = sum(each["failed"] for each in self.result["phases"])
@@ -90,47 +98,44 @@ class Session:
 
     async def find_knee(self, ramp: RampSettings) -> Step | None:
         """Look for the knee, a printed line a step; adds it to the result."""
-        search = KneeSearch(ramp, self.settings.objective)
+        search = KneeSearch(ramp, self._settings)
         while not self.over and (rate := search.next_rate()) is not None:
-            load = Load(name=f"{rate:.3g} requests/s", rate=rate, duration_s=ramp.step_s, warm_up_s=ramp.warm_up_s)
-            phase = await self.run(load, probe=True)
+            load = PhaseSettings(rate=rate, duration_s=ramp.step_s, warm_up_s=ramp.warm_up_s)
+            phase = await self.run(f"{rate:.3g} requests/s", load, probe=True)
             if not phase["complete"]:
                 break
-            step = step_of(phase, self.settings.objective)
+            step = step_of(phase, self._settings)
             search.add(step)
-            self.view.line(step_line(step, step.breaches(self.settings.objective), phase))
+            print(step_line(step, step.breaches(self._settings), phase), flush=True)
         knee = search.knee
         self.result["knee"] = {
-            "settings": ramp.model_dump(mode="json"),
+            "settings": ramp.model_dump(mode="json", include=set(RampSettings.model_fields)),
             "phase": next((p["name"] for p in self.result["phases"] if knee and _rate(p) == knee.rate), None),
             "offered_per_second": knee.offered if knee else None,
             "goodput_per_second": knee.goodput if knee else None,
             "mean_in_flight": round(knee.offered * knee.mean_e2e, 3) if knee else None,
             "bounded": search.bounded,
-            "steps": [{**vars(step), "breaches": step.breaches(self.settings.objective)} for step in search.steps],
+            "steps": [{**vars(step), "breaches": step.breaches(self._settings)} for step in search.steps],
         }
         return knee
 
     async def check(self) -> None:
         """Check the answers of all phases as the settings say; adds what was found to the result."""
-        how = self.settings.check
+        how = self._settings.check
         if how == "reply" or self.gone:
             return
         if how == "exact":
             checked = check.against_targets(self._answers)
         else:
-            # On this process's own connection, whoever sent the load.
-            async with Connection(self.settings.target) as connection:
-                checked = await check.ask_again(
-                    connection, self._tenants[0], self._answers, self._tasks, tie_nats=self.settings.tie_nats,
-                    timeout_s=self.settings.target.timeout_s, progress=self.view.asking_again,
-                    stopped=lambda: self.interrupted,
-                )  # fmt: skip
+            checked = await check.ask_again(
+                self._connection, self._tenants[0], self._answers, self._tasks, tie_nats=self._settings.tie_nats,
+                timeout_s=self._settings.timeout_s, stopped=lambda: self.interrupted,
+            )  # fmt: skip
         checked.exact = self._exact
         self.result["check"] = {"how": how, **checked.to_json()}
         self.result["wrong"] = checked.wrong
         for example in checked.examples[:5]:
-            self.view.line(f"wrong: {example['task']}: {example['answer']!r}, alone {example['alone']!r}")
+            print(f"wrong: {example['task']}: {example['answer']!r}, alone {example['alone']!r}")
 
     def finish(self) -> int:
         """Judge the run; returns the exit status."""
@@ -140,62 +145,32 @@ class Session:
             return INTERRUPTED
         return FAILED if self.gone or self.result["failed"] or self.result["wrong"] else OK
 
-    async def _page(self, watched: Watched) -> Page | None:
-        """A reading of the server's metrics, kept; None where it has gone."""
-        assert self._scraper is not None
-        with contextlib.suppress(LoadTestError):
-            watched.pages.append(await self._scraper.read())
-            return watched.pages[-1]
-        return None
-
-    async def _server(
-        self, load: Load, ran: Ran, watched: Watched, began: float, before: Page | None
-    ) -> dict[str, Any] | None:
-        if self._scraper is None:
-            return None
-        after = await self._page(watched)
-        everything = ran.recorder.everything
-        recorded = {"ttft": everything.ttft, "itl": everything.itl, "e2e": everything.e2e}
-        # Of a unary answer the generator sees no first token of its own.
-        if self.settings.target.unary or load.unary:
-            recorded = {"e2e": everything.e2e}
-        return {
-            **server_metrics.series(watched, began),
-            "agreement": server_metrics.compare(before, after, recorded) if before and after else {},
-            "loop_delay": server_metrics.loop_delay(before, after) if before and after else None,
-        }
-
 
 @asynccontextmanager
-async def open_session(settings: Settings, command: list[str], view: View) -> AsyncIterator[Session]:
-    """Connect, ask which tasks there are, start the generators. Raises LoadTestError where any of it cannot be done."""
-    tenants = read_tenants(settings.target.tenants) if settings.target.tenants else [ANONYMOUS]
-    scraper = Scraper(settings.target.metrics) if settings.target.metrics else None
-    async with Connection(settings.target) as connection:
+async def open_session(settings: Settings, command: list[str]) -> AsyncIterator[Session]:
+    """Connect, ask which tasks there are, draw the workload. Raises LoadTestError where any of it cannot be done."""
+    tenants = read_tenants(settings.tenants) if settings.tenants else [ANONYMOUS]
+    async with Connection(settings) as connection:
         await connection.wait_connected()
         served = await connection.tasks(tenants[0].metadata)
-    page = await scraper.read() if scraper else None
-    tasks = [task_info(task) for task in served]
-    share = Share(settings, tuple(tasks), tuple(tenants))
-    generators = await asyncio.to_thread(start, share)
-    server = {
-        "address": settings.target.address,
-        "build": dict(page.build) if page else None,
-        "tasks": len(served),
-        "adapters": sorted({f"{task.adapter_name}/{task.adapter_version}" for task in served}),
-    }
-    described = settings.model_dump(mode="json", exclude_none=True) | {"tenants": [tenant.name for tenant in tenants]}
-    document = result.document(command, described, server)
-    session = Session(settings, view, generators, tasks, tenants, scraper, document)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, session.interrupt)
-    try:
-        yield session
-    finally:
+        page = await server_metrics.fetch(settings.metrics) if settings.metrics else None
+        server = {
+            "address": settings.address,
+            "build": dict(page.labels(server_metrics.BUILD)) if page else None,
+            "tasks": len(served),
+            "adapters": sorted({f"{task.adapter_name}/{task.adapter_version}" for task in served}),
+        }
+        described = settings.to_json() | {"tenants": [tenant.name for tenant in tenants]}
+        document = result.document(command, described, server)
+        session = Session(settings, connection, [task_info(task) for task in served], tenants, document)
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-        await generators.close()
+            loop.add_signal_handler(number, session.interrupt)
+        try:
+            yield session
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
 
 
 def step_of(phase: Mapping[str, Any], objective: Objective) -> Step:

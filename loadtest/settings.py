@@ -1,69 +1,63 @@
-"""What a run is asked to do: every setting that the result must carry, checked when it is made."""
+"""The settings of a load test, checked when they are made. A field's alias is its flag."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_settings import NoDecode
 
-from loadtest.errors import LoadTestError
-from mtlora.errors import describe
-
-_MIX = re.compile(r"uniform|zipf(:\d+(\.\d+)?)?|hot:[^=]+(=\d*\.?\d+)?")
-
-
-def _check_mix(text: str) -> str:
-    if not _MIX.fullmatch(text):
-        raise ValueError("allowed: uniform, zipf, zipf:EXPONENT, hot:NAME, hot:NAME=SHARE")
-    return text
+_RANGE = re.compile(r"([1-9]\d*)(?:-([1-9]\d*))?")
+_MIX = r"^(uniform|zipf(:\d+(\.\d+)?)?|hot:[^=]+(=\d*\.?\d+)?)$"
+_MIXES = "uniform, zipf:EXPONENT (in the order of tasks) or hot:NAME=SHARE"
 
 
-Mix = Annotated[str, AfterValidator(_check_mix)]
-Model = TypeVar("Model", bound=BaseModel)
+@dataclass(frozen=True)
+class Range:
+    """Whole numbers from `low` to `high`, all as likely as each other."""
+
+    low: int
+    high: int
+
+    @classmethod
+    def parse(cls, given: Any) -> Any:
+        """`40` or `20-60`; a range stays as it is. Raises ValueError."""
+        # The command line hands over a number where the text is one.
+        if not isinstance(given, str | int):
+            return given
+        found = _RANGE.fullmatch(str(given))
+        if found is None or int(found[1]) > int(found[2] or found[1]):
+            raise ValueError("allowed: N or LOW-HIGH from 1 up, such as 40 or 20-60")
+        return cls(int(found[1]), int(found[2] or found[1]))
+
+
+def _split(given: Any) -> Any:
+    return tuple(name.strip() for name in given.split(",") if name.strip()) if isinstance(given, str) else given
+
+
+Length = Annotated[Range, NoDecode, BeforeValidator(Range.parse)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Mix = Annotated[str, Field(pattern=_MIX)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Range(_Frozen):
-    """Whole numbers from `low` to `high`, all as likely as each other."""
-
-    low: int = Field(ge=1)
-    high: int = Field(ge=1)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.low > self.high:
-            raise ValueError(f"{self.low}-{self.high} runs backwards; allowed: LOW-HIGH with LOW up to HIGH")
-        return self
-
-    @classmethod
-    def parse(cls, text: str) -> "Range":
-        """`40` or `20-60`. Raises ValueError."""
-        low, dash, high = text.partition("-")
-        try:
-            return cls(low=int(low), high=int(high if dash else low))
-        except ValidationError as error:
-            raise ValueError(describe(error)) from None
-        except ValueError:
-            raise ValueError(f"{text!r} is no range; allowed: N or LOW-HIGH, such as 40 or 20-60") from None
+    model_config = ConfigDict(frozen=True, validate_by_name=True, validate_by_alias=True)
 
 
 class Target(_Frozen):
-    """A server, and how to speak to it. `metrics` is the URL of its metrics page."""
+    """A server, and how to connect to it."""
 
-    address: str = "127.0.0.1:50051"
-    tls: bool = False
-    tls_root: Path | None = None
-    tls_certificate: Path | None = None
-    tls_key: Path | None = None
-    tls_server_name: str | None = None
-    tenants: Path | None = None
-    metrics: str | None = None
-    timeout_s: Positive = 60.0
-    unary: bool = False
+    address: str = Field("127.0.0.1:50051", description="HOST:PORT of the server")
+    metrics: str | None = Field(None, description="URL of the server's metrics page, read while the test runs")
+    tls: bool = Field(False, description="TLS with the system's root certificates")
+    tls_root: Path | None = Field(None, description="TLS with these root certificates (PEM)")
+    tls_certificate: Path | None = Field(None, description="the client's certificate (PEM)")
+    tls_key: Path | None = Field(None, description="the client's key (PEM)")
+    tls_server_name: str | None = Field(None, description="the name in the server's certificate")
+    tenants: Path | None = Field(None, description="file with NAME KEY a line: who asks, with which API key")
 
     @model_validator(mode="after")
     def _certificate_has_a_key(self) -> Self:
@@ -73,25 +67,26 @@ class Target(_Frozen):
 
     @property
     def secure(self) -> bool:
+        """Whether the connection uses TLS."""
         return self.tls or self.tls_root is not None or self.tls_certificate is not None
 
 
 class WorkloadSettings(_Frozen):
-    """What is asked: of which tasks, by which tenants, with which inputs.
+    """What is asked: which tasks, by which tenants, with which inputs.
 
-    Inputs come from `prompts` (a JSONL file), else are random words where `prompt_words` is set, else are examples of
-    `suite`. `new_tokens` replaces the tasks' own limit, and then no stop string ends an answer.
+    Inputs come from `prompts` (a JSONL file), or are random words if `prompt_words` is set, or else are examples of
+    `suite`. `new_tokens` replaces the tasks' own limit and turns stop strings off.
     """
 
-    tasks: tuple[str, ...] = ()
-    task_mix: Mix = "uniform"
-    tenant_mix: Mix = "uniform"
-    suite: str = "builtin"
-    examples_per_task: int = Field(200, ge=1)
-    prompts: Path | None = None
-    prompt_words: Range | None = None
-    new_tokens: Range | None = None
-    seed: int = Field(0, ge=0)
+    tasks: Names = Field((), description="A,B,...: ask these alone; default: every task that has inputs")
+    task_mix: Mix = Field("uniform", description=_MIXES)
+    tenant_mix: Mix = Field("uniform", description="the same over tenants")
+    suite: str = Field("builtin", description="builtin, or a folder in BIG-Bench Hard's layout")
+    examples_per_task: int = Field(200, ge=1, description="distinct inputs a task")
+    prompts: Path | None = Field(None, description='inputs from JSONL, {"task", "input", "target"} a line')
+    prompt_words: Length | None = Field(None, description="N or LOW-HIGH random words as inputs")
+    new_tokens: Length | None = Field(None, description="N or LOW-HIGH: length of answers; default: the task's")
+    seed: int = Field(0, ge=0, description="of arrivals, mix and inputs")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -103,32 +98,69 @@ class WorkloadSettings(_Frozen):
 class Objective(_Frozen):
     """The service level: `quantile` of the requests have their first token and their end within these times.
 
-    A load holds where, besides, goodput is at least `goodput_share` of the offered load.
+    A load holds if, besides, goodput is at least `goodput_share` of the offered load.
     """
 
-    ttft_s: Positive = 1.0
-    e2e_s: Positive = 3.0
-    quantile: float = Field(0.95, gt=0, lt=1)
-    goodput_share: float = Field(0.9, gt=0, le=1)
+    ttft_s: Positive = Field(1.0, alias="slo_ttft", description="service level: seconds to the first token")
+    e2e_s: Positive = Field(3.0, alias="slo_e2e", description="service level: seconds to the whole answer")
+    quantile: float = Field(0.95, gt=0, lt=1, alias="slo_quantile", description="share of requests that must hold it")
+    goodput_share: float = Field(0.9, gt=0, le=1, alias="slo_goodput", description="least goodput / offered load")
 
 
-class Load(_Frozen):
+class CommonSettings(WorkloadSettings, Objective):
+    """What every load test needs, whichever server it is run against."""
+
+    timeout_s: Positive = Field(60.0, alias="timeout", description="a request's deadline, seconds")
+    unary: bool = Field(False, description="call Generate instead of GenerateStream")
+    check: Literal["reply", "alone", "exact"] = Field(
+        "alone",
+        description="what makes an answer wrong: reply, it is incomplete or another request's; alone, also if it is "
+        "neither exact nor what the server answers to the same input alone; exact, also if it is not exact",
+    )
+    tie_nats: Seconds = Field(0.5, alias="tie", description="tokens this near in log-probability are a tie")
+    outcomes: bool = Field(False, description="keep every request in the result")
+    out: Path = Field(Path("out/loadtest"), description="folder for result.json and report.html")
+
+
+class Settings(CommonSettings, Target):
+    """All of one load test but its load."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Every setting, for the result; a group of them by what it is about."""
+        rest = self.model_dump(mode="json", include=set(Settings.model_fields), exclude_none=True)
+        groups = (("target", Target), ("workload", WorkloadSettings), ("objective", Objective))
+        made = {
+            name: {field: rest.pop(field) for field in group.model_fields if field in rest} for name, group in groups
+        }
+        return made | rest
+
+
+class PhaseSettings(_Frozen):
     """One phase of load: `rate` (open loop, Poisson), `in_flight` (closed loop) or `trace` (a file).
 
-    `requests` ends a closed loop after so many, without a window or warm-up; otherwise what is intended in the first
-    `warm_up_s` seconds is left out, and what is intended in the `duration_s` after it counts. `unary` asks for whole
-    answers, also where the target is asked for streams.
+    Requests that are due in the first `warm_up_s` seconds do not count, those in the `duration_s` seconds after it do.
+    A closed loop with `requests` ends after so many, and all of them count.
     """
 
-    name: str = "run"
-    rate: Positive | None = None
-    in_flight: int | None = Field(None, ge=1, le=100_000)
-    trace: Path | None = None
-    speed: Positive = 1.0
-    duration_s: Positive | None = None
-    requests: int | None = Field(None, ge=1)
-    warm_up_s: float = Field(3.0, ge=0, allow_inf_nan=False)
-    unary: bool = False
+    rate: Positive | None = Field(None, description="open loop: Poisson arrivals, so many requests/s on average")
+    in_flight: int | None = Field(None, ge=1, le=100_000, description="closed loop: requests under way at all times")
+    trace: Path | None = Field(None, description='open loop: JSONL, {"at": SECONDS, "task"} a line')
+    speed: Positive = Field(1.0, description="play the trace so many times as fast")
+    requests: int | None = Field(None, ge=1, description="closed loop: end after so many, all of which count")
+    duration_s: Positive | None = Field(
+        None, alias="duration", description="seconds that count; default: 30, or a trace's own"
+    )
+    warm_up_s: Seconds = Field(
+        3.0, alias="warm_up", description="seconds left out at the start; default: 3, or 0 for a trace"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
+        # Under the fields' names: a flag, which comes under its alias, wins.
+        if given.get("trace"):
+            return {"warm_up_s": 0.0, **given}
+        return given if given.get("requests") else {"duration_s": 30.0, **given}
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -136,8 +168,6 @@ class Load(_Frozen):
             raise ValueError("allowed is exactly one of rate (open loop), in_flight (closed loop) and trace")
         if self.requests is not None and self.in_flight is None:
             raise ValueError("requests: allowed in a closed loop alone; an open loop ends after duration")
-        if self.trace is None and self.requests is None and self.duration_s is None:
-            raise ValueError("duration: needed, unless a trace or a number of requests ends the run")
         return self
 
     @property
@@ -148,35 +178,15 @@ class Load(_Frozen):
 class RampSettings(_Frozen):
     """How the knee is looked for: from `start_rate` times `growth` until a load does not hold, then bisection."""
 
-    start_rate: Positive = 4.0
-    growth: float = Field(2.0, gt=1, allow_inf_nan=False)
-    resolution: float = Field(0.1, gt=0, lt=1)
-    max_rate: Positive = 10_000.0
-    step_s: Positive = 12.0
-    warm_up_s: float = Field(3.0, ge=0, allow_inf_nan=False)
+    start_rate: Positive = Field(4.0, description="requests/s of the first step")
+    growth: float = Field(2.0, gt=1, allow_inf_nan=False, description="factor from step to step")
+    resolution: float = Field(0.1, gt=0, lt=1, description="how near the knee is found")
+    max_rate: Positive = Field(10_000.0, description="no step goes beyond it, requests/s")
+    step_s: Positive = Field(12.0, alias="step", description="seconds of a step that count")
+    warm_up_s: Seconds = Field(3.0, alias="warm_up", description="seconds of a step before them")
 
     @model_validator(mode="after")
     def _room_to_grow(self) -> Self:
         if self.start_rate > self.max_rate:
             raise ValueError(f"start_rate {self.start_rate:g} is above max_rate {self.max_rate:g}")
         return self
-
-
-class Settings(_Frozen):
-    """All of one invocation. `processes` share every load evenly; `outcomes` keeps every request in the result."""
-
-    target: Target = Target()
-    workload: WorkloadSettings = WorkloadSettings()
-    objective: Objective = Objective()
-    processes: int = Field(1, ge=1, le=64)
-    check: Literal["reply", "alone", "exact"] = "alone"
-    tie_nats: float = Field(0.5, ge=0, allow_inf_nan=False)
-    outcomes: bool = False
-
-
-def make(model: type[Model], **values: Any) -> Model:
-    """The settings, leaving out what is None. Raises LoadTestError in a user's words."""
-    try:
-        return model(**{name: value for name, value in values.items() if value is not None})
-    except ValidationError as error:
-        raise LoadTestError(f"impossible settings: {describe(error)}") from None

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from loadtest.errors import LoadTestError
+from loadtest import LoadTestError
 
 
 @dataclass(frozen=True, slots=True)

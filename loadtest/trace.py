@@ -2,67 +2,80 @@
 
     {"at": 0.25, "task": "navigate", "input": "Take 2 steps.", "tenant": "acme", "max_new_tokens": 8, "target": "No"}
 
-`at` is in seconds, from any origin, never falling. All else may be left out: what is missing is drawn as the workload's
+`at` is in seconds, from any origin, never falling. Everything else may be left out and is then drawn as the workload's
 settings say. `input` may be a text, an object of named fields, or a list of chat messages.
 """
 
-import json
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal, Self, TypeVar
 
-from loadtest.errors import LoadTestError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-_ENTRY_KEYS = ("task", "input", "target", "max_new_tokens")
-_TRACE_KEYS = ("at", "tenant", *_ENTRY_KEYS)
+from loadtest import LoadTestError
+from mtlora.errors import describe
+
+Text = Annotated[str, Field(pattern=r"\S")]
+Fields = Annotated[dict[str, str], Field(min_length=1)]
+Message = Annotated[dict[Literal["role", "content"], str], Field(min_length=2)]
+Input = Text | Fields | Annotated[list[Message], Field(min_length=1)]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One line; None where it leaves something to be drawn."""
+class _Line(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     task: str | None = None
-    input: Any = None
+    input: Input | None = None
     target: str | None = None
-    max_new_tokens: int | None = None
+    max_new_tokens: int | None = Field(None, ge=1, lt=2**32)
+
+    @model_validator(mode="after")
+    def _other_inputs_than_texts_have_a_task(self) -> Self:
+        if self.task is None and isinstance(self.input, dict | list):
+            raise ValueError("an input of named fields or messages needs a task")
+        return self
+
+
+class Entry(_Line):
+    """One line of a trace; None where it leaves something to be drawn."""
+
+    at: float = Field(allow_inf_nan=False)
     tenant: str | None = None
-    at: float = 0.0
+
+
+class Prompt(_Line):
+    """An input that can be asked at any time, by any tenant."""
+
+    input: Input
+
+
+Line = TypeVar("Line", bound=_Line)
 
 
 def read_trace(path: Path) -> list[Entry]:
     """The trace, its first time moved to 0. Raises LoadTestError naming the line."""
     entries = parse_trace(_read(path), str(path))
-    first = entries[0].at
-    return [Entry(e.task, e.input, e.target, e.max_new_tokens, e.tenant, e.at - first) for e in entries]
+    return [entry.model_copy(update={"at": entry.at - entries[0].at}) for entry in entries]
 
 
 def parse_trace(lines: Iterable[str], where: str) -> list[Entry]:
     """As `read_trace`, with the times as they stand."""
     entries: list[Entry] = []
-    for place, line in _documents(lines, where):
-        at = line.get("at")
-        if isinstance(at, bool) or not isinstance(at, int | float) or not math.isfinite(at):
-            raise LoadTestError(f'{place}: "at" must be a number of seconds, found {_shown(at)}')
-        if entries and at < entries[-1].at:
-            raise LoadTestError(f'{place}: "at" is {at:g}, before the {entries[-1].at:g} of the line above')
-        entries.append(_entry(line, place, _TRACE_KEYS))
+    for place, entry in _parse(Entry, lines, where):
+        if entries and entry.at < entries[-1].at:
+            raise LoadTestError(f'{place}: "at" is {entry.at:g}, before the {entries[-1].at:g} of the line above')
+        entries.append(entry)
     if not entries:
         raise LoadTestError(f"{where}: no line in it; a trace needs at least one")
     return entries
 
 
-def read_prompts(path: Path) -> list[Entry]:
-    """A file of inputs: as a trace, without `at` and `tenant`, and with `input` in every line."""
-    entries = []
-    for place, line in _documents(_read(path), str(path)):
-        if "input" not in line:
-            raise LoadTestError(f'{place}: no "input"')
-        entries.append(_entry(line, place, _ENTRY_KEYS))
-    if not entries:
+def read_prompts(path: Path) -> list[Prompt]:
+    """A file of inputs: like a trace, without `at` and `tenant`, and with `input` in every line."""
+    prompts = [prompt for _, prompt in _parse(Prompt, _read(path), str(path))]
+    if not prompts:
         raise LoadTestError(f"{path}: no line in it; a file of prompts needs at least one")
-    return entries
+    return prompts
 
 
 def _read(path: Path) -> list[str]:
@@ -72,59 +85,13 @@ def _read(path: Path) -> list[str]:
         raise LoadTestError(f"{path}: cannot be read: {error}") from None
 
 
-def _documents(lines: Iterable[str], where: str) -> Iterable[tuple[str, dict[str, Any]]]:
+def _parse(kind: type[Line], lines: Iterable[str], where: str) -> Iterator[tuple[str, Line]]:
+    """(place, line) of every line that is not blank."""
     for number, text in enumerate(lines, 1):
         if not text.strip():
             continue
         place = f"{where}: line {number}"
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise LoadTestError(f"{place}: not JSON: {error}") from None
-        if not isinstance(line, dict):
-            raise LoadTestError(f"{place}: expected an object, found {_shown(line)}")
-        yield place, line
-
-
-def _entry(line: dict[str, Any], place: str, keys: tuple[str, ...]) -> Entry:
-    if unknown := sorted(set(line) - set(keys)):
-        raise LoadTestError(f"{place}: no such key {unknown[0]!r}; allowed: {', '.join(keys)}")
-    for key in ("task", "target", "tenant"):
-        if key in line and not isinstance(line[key], str):
-            raise LoadTestError(f'{place}: "{key}" must be a text, found {_shown(line[key])}')
-    tokens = line.get("max_new_tokens")
-    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens < 2**32):
-        raise LoadTestError(f'{place}: "max_new_tokens" must be a whole number from 1, found {_shown(tokens)}')
-    if "input" in line and not _is_input(line["input"]):
-        raise LoadTestError(
-            f'{place}: "input" must be a text, an object of texts, or a list of {{"role", "content"}} objects'
-        )
-    if "input" in line and "task" not in line and not isinstance(line["input"], str):
-        raise LoadTestError(f'{place}: an "input" of named fields or messages needs a "task"')
-    return Entry(
-        line.get("task"), line.get("input"), line.get("target"), tokens, line.get("tenant"), float(line.get("at", 0))
-    )
-
-
-def _is_input(value: Any) -> bool:
-    if isinstance(value, str):
-        return bool(value.strip())
-    if isinstance(value, dict):
-        return bool(value) and all(isinstance(each, str) for each in value.values())
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(each, dict) and set(each) == {"role", "content"} and all(map(_is_text, each.values()))
-            for each in value
-        )
-    )
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+            yield place, kind.model_validate_json(text)
+        except ValidationError as error:
+            raise LoadTestError(f"{place}: {describe(error)}") from None

@@ -7,7 +7,7 @@ from loadtest import result
 from loadtest.phase import Ran
 from loadtest.recorder import Outcome, Recorder
 from loadtest.session import step_of
-from loadtest.settings import Load, Objective, Settings
+from loadtest.settings import Objective, PhaseSettings, Settings
 from loadtest.tenants import Tenant
 from loadtest.workload import Request
 
@@ -28,8 +28,8 @@ def outcome(intended: float, e2e: float, **fields: Any) -> Outcome:
     return Outcome(asked, intended, **(values | fields))
 
 
-def recorder(window: tuple[float, float] = (1.0, 11.0), slices: int = 10) -> Recorder:
-    return Recorder(window, OBJECTIVE, ["sort", "count"], ["acme", "bolt"], slices)
+def recorder(window: tuple[float, float] = (1.0, 11.0)) -> Recorder:
+    return Recorder(window, OBJECTIVE, ["sort", "count"], ["acme", "bolt"])
 
 
 def record(into: Recorder, *outcomes: Outcome) -> Recorder:
@@ -42,19 +42,20 @@ def record(into: Recorder, *outcomes: Outcome) -> Recorder:
 def phase(rate: float, latency: float, *, name: str | None = None, seed: int = 0, seconds: int = 20) -> dict[str, Any]:
     """A phase of a system that answers after about `latency` seconds."""
     rng = random.Random(seed)
-    filled = recorder((0.0, float(seconds)), seconds)
+    filled = recorder((0.0, float(seconds)))
     now = rng.expovariate(rate)
     while now < seconds:
         asked = request(rng.choice(("sort", "count", "rare")), rng.choice(("acme", "bolt")), "x")
         record(filled, outcome(now, latency * rng.lognormvariate(0, 0.2), request=asked))
         now += rng.expovariate(rate)
-    load = Load(name=name or f"{rate:g} requests/s", rate=rate, duration_s=seconds, warm_up_s=0)
+    load = PhaseSettings(rate=rate, duration_s=seconds, warm_up_s=0)
     ran = Ran(filled, cpu_s=0.5, wall_s=float(seconds), gone=False, stopped=False)
-    return result.phase_json(load, ran, None) | {"tolerated": False, "failed": 0, "began_s": 0.0}
+    phase_name = name or f"{rate:g} requests/s"
+    return result.phase_json(phase_name, load, ran, None) | {"tolerated": False, "failed": 0, "began_s": 0.0}
 
 
 def a_result(*phases: dict[str, Any]) -> dict[str, Any]:
-    settings = Settings(objective=OBJECTIVE).model_dump(mode="json", exclude_none=True)
+    settings = Settings(ttft_s=OBJECTIVE.ttft_s, e2e_s=OBJECTIVE.e2e_s).to_json()
     server = {"address": "127.0.0.1:1", "build": {"version": "0"}, "tasks": 2, "adapters": ["a/1"]}
     return result.document(["mtlora-loadtest"], settings, server) | {"phases": list(phases), "complete": True}
 

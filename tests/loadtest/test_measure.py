@@ -1,8 +1,6 @@
 """What is made of what was seen: histograms, records, the knee, fairness, the server's own figures, the check."""
 
 import math
-import pickle
-import random
 from dataclasses import replace
 
 import pytest
@@ -12,13 +10,13 @@ from mtlora_pb.v1 import inference_pb2 as pb
 
 from loadtest import result, server_metrics
 from loadtest.check import tie, whole
-from loadtest.fairness import jain
 from loadtest.histogram import Latency
 from loadtest.knee import KneeSearch, Step
-from loadtest.recorder import OTHER, Answer, Recorder
+from loadtest.recorder import OTHER, Answer
+from loadtest.result import jain
 from loadtest.settings import Objective, RampSettings
-from loadtest.whole import Loop, requests_of_round
 from loadtest.workload import TaskInfo
+from mtlora.client.metrics_page import MetricsPage
 from tests.loadtest.samples import OBJECTIVE, outcome, record, recorder, request
 
 
@@ -42,8 +40,8 @@ def test_merged_histograms_are_those_of_everything(parts: list[list[float]]) -> 
         for seconds in part:
             latency.record(seconds)
             whole.record(seconds)
-        # As it crosses from process to process, and as it lies in a result.
-        merged.merge(Latency.decode(pickle.loads(pickle.dumps(latency)).to_json()["hdr"]))
+        # Decoded from what lies in a result.
+        merged.merge(Latency.decode(latency.to_json()["hdr"]))
     assert merged.points() == whole.points()
     assert merged.count == sum(map(len, parts))
 
@@ -68,9 +66,7 @@ def test_the_window_counts_what_was_due_in_it_and_what_ended_in_it() -> None:
     )
     assert (seen.everything.offered, seen.total.offered, seen.total.ok, seen.total.good) == (6, 4, 4, 3)
     assert seen.total.completion_tokens == 12
-    assert [part.offered for part in seen.slices] == [1, 0, 0, 0, 1, 0, 0, 0, 1, 1]
-    assert [part.ended_ok for part in seen.slices] == [2, 0, 0, 0, 1, 0, 0, 0, 0, 1]
-    assert sum(part.good for part in seen.slices) == 3
+    assert (seen.ended, seen.ended_tokens) == (4, 12)
     assert seen.total.itl.count == 8
     assert seen.in_flight == 0
 
@@ -98,7 +94,6 @@ def test_failures_and_flaws_are_no_answers() -> None:
     assert result.flawed(seen.everything) == 1
     assert result.failed(seen.everything, tolerated=False) == 3
     assert result.failed(seen.everything, tolerated=True) == 2
-    assert sum(part.failed for part in seen.slices) == 4
 
 
 def test_answers_that_are_not_exact_are_kept_to_be_asked_again() -> None:
@@ -122,31 +117,10 @@ def test_names_beyond_those_kept_are_one_group() -> None:
     assert {name: group.offered for name, group in seen.tasks.items()} == {"sort": 1, "count": 0, OTHER: 2}
 
 
-def test_records_of_processes_merge_into_one() -> None:
-    rng = random.Random(0)
-    whole, parts = recorder(), [recorder() for _ in range(3)]
-    for _ in range(300):
-        each = outcome(
-            rng.uniform(0, 12), rng.uniform(0.1, 1.5), request=request(rng.choice(("sort", "count", "z")), "bolt"),
-            status=rng.choice(("OK", "OK", "UNAVAILABLE")),
-        )  # fmt: skip
-        record(whole, each)
-        record(rng.choice(parts), each)
-    merged: Recorder = pickle.loads(pickle.dumps(parts[0]))
-    for part in parts[1:]:
-        merged.merge(part)
-    for name in ("total", "everything"):
-        assert getattr(merged, name).to_json() == getattr(whole, name).to_json()
-    assert {n: g.to_json() for n, g in merged.tasks.items()} == {n: g.to_json() for n, g in whole.tasks.items()}
-    assert [s.to_json() for s in merged.slices] == [s.to_json() for s in whole.slices]
-    assert merged.answers == whole.answers
-
-
-def test_a_window_cut_short_keeps_its_whole_slices() -> None:
+def test_a_window_cut_short() -> None:
     seen = record(recorder(), outcome(1.5, 0.1), outcome(3.4, 0.1))
     seen.end_window(3.6)
-    assert seen.window == (1.0, 3.6)
-    assert len(seen.slices) == 2
+    assert (seen.window, seen.ended) == ((1.0, 3.6), 2)
 
 
 class System:
@@ -228,21 +202,25 @@ process_cpu_seconds_total 12
 """
 
 
-def test_a_metrics_page_is_read_and_summed_over_labels() -> None:
-    page = server_metrics.parse(PAGE.format(1, 3, 4), 10.0)
-    assert page.build == {"version": "1.2", "backbone": "default"}
-    assert page.values == {"mtlora_request_seconds_sum": 1.5, "mtlora_requests_total": 5, "mtlora_kv_cache": 0.5}
-    assert page.buckets == {"mtlora_request_seconds": {0.1: 1, 0.5: 3, math.inf: 4}}
-    watched = server_metrics.Watched([page, server_metrics.parse(PAGE.format(1, 3, 8), 12.0)], missed=1)
-    assert server_metrics.series(watched, 9.0) == {
-        "seconds": [1.0, 3.0], "missed": 1,
+def page(*counts: int) -> MetricsPage:
+    return MetricsPage(PAGE.format(*counts))
+
+
+def test_a_metrics_page_over_time_is_summed_over_labels() -> None:
+    pages = [(10.0, page(1, 3, 4)), (12.0, page(1, 3, 8))]
+    assert server_metrics.series(pages, 9.0) == {
+        "seconds": [1.0, 3.0],
         "values": {"mtlora_requests_per_second": [None, 2.0], "mtlora_kv_cache": [0.5, 0.5]},
-    }  # fmt: skip
+    }
+    assert page(1, 3, 4).labels(server_metrics.BUILD) == {"version": "1.2", "backbone": "default"}
+    assert server_metrics.bucket_counts(page(0, 0, 0), page(1, 3, 4), "mtlora_request_seconds") == [
+        (0.1, 1), (0.5, 3), (math.inf, 4),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("seconds", "apart"), [(0.05, 1), (0.3, 0), (0.9, 1)])
 def test_generator_and_server_are_compared_by_bucket(seconds: float, apart: int) -> None:
-    before, after = (server_metrics.parse(PAGE.format(*counts), 0) for counts in ((5, 5, 5), (5, 25, 25)))
+    before, after = page(5, 5, 5), page(5, 25, 25)
     latency = Latency()
     latency.record(seconds)
     found = server_metrics.compare(before, after, {"ttft": latency, "itl": latency, "e2e": latency})
@@ -253,7 +231,7 @@ def test_generator_and_server_are_compared_by_bucket(seconds: float, apart: int)
 
 
 def test_two_buckets_apart_do_not_agree() -> None:
-    before, after = (server_metrics.parse(PAGE.format(*counts), 0) for counts in ((0, 0, 0), (10, 10, 10)))
+    before, after = page(0, 0, 0), page(10, 10, 10)
     latency = Latency()
     latency.record(2.0)
     found = server_metrics.compare(before, after, {"ttft": Latency(), "itl": Latency(), "e2e": latency})
@@ -271,16 +249,8 @@ def test_two_buckets_apart_do_not_agree() -> None:
 )
 def test_how_late_the_servers_loop_was(counts: tuple[int, ...], found: dict[str, float | None] | None) -> None:
     text = PAGE.replace("mtlora_request_seconds", "mtlora_event_loop_delay_seconds")
-    before, after = server_metrics.parse(text.format(0, 0, 0), 0), server_metrics.parse(text.format(*counts), 0)
+    before, after = MetricsPage(text.format(0, 0, 0)), MetricsPage(text.format(*counts))
     assert server_metrics.loop_delay(before, after) == found
-
-
-@pytest.mark.parametrize(
-    ("given", "url"),
-    [("h:9", "http://h:9/metrics"), ("http://h:9/", "http://h:9/metrics"), ("https://h/m", "https://h/m")],
-)
-def test_metrics_urls(given: str, url: str) -> None:
-    assert server_metrics.metrics_url(given) == url
 
 
 def tokens(*positions: list[tuple[str, float]]) -> list[pb.TokenLogprobs]:
@@ -331,11 +301,3 @@ def test_an_answer_with_working_is_compared_from_its_first_token_on() -> None:
     # Parted in the working, at a tie; the answer follows from it, far as it is from a tie itself.
     assert tie(whole(" 4 ", " 4", task), alone, task.stop, 0.5) == pytest.approx(0.1, abs=1e-5)
     assert tie(whole(" 3 ", " 4", task), alone, task.stop, 0.5) is None
-
-
-@pytest.mark.parametrize(
-    ("in_flight", "knee", "requests"),
-    [(37, 38.7, 320), (96, 38.7, 384), (4, 2.7, 54), (96, 2.7, 192), (200, 38.7, 774), (2, 0.05, 4)],
-)
-def test_a_round_is_short_on_a_slow_machine(in_flight, knee, requests):
-    assert requests_of_round(Loop("closed", in_flight, unary=True), knee) == requests

@@ -1,16 +1,13 @@
-"""Results: kept, reported, compared."""
+"""Results: kept and reported."""
 
 import json
-import math
-import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from loadtest import compare, report, result
+from loadtest import LoadTestError, charts, report, result
 from loadtest.cli import main
-from loadtest.errors import LoadTestError
 from tests.loadtest.samples import a_result, phase, with_knee
 
 
@@ -85,8 +82,6 @@ def test_a_report_of_a_run_that_had_nothing_yet() -> None:
 
 
 def test_with_many_names_a_picture_shows_the_most_asked_and_the_rest_together() -> None:
-    from loadtest import charts
-
     one = phase(20, 0.2)["tasks"]["sort"]
     groups = {f"task-{i:03}": one | {"offered": 1000 - i} for i in range(300)}
     rows = charts.top_rows(groups)
@@ -109,54 +104,9 @@ def test_a_result_is_json_that_comes_back(tmp_path: Path) -> None:
             result.read(tmp_path / "wrong.json")
 
 
-def verdicts(a: dict[str, object], b: dict[str, object]) -> dict[str, compare.Row]:
-    return {row.name: row for row in compare.compare(a, b)["load"]}
-
-
-def test_a_slower_server_is_told_from_a_faster_one() -> None:
-    slow, fast = (a_result(phase(20, latency, name="load", seed=seed)) for latency, seed in ((0.4, 1), (0.2, 2)))
-    rows = verdicts(slow, fast)
-    row = rows["E2E p95"]
-    assert row.verdict == "better"
-    assert row.ratio == pytest.approx(0.5, rel=0.1)
-    assert row.low < 0.5 * 1.1 < 1
-    assert row.low <= row.ratio <= row.high
-    assert row.confidence > 0.99
-    # The same load was offered and answered: what differs there is chance.
-    assert rows["answers/s"].verdict == "no difference shown"
-    assert verdicts(fast, slow)["E2E p95"].verdict == "worse"
-    assert compare.summary(compare.compare(slow, fast)).startswith("verdict: B is better")
-
-
-def test_two_runs_of_one_system_are_not_told_apart() -> None:
-    mistaken = 0
-    for seed in range(4):
-        a, b = (a_result(phase(20, 0.3, name="load", seed=2 * seed + i)) for i in range(2))
-        rows = verdicts(a, b).values()
-        mistaken += sum(row.verdict != "no difference shown" for row in rows)
-    # Twelve figures a pair at a confidence of 0.95, many of them moving together.
-    assert mistaken <= 8
-
-
-def test_too_short_a_run_shows_nothing() -> None:
-    a, b = (a_result(phase(20, latency, name="load", seconds=3)) for latency in (0.4, 0.2))
-    row = verdicts(a, b)["E2E p95"]
-    assert row.verdict == "no difference shown"
-    assert math.isnan(row.low)
-
-
-def test_compare_and_report_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a, b, other = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "other.json"
-    result.write(a_result(phase(20, 0.4, name="load")), a)
-    result.write(a_result(phase(20, 0.2, name="load", seed=1)), b)
-    result.write(a_result(phase(20, 0.2, name="another")), other)
-    assert main(["compare", str(a), str(b)]) == 0
-    printed = capsys.readouterr().out
-    assert re.search(r"E2E p95.*better", printed)
-    assert printed.splitlines()[-1].startswith("verdict: B is better")
-    assert main(["report", str(a), "--html", str(tmp_path / "r.html")]) == 0
+def test_the_report_is_written_again_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result.write(a_result(phase(20, 0.4)), tmp_path / "result.json")
+    assert main(["report", str(tmp_path / "result.json"), "--html", str(tmp_path / "r.html")]) == 0
     assert "Load test" in (tmp_path / "r.html").read_text()
-    assert main(["compare", str(a), str(other)]) == 2
-    assert "no load in common" in capsys.readouterr().err
-    assert main(["compare", str(a), str(tmp_path / "none.json")]) == 2
+    assert main(["report", str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err

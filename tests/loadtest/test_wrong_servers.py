@@ -203,9 +203,9 @@ def test_unary_calls(tmp_path: Path) -> None:
     assert (status, found["phases"][0]["total"]["ok"]) == (0, 20)
 
 
-def test_two_processes_share_a_load(tmp_path: Path) -> None:
+def test_every_outcome_is_kept_if_asked_for(tmp_path: Path) -> None:
     with lying(text) as (address, servicer, _):
-        status, found = load(address, tmp_path, "--processes", "2", "--check", "reply", "--outcomes")
+        status, found = load(address, tmp_path, "--check", "reply", "--outcomes")
     assert status == 0
     outcomes = found["phases"][0]["outcomes"]
     assert [each["status"] for each in outcomes] == ["OK"] * 20
@@ -240,7 +240,7 @@ def test_a_wrong_trace_is_found_before_anything_is_sent(tmp_path: Path, capsys: 
         assert "no task 'sorted' (in the trace); near: sort" in capsys.readouterr().err
         trace.write_text('{"at": 0}\nnonsense\n')
         assert main([*command, "--address", address]) == 2
-        assert "line 2: not JSON" in capsys.readouterr().err
+        assert "line 2: Invalid JSON" in capsys.readouterr().err
         assert servicer.keys == []
         trace.write_text('{"at": 5, "task": "sort"}\n{"at": 5.5, "task": "sort", "input": "b a"}\n{"at": 6}\n')
         assert main([*command, "--address", address, "--speed", "2"]) == 0

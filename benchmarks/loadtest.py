@@ -1,4 +1,4 @@
-"""`mtlora-loadtest all`: a server of its own, its knee, and closed loops through it and through the engine alone.
+"""`make loadtest`: a server of its own, its knee, and closed loops through it and through the engine alone.
 
 Rounds of a closed loop take turns with the same requests through the engine in process, so that what else the machine
 does falls on both alike; their order is swapped from round to round, and a ratio is the median of the rounds' own. Each
@@ -12,27 +12,35 @@ while its answer travels, where in process the next one is there before.
 """
 
 import asyncio
+import contextlib
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mtlora_pb.v1 import inference_pb2 as pb
+from pydantic import DirectoryPath, Field
 
-from loadtest.errors import LoadTestError
+from benchmarks.harness.environment import engine_environment
+from benchmarks.harness.worker import WorkerProcess
+from loadtest import LoadTestError
+from loadtest.cli import FlagSettings, exit_status, in_session
 from loadtest.session import Session
-from loadtest.settings import Load, RampSettings, Settings
-from loadtest.subprocesses import InProcessEngine, Server
+from loadtest.settings import CommonSettings, PhaseSettings, RampSettings, Settings
 from loadtest.workload import Request
+from server.cli.process import ServerProcess
 
+PROGRAM = "python -m benchmarks.loadtest"
 # The engine's settings, given to both in the same words.
 _MAX_NUM_SEQS = 64
-_ENGINE = {
+_ENGINE: dict[str, Any] = {
     "max_num_seqs": _MAX_NUM_SEQS, "max_num_batched_tokens": 2048, "max_model_len": 1024, "dtype": "auto",
     "enable_prefix_caching": True, "enforce_eager": True, "seed": 0,
 }  # fmt: skip
 _KV_CACHE_GIB = 1.0
+_START_TIMEOUT_S = 600.0
 # Requests of a round, or four times what is under way where that is more; fewer where they would take so many seconds,
 # but twice what is under way.
 _REQUESTS = 320
@@ -50,36 +58,47 @@ class Loop:
     unary: bool
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a whole load test is made of. `rounds` of each kind of closed loop."""
+class Plan(FlagSettings, RampSettings, CommonSettings, cli_prog_name=PROGRAM):  # type: ignore[misc]
+    """Start a server; find its knee, run a closed loop there, compare it with the engine in process."""
 
-    backbone: str
-    adapters: Path
-    ramp: RampSettings
-    rounds: int = 5
+    backbone: str = Field("default", description="the server's backbone")
+    adapters: DirectoryPath = Field(Path("adapters"), description="folder of adapters NAME/VERSION/")
+    rounds: int = Field(5, ge=1, description="of each closed loop against the engine")
 
 
-def server_settings(plan: Plan) -> dict[str, Any]:
-    """The settings of the server that is started."""
-    return {
-        "backbone": plan.backbone, "adapters": plan.adapters, "kv_cache_gib": _KV_CACHE_GIB, "log_level": "warning",
-        **_ENGINE,
-    }  # fmt: skip
+def main() -> int:
+    """Print progress and, last, a line for programs; the exit status is the load test's."""
+    return exit_status(PROGRAM, lambda: _start(Plan(_cli_parse_args=True)))
 
 
-def settings_for(settings: Settings, server: Server) -> Settings:
-    """The settings, aimed at a server that was started."""
-    target = settings.target.model_copy(update={"address": server.address, "metrics": server.metrics})
-    return settings.model_copy(update={"target": target})
+def _start(plan: Plan) -> int:
+    print(f"starting a server: backbone {plan.backbone}, adapters {plan.adapters}", flush=True)
+    lines: list[str] = []
+
+    async def work(session: Session) -> int:
+        status = await _run(session, plan)
+        # Only a run that got that far has the line.
+        if session.result["in_process"]:
+            lines.append(last_line(session.result))
+        return status
+
+    with ServerProcess(
+        backbone=plan.backbone, adapters=plan.adapters, kv_cache_gib=_KV_CACHE_GIB, log_level="warning",
+        timeout=_START_TIMEOUT_S, **_ENGINE,
+    ) as server:  # fmt: skip
+        common = plan.model_dump(include=set(CommonSettings.model_fields))
+        settings = Settings(address=server.address, metrics=server.metrics, **common)
+        status = asyncio.run(in_session(settings, [PROGRAM, *sys.argv[1:]], work))
+    for line in lines:
+        print(line)
+    return status
 
 
-async def run(session: Session, plan: Plan) -> int:
+async def _run(session: Session, plan: Plan) -> int:
     """All of it; the result is in the session. Returns the exit status."""
-    view = session.view
-    view.line(f"{session.result['server']['tasks']} tasks served; warming up")
-    await session.run(Load(name="warm-up", in_flight=16, duration_s=4.0, warm_up_s=1.0))
-    knee = await session.find_knee(plan.ramp)
+    print(f"{session.result['server']['tasks']} tasks served; warming up", flush=True)
+    await session.run("warm-up", PhaseSettings(in_flight=16, duration_s=4.0, warm_up_s=1.0))
+    knee = await session.find_knee(plan)
     if session.over:
         return session.finish()
     if knee is None:
@@ -87,7 +106,7 @@ async def run(session: Session, plan: Plan) -> int:
             "no load holds the service level, not even the lowest that was tried (--slo-ttft, --slo-e2e)"
         )
     at_knee = max(1, round(knee.offered * knee.mean_e2e))
-    view.line(f"knee: {knee.offered:.1f} requests/s, {at_knee} in flight on average; starting the engine in process")
+    print(f"knee: {knee.offered:.1f} requests/s, {at_knee} in flight on average; starting the engine", flush=True)
     loops = (
         Loop("at the knee, whole answers", at_knee, unary=True),
         Loop("at the knee, streams", at_knee, unary=False),
@@ -113,19 +132,22 @@ def last_line(result: dict[str, Any]) -> str:
 async def _against_in_process(session: Session, plan: Plan, loops: Sequence[Loop], knee: float) -> None:
     adapters = [_adapter(plan.adapters, name) for name in session.result["server"]["adapters"]]
     engine_arguments = {**_ENGINE, "disable_log_stats": True}
-    engine = InProcessEngine(plan.backbone, adapters, engine_arguments, _KV_CACHE_GIB)
-    await asyncio.to_thread(engine.__enter__)
+    engine = WorkerProcess(
+        "benchmarks.closed_loop_worker",
+        {"backbone": plan.backbone, "adapters": adapters, "engine": engine_arguments},
+        # As in the server: vLLM compiles functions even in eager mode, in the midst of requests.
+        engine_environment(_KV_CACHE_GIB) | {"TORCHDYNAMO_DISABLE": "1"},
+    )
     rounds = []
-    try:
+    with contextlib.ExitStack() as stack:
+        await asyncio.to_thread(stack.enter_context, engine)
         if not session.over:
             # Its first steps are slow, as the server's were.
-            await asyncio.to_thread(engine.run, _texts(session.generators.workload.take(50)), loops[0].in_flight)
+            await _ask_engine(engine, session.take(50), loops[0])
         for number in range(plan.rounds):
             for loop in loops:
                 if not session.over:
                     rounds.append(await _round(session, engine, number, loop, requests_of_round(loop, knee)))
-    finally:
-        await asyncio.to_thread(engine.__exit__)
     ratios = {loop.name: [each["ratio"] for each in rounds if each["loop"] == loop.name] for loop in loops}
     if not all(ratios.values()):
         return
@@ -139,7 +161,7 @@ async def _against_in_process(session: Session, plan: Plan, loops: Sequence[Loop
         "ratio": statistics.median(ratios[loops[0].name]),
     }
     for loop, found in zip(loops, ratios.values(), strict=True):
-        session.view.line(
+        print(
             f"end-to-end/in-process, {loop.name}, {loop.in_flight} in flight: "
             f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
         )
@@ -151,21 +173,21 @@ def requests_of_round(loop: Loop, knee: float) -> int:
     return max(2 * loop.in_flight, min(wanted, round(_ROUND_S * knee)))
 
 
-async def _round(session: Session, engine: InProcessEngine, number: int, loop: Loop, count: int) -> dict[str, Any]:
-    requests = session.generators.workload.take(count)
+async def _round(session: Session, engine: WorkerProcess, number: int, loop: Loop, count: int) -> dict[str, Any]:
+    requests = session.take(count)
 
     async def through_the_server() -> dict[str, Any]:
+        load = PhaseSettings(in_flight=loop.in_flight, requests=count)
         name = f"closed loop, {loop.name}, round {number + 1}"
-        load = Load(name=name, in_flight=loop.in_flight, requests=count, unary=loop.unary)
-        return await session.run(load, requests)
+        return await session.run(name, load, requests, unary=loop.unary)
 
     if number % 2 == 0:
         phase = await through_the_server()
-        alone = await asyncio.to_thread(engine.run, _texts(requests), loop.in_flight)
+        alone = await _ask_engine(engine, requests, loop)
     else:
-        alone = await asyncio.to_thread(engine.run, _texts(requests), loop.in_flight)
+        alone = await _ask_engine(engine, requests, loop)
         phase = await through_the_server()
-    end_to_end, in_process = phase["throughput_per_second"], round(count / alone.seconds, 4)
+    end_to_end, in_process = phase["throughput_per_second"], round(count / alone["seconds"], 4)
     found = {
         "loop": loop.name,
         "requests": count,
@@ -173,21 +195,27 @@ async def _round(session: Session, engine: InProcessEngine, number: int, loop: L
         "in_process_per_second": in_process,
         "ratio": end_to_end / in_process,
         "completion_tokens": {
-            "end_to_end": phase["total"]["completion_tokens"], "in_process": alone.completion_tokens,
+            "end_to_end": phase["total"]["completion_tokens"], "in_process": alone["completion_tokens"],
         },
     }  # fmt: skip
-    session.view.line(
+    print(
         f"round {number + 1}, {loop.name}, {loop.in_flight} in flight: {end_to_end:.2f} requests/s through the server, "
         f"{in_process:.2f} in process, ratio {found['ratio']:.3f}; "
-        f"generator {phase['generator']['cores']:.0%} of a core"
+        f"generator {phase['generator']['cores']:.0%} of a core",
+        flush=True,
     )
     return found
 
 
-def _texts(requests: Sequence[Request]) -> list[tuple[str, str]]:
-    return [(request.task_id, pb.GenerateRequest.FromString(request.message).text) for request in requests]
+async def _ask_engine(engine: WorkerProcess, requests: Sequence[Request], loop: Loop) -> dict[str, Any]:
+    texts = [(request.task_id, pb.GenerateRequest.FromString(request.message).text) for request in requests]
+    return await asyncio.to_thread(engine.ask, {"in_flight": loop.in_flight, "requests": texts})
 
 
-def _adapter(folder: Path, served: str) -> tuple[str, str, Path]:
+def _adapter(folder: Path, served: str) -> tuple[str, str, str]:
     name, _, version = served.partition("/")
-    return name, version, folder / name / version
+    return name, version, str(folder / name / version)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
