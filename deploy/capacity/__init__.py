@@ -2,3 +2,7 @@
 
 `python -m deploy.capacity` has the commands; `deploy/capacity.md` is written by one of them.
 """
+
+
+class CapacityError(ValueError):
+    """A result that cannot be used, or a request for capacity that nothing can meet; says what and why."""

@@ -8,10 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploy.capacity.errors import CapacityError
+from pydantic import ValidationError
+
+from deploy.capacity import CapacityError
+from mtlora.errors import describe
 
 if TYPE_CHECKING:
     from deploy.capacity.check import Comparison
+    from deploy.capacity.service import ServiceModel
 
 _THROUGHPUT_GOAL, _P95_GOAL = 0.10, 0.20
 
@@ -21,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         return int(options.run(options))
+    except ValidationError as error:
+        print(f"capacity: {describe(error)}", file=sys.stderr)
+        return 1
     except CapacityError as error:
         print(f"capacity: {error}", file=sys.stderr)
         return 1
@@ -42,10 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     planning.add_argument("--adapters", type=int, required=True, metavar="A")
     planning.add_argument("--rate", type=float, required=True, metavar="R", help="requests a second")
     planning.add_argument("--p95-ttft", type=float, default=1.0, metavar="SECONDS", help="default: %(default)s")
-    planning.add_argument("--card", default="measured", help="measured, l4, a100-80, h100; default: %(default)s")
-    planning.add_argument("--memory-gib", type=float, help="the card's memory, where it is another")
-    planning.add_argument("--bandwidth-tbs", type=float, help="the card's memory bandwidth, TB/s")
-    planning.add_argument("--tflops", type=float, help="the card's dense compute, TFLOPS")
+    planning.add_argument("--memory-gib", type=float, default=8.0, help="of a replica; default: %(default)s")
     planning.add_argument("--routing", choices=("adapter-aware", "round-robin"), default="adapter-aware")
     planning.add_argument("--max-replicas", type=int, default=100, help="default: %(default)s")
     planning.set_defaults(run=_plan)
@@ -75,6 +79,16 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _source(options: argparse.Namespace) -> tuple["ServiceModel", list[tuple[int, int]]]:
+    """The service model, and the (prompt, completion) tokens of every request in the results."""
+    from deploy.capacity.result import read_levels
+    from deploy.capacity.service import fit, read_model
+
+    levels = read_levels(options.results)
+    lengths = [(each.prompt_tokens, each.completion_tokens) for level in levels for each in level.answered]
+    return read_model(options.model) if options.model else fit(levels), lengths
+
+
 def _fit(options: argparse.Namespace) -> int:
     from deploy.capacity.result import read_levels
     from deploy.capacity.service import fit
@@ -86,24 +100,14 @@ def _fit(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from dataclasses import replace
+    from deploy.capacity.plan import Demand, make_plan
 
-    from deploy.capacity.plan import CARDS, Demand, make_plan
-    from deploy.capacity.result import read_levels
-    from deploy.capacity.service import fit, read_model
-
-    if options.card not in CARDS:
-        raise CapacityError(f"card: found {options.card!r}; allowed: {', '.join(CARDS)}")
-    names = ("memory_gib", "bandwidth_tbs", "tflops")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if wrong := [name for name, value in given.items() if not value > 0]:
-        raise CapacityError(f"{wrong[0]}: found {given[wrong[0]]}; allowed: a number above 0")
-    demand = Demand(options.tasks, options.adapters, options.rate, options.p95_ttft)
-    levels = read_levels(options.results)
-    lengths = [(a.prompt_tokens, a.completion_tokens) for level in levels for a in level.answered]
-    model = read_model(options.model) if options.model else fit(levels)
-    card = replace(CARDS[options.card], **given)
-    plan = make_plan(demand, card, model, lengths, router=options.routing, max_replicas=options.max_replicas)
+    model, lengths = _source(options)
+    demand = Demand(tasks=options.tasks, adapters=options.adapters, rate=options.rate, p95_ttft=options.p95_ttft)
+    plan = make_plan(
+        demand, model, lengths, memory_gib=options.memory_gib, router=options.routing,
+        max_replicas=options.max_replicas,
+    )  # fmt: skip
     made, ttft = plan.footprint, plan.outcome.percentiles(plan.outcome.ttft)
     print(f"replicas            {plan.replicas}")
     print(f"slots a replica     {made.slots}")
@@ -118,12 +122,8 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from deploy.capacity.report import report
-    from deploy.capacity.result import read_levels
-    from deploy.capacity.service import fit, read_model
 
-    levels = read_levels(options.results)
-    model = read_model(options.model) if options.model else fit(levels)
-    lengths = [(a.prompt_tokens, a.completion_tokens) for level in levels for a in level.answered]
+    model, lengths = _source(options)
     names = " ".join(map(str, options.results))
     # What `check` wrote beside the calibration.
     beside = options.results[0].with_name("comparison.json")

@@ -6,13 +6,9 @@ predicts an open loop over both, round robin. Lengths of that run come from the 
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
-import re
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from deploy.capacity.errors import CapacityError
+from benchmarks.harness.asking import closed_loop, open_loop
+from deploy.capacity import CapacityError
 from deploy.capacity.result import Answered, Level
 from deploy.capacity.routing import RoundRobin
 from deploy.capacity.service import ServiceModel, fit
@@ -29,8 +26,8 @@ from deploy.capacity.simulate import poisson, simulate
 from mtlora.client import AsyncClient, Client
 from mtlora.suite import load_suite
 from mtlora.suite.base import Example
+from server.cli.process import ServerProcess
 
-_READY = re.compile(r"serving on (?P<address>\S+),")
 _LEVELS = (1, 4, 16, 32)
 # Generated tokens of a request: stop strings are off, so that answers are as long as asked for.
 _NEW_TOKENS = (8, 40)
@@ -59,7 +56,7 @@ class Comparison:
 
 
 def check(*, adapters: Path, seconds: float, utilisation: float, seed: int) -> Comparison:
-    """Start two servers, calibrate, load, simulate. Raises CapacityError where a server does not start."""
+    """Start two servers, calibrate, load, simulate. Raises ServerFailedError if a server does not start."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise CapacityError(f"found {len(cores)} core; two servers need one each")
@@ -97,16 +94,15 @@ async def _check(addresses: Sequence[str], seconds: float, utilisation: float, s
 async def _closed_loop(
     client: AsyncClient, examples: Sequence[Example], in_flight: int, requests: int, rng: random.Random
 ) -> Level:
-    waiting = [rng.choice(examples) for _ in range(requests)]
     answered: list[Answered] = []
 
-    async def worker() -> None:
-        while waiting:
-            answered.append(await _ask(client, waiting.pop(), rng))
+    async def ask(example: Example) -> None:
+        answered.append(await _ask(client, example, rng))
 
     began = time.perf_counter()
-    await asyncio.gather(*(worker() for _ in range(in_flight)))
-    return Level(in_flight, len(answered) / (time.perf_counter() - began), tuple(answered))
+    await closed_loop(rng.choices(examples, k=requests), in_flight, ask)
+    throughput = len(answered) / (time.perf_counter() - began)
+    return Level(in_flight=in_flight, throughput=throughput, answered=tuple(answered))
 
 
 async def _open_loop(
@@ -114,21 +110,21 @@ async def _open_loop(
 ) -> tuple[float, list[float]]:
     """Requests finished a second, and end-to-end seconds from the intended send time, both after a fifth of the run."""
     warm_up = seconds / 5
+    gaps: list[float] = []
+    while sum(gaps) < seconds:
+        gaps.append(rng.expovariate(rate))
+    arrivals = itertools.accumulate(gaps[:-1], initial=0.0)
     done: list[tuple[float, float]] = []
-    asked: list[asyncio.Task[None]] = []
-    began = time.perf_counter()
 
-    async def one(at: float, client: AsyncClient) -> None:
+    async def ask(request: tuple[float, AsyncClient]) -> None:
+        arrival, client = request
         await _ask(client, rng.choice(examples), rng)
-        done.append((at, time.perf_counter() - began))
+        done.append((arrival, time.perf_counter() - began))
 
-    at = 0.0
-    while (at := at + rng.expovariate(rate)) < seconds:
-        await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
-        asked.append(asyncio.create_task(one(at, clients[len(asked) % len(clients)])))
-    await asyncio.gather(*asked)
+    began = time.perf_counter()
+    await open_loop(zip(arrivals, itertools.cycle(clients), strict=False), gaps, ask)
     in_time = sum(warm_up <= finished <= seconds for _, finished in done)
-    return in_time / (seconds - warm_up), [finished - sent for sent, finished in done if sent >= warm_up]
+    return in_time / (seconds - warm_up), [finished - arrival for arrival, finished in done if arrival >= warm_up]
 
 
 async def _ask(client: AsyncClient, example: Example, rng: random.Random) -> Answered:
@@ -139,7 +135,10 @@ async def _ask(client: AsyncClient, example: Example, rng: random.Random) -> Ans
     total = summary.timings.total.ToTimedelta().total_seconds()
     seconds = time.perf_counter() - began
     # What the server does not see of a request comes before its first token, to the client's eye.
-    return Answered(ttft + seconds - total, seconds, summary.prompt_tokens, summary.completion_tokens)
+    return Answered(
+        ttft=ttft + seconds - total, seconds=seconds, prompt_tokens=summary.prompt_tokens,
+        completion_tokens=summary.completion_tokens,
+    )  # fmt: skip
 
 
 def _examples(address: str) -> list[Example]:
@@ -155,25 +154,16 @@ def _examples(address: str) -> list[Example]:
 @contextlib.contextmanager
 def _server(adapters: Path, core: int) -> Iterator[str]:
     """A server of this machine's on one core; gives its address."""
-    command = [
-        "taskset", "-c", str(core), sys.executable, "-m", "server", "serve", "--port", "0", "--metrics-port", "0",
-        "--adapters", str(adapters), "--kv-cache-gib", "0.25", "--omp-threads-bind", str(core),
-        "--no-enable-prefix-caching", "--log-level", "error",
-    ]  # fmt: skip
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
-        timer = threading.Timer(_START_TIMEOUT_S, process.terminate)
-        timer.start()
+    usable = os.sched_getaffinity(0)
+    server = ServerProcess(
+        adapters=adapters, kv_cache_gib=0.25, omp_threads_bind=core, enable_prefix_caching=False, log_level="error",
+        timeout=_START_TIMEOUT_S,
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        # Processes inherit the cores that they may use.
+        os.sched_setaffinity(0, {core})
         try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if found := _READY.search(line):
-                    timer.cancel()
-                    yield found["address"]
-                    return
-            log.seek(0)
-            raise CapacityError(f"a server did not start: {log.read()[-500:].decode(errors='replace')}")
+            stack.enter_context(server)
         finally:
-            timer.cancel()
-            process.terminate()
-            process.wait(60)
+            os.sched_setaffinity(0, usable)
+        yield server.address

@@ -6,14 +6,15 @@ A request adds `overhead` outside the engine: transport, tokenizing, one event l
 be fitted by non-negative least squares to what every load test records.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deploy.capacity.errors import CapacityError
+from deploy.capacity import CapacityError
 from deploy.capacity.result import Level
 
 
@@ -43,11 +44,6 @@ class ServiceModel:
         n = self.max_num_seqs
         per_token = (self.base + self.per_adapter * min(adapters, n)) / n + self.per_sequence
         return 1.0 / (completion_tokens * per_token + self.per_prompt_token * prompt_tokens)
-
-    def scaled(self, speed: float) -> "ServiceModel":
-        """The same on a machine `speed` times as fast."""
-        costs = {name: value / speed for name, value in asdict(self).items() if isinstance(value, float)}
-        return ServiceModel(**{**asdict(self), **costs})
 
 
 def fit(levels: Sequence[Level], *, max_num_seqs: int = 64) -> ServiceModel:
@@ -101,8 +97,6 @@ def _non_negative(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarra
 
 def read_model(path: Path) -> ServiceModel:
     """A model that `fit` wrote. Raises CapacityError."""
-    import json
-
     try:
         return ServiceModel(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
