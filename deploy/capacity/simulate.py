@@ -48,7 +48,6 @@ class Outcome:
     e2e: np.ndarray = field(repr=False)
     loads: int = 0
     adapters_per_step: float = 0.0
-    sequences_per_step: float = 0.0
 
     def percentiles(self, values: np.ndarray) -> tuple[float, float, float]:
         """p50, p95 and p99."""
@@ -73,7 +72,6 @@ class Replica:
         self.busy = False
         self.loads = 0
         self.steps = 0
-        self.step_sequences = 0
         self.step_adapters = 0
 
     def begin_step(self, now: float) -> float:
@@ -92,7 +90,6 @@ class Replica:
             self._adapters[request.adapter] = self._adapters.get(request.adapter, 0) + 1
             self._fresh.append(request)
         self.steps += 1
-        self.step_sequences += len(self._running)
         self.step_adapters += len(self._adapters)
         return now + load + model.step(len(self._running), tokens, len(self._adapters))
 
@@ -189,7 +186,6 @@ def simulate(
         e2e=np.array([request.finished + half - request.arrival for request in counted]),
         loads=sum(engine.loads for engine in engines),
         adapters_per_step=sum(engine.step_adapters for engine in engines) / steps,
-        sequences_per_step=sum(engine.step_sequences for engine in engines) / steps,
     )
 
 
