@@ -2,12 +2,13 @@
 
 Validated against schemas: Kubernetes' own kinds (kubernetes-validate, strictly: unknown fields are errors),
 cert-manager's and the Prometheus operator's (models generated from their own definitions). No package carries those of
-the Gateway API and KubeRay; for them the fields in use are asserted in `_CUSTOM`.
+the Gateway API and KubeRay; schemas.py has the fields of those that are in use.
 
 With --write-rules, prometheusrule.yaml is made anew from rules.yaml first.
 """
 
 import argparse
+import importlib
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 Manifest = dict[str, Any]
 
@@ -61,15 +63,16 @@ def build(overlay: Path) -> list[Manifest]:
 
 
 def validate(manifest: Manifest) -> list[str]:
-    """What is wrong with a manifest by its kind's schema; for kinds without one, by what is asserted here."""
+    """What is wrong with a manifest by its kind's schema."""
     name = f"{manifest['kind']} {manifest['metadata']['name']}"
     group = manifest["apiVersion"].partition("/")[0] if "/" in manifest["apiVersion"] else ""
-    if check := _CUSTOM.get((group, manifest["kind"])):
-        try:
-            return [f"{name}: {found}" for found in check(manifest)]
-        except (LookupError, TypeError) as error:
-            return [f"{name}: {type(error).__name__}: {error}"]
-    return [f"{name}: {found}" for found in _by_schema(manifest)]
+    module = _MODELS.get((group, manifest["kind"]))
+    found = list(_by_model(module, manifest) if module else _by_schema(manifest))
+    if manifest["kind"] == "RayCluster" and not found:
+        for template in _pod_templates(manifest).values():
+            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x", **template["metadata"]}}
+            found += _by_schema({**pod, "spec": template["spec"]})
+    return [f"{name}: {each}" for each in found]
 
 
 def _by_schema(manifest: Manifest) -> Iterator[str]:
@@ -83,22 +86,16 @@ def _by_schema(manifest: Manifest) -> Iterator[str]:
         yield f"no schema for {manifest['apiVersion']} in Kubernetes {KUBERNETES_VERSION}"
 
 
-def _by_model(module: str) -> Callable[[Manifest], Iterator[str]]:
-    def check(manifest: Manifest) -> Iterator[str]:
-        import importlib
-
-        from pydantic import ValidationError
-
-        model = getattr(importlib.import_module(module), manifest["kind"])
-        try:
-            parsed = model.model_validate(manifest)
-        except ValidationError as error:
-            yield from (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-            return
-        kept = parsed.model_dump(mode="json", by_alias=True, exclude_none=True)
-        yield from _lost(manifest.get("spec"), kept.get("spec"), "spec")
-
-    return check
+def _by_model(module: str, manifest: Manifest) -> Iterator[str]:
+    # The models of all operators are slow to import.
+    model = getattr(importlib.import_module(module), manifest["kind"])
+    try:
+        parsed = model.model_validate(manifest)
+    except ValidationError as error:
+        yield from (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        return
+    kept = parsed.model_dump(mode="json", by_alias=True, exclude_none=True)
+    yield from _lost(manifest.get("spec"), kept.get("spec"), "spec")
 
 
 def _lost(given: Any, kept: Any, where: str) -> Iterator[str]:
@@ -114,65 +111,14 @@ def _lost(given: Any, kept: Any, where: str) -> Iterator[str]:
             yield from _lost(a, b, f"{where}.{i}")
 
 
-def _only(found: Manifest, allowed: set[str], where: str) -> Iterator[str]:
-    for key in found.keys() - allowed:
-        yield f"{where}.{key}: not among the fields in use, {', '.join(sorted(allowed))}"
-
-
-def _grpc_route(manifest: Manifest) -> Iterator[str]:
-    if manifest["apiVersion"] != "gateway.networking.k8s.io/v1":
-        yield "apiVersion: GRPCRoute is served as gateway.networking.k8s.io/v1"
-    spec = manifest["spec"]
-    yield from _only(spec, {"parentRefs", "hostnames", "rules"}, "spec")
-    for parent in spec["parentRefs"]:
-        yield from _only(parent, {"name", "namespace", "sectionName"}, "spec.parentRefs")
-    for rule in spec["rules"]:
-        yield from _only(rule, {"matches", "backendRefs"}, "spec.rules")
-        for match in rule["matches"]:
-            yield from _only(match, {"method"}, "spec.rules.matches")
-            yield from _only(match["method"], {"service", "method"}, "spec.rules.matches.method")
-        for backend in rule["backendRefs"]:
-            yield from _only(backend, {"name", "port"}, "spec.rules.backendRefs")
-            if not isinstance(backend["port"], int):
-                yield "spec.rules.backendRefs.port: not an integer"
-
-
-def _backend_tls_policy(manifest: Manifest) -> Iterator[str]:
-    spec = manifest["spec"]
-    yield from _only(spec, {"targetRefs", "validation"}, "spec")
-    yield from _only(spec["validation"], {"hostname", "caCertificateRefs"}, "spec.validation")
-    for reference in (*spec["targetRefs"], *spec["validation"]["caCertificateRefs"]):
-        if set(reference) != {"group", "kind", "name"}:
-            yield f"spec: a reference has group, kind and name, found {sorted(reference)}"
-
-
-def _ray_cluster(manifest: Manifest) -> Iterator[str]:
-    spec = manifest["spec"]
-    yield from _only(spec, {"rayVersion", "enableInTreeAutoscaling", "headGroupSpec", "workerGroupSpecs"}, "spec")
-    head, workers = spec["headGroupSpec"], spec["workerGroupSpecs"]
-    yield from _only(head, {"serviceType", "rayStartParams", "template"}, "spec.headGroupSpec")
-    allowed = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
-    for group in workers:
-        yield from _only(group, allowed, "spec.workerGroupSpecs")
-        if not group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]:
-            yield "spec.workerGroupSpecs: replicas lie between minReplicas and maxReplicas"
-    for group in (head, *workers):
-        if not all(isinstance(value, str) for value in group["rayStartParams"].values()):
-            yield "rayStartParams: values are strings"
-        # A pod template is Kubernetes' own: it is validated as a Pod.
-        template = group["template"]
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x", **template["metadata"]}}
-        yield from _by_schema({**pod, "spec": template["spec"]})
-
-
-_CUSTOM: dict[tuple[str, str], Callable[[Manifest], Iterator[str]]] = {
-    ("cert-manager.io", "Certificate"): _by_model("cloudcoil.models.cert_manager.v1"),
-    ("cert-manager.io", "Issuer"): _by_model("cloudcoil.models.cert_manager.v1"),
-    ("monitoring.coreos.com", "ServiceMonitor"): _by_model("cloudcoil.models.prometheus_operator.v1"),
-    ("monitoring.coreos.com", "PrometheusRule"): _by_model("cloudcoil.models.prometheus_operator.v1"),
-    ("gateway.networking.k8s.io", "GRPCRoute"): _grpc_route,
-    ("gateway.networking.k8s.io", "BackendTLSPolicy"): _backend_tls_policy,
-    ("ray.io", "RayCluster"): _ray_cluster,
+_MODELS = {
+    ("cert-manager.io", "Certificate"): "cloudcoil.models.cert_manager.v1",
+    ("cert-manager.io", "Issuer"): "cloudcoil.models.cert_manager.v1",
+    ("monitoring.coreos.com", "ServiceMonitor"): "cloudcoil.models.prometheus_operator.v1",
+    ("monitoring.coreos.com", "PrometheusRule"): "cloudcoil.models.prometheus_operator.v1",
+    ("gateway.networking.k8s.io", "GRPCRoute"): "deploy.schemas",
+    ("gateway.networking.k8s.io", "BackendTLSPolicy"): "deploy.schemas",
+    ("ray.io", "RayCluster"): "deploy.schemas",
 }
 
 
@@ -188,12 +134,18 @@ def containers(manifests: Sequence[Manifest]) -> list[Container]:
 def pods(manifests: Sequence[Manifest]) -> Iterator[tuple[str, Manifest]]:
     """(where, pod spec) of every pod template."""
     for manifest in manifests:
-        name, spec = manifest["metadata"]["name"], manifest.get("spec") or {}
-        if manifest["kind"] == "RayCluster":
-            yield f"{name}-head", spec["headGroupSpec"]["template"]["spec"]
-            yield from ((f"{name}-{g['groupName']}", g["template"]["spec"]) for g in spec["workerGroupSpecs"])
-        elif "template" in spec:
-            yield name, spec["template"]["spec"]
+        name = manifest["metadata"]["name"]
+        for suffix, template in _pod_templates(manifest).items():
+            yield f"{name}{suffix}", template["spec"]
+
+
+def _pod_templates(manifest: Manifest) -> dict[str, Manifest]:
+    """A manifest's pod templates, by what tells them apart."""
+    spec = manifest.get("spec") or {}
+    if manifest["kind"] == "RayCluster":
+        workers = {f"-{group['groupName']}": group["template"] for group in spec["workerGroupSpecs"]}
+        return {"-head": spec["headGroupSpec"]["template"], **workers}
+    return {"": spec["template"]} if "template" in spec else {}
 
 
 def server_settings(manifests: Sequence[Manifest]) -> dict[str, str]:
@@ -291,15 +243,7 @@ def _ranks_have_their_gpus(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def _services_select_servers(manifests: Sequence[Manifest]) -> Iterator[str]:
-    labels = [
-        template["metadata"]["labels"]
-        for m in manifests
-        if "spec" in m
-        for template in (
-            [m["spec"]["headGroupSpec"]["template"]] if m["kind"] == "RayCluster" else [m["spec"].get("template")]
-        )
-        if template
-    ]
+    labels = [each["metadata"]["labels"] for manifest in manifests for each in _pod_templates(manifest).values()]
     for manifest in manifests:
         if manifest["kind"] == "Service":
             selector = manifest["spec"]["selector"]
