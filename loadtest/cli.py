@@ -20,43 +20,45 @@ PROGRAM = "mtlora-loadtest"
 _LATE_S = 0.1
 
 
-class Run(PhaseSettings, Settings):
+class _Measurement(Settings):
+    async def measure(self, session: Session) -> int:
+        """Load the server; returns the exit status."""
+        raise NotImplementedError
+
+    def work(self, command: list[str]) -> int:
+        """Run the command; returns the exit status."""
+        return asyncio.run(in_session(self, command, self.measure))
+
+
+class Run(PhaseSettings, _Measurement):
     """One load, open or closed loop, against a running server. The load is one of --rate, --in-flight, --trace."""
 
-    def work(self, command: list[str]) -> int:
-        """Run it; returns the exit status."""
-
-        async def work(session: Session) -> int:
-            phase = await session.run("run", self)
-            if not session.over:
-                await session.check()
-            _print_phase(phase)
-            _print_judgement(session.result)
-            return session.finish()
-
-        return asyncio.run(in_session(self, command, work))
+    async def measure(self, session: Session) -> int:
+        """Run one phase, check its answers, print what came of it."""
+        phase = await session.run("run", self)
+        if not session.over:
+            await session.check()
+        _print_phase(phase)
+        _print_judgement(session.result)
+        return session.finish()
 
 
-class Knee(RampSettings, Settings):
+class Knee(RampSettings, _Measurement):
     """Raise the load until the service level breaks."""
 
-    def work(self, command: list[str]) -> int:
-        """Run it; returns the exit status."""
-
-        async def work(session: Session) -> int:
-            knee = await session.find_knee(self)
-            if not session.over:
-                await session.check()
-            status = session.finish()
-            if knee is None:
-                print("knee: none, not even the lowest load that was tried holds the service level")
-                return status or 1
-            more = "" if session.result["knee"]["bounded"] else " or more: no load was found that does not hold"
-            print(f"knee: {knee.offered:.1f} requests/s{more}")
-            _print_judgement(session.result)
-            return status
-
-        return asyncio.run(in_session(self, command, work))
+    async def measure(self, session: Session) -> int:
+        """Find the knee, check the answers, print what came of it."""
+        knee = await session.find_knee(self)
+        if not session.over:
+            await session.check()
+        status = session.finish()
+        if knee is None:
+            print("knee: none, not even the lowest load that was tried holds the service level")
+            return status or 1
+        more = "" if session.result["knee"]["bounded"] else " or more: no load was found that does not hold"
+        print(f"knee: {knee.offered:.1f} requests/s{more}")
+        _print_judgement(session.result)
+        return status
 
 
 class Report(BaseModel):

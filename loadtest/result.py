@@ -27,7 +27,7 @@ def phase_json(name: str, load: PhaseSettings, ran: Ran, server: Mapping[str, An
     return {
         "name": name,
         "kind": load.kind,
-        "load": load.model_dump(mode="json", exclude_none=True),
+        "load": load.model_dump(mode="json", include=set(PhaseSettings.model_fields), exclude_none=True),
         "window_s": round(seconds, 3),
         "offered_per_second": _rate(total.offered, seconds),
         "throughput_per_second": _rate(recorder.ended, seconds),

@@ -246,6 +246,7 @@ def test_a_wrong_trace_is_found_before_anything_is_sent(tmp_path: Path, capsys: 
         assert main([*command, "--address", address, "--speed", "2"]) == 0
     found = json.loads((tmp_path / "result.json").read_text())["phases"][0]
     assert (found["kind"], found["total"]["offered"]) == ("trace", 3)
+    assert found["load"] == {"trace": str(trace), "speed": 2, "warm_up_s": 0}
     assert found["window_s"] == pytest.approx(0.5, abs=0.01)
 
 
