@@ -1,14 +1,15 @@
-"""`make loadtest`: a server of its own, its knee, and closed loops through it and through the engine alone.
+"""`make loadtest`: start a server, find its knee, run closed loops through it and through the engine alone.
 
-Rounds of a closed loop take turns with the same requests through the engine in process, so that what else the machine
-does falls on both alike; their order is swapped from round to round, and a ratio is the median of the rounds' own. Each
-round's requests are new to both, so neither finds them in its prefix cache.
+A round sends the same requests through the server and through the engine in process, one after the other, so that the
+rest of the machine's load affects both alike. The order changes from round to round, and a ratio is the median over
+rounds. Each round's requests are new to both sides, so neither finds them in its prefix cache.
 
-The loop of the last line keeps as many requests under way as there were at the knee on average (Little's law: load
-times mean latency), and asks for whole answers, as the engine in process gives them. Two more stand beside it. Streams
-make each token a message. And half as many requests again as a step runs sequences keep the engine's batch full on
-either side, as in `make bench`: with fewer, the place of a request that has ended stays empty for the step that begins
-while its answer travels, where in process the next one is there before.
+The ratio of the last line comes from a loop that keeps as many requests under way as there were at the knee on average
+(Little's law: load times mean latency). It asks for whole answers, like the engine in process. Two more loops are
+reported: streams, in which each token is a message, and a loop with 1.5 times as many requests as a step runs
+sequences, which keeps the engine's batch full on both sides, as in `make bench`. With fewer requests, the server's
+engine runs one step without a successor for each ended request, because its answer is still on its way to the client;
+in process the next request is there before that step.
 """
 
 import asyncio
@@ -33,7 +34,7 @@ from loadtest.workload import Request
 from server.cli.process import ServerProcess
 
 PROGRAM = "python -m benchmarks.loadtest"
-# The engine's settings, given to both in the same words.
+# The engine's settings, the same for the server and the engine in process.
 _MAX_NUM_SEQS = 64
 _ENGINE: dict[str, Any] = {
     "max_num_seqs": _MAX_NUM_SEQS, "max_num_batched_tokens": 2048, "max_model_len": 1024, "dtype": "auto",
@@ -41,17 +42,17 @@ _ENGINE: dict[str, Any] = {
 }  # fmt: skip
 _KV_CACHE_GIB = 1.0
 _START_TIMEOUT_S = 600.0
-# Requests of a round, or four times what is under way where that is more; fewer where they would take so many seconds,
-# but twice what is under way.
+# A round has this many requests, or four times those under way if that is more. It has fewer if it would take longer
+# than _ROUND_S seconds, but at least twice those under way.
 _REQUESTS = 320
 _ROUND_S = 20.0
-# Requests under way of a closed loop that keeps the engine's batch full.
+# Requests under way in the closed loop that keeps the engine's batch full.
 _FULL = 3 * _MAX_NUM_SEQS // 2
 
 
 @dataclass(frozen=True)
 class Loop:
-    """A kind of closed loop: how many requests are under way, and whether whole answers are asked for, or streams."""
+    """A kind of closed loop. in_flight: requests under way. unary: whole answers, not streams."""
 
     name: str
     in_flight: int
@@ -67,7 +68,7 @@ class Plan(FlagSettings, RampSettings, CommonSettings, cli_prog_name=PROGRAM):  
 
 
 def main() -> int:
-    """Print progress and, last, a line for programs; the exit status is the load test's."""
+    """Print progress and, last, a line for programs; return the load test's exit status."""
     return exit_status(PROGRAM, lambda: _start(Plan(_cli_parse_args=True)))
 
 
@@ -77,7 +78,7 @@ def _start(plan: Plan) -> int:
 
     async def work(session: Session) -> int:
         status = await _run(session, plan)
-        # Only a run that got that far has the line.
+        # A run that ended early has no ratio.
         if session.result["in_process"]:
             lines.append(last_line(session.result))
         return status
@@ -95,7 +96,7 @@ def _start(plan: Plan) -> int:
 
 
 async def _run(session: Session, plan: Plan) -> int:
-    """All of it; the result is in the session. Returns the exit status."""
+    """Run every part and fill the session's result; return the exit status."""
     print(f"{session.result['server']['tasks']} tasks served; warming up", flush=True)
     await session.run("warm-up", PhaseSettings(in_flight=16, duration_s=4.0, warm_up_s=1.0))
     knee = await session.find_knee(plan)
@@ -119,7 +120,7 @@ async def _run(session: Session, plan: Plan) -> int:
 
 
 def last_line(result: dict[str, Any]) -> str:
-    """What the whole came to, in a line for programs."""
+    """The summary for programs."""
     tasks = len({task for phase in result["phases"] for task in phase["tasks"]})
     knee = result["knee"]["offered_per_second"]
     ratio = result["in_process"]["ratio"]
@@ -135,14 +136,14 @@ async def _against_in_process(session: Session, plan: Plan, loops: Sequence[Loop
     engine = WorkerProcess(
         "benchmarks.closed_loop_worker",
         {"backbone": plan.backbone, "adapters": adapters, "engine": engine_arguments},
-        # As in the server: vLLM compiles functions even in eager mode, in the midst of requests.
+        # Like the server, do not compile: even in eager mode, vLLM compiles some functions during requests.
         engine_environment(_KV_CACHE_GIB) | {"TORCHDYNAMO_DISABLE": "1"},
     )
     rounds = []
     with contextlib.ExitStack() as stack:
         await asyncio.to_thread(stack.enter_context, engine)
         if not session.over:
-            # Its first steps are slow, as the server's were.
+            # Warm up: the first steps are slow.
             await _ask_engine(engine, session.take(50), loops[0])
         for number in range(plan.rounds):
             for loop in loops:
@@ -168,7 +169,7 @@ async def _against_in_process(session: Session, plan: Plan, loops: Sequence[Loop
 
 
 def requests_of_round(loop: Loop, knee: float) -> int:
-    """How many requests a round of `loop` is made of, on a machine whose knee is at `knee` requests/s."""
+    """The number of requests in a round of `loop`, on a machine whose knee is at `knee` requests/s."""
     wanted = max(_REQUESTS, 4 * loop.in_flight)
     return max(2 * loop.in_flight, min(wanted, round(_ROUND_S * knee)))
 

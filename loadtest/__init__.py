@@ -1,4 +1,4 @@
-"""The load generator. It knows a server by its public contract alone."""
+"""The load generator. It knows a server through the public gRPC contract only."""
 
 
 class LoadTestError(Exception):

@@ -20,7 +20,7 @@ matplotlib.rcParams |= {
 
 BLUE, ORANGE, GREY, RED, GREEN = "#1f6f8b", "#d9822b", "#9aa1a8", "#b3261e", "#3a7d44"
 _BY_QUANTILE = (("p50", "half of the requests (p50)", GREEN), ("p95", "p95", BLUE), ("p99", "p99", ORANGE))
-# Rows of a picture by name: more are not read.
+# Nobody reads more rows than this in one picture.
 TOP = 25
 
 
@@ -64,7 +64,7 @@ def latency_by_load(phases: Sequence[Mapping[str, Any]], objective: Mapping[str,
 
 
 def distribution(phase: Mapping[str, Any]) -> str:
-    """What share of the requests was faster than a time."""
+    """The share of requests that were at least as fast as a time."""
     figure = Figure(figsize=(8.6, 3.6), layout="constrained")
     axes = figure.subplots()
     fastest = []
@@ -78,7 +78,7 @@ def distribution(phase: Mapping[str, Any]) -> str:
             seen += count
             shares.append(100 * seen / whole)
         axes.step([seconds for seconds, _ in points], shares, where="post", color=colour, label=title)
-        # The few faster ones, messages that came together, would fill most of a logarithmic axis.
+        # Messages that arrive together have gaps near 0, which would fill most of a logarithmic axis.
         fastest.append(next(seconds for (seconds, _), share in zip(points, shares, strict=True) if share >= 2))
     for share in (50, 95, 99):
         axes.axhline(share, color=GREY, lw=0.6)
@@ -115,7 +115,7 @@ def by_name(groups: Mapping[str, Mapping[str, Any]], what: str) -> str:
 
 
 def top_rows(groups: Mapping[str, Mapping[str, Any]], count: int = TOP) -> list[tuple[str, Mapping[str, Any]]]:
-    """The groups with most requests, and all others together as one row at the end."""
+    """The groups with most requests by name; all others together as one last row."""
     ranked = sorted(
         ((name, group) for name, group in groups.items() if name != OTHER), key=lambda row: (-row[1]["offered"], row[0])
     )
@@ -125,7 +125,7 @@ def top_rows(groups: Mapping[str, Mapping[str, Any]], count: int = TOP) -> list[
 
 
 def over_time(phases: Sequence[Mapping[str, Any]]) -> str | None:
-    """The server's own metrics from the first phase to the last; None where there are none."""
+    """The server's own metrics from the first phase to the last; None without metrics."""
     panels = [
         ("requests in the server", [("mtlora_requests_in_flight", "admitted", GREY),
                                     ("mtlora_engine_running_sequences", "running in the engine", BLUE),
@@ -191,9 +191,9 @@ def _log_seconds(set_scale: Callable[[str], None], axis: Any) -> None:
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an element of a page: no XML header, and scaled to the page's width."""
+    """The figure as an element of a page: without XML header, scaled to the page's width."""
     written = io.StringIO()
-    # Text stays text: it can be searched, and the file is small.
+    # Keep text as text: it can be searched, and the file stays small.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mtlora"}):
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
     text = written.getvalue()

@@ -1,13 +1,13 @@
-"""Whether answers were right: each that is not the task's exact one is asked again, alone.
+"""Whether answers were right: inputs whose answer is not the task's exact one are asked again, alone.
 
-A model's greedy answer to an input is fixed, but not always its task's exact answer. So an answer counts as right where
-it is the exact answer, or the one that the server gives to the same input when it is asked alone, after the run: before
-it, the input would wait in the server's prefix cache and the run would be faster than a real one.
+A model's greedy answer to an input is fixed, but it is not always the task's exact answer. So an answer is right if it
+is the exact one, or the one that the server gives to the same input alone. The inputs are asked again after the run:
+asked before it, they would be in the server's prefix cache, and the run would be faster than a real one.
 
-In bfloat16 a sum depends on the batch in its last bits, which may turn the choice between two tokens that are almost
-as likely. Where an answer departs from the one alone at such a tie, within `tie_nats` of log-probability, it counts as
-a tie, not as wrong; how many there were is reported. Anything else is wrong: another request's text, a broken one, or
-an answer by other weights.
+In bfloat16 the last bits of a sum depend on the batch, which can flip the choice between two tokens that are almost as
+likely. An answer that departs from the one alone at such a choice, within `tie_nats` of log-probability, counts as a
+tie, not as wrong; the report says how many there were. Everything else is wrong: the text of another request, broken
+text, or an answer by other weights.
 """
 
 import time
@@ -30,7 +30,7 @@ _MOST_SHOWN = 20
 
 @dataclass
 class Checked:
-    """Requests by how their answer fared. `unchecked` could not be asked again."""
+    """Counts of requests by the verdict on their answer. `unchecked`: asking again failed."""
 
     exact: int = 0
     same_alone: int = 0
@@ -38,7 +38,7 @@ class Checked:
     wrong: int = 0
     unchecked: int = 0
     examples: list[dict[str, Any]] = field(default_factory=list)
-    # By how much the token alone was more likely than the one in the batch, of every tie, in nats.
+    # For every tie: nats by which the token alone was more likely than the token in the batch.
     tie_nats: list[float] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -55,7 +55,7 @@ async def ask_again(
     timeout_s: float,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Checked:
-    """Ask every answer's input again, one at a time, and sort the answers. `tasks`: those of the server, by id."""
+    """Ask every answer's input again, one at a time, and judge the answers. `tasks`: the server's tasks by id."""
     checked = Checked()
     by_message: dict[bytes, list[tuple[Answer, int]]] = {}
     for answer, count in answers.items():
@@ -86,7 +86,7 @@ async def ask_again(
 
 
 def against_targets(answers: Mapping[Answer, int]) -> Checked:
-    """Every answer that is not the exact one is wrong; those without an exact answer are not checked."""
+    """Judge every answer that is not the exact one as wrong. Inputs without an exact answer are not checked."""
     checked = Checked()
     for answer, count in answers.items():
         if answer.target is None:
@@ -100,17 +100,17 @@ def against_targets(answers: Mapping[Answer, int]) -> Checked:
 
 
 def whole(reasoning: str, text: str, task: TaskInfo) -> str:
-    """All that was generated, as far as blanks beside the marker are what they mostly are: one on either side."""
+    """The generated text, reasoning included, with one blank on either side of the marker."""
     if not reasoning:
         return text.strip()
     return f"{reasoning.strip()} {task.answer_marker} {text.strip()}"
 
 
 def tie(text: str, alone: Iterable[pb.TokenLogprobs], stop: Sequence[str], tolerance: float) -> float | None:
-    """Nats between the tokens at which `text` may have departed from the answer alone; None where it is no tie.
+    """Nats between the tokens at which `text` may have departed from the answer alone; None if it is no tie.
 
-    Walks the tokens of the answer alone as long as `text` begins with them. Each has others almost as likely; one with
-    which `text` goes on as well is where the two may have parted.
+    Walks the tokens of the answer alone while `text` begins with them. At each, `text` may have continued with another
+    token that is almost as likely.
     """
     found: float | None = None
     rest = text.strip()
@@ -127,7 +127,7 @@ def tie(text: str, alone: Iterable[pb.TokenLogprobs], stop: Sequence[str], toler
 
 
 def _goes_on(rest: str, token: str, stop: Sequence[str]) -> bool:
-    """Whether an answer of which `rest` is still to come can have this token next."""
+    """Whether an answer that continues with `rest` can have this token next."""
     ends = not token or token.startswith("<|") or any(s in token for s in stop)
     if ends:
         # The text before a stop string in the same token is part of the answer.

@@ -16,7 +16,7 @@ from loadtest.settings import PhaseSettings, RampSettings, Settings
 from mtlora.errors import describe
 
 PROGRAM = "mtlora-loadtest"
-# A generator that is later than this has measured itself; a server, less than there was.
+# A generator that is later than this measures itself; a server that is later measures too little.
 _LATE_S = 0.1
 
 
@@ -83,7 +83,7 @@ class FlagSettings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> tuple[Any, ...]:  # type: ignore[override]
-        """No environment and no file; pydantic-settings adds the flags by itself."""
+        """Use no environment and no file; pydantic-settings adds the flags by itself."""
         return (init_settings,)
 
 
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def exit_status(program: str, work: Callable[[], int]) -> int:
-    """Of `work`; what a user can put right is printed, not raised."""
+    """The exit status of `work`. Errors that a user can put right are printed, not raised."""
     try:
         return work()
     except ValidationError as error:
@@ -122,7 +122,7 @@ def exit_status(program: str, work: Callable[[], int]) -> int:
 
 
 async def in_session(settings: Settings, command: list[str], work: Callable[[Session], Awaitable[int]]) -> int:
-    """Run in a session; write result and report whatever became of it."""
+    """Run `work` in a session; write result and report in any case."""
     async with open_session(settings, command) as session:
         try:
             return await work(session)
@@ -131,7 +131,7 @@ async def in_session(settings: Settings, command: list[str], work: Callable[[Ses
             result.write(session.result, paths[0])
             report.write(session.result, paths[1])
             if not session.result["complete"]:
-                print("the run did not complete; what it had is kept")
+                print("the run did not complete; its results so far are kept")
             print(f"written: {paths[0]}, {paths[1]}", flush=True)
 
 
@@ -148,7 +148,7 @@ def _print_phase(phase: dict[str, Any]) -> None:
         f"generator {phase['generator']['cores']:.1%} of a core"
     )
     if (late := phase["generator"]["held_up"]["most"]) > _LATE_S:
-        print(f"the generator was late itself, by up to {late:.2f} s: latencies hold that")
+        print(f"the generator was late itself, by up to {late:.2f} s: latencies include that")
     delay = phase["server"] and phase["server"]["loop_delay"]
     if delay and delay["p99_from"] >= _LATE_S:
         print(

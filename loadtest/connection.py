@@ -23,7 +23,7 @@ Metadata = Sequence[tuple[str, str]]
 
 
 class Connection:
-    """One channel; an asynchronous context manager. Messages go through as bytes, so that sending costs little."""
+    """One channel; an asynchronous context manager. Messages are serialized beforehand, which makes sending cheap."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -53,7 +53,7 @@ class Connection:
         await self._channel.close()
 
     async def wait_connected(self) -> None:
-        """Raise LoadTestError where the server cannot be reached within seconds."""
+        """Raise LoadTestError if the server cannot be reached within seconds."""
         try:
             await asyncio.wait_for(self._channel.channel_ready(), _CONNECT_S)
         except TimeoutError:
@@ -63,7 +63,7 @@ class Connection:
             ) from None
 
     async def tasks(self, metadata: Metadata) -> list[pb.Task]:
-        """All tasks that can be asked. Raises LoadTestError where the server does not say."""
+        """All tasks of the server. Raises LoadTestError if the server does not list them."""
         tasks: list[pb.Task] = []
         token = ""
         while True:

@@ -14,18 +14,18 @@ from loadtest.connection import Connection
 from loadtest.recorder import CUT_OFF, Outcome, Recorder
 from loadtest.workload import Request
 
-# So many refusals to connect in a row mean that the server has gone.
+# After so many refused connections in a row, the server is gone.
 _GONE_AFTER = 50
-# A closed loop whose request failed waits, or it would do nothing but fail.
+# A client of a closed loop pauses after a failure; otherwise it would only produce failures.
 _PAUSE_S = 0.2
 _FINISHED = (pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH)
 
 
 class Driver:
-    """Runs one phase. `began` is its start on the monotonic clock, to which all other times are relative.
+    """Runs one phase. `began` is its start on the monotonic clock; all other times are relative to it.
 
-    Latency counts from when a request was due, not from when it was sent: what a stalled server or a late generator
-    holds up is not left out (coordinated omission).
+    Latency counts from the moment a request was due, not from the moment it was sent. So it includes the delay that a
+    stalled server or a late generator causes (no coordinated omission).
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Driver:
         self.gone = False
 
     def stop(self) -> None:
-        """Send nothing more and give up on what is under way."""
+        """Send nothing more and cancel the requests under way."""
         self._stopped.set()
         for task in self._running:
             task.cancel()
@@ -53,7 +53,7 @@ class Driver:
         return self._stopped.is_set()
 
     async def open_loop(self, due: Iterable[tuple[float, Request]]) -> None:
-        """Send every request at its time, whatever became of those before it; returns when all have ended."""
+        """Send every request at its time, without waiting for earlier ones; return when all have ended."""
         for intended, request in due:
             if (delay := intended - self._now()) > 0:
                 await self._sleep(delay)
@@ -64,7 +64,7 @@ class Driver:
             await asyncio.wait(self._running)
 
     async def closed_loop(self, requests: Iterator[Request], in_flight: int, until: float) -> None:
-        """Keep `in_flight` requests under way until so many seconds have passed or the requests are used up."""
+        """Keep `in_flight` requests under way until second `until` of the phase or until no request is left."""
 
         async def client() -> None:
             while not self.stopped and self._now() < until:
@@ -98,7 +98,7 @@ class Driver:
         task.add_done_callback(self._running.discard)
 
     async def _send(self, request: Request, intended: float) -> bool:
-        """Ask, record; whether it was answered."""
+        """Ask and record; return whether the request was answered."""
         now = self._now()
         self._recorder.start(request, intended, now)
         outcome = Outcome(request, intended, now, now)
@@ -109,7 +109,7 @@ class Driver:
         except grpc.aio.AioRpcError as error:
             outcome.status, outcome.message = error.code().name, error.details() or ""
         except asyncio.CancelledError:
-            # By `stop`, after which the task ends by itself; otherwise grpc's way to say that the server cancelled.
+            # `stop` cancels our task. Without it, gRPC raises this when the server cancels the call.
             outcome.status = CUT_OFF if self.stopped else "CANCELLED"
         else:
             outcome.flaw = _flaw(request, summary, request_id)
@@ -138,7 +138,7 @@ class Driver:
             if message.HasField("summary"):
                 summary = message.summary
         outcome.text, outcome.reasoning = "".join(texts), "".join(reasoning)
-        # Without a marker it was no working, and has come again as text.
+        # Without an answer marker there is no reasoning: the server repeats everything as text.
         if outcome.text.startswith(outcome.reasoning):
             outcome.reasoning = ""
         return summary
@@ -149,13 +149,13 @@ class Driver:
         outcome.text, outcome.reasoning = reply.text, reply.reasoning
         if not reply.HasField("summary"):
             return None
-        # Nothing of a unary answer is seen before its end; the server says when its first token was there.
+        # A unary answer arrives whole; the server reports when its first token was ready.
         outcome.first = outcome.sent + reply.summary.timings.time_to_first_token.ToTimedelta().total_seconds()
         return reply.summary
 
 
 def _flaw(request: Request, summary: pb.Summary | None, request_id: str) -> str:
-    """What makes a reply wrong whatever the right answer is: it is incomplete, or another request's."""
+    """Why a reply cannot be right: it is incomplete or belongs to another request. Empty if it can."""
     if summary is None:
         return "the reply ended without its summary"
     if summary.task_id != request.task_id:

@@ -1,4 +1,4 @@
-"""Latencies as HDR histograms: small, mergeable, and true to two digits, or rounded up to a unit, at every quantile."""
+"""Latencies as HDR histograms: small, mergeable, and precise to two digits at every quantile."""
 
 import math
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 from hdrh.histogram import HdrHistogram
 
-# A count is kept in units of 10 microseconds, up to an hour.
+# Values are kept in units of 10 microseconds, rounded up, up to an hour.
 _UNIT_S = 1e-5
 _MOST = int(3600 / _UNIT_S)
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
 
 
 class Latency:
-    """Seconds, recorded. The memory for them is taken when the first comes."""
+    """A histogram of seconds. It takes memory only once something is recorded."""
 
     __slots__ = ("_histogram",)
 
@@ -34,11 +34,11 @@ class Latency:
         return float(self._histogram.get_mean_value()) * _UNIT_S if self.count else 0.0
 
     def quantile(self, q: float) -> float:
-        """Seconds that a share `q` of what was recorded did not exceed; 0 where nothing was."""
+        """The seconds that a share `q` of the recorded values do not exceed; 0 without values."""
         return float(self._histogram.get_value_at_percentile(100 * q)) * _UNIT_S if self.count else 0.0
 
     def merge(self, other: "Latency") -> None:
-        """Take in all that `other` recorded."""
+        """Add all values of `other`."""
         if other._histogram is None:
             return
         if self._histogram is None:
@@ -46,10 +46,10 @@ class Latency:
         self._histogram.add(other._histogram)
 
     def points(self) -> list[tuple[float, int]]:
-        """(seconds, count) of every value recorded, rising."""
+        """(seconds, count) of every recorded value, rising."""
         if not self.count:
             return []
-        # The library's own iterator visits every empty bucket as well.
+        # The library's own iterator also visits every empty bucket.
         histogram, counts = self._histogram, np.frombuffer(self._histogram.counts, np.int64)
         return [
             (histogram.get_highest_equivalent_value(histogram.get_value_from_index(i)) * _UNIT_S, int(counts[i]))
@@ -70,7 +70,7 @@ class Latency:
 
     @classmethod
     def decode(cls, encoded: str) -> "Latency":
-        """Of what `encode` or the `hdr` of `to_json` gave."""
+        """The inverse of `encode`; also reads the `hdr` of `to_json`."""
         latency = cls()
         if encoded:
             latency._histogram = HdrHistogram.decode(encoded)

@@ -1,8 +1,8 @@
 """Where a server's knee is: the highest offered load that still holds its service level.
 
-A load holds where goodput is at least a share of what was offered and the latency quantile is within the service level.
-The search steps up by a factor until a load does not hold, then bisects between the last that held and the first that
-did not. It knows no server: it says which rate to measure next and is told what was found.
+A load holds if goodput is at least a given share of the offered load and the latency quantile is within the service
+level. The search multiplies the rate until a load does not hold, then bisects between the last load that held and the
+first that did not. It knows no server: it says which rate to measure next and is told what was measured.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from loadtest.settings import Objective, RampSettings
 
-# Below the starting rate by this factor, no load is worth looking at.
+# The search gives up at the starting rate divided by this.
 _LOWEST = 32.0
 
 
@@ -27,7 +27,7 @@ class Step:
     mean_e2e: float = 0.0
 
     def breaches(self, objective: Objective) -> list[str]:
-        """What of the service level the load does not hold, in words; none where it holds."""
+        """Which parts of the service level the load breaks, in words; empty if it holds."""
         found = []
         percent = f"p{100 * objective.quantile:g}"
         if self.goodput < objective.goodput_share * self.offered:
@@ -41,7 +41,7 @@ class Step:
 
 
 class KneeSearch:
-    """Asks for rates until the knee is known to `resolution`: `next_rate`, measure, `add`, and again."""
+    """Proposes rates until the knee is known to `resolution`: call `next_rate`, measure, call `add`, repeat."""
 
     def __init__(self, ramp: RampSettings, objective: Objective) -> None:
         self._ramp = ramp
@@ -51,7 +51,7 @@ class KneeSearch:
         self._fails: float | None = None
 
     def next_rate(self) -> float | None:
-        """The rate to measure next; None where the search is over."""
+        """The rate to measure next; None when the search is over."""
         ramp = self._ramp
         if self._holds is None and self._fails is None:
             return ramp.start_rate
@@ -66,7 +66,7 @@ class KneeSearch:
         return math.sqrt(self._fails * self._holds)
 
     def add(self, step: Step) -> bool:
-        """Take in what was measured; whether the load held."""
+        """Add a measurement; return whether the load held."""
         self.steps.append(step)
         holds = not step.breaches(self._objective)
         if holds:
@@ -77,10 +77,10 @@ class KneeSearch:
 
     @property
     def knee(self) -> Step | None:
-        """The highest load measured that held; None where none did."""
+        """The highest measured load that held; None if none did."""
         return max((s for s in self.steps if s.rate == self._holds), key=lambda s: s.offered, default=None)
 
     @property
     def bounded(self) -> bool:
-        """Whether a load was found that does not hold; else the knee is at least this."""
+        """Whether some measured load did not hold; otherwise the knee may be higher."""
         return self._fails is not None

@@ -1,4 +1,4 @@
-"""How requests are spread over names, tasks or tenants alike: uniformly, by a Zipf law, or with one of them hot."""
+"""How requests are spread over tasks or tenants: uniformly, by a Zipf law, or with one hot name."""
 
 import difflib
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ _DEFAULT_HOT_SHARE = 0.5
 def weights(mix: str, names: Sequence[str], kind: str) -> list[float]:
     """The share of each name, summing to 1.
 
-    `uniform`; `zipf:S`, by rank in the order given, 1/rank^S; `hot:NAME=SHARE`, the others sharing what is left.
-    Raises LoadTestError on an unknown hot name, with near matches; `kind` says what the names are.
+    `uniform`; `zipf:S`: 1/rank^S, ranked in the given order; `hot:NAME=SHARE`: the other names share the rest.
+    Raises LoadTestError for an unknown hot name, with near matches; `kind` says what the names are.
     """
     law, _, rest = mix.partition(":")
     if law == "uniform":
@@ -34,7 +34,7 @@ def weights(mix: str, names: Sequence[str], kind: str) -> list[float]:
 
 
 def require_known(wanted: Sequence[str], known: Sequence[str], kind: str, where: str = "the mix") -> None:
-    """Raise LoadTestError where a name is not among those known, with near matches."""
+    """Raise LoadTestError with near matches if a wanted name is unknown."""
     have = set(known)
     for name in wanted:
         if name not in have:

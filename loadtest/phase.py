@@ -1,4 +1,4 @@
-"""One phase of load: from settings to a recorder full of what happened."""
+"""One phase of load: from its settings to a filled recorder."""
 
 import asyncio
 import math
@@ -18,18 +18,21 @@ from loadtest.tenants import Tenant
 from loadtest.trace import Entry, read_trace
 from loadtest.workload import Request, TaskInfo, Workload
 
-# Names beyond these share one histogram each: with thousands, histograms would take gigabytes.
+# Further tasks, or tenants, share one group: thousands of histograms would take gigabytes.
 MAX_GROUPS = 128
-# How often the generator looks whether it is late itself.
+# Interval at which the generator checks its own delay.
 _LOOK_S = 0.05
 _LINE_EVERY_S = 5.0
-# From the call of a phase to its start.
+# Time between setting a phase up and its start.
 _HEAD_START_S = 0.05
 
 
 @dataclass
 class Ran:
-    """What became of a phase. `cpu_s` is this process's own processor time over `wall_s` seconds."""
+    """A finished phase. `cpu_s` is this process's own processor time over `wall_s` seconds.
+
+    `gone`: the server went away. `stopped`: the phase was cut short.
+    """
 
     recorder: Recorder
     cpu_s: float
@@ -39,7 +42,7 @@ class Ran:
 
 
 class Generator:
-    """Runs phases one after another over one connection; its workload goes on from phase to phase."""
+    """Runs phases one after another over one connection. Its workload continues from phase to phase."""
 
     def __init__(
         self, settings: Settings, connection: Connection, tasks: Sequence[TaskInfo], tenants: Sequence[Tenant]
@@ -54,7 +57,7 @@ class Generator:
     async def run(
         self, name: str, load: PhaseSettings, requests: Sequence[Request] | None = None, *, unary: bool = False
     ) -> Ran:
-        """Run one phase. `requests` replace drawn ones; `unary` asks for whole answers whatever the settings say."""
+        """Run one phase. `requests` replace drawn ones; `unary` overrides the settings and asks for whole answers."""
         self._phases += 1
         settings, workload = self._settings, self.workload
         entries = read_trace(load.trace) if load.trace else []
@@ -77,7 +80,7 @@ class Generator:
                 drawn = iter(requests) if requests is not None else islice(workload, load.requests)
                 await driver.closed_loop(drawn, load.in_flight, window[1])
             elif load.trace is not None:
-                # A list: every name in the trace is checked before anything is sent.
+                # Build the whole list first: it checks every name in the trace before anything is sent.
                 await driver.open_loop([(entry.at / load.speed, workload.request(entry)) for entry in entries])
             else:
                 await driver.open_loop(self._poisson(name, load, window[1]))
@@ -90,7 +93,7 @@ class Generator:
         return Ran(recorder, _cpu_seconds() - cpu, ended - wall, driver.gone, driver.stopped)
 
     def stop(self) -> None:
-        """End the phase that runs, keeping what it recorded."""
+        """End the running phase and keep what it recorded."""
         if self._driver is not None:
             self._driver.stop()
 
@@ -101,7 +104,7 @@ class Generator:
 
 
 def poisson(rate: float, seconds: float, seed: str) -> Iterator[float]:
-    """Times of a Poisson process of `rate` a second, for so many seconds; the same for the same seed."""
+    """Times of a Poisson process with `rate` a second, for so many seconds; the same for the same seed."""
     rng = random.Random(seed)
     now = rng.expovariate(rate)
     while now < seconds:
@@ -122,12 +125,12 @@ def _window(load: PhaseSettings, entries: list[Entry]) -> tuple[float, float]:
     last = entries[-1].at / load.speed
     if last < load.warm_up_s:
         raise LoadTestError(f"{load.trace}: ends after {last:g} s, within the warm-up of {load.warm_up_s:g} s")
-    # What is due at the last moment is within.
+    # The window includes the last request.
     return load.warm_up_s, math.nextafter(last, math.inf)
 
 
 async def _watch_own_delay(recorder: Recorder) -> None:
-    """Record by how much this process does late what is due; whatever it measures meanwhile is longer by as much."""
+    """Record this process's own delay: every latency it measures meanwhile is longer by as much."""
     while True:
         due = time.monotonic() + _LOOK_S
         await asyncio.sleep(_LOOK_S)
@@ -135,7 +138,7 @@ async def _watch_own_delay(recorder: Recorder) -> None:
 
 
 async def _print_progress(name: str, recorder: Recorder) -> None:
-    """A line every few seconds."""
+    """Print a line every few seconds."""
     group, seconds, answered = recorder.everything, 0.0, 0
     while True:
         await asyncio.sleep(_LINE_EVERY_S)

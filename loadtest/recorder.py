@@ -1,4 +1,4 @@
-"""What happened to every request: counts and histograms, small enough to keep."""
+"""What happened to the requests of a phase, as counts and histograms."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ _MAX_FLAWS = 20
 
 
 class Answer(NamedTuple):
-    """An answer to be looked at after the run: the request's message, task and target, and what came."""
+    """An answer to check after the run: the request's message, task and target, and the answer's text."""
 
     message: bytes
     task_id: str
@@ -30,8 +30,8 @@ class Answer(NamedTuple):
 class Outcome:
     """One request that has ended. Times are seconds from the start of the phase; `intended` is when it was due.
 
-    `status` is a gRPC status name, or CUT_OFF where this side gave up at the end of the run. `gaps` are the seconds
-    between messages of a stream. `flaw` says what is wrong with a reply in itself.
+    `status` is a gRPC status name, or CUT_OFF if the generator cancelled the request at the end of the run. `gaps` are
+    the seconds between messages of a stream. `flaw` says why a reply cannot be right; empty if it can.
     """
 
     request: Request
@@ -53,7 +53,7 @@ class Outcome:
         return self.status == "OK" and not self.flaw
 
     def to_json(self) -> dict[str, Any]:
-        """For a result that keeps every request."""
+        """The request as a result keeps it."""
         return {
             "task_id": self.request.task_id,
             "tenant": self.request.tenant.name,
@@ -76,7 +76,7 @@ class Outcome:
 
 @dataclass(slots=True)
 class Group:
-    """Requests that are looked at together: all, one task's, or one tenant's."""
+    """Requests counted together: all, one task's, or one tenant's."""
 
     offered: int = 0
     ok: int = 0
@@ -91,7 +91,7 @@ class Group:
     e2e: Latency = field(default_factory=Latency)
 
     def add(self, outcome: Outcome, *, good: bool, exact: bool | None) -> None:
-        """Count an outcome whose request counted as offered before."""
+        """Count an outcome; its request is already counted in `offered`."""
         self.statuses[outcome.status] += 1
         if not outcome.ok:
             return
@@ -117,7 +117,7 @@ class Group:
 class Recorder:
     """Records one phase. Times are seconds from its start; `window` is the part that counts.
 
-    `tasks` and `tenants` are those that get histograms of their own; what is beyond them is recorded as one, `(other)`.
+    `tasks` and `tenants` get groups of their own; all others share the group `(other)`.
     """
 
     def __init__(
@@ -125,29 +125,29 @@ class Recorder:
     ) -> None:
         self.window = window
         self.total = Group()
-        # Of every request of the phase, warm-up included: what the server's own histograms saw as well.
+        # Every request of the phase, warm-up included, like the server's own histograms.
         self.everything = Group()
         self.tasks = {task_id: Group() for task_id in tasks}
         self.tenants = {name: Group() for name in tenants}
-        # Answers that came within the window, whenever they were due, and their tokens.
+        # Answers that ended within the window, whenever they were due, and their tokens.
         self.ended = 0
         self.ended_tokens = 0
         self.lag = Latency()
-        # By how much the generator itself was late, looked at all the while.
+        # The generator's own delay.
         self.held_up = Latency()
         self.in_flight = 0
         self.unreachable_in_a_row = 0
         self.last_ended = 0.0
-        # Answers that are not the exact target, to be asked again, and how often each came.
+        # Answers that differ from the exact target, with their counts; they are checked after the run.
         self.answers: Counter[Answer] = Counter()
         self.flaws: list[str] = []
         self.errors: dict[str, str] = {}
-        # Every request that counts, where the result keeps them.
+        # Every request of the window, if the result keeps them.
         self.outcomes: list[dict[str, Any]] | None = None
         self._objective = objective
 
     def start(self, request: Request, intended: float, now: float) -> None:
-        """A request is on its way."""
+        """Record that a request is sent."""
         self.in_flight += 1
         self.everything.offered += 1
         self.lag.record(now - intended)
@@ -156,7 +156,7 @@ class Recorder:
                 group.offered += 1
 
     def end(self, outcome: Outcome) -> None:
-        """A request has ended, this way or that."""
+        """Record the end of a request."""
         self.in_flight -= 1
         self.last_ended = max(self.last_ended, outcome.ended)
         self.unreachable_in_a_row = self.unreachable_in_a_row + 1 if outcome.status == "UNAVAILABLE" else 0
@@ -183,12 +183,12 @@ class Recorder:
             self.ended_tokens += outcome.completion_tokens
 
     def is_good(self, outcome: Outcome) -> bool:
-        """Whether an answer came within the service level's times."""
+        """Whether an answer came within the times of the service level."""
         ttft = outcome.ttft
         return outcome.e2e <= self._objective.e2e_s and (ttft is None or ttft <= self._objective.ttft_s)
 
     def end_window(self, now: float) -> None:
-        """The window ended early, or ends now since it had no end of its own."""
+        """End the window now, unless it has ended before."""
         start, end = self.window
         self.window = (start, max(start, min(end, now)))
 

@@ -1,4 +1,4 @@
-"""A result as one HTML page that needs nothing else: for readers who know neither the program nor its words."""
+"""A result as one self-contained HTML page, for readers who know neither the program nor its words."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +49,7 @@ def render(result: Mapping[str, Any]) -> str:
 
 
 def _main_phase(result: Mapping[str, Any], phases: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The phase that details are shown of: the one at the knee, else the last that answered anything."""
+    """The phase shown in detail: the one at the knee, or else the last one with answers."""
     answered = [phase for phase in phases if phase["total"]["ok"]]
     knee = result["knee"] and result["knee"]["phase"]
     at_knee = [phase for phase in answered if phase["name"] == knee]
@@ -57,7 +57,7 @@ def _main_phase(result: Mapping[str, Any], phases: Sequence[Mapping[str, Any]]) 
 
 
 def _agreement(phases: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Every quantile that both generator and server measured, and whether they agree on it."""
+    """Every quantile that both generator and server measured, with whether they agree."""
     for phase in phases:
         for key, found in (phase["server"] or {}).get("agreement", {}).items():
             for quantile, row in found["quantiles"].items():
@@ -66,5 +66,5 @@ def _agreement(phases: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _seconds(value: float) -> str:
-    """Three digits, in the unit that suits."""
+    """Three digits, in seconds or milliseconds."""
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"

@@ -15,13 +15,13 @@ from loadtest.recorder import CUT_OFF, Group
 from loadtest.settings import PhaseSettings
 
 FORMAT = 1
-# Answers with which a server says that it is loaded: no fault where a load is meant to be too high.
+# Statuses of an overloaded server. They are right when a load is meant to be too high.
 OVERLOAD = frozenset({"RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"})
 _PACKAGES = ("grpcio", "protobuf", "hdrhistogram", "mtlora")
 
 
 def phase_json(name: str, load: PhaseSettings, ran: Ran, server: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What one phase measured. Rates are a second of the window; latencies seconds."""
+    """The measurements of one phase. Rates are per second of the window, latencies in seconds."""
     recorder = ran.recorder
     total, seconds = recorder.total, recorder.seconds
     return {
@@ -57,9 +57,9 @@ def phase_json(name: str, load: PhaseSettings, ran: Ran, server: Mapping[str, An
 
 
 def failed(group: Group, *, tolerated: bool) -> int:
-    """Requests that were lost: an error, or a reply that cannot be right. What this side cut off was not lost.
+    """The number of lost requests: errors, and replies that cannot be right. Requests cut off here are not lost.
 
-    `tolerated` says that the load was too high for the service level, so that a refusal is no failure.
+    tolerated: the load is beyond the service level, so refusals do not count.
     """
     errors = sum(
         count
@@ -70,12 +70,12 @@ def failed(group: Group, *, tolerated: bool) -> int:
 
 
 def flawed(group: Group) -> int:
-    """Replies of status OK that are incomplete or another request's."""
+    """The number of replies with status OK that are incomplete or belong to another request."""
     return group.statuses["OK"] - group.ok
 
 
 def document(command: list[str], settings: Mapping[str, Any], server: Mapping[str, Any]) -> dict[str, Any]:
-    """A result to which phases are added."""
+    """A result without phases yet."""
     return {
         "format": FORMAT,
         "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -95,7 +95,7 @@ def document(command: list[str], settings: Mapping[str, Any], server: Mapping[st
 
 
 def write(result: Mapping[str, Any], path: Path) -> None:
-    """Write a result whole, or leave what was there."""
+    """Replace the file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
@@ -103,7 +103,7 @@ def write(result: Mapping[str, Any], path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result from its file. Raises LoadTestError where it is none."""
+    """Read a result. Raises LoadTestError if the file holds none."""
     try:
         result = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -120,7 +120,7 @@ def _rate(count: int, seconds: float) -> float:
 def jain(shares: Iterable[float]) -> float:
     """Jain's index of fairness, (Σx)² / (n·Σx²).
 
-    1 where all have the same, 1/n where one has everything. 1 for none and for all zero.
+    1 if all shares are equal, 1/n if one has everything; 1 for no shares and for shares of zero.
     """
     xs = list(shares)
     squares = sum(x * x for x in xs)
@@ -128,7 +128,7 @@ def jain(shares: Iterable[float]) -> float:
 
 
 def _fairness(groups: Mapping[str, Group]) -> float:
-    """Jain's index over the share of its own requests that each had answered within the service level."""
+    """Jain's index over the groups' shares of requests answered within the service level."""
     return round(jain(group.good / group.offered for group in groups.values() if group.offered), 4)
 
 

@@ -1,4 +1,4 @@
-"""The server's own metrics page: what it says over the time of a phase, and how its histograms agree with ours."""
+"""The server's own metrics over a phase, and how its histograms agree with the generator's."""
 
 import asyncio
 import math
@@ -11,7 +11,7 @@ from loadtest import LoadTestError
 from loadtest.histogram import Latency
 from mtlora.client.metrics_page import MetricsPage
 
-# Histograms of the server that measure what the generator measures, by the generator's name for it.
+# The server's histogram of each latency that the generator measures too.
 HISTOGRAMS = {
     "ttft": "mtlora_time_to_first_token_seconds",
     "itl": "mtlora_inter_token_latency_seconds",
@@ -34,9 +34,9 @@ async def fetch(address: str) -> MetricsPage:
 
 
 class Watch:
-    """`async with Watch(address) as watch:` reads the page before, during and after what happens within.
+    """`async with Watch(address) as watch:` reads the page before, during and after the block.
 
-    A reading that fails is counted: the server may be busy, or gone.
+    A failed reading is counted, not raised: the server may be busy or gone.
     """
 
     def __init__(self, address: str) -> None:
@@ -57,7 +57,7 @@ class Watch:
         self._after = await self._read()
 
     def to_json(self, began: float, recorded: Mapping[str, Latency]) -> dict[str, Any]:
-        """What the server said, beside what the generator recorded since `began`."""
+        """The server's metrics, compared with the latencies that the generator recorded since `began`."""
         made = series(self.pages, began) | {"missed": self.missed, "agreement": {}, "loop_delay": None}
         if self._before and self._after:
             made["agreement"] = compare(self._before, self._after, recorded)
@@ -80,13 +80,13 @@ class Watch:
 
 
 def bucket_counts(before: MetricsPage, after: MetricsPage, name: str) -> list[tuple[float, float]]:
-    """(upper bound, observations up to it) of a histogram, of what was observed between two pages; rising."""
+    """(upper bound, observations up to it) of a histogram between two pages, rising."""
     old = before.buckets(name)
     return [(bound, total - old.get(bound, 0.0)) for bound, total in after.buckets(name).items()]
 
 
 def compare(before: MetricsPage, after: MetricsPage, recorded: Mapping[str, Latency]) -> dict[str, Any]:
-    """By latency and quantile: the generator's seconds, the server's bucket, and how many buckets lie between them."""
+    """By latency and quantile: the generator's seconds, the server's bucket, and the number of buckets between them."""
     found: dict[str, Any] = {}
     for name, latency in recorded.items():
         cumulative = bucket_counts(before, after, HISTOGRAMS[name])
@@ -113,7 +113,7 @@ def compare(before: MetricsPage, after: MetricsPage, recorded: Mapping[str, Late
 
 
 def loop_delay(before: MetricsPage, after: MetricsPage) -> dict[str, float | None] | None:
-    """How late the server's event loop was, 99th percentile, seconds, as a bucket; None where it does not say."""
+    """The bucket of the event loop's delay at the 99th percentile, seconds; None without observations."""
     cumulative = bucket_counts(before, after, _LOOP_DELAY)
     if not cumulative or cumulative[-1][1] <= 0:
         return None
@@ -122,12 +122,12 @@ def loop_delay(before: MetricsPage, after: MetricsPage) -> dict[str, float | Non
 
 
 def _bucket_of(cumulative: list[tuple[float, float]], q: float) -> int:
-    """The index of the bucket that a quantile lies in."""
+    """The index of a quantile's bucket."""
     return next(i for i, (_, count) in enumerate(cumulative) if count >= q * cumulative[-1][1] - 1e-9)
 
 
 def _finite(bound: float) -> float | None:
-    """JSON knows no infinity."""
+    """None for infinity, which JSON lacks."""
     return bound if math.isfinite(bound) else None
 
 

@@ -1,4 +1,4 @@
-"""A run from start to end: connect, run phases, check answers, keep the result, judge it."""
+"""A run from start to end: connect, run phases, check answers, fill the result, judge it."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ OK, FAILED, INTERRUPTED = 0, 1, 130
 
 
 class Session:
-    """What is shared by the phases of one run. `result` is kept up to date, so that a run cut short keeps its part."""
+    """The phases of one run and their result. `result` is always up to date, so an interrupted run keeps its part."""
 
     def __init__(
         self,
@@ -48,11 +48,11 @@ class Session:
 
     @property
     def over(self) -> bool:
-        """Whether there is no point in another phase."""
+        """Whether another phase makes no sense."""
         return self.interrupted or self.gone
 
     def interrupt(self) -> None:
-        """End what runs, keeping what it has."""
+        """End the running phase and keep its part."""
         self.interrupted = True
         self._generator.stop()
 
@@ -71,8 +71,8 @@ class Session:
     ) -> dict[str, Any]:
         """Run a phase and add it to the result.
 
-        `requests` are asked in the place of drawn ones. `unary` asks for whole answers in any case. A `probe` looks for
-        the knee: beyond it, refusals are no failures.
+        `requests` replace drawn ones. `unary` overrides the settings and asks for whole answers. A `probe` is a step of
+        the search for the knee: beyond the knee, refusals are no failures.
         """
         began = time.monotonic()
         async with contextlib.AsyncExitStack() as stack:
@@ -82,7 +82,7 @@ class Session:
         self.gone = self.gone or ran.gone
         everything = ran.recorder.everything
         recorded = {"e2e": everything.e2e}
-        # Of a unary answer the generator sees no first token of its own.
+        # The generator does not see the first token of a unary answer.
         if not (unary or self._settings.unary):
             recorded |= {"ttft": everything.ttft, "itl": everything.itl}
         server = watch.to_json(began, recorded) if watch else None
@@ -97,7 +97,7 @@ class Session:
         return phase
 
     async def find_knee(self, ramp: RampSettings) -> Step | None:
-        """Look for the knee, a printed line a step; adds it to the result."""
+        """Search for the knee, print a line per step, add the knee to the result."""
         search = KneeSearch(ramp, self._settings)
         while not self.over and (rate := search.next_rate()) is not None:
             load = PhaseSettings(rate=rate, duration_s=ramp.step_s, warm_up_s=ramp.warm_up_s)
@@ -120,7 +120,7 @@ class Session:
         return knee
 
     async def check(self) -> None:
-        """Check the answers of all phases as the settings say; adds what was found to the result."""
+        """Check the answers of all phases according to the settings; add the findings to the result."""
         how = self._settings.check
         if how == "reply" or self.gone:
             return
@@ -138,7 +138,7 @@ class Session:
             print(f"wrong: {example['task']}: {example['answer']!r}, alone {example['alone']!r}")
 
     def finish(self) -> int:
-        """Judge the run; returns the exit status."""
+        """Judge the run; return the exit status."""
         self.result["complete"] = not self.over
         self.result["server_gone"] = self.gone
         if self.interrupted:
@@ -148,7 +148,7 @@ class Session:
 
 @asynccontextmanager
 async def open_session(settings: Settings, command: list[str]) -> AsyncIterator[Session]:
-    """Connect, ask which tasks there are, draw the workload. Raises LoadTestError where any of it cannot be done."""
+    """Connect, list the tasks, set up the workload. Raises LoadTestError if any of it fails."""
     tenants = read_tenants(settings.tenants) if settings.tenants else [ANONYMOUS]
     async with Connection(settings) as connection:
         await connection.wait_connected()
@@ -188,7 +188,7 @@ def step_of(phase: Mapping[str, Any], objective: Objective) -> Step:
 
 
 def step_line(step: Step, breaches: list[str], phase: Mapping[str, Any]) -> str:
-    """One line for people."""
+    """One line for a reader."""
     verdict = "holds" if not breaches else "does not hold: " + "; ".join(breaches)
     return (
         f"{step.rate:7.2f} requests/s: offered {step.offered:.2f}, answered {step.throughput:.2f}, "

@@ -1,4 +1,4 @@
-"""The settings of a load test, checked when they are made. A field's alias is its flag."""
+"""The settings of a load test. A field's flag is its name, or its alias if it has one."""
 
 import re
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ _MIXES = "uniform, zipf:EXPONENT (in the order of tasks) or hot:NAME=SHARE"
 
 @dataclass(frozen=True)
 class Range:
-    """Whole numbers from `low` to `high`, all as likely as each other."""
+    """Whole numbers from `low` to `high`, equally likely."""
 
     low: int
     high: int
 
     @classmethod
     def parse(cls, given: Any) -> Any:
-        """`40` or `20-60`; a range stays as it is. Raises ValueError."""
-        # The command line hands over a number where the text is one.
+        """Parse `40` or `20-60`; leave a range unchanged. Raises ValueError."""
+        # pydantic-settings turns a flag that is a number into one.
         if not isinstance(given, str | int):
             return given
         found = _RANGE.fullmatch(str(given))
@@ -57,7 +57,7 @@ class Target(_Frozen):
     tls_certificate: Path | None = Field(None, description="the client's certificate (PEM)")
     tls_key: Path | None = Field(None, description="the client's key (PEM)")
     tls_server_name: str | None = Field(None, description="the name in the server's certificate")
-    tenants: Path | None = Field(None, description="file with NAME KEY a line: who asks, with which API key")
+    tenants: Path | None = Field(None, description="file of tenants and their API keys, NAME KEY a line")
 
     @model_validator(mode="after")
     def _certificate_has_a_key(self) -> Self:
@@ -72,10 +72,10 @@ class Target(_Frozen):
 
 
 class WorkloadSettings(_Frozen):
-    """What is asked: which tasks, by which tenants, with which inputs.
+    """What is asked: tasks, tenants and inputs.
 
-    Inputs come from `prompts` (a JSONL file), or are random words if `prompt_words` is set, or else are examples of
-    `suite`. `new_tokens` replaces the tasks' own limit and turns stop strings off.
+    Inputs come from the file `prompts`, are random words if `prompt_words` is set, or else are examples of `suite`.
+    `new_tokens` replaces the tasks' own limit and turns stop strings off.
     """
 
     tasks: Names = Field((), description="A,B,...: ask these alone; default: every task that has inputs")
@@ -96,9 +96,9 @@ class WorkloadSettings(_Frozen):
 
 
 class Objective(_Frozen):
-    """The service level: `quantile` of the requests have their first token and their end within these times.
+    """The service level: a share `quantile` of requests get their first token and their end within these times.
 
-    A load holds if, besides, goodput is at least `goodput_share` of the offered load.
+    A load holds if goodput is also at least `goodput_share` of the offered load.
     """
 
     ttft_s: Positive = Field(1.0, alias="slo_ttft", description="service level: seconds to the first token")
@@ -108,7 +108,7 @@ class Objective(_Frozen):
 
 
 class CommonSettings(WorkloadSettings, Objective):
-    """What every load test needs, whichever server it is run against."""
+    """The settings that do not depend on the server."""
 
     timeout_s: Positive = Field(60.0, alias="timeout", description="a request's deadline, seconds")
     unary: bool = Field(False, description="call Generate instead of GenerateStream")
@@ -123,10 +123,10 @@ class CommonSettings(WorkloadSettings, Objective):
 
 
 class Settings(CommonSettings, Target):
-    """All of one load test but its load."""
+    """All settings of a load test except the load itself."""
 
     def to_json(self) -> dict[str, Any]:
-        """Every setting, for the result; a group of them by what it is about."""
+        """Every setting for the result, in groups."""
         rest = self.model_dump(mode="json", include=set(Settings.model_fields), exclude_none=True)
         groups = (("target", Target), ("workload", WorkloadSettings), ("objective", Objective))
         made = {
@@ -138,8 +138,8 @@ class Settings(CommonSettings, Target):
 class PhaseSettings(_Frozen):
     """One phase of load: `rate` (open loop, Poisson), `in_flight` (closed loop) or `trace` (a file).
 
-    Requests that are due in the first `warm_up_s` seconds do not count, those in the `duration_s` seconds after it do.
-    A closed loop with `requests` ends after so many, and all of them count.
+    Requests due in the first `warm_up_s` seconds do not count; those due in the next `duration_s` seconds do. A closed
+    loop with `requests` ends after so many, and all of them count.
     """
 
     rate: Positive | None = Field(None, description="open loop: Poisson arrivals, so many requests/s on average")
@@ -157,7 +157,7 @@ class PhaseSettings(_Frozen):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
-        # Under the fields' names: a flag, which comes under its alias, wins.
+        # Defaults use field names, flags use aliases; pydantic prefers aliases.
         if given.get("trace"):
             return {"warm_up_s": 0.0, **given}
         return given if given.get("requests") else {"duration_s": 30.0, **given}
@@ -176,7 +176,7 @@ class PhaseSettings(_Frozen):
 
 
 class RampSettings(_Frozen):
-    """How the knee is looked for: from `start_rate` times `growth` until a load does not hold, then bisection."""
+    """The search for the knee: multiply `start_rate` by `growth` until a load does not hold, then bisect."""
 
     start_rate: Positive = Field(4.0, description="requests/s of the first step")
     growth: float = Field(2.0, gt=1, allow_inf_nan=False, description="factor from step to step")

@@ -1,4 +1,4 @@
-"""The tenants that ask: a name and an API key each, from a file."""
+"""The tenants that send requests: names and API keys from a file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from loadtest import LoadTestError
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """Whose key goes with a request. Without a key, none is sent."""
+    """A tenant of the server. Requests carry its key, if it has one."""
 
     name: str
     key: str | None = None
@@ -22,7 +22,7 @@ ANONYMOUS = Tenant("anonymous")
 
 
 def read_tenants(path: Path) -> list[Tenant]:
-    """`NAME KEY` a line; blank lines and those that begin with # are left out. Raises LoadTestError naming the line."""
+    """Read lines of `NAME KEY`; skip blank lines and those that begin with #. Raises LoadTestError naming the line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -32,12 +32,12 @@ def read_tenants(path: Path) -> list[Tenant]:
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
-        # A key is a secret: the message must not repeat the line.
+        # Keys are secret: the message must not repeat the line.
         if len(words) != 2 or not words[1].isascii() or not words[1].isprintable():
             raise LoadTestError(f"{path}: line {number}: expected NAME KEY, found {len(words)} words")
         if words[0] in tenants:
             raise LoadTestError(f"{path}: line {number}: tenant {words[0]!r} is there already")
         tenants[words[0]] = Tenant(*words)
     if not tenants:
-        raise LoadTestError(f"{path}: no tenant in it; a line each is NAME KEY")
+        raise LoadTestError(f"{path}: no tenant in it; a line is NAME KEY")
     return list(tenants.values())

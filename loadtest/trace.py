@@ -1,9 +1,9 @@
-"""A trace: a JSONL file of when what was asked, so that it can be asked again.
+"""Traces: JSONL files that say what was asked when, so that it can be asked again.
 
     {"at": 0.25, "task": "navigate", "input": "Take 2 steps.", "tenant": "acme", "max_new_tokens": 8, "target": "No"}
 
-`at` is in seconds, from any origin, never falling. Everything else may be left out and is then drawn as the workload's
-settings say. `input` may be a text, an object of named fields, or a list of chat messages.
+`at` is in seconds, from any origin, and never falls. All other keys are optional: what is left out is drawn as the
+workload's settings say. `input` may be a text, an object of named fields, or a list of chat messages.
 """
 
 from collections.abc import Iterable, Iterator
@@ -37,14 +37,14 @@ class _Line(BaseModel):
 
 
 class Entry(_Line):
-    """One line of a trace; None where it leaves something to be drawn."""
+    """One line of a trace. Fields at None are drawn."""
 
     at: float = Field(allow_inf_nan=False)
     tenant: str | None = None
 
 
 class Prompt(_Line):
-    """An input that can be asked at any time, by any tenant."""
+    """One line of a file of prompts."""
 
     input: Input
 
@@ -53,13 +53,13 @@ Line = TypeVar("Line", bound=_Line)
 
 
 def read_trace(path: Path) -> list[Entry]:
-    """The trace, its first time moved to 0. Raises LoadTestError naming the line."""
+    """Read a trace and move its first time to 0. Raises LoadTestError naming the line."""
     entries = parse_trace(_read(path), str(path))
     return [entry.model_copy(update={"at": entry.at - entries[0].at}) for entry in entries]
 
 
 def parse_trace(lines: Iterable[str], where: str) -> list[Entry]:
-    """As `read_trace`, with the times as they stand."""
+    """Like `read_trace`, with the times unchanged."""
     entries: list[Entry] = []
     for place, entry in _parse(Entry, lines, where):
         if entries and entry.at < entries[-1].at:
@@ -71,7 +71,7 @@ def parse_trace(lines: Iterable[str], where: str) -> list[Entry]:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """A file of inputs: like a trace, without `at` and `tenant`, and with `input` in every line."""
+    """Read a file of inputs: like a trace without `at` and `tenant`, and with `input` in every line."""
     prompts = [prompt for _, prompt in _parse(Prompt, _read(path), str(path))]
     if not prompts:
         raise LoadTestError(f"{path}: no line in it; a file of prompts needs at least one")

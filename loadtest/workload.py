@@ -1,4 +1,4 @@
-"""What is asked: an endless, repeatable row of requests, drawn as the settings say."""
+"""What is asked: an endless, repeatable sequence of requests, drawn according to the settings."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from loadtest.trace import Entry, Prompt, read_prompts
 from mtlora.client import make_request
 from mtlora.suite import SuiteError, load_suite
 
-# Common English words, to make up inputs of a given length.
+# Common English words for inputs of a given length.
 _TEXT = (
     "time year people way day man thing woman life child world school state family student group country problem hand "
     "part place case week company system program question work night point home water room mother area money story "
@@ -32,7 +32,7 @@ _WORDS = _TEXT.split()
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request, ready to be sent. `message` is a serialized GenerateRequest; `target` the exact answer, if known."""
+    """One request, ready to send. `message` is a serialized GenerateRequest; `target` is the exact answer, if known."""
 
     task_id: str
     tenant: Tenant
@@ -42,7 +42,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TaskInfo:
-    """What must be known of a task to ask it."""
+    """The properties of a task that asking it needs."""
 
     id: str
     fields: tuple[str, ...]
@@ -51,10 +51,10 @@ class TaskInfo:
 
 
 class Workload:
-    """Draws requests.
+    """Draws requests. The sequence continues from phase to phase.
 
-    A task's inputs come in shuffled order, each once before any comes again: sent again too soon, an input would be
-    found in the server's prefix cache. The row goes on from phase to phase.
+    A task's inputs come in shuffled order, and none repeats before all were asked: a repeated input would be found in
+    the server's prefix cache.
     """
 
     def __init__(self, settings: WorkloadSettings, tasks: Sequence[TaskInfo], tenants: Sequence[Tenant]) -> None:
@@ -80,12 +80,8 @@ class Workload:
     def __next__(self) -> Request:
         return self.request(Entry(at=0))
 
-    def take(self, count: int) -> list[Request]:
-        """The next requests."""
-        return [next(self) for _ in range(count)]
-
     def request(self, entry: Entry) -> Request:
-        """The request of one line of a trace; what it leaves out is drawn. Raises LoadTestError on unknown names."""
+        """The request of a line of a trace; draws what the line leaves out. Raises LoadTestError for unknown names."""
         task_id = entry.task or self._rng.choices(self.tasks, cum_weights=self._cumulative)[0]
         if task_id not in self._served:
             require_known([task_id], list(self._served), "task", "the trace")
@@ -106,7 +102,7 @@ class Workload:
             parameters["max_new_tokens"] = max_new_tokens
         elif (length := self._settings.new_tokens) is not None:
             parameters = {"max_new_tokens": self._rng.randint(length.low, length.high), "stop": []}
-        # With the working, to see the first token when it comes and to compare answers token by token.
+        # Ask for reasoning too: it makes the first token visible at once, and answers comparable token by token.
         return bytes(make_request(task_id, given, include_reasoning=True, **parameters).SerializeToString())
 
     def _pool(self, task_id: str, prompts: Sequence[Prompt]) -> Iterator[Prompt]:
@@ -125,7 +121,7 @@ class Workload:
 
 
 def _prompts(settings: WorkloadSettings, tasks: Sequence[TaskInfo]) -> dict[str, list[Prompt]]:
-    """Inputs by task, those of tasks that the server does not serve left out; any task where inputs name none."""
+    """Inputs by task, for tasks that the server has. A prompt that names no task is an input of every task."""
     if settings.prompt_words:
         return {task.id: [] for task in tasks}
     served = [task.id for task in tasks]
@@ -153,7 +149,7 @@ def _prompts(settings: WorkloadSettings, tasks: Sequence[TaskInfo]) -> dict[str,
 
 
 def _examples(suite: Any, task_id: str, settings: WorkloadSettings) -> list[Any]:
-    """As many test examples as asked for, or all where there are fewer; a folder's tasks are small."""
+    """As many test examples as asked for, or all of them if a task in a folder has fewer."""
     try:
         examples = suite.examples(task_id, "test", settings.examples_per_task, settings.seed)
     except SuiteError:
@@ -166,5 +162,5 @@ def _examples(suite: Any, task_id: str, settings: WorkloadSettings) -> list[Any]
 
 
 def task_info(task: pb.Task) -> TaskInfo:
-    """What a workload needs of a task of the contract."""
+    """The properties of a task, from its message."""
     return TaskInfo(task.id, tuple(task.fields), tuple(task.stop), task.answer_marker)
