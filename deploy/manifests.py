@@ -1,10 +1,10 @@
-"""`make manifests`: build every overlay, validate what comes out, hold it to the policy.
+"""`make manifests`: build every overlay, validate its manifests, check them against the policy.
 
 Validated against schemas: Kubernetes' own kinds (kubernetes-validate, strictly: unknown fields are errors),
 cert-manager's and the Prometheus operator's (models generated from their own definitions). No package carries those of
 the Gateway API and KubeRay; schemas.py has the fields of those that are in use.
 
-With --write-rules, prometheusrule.yaml is made anew from rules.yaml first.
+With --write-rules, first write prometheusrule.yaml from rules.yaml.
 """
 
 import argparse
@@ -26,18 +26,18 @@ OVERLAYS = FOLDER / "kubernetes" / "overlays"
 RULES = FOLDER / "prometheus" / "rules.yaml"
 PROMETHEUS_RULE = FOLDER / "prometheus" / "prometheusrule.yaml"
 KUBERNETES_VERSION = "1.34"
-# What the server takes after SIGTERM beyond its grace period: to abort what is left, and to stop the engine.
+# Seconds after the grace period in which the server aborts the remaining requests and stops the engine.
 _STOP_SECONDS = 10
 SERVICE = "mtlora.v1.Inference"
 
 
 class KustomizeMissingError(RuntimeError):
-    """There is no kustomize to build with."""
+    """kustomize is not installed."""
 
 
 @dataclass(frozen=True)
 class Container:
-    """A container, its pod and where it is."""
+    """A container, with its pod and the name of its place."""
 
     where: str
     pod: Manifest
@@ -46,7 +46,7 @@ class Container:
 
 
 def build(overlay: Path) -> list[Manifest]:
-    """The overlay's manifests. Raises KustomizeMissingError, or RuntimeError with what kustomize says."""
+    """The overlay's manifests. Raises KustomizeMissingError, or RuntimeError with kustomize's message."""
     if shutil.which("kustomize"):
         command = ["kustomize", "build", str(overlay)]
     elif shutil.which("kubectl"):
@@ -63,7 +63,7 @@ def build(overlay: Path) -> list[Manifest]:
 
 
 def validate(manifest: Manifest) -> list[str]:
-    """What is wrong with a manifest by its kind's schema."""
+    """The errors of a manifest by the schema of its kind."""
     name = f"{manifest['kind']} {manifest['metadata']['name']}"
     group = manifest["apiVersion"].partition("/")[0] if "/" in manifest["apiVersion"] else ""
     module = _MODELS.get((group, manifest["kind"]))
@@ -87,7 +87,7 @@ def _by_schema(manifest: Manifest) -> Iterator[str]:
 
 
 def _by_model(module: str, manifest: Manifest) -> Iterator[str]:
-    # The models of all operators are slow to import.
+    # Import late: the operators' models are large.
     model = getattr(importlib.import_module(module), manifest["kind"])
     try:
         parsed = model.model_validate(manifest)
@@ -99,7 +99,7 @@ def _by_model(module: str, manifest: Manifest) -> Iterator[str]:
 
 
 def _lost(given: Any, kept: Any, where: str) -> Iterator[str]:
-    """Fields that a model did not take: it does not know them."""
+    """Fields that a model dropped because it does not know them."""
     if isinstance(given, dict):
         for key, value in given.items():
             if not isinstance(kept, dict) or key not in kept:
@@ -140,7 +140,7 @@ def pods(manifests: Sequence[Manifest]) -> Iterator[tuple[str, Manifest]]:
 
 
 def _pod_templates(manifest: Manifest) -> dict[str, Manifest]:
-    """A manifest's pod templates, by what tells them apart."""
+    """A manifest's pod templates by a suffix for their names."""
     spec = manifest.get("spec") or {}
     if manifest["kind"] == "RayCluster":
         workers = {f"-{group['groupName']}": group["template"] for group in spec["workerGroupSpecs"]}
@@ -156,7 +156,7 @@ def server_settings(manifests: Sequence[Manifest]) -> dict[str, str]:
 
 
 def violations(manifests: Sequence[Manifest]) -> list[str]:
-    """What of the policy a built overlay does not meet."""
+    """Where a built overlay breaks the policy."""
     return [found for rule in POLICY for found in rule(manifests)]
 
 
@@ -164,7 +164,7 @@ def _pods_are_restricted(manifests: Sequence[Manifest]) -> Iterator[str]:
     for where, pod in pods(manifests):
         context = pod.get("securityContext", {})
         if context.get("runAsNonRoot") is not True or not context.get("runAsUser"):
-            yield f"{where}: runs as root, or as nobody knows whom"
+            yield f"{where}: runs as root, or without a user"
         if context.get("seccompProfile", {}).get("type") != "RuntimeDefault":
             yield f"{where}: no seccomp profile"
         if pod.get("automountServiceAccountToken") is not False or pod.get("serviceAccountName") in (None, "default"):
@@ -259,7 +259,7 @@ def _services_select_servers(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def _names_are_found(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """What pods name is made here, or is one of the things that the operator brings."""
+    """Every object that a pod names is in the overlay, or is a secret that the operator creates."""
     brought = {"mtlora-tenants", "mtlora-object-storage", "mtlora-tls"}
     made = {(m["kind"], m["metadata"]["name"]) for m in manifests}
     for where, pod in pods(manifests):
@@ -311,7 +311,7 @@ POLICY: tuple[Callable[[Sequence[Manifest]], Iterator[str]], ...] = (
 
 
 def _servers(manifests: Sequence[Manifest]) -> list[Container]:
-    """Containers that run the server: those whose port is gRPC's."""
+    """Containers that run the server: they have a port named grpc."""
     return [c for c in containers(manifests) if any(p["name"] == "grpc" for p in c.spec.get("ports", ()))]
 
 
@@ -327,9 +327,9 @@ def prometheus_rule() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print every finding and the summary line; 0 where every overlay is valid and meets the policy."""
+    """Print every finding and a summary line; return 0 if every overlay is valid and meets the policy."""
     parser = argparse.ArgumentParser(prog="python -m deploy.manifests", description=__doc__)
-    parser.add_argument("--write-rules", action="store_true", help="make prometheusrule.yaml anew first")
+    parser.add_argument("--write-rules", action="store_true", help="write prometheusrule.yaml first")
     options = parser.parse_args(argv)
     if options.write_rules:
         PROMETHEUS_RULE.write_text(prometheus_rule())

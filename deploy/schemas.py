@@ -1,4 +1,4 @@
-"""Schemas of the custom resources that no package carries: the fields that our manifests use, and no others."""
+"""Models of custom resources without a published schema. They allow only the fields that our manifests use."""
 
 from typing import Any, Literal, Self
 
@@ -76,7 +76,7 @@ class BackendTLSPolicy(_Resource):
 
 class _RayGroup(_Strict):
     rayStartParams: dict[str, StrictStr]
-    # Kubernetes' own, which has a schema.
+    # A pod template is validated by Kubernetes' own schema.
     template: dict[str, Any]
 
 

@@ -1,8 +1,8 @@
-"""How many replicas a load needs: a load test's result, a service model fitted to it, a simulation of many replicas.
+"""How many replicas a load needs: fit a service model to a load test's result, simulate many replicas with it.
 
 `python -m deploy.capacity` has the commands; `deploy/capacity.md` is written by one of them.
 """
 
 
 class CapacityError(ValueError):
-    """A result that cannot be used, or a request for capacity that nothing can meet; says what and why."""
+    """A result is unusable or a demand cannot be met; the message says why."""

@@ -21,7 +21,7 @@ _THROUGHPUT_GOAL, _P95_GOAL = 0.10, 0.20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 impossible or missed, 2 wrong use."""
+    """Exit status: 0 done, 1 impossible demand or goal missed, 2 wrong use."""
     options = _parser().parse_args(argv)
     try:
         return int(options.run(options))
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     planning.add_argument("--adapters", type=int, required=True, metavar="A")
     planning.add_argument("--rate", type=float, required=True, metavar="R", help="requests a second")
     planning.add_argument("--p95-ttft", type=float, default=1.0, metavar="SECONDS", help="default: %(default)s")
-    planning.add_argument("--memory-gib", type=float, default=8.0, help="of a replica; default: %(default)s")
+    planning.add_argument("--memory-gib", type=float, default=8.0, help="memory of a replica; default: %(default)s")
     planning.add_argument("--routing", choices=("adapter-aware", "round-robin"), default="adapter-aware")
     planning.add_argument("--max-replicas", type=int, default=100, help="default: %(default)s")
     planning.set_defaults(run=_plan)
@@ -61,9 +61,12 @@ def _parser() -> argparse.ArgumentParser:
 
     checking = commands.add_parser("check", help="the simulation against two real server processes")
     checking.add_argument("--adapters", type=Path, default=Path("adapters"))
-    checking.add_argument("--seconds", type=float, default=120.0, help="of load; default: %(default)s")
+    checking.add_argument("--seconds", type=float, default=120.0, help="seconds of load; default: %(default)s")
     checking.add_argument(
-        "--utilisation", type=float, default=0.5, help="offered, of what both can answer; default: %(default)s"
+        "--utilisation",
+        type=float,
+        default=0.5,
+        help="offered load, as a share of what both can answer; default: %(default)s",
     )
     checking.add_argument("--seed", type=int, default=0)
     checking.add_argument("--out", type=Path, metavar="DIR", help="write the calibration's results and the comparison")
@@ -72,10 +75,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, help="what `fit` wrote, in the place of a fit to the results")
+    parser.add_argument("--model", type=Path, help="a model that `fit` wrote; default: fit one to the results")
     parser.add_argument(
         "--results", type=Path, nargs="+", required=True, metavar="RESULT",
-        help="JSON of mtlora-loadtest --outcomes, closed loops at two concurrencies at least; lengths are as in them",
+        help="JSON of mtlora-loadtest --outcomes, closed loops at two concurrencies or more; also gives the lengths",
     )  # fmt: skip
 
 
@@ -125,7 +128,7 @@ def _report(options: argparse.Namespace) -> int:
 
     model, lengths = _source(options)
     names = " ".join(map(str, options.results))
-    # What `check` wrote beside the calibration.
+    # `check` writes both files.
     beside = options.results[0].with_name("comparison.json")
     compared = [each.name for each in options.results] == ["calibration.json"] and beside.exists()
     comparison = json.loads(beside.read_text()) if compared else None

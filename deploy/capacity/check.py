@@ -1,4 +1,4 @@
-"""The simulation against a real run: two server processes, a core each, calibrated and then loaded at random.
+"""The simulation against a real run: two server processes with a core each are calibrated, then loaded at random.
 
 The servers are measured while both are loaded, in closed loops of several concurrencies; the model fitted to that then
 predicts an open loop over both, round robin. Lengths of that run come from the calibration alone.
@@ -29,7 +29,7 @@ from mtlora.suite.base import Example
 from server.cli.process import ServerProcess
 
 _LEVELS = (1, 4, 16, 32)
-# Generated tokens of a request: stop strings are off, so that answers are as long as asked for.
+# Generated tokens of a request, from and to. Stop strings are off, so answers have the length asked for.
 _NEW_TOKENS = (8, 40)
 _START_TIMEOUT_S = 300.0
 
@@ -46,12 +46,12 @@ class Comparison:
 
     @property
     def throughput_error(self) -> float:
-        """Relative."""
+        """Relative error of the simulated throughput."""
         return abs(self.throughput[1] / self.throughput[0] - 1)
 
     @property
     def p95_error(self) -> float:
-        """Relative."""
+        """Relative error of the simulated p95."""
         return abs(self.p95[1] / self.p95[0] - 1)
 
 
@@ -108,7 +108,7 @@ async def _closed_loop(
 async def _open_loop(
     clients: Sequence[AsyncClient], examples: Sequence[Example], rate: float, seconds: float, rng: random.Random
 ) -> tuple[float, list[float]]:
-    """Requests finished a second, and end-to-end seconds from the intended send time, both after a fifth of the run."""
+    """Finished requests a second, and end-to-end seconds from the time due; without the first fifth of the run."""
     warm_up = seconds / 5
     gaps: list[float] = []
     while sum(gaps) < seconds:
@@ -134,7 +134,7 @@ async def _ask(client: AsyncClient, example: Example, rng: random.Random) -> Ans
     ttft = summary.timings.time_to_first_token.ToTimedelta().total_seconds()
     total = summary.timings.total.ToTimedelta().total_seconds()
     seconds = time.perf_counter() - began
-    # What the server does not see of a request comes before its first token, to the client's eye.
+    # Time that the server does not see counts as time before the first token.
     return Answered(
         ttft=ttft + seconds - total, seconds=seconds, prompt_tokens=summary.prompt_tokens,
         completion_tokens=summary.completion_tokens,
@@ -153,14 +153,14 @@ def _examples(address: str) -> list[Example]:
 
 @contextlib.contextmanager
 def _server(adapters: Path, core: int) -> Iterator[str]:
-    """A server of this machine's on one core; gives its address."""
+    """The address of a server that runs on one core."""
     usable = os.sched_getaffinity(0)
     server = ServerProcess(
         adapters=adapters, kv_cache_gib=0.25, omp_threads_bind=core, enable_prefix_caching=False, log_level="error",
         timeout=_START_TIMEOUT_S,
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
-        # Processes inherit the cores that they may use.
+        # A process inherits the cores that it may use.
         os.sched_setaffinity(0, {core})
         try:
             stack.enter_context(server)

@@ -17,21 +17,21 @@ from deploy.capacity.service import ServiceModel
 from deploy.capacity.simulate import Memory, Outcome, poisson, simulate
 
 _GIB = 1 << 30
-# Of a replica's memory, for the runtime, activations and compiled graphs.
+# Share of a replica's memory for the runtime, activations and compiled graphs.
 _RESERVE = 0.1
-# Of a replica, where nothing else is said.
+# A replica's memory by default.
 MEMORY_GIB = 8.0
-# To load an adapter that is not in memory.
+# Time to load an adapter that is not in memory.
 LOAD_SECONDS = 0.05
 MAX_REPLICAS = 100
-# Enough for tails to settle, and for a search over replicas to end within a minute.
+# Long enough for stable tails; short enough that a search over replicas ends within a minute.
 _SECONDS, _WARM_UP = 60.0, 15.0
 _MAX_REQUESTS = 60_000
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes: of the backbone's weights, of the KV cache a token, of one adapter version, of one task's biases.
+    """Bytes of the backbone's weights, of a token in the KV cache, of one adapter version, of one task's biases.
 
     The defaults are the default backbone's in bfloat16 (30 layers, 3 key-value heads of 64) and the shipped adapter's.
     """
@@ -43,7 +43,7 @@ class Sizes:
 
 
 class Demand(BaseModel):
-    """What is asked for. p95_ttft: seconds in which 95 % of the requests must have their first token."""
+    """The load to serve. p95_ttft: seconds in which 95 % of the requests must get their first token."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -62,7 +62,7 @@ class Demand(BaseModel):
 
 @dataclass(frozen=True)
 class Footprint:
-    """Memory of one replica in GiB, and how many adapter versions it holds at a time."""
+    """Memory of one replica in GiB. resident: adapter versions in memory at a time."""
 
     backbone: float
     kv_cache: float
@@ -73,13 +73,13 @@ class Footprint:
 
     @property
     def total(self) -> float:
-        """Without the reserve."""
+        """All of it except the reserve."""
         return self.backbone + self.kv_cache + self.adapters + self.tasks
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer: `replicas` of `footprint`, and what the simulation of them gave."""
+    """`replicas` replicas with `footprint` each, and the outcome of their simulation."""
 
     replicas: int
     footprint: Footprint
@@ -87,7 +87,7 @@ class Plan:
 
 
 def footprint(demand: Demand, memory_gib: float, model: ServiceModel, sizes: Sizes, tokens: float) -> Footprint:
-    """Memory for `max_num_seqs` sequences of `tokens` tokens. Raises CapacityError where not one adapter fits."""
+    """Memory for `max_num_seqs` sequences of `tokens` tokens. Raises CapacityError if not even one adapter fits."""
     budget = memory_gib * (1 - _RESERVE) * _GIB
     kv = model.max_num_seqs * tokens * sizes.kv_token
     fixed = sizes.backbone + kv + demand.tasks * sizes.task
@@ -118,7 +118,7 @@ def make_plan(
     max_replicas: int = MAX_REPLICAS,
     seed: int = 0,
 ) -> Plan:
-    """The fewest replicas that meet the demand. Raises CapacityError, saying what stands in the way, where none do."""
+    """The fewest replicas that meet the demand. Raises CapacityError if none do; the message says why."""
     sizes = sizes or Sizes()
     prompt = sum(p for p, _ in lengths) / len(lengths)
     completion = sum(c for _, c in lengths) / len(lengths)
@@ -160,7 +160,7 @@ def _meets(outcome: Outcome, demand: Demand) -> bool:
 
 
 def _fewest(least: int, most: int, enough: Callable[[int], bool]) -> int | None:
-    """The smallest n for which `enough(n)`, which holds from some n on; None where it does not up to `most`."""
+    """The smallest n from `least` to `most` with `enough(n)`, which must be monotonic; None if there is none."""
     low, high = least, least
     while not enough(high):
         if high == most:

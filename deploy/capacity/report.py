@@ -1,4 +1,4 @@
-"""Writes deploy/capacity.md: everything in it is computed here."""
+"""Writes deploy/capacity.md; computes every figure in it."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -19,20 +19,19 @@ def report(
     command: str,
     comparison: Mapping[str, Any] | None = None,
 ) -> str:
-    """The document. `comparison`: what `check` wrote of the simulation against real servers."""
+    """The document. `comparison`: the figures of `check`, the simulation against real servers."""
     prompt = sum(p for p, _ in lengths) / len(lengths)
     completion = sum(c for _, c in lengths) / len(lengths)
     lines = [
         "# Capacity",
         "",
         f"Made by `{command}` on {time.strftime('%Y-%m-%d')}. Requests have {prompt:.0f} prompt tokens and "
-        f"{completion:.0f} generated ones on average, as in those results; tasks are asked for under a Zipf law.",
+        f"{completion:.0f} generated ones on average, as in those results; the tasks' popularity follows a Zipf law.",
         "",
         "## The service model",
         "",
         "A step of one replica costs `base + per_sequence · sequences + per_prompt_token · prompt tokens + per_adapter "
-        "· distinct adapters`. Of the server that was measured, fitted to its results"
-        + (", one on a single core:" if comparison else ":"),
+        "· distinct adapters`. The measured server" + (", on a single core:" if comparison else ":"),
         "",
         "| base | a sequence | a prompt token | a request, outside the engine | most requests/s |",
         "| --- | --- | --- | --- | --- |",
@@ -64,7 +63,7 @@ def report(
 
 
 def compared(comparison: Mapping[str, Any]) -> list[str]:
-    """Lines of the document: two real servers and the simulation, side by side."""
+    """Lines of the document that compare two real servers with the simulation."""
     (measured, simulated), (p95, simulated_p95) = comparison["throughput"], comparison["p95_s"]
     return [
         f"Two such servers, a core each, were then offered {comparison['rate']:.1f} requests/s, round robin: they "

@@ -1,6 +1,6 @@
-"""Reads load-test results: the few fields that a service model is fitted to, and nothing else of the format.
+"""Reads from load-test results the few fields that a service model is fitted to.
 
-Read are the phases that are closed loops and keep every request (`mtlora-loadtest --outcomes`).
+Only closed loops that keep every request (`mtlora-loadtest --outcomes`) are used.
 """
 
 import json
@@ -21,7 +21,7 @@ class _Part(BaseModel):
 
 
 class Answered(_Part):
-    """One answered request. Times in seconds; results of whole answers (`--unary`) have no time of the first token."""
+    """One answered request. Times in seconds; whole answers (`--unary`) may lack the time of the first token."""
 
     ttft: float = Field(alias="time_to_first_token_s")
     seconds: float
@@ -30,14 +30,14 @@ class Answered(_Part):
 
 
 def _answered(outcomes: Any) -> Any:
-    """Of outcomes as a result has them, those that were answered."""
+    """The answered ones among a result's outcomes."""
     if all(isinstance(each, Answered) for each in outcomes):
         return outcomes
     return tuple(each for each in outcomes if each["status"] == "OK" and each["completion_tokens"])
 
 
 class Level(_Part):
-    """A closed loop at one concurrency: what was answered, and how many a second."""
+    """A closed loop at one concurrency. throughput: requests a second."""
 
     in_flight: int = Field(validation_alias=AliasPath("load", "in_flight"))
     throughput: float = Field(gt=0, validation_alias="throughput_per_second")
@@ -47,7 +47,7 @@ class Level(_Part):
 
 
 def read_levels(paths: Sequence[Path]) -> list[Level]:
-    """The closed loops of all results. Raises CapacityError for a file that is no result, or where there is no loop."""
+    """The closed loops of all results. Raises CapacityError for a file that is no result or has no closed loop."""
     return [level for path in paths for level in _read(path)]
 
 
@@ -70,7 +70,7 @@ def _read(path: Path) -> list[Level]:
 
 
 def document(levels: Sequence[Level]) -> dict[str, Any]:
-    """Levels in the form of a load-test result, as far as this package reads it."""
+    """Levels as a load-test result, with the fields that this package reads."""
     return {
         "format": _FORMAT,
         "phases": [

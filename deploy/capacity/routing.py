@@ -1,4 +1,4 @@
-"""Which replica gets a request: round robin, or the adapter's own replicas by bounded consistent hashing."""
+"""Routers choose a replica for a request: round robin, or by adapter with bounded consistent hashing."""
 
 import bisect
 import hashlib
@@ -9,13 +9,13 @@ _POINTS = 64
 
 
 class Router(Protocol):
-    """Chooses a replica's index for a request of `adapter`, given the requests in flight on each."""
+    """Chooses the index of the replica for a request of `adapter`, given every replica's requests in flight."""
 
     def choose(self, adapter: int, in_flight: Sequence[int]) -> int: ...
 
 
 class RoundRobin:
-    """One after the other, whatever is asked: what gRPC's round_robin does."""
+    """One after the other, like gRPC's round_robin."""
 
     def __init__(self, replicas: int) -> None:
         self._replicas = replicas
@@ -27,7 +27,7 @@ class RoundRobin:
 
 
 class AdapterAware:
-    """The adapter's first replica on a hash ring, or the next one where that has more than `slack` times the mean load.
+    """The adapter's first replica on a hash ring, or the next if that one has more than `slack` times the mean load.
 
     Consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam, 2018): an adapter's requests meet on few
     replicas, a popular adapter spreads, and one replica more or less moves few adapters.

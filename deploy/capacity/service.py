@@ -1,4 +1,4 @@
-"""What a step of one replica costs, and the fit of that to load-test results.
+"""The cost of a step of one replica, fitted to load-test results.
 
     step seconds = base + per_sequence * sequences + per_prompt_token * prompt tokens + per_adapter * distinct adapters
 
@@ -20,7 +20,7 @@ from deploy.capacity.result import Level
 
 @dataclass(frozen=True)
 class ServiceModel:
-    """Seconds: of a step, and of a request outside it. max_num_seqs: sequences that a step can run."""
+    """Seconds of a step by its parts. overhead: seconds of a request outside the engine."""
 
     base: float
     per_sequence: float
@@ -40,14 +40,14 @@ class ServiceModel:
         )
 
     def saturated_rate(self, prompt_tokens: float, completion_tokens: float, adapters: float = 1.0) -> float:
-        """Requests a second of a full replica, for mean lengths and `adapters` distinct ones a step."""
+        """Requests a second of a full replica, for mean lengths and `adapters` distinct adapters a step."""
         n = self.max_num_seqs
         per_token = (self.base + self.per_adapter * min(adapters, n)) / n + self.per_sequence
         return 1.0 / (completion_tokens * per_token + self.per_prompt_token * prompt_tokens)
 
 
 def fit(levels: Sequence[Level], *, max_num_seqs: int = 64) -> ServiceModel:
-    """Fit to closed loops at several concurrencies. Raises CapacityError where they cannot tell the costs apart.
+    """Fit to closed loops at several concurrencies. Raises CapacityError if they cannot tell the costs apart.
 
     At each level the loop's throughput X fixes the mean time between a sequence's tokens, and X times the mean prompt
     the prompt tokens that a step reads on the side. Little's law gives the mean number of sequences in the engine.
@@ -66,14 +66,14 @@ def fit(levels: Sequence[Level], *, max_num_seqs: int = 64) -> ServiceModel:
         between_tokens = decode.sum() / steps.sum()
         sequences = min(float(max_num_seqs), each.throughput * float(np.mean([a.seconds for a in each.answered])))
         prompt_tokens = each.throughput * between_tokens * prompt.mean()
-        # What takes turns with the decode steps is read in them: one equation a level.
+        # Prompts are read during decode steps: one equation a level.
         rows.append([1.0, float(sequences), float(prompt_tokens), 0.0])
         wanted.append(float(between_tokens))
         if each.in_flight == 1:
-            # Alone, the first token costs one step over the prompt, and the overhead.
+            # A request alone pays one step over its prompt, and the overhead, for its first token.
             rows += [[1.0, 1.0, float(p), 1.0] for p in prompt]
             wanted += [a.ttft for a in each.answered]
-    # A level counts as much as all the single requests do.
+    # A level weighs as much as all single requests together.
     weights = np.array([len(levels[0].answered) ** 0.5 if row[3] == 0 else 1.0 for row in rows]) / np.array(wanted)
     solution = _non_negative(np.array(rows) * weights[:, None], np.array(wanted) * weights)
     base, per_sequence, per_prompt_token, overhead = map(float, solution)
@@ -83,7 +83,7 @@ def fit(levels: Sequence[Level], *, max_num_seqs: int = 64) -> ServiceModel:
 
 
 def _non_negative(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Least squares over solutions that are not negative, of a few unknowns: the best of every subset of them."""
+    """Non-negative least squares for a few unknowns: the best solution over all subsets of them."""
     best, least = np.zeros(a.shape[1]), float("inf")
     for subset in range(1, 1 << a.shape[1]):
         columns = [i for i in range(a.shape[1]) if subset >> i & 1]
@@ -96,7 +96,7 @@ def _non_negative(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarra
 
 
 def read_model(path: Path) -> ServiceModel:
-    """A model that `fit` wrote. Raises CapacityError."""
+    """Read a model that `fit` wrote. Raises CapacityError."""
     try:
         return ServiceModel(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:

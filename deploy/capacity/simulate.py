@@ -1,9 +1,8 @@
-"""Discrete events: requests arrive, a router sends them to replicas, each replica runs step after step.
+"""Discrete-event simulation: requests arrive, a router sends them to replicas, each replica runs step after step.
 
-A replica is modelled as the engine schedules: waiting requests are taken first come first served while there is room in
-the batch and in the step's token budget, a taken request's prompt is read in its first step, and every running sequence
-gains a token a step. Weights of an adapter that a replica has not in memory are loaded first, and the least recently
-used make room.
+A replica schedules like the engine. It takes waiting requests first come, first served, while the batch and the step's
+token budget have room. It reads a request's prompt in its first step, and every running sequence gains a token a step.
+If an adapter's weights are not in memory, it loads them first and evicts the least recently used ones.
 """
 
 import heapq
@@ -20,7 +19,7 @@ from deploy.capacity.service import ServiceModel
 
 @dataclass(slots=True)
 class Request:
-    """Arrival in seconds; task, adapter and tokens. The rest is filled in by the simulation."""
+    """A request. Times in seconds; the simulation fills in `first_token` and `finished`."""
 
     arrival: float
     task: int
@@ -33,7 +32,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Memory:
-    """Adapter versions that a replica keeps in memory, and seconds to load one that is not."""
+    """Adapter versions that a replica keeps in memory, and seconds to load another."""
 
     adapters: int
     load_seconds: float
@@ -41,7 +40,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one simulation. Times in seconds, of requests that arrived after the warm-up."""
+    """The result of a simulation. Times in seconds, for requests that arrived after the warm-up."""
 
     throughput: float
     ttft: np.ndarray = field(repr=False)
@@ -56,13 +55,13 @@ class Outcome:
 
 
 class Replica:
-    """One engine. `advance` runs a step and gives its end."""
+    """One engine. `begin_step` and `end_step` run a step."""
 
     def __init__(self, model: ServiceModel, memory: Memory | None) -> None:
         self._model = model
         self._memory = memory
         self.waiting: deque[Request] = deque()
-        # (number of the step in which it ends, order, request)
+        # (number of the step that ends it, order, request)
         self._running: list[tuple[int, int, Request]] = []
         self._fresh: list[Request] = []
         self._step = 0
@@ -75,7 +74,7 @@ class Replica:
         self.step_adapters = 0
 
     def begin_step(self, now: float) -> float:
-        """Take what waits and start a step; returns when it ends."""
+        """Take waiting requests and start a step; return the time of its end."""
         model, tokens, load = self._model, 0, 0.0
         self._fresh = []
         while self.waiting and len(self._running) < model.max_num_seqs:
@@ -94,7 +93,7 @@ class Replica:
         return now + load + model.step(len(self._running), tokens, len(self._adapters))
 
     def end_step(self, now: float) -> list[Request]:
-        """The step has ended; returns what is finished with it."""
+        """End the step; return the requests that it finished."""
         for request in self._fresh:
             request.first_token = now
         self._step += 1
@@ -112,11 +111,11 @@ class Replica:
 
     @property
     def idle(self) -> bool:
-        """Nothing runs or waits."""
+        """Whether nothing runs or waits."""
         return not self._running and not self.waiting
 
     def _touch(self, adapter: int) -> float:
-        """Seconds until an adapter's weights are in memory."""
+        """Use an adapter's weights; return the seconds to load them."""
         if self._memory is None:
             return 0.0
         if adapter in self._resident:
@@ -138,9 +137,9 @@ def simulate(
     memory: Memory | None = None,
     warm_up: float = 0.0,
 ) -> Outcome:
-    """Run requests, in order of arrival, through `replicas` replicas, to the end of the last one.
+    """Run requests, which must be in order of arrival, through `replicas` replicas until the last one ends.
 
-    Throughput is of what finished between the warm-up's end and the last arrival.
+    Throughput counts requests that finished between the warm-up's end and the last arrival.
     """
     engines = [Replica(model, memory) for _ in range(replicas)]
     in_flight = [0] * replicas
@@ -199,7 +198,7 @@ def poisson(
     zipf: float = 1.0,
     seed: int = 0,
 ) -> list[Request]:
-    """Requests that arrive independently, `rate` a second.
+    """Requests that arrive independently of each other, `rate` a second.
 
     lengths: (prompt, completion) tokens to draw from. zipf: exponent of the tasks' popularity, 0 for uniform; the tasks
     are dealt out to the adapters by turns.
@@ -209,7 +208,7 @@ def poisson(
     arrivals = np.sort(rng.uniform(0, seconds, count))
     weights = np.arange(1, tasks + 1) ** -zipf
     drawn = rng.choice(tasks, count, p=weights / weights.sum())
-    # Popular tasks fall on adapters at random, not all on the first ones.
+    # Spread popular tasks over adapters at random, or the first adapters would get them all.
     home = random.Random(seed).sample(range(tasks), tasks)
     which = rng.integers(len(lengths), size=count)
     return [

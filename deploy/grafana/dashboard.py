@@ -14,7 +14,7 @@ _WIDTH, _HEIGHT, _COLUMNS = 8, 8, 24
 
 
 class Panel(BaseModel):
-    """One chart, as panels.yaml has it. queries: PromQL by legend."""
+    """One chart of panels.yaml. queries: PromQL by legend. quantiles: a histogram, instead of queries."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,7 +36,7 @@ class Row(BaseModel):
 
 
 def dashboard() -> dict[str, Any]:
-    """The dashboard, as Grafana 10 and later import it."""
+    """The dashboard, for Grafana 10 or later."""
     panels: list[dict[str, Any]] = []
     y = 0
     for row in TypeAdapter(list[Row]).validate_python(yaml.safe_load(PANELS.read_text())):

@@ -1,7 +1,7 @@
-"""Compiles the C module that Triton would compile at its first use of an NVIDIA driver: images have no compiler.
+"""Compiles the C module that Triton otherwise compiles when it first uses an NVIDIA driver: images have no compiler.
 
-Run where the image is built, with a folder that has any libcuda.so.1 to link to; TRITON_CACHE_DIR gets the module,
-where Triton finds it by its source. Exit status 1 where it is not there afterwards.
+Run it while building the image, with a folder that has any libcuda.so.1 to link to. The module goes to
+TRITON_CACHE_DIR, where Triton finds it by its source. Exit status 1 if it is not there afterwards.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from triton.runtime.build import compile_module_from_src
 def main() -> int:
     """argv[1]: the folder."""
     source = Path(driver.__file__).with_name("driver.c").read_text()
-    # It loads beside a real driver alone; by then it has been compiled.
+    # Loading fails without a real driver, after the compilation.
     with contextlib.suppress(ImportError):
         compile_module_from_src(
             src=source,
