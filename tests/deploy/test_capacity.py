@@ -1,4 +1,4 @@
-"""The simulation against what is known exactly, the fit against models it must find again, and impossible questions."""
+"""The simulation against exact results, the fit against known models, and rejected demands."""
 
 import heapq
 import json
@@ -68,7 +68,7 @@ def levels() -> list[Level]:
     return [closed_loop(MODEL, n, 40 * n) for n in (1, 4, 16, 48)]
 
 
-def test_one_sequence_at_a_time_is_the_queue_of_the_textbook() -> None:
+def test_simulates_an_m_d_1_queue() -> None:
     """Poisson arrivals, one server, constant service: the mean wait is rho * s / (2 (1 - rho))."""
     model = ServiceModel(base=0.01, per_sequence=0.0, per_prompt_token=0.0, max_num_seqs=1)
     requests = poisson(70.0, 2000.0, tasks=1, adapters=1, lengths=[(1, 1)])
@@ -77,13 +77,13 @@ def test_one_sequence_at_a_time_is_the_queue_of_the_textbook() -> None:
     assert outcome.throughput == pytest.approx(70.0, rel=0.02)
 
 
-def test_a_request_alone_takes_its_steps() -> None:
+def test_simulates_the_steps_of_a_request_alone() -> None:
     outcome = simulate([Request(0.0, 0, 0, 50, 10)], 1, MODEL, RoundRobin(1))
     assert outcome.ttft[0] == pytest.approx(MODEL.step(1, 50, 1) + MODEL.overhead)
     assert outcome.e2e[0] == pytest.approx(MODEL.step(1, 50, 1) + 9 * MODEL.step(1, 0, 1) + MODEL.overhead)
 
 
-def test_a_full_replica_answers_its_saturated_rate() -> None:
+def test_full_replica_reaches_its_saturated_rate() -> None:
     requests = [Request(0.0, 0, 0, 100, 32) for _ in range(64 * 40)]
     outcome = simulate(requests, 1, MODEL, RoundRobin(1))
     assert len(requests) / outcome.e2e.max() == pytest.approx(MODEL.saturated_rate(100, 32), rel=0.05)
@@ -91,7 +91,7 @@ def test_a_full_replica_answers_its_saturated_rate() -> None:
 
 @given(st.integers(1, 5), st.sampled_from(list(ROUTERS)), st.integers(0, 1000))
 @settings(max_examples=20, deadline=None)
-def test_every_request_is_answered_in_order_of_time(replicas: int, router: str, seed: int) -> None:
+def test_answers_every_request_after_its_arrival(replicas: int, router: str, seed: int) -> None:
     requests = poisson(30.0, 3.0, tasks=20, adapters=5, lengths=LENGTHS, seed=seed)
     outcome = simulate(requests, replicas, MODEL, ROUTERS[router](replicas), memory=Memory(2, 0.01))
     assert len(outcome.e2e) == len(requests)
@@ -99,7 +99,7 @@ def test_every_request_is_answered_in_order_of_time(replicas: int, router: str, 
     assert outcome.loads >= len({r.adapter for r in requests})
 
 
-def test_adapter_aware_routing_loads_less() -> None:
+def test_adapter_aware_routing_loads_fewer_adapters() -> None:
     outcomes = {}
     for name, router in ROUTERS.items():
         requests = poisson(150.0, 20.0, tasks=1000, adapters=200, lengths=LENGTHS)
@@ -109,19 +109,19 @@ def test_adapter_aware_routing_loads_less() -> None:
 
 
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=20), st.integers(0, 500))
-def test_no_replica_gets_more_than_its_bound(in_flight: list[int], adapter: int) -> None:
+def test_routing_keeps_every_replica_within_its_bound(in_flight: list[int], adapter: int) -> None:
     chosen = AdapterAware(len(in_flight), slack=1.25).choose(adapter, in_flight)
     bound = 1.25 * (sum(in_flight) + 1) / len(in_flight)
     assert in_flight[chosen] + 1 <= max(1.0, bound) or in_flight[chosen] == min(in_flight)
 
 
-def test_a_replica_more_moves_few_adapters() -> None:
+def test_adding_a_replica_moves_few_adapters() -> None:
     before, after = AdapterAware(20), AdapterAware(21)
     moved = sum(before.choose(a, [0] * 20) != after.choose(a, [0] * 21) for a in range(1000))
     assert moved < 150
 
 
-def test_the_fit_finds_the_model_again(levels: list[Level]) -> None:
+def test_fit_recovers_the_model(levels: list[Level]) -> None:
     found = fit(levels)
     for in_flight, each in zip((1, 4, 16, 48), levels, strict=True):
         again = closed_loop(found, in_flight, 40 * in_flight)
@@ -130,7 +130,7 @@ def test_the_fit_finds_the_model_again(levels: list[Level]) -> None:
         assert p95[1] == pytest.approx(p95[0], rel=0.08)
 
 
-def test_ten_thousand_tasks_on_a_hundred_replicas_in_a_minute() -> None:
+def test_simulates_ten_thousand_tasks_on_a_hundred_replicas_in_a_minute() -> None:
     requests = poisson(1000.0, 20.0, tasks=10_000, adapters=2000, lengths=LENGTHS)
     began = time.process_time()
     outcome = simulate(requests, 100, MODEL, AdapterAware(100), memory=Memory(200, 0.05))
@@ -138,7 +138,7 @@ def test_ten_thousand_tasks_on_a_hundred_replicas_in_a_minute() -> None:
     assert len(outcome.e2e) == len(requests)
 
 
-def test_a_plan_is_the_fewest_replicas_that_do() -> None:
+def test_plans_the_fewest_replicas_that_suffice() -> None:
     plan = make_plan(demand(tasks=100, adapters=10, rate=40.0, p95_ttft=0.5), MODEL, LENGTHS)
     assert plan.outcome.percentiles(plan.outcome.ttft)[1] <= 0.5
     requests = poisson(40.0, 60.0, tasks=100, adapters=10, lengths=LENGTHS)
@@ -151,7 +151,7 @@ def test_a_plan_is_the_fewest_replicas_that_do() -> None:
     assert plan.footprint.slots == MODEL.max_num_seqs
 
 
-def test_memory_bounds_the_adapters_that_are_resident() -> None:
+def test_memory_limits_resident_adapters() -> None:
     sizes = Sizes(adapter=100 << 20)
     plan = make_plan(demand(500, 500, 5.0), MODEL, LENGTHS, memory_gib=2.0, sizes=sizes)
     assert 0 < plan.footprint.resident < 20
@@ -166,7 +166,7 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
-def test_the_impossible_is_said_to_be(name: str) -> None:
+def test_rejects_demands_that_no_plan_can_meet(name: str) -> None:
     asked, memory_gib, message = IMPOSSIBLE[name]
     with pytest.raises(CapacityError, match=message):
         make_plan(asked, MODEL, LENGTHS, memory_gib=memory_gib)
@@ -182,12 +182,12 @@ def test_the_impossible_is_said_to_be(name: str) -> None:
         ((10**6, 1, 1.0), "tasks\n.*less than or equal to 100000"),
     ],
 )
-def test_demands_that_make_no_sense(values: tuple[int, int, float], message: str) -> None:
+def test_rejects_invalid_demands(values: tuple[int, int, float], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         demand(*values)
 
 
-def test_the_commands(levels: list[Level], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_the_commands(levels: list[Level], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = [str(write_result(tmp_path / f"{level.in_flight}.json", level)) for level in levels]
     assert main(["fit", *results, "--out", str(tmp_path / "model.json")]) == 0
     flags = ["--tasks", "50", "--adapters", "2", "--rate", "30"]
@@ -206,11 +206,11 @@ def test_the_commands(levels: list[Level], tmp_path: Path, capsys: pytest.Captur
     assert "one concurrency" in capsys.readouterr().err
 
 
-def test_levels_are_read_as_they_were_written(levels: list[Level], tmp_path: Path) -> None:
+def test_reads_the_levels_it_wrote(levels: list[Level], tmp_path: Path) -> None:
     assert read_levels([write_result(tmp_path / "a", levels[0]), write_result(tmp_path / "b", levels[1])]) == levels[:2]
 
 
-def test_answers_without_a_first_token_time_are_refused(levels: list[Level], tmp_path: Path) -> None:
+def test_rejects_answers_without_a_first_token_time(levels: list[Level], tmp_path: Path) -> None:
     path = write_result(tmp_path / "unary.json", levels[0])
     path.write_text(path.read_text().replace('"time_to_first_token_s": 0', '"time_to_first_token_s": null, "x": 0'))
     with pytest.raises(CapacityError, match="time_to_first_token_s: Input should be a valid number"):
@@ -220,14 +220,14 @@ def test_answers_without_a_first_token_time_are_refused(levels: list[Level], tmp
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "phases": []}', '{"format": 1, "phases": [{}]}']
 )
-def test_what_is_no_result(content: str, tmp_path: Path) -> None:
+def test_rejects_files_that_are_no_result(content: str, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     path.write_text(content)
     with pytest.raises(CapacityError, match=r"r\.json: "):
         read_levels([path])
 
 
-def test_the_document_says_how_far_the_simulation_was_off() -> None:
+def test_document_compares_simulation_and_measurement() -> None:
     found = " ".join(compared({"rate": 24.81, "throughput": (24.76, 24.87), "p95_s": (1.069, 1.038)}))
     assert "offered 24.8 requests/s" in found
     assert "answered 24.8, the simulation 24.9; p95 end to end was 1.07 s, in the simulation 1.04 s" in found

@@ -1,4 +1,4 @@
-"""The service config that clients are given: calls go round the servers, and past one that refuses."""
+"""The clients' service config balances calls and avoids servers that refuse."""
 
 import json
 
@@ -21,24 +21,24 @@ def channel(*services: Service) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(target(*(service.address for service in services)), options=options)
 
 
-def test_it_names_services_that_exist() -> None:
+def test_names_existing_services() -> None:
     config = json.loads(CONFIG)
     service = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
     assert config["methodConfig"][0]["name"] == [{"service": service}]
     assert config["healthCheckConfig"]["serviceName"] == service
 
 
-async def test_calls_go_round_the_servers() -> None:
+async def test_balances_calls_over_servers() -> None:
     async with Service().running() as first, Service().running() as second, channel(first, second) as open_channel:
         stub = inference_pb2_grpc.InferenceStub(open_channel)
         for _ in range(8):
             await stub.Generate(inference_pb2.GenerateRequest(task_id="one", text="x"), wait_for_ready=True)
-        # The second connection may come up a call or two after the first.
+        # The second connection may open a call or two after the first.
         await eventually(lambda: bool(first.engine.jobs))
         assert min(len(first.engine.jobs), len(second.engine.jobs)) >= 2
 
 
-async def test_unavailable_is_tried_elsewhere() -> None:
+async def test_retries_unavailable_on_another_server() -> None:
     async with Service().running() as good, Service().running() as draining, channel(good, draining) as open_channel:
         draining.admission.state = State.DRAINING
         stub = inference_pb2_grpc.InferenceStub(open_channel)

@@ -1,4 +1,4 @@
-"""The pod's container, as far as it runs without a cluster: entrypoint, user, read-only root, signals."""
+"""The pod's container without a cluster: entrypoint, user, read-only root, signals."""
 
 import os
 import shutil
@@ -37,14 +37,14 @@ def deployment() -> dict[str, Any]:
 
 
 def settings() -> dict[str, str]:
-    """The ConfigMap's variables; tenants and certificates are not there to mount."""
+    """The ConfigMap's variables, without tenants and certificates, which are not mounted here."""
     generators = yaml.safe_load((BASE / "kustomization.yaml").read_text())["configMapGenerator"]
     pairs = [literal.partition("=") for literal in generators[0]["literals"]]
     return {name: value for name, _, value in pairs if "/etc/mtlora" not in value}
 
 
 class Container:
-    """The server in a sandbox that has what the pod has: its user, its writable folders, no capabilities, process 1."""
+    """The server in a sandbox like the pod: same user, same writable folders, no capabilities, process 1."""
 
     def __init__(self, adapters: Path) -> None:
         self.grpc, self.health, self.metrics = free_port(), free_port(), free_port()
@@ -75,7 +75,7 @@ class Container:
             "--remount-ro", "/opt", "--remount-ro", "/var/lib",
             "--tmpfs", "/var/cache", "--dir", mounts["cache"], "--tmpfs", mounts["tmp"], "--remount-ro", "/var/cache",
             "--tmpfs", mounts["cache"],
-            # The repository may lie under a folder that is the pod's own here.
+            # The repository may lie below a folder that the sandbox replaces.
             "--ro-bind", str(REPOSITORY), str(REPOSITORY), "--chdir", "/tmp", "--clearenv",
         ]  # fmt: skip
         for name, value in self.environment.items():
@@ -100,7 +100,7 @@ def container(tmp_path_factory: pytest.TempPathFactory) -> Container:
     return Container(folder)
 
 
-def test_nothing_can_be_written_but_the_mounts(container: Container) -> None:
+def test_only_the_mounts_are_writable(container: Container) -> None:
     writable = [m["mountPath"] for m in deployment()["containers"][0]["volumeMounts"] if not m.get("readOnly")]
     assert sorted(writable) == ["/dev/shm", "/tmp", "/var/cache/mtlora"]
     tries = "; ".join(
@@ -121,7 +121,9 @@ def server(container: Container, tmp_path: Path) -> Iterator[subprocess.Popen[by
         process.wait()
 
 
-def test_a_life_in_the_pod(container: Container, server: subprocess.Popen[bytes], tmp_path: Path) -> None:
+def test_starts_serves_and_drains_in_the_pod(
+    container: Container, server: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
     log = tmp_path / "log"
     _until(lambda: container.well("live"), server, log)
     assert not container.well(manifests.SERVICE), "a starting server is live, and not ready"
@@ -143,8 +145,8 @@ def test_a_life_in_the_pod(container: Container, server: subprocess.Popen[bytes]
     assert "Traceback" not in written, written[-4000:]
 
 
-def test_the_images_are_as_the_pods_need_them() -> None:
-    """What can be told of a Dockerfile without building it."""
+def test_images_fit_the_pods() -> None:
+    """Check the Dockerfiles without building them."""
     pod = deployment()
     for kind in ("cpu", "gpu"):
         text = (manifests.FOLDER / f"Dockerfile.{kind}").read_text()

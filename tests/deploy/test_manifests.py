@@ -1,4 +1,4 @@
-"""Every overlay builds, is valid and meets the policy; and a manifest that is not or does not is found out."""
+"""Every overlay builds, is valid and meets the policy; invalid manifests and violations are found."""
 
 import copy
 import shutil
@@ -26,18 +26,18 @@ def cpu() -> list[dict[str, Any]]:
     return manifests.build(manifests.OVERLAYS / "cpu")
 
 
-def test_the_four_overlays() -> None:
+def test_there_are_four_overlays() -> None:
     assert OVERLAYS == ["cpu", "gpu", "gpu-tp", "multi-node"]
 
 
 @needs_kustomize
-def test_valid_and_within_the_policy(built: list[dict[str, Any]]) -> None:
+def test_overlays_are_valid_and_meet_the_policy(built: list[dict[str, Any]]) -> None:
     assert [found for manifest in built for found in manifests.validate(manifest)] == []
     assert manifests.violations(built) == []
 
 
 @needs_kustomize
-def test_every_variable_is_a_setting(built: list[dict[str, Any]]) -> None:
+def test_every_variable_of_the_config_map_is_a_setting(built: list[dict[str, Any]]) -> None:
     known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
     assert manifests.server_settings(built).keys() <= known
 
@@ -83,7 +83,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 
 @needs_kustomize
 @pytest.mark.parametrize("name", DAMAGES)
-def test_the_policy_finds(name: str, cpu: list[dict[str, Any]]) -> None:
+def test_policy_finds_violations(name: str, cpu: list[dict[str, Any]]) -> None:
     damage, message = DAMAGES[name]
     damaged = copy.deepcopy(cpu)
     damage(damaged)
@@ -105,7 +105,7 @@ INVALID: dict[str, tuple[str, Damage]] = {
 
 @needs_kustomize
 @pytest.mark.parametrize("name", INVALID)
-def test_validation_finds(name: str, cpu: list[dict[str, Any]]) -> None:
+def test_validation_finds_errors(name: str, cpu: list[dict[str, Any]]) -> None:
     kind, damage = INVALID[name]
     damaged = copy.deepcopy(one(cpu, kind))
     assert manifests.validate(damaged) == []
@@ -114,19 +114,17 @@ def test_validation_finds(name: str, cpu: list[dict[str, Any]]) -> None:
 
 
 @needs_kustomize
-def test_validation_reads_the_pods_of_a_ray_cluster() -> None:
+def test_validates_the_pods_of_a_ray_cluster() -> None:
     cluster = one(manifests.build(manifests.OVERLAYS / "multi-node"), "RayCluster")
     cluster["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["imagee"] = "x"
     assert manifests.validate(cluster) != []
 
 
-def test_without_kustomize_it_says_how_to_get_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_says_how_to_install_kustomize(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("PATH", "")
     assert manifests.main([]) == 2
     assert "apt-get install kustomize" in capsys.readouterr().out
 
 
-def test_the_prometheus_rule_is_the_rules() -> None:
+def test_prometheus_rule_equals_the_rules() -> None:
     assert manifests.PROMETHEUS_RULE.read_text() == manifests.prometheus_rule()

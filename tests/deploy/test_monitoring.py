@@ -1,4 +1,4 @@
-"""Rules, alerts, dashboard and autoscaler name metrics that the server has, and do what they are for."""
+"""Rules, alerts, dashboard and autoscaler name existing metrics and work."""
 
 import re
 import shutil
@@ -49,17 +49,17 @@ def names_in(text: str) -> set[str]:
     return set(NAME.findall(text))
 
 
-def test_rules_name_metrics_that_exist() -> None:
+def test_rules_name_existing_metrics() -> None:
     known = served() | recorded()
     for rule in rules():
         assert names_in(rule["expr"]) <= known
         assert names_in(rule["expr"])
     in_texts = names_in(" ".join(text for rule in rules() for text in rule.get("annotations", {}).values()))
-    # Texts name families, with or without the suffix.
+    # Texts name metrics with or without the suffix.
     assert in_texts <= known | {family.name for family in families()}
 
 
-def test_the_dashboard_names_metrics_that_exist() -> None:
+def test_dashboard_names_existing_metrics() -> None:
     assert len(queries()) > 40
     for expression in queries():
         assert names_in(expression), expression
@@ -72,7 +72,7 @@ def test_every_metric_is_on_the_dashboard_or_in_a_rule() -> None:
     assert {f.name for f in families() if not any(name.startswith(f.name) for name in used)} == set()
 
 
-def test_the_autoscaler_names_metrics_that_exist() -> None:
+def test_autoscaler_names_existing_metrics() -> None:
     base = manifests.FOLDER / "kubernetes" / "base"
     scaler = yaml.safe_load((base / "horizontalpodautoscaler.yaml").read_text())
     asked = {metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]}
@@ -80,9 +80,9 @@ def test_the_autoscaler_names_metrics_that_exist() -> None:
     assert asked <= names_in((PROMETHEUS / "adapter-values.yaml").read_text())
 
 
-def test_labels_in_expressions_exist() -> None:
+def test_expressions_name_existing_labels() -> None:
     labels = {label for each in Metrics().labels.values() for label in each}
-    # Of the scrape, and of a histogram.
+    # Labels of the scrape and of histograms.
     labels |= {"namespace", "pod", "le"}
     expressions = [rule["expr"] for rule in rules()]
     expressions += [target["expr"] for panel in dashboard.dashboard()["panels"] for target in panel.get("targets", ())]
@@ -94,11 +94,11 @@ def test_labels_in_expressions_exist() -> None:
         assert {*grouped, *matched} - {""} <= labels, expression
 
 
-def test_the_dashboard_is_what_its_module_makes() -> None:
+def test_dashboard_file_is_up_to_date() -> None:
     assert dashboard.FILE.read_text() == dashboard.text()
 
 
-def test_the_dashboard_answers_an_operators_questions() -> None:
+def test_dashboard_has_its_rows_and_no_overlaps() -> None:
     made = dashboard.dashboard()
     rows = [panel["title"] for panel in made["panels"] if panel["type"] == "row"]
     assert rows == ["Is it well?", "Tenants", "Latency", "Capacity", "Adapters", "Engine"]
@@ -122,13 +122,13 @@ def test_every_alert_is_tested() -> None:
 
 @needs_promtool
 @pytest.mark.parametrize("arguments", [("check", "rules", "rules.yaml"), ("test", "rules", "rules_test.yaml")])
-def test_promtool(arguments: tuple[str, ...]) -> None:
+def test_rules_pass_promtool(arguments: tuple[str, ...]) -> None:
     done = subprocess.run(["promtool", *arguments], cwd=PROMETHEUS, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @needs_promtool
-def test_the_dashboards_queries_are_promql(tmp_path: Path) -> None:
+def test_dashboard_queries_are_valid_promql(tmp_path: Path) -> None:
     written = [{"record": f"r:{i}", "expr": e.replace("$__rate_interval", "5m")} for i, e in enumerate(queries())]
     path = tmp_path / "queries.yaml"
     path.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": written}]}))
@@ -137,7 +137,7 @@ def test_the_dashboards_queries_are_promql(tmp_path: Path) -> None:
 
 
 @needs_promtool
-def test_the_page_is_sound() -> None:
+def test_metrics_page_passes_promtool() -> None:
     metrics = Metrics()
     metrics.record_request("Generate", "one", "a", "OK", 1, 1)
     done = subprocess.run(

@@ -19,7 +19,7 @@ def request(task: str = "sort", tenant: str = "acme", target: str | None = None)
 
 
 def outcome(intended: float, e2e: float, **fields: Any) -> Outcome:
-    """An answer whose first token came after a quarter of the time, and then two more."""
+    """An answer of three tokens; the first comes after a quarter of the time."""
     asked = fields.pop("request", request())
     values: dict[str, Any] = {
         "sent": intended, "ended": intended + e2e, "first": intended + e2e / 4, "gaps": [e2e / 4, e2e / 2],
@@ -40,7 +40,7 @@ def record(into: Recorder, *outcomes: Outcome) -> Recorder:
 
 
 def phase(rate: float, latency: float, *, name: str | None = None, seed: int = 0, seconds: int = 20) -> dict[str, Any]:
-    """A phase of a system that answers after about `latency` seconds."""
+    """A phase against a system that answers after about `latency` seconds."""
     rng = random.Random(seed)
     filled = recorder((0.0, float(seconds)))
     now = rng.expovariate(rate)
@@ -61,7 +61,7 @@ def a_result(*phases: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_knee(made: dict[str, Any]) -> dict[str, Any]:
-    """As a search for the knee leaves it, the last phase but one being the knee."""
+    """The result of a search for the knee; the last phase but one is the knee."""
     steps = [step_of(each, OBJECTIVE) for each in made["phases"]]
     made["knee"] = {
         "phase": made["phases"][-2]["name"], "offered_per_second": steps[-2].offered, "bounded": True,

@@ -1,4 +1,4 @@
-"""When, of what and by whom is asked: arrivals, mixes, traces, tenants, workloads."""
+"""What a load consists of: arrivals, mixes, traces, tenants, workloads."""
 
 import json
 import statistics
@@ -25,11 +25,11 @@ NAMES = ["a", "b", "c", "d"]
 SERVED = [TaskInfo("navigate", ("input",), ("\n",)), TaskInfo("pair", ("first", "second"), ())]
 
 
-def test_poisson_arrivals_have_the_rate_and_the_spread_of_a_poisson_process() -> None:
+def test_arrivals_follow_a_poisson_process() -> None:
     times = list(poisson(50, 200, "seed"))
     gaps = [b - a for a, b in pairwise(times)]
     assert len(times) == pytest.approx(50 * 200, rel=0.04)
-    # Of an exponential distribution the deviation is the mean, and 1/e of it lies beyond the mean.
+    # In an exponential distribution, the deviation equals the mean, and a share of 1/e lies beyond the mean.
     assert statistics.stdev(gaps) == pytest.approx(1 / 50, rel=0.05)
     assert sum(gap > 1 / 50 for gap in gaps) / len(gaps) == pytest.approx(0.3679, abs=0.02)
     assert times == list(poisson(50, 200, "seed")) != list(poisson(50, 200, "other"))
@@ -46,11 +46,11 @@ def test_poisson_arrivals_have_the_rate_and_the_spread_of_a_poisson_process() ->
         ("hot:a=0.7", [0.7, 0.1, 0.1, 0.1]),
     ],
 )
-def test_mixes(mix: str, expected: list[float]) -> None:
+def test_mix_gives_the_weights_of_names(mix: str, expected: list[float]) -> None:
     assert weights(mix, NAMES, "task") == pytest.approx(expected)
 
 
-def test_an_unknown_name_in_a_mix_gets_near_matches() -> None:
+def test_unknown_name_in_a_mix_gets_near_matches() -> None:
     with pytest.raises(LoadTestError, match=r"no task 'navigat'.*near: navigate"):
         weights("hot:navigat", ["navigate", "sort"], "task")
     with pytest.raises(LoadTestError, match="share of 2"):
@@ -71,7 +71,7 @@ LINES = st.fixed_dictionaries(
 
 
 @given(st.lists(LINES, min_size=1, max_size=10))
-def test_a_trace_is_read_as_it_was_written(lines: list[dict[str, object]]) -> None:
+def test_reads_every_key_of_a_trace(lines: list[dict[str, object]]) -> None:
     lines.sort(key=lambda line: line["at"])  # type: ignore[arg-type,return-value]
     entries = parse_trace([json.dumps(line) for line in lines], "trace")
     assert [entry.at for entry in entries] == [line["at"] for line in lines]
@@ -80,9 +80,9 @@ def test_a_trace_is_read_as_it_was_written(lines: list[dict[str, object]]) -> No
 
 
 @given(st.text(max_size=40), st.integers(0, 3))
-def test_anything_else_is_an_error_that_names_the_line(text: str, before: int) -> None:
+def test_invalid_trace_names_the_line(text: str, before: int) -> None:
     assume(text.strip())
-    # A text as short as this is a line of a trace by no chance worth counting.
+    # A text this short is practically never a valid line.
     with pytest.raises(LoadTestError, match=f"trace: line {before + 1}: "):
         parse_trace([*['{"at": 1}'] * before, text], "trace")
 
@@ -104,14 +104,14 @@ def test_anything_else_is_an_error_that_names_the_line(text: str, before: int) -
         ('{"at": 2, "input": {"first": "x"}}', "needs a task"),
     ],
 )
-def test_a_wrong_line_of_a_trace(line: str, expected: str) -> None:
+def test_invalid_trace_names_the_cause(line: str, expected: str) -> None:
     with pytest.raises(LoadTestError) as caught:
         parse_trace(['{"at": 1}', "", line], "trace")
     assert "trace: line 3: " in str(caught.value)
     assert expected in str(caught.value)
 
 
-def test_a_trace_begins_at_zero_and_has_lines(tmp_path: Path) -> None:
+def test_trace_begins_at_zero_and_has_lines(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text('{"at": 1700000000.5}\n{"at": 1700000002}\n')
     assert [entry.at for entry in read_trace(path)] == [0, 1.5]
@@ -125,7 +125,7 @@ def test_a_trace_begins_at_zero_and_has_lines(tmp_path: Path) -> None:
         read_prompts(path)
 
 
-def test_tenants(tmp_path: Path) -> None:
+def test_reads_tenants_and_hides_their_keys(tmp_path: Path) -> None:
     path = tmp_path / "tenants"
     path.write_text("# who\nacme s3cret\n\nbolt 0ther\n")
     assert read_tenants(path) == [Tenant("acme", "s3cret"), Tenant("bolt", "0ther")]
@@ -150,7 +150,7 @@ def take(source: Workload, count: int) -> list[Request]:
     return [next(source) for _ in range(count)]
 
 
-def test_a_workload_repeats_itself_for_its_seed_and_no_input_before_all_were_asked() -> None:
+def test_workload_repeats_for_its_seed_and_no_input_before_all_were_asked() -> None:
     first, again, other = workload(), workload(), workload(seed=1)
     requests = take(first, 200)
     assert requests == take(again, 200)
@@ -158,13 +158,13 @@ def test_a_workload_repeats_itself_for_its_seed_and_no_input_before_all_were_ask
     assert len({request.message for request in requests}) == 200
     assert {request.tenant.name for request in requests} == {"acme", "bolt"}
     message = pb.GenerateRequest.FromString(requests[0].message)
-    # Only the served task of the suite is asked.
+    # The server has only this task of the suite.
     assert message.task_id == requests[0].task_id == "navigate"
     assert requests[0].target in ("Yes", "No")
     assert not message.HasField("parameters") or not message.parameters.HasField("max_new_tokens")
 
 
-def test_mix_and_lengths_of_made_up_inputs() -> None:
+def test_random_words_follow_mix_and_lengths() -> None:
     settings = {"prompt_words": Range(4, 6), "new_tokens": Range(2, 3)}
     drawn = take(workload(task_mix="hot:pair=0.8", tenant_mix="hot:acme=0.9", **settings), 1000)
     assert Counter(r.task_id for r in drawn)["pair"] == pytest.approx(800, abs=60)
@@ -173,12 +173,12 @@ def test_mix_and_lengths_of_made_up_inputs() -> None:
     assert {len(m.text.split()) for m in messages if m.task_id == "navigate"} == {4, 5, 6}
     assert {tuple(sorted(m.fields.values)) for m in messages if m.task_id == "pair"} == {("first", "second")}
     assert {m.parameters.max_new_tokens for m in messages} == {2, 3}
-    # No stop string, said explicitly: the length decides.
+    # The requests turn stop strings off, so the length decides.
     assert all(m.parameters.HasField("stop") and not m.parameters.stop.values for m in messages)
     assert all(r.target is None for r in drawn)
 
 
-def test_inputs_from_files(tmp_path: Path) -> None:
+def test_reads_inputs_from_files(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"task": "pair", "input": {"first": "a", "second": "b"}, "target": "c", "max_new_tokens": 5}\n')
     drawn = next(workload(prompts=path))
@@ -201,12 +201,12 @@ def test_inputs_from_files(tmp_path: Path) -> None:
         ({"tenant_mix": "hot:acne"}, "no tenant 'acne'.*near: acme"),
     ],
 )
-def test_a_workload_that_cannot_be(settings: dict[str, object], message: str) -> None:
+def test_rejects_impossible_workloads(settings: dict[str, object], message: str) -> None:
     with pytest.raises(LoadTestError, match=message):
         workload(**settings)
 
 
-def test_a_trace_may_name_only_what_there_is(tmp_path: Path) -> None:
+def test_rejects_unknown_names_in_a_trace(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     line = '{"at": 0, "task": "navigate", "input": "Turn.", "tenant": "bolt"}'
     path.write_text(line + '\n{"at": 1, "task": "navigator"}\n')
@@ -230,7 +230,7 @@ def test_a_trace_may_name_only_what_there_is(tmp_path: Path) -> None:
         (WorkloadSettings, {"prompts": Path("p"), "prompt_words": Range(1, 2)}, "one of them"),
     ],
 )
-def test_impossible_settings(model: type, values: dict[str, object], message: str) -> None:
+def test_rejects_impossible_settings(model: type, values: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         model(**values)
 
@@ -245,12 +245,12 @@ def test_impossible_settings(model: type, values: dict[str, object], message: st
         ({"trace": Path("t"), "duration_s": 5, "warm_up_s": 1}, 1, 5),
     ],
 )
-def test_a_phase_has_its_usual_times(values: dict[str, Any], warm_up_s: float, duration_s: float | None) -> None:
+def test_phase_has_default_times(values: dict[str, Any], warm_up_s: float, duration_s: float | None) -> None:
     load = PhaseSettings(**values)
     assert (load.warm_up_s, load.duration_s) == (warm_up_s, duration_s)
 
 
-def test_ranges() -> None:
+def test_parses_ranges() -> None:
     assert Range.parse("40") == Range(40, 40)
     assert Range.parse("2-5") == Range(2, 5)
     for wrong in ("x", "5-2", "0", "1-", "-3"):

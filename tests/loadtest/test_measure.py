@@ -1,4 +1,4 @@
-"""What is made of what was seen: histograms, records, the knee, fairness, the server's own figures, the check."""
+"""What is computed from requests: histograms, records, the knee, fairness, the server's figures, the check."""
 
 import math
 from dataclasses import replace
@@ -21,32 +21,32 @@ from tests.loadtest.samples import OBJECTIVE, outcome, record, recorder, request
 
 
 @given(st.lists(st.floats(1e-4, 3000), min_size=1, max_size=60), st.floats(0.01, 1))
-def test_quantiles_are_true_to_two_digits(seconds: list[float], q: float) -> None:
+def test_quantiles_are_precise_to_two_digits(seconds: list[float], q: float) -> None:
     latency = Latency()
     for each in seconds:
         latency.record(each)
     exact = sorted(seconds)[max(0, math.ceil(q * len(seconds) - 1e-9) - 1)]
-    # The percentile is rounded to the nearest count inside the library: its neighbours in rank pass too.
+    # The library rounds a percentile to the nearest count: neighbours in rank pass too.
     near = sorted(seconds)[max(0, math.floor(q * len(seconds)) - 1) : math.ceil(q * len(seconds)) + 1]
     assert min([exact, *near]) * 0.985 <= latency.quantile(q) <= max([exact, *near]) * 1.015 + 1e-5
 
 
 @given(st.lists(st.lists(st.floats(1e-4, 100), max_size=30), min_size=1, max_size=4))
 @settings(deadline=None)
-def test_merged_histograms_are_those_of_everything(parts: list[list[float]]) -> None:
+def test_merging_histograms_loses_nothing(parts: list[list[float]]) -> None:
     merged, whole = Latency(), Latency()
     for part in parts:
         latency = Latency()
         for seconds in part:
             latency.record(seconds)
             whole.record(seconds)
-        # Decoded from what lies in a result.
+        # As a result keeps it.
         merged.merge(Latency.decode(latency.to_json()["hdr"]))
     assert merged.points() == whole.points()
     assert merged.count == sum(map(len, parts))
 
 
-def test_what_is_beyond_the_range_is_kept_at_its_end() -> None:
+def test_values_beyond_the_range_count_at_its_end() -> None:
     latency = Latency()
     latency.record(-1.0)
     latency.record(1e9)
@@ -54,7 +54,7 @@ def test_what_is_beyond_the_range_is_kept_at_its_end() -> None:
     assert latency.quantile(1.0) == pytest.approx(3600, rel=0.01)
 
 
-def test_the_window_counts_what_was_due_in_it_and_what_ended_in_it() -> None:
+def test_window_counts_requests_due_and_answers_ended_in_it() -> None:
     seen = record(
         recorder(),
         outcome(0.5, 0.8),  # warm-up, though it ended within
@@ -71,14 +71,14 @@ def test_the_window_counts_what_was_due_in_it_and_what_ended_in_it() -> None:
     assert seen.in_flight == 0
 
 
-def test_latency_counts_from_when_a_request_was_due() -> None:
+def test_latency_counts_from_the_time_due() -> None:
     late = outcome(2.0, 0.9, sent=2.8)
     seen = record(recorder(), late)
     assert seen.total.e2e.quantile(0.5) == pytest.approx(0.9, rel=0.02)
     assert seen.lag.quantile(0.5) == pytest.approx(0.8, rel=0.02)
 
 
-def test_failures_and_flaws_are_no_answers() -> None:
+def test_failures_and_flaws_are_not_answers() -> None:
     seen = record(
         recorder(),
         outcome(2.0, 0.1),
@@ -96,7 +96,7 @@ def test_failures_and_flaws_are_no_answers() -> None:
     assert result.failed(seen.everything, tolerated=True) == 2
 
 
-def test_answers_that_are_not_exact_are_kept_to_be_asked_again() -> None:
+def test_keeps_inexact_answers_for_the_check() -> None:
     asked = request(target="three  words here")
     seen = record(
         recorder(),
@@ -111,13 +111,13 @@ def test_answers_that_are_not_exact_are_kept_to_be_asked_again() -> None:
     )
 
 
-def test_names_beyond_those_kept_are_one_group() -> None:
+def test_other_names_share_one_group() -> None:
     asked = [request(), request("rare"), request("rarer")]
     seen = record(recorder(), *(outcome(2, 0.1, request=each) for each in asked))
     assert {name: group.offered for name, group in seen.tasks.items()} == {"sort": 1, "count": 0, OTHER: 2}
 
 
-def test_a_window_cut_short() -> None:
+def test_window_can_be_cut_short() -> None:
     seen = record(recorder(), outcome(1.5, 0.1), outcome(3.4, 0.1))
     seen.end_window(3.6)
     assert (seen.window, seen.ended) == ((1.0, 3.6), 2)
@@ -145,30 +145,30 @@ def search(system: System, **ramp: float) -> KneeSearch:
 
 
 @given(st.floats(0.3, 5000), st.floats(0.02, 0.5))
-def test_the_knee_is_found_to_the_resolution(capacity: float, resolution: float) -> None:
+def test_finds_the_knee_to_the_resolution(capacity: float, resolution: float) -> None:
     found = search(System(capacity), resolution=resolution)
-    # 0.2 s over what is left of the capacity reaches the second of the service level at 80 % load.
+    # Latency is 0.2 s divided by the free share of the capacity: at 80 % load, the 1 s of the service level.
     exact = 0.8 * capacity
     assert found.knee is not None
     assert found.bounded
     assert exact / (1 + resolution) * 0.999 <= found.knee.rate <= exact * 1.001
-    # No more steps than doubling and halving need.
+    # Doubling and halving need no more steps.
     assert len(found.steps) <= 2 + abs(math.log2(exact / 4)) + math.log2(1 / math.log2(1 + resolution)) + 2
 
 
-def test_no_load_holds() -> None:
+def test_finds_no_knee_if_no_load_holds() -> None:
     found = search(System(100, latency=5.0))
     assert found.knee is None
     assert min(step.rate for step in found.steps) == pytest.approx(4 / 32)
 
 
-def test_every_load_holds() -> None:
+def test_knee_is_unbounded_if_every_load_holds() -> None:
     found = search(System(1e9), max_rate=100)
     assert found.knee is not None
     assert (found.knee.rate, found.bounded) == (100, False)
 
 
-def test_what_breaks_the_service_level_is_said() -> None:
+def test_names_what_breaks_the_service_level() -> None:
     step = Step(rate=10, offered=10, throughput=8, goodput=8.9, ttft=0.6, e2e=1.5)
     goodput, ttft, e2e = step.breaches(OBJECTIVE)
     assert goodput == "goodput is 89% of the offered load, below 90%"
@@ -178,7 +178,7 @@ def test_what_breaks_the_service_level_is_said() -> None:
     assert Step(1, 0, 0, 0, 0, 0).breaches(Objective()) == []
 
 
-def test_fairness() -> None:
+def test_jains_index() -> None:
     assert jain([0.5, 0.5, 0.5]) == pytest.approx(1)
     assert jain([1, 0, 0, 0]) == pytest.approx(0.25)
     assert jain([]) == jain([0, 0]) == 1
@@ -206,7 +206,7 @@ def page(*counts: int) -> MetricsPage:
     return MetricsPage(PAGE.format(*counts))
 
 
-def test_a_metrics_page_over_time_is_summed_over_labels() -> None:
+def test_series_of_metrics_are_summed_over_labels() -> None:
     pages = [(10.0, page(1, 3, 4)), (12.0, page(1, 3, 8))]
     assert server_metrics.series(pages, 9.0) == {
         "seconds": [1.0, 3.0],
@@ -219,7 +219,7 @@ def test_a_metrics_page_over_time_is_summed_over_labels() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "apart"), [(0.05, 1), (0.3, 0), (0.9, 1)])
-def test_generator_and_server_are_compared_by_bucket(seconds: float, apart: int) -> None:
+def test_compares_generator_and_server_by_bucket(seconds: float, apart: int) -> None:
     before, after = page(5, 5, 5), page(5, 25, 25)
     latency = Latency()
     latency.record(seconds)
@@ -230,7 +230,7 @@ def test_generator_and_server_are_compared_by_bucket(seconds: float, apart: int)
     assert found["e2e"]["observed"] == {"generator": 1, "server": 20}
 
 
-def test_two_buckets_apart_do_not_agree() -> None:
+def test_two_buckets_apart_disagree() -> None:
     before, after = page(0, 0, 0), page(10, 10, 10)
     latency = Latency()
     latency.record(2.0)
@@ -247,14 +247,16 @@ def test_two_buckets_apart_do_not_agree() -> None:
         pytest.param((0, 0, 0), None, id="nothing counted"),
     ],
 )
-def test_how_late_the_servers_loop_was(counts: tuple[int, ...], found: dict[str, float | None] | None) -> None:
+def test_finds_the_bucket_of_the_event_loops_delay(
+    counts: tuple[int, ...], found: dict[str, float | None] | None
+) -> None:
     text = PAGE.replace("mtlora_request_seconds", "mtlora_event_loop_delay_seconds")
     before, after = MetricsPage(text.format(0, 0, 0)), MetricsPage(text.format(*counts))
     assert server_metrics.loop_delay(before, after) == found
 
 
 def tokens(*positions: list[tuple[str, float]]) -> list[pb.TokenLogprobs]:
-    """Alternatives of each position, the chosen one first."""
+    """The alternatives at each position; the chosen token comes first."""
     return [
         pb.TokenLogprobs(
             chosen=pb.TokenLogprob(token_id=0, token=top[0][0], logprob=top[0][1]),
@@ -284,20 +286,20 @@ ALONE = tokens(
         ("", None),
     ],
 )
-def test_ties(text: str, gap: float | None) -> None:
+def test_finds_ties(text: str, gap: float | None) -> None:
     found = tie(text, ALONE, ["\n"], 0.5)
     assert found == (None if gap is None else pytest.approx(gap, abs=1e-5))
 
 
-def test_no_tolerance_no_tie() -> None:
+def test_finds_no_tie_without_tolerance() -> None:
     assert tie("one red", ALONE, ["\n"], 0.0) is None
 
 
-def test_an_answer_with_working_is_compared_from_its_first_token_on() -> None:
+def test_compares_reasoning_too() -> None:
     task = TaskInfo("sum", ("input",), ("\n",), "=>")
     alone = tokens([(" 3", -0.6), (" 4", -0.7)], [(" =>", 0.0)], [(" 3", -0.1), (" 4", -4.0)], [("\n", 0.0)])
     assert whole(" 3 ", " 3", task) == "3 => 3"
     assert whole("", " 3 ", task) == "3"
-    # Parted in the working, at a tie; the answer follows from it, far as it is from a tie itself.
+    # The reasoning departs at a tie; the answer follows from it, although it is far from a tie itself.
     assert tie(whole(" 4 ", " 4", task), alone, task.stop, 0.5) == pytest.approx(0.1, abs=1e-5)
     assert tie(whole(" 3 ", " 4", task), alone, task.stop, 0.5) is None

@@ -1,4 +1,4 @@
-"""Results: kept and reported."""
+"""Results are kept and reported."""
 
 import json
 from html.parser import HTMLParser
@@ -12,7 +12,7 @@ from tests.loadtest.samples import a_result, phase, with_knee
 
 
 class Page(HTMLParser):
-    """Checks that tags nest, and gathers what a page would fetch."""
+    """Checks that tags nest, and collects what a page would fetch."""
 
     _VOID = frozenset({"meta", "br", "path", "use"})
 
@@ -46,7 +46,7 @@ def read_page(text: str) -> Page:
     return page
 
 
-def test_a_report_stands_alone_and_says_what_the_result_says() -> None:
+def test_report_is_self_contained_and_shows_the_result() -> None:
     made = with_knee(a_result(*(phase(rate, latency) for rate, latency in ((5, 0.2), (10, 0.4), (20, 2.0)))))
     made["in_process"] = {
         "ratio": 0.968,
@@ -76,12 +76,12 @@ def test_a_report_stands_alone_and_says_what_the_result_says() -> None:
         assert name in page.text
 
 
-def test_a_report_of_a_run_that_had_nothing_yet() -> None:
+def test_reports_a_run_without_phases() -> None:
     made = a_result() | {"complete": False}
     assert "did not run to its end" in read_page(report.render(made)).text
 
 
-def test_with_many_names_a_picture_shows_the_most_asked_and_the_rest_together() -> None:
+def test_picture_shows_the_most_asked_names_and_the_rest_together() -> None:
     one = phase(20, 0.2)["tasks"]["sort"]
     groups = {f"task-{i:03}": one | {"offered": 1000 - i} for i in range(300)}
     rows = charts.top_rows(groups)
@@ -93,7 +93,7 @@ def test_with_many_names_a_picture_shows_the_most_asked_and_the_rest_together() 
     assert "task-000" in charts.by_name(groups, "task")
 
 
-def test_a_result_is_json_that_comes_back(tmp_path: Path) -> None:
+def test_reads_the_result_it_wrote(tmp_path: Path) -> None:
     made = a_result(phase(5, 0.2))
     result.write(made, tmp_path / "new" / "result.json")
     assert result.read(tmp_path / "new" / "result.json") == json.loads(json.dumps(made))
@@ -104,7 +104,7 @@ def test_a_result_is_json_that_comes_back(tmp_path: Path) -> None:
             result.read(tmp_path / "wrong.json")
 
 
-def test_the_report_is_written_again_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_the_report_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result.write(a_result(phase(20, 0.4)), tmp_path / "result.json")
     assert main(["report", str(tmp_path / "result.json"), "--html", str(tmp_path / "r.html")]) == 0
     assert "Load test" in (tmp_path / "r.html").read_text()

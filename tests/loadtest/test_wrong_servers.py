@@ -1,4 +1,4 @@
-"""What the load generator makes of servers that do what a real one must not: lose answers, mix them up, go away."""
+"""The load generator against wrong servers, which lose answers, mix them up or go away."""
 
 import json
 import threading
@@ -102,7 +102,7 @@ def changed(request: pb.GenerateRequest, context: Any, summary: pb.Summary) -> I
     yield pb.GenerateStreamResponse(text="something else", summary=summary)
 
 
-def test_an_honest_server_passes(tmp_path: Path) -> None:
+def test_passes_a_correct_server(tmp_path: Path) -> None:
     with lying(text) as (address, _, _):
         status, found = load(address, tmp_path)
     assert (status, found["failed"], found["wrong"]) == (0, 0, 0)
@@ -122,14 +122,14 @@ def test_an_honest_server_passes(tmp_path: Path) -> None:
         (no_reason, "why it ended"),
     ],
 )
-def test_replies_that_cannot_be_right(answer: Answer, flaw: str, tmp_path: Path) -> None:
+def test_counts_flawed_replies_as_failed(answer: Answer, flaw: str, tmp_path: Path) -> None:
     with lying(answer) as (address, _, _):
         status, found = load(address, tmp_path)
     assert (status, found["failed"]) == (1, 20)
     assert flaw in found["phases"][0]["flaws"][0]
 
 
-def test_errors_are_counted_by_status(tmp_path: Path) -> None:
+def test_counts_errors_by_status(tmp_path: Path) -> None:
     with lying(error) as (address, _, _):
         status, found = load(address, tmp_path)
     assert (status, found["failed"]) == (1, 20)
@@ -137,7 +137,7 @@ def test_errors_are_counted_by_status(tmp_path: Path) -> None:
     assert found["phases"][0]["errors"] == {"INTERNAL": "broke in the middle"}
 
 
-def test_an_answer_unlike_the_one_alone_is_wrong(tmp_path: Path) -> None:
+def test_answer_that_differs_from_the_one_alone_is_wrong(tmp_path: Path) -> None:
     with lying(changed) as (address, _, _):
         status, found = load(address, tmp_path)
         assert (status, found["failed"], found["wrong"]) == (1, 0, 20)
@@ -145,8 +145,8 @@ def test_an_answer_unlike_the_one_alone_is_wrong(tmp_path: Path) -> None:
         assert load(address, tmp_path, "--check", "reply")[0] == 0
 
 
-def test_what_a_stall_holds_up_counts(tmp_path: Path) -> None:
-    """A server that stops for a second: requests due meanwhile are late, though each is answered at once when sent."""
+def test_latency_includes_a_stall(tmp_path: Path) -> None:
+    """The server stops for a second. Requests due meanwhile are late, although each is answered at once when sent."""
     first: list[float] = []
 
     def stalling(request: pb.GenerateRequest, context: Any, summary: pb.Summary) -> Iterator[pb.GenerateStreamResponse]:
@@ -163,12 +163,12 @@ def test_what_a_stall_holds_up_counts(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "result.json").read_text())["phases"][0]
     assert status == 0
     assert found["total"]["offered"] == pytest.approx(90, abs=30)
-    # A third of the requests came during the stall and waited half a second on average.
+    # A third of the requests are due during the stall and wait half a second on average.
     assert found["total"]["e2e"]["p90"] > 0.4
     assert found["total"]["e2e"]["p50"] < 0.2
 
 
-def test_a_server_that_goes_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stops_when_the_server_goes_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with lying(text) as (address, _, server):
         threading.Timer(1.5, lambda: server.stop(None)).start()
         status = main(
@@ -184,7 +184,7 @@ def test_a_server_that_goes_away(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "did not complete" in capsys.readouterr().out
 
 
-def test_each_tenant_asks_with_its_own_key(tmp_path: Path) -> None:
+def test_tenants_send_their_own_keys(tmp_path: Path) -> None:
     (tmp_path / "tenants").write_text("acme one\nbolt two\n")
     with lying(text) as (address, servicer, _):
         status, found = load(address, tmp_path, "--tenants", str(tmp_path / "tenants"), "--tenant-mix", "hot:acme=0.8")
@@ -197,13 +197,13 @@ def test_each_tenant_asks_with_its_own_key(tmp_path: Path) -> None:
     assert '"one"' not in written
 
 
-def test_unary_calls(tmp_path: Path) -> None:
+def test_makes_unary_calls(tmp_path: Path) -> None:
     with lying(cut) as (address, _, _):
         status, found = load(address, tmp_path, "--unary")
     assert (status, found["phases"][0]["total"]["ok"]) == (0, 20)
 
 
-def test_every_outcome_is_kept_if_asked_for(tmp_path: Path) -> None:
+def test_keeps_every_outcome_on_request(tmp_path: Path) -> None:
     with lying(text) as (address, servicer, _):
         status, found = load(address, tmp_path, "--check", "reply", "--outcomes")
     assert status == 0
@@ -224,14 +224,16 @@ def test_every_outcome_is_kept_if_asked_for(tmp_path: Path) -> None:
         (["--trace", "nowhere"], "exactly one of rate"),
     ],
 )
-def test_wrong_use(flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_use_exits_with_a_message(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with lying(text) as (address, _, _):
         command = ["run", "--address", address, "--in-flight", "1", "--requests", "1", "--prompt-words", "3"]
         assert main([*command, "--out", str(tmp_path), *flags]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_wrong_trace_is_found_before_anything_is_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rejects_a_wrong_trace_before_sending(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "trace.jsonl"
     command = ["run", "--trace", str(trace), "--prompt-words", "3", "--out", str(tmp_path)]
     with lying(text) as (address, servicer, _):
@@ -250,7 +252,7 @@ def test_a_wrong_trace_is_found_before_anything_is_sent(tmp_path: Path, capsys: 
     assert found["window_s"] == pytest.approx(0.5, abs=0.01)
 
 
-def test_no_server(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_exits_if_there_is_no_server(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["run", "--address", "127.0.0.1:1", "--rate", "1", "--out", str(tmp_path)]) == 2
     assert "cannot reach a server at 127.0.0.1:1" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from server.cli.process import ServerProcess
 REQUESTS = ("--tasks", "count_words,echo,open", "--prompt-words", "4-12")
 
 
-def test_an_open_loop_and_what_the_server_says_of_it(
+def test_open_loop_agrees_with_the_servers_metrics(
     server: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status = main(
@@ -30,7 +30,7 @@ def test_an_open_loop_and_what_the_server_says_of_it(
     assert phase["offered_per_second"] == pytest.approx(5, abs=3)
     assert set(phase["tasks"]) == {"count_words", "echo", "open"}
     assert phase["total"]["completion_tokens"] == sum(t["completion_tokens"] for t in phase["tasks"].values())
-    # Every request of the phase was seen by both, and their quantiles lie within one bucket of each other.
+    # Both saw every request of the phase; their quantiles lie within one bucket of each other.
     assert phase["generator"]["held_up"]["count"] > 10
     assert phase["server"]["loop_delay"] is not None
     agreement = phase["server"]["agreement"]
@@ -42,7 +42,9 @@ def test_an_open_loop_and_what_the_server_says_of_it(
     assert "<svg" in (tmp_path / "report.html").read_text()
 
 
-def test_the_knee_within_a_bound(server: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finds_the_knee_within_max_rate(
+    server: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     status = main(
         ["knee", "--address", server.address, "--start-rate", "2", "--max-rate", "4", "--step", "2", "--warm-up", "0.5",
          "--slo-ttft", "30", "--slo-e2e", "60", "--check", "reply", "--out", str(tmp_path), *REQUESTS]
@@ -56,8 +58,8 @@ def test_the_knee_within_a_bound(server: ServerProcess, tmp_path: Path, capsys: 
     assert "or more" in printed
 
 
-def test_answers_against_targets(server: ServerProcess, tmp_path: Path) -> None:
-    """A random adapter gives no exact answer, which is wrong only where that is asked for."""
+def test_checks_answers_against_targets(server: ServerProcess, tmp_path: Path) -> None:
+    """A random adapter gives no exact answer, which is wrong only with --check exact."""
     suite = tmp_path / "suite"
     suite.mkdir()
     examples = [{"input": f"How many words has number {i}?", "target": "five"} for i in range(100)]
@@ -70,12 +72,12 @@ def test_answers_against_targets(server: ServerProcess, tmp_path: Path) -> None:
         assert found["wrong"] == (8 if check == "exact" else 0)
 
 
-def test_ctrl_c_keeps_what_there_is(server: ServerProcess, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_results_so_far(server: ServerProcess, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import sys; from loadtest.cli import main; sys.exit(main(sys.argv[1:]))", "run"]
     flags = ["--address", server.address, "--in-flight", "2", "--duration", "60", "--warm-up", "0", *REQUESTS]
     process = subprocess.Popen([*command, *flags, "--out", str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    # Its first line comes when requests are on their way.
+    # The first line comes once requests are under way.
     process.stdout.readline()
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
