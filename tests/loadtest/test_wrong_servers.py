@@ -14,6 +14,7 @@ import pytest
 from mtlora_pb.v1 import inference_pb2 as pb
 from mtlora_pb.v1 import inference_pb2_grpc
 
+from loadtest import connection
 from loadtest.cli import main
 
 Answer = Callable[[pb.GenerateRequest, Any, pb.Summary], Iterator[pb.GenerateStreamResponse]]
@@ -252,7 +253,10 @@ def test_rejects_a_wrong_trace_before_sending(tmp_path: Path, capsys: pytest.Cap
     assert found["window_s"] == pytest.approx(0.5, abs=0.01)
 
 
-def test_exits_if_there_is_no_server(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_exits_if_there_is_no_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(connection, "_CONNECT_S", 0.5)
     assert main(["run", "--address", "127.0.0.1:1", "--rate", "1", "--out", str(tmp_path)]) == 2
     assert "cannot reach a server at 127.0.0.1:1" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
