@@ -71,6 +71,9 @@ class Engine:
         self._llm: Any = None
         self._count = 0
         self._processes = EngineProcesses()
+        # One for each engine core: readable once its process has ended.
+        self._sentinels: list[int] = []
+        self._ended = asyncio.Event()
         # Whoever has waited the longest comes first.
         self._sequences: dict[_Wait, None] = {}
         self._calls: dict[_Wait, None] = {}
@@ -84,6 +87,7 @@ class Engine:
             # The first use sets the tokenizer up, which no two threads may do at once.
             encode_prompt(self.tokenizer, "")
             cores = self._llm.engine_core.resources.engine_manager.processes
+            self._sentinels = [core.sentinel for core in cores]
             self._processes = EngineProcesses.below(core.pid for core in cores)
             if self._llm.vllm_config.device_config.device_type == "cpu":
                 self._processes.yield_cores(_NICENESS)
@@ -103,7 +107,21 @@ class Engine:
     @property
     def alive(self) -> bool:
         """False once the engine has died; a request would end in EngineDeadError."""
-        return self._llm is not None and not self._lost and not self._llm.errored
+        return self._llm is not None and not self._lost and not self._ended.is_set() and not self._llm.errored
+
+    async def ended(self, timeout: float) -> None:
+        """Wait until a process of the engine has ended, `timeout` seconds at most."""
+        loop = asyncio.get_running_loop()
+        for sentinel in self._sentinels:
+            loop.add_reader(sentinel, self._ended.set)
+        try:
+            async with asyncio.timeout(timeout):
+                await self._ended.wait()
+        except TimeoutError:
+            pass
+        finally:
+            for sentinel in self._sentinels:
+                loop.remove_reader(sentinel)
 
     @property
     def stalled_s(self) -> float:

@@ -14,7 +14,8 @@ from server.telemetry.logs import get_logger
 
 logger = get_logger("engine")
 
-_LOOK_INTERVAL_S = 0.1
+# How often a hang is looked for. Rarely: every time the event loop wakes up it delays the next step.
+_LOOK_INTERVAL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Supervisor:
                 return EngineFailure("died", "a process of it has died")
             if (stalled := engine.stalled_s) > self._hang_s:
                 return EngineFailure("hung", f"no step for {stalled:.0f} s while work waited")
-            await asyncio.sleep(_LOOK_INTERVAL_S)
+            await engine.ended(_LOOK_INTERVAL_S)
 
     async def _replace(self, failure: EngineFailure) -> None:
         while True:

@@ -161,7 +161,7 @@ class Metrics:
         )
         self.loop_delay = self._histograms(
             "mtlora_event_loop_delay_seconds",
-            "How late the server's event loop runs, sampled ten times a second.",
+            "How late the server's event loop runs, sampled twice a second.",
             buckets=_DELAY_BUCKETS,
         )
         self._build = self._gauge(

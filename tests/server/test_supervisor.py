@@ -1,6 +1,8 @@
 """Supervision, with engines that a test lets die: noticed at once, replaced, and given up in the end."""
 
 import asyncio
+import os
+import time
 from typing import Any
 
 import pytest
@@ -25,6 +27,11 @@ class FakeEngine:
         if not self.starts:
             self.alive = False
             raise EngineStartError("no")
+
+    async def ended(self, timeout: float) -> None:
+        until = time.monotonic() + timeout
+        while self.alive and time.monotonic() < until:
+            await asyncio.sleep(0.01)
 
     def lose(self) -> None:
         self.lost, self.alive = True, False
@@ -128,6 +135,19 @@ async def test_losing_an_engine_ends_every_wait_for_it() -> None:
     assert engine.stalled_s == 0
     with pytest.raises(EngineDeadError):
         await wait()
+
+
+async def test_an_engine_whose_process_ends_is_dead_at_once() -> None:
+    engine = Engine(Settings(allow_no_tasks=True), backbone=None, on_stats=lambda _: None)  # type: ignore[arg-type]
+    sentinel, process = os.pipe()
+    engine._sentinels = [sentinel]
+    await engine.ended(0.01)
+    assert not engine._ended.is_set()
+    os.close(process)
+    async with asyncio.timeout(1):
+        await engine.ended(60)
+    assert engine._ended.is_set()
+    os.close(sentinel)
 
 
 async def test_steps_of_one_engine_hide_no_other_that_hangs() -> None:
