@@ -91,7 +91,10 @@ def main() -> int:
         "enforce_eager": True,
     }  # fmt: skip
     with (
-        native_server(backbone=args.backbone, adapters=adapter.parent.parent, **engine) as server,
+        # While it is halted, the engine answers nothing: that is no hang.
+        native_server(
+            backbone=args.backbone, adapters=adapter.parent.parent, engine_hang_s=3600, **engine
+        ) as server,
         vllm_server(
             folder, dict.fromkeys(tasks, adapter), enable_lora=True, max_loras=MAX_NUM_SEQS,
             max_cpu_loras=MAX_NUM_SEQS, **engine,
