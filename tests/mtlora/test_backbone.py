@@ -267,10 +267,10 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path, source: Pa
     out = tmp_path / "home"
     out.mkdir()
     (out / "config.json").write_text("mine")
-    with pytest.raises(BackboneError, match="home: holds something else"):
+    with pytest.raises(BackboneError, match="home: holds other files"):
         prepare(out, force=force)
     assert os.listdir(out) == ["config.json"]
-    with pytest.raises(BackboneError, match=r"config.json: holds something else"):
+    with pytest.raises(BackboneError, match=r"config.json: holds other files"):
         prepare(out / "config.json", force=force)
     assert (out / "config.json").read_text() == "mine"
 

@@ -165,7 +165,7 @@ def test_backbone_prepare_refuses_a_folder_of_something_else(
 ) -> None:
     (tmp_path / "mine").write_text("mine")
     assert main(["backbone", "prepare", "--force", "--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"mtlora: error: {tmp_path}: holds something else")
+    assert capsys.readouterr().err.startswith(f"mtlora: error: {tmp_path}: holds other files")
     assert (tmp_path / "mine").read_text() == "mine"
 
 
