@@ -1,5 +1,4 @@
-"""Independent solvers of every built-in task: they find answers from the text alone, by other means than the
-generators."""
+"""Independent solvers of every built-in task: they find the answer from the text alone, by other means."""
 
 import datetime
 import itertools

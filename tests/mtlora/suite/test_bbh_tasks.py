@@ -1,5 +1,4 @@
-"""Solvers and generators of BIG-Bench Hard's tasks: right by independent checks, readable, in the public files'
-form."""
+"""Solvers and generators of BIG-Bench Hard's tasks: right by independent checks, readable, in the files' form."""
 
 import datetime
 import random
