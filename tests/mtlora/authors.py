@@ -1,7 +1,7 @@
-"""The block adapter as the paper's authors describe it: a loop over experts, a tensor [tokens, d] for each.
+"""The block adapter as the paper's authors describe it: a loop over experts, with a tensor [tokens, d] for each.
 
-Written from the description of their layout and forward pass, to hold conversions against. Names are their state
-dict's.
+Written from the description of their layout and forward pass, to compare conversions with. Names are those of their
+state dict.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class AuthorsBlockAdapter(nn.Module):
-    """A path beside a block: shared A, one B an expert, a linear router without bias; with one expert, no router."""
+    """A path beside a block: shared A, one B per expert, a linear router without bias; no router with one expert."""
 
     def __init__(self, dim: int, rank: int, num_experts: int, *, lora_alpha: float, num_groups: int = 1) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class AuthorsBlockAdapter(nn.Module):
 
 
 def authors_state(adapters: dict[tuple[int, str], nn.Module], prefix: str) -> dict[str, torch.Tensor]:
-    """A state dict in their layout of the adapters at (layer, module)."""
+    """A state dict in their layout, of the adapters at (layer, module)."""
     return {
         f"{prefix}layers.{layer}.{module}.block_adapter.{name}": tensor.detach().clone()
         for (layer, module), adapter in adapters.items()

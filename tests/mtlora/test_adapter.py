@@ -51,16 +51,14 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("blocks", ["ffn", "attention", "both"])
-def test_a_new_adapter_leaves_the_backbone_bit_for_bit(
-    model: Any, attach: Callable[..., AdapterSet], blocks: str
-) -> None:
+def test_a_new_adapter_does_not_change_a_bit(model: Any, attach: Callable[..., AdapterSet], blocks: str) -> None:
     alone = logits(model)
     adapters = attach(BOTH.model_copy(update={"blocks": blocks}), random=False)
     with adapters.context.use(torch.tensor([0, 2])):
         assert torch.equal(logits(model), alone)
 
 
-def test_switched_off_and_detached(model: Any) -> None:
+def test_an_adapter_can_be_switched_off_and_detached(model: Any) -> None:
     alone = logits(model)
     torch.manual_seed(1)
     adapters = AdapterSet(BOTH, D, LAYERS, TASKS).eval()
@@ -79,7 +77,7 @@ def test_switched_off_and_detached(model: Any) -> None:
 
 
 @pytest.mark.parametrize("blocks", ["ffn", "attention", "both"])
-def test_logits_are_those_of_the_formula_beside_each_block(
+def test_logits_equal_the_formula_beside_each_block(
     model: Any, attach: Callable[..., AdapterSet], monkeypatch: pytest.MonkeyPatch, blocks: str
 ) -> None:
     adapters = attach(BOTH.model_copy(update={"blocks": blocks}), random=True)
@@ -123,7 +121,7 @@ def test_each_sequence_has_its_own_task(model: Any, attach: Callable[..., Adapte
 
 @pytest.mark.parametrize("task_bias", [True, False])
 @pytest.mark.parametrize("blocks", ["ffn", "attention", "both"])
-def test_parameter_count_and_names(blocks: str, task_bias: bool) -> None:
+def test_parameters_have_the_formulas_count_and_checkpoint_names(blocks: str, task_bias: bool) -> None:
     config = BOTH.model_copy(update={"blocks": blocks, "task_bias": task_bias})
     adapters = AdapterSet(config, D, LAYERS, TASKS)
     assert sum(p.numel() for p in adapters.parameters()) == adapter_parameters(config, D, LAYERS, TASKS)
@@ -134,7 +132,7 @@ def test_parameter_count_and_names(blocks: str, task_bias: bool) -> None:
     assert len(list(adapters.blocks())) == LAYERS * len(config.modules)
 
 
-def test_a_model_with_another_number_of_layers_is_refused(model: Any) -> None:
+def test_refuses_a_model_with_another_number_of_layers(model: Any) -> None:
     with pytest.raises(ValueError, match="the adapter has 1 layers, the model 2"):
         AdapterSet(BOTH, D, LAYERS - 1, TASKS).attach(model)
     assert not any(module._forward_hooks for module in model.modules())
@@ -147,5 +145,5 @@ def test_gradients_reach_every_parameter(model: Any, attach: Callable[..., Adapt
     for name, parameter in adapters.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
-    # The third task is in no sequence.
+    # No sequence has the third task.
     assert all(block.task_bias.grad[2].abs().sum() == 0 for block in adapters.blocks())

@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 # ---- identity --------------------------------------------------------------------------------------------------------
 
 
-def test_identity(folder: Path) -> None:
+def test_identity_of_a_folder(folder: Path) -> None:
     identity = identify(folder)
     assert (identity.architecture, identity.hidden_size, identity.num_layers) == ("LlamaForCausalLM", 8, 2)
     assert identity == identify(folder)
@@ -85,12 +85,12 @@ def test_the_fingerprint_does_not_depend_on_the_files(folder: Path) -> None:
     assert identify(folder) == before
 
 
-def test_the_fingerprint_is_what_it_says(tmp_path: Path) -> None:
-    """Written out once, so that a change of the rule, which would orphan every adapter, does not pass unseen."""
+def test_the_fingerprint_follows_its_definition(tmp_path: Path) -> None:
+    """The rule written out: a change would separate every adapter from its backbone."""
     header = b'{"t":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}}'
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"abc")
-    # Start and end are the same bytes here, the middle is byte 1 on.
+    # Start and end are the same bytes here; the middle starts at byte 1.
     digest = hashlib.sha256(b"U8[3]" + b"abc" + b"bc").digest()
     assert identify(tmp_path).weights_fingerprint == hashlib.sha256(b"t\0" + digest).hexdigest()
 
@@ -135,7 +135,7 @@ def _header(header: str) -> Callable[[Path], object]:
         (lambda folder: save_file({"small": torch.zeros(3)}, folder / "z.safetensors"), "tensor small is in another"),
     ],
 )
-def test_unreadable_backbones(folder: Path, damage: Callable[[Path], object], message: str) -> None:
+def test_identify_refuses_unreadable_backbones(folder: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(folder)
     with pytest.raises(BackboneError, match=message) as caught:
         identify(folder)
@@ -145,7 +145,7 @@ def test_unreadable_backbones(folder: Path, damage: Callable[[Path], object], me
 # ---- resolve ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_accepts_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve(str(folder)) == folder.resolve()
     monkeypatch.setenv("HOME", str(folder.parent))
     assert resolve("~/backbone") == folder.resolve()
@@ -162,18 +162,20 @@ def test_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("", "no config.json"),
     ],
 )
-def test_names_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
+def test_resolve_refuses_names_of_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BackboneError, match=message):
         resolve(name)
 
 
-def test_a_folder_without_a_config(tmp_path: Path) -> None:
+def test_resolve_refuses_a_folder_without_a_config(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match=r"no config.json; a backbone is a Hugging Face model folder"):
         resolve(str(tmp_path))
 
 
-def test_a_hub_id_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_refuses_a_hub_id_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*args: Any, **kwargs: Any) -> str:
         raise ConnectionError("no network")
 
@@ -184,7 +186,7 @@ def test_a_hub_id_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> Non
         resolve("owner/name")
 
 
-def test_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_default_folder_is_in_the_cache_or_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MTLORA_BACKBONE_DIR", str(tmp_path))
     assert default_folder() == tmp_path
     monkeypatch.setenv("MTLORA_BACKBONE_DIR", "~/x")
@@ -198,7 +200,7 @@ def test_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 # ---- prepare ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_prepared_is_left_alone(backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_keeps_a_prepared_folder(backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def convert(*args: Any) -> None:
         raise AssertionError("converted again")
 
@@ -210,7 +212,7 @@ def test_what_is_prepared_is_left_alone(backbone: Path, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in for the embedded weights, and a conversion that takes no time. Each one is noted in `conversions`."""
+    """Stands in for the embedded weights, with a fast conversion; `conversions` counts its calls."""
     source = tmp_path / "source.gguf"
     source.write_bytes(b"weights")
 
@@ -230,7 +232,7 @@ def conversions(tmp_path: Path) -> int:
     return len((tmp_path / "conversions").read_text())
 
 
-def test_prepared_once(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_converts_once(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "deep" / "out"
     assert prepare(out) == prepare(out) == out
     assert conversions(tmp_path) == 1
@@ -254,7 +256,7 @@ def test_prepared_once(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyP
         lambda out: (out / "prepared.json").write_text('{"receipt_version": 0}'),
     ],
 )
-def test_what_is_damaged_is_made_anew(tmp_path: Path, source: Path, damage: Callable[[Path], object]) -> None:
+def test_prepare_replaces_a_damaged_folder(tmp_path: Path, source: Path, damage: Callable[[Path], object]) -> None:
     out = prepare(tmp_path / "out")
     damage(out)
     prepare(out)
@@ -263,19 +265,19 @@ def test_what_is_damaged_is_made_anew(tmp_path: Path, source: Path, damage: Call
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path, source: Path, force: bool) -> None:
+def test_prepare_never_replaces_a_folder_of_other_files(tmp_path: Path, source: Path, force: bool) -> None:
     out = tmp_path / "home"
     out.mkdir()
     (out / "config.json").write_text("mine")
-    with pytest.raises(BackboneError, match="home: holds something else"):
+    with pytest.raises(BackboneError, match="home: holds other files"):
         prepare(out, force=force)
     assert os.listdir(out) == ["config.json"]
-    with pytest.raises(BackboneError, match=r"config.json: holds something else"):
+    with pytest.raises(BackboneError, match=r"config.json: holds other files"):
         prepare(out / "config.json", force=force)
     assert (out / "config.json").read_text() == "mine"
 
 
-def test_an_empty_folder_and_a_link_to_one(tmp_path: Path, source: Path) -> None:
+def test_prepare_fills_an_empty_folder_and_a_link_to_one(tmp_path: Path, source: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     assert prepare(tmp_path / "link") == tmp_path / "link"
@@ -283,7 +285,7 @@ def test_an_empty_folder_and_a_link_to_one(tmp_path: Path, source: Path) -> None
     assert (tmp_path / "real" / "prepared.json").is_file()
 
 
-def test_a_failure_leaves_what_was_there(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_prepare_leaves_the_old_folder(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = prepare(tmp_path / "out")
 
     def convert(*args: Any) -> None:
@@ -296,7 +298,9 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, source: Path, monkeypat
     assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.lock", "source.gguf", "conversions"}
 
 
-def test_wrong_or_missing_source(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_refuses_a_wrong_or_missing_source(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source.write_bytes(b"other weights")
     with pytest.raises(BackboneError, match=r"source.gguf: sha256: expected \w{64}, found \w{64}"):
         prepare(tmp_path / "out")
@@ -307,7 +311,7 @@ def test_wrong_or_missing_source(tmp_path: Path, source: Path, monkeypatch: pyte
     assert not (tmp_path / "out").exists()
 
 
-def test_a_place_that_cannot_be_written(source: Path) -> None:
+def test_prepare_refuses_a_place_that_cannot_be_written(source: Path) -> None:
     with pytest.raises(BackboneError, match="/proc/nowhere/out: cannot be prepared"):
         prepare(Path("/proc/nowhere/out"))
 
@@ -318,7 +322,7 @@ def _prepare_and_check(out: Path, start: Any) -> None:
     assert (out / "model.safetensors").read_bytes() == b"weights"
 
 
-def test_processes_at_once_make_it_once(tmp_path: Path, source: Path) -> None:
+def test_several_processes_convert_once(tmp_path: Path, source: Path) -> None:
     context = multiprocessing.get_context("fork")
     start = context.Event()
     processes = [context.Process(target=_prepare_and_check, args=(tmp_path / "out", start)) for _ in range(4)]

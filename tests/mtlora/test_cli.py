@@ -1,4 +1,4 @@
-"""The `mtlora` command, as a user meets it."""
+"""The `mtlora` command, as users run it."""
 
 import json
 import subprocess
@@ -42,14 +42,14 @@ assert not heavy, heavy
 @pytest.mark.parametrize(
     "argv", [[], ["nothing"], ["inspect"], ["backbone"], ["verify", "a", "b"], ["inspect", "--x", "a"]]
 )
-def test_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(argv)
     assert caught.value.code == 2
     assert "usage: mtlora" in capsys.readouterr().err
 
 
-def test_verify_ok(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_accepts_a_sound_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(checkpoint)]) == 0
     parameters = sum(t.numel() for t in random_tensors().values())
     out, err = capsys.readouterr()
@@ -57,14 +57,14 @@ def test_verify_ok(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert err == ""
 
 
-def test_verify_beside_a_backbone(tmp_path: Path, backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_compares_the_backbone(tmp_path: Path, backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     identity = identify(backbone)
     write_random(tmp_path / "a", backbone=identity, tensors=random_tensors(identity=identity))
     assert main(["verify", str(tmp_path / "a"), "--backbone", str(backbone)]) == 0
     assert capsys.readouterr().out.endswith(f"backbone {backbone} matches\n")
 
 
-def test_verify_beside_another_backbone(checkpoint: Path, backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_refuses_another_backbone(checkpoint: Path, backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(checkpoint), "--backbone", str(backbone)]) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -74,7 +74,7 @@ def test_verify_beside_another_backbone(checkpoint: Path, backbone: Path, capsys
     )
 
 
-def test_verify_damaged(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_refuses_a_damaged_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = bytearray((checkpoint / TENSORS_FILE).read_bytes())
     content[-1] ^= 1
     (checkpoint / TENSORS_FILE).write_bytes(content)
@@ -85,14 +85,12 @@ def test_verify_damaged(checkpoint: Path, capsys: pytest.CaptureFixture[str]) ->
     assert err.count("\n") == 1
 
 
-def test_verify_without_a_backbone_to_compare_is_no_verdict(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_fails_without_the_named_backbone(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(checkpoint), "--backbone", "/nowhere"]) == 2
     assert capsys.readouterr().err.startswith("mtlora: error: /nowhere: no folder")
 
 
-def test_inspect(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_the_manifest(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(checkpoint)]) == 0
     out = capsys.readouterr().out
     size = sum(path.stat().st_size for path in checkpoint.iterdir())
@@ -111,7 +109,7 @@ def test_inspect(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert row in cells, row
 
 
-def test_inspect_json(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_json(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(checkpoint), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown.pop("parameters") == sum(t.numel() for t in random_tensors().values())
@@ -119,7 +117,9 @@ def test_inspect_json(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert shown == json.loads((checkpoint / MANIFEST_FILE).read_text())
 
 
-def test_inspect_what_does_not_hold(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_refuses_a_missing_folder_and_another_format(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["inspect", str(tmp_path / "nothing")]) == 2
     edit_manifest(checkpoint, lambda manifest: manifest.update(format_version=2))
     assert main(["inspect", str(checkpoint)]) == 2
@@ -130,7 +130,7 @@ def test_inspect_what_does_not_hold(tmp_path: Path, checkpoint: Path, capsys: py
     assert second == f"mtlora: error: {checkpoint}/{MANIFEST_FILE}: format_version: expected 1, found 2"
 
 
-def test_what_a_checkpoint_says_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_escapes_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = (task_table(1)[0].model_copy(update={"description": "\x1b[2J[red]x[/red]\x07"}),)
     write_random(tmp_path / "a", tasks=tasks, tensors=random_tensors(num_tasks=1), training={"\x1b[31m": "\r"})
     assert main(["inspect", str(tmp_path / "a")]) == 0
@@ -139,12 +139,12 @@ def test_what_a_checkpoint_says_cannot_steer_the_terminal(tmp_path: Path, capsys
     assert not {"\x1b", "\x07", "\r"} & set(out)
 
 
-def test_printable_keeps_what_can_be_read() -> None:
+def test_printable_keeps_readable_text() -> None:
     assert printable("naïve 日本 (A)\n– x") == "naïve 日本 (A)\n– x"
     assert printable("\ud800\u202e") == r"\ud800\u202e"
 
 
-def test_backbone_show(backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_backbone_show_prints_the_identity(backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["backbone", "show", "--backbone", str(backbone), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"folder": str(backbone), **identify(backbone).model_dump()}
     assert main(["backbone", "show"]) == 0
@@ -155,21 +155,19 @@ def test_backbone_show(backbone: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().err.startswith("mtlora: error: nothing: no folder")
 
 
-def test_backbone_prepare_leaves_what_is_complete(backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_backbone_prepare_keeps_a_complete_folder(backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["backbone", "prepare", "--out", str(backbone)]) == 0
     assert capsys.readouterr().out == f"{backbone}\n"
 
 
-def test_backbone_prepare_refuses_a_folder_of_something_else(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_backbone_prepare_refuses_a_folder_of_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").write_text("mine")
     assert main(["backbone", "prepare", "--force", "--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"mtlora: error: {tmp_path}: holds other files than a prepared backbone")
+    assert capsys.readouterr().err.startswith(f"mtlora: error: {tmp_path}: holds other files")
     assert (tmp_path / "mine").read_text() == "mine"
 
 
-def test_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tasks_lists_a_suite(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tasks"]) == 0
     out = capsys.readouterr().out
     assert "suite builtin: 25 tasks" in out
@@ -178,7 +176,7 @@ def test_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.startswith("mtlora: error: no suite '/nowhere'")
 
 
-def test_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(backbone: str) -> Path:
         raise KeyboardInterrupt
 
@@ -195,7 +193,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["backbone", "show"])
 
 
-def test_a_reader_that_leaves_early() -> None:
+def test_a_closed_pipe_ends_quietly() -> None:
     script = "import sys; from mtlora.cli import main; sys.exit(main(['tasks']))"
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
@@ -205,7 +203,7 @@ def test_a_reader_that_leaves_early() -> None:
     assert process.wait() == 141
 
 
-def test_settings_lie_over_each_other_in_the_order_in_which_they_are_given(tmp_path: Path) -> None:
+def test_later_settings_win(tmp_path: Path) -> None:
     base, over = tmp_path / "base.json", tmp_path / "over.json"
     base.write_text('{"adapter": {"r": 8}, "epochs": 1, "seed": 7}')
     over.write_text('{"epochs": 2, "suite": [{"suite": "builtin"}]}')
@@ -224,7 +222,7 @@ def test_settings_lie_over_each_other_in_the_order_in_which_they_are_given(tmp_p
         ("[1]", "expected a JSON object of settings, found list"),
     ],
 )
-def test_a_wrong_file_of_settings_is_refused_by_name(tmp_path: Path, content: str | None, expected: str) -> None:
+def test_refuses_a_wrong_settings_file_by_name(tmp_path: Path, content: str | None, expected: str) -> None:
     file = tmp_path / "over.json"
     if content is not None:
         file.write_text(content)

@@ -9,7 +9,7 @@ LLAMA_7B = {"hidden_size": 4096, "num_layers": 32}
 
 
 @pytest.mark.parametrize(("num_groups", "parameters"), [(1, 37_748_736), (2, 39_845_888)])
-def test_published_block_level(num_groups: int, parameters: int) -> None:
+def test_parameters_equal_the_published_counts(num_groups: int, parameters: int) -> None:
     config = MtLoRAConfig(r=16, num_experts=16, num_groups=num_groups, task_bias=False)
     assert adapter_parameters(config, **LLAMA_7B) == parameters
 
@@ -22,13 +22,13 @@ def test_task_biases_are_counted() -> None:
     assert adapter_parameters(biased, 8, 5, num_tasks=7) == 2 * 5 * (160 + 7 * 3 * 4)
 
 
-def test_modules_in_the_order_in_which_a_layer_runs_them() -> None:
+def test_modules_follow_the_order_of_a_layer() -> None:
     assert MtLoRAConfig(blocks="both").modules == ("self_attn", "mlp")
     assert MtLoRAConfig(blocks="ffn").modules == ("mlp",)
     assert MtLoRAConfig(blocks="attention").modules == ("self_attn",)
 
 
-def test_scaling() -> None:
+def test_scaling_is_alpha_over_r() -> None:
     assert MtLoRAConfig(r=16, lora_alpha=64).scaling == 4.0
 
 
@@ -49,7 +49,7 @@ def test_scaling() -> None:
         ("rank", 8, "not permitted"),
     ],
 )
-def test_refusals_name_field_found_and_allowed(field: str, value: object, allowed: str) -> None:
+def test_a_refusal_names_field_and_values_found_and_allowed(field: str, value: object, allowed: str) -> None:
     with pytest.raises(ValidationError) as caught:
         MtLoRAConfig.model_validate({field: value})
     [error] = caught.value.errors()
@@ -58,17 +58,17 @@ def test_refusals_name_field_found_and_allowed(field: str, value: object, allowe
     assert allowed in error["msg"]
 
 
-def test_one_expert_takes_no_bias() -> None:
+def test_refuses_task_biases_for_one_expert() -> None:
     with pytest.raises(ValidationError, match="num_experts > 1"):
         MtLoRAConfig(num_experts=1)
     assert MtLoRAConfig(num_experts=1, task_bias=False).router_rows == 4
 
 
-def test_groups_that_do_not_divide() -> None:
+def test_refuses_groups_that_do_not_divide_the_hidden_size() -> None:
     with pytest.raises(ValueError, match="num_groups 5 does not divide the backbone's hidden size 576"):
         adapter_parameters(MtLoRAConfig(num_groups=5), 576, 30)
 
 
-def test_frozen() -> None:
+def test_config_is_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         MtLoRAConfig().r = 4  # type: ignore[misc]

@@ -15,7 +15,7 @@ TASK = TaskSpec(id="capital", description="d", template="Country: {input}\nCapit
 
 
 class Characters:
-    """A tokenizer of one token a character, which puts a token before a text as Llama's does."""
+    """A tokenizer with one token per character and a token before the text, as Llama's."""
 
     bos_token_id, eos_token_id = 1, 2
 
@@ -28,13 +28,13 @@ def tokenizer(backbone: Path) -> Any:
     return AutoTokenizer.from_pretrained(backbone)
 
 
-def test_a_prompt_has_the_special_tokens_and_an_answer_the_end() -> None:
+def test_a_prompt_starts_and_an_answer_ends_with_special_tokens() -> None:
     prompt, answer = encode_example(Characters(), TASK, "Chad", "N'Djamena")
     assert prompt == [1, *map(ord, "Country: Chad\nCapital:")]
     assert answer == [*map(ord, " N'Djamena"), 2]
 
 
-def test_the_served_prompt_is_the_trained_one(tokenizer: Any) -> None:
+def test_served_and_trained_prompts_are_equal(tokenizer: Any) -> None:
     prompt, answer = encode_example(tokenizer, TASK, "France", "Paris")
     assert prompt == encode_prompt(tokenizer, TASK.render("France"))
     assert answer == encode_answer(tokenizer, "Paris")
@@ -43,7 +43,7 @@ def test_the_served_prompt_is_the_trained_one(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("target", ["Paris", "( a ]", "12:30", "naïve", "", "a\nb", " x"])
-def test_an_answer_ends_with_the_only_end_of_sequence(tokenizer: Any, target: str) -> None:
+def test_an_answer_holds_one_end_of_sequence_at_its_end(tokenizer: Any, target: str) -> None:
     answer = encode_answer(tokenizer, target)
     assert answer[-1] == tokenizer.eos_token_id
     assert answer.count(tokenizer.eos_token_id) == 1
@@ -51,14 +51,14 @@ def test_an_answer_ends_with_the_only_end_of_sequence(tokenizer: Any, target: st
 
 
 @given(st.text(max_size=60) | st.sampled_from(["a<|im_end|>b", "<|endoftext|>", " <|im_start|> user\n"]))
-def test_a_prompt_is_what_the_tokenizer_itself_makes_of_it(tokenizer: Any, text: str) -> None:
+def test_encode_prompt_equals_the_tokenizer(tokenizer: Any, text: str) -> None:
     wanted = tokenizer(text, add_special_tokens=True, split_special_tokens=True)["input_ids"]
-    # Another use leaves other settings behind.
+    # This call leaves other settings behind.
     tokenizer(text, add_special_tokens=False, split_special_tokens=False)
     assert encode_prompt(tokenizer, text) == wanted
 
 
-def test_prompts_that_differ_by_their_input_part_where_the_inputs_do(tokenizer: Any) -> None:
+def test_prompts_share_their_tokens_up_to_the_input(tokenizer: Any) -> None:
     one, other = (encode_prompt(tokenizer, TASK.render(text)) for text in ("France", "Italy"))
     shared = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     assert tokenizer.decode(one[:shared]) == "Country:"

@@ -1,4 +1,4 @@
-"""Sweeps on a tiny backbone: the grid, the table and its intervals, going on, and what is refused."""
+"""Sweeps on a tiny backbone: the grid, the table and its intervals, resuming, and refusals."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = ["adapter.r=2", "adapter.num_experts=2", "adapter.num_groups=2", "max_steps=3", "batch_size=4", "threads=1"]
 
 
-def test_wilson_is_the_published_interval() -> None:
+def test_wilson_equals_published_intervals() -> None:
     """Ten of twenty, none, and all: values of Newcombe (1998) and of the formula at the ends."""
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
@@ -30,7 +30,7 @@ def test_wilson_is_the_published_interval() -> None:
             wilson(correct, total)
 
 
-def test_bootstrap_holds_the_mean_and_narrows_with_examples_and_widens_with_seeds_that_differ() -> None:
+def test_bootstrap_interval_narrows_with_examples_and_widens_with_seeds() -> None:
     few, many = [[(5, 10), (8, 10)]], [[(500, 1000), (800, 1000)]]
     for counts in (few, many):
         low, high = bootstrap_mean(counts)
@@ -41,8 +41,8 @@ def test_bootstrap_holds_the_mean_and_narrows_with_examples_and_widens_with_seed
     assert bootstrap_mean([[(10, 10)]]) == (1.0, 1.0)
 
 
-def test_a_difference_knows_that_seeds_are_shared() -> None:
-    # Both swing with the seed, together: what is between them does not.
+def test_difference_draws_shared_seeds_together() -> None:
+    # Both vary with the seed in the same way; their difference does not.
     better, worse = [[(400, 1000)], [(800, 1000)]], [[(300, 1000)], [(700, 1000)]]
     low, high = bootstrap_difference(better, worse)
     assert 0.05 < low < 0.1 < high < 0.15
@@ -51,7 +51,7 @@ def test_a_difference_knows_that_seeds_are_shared() -> None:
         bootstrap_difference(better, worse[:1])
 
 
-def test_fewer_tasks_are_part_of_more(tmp_path: Path) -> None:
+def test_smaller_task_counts_are_prefixes_of_larger(tmp_path: Path) -> None:
     runs = grid({"a": TrainingConfig()}, tmp_path, seeds=[0, 1], task_counts=[5, 25, 10])
     assert [(run.num_tasks, run.config.seed) for run in runs] == [(5, 0), (5, 1), (25, 0), (25, 1), (10, 0), (10, 1)]
     five, _, twenty_five, _, ten, _ = (run.config.tasks for run in runs)
@@ -63,7 +63,7 @@ def test_fewer_tasks_are_part_of_more(tmp_path: Path) -> None:
         grid({"a": listed}, tmp_path, seeds=[0], task_counts=[4])
 
 
-def test_every_shipped_configuration_is_one_and_says_what_its_name_says() -> None:
+def test_shipped_configurations_are_valid_and_match_their_names() -> None:
     files = sorted(CONFIGS.glob("*/*.json"))
     configs = {file.stem: TrainingConfig.model_validate_json(file.read_bytes()) for file in files}
     assert {"lora-qv", "hydralora-qv", "block", "block-spectral", "block-routing", "full"} <= set(configs)
@@ -73,7 +73,7 @@ def test_every_shipped_configuration_is_one_and_says_what_its_name_says() -> Non
     assert [(c.adapter.num_groups > 1, c.spectral != "off") for c in methods] == [
         (False, False), (False, True), (True, False), (True, True),
     ]  # fmt: skip
-    # Equal budgets: nothing but the method may differ, and the rate, which each has at its best of those tried.
+    # Equal budgets: only the method may differ, and its best learning rate of those tried.
     differing = {"adapter", "baseline", "spectral", "spectral_weight", "balance_weight", "learning_rate"}
     budgets = [config.model_dump(exclude=differing) for config in configs.values()]
     assert all(budget == budgets[0] for budget in budgets)
@@ -85,7 +85,7 @@ def test_the_settings_for_big_bench_hard_fit_every_method() -> None:
         assert [part.suite for part in config.suite] == ["bbh-generated", "data/bbh"]  # type: ignore[union-attr]
 
 
-def test_a_sweep_writes_its_table_goes_on_and_refuses_another(tiny_backbone: Path, tmp_path: Path, capsys) -> None:
+def test_a_sweep_writes_its_table_resumes_and_refuses_another(tiny_backbone: Path, tmp_path: Path, capsys) -> None:
     config = str(CONFIGS / "methods" / "full.json")
     command = ["sweep", config, "--backbone", str(tiny_backbone), "--out", str(tmp_path / "sweep"), "--test-examples",
                "3", "--task-counts", "1", "2", "--examples-per-task", "8", "--jobs", "2"]  # fmt: skip
@@ -110,7 +110,7 @@ def test_a_sweep_writes_its_table_goes_on_and_refuses_another(tiny_backbone: Pat
             assert task["total"] == 3
             assert task["interval"][0] <= task["accuracy"] <= task["interval"][1]
     assert all((out / name).stat().st_size > 10_000 for name in ("results.png", "losses.png", "scaling.png"))
-    # Again: nothing is trained anew, also where the table itself was lost.
+    # Once more: nothing is trained again, even if the table itself is lost.
     trained = {path: path.stat().st_mtime_ns for path in out.glob("*/*/*/result.json")}
     assert len(trained) == 2
     (out / "results.md").unlink()
@@ -121,7 +121,7 @@ def test_a_sweep_writes_its_table_goes_on_and_refuses_another(tiny_backbone: Pat
     assert "of another configuration" in capsys.readouterr().err
 
 
-def test_a_sweep_that_is_killed_takes_its_run_along(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_a_killed_sweep_ends_its_run(tiny_backbone: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     command = ["sweep", str(CONFIGS / "methods" / "full.json"), "--backbone", str(tiny_backbone), "--out", str(out),
                "--task-counts", "1", "--examples-per-task", "1000"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Templates and tasks: what renders, what is refused, and that nothing else happens."""
+"""Templates and tasks: what renders, and what is refused."""
 
 import string
 
@@ -20,7 +20,7 @@ def test_one_text_fills_the_only_field() -> None:
     assert spec(template="Q: {input}\nA:").render("why?") == "Q: why?\nA:"
 
 
-def test_named_fields_in_order_of_first_use() -> None:
+def test_fields_are_named_in_order_of_first_use() -> None:
     task = spec(template="{b} {a} {b}")
     assert task.fields == ("b", "a")
     assert task.render({"a": "1", "b": "2"}) == "2 1 2"
@@ -62,14 +62,14 @@ def test_any_text_is_a_template_or_a_template_error(template: str) -> None:
         "{__class__.x}", "{-1}", "{a-b}",
     ],
 )  # fmt: skip
-def test_anything_but_plain_names_is_refused(template: str) -> None:
+def test_refuses_template_fields_that_are_no_plain_names(template: str) -> None:
     with pytest.raises(TemplateError):
         template_fields(template)
     with pytest.raises(ValidationError, match="template"):
         spec(template=template)
 
 
-def test_a_template_needs_a_field() -> None:
+def test_refuses_a_template_without_a_field() -> None:
     with pytest.raises(ValidationError, match="at least one"):
         spec(template="no field {{input}}")
 
@@ -83,19 +83,19 @@ def test_a_template_needs_a_field() -> None:
         ({"c": "3"}, "missing a, b; unknown c"),
     ],
 )
-def test_fields_that_do_not_fit(values: str | dict[str, str], message: str) -> None:
+def test_render_names_missing_and_unknown_fields(values: str | dict[str, str], message: str) -> None:
     with pytest.raises(TemplateError, match=message):
         spec(template="{a}{b}").render(values)
 
 
 @pytest.mark.parametrize("task_id", ["", "A", "a b", "-a", ".a", "a/b", "a" * 129, "a\n", "ä", "../a", "a#b"])
-def test_task_ids_refused(task_id: str) -> None:
+def test_refuses_wrong_task_ids(task_id: str) -> None:
     with pytest.raises(ValidationError, match="id"):
         spec(id=task_id)
 
 
 @pytest.mark.parametrize("task_id", ["a", "0", "a.b-c_d", "a" * 128])
-def test_task_ids_taken(task_id: str) -> None:
+def test_accepts_valid_task_ids(task_id: str) -> None:
     assert spec(id=task_id).id == task_id
 
 
@@ -114,7 +114,7 @@ def test_task_ids_taken(task_id: str) -> None:
         ({"temperature": 1}, "temperature"),
     ],
 )
-def test_task_fields_refused(fields: dict[str, object], message: str) -> None:
+def test_refuses_wrong_task_fields(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         spec(**fields)
 
@@ -126,14 +126,14 @@ def test_normalising_is_idempotent_and_keeps_words(text: str) -> None:
     assert once.split() == text.split()
 
 
-def test_exact_match_is_about_words_and_case() -> None:
+def test_exact_match_compares_words_and_case() -> None:
     assert is_correct("  (A)\n", "(A)")
     assert is_correct("a  b", "a b")
     assert not is_correct("a", "A")
     assert not is_correct("ab", "a b")
 
 
-def test_answers_are_told_from_working() -> None:
+def test_split_answer_separates_working_and_answer() -> None:
     task = TaskSpec(id="t", description="d", answer_marker="=>")
     assert task.worked_answer("3+4=7", "7") == "3+4=7 => 7"
     assert task.split_answer(" 3+4=7 => 7") == (" 3+4=7 ", " 7")
@@ -147,7 +147,7 @@ def test_answers_are_told_from_working() -> None:
             spec.worked_answer(working, target)
 
 
-def test_a_task_without_a_marker_is_written_as_before() -> None:
+def test_json_leaves_out_an_unset_marker() -> None:
     spec = TaskSpec(id="t", description="d")
     assert set(spec.model_dump()) == {"id", "description", "template", "stop", "max_new_tokens", "allowed_answers"}
     marked = TaskSpec(id="t", description="d", answer_marker="=>")
@@ -163,6 +163,6 @@ def test_a_task_without_a_marker_is_written_as_before() -> None:
         ({"answer_marker": "s", "allowed_answers": ("Yes", "No")}, "contains the answer marker 's'"),
     ],
 )
-def test_bad_markers(fields: dict[str, object], message: str) -> None:
+def test_refuses_wrong_markers(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         TaskSpec.model_validate({"id": "t", "description": "d", **fields})

@@ -1,4 +1,4 @@
-"""`mtlora convert`: what the authors' module computes, the converted adapter computes; anything else is named."""
+"""`mtlora convert`: a converted adapter computes what the authors' module computes; wrong files are refused by name."""
 
 import json
 import tempfile
@@ -57,7 +57,9 @@ def converted(state: dict[str, Any], **changed: Any) -> Any:
     st.randoms(use_true_random=False),
 )
 @settings(max_examples=60, deadline=None)
-def test_every_key_lands_in_its_place(modules, r, num_experts, num_groups, layers, prefix, hydra, chooser) -> None:
+def test_every_key_is_converted_to_its_place(
+    modules, r, num_experts, num_groups, layers, prefix, hydra, chooser
+) -> None:
     num_groups = 1 if num_experts == 1 else num_groups
     state = state_of(modules, r=r, num_experts=num_experts, num_groups=num_groups, layers=layers, prefix=prefix)
     original = dict(state)
@@ -87,7 +89,7 @@ def test_every_key_lands_in_its_place(modules, r, num_experts, num_groups, layer
 
 @pytest.mark.parametrize("blocks", [("mlp",), ("self_attn",), ("self_attn", "mlp")], ids=["ffn", "attention", "both"])
 @pytest.mark.parametrize(("num_experts", "num_groups"), [(5, 4), (3, 1), (1, 1)])
-def test_training_form_computes_what_their_loop_computes(tmp_path, blocks, num_experts, num_groups) -> None:
+def test_the_converted_adapter_equals_the_authors_loop(tmp_path, blocks, num_experts, num_groups) -> None:
     folder = make_model(tmp_path / "model", "llama")
     reference = HuggingFace(folder)
     theirs = random_adapters(blocks, num_experts, num_groups)
@@ -186,7 +188,7 @@ NAN = torch.full((2, D), float("nan"))
         (state_of(r=600), r"config: r: Input should be less than or equal to 512"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named(state: dict[str, Any], message: str) -> None:
+def test_refuses_wrong_states_by_name(state: dict[str, Any], message: str) -> None:
     with pytest.raises(ConversionError, match=message):
         converted(state)
 
@@ -199,12 +201,12 @@ def test_what_is_wrong_is_named(state: dict[str, Any], message: str) -> None:
         ({"num_layers": 3}, r"layers.2.mlp: no path"),
     ],
 )
-def test_what_does_not_fit_the_backbone_or_the_flags_is_named(changed: dict[str, Any], message: str) -> None:
+def test_refuses_what_does_not_fit_the_backbone_or_flags(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ConversionError, match=message):
         converted(state_of(), **changed)
 
 
-def test_groups_that_do_not_divide_are_named() -> None:
+def test_refuses_groups_that_do_not_divide() -> None:
     state = state_of()
     for layer in range(LAYERS):
         state[f"{PREFIX}layers.{layer}.mlp.block_adapter.lora_route.weight"] = torch.zeros(9, D)
@@ -233,7 +235,7 @@ def arbitrary_states(draw: st.DrawFn) -> dict[str, Any]:
 
 @given(arbitrary_states())
 @settings(max_examples=200, deadline=None)
-def test_any_keys_and_shapes_are_converted_or_refused_in_words(state: dict[str, Any]) -> None:
+def test_any_keys_and_shapes_are_converted_or_refused(state: dict[str, Any]) -> None:
     try:
         config, tensors = converted(state)
     except ConversionError:
@@ -246,7 +248,7 @@ def test_any_keys_and_shapes_are_converted_or_refused_in_words(state: dict[str, 
 
 @given(st.binary(max_size=200))
 @settings(max_examples=30, deadline=None)
-def test_a_file_that_is_none_of_torchs_is_refused(content: bytes) -> None:
+def test_refuses_a_file_that_torch_did_not_write(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "x.bin"
         source.write_bytes(content)
@@ -267,7 +269,7 @@ def refused(source: Path, out: Path) -> str:
 
 
 class Planted:
-    """Makes a file where a pickle of it is loaded."""
+    """Creates a file when its pickle is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -276,7 +278,7 @@ class Planted:
         return (Path.touch, (self.path,))
 
 
-def test_a_planted_file_runs_nothing(tmp_path: Path) -> None:
+def test_a_malicious_file_runs_no_code(tmp_path: Path) -> None:
     planted = tmp_path / "planted"
     torch.save({"layers.0.mlp.lora_A.weight": Planted(planted)}, tmp_path / "x.bin")
     assert "expected a torch file of tensors alone" in refused(tmp_path / "x.bin", tmp_path / "out")
@@ -289,7 +291,7 @@ def test_a_planted_file_runs_nothing(tmp_path: Path) -> None:
 # ---- tasks -----------------------------------------------------------------------------------------------------------
 
 
-def test_tasks_by_file(tmp_path: Path) -> None:
+def test_reads_tasks_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "tasks.json"
     path.write_text(json.dumps([{"id": "a", "description": "A.", "template": "{text} ->", "max_new_tokens": 4}]))
     (task,) = read_tasks(path)
@@ -311,13 +313,13 @@ def test_tasks_by_file(tmp_path: Path) -> None:
         ('[{"id": "a", "description": "A.", "color": 1}]', r"tasks.json: .*0\.color: "),
     ],
 )
-def test_a_wrong_task_file_is_named(tmp_path: Path, content: str, message: str) -> None:
+def test_refuses_a_wrong_task_file_by_name(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "tasks.json").write_text(content)
     with pytest.raises(ConversionError, match=message):
         read_tasks(tmp_path / "tasks.json")
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_command_writes_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_model(tmp_path / "model", "llama")
     torch.save(authors_state(random_adapters(("mlp",), 3, 2), "model."), tmp_path / "a.bin")
     common = ["convert", str(tmp_path / "a.bin"), str(tmp_path / "out"), "--backbone", str(folder)]

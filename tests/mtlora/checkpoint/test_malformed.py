@@ -293,7 +293,7 @@ MALFORMED: dict[str, tuple[Damage, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_malformed(folder: Path, name: str) -> None:
+def test_a_malformed_checkpoint_is_refused_by_name(folder: Path, name: str) -> None:
     damage, expected = MALFORMED[name]
     damage(folder)
     with pytest.raises(CheckpointError) as caught:
@@ -315,7 +315,7 @@ def test_malformed(folder: Path, name: str) -> None:
         ("weights_fingerprint", "cd" * 32),
     ],
 )
-def test_another_backbone(folder: Path, field: str, value: Any) -> None:
+def test_refuses_another_backbone(folder: Path, field: str, value: Any) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(folder, IDENTITY.model_copy(update={field: value}))
     found = getattr(IDENTITY, field)
@@ -324,7 +324,7 @@ def test_another_backbone(folder: Path, field: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [lambda path: None, Path.touch], ids=["nothing", "a file"])
-def test_no_folder(tmp_path: Path, make: Callable[[Path], None]) -> None:
+def test_refuses_a_missing_folder(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "x")
     for read in (read_checkpoint, read_manifest):
         with pytest.raises(CheckpointError, match=r"x: expected a folder of adapter.json and adapter.safetensors"):
@@ -341,7 +341,7 @@ def good_files() -> dict[str, bytes]:
 
 
 def good_copy(temporary: str) -> Path:
-    """A good checkpoint without the waits for the disk."""
+    """A good checkpoint, written without waiting for the disk."""
     for name, content in good_files().items():
         (Path(temporary) / name).write_bytes(content)
     return Path(temporary)
@@ -377,7 +377,7 @@ def test_any_damage_is_a_checkpoint_error_or_no_damage(data: st.DataObject) -> N
     st.data(),
 )
 @settings(max_examples=100, deadline=None)
-def test_any_json_in_place_of_any_field(value: Any, data: st.DataObject) -> None:
+def test_any_json_in_any_field_is_read_or_refused(value: Any, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = good_copy(temporary)
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
@@ -393,7 +393,7 @@ def test_any_json_in_place_of_any_field(value: Any, data: st.DataObject) -> None
             read_checkpoint(folder)
 
 
-def test_errors_are_of_the_kind_the_command_prints() -> None:
+def test_errors_are_of_the_type_that_commands_print() -> None:
     assert issubclass(CheckpointError, MtLoRAError)
     with pytest.raises(ValidationError):
         BackboneIdentity(architecture="", hidden_size=0, num_layers=0, weights_fingerprint="")

@@ -22,7 +22,7 @@ def test_versions_count_upwards(tmp_path: Path) -> None:
     assert sorted(path.name for path in adapter.iterdir()) == ["1", "10", "9", "notes"]
 
 
-def test_what_cannot_be_read_is_not_published(tmp_path: Path) -> None:
+def test_refuses_to_publish_a_damaged_checkpoint(tmp_path: Path) -> None:
     source, adapter = tmp_path / "source", tmp_path / "mine"
     write_random(source)
     with pytest.raises(MtLoRAError, match="a checkpoint; expected an adapter's folder"):

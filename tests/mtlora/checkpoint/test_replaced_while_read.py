@@ -35,21 +35,21 @@ def flip(mount: Path, seed: int) -> None:
     os.rename(mount / "..new", mount / "..data")
 
 
-def test_a_mounted_config_map(tmp_path: Path) -> None:
+def test_reads_a_mounted_config_map(tmp_path: Path) -> None:
     mount = mounted(tmp_path, 0, 1)
     assert read_checkpoint(mount).manifest.training == {"seed": 0}
     flip(mount, 1)
     assert read_checkpoint(mount).manifest.training == {"seed": 1}
 
 
-def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+def test_reads_a_folder_that_is_a_link(tmp_path: Path) -> None:
     write_random(tmp_path / "v1")
     (tmp_path / "current").symlink_to("v1")
     assert read_checkpoint(tmp_path / "current").manifest.training == {"seed": 0}
 
 
 @pytest.mark.parametrize("flips", [1, 3])
-def test_a_flip_between_the_two_files_is_read_again(
+def test_reads_again_after_a_flip_between_the_two_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flips: int
 ) -> None:
     mount = mounted(tmp_path, 0, 1)
@@ -68,10 +68,10 @@ def test_a_flip_between_the_two_files_is_read_again(
 
 
 @pytest.mark.parametrize("change", [-1, 1])
-def test_a_file_that_grows_or_shrinks_while_it_is_read(
+def test_refuses_a_file_that_grows_or_shrinks_while_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: int
 ) -> None:
-    config = CONFIG.model_copy(update={"r": 512})  # More than one buffer of the reader.
+    config = CONFIG.model_copy(update={"r": 512})  # More than the reader's buffer.
     write_random(tmp_path, config=config, tensors=random_tensors(config))
     original = mtlora.checkpoint.read._layout
 
@@ -81,12 +81,12 @@ def test_a_file_that_grows_or_shrinks_while_it_is_read(
         return layout
 
     monkeypatch.setattr(mtlora.checkpoint.read, "_layout", resized)
-    # Read again, since it changed meanwhile; by then it does not fit its header.
+    # It is read again because it changed; by then it does not fit its header.
     with pytest.raises(CheckpointError, match="bytes of tensors, found"):
         read_checkpoint(tmp_path)
 
 
-def test_what_was_read_does_not_change_with_the_file(folder: Path) -> None:
+def test_tensors_do_not_change_with_the_file(folder: Path) -> None:
     tensors = read_checkpoint(folder).tensors
     with (folder / TENSORS_FILE).open("r+b") as file:
         file.write(b"\xff" * (folder / TENSORS_FILE).stat().st_size)

@@ -76,7 +76,7 @@ def checkpoints(draw: st.DrawFn) -> dict[str, Any]:
 
 @given(checkpoints())
 @settings(max_examples=40, deadline=None)
-def test_round_trip(arguments: dict[str, Any]) -> None:
+def test_any_checkpoint_is_read_as_written(arguments: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "ädapter"
         manifest = write_checkpoint(folder, **arguments)
@@ -93,7 +93,7 @@ def test_round_trip(arguments: dict[str, Any]) -> None:
         assert os.listdir(temporary) == [folder.name]
 
 
-def test_tensors_of_one_storage_and_of_odd_strides(tmp_path: Path) -> None:
+def test_shared_storage_and_odd_strides_are_written_right(tmp_path: Path) -> None:
     tensors = random_tensors()
     route = tensors["layers.0.mlp.lora_route"]
     tensors["layers.1.mlp.lora_route"] = route
@@ -104,7 +104,7 @@ def test_tensors_of_one_storage_and_of_odd_strides(tmp_path: Path) -> None:
     assert torch.equal(read[NAMED], tensors[NAMED])
 
 
-def test_a_file_of_mixed_dtypes_whose_floats_lie_at_odd_offsets(folder: Path) -> None:
+def test_mixed_dtypes_at_odd_offsets_are_read_right(folder: Path) -> None:
     tensors = {n: t.half() if n == "layers.0.mlp.lora_A" else t for n, t in random_tensors().items()}
     header, data, at = {}, b"", 0
     for name in sorted(tensors):
@@ -117,7 +117,7 @@ def test_a_file_of_mixed_dtypes_whose_floats_lie_at_odd_offsets(folder: Path) ->
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
-def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
+def test_file_permissions_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
         write_random(tmp_path / "a")
@@ -126,7 +126,7 @@ def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()} == {0o644}
 
 
-def test_what_json_would_change_is_normalised_or_refused(tmp_path: Path) -> None:
+def test_values_that_json_cannot_hold_are_normalised_or_refused(tmp_path: Path) -> None:
     manifest = write_random(tmp_path / "a", training={"shape": (1, 2)})
     assert manifest.training == {"shape": [1, 2]} == read_manifest(tmp_path / "a").training
     for value in (math.nan, math.inf, {1}, Path("x"), "\ud800"):
@@ -135,7 +135,7 @@ def test_what_json_would_change_is_normalised_or_refused(tmp_path: Path) -> None
     assert not (tmp_path / "b").exists()
 
 
-def test_largest_and_smallest_finite_values_are_no_nan(folder: Path) -> None:
+def test_largest_and_smallest_finite_values_are_accepted(folder: Path) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         tensors = random_tensors(dtype=dtype)
         info = torch.finfo(dtype)

@@ -1,4 +1,4 @@
-"""A checkpoint is written whole or not at all, over another checkpoint only."""
+"""A checkpoint is written whole or not at all, and replaces only another checkpoint."""
 
 import errno
 import math
@@ -41,7 +41,7 @@ from tests.mtlora.checkpoint.damage import NAMED
         ({"training": {"loss": math.nan}}, "training"),
     ],
 )
-def test_what_could_not_be_read_is_not_written(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_refuses_to_write_what_could_not_be_read(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     write_random(tmp_path / "a", seed=5)
     with pytest.raises(CheckpointError) as caught:
         write_random(tmp_path / "a", **change)
@@ -51,13 +51,13 @@ def test_what_could_not_be_read_is_not_written(tmp_path: Path, change: dict[str,
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_a_checkpoint_is_replaced(folder: Path) -> None:
+def test_replaces_a_checkpoint(folder: Path) -> None:
     write_random(folder, seed=1)
     assert read_checkpoint(folder).manifest.training == {"seed": 1}
     assert os.listdir(folder.parent) == ["good"]
 
 
-def test_replacing_is_one_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replaces_in_one_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder.parent / "one").mkdir()
     (folder.parent / "other").mkdir()
     try:
@@ -73,7 +73,7 @@ def test_replacing_is_one_step(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert read_checkpoint(folder).manifest.training == {"seed": 1}
 
 
-def test_writing_through_a_link_replaces_what_it_points_to(tmp_path: Path) -> None:
+def test_replaces_the_target_of_a_link(tmp_path: Path) -> None:
     write_random(tmp_path / "v1")
     (tmp_path / "current").symlink_to("v1")
     write_random(tmp_path / "current", seed=1)
@@ -82,14 +82,14 @@ def test_writing_through_a_link_replaces_what_it_points_to(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["notes.txt", ".git", "adapter.json.bak"])
-def test_a_folder_that_holds_anything_else_is_never_replaced(tmp_path: Path, name: str) -> None:
+def test_never_replaces_a_folder_of_other_files(tmp_path: Path, name: str) -> None:
     (tmp_path / "home" / name).mkdir(parents=True)
     with pytest.raises(CheckpointError, match=rf"home: not replaced: '{name}' is no part of a checkpoint"):
         write_random(tmp_path / "home")
     assert os.listdir(tmp_path / "home") == [name]
 
 
-def test_a_file_is_never_replaced(tmp_path: Path) -> None:
+def test_never_replaces_a_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("mine")
     with pytest.raises(CheckpointError, match="expected a folder or nothing, found a file"):
         write_random(tmp_path / "a")
@@ -98,7 +98,7 @@ def test_a_file_is_never_replaced(tmp_path: Path) -> None:
         write_random(tmp_path / "a" / "b")
 
 
-def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+def test_fills_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     write_random(tmp_path / "a")
     assert read_manifest(tmp_path / "a").training == {"seed": 0}
@@ -108,7 +108,7 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
 def test_a_failure_at_any_call_leaves_the_old_checkpoint(
     folder: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """Without an exchange there are two renames: each, and each fsync before them, fails once."""
+    """Without an exchange, there are two renames: each rename, and each fsync before them, fails once."""
 
     def no_exchange(one: Path, other: Path) -> None:
         raise OSError(errno.EINVAL, "no exchange here")
@@ -146,7 +146,7 @@ def _write_for_ever(folder: Path) -> None:
         write_random(folder, seed=seed)
 
 
-def test_kills_and_readers_meet_whole_checkpoints_only(folder: Path) -> None:
+def test_readers_and_kills_see_only_whole_checkpoints(folder: Path) -> None:
     context = multiprocessing.get_context("fork")
     reads, seeds = 0, set()
     for attempt in range(8):

@@ -22,12 +22,12 @@ TASKS = ("boolean_expressions", "navigate", "object_counting")
 def tasks_and_examples():
     suite = load_suite("builtin")
     tasks = [task for task in suite.tasks if task.id in TASKS]
-    # Without working: the last part counts on answers of one token.
+    # Without working: the last part needs answers of one token.
     examples = {task.id: suite.examples(task.id, "train", 4) for task in tasks}
     return tasks, {task_id: [replace(e, working=None) for e in found] for task_id, found in examples.items()}
 
 
-def test_routing_follows_task_biases_and_leaves_padding_out(tiny_backbone: Path, tasks_and_examples) -> None:
+def test_routing_follows_task_biases_and_ignores_padding(tiny_backbone: Path, tasks_and_examples) -> None:
     tasks, examples = tasks_and_examples
     config = MtLoRAConfig(r=2, num_experts=4, num_groups=2)
     adapted = new_adapted_model(tiny_backbone, config, len(tasks), torch.float32)
@@ -46,7 +46,7 @@ def test_routing_follows_task_biases_and_leaves_padding_out(tiny_backbone: Path,
     torch.testing.assert_close(found.experts_of_all(), torch.full((2,), 3.0), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.between_tasks(), torch.ones(2), rtol=1e-4, atol=1e-4)
     assert found.between_groups().max() < 1e-5
-    # A router that reads the input: padding, which it would read too, must not count.
+    # A router that reads the input, so padding would change the result if it counted.
     torch.manual_seed(0)
     with torch.no_grad():
         for block in adapted.adapters.blocks():
@@ -57,7 +57,7 @@ def test_routing_follows_task_biases_and_leaves_padding_out(tiny_backbone: Path,
     alone = [routing_by_task(adapted, [task], {task.id: [e]}).weights_TMGN for e in examples[task.id]]
     lengths = [len(adapted.tokenizer(task.render(e.input))["input_ids"]) for e in examples[task.id]]
     assert len(set(lengths)) > 1
-    # Every example's answer has as many tokens, so each weighs as its prompt's length and a constant.
+    # Every answer has the same number of tokens, so an example's weight is its prompt's length plus a constant.
     answers = {len(adapted.tokenizer(" " + e.target)["input_ids"]) for e in examples[task.id]}
     assert answers == {1}
     weights = torch.tensor([length + 2.0 for length in lengths])
@@ -65,7 +65,7 @@ def test_routing_follows_task_biases_and_leaves_padding_out(tiny_backbone: Path,
     torch.testing.assert_close(together[0], mean, rtol=1e-4, atol=1e-5)
 
 
-def test_use_of_experts_of_a_known_routing() -> None:
+def test_numbers_of_experts_for_a_known_routing() -> None:
     weights = torch.tensor([[[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]], [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]])
     found = Routing(("a", "b"), ("0.mlp",), weights.unsqueeze(1), torch.full((2, 1), math.log(2)))
     assert found.experts_of_all().item() == pytest.approx(2, rel=1e-4)
@@ -74,7 +74,7 @@ def test_use_of_experts_of_a_known_routing() -> None:
     assert found.between_groups().item() == pytest.approx(1, rel=1e-4)
 
 
-def test_gradients_are_those_of_the_loss(tiny_backbone: Path, tasks_and_examples) -> None:
+def test_task_gradients_equal_the_losses_gradients(tiny_backbone: Path, tasks_and_examples) -> None:
     tasks, examples = tasks_and_examples
     torch.manual_seed(0)
     config = MtLoRAConfig(r=2, num_experts=2, num_groups=2)
@@ -99,9 +99,9 @@ def test_gradients_are_those_of_the_loss(tiny_backbone: Path, tasks_and_examples
     torch.testing.assert_close(cosines(task_gradients(adapted, alike, given)), torch.ones(3, 3))
 
 
-def test_spectra_of_known_experts() -> None:
+def test_spectra_for_known_experts() -> None:
     B = torch.zeros(2, 2, 8, 2)
-    # Block 0: the same expert twice, of one direction; block 1: two orthogonal ones, of two equal directions.
+    # Block 0: the same expert twice, with one direction. Block 1: two orthogonal experts with two equal directions.
     B[0, :, 0, 0] = 3.0
     B[1, 0, 0, 0] = B[1, 0, 1, 1] = B[1, 1, 2, 0] = B[1, 1, 3, 1] = 2.0
     found = spectra(B)
@@ -127,7 +127,7 @@ def test_every_picture_is_drawn(tiny_backbone: Path, tmp_path: Path, capsys) -> 
         picture = (out / f"{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
         assert len(picture) > 5000
-    # The checkpoint without its run has no curves; with no record of its suite it needs to be told.
+    # Without its run, a checkpoint has no curves; without a record of its suite, it needs --suite.
     (run / "adapter").rename(tmp_path / "alone")
     plot[1] = str(tmp_path / "alone")
     assert main([*plot, "--only", "curves"]) == 2

@@ -1,4 +1,4 @@
-"""`mtlora eval` and what it is made of, on a tiny backbone: batches, shots, likelihood, scores."""
+"""`mtlora eval` and its parts, on a tiny backbone: batches, shots, likelihood, scores."""
 
 import io
 import json
@@ -61,8 +61,8 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_batch_answers_as_its_sequences_alone(adapted: AdaptedModel) -> None:
-    """Sequences end at different lengths, so that the batch is cut down on the way."""
+def test_a_batch_gives_each_sequence_its_own_answer(adapted: AdaptedModel) -> None:
+    """Sequences end at different lengths, so the batch shrinks on the way."""
     texts = ["a", "the quick brown fox", "1 2 3", "if you follow these", "x y", "Question: who?", "So", "In a row"]
     tasks = [TASKS[i % 2].model_copy(update={"max_new_tokens": 1 + 3 * (i % 4)}) for i in range(len(texts))]
     prompts = [encode_prompt(adapted.tokenizer, text) for text in texts]
@@ -75,7 +75,7 @@ def test_a_batch_answers_as_its_sequences_alone(adapted: AdaptedModel) -> None:
     assert bare != together
 
 
-def test_working_is_left_out_but_for_the_backbone_alone(adapted: AdaptedModel) -> None:
+def test_answers_leave_out_working_except_from_the_backbone_alone(adapted: AdaptedModel) -> None:
     prompts = [encode_prompt(adapted.tokenizer, "the quick brown fox")]
     bias = torch.tensor([1])
     plain = TaskEntry(id="t", description="d", max_new_tokens=12, stop=("never",))
@@ -87,14 +87,14 @@ def test_working_is_left_out_but_for_the_backbone_alone(adapted: AdaptedModel) -
     assert greedy_answers(adapted, [task], prompts, bias, with_adapter=False) == [alone]
 
 
-def test_the_order_of_examples_is_kept_whatever_the_batches(adapted: AdaptedModel) -> None:
+def test_answers_keep_the_order_of_examples(adapted: AdaptedModel) -> None:
     examples = [Example(TASKS[n % 2].id, "word " * (n % 5 + 1), "x") for n in range(5)]
     answers = offline_answerer(adapted, TASKS)(examples)
     assert answers == offline_answerer(adapted, TASKS, batch_size=2)(examples)
     assert answers == offline_answerer(adapted, TASKS, batch_tokens=1)(examples)
 
 
-def test_options() -> None:
+def test_options_come_from_the_input_or_the_task() -> None:
     task = TASKS[0]
     assert options_of(task, CHOICE) == ("(A)", "(B)", "(C)")
     assert options_of(task, "Is it?\nOptions:\n- Yes \n- No") == ("Yes", "No")
@@ -104,8 +104,8 @@ def test_options() -> None:
 
 
 @pytest.mark.parametrize("with_adapter", [True, False])
-def test_the_likeliest_option_by_scoring_each_whole(adapted: AdaptedModel, with_adapter: bool) -> None:
-    """Against one plain forward pass an option, with options of different lengths."""
+def test_likeliest_equals_scoring_each_option(adapted: AdaptedModel, with_adapter: bool) -> None:
+    """Compares with one plain forward pass per option; options have different lengths."""
     tokenizer, options = adapted.tokenizer, ("Yes", "a longer one", "(B)", "No")
     for text in ("first", "the second prompt", "and a third"):
         prompt = encode_prompt(tokenizer, text)
@@ -123,7 +123,7 @@ def test_the_likeliest_option_by_scoring_each_whole(adapted: AdaptedModel, with_
         assert found == options[sums.index(max(sums))]
 
 
-def test_likelihood_is_measured_behind_the_adapters_own_working(adapted: AdaptedModel) -> None:
+def test_likelihood_is_measured_after_the_adapters_working(adapted: AdaptedModel) -> None:
     prompt = encode_prompt(adapted.tokenizer, "the quick brown fox")
     plain = TASKS[1].model_copy(update={"max_new_tokens": 12, "stop": ("never",)})
     (generated,) = greedy_tokens(adapted, [plain], [prompt], torch.tensor([1]))
@@ -135,7 +135,7 @@ def test_likelihood_is_measured_behind_the_adapters_own_working(adapted: Adapted
     assert likeliest(adapted, task, prompt, options, 1) == expected
 
 
-def test_only_open_questions_are_generated(adapted: AdaptedModel) -> None:
+def test_likelihood_generates_only_open_questions(adapted: AdaptedModel) -> None:
     examples = [Example("letters", CHOICE, "(A)"), Example("words", "Say it.", "a")]
     chosen, said = likelihood_answerer(adapted, TASKS)(examples)
     assert chosen in ("(A)", "(B)", "(C)")
@@ -153,7 +153,7 @@ def test_shots_come_from_training_and_never_hold_the_input(folder: Path) -> None
     assert prompt_of(TASKS[1], train[0]) == f"{second}\n\n{third}\n\n{TASKS[1].render(train[0].input)}"
 
 
-def test_a_prompt_without_room_for_an_answer_is_named(adapted: AdaptedModel) -> None:
+def test_refuses_a_prompt_without_room_for_an_answer(adapted: AdaptedModel) -> None:
     room = adapted.model.config.max_position_embeddings
     with pytest.raises(PromptError, match=f"task letters: prompt of .* the backbone takes {room}: 'word word"):
         offline_answerer(adapted, TASKS)([Example("letters", "word " * room, "x")])
@@ -165,7 +165,7 @@ def test_the_floor_is_the_majority_and_a_margin() -> None:
     examples += [Example("b", str(n), str(n)) for n in range(10)]
     right = [example.target for example in examples]
     assert score(examples, right).below_floor == ()
-    # 0.7 is the floor of the first task, 0.2 of the second.
+    # The floor is 0.7 for the first task, 0.2 for the second.
     wrong = ["x"] * 3 + right[3:10] + ["x"] * 9 + right[19:]
     found = score(examples, wrong)
     assert [task.task_id for task in found.below_floor] == ["b"]
@@ -221,7 +221,7 @@ def test_recorded_scores_are_in_the_manifest_and_the_tensors_stay(
 
 def test_the_bar_moves_while_the_first_answer_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     examples = [Example("words", str(i), "x") for i in range(8)]
-    bar = tqdm(total=8, file=io.StringIO())
+    bar = tqdm(total=8, file=io.StringIO(), disable=False)
 
     class Client:
         def generate(self, task_id: str, text: str, *, without_adapter: bool) -> Any:
@@ -252,7 +252,9 @@ def test_the_backbone_alone_needs_no_adapter(tiny_backbone: Path, folder: Path, 
         (["--suite", "bbh-generated"], "the adapter has no task boolean_expressions"),
     ],
 )
-def test_bad_requests(tiny_backbone: Path, checkpoint: Path, capsys, flags: list[str], message: str) -> None:
+def test_eval_refuses_wrong_flags(
+    tiny_backbone: Path, checkpoint: Path, capsys, flags: list[str], message: str
+) -> None:
     assert main(["eval", "--backbone", str(tiny_backbone), "--adapter", str(checkpoint), *flags]) == 2
     assert message in capsys.readouterr().err
 

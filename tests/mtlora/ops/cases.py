@@ -1,4 +1,4 @@
-"""Random batches over random adapters, and what the oracle says of them.
+"""Random batches over random adapters, with the oracle's output.
 
 Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups, b rows of a bias table.
 """
@@ -31,7 +31,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """A batch: `rows` and `bias_rows` per token, an adapter (or None) a row."""
+    """A batch: `rows` and `bias_rows` for each token, an adapter (or None) for each row."""
 
     D: int
     shapes: tuple[Shape | None, ...]
@@ -41,7 +41,7 @@ class Case:
 
 
 def random_rows(shapes: Sequence[Shape | None], tokens: int, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Rows of the table, some tokens without, and a bias row that the row's adapter has, or none."""
+    """A row of the table, or none, for each token, and a bias row of its adapter, or none."""
     rng = np.random.default_rng(seed)
     rows = rng.integers(-1, len(shapes), tokens)
     bias_rows = [(shapes[a].bias_rows if a >= 0 and shapes[a] else 0) for a in rows]
@@ -71,7 +71,7 @@ class Batch:
             A, R = (randn(n, D).div(D**0.5).to(dtype) for n in (shape.r, shape.G * shape.N))
             B = randn(shape.N, D, shape.r).div(shape.r**0.5).to(dtype)
             bias = randn(shape.bias_rows, shape.G, shape.N) if shape.bias_rows else None
-            # A power of two: the scaled experts round as the experts do.
+            # A power of two, so that scaled experts round as experts do.
             adapters.append(ReferenceAdapter(A, B, R, bias, shape.G, 2.0))
             block = pack_block(A, B, R, num_groups=shape.G, scaling=2.0, dtype=dtype, bias_bGN=bias).to(self.device)
             self.blocks.append(block)
@@ -94,11 +94,11 @@ class Batch:
 
     @property
     def limits(self) -> TableLimits:
-        """The table's."""
+        """The table's limits."""
         return self.table.limits
 
     def check(self) -> None:
-        """y is what the oracle says, and bit for bit what it was where no adapter is."""
+        """y equals the oracle's output, and tokens without an adapter keep their bits."""
         found_TD = self.y_TD.cpu()
         assert torch.equal(found_TD[self.untouched_T], self.before_TD[self.untouched_T])
         error = (found_TD.double() - self.expected_TD).norm() / self.expected_TD.norm()

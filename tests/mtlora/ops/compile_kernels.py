@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for cards that are not here. Run as a program of its own, without the interpreter."""
+"""Compiles the Triton kernels for cards that this machine lacks. Run as a separate program, without the interpreter."""
 
 import re
 
@@ -27,7 +27,7 @@ for capability in (80, 90):
                 fn=kernel,
                 signature={n: "constexpr" if n in constants else _TYPES.get(n, "i32") for n in names},
                 constexprs={(names.index(n),): value for n, value in constants.items()},
-                # As a launch finds them: torch aligns tensors, and sizes are multiples of 16.
+                # As in a real launch: torch aligns tensors, and sizes are multiples of 16.
                 attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants},
             )
             ptx = triton_compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]

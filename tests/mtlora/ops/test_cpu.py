@@ -37,7 +37,7 @@ def cases(draw: st.DrawFn) -> Case:
 @every_dtype
 @given(case=cases())
 @settings(max_examples=15, deadline=None)
-def test_is_the_formula(backend: str, dtype: torch.dtype, case: Case) -> None:
+def test_random_batches_equal_the_formula(backend: str, dtype: torch.dtype, case: Case) -> None:
     batch = Batch(case, dtype)
     BACKENDS[backend](batch.mix)
     batch.check()
@@ -46,7 +46,7 @@ def test_is_the_formula(backend: str, dtype: torch.dtype, case: Case) -> None:
 @every_backend
 @every_dtype
 @pytest.mark.parametrize("name", list(SHAPE_CLASSES))
-def test_shape_classes(backend: str, dtype: torch.dtype, name: str) -> None:
+def test_shape_classes_equal_the_formula(backend: str, dtype: torch.dtype, name: str) -> None:
     batch = Batch(SHAPE_CLASSES[name], dtype)
     BACKENDS[backend](batch.mix)
     batch.check()
@@ -54,7 +54,7 @@ def test_shape_classes(backend: str, dtype: torch.dtype, name: str) -> None:
 
 @every_dtype
 @pytest.mark.parametrize(("K", "C"), [(1, 1), (7, 16), (8, 33), (576, 48)])
-def test_units_hold_the_weights(K: int, C: int, dtype: torch.dtype) -> None:
+def test_units_can_be_inverted(K: int, C: int, dtype: torch.dtype) -> None:
     weights = torch.randn(3, K, C).to(dtype)
     units = cpu_kernel.to_units(weights)
     assert units.shape == (3, *cpu_kernel.units_shape(K, C, dtype))
@@ -62,7 +62,7 @@ def test_units_hold_the_weights(K: int, C: int, dtype: torch.dtype) -> None:
 
 
 @every_dtype
-def test_torch_ops_read_weights_as_given(dtype: torch.dtype) -> None:
+def test_torch_ops_read_weights_as_given_and_the_kernel_refuses_them(dtype: torch.dtype) -> None:
     batch = Batch(SHAPE_CLASSES["ragged-sizes"], dtype, as_given=True)
     cpu.in_torch_ops(batch.mix)
     batch.check()
@@ -71,7 +71,7 @@ def test_torch_ops_read_weights_as_given(dtype: torch.dtype) -> None:
             cpu.run_kernel(KERNEL, 0, batch.mix)
 
 
-def test_a_bound_step_is_the_formula_and_refuses_what_does_not_fit() -> None:
+def test_a_bound_step_equals_the_formula_and_refuses_wrong_tensors() -> None:
     batch = Batch(SHAPE_CLASSES["many-tokens-of-many"], torch.bfloat16)
     add_path_ = bind(batch.table, batch.plan)
     wrong = (
@@ -88,7 +88,7 @@ def test_a_bound_step_is_the_formula_and_refuses_what_does_not_fit() -> None:
 
 
 @every_backend
-def test_rows_of_wider_tensors(backend: str) -> None:
+def test_accepts_rows_of_wider_tensors(backend: str) -> None:
     batch = Batch(SHAPE_CLASSES["many-tokens-of-many"], torch.float32)
     wide_y, wide_x = torch.cat([batch.y_TD, batch.y_TD], 1), torch.cat([batch.x_TD, batch.x_TD], 1)
     D = batch.x_TD.shape[1]
@@ -99,7 +99,7 @@ def test_rows_of_wider_tensors(backend: str) -> None:
 
 
 @every_backend
-def test_large_logits(backend: str) -> None:
+def test_large_logits_choose_one_expert(backend: str) -> None:
     batch = Batch(Case(48, (Shape(4, 5, 3, 1),), (0,) * 6, (0,) * 6), torch.float32)
     block = batch.blocks[0]
     assert block is not None
@@ -115,7 +115,7 @@ def test_large_logits(backend: str) -> None:
 
 
 @every_backend
-def test_not_a_number_stays_one(backend: str) -> None:
+def test_nan_stays_in_its_token(backend: str) -> None:
     batch = Batch(Case(48, (Shape(4, 5, 3),), (0, 0, -1), (-1,) * 3), torch.bfloat16)
     batch.x_TD[0, 3] = float("nan")
     BACKENDS[backend](batch.mix)
@@ -124,6 +124,6 @@ def test_not_a_number_stays_one(backend: str) -> None:
 
 
 @pytest.mark.skipif(KERNEL is None, reason="the kernel was not built")
-def test_a_kernel_of_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_a_kernel_of_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_kernel, "LAYOUT", cpu_kernel.LAYOUT + 1)
     assert cpu_kernel.compiled_kernel.__wrapped__() is None

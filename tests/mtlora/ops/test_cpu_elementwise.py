@@ -29,7 +29,7 @@ def close(found: torch.Tensor, expected: torch.Tensor, roundings: int = 1) -> No
 @every_dtype
 @given(**SHAPES)
 @settings(max_examples=20, deadline=None)
-def test_rms_norm(isa: int, dtype: torch.dtype, rows: int, size: int, seed: int) -> None:
+def test_rms_norm_equals_torch(isa: int, dtype: torch.dtype, rows: int, size: int, seed: int) -> None:
     x, grad = randn(2, rows, size, seed=seed, dtype=dtype).unbind()
     weight = randn(size, seed=seed + 1, dtype=dtype)
     wide = x.double().requires_grad_()
@@ -48,14 +48,14 @@ def test_rms_norm(isa: int, dtype: torch.dtype, rows: int, size: int, seed: int)
 @every_dtype
 @given(**SHAPES)
 @settings(max_examples=20, deadline=None)
-def test_add_rms_norm(isa: int, dtype: torch.dtype, rows: int, size: int, seed: int) -> None:
+def test_add_rms_norm_equals_torch(isa: int, dtype: torch.dtype, rows: int, size: int, seed: int) -> None:
     x, residual = randn(2, rows, size, seed=seed, dtype=dtype).unbind()
     weight = randn(size, seed=seed + 1, dtype=dtype)
     total = x.double() + residual.double()
     expected = torch.nn.functional.rms_norm(total, (size,), weight.double(), 1e-2)
     found, kept = cpu_elementwise.add_rms_norm_(x.clone(), residual.clone(), weight, 1e-2, isa)
     close(found, expected, roundings=2)
-    # To the nearest: what comes out is what torch rounds to.
+    # Rounded to nearest, as in torch.
     assert torch.equal(kept, x + residual)
 
 
@@ -63,7 +63,7 @@ def test_add_rms_norm(isa: int, dtype: torch.dtype, rows: int, size: int, seed: 
 @every_dtype
 @given(**SHAPES)
 @settings(max_examples=20, deadline=None)
-def test_swiglu(isa: int, dtype: torch.dtype, rows: int, size: int, seed: int) -> None:
+def test_swiglu_equals_torch(isa: int, dtype: torch.dtype, rows: int, size: int, seed: int) -> None:
     gate, up, grad = randn(3, rows, size, seed=seed, dtype=dtype).unbind()
     leaves = [t.double().requires_grad_() for t in (gate, up)]
     expected = torch.nn.functional.silu(leaves[0]) * leaves[1]
@@ -79,11 +79,11 @@ def test_swiglu(isa: int, dtype: torch.dtype, rows: int, size: int, seed: int) -
 @every_dtype
 @given(heads=st.integers(1, 4), length=st.integers(1, 70), seed=st.integers(0, 2**31))
 @settings(max_examples=20, deadline=None)
-def test_causal_softmax(isa: int, dtype: torch.dtype, heads: int, length: int, seed: int) -> None:
+def test_causal_softmax_equals_torch(isa: int, dtype: torch.dtype, heads: int, length: int, seed: int) -> None:
     scores = randn(heads, length, length, seed=seed, dtype=dtype)
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
     expected = (0.7 * scores.double()).masked_fill(future, float("-inf")).softmax(-1)
-    # What lies beyond the diagonal is never read.
+    # Values after the diagonal are never read.
     scores.masked_fill_(future, float("nan"))
     found = cpu_elementwise.causal_softmax_(scores, 0.7, isa)
     assert found is scores
@@ -92,7 +92,7 @@ def test_causal_softmax(isa: int, dtype: torch.dtype, heads: int, length: int, s
 
 
 @every_set
-def test_extremes(isa: int) -> None:
+def test_softmax_and_swiglu_of_extreme_values(isa: int) -> None:
     scores = torch.full((1, 40, 40), -1e30)
     scores[0, :, 0] = 1e30
     assert torch.equal(cpu_elementwise.causal_softmax_(scores, 1.0, isa)[0, :, 0], torch.ones(40))
@@ -106,7 +106,7 @@ def test_extremes(isa: int) -> None:
     torch.testing.assert_close(found, torch.nn.functional.silu(gate), rtol=1e-6, atol=1e-30, equal_nan=True)
 
 
-def test_only_tensors_alike_on_the_cpu_are_taken() -> None:
+def test_runs_only_for_cpu_tensors_of_one_dtype() -> None:
     x = torch.zeros(3)
     assert cpu_elementwise.runs(x, x)
     assert not cpu_elementwise.runs(x, x.bfloat16())
@@ -114,7 +114,7 @@ def test_only_tensors_alike_on_the_cpu_are_taken() -> None:
     assert not cpu_elementwise.runs(x.to("meta"))
 
 
-def test_a_stale_library_is_not_used_and_said_to_be(
+def test_a_stale_library_is_logged_and_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cpu_elementwise, "LAYOUT", cpu_elementwise.LAYOUT + 1)

@@ -11,7 +11,7 @@ from mtlora.ops.training import path_with_gradients
 KERNEL = cpu_kernel.compiled_kernel()
 pytestmark = pytest.mark.skipif(KERNEL is None, reason="the kernel is not built here")
 SETS = [isa for isa in (2, 512, 516) if KERNEL is not None and KERNEL.mtlora_training_supported(isa)]
-# Relative to the largest value: float32's sums, and one rounding of what leaves in bfloat16.
+# Relative to the largest value: sums in float32, and one rounding of bfloat16 outputs.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 8e-3}
 
 SHAPES = st.fixed_dictionaries(
@@ -32,7 +32,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @given(shape=SHAPES)
 @settings(max_examples=25, deadline=None)
-def test_values_and_gradients(isa: int, dtype: torch.dtype, shape: dict[str, int]) -> None:
+def test_values_and_gradients_equal_torch_ops(isa: int, dtype: torch.dtype, shape: dict[str, int]) -> None:
     generator = torch.Generator().manual_seed(shape["seed"])
 
     def randn(*size: int) -> torch.Tensor:
@@ -62,7 +62,7 @@ def test_values_and_gradients(isa: int, dtype: torch.dtype, shape: dict[str, int
             close(ours, theirs)
 
 
-def test_the_same_threads_give_the_same_bits_and_others_the_same_values() -> None:
+def test_same_threads_give_same_bits_and_other_threads_close_values() -> None:
     generator = torch.Generator().manual_seed(0)
     x, A, B, R = (torch.randn(*s, generator=generator) for s in ((203, 48), (4, 48), (3, 48, 4), (6, 48)))
     threads, results = torch.get_num_threads(), []
@@ -76,7 +76,7 @@ def test_the_same_threads_give_the_same_bits_and_others_the_same_values() -> Non
         torch.set_num_threads(threads)
     one, two, again, five = results
     assert all(torch.equal(a, b) for a, b in zip(two, again, strict=True))
-    # A token's own values do not depend on who computes them.
+    # A token's own values do not depend on the thread that computes them.
     assert torch.equal(one[0], five[0])
     assert torch.equal(one[1], five[1])
     for a, b in zip(one, five, strict=True):
@@ -84,7 +84,7 @@ def test_the_same_threads_give_the_same_bits_and_others_the_same_values() -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_that_is_no_number_leaves_the_others_alone(dtype: torch.dtype) -> None:
+def test_nan_stays_in_its_token(dtype: torch.dtype) -> None:
     x, A, B, R = (torch.randn(*s) for s in ((20, 32), (4, 32), (3, 32, 4), (6, 32)))
     clean, _, _ = cpu_training.forward(x.to(dtype), None, A, B, R, None, 2, 1.0)
     x[5] = float("nan")
@@ -94,7 +94,7 @@ def test_a_token_that_is_no_number_leaves_the_others_alone(dtype: torch.dtype) -
     assert torch.equal(found[others], clean[others])
 
 
-def test_a_stale_library_is_not_used_and_said_to_be(
+def test_a_stale_library_is_logged_and_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cpu_training, "LAYOUT", cpu_training.LAYOUT + 1)

@@ -10,7 +10,7 @@ from mtlora.config import MtLoRAConfig
 from mtlora.ops.packed_block import pack_block, pack_experts, packed_path
 from mtlora.ops.reference import routed_lora_reference
 
-# Enough tokens and dimensions that not all terms of a sum cancel: the error is measured against the whole output.
+# Enough tokens and dimensions that sums do not cancel: the error is relative to the whole output.
 SHAPES = st.fixed_dictionaries(
     {
         "tokens": st.integers(6, 9),
@@ -27,7 +27,7 @@ SMALL = {"tokens": 5, "group_size": 3, "num_groups": 2, "num_experts": 4, "r": 2
 
 
 def weights(shape: dict[str, int], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """x, A, B, R and a bias per token, of the sizes that training gives them."""
+    """x, A, B, R and a bias per token, with sizes as in training."""
     generator = torch.Generator().manual_seed(shape["seed"])
     T, G, N, r = shape["tokens"], shape["num_groups"], shape["num_experts"], shape["r"]
     D = G * shape["group_size"]
@@ -46,7 +46,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @given(shape=SHAPES)
 @settings(max_examples=40, deadline=None)
-def test_routed_lora_is_the_formula(dtype: torch.dtype, tolerance: float, shape: dict[str, int]) -> None:
+def test_packed_path_equals_the_formula(dtype: torch.dtype, tolerance: float, shape: dict[str, int]) -> None:
     x, A, B, R, bias = weights(shape, dtype)
     row = bias if shape["biased"] else None
     expected = routed_lora_reference(x, A, B, R, row, num_groups=shape["num_groups"], scaling=2.5)
@@ -60,7 +60,7 @@ def test_routed_lora_is_the_formula(dtype: torch.dtype, tolerance: float, shape:
 
 @given(shape=SHAPES)
 @settings(max_examples=25, deadline=None)
-def test_block_adapter_has_the_values_and_gradients_of_the_formula(shape: dict[str, int]) -> None:
+def test_block_adapter_equals_the_formula_in_values_and_gradients(shape: dict[str, int]) -> None:
     x, A, B, R, _ = weights(shape, torch.float64)
     config = MtLoRAConfig(
         r=shape["r"], lora_alpha=3.0, num_experts=shape["num_experts"], num_groups=shape["num_groups"],
@@ -70,7 +70,7 @@ def test_block_adapter_has_the_values_and_gradients_of_the_formula(shape: dict[s
     adapter = BlockAdapter(config, x.shape[1], num_tasks=2, context=context).double()
     adapter.lora_A.data, adapter.lora_B.data, adapter.lora_route.data = A, B, R
     parameters = [adapter.lora_A, adapter.lora_B, adapter.lora_route]
-    # Two sequences of different tasks, the second the first's negative.
+    # Two sequences of different tasks; the second is the negative of the first.
     x_BLD = torch.stack([x, -x])
     bias_index_B, bias_TGN = None, None
     if config.task_bias:
@@ -91,11 +91,11 @@ def test_block_adapter_has_the_values_and_gradients_of_the_formula(shape: dict[s
         torch.autograd.grad((expected * probe).sum(), parameters),
         strict=True,
     ):
-        # Softmax runs in float32, which is what the tolerance is for.
+        # The tolerance covers softmax, which runs in float32.
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()) + 1e-9)
 
 
-def test_experts_at_zero_add_exactly_nothing() -> None:
+def test_zero_experts_add_exactly_zero() -> None:
     x, A, B, R, bias = weights(SMALL, torch.float32)
     block = pack_block(A, torch.zeros_like(B), R, num_groups=2, scaling=2.0, dtype=torch.float32)
     assert torch.equal(packed_path(x, block, bias), torch.zeros_like(x))
@@ -103,7 +103,7 @@ def test_experts_at_zero_add_exactly_nothing() -> None:
     assert torch.equal(adapter(x[None]), torch.zeros(1, 5, 6))
 
 
-def test_one_expert_is_plain_lora() -> None:
+def test_one_expert_equals_plain_lora() -> None:
     x, A, B, R, _ = weights(SMALL | {"num_experts": 1}, torch.float64)
     expected = 1.5 * x @ A.T @ B[0].T
     block = pack_block(A.float(), B.float(), R.float(), num_groups=2, scaling=1.5, dtype=torch.float32)
@@ -130,7 +130,7 @@ def test_packed_experts_are_the_transposed_rows_of_each_group() -> None:
         torch.testing.assert_close(packed[j], torch.cat([B[i, 2 * j : 2 * j + 2].T for i in range(2)]))
 
 
-def test_mean_routing_is_a_distribution_and_only_of_training() -> None:
+def test_mean_routing_is_a_distribution_and_set_only_in_training() -> None:
     adapter = BlockAdapter(MtLoRAConfig(r=2, num_experts=4, num_groups=3), 6, num_tasks=1, context=TaskContext())
     adapter.eval()
     adapter(torch.randn(1, 2, 6))
@@ -141,7 +141,7 @@ def test_mean_routing_is_a_distribution_and_only_of_training() -> None:
     torch.testing.assert_close(adapter.mean_routing_GN.sum(-1), torch.ones(3))
 
 
-def test_dropout_spares_the_router() -> None:
+def test_dropout_does_not_touch_the_router() -> None:
     torch.manual_seed(0)
     config = MtLoRAConfig(r=2, num_experts=4, num_groups=3, lora_dropout=0.9)
     adapter = BlockAdapter(config, 6, num_tasks=1, context=TaskContext())

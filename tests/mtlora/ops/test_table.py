@@ -39,12 +39,12 @@ def table(**changes: object) -> AdapterTable:
         ({"expand_GKE": torch.zeros(2, 6, 6, device="meta")}, "expand is on meta"),
     ],
 )
-def test_weights_that_kernels_cannot_read(changes: dict[str, object], message: str) -> None:
+def test_refuses_weights_that_kernels_cannot_read(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AdapterRows([block()._replace(**changes)])
 
 
-def test_adapters_that_do_not_fit_the_table() -> None:
+def test_refuses_adapters_that_do_not_fit_the_table() -> None:
     for row in (-1, 2):
         with pytest.raises(IndexError):
             table().place(row, AdapterRows([block()]))
@@ -76,7 +76,7 @@ def test_placing_is_in_place_and_can_be_undone() -> None:
     assert torch.equal(batch.y_TD, before)
 
 
-def test_blocks_without_a_path() -> None:
+def test_a_block_without_a_path_adds_nothing() -> None:
     rows = AdapterRows([None, block()])
     many = AdapterTable(2, 1, hidden_size=12, dtype=torch.float32, device=CPU)
     many.place(0, rows)
@@ -87,7 +87,7 @@ def test_blocks_without_a_path() -> None:
 
 
 @pytest.mark.parametrize("rows", [[2], [-2], [0, 5]])
-def test_rows_out_of_range(rows: list[int]) -> None:
+def test_refuses_rows_out_of_range(rows: list[int]) -> None:
     with pytest.raises(ValueError, match=r"the table has 0\.\.1"):
         plan_step(np.array(rows), np.full(len(rows), -1), num_rows=2, tile_size=8)
 
@@ -102,7 +102,7 @@ def test_rows_out_of_range(rows: list[int]) -> None:
         ("bias_rows", 7, "bias row is out"),
     ],
 )
-def test_plans_that_do_not_fit(
+def test_operator_refuses_plans_that_do_not_fit(
     name: str, value: object, message: str, kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kernel:
@@ -192,7 +192,7 @@ def test_runs_inside_a_compiled_function() -> None:
     batch.check()
 
 
-def test_step_plan_is_of_the_operators_kinds() -> None:
+def test_step_plan_has_the_operators_dtypes() -> None:
     plan = plan_step(np.array([0, 1]), np.array([-1, -1]), num_rows=2, tile_size=8)
     assert isinstance(plan, StepPlan)
     assert {plan.tokens_P.dtype, plan.bias_rows_P.dtype, plan.tiles_M3.dtype} == {torch.int32}

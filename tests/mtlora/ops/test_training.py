@@ -34,7 +34,7 @@ def inputs(shape: dict[str, int], dtype: torch.dtype = torch.float64) -> list[to
 
 @given(shape=SHAPES)
 @settings(max_examples=30, deadline=None)
-def test_values_and_gradients_of_the_reference(shape: dict[str, int]) -> None:
+def test_values_and_gradients_equal_the_reference(shape: dict[str, int]) -> None:
     tensors = inputs(shape)
     wanted = [t for t in tensors if t is not None]
     found, weights = path_with_gradients(*tensors, num_groups=shape["G"], scaling=1.7)
@@ -49,7 +49,7 @@ def test_values_and_gradients_of_the_reference(shape: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("dropped", [False, True])
-def test_gradients_of_both_outputs_by_finite_differences(dropped: bool) -> None:
+def test_gradients_equal_finite_differences(dropped: bool) -> None:
     tensors = inputs({"T": 3, "E": 2, "r": 2, "N": 3, "G": 2, "biased": True, "seed": 0})
     if dropped:
         tensors.append(torch.randn(3, 4, dtype=torch.float64, requires_grad=True))
@@ -61,7 +61,7 @@ def test_gradients_of_both_outputs_by_finite_differences(dropped: bool) -> None:
     assert torch.autograd.gradcheck(run, tensors)
 
 
-def test_float32_and_the_authors_loop_agree() -> None:
+def test_float32_equals_the_authors_loop() -> None:
     x, A, B, R, _ = inputs({"T": 32, "E": 24, "r": 8, "N": 4, "G": 3, "biased": False, "seed": 1}, torch.float32)
     ours, _ = path_with_gradients(x, A, B, R, None, num_groups=3, scaling=2.0)
     loop = expert_loop(x, A, B, R, 3, 2.0)
@@ -75,7 +75,9 @@ def test_float32_and_the_authors_loop_agree() -> None:
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_an_input_of_less_precision_than_the_parameters(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+def test_accepts_an_input_of_less_precision_than_the_parameters(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
     if not compiled:
         monkeypatch.setattr(cpu_training, "runs", lambda *tensors: False)
     x, A, B, R, bias = inputs({"T": 9, "E": 8, "r": 4, "N": 3, "G": 2, "biased": True, "seed": 1}, torch.float32)
@@ -96,7 +98,7 @@ def test_an_input_of_less_precision_than_the_parameters(monkeypatch: pytest.Monk
     assert [t.dtype for t in found] == [torch.bfloat16, *[torch.float32] * 4, torch.bfloat16]
 
 
-def test_only_what_needs_a_gradient_gets_one() -> None:
+def test_computes_only_the_gradients_needed() -> None:
     x, A, B, R, _ = inputs({"T": 4, "E": 2, "r": 2, "N": 2, "G": 2, "biased": False, "seed": 2})
     frozen = x.detach()
     out, _ = path_with_gradients(frozen, A, B, R, None, num_groups=2, scaling=1.0)
@@ -110,7 +112,7 @@ def test_traces_and_compiles() -> None:
     torch.library.opcheck(torch.ops.mtlora.path_with_gradients.default, (x, None, A, B, R, bias, 4, 1.5))
 
 
-def test_memory_beside_the_authors_loop() -> None:
+def test_keeps_less_memory_than_the_authors_loop() -> None:
     ours, loop = (peak_bytes(run) for run in training_variants().values())
     assert ours <= loop / 4
 
@@ -127,14 +129,14 @@ def test_memory_beside_the_authors_loop() -> None:
         (0, lambda t: t[None], "x must be"),
     ],
 )
-def test_bad_input(position: int, change, message: str) -> None:
+def test_refuses_wrong_shapes_and_dtypes(position: int, change, message: str) -> None:
     tensors = inputs({"T": 3, "E": 3, "r": 2, "N": 2, "G": 2, "biased": True, "seed": 0})
     tensors[position] = change(tensors[position])
     with pytest.raises(ValueError, match=message):
         path_with_gradients(*tensors, num_groups=2, scaling=1.0)
 
 
-def test_groups_must_divide() -> None:
+def test_refuses_groups_that_do_not_divide() -> None:
     tensors = inputs({"T": 3, "E": 3, "r": 2, "N": 2, "G": 2, "biased": False, "seed": 0})
     with pytest.raises(ValueError, match="num_groups 4 does not divide the hidden size 6"):
         path_with_gradients(*tensors, num_groups=4, scaling=1.0)

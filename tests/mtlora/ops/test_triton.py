@@ -1,4 +1,4 @@
-"""The Triton kernels against the oracle: for real where there is a GPU, else through the interpreter."""
+"""The Triton kernels against the oracle: compiled on a GPU, else through the interpreter."""
 
 import os
 import subprocess
@@ -32,14 +32,14 @@ def run(batch: Batch, launch: Launch | None, limits: TableLimits | None = None) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("launch", "tile_size"), [(DECODE, 16), (PREFILL, 64)], ids=["decode", "prefill"])
 @pytest.mark.parametrize("name", list(SHAPE_CLASSES))
-def test_shape_classes(name: str, launch: Launch, tile_size: int, dtype: torch.dtype) -> None:
+def test_shape_classes_equal_the_formula(name: str, launch: Launch, tile_size: int, dtype: torch.dtype) -> None:
     batch = Batch(SHAPE_CLASSES[name], dtype, DEVICE, tile_size, as_given=True)
     run(batch, launch)
     batch.check()
 
 
 @pytest.mark.parametrize("seed", range(6 if not GPU else 60))
-def test_random_batches(seed: int) -> None:
+def test_random_batches_equal_the_formula(seed: int) -> None:
     rng = np.random.default_rng(seed)
     D = int(rng.choice([24, 60, 96]))
     divisors = [g for g in range(1, 33) if D % g == 0]
@@ -54,7 +54,7 @@ def test_random_batches(seed: int) -> None:
     batch.check()
 
 
-def test_default_launch_and_wider_limits() -> None:
+def test_default_launch_and_wider_limits_equal_the_formula() -> None:
     batch = Batch(mixed(5, 48), torch.float32, DEVICE, 16, as_given=True)
     run(batch, None, batch.limits | TableLimits(rank=20, experts=9, groups=6))
     batch.check()
@@ -101,7 +101,7 @@ def test_graph_serves_another_mix_than_it_was_captured_with() -> None:
 
 
 @pytest.mark.skipif(not GPU, reason="no GPU")
-def test_operator_on_the_gpu() -> None:
+def test_operator_equals_the_formula_on_a_gpu() -> None:
     batch = Batch(mixed(40, 96), torch.bfloat16, "cuda", 16)
     limits = batch.limits
     torch.ops.mtlora.add_mixed_paths_(*batch.mix, [limits.rank, limits.experts, limits.groups, limits.alignment], 16)
@@ -118,7 +118,7 @@ def test_kernels_compile_for_cards() -> None:
     assert done.stdout.count("compiled") == 8
 
 
-def test_gpu_benchmark_says_that_there_is_no_gpu() -> None:
+def test_gpu_benchmark_fails_without_a_gpu() -> None:
     if GPU:
         pytest.skip("there is one")
     done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True)

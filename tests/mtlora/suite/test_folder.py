@@ -1,4 +1,4 @@
-"""Folders of BIG-Bench Hard files: what loads, what is refused and how it is said."""
+"""Folders of BIG-Bench Hard files: what loads, and how others are refused."""
 
 import json
 import tempfile
@@ -24,7 +24,7 @@ def _examples(n: int) -> dict[str, Any]:
     return {"examples": [{"input": f"Is {i} even?", "target": "no" if i % 2 else "yes"} for i in range(n)]}
 
 
-def test_loads(tmp_path: Path) -> None:
+def test_loads_a_folder(tmp_path: Path) -> None:
     _write(tmp_path, "Even.json", {"canary": "x", **_examples(200)})
     _write(tmp_path, "a-b.c_1.json", "\ufeff" + json.dumps({"examples": [{"input": "x", "target": "{y}", "note": 1}]}))
     _write(tmp_path, "README.md", "not a task")
@@ -40,7 +40,7 @@ def test_loads(tmp_path: Path) -> None:
     assert load_suite(str(tmp_path)).tasks == suite.tasks
 
 
-def test_splits(tmp_path: Path) -> None:
+def test_splits_are_disjoint_and_stable(tmp_path: Path) -> None:
     document = _examples(300)
     _write(tmp_path, "even.json", document)
     suite = FolderSuite(tmp_path)
@@ -56,13 +56,13 @@ def test_splits(tmp_path: Path) -> None:
             suite.examples("even", split, len(part) + 1)
         with pytest.raises(SuiteError, match="-1 were asked for"):
             suite.examples("even", split, -1)
-    # The order of the file is not the order of the examples.
+    # Examples do not depend on the file's order.
     document["examples"].reverse()
     _write(tmp_path, "even.json", document)
     assert FolderSuite(tmp_path).examples("even", "train", None, seed=3) == parts["train"]
 
 
-def test_repeated_inputs(tmp_path: Path) -> None:
+def test_warns_about_repeated_inputs_with_other_targets(tmp_path: Path) -> None:
     entries = [("a", "b"), ("c", "b"), ("a", " b"), ("c", "d")]
     _write(tmp_path, "task.json", {"examples": [{"input": i, "target": t} for i, t in entries]})
     with pytest.warns(UserWarning, match=r"task\.json: example 3 has the input of example 1 but target 'd' instead"):
@@ -112,7 +112,7 @@ GOOD = {"input": "x", "target": "y"}
         ({"examples": [{"input": "z\ud800", "target": "a"}]}, "Invalid JSON: .*hex escape at line 1 column"),
     ],
 )
-def test_wrong_file(tmp_path: Path, document: Any, message: str) -> None:
+def test_refuses_a_wrong_file(tmp_path: Path, document: Any, message: str) -> None:
     _write(tmp_path, "fine.json", {"examples": [GOOD]})
     file = _write(tmp_path, "wrong.json", document)
     with pytest.raises(SuiteError, match=message) as caught:
@@ -120,7 +120,7 @@ def test_wrong_file(tmp_path: Path, document: Any, message: str) -> None:
     assert str(caught.value).startswith(f"{file}: ")
 
 
-def test_wrong_folder(tmp_path: Path) -> None:
+def test_refuses_a_wrong_folder(tmp_path: Path) -> None:
     with pytest.raises(SuiteError, match=r"no \.json file in the folder"):
         FolderSuite(tmp_path)
     with pytest.raises(SuiteError, match="not a folder"):
@@ -132,20 +132,20 @@ def test_wrong_folder(tmp_path: Path) -> None:
         FolderSuite(_write(tmp_path, "task.json", _examples(1)))
 
 
-def test_not_utf8(tmp_path: Path) -> None:
+def test_refuses_a_file_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "task.json").write_bytes(b'{"examples": [{"input": "\xff", "target": "x"}]}')
     with pytest.raises(SuiteError, match=r"task\.json: Invalid JSON: invalid unicode code point at line 1 column 26"):
         FolderSuite(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["two words.json", "-x.json", "é.json", "x" * 130 + ".json"])
-def test_wrong_file_name(tmp_path: Path, name: str) -> None:
+def test_refuses_a_wrong_file_name(tmp_path: Path, name: str) -> None:
     _write(tmp_path, name, _examples(1))
     with pytest.raises(SuiteError, match=r"ids must match \^\[a-z0-9\]"):
         FolderSuite(tmp_path)
 
 
-def test_ids_ignore_case(tmp_path: Path) -> None:
+def test_refuses_ids_that_differ_in_case(tmp_path: Path) -> None:
     _write(tmp_path, "Task.json", _examples(1))
     _write(tmp_path, "task.json", _examples(1))
     if len(list(tmp_path.iterdir())) < 2:
@@ -155,12 +155,12 @@ def test_ids_ignore_case(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "built-in", "/nowhere/at/all", "a\0b"])
-def test_unknown_suite(name: str) -> None:
+def test_refuses_an_unknown_suite(name: str) -> None:
     with pytest.raises(SuiteError, match="allowed are builtin, bbh-generated, or the path"):
         load_suite(name)
 
 
-def test_unknown_task_and_split(tmp_path: Path) -> None:
+def test_refuses_an_unknown_task_or_split(tmp_path: Path) -> None:
     _write(tmp_path, "task.json", _examples(1))
     suite = FolderSuite(tmp_path)
     with pytest.raises(SuiteError, match="no task 'other'; it has task"):

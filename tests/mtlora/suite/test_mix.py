@@ -1,4 +1,4 @@
-"""Mixes: one table of tasks out of several suites, each giving what it is to give."""
+"""Mixes: one table of tasks from several suites, with each part's examples."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def part(suite: object, counts: object = None, **more: object) -> SuitePart:
     return SuitePart.model_validate({"suite": str(suite), "examples_per_task": counts, **more})
 
 
-def test_a_task_of_several_parts_is_one(folder: Path) -> None:
+def test_a_mix_joins_the_tasks_of_its_parts(folder: Path) -> None:
     mix = load_suite([
         part("builtin", {"*": 3, "navigate": 5}),
         part("bbh-generated", {"navigate": 4}, joins=SHARED, train_only=True),
@@ -55,7 +55,7 @@ def test_a_task_of_several_parts_is_one(folder: Path) -> None:
     assert len(mix.examples("navigate", "train", 2)) == 6
     assert len(mix.examples("object_counting", "train", None)) == 3
     assert mix.examples("dyck_languages", "train", None) == []
-    # Two of the built-in part, and of the folder as many as it has up to two; nothing generated.
+    # Two of the built-in part, up to two of the folder, none generated.
     validation = [e.input for e in mix.examples("navigate", "validation", 2)]
     assert sum(text.startswith("If you") for text in validation) == min(
         2, len(whole.examples("navigate", "validation", None))
@@ -74,7 +74,7 @@ def test_a_task_of_several_parts_is_one(folder: Path) -> None:
         ([], "at least one part"),
     ],
 )
-def test_bad_mixes(parts: list[SuitePart], message: str) -> None:
+def test_refuses_wrong_mixes(parts: list[SuitePart], message: str) -> None:
     with pytest.raises(SuiteError, match=message):
         load_suite(parts)
 
@@ -84,7 +84,7 @@ def test_one_input_of_two_parts_is_taken_once(folder: Path) -> None:
     assert len(mix.examples("snarks", "train", None)) == len(load_suite(str(folder)).examples("snarks", "train", None))
 
 
-def test_of_a_finite_suite_as_many_as_it_has_of_a_generator_as_many_as_asked_for(folder: Path) -> None:
+def test_up_to_takes_all_of_a_finite_suite_that_has_fewer(folder: Path) -> None:
     files, generated = load_suite(str(folder)), load_suite("builtin")
     mixed = load_suite([part("builtin", 3), part(folder, joins=["navigate"])])
     assert (files.finite, generated.finite, mixed.finite) == (True, False, False)

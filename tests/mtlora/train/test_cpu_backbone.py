@@ -16,10 +16,10 @@ from mtlora.train.cpu_backbone import causal_attention, rms_norm, speed_up_train
 @given(
     B=st.integers(1, 3), K=st.integers(1, 3), per_key=st.integers(1, 3), L=st.integers(1, 9), seed=st.integers(0, 99)
 )
-def test_causal_attention(B: int, K: int, per_key: int, L: int, seed: int) -> None:
+def test_causal_attention_equals_torch(B: int, K: int, per_key: int, L: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (
-        # As a model makes them: heads behind positions in memory.
+        # As in a model: heads after positions in memory.
         torch.randn(B, L, heads, 4, generator=generator, dtype=torch.float64).transpose(1, 2).requires_grad_()
         for heads in (K * per_key, K, K)
     )
@@ -35,7 +35,7 @@ def test_causal_attention(B: int, K: int, per_key: int, L: int, seed: int) -> No
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
-def test_rms_norm() -> None:
+def test_rms_norm_equals_torch() -> None:
     x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     weight, probe = torch.linspace(0.5, 2, 16), torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
     found = rms_norm(x, weight, 1e-5)
@@ -46,7 +46,7 @@ def test_rms_norm() -> None:
     )
 
 
-def test_swiglu() -> None:
+def test_swiglu_equals_torch() -> None:
     gate, up, probe = torch.randn(3, 4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
     inputs = [gate.requires_grad_(), up.requires_grad_()]
     found, expected = swiglu(*inputs), torch.nn.functional.silu(gate) * up
@@ -59,7 +59,7 @@ def test_swiglu() -> None:
 
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("wants_gradients", [True, False])
-def test_a_whole_model_is_the_same_function(
+def test_a_sped_up_model_gives_the_same_values_and_gradients(
     tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch, wants_gradients: bool, compiled: bool
 ) -> None:
     if not compiled:

@@ -1,4 +1,4 @@
-"""Batches: every example once an epoch, the same for the same seed, and padding that changes nothing."""
+"""Batches: every example once per epoch, deterministic for a seed, with padding that changes nothing."""
 
 from collections import Counter
 
@@ -45,7 +45,7 @@ def test_collate_marks_the_token_before_each_answer_token(examples) -> None:
     assert batch.answer_targets_A.tolist() == [token for example in examples for token in example.answer]
     for row, target, owner in zip(batch.answer_rows_A, batch.answer_targets_A, batch.answer_owner_A, strict=True):
         assert row // length == owner
-        # The last answer token of the longest sequence has no next column; any other one is the next token.
+        # The last answer token of the longest sequence has no next column.
         if row % length + 1 < length:
             assert flat[row + 1] == target
     assert batch.num_tokens == sum(map(len, examples))
@@ -53,7 +53,7 @@ def test_collate_marks_the_token_before_each_answer_token(examples) -> None:
 
 
 class Characters:
-    """A tokenizer of one token a character."""
+    """A tokenizer with one token per character."""
 
     eos_token_id = 0
 
@@ -68,19 +68,19 @@ class Characters:
         ("x", "a" * 9, "takes 11 tokens with its end"),
     ],
 )
-def test_encode_names_the_example_that_is_too_long(text: str, target: str, message: str) -> None:
+def test_encode_refuses_an_example_that_is_too_long(text: str, target: str, message: str) -> None:
     task = TaskSpec(id="t", description="d", max_new_tokens=8)
     with pytest.raises(SuiteError, match=message):
         encode(Characters(), [task], [Example("t", text, target)], max_length=64)
 
 
-def test_a_template_that_names_an_unknown_field_stops_at_its_first_example() -> None:
+def test_encode_refuses_a_template_of_several_fields() -> None:
     task = TaskSpec(id="t", description="d", template="{input} {context}")
     with pytest.raises(TemplateError, match="task t takes fields input, context, not one text"):
         encode(Characters(), [task], [Example("t", "x", "y")], max_length=64)
 
 
-def test_padding_leaves_every_sequence_as_if_alone(tiny_backbone) -> None:
+def test_padding_does_not_change_logits(tiny_backbone) -> None:
     from mtlora.config import MtLoRAConfig
     from mtlora.model import new_adapted_model
 

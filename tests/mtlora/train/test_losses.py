@@ -49,7 +49,7 @@ def test_spectral_losses_equal_their_formulas(blocks: int, num_experts: int, d: 
 
 
 @pytest.mark.parametrize("loss", [spectral_pairwise, spectral_gram])
-def test_spectral_gradients_are_those_with_the_weights_held(loss: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_spectral_gradients_treat_weights_as_constants(loss: Callable[[torch.Tensor], torch.Tensor]) -> None:
     B = experts(2, 3, 6, 2).requires_grad_()
     (found,) = torch.autograd.grad(loss(B), [B])
     grams = B.detach().transpose(-1, -2) @ B.detach()
@@ -72,7 +72,7 @@ def test_pairwise_is_zero_for_orthogonal_experts_and_pushes_weak_components_hard
     B = torch.zeros(1, 2, 8, 2, dtype=torch.float64)
     B[0, 0, 0, 0], B[0, 0, 1, 1], B[0, 1, 2, 0], B[0, 1, 3, 1] = 3.0, 0.1, 3.0, 0.1
     assert spectral_pairwise(B).item() == pytest.approx(0, abs=1e-15)
-    # Let both experts share a direction, once by their strong and once by their weak component, by as much.
+    # Both experts share a direction, once in their strong and once in their weak component, equally.
     strong, weak = B.clone(), B.clone()
     strong[0, 1, 0, 0], strong[0, 1, 2, 0] = 3.0, 0.0
     weak[0, 1, 1, 1], weak[0, 1, 3, 1] = 0.1, 0.0
@@ -98,7 +98,9 @@ def test_balance_loss_is_the_squared_coefficient_of_variation() -> None:
 
 @pytest.mark.parametrize("rows_at_a_time", [1, 2, 100])
 @pytest.mark.parametrize("biased", [False, True])
-def test_answer_loss_and_its_gradient(monkeypatch: pytest.MonkeyPatch, rows_at_a_time: int, biased: bool) -> None:
+def test_answer_loss_and_gradient_equal_torch(
+    monkeypatch: pytest.MonkeyPatch, rows_at_a_time: int, biased: bool
+) -> None:
     monkeypatch.setattr(losses, "_LOSS_ELEMENTS", 7 * rows_at_a_time)
     torch.manual_seed(0)
     head = torch.nn.Linear(4, 7, bias=biased).requires_grad_(False)
@@ -114,7 +116,7 @@ def test_answer_loss_and_its_gradient(monkeypatch: pytest.MonkeyPatch, rows_at_a
         assert answer_loss(states, head, targets).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_answer_loss_in_bfloat16_is_autograds() -> None:
+def test_answer_loss_in_bfloat16_equals_autograd() -> None:
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 50, bias=False).bfloat16().requires_grad_(False)
     states, targets = torch.randn(6, 8).bfloat16().requires_grad_(), torch.randint(50, (6,))

@@ -1,4 +1,4 @@
-"""`mtlora merge`: a task is added, learns, and the tasks that were there keep their bits."""
+"""`mtlora merge`: a task is added and learns, and the other tasks keep their bits."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def in_memory(folder: Path, config: MtLoRAConfig, num_tasks: int, dtype: torch.d
 
 
 def learn(start: StartingPoint, seed: int = 0) -> dict[str, torch.Tensor]:
-    """What training may do to a starting point, at its wildest."""
+    """The most that training may change in a starting point."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.where(start.trainable[name], torch.randn(tensor.shape, generator=generator), tensor)
@@ -51,7 +51,7 @@ def learn(start: StartingPoint, seed: int = 0) -> dict[str, torch.Tensor]:
     st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.integers(0, 5),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
-def test_old_tasks_compute_the_same_and_the_new_one_what_it_learned(
+def test_old_tasks_keep_their_outputs_and_the_new_task_its_learned_ones(
     tmp_path_factory, num_experts, r, num_groups, new_experts, num_tasks, blocks, task_bias, dtype, seed
 ) -> None:
     if num_experts + new_experts == 1:
@@ -75,7 +75,7 @@ def test_old_tasks_compute_the_same_and_the_new_one_what_it_learned(
     for name in sorted({name.rpartition(".")[0] for name in before.tensors}):
         for old, new in zip(before.manifest.tasks, tasks, strict=False):
             expected, found = path(before, name, old.bias_index, x_TD), path(after, name, new.bias_index, x_TD)
-            # Terms of zero change no sum, but torch may add in another order with them.
+            # Terms of zero change no sum, but may change torch's order of adding.
             torch.testing.assert_close(found, expected, rtol=1e-12 if new_experts else 0, atol=0)
         trained = {key: value.to(dtype) for key, value in learned.items()}
         expected = formula(extended_config(before, new_experts), trained, name, 0, x_TD)
@@ -112,7 +112,7 @@ def test_a_second_merge_starts_from_the_biases_of_open_experts(tmp_path: Path) -
     assert (start[0, :, 5:] == 0).all()
 
 
-def test_only_what_is_trainable_moves(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_training_changes_only_trainable_entries(tiny_backbone: Path, tmp_path: Path) -> None:
     adapter = MtLoRAConfig(r=4, num_experts=3, num_groups=2, lora_dropout=0.1)
     write_tiny(tiny_backbone, tmp_path / "before", adapter)
     checkpoint = read_checkpoint(tmp_path / "before")
@@ -143,7 +143,9 @@ def write_tiny(backbone: Path, folder: Path, config: MtLoRAConfig, num_tasks: in
 
 
 @pytest.mark.parametrize("mode", ["bias", "experts"])
-def test_command_line(mode: str, tiny_backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge_command_adds_a_task(
+    mode: str, tiny_backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = MtLoRAConfig(r=4, num_experts=3, num_groups=2, task_bias=mode == "bias")
     write_tiny(tiny_backbone, tmp_path / "before", config)
     suite = tmp_path / "suite"
@@ -175,16 +177,16 @@ def test_command_line(mode: str, tiny_backbone: Path, tmp_path: Path, capsys: py
     comparison = compare(tiny_backbone, before, after, ["Is 4 odd?", "Why?"])
     assert comparison.identical or mode == "experts"
     assert comparison.largest_difference < 1e-3
-    # A comparison that cannot fail proves nothing.
+    # Check that the comparison can fail.
     spoiled = {n: t + 0.01 if n.endswith("0.mlp.lora_A") else t for n, t in after.tensors.items()}
     assert not compare(tiny_backbone, before, Checkpoint(after.manifest, spoiled), ["Why?"]).identical
 
-    # The same task once more, and into its own place.
+    # The same task again, into its own place.
     assert main([*arguments[:1], str(out), *arguments[2:]]) == 2
     assert "the adapter has a task 'odd' already" in capsys.readouterr().err
 
 
-def test_an_old_task_that_moved_is_not_written(
+def test_refuses_to_write_if_an_old_task_changed(
     tiny_backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mtlora.merge.merge
@@ -226,7 +228,7 @@ def test_an_old_task_that_moved_is_not_written(
         (["--task", "object_counting", "--suite", "builtin", "--set", "colour=1"], "colour"),
     ],
 )
-def test_what_cannot_be_merged_is_named(
+def test_merge_command_names_what_cannot_be_merged(
     tiny_backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     write_tiny(tiny_backbone, tmp_path / "before", MtLoRAConfig(r=4, num_experts=3, num_groups=2))
@@ -249,13 +251,13 @@ def test_scores_of_the_old_tasks_are_kept() -> None:
     assert _with_scores(old, {}) == old
 
 
-def test_one_expert_has_no_router_to_steer(tmp_path: Path) -> None:
+def test_refuses_an_adapter_of_one_expert(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"num_experts": 1, "task_bias": False})
     with pytest.raises(MergeError, match="one expert"):
         extended_config(in_memory(tmp_path / "a", config, 2, torch.float32), 0)
 
 
-def test_a_folder_that_is_no_checkpoint_is_left_alone_before_any_training(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_refuses_an_output_folder_of_other_files_before_training(tiny_backbone: Path, tmp_path: Path) -> None:
     from mtlora.merge.merge import merge
 
     config = MtLoRAConfig(r=4, num_experts=3, num_groups=2)

@@ -1,4 +1,4 @@
-"""Baselines under the trainer: their counts, their formulas, and that they learn, resume and come back from disk."""
+"""Baselines: their parameter counts, their formulas, and that they learn, resume and load again."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def hydralora_parameters(r: int, num_experts: int, in_out_features: list[tuple[i
     return per_layer * num_layers
 
 
-def test_published_counts_and_the_saving_between_them() -> None:
+def test_parameters_equal_the_published_counts() -> None:
     """LLaMA-2-7B, r 16, N 16: block-level FFN with routing against HydraLoRA on q and v."""
     hydralora = hydralora_parameters(16, 16, [(4096, 4096)] * 2, num_layers=32)
     config = MtLoRAConfig(r=16, num_experts=16, num_groups=2, task_bias=False)
@@ -36,14 +36,14 @@ def test_published_counts_and_the_saving_between_them() -> None:
     assert round(100 * (block / hydralora - 1)) == -47
 
 
-def test_hydralora_has_its_count(tiny_backbone: Path) -> None:
+def test_hydralora_has_the_parameters_of_its_formula(tiny_backbone: Path) -> None:
     adapted = new_adapted_model(tiny_backbone, HydraLoRAConfig(r=4, num_experts=3), 1, torch.float32)
     found = sum(parameter.numel() for parameter in adapted.adapters.parameters())
     assert found == hydralora_parameters(4, 3, [(48, 48), (48, 24)], num_layers=2)
 
 
 @pytest.mark.parametrize("products", ["fused", "loop"])
-def test_hydralora_is_its_formula(products: str) -> None:
+def test_hydralora_equals_its_formula(products: str) -> None:
     torch.manual_seed(0)
     path = HydraLinear(HydraLoRAConfig(r=3, num_experts=4, lora_alpha=6.0, products=products), 10, 7)
     torch.nn.init.normal_(path.lora_B)
@@ -56,7 +56,7 @@ def test_hydralora_is_its_formula(products: str) -> None:
 
 
 @pytest.mark.parametrize("baseline", BASELINES, ids=lambda config: config.method)
-def test_a_baseline_trains_and_comes_back(tiny_backbone: Path, tmp_path: Path, baseline) -> None:
+def test_a_baseline_trains_and_loads_again(tiny_backbone: Path, tmp_path: Path, baseline) -> None:
     trainer = Trainer(SMALL.model_copy(update={"baseline": baseline}), tiny_backbone, tmp_path / "run")
     before = {name: value.clone() for name, value in trainer.adapted.model.state_dict().items() if "lora" not in name}
     tokens_BL, none = torch.arange(100, 112).view(1, -1), torch.zeros(1, dtype=torch.int64)
@@ -99,7 +99,7 @@ def test_a_baseline_resumes_to_the_same_bits(tiny_backbone: Path, tmp_path: Path
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_a_layer_that_is_not_there_is_named(tiny_backbone: Path) -> None:
+def test_refuses_an_unknown_layer_by_name(tiny_backbone: Path) -> None:
     for baseline in (HydraLoRAConfig(target_modules=("wq",)), LoRAConfig(target_modules=("q_proj", "wq"))):
         with pytest.raises(MtLoRAError, match="no linear layer wq; it has down_proj, gate_proj"):
             new_adapted_model(tiny_backbone, baseline, 1, torch.float32)

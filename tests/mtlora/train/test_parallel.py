@@ -1,4 +1,4 @@
-"""Several processes, and gradient checkpointing: both leave the mathematics of a step as it is."""
+"""Several processes and gradient checkpointing do not change the mathematics of a step."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from mtlora.train.trainer import Trainer
 
 CONFIG = TrainingConfig(
     adapter=MtLoRAConfig(r=4, num_experts=3, num_groups=2), tasks=("boolean_expressions", "word_sorting"),
-    # The last batch has one example: a process has none.
+    # The last batch has one example, so one process has none.
     examples_per_task=15, validation_per_task=2, batch_size=29, epochs=4, learning_rate=1e-2, balance_weight=1.0,
     spectral_weight=1.0, dtype="float32", save_every=2, threads=1,
 )  # fmt: skip
@@ -26,7 +26,7 @@ def losses(run: Path) -> list[dict[str, float]]:
     return [record for record in records if "loss" in record]
 
 
-def test_two_processes_give_the_curve_of_one(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_same_losses_as_one(tiny_backbone: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(CONFIG.model_dump_json())
     trainer = Trainer(CONFIG, tiny_backbone, tmp_path / "one")
     trainer.fit()
@@ -46,7 +46,7 @@ def test_two_processes_give_the_curve_of_one(tiny_backbone: Path, tmp_path: Path
     assert (tmp_path / "two" / "adapter" / "adapter.safetensors").exists()
 
 
-def test_gradient_checkpointing_changes_memory_alone(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_gradient_checkpointing_changes_only_memory(tiny_backbone: Path, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"adapter": CONFIG.adapter.model_copy(update={"blocks": "both"})})
     trained: dict[bool, dict[str, torch.Tensor]] = {}
     kept: dict[bool, int] = {}
@@ -63,7 +63,7 @@ def test_gradient_checkpointing_changes_memory_alone(tiny_backbone: Path, tmp_pa
 
 
 def kept_for_backward(trainer: Trainer) -> int:
-    """Elements that a forward pass through the decoder layers keeps for the backward pass."""
+    """Elements that the decoder layers' forward pass keeps for the backward pass."""
     sizes: list[int] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

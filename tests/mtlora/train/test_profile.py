@@ -1,4 +1,4 @@
-"""The profile of a step: its sections are all of the time, and what is asked for is there."""
+"""The profile of a step: its sections add up, and every one is there."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from mtlora.train.profile import profile_training
 from mtlora.train.trainer import Trainer
 
 
-def test_sections_add_up(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_sections_add_up_to_the_whole_time(tiny_backbone: Path, tmp_path: Path) -> None:
     config = TrainingConfig(
         adapter=MtLoRAConfig(r=2, num_experts=2, num_groups=2), tasks=("navigate",), examples_per_task=44,
         validation_per_task=0, batch_size=4, threads=1,

@@ -117,7 +117,7 @@ def logged_steps(run: Path) -> list[int]:
 
 
 def test_kill_at_any_moment_then_resume_gives_the_same_bits(tiny_backbone: Path, tmp_path: Path) -> None:
-    """MTLORA_TEST_KILLS sets how many kills; the default keeps the suite quick."""
+    """MTLORA_TEST_KILLS sets the number of kills; the default keeps the suite fast."""
     config = tmp_path / "config.json"
     config.write_text(SMALL.model_copy(update={"epochs": 2, "validation_per_task": 2}).model_dump_json())
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -146,7 +146,7 @@ def test_kill_at_any_moment_then_resume_gives_the_same_bits(tiny_backbone: Path,
     assert logged_steps(broken) == sorted(logged_steps(broken))
 
 
-def test_a_run_folder_is_never_taken_for_another(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_refuses_the_folder_of_another_run(tiny_backbone: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     Trainer(SMALL, tiny_backbone, out)
     with pytest.raises(RunError, match="holds a run already"):
@@ -155,7 +155,7 @@ def test_a_run_folder_is_never_taken_for_another(tiny_backbone: Path, tmp_path: 
         Trainer(SMALL.model_copy(update={"learning_rate": 0.5}), tiny_backbone, out, resume=True)
 
 
-def test_gradients_that_are_no_numbers_stop_before_they_spoil_anything(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_nan_gradients_stop_training_before_the_step(tiny_backbone: Path, tmp_path: Path) -> None:
     trainer = Trainer(SMALL, tiny_backbone, tmp_path / "run")
     before = {name: value.clone() for name, value in trainer.adapted.adapters.state_dict().items()}
     next(trainer.adapted.adapters.parameters()).register_hook(lambda gradient: gradient * float("nan"))
@@ -164,8 +164,8 @@ def test_gradients_that_are_no_numbers_stop_before_they_spoil_anything(tiny_back
     assert all(torch.equal(before[name], value) for name, value in trainer.adapted.adapters.state_dict().items())
 
 
-def test_a_good_checkpoint_outlives_a_run_that_fails(tiny_backbone: Path, tmp_path: Path) -> None:
-    """The state that was saved, and what was there in the checkpoint's place, stay as they were."""
+def test_a_failed_run_keeps_checkpoint_and_state(tiny_backbone: Path, tmp_path: Path) -> None:
+    """The saved state and an older checkpoint stay as they are."""
     trainer = Trainer(SMALL, tiny_backbone, tmp_path / "run")
     good = Trainer(SMALL.model_copy(update={"max_steps": 2}), tiny_backbone, tmp_path / "good")
     good.fit()
@@ -183,7 +183,7 @@ def test_a_good_checkpoint_outlives_a_run_that_fails(tiny_backbone: Path, tmp_pa
     assert sorted(path.name for path in trainer.folder.path.iterdir()) == ["adapter", "state.pt", "training.json"]
 
 
-def test_a_damaged_state_is_named(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_refuses_a_damaged_state_by_name(tiny_backbone: Path, tmp_path: Path) -> None:
     trainer = Trainer(SMALL, tiny_backbone, tmp_path / "run")
     trainer.save()
     whole = trainer.folder.state_file.read_bytes()
@@ -209,7 +209,7 @@ def test_a_damaged_state_is_named(tiny_backbone: Path, tmp_path: Path) -> None:
     ],
     ids=["long target", "long example", "duplicate id", "empty task", "missing field", "all too long", "twice", "none"],
 )  # fmt: skip
-def test_bad_task_files_are_named_before_a_run_leaves_a_trace(
+def test_refuses_wrong_task_files_before_writing_anything(
     tiny_backbone: Path, tmp_path: Path, capsys, files: dict, flags: list[str], message: str
 ) -> None:
     suite, out = tmp_path / "suite", tmp_path / "run"
@@ -225,7 +225,7 @@ def test_bad_task_files_are_named_before_a_run_leaves_a_trace(
     assert not out.exists()
 
 
-def test_a_loss_that_is_no_number_stops_before_it_spoils_anything(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_a_nan_loss_stops_training_before_the_step(tiny_backbone: Path, tmp_path: Path) -> None:
     trainer = Trainer(SMALL, tiny_backbone, tmp_path / "run")
     before = {name: value.clone() for name, value in trainer.adapted.adapters.state_dict().items()}
     trainer.adapted.model.lm_head.weight.data[0, 0] = float("nan")
@@ -249,7 +249,9 @@ def test_a_loss_that_is_no_number_stops_before_it_spoils_anything(tiny_backbone:
         (["--profile", "0"], "one of --out DIR and --profile STEPS"),
     ],
 )
-def test_bad_settings_are_named(tiny_backbone: Path, tmp_path: Path, capsys, flags: list[str], message: str) -> None:
+def test_refuses_wrong_settings_by_name(
+    tiny_backbone: Path, tmp_path: Path, capsys, flags: list[str], message: str
+) -> None:
     status = main(["train", "--backbone", str(tiny_backbone), "--out", str(tmp_path / "run"), *flags])
     assert status == 2
     assert message in capsys.readouterr().err
@@ -288,11 +290,11 @@ def test_a_mix_starts_from_a_checkpoint_by_task_id(tiny_backbone: Path, tmp_path
     assert manifest.training["examples"] == 24
     assert manifest.task("navigate").answer_marker == "=>"
     assert manifest.task("navigate").template.startswith("Do these moves")
-    # Built-in and folder alone are validated: dyck_languages has no other part here.
+    # Only the built-in part is validated, and it has no dyck_languages.
     assert set(manifest.evaluation["adapter"]["tasks"]) == {"navigate", "object_counting"}
 
 
-def test_a_checkpoint_of_another_shape_is_refused(tiny_backbone: Path, tmp_path: Path) -> None:
+def test_refuses_to_start_from_a_checkpoint_of_another_shape(tiny_backbone: Path, tmp_path: Path) -> None:
     first = Trainer(SMALL.model_copy(update={"max_steps": 1}), tiny_backbone, tmp_path / "first")
     first.fit()
     other = SMALL.model_copy(
