@@ -379,15 +379,6 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 kind="heatmap",
             ),
             Panel(
-                "Steps held up for requests that follow an answer",
-                "none",
-                "Such requests a second, and the seconds a second that steps waited for them. Setting: anticipation.",
-                (
-                    (_rate("mtlora_engine_anticipated_requests_total"), "requests"),
-                    (_rate("mtlora_engine_anticipation_seconds_total"), "seconds"),
-                ),
-            ),
-            Panel(
                 "The server's event loop is late by",
                 "s",
                 "Above some ten milliseconds the server wants processor time: requests then wait before any other "

@@ -9,7 +9,6 @@ from vllm.v1.worker import lora_model_runner_mixin
 from mtlora.vllm_cpu.eager_cpu import use_single_calls
 from mtlora.vllm_cpu.inspection import inspect_models_here
 from mtlora.vllm_plugin.compilation import adapt_engine_config, key_compile_cache, split_graphs_around_operator
-from mtlora.vllm_plugin.engine_core import wait_between_steps
 from mtlora.vllm_plugin.model_manager import MtLoRAModelManager
 from mtlora.vllm_plugin.orphans import end_with_parent
 from mtlora.vllm_plugin.worker_manager import MtLoRAWorkerManager
@@ -34,7 +33,6 @@ def install() -> None:
     key_compile_cache()
     adapt_engine_config()
     use_single_calls()
-    wait_between_steps()
     end_with_parent()
     inspect_models_here()
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = MtLoRAWorkerManager

@@ -11,7 +11,7 @@ from mtlora.prompt import encode_prompt
 from server.engine import translation
 from server.engine.launch import launch
 from server.engine.processes import EngineProcesses
-from server.engine.stats import BetweenSteps, EngineStats, WorkerStats, stat_logger, worker_stats
+from server.engine.stats import EngineStats, WorkerStats, stat_logger, worker_stats
 from server.errors import AdapterError, EngineDeadError
 from server.job import Delta, GenerationJob, Sampling
 from server.settings import Settings
@@ -21,8 +21,6 @@ logger = get_logger("engine")
 
 # How often a load that runs beside the steps is asked whether it is done.
 _STAGING_POLL_S = 0.02
-# How much nicer an engine on CPUs is than the server.
-_NICENESS = 10
 
 
 class EngineStartError(RuntimeError):
@@ -85,9 +83,6 @@ class Engine:
             encode_prompt(self.tokenizer, "")
             cores = self._llm.engine_core.resources.engine_manager.processes
             self._processes = EngineProcesses.below(core.pid for core in cores)
-            if self._llm.vllm_config.device_config.device_type == "cpu":
-                self._processes.yield_cores(_NICENESS)
-                self._processes.part_cores()
         except Exception as error:
             logger.error("the engine did not start", exc_info=True)
             raise EngineStartError(f"the engine did not start: {error}") from error
@@ -157,23 +152,16 @@ class Engine:
         """Of every rank of every engine, asked between two steps."""
         return [worker_stats(rank) for rank in await self._call("mtlora_statistics")]
 
-    async def between_steps(self) -> list[BetweenSteps]:
-        """Of every engine, asked between two steps."""
-        return [BetweenSteps(**counts) for counts in await self._call_engines("mtlora_between")]
-
     async def _call(self, method: str, *arguments: Any) -> list[Any]:
         """The result of a worker's method, of each rank of each engine."""
-        # vLLM's own `collective_rpc` gives the results of the first engine alone.
-        engines = await self._call_engines("collective_rpc", method, None, arguments, {})
-        return [result for ranks in engines for result in ranks]
-
-    async def _call_engines(self, method: str, *arguments: Any) -> list[Any]:
-        """The result of an engine core's method, of each engine."""
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
         with self._waiting(between_steps=True):
             try:
-                return list(await self._llm.engine_core.call_utility_all_async(method, *arguments))
+                # vLLM's own `collective_rpc` returns the results of the first engine alone.
+                call = self._llm.engine_core.call_utility_all_async
+                engines = await call("collective_rpc", method, None, arguments, {})
+                return [result for ranks in engines for result in ranks]
             except VllmEngineDeadError:
                 raise EngineDeadError from None
 
@@ -234,7 +222,6 @@ class Engine:
 
     def shutdown(self) -> None:
         """Stop the engine's processes. Blocks for a few seconds at most."""
-        self._processes.rejoin_cores()
         if self._llm is not None:
             self._llm.shutdown(timeout=0 if self._lost else 5)
             if self._lost:

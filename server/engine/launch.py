@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mtlora.vllm_plugin import memory_environment
-from server.engine.preload import EAGER, forked_engines, start_fork_server
 from server.engine.threads import thread_environment
 from server.rpc.validation import MAX_LOGPROBS
 from server.settings import Settings
@@ -17,11 +16,8 @@ from server.telemetry.logs import get_logger
 
 logger = get_logger("engine")
 
-
-def begin_imports(settings: Settings) -> None:
-    """Begin the imports of an engine's process, long before it can be started."""
-    with _no_interrupts_in_children():
-        start_fork_server(settings, engine_environment(settings))
+# vLLM compiles two sampling functions even in an eager engine, for seconds, in the first request that needs them.
+_EAGER = {"TORCHDYNAMO_DISABLE": "1"}
 
 
 def launch(settings: Settings, backbone: Path, stat_logger: type) -> Any:
@@ -39,9 +35,9 @@ def launch(settings: Settings, backbone: Path, stat_logger: type) -> Any:
     if arguments["dtype"] != settings.dtype:
         logger.info("this processor has no bfloat16 products", extra={"fields": {"dtype": arguments["dtype"]}})
     if arguments["enforce_eager"]:
-        os.environ.update(EAGER)
+        os.environ.update(_EAGER)
     config = AsyncEngineArgs(**arguments).create_engine_config()
-    with _no_interrupts_in_children(), _rank_environment(config), forked_engines():
+    with _no_interrupts_in_children(), _rank_environment(config):
         executor = Executor.get_class(config)
         engine = AsyncLLM(config, executor, log_stats=False, log_requests=False, stat_loggers=[stat_logger])
     # vLLM reads its environment variables anew with every request; in the engine's processes it stops that by itself.
@@ -95,7 +91,6 @@ def engine_environment(settings: Settings) -> dict[str, str]:
         # Read by the plugin in the engine's processes.
         "MTLORA_ADAPTER_BACKBONE_CHECK": settings.adapter_backbone_check,
         "MTLORA_ROUTING_SAMPLE_STEPS": str(settings.routing_sample_steps),
-        "MTLORA_ANTICIPATION": str(int(settings.anticipation)),
         **memory_environment(),
         **thread_environment(settings.omp_threads_bind, os.environ, settings.ranks),
     }

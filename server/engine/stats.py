@@ -1,18 +1,9 @@
 """What an engine tells of itself after a step, and of its processes when asked."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from server.telemetry.engine_stats import EngineStats, RoutingSums, WorkerStats
-
-
-@dataclass(frozen=True)
-class BetweenSteps:
-    """What one engine did between its steps, since its start; fields as `mtlora.vllm_plugin.engine_core` counts."""
-
-    waited_s: float
-    followed: int
 
 
 def worker_stats(rank: dict[str, Any]) -> WorkerStats:

@@ -1,6 +1,5 @@
 """Killing an engine's processes: all of them, also a stopped one, with the shared memory they leave."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -8,7 +7,6 @@ from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import psutil
-import pytest
 
 from server.engine.processes import EngineProcesses
 
@@ -54,72 +52,3 @@ def test_they_are_killed_and_leave_nothing() -> None:
         parent.kill()
         ours.close()
         ours.unlink()
-
-
-def test_they_yield_their_cores_with_every_thread() -> None:
-    threads = "import threading, time; threading.Thread(target=time.sleep, args=(600,)).start(); print(flush=True)"
-    parent = subprocess.Popen([sys.executable, "-c", threads], stdout=subprocess.PIPE)
-    try:
-        assert parent.stdout is not None
-        parent.stdout.readline()
-        own = os.getpriority(os.PRIO_PROCESS, 0)
-        EngineProcesses.below([parent.pid]).yield_cores(3)
-        found = {os.getpriority(os.PRIO_PROCESS, thread.id) for thread in psutil.Process(parent.pid).threads()}
-        assert found == {min(own + 3, 19)}
-        assert os.getpriority(os.PRIO_PROCESS, 0) == own
-        EngineProcesses.below([parent.pid]).yield_cores(99)
-        assert psutil.Process(parent.pid).nice() == 19
-    finally:
-        parent.kill()
-        parent.wait()
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a core for each")
-def test_nothing_else_runs_where_a_rank_begins_its_steps() -> None:
-    given = os.sched_getaffinity(0)
-    first = min(given)
-    # A rank's first thread, bound to a core, one that inherits that, and one of the team, bound to another.
-    script = f"""
-import os, threading, time
-given = os.sched_getaffinity(0)
-ready = threading.Event()
-def bound():
-    os.sched_setaffinity(0, {{max(given)}})
-    ready.set()
-    time.sleep(600)
-os.sched_setaffinity(0, {{{first}}})
-threads = [threading.Thread(target=target, args=args) for target, args in [(time.sleep, (600,)), (bound, ())]]
-for thread in threads: thread.start()
-ready.wait()
-print(*(thread.native_id for thread in threads), flush=True)
-"""
-    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-    engine = EngineProcesses()
-    try:
-        assert parent.stdout is not None
-        inheriting, bound = map(int, parent.stdout.readline().split())
-        engine = EngineProcesses.below([parent.pid])
-        engine.part_cores()
-        others = given - {first}
-        assert os.sched_getaffinity(parent.pid) == {first}
-        assert os.sched_getaffinity(inheriting) == others
-        assert os.sched_getaffinity(bound) == {max(given)}
-        assert os.sched_getaffinity(0) == others
-        engine.rejoin_cores()
-        assert os.sched_getaffinity(0) == given
-    finally:
-        engine.rejoin_cores()
-        parent.kill()
-        parent.wait()
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a core for each")
-def test_ranks_that_are_not_bound_leave_every_core_to_all() -> None:
-    parent = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    given = os.sched_getaffinity(0)
-    try:
-        EngineProcesses.below([parent.pid]).part_cores()
-        assert os.sched_getaffinity(0) == os.sched_getaffinity(parent.pid) == given
-    finally:
-        parent.kill()
-        parent.wait()
