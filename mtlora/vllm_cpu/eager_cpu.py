@@ -32,8 +32,6 @@ class OneCallSiluAndMul(SiluAndMul):
 
 def use_single_calls() -> None:
     """Have vLLM take them, from the next engine on."""
-    if not current_platform.is_cpu():
-        return
     CustomOp.register_oot(OneCallSiluAndMul, name=SiluAndMul.__name__)
     platform: Any = type(current_platform)
     stock_import, stock_priority = platform.import_ir_kernels, platform.get_default_ir_op_priority

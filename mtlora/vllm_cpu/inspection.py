@@ -8,13 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm.model_executor.models import registry
-from vllm.platforms import current_platform
 
 
 def inspect_models_here() -> None:
     """Have vLLM's model registry do so."""
-    if current_platform.is_cpu() and registry._run_in_subprocess is not _run:
-        registry._run_in_subprocess = _run
+    registry._run_in_subprocess = _run
 
 
 def _run(look: Callable[[], Any]) -> Any:

@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
+from mtlora.vllm_plugin.seams import require
+
 
 def rewind_cpu_generators() -> None:
     """Have model runners on CPUs rewind generators by their state. Takes effect for this process, once.
 
-    Raises AttributeError where vLLM does not sample in these steps.
+    Raises RuntimeError where vLLM does not sample in these steps.
     """
+    require("seeded requests on CPUs")
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     # Defined by the base class, which runners of other devices share: only the CPU's own may change.

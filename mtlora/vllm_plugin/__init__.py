@@ -10,29 +10,20 @@ multi-LoRA serves PEFT adapters.
 import os
 from typing import Any
 
-SUPPORTED_VLLM = "0.32"
-ENVIRONMENT_SWITCH = "MTLORA_PLUGIN"
+from mtlora.vllm_plugin.seams import ENVIRONMENT_SWITCH
 
 
 def register() -> None:
     """Install the plugin in this process; any further call does nothing.
 
-    Raises RuntimeError where vLLM does not have the parts that the plugin takes the place of.
+    Raises RuntimeError where vLLM lacks a seam that correctness needs.
     """
     if os.environ.get(ENVIRONMENT_SWITCH, "1") == "0":
         return
     # Imported here: vLLM only logs what an entry point's import raises, and carries on without the plugin.
-    try:
-        from mtlora.vllm_plugin.install import install
+    from mtlora.vllm_plugin.install import install
 
-        install()
-    except (ImportError, AttributeError) as error:
-        import vllm
-
-        raise RuntimeError(
-            f"the mtlora plugin supports vLLM {SUPPORTED_VLLM}, this is {vllm.__version__}: {error}. "
-            f"Install a supported version, or set {ENVIRONMENT_SWITCH}=0 to run vLLM without mtLoRA adapters."
-        ) from error
+    install()
 
 
 def memory_environment() -> dict[str, str]:

@@ -9,6 +9,7 @@ import pytest
 from mtlora import vllm_plugin
 from mtlora.backbone import BackboneIdentity
 from mtlora.config import MtLoRAConfig
+from mtlora.vllm_plugin.seams import SUPPORTED_VLLM
 from tests.engine._models import make_adapter
 
 
@@ -83,7 +84,7 @@ def test_another_vllm_is_named_in_the_error(installed, monkeypatch):
     monkeypatch.delattr(worker_manager.WorkerLoRAManager, "_apply_adapters")
     with pytest.raises(RuntimeError, match="_apply_adapters") as raised:
         vllm_plugin.register()
-    assert f"supports vLLM {vllm_plugin.SUPPORTED_VLLM}" in str(raised.value)
+    assert f"supports vLLM {SUPPORTED_VLLM}" in str(raised.value)
     assert "MTLORA_PLUGIN=0" in str(raised.value)
 
 
