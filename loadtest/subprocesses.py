@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from loadtest.errors import LoadTestError
-from mtlora.vllm_plugin import memory_environment
+from mtlora.vllm_cpu.memory import memory_environment
 
 _READY = re.compile(r"serving on (?P<address>\S+), metrics on (?P<metrics>\S+), (?P<tasks>\d+) tasks")
 _LOG_CHARS = 3000

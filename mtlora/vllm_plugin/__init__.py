@@ -26,14 +26,6 @@ def register() -> None:
     install()
 
 
-def memory_environment() -> dict[str, str]:
-    """Environment variables for a process that is to run an engine on CPU: glibc's, unless the caller has set them.
-
-    Weights then lie in huge pages where the kernel gives them on request, which saves some percent of a step.
-    """
-    return {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")}
-
-
 def engine_overrides(max_num_seqs: int, host_cache_bytes: int = 0) -> dict[str, Any]:
     """Arguments of vLLM's `EngineArgs` that suit mtLoRA adapters, for up to `max_num_seqs` sequences at a time.
 

@@ -228,7 +228,7 @@ SEAMS = (
     Seam(
         "huge pages on CPUs",
         Need.SPEED,
-        "mtlora.vllm_plugin",
+        "mtlora.vllm_cpu.memory",
         (),
         "weights lie in small pages",
     ),

@@ -6,7 +6,7 @@ an engine is started.
 """
 
 from server.engine.engine import Engine, EngineStartError
-from server.engine.launch import exit_at_once
+from server.engine.processes import exit_at_once
 from server.engine.stats import EngineStats, RoutingSums, WorkerStats
 from server.engine.supervisor import EngineFailure, EngineGaveUpError, Supervisor
 

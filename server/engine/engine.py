@@ -11,7 +11,7 @@ from mtlora.prompt import encode_prompt
 from server.engine import translation
 from server.engine.launch import launch
 from server.engine.processes import EngineProcesses
-from server.engine.stats import EngineStats, WorkerStats, stat_logger, worker_stats
+from server.engine.stats import EngineStats, WorkerStats, worker_stats
 from server.errors import AdapterError, EngineDeadError
 from server.job import Delta, GenerationJob, Sampling
 from server.settings import Settings
@@ -78,7 +78,7 @@ class Engine:
     def start(self) -> None:
         """Start the engine's processes and load the backbone. Blocks for long; raises EngineStartError."""
         try:
-            self._llm = launch(self._settings, self._backbone, stat_logger(self._record_step))
+            self._llm = launch(self._settings, self._backbone, self._record_step)
             # The first use sets the tokenizer up, which no two threads may do at once.
             encode_prompt(self.tokenizer, "")
             cores = self._llm.engine_core.resources.engine_manager.processes

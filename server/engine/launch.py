@@ -1,16 +1,19 @@
-"""How an engine is started: vLLM's arguments, the environment of its processes, and the way out while it starts."""
+"""How an engine is started: vLLM's arguments and the environment of its processes."""
 
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from mtlora.vllm_plugin import memory_environment
+from mtlora.vllm_cpu.memory import memory_environment
+from mtlora.vllm_plugin.seams import available, require
+from server.engine import orphans
+from server.engine.stats import EngineStats, stat_logger
 from server.engine.threads import thread_environment
-from server.rpc.validation import MAX_LOGPROBS
+from server.job import MAX_LOGPROBS
 from server.settings import Settings
 from server.telemetry.logs import get_logger
 
@@ -20,17 +23,19 @@ logger = get_logger("engine")
 _EAGER = {"TORCHDYNAMO_DISABLE": "1"}
 
 
-def launch(settings: Settings, backbone: Path, stat_logger: type) -> Any:
+def launch(settings: Settings, backbone: Path, on_stats: Callable[[EngineStats], None]) -> Any:
     """Start vLLM's AsyncLLM, its processes included. Blocks for long; raises whatever vLLM raises."""
     # Before vLLM is imported, which reads some of it then.
     os.environ.update(engine_environment(settings))
     # vLLM's own variable would silently outrank the setting.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.envs import enable_envs_cache
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.executor import Executor
 
+    for seam in ("answers of every engine", "lost engines"):
+        require(seam)
+    loggers = [stat_logger(on_stats)] if available("step statistics") else None
     arguments = _engine_args(settings, backbone)
     if arguments["dtype"] != settings.dtype:
         logger.info("this processor has no bfloat16 products", extra={"fields": {"dtype": arguments["dtype"]}})
@@ -39,9 +44,12 @@ def launch(settings: Settings, backbone: Path, stat_logger: type) -> Any:
     config = AsyncEngineArgs(**arguments).create_engine_config()
     with _no_interrupts_in_children(), _rank_environment(config):
         executor = Executor.get_class(config)
-        engine = AsyncLLM(config, executor, log_stats=False, log_requests=False, stat_loggers=[stat_logger])
-    # vLLM reads its environment variables anew with every request; in the engine's processes it stops that by itself.
-    enable_envs_cache()
+        engine = AsyncLLM(config, executor, log_stats=False, log_requests=False, stat_loggers=loggers)
+    if available("environment read once"):
+        from vllm.envs import enable_envs_cache
+
+        # vLLM reads its environment variables anew with every request; in the engine's processes it stops that itself.
+        enable_envs_cache()
     return engine
 
 
@@ -91,6 +99,7 @@ def engine_environment(settings: Settings) -> dict[str, str]:
         # Read by the plugin in the engine's processes.
         "MTLORA_ADAPTER_BACKBONE_CHECK": settings.adapter_backbone_check,
         "MTLORA_ROUTING_SAMPLE_STEPS": str(settings.routing_sample_steps),
+        orphans.ENVIRONMENT_SWITCH: "1",
         **memory_environment(),
         **thread_environment(settings.omp_threads_bind, os.environ, settings.ranks),
     }
@@ -103,7 +112,7 @@ def _default_executor(settings: Settings, on_cpu: bool) -> type | None:
     variables, and have the two look for each other's messages without a pause, on the cores that the model needs. It
     can be kept from that by the class alone: the name "uni" it overrides (vllm/platforms/cpu.py).
     """
-    if not on_cpu or settings.ranks > 1:
+    if not on_cpu or settings.ranks > 1 or not available("one process an engine on CPUs"):
         return None
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -120,16 +129,6 @@ def _rank_environment(config: Any) -> Iterator[None]:
 
     with OMPProcessManager(config).configure_omp_envs(0, 0):
         yield
-
-
-def exit_at_once(status: int) -> NoReturn:
-    """End this process and every one under it. An engine in the middle of its start cannot be asked to stop."""
-    import psutil
-
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-    os._exit(status)
 
 
 @contextlib.contextmanager
