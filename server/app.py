@@ -348,8 +348,6 @@ class App:
         self._on_disk.close()
         if self._supervisor.engine is not None:
             self._supervisor.engine.shutdown()
-        # At the interpreter's exit, some bindings write down which of their objects are left.
-        gc.unfreeze()
 
     def _exit(self, status: int) -> None:
         """End at once, whatever runs."""

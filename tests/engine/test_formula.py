@@ -14,9 +14,8 @@ import torch
 from mtlora.backbone import identify
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.config import MtLoRAConfig
-from mtlora.ops.reference import routed_lora_reference
 from tests.engine._engine import lora_manager_of, running_engine
-from tests.engine._models import HIDDEN_SIZE, make_adapter, make_model
+from tests.engine._models import HIDDEN_SIZE, make_adapter, make_model, path_reference
 
 DRAWS = 200
 # Of the norm of a token's output.
@@ -32,29 +31,6 @@ def random_config(chooser: random.Random) -> MtLoRAConfig:
         num_groups=chooser.choice([1, 2, 4, 8]),
         blocks=chooser.choice(["ffn", "attention", "both"]),
         task_bias=num_experts > 1 and chooser.random() < 0.6,
-    )
-
-
-def reference(checkpoint, task_id, name, x_TD):
-    """The formula's path of one block [T, D] in float64; None where the adapter leaves this block alone.
-
-    Weights are rounded to the engine's dtype first, the scaled experts after scaling, as the engine holds them.
-    """
-    config, tensors, dtype = checkpoint.manifest.config, checkpoint.tensors, x_TD.dtype
-    if f"{name}.lora_A" not in tensors:
-        return None
-    bias_TGN = None
-    if config.task_bias and task_id is not None:
-        row = checkpoint.manifest.task(task_id).bias_index
-        bias_TGN = tensors[f"{name}.task_bias"][row].expand(len(x_TD), -1, -1)
-    return routed_lora_reference(
-        x_TD,
-        tensors[f"{name}.lora_A"].to(dtype),
-        (tensors[f"{name}.lora_B"] * config.scaling).to(dtype),
-        tensors[f"{name}.lora_route"].to(dtype),
-        bias_TGN,
-        num_groups=config.num_groups,
-        scaling=1.0,
     )
 
 
@@ -108,7 +84,7 @@ def test_operator_computes_the_formula(engine, tmp_path):
             expected_TD = torch.zeros(T + padding, HIDDEN_SIZE, dtype=torch.float64)
             for i in set(ids) - {0}:
                 rows = torch.tensor([t for t in range(T) if ids[t] == i])
-                delta = reference(*slots[i - 1][1:], block.block_name, x_TD[rows])
+                delta = path_reference(*slots[i - 1][1:], block.block_name, x_TD[rows])
                 if delta is not None:
                     expected_TD[rows] = delta
             size_T, error_T = expected_TD.norm(dim=1), (y_TD.double() - expected_TD).norm(dim=1)
