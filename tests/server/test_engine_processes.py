@@ -1,5 +1,6 @@
-"""Killing an engine's processes: all of them, also a stopped one, with the shared memory they leave."""
+"""An engine's processes end when they are killed, with the shared memory they leave, and when their server has gone."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,7 +8,9 @@ from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import psutil
+import pytest
 
+from server.engine import orphans
 from server.engine.processes import EngineProcesses
 
 # A parent and its child, which maps shared memory of its own and some of this process's.
@@ -52,3 +55,43 @@ def test_they_are_killed_and_leave_nothing() -> None:
         parent.kill()
         ours.close()
         ours.unlink()
+
+
+# A server that starts an engine's process in the way of vLLM, which calls its plugins there.
+_SERVER = """
+import multiprocessing, os, time
+
+def engine():
+    from server.engine import orphans
+    orphans.register()
+    orphans.register()
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=engine)
+    process.start()
+    process.join()
+"""
+
+
+@pytest.mark.parametrize(("switch", "ends"), [("1", True), ("0", False)])
+def test_an_engine_ends_with_the_server_that_started_it(tmp_path: Path, switch: str, ends: bool) -> None:
+    (tmp_path / "server_of_engine.py").write_text(_SERVER)
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), orphans.ENVIRONMENT_SWITCH: switch}
+    server = subprocess.Popen(
+        [sys.executable, str(tmp_path / "server_of_engine.py")],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout is not None
+    engine = psutil.Process(int(server.stdout.readline()))
+    try:
+        server.kill()
+        server.wait()
+        gone, _ = psutil.wait_procs([engine], timeout=10 if ends else 0.5)
+        assert bool(gone) is ends
+    finally:
+        if engine.is_running():
+            engine.kill()
