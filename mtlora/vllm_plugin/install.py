@@ -1,5 +1,6 @@
 """Takes the seams that every process of vLLM needs; the model's own are taken as it loads (worker_manager.py)."""
 
+import atexit
 import gc
 
 from mtlora.vllm_plugin.seams import available, require
@@ -26,6 +27,8 @@ def install() -> None:
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = MtLoRAWorkerManager
     # What is imported by now stays: without this, vLLM's start searches all of it for garbage half a dozen times.
     gc.freeze()
+    # Triton's bindings count what is left of theirs at the interpreter's exit, and write it: frozen objects are left.
+    atexit.register(gc.unfreeze)
 
 
 def _install_on_cpu() -> None:
