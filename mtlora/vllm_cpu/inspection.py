@@ -1,7 +1,7 @@
-"""What a model's class can do is read off it in the process that asks, where that is safe: on CPUs.
+"""On CPUs, inspect model classes in this process.
 
-vLLM starts a process for it, whose imports take as long as a start, wherever its cache of such answers is empty: in
-every new container. It does so to keep CUDA out of its own process.
+vLLM starts a process to inspect a model's class if its cache has no answer yet, as in every new container. That process
+keeps CUDA out of vLLM's own, which CPUs do not need, and its imports take as long as a start.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from vllm.model_executor.models import registry
 
 
 def inspect_models_here() -> None:
-    """Have vLLM's model registry do so."""
+    """Have vLLM's model registry inspect classes here."""
     registry._run_in_subprocess = _run
 
 

@@ -4,8 +4,8 @@ import os
 
 
 def memory_environment() -> dict[str, str]:
-    """Environment variables for a process that is to run an engine on CPU: glibc's, unless the caller has set them.
+    """Environment variables of a process that will run an engine on a CPU. A value that is set already stays.
 
-    Weights then lie in huge pages where the kernel gives them on request, which saves some percent of a step.
+    glibc then asks the kernel for huge pages, and the weights lie in them.
     """
     return {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")}

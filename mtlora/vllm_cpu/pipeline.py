@@ -1,4 +1,4 @@
-"""Pipeline stages on a CPU: what vLLM leaves out there when it does not compile."""
+"""The warm-up run of pipeline stages on a CPU, which vLLM skips if it does not compile."""
 
 from vllm.config import CompilationMode, VllmConfig
 from vllm.platforms import current_platform
@@ -7,11 +7,11 @@ from mtlora.vllm_plugin.seams import require
 
 
 def warm_up_stages(vllm_config: VllmConfig) -> None:
-    """Have this worker warm its model up where it is a stage of a pipeline on a CPU and nothing is compiled.
+    """Have this worker warm its model up if it is a stage of an eager pipeline on a CPU.
 
-    A stage after the first makes its buffer for the hidden states it is handed in a warm-up run alone. vLLM 0.32 skips
-    that run on a CPU that does not compile, and the first step ends the engine. Takes effect for this process; to be
-    called while the model loads. Raises RuntimeError where vLLM has no such run.
+    A stage after the first makes its buffer for incoming hidden states in a warm-up run alone. vLLM 0.32 skips that run
+    on a CPU that does not compile, and the first step ends the engine. Takes effect for this process; call it while the
+    model loads. Raises RuntimeError if vLLM lacks the seam.
     """
     if (
         not current_platform.is_cpu()

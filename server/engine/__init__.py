@@ -1,5 +1,5 @@
-"""The engine: vLLM behind an interface of the server's own. Nothing else in the server touches vLLM, and this only when
-an engine is started.
+"""The engine: vLLM behind an interface of the server's own. Nothing else in the server imports vLLM, and this room only
+when an engine starts.
 
 `Supervisor` keeps one `Engine` running. `launch` starts its processes,
 `threads` places them on cores, `translation` has the words of both sides, `stats` what an engine counts.

@@ -1,4 +1,4 @@
-"""The processes of an engine, and what they leave behind when they are killed."""
+"""The processes of an engine: kill them and free the shared memory that they leave."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 def exit_at_once(status: int) -> NoReturn:
-    """End this process and every one under it. An engine in the middle of its start cannot be asked to stop."""
+    """End this process and all its descendants at once: an engine cannot be stopped while it starts."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
@@ -20,7 +20,7 @@ def exit_at_once(status: int) -> NoReturn:
 
 
 class EngineProcesses:
-    """Found while all of them live: the children of a parent that has died are not to be found any more.
+    """Found while all of them live, because the children of a dead parent cannot be found.
 
     shared: names in shared memory that they have mapped and this process has not.
     """
@@ -32,18 +32,18 @@ class EngineProcesses:
 
     @classmethod
     def below(cls, pids: Iterable[int]) -> Self:
-        """Those of an engine's cores and everything under them."""
+        """The processes of engine cores and all their descendants."""
         cores = [psutil.Process(pid) for pid in pids]
         return cls(process for core in cores for process in (*core.children(recursive=True), core))
 
     def kill(self) -> None:
-        """End them at once; also one that is stopped."""
+        """End them at once, stopped ones too."""
         for process in self._processes:
             with contextlib.suppress(psutil.Error):
                 process.kill()
 
     def clean_up(self) -> None:
-        """Wait for them to be gone, and free the shared memory that nobody else would."""
+        """Wait for their end, and free their shared memory."""
         psutil.wait_procs(self._processes, timeout=10)
         for path in self.shared:
             path.unlink(missing_ok=True)

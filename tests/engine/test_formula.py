@@ -1,7 +1,7 @@
 """200 random adapters and batches: the engine's operator computes the formula.
 
-Adapters are written to disk and loaded by the engine's own `add_lora`; the batch reaches the operator by the engine's
-own mapping. Only the tokens' values and the choice of block are the test's.
+The engine's own `add_lora` loads the adapters from disk, and its own mapping gives the batch to the operator. Only the
+tokens' values and the choice of blocks are the test's.
 
 Shape suffixes: T tokens, D hidden size, G groups, N experts.
 """
@@ -18,7 +18,7 @@ from tests.engine._engine import lora_manager_of, running_engine
 from tests.engine._models import HIDDEN_SIZE, make_adapter, make_model, path_reference
 
 DRAWS = 200
-# Of the norm of a token's output.
+# Largest error as a share of the norm of a token's output.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
@@ -66,7 +66,7 @@ def test_operator_computes_the_formula(engine, tmp_path):
                 assert running.llm_engine.add_lora(request)
                 slots.append((request, checkpoint, task))
         T = chooser.randint(1, 16)
-        # Some batches run whole on one slot, some in stretches, as requests do, some in any order; 0 is no adapter.
+        # A batch uses one slot, or slots in stretches, as requests do, or slots in any order; 0 is no adapter.
         ids = chooser.choice(
             [
                 [chooser.randint(1, len(slots))] * T,

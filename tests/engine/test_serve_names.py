@@ -12,7 +12,7 @@ from tests.factories import CONFIG, IDENTITY, task_table, write_random
     ("name", "suffix", "row"),
     [("task-2", "", 0), ("anything", "#task-2", 0), ("task-0", "#task-1", 1), ("task-0", "", 2), ("other", "", -1)],
 )
-def test_a_module_is_named_after_its_task_or_says_it(tmp_path: Path, name: str, suffix: str, row: int) -> None:
+def test_module_name_or_path_names_the_task(tmp_path: Path, name: str, suffix: str, row: int) -> None:
     from vllm.lora.request import LoRARequest
 
     from mtlora.vllm_plugin.store import AdapterStore

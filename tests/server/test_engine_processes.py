@@ -32,7 +32,7 @@ time.sleep(600)
 """
 
 
-def test_they_are_killed_and_leave_nothing() -> None:
+def test_kill_ends_every_process_and_frees_shared_memory() -> None:
     ours = SharedMemory(create=True, size=4096)
     parent = subprocess.Popen([sys.executable, "-c", _PARENT, _CHILD, ours.name], stdout=subprocess.PIPE, text=True)
     try:
@@ -43,7 +43,7 @@ def test_they_are_killed_and_leave_nothing() -> None:
         assert left in processes.shared
         assert left.exists()
         child.send_signal(signal.SIGSTOP)
-        # Its child is an orphan when the rest is killed.
+        # The child is an orphan when `kill` comes.
         parent.kill()
         parent.wait()
         processes.kill()
@@ -57,7 +57,7 @@ def test_they_are_killed_and_leave_nothing() -> None:
         ours.unlink()
 
 
-# A server that starts an engine's process in the way of vLLM, which calls its plugins there.
+# A server that starts an engine's process as vLLM does; vLLM calls its plugins there.
 _SERVER = """
 import multiprocessing, os, time
 
@@ -76,7 +76,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(("switch", "ends"), [("1", True), ("0", False)])
-def test_an_engine_ends_with_the_server_that_started_it(tmp_path: Path, switch: str, ends: bool) -> None:
+def test_engine_ends_with_the_server_that_started_it(tmp_path: Path, switch: str, ends: bool) -> None:
     (tmp_path / "server_of_engine.py").write_text(_SERVER)
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), orphans.ENVIRONMENT_SWITCH: switch}
     server = subprocess.Popen(

@@ -27,7 +27,7 @@ def base_url(adapters: Path, backbone: Path) -> Iterator[str]:
         sys.executable, "-m", "vllm.entrypoints.openai.api_server",
         "--model", str(backbone), "--served-model-name", "backbone",
         "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8",
-        # The native service's own.
+        # As the native service chooses it.
         "--dtype", engine_dtype("auto", backbone),
         "--enable-lora", "--max-loras", "8", "--lora-modules", f"count_words={alpha}", f"two-fields={alpha}#pair",
         f"open={adapters / 'beta' / '10'}",
@@ -68,7 +68,7 @@ def complete(base_url: str, model: str, prompt: str, **parameters: Any) -> str:
         return str(json.load(reply)["choices"][0]["text"])
 
 
-def test_the_same_greedy_texts(base_url: str, client: Client) -> None:
+def test_gives_the_native_services_greedy_texts(base_url: str, client: Client) -> None:
     text = "The quick brown fox"
     prompt = f"{text}\nAnswer:"
     native = client.generate("count_words", text)
@@ -80,11 +80,11 @@ def test_the_same_greedy_texts(base_url: str, client: Client) -> None:
     assert complete(base_url, "open", prompt, max_tokens=16).strip() == native.text
     alone = client.generate("open", text, without_adapter=True)
     assert complete(base_url, "backbone", prompt, max_tokens=16).strip() == alone.text
-    # Were the adapter of no effect, all of this would say nothing.
+    # An adapter that changes nothing tests nothing.
     assert native.text != alone.text
 
 
-def test_an_openai_client(base_url: str, client: Client) -> None:
+def test_answers_an_openai_client(base_url: str, client: Client) -> None:
     openai = pytest.importorskip("openai")
     with openai.OpenAI(base_url=base_url, api_key="none") as http:
         assert {"count_words", "two-fields", "open", "backbone"} == {model.id for model in http.models.list()}
