@@ -13,7 +13,7 @@ from mtlora.vllm_plugin.block import OPERATOR
 logger = init_logger(__name__)
 
 # Raise it with every change to the operator's schema or the blocks' names: compiled graphs hold both.
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
 
 def split_graphs_around_operator() -> None:
