@@ -26,7 +26,7 @@ from benchmarks.throughput_picture import draw
 from mtlora.backbone import identify, resolve
 from mtlora.cli.output import print_table
 from mtlora.vllm_cpu.precision import engine_dtype
-from mtlora.vllm_plugin import ENVIRONMENT_SWITCH
+from mtlora.vllm_plugin.seams import ENVIRONMENT_SWITCH
 
 Slot = tuple[str, int, str] | None
 

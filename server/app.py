@@ -20,7 +20,6 @@ from server.engine import (
     EngineGaveUpError,
     EngineStartError,
     Supervisor,
-    begin_imports,
     exit_at_once,
 )
 from server.errors import EngineDeadError
@@ -223,7 +222,6 @@ class App:
     async def _start(self) -> None:
         """Start the engine and, meanwhile, verify the adapters; then load them and open the admission."""
         settings = self._settings
-        begin_imports(settings)
         try:
             backbone = await asyncio.to_thread(resolve, settings.backbone)
             self._metrics.record_build(settings.backbone)
@@ -313,7 +311,6 @@ class App:
             if engine is not None and engine.alive and not self._supervisor.starting:
                 try:
                     self._metrics.record_workers(await engine.worker_stats())
-                    self._metrics.record_between_steps(await engine.between_steps())
                 except Exception as error:
                     # The supervisor handles a dying engine.
                     logger.warning("no statistics from the engine", extra={"fields": {"reason": str(error)}})
@@ -351,8 +348,6 @@ class App:
         self._on_disk.close()
         if self._supervisor.engine is not None:
             self._supervisor.engine.shutdown()
-        # At the interpreter's exit, some bindings write down which of their objects are left.
-        gc.unfreeze()
 
     def _exit(self, status: int) -> None:
         """End at once, whatever runs."""

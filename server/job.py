@@ -7,6 +7,9 @@ from mtlora.task import TaskSpec
 
 FinishReason = Literal["stop", "length"]
 
+# Likely tokens beside each generated one that a request may ask for.
+MAX_LOGPROBS = 5
+
 
 @dataclass(frozen=True)
 class ServedTask:

@@ -90,15 +90,6 @@ class Settings(BaseSettings):
         None, min_length=1, description='cores of the engine\'s threads, such as "0-3" or, by rank, "0|1"; unset: all'
     )
 
-    preload: bool = Field(
-        True,
-        description="on a CPU, fork engines of one rank from a process that has made their imports: (re)starts are "
-        "shorter by those",
-    )
-    anticipation: bool = Field(
-        True, description="hold a step up for the request that follows an answer, where requests do and few are running"
-    )
-
     engine_hang_s: float = Field(
         60.0, ge=1, le=3600, description="seconds without a step, while work waits, until the engine is restarted"
     )

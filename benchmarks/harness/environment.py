@@ -2,7 +2,7 @@
 
 import os
 
-from mtlora.vllm_plugin import memory_environment
+from mtlora.vllm_cpu.memory import memory_environment
 
 
 def usable_cores() -> list[int]:

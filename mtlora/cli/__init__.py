@@ -12,7 +12,19 @@ from collections.abc import Sequence
 from mtlora import __version__
 
 # In the order in which `--help` lists them.
-_COMMANDS = ("backbone", "tasks", "train", "sweep", "evaluate", "plot", "checkpoint", "convert", "merge", "publish")
+_COMMANDS = (
+    "backbone",
+    "tasks",
+    "train",
+    "sweep",
+    "evaluate",
+    "plot",
+    "checkpoint",
+    "convert",
+    "merge",
+    "publish",
+    "seams",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

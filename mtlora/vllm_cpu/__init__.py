@@ -1,1 +1,1 @@
-"""What engines on CPUs need of vLLM besides adapters. Each module can be removed by itself."""
+"""Additions to vLLM for engines on CPUs, besides adapters. Each module can be removed by itself."""

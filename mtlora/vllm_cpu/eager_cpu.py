@@ -1,8 +1,8 @@
-"""Operations of a backbone that vLLM, running eagerly on a CPU, makes out of several torch ones: here each is one.
+"""Norms and gates of an eager backbone on a CPU, in one call each.
 
-vLLM leaves them to its compiler on CPUs. Without that, RMSNorm takes nine calls and passes over memory, and the gate of
-a feed-forward block two. (Its CPU build has kernels for them too, which it does not call on x86: those of bfloat16 cut
-off what they should round on processors without bfloat16, and the gate's is slower than two calls.)
+vLLM leaves them to its compiler on CPUs. Eagerly, RMSNorm takes nine calls and passes over memory, and the gate of a
+feed-forward block two. vLLM's CPU build has kernels for them, but does not call them on x86: those for bfloat16 cut off
+the bits that they should round on processors without bfloat16, and the gate's is slower than two calls.
 """
 
 from typing import Any
@@ -15,13 +15,13 @@ from vllm.platforms import current_platform
 
 from mtlora.ops import cpu_elementwise
 
-# The name of the norms' implementations among those that vLLM chooses from (vllm/ir/op.py).
+# The norms' implementations under this name are among those that vLLM chooses from (vllm/ir/op.py).
 PROVIDER = "mtlora_eager_cpu"
 _NORMS = ("rms_norm", "fused_add_rms_norm")
 
 
 class OneCallSiluAndMul(SiluAndMul):
-    """vLLM's layer, in one call where it runs eagerly on a CPU; compiled, it is what it was."""
+    """vLLM's layer, in one call if it runs eagerly on a CPU, unchanged if it is compiled."""
 
     def forward_cpu(self, x: Tensor) -> Tensor:
         """silu(x[..., :d]) * x[..., d:] for x [..., 2d]."""
@@ -31,9 +31,7 @@ class OneCallSiluAndMul(SiluAndMul):
 
 
 def use_single_calls() -> None:
-    """Have vLLM take them, from the next engine on."""
-    if not current_platform.is_cpu():
-        return
+    """Have vLLM's next engines use them."""
     CustomOp.register_oot(OneCallSiluAndMul, name=SiluAndMul.__name__)
     platform: Any = type(current_platform)
     stock_import, stock_priority = platform.import_ir_kernels, platform.get_default_ir_op_priority

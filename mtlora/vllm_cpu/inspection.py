@@ -1,20 +1,18 @@
-"""What a model's class can do is read off it in the process that asks, where that is safe: on CPUs.
+"""On CPUs, inspect model classes in this process.
 
-vLLM starts a process for it, whose imports take as long as a start, wherever its cache of such answers is empty: in
-every new container. It does so to keep CUDA out of its own process.
+vLLM starts a process to inspect a model's class if its cache has no answer yet, as in every new container. That process
+keeps CUDA out of vLLM's own, which CPUs do not need, and its imports take as long as a start.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 from vllm.model_executor.models import registry
-from vllm.platforms import current_platform
 
 
 def inspect_models_here() -> None:
-    """Have vLLM's model registry do so."""
-    if current_platform.is_cpu() and registry._run_in_subprocess is not _run:
-        registry._run_in_subprocess = _run
+    """Have vLLM's model registry inspect classes here."""
+    registry._run_in_subprocess = _run
 
 
 def _run(look: Callable[[], Any]) -> Any:

@@ -1,7 +1,7 @@
-"""In which dtype an engine on a CPU runs a backbone where nobody has said.
+"""The default dtype of a backbone on a CPU.
 
-vLLM takes that of the weights. An x86 processor without instructions for bfloat16 products makes them out of float32
-ones, and takes several times as long as for float32 itself.
+vLLM takes the weights' dtype. An x86 processor without instructions for bfloat16 products makes them out of float32
+products, and takes several times as long as in float32.
 """
 
 import json
@@ -12,16 +12,16 @@ from typing import Any
 import psutil
 import torch
 
-# Of the memory that is free, what a backbone in float32 may take: KV cache and adapters come on top.
+# Share of the free memory that a backbone in float32 may take: KV cache and adapters come on top.
 _SHARE_OF_MEMORY = 0.5
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def engine_dtype(asked: str, folder: Path, *, quantised: bool = False) -> str:
-    """vLLM's `dtype` for the backbone in `folder`: "float32" for "auto" on such a processor, else what is asked for.
+    """vLLM's `dtype` for the backbone in `folder`: "float32" for "auto" on such a processor, else `asked`.
 
-    quantised: by the engine, as it loads. A backbone that is quantised, there or in its folder, keeps "auto": its
-    kernels want activations in the dtypes that they were made for. So does one too large in float32 for the memory.
+    quantised: the engine quantises the backbone as it loads it. A quantised backbone keeps "auto", because its kernels
+    were made for certain dtypes of activations. So does one that in float32 is too large for the memory.
     """
     from vllm.platforms import current_platform
 
@@ -36,7 +36,7 @@ def engine_dtype(asked: str, folder: Path, *, quantised: bool = False) -> str:
 
 
 def free_memory(cgroup: Path = _CGROUP) -> int:
-    """Bytes that this machine has left, or this control group where that is less."""
+    """Bytes left on this machine, or in this control group if that is less."""
     free = int(psutil.virtual_memory().available)
     try:
         limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
@@ -46,9 +46,9 @@ def free_memory(cgroup: Path = _CGROUP) -> int:
 
 
 def multiplies_bfloat16(capabilities: Mapping[str, Any]) -> bool:
-    """Whether a processor of these capabilities, `torch.cpu`'s, has such instructions.
+    """Whether a processor with these capabilities, `torch.cpu`'s, has such instructions.
 
-    Taken to be so off x86, where torch does not say: vLLM's own choice stands there.
+    True on other architectures than x86, for which torch does not say: vLLM's own choice stands there.
     """
     if capabilities["architecture"] != "x86_64":
         return True

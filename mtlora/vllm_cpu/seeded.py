@@ -1,23 +1,26 @@
-"""Requests with a seed on a CPU: their random numbers, where a prompt takes several steps.
+"""Requests with a seed on a CPU, whose prompt takes several steps.
 
-vLLM draws a token for every sequence of a step and throws away those of prompts that are not through yet. It then takes
-the sequence's generator back by an offset, which CUDA's generators have. vLLM 0.32 does so on a CPU as well, where the
-call raises and ends the engine, and with it every request.
+vLLM draws a token for every sequence of a step and drops those of unfinished prompts. It then rewinds the sequence's
+generator by an offset, which only CUDA's generators have. On a CPU, vLLM 0.32 makes the same call; it raises and ends
+the engine.
 """
 
 from typing import Any
 
 import torch
 
+from mtlora.vllm_plugin.seams import require
+
 
 def rewind_cpu_generators() -> None:
     """Have model runners on CPUs rewind generators by their state. Takes effect for this process, once.
 
-    Raises AttributeError where vLLM does not sample in these steps.
+    Raises RuntimeError if vLLM lacks the seam.
     """
+    require("seeded requests on CPUs")
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    # Defined by the base class, which runners of other devices share: only the CPU's own may change.
+    # The base class defines both, and other devices' runners share it: change the CPU's own class alone.
     if "_sample" in vars(CPUModelRunner):
         return
     sample, bookkeeping_sync = CPUModelRunner._sample, CPUModelRunner._bookkeeping_sync

@@ -1,54 +1,37 @@
 """vLLM serves mtLoRA adapters: entry point `mtlora` of group `vllm.general_plugins`.
 
-`register` runs in every vLLM process. It puts this package's LoRA managers in the place of vLLM's own: `LoRARequest`,
-slots, `add_lora` and the prefix cache work as they always do, with checkpoints of this project's format.
+`register` runs in every vLLM process. It replaces vLLM's LoRA managers by this package's: `LoRARequest`, slots,
+`add_lora` and the prefix cache work as before, with checkpoints of this project's format.
 
-A process serves either kind of adapter: with `MTLORA_PLUGIN=0` in its environment the plugin stays out, and vLLM's own
+A process serves one kind of adapter. With `MTLORA_PLUGIN=0` in its environment the plugin stays out, and vLLM's own
 multi-LoRA serves PEFT adapters.
 """
 
 import os
 from typing import Any
 
-SUPPORTED_VLLM = "0.32"
-ENVIRONMENT_SWITCH = "MTLORA_PLUGIN"
+from mtlora.vllm_plugin.seams import ENVIRONMENT_SWITCH
 
 
 def register() -> None:
     """Install the plugin in this process; any further call does nothing.
 
-    Raises RuntimeError where vLLM does not have the parts that the plugin takes the place of.
+    Raises RuntimeError where vLLM lacks a seam that correctness needs.
     """
     if os.environ.get(ENVIRONMENT_SWITCH, "1") == "0":
         return
-    # Imported here: vLLM only logs what an entry point's import raises, and carries on without the plugin.
-    try:
-        from mtlora.vllm_plugin.install import install
+    # Imported here: vLLM only logs an error of an entry point's import, and goes on without the plugin.
+    from mtlora.vllm_plugin.install import install
 
-        install()
-    except (ImportError, AttributeError) as error:
-        import vllm
-
-        raise RuntimeError(
-            f"the mtlora plugin supports vLLM {SUPPORTED_VLLM}, this is {vllm.__version__}: {error}. "
-            f"Install a supported version, or set {ENVIRONMENT_SWITCH}=0 to run vLLM without mtLoRA adapters."
-        ) from error
-
-
-def memory_environment() -> dict[str, str]:
-    """Environment variables for a process that is to run an engine on CPU: glibc's, unless the caller has set them.
-
-    Weights then lie in huge pages where the kernel gives them on request, which saves some percent of a step.
-    """
-    return {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")}
+    install()
 
 
 def engine_overrides(max_num_seqs: int, host_cache_bytes: int = 0) -> dict[str, Any]:
     """Arguments of vLLM's `EngineArgs` that suit mtLoRA adapters, for up to `max_num_seqs` sequences at a time.
 
-    A slot is a pointer and a row of biases, so there is one for every sequence that can run: no sequence ever waits for
-    one. `max_lora_rank` bounds nothing here. What concerns compiling, the plugin sets by itself. `host_cache_bytes`:
-    what adapters that have no slots any more may take of host memory.
+    A slot is a pointer and a row of biases, so every sequence that can run has one and none waits. `max_lora_rank` has
+    no effect. The plugin adapts the settings for compiling by itself. `host_cache_bytes` bounds the host memory of
+    adapters that have lost their slots.
     """
     return {
         "enable_lora": True,

@@ -1,4 +1,4 @@
-"""A transformer block with the routed path beside it, and the one operator that adds the path.
+"""A transformer block with the routed path beside it, and the operator that adds the path.
 
 Shape suffixes: T rows of the batch (tokens and padding), D hidden size.
 """
@@ -15,7 +15,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from mtlora.vllm_plugin.step import StepMapping
 
 OPERATOR = "mtlora::add_layer_path_"
-# Lives as long as the process: the operator goes with its library.
+# Kept for the process's life: an operator ends with its library.
 _LIBRARY = torch.library.Library("mtlora", "FRAGMENT")
 
 
@@ -24,21 +24,20 @@ class RoutedBlock(BaseLayerWithLoRA):
 
     index: the block's number among the model's wrapped blocks.
     name: its name in a checkpoint, `layers.{l}.{module}`.
-    layer_name: what the operator finds it by in vLLM's forward context; the same in every start, as compiled graphs
-    are kept on disk.
+    layer_name: its key in vLLM's forward context. It is the same in every start, because compiled graphs stay on disk.
     """
 
     def __init__(self, base_layer: nn.Module, index: int, name: str, layer_name: str, step: StepMapping) -> None:
         super().__init__()
         self.base_layer = base_layer
-        # A small model's layer takes tens of microseconds: no module's call around it, nobody hooks it.
+        # Called without the module's own call: a small model's layer takes tens of microseconds.
         self._base_forward = base_layer.forward
         self.index = index
         self.block_name = name
         self.layer_name = layer_name
         self.step = step
         parameters = list(inspect.signature(base_layer.forward).parameters)
-        # Llama-style blocks call their input `hidden_states`; most MLPs call it `x`.
+        # Attention modules name their input `hidden_states`, most MLPs `x`.
         inputs = [p for p in parameters if p in ("hidden_states", "x")]
         if not inputs:
             raise ValueError(f"{layer_name}: {type(base_layer).__name__}.forward takes neither hidden_states nor x")
@@ -50,13 +49,13 @@ class RoutedBlock(BaseLayerWithLoRA):
         if torch.compiler.is_compiling():
             y_TD: torch.Tensor = self.base_layer(*args, **kwargs)
             torch.ops.mtlora.add_layer_path_(y_TD, x_TD, self.layer_name)
-        else:  # the operator is for compilers; without one its dispatch costs what a small layer's path costs
+        else:  # without a compiler, the operator's dispatch costs as much as a small layer's path
             y_TD = self._base_forward(*args, **kwargs)
             self.add_path_(y_TD, x_TD)
         return y_TD
 
     def add_path_(self, y_TD: torch.Tensor, x_TD: torch.Tensor) -> None:
-        """Add to `y_TD`, in place, the path of every row that the step gives to an adapter."""
+        """Add to `y_TD`, in place, the path of every row that has an adapter in this step."""
         if self.step.num_tokens > len(x_TD):
             raise RuntimeError(f"{self.layer_name}: {len(x_TD)} rows in a step of {self.step.num_tokens} tokens")
         self.step.add_path_(y_TD, x_TD, self.index)

@@ -1,4 +1,4 @@
-"""What the operator asks of vLLM's compiler: graphs split around it, no CUDA graph over it, no stale graph on disk."""
+"""vLLM's compiler and the operator: graphs split around it, no CUDA graph holds it, no stale graph comes from disk."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from mtlora.vllm_plugin.block import OPERATOR
 
 logger = init_logger(__name__)
 
-# Raise it with every change to what a graph holds of this plugin: the operator's schema or the blocks' names.
-LAYOUT_VERSION = 1
+# Raise it with every change to the operator's schema or the blocks' names: compiled graphs hold both.
+LAYOUT_VERSION = 2
 
 
 def split_graphs_around_operator() -> None:
-    """Make the operator a boundary of piecewise graphs: it chooses its work in Python, anew in each step."""
+    """Make the operator a boundary of piecewise graphs, because its Python code runs anew in each step."""
     if OPERATOR not in CompilationConfig._attention_ops:
         CompilationConfig._attention_ops.append(OPERATOR)
 
@@ -33,7 +33,7 @@ def key_compile_cache() -> None:
 
 
 def adapt_engine_config() -> None:
-    """Run `adapt` wherever vLLM lets the platform have its say on a new engine's config."""
+    """Run `adapt` where vLLM lets its platform update a new engine's config."""
     platform = type(current_platform)
     stock = platform.check_and_update_config
 
@@ -44,10 +44,10 @@ def adapt_engine_config() -> None:
 
 
 def adapt(vllm_config: VllmConfig, platform_update: Any) -> None:
-    """Let the platform update a config, and settle what its LoRA means for compiling.
+    """Let the platform update a config as if it had no LoRA, then exclude full CUDA graphs.
 
-    vLLM's CPU platform never compiles with LoRA, as its own LoRA kernels cannot; this operator can, so there
-    `enforce_eager` alone decides. Full CUDA graphs would freeze one step's work, so they become piecewise ones.
+    vLLM's CPU platform never compiles with LoRA, because its own LoRA kernels cannot be compiled. This operator can, so
+    `enforce_eager` alone decides. A full CUDA graph would freeze one step's work, so it becomes a piecewise one.
     """
     lora_config = vllm_config.lora_config
     if lora_config is None:
@@ -75,4 +75,4 @@ def check_compilation(vllm_config: VllmConfig) -> None:
     if mode.has_full_cudagraphs():
         raise ValueError(f"mtLoRA adapters cannot run under cudagraph_mode {mode.name}; PIECEWISE and NONE work")
     if OPERATOR not in (compilation.splitting_ops or ()):
-        raise ValueError(f"compilation_config.splitting_ops, where it is set, must name {OPERATOR!r} too")
+        raise ValueError(f"compilation_config.splitting_ops, if set, must name {OPERATOR!r} too")

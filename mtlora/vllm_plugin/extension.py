@@ -1,7 +1,7 @@
-"""What a server calls in every worker, through vLLM's `collective_rpc`: loading adapters beside running steps, counts.
+"""Methods that a server calls in every worker through vLLM's `collective_rpc`: load adapters beside steps, count.
 
-Arguments and results are what msgpack carries. A failure is a value: an exception would be logged with its traceback
-as the engine's own.
+Arguments and results are types of msgpack. A failure is a value, because vLLM logs an exception with its traceback as
+the engine's own.
 """
 
 from typing import Any
@@ -20,18 +20,18 @@ class AdapterLoading:
     model_runner: Any
 
     def mtlora_stage(self, folder: str) -> tuple[str, str]:
-        """(pending | ready | failed, why): reads and packs a checkpoint in a thread; ask until it is not pending."""
+        """Read and pack a checkpoint in a thread: (pending | ready | failed, why). Call until it is not pending."""
         try:
             return (READY, "") if self.model_runner.lora_manager.stage(folder) else (PENDING, "")
         except (MtLoRAError, ValueError, OSError, MemoryError) as error:
             return FAILED, str(error) or type(error).__name__
 
     def mtlora_unstage(self, folder: str) -> None:
-        """Give up what was staged and not placed."""
+        """Drop a staged checkpoint that was not placed."""
         self.model_runner.lora_manager.unstage(folder)
 
     def mtlora_place(self, folder: str, slots: list[Any]) -> tuple[str, str]:
-        """(ready | failed, why): registers the slots, (id, name, path) each, of a staged checkpoint, all or none."""
+        """Register the slots, each (id, name, path), of a staged checkpoint, all or none: (ready | failed, why)."""
         try:
             requests = [LoRARequest(name, slot_id, path) for slot_id, name, path in slots]
             self.model_runner.lora_manager.place(folder, requests)
@@ -40,9 +40,9 @@ class AdapterLoading:
         return READY, ""
 
     def mtlora_remove(self, slot_ids: list[int]) -> int:
-        """Remove slots; returns how many there were."""
+        """Remove slots; returns how many existed."""
         return sum(self.model_runner.lora_manager.remove_adapter(slot_id) for slot_id in slot_ids)
 
 
 class AdapterExtension(AdapterLoading, WorkerStatistics):
-    """Mixed into vLLM's worker, which takes one class, by `worker_extension_cls`."""
+    """The one class that vLLM mixes into its worker, by `worker_extension_cls`."""

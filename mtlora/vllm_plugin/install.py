@@ -1,42 +1,42 @@
-"""The seams of vLLM that the plugin takes: all of them, and nothing else, in one place."""
+"""Takes the seams that every process of vLLM needs; the model's own are taken as it loads (worker_manager.py)."""
 
+import atexit
 import gc
 
-from vllm.lora.model_manager import LRUCacheLoRAModelManager
-from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
-from vllm.v1.worker import lora_model_runner_mixin
-
-from mtlora.vllm_cpu.eager_cpu import use_single_calls
-from mtlora.vllm_cpu.inspection import inspect_models_here
-from mtlora.vllm_plugin.compilation import adapt_engine_config, key_compile_cache, split_graphs_around_operator
-from mtlora.vllm_plugin.engine_core import wait_between_steps
-from mtlora.vllm_plugin.model_manager import MtLoRAModelManager
-from mtlora.vllm_plugin.orphans import end_with_parent
-from mtlora.vllm_plugin.worker_manager import MtLoRAWorkerManager
-
-# What the subclasses override, and what vLLM's own code calls of it.
-_OVERRIDDEN = {
-    LRUCacheLoRAModelManager: MtLoRAModelManager,
-    LRUCacheWorkerLoRAManager: MtLoRAWorkerManager,
-}
-_OWN = {"_slot_in_step", "_place", "stage", "unstage", "place"}
+from mtlora.vllm_plugin.seams import available, require
 
 
 def install() -> None:
-    """Take every seam, once. Raises AttributeError or ImportError where one is missing."""
+    """Take them, once. Raises RuntimeError where one that correctness needs is missing."""
+    for name in ("adapters", "operator", "compile cache key", "engine config"):
+        require(name)
+    # Imported only now: these modules take the names that the seams check.
+    from vllm.platforms import current_platform
+    from vllm.v1.worker import lora_model_runner_mixin
+
+    from mtlora.vllm_plugin.compilation import adapt_engine_config, key_compile_cache, split_graphs_around_operator
+    from mtlora.vllm_plugin.worker_manager import MtLoRAWorkerManager
+
     if lora_model_runner_mixin.LRUCacheWorkerLoRAManager is MtLoRAWorkerManager:
         return
-    for stock, ours in _OVERRIDDEN.items():
-        methods = {name for name, value in vars(ours).items() if callable(value)} - _OWN
-        if missing := sorted(name for name in methods if not hasattr(stock, name)):
-            raise AttributeError(f"{stock.__module__}.{stock.__qualname__} has no {missing[0]}")
     split_graphs_around_operator()
     key_compile_cache()
     adapt_engine_config()
-    use_single_calls()
-    wait_between_steps()
-    end_with_parent()
-    inspect_models_here()
+    if current_platform.is_cpu():
+        _install_on_cpu()
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = MtLoRAWorkerManager
-    # What is imported by now stays: vLLM would look through all of it for garbage half a dozen times as it starts.
+    # What is imported by now stays: without this, vLLM's start searches all of it for garbage half a dozen times.
     gc.freeze()
+    # Triton's bindings count what is left of theirs at the interpreter's exit, and write it: frozen objects are left.
+    atexit.register(gc.unfreeze)
+
+
+def _install_on_cpu() -> None:
+    if available("single calls on CPUs"):
+        from mtlora.vllm_cpu.eager_cpu import use_single_calls
+
+        use_single_calls()
+    if available("model inspection on CPUs"):
+        from mtlora.vllm_cpu.inspection import inspect_models_here
+
+        inspect_models_here()

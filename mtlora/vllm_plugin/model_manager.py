@@ -20,10 +20,10 @@ _BLOCK = re.compile(rf"^(?:(?P<stack>.+)\.)?(?P<name>{BLOCK_PATTERN})$")
 
 
 class MtLoRAModelManager(LRUCacheLoRAModelManager):
-    """vLLM's manager, with slots for models.
+    """vLLM's manager, with slots in the place of LoRA models.
 
-    Its LRU caches decide which slots are registered and active, as ever. Its `modules`, whose stacked weights it would
-    copy a slot's into, stay empty: a block reads its weights where the step points.
+    Its LRU caches decide which slots are registered and active. Its `modules`, into whose stacked weights it copies a
+    LoRA model's, stay empty: a block reads its weights through the step's table.
     """
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
@@ -53,7 +53,7 @@ class MtLoRAModelManager(LRUCacheLoRAModelManager):
 
     def _add_adapter(self, slot: Slot) -> None:
         self._registered_adapters[slot.id] = slot
-        # An id can come back with other weights, in the place it had: a mapping made before is void.
+        # An id can return with other weights in its old place: drop the mapping made before.
         self._last_mapping = None
 
     def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:

@@ -1,8 +1,7 @@
-"""How an adapter and a task are named to the engine: the two strings of a `LoRARequest`.
+"""The names of an adapter and a task inside the engine: the two strings of a `LoRARequest`.
 
-vLLM keys slots by integer id and prefix-cache blocks by (lora_name, lora_path). One request stands for one (adapter
-version, task) where the adapter has task biases, and for one adapter version where it has none, so that tasks without
-a bias share the prefix cache too.
+vLLM keys slots by integer id and prefix-cache blocks by (lora_name, lora_path). An adapter with task biases has one
+request for each task. An adapter without has one for all, so its tasks share the prefix cache.
 """
 
 from pathlib import Path
@@ -16,7 +15,7 @@ def slot_name(adapter: str, version: str, task_id: str | None) -> str:
 
 
 def adapter_version(name: str) -> str:
-    """`NAME/VERSION` of a `lora_name`, without the content that a server may add to the version after an `@`."""
+    """`NAME/VERSION` of a `lora_name`, without the hash that a server may add to the version after an `@`."""
     return name.partition(_SEPARATOR)[0].partition("@")[0]
 
 
@@ -26,7 +25,7 @@ def slot_path(folder: Path, task_id: str | None) -> str:
 
 
 def parse_slot_path(path: str) -> tuple[Path, str | None]:
-    """(checkpoint folder, task id or None) of a `lora_path`. A folder that exists as written wins over a `#`."""
+    """(checkpoint folder, task id or None) of a `lora_path`. A `#` in an existing folder's name separates nothing."""
     folder, separator, task_id = path.rpartition(_SEPARATOR)
     if not separator or Path(path).is_dir():
         return Path(path), None

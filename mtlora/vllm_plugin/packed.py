@@ -1,4 +1,4 @@
-"""What the engine keeps of an adapter: its packed weights, once a version, and its slots, one a task.
+"""An adapter inside the engine: packed weights, once a version, and slots, one a task.
 
 Shape suffixes: G groups, N experts, T tasks.
 """
@@ -19,7 +19,7 @@ from mtlora.vllm_plugin.naming import adapter_version
 class PackedAdapter:
     """One adapter version on the engine's device.
 
-    rows: its blocks, in the order of this worker's and in the engine's dtype, with their task biases [T, G, N] if any.
+    rows: its blocks in the order of this worker's, in the engine's dtype, with their task biases [T, G, N] if any.
     """
 
     folder: Path
@@ -32,7 +32,7 @@ class PackedAdapter:
         return self.rows.num_bytes
 
     def to(self, device: torch.device) -> "PackedAdapter":
-        """The adapter on another device; itself where it is there already."""
+        """The adapter on another device; itself if it is there already."""
         if self.rows.kind is None or self.rows.kind[1].type == device.type:
             return self
         blocks = [None if block is None else block.to(device) for block in self.rows.blocks]
@@ -44,7 +44,7 @@ class PackedAdapter:
         return frozenset(task.id for task in self.manifest.tasks)
 
     def bias_row(self, task_id: str | None) -> int:
-        """Row of the bias tables for a task, -1 for none. Raises ValueError for a task it does not have."""
+        """Row of the bias tables for a task, -1 for none. Raises ValueError for an unknown task."""
         if task_id is None:
             return -1
         try:
@@ -58,7 +58,7 @@ class PackedAdapter:
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """What a `LoRARequest` stands for. `adapter` is None for the empty slots of vLLM's warm-up runs."""
+    """The meaning of a `LoRARequest`. `adapter` is None in the empty slots of vLLM's warm-up runs."""
 
     id: int
     name: str
@@ -68,15 +68,16 @@ class Slot:
 
     @property
     def version(self) -> str:
-        """NAME/VERSION of its adapter, whichever task it is for."""
+        """NAME/VERSION of its adapter, without the task."""
         return adapter_version(self.name)
 
 
 def pack_adapter(
     folder: Path, checkpoint: Checkpoint, blocks: list[str], *, dtype: torch.dtype, movable: bool
 ) -> PackedAdapter:
-    """Pack the blocks that this worker runs, on the CPU. `blocks` are all of its wrapped blocks; an adapter may have
-    fewer. movable: it will go to another device.
+    """Pack an adapter on the CPU. `blocks` are all wrapped blocks of this worker; an adapter may have fewer.
+
+    movable: the adapter will go to another device.
     """
     config, tensors = checkpoint.manifest.config, checkpoint.tensors
 

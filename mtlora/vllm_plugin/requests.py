@@ -1,4 +1,4 @@
-"""The `LoRARequest`s by which a server addresses an adapter version and its tasks."""
+"""The `LoRARequest`s of an adapter version and its tasks."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from mtlora.vllm_plugin.naming import slot_name, slot_path
 def slot_requests(
     name: str, version: str, folder: Path, manifest: AdapterManifest, first_id: int
 ) -> dict[str, LoRARequest]:
-    """The request of every task: one each where tasks have a router bias of their own, else one that all share.
+    """The request of every task: one each if the adapter has task biases, else one for all.
 
-    Takes the ids `first_id`, `first_id` + 1, ... (at least 1), as many as there are distinct requests.
+    The distinct requests get the ids `first_id` (at least 1), `first_id` + 1, ...
     """
     tasks = [task.id for task in manifest.tasks]
     if not manifest.config.task_bias:

@@ -1,7 +1,7 @@
-"""How tokens are routed, looked at now and then: entropy, and how much each expert is used.
+"""Samples how tokens are routed: entropy, and the use of each expert.
 
-Off unless MTLORA_ROUTING_SAMPLE_STEPS is set: every so many steps, one block's routing of a few tokens is worked out
-once more, in torch ops, beside the kernel that serves them. Blocks take turns.
+Off unless MTLORA_ROUTING_SAMPLE_STEPS is set. Every so many steps, torch operations compute one block's routing of a
+few tokens again, beside the kernel that serves them. Blocks take turns.
 
 Shape suffixes: T tokens, D hidden size, G groups, N experts.
 """
@@ -19,13 +19,13 @@ from mtlora.ops.plan import StepPlan
 from mtlora.ops.table import AdapterTable
 
 ENVIRONMENT_STEPS = "MTLORA_ROUTING_SAMPLE_STEPS"
-# Tokens of one tile, of one adapter: what a sample costs is bounded by it.
+# Most tokens of a sample, all of one tile and so of one adapter: bounds its cost.
 _TOKENS = 8
 
 
 @dataclass
 class RoutingSums:
-    """Sums over sampled rows, a row being a token and a group: of entropy as a share of log N, and of the weights."""
+    """Sums over sampled rows, each a token and a group: of entropy as a share of log N, and of the weights."""
 
     rows: int = 0
     entropy: float = 0.0
@@ -33,7 +33,7 @@ class RoutingSums:
 
 
 class RoutingSampler:
-    """Samples every `steps` steps. One a model."""
+    """Samples every `steps` steps; one object a model."""
 
     def __init__(self, steps: int, num_blocks: int) -> None:
         self._steps = steps
@@ -44,12 +44,12 @@ class RoutingSampler:
 
     @staticmethod
     def from_environment(num_blocks: int) -> "RoutingSampler | None":
-        """One as the environment asks for it; None where it does not. Raises ValueError for what is no number."""
+        """The sampler that the environment asks for, if any. Raises ValueError for a value that is no number."""
         steps = int(os.environ.get(ENVIRONMENT_STEPS) or 0)
         return RoutingSampler(steps, num_blocks) if steps > 0 else None
 
     def due(self, block: int) -> bool:
-        """Whether this step samples this block. To be asked once a block, in the order in which they run."""
+        """Whether this step samples this block. Call it once a block, in the order in which they run."""
         if block <= self._last_block:
             self._step += 1
         self._last_block = block
@@ -74,7 +74,7 @@ class RoutingSampler:
         sums = self._sums.setdefault(names[row], RoutingSums())
         sums.rows += weights_TGN.shape[0] * weights_TGN.shape[1]
         sums.entropy += float(share.sum())
-        # A version can come again under its name with other content, and so with other experts.
+        # A version's name can return with other content, and so with another number of experts.
         sums.expert_weights = [old + new for old, new in zip_longest(sums.expert_weights, used_N, fillvalue=0.0)]
 
     def sums(self) -> dict[str, dict[str, Any]]:
@@ -83,7 +83,7 @@ class RoutingSampler:
 
 
 def routing(x_TD: torch.Tensor, block: PackedBlock, bias_rows_T: torch.Tensor) -> torch.Tensor:
-    """The router's weights [T, G, N] for tokens of one adapter; bias row -1 is no bias."""
+    """The router's weights [T, G, N] for tokens of one adapter; bias row -1 means no bias."""
     logits_TGN = (x_TD @ block.shrink_DS[:, block.rank :]).reshape(-1, block.num_groups, block.num_experts)
     if block.bias_bGN is None:
         return route(logits_TGN, None)
@@ -92,5 +92,5 @@ def routing(x_TD: torch.Tensor, block: PackedBlock, bias_rows_T: torch.Tensor) -
 
 
 def entropy(weights_TGN: torch.Tensor) -> torch.Tensor:
-    """Of each row, in nats: [T, G]."""
+    """The entropy of each row, [T, G] in nats."""
     return -(weights_TGN * weights_TGN.clamp(min=1e-30).log()).sum(-1)

@@ -1,7 +1,7 @@
-"""What a worker counts of its adapters, and how the server asks for it.
+"""A worker's counts of its adapters.
 
-`WorkerStatistics` is a part of the worker extension: `collective_rpc("mtlora_statistics")` gives one plain dictionary a
-rank, whose fields `statistics` names.
+`WorkerStatistics` is a part of the worker extension: `collective_rpc("mtlora_statistics")` returns one plain dictionary
+a rank, with the fields of `statistics`.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from mtlora.vllm_plugin.worker_manager import MtLoRAWorkerManager
 
 
 class WorkerStatistics:
-    """Asks a worker for its `statistics`."""
+    """Returns a worker's `statistics`."""
 
     model_runner: Any
 
@@ -21,7 +21,7 @@ class WorkerStatistics:
 
 
 def statistics(manager: MtLoRAWorkerManager) -> dict[str, Any]:
-    """Slots and weights as they are now, counts since the start, and the sampled routing by adapter version."""
+    """Slots and weights now, counts since the start, and the sampled routing by adapter version."""
     adapter_manager, store = manager._adapter_manager, manager.store
     sampler = adapter_manager.step.sampler
     return {

@@ -1,4 +1,4 @@
-"""Which rows of the running batch belong to which adapter: worked out once a step, read by every block.
+"""The adapter of each row of the running batch: computed once a step, read by every block.
 
 Shape suffixes: T tokens of the step.
 """
@@ -18,8 +18,8 @@ from mtlora.vllm_plugin.sampling import RoutingSampler
 class StepMapping:
     """The step's adapters, in the rows of a table, and its tokens by row.
 
-    Rows that no adapter claims, padding among them, are in no tile. One object a model, whose content changes between
-    steps: compiled graphs hold the object, never the content.
+    Rows without an adapter, padding among them, are in no tile. There is one object a model; compiled graphs hold the
+    object, and its content changes between steps.
     """
 
     def __init__(self, table: AdapterTable, sampler: RoutingSampler | None = None) -> None:

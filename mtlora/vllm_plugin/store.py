@@ -1,4 +1,4 @@
-"""Every adapter that requests may name, in memory, from its registration to its removal, and a host cache behind it."""
+"""A worker's adapters: in memory from registration to removal, and then in a host cache."""
 
 import threading
 from collections import OrderedDict
@@ -18,7 +18,7 @@ from mtlora.vllm_plugin.packed import PackedAdapter, Slot, pack_adapter
 
 @dataclass
 class Counts:
-    """What has happened in a worker since its start."""
+    """Counts since a worker's start."""
 
     weight_loads: int = 0
     slot_evictions: int = 0
@@ -27,15 +27,14 @@ class Counts:
 class AdapterStore:
     """Packed weights, once an adapter version, and the slots that point at them.
 
-    vLLM evicts a slot from its caches when it likes and wants it back in the middle of a step, where an error ends the
-    engine. So eviction takes nothing from here: weights stay until the last slot on them is removed by name.
+    vLLM evicts slots from its caches at any time and wants them back in the middle of a step, where an error ends the
+    engine. So eviction removes nothing here: weights stay until their last slot is removed by name.
 
-    A server loads in two moves: `stage` reads and packs an adapter, in any thread, while steps run; `place` then only
-    registers its slots. What is removed stays packed in host memory, up to `host_cache_bytes`, least recently used
-    first to go: staging it again reads nothing.
+    A server loads an adapter in two calls: `stage` reads and packs it, in any thread, while steps run; `place` then
+    only registers its slots. Removed adapters stay packed in host memory, up to `host_cache_bytes`; the least recently
+    used goes first. Staging such an adapter again reads nothing.
 
-    backbone: what is known of the running model, as fields of `BackboneIdentity`; adapters made beside another are
-    refused.
+    backbone: facts about the running model, as fields of `BackboneIdentity`. Adapters for another backbone are refused.
     """
 
     def __init__(
@@ -52,16 +51,16 @@ class AdapterStore:
         self._modules = {name.rpartition(".")[2] for name in blocks}
         self._device = device
         self._dtype = dtype
-        # By real folder and sha256 of the tensors.
+        # Keys: the real folder and the sha256 of the tensors.
         self._adapters: dict[tuple[Path, str], PackedAdapter] = {}
         self._slots: dict[int, Slot] = {}
         self._users: dict[PackedAdapter, set[int]] = {}
         self._host_cache_bytes = host_cache_bytes
-        # By the folder as it was named. `stage` runs beside the rest; what it touches is under the lock.
+        # Keys: the folder as callers name it. The lock guards what `stage`, in its own thread, shares with the rest.
         self._lock = threading.Lock()
         self._staged: dict[str, PackedAdapter] = {}
         self._cached: OrderedDict[str, PackedAdapter] = OrderedDict()
-        # What was placed, and the host copy and name of each.
+        # Placed adapters, and the name and the host copy of each.
         self._placed: dict[str, PackedAdapter] = {}
         self._origin: dict[PackedAdapter, tuple[str, PackedAdapter]] = {}
         self.counts = Counts()
@@ -71,7 +70,7 @@ class AdapterStore:
         return set(self._slots)
 
     def resident_bytes(self) -> int:
-        """Of every adapter's packed weights and biases on this worker's device."""
+        """Bytes of all packed weights and biases on this worker's device."""
         return sum(adapter.num_bytes for adapter in self._adapters.values())
 
     def register(self, request: LoRARequest) -> Slot:
@@ -93,8 +92,8 @@ class AdapterStore:
     def in_step(self, request: LoRARequest) -> Slot:
         """The slot of a request that is about to run, from memory where its adapter's folder is known.
 
-        A server registers what it serves. For requests that nobody registered, this reads the disk, and what that
-        raises ends the engine.
+        A server registers its adapters first. A request for an unregistered one reads the disk, and an error then ends
+        the engine.
         """
         held = self._slots.get(request.lora_int_id)
         if held is not None and held.path == request.lora_path:
@@ -105,7 +104,7 @@ class AdapterStore:
         return self._keep(request, known[-1] if known else self._load(folder), task_id)
 
     def stage(self, folder: str) -> None:
-        """Have a checkpoint packed in host memory, ready for `place`. Raises CheckpointError where it cannot be."""
+        """Read and pack a checkpoint in host memory, ready for `place`. Raises CheckpointError if that fails."""
         with self._lock:
             if folder in self._staged:
                 return
@@ -120,14 +119,14 @@ class AdapterStore:
             self._staged[folder] = adapter
 
     def unstage(self, folder: str) -> None:
-        """Give up what was staged and not placed."""
+        """Drop a staged checkpoint that was not placed."""
         with self._lock:
             self._staged.pop(folder, None)
 
     def place(self, folder: str, requests: Sequence[LoRARequest]) -> None:
-        """Register the slots of an adapter that was staged, all or none.
+        """Register the slots of a staged adapter, all or none.
 
-        Raises ValueError for an adapter that was not staged, for a task that it does not have, or for an id in use.
+        Raises ValueError for an adapter that was not staged, for an unknown task, or for an id in use.
         """
         with self._lock:
             host = self._staged.get(folder)
@@ -147,7 +146,7 @@ class AdapterStore:
             self._origin[adapter] = folder, host
 
     def remove(self, slot_id: int) -> bool:
-        """Forget a slot, and the weights with their last slot. False where there is no such slot."""
+        """Forget a slot, and weights with their last slot. False for an unknown id."""
         slot = self._slots.pop(slot_id, None)
         if slot is None:
             return False
@@ -156,7 +155,7 @@ class AdapterStore:
 
     def _keep(self, request: LoRARequest, adapter: PackedAdapter, task_id: str | None) -> Slot:
         if task_id is None and request.lora_name in adapter.task_ids:
-            # `vllm serve --lora-modules TASK=FOLDER`: the name says which task.
+            # `--lora-modules TASK=FOLDER` of vLLM's server: the name is the task.
             task_id = request.lora_name
         slot = Slot(request.lora_int_id, request.lora_name, request.lora_path, adapter, adapter.bias_row(task_id))
         self._adapters[adapter.folder, adapter.manifest.tensors_sha256] = adapter

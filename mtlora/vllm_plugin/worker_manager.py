@@ -1,4 +1,4 @@
-"""The worker's side of the plugin: turns requests into slots, from memory wherever a step waits for it."""
+"""The worker's side of the plugin: turns requests into slots; a step never waits for a disk."""
 
 import contextlib
 import os
@@ -30,8 +30,8 @@ _STAGING_NICENESS = 5
 # Key of vLLM's `additional_config`.
 HOST_CACHE_KEY = "mtlora_host_cache_bytes"
 
-# "strict": adapters must have been made beside these weights; "architecture": beside some of this shape, as where the
-# backbone is a quantised form of theirs.
+# "strict": an adapter must have been trained beside these weights. "architecture": beside weights of this shape, such
+# as those that a quantised backbone was made from.
 ENVIRONMENT_CHECK = "MTLORA_ADAPTER_BACKBONE_CHECK"
 STRICT = "strict"
 
@@ -46,7 +46,10 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
     _adapter_manager: MtLoRAModelManager
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: VllmConfig) -> Any:
-        """Wrap the model's blocks and open the store. Raises ValueError for a model or a config that cannot work."""
+        """Wrap the model's blocks and open the store.
+
+        Raises ValueError for a model or a config that cannot work, RuntimeError for a vLLM that lacks a seam.
+        """
         check_compilation(vllm_config)
         warm_up_stages(vllm_config)
         if self.device.type == "cpu":
@@ -64,9 +67,9 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         return wrapped
 
     def stage(self, folder: str) -> bool:
-        """Read and pack a checkpoint beside the running steps; True once it is done. Ask again until then.
+        """Read and pack a checkpoint beside the running steps; True once it is done. Call again until then.
 
-        Raises CheckpointError where it cannot be used; the next call tries anew.
+        Raises CheckpointError if it cannot be used; the next call tries anew.
         """
         future = self._staging.get(folder)
         if future is None:
@@ -78,7 +81,7 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         return True
 
     def unstage(self, folder: str) -> None:
-        """Give up what was staged and not placed."""
+        """Drop a staged checkpoint that was not placed."""
         if future := self._staging.pop(folder, None):
             future.cancel()
         self._stager.submit(self.store.unstage, folder)
@@ -89,7 +92,7 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
             self.store.place(folder, requests)
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
-        """Register a request's adapter, outside any step. What is wrong with it reaches the caller of `add_lora`."""
+        """Register a request's adapter, outside any step. Errors reach the caller of `add_lora`."""
         with gpu_sync_allowed():
             self._place(self.store.register(lora_request))
         return True
@@ -104,7 +107,7 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
 
     def _slot_in_step(self, request: LoRARequest) -> Slot:
         placed = self._adapter_manager.get_adapter(request.lora_int_id)
-        # Dummy runs name slots of their own, which exist nowhere but in the caches.
+        # Dummy runs name slots that exist in the caches alone.
         if placed is not None and placed.adapter is None and placed.path == request.lora_path:
             return placed
         return self.store.in_step(request)
@@ -116,15 +119,15 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
             if len(manager) >= manager.capacity:
                 manager.remove_oldest_adapter()
                 self.store.counts.slot_evictions += 1
-        # Also touches the slot in the LRU order.
+        # This also makes the slot the most recently used.
         manager.add_adapter(slot)
         manager.activate_adapter(slot.id)
 
     def add_dummy_lora(self, lora_request: LoRARequest, rank: int) -> bool:
-        """Place an empty slot for a warm-up run: its path adds nothing, so that the backbone alone is measured.
+        """Place an empty slot for a warm-up run; its path adds nothing.
 
-        Idle data-parallel workers run these between steps, with ids that real slots may have. Those come back from the
-        store with the next step that names them.
+        Idle data-parallel workers make such runs between steps, with ids that real slots may have. The next step that
+        names such a slot takes it back from the store.
         """
         self._adapter_manager.remove_adapter(lora_request.lora_int_id)
         return self._adapter_manager.add_adapter(
@@ -132,12 +135,12 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         )
 
     def remove_adapter(self, adapter_id: int) -> bool:
-        """Take a slot out of the caches and the store. False where it was not in the store."""
+        """Remove a slot from the caches and the store. False if the store did not have it."""
         self._adapter_manager.remove_adapter(adapter_id)
         return self.store.remove(adapter_id)
 
     def pin_adapter(self, adapter_id: int) -> bool:
-        """Nothing to do: every registered slot stays in memory. Raises ValueError for an id that is not registered."""
+        """Check the id alone: every registered slot stays in memory. Raises ValueError for an id without a slot."""
         if adapter_id not in self.store.slot_ids():
             raise ValueError(f"LoRA id {adapter_id} is not registered")
         return True
@@ -148,23 +151,23 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
 
 
 def _stand_back() -> None:
-    """Have this thread take what steps leave of the cores: it is not to race them."""
-    # A second OpenMP team beside that of the steps makes more threads than cores: from then on libgomp would put the
-    # steps' threads to sleep at every barrier. Not `torch.set_num_threads`, which vLLM disables in CPU workers.
+    """Give running steps precedence over this thread."""
+    # A second OpenMP team beside that of the steps makes more threads than cores. From then on, libgomp puts the steps'
+    # threads to sleep at every barrier. `torch.set_num_threads` would not do: vLLM disables it in CPU workers.
     torch._C.set_num_threads(1)
-    # Any of the cores there are: it has inherited the one that the first of the engine's threads is bound to.
+    # Allow every core: this thread inherits the one core of the engine's first thread.
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _STAGING_NICENESS)
 
 
 def host_cache_bytes(additional_config: Any) -> int:
-    """How much of packed adapters without slots to keep in host memory: the engine's `additional_config`, else 0."""
+    """Bytes of host memory for packed adapters without slots: from the engine's `additional_config`, else 0."""
     return int(additional_config.get(HOST_CACHE_KEY, 0)) if isinstance(additional_config, dict) else 0
 
 
 def running_backbone(model_config: ModelConfig) -> dict[str, Any]:
-    """What can be known of the running model, as fields of `BackboneIdentity`: its weights too where they lie here."""
+    """Facts about the running model, as fields of `BackboneIdentity`; those of its weights if they are local files."""
     text_config = model_config.hf_config.get_text_config()
     facts: dict[str, Any] = {
         "architecture": model_config.hf_config.architectures[0],

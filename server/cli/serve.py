@@ -41,7 +41,6 @@ def run(options: argparse.Namespace) -> int:
     try:
         status = serve(settings, lambda line: print(line, flush=True))
     finally:
-        written = finish_logging()
-    if not written:
-        os._exit(status)
-    return status
+        finish_logging()
+    # Skip the interpreter's exit: there, vLLM's bindings count what is left and write it to stderr.
+    os._exit(status)

@@ -1,17 +1,16 @@
-"""The engine: vLLM behind an interface of the server's own. Nothing else in the server touches vLLM, and this only when
-an engine is started.
+"""The engine: vLLM behind an interface of the server's own. Nothing else in the server imports vLLM, and this room only
+when an engine starts.
 
-`Supervisor` keeps one `Engine` running. `launch` starts its processes, `preload` has their imports made beforehand,
+`Supervisor` keeps one `Engine` running. `launch` starts its processes,
 `threads` places them on cores, `translation` has the words of both sides, `stats` what an engine counts.
 """
 
 from server.engine.engine import Engine, EngineStartError
-from server.engine.launch import begin_imports, exit_at_once
-from server.engine.stats import BetweenSteps, EngineStats, RoutingSums, WorkerStats
+from server.engine.processes import exit_at_once
+from server.engine.stats import EngineStats, RoutingSums, WorkerStats
 from server.engine.supervisor import EngineFailure, EngineGaveUpError, Supervisor
 
 __all__ = [
-    "BetweenSteps",
     "Engine",
     "EngineFailure",
     "EngineGaveUpError",
@@ -20,6 +19,5 @@ __all__ = [
     "RoutingSums",
     "Supervisor",
     "WorkerStats",
-    "begin_imports",
     "exit_at_once",
 ]

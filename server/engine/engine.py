@@ -11,7 +11,7 @@ from mtlora.prompt import encode_prompt
 from server.engine import translation
 from server.engine.launch import launch
 from server.engine.processes import EngineProcesses
-from server.engine.stats import BetweenSteps, EngineStats, WorkerStats, stat_logger, worker_stats
+from server.engine.stats import EngineStats, WorkerStats, worker_stats
 from server.errors import AdapterError, EngineDeadError
 from server.job import Delta, GenerationJob, Sampling
 from server.settings import Settings
@@ -19,10 +19,8 @@ from server.telemetry.logs import get_logger
 
 logger = get_logger("engine")
 
-# How often a load that runs beside the steps is asked whether it is done.
+# Interval between questions whether an adapter is staged.
 _STAGING_POLL_S = 0.02
-# How much nicer an engine on CPUs is than the server.
-_NICENESS = 10
 
 
 class EngineStartError(RuntimeError):
@@ -30,8 +28,9 @@ class EngineStartError(RuntimeError):
 
 
 class _Wait:
-    """Around everything in which the current task waits for the engine: a sequence's next tokens, or an answer from
-    between two steps. Enters itself into `waits`; `lose` ends it with EngineDeadError.
+    """A wait of the current task for the engine: for a sequence's next tokens, or for an answer from between two steps.
+
+    It enters itself into `waits`. `lose` ends it with EngineDeadError.
     """
 
     __slots__ = ("_lost", "_task", "_waits", "since")
@@ -61,7 +60,7 @@ class _Wait:
 class Engine:
     """One engine. `start` it, then `load` slots, then `generate`; all but `start` and `shutdown` on the event loop.
 
-    Once it is `lose`d, whoever waits for it, or comes later, gets EngineDeadError.
+    After `lose`, every wait and every later call ends in EngineDeadError.
     """
 
     def __init__(self, settings: Settings, backbone: Path, on_stats: Callable[[EngineStats], None]) -> None:
@@ -74,7 +73,7 @@ class Engine:
         # One for each engine core: readable once its process has ended.
         self._sentinels: list[int] = []
         self._ended = asyncio.Event()
-        # Whoever has waited the longest comes first.
+        # The longest wait comes first.
         self._sequences: dict[_Wait, None] = {}
         self._calls: dict[_Wait, None] = {}
         self._lost = False
@@ -83,15 +82,12 @@ class Engine:
     def start(self) -> None:
         """Start the engine's processes and load the backbone. Blocks for long; raises EngineStartError."""
         try:
-            self._llm = launch(self._settings, self._backbone, stat_logger(self._record_step))
-            # The first use sets the tokenizer up, which no two threads may do at once.
+            self._llm = launch(self._settings, self._backbone, self._record_step)
+            # Set up the tokenizer now: its first use may not happen in two threads at once.
             encode_prompt(self.tokenizer, "")
             cores = self._llm.engine_core.resources.engine_manager.processes
             self._sentinels = [core.sentinel for core in cores]
             self._processes = EngineProcesses.below(core.pid for core in cores)
-            if self._llm.vllm_config.device_config.device_type == "cpu":
-                self._processes.yield_cores(_NICENESS)
-                self._processes.part_cores()
         except Exception as error:
             logger.error("the engine did not start", exc_info=True)
             raise EngineStartError(f"the engine did not start: {error}") from error
@@ -106,7 +102,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """False once the engine has died; a request would end in EngineDeadError."""
+        """False once the engine has died: a request would end in EngineDeadError."""
         return self._llm is not None and not self._lost and not self._ended.is_set() and not self._llm.errored
 
     async def ended(self, timeout: float) -> None:
@@ -125,10 +121,10 @@ class Engine:
 
     @property
     def stalled_s(self) -> float:
-        """For how long somebody has waited in vain, in seconds. A reader that takes its time is no waiter.
+        """Seconds of the longest wait without progress. A slow reader is not a wait.
 
-        A sequence may wait its turn for as long as steps are made. An answer from between steps waits for one step of
-        every engine, so that of several one that hangs is noticed while the others go on.
+        A sequence may wait as long as the engine makes steps. An answer from between steps needs one step of every
+        engine, so one of several that hangs is noticed while the others go on.
         """
         now = time.monotonic()
         call, sequence = next(iter(self._calls), None), next(iter(self._sequences), None)
@@ -138,19 +134,19 @@ class Engine:
         )
 
     def lose(self) -> None:
-        """Give this engine up: end every wait for it, and kill its processes."""
+        """Give up this engine: end every wait for it, and kill its processes."""
         self._lost = True
         for wait in (*self._calls, *self._sequences):
             wait.lose()
         self._processes.kill()
         if self._llm is not None:
-            # Nothing more is sent to what has gone.
+            # vLLM then sends nothing more to its processes.
             self._llm.engine_core.resources.engine_dead = True
 
     async def load(self, folder: Path, slots: Sequence[Any]) -> None:
         """Put an adapter and its slots into the engine's memory, reading it beside the running steps.
 
-        Raises AdapterError where the engine does not take it; nothing has changed then.
+        Raises AdapterError if the engine refuses it; nothing has changed then.
         """
         try:
             while True:
@@ -162,36 +158,29 @@ class Engine:
             named = [[slot.lora_int_id, slot.lora_name, slot.lora_path] for slot in slots]
             _check_loaded(await self._call("mtlora_place", str(folder), named))
         except AdapterError:
-            # Another rank may have it.
+            # Other ranks may have taken it.
             await self._call("mtlora_remove", [slot.lora_int_id for slot in slots])
             await self._call("mtlora_unstage", str(folder))
             raise
 
     async def unload(self, slots: Sequence[Any]) -> None:
-        """Take slots, and with its last slot an adapter, out of the engine's memory."""
+        """Remove slots from the engine's memory, and an adapter with its last slot."""
         await self._call("mtlora_remove", [slot.lora_int_id for slot in slots])
 
     async def worker_stats(self) -> list[WorkerStats]:
-        """Of every rank of every engine, asked between two steps."""
+        """The counts of every rank of every engine, answered between two steps."""
         return [worker_stats(rank) for rank in await self._call("mtlora_statistics")]
 
-    async def between_steps(self) -> list[BetweenSteps]:
-        """Of every engine, asked between two steps."""
-        return [BetweenSteps(**counts) for counts in await self._call_engines("mtlora_between")]
-
     async def _call(self, method: str, *arguments: Any) -> list[Any]:
-        """The result of a worker's method, of each rank of each engine."""
-        # vLLM's own `collective_rpc` gives the results of the first engine alone.
-        engines = await self._call_engines("collective_rpc", method, None, arguments, {})
-        return [result for ranks in engines for result in ranks]
-
-    async def _call_engines(self, method: str, *arguments: Any) -> list[Any]:
-        """The result of an engine core's method, of each engine."""
+        """A worker method's result from each rank of each engine."""
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
         with self._waiting(between_steps=True):
             try:
-                return list(await self._llm.engine_core.call_utility_all_async(method, *arguments))
+                # vLLM's own `collective_rpc` returns the results of the first engine alone.
+                call = self._llm.engine_core.call_utility_all_async
+                engines = await call("collective_rpc", method, None, arguments, {})
+                return [result for ranks in engines for result in ranks]
             except VllmEngineDeadError:
                 raise EngineDeadError from None
 
@@ -207,7 +196,7 @@ class Engine:
     async def warm_up(self, slot: Any | None, *, short: bool = False) -> None:
         """Run short sequences through prefill, decode and sampling, so that no user's request pays for first calls.
 
-        `short`: one greedy sequence, for a slot that is new to an engine that is not.
+        `short`: one greedy sequence, for a new slot in a warm engine.
         """
         sampled = Sampling(max_new_tokens=2, temperature=1.0, top_p=0.9, top_k=10, seed=0, logprobs=1)
         for sampling in (Sampling(max_new_tokens=2), *(() if short else (sampled,))):
@@ -215,7 +204,7 @@ class Engine:
                 pass
 
     def generate(self, job: GenerationJob) -> AsyncGenerator[Delta, None]:
-        """The sequence's deltas. Closing the iterator, or cancelling its reader, aborts the sequence in the engine."""
+        """A sequence's deltas. Closing the iterator, or cancelling its reader, aborts the sequence in the engine."""
         slot = None if job.without_adapter else job.task.slot
         return self._generate(list(job.prompt_ids), job.sampling, slot, job.cache_salt, job.delta_tokens)
 
@@ -252,12 +241,11 @@ class Engine:
 
     def shutdown(self) -> None:
         """Stop the engine's processes. Blocks for a few seconds at most."""
-        self._processes.rejoin_cores()
         if self._llm is not None:
             self._llm.shutdown(timeout=0 if self._lost else 5)
             if self._lost:
                 self._processes.clean_up()
-            # Collected now: at the interpreter's exit its finalizer would fail, in writing.
+            # Collect it now: at the interpreter's exit its finalizer would fail and log that.
             self._llm = None
 
 

@@ -1,51 +1,55 @@
-"""How an engine is started: vLLM's arguments, the environment of its processes, and the way out while it starts."""
+"""How an engine is started: vLLM's arguments and the environment of its processes."""
 
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from mtlora.vllm_plugin import memory_environment
-from server.engine.preload import EAGER, forked_engines, start_fork_server
+from mtlora.vllm_cpu.memory import memory_environment
+from mtlora.vllm_plugin.seams import available, require
+from server.engine import orphans
+from server.engine.stats import EngineStats, stat_logger
 from server.engine.threads import thread_environment
-from server.rpc.validation import MAX_LOGPROBS
+from server.job import MAX_LOGPROBS
 from server.settings import Settings
 from server.telemetry.logs import get_logger
 
 logger = get_logger("engine")
 
-
-def begin_imports(settings: Settings) -> None:
-    """Begin the imports of an engine's process, long before it can be started."""
-    with _no_interrupts_in_children():
-        start_fork_server(settings, engine_environment(settings))
+# Even in an eager engine, vLLM compiles two sampling functions in the first request that needs them, for seconds.
+_EAGER = {"TORCHDYNAMO_DISABLE": "1"}
 
 
-def launch(settings: Settings, backbone: Path, stat_logger: type) -> Any:
+def launch(settings: Settings, backbone: Path, on_stats: Callable[[EngineStats], None]) -> Any:
     """Start vLLM's AsyncLLM, its processes included. Blocks for long; raises whatever vLLM raises."""
-    # Before vLLM is imported, which reads some of it then.
+    # Before the import of vLLM, which reads some variables at once.
     os.environ.update(engine_environment(settings))
-    # vLLM's own variable would silently outrank the setting.
+    # vLLM's variable would override the setting silently.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.envs import enable_envs_cache
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.executor import Executor
 
+    for seam in ("answers of every engine", "lost engines"):
+        require(seam)
+    loggers = [stat_logger(on_stats)] if available("step statistics") else None
     arguments = _engine_args(settings, backbone)
     if arguments["dtype"] != settings.dtype:
         logger.info("this processor has no bfloat16 products", extra={"fields": {"dtype": arguments["dtype"]}})
     if arguments["enforce_eager"]:
-        os.environ.update(EAGER)
+        os.environ.update(_EAGER)
     config = AsyncEngineArgs(**arguments).create_engine_config()
-    with _no_interrupts_in_children(), _rank_environment(config), forked_engines():
+    with _no_interrupts_in_children(), _rank_environment(config):
         executor = Executor.get_class(config)
-        engine = AsyncLLM(config, executor, log_stats=False, log_requests=False, stat_loggers=[stat_logger])
-    # vLLM reads its environment variables anew with every request; in the engine's processes it stops that by itself.
-    enable_envs_cache()
+        engine = AsyncLLM(config, executor, log_stats=False, log_requests=False, stat_loggers=loggers)
+    if available("environment read once"):
+        from vllm.envs import enable_envs_cache
+
+        # vLLM reads its environment variables anew for every request. In the engine's processes it stops that itself.
+        enable_envs_cache()
     return engine
 
 
@@ -85,30 +89,30 @@ def engine_environment(settings: Settings) -> dict[str, str]:
     wanted = {} if settings.log_level == "debug" else {k: os.environ.get(k, v) for k, v in quiet.items()}
     return {
         **wanted,
-        # stdout belongs to the ready line.
+        # stdout is for the ready line.
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        # By now the backbone is a local folder.
+        # The backbone is a local folder by now.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
-        # Read by the plugin in the engine's processes.
+        # For the plugins in the engine's processes.
         "MTLORA_ADAPTER_BACKBONE_CHECK": settings.adapter_backbone_check,
         "MTLORA_ROUTING_SAMPLE_STEPS": str(settings.routing_sample_steps),
-        "MTLORA_ANTICIPATION": str(int(settings.anticipation)),
+        orphans.ENVIRONMENT_SWITCH: "1",
         **memory_environment(),
         **thread_environment(settings.omp_threads_bind, os.environ, settings.ranks),
     }
 
 
 def _default_executor(settings: Settings, on_cpu: bool) -> type | None:
-    """The executor where none was asked for: None is vLLM's choice.
+    """The executor if the settings name none; None leaves the choice to vLLM.
 
-    One rank on CPU runs in the engine's own process. vLLM would give it another, to place its threads by environment
-    variables, and have the two look for each other's messages without a pause, on the cores that the model needs. It
-    can be kept from that by the class alone: the name "uni" it overrides (vllm/platforms/cpu.py).
+    One rank on a CPU runs in the engine's own process. vLLM would start a second process, to place its threads by
+    environment variables, and both would poll for messages on the cores that the model needs. Only the class prevents
+    that: vLLM overrides the name "uni" (vllm/platforms/cpu.py).
     """
-    if not on_cpu or settings.ranks > 1:
+    if not on_cpu or settings.ranks > 1 or not available("one process an engine on CPUs"):
         return None
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -117,7 +121,7 @@ def _default_executor(settings: Settings, on_cpu: bool) -> type | None:
 
 @contextlib.contextmanager
 def _rank_environment(config: Any) -> Iterator[None]:
-    """The environment that places the threads of a rank in the engine's own process, as vLLM sets it for others."""
+    """The environment that places the threads of a rank in the engine's own process, as vLLM sets it for workers."""
     if isinstance(config.parallel_config.distributed_executor_backend, str):
         yield
         return
@@ -127,20 +131,10 @@ def _rank_environment(config: Any) -> Iterator[None]:
         yield
 
 
-def exit_at_once(status: int) -> NoReturn:
-    """End this process and every one under it. An engine in the middle of its start cannot be asked to stop."""
-    import psutil
-
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-    os._exit(status)
-
-
 @contextlib.contextmanager
 def _no_interrupts_in_children() -> Iterator[None]:
-    """Ctrl-C reaches every process of a terminal; the engine's must live on while running requests finish."""
-    # Started later, the tracker would unblock the signal again.
+    """Block Ctrl-C, which reaches every process of a terminal: the engine's must live until running requests finish."""
+    # Start the tracker first: its start unblocks the signal.
     resource_tracker.ensure_running()
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

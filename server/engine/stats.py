@@ -1,31 +1,22 @@
-"""What an engine tells of itself after a step, and of its processes when asked."""
+"""An engine's statistics: of a step, and of its processes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from server.telemetry.engine_stats import EngineStats, RoutingSums, WorkerStats
 
 
-@dataclass(frozen=True)
-class BetweenSteps:
-    """What one engine did between its steps, since its start; fields as `mtlora.vllm_plugin.engine_core` counts."""
-
-    waited_s: float
-    followed: int
-
-
 def worker_stats(rank: dict[str, Any]) -> WorkerStats:
-    """From what a rank's `mtlora_statistics` returns."""
+    """The result of a rank's `mtlora_statistics` as WorkerStats."""
     routing = {adapter: RoutingSums(**sums) for adapter, sums in rank["routing"].items()}
     return WorkerStats(**{**rank, "routing": routing})
 
 
 def stat_logger(on_stats: Callable[[EngineStats], None]) -> type:
-    """A logger for vLLM that hands each step's statistics on.
+    """A logger class for vLLM that passes each step's statistics on.
 
-    vLLM adds its Prometheus logger wherever none of that class is given. That one takes its time in every step, keeps a
-    series for every combination of adapters that ever ran together, and nobody reads it: this one stands in its place.
+    vLLM adds its own Prometheus logger unless it is given one of that class. That logger takes time in every step and
+    keeps a series for every combination of adapters that ever ran together, so this class replaces it.
     """
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 

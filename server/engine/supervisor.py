@@ -1,4 +1,4 @@
-"""Keeps an engine running: notices that it has died or hangs, and starts another in its place."""
+"""Keeps an engine running: notices an engine that died or hangs, and starts another."""
 
 import asyncio
 import time
@@ -20,7 +20,7 @@ _LOOK_INTERVAL_S = 1.0
 
 @dataclass(frozen=True)
 class EngineFailure:
-    """How an engine was lost: of which kind, and in words."""
+    """How an engine was lost: its kind, and the reason in words."""
 
     kind: Literal["died", "hung", "not_started"]
     reason: str
@@ -31,17 +31,17 @@ class EngineGaveUpError(Exception):
 
 
 class Listener(Protocol):
-    """What is to be done when an engine is lost, before anything that takes time, and when another is there."""
+    """Called as soon as an engine is lost, and when another has started."""
 
     async def engine_lost(self, failure: EngineFailure) -> None: ...
     async def engine_started(self, engine: Engine) -> None: ...
 
 
 class Supervisor:
-    """`make` makes an engine that is not started yet. More than `max_failures` of them within `window_s` seconds are
-    too many; one that makes no step for `hang_s` seconds while work waits has failed too.
+    """`make` makes an engine that is not started yet. An engine fails if it dies, or makes no step for `hang_s` seconds
+    while work waits. More than `max_failures` failures within `window_s` seconds end the supervision.
 
-    It stands for whichever engine runs: `load`, `unload` and `warm_up` go to that one.
+    `load`, `unload` and `warm_up` go to the running engine.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Supervisor:
         self._max_failures = max_failures
         self._window_s = window_s
         self._failures: deque[float] = deque()
-        # While an engine starts it cannot be told to stop.
+        # An engine cannot be stopped while it starts.
         self.starting = False
 
     async def start(self) -> None:
@@ -68,7 +68,7 @@ class Supervisor:
         await self._or_failure(self._listener.engine_started(engine))
 
     async def run(self) -> None:
-        """Watch the engine that was started, and its successors. Ends in EngineGaveUpError alone."""
+        """Watch the started engine and its successors. Ends only in EngineGaveUpError."""
         while True:
             failure = await self._failure()
             began = time.monotonic()
@@ -94,7 +94,7 @@ class Supervisor:
         return self.engine
 
     async def _failure(self) -> EngineFailure:
-        """Wait for the engine to fail; how."""
+        """Wait for the engine to fail; returns how."""
         while True:
             engine = self._running
             if not engine.alive:
@@ -118,7 +118,7 @@ class Supervisor:
                 failure = EngineFailure("died", "it died while its adapters were loaded")
 
     async def _or_failure(self, work: Awaitable[None]) -> None:
-        """`work`, unless the engine fails first: EngineDeadError then."""
+        """Do `work`. Raises EngineDeadError if the engine fails first."""
         working, failing = asyncio.ensure_future(work), asyncio.create_task(self._failure())
         try:
             await asyncio.wait({working, failing}, return_when=asyncio.FIRST_COMPLETED)

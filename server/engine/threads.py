@@ -1,7 +1,8 @@
-"""Which cores the engine's OpenMP threads run on, when there is no GPU.
+"""The cores of the engine's OpenMP threads, on a machine without a GPU.
 
-Left alone, vLLM keeps a core for its framework, and refuses more ranks than NUMA nodes. On two cores the kept core
-costs two fifths of the throughput, so the default here is every core this process may use, dealt out among the ranks.
+By default, vLLM keeps a core for its framework and refuses more ranks than NUMA nodes. On two cores, the kept core
+costs two fifths of the throughput. So the default here is every core that this process may use, dealt out among the
+ranks.
 """
 
 import os
@@ -16,8 +17,8 @@ _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 def thread_environment(setting: str | None, environment: Mapping[str, str], ranks: int) -> dict[str, str]:
     """Environment variables that place the threads of `ranks` workers: the setting, else vLLM's own, else all cores.
 
-    Under a CPU quota smaller than the cores in sight, threads are counted but not bound: neighbours under quotas of
-    their own would otherwise all be bound to the same first cores.
+    Under a CPU quota smaller than the number of cores, threads are counted but not bound. Otherwise, neighbours with
+    quotas of their own would all be bound to the same first cores.
     """
     if setting is not None:
         return {BIND: setting}
@@ -31,7 +32,7 @@ def thread_environment(setting: str | None, environment: Mapping[str, str], rank
 
 
 def deal(cores: Sequence[int], ranks: int) -> list[Sequence[int]]:
-    """Contiguous shares of the cores, one a rank; ranks beyond the cores double up."""
+    """Contiguous shares of the cores, one a rank; if ranks outnumber cores, they share."""
     if ranks >= len(cores):
         return [[cores[rank % len(cores)]] for rank in range(ranks)]
     bounds = [rank * len(cores) // ranks for rank in range(ranks + 1)]
@@ -39,7 +40,7 @@ def deal(cores: Sequence[int], ranks: int) -> list[Sequence[int]]:
 
 
 def quota_cores(path: Path = _CPU_MAX) -> int | None:
-    """Whole cores' worth of CPU time that the control group allows, at least 1; None where it sets no limit."""
+    """Cores' worth of CPU time that the control group allows, rounded down, at least 1; None without a limit."""
     try:
         quota, period = path.read_text().split()
         return None if quota == "max" else max(1, int(quota) // int(period))

@@ -1,4 +1,4 @@
-"""From this server's words into vLLM's, and back."""
+"""From this server's types to vLLM's, and back."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", 
 
 
 def sampling_params(sampling: Sampling, delta_tokens: int) -> Any:
-    """vLLM's SamplingParams; the output comes in pieces of `delta_tokens` tokens, or in one that holds it all."""
+    """vLLM's SamplingParams for output in pieces of `delta_tokens` tokens, or in one piece if it is no longer."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     in_one_piece = sampling.max_new_tokens <= delta_tokens
@@ -23,13 +23,13 @@ def sampling_params(sampling: Sampling, delta_tokens: int) -> Any:
         logprobs=sampling.logprobs or None,
         output_kind=RequestOutputKind.FINAL_ONLY if in_one_piece else RequestOutputKind.DELTA,
         stream_interval=delta_tokens,
-        # Nobody else has these: no deep copy.
+        # No deep copy: nothing else holds this object.
         skip_clone=True,
     )
 
 
 def delta(output: Any) -> Delta:
-    """From vLLM's RequestOutput. Raises EngineAbortedError where the engine ended the sequence by itself."""
+    """A Delta of vLLM's RequestOutput. Raises EngineAbortedError if the engine ended the sequence by itself."""
     completion = output.outputs[0]
     reason = completion.finish_reason
     if reason is not None and reason not in _FINISH_REASONS:
@@ -58,7 +58,7 @@ def _token_logprobs(token_id: int, position: dict[int, Any]) -> TokenLogprobs:
     tokens = {
         each: TokenLogprob(each, entry.decoded_token or "", float(entry.logprob)) for each, entry in position.items()
     }
-    # The chosen token comes first in vLLM's dictionary and counts as one of the top only where its rank says so.
+    # The chosen token comes first in vLLM's dictionary. Its rank says whether it is one of the top tokens.
     limit = len(position) - 1 if position[token_id].rank > len(position) - 1 else len(position)
     ranked = sorted((entry.rank, each) for each, entry in position.items())
     return TokenLogprobs(tokens[token_id], tuple(tokens[each] for _, each in ranked[:limit]))

@@ -10,10 +10,9 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from mtlora.prompt import encode_chat, encode_prompt, special_tokens_in
 from mtlora.task import TaskSpec
 from server.errors import Violation
-from server.job import GenerationJob, Sampling, ServedTask
+from server.job import MAX_LOGPROBS, GenerationJob, Sampling, ServedTask
 
 MAX_STOP_STRINGS = 8
-MAX_LOGPROBS = 5
 MAX_TEMPERATURE = 2.0
 MAX_PAGE_SIZE = 1000
 _ROLES = ("system", "user", "assistant")

@@ -7,7 +7,6 @@ and `adapter` are bounded: the busiest have a value of their own, the rest are "
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
@@ -15,9 +14,6 @@ from mtlora import __version__
 from server.telemetry.collectors import CounterOf, Counts, GaugeByLabel, Histograms
 from server.telemetry.engine_stats import EngineStats, RoutingSums, WorkerStats
 from server.telemetry.top import OTHER, TopLabels
-
-if TYPE_CHECKING:
-    from server.engine import BetweenSteps
 
 UNKNOWN_TASK = "unknown"
 TOP_TASKS = 100
@@ -149,12 +145,6 @@ class Metrics:
             "mtlora_engine_step_adapters",
             "Distinct adapter versions of the sequences that continue after a step.",
             buckets=_BATCH_BUCKETS,
-        )
-        self._waited = CounterOf(
-            self._counts("mtlora_engine_anticipation_seconds", "For which steps waited for requests to follow.")
-        )
-        self._followed = CounterOf(
-            self._counts("mtlora_engine_anticipated_requests", "Requests that followed while a step waited.")
         )
         self._restarts = self._counts(
             "mtlora_engine_restarts", "Engines that died or hung and were started again.", "reason"
@@ -303,16 +293,11 @@ class Metrics:
             self._step_tasks.observe(stats.tasks)
             self._step_adapters.observe(stats.adapters)
 
-    def record_between_steps(self, engines: Sequence["BetweenSteps"]) -> None:
-        """What every engine did between its steps."""
-        self._waited.set(sum(each.waited_s for each in engines))
-        self._followed.set(sum(each.followed for each in engines))
-
     def record_engine_restart(self, reason: str) -> None:
         """Count a lost engine; `reason` is one of a few fixed names. The next engine's counts begin at 0."""
         self._restarts.inc(labels=(reason,))
         self._by_engine.clear()
-        for counter in (self._loads, self._evictions, self._waited, self._followed):
+        for counter in (self._loads, self._evictions):
             counter.restart()
         self._set_routing({})
 

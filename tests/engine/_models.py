@@ -1,6 +1,6 @@
 """Tiny random backbones and random adapters for the engine's tests, and Hugging Face's answer to each.
 
-Shape suffixes: L positions of a prompt, V vocabulary.
+Shape suffixes: L positions of a prompt, V vocabulary, T tokens, D hidden size, G groups, N experts.
 """
 
 from pathlib import Path
@@ -13,10 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.harness.adapters import random_tensors
 from mtlora.adapter import AdapterSet
 from mtlora.backbone import BackboneIdentity, identify
-from mtlora.checkpoint.format import AdapterManifest, TaskEntry
+from mtlora.checkpoint.format import AdapterManifest, Checkpoint, TaskEntry
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
+from mtlora.ops.reference import routed_lora_reference
 
 VOCABULARY = 96
 HIDDEN_SIZE = 64
@@ -68,6 +69,29 @@ def make_adapter(
     }
     tensors = random_tensors(backbone, config, tasks, seed=seed, scale=scale)
     return write_checkpoint(folder, backbone=backbone, config=config, tasks=tasks, tensors=tensors)
+
+
+def path_reference(checkpoint: Checkpoint, task_id: str | None, name: str, x_TD: torch.Tensor) -> torch.Tensor | None:
+    """The formula's path of one block [T, D] in float64; None where the adapter leaves this block alone.
+
+    Weights are rounded to the engine's dtype first, the scaled experts after scaling, as the engine holds them.
+    """
+    config, tensors, dtype = checkpoint.manifest.config, checkpoint.tensors, x_TD.dtype
+    if f"{name}.lora_A" not in tensors:
+        return None
+    bias_TGN = None
+    if config.task_bias and task_id is not None:
+        row = checkpoint.manifest.task(task_id).bias_index
+        bias_TGN = tensors[f"{name}.task_bias"][row].expand(len(x_TD), -1, -1)
+    return routed_lora_reference(
+        x_TD,
+        tensors[f"{name}.lora_A"].to(dtype),
+        (tensors[f"{name}.lora_B"] * config.scaling).to(dtype),
+        tensors[f"{name}.lora_route"].to(dtype),
+        bias_TGN,
+        num_groups=config.num_groups,
+        scaling=1.0,
+    )
 
 
 class HuggingFace:

@@ -1,11 +1,11 @@
-"""Engines in tests run inside the test's process: a start costs seconds then, not half a minute."""
+"""Engines in these tests run inside the test's process, which makes a start a matter of seconds."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-# Other tests start engines too, and mean them to run as they do in production.
+# For this package alone: other tests start engines as in production.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",

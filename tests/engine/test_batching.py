@@ -18,7 +18,7 @@ CONFIGS = {
     "unbiased": MtLoRAConfig(r=4, num_experts=6, num_groups=1, blocks="both", task_bias=False),
 }
 NUM_TASKS = 3
-# Fewer than the slots that are registered, so that the engine evicts all the time.
+# Fewer than the registered slots, so that the engine evicts in every step.
 MAX_LORAS, MAX_CPU_LORAS = 3, 4
 SENTENCES = [
     "The capital of France is",
@@ -86,7 +86,7 @@ def one_by_one(serving):
     return answers
 
 
-def test_a_seed_gives_the_same_tokens_when_its_prompt_takes_several_steps(serving):
+def test_seed_gives_the_same_tokens_when_the_prompt_takes_several_steps(serving):
     from vllm import SamplingParams
 
     # 16 prompts of 100 tokens do not fit into one step of 512.
@@ -105,7 +105,7 @@ def test_a_seed_gives_the_same_tokens_when_its_prompt_takes_several_steps(servin
     assert len(set(together)) > 1
 
 
-def test_a_mixed_batch_gives_the_answers_of_single_requests(serving, one_by_one):
+def test_mixed_batch_gives_the_answers_of_single_requests(serving, one_by_one):
     assert len({serving.slots[key].lora_int_id for key in serving.slots}) > MAX_CPU_LORAS
     serving.engine.reset_prefix_cache()
     assert serving.run(serving.work) == one_by_one
@@ -125,7 +125,7 @@ def test_prefix_caching_keeps_slots_apart(serving):
     cached = []
     for item in work:
         answer = serving.run([item])
-        # The tasks of an adapter without task biases are one slot: the second and third find the first one's blocks.
+        # An adapter without task biases has one slot: its second and third task find the first one's blocks.
         assert bool(serving.cached[0]) == (item[1] in [("unbiased", "t1"), ("unbiased", "t2")])
         cached += answer
     assert cached == fresh
@@ -135,8 +135,8 @@ def test_prefix_caching_keeps_slots_apart(serving):
     assert len({round(score, 3) for score in serving.scores}) == 8
 
 
-def test_a_warm_up_run_leaves_the_slots_alone(serving, one_by_one):
-    """Idle data-parallel workers make such runs between steps, with slot ids that are also real ones."""
+def test_warm_up_run_leaves_the_slots_alone(serving, one_by_one):
+    """Idle data-parallel workers make such runs between steps, with ids of real slots."""
     worker_of(serving.engine)._dummy_run(4)
     serving.engine.reset_prefix_cache()
     assert serving.run(serving.work) == one_by_one
@@ -154,7 +154,7 @@ def test_registered_adapters_outlive_their_files(serving, one_by_one, spoil):
     assert serving.run(serving.work) == one_by_one
 
 
-def test_a_task_of_a_known_adapter_needs_neither_registration_nor_files(serving, one_by_one):
+def test_task_of_a_known_adapter_needs_neither_registration_nor_files(serving, one_by_one):
     where = next(i for i, (_, key) in enumerate(serving.work) if key == ("biased", "t1"))
     assert not serving.folder.joinpath("biased").exists()
     assert serving.engine.llm_engine.remove_lora(serving.slots["biased", "t1"].lora_int_id)
@@ -162,7 +162,7 @@ def test_a_task_of_a_known_adapter_needs_neither_registration_nor_files(serving,
     assert serving.run([serving.work[where]]) == [one_by_one[where]]
 
 
-def test_an_adapter_that_nobody_registered_is_read_when_first_named(serving, tmp_path):
+def test_an_unregistered_adapter_is_read_when_first_named(serving, tmp_path):
     from vllm.lora.request import LoRARequest
 
     make_adapter(tmp_path / "a", serving.backbone, CONFIGS["biased"], num_tasks=NUM_TASKS, seed=0, size=2.0)
@@ -199,7 +199,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_a_bad_adapter_is_refused_and_the_engine_lives(serving, one_by_one, bad, tmp_path):
+def test_refuses_a_bad_adapter_and_lives(serving, one_by_one, bad, tmp_path):
     from vllm.lora.request import LoRARequest
 
     from mtlora.vllm_plugin.naming import slot_path
@@ -214,7 +214,7 @@ def test_a_bad_adapter_is_refused_and_the_engine_lives(serving, one_by_one, bad,
     assert serving.run(serving.work[:3]) == one_by_one[:3]
 
 
-def test_an_id_belongs_to_one_path(serving, tmp_path):
+def test_refuses_a_second_path_for_an_id(serving, tmp_path):
     from vllm.lora.request import LoRARequest
 
     make_adapter(tmp_path / "other", serving.backbone, CONFIGS["biased"])
@@ -241,8 +241,8 @@ def test_load_inplace_replaces_the_weights_of_a_slot(serving, tmp_path):
     del serving.slots["inplace"]
 
 
-def test_a_bad_adapter_is_refused_across_processes(tmp_path, monkeypatch):
-    """An engine in processes of its own, as a server runs it, hands the reason back and lives."""
+def test_refuses_a_bad_adapter_across_processes(tmp_path, monkeypatch):
+    """An engine in its own processes, as a server runs it, returns the reason and lives."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 

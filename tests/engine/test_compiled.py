@@ -47,7 +47,7 @@ def test_compiled_answers_equal_eager_ones(tmp_path, monkeypatch):
         return tokens, torch.tensor(logprobs)
 
     eager_tokens, eager_logprobs = answers(eager=True)
-    # Compiled graphs of a test are no use to anyone later.
+    # Keep the test's compiled graphs out of the real cache.
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     compiled_tokens, compiled_logprobs = answers(eager=False)
     assert compiled_tokens == eager_tokens

@@ -1,4 +1,4 @@
-"""Operations that an eager engine on a CPU runs in one call each: what they compute, and that they are what runs."""
+"""Norms and gates that an eager engine on a CPU runs in one call each: their results, and that the engine uses them."""
 
 import pytest
 import torch
@@ -26,12 +26,12 @@ def norms():
 
 
 @every_dtype
-def test_norms_are_vllms(norms, dtype):
+def test_norms_equal_vllms(norms, dtype):
     from vllm import ir
 
     x, residual = torch.randn(2, 5, 96).to(dtype).unbind()
     weight = torch.randn(96).to(dtype)
-    # A rounding of the result, where the last bits of what is rounded differ.
+    # One rounding of the result: sums in another order differ in their last bits before it.
     unit = {torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]
     alone, added = norms
     expected = ir.ops.rms_norm.impls["native"].impl_fn(x, weight, 1e-5)
@@ -42,7 +42,7 @@ def test_norms_are_vllms(norms, dtype):
     assert torch.equal(kept, total)
 
 
-def test_norms_leave_what_they_cannot_read_to_torch(norms):
+def test_norms_leave_unsupported_arguments_to_torch(norms):
     alone, added = norms
     x, weight = torch.randn(4, 64), torch.ones(64)
     assert alone.supports_args(x, weight, 1e-5)
@@ -55,7 +55,7 @@ def test_norms_leave_what_they_cannot_read_to_torch(norms):
     assert not alone.supports_args(x, weight, 1e-5, 32)
 
 
-def test_an_eager_engine_runs_them(tmp_path, monkeypatch):
+def test_eager_engine_runs_the_single_calls(tmp_path, monkeypatch):
     from vllm import SamplingParams, ir
 
     from mtlora.ops import cpu_elementwise
@@ -75,7 +75,7 @@ def test_an_eager_engine_runs_them(tmp_path, monkeypatch):
     assert gates == [7] * layers
 
 
-def test_a_compiled_engine_leaves_the_norms_to_its_compiler(tmp_path):
+def test_compiled_engine_leaves_the_norms_to_its_compiler(tmp_path):
     vllm_plugin.register()
     from vllm.engine.arg_utils import EngineArgs
 

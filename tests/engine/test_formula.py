@@ -1,7 +1,7 @@
 """200 random adapters and batches: the engine's operator computes the formula.
 
-Adapters are written to disk and loaded by the engine's own `add_lora`; the batch reaches the operator by the engine's
-own mapping. Only the tokens' values and the choice of block are the test's.
+The engine's own `add_lora` loads the adapters from disk, and its own mapping gives the batch to the operator. Only the
+tokens' values and the choice of blocks are the test's.
 
 Shape suffixes: T tokens, D hidden size, G groups, N experts.
 """
@@ -14,12 +14,11 @@ import torch
 from mtlora.backbone import identify
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.config import MtLoRAConfig
-from mtlora.ops.reference import routed_lora_reference
 from tests.engine._engine import lora_manager_of, running_engine
-from tests.engine._models import HIDDEN_SIZE, make_adapter, make_model
+from tests.engine._models import HIDDEN_SIZE, make_adapter, make_model, path_reference
 
 DRAWS = 200
-# Of the norm of a token's output.
+# Largest error as a share of the norm of a token's output.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
@@ -32,29 +31,6 @@ def random_config(chooser: random.Random) -> MtLoRAConfig:
         num_groups=chooser.choice([1, 2, 4, 8]),
         blocks=chooser.choice(["ffn", "attention", "both"]),
         task_bias=num_experts > 1 and chooser.random() < 0.6,
-    )
-
-
-def reference(checkpoint, task_id, name, x_TD):
-    """The formula's path of one block [T, D] in float64; None where the adapter leaves this block alone.
-
-    Weights are rounded to the engine's dtype first, the scaled experts after scaling, as the engine holds them.
-    """
-    config, tensors, dtype = checkpoint.manifest.config, checkpoint.tensors, x_TD.dtype
-    if f"{name}.lora_A" not in tensors:
-        return None
-    bias_TGN = None
-    if config.task_bias and task_id is not None:
-        row = checkpoint.manifest.task(task_id).bias_index
-        bias_TGN = tensors[f"{name}.task_bias"][row].expand(len(x_TD), -1, -1)
-    return routed_lora_reference(
-        x_TD,
-        tensors[f"{name}.lora_A"].to(dtype),
-        (tensors[f"{name}.lora_B"] * config.scaling).to(dtype),
-        tensors[f"{name}.lora_route"].to(dtype),
-        bias_TGN,
-        num_groups=config.num_groups,
-        scaling=1.0,
     )
 
 
@@ -90,7 +66,7 @@ def test_operator_computes_the_formula(engine, tmp_path):
                 assert running.llm_engine.add_lora(request)
                 slots.append((request, checkpoint, task))
         T = chooser.randint(1, 16)
-        # Some batches run whole on one slot, some in stretches, as requests do, some in any order; 0 is no adapter.
+        # A batch uses one slot, or slots in stretches, as requests do, or slots in any order; 0 is no adapter.
         ids = chooser.choice(
             [
                 [chooser.randint(1, len(slots))] * T,
@@ -108,7 +84,7 @@ def test_operator_computes_the_formula(engine, tmp_path):
             expected_TD = torch.zeros(T + padding, HIDDEN_SIZE, dtype=torch.float64)
             for i in set(ids) - {0}:
                 rows = torch.tensor([t for t in range(T) if ids[t] == i])
-                delta = reference(*slots[i - 1][1:], block.block_name, x_TD[rows])
+                delta = path_reference(*slots[i - 1][1:], block.block_name, x_TD[rows])
                 if delta is not None:
                     expected_TD[rows] = delta
             size_T, error_T = expected_TD.norm(dim=1), (y_TD.double() - expected_TD).norm(dim=1)

@@ -1,4 +1,4 @@
-"""What the plugin does to a vLLM process, and when it stays out."""
+"""The plugin's changes to a vLLM process, and the switch that keeps it out."""
 
 import os
 import subprocess
@@ -9,6 +9,7 @@ import pytest
 from mtlora import vllm_plugin
 from mtlora.backbone import BackboneIdentity
 from mtlora.config import MtLoRAConfig
+from mtlora.vllm_plugin.seams import SUPPORTED_VLLM
 from tests.engine._models import make_adapter
 
 
@@ -36,21 +37,21 @@ def test_registering_again_changes_nothing(installed):
     )
 
 
-def test_a_model_is_inspected_in_this_process(installed, monkeypatch, tmp_path):
+def test_model_inspection_starts_no_process(installed, monkeypatch, tmp_path):
     from vllm.model_executor.models import registry
 
     def none(*_, **__):
-        raise AssertionError("a process of its own")
+        raise AssertionError("a process was started")
 
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     monkeypatch.setattr(registry.subprocess, "run", none)
     model = registry._LazyRegisteredModel("vllm.model_executor.models.llama", "LlamaForCausalLM")
-    # A look into the cache is no inspection.
+    # Without the cache, which would answer instead.
     monkeypatch.setattr(model.__class__, "_load_modelinfo_from_cache", lambda *_: None)
     assert model.inspect_model_cls().is_text_generation_model
 
 
-def test_switched_off_the_plugin_stays_out():
+def test_switch_keeps_the_plugin_out():
     code = """
 import os
 from vllm.config.lora import LoRAConfig
@@ -73,7 +74,7 @@ print(mixin.LRUCacheWorkerLoRAManager.__module__, LoRAConfig.compute_hash.__modu
     ], result.stderr
 
 
-def test_another_vllm_is_named_in_the_error(installed, monkeypatch):
+def test_error_names_the_unsupported_vllm(installed, monkeypatch):
     from vllm.lora import worker_manager
     from vllm.v1.worker import lora_model_runner_mixin
 
@@ -83,11 +84,11 @@ def test_another_vllm_is_named_in_the_error(installed, monkeypatch):
     monkeypatch.delattr(worker_manager.WorkerLoRAManager, "_apply_adapters")
     with pytest.raises(RuntimeError, match="_apply_adapters") as raised:
         vllm_plugin.register()
-    assert f"supports vLLM {vllm_plugin.SUPPORTED_VLLM}" in str(raised.value)
+    assert f"supports vLLM {SUPPORTED_VLLM}" in str(raised.value)
     assert "MTLORA_PLUGIN=0" in str(raised.value)
 
 
-def test_compiled_graphs_are_keyed_by_the_plugins_layout(installed, monkeypatch):
+def test_compile_cache_key_contains_the_plugins_layout(installed, monkeypatch):
     from vllm.config.lora import LoRAConfig
 
     from mtlora.vllm_plugin import compilation
@@ -129,7 +130,7 @@ def test_no_cuda_graph_captures_the_operator(installed, mode, graphs, becomes):
     check_compilation(config)
 
 
-def test_a_config_that_would_capture_the_operator_is_refused(installed):
+def test_refuses_a_config_that_would_capture_the_operator(installed):
     from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
 
     from mtlora.vllm_plugin.compilation import check_compilation
@@ -146,7 +147,7 @@ def test_a_config_that_would_capture_the_operator_is_refused(installed):
 
 
 @pytest.mark.parametrize("task_bias", [True, False])
-def test_slot_requests(task_bias, tmp_path):
+def test_tasks_without_biases_share_a_request(task_bias, tmp_path):
     from mtlora.vllm_plugin.naming import parse_slot_path
     from mtlora.vllm_plugin.requests import slot_requests
 

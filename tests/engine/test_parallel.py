@@ -1,4 +1,4 @@
-"""Ranks that share the model give the tokens of one: adapters are whole on each, beside blocks that are not."""
+"""Ranks that share a model give the tokens of one rank: each has whole adapters beside its parts of the blocks."""
 
 import random
 from collections.abc import Sequence
@@ -61,14 +61,14 @@ def check(alone: list[tuple[int, ...]], shared: list[tuple[int, ...]]) -> None:
 
 
 def test_three_ranks_share_the_layers_of_the_default_backbone(tmp_path, monkeypatch):
-    """9 heads and 3 key-value heads: three of each to a rank, and one."""
+    """Each rank has 3 of 9 heads and one of 3 key-value heads."""
     model = resolve("default")
     prompts = prepare(model, tmp_path, 49152)
     alone = greedy(model, tmp_path, prompts, "0", monkeypatch)
     check(alone, greedy(model, tmp_path, prompts, "0|1|1", monkeypatch, tensor_parallel_size=3))
 
 
-def test_two_ranks_share_the_layers_or_have_some_each(tmp_path, monkeypatch):
+def test_two_ranks_in_tensor_and_in_pipeline_parallel_give_the_tokens_of_one(tmp_path, monkeypatch):
     model = make_model(tmp_path / "model", "llama", num_layers=4)
     prompts = prepare(model, tmp_path, VOCABULARY)
     alone = greedy(model, tmp_path, prompts, "0", monkeypatch)

@@ -1,4 +1,4 @@
-"""The engine's log-probabilities are Hugging Face's, with every kind of adapter, on every family of backbones."""
+"""The engine's log-probabilities equal Hugging Face's, with every kind of adapter, on every family of backbones."""
 
 import random
 
@@ -10,7 +10,7 @@ from mtlora.families import FAMILIES
 from tests.engine._engine import running_engine
 from tests.engine._models import VOCABULARY, HuggingFace, make_adapter, make_model
 
-# float32 differs by rounding alone; bfloat16 engines are held against float32 transformers.
+# float32 differs by rounding alone. A bfloat16 engine is compared with Hugging Face in float32.
 TOLERANCE = {"float32": 5e-5, "bfloat16": 0.25}
 ADAPTERS = [
     (blocks, task_bias, task)

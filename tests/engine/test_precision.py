@@ -1,4 +1,4 @@
-"""The dtype of a backbone where nobody has said one."""
+"""The default dtype of a backbone."""
 
 import json
 
@@ -24,7 +24,7 @@ def test_processors_that_multiply_bfloat16(capabilities, expected):
     assert multiplies_bfloat16(capabilities) is expected
 
 
-def test_this_processor_says_what_it_can():
+def test_reads_this_processors_capabilities():
     assert multiplies_bfloat16(torch.cpu.get_capabilities()) in (True, False)
 
 
@@ -46,7 +46,7 @@ def test_dtype_of_an_engine(tmp_path, monkeypatch, asked, config, quantised, cap
 
 
 @pytest.mark.parametrize(("free", "expected"), [(40_000, "float32"), (39_999, "auto")])
-def test_float32_must_fit(tmp_path, monkeypatch, free, expected):
+def test_float32_must_fit_the_memory(tmp_path, monkeypatch, free, expected):
     (tmp_path / "config.json").write_text("{}")
     for part in ("model-1.safetensors", "model-2.safetensors"):
         (tmp_path / part).write_bytes(bytes(5_000))
@@ -55,7 +55,7 @@ def test_float32_must_fit(tmp_path, monkeypatch, free, expected):
     assert engine_dtype("auto", tmp_path) == expected
 
 
-def test_a_control_group_bounds_the_memory(tmp_path):
+def test_control_group_bounds_the_memory(tmp_path):
     everything = free_memory(tmp_path)
     assert everything > 1 << 20
     (tmp_path / "memory.current").write_text("1000\n")

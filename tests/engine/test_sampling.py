@@ -1,4 +1,4 @@
-"""Sampled routing is the routing, and sampling leaves the served tokens as they are."""
+"""Sampled routing equals the routing, and sampling changes no served token."""
 
 import math
 
@@ -15,7 +15,7 @@ D, R, N, G, BLOCKS, TOKENS = 16, 4, 3, 2, 3, 5
 
 @pytest.fixture
 def mapping(tmp_path, monkeypatch):
-    """A step of TOKENS tokens of one adapter, whose tensors are handed out too."""
+    """A step of TOKENS tokens of one adapter, and the adapter's tensors."""
     from mtlora.checkpoint.format import AdapterManifest
     from mtlora.config import MtLoRAConfig
     from mtlora.ops.table import AdapterTable
@@ -55,7 +55,7 @@ def run(step, steps: int) -> list[torch.Tensor]:
     return outputs
 
 
-def test_the_sums_are_those_of_the_sampled_steps(mapping):
+def test_sums_cover_the_sampled_steps(mapping):
     step, route, bias = mapping
     run(step, 6)
     (name, sums), *others = step.sampler.sums().items()
@@ -84,14 +84,14 @@ def test_blocks_take_turns():
     assert turns == [[0], [], [1], [], [2], [], [0], []]
 
 
-def test_it_is_off_unless_asked_for(monkeypatch):
+def test_off_by_default(monkeypatch):
     monkeypatch.delenv(ENVIRONMENT_STEPS, raising=False)
     assert RoutingSampler.from_environment(3) is None
     monkeypatch.setenv(ENVIRONMENT_STEPS, "0")
     assert RoutingSampler.from_environment(3) is None
 
 
-def test_entropy_of_the_even_and_of_the_certain():
+def test_entropy_of_even_and_of_certain_weights():
     even, certain = torch.full((1, 1, 4), 0.25), torch.tensor([[[1.0, 0.0, 0.0, 0.0]]])
     assert float(entropy(even)) == pytest.approx(math.log(4))
     assert float(entropy(certain)) == pytest.approx(0.0, abs=1e-6)

@@ -8,12 +8,12 @@ import torch
 from mtlora.vllm_plugin.worker_manager import _stand_back
 
 
-def test_it_takes_one_thread_where_vllm_lets_nobody_say_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_staging_uses_one_thread_although_vllm_disables_set_num_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         with monkeypatch.context() as patch:
-            # As vLLM's CPU worker leaves it.
+            # vLLM's CPU worker does this.
             patch.setattr(torch, "set_num_threads", lambda _: None)
             with ThreadPoolExecutor(1) as pool:
                 assert pool.submit(torch.get_num_threads).result() == 2

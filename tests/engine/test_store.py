@@ -51,7 +51,7 @@ def test_placing_reads_nothing(make: Callable[[str], str]) -> None:
     assert (one.bias_row, other.bias_row) == (0, 1)
 
 
-def test_nothing_that_is_not_staged_is_placed(make: Callable[[str], str]) -> None:
+def test_refuses_to_place_what_is_not_staged(make: Callable[[str], str]) -> None:
     held, folder = store(), make("a")
     with pytest.raises(ValueError, match="not staged"):
         held.place(folder, requests(folder))
@@ -73,7 +73,7 @@ def test_placing_is_all_or_nothing(make: Callable[[str], str]) -> None:
         held.place(folder, requests(folder))
 
 
-def test_a_bad_file_fails_in_staging(make: Callable[[str], str]) -> None:
+def test_bad_file_fails_in_staging(make: Callable[[str], str]) -> None:
     held, folder = store(), make("a")
     (Path(folder) / "adapter.safetensors").write_bytes(b"garbage")
     with pytest.raises(CheckpointError):
@@ -82,7 +82,7 @@ def test_a_bad_file_fails_in_staging(make: Callable[[str], str]) -> None:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_the_host_cache_spares_a_second_reading(make: Callable[[str], str], cached: bool) -> None:
+def test_host_cache_spares_a_second_reading(make: Callable[[str], str], cached: bool) -> None:
     held, folder = store(1 << 20 if cached else 0), make("a")
     load(held, folder)
     for slot_id in (1, 2):
@@ -96,7 +96,7 @@ def test_the_host_cache_spares_a_second_reading(make: Callable[[str], str], cach
             load(held, folder, 5)
 
 
-def test_the_host_cache_keeps_to_its_size_and_lets_the_oldest_go(make: Callable[[str], str]) -> None:
+def test_host_cache_keeps_to_its_size_and_drops_the_oldest(make: Callable[[str], str]) -> None:
     folders = [make(name) for name in "abc"]
     one = store()
     load(one, folders[0])
@@ -114,7 +114,7 @@ def test_the_host_cache_keeps_to_its_size_and_lets_the_oldest_go(make: Callable[
         held.stage(folder)
 
 
-def test_one_content_under_two_names_is_in_memory_once(make: Callable[[str], str]) -> None:
+def test_same_content_under_two_names_is_in_memory_once(make: Callable[[str], str]) -> None:
     held, folder = store(), make("a")
     load(held, folder, 1)
     load(held, folder, 3)

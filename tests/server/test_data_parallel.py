@@ -1,8 +1,7 @@
-"""Two engines behind one server: both have the adapters, both answer, and what they count adds up."""
+"""Two engines behind one server: both have the adapters, both answer, and their counts add up."""
 
 import contextlib
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,18 +9,13 @@ import psutil
 import pytest
 
 from mtlora.client import ServerError
+from mtlora.client.metrics_page import MetricsPage
 from server.cli.process import ServerProcess
 from tests.server.adapters import entry, write_adapter
 
 pytestmark = pytest.mark.scaleout
 
 SETTINGS = {"data_parallel_size": 2, "dtype": "float32", "kv_cache_gib": 0.25, "max_num_seqs": 4}
-
-
-def metrics(server: ServerProcess) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=5) as page:
-        lines = [line for line in page.read().decode().splitlines() if not line.startswith("#")]
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
 def test_two_engines_answer_as_one(tmp_path: Path) -> None:
@@ -37,17 +31,17 @@ def test_two_engines_answer_as_one(tmp_path: Path) -> None:
         assert len(set(answers[1::2])) == 1
         assert answers[0] != answers[1], "an adapter that changes nothing tests nothing"
         until = time.monotonic() + 20
-        while metrics(server).get("mtlora_adapter_weight_loads_total") != 2:
+        while MetricsPage.fetch(server.metrics).value("mtlora_adapter_weight_loads_total") != 2:
             assert time.monotonic() < until, "each engine has read the one adapter version"
             time.sleep(0.5)
-        found = metrics(server)
-        assert found["mtlora_adapter_slots"] == 4
-        assert found["mtlora_adapter_slots_registered"] == 1
-        assert found["mtlora_engine_step_adapters_sum"] > 0
-        assert found["mtlora_adapter_load_seconds_count"] == 1
+        found = MetricsPage.fetch(server.metrics)
+        assert found.value("mtlora_adapter_slots") == 4
+        assert found.value("mtlora_adapter_slots_registered") == 1
+        assert found.value("mtlora_engine_step_adapters_sum") > 0
+        assert found.value("mtlora_adapter_load_seconds_count") == 1
 
 
-def test_one_of_two_engines_that_hangs_is_noticed_while_the_other_answers(tmp_path: Path) -> None:
+def test_notices_one_of_two_engines_that_hangs_while_the_other_answers(tmp_path: Path) -> None:
     write_adapter(tmp_path / "a" / "1", [entry("open", stop=(), max_new_tokens=12)], scale=0.2)
     with (
         ServerProcess(adapters=tmp_path, timeout=300, engine_hang_s=5, **SETTINGS) as server,

@@ -1,4 +1,4 @@
-"""Killing an engine's processes: all of them, also a stopped one, with the shared memory they leave."""
+"""An engine's processes end when they are killed, with the shared memory they leave, and when their server has gone."""
 
 import os
 import signal
@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from server.engine import orphans
 from server.engine.processes import EngineProcesses
 
 # A parent and its child, which maps shared memory of its own and some of this process's.
@@ -31,7 +32,7 @@ time.sleep(600)
 """
 
 
-def test_they_are_killed_and_leave_nothing() -> None:
+def test_kill_ends_every_process_and_frees_shared_memory() -> None:
     ours = SharedMemory(create=True, size=4096)
     parent = subprocess.Popen([sys.executable, "-c", _PARENT, _CHILD, ours.name], stdout=subprocess.PIPE, text=True)
     try:
@@ -42,7 +43,7 @@ def test_they_are_killed_and_leave_nothing() -> None:
         assert left in processes.shared
         assert left.exists()
         child.send_signal(signal.SIGSTOP)
-        # Its child is an orphan when the rest is killed.
+        # The child is an orphan when `kill` comes.
         parent.kill()
         parent.wait()
         processes.kill()
@@ -56,70 +57,41 @@ def test_they_are_killed_and_leave_nothing() -> None:
         ours.unlink()
 
 
-def test_they_yield_their_cores_with_every_thread() -> None:
-    threads = "import threading, time; threading.Thread(target=time.sleep, args=(600,)).start(); print(flush=True)"
-    parent = subprocess.Popen([sys.executable, "-c", threads], stdout=subprocess.PIPE)
-    try:
-        assert parent.stdout is not None
-        parent.stdout.readline()
-        own = os.getpriority(os.PRIO_PROCESS, 0)
-        EngineProcesses.below([parent.pid]).yield_cores(3)
-        found = {os.getpriority(os.PRIO_PROCESS, thread.id) for thread in psutil.Process(parent.pid).threads()}
-        assert found == {min(own + 3, 19)}
-        assert os.getpriority(os.PRIO_PROCESS, 0) == own
-        EngineProcesses.below([parent.pid]).yield_cores(99)
-        assert psutil.Process(parent.pid).nice() == 19
-    finally:
-        parent.kill()
-        parent.wait()
+# A server that starts an engine's process as vLLM does; vLLM calls its plugins there.
+_SERVER = """
+import multiprocessing, os, time
 
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a core for each")
-def test_nothing_else_runs_where_a_rank_begins_its_steps() -> None:
-    given = os.sched_getaffinity(0)
-    first = min(given)
-    # A rank's first thread, bound to a core, one that inherits that, and one of the team, bound to another.
-    script = f"""
-import os, threading, time
-given = os.sched_getaffinity(0)
-ready = threading.Event()
-def bound():
-    os.sched_setaffinity(0, {{max(given)}})
-    ready.set()
+def engine():
+    from server.engine import orphans
+    orphans.register()
+    orphans.register()
+    print(os.getpid(), flush=True)
     time.sleep(600)
-os.sched_setaffinity(0, {{{first}}})
-threads = [threading.Thread(target=target, args=args) for target, args in [(time.sleep, (600,)), (bound, ())]]
-for thread in threads: thread.start()
-ready.wait()
-print(*(thread.native_id for thread in threads), flush=True)
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=engine)
+    process.start()
+    process.join()
 """
-    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-    engine = EngineProcesses()
-    try:
-        assert parent.stdout is not None
-        inheriting, bound = map(int, parent.stdout.readline().split())
-        engine = EngineProcesses.below([parent.pid])
-        engine.part_cores()
-        others = given - {first}
-        assert os.sched_getaffinity(parent.pid) == {first}
-        assert os.sched_getaffinity(inheriting) == others
-        assert os.sched_getaffinity(bound) == {max(given)}
-        assert os.sched_getaffinity(0) == others
-        engine.rejoin_cores()
-        assert os.sched_getaffinity(0) == given
-    finally:
-        engine.rejoin_cores()
-        parent.kill()
-        parent.wait()
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a core for each")
-def test_ranks_that_are_not_bound_leave_every_core_to_all() -> None:
-    parent = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    given = os.sched_getaffinity(0)
+@pytest.mark.parametrize(("switch", "ends"), [("1", True), ("0", False)])
+def test_engine_ends_with_the_server_that_started_it(tmp_path: Path, switch: str, ends: bool) -> None:
+    (tmp_path / "server_of_engine.py").write_text(_SERVER)
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), orphans.ENVIRONMENT_SWITCH: switch}
+    server = subprocess.Popen(
+        [sys.executable, str(tmp_path / "server_of_engine.py")],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout is not None
+    engine = psutil.Process(int(server.stdout.readline()))
     try:
-        EngineProcesses.below([parent.pid]).part_cores()
-        assert os.sched_getaffinity(0) == os.sched_getaffinity(parent.pid) == given
+        server.kill()
+        server.wait()
+        gone, _ = psutil.wait_procs([engine], timeout=10 if ends else 0.5)
+        assert bool(gone) is ends
     finally:
-        parent.kill()
-        parent.wait()
+        if engine.is_running():
+            engine.kill()

@@ -1,4 +1,4 @@
-"""What vLLM is given to tell its statistics to."""
+"""The logger that vLLM passes its statistics to."""
 
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
@@ -7,8 +7,8 @@ from server.engine import EngineStats
 from server.engine.stats import stat_logger
 
 
-def test_statistics_come_here_alone() -> None:
-    """vLLM's own Prometheus logger would keep a series for every combination of adapters that ever ran together."""
+def test_statistics_reach_this_logger_alone() -> None:
+    """vLLM's own Prometheus logger keeps a series for every combination of adapters that ever ran together."""
     told: list[EngineStats] = []
     manager = StatLoggerManager(
         None, [0, 1], custom_stat_loggers=[stat_logger(told.append)], enable_default_loggers=False

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as openmetrics
 
-from server.engine import BetweenSteps, EngineStats, RoutingSums, WorkerStats
+from server.engine import EngineStats, RoutingSums, WorkerStats
 from server.telemetry.collectors import Counts, Histograms
 from server.telemetry.metrics import TOP_TASKS, TOP_TENANTS, UNKNOWN_TASK, Metrics
 from server.telemetry.top import OTHER, TopLabels
@@ -162,16 +162,6 @@ def test_sequences_of_a_step_include_those_that_ended_in_it() -> None:
     assert value(metrics, "mtlora_engine_step_sequences_count") == 2
     assert value(metrics, "mtlora_engine_step_sequences_sum") == 10
     assert value(metrics, "mtlora_engine_step_tasks_count") == 1
-
-
-def test_counts_between_steps_add_up_over_engines_and_restarts() -> None:
-    metrics = Metrics()
-    metrics.record_between_steps([BetweenSteps(0.5, 3), BetweenSteps(0.25, 1)])
-    metrics.record_between_steps([BetweenSteps(0.5, 3), BetweenSteps(0.75, 2)])
-    metrics.record_engine_restart("died")
-    metrics.record_between_steps([BetweenSteps(0.125, 1)])
-    assert value(metrics, "mtlora_engine_anticipation_seconds_total") == 1.375
-    assert value(metrics, "mtlora_engine_anticipated_requests_total") == 6
 
 
 def test_counts_of_workers_survive_their_restart() -> None:

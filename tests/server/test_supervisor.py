@@ -1,4 +1,4 @@
-"""Supervision, with engines that a test lets die: noticed at once, replaced, and given up in the end."""
+"""Supervision of fake engines: a failure is noticed at once, the engine replaced, and given up after too many."""
 
 import asyncio
 import os
@@ -69,7 +69,7 @@ class Setting:
         return self.engines[-1]
 
 
-async def test_an_engine_that_dies_is_replaced() -> None:
+async def test_replaces_an_engine_that_dies() -> None:
     setting = Setting()
     await setting.supervisor.start()
     running = asyncio.create_task(setting.supervisor.run())
@@ -80,7 +80,7 @@ async def test_an_engine_that_dies_is_replaced() -> None:
     running.cancel()
 
 
-async def test_an_engine_that_makes_no_step_is_replaced() -> None:
+async def test_replaces_an_engine_that_makes_no_step() -> None:
     setting = Setting()
     await setting.supervisor.start()
     running = asyncio.create_task(setting.supervisor.run())
@@ -94,7 +94,7 @@ async def test_an_engine_that_makes_no_step_is_replaced() -> None:
     running.cancel()
 
 
-async def test_it_gives_up_after_too_many_failures() -> None:
+async def test_gives_up_after_too_many_failures() -> None:
     setting = Setting(max_failures=2)
     await setting.supervisor.start()
     setting.next_starts = False
@@ -105,13 +105,13 @@ async def test_it_gives_up_after_too_many_failures() -> None:
     assert setting.listener.kinds == ["died", "not_started", "not_started"]
 
 
-async def test_an_engine_that_dies_while_it_is_loaded_counts_as_failed() -> None:
+async def test_counts_an_engine_that_dies_while_adapters_load() -> None:
     setting = Setting()
     setting.listener.hold = asyncio.Event()
     starting = asyncio.create_task(setting.supervisor.start())
     await eventually(lambda: bool(setting.engines))
     await asyncio.sleep(0.15)
-    # Whoever waits for a lost engine gets EngineDeadError; here nobody waits for it but the listener.
+    # A wait for a lost engine ends in EngineDeadError; here only the listener waits.
     setting.engines[0].lose = lambda: setting.listener.hold.set()  # type: ignore[method-assign, union-attr]
     setting.engines[0].alive = False
     await starting
@@ -150,7 +150,7 @@ async def test_an_engine_whose_process_ends_is_dead_at_once() -> None:
     os.close(sentinel)
 
 
-async def test_steps_of_one_engine_hide_no_other_that_hangs() -> None:
+async def test_steps_of_one_engine_do_not_hide_another_that_hangs() -> None:
     engine = Engine(Settings(allow_no_tasks=True), backbone=None, on_stats=lambda _: None)  # type: ignore[arg-type]
     ended = asyncio.Event()
 
@@ -165,7 +165,7 @@ async def test_steps_of_one_engine_hide_no_other_that_hangs() -> None:
     answer = asyncio.create_task(wait(True))
     await asyncio.sleep(0.05)
     engine._record_step(STEP)
-    assert engine.stalled_s > 0.04, "no answer, whatever steps are made"
+    assert engine.stalled_s > 0.04, "no answer, although steps are made"
     ended.set()
     await asyncio.gather(sequence, answer)
     assert engine.stalled_s == 0

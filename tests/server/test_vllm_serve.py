@@ -1,4 +1,4 @@
-"""`vllm serve` with the plugin: OpenAI's API gives the native service's greedy texts. One start."""
+"""vLLM's OpenAI server with the plugin gives the native service's greedy texts. One start."""
 
 import json
 import os
@@ -9,30 +9,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mtlora.client import Client
-from mtlora.vllm_cpu import cpu_build
 from mtlora.vllm_cpu.precision import engine_dtype
 from tests.server.helpers import free_port
-
-
-def _why_not() -> str:
-    """Why the `vllm` command cannot run here; empty where it can."""
-    if not Path(sys.executable).with_name("vllm").exists():
-        return "no vllm command beside this Python"
-    names = {distribution.metadata["Name"] for distribution in metadata.distributions()}
-    points = {point.value for point in metadata.entry_points(group="vllm.platform_plugins")}
-    if "vllm" not in names and f"{cpu_build.__name__}:register" not in points:
-        return "the package is installed without its entry points; install it again"
-    return ""
-
-
-pytestmark = pytest.mark.skipif(bool(_why_not()), reason=_why_not())
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +24,10 @@ def base_url(adapters: Path, backbone: Path) -> Iterator[str]:
     alpha = adapters / "alpha" / "1"
     port = free_port()
     command = [
-        str(Path(sys.executable).with_name("vllm")), "serve", str(backbone), "--served-model-name", "backbone",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+        "--model", str(backbone), "--served-model-name", "backbone",
         "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8",
-        # The native service's own.
+        # As the native service chooses it.
         "--dtype", engine_dtype("auto", backbone),
         "--enable-lora", "--max-loras", "8", "--lora-modules", f"count_words={alpha}", f"two-fields={alpha}#pair",
         f"open={adapters / 'beta' / '10'}",
@@ -60,7 +45,7 @@ def base_url(adapters: Path, backbone: Path) -> Iterator[str]:
             while not _answers(f"{url}/health"):
                 if process.poll() is not None or time.monotonic() > until:
                     log.seek(0)
-                    pytest.fail(f"vllm serve is not ready:\n{log.read().decode(errors='replace')[-4000:]}")
+                    pytest.fail(f"vLLM's server is not ready:\n{log.read().decode(errors='replace')[-4000:]}")
                 time.sleep(0.5)
             yield f"{url}/v1"
         finally:
@@ -83,7 +68,7 @@ def complete(base_url: str, model: str, prompt: str, **parameters: Any) -> str:
         return str(json.load(reply)["choices"][0]["text"])
 
 
-def test_the_same_greedy_texts(base_url: str, client: Client) -> None:
+def test_gives_the_native_services_greedy_texts(base_url: str, client: Client) -> None:
     text = "The quick brown fox"
     prompt = f"{text}\nAnswer:"
     native = client.generate("count_words", text)
@@ -95,11 +80,11 @@ def test_the_same_greedy_texts(base_url: str, client: Client) -> None:
     assert complete(base_url, "open", prompt, max_tokens=16).strip() == native.text
     alone = client.generate("open", text, without_adapter=True)
     assert complete(base_url, "backbone", prompt, max_tokens=16).strip() == alone.text
-    # Were the adapter of no effect, all of this would say nothing.
+    # An adapter that changes nothing tests nothing.
     assert native.text != alone.text
 
 
-def test_an_openai_client(base_url: str, client: Client) -> None:
+def test_answers_an_openai_client(base_url: str, client: Client) -> None:
     openai = pytest.importorskip("openai")
     with openai.OpenAI(base_url=base_url, api_key="none") as http:
         assert {"count_words", "two-fields", "open", "backbone"} == {model.id for model in http.models.list()}
