@@ -61,8 +61,8 @@ def build_catalog(
     claims: dict[str, list[AdapterRecord]] = {}
     for record in records:
         assert record.serving is not None
-        for task in record.serving.manifest.tasks:
-            claims.setdefault(task.id, []).append(record)
+        for task_id in record.serving.specs:
+            claims.setdefault(task_id, []).append(record)
     for task_id, claimants in sorted(claims.items()):
         holder = before.tasks[task_id].adapter_name if task_id in before.tasks else ""
         keeper = next((record for record in claimants if record.name == holder), claimants[0])

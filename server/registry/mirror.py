@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from server.registry.source import MANIFEST_FILE, TENSORS_FILE
-from server.registry.version import NAME
+from server.registry.source import MANIFEST_FILE, NAME, TENSORS_FILE
 from server.telemetry.logs import get_logger
 
 logger = get_logger("adapters")

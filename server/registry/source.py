@@ -1,11 +1,11 @@
 """What lies in a folder of adapters: NAME/VERSION/, as it is at this moment. Only names and file times are read."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.registry.version import NAME
-
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
 MANIFEST_FILE = "adapter.json"
 TENSORS_FILE = "adapter.safetensors"
 

@@ -34,7 +34,7 @@ MAX_TASKS = 20_000
 
 
 @dataclass(frozen=True)
-class Limits:
+class VerificationLimits:
     """What one verification may take: bytes of both files, and seconds, of the clock and of a core.
 
     headroom_bytes: memory for reading, beside the tensors and what is made of them.
@@ -62,7 +62,7 @@ class Verified:
 class Verifier:
     """Checks versions beside `backbone`; what passes is in `spool`."""
 
-    def __init__(self, spool: Spool, backbone: "BackboneArchitecture", limits: Limits) -> None:
+    def __init__(self, spool: Spool, backbone: "BackboneArchitecture", limits: VerificationLimits) -> None:
         self._spool = spool
         self._backbone = backbone
         self._limits = limits
@@ -76,7 +76,12 @@ class Verifier:
 
         The kept copy wants one `Spool.release`.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self.verify_now, root, found)
+        checking = asyncio.get_running_loop().run_in_executor(self._pool, self.verify_now, root, found)
+        try:
+            return await asyncio.shield(checking)
+        except asyncio.CancelledError:
+            checking.add_done_callback(self._release_unwanted)
+            raise
 
     def verify_now(self, root: Path, found: Found) -> Verified:
         """As `verify`, for threads."""
@@ -90,6 +95,11 @@ class Verifier:
         except BaseException:
             self._spool.discard(incoming)
             raise
+
+    def _release_unwanted(self, checking: "asyncio.Future[Verified]") -> None:
+        """The caller was cancelled while its version was checked: nobody else releases the copy."""
+        if not checking.cancelled() and checking.exception() is None:
+            self._spool.release(checking.result().content)
 
     def close(self) -> None:
         """Take no further work."""
@@ -118,7 +128,7 @@ class Verifier:
         return str(text)
 
 
-def _death(exit_code: int | None, limits: Limits) -> str:
+def _death(exit_code: int | None, limits: VerificationLimits) -> str:
     if exit_code == -signal.SIGXCPU:
         return f"reading it took more than {limits.timeout_s:g} s of a core"
     return f"reading it ended the process that read it (exit status {exit_code})"
@@ -130,7 +140,7 @@ def _child(
     folder: Path,
     incoming: Path,
     backbone: "BackboneArchitecture",
-    limits: Limits,
+    limits: VerificationLimits,
     cores: set[int],
 ) -> None:
     """In the child: send (True, content) or (False, reason)."""
@@ -185,7 +195,7 @@ def check(root: Path, folder: Path, incoming: Path, backbone: "BackboneArchitect
     return content
 
 
-def _limit_this_process(limits: Limits) -> None:
+def _limit_this_process(limits: VerificationLimits) -> None:
     import torch
 
     torch.set_num_threads(1)

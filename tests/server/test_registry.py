@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from server.errors import AdapterError
 from server.registry.catalog import Catalog
 from server.registry.events import Event, Events
-from server.registry.parts import Parts
+from server.registry.folder import Folder
+from server.registry.lifecycle import Lifecycle
 from server.registry.registry import NotPossibleError, Registry, UnknownAdapterError
 from server.registry.residency import Residency
 from server.registry.source import Found
@@ -82,18 +83,18 @@ class Home:
             self.events.append(event)
 
         self.residency = Residency(self.engine, 8)
+        events = Events(on_event)
+        lifecycle = Lifecycle(
+            root=root,
+            verifier=Verifier(self.spool),
+            spool=self.spool,
+            residency=self.residency,
+            make_slots=make_slots,
+            warm_slot=self._warm,
+            events=events,
+        )
         self.registry = Registry(
-            Parts(
-                root=root,
-                verifier=Verifier(self.spool),
-                spool=self.spool,
-                residency=self.residency,
-                make_slots=make_slots,
-                warm=self._warm,
-                publish=self.tables.append,
-                events=Events(on_event),
-                metrics=metrics,
-            )
+            Folder(root, events), lifecycle, self.tables.append, on_swap=metrics.adapter_swap.observe
         )
         self._running: asyncio.Task[None] | None = None
 

@@ -12,7 +12,7 @@ import pytest
 from mtlora.checkpoint.read import read_checkpoint
 from server.registry.source import Found, scan
 from server.registry.spool import Spool
-from server.registry.verifier import Limits, Verifier
+from server.registry.verifier import VerificationLimits, Verifier
 from server.registry.version import StageError
 from tests.faults._bad_files import KINDS
 from tests.server.adapters import entry, write_adapter
@@ -29,7 +29,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def verifier(home: Path) -> Iterator[Verifier]:
     spool = Spool(home / "spool")
-    yield Verifier(spool, TINY, Limits(max_bytes=1 << 20, timeout_s=20))
+    yield Verifier(spool, TINY, VerificationLimits(max_bytes=1 << 20, timeout_s=20))
     spool.close()
 
 
@@ -75,7 +75,9 @@ def test_time_is_limited(home: Path, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
     shutil.copytree(home / "healthy", tmp_path / "adapters" / "a" / "1")
     with pytest.raises(StageError, match=r"not read within 0\.001 s"):
-        Verifier(spool, TINY, Limits(timeout_s=0.001)).verify_now(tmp_path / "adapters", found(tmp_path / "adapters"))
+        Verifier(spool, TINY, VerificationLimits(timeout_s=0.001)).verify_now(
+            tmp_path / "adapters", found(tmp_path / "adapters")
+        )
     spool.close()
 
 
@@ -87,7 +89,7 @@ def test_memory_is_limited(home: Path, tmp_path: Path) -> None:
     manifest = json.loads((folder / "adapter.json").read_text())
     manifest["training"] = {"list": [[]] * 1_500_000}
     (folder / "adapter.json").write_text(json.dumps(manifest, separators=(",", ":")))
-    limits = Limits(max_bytes=8 << 20, timeout_s=60, headroom_bytes=16 << 20)
+    limits = VerificationLimits(max_bytes=8 << 20, timeout_s=60, headroom_bytes=16 << 20)
     with pytest.raises(StageError, match=r"takes more than 32 MiB of memory"):
         Verifier(spool, TINY, limits).verify_now(tmp_path / "adapters", found(tmp_path / "adapters"))
     spool.close()

@@ -1,0 +1,130 @@
+"""Moves versions through their stages: verified, loaded, warmed, and in the end drained."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from server.errors import EngineDeadError
+from server.registry.events import Event, Events
+from server.registry.residency import Residency
+from server.registry.source import Found
+from server.registry.spool import Spool
+from server.registry.verifier import Verified
+from server.registry.version import AdapterVersion, Stage, StageError
+
+if TYPE_CHECKING:
+    from mtlora.checkpoint.format import AdapterManifest
+
+# (adapter name, version, folder, manifest, first id) -> a vLLM LoRARequest for each task id.
+MakeSlots = Callable[[str, str, Path, "AdapterManifest", int], Mapping[str, Any]]
+
+
+class Verifies(Protocol):
+    async def verify(self, root: Path, found: Found) -> Verified: ...
+
+
+@dataclass
+class Lifecycle:
+    """root: the folder of adapters. warm: runs a short sequence on a slot."""
+
+    root: Path
+    verifier: Verifies
+    spool: Spool
+    residency: Residency
+    make_slots: MakeSlots
+    warm_slot: Callable[[Any], Awaitable[None]]
+    events: Events
+    _next_id: int = 1
+    _draining: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def bring(self, version: AdapterVersion) -> AdapterVersion:
+        """Make a version ready to serve: verified, loaded, warmed. One that serves comes back as it is.
+
+        Returns the version that has these files: where their content is known already, that is the one known. Raises
+        StageError; what was begun is drained then.
+        """
+        version = await self.verify(version)
+        if version.stage is Stage.SERVING:
+            return version
+        try:
+            await self._warm(version)
+        except BaseException:
+            self.retire(version)
+            raise
+        return version
+
+    async def verify(self, version: AdapterVersion) -> AdapterVersion:
+        """Have a copy of a version in the spool; returns as `bring` does. Raises StageError."""
+        if version.copied:
+            return version
+        files, record = version.found, version.adapter
+        verified = await self.verifier.verify(self.root, files)
+        for twin in record.versions:
+            # The engine tells versions apart by name, version and content, so of each of those there is one.
+            if twin.copied and (twin.version, twin.content) == (version.version, verified.content):
+                self.spool.release(verified.content)
+                if version.present:
+                    record.versions.remove(version)
+                    twin.be_present(files)
+                return twin
+        if version.content != verified.content:
+            # Part of what the engine, and its prefix cache, know a version by.
+            label = f"{version.version}@{verified.content[:16]}"
+            manifest = verified.manifest
+            version.slots = self.make_slots(version.name, label, verified.folder, manifest, self._next_id)
+            self._next_id = max(slot.lora_int_id for slot in version.slots.values()) + 1
+            version.specs = {task.id: task for task in manifest.tasks}
+        version.content, version.folder = verified.content, verified.folder
+        version.copied = True
+        if version not in record.versions:
+            # Its files went while they were read.
+            record.versions.append(version)
+        self._reach(version, Stage.VERIFIED)
+        return version
+
+    async def _warm(self, version: AdapterVersion) -> None:
+        if version.leaving:
+            version.enter(Stage.VERIFIED)
+        async with self.residency.lease(version):
+            self._reach(version, Stage.LOADED)
+            try:
+                await self.warm_slot(version.distinct_slots[0])
+            except EngineDeadError:
+                raise
+            except Exception as error:
+                raise StageError(Stage.WARMED, f"{version}: a first sequence failed: {error}") from error
+            self._reach(version, Stage.WARMED)
+
+    def retire(self, version: AdapterVersion) -> None:
+        """Begin no new request on a version. With the last one it leaves the engine and, unless it is kept for a
+        rollback, the spool.
+        """
+        if not version.leaving:
+            version.enter(Stage.DRAINING)
+            task = asyncio.create_task(self._drain(version))
+            self._draining.add(task)
+            task.add_done_callback(self._draining.discard)
+
+    async def _drain(self, version: AdapterVersion) -> None:
+        was_there = version.resident
+        await self.residency.drain(version)
+        if not version.leaving:
+            # It serves again, or is about to.
+            return
+        if was_there:
+            self.events.emit(Event.of(version, Stage.DRAINED))
+        if version in version.adapter.previous:
+            version.enter(Stage.VERIFIED)
+            return
+        self.spool.release(version.content)
+        version.copied = False
+        if version.stage is Stage.DRAINING:
+            version.enter(Stage.FOUND if version.present else Stage.DRAINED)
+        if not version.present:
+            version.adapter.versions.remove(version)
+
+    def _reach(self, version: AdapterVersion, stage: Stage) -> None:
+        version.enter(stage)
+        self.events.emit(Event.of(version, stage))
