@@ -10,17 +10,9 @@ from types import MappingProxyType
 
 from server.job import ServedTask
 from server.registry.record import AdapterRecord
+from server.registry.source import AdapterFailure
 from server.registry.version import AdapterVersion
 from server.registry.weights import Split, choose, ordered
-
-
-@dataclass(frozen=True)
-class AdapterFailure:
-    """An adapter version, or a task it claims, that is not served, and why."""
-
-    name: str
-    version: str
-    reason: str
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from server.registry.events import Event, Events
 from server.registry.mirror import Mirror, MirrorError
 from server.registry.record import AdapterRecord
-from server.registry.source import Found, Misnamed, scan, signature_of
+from server.registry.source import AdapterFailure, Found, scan, signature_of
 from server.registry.version import AdapterVersion, Stage, StageError
 from server.telemetry.logs import get_logger
 
@@ -24,11 +24,11 @@ class Folder:
     """`misnamed`: folders that cannot be adapters, and have been there for two looks, or at the first."""
 
     def __init__(self, root: Path, events: Events, mirror: Mirror | None = None) -> None:
-        self.misnamed: set[Misnamed] = set()
+        self.misnamed: set[AdapterFailure] = set()
         self._root = root
         self._mirror = mirror
         self._events = events
-        self._suspects: set[Misnamed] | None = None
+        self._suspects: set[AdapterFailure] | None = None
         self._looking = asyncio.Lock()
 
     async def changes(self, poll_s: float) -> AsyncIterator[None]:

@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from server.errors import EngineDeadError
-from server.registry.catalog import AdapterFailure, Catalog, build_catalog
+from server.registry.catalog import Catalog, build_catalog
 from server.registry.events import Event
 from server.registry.folder import Folder
 from server.registry.lifecycle import Lifecycle
 from server.registry.record import AdapterRecord
+from server.registry.source import AdapterFailure
 from server.registry.version import AdapterVersion, Stage, StageError, version_key
 from server.telemetry.logs import get_logger
 
@@ -272,7 +273,7 @@ class Registry:
             for version in record.versions
             if version.stage is Stage.FAILED
         ]
-        failures += [AdapterFailure(each.name, each.version, each.reason) for each in self._folder.misnamed]
+        failures += self._folder.misnamed
         before = {(each.name, each.reason) for each in self.catalog.failures}
         catalog = build_catalog(self.records.values(), self.catalog, failures)
         for each in catalog.failures[len(failures) :]:

@@ -9,8 +9,8 @@ Each version's `place` says where it is; `Residency` alone moves it.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,6 +68,18 @@ class Residency:
         if version.place is Place.OUT:
             self._begin(version)
 
+    @contextmanager
+    def hold(self, version: AdapterVersion) -> Iterator[None]:
+        """Keep a version's copy, so that it can be loaded, whatever is published meanwhile."""
+        version.holds += 1
+        try:
+            yield
+        finally:
+            version.holds -= 1
+            if not version.leases:
+                # In the background: the request must not wait for an eviction.
+                self._spawn(self._settle(version))
+
     @asynccontextmanager
     async def lease(self, version: AdapterVersion, aside: Aside = contextlib.nullcontext) -> AsyncIterator[None]:
         """Hold a version in the engine, once it is there; where it is not, the wait is inside `aside`.
@@ -75,8 +87,7 @@ class Residency:
         Raises StageError where it cannot be loaded.
         """
         began = time.monotonic()
-        version.holds += 1
-        try:
+        with self.hold(version):
             while version.place in (Place.CLOSING, Place.UNLOADING):
                 async with aside():
                     await self._until(lambda: version.place not in (Place.CLOSING, Place.UNLOADING))
@@ -90,11 +101,6 @@ class Residency:
                 yield
             finally:
                 version.leases -= 1
-        finally:
-            version.holds -= 1
-            if not version.leases:
-                # In the background: the request must not wait for an eviction.
-                self._spawn(self._settle(version))
 
     async def drain(self, version: AdapterVersion) -> None:
         """Take a version out of the engine with its last request. Returns then, or where it is wanted again."""

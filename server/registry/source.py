@@ -28,21 +28,21 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Misnamed:
-    """A folder that cannot be an adapter, and why."""
+class AdapterFailure:
+    """What is not served, and why: an adapter, a version of it, or a task that it claims."""
 
     name: str
     version: str
     reason: str
 
 
-def scan(root: Path) -> tuple[list[Found], list[Misnamed]]:
+def scan(root: Path) -> tuple[list[Found], list[AdapterFailure]]:
     """Every version under `root`. Hidden folders are unfinished writes, or a mount's own. Raises OSError for `root`."""
     found: list[Found] = []
-    misnamed: list[Misnamed] = []
+    misnamed: list[AdapterFailure] = []
     for adapter in _folders(root):
         if not NAME.fullmatch(adapter.name):
-            misnamed.append(Misnamed(adapter.name, "", f"name must match {NAME.pattern}"))
+            misnamed.append(AdapterFailure(adapter.name, "", f"name must match {NAME.pattern}"))
             continue
         try:
             versions = list(_folders(adapter))
@@ -50,10 +50,10 @@ def scan(root: Path) -> tuple[list[Found], list[Misnamed]]:
             # Removed since the line above it.
             continue
         if not versions:
-            misnamed.append(Misnamed(adapter.name, "", "no version folder; an adapter is NAME/VERSION/"))
+            misnamed.append(AdapterFailure(adapter.name, "", "no version folder; an adapter is NAME/VERSION/"))
         for version in versions:
             if not NAME.fullmatch(version.name):
-                misnamed.append(Misnamed(adapter.name, version.name, f"version must match {NAME.pattern}"))
+                misnamed.append(AdapterFailure(adapter.name, version.name, f"version must match {NAME.pattern}"))
             else:
                 found.append(Found(adapter.name, version.name, version, signature_of(version)))
     return found, misnamed

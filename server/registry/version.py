@@ -107,7 +107,7 @@ class StageError(AdapterError):
         self.reason = reason
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class AdapterVersion:
     """One version of an adapter: a folder's files, identified by their signature, then their content.
 
