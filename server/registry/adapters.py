@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from server.registry.catalog import Catalog
+from server.registry.check import VerificationLimits
 from server.registry.events import Events
 from server.registry.folder import Folder
 from server.registry.lifecycle import Lifecycle
@@ -13,7 +14,7 @@ from server.registry.mirror import Mirror
 from server.registry.registry import Registry
 from server.registry.residency import LoadsSlots, Residency
 from server.registry.spool import Spool
-from server.registry.verifier import VerificationLimits, Verifier
+from server.registry.verifier import Verifier
 from server.settings import Settings, is_url
 from server.telemetry.metrics import Metrics
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from server.errors import AdapterError
 from server.registry.catalog import Catalog
+from server.registry.check import check
 from server.registry.events import Event, Events
 from server.registry.folder import Folder
 from server.registry.lifecycle import Lifecycle
@@ -21,7 +22,7 @@ from server.registry.registry import NotPossibleError, Registry, UnknownAdapterE
 from server.registry.residency import Residency
 from server.registry.source import Found
 from server.registry.spool import Spool
-from server.registry.verifier import Verified, check
+from server.registry.verifier import Verified
 from server.registry.version import Stage, StageError, version_key
 from server.registry.weights import choose
 from server.telemetry.metrics import Metrics
@@ -396,6 +397,41 @@ async def test_pins_leave_a_place_for_the_rest(home: Home) -> None:
         home.registry.pin("h")
     home.registry.unpin("a")
     home.registry.pin("h")
+
+
+async def test_canaries_of_pinned_adapters_make_room(home: Home) -> None:
+    for name in "abcdefgh":
+        write(home.root / name / "1", name)
+    for name in "abcdefg":
+        write(home.root / name / "2", name, seed=2)
+    await home.open()
+    for name in "abcdefg":
+        home.registry.pin(name)
+        await home.registry.set_weights(name, {"1": 1, "2": 99})
+    cold = home.tables[-1].tasks["h"].version
+    assert cold is not None
+    async with asyncio.timeout(5), home.residency.lease(cold):
+        pinned = [home.tables[-1].tasks[name].version for name in "abcdefg"]
+        assert all(version is not None and version.resident for version in pinned)
+
+
+async def test_a_chosen_version_keeps_its_copy_through_rollbacks_and_publishes(home: Home) -> None:
+    write(home.root / "a" / "1", "x")
+    await home.open()
+    home.follow()
+    chosen = home.tables[-1].tasks["x"].version
+    assert chosen is not None
+    with home.residency.hold(chosen):
+        for number in range(2, 6):
+            write(home.root / "a" / str(number), "x", seed=number)
+            await home.until_serving("x", f"a/{number}")
+        await home.registry.rollback("a")
+        home.residency.reset()
+        home.engine.held.clear()
+        async with home.residency.lease(chosen):
+            assert chosen.resident
+    await eventually(lambda: chosen.stage is Stage.FOUND)
+    assert not chosen.copied
 
 
 async def test_copies_are_kept_as_long_as_they_can_serve(home: Home) -> None:

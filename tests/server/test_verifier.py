@@ -1,21 +1,25 @@
 """Verification in a process of its own: what passes, what is refused, and that limits hold."""
 
+import asyncio
 import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mtlora.checkpoint.read import read_checkpoint
+from server.registry.check import VerificationLimits
 from server.registry.source import Found, scan
 from server.registry.spool import Spool
-from server.registry.verifier import VerificationLimits, Verifier
+from server.registry.verifier import Verifier
 from server.registry.version import StageError
 from tests.faults._bad_files import KINDS
 from tests.server.adapters import entry, write_adapter
+from tests.server.fakes import eventually
 from tests.server.slots import TINY
 
 
@@ -69,6 +73,29 @@ def test_a_version_that_vanishes(verifier: Verifier, home: Path, tmp_path: Path)
     shutil.rmtree(tmp_path / "a")
     with pytest.raises(StageError, match="found nothing"):
         verifier.verify_now(tmp_path, version)
+
+
+def test_children_are_forked_from_a_process_without_vllm(verifier: Verifier) -> None:
+    import vllm
+
+    modules = verifier._context.Pool(1).apply(eval, ("sorted(__import__('sys').modules)",))
+    assert vllm.__name__ in sys.modules
+    assert {"mtlora.checkpoint.read", "server.registry.check"} <= set(modules)
+    assert not {"vllm", "transformers", "grpc"} & set(modules)
+
+
+async def test_a_cancelled_verification_leaves_no_copy(home: Path, tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    shutil.copytree(home / "healthy", tmp_path / "adapters" / "a" / "1")
+    verifier = Verifier(spool, TINY, VerificationLimits())
+    checking = asyncio.create_task(verifier.verify(tmp_path / "adapters", found(tmp_path / "adapters")))
+    await eventually(lambda: any(spool.root.iterdir()))
+    checking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await checking
+    verifier._pool.shutdown()
+    await eventually(lambda: not any(spool.root.iterdir()))
+    spool.close()
 
 
 def test_time_is_limited(home: Path, tmp_path: Path) -> None:

@@ -224,15 +224,19 @@ class Life(RuleBasedStateMachine):
         self._begin(call())
 
     @precondition(lambda self: self.catalog.tasks)
-    @rule(numbers=st.lists(st.integers(0, 3), min_size=1, max_size=5), key=st.binary(max_size=2))
-    def ask(self, numbers: list[int], key: bytes) -> None:
+    @rule(
+        numbers=st.lists(st.integers(0, 3), min_size=1, max_size=5),
+        key=st.binary(max_size=2),
+        queued=st.sampled_from([0, 0, 200]),
+    )
+    def ask(self, numbers: list[int], key: bytes, queued: int) -> None:
         for number in numbers:
             task = list(self.catalog.tasks)[number % len(self.catalog.tasks)]
             version = self.catalog.choose(self.catalog.tasks[task], key).version
             assert version is not None
-            self._ask(version)
+            self._ask(version, queued)
 
-    def _ask(self, version: AdapterVersion) -> None:
+    def _ask(self, version: AdapterVersion, queued: int) -> None:
         """Begin a request: its version is held from now on, and leased once it is the request's turn."""
         request = Request(version, self.engines)
         self.requests.append(request)
@@ -240,7 +244,7 @@ class Life(RuleBasedStateMachine):
         async def run() -> None:
             try:
                 with self.residency.hold(version):
-                    for _ in range(len(self.requests)):
+                    for _ in range(queued):
                         await asyncio.sleep(0)
                     async with self.residency.lease(version):
                         request.engine, request.runs = self.engines, True
