@@ -94,7 +94,7 @@ class Residency:
             version.leases += 1
             try:
                 # Once more, where the engine was lost on the way back from `aside`.
-                while not version.resident:
+                while version.place in (Place.OUT, Place.QUEUED, Place.LOADING):
                     async with aside():
                         await self._load(version, began)
                 version.last_used = time.monotonic()

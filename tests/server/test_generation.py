@@ -11,7 +11,8 @@ from server.registry.version import AdapterVersion
 from server.rpc.generation import Generation
 from server.scheduling import Scheduler
 from server.telemetry.metrics import Metrics
-from tests.server.test_residency import Loads, version
+from tests.server.slots import serving_version
+from tests.server.test_residency import Loads
 from tests.server.test_scheduler import JOB
 
 
@@ -21,7 +22,7 @@ class OneTokenEngine:
 
 
 async def test_requests_for_a_cold_adapter_as_many_as_fit_do_not_hold_up_one_for_a_warm_one() -> None:
-    warm, cold = version("a"), version("b")
+    warm, cold = serving_version("a"), serving_version("b")
     loads, metrics = Loads(), Metrics()
     loads.gate["b"] = asyncio.Event()
     scheduler, residency, engine = Scheduler(4, 100, metrics), Residency(loads, 2), OneTokenEngine()

@@ -10,12 +10,10 @@ import pytest
 
 from server.errors import AdapterError, EngineDeadError
 from server.registry import residency as module
-from server.registry.record import AdapterRecord
 from server.registry.residency import Residency
-from server.registry.source import Found
 from server.registry.version import AdapterVersion, Stage, StageError
 from tests.server.fakes import eventually
-from tests.server.slots import Slot
+from tests.server.slots import serving_version
 
 
 class Loads:
@@ -42,14 +40,6 @@ class Loads:
         self.held.remove(slots[0].lora_name)
 
 
-def version(name: str) -> AdapterVersion:
-    """A version that serves."""
-    record = AdapterRecord(name)
-    made = record.serving = AdapterVersion(record, Found(name, "1", Path(name), ()), stage=Stage.SERVING)
-    made.copied, made.folder, made.slots = True, Path(name), {"task": Slot(1, name)}
-    return made
-
-
 @pytest.fixture
 def engine() -> Loads:
     return Loads()
@@ -62,7 +52,7 @@ async def use(residency: Residency, *versions: AdapterVersion) -> None:
 
 
 async def test_the_least_recently_used_makes_room(engine: Loads) -> None:
-    a, b, c = map(version, "abc")
+    a, b, c = map(serving_version, "abc")
     residency = Residency(engine, 2)
     await use(residency, a, b, a, c)
     assert engine.held == ["a", "c"]
@@ -70,7 +60,7 @@ async def test_the_least_recently_used_makes_room(engine: Loads) -> None:
 
 
 async def test_a_pinned_adapter_stays(engine: Loads) -> None:
-    a, b, c = map(version, "abc")
+    a, b, c = map(serving_version, "abc")
     residency = Residency(engine, 2)
     a.adapter.pinned = True
     await use(residency, a, b, c)
@@ -78,7 +68,7 @@ async def test_a_pinned_adapter_stays(engine: Loads) -> None:
 
 
 async def test_requests_for_a_cold_adapter_do_not_hold_up_warm_ones(engine: Loads) -> None:
-    a, b = map(version, "ab")
+    a, b = map(serving_version, "ab")
     waited: list[float] = []
     residency = Residency(engine, 2, waited.append)
     await use(residency, a)
@@ -96,7 +86,7 @@ async def test_requests_for_a_cold_adapter_do_not_hold_up_warm_ones(engine: Load
 
 
 async def test_what_runs_is_never_evicted(engine: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b = map(version, "ab")
+    a, b = map(serving_version, "ab")
     monkeypatch.setattr(module, "PATIENCE_S", 30.0)
     residency = Residency(engine, 1)
     async with residency.lease(a):
@@ -109,7 +99,7 @@ async def test_what_runs_is_never_evicted(engine: Loads, monkeypatch: pytest.Mon
 
 
 async def test_a_busy_adapter_makes_room_in_the_end(engine: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b = map(version, "ab")
+    a, b = map(serving_version, "ab")
     monkeypatch.setattr(module, "PATIENCE_S", 0.05)
     residency = Residency(engine, 1)
     stop = False
@@ -132,7 +122,7 @@ async def test_a_busy_adapter_makes_room_in_the_end(engine: Loads, monkeypatch: 
 
 
 async def test_a_load_that_fails_fails_its_requests_alone(engine: Loads) -> None:
-    a, b = map(version, "ab")
+    a, b = map(serving_version, "ab")
     residency = Residency(engine, 1)
     engine.refuse.add("a")
     results = await asyncio.gather(use(residency, a), use(residency, a), return_exceptions=True)
@@ -144,7 +134,7 @@ async def test_a_load_that_fails_fails_its_requests_alone(engine: Loads) -> None
 
 
 async def test_a_cancelled_request_leaves_the_load_to_others(engine: Loads) -> None:
-    a = version("a")
+    a = serving_version("a")
     residency = Residency(engine, 1)
     engine.gate["a"] = asyncio.Event()
     first, second = (asyncio.create_task(use(residency, a)) for _ in range(2))
@@ -158,7 +148,7 @@ async def test_a_cancelled_request_leaves_the_load_to_others(engine: Loads) -> N
 
 
 async def test_a_drain_waits_for_the_last_request(engine: Loads) -> None:
-    a = version("a")
+    a = serving_version("a")
     residency = Residency(engine, 4)
     async with residency.lease(a):
         a.enter(Stage.DRAINING)
@@ -171,7 +161,7 @@ async def test_a_drain_waits_for_the_last_request(engine: Loads) -> None:
 
 
 async def test_a_version_wanted_again_stays_in_the_engine(engine: Loads) -> None:
-    a = version("a")
+    a = serving_version("a")
     residency = Residency(engine, 4)
     async with residency.lease(a):
         a.enter(Stage.DRAINING)
@@ -184,7 +174,7 @@ async def test_a_version_wanted_again_stays_in_the_engine(engine: Loads) -> None
 
 
 async def test_a_lost_engine_ends_the_wait_for_it(engine: Loads) -> None:
-    a = version("a")
+    a = serving_version("a")
     residency = Residency(engine, 1)
     engine.gate["a"] = asyncio.Event()
     waiting = asyncio.create_task(use(residency, a))
@@ -199,7 +189,7 @@ async def test_a_lost_engine_ends_the_wait_for_it(engine: Loads) -> None:
 
 
 async def test_prefetching_loads_before_anyone_waits(engine: Loads) -> None:
-    a, b = map(version, "ab")
+    a, b = map(serving_version, "ab")
     residency = Residency(engine, 1)
     residency.prefetch(a)
     await eventually(lambda: engine.held == ["a"])
