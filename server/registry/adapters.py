@@ -20,14 +20,14 @@ from server.telemetry.metrics import Metrics
 
 
 class AdapterEngine(LoadsSlots, Protocol):
-    """What the registry wants of an engine."""
+    """What the registry needs of an engine."""
 
     async def warm_up(self, slot: Any | None, *, short: bool = False) -> None: ...
 
 
 @dataclass
 class Adapters:
-    """`close` removes what the registry has put on the disk."""
+    """`close` removes what the registry wrote to the disk."""
 
     registry: Registry
     residency: Residency
@@ -42,7 +42,7 @@ class Adapters:
 def open_adapters(
     settings: Settings, backbone: Path, engine: AdapterEngine, metrics: Metrics, publish: Callable[[Catalog], None]
 ) -> Adapters:
-    """A registry over `settings.adapters`, or over nothing where that is not set; nothing is read yet."""
+    """A registry over `settings.adapters`, or over an empty folder if that is not set. Reads no adapter yet."""
     from mtlora.backbone import BackboneArchitecture, identify
     from mtlora.vllm_plugin.requests import slot_requests
 

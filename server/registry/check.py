@@ -1,10 +1,8 @@
-"""What a version must be to be served: two files within limits, readable, made beside this backbone.
+"""Reads an untrusted version: two files within limits, well formed, made beside this backbone.
 
-This runs in a process of its own, which the verifier forks. So this module imports little, and of the server nothing
-but the names of the files.
+Runs in a child process of the verifier's, so it imports little: of the server, only the names of the files.
 """
 
-import contextlib
 import hashlib
 import os
 import resource
@@ -19,18 +17,17 @@ from server.registry.source import MANIFEST_FILE, TENSORS_FILE
 if TYPE_CHECKING:
     from mtlora.backbone import BackboneArchitecture
 
-# What the process that forks children imports in advance.
-PRELOAD = ("mtlora.checkpoint.read", __name__)
 _CHUNK = 1 << 20
-# A server holds a row of the table for each.
+# The server's catalog holds a row for each.
 MAX_TASKS = 20_000
 
 
 @dataclass(frozen=True)
 class VerificationLimits:
-    """What one verification may take: bytes of both files, and seconds, of the clock and of a core.
+    """Limits of one verification.
 
-    headroom_bytes: memory for reading, beside the tensors and what is made of them.
+    max_bytes: of both files together. timeout_s: seconds, both of the clock and of one core.
+    headroom_bytes: memory for reading, beside two copies of the files.
     """
 
     max_bytes: int = 1 << 30
@@ -39,7 +36,7 @@ class VerificationLimits:
 
     @property
     def memory_bytes(self) -> int:
-        """Address space, above what the child begins with."""
+        """Address space that the child may add to what it starts with."""
         return 2 * self.max_bytes + self.headroom_bytes
 
 
@@ -50,12 +47,8 @@ def run_check(
     incoming: Path,
     backbone: "BackboneArchitecture",
     limits: VerificationLimits,
-    cores: set[int],
 ) -> None:
-    """In the child: send (True, content) or (False, reason)."""
-    # The process it was forked from may be bound to one. Of those there were, some may have been taken away since.
-    with contextlib.suppress(OSError):
-        os.sched_setaffinity(0, cores)
+    """The child's main: sends (True, content) or (False, reason)."""
     _limit_this_process(limits)
     answer: tuple[bool, Any]
     try:
@@ -69,9 +62,9 @@ def run_check(
 
 
 def check(root: Path, folder: Path, incoming: Path, backbone: "BackboneArchitecture", max_bytes: int) -> str:
-    """Copy a version to `incoming` and read it there; its content's hash. Raises CheckpointError.
+    """Copy a version to `incoming` and read the copy; returns its content's hash. Raises CheckpointError.
 
-    The copy's manifest is without provenance, which may be any JSON: whoever reads it later reads only what serves.
+    The copy's manifest loses its provenance, which may be any JSON: the server reads only what it serves.
     """
     from mtlora.checkpoint.format import CheckpointError
     from mtlora.checkpoint.read import MAX_MANIFEST_BYTES, read_checkpoint
@@ -83,14 +76,14 @@ def check(root: Path, folder: Path, incoming: Path, backbone: "BackboneArchitect
     left = max_bytes
     for name in (MANIFEST_FILE, TENSORS_FILE):
         with open_file(folder, name) as source, (incoming / name).open("xb") as copy:
-            # The size first: a sparse file claims any size and costs nothing.
+            # Check the size first: a sparse file claims any size at no cost.
             size = os.fstat(source.fileno()).st_size
             if name == MANIFEST_FILE and size > MAX_MANIFEST_BYTES:
                 raise CheckpointError(f"{folder / name}: {size} bytes, allowed are {MAX_MANIFEST_BYTES}")
             left -= size
             if left < 0:
                 raise CheckpointError(f"{folder}: expected at most {max_bytes} bytes in all, found {max_bytes - left}")
-            # Not past that size, should it grow meanwhile: the limit on file sizes ends what goes on and on.
+            # A file that grows meanwhile ends the child at RLIMIT_FSIZE.
             shutil.copyfileobj(source, copy, _CHUNK)
     try:
         manifest = read_checkpoint(incoming, backbone).manifest
@@ -115,5 +108,5 @@ def _limit_this_process(limits: VerificationLimits) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_FSIZE, (limits.max_bytes + _CHUNK, limits.max_bytes + _CHUNK))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Steps of the engine come first, which itself is nicer than this process's parent.
+    # The engine's steps come first.
     os.nice(19)

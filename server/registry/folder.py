@@ -1,4 +1,4 @@
-"""The folder of adapters over time: when to look, what has appeared, changed and gone, what is still being written."""
+"""The folder of adapters over time: when to look, what has appeared, changed or gone, what is still being written."""
 
 import asyncio
 import time
@@ -15,13 +15,13 @@ from server.telemetry.logs import get_logger
 
 logger = get_logger("adapters")
 
-# Files are read once they have not changed for this long, and refused only after the longer time: a writer may pause.
+# Files are read once they have not changed for the first time, and refused only after the second: a writer may pause.
 _SETTLE_S = 0.05
 _WRITING_S = 1.0
 
 
 class Folder:
-    """`misnamed`: folders that cannot be adapters, and have been there for two looks, or at the first."""
+    """`misnamed`: folders that cannot be adapters, seen by the first look or by two looks in a row."""
 
     def __init__(self, root: Path, events: Events, mirror: Mirror | None = None) -> None:
         self.misnamed: set[AdapterFailure] = set()
@@ -32,9 +32,9 @@ class Folder:
         self._looking = asyncio.Lock()
 
     async def changes(self, poll_s: float) -> AsyncIterator[None]:
-        """Something may have changed: at once where the kernel tells, and at least every `poll_s` seconds.
+        """Yield when to look: as soon as the kernel reports a change, and at least every `poll_s` seconds.
 
-        The kernel does not tell of changes made on another machine (NFS, object storage) or behind a flipped link.
+        The kernel reports no change made on another machine (NFS, object storage) or by a flipped link.
         """
         from watchfiles import awatch
 
@@ -50,13 +50,13 @@ class Folder:
                 ):
                     yield
             except (OSError, RuntimeError) as error:
-                # Out of watches, a file system without them, or a folder that is gone for now.
+                # No watches left, a file system without them, or a folder that is gone for now.
                 logger.warning("no notice of changes, polling", extra={"fields": {"reason": str(error)}})
             yield
             await asyncio.sleep(poll_s)
 
     async def look(self) -> dict[str, dict[str, Found]] | None:
-        """What lies there, by name and version; None, and a line in the log, where that cannot be told."""
+        """What lies there, by name and version; None, with a line in the log, if it cannot be listed."""
         async with self._looking:
             try:
                 if self._mirror is not None:
@@ -65,7 +65,7 @@ class Folder:
             except (OSError, MirrorError) as error:
                 logger.warning("adapters cannot be listed", extra={"fields": {"reason": str(error)}})
                 return None
-        # What is there at the start is meant; later, a folder may be half made, and is looked at twice.
+        # The first look takes folders as they are; a later one may see a folder half made, so two must agree.
         still = set(misnamed) if self._suspects is None else set(misnamed) & self._suspects
         self._suspects = set(misnamed)
         for each in still - self.misnamed:
@@ -77,12 +77,12 @@ class Folder:
         return by_name
 
     def note(self, record: AdapterRecord, found: dict[str, Found]) -> None:
-        """Have an adapter's record say what lies there now; what appeared and what vanished are events."""
+        """Tell an adapter's record what lies there now, and emit what appeared and what vanished."""
         for version, stage in record.note(found):
             self._events.emit(Event.of(version, stage))
 
     async def settled(self, version: AdapterVersion) -> bool:
-        """Whether a version's files have stopped changing; where not, they are noted as they are now."""
+        """Whether a version's files have stopped changing. If not, note them as they are now."""
         await asyncio.sleep(_SETTLE_S)
         signature = await asyncio.to_thread(signature_of, version.found.folder)
         if signature == version.found.signature:
@@ -92,7 +92,7 @@ class Folder:
         return False
 
     async def wait_for_writer(self, version: AdapterVersion) -> bool:
-        """Wait a little, where a version that is wrong is young enough to be written still; False where it is not."""
+        """Wait a little if a bad version may still be being written; False if it is too old for that, or gone."""
         if not version.present or time.monotonic() - version.seen >= _WRITING_S:
             return False
         await asyncio.sleep(_WRITING_S / 4)

@@ -1,4 +1,4 @@
-"""Moves versions through their stages: verified, loaded, warmed, and in the end drained."""
+"""Moves versions through their stages: verifies, loads, warms and drains them."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
@@ -27,7 +27,7 @@ class Verifies(Protocol):
 
 @dataclass
 class Lifecycle:
-    """root: the folder of adapters. warm: runs a short sequence on a slot."""
+    """root: the folder of adapters. warm_slot: runs a short sequence on a slot."""
 
     root: Path
     verifier: Verifies
@@ -40,10 +40,10 @@ class Lifecycle:
     _draining: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def bring(self, version: AdapterVersion) -> AdapterVersion:
-        """Make a version ready to serve: verified, loaded, warmed. One that serves comes back as it is.
+        """Verify, load and warm a version, unless it serves already.
 
-        Returns the version that has these files: where their content is known already, that is the one known. Raises
-        StageError; what was begun is drained then.
+        Returns the version to serve: another one if it is known already with the same content. Raises StageError; the
+        version drains then.
         """
         version = await self.verify(version)
         if version.stage is Stage.SERVING:
@@ -56,13 +56,13 @@ class Lifecycle:
         return version
 
     async def verify(self, version: AdapterVersion) -> AdapterVersion:
-        """Have a copy of a version in the spool; returns as `bring` does. Raises StageError."""
+        """Copy a version to the spool, verified. Returns as `bring` does. Raises StageError."""
         if version.copied:
             return version
         files, record = version.found, version.adapter
         verified = await self.verifier.verify(self.root, files)
         for twin in record.versions:
-            # The engine tells versions apart by name, version and content, so of each of those there is one.
+            # The engine tells versions apart by name, version and content alone.
             if twin.copied and (twin.version, twin.content) == (version.version, verified.content):
                 self.spool.release(verified.content)
                 if version.present:
@@ -70,7 +70,7 @@ class Lifecycle:
                     twin.be_present(files)
                 return twin
         if version.content != verified.content:
-            # Part of what the engine, and its prefix cache, know a version by.
+            # The engine and its prefix cache know a version by this label.
             label = f"{version.version}@{verified.content[:16]}"
             manifest = verified.manifest
             version.slots = self.make_slots(version.name, label, verified.folder, manifest, self._next_id)
@@ -79,7 +79,7 @@ class Lifecycle:
         version.content, version.folder = verified.content, verified.folder
         version.copied = True
         if version not in record.versions:
-            # Its files went while they were read.
+            # Its files vanished meanwhile.
             record.versions.append(version)
         self._reach(version, Stage.VERIFIED)
         return version
@@ -98,9 +98,7 @@ class Lifecycle:
             self._reach(version, Stage.WARMED)
 
     def retire(self, version: AdapterVersion) -> None:
-        """Begin no new request on a version. With the last one it leaves the engine and, unless it is kept for a
-        rollback, the spool.
-        """
+        """Drain a version: with its last request it leaves the engine and, unless kept for a rollback, the spool."""
         if not version.leaving:
             version.enter(Stage.DRAINING)
             task = asyncio.create_task(self._drain(version))
@@ -111,7 +109,7 @@ class Lifecycle:
         was_there = version.resident
         await self.residency.drain(version)
         if not version.leaving:
-            # It serves again, or is about to.
+            # Wanted again meanwhile.
             return
         if was_there:
             self.events.emit(Event.of(version, Stage.DRAINED))

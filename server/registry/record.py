@@ -1,4 +1,4 @@
-"""What the registry knows of one adapter, and which version should serve."""
+"""What the registry knows of one adapter, and which of its versions should serve."""
 
 import asyncio
 from collections.abc import Mapping
@@ -7,17 +7,18 @@ from dataclasses import dataclass, field
 from server.registry.source import Found
 from server.registry.version import AdapterVersion, Stage, version_key
 
-# How many versions that served before can be rolled back to.
+# How many earlier versions stay for rollbacks.
 KEPT = 2
 
 
 @dataclass(eq=False)
 class AdapterRecord:
-    """versions: all that have files in the folder or a copy in the spool.
+    """versions: all with files in the folder or a copy in the spool.
     previous: versions kept for rollbacks, the latest last.
-    canary: by version, those that have weights, beside the one that serves.
+    canary: versions with weights, beside the serving one, by version.
     weights: by scope (a task's id, or "" for the whole adapter) and version.
-    changing: held by whoever changes what serves. following: the work that brings it to what the folder has.
+    unloaded: nothing serves until a Load by name. pinned: the serving version stays in the engine.
+    changing: held while what serves changes. following: the task that follows the folder.
     """
 
     name: str
@@ -33,16 +34,16 @@ class AdapterRecord:
 
     @property
     def found(self) -> dict[str, AdapterVersion]:
-        """What lies in the folder, by version."""
+        """Versions whose files lie in the folder, by version."""
         return {version.version: version for version in self.versions if version.present}
 
     @property
     def active(self) -> list[AdapterVersion]:
-        """Versions that new requests may begin on."""
+        """Versions that new requests may go to."""
         return [*([self.serving] if self.serving else []), *self.canary.values()]
 
     def note(self, found: Mapping[str, Found]) -> list[tuple[AdapterVersion, Stage]]:
-        """Take in what lies in the folder now, by version; returns what appeared, and what vanished."""
+        """Take note of what lies in the folder now, by version. Returns what appeared (FOUND) and what VANISHED."""
         changes = []
         known = self.found
         for name, files in found.items():
@@ -51,7 +52,7 @@ class AdapterRecord:
                 if before.found == files:
                     continue
                 before.present = False
-            # Files that come back as they were are the version that they were.
+            # The same files may be back.
             version = next((each for each in self.versions if each.found == files), None)
             if version is None:
                 version = AdapterVersion(self, files)
@@ -66,10 +67,10 @@ class AdapterRecord:
         return changes
 
     def candidate(self) -> AdapterVersion | None:
-        """What should serve and does not: the highest version in the folder that neither failed nor was passed over.
+        """The version that should serve but does not: the highest that neither FAILED nor was passed over.
 
-        Nothing while somebody holds the adapter by weights or unloaded it. A version below the serving one never comes
-        by itself: where the serving version's folder vanishes, it serves on.
+        None while weights split the adapter, or while it is unloaded. A version below the serving one never takes over
+        by itself, even if the serving version's folder vanishes.
         """
         if self.unloaded or self.weights:
             return None
@@ -83,7 +84,7 @@ class AdapterRecord:
         return None
 
     def serve(self, version: AdapterVersion) -> list[AdapterVersion]:
-        """Let a version serve; returns those that can no longer be rolled back to."""
+        """Make a version the serving one. Returns versions that are no longer kept for rollbacks."""
         self.canary.pop(version.version, None)
         if self.serving is version:
             return []
@@ -93,7 +94,7 @@ class AdapterRecord:
         return dropped
 
     def stop(self) -> list[AdapterVersion]:
-        """Keep what serves for rollbacks alone; returns those that can no longer be rolled back to."""
+        """Keep the serving version for rollbacks alone. Returns versions that are no longer kept."""
         if self.serving is not None:
             self.previous.append(self.serving)
         self.serving = None
@@ -101,13 +102,13 @@ class AdapterRecord:
         return dropped
 
     def pass_over_above(self, version: str) -> None:
-        """Leave every version above this one that is here now: only what comes later replaces it by itself."""
+        """Pass over every version above this one: only what is published later takes over by itself."""
         for each in self.found.values():
             if version_key(each.version) > version_key(version):
                 each.passed_over = True
 
     def version_of(self, version: str) -> AdapterVersion | None:
-        """The version of that name that serves or has weights."""
+        """The active version of that name."""
         if self.serving is not None and self.serving.version == version:
             return self.serving
         return self.canary.get(version)

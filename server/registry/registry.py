@@ -1,7 +1,7 @@
-"""Which adapter versions serve, and what changes that: the folder, a call, a new engine.
+"""Decides which adapter versions serve: by the folder, by calls, and after the engine was lost.
 
-Every step that can fail comes before the task table changes, and that change is one assignment. So a failure leaves
-what serves as it is, and is an event, a metric and a log line. All methods run on the event loop.
+All that can fail comes before the task table changes, in one assignment. So a failure changes nothing that serves; it is
+an event, a metric and a log line. All methods run on the event loop.
 """
 
 import asyncio
@@ -24,17 +24,17 @@ _LOADS_AT_ONCE = 8
 
 
 class UnknownAdapterError(Exception):
-    """No such adapter, or no such version of it; the message says what there is."""
+    """The adapter, or the version of it, does not exist; the message lists what does."""
 
 
 class NotPossibleError(Exception):
-    """A call that the adapter's state does not allow; the message says why."""
+    """The adapter's state does not allow the call; the message says why."""
 
 
 class Registry:
-    """A server's adapters: `verify_all`, then `load_all`, then `run` beside the server. `records` are its state.
+    """A server's adapters. Call `verify_all`, then `load_all`, then `run` beside the server.
 
-    `publish` gets each new table; `on_swap` the seconds from a version's appearance in the folder until it served.
+    publish: gets each new table. on_swap: gets the seconds from a version's appearance in the folder until it serves.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Registry:
         self._on_swap = on_swap
 
     async def verify_all(self) -> None:
-        """Look once, and verify the best version of every adapter. The engine is not needed."""
+        """Look once, and verify the best version of every adapter. Needs no engine."""
         await self._look()
 
         async def best(record: AdapterRecord) -> None:
@@ -68,9 +68,9 @@ class Registry:
         self._publish()
 
     async def load_all(self) -> None:
-        """Load what serves into the engine, the most recently used last, as far as there is room.
+        """Fill a new engine with serving versions, pinned and most recently used ones first.
 
-        For a new engine too. What the engine does not take stops serving. Raises EngineDeadError.
+        A version that the engine refuses stops serving. Raises EngineDeadError.
         """
         self._residency.reset()
         active = [(record, version) for record in self.records.values() for version in record.active]
@@ -96,9 +96,9 @@ class Registry:
                     record.following = asyncio.create_task(self._follow(record))
 
     async def load(self, name: str, version: str = "") -> AdapterVersion:
-        """Let a version, the highest by default, serve now; versions above it are passed over.
+        """Let a version, by default the highest, serve now, and pass over those above it.
 
-        Raises UnknownAdapterError, or StageError where it cannot be.
+        Raises UnknownAdapterError, or StageError if the version cannot serve.
         """
         await self._look()
         record = self._record(name)
@@ -112,7 +112,7 @@ class Registry:
         return brought
 
     async def unload(self, name: str) -> None:
-        """Stop serving an adapter, until it is loaded by name. Running requests finish."""
+        """Stop serving an adapter until it is loaded by name. Running requests finish."""
         record = self._record(name)
         async with record.changing:
             record.unloaded = True
@@ -127,7 +127,7 @@ class Registry:
             self._retire(gone)
 
     async def rollback(self, name: str) -> AdapterVersion:
-        """Let the version serve that served before. Raises NotPossibleError where there is none."""
+        """Let the version that served before serve again. Raises NotPossibleError if there is none."""
         record = self._record(name)
         async with record.changing:
             left = record.serving
@@ -137,16 +137,16 @@ class Registry:
             self._flip(record, brought)
             if left is not None:
                 left.passed_over = True
-                # A second call goes further back, not forth again.
+                # A second call goes further back.
                 if left in record.previous:
                     record.previous.remove(left)
         return brought
 
     async def set_weights(self, name: str, weights: Mapping[str, int], task: str = "") -> None:
-        """Split an adapter's requests, or those of one task, among versions; no weights end the split.
+        """Split an adapter's requests, or those of one task, among versions. Empty weights end the split.
 
-        Raises UnknownAdapterError for a version that is not there, and StageError for one that cannot serve; the split
-        stays as it was then.
+        Raises UnknownAdapterError for an unknown version, NotPossibleError for one without the task, and StageError for
+        one that cannot serve. The split does not change then.
         """
         record = self._record(name)
         async with record.changing:
@@ -178,12 +178,12 @@ class Registry:
             self._retire(gone)
 
     def pin(self, name: str) -> None:
-        """Keep an adapter's serving version in the engine. Raises NotPossibleError where pins fill it."""
+        """Keep an adapter's serving version in the engine. Raises NotPossibleError if pins fill the engine."""
         record = self._record(name)
         if record.serving is None:
             raise NotPossibleError(f"{name}: nothing of it serves; Load it first")
         pinned = sum(each.pinned for each in self.records.values())
-        # One place stays for what is not pinned.
+        # Leave room for one version without a pin, so that every other can be loaded.
         if not record.pinned and pinned >= self._residency.capacity - 1:
             raise NotPossibleError(f"{pinned} adapters are pinned; adapter_slots allows no more")
         record.pinned = True
@@ -193,7 +193,7 @@ class Registry:
         self._record(name).pinned = False
 
     async def _look(self) -> None:
-        """Take note of what lies in the folder."""
+        """Note what lies in the folder now."""
         if (found := await self._folder.look()) is None:
             return
         for name in [*found, *(name for name in self.records if name not in found)]:
@@ -203,13 +203,13 @@ class Registry:
                 self._forget(record)
 
     def _forget(self, record: AdapterRecord) -> None:
-        """An adapter that is neither here any more nor serves."""
+        """Drop an adapter that has no files and does not serve."""
         del self.records[record.name]
         kept, record.previous = record.previous, []
         self._retire(kept)
 
     async def _follow(self, record: AdapterRecord) -> None:
-        """Bring an adapter to what should serve, or to the best below it that can."""
+        """Bring up what should serve, or the best below it that can."""
         try:
             while (version := record.candidate()) is not None:
                 if not await self._folder.settled(version):
@@ -218,7 +218,7 @@ class Registry:
                     if record.candidate() is version:
                         await self._swap(record, version)
         except EngineDeadError:
-            # The next engine gets it: the version has not failed.
+            # The version has not failed; try again with the next engine.
             pass
         except Exception:
             logger.error("an adapter is not followed", exc_info=True, extra={"fields": {"adapter": record.name}})
@@ -226,7 +226,7 @@ class Registry:
             record.following = None
 
     async def _swap(self, record: AdapterRecord, version: AdapterVersion) -> None:
-        """Let a version that the folder has serve, or find that it has failed."""
+        """Let a version from the folder serve, unless it fails."""
         try:
             brought = await self._lifecycle.bring(version)
         except StageError as error:
@@ -238,7 +238,7 @@ class Registry:
             self._on_swap(time.monotonic() - brought.seen)
 
     def _flip(self, record: AdapterRecord, version: AdapterVersion) -> None:
-        """The moment: new requests go to `version`. What served before is drained."""
+        """Send new requests to `version` from now on, and drain what served before."""
         gone = [each for each in record.active if each is not version]
         begins = record.serving is not version
         self._serve(record, version)
@@ -258,7 +258,7 @@ class Registry:
             self._lifecycle.retire(version)
 
     def _drop(self, record: AdapterRecord, version: AdapterVersion, error: StageError) -> None:
-        """Stop serving a version that the engine does not take."""
+        """Stop serving a version that the engine refused."""
         if record.serving is version:
             record.serving = None
         record.canary.pop(version.version, None)
@@ -283,7 +283,7 @@ class Registry:
         self._on_publish(catalog)
 
     def _fail(self, version: AdapterVersion, error: StageError) -> None:
-        """A version is not tried again, nor kept for rollbacks, as long as its files stay as they are."""
+        """Do not try a version again, nor keep it for rollbacks, until its files change."""
         record = version.adapter
         record.previous = [each for each in record.previous if each is not version]
         version.enter(Stage.FAILED)
@@ -305,7 +305,7 @@ class Registry:
         return complete[version]
 
     def _below(self, record: AdapterRecord) -> AdapterVersion:
-        """The version next below what serves."""
+        """The highest version below the serving one. Raises NotPossibleError if there is none."""
         lower = [
             version
             for version in record.found.values()

@@ -1,9 +1,9 @@
-"""Which adapter versions are in the engine's memory: least recently used first to go, never while a request runs on it.
+"""Loads adapter versions into the engine's memory, and evicts the least recently used that no request runs on.
 
-A request takes a lease on its version before it reaches the engine. A version that is not in the engine is loaded
-then, beside the running steps; requests for versions that are there go straight on.
+A request takes a lease on its version before it reaches the engine. If the version is not resident, it is loaded beside
+the running steps; requests for resident versions do not wait.
 
-Each version's `place` says where it is; `Residency` alone moves it.
+Each version's `place` says where it is; only `Residency` moves it.
 """
 
 import asyncio
@@ -17,12 +17,11 @@ from typing import Any, Protocol
 from server.errors import AdapterError, EngineDeadError
 from server.registry.version import AdapterVersion, Place, Stage, StageError
 
-# How long a version waits for room before the least recently used one, although busy, has to make it: that one takes
-# no new requests then and goes with its last. Below that, swapping versions would cost more than waiting.
+# If all residents are busy for this long, the least recently used one closes: it takes no new request and leaves with
+# its last. With less patience, swapping versions would cost more than waiting.
 PATIENCE_S = 1.0
 
-
-# What a request does while it waits for its version.
+# A request waits for its version inside this.
 Aside = Callable[[], AbstractAsyncContextManager[None]]
 
 
@@ -32,10 +31,10 @@ class LoadsSlots(Protocol):
 
 
 class Residency:
-    """`capacity` versions at a time, whatever their tasks. Pinned versions are not evicted for others.
+    """At most `capacity` versions at a time, whatever their tasks. Pinned versions make no room for others.
 
-    `on_cold` gets the seconds that each request waited whose version was not in the engine, `on_load` those that each
-    load took, without the wait for room; `on_evict` is called for every version that makes room for another.
+    on_cold: gets the seconds that a request waited for its version. on_load: gets the seconds of a load, without its
+    wait for room. on_evict: called for each version that makes room.
     """
 
     def __init__(
@@ -51,40 +50,40 @@ class Residency:
         self._on_cold = on_cold
         self._on_load = on_load
         self._on_evict = on_evict
-        # Of every version whose place is not OUT, the work that loads it, or has loaded it.
+        # The load, running or done, of every version that is not OUT.
         self._loads: dict[AdapterVersion, asyncio.Task[None]] = {}
         self._changed = asyncio.Condition()
-        # Versions that wait for room wait in line.
+        # Held by the version that is next to get room.
         self._line = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
 
     @property
     def resident(self) -> list[AdapterVersion]:
-        """Versions in the engine, least recently used first."""
+        """Resident versions, least recently used first."""
         return sorted((each for each in self._loads if each.resident), key=lambda each: each.last_used)
 
     def prefetch(self, version: AdapterVersion) -> None:
-        """Begin to load a version that a request is about to want."""
+        """Begin to load a version for a request that is being prepared."""
         if version.place is Place.OUT:
             self._begin(version)
 
     @contextmanager
     def hold(self, version: AdapterVersion) -> Iterator[None]:
-        """Keep a version's copy, so that it can be loaded, whatever is published meanwhile."""
+        """Keep a version's copy, so that it can be loaded whatever is published meanwhile."""
         version.holds += 1
         try:
             yield
         finally:
             version.holds -= 1
             if not version.leases:
-                # In the background: the request must not wait for an eviction.
+                # Evict in the background; the request must not wait.
                 self._spawn(self._settle(version))
 
     @asynccontextmanager
     async def lease(self, version: AdapterVersion, aside: Aside = contextlib.nullcontext) -> AsyncIterator[None]:
-        """Hold a version in the engine, once it is there; where it is not, the wait is inside `aside`.
+        """Wait, inside `aside`, until a version is resident, then keep it so.
 
-        Raises StageError where it cannot be loaded.
+        Raises StageError if it cannot be loaded, EngineDeadError if the engine is lost meanwhile.
         """
         began = time.monotonic()
         with self.hold(version):
@@ -93,7 +92,7 @@ class Residency:
                     await self._until(lambda: version.place not in (Place.CLOSING, Place.UNLOADING))
             version.leases += 1
             try:
-                # Once more, where the engine was lost on the way back from `aside`.
+                # The engine may be lost while `aside` ends; load again then.
                 while version.place in (Place.OUT, Place.QUEUED, Place.LOADING):
                     async with aside():
                         await self._load(version, began)
@@ -103,12 +102,12 @@ class Residency:
                 version.leases -= 1
 
     async def drain(self, version: AdapterVersion) -> None:
-        """Take a version out of the engine with its last request. Returns then, or where it is wanted again."""
+        """Evict a version after its last request. Returns then, or once the version is wanted again."""
         await self._settle(version)
         await self._until(lambda: not version.leaving or (version.place is Place.OUT and not version.holds))
 
     def reset(self) -> None:
-        """The engine is gone, and everything in it."""
+        """Forget every resident: the engine is lost."""
         for version, loading in self._loads.items():
             loading.cancel()
             version.move(Place.OUT)
@@ -118,7 +117,7 @@ class Residency:
     async def _load(self, version: AdapterVersion, began: float) -> None:
         loading = self._loads.get(version) or self._begin(version)
         try:
-            # Others may wait for it too: a request that is cancelled leaves the loading running.
+            # A cancelled request leaves the load to others that wait for it.
             await asyncio.shield(loading)
         except asyncio.CancelledError:
             if loading.cancelled():
@@ -130,7 +129,7 @@ class Residency:
         version.move(Place.QUEUED)
         version.last_used = time.monotonic()
         loading = self._loads[version] = asyncio.create_task(self._bring_in(version))
-        # Retrieve the exception: the load of a prefetch may have nobody who waits for it.
+        # Retrieve the exception, or asyncio logs it: a prefetch may have no request that waits.
         loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         return loading
 
@@ -140,6 +139,7 @@ class Residency:
             async with self._line:
                 await self._make_room()
                 if self._loads.get(version) is not loading:
+                    # Reset while an eviction, which hides the cancellation, made room.
                     raise EngineDeadError
                 version.move(Place.LOADING)
             began = time.monotonic()
@@ -168,7 +168,7 @@ class Residency:
                     await self._changed.wait()
 
     async def _settle(self, version: AdapterVersion) -> None:
-        """Evict a version that nobody uses any more and nobody is to use."""
+        """Evict an unused version if it makes room or is leaving."""
         if version.resident and not version.leases:
             if version.place is Place.CLOSING:
                 self._on_evict()
@@ -181,14 +181,14 @@ class Residency:
         loading = self._loads[version]
         version.move(Place.UNLOADING)
         try:
-            # A dead engine has forgotten it already.
+            # A dead engine holds nothing.
             with contextlib.suppress(EngineDeadError):
                 await self._engine.unload(version.distinct_slots)
         finally:
             await self._forget(version, loading)
 
     async def _forget(self, version: AdapterVersion, loading: "asyncio.Task[None]") -> None:
-        """It is out, unless another engine has begun to load it since."""
+        """Move a version OUT, unless a new engine has begun to load it since."""
         if self._loads.get(version) is loading:
             del self._loads[version]
             version.move(Place.OUT)

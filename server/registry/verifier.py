@@ -1,20 +1,18 @@
-"""Checks a version in a process of its own, under limits, so that no file can hurt the server by being looked at.
+"""Verifies each version in a child process under limits, so that reading a bad file cannot harm the server.
 
-A server process of multiprocessing's, with the checkpoint reader imported, forks one child a version. The child copies
-the two files to the spool, never more than allowed, and reads the copy as the engine will. The parent reads nothing
-that a child has not passed.
+multiprocessing's fork server imports the checkpoint reader once and forks a child for each version. The child copies
+the two files to the spool, up to the limits, and reads the copy as the engine will. The server reads only what passed.
 """
 
 import asyncio
 import multiprocessing
-import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server.registry.check import PRELOAD, VerificationLimits, run_check
+from server.registry.check import VerificationLimits, run_check
 from server.registry.source import Found
 from server.registry.spool import Spool
 from server.registry.version import Stage, StageError
@@ -28,7 +26,7 @@ _AT_ONCE = 2
 
 @dataclass(frozen=True)
 class Verified:
-    """A version that passed: its content's hash, the kept copy and its manifest."""
+    """A version that passed: its content's hash, its copy in the spool, its manifest."""
 
     content: str
     folder: Path
@@ -36,21 +34,20 @@ class Verified:
 
 
 class Verifier:
-    """Checks versions beside `backbone`; what passes is in `spool`."""
+    """Verifies versions for `backbone`; `spool` keeps the copies that pass."""
 
     def __init__(self, spool: Spool, backbone: "BackboneArchitecture", limits: VerificationLimits) -> None:
         self._spool = spool
         self._backbone = backbone
         self._limits = limits
-        self._cores = os.sched_getaffinity(0)
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(PRELOAD))
+        self._context.set_forkserver_preload(["mtlora.checkpoint.read", "server.registry.check"])
         self._pool = ThreadPoolExecutor(_AT_ONCE, "verify")
 
     async def verify(self, root: Path, found: Found) -> Verified:
-        """Check what was found under `root`. Raises StageError with the reason why it is refused.
+        """Verify what was found under `root`. Raises StageError with the reason of a refusal.
 
-        The kept copy wants one `Spool.release`.
+        The caller releases the copy by `Spool.release`.
         """
         checking = asyncio.get_running_loop().run_in_executor(self._pool, self.verify_now, root, found)
         try:
@@ -60,7 +57,7 @@ class Verifier:
             raise
 
     def verify_now(self, root: Path, found: Found) -> Verified:
-        """As `verify`, for threads."""
+        """As `verify`, in this thread."""
         from mtlora.checkpoint.read import read_manifest
 
         incoming = self._spool.incoming()
@@ -73,7 +70,7 @@ class Verifier:
             raise
 
     def _release_unwanted(self, checking: "asyncio.Future[Verified]") -> None:
-        """The caller was cancelled while its version was checked: nobody else releases the copy."""
+        """Release the copy of a version whose caller was cancelled meanwhile."""
         if not checking.cancelled() and checking.exception() is None:
             self._spool.release(checking.result().content)
 
@@ -83,7 +80,7 @@ class Verifier:
 
     def _in_child(self, root: Path, folder: Path, incoming: Path) -> str:
         receiver, sender = self._context.Pipe(duplex=False)
-        arguments = (sender, root, folder, incoming, self._backbone, self._limits, self._cores)
+        arguments = (sender, root, folder, incoming, self._backbone, self._limits)
         process = self._context.Process(target=run_check, args=arguments, name="mtlora-verify", daemon=True)
         process.start()
         sender.close()

@@ -1,15 +1,12 @@
-"""The life of an adapter version: its stages, its place in the engine, and every move between them.
+"""The states of an adapter version: its stage, its place in the engine, and every move between them.
 
-A version's `stage` says what may be done with it. The adapter's record says which version *should* serve; the stage
-says what *is*.
+The adapter's record says which version should serve; a version's stage says how far it has come.
 
     FOUND ───► VERIFIED ───► LOADED ───► WARMED ───► SERVING
-     │ ▲         ▲ │           │           │            │
-     │ │         │ └───────────┴─────┬─────┴────────────┘
-     ▼ │         │                   ▼
-    FAILED ◄─────┼─────────────── DRAINING ───► DRAINED
-       │         │                   │ │
-       └─────────┴───────────────────┘ └───► FOUND
+      │          ▲ │           │           │            │
+      ▼          │ └───────────┴─────┬─────┴────────────┘
+    FAILED       │                   ▼
+                 └─────────────── DRAINING ───► FOUND, FAILED or DRAINED
 
 | stage | what it means | who moves a version there |
 | --- | --- | --- |
@@ -20,16 +17,16 @@ says what *is*.
 | SERVING | New requests begin on it: all, or a canary's share. | `Registry` |
 | DRAINING | No new request begins on it. It leaves the engine with its last. | `Lifecycle.retire` |
 | DRAINED | The end: neither files nor copy. | the end of a drain |
-| FAILED | It did not reach a stage. Only other files, or a Load by name, get another try. | `Registry` |
+| FAILED | It did not reach a stage. A Load by name tries again; the folder needs other files. | `Registry` |
 
-VANISHED and UNLOADED are events alone: the files of a version are gone, or Unload stopped it.
+VANISHED (its files are gone) and UNLOADED (by a call) are only events, not stages that a version stays in.
 
-What holds at all times:
-- Only a version that is WARMED begins to serve; at the start of the server, one that is VERIFIED.
-- The spool has a copy of a version from VERIFIED until it has drained; after that only to roll back to it.
-- While a request holds a version (`holds`), its copy stays; while it has a lease (`leases`), its place stays.
-- A version that serves may leave the engine for others (its `place`); the next request loads it again.
-- Places other than OUT and QUEUED are at most as many as the engine's capacity.
+Invariants:
+- A version begins to serve when WARMED; while the server starts, when VERIFIED.
+- The spool has its copy from VERIFIED until it has drained, and while it is kept for a rollback.
+- A version keeps its copy while a request holds it, and stays resident while a request has a lease on it.
+- The engine may evict a serving version (`place`); the next request loads it again.
+- At most `capacity` versions are in a place other than OUT and QUEUED.
 """
 
 import re
@@ -51,7 +48,7 @@ _NUMBERS = re.compile(r"v?(\d+(?:\.\d+)*)", re.ASCII)
 
 
 class Stage(Enum):
-    """How far a version has come. Each stage that it reaches is an event; a failure names the one not reached."""
+    """How far a version has come, and what an event tells of it."""
 
     FOUND = "found"
     VERIFIED = "verified"
@@ -73,7 +70,7 @@ class Place(Enum):
     QUEUED = "queued"
     LOADING = "loading"
     RESIDENT = "resident"
-    # Makes room for another: takes no new lease, and goes with its last.
+    # Makes room for another: takes no new lease, and leaves with its last.
     CLOSING = "closing"
     UNLOADING = "unloading"
 
@@ -84,11 +81,11 @@ _MOVES: Mapping[Enum, set[Enum]] = {
     Stage.LOADED: {Stage.WARMED, Stage.DRAINING},
     Stage.WARMED: {Stage.SERVING, Stage.DRAINING},
     Stage.SERVING: {Stage.DRAINING},
-    # Back to VERIFIED: kept for a rollback, or wanted again before it has left.
+    # VERIFIED: kept for a rollback, or wanted again before its last request.
     Stage.DRAINING: {Stage.VERIFIED, Stage.FOUND, Stage.DRAINED, Stage.FAILED},
     Stage.DRAINED: set(),
     Stage.FAILED: {Stage.VERIFIED},
-    # An engine that is lost moves every version OUT.
+    # A lost engine moves every version OUT.
     Place.OUT: {Place.QUEUED},
     Place.QUEUED: {Place.LOADING, Place.OUT},
     Place.LOADING: {Place.RESIDENT, Place.OUT},
@@ -99,7 +96,7 @@ _MOVES: Mapping[Enum, set[Enum]] = {
 
 
 class StageError(AdapterError):
-    """A version that did not reach a stage; the message says why."""
+    """A version did not reach `stage`; the message says why."""
 
     def __init__(self, stage: Stage, reason: str) -> None:
         super().__init__(reason)
@@ -109,20 +106,20 @@ class StageError(AdapterError):
 
 @dataclass(eq=False, repr=False)
 class AdapterVersion:
-    """One version of an adapter: a folder's files, identified by their signature, then their content.
+    """The files of one NAME/VERSION.
 
-    The same NAME/VERSION with other bytes is another AdapterVersion, with another copy and other slots: nothing of
-    one, its cached blocks included, serves the other.
+    Other bytes under the same name are another AdapterVersion, with its own copy and slots, so that cached blocks of one
+    never serve the other.
 
-    found: its files, as they were seen last. present: whether they lie in the folder still. seen: since when, in
-        seconds of time.monotonic().
-    passed_over: somebody chose not to serve these files, by Rollback or by Load of a lower version.
-    reason: why it is FAILED.
-    content: sha256 of its manifest, which holds that of its tensors. Empty before VERIFIED, like all that follows.
-    folder: the copy in the spool, while `copied`.
+    found, present: its files as last seen, and whether they still lie in the folder.
+    seen: time.monotonic() when these files appeared.
+    passed_over: a Rollback, or a Load of a lower version, chose not to serve these files.
+    reason: why it FAILED.
+    content: sha256 of its manifest, which holds the tensors' sha256. Set, like all below, from VERIFIED on.
+    copied, folder: whether the spool has a copy, and where.
     specs: its tasks by id.
-    slots: vLLM's LoRARequest of every task; tasks without a bias of their own share one.
-    holds: requests that run on it or wait for it. leases: those of them that keep it in the engine.
+    slots: vLLM's LoRARequest of each task; tasks without a bias of their own share one.
+    holds: requests that run on it or wait for it. leases: those that keep it resident.
     last_used: time.monotonic() of the last lease.
     """
 
@@ -154,37 +151,37 @@ class AdapterVersion:
         return self.found.version
 
     def be_present(self, files: Found) -> None:
-        """These files of it lie in the folder now. The choice to pass over others does not go for them."""
+        """Note that these files of the version lie in the folder now. They are not passed over."""
         self.found, self.present, self.passed_over, self.seen = files, True, False, time.monotonic()
 
     def enter(self, stage: Stage) -> None:
-        """Move to another stage. Raises RuntimeError for a move that `_MOVES` does not have."""
+        """Move to another stage. Raises RuntimeError if `_MOVES` does not allow it."""
         self._check(self.stage, stage)
         self.stage = stage
 
     def move(self, place: Place) -> None:
-        """Move to another place in the engine. Raises RuntimeError for a move that `_MOVES` does not have."""
+        """Move to another place. Raises RuntimeError if `_MOVES` does not allow it."""
         self._check(self.place, place)
         self.place = place
 
     @property
     def leaving(self) -> bool:
-        """Whether it leaves the engine, and the spool, with its last request."""
+        """Whether it leaves the engine and the spool after its last request."""
         return self.copied and self.stage in (Stage.DRAINING, Stage.FAILED)
 
     @property
     def resident(self) -> bool:
-        """Whether requests can run on it now."""
+        """Whether requests can run on it."""
         return self.place in (Place.RESIDENT, Place.CLOSING)
 
     @property
     def pinned(self) -> bool:
-        """Whether it stays in the engine: a pin holds what serves, not its canaries."""
+        """Whether it never makes room for others: a pin goes for the serving version, not for canaries."""
         return self.adapter.pinned and self.adapter.serving is self
 
     @property
     def distinct_slots(self) -> list[Any]:
-        """One entry a slot, by id."""
+        """Each slot once, by id."""
         return [slot for _, slot in sorted({slot.lora_int_id: slot for slot in self.slots.values()}.items())]
 
     def _check(self, before: Enum, after: Enum) -> None:
@@ -196,7 +193,7 @@ class AdapterVersion:
 
 
 def version_key(version: str) -> tuple[int, tuple[int, ...], str]:
-    """Sorts versions: words by letter; above them numbers by value, a leading v or not: `2` < `10` < `v10.1`."""
+    """Sort key: words by letter, then numbers by value, with or without a leading v: `beta` < `2` < `10` < `v10.1`."""
     if match := _NUMBERS.fullmatch(version):
         return 1, tuple(int(part) for part in match[1].split(".")), version
     return 0, (), version
