@@ -1,7 +1,7 @@
 """Decides which adapter versions serve: by the folder, by calls, and after the engine was lost.
 
-All that can fail comes before the task table changes, in one assignment. So a failure changes nothing that serves; it is
-an event, a metric and a log line. All methods run on the event loop.
+All that can fail comes before the task table changes, in one assignment. So a failure changes nothing that serves: it
+is an event, a metric and a log line. All methods run on the event loop.
 """
 
 import asyncio
@@ -73,18 +73,18 @@ class Registry:
         A version that the engine refuses stops serving. Raises EngineDeadError.
         """
         self._residency.reset()
-        active = [(record, version) for record in self.records.values() for version in record.active]
-        active.sort(key=lambda pair: (pair[0].pinned, pair[1].last_used), reverse=True)
+        active = [version for record in self.records.values() for version in record.active]
+        active.sort(key=lambda version: (version.pinned, version.last_used), reverse=True)
         at_once = asyncio.Semaphore(_LOADS_AT_ONCE)
 
-        async def load(record: AdapterRecord, version: AdapterVersion) -> None:
+        async def load(version: AdapterVersion) -> None:
             try:
                 async with at_once, self._residency.lease(version):
                     self.events.emit(Event.of(version, Stage.LOADED))
             except StageError as error:
-                self._drop(record, version, error)
+                self._drop(version, error)
 
-        await asyncio.gather(*(load(*each) for each in reversed(active[: self._residency.capacity])))
+        await asyncio.gather(*(load(each) for each in reversed(active[: self._residency.capacity])))
         self._publish()
 
     async def run(self, poll_s: float) -> None:
@@ -257,8 +257,9 @@ class Registry:
         for version in versions:
             self._lifecycle.retire(version)
 
-    def _drop(self, record: AdapterRecord, version: AdapterVersion, error: StageError) -> None:
+    def _drop(self, version: AdapterVersion, error: StageError) -> None:
         """Stop serving a version that the engine refused."""
+        record = version.adapter
         if record.serving is version:
             record.serving = None
         record.canary.pop(version.version, None)

@@ -108,8 +108,8 @@ class StageError(AdapterError):
 class AdapterVersion:
     """The files of one NAME/VERSION.
 
-    Other bytes under the same name are another AdapterVersion, with its own copy and slots, so that cached blocks of one
-    never serve the other.
+    Other bytes under the same name are another AdapterVersion, with its own copy and slots, so that cached blocks of
+    one never serve the other.
 
     found, present: its files as last seen, and whether they still lie in the folder.
     seen: time.monotonic() when these files appeared.

@@ -1,4 +1,4 @@
-"""Places in the engine: least recently used goes first, never under a running request, and cold waits alone."""
+"""Residents of the engine: which one makes room, and that only requests for a cold version wait."""
 
 import asyncio
 from collections.abc import Sequence
@@ -85,7 +85,7 @@ async def test_requests_for_a_cold_adapter_do_not_hold_up_warm_ones(engine: Load
     assert len(waited) == 4
 
 
-async def test_what_runs_is_never_evicted(engine: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_never_evicts_a_version_with_running_requests(engine: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = map(serving_version, "ab")
     monkeypatch.setattr(module, "PATIENCE_S", 30.0)
     residency = Residency(engine, 1)
@@ -121,7 +121,7 @@ async def test_a_busy_adapter_makes_room_in_the_end(engine: Loads, monkeypatch: 
     assert engine.most == 1
 
 
-async def test_a_load_that_fails_fails_its_requests_alone(engine: Loads) -> None:
+async def test_a_failed_load_fails_only_its_requests(engine: Loads) -> None:
     a, b = map(serving_version, "ab")
     residency = Residency(engine, 1)
     engine.refuse.add("a")

@@ -1,4 +1,4 @@
-"""Verification in a process of its own: what passes, what is refused, and that limits hold."""
+"""Verification in a child process: what passes, what is refused, and its limits."""
 
 import asyncio
 import json
@@ -42,9 +42,7 @@ def found(root: Path) -> Found:
     return version
 
 
-def test_what_passes_is_kept_and_independent_of_where_it_was_found(
-    verifier: Verifier, home: Path, tmp_path: Path
-) -> None:
+def test_a_copy_does_not_depend_on_the_folder_it_was_made_from(verifier: Verifier, home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "healthy", tmp_path / "a" / "1")
     verified = verifier.verify_now(tmp_path, found(tmp_path))
     again = verifier.verify_now(tmp_path, found(tmp_path))
@@ -67,7 +65,7 @@ def test_bad_files_are_refused_with_a_reason(
     assert not list(verifier._spool.root.glob(".incoming-*"))
 
 
-def test_a_version_that_vanishes(verifier: Verifier, home: Path, tmp_path: Path) -> None:
+def test_refuses_a_version_that_vanished(verifier: Verifier, home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "healthy", tmp_path / "a" / "1")
     version = found(tmp_path)
     shutil.rmtree(tmp_path / "a")
@@ -112,7 +110,7 @@ def test_memory_is_limited(home: Path, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
     folder = tmp_path / "adapters" / "a" / "1"
     shutil.copytree(home / "healthy", folder)
-    # Provenance may hold any JSON: megabytes of text, and many times that of objects.
+    # Provenance may hold any JSON: megabytes of text become many times that in objects.
     manifest = json.loads((folder / "adapter.json").read_text())
     manifest["training"] = {"list": [[]] * 1_500_000}
     (folder / "adapter.json").write_text(json.dumps(manifest, separators=(",", ":")))
@@ -122,7 +120,7 @@ def test_memory_is_limited(home: Path, tmp_path: Path) -> None:
     spool.close()
 
 
-def test_a_manifest_is_limited(verifier: Verifier, home: Path, tmp_path: Path) -> None:
+def test_limits_the_size_of_a_manifest(verifier: Verifier, home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "healthy", tmp_path / "a" / "1")
     with (tmp_path / "a" / "1" / "adapter.json").open("ab") as manifest:
         manifest.write(b" " * (16 << 20))
@@ -130,7 +128,7 @@ def test_a_manifest_is_limited(verifier: Verifier, home: Path, tmp_path: Path) -
         verifier.verify_now(tmp_path, found(tmp_path))
 
 
-def test_what_is_kept_is_without_provenance(verifier: Verifier, home: Path, tmp_path: Path) -> None:
+def test_a_copy_has_no_provenance(verifier: Verifier, home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "healthy", tmp_path / "a" / "1")
     plain = verifier.verify_now(tmp_path, found(tmp_path))
     manifest = json.loads((tmp_path / "a" / "1" / "adapter.json").read_text())
