@@ -86,6 +86,7 @@ class Lifecycle:
 
     async def _warm(self, version: AdapterVersion) -> None:
         if version.leaving:
+            # Wanted again before it has left.
             version.enter(Stage.VERIFIED)
         async with self.residency.lease(version):
             self._reach(version, Stage.LOADED)
@@ -109,7 +110,6 @@ class Lifecycle:
         was_there = version.resident
         await self.residency.drain(version)
         if not version.leaving:
-            # Wanted again meanwhile.
             return
         if was_there:
             self.events.emit(Event.of(version, Stage.DRAINED))

@@ -76,7 +76,8 @@ def test_refuses_a_version_that_vanished(verifier: Verifier, home: Path, tmp_pat
 def test_children_are_forked_from_a_process_without_vllm(verifier: Verifier) -> None:
     import vllm
 
-    modules = verifier._context.Pool(1).apply(eval, ("sorted(__import__('sys').modules)",))
+    with verifier._context.Pool(1) as child:
+        modules = child.apply(eval, ("sorted(__import__('sys').modules)",))
     assert vllm.__name__ in sys.modules
     assert {"mtlora.checkpoint.read", "server.registry.check"} <= set(modules)
     assert not {"vllm", "transformers", "grpc"} & set(modules)
