@@ -1,10 +1,14 @@
 """Adapters that come and go while the server runs.
 
-source.py        what lies in the folder of adapters      mirror.py      an fsspec URL as such a folder
-folder.py        that folder over time                    watch.py       when to look again
-verifier.py      checks a version, in a separate process  spool.py       verified copies, by content
-version.py       one verified version, and its stages     versions.py    versions brought up and taken away
-residency.py     which versions are in the engine         weights.py     a canary's split of the requests
-record.py        an adapter and what should serve         events.py      what happened, for logs, metrics, watchers
-registry.py      what serves, and what changes it         parts.py       what a registry is put together from
+version.py       a version's stages, its place in the engine, every move between them: start here
+record.py        an adapter: its versions, and which of them should serve
+
+registry.py      what changes that: the folder, a call, a new engine
+lifecycle.py     verifies, loads, warms and drains versions
+residency.py     loads versions into the engine and evicts them
+folder.py        the folder of adapters over time         source.py      what lies in it at one moment
+mirror.py        an fsspec URL as such a folder           spool.py       verified copies, by content
+verifier.py      checks a version, in its own process     weights.py     a canary's split of the requests
+catalog.py       which version answers which task         events.py      what happened, for logs, metrics, watchers
+adapters.py      the registry of a server, from its settings
 """

@@ -3,23 +3,31 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-from server.engine import Supervisor
 from server.registry.catalog import Catalog
+from server.registry.check import VerificationLimits
 from server.registry.events import Events
+from server.registry.folder import Folder
+from server.registry.lifecycle import Lifecycle
 from server.registry.mirror import Mirror
-from server.registry.parts import Parts
 from server.registry.registry import Registry
-from server.registry.residency import Residency
+from server.registry.residency import LoadsSlots, Residency
 from server.registry.spool import Spool
-from server.registry.verifier import Limits, Verifier
+from server.registry.verifier import Verifier
 from server.settings import Settings, is_url
 from server.telemetry.metrics import Metrics
 
 
+class AdapterEngine(LoadsSlots, Protocol):
+    """What the registry needs of an engine."""
+
+    async def warm_up(self, slot: Any | None, *, short: bool = False) -> None: ...
+
+
 @dataclass
 class Adapters:
-    """`close` removes what the registry has put on the disk."""
+    """`close` removes what the registry wrote to the disk."""
 
     registry: Registry
     residency: Residency
@@ -32,15 +40,15 @@ class Adapters:
 
 
 def open_adapters(
-    settings: Settings, backbone: Path, supervisor: Supervisor, metrics: Metrics, publish: Callable[[Catalog], None]
+    settings: Settings, backbone: Path, engine: AdapterEngine, metrics: Metrics, publish: Callable[[Catalog], None]
 ) -> Adapters:
-    """A registry over `settings.adapters`, or over nothing where that is not set; nothing is read yet."""
+    """A registry over `settings.adapters`, or over an empty folder if that is not set. Reads no adapter yet."""
     from mtlora.backbone import BackboneArchitecture, identify
     from mtlora.vllm_plugin.requests import slot_requests
 
     max_bytes = settings.max_adapter_mib << 20
     residency = Residency(
-        supervisor,
+        engine,
         settings.adapter_slots,
         on_cold=metrics.adapter_cold.observe,
         on_load=metrics.adapter_load.observe,
@@ -50,26 +58,21 @@ def open_adapters(
     made_beside = identify(backbone)
     strict = settings.adapter_backbone_check == "strict"
     identity: BackboneArchitecture = made_beside if strict else made_beside.without_weights()
-    verifier = Verifier(spool, identity, Limits(max_bytes, settings.verify_timeout_s))
+    verifier = Verifier(spool, identity, VerificationLimits(max_bytes, settings.verify_timeout_s))
     root, mirror = _root(settings.adapters, spool, max_bytes)
-    registry = Registry(
-        Parts(
-            root=root,
-            verifier=verifier,
-            spool=spool,
-            residency=residency,
-            make_slots=slot_requests,
-            warm=lambda slot: supervisor.warm_up(slot, short=True),
-            publish=publish,
-            events=Events(
-                lambda event: metrics.record_stage(
-                    event.stage.value, event.failed_stage.value if event.failed_stage else None
-                )
-            ),
-            metrics=metrics,
-            mirror=mirror,
-        )
+    events = Events(
+        lambda event: metrics.record_stage(event.stage.value, event.failed_stage.value if event.failed_stage else None)
     )
+    lifecycle = Lifecycle(
+        root=root,
+        verifier=verifier,
+        spool=spool,
+        residency=residency,
+        make_slots=slot_requests,
+        warm_slot=lambda slot: engine.warm_up(slot, short=True),
+        events=events,
+    )
+    registry = Registry(Folder(root, events, mirror), lifecycle, publish, on_swap=metrics.adapter_swap.observe)
     return Adapters(registry, residency, spool, verifier)
 
 

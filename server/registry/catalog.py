@@ -1,7 +1,7 @@
 """The task table: which adapter version answers which task.
 
-A catalog is an immutable snapshot. Whoever serves holds one reference to the current snapshot, so a later one takes
-its place in one assignment and a request sees one table from start to end.
+A catalog is an immutable snapshot. One assignment puts a new one in its place, and a request sees one table from start
+to end.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,24 +10,16 @@ from types import MappingProxyType
 
 from server.job import ServedTask
 from server.registry.record import AdapterRecord
+from server.registry.source import AdapterFailure
 from server.registry.version import AdapterVersion
 from server.registry.weights import Split, choose, ordered
 
 
 @dataclass(frozen=True)
-class AdapterFailure:
-    """An adapter version, or a task it claims, that is not served, and why."""
-
-    name: str
-    version: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Catalog:
-    """A snapshot of what can be asked. `tasks` is in the order of the task ids.
+    """What can be asked. `tasks` is sorted by task id.
 
-    splits: of tasks whose requests go to several versions, the share of each; `tasks` has the one that serves then.
+    splits: the share of each version, for tasks with a canary. `tasks` has their serving version.
     """
 
     tasks: Mapping[str, ServedTask] = field(default_factory=dict)
@@ -36,12 +28,12 @@ class Catalog:
     failures: tuple[AdapterFailure, ...] = ()
 
     def choose(self, task: ServedTask, key: bytes) -> ServedTask:
-        """The version that answers a request of a task with this routing key."""
+        """The row, of the version that answers a request with this routing key."""
         split = self.splits.get(task.spec.id)
         return choose(split, task.adapter_name, key) if split else task
 
     def page(self, after: str, size: int) -> tuple[list[ServedTask], str]:
-        """Up to `size` tasks whose ids come after `after`, and the last one's id if there are more."""
+        """Up to `size` tasks whose ids come after `after`; with the last one's id if there are more, else ""."""
         ids = [task_id for task_id in self.tasks if task_id > after]
         return [self.tasks[task_id] for task_id in ids[:size]], ids[size - 1] if len(ids) > size else ""
 
@@ -49,41 +41,39 @@ class Catalog:
 def build_catalog(
     records: Iterable[AdapterRecord], before: Catalog, failures: Iterable[AdapterFailure] = ()
 ) -> Catalog:
-    """The table of what serves now.
+    """The table of what serves now, with the `failures` known already and those of claims.
 
-    A task that several adapters claim stays with the one that has it in the table before, else goes to the first by
-    name; every other claim is a failure. `failures` are those known already.
+    A task that several adapters claim stays with the one that had it `before`, or else goes to the first by name. Every
+    other claim is a failure.
     """
     tasks: dict[str, ServedTask] = {}
     splits: dict[str, Split[ServedTask]] = {}
     contested: list[AdapterFailure] = []
-    records = sorted((record for record in records if record.serving), key=lambda record: record.name)
-    claims: dict[str, list[AdapterRecord]] = {}
-    for record in records:
-        assert record.serving is not None
-        for task in record.serving.manifest.tasks:
-            claims.setdefault(task.id, []).append(record)
+    serving = sorted((record.serving for record in records if record.serving), key=lambda version: version.name)
+    claims: dict[str, list[AdapterVersion]] = {}
+    for version in serving:
+        for task_id in version.specs:
+            claims.setdefault(task_id, []).append(version)
     for task_id, claimants in sorted(claims.items()):
         holder = before.tasks[task_id].adapter_name if task_id in before.tasks else ""
-        keeper = next((record for record in claimants if record.name == holder), claimants[0])
-        assert keeper.serving is not None
-        tasks[task_id] = served_task(keeper.serving, task_id)
-        if split := _split(keeper, task_id):
+        keeper = next((version for version in claimants if version.name == holder), claimants[0])
+        tasks[task_id] = served_task(keeper, task_id)
+        if split := _split(keeper.adapter, task_id):
             splits[task_id] = split
-        for record in claimants:
-            if record is not keeper and record.serving is not None:
+        for version in claimants:
+            if version is not keeper:
                 reason = f"task {task_id} is {keeper.name}'s already; this claim to it is void"
-                contested.append(AdapterFailure(record.name, record.serving.version, reason))
+                contested.append(AdapterFailure(version.name, version.version, reason))
     return Catalog(
         MappingProxyType(tasks),
         MappingProxyType(splits),
-        tuple(version for record in records for version in record.active),
+        tuple(active for version in serving for active in version.adapter.active),
         (*failures, *contested),
     )
 
 
 def served_task(version: AdapterVersion, task_id: str) -> ServedTask:
-    """The row of a task. Raises KeyError for a task that the version does not have."""
+    """The row of a task. Raises KeyError if the version does not have the task."""
     return ServedTask(version.specs[task_id], version.name, version.version, version.slots[task_id], version=version)
 
 

@@ -1,4 +1,4 @@
-"""What happened to adapters: each event goes to the log, to the metrics, and to whoever watches."""
+"""Events of adapters: each goes to the log, to the metrics, and to every watcher."""
 
 import asyncio
 import logging
@@ -12,13 +12,13 @@ from server.telemetry.logs import get_logger
 
 logger = get_logger("adapters")
 
-# What a watcher may be behind before it is let go.
+# A watcher that has more unread events than this is dropped.
 _WATCHER_BACKLOG = 1024
 
 
 @dataclass(frozen=True)
 class Event:
-    """`failed_stage`: what a version that failed did not reach. `content` is empty where it is not known yet."""
+    """`failed_stage`: the stage that a FAILED version did not reach. `content` is empty until it is known."""
 
     name: str
     version: str
@@ -30,28 +30,28 @@ class Event:
 
     @classmethod
     def of(cls, version: AdapterVersion, stage: Stage) -> Self:
-        """A version has reached a stage."""
+        """A version reached a stage."""
         return cls(version.name, version.version, stage, version.content)
 
     @classmethod
     def failure(cls, name: str, version: str, error: StageError, content: str = "") -> Self:
-        """A version has not."""
+        """A version did not reach a stage."""
         return cls(name, version, Stage.FAILED, content, error.reason, failed_stage=error.stage)
 
 
 class WatcherTooSlowError(Exception):
-    """A watcher that did not read its events."""
+    """A watcher fell too far behind."""
 
 
 class Events:
-    """`on_event` is called with each one, before any watcher sees it."""
+    """Calls `on_event` with each event, before any watcher gets it."""
 
     def __init__(self, on_event: Callable[[Event], None] = lambda _: None) -> None:
         self._on_event = on_event
         self._watchers: set[asyncio.Queue[Event | None]] = set()
 
     def emit(self, event: Event) -> None:
-        """Log, count and hand on. On the event loop."""
+        """Log an event, count it and hand it to the watchers. On the event loop."""
         failed = event.stage is Stage.FAILED
         fields = {"adapter": event.name, "version": event.version, "stage": event.stage.value}
         fields |= {name: value for name in ("content", "reason") if (value := getattr(event, name))}
@@ -69,7 +69,7 @@ class Events:
                 queue.put_nowait(None)
 
     async def watch(self) -> AsyncIterator[Event]:
-        """Every event from now on. Raises WatcherTooSlowError once it is too far behind."""
+        """Every event from now on. Raises WatcherTooSlowError once the reader is too far behind."""
         queue: asyncio.Queue[Event | None] = asyncio.Queue(_WATCHER_BACKLOG)
         self._watchers.add(queue)
         try:

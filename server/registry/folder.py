@@ -1,39 +1,62 @@
-"""The folder of adapters over time: what has appeared, changed and gone, and what is still being written."""
+"""The folder of adapters over time: when to look, what has appeared, changed or gone, what is still being written."""
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 
-from server.registry.events import Event
-from server.registry.mirror import MirrorError
-from server.registry.parts import Parts
+from server.registry.events import Event, Events
+from server.registry.mirror import Mirror, MirrorError
 from server.registry.record import AdapterRecord
-from server.registry.source import Found, Misnamed, Signature, scan, signature_of
-from server.registry.version import Stage, StageError
+from server.registry.source import AdapterFailure, Found, scan, signature_of
+from server.registry.version import AdapterVersion, Stage, StageError
 from server.telemetry.logs import get_logger
 
 logger = get_logger("adapters")
 
-# Files are looked at once they have not changed for this long, and refused only after the longer time: a writer may
-# pause.
+# Files are read once they have not changed for the first time, and refused only after the second: a writer may pause.
 _SETTLE_S = 0.05
 _WRITING_S = 1.0
 
 
 class Folder:
-    """`misnamed`: folders that cannot be adapters, and have been there for two looks, or at the first."""
+    """`misnamed`: folders that cannot be adapters, seen by the first look or by two looks in a row."""
 
-    def __init__(self, parts: Parts) -> None:
-        self.misnamed: set[Misnamed] = set()
-        self._root = parts.root
-        self._mirror = parts.mirror
-        self._events = parts.events
-        self._suspects: set[Misnamed] | None = None
-        self._first_seen: dict[tuple[str, str, Signature], float] = {}
+    def __init__(self, root: Path, events: Events, mirror: Mirror | None = None) -> None:
+        self.misnamed: set[AdapterFailure] = set()
+        self._root = root
+        self._mirror = mirror
+        self._events = events
+        self._suspects: set[AdapterFailure] | None = None
         self._looking = asyncio.Lock()
 
+    async def changes(self, poll_s: float) -> AsyncIterator[None]:
+        """Yield when to look: as soon as the kernel reports a change, and at least every `poll_s` seconds.
+
+        The kernel reports no change made on another machine (NFS, object storage) or by a flipped link.
+        """
+        from watchfiles import awatch
+
+        while True:
+            try:
+                async for _ in awatch(
+                    self._root,
+                    watch_filter=None,
+                    step=20,
+                    debounce=100,
+                    rust_timeout=int(poll_s * 1000),
+                    yield_on_timeout=True,
+                ):
+                    yield
+            except (OSError, RuntimeError) as error:
+                # No watches left, a file system without them, or a folder that is gone for now.
+                logger.warning("no notice of changes, polling", extra={"fields": {"reason": str(error)}})
+            yield
+            await asyncio.sleep(poll_s)
+
     async def look(self) -> dict[str, dict[str, Found]] | None:
-        """What lies there, by name and version; None, and a line in the log, where that cannot be told."""
+        """What lies there, by name and version; None, with a line in the log, if it cannot be listed."""
         async with self._looking:
             try:
                 if self._mirror is not None:
@@ -42,7 +65,7 @@ class Folder:
             except (OSError, MirrorError) as error:
                 logger.warning("adapters cannot be listed", extra={"fields": {"reason": str(error)}})
                 return None
-        # What is there at the start is meant; later, a folder may be half made, and is looked at twice.
+        # The first look takes folders as they are; a later one may see a folder half made, so two must agree.
         still = set(misnamed) if self._suspects is None else set(misnamed) & self._suspects
         self._suspects = set(misnamed)
         for each in still - self.misnamed:
@@ -54,41 +77,23 @@ class Folder:
         return by_name
 
     def note(self, record: AdapterRecord, found: dict[str, Found]) -> None:
-        """Have an adapter's record say what lies there now; what appeared and what went are events."""
-        for version, now in found.items():
-            before = record.found.get(version)
-            if now.complete and (before is None or before.signature != now.signature):
-                self._first_seen[record.name, version, now.signature] = time.monotonic()
-                if before is None or not before.complete:
-                    self._events.emit(Event(record.name, version, Stage.FOUND))
-        for version in set(record.found) - set(found):
-            self._events.emit(Event(record.name, version, Stage.VANISHED))
-            record.refused.pop(version, None)
-            record.passed_over.pop(version, None)
-        record.found = found
-        self._first_seen = {
-            key: seen
-            for key, seen in self._first_seen.items()
-            if key[0] != record.name or (key[1] in found and found[key[1]].signature == key[2])
-        }
+        """Tell an adapter's record what lies there now, and emit what appeared and what vanished."""
+        for version, stage in record.note(found):
+            self._events.emit(Event.of(version, stage))
 
-    async def settled(self, record: AdapterRecord, found: Found) -> bool:
-        """Whether a version's files have stopped changing; where not, they are noted as they are now."""
+    async def settled(self, version: AdapterVersion) -> bool:
+        """Whether a version's files have stopped changing. If not, note them as they are now."""
         await asyncio.sleep(_SETTLE_S)
-        signature = await asyncio.to_thread(signature_of, found.folder)
-        if signature == found.signature:
+        signature = await asyncio.to_thread(signature_of, version.found.folder)
+        if signature == version.found.signature:
             return True
-        self.note(record, record.found | {found.version: replace(found, signature=signature)})
+        found = {each.version: each.found for each in version.adapter.found.values()}
+        self.note(version.adapter, found | {version.version: replace(version.found, signature=signature)})
         return False
 
-    def age(self, found: Found) -> float:
-        """Seconds since a version was first seen as it is now; 0 where it is not there so any more."""
-        now = time.monotonic()
-        return now - self._first_seen.get((found.name, found.version, found.signature), now)
-
-    async def wait_for_writer(self, found: Found) -> bool:
-        """Wait a little, where a version that is wrong is young enough to be written still; False where it is not."""
-        if (found.name, found.version, found.signature) not in self._first_seen or self.age(found) >= _WRITING_S:
+    async def wait_for_writer(self, version: AdapterVersion) -> bool:
+        """Wait a little if a bad version may still be being written; False if it is too old for that, or gone."""
+        if not version.present or time.monotonic() - version.seen >= _WRITING_S:
             return False
         await asyncio.sleep(_WRITING_S / 4)
         return True

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from server.registry.source import MANIFEST_FILE, TENSORS_FILE
-from server.registry.version import NAME
+from server.registry.source import MANIFEST_FILE, NAME, TENSORS_FILE
 from server.telemetry.logs import get_logger
 
 logger = get_logger("adapters")
@@ -15,11 +14,11 @@ _FILES = (MANIFEST_FILE, TENSORS_FILE)
 
 
 class MirrorError(Exception):
-    """Storage that cannot be read."""
+    """The storage cannot be read."""
 
 
 class Mirror:
-    """`folder` follows `url`: a version appears there whole, changes in one step, and goes when it is gone there."""
+    """Makes `folder` follow `url`: a version appears whole, changes in one step, and goes when `url` loses it."""
 
     def __init__(self, url: str, folder: Path, max_bytes: int) -> None:
         import fsspec
@@ -28,13 +27,14 @@ class Mirror:
         self._max_bytes = max_bytes
         self._files, self._root = fsspec.core.url_to_fs(url, skip_instance_cache=True)
         self._folder = folder
-        # What each mirrored version was made from.
+        # The state of the files that each mirrored version was copied from.
         self._seen: dict[tuple[str, str], Any] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def sync(self) -> None:
-        """Make the folder as the storage is. Blocks. Raises MirrorError where that cannot be read; nothing is removed
-        then. One version that cannot be fetched is logged, and tried again next time.
+        """Make the folder equal to the storage. Blocks. Raises MirrorError if that cannot be read, and removes nothing.
+
+        Logs a version that cannot be fetched, and tries it again next time.
         """
         try:
             listed = dict(self._list())
@@ -57,7 +57,7 @@ class Mirror:
             shutil.rmtree(self._folder / name / version, ignore_errors=True)
 
     def _list(self) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
-        """((name, version), {file name: its entry}) of every version."""
+        """Every version, as ((name, version), {file name: listing entry})."""
         # Object stores cache listings.
         self._files.invalidate_cache()
         root = self._root.rstrip("/")

@@ -1,76 +1,114 @@
-"""What the registry knows of one adapter, and which version it should serve."""
+"""What the registry knows of one adapter, and which of its versions should serve."""
 
+import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from server.registry.source import Found, Signature
-from server.registry.version import AdapterVersion, version_key
+from server.registry.source import Found
+from server.registry.version import AdapterVersion, Stage, version_key
 
-# How many versions that served before can be rolled back to.
+# How many earlier versions stay for rollbacks.
 KEPT = 2
 
 
-@dataclass
+@dataclass(eq=False)
 class AdapterRecord:
-    """found: by version, what lies in the folder.
-    refused: by version, the signature that failed and why; another signature gets another try.
-    passed_over: by version, the signature that somebody chose not to serve, by Rollback or by Load of a lower one.
-    canary: versions that have weights, beside the one that serves.
+    """versions: all with files in the folder or a copy in the spool.
+    previous: versions kept for rollbacks, the latest last.
+    canary: versions with weights, beside the serving one, by version.
     weights: by scope (a task's id, or "" for the whole adapter) and version.
+    unloaded: nothing serves until a Load by name. pinned: the serving version stays in the engine.
+    changing: held while what serves changes. following: the task that follows the folder.
     """
 
     name: str
-    found: dict[str, Found] = field(default_factory=dict)
+    versions: list[AdapterVersion] = field(default_factory=list)
     serving: AdapterVersion | None = None
-    serving_signature: Signature = ()
     previous: list[AdapterVersion] = field(default_factory=list)
     canary: dict[str, AdapterVersion] = field(default_factory=dict)
     weights: dict[str, dict[str, int]] = field(default_factory=dict)
-    refused: dict[str, tuple[Signature, str]] = field(default_factory=dict)
-    passed_over: dict[str, Signature] = field(default_factory=dict)
     unloaded: bool = False
     pinned: bool = False
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    following: asyncio.Task[None] | None = None
 
-    def candidate(self) -> Found | None:
-        """What should serve and does not: the highest version that was neither refused nor passed over.
+    @property
+    def found(self) -> dict[str, AdapterVersion]:
+        """Versions whose files lie in the folder, by version."""
+        return {version.version: version for version in self.versions if version.present}
 
-        Nothing while somebody holds the adapter by weights or unloaded it. A version below the serving one never comes
-        by itself: where the serving version's folder vanishes, it serves on.
+    @property
+    def active(self) -> list[AdapterVersion]:
+        """Versions that new requests may go to."""
+        return [*([self.serving] if self.serving else []), *self.canary.values()]
+
+    def note(self, found: Mapping[str, Found]) -> list[tuple[AdapterVersion, Stage]]:
+        """Take note of what lies in the folder now, by version. Returns what appeared (FOUND) and what VANISHED."""
+        changes = []
+        known = self.found
+        for name, files in found.items():
+            before = known.get(name)
+            if before is not None:
+                if before.found == files:
+                    continue
+                before.present = False
+            # The same files may be back.
+            version = next((each for each in self.versions if each.found == files), None)
+            if version is None:
+                version = AdapterVersion(self, files)
+                self.versions.append(version)
+            version.be_present(files)
+            if files.complete and not (before is not None and before.found.complete):
+                changes.append((version, Stage.FOUND))
+        for name in known.keys() - found.keys():
+            known[name].present = known[name].passed_over = False
+            changes.append((known[name], Stage.VANISHED))
+        self.versions = [version for version in self.versions if version.present or version.copied]
+        return changes
+
+    def candidate(self) -> AdapterVersion | None:
+        """The version that should serve but does not: the highest that neither FAILED nor was passed over.
+
+        None while weights split the adapter, or while it is unloaded. A version below the serving one never takes over
+        by itself, even if the serving version's folder vanishes.
         """
         if self.unloaded or self.weights:
             return None
-        for found in sorted(self.found.values(), key=lambda each: version_key(each.version), reverse=True):
-            if self.serving and version_key(found.version) < version_key(self.serving.version):
+        for version in sorted(self.found.values(), key=lambda each: version_key(each.version), reverse=True):
+            if self.serving is version:
                 return None
-            if self.serving and found.version == self.serving.version and found.signature == self.serving_signature:
+            if self.serving and version_key(version.version) < version_key(self.serving.version):
                 return None
-            refused = self.refused.get(found.version, ((), ""))[0] == found.signature
-            if found.complete and not refused and self.passed_over.get(found.version) != found.signature:
-                return found
+            if version.found.complete and version.stage is not Stage.FAILED and not version.passed_over:
+                return version
         return None
 
-    def serve(self, version: AdapterVersion, signature: Signature) -> list[AdapterVersion]:
-        """Let a version serve; those that can no longer be rolled back to."""
+    def serve(self, version: AdapterVersion) -> list[AdapterVersion]:
+        """Make a version the serving one. Returns versions that are no longer kept for rollbacks."""
+        self.canary.pop(version.version, None)
+        if self.serving is version:
+            return []
+        self.previous = [each for each in self.previous if each is not version]
+        dropped = self.stop()
+        self.serving = version
+        return dropped
+
+    def stop(self) -> list[AdapterVersion]:
+        """Keep the serving version for rollbacks alone. Returns versions that are no longer kept."""
         if self.serving is not None:
             self.previous.append(self.serving)
-        self.serving, self.serving_signature = version, signature
-        self.previous = [each for each in self.previous if each is not version]
-        self.canary.pop(version.version, None)
+        self.serving = None
         dropped, self.previous = self.previous[:-KEPT], self.previous[-KEPT:]
         return dropped
 
     def pass_over_above(self, version: str) -> None:
-        """Leave every version above this one that is here now: only what comes later replaces it by itself."""
-        for found in self.found.values():
-            if version_key(found.version) > version_key(version):
-                self.passed_over[found.version] = found.signature
+        """Pass over every version above this one: only what is published later takes over by itself."""
+        for each in self.found.values():
+            if version_key(each.version) > version_key(version):
+                each.passed_over = True
 
     def version_of(self, version: str) -> AdapterVersion | None:
-        """The version of that name that serves or has weights."""
+        """The active version of that name."""
         if self.serving is not None and self.serving.version == version:
             return self.serving
         return self.canary.get(version)
-
-    @property
-    def active(self) -> list[AdapterVersion]:
-        """Versions that new requests may begin on."""
-        return [*([self.serving] if self.serving else []), *self.canary.values()]

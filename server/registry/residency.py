@@ -1,28 +1,27 @@
-"""Which adapter versions are in the engine's memory: least recently used first to go, never while a request runs on it.
+"""Loads adapter versions into the engine's memory, and evicts the least recently used that no request runs on.
 
-A request takes a lease on its version before the engine hears of it. A version that is not in the engine is loaded
-then, beside the running steps; requests for versions that are there go straight on.
+A request takes a lease on its version before it reaches the engine. If the version is not resident, it is loaded beside
+the running steps; requests for resident versions do not wait.
+
+Each version's `place` says where it is; only `Residency` moves it.
 """
 
 import asyncio
 import contextlib
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from server.errors import AdapterError, EngineDeadError
-from server.registry.version import AdapterVersion, Stage, StageError
+from server.registry.version import AdapterVersion, Place, Stage, StageError
 
-# How long a version waits for a place before the least recently used one, busy as it is, has to make room: that one
-# takes no new requests then and goes with its last. Below that, swapping places would cost more than waiting.
+# If all residents are busy for this long, the least recently used one closes: it takes no new request and leaves with
+# its last. With less patience, swapping versions would cost more than waiting.
 PATIENCE_S = 1.0
 
-
-# What a request does while it waits for its version.
+# A request waits for its version inside this.
 Aside = Callable[[], AbstractAsyncContextManager[None]]
 
 
@@ -31,23 +30,11 @@ class LoadsSlots(Protocol):
     async def unload(self, slots: Sequence[Any]) -> None: ...
 
 
-@dataclass(eq=False)
-class _Place:
-    """admitted: counts against the capacity. ready: loaded. closed: takes no new lease and goes with its last."""
-
-    version: AdapterVersion
-    loading: "asyncio.Task[None]"
-    admitted: bool = False
-    ready: bool = False
-    closed: bool = False
-    users: int = 0
-
-
 class Residency:
-    """`capacity` versions at a time, whatever their tasks. Adapters named in `pinned` are not evicted for others.
+    """At most `capacity` versions at a time, whatever their tasks. Pinned versions make no room for others.
 
-    `on_cold` gets the seconds that each request waited whose version was not in the engine, `on_load` those that each
-    load took, without the wait for a place; `on_evict` is called for every version that makes room for another.
+    on_cold: gets the seconds that a request waited for its version. on_load: gets the seconds of a load, without its
+    wait for room. on_evict: called for each version that makes room.
     """
 
     def __init__(
@@ -59,169 +46,153 @@ class Residency:
         on_evict: Callable[[], None] = lambda: None,
     ) -> None:
         self.capacity = capacity
-        self.pinned: set[str] = set()
-        # What the last engine had, least recently used first.
-        self.lost: list[AdapterVersion] = []
         self._engine = engine
         self._on_cold = on_cold
         self._on_load = on_load
         self._on_evict = on_evict
-        # Least recently used first.
-        self._places: OrderedDict[AdapterVersion, _Place] = OrderedDict()
-        self._retired: set[AdapterVersion] = set()
+        # The load, running or done, of every version that is not OUT.
+        self._loads: dict[AdapterVersion, asyncio.Task[None]] = {}
         self._changed = asyncio.Condition()
-        # Whoever waits for a place waits in line.
+        # Held by the version that is next to get room.
         self._line = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
 
     @property
     def resident(self) -> list[AdapterVersion]:
-        """Versions in the engine, least recently used first."""
-        return [version for version, place in self._places.items() if place.ready]
-
-    def users(self, version: AdapterVersion) -> int:
-        """Requests that run on a version or wait for it."""
-        place = self._places.get(version)
-        return place.users if place else 0
+        """Resident versions, least recently used first."""
+        return sorted((each for each in self._loads if each.resident), key=lambda each: each.last_used)
 
     def prefetch(self, version: AdapterVersion) -> None:
-        """Begin to load a version that a request is about to want."""
-        if version not in self._places:
+        """Begin to load a version for a request that is being prepared."""
+        if version.place is Place.OUT:
             self._begin(version)
+
+    @contextmanager
+    def hold(self, version: AdapterVersion) -> Iterator[None]:
+        """Keep a version's copy, so that it can be loaded whatever is published meanwhile."""
+        version.holds += 1
+        try:
+            yield
+        finally:
+            version.holds -= 1
+            if not version.leases:
+                # Evict in the background; the request must not wait.
+                self._spawn(self._settle(version))
 
     @asynccontextmanager
     async def lease(self, version: AdapterVersion, aside: Aside = contextlib.nullcontext) -> AsyncIterator[None]:
-        """Hold a version in the engine, once it is there; where it is not, the wait is inside `aside`.
+        """Wait, inside `aside`, until a version is resident, then keep it so.
 
-        Raises StageError where it cannot be loaded.
+        Raises StageError if it cannot be loaded, EngineDeadError if the engine is lost meanwhile.
         """
-        place = self._at_once(version)
-        try:
-            while place is None:
+        began = time.monotonic()
+        with self.hold(version):
+            while version.place in (Place.CLOSING, Place.UNLOADING):
                 async with aside():
-                    place = await self._acquire(version)
-                if self._places.get(version) is not place:
-                    # Lost with its engine on the way back.
-                    place = None
-            yield
-        finally:
-            if place is not None:
-                place.users -= 1
-                if not place.users:
-                    # Not the request's to wait for.
-                    self._spawn(self._let_go(place))
+                    await self._until(lambda: version.place not in (Place.CLOSING, Place.UNLOADING))
+            version.leases += 1
+            try:
+                # The engine may be lost while `aside` ends; load again then.
+                while version.place in (Place.OUT, Place.QUEUED, Place.LOADING):
+                    async with aside():
+                        await self._load(version, began)
+                version.last_used = time.monotonic()
+                yield
+            finally:
+                version.leases -= 1
 
-    async def retire(self, version: AdapterVersion) -> None:
-        """Take a version out of the engine when its last request has left; returns then."""
-        self._retired.add(version)
-        while version in self._retired and (place := self._places.get(version)) is not None:
-            await self._let_go(place)
-            await self._gone(place, unless=lambda: version not in self._retired)
-        self._retired.discard(version)
-
-    def keep(self, version: AdapterVersion) -> None:
-        """Call off `retire`: the version serves again."""
-        if version in self._retired:
-            self._retired.discard(version)
-            self._spawn(self._notify())
+    async def drain(self, version: AdapterVersion) -> None:
+        """Evict a version after its last request. Returns then, or once the version is wanted again."""
+        await self._settle(version)
+        await self._until(lambda: not version.leaving or (version.place is Place.OUT and not version.holds))
 
     def reset(self) -> None:
-        """The engine is gone, and everything in it. `lost` tells what that was."""
-        self.lost = self.resident or self.lost
-        for place in self._places.values():
-            place.loading.cancel()
-        self._places.clear()
+        """Forget every resident: the engine is lost."""
+        for version, loading in self._loads.items():
+            loading.cancel()
+            version.move(Place.OUT)
+        self._loads.clear()
+        self._spawn(self._notify())
 
-    def _at_once(self, version: AdapterVersion) -> _Place | None:
-        place = self._places.get(version)
-        if place is None or not place.ready or place.closed:
-            return None
-        self._places.move_to_end(version)
-        place.users += 1
-        return place
-
-    async def _acquire(self, version: AdapterVersion) -> _Place:
-        began = time.monotonic()
-        while (place := self._places.get(version)) is not None and place.closed:
-            await self._gone(place)
-        place = place or self._begin(version)
-        self._places.move_to_end(version)
-        place.users += 1
-        if place.ready:
-            return place
+    async def _load(self, version: AdapterVersion, began: float) -> None:
+        loading = self._loads.get(version) or self._begin(version)
         try:
-            # Others may wait for it too: a request that is cancelled leaves the loading running.
-            await asyncio.shield(place.loading)
+            # A cancelled request leaves the load to others that wait for it.
+            await asyncio.shield(loading)
         except asyncio.CancelledError:
-            place.users -= 1
-            if place.loading.cancelled():
+            if loading.cancelled():
                 raise EngineDeadError from None
-            self._spawn(self._let_go(place))
-            raise
-        except BaseException:
-            place.users -= 1
             raise
         self._on_cold(time.monotonic() - began)
-        return place
 
-    def _begin(self, version: AdapterVersion) -> _Place:
-        async def load() -> None:
-            try:
-                async with self._line:
-                    await self._make_room()
-                    place.admitted = True
-                began = time.monotonic()
-                await self._engine.load(version.folder, version.distinct_slots)
-            except BaseException as error:
-                self._forget(place)
-                await self._notify()
-                if isinstance(error, AdapterError):
-                    raise StageError(Stage.LOADED, str(error)) from error
-                raise
-            self._on_load(time.monotonic() - began)
-            place.ready = True
-            await self._let_go(place)
+    def _begin(self, version: AdapterVersion) -> "asyncio.Task[None]":
+        version.move(Place.QUEUED)
+        version.last_used = time.monotonic()
+        loading = self._loads[version] = asyncio.create_task(self._bring_in(version))
+        # Retrieve the exception, or asyncio logs it: a prefetch may have no request that waits.
+        loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return loading
 
-        place = self._places[version] = _Place(version, asyncio.create_task(load()))
-        # Where nobody waits for it any more, its failure is nobody's.
-        place.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return place
+    async def _bring_in(self, version: AdapterVersion) -> None:
+        loading = self._loads[version]
+        try:
+            async with self._line:
+                await self._make_room()
+                if self._loads.get(version) is not loading:
+                    # Reset while an eviction, which hides the cancellation, made room.
+                    raise EngineDeadError
+                version.move(Place.LOADING)
+            began = time.monotonic()
+            await self._engine.load(version.folder, version.distinct_slots)
+        except BaseException as error:
+            await self._forget(version, loading)
+            if isinstance(error, AdapterError):
+                raise StageError(Stage.LOADED, str(error)) from error
+            raise
+        self._on_load(time.monotonic() - began)
+        version.move(Place.RESIDENT)
+        await self._settle(version)
 
     async def _make_room(self) -> None:
         until = time.monotonic() + PATIENCE_S
-        while sum(place.admitted for place in self._places.values()) >= self.capacity:
-            evictable = [p for p in self._places.values() if p.ready and p.version.name not in self.pinned]
-            if idle := next((place for place in evictable if not place.users), None):
+        while sum(each.place is not Place.QUEUED for each in self._loads) >= self.capacity:
+            evictable = [each for each in self.resident if not each.pinned]
+            if idle := next((each for each in evictable if not each.leases), None):
                 self._on_evict()
                 await self._evict(idle)
                 continue
-            if time.monotonic() >= until and evictable and not any(place.closed for place in evictable):
-                evictable[0].closed = True
+            if time.monotonic() >= until and evictable and not any(each.place is Place.CLOSING for each in evictable):
+                evictable[0].move(Place.CLOSING)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PATIENCE_S / 4), self._changed:
                     await self._changed.wait()
 
-    async def _let_go(self, place: _Place) -> None:
-        """Evict a place that nobody uses and nobody is to use."""
-        if place.ready and not place.users and (place.closed or place.version in self._retired):
-            if place.closed:
+    async def _settle(self, version: AdapterVersion) -> None:
+        """Evict an unused version if it makes room or is leaving."""
+        if version.resident and not version.leases:
+            if version.place is Place.CLOSING:
                 self._on_evict()
-            await self._evict(place)
-        else:
-            await self._notify()
-
-    async def _evict(self, place: _Place) -> None:
-        if self._forget(place):
-            # A dead engine has forgotten it already.
-            with contextlib.suppress(EngineDeadError):
-                await self._engine.unload(place.version.distinct_slots)
+                await self._evict(version)
+            elif version.leaving and not version.holds:
+                await self._evict(version)
         await self._notify()
 
-    def _forget(self, place: _Place) -> bool:
-        if self._places.get(place.version) is not place:
-            return False
-        del self._places[place.version]
-        return True
+    async def _evict(self, version: AdapterVersion) -> None:
+        loading = self._loads[version]
+        version.move(Place.UNLOADING)
+        try:
+            # A dead engine holds nothing.
+            with contextlib.suppress(EngineDeadError):
+                await self._engine.unload(version.distinct_slots)
+        finally:
+            await self._forget(version, loading)
+
+    async def _forget(self, version: AdapterVersion, loading: "asyncio.Task[None]") -> None:
+        """Move a version OUT, unless a new engine has begun to load it since."""
+        if self._loads.get(version) is loading:
+            del self._loads[version]
+            version.move(Place.OUT)
+        await self._notify()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -232,7 +203,6 @@ class Residency:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _gone(self, place: _Place, unless: Callable[[], bool] = lambda: False) -> None:
-        """Wait until a place is given up, or for what comes first."""
+    async def _until(self, condition: Callable[[], bool]) -> None:
         async with self._changed:
-            await self._changed.wait_for(lambda: self._places.get(place.version) is not place or unless())
+            await self._changed.wait_for(condition)

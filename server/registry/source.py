@@ -1,21 +1,21 @@
-"""What lies in a folder of adapters: NAME/VERSION/, as it is at this moment. Only names and file times are read."""
+"""What lies in a folder of adapters, NAME/VERSION/, at this moment. Reads names and file attributes alone."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.registry.version import NAME
-
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
 MANIFEST_FILE = "adapter.json"
 TENSORS_FILE = "adapter.safetensors"
 
-# Of both files: device, inode, size, times. Another signature means other content, or at least another look.
+# Of both files: device, inode, size, change time, the link's inode. Equal signatures mean equal content.
 Signature = tuple[tuple[int, int, int, int, int], ...]
 
 
 @dataclass(frozen=True)
 class Found:
-    """A version's folder. `signature` is empty while a file is missing: the version is not there yet."""
+    """A version's folder. `signature` is empty while a file is missing."""
 
     name: str
     version: str
@@ -28,49 +28,52 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Misnamed:
-    """A folder that cannot be an adapter, and why."""
+class AdapterFailure:
+    """What is not served, and why: an adapter, a version of it, or a task that it claims."""
 
     name: str
     version: str
     reason: str
 
 
-def scan(root: Path) -> tuple[list[Found], list[Misnamed]]:
-    """Every version under `root`. Hidden folders are unfinished writes, or a mount's own. Raises OSError for `root`."""
+def scan(root: Path) -> tuple[list[Found], list[AdapterFailure]]:
+    """Every version under `root`, and every folder that cannot be one. Raises OSError if `root` cannot be read.
+
+    Skips hidden folders: unfinished writes, or a mount's own.
+    """
     found: list[Found] = []
-    misnamed: list[Misnamed] = []
+    misnamed: list[AdapterFailure] = []
     for adapter in _folders(root):
         if not NAME.fullmatch(adapter.name):
-            misnamed.append(Misnamed(adapter.name, "", f"name must match {NAME.pattern}"))
+            misnamed.append(AdapterFailure(adapter.name, "", f"name must match {NAME.pattern}"))
             continue
         try:
             versions = list(_folders(adapter))
         except OSError:
-            # Removed since the line above it.
+            # Removed meanwhile.
             continue
         if not versions:
-            misnamed.append(Misnamed(adapter.name, "", "no version folder; an adapter is NAME/VERSION/"))
+            misnamed.append(AdapterFailure(adapter.name, "", "no version folder; an adapter is NAME/VERSION/"))
         for version in versions:
             if not NAME.fullmatch(version.name):
-                misnamed.append(Misnamed(adapter.name, version.name, f"version must match {NAME.pattern}"))
+                misnamed.append(AdapterFailure(adapter.name, version.name, f"version must match {NAME.pattern}"))
             else:
                 found.append(Found(adapter.name, version.name, version, signature_of(version)))
     return found, misnamed
 
 
 def signature_of(folder: Path) -> Signature:
-    """What tells one state of a version's files from another; empty where one is missing."""
+    """The signature of a version's files; empty if one is missing."""
     result = []
     for name in (MANIFEST_FILE, TENSORS_FILE):
         path = folder / name
         try:
-            # A link is followed, and its own identity counts too: a mounted ConfigMap changes by flipping a link.
+            # The link's own inode counts too: a mounted ConfigMap changes by a flipped link.
             status, target = path.stat(), path.lstat()
         except (OSError, ValueError):
             if not path.is_symlink():
                 return ()
-            # A link to nowhere is there, and will be refused for what it is.
+            # A link to nowhere counts as a file; verification refuses it.
             status = target = path.lstat()
         result.append((status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns, target.st_ino))
     return tuple(result)

@@ -1,7 +1,7 @@
-"""Verified copies of adapters, by content, in a local folder that only this server writes.
+"""Copies of verified versions, by content, in a local folder that only this server writes.
 
-The engine loads from here alone. So what was verified is what is loaded, now and after an eviction, whatever happens
-to the folder that it was found in.
+The engine loads from here alone, so it loads what was verified, even after an eviction and whatever happened to the
+folder of adapters since.
 """
 
 import contextlib
@@ -16,9 +16,10 @@ _PREFIX = "mtlora-adapters-"
 
 
 class Spool:
-    """`parent`: where the spool's own folder is made, the system's temporary folder by default; `close` removes it.
+    """A folder of its own in `parent`, by default the system's temporary folder; `close` removes it.
 
-    Folders of servers that died are removed when the next one starts: a lock ends with its process.
+    Versions with equal bytes share a copy; the last `release` removes it. A server that starts removes the spools of
+    servers that died: their locks ended with them.
     """
 
     def __init__(self, parent: Path | None = None) -> None:
@@ -30,11 +31,11 @@ class Spool:
         self._users: Counter[str] = Counter()
 
     def incoming(self) -> Path:
-        """A new empty folder for a copy that is about to be verified."""
+        """Make an empty folder for a copy to verify."""
         return Path(tempfile.mkdtemp(prefix=".incoming-", dir=self.root))
 
     def keep(self, incoming: Path, content: str) -> Path:
-        """Keep a verified copy under its content; the folder to load from. Each call wants one `release`."""
+        """Keep a verified copy; returns the folder to load from. Each call needs one `release`."""
         folder = self.root / content
         self._users[content] += 1
         if folder.exists():
@@ -46,14 +47,14 @@ class Spool:
         return folder
 
     def release(self, content: str) -> None:
-        """Remove a copy with its last user."""
+        """Give up one use of a copy; the last one removes it."""
         self._users[content] -= 1
         if self._users[content] <= 0:
             del self._users[content]
             shutil.rmtree(self.root / content, ignore_errors=True)
 
     def discard(self, incoming: Path) -> None:
-        """Remove a copy that was refused."""
+        """Remove a refused copy."""
         shutil.rmtree(incoming, ignore_errors=True)
 
     def close(self) -> None:
@@ -73,7 +74,7 @@ def _remove_abandoned(parent: Path) -> None:
 
 
 def _try_lock(folder: Path) -> int | None:
-    """A locked descriptor of a folder; None where another process has it."""
+    """Lock a folder; returns its descriptor, or None if another process holds the lock."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

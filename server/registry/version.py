@@ -1,38 +1,102 @@
-"""An adapter version and the stages of its life."""
+"""The states of an adapter version: its stage, its place in the engine, and every move between them.
+
+The adapter's record says which version should serve; a version's stage says how far it has come.
+
+    FOUND ───► VERIFIED ───► LOADED ───► WARMED ───► SERVING
+      │          ▲ │           │           │            │
+      ▼          │ └───────────┴─────┬─────┴────────────┘
+    FAILED       │                   ▼
+                 └─────────────── DRAINING ───► FOUND, FAILED or DRAINED
+
+| stage | what it means | who moves a version there |
+| --- | --- | --- |
+| FOUND | Its files lie in the folder, without a copy. | `AdapterRecord.note`, the end of a drain |
+| VERIFIED | It has a copy: to be brought up, or kept for a rollback. | `Lifecycle.verify`, the end of a drain |
+| LOADED | The engine has it; its first sequence is due. | `Lifecycle.bring` |
+| WARMED | Its first sequence was run. | `Lifecycle.bring` |
+| SERVING | New requests begin on it: all, or a canary's share. | `Registry` |
+| DRAINING | No new request begins on it. It leaves the engine with its last. | `Lifecycle.retire` |
+| DRAINED | The end: neither files nor copy. | the end of a drain |
+| FAILED | It did not reach a stage. A Load by name tries again; the folder needs other files. | `Registry` |
+
+VANISHED (its files are gone) and UNLOADED (by a call) are only events, not stages that a version stays in.
+
+Invariants:
+- A version begins to serve when WARMED; while the server starts, when VERIFIED.
+- The spool has its copy from VERIFIED until it has drained, and while it is kept for a rollback.
+- A version keeps its copy while a request holds it, and stays resident while a request has a lease on it.
+- The engine may evict a serving version (`place`); the next request loads it again.
+- At most `capacity` versions are in a place other than OUT and QUEUED.
+"""
 
 import re
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from server.errors import AdapterError
+from server.registry.source import Found
 
 if TYPE_CHECKING:
-    from mtlora.checkpoint.format import AdapterManifest, TaskEntry
+    from mtlora.task import TaskSpec
+    from server.registry.record import AdapterRecord
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
 _NUMBERS = re.compile(r"v?(\d+(?:\.\d+)*)", re.ASCII)
 
 
 class Stage(Enum):
-    """What has become of a version. Each is an event; a failure names the stage that was not reached."""
+    """How far a version has come, and what an event tells of it."""
 
     FOUND = "found"
     VERIFIED = "verified"
     LOADED = "loaded"
     WARMED = "warmed"
     SERVING = "serving"
+    DRAINING = "draining"
     DRAINED = "drained"
     FAILED = "failed"
     VANISHED = "vanished"
     UNLOADED = "unloaded"
 
 
+class Place(Enum):
+    """Where a version is in the engine's memory."""
+
+    OUT = "out"
+    # Waits for room.
+    QUEUED = "queued"
+    LOADING = "loading"
+    RESIDENT = "resident"
+    # Makes room for another: takes no new lease, and leaves with its last.
+    CLOSING = "closing"
+    UNLOADING = "unloading"
+
+
+_MOVES: Mapping[Enum, set[Enum]] = {
+    Stage.FOUND: {Stage.VERIFIED, Stage.FAILED},
+    Stage.VERIFIED: {Stage.LOADED, Stage.SERVING, Stage.DRAINING},
+    Stage.LOADED: {Stage.WARMED, Stage.DRAINING},
+    Stage.WARMED: {Stage.SERVING, Stage.DRAINING},
+    Stage.SERVING: {Stage.DRAINING},
+    # VERIFIED: kept for a rollback, or wanted again before its last request.
+    Stage.DRAINING: {Stage.VERIFIED, Stage.FOUND, Stage.DRAINED, Stage.FAILED},
+    Stage.DRAINED: set(),
+    Stage.FAILED: {Stage.VERIFIED},
+    # A lost engine moves every version OUT.
+    Place.OUT: {Place.QUEUED},
+    Place.QUEUED: {Place.LOADING, Place.OUT},
+    Place.LOADING: {Place.RESIDENT, Place.OUT},
+    Place.RESIDENT: {Place.CLOSING, Place.UNLOADING, Place.OUT},
+    Place.CLOSING: {Place.UNLOADING, Place.OUT},
+    Place.UNLOADING: {Place.OUT},
+}
+
+
 class StageError(AdapterError):
-    """A version that did not reach a stage; the message says why."""
+    """A version did not reach `stage`; the message says why."""
 
     def __init__(self, stage: Stage, reason: str) -> None:
         super().__init__(reason)
@@ -40,39 +104,96 @@ class StageError(AdapterError):
         self.reason = reason
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, repr=False)
 class AdapterVersion:
-    """A version that passed verification.
+    """The files of one NAME/VERSION.
 
-    content: sha256 of its manifest, which holds that of its tensors. The same NAME/VERSION with other bytes is another
-    AdapterVersion, in another folder, with other slots: nothing of the one, cached blocks neither, serves the other.
-    folder: the verified copy.
-    slots: vLLM's LoRARequest of every task; tasks without a bias of their own share one.
+    Other bytes under the same name are another AdapterVersion, with its own copy and slots, so that cached blocks of
+    one never serve the other.
+
+    found, present: its files as last seen, and whether they still lie in the folder.
+    seen: time.monotonic() when these files appeared.
+    passed_over: a Rollback, or a Load of a lower version, chose not to serve these files.
+    reason: why it FAILED.
+    content: sha256 of its manifest, which holds the tensors' sha256. Set, like all below, from VERIFIED on.
+    copied, folder: whether the spool has a copy, and where.
+    specs: its tasks by id.
+    slots: vLLM's LoRARequest of each task; tasks without a bias of their own share one.
+    holds: requests that run on it or wait for it. leases: those that keep it resident.
+    last_used: time.monotonic() of the last lease.
     """
 
-    name: str
-    version: str
-    content: str
-    folder: Path
-    manifest: "AdapterManifest"
-    slots: Mapping[str, Any]
+    adapter: "AdapterRecord"
+    found: Found
+    present: bool = True
+    seen: float = field(default_factory=time.monotonic)
+    stage: Stage = Stage.FOUND
+    passed_over: bool = False
+    reason: str = ""
+    content: str = ""
+    copied: bool = False
+    folder: Path = field(init=False)
+    specs: Mapping[str, "TaskSpec"] = field(default_factory=dict)
+    slots: Mapping[str, Any] = field(default_factory=dict)
+    place: Place = Place.OUT
+    holds: int = 0
+    leases: int = 0
+    last_used: float = 0.0
 
-    @cached_property
-    def specs(self) -> Mapping[str, "TaskEntry"]:
-        """Its tasks by id."""
-        return {task.id: task for task in self.manifest.tasks}
+    @property
+    def name(self) -> str:
+        """The adapter's name."""
+        return self.adapter.name
+
+    @property
+    def version(self) -> str:
+        """The version's name."""
+        return self.found.version
+
+    def be_present(self, files: Found) -> None:
+        """Note that these files of the version lie in the folder now. They are not passed over."""
+        self.found, self.present, self.passed_over, self.seen = files, True, False, time.monotonic()
+
+    def enter(self, stage: Stage) -> None:
+        """Move to another stage. Raises RuntimeError if `_MOVES` does not allow it."""
+        self._check(self.stage, stage)
+        self.stage = stage
+
+    def move(self, place: Place) -> None:
+        """Move to another place. Raises RuntimeError if `_MOVES` does not allow it."""
+        self._check(self.place, place)
+        self.place = place
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it leaves the engine and the spool after its last request."""
+        return self.copied and self.stage in (Stage.DRAINING, Stage.FAILED)
+
+    @property
+    def resident(self) -> bool:
+        """Whether requests can run on it."""
+        return self.place in (Place.RESIDENT, Place.CLOSING)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it never makes room for others: a pin goes for the serving version, not for canaries."""
+        return self.adapter.pinned and self.adapter.serving is self
 
     @property
     def distinct_slots(self) -> list[Any]:
-        """One entry a slot, by id."""
+        """Each slot once, by id."""
         return [slot for _, slot in sorted({slot.lora_int_id: slot for slot in self.slots.values()}.items())]
+
+    def _check(self, before: Enum, after: Enum) -> None:
+        if after not in _MOVES[before]:
+            raise RuntimeError(f"{self}: {before.value} cannot become {after.value}")
 
     def __str__(self) -> str:
         return f"{self.name}/{self.version}"
 
 
 def version_key(version: str) -> tuple[int, tuple[int, ...], str]:
-    """Sorts versions: words by letter; above them numbers by value, a leading v or not: `2` < `10` < `v10.1`."""
+    """Sort key: words by letter, then numbers by value, with or without a leading v: `beta` < `2` < `10` < `v10.1`."""
     if match := _NUMBERS.fullmatch(version):
         return 1, tuple(int(part) for part in match[1].split(".")), version
     return 0, (), version

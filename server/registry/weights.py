@@ -1,4 +1,4 @@
-"""A canary: requests split among versions by weight, each key always on the same side."""
+"""A canary: requests split among versions by weight; a key always gets the same version."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -9,17 +9,17 @@ from server.registry.version import version_key
 MAX_WEIGHT = 10_000
 _T = TypeVar("_T")
 
-# (weight, what gets that share), in an order that does not depend on when it was set.
+# (weight, what gets that share), in an order that does not depend on when the weights were set.
 Split = tuple[tuple[int, _T], ...]
 
 
 def ordered(weights: Mapping[str, int]) -> list[tuple[str, int]]:
-    """Versions with a share, by version: a key's side is then a matter of the weights alone."""
+    """Versions with a share, sorted, so that a key's version depends on the weights alone."""
     return [(version, weights[version]) for version in sorted(weights, key=version_key) if weights[version]]
 
 
 def choose(split: Sequence[tuple[int, _T]], salt: str, key: bytes) -> _T:
-    """The share that `key` falls into. `salt`, such as an adapter's name, keeps splits independent of each other."""
+    """What gets `key`'s share. `salt`, such as an adapter's name, makes splits independent of each other."""
     total = sum(weight for weight, _ in split)
     digest = hashlib.blake2b(key, digest_size=8, key=salt.encode()[:64]).digest()
     point = int.from_bytes(digest, "big") * total >> 64

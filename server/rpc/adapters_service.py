@@ -97,11 +97,11 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
         before = [self._version(version, Stage.VERIFIED) for version in reversed(record.previous)]
         known = {each.version for each in (*active, *before)}
         rest = []
-        for version in sorted({*record.found, *record.refused}, key=version_key, reverse=True):
-            if version in record.refused:
-                rest.append(_message(version, Stage.FAILED, record.refused[version][1]))
-            elif version not in known:
-                rest.append(_message(version, Stage.FOUND))
+        for name, version in sorted(record.found.items(), key=lambda item: version_key(item[0]), reverse=True):
+            if version.stage is Stage.FAILED:
+                rest.append(_message(name, Stage.FAILED, version.reason))
+            elif name not in known:
+                rest.append(_message(name, Stage.FOUND))
         return pb.Adapter(
             name=record.name,
             pinned=record.pinned,
@@ -111,11 +111,10 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
         )
 
     def _version(self, version: AdapterVersion, stage: Stage) -> pb.AdapterVersion:
-        residency = self.registry.residency
         message = _message(version.version, stage)
         message.content = version.content
-        message.resident = version in residency.resident
-        message.requests = residency.users(version)
+        message.resident = version.resident
+        message.requests = version.holds
         message.tasks = len(version.slots)
         return message
 

@@ -1,4 +1,4 @@
-"""A tiny backbone that exists in name alone, and slots without vLLM."""
+"""A tiny backbone that exists in name alone, slots without vLLM, and versions without files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,6 +6,9 @@ from typing import Any
 
 from mtlora.backbone import BackboneIdentity
 from mtlora.checkpoint.format import AdapterManifest
+from server.registry.record import AdapterRecord
+from server.registry.source import Found
+from server.registry.version import AdapterVersion, Stage
 
 TINY = BackboneIdentity(architecture="Tiny", hidden_size=8, num_layers=2, weights_fingerprint="0" * 64)
 
@@ -21,3 +24,11 @@ def make_slots(name: str, version: str, folder: Path, manifest: AdapterManifest,
     if not manifest.config.task_bias:
         return {task.id: shared for task in manifest.tasks}
     return {task.id: Slot(first_id + row, f"{name}/{version}#{task.id}") for row, task in enumerate(manifest.tasks)}
+
+
+def serving_version(name: str, task: str = "task") -> AdapterVersion:
+    """Version 1 of an adapter; its one slot has the adapter's name."""
+    record = AdapterRecord(name)
+    version = record.serving = AdapterVersion(record, Found(name, "1", Path(name), ()), stage=Stage.SERVING)
+    version.copied, version.folder, version.slots = True, Path(name), {task: Slot(1, name)}
+    return version

@@ -13,6 +13,7 @@ from mtlora_pb.v1 import adapters_pb2_grpc
 
 from mtlora.client import Client, ServerError
 from server.cli import adapters as adapters_cli
+from server.registry.version import Stage
 from server.rpc.adapters_service import AdaptersServicer
 from server.rpc.interceptor import CallInterceptor
 from server.scheduling.admission import Admission, State
@@ -130,7 +131,7 @@ async def test_a_refused_version_says_why(service: Service) -> None:
     assert raised.value.code is grpc.StatusCode.FAILED_PRECONDITION
     assert "not verified" in raised.value.message
     assert service.home.serving()["x"] == "a/2"
-    await eventually(lambda: bool(service.home.registry.records["a"].refused))
+    await eventually(lambda: service.home.registry.records["a"].found["3"].stage is Stage.FAILED)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from server.registry.version import AdapterVersion
 from server.rpc.generation import Generation
 from server.scheduling import Scheduler
 from server.telemetry.metrics import Metrics
-from tests.server.test_residency import A, B, Loads
+from tests.server.slots import serving_version
+from tests.server.test_residency import Loads
 from tests.server.test_scheduler import JOB
 
 
@@ -21,22 +22,23 @@ class OneTokenEngine:
 
 
 async def test_requests_for_a_cold_adapter_as_many_as_fit_do_not_hold_up_one_for_a_warm_one() -> None:
+    warm, cold = serving_version("a"), serving_version("b")
     loads, metrics = Loads(), Metrics()
     loads.gate["b"] = asyncio.Event()
     scheduler, residency, engine = Scheduler(4, 100, metrics), Residency(loads, 2), OneTokenEngine()
 
-    async def ask(version: AdapterVersion) -> str:
-        generation = Generation(replace(JOB, task=replace(JOB.task, version=version)), Call("r", "Generate"), metrics)
+    async def ask(wanted: AdapterVersion) -> str:
+        generation = Generation(replace(JOB, task=replace(JOB.task, version=wanted)), Call("r", "Generate"), metrics)
         await generation.run(engine, scheduler, residency)  # type: ignore[arg-type]
         return generation.text
 
-    assert await ask(A) == "x"
-    cold = [asyncio.create_task(ask(B)) for _ in range(4)]
+    assert await ask(warm) == "x"
+    waiting = [asyncio.create_task(ask(cold)) for _ in range(4)]
     await asyncio.sleep(0.01)
     async with asyncio.timeout(1):
-        assert await ask(A) == "x"
-    assert not any(task.done() for task in cold)
+        assert await ask(warm) == "x"
+    assert not any(task.done() for task in waiting)
     loads.gate["b"].set()
     async with asyncio.timeout(1):
-        assert await asyncio.gather(*cold) == ["x"] * 4
+        assert await asyncio.gather(*waiting) == ["x"] * 4
     assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (0, 0)

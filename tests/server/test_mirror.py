@@ -49,7 +49,7 @@ def test_versions_come_change_and_go(storage: fsspec.AbstractFileSystem, tmp_pat
     assert {version.version for version in scan(tmp_path)[0]} == {"2"}
 
 
-def test_half_an_upload_is_waited_for(storage: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
+def test_waits_for_the_rest_of_an_upload(storage: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
     mirror = Mirror("memory://bucket/adapters", tmp_path, 1 << 20)
     storage.pipe_file("/bucket/adapters/a/1/adapter.json", b"first")
     mirror.sync()
@@ -59,14 +59,14 @@ def test_half_an_upload_is_waited_for(storage: fsspec.AbstractFileSystem, tmp_pa
     assert len(mirrored(tmp_path)) == 2
 
 
-def test_too_large_a_version_is_not_fetched(storage: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
+def test_skips_a_version_that_is_too_large(storage: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
     put(storage, "a/1", "x" * 1000)
     put(storage, "b/1", "small")
     Mirror("memory://bucket/adapters", tmp_path, 500).sync()
     assert {version.name for version in scan(tmp_path)[0]} == {"b"}
 
 
-def test_storage_that_fails_removes_nothing(
+def test_unreadable_storage_removes_nothing(
     storage: fsspec.AbstractFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mirror = Mirror("memory://bucket/adapters", tmp_path, 1 << 20)

@@ -1,4 +1,4 @@
-"""A version's life, without an engine: real folders, real verification, an engine's memory that a test watches."""
+"""The registry without an engine: real folders, real checks, an engine's memory that a test watches."""
 
 import asyncio
 import json
@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 
 from server.errors import AdapterError
 from server.registry.catalog import Catalog
+from server.registry.check import check
 from server.registry.events import Event, Events
-from server.registry.parts import Parts
+from server.registry.folder import Folder
+from server.registry.lifecycle import Lifecycle
 from server.registry.registry import NotPossibleError, Registry, UnknownAdapterError
 from server.registry.residency import Residency
 from server.registry.source import Found
 from server.registry.spool import Spool
-from server.registry.verifier import Verified, check
+from server.registry.verifier import Verified
 from server.registry.version import Stage, StageError, version_key
 from server.registry.weights import choose
 from server.telemetry.metrics import Metrics
@@ -37,7 +39,7 @@ def write(folder: Path, *task_ids: str, seed: int = 0, backbone: Any = TINY, tas
 
 
 class Verifier:
-    """The check itself, in this process."""
+    """Checks in this process."""
 
     def __init__(self, spool: Spool) -> None:
         self._spool = spool
@@ -56,7 +58,7 @@ class Verifier:
 
 
 class Engine(Loads):
-    """Reads nothing, and so much the more insists on its being there."""
+    """Loads nothing, but insists that the files are there."""
 
     async def load(self, folder: Path, slots: Any) -> None:
         assert (folder / "adapter.safetensors").exists()
@@ -64,7 +66,7 @@ class Engine(Loads):
 
 
 class Home:
-    """A registry over a folder, and everything that came of it."""
+    """A registry over a folder, and all that it published."""
 
     def __init__(self, root: Path, scratch: Path) -> None:
         self.root = root
@@ -82,18 +84,18 @@ class Home:
             self.events.append(event)
 
         self.residency = Residency(self.engine, 8)
+        events = Events(on_event)
+        lifecycle = Lifecycle(
+            root=root,
+            verifier=Verifier(self.spool),
+            spool=self.spool,
+            residency=self.residency,
+            make_slots=make_slots,
+            warm_slot=self._warm,
+            events=events,
+        )
         self.registry = Registry(
-            Parts(
-                root=root,
-                verifier=Verifier(self.spool),
-                spool=self.spool,
-                residency=self.residency,
-                make_slots=make_slots,
-                warm=self._warm,
-                publish=self.tables.append,
-                events=Events(on_event),
-                metrics=metrics,
-            )
+            Folder(root, events), lifecycle, self.tables.append, on_swap=metrics.adapter_swap.observe
         )
         self._running: asyncio.Task[None] | None = None
 
@@ -152,7 +154,7 @@ async def test_the_highest_version_serves(home: Home) -> None:
     assert len(home.engine.held) == 1
 
 
-async def test_a_bad_adapter_is_left_out_and_said_so(home: Home, caplog: pytest.LogCaptureFixture) -> None:
+async def test_bad_adapters_are_left_out_with_a_reason(home: Home, caplog: pytest.LogCaptureFixture) -> None:
     write(home.root / "good" / "1", "x")
     write(home.root / "bad" / "1", "y")
     (home.root / "bad" / "1" / "adapter.safetensors").write_bytes(b"garbage")
@@ -170,7 +172,7 @@ async def test_a_bad_adapter_is_left_out_and_said_so(home: Home, caplog: pytest.
     assert home.metrics.get_sample_value("mtlora_adapter_failures_total", {"stage": "verified"}) == 2
 
 
-async def test_where_the_highest_version_is_bad_the_next_serves(home: Home) -> None:
+async def test_the_next_version_serves_if_the_highest_is_bad(home: Home) -> None:
     write(home.root / "a" / "1", "x")
     shutil.copytree(home.root / "a" / "1", home.root / "a" / "2")
     manifest = home.root / "a" / "2" / "adapter.json"
@@ -180,7 +182,7 @@ async def test_where_the_highest_version_is_bad_the_next_serves(home: Home) -> N
     assert [(failure.name, failure.version) for failure in home.tables[-1].failures] == [("a", "2")]
 
 
-async def test_of_two_claims_to_a_task_the_first_by_name_wins_and_later_ones_change_nothing(home: Home) -> None:
+async def test_the_first_adapter_by_name_gets_a_contested_task_and_keeps_it(home: Home) -> None:
     write(home.root / "b" / "1", "x", "y")
     write(home.root / "c" / "1", "x")
     await home.open()
@@ -220,7 +222,7 @@ async def test_other_bytes_under_the_same_name_are_another_version(home: Home) -
     await eventually(lambda: home.tables[-1].tasks["x"].slot is not before.slot)
     after = home.tables[-1].tasks["x"]
     assert after.adapter_version == "1"
-    # What vLLM keys cached blocks by, and slots.
+    # vLLM keys cached blocks and slots by these.
     assert after.slot.lora_name != before.slot.lora_name
     assert after.slot.lora_int_id != before.slot.lora_int_id
     assert before.version is not None
@@ -258,7 +260,7 @@ async def test_a_failure_at_any_stage_leaves_the_old_version_serving(home: Home,
     assert home.serving() == {"x": "a/1"}
     await eventually(lambda: len(home.engine.held) == 1)
     assert home.metrics.get_sample_value("mtlora_adapter_failures_total", {"stage": stage.value}) == 1
-    # Refused once, not time and again.
+    # It fails once.
     await asyncio.sleep(0.4)
     assert home.stages("2").count(Stage.FAILED) == 1
 
@@ -267,7 +269,7 @@ async def refuse(*_: Any) -> None:
     raise AdapterError("no room")
 
 
-async def test_a_version_that_is_being_copied_is_waited_for(home: Home) -> None:
+async def test_waits_for_a_version_that_is_being_copied(home: Home) -> None:
     write(home.root / "a" / "1", "x")
     await home.open()
     home.follow()
@@ -285,7 +287,7 @@ async def test_a_version_that_is_being_copied_is_waited_for(home: Home) -> None:
     assert Stage.FAILED not in home.stages("2")
 
 
-async def test_a_bad_version_that_is_mended_serves(home: Home) -> None:
+async def test_a_bad_version_serves_once_it_is_repaired(home: Home) -> None:
     write(home.root / "a" / "1", "x")
     await home.open()
     home.follow()
@@ -319,7 +321,7 @@ async def test_a_version_that_vanishes_serves_on(home: Home) -> None:
     await eventually(lambda: Stage.VANISHED in home.stages("2"))
     await asyncio.sleep(0.3)
     assert home.serving() == {"x": "a/2"}
-    # Even an engine that starts anew has it, from the verified copy.
+    # A new engine loads it from its copy.
     home.engine.held.clear()
     await home.registry.load_all()
     assert len(home.engine.held) == 1
@@ -385,7 +387,7 @@ async def test_weights_split_requests_and_hold_new_versions_back(home: Home) -> 
     assert not home.tables[-1].splits
 
 
-async def test_pins_leave_a_place_for_the_rest(home: Home) -> None:
+async def test_pins_leave_room_for_one_other_version(home: Home) -> None:
     for name in "abcdefgh":
         write(home.root / name / "1", name)
     await home.open()
@@ -397,6 +399,41 @@ async def test_pins_leave_a_place_for_the_rest(home: Home) -> None:
     home.registry.pin("h")
 
 
+async def test_canaries_of_pinned_adapters_make_room(home: Home) -> None:
+    for name in "abcdefgh":
+        write(home.root / name / "1", name)
+    for name in "abcdefg":
+        write(home.root / name / "2", name, seed=2)
+    await home.open()
+    for name in "abcdefg":
+        home.registry.pin(name)
+        await home.registry.set_weights(name, {"1": 1, "2": 99})
+    cold = home.tables[-1].tasks["h"].version
+    assert cold is not None
+    async with asyncio.timeout(5), home.residency.lease(cold):
+        pinned = [home.tables[-1].tasks[name].version for name in "abcdefg"]
+        assert all(version is not None and version.resident for version in pinned)
+
+
+async def test_a_chosen_version_keeps_its_copy_through_rollbacks_and_publishes(home: Home) -> None:
+    write(home.root / "a" / "1", "x")
+    await home.open()
+    home.follow()
+    chosen = home.tables[-1].tasks["x"].version
+    assert chosen is not None
+    with home.residency.hold(chosen):
+        for number in range(2, 6):
+            write(home.root / "a" / str(number), "x", seed=number)
+            await home.until_serving("x", f"a/{number}")
+        await home.registry.rollback("a")
+        home.residency.reset()
+        home.engine.held.clear()
+        async with home.residency.lease(chosen):
+            assert chosen.resident
+    await eventually(lambda: chosen.stage is Stage.FOUND)
+    assert not chosen.copied
+
+
 async def test_copies_are_kept_as_long_as_they_can_serve(home: Home) -> None:
     write(home.root / "a" / "1", "x", seed=1)
     await home.open()
@@ -404,7 +441,7 @@ async def test_copies_are_kept_as_long_as_they_can_serve(home: Home) -> None:
     for number in range(2, 7):
         write(home.root / "a" / str(number), "x", seed=number)
         await home.until_serving("x", f"a/{number}")
-    # The one that serves, and the two that can be rolled back to.
+    # The serving version, and two for rollbacks.
     await eventually(lambda: len(list(home.spool.root.iterdir())) == 3)
     assert len(home.engine.held) == 1
 
@@ -430,7 +467,7 @@ def pick(weights: dict[str, int]) -> Callable[[bytes], str]:
 
 
 @given(st.binary(max_size=40), st.dictionaries(st.sampled_from("abcd"), st.integers(1, 100), min_size=1))
-def test_a_key_has_one_side(key: bytes, weights: dict[str, int]) -> None:
+def test_a_key_gets_one_version(key: bytes, weights: dict[str, int]) -> None:
     assert pick(weights)(key) == pick(weights)(key)
     assert pick(weights)(key) in weights
 
@@ -442,7 +479,7 @@ def test_a_growing_share_only_gains_keys(key: bytes, one: int, other: int) -> No
         assert pick({"new": high, "old": 100 - high})(key) == "new"
 
 
-async def test_what_is_unloaded_and_gone_is_forgotten(home: Home) -> None:
+async def test_forgets_an_unloaded_adapter_without_files(home: Home) -> None:
     write(home.root / "a" / "1", "x")
     await home.open()
     home.follow()

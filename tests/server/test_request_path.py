@@ -13,12 +13,11 @@ from mtlora.client import Access, Client
 from server.engine import Engine
 from server.job import ServedTask
 from server.registry.catalog import Catalog
-from server.registry.version import AdapterVersion
 from server.rpc.interceptor import CallInterceptor
 from tests.faults._tenants import tenant, write_tenants
 from tests.server.adapters import entry
 from tests.server.fakes import Service
-from tests.server.slots import Slot
+from tests.server.slots import serving_version
 
 ROOT = Path(__file__).parents[2]
 MOST_FILES = 14
@@ -85,8 +84,7 @@ async def test_a_request_passes_few_files(tmp_path: Path, monkeypatch: pytest.Mo
     engine = Engine(service.settings, tmp_path, lambda _: None)
     engine._llm = async_llm(recorder)
     service.servicer.engine = engine
-    manifest: Any = SimpleNamespace(tasks=(entry("one"),))
-    version = AdapterVersion("alpha", "1", "0" * 64, tmp_path, manifest, {"one": Slot(1, "alpha/1")})
+    version = serving_version("alpha", "one")
     served = ServedTask(entry("one"), "alpha", "1", slot=version.slots["one"], version=version)
     service.servicer.catalog = Catalog(MappingProxyType({"one": served}))
 

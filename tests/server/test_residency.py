@@ -1,10 +1,9 @@
-"""Places in the engine: least recently used goes first, never under a running request, and cold waits alone."""
+"""Residents of the engine: which one makes room, and that only requests for a cold version wait."""
 
 import asyncio
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +11,9 @@ import pytest
 from server.errors import AdapterError, EngineDeadError
 from server.registry import residency as module
 from server.registry.residency import Residency
-from server.registry.version import AdapterVersion, StageError
+from server.registry.version import AdapterVersion, Stage, StageError
 from tests.server.fakes import eventually
-from tests.server.slots import Slot
+from tests.server.slots import serving_version
 
 
 class Loads:
@@ -41,14 +40,6 @@ class Loads:
         self.held.remove(slots[0].lora_name)
 
 
-def version(name: str) -> AdapterVersion:
-    manifest: Any = SimpleNamespace(tasks=())
-    return AdapterVersion(name, "1", name, Path(name), manifest, {"task": Slot(1, name)})
-
-
-A, B, C = version("a"), version("b"), version("c")
-
-
 @pytest.fixture
 def engine() -> Loads:
     return Loads()
@@ -61,28 +52,31 @@ async def use(residency: Residency, *versions: AdapterVersion) -> None:
 
 
 async def test_the_least_recently_used_makes_room(engine: Loads) -> None:
+    a, b, c = map(serving_version, "abc")
     residency = Residency(engine, 2)
-    await use(residency, A, B, A, C)
+    await use(residency, a, b, a, c)
     assert engine.held == ["a", "c"]
-    assert residency.resident == [A, C]
+    assert residency.resident == [a, c]
 
 
 async def test_a_pinned_adapter_stays(engine: Loads) -> None:
+    a, b, c = map(serving_version, "abc")
     residency = Residency(engine, 2)
-    residency.pinned.add("a")
-    await use(residency, A, B, C)
+    a.adapter.pinned = True
+    await use(residency, a, b, c)
     assert engine.held == ["a", "c"]
 
 
 async def test_requests_for_a_cold_adapter_do_not_hold_up_warm_ones(engine: Loads) -> None:
+    a, b = map(serving_version, "ab")
     waited: list[float] = []
     residency = Residency(engine, 2, waited.append)
-    await use(residency, A)
+    await use(residency, a)
     engine.gate["b"] = asyncio.Event()
-    cold = [asyncio.create_task(use(residency, B)) for _ in range(3)]
+    cold = [asyncio.create_task(use(residency, b)) for _ in range(3)]
     await asyncio.sleep(0.01)
     async with asyncio.timeout(0.5):
-        await use(residency, A, A)
+        await use(residency, a, a)
     assert not any(task.done() for task in cold)
     engine.gate["b"].set()
     await asyncio.gather(*cold)
@@ -91,11 +85,12 @@ async def test_requests_for_a_cold_adapter_do_not_hold_up_warm_ones(engine: Load
     assert len(waited) == 4
 
 
-async def test_what_runs_is_never_evicted(engine: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_never_evicts_a_version_with_running_requests(engine: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = map(serving_version, "ab")
     monkeypatch.setattr(module, "PATIENCE_S", 30.0)
     residency = Residency(engine, 1)
-    async with residency.lease(A):
-        waiting = asyncio.create_task(use(residency, B))
+    async with residency.lease(a):
+        waiting = asyncio.create_task(use(residency, b))
         await asyncio.sleep(0.05)
         assert engine.held == ["a"]
     await waiting
@@ -104,6 +99,7 @@ async def test_what_runs_is_never_evicted(engine: Loads, monkeypatch: pytest.Mon
 
 
 async def test_a_busy_adapter_makes_room_in_the_end(engine: Loads, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = map(serving_version, "ab")
     monkeypatch.setattr(module, "PATIENCE_S", 0.05)
     residency = Residency(engine, 1)
     stop = False
@@ -112,84 +108,92 @@ async def test_a_busy_adapter_makes_room_in_the_end(engine: Loads, monkeypatch: 
         # Overlapping requests: never a moment without one.
         while not stop:
             async with AsyncExitStack() as stack:
-                await stack.enter_async_context(residency.lease(A))
+                await stack.enter_async_context(residency.lease(a))
                 await asyncio.sleep(0.02)
 
     busy = [asyncio.create_task(keep_busy()) for _ in range(3)]
     await asyncio.sleep(0.02)
     async with asyncio.timeout(2):
-        await use(residency, B)
+        await use(residency, b)
     stop = True
     async with asyncio.timeout(2):
         await asyncio.gather(*busy)
     assert engine.most == 1
 
 
-async def test_a_load_that_fails_fails_its_requests_alone(engine: Loads) -> None:
+async def test_a_failed_load_fails_only_its_requests(engine: Loads) -> None:
+    a, b = map(serving_version, "ab")
     residency = Residency(engine, 1)
     engine.refuse.add("a")
-    results = await asyncio.gather(use(residency, A), use(residency, A), return_exceptions=True)
+    results = await asyncio.gather(use(residency, a), use(residency, a), return_exceptions=True)
     assert [type(each) for each in results] == [StageError, StageError]
-    await use(residency, B)
+    await use(residency, b)
     engine.refuse.clear()
-    await use(residency, A)
+    await use(residency, a)
     assert engine.held == ["a"]
 
 
 async def test_a_cancelled_request_leaves_the_load_to_others(engine: Loads) -> None:
+    a = serving_version("a")
     residency = Residency(engine, 1)
     engine.gate["a"] = asyncio.Event()
-    first, second = (asyncio.create_task(use(residency, A)) for _ in range(2))
+    first, second = (asyncio.create_task(use(residency, a)) for _ in range(2))
     await asyncio.sleep(0.01)
     first.cancel()
     await asyncio.sleep(0.01)
     engine.gate["a"].set()
     await second
     assert first.cancelled()
-    assert residency.users(A) == 0
+    assert a.holds == 0
 
 
-async def test_retiring_waits_for_the_last_request(engine: Loads) -> None:
+async def test_a_drain_waits_for_the_last_request(engine: Loads) -> None:
+    a = serving_version("a")
     residency = Residency(engine, 4)
-    async with residency.lease(A):
-        retiring = asyncio.create_task(residency.retire(A))
+    async with residency.lease(a):
+        a.enter(Stage.DRAINING)
+        draining = asyncio.create_task(residency.drain(a))
         await asyncio.sleep(0.01)
-        assert not retiring.done()
+        assert not draining.done()
         assert engine.held == ["a"]
-    await retiring
+    await draining
     assert engine.held == []
 
 
-async def test_retiring_is_called_off_by_keeping(engine: Loads) -> None:
+async def test_a_version_wanted_again_stays_in_the_engine(engine: Loads) -> None:
+    a = serving_version("a")
     residency = Residency(engine, 4)
-    async with residency.lease(A):
-        retiring = asyncio.create_task(residency.retire(A))
+    async with residency.lease(a):
+        a.enter(Stage.DRAINING)
+        draining = asyncio.create_task(residency.drain(a))
         await asyncio.sleep(0.01)
-        residency.keep(A)
-        async with asyncio.timeout(1):
-            await retiring
+        a.enter(Stage.VERIFIED)
+    async with asyncio.timeout(1):
+        await draining
     assert engine.held == ["a"]
 
 
 async def test_a_lost_engine_ends_the_wait_for_it(engine: Loads) -> None:
+    a = serving_version("a")
     residency = Residency(engine, 1)
     engine.gate["a"] = asyncio.Event()
-    waiting = asyncio.create_task(use(residency, A))
+    waiting = asyncio.create_task(use(residency, a))
     await asyncio.sleep(0.01)
     residency.reset()
     with pytest.raises(EngineDeadError):
         await waiting
     assert residency.resident == []
     engine.gate.clear()
-    await use(residency, A)
+    await use(residency, a)
     assert engine.held == ["a"]
 
 
 async def test_prefetching_loads_before_anyone_waits(engine: Loads) -> None:
+    a, b = map(serving_version, "ab")
     residency = Residency(engine, 1)
-    residency.prefetch(A)
+    residency.prefetch(a)
     await eventually(lambda: engine.held == ["a"])
     engine.refuse.add("b")
-    residency.prefetch(B)
+    residency.prefetch(b)
     await eventually(lambda: engine.held == [])
-    await use(residency, A)
+    await use(residency, a)

@@ -1,21 +1,25 @@
-"""Verification in a process of its own: what passes, what is refused, and that limits hold."""
+"""Verification in a child process: what passes, what is refused, and its limits."""
 
+import asyncio
 import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mtlora.checkpoint.read import read_checkpoint
+from server.registry.check import VerificationLimits
 from server.registry.source import Found, scan
 from server.registry.spool import Spool
-from server.registry.verifier import Limits, Verifier
+from server.registry.verifier import Verifier
 from server.registry.version import StageError
 from tests.faults._bad_files import KINDS
 from tests.server.adapters import entry, write_adapter
+from tests.server.fakes import eventually
 from tests.server.slots import TINY
 
 
@@ -29,7 +33,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def verifier(home: Path) -> Iterator[Verifier]:
     spool = Spool(home / "spool")
-    yield Verifier(spool, TINY, Limits(max_bytes=1 << 20, timeout_s=20))
+    yield Verifier(spool, TINY, VerificationLimits(max_bytes=1 << 20, timeout_s=20))
     spool.close()
 
 
@@ -38,9 +42,7 @@ def found(root: Path) -> Found:
     return version
 
 
-def test_what_passes_is_kept_and_independent_of_where_it_was_found(
-    verifier: Verifier, home: Path, tmp_path: Path
-) -> None:
+def test_a_copy_does_not_depend_on_the_folder_it_was_made_from(verifier: Verifier, home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "healthy", tmp_path / "a" / "1")
     verified = verifier.verify_now(tmp_path, found(tmp_path))
     again = verifier.verify_now(tmp_path, found(tmp_path))
@@ -63,7 +65,7 @@ def test_bad_files_are_refused_with_a_reason(
     assert not list(verifier._spool.root.glob(".incoming-*"))
 
 
-def test_a_version_that_vanishes(verifier: Verifier, home: Path, tmp_path: Path) -> None:
+def test_refuses_a_version_that_vanished(verifier: Verifier, home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "healthy", tmp_path / "a" / "1")
     version = found(tmp_path)
     shutil.rmtree(tmp_path / "a")
@@ -71,11 +73,37 @@ def test_a_version_that_vanishes(verifier: Verifier, home: Path, tmp_path: Path)
         verifier.verify_now(tmp_path, version)
 
 
+def test_children_are_forked_from_a_process_without_vllm(verifier: Verifier) -> None:
+    import vllm
+
+    with verifier._context.Pool(1) as child:
+        modules = child.apply(eval, ("sorted(__import__('sys').modules)",))
+    assert vllm.__name__ in sys.modules
+    assert {"mtlora.checkpoint.read", "server.registry.check"} <= set(modules)
+    assert not {"vllm", "transformers", "grpc"} & set(modules)
+
+
+async def test_a_cancelled_verification_leaves_no_copy(home: Path, tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    shutil.copytree(home / "healthy", tmp_path / "adapters" / "a" / "1")
+    verifier = Verifier(spool, TINY, VerificationLimits())
+    checking = asyncio.create_task(verifier.verify(tmp_path / "adapters", found(tmp_path / "adapters")))
+    await eventually(lambda: any(spool.root.iterdir()))
+    checking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await checking
+    verifier._pool.shutdown()
+    await eventually(lambda: not any(spool.root.iterdir()))
+    spool.close()
+
+
 def test_time_is_limited(home: Path, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
     shutil.copytree(home / "healthy", tmp_path / "adapters" / "a" / "1")
     with pytest.raises(StageError, match=r"not read within 0\.001 s"):
-        Verifier(spool, TINY, Limits(timeout_s=0.001)).verify_now(tmp_path / "adapters", found(tmp_path / "adapters"))
+        Verifier(spool, TINY, VerificationLimits(timeout_s=0.001)).verify_now(
+            tmp_path / "adapters", found(tmp_path / "adapters")
+        )
     spool.close()
 
 
@@ -83,17 +111,17 @@ def test_memory_is_limited(home: Path, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
     folder = tmp_path / "adapters" / "a" / "1"
     shutil.copytree(home / "healthy", folder)
-    # Provenance may hold any JSON: megabytes of text, and many times that of objects.
+    # Provenance may hold any JSON: megabytes of text become many times that in objects.
     manifest = json.loads((folder / "adapter.json").read_text())
     manifest["training"] = {"list": [[]] * 1_500_000}
     (folder / "adapter.json").write_text(json.dumps(manifest, separators=(",", ":")))
-    limits = Limits(max_bytes=8 << 20, timeout_s=60, headroom_bytes=16 << 20)
+    limits = VerificationLimits(max_bytes=8 << 20, timeout_s=60, headroom_bytes=16 << 20)
     with pytest.raises(StageError, match=r"takes more than 32 MiB of memory"):
         Verifier(spool, TINY, limits).verify_now(tmp_path / "adapters", found(tmp_path / "adapters"))
     spool.close()
 
 
-def test_a_manifest_is_limited(verifier: Verifier, home: Path, tmp_path: Path) -> None:
+def test_limits_the_size_of_a_manifest(verifier: Verifier, home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "healthy", tmp_path / "a" / "1")
     with (tmp_path / "a" / "1" / "adapter.json").open("ab") as manifest:
         manifest.write(b" " * (16 << 20))
@@ -101,7 +129,7 @@ def test_a_manifest_is_limited(verifier: Verifier, home: Path, tmp_path: Path) -
         verifier.verify_now(tmp_path, found(tmp_path))
 
 
-def test_what_is_kept_is_without_provenance(verifier: Verifier, home: Path, tmp_path: Path) -> None:
+def test_a_copy_has_no_provenance(verifier: Verifier, home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "healthy", tmp_path / "a" / "1")
     plain = verifier.verify_now(tmp_path, found(tmp_path))
     manifest = json.loads((tmp_path / "a" / "1" / "adapter.json").read_text())

@@ -1,0 +1,112 @@
+"""Reads an untrusted version: two files within limits, well formed, made beside this backbone.
+
+Runs in a child process of the verifier's, so it imports little: of the server, only the names of the files.
+"""
+
+import hashlib
+import os
+import resource
+import shutil
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from server.registry.source import MANIFEST_FILE, TENSORS_FILE
+
+if TYPE_CHECKING:
+    from mtlora.backbone import BackboneArchitecture
+
+_CHUNK = 1 << 20
+# The server's catalog holds a row for each.
+MAX_TASKS = 20_000
+
+
+@dataclass(frozen=True)
+class VerificationLimits:
+    """Limits of one verification.
+
+    max_bytes: of both files together. timeout_s: seconds, both of the clock and of one core.
+    headroom_bytes: memory for reading, beside two copies of the files.
+    """
+
+    max_bytes: int = 1 << 30
+    timeout_s: float = 60.0
+    headroom_bytes: int = 512 << 20
+
+    @property
+    def memory_bytes(self) -> int:
+        """Address space that the child may add to what it starts with."""
+        return 2 * self.max_bytes + self.headroom_bytes
+
+
+def run_check(
+    sender: Connection,
+    root: Path,
+    folder: Path,
+    incoming: Path,
+    backbone: "BackboneArchitecture",
+    limits: VerificationLimits,
+) -> None:
+    """The child's main: sends (True, content) or (False, reason)."""
+    _limit_this_process(limits)
+    answer: tuple[bool, Any]
+    try:
+        answer = True, check(root, folder, incoming, backbone, limits.max_bytes)
+    except MemoryError:
+        answer = False, f"{folder}: reading it takes more than {limits.memory_bytes >> 20} MiB of memory"
+    except Exception as error:
+        answer = False, str(error) or f"{folder}: {type(error).__name__}"
+    sender.send(answer)
+    sender.close()
+
+
+def check(root: Path, folder: Path, incoming: Path, backbone: "BackboneArchitecture", max_bytes: int) -> str:
+    """Copy a version to `incoming` and read the copy; returns its content's hash. Raises CheckpointError.
+
+    The copy's manifest loses its provenance, which may be any JSON: the server reads only what it serves.
+    """
+    from mtlora.checkpoint.format import CheckpointError
+    from mtlora.checkpoint.read import MAX_MANIFEST_BYTES, read_checkpoint
+    from mtlora.checkpoint.untrusted import open_file
+
+    real = folder.resolve()
+    if not real.is_relative_to(root.resolve()):
+        raise CheckpointError(f"{folder}: expected a folder inside {root}, found a link to {real}")
+    left = max_bytes
+    for name in (MANIFEST_FILE, TENSORS_FILE):
+        with open_file(folder, name) as source, (incoming / name).open("xb") as copy:
+            # Check the size first: a sparse file claims any size at no cost.
+            size = os.fstat(source.fileno()).st_size
+            if name == MANIFEST_FILE and size > MAX_MANIFEST_BYTES:
+                raise CheckpointError(f"{folder / name}: {size} bytes, allowed are {MAX_MANIFEST_BYTES}")
+            left -= size
+            if left < 0:
+                raise CheckpointError(f"{folder}: expected at most {max_bytes} bytes in all, found {max_bytes - left}")
+            # A file that grows meanwhile ends the child at RLIMIT_FSIZE.
+            shutil.copyfileobj(source, copy, _CHUNK)
+    try:
+        manifest = read_checkpoint(incoming, backbone).manifest
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(incoming), str(folder))) from None
+    if len(manifest.tasks) > MAX_TASKS:
+        raise CheckpointError(f"{folder}: tasks: expected at most {MAX_TASKS}, found {len(manifest.tasks)}")
+    content = hashlib.sha256((incoming / MANIFEST_FILE).read_bytes()).hexdigest()
+    serving = manifest.model_copy(update={"training": {}, "evaluation": {}})
+    (incoming / MANIFEST_FILE).write_text(serving.model_dump_json())
+    return content
+
+
+def _limit_this_process(limits: VerificationLimits) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    address_space = pages * resource.getpagesize() + limits.memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
+    seconds = max(1, int(limits.timeout_s))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limits.max_bytes + _CHUNK, limits.max_bytes + _CHUNK))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # The engine's steps come first.
+    os.nice(19)
