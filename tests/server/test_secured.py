@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 
 from mtlora.client import Access, Client, ServerError
@@ -136,3 +137,12 @@ def test_a_revoked_key_is_refused_while_others_go_on(secured: Secured) -> None:
     log = secured.server.log()
     assert "tenants file refused" in log
     assert not any(key[-30:] in log for key in secured.keys.values())
+
+
+def test_a_server_that_is_killed_leaves_nothing_running(secured: Secured) -> None:
+    """The last test of this server."""
+    children = psutil.Process(secured.server.process.pid).children(recursive=True)
+    assert "EngineCore" in "".join(child.name() for child in children)
+    secured.server.process.kill()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
