@@ -32,7 +32,7 @@ def settings_from(options: argparse.Namespace) -> Settings:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Serve until a signal; returns the exit status."""
+    """Serve until a signal, then end the process with the server's exit status."""
     settings = settings_from(options)
     from server.app import serve
     from server.telemetry.logs import configure_logging, finish_logging
