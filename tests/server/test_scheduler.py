@@ -67,7 +67,7 @@ def details(error: RequestFailedError) -> tuple[float, list[tuple[str, str]]]:
     return retry.retry_delay.ToMilliseconds() / 1e3, [(each.subject, each.description) for each in quotas.violations]
 
 
-async def test_no_more_than_the_slots_run_and_the_rest_follow_by_fairness(clock: Clock) -> None:
+async def test_runs_as_many_as_there_are_turns_and_the_rest_by_fairness(clock: Clock) -> None:
     metrics, done = Metrics(), list[str]()
     scheduler = make(clock, metrics=metrics)
     async with AsyncExitStack() as stack:
@@ -86,7 +86,7 @@ async def test_no_more_than_the_slots_run_and_the_rest_follow_by_fairness(clock:
     assert (service(metrics, "a"), service(metrics, "b")) == (50, 10)
 
 
-async def test_a_cancelled_wait_leaves_no_trace(clock: Clock) -> None:
+async def test_a_cancelled_wait_leaves_the_queue(clock: Clock) -> None:
     scheduler, done = make(clock, turns=1), list[str]()
     async with AsyncExitStack() as stack:
         await hold(scheduler, stack)
@@ -100,7 +100,7 @@ async def test_a_cancelled_wait_leaves_no_trace(clock: Clock) -> None:
     assert scheduler.occupancy.running == 0
 
 
-async def test_one_that_steps_aside_leaves_its_slot_and_comes_back_before_the_queue(clock: Clock) -> None:
+async def test_a_request_aside_gives_up_its_turn_and_returns_before_the_queue(clock: Clock) -> None:
     scheduler, done = make(clock, turns=1), list[str]()
     ready, leave = asyncio.Event(), asyncio.Event()
 
@@ -139,7 +139,7 @@ async def test_one_that_steps_aside_leaves_its_slot_and_comes_back_before_the_qu
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.booleans(), st.integers(0, 12)), max_size=12))
 @settings(max_examples=50, deadline=None)
-def test_whatever_steps_aside_fails_or_is_cancelled_no_slot_is_lost_or_made_up(
+def test_no_turn_is_lost_or_made_up_when_requests_aside_fail_or_are_cancelled(
     requests: list[tuple[int, int, bool, int]],
 ) -> None:
     """Each: turns of the loop aside and in the engine, whether it fails aside, and after how many it is cancelled."""
@@ -181,7 +181,7 @@ def test_whatever_steps_aside_fails_or_is_cancelled_no_slot_is_lost_or_made_up(
     asyncio.run(run())
 
 
-async def test_requests_per_second(clock: Clock) -> None:
+async def test_limits_requests_per_second(clock: Clock) -> None:
     scheduler = make(clock)
     tenant = Tenant(id="a", requests_per_second=2)
     for _ in range(2):
@@ -196,7 +196,7 @@ async def test_requests_per_second(clock: Clock) -> None:
     scheduler.check_quotas(Tenant(id="a"))
 
 
-async def test_tokens_per_second_are_exact_in_the_long_run(clock: Clock) -> None:
+async def test_limits_tokens_per_second_exactly_in_the_long_run(clock: Clock) -> None:
     scheduler = make(clock)
     tenant = Tenant(id="a", tokens_per_second=10)
     began, refused, served = clock.now, 0, 0
@@ -216,7 +216,7 @@ async def test_tokens_per_second_are_exact_in_the_long_run(clock: Clock) -> None
     assert served == pytest.approx(1000, abs=50)
 
 
-async def test_max_in_flight_holds_up_the_tenant_alone(clock: Clock) -> None:
+async def test_max_in_flight_delays_only_its_tenant(clock: Clock) -> None:
     scheduler, done = make(clock), list[str]()
     tenant = Tenant(id="a", max_in_flight=1, max_queue=1)
     async with AsyncExitStack() as stack:
@@ -232,7 +232,7 @@ async def test_max_in_flight_holds_up_the_tenant_alone(clock: Clock) -> None:
     assert done == ["b", "a"]
 
 
-async def test_a_full_queue_makes_room_for_who_has_less_in_it(clock: Clock) -> None:
+async def test_a_full_queue_drops_the_longest_lines_newest(clock: Clock) -> None:
     scheduler, done = make(clock, turns=1, max_queued=3), list[str]()
     async with AsyncExitStack() as stack:
         await hold(scheduler, stack)
@@ -258,7 +258,7 @@ async def measured(clock: Clock, scheduler: Scheduler, seconds: float, tokens: i
         turn.served(tokens - 1, first)
 
 
-async def test_a_deadline_out_of_reach_is_refused_at_once(clock: Clock) -> None:
+async def test_refuses_a_deadline_out_of_reach_at_once(clock: Clock) -> None:
     scheduler, done = make(clock, turns=1), list[str]()
     # Nothing is known yet, so nothing is impossible.
     await wait_for(scheduler, A, done, clock.now + 0.001)
@@ -278,7 +278,7 @@ async def test_a_deadline_out_of_reach_is_refused_at_once(clock: Clock) -> None:
     await wait_for(scheduler, A, done, clock.now + 0.01)
 
 
-async def test_who_waited_beyond_reach_is_not_run(clock: Clock) -> None:
+async def test_does_not_run_a_request_that_waited_too_long(clock: Clock) -> None:
     scheduler, done = make(clock, turns=1), list[str]()
     await measured(clock, scheduler, 1.0)
     async with AsyncExitStack() as stack:
@@ -292,7 +292,7 @@ async def test_who_waited_beyond_reach_is_not_run(clock: Clock) -> None:
     assert (done, scheduler.occupancy.running) == ([], 0)
 
 
-async def test_priorities(clock: Clock) -> None:
+async def test_more_urgent_classes_run_first(clock: Clock) -> None:
     scheduler, done = make(clock, turns=1), list[str]()
     batch, urgent = Tenant(id="batch", priority=Priority.BATCH), Tenant(id="urgent", priority=Priority.INTERACTIVE)
     async with AsyncExitStack() as stack:
@@ -303,7 +303,7 @@ async def test_priorities(clock: Clock) -> None:
     assert done == ["urgent", "urgent", "batch", "batch"]
 
 
-async def test_a_tenant_that_is_gone_is_forgotten(clock: Clock) -> None:
+async def test_forgets_tenants_that_are_gone(clock: Clock) -> None:
     scheduler, done = make(clock), list[str]()
     tenant = Tenant(id="a", requests_per_second=1)
     scheduler.check_quotas(tenant)
@@ -319,7 +319,7 @@ async def test_a_tenant_that_is_gone_is_forgotten(clock: Clock) -> None:
     capacity=st.floats(1, 100),
     takes=st.lists(st.tuples(st.floats(0, 5), st.floats(0.1, 50)), max_size=50),
 )
-def test_a_bucket_never_gives_more_than_its_rate_and_one_burst(
+def test_a_bucket_gives_at_most_its_rate_and_one_burst(
     rate: float, capacity: float, takes: list[tuple[float, float]]
 ) -> None:
     bucket, now, taken, largest = TokenBucket(0.0), 0.0, 0.0, 0.0
