@@ -350,7 +350,7 @@ class App:
             self._supervisor.engine.shutdown()
 
     def _exit(self, status: int) -> None:
-        """End at once, whatever runs."""
+        """End at once."""
         self._on_disk.close()
         finish_logging()
         exit_at_once(status)

@@ -29,7 +29,7 @@ from tests.server.adapters import entry
 
 
 class FakeTokenizer:
-    """A token a character."""
+    """One token for each character."""
 
     chat_template = "yes"
     all_special_tokens = ("<|end|>",)
@@ -59,7 +59,7 @@ class FakeEngine:
         self.running += 1
         try:
             yield self.deltas[0]
-            # As the real one does between two steps, so that the first can be read before the second is there.
+            # A step of the real engine: the first delta can be read before the second comes.
             await asyncio.sleep(0.01)
             if self.error:
                 raise self.error
@@ -83,7 +83,7 @@ class FakeMemory:
 
 
 class FakeRepository:
-    """Remembers what it was asked to do."""
+    """Records its calls."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
@@ -122,7 +122,7 @@ class Service:
         self.address = ""
 
     def value(self, name: str, **labels: str) -> float:
-        """A metric's value; 0 where it has none yet."""
+        """A metric's value; 0 if it has none yet."""
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
     @asynccontextmanager

@@ -1,4 +1,4 @@
-"""Exceptions to statuses: the right code, the right details, never too large, never telling."""
+"""Exceptions become statuses with the right code and details, small enough for trailers, without secrets."""
 
 import grpc
 import pytest

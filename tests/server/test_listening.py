@@ -43,9 +43,9 @@ async def test_a_new_certificate_serves_the_next_connection(tmp_path: Path) -> N
         assert await asyncio.to_thread(served_certificate, service.address) == first.certificate
         replace(first, second)
         assert await asyncio.to_thread(served_certificate, service.address) == second.certificate
-        # A connection that is open stays.
+        # An open connection stays.
         await old.generate("one", "x")
-        # A key that does not fit leaves what is in use in use.
+        # A key of another certificate: the old files stay in use.
         os.replace(third.pem, first.pem)
         assert await asyncio.to_thread(served_certificate, service.address) == second.certificate
         async with AsyncClient(service.address, access) as new:
@@ -95,7 +95,7 @@ async def test_limits_connections() -> None:
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await _ask(open_ones[2])
             assert raised.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-            # The refused one goes on trying and would take the place that the first one leaves.
+            # The refused connection keeps trying and would take the first one's place.
             await open_ones[2].close()
             await open_ones[0].close()
             await _connect_anew(service.address)
@@ -129,14 +129,14 @@ async def _ask(channel: Any) -> None:
 
 async def test_limits_calls_of_a_connection() -> None:
     async with Service(max_concurrent_streams=2).running() as service, AsyncClient(service.address) as client:
-        # Connected, the client knows the limit.
+        # The client learns the limit when it connects.
         await client.generate("one", "x")
         service.engine.hold = asyncio.Event()
         calls = [asyncio.create_task(client.generate("one", "x")) for _ in range(4)]
         await asyncio.sleep(0.5)
         assert service.engine.running == 2
         service.engine.hold.set()
-        # The others waited in the client, or were refused: gRPC does either.
+        # The other calls waited in the client, or were refused: gRPC does either.
         for call in calls:
             try:
                 await call

@@ -188,7 +188,7 @@ async def test_tenants_see_their_models_and_admins_change_them(tmp_path: Path) -
         assert await code("ModelInfer", infer("x", model="two"), a) is grpc.StatusCode.NOT_FOUND
         assert await code("ModelInfer", infer("x", "y", "z"), a) is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert await code("RepositoryModelLoad", load(model_name="m"), a) is grpc.StatusCode.PERMISSION_DENIED
-        # Triton's form, and KServe's, whose only field has the first one's number.
+        # Triton's form, then KServe's: its only field has the number of Triton's repository name.
         reply = await stub.RepositoryModelLoad(load(repository_name="r", model_name="m"), metadata=admin)
         assert (reply.model_name, reply.isLoaded) == ("m", True)
         assert (await stub.RepositoryModelUnload(unload(repository_name="n"), metadata=admin)).isUnloaded

@@ -1,4 +1,4 @@
-"""Quotas, slots, deadlines and full queues, on a clock that a test moves."""
+"""Quotas, turns, deadlines and full queues, on a clock that a test moves."""
 
 import asyncio
 from contextlib import AsyncExitStack
@@ -80,7 +80,7 @@ async def test_runs_as_many_as_there_are_turns_and_the_rest_by_fairness(clock: C
         assert done == []
         assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (2, 4)
     await asyncio.gather(*tasks)
-    # b comes with the least service, and before those of a that waited longer.
+    # b has the least service, so it runs before requests of a that waited longer.
     assert done == ["a", "b", "a", "a"] or done == ["b", "a", "a", "a"]
     assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (0, 0)
     assert (service(metrics, "a"), service(metrics, "b")) == (50, 10)
@@ -121,12 +121,12 @@ async def test_a_request_aside_gives_up_its_turn_and_returns_before_the_queue(cl
     assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (1, 1)
     ready.set()
     await settle()
-    # Ready, but the slot is taken.
+    # Ready, but its turn is taken.
     assert done == []
     leave.set()
     await asyncio.gather(*tasks)
     assert done == ["first", "cold", "second"]
-    # With one aside, the next one keeps its slot.
+    # One is aside: the next keeps its turn.
     ready.clear()
     tasks = [asyncio.create_task(work) for work in (cold("one"), cold("two"), warm("third"))]
     await settle()
@@ -142,7 +142,7 @@ async def test_a_request_aside_gives_up_its_turn_and_returns_before_the_queue(cl
 def test_no_turn_is_lost_or_made_up_when_requests_aside_fail_or_are_cancelled(
     requests: list[tuple[int, int, bool, int]],
 ) -> None:
-    """Each: turns of the loop aside and in the engine, whether it fails aside, and after how many it is cancelled."""
+    """Each request: loop iterations aside and in the engine, whether it fails aside, and when it is cancelled."""
 
     async def run() -> None:
         scheduler, inside = Scheduler(2, 100, Metrics()), 0
@@ -168,13 +168,13 @@ def test_no_turn_is_lost_or_made_up_when_requests_aside_fail_or_are_cancelled(
                 await asyncio.sleep(0)
             task.cancel()
 
-        # Some are done before they are cancelled, and some are not.
+        # Some end before they are cancelled.
         tasks = [asyncio.create_task(ask(*each[:3])) for each in requests]
         await asyncio.gather(*(cancel(task, each[3]) for each, task in zip(requests, tasks, strict=True)))
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert {type(each) for each in results} <= {type(None), RuntimeError, asyncio.CancelledError}
         assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (0, 0)
-        # Both slots are there, and both places aside.
+        # Both turns are free, and both places aside.
         async with scheduler.turn(A, JOB, None) as one, scheduler.turn(A, JOB, None) as two, one.aside(), two.aside():
             assert scheduler.occupancy.running == 0
 
@@ -192,7 +192,7 @@ async def test_limits_requests_per_second(clock: Clock) -> None:
     scheduler.check_quotas(B)
     clock.now += 0.5
     scheduler.check_quotas(tenant)
-    # A reload that raises the quota goes for the next request.
+    # A quota that a reload raises holds for the next request.
     scheduler.check_quotas(Tenant(id="a"))
 
 
@@ -260,7 +260,7 @@ async def measured(clock: Clock, scheduler: Scheduler, seconds: float, tokens: i
 
 async def test_refuses_a_deadline_out_of_reach_at_once(clock: Clock) -> None:
     scheduler, done = make(clock, turns=1), list[str]()
-    # Nothing is known yet, so nothing is impossible.
+    # Without measurements every deadline is possible.
     await wait_for(scheduler, A, done, clock.now + 0.001)
     await measured(clock, scheduler, 1.0)
     with pytest.raises(RequestFailedError) as raised:
@@ -273,7 +273,7 @@ async def test_refuses_a_deadline_out_of_reach_at_once(clock: Clock) -> None:
             await wait_for(scheduler, B, done, clock.now + 1.5)
         assert details(raised.value)[0] == pytest.approx(1.0, abs=0.1)
     assert done == ["a", "a"]
-    # Old measurements say nothing.
+    # Old measurements do not count.
     clock.now += 60
     await wait_for(scheduler, A, done, clock.now + 0.01)
 
@@ -309,7 +309,7 @@ async def test_forgets_tenants_that_are_gone(clock: Clock) -> None:
     scheduler.check_quotas(tenant)
     await wait_for(scheduler, tenant, done)
     scheduler.keep_only({"b"})
-    # With a new bucket.
+    # The tenant has a new bucket, which is full.
     scheduler.check_quotas(tenant)
 
 

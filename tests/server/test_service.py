@@ -91,7 +91,7 @@ async def test_the_answer_is_what_follows_the_marker(service: Service, client: A
 
 
 async def test_streams_working_only_on_request(service: Service, client: AsyncClient) -> None:
-    """A piece that may be the marker's beginning, here two deltas share it, waits for what follows."""
+    """Two deltas share the marker: its beginning waits for the next one."""
     with_marker(service)
     pieces = [piece async for piece in client.stream("one", "x", include_reasoning=True)]
     parts = [(piece.reasoning, piece.text) for piece in pieces]
@@ -122,7 +122,7 @@ async def test_a_text_without_the_marker_is_all_answer(service: Service, client:
 
 @given(text=st.text(alphabet="a =>", max_size=12), cuts=st.lists(st.integers(0, 12), max_size=5))
 def test_splits_pieces_of_a_text_as_the_whole_text(text: str, cuts: list[int]) -> None:
-    """However it is cut into pieces, and as the offline generator splits it."""
+    """The result equals the offline generator's."""
     bounds = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
     splitter = AnswerSplitter("=>")
     parts = [splitter.feed(text[a:b], last=b == len(text)) for a, b in pairwise(bounds)] or [("", "")]

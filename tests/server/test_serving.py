@@ -79,7 +79,7 @@ def test_the_adapter_changes_the_logprobs(client: Client) -> None:
 
 
 def test_the_backbone_alone_answers_a_chat(client: Client) -> None:
-    # Every token of it is likelier than the next best by 1.1 nats or more, which no processor's rounding turns round.
+    # Every token is likelier than the next best by at least 1.1 nats: no processor's rounding changes the order.
     chat = [{"role": "user", "content": "What is the name of the capital city of France?"}]
     assert client.generate("open", chat, without_adapter=True).text == "The capital city of France is Paris."
 
@@ -249,7 +249,7 @@ def test_open_inference_gives_the_native_texts(server: ServerProcess, client: Cl
             tensor.contents.bytes_contents.extend(text.encode() for text in texts)
             return [element.decode() for element in stub.ModelInfer(request).outputs[0].contents.bytes_contents]
 
-        # One at a time: in bfloat16 what shares a step may turn a near tie.
+        # One at a time: in bfloat16 a request that shares a step may decide a near tie the other way.
         for text in texts:
             assert infer(text) == [client.generate("open", text, max_new_tokens=12).text]
         assert len(infer(*texts)) == 2

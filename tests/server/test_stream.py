@@ -1,4 +1,4 @@
-"""What lies between the engine and a reader that lags."""
+"""A stream's buffer between the engine and a slow reader."""
 
 import asyncio
 from collections.abc import Awaitable, Callable

@@ -1,4 +1,4 @@
-"""Requests to jobs or violations, with the default backbone's tokenizer."""
+"""Requests become jobs or violations, with the default backbone's tokenizer."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -41,7 +41,7 @@ def job(result: GenerationJob | list[Violation]) -> GenerationJob:
 def test_defaults_come_from_the_task(tokenizer: Any) -> None:
     made = job(validate(make_request("one", "hello"), ONE, tokenizer, LIMITS))
     assert list(made.prompt_ids) == encode_prompt(tokenizer, "hello\nAnswer:")
-    # The task's 200 tokens do not fit, and nobody asked for them by name.
+    # The task's default of 200 tokens does not fit and is cut; only a request's own number is refused.
     assert made.sampling.max_new_tokens == 128 - len(made.prompt_ids)
     assert made.sampling.stop == ("\n",)
     assert (made.sampling.temperature, made.sampling.top_p, made.sampling.top_k) == (0.0, 1.0, 0)
