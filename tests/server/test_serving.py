@@ -4,7 +4,6 @@ import asyncio
 import json
 import subprocess
 import sys
-import urllib.request
 from typing import Any
 
 import grpc
@@ -16,6 +15,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from mtlora_pb.v1 import inference_pb2 as pb
 
 from mtlora.client import AsyncClient, Client, ServerError
+from mtlora.client.metrics_page import MetricsPage
 from server.cli.process import ServerProcess
 from tests.server.conftest import StartingObservations
 from tests.server.helpers import LONG, eventually
@@ -24,18 +24,10 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-def metrics(server: ServerProcess) -> dict[str, float]:
-    """Every sample of the metrics page, by name and labels as they are written there."""
-    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=5) as reply:
-        lines = reply.read().decode().splitlines()
-    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    return {name: float(value) for name, value in pairs}
-
-
 def engine_is_idle(server: ServerProcess) -> bool:
-    found = metrics(server)
+    found = MetricsPage.fetch(server.metrics)
     return not any(
-        found[name]
+        found.value(name)
         for name in ("mtlora_engine_running_sequences", "mtlora_engine_waiting_sequences", "mtlora_requests_in_flight")
     )
 
@@ -204,9 +196,9 @@ def test_lists_every_task(client: Client, server: ServerProcess) -> None:
 def test_leaves_out_a_broken_adapter(server: ServerProcess, client: Client) -> None:
     with pytest.raises(ServerError):
         client.task("lost")
-    found = metrics(server)
-    assert found['mtlora_adapters{state="failed"}'] == 1
-    assert found['mtlora_adapters{state="loaded"}'] == 2
+    found = MetricsPage.fetch(server.metrics)
+    assert found.value("mtlora_adapters", state="failed") == 1
+    assert found.value("mtlora_adapters", state="loaded") == 2
     assert any("adapter not served" in line and "broken" in line for line in server.log().splitlines())
 
 
@@ -269,8 +261,7 @@ def test_a_deadline_frees_the_engine(server: ServerProcess, client: Client) -> N
         client.generate("open", "Once", timeout=1.0, **LONG)
     assert raised.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
     eventually(lambda: engine_is_idle(server))
-    statuses = {name for name, value in metrics(server).items() if name.startswith("mtlora_requests_total") and value}
-    assert any('status="DEADLINE_EXCEEDED"' in name for name in statuses)
+    assert MetricsPage.fetch(server.metrics).value("mtlora_requests_total", status="DEADLINE_EXCEEDED")
 
 
 async def test_answers_thirty_requests_at_once(server: ServerProcess, client: Client) -> None:
@@ -285,17 +276,17 @@ async def test_answers_thirty_requests_at_once(server: ServerProcess, client: Cl
 
 
 def test_metrics_count_a_request(server: ServerProcess, client: Client) -> None:
-    before = metrics(server)
+    requests: dict[str, str] = {"method": "Generate", "status": "OK", "task": "count_words"}
+    before = MetricsPage.fetch(server.metrics).value("mtlora_requests_total", **requests)
     client.generate("count_words", "a b")
-    found = metrics(server)
-    name = 'mtlora_requests_total{method="Generate",status="OK",task="count_words"}'
-    assert found[name] == before.get(name, 0) + 1
+    found = MetricsPage.fetch(server.metrics)
+    assert found.value("mtlora_requests_total", **requests) == before + 1
     for histogram in ("time_to_first_token", "inter_token_latency", "request", "queue"):
-        assert found[f"mtlora_{histogram}_seconds_count"] > 0
-    assert found["mtlora_serving"] == 1
-    assert found["mtlora_tasks"] == 5
-    assert found['mtlora_completion_tokens_total{task="count_words"}'] > 0
-    assert found["mtlora_engine_prefix_cache_queries_total"] > 0
+        assert found.value(f"mtlora_{histogram}_seconds_count") > 0
+    assert found.value("mtlora_serving") == 1
+    assert found.value("mtlora_tasks") == 5
+    assert found.value("mtlora_completion_tokens_total", task="count_words") > 0
+    assert found.value("mtlora_engine_prefix_cache_queries_total") > 0
 
 
 def test_logs_json_without_prompts(server: ServerProcess, client: Client) -> None:
