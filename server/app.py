@@ -9,10 +9,6 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from grpc_reflection.v1alpha import reflection
-from mtlora_pb.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
-from openinference_pb import grpc_predict_v2_pb2, grpc_predict_v2_pb2_grpc
-
 from mtlora.backbone import BackboneError, resolve
 from server.engine import (
     Engine,
@@ -46,9 +42,6 @@ from server.tenants.authentication import Authenticator
 
 logger = get_logger("app")
 
-_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-_OPEN_INFERENCE = grpc_predict_v2_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
-_ADAPTERS_SERVICE = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].full_name
 _POLL_INTERVAL_S = 5.0
 # Running requests get their status before the process ends.
 _LAST_STATUSES_S = 0.5
@@ -108,7 +101,7 @@ class App:
         self._adapters_service = AdaptersServicer(self._admission)
         repository = Repository(lambda: self._adapters_service.registry)
         self._open_inference = OpenInferenceServicer(self._inference, self._admission, repository)
-        self._health = Health(_SERVICE)
+        self._health = Health()
         # Closed at every end, an early one too.
         self._on_disk = contextlib.ExitStack()
 
@@ -186,20 +179,14 @@ class App:
             listening = Listening(self._settings, interceptor)
         except TLSError as error:
             raise StartError(str(error)) from None
-        server = listening.server
-        inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, server)
-        adapters_pb2_grpc.add_AdaptersServicer_to_server(self._adapters_service, server)
-        grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self._open_inference, server)
-        self._health.add_to(server)
-        services = (_SERVICE, _ADAPTERS_SERVICE, _OPEN_INFERENCE, Health.SERVICE, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(services, server)
+        listening.add(self._inference, self._adapters_service, self._open_inference, self._health)
         try:
             address = listening.bind()
         except OSError as error:
-            await server.stop(None)
+            await listening.server.stop(None)
             raise StartError(str(error)) from None
-        await server.start()
-        return server, address
+        await listening.server.start()
+        return listening.server, address
 
     async def _listen_for_probes(self) -> Any | None:
         host, port = self._settings.host, self._settings.health_port
@@ -350,7 +337,7 @@ class App:
             self._supervisor.engine.shutdown()
 
     def _exit(self, status: int) -> None:
-        """End at once, whatever runs."""
+        """End at once."""
         self._on_disk.close()
         finish_logging()
         exit_at_once(status)

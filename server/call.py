@@ -14,11 +14,11 @@ class Call:
 
     request_id: str
     method: str
-    # Label of metrics: the task's id where it is served, else "unknown"; empty for methods that take no task.
+    # Label of metrics: the task's id if it is served, else "unknown"; empty for methods that take no task.
     task: str = ""
     received: float = field(default_factory=time.monotonic)
     tenant: Tenant = OPEN_TENANT
-    # time.monotonic() of the deadline; None where the client set none.
+    # time.monotonic() of the deadline; None if the client set none.
     deadline: float | None = None
     trace: RequestTrace | None = None
     prompt_tokens: int = 0

@@ -124,6 +124,8 @@ class Supervisor:
             await asyncio.wait({working, failing}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             failing.cancel()
+            # Until it has stopped watching the engine, which `run` is about to watch.
+            await asyncio.wait({failing})
         if not working.done():
             self._running.lose()
         await working

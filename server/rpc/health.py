@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
+from mtlora_pb.v1 import inference_pb2
 
 LIVE = "live"
 
@@ -25,8 +26,8 @@ class Health:
 
     SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
-    def __init__(self, service: str) -> None:
-        self._names = ("", service)
+    def __init__(self) -> None:
+        self._names = ("", inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name)
         self._servicer = HealthServicer()
 
     def add_to(self, server: Any) -> None:

@@ -151,7 +151,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return Generation(job, call, self._metrics)
 
     def _version_for(self, request: pb.GenerateRequest, task: ServedTask) -> ServedTask:
-        """The task on the version that answers this request; loading begins where the engine does not have it."""
+        """The task on the version that answers this request. A version that is not in the engine begins to load."""
         if task.spec.id in self.catalog.splits:
             task = self.catalog.choose(task, _routing_key(request))
         if task.version is not None and not request.without_adapter:

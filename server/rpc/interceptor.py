@@ -135,7 +135,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             # `abort` always ends so.
             raise
         except (TimeoutError, grpc.aio.BaseError):
-            # Nobody takes the status. After a cancellation gRPC does not send one of its own.
+            # The reader takes no status. After a cancellation gRPC does not send one of its own.
             raise asyncio.CancelledError from None
 
     def _record(self, call: Call, code: grpc.StatusCode) -> None:

@@ -1,15 +1,22 @@
-"""The gRPC port: TLS, and limits on what connections may hold of the server."""
+"""The gRPC port: its services, TLS, and limits on what connections may hold of the server."""
 
 from typing import Any
 
 import grpc
+from grpc_reflection.v1alpha import reflection
+from mtlora_pb.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+from openinference_pb import grpc_predict_v2_pb2, grpc_predict_v2_pb2_grpc
 
+from server.rpc.adapters_service import AdaptersServicer
+from server.rpc.health import Health
+from server.rpc.inference_service import InferenceServicer
+from server.rpc.openinference import OpenInferenceServicer
 from server.rpc.tls import Certificates
 from server.settings import Settings
 
 
 class Listening:
-    """An aio server that has not started. Add services to `server`, then `bind`. Raises TLSError."""
+    """An aio server that has not started: `add` services, `bind`, start `server`. Raises TLSError."""
 
     def __init__(self, settings: Settings, interceptor: grpc.aio.ServerInterceptor) -> None:
         self._wanted = (settings.host, settings.port)
@@ -22,6 +29,22 @@ class Listening:
             # Above admission's limit: further calls end in RESOURCE_EXHAUSTED at no cost.
             maximum_concurrent_rpcs=4 * settings.in_flight_limit + 1024,
         )
+
+    def add(
+        self,
+        inference: InferenceServicer,
+        adapters: AdaptersServicer,
+        open_inference: OpenInferenceServicer,
+        health: Health,
+    ) -> None:
+        """Answer the calls of every contract, health checks and reflection."""
+        inference_pb2_grpc.add_InferenceServicer_to_server(inference, self.server)
+        adapters_pb2_grpc.add_AdaptersServicer_to_server(adapters, self.server)
+        grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, self.server)
+        health.add_to(self.server)
+        contracts = (inference_pb2, adapters_pb2, grpc_predict_v2_pb2)
+        names = [service.full_name for each in contracts for service in each.DESCRIPTOR.services_by_name.values()]
+        reflection.enable_server_reflection((*names, Health.SERVICE, reflection.SERVICE_NAME), self.server)
 
     def bind(self) -> str:
         """Take the port; returns HOST:PORT. Raises OSError."""

@@ -7,12 +7,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mtlora_pb.v1 import inference_pb2_grpc
-from openinference_pb import grpc_predict_v2_pb2_grpc
-
 from server.job import Delta, GenerationJob, ServedTask
 from server.registry.catalog import Catalog
 from server.registry.residency import Residency
+from server.rpc.adapters_service import AdaptersServicer
+from server.rpc.health import Health
 from server.rpc.inference_service import InferenceServicer
 from server.rpc.interceptor import CallInterceptor
 from server.rpc.listening import Listening
@@ -29,7 +28,7 @@ from tests.server.adapters import entry
 
 
 class FakeTokenizer:
-    """A token a character."""
+    """One token for each character."""
 
     chat_template = "yes"
     all_special_tokens = ("<|end|>",)
@@ -59,7 +58,7 @@ class FakeEngine:
         self.running += 1
         try:
             yield self.deltas[0]
-            # As the real one does between two steps, so that the first can be read before the second is there.
+            # A step of the real engine: the first delta can be read before the second comes.
             await asyncio.sleep(0.01)
             if self.error:
                 raise self.error
@@ -83,7 +82,7 @@ class FakeMemory:
 
 
 class FakeRepository:
-    """Remembers what it was asked to do."""
+    """Records its calls."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
@@ -122,7 +121,7 @@ class Service:
         self.address = ""
 
     def value(self, name: str, **labels: str) -> float:
-        """A metric's value; 0 where it has none yet."""
+        """A metric's value; 0 if it has none yet."""
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
     @asynccontextmanager
@@ -130,16 +129,14 @@ class Service:
         authenticate = Authenticator(self.directory).tenant
         interceptor = CallInterceptor(self.metrics, authenticate, tracer, slow_reader_s=self.settings.slow_reader_s)
         listening = Listening(self.settings, interceptor)
-        server = listening.server
-        inference_pb2_grpc.add_InferenceServicer_to_server(self.servicer, server)
-        grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self.open_inference, server)
+        listening.add(self.servicer, AdaptersServicer(self.admission), self.open_inference, Health())
         self.address = listening.bind()
         self.admission.state = State.SERVING
-        await server.start()
+        await listening.server.start()
         try:
             yield self
         finally:
-            await server.stop(0)
+            await listening.server.stop(0)
 
 
 async def eventually(condition: Callable[[], bool], timeout: float = 5.0) -> None:

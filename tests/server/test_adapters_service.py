@@ -11,10 +11,11 @@ import pytest
 from mtlora_pb.v1 import adapters_pb2 as pb
 
 from mtlora.client import Client, ServerError
+from mtlora.client.metrics_page import MetricsPage
 from server.cli.process import ServerProcess
 from tests.server.adapters import entry, write_adapter
 from tests.server.helpers import eventually
-from tests.server.test_serving import metrics, run_cli
+from tests.server.test_serving import run_cli
 
 TEXT = "The quick brown fox"
 TASKS = [entry("gamma_one", stop=(), max_new_tokens=8), entry("gamma_two", stop=(), max_new_tokens=8)]
@@ -91,7 +92,7 @@ def test_cached_blocks_do_not_cross_contents_of_one_version(gamma: Path, client:
 
 def test_a_bad_version_is_refused_and_said_why(gamma: Path, client: Client, server: ServerProcess) -> None:
     events = client.watch_adapters("gamma")
-    before = metrics(server)['mtlora_adapter_failures_total{stage="verified"}']
+    before = MetricsPage.fetch(server.metrics).value("mtlora_adapter_failures_total", stage="verified")
     write_adapter(gamma / "2", TASKS, seed=2)
     (gamma / "2" / "adapter.safetensors").write_bytes(b"garbage")
     failed = next(event for event in events if event.stage == pb.ADAPTER_STAGE_FAILED)
@@ -105,7 +106,7 @@ def test_a_bad_version_is_refused_and_said_why(gamma: Path, client: Client, serv
     (shown,) = (each for each in served(client, "gamma").versions if each.version == "2")
     assert shown.stage == pb.ADAPTER_STAGE_FAILED
     assert shown.reason == failed.reason
-    assert metrics(server)['mtlora_adapter_failures_total{stage="verified"}'] > before
+    assert MetricsPage.fetch(server.metrics).value("mtlora_adapter_failures_total", stage="verified") > before
 
 
 def test_weights_are_sticky_by_key_else_by_input(gamma: Path, client: Client) -> None:

@@ -1,4 +1,4 @@
-"""Exceptions to statuses: the right code, the right details, never too large, never telling."""
+"""Exceptions become statuses with the right code and details, small enough for trailers, without secrets."""
 
 import grpc
 import pytest
@@ -31,7 +31,7 @@ def details(error: RequestFailedError, kind: type[Message]) -> Message:
     return message
 
 
-def test_not_found_has_the_resource_and_near_matches() -> None:
+def test_not_found_names_the_resource_and_near_matches() -> None:
     error = task_not_found("sort_word", ["sort_words", "count_words", "unrelated"])
     assert error.code is grpc.StatusCode.NOT_FOUND
     assert "near: sort_words" in error.message
@@ -40,7 +40,7 @@ def test_not_found_has_the_resource_and_near_matches() -> None:
     assert (info.resource_type, info.resource_name) == ("mtlora.v1.Task", "sort_word")
 
 
-def test_invalid_argument_has_every_violation() -> None:
+def test_invalid_argument_names_every_violation() -> None:
     error = invalid_argument([Violation("a", "one"), Violation("b", "two")])
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
     assert error.message == "a: one (and 1 more)"
@@ -49,19 +49,19 @@ def test_invalid_argument_has_every_violation() -> None:
 
 
 @pytest.mark.parametrize("make", [resource_exhausted, unavailable])
-def test_retry_info(make: object) -> None:
+def test_retriable_statuses_say_when_to_retry(make: object) -> None:
     error = make("no room", 1.5)
     assert details(error, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() == 1500
 
 
 @pytest.mark.parametrize("error", [EngineDeadError("secret"), EngineAbortedError("secret"), ValueError("secret /path")])
-def test_internals_do_not_leak(error: Exception) -> None:
+def test_hides_the_texts_of_unknown_exceptions(error: Exception) -> None:
     failure = from_exception(error)
     assert "secret" not in failure.message
     assert b"secret" not in failure.status_details()
 
 
-def test_codes_of_other_exceptions() -> None:
+def test_known_exceptions_have_codes() -> None:
     assert from_exception(EngineDeadError()).code is grpc.StatusCode.UNAVAILABLE
     assert from_exception(EngineAbortedError()).code is grpc.StatusCode.UNAVAILABLE
     assert from_exception(KeyError("x")).code is grpc.StatusCode.INTERNAL
@@ -70,12 +70,12 @@ def test_codes_of_other_exceptions() -> None:
 
 
 @given(st.lists(st.builds(Violation, st.text(max_size=400), st.text(max_size=400)), min_size=1, max_size=60))
-def test_statuses_fit_into_trailers(violations: list[Violation]) -> None:
+def test_violations_fit_into_trailers(violations: list[Violation]) -> None:
     error = invalid_argument(violations)
     assert len(error.status_details()) < _ROOM
 
 
 @given(st.text(min_size=1, max_size=5000))
-def test_any_unknown_id_fits_too(task_id: str) -> None:
+def test_any_unknown_task_id_fits_into_trailers(task_id: str) -> None:
     error = task_not_found(task_id, ["a", "b"])
     assert len(error.status_details()) < _ROOM

@@ -23,7 +23,7 @@ def push(queue: FairQueue[Any], tenant: str, item: Any, weight: float = 1.0, ran
     weights=st.lists(st.sampled_from([0.5, 1.0, 2.0, 4.0]), min_size=2, max_size=4),
     costs=st.lists(COSTS, min_size=1, max_size=40),
 )
-def test_backlogged_tenants_get_service_by_weight(weights: list[float], costs: list[int]) -> None:
+def test_waiting_tenants_get_service_by_weight(weights: list[float], costs: list[int]) -> None:
     queue: FairQueue[int] = FairQueue()
     served = [0.0] * len(weights)
     for turn in range(200):
@@ -61,7 +61,7 @@ def test_idling_saves_up_no_credit(turns: int, costs: list[int]) -> None:
     assert abs(served["busy"] - served["late"]) <= 2 * MOST
 
 
-def test_who_comes_to_an_empty_queue_is_lifted_to_who_left_last() -> None:
+def test_a_newcomer_to_an_empty_queue_is_lifted_to_the_last_counter() -> None:
     queue: FairQueue[int] = FairQueue()
     push(queue, "a", 1)
     queue.charge("a", 100)
@@ -84,7 +84,7 @@ def test_a_tenant_at_its_limit_counts_as_idle() -> None:
     assert queue.counter("a") == 40
 
 
-def test_more_urgent_classes_go_first() -> None:
+def test_pops_more_urgent_classes_first() -> None:
     queue: FairQueue[str] = FairQueue()
     push(queue, "batch", "x", rank=2)
     push(queue, "now", "y", rank=0)
@@ -93,7 +93,7 @@ def test_more_urgent_classes_go_first() -> None:
     assert [queue.pop() for _ in range(4)] == [("now", "y"), ("now", "z"), ("batch", "x"), None]
 
 
-def test_the_longest_line_for_its_weight_gives_up_its_newest() -> None:
+def test_drops_the_newest_of_the_longest_line_for_its_weight() -> None:
     queue: FairQueue[int] = FairQueue()
     for item in range(4):
         push(queue, "heavy", item, weight=4.0)

@@ -21,7 +21,7 @@ class OneTokenEngine:
         yield Delta("x", 1, finish_reason="stop")
 
 
-async def test_requests_for_a_cold_adapter_as_many_as_fit_do_not_hold_up_one_for_a_warm_one() -> None:
+async def test_a_full_engines_worth_of_cold_requests_does_not_delay_a_warm_one() -> None:
     warm, cold = serving_version("a"), serving_version("b")
     loads, metrics = Loads(), Metrics()
     loads.gate["b"] = asyncio.Event()

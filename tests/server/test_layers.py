@@ -20,7 +20,7 @@ LEVELS = (
     ("__main__",),
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-# What a package must not import.
+# Packages that a package must not import.
 FORBIDDEN = {
     "mtlora": ("server", "loadtest", "benchmarks", "tests", "deploy"),
     "loadtest": ("server", "benchmarks", "tests"),

@@ -64,8 +64,7 @@ async def test_taken_ports_of_metrics_and_probes_are_named(tmp_path: Path, taken
         await app(tmp_path, health_port=taken)._listen_for_probes()
 
 
-async def test_rejects_a_backbone_without_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.app.begin_imports", lambda _: None)
+async def test_rejects_a_backbone_without_config(tmp_path: Path) -> None:
     with pytest.raises(StartError, match=r"no config\.json"):
         await app(tmp_path, backbone=str(tmp_path))._start()
 

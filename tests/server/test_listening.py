@@ -43,16 +43,16 @@ async def test_a_new_certificate_serves_the_next_connection(tmp_path: Path) -> N
         assert await asyncio.to_thread(served_certificate, service.address) == first.certificate
         replace(first, second)
         assert await asyncio.to_thread(served_certificate, service.address) == second.certificate
-        # A connection that is open stays.
+        # An open connection stays.
         await old.generate("one", "x")
-        # A key that does not fit leaves what is in use in use.
+        # A key of another certificate: the old files stay in use.
         os.replace(third.pem, first.pem)
         assert await asyncio.to_thread(served_certificate, service.address) == second.certificate
         async with AsyncClient(service.address, access) as new:
             await new.generate("one", "x")
 
 
-async def test_a_server_without_a_certificate_that_the_client_trusts(tmp_path: Path) -> None:
+async def test_a_client_refuses_an_untrusted_certificate(tmp_path: Path) -> None:
     ca, other = authority(tmp_path), authority(tmp_path, "other")
     server = issue(other, tmp_path, "server")
     service = Service(tls_certificate=server.pem, tls_key=server.key)
@@ -61,7 +61,7 @@ async def test_a_server_without_a_certificate_that_the_client_trusts(tmp_path: P
             await client.generate("one", "x", timeout=5)
 
 
-def test_bad_files(tmp_path: Path) -> None:
+def test_refuses_bad_certificate_files(tmp_path: Path) -> None:
     ca = authority(tmp_path)
     good, late = issue(ca, tmp_path, "good"), issue(ca, tmp_path, "late", days=-1)
     other = issue(ca, tmp_path, "other")
@@ -81,12 +81,12 @@ def test_bad_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "given", [{"tls_key": "x"}, {"tls_certificate": "x"}, {"tls_client_ca": "x"}, {"max_connections": 0}]
 )
-def test_settings_that_do_not_fit_together(given: dict[str, Any]) -> None:
+def test_refuses_settings_that_contradict(given: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=r"allowed|greater"):
         load_settings({"allow_no_tasks": True, **given})
 
 
-async def test_no_more_connections_than_allowed() -> None:
+async def test_limits_connections() -> None:
     async with Service(max_connections=2).running() as service:
         open_ones = [grpc.aio.insecure_channel(service.address, options=_apart(i)) for i in range(3)]
         try:
@@ -95,7 +95,7 @@ async def test_no_more_connections_than_allowed() -> None:
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await _ask(open_ones[2])
             assert raised.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-            # The refused one goes on trying and would take the place that the first one leaves.
+            # The refused connection keeps trying and would take the first one's place.
             await open_ones[2].close()
             await open_ones[0].close()
             await _connect_anew(service.address)
@@ -127,16 +127,16 @@ async def _ask(channel: Any) -> None:
     await inference_pb2_grpc.InferenceStub(channel).Generate(make_request("one", "x"), timeout=5)
 
 
-async def test_calls_beyond_the_streams_of_a_connection_do_not_run() -> None:
+async def test_limits_calls_of_a_connection() -> None:
     async with Service(max_concurrent_streams=2).running() as service, AsyncClient(service.address) as client:
-        # Connected, the client knows the limit.
+        # The client learns the limit when it connects.
         await client.generate("one", "x")
         service.engine.hold = asyncio.Event()
         calls = [asyncio.create_task(client.generate("one", "x")) for _ in range(4)]
         await asyncio.sleep(0.5)
         assert service.engine.running == 2
         service.engine.hold.set()
-        # The others waited in the client, or were refused: gRPC does either.
+        # The other calls waited in the client, or were refused: gRPC does either.
         for call in calls:
             try:
                 await call
@@ -145,7 +145,7 @@ async def test_calls_beyond_the_streams_of_a_connection_do_not_run() -> None:
         assert len(service.engine.jobs) >= 3
 
 
-async def test_bytes_that_are_no_message_are_invalid() -> None:
+async def test_refuses_bytes_that_are_no_message() -> None:
     async with Service().running() as service, grpc.aio.insecure_channel(service.address) as channel:
         for method in ("/mtlora.v1.Inference/Generate", "/inference.GRPCInferenceService/ModelInfer"):
             with pytest.raises(grpc.aio.AioRpcError) as raised:

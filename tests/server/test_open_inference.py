@@ -62,7 +62,7 @@ async def failure(stub: Any, request: Any, method: str = "ModelInfer") -> Server
     return ServerError(raised.value)
 
 
-async def test_metadata(service: Service, stub: Any) -> None:
+async def test_describes_server_models_and_repository(service: Service, stub: Any) -> None:
     assert (await stub.ServerLive(pb.ServerLiveRequest())).live
     assert (await stub.ServerReady(pb.ServerReadyRequest())).ready
     assert (await stub.ModelReady(pb.ModelReadyRequest(name="one"))).ready
@@ -90,7 +90,7 @@ async def test_metadata(service: Service, stub: Any) -> None:
 
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("shape", [[3], [3, 1]])
-async def test_answers_come_in_the_form_of_the_inputs(service: Service, stub: Any, raw: bool, shape: list[int]) -> None:
+async def test_outputs_have_the_form_of_the_inputs(service: Service, stub: Any, raw: bool, shape: list[int]) -> None:
     request = infer("a", "b", "c", raw=raw)
     request.inputs[0].shape[:] = shape
     reply = await stub.ModelInfer(request)
@@ -107,7 +107,7 @@ async def test_answers_come_in_the_form_of_the_inputs(service: Service, stub: An
     assert service.value("mtlora_completion_tokens_total", task="one") == 6
 
 
-async def test_a_tensor_a_field(service: Service, stub: Any) -> None:
+async def test_each_field_is_a_tensor(service: Service, stub: Any) -> None:
     request = pb.ModelInferRequest(model_name="pair")
     add(request, "second", ["2", "4"])
     add(request, "first", ["1", "3"])
@@ -116,7 +116,7 @@ async def test_a_tensor_a_field(service: Service, stub: Any) -> None:
     assert prompts == {"1 2", "3 4"}
 
 
-async def test_parameters(service: Service, stub: Any) -> None:
+async def test_parameters_become_native_ones(service: Service, stub: Any) -> None:
     given = {
         "max_tokens": {"int64Param": 5}, "temperature": {"stringParam": "0.5"}, "top_p": {"doubleParam": 0.5},
         "top_k": {"uint64Param": 3}, "seed": {"int64Param": 9}, "stop": {"stringParam": "!"},
@@ -130,7 +130,7 @@ async def test_parameters(service: Service, stub: Any) -> None:
     assert (sampling.top_k, sampling.seed, sampling.stop) == (3, 9, ("!",))
 
 
-async def test_every_violation_at_once(stub: Any) -> None:
+async def test_names_all_violations_at_once(stub: Any) -> None:
     given = {"tempreture": {"doubleParam": 1}, "max_tokens": {"stringParam": "five"}, "seed": {"int64Param": -1}}
     request = infer("x", name="text", **given)
     request.outputs.add(name="logits")
@@ -152,7 +152,7 @@ async def test_every_violation_at_once(stub: Any) -> None:
         (lambda r: r.raw_input_contents.append(b"\1\0\0\0x"), "beside raw_input_contents"),
     ],
 )
-async def test_tensors_that_do_not_fit(stub: Any, change: Any, said: str) -> None:
+async def test_refuses_tensors_that_hold_no_texts(stub: Any, change: Any, said: str) -> None:
     request = infer("x")
     change(request)
     error = await failure(stub, request)
@@ -160,12 +160,12 @@ async def test_tensors_that_do_not_fit(stub: Any, change: Any, said: str) -> Non
     assert said in error.message
 
 
-async def test_what_the_native_service_refuses_is_refused_here(stub: Any) -> None:
+async def test_refuses_what_the_native_service_refuses(stub: Any) -> None:
     error = await failure(stub, infer("x", "  "))
     assert (error.code, [field for field, _ in error.violations]) == (grpc.StatusCode.INVALID_ARGUMENT, ["text"])
 
 
-async def test_tenants_and_the_repository(tmp_path: Path) -> None:
+async def test_tenants_see_their_models_and_admins_change_them(tmp_path: Path) -> None:
     key, entry_a = tenant("a", tasks=["one"], requests_per_second=2, burst_seconds=1)
     admin_key, entry_admin = tenant("root", admin=True)
     path = write_tenants(tmp_path / "tenants.yaml", entry_a, entry_admin)
@@ -188,7 +188,7 @@ async def test_tenants_and_the_repository(tmp_path: Path) -> None:
         assert await code("ModelInfer", infer("x", model="two"), a) is grpc.StatusCode.NOT_FOUND
         assert await code("ModelInfer", infer("x", "y", "z"), a) is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert await code("RepositoryModelLoad", load(model_name="m"), a) is grpc.StatusCode.PERMISSION_DENIED
-        # Triton's form, and KServe's, whose only field has the first one's number.
+        # Triton's form, then KServe's: its only field has the number of Triton's repository name.
         reply = await stub.RepositoryModelLoad(load(repository_name="r", model_name="m"), metadata=admin)
         assert (reply.model_name, reply.isLoaded) == ("m", True)
         assert (await stub.RepositoryModelUnload(unload(repository_name="n"), metadata=admin)).isUnloaded
@@ -208,7 +208,7 @@ TENSORS = st.builds(
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(inputs=st.lists(TENSORS, max_size=3), raw=st.lists(st.binary(max_size=20), max_size=3))
-def test_any_tensors_are_texts_or_have_violations(inputs: list[Any], raw: list[bytes]) -> None:
+def test_any_tensors_become_texts_or_violations(inputs: list[Any], raw: list[bytes]) -> None:
     request = pb.ModelInferRequest(inputs=inputs, raw_input_contents=raw)
     try:
         texts = tensors.read_texts(request, ["text_input"])
@@ -231,7 +231,7 @@ def test_any_tensors_are_texts_or_have_violations(inputs: list[Any], raw: list[b
         max_size=5,
     )
 )
-def test_any_parameters_apply_or_have_violations(given: dict[str, pb.InferParameter]) -> None:
+def test_any_parameters_apply_or_become_violations(given: dict[str, pb.InferParameter]) -> None:
     request = native.GenerateRequest()
     violations = list(parameters.apply(given, request))
     assert len(violations) <= len(given)

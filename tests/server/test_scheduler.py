@@ -1,4 +1,4 @@
-"""Quotas, slots, deadlines and full queues, on a clock that a test moves."""
+"""Quotas, turns, deadlines and full queues, on a clock that a test moves."""
 
 import asyncio
 from contextlib import AsyncExitStack
@@ -67,7 +67,7 @@ def details(error: RequestFailedError) -> tuple[float, list[tuple[str, str]]]:
     return retry.retry_delay.ToMilliseconds() / 1e3, [(each.subject, each.description) for each in quotas.violations]
 
 
-async def test_no_more_than_the_slots_run_and_the_rest_follow_by_fairness(clock: Clock) -> None:
+async def test_runs_as_many_as_there_are_turns_and_the_rest_by_fairness(clock: Clock) -> None:
     metrics, done = Metrics(), list[str]()
     scheduler = make(clock, metrics=metrics)
     async with AsyncExitStack() as stack:
@@ -80,13 +80,13 @@ async def test_no_more_than_the_slots_run_and_the_rest_follow_by_fairness(clock:
         assert done == []
         assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (2, 4)
     await asyncio.gather(*tasks)
-    # b comes with the least service, and before those of a that waited longer.
+    # b has the least service, so it runs before requests of a that waited longer.
     assert done == ["a", "b", "a", "a"] or done == ["b", "a", "a", "a"]
     assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (0, 0)
     assert (service(metrics, "a"), service(metrics, "b")) == (50, 10)
 
 
-async def test_a_cancelled_wait_leaves_no_trace(clock: Clock) -> None:
+async def test_a_cancelled_wait_leaves_the_queue(clock: Clock) -> None:
     scheduler, done = make(clock, turns=1), list[str]()
     async with AsyncExitStack() as stack:
         await hold(scheduler, stack)
@@ -100,7 +100,7 @@ async def test_a_cancelled_wait_leaves_no_trace(clock: Clock) -> None:
     assert scheduler.occupancy.running == 0
 
 
-async def test_one_that_steps_aside_leaves_its_slot_and_comes_back_before_the_queue(clock: Clock) -> None:
+async def test_a_request_aside_gives_up_its_turn_and_returns_before_the_queue(clock: Clock) -> None:
     scheduler, done = make(clock, turns=1), list[str]()
     ready, leave = asyncio.Event(), asyncio.Event()
 
@@ -121,12 +121,12 @@ async def test_one_that_steps_aside_leaves_its_slot_and_comes_back_before_the_qu
     assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (1, 1)
     ready.set()
     await settle()
-    # Ready, but the slot is taken.
+    # Ready, but its turn is taken.
     assert done == []
     leave.set()
     await asyncio.gather(*tasks)
     assert done == ["first", "cold", "second"]
-    # With one aside, the next one keeps its slot.
+    # One is aside: the next keeps its turn.
     ready.clear()
     tasks = [asyncio.create_task(work) for work in (cold("one"), cold("two"), warm("third"))]
     await settle()
@@ -139,10 +139,10 @@ async def test_one_that_steps_aside_leaves_its_slot_and_comes_back_before_the_qu
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.booleans(), st.integers(0, 12)), max_size=12))
 @settings(max_examples=50, deadline=None)
-def test_whatever_steps_aside_fails_or_is_cancelled_no_slot_is_lost_or_made_up(
+def test_no_turn_is_lost_or_made_up_when_requests_aside_fail_or_are_cancelled(
     requests: list[tuple[int, int, bool, int]],
 ) -> None:
-    """Each: turns of the loop aside and in the engine, whether it fails aside, and after how many it is cancelled."""
+    """Each request: loop iterations aside and in the engine, whether it fails aside, and when it is cancelled."""
 
     async def run() -> None:
         scheduler, inside = Scheduler(2, 100, Metrics()), 0
@@ -168,20 +168,20 @@ def test_whatever_steps_aside_fails_or_is_cancelled_no_slot_is_lost_or_made_up(
                 await asyncio.sleep(0)
             task.cancel()
 
-        # Some are done before they are cancelled, and some are not.
+        # Some end before they are cancelled.
         tasks = [asyncio.create_task(ask(*each[:3])) for each in requests]
         await asyncio.gather(*(cancel(task, each[3]) for each, task in zip(requests, tasks, strict=True)))
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert {type(each) for each in results} <= {type(None), RuntimeError, asyncio.CancelledError}
         assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (0, 0)
-        # Both slots are there, and both places aside.
+        # Both turns are free, and both places aside.
         async with scheduler.turn(A, JOB, None) as one, scheduler.turn(A, JOB, None) as two, one.aside(), two.aside():
             assert scheduler.occupancy.running == 0
 
     asyncio.run(run())
 
 
-async def test_requests_per_second(clock: Clock) -> None:
+async def test_limits_requests_per_second(clock: Clock) -> None:
     scheduler = make(clock)
     tenant = Tenant(id="a", requests_per_second=2)
     for _ in range(2):
@@ -192,11 +192,11 @@ async def test_requests_per_second(clock: Clock) -> None:
     scheduler.check_quotas(B)
     clock.now += 0.5
     scheduler.check_quotas(tenant)
-    # A reload that raises the quota goes for the next request.
+    # A quota that a reload raises holds for the next request.
     scheduler.check_quotas(Tenant(id="a"))
 
 
-async def test_tokens_per_second_are_exact_in_the_long_run(clock: Clock) -> None:
+async def test_limits_tokens_per_second_exactly_in_the_long_run(clock: Clock) -> None:
     scheduler = make(clock)
     tenant = Tenant(id="a", tokens_per_second=10)
     began, refused, served = clock.now, 0, 0
@@ -216,7 +216,7 @@ async def test_tokens_per_second_are_exact_in_the_long_run(clock: Clock) -> None
     assert served == pytest.approx(1000, abs=50)
 
 
-async def test_max_in_flight_holds_up_the_tenant_alone(clock: Clock) -> None:
+async def test_max_in_flight_delays_only_its_tenant(clock: Clock) -> None:
     scheduler, done = make(clock), list[str]()
     tenant = Tenant(id="a", max_in_flight=1, max_queue=1)
     async with AsyncExitStack() as stack:
@@ -232,7 +232,7 @@ async def test_max_in_flight_holds_up_the_tenant_alone(clock: Clock) -> None:
     assert done == ["b", "a"]
 
 
-async def test_a_full_queue_makes_room_for_who_has_less_in_it(clock: Clock) -> None:
+async def test_a_full_queue_drops_the_longest_lines_newest(clock: Clock) -> None:
     scheduler, done = make(clock, turns=1, max_queued=3), list[str]()
     async with AsyncExitStack() as stack:
         await hold(scheduler, stack)
@@ -258,9 +258,9 @@ async def measured(clock: Clock, scheduler: Scheduler, seconds: float, tokens: i
         turn.served(tokens - 1, first)
 
 
-async def test_a_deadline_out_of_reach_is_refused_at_once(clock: Clock) -> None:
+async def test_refuses_a_deadline_out_of_reach_at_once(clock: Clock) -> None:
     scheduler, done = make(clock, turns=1), list[str]()
-    # Nothing is known yet, so nothing is impossible.
+    # Without measurements every deadline is possible.
     await wait_for(scheduler, A, done, clock.now + 0.001)
     await measured(clock, scheduler, 1.0)
     with pytest.raises(RequestFailedError) as raised:
@@ -273,12 +273,12 @@ async def test_a_deadline_out_of_reach_is_refused_at_once(clock: Clock) -> None:
             await wait_for(scheduler, B, done, clock.now + 1.5)
         assert details(raised.value)[0] == pytest.approx(1.0, abs=0.1)
     assert done == ["a", "a"]
-    # Old measurements say nothing.
+    # Old measurements do not count.
     clock.now += 60
     await wait_for(scheduler, A, done, clock.now + 0.01)
 
 
-async def test_who_waited_beyond_reach_is_not_run(clock: Clock) -> None:
+async def test_does_not_run_a_request_that_waited_too_long(clock: Clock) -> None:
     scheduler, done = make(clock, turns=1), list[str]()
     await measured(clock, scheduler, 1.0)
     async with AsyncExitStack() as stack:
@@ -292,7 +292,7 @@ async def test_who_waited_beyond_reach_is_not_run(clock: Clock) -> None:
     assert (done, scheduler.occupancy.running) == ([], 0)
 
 
-async def test_priorities(clock: Clock) -> None:
+async def test_more_urgent_classes_run_first(clock: Clock) -> None:
     scheduler, done = make(clock, turns=1), list[str]()
     batch, urgent = Tenant(id="batch", priority=Priority.BATCH), Tenant(id="urgent", priority=Priority.INTERACTIVE)
     async with AsyncExitStack() as stack:
@@ -303,13 +303,13 @@ async def test_priorities(clock: Clock) -> None:
     assert done == ["urgent", "urgent", "batch", "batch"]
 
 
-async def test_a_tenant_that_is_gone_is_forgotten(clock: Clock) -> None:
+async def test_forgets_tenants_that_are_gone(clock: Clock) -> None:
     scheduler, done = make(clock), list[str]()
     tenant = Tenant(id="a", requests_per_second=1)
     scheduler.check_quotas(tenant)
     await wait_for(scheduler, tenant, done)
     scheduler.keep_only({"b"})
-    # With a new bucket.
+    # The tenant has a new bucket, which is full.
     scheduler.check_quotas(tenant)
 
 
@@ -319,7 +319,7 @@ async def test_a_tenant_that_is_gone_is_forgotten(clock: Clock) -> None:
     capacity=st.floats(1, 100),
     takes=st.lists(st.tuples(st.floats(0, 5), st.floats(0.1, 50)), max_size=50),
 )
-def test_a_bucket_never_gives_more_than_its_rate_and_one_burst(
+def test_a_bucket_gives_at_most_its_rate_and_one_burst(
     rate: float, capacity: float, takes: list[tuple[float, float]]
 ) -> None:
     bucket, now, taken, largest = TokenBucket(0.0), 0.0, 0.0, 0.0

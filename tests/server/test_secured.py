@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from mtlora.client import Access, Client, ServerError
+from mtlora.client.metrics_page import MetricsPage
 from server.cli.process import ServerProcess
 from tests.faults._certificates import authority, issue
-from tests.faults._secured import metrics
 from tests.faults._tenants import tenant, write_tenants
 from tests.server.helpers import eventually
 
@@ -75,16 +75,17 @@ def test_without_tls_or_key_nobody_gets_in(secured: Secured) -> None:
 def test_prompts_of_two_tenants_share_no_cached_block(secured: Secured) -> None:
     text = "All happy families are alike; each unhappy family is unhappy in its own way. " * 20
 
-    name = "mtlora_engine_prefix_cache_hits_total"
+    def value() -> float:
+        return MetricsPage.fetch(secured.server.metrics).value("mtlora_engine_prefix_cache_hits_total")
 
     def hits(tenant_id: str, at_least: float) -> float:
         """Hits of one more request, once there are so many: the engine's statistics come after its answer."""
-        before = metrics(secured.server)[name]
+        before = value()
         with secured.client(tenant_id) as client:
             client.generate("open", text, max_new_tokens=2)
         time.sleep(0.5)
-        eventually(lambda: metrics(secured.server)[name] - before >= at_least)
-        return metrics(secured.server)[name] - before
+        eventually(lambda: value() - before >= at_least)
+        return value() - before
 
     assert hits("a", 0) == 0
     assert hits("a", 50)
@@ -132,7 +133,8 @@ def test_a_revoked_key_is_refused_while_others_go_on(secured: Secured) -> None:
 
         eventually(refused)
         secured.tenants.write_text("tenants: nonsense")
-        eventually(lambda: metrics(secured.server)["mtlora_tenants_reload_failures_total"] == 1)
+        page = secured.server.metrics
+        eventually(lambda: MetricsPage.fetch(page).value("mtlora_tenants_reload_failures_total") == 1)
         b.generate("open", "x", max_new_tokens=1)
     log = secured.server.log()
     assert "tenants file refused" in log

@@ -47,7 +47,7 @@ async def ask(client: AsyncClient, *, stream: bool, timeout: float | None = None
         await client.generate("one", "x", timeout=timeout)
 
 
-async def test_generate_and_stream_agree(service: Service, client: AsyncClient) -> None:
+async def test_unary_and_streamed_answers_agree(service: Service, client: AsyncClient) -> None:
     answer = await client.generate("one", "x")
     pieces = [piece async for piece in client.stream("one", "x")]
     assert answer.text == "ab"
@@ -81,7 +81,7 @@ def with_marker(service: Service) -> None:
     service.engine.deltas = list(WORKED)
 
 
-async def test_working_is_kept_from_the_answer(service: Service, client: AsyncClient) -> None:
+async def test_the_answer_is_what_follows_the_marker(service: Service, client: AsyncClient) -> None:
     with_marker(service)
     answer = await client.generate("one", "x")
     assert (answer.text, answer.reasoning) == ("7 => 8", "")
@@ -90,8 +90,8 @@ async def test_working_is_kept_from_the_answer(service: Service, client: AsyncCl
     assert (await client.generate("one", "x", without_adapter=True)).text == "3+4=7 => 7 => 8"
 
 
-async def test_a_stream_has_working_only_on_request(service: Service, client: AsyncClient) -> None:
-    """A piece that may be the marker's beginning, here two deltas share it, waits for what follows."""
+async def test_streams_working_only_on_request(service: Service, client: AsyncClient) -> None:
+    """Two deltas share the marker: its beginning waits for the next one."""
     with_marker(service)
     pieces = [piece async for piece in client.stream("one", "x", include_reasoning=True)]
     parts = [(piece.reasoning, piece.text) for piece in pieces]
@@ -100,7 +100,7 @@ async def test_a_stream_has_working_only_on_request(service: Service, client: As
     assert [piece.text async for piece in client.stream("one", "x")] == [" 7", " => 8", ""]
 
 
-async def test_logprobs_of_working_are_streamed_as_they_come(service: Service, client: AsyncClient) -> None:
+async def test_streams_logprobs_of_working_at_once(service: Service, client: AsyncClient) -> None:
     with_marker(service)
     token = TokenLogprobs(TokenLogprob(5, "5", -0.5), ())
     service.engine.deltas = [replace(delta, logprobs=(token,) * delta.tokens) for delta in WORKED]
@@ -110,7 +110,7 @@ async def test_logprobs_of_working_are_streamed_as_they_come(service: Service, c
     assert len((await client.generate("one", "x", logprobs=1)).logprobs) == 9
 
 
-async def test_without_a_marker_in_it_all_of_a_text_is_the_answer(service: Service, client: AsyncClient) -> None:
+async def test_a_text_without_the_marker_is_all_answer(service: Service, client: AsyncClient) -> None:
     with_marker(service)
     service.engine.deltas = [Delta(" 3+", 2), Delta("4 =", 2, finish_reason="length")]
     answer = await client.generate("one", "x", include_reasoning=True)
@@ -121,8 +121,8 @@ async def test_without_a_marker_in_it_all_of_a_text_is_the_answer(service: Servi
 
 
 @given(text=st.text(alphabet="a =>", max_size=12), cuts=st.lists(st.integers(0, 12), max_size=5))
-def test_a_split_text_is_split_as_the_whole_one_is(text: str, cuts: list[int]) -> None:
-    """However it is cut into pieces, and as the offline generator splits it."""
+def test_splits_pieces_of_a_text_as_the_whole_text(text: str, cuts: list[int]) -> None:
+    """The result equals the offline generator's."""
     bounds = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
     splitter = AnswerSplitter("=>")
     parts = [splitter.feed(text[a:b], last=b == len(text)) for a, b in pairwise(bounds)] or [("", "")]
@@ -133,12 +133,12 @@ def test_a_split_text_is_split_as_the_whole_one_is(text: str, cuts: list[int]) -
     assert handed_out == working or (not working and answer.startswith(handed_out))
 
 
-async def test_a_chats_answer_keeps_its_blanks(client: AsyncClient) -> None:
+async def test_chat_answers_keep_their_blanks(client: AsyncClient) -> None:
     answer = await client.generate("one", [{"role": "user", "content": "x"}])
     assert answer.text == " ab "
 
 
-async def test_without_adapter_names_none(service: Service, client: AsyncClient) -> None:
+async def test_answers_without_adapter_name_no_adapter(service: Service, client: AsyncClient) -> None:
     answer = await client.generate("one", "x", without_adapter=True)
     assert (answer.summary.adapter_name, answer.summary.adapter_version) == ("", "")
     assert service.engine.jobs[-1].without_adapter
@@ -153,7 +153,7 @@ async def test_without_adapter_names_none(service: Service, client: AsyncClient)
         (RuntimeError("secret"), grpc.StatusCode.INTERNAL),
     ],
 )
-async def test_engine_failures(
+async def test_engine_failures_become_statuses_without_their_texts(
     service: Service, client: AsyncClient, stream: bool, error: Exception, code: grpc.StatusCode
 ) -> None:
     service.engine.error = error
@@ -165,7 +165,7 @@ async def test_engine_failures(
     assert service.engine.running == 0
 
 
-async def test_a_full_server_says_when_to_come_back(service: Service, client: AsyncClient) -> None:
+async def test_a_full_server_says_when_to_retry(service: Service, client: AsyncClient) -> None:
     service.engine.hold = asyncio.Event()
     running = [asyncio.create_task(client.generate("one", "x")) for _ in range(4)]
     await eventually(lambda: service.engine.running == 4)
@@ -180,7 +180,7 @@ async def test_a_full_server_says_when_to_come_back(service: Service, client: As
 
 
 @pytest.mark.parametrize("state", [State.STARTING, State.DRAINING, State.RESTARTING])
-async def test_nothing_is_answered_unless_serving(service: Service, client: AsyncClient, state: State) -> None:
+async def test_refuses_every_call_unless_serving(service: Service, client: AsyncClient, state: State) -> None:
     service.admission.state = state
     stub = inference_pb2_grpc.InferenceStub(client._channel)
     for call in (
@@ -196,7 +196,7 @@ async def test_nothing_is_answered_unless_serving(service: Service, client: Asyn
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_cancelling_aborts_the_sequence(service: Service, client: AsyncClient, stream: bool) -> None:
+async def test_cancellation_aborts_the_sequence(service: Service, client: AsyncClient, stream: bool) -> None:
     service.engine.hold = asyncio.Event()
     stub = inference_pb2_grpc.InferenceStub(client._channel)
     call = (stub.GenerateStream if stream else stub.Generate)(make_request("one", "x"))
@@ -223,7 +223,7 @@ async def test_a_deadline_aborts_the_sequence(service: Service, client: AsyncCli
     )
 
 
-async def test_what_runs_beyond_the_grace_period_is_aborted(service: Service, client: AsyncClient) -> None:
+async def test_requests_beyond_the_grace_period_are_aborted(service: Service, client: AsyncClient) -> None:
     service.engine.hold = asyncio.Event()
     unary = asyncio.create_task(client.generate("one", "x"))
     stub = inference_pb2_grpc.InferenceStub(client._channel)
@@ -242,7 +242,7 @@ async def test_what_runs_beyond_the_grace_period_is_aborted(service: Service, cl
 
 
 @pytest.mark.parametrize(("given", "kept"), [("my-id.1", True), ("x" * 65, False), ("-dash first", False), ("", False)])
-async def test_request_ids(client: AsyncClient, given: str, kept: bool) -> None:
+async def test_keeps_sane_request_ids_and_replaces_others(client: AsyncClient, given: str, kept: bool) -> None:
     stub = inference_pb2_grpc.InferenceStub(client._channel)
     call = stub.Generate(make_request("one", "x"), metadata=(("x-request-id", given),))
     reply = await call
@@ -251,7 +251,7 @@ async def test_request_ids(client: AsyncClient, given: str, kept: bool) -> None:
     assert (reply.summary.request_id == given) is kept
 
 
-async def test_labels_are_served_tasks_alone(service: Service, client: AsyncClient) -> None:
+async def test_labels_only_served_tasks(service: Service, client: AsyncClient) -> None:
     for task_id in ("nonsense", "two", "other"):
         with contextlib.suppress(ServerError):
             await client.generate(task_id, "")
@@ -259,7 +259,7 @@ async def test_labels_are_served_tasks_alone(service: Service, client: AsyncClie
     assert {sample.labels["task"] for sample in samples if "task" in sample.labels} == {"unknown", "two"}
 
 
-async def test_pages_of_tasks(client: AsyncClient) -> None:
+async def test_lists_tasks_in_pages(client: AsyncClient) -> None:
     stub = inference_pb2_grpc.InferenceStub(client._channel)
     first = await stub.ListTasks(pb.ListTasksRequest(page_size=1))
     second = await stub.ListTasks(pb.ListTasksRequest(page_size=1, page_token=first.next_page_token))
@@ -270,14 +270,14 @@ async def test_pages_of_tasks(client: AsyncClient) -> None:
     assert [field for field, _ in ServerError(raised.value).violations] == ["page_size", "page_token"]
 
 
-async def test_a_large_input_is_tokenized_apart(client: AsyncClient) -> None:
+async def test_a_large_input_is_counted_in_full(client: AsyncClient) -> None:
     with pytest.raises(ServerError) as raised:
         await client.generate("one", "x" * 20_000)
     assert "found 20008 tokens" in raised.value.violations[0][1]
 
 
 @pytest.mark.parametrize("log_prompts", [False, True])
-async def test_prompts_are_logged_on_demand_alone(
+async def test_logs_prompts_only_on_demand(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, log_prompts: bool
 ) -> None:
     root = logging.getLogger("mtlora.server")

@@ -4,7 +4,6 @@ import asyncio
 import json
 import subprocess
 import sys
-import urllib.request
 from typing import Any
 
 import grpc
@@ -16,6 +15,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from mtlora_pb.v1 import inference_pb2 as pb
 
 from mtlora.client import AsyncClient, Client, ServerError
+from mtlora.client.metrics_page import MetricsPage
 from server.cli.process import ServerProcess
 from tests.server.conftest import StartingObservations
 from tests.server.helpers import LONG, eventually
@@ -24,36 +24,28 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-def metrics(server: ServerProcess) -> dict[str, float]:
-    """Every sample of the metrics page, by name and labels as they are written there."""
-    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=5) as reply:
-        lines = reply.read().decode().splitlines()
-    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    return {name: float(value) for name, value in pairs}
-
-
 def engine_is_idle(server: ServerProcess) -> bool:
-    found = metrics(server)
+    found = MetricsPage.fetch(server.metrics)
     return not any(
-        found[name]
+        found.value(name)
         for name in ("mtlora_engine_running_sequences", "mtlora_engine_waiting_sequences", "mtlora_requests_in_flight")
     )
 
 
-def test_the_port_is_open_before_the_engine_is(server: ServerProcess, starting: StartingObservations) -> None:
+def test_answers_unavailable_until_the_engine_runs(server: ServerProcess, starting: StartingObservations) -> None:
     assert starting.health == [NOT_SERVING]
     assert starting.generate_code is grpc.StatusCode.UNAVAILABLE
     assert starting.retry_after_s
 
 
 @pytest.mark.parametrize(("service", "status"), [("", SERVING), ("mtlora.v1.Inference", SERVING)])
-def test_health(server: ServerProcess, service: str, status: int) -> None:
+def test_health_is_serving(server: ServerProcess, service: str, status: int) -> None:
     with grpc.insecure_channel(server.address) as channel:
         reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
     assert reply.status == status
 
 
-def test_generate(client: Client) -> None:
+def test_a_unary_answer_has_a_whole_summary(client: Client) -> None:
     answer = client.generate("count_words", "one two three")
     summary = answer.summary
     assert (summary.task_id, summary.adapter_name, summary.adapter_version) == ("count_words", "alpha", "1")
@@ -68,7 +60,7 @@ def test_generate(client: Client) -> None:
     assert 0 < times[0] <= times[1] <= times[2]
 
 
-def test_the_adapter_makes_the_difference(client: Client) -> None:
+def test_the_adapter_changes_the_logprobs(client: Client) -> None:
     text = "The capital of France is"
     adapted = client.generate("open", text, logprobs=5)
     alone = client.generate("open", text, logprobs=5, without_adapter=True)
@@ -79,19 +71,19 @@ def test_the_adapter_makes_the_difference(client: Client) -> None:
 
 
 def test_the_backbone_alone_answers_a_chat(client: Client) -> None:
-    # Every token of it is likelier than the next best by 1.1 nats or more, which no processor's rounding turns round.
+    # Every token is likelier than the next best by at least 1.1 nats: no processor's rounding changes the order.
     chat = [{"role": "user", "content": "What is the name of the capital city of France?"}]
     assert client.generate("open", chat, without_adapter=True).text == "The capital city of France is Paris."
 
 
-def test_named_fields(client: Client) -> None:
+def test_fills_named_fields(client: Client) -> None:
     answer = client.generate("pair", {"first": "a", "second": "b"}, without_adapter=True)
     assert answer.summary.prompt_tokens > 5
 
 
 @pytest.mark.parametrize("without_adapter", [True, False])
 @pytest.mark.parametrize("parameters", [{}, {"temperature": 1.0, "seed": 7}, {"stop": ["e"], "max_new_tokens": 30}])
-def test_a_stream_adds_up_to_the_unary_answer(
+def test_a_streams_pieces_join_to_the_unary_answer(
     client: Client, without_adapter: bool, parameters: dict[str, Any]
 ) -> None:
     parameters = {"without_adapter": without_adapter, **parameters}
@@ -104,7 +96,7 @@ def test_a_stream_adds_up_to_the_unary_answer(
         assert "e" not in answer.text
 
 
-def test_seeds(client: Client) -> None:
+def test_equal_seeds_give_equal_texts(client: Client) -> None:
     def sample(seed: int) -> str:
         return client.generate("open", "Once", temperature=1.5, seed=seed, max_new_tokens=6, without_adapter=True).text
 
@@ -112,7 +104,7 @@ def test_seeds(client: Client) -> None:
     assert len({sample(seed) for seed in range(4)}) > 1
 
 
-def test_stop_strings_are_the_tasks_unless_replaced(client: Client) -> None:
+def test_requests_may_replace_the_tasks_stop_strings(client: Client) -> None:
     chat = [{"role": "user", "content": "List three fruits, one a line."}]
     stopped = client.generate("echo", chat, without_adapter=True, max_new_tokens=40)
     ran_on = client.generate("echo", chat, without_adapter=True, max_new_tokens=40, stop=[])
@@ -122,7 +114,7 @@ def test_stop_strings_are_the_tasks_unless_replaced(client: Client) -> None:
     assert "\n" in ran_on.text
 
 
-def test_logprobs(client: Client) -> None:
+def test_logprobs_of_every_token_are_ranked(client: Client) -> None:
     answer = client.generate("open", "The capital of France is", logprobs=3, max_new_tokens=4, without_adapter=True)
     assert len(answer.logprobs) == answer.summary.completion_tokens
     for token in answer.logprobs:
@@ -135,21 +127,21 @@ def test_logprobs(client: Client) -> None:
     assert not client.generate("open", "x", max_new_tokens=1).logprobs
 
 
-def test_logprobs_of_a_sampled_token_outside_the_top(client: Client) -> None:
+def test_a_sampled_token_may_be_outside_the_top_logprobs(client: Client) -> None:
     answer = client.generate("open", "x", logprobs=1, max_new_tokens=8, temperature=2.0, seed=3, without_adapter=True)
     assert all(len(token.top) == 1 for token in answer.logprobs)
     assert all(token.chosen.logprob <= token.top[0].logprob for token in answer.logprobs)
     assert any(token.chosen.token_id != token.top[0].token_id for token in answer.logprobs)
 
 
-def test_streamed_logprobs_are_the_unary_ones(client: Client) -> None:
+def test_streamed_and_unary_logprobs_agree(client: Client) -> None:
     parameters: dict[str, Any] = {"logprobs": 2, "max_new_tokens": 5, "without_adapter": True}
     unary = client.generate("open", "hello", **parameters).logprobs
     streamed = [token for piece in client.stream("open", "hello", **parameters) for token in piece.logprobs]
     assert [token.chosen.token_id for token in streamed] == [token.chosen.token_id for token in unary]
 
 
-def test_the_context_can_be_filled_to_the_last_token(client: Client) -> None:
+def test_fills_the_context_to_its_last_token(client: Client) -> None:
     answer = client.generate("open", "word " * 1015, without_adapter=True)
     tokens = answer.summary.prompt_tokens
     assert tokens + answer.summary.completion_tokens <= 1024
@@ -158,7 +150,7 @@ def test_the_context_can_be_filled_to_the_last_token(client: Client) -> None:
     assert raised.value.violations[0][0] == "parameters.max_new_tokens"
 
 
-def test_an_unknown_task(client: Client) -> None:
+def test_an_unknown_task_is_not_found_with_near_matches(client: Client) -> None:
     with pytest.raises(ServerError) as raised:
         client.generate("sort_word", "x")
     assert raised.value.code is grpc.StatusCode.NOT_FOUND
@@ -169,7 +161,7 @@ def test_an_unknown_task(client: Client) -> None:
     assert raised.value.code is grpc.StatusCode.NOT_FOUND
 
 
-def test_violations(client: Client) -> None:
+def test_names_every_violation(client: Client) -> None:
     with pytest.raises(ServerError) as raised:
         client.generate("pair", {"first": "a", "third": "c"}, temperature=9, top_p=0)
     assert raised.value.code is grpc.StatusCode.INVALID_ARGUMENT
@@ -178,7 +170,7 @@ def test_violations(client: Client) -> None:
     ]  # fmt: skip
 
 
-def test_a_message_beyond_the_limit(client: Client) -> None:
+def test_refuses_messages_beyond_the_limit(client: Client) -> None:
     with pytest.raises(ServerError) as raised:
         client.generate("echo", "x" * 70_000)
     assert raised.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -187,7 +179,7 @@ def test_a_message_beyond_the_limit(client: Client) -> None:
     assert raised.value.code is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_tasks(client: Client, server: ServerProcess) -> None:
+def test_lists_every_task(client: Client, server: ServerProcess) -> None:
     tasks = client.tasks(page_size=2)
     assert [task.id for task in tasks] == ["count_words", "echo", "open", "pair", "sort_words"]
     assert server.num_tasks == 5
@@ -201,16 +193,16 @@ def test_tasks(client: Client, server: ServerProcess) -> None:
     assert list(client.task("sort_words").allowed_answers) == ["yes", "no"]
 
 
-def test_a_broken_adapter_is_left_out(server: ServerProcess, client: Client) -> None:
+def test_leaves_out_a_broken_adapter(server: ServerProcess, client: Client) -> None:
     with pytest.raises(ServerError):
         client.task("lost")
-    found = metrics(server)
-    assert found['mtlora_adapters{state="failed"}'] == 1
-    assert found['mtlora_adapters{state="loaded"}'] == 2
+    found = MetricsPage.fetch(server.metrics)
+    assert found.value("mtlora_adapters", state="failed") == 1
+    assert found.value("mtlora_adapters", state="loaded") == 2
     assert any("adapter not served" in line and "broken" in line for line in server.log().splitlines())
 
 
-def test_a_client_that_knows_reflection_alone(server: ServerProcess, client: Client) -> None:
+def test_a_client_can_call_by_reflection_alone(server: ServerProcess, client: Client) -> None:
     with grpc.insecure_channel(server.address) as channel:
         pool = descriptor_pool.DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
         service = pool.FindServiceByName("mtlora.v1.Inference")
@@ -233,7 +225,7 @@ def test_reflection_names_every_service(server: ServerProcess) -> None:
     assert {"mtlora.v1.Inference", "inference.GRPCInferenceService", "grpc.health.v1.Health"} <= services
 
 
-def test_the_open_inference_protocol_gives_the_native_texts(server: ServerProcess, client: Client) -> None:
+def test_open_inference_gives_the_native_texts(server: ServerProcess, client: Client) -> None:
     from openinference_pb import grpc_predict_v2_pb2 as oip
     from openinference_pb import grpc_predict_v2_pb2_grpc
 
@@ -249,7 +241,7 @@ def test_the_open_inference_protocol_gives_the_native_texts(server: ServerProces
             tensor.contents.bytes_contents.extend(text.encode() for text in texts)
             return [element.decode() for element in stub.ModelInfer(request).outputs[0].contents.bytes_contents]
 
-        # One at a time: in bfloat16 what shares a step may turn a near tie.
+        # One at a time: in bfloat16 a request that shares a step may decide a near tie the other way.
         for text in texts:
             assert infer(text) == [client.generate("open", text, max_new_tokens=12).text]
         assert len(infer(*texts)) == 2
@@ -269,11 +261,10 @@ def test_a_deadline_frees_the_engine(server: ServerProcess, client: Client) -> N
         client.generate("open", "Once", timeout=1.0, **LONG)
     assert raised.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
     eventually(lambda: engine_is_idle(server))
-    statuses = {name for name, value in metrics(server).items() if name.startswith("mtlora_requests_total") and value}
-    assert any('status="DEADLINE_EXCEEDED"' in name for name in statuses)
+    assert MetricsPage.fetch(server.metrics).value("mtlora_requests_total", status="DEADLINE_EXCEEDED")
 
 
-async def test_thirty_at_once(server: ServerProcess, client: Client) -> None:
+async def test_answers_thirty_requests_at_once(server: ServerProcess, client: Client) -> None:
     tasks = ["sort_words", "count_words", "echo", "open"]
     async with AsyncClient(server.address) as many:
         answers = await asyncio.gather(
@@ -284,21 +275,21 @@ async def test_thirty_at_once(server: ServerProcess, client: Client) -> None:
     assert engine_is_idle(server)
 
 
-def test_the_metrics_page(server: ServerProcess, client: Client) -> None:
-    before = metrics(server)
+def test_metrics_count_a_request(server: ServerProcess, client: Client) -> None:
+    requests: dict[str, str] = {"method": "Generate", "status": "OK", "task": "count_words"}
+    before = MetricsPage.fetch(server.metrics).value("mtlora_requests_total", **requests)
     client.generate("count_words", "a b")
-    found = metrics(server)
-    name = 'mtlora_requests_total{method="Generate",status="OK",task="count_words"}'
-    assert found[name] == before.get(name, 0) + 1
+    found = MetricsPage.fetch(server.metrics)
+    assert found.value("mtlora_requests_total", **requests) == before + 1
     for histogram in ("time_to_first_token", "inter_token_latency", "request", "queue"):
-        assert found[f"mtlora_{histogram}_seconds_count"] > 0
-    assert found["mtlora_serving"] == 1
-    assert found["mtlora_tasks"] == 5
-    assert found['mtlora_completion_tokens_total{task="count_words"}'] > 0
-    assert found["mtlora_engine_prefix_cache_queries_total"] > 0
+        assert found.value(f"mtlora_{histogram}_seconds_count") > 0
+    assert found.value("mtlora_serving") == 1
+    assert found.value("mtlora_tasks") == 5
+    assert found.value("mtlora_completion_tokens_total", task="count_words") > 0
+    assert found.value("mtlora_engine_prefix_cache_queries_total") > 0
 
 
-def test_the_log_is_json_and_without_prompts(server: ServerProcess, client: Client) -> None:
+def test_logs_json_without_prompts(server: ServerProcess, client: Client) -> None:
     answer = client.generate("echo", "zanzibar")
     eventually(lambda: answer.summary.request_id in server.log())
     line = next(line for line in server.log().splitlines() if answer.summary.request_id in line)
@@ -306,7 +297,7 @@ def test_the_log_is_json_and_without_prompts(server: ServerProcess, client: Clie
     assert "zanzibar" not in server.log()
 
 
-def test_memory_of_all_processes(server: ServerProcess) -> None:
+def test_all_processes_stay_below_four_gib(server: ServerProcess) -> None:
     root = psutil.Process(server.process.pid)
     resident = sum(process.memory_info().rss for process in (root, *root.children(recursive=True)))
     assert resident < 4 << 30
@@ -316,7 +307,7 @@ def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "server", *arguments], capture_output=True, text=True, timeout=60)
 
 
-def test_ask(server: ServerProcess, client: Client) -> None:
+def test_the_ask_command(server: ServerProcess, client: Client) -> None:
     expected = client.generate("open", "Once upon a time", without_adapter=True).text
     address = ("--address", server.address, "--without-adapter")
     assert run_cli("ask", "open", "Once upon a time", *address).stdout.strip() == expected
@@ -331,7 +322,7 @@ def test_ask(server: ServerProcess, client: Client) -> None:
     assert run_cli("ask", "open", "--field", "x", *address).returncode == 2
 
 
-def test_tasks_command(server: ServerProcess) -> None:
+def test_the_tasks_command(server: ServerProcess) -> None:
     done = run_cli("tasks", "--address", server.address)
     assert done.returncode == 0
     assert "count_words" in done.stdout

@@ -1,4 +1,4 @@
-"""What lies between the engine and a reader that lags."""
+"""A stream's buffer between the engine and a slow reader."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -34,14 +34,14 @@ def some(count: int) -> list[Delta]:
     return [*deltas, Delta("", 1, finish_reason="stop")]
 
 
-async def test_a_reader_that_keeps_up_gets_every_delta() -> None:
+async def test_a_fast_reader_gets_every_delta() -> None:
     ended: list[str] = []
     async with unhurried(source(some(3), ended)) as deltas:
         assert [delta.text async for delta in deltas] == ["0", "1", "2", ""]
     assert ended == ["ended"]
 
 
-async def test_what_gathers_comes_as_one_and_the_source_is_done_before_the_reader() -> None:
+async def test_a_slow_reader_gets_several_deltas_as_one_and_does_not_delay_the_producer() -> None:
     ended: list[str] = []
     async with unhurried(source(some(5), ended)) as deltas:
         first = await anext(deltas)
@@ -52,7 +52,7 @@ async def test_what_gathers_comes_as_one_and_the_source_is_done_before_the_reade
     assert len(rest.logprobs) == 4
 
 
-async def test_too_much_unread_ends_the_stream() -> None:
+async def test_too_many_unread_tokens_end_the_stream() -> None:
     ended: list[str] = []
     async with unhurried(source(some(9), ended), max_unread=3) as deltas:
         await anext(deltas)
@@ -62,7 +62,7 @@ async def test_too_much_unread_ends_the_stream() -> None:
     assert ended == ["ended"]
 
 
-async def test_a_failure_comes_after_what_was_made_before_it() -> None:
+async def test_a_failure_follows_the_deltas_before_it() -> None:
     async with unhurried(source([Delta("a", 1)], [], ValueError("no"))) as deltas:
         await asyncio.sleep(0.05)
         assert (await anext(deltas)).text == "a"
@@ -70,7 +70,7 @@ async def test_a_failure_comes_after_what_was_made_before_it() -> None:
             await anext(deltas)
 
 
-async def test_leaving_closes_the_source() -> None:
+async def test_leaving_ends_the_producer() -> None:
     ended: list[str] = []
     async with unhurried(source([Delta("a", 1)] * 1000, ended)) as deltas:
         await anext(deltas)

@@ -1,4 +1,4 @@
-"""Requests to jobs or violations, with the default backbone's tokenizer."""
+"""Requests become jobs or violations, with the default backbone's tokenizer."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -38,10 +38,10 @@ def job(result: GenerationJob | list[Violation]) -> GenerationJob:
     return result
 
 
-def test_defaults_are_the_tasks(tokenizer: Any) -> None:
+def test_defaults_come_from_the_task(tokenizer: Any) -> None:
     made = job(validate(make_request("one", "hello"), ONE, tokenizer, LIMITS))
     assert list(made.prompt_ids) == encode_prompt(tokenizer, "hello\nAnswer:")
-    # The task's 200 tokens do not fit, and nobody asked for them by name.
+    # The task's default of 200 tokens does not fit and is cut; only a request's own number is refused.
     assert made.sampling.max_new_tokens == 128 - len(made.prompt_ids)
     assert made.sampling.stop == ("\n",)
     assert (made.sampling.temperature, made.sampling.top_p, made.sampling.top_k) == (0.0, 1.0, 0)
@@ -50,7 +50,7 @@ def test_defaults_are_the_tasks(tokenizer: Any) -> None:
     assert not made.without_adapter
 
 
-def test_parameters_take_the_place_of_defaults(tokenizer: Any) -> None:
+def test_parameters_replace_defaults(tokenizer: Any) -> None:
     request = make_request(
         "one", "hello", max_new_tokens=3, temperature=0.5, top_p=0.5, top_k=10**6, seed=0, stop=[], logprobs=5,
         without_adapter=True,
@@ -62,7 +62,7 @@ def test_parameters_take_the_place_of_defaults(tokenizer: Any) -> None:
     assert (sampling.top_k, sampling.seed, sampling.stop, sampling.logprobs) == (LIMITS.vocab_size, 0, (), 5)
 
 
-def test_chat_goes_through_the_backbones_template(tokenizer: Any) -> None:
+def test_chats_use_the_backbones_template(tokenizer: Any) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     made = job(validate(make_request("one", messages), ONE, tokenizer, LIMITS))
     assert list(made.prompt_ids) == encode_chat(tokenizer, messages)
@@ -90,7 +90,9 @@ def test_fields_fill_the_template(tokenizer: Any) -> None:
         (ONE, [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}], ["chat.messages[1].role"] * 2),
     ],
 )
-def test_wrong_inputs(tokenizer: Any, task: ServedTask, given_input: Any, expected: list[str]) -> None:
+def test_names_the_violations_of_an_input(
+    tokenizer: Any, task: ServedTask, given_input: Any, expected: list[str]
+) -> None:
     assert fields(validate(make_request(task.spec.id, given_input), task, tokenizer, LIMITS)) == expected
 
 
@@ -110,20 +112,20 @@ def test_wrong_inputs(tokenizer: Any, task: ServedTask, given_input: Any, expect
         {"logprobs": 6},
     ],
 )
-def test_wrong_parameters(tokenizer: Any, parameters: dict[str, Any]) -> None:
+def test_names_the_violation_of_a_parameter(tokenizer: Any, parameters: dict[str, Any]) -> None:
     (name,) = parameters
     result = validate(make_request("one", "hello", **parameters), ONE, tokenizer, LIMITS)
     assert fields(result) == [f"parameters.{name}"]
 
 
-def test_wrong_stop_strings(tokenizer: Any) -> None:
+def test_names_the_violations_of_stop_strings(tokenizer: Any) -> None:
     result = validate(make_request("one", "x", stop=["a", ""]), ONE, tokenizer, LIMITS)
     assert fields(result) == ["parameters.stop.values[1]"]
     result = validate(make_request("one", "x", stop=["a"] * 9), ONE, tokenizer, LIMITS)
     assert fields(result) == ["parameters.stop.values"]
 
 
-def test_all_violations_come_at_once(tokenizer: Any) -> None:
+def test_names_all_violations_at_once(tokenizer: Any) -> None:
     request = make_request("", "", temperature=3.0, top_p=2.0, logprobs=9, max_new_tokens=0)
     assert fields(validate(request, None, tokenizer, LIMITS)) == [
         "task_id", "text", "parameters.max_new_tokens", "parameters.temperature", "parameters.top_p",
@@ -132,7 +134,7 @@ def test_all_violations_come_at_once(tokenizer: Any) -> None:
     assert fields(validate(pb.GenerateRequest(), None, tokenizer, LIMITS)) == ["task_id", "input"]
 
 
-def test_a_long_prompt_names_tokens_found_and_allowed(tokenizer: Any) -> None:
+def test_refuses_a_long_prompt_with_tokens_found_and_allowed(tokenizer: Any) -> None:
     text = "word " * 300
     found = len(encode_prompt(tokenizer, f"{text}\nAnswer:"))
     (violation,) = validate(make_request("one", text), ONE, tokenizer, LIMITS)
@@ -141,7 +143,7 @@ def test_a_long_prompt_names_tokens_found_and_allowed(tokenizer: Any) -> None:
     assert "allowed: 127" in violation.description
 
 
-def test_a_backbone_without_chat_template(tokenizer: Any) -> None:
+def test_refuses_chats_without_a_chat_template(tokenizer: Any) -> None:
     class Plain:
         chat_template = None
         all_special_tokens = ()
@@ -149,7 +151,7 @@ def test_a_backbone_without_chat_template(tokenizer: Any) -> None:
     assert fields(validate(make_request("one", [{"role": "user", "content": "x"}]), ONE, Plain(), LIMITS)) == ["chat"]
 
 
-def test_a_chat_that_the_template_refuses(tokenizer: Any) -> None:
+def test_names_the_templates_refusal_of_a_chat(tokenizer: Any) -> None:
     from jinja2 import TemplateError
 
     class Strict:
@@ -164,7 +166,7 @@ def test_a_chat_that_the_template_refuses(tokenizer: Any) -> None:
     assert "roles must alternate" in violation.description
 
 
-def test_page_sizes() -> None:
+def test_bounds_page_sizes() -> None:
     assert page_size(pb.ListTasksRequest()) == 1000
     assert page_size(pb.ListTasksRequest(page_size=3)) == 3
     assert isinstance(page_size(pb.ListTasksRequest(page_size=1001)), Violation)
@@ -213,7 +215,7 @@ def requests(draw: st.DrawFn) -> pb.GenerateRequest:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(request=requests())
-def test_any_request_is_a_job_within_the_limits_or_has_violations(tokenizer: Any, request: pb.GenerateRequest) -> None:
+def test_any_request_becomes_a_job_within_the_limits_or_violations(tokenizer: Any, request: pb.GenerateRequest) -> None:
     task = {"one": ONE, "two": TWO}.get(request.task_id)
     result = validate(request, task, tokenizer, LIMITS)
     if isinstance(result, list):
@@ -236,7 +238,7 @@ def test_any_request_is_a_job_within_the_limits_or_has_violations(tokenizer: Any
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=200))
-def test_any_bytes_that_parse_are_a_job_or_have_violations(tokenizer: Any, data: bytes) -> None:
+def test_any_bytes_that_parse_become_a_job_or_violations(tokenizer: Any, data: bytes) -> None:
     from google.protobuf.message import DecodeError
 
     request = pb.GenerateRequest()
