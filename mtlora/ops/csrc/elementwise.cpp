@@ -1,8 +1,8 @@
 // Operations of a backbone along its rows, each in one pass over its tensors: those of training forward and backward,
 // and norm and gate as serving has them.
 //
-// Computed in float32, rows side by side over threads. Plain C interface, OpenMP and instruction sets as in
-// serving.cpp. Tensors are contiguous, of one dtype (0 float32, 1 bfloat16) but for RMSNorm's `inverse`, float32.
+// Computed in float32; threads share the rows. Plain C interface, OpenMP and instruction sets as in serving.cpp.
+// Tensors are contiguous and of one dtype (0 float32, 1 bfloat16); RMSNorm's `inverse` is float32.
 
 #ifndef MTLORA_ISA
 
@@ -10,7 +10,8 @@
 
 namespace {
 
-// Mirrors `ElementwiseCall` in mtlora/ops/cpu_elementwise.py: [rows, size] of everything but `weight` [size] and `inverse` [rows].
+// Mirrors `ElementwiseCall` in mtlora/ops/cpu_elementwise.py: [rows, size] of every tensor but `weight` [size] and
+// `inverse` [rows].
 struct ElementwiseCall {
   int64_t rows, size;
   float number;  // RMSNorm's epsilon, softmax's scaling
@@ -47,10 +48,10 @@ void over_rows(const ElementwiseCall& call, RowFunction row) {
 
 extern "C" {
 
-// Version of `ElementwiseCall` and of the functions below: to be raised with them.
+// Version of `ElementwiseCall` and of the functions below: raise it when they change.
 int mtlora_elementwise_layout() { return 2; }
 
-// out = weight * x / sqrt(mean x^2 + epsilon), rounded before the weight as the eager models do. first: x, second: weight.
+// out = weight * x / sqrt(mean x^2 + epsilon), rounded before the weight, as in eager models. first: x, second: weight.
 void mtlora_rms_norm(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE(call, rms_norm)); }
 
 // out = x's gradient. first: out's gradient, second: weight, third: x.
@@ -62,14 +63,14 @@ void mtlora_swiglu(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE
 // out, also_out = the gradients of gate and up. first: out's gradient, second: gate, third: up.
 void mtlora_swiglu_backward(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE(call, swiglu_backward)); }
 
-// x = weight * s / sqrt(mean s^2 + epsilon) of the sums s = x + residual, which become the residual: both in place.
+// In place: x = weight * s / sqrt(mean s^2 + epsilon), residual = s, where s = x + residual.
 void mtlora_add_rms_norm(void* x, void* residual, const void* weight, int64_t rows, int64_t size, float epsilon,
                          int32_t dtype, int32_t threads, int32_t isa) {
   const ElementwiseCall call = {rows, size, epsilon, dtype, threads, isa, x, weight, residual, nullptr, x, residual};
   over_rows(call, MTLORA_CHOOSE(&call, add_rms_norm));
 }
 
-// out = weight * x / sqrt(mean x^2 + epsilon): `mtlora_rms_norm` where nothing comes after.
+// out = weight * x / sqrt(mean x^2 + epsilon): `mtlora_rms_norm` without the inverse.
 void mtlora_norm(const void* x, const void* weight, void* out, int64_t rows, int64_t size, float epsilon, int32_t dtype,
                  int32_t threads, int32_t isa) {
   const ElementwiseCall call = {rows, size, epsilon, dtype, threads, isa, x, weight, nullptr, nullptr, out, nullptr};
@@ -83,8 +84,8 @@ void mtlora_silu_and_mul(const void* in, void* out, int64_t rows, int64_t size, 
   over_rows(call, MTLORA_CHOOSE(&call, silu_and_mul));
 }
 
-// out = softmax(scaling * scores) up to the diagonal, zeros beyond it; may take the scores' place. first: scores, of
-// which row i is position i % size of a query, among `size` keys.
+// out = softmax(scaling * scores) up to the diagonal, zeros after it; may overwrite the scores. first: scores; row i is
+// a query at position i % size, over `size` keys.
 void mtlora_causal_softmax(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE(call, causal_softmax)); }
 
 }  // extern "C"
@@ -96,7 +97,7 @@ namespace MTLORA_ISA {
 
 #include "vectors.h"
 
-// The next `count` elements, at most a vector of them, and `rest` in what is left of its lanes.
+// The next `count` elements, at most a vector, with `rest` in the other lanes.
 template <class W>
 INLINE Floats load_part(const W* from, int64_t count, float rest = 0) {
   if (count >= LANES) return load(from);
@@ -230,7 +231,7 @@ static void causal_softmax(const ElementwiseCall& call, int64_t row) {
   }
   float top = largest[0];
   for (int lane = 1; lane < LANES; ++lane) top = largest[lane] > top ? largest[lane] : top;
-  // Computed twice: that costs less than keeping a row of it. A NaN makes the sum, and so the row, one.
+  // Computed twice, which costs less than storing a row. A NaN makes the sum, and so the row, NaN.
   const auto power = [&](int64_t i) {
     const Floats less = (load_part(scores + i, keys - i, -__builtin_inff()) - top) * call.number;
     return less == less ? exp_negative<Floats, Ints>(less) : less;

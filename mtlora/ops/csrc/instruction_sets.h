@@ -1,5 +1,5 @@
-// Includes MTLORA_SOURCE, the kernel at work, once an instruction set, each in a namespace MTLORA_ISA of its own, and says
-// which of them this processor has.
+// Includes MTLORA_SOURCE, the current kernel, once per instruction set, each time in its own namespace MTLORA_ISA, and
+// finds the ones that this processor has.
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MTLORA_X86 1
@@ -37,8 +37,8 @@
 
 namespace {
 
-// isa: 0 for the best, else one alone: 2 AVX2, 512 AVX-512, 516 AVX-512 with its products of bfloat16. Of the three
-// functions, one an instruction set, that which runs here; null where the processor has none of them.
+// isa: 0 for the best, else exactly one: 2 AVX2, 512 AVX-512, 516 AVX-512 with bfloat16 products. Returns the function
+// of that instruction set, out of three; null if this processor lacks it.
 template <class Function>
 Function choose(int isa, Function with_dot, Function with_512, Function with_2) {
 #ifdef MTLORA_X86

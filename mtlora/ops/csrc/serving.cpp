@@ -1,17 +1,17 @@
 // The routed low-rank path of a whole step in one pass, for any mix of adapters: the fast half of mtlora/ops/cpu.py.
 //
 // A tile is a few tokens of one adapter. One thread takes it from x to y: s = x [A; R], softmax over experts,
-// z_j = Pi_j (x) h, y_j += z_j Bcat_j. Nothing between leaves the core's caches and no thread waits for another, so that
-// a decode step costs about the reading of its adapters' weights. Everything accumulates in float32.
+// z_j = Pi_j (x) h, y_j += z_j Bcat_j. Intermediate values stay in the core's caches and no thread waits for another,
+// so a decode step costs about as much as reading its adapters' weights. Everything accumulates in float32.
 //
-// Plain C interface, loaded with ctypes: it depends on no version of torch or Python. It is compiled with -fopenmp but
-// not linked to any OpenMP: torch has loaded one, whose threads (and their binding) are thus the only ones.
+// Plain C interface, loaded with ctypes: independent of the versions of torch and Python. Compiled with -fopenmp but
+// not linked to an OpenMP runtime: it uses the threads of the runtime that torch has loaded.
 //
-// Weights come in units of 16 columns, each [depth, 16] in float32 and [depth / 2, 16, 2] in bfloat16 (an odd depth is
-// filled up with zeros): see mtlora/ops/cpu_kernel.py. What a product reads is thus one stream a unit, from end to end,
-// and in bfloat16 lies as the processor's products of pairs take it.
+// Weights come in units of 16 columns, each [depth, 16] in float32 and [depth / 2, 16, 2] in bfloat16 (zeros complete
+// an odd depth): see mtlora/ops/cpu_kernel.py. So a product reads one continuous stream per unit, and bfloat16 values
+// are in the order of the processor's pairwise products.
 //
-// This file includes itself once an instruction set; which one runs is chosen when it is loaded.
+// This file includes itself once per instruction set; the one to run is chosen when it is loaded.
 
 #ifndef MTLORA_ISA
 
@@ -37,7 +37,7 @@ struct Tile {
   int32_t row, start, count;
 };
 
-// What is the same in every block of a step; mirrors `Step` in mtlora/ops/cpu_kernel.py.
+// The arguments that are the same for every block of a step; mirrors `Step` in mtlora/ops/cpu_kernel.py.
 struct Step {
   const int32_t *tokens, *bias_rows, *tiles;
   int64_t num_planned, num_tiles, num_rows, hidden;
@@ -69,7 +69,7 @@ namespace {
 
 using TileFunction = void (*)(const Call&, const Tile&, float*);
 
-// dtype: 0 float32, 1 bfloat16. Null where the processor has no instruction set this was written for.
+// dtype: 0 float32, 1 bfloat16. Null if the processor has none of the instruction sets.
 TileFunction choose_tile(int dtype, int isa) {
 #ifdef MTLORA_X86
   return dtype ? choose<TileFunction>(isa, avx512bf16::tile<uint16_t>, avx512::tile<uint16_t>, avx2::tile<uint16_t>)
@@ -85,18 +85,19 @@ TileFunction choose_tile(int dtype, int isa) {
 
 extern "C" {
 
-// 1 where this processor can run the kernel. isa: 0 for the best it has, else one alone: 2 AVX2, 512 AVX-512, 516 AVX-512
-// with its products of bfloat16.
+// 1 if this processor can run the kernel. isa: 0 for the best it has, else exactly one: 2 AVX2, 512 AVX-512, 516
+// AVX-512 with bfloat16 products.
 int mtlora_supported(int isa) { return choose_tile(1, isa) != nullptr; }
 
 int mtlora_max_tile() { return MAX_TILE; }
 
-// Of a step, the table's rows and the weights' layout, `LAYOUT` in mtlora/ops/cpu_kernel.py: to be raised with any.
+// Version of `Step`, of the table's rows and of the weights' layout, `LAYOUT` in mtlora/ops/cpu_kernel.py: raise it
+// when one of them changes.
 int mtlora_layout() { return 3; }
 
-// y += path(x) for every tile. table: a block's rows. x and y: [num_tokens, hidden] with strides of a row. Returns 0, or
-// what is wrong with the call (y is untouched then): 1 no memory, 2 a row out of range, 3 a tile or token out of range,
-// 4 an adapter of another dtype or hidden size, 5 a bias row out of range, 6 weights that are not in units.
+// y += path(x) for every tile. table: a block's rows. x and y: [num_tokens, hidden] with strides of a row. Returns 0,
+// or an error, with y unchanged: 1 no memory, 2 a row out of range, 3 a tile or token out of range, 4 an adapter of
+// another dtype or hidden size, 5 a bias row out of range, 6 weights that are not in units.
 int mtlora_add_routed(const Step* step, const void* table, void* y, const void* x, int64_t y_stride, int64_t x_stride,
                       int64_t num_tokens) {
   const Call call{y, x, y_stride, x_stride, step->hidden, static_cast<const Adapter*>(table), step->tokens,
@@ -147,13 +148,13 @@ namespace MTLORA_ISA {
 
 #include "vectors.h"
 
-// What a product takes on its left for weights of a type: bfloat16 only where there are products of bfloat16.
+// The left operand's type for weights of a type: bfloat16 only with bfloat16 products.
 template <class W> struct Left { typedef float type; };
 #ifdef MTLORA_DOT_BF16
 template <> struct Left<uint16_t> { typedef uint16_t type; };
 #endif
 
-// Vectors of a unit, and how many vectors of columns a panel of T tokens has room for in the registers.
+// Vectors of a unit, and how many vectors of columns fit the registers for a panel of T tokens.
 constexpr int PER_UNIT = UNIT / LANES;
 constexpr int room(int T) { return LANES == 16 ? (T <= 4 ? 6 : 3) : (T <= 2 ? 4 : T <= 4 ? 2 : 1); }
 

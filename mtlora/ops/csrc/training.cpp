@@ -1,9 +1,9 @@
 // The routed low-rank path of one adapter and its gradients, in float32: the fast half of mtlora/ops/training.py.
 //
-// Each thread has a run of the tokens and goes through it a chunk at a time, forward from x to delta, backward from
-// delta's gradient to x's. What lies between (s, z, their gradients) is a chunk long and stays in the core's caches; x and
-// delta are read and written once, in the backbone's dtype. The weights' gradients are summed a thread, then over threads
-// in their order: the same threads give the same bits.
+// Each thread takes a range of tokens, one chunk at a time: forward from x to delta, backward from delta's gradient to
+// x's. Intermediate values (s, z, their gradients) are one chunk long and stay in the core's caches; x and delta are
+// read and written once, in the backbone's dtype. Each thread sums its weights' gradients; then threads are summed in
+// their order, so the same number of threads gives the same bits.
 //
 // Plain C interface, OpenMP and instruction sets as in serving.cpp.
 //
@@ -43,7 +43,7 @@ struct TrainingCall {
 // Tokens of a chunk.
 constexpr int64_t CHUNK = 32;
 
-// Sizes with room for whole units and tiles. S and its parts: A's columns, then the router's, each in whole units.
+// Sizes rounded up to whole units and tiles. S: A's columns, then the router's, each in whole units.
 struct Sizes {
   int64_t T, D, r, N, G, E, K, C;
   int64_t rank_units, route_units, s, d, e, k;  // strides of a row, in floats
@@ -57,7 +57,7 @@ struct Sizes {
   int64_t expand() const { return G * e * K; }       // a group's units of [K, E]
   int64_t widen() const { return up(D, UNIT) * s; }  // units of [s, D]: A's rows, then the router's
   int64_t contract() const { return G * k * E; }     // a group's units of [E, K]
-  // What a thread has for itself.
+  // Each thread's own memory.
   int64_t forward_scratch() const { return up(CHUNK * (d + s + k + e) + MAX_TILE * C, UNIT); }
   int64_t sums() const { return G * k * e + s * up(D, UNIT); }
   int64_t backward_scratch() const { return up(sums() + CHUNK * (4 * d + 2 * s + 2 * k + r + C), UNIT); }
@@ -85,7 +85,7 @@ Run choose_run(bool forward, int dtype, int isa) {
 #endif
 }
 
-// Returns 0, or 1 where there is no memory (nothing is written then).
+// Returns 0, or 1 if there is no memory, with nothing written.
 int run(const TrainingCall& call, bool forward) {
   const Sizes sizes(call);
   const int64_t floats = forward ? sizes.shrink() + sizes.expand() + call.threads * sizes.forward_scratch()
@@ -101,10 +101,10 @@ int run(const TrainingCall& call, bool forward) {
 
 extern "C" {
 
-// Version of `TrainingCall`: to be raised with it.
+// Version of `TrainingCall`: raise it when that changes.
 int mtlora_training_layout() { return 1; }
 
-// 1 where this processor can run both; isa as in `choose`.
+// 1 if this processor can run both; isa as in `choose`.
 int mtlora_training_supported(int isa) { return choose_run(true, 0, isa) != nullptr; }
 
 int mtlora_training_forward(const TrainingCall* call) { return run(*call, true); }
@@ -120,7 +120,7 @@ namespace MTLORA_ISA {
 
 #include "vectors.h"
 
-// Rows of a product at a time, and vectors of columns: the accumulators, a row of weights and a factor fill the registers.
+// Rows and vectors of columns of a product at a time: accumulators, a row of weights and a factor fill the registers.
 constexpr int ROWS = LANES == 16 ? 8 : 4;
 constexpr int VECTORS = 3;
 constexpr int PER_UNIT = UNIT / LANES;
@@ -222,7 +222,7 @@ INLINE void pack(const float* from, int64_t row, int64_t column, int64_t depth, 
   }
 }
 
-// Where a part of the tokens begins, in whole tiles; the next part's beginning is its end.
+// The first token of a part, in whole tiles; the part ends where the next begins.
 INLINE int64_t begin_of(int64_t tokens, int64_t part, int64_t parts) {
   const int64_t start = up(tokens, MAX_TILE) / MAX_TILE * part / parts * MAX_TILE;
   return start < tokens ? start : tokens;
@@ -340,7 +340,7 @@ INLINE void contract_token(const Sizes& z, const float* grad_z, const float* h, 
   }
 }
 
-// Through softmax, over the experts of every group: the gradient of the logits takes the place of the weights'.
+// Backward through softmax over the experts of every group: the logits' gradient overwrites the weights'.
 INLINE void route_backward(const Sizes& z, const float* weights, const float* more, float* grad) {
   for (int64_t j = 0; j < z.G; ++j, grad += z.N, weights += z.N) {
     float inner = 0;
@@ -420,7 +420,7 @@ static void backward_part(const TrainingCall& call, const Sizes& z, int64_t part
   }
 }
 
-// The parts' sums, in their order, of `size` floats; `step` floats lie between two parts.
+// Sums the parts in their order: `size` floats each, `step` floats apart.
 INLINE void add_parts(const float* from, int64_t parts, int64_t step, int64_t size, float* out) {
   copy(from, out, size);
   for (int64_t part = 1; part < parts; ++part) add_into(out, from + part * step, size);

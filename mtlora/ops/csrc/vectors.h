@@ -16,7 +16,7 @@ INLINE float widen(uint16_t bits) {
   return value;
 }
 
-// Round to nearest even; a NaN stays one.
+// Rounds to nearest even; NaN stays NaN.
 INLINE void narrow(float value, float* out) { *out = value; }
 INLINE void narrow(float value, uint16_t* out) {
   uint32_t word;
@@ -43,7 +43,7 @@ INLINE void store(Floats values, uint16_t* out) {
 #endif
 }
 
-// Tokens side by side: softmax needs no step across lanes then.
+// Tokens are side by side, so softmax needs no step across lanes.
 typedef float Tokens __attribute__((vector_size(4 * MAX_TILE), aligned(4), may_alias));
 typedef int32_t TokenInts __attribute__((vector_size(4 * MAX_TILE)));
 
@@ -70,7 +70,7 @@ INLINE void route(Tokens* logits, int64_t groups, int64_t experts) {
   for (int64_t j = 0; j < groups; ++j) {
     Tokens* group = logits + j * experts;
     Tokens largest = group[0], sum = {};
-    // A NaN among the logits makes the sum one, wherever it is.
+    // A NaN anywhere among the logits makes the sum NaN.
     for (int64_t i = 1; i < experts; ++i) largest = group[i] > largest ? group[i] : largest;
     for (int64_t i = 0; i < experts; ++i) {
       const Tokens less = group[i] - largest;
