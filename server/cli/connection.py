@@ -10,11 +10,17 @@ from mtlora.client import Access, Client, ServerError
 from server.cli import CommandError
 
 _KEY_VARIABLE = "MTLORA_API_KEY"
+_ADDRESS_VARIABLE = "MTLORA_ADDRESS"
 
 
 def add_address(parser: argparse.ArgumentParser) -> None:
     """Arguments for where the server is and how it lets the caller in."""
-    parser.add_argument("--address", default="127.0.0.1:50051", metavar="HOST:PORT", help="default: %(default)s")
+    parser.add_argument(
+        "--address",
+        default=os.environ.get(_ADDRESS_VARIABLE, "127.0.0.1:50051"),
+        metavar="HOST:PORT",
+        help=f"default: {_ADDRESS_VARIABLE}'s value, or 127.0.0.1:50051",
+    )
     # Not the key itself: other users of the machine can read a process's arguments.
     parser.add_argument(
         "--api-key-file",
