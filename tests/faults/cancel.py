@@ -61,7 +61,7 @@ async def _cancel(address: str, tasks: list[str], streams: int, seed: int) -> Co
 
         async def cancel(number: int) -> None:
             request = make_request(rng.choice(tasks), f"{number} " * rng.randint(1, 60), seed=number, **_LONG)
-            call = stub.GenerateStream(request, timeout=120)
+            call = stub.GenerateStream(request, timeout=600)
             # At once; after a random time; after some messages.
             match rng.randrange(3):
                 case 0:
