@@ -161,7 +161,7 @@ SEAMS = (
     ),
     Seam(
         "step statistics",
-        Need.OPERATION,
+        Need.CORRECTNESS,
         "server.engine.stats",
         (
             "vllm.v1.metrics.loggers:PrometheusStatLogger.record(scheduler_stats, iteration_stats, mm_cache_stats, "
@@ -170,7 +170,7 @@ SEAMS = (
             "vllm.v1.metrics.loggers:PrometheusStatLogger.record_sleep_state(sleep, level)",
             "vllm.v1.metrics.loggers:PrometheusStatLogger.record_admission_rejection(reason)",
         ),
-        "no metrics of steps; vLLM's own logger keeps a series for every set of tasks that ever ran together",
+        "no step is seen, so a queue looks like a hang",
     ),
     Seam(
         "model inspection on CPUs",

@@ -19,7 +19,7 @@ from server.telemetry.logs import get_logger
 
 logger = get_logger("engine")
 
-# Interval between questions whether an adapter is staged.
+# Between polls of an adapter that is being staged.
 _STAGING_POLL_S = 0.02
 
 

@@ -24,7 +24,7 @@ _EAGER = {"TORCHDYNAMO_DISABLE": "1"}
 
 
 def launch(settings: Settings, backbone: Path, on_stats: Callable[[EngineStats], None]) -> Any:
-    """Start vLLM's AsyncLLM, its processes included. Blocks for long; raises whatever vLLM raises."""
+    """Start vLLM's AsyncLLM, its processes included. Blocks for long; raises vLLM's errors."""
     # Before the import of vLLM, which reads some variables at once.
     os.environ.update(engine_environment(settings))
     # vLLM's variable would override the setting silently.
@@ -33,9 +33,8 @@ def launch(settings: Settings, backbone: Path, on_stats: Callable[[EngineStats],
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.executor import Executor
 
-    for seam in ("answers of every engine", "lost engines"):
+    for seam in ("answers of every engine", "lost engines", "step statistics"):
         require(seam)
-    loggers = [stat_logger(on_stats)] if available("step statistics") else None
     arguments = _engine_args(settings, backbone)
     if arguments["dtype"] != settings.dtype:
         logger.info("this processor has no bfloat16 products", extra={"fields": {"dtype": arguments["dtype"]}})
@@ -44,7 +43,7 @@ def launch(settings: Settings, backbone: Path, on_stats: Callable[[EngineStats],
     config = AsyncEngineArgs(**arguments).create_engine_config()
     with _no_interrupts_in_children(), _rank_environment(config):
         executor = Executor.get_class(config)
-        engine = AsyncLLM(config, executor, log_stats=False, log_requests=False, stat_loggers=loggers)
+        engine = AsyncLLM(config, executor, log_stats=False, log_requests=False, stat_loggers=[stat_logger(on_stats)])
     if available("environment read once"):
         from vllm.envs import enable_envs_cache
 
