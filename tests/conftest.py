@@ -38,6 +38,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if any(hasattr(item.module, name) for name in ENGINES) or SLOW_FIXTURES & set(item.fixturenames):
             item.add_marker("slow")
         item.add_marker(pytest.mark.xdist_group(_group(item)))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # The longest groups first, so that no worker is left with one at the end.
+        groups = {_group(item): None for item in items if item.get_closest_marker("slow")}
+        order = {group: place for place, group in enumerate(["server", "engine", *groups])}
+        items.sort(key=lambda item: order.get(_group(item), len(order)))
 
 
 def _group(item: pytest.Function) -> str:
