@@ -15,6 +15,9 @@ BACKBONE ?= default
 ADAPTER  ?= $(shell ls -d adapters/builtin/*/ | sort -V | tail -1 | sed 's,/$$,,')
 SEED     ?= $(shell date +%s)
 ADAPTERS ?= adapters
+# Of pytest-xdist. tests/conftest.py groups the tests that share a server or an engine, the longest groups first.
+WORKERS  ?= 2
+PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(DEVICE)
@@ -47,8 +50,11 @@ accuracy: $(STAMP) ## the shipped adapter on the built-in test split, SEED=N for
 serve: $(STAMP) ## serve the adapters of ADAPTERS=DIR beside BACKBONE=DIR
 	$(BIN)/mtlora-server serve --backbone $(BACKBONE) --adapters $(ADAPTERS)
 
-test: $(STAMP) ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(STAMP) ## the whole test suite, in WORKERS=2 processes
+	$(BIN)/python -m pytest $(PARALLEL)
+
+test-fast: $(STAMP) ## the tests that start no engine and no server, nor need the backbone
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not scaleout" --ignore tests/engine
 
 test-scaleout: $(STAMP) ## engines of several ranks (tensor, pipeline, data parallel); minutes
 	$(BIN)/python -m pytest -m scaleout

@@ -24,12 +24,25 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_configure() -> None:
+    """A worker of xdist has a core for its engines: two threads of an engine would wait for other workers' threads."""
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        cores = sorted(os.sched_getaffinity(0))
+        core = cores[int(worker.removeprefix("gw")) % len(cores)]
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         assert isinstance(item, pytest.Function)
         if any(hasattr(item.module, name) for name in ENGINES) or SLOW_FIXTURES & set(item.fixturenames):
             item.add_marker("slow")
         item.add_marker(pytest.mark.xdist_group(_group(item)))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # The longest groups first, so that no worker is left with one at the end.
+        groups = {_group(item): None for item in items if item.get_closest_marker("slow")}
+        order = {group: place for place, group in enumerate(["server", "engine", *groups])}
+        items.sort(key=lambda item: order.get(_group(item), len(order)))
 
 
 def _group(item: pytest.Function) -> str:

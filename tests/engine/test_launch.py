@@ -12,7 +12,7 @@ from tests.engine._models import make_model
 
 
 def test_an_engine_that_does_not_start_says_why(tmp_path: Path) -> None:
-    settings = load_settings({"adapters": tmp_path, "max_model_len": 1_000_000})
+    settings = load_settings({"adapters": tmp_path, "max_model_len": 1_000_000, "enforce_eager": False})
     engine = Engine(settings, make_model(tmp_path / "model", "llama"), on_stats=lambda _: None)
     with (
         mock.patch.dict(os.environ),
