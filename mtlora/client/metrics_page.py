@@ -6,13 +6,14 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Self
 
-from prometheus_client.parser import text_string_to_metric_families
-
 
 class MetricsPage:
     """One reading of a page in Prometheus' text format. `samples` has (labels, value) by sample name."""
 
     def __init__(self, text: str) -> None:
+        # Imported late: most clients read no metrics.
+        from prometheus_client.parser import text_string_to_metric_families
+
         self.samples: dict[str, list[tuple[Mapping[str, str], float]]] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
