@@ -39,6 +39,7 @@ MAX_MODEL_LEN = 1024
 # Requests to each server in the first round, which does not count.
 _WARM_UP_REQUESTS = 64
 _EXAMPLES_PER_TASK = 40
+_NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
 
 # Asks one example and returns the number of tokens in its answer.
 Ask = Callable[[Example], Awaitable[int]]
@@ -118,6 +119,8 @@ def run_round(ours: Side, theirs: Side, suite: Suite, number: int, requests: int
     for side, other in ((ours, theirs), (theirs, ours))[:: 1 if number % 2 else -1]:
         with halted(other.pid):
             measured[side.name] = asyncio.run(measure(side, asked))
+    for name, each in measured.items():
+        print(f"round {number}: {name} {each.requests_per_s:.2f} requests/s, {1e3 * each.cost_s:.2f} ms", flush=True)
     return measured[ours.name], measured[theirs.name]
 
 
@@ -145,7 +148,7 @@ async def _grpc(address: str) -> AsyncIterator[Ask]:
     async with AsyncClient(address) as client:
 
         async def ask(example: Example) -> int:
-            answer = await client.generate(example.task_id, example.input, timeout=300)
+            answer = await client.generate(example.task_id, example.input)
             return int(answer.summary.completion_tokens)
 
         yield ask
@@ -153,7 +156,7 @@ async def _grpc(address: str) -> AsyncIterator[Ask]:
 
 @asynccontextmanager
 async def _http(url: str, tasks: Mapping[str, TaskEntry]) -> AsyncIterator[Ask]:
-    async with aiohttp.ClientSession(url, raise_for_status=True) as session:
+    async with aiohttp.ClientSession(url, timeout=_NO_TIMEOUT, raise_for_status=True) as session:
 
         async def ask(example: Example) -> int:
             task = tasks[example.task_id]
