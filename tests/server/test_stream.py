@@ -43,7 +43,7 @@ async def test_a_fast_reader_gets_every_delta() -> None:
 
 async def test_a_slow_reader_gets_several_deltas_as_one_and_does_not_delay_the_producer() -> None:
     ended: list[str] = []
-    async with unhurried(source(some(5), ended)) as deltas:
+    async with unhurried(source(some(5), ended), max_unread=5) as deltas:
         first = await anext(deltas)
         await asyncio.sleep(0.05)
         assert ended == ["ended"]
@@ -54,7 +54,7 @@ async def test_a_slow_reader_gets_several_deltas_as_one_and_does_not_delay_the_p
 
 async def test_too_many_unread_tokens_end_the_stream() -> None:
     ended: list[str] = []
-    async with unhurried(source(some(9), ended), max_unread=3) as deltas:
+    async with unhurried(source(some(4), ended), max_unread=3) as deltas:
         await anext(deltas)
         await asyncio.sleep(0.05)
         with pytest.raises(RequestFailedError, match="more than 3 tokens"):

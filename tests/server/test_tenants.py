@@ -10,6 +10,8 @@ import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mtlora_pb.v1 import adapters_pb2, inference_pb2
+from openinference_pb import grpc_predict_v2_pb2
 
 from mtlora.client import Access, AsyncClient, ServerError, make_request
 from server.telemetry.logs import JsonFormatter
@@ -19,6 +21,13 @@ from server.tenants.keys import checked_hash, hash_key, key_id_of, new_key, veri
 from tests.faults._certificates import authority, issue
 from tests.faults._tenants import tenant, write_tenants
 from tests.server.fakes import Service
+
+CONTRACTS = [
+    inference_pb2.DESCRIPTOR.services_by_name["Inference"],
+    adapters_pb2.DESCRIPTOR.services_by_name["Adapters"],
+    grpc_predict_v2_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"],
+]
+PROBES = {"/inference.GRPCInferenceService/ServerLive", "/inference.GRPCInferenceService/ServerReady"}
 
 
 def test_a_new_key_matches_its_own_hash_alone() -> None:
@@ -128,6 +137,16 @@ async def test_wrong_keys_are_unauthenticated(tmp_path: Path) -> None:
     assert tokens == [len("x\nAnswer:"), 2]
 
 
+@pytest.mark.parametrize(
+    "method", [method for service in CONTRACTS for method in service.methods], ids=lambda method: method.name
+)
+async def test_every_method_but_probes_needs_a_key(tmp_path: Path, method: Any) -> None:
+    path = f"/{method.containing_service.full_name}/{method.name}"
+    async with Two(tmp_path).service.running() as service, grpc.aio.insecure_channel(service.address) as channel:
+        call = (channel.unary_stream if method.server_streaming else channel.unary_unary)(path)(b"")
+        assert (await call.code() is grpc.StatusCode.UNAUTHENTICATED) == (path not in PROBES)
+
+
 async def test_a_forbidden_task_looks_like_an_unknown_one(tmp_path: Path) -> None:
     two = Two(tmp_path)
     async with two.service.running(), two.client(two.key_a) as a, two.client(two.key_b) as b:
@@ -138,16 +157,11 @@ async def test_a_forbidden_task_looks_like_an_unknown_one(tmp_path: Path) -> Non
         assert said[0][0] is grpc.StatusCode.NOT_FOUND
         assert (await b.generate("two", "x")).summary.task_id == "two"
         assert "near: two" in (await refusal(b, "tow")).message
-        tasks = [list((await client._stub.ListTasks(_list(), metadata=client._metadata)).tasks) for client in (a, b)]
+        listing = inference_pb2.ListTasksRequest()
+        tasks = [list((await client._stub.ListTasks(listing, metadata=client._metadata)).tasks) for client in (a, b)]
         assert [[task.id for task in each] for each in tasks] == [["one"], ["one", "two"]]
     assert two.service.value("mtlora_requests_total", method="Generate", task="two", status="NOT_FOUND") == 0
     assert two.service.value("mtlora_requests_total", method="Generate", task="unknown", status="NOT_FOUND") == 3
-
-
-def _list() -> Any:
-    from mtlora_pb.v1 import inference_pb2
-
-    return inference_pb2.ListTasksRequest()
 
 
 async def test_a_revoked_key_is_refused_after_the_reload(tmp_path: Path) -> None:
