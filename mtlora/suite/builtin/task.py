@@ -33,7 +33,6 @@ def task(
         id=task_id,
         description=description,
         template=f"{instruction}\n{{input}}\nAnswer:",
-        stop=("\n",),
         max_new_tokens=max_new_tokens,
         allowed_answers=allowed_answers,
         answer_marker=ANSWER_MARKER if worked else None,
