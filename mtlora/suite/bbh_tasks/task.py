@@ -78,8 +78,3 @@ def matched(pattern: str, text: str) -> re.Match[str]:
     if found is None:
         raise UnsolvedError(f"no {pattern!r} in {text[:80]!r}")
     return found
-
-
-def a(noun: str) -> str:
-    """The noun with its article."""
-    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"

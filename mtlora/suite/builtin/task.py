@@ -40,11 +40,6 @@ def task(
     return GeneratedTask(spec, generate)
 
 
-def article(noun: str) -> str:
-    """`a` or `an`, by the first letter; that is right for every noun of the word lists."""
-    return "an" if noun[0].lower() in "aeiou" else "a"
-
-
 def enumerate_words(words: list[str]) -> str:
     """`x, y and z`."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
