@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from mtlora.checkpoint.format import Checkpoint, TaskEntry
 from mtlora.config import MtLoRAConfig
 from mtlora.errors import MtLoRAError, describe
-from mtlora.suite.base import Suite, SuiteError
+from mtlora.suite.base import Suite, unknown_task
 from mtlora.task import TaskSpec
 from mtlora.train.start import StartingPoint
 
@@ -111,10 +111,10 @@ def new_task(checkpoint: Checkpoint, suite: Suite, task_id: str) -> TaskSpec:
     """The suite's task. Raises SuiteError if the suite lacks it, MergeError if the adapter has it."""
     if any(entry.id == task_id for entry in checkpoint.manifest.tasks):
         raise MergeError(f"the adapter has a task {task_id!r} already; a task is added once")
-    by_id = {task.id: task for task in suite.tasks}
-    if task_id not in by_id:
-        raise SuiteError(f"suite {suite.name} has no task {task_id!r}; it has {', '.join(by_id)}")
-    return by_id[task_id]
+    for task in suite.tasks:
+        if task.id == task_id:
+            return task
+    raise unknown_task(suite, task_id)
 
 
 def _blocks(checkpoint: Checkpoint) -> Iterator[str]:

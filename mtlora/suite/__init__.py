@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mtlora.suite.base import SPLITS, Example, Split, Suite, SuiteError, split_of, up_to
 from mtlora.suite.bbh_generated import GeneratedBBHSuite
-from mtlora.suite.builtin import BuiltinSuite, builtin_suite
+from mtlora.suite.builtin import BuiltinSuite
 from mtlora.suite.folder import FolderSuite
 from mtlora.suite.mix import MixedSuite, SuitePart
 
@@ -34,7 +34,7 @@ def load_suite(name_or_path: str | Sequence[SuitePart]) -> Suite:
     if not isinstance(name_or_path, str):
         return MixedSuite([(part, load_suite(part.suite)) for part in name_or_path])
     if name_or_path == "builtin":
-        return builtin_suite()
+        return BuiltinSuite()
     if name_or_path == "bbh-generated":
         return GeneratedBBHSuite()
     if not name_or_path or not Path(name_or_path).is_dir():

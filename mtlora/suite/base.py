@@ -1,6 +1,7 @@
 """A task suite: named tasks, each with examples in three disjoint splits."""
 
 import hashlib
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -37,18 +38,11 @@ class Example:
 class Suite(Protocol):
     """What trainer, evaluation, demo and load test need from a suite."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def finite(self) -> bool:
-        """Whether tasks have a limited number of examples; generators do not."""
-        ...
-
-    @property
-    def tasks(self) -> Sequence[TaskSpec]:
-        """The tasks, in the order of an adapter's bias rows."""
-        ...
+    name: str
+    # Whether tasks have a limited number of examples; generators do not.
+    finite: bool
+    # In the order of an adapter's bias rows.
+    tasks: Sequence[TaskSpec]
 
     def examples(self, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
         """`count` examples with distinct inputs; the same for the same arguments on every machine.
@@ -57,6 +51,17 @@ class Suite(Protocol):
         the split has fewer than `count` examples (naming both numbers).
         """
         ...
+
+
+def unknown_task(suite: Suite, task_id: str) -> SuiteError:
+    """The error for a task that a suite lacks."""
+    return SuiteError(f"suite {suite.name} has no task {task_id!r}; it has {', '.join(t.id for t in suite.tasks)}")
+
+
+def seeded(*parts: object) -> random.Random:
+    """A random generator for these parts, the same on every machine."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return random.Random(int.from_bytes(digest, "big"))
 
 
 def up_to(suite: Suite, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:

@@ -1,6 +1,11 @@
-"""Derivations shared by the built-in tasks and BIG-Bench Hard's: expressions, and walks on a plane."""
+"""What the built-in tasks share with BIG-Bench Hard's: expressions, brackets, walks on a plane, days and hours."""
 
+import datetime
+import random
 from collections.abc import Sequence
+
+US_DATE = "%m/%d/%Y"
+CLOSER = {"(": ")", "[": "]", "{": "}", "<": ">"}
 
 # Clockwise, from straight ahead.
 _COMPASS = "NESW"
@@ -16,6 +21,41 @@ def or_of_ands(values: Sequence[bool], operators: Sequence[str]) -> bool:
         else:
             groups[-1].append(value)
     return any(all(group) for group in groups)
+
+
+def draw_brackets(rng: random.Random, length: int, closing: float) -> tuple[list[str], list[str]]:
+    """(`length` brackets, those that are open at the end). closing: how often one closes where it can."""
+    symbols: list[str] = []
+    stack: list[str] = []
+    for _ in range(length):
+        if stack and rng.random() < closing:
+            symbols.append(CLOSER[stack.pop()])
+        else:
+            stack.append(rng.choice("([{<"))
+            symbols.append(stack[-1])
+    return symbols, stack
+
+
+def closed(stack: Sequence[str]) -> str:
+    """The brackets that close the open ones."""
+    return " ".join(CLOSER[opener] for opener in reversed(stack))
+
+
+def with_article(noun: str) -> str:
+    """The noun after `a` or `an`, by its first letter; that is right for every noun of the word lists."""
+    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
+
+
+def months_later(date: datetime.date, months: int) -> datetime.date:
+    """The same day that many months on, or the month's last one."""
+    index = date.year * 12 + date.month - 1 + months
+    last = datetime.date((index + 1) // 12, (index + 1) % 12 + 1, 1) - datetime.timedelta(days=1)
+    return last.replace(day=min(date.day, last.day))
+
+
+def clock_hour(hour: int) -> str:
+    """An hour from 0 to 23 as `9am` or `1pm`."""
+    return f"{(hour - 1) % 12 + 1}{'am' if hour < 12 else 'pm'}"
 
 
 class Walk:

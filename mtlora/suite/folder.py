@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from mtlora.errors import describe
-from mtlora.suite.base import SPLITS, Example, Split, SuiteError, split_of
+from mtlora.suite.base import SPLITS, Example, Split, SuiteError, split_of, unknown_task
 from mtlora.task import TASK_ID_PATTERN, TaskSpec, normalise_answer
 
 MAX_TARGET_CHARS = 256
@@ -48,15 +48,18 @@ class FolderSuite:
     target; different targets give only a warning, because published files have them and must be scorable as a whole.
     """
 
+    finite = True
+
     def __init__(self, path: str | Path) -> None:
-        self._path = Path(path)
-        if not self._path.is_dir():
-            raise SuiteError(f"{self._path}: not a folder; a suite is a folder of JSON files like {_LAYOUT}")
+        folder = Path(path)
+        self.name = folder.resolve().name or "folder"
+        if not folder.is_dir():
+            raise SuiteError(f"{folder}: not a folder; a suite is a folder of JSON files like {_LAYOUT}")
         files: dict[str, Path] = {}
         try:
-            found = sorted(file for file in self._path.iterdir() if file.suffix.lower() == ".json")
+            found = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".json")
         except OSError as error:
-            raise SuiteError(f"{self._path}: cannot be listed: {error.strerror}") from None
+            raise SuiteError(f"{folder}: cannot be listed: {error.strerror}") from None
         for file in found:
             task_id = file.stem.lower()
             if not re.fullmatch(TASK_ID_PATTERN, task_id):
@@ -65,36 +68,22 @@ class FolderSuite:
                 raise SuiteError(f"{file}: task id {task_id!r} is taken by {files[task_id].name}; ids ignore case")
             files[task_id] = file
         if not files:
-            raise SuiteError(f"{self._path}: no .json file in the folder; a suite needs at least one like {_LAYOUT}")
+            raise SuiteError(f"{folder}: no .json file in the folder; a suite needs at least one like {_LAYOUT}")
         self._examples = {task_id: _read_task(task_id, files[task_id]) for task_id in sorted(files)}
-        self._tasks = tuple(
+        self.tasks: Sequence[TaskSpec] = tuple(
             TaskSpec(
                 id=task_id,
                 description=f"Task {task_id} of {self.name}.",
-                template="{input}\nAnswer:",
                 stop=(_STOP,),
                 max_new_tokens=_max_new_tokens([example.target for example in examples]),
-                allowed_answers=None,
             )
             for task_id, examples in self._examples.items()
         )
 
-    @property
-    def name(self) -> str:
-        return self._path.resolve().name or "folder"
-
-    @property
-    def finite(self) -> bool:
-        return True
-
-    @property
-    def tasks(self) -> Sequence[TaskSpec]:
-        return self._tasks
-
     def all_examples(self, task_id: str) -> list[Example]:
         """Every example of the task's file, of all splits, in the file's order, repeated inputs included."""
         if task_id not in self._examples:
-            raise SuiteError(f"suite {self.name} has no task {task_id!r}; it has {', '.join(self._examples)}")
+            raise unknown_task(self, task_id)
         return list(self._examples[task_id])
 
     def examples(self, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:

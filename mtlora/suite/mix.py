@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mtlora.suite.base import Example, Split, Suite, SuiteError, up_to
+from mtlora.suite.base import Example, Split, Suite, SuiteError, unknown_task, up_to
 from mtlora.suite.bbh_generated import bbh_spec, with_working
 from mtlora.suite.bbh_tasks import BBH_TASKS
 from mtlora.task import TaskSpec
@@ -65,27 +65,17 @@ class MixedSuite:
                         f"part {part.suite}: task {task.id} is in an earlier part already; "
                         "name it in this part's joins where the two are one task"
                     )
-        self._tasks = tasks
-
-    @property
-    def name(self) -> str:
-        return " + ".join(suite.name for _, suite, _ in self._parts)
-
-    @property
-    def finite(self) -> bool:
-        return all(suite.finite for _, suite, _ in self._parts)
-
-    @property
-    def tasks(self) -> Sequence[TaskSpec]:
-        return tuple(self._tasks.values())
+        self.name = " + ".join(suite.name for _, suite in parts)
+        self.finite = all(suite.finite for _, suite in parts)
+        self.tasks: Sequence[TaskSpec] = tuple(tasks.values())
 
     def examples(self, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
         """Training: each part's own number, at most `count`. Other splits: up to `count` of each part.
 
         An input of two parts is taken once, from the first. Raises SuiteError for an unknown task.
         """
-        if task_id not in self._tasks:
-            raise SuiteError(f"suite {self.name} has no task {task_id!r}; it has {', '.join(self._tasks)}")
+        if all(task_id not in ids for _, _, ids in self._parts):
+            raise unknown_task(self, task_id)
         found: dict[str, Example] = {}
         for part, suite, ids in self._parts:
             if task_id not in ids or (split != "train" and part.train_only):

@@ -3,9 +3,9 @@
 import random
 import re
 
-from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError, a, matched
+from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError, matched
 from mtlora.suite.bbh_tasks.words import THINGS
-from mtlora.suite.derivations import DIRECTIONS, Walk
+from mtlora.suite.derivations import DIRECTIONS, Walk, with_article
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # Singular and plural -> kind.
@@ -47,7 +47,7 @@ def generate_object_counting(rng: random.Random) -> str:
         rng.shuffle(chosen)
     many = set(rng.sample(range(len(chosen)), rng.choice((0, 0, 1, 2, 3, 4)) if len(chosen) > 3 else rng.randint(0, 1)))
     entries = [
-        f"{_NUMBERS[rng.choice((2, 2, 3, 3, 4, 4, 5))]} {plural}" if i in many else a(single)
+        f"{_NUMBERS[rng.choice((2, 2, 3, 3, 4, 4, 5))]} {plural}" if i in many else with_article(single)
         for i, (single, plural) in enumerate(chosen)
     ]
     return f"I have {', '.join(entries[:-1])}, and {entries[-1]}. How many {kind} do I have?"

@@ -6,18 +6,11 @@ import re
 from collections.abc import Callable
 
 from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError, look_up, matched, read_options, with_options
+from mtlora.suite.derivations import US_DATE, months_later
 
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-_US = "%m/%d/%Y"
 _DAY = datetime.timedelta(days=1)
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
-
-
-def _months(date: datetime.date, months: int) -> datetime.date:
-    """The same day that many months on, or the month's last one."""
-    index = date.year * 12 + date.month - 1 + months
-    last = datetime.date((index + 1) // 12, (index + 1) % 12 + 1, 1) - _DAY
-    return last.replace(day=min(date.day, last.day))
 
 
 _ASKED: dict[str, Callable[[datetime.date], datetime.date]] = {
@@ -28,8 +21,8 @@ _ASKED: dict[str, Callable[[datetime.date], datetime.date]] = {
     "10 days ago": lambda today: today - 10 * _DAY,
     "one week from today": lambda today: today + 7 * _DAY,
     "one week ago from today": lambda today: today - 7 * _DAY,
-    "a month ago": lambda today: _months(today, -1),
-    "one year ago from today": lambda today: _months(today, -12),
+    "a month ago": lambda today: months_later(today, -1),
+    "one year ago from today": lambda today: months_later(today, -12),
 }
 
 
@@ -63,9 +56,9 @@ _TELLINGS: tuple[tuple[str, Callable[[tuple[str, ...]], datetime.date]], ...] = 
     (r"for tomorrow[, ]+\(?(?:\w+, )?(\d+/\d+/\d+|\w+ \d+, \d+)", lambda g: _read(g[0]) - _DAY),
     (r"rescheduled to 11 am tomorrow, ([\d/]+)", lambda g: _read(g[0]) - _DAY),
     (r"^(\w+ \d+, \d+) is like yesterday to Jane, but that is actually ten years ago",
-     lambda g: _months(_read(g[0]), 120)),
+     lambda g: months_later(_read(g[0]), 120)),
     (r"born on the last day of Feburary in (\d+)\. Today is her 16-year-old birthday",
-     lambda g: _months(datetime.date(int(g[0]), 3, 1) - _DAY, 192)),
+     lambda g: months_later(datetime.date(int(g[0]), 3, 1) - _DAY, 192)),
     (r"^Today is (\d+)/(\d+), and it is Jane's second time in the year (\d{4})", _second_time),
     (r"^Today is (\d+)/(\d+)\. Jane is watching NFL (\d{4})", _second_time),
     (r"^(\d{4}) is coming in 36 hours", lambda g: datetime.date(int(g[0]), 1, 1) - 2 * _DAY),
@@ -78,12 +71,12 @@ _TELLINGS: tuple[tuple[str, Callable[[tuple[str, ...]], datetime.date]], ...] = 
      lambda g: datetime.date(int(g[2]), _ORDINALS.index(g[1]) + 1, _ORDINALS.index(g[0]) + 1)),
     (r"^The deadline is (\w+ \d+, \d+), which is 2 days away from now", lambda g: _read(g[0]) - 2 * _DAY),
     (r"got her job in (\d{4})\. Today is her 3-year work anniversary\..* on (\w+ \d+), her second day",
-     lambda g: _months(_read(f"{g[1]}, {g[0]}") - _DAY, 36)),
+     lambda g: months_later(_read(f"{g[1]}, {g[0]}") - _DAY, 36)),
     (r"^It was (\w+\.? \d+\w\w, \d{4}) a week ago", lambda g: _read(g[0]) + 7 * _DAY),
     (r"quited her job on (\w+ \d+, \d+)\. (\d+) days have passed", lambda g: _read(g[0]) + int(g[1]) * _DAY),
     (r"^Today is Christmas Eve of (\d{4})", lambda g: datetime.date(int(g[0]), 12, 24)),
-    (r"married on (\w+ \d+, \d+)\. Today is their golden wedding", lambda g: _months(_read(g[0]), 600)),
-    (r"married on (\w+ \d+, \d+)\. It is their 5-year anniversary", lambda g: _months(_read(g[0]), 60)),
+    (r"married on (\w+ \d+, \d+)\. Today is their golden wedding", lambda g: months_later(_read(g[0]), 600)),
+    (r"married on (\w+ \d+, \d+)\. It is their 5-year anniversary", lambda g: months_later(_read(g[0]), 60)),
     (r"last day of the first quarter of (\d{4})", lambda g: datetime.date(int(g[0]), 3, 31)),
     (r"In the UK.* today is (\d+)/(\d+)/(\d{4}) to them",
      lambda g: datetime.date(int(g[2]), int(g[1]), int(g[0]))),
@@ -91,9 +84,9 @@ _TELLINGS: tuple[tuple[str, Callable[[tuple[str, ...]], datetime.date]], ...] = 
      lambda g: _read(g[0]) + int(g[1]) * _DAY),
     (r"scheduled to be on ([\d/]+), but was delayed by one day to today", lambda g: _read(g[0]) + _DAY),
     (r"on the (\d+)th of each month starting from the (\w{3})\w* of (\d{4})\. It is her (\d+)th visit",
-     lambda g: _months(datetime.date(int(g[2]), _MONTHS.index(g[1]) + 1, int(g[0])), int(g[3]) - 1)),
+     lambda g: months_later(datetime.date(int(g[2]), _MONTHS.index(g[1]) + 1, int(g[0])), int(g[3]) - 1)),
     (r"celebrating the last day of (\w{3})\w* (\d{4})",
-     lambda g: _months(datetime.date(int(g[1]), _MONTHS.index(g[0]) + 1, 1), 1) - _DAY),
+     lambda g: months_later(datetime.date(int(g[1]), _MONTHS.index(g[0]) + 1, 1), 1) - _DAY),
     (r"today is the first Monday of (\d{4})", lambda g: _monday(int(g[0]), 0, 1, 1)),
     (r"^Today is the palindrome day of 2020", lambda g: datetime.date(2020, 2, 2)),
     (r"^This is the last day of (\d{4})", lambda g: datetime.date(int(g[0]), 12, 31)),
@@ -110,9 +103,9 @@ def solve_dates(text: str) -> Solution:
     if body[2] not in _ASKED:
         raise UnsolvedError(f"no known day: {body[2]!r}")
     today = _today(body[1])
-    asked = _ASKED[body[2]](today).strftime(_US)
+    asked = _ASKED[body[2]](today).strftime(US_DATE)
     read, answer = look_up(letters, asked)
-    return Solution(f"{today.strftime(_US)}, {asked}: {read}", answer)
+    return Solution(f"{today.strftime(US_DATE)}, {asked}: {read}", answer)
 
 
 def _today(text: str) -> datetime.date:
@@ -202,10 +195,10 @@ def generate_dates(rng: random.Random) -> str:
         days = rng.choice((1, -1, 2, 3, -3, 7, -7, 10, -10, 30, -30, rng.randint(-60, 60)))
         other = rng.choice((right, right, right, today)) + days * _DAY
         if rng.random() < 0.25:
-            other = _months(other, 12 * rng.choice((-30, -3, -1, 1, 5, 40)))
+            other = months_later(other, 12 * rng.choice((-30, -3, -1, 1, 5, 40)))
         if other not in (right, today):
             near.add(other)
-    options = [date.strftime(_US) for date in (right, *sorted(near))]
+    options = [date.strftime(US_DATE) for date in (right, *sorted(near))]
     rng.shuffle(options)
     return with_options(question, options)
 

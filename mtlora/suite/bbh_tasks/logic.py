@@ -4,7 +4,7 @@ import random
 
 from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError, matched
 from mtlora.suite.bbh_tasks.words import LIARS
-from mtlora.suite.derivations import or_of_ands
+from mtlora.suite.derivations import CLOSER, closed, draw_brackets, or_of_ands
 
 _OPERATORS = ("and", "or")
 
@@ -114,7 +114,6 @@ def generate_web_of_lies(rng: random.Random) -> str:
     return f"Question: {' '.join(sentences)} Does {people[-1]} tell the truth?"
 
 
-_CLOSER = {"(": ")", "[": "]", "{": "}", "<": ">"}
 _DYCK = "Complete the rest of the sequence, making sure that the parentheses are closed properly. Input: "
 
 
@@ -122,13 +121,13 @@ def solve_dyck(text: str) -> Solution:
     """Works through the brackets that are still open, outermost first."""
     stack: list[str] = []
     for symbol in matched(r" Input: (.*)$", text)[1].split():
-        if symbol in _CLOSER:
+        if symbol in CLOSER:
             stack.append(symbol)
-        elif not stack or _CLOSER[stack.pop()] != symbol:
+        elif not stack or CLOSER[stack.pop()] != symbol:
             raise UnsolvedError(f"{symbol!r} closes nothing")
     if not stack:
         raise UnsolvedError("nothing is open")
-    return Solution(" ".join(stack), " ".join(_CLOSER[opener] for opener in reversed(stack)))
+    return Solution(" ".join(stack), closed(stack))
 
 
 def generate_dyck(rng: random.Random) -> str:
@@ -136,14 +135,7 @@ def generate_dyck(rng: random.Random) -> str:
     wanted = rng.choice((1, 1, 2, 2, 2, 3))
     while True:
         length = min(int(2 + rng.expovariate(1 / 14)), 40)
-        symbols: list[str] = []
-        stack: list[str] = []
-        for _ in range(length):
-            if stack and rng.random() < 0.5:
-                symbols.append(_CLOSER[stack.pop()])
-            else:
-                stack.append(rng.choice("([{<"))
-                symbols.append(stack[-1])
+        symbols, stack = draw_brackets(rng, length, 0.5)
         if len(stack) == wanted:
             return _DYCK + " ".join(symbols)
 

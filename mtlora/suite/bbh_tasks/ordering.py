@@ -5,16 +5,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mtlora.suite.bbh_tasks.task import (
-    BBHTask,
-    Solution,
-    UnsolvedError,
-    a,
-    look_up,
-    matched,
-    read_options,
-    with_options,
-)
+from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError, look_up, matched, read_options, with_options
+from mtlora.suite.derivations import with_article
 
 _ORDINALS = ("first", "second", "third", "fourth")
 _INTRO = (
@@ -202,7 +194,7 @@ def _generate(rng: random.Random, word: str, count: int) -> str:
             sentences.append(f"{scene.noun.format(x=x)} {scene.less.format(y=y)}.")
         else:
             sentences.append(f"{scene.noun.format(x=y)} {scene.more.format(y=x)}.")
-    listed = [a(thing) if scene.with_article else thing for thing in things]
+    listed = [with_article(thing) if scene.with_article else thing for thing in things]
     intro = f"{_INTRO.format(n=word)}{scene.intro.format(n=word)}{', '.join(listed[:-1])}, and {listed[-1]}."
     asked = _said(scene, rng.randrange(count), count, rng)
     return with_options(f"{intro} {' '.join(sentences)}", [f"{scene.noun.format(x=thing)} {asked}" for thing in things])

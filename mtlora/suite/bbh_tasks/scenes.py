@@ -4,17 +4,9 @@ import random
 import re
 from itertools import pairwise
 
-from mtlora.suite.bbh_tasks.task import (
-    BBHTask,
-    Solution,
-    UnsolvedError,
-    a,
-    look_up,
-    matched,
-    read_options,
-    with_options,
-)
+from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError, look_up, matched, read_options, with_options
 from mtlora.suite.bbh_tasks.words import COLORED, COLORS, DESTINATIONS, DOINGS, WITNESSES
+from mtlora.suite.derivations import clock_hour, with_article
 
 _NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
@@ -142,7 +134,7 @@ def _draw_colored(rng: random.Random, surface: str, word: str) -> str:
     colors = (
         rng.sample(COLORS, len(nouns)) if kind == "row" or rng.random() < 0.7 else rng.choices(COLORS, k=len(nouns))
     )
-    listed = [a(f"{color} {noun}") for color, noun in zip(colors, nouns, strict=True)]
+    listed = [with_article(f"{color} {noun}") for color, noun in zip(colors, nouns, strict=True)]
     things = f"{', '.join(listed[:-1])}, and {listed[-1]}"
     if kind == "few":
         lead = rng.choice(("you see", "I see", "there is"))
@@ -209,17 +201,13 @@ def solve_temporal(text: str) -> Solution:
     raise UnsolvedError("no gap")
 
 
-def _hour(hour: int) -> str:
-    return f"{(hour - 1) % 12 + 1}{'am' if hour < 12 else 'pm'}"
-
-
 def generate_temporal(rng: random.Random) -> str:
     """A day of four to six stretches; somebody saw all but one."""
     count = rng.choice((3, 4, 5))
     hours = [rng.randint(5, 9)]
     bounds = sorted(rng.sample(range(hours[0] + 1, 23), count + 1))
     hours += bounds
-    stretches = [f"{_hour(begin)} to {_hour(end)}" for begin, end in pairwise(hours)]
+    stretches = [f"{clock_hour(begin)} to {clock_hour(end)}" for begin, end in pairwise(hours)]
     gap = rng.randrange(len(stretches))
     who, *witnesses = rng.sample(WITNESSES, count + 1)
     place, doings = rng.choice(DESTINATIONS), iter(rng.sample(DOINGS, count))
@@ -233,9 +221,9 @@ def generate_temporal(rng: random.Random) -> str:
         "\n".join([
             f"Today, {who} went to the {place}. Between what times could they have gone?",
             "We know that:",
-            f"{who} woke up at {_hour(hours[0])}.",
+            f"{who} woke up at {clock_hour(hours[0])}.",
             *lines,
-            f"The {place} was closed after {_hour(hours[-1])}.",
+            f"The {place} was closed after {clock_hour(hours[-1])}.",
             f"Between what times could {who} have gone to the {place}?",
         ]),
         options,

@@ -99,16 +99,6 @@ def _extreme(rows: list[_Row], word: str, second: bool) -> tuple[str, str]:
     return f"{_listed(rows, column)}, {row.figure(column)}", row.name
 
 
-def _sorted_name(rows: list[_Row], place: str) -> tuple[str, str]:
-    names = sorted(row.name for row in rows)
-    return " ".join(names), names[-1 if place == "last" else 0]
-
-
-def _placed(rows: list[_Row], place: str) -> tuple[str, str]:
-    names = [row.name for row in rows]
-    return " ".join(names), names[{"first": 0, "second": 1, "third": 2, "last": -1}[place]]
-
-
 def _only(rows: list[_Row], column: str, holds: Callable[[int], bool]) -> tuple[str, str]:
     found = [row for row in rows if holds(row.figure(column))]
     if len(found) != 1:
@@ -145,9 +135,11 @@ def _answer(tables: _Tables, question: str) -> tuple[str, str]:
             raise UnsolvedError(f"no known superlative: {m[2]!r}")
         return _extreme(tables.of(m[3]), m[2], bool(m[1]))
     if m := re.fullmatch(r"What is the name of the (fist|first|last) (\w+) sorted by alphabetic order\?", question):
-        return _sorted_name(tables.of(m[2]), m[1])
+        names = sorted(row.name for row in tables.of(m[2]))
+        return " ".join(names), names[-1 if m[1] == "last" else 0]
     if m := re.fullmatch(r"What is the name of the (first|second|third|last) (penguin|giraffe)\?", question):
-        return _placed(tables.of(m[2]), m[1])
+        names = [row.name for row in tables.of(m[2])]
+        return " ".join(names), names[{"first": 0, "second": 1, "third": 2, "last": -1}[m[1]]]
     if m := re.fullmatch(r"What is the name of the (?:penguin that is )?(\d+) cm tall(?: penguin)?\?", question):
         tall = int(m[1])
         return _only(tables.penguins, "height", lambda height: height == tall)

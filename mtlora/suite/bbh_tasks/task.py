@@ -1,4 +1,4 @@
-"""A solvable task of BIG-Bench Hard: a solver of its inputs and, for most, a generator of similar inputs."""
+"""A solvable task of BIG-Bench Hard: a solver of its inputs and a generator of similar inputs."""
 
 import random
 import re
@@ -29,7 +29,7 @@ class BBHTask:
     description: str
     solve: Callable[[str], Solution]
     max_new_tokens: int
-    generate: Callable[[random.Random], str] | None = None
+    generate: Callable[[random.Random], str]
 
 
 _OPTION = re.compile(r"^\(([A-Z])\) (.*?)\s*$", re.MULTILINE)
@@ -78,8 +78,3 @@ def matched(pattern: str, text: str) -> re.Match[str]:
     if found is None:
         raise UnsolvedError(f"no {pattern!r} in {text[:80]!r}")
     return found
-
-
-def a(noun: str) -> str:
-    """The noun with its article."""
-    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"

@@ -2,8 +2,9 @@
 
 import random
 
-from mtlora.suite.builtin.task import GeneratedTask, article, enumerate_words, split_sum, task
+from mtlora.suite.builtin.task import GeneratedTask, enumerate_words, split_sum, task
 from mtlora.suite.builtin.words import KINDS, NUMBER_WORDS, WORDS
+from mtlora.suite.derivations import with_article
 
 _COUNTS = tuple(str(n) for n in range(2, 10))
 
@@ -20,7 +21,7 @@ def object_counting(rng: random.Random) -> tuple[str, str, str]:
     rng.shuffle(entries)
     phrases, working, running = [], [], 0
     for count, (single, plural) in entries:
-        phrases.append(f"{article(single)} {single}" if count == 1 else f"{NUMBER_WORDS[count]} {plural}")
+        phrases.append(with_article(single) if count == 1 else f"{NUMBER_WORDS[count]} {plural}")
         if (single, plural) in KINDS[kind]:
             running += count
             working.append(f"{single if count == 1 else plural} {running}")

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
-from mtlora.suite.builtin.task import GeneratedTask, article, enumerate_words, task
+from mtlora.suite.builtin.task import GeneratedTask, enumerate_words, task
 from mtlora.suite.builtin.words import BIRDS, CARS, CLASSES, GOODS, NAMES
-from mtlora.suite.derivations import or_of_ands
+from mtlora.suite.derivations import closed, draw_brackets, or_of_ands, with_article
 
 
 def boolean_expression(rng: random.Random) -> tuple[str, str, str]:
@@ -121,7 +121,7 @@ def logical_deduction(rng: random.Random) -> tuple[str, str, str]:
             sentences.append(f"{scene.noun.format(x=things[thing])} {scene.less.format(y=things[other])}.")
         else:
             sentences.append(f"{scene.noun.format(x=things[other])} {scene.more.format(y=things[thing])}.")
-    names = things if scene.pool in (NAMES, GOODS) else [f"{article(thing)} {thing}" for thing in things]
+    names = things if scene.pool in (NAMES, GOODS) else list(map(with_article, things))
     intro = scene.intro.format(a=enumerate_words(names))
     working.append(" ".join(things[i] for i in order))
     return f"{intro} {' '.join(sentences)} {scene.ask[asked]}", things[order[asked]], ", ".join(working)
@@ -182,24 +182,13 @@ def _distributed(quantifier: str, subject: str, predicate: str) -> str:
     return f"{quantifier} {subject} {predicate}"
 
 
-_CLOSER = {"(": ")", "[": "]", "{": "}", "<": ">"}
-
-
 def bracket_completion(rng: random.Random) -> tuple[str, str]:
     """A prefix of four to nine brackets that one to three closing ones complete."""
     wanted = rng.randint(1, 3)
     while True:
-        length = rng.randint(4, 9)
-        symbols: list[str] = []
-        stack: list[str] = []
-        for _ in range(length):
-            if stack and rng.random() < 0.45:
-                symbols.append(_CLOSER[stack.pop()])
-            else:
-                stack.append(rng.choice("([{<"))
-                symbols.append(stack[-1])
+        symbols, stack = draw_brackets(rng, rng.randint(4, 9), 0.45)
         if len(stack) == wanted:
-            return " ".join(symbols), " ".join(_CLOSER[opener] for opener in reversed(stack))
+            return " ".join(symbols), closed(stack)
 
 
 TASKS: tuple[GeneratedTask, ...] = (

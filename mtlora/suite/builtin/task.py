@@ -33,17 +33,11 @@ def task(
         id=task_id,
         description=description,
         template=f"{instruction}\n{{input}}\nAnswer:",
-        stop=("\n",),
         max_new_tokens=max_new_tokens,
         allowed_answers=allowed_answers,
         answer_marker=ANSWER_MARKER if worked else None,
     )
     return GeneratedTask(spec, generate)
-
-
-def article(noun: str) -> str:
-    """`a` or `an`, by the first letter; that is right for every noun of the word lists."""
-    return "an" if noun[0].lower() in "aeiou" else "a"
 
 
 def enumerate_words(words: list[str]) -> str:

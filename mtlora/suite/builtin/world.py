@@ -5,9 +5,9 @@ import datetime
 import random
 from itertools import pairwise
 
-from mtlora.suite.builtin.task import GeneratedTask, article, split_sum, task
+from mtlora.suite.builtin.task import GeneratedTask, split_sum, task
 from mtlora.suite.builtin.words import COLORS, ITEMS, NAMES, PLACES
-from mtlora.suite.derivations import DIRECTIONS, Walk
+from mtlora.suite.derivations import DIRECTIONS, US_DATE, Walk, clock_hour, months_later, with_article
 
 _AXES = (("left", "right"), ("forward", "backward"))
 
@@ -101,14 +101,8 @@ def colored_objects(rng: random.Random) -> tuple[str, str, str]:
         ways.append("the leftmost item")
     if target == 3:
         ways.append("the rightmost item")
-    row = ", ".join(f"{article(color)} {color} {thing}" for color, thing in zip(colors, things, strict=True))
+    row = ", ".join(with_article(f"{color} {thing}") for color, thing in zip(colors, things, strict=True))
     return f"In a row, left to right: {row}. What color is {rng.choice(ways)}?", colors[target], things[target]
-
-
-def _same_day(date: datetime.date, months: int) -> datetime.date:
-    """The same day `months` later, for a day that every month has."""
-    index = date.year * 12 + date.month - 1 + months
-    return date.replace(year=index // 12, month=index % 12 + 1)
 
 
 _SHIFTS = (
@@ -116,7 +110,6 @@ _SHIFTS = (
     ("3 days ago", -3, 0), ("in one week", 7, 0), ("one week ago", -7, 0), ("in one month", 0, 1),
     ("one month ago", 0, -1), ("in one year", 0, 12), ("one year ago", 0, -12),
 )  # fmt: skip
-_US = "%m/%d/%Y"
 
 
 def _wrapped(value: int, change: int, length: int) -> str:
@@ -146,14 +139,10 @@ def date_arithmetic(rng: random.Random) -> tuple[str, str, str]:
     date = first + datetime.timedelta(days=rng.randrange(70 * 365))
     while months and date.day > 28:
         date = first + datetime.timedelta(days=rng.randrange(70 * 365))
-    answer = _same_day(date, months) if months else date + datetime.timedelta(days=days)
+    answer = months_later(date, months) if months else date + datetime.timedelta(days=days)
     verb = "was" if days + months < 0 else "is"
-    text = f"Today is {date.strftime(_US)}. What {verb} the date {phrase}?"
-    return text, answer.strftime(_US), _date_working(date, days, months)
-
-
-def _hour(hour: int) -> str:
-    return f"{(hour - 1) % 12 + 1}{'am' if hour < 12 else 'pm'}"
+    text = f"Today is {date.strftime(US_DATE)}. What {verb} the date {phrase}?"
+    return text, answer.strftime(US_DATE), _date_working(date, days, months)
 
 
 def free_slot(rng: random.Random) -> tuple[str, str, str]:
@@ -165,13 +154,13 @@ def free_slot(rng: random.Random) -> tuple[str, str, str]:
     hours = [rng.randint(5, 9)]
     for _ in range(len(places) + 1):
         hours.append(hours[-1] + rng.randint(1, 3))
-    stretches = [f"{_hour(a)} to {_hour(b)}" for a, b in pairwise(hours)]
+    stretches = [f"{clock_hour(a)} to {clock_hour(b)}" for a, b in pairwise(hours)]
     gap = rng.randrange(len(stretches))
     free = stretches.pop(gap)
-    working = " ".join(map(_hour, hours[: gap + 1]))
+    working = " ".join(map(clock_hour, hours[: gap + 1]))
     rng.shuffle(stretches)
     busy = ", ".join(f"{place} {stretch}" for place, stretch in zip(places, stretches, strict=True))
-    return f"{person} was up from {_hour(hours[0])} to {_hour(hours[-1])}: {busy}.", free, working
+    return f"{person} was up from {clock_hour(hours[0])} to {clock_hour(hours[-1])}: {busy}.", free, working
 
 
 TASKS: tuple[GeneratedTask, ...] = (
