@@ -129,7 +129,9 @@ class Service:
         authenticate = Authenticator(self.directory).tenant
         interceptor = CallInterceptor(self.metrics, authenticate, tracer, slow_reader_s=self.settings.slow_reader_s)
         listening = Listening(self.settings, interceptor)
-        listening.add(self.servicer, AdaptersServicer(self.admission), self.open_inference, Health())
+        health = Health()
+        await health.set(serving=True)
+        listening.add(self.servicer, AdaptersServicer(self.admission), self.open_inference, health)
         self.address = listening.bind()
         self.admission.state = State.SERVING
         await listening.server.start()
