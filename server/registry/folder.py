@@ -43,8 +43,9 @@ class Folder:
                 async for _ in awatch(
                     self._root,
                     watch_filter=None,
-                    step=20,
-                    debounce=100,
+                    # The watching thread wakes up at every step, and takes the interpreter from the event loop.
+                    step=100,
+                    debounce=200,
                     rust_timeout=int(poll_s * 1000),
                     yield_on_timeout=True,
                 ):
