@@ -32,6 +32,8 @@ def pytest_configure() -> None:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
 
 
+# First: xdist reads the groups in this hook too.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         assert isinstance(item, pytest.Function)
