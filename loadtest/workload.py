@@ -40,16 +40,6 @@ class Request:
     target: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TaskInfo:
-    """The properties of a task that asking it needs."""
-
-    id: str
-    fields: tuple[str, ...]
-    stop: tuple[str, ...]
-    answer_marker: str = ""
-
-
 class Workload:
     """Draws requests. The sequence continues from phase to phase.
 
@@ -57,7 +47,7 @@ class Workload:
     the server's prefix cache.
     """
 
-    def __init__(self, settings: WorkloadSettings, tasks: Sequence[TaskInfo], tenants: Sequence[Tenant]) -> None:
+    def __init__(self, settings: WorkloadSettings, tasks: Sequence[pb.Task], tenants: Sequence[Tenant]) -> None:
         self._settings = settings
         self._served = {task.id: task for task in tasks}
         self._tenants = {tenant.name: tenant for tenant in tenants}
@@ -120,7 +110,7 @@ class Workload:
             yield from shuffled
 
 
-def _prompts(settings: WorkloadSettings, tasks: Sequence[TaskInfo]) -> dict[str, list[Prompt]]:
+def _prompts(settings: WorkloadSettings, tasks: Sequence[pb.Task]) -> dict[str, list[Prompt]]:
     """Inputs by task, for tasks that the server has. A prompt that names no task is an input of every task."""
     if settings.prompt_words:
         return {task.id: [] for task in tasks}
@@ -159,8 +149,3 @@ def _examples(suite: Any, task_id: str, settings: WorkloadSettings) -> list[Any]
     if not examples:
         raise LoadTestError(f"suite {suite.name}: task {task_id} has no example in its test split")
     return list(examples)
-
-
-def task_info(task: pb.Task) -> TaskInfo:
-    """The properties of a task, from its message."""
-    return TaskInfo(task.id, tuple(task.fields), tuple(task.stop), task.answer_marker)
