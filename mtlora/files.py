@@ -59,7 +59,7 @@ def signature(path: Path) -> tuple[int, ...] | None:
     """Differs whenever the file behind the path was written or replaced; None where there is none."""
     try:
         found = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):
         return None
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 

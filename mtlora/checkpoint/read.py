@@ -30,6 +30,7 @@ from mtlora.checkpoint.format import (
 )
 from mtlora.checkpoint.untrusted import json_object, open_file
 from mtlora.errors import describe
+from mtlora.files import signature
 
 _T = TypeVar("_T")
 
@@ -72,24 +73,13 @@ def check_backbone(folder: Path, manifest: AdapterManifest, backbone: BackboneAr
 def _unless_replaced(folder: Path, read: Callable[[], _T]) -> _T:
     """Call `read()`; call it again if it failed because the checkpoint was replaced meanwhile."""
     for _ in range(3):
-        before = _generation(folder)
+        before = [signature(folder / name) for name in (MANIFEST_FILE, TENSORS_FILE)]
         try:
             return read()
         except CheckpointError:
-            if _generation(folder) == before:
+            if [signature(folder / name) for name in (MANIFEST_FILE, TENSORS_FILE)] == before:
                 raise
     return read()
-
-
-def _generation(folder: Path) -> list[tuple[int, int, int] | None]:
-    result: list[tuple[int, int, int] | None] = []
-    for name in (MANIFEST_FILE, TENSORS_FILE):
-        try:
-            status = (folder / name).stat()
-            result.append((status.st_dev, status.st_ino, status.st_ctime_ns))
-        except (OSError, ValueError):
-            result.append(None)
-    return result
 
 
 def _read_manifest(folder: Path) -> AdapterManifest:

@@ -44,7 +44,6 @@ class Batch:
     answer_rows_A: torch.Tensor
     answer_targets_A: torch.Tensor
     answer_owner_A: torch.Tensor
-    num_tokens: int
 
 
 def encode(
@@ -140,5 +139,4 @@ def collate(examples: Sequence[Encoded], length: int | None = None) -> Batch:
         torch.tensor(rows),
         torch.tensor(targets),
         torch.tensor(owner),
-        sum(len(example) for example in examples),
     )
