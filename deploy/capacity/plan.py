@@ -51,7 +51,6 @@ class Demand(BaseModel):
     adapters: int = Field(ge=1)
     rate: float = Field(gt=0, allow_inf_nan=False)
     p95_ttft: float = Field(1.0, gt=0, allow_inf_nan=False)
-    zipf: float = 1.0
 
     @model_validator(mode="after")
     def _no_adapter_without_a_task(self) -> Self:
@@ -114,9 +113,7 @@ def make_plan(
     memory_gib: float = MEMORY_GIB,
     sizes: Sizes | None = None,
     router: str = "adapter-aware",
-    load_seconds: float = LOAD_SECONDS,
     max_replicas: int = MAX_REPLICAS,
-    seed: int = 0,
 ) -> Plan:
     """The fewest replicas that meet the demand. Raises CapacityError if none do; the message says why."""
     sizes = sizes or Sizes()
@@ -137,13 +134,10 @@ def make_plan(
             f"{max_replicas * most:.3g}. Raise max_replicas, or take a faster machine"
         )
     seconds = min(_SECONDS, _MAX_REQUESTS / demand.rate)
-    memory = Memory(made.resident, load_seconds)
+    memory = Memory(made.resident, LOAD_SECONDS)
 
     def outcome(replicas: int) -> Outcome:
-        requests = poisson(
-            demand.rate, seconds, tasks=demand.tasks, adapters=demand.adapters, lengths=lengths, zipf=demand.zipf,
-            seed=seed,
-        )  # fmt: skip
+        requests = poisson(demand.rate, seconds, tasks=demand.tasks, adapters=demand.adapters, lengths=lengths)
         warm_up = seconds * _WARM_UP / _SECONDS
         return simulate(requests, replicas, model, ROUTERS[router](replicas), memory=memory, warm_up=warm_up)
 
