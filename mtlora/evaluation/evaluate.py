@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from mtlora.checkpoint.format import TaskEntry
@@ -153,11 +152,8 @@ def offline_answerer(
                         break
                     rows.append(i)
                 start += len(rows)
-                batch_tasks: list[TaskSpec] = [by_id[examples[i].task_id] for i in rows]
-                bias_index_B = torch.tensor([by_id[examples[i].task_id].bias_index or 0 for i in rows])
-                found = greedy_answers(
-                    adapted, batch_tasks, [prompts[i] for i in rows], bias_index_B, with_adapter=with_adapter
-                )
+                batch_tasks = [by_id[examples[i].task_id] for i in rows]
+                found = greedy_answers(adapted, batch_tasks, [prompts[i] for i in rows], with_adapter=with_adapter)
                 for i, text in zip(rows, found, strict=True):
                     answers[i] = text
                 bar.update(len(rows))
@@ -189,9 +185,7 @@ def likelihood_answerer(
             for i, example in enumerate(examples):
                 if options[i]:
                     task = by_id[example.task_id]
-                    answers[i] = likeliest(
-                        adapted, task, prompts[i], options[i], task.bias_index or 0, with_adapter=with_adapter
-                    )
+                    answers[i] = likeliest(adapted, task, prompts[i], options[i], with_adapter=with_adapter)
                     bar.update()
         return answers
 
