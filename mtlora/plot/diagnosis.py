@@ -142,8 +142,5 @@ def plot_gradients(found: Mapping[str, torch.Tensor], tasks: Sequence[str], out:
             pairs = values[~np.eye(count, dtype=bool)]
             told = f"mean {pairs.mean():.2f}, below zero {np.mean(pairs < 0):.0%}" if count > 1 else "one task"
             panel.set_title(f"{name}\n{told}", fontsize=9, loc="left")
-            names = [label(task) for task in tasks] if i == 0 else []
-            panel.set_yticks(range(len(names)), names, fontsize=6)
-            panel.tick_params(length=0)
-            panel.set_xticks([])
+            _name_tasks(panel, tasks if i == 0 else (), 6)
         made.colorbar(image, ax=axes, shrink=0.7, label="cosine between task gradients")
