@@ -14,7 +14,7 @@ from loadtest.settings import WorkloadSettings
 from loadtest.tenants import Tenant
 from loadtest.trace import Entry, Prompt, read_prompts
 from mtlora.client import make_request
-from mtlora.suite import SuiteError, load_suite
+from mtlora.suite import Example, Suite, SuiteError, load_suite, up_to
 
 # Common English words for inputs of a given length.
 _TEXT = (
@@ -138,14 +138,8 @@ def _prompts(settings: WorkloadSettings, tasks: Sequence[pb.Task]) -> dict[str, 
     return found
 
 
-def _examples(suite: Any, task_id: str, settings: WorkloadSettings) -> list[Any]:
+def _examples(suite: Suite, task_id: str, settings: WorkloadSettings) -> list[Example]:
     """As many test examples as asked for, or all of them if a task in a folder has fewer."""
-    try:
-        examples = suite.examples(task_id, "test", settings.examples_per_task, settings.seed)
-    except SuiteError:
-        if suite.name == "builtin":
-            raise
-        examples = suite.examples(task_id, "test", None, settings.seed)
-    if not examples:
-        raise LoadTestError(f"suite {suite.name}: task {task_id} has no example in its test split")
-    return list(examples)
+    if examples := up_to(suite, task_id, "test", settings.examples_per_task, settings.seed):
+        return examples
+    raise LoadTestError(f"suite {suite.name}: task {task_id} has no example in its test split")

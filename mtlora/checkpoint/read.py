@@ -29,7 +29,7 @@ from mtlora.checkpoint.format import (
     and_more,
 )
 from mtlora.checkpoint.untrusted import json_object, open_file
-from mtlora.errors import describe
+from mtlora.errors import describe, differences
 from mtlora.files import signature
 
 _T = TypeVar("_T")
@@ -63,11 +63,9 @@ def read_checkpoint(folder: Path, backbone: BackboneArchitecture | None = None) 
 
 def check_backbone(folder: Path, manifest: AdapterManifest, backbone: BackboneArchitecture) -> None:
     """Raise CheckpointError unless the adapter was made beside this backbone, or beside one of this architecture."""
-    for field in type(backbone).model_fields:
-        expected, found = getattr(backbone, field), getattr(manifest.backbone, field)
-        if expected != found:
-            where = f"{folder / MANIFEST_FILE}: backbone.{field}"
-            raise CheckpointError(f"{where}: expected {expected!r} (the backbone in use), found {found!r}")
+    for field, (expected, found) in differences(backbone, manifest.backbone).items():
+        where = f"{folder / MANIFEST_FILE}: backbone.{field}"
+        raise CheckpointError(f"{where}: expected {expected!r} (the backbone in use), found {found!r}")
 
 
 def _unless_replaced(folder: Path, read: Callable[[], _T]) -> _T:

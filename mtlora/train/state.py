@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from mtlora.errors import MtLoRAError, describe
+from mtlora.errors import MtLoRAError, describe, differences
 from mtlora.files import sync, write_durably
 from mtlora.train.config import TrainingConfig
 
@@ -47,13 +47,9 @@ class RunFolder:
                 previous = TrainingConfig.model_validate_json(self.config_file.read_bytes())
             except ValidationError as error:
                 raise RunError(f"{self.config_file}: {describe(error)}") from None
-            changed = [
-                f"{name}: was {getattr(previous, name)!r}, now {getattr(config, name)!r}"
-                for name in TrainingConfig.model_fields
-                if getattr(previous, name) != getattr(config, name)
-            ]
-            if changed:
-                raise RunError(f"{self.config_file}: --resume needs the same configuration; {'; '.join(changed)}")
+            if changed := differences(previous, config):
+                told = "; ".join(f"{name}: was {was!r}, now {now!r}" for name, (was, now) in changed.items())
+                raise RunError(f"{self.config_file}: --resume needs the same configuration; {told}")
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             _replace(self.config_file, (config.model_dump_json(indent=2) + "\n").encode())
