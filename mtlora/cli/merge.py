@@ -62,7 +62,7 @@ def _merge(args: argparse.Namespace) -> int:
     config = TrainingConfig.model_validate(
         settings | {"adapter": extended_config(checkpoint, new_experts), "suite": args.suite, "tasks": (task.id,)}
     )
-    manifest, comparison = merge(checkpoint, folder, args.out, mode=args.mode, new_experts=new_experts, config=config)
+    manifest, comparison = merge(checkpoint, folder, args.out, config)
     scores = {name: _only(task.id, manifest.evaluation.get(name)) for name in ("adapter", "backbone_alone")}
     if scores["adapter"]:
         print_scores({name: score for name, score in scores.items() if score})
