@@ -4,8 +4,9 @@ Memory follows from sizes; replicas from simulating more and more of them until 
 enough.
 """
 
+import bisect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -141,8 +142,11 @@ def make_plan(
         warm_up = seconds * _WARM_UP / _SECONDS
         return simulate(requests, replicas, model, ROUTERS[router](replicas), memory=memory, warm_up=warm_up)
 
-    found = _fewest(least, max_replicas, lambda n: _meets(outcome(n), demand))
-    if found is None:
+    # The more replicas, the shorter the wait: the first number that meets the demand is the least.
+    found = least + bisect.bisect_left(
+        range(least, max_replicas + 1), True, key=lambda replicas: _meets(outcome(replicas), demand)
+    )
+    if found > max_replicas:
         raise CapacityError(
             f"p95_ttft: found {demand.p95_ttft:g} s; not met by {max_replicas} replicas at {demand.rate:g} requests/s"
         )
@@ -151,16 +155,3 @@ def make_plan(
 
 def _meets(outcome: Outcome, demand: Demand) -> bool:
     return len(outcome.ttft) > 0 and outcome.percentiles(outcome.ttft)[1] <= demand.p95_ttft
-
-
-def _fewest(least: int, most: int, enough: Callable[[int], bool]) -> int | None:
-    """The smallest n from `least` to `most` with `enough(n)`, which must be monotonic; None if there is none."""
-    low, high = least, least
-    while not enough(high):
-        if high == most:
-            return None
-        low, high = high + 1, min(most, max(high + 1, math.ceil(high * 1.3)))
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle + 1, high)
-    return high
