@@ -82,7 +82,8 @@ class Trainer:
         )[: config.max_steps]
         if start:
             start.apply(self.adapted.adapters)
-        self.adapted.to(self.ranks.device)
+        self.adapted.model.to(self.ranks.device)
+        self.adapted.adapters.to(self.ranks.device)
         speed_up_training(self.adapted.model)
         if config.gradient_checkpointing:
             _checkpoint_layers(self.adapted.model)
