@@ -130,11 +130,7 @@ class AdapterSet(Attachment):
 
     def blocks(self) -> Iterator[BlockAdapter]:
         """Every block adapter, layer by layer."""
-        for layer in self.layers:
-            assert isinstance(layer, nn.ModuleDict)
-            for block in layer.values():
-                assert isinstance(block, BlockAdapter)
-                yield block
+        return (module for module in self.modules() if isinstance(module, BlockAdapter))
 
     def mean_routing(self) -> list[torch.Tensor]:
         """See `Attachment`."""

@@ -88,6 +88,13 @@ def write_durably(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace a file in one step, durably."""
+    temporary = path.with_suffix(".tmp")
+    write_durably(temporary, content)
+    os.replace(temporary, path)
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from mtlora.errors import MtLoRAError, describe, differences
-from mtlora.files import sync, write_durably
+from mtlora.files import replace_file, sync
 from mtlora.train.config import TrainingConfig
 
 LOG = "log.jsonl"
@@ -52,7 +52,7 @@ class RunFolder:
                 raise RunError(f"{self.config_file}: --resume needs the same configuration; {told}")
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            _replace(self.config_file, (config.model_dump_json(indent=2) + "\n").encode())
+            replace_file(self.config_file, (config.model_dump_json(indent=2) + "\n").encode())
         state = self.read_state()
         self._cut_log(state["step"] if state else 0)
         return state
@@ -93,10 +93,4 @@ class RunFolder:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue
-        _replace(self.log_file, "".join(kept).encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    write_durably(temporary, content)
-    os.replace(temporary, path)
+        replace_file(self.log_file, "".join(kept).encode())
