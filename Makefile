@@ -76,9 +76,6 @@ bench-gpu: ## a layer of the routed path on this GPU (TUNE=--tune to measure lau
 bench-merge: $(STAMP) ## a task added by merge against joint training, and the other tasks' bits
 	$(BIN)/python -m benchmarks.merging --backbone $(BACKBONE)
 
-bench-slots: $(STAMP) ## more adapters than slots, through a server
-	$(BIN)/python -m benchmarks.slots --backbone $(BACKBONE)
-
 bench-front: $(STAMP) ## the server's own processor time a request beside `vllm serve` with the same plugin
 	$(BIN)/python -m benchmarks.front --backbone $(BACKBONE) $(FRONT)
 

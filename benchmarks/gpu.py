@@ -74,7 +74,7 @@ class Batch:
             return torch.randn(*size, device=device, dtype=dtype) * scale
 
         self.table = AdapterTable(sizes.layers, self.adapters, hidden_size=D, dtype=dtype, device=device)
-        self.first_layer: list[ReferenceAdapter | None] = []
+        self.first_layer: list[ReferenceAdapter] = []
         for row in range(self.adapters):
             blocks = []
             for _ in range(sizes.layers):
@@ -108,8 +108,10 @@ class Batch:
         self.y_TD.zero_()
         self.run_layer(0)
         some = slice(0, min(16, self.tokens))
-        cpu = [ReferenceAdapter(a.lora_A_rD.cpu(), a.lora_B_NDr.cpu(), a.lora_route.cpu(), *a[3:])
-               for a in self.first_layer if a is not None]  # fmt: skip
+        cpu = [
+            ReferenceAdapter(a.lora_A_rD.cpu(), a.lora_B_NDr.cpu(), a.lora_route.cpu(), *a[3:])
+            for a in self.first_layer
+        ]
         expected = routed_lora_batch_reference(
             self.x_TD[some].cpu(), cpu, self.row_T[some].tolist(), [-1] * len(self.row_T[some])
         )
@@ -183,7 +185,6 @@ def authors_loop(batch: Batch) -> Run:
 
     def run() -> None:
         for tokens, adapter in zip(groups, batch.first_layer, strict=True):
-            assert adapter is not None
             A, B, R, _, num_groups, scaling = adapter
             batch.y_TD.index_add_(0, tokens, expert_loop(batch.x_TD[tokens], A, B, R, num_groups, scaling))
 

@@ -131,7 +131,7 @@ def last_line(result: dict[str, Any]) -> str:
 
 
 async def _against_in_process(session: Session, plan: Plan, loops: Sequence[Loop], knee: float) -> None:
-    adapters = [_adapter(plan.adapters, name) for name in session.result["server"]["adapters"]]
+    adapters = [(*each.split("/"), str(plan.adapters / each)) for each in session.result["server"]["adapters"]]
     engine_arguments = {**_ENGINE, "disable_log_stats": True}
     engine = WorkerProcess(
         "benchmarks.closed_loop_worker",
@@ -176,18 +176,13 @@ def requests_of_round(loop: Loop, knee: float) -> int:
 
 async def _round(session: Session, engine: WorkerProcess, number: int, loop: Loop, count: int) -> dict[str, Any]:
     requests = session.take(count)
-
-    async def through_the_server() -> dict[str, Any]:
-        load = PhaseSettings(in_flight=loop.in_flight, requests=count)
-        name = f"closed loop, {loop.name}, round {number + 1}"
-        return await session.run(name, load, requests, unary=loop.unary)
-
+    load = PhaseSettings(in_flight=loop.in_flight, requests=count)
+    if number % 2:
+        alone = await _ask_engine(engine, requests, loop)
+    name = f"closed loop, {loop.name}, round {number + 1}"
+    phase = await session.run(name, load, requests, unary=loop.unary)
     if number % 2 == 0:
-        phase = await through_the_server()
         alone = await _ask_engine(engine, requests, loop)
-    else:
-        alone = await _ask_engine(engine, requests, loop)
-        phase = await through_the_server()
     end_to_end, in_process = phase["throughput_per_second"], round(count / alone["seconds"], 4)
     found = {
         "loop": loop.name,
@@ -211,11 +206,6 @@ async def _round(session: Session, engine: WorkerProcess, number: int, loop: Loo
 async def _ask_engine(engine: WorkerProcess, requests: Sequence[Request], loop: Loop) -> dict[str, Any]:
     texts = [(request.task_id, pb.GenerateRequest.FromString(request.message).text) for request in requests]
     return await asyncio.to_thread(engine.ask, {"in_flight": loop.in_flight, "requests": texts})
-
-
-def _adapter(folder: Path, served: str) -> tuple[str, str, str]:
-    name, _, version = served.partition("/")
-    return name, version, str(folder / name / version)
 
 
 if __name__ == "__main__":

@@ -59,12 +59,10 @@ def main() -> int:
         before = read_checkpoint(root / "before" / "adapter")
         modes: tuple[Mode, ...] = ("bias", "experts")
         for mode in modes:
-            new_experts = NEW_EXPERTS if mode == "experts" else 0
-            config = TrainingConfig(
-                adapter=extended_config(before, new_experts), tasks=(args.new,), **(SETTINGS[mode] | shared)
-            )
+            extended = extended_config(before, NEW_EXPERTS if mode == "experts" else 0)
+            config = TrainingConfig(adapter=extended, tasks=(args.new,), **(SETTINGS[mode] | shared))
             began = time.monotonic()
-            _, compared = merge(before, folder, root / mode, mode=mode, new_experts=new_experts, config=config)
+            _, compared = merge(before, folder, root / mode, config)
             rows[mode] = {
                 "seconds": round(time.monotonic() - began, 1),
                 "accuracy": accuracy(folder, root / mode, test),

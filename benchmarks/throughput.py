@@ -22,7 +22,6 @@ from benchmarks.harness.adapters import link_adapter, random_tasks, write_random
 from benchmarks.harness.environment import engine_environment, usable_cores
 from benchmarks.harness.worker import WorkerProcess
 from benchmarks.prompts import LOADS, REFERENCE, RandomPrompts
-from benchmarks.throughput_picture import draw
 from mtlora.backbone import identify, resolve
 from mtlora.cli.output import print_table
 from mtlora.vllm_cpu.precision import engine_dtype
@@ -95,7 +94,7 @@ _FEW_ROUNDS = 2
 
 
 def main() -> int:
-    """Run every case in turn in several rounds. Print rows and ratios, write JSON and a picture."""
+    """Run every case in turn in several rounds. Print rows and ratios, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbone", default="default")
     parser.add_argument("--rounds", type=int, default=4, help="slow rows have fewer; default: %(default)s")
@@ -115,7 +114,6 @@ def main() -> int:
     report["dtype"] = dtype
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"engine-{load.name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(report, args.out / f"engine-{load.name}.png")
     _print(report)
     return 0
 

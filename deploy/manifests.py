@@ -31,10 +31,6 @@ _STOP_SECONDS = 10
 SERVICE = "mtlora.v1.Inference"
 
 
-class KustomizeMissingError(RuntimeError):
-    """kustomize is not installed."""
-
-
 @dataclass(frozen=True)
 class Container:
     """A container, with its pod and the name of its place."""
@@ -46,17 +42,9 @@ class Container:
 
 
 def build(overlay: Path) -> list[Manifest]:
-    """The overlay's manifests. Raises KustomizeMissingError, or RuntimeError with kustomize's message."""
-    if shutil.which("kustomize"):
-        command = ["kustomize", "build", str(overlay)]
-    elif shutil.which("kubectl"):
-        command = ["kubectl", "kustomize", str(overlay)]
-    else:
-        raise KustomizeMissingError(
-            "kustomize is not installed: apt-get install kustomize (Debian 13, Ubuntu 24.10 and later), or "
-            "https://kubectl.docs.kubernetes.io/installation/kustomize/"
-        )
-    done = subprocess.run(command, capture_output=True, text=True)
+    """The overlay's manifests, by kustomize or kubectl. Raises RuntimeError with kustomize's message."""
+    command = ["kustomize", "build"] if shutil.which("kustomize") else ["kubectl", "kustomize"]
+    done = subprocess.run([*command, str(overlay)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{overlay.name}: {done.stderr.strip()}")
     return [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest]
@@ -334,13 +322,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.write_rules:
         PROMETHEUS_RULE.write_text(prometheus_rule())
     overlays = sorted(path.parent for path in OVERLAYS.glob("*/kustomization.yaml"))
+    if not shutil.which("kustomize") and not shutil.which("kubectl"):
+        print(
+            "manifests: kustomize is not installed: apt-get install kustomize (Debian 13, Ubuntu 24.10 and later), or "
+            "https://kubectl.docs.kubernetes.io/installation/kustomize/"
+        )
+        return 2
     valid, broken = 0, 0
     for overlay in overlays:
         try:
             manifests = build(overlay)
-        except KustomizeMissingError as error:
-            print(f"manifests: {error}")
-            return 2
         except RuntimeError as error:
             print(error)
             broken += 1

@@ -21,7 +21,6 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from loadtest.connection import Connection
 from loadtest.recorder import Answer
 from loadtest.tenants import Tenant
-from loadtest.workload import TaskInfo
 
 _TOP = 5
 _LINE_EVERY_S = 5.0
@@ -41,6 +40,12 @@ class Checked:
     # For every tie: nats by which the token alone was more likely than the token in the batch.
     tie_nats: list[float] = field(default_factory=list)
 
+    def add_wrong(self, answer: Answer, count: int, came: str, alone: str | None) -> None:
+        """Count a wrong answer; keep the first few. alone: the answer to the same input alone."""
+        self.wrong += count
+        if len(self.examples) < _MOST_SHOWN:
+            self.examples.append({"task": answer.task_id, "answer": came, "alone": alone, "target": answer.target})
+
     def to_json(self) -> dict[str, Any]:
         return dict(vars(self))
 
@@ -49,7 +54,7 @@ async def ask_again(
     connection: Connection,
     tenant: Tenant,
     answers: Mapping[Answer, int],
-    tasks: Mapping[str, TaskInfo],
+    tasks: Mapping[str, pb.Task],
     *,
     tie_nats: float,
     timeout_s: float,
@@ -78,10 +83,7 @@ async def ask_again(
                 checked.ties += count
                 checked.tie_nats += [round(gap, 4)] * count
             else:
-                checked.wrong += count
-                if len(checked.examples) < _MOST_SHOWN:
-                    example = {"task": answer.task_id, "answer": came, "alone": alone, "target": answer.target}
-                    checked.examples.append(example)
+                checked.add_wrong(answer, count, came, alone)
     return checked
 
 
@@ -91,15 +93,12 @@ def against_targets(answers: Mapping[Answer, int]) -> Checked:
     for answer, count in answers.items():
         if answer.target is None:
             checked.unchecked += count
-            continue
-        checked.wrong += count
-        if len(checked.examples) < _MOST_SHOWN:
-            example = {"task": answer.task_id, "answer": answer.text, "alone": None, "target": answer.target}
-            checked.examples.append(example)
+        else:
+            checked.add_wrong(answer, count, answer.text, None)
     return checked
 
 
-def whole(reasoning: str, text: str, task: TaskInfo) -> str:
+def whole(reasoning: str, text: str, task: pb.Task) -> str:
     """The generated text, reasoning included, with one blank on either side of the marker."""
     if not reasoning:
         return text.strip()

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -36,7 +36,7 @@ class Driver:
         self._began = began
         self._timeout_s = timeout_s
         self._ask = self._ask_unary if unary else self._ask_stream
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Task[object]] = set()
         self._stopped = asyncio.Event()
         self._prefix = uuid.uuid4().hex[:12]
         self._count = 0
@@ -59,7 +59,7 @@ class Driver:
                 await self._sleep(delay)
             if self.stopped:
                 break
-            self._start(request, intended)
+            self._start(self._send(request, intended))
         while self._running:
             await asyncio.wait(self._running)
 
@@ -76,9 +76,7 @@ class Driver:
         if (delay := -self._now()) > 0:
             await self._sleep(delay)
         for _ in range(in_flight):
-            task = asyncio.create_task(client())
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
+            self._start(client())
         while self._running:
             await asyncio.wait(self._running)
 
@@ -92,8 +90,8 @@ class Driver:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stopped.wait(), seconds)
 
-    def _start(self, request: Request, intended: float) -> None:
-        task: asyncio.Task[Any] = asyncio.create_task(self._send(request, intended))
+    def _start(self, work: Coroutine[Any, Any, object]) -> None:
+        task = asyncio.create_task(work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 

@@ -62,15 +62,12 @@ class Latency:
             "count": self.count,
             "mean": round(self.mean, 6),
             **{f"p{100 * q:g}": round(self.quantile(q), 6) for q in QUANTILES},
-            "hdr": self.encode(),
+            "hdr": self._histogram.encode().decode() if self.count else "",
         }
-
-    def encode(self) -> str:
-        return self._histogram.encode().decode() if self.count else ""
 
     @classmethod
     def decode(cls, encoded: str) -> "Latency":
-        """The inverse of `encode`; also reads the `hdr` of `to_json`."""
+        """Read the `hdr` of `to_json`."""
         latency = cls()
         if encoded:
             latency._histogram = HdrHistogram.decode(encoded)

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from mtlora_pb.v1 import inference_pb2 as pb
+
 from loadtest import LoadTestError
 from loadtest.connection import Connection
 from loadtest.driver import Driver
@@ -16,7 +18,7 @@ from loadtest.recorder import Recorder
 from loadtest.settings import PhaseSettings, Settings
 from loadtest.tenants import Tenant
 from loadtest.trace import Entry, read_trace
-from loadtest.workload import Request, TaskInfo, Workload
+from loadtest.workload import Request, Workload
 
 # Further tasks, or tenants, share one group: thousands of histograms would take gigabytes.
 MAX_GROUPS = 128
@@ -45,7 +47,7 @@ class Generator:
     """Runs phases one after another over one connection. Its workload continues from phase to phase."""
 
     def __init__(
-        self, settings: Settings, connection: Connection, tasks: Sequence[TaskInfo], tenants: Sequence[Tenant]
+        self, settings: Settings, connection: Connection, tasks: Sequence[pb.Task], tenants: Sequence[Tenant]
     ) -> None:
         self._settings = settings
         self._connection = connection

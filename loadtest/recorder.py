@@ -171,7 +171,8 @@ class Recorder:
             self.flaws.append(f"{request.task_id}: {outcome.flaw}")
         elif outcome.status != "OK":
             self.errors.setdefault(outcome.status, outcome.message)
-        good = outcome.ok and self.is_good(outcome)
+        level = self._objective
+        good = outcome.ok and outcome.e2e <= level.e2e_s and (outcome.ttft is None or outcome.ttft <= level.ttft_s)
         self.everything.add(outcome, good=good, exact=exact)
         if self._counts(outcome.intended):
             if self.outcomes is not None:
@@ -181,11 +182,6 @@ class Recorder:
         if outcome.ok and self._counts(outcome.ended):
             self.ended += 1
             self.ended_tokens += outcome.completion_tokens
-
-    def is_good(self, outcome: Outcome) -> bool:
-        """Whether an answer came within the times of the service level."""
-        ttft = outcome.ttft
-        return outcome.e2e <= self._objective.e2e_s and (ttft is None or ttft <= self._objective.ttft_s)
 
     def end_window(self, now: float) -> None:
         """End the window now, unless it has ended before."""

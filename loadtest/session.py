@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+from mtlora_pb.v1 import inference_pb2 as pb
+
 from loadtest import check, result, server_metrics
 from loadtest.connection import Connection
 from loadtest.histogram import Latency
@@ -18,7 +20,7 @@ from loadtest.recorder import Answer
 from loadtest.server_metrics import Watch
 from loadtest.settings import Objective, PhaseSettings, RampSettings, Settings
 from loadtest.tenants import ANONYMOUS, Tenant, read_tenants
-from loadtest.workload import Request, TaskInfo, task_info
+from loadtest.workload import Request
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -30,7 +32,7 @@ class Session:
         self,
         settings: Settings,
         connection: Connection,
-        tasks: Sequence[TaskInfo],
+        tasks: Sequence[pb.Task],
         tenants: Sequence[Tenant],
         document: dict[str, Any],
     ) -> None:
@@ -162,7 +164,7 @@ async def open_session(settings: Settings, command: list[str]) -> AsyncIterator[
         }
         described = settings.to_json() | {"tenants": [tenant.name for tenant in tenants]}
         document = result.document(command, described, server)
-        session = Session(settings, connection, [task_info(task) for task in served], tenants, document)
+        session = Session(settings, connection, served, tenants, document)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, session.interrupt)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loadtest import LoadTestError
+from loadtest.trace import read_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +24,8 @@ ANONYMOUS = Tenant("anonymous")
 
 def read_tenants(path: Path) -> list[Tenant]:
     """Read lines of `NAME KEY`; skip blank lines and those that begin with #. Raises LoadTestError naming the line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoadTestError(f"{path}: cannot be read: {error}") from None
     tenants: dict[str, Tenant] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue

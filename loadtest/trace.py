@@ -54,7 +54,7 @@ Line = TypeVar("Line", bound=_Line)
 
 def read_trace(path: Path) -> list[Entry]:
     """Read a trace and move its first time to 0. Raises LoadTestError naming the line."""
-    entries = parse_trace(_read(path), str(path))
+    entries = parse_trace(read_lines(path), str(path))
     return [entry.model_copy(update={"at": entry.at - entries[0].at}) for entry in entries]
 
 
@@ -72,13 +72,14 @@ def parse_trace(lines: Iterable[str], where: str) -> list[Entry]:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Read a file of inputs: like a trace without `at` and `tenant`, and with `input` in every line."""
-    prompts = [prompt for _, prompt in _parse(Prompt, _read(path), str(path))]
+    prompts = [prompt for _, prompt in _parse(Prompt, read_lines(path), str(path))]
     if not prompts:
         raise LoadTestError(f"{path}: no line in it; a file of prompts needs at least one")
     return prompts
 
 
-def _read(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file. Raises LoadTestError."""
     try:
         return path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -14,7 +14,7 @@ from loadtest.settings import WorkloadSettings
 from loadtest.tenants import Tenant
 from loadtest.trace import Entry, Prompt, read_prompts
 from mtlora.client import make_request
-from mtlora.suite import SuiteError, load_suite
+from mtlora.suite import Example, Suite, SuiteError, load_suite, up_to
 
 # Common English words for inputs of a given length.
 _TEXT = (
@@ -40,16 +40,6 @@ class Request:
     target: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TaskInfo:
-    """The properties of a task that asking it needs."""
-
-    id: str
-    fields: tuple[str, ...]
-    stop: tuple[str, ...]
-    answer_marker: str = ""
-
-
 class Workload:
     """Draws requests. The sequence continues from phase to phase.
 
@@ -57,7 +47,7 @@ class Workload:
     the server's prefix cache.
     """
 
-    def __init__(self, settings: WorkloadSettings, tasks: Sequence[TaskInfo], tenants: Sequence[Tenant]) -> None:
+    def __init__(self, settings: WorkloadSettings, tasks: Sequence[pb.Task], tenants: Sequence[Tenant]) -> None:
         self._settings = settings
         self._served = {task.id: task for task in tasks}
         self._tenants = {tenant.name: tenant for tenant in tenants}
@@ -120,7 +110,7 @@ class Workload:
             yield from shuffled
 
 
-def _prompts(settings: WorkloadSettings, tasks: Sequence[TaskInfo]) -> dict[str, list[Prompt]]:
+def _prompts(settings: WorkloadSettings, tasks: Sequence[pb.Task]) -> dict[str, list[Prompt]]:
     """Inputs by task, for tasks that the server has. A prompt that names no task is an input of every task."""
     if settings.prompt_words:
         return {task.id: [] for task in tasks}
@@ -148,19 +138,8 @@ def _prompts(settings: WorkloadSettings, tasks: Sequence[TaskInfo]) -> dict[str,
     return found
 
 
-def _examples(suite: Any, task_id: str, settings: WorkloadSettings) -> list[Any]:
+def _examples(suite: Suite, task_id: str, settings: WorkloadSettings) -> list[Example]:
     """As many test examples as asked for, or all of them if a task in a folder has fewer."""
-    try:
-        examples = suite.examples(task_id, "test", settings.examples_per_task, settings.seed)
-    except SuiteError:
-        if suite.name == "builtin":
-            raise
-        examples = suite.examples(task_id, "test", None, settings.seed)
-    if not examples:
-        raise LoadTestError(f"suite {suite.name}: task {task_id} has no example in its test split")
-    return list(examples)
-
-
-def task_info(task: pb.Task) -> TaskInfo:
-    """The properties of a task, from its message."""
-    return TaskInfo(task.id, tuple(task.fields), tuple(task.stop), task.answer_marker)
+    if examples := up_to(suite, task_id, "test", settings.examples_per_task, settings.seed):
+        return examples
+    raise LoadTestError(f"suite {suite.name}: task {task_id} has no example in its test split")

@@ -66,10 +66,7 @@ class BlockAdapter(nn.Module):
         self.dropout = nn.Dropout(config.lora_dropout)
         # Mean routing weights [G, N] of the last training forward, for the balance loss.
         self.mean_routing_GN: torch.Tensor | None = None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start A and the router as PEFT starts A: Kaiming-uniform with a = sqrt(5)."""
+        # As PEFT starts A.
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.lora_route, a=math.sqrt(5))
 
@@ -133,11 +130,7 @@ class AdapterSet(Attachment):
 
     def blocks(self) -> Iterator[BlockAdapter]:
         """Every block adapter, layer by layer."""
-        for layer in self.layers:
-            assert isinstance(layer, nn.ModuleDict)
-            for block in layer.values():
-                assert isinstance(block, BlockAdapter)
-                yield block
+        return (module for module in self.modules() if isinstance(module, BlockAdapter))
 
     def mean_routing(self) -> list[torch.Tensor]:
         """See `Attachment`."""

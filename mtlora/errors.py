@@ -4,11 +4,17 @@ import reprlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pydantic import ValidationError
+    from pydantic import BaseModel, ValidationError
 
 
 class MtLoRAError(ValueError):
     """Says in one line what is wrong and where, what was expected and what was found; the CLI prints that line."""
+
+
+def differences(one: "BaseModel", other: "BaseModel") -> dict[str, tuple[object, object]]:
+    """The fields of `one`'s model in which two models differ, with the values of both."""
+    pairs = {name: (getattr(one, name), getattr(other, name)) for name in type(one).model_fields}
+    return {name: (ours, theirs) for name, (ours, theirs) in pairs.items() if ours != theirs}
 
 
 def describe(error: "ValidationError") -> str:

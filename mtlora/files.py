@@ -59,7 +59,7 @@ def signature(path: Path) -> tuple[int, ...] | None:
     """Differs whenever the file behind the path was written or replaced; None where there is none."""
     try:
         found = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):
         return None
     return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
@@ -86,6 +86,13 @@ def write_durably(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace a file in one step, durably."""
+    temporary = path.with_suffix(".tmp")
+    write_durably(temporary, content)
+    os.replace(temporary, path)
 
 
 def sync(path: Path) -> None:

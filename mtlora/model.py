@@ -43,11 +43,6 @@ class AdaptedModel:
         logits_AV: torch.Tensor = self.model.lm_head(self.answer_states(tokens_BL, bias_index_B, rows_A))
         return logits_AV
 
-    def to(self, device: torch.device) -> None:
-        """Move backbone and attachment to a device."""
-        self.model.to(device)
-        self.adapters.to(device)
-
 
 def load_backbone(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """(frozen model in evaluation mode, tokenizer) of a backbone folder."""

@@ -64,15 +64,15 @@ def link_adapter(source: Path, folder: Path) -> None:
         os.link(source / name, folder / name)
 
 
-def write_scaled_adapter(source: Path, folder: Path, factor: float, tasks: Sequence[TaskEntry] | None = None) -> None:
-    """Write a copy of an adapter whose output is scaled. `tasks`, if given, replace its task table."""
+def write_scaled_adapter(source: Path, folder: Path, factor: float) -> None:
+    """Write a copy of an adapter whose output is scaled."""
     checkpoint = read_checkpoint(source)
     manifest = checkpoint.manifest
     write_checkpoint(
         folder,
         backbone=manifest.backbone,
         config=manifest.config,
-        tasks=manifest.tasks if tasks is None else tuple(tasks),
+        tasks=manifest.tasks,
         tensors={n: t * factor if n.endswith("lora_B") else t for n, t in checkpoint.tensors.items()},
     )
 

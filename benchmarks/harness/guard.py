@@ -9,7 +9,8 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -29,6 +30,19 @@ def guarded(process: "subprocess.Popen[str] | subprocess.Popen[bytes]") -> Itera
     finally:
         guard.kill()
         guard.wait()
+
+
+@contextlib.contextmanager
+def guarded_process(command: Sequence[str], **options: Any) -> Iterator["subprocess.Popen[str]"]:
+    """Start a process with `options` of Popen, guarded; kill it and everything that it starts at the end."""
+    process = subprocess.Popen(command, start_new_session=True, **options)
+    with guarded(process):
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.environment import engine_environment
-from benchmarks.harness.guard import guarded
+from benchmarks.harness.guard import guarded_process
 from benchmarks.harness.waiting import wait_until
 from server.cli.process import flags
 
@@ -45,21 +44,16 @@ def vllm_server(
     ]  # fmt: skip
     # As in the native server: the engine is a process of its own, and compiles nothing while it serves.
     environment = engine_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TORCHDYNAMO_DISABLE": "1"}
-    with tempfile.NamedTemporaryFile(prefix="mtlora-vllm-", suffix=".log") as log:
-        process = subprocess.Popen(
-            command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            with guarded(process):
-                wait_until(lambda: process.poll() is not None or _is_healthy(url), timeout_s, every_s=0.2)
-                if process.poll() is not None:
-                    raise RuntimeError(f"vLLM's server ended:\n{Path(log.name).read_text(errors='replace')[-4000:]}")
-                yield VllmServer(url, process.pid)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    with (
+        tempfile.NamedTemporaryFile(prefix="mtlora-vllm-", suffix=".log") as log,
+        guarded_process(
+            command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        ) as process,
+    ):
+        wait_until(lambda: process.poll() is not None or _is_healthy(url), timeout_s, every_s=0.2)
+        if process.poll() is not None:
+            raise RuntimeError(f"vLLM's server ended:\n{Path(log.name).read_text(errors='replace')[-4000:]}")
+        yield VllmServer(url, process.pid)
 
 
 def _is_healthy(url: str) -> bool:

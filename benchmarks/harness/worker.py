@@ -15,16 +15,15 @@ import contextlib
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
-from benchmarks.harness.guard import guarded
+from benchmarks.harness.guard import guarded_process
 
 Message = dict[str, Any]
 Handle = Callable[[Message], Message]
@@ -55,23 +54,20 @@ class WorkerProcess:
         self._settings = settings
         self._environment = environment or {}
         self._timeout_s = timeout_s
-        self._log: IO[bytes] = tempfile.NamedTemporaryFile(prefix="mtlora-worker-", suffix=".log")  # noqa: SIM115
         self._lines: queue.Queue[str | None] = queue.Queue()
 
     def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", self._module, json.dumps(self._settings)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env={**os.environ, **self._environment}, start_new_session=True,
-        )  # fmt: skip
-        self._guard = guarded(self._process)
-        self._guard.__enter__()
-        threading.Thread(target=self._read_lines, daemon=True).start()
-        try:
+        with contextlib.ExitStack() as stack:
+            self._log = stack.enter_context(tempfile.NamedTemporaryFile(prefix="mtlora-worker-", suffix=".log"))
+            self._process = stack.enter_context(
+                guarded_process(
+                    [sys.executable, "-m", self._module, json.dumps(self._settings)], text=True, stderr=self._log,
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **self._environment},
+                )
+            )  # fmt: skip
+            threading.Thread(target=self._read_lines, daemon=True).start()
             self._reply()
-        except BaseException:
-            self._end()
-            raise
+            self._end = stack.pop_all().close
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -107,13 +103,6 @@ class WorkerProcess:
 
     def _log_end(self) -> str:
         return Path(self._log.name).read_text(errors="replace")[-_LOG_CHARS:]
-
-    def _end(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._guard.__exit__(None, None, None)
-        self._log.close()
 
     def _read_lines(self) -> None:
         assert self._process.stdout is not None

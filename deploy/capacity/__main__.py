@@ -6,16 +6,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from deploy.capacity import CapacityError
+from deploy.capacity.check import Comparison, check
+from deploy.capacity.plan import MAX_REPLICAS, MEMORY_GIB, Demand, make_plan
+from deploy.capacity.report import report
+from deploy.capacity.result import document, read_levels
+from deploy.capacity.routing import ROUTERS
+from deploy.capacity.service import ServiceModel, fit, read_model
 from mtlora.errors import describe
-
-if TYPE_CHECKING:
-    from deploy.capacity.check import Comparison
-    from deploy.capacity.service import ServiceModel
 
 _THROUGHPUT_GOAL, _P95_GOAL = 0.10, 0.20
 
@@ -25,11 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         return int(options.run(options))
-    except ValidationError as error:
-        print(f"capacity: {describe(error)}", file=sys.stderr)
-        return 1
-    except CapacityError as error:
-        print(f"capacity: {error}", file=sys.stderr)
+    except (ValidationError, CapacityError) as error:
+        message = describe(error) if isinstance(error, ValidationError) else error
+        print(f"capacity: {message}", file=sys.stderr)
         return 1
 
 
@@ -49,9 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     planning.add_argument("--adapters", type=int, required=True, metavar="A")
     planning.add_argument("--rate", type=float, required=True, metavar="R", help="requests a second")
     planning.add_argument("--p95-ttft", type=float, default=1.0, metavar="SECONDS", help="default: %(default)s")
-    planning.add_argument("--memory-gib", type=float, default=8.0, help="memory of a replica; default: %(default)s")
-    planning.add_argument("--routing", choices=("adapter-aware", "round-robin"), default="adapter-aware")
-    planning.add_argument("--max-replicas", type=int, default=100, help="default: %(default)s")
+    planning.add_argument("--memory-gib", type=float, default=MEMORY_GIB, help="of a replica; default: %(default)s")
+    planning.add_argument("--routing", choices=sorted(ROUTERS), default="adapter-aware")
+    planning.add_argument("--max-replicas", type=int, default=MAX_REPLICAS, help="default: %(default)s")
     planning.set_defaults(run=_plan)
 
     reporting = commands.add_parser("report", help="write deploy/capacity.md")
@@ -63,11 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("--adapters", type=Path, default=Path("adapters"))
     checking.add_argument("--seconds", type=float, default=120.0, help="seconds of load; default: %(default)s")
     checking.add_argument(
-        "--utilisation",
-        type=float,
-        default=0.5,
+        "--utilisation", type=float, default=0.5,
         help="offered load, as a share of what both can answer; default: %(default)s",
-    )
+    )  # fmt: skip
     checking.add_argument("--seed", type=int, default=0)
     checking.add_argument("--out", type=Path, metavar="DIR", help="write the calibration's results and the comparison")
     checking.set_defaults(run=_check)
@@ -82,20 +79,14 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _source(options: argparse.Namespace) -> tuple["ServiceModel", list[tuple[int, int]]]:
+def _source(options: argparse.Namespace) -> tuple[ServiceModel, list[tuple[int, int]]]:
     """The service model, and the (prompt, completion) tokens of every request in the results."""
-    from deploy.capacity.result import read_levels
-    from deploy.capacity.service import fit, read_model
-
     levels = read_levels(options.results)
     lengths = [(each.prompt_tokens, each.completion_tokens) for level in levels for each in level.answered]
     return read_model(options.model) if options.model else fit(levels), lengths
 
 
 def _fit(options: argparse.Namespace) -> int:
-    from deploy.capacity.result import read_levels
-    from deploy.capacity.service import fit
-
     model = fit(read_levels(options.results), max_num_seqs=options.max_num_seqs)
     options.out.write_text(json.dumps(asdict(model), indent=1) + "\n")
     print(f"capacity: {options.out}: {model}")
@@ -103,8 +94,6 @@ def _fit(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from deploy.capacity.plan import Demand, make_plan
-
     model, lengths = _source(options)
     demand = Demand(tasks=options.tasks, adapters=options.adapters, rate=options.rate, p95_ttft=options.p95_ttft)
     plan = make_plan(
@@ -124,8 +113,6 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from deploy.capacity.report import report
-
     model, lengths = _source(options)
     names = " ".join(map(str, options.results))
     # `check` writes both files.
@@ -139,8 +126,6 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from deploy.capacity.check import check
-
     found = check(
         adapters=options.adapters, seconds=options.seconds, utilisation=options.utilisation, seed=options.seed
     )
@@ -150,17 +135,15 @@ def _check(options: argparse.Namespace) -> int:
     print(f"two servers, a core each, round robin, {found.rate:.2f} requests/s offered")
     print(f"throughput  measured {found.throughput[0]:.2f}, simulated {found.throughput[1]:.2f} requests/s")
     print(f"p95         measured {found.p95[0]:.3f}, simulated {found.p95[1]:.3f} s")
-    met = found.throughput_error <= _THROUGHPUT_GOAL and found.p95_error <= _P95_GOAL
-    print(
-        f"capacity: throughput off by {found.throughput_error:.0%}, p95 by {found.p95_error:.0%}: "
-        f"{'met' if met else 'MISSED'}"
+    throughput_error, p95_error = (
+        abs(simulated / measured - 1) for measured, simulated in (found.throughput, found.p95)
     )
+    met = throughput_error <= _THROUGHPUT_GOAL and p95_error <= _P95_GOAL
+    print(f"capacity: throughput off by {throughput_error:.0%}, p95 by {p95_error:.0%}: {'met' if met else 'MISSED'}")
     return int(not met)
 
 
-def _write(folder: Path, found: "Comparison") -> None:
-    from deploy.capacity.result import document
-
+def _write(folder: Path, found: Comparison) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "calibration.json").write_text(json.dumps(document(found.levels)) + "\n")
     both = {"model": asdict(found.model), "rate": found.rate, "throughput": found.throughput, "p95_s": found.p95}

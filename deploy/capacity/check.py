@@ -44,16 +44,6 @@ class Comparison:
     throughput: tuple[float, float]
     p95: tuple[float, float]
 
-    @property
-    def throughput_error(self) -> float:
-        """Relative error of the simulated throughput."""
-        return abs(self.throughput[1] / self.throughput[0] - 1)
-
-    @property
-    def p95_error(self) -> float:
-        """Relative error of the simulated p95."""
-        return abs(self.p95[1] / self.p95[0] - 1)
-
 
 def check(*, adapters: Path, seconds: float, utilisation: float, seed: int) -> Comparison:
     """Start two servers, calibrate, load, simulate. Raises ServerFailedError if a server does not start."""

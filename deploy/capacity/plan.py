@@ -4,8 +4,9 @@ Memory follows from sizes; replicas from simulating more and more of them until 
 enough.
 """
 
+import bisect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -51,7 +52,6 @@ class Demand(BaseModel):
     adapters: int = Field(ge=1)
     rate: float = Field(gt=0, allow_inf_nan=False)
     p95_ttft: float = Field(1.0, gt=0, allow_inf_nan=False)
-    zipf: float = 1.0
 
     @model_validator(mode="after")
     def _no_adapter_without_a_task(self) -> Self:
@@ -114,9 +114,7 @@ def make_plan(
     memory_gib: float = MEMORY_GIB,
     sizes: Sizes | None = None,
     router: str = "adapter-aware",
-    load_seconds: float = LOAD_SECONDS,
     max_replicas: int = MAX_REPLICAS,
-    seed: int = 0,
 ) -> Plan:
     """The fewest replicas that meet the demand. Raises CapacityError if none do; the message says why."""
     sizes = sizes or Sizes()
@@ -137,18 +135,18 @@ def make_plan(
             f"{max_replicas * most:.3g}. Raise max_replicas, or take a faster machine"
         )
     seconds = min(_SECONDS, _MAX_REQUESTS / demand.rate)
-    memory = Memory(made.resident, load_seconds)
+    memory = Memory(made.resident, LOAD_SECONDS)
 
     def outcome(replicas: int) -> Outcome:
-        requests = poisson(
-            demand.rate, seconds, tasks=demand.tasks, adapters=demand.adapters, lengths=lengths, zipf=demand.zipf,
-            seed=seed,
-        )  # fmt: skip
+        requests = poisson(demand.rate, seconds, tasks=demand.tasks, adapters=demand.adapters, lengths=lengths)
         warm_up = seconds * _WARM_UP / _SECONDS
         return simulate(requests, replicas, model, ROUTERS[router](replicas), memory=memory, warm_up=warm_up)
 
-    found = _fewest(least, max_replicas, lambda n: _meets(outcome(n), demand))
-    if found is None:
+    # The more replicas, the shorter the wait: the first number that meets the demand is the least.
+    found = least + bisect.bisect_left(
+        range(least, max_replicas + 1), True, key=lambda replicas: _meets(outcome(replicas), demand)
+    )
+    if found > max_replicas:
         raise CapacityError(
             f"p95_ttft: found {demand.p95_ttft:g} s; not met by {max_replicas} replicas at {demand.rate:g} requests/s"
         )
@@ -157,16 +155,3 @@ def make_plan(
 
 def _meets(outcome: Outcome, demand: Demand) -> bool:
     return len(outcome.ttft) > 0 and outcome.percentiles(outcome.ttft)[1] <= demand.p95_ttft
-
-
-def _fewest(least: int, most: int, enough: Callable[[int], bool]) -> int | None:
-    """The smallest n from `least` to `most` with `enough(n)`, which must be monotonic; None if there is none."""
-    low, high = least, least
-    while not enough(high):
-        if high == most:
-            return None
-        low, high = high + 1, min(most, max(high + 1, math.ceil(high * 1.3)))
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle + 1, high)
-    return high

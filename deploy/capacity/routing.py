@@ -3,15 +3,8 @@
 import bisect
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
 
 _POINTS = 64
-
-
-class Router(Protocol):
-    """Chooses the index of the replica for a request of `adapter`, given every replica's requests in flight."""
-
-    def choose(self, adapter: int, in_flight: Sequence[int]) -> int: ...
 
 
 class RoundRobin:
@@ -56,4 +49,6 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
+# `choose` gives the index of the replica for a request of `adapter`, given every replica's requests in flight.
+Router = RoundRobin | AdapterAware
 ROUTERS = {"round-robin": RoundRobin, "adapter-aware": AdapterAware}

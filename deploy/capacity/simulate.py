@@ -46,7 +46,6 @@ class Outcome:
     ttft: np.ndarray = field(repr=False)
     e2e: np.ndarray = field(repr=False)
     loads: int = 0
-    adapters_per_step: float = 0.0
 
     def percentiles(self, values: np.ndarray) -> tuple[float, float, float]:
         """p50, p95 and p99."""
@@ -70,8 +69,6 @@ class Replica:
         self._resident: OrderedDict[int, None] = OrderedDict()
         self.busy = False
         self.loads = 0
-        self.steps = 0
-        self.step_adapters = 0
 
     def begin_step(self, now: float) -> float:
         """Take waiting requests and start a step; return the time of its end."""
@@ -88,8 +85,6 @@ class Replica:
             heapq.heappush(self._running, (self._step + request.completion_tokens, self._order, request))
             self._adapters[request.adapter] = self._adapters.get(request.adapter, 0) + 1
             self._fresh.append(request)
-        self.steps += 1
-        self.step_adapters += len(self._adapters)
         return now + load + model.step(len(self._running), tokens, len(self._adapters))
 
     def end_step(self, now: float) -> list[Request]:
@@ -178,13 +173,11 @@ def simulate(
             begin(index, now)
     counted = [request for request in finished if request.arrival >= warm_up]
     in_time = sum(warm_up <= request.finished <= last_arrival for request in finished)
-    steps = sum(engine.steps for engine in engines) or 1
     return Outcome(
         throughput=in_time / (last_arrival - warm_up) if last_arrival > warm_up else 0.0,
         ttft=np.array([request.first_token + half - request.arrival for request in counted]),
         e2e=np.array([request.finished + half - request.arrival for request in counted]),
         loads=sum(engine.loads for engine in engines),
-        adapters_per_step=sum(engine.step_adapters for engine in engines) / steps,
     )
 
 
@@ -195,18 +188,17 @@ def poisson(
     tasks: int,
     adapters: int,
     lengths: Sequence[tuple[int, int]],
-    zipf: float = 1.0,
     seed: int = 0,
 ) -> list[Request]:
     """Requests that arrive independently of each other, `rate` a second.
 
-    lengths: (prompt, completion) tokens to draw from. zipf: exponent of the tasks' popularity, 0 for uniform; the tasks
-    are dealt out to the adapters by turns.
+    lengths: (prompt, completion) tokens to draw from. The tasks' popularity follows Zipf's law; tasks are dealt out to
+    the adapters by turns.
     """
     rng = np.random.default_rng(seed)
     count = int(rng.poisson(rate * seconds))
     arrivals = np.sort(rng.uniform(0, seconds, count))
-    weights = np.arange(1, tasks + 1) ** -zipf
+    weights = 1 / np.arange(1, tasks + 1)
     drawn = rng.choice(tasks, count, p=weights / weights.sum())
     # Spread popular tasks over adapters at random, or the first adapters would get them all.
     home = random.Random(seed).sample(range(tasks), tasks)

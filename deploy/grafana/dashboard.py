@@ -37,6 +37,7 @@ class Row(BaseModel):
 
 def dashboard() -> dict[str, Any]:
     """The dashboard, for Grafana 10 or later."""
+    datasource = {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Prometheus"}
     panels: list[dict[str, Any]] = []
     y = 0
     for row in TypeAdapter(list[Row]).validate_python(yaml.safe_load(PANELS.read_text())):
@@ -59,7 +60,7 @@ def dashboard() -> dict[str, Any]:
         "graphTooltip": 1,
         "refresh": "30s",
         "time": {"from": "now-1h", "to": "now"},
-        "templating": {"list": [_datasource(), _variable("namespace"), _variable("pod")]},
+        "templating": {"list": [datasource, _variable("namespace"), _variable("pod")]},
         "panels": panels,
     }
 
@@ -111,10 +112,6 @@ def _queries(panel: Panel) -> dict[str, str]:
         return panel.queries
     buckets = f"sum by (le) (rate({panel.quantiles}_bucket{{$by}}[$__rate_interval]))"
     return {f"p{100 * q:g}": f"histogram_quantile({q}, {buckets})" for q in (0.5, 0.95, 0.99)}
-
-
-def _datasource() -> dict[str, Any]:
-    return {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Prometheus"}
 
 
 def _variable(label: str) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import codecs
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +26,7 @@ from mtlora.checkpoint.format import AdapterManifest, TaskEntry, and_more
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.errors import MtLoRAError, describe
-from mtlora.families import BLOCK_MODULES, Blocks
+from mtlora.families import BLOCK_MODULES
 from mtlora.files import sha256
 from mtlora.task import TaskSpec
 
@@ -58,13 +57,10 @@ class ConversionError(MtLoRAError):
     """A checkpoint that cannot be converted. Names the key, what was found and what is allowed."""
 
 
-@dataclass
-class _Block:
-    """One block's parts in a file: key and tensor of A, of the router and of every expert."""
-
-    down: tuple[str, torch.Tensor] | None = None
-    route: tuple[str, torch.Tensor] | None = None
-    experts: dict[int, tuple[str, torch.Tensor]] = field(default_factory=dict)
+# Key in the file, and tensor.
+_Part = tuple[str, torch.Tensor]
+# A block's parts: `lora_A`, `lora_route`, and the experts by number.
+_Block = dict[str | int, _Part]
 
 
 def convert(
@@ -117,7 +113,7 @@ def convert_tensors(
                 f"layers.{beyond[0]}.{module}: found, but the backbone has layers 0 to {num_layers - 1}"
                 f"{and_more(beyond)}"
             )
-    whole = {place: _whole(place, block) for place, block in blocks.items()}
+    whole = {place: _whole("layers.{}.{}".format(*place), block) for place, block in blocks.items()}
     r, num_experts, num_groups = _sizes(whole[first_layer, first_module], hidden_size)
     tensors: dict[str, torch.Tensor] = {}
     for (layer, module), (down, experts, route) in sorted(whole.items()):
@@ -143,7 +139,7 @@ def convert_tensors(
     try:
         config = MtLoRAConfig(
             r=r, lora_alpha=lora_alpha, num_experts=num_experts, num_groups=num_groups,
-            blocks=_blocks_of(modules), task_bias=False,
+            blocks=next(blocks for blocks, names in BLOCK_MODULES.items() if set(names) == modules), task_bias=False,
         )  # fmt: skip
     except ValidationError as error:
         raise ConversionError(f"config: {describe(error)}") from None
@@ -198,14 +194,9 @@ def _sort(state: Mapping[str, Any]) -> dict[tuple[int, str], _Block]:
                 raise ConversionError(f"{key}: no part of a block-level adapter; allowed is {_LAYOUT}, any prefix")
             continue
         tensor = _tensor(key, value)
-        block = blocks.setdefault((int(found["layer"]), found["module"]), _Block())
-        if found["expert"] is not None:
-            other = block.experts.setdefault(int(found["expert"]), (key, tensor))
-        elif found["name"] == "lora_A":
-            other = block.down = block.down or (key, tensor)
-        else:
-            other = block.route = block.route or (key, tensor)
-        if other[0] != key:
+        block = blocks.setdefault((int(found["layer"]), found["module"]), {})
+        name = found["name"] if found["expert"] is None else int(found["expert"])
+        if (other := block.setdefault(name, (key, tensor)))[0] != key:
             raise ConversionError(f"{key}: the same part as {other[0]}; each must be in the file once")
     if not blocks:
         some = ", ".join(map(repr, list(state)[:3])) or "nothing"
@@ -229,30 +220,25 @@ def _tensor(key: str, value: Any) -> torch.Tensor:
     return tensor
 
 
-_Part = tuple[str, torch.Tensor]
-
-
-def _whole(place: tuple[int, str], block: _Block) -> tuple[_Part, list[_Part], _Part | None]:
+def _whole(name: str, block: _Block) -> tuple[_Part, list[_Part], _Part | None]:
     """(A, experts in order, router or None) of a block. Raises ConversionError if a part is missing."""
-    name = "layers.{}.{}".format(*place)
-    if block.down is None:
+    numbers = sorted(part for part in block if isinstance(part, int))
+    experts, route = [block[number] for number in numbers], block.get("lora_route")
+    if "lora_A" not in block:
         raise ConversionError(f"{name}: no lora_A.weight; a block needs one [r, d]")
-    if not block.experts:
+    if not experts:
         raise ConversionError(f"{name}: no lora_B.0.weight; a block needs experts numbered from 0")
-    numbers = sorted(block.experts)
-    if numbers != list(range(len(numbers))):
-        missing = next(i for i, number in enumerate([*numbers, -1]) if i != number)
+    if missing := set(range(numbers[-1])) - set(numbers):
         raise ConversionError(
-            f"{name}: expert {missing} of 0 to {numbers[-1]} is missing; experts must be numbered from 0 without a gap"
+            f"{name}: expert {min(missing)} of 0 to {numbers[-1]} is missing; experts must be numbered from 0 without "
+            "a gap"
         )
-    if block.route is None and len(numbers) > 1:
-        raise ConversionError(f"{name}: no lora_route.weight; {len(numbers)} experts need one [g*{len(numbers)}, d]")
-    kinds = {tensor.dtype for _, tensor in block.experts.values()}
+    if route is None and len(experts) > 1:
+        raise ConversionError(f"{name}: no lora_route.weight; {len(experts)} experts need one [g*{len(experts)}, d]")
+    kinds = sorted({str(tensor.dtype) for _, tensor in experts})
     if len(kinds) > 1:
-        raise ConversionError(
-            f"{name}: experts of several dtypes, {', '.join(sorted(map(str, kinds)))}; one is allowed"
-        )
-    return block.down, [block.experts[i] for i in numbers], block.route
+        raise ConversionError(f"{name}: experts of several dtypes, {', '.join(kinds)}; one is allowed")
+    return block["lora_A"], experts, route
 
 
 def _sizes(block: tuple[_Part, list[_Part], _Part | None], hidden_size: int) -> tuple[int, int, int]:
@@ -274,7 +260,3 @@ def _sizes(block: tuple[_Part, list[_Part], _Part | None], hidden_size: int) -> 
             f"hidden size {hidden_size}"
         )
     return down.shape[0], len(experts), num_groups
-
-
-def _blocks_of(modules: set[str]) -> Blocks:
-    return next(blocks for blocks, names in BLOCK_MODULES.items() if set(names) == modules)

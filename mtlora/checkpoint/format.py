@@ -9,7 +9,7 @@ Tensors of layer l and module m (`self_attn` or `mlp`), where T = tasks, N = exp
 """
 
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -76,21 +76,17 @@ class AdapterManifest(BaseModel):
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that this manifest requires."""
-        return dict(_tensor_shapes(self.config, self.backbone, len(self.tasks)))
-
-
-def _tensor_shapes(
-    config: MtLoRAConfig, backbone: BackboneIdentity, num_tasks: int
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    d = backbone.hidden_size
-    for layer in range(backbone.num_layers):
-        for module in config.modules:
-            prefix = f"layers.{layer}.{module}"
-            yield f"{prefix}.lora_A", (config.r, d)
-            yield f"{prefix}.lora_B", (config.num_experts, d, config.r)
-            yield f"{prefix}.lora_route", (config.router_rows, d)
-            if config.task_bias:
-                yield f"{prefix}.task_bias", (num_tasks, config.num_groups, config.num_experts)
+        config, d = self.config, self.backbone.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer in range(self.backbone.num_layers):
+            for module in config.modules:
+                prefix = f"layers.{layer}.{module}"
+                shapes[f"{prefix}.lora_A"] = (config.r, d)
+                shapes[f"{prefix}.lora_B"] = (config.num_experts, d, config.r)
+                shapes[f"{prefix}.lora_route"] = (config.router_rows, d)
+                if config.task_bias:
+                    shapes[f"{prefix}.task_bias"] = (len(self.tasks), config.num_groups, config.num_experts)
+        return shapes
 
 
 @dataclass(frozen=True, eq=False)

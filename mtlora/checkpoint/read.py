@@ -29,7 +29,8 @@ from mtlora.checkpoint.format import (
     and_more,
 )
 from mtlora.checkpoint.untrusted import json_object, open_file
-from mtlora.errors import describe
+from mtlora.errors import describe, differences
+from mtlora.files import signature
 
 _T = TypeVar("_T")
 
@@ -62,34 +63,21 @@ def read_checkpoint(folder: Path, backbone: BackboneArchitecture | None = None) 
 
 def check_backbone(folder: Path, manifest: AdapterManifest, backbone: BackboneArchitecture) -> None:
     """Raise CheckpointError unless the adapter was made beside this backbone, or beside one of this architecture."""
-    for field in type(backbone).model_fields:
-        expected, found = getattr(backbone, field), getattr(manifest.backbone, field)
-        if expected != found:
-            where = f"{folder / MANIFEST_FILE}: backbone.{field}"
-            raise CheckpointError(f"{where}: expected {expected!r} (the backbone in use), found {found!r}")
+    for field, (expected, found) in differences(backbone, manifest.backbone).items():
+        where = f"{folder / MANIFEST_FILE}: backbone.{field}"
+        raise CheckpointError(f"{where}: expected {expected!r} (the backbone in use), found {found!r}")
 
 
 def _unless_replaced(folder: Path, read: Callable[[], _T]) -> _T:
     """Call `read()`; call it again if it failed because the checkpoint was replaced meanwhile."""
     for _ in range(3):
-        before = _generation(folder)
+        before = [signature(folder / name) for name in (MANIFEST_FILE, TENSORS_FILE)]
         try:
             return read()
         except CheckpointError:
-            if _generation(folder) == before:
+            if [signature(folder / name) for name in (MANIFEST_FILE, TENSORS_FILE)] == before:
                 raise
     return read()
-
-
-def _generation(folder: Path) -> list[tuple[int, int, int] | None]:
-    result: list[tuple[int, int, int] | None] = []
-    for name in (MANIFEST_FILE, TENSORS_FILE):
-        try:
-            status = (folder / name).stat()
-            result.append((status.st_dev, status.st_ino, status.st_ctime_ns))
-        except (OSError, ValueError):
-            result.append(None)
-    return result
 
 
 def _read_manifest(folder: Path) -> AdapterManifest:

@@ -20,9 +20,7 @@ _COMMANDS = (
     "evaluate",
     "plot",
     "checkpoint",
-    "convert",
     "merge",
-    "publish",
     "seams",
 )
 

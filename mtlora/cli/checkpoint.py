@@ -1,4 +1,4 @@
-"""`mtlora inspect` and `mtlora verify`: what a manifest says, and whether the whole checkpoint is sound."""
+"""Commands on checkpoints: `mtlora inspect`, `verify`, `convert` (from other trainers' formats) and `publish`."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from mtlora.cli.output import print_fields, print_json, print_table
 
 
 def add_parser(subparsers: Any) -> None:
-    """Contribute `inspect` and `verify`."""
+    """Contribute `inspect`, `verify`, `convert` and `publish`."""
     inspect = subparsers.add_parser("inspect", help="print a checkpoint's configuration, tasks and provenance")
     inspect.add_argument("folder", type=Path, metavar="DIR")
     inspect.add_argument("--json", action="store_true", help="print JSON")
@@ -21,6 +21,30 @@ def add_parser(subparsers: Any) -> None:
     verify.add_argument("folder", type=Path, metavar="DIR")
     add_backbone_argument(verify, default=None)
     verify.set_defaults(run=_verify)
+
+    convert = subparsers.add_parser(
+        "convert",
+        help="convert a checkpoint of mtLoRA's authors, or of block-level HydraLoRA",
+        description="Writes SRC to OUT in this project's format. Such files hold neither tasks nor alpha.",
+    )
+    convert.add_argument("source", type=Path, metavar="SRC", help="a torch or safetensors file of a state dict")
+    convert.add_argument("out", type=Path, metavar="OUT", help="the checkpoint's folder")
+    add_backbone_argument(convert)
+    convert.add_argument(
+        "--alpha", type=float, metavar="A", help="lora_alpha of the training; published: 64 at rank 16"
+    )
+    tasks = convert.add_mutually_exclusive_group(required=True)
+    tasks.add_argument("--task", action="append", metavar="ID", help="a task with the default template; repeatable")
+    tasks.add_argument(
+        "--tasks", type=Path, metavar="FILE", help="JSON: a list of tasks (id, description, template, ...)"
+    )
+    tasks.add_argument("--suite", metavar="S", help="the tasks of a suite: 'builtin' or a folder of task files")
+    convert.set_defaults(run=_convert)
+
+    publish = subparsers.add_parser("publish", help="copy a checkpoint to the next version of a served adapter")
+    publish.add_argument("checkpoint", type=Path, metavar="DIR", help="such as out/mine/adapter")
+    publish.add_argument("adapter", type=Path, metavar="ADAPTERS/NAME", help="such as adapters/mine")
+    publish.set_defaults(run=_publish)
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -86,4 +110,34 @@ def _verify(args: argparse.Namespace) -> int:
     parameters = sum(tensor.numel() for tensor in checkpoint.tensors.values())
     beside = "no backbone compared" if args.backbone is None else f"backbone {args.backbone} matches"
     print(f"ok: {args.folder}: {len(checkpoint.manifest.tasks)} tasks, {parameters:,} parameters, {beside}")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from mtlora.backbone import identify, resolve
+    from mtlora.checkpoint.convert import PUBLISHED_ALPHA, convert, read_tasks
+    from mtlora.suite import load_suite
+    from mtlora.task import TaskSpec
+
+    if args.task:
+        tasks = [TaskSpec(id=task_id, description=f"Task {task_id}.") for task_id in args.task]
+    elif args.tasks:
+        tasks = list(read_tasks(args.tasks))
+    else:
+        tasks = list(load_suite(args.suite).tasks)
+    alpha = PUBLISHED_ALPHA if args.alpha is None else args.alpha
+    manifest = convert(args.source, args.out, backbone=identify(resolve(args.backbone)), tasks=tasks, lora_alpha=alpha)
+    config = manifest.config
+    published = "" if args.alpha else " (published; --alpha sets it)"
+    print(
+        f"{args.out}: {len(manifest.tasks)} tasks, blocks {config.blocks}, r {config.r}, {config.num_experts} experts, "
+        f"{config.num_groups} groups, alpha {config.lora_alpha:g}{published}"
+    )
+    return 0
+
+
+def _publish(args: argparse.Namespace) -> int:
+    from mtlora.checkpoint.publish import publish
+
+    print(publish(args.checkpoint, args.adapter))
     return 0

@@ -117,13 +117,9 @@ def _answerers(
     """The answerers to score: `adapter`, `backbone_alone`, or both."""
     from mtlora.evaluation import evaluate
 
-    found: dict[str, Answerer] = {}
-    wanted = {"adapter": checkpoint is not None, "backbone_alone": not args.adapter_only}
+    names = ["adapter"] * bool(checkpoint) + ["backbone_alone"] * (not args.adapter_only)
     if args.through:
-        for name, it_is in wanted.items():
-            if it_is:
-                found[name] = evaluate.server_answerer(args.through, without_adapter=name == "backbone_alone")
-        return found
+        return {name: evaluate.server_answerer(args.through, without_adapter=name != "adapter") for name in names}
 
     import torch
 
@@ -140,10 +136,7 @@ def _answerers(
         adapted = new_adapted_model(folder, MtLoRAConfig(r=1, num_experts=1, num_groups=1, task_bias=False), 1, dtype)
     make = evaluate.likelihood_answerer if args.scoring == "likelihood" else evaluate.offline_answerer
     prompt_of = evaluate.few_shot_prompt(suite, args.shots, args.seed) if args.shots else evaluate.plain_prompt
-    for name, it_is in wanted.items():
-        if it_is:
-            found[name] = make(adapted, tasks, with_adapter=name == "adapter", prompt_of=prompt_of)
-    return found
+    return {name: make(adapted, tasks, with_adapter=name == "adapter", prompt_of=prompt_of) for name in names}
 
 
 def _examples(suite: "Suite", tasks: "tuple[TaskEntry, ...]", args: argparse.Namespace) -> "list[Example]":
@@ -168,14 +161,11 @@ def _examples(suite: "Suite", tasks: "tuple[TaskEntry, ...]", args: argparse.Nam
 
 def summary(scores: "Mapping[str, Scores]") -> str:
     """The summary in one line; leaves out what was not measured."""
-    adapter, alone = scores.get("adapter"), scores.get("backbone_alone")
-    parts = [f"{len((adapter or scores['backbone_alone']).tasks)} tasks"]
-    if adapter:
-        parts.append(f"mean {adapter.mean:.2f}")
-    if alone:
-        parts.append(f"backbone alone {alone.mean:.2f}")
-    if adapter:
-        parts.append(f"tasks below floor {len(adapter.below_floor)}")
+    labels = {"adapter": "mean", "backbone_alone": "backbone alone"}
+    parts = [f"{len(next(iter(scores.values())).tasks)} tasks"]
+    parts += [f"{label} {scores[name].mean:.2f}" for name, label in labels.items() if name in scores]
+    if "adapter" in scores:
+        parts.append(f"tasks below floor {len(scores['adapter'].below_floor)}")
     return f"accuracy: {', '.join(parts)}"
 
 

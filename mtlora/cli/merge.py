@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mtlora.cli.backbone import add_backbone_argument
-from mtlora.cli.settings import add_set_argument, lay_over
+from mtlora.cli.settings import add_set_argument, read_settings
 
 _EXAMPLES = 1000
 _VALIDATION = 16
@@ -56,14 +56,13 @@ def _merge(args: argparse.Namespace) -> int:
     checkpoint = read_checkpoint(args.adapter, identify(folder))
     suite = load_suite(args.suite)
     task = new_task(checkpoint, suite, args.task)
-    settings: dict[str, Any] = {**SETTINGS[args.mode], **_counts(suite, task.id)}
-    lay_over(settings, args.set)
+    settings: dict[str, Any] = {**SETTINGS[args.mode], **_counts(suite, task.id), **read_settings(None, args.set)}
     if taken := {"adapter", "baseline", "suite", "tasks"} & settings.keys():
         raise MergeError(f"--set {min(taken)}: given by ADAPTER, --suite and --task")
     config = TrainingConfig.model_validate(
         settings | {"adapter": extended_config(checkpoint, new_experts), "suite": args.suite, "tasks": (task.id,)}
     )
-    manifest, comparison = merge(checkpoint, folder, args.out, mode=args.mode, new_experts=new_experts, config=config)
+    manifest, comparison = merge(checkpoint, folder, args.out, config)
     scores = {name: _only(task.id, manifest.evaluation.get(name)) for name in ("adapter", "backbone_alone")}
     if scores["adapter"]:
         print_scores({name: score for name, score in scores.items() if score})

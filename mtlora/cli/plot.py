@@ -1,17 +1,21 @@
 """`mtlora plot`: pictures of a checkpoint."""
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtlora.cli.backbone import add_backbone_argument
+from mtlora.cli.settings import read_json
 
 if TYPE_CHECKING:
     from mtlora.checkpoint.format import Checkpoint
     from mtlora.suite import Example
+
+# Functions that draw into a file, by the file's name without its suffix.
+Pictures = dict[str, Callable[[Path], None]]
 
 _PICTURES = ("accuracy", "curves", "spectra", "routing", "gradients")
 
@@ -50,27 +54,18 @@ def _plot(args: argparse.Namespace) -> int:
         raise MtLoRAError(f"--examples {args.examples}: allowed are 1 and more")
     source = args.source / "adapter" if (args.source / "training.json").is_file() else args.source
     if args.out.suffix or not source.is_dir():
-        evaluation = read_manifest(source).evaluation if source.is_dir() else _read_evaluation(source)
         out = args.out if args.out.suffix else args.out / "accuracy.png"
-        _accuracy(evaluation, source, out)
+        _accuracy(read_manifest(source).evaluation if source.is_dir() else read_json(source), source, out)
         print(out)
         return 0
-    draw: dict[str, Callable[[], list[Path]]] = _checkpoint_pictures(args, source)
+    draw = _checkpoint_pictures(args, source)
     for name in args.only or draw:
         if name not in draw:
             raise MtLoRAError(f"{source}: nothing to draw {name} from")
-        for path in draw[name]():
-            print(path)
+        for file, plot in draw[name]().items():
+            plot(args.out / f"{file}.png")
+            print(args.out / f"{file}.png")
     return 0
-
-
-def _read_evaluation(file: Path) -> Any:
-    from mtlora.errors import MtLoRAError
-
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise MtLoRAError(f"{file}: {error}") from None
 
 
 def _accuracy(evaluation: Mapping[str, Any], source: Path, out: Path) -> None:
@@ -82,66 +77,47 @@ def _accuracy(evaluation: Mapping[str, Any], source: Path, out: Path) -> None:
     plot_accuracy(evaluation, out)
 
 
-def _checkpoint_pictures(args: argparse.Namespace, source: Path) -> dict[str, Callable[[], list[Path]]]:
-    """What this checkpoint can be drawn as, by name; each function returns the files that it wrote."""
+def _checkpoint_pictures(args: argparse.Namespace, source: Path) -> dict[str, Callable[[], Pictures]]:
+    """What this checkpoint can be drawn as, by name. A function measures, and returns what draws each of its files."""
     import torch
 
     from mtlora.backbone import identify, resolve
     from mtlora.checkpoint.read import read_checkpoint
+    from mtlora.evaluation.diagnosis import routing_by_task, spectra
+    from mtlora.model import load_adapted_model
+    from mtlora.plot.curves import plot_curves, read_log
+    from mtlora.plot.diagnosis import plot_gradients, plot_groups, plot_routing, plot_spectra, plot_use
     from mtlora.train.state import LOG
 
     folder = resolve(args.backbone)
     checkpoint = read_checkpoint(source, identify(folder))
-    manifest = checkpoint.manifest
+    manifest, tasks = checkpoint.manifest, _in_order_of_bias(checkpoint)
     log = source.parent / LOG
 
-    def accuracy() -> list[Path]:
-        _accuracy(manifest.evaluation, source, args.out / "accuracy.png")
-        return [args.out / "accuracy.png"]
+    def routing() -> Pictures:
+        found = routing_by_task(
+            load_adapted_model(folder, checkpoint, torch.bfloat16), tasks, _examples(args, checkpoint)
+        )
+        plots = {"routing": plot_routing, "routing-groups": plot_groups, "experts-in-use": plot_use}
+        return {file: partial(plot, found) for file, plot in plots.items()}
 
-    def curves() -> list[Path]:
-        from mtlora.plot.curves import plot_curves, read_log
+    def gradients() -> Pictures:
+        cosines = _gradient_cosines(args, folder, checkpoint)
+        return {"gradients": partial(plot_gradients, cosines, [task.id for task in tasks])}
 
-        plot_curves(read_log(log), args.out / "curves.png")
-        return [args.out / "curves.png"]
-
-    def spectra() -> list[Path]:
-        from mtlora.evaluation import diagnosis
-        from mtlora.plot.diagnosis import plot_spectra
-
-        experts = [tensor.float() for name, tensor in checkpoint.tensors.items() if name.endswith("lora_B")]
-        plot_spectra(diagnosis.spectra(torch.stack(experts)), args.out / "spectra.png")
-        return [args.out / "spectra.png"]
-
-    def routing() -> list[Path]:
-        from mtlora.evaluation.diagnosis import routing_by_task
-        from mtlora.model import load_adapted_model
-        from mtlora.plot.diagnosis import plot_groups, plot_routing, plot_use
-
-        adapted = load_adapted_model(folder, checkpoint, torch.bfloat16)
-        found = routing_by_task(adapted, _in_order_of_bias(checkpoint), _examples(args, checkpoint))
-        files = [args.out / f"{name}.png" for name in ("routing", "routing-groups", "experts-in-use")]
-        for plot, file in zip((plot_routing, plot_groups, plot_use), files, strict=True):
-            plot(found, file)
-        return files
-
-    def gradients() -> list[Path]:
-        from mtlora.plot.diagnosis import plot_gradients
-
-        matrices = _gradient_cosines(args, folder, checkpoint)
-        tasks = [task.id for task in _in_order_of_bias(checkpoint)]
-        plot_gradients(matrices, tasks, args.out / "gradients.png")
-        return [args.out / "gradients.png"]
-
-    found: dict[str, Callable[[], list[Path]]] = {}
-    if manifest.evaluation.get("adapter"):
-        found["accuracy"] = accuracy
-    if log.is_file():
-        found["curves"] = curves
-    found["spectra"] = spectra
-    if manifest.config.num_experts > 1:
-        found["routing"] = routing
-    return {**found, "gradients": gradients}
+    experts = [tensor.float() for name, tensor in checkpoint.tensors.items() if name.endswith("lora_B")]
+    found: dict[str, Callable[[], Pictures]] = {
+        "accuracy": lambda: {"accuracy": partial(_accuracy, manifest.evaluation, source)},
+        "curves": lambda: {"curves": partial(plot_curves, read_log(log))},
+        "spectra": lambda: {"spectra": partial(plot_spectra, spectra(torch.stack(experts)))},
+        "routing": routing,
+        "gradients": gradients,
+    }
+    lacking = {
+        "accuracy": not manifest.evaluation.get("adapter"), "curves": not log.is_file(),
+        "routing": manifest.config.num_experts == 1,
+    }  # fmt: skip
+    return {name: draw for name, draw in found.items() if not lacking.get(name)}
 
 
 def _in_order_of_bias(checkpoint: "Checkpoint") -> list[Any]:

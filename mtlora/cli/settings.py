@@ -22,27 +22,23 @@ def read_settings(file: Path | None, flags: Sequence[str]) -> dict[str, Any]:
 
     Raises MtLoRAError naming file or flag.
     """
-    settings = _read(file) if file else {}
-    lay_over(settings, flags)
+    settings: dict[str, Any] = {}
+    for flag in (*([f"@{file}"] if file else ()), *flags):
+        if flag.startswith("@"):
+            settings |= read_json(Path(flag[1:]))
+        else:
+            _assign(settings, flag)
     return settings
 
 
-def lay_over(settings: dict[str, Any], flags: Sequence[str]) -> None:
-    """Apply `--set` flags to settings, in place. Raises MtLoRAError naming file or flag."""
-    for flag in flags:
-        if flag.startswith("@"):
-            settings |= _read(Path(flag[1:]))
-        else:
-            _assign(settings, flag)
-
-
-def _read(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises MtLoRAError naming the file."""
     try:
         settings = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise MtLoRAError(f"{file}: {error}") from None
     if not isinstance(settings, dict):
-        raise MtLoRAError(f"{file}: expected a JSON object of settings, found {type(settings).__name__}")
+        raise MtLoRAError(f"{file}: expected a JSON object, found {type(settings).__name__}")
     return settings
 
 

@@ -3,7 +3,7 @@
 import math
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Self
 
 
@@ -27,7 +27,8 @@ class MetricsPage:
 
     def value(self, name: str, **labels: str) -> float:
         """The sum of a sample's finite values over all label sets that contain `labels`; 0 if there is none."""
-        return math.fsum(value for value in self._matching(name, labels) if math.isfinite(value))
+        series = self.samples.get(name, ())
+        return math.fsum(value for found, value in series if labels.items() <= found.items() and math.isfinite(value))
 
     def labels(self, name: str) -> Mapping[str, str]:
         """The labels of a sample's first series, such as those of `mtlora_build_info`; empty if there is none."""
@@ -42,9 +43,6 @@ class MetricsPage:
                 bound = float(found["le"])
                 counts[bound] = counts.get(bound, 0.0) + value
         return dict(sorted(counts.items()))
-
-    def _matching(self, name: str, labels: Mapping[str, str]) -> Iterator[float]:
-        return (value for found, value in self.samples.get(name, ()) if labels.items() <= found.items())
 
 
 def metrics_url(address: str) -> str:

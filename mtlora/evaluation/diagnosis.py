@@ -14,7 +14,7 @@ from mtlora.model import AdaptedModel
 from mtlora.suite.base import Example
 from mtlora.task import TaskSpec
 from mtlora.train.data import Batch, collate, encode
-from mtlora.train.losses import answer_loss
+from mtlora.train.losses import batch_loss
 
 _EPSILON = 1e-12
 
@@ -120,9 +120,7 @@ def task_gradients(
     shared = [p for name, p in attached.named_parameters() if not name.endswith("task_bias")]
     gradients = []
     for batch, _ in task_batches(adapted, tasks, examples):
-        states_AD = adapted.answer_states(batch.tokens_BL, batch.task_index_B, batch.answer_rows_A)
-        loss = answer_loss(states_AD, adapted.model.lm_head, batch.answer_targets_A.to(states_AD.device))
-        found = torch.autograd.grad(loss, shared, allow_unused=True)
+        found = torch.autograd.grad(batch_loss(adapted, batch), shared, allow_unused=True)
         flat = [torch.zeros_like(p) if g is None else g for g, p in zip(found, shared, strict=True)]
         gradients.append(torch.cat([g.flatten().cpu() for g in flat]))
     return torch.stack(gradients)

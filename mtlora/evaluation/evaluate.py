@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from mtlora.checkpoint.format import TaskEntry
@@ -16,6 +15,7 @@ from mtlora.model import AdaptedModel
 from mtlora.prompt import encode_prompt
 from mtlora.suite.base import Example, Suite
 from mtlora.task import TaskSpec, is_correct, normalise_answer
+from mtlora.train.data import cut
 
 # Gives an answer to each example, in order.
 Answerer = Callable[[Sequence[Example]], list[str]]
@@ -139,25 +139,14 @@ def offline_answerer(
 
     def answer(examples: Sequence[Example]) -> list[str]:
         prompts = _encode(adapted, by_id, examples, prompt_of)
-        # Shortest answers first, then shortest prompts; the longest prompt of a batch is its last.
-        order = sorted(range(len(examples)), key=lambda i: (by_id[examples[i].task_id].max_new_tokens, len(prompts[i])))
+        # Shortest answers first, then shortest prompts.
+        lengths = list(map(len, prompts))
+        order = sorted(range(len(examples)), key=lambda i: (by_id[examples[i].task_id].max_new_tokens, lengths[i]))
         answers = [""] * len(examples)
         with _bar(len(examples), "answer", with_adapter) as bar:
-            start = 0
-            while start < len(order):
-                rows = [order[start]]
-                longest = len(prompts[rows[0]])
-                for i in order[start + 1 : start + batch_size]:
-                    longest = max(longest, len(prompts[i]))
-                    if (len(rows) + 1) * longest > batch_tokens:
-                        break
-                    rows.append(i)
-                start += len(rows)
-                batch_tasks: list[TaskSpec] = [by_id[examples[i].task_id] for i in rows]
-                bias_index_B = torch.tensor([by_id[examples[i].task_id].bias_index or 0 for i in rows])
-                found = greedy_answers(
-                    adapted, batch_tasks, [prompts[i] for i in rows], bias_index_B, with_adapter=with_adapter
-                )
+            for rows in cut(order, lengths, batch_size, batch_tokens):
+                batch_tasks = [by_id[examples[i].task_id] for i in rows]
+                found = greedy_answers(adapted, batch_tasks, [prompts[i] for i in rows], with_adapter=with_adapter)
                 for i, text in zip(rows, found, strict=True):
                     answers[i] = text
                 bar.update(len(rows))
@@ -189,9 +178,7 @@ def likelihood_answerer(
             for i, example in enumerate(examples):
                 if options[i]:
                     task = by_id[example.task_id]
-                    answers[i] = likeliest(
-                        adapted, task, prompts[i], options[i], task.bias_index or 0, with_adapter=with_adapter
-                    )
+                    answers[i] = likeliest(adapted, task, prompts[i], options[i], with_adapter=with_adapter)
                     bar.update()
         return answers
 

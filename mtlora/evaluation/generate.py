@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from mtlora.checkpoint.format import TaskEntry
 from mtlora.model import AdaptedModel
-from mtlora.task import TaskSpec
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
@@ -21,12 +21,7 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
 
 @torch.inference_mode()
 def greedy_tokens(
-    adapted: AdaptedModel,
-    tasks: Sequence[TaskSpec],
-    prompts: Sequence[Sequence[int]],
-    bias_index_B: torch.Tensor,
-    *,
-    with_adapter: bool = True,
+    adapted: AdaptedModel, tasks: Sequence[TaskEntry], prompts: Sequence[Sequence[int]], *, with_adapter: bool = True
 ) -> list[list[int]]:
     """What follows each prompt, up to a stop string of its task, its max_new_tokens or the end-of-sequence token.
 
@@ -35,6 +30,7 @@ def greedy_tokens(
     tokenizer, model = adapted.tokenizer, adapted.model
     length, eos = max(len(prompt) for prompt in prompts), tokenizer.eos_token_id
     device = model.device
+    bias_index_B = torch.tensor([task.bias_index or 0 for task in tasks], device=device)
     tokens_BL = torch.full((len(prompts), length), eos, device=device)
     mask_BL = torch.zeros(len(prompts), length, dtype=torch.int64, device=device)
     for b, prompt in enumerate(prompts):
@@ -49,7 +45,7 @@ def greedy_tokens(
     context = adapted.adapters.context
     with nullcontext() if with_adapter else context.backbone_alone():
         while going:
-            with context.use(bias_index_B[rows].to(device)):
+            with context.use(bias_index_B[rows]):
                 out = model(**inputs, attention_mask=mask_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
             next_B = out.logits[:, -1].argmax(-1)
@@ -71,18 +67,13 @@ def greedy_tokens(
 
 
 def greedy_answers(
-    adapted: AdaptedModel,
-    tasks: Sequence[TaskSpec],
-    prompts: Sequence[Sequence[int]],
-    bias_index_B: torch.Tensor,
-    *,
-    with_adapter: bool = True,
+    adapted: AdaptedModel, tasks: Sequence[TaskEntry], prompts: Sequence[Sequence[int]], *, with_adapter: bool = True
 ) -> list[str]:
     """One answer per prompt: `greedy_tokens` as text, without the stop string.
 
     Leaves out working before the task's answer marker. The backbone alone knows no marker, so its whole text counts.
     """
-    generated = greedy_tokens(adapted, tasks, prompts, bias_index_B, with_adapter=with_adapter)
+    generated = greedy_tokens(adapted, tasks, prompts, with_adapter=with_adapter)
     texts = [
         cut_at_stop(adapted.tokenizer.decode(ids, skip_special_tokens=True), task.stop)[0]
         for ids, task in zip(generated, tasks, strict=True)

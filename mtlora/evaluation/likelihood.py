@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import torch
 
+from mtlora.checkpoint.format import TaskEntry
 from mtlora.evaluation.generate import greedy_tokens
 from mtlora.model import AdaptedModel
 from mtlora.task import TaskSpec
@@ -28,10 +29,9 @@ def options_of(task: TaskSpec, text: str) -> tuple[str, ...]:
 @torch.inference_mode()
 def likeliest(
     adapted: AdaptedModel,
-    task: TaskSpec,
+    task: TaskEntry,
     prompt: Sequence[int],
     options: Sequence[str],
-    bias_index: int,
     *,
     with_adapter: bool = True,
 ) -> str:
@@ -39,10 +39,10 @@ def likeliest(
 
     If the task has an answer marker, the adapter writes its working first, and the options are compared after it.
     """
-    bias_index_B = torch.tensor([bias_index])
+    bias_index_B = torch.tensor([task.bias_index or 0])
     prefix = list(prompt)
     if with_adapter and task.answer_marker:
-        prefix += _working(adapted, task, prompt, bias_index_B)
+        prefix += _working(adapted, task, prompt)
     choices = [
         adapted.tokenizer(f" {o}", add_special_tokens=False, split_special_tokens=True)["input_ids"] for o in options
     ]
@@ -63,9 +63,9 @@ def likeliest(
     return options[sums.index(max(sums))]
 
 
-def _working(adapted: AdaptedModel, task: TaskSpec, prompt: Sequence[int], bias_index_B: torch.Tensor) -> list[int]:
+def _working(adapted: AdaptedModel, task: TaskEntry, prompt: Sequence[int]) -> list[int]:
     """The tokens of the adapter's working and its marker; none if it answers without."""
-    (generated,) = greedy_tokens(adapted, [task], [prompt], bias_index_B)
+    (generated,) = greedy_tokens(adapted, [task], [prompt])
     for end in range(1, len(generated) + 1):
         if str(task.answer_marker) in adapted.tokenizer.decode(generated[:end]):
             return generated[:end]

@@ -32,16 +32,16 @@ _COMPARED_TEXTS = 4
 _ROUNDING = 1e-3
 
 
-def merge(
-    before: Checkpoint, backbone: Path, out: Path, *, mode: Mode, new_experts: int, config: TrainingConfig
-) -> tuple[AdapterManifest, Comparison]:
+def merge(before: Checkpoint, backbone: Path, out: Path, config: TrainingConfig) -> tuple[AdapterManifest, Comparison]:
     """Add the one task that `config` names to an adapter made beside `backbone`; write the result to `out`.
 
-    config: `config.adapter` is `extended_config` of the checkpoint. new_experts: 0 with mode `bias`. Returns the new
-    manifest and the old tasks' comparison. Raises MergeError, with nothing written, if an old task's outputs are not
-    the same bits (mode `bias`) or differ by more than rounding (mode `experts`); also raises what training and writing
-    raise.
+    config: `config.adapter` is `extended_config` of the checkpoint; the mode is `bias` without new experts. Returns the
+    new manifest and the old tasks' comparison. Raises MergeError, with nothing written, if an old task's outputs are
+    not the same bits (mode `bias`) or differ by more than rounding (mode `experts`); also raises what training and
+    writing raise.
     """
+    new_experts = config.adapter.num_experts - before.manifest.config.num_experts
+    mode: Mode = "experts" if new_experts else "bias"
     check_replaceable(out.resolve())
     (task_id,) = config.tasks or ()
     suite = load_suite(config.suite)

@@ -5,6 +5,7 @@ Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups.
 
 import ctypes
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +25,31 @@ _TENSORS = (
 Gradients = tuple[
     torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]  # fmt: skip
+
+
+class PathInputs(NamedTuple):
+    """The inputs of one adapter's path; lora_route is [G*N, D], dropped_TD is x after dropout if there is any."""
+
+    x_TD: torch.Tensor
+    dropped_TD: torch.Tensor | None
+    lora_A_rD: torch.Tensor
+    lora_B_NDr: torch.Tensor
+    lora_route: torch.Tensor
+    bias_TGN: torch.Tensor | None
+    num_groups: int
+    scaling: float
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs of the forward pass: the first five inputs, the routing weights, h = A x."""
+
+    x_TD: torch.Tensor
+    dropped_TD: torch.Tensor | None
+    lora_A_rD: torch.Tensor
+    lora_B_NDr: torch.Tensor
+    lora_route: torch.Tensor
+    weights_TGN: torch.Tensor
+    h_Tr: torch.Tensor
 
 
 class TrainingCall(ctypes.Structure):
@@ -59,18 +85,9 @@ def runs(x_TD: torch.Tensor, lora_A_rD: torch.Tensor) -> bool:
     )
 
 
-def forward(
-    x_TD: torch.Tensor,
-    dropped_TD: torch.Tensor | None,
-    lora_A_rD: torch.Tensor,
-    lora_B_NDr: torch.Tensor,
-    lora_route: torch.Tensor,
-    bias_TGN: torch.Tensor | None,
-    num_groups: int,
-    scaling: float,
-    isa: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def forward(inputs: PathInputs, isa: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(delta [T, D] in x's dtype, routing weights [T, G, N] and h = A x [T, r] in float32)."""
+    x_TD, dropped_TD, lora_A_rD, lora_B_NDr, lora_route, bias_TGN, num_groups, scaling = inputs
     (T, D), (N, _, r) = x_TD.shape, lora_B_NDr.shape
     delta_TD = torch.empty(T, D, dtype=x_TD.dtype)
     weights_TGN, h_Tr = torch.empty(T, num_groups, N), torch.empty(T, r)
@@ -85,13 +102,7 @@ def forward(
 def backward(
     grad_delta_TD: torch.Tensor,
     grad_weights_TGN: torch.Tensor | None,
-    x_TD: torch.Tensor,
-    dropped_TD: torch.Tensor | None,
-    lora_A_rD: torch.Tensor,
-    lora_B_NDr: torch.Tensor,
-    lora_route: torch.Tensor,
-    weights_TGN: torch.Tensor,
-    h_Tr: torch.Tensor,
+    saved: Saved,
     scaling: float,
     *,
     needs_x: bool,
@@ -99,6 +110,7 @@ def backward(
     isa: int = 0,
 ) -> Gradients:
     """Gradients of x, dropped, A, B, R and the logits [T, G, N]; of x and dropped only if needed."""
+    x_TD, dropped_TD, lora_A_rD, lora_B_NDr, lora_route, weights_TGN, h_Tr = saved
     grad_x_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype) if needs_x else None
     grad_dropped_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype) if needs_dropped else None
     grad_A, grad_B, grad_route = (torch.empty(t.shape) for t in (lora_A_rD, lora_B_NDr, lora_route))

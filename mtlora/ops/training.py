@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mtlora.ops import cpu_training
+from mtlora.ops.cpu_training import PathInputs, Saved
 from mtlora.ops.packed_block import outer, pack_experts, route
 
 
@@ -39,15 +40,8 @@ def path_with_gradients(
     return delta_TD, weights_TGN
 
 
-def _check(
-    x: torch.Tensor,
-    dropped: torch.Tensor | None,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    lora_route: torch.Tensor,
-    bias: torch.Tensor | None,
-    num_groups: int,
-) -> None:
+def _check(inputs: PathInputs) -> None:
+    x, dropped, lora_A, lora_B, lora_route, bias, num_groups, _ = inputs
     if x.dim() != 2 or lora_A.dim() != 2 or lora_B.dim() != 3:
         raise ValueError("x must be [tokens, D], lora_A [r, D] and lora_B [N, D, r]")
     (T, D), r, N = x.shape, lora_A.shape[0], lora_B.shape[0]
@@ -87,21 +81,13 @@ def _path_with_gradients(
     num_groups: int,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check(x, dropped, lora_A, lora_B, lora_route, bias, num_groups)
-    run = cpu_training.forward if cpu_training.runs(x, lora_A) else _in_torch_ops
-    return run(x, dropped, lora_A, lora_B, lora_route, bias, num_groups, scaling)
+    inputs = PathInputs(x, dropped, lora_A, lora_B, lora_route, bias, num_groups, scaling)
+    _check(inputs)
+    return cpu_training.forward(inputs) if cpu_training.runs(x, lora_A) else _in_torch_ops(inputs)
 
 
-def _in_torch_ops(
-    x_TD: torch.Tensor,
-    dropped_TD: torch.Tensor | None,
-    lora_A_rD: torch.Tensor,
-    lora_B_NDr: torch.Tensor,
-    lora_route: torch.Tensor,
-    bias_TGN: torch.Tensor | None,
-    num_groups: int,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _in_torch_ops(inputs: PathInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x_TD, dropped_TD, lora_A_rD, lora_B_NDr, lora_route, bias_TGN, num_groups, scaling = inputs
     T, dtype = len(x_TD), x_TD.dtype
     x_TD = x_TD.to(lora_A_rD.dtype)
     if dropped_TD is None:
@@ -118,8 +104,9 @@ def _in_torch_ops(
 
 @_path_with_gradients.register_fake
 def _fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x, _, lora_A, lora_B, _, _, num_groups, _ = arguments
-    _check(*arguments[:-1])
+    inputs = PathInputs(*arguments)
+    _check(inputs)
+    x, _, lora_A, lora_B, _, _, num_groups, _ = inputs
     weights_dtype = lora_A.dtype if lora_A.dtype == torch.float64 else torch.float32
     weights = x.new_empty(len(x), num_groups, len(lora_B), dtype=weights_dtype)
     h = x.new_empty(len(x), len(lora_A), dtype=lora_A.dtype)
@@ -135,13 +122,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
 
 
 def _backward(ctx: Any, grad_delta_TD: torch.Tensor, grad_weights_TGN: torch.Tensor, _: Any) -> tuple[Any, ...]:
-    x_TD, dropped_TD, lora_A_rD, lora_B_NDr, lora_route, weights_TGN, h_Tr = ctx.saved_tensors
-    run = cpu_training.backward if cpu_training.runs(x_TD, lora_A_rD) else _backward_in_torch_ops
+    saved = Saved(*ctx.saved_tensors)
+    run = cpu_training.backward if cpu_training.runs(saved.x_TD, saved.lora_A_rD) else _backward_in_torch_ops
     needs_x, needs_dropped = ctx.needs_input_grad[:2]
     *grads, grad_logits_TGN = run(
-        grad_delta_TD, grad_weights_TGN, x_TD, dropped_TD, lora_A_rD, lora_B_NDr, lora_route, weights_TGN, h_Tr,
-        ctx.scaling, needs_x=needs_x, needs_dropped=needs_dropped,
-    )  # fmt: skip
+        grad_delta_TD, grad_weights_TGN, saved, ctx.scaling, needs_x=needs_x, needs_dropped=needs_dropped
+    )
     grad_bias_TGN = None if ctx.bias_dtype is None else grad_logits_TGN.to(ctx.bias_dtype)
     return *grads, grad_bias_TGN, None, None
 
@@ -149,18 +135,13 @@ def _backward(ctx: Any, grad_delta_TD: torch.Tensor, grad_weights_TGN: torch.Ten
 def _backward_in_torch_ops(
     grad_delta_TD: torch.Tensor,
     grad_weights_TGN: torch.Tensor,
-    x_TD: torch.Tensor,
-    dropped_TD: torch.Tensor | None,
-    lora_A_rD: torch.Tensor,
-    lora_B_NDr: torch.Tensor,
-    lora_route: torch.Tensor,
-    weights_TGN: torch.Tensor,
-    h_Tr: torch.Tensor,
+    saved: Saved,
     scaling: float,
     *,
     needs_x: bool,
     needs_dropped: bool,
 ) -> cpu_training.Gradients:
+    x_TD, dropped_TD, lora_A_rD, lora_B_NDr, lora_route, weights_TGN, h_Tr = saved
     (N, D, r), (T, G, _), dtype = lora_B_NDr.shape, weights_TGN.shape, x_TD.dtype
     x_TD, grad_delta_TD = x_TD.to(lora_A_rD.dtype), grad_delta_TD.to(lora_A_rD.dtype)
     grad_GTE = grad_delta_TD.reshape(T, G, -1).transpose(0, 1)

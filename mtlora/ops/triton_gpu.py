@@ -160,7 +160,10 @@ def add_mixed_paths_(mix: Mix, limits: TableLimits, tile_size: int, launch: Laun
     launch = launch or choose(x_TD.device, D, num_planned, num_tiles, limits)
     size = limits.rank + limits.groups * limits.experts
     s_CPS = torch.empty(launch.parts, num_planned, size, dtype=torch.float32, device=x_TD.device)
-    block_t, block_s = max(16, triton.next_power_of_2(tile_size)), min(launch.block_s, _power(size))
+    block_t, block_s = (
+        max(16, triton.next_power_of_2(tile_size)),
+        min(launch.block_s, max(16, triton.next_power_of_2(size))),
+    )
     block_r, block_n = triton.next_power_of_2(limits.rank), triton.next_power_of_2(limits.experts)
     # A product's inner dimension is at least 16, and z [tile, BLOCK_I * BLOCK_R] lives in registers.
     block_i = max(1, launch.block_k // block_r, 16 // block_r)
@@ -183,7 +186,3 @@ def add_mixed_paths_(mix: Mix, limits: TableLimits, tile_size: int, launch: Laun
         BLOCK_R=block_r, BLOCK_N=block_n, BLOCK_I=block_i, BLOCK_E=launch.block_e, **common,
         num_warps=launch.expand_warps, num_stages=launch.expand_stages,
     )  # fmt: skip
-
-
-def _power(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))

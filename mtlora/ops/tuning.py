@@ -94,9 +94,7 @@ def save(name: str, entries: list[Tuned]) -> Path:
 @cache
 def _tuned(name: str) -> tuple[Tuned, ...]:
     path = FOLDER / f"{name}.json"
-    if not path.exists():
-        return ()
-    entries = json.loads(path.read_text())
+    entries = json.loads(path.read_text()) if path.exists() else ()
     return tuple(Tuned(**{**entry, "launch": Launch(**entry["launch"])}) for entry in entries)
 
 

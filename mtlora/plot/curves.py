@@ -53,11 +53,8 @@ def plot_curves(records: list[dict[str, Any]], out: Path) -> None:
         axes[1][2].plot([r["step"] for r in steps], [r["learning_rate"] for r in steps], color=COLOURS[0])
         titles = ("loss", "validation accuracy (grey: single tasks)", "tokens a second", "regularizers, unweighted",
                   "gradient norm, before clipping", "learning rate")  # fmt: skip
-        for panel, title in zip(axes.flat, titles, strict=True):
-            panel.set_title(title, loc="left", fontsize=10)
-            clean(panel)
-        for panel in axes[1]:
-            panel.set_xlabel("step")
+        for i, (panel, title) in enumerate(zip(axes.flat, titles, strict=True)):
+            clean(panel, title, "step" if i >= 3 else "")
 
 
 def _line(panel: Any, steps: list[dict[str, Any]], key: str, name: str | None, colour: str) -> None:

@@ -65,18 +65,16 @@ def plot_use(routing: Routing, out: Path) -> None:
             left.plot(layers, values, marker=".", color=colour, label=f"{name}: {float(values.mean()):.1f}")
         left.axhline(N, color="#8d979f", linestyle=":", linewidth=1)
         left.set_ylim(0.9, N * 1.05)
-        left.set_title(f"experts in use, exp(routing entropy), of {N}", loc="left", fontsize=10)
         for name, values, colour in (
             ("between tasks", routing.between_tasks(), COLOURS[0]),
             ("between groups", routing.between_groups(), COLOURS[1]),
         ):
             right.plot(layers, values, marker=".", color=colour, label=f"{name}: {float(values.mean()):.2f}")
         right.set_ylim(bottom=0)
-        right.set_title("how far routing differs (Jensen–Shannon, share of maximum)", loc="left", fontsize=10)
+        clean(left, f"experts in use, exp(routing entropy), of {N}", "block")
+        clean(right, "how far routing differs (Jensen–Shannon, share of maximum)", "block")
         for panel in (left, right):
-            panel.set_xlabel("block")
             panel.legend(frameon=False, fontsize=9)
-            clean(panel)
 
 
 def _heat(panel: Any, weights: Any, top: float) -> Any:
@@ -114,21 +112,16 @@ def plot_spectra(found: Spectra, out: Path) -> None:
         scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, max(1, M - 1)), HEAT)
         made.colorbar(scale, ax=first, label="block")
         first.set_yscale("log")
-        first.set_xlabel("component")
-        first.set_title("singular values ÷ the largest, mean over experts", loc="left", fontsize=10)
+        clean(first, "singular values ÷ the largest, mean over experts", "component")
         second.fill_between(range(M), rank.amin(1), rank.amax(1), color=COLOURS[4], alpha=0.4, label="least to most")
         second.plot(range(M), rank.mean(1), marker=".", color=COLOURS[0], label=f"mean: {float(rank.mean()):.1f}")
         second.axhline(r, color="#8d979f", linestyle=":", linewidth=1)
         second.set_ylim(0, r * 1.05)
-        second.set_title(f"effective rank of an expert, of {r}", loc="left", fontsize=10)
+        clean(second, f"effective rank of an expert, of {r}", "block")
         second.legend(frameon=False, fontsize=9)
         third.plot(range(M), found.overlap_M, marker=".", color=COLOURS[0])
         third.set_ylim(0, 1)
-        third.set_title(f"overlap of the {N} experts' ranges (1: the same)", loc="left", fontsize=10)
-        for panel in (second, third):
-            panel.set_xlabel("block")
-        for panel in (first, second, third):
-            clean(panel)
+        clean(third, f"overlap of the {N} experts' ranges (1: the same)", "block")
 
 
 def plot_gradients(found: Mapping[str, torch.Tensor], tasks: Sequence[str], out: Path) -> None:
@@ -142,8 +135,5 @@ def plot_gradients(found: Mapping[str, torch.Tensor], tasks: Sequence[str], out:
             pairs = values[~np.eye(count, dtype=bool)]
             told = f"mean {pairs.mean():.2f}, below zero {np.mean(pairs < 0):.0%}" if count > 1 else "one task"
             panel.set_title(f"{name}\n{told}", fontsize=9, loc="left")
-            names = [label(task) for task in tasks] if i == 0 else []
-            panel.set_yticks(range(len(names)), names, fontsize=6)
-            panel.tick_params(length=0)
-            panel.set_xticks([])
+            _name_tasks(panel, tasks if i == 0 else (), 6)
         made.colorbar(image, ax=axes, shrink=0.7, label="cosine between task gradients")

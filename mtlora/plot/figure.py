@@ -31,8 +31,10 @@ def figure(out: Path, rows: int = 1, columns: int = 1, *, size: tuple[float, flo
         plt.close(made)
 
 
-def clean(axes: Any) -> None:
-    """A light grid, no box."""
+def clean(axes: Any, title: str, x_label: str = "") -> None:
+    """A title, a light grid, no box."""
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel(x_label)
     axes.grid(color=GRID, zorder=0)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -29,8 +29,7 @@ def plot_methods(rows: Sequence[Row], out: Path) -> None:
                 panel.text(0.015, y, form.format(value), va="center", fontsize=8, color=INK, zorder=4,
                            transform=panel.get_yaxis_transform(),
                            bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.5})  # fmt: skip
-            panel.set_title(title, loc="left", fontsize=10)
-            clean(panel)
+            clean(panel, title)
         for y, row in enumerate(shown):
             mean, (low, high) = row["accuracy"]["mean"], row["accuracy"]["interval"]
             axes[0][0].errorbar(
@@ -59,10 +58,8 @@ def plot_losses(logs: Mapping[str, Sequence[Sequence[Row]]], out: Path) -> None:
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_formatter("{x:g}")
-        panel.set_xlabel("step")
-        panel.set_title("loss of answers in training, running mean", loc="left", fontsize=10)
         panel.legend(frameon=False, fontsize=9)
-        clean(panel)
+        clean(panel, "loss of answers in training, running mean", "step")
 
 
 def plot_scaling(rows: Sequence[Row], out: Path) -> None:
@@ -86,8 +83,6 @@ def plot_scaling(rows: Sequence[Row], out: Path) -> None:
                     label=name if panel is axes[0][0] else None,
                 )  # fmt: skip
             panel.set_xticks(sorted({row["num_tasks"] for row in rows}))
-            panel.set_xlabel("tasks trained together")
-            panel.set_title(title, loc="left", fontsize=10)
-            clean(panel)
+            clean(panel, title, "tasks trained together")
         axes[0][0].set_ylabel("accuracy, test split (95 %)")
         made.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)

@@ -14,7 +14,7 @@ from threading import Thread
 from typing import Any
 
 from mtlora.errors import MtLoRAError
-from mtlora.files import write_durably
+from mtlora.files import replace_file
 from mtlora.suite import load_suite, up_to
 from mtlora.train.config import TrainingConfig
 
@@ -116,9 +116,7 @@ def do(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
     with ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_end_with_parent) as pool:
         result = pool.submit(_train_and_score, run, backbone, settings).result()
     run.folder.mkdir(parents=True, exist_ok=True)
-    temporary = run.result_file.with_suffix(".tmp")
-    write_durably(temporary, (json.dumps(result, indent=1) + "\n").encode())
-    os.replace(temporary, run.result_file)
+    replace_file(run.result_file, (json.dumps(result, indent=1) + "\n").encode())
     return result
 
 

@@ -62,7 +62,7 @@ def _attention(
         and is_causal is not False and length == key.shape[2] and 1 < length <= MAX_ATTENTION_LENGTH
     ):  # fmt: skip
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return causal_attention(query, key, value, scale).transpose(1, 2), None
+        return CausalAttention.apply(query, key, value, scale).transpose(1, 2), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(
@@ -70,15 +70,12 @@ def _attention(
     )
 
 
-def causal_attention(q_BHLd: torch.Tensor, k_BKLd: torch.Tensor, v_BKLd: torch.Tensor, scaling: float) -> torch.Tensor:
+class CausalAttention(torch.autograd.Function):
     """Causal softmax(scaling q k^T) v, [B, H, L, d], in plain products; key heads are never repeated.
 
     Keeps the weights [B, H, L, L] for the backward pass.
     """
-    return _CausalAttention.apply(q_BHLd, k_BKLd, v_BKLd, scaling)
 
-
-class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BHLd: torch.Tensor, k_BKLd: torch.Tensor, v_BKLd: torch.Tensor, scaling: float) -> Any:
         (B, H, L, d), K = q_BHLd.shape, k_BKLd.shape[1]
@@ -113,19 +110,15 @@ def _causal_softmax_(scores_MLL: torch.Tensor, scaling: float) -> torch.Tensor:
     return torch.softmax(scores_MLL, dim=-1)
 
 
-def _rms_norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+def _rms_norm(module: Any, hidden_states: torch.Tensor) -> Any:
     if torch.is_grad_enabled() and hidden_states.requires_grad and hidden_states.device.type == "cpu":
-        return rms_norm(hidden_states, module.weight, module.variance_epsilon)
-    result: torch.Tensor = type(module).forward(module, hidden_states)
-    return result
+        return RMSNorm.apply(hidden_states, module.weight, module.variance_epsilon)
+    return type(module).forward(module, hidden_states)
 
 
-def rms_norm(x_RD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
+class RMSNorm(torch.autograd.Function):
     """weight * x / sqrt(mean x^2 + epsilon) over the last dimension, in float32 inside; `weight` gets no gradient."""
-    return _RMSNorm.apply(x_RD, weight_D, epsilon)
 
-
-class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> Any:
         if cpu_elementwise.runs(x_RD, weight_D):
@@ -149,22 +142,15 @@ class _RMSNorm(torch.autograd.Function):
         return grad_RD.addcmul(normal_RD, along_R1, value=-1).mul_(inverse_R1).to(grads[0].dtype), None, None
 
 
-def _gated_mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
+def _gated_mlp(module: Any, x: torch.Tensor) -> Any:
     gate, up = module.gate_proj(x), module.up_proj(x)
-    if torch.is_grad_enabled() and x.device.type == "cpu":
-        gated = swiglu(gate, up)
-    else:
-        gated = module.act_fn(gate) * up
-    result: torch.Tensor = module.down_proj(gated)
-    return result
+    fast = torch.is_grad_enabled() and x.device.type == "cpu"
+    return module.down_proj(SwiGLU.apply(gate, up) if fast else module.act_fn(gate) * up)
 
 
-def swiglu(gate_RI: torch.Tensor, up_RI: torch.Tensor) -> torch.Tensor:
+class SwiGLU(torch.autograd.Function):
     """silu(gate) * up, in their dtype."""
-    return _SwiGLU.apply(gate_RI, up_RI)
 
-
-class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_RI: torch.Tensor, up_RI: torch.Tensor) -> Any:
         ctx.save_for_backward(gate_RI, up_RI)

@@ -44,7 +44,6 @@ class Batch:
     answer_rows_A: torch.Tensor
     answer_targets_A: torch.Tensor
     answer_owner_A: torch.Tensor
-    num_tokens: int
 
 
 def encode(
@@ -95,6 +94,7 @@ def schedule(
     A batch has at most `batch_size` examples and, with padding, `batch_tokens` tokens, but at least one example.
     """
     batches: list[list[int]] = []
+    lengths = list(map(len, examples))
     for epoch in range(epochs):
         rng = random.Random(f"{seed}/{epoch}")
         order = list(range(len(examples)))
@@ -102,21 +102,30 @@ def schedule(
         window = batch_size * _BUCKET_BATCHES
         epoch_batches = []
         for start in range(0, len(order), window):
-            bucket = sorted(order[start : start + window], key=lambda i: len(examples[i]))
-            epoch_batches += _batches(bucket, [len(examples[i]) for i in bucket], batch_size, batch_tokens)
+            bucket = sorted(order[start : start + window], key=lengths.__getitem__)
+            epoch_batches += cut(bucket, lengths, batch_size, batch_tokens)
         rng.shuffle(epoch_batches)
         batches += epoch_batches
     return batches
 
 
-def _batches(bucket: list[int], lengths: list[int], batch_size: int, batch_tokens: int | None) -> list[list[int]]:
-    """Cut a bucket, in rising order of length, into batches."""
-    batches: list[list[int]] = [[]]
-    for index, length in zip(bucket, lengths, strict=True):
-        full = len(batches[-1]) >= batch_size
-        # Lengths rise, so the batch is padded to the newest example.
-        if batches[-1] and (full or (batch_tokens is not None and (len(batches[-1]) + 1) * length > batch_tokens)):
+def cut(
+    order: Iterable[int], lengths: Sequence[int], batch_size: int, batch_tokens: int | None = None
+) -> list[list[int]]:
+    """Cut indices into batches of at most `batch_size` and, padded to their longest, `batch_tokens`; at least one each.
+
+    lengths: tokens of each index.
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    for index in order:
+        longest = max(longest, lengths[index])
+        if (
+            not batches or len(batches[-1]) >= batch_size
+            or (batch_tokens is not None and (len(batches[-1]) + 1) * longest > batch_tokens)
+        ):  # fmt: skip
             batches.append([])
+            longest = lengths[index]
         batches[-1].append(index)
     return batches
 
@@ -140,5 +149,4 @@ def collate(examples: Sequence[Encoded], length: int | None = None) -> Batch:
         torch.tensor(rows),
         torch.tensor(targets),
         torch.tensor(owner),
-        sum(len(example) for example in examples),
     )

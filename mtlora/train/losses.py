@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from mtlora.model import AdaptedModel
+from mtlora.train.data import Batch
+
 _EPSILON = 1e-12
 # Logits in float32 at a time: 8 MiB, which stay in a core's caches.
 _LOSS_ELEMENTS = 2**21
@@ -24,6 +27,12 @@ def answer_loss(states_AD: torch.Tensor, head: nn.Linear, targets_A: torch.Tenso
     """
     loss: torch.Tensor = _AnswerLoss.apply(states_AD, head.weight, head.bias, targets_A)
     return loss
+
+
+def batch_loss(adapted: AdaptedModel, batch: Batch) -> torch.Tensor:
+    """`answer_loss` of a batch, on the model's device."""
+    states_AD = adapted.answer_states(batch.tokens_BL, batch.task_index_B, batch.answer_rows_A)
+    return answer_loss(states_AD, adapted.model.lm_head, batch.answer_targets_A.to(states_AD.device))
 
 
 class _AnswerLoss(torch.autograd.Function):

@@ -63,7 +63,6 @@ def profile_training(trainer: "Trainer", steps: int) -> dict[str, Any]:
     total = seconds + clock.seconds["save"]
     clock.seconds["rest"] = seconds - sum(s for name, s in clock.seconds.items() if name != "save")
     return {
-        "steps": steps,
         "tokens_per_second": tokens / total,
         "sections": {name: spent / total for name, spent in sorted(clock.seconds.items(), key=lambda item: -item[1])},
         "operators": _operators(trainer),

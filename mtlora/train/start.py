@@ -9,6 +9,7 @@ from torch import nn
 
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.config import MtLoRAConfig
+from mtlora.errors import differences
 from mtlora.model import AdaptedModel
 from mtlora.task import TaskSpec
 from mtlora.train.config import TrainingError
@@ -43,13 +44,11 @@ def warm_start(adapted: AdaptedModel, config: MtLoRAConfig, tasks: Sequence[Task
     tensors another shape or meaning.
     """
     found = read_checkpoint(checkpoint, adapted.backbone)
-    differing = [
-        f"{name}: {getattr(found.manifest.config, name)!r} there, {getattr(config, name)!r} here"
-        for name in MtLoRAConfig.model_fields
-        if name != "lora_dropout" and getattr(found.manifest.config, name) != getattr(config, name)
-    ]
+    differing = differences(found.manifest.config, config)
+    differing.pop("lora_dropout", None)
     if differing:
-        raise TrainingError(f"init_from {checkpoint}: expected the same adapter config; {'; '.join(differing)}")
+        told = "; ".join(f"{name}: {there!r} there, {here!r} here" for name, (there, here) in differing.items())
+        raise TrainingError(f"init_from {checkpoint}: expected the same adapter config; {told}")
     rows = {task.id: task.bias_index for task in found.manifest.tasks}
     state = adapted.adapters.state_dict()
     for name, tensor in found.tensors.items():

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from mtlora.errors import MtLoRAError, describe
-from mtlora.files import sync, write_durably
+from mtlora.errors import MtLoRAError, describe, differences
+from mtlora.files import replace_file, sync
 from mtlora.train.config import TrainingConfig
 
 LOG = "log.jsonl"
@@ -47,16 +47,12 @@ class RunFolder:
                 previous = TrainingConfig.model_validate_json(self.config_file.read_bytes())
             except ValidationError as error:
                 raise RunError(f"{self.config_file}: {describe(error)}") from None
-            changed = [
-                f"{name}: was {getattr(previous, name)!r}, now {getattr(config, name)!r}"
-                for name in TrainingConfig.model_fields
-                if getattr(previous, name) != getattr(config, name)
-            ]
-            if changed:
-                raise RunError(f"{self.config_file}: --resume needs the same configuration; {'; '.join(changed)}")
+            if changed := differences(previous, config):
+                told = "; ".join(f"{name}: was {was!r}, now {now!r}" for name, (was, now) in changed.items())
+                raise RunError(f"{self.config_file}: --resume needs the same configuration; {told}")
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            _replace(self.config_file, (config.model_dump_json(indent=2) + "\n").encode())
+            replace_file(self.config_file, (config.model_dump_json(indent=2) + "\n").encode())
         state = self.read_state()
         self._cut_log(state["step"] if state else 0)
         return state
@@ -97,10 +93,4 @@ class RunFolder:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue
-        _replace(self.log_file, "".join(kept).encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    write_durably(temporary, content)
-    os.replace(temporary, path)
+        replace_file(self.log_file, "".join(kept).encode())

@@ -17,9 +17,9 @@ from mtlora.model import new_adapted_model
 from mtlora.suite import load_suite
 from mtlora.train.config import TrainingConfig, TrainingError
 from mtlora.train.cpu_backbone import speed_up_training
-from mtlora.train.data import Batch, collate, schedule
+from mtlora.train.data import collate, schedule
 from mtlora.train.examples import RunExamples, chosen_tasks
-from mtlora.train.losses import SPECTRAL_LOSSES, answer_loss, balance_loss
+from mtlora.train.losses import SPECTRAL_LOSSES, balance_loss, batch_loss
 from mtlora.train.optimizer import learning_rate, make_optimizer
 from mtlora.train.parallel import Ranks
 from mtlora.train.profile import Clock
@@ -82,7 +82,8 @@ class Trainer:
         )[: config.max_steps]
         if start:
             start.apply(self.adapted.adapters)
-        self.adapted.to(self.ranks.device)
+        self.adapted.model.to(self.ranks.device)
+        self.adapted.adapters.to(self.ranks.device)
         speed_up_training(self.adapted.model)
         if config.gradient_checkpointing:
             _checkpoint_layers(self.adapted.model)
@@ -145,7 +146,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         with attached.context.use(batch.task_index_B.to(ranks.device)):
             with clock("forward"):
-                loss = answers * self._answer_loss(batch)
+                loss = answers * batch_loss(self.adapted, batch)
             with clock("balance"):
                 balance = self._balance(tokens)
             with clock("spectral"):
@@ -199,10 +200,6 @@ class Trainer:
                         "generators": generators,
                     }
                 )
-
-    def _answer_loss(self, batch: Batch) -> torch.Tensor:
-        states_AD = self.adapted.answer_states(batch.tokens_BL, batch.task_index_B, batch.answer_rows_A)
-        return answer_loss(states_AD, self.adapted.model.lm_head, batch.answer_targets_A.to(states_AD.device))
 
     def _balance(self, share: float) -> torch.Tensor:
         routing = self.adapted.adapters.mean_routing() if self.config.balance_weight else []

@@ -1,4 +1,4 @@
-"""`make bench`: ratios, the picture, and the work of the PEFT worker."""
+"""`make bench`: ratios, and the work of the PEFT worker."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,6 @@ from benchmarks.harness.worker import WorkerProcess
 from benchmarks.peft_worker import MixedBatches
 from benchmarks.prompts import LOADS, REFERENCE, RandomPrompts
 from benchmarks.throughput import RATIOS, Case, make_report
-from benchmarks.throughput_picture import draw
 from tests.engine._models import VOCABULARY, make_model
 
 ROWS = {
@@ -57,20 +56,6 @@ def test_sample_is_at_most_the_whole_load() -> None:
         assert part.requests == min(64, load.requests)
         assert part.draw(100, 0) == load.draw(100, 0)[: part.requests]
         assert Case("x", worker, [None]).part_of(load) is load
-
-
-def test_picture_shows_every_row_with_its_rate_and_ratio(tmp_path: Path) -> None:
-    made = json.loads(json.dumps(report()))
-    draw(made, tmp_path / "bench.svg")
-    drawn = (tmp_path / "bench.svg").read_text()
-    assert drawn.count("<!-- ") > 20
-    for name, row in made["rows"].items():
-        assert f"<!-- {name.replace('-', ' ')} -->" in drawn
-        assert f"<!-- {row['requests_per_second']['median']:.2f}" in drawn
-    assert "0.90 of backbone" in drawn
-    del made["ratios"], made["rows"]["backbone"]
-    draw({**made, "ratios": {}}, tmp_path / "bare.png")
-    assert (tmp_path / "bare.png").stat().st_size > 5000
 
 
 @pytest.fixture

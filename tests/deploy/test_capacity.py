@@ -105,7 +105,6 @@ def test_adapter_aware_routing_loads_fewer_adapters() -> None:
         requests = poisson(150.0, 20.0, tasks=1000, adapters=200, lengths=LENGTHS)
         outcomes[name] = simulate(requests, 8, MODEL, router(8), memory=Memory(50, 0.05), warm_up=5.0)
     assert outcomes["adapter-aware"].loads < 0.5 * outcomes["round-robin"].loads
-    assert outcomes["adapter-aware"].adapters_per_step < outcomes["round-robin"].adapters_per_step
 
 
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=20), st.integers(0, 500))

@@ -19,10 +19,10 @@ from loadtest.phase import poisson
 from loadtest.settings import PhaseSettings, Range, Settings, Target, WorkloadSettings
 from loadtest.tenants import ANONYMOUS, Tenant, read_tenants
 from loadtest.trace import parse_trace, read_prompts, read_trace
-from loadtest.workload import Request, TaskInfo, Workload
+from loadtest.workload import Request, Workload
 
 NAMES = ["a", "b", "c", "d"]
-SERVED = [TaskInfo("navigate", ("input",), ("\n",)), TaskInfo("pair", ("first", "second"), ())]
+SERVED = [pb.Task(id="navigate", fields=["input"], stop=["\n"]), pb.Task(id="pair", fields=["first", "second"])]
 
 
 def test_arrivals_follow_a_poisson_process() -> None:

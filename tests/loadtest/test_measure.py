@@ -15,7 +15,6 @@ from loadtest.knee import KneeSearch, Step
 from loadtest.recorder import OTHER, Answer
 from loadtest.result import jain
 from loadtest.settings import Objective, RampSettings
-from loadtest.workload import TaskInfo
 from mtlora.client.metrics_page import MetricsPage
 from tests.loadtest.samples import OBJECTIVE, outcome, record, recorder, request
 
@@ -296,7 +295,7 @@ def test_finds_no_tie_without_tolerance() -> None:
 
 
 def test_compares_reasoning_too() -> None:
-    task = TaskInfo("sum", ("input",), ("\n",), "=>")
+    task = pb.Task(id="sum", fields=["input"], stop=["\n"], answer_marker="=>")
     alone = tokens([(" 3", -0.6), (" 4", -0.7)], [(" =>", 0.0)], [(" 3", -0.1), (" 4", -4.0)], [("\n", 0.0)])
     assert whole(" 3 ", " 3", task) == "3 => 3"
     assert whole("", " 3 ", task) == "3"

@@ -219,7 +219,7 @@ def test_later_settings_win(tmp_path: Path) -> None:
     [
         (None, "No such file"),
         ("{", "Expecting property name"),
-        ("[1]", "expected a JSON object of settings, found list"),
+        ("[1]", "expected a JSON object, found list"),
     ],
 )
 def test_refuses_a_wrong_settings_file_by_name(tmp_path: Path, content: str | None, expected: str) -> None:

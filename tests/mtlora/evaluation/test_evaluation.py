@@ -66,25 +66,23 @@ def test_a_batch_gives_each_sequence_its_own_answer(adapted: AdaptedModel) -> No
     texts = ["a", "the quick brown fox", "1 2 3", "if you follow these", "x y", "Question: who?", "So", "In a row"]
     tasks = [TASKS[i % 2].model_copy(update={"max_new_tokens": 1 + 3 * (i % 4)}) for i in range(len(texts))]
     prompts = [encode_prompt(adapted.tokenizer, text) for text in texts]
-    bias = torch.tensor([task.bias_index or 0 for task in tasks])
-    together = greedy_tokens(adapted, tasks, prompts, bias)
-    alone = [greedy_tokens(adapted, [t], [p], b[None])[0] for t, p, b in zip(tasks, prompts, bias, strict=True)]
+    together = greedy_tokens(adapted, tasks, prompts)
+    alone = [greedy_tokens(adapted, [t], [p])[0] for t, p in zip(tasks, prompts, strict=True)]
     assert together == alone
     assert len({len(ids) for ids in together}) > 1
-    bare = greedy_tokens(adapted, tasks, prompts, bias, with_adapter=False)
+    bare = greedy_tokens(adapted, tasks, prompts, with_adapter=False)
     assert bare != together
 
 
 def test_answers_leave_out_working_except_from_the_backbone_alone(adapted: AdaptedModel) -> None:
     prompts = [encode_prompt(adapted.tokenizer, "the quick brown fox")]
-    bias = torch.tensor([1])
-    plain = TaskEntry(id="t", description="d", max_new_tokens=12, stop=("never",))
-    (text,) = greedy_answers(adapted, [plain], prompts, bias)
+    plain = TaskEntry(id="t", description="d", max_new_tokens=12, stop=("never",), bias_index=1)
+    (text,) = greedy_answers(adapted, [plain], prompts)
     marker = text[len(text) // 2]
     task = plain.model_copy(update={"answer_marker": marker})
-    assert greedy_answers(adapted, [task], prompts, bias) == [text.partition(marker)[2].strip()]
-    (alone,) = greedy_answers(adapted, [plain], prompts, bias, with_adapter=False)
-    assert greedy_answers(adapted, [task], prompts, bias, with_adapter=False) == [alone]
+    assert greedy_answers(adapted, [task], prompts) == [text.partition(marker)[2].strip()]
+    (alone,) = greedy_answers(adapted, [plain], prompts, with_adapter=False)
+    assert greedy_answers(adapted, [task], prompts, with_adapter=False) == [alone]
 
 
 def test_answers_keep_the_order_of_examples(adapted: AdaptedModel) -> None:
@@ -119,20 +117,20 @@ def test_likeliest_equals_scoring_each_option(adapted: AdaptedModel, with_adapte
             adapted.adapters.context.enabled = enabled
             logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
             sums.append(sum(float(row[token]) for row, token in zip(logprobs, ids, strict=True)))
-        found = likeliest(adapted, TASKS[1], prompt, options, 1, with_adapter=with_adapter)
+        found = likeliest(adapted, TASKS[1], prompt, options, with_adapter=with_adapter)
         assert found == options[sums.index(max(sums))]
 
 
 def test_likelihood_is_measured_after_the_adapters_working(adapted: AdaptedModel) -> None:
     prompt = encode_prompt(adapted.tokenizer, "the quick brown fox")
     plain = TASKS[1].model_copy(update={"max_new_tokens": 12, "stop": ("never",)})
-    (generated,) = greedy_tokens(adapted, [plain], [prompt], torch.tensor([1]))
+    (generated,) = greedy_tokens(adapted, [plain], [prompt])
     marker = adapted.tokenizer.decode(generated[5:6]).strip()
     end = next(e for e in range(1, 13) if marker in adapted.tokenizer.decode(generated[:e]))
     task = plain.model_copy(update={"answer_marker": marker})
     options = ("Yes", "No", "(A)", "(B)", "maybe", "seven")
-    expected = likeliest(adapted, plain, prompt + generated[:end], options, 1)
-    assert likeliest(adapted, task, prompt, options, 1) == expected
+    expected = likeliest(adapted, plain, prompt + generated[:end], options)
+    assert likeliest(adapted, task, prompt, options) == expected
 
 
 def test_likelihood_generates_only_open_questions(adapted: AdaptedModel) -> None:

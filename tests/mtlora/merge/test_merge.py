@@ -266,6 +266,6 @@ def test_refuses_an_output_folder_of_other_files_before_training(tiny_backbone: 
     (tmp_path / "mine" / "a.txt").write_text("mine")
     with pytest.raises(CheckpointError, match=r"'a.txt' is no part of a checkpoint"):
         merge(
-            read_checkpoint(tmp_path / "before"), tiny_backbone, tmp_path / "mine", mode="bias", new_experts=0,
-            config=TrainingConfig(adapter=config, tasks=("object_counting",)),
+            read_checkpoint(tmp_path / "before"), tiny_backbone, tmp_path / "mine",
+            TrainingConfig(adapter=config, tasks=("object_counting",)),
         )  # fmt: skip

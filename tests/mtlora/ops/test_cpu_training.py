@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtlora.ops import cpu_kernel, cpu_training, training
+from mtlora.ops.cpu_training import PathInputs, Saved
 from mtlora.ops.training import path_with_gradients
 
 KERNEL = cpu_kernel.compiled_kernel()
@@ -47,14 +48,14 @@ def test_values_and_gradients_equal_torch_ops(isa: int, dtype: torch.dtype, shap
     grad_TD, grad_weights_TGN = randn(T, D).to(dtype), randn(T, G, N) if shape["balanced"] else torch.zeros(T, G, N)
     wide = [None if t is None else t.double() for t in (x_TD, dropped_TD, *parameters, bias_TGN)]
 
-    found = cpu_training.forward(x_TD, dropped_TD, *parameters, bias_TGN, G, 1.7, isa)
-    expected = training._in_torch_ops(*wide, G, 1.7)
+    found = cpu_training.forward(PathInputs(x_TD, dropped_TD, *parameters, bias_TGN, G, 1.7), isa)
+    expected = training._in_torch_ops(PathInputs(*wide, G, 1.7))
     needs = {"needs_x": True, "needs_dropped": shape["dropped"]}
     found += cpu_training.backward(
-        grad_TD, grad_weights_TGN, x_TD, dropped_TD, *parameters, *found[1:], 1.7, **needs, isa=isa
+        grad_TD, grad_weights_TGN, Saved(x_TD, dropped_TD, *parameters, *found[1:]), 1.7, **needs, isa=isa
     )
     expected += training._backward_in_torch_ops(
-        grad_TD.double(), grad_weights_TGN.double(), *wide[:-1], *expected[1:], 1.7, **needs
+        grad_TD.double(), grad_weights_TGN.double(), Saved(*wide[:-1], *expected[1:]), 1.7, **needs
     )
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours is None) == (theirs is None)
@@ -86,9 +87,9 @@ def test_same_threads_give_same_bits_and_other_threads_close_values() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_stays_in_its_token(dtype: torch.dtype) -> None:
     x, A, B, R = (torch.randn(*s) for s in ((20, 32), (4, 32), (3, 32, 4), (6, 32)))
-    clean, _, _ = cpu_training.forward(x.to(dtype), None, A, B, R, None, 2, 1.0)
+    clean, _, _ = cpu_training.forward(PathInputs(x.to(dtype), None, A, B, R, None, 2, 1.0))
     x[5] = float("nan")
-    found, _, _ = cpu_training.forward(x.to(dtype), None, A, B, R, None, 2, 1.0)
+    found, _, _ = cpu_training.forward(PathInputs(x.to(dtype), None, A, B, R, None, 2, 1.0))
     others = torch.arange(20) != 5
     assert found[5].isnan().all()
     assert torch.equal(found[others], clean[others])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mtlora.model import load_backbone
 from mtlora.ops import cpu_elementwise
-from mtlora.train.cpu_backbone import causal_attention, rms_norm, speed_up_training, swiglu
+from mtlora.train.cpu_backbone import CausalAttention, RMSNorm, SwiGLU, speed_up_training
 
 
 @settings(deadline=None, max_examples=30)
@@ -23,7 +23,7 @@ def test_causal_attention_equals_torch(B: int, K: int, per_key: int, L: int, see
         torch.randn(B, L, heads, 4, generator=generator, dtype=torch.float64).transpose(1, 2).requires_grad_()
         for heads in (K * per_key, K, K)
     )
-    found = causal_attention(q, k, v, 0.3)
+    found = CausalAttention.apply(q, k, v, 0.3)
     expected = torch.nn.functional.scaled_dot_product_attention(
         q, k.repeat_interleave(per_key, 1), v.repeat_interleave(per_key, 1), is_causal=True, scale=0.3
     )
@@ -38,7 +38,7 @@ def test_causal_attention_equals_torch(B: int, K: int, per_key: int, L: int, see
 def test_rms_norm_equals_torch() -> None:
     x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     weight, probe = torch.linspace(0.5, 2, 16), torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
-    found = rms_norm(x, weight, 1e-5)
+    found = RMSNorm.apply(x, weight, 1e-5)
     expected = torch.nn.functional.rms_norm(x, (16,), weight, 1e-5)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
@@ -49,7 +49,7 @@ def test_rms_norm_equals_torch() -> None:
 def test_swiglu_equals_torch() -> None:
     gate, up, probe = torch.randn(3, 4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
     inputs = [gate.requires_grad_(), up.requires_grad_()]
-    found, expected = swiglu(*inputs), torch.nn.functional.silu(gate) * up
+    found, expected = SwiGLU.apply(*inputs), torch.nn.functional.silu(gate) * up
     torch.testing.assert_close(found, expected)
     for ours, theirs in zip(
         torch.autograd.grad(found, inputs, probe), torch.autograd.grad(expected, inputs, probe), strict=True
@@ -72,7 +72,7 @@ def test_a_sped_up_model_gives_the_same_values_and_gradients(
             speed_up_training(model)
         embedded = model.get_input_embeddings()(tokens_BL).requires_grad_(wants_gradients)
         hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        for operation in ("_CausalAttention", "_RMSNorm", "_SwiGLU"):
+        for operation in ("CausalAttention", "RMSNorm", "SwiGLU"):
             assert (operation in graph(hidden)) == (fast and wants_gradients)
         outputs.append([hidden, *(torch.autograd.grad(hidden.sin().sum(), embedded) if wants_gradients else ())])
     for plain, fast_one in zip(*outputs, strict=True):
