@@ -15,5 +15,5 @@ def inspect_models_here() -> None:
     registry._run_in_subprocess = _run
 
 
-def _run(look: Callable[[], Any]) -> Any:
-    return look()
+def _run(fn: Callable[[], Any]) -> Any:
+    return fn()

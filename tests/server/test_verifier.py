@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,14 +74,23 @@ def test_refuses_a_version_that_vanished(verifier: Verifier, home: Path, tmp_pat
         verifier.verify_now(tmp_path, version)
 
 
-def test_children_are_forked_from_a_process_without_vllm(verifier: Verifier) -> None:
-    import vllm
-
-    with verifier._context.Pool(1) as child:
-        modules = child.apply(eval, ("sorted(__import__('sys').modules)",))
-    assert vllm.__name__ in sys.modules
-    assert {"mtlora.checkpoint.read", "server.registry.check"} <= set(modules)
-    assert not {"vllm", "transformers", "grpc"} & set(modules)
+def test_children_are_forked_from_a_process_without_vllm(tmp_path: Path) -> None:
+    # A process of its own: multiprocessing has one fork server a process, and other tests start it too.
+    script = f"""
+import sys, types
+sys.modules["vllm"] = types.ModuleType("vllm")
+from pathlib import Path
+from server.registry.spool import Spool
+from server.registry.verifier import Verifier, VerificationLimits
+from tests.server.slots import TINY
+verifier = Verifier(Spool(Path({str(tmp_path)!r})), TINY, VerificationLimits())
+with verifier._context.Pool(1) as child:
+    print(*child.apply(eval, ("sorted(__import__('sys').modules)",)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    modules = set(done.stdout.split())
+    assert {"mtlora.checkpoint.read", "server.registry.check"} <= modules
+    assert not {"vllm", "transformers", "grpc"} & modules
 
 
 async def test_a_cancelled_verification_leaves_no_copy(home: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mtlora.ops import cpu_elementwise, cpu_kernel
@@ -62,15 +62,21 @@ def test_add_rms_norm_equals_torch(isa: int, dtype: torch.dtype, rows: int, size
 @every_set
 @every_dtype
 @given(**SHAPES)
+@example(rows=5, size=19, seed=18200486)  # a gate gradient near zero
 @settings(max_examples=20, deadline=None)
 def test_swiglu_equals_torch(isa: int, dtype: torch.dtype, rows: int, size: int, seed: int) -> None:
     gate, up, grad = randn(3, rows, size, seed=seed, dtype=dtype).unbind()
     leaves = [t.double().requires_grad_() for t in (gate, up)]
     expected = torch.nn.functional.silu(leaves[0]) * leaves[1]
     close(cpu_elementwise.swiglu(gate, up, isa), expected)
-    wanted = torch.autograd.grad(expected, leaves, grad.double())
-    for ours, theirs in zip(cpu_elementwise.swiglu_backward(grad, gate, up, isa), wanted, strict=True):
-        close(ours, theirs)
+    wanted_gate, wanted_up = torch.autograd.grad(expected, leaves, grad.double())
+    found_gate, found_up = cpu_elementwise.swiglu_backward(grad, gate, up, isa)
+    close(found_up, wanted_up)
+    # 1 + gate (1 - sigmoid(gate)) passes through zero near -1.28: a rounding there is one of its terms.
+    terms = (1 + gate.double().abs()) * (grad.double() * up.double()).abs()
+    unit = {torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype]
+    rounding = torch.finfo(torch.float32).eps * terms
+    assert ((found_gate.double() - wanted_gate).abs() <= unit * wanted_gate.abs() + unit * 1e-2 + rounding).all()
     side_by_side = torch.cat([gate, up], dim=-1)
     assert torch.equal(cpu_elementwise.silu_and_mul(side_by_side, isa), cpu_elementwise.swiglu(gate, up, isa))
 
