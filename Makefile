@@ -15,9 +15,9 @@ BACKBONE ?= default
 ADAPTER  ?= $(shell ls -d adapters/builtin/*/ | sort -V | tail -1 | sed 's,/$$,,')
 SEED     ?= $(shell date +%s)
 ADAPTERS ?= adapters
-# Of pytest-xdist. tests/conftest.py groups the tests that share a server or an engine, the longest groups first.
+# Of pytest-xdist. tests/conftest.py says which tests run in one process, and in what order.
 WORKERS  ?= 2
-PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PARALLEL := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(DEVICE)

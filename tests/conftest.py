@@ -1,7 +1,6 @@
-"""Fixtures of every test, and what is decided about a test from what it uses: whether it is slow, and its group.
+"""Fixtures of every test. What a test uses decides whether it is slow; where it is decides its group.
 
-A group runs in one worker of pytest-xdist, in order, so that its tests share servers, engines and imports. Without
-xdist groups change nothing.
+A group runs in one worker of pytest-xdist, in order: its tests share servers, engines and imports.
 """
 
 import json
@@ -16,7 +15,8 @@ import torch
 ENGINES = ("ServerProcess", "EngineProcess", "running_engine")
 # Making the default backbone takes half of what `make test-fast` may take.
 SLOW_FIXTURES = {"backbone", "short_backbone", "tiny_backbone", "server"}
-TESTS = Path(__file__).parent
+# Folders whose tests run in one worker of xdist, in order.
+TOGETHER = ("tests/server/live/", "tests/engine/")
 
 os.environ["TQDM_DISABLE"] = "1"
 if not torch.cuda.is_available():
@@ -32,27 +32,33 @@ def pytest_configure() -> None:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
 
 
-# First: xdist reads the groups in this hook too.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         assert isinstance(item, pytest.Function)
         if any(hasattr(item.module, name) for name in ENGINES) or SLOW_FIXTURES & set(item.fixturenames):
             item.add_marker("slow")
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
     if "PYTEST_XDIST_WORKER" in os.environ:
-        # The longest groups first, so that no worker is left with one at the end.
-        groups = {_group(item): None for item in items if item.get_closest_marker("slow")}
-        order = {group: place for place, group in enumerate(["server", "engine", *groups])}
-        items.sort(key=lambda item: order.get(_group(item), len(order)))
+        # Groups with slow tests first, so that no worker is left with one at the end.
+        slow = {_group(item.nodeid) for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: (_group(item.nodeid) not in TOGETHER, _group(item.nodeid) not in slow))
 
 
-def _group(item: pytest.Function) -> str:
-    """The tests of the session's server, those in whose process an engine runs, else the tests of a file."""
-    folder, *_ = item.path.relative_to(TESTS).parts
-    if folder == "engine":
-        return "engine"
-    return "server" if "server" in item.fixturenames else str(item.path.relative_to(TESTS))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    return Scheduling(config, log)
+
+
+def _group(nodeid: str) -> str:
+    """A test's file, or the folder whose tests share a server, or vLLM's imports."""
+    file = nodeid.partition("::")[0]
+    return next((folder for folder in TOGETHER if file.startswith(folder)), file)
 
 
 @pytest.fixture(scope="session")

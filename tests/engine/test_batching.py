@@ -10,7 +10,7 @@ from mtlora.backbone import identify
 from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE
 from mtlora.config import MtLoRAConfig
 from tests.engine._engine import lora_manager_of, running_engine, worker_of
-from tests.engine._models import make_adapter, make_model
+from tests.engine._models import make_adapter
 
 CONFIGS = {
     "biased": MtLoRAConfig(r=16, num_experts=8, num_groups=4, blocks="ffn"),
@@ -239,24 +239,3 @@ def test_load_inplace_replaces_the_weights_of_a_slot(serving, tmp_path):
     assert not serving.engine.llm_engine.remove_lora(50)
     assert len(lora_manager_of(serving.engine).store._adapters) == weights - 1
     del serving.slots["inplace"]
-
-
-def test_refuses_a_bad_adapter_across_processes(tmp_path, monkeypatch):
-    """An engine in its own processes, as a server runs it, returns the reason and lives."""
-    from vllm import SamplingParams
-    from vllm.lora.request import LoRARequest
-
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    model = make_model(tmp_path / "model", "llama")
-    make_adapter(tmp_path / "good", identify(model), CONFIGS["unbiased"])
-    with running_engine(model, dtype="float32") as engine:
-        assert engine.llm_engine.add_lora(LoRARequest("good", 1, str(tmp_path / "good")))
-        with pytest.raises(Exception, match="no task 'nonsense'"):
-            engine.llm_engine.add_lora(LoRARequest("bad", 2, f"{tmp_path / 'good'}#nonsense"))
-        output = engine.generate(
-            [{"prompt_token_ids": [5, 6, 7]}],
-            SamplingParams(temperature=0, max_tokens=4),
-            lora_request=LoRARequest("good", 1, str(tmp_path / "good")),
-            use_tqdm=False,
-        )
-        assert output[0].outputs[0].token_ids

@@ -1,27 +1,10 @@
-"""One real server for the whole session; everything that needs no engine goes without."""
+"""Adapters that several servers serve."""
 
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from mtlora.client import Client, ServerError
-from server.cli.process import ServerProcess
 from tests.server.adapters import entry, write_adapter
-from tests.server.helpers import free_port
-
-
-@dataclass
-class StartingObservations:
-    """What a client saw between the opening of the port and the ready line."""
-
-    health: list[int] = field(default_factory=list)
-    generate_code: grpc.StatusCode | None = None
-    retry_after_s: float | None = None
 
 
 @pytest.fixture(scope="session")
@@ -39,41 +22,3 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_adapter(folder / "broken" / "1", [entry("lost")])
     (folder / "broken" / "1" / "adapter.safetensors").write_bytes(b"not tensors")
     return folder
-
-
-@pytest.fixture(scope="session")
-def starting() -> StartingObservations:
-    return StartingObservations()
-
-
-@pytest.fixture(scope="session")
-def server(adapters: Path, starting: StartingObservations) -> Iterator[ServerProcess]:
-    port = free_port()
-    with ServerProcess(adapters=adapters, port=port, max_message_bytes=65536, wait=False) as process:
-        _observe(f"127.0.0.1:{port}", process, starting)
-        process.wait_ready()
-        yield process
-
-
-@pytest.fixture(scope="session")
-def client(server: ServerProcess) -> Iterator[Client]:
-    with server.client() as client:
-        yield client
-
-
-def _observe(address: str, process: ServerProcess, seen: StartingObservations) -> None:
-    with grpc.insecure_channel(address) as channel, Client(address) as client:
-        health = health_pb2_grpc.HealthStub(channel)
-        until = time.monotonic() + 60
-        while process.process.poll() is None and time.monotonic() < until:
-            try:
-                reply = health.Check(health_pb2.HealthCheckRequest(service="mtlora.v1.Inference"), timeout=1)
-            except grpc.RpcError:
-                time.sleep(0.2)
-                continue
-            seen.health.append(reply.status)
-            try:
-                client.generate("echo", "too early")
-            except ServerError as error:
-                seen.generate_code, seen.retry_after_s = error.code, error.retry_after_s
-            return

@@ -36,6 +36,7 @@ def base_url(adapters: Path, backbone: Path) -> Iterator[str]:
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     }  # fmt: skip
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -61,11 +62,15 @@ def _answers(url: str) -> bool:
         return False
 
 
-def complete(base_url: str, model: str, prompt: str, **parameters: Any) -> str:
-    body = json.dumps({"model": model, "prompt": prompt, "temperature": 0, **parameters}).encode()
-    request = urllib.request.Request(f"{base_url}/completions", body, {"Content-Type": "application/json"})
+def post(url: str, **body: Any) -> bytes:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as reply:
-        return str(json.load(reply)["choices"][0]["text"])
+        return bytes(reply.read())
+
+
+def complete(base_url: str, model: str, prompt: str, **parameters: Any) -> str:
+    reply = post(f"{base_url}/completions", model=model, prompt=prompt, temperature=0, **parameters)
+    return str(json.loads(reply)["choices"][0]["text"])
 
 
 def test_gives_the_native_services_greedy_texts(base_url: str, client: Client) -> None:
@@ -92,3 +97,10 @@ def test_answers_an_openai_client(base_url: str, client: Client) -> None:
         chat = http.chat.completions.create(model="open", messages=messages, max_tokens=16, temperature=0)
     native = client.generate("open", messages, stop=[], max_new_tokens=16)
     assert chat.choices[0].message.content == native.text
+
+
+def test_an_engine_process_refuses_a_bad_adapter_and_lives(base_url: str, adapters: Path) -> None:
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        post(f"{base_url}/load_lora_adapter", lora_name="bad", lora_path=f"{adapters / 'alpha' / '1'}#nonsense")
+    assert "no task 'nonsense'" in raised.value.read().decode()
+    assert complete(base_url, "open", "Once", max_tokens=4)

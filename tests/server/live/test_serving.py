@@ -17,8 +17,8 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from mtlora.client import AsyncClient, Client, ServerError
 from mtlora.client.metrics_page import MetricsPage
 from server.cli.process import ServerProcess
-from tests.server.conftest import StartingObservations
 from tests.server.helpers import LONG, eventually
+from tests.server.live.conftest import StartingObservations
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
