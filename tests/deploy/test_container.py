@@ -16,7 +16,6 @@ import pytest
 import yaml
 
 from deploy import manifests
-from mtlora.backbone import default_folder
 from mtlora.client import Client
 from server.probe import main as probe
 from tests.server.adapters import entry, write_adapter
@@ -46,7 +45,7 @@ def settings() -> dict[str, str]:
 class Container:
     """The server in a sandbox like the pod: same user, same writable folders, no capabilities, process 1."""
 
-    def __init__(self, adapters: Path) -> None:
+    def __init__(self, adapters: Path, backbone: Path) -> None:
         self.grpc, self.health, self.metrics = free_port(), free_port(), free_port()
         pod = deployment()
         user, group = pod["securityContext"]["runAsUser"], pod["securityContext"]["runAsGroup"]
@@ -58,7 +57,7 @@ class Container:
             "HOME": "/tmp",
             "TRITON_CACHE_DIR": f"{mounts['cache']}/triton",
             "VLLM_CACHE_ROOT": f"{mounts['cache']}/vllm",
-            "MTLORA_BACKBONE_DIR": str(default_folder().resolve()),
+            "MTLORA_BACKBONE_DIR": str(backbone),
             "MTLORA_HOST": "127.0.0.1",
             "MTLORA_METRICS_HOST": "127.0.0.1",
             "MTLORA_PORT": str(self.grpc),
@@ -94,10 +93,10 @@ class Container:
 
 
 @pytest.fixture(scope="module")
-def container(tmp_path_factory: pytest.TempPathFactory) -> Container:
+def container(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Container:
     folder = tmp_path_factory.mktemp("adapters")
     write_adapter(folder / "a" / "1", [entry("open", stop=(), max_new_tokens=16)])
-    return Container(folder)
+    return Container(folder, backbone)
 
 
 def test_only_the_mounts_are_writable(container: Container) -> None:

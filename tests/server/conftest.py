@@ -8,7 +8,7 @@ from tests.server.adapters import entry, write_adapter
 
 
 @pytest.fixture(scope="session")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapters(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """alpha: tasks with a bias each; beta: tasks without, in two versions; broken: cannot be read."""
     folder = tmp_path_factory.mktemp("adapters")
     alpha = [

@@ -1,6 +1,7 @@
 """Requests become jobs or violations, with the default backbone's tokenizer."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,6 @@ from hypothesis import strategies as st
 from mtlora_pb.v1 import inference_pb2 as pb
 from transformers import AutoTokenizer
 
-from mtlora.backbone import resolve
 from mtlora.client import make_request
 from mtlora.prompt import encode_chat, encode_prompt
 from server.errors import Violation
@@ -24,8 +24,8 @@ UINT32 = st.integers(0, 2**32 - 1)
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(resolve("default"))
+def tokenizer(backbone: Path) -> Any:
+    return AutoTokenizer.from_pretrained(backbone)
 
 
 def fields(violations: Iterable[Violation] | GenerationJob) -> list[str]:
