@@ -53,8 +53,8 @@ serve: $(STAMP) ## serve the adapters of ADAPTERS=DIR beside BACKBONE=DIR
 test: $(STAMP) ## the whole test suite, in WORKERS=2 processes
 	$(BIN)/python -m pytest $(PARALLEL)
 
-test-fast: $(STAMP) ## the tests that start no engine and no server, nor need the backbone
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not scaleout" --ignore tests/engine
+test-fast: $(STAMP) ## the tests without an engine, a server, the backbone or Triton's interpreter
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not scaleout" --ignore tests/engine --ignore tests/mtlora/ops/test_triton.py
 
 test-scaleout: $(STAMP) ## engines of several ranks (tensor, pipeline, data parallel); minutes
 	$(BIN)/python -m pytest -m scaleout
