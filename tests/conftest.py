@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-# What starts an engine, in a process of its own or not. A module that imports one of them is slow.
-ENGINES = ("ServerProcess", "EngineProcess", "running_engine")
+# A module that has one of these is slow: it starts a server, a worker of the benchmarks or an engine, or runs Triton's
+# interpreter.
+LONG = ("ServerProcess", "WorkerProcess", "running_engine", "triton_gpu")
 # Making the default backbone takes half of what `make test-fast` may take.
 SLOW_FIXTURES = {"backbone", "short_backbone", "tiny_backbone", "server"}
 # Folders whose tests run in one worker of xdist, in order.
@@ -36,7 +37,7 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         assert isinstance(item, pytest.Function)
-        if any(hasattr(item.module, name) for name in ENGINES) or SLOW_FIXTURES & set(item.fixturenames):
+        if any(hasattr(item.module, name) for name in LONG) or SLOW_FIXTURES & set(item.fixturenames):
             item.add_marker("slow")
     if "PYTEST_XDIST_WORKER" in os.environ:
         # Groups with slow tests first, so that no worker is left with one at the end.

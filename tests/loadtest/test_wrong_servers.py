@@ -14,10 +14,16 @@ import pytest
 from mtlora_pb.v1 import inference_pb2 as pb
 from mtlora_pb.v1 import inference_pb2_grpc
 
-from loadtest import connection
+from loadtest import connection, driver
 from loadtest.cli import main
 
 Answer = Callable[[pb.GenerateRequest, Any, pb.Summary], Iterator[pb.GenerateStreamResponse]]
+
+
+@pytest.fixture(autouse=True)
+def _short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that got a failure asks again at once."""
+    monkeypatch.setattr(driver, "_PAUSE_S", 0.001)
 
 
 class LyingServer(inference_pb2_grpc.InferenceServicer):

@@ -59,6 +59,7 @@ def test_a_server_ends_while_nobody_reads_its_log(tmp_path: Path) -> None:
 import sys
 from server import app, cli
 from server.telemetry import logs
+logs._FINISH_S = 0.2
 def serve(settings, ready):
     for i in range({LINES}):
         logs.get_logger("test").info("line %d " + "x" * 1000, i)

@@ -241,6 +241,13 @@ async def test_the_same_bytes_again_change_nothing(home: Home) -> None:
     assert len(home.engine.held) == 1
 
 
+@pytest.fixture
+def short_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad version is refused sooner."""
+    monkeypatch.setattr("server.registry.folder._WRITING_S", 0.2)
+
+
+@pytest.mark.usefixtures("short_writing")
 @pytest.mark.parametrize("stage", [Stage.VERIFIED, Stage.LOADED, Stage.WARMED])
 async def test_a_failure_at_any_stage_leaves_the_old_version_serving(home: Home, stage: Stage) -> None:
     write(home.root / "a" / "1", "x")
@@ -287,6 +294,7 @@ async def test_waits_for_a_version_that_is_being_copied(home: Home) -> None:
     assert Stage.FAILED not in home.stages("2")
 
 
+@pytest.mark.usefixtures("short_writing")
 async def test_a_bad_version_serves_once_it_is_repaired(home: Home) -> None:
     write(home.root / "a" / "1", "x")
     await home.open()
