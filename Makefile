@@ -54,7 +54,7 @@ test: $(STAMP) ## the whole test suite, in WORKERS=2 processes
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: $(STAMP) ## the tests without an engine, a server, the backbone or Triton's interpreter
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not scaleout" --ignore tests/engine --ignore tests/mtlora/ops/test_triton.py
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not scaleout" --ignore tests/engine
 
 test-scaleout: $(STAMP) ## engines of several ranks (tensor, pipeline, data parallel); minutes
 	$(BIN)/python -m pytest -m scaleout

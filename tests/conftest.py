@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 # A module that has one of these is slow: it starts a server, a worker of the benchmarks or an engine, or runs Triton's
 # interpreter.
@@ -20,13 +19,18 @@ SLOW_FIXTURES = {"backbone", "short_backbone", "tiny_backbone", "server"}
 TOGETHER = ("tests/server/live/", "tests/engine/")
 
 os.environ["TQDM_DISABLE"] = "1"
-if not torch.cuda.is_available():
-    # Triton looks at it when it is imported first, which any test may bring about.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """A worker of xdist has a core for its engines: two threads of an engine would wait for other workers' threads."""
+    if config.getoption("numprocesses", None):
+        # This process starts the workers and runs no test.
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        # Triton reads it at its import, which any test may bring about.
+        os.environ["TRITON_INTERPRET"] = "1"
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         cores = sorted(os.sched_getaffinity(0))
         core = cores[int(worker.removeprefix("gw")) % len(cores)]
@@ -94,6 +98,7 @@ def short_backbone(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A backbone small enough to train in seconds: random weights, the default backbone's tokenizer."""
+    import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from mtlora.backbone import resolve
