@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import uvloop
+
 from mtlora.backbone import BackboneError, resolve
 from server.engine import (
     Engine,
@@ -62,7 +64,8 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> int:
             return 1
         return await app.run(ready)
 
-    return asyncio.run(run())
+    # A tenth less processor time a request than asyncio's own loop: `make bench-front`.
+    return uvloop.run(run())
 
 
 class App:
