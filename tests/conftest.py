@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-# A module that has one of these is slow: it starts a server, a worker of the benchmarks or an engine, or runs Triton's
-# interpreter.
-LONG = ("ServerProcess", "WorkerProcess", "running_engine", "triton_gpu")
+# A module that has one of these is slow: it starts a server, a worker of the benchmarks, an engine or processes like an
+# engine's, or runs Triton's interpreter.
+LONG = ("ServerProcess", "LyingServer", "WorkerProcess", "running_engine", "EngineProcesses", "triton_gpu")
 # Making the default backbone takes half of what `make test-fast` may take.
 SLOW_FIXTURES = {"backbone", "short_backbone", "tiny_backbone", "server"}
 # Folders whose tests run in one worker of xdist, in order.
