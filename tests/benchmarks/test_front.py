@@ -39,10 +39,10 @@ def test_measure_does_not_count_the_first_requests() -> None:
     assert 0 <= measured.asker_s <= measured.seconds
 
 
-def test_last_line_holds_medians_of_the_ratios_of_rounds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_last_line_holds_geometric_means_of_the_ratios_of_rounds(capsys: pytest.CaptureFixture[str]) -> None:
     ours = [Measured(10, 100, 500, 0.4, 1), Measured(10, 50, 250, 0.4, 1), Measured(10, 80, 400, 0.4, 1)]
     theirs = [Measured(10, 80, 400, 0.4, 1), Measured(10, 50, 250, 0.5, 1), Measured(10, 80, 400, 0.2, 1)]
     report({"mtlora-server": ours, "vllm serve": theirs})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "bench-front: cost/vllm-serve 0.80, throughput/vllm-serve 1.00"
+    assert lines[-1] == "bench-front: cost/vllm-serve 1.09, throughput/vllm-serve 1.08"
     assert any("mtlora-server" in line and "8.00" in line and "5.00" in line for line in lines)
