@@ -1,8 +1,10 @@
 """Business tasks: normalise dates, amounts and units, extract fields, sort messages."""
 
 import datetime
+import json
 import random
 from decimal import Decimal
+from pathlib import Path
 
 from mtlora.suite.builtin.task import GeneratedTask, task
 from mtlora.suite.builtin.words import MONTHS, NAMES
@@ -90,77 +92,8 @@ def field_extraction(rng: random.Random) -> tuple[str, str]:
     return f"{asked}: {rng.choice(_OPENINGS)}, {name} here, {first}{joint}{second}.", values[asked]
 
 
-# Intent -> (ways to ask for it, ways to rule it out). `{p}` is a product.
-INTENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "refund": (
-        (
-            "I want my money back for the {p}", "please refund the {p}", "when do I get my money back for the {p}?",
-            "I sent back the {p} and still wait for my money", "how do I get a refund for the {p}?",
-            "I expect to be repaid for the {p}", "I have not been repaid for the returned {p}",
-        ),
-        ("I do not want a refund", "I already have my money back for another thing", "this is not about a refund"),
-    ),
-    "delivery": (
-        (
-            "where is my {p}?", "the {p} has not arrived", "when will the {p} get here?",
-            "the {p} should have come last week", "can you track the parcel with the {p}?",
-            "I am still waiting for the courier to bring the {p}", "has the {p} been shipped yet?",
-        ),
-        ("the parcel came on time", "delivery was quick", "the courier has been here already"),
-    ),
-    "cancel": (
-        (
-            "please cancel my order for the {p}", "I no longer want the {p}, do not send it",
-            "stop the order of the {p}", "can I still call off my order for the {p}?",
-            "I changed my mind, drop the {p} from my order", "I ordered the {p} by mistake, undo it",
-            "I would like to withdraw my order of the {p}",
-        ),
-        ("I do not want to cancel anything", "the order stands", "no need to call the order off"),
-    ),
-    "address": (
-        (
-            "send the {p} to my new address", "I moved house, where do I change the address for the {p}?",
-            "the street on the order of the {p} is wrong", "please ship the {p} to my office instead",
-            "I typed the wrong house number for the {p}", "can the {p} go to a different city?",
-            "update the postcode for the {p}",
-        ),
-        ("my address is right", "I still live in the same place", "the street and city are correct"),
-    ),
-    "login": (
-        (
-            "I forgot my password and want to order the {p}", "I cannot sign in to see the {p}",
-            "my account is locked, so I cannot buy the {p}", "the site rejects my password when I buy the {p}",
-            "how do I reset my password to order the {p}?", "no code comes when I log in to buy the {p}",
-            "I am locked out and cannot see my {p}",
-        ),
-        ("my login works", "I can sign in fine", "my password is fine"),
-    ),
-    "invoice": (
-        (
-            "please send me the invoice for the {p}", "I need a receipt for the {p}",
-            "where can I download the bill for the {p}?", "the tax number is missing on the bill for the {p}",
-            "my accountant asks for the invoice of the {p}", "could I have a receipt for the {p} as a PDF?",
-            "the company name on the invoice for the {p} is wrong",
-        ),
-        ("I have the invoice", "no receipt is needed", "the bill is correct"),
-    ),
-    "damage": (
-        (
-            "the {p} arrived broken", "the {p} has a crack", "the {p} does not switch on",
-            "my {p} stopped working after a day", "there is a deep scratch on the {p}",
-            "the {p} came in pieces", "a part of the {p} is snapped off",
-        ),
-        ("nothing is broken", "it is not damaged", "there is not a scratch on anything"),
-    ),
-    "stock": (
-        (
-            "do you still have the {p}?", "when will the {p} be in stock again?", "is the {p} sold out?",
-            "is the {p} available in blue?", "will you sell the {p} again?", "how many of the {p} are left?",
-            "can I buy the {p} in your store today?",
-        ),
-        ("I know it is in stock", "I saw that you have plenty left", "availability is not my question"),
-    ),
-}  # fmt: skip
+# Intent -> ways to request it, and exclusions: ways to rule it out. `{p}` is a product.
+INTENTS: dict[str, dict[str, list[str]]] = json.loads(Path(__file__).with_name("intents.json").read_text())
 _PRODUCTS = (
     "lamp", "kettle", "phone", "radio", "printer", "camera", "monitor", "keyboard", "tablet", "toaster", "blender",
     "heater", "speaker", "drill", "vacuum", "watch", "fan", "router", "mixer", "scanner",
@@ -171,11 +104,11 @@ _GREETINGS = ("", "Hi, ", "Hello, ", "Good day, ", "Hey, ", "Dear team, ")
 def intent(rng: random.Random) -> tuple[str, str]:
     """A customer's message; half of the messages also rule out another intent."""
     wanted = rng.choice(tuple(INTENTS))
-    request = rng.choice(INTENTS[wanted][0]).format(p=rng.choice(_PRODUCTS))
+    request = rng.choice(INTENTS[wanted]["requests"]).format(p=rng.choice(_PRODUCTS))
     greeting = rng.choice(_GREETINGS)
     if rng.random() < 0.5:
         other = rng.choice([name for name in INTENTS if name != wanted])
-        aside = rng.choice(INTENTS[other][1])
+        aside = rng.choice(INTENTS[other]["exclusions"])
         if rng.random() < 0.5:
             text = f"{aside}, but {request}"
         else:

@@ -289,8 +289,8 @@ def field_extraction(text: str) -> str:
 
 def intent_classification(text: str) -> str:
     found = set()
-    for intent, (requests, _) in INTENTS.items():
-        for request in requests:
+    for intent, phrases in INTENTS.items():
+        for request in phrases["requests"]:
             pattern = re.escape(request).replace(r"\{p\}", r"\w+")
             if re.search(rf"(^|\W){pattern}(\W|$)", text, re.IGNORECASE):
                 found.add(intent)
