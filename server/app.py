@@ -248,7 +248,7 @@ class App:
         """Load into a new engine what served before it, and serve."""
         await self._verifying
         self._inference.engine = engine
-        self._inference.tokenizer = engine.tokenizer
+        self._inference.prompts = engine.prompts
         self._inference.limits = PromptLimits(self._settings.max_model_len, engine.vocab_size)
         await self._adapters.registry.load_all()
         if self._admission.state is State.STARTING:

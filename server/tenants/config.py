@@ -58,6 +58,9 @@ class Tenant(BaseModel):
     burst_seconds: float = Field(1.0, ge=0.1, le=3600)
     max_in_flight: int | None = Field(None, ge=1)
     max_queue: int | None = Field(None, ge=0)
+    # What one request may ask for. Characters: of its stop strings together.
+    max_new_tokens: int | None = Field(None, ge=1)
+    max_stop_characters: int | None = Field(None, ge=0)
     admin: bool = False
 
     @cached_property
