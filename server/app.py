@@ -93,7 +93,10 @@ class App:
         self._scheduler = Scheduler(turns, max(1, settings.in_flight_limit - turns), self._metrics)
         try:
             self._directory = Directory(
-                settings.tenants, on_change=self._on_tenants, on_failure=self._metrics.tenants_refused.inc
+                settings.tenants,
+                replicas=settings.replicas,
+                on_change=self._on_tenants,
+                on_failure=self._metrics.tenants_refused.inc,
             )
         except TenantsError as error:
             raise StartError(str(error)) from None

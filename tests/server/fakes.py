@@ -103,7 +103,7 @@ class Service:
         self, max_in_flight: int = 4, *, log_prompts: bool = False, turns: int | None = None, **settings: Any
     ) -> None:
         self.settings = load_settings({"allow_no_tasks": True, "port": 0, "metrics_port": 0, **settings})
-        self.directory = Directory(self.settings.tenants)
+        self.directory = Directory(self.settings.tenants, replicas=self.settings.replicas)
         self.metrics = Metrics()
         self.admission = Admission(max_in_flight, self.metrics)
         self.scheduler = Scheduler(turns or max_in_flight, max_in_flight, self.metrics)
