@@ -24,7 +24,7 @@ def start(settings: dict[str, Any]) -> Handle:
 
     from mtlora.backbone import identify, resolve
     from mtlora.checkpoint.read import read_checkpoint
-    from mtlora.prompt import encode_prompt
+    from mtlora.prompt import PromptEncoder
     from mtlora.vllm_cpu.precision import engine_dtype
     from mtlora.vllm_plugin import engine_overrides
     from mtlora.vllm_plugin.requests import slot_requests
@@ -50,10 +50,12 @@ def start(settings: dict[str, Any]) -> Handle:
             engine.add_lora(slot)
         tasks |= {task.id: (task, slots[task.id]) for task in manifest.tasks}
 
+    encoder = PromptEncoder(llm.get_tokenizer())
+
     def run(case: dict[str, Any]) -> dict[str, Any]:
         """Answer every request in order, `in_flight` at a time: when one ends, the next begins."""
         requests = case["requests"]
-        prompts = [encode_prompt(llm.get_tokenizer(), tasks[task_id][0].render(text)) for task_id, text in requests]
+        prompts = [encoder.prompt(tasks[task_id][0].render(text)) for task_id, text in requests]
         waiting = iter(range(len(requests)))
         texts = [""] * len(requests)
         completion_tokens = 0

@@ -4,6 +4,7 @@ Shape suffixes: B sequences, L positions, D hidden size, A answer tokens, V voca
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mtlora.backbone import BackboneIdentity, identify
 from mtlora.checkpoint.format import Checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.methods import BaselineConfig, attach_baseline
+from mtlora.prompt import PromptEncoder
 
 
 @dataclass
@@ -25,6 +27,11 @@ class AdaptedModel:
     tokenizer: Any
     adapters: Attachment
     backbone: BackboneIdentity
+
+    @cached_property
+    def prompts(self) -> PromptEncoder:
+        """Makes token ids of prompts and answers."""
+        return PromptEncoder(self.tokenizer)
 
     def answer_states(self, tokens_BL: torch.Tensor, bias_index_B: torch.Tensor, rows_A: torch.Tensor) -> torch.Tensor:
         """Last hidden states [A, D] at flat positions `rows_A`: the vocabulary product runs for these alone.

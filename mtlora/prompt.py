@@ -1,51 +1,180 @@
 """Token ids of prompts and answers: the same rule while training, evaluating and serving."""
 
-from collections.abc import Mapping, Sequence
+import copy
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mtlora.task import TaskSpec
 
+# What a chat template puts around turns where it uses no special tokens: [INST], <<SYS>>, <|user|>.
+_MARK = re.compile(r"<<[^<>\s]+>>|<[^<>\s]+>|\[[^\[\]\s]+\]")
+# By how much a text in UTF-8 shrinks at most: U+212A, three bytes, becomes the letter K.
+_NFC_SHRINKS = 3
+_LOSSLESS_PRE_TOKENIZERS = {"ByteLevel", "Digits", "Metaspace"}
 
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a rendered prompt, with the special tokens that the backbone's tokenizer puts before a text.
+# (text, with the tokens that the tokenizer puts around a text) -> ids.
+_Encode = Callable[[str, bool], list[int]]
 
-    A special token spelled out inside the text is encoded as plain text: no input can forge a turn or an end.
+
+class PromptEncoder:
+    """Encodes for one tokenizer, from any thread.
+
+    A tokenizer has one state for texts whose special tokens count, and one for texts whose do not. Each has a copy of
+    its own here, so that no thread changes what another one's text becomes.
     """
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    if fast is None or fast.truncation or fast.padding:
-        return list(tokenizer(prompt, add_special_tokens=True, split_special_tokens=True)["input_ids"])
-    # The same as the call above without its overhead, which a server pays for every request. Set the flag only if it
-    # differs: no other thread may encode while it changes.
-    if not fast.encode_special_tokens:
-        fast.encode_special_tokens = True
-    return list(fast.encode_batch_fast([prompt], add_special_tokens=True)[0].ids)
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.has_chat_template = bool(getattr(tokenizer, "chat_template", None))
+        self._plain = _encode_with(tokenizer, split_special_tokens=True)
+        self._normalize = _normalizer(tokenizer)
+        self._reserved: tuple[str, ...] = ()
+        if self.has_chat_template:
+            self._with_special = _encode_with(tokenizer, split_special_tokens=False)
+            self._reserved = _reserved(tokenizer, self._normalize)
+        self._reserved_starts = {text[0] for text in self._reserved}
+        self._most_bytes_per_token, self._dropped_bytes = _token_bytes(tokenizer)
+
+    def prompt(self, prompt: str) -> list[int]:
+        """Token ids of a rendered prompt, with the special tokens that the backbone's tokenizer puts before a text.
+
+        A special token spelled out inside the text is encoded as plain text: no input can forge a turn or an end.
+        """
+        return self._plain(prompt, True)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation in the backbone's chat template, ready for the assistant's turn. Raises TemplateError.
+
+        The template spells out special tokens as text, so contents must hold none: see `reserved_in`.
+        """
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return str(text)
+
+    def chat(self, rendered: str) -> list[int]:
+        """Token ids of what `render_chat` gives."""
+        return self._with_special(rendered, False)
+
+    def text(self, text: str) -> list[int]:
+        """Token ids of a text alone, as plain text."""
+        return self._plain(text, False)
+
+    def answer(self, target: str) -> list[int]:
+        """Token ids that a model should generate after the prompt: a blank, the answer, the end-of-sequence token.
+
+        Encoded apart from the prompt: inference encodes the prompt alone, which fixes its last token.
+        """
+        return [*self.text(" " + target), self.tokenizer.eos_token_id]
+
+    def example(
+        self, task: TaskSpec, text: str, target: str, working: str | None = None
+    ) -> tuple[list[int], list[int]]:
+        """(prompt ids, answer ids) of one training example; the answer includes its working, if any."""
+        return self.prompt(task.render(text)), self.answer(task.worked_answer(working, target))
+
+    def reserved_in(self, text: str) -> list[str]:
+        """What a chat's content must not spell out but does, as written or after the tokenizer's normalization.
+
+        Reserved: every special token, and the bracketed marks that the chat template puts around turns.
+        """
+        texts = [text] if self._normalize is None else [text, self._normalize(text)]
+        if not any(start in each for start in self._reserved_starts for each in texts):
+            return []
+        return [token for token in self._reserved if any(token in each for each in texts)]
+
+    def fewest_tokens(self, text: str) -> int:
+        """A lower bound of a text's tokens, without encoding it; 0 where the tokenizer may drop parts of a text."""
+        return math.ceil(len(text.encode().translate(None, self._dropped_bytes)) / self._most_bytes_per_token)
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """Token ids of a conversation in the backbone's chat template, ready for the assistant's turn.
-
-    The template spells out special tokens as text, so contents must hold none: see `special_tokens_in`.
-    """
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def encode_answer(tokenizer: Any, target: str) -> list[int]:
-    """Token ids that a model should generate after the prompt: a blank, the answer, the end-of-sequence token.
-
-    Encoded apart from the prompt: inference encodes the prompt alone, which fixes its last token.
-    """
-    ids = tokenizer(" " + target, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [*ids, tokenizer.eos_token_id]
+def _encode_with(tokenizer: Any, *, split_special_tokens: bool) -> _Encode:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        # Tokenizers in Python take the mode with each call and keep no state.
+        return lambda text, outer: list(
+            tokenizer(text, add_special_tokens=outer, split_special_tokens=split_special_tokens)["input_ids"]
+        )
+    own = copy.deepcopy(backend)
+    own.no_truncation()
+    own.no_padding()
+    own.encode_special_tokens = split_special_tokens
+    # As `tokenizer(text)` without its overhead, which a server pays for every request.
+    return lambda text, outer: list(own.encode_batch_fast([text], add_special_tokens=outer)[0].ids)
 
 
-def special_tokens_in(tokenizer: Any, text: str) -> list[str]:
-    """The backbone's special tokens that `text` spells out."""
-    return sorted(token for token in tokenizer.all_special_tokens if token and token in text)
+def _normalizer(tokenizer: Any) -> Callable[[str], str] | None:
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    return None if normalizer is None else normalizer.normalize_str
 
 
-def encode_example(
-    tokenizer: Any, task: TaskSpec, text: str, target: str, working: str | None = None
-) -> tuple[list[int], list[int]]:
-    """(prompt ids, answer ids) of one training example; the answer includes its working, if any."""
-    return encode_prompt(tokenizer, task.render(text)), encode_answer(tokenizer, task.worked_answer(working, target))
+def _reserved(tokenizer: Any, normalize: Callable[[str], str] | None) -> tuple[str, ...]:
+    found = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    found |= {*tokenizer.all_special_tokens, *_marks(tokenizer)}
+    if normalize is not None:
+        found |= {normalize(text) for text in found}
+    return tuple(sorted(found - {""}))
+
+
+def _marks(tokenizer: Any) -> Iterator[str]:
+    """The marks around the turns of conversations with and without a system message."""
+    from jinja2 import TemplateError
+
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    for messages in ([{"role": "system", "content": "x"}, *turns], turns):
+        try:
+            yield from _MARK.findall(tokenizer.apply_chat_template(messages, tokenize=False))
+        except TemplateError:
+            # Some templates refuse a system message.
+            continue
+
+
+def _token_bytes(tokenizer: Any) -> tuple[float, bytes]:
+    """(most bytes of a text in one token, bytes that become none); infinity where more may be dropped."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or type(backend.model).__name__ != "BPE":
+        return math.inf, b""
+    pre_tokenizers, vocabulary = list(_steps(backend.pre_tokenizer, "pretokenizers")), backend.get_vocab()
+    byte_level = any(step["type"] == "ByteLevel" for step in pre_tokenizers)
+    if (
+        not (byte_level or backend.model.byte_fallback)
+        or not all(map(_keeps_all, pre_tokenizers))
+        or any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values())
+    ):
+        return math.inf, b""
+    names = bytes_to_unicode() if byte_level else {byte: f"<0x{byte:02X}>" for byte in range(256)}
+    shrinks = math.prod(map(_normalizer_shrinks, _steps(backend.normalizer, "normalizers")))
+    longest = max(len(token.encode()) for token in vocabulary)
+    return shrinks * longest, bytes(byte for byte, name in names.items() if name not in vocabulary)
+
+
+def _steps(component: Any, parts: str) -> Iterator[dict[str, Any]]:
+    """The descriptions of a backend's normalizers or pre-tokenizers, sequences resolved."""
+    found = [] if component is None else [json.loads(component.__getstate__())]
+    while found:
+        step = found.pop(0)
+        if step["type"] == "Sequence":
+            found = [*step[parts], *found]
+        else:
+            yield step
+
+
+def _normalizer_shrinks(step: Mapping[str, Any]) -> float:
+    match step:
+        case {"type": "NFC"}:
+            return _NFC_SHRINKS
+        case {"type": "Prepend"}:
+            return 1
+        case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+            return max(1.0, len(old.encode()) / len(new.encode())) if new else math.inf
+        case _:
+            return math.inf
+
+
+def _keeps_all(pre_tokenizer: Mapping[str, Any]) -> bool:
+    return pre_tokenizer["type"] in _LOSSLESS_PRE_TOKENIZERS or (
+        pre_tokenizer["type"] == "Split" and pre_tokenizer["behavior"] != "Removed"
+    )

@@ -93,7 +93,10 @@ class App:
         self._scheduler = Scheduler(turns, max(1, settings.in_flight_limit - turns), self._metrics)
         try:
             self._directory = Directory(
-                settings.tenants, on_change=self._on_tenants, on_failure=self._metrics.tenants_refused.inc
+                settings.tenants,
+                replicas=settings.replicas,
+                on_change=self._on_tenants,
+                on_failure=self._metrics.tenants_refused.inc,
             )
         except TenantsError as error:
             raise StartError(str(error)) from None
@@ -248,7 +251,7 @@ class App:
         """Load into a new engine what served before it, and serve."""
         await self._verifying
         self._inference.engine = engine
-        self._inference.tokenizer = engine.tokenizer
+        self._inference.prompts = engine.prompts
         self._inference.limits = PromptLimits(self._settings.max_model_len, engine.vocab_size)
         await self._adapters.registry.load_all()
         if self._admission.state is State.STARTING:

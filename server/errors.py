@@ -92,10 +92,15 @@ def resource_exhausted(message: str, retry_after_s: float) -> RequestFailedError
     return RequestFailedError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, [_retry_info(retry_after_s)])
 
 
-def quota_exceeded(subject: str, quota: str, retry_after_s: float) -> RequestFailedError:
-    """A request beyond a limit of `subject`, such as `tenant:NAME`; `quota` names the limit and its value."""
+def quota_exceeded(subject: str, quota: str, retry_after_s: float | None) -> RequestFailedError:
+    """A request beyond a limit of `subject`, such as `tenant:NAME`; `quota` names the limit and its value.
+
+    `retry_after_s` is None for a request that no wait helps.
+    """
     violation = error_details_pb2.QuotaFailure.Violation(subject=subject, description=quota)
-    details = [_retry_info(retry_after_s), error_details_pb2.QuotaFailure(violations=[violation])]
+    details: list[Message] = [error_details_pb2.QuotaFailure(violations=[violation])]
+    if retry_after_s is not None:
+        details.insert(0, _retry_info(retry_after_s))
     return RequestFailedError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{subject}: {quota}", details)
 
 

@@ -106,6 +106,9 @@ class Settings(BaseSettings):
         30.0, ge=0, allow_inf_nan=False, description="seconds for running requests to finish after SIGTERM"
     )
     tenants: Path | None = Field(None, description="tenants file; unset: one open tenant, without keys or quotas")
+    replicas: int | None = Field(
+        None, ge=1, description="servers that share the quotas of a tenants file with `quotas: fleet`"
+    )
     tls_certificate: Path | None = Field(None, description="PEM certificate chain of gRPC; unset: no TLS")
     tls_key: Path | None = Field(None, description="PEM private key of the certificate")
     tls_client_ca: Path | None = Field(None, description="PEM authorities that clients' certificates must come from")

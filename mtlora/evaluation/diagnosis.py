@@ -67,7 +67,7 @@ def task_batches(
     """Each task's examples as (batch, mask [B*L] that is False for padding); task indices follow `tasks`."""
     found = []
     for task in tasks:
-        encoded = encode(adapted.tokenizer, tasks, examples[task.id], max_length=1 << 20)
+        encoded = encode(adapted.prompts, tasks, examples[task.id], max_length=1 << 20)
         batch = collate(encoded)
         lengths = torch.tensor([len(example) for example in encoded])
         mask = torch.arange(batch.tokens_BL.shape[1]) < lengths.unsqueeze(1)

@@ -12,7 +12,6 @@ from mtlora.errors import MtLoRAError
 from mtlora.evaluation.generate import greedy_answers
 from mtlora.evaluation.likelihood import likeliest, options_of
 from mtlora.model import AdaptedModel
-from mtlora.prompt import encode_prompt
 from mtlora.suite.base import Example, Suite
 from mtlora.task import TaskSpec, is_correct, normalise_answer
 from mtlora.train.data import cut
@@ -193,7 +192,7 @@ def _encode(
     prompts = []
     for example in examples:
         task = by_id[example.task_id]
-        prompt = encode_prompt(adapted.tokenizer, prompt_of(task, example))
+        prompt = adapted.prompts.prompt(prompt_of(task, example))
         if len(prompt) + task.max_new_tokens > room:
             raise PromptError(
                 f"task {task.id}: prompt of {len(prompt)} tokens and {task.max_new_tokens} new ones; "

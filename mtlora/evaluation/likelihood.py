@@ -43,9 +43,7 @@ def likeliest(
     prefix = list(prompt)
     if with_adapter and task.answer_marker:
         prefix += _working(adapted, task, prompt)
-    choices = [
-        adapted.tokenizer(f" {o}", add_special_tokens=False, split_special_tokens=True)["input_ids"] for o in options
-    ]
+    choices = [adapted.prompts.text(f" {option}") for option in options]
     length = max(map(len, choices))
     # Right-padded: with a causal mask, padding changes nothing before it.
     tokens_BL = torch.tensor([ids + [0] * (length - len(ids)) for ids in choices])

@@ -12,7 +12,6 @@ import torch
 from mtlora.adapter import AdapterSet
 from mtlora.checkpoint.format import Checkpoint
 from mtlora.model import AdaptedModel, load_adapted_model
-from mtlora.prompt import encode_prompt
 
 _COMPARED_PROMPTS = 128
 _COMPARED_AT_ONCE = 8
@@ -47,7 +46,7 @@ def compare(folder: Path, before: Checkpoint, after: Checkpoint, texts: Sequence
     new = AdaptedModel(old.model, old.tokenizer, adapters, old.backbone)
     per_task = max(1, min(len(texts), _COMPARED_PROMPTS // len(before.manifest.tasks)))
     prompts = [
-        (task.id, encode_prompt(old.tokenizer, task.render(dict.fromkeys(task.fields, text))))
+        (task.id, old.prompts.prompt(task.render(dict.fromkeys(task.fields, text))))
         for task in before.manifest.tasks
         for text in texts[:per_task]
     ]

@@ -7,11 +7,10 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from mtlora.prompt import encode_example
+from mtlora.prompt import PromptEncoder
 from mtlora.suite.base import Example, SuiteError
 from mtlora.task import TaskSpec
 
@@ -47,7 +46,7 @@ class Batch:
 
 
 def encode(
-    tokenizer: Any,
+    prompts: PromptEncoder,
     tasks: Sequence[TaskSpec],
     examples: Iterable[Example],
     *,
@@ -63,7 +62,7 @@ def encode(
     encoded = []
     for example in examples:
         task = tasks[index[example.task_id]]
-        prompt, answer = encode_example(tokenizer, task, example.input, example.target, example.working)
+        prompt, answer = prompts.example(task, example.input, example.target, example.working)
         if len(prompt) + len(answer) > max_length:
             if skipped is not None:
                 skipped[task.id] += 1

@@ -2,8 +2,8 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
+from mtlora.prompt import PromptEncoder
 from mtlora.suite.base import Example, Split, Suite, SuiteError
 from mtlora.suite.mix import count_for
 from mtlora.task import TaskSpec
@@ -17,11 +17,11 @@ class RunExamples:
     Raises SuiteError for an example that the configuration does not allow, and for a task without a training example.
     """
 
-    def __init__(self, config: TrainingConfig, suite: Suite, tasks: Sequence[TaskSpec], tokenizer: Any) -> None:
+    def __init__(self, config: TrainingConfig, suite: Suite, tasks: Sequence[TaskSpec], prompts: PromptEncoder) -> None:
         self._config = config
         self._suite = suite
         self._tasks = tasks
-        self._tokenizer = tokenizer
+        self._prompts = prompts
         self.skipped: Counter[str] = Counter()
         # Validation leaves out the same kind of example, but the run reports only what training lacks.
         self.train = self._encode("train", self.skipped)
@@ -49,7 +49,7 @@ class RunExamples:
     def _encode(self, split: Split, skipped: Counter[str]) -> list[Encoded]:
         config = self._config
         return encode(
-            self._tokenizer, self._tasks, self.of(split), max_length=config.max_length,
+            self._prompts, self._tasks, self.of(split), max_length=config.max_length,
             skipped=skipped if config.longer_examples == "skip" else None,
         )  # fmt: skip
 

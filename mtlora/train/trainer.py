@@ -72,7 +72,7 @@ class Trainer:
         self.adapted = new_adapted_model(backbone, config.method, len(self.tasks), dtype)
         if config.init_from is not None:
             warm_start(self.adapted, config.adapter, self.tasks, Path(config.init_from))
-        self.examples = RunExamples(config, self.suite, self.tasks, self.adapted.tokenizer)
+        self.examples = RunExamples(config, self.suite, self.tasks, self.adapted.prompts)
         self.batches = schedule(
             self.examples.train,
             batch_size=config.batch_size,

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from mtlora.prompt import encode_prompt
+from mtlora.prompt import PromptEncoder
 from server.engine import translation
 from server.engine.launch import launch
 from server.engine.processes import EngineProcesses
@@ -63,6 +63,9 @@ class Engine:
     After `lose`, every wait and every later call ends in EngineDeadError.
     """
 
+    # Set by `start`.
+    prompts: PromptEncoder
+
     def __init__(self, settings: Settings, backbone: Path, on_stats: Callable[[EngineStats], None]) -> None:
         self._settings = settings
         self._backbone = backbone
@@ -83,18 +86,13 @@ class Engine:
         """Start the engine's processes and load the backbone. Blocks for long; raises EngineStartError."""
         try:
             self._llm = launch(self._settings, self._backbone, self._record_step)
-            # Set up the tokenizer now: its first use may not happen in two threads at once.
-            encode_prompt(self.tokenizer, "")
+            self.prompts = PromptEncoder(self._llm.get_tokenizer())
             cores = self._llm.engine_core.resources.engine_manager.processes
             self._sentinels = [core.sentinel for core in cores]
             self._processes = EngineProcesses.below(core.pid for core in cores)
         except Exception as error:
             logger.error("the engine did not start", exc_info=True)
             raise EngineStartError(f"the engine did not start: {error}") from error
-
-    @property
-    def tokenizer(self) -> Any:
-        return self._llm.get_tokenizer()
 
     @property
     def vocab_size(self) -> int:

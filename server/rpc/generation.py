@@ -9,7 +9,7 @@ from server.call import Call
 from server.engine import Engine
 from server.job import Delta, FinishReason, GenerationJob, TokenLogprobs
 from server.registry.residency import Residency
-from server.scheduling import Scheduler
+from server.scheduling import Reservation, Scheduler
 from server.telemetry.metrics import Metrics
 
 
@@ -71,10 +71,13 @@ class Generation:
         scheduler: Scheduler,
         residency: Residency,
         emit: Callable[[Delta], None] = lambda _: None,
+        *,
+        reserved: Reservation | None = None,
     ) -> None:
         """Wait for the job's turn and its adapter version, then run it to its end; cancelling aborts it in the engine.
 
         `emit` gets every delta as the engine makes it, with working and answer apart. What it raises ends the job.
+        `reserved`: see `Scheduler.turn`.
         Raises AdapterError where the version cannot be loaded.
         """
         job, call = self.job, self.call
@@ -82,7 +85,7 @@ class Generation:
         call.prompt_tokens += len(job.prompt_ids)
         version = None if job.without_adapter else job.task.version
         splitter = AnswerSplitter(self.marker)
-        async with scheduler.turn(call.tenant, job, call.deadline) as turn:
+        async with scheduler.turn(call.tenant, job, call.deadline, reserved) as turn:
             if call.trace:
                 call.trace.submitted()
             async with (

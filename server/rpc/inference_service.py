@@ -3,8 +3,8 @@
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -13,7 +13,8 @@ from typing import Any
 from mtlora_pb.v1 import inference_pb2 as pb
 from mtlora_pb.v1 import inference_pb2_grpc
 
-from server.call import current_call
+from mtlora.prompt import PromptEncoder
+from server.call import Call, current_call
 from server.engine import Engine
 from server.errors import RequestFailedError, Violation, invalid_argument, task_not_found
 from server.job import ServedTask
@@ -25,6 +26,7 @@ from server.rpc.stream import unhurried
 from server.rpc.validation import PromptLimits, page_size, validate
 from server.scheduling import Scheduler
 from server.scheduling.admission import Admission
+from server.scheduling.fair_thread import FairThread
 from server.telemetry.logs import get_logger
 from server.telemetry.metrics import UNKNOWN_TASK, Metrics
 from server.tenants import Directory
@@ -45,7 +47,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     engine: Engine
     residency: Residency
-    tokenizer: Any
+    prompts: PromptEncoder
     limits: PromptLimits
 
     def __init__(
@@ -63,28 +65,42 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._directory = directory
         self._metrics = metrics
         self._log_prompts = log_prompts
-        # One thread: many large inputs take one core at most.
-        self._tokenizing = ThreadPoolExecutor(1, "tokenize")
+        self._tokenizing = FairThread("tokenize")
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
-        return encoding.response(await self.answer(request, self.find(request.task_id)))
-
-    async def answer(self, request: pb.GenerateRequest, task: ServedTask | None) -> Generation:
-        """Run one request of the current call to its end. `task` is what `find` gives for it."""
-        call = current_call.get()
-        with self._admission.admit(call.tenant):
-            self._scheduler.check_quotas(call.tenant)
-            generation = await self._generation(request, task, _UNARY_DELTA_TOKENS)
+        call, task = current_call.get(), self.find(request.task_id)
+        with self._admitted(call):
+            generation = await self._generation(request, task, _UNARY_DELTA_TOKENS, apart=_is_large(request))
             await generation.run(self.engine, self._scheduler, self.residency)
-            return generation
+            return encoding.response(generation)
+
+    async def answer_batch(self, requests: Sequence[pb.GenerateRequest], task: ServedTask) -> list[Generation]:
+        """Run requests of the current call to their ends. `task` is what `find` gives for them.
+
+        The batch is admitted and charged as a whole before anything of it starts. The first failure ends all of it.
+        """
+        call = current_call.get()
+        self._scheduler.check_batch(call.tenant, len(requests))
+        with self._admitted(call, len(requests)):
+            apart = _is_large(*requests)
+            generations = [await self._generation(each, task, _UNARY_DELTA_TOKENS, apart=apart) for each in requests]
+            with self._scheduler.reserve(call.tenant, [each.job for each in generations]) as reserved:
+                run = partial(Generation.run, engine=self.engine, scheduler=self._scheduler, residency=self.residency)
+                running = [asyncio.create_task(run(each, reserved=reserved)) for each in generations]
+                try:
+                    await asyncio.gather(*running)
+                finally:
+                    for each in running:
+                        each.cancel()
+                    await asyncio.gather(*running, return_exceptions=True)
+            return generations
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, context: Any
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         call, task = current_call.get(), self.find(request.task_id)
-        with self._admission.admit(call.tenant):
-            self._scheduler.check_quotas(call.tenant)
-            generation = await self._generation(request, task, delta_tokens=1)
+        with self._admitted(call):
+            generation = await self._generation(request, task, 1, apart=_is_large(request))
             async with unhurried(partial(generation.run, self.engine, self._scheduler, self.residency)) as deltas:
                 async for delta in deltas:
                     message = encoding.stream_response(delta, generation)
@@ -129,8 +145,21 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         tasks = {task_id: task for task_id, task in self.catalog.tasks.items() if tenant.allows(task_id)}
         return replace(self.catalog, tasks=MappingProxyType(tasks))
 
-    async def _generation(self, request: pb.GenerateRequest, task: ServedTask | None, delta_tokens: int) -> Generation:
-        """A valid request, ready to run. Raises NOT_FOUND or INVALID_ARGUMENT."""
+    @contextmanager
+    def _admitted(self, call: Call, requests: int = 1) -> Iterator[None]:
+        """Hold places for requests of a call, from receipt to end."""
+        with self._admission.admit(call.tenant, requests), self._scheduler.admit(call.tenant, requests):
+            self._scheduler.count_request(call.tenant)
+            self._scheduler.count_batch(call.tenant, requests)
+            yield
+
+    async def _generation(
+        self, request: pb.GenerateRequest, task: ServedTask | None, delta_tokens: int, *, apart: bool
+    ) -> Generation:
+        """A valid request, ready to run. Tokenizes beside the event loop if `apart`.
+
+        Raises NOT_FOUND or INVALID_ARGUMENT.
+        """
         call = current_call.get()
         if task is not None:
             task = self._version_for(request, task)
@@ -138,15 +167,21 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             raise self.not_found(request.task_id)
         # Tenants share no cached blocks, unless their file says so: answer times would tell of another's prompts.
         cache_salt = None if self._directory.current.share_prefix_cache else call.tenant.id
-        arguments = (request, task, self.tokenizer, self.limits, cache_salt, delta_tokens)
-        if request.ByteSize() <= _TOKENIZE_APART_BYTES:
-            job = validate(*arguments)
-        else:
-            job = await asyncio.get_running_loop().run_in_executor(self._tokenizing, validate, *arguments)
+        make = partial(
+            validate,
+            request,
+            task,
+            self.prompts,
+            self.limits,
+            call.tenant,
+            cache_salt=cache_salt,
+            delta_tokens=delta_tokens,
+        )
+        job = await self._tokenizing.run(call.tenant, request.ByteSize(), make) if apart else make()
         if isinstance(job, list):
             raise invalid_argument(job)
         if self._log_prompts:
-            prompt = self.tokenizer.decode(job.prompt_ids)
+            prompt = self.prompts.tokenizer.decode(job.prompt_ids)
             logger.info("prompt", extra={"fields": {"request_id": call.request_id, "prompt": prompt}})
         return Generation(job, call, self._metrics)
 
@@ -157,6 +192,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         if task.version is not None and not request.without_adapter:
             self.residency.prefetch(task.version)
         return task
+
+
+def _is_large(*requests: pb.GenerateRequest) -> bool:
+    """Whether tokenizing the requests would hold up other streams."""
+    return sum(each.ByteSize() for each in requests) > _TOKENIZE_APART_BYTES
 
 
 def _routing_key(request: pb.GenerateRequest) -> bytes:

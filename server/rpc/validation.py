@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from jinja2 import TemplateError
 from mtlora_pb.v1 import inference_pb2 as pb
 
-from mtlora.prompt import encode_chat, encode_prompt, special_tokens_in
+from mtlora.prompt import PromptEncoder
 from mtlora.task import TaskSpec
 from server.errors import Violation
 from server.job import MAX_LOGPROBS, GenerationJob, Sampling, ServedTask
+from server.tenants import OPEN_TENANT, Tenant
 
 MAX_STOP_STRINGS = 8
 MAX_TEMPERATURE = 2.0
@@ -29,32 +29,32 @@ class PromptLimits:
 def validate(
     request: pb.GenerateRequest,
     task: ServedTask | None,
-    tokenizer: Any,
+    prompts: PromptEncoder,
     limits: PromptLimits,
+    tenant: Tenant = OPEN_TENANT,
     cache_salt: str | None = None,
     delta_tokens: int = 1,
 ) -> GenerationJob | list[Violation]:
     """The job that a request asks for, or every violation in it. `task` is None if the request names none."""
     violations = [] if task else [Violation("task_id", "found none; ListTasks has those that can be asked")]
-    violations += _input_violations(request, task.spec if task else None, tokenizer)
-    violations += _parameter_violations(request.parameters)
+    violations += _input_violations(request, task.spec if task else None, prompts)
+    violations += _parameter_violations(request.parameters, tenant)
     if task is None or violations:
         return violations
+    given, longest = str(request.WhichOneof("input")), limits.max_model_len - 1
     try:
-        prompt_ids = _encode(request, task.spec, tokenizer)
+        text = _render(request, task.spec, prompts)
     except TemplateError as error:
         return [Violation("chat.messages", f"the backbone's chat template refuses them: {error}")]
+    # Encoding a text that cannot fit would take long.
+    if (fewest := prompts.fewest_tokens(text)) > longest:
+        return [_too_long(given, f"at least {fewest}", longest)]
+    prompt_ids = prompts.chat(text) if given == "chat" else prompts.prompt(text)
     room = limits.max_model_len - len(prompt_ids)
     if not prompt_ids:
-        return [Violation(request.WhichOneof("input"), "found 0 tokens; allowed: at least 1")]
+        return [Violation(given, "found 0 tokens; allowed: at least 1")]
     if room < 1:
-        return [
-            Violation(
-                request.WhichOneof("input"),
-                f"prompt is too long: found {len(prompt_ids)} tokens with the template; "
-                f"allowed: {limits.max_model_len - 1}",
-            )
-        ]
+        return [_too_long(given, str(len(prompt_ids)), longest)]
     asked = request.parameters.max_new_tokens
     if asked > room:
         return [
@@ -67,11 +67,11 @@ def validate(
     return GenerationJob(
         task=task,
         prompt_ids=tuple(prompt_ids),
-        sampling=_sampling(request.parameters, task.spec, room, limits.vocab_size),
+        sampling=_sampling(request.parameters, task.spec, min(room, tenant.max_new_tokens or room), limits.vocab_size),
         without_adapter=request.without_adapter,
         cache_salt=cache_salt,
         delta_tokens=delta_tokens,
-        strip=request.WhichOneof("input") != "chat",
+        strip=given != "chat",
         include_reasoning=request.include_reasoning,
     )
 
@@ -83,14 +83,16 @@ def page_size(request: pb.ListTasksRequest) -> int | Violation:
     return request.page_size or MAX_PAGE_SIZE
 
 
-def _input_violations(request: pb.GenerateRequest, task: TaskSpec | None, tokenizer: Any) -> Iterator[Violation]:
+def _input_violations(
+    request: pb.GenerateRequest, task: TaskSpec | None, prompts: PromptEncoder
+) -> Iterator[Violation]:
     match request.WhichOneof("input"):
         case "text":
             yield from _text_violations(request.text, task)
         case "fields":
             yield from _fields_violations(request.fields, task)
         case "chat":
-            yield from _chat_violations(request.chat, tokenizer)
+            yield from _chat_violations(request.chat, prompts)
         case _:
             yield Violation("input", "found none; allowed: one of text, chat, fields")
 
@@ -115,8 +117,12 @@ def _fields_violations(fields: pb.TemplateFields, task: TaskSpec | None) -> Iter
                 yield Violation(f"fields.values[{name}]", f"unknown; {takes}")
 
 
-def _chat_violations(chat: pb.Chat, tokenizer: Any) -> Iterator[Violation]:
-    if not getattr(tokenizer, "chat_template", None):
+def _too_long(given: str, found: str, longest: int) -> Violation:
+    return Violation(given, f"prompt is too long: found {found} tokens with the template; allowed: {longest}")
+
+
+def _chat_violations(chat: pb.Chat, prompts: PromptEncoder) -> Iterator[Violation]:
+    if not prompts.has_chat_template:
         yield Violation("chat", "the backbone has no chat template; allowed: text or fields")
     if not chat.messages:
         yield Violation("chat.messages", "found none; allowed: at least one")
@@ -128,19 +134,21 @@ def _chat_violations(chat: pb.Chat, tokenizer: Any) -> Iterator[Violation]:
             yield Violation(f"{where}.role", "found 'system' after the first message; allowed: user, assistant")
         if not message.content.strip():
             yield Violation(f"{where}.content", "found nothing but blanks; allowed: a text")
-        if found := special_tokens_in(tokenizer, message.content):
+        if found := prompts.reserved_in(message.content):
             yield Violation(f"{where}.content", f"found the special token {found[0]}; allowed: a text without any")
     if chat.messages and chat.messages[-1].role in ("system", "assistant"):
         where = f"chat.messages[{len(chat.messages) - 1}]"
         yield Violation(f"{where}.role", f"found {chat.messages[-1].role!r} in the last message; allowed: user")
 
 
-def _parameter_violations(parameters: pb.GenerationParameters) -> Iterator[Violation]:
+def _parameter_violations(parameters: pb.GenerationParameters, tenant: Tenant) -> Iterator[Violation]:
     def out_of(name: str, allowed: str) -> Violation:
         return Violation(f"parameters.{name}", f"found {getattr(parameters, name):g}; allowed: {allowed}")
 
     if parameters.HasField("max_new_tokens") and parameters.max_new_tokens < 1:
         yield out_of("max_new_tokens", "1 or more")
+    if tenant.max_new_tokens is not None and parameters.max_new_tokens > tenant.max_new_tokens:
+        yield out_of("max_new_tokens", f"1 to {tenant.max_new_tokens}, the tenant's max_new_tokens")
     # This order of comparisons refuses NaN.
     if not 0 <= parameters.temperature <= MAX_TEMPERATURE:
         yield out_of("temperature", f"0 to {MAX_TEMPERATURE:g}")
@@ -156,22 +164,25 @@ def _parameter_violations(parameters: pb.GenerationParameters) -> Iterator[Viola
     for index, value in enumerate(stop[: MAX_STOP_STRINGS + 1]):
         if not value:
             yield Violation(f"parameters.stop.values[{index}]", "found an empty string; allowed: 1 character or more")
+    if tenant.max_stop_characters is not None and (found := sum(map(len, stop))) > tenant.max_stop_characters:
+        allowed = f"up to {tenant.max_stop_characters}, the tenant's max_stop_characters"
+        yield Violation("parameters.stop.values", f"found {found} characters in all; allowed: {allowed}")
 
 
-def _encode(request: pb.GenerateRequest, task: TaskSpec, tokenizer: Any) -> list[int]:
+def _render(request: pb.GenerateRequest, task: TaskSpec, prompts: PromptEncoder) -> str:
     match request.WhichOneof("input"):
         case "chat":
             messages = [{"role": message.role, "content": message.content} for message in request.chat.messages]
-            return encode_chat(tokenizer, messages)
+            return prompts.render_chat(messages)
         case "fields":
-            return encode_prompt(tokenizer, task.render(dict(request.fields.values)))
+            return task.render(dict(request.fields.values))
         case _:
-            return encode_prompt(tokenizer, task.render(request.text))
+            return task.render(request.text)
 
 
-def _sampling(parameters: pb.GenerationParameters, task: TaskSpec, room: int, vocab_size: int) -> Sampling:
+def _sampling(parameters: pb.GenerationParameters, task: TaskSpec, most: int, vocab_size: int) -> Sampling:
     return Sampling(
-        max_new_tokens=parameters.max_new_tokens or min(task.max_new_tokens, room),
+        max_new_tokens=parameters.max_new_tokens or min(task.max_new_tokens, most),
         temperature=parameters.temperature,
         top_p=parameters.top_p if parameters.HasField("top_p") else 1.0,
         top_k=min(parameters.top_k, vocab_size),

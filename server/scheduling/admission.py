@@ -29,7 +29,8 @@ class Admission:
         self._max_in_flight = max_in_flight
         self._metrics = metrics
         self._running: set[asyncio.Task[Any]] = set()
-        metrics.in_flight.set_function(lambda: len(self._running))
+        self._in_flight = 0
+        metrics.in_flight.set_function(lambda: self._in_flight)
         self._aborting = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -40,15 +41,19 @@ class Admission:
             raise unavailable(self.state.value, _RETRY_AFTER_S[self.state])
 
     @contextmanager
-    def admit(self, tenant: Tenant) -> Iterator[None]:
-        """Count the current task, one request of a tenant, as in flight. Raises UNAVAILABLE or RESOURCE_EXHAUSTED."""
+    def admit(self, tenant: Tenant, requests: int = 1) -> Iterator[None]:
+        """Count the current task, which runs this many requests of a tenant, as in flight.
+
+        Raises UNAVAILABLE or RESOURCE_EXHAUSTED.
+        """
         self.check_serving()
-        if len(self._running) >= self._max_in_flight:
+        if self._in_flight + requests > self._max_in_flight:
             self._metrics.record_shed(tenant.id, "in_flight")
             raise resource_exhausted(f"{self._max_in_flight} requests are in flight, the most this server admits", 1.0)
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
+        self._in_flight += requests
         self._idle.clear()
         try:
             yield
@@ -58,6 +63,7 @@ class Admission:
             raise
         finally:
             self._running.discard(task)
+            self._in_flight -= requests
             if not self._running:
                 self._idle.set()
 

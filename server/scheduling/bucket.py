@@ -4,7 +4,7 @@
 class TokenBucket:
     """Fills at a rate up to a capacity. It may go into debt, which it pays back before it gives anything again.
 
-    Debt makes it exact for answers, whose length is known at their end. The rate comes with every call: it may change.
+    Debt is for amounts above the capacity, which need a full bucket. The rate comes with every call: it may change.
     """
 
     def __init__(self, now: float) -> None:
@@ -19,6 +19,10 @@ class TokenBucket:
     def take(self, amount: float, rate: float, capacity: float, now: float) -> None:
         """Take `amount`, into debt if need be."""
         self._level = self._refill(rate, capacity, now) - amount
+
+    def give_back(self, amount: float, rate: float, capacity: float, now: float) -> None:
+        """Return what was taken and not used."""
+        self._level = min(capacity, self._refill(rate, capacity, now) + amount)
 
     def _refill(self, rate: float, capacity: float, now: float) -> float:
         # New buckets are full.

@@ -3,8 +3,8 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from server.errors import RequestFailedError, deadline_out_of_reach, quota_exceeded, resource_exhausted
@@ -29,6 +29,13 @@ def engine_turns(max_num_seqs: int) -> int:
     return max_num_seqs + max(2, max_num_seqs // 8)
 
 
+@dataclass
+class Reservation:
+    """Tokens of a tenant's quota that requests may still take."""
+
+    tokens: int
+
+
 @dataclass(eq=False)
 class Turn:
     """A request's stay in the engine. `served` counts its tokens, `aside` lets others run while it waits."""
@@ -36,6 +43,7 @@ class Turn:
     tenant: Tenant
     job: GenerationJob
     deadline: float | None
+    _reserved: Reservation
     _scheduler: "Scheduler"
     _granted: asyncio.Future[None]
     _began: float = 0.0
@@ -60,7 +68,7 @@ class Turn:
         """Count generated tokens; the request's first one came at `first_token_at`, in the clock's seconds."""
         self._first = first_token_at
         self._tokens += tokens
-        self._scheduler.charge(self.tenant, tokens, COMPLETION_COST)
+        self._scheduler.charge(self, tokens, COMPLETION_COST)
 
     @property
     def service(self) -> float:
@@ -70,10 +78,11 @@ class Turn:
 
 @dataclass
 class _Account:
-    """A tenant's buckets and running requests."""
+    """A tenant's buckets, its requests from receipt to end, and those of them that have a turn."""
 
     requests: TokenBucket
     tokens: TokenBucket
+    inside: int = 0
     running: int = 0
 
 
@@ -123,34 +132,84 @@ class Scheduler:
     def _running_by_tenant(self) -> Mapping[str, int]:
         return {name: each.running for name, each in list(self._accounts.items()) if each.running}
 
-    def check_quotas(self, tenant: Tenant) -> None:
-        """Count one request against its tenant's rates. Raises RESOURCE_EXHAUSTED with what is used up, until when."""
-        account, now = self._account(tenant), self.clock()
-        if (rate := tenant.tokens_per_second) is not None:
-            capacity = max(1.0, rate * tenant.burst_seconds)
-            if wait := account.tokens.seconds_until(1.0, rate, capacity, now):
-                raise self._over_quota(tenant, "tokens_per_second", f"{rate:g} tokens_per_second", wait)
+    def count_request(self, tenant: Tenant, n: int = 1) -> None:
+        """Count requests against their tenant's rate, all or none. Raises RESOURCE_EXHAUSTED, with until when."""
         if (rate := tenant.requests_per_second) is not None:
-            capacity = max(1.0, rate * tenant.burst_seconds)
-            if wait := account.requests.seconds_until(1.0, rate, capacity, now):
-                raise self._over_quota(tenant, "requests_per_second", f"{rate:g} requests_per_second", wait)
-            account.requests.take(1.0, rate, capacity, now)
+            self._take_requests(tenant, rate, n, until=n)
+
+    def count_batch(self, tenant: Tenant, size: int) -> None:
+        """Count the others of a batch whose call was counted as one request. Raises RESOURCE_EXHAUSTED."""
+        if (rate := tenant.requests_per_second) is not None and size > 1:
+            # The next attempt is counted as a call again.
+            self._take_requests(tenant, rate, size - 1, until=size)
+
+    def check_batch(self, tenant: Tenant, size: int) -> None:
+        """Raise RESOURCE_EXHAUSTED, without a time to retry, for a batch that no wait lets in as a whole."""
+        waiting = self._max_queued if tenant.max_queue is None else min(tenant.max_queue, self._max_queued)
+        largest = self._most_running(tenant) + waiting
+        if (rate := tenant.requests_per_second) is not None:
+            largest = min(largest, int(_capacity(tenant, rate)))
+        if size > largest:
+            raise self._over_quota(tenant, "batch", f"a batch of {size}, its limits let in {largest} at once", None)
+
+    @contextmanager
+    def admit(self, tenant: Tenant, requests: int = 1) -> Iterator[None]:
+        """Hold places of a tenant from receipt to end: `max_in_flight` and `max_queue` together bound them.
+
+        Raises RESOURCE_EXHAUSTED where its queue is full, or its tokens are used up.
+        """
+        account = self._account(tenant)
+        if tenant.max_queue is not None:
+            free = min(self._turns - self._running, self._most_running(tenant) - account.running)
+            if account.inside - account.running + requests > tenant.max_queue + max(0, free):
+                found = f"{tenant.max_queue} requests in its queue, max_queue"
+                raise self._over_quota(tenant, "max_queue", found, self._retry_s(tenant))
+        if (rate := tenant.tokens_per_second) is not None:
+            self._check_tokens(tenant, rate, 1)
+        account.inside += requests
+        try:
+            yield
+        finally:
+            account.inside -= requests
+
+    @contextmanager
+    def reserve(self, tenant: Tenant, jobs: Sequence[GenerationJob]) -> Iterator[Reservation]:
+        """Set aside what requests may take of `tokens_per_second`: prompts and longest answers, for all or for none.
+
+        What they did not take returns at the end. More than the bucket holds needs a full one and leaves a debt.
+        Raises RESOURCE_EXHAUSTED.
+        """
+        reserved = Reservation(sum(len(job.prompt_ids) + job.sampling.max_new_tokens for job in jobs))
+        if (rate := tenant.tokens_per_second) is None:
+            yield reserved
+            return
+        self._check_tokens(tenant, rate, reserved.tokens)
+        bucket, capacity = self._account(tenant).tokens, _capacity(tenant, rate)
+        bucket.take(reserved.tokens, rate, capacity, self.clock())
+        try:
+            yield reserved
+        finally:
+            bucket.give_back(reserved.tokens, rate, capacity, self.clock())
 
     @asynccontextmanager
-    async def turn(self, tenant: Tenant, job: GenerationJob, deadline: float | None) -> AsyncIterator[Turn]:
+    async def turn(
+        self, tenant: Tenant, job: GenerationJob, deadline: float | None, reserved: Reservation | None = None
+    ) -> AsyncIterator[Turn]:
         """Wait for the request's turn and hold it. `deadline` is in the clock's seconds.
 
+        `reserved` is the reservation that the request shares; without one it reserves for itself.
         Raises DEADLINE_EXCEEDED for a deadline out of reach, and RESOURCE_EXHAUSTED when a line is full.
         """
-        turn = Turn(tenant, job, deadline, self, asyncio.get_running_loop().create_future())
-        self._check_deadline(turn)
-        self._enqueue(turn)
-        try:
-            self._dispatch()
-            await turn._granted
-            yield turn
-        finally:
-            self._leave(turn)
+        with nullcontext(reserved) if reserved else self.reserve(tenant, [job]) as reservation:
+            turn = Turn(tenant, job, deadline, reservation, self, asyncio.get_running_loop().create_future())
+            self._check_deadline(turn)
+            self._enqueue(turn)
+            try:
+                self._dispatch()
+                await turn._granted
+                yield turn
+            finally:
+                self._leave(turn)
 
     def step_aside(self, turn: Turn) -> None:
         """See `Turn.aside`."""
@@ -170,27 +229,22 @@ class Scheduler:
         self._dispatch()
         await back
 
-    def charge(self, tenant: Tenant, tokens: int, cost: float) -> None:
-        """Count tokens against a tenant's quota and its place in the queue."""
-        self._queue.charge(tenant.id, tokens * cost)
-        if (rate := tenant.tokens_per_second) is not None:
-            bucket = self._account(tenant).tokens
-            bucket.take(tokens, rate, max(1.0, rate * tenant.burst_seconds), self.clock())
+    def charge(self, turn: Turn, tokens: int, cost: float) -> None:
+        """Count a request's tokens against what is reserved for it, and its tenant's place in the queue."""
+        self._queue.charge(turn.tenant.id, tokens * cost)
+        turn._reserved.tokens -= tokens
 
     def keep_only(self, tenant_ids: Collection[str]) -> None:
         """Forget every other tenant that has no request here."""
         for name in [name for name in self._accounts if name not in tenant_ids]:
-            if not self._accounts[name].running and not self._queue.queued(name):
+            if not self._accounts[name].inside and not self._queue.queued(name):
                 del self._accounts[name]
                 self._queue.forget(name)
 
     def _enqueue(self, turn: Turn) -> None:
         tenant = turn.tenant
-        free = self._running < self._turns and not self._at_limit(tenant)
-        if tenant.max_queue is not None and not free and self._queue.queued(tenant.id) >= tenant.max_queue:
-            found = f"{tenant.max_queue} requests in its queue, max_queue"
-            raise self._over_quota(tenant, "max_queue", found, self._retry_s(turn))
         self._account(tenant)
+        free = self._running < self._turns and not self._at_limit(tenant)
         self._queue.push(tenant.id, turn, weight=tenant.weight, rank=tenant.priority.rank)
         if len(self._queue) > self._max_queued and not free:
             self._make_room(turn)
@@ -204,7 +258,7 @@ class Scheduler:
         dropped = self._queue.drop_newest(longest)
         self._metrics.record_shed(longest, "queue")
         failure = resource_exhausted(
-            f"{self._max_queued} requests wait, the most this server queues", self._retry_s(dropped)
+            f"{self._max_queued} requests wait, the most this server queues", self._retry_s(dropped.tenant)
         )
         if dropped is newcomer:
             raise failure
@@ -228,7 +282,7 @@ class Scheduler:
             self._occupy(turn)
             self._account(turn.tenant).running += 1
             self._block(turn.tenant)
-            self.charge(turn.tenant, len(turn.job.prompt_ids), PROMPT_COST)
+            self.charge(turn, len(turn.job.prompt_ids), PROMPT_COST)
             turn._granted.set_result(None)
 
     def _occupy(self, turn: Turn) -> None:
@@ -260,6 +314,20 @@ class Scheduler:
     def _at_limit(self, tenant: Tenant) -> bool:
         return tenant.max_in_flight is not None and self._account(tenant).running >= tenant.max_in_flight
 
+    def _most_running(self, tenant: Tenant) -> int:
+        return self._turns if tenant.max_in_flight is None else min(self._turns, tenant.max_in_flight)
+
+    def _take_requests(self, tenant: Tenant, rate: float, n: int, *, until: int) -> None:
+        bucket, capacity, now = self._account(tenant).requests, _capacity(tenant, rate), self.clock()
+        if bucket.seconds_until(n, rate, capacity, now):
+            wait = bucket.seconds_until(until, rate, capacity, now)
+            raise self._over_quota(tenant, "requests_per_second", f"{rate:g} requests_per_second", wait)
+        bucket.take(n, rate, capacity, now)
+
+    def _check_tokens(self, tenant: Tenant, rate: float, tokens: int) -> None:
+        if wait := self._account(tenant).tokens.seconds_until(tokens, rate, _capacity(tenant, rate), self.clock()):
+            raise self._over_quota(tenant, "tokens_per_second", f"{rate:g} tokens_per_second", wait)
+
     def _account(self, tenant: Tenant) -> _Account:
         account = self._accounts.get(tenant.id)
         if account is None:
@@ -271,15 +339,15 @@ class Scheduler:
         job = turn.job
         return self._times.service_s(job.task.spec.id, job.sampling.max_new_tokens, min(self._running, self._turns))
 
-    def _wait_s(self, turn: Turn) -> float:
-        """Seconds until the request would get its turn if it came now; 0 when nothing was measured lately."""
+    def _wait_s(self, tenant: Tenant) -> float:
+        """Seconds until a request that comes now would get its turn; 0 when nothing was measured lately."""
         if self._running < self._turns and not len(self._queue):
             return 0.0
-        ahead = self._queue.ahead_of(turn.tenant.id, weight=turn.tenant.weight, rank=turn.tenant.priority.rank)
+        ahead = self._queue.ahead_of(tenant.id, weight=tenant.weight, rank=tenant.priority.rank)
         return self._times.wait_s(ahead + 1, self._turns) or 0.0
 
-    def _retry_s(self, turn: Turn) -> float:
-        return max(_MIN_RETRY_S, self._wait_s(turn) or 1.0)
+    def _retry_s(self, tenant: Tenant) -> float:
+        return max(_MIN_RETRY_S, self._wait_s(tenant) or 1.0)
 
     def _check_deadline(self, turn: Turn) -> None:
         if turn.deadline is None or (service := self._service_s(turn)) is None:
@@ -287,7 +355,7 @@ class Scheduler:
         left = turn.deadline - self.clock()
         if service > left:
             raise self._out_of_reach(turn, left, service)
-        if (wait := self._wait_s(turn)) + service > left:
+        if (wait := self._wait_s(turn.tenant)) + service > left:
             self._metrics.record_shed(turn.tenant.id, "deadline")
             raise resource_exhausted(
                 f"the deadline is {left:.2f} s away, the queue takes about {wait:.2f} s and the answer {service:.2f} s",
@@ -304,6 +372,13 @@ class Scheduler:
         self._metrics.record_shed(turn.tenant.id, "deadline")
         return deadline_out_of_reach(f"the deadline is {left:.2f} s away, the answer takes about {service:.2f} s")
 
-    def _over_quota(self, tenant: Tenant, quota: str, found: str, retry_s: float) -> RequestFailedError:
+    def _over_quota(self, tenant: Tenant, quota: str, found: str, retry_s: float | None) -> RequestFailedError:
+        """`retry_s` is None where no wait helps."""
         self._metrics.record_quota_refusal(tenant.id, quota)
-        return quota_exceeded(f"tenant:{tenant.id}", found, max(_MIN_RETRY_S, retry_s))
+        retry_s = None if retry_s is None else max(_MIN_RETRY_S, retry_s)
+        return quota_exceeded(f"tenant:{tenant.id}", found, retry_s)
+
+
+def _capacity(tenant: Tenant, rate: float) -> float:
+    """What a bucket of the tenant holds."""
+    return max(1.0, rate * tenant.burst_seconds)

@@ -4,7 +4,7 @@ import re
 from enum import StrEnum
 from fnmatch import translate
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -58,6 +58,9 @@ class Tenant(BaseModel):
     burst_seconds: float = Field(1.0, ge=0.1, le=3600)
     max_in_flight: int | None = Field(None, ge=1)
     max_queue: int | None = Field(None, ge=0)
+    # What one request may ask for. Characters: of its stop strings together.
+    max_new_tokens: int | None = Field(None, ge=1)
+    max_stop_characters: int | None = Field(None, ge=0)
     admin: bool = False
 
     @cached_property
@@ -67,6 +70,14 @@ class Tenant(BaseModel):
     def allows(self, task_id: str) -> bool:
         """Whether the tenant may ask this task."""
         return self._allowed.fullmatch(task_id) is not None
+
+    def share(self, replicas: int) -> "Tenant":
+        """The tenant as one of so many servers treats it: its quotas divided, whole numbers rounded up."""
+        rates = {name: getattr(self, name) for name in ("requests_per_second", "tokens_per_second")}
+        numbers = {name: getattr(self, name) for name in ("max_in_flight", "max_queue")}
+        shares = {name: value / replicas for name, value in rates.items() if value is not None}
+        shares |= {name: -(-value // replicas) for name, value in numbers.items() if value is not None}
+        return self.model_copy(update=shares)
 
 
 # Every caller's tenant if there is no tenants file.
@@ -81,6 +92,16 @@ class TenantsFile(BaseModel):
     tenants: tuple[Tenant, ...] = Field(min_length=1)
     # If false, tenants share no cached blocks: an answer's timing must not reveal another tenant's prompts.
     share_prefix_cache: bool = False
+    # Whether each server grants the quotas, or all servers together.
+    quotas: Literal["replica", "fleet"] = "replica"
+
+    def tenants_of_replica(self, replicas: int | None) -> tuple[Tenant, ...]:
+        """The tenants with the quotas that one of `replicas` servers grants. Raises ValueError."""
+        if self.quotas == "replica":
+            return self.tenants
+        if replicas is None:
+            raise ValueError("quotas: found fleet without the setting replicas; allowed: both, or quotas: replica")
+        return tuple(tenant.share(replicas) for tenant in self.tenants)
 
     @model_validator(mode="after")
     def _identities_are_unique(self) -> "TenantsFile":

@@ -31,8 +31,8 @@ class Tenants:
     open: bool = True
 
 
-def read_tenants(path: Path) -> Tenants:
-    """Read and check a tenants file. Raises TenantsError."""
+def read_tenants(path: Path, replicas: int | None = None) -> Tenants:
+    """Read and check a tenants file. `replicas`: the servers that share quotas of a fleet. Raises TenantsError."""
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise TenantsError(f"{path}: larger than {_MAX_FILE_BYTES} bytes")
@@ -43,10 +43,14 @@ def read_tenants(path: Path) -> Tenants:
         file = TenantsFile.model_validate(found)
     except ValidationError as error:
         raise TenantsError(f"{path}: {describe(error)}") from None
+    try:
+        tenants = file.tenants_of_replica(replicas)
+    except ValueError as error:
+        raise TenantsError(f"{path}: {error}") from None
     return Tenants(
-        by_id=MappingProxyType({tenant.id: tenant for tenant in file.tenants}),
-        by_key_id=MappingProxyType({key.id: (tenant, key) for tenant in file.tenants for key in tenant.api_keys}),
-        by_certificate=MappingProxyType({name: tenant for tenant in file.tenants for name in tenant.certificates}),
+        by_id=MappingProxyType({tenant.id: tenant for tenant in tenants}),
+        by_key_id=MappingProxyType({key.id: (tenant, key) for tenant in tenants for key in tenant.api_keys}),
+        by_certificate=MappingProxyType({name: tenant for tenant in tenants for name in tenant.certificates}),
         share_prefix_cache=file.share_prefix_cache,
         open=False,
     )
@@ -55,22 +59,25 @@ def read_tenants(path: Path) -> Tenants:
 class Directory:
     """Holds the current snapshot; `watch` replaces it while the server runs.
 
-    path: the tenants file; None means one open tenant for ever. on_change gets every new snapshot; on_failure is called
-    once for every refused state of the file. Raises TenantsError if the first read fails.
+    path: the tenants file; None means one open tenant for ever. replicas: the servers that share quotas of a fleet.
+    on_change gets every new snapshot; on_failure is called once for every refused state of the file. Raises
+    TenantsError if the first read fails.
     """
 
     def __init__(
         self,
         path: Path | None,
         *,
+        replicas: int | None = None,
         on_change: Callable[[Tenants], None] = lambda _: None,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self._path = path
+        self._replicas = replicas
         self._on_change = on_change
         self._on_failure = on_failure
         self._seen = signature(path) if path else None
-        self.current = read_tenants(path) if path else Tenants()
+        self.current = read_tenants(path, replicas) if path else Tenants()
 
     def reload_if_changed(self) -> None:
         """Read the file again if it changed; a wrong file is logged and changes nothing."""
@@ -78,7 +85,7 @@ class Directory:
             return
         self._seen = now
         try:
-            tenants = read_tenants(self._path)
+            tenants = read_tenants(self._path, self._replicas)
         except TenantsError as error:
             logger.error("tenants file refused, the old tenants stay", extra={"fields": {"reason": str(error)}})
             self._on_failure()

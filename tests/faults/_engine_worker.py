@@ -57,7 +57,7 @@ def start(given: dict[str, Any]) -> Handle:
     limits = PromptLimits(settings.max_model_len, engine.vocab_size)
 
     def job(task_id: str, text: str) -> GenerationJob:
-        made = validate(make_request(task_id, text, **PARAMETERS), tasks[task_id], engine.tokenizer, limits)
+        made = validate(make_request(task_id, text, **PARAMETERS), tasks[task_id], engine.prompts, limits)
         assert isinstance(made, GenerationJob), made
         return made
 

@@ -5,8 +5,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
+from mtlora.prompt import PromptEncoder
 from server.job import Delta, GenerationJob, ServedTask
 from server.registry.catalog import Catalog
 from server.registry.residency import Residency
@@ -32,6 +33,7 @@ class FakeTokenizer:
 
     chat_template = "yes"
     all_special_tokens = ("<|end|>",)
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(character) for character in text]}
@@ -101,7 +103,7 @@ class Service:
         self, max_in_flight: int = 4, *, log_prompts: bool = False, turns: int | None = None, **settings: Any
     ) -> None:
         self.settings = load_settings({"allow_no_tasks": True, "port": 0, "metrics_port": 0, **settings})
-        self.directory = Directory(self.settings.tenants)
+        self.directory = Directory(self.settings.tenants, replicas=self.settings.replicas)
         self.metrics = Metrics()
         self.admission = Admission(max_in_flight, self.metrics)
         self.scheduler = Scheduler(turns or max_in_flight, max_in_flight, self.metrics)
@@ -113,7 +115,7 @@ class Service:
         self.open_inference = OpenInferenceServicer(self.servicer, self.admission, self.repository)
         self.servicer.engine = self.engine
         self.servicer.residency = Residency(FakeMemory(), capacity=2)
-        self.servicer.tokenizer = FakeTokenizer()
+        self.servicer.prompts = PromptEncoder(FakeTokenizer())
         self.servicer.limits = PromptLimits(max_model_len=64, vocab_size=300)
         self.servicer.catalog = Catalog(
             MappingProxyType({name: ServedTask(entry(name), "alpha", "1", slot=None) for name in ("one", "two")})

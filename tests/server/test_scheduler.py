@@ -1,7 +1,8 @@
 """Quotas, turns, deadlines and full queues, on a clock that a test moves."""
 
 import asyncio
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -45,12 +46,14 @@ def service(metrics: Metrics, tenant: str) -> float:
 
 
 async def hold(scheduler: Scheduler, stack: AsyncExitStack, tenant: Tenant = A, deadline: float | None = None) -> Any:
+    stack.enter_context(scheduler.admit(tenant))
     return await stack.enter_async_context(scheduler.turn(tenant, JOB, deadline))
 
 
 async def wait_for(scheduler: Scheduler, tenant: Tenant, done: list[str], deadline: float | None = None) -> None:
-    async with scheduler.turn(tenant, JOB, deadline):
-        done.append(tenant.id)
+    with scheduler.admit(tenant):
+        async with scheduler.turn(tenant, JOB, deadline):
+            done.append(tenant.id)
 
 
 async def settle() -> None:
@@ -185,15 +188,15 @@ async def test_limits_requests_per_second(clock: Clock) -> None:
     scheduler = make(clock)
     tenant = Tenant(id="a", requests_per_second=2)
     for _ in range(2):
-        scheduler.check_quotas(tenant)
+        scheduler.count_request(tenant)
     with pytest.raises(RequestFailedError) as raised:
-        scheduler.check_quotas(tenant)
+        scheduler.count_request(tenant)
     assert details(raised.value) == (0.5, [("tenant:a", "2 requests_per_second")])
-    scheduler.check_quotas(B)
+    scheduler.count_request(B)
     clock.now += 0.5
-    scheduler.check_quotas(tenant)
+    scheduler.count_request(tenant)
     # A quota that a reload raises holds for the next request.
-    scheduler.check_quotas(Tenant(id="a"))
+    scheduler.count_request(Tenant(id="a"))
 
 
 async def test_limits_tokens_per_second_exactly_in_the_long_run(clock: Clock) -> None:
@@ -202,18 +205,162 @@ async def test_limits_tokens_per_second_exactly_in_the_long_run(clock: Clock) ->
     began, refused, served = clock.now, 0, 0
     while clock.now < began + 100:
         try:
-            scheduler.check_quotas(tenant)
+            async with scheduler.turn(tenant, JOB, None) as turn:
+                turn.served(15, clock.now)
+                served += len(JOB.prompt_ids) + 15
         except RequestFailedError as error:
             retry, quotas = details(error)
             assert quotas == [("tenant:a", "10 tokens_per_second")]
             refused += 1
             clock.now += retry
-            continue
-        async with scheduler.turn(tenant, JOB, None) as turn:
-            turn.served(15, clock.now)
-            served += len(JOB.prompt_ids) + 15
     assert refused > 10
     assert served == pytest.approx(1000, abs=50)
+
+
+async def test_reserves_tokens_of_whole_answers_and_returns_the_rest(clock: Clock) -> None:
+    """A job may take 30 tokens: three of them fill a burst, though none has generated anything."""
+    scheduler = make(clock, turns=8)
+    tenant = Tenant(id="a", tokens_per_second=100)
+    async with AsyncExitStack() as stack:
+        turns = [await hold(scheduler, stack, tenant) for _ in range(3)]
+        with pytest.raises(RequestFailedError) as raised:
+            await hold(scheduler, stack, tenant)
+        assert details(raised.value) == (0.2, [("tenant:a", "100 tokens_per_second")])
+        await hold(scheduler, stack, B)
+        for turn in turns:
+            turn.served(5, clock.now)
+    # 55 tokens are left of 100: 15 went to each.
+    async with AsyncExitStack() as stack:
+        await hold(scheduler, stack, tenant)
+        with pytest.raises(RequestFailedError) as raised:
+            await hold(scheduler, stack, tenant)
+        assert details(raised.value)[0] == pytest.approx(0.05)
+
+
+async def test_a_request_above_the_burst_needs_a_full_bucket(clock: Clock) -> None:
+    scheduler, done = make(clock), list[str]()
+    tenant = Tenant(id="a", tokens_per_second=10)
+    await wait_for(scheduler, tenant, done)
+    # It took 10 tokens, its prompt.
+    with pytest.raises(RequestFailedError) as raised:
+        await wait_for(scheduler, tenant, done)
+    assert details(raised.value)[0] == 0.1
+    with pytest.raises(RequestFailedError) as raised, scheduler.reserve(tenant, [JOB]):
+        pass
+    assert details(raised.value)[0] == 1.0
+    clock.now += 1
+    await wait_for(scheduler, tenant, done)
+    assert done == ["a", "a"]
+
+
+async def test_a_request_that_never_ran_costs_no_tokens(clock: Clock) -> None:
+    scheduler, done = make(clock, turns=1), list[str]()
+    tenant = Tenant(id="a", tokens_per_second=30)
+    async with AsyncExitStack() as stack:
+        await hold(scheduler, stack, B)
+        waiting = asyncio.create_task(wait_for(scheduler, tenant, done))
+        await settle()
+        waiting.cancel()
+        await settle()
+    with scheduler.reserve(tenant, [JOB]):
+        pass
+
+
+@settings(deadline=None)
+@given(
+    rate=st.floats(0.5, 100),
+    burst=st.floats(0.1, 10),
+    requests=st.lists(
+        st.tuples(st.floats(0, 3), st.floats(0, 20), st.integers(1, 60), st.integers(0, 60), st.integers(0, 60)),
+        max_size=40,
+    ),
+)
+def test_reservations_hold_the_rate_and_give_no_credit(
+    rate: float, burst: float, requests: list[tuple[float, float, int, int, int]]
+) -> None:
+    """Each request: seconds since the one before, seconds that it runs, its prompt, longest answer, and answer."""
+    clock = Clock()
+    scheduler, tenant = make(clock), Tenant(id="a", tokens_per_second=rate, burst_seconds=burst)
+    bucket, capacity = scheduler._account(tenant).tokens, max(1.0, rate * burst)
+    running: list[tuple[float, ExitStack, Any, int]] = []
+    began, used, largest = clock.now, 0, 0.0
+
+    def level() -> float:
+        return capacity - bucket.seconds_until(capacity, rate, capacity, clock.now) * rate
+
+    def end(until: float) -> None:
+        nonlocal used
+        for each in sorted(running, key=lambda each: each[0]):
+            at, stack, reserved, answer = each
+            if at > until:
+                continue
+            clock.now = max(clock.now, at)
+            taken, before = reserved.tokens, level()
+            reserved.tokens -= answer
+            stack.close()
+            assert level() == pytest.approx(min(capacity, before + taken - answer), abs=1e-6)
+            used += answer
+            running.remove(each)
+            assert used <= capacity + rate * (clock.now - began) + largest + 1e-3
+
+    for pause, seconds, prompt, longest, answer in requests:
+        end(clock.now + pause)
+        clock.now += pause
+        job = replace(JOB, prompt_ids=(1,) * prompt, sampling=Sampling(max_new_tokens=longest))
+        stack, before = ExitStack(), level()
+        try:
+            reserved = stack.enter_context(scheduler.reserve(tenant, [job]))
+        except RequestFailedError:
+            assert before < min(capacity, prompt + longest)
+            assert level() == pytest.approx(before, abs=1e-6)
+            continue
+        largest = max(largest, prompt + longest)
+        assert level() == pytest.approx(before - prompt - longest, abs=1e-6)
+        running.append((clock.now + seconds, stack, reserved, prompt + min(answer, longest)))
+    end(clock.now + 100)
+    assert not running
+    clock.now += 1e6
+    assert level() == pytest.approx(capacity)
+
+
+async def test_counts_a_tenants_requests_from_receipt(clock: Clock) -> None:
+    """What is tokenized has a place, though it is in no queue yet."""
+    scheduler = make(clock, turns=8)
+    tenant = Tenant(id="a", max_in_flight=2, max_queue=4)
+    with ExitStack() as stack:
+        for _ in range(6):
+            stack.enter_context(scheduler.admit(tenant))
+        with pytest.raises(RequestFailedError) as raised, scheduler.admit(tenant):
+            pass
+        assert details(raised.value)[1] == [("tenant:a", "4 requests in its queue, max_queue")]
+        with scheduler.admit(B):
+            pass
+    with scheduler.admit(tenant, 6):
+        pass
+
+
+async def test_a_batch_is_counted_whole_or_not_at_all(clock: Clock) -> None:
+    scheduler = make(clock, turns=8)
+    tenant = Tenant(id="a", requests_per_second=4, max_in_flight=2, max_queue=3)
+    scheduler.count_request(tenant)
+    scheduler.count_batch(tenant, 2)
+    scheduler.count_request(tenant)
+    with pytest.raises(RequestFailedError) as raised:
+        scheduler.count_batch(tenant, 3)
+    # The next attempt counts as three again: its call, and two more.
+    assert details(raised.value) == (0.5, [("tenant:a", "4 requests_per_second")])
+    clock.now += 0.5
+    scheduler.count_request(tenant)
+    scheduler.count_batch(tenant, 3)
+    scheduler.check_batch(tenant, 4)
+    for limits, largest in (({}, 4), ({"requests_per_second": 100}, 5), ({"burst_seconds": 0.5}, 2)):
+        with pytest.raises(RequestFailedError) as raised:
+            scheduler.check_batch(tenant.model_copy(update=limits), largest + 1)
+        assert f"let in {largest} at once" in raised.value.message
+        assert details(raised.value)[0] == 0
+    scheduler.check_batch(B, 12)
+    with pytest.raises(RequestFailedError):
+        scheduler.check_batch(B, 13)
 
 
 async def test_max_in_flight_delays_only_its_tenant(clock: Clock) -> None:
@@ -306,11 +453,11 @@ async def test_more_urgent_classes_run_first(clock: Clock) -> None:
 async def test_forgets_tenants_that_are_gone(clock: Clock) -> None:
     scheduler, done = make(clock), list[str]()
     tenant = Tenant(id="a", requests_per_second=1)
-    scheduler.check_quotas(tenant)
+    scheduler.count_request(tenant)
     await wait_for(scheduler, tenant, done)
     scheduler.keep_only({"b"})
     # The tenant has a new bucket, which is full.
-    scheduler.check_quotas(tenant)
+    scheduler.count_request(tenant)
 
 
 @settings(deadline=None)

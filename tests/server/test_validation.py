@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +11,7 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from transformers import AutoTokenizer
 
 from mtlora.client import make_request
-from mtlora.prompt import encode_chat, encode_prompt
+from mtlora.prompt import PromptEncoder
 from server.errors import Violation
 from server.job import GenerationJob, ServedTask
 from server.rpc.validation import MAX_STOP_STRINGS, PromptLimits, page_size, validate
@@ -24,8 +24,8 @@ UINT32 = st.integers(0, 2**32 - 1)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(backbone: Path) -> Any:
-    return AutoTokenizer.from_pretrained(backbone)
+def prompts(backbone: Path) -> PromptEncoder:
+    return PromptEncoder(AutoTokenizer.from_pretrained(backbone))
 
 
 def fields(violations: Iterable[Violation] | GenerationJob) -> list[str]:
@@ -38,9 +38,9 @@ def job(result: GenerationJob | list[Violation]) -> GenerationJob:
     return result
 
 
-def test_defaults_come_from_the_task(tokenizer: Any) -> None:
-    made = job(validate(make_request("one", "hello"), ONE, tokenizer, LIMITS))
-    assert list(made.prompt_ids) == encode_prompt(tokenizer, "hello\nAnswer:")
+def test_defaults_come_from_the_task(prompts: PromptEncoder) -> None:
+    made = job(validate(make_request("one", "hello"), ONE, prompts, LIMITS))
+    assert list(made.prompt_ids) == prompts.prompt("hello\nAnswer:")
     # The task's default of 200 tokens does not fit and is cut; only a request's own number is refused.
     assert made.sampling.max_new_tokens == 128 - len(made.prompt_ids)
     assert made.sampling.stop == ("\n",)
@@ -50,28 +50,28 @@ def test_defaults_come_from_the_task(tokenizer: Any) -> None:
     assert not made.without_adapter
 
 
-def test_parameters_replace_defaults(tokenizer: Any) -> None:
+def test_parameters_replace_defaults(prompts: PromptEncoder) -> None:
     request = make_request(
         "one", "hello", max_new_tokens=3, temperature=0.5, top_p=0.5, top_k=10**6, seed=0, stop=[], logprobs=5,
         without_adapter=True,
     )  # fmt: skip
-    made = job(validate(request, ONE, tokenizer, LIMITS))
+    made = job(validate(request, ONE, prompts, LIMITS))
     assert made.without_adapter
     sampling = made.sampling
     assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p) == (3, 0.5, 0.5)
     assert (sampling.top_k, sampling.seed, sampling.stop, sampling.logprobs) == (LIMITS.vocab_size, 0, (), 5)
 
 
-def test_chats_use_the_backbones_template(tokenizer: Any) -> None:
+def test_chats_use_the_backbones_template(prompts: PromptEncoder) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    made = job(validate(make_request("one", messages), ONE, tokenizer, LIMITS))
-    assert list(made.prompt_ids) == encode_chat(tokenizer, messages)
+    made = job(validate(make_request("one", messages), ONE, prompts, LIMITS))
+    assert list(made.prompt_ids) == prompts.chat(prompts.render_chat(messages))
     assert not made.strip
 
 
-def test_fields_fill_the_template(tokenizer: Any) -> None:
-    made = job(validate(make_request("two", {"x": "1", "y": ""}), TWO, tokenizer, LIMITS))
-    assert list(made.prompt_ids) == encode_prompt(tokenizer, "1 and ")
+def test_fields_fill_the_template(prompts: PromptEncoder) -> None:
+    made = job(validate(make_request("two", {"x": "1", "y": ""}), TWO, prompts, LIMITS))
+    assert list(made.prompt_ids) == prompts.prompt("1 and ")
 
 
 @pytest.mark.parametrize(
@@ -91,9 +91,9 @@ def test_fields_fill_the_template(tokenizer: Any) -> None:
     ],
 )
 def test_names_the_violations_of_an_input(
-    tokenizer: Any, task: ServedTask, given_input: Any, expected: list[str]
+    prompts: PromptEncoder, task: ServedTask, given_input: Any, expected: list[str]
 ) -> None:
-    assert fields(validate(make_request(task.spec.id, given_input), task, tokenizer, LIMITS)) == expected
+    assert fields(validate(make_request(task.spec.id, given_input), task, prompts, LIMITS)) == expected
 
 
 @pytest.mark.parametrize(
@@ -112,56 +112,62 @@ def test_names_the_violations_of_an_input(
         {"logprobs": 6},
     ],
 )
-def test_names_the_violation_of_a_parameter(tokenizer: Any, parameters: dict[str, Any]) -> None:
+def test_names_the_violation_of_a_parameter(prompts: PromptEncoder, parameters: dict[str, Any]) -> None:
     (name,) = parameters
-    result = validate(make_request("one", "hello", **parameters), ONE, tokenizer, LIMITS)
+    result = validate(make_request("one", "hello", **parameters), ONE, prompts, LIMITS)
     assert fields(result) == [f"parameters.{name}"]
 
 
-def test_names_the_violations_of_stop_strings(tokenizer: Any) -> None:
-    result = validate(make_request("one", "x", stop=["a", ""]), ONE, tokenizer, LIMITS)
+def test_names_the_violations_of_stop_strings(prompts: PromptEncoder) -> None:
+    result = validate(make_request("one", "x", stop=["a", ""]), ONE, prompts, LIMITS)
     assert fields(result) == ["parameters.stop.values[1]"]
-    result = validate(make_request("one", "x", stop=["a"] * 9), ONE, tokenizer, LIMITS)
+    result = validate(make_request("one", "x", stop=["a"] * 9), ONE, prompts, LIMITS)
     assert fields(result) == ["parameters.stop.values"]
 
 
-def test_names_all_violations_at_once(tokenizer: Any) -> None:
+def test_names_all_violations_at_once(prompts: PromptEncoder) -> None:
     request = make_request("", "", temperature=3.0, top_p=2.0, logprobs=9, max_new_tokens=0)
-    assert fields(validate(request, None, tokenizer, LIMITS)) == [
+    assert fields(validate(request, None, prompts, LIMITS)) == [
         "task_id", "text", "parameters.max_new_tokens", "parameters.temperature", "parameters.top_p",
         "parameters.logprobs",
     ]  # fmt: skip
-    assert fields(validate(pb.GenerateRequest(), None, tokenizer, LIMITS)) == ["task_id", "input"]
+    assert fields(validate(pb.GenerateRequest(), None, prompts, LIMITS)) == ["task_id", "input"]
 
 
-def test_refuses_a_long_prompt_with_tokens_found_and_allowed(tokenizer: Any) -> None:
+def test_refuses_a_long_prompt_with_tokens_found_and_allowed(prompts: PromptEncoder) -> None:
     text = "word " * 300
-    found = len(encode_prompt(tokenizer, f"{text}\nAnswer:"))
-    (violation,) = validate(make_request("one", text), ONE, tokenizer, LIMITS)
+    found = len(prompts.prompt(f"{text}\nAnswer:"))
+    (violation,) = validate(make_request("one", text), ONE, prompts, LIMITS)
     assert violation.field == "text"
     assert f"found {found} tokens" in violation.description
     assert "allowed: 127" in violation.description
 
 
-def test_refuses_chats_without_a_chat_template(tokenizer: Any) -> None:
+def test_refuses_chats_without_a_chat_template(prompts: PromptEncoder) -> None:
     class Plain:
         chat_template = None
         all_special_tokens = ()
+        added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
-    assert fields(validate(make_request("one", [{"role": "user", "content": "x"}]), ONE, Plain(), LIMITS)) == ["chat"]
+    assert fields(
+        validate(make_request("one", [{"role": "user", "content": "x"}]), ONE, PromptEncoder(Plain()), LIMITS)
+    ) == ["chat"]
 
 
-def test_names_the_templates_refusal_of_a_chat(tokenizer: Any) -> None:
+def test_names_the_templates_refusal_of_a_chat(prompts: PromptEncoder) -> None:
     from jinja2 import TemplateError
 
     class Strict:
         chat_template = "strict"
         all_special_tokens = ()
+        added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
         def apply_chat_template(self, *_: Any, **__: Any) -> str:
             raise TemplateError("roles must alternate")
 
-    (violation,) = validate(make_request("one", [{"role": "user", "content": "x"}]), ONE, Strict(), LIMITS)
+    (violation,) = validate(
+        make_request("one", [{"role": "user", "content": "x"}]), ONE, PromptEncoder(Strict()), LIMITS
+    )
     assert violation.field == "chat.messages"
     assert "roles must alternate" in violation.description
 
@@ -215,9 +221,11 @@ def requests(draw: st.DrawFn) -> pb.GenerateRequest:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(request=requests())
-def test_any_request_becomes_a_job_within_the_limits_or_violations(tokenizer: Any, request: pb.GenerateRequest) -> None:
+def test_any_request_becomes_a_job_within_the_limits_or_violations(
+    prompts: PromptEncoder, request: pb.GenerateRequest
+) -> None:
     task = {"one": ONE, "two": TWO}.get(request.task_id)
-    result = validate(request, task, tokenizer, LIMITS)
+    result = validate(request, task, prompts, LIMITS)
     if isinstance(result, list):
         assert result
         assert all(violation.field and violation.description for violation in result)
@@ -238,7 +246,7 @@ def test_any_request_becomes_a_job_within_the_limits_or_violations(tokenizer: An
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=200))
-def test_any_bytes_that_parse_become_a_job_or_violations(tokenizer: Any, data: bytes) -> None:
+def test_any_bytes_that_parse_become_a_job_or_violations(prompts: PromptEncoder, data: bytes) -> None:
     from google.protobuf.message import DecodeError
 
     request = pb.GenerateRequest()
@@ -246,4 +254,4 @@ def test_any_bytes_that_parse_become_a_job_or_violations(tokenizer: Any, data: b
         request.ParseFromString(data)
     except DecodeError:
         return
-    assert validate(request, ONE, tokenizer, LIMITS)
+    assert validate(request, ONE, prompts, LIMITS)

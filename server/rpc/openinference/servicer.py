@@ -1,7 +1,5 @@
 """The GRPCInferenceService: each method turns its request into one of the native service, and the answer back."""
 
-import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 from mtlora_pb.v1 import inference_pb2 as native
@@ -12,7 +10,6 @@ from mtlora import __version__
 from server.call import current_call
 from server.errors import Violation, invalid_argument, task_not_found
 from server.job import ServedTask
-from server.rpc.generation import Generation
 from server.rpc.inference_service import InferenceServicer
 from server.rpc.openinference import parameters, tensors
 from server.rpc.openinference.repository import Repository
@@ -62,7 +59,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
         self._admission.check_serving()
         task = self._task(request.model_name, request.model_version)
-        generations = await self._answer_all(_requests(request, task), task)
+        generations = await self._service.answer_batch(_requests(request, task), task)
         response = pb.ModelInferResponse(
             model_name=task.spec.id, model_version=generations[0].job.task.adapter_version, id=request.id
         )
@@ -115,16 +112,6 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         if not name:
             raise invalid_argument([Violation("model_name", "found none; allowed: a model's name")])
         return name
-
-    async def _answer_all(self, requests: Sequence[native.GenerateRequest], task: ServedTask) -> list[Generation]:
-        """Every element's answer. The first failure fails the whole request and ends the other elements."""
-        running = [asyncio.create_task(self._service.answer(request, task)) for request in requests]
-        try:
-            return list(await asyncio.gather(*running))
-        finally:
-            for each in running:
-                each.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
 
 
 def _requests(request: pb.ModelInferRequest, task: ServedTask) -> list[native.GenerateRequest]:

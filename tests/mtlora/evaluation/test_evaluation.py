@@ -30,7 +30,6 @@ from mtlora.evaluation.evaluate import (
 from mtlora.evaluation.generate import greedy_answers, greedy_tokens
 from mtlora.evaluation.likelihood import likeliest, options_of
 from mtlora.model import AdaptedModel, adapter_tensors, new_adapted_model
-from mtlora.prompt import encode_prompt
 from mtlora.suite import Example, FolderSuite
 
 CONFIG = MtLoRAConfig(r=4, num_experts=2, num_groups=2)
@@ -65,7 +64,7 @@ def test_a_batch_gives_each_sequence_its_own_answer(adapted: AdaptedModel) -> No
     """Sequences end at different lengths, so the batch shrinks on the way."""
     texts = ["a", "the quick brown fox", "1 2 3", "if you follow these", "x y", "Question: who?", "So", "In a row"]
     tasks = [TASKS[i % 2].model_copy(update={"max_new_tokens": 1 + 3 * (i % 4)}) for i in range(len(texts))]
-    prompts = [encode_prompt(adapted.tokenizer, text) for text in texts]
+    prompts = [adapted.prompts.prompt(text) for text in texts]
     together = greedy_tokens(adapted, tasks, prompts)
     alone = [greedy_tokens(adapted, [t], [p])[0] for t, p in zip(tasks, prompts, strict=True)]
     assert together == alone
@@ -75,7 +74,7 @@ def test_a_batch_gives_each_sequence_its_own_answer(adapted: AdaptedModel) -> No
 
 
 def test_answers_leave_out_working_except_from_the_backbone_alone(adapted: AdaptedModel) -> None:
-    prompts = [encode_prompt(adapted.tokenizer, "the quick brown fox")]
+    prompts = [adapted.prompts.prompt("the quick brown fox")]
     plain = TaskEntry(id="t", description="d", max_new_tokens=12, stop=("never",), bias_index=1)
     (text,) = greedy_answers(adapted, [plain], prompts)
     marker = text[len(text) // 2]
@@ -106,7 +105,7 @@ def test_likeliest_equals_scoring_each_option(adapted: AdaptedModel, with_adapte
     """Compares with one plain forward pass per option; options have different lengths."""
     tokenizer, options = adapted.tokenizer, ("Yes", "a longer one", "(B)", "No")
     for text in ("first", "the second prompt", "and a third"):
-        prompt = encode_prompt(tokenizer, text)
+        prompt = adapted.prompts.prompt(text)
         sums = []
         for option in options:
             ids = tokenizer(f" {option}", add_special_tokens=False)["input_ids"]
@@ -122,7 +121,7 @@ def test_likeliest_equals_scoring_each_option(adapted: AdaptedModel, with_adapte
 
 
 def test_likelihood_is_measured_after_the_adapters_working(adapted: AdaptedModel) -> None:
-    prompt = encode_prompt(adapted.tokenizer, "the quick brown fox")
+    prompt = adapted.prompts.prompt("the quick brown fox")
     plain = TASKS[1].model_copy(update={"max_new_tokens": 12, "stop": ("never",)})
     (generated,) = greedy_tokens(adapted, [plain], [prompt])
     marker = adapted.tokenizer.decode(generated[5:6]).strip()

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtlora.prompt import PromptEncoder
 from mtlora.suite.base import Example, SuiteError
 from mtlora.task import TaskSpec, TemplateError
 from mtlora.train.data import Encoded, collate, encode, schedule
@@ -70,13 +71,13 @@ class Characters:
 def test_encode_refuses_an_example_that_is_too_long(text: str, target: str, message: str) -> None:
     task = TaskSpec(id="t", description="d", max_new_tokens=8)
     with pytest.raises(SuiteError, match=message):
-        encode(Characters(), [task], [Example("t", text, target)], max_length=64)
+        encode(PromptEncoder(Characters()), [task], [Example("t", text, target)], max_length=64)
 
 
 def test_encode_refuses_a_template_of_several_fields() -> None:
     task = TaskSpec(id="t", description="d", template="{input} {context}")
     with pytest.raises(TemplateError, match="task t takes fields input, context, not one text"):
-        encode(Characters(), [task], [Example("t", "x", "y")], max_length=64)
+        encode(PromptEncoder(Characters()), [task], [Example("t", "x", "y")], max_length=64)
 
 
 def test_padding_does_not_change_logits(tiny_backbone) -> None:
