@@ -13,6 +13,7 @@ from typing import Any
 from mtlora_pb.v1 import inference_pb2 as pb
 from mtlora_pb.v1 import inference_pb2_grpc
 
+from server.accounting import Usage
 from server.call import current_call
 from server.engine import Engine
 from server.errors import RequestFailedError, Violation, invalid_argument, task_not_found
@@ -54,6 +55,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         metrics: Metrics,
         scheduler: Scheduler,
         directory: Directory,
+        usage: Usage,
         *,
         log_prompts: bool = False,
     ) -> None:
@@ -61,6 +63,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._admission = admission
         self._scheduler = scheduler
         self._directory = directory
+        self._usage = usage
         self._metrics = metrics
         self._log_prompts = log_prompts
         # One thread: many large inputs take one core at most.
@@ -73,6 +76,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """Run one request of the current call to its end. `task` is what `find` gives for it."""
         call = current_call.get()
         with self._admission.admit(call.tenant):
+            self._usage.check(call.tenant)
             self._scheduler.check_quotas(call.tenant)
             generation = await self._generation(request, task, _UNARY_DELTA_TOKENS)
             await generation.run(self.engine, self._scheduler, self.residency)
@@ -83,10 +87,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         call, task = current_call.get(), self.find(request.task_id)
         with self._admission.admit(call.tenant):
+            self._usage.check(call.tenant)
             self._scheduler.check_quotas(call.tenant)
             generation = await self._generation(request, task, delta_tokens=1)
             async with unhurried(partial(generation.run, self.engine, self._scheduler, self.residency)) as deltas:
                 async for delta in deltas:
+                    if delta.finish_reason:
+                        call.count_in(self._usage)
                     message = encoding.stream_response(delta, generation)
                     # Most deltas of working have nothing for the reader.
                     if message.ByteSize() or generation.marker is None:

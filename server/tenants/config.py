@@ -58,11 +58,21 @@ class Tenant(BaseModel):
     burst_seconds: float = Field(1.0, ge=0.1, le=3600)
     max_in_flight: int | None = Field(None, ge=1)
     max_queue: int | None = Field(None, ge=0)
+    # Budgets of a day and of a calendar month, in UTC.
+    daily_requests: int | None = Field(None, ge=0)
+    daily_tokens: int | None = Field(None, ge=0)
+    monthly_requests: int | None = Field(None, ge=0)
+    monthly_tokens: int | None = Field(None, ge=0)
     admin: bool = False
 
     @cached_property
     def _allowed(self) -> re.Pattern[str]:
         return re.compile("|".join(translate(pattern) for pattern in self.tasks) or "(?!)")
+
+    @cached_property
+    def has_budget(self) -> bool:
+        budgets = (self.daily_requests, self.daily_tokens, self.monthly_requests, self.monthly_tokens)
+        return any(budget is not None for budget in budgets)
 
     def allows(self, task_id: str) -> bool:
         """Whether the tenant may ask this task."""
@@ -71,6 +81,8 @@ class Tenant(BaseModel):
 
 # Every caller's tenant if there is no tenants file.
 OPEN_TENANT = Tenant(id="open", admin=True)
+# Stands for the caller of a call that has not authenticated.
+UNAUTHENTICATED = Tenant(id="unauthenticated", tasks=())
 
 
 class TenantsFile(BaseModel):
@@ -84,7 +96,7 @@ class TenantsFile(BaseModel):
 
     @model_validator(mode="after")
     def _identities_are_unique(self) -> "TenantsFile":
-        seen: dict[tuple[str, str], str] = {}
+        seen: dict[tuple[str, str], str] = {("tenant id", UNAUTHENTICATED.id): "no"}
         for tenant in self.tenants:
             if not tenant.api_keys and not tenant.certificates:
                 raise ValueError(
