@@ -4,8 +4,8 @@ audit.py     a line for every administrative call      usage.py    what each ten
 journal.py   a record for every answered call          totals.py   the records' sums by hour, tenant and task
 """
 
-from server.accounting.audit import AuditedCall, AuditError, AuditLog
+from server.accounting.audit import AUDITED, AuditedCall, AuditError, AuditLog
 from server.accounting.journal import Counts
 from server.accounting.usage import Usage, UsageError
 
-__all__ = ["AuditError", "AuditLog", "AuditedCall", "Counts", "Usage", "UsageError"]
+__all__ = ["AUDITED", "AuditError", "AuditLog", "AuditedCall", "Counts", "Usage", "UsageError"]

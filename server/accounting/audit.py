@@ -24,7 +24,8 @@ from server.telemetry.metrics import Metrics
 logger = get_logger("audit")
 
 STDERR = "stderr"
-_AUDITED = ("/mtlora.v1.Adapters/", "/mtlora.v1.Usage/", "/inference.GRPCInferenceService/Repository")
+# Methods whose calls are written down.
+AUDITED = ("/mtlora.v1.Adapters/", "/mtlora.v1.Usage/", "/inference.GRPCInferenceService/Repository")
 # Calls that change something, and the one that may last for days.
 _RECEIVED_TOO = {
     *(f"/mtlora.v1.Adapters/{name}" for name in ("Load", "Unload", "Pin", "Unpin", "Rollback", "SetWeights", "Watch")),
@@ -58,8 +59,8 @@ class AuditLog:
                 raise AuditError(f"audit_log: {path}: {error}") from None
 
     def call(self, rpc: str, request_id: str, context: Any) -> "AuditedCall | None":
-        """The lines of one call of a method such as /mtlora.v1.Adapters/Load; None if it gets none."""
-        if not self._thread or not rpc.startswith(_AUDITED):
+        """The lines of one call of a method in AUDITED; None if there is no log."""
+        if not self._thread:
             return None
         return AuditedCall(self, rpc, {"request_id": request_id, "method": rpc[1:], "peer": context.peer()})
 

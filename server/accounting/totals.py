@@ -69,7 +69,7 @@ class Totals:
         self._database = sqlite3.connect(
             folder / "usage.db" if folder else ":memory:", isolation_level=None, check_same_thread=False
         )
-        # WAL: a reader of the file, such as a backup, does not hold up the writer. FULL: commits survive a loss of power.
+        # WAL: a backup that reads the file does not hold up the writer. FULL: a commit survives a loss of power.
         self._database.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;" + _SCHEMA)
         if not self._database.execute("SELECT 1 FROM since").fetchone():
             with self._transaction():

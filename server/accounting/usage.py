@@ -47,6 +47,8 @@ class Usage:
         # The database's own thread.
         self._thread = ThreadPoolExecutor(1, "usage")
         self._closed = False
+        # As many records wait for the disk as may.
+        self.stuck = False
         try:
             if folder:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -78,11 +80,12 @@ class Usage:
         self._append(Record(at, tenant, task, counts).line())
 
     def check(self, tenant: Tenant) -> None:
-        """Raise RESOURCE_EXHAUSTED if a budget of the tenant is used up. Running calls may exceed it."""
-        if self._journal.full:
+        """Raise RESOURCE_EXHAUSTED if a budget of the tenant is used up, UNAVAILABLE if usage cannot be recorded.
+
+        What runs may exceed a budget: a call counts at its end.
+        """
+        if self.stuck:
             raise unavailable("the server cannot record usage", 10.0)
-        if not tenant.has_budget:
-            return
         now = int(self._clock())
         for period, name in zip(self._periods_of(now), ("daily", "monthly"), strict=True):
             spent = self._spent.get((tenant.id, period))
@@ -151,6 +154,7 @@ class Usage:
         except OSError as error:
             self._metrics.record_accounting_failure("usage")
             logger.error("usage not recorded yet", extra={"fields": {"reason": str(error)}})
+        self.stuck = self._journal.full
 
     def _periods_of(self, at: int) -> tuple[str, str]:
         """The day and the month; a clock that goes back finds its earlier day's usage again."""

@@ -76,7 +76,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """Run one request of the current call to its end. `task` is what `find` gives for it."""
         call = current_call.get()
         with self._admission.admit(call.tenant):
-            self._usage.check(call.tenant)
+            if call.tenant.has_budget or self._usage.stuck:
+                self._usage.check(call.tenant)
             self._scheduler.check_quotas(call.tenant)
             generation = await self._generation(request, task, _UNARY_DELTA_TOKENS)
             await generation.run(self.engine, self._scheduler, self.residency)
@@ -87,7 +88,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         call, task = current_call.get(), self.find(request.task_id)
         with self._admission.admit(call.tenant):
-            self._usage.check(call.tenant)
+            if call.tenant.has_budget or self._usage.stuck:
+                self._usage.check(call.tenant)
             self._scheduler.check_quotas(call.tenant)
             generation = await self._generation(request, task, delta_tokens=1)
             async with unhurried(partial(generation.run, self.engine, self._scheduler, self.residency)) as deltas:

@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 
-from server.accounting import AuditLog, Usage
+from server.accounting import AUDITED, AuditLog, Usage
 from server.call import Call, current_call
 from server.errors import DETAILS_KEY, RequestFailedError, Violation, from_exception, invalid_argument, slow_reader
 from server.telemetry.logs import get_logger
@@ -108,7 +108,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # Probes come every few seconds: no traces of them.
         if self._tracer and not is_open:
             call.trace = self._tracer.begin(rpc, request_id, metadata)
-        call.audited = self._audit.call(rpc, request_id, context)
+        if rpc.startswith(AUDITED):
+            call.audited = self._audit.call(rpc, request_id, context)
         current_call.set(call)
         trailer = ((REQUEST_ID_KEY, request_id),)
         context.set_trailing_metadata(trailer)

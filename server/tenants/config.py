@@ -96,8 +96,10 @@ class TenantsFile(BaseModel):
 
     @model_validator(mode="after")
     def _identities_are_unique(self) -> "TenantsFile":
-        seen: dict[tuple[str, str], str] = {("tenant id", UNAUTHENTICATED.id): "no"}
+        seen: dict[tuple[str, str], str] = {}
         for tenant in self.tenants:
+            if tenant.id == UNAUTHENTICATED.id:
+                raise ValueError(f"tenant id {tenant.id!r} is taken: logs and metrics name callers without a key so")
             if not tenant.api_keys and not tenant.certificates:
                 raise ValueError(
                     f"tenant {tenant.id} has neither api_keys nor certificates; allowed: one of them at least"
