@@ -12,6 +12,7 @@ from typing import Any
 import uvloop
 
 from mtlora.backbone import BackboneError, resolve
+from server.accounting import AuditError, AuditLog, Usage, UsageError
 from server.engine import (
     Engine,
     EngineFailure,
@@ -30,6 +31,7 @@ from server.rpc.interceptor import CallInterceptor
 from server.rpc.listening import Listening
 from server.rpc.openinference import OpenInferenceServicer, Repository
 from server.rpc.tls import TLSError
+from server.rpc.usage_service import UsageServicer
 from server.rpc.validation import PromptLimits
 from server.scheduling import Scheduler
 from server.scheduling.admission import Admission, State
@@ -98,11 +100,18 @@ class App:
                 on_change=self._on_tenants,
                 on_failure=self._metrics.tenants_refused.inc,
             )
-        except TenantsError as error:
+            self._audit = AuditLog(settings.audit_log, self._metrics)
+            self._usage = Usage(settings.usage_dir, self._metrics)
+        except (TenantsError, AuditError, UsageError) as error:
             raise StartError(str(error)) from None
         self._on_tenants(self._directory.current)
         self._inference = InferenceServicer(
-            self._admission, self._metrics, self._scheduler, self._directory, log_prompts=settings.log_prompts
+            self._admission,
+            self._metrics,
+            self._scheduler,
+            self._directory,
+            self._usage,
+            log_prompts=settings.log_prompts,
         )
         self._adapters_service = AdaptersServicer(self._admission)
         repository = Repository(lambda: self._adapters_service.registry)
@@ -110,6 +119,7 @@ class App:
         self._health = Health()
         # Closed at every end, an early one too.
         self._on_disk = contextlib.ExitStack()
+        self._on_disk.callback(self._usage.close)
 
     async def run(self, ready: Callable[[str], None]) -> int:
         """Serve until a signal; returns the exit status."""
@@ -148,6 +158,7 @@ class App:
             self._run_beside("supervisor", self._supervise()),
             self._run_beside("adapters", self._adapters.registry.run(self._settings.adapters_poll_s)),
             self._run_beside("tenants", self._directory.watch()),
+            self._run_beside("usage", self._usage.run()),
             self._run_beside("engine metrics", self._poll_workers()),
             self._run_beside("loop delay", watch_loop(self._metrics.loop_delay.observe)),
         ]
@@ -179,13 +190,17 @@ class App:
             self._metrics,
             Authenticator(self._directory).tenant,
             self._tracer,
+            usage=self._usage,
+            audit=self._audit,
             slow_reader_s=self._settings.slow_reader_s,
         )
         try:
             listening = Listening(self._settings, interceptor)
         except TLSError as error:
             raise StartError(str(error)) from None
-        listening.add(self._inference, self._adapters_service, self._open_inference, self._health)
+        listening.add(
+            self._inference, self._adapters_service, UsageServicer(self._usage), self._open_inference, self._health
+        )
         try:
             address = listening.bind()
         except OSError as error:

@@ -80,5 +80,7 @@ class Delta:
     # engine keeps no statistics.
     scheduled_at: float | None = None
     first_token_at: float | None = None
+    # Of the prompt's tokens, those that the engine found in its prefix cache.
+    cached_tokens: int = 0
     # The working, until the marker comes. `Generation` sets it; the engine does not know the marker.
     reasoning: str = ""

@@ -137,6 +137,13 @@ class Settings(BaseSettings):
     trace_sample_ratio: float = Field(1.0, ge=0, le=1, description="share of requests that are traced")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
     log_prompts: bool = Field(False, description="log prompts too")
+    audit_log: str | None = Field(
+        None, min_length=1, description='file for a line on every administrative call, or "stderr"; unset: none'
+    )
+    usage_dir: Path | None = Field(
+        None,
+        description="folder for each tenant's usage, one a server; unset: usage is counted in memory, budgets too",
+    )
 
     @field_validator("adapters", mode="before")
     @classmethod

@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
+from datetime import UTC, datetime
 from typing import Any, Self
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from mtlora_pb.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2_grpc
+from mtlora_pb.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2_grpc, usage_pb2, usage_pb2_grpc
 from mtlora_pb.v1 import inference_pb2 as pb
 
 from mtlora.client.access import OPEN, Access
@@ -36,6 +37,7 @@ class Client(_Connection):
         super().__init__(grpc, address, access)
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._adapters = adapters_pb2_grpc.AdaptersStub(self._channel)
+        self._usage = usage_pb2_grpc.UsageStub(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -107,6 +109,21 @@ class Client(_Connection):
             call.initial_metadata()
         return _read(call)
 
+    def usage(
+        self,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        tenant: str = "",
+        task: str = "",
+        by: str = "day",
+    ) -> "UsageReport":
+        """What tenants used of tasks in a span, summed up by hour, day, month or "total"."""
+        request = usage_pb2.ReadUsageRequest(
+            since=since, until=until, tenant=tenant, task=task, granularity=f"USAGE_GRANULARITY_{by.upper()}"
+        )
+        return UsageReport(self._usage.Read(request, metadata=self._metadata))
+
     def is_serving(self, service: str = "", timeout: float = 2.0) -> bool:
         """Whether a service is healthy; False if the server cannot be reached."""
         try:
@@ -126,6 +143,21 @@ class Client(_Connection):
     def _call(self, rpc: Any, request: Any) -> Any:
         with server_errors():
             return rpc(request, metadata=self._metadata)
+
+
+class UsageReport:
+    """The sums, as they come; usage before `counted_since` (UTC) was not counted, and ends with the server's process
+    unless `durable`."""
+
+    def __init__(self, call: Any) -> None:
+        self._messages = _read(call)
+        first = next(self._messages)
+        self.counted_since: datetime = first.counted_since.ToDatetime(UTC)
+        self.durable: bool = first.durable
+
+    def __iter__(self) -> Iterator[usage_pb2.UsageSum]:
+        for message in self._messages:
+            yield from message.sums
 
 
 class AsyncClient(_Connection):

@@ -12,6 +12,7 @@ _COMMANDS = {
     "ask": "ask a running server",
     "tasks": "list a running server's tasks",
     "adapters": "of a running server",
+    "usage": "what the tenants of a running server used, as JSON lines",
     "demo": "start a server and ask it every built-in task at once",
     "new-key": "make an API key, and its entry for the tenants file",
 }

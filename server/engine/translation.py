@@ -42,6 +42,7 @@ def delta(output: Any) -> Delta:
         finish_reason=_FINISH_REASONS[reason] if reason else None,
         scheduled_at=(times.scheduled_ts or None) if times else None,
         first_token_at=(times.first_token_ts or None) if times else None,
+        cached_tokens=output.num_cached_tokens or 0,
     )
 
 

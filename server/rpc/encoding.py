@@ -53,6 +53,7 @@ def summary(generation: Generation) -> pb.Summary:
         adapter_version="" if alone else served.adapter_version,
         finish_reason=_FINISH_REASONS[generation.finish_reason or "length"],
         prompt_tokens=len(generation.job.prompt_ids),
+        cached_tokens=generation.cached_tokens,
         completion_tokens=generation.completion_tokens,
     )
     message.timings.queue.FromNanoseconds(int(generation.queue_s * 1e9))

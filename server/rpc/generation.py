@@ -57,6 +57,7 @@ class Generation:
     text: str = ""
     reasoning: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    cached_tokens: int = 0
     completion_tokens: int = 0
     finish_reason: FinishReason | None = None
     queue_s: float = 0.0
@@ -81,8 +82,6 @@ class Generation:
         Raises AdapterError where the version cannot be loaded.
         """
         job, call = self.job, self.call
-        # Several generations may answer one call.
-        call.prompt_tokens += len(job.prompt_ids)
         version = None if job.without_adapter else job.task.version
         splitter = AnswerSplitter(self.marker)
         async with scheduler.turn(call.tenant, job, call.deadline, reserved) as turn:
@@ -92,6 +91,9 @@ class Generation:
                 residency.lease(version, turn.aside) if version else nullcontext(),
                 aclosing(engine.generate(job)) as deltas,
             ):
+                # Several generations may answer one call.
+                call.sequences += 1
+                call.prompt_tokens += len(job.prompt_ids)
                 async for delta in deltas:
                     if self.marker is not None:
                         reasoning, text = splitter.feed(delta.text, last=delta.finish_reason is not None)
@@ -130,6 +132,8 @@ class Generation:
     def _time(self, delta: Delta) -> None:
         call, now, tokens = self.call, time.monotonic(), delta.tokens
         if not self.completion_tokens:
+            self.cached_tokens = delta.cached_tokens
+            call.cached_tokens += delta.cached_tokens
             # The first token of a piece came before the others; the engine knows when, by a clock of its own.
             came = delta.first_token_at if tokens > 1 and delta.first_token_at is not None else now
             self.first_token_at = min(now, max(call.received, came))

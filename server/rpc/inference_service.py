@@ -14,6 +14,7 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from mtlora_pb.v1 import inference_pb2_grpc
 
 from mtlora.prompt import PromptEncoder
+from server.accounting import Usage
 from server.call import Call, current_call
 from server.engine import Engine
 from server.errors import RequestFailedError, Violation, invalid_argument, task_not_found
@@ -56,6 +57,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         metrics: Metrics,
         scheduler: Scheduler,
         directory: Directory,
+        usage: Usage,
         *,
         log_prompts: bool = False,
     ) -> None:
@@ -63,6 +65,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._admission = admission
         self._scheduler = scheduler
         self._directory = directory
+        self._usage = usage
         self._metrics = metrics
         self._log_prompts = log_prompts
         self._tokenizing = FairThread("tokenize")
@@ -103,6 +106,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             generation = await self._generation(request, task, 1, apart=_is_large(request))
             async with unhurried(partial(generation.run, self.engine, self._scheduler, self.residency)) as deltas:
                 async for delta in deltas:
+                    if delta.finish_reason:
+                        call.count_in(self._usage)
                     message = encoding.stream_response(delta, generation)
                     # Most deltas of working have nothing for the reader.
                     if message.ByteSize() or generation.marker is None:
@@ -149,6 +154,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     def _admitted(self, call: Call, requests: int = 1) -> Iterator[None]:
         """Hold places for requests of a call, from receipt to end."""
         with self._admission.admit(call.tenant, requests), self._scheduler.admit(call.tenant, requests):
+            if call.tenant.has_budget or self._usage.stuck:
+                self._usage.check(call.tenant)
             self._scheduler.count_request(call.tenant)
             self._scheduler.count_batch(call.tenant, requests)
             yield

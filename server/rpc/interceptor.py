@@ -1,5 +1,7 @@
 """Around every RPC of the contracts: request id, tenant, one log line, one count, a status for every exception.
 
+Usage and the audit log's line are on file before a call's status is sent.
+
 Health and reflection pass unchanged, for everybody. The two probes of the Open Inference Protocol need no key.
 """
 
@@ -14,6 +16,7 @@ from typing import Any
 
 import grpc
 
+from server.accounting import AUDITED, AuditLog, Usage
 from server.call import Call, current_call
 from server.errors import DETAILS_KEY, RequestFailedError, Violation, from_exception, invalid_argument, slow_reader
 from server.telemetry.logs import get_logger
@@ -26,6 +29,7 @@ logger = get_logger("request")
 REQUEST_ID_KEY = "x-request-id"
 _SERVICE_PREFIXES = ("/mtlora.v1.", "/inference.")
 _OPEN = {"/inference.GRPCInferenceService/ServerLive", "/inference.GRPCInferenceService/ServerReady"}
+_SERVERS_OWN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL}
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:\-]{0,63}")
 
 # A client's deadline starts before the server's, so its cancellation can come a moment before the server's deadline.
@@ -45,11 +49,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         authenticate: Authenticate,
         tracer: Tracer | None = None,
         *,
+        usage: Usage,
+        audit: AuditLog,
         slow_reader_s: float = 30.0,
     ) -> None:
         self._metrics = metrics
         self._authenticate = authenticate
         self._tracer = tracer
+        self._usage = usage
+        self._audit = audit
         self._slow_reader_s = slow_reader_s
         self._wrapped: dict[str, Any] = {}
 
@@ -100,6 +108,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # Probes come every few seconds: no traces of them.
         if self._tracer and not is_open:
             call.trace = self._tracer.begin(rpc, request_id, metadata)
+        if rpc.startswith(AUDITED):
+            call.audited = self._audit.call(rpc, request_id, context)
         current_call.set(call)
         trailer = ((REQUEST_ID_KEY, request_id),)
         context.set_trailing_metadata(trailer)
@@ -108,11 +118,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 call.tenant = await self._authenticate(metadata, context.auth_context)
             if isinstance(request, _Malformed):
                 raise invalid_argument([Violation("", "found bytes that are no such message")])
+            if call.audited:
+                await call.audited.received(call.tenant.id, request)
             response = await handle(request, context)
         except asyncio.CancelledError:
             left = context.time_remaining()
             expired = left is not None and left <= _DEADLINE_SLACK_S
-            self._record(call, grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED)
+            await self._record(call, grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED)
             raise
         except Exception as error:
             failure = from_exception(error)
@@ -120,10 +132,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 # The place alone: an exception's message may hold what a tenant sent.
                 fields = {"request_id": request_id, "error": type(error).__name__, "where": _where(error)}
                 logger.error("internal error", extra={"fields": fields})
-            self._record(call, failure.code)
+            await self._record(call, failure.code, failure.message)
             await self._abort(context, failure, trailer)
         else:
-            self._record(call, grpc.StatusCode.OK)
+            await self._record(call, grpc.StatusCode.OK, response=response)
             return response
 
     async def _abort(self, context: Any, failure: RequestFailedError, trailer: tuple[tuple[str, str], ...]) -> None:
@@ -138,7 +150,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             # The reader takes no status. After a cancellation gRPC does not send one of its own.
             raise asyncio.CancelledError from None
 
-    def _record(self, call: Call, code: grpc.StatusCode) -> None:
+    async def _record(self, call: Call, code: grpc.StatusCode, reason: str = "", response: Any = None) -> None:
+        # What the server itself failed is nobody's usage.
+        if code not in _SERVERS_OWN:
+            call.count_in(self._usage)
+        if call.audited:
+            await call.audited.completed(call.tenant.id, code.name, reason, response)
         known: dict[str, Any] = {
             "tenant": call.tenant.id,
             "task": call.task,

@@ -4,7 +4,7 @@ from typing import Any
 
 import grpc
 from grpc_reflection.v1alpha import reflection
-from mtlora_pb.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+from mtlora_pb.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc, usage_pb2, usage_pb2_grpc
 from openinference_pb import grpc_predict_v2_pb2, grpc_predict_v2_pb2_grpc
 
 from server.rpc.adapters_service import AdaptersServicer
@@ -12,6 +12,7 @@ from server.rpc.health import Health
 from server.rpc.inference_service import InferenceServicer
 from server.rpc.openinference import OpenInferenceServicer
 from server.rpc.tls import Certificates
+from server.rpc.usage_service import UsageServicer
 from server.settings import Settings
 
 
@@ -34,15 +35,17 @@ class Listening:
         self,
         inference: InferenceServicer,
         adapters: AdaptersServicer,
+        usage: UsageServicer,
         open_inference: OpenInferenceServicer,
         health: Health,
     ) -> None:
         """Answer the calls of every contract, health checks and reflection."""
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self.server)
         adapters_pb2_grpc.add_AdaptersServicer_to_server(adapters, self.server)
+        usage_pb2_grpc.add_UsageServicer_to_server(usage, self.server)
         grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, self.server)
         health.add_to(self.server)
-        contracts = (inference_pb2, adapters_pb2, grpc_predict_v2_pb2)
+        contracts = (inference_pb2, adapters_pb2, usage_pb2, grpc_predict_v2_pb2)
         names = [service.full_name for each in contracts for service in each.DESCRIPTOR.services_by_name.values()]
         reflection.enable_server_reflection((*names, Health.SERVICE, reflection.SERVICE_NAME), self.server)
 

@@ -108,6 +108,9 @@ class Metrics:
         self.tenants_refused = self._counts(
             "mtlora_tenants_reload_failures", "Reloads of the tenants file that failed."
         )
+        self._accounting_failures = self._counts(
+            "mtlora_accounting_failures", "Writes of the audit log or of usage that failed.", "log"
+        )
         self._tenant_in_flight = self._gauge_by_tenant(
             "mtlora_tenant_requests_in_flight", "Requests of a tenant that are in the engine."
         )
@@ -274,6 +277,10 @@ class Metrics:
     def record_service(self, tenant: str, service: float) -> None:
         """Count service of a tenant, as the fair queue counts it."""
         self._tenant_service.inc(service, (self._top_tenants.claim(tenant),))
+
+    def record_accounting_failure(self, log: str) -> None:
+        """Count a write that failed; `log` is audit or usage."""
+        self._accounting_failures.inc(labels=(log,))
 
     # Engine.
 

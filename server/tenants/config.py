@@ -61,11 +61,21 @@ class Tenant(BaseModel):
     # What one request may ask for. Characters: of its stop strings together.
     max_new_tokens: int | None = Field(None, ge=1)
     max_stop_characters: int | None = Field(None, ge=0)
+    # Budgets of a day and of a calendar month, in UTC.
+    daily_requests: int | None = Field(None, ge=0)
+    daily_tokens: int | None = Field(None, ge=0)
+    monthly_requests: int | None = Field(None, ge=0)
+    monthly_tokens: int | None = Field(None, ge=0)
     admin: bool = False
 
     @cached_property
     def _allowed(self) -> re.Pattern[str]:
         return re.compile("|".join(translate(pattern) for pattern in self.tasks) or "(?!)")
+
+    @cached_property
+    def has_budget(self) -> bool:
+        budgets = (self.daily_requests, self.daily_tokens, self.monthly_requests, self.monthly_tokens)
+        return any(budget is not None for budget in budgets)
 
     def allows(self, task_id: str) -> bool:
         """Whether the tenant may ask this task."""
@@ -82,6 +92,8 @@ class Tenant(BaseModel):
 
 # Every caller's tenant if there is no tenants file.
 OPEN_TENANT = Tenant(id="open", admin=True)
+# Stands for the caller of a call that has not authenticated.
+UNAUTHENTICATED = Tenant(id="unauthenticated", tasks=())
 
 
 class TenantsFile(BaseModel):
@@ -107,6 +119,8 @@ class TenantsFile(BaseModel):
     def _identities_are_unique(self) -> "TenantsFile":
         seen: dict[tuple[str, str], str] = {}
         for tenant in self.tenants:
+            if tenant.id == UNAUTHENTICATED.id:
+                raise ValueError(f"tenant id {tenant.id!r} is taken: logs and metrics name callers without a key so")
             if not tenant.api_keys and not tenant.certificates:
                 raise ValueError(
                     f"tenant {tenant.id} has neither api_keys nor certificates; allowed: one of them at least"

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from mtlora.prompt import PromptEncoder
+from server.accounting import AuditLog, Usage
 from server.job import Delta, GenerationJob, ServedTask
 from server.registry.catalog import Catalog
 from server.registry.residency import Residency
@@ -17,6 +18,7 @@ from server.rpc.inference_service import InferenceServicer
 from server.rpc.interceptor import CallInterceptor
 from server.rpc.listening import Listening
 from server.rpc.openinference import OpenInferenceServicer
+from server.rpc.usage_service import UsageServicer
 from server.rpc.validation import PromptLimits
 from server.scheduling import Scheduler
 from server.scheduling.admission import Admission, State
@@ -107,10 +109,12 @@ class Service:
         self.metrics = Metrics()
         self.admission = Admission(max_in_flight, self.metrics)
         self.scheduler = Scheduler(turns or max_in_flight, max_in_flight, self.metrics)
+        self.usage = Usage(self.settings.usage_dir, self.metrics)
+        self.audit = AuditLog(self.settings.audit_log, self.metrics)
         self.engine: Any = FakeEngine()
         self.repository: Any = FakeRepository()
         self.servicer = InferenceServicer(
-            self.admission, self.metrics, self.scheduler, self.directory, log_prompts=log_prompts
+            self.admission, self.metrics, self.scheduler, self.directory, self.usage, log_prompts=log_prompts
         )
         self.open_inference = OpenInferenceServicer(self.servicer, self.admission, self.repository)
         self.servicer.engine = self.engine
@@ -129,11 +133,19 @@ class Service:
     @asynccontextmanager
     async def running(self, tracer: Tracer | None = None) -> AsyncIterator["Service"]:
         authenticate = Authenticator(self.directory).tenant
-        interceptor = CallInterceptor(self.metrics, authenticate, tracer, slow_reader_s=self.settings.slow_reader_s)
+        interceptor = CallInterceptor(
+            self.metrics,
+            authenticate,
+            tracer,
+            usage=self.usage,
+            audit=self.audit,
+            slow_reader_s=self.settings.slow_reader_s,
+        )
         listening = Listening(self.settings, interceptor)
         health = Health()
         await health.set(serving=True)
-        listening.add(self.servicer, AdaptersServicer(self.admission), self.open_inference, health)
+        adapters, usage = AdaptersServicer(self.admission), UsageServicer(self.usage)
+        listening.add(self.servicer, adapters, usage, self.open_inference, health)
         self.address = listening.bind()
         self.admission.state = State.SERVING
         await listening.server.start()

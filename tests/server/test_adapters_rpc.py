@@ -12,6 +12,7 @@ from mtlora_pb.v1 import adapters_pb2 as pb
 from mtlora_pb.v1 import adapters_pb2_grpc
 
 from mtlora.client import Client, ServerError
+from server.accounting import AuditLog, Usage
 from server.cli import adapters as adapters_cli
 from server.registry.version import Stage
 from server.rpc.adapters_service import AdaptersServicer
@@ -51,7 +52,9 @@ async def service(home: Home) -> AsyncIterator[Service]:
     admission.state = State.SERVING
     servicer = AdaptersServicer(admission)
     servicer.registry = home.registry
-    server = grpc.aio.server(interceptors=[CallInterceptor(metrics, authenticate)])
+    usage, audit = Usage(None, metrics), AuditLog(None, metrics)
+    interceptor = CallInterceptor(metrics, authenticate, usage=usage, audit=audit)
+    server = grpc.aio.server(interceptors=[interceptor])
     adapters_pb2_grpc.add_AdaptersServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -12,6 +12,7 @@ LEVELS = (
     ("errors", "job"),
     ("settings", "telemetry"),
     ("tenants",),
+    ("accounting",),
     ("scheduling", "registry", "engine"),
     ("call",),
     ("rpc",),

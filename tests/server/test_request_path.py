@@ -71,7 +71,7 @@ def async_llm(recorder: Recorder) -> Any:
     async def generate(prompt: Any, params: Any, request_id: str, *, lora_request: Any) -> AsyncIterator[Any]:
         recorder.end()
         completion = SimpleNamespace(text="x", token_ids=[1], logprobs=None, finish_reason="stop")
-        yield SimpleNamespace(outputs=[completion], metrics=None)
+        yield SimpleNamespace(outputs=[completion], metrics=None, num_cached_tokens=0)
 
     return SimpleNamespace(generate=generate)
 

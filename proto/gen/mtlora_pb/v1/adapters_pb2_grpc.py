@@ -80,7 +80,7 @@ class AdaptersServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Load(self, request, context):
-        """Lets a version serve; returns when it does. A version above it that is there already is passed over.
+        """Lets a version serve; returns when it does. Higher versions in the folder are passed over.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,7 +94,7 @@ class AdaptersServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Pin(self, request, context):
-        """Keeps an adapter in the engine's memory, whatever else is asked for.
+        """Keeps an adapter in the engine's memory: it is not evicted for others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -113,22 +113,21 @@ class AdaptersServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Rollback(self, request, context):
-        """Lets the version serve that served before, else the next lower one.
+        """Lets the version serve that served before, or the next lower one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetWeights(self, request, context):
-        """Splits requests among versions; returns when all of them serve. While an adapter is split, no new version replaces
-        what serves.
+        """Splits requests among versions; returns when all of them serve. While an adapter is split, new versions wait.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """What happens from now on.
+        """Streams what happens from now on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmtlora_pb/v1/inference.proto\x12\tmtlora.v1\x1a\x1egoogle/protobuf/duration.proto\"\x87\x02\n\x0fGenerateRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0f.mtlora.v1.ChatH\x00\x12+\n\x06\x66ields\x18\x04 \x01(\x0b\x32\x19.mtlora.v1.TemplateFieldsH\x00\x12\x33\n\nparameters\x18\x05 \x01(\x0b\x32\x1f.mtlora.v1.GenerationParameters\x12\x17\n\x0fwithout_adapter\x18\x06 \x01(\x08\x12\x19\n\x11include_reasoning\x18\x07 \x01(\x08\x12\x13\n\x0brouting_key\x18\x08 \x01(\tB\x07\n\x05input\"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.mtlora.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"v\n\x0eTemplateFields\x12\x35\n\x06values\x18\x01 \x03(\x0b\x32%.mtlora.v1.TemplateFields.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa0\x02\n\x14GenerationParameters\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12)\n\x04stop\x18\x06 \x01(\x0b\x32\x16.mtlora.v1.StopStringsH\x05\x88\x01\x01\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x06\x88\x01\x01\x42\x11\n\x0f_max_new_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x07\n\x05_stopB\x0b\n\t_logprobs\"\x1d\n\x0bStopStrings\x12\x0e\n\x06values\x18\x01 \x03(\t\"\x84\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12#\n\x07summary\x18\x02 \x01(\x0b\x32\x12.mtlora.v1.Summary\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.mtlora.v1.TokenLogprobs\x12\x11\n\treasoning\x18\x04 \x01(\t\"\x8a\x01\n\x16GenerateStreamResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12*\n\x08logprobs\x18\x02 \x03(\x0b\x32\x18.mtlora.v1.TokenLogprobs\x12#\n\x07summary\x18\x03 \x01(\x0b\x32\x12.mtlora.v1.Summary\x12\x11\n\treasoning\x18\x04 \x01(\t\"\xe4\x01\n\x07Summary\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x14\n\x0c\x61\x64\x61pter_name\x18\x03 \x01(\t\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x04 \x01(\t\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.mtlora.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x07 \x01(\r\x12#\n\x07timings\x18\x08 \x01(\x0b\x32\x12.mtlora.v1.Timings\"\x95\x01\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"^\n\rTokenLogprobs\x12\'\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x17.mtlora.v1.TokenLogprob\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.mtlora.v1.TokenLogprob\"@\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"9\n\x10ListTasksRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"L\n\x11ListTasksResponse\x12\x1e\n\x05tasks\x18\x01 \x03(\x0b\x32\x0f.mtlora.v1.Task\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x0eGetTaskRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\"0\n\x0fGetTaskResponse\x12\x1d\n\x04task\x18\x01 \x01(\x0b\x32\x0f.mtlora.v1.Task\"\xce\x01\n\x04Task\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x10\n\x08template\x18\x03 \x01(\t\x12\x0e\n\x06\x66ields\x18\x04 \x03(\t\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x16\n\x0emax_new_tokens\x18\x06 \x01(\r\x12\x17\n\x0f\x61llowed_answers\x18\x07 \x03(\t\x12\x14\n\x0c\x61\x64\x61pter_name\x18\x08 \x01(\t\x12\x17\n\x0f\x61\x64\x61pter_version\x18\t \x01(\t\x12\x15\n\ranswer_marker\x18\n \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xad\x02\n\tInference\x12\x43\n\x08Generate\x12\x1a.mtlora.v1.GenerateRequest\x1a\x1b.mtlora.v1.GenerateResponse\x12Q\n\x0eGenerateStream\x12\x1a.mtlora.v1.GenerateRequest\x1a!.mtlora.v1.GenerateStreamResponse0\x01\x12\x46\n\tListTasks\x12\x1b.mtlora.v1.ListTasksRequest\x1a\x1c.mtlora.v1.ListTasksResponse\x12@\n\x07GetTask\x12\x19.mtlora.v1.GetTaskRequest\x1a\x1a.mtlora.v1.GetTaskResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmtlora_pb/v1/inference.proto\x12\tmtlora.v1\x1a\x1egoogle/protobuf/duration.proto\"\x87\x02\n\x0fGenerateRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0f.mtlora.v1.ChatH\x00\x12+\n\x06\x66ields\x18\x04 \x01(\x0b\x32\x19.mtlora.v1.TemplateFieldsH\x00\x12\x33\n\nparameters\x18\x05 \x01(\x0b\x32\x1f.mtlora.v1.GenerationParameters\x12\x17\n\x0fwithout_adapter\x18\x06 \x01(\x08\x12\x19\n\x11include_reasoning\x18\x07 \x01(\x08\x12\x13\n\x0brouting_key\x18\x08 \x01(\tB\x07\n\x05input\"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.mtlora.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"v\n\x0eTemplateFields\x12\x35\n\x06values\x18\x01 \x03(\x0b\x32%.mtlora.v1.TemplateFields.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa0\x02\n\x14GenerationParameters\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12)\n\x04stop\x18\x06 \x01(\x0b\x32\x16.mtlora.v1.StopStringsH\x05\x88\x01\x01\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x06\x88\x01\x01\x42\x11\n\x0f_max_new_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x07\n\x05_stopB\x0b\n\t_logprobs\"\x1d\n\x0bStopStrings\x12\x0e\n\x06values\x18\x01 \x03(\t\"\x84\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12#\n\x07summary\x18\x02 \x01(\x0b\x32\x12.mtlora.v1.Summary\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.mtlora.v1.TokenLogprobs\x12\x11\n\treasoning\x18\x04 \x01(\t\"\x8a\x01\n\x16GenerateStreamResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12*\n\x08logprobs\x18\x02 \x03(\x0b\x32\x18.mtlora.v1.TokenLogprobs\x12#\n\x07summary\x18\x03 \x01(\x0b\x32\x12.mtlora.v1.Summary\x12\x11\n\treasoning\x18\x04 \x01(\t\"\xfb\x01\n\x07Summary\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x14\n\x0c\x61\x64\x61pter_name\x18\x03 \x01(\t\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x04 \x01(\t\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.mtlora.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x07 \x01(\r\x12#\n\x07timings\x18\x08 \x01(\x0b\x32\x12.mtlora.v1.Timings\x12\x15\n\rcached_tokens\x18\t \x01(\r\"\x95\x01\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"^\n\rTokenLogprobs\x12\'\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x17.mtlora.v1.TokenLogprob\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.mtlora.v1.TokenLogprob\"@\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"9\n\x10ListTasksRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"L\n\x11ListTasksResponse\x12\x1e\n\x05tasks\x18\x01 \x03(\x0b\x32\x0f.mtlora.v1.Task\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x0eGetTaskRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\"0\n\x0fGetTaskResponse\x12\x1d\n\x04task\x18\x01 \x01(\x0b\x32\x0f.mtlora.v1.Task\"\xce\x01\n\x04Task\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x10\n\x08template\x18\x03 \x01(\t\x12\x0e\n\x06\x66ields\x18\x04 \x03(\t\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x16\n\x0emax_new_tokens\x18\x06 \x01(\r\x12\x17\n\x0f\x61llowed_answers\x18\x07 \x03(\t\x12\x14\n\x0c\x61\x64\x61pter_name\x18\x08 \x01(\t\x12\x17\n\x0f\x61\x64\x61pter_version\x18\t \x01(\t\x12\x15\n\ranswer_marker\x18\n \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xad\x02\n\tInference\x12\x43\n\x08Generate\x12\x1a.mtlora.v1.GenerateRequest\x1a\x1b.mtlora.v1.GenerateResponse\x12Q\n\x0eGenerateStream\x12\x1a.mtlora.v1.GenerateRequest\x1a!.mtlora.v1.GenerateStreamResponse0\x01\x12\x46\n\tListTasks\x12\x1b.mtlora.v1.ListTasksRequest\x1a\x1c.mtlora.v1.ListTasksResponse\x12@\n\x07GetTask\x12\x19.mtlora.v1.GetTaskRequest\x1a\x1a.mtlora.v1.GetTaskResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TEMPLATEFIELDS_VALUESENTRY']._loaded_options = None
   _globals['_TEMPLATEFIELDS_VALUESENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2131
-  _globals['_FINISHREASON']._serialized_end=2226
+  _globals['_FINISHREASON']._serialized_start=2154
+  _globals['_FINISHREASON']._serialized_end=2249
   _globals['_GENERATEREQUEST']._serialized_start=76
   _globals['_GENERATEREQUEST']._serialized_end=339
   _globals['_CHAT']._serialized_start=341
@@ -55,23 +55,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATESTREAMRESPONSE']._serialized_start=1015
   _globals['_GENERATESTREAMRESPONSE']._serialized_end=1153
   _globals['_SUMMARY']._serialized_start=1156
-  _globals['_SUMMARY']._serialized_end=1384
-  _globals['_TIMINGS']._serialized_start=1387
-  _globals['_TIMINGS']._serialized_end=1536
-  _globals['_TOKENLOGPROBS']._serialized_start=1538
-  _globals['_TOKENLOGPROBS']._serialized_end=1632
-  _globals['_TOKENLOGPROB']._serialized_start=1634
-  _globals['_TOKENLOGPROB']._serialized_end=1698
-  _globals['_LISTTASKSREQUEST']._serialized_start=1700
-  _globals['_LISTTASKSREQUEST']._serialized_end=1757
-  _globals['_LISTTASKSRESPONSE']._serialized_start=1759
-  _globals['_LISTTASKSRESPONSE']._serialized_end=1835
-  _globals['_GETTASKREQUEST']._serialized_start=1837
-  _globals['_GETTASKREQUEST']._serialized_end=1870
-  _globals['_GETTASKRESPONSE']._serialized_start=1872
-  _globals['_GETTASKRESPONSE']._serialized_end=1920
-  _globals['_TASK']._serialized_start=1923
-  _globals['_TASK']._serialized_end=2129
-  _globals['_INFERENCE']._serialized_start=2229
-  _globals['_INFERENCE']._serialized_end=2530
+  _globals['_SUMMARY']._serialized_end=1407
+  _globals['_TIMINGS']._serialized_start=1410
+  _globals['_TIMINGS']._serialized_end=1559
+  _globals['_TOKENLOGPROBS']._serialized_start=1561
+  _globals['_TOKENLOGPROBS']._serialized_end=1655
+  _globals['_TOKENLOGPROB']._serialized_start=1657
+  _globals['_TOKENLOGPROB']._serialized_end=1721
+  _globals['_LISTTASKSREQUEST']._serialized_start=1723
+  _globals['_LISTTASKSREQUEST']._serialized_end=1780
+  _globals['_LISTTASKSRESPONSE']._serialized_start=1782
+  _globals['_LISTTASKSRESPONSE']._serialized_end=1858
+  _globals['_GETTASKREQUEST']._serialized_start=1860
+  _globals['_GETTASKREQUEST']._serialized_end=1893
+  _globals['_GETTASKRESPONSE']._serialized_start=1895
+  _globals['_GETTASKRESPONSE']._serialized_end=1943
+  _globals['_TASK']._serialized_start=1946
+  _globals['_TASK']._serialized_end=2152
+  _globals['_INFERENCE']._serialized_start=2252
+  _globals['_INFERENCE']._serialized_end=2553
 # @@protoc_insertion_point(module_scope)

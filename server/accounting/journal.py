@@ -1,0 +1,135 @@
+"""Append-only files of records, a line each: what was written outlives a kill of the process.
+
+A write to a file lies in the kernel's page cache when it returns, so a killed process loses nothing that it wrote; a
+machine without power may lose what `Totals` has not summed up yet, about the last second.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+_NAME = "journal-"
+# A new file after so many bytes: files whose records are summed up are removed.
+SEGMENT_BYTES = 16 << 20
+# Bytes that may wait while the disk takes none: some 20,000 records.
+_MAX_UNWRITTEN = 1 << 20
+
+
+@dataclass(slots=True)
+class Counts:
+    """requests: sequences, so a batch of several inputs counts each. cached_tokens are among the prompt_tokens."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+    def add(self, other: "Counts") -> None:
+        self.requests += other.requests
+        self.prompt_tokens += other.prompt_tokens
+        self.cached_tokens += other.cached_tokens
+        self.completion_tokens += other.completion_tokens
+
+    @property
+    def tokens(self) -> int:
+        """What budgets count."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What one call used. at: seconds since 1970."""
+
+    at: int
+    tenant: str
+    task: str
+    counts: Counts
+
+    def line(self) -> bytes:
+        # Ids of tenants and tasks hold no blanks.
+        counts = self.counts
+        return (
+            f"{self.at} {self.tenant} {self.task} {counts.requests} {counts.prompt_tokens} {counts.cached_tokens} "
+            f"{counts.completion_tokens}\n"
+        ).encode()
+
+
+def parse(lines: bytes) -> Iterator[Record]:
+    """The records of whole lines. Others, which a full disk cut short or a loss of power damaged, are passed over."""
+    for line in lines.split(b"\n")[:-1]:
+        try:
+            at, tenant, task, *counts = line.decode("ascii").split(" ")
+            record = Record(int(at), tenant, task, Counts(*map(int, counts)))
+        except (ValueError, TypeError):
+            continue
+        if len(counts) == len(astuple(record.counts)):
+            yield record
+
+
+class Journal:
+    """Files in `folder`, or in memory if there is none. One thread appends; another reads and removes.
+
+    Files have numbers that never come back: a reader that remembers a number and an offset reads each record once.
+    """
+
+    def __init__(self, folder: Path | None, first: int, segment_bytes: int = SEGMENT_BYTES) -> None:
+        self._folder = folder
+        self._segment_bytes = segment_bytes
+        self._files: dict[int, int] = {}
+        # What could not be written, or not whole: it goes before the next record.
+        self._unwritten = b""
+        for path in folder.glob(_NAME + "[0-9]" * 10) if folder else ():
+            self._open(int(path.name.removeprefix(_NAME)))
+        self._open(max((first - 1, *self._files)) + 1)
+
+    def append(self, line: bytes = b"") -> None:
+        """Write a line, and first what could not be written before. Raises OSError if some is not on file yet."""
+        self._unwritten = data = self._unwritten + line
+        written = os.write(self._file, data)
+        self._unwritten = data[written:]
+        if self._unwritten:
+            raise OSError(f"{written} of {len(data)} bytes were written")
+        self._size += written
+        if self._size >= self._segment_bytes:
+            self._open(self._number + 1)
+
+    @property
+    def unwritten(self) -> bool:
+        """Whether records wait for the disk."""
+        return bool(self._unwritten)
+
+    @property
+    def full(self) -> bool:
+        """Whether as many records wait for the disk as may."""
+        return len(self._unwritten) > _MAX_UNWRITTEN
+
+    @property
+    def numbers(self) -> list[int]:
+        """The files' numbers, oldest first."""
+        return sorted(self._files)
+
+    def read(self, number: int, offset: int) -> bytes:
+        """The whole lines of a file behind an offset."""
+        data = bytearray()
+        while piece := os.pread(self._files[number], 1 << 20, offset + len(data)):
+            data += piece
+        return bytes(data[: data.rfind(b"\n") + 1])
+
+    def remove(self, number: int) -> None:
+        """Drop a file that is no longer written to."""
+        if self._folder:
+            self._path(number).unlink(missing_ok=True)
+        os.close(self._files.pop(number))
+
+    def _open(self, number: int) -> None:
+        if self._folder:
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+            self._files[number] = os.open(self._path(number), flags, 0o600)
+        else:
+            self._files[number] = os.memfd_create("usage")
+        self._number, self._file, self._size = number, self._files[number], 0
+
+    def _path(self, number: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{_NAME}{number:010d}"

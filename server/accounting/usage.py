@@ -1,0 +1,198 @@
+"""What each tenant used of which task, exact over a restart and a kill; and the budgets that it is held to.
+
+`record` puts a call into the journal before the call's status is sent, so what a client got an answer for is counted.
+A thread sums the journal up once a second. What tenants used this day and month is in memory besides, for budgets.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from server.accounting.journal import Counts, Journal, Record
+from server.accounting.totals import DAY_S, HOUR_S, Row, Totals, periods
+from server.errors import quota_exceeded, unavailable
+from server.telemetry.logs import get_logger
+from server.telemetry.metrics import Metrics
+from server.tenants import Tenant
+
+logger = get_logger("usage")
+
+_SUM_UP_S = 1.0
+# How long the end waits for the last records to be summed up; the next start does it otherwise.
+_FINISH_S = 5.0
+
+
+class UsageError(RuntimeError):
+    """Usage cannot be counted in this folder; the message says why."""
+
+
+class Usage:
+    """All methods but the constructor run on the event loop. `clock` gives seconds since 1970.
+
+    folder: where usage is kept; None: in memory, until the process ends. Raises UsageError.
+    """
+
+    def __init__(self, folder: Path | None, metrics: Metrics, clock: Callable[[], float] = time.time) -> None:
+        self._folder = folder
+        self._metrics = metrics
+        self._clock = clock
+        # The database's own thread.
+        self._thread = ThreadPoolExecutor(1, "usage")
+        self._closed = False
+        # As many records wait for the disk as may.
+        self.stuck = False
+        try:
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._lock = _lock(folder)
+            self._totals = self._thread.submit(Totals, folder, int(clock())).result()
+            self._journal = Journal(folder, self._thread.submit(lambda: self._totals.place[0] + 1).result())
+            self._thread.submit(self._totals.sum_up, self._journal).result()
+            self._spent = self._thread.submit(self._totals.spent, periods(int(clock()) - 31 * DAY_S)[1]).result()
+        except (OSError, sqlite3.Error) as error:
+            raise UsageError(f"usage_dir: {folder}: {error}") from None
+        self._hour, self._periods = -1, ("", "")
+
+    @property
+    def durable(self) -> bool:
+        """Whether usage outlives this process."""
+        return self._folder is not None
+
+    def record(self, tenant: str, task: str, counts: Counts) -> None:
+        """Count a finished call. When it returns, a kill of the process loses nothing.
+
+        If the disk takes nothing, the record waits in memory; `check` refuses calls once too many wait.
+        """
+        at = int(self._clock())
+        for period in self._periods_of(at):
+            spent = self._spent.get((tenant, period))
+            if spent is None:
+                spent = self._spent[tenant, period] = Counts()
+            spent.add(counts)
+        self._append(Record(at, tenant, task, counts).line())
+
+    def check(self, tenant: Tenant) -> None:
+        """Raise RESOURCE_EXHAUSTED if a budget of the tenant is used up, UNAVAILABLE if usage cannot be recorded.
+
+        What runs may exceed a budget: a call counts at its end.
+        """
+        if self.stuck:
+            raise unavailable("the server cannot record usage", 10.0)
+        now = int(self._clock())
+        for period, name in zip(self._periods_of(now), ("daily", "monthly"), strict=True):
+            spent = self._spent.get((tenant.id, period))
+            for what in ("requests", "tokens"):
+                budget = getattr(tenant, f"{name}_{what}")
+                if budget is not None and (getattr(spent, what) if spent else 0) >= budget:
+                    quota = f"{name}_{what}"
+                    self._metrics.record_quota_refusal(tenant.id, quota)
+                    raise quota_exceeded(f"tenant:{tenant.id}", f"{budget} {quota}", _next(period) - now)
+
+    async def read(
+        self, since: int, until: int, granularity: str, tenant: str | None = None, task: str | None = None
+    ) -> AsyncIterator[list[Row]]:
+        """Sums by period, tenant and task, every recorded call included, in pages. See `Totals.read`."""
+        await self._in_thread(self._totals.sum_up, self._journal)
+        pages: Iterator[list[Row]] = self._totals.read(since, until, granularity, tenant, task)
+        try:
+            while page := await self._in_thread(next, pages, None):
+                yield page
+        finally:
+            await self._in_thread(pages.close)  # type: ignore[attr-defined]
+
+    async def counted_since(self) -> int:
+        """Seconds since 1970 from which on all usage is there."""
+        return int(await self._in_thread(lambda: self._totals.since))
+
+    async def run(self) -> None:
+        """Sum the journal up once a second, until cancelled."""
+        folded = 0
+        while True:
+            await asyncio.sleep(_SUM_UP_S)
+            if self._journal.unwritten:
+                self._append(b"")
+            try:
+                await self._in_thread(self._totals.sum_up, self._journal)
+                if (hour := int(self._clock()) // HOUR_S) != folded:
+                    folded = hour
+                    self._forget_periods()
+                    await self._in_thread(self._totals.fold, int(self._clock()))
+            except (OSError, sqlite3.Error) as error:
+                # The journal has the records; the next round tries again.
+                self._metrics.record_accounting_failure("usage")
+                logger.error("usage not summed up", extra={"fields": {"reason": str(error)}})
+
+    def close(self) -> None:
+        """Sum up the rest, within some seconds, and let go of the folder. Later records wait for the next start."""
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.suppress(TimeoutError, OSError, sqlite3.Error):
+            self._thread.submit(self._finish).result(_FINISH_S)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._folder:
+            os.close(self._lock)
+
+    def _finish(self) -> None:
+        self._totals.sum_up(self._journal)
+        self._totals.close()
+
+    async def _in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+
+    def _append(self, line: bytes) -> None:
+        try:
+            self._journal.append(line)
+        except OSError as error:
+            self._metrics.record_accounting_failure("usage")
+            logger.error("usage not recorded yet", extra={"fields": {"reason": str(error)}})
+        self.stuck = self._journal.full
+
+    def _periods_of(self, at: int) -> tuple[str, str]:
+        """The day and the month; a clock that goes back finds its earlier day's usage again."""
+        hour = at // HOUR_S
+        if hour != self._hour:
+            self._hour, self._periods = hour, periods(at)
+        return self._periods
+
+    def _forget_periods(self) -> None:
+        # A month and a day longer than needed, for clocks that go back.
+        oldest = periods(int(self._clock()) - 31 * DAY_S)
+        kept = {7: oldest[1], 10: periods(int(self._clock()) - DAY_S)[0]}
+        self._spent = {key: counts for key, counts in self._spent.items() if key[1] >= kept[len(key[1])]}
+
+
+def _lock(folder: Path) -> int:
+    """Take the folder for this process; the descriptor holds it. Raises UsageError.
+
+    A record lock: it ends with this process, while flock's would live on in children that inherit the descriptor.
+    """
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.read(lock, 32).decode(errors="replace").strip()
+        os.close(lock)
+        raise UsageError(
+            f"usage_dir: {folder} is in use by another server (process {holder}); allowed: a folder of its own for "
+            "every server"
+        ) from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    return lock
+
+
+def _next(period: str) -> int:
+    """When a day or a month ends, in seconds since 1970."""
+    if len(period) == 10:
+        return int((datetime.fromisoformat(period).replace(tzinfo=UTC) + timedelta(days=1)).timestamp())
+    first = datetime.fromisoformat(f"{period}-01").replace(tzinfo=UTC)
+    return int((first + timedelta(days=32)).replace(day=1).timestamp())
