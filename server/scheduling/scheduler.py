@@ -123,18 +123,20 @@ class Scheduler:
     def _running_by_tenant(self) -> Mapping[str, int]:
         return {name: each.running for name, each in list(self._accounts.items()) if each.running}
 
+    def count_request(self, tenant: Tenant, n: int = 1) -> None:
+        """Count `n` requests against their tenant's rate. Raises RESOURCE_EXHAUSTED."""
+        if (rate := tenant.requests_per_second) is not None:
+            account, now, capacity = self._account(tenant), self.clock(), max(1.0, rate * tenant.burst_seconds)
+            if wait := account.requests.seconds_until(n, rate, capacity, now):
+                raise self._over_quota(tenant, "requests_per_second", f"{rate:g} requests_per_second", wait)
+            account.requests.take(n, rate, capacity, now)
+
     def check_quotas(self, tenant: Tenant) -> None:
-        """Count one request against its tenant's rates. Raises RESOURCE_EXHAUSTED with what is used up, until when."""
-        account, now = self._account(tenant), self.clock()
+        """Raise RESOURCE_EXHAUSTED, with until when, if the tenant's token rate is used up."""
         if (rate := tenant.tokens_per_second) is not None:
-            capacity = max(1.0, rate * tenant.burst_seconds)
+            account, now, capacity = self._account(tenant), self.clock(), max(1.0, rate * tenant.burst_seconds)
             if wait := account.tokens.seconds_until(1.0, rate, capacity, now):
                 raise self._over_quota(tenant, "tokens_per_second", f"{rate:g} tokens_per_second", wait)
-        if (rate := tenant.requests_per_second) is not None:
-            capacity = max(1.0, rate * tenant.burst_seconds)
-            if wait := account.requests.seconds_until(1.0, rate, capacity, now):
-                raise self._over_quota(tenant, "requests_per_second", f"{rate:g} requests_per_second", wait)
-            account.requests.take(1.0, rate, capacity, now)
 
     @asynccontextmanager
     async def turn(self, tenant: Tenant, job: GenerationJob, deadline: float | None) -> AsyncIterator[Turn]:

@@ -11,6 +11,7 @@ from server.job import Delta, GenerationJob, ServedTask
 from server.registry.catalog import Catalog
 from server.registry.residency import Residency
 from server.rpc.adapters_service import AdaptersServicer
+from server.rpc.anonymous import AnonymousCalls, AnonymousInterceptor
 from server.rpc.health import Health
 from server.rpc.inference_service import InferenceServicer
 from server.rpc.interceptor import CallInterceptor
@@ -110,7 +111,7 @@ class Service:
         self.servicer = InferenceServicer(
             self.admission, self.metrics, self.scheduler, self.directory, log_prompts=log_prompts
         )
-        self.open_inference = OpenInferenceServicer(self.servicer, self.admission, self.repository)
+        self.open_inference = OpenInferenceServicer(self.servicer, self.admission, self.scheduler, self.repository)
         self.servicer.engine = self.engine
         self.servicer.residency = Residency(FakeMemory(), capacity=2)
         self.servicer.tokenizer = FakeTokenizer()
@@ -127,8 +128,11 @@ class Service:
     @asynccontextmanager
     async def running(self, tracer: Tracer | None = None) -> AsyncIterator["Service"]:
         authenticate = Authenticator(self.directory).tenant
-        interceptor = CallInterceptor(self.metrics, authenticate, tracer, slow_reader_s=self.settings.slow_reader_s)
-        listening = Listening(self.settings, interceptor)
+        anonymous = AnonymousCalls(self.settings)
+        interceptor = CallInterceptor(
+            self.settings, self.metrics, authenticate, self.scheduler.count_request, anonymous, tracer
+        )
+        listening = Listening(self.settings, [interceptor, AnonymousInterceptor(anonymous, self.settings)])
         health = Health()
         await health.set(serving=True)
         listening.add(self.servicer, AdaptersServicer(self.admission), self.open_inference, health)

@@ -185,15 +185,15 @@ async def test_limits_requests_per_second(clock: Clock) -> None:
     scheduler = make(clock)
     tenant = Tenant(id="a", requests_per_second=2)
     for _ in range(2):
-        scheduler.check_quotas(tenant)
+        scheduler.count_request(tenant)
     with pytest.raises(RequestFailedError) as raised:
-        scheduler.check_quotas(tenant)
+        scheduler.count_request(tenant)
     assert details(raised.value) == (0.5, [("tenant:a", "2 requests_per_second")])
-    scheduler.check_quotas(B)
+    scheduler.count_request(B)
     clock.now += 0.5
-    scheduler.check_quotas(tenant)
+    scheduler.count_request(tenant)
     # A quota that a reload raises holds for the next request.
-    scheduler.check_quotas(Tenant(id="a"))
+    scheduler.count_request(Tenant(id="a"))
 
 
 async def test_limits_tokens_per_second_exactly_in_the_long_run(clock: Clock) -> None:
@@ -306,11 +306,11 @@ async def test_more_urgent_classes_run_first(clock: Clock) -> None:
 async def test_forgets_tenants_that_are_gone(clock: Clock) -> None:
     scheduler, done = make(clock), list[str]()
     tenant = Tenant(id="a", requests_per_second=1)
-    scheduler.check_quotas(tenant)
+    scheduler.count_request(tenant)
     await wait_for(scheduler, tenant, done)
     scheduler.keep_only({"b"})
     # The tenant has a new bucket, which is full.
-    scheduler.check_quotas(tenant)
+    scheduler.count_request(tenant)
 
 
 @settings(deadline=None)

@@ -16,6 +16,8 @@ from server.rpc.generation import Generation
 from server.rpc.inference_service import InferenceServicer
 from server.rpc.openinference import parameters, tensors
 from server.rpc.openinference.repository import Repository
+from server.rpc.stream import in_pieces
+from server.scheduling import Scheduler
 from server.scheduling.admission import Admission, State
 from server.tenants.authentication import require_admin
 
@@ -26,9 +28,12 @@ _EXTENSIONS = ("model_repository",)
 class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceServicer):
     """Goes through `service`, so that tenants, quotas, validation and queue are the same."""
 
-    def __init__(self, service: InferenceServicer, admission: Admission, repository: Repository) -> None:
+    def __init__(
+        self, service: InferenceServicer, admission: Admission, scheduler: Scheduler, repository: Repository
+    ) -> None:
         self._service = service
         self._admission = admission
+        self._scheduler = scheduler
         self._repository = repository
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Any) -> pb.ServerLiveResponse:
@@ -62,7 +67,10 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
         self._admission.check_serving()
         task = self._task(request.model_name, request.model_version)
-        generations = await self._answer_all(_requests(request, task), task)
+        requests = _requests(request, task)
+        # The call itself is counted already.
+        self._scheduler.count_request(current_call.get().tenant, len(requests) - 1)
+        generations = await self._answer_all(requests, task)
         response = pb.ModelInferResponse(
             model_name=task.spec.id, model_version=generations[0].job.task.adapter_version, id=request.id
         )
@@ -75,10 +83,12 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         if request.ready and state != "READY":
             return pb.RepositoryIndexResponse()
         index = pb.RepositoryIndexResponse.ModelIndex
+        tasks, ids = self._service.catalog.tasks, await self._service.visible()
         return pb.RepositoryIndexResponse(
             models=[
-                index(name=task_id, version=task.adapter_version, state=state)
-                for task_id, task in self._service.visible().tasks.items()
+                index(name=task_id, version=tasks[task_id].adapter_version, state=state)
+                async for task_id in in_pieces(ids)
+                if task_id in tasks
             ]
         )
 
