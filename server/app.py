@@ -25,6 +25,7 @@ from server.errors import EngineDeadError
 from server.registry.adapters import Adapters, open_adapters
 from server.registry.catalog import Catalog
 from server.rpc.adapters_service import AdaptersServicer
+from server.rpc.anonymous import AnonymousCalls, AnonymousInterceptor
 from server.rpc.health import Health
 from server.rpc.inference_service import InferenceServicer
 from server.rpc.interceptor import CallInterceptor
@@ -186,16 +187,19 @@ class App:
         self._stop.set()
 
     async def _listen(self) -> tuple[Any, str]:
+        anonymous = AnonymousCalls(self._settings)
         interceptor = CallInterceptor(
+            self._settings,
             self._metrics,
             Authenticator(self._directory).tenant,
+            self._scheduler.count_request,
+            anonymous,
             self._tracer,
             usage=self._usage,
             audit=self._audit,
-            slow_reader_s=self._settings.slow_reader_s,
         )
         try:
-            listening = Listening(self._settings, interceptor)
+            listening = Listening(self._settings, [interceptor, AnonymousInterceptor(anonymous, self._settings)])
         except TLSError as error:
             raise StartError(str(error)) from None
         listening.add(
@@ -213,7 +217,9 @@ class App:
         host, port = self._settings.host, self._settings.health_port
         if port is None:
             return None
-        server, bound = await self._health.listen(host, port)
+        # Its own count: probes must pass whatever strangers hold open on the main port.
+        anonymous = AnonymousCalls(self._settings)
+        server, bound = await self._health.listen(host, port, AnonymousInterceptor(anonymous, self._settings))
         if not bound:
             raise StartError(f"cannot listen on {host}:{port}: taken, or not an address of this machine (health_port)")
         return server

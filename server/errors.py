@@ -1,6 +1,7 @@
 """Failures, and the gRPC status with google.rpc details that each becomes."""
 
 import difflib
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ _MAX_MESSAGE = 600
 _MAX_DESCRIPTION = 240
 _MAX_VIOLATIONS_BYTES = 2500
 _SHOWN = 128
+# Ids compared at length with one that does not exist.
+_COMPARED = 6
 # Roughly what a restart of the engine takes.
 RESTART_RETRY_S = 20.0
 
@@ -59,10 +62,27 @@ class AdapterError(Exception):
 
 
 def task_not_found(task_id: str, known: Iterable[str]) -> RequestFailedError:
+    """`known`: ids of which the nearest are named."""
     shown = shorten(task_id, _SHOWN)
-    near = difflib.get_close_matches(shown, known, n=3, cutoff=0.6)
+    # difflib's ratio takes up to milliseconds a pair, and clients choose how often: for the likeliest alone.
+    likeliest = heapq.nlargest(_COMPARED, known, key=lambda each: _alike(shown, each))
+    near = difflib.get_close_matches(shown, likeliest, n=3, cutoff=0.6)
     message = f"no task {shown!r}" + (f"; near: {', '.join(near)}" if near else "; ListTasks has them all")
     return not_found("mtlora.v1.Task", shown, message)
+
+
+def _alike(one: str, other: str) -> float:
+    """The share of two ids that is in their common beginning and end."""
+    begin = _common(one, other)
+    end = _common(one[begin:][::-1], other[begin:][::-1])
+    return 2 * (begin + end) / (len(one) + len(other))
+
+
+def _common(one: str, other: str) -> int:
+    """The length of the common beginning."""
+    return next(
+        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
 
 
 def not_found(kind: str, name: str, message: str) -> RequestFailedError:
@@ -115,6 +135,11 @@ def unauthenticated(message: str) -> RequestFailedError:
 def slow_reader(message: str) -> RequestFailedError:
     """A stream that ends because its reader takes no messages."""
     return RequestFailedError(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
+
+
+def late_message(message: str) -> RequestFailedError:
+    """A call whose headers came, but not its message."""
+    return RequestFailedError(grpc.StatusCode.DEADLINE_EXCEEDED, message)
 
 
 def unavailable(message: str, retry_after_s: float) -> RequestFailedError:

@@ -112,7 +112,8 @@ class Settings(BaseSettings):
     tls_certificate: Path | None = Field(None, description="PEM certificate chain of gRPC; unset: no TLS")
     tls_key: Path | None = Field(None, description="PEM private key of the certificate")
     tls_client_ca: Path | None = Field(None, description="PEM authorities that clients' certificates must come from")
-    max_connections: int = Field(4096, ge=1, description="open connections")
+    reflection: bool = Field(True, description="answer gRPC's reflection protocol, to everybody")
+    max_connections: int = Field(16384, ge=1, description="open connections")
     max_concurrent_streams: int = Field(1024, ge=1, description="calls at the same time on one connection")
     keepalive_s: float = Field(60.0, ge=1, le=86400, description="seconds of silence until a connection is pinged")
     keepalive_timeout_s: float = Field(
@@ -122,6 +123,18 @@ class Settings(BaseSettings):
         10.0, ge=0, le=3600, description="seconds; connections that ping more often are closed"
     )
     max_connection_idle_s: float = Field(3600.0, ge=1, description="seconds until a connection without calls is closed")
+    max_connection_age_s: float = Field(
+        3600.0, ge=1, le=86400, description="seconds until clients are told to connect anew, so that they spread out"
+    )
+    max_connection_age_grace_s: float = Field(
+        600.0, ge=1, le=86400, description="seconds that calls may go on after max_connection_age_s"
+    )
+    request_timeout_s: float = Field(
+        10.0, gt=0, le=3600, description="seconds for a connection's handshake, and for the message of a call to come"
+    )
+    max_anonymous_calls: int = Field(
+        256, ge=1, description="calls without a key (health, reflection) that one address may hold open"
+    )
     slow_reader_s: float = Field(30.0, gt=0, le=3600, description="seconds until a stream that nobody reads is ended")
 
     health_port: int | None = Field(

@@ -4,8 +4,10 @@ A catalog is an immutable snapshot. One assignment puts a new one in its place, 
 to end.
 """
 
-from collections.abc import Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 
 from server.job import ServedTask
@@ -14,28 +16,37 @@ from server.registry.source import AdapterFailure
 from server.registry.version import AdapterVersion
 from server.registry.weights import Split, choose, ordered
 
+_NEAR = 24
+
 
 @dataclass(frozen=True)
 class Catalog:
     """What can be asked. `tasks` is sorted by task id.
 
     splits: the share of each version, for tasks with a canary. `tasks` has their serving version.
+    visible: the ids, in order, that lists of patterns allow; whoever asks fills it in.
     """
 
     tasks: Mapping[str, ServedTask] = field(default_factory=dict)
     splits: Mapping[str, Split[ServedTask]] = field(default_factory=dict)
     adapters: tuple[AdapterVersion, ...] = ()
     failures: tuple[AdapterFailure, ...] = ()
+    visible: dict[tuple[str, ...], Sequence[str]] = field(init=False, default_factory=dict)
 
     def choose(self, task: ServedTask, key: bytes) -> ServedTask:
         """The row, of the version that answers a request with this routing key."""
         split = self.splits.get(task.spec.id)
         return choose(split, task.adapter_name, key) if split else task
 
-    def page(self, after: str, size: int) -> tuple[list[ServedTask], str]:
-        """Up to `size` tasks whose ids come after `after`; with the last one's id if there are more, else ""."""
-        ids = [task_id for task_id in self.tasks if task_id > after]
-        return [self.tasks[task_id] for task_id in ids[:size]], ids[size - 1] if len(ids) > size else ""
+    @cached_property
+    def ids(self) -> Sequence[str]:
+        """Every task id, in order."""
+        return tuple(self.tasks)
+
+    def near(self, task_id: str) -> Sequence[str]:
+        """A few ids that come right before and after one in order: those that begin alike."""
+        place = bisect_right(self.ids, task_id)
+        return self.ids[max(0, place - _NEAR) : place + _NEAR]
 
 
 def build_catalog(

@@ -40,9 +40,9 @@ class Health:
             await self._servicer.set(name, _status(serving))
         await self._servicer.set(LIVE, _status(live))
 
-    async def listen(self, host: str, port: int) -> tuple[Any, int]:
+    async def listen(self, host: str, port: int, interceptor: grpc.aio.ServerInterceptor) -> tuple[Any, int]:
         """A second gRPC server, in plain text, with health alone; returns it and its port, 0 if it cannot listen."""
-        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        server = grpc.aio.server(interceptors=[interceptor], options=[("grpc.so_reuseport", 0)])
         self.add_to(server)
         try:
             bound = server.add_insecure_port(f"{host}:{port}")

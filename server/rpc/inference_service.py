@@ -3,11 +3,10 @@
 import asyncio
 import base64
 import binascii
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 from mtlora_pb.v1 import inference_pb2 as pb
@@ -23,7 +22,7 @@ from server.registry.catalog import Catalog
 from server.registry.residency import Residency
 from server.rpc import encoding
 from server.rpc.generation import Generation
-from server.rpc.stream import unhurried
+from server.rpc.stream import in_pieces, unhurried
 from server.rpc.validation import PromptLimits, page_size, validate
 from server.scheduling import Scheduler
 from server.scheduling.admission import Admission
@@ -38,6 +37,8 @@ logger = get_logger("prompt")
 _UNARY_DELTA_TOKENS = 64
 # Above this many bytes, tokenizing takes long enough to hold up other streams.
 _TOKENIZE_APART_BYTES = 8192
+# Lists of visible tasks kept with a catalog.
+_KEPT_LISTS = 64
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
@@ -118,8 +119,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         size, after = page_size(request), _decode_page_token(request.page_token)
         if violations := [each for each in (size, after) if isinstance(each, Violation)]:
             raise invalid_argument(violations)
-        tasks, last = self.visible().page(str(after), int(size))  # type: ignore[arg-type]
-        return pb.ListTasksResponse(tasks=map(encoding.task, tasks), next_page_token=_encode_page_token(last))
+        ids = await self.visible()
+        begin = bisect_right(ids, str(after))
+        end = begin + int(size)  # type: ignore[arg-type]
+        tasks = self.catalog.tasks
+        return pb.ListTasksResponse(
+            tasks=(encoding.task(tasks[task_id]) for task_id in ids[begin:end] if task_id in tasks),
+            next_page_token=_encode_page_token(ids[end - 1]) if end < len(ids) else "",
+        )
 
     async def GetTask(self, request: pb.GetTaskRequest, context: Any) -> pb.GetTaskResponse:
         task = self.find(request.task_id)
@@ -142,13 +149,21 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """The failure of a task that `find` does not give: the same whether it is absent or not the tenant's."""
         if not task_id:
             return invalid_argument([Violation("task_id", "found none; ListTasks has those that can be asked")])
-        return task_not_found(task_id, self.visible().tasks)
-
-    def visible(self) -> Catalog:
-        """The catalog, as far as the current call's tenant may know it."""
         tenant = current_call.get().tenant
-        tasks = {task_id: task for task_id, task in self.catalog.tasks.items() if tenant.allows(task_id)}
-        return replace(self.catalog, tasks=MappingProxyType(tasks))
+        return task_not_found(task_id, filter(tenant.allows, self.catalog.near(task_id)))
+
+    async def visible(self) -> Sequence[str]:
+        """The ids that the current call's tenant may know, in order."""
+        catalog, tenant = self.catalog, current_call.get().tenant
+        if "*" in tenant.tasks:
+            return catalog.ids
+        ids = catalog.visible.get(tenant.tasks)
+        if ids is None:
+            ids = [task_id async for task_id in in_pieces(catalog.ids) if tenant.allows(task_id)]
+            if len(catalog.visible) >= _KEPT_LISTS:
+                catalog.visible.clear()
+            catalog.visible[tenant.tasks] = ids
+        return ids
 
     @contextmanager
     def _admitted(self, call: Call, requests: int = 1) -> Iterator[None]:
@@ -156,7 +171,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         with self._admission.admit(call.tenant, requests), self._scheduler.admit(call.tenant, requests):
             if call.tenant.has_budget or self._usage.stuck:
                 self._usage.check(call.tenant)
-            self._scheduler.count_request(call.tenant)
             self._scheduler.count_batch(call.tenant, requests)
             yield
 

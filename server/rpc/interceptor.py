@@ -1,8 +1,10 @@
 """Around every RPC of the contracts: request id, tenant, one log line, one count, a status for every exception.
 
-Usage and the audit log's line are on file before a call's status is sent.
+A call is authenticated by its headers. Only then is it counted, and its message read: a stranger's call ends at once,
+whatever it sends or does not. The two probes of the Open Inference Protocol need no key; health and reflection pass
+unchanged.
 
-Health and reflection pass unchanged, for everybody. The two probes of the Open Inference Protocol need no key.
+Usage and the audit log's line are on file before a call's status is sent.
 """
 
 import asyncio
@@ -18,7 +20,18 @@ import grpc
 
 from server.accounting import AUDITED, AuditLog, Usage
 from server.call import Call, current_call
-from server.errors import DETAILS_KEY, RequestFailedError, Violation, from_exception, invalid_argument, slow_reader
+from server.errors import (
+    DETAILS_KEY,
+    RequestFailedError,
+    Violation,
+    from_exception,
+    invalid_argument,
+    late_message,
+    resource_exhausted,
+    slow_reader,
+)
+from server.rpc.anonymous import AnonymousCalls, end_of_messages
+from server.settings import Settings
 from server.telemetry.logs import get_logger
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracer
@@ -34,31 +47,43 @@ _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:\-]{0,63}")
 
 # A client's deadline starts before the server's, so its cancellation can come a moment before the server's deadline.
 _DEADLINE_SLACK_S = 0.1
+# Calls of one tenant that may be open besides those that admission lets in.
+_MESSAGES_UNDER_WAY = 512
 
 
 # (metadata, what gives the auth context) -> tenant; raises RequestFailedError.
 Authenticate = Callable[[Any, Any], Awaitable[Tenant]]
+# Counts one request of a tenant against its rate; raises RequestFailedError.
+CountRequest = Callable[[Tenant], None]
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """A stream whose reader takes no message for `slow_reader_s` seconds is ended."""
+    """Bounds what a call may hold: seconds without its message or a reader, and how many of a tenant are open."""
 
     def __init__(
         self,
+        settings: Settings,
         metrics: Metrics,
         authenticate: Authenticate,
+        count_request: CountRequest,
+        anonymous: AnonymousCalls,
         tracer: Tracer | None = None,
         *,
         usage: Usage,
         audit: AuditLog,
-        slow_reader_s: float = 30.0,
     ) -> None:
         self._metrics = metrics
         self._authenticate = authenticate
+        self._count_request = count_request
+        self._anonymous = anonymous
         self._tracer = tracer
         self._usage = usage
         self._audit = audit
-        self._slow_reader_s = slow_reader_s
+        self._request_timeout_s = settings.request_timeout_s
+        self._slow_reader_s = settings.slow_reader_s
+        # Twice what admission lets in, so that the fair queue picks whom to refuse.
+        self._max_open = 2 * settings.in_flight_limit + _MESSAGES_UNDER_WAY
+        self._open: dict[str, int] = {}
         self._wrapped: dict[str, Any] = {}
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
@@ -73,12 +98,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return self._wrapped[rpc]
 
     def _wrap(self, rpc: str, handler: Any) -> Any:
-        async def unary(request: Any, context: Any) -> Any:
-            return await self._answer(rpc, request, context, handler.unary_unary)
+        # As handlers of streams: gRPC would read a unary call's message first, and wait for it for ever.
+        async def unary(_: Any, context: Any) -> Any:
+            return await self._answer(rpc, context, handler.unary_unary)
 
         # A coroutine that writes, not a generator: a cancellation lands in it and closes the handler's generator.
-        async def stream(request: Any, context: Any) -> None:
-            await self._answer(rpc, request, context, write_all)
+        async def stream(_: Any, context: Any) -> None:
+            await self._answer(rpc, context, write_all)
 
         async def write_all(request: Any, context: Any) -> None:
             async with aclosing(handler.unary_stream(request, context)) as messages:
@@ -86,11 +112,24 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     await self._write(context, message)
 
         make, behavior = (
-            (grpc.unary_stream_rpc_method_handler, stream)
+            (grpc.stream_stream_rpc_method_handler, stream)
             if handler.response_streaming
-            else (grpc.unary_unary_rpc_method_handler, unary)
+            else (grpc.stream_unary_rpc_method_handler, unary)
         )
         return make(behavior, _forgiving(handler.request_deserializer), handler.response_serializer)
+
+    async def _read(self, context: Any) -> Any:
+        """The call's message."""
+        try:
+            async with asyncio.timeout(self._request_timeout_s):
+                request = await context.read()
+        except TimeoutError:
+            raise late_message(f"no message came within {self._request_timeout_s:g} s of the call") from None
+        if request is grpc.aio.EOF:
+            await end_of_messages()
+        if isinstance(request, _Malformed):
+            raise invalid_argument([Violation("", "found bytes that are no such message")])
+        return request
 
     async def _write(self, context: Any, message: Any) -> None:
         """Send one message; waits while the connection has no room, which holds up this stream alone."""
@@ -100,7 +139,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except TimeoutError:
             raise slow_reader(f"no message of the stream was taken for {self._slow_reader_s:g} s") from None
 
-    async def _answer(self, rpc: str, request: Any, context: Any, handle: Callable[[Any, Any], Awaitable[Any]]) -> Any:
+    async def _answer(self, rpc: str, context: Any, handle: Callable[[Any, Any], Awaitable[Any]]) -> Any:
         metadata, left, is_open = context.invocation_metadata(), context.time_remaining(), rpc in _OPEN
         request_id = _request_id(metadata)
         deadline = None if left is None else time.monotonic() + left
@@ -114,13 +153,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         trailer = ((REQUEST_ID_KEY, request_id),)
         context.set_trailing_metadata(trailer)
         try:
-            if not is_open:
-                call.tenant = await self._authenticate(metadata, context.auth_context)
-            if isinstance(request, _Malformed):
-                raise invalid_argument([Violation("", "found bytes that are no such message")])
-            if call.audited:
-                await call.audited.received(call.tenant.id, request)
-            response = await handle(request, context)
+            if is_open:
+                async with self._anonymous.held(context, self._request_timeout_s):
+                    response = await handle(await self._read(context), context)
+            else:
+                call.tenant = tenant = await self._authenticate(metadata, context.auth_context)
+                self._count_request(tenant)
+                self._enter(tenant)
+                try:
+                    request = await self._read(context)
+                    if call.audited:
+                        await call.audited.received(tenant.id, request)
+                    response = await handle(request, context)
+                finally:
+                    self._leave(tenant)
         except asyncio.CancelledError:
             left = context.time_remaining()
             expired = left is not None and left <= _DEADLINE_SLACK_S
@@ -137,6 +183,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         else:
             await self._record(call, grpc.StatusCode.OK, response=response)
             return response
+
+    def _enter(self, tenant: Tenant) -> None:
+        """Count an open call of a tenant."""
+        open_calls = self._open.get(tenant.id, 0)
+        if open_calls >= self._max_open:
+            self._metrics.record_shed(tenant.id, "open_calls")
+            raise resource_exhausted(f"{open_calls} calls of the tenant are open, the most this server holds", 1.0)
+        self._open[tenant.id] = open_calls + 1
+
+    def _leave(self, tenant: Tenant) -> None:
+        if self._open[tenant.id] > 1:
+            self._open[tenant.id] -= 1
+        else:
+            del self._open[tenant.id]
 
     async def _abort(self, context: Any, failure: RequestFailedError, trailer: tuple[tuple[str, str], ...]) -> None:
         """Send a failure's status, or give up where a reader does not take the messages before it."""

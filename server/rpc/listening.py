@@ -1,5 +1,6 @@
 """The gRPC port: its services, TLS, and limits on what connections may hold of the server."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -15,21 +16,22 @@ from server.rpc.tls import Certificates
 from server.rpc.usage_service import UsageServicer
 from server.settings import Settings
 
+_MAX_PENDING = 1 << 16
+
 
 class Listening:
-    """An aio server that has not started: `add` services, `bind`, start `server`. Raises TLSError."""
+    """An aio server that has not started: `add` services, `bind`, start `server`. Raises TLSError.
 
-    def __init__(self, settings: Settings, interceptor: grpc.aio.ServerInterceptor) -> None:
+    Its interceptors bound the calls, not gRPC's `maximum_concurrent_rpcs`: that one counts strangers' calls too.
+    """
+
+    def __init__(self, settings: Settings, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> None:
         self._wanted = (settings.host, settings.port)
+        self._reflection = settings.reflection
         self._certificates: Certificates | None = None
         if settings.tls_certificate is not None and settings.tls_key is not None:
             self._certificates = Certificates(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
-        self.server: Any = grpc.aio.server(
-            interceptors=[interceptor],
-            options=channel_options(settings),
-            # Above admission's limit: further calls end in RESOURCE_EXHAUSTED at no cost.
-            maximum_concurrent_rpcs=4 * settings.in_flight_limit + 1024,
-        )
+        self.server: Any = grpc.aio.server(interceptors=interceptors, options=channel_options(settings))
 
     def add(
         self,
@@ -39,12 +41,14 @@ class Listening:
         open_inference: OpenInferenceServicer,
         health: Health,
     ) -> None:
-        """Answer the calls of every contract, health checks and reflection."""
+        """Answer the calls of every contract, health checks and, unless it is switched off, reflection."""
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self.server)
         adapters_pb2_grpc.add_AdaptersServicer_to_server(adapters, self.server)
         usage_pb2_grpc.add_UsageServicer_to_server(usage, self.server)
         grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, self.server)
         health.add_to(self.server)
+        if not self._reflection:
+            return
         contracts = (inference_pb2, adapters_pb2, usage_pb2, grpc_predict_v2_pb2)
         names = [service.full_name for each in contracts for service in each.DESCRIPTOR.services_by_name.values()]
         reflection.enable_server_reflection((*names, Health.SERVICE, reflection.SERVICE_NAME), self.server)
@@ -78,4 +82,11 @@ def channel_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", round(settings.min_ping_interval_s * 1e3)),
         ("grpc.max_connection_idle_ms", round(settings.max_connection_idle_s * 1e3)),
+        ("grpc.max_connection_age_ms", round(settings.max_connection_age_s * 1e3)),
+        ("grpc.max_connection_age_grace_ms", round(settings.max_connection_age_grace_s * 1e3)),
+        # gRPC refuses calls at random where this many wait for the event loop: a tenant's too, in a stranger's flood.
+        ("grpc.server.max_pending_requests", _MAX_PENDING),
+        ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING),
+        # For TLS and the first frames of HTTP/2.
+        ("grpc.server_handshake_timeout_ms", round(settings.request_timeout_s * 1e3)),
     ]

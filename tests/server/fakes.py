@@ -13,6 +13,7 @@ from server.job import Delta, GenerationJob, ServedTask
 from server.registry.catalog import Catalog
 from server.registry.residency import Residency
 from server.rpc.adapters_service import AdaptersServicer
+from server.rpc.anonymous import AnonymousCalls, AnonymousInterceptor
 from server.rpc.health import Health
 from server.rpc.inference_service import InferenceServicer
 from server.rpc.interceptor import CallInterceptor
@@ -133,15 +134,18 @@ class Service:
     @asynccontextmanager
     async def running(self, tracer: Tracer | None = None) -> AsyncIterator["Service"]:
         authenticate = Authenticator(self.directory).tenant
+        anonymous = AnonymousCalls(self.settings)
         interceptor = CallInterceptor(
+            self.settings,
             self.metrics,
             authenticate,
+            self.scheduler.count_request,
+            anonymous,
             tracer,
             usage=self.usage,
             audit=self.audit,
-            slow_reader_s=self.settings.slow_reader_s,
         )
-        listening = Listening(self.settings, interceptor)
+        listening = Listening(self.settings, [interceptor, AnonymousInterceptor(anonymous, self.settings)])
         health = Health()
         await health.set(serving=True)
         adapters, usage = AdaptersServicer(self.admission), UsageServicer(self.usage)

@@ -16,8 +16,10 @@ from server.accounting import AuditLog, Usage
 from server.cli import adapters as adapters_cli
 from server.registry.version import Stage
 from server.rpc.adapters_service import AdaptersServicer
+from server.rpc.anonymous import AnonymousCalls
 from server.rpc.interceptor import CallInterceptor
 from server.scheduling.admission import Admission, State
+from server.settings import Settings
 from server.telemetry.metrics import Metrics
 from server.tenants import Tenant
 from tests.server.fakes import eventually
@@ -53,7 +55,10 @@ async def service(home: Home) -> AsyncIterator[Service]:
     servicer = AdaptersServicer(admission)
     servicer.registry = home.registry
     usage, audit = Usage(None, metrics), AuditLog(None, metrics)
-    interceptor = CallInterceptor(metrics, authenticate, usage=usage, audit=audit)
+    settings = Settings(allow_no_tasks=True)
+    interceptor = CallInterceptor(
+        settings, metrics, authenticate, lambda _: None, AnonymousCalls(settings), usage=usage, audit=audit
+    )
     server = grpc.aio.server(interceptors=[interceptor])
     adapters_pb2_grpc.add_AdaptersServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")

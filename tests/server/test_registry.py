@@ -454,21 +454,6 @@ async def test_copies_are_kept_as_long_as_they_can_serve(home: Home) -> None:
     assert len(home.engine.held) == 1
 
 
-async def test_pages_cover_every_task_once(home: Home) -> None:
-    ids = [f"t{number:02}" for number in range(7)]
-    write(home.root / "a" / "1", *ids)
-    await home.open()
-    for size in range(1, 9):
-        seen: list[str] = []
-        after = ""
-        while True:
-            page, after = home.tables[-1].page(after, size)
-            seen += [served.spec.id for served in page]
-            if not after:
-                break
-        assert seen == ids
-
-
 def pick(weights: dict[str, int]) -> Callable[[bytes], str]:
     split = tuple((weight, name) for name, weight in weights.items())
     return lambda key: choose(split, "salt", key)

@@ -13,6 +13,7 @@ from server.job import ServedTask
 from server.rpc.inference_service import InferenceServicer
 from server.rpc.openinference import parameters, tensors
 from server.rpc.openinference.repository import Repository
+from server.rpc.stream import in_pieces
 from server.scheduling.admission import Admission, State
 from server.tenants.authentication import require_admin
 
@@ -72,10 +73,12 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         if request.ready and state != "READY":
             return pb.RepositoryIndexResponse()
         index = pb.RepositoryIndexResponse.ModelIndex
+        tasks, ids = self._service.catalog.tasks, await self._service.visible()
         return pb.RepositoryIndexResponse(
             models=[
-                index(name=task_id, version=task.adapter_version, state=state)
-                for task_id, task in self._service.visible().tasks.items()
+                index(name=task_id, version=tasks[task_id].adapter_version, state=state)
+                async for task_id in in_pieces(ids)
+                if task_id in tasks
             ]
         )
 

@@ -1,0 +1,129 @@
+"""Calls that need no key, health and reflection above all: how many of them may be open, and for how long.
+
+A peer is an address without its port, or an IPv6 address's first 64 bits: one machine has all addresses behind them.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from ipaddress import IPv6Network
+from typing import Any, NoReturn
+from urllib.parse import unquote
+
+import grpc
+
+from server.errors import RequestFailedError, Violation, invalid_argument, resource_exhausted, unavailable
+from server.settings import Settings
+
+_SERVICE_PREFIX = "/grpc."
+_REFLECTION_S = 60.0
+
+
+class AnonymousCalls:
+    """Counts the open ones by peer; all peers together may hold as many streams as connections."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._most_of_a_peer = settings.max_anonymous_calls
+        self._most_streams = settings.max_connections
+        self._open: Counter[str] = Counter()
+        self._streams = 0
+
+    @asynccontextmanager
+    async def held(self, context: Any, seconds: float | None, *, stream: bool = False) -> AsyncIterator[None]:
+        """Count a call inside. Raises RESOURCE_EXHAUSTED above the limits, UNAVAILABLE after so many seconds."""
+        peer = peer_of(context.peer())
+        if self._open[peer] >= self._most_of_a_peer:
+            raise resource_exhausted(f"{self._open[peer]} calls without a tenant are open from {peer}", 1.0)
+        if stream and self._streams >= self._most_streams:
+            raise resource_exhausted(f"{self._streams} streams without a tenant are open", 1.0)
+        self._open[peer] += 1
+        self._streams += stream
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError:
+            raise unavailable(f"a call without a tenant is ended after {seconds:g} s", 0.0) from None
+        finally:
+            self._streams -= stream
+            self._open[peer] -= 1
+            if not self._open[peer]:
+                del self._open[peer]
+
+
+class AnonymousInterceptor(grpc.aio.ServerInterceptor):
+    """Around health and reflection."""
+
+    def __init__(self, calls: AnonymousCalls, settings: Settings) -> None:
+        self._calls = calls
+        self._request_timeout_s = settings.request_timeout_s
+        self._wrapped: dict[str, Any] = {}
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
+        """Wrap the handlers of gRPC's own services."""
+        rpc = handler_call_details.method
+        if rpc not in self._wrapped:
+            handler = await continuation(handler_call_details)
+            if handler is None or not rpc.startswith(_SERVICE_PREFIX):
+                return handler
+            self._wrapped[rpc] = self._wrap(handler)
+        return self._wrapped[rpc]
+
+    def _wrap(self, handler: Any) -> Any:
+        calls = self._calls
+
+        # As handlers of streams: gRPC would read a unary call's message first, and wait for it for ever.
+        async def unary(_: Any, context: Any) -> Any:
+            async with _ended_by_status(context), calls.held(context, self._request_timeout_s):
+                return await handler.unary_unary(await _read(context), context)
+
+        async def watch(_: Any, context: Any) -> None:
+            async with _ended_by_status(context):
+                async with calls.held(context, self._request_timeout_s):
+                    request = await _read(context)
+                # As long as the connection: a client that watches would take an end for an unhealthy server.
+                async with calls.held(context, None, stream=True):
+                    await handler.unary_stream(request, context)
+
+        async def converse(requests: Any, context: Any) -> None:
+            async with (
+                _ended_by_status(context),
+                calls.held(context, _REFLECTION_S, stream=True),
+                aclosing(handler.stream_stream(requests, context)) as answers,
+            ):
+                async for answer in answers:
+                    await context.write(answer)
+
+        make, behavior = (
+            (grpc.stream_stream_rpc_method_handler, converse if handler.request_streaming else watch)
+            if handler.response_streaming
+            else (grpc.stream_unary_rpc_method_handler, unary)
+        )
+        return make(behavior, handler.request_deserializer, handler.response_serializer)
+
+
+@asynccontextmanager
+async def _ended_by_status(context: Any) -> AsyncIterator[None]:
+    try:
+        yield
+    except RequestFailedError as failure:
+        await context.abort(failure.code, failure.message)
+
+
+async def _read(context: Any) -> Any:
+    message = await context.read()
+    return await end_of_messages() if message is grpc.aio.EOF else message
+
+
+async def end_of_messages() -> NoReturn:
+    """End a call that has sent no message with INVALID_ARGUMENT."""
+    # A cancelled call reads so too; its cancellation lands here.
+    await asyncio.sleep(0.01)
+    raise invalid_argument([Violation("", "found no message")])
+
+
+def peer_of(name: str) -> str:
+    """The peer in gRPC's name of a connection, such as `ipv4:127.0.0.1:50051` or `ipv6:%5B::1%5D:50051`."""
+    kind, _, rest = unquote(name).partition(":")
+    address = rest.rpartition(":")[0].strip("[]").partition("%")[0]
+    return str(IPv6Network((address, 64), strict=False)) if kind == "ipv6" else address
