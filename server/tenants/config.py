@@ -1,12 +1,15 @@
 """The entries of tenants.yaml and their validation."""
 
 import re
+import time
+from datetime import UTC, date, datetime
+from datetime import time as time_of_day
 from enum import StrEnum
 from fnmatch import translate
 from functools import cached_property
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from server.tenants.keys import KEY_ID_PATTERN, checked_hash
 
@@ -32,13 +35,33 @@ class Priority(StrEnum):
         return list(Priority).index(self)
 
 
+def _moment(text: object) -> datetime:
+    """A date means its last moment in UTC."""
+    try:
+        return datetime.combine(date.fromisoformat(str(text)), time_of_day.max, UTC)
+    except ValueError:
+        pass
+    try:
+        moment = datetime.fromisoformat(str(text))
+    except ValueError as error:
+        raise ValueError(f"{error}; allowed: a date such as 2026-12-31, or 2026-12-31T12:00:00Z") from None
+    if moment.tzinfo is None:
+        raise ValueError("no time zone; allowed: a date such as 2026-12-31, or 2026-12-31T12:00:00Z")
+    return moment
+
+
 class ApiKey(BaseModel):
-    """An API key's public id and a hash of the whole key."""
+    """An API key's public id, a hash of the whole key, and the moment from which the key is refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str = Field(pattern=KEY_ID_PATTERN)
     hash: Annotated[str, AfterValidator(checked_hash)] = Field(repr=False)
+    expires: Annotated[datetime, BeforeValidator(_moment)] | None = None
+
+    @property
+    def expired(self) -> bool:
+        return self.expires is not None and self.expires.timestamp() <= time.time()
 
 
 class Tenant(BaseModel):

@@ -1,23 +1,21 @@
 """The current tenants: a snapshot of the file, read again whenever the file changes."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+import pickle
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
-from mtlora.errors import describe
 from mtlora.files import signature
 from server.telemetry.logs import get_logger
-from server.tenants.config import OPEN_TENANT, ApiKey, Tenant, TenantsError, TenantsFile
+from server.tenants.aside import AsideError, in_child
+from server.tenants.config import OPEN_TENANT, ApiKey, Tenant, TenantsFile
+from server.tenants.file import read_file, read_parts
 
 logger = get_logger("tenants")
 
-_MAX_FILE_BYTES = 16 << 20
+_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -31,25 +29,48 @@ class Tenants:
     open: bool = True
 
 
+class _Snapshot:
+    """A snapshot in the making."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, Tenant] = {}
+        self._by_key_id: dict[str, tuple[Tenant, ApiKey]] = {}
+        self._by_certificate: dict[str, Tenant] = {}
+
+    def add(self, tenants: Iterable[Tenant]) -> None:
+        for tenant in tenants:
+            self._by_id[tenant.id] = tenant
+            for key in tenant.api_keys:
+                self._by_key_id[key.id] = tenant, key
+            for name in tenant.certificates:
+                self._by_certificate[name] = tenant
+
+    def finished(self, file: TenantsFile) -> Tenants:
+        return Tenants(
+            by_id=MappingProxyType(self._by_id),
+            by_key_id=MappingProxyType(self._by_key_id),
+            by_certificate=MappingProxyType(self._by_certificate),
+            share_prefix_cache=file.share_prefix_cache,
+            open=False,
+        )
+
+
 def read_tenants(path: Path) -> Tenants:
     """Read and check a tenants file. Raises TenantsError."""
-    try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise TenantsError(f"{path}: larger than {_MAX_FILE_BYTES} bytes")
-        found: Any = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise TenantsError(f"{path}: not a readable YAML file: {error}") from None
-    try:
-        file = TenantsFile.model_validate(found)
-    except ValidationError as error:
-        raise TenantsError(f"{path}: {describe(error)}") from None
-    return Tenants(
-        by_id=MappingProxyType({tenant.id: tenant for tenant in file.tenants}),
-        by_key_id=MappingProxyType({key.id: (tenant, key) for tenant in file.tenants for key in tenant.api_keys}),
-        by_certificate=MappingProxyType({name: tenant for tenant in file.tenants for name in tenant.certificates}),
-        share_prefix_cache=file.share_prefix_cache,
-        open=False,
-    )
+    file = read_file(path)
+    snapshot = _Snapshot()
+    snapshot.add(file.tenants)
+    return snapshot.finished(file)
+
+
+async def read_tenants_aside(path: Path) -> Tenants:
+    """As `read_tenants`, in a child process; holds up the event loop for no more than a part. Raises AsideError."""
+    first, *parts = await asyncio.to_thread(in_child, read_parts, path, timeout_s=_TIMEOUT_S)
+    snapshot = _Snapshot()
+    for part in parts:
+        snapshot.add(pickle.loads(part))
+        await asyncio.sleep(0)
+    return snapshot.finished(pickle.loads(first))
 
 
 class Directory:
@@ -72,14 +93,14 @@ class Directory:
         self._seen = signature(path) if path else None
         self.current = read_tenants(path) if path else Tenants()
 
-    def reload_if_changed(self) -> None:
+    async def reload_if_changed(self) -> None:
         """Read the file again if it changed; a wrong file is logged and changes nothing."""
-        if self._path is None or (now := signature(self._path)) == self._seen:
+        if self._path is None or (now := await asyncio.to_thread(signature, self._path)) == self._seen:
             return
         self._seen = now
         try:
-            tenants = read_tenants(self._path)
-        except TenantsError as error:
+            tenants = await read_tenants_aside(self._path)
+        except AsideError as error:
             logger.error("tenants file refused, the old tenants stay", extra={"fields": {"reason": str(error)}})
             self._on_failure()
             return
@@ -91,4 +112,4 @@ class Directory:
         """Check the file for ever. Polling works on NFS too, and where a ConfigMap replaces a link."""
         while self._path is not None:
             await asyncio.sleep(interval_s)
-            self.reload_if_changed()
+            await self.reload_if_changed()
