@@ -45,6 +45,8 @@ from server.tenants.authentication import Authenticator
 logger = get_logger("app")
 
 _POLL_INTERVAL_S = 5.0
+# Until background work that ended is started again.
+_RESTART_S = 1.0
 # Running requests get their status before the process ends.
 _LAST_STATUSES_S = 0.5
 
@@ -142,11 +144,11 @@ class App:
         logger.info("serving", extra={"fields": {"address": address, "tasks": tasks, "start_seconds": seconds}})
         ready(f"serving on {address}, metrics on {self._settings.metrics_host}:{metrics_port}, {tasks} tasks")
         beside = [
-            self._run_beside("supervisor", self._supervise()),
-            self._run_beside("adapters", self._adapters.registry.run(self._settings.adapters_poll_s)),
-            self._run_beside("tenants", self._directory.watch()),
-            self._run_beside("engine metrics", self._poll_workers()),
-            self._run_beside("loop delay", watch_loop(self._metrics.loop_delay.observe)),
+            self._run_beside("supervisor", self._supervise),
+            self._run_beside("adapters", lambda: self._adapters.registry.run(self._settings.adapters_poll_s)),
+            self._run_beside("tenants", self._directory.watch),
+            self._run_beside("engine metrics", self._poll_workers),
+            self._run_beside("loop delay", lambda: watch_loop(self._metrics.loop_delay.observe)),
         ]
         await stopping
         await self._drain()
@@ -270,18 +272,26 @@ class App:
 
     # What runs beside the requests.
 
-    def _run_beside(self, name: str, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """Run `work` until it is cancelled. A failure is logged; without its supervisor the server exits."""
+    def _run_beside(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> "asyncio.Task[None]":
+        """Run `work` until cancelled. Whenever it ends, that is logged and counted, and it is started again.
 
-        def ended(task: "asyncio.Task[None]") -> None:
-            if not task.cancelled() and (error := task.exception()):
-                logger.error("background work failed", exc_info=error, extra={"fields": {"work": name}})
+        Without its supervisor the server exits.
+        """
+
+        async def keep_running() -> None:
+            while True:
+                error: Exception | None = None
+                try:
+                    await work()
+                except Exception as raised:
+                    error = raised
+                logger.error("background work ended", exc_info=error, extra={"fields": {"work": name}})
+                self._metrics.background_ends.inc(labels=(name,))
                 if name == "supervisor":
                     self._exit(1)
+                await asyncio.sleep(_RESTART_S)
 
-        task = asyncio.create_task(work, name=name)
-        task.add_done_callback(ended)
-        return task
+        return asyncio.create_task(keep_running(), name=name)
 
     async def _supervise(self) -> None:
         try:

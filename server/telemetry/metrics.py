@@ -108,6 +108,9 @@ class Metrics:
         self.tenants_refused = self._counts(
             "mtlora_tenants_reload_failures", "Reloads of the tenants file that failed."
         )
+        self.jwks_failures = self._counts(
+            "mtlora_jwks_failures", "Reads of a token issuer's keys that failed; the keys read before stay.", "issuer"
+        )
         self._tenant_in_flight = self._gauge_by_tenant(
             "mtlora_tenant_requests_in_flight", "Requests of a tenant that are in the engine."
         )
@@ -153,6 +156,9 @@ class Metrics:
             "mtlora_event_loop_delay_seconds",
             "How late the server's event loop runs, sampled twice a second.",
             buckets=_DELAY_BUCKETS,
+        )
+        self.background_ends = self._counts(
+            "mtlora_background_ends", "Background work of the server that ended and was started again.", "work"
         )
         self._build = self._gauge(
             "mtlora_build_info", "1; version and backbone as labels.", "version", "python", "backbone"

@@ -109,7 +109,7 @@ class Directory:
         logger.info("tenants read again", extra={"fields": {"tenants": len(tenants.by_id)}})
 
     async def watch(self, interval_s: float = 1.0) -> None:
-        """Check the file for ever. Polling works on NFS too, and where a ConfigMap replaces a link."""
-        while self._path is not None:
+        """Check the file until cancelled. Polling works on NFS too, and where a ConfigMap replaces a link."""
+        while True:
             await asyncio.sleep(interval_s)
             await self.reload_if_changed()
