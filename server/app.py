@@ -34,7 +34,7 @@ from server.rpc.validation import PromptLimits
 from server.scheduling import Scheduler
 from server.scheduling.admission import Admission, State
 from server.scheduling.scheduler import engine_turns
-from server.settings import Settings
+from server.settings import Settings, is_loopback
 from server.telemetry.logs import finish_logging, get_logger
 from server.telemetry.loop_delay import watch_loop
 from server.telemetry.metrics import Metrics
@@ -95,11 +95,17 @@ class App:
         self._scheduler = Scheduler(turns, max(1, settings.in_flight_limit - turns), self._metrics)
         try:
             self._directory = Directory(
-                settings.tenants, on_change=self._on_tenants, on_failure=self._metrics.tenants_refused.inc
+                settings.tenants,
+                open_admin=is_loopback(settings.host),
+                on_change=self._on_tenants,
+                on_failure=self._metrics.tenants_refused.inc,
             )
         except TenantsError as error:
             raise StartError(str(error)) from None
         self._on_tenants(self._directory.current)
+        self._authenticator = Authenticator(
+            self._directory, lambda issuer: self._metrics.jwks_failures.inc(labels=(issuer,))
+        )
         self._inference = InferenceServicer(
             self._admission, self._metrics, self._scheduler, self._directory, log_prompts=settings.log_prompts
         )
@@ -132,6 +138,7 @@ class App:
         metrics_port, close_metrics = self._open_metrics()
         probed = await self._listen_for_probes()
         logger.info("listening", extra={"fields": {"address": address, "metrics_port": metrics_port}})
+        self._warn_of_open_doors()
         starting = asyncio.create_task(self._start())
         stopping = asyncio.create_task(self._stop.wait())
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -147,6 +154,7 @@ class App:
             self._run_beside("supervisor", self._supervise),
             self._run_beside("adapters", lambda: self._adapters.registry.run(self._settings.adapters_poll_s)),
             self._run_beside("tenants", self._directory.watch),
+            self._run_beside("token issuers", self._authenticator.tokens.run),
             self._run_beside("engine metrics", self._poll_workers),
             self._run_beside("loop delay", lambda: watch_loop(self._metrics.loop_delay.observe)),
         ]
@@ -176,7 +184,7 @@ class App:
     async def _listen(self) -> tuple[Any, str]:
         interceptor = CallInterceptor(
             self._metrics,
-            Authenticator(self._directory).tenant,
+            self._authenticator.tenant,
             self._tracer,
             slow_reader_s=self._settings.slow_reader_s,
         )
@@ -201,6 +209,14 @@ class App:
         if not bound:
             raise StartError(f"cannot listen on {host}:{port}: taken, or not an address of this machine (health_port)")
         return server
+
+    def _warn_of_open_doors(self) -> None:
+        settings, local = self._settings, is_loopback(self._settings.host)
+        if settings.tenants is None:
+            rights = "is an admin" if local else "may ask every task, and nobody is an admin"
+            logger.warning(f"no tenants file: everybody who reaches {settings.host} {rights}")
+        elif settings.tls_certificate is None and not local:
+            logger.warning(f"no TLS on {settings.host}: keys and tokens can be read on their way")
 
     def _open_metrics(self) -> tuple[int, Callable[[], None]]:
         host, port = self._settings.metrics_host, self._settings.metrics_port

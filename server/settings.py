@@ -5,6 +5,7 @@ and its environment variable.
 """
 
 import difflib
+import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -105,7 +106,10 @@ class Settings(BaseSettings):
     grace_period_s: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="seconds for running requests to finish after SIGTERM"
     )
-    tenants: Path | None = Field(None, description="tenants file; unset: one open tenant, without keys or quotas")
+    tenants: Path | None = Field(
+        None,
+        description="tenants file; unset: one open tenant, without keys or quotas, an admin if host is of this machine",
+    )
     tls_certificate: Path | None = Field(None, description="PEM certificate chain of gRPC; unset: no TLS")
     tls_key: Path | None = Field(None, description="PEM private key of the certificate")
     tls_client_ca: Path | None = Field(None, description="PEM authorities that clients' certificates must come from")
@@ -184,6 +188,14 @@ def flag_of(setting: str) -> str:
 def variable_of(setting: str) -> str:
     """The setting's environment variable."""
     return f"{ENV_PREFIX}{setting.upper()}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def is_url(adapters: str) -> bool:

@@ -1,4 +1,4 @@
-"""Which tenant a call is from: by an API key in its metadata, or by its connection's client certificate."""
+"""Which tenant a call is from: by an API key or a token in its metadata, or by its connection's certificate."""
 
 import time
 from collections import OrderedDict
@@ -10,7 +10,8 @@ import grpc
 from server.errors import RequestFailedError, unauthenticated
 from server.tenants.config import Tenant
 from server.tenants.directory import Directory
-from server.tenants.keys import key_id_of, verify
+from server.tenants.keys import KEY
+from server.tenants.tokens import Tokens
 
 _SCHEME = "bearer "
 # Certificates remembered.
@@ -18,10 +19,11 @@ _REMEMBERED = 65_536
 
 
 class Authenticator:
-    """Maps a call to its tenant."""
+    """Maps a call to its tenant. `tokens.run` keeps the keys of tokens' issuers up to date."""
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, on_jwks_failure: Callable[[str], None] = lambda _: None) -> None:
         self._directory = directory
+        self.tokens = Tokens(directory, on_jwks_failure)
         self._certificates: OrderedDict[bytes, Certificate] = OrderedDict()
 
     async def tenant(
@@ -29,21 +31,22 @@ class Authenticator:
     ) -> Tenant:
         """The caller's tenant. Raises UNAUTHENTICATED without saying which part of a key is wrong.
 
-        `auth_context` is called only if there is no key, as it copies the connection's certificates.
+        `auth_context` is called only if there is no key or token, as it copies the connection's certificates.
         """
         tenants = self._directory.current
         if tenants.open:
             return next(iter(tenants.by_id.values()))
-        if (key := _bearer(metadata)) is not None:
-            return self._by_key(key)
+        if (bearer := _bearer(metadata)) is not None:
+            # A token has two dots, a key none.
+            return await self.tokens.tenant(bearer) if "." in bearer and tenants.issuers else self._by_key(bearer)
         if pem := auth_context().get("x509_pem_cert"):
             return self._by_certificate(pem[0])
-        raise unauthenticated("no API key in metadata `authorization: Bearer KEY`, and no client certificate")
+        raise unauthenticated("no API key or token in metadata `authorization: Bearer KEY`, and no client certificate")
 
     def _by_key(self, key: str) -> Tenant:
-        key_id = key_id_of(key)
-        found = self._directory.current.by_key_id.get(key_id) if key_id else None
-        if found is None or not verify(key, found[1].hash):
+        parsed = KEY.fullmatch(key)
+        found = self._directory.current.by_key_id.get(parsed["id"]) if parsed else None
+        if found is None or not found[1].matches(key):
             raise unauthenticated("the API key is not one of this server's")
         if found[1].expired:
             raise unauthenticated("the API key has expired")

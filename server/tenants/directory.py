@@ -10,7 +10,7 @@ from types import MappingProxyType
 from mtlora.files import signature
 from server.telemetry.logs import get_logger
 from server.tenants.aside import AsideError, in_child
-from server.tenants.config import OPEN_TENANT, ApiKey, Tenant, TenantsFile
+from server.tenants.config import OPEN_TENANT, ApiKey, Issuer, Tenant, TenantsFile
 from server.tenants.file import read_file, read_parts
 
 logger = get_logger("tenants")
@@ -20,11 +20,12 @@ _TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class Tenants:
-    """An immutable snapshot. `open`: every caller is the open tenant."""
+    """An immutable snapshot. `open`: every caller is the only tenant."""
 
-    by_id: Mapping[str, Tenant] = field(default_factory=lambda: MappingProxyType({OPEN_TENANT.id: OPEN_TENANT}))
+    by_id: Mapping[str, Tenant]
     by_key_id: Mapping[str, tuple[Tenant, ApiKey]] = field(default_factory=lambda: MappingProxyType({}))
     by_certificate: Mapping[str, Tenant] = field(default_factory=lambda: MappingProxyType({}))
+    issuers: Mapping[str, Issuer] = field(default_factory=lambda: MappingProxyType({}))
     share_prefix_cache: bool = True
     open: bool = True
 
@@ -50,6 +51,7 @@ class _Snapshot:
             by_id=MappingProxyType(self._by_id),
             by_key_id=MappingProxyType(self._by_key_id),
             by_certificate=MappingProxyType(self._by_certificate),
+            issuers=MappingProxyType({issuer.issuer: issuer for issuer in file.issuers}),
             share_prefix_cache=file.share_prefix_cache,
             open=False,
         )
@@ -76,14 +78,16 @@ async def read_tenants_aside(path: Path) -> Tenants:
 class Directory:
     """Holds the current snapshot; `watch` replaces it while the server runs.
 
-    path: the tenants file; None means one open tenant for ever. on_change gets every new snapshot; on_failure is called
-    once for every refused state of the file. Raises TenantsError if the first read fails.
+    path: the tenants file; None means one open tenant for ever, an admin if `open_admin`. on_change gets every new
+    snapshot; on_failure is called once for every refused state of the file. Raises TenantsError if the first read
+    fails.
     """
 
     def __init__(
         self,
         path: Path | None,
         *,
+        open_admin: bool = False,
         on_change: Callable[[Tenants], None] = lambda _: None,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
@@ -91,7 +95,8 @@ class Directory:
         self._on_change = on_change
         self._on_failure = on_failure
         self._seen = signature(path) if path else None
-        self.current = read_tenants(path) if path else Tenants()
+        everybody = OPEN_TENANT.model_copy(update={"admin": open_admin})
+        self.current = read_tenants(path) if path else Tenants(MappingProxyType({everybody.id: everybody}))
 
     async def reload_if_changed(self) -> None:
         """Read the file again if it changed; a wrong file is logged and changes nothing."""

@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from mtlora.errors import describe
-from server.tenants.config import Tenant, TenantsError, TenantsFile
+from server.tenants.config import Tenant, TenantsError, TenantsFile, is_url
 
 _MAX_FILE_BYTES = 16 << 20
 # Pickled together: about a millisecond of the event loop's.
@@ -42,11 +42,16 @@ def read_file(path: Path) -> TenantsFile:
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise TenantsError(f"{path}: not a readable YAML file: {error}") from None
     try:
-        return TenantsFile.model_validate(found)
+        file = TenantsFile.model_validate(found)
     except ValidationError as error:
         raise TenantsError(f"{path}: {describe(error)}") from None
     except RecursionError:
         raise TenantsError(f"{path}: nested too deeply") from None
+    issuers = (
+        issuer if is_url(issuer.jwks) else issuer.model_copy(update={"jwks": str(path.parent / issuer.jwks)})
+        for issuer in file.issuers
+    )
+    return file.model_copy(update={"issuers": tuple(issuers)})
 
 
 def read_parts(path: Path) -> Iterator[TenantsFile | tuple[Tenant, ...]]:

@@ -5,13 +5,12 @@ wrong one as little as a right one.
 """
 
 import hashlib
-import hmac
 import re
 import secrets
 
 KEY_ID_PATTERN = r"^[0-9a-z]{8,32}$"
 # Secrets of `new_key` alone: a digest would not protect keys that people choose themselves, should the file leak.
-_KEY = re.compile(r"mtk_(?P<id>[0-9a-z]{8,32})_[A-Za-z0-9_\-]{43}", re.ASCII)
+KEY = re.compile(r"mtk_(?P<id>[0-9a-z]{8,32})_[A-Za-z0-9_\-]{43}", re.ASCII)
 _HASH = re.compile(r"sha256\$[0-9a-f]{64}", re.ASCII)
 
 
@@ -23,24 +22,13 @@ def new_key() -> tuple[str, str, str]:
     return key, key_id, hash_key(key)
 
 
-def key_id_of(key: str) -> str | None:
-    """The public id inside a key; None if the text is not a key."""
-    found = _KEY.fullmatch(key)
-    return found["id"] if found else None
-
-
 def hash_key(key: str) -> str:
     """`sha256$DIGEST`, in hexadecimal, of the whole key."""
     return f"sha256${hashlib.sha256(key.encode()).hexdigest()}"
 
 
 def checked_hash(text: str) -> str:
-    """`text`. Raises ValueError unless it is a hash that `verify` can compare with."""
+    """`text`. Raises ValueError unless it is such a hash."""
     if not _HASH.fullmatch(text):
         raise ValueError("not a key's hash; allowed: sha256$DIGEST, as `mtlora-server new-key` prints with a new key")
     return text
-
-
-def verify(key: str, hashed: str) -> bool:
-    """Whether `hashed` is the hash of `key`, compared in constant time."""
-    return hmac.compare_digest(hash_key(key), hashed)

@@ -19,7 +19,7 @@ from server.rpc.openinference import OpenInferenceServicer
 from server.rpc.validation import PromptLimits
 from server.scheduling import Scheduler
 from server.scheduling.admission import Admission, State
-from server.settings import load_settings
+from server.settings import is_loopback, load_settings
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracer
 from server.tenants import Directory
@@ -101,7 +101,7 @@ class Service:
         self, max_in_flight: int = 4, *, log_prompts: bool = False, turns: int | None = None, **settings: Any
     ) -> None:
         self.settings = load_settings({"allow_no_tasks": True, "port": 0, "metrics_port": 0, **settings})
-        self.directory = Directory(self.settings.tenants)
+        self.directory = Directory(self.settings.tenants, open_admin=is_loopback(self.settings.host))
         self.metrics = Metrics()
         self.admission = Admission(max_in_flight, self.metrics)
         self.scheduler = Scheduler(turns or max_in_flight, max_in_flight, self.metrics)
