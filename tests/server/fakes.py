@@ -110,6 +110,8 @@ class Service:
         self.servicer = InferenceServicer(
             self.admission, self.metrics, self.scheduler, self.directory, log_prompts=log_prompts
         )
+        # Without a registry: a test that calls it sets one.
+        self.adapters = AdaptersServicer(self.admission)
         self.open_inference = OpenInferenceServicer(self.servicer, self.admission, self.repository)
         self.servicer.engine = self.engine
         self.servicer.residency = Residency(FakeMemory(), capacity=2)
@@ -131,7 +133,7 @@ class Service:
         listening = Listening(self.settings, interceptor)
         health = Health()
         await health.set(serving=True)
-        listening.add(self.servicer, AdaptersServicer(self.admission), self.open_inference, health)
+        listening.add(self.servicer, self.adapters, self.open_inference, health)
         self.address = listening.bind()
         self.admission.state = State.SERVING
         await listening.server.start()

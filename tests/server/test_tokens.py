@@ -378,8 +378,9 @@ def test_unusable_keys_are_left_out(tmp_path: Path, rsa_key: Key) -> None:
     huge = {**rsa_key.jwk, "e": _part("x" * 200)}
     private = jwt.algorithms.ECAlgorithm.to_jwk(Key("ES256", None).private, as_dict=True)
     wrong: list[Any] = [
-        {"kty": "oct", "k": "c2VjcmV0", "kid": "symmetric"}, {**rsa_key.jwk, "use": "enc"}, {**rsa_key.jwk, "alg": "HS256"},
-        {**rsa_key.jwk, "alg": "none"}, {**rsa_key.jwk, "kid": 7}, {"kty": "RSA"}, {"kty": []}, small, huge, 7, None,
+        {"kty": "oct", "k": "c2VjcmV0", "kid": "symmetric"}, {**rsa_key.jwk, "use": "enc"},
+        {**rsa_key.jwk, "alg": "HS256"}, {**rsa_key.jwk, "alg": "none"}, {**rsa_key.jwk, "kid": 7},
+        {"kty": "RSA"}, {"kty": []}, small, huge, 7, None,
     ]  # fmt: skip
     path.write_text(json.dumps({"keys": wrong}))
     with pytest.raises(JWKSError, match="no usable key"):
