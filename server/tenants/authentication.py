@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import grpc
 
 from server.errors import RequestFailedError, unauthenticated
-from server.tenants.config import Tenant
+from server.tenants.config import OPEN_TENANT, Tenant
 from server.tenants.directory import Directory
 from server.tenants.keys import KEY
 from server.tenants.tokens import Tokens
@@ -94,7 +94,9 @@ class Certificate:
 def require_admin(tenant: Tenant) -> None:
     """Raise PERMISSION_DENIED unless the tenant may change what is served."""
     if not tenant.admin:
-        raise RequestFailedError(grpc.StatusCode.PERMISSION_DENIED, f"tenant {tenant.id} is not an admin")
+        hint = "; without a tenants file, admins need a server that listens on a loopback address"
+        message = f"tenant {tenant.id} is not an admin" + (hint if tenant == OPEN_TENANT else "")
+        raise RequestFailedError(grpc.StatusCode.PERMISSION_DENIED, message)
 
 
 def _bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
