@@ -37,7 +37,7 @@ from server.rpc.validation import PromptLimits
 from server.scheduling import Scheduler
 from server.scheduling.admission import Admission, State
 from server.scheduling.scheduler import engine_turns
-from server.settings import Settings
+from server.settings import Settings, is_loopback
 from server.telemetry.logs import finish_logging, get_logger
 from server.telemetry.loop_delay import watch_loop
 from server.telemetry.metrics import Metrics
@@ -48,6 +48,8 @@ from server.tenants.authentication import Authenticator
 logger = get_logger("app")
 
 _POLL_INTERVAL_S = 5.0
+# Until background work that ended is started again.
+_RESTART_S = 1.0
 # Running requests get their status before the process ends.
 _LAST_STATUSES_S = 0.5
 
@@ -98,6 +100,7 @@ class App:
             self._directory = Directory(
                 settings.tenants,
                 replicas=settings.replicas,
+                open_admin=is_loopback(settings.host),
                 on_change=self._on_tenants,
                 on_failure=self._metrics.tenants_refused.inc,
             )
@@ -106,6 +109,9 @@ class App:
         except (TenantsError, AuditError, UsageError) as error:
             raise StartError(str(error)) from None
         self._on_tenants(self._directory.current)
+        self._authenticator = Authenticator(
+            self._directory, lambda issuer: self._metrics.jwks_failures.inc(labels=(issuer,))
+        )
         self._inference = InferenceServicer(
             self._admission,
             self._metrics,
@@ -144,6 +150,7 @@ class App:
         metrics_port, close_metrics = self._open_metrics()
         probed = await self._listen_for_probes()
         logger.info("listening", extra={"fields": {"address": address, "metrics_port": metrics_port}})
+        self._warn_of_open_doors()
         starting = asyncio.create_task(self._start())
         stopping = asyncio.create_task(self._stop.wait())
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -156,12 +163,13 @@ class App:
         logger.info("serving", extra={"fields": {"address": address, "tasks": tasks, "start_seconds": seconds}})
         ready(f"serving on {address}, metrics on {self._settings.metrics_host}:{metrics_port}, {tasks} tasks")
         beside = [
-            self._run_beside("supervisor", self._supervise()),
-            self._run_beside("adapters", self._adapters.registry.run(self._settings.adapters_poll_s)),
-            self._run_beside("tenants", self._directory.watch()),
-            self._run_beside("usage", self._usage.run()),
-            self._run_beside("engine metrics", self._poll_workers()),
-            self._run_beside("loop delay", watch_loop(self._metrics.loop_delay.observe)),
+            self._run_beside("supervisor", self._supervise),
+            self._run_beside("adapters", lambda: self._adapters.registry.run(self._settings.adapters_poll_s)),
+            self._run_beside("tenants", self._directory.watch),
+            self._run_beside("token issuers", self._authenticator.tokens.run),
+            self._run_beside("usage", self._usage.run),
+            self._run_beside("engine metrics", self._poll_workers),
+            self._run_beside("loop delay", lambda: watch_loop(self._metrics.loop_delay.observe)),
         ]
         await stopping
         await self._drain()
@@ -191,7 +199,7 @@ class App:
         interceptor = CallInterceptor(
             self._settings,
             self._metrics,
-            Authenticator(self._directory).tenant,
+            self._authenticator.tenant,
             self._scheduler.count_request,
             anonymous,
             self._tracer,
@@ -223,6 +231,14 @@ class App:
         if not bound:
             raise StartError(f"cannot listen on {host}:{port}: taken, or not an address of this machine (health_port)")
         return server
+
+    def _warn_of_open_doors(self) -> None:
+        settings, local = self._settings, is_loopback(self._settings.host)
+        if settings.tenants is None:
+            rights = "is an admin" if local else "may ask every task, and nobody is an admin"
+            logger.warning(f"no tenants file: everybody who reaches {settings.host} {rights}")
+        elif settings.tls_certificate is None and not local:
+            logger.warning(f"no TLS on {settings.host}: keys and tokens can be read on their way")
 
     def _open_metrics(self) -> tuple[int, Callable[[], None]]:
         host, port = self._settings.metrics_host, self._settings.metrics_port
@@ -294,18 +310,26 @@ class App:
 
     # What runs beside the requests.
 
-    def _run_beside(self, name: str, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """Run `work` until it is cancelled. A failure is logged; without its supervisor the server exits."""
+    def _run_beside(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> "asyncio.Task[None]":
+        """Run `work` until cancelled. Whenever it ends, that is logged and counted, and it is started again.
 
-        def ended(task: "asyncio.Task[None]") -> None:
-            if not task.cancelled() and (error := task.exception()):
-                logger.error("background work failed", exc_info=error, extra={"fields": {"work": name}})
+        Without its supervisor the server exits.
+        """
+
+        async def keep_running() -> None:
+            while True:
+                error: Exception | None = None
+                try:
+                    await work()
+                except Exception as raised:
+                    error = raised
+                logger.error("background work ended", exc_info=error, extra={"fields": {"work": name}})
+                self._metrics.background_ends.inc(labels=(name,))
                 if name == "supervisor":
                     self._exit(1)
+                await asyncio.sleep(_RESTART_S)
 
-        task = asyncio.create_task(work, name=name)
-        task.add_done_callback(ended)
-        return task
+        return asyncio.create_task(keep_running(), name=name)
 
     async def _supervise(self) -> None:
         try:

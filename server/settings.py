@@ -5,6 +5,7 @@ and its environment variable.
 """
 
 import difflib
+import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -105,7 +106,10 @@ class Settings(BaseSettings):
     grace_period_s: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="seconds for running requests to finish after SIGTERM"
     )
-    tenants: Path | None = Field(None, description="tenants file; unset: one open tenant, without keys or quotas")
+    tenants: Path | None = Field(
+        None,
+        description="tenants file; unset: one open tenant, without keys or quotas, an admin if host is of this machine",
+    )
     replicas: int | None = Field(
         None, ge=1, description="servers that share the quotas of a tenants file with `quotas: fleet`"
     )
@@ -207,6 +211,14 @@ def flag_of(setting: str) -> str:
 def variable_of(setting: str) -> str:
     """The setting's environment variable."""
     return f"{ENV_PREFIX}{setting.upper()}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def is_url(adapters: str) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtlora.cli.backbone import add_backbone_argument
+from mtlora.cli.connection import access_from, add_access_arguments
 from mtlora.cli.output import print_table
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--through", metavar="HOST:PORT", help="ask a running server instead of a model in this process"
     )
+    add_access_arguments(parser)
     parser.add_argument("--adapter-only", action="store_true", help="do not score the backbone alone")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
@@ -119,7 +121,15 @@ def _answerers(
 
     names = ["adapter"] * bool(checkpoint) + ["backbone_alone"] * (not args.adapter_only)
     if args.through:
-        return {name: evaluate.server_answerer(args.through, without_adapter=name != "adapter") for name in names}
+        from mtlora.errors import MtLoRAError
+
+        try:
+            access = access_from(args)
+        except (OSError, ValueError) as error:
+            raise MtLoRAError(str(error)) from None
+        return {
+            name: evaluate.server_answerer(args.through, access, without_adapter=name != "adapter") for name in names
+        }
 
     import torch
 

@@ -1,9 +1,10 @@
 """The clients, for threads and for asyncio. They depend only on the gRPC contract."""
 
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
+from contextlib import aclosing
 from datetime import UTC, datetime
-from typing import Any, Self
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -16,18 +17,110 @@ from mtlora.client.messages import Answer, Input, make_request
 
 _OPTIONS = [("grpc.max_receive_message_length", -1)]
 
+P = ParamSpec("P")
+T = TypeVar("T")
+# Yields (rpc, request, timeout in seconds), gets the reply, returns the method's result.
+Steps = Generator[tuple[Any, Any, float | None], Any, T]
+
+
+class _Method(Generic[P, T]):
+    """A method of both clients, written once: of Client it returns its result, of AsyncClient what to await."""
+
+    def __init__(self, steps: Callable[Concatenate[Any, P], Steps[T]]) -> None:
+        self._steps = steps
+        self.__doc__ = steps.__doc__
+        self.__wrapped__ = steps
+
+    @overload
+    def __get__(self, client: "Client", owner: Any = None) -> Callable[P, T]: ...
+
+    @overload
+    def __get__(self, client: "AsyncClient", owner: Any = None) -> Callable[P, Awaitable[T]]: ...
+
+    @overload
+    def __get__(self, client: None, owner: Any = None) -> Self: ...
+
+    def __get__(self, client: Any, owner: Any = None) -> Any:
+        if client is None:
+            return self
+
+        def method(*arguments: P.args, **named: P.kwargs) -> Any:
+            return client._run(self._steps(client, *arguments, **named))
+
+        return method
+
 
 class _Connection:
-    """A channel of `kind`, grpc or grpc.aio, and the stub that both clients ask."""
+    """A channel of `kind`, grpc or grpc.aio, and the calls of both clients. Every method raises ServerError."""
 
     def __init__(self, kind: Any, address: str, access: Access) -> None:
         self._channel = access.channel(kind, address, _OPTIONS)
         self._metadata = access.metadata()
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+        self._adapters = adapters_pb2_grpc.AdaptersStub(self._channel)
 
-    def _ask(self, rpc: Any, task_id: str, input: Input, timeout: float | None, parameters: Mapping[str, Any]) -> Any:
-        """What `rpc` returns: an answer, an iterator of pieces, or a call to await."""
-        return rpc(make_request(task_id, input, **parameters), timeout=timeout, metadata=self._metadata)
+    @_Method
+    def generate(self, task_id: str, input: Input, *, timeout: float | None = None, **parameters: Any) -> Steps[Answer]:
+        """The answer to one input; `parameters` as for `make_request`."""
+        return Answer.of((yield self._stub.Generate, make_request(task_id, input, **parameters), timeout))
+
+    @_Method
+    def tasks(self, page_size: int = 0) -> Steps[list[pb.Task]]:
+        """All tasks that can be asked."""
+        tasks: list[pb.Task] = []
+        token = ""
+        while True:
+            page = yield self._stub.ListTasks, pb.ListTasksRequest(page_size=page_size, page_token=token), None
+            tasks += page.tasks
+            if not (token := page.next_page_token):
+                return tasks
+
+    @_Method
+    def task(self, task_id: str) -> Steps[pb.Task]:
+        """One task."""
+        return (yield self._stub.GetTask, pb.GetTaskRequest(task_id=task_id), None).task
+
+    @_Method
+    def adapters(self) -> Steps[list[adapters_pb2.Adapter]]:
+        """Every adapter and its versions."""
+        return list((yield self._adapters.List, adapters_pb2.ListAdaptersRequest(), None).adapters)
+
+    @_Method
+    def load_adapter(self, adapter: str, version: str = "") -> Steps[adapters_pb2.AdapterVersion]:
+        """Let a version, the highest by default, serve; returns when it does."""
+        request = adapters_pb2.LoadAdapterRequest(adapter=adapter, version=version)
+        return (yield self._adapters.Load, request, None).serving
+
+    @_Method
+    def unload_adapter(self, adapter: str) -> Steps[None]:
+        """Stop serving an adapter."""
+        yield self._adapters.Unload, adapters_pb2.UnloadAdapterRequest(adapter=adapter), None
+
+    @_Method
+    def rollback_adapter(self, adapter: str) -> Steps[adapters_pb2.AdapterVersion]:
+        """Let the previous version serve again."""
+        return (yield self._adapters.Rollback, adapters_pb2.RollbackAdapterRequest(adapter=adapter), None).serving
+
+    @_Method
+    def pin_adapter(self, adapter: str, pinned: bool = True) -> Steps[None]:
+        """Keep an adapter in the engine's memory, or stop keeping it."""
+        if pinned:
+            yield self._adapters.Pin, adapters_pb2.PinAdapterRequest(adapter=adapter), None
+        else:
+            yield self._adapters.Unpin, adapters_pb2.UnpinAdapterRequest(adapter=adapter), None
+
+    @_Method
+    def set_adapter_weights(self, weights: Mapping[str, int], *, adapter: str = "", task: str = "") -> Steps[None]:
+        """Split the requests of an adapter, or of one task, among versions; no weights end the split."""
+        target = {"task": task} if task else {"adapter": adapter}
+        yield self._adapters.SetWeights, adapters_pb2.SetAdapterWeightsRequest(weights=weights, **target), None
+
+    def _stream(self, task_id: str, input: Input, timeout: float | None, parameters: Mapping[str, Any]) -> Any:
+        request = make_request(task_id, input, **parameters)
+        return self._stub.GenerateStream(request, timeout=timeout, metadata=self._metadata)
+
+    def _watch(self, adapter: str) -> Any:
+        return self._adapters.Watch(adapters_pb2.WatchAdaptersRequest(adapter=adapter), metadata=self._metadata)
 
 
 class Client(_Connection):
@@ -36,7 +129,6 @@ class Client(_Connection):
     def __init__(self, address: str, access: Access = OPEN) -> None:
         super().__init__(grpc, address, access)
         self._health = health_pb2_grpc.HealthStub(self._channel)
-        self._adapters = adapters_pb2_grpc.AdaptersStub(self._channel)
         self._usage = usage_pb2_grpc.UsageStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -48,62 +140,15 @@ class Client(_Connection):
     def close(self) -> None:
         self._channel.close()
 
-    def generate(self, task_id: str, input: Input, *, timeout: float | None = None, **parameters: Any) -> Answer:
-        """The answer to one input; `parameters` as for `make_request`."""
-        with server_errors():
-            return Answer.of(self._ask(self._stub.Generate, task_id, input, timeout, parameters))
-
     def stream(
         self, task_id: str, input: Input, *, timeout: float | None = None, **parameters: Any
     ) -> Iterator[pb.GenerateStreamResponse]:
         """The answer in pieces; the last one carries the summary. Closing the iterator cancels the request."""
-        yield from _read(self._ask(self._stub.GenerateStream, task_id, input, timeout, parameters))
-
-    def tasks(self, page_size: int = 0) -> list[pb.Task]:
-        """All tasks that can be asked."""
-        tasks: list[pb.Task] = []
-        token = ""
-        while True:
-            page = self._call(self._stub.ListTasks, pb.ListTasksRequest(page_size=page_size, page_token=token))
-            tasks += page.tasks
-            if not (token := page.next_page_token):
-                return tasks
-
-    def task(self, task_id: str) -> pb.Task:
-        return self._call(self._stub.GetTask, pb.GetTaskRequest(task_id=task_id)).task
-
-    def adapters(self) -> list[adapters_pb2.Adapter]:
-        """Every adapter and its versions."""
-        return list(self._call(self._adapters.List, adapters_pb2.ListAdaptersRequest()).adapters)
-
-    def load_adapter(self, adapter: str, version: str = "") -> adapters_pb2.AdapterVersion:
-        """Let a version, the highest by default, serve; returns when it does."""
-        request = adapters_pb2.LoadAdapterRequest(adapter=adapter, version=version)
-        return self._call(self._adapters.Load, request).serving
-
-    def unload_adapter(self, adapter: str) -> None:
-        """Stop serving an adapter."""
-        self._call(self._adapters.Unload, adapters_pb2.UnloadAdapterRequest(adapter=adapter))
-
-    def rollback_adapter(self, adapter: str) -> adapters_pb2.AdapterVersion:
-        """Let the previous version serve again."""
-        return self._call(self._adapters.Rollback, adapters_pb2.RollbackAdapterRequest(adapter=adapter)).serving
-
-    def pin_adapter(self, adapter: str, pinned: bool = True) -> None:
-        """Keep an adapter in the engine's memory, or stop keeping it."""
-        if pinned:
-            self._call(self._adapters.Pin, adapters_pb2.PinAdapterRequest(adapter=adapter))
-        else:
-            self._call(self._adapters.Unpin, adapters_pb2.UnpinAdapterRequest(adapter=adapter))
-
-    def set_adapter_weights(self, weights: Mapping[str, int], *, adapter: str = "", task: str = "") -> None:
-        """Split the requests of an adapter, or of one task, among versions; no weights end the split."""
-        target = {"task": task} if task else {"adapter": adapter}
-        self._call(self._adapters.SetWeights, adapters_pb2.SetAdapterWeightsRequest(weights=weights, **target))
+        yield from _read(self._stream(task_id, input, timeout, parameters))
 
     def watch_adapters(self, adapter: str = "") -> Iterator[adapters_pb2.AdapterEvent]:
         """What happens to adapters from this call on. Closing the iterator ends it."""
-        call = self._adapters.Watch(adapters_pb2.WatchAdaptersRequest(adapter=adapter), metadata=self._metadata)
+        call = self._watch(adapter)
         with server_errors():
             # The server sends these once it watches.
             call.initial_metadata()
@@ -140,9 +185,16 @@ class Client(_Connection):
                 raise TimeoutError(f"not serving after {timeout:g} s")
             time.sleep(0.1)
 
-    def _call(self, rpc: Any, request: Any) -> Any:
-        with server_errors():
-            return rpc(request, metadata=self._metadata)
+    def _run(self, steps: Steps[T]) -> T:
+        reply = None
+        while True:
+            try:
+                rpc, request, timeout = steps.send(reply)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            with server_errors():
+                reply = rpc(request, timeout=timeout, metadata=self._metadata)
 
 
 class UsageReport:
@@ -161,7 +213,7 @@ class UsageReport:
 
 
 class AsyncClient(_Connection):
-    """`Client` for asyncio: answers alone."""
+    """`Client` for asyncio, without health checks; an asynchronous context manager."""
 
     def __init__(self, address: str, access: Access = OPEN) -> None:
         super().__init__(grpc.aio, address, access)
@@ -175,25 +227,45 @@ class AsyncClient(_Connection):
     async def close(self) -> None:
         await self._channel.close()
 
-    async def generate(self, task_id: str, input: Input, *, timeout: float | None = None, **parameters: Any) -> Answer:
-        with server_errors():
-            return Answer.of(await self._ask(self._stub.Generate, task_id, input, timeout, parameters))
-
     async def stream(
         self, task_id: str, input: Input, *, timeout: float | None = None, **parameters: Any
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
-        call = self._ask(self._stub.GenerateStream, task_id, input, timeout, parameters)
-        try:
+        """As `Client.stream`."""
+        async with aclosing(_read_async(self._stream(task_id, input, timeout, parameters))) as messages:
+            async for message in messages:
+                yield message
+
+    async def watch_adapters(self, adapter: str = "") -> AsyncGenerator[adapters_pb2.AdapterEvent, None]:
+        """As `Client.watch_adapters`: await this, then iterate over its result."""
+        call = self._watch(adapter)
+        with server_errors():
+            await call.wait_for_connection()
+        return _read_async(call)
+
+    async def _run(self, steps: Steps[T]) -> T:
+        reply = None
+        while True:
+            try:
+                rpc, request, timeout = steps.send(reply)
+            except StopIteration as end:
+                result: T = end.value
+                return result
             with server_errors():
-                async for message in call:
-                    yield message
-        finally:
-            call.cancel()
+                reply = await rpc(request, timeout=timeout, metadata=self._metadata)
 
 
 def _read(call: Any) -> Iterator[Any]:
     try:
         with server_errors():
             yield from call
+    finally:
+        call.cancel()
+
+
+async def _read_async(call: Any) -> AsyncGenerator[Any, None]:
+    try:
+        with server_errors():
+            async for message in call:
+                yield message
     finally:
         call.cancel()

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -15,6 +15,9 @@ from mtlora.model import AdaptedModel
 from mtlora.suite.base import Example, Suite
 from mtlora.task import TaskSpec, is_correct, normalise_answer
 from mtlora.train.data import cut
+
+if TYPE_CHECKING:
+    from mtlora.client import Access
 
 # Gives an answer to each example, in order.
 Answerer = Callable[[Sequence[Example]], list[str]]
@@ -206,11 +209,13 @@ def _bar(total: int, what: str, with_adapter: bool) -> "tqdm[Any]":
     return tqdm(total=total, desc=f"{what} ({'adapter' if with_adapter else 'backbone alone'})", unit="ex", leave=False)
 
 
-def server_answerer(address: str, *, without_adapter: bool = False, concurrency: int = 32) -> Answerer:
+def server_answerer(
+    address: str, access: "Access | None" = None, *, without_adapter: bool = False, concurrency: int = 32
+) -> Answerer:
     """Answers from a running server, `concurrency` requests at a time. Raises ServerError if one fails."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from mtlora.client import Client
+    from mtlora.client import OPEN, Client
 
     def answer(examples: Sequence[Example]) -> list[str]:
         def ask(example: Example) -> str:
@@ -221,7 +226,7 @@ def server_answerer(address: str, *, without_adapter: bool = False, concurrency:
             return text
 
         with (
-            Client(address) as client,
+            Client(address, access or OPEN) as client,
             ThreadPoolExecutor(concurrency) as pool,
             _bar(len(examples), "ask", not without_adapter) as bar,
         ):

@@ -4,12 +4,11 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from mtlora.client import Access, Client, ServerError
+from mtlora.cli.connection import access_from, add_access_arguments
+from mtlora.client import Client, ServerError
 from server.cli import CommandError
 
-_KEY_VARIABLE = "MTLORA_API_KEY"
 _ADDRESS_VARIABLE = "MTLORA_ADDRESS"
 
 
@@ -21,24 +20,17 @@ def add_address(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help=f"default: {_ADDRESS_VARIABLE}'s value, or 127.0.0.1:50051",
     )
-    # Not the key itself: other users of the machine can read a process's arguments.
-    parser.add_argument(
-        "--api-key-file",
-        type=Path,
-        metavar="FILE",
-        help=f"file that holds the API key; default: {_KEY_VARIABLE}'s value",
-    )
-    parser.add_argument("--tls-ca", type=Path, metavar="FILE", help="PEM authorities of the server; without: no TLS")
-    parser.add_argument("--tls-certificate", type=Path, metavar="FILE", help="PEM certificate to show the server")
-    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="its PEM key")
+    add_access_arguments(parser)
 
 
 @contextmanager
 def connect(options: argparse.Namespace) -> Iterator[Client]:
     """A client of the server that `add_address` names. Raises CommandError for every failure of a request."""
     try:
-        key = options.api_key_file.read_text().strip() if options.api_key_file else os.environ.get(_KEY_VARIABLE)
-        access = Access(key, options.tls_ca, options.tls_certificate, options.tls_key)
+        access = access_from(options)
+    except (OSError, ValueError) as error:
+        raise CommandError(str(error), 2) from None
+    try:
         with Client(options.address, access) as client:
             yield client
     except OSError as error:

@@ -111,6 +111,9 @@ class Metrics:
         self._accounting_failures = self._counts(
             "mtlora_accounting_failures", "Writes of the audit log or of usage that failed.", "log"
         )
+        self.jwks_failures = self._counts(
+            "mtlora_jwks_failures", "Reads of a token issuer's keys that failed; the keys read before stay.", "issuer"
+        )
         self._tenant_in_flight = self._gauge_by_tenant(
             "mtlora_tenant_requests_in_flight", "Requests of a tenant that are in the engine."
         )
@@ -156,6 +159,9 @@ class Metrics:
             "mtlora_event_loop_delay_seconds",
             "How late the server's event loop runs, sampled twice a second.",
             buckets=_DELAY_BUCKETS,
+        )
+        self.background_ends = self._counts(
+            "mtlora_background_ends", "Background work of the server that ended and was started again.", "work"
         )
         self._build = self._gauge(
             "mtlora_build_info", "1; version and backbone as labels.", "version", "python", "backbone"

@@ -1,39 +1,29 @@
-"""Which tenant a call is from: by an API key in its metadata, or by its connection's client certificate."""
+"""Which tenant a call is from: by an API key or a token in its metadata, or by its connection's certificate."""
 
-import asyncio
-import hashlib
-import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import grpc
 
-from server.errors import RequestFailedError, resource_exhausted, unauthenticated
-from server.tenants.config import ApiKey, Tenant
+from server.errors import RequestFailedError, unauthenticated
+from server.tenants.config import OPEN_TENANT, Tenant
 from server.tenants.directory import Directory
-from server.tenants.keys import key_id_of, verify
+from server.tenants.keys import KEY
+from server.tenants.tokens import Tokens
 
 _SCHEME = "bearer "
-# Verified keys remembered, and waiting checks of one key id and of all: guesses at one id must not hold up other keys.
+# Certificates remembered.
 _REMEMBERED = 65_536
-_WAITING_PER_KEY_ID = 4
-_WAITING = 256
 
 
 class Authenticator:
-    """Maps a call to its tenant. A key is hashed once; then a keyed digest of it is remembered."""
+    """Maps a call to its tenant. `tokens.run` keeps the keys of tokens' issuers up to date."""
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, on_jwks_failure: Callable[[str], None] = lambda _: None) -> None:
         self._directory = directory
-        self._pepper = secrets.token_bytes(32)
-        # Digest of a key -> (the key it was compared with, whether they matched).
-        self._verified: OrderedDict[bytes, tuple[ApiKey, bool]] = OrderedDict()
-        self._running: dict[bytes, asyncio.Task[bool]] = {}
-        self._waiting: dict[str, int] = {}
-        self._hashing = ThreadPoolExecutor(1, "api-keys")
+        self.tokens = Tokens(directory, on_jwks_failure)
         self._certificates: OrderedDict[bytes, Certificate] = OrderedDict()
 
     async def tenant(
@@ -41,60 +31,26 @@ class Authenticator:
     ) -> Tenant:
         """The caller's tenant. Raises UNAUTHENTICATED without saying which part of a key is wrong.
 
-        `auth_context` is called only if there is no key, as it copies the connection's certificates.
+        `auth_context` is called only if there is no key or token, as it copies the connection's certificates.
         """
         tenants = self._directory.current
         if tenants.open:
             return next(iter(tenants.by_id.values()))
-        if (key := _bearer(metadata)) is not None:
-            return await self._by_key(key)
+        if (bearer := _bearer(metadata)) is not None:
+            # A token has two dots, a key none.
+            return await self.tokens.tenant(bearer) if "." in bearer and tenants.issuers else self._by_key(bearer)
         if pem := auth_context().get("x509_pem_cert"):
             return self._by_certificate(pem[0])
-        raise unauthenticated("no API key in metadata `authorization: Bearer KEY`, and no client certificate")
+        raise unauthenticated("no API key or token in metadata `authorization: Bearer KEY`, and no client certificate")
 
-    async def _by_key(self, key: str) -> Tenant:
-        digest = hashlib.blake2b(key.encode(), key=self._pepper, digest_size=32).digest()
-        if (known := self._verified.get(digest)) and (tenant := self._holder(known[0])):
-            self._verified.move_to_end(digest)
-            if not known[1]:
-                raise _wrong_key()
-            return tenant
-        key_id = key_id_of(key)
-        found = self._directory.current.by_key_id.get(key_id) if key_id else None
-        if found is None:
-            raise _wrong_key()
-        right = await self._is_right(digest, key, found[1])
-        # Look the key up again: a reload may have revoked it during the hashing.
-        holder = self._holder(found[1])
-        if not right or holder is None:
-            raise _wrong_key()
-        return holder
-
-    def _holder(self, key: ApiKey) -> Tenant | None:
-        found = self._directory.current.by_key_id.get(key.id)
-        return found[0] if found and found[1].hash == key.hash else None
-
-    async def _is_right(self, digest: bytes, key: str, wanted: ApiKey) -> bool:
-        task = self._running.get(digest)
-        if task is None:
-            if self._waiting.get(wanted.id, 0) >= _WAITING_PER_KEY_ID or len(self._running) >= _WAITING:
-                raise resource_exhausted("too many API keys are being checked", 1.0)
-            task = asyncio.create_task(self._hash(digest, key, wanted))
-            self._running[digest] = task
-        # Shielded, as several calls may wait for the same check.
-        return await asyncio.shield(task)
-
-    async def _hash(self, digest: bytes, key: str, wanted: ApiKey) -> bool:
-        self._waiting[wanted.id] = self._waiting.get(wanted.id, 0) + 1
-        try:
-            right = await asyncio.get_running_loop().run_in_executor(self._hashing, verify, key, wanted.hash)
-        finally:
-            self._running.pop(digest, None)
-            self._waiting[wanted.id] -= 1
-            if not self._waiting[wanted.id]:
-                del self._waiting[wanted.id]
-        _remember(self._verified, digest, (wanted, right))
-        return right
+    def _by_key(self, key: str) -> Tenant:
+        parsed = KEY.fullmatch(key)
+        found = self._directory.current.by_key_id.get(parsed["id"]) if parsed else None
+        if found is None or not found[1].matches(key):
+            raise unauthenticated("the API key is not one of this server's")
+        if found[1].expired:
+            raise unauthenticated("the API key has expired")
+        return found[0]
 
     def _by_certificate(self, pem: bytes) -> Tenant:
         certificate = self._certificates.get(pem)
@@ -138,11 +94,9 @@ class Certificate:
 def require_admin(tenant: Tenant) -> None:
     """Raise PERMISSION_DENIED unless the tenant may change what is served."""
     if not tenant.admin:
-        raise RequestFailedError(grpc.StatusCode.PERMISSION_DENIED, f"tenant {tenant.id} is not an admin")
-
-
-def _wrong_key() -> RequestFailedError:
-    return unauthenticated("the API key is not one of this server's")
+        hint = "; without a tenants file, admins need a server that listens on a loopback address"
+        message = f"tenant {tenant.id} is not an admin" + (hint if tenant == OPEN_TENANT else "")
+        raise RequestFailedError(grpc.StatusCode.PERMISSION_DENIED, message)
 
 
 def _bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:

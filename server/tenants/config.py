@@ -1,15 +1,23 @@
 """The entries of tenants.yaml and their validation."""
 
+import hashlib
+import hmac
 import re
+import time
+from datetime import UTC, date, datetime
+from datetime import time as time_of_day
 from enum import StrEnum
 from fnmatch import translate
 from functools import cached_property
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
+from server.settings import is_loopback
 from server.tenants.keys import KEY_ID_PATTERN, checked_hash
 
+MAX_ISSUERS = 16
 _ID = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
 _TASK_PATTERN = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_.\-*?\[\]!]{1,128}$")]
 _CERTIFICATE = Annotated[str, StringConstraints(min_length=1, max_length=512)]
@@ -32,23 +40,81 @@ class Priority(StrEnum):
         return list(Priority).index(self)
 
 
+def _moment(text: object) -> datetime:
+    """A date means its last moment in UTC."""
+    try:
+        return datetime.combine(date.fromisoformat(str(text)), time_of_day.max, UTC)
+    except ValueError:
+        pass
+    try:
+        moment = datetime.fromisoformat(str(text))
+    except ValueError as error:
+        raise ValueError(f"{error}; allowed: a date such as 2026-12-31, or 2026-12-31T12:00:00Z") from None
+    if moment.tzinfo is None:
+        raise ValueError("no time zone; allowed: a date such as 2026-12-31, or 2026-12-31T12:00:00Z")
+    return moment
+
+
 class ApiKey(BaseModel):
-    """An API key's public id and a hash of the whole key."""
+    """An API key's public id, a hash of the whole key, and the moment from which the key is refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str = Field(pattern=KEY_ID_PATTERN)
     hash: Annotated[str, AfterValidator(checked_hash)] = Field(repr=False)
+    expires: Annotated[datetime, BeforeValidator(_moment)] | None = None
+
+    def matches(self, key: str) -> bool:
+        """Whether the hash is that of `key`, compared in constant time."""
+        return hmac.compare_digest(self.hash, f"sha256${hashlib.sha256(key.encode()).hexdigest()}")
+
+    @property
+    def expired(self) -> bool:
+        return self.expires is not None and self.expires.timestamp() <= time.time()
+
+
+_RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
+# Signatures that a public key checks, by the kind of key.
+ALGORITHMS = {"RSA": _RSA, "P-256": ("ES256",), "P-384": ("ES384",), "P-521": ("ES512",), "Ed25519": ("EdDSA",)}
+_Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
+
+
+def is_url(jwks: str) -> bool:
+    """Whether an issuer's keys are fetched, rather than read from a file."""
+    return "://" in jwks
+
+
+def _fetched_safely(jwks: str) -> str:
+    url = urlsplit(jwks)
+    if is_url(jwks) and not (url.scheme == "https" or (url.scheme == "http" and is_loopback(url.hostname or ""))):
+        raise ValueError("allowed: an https:// URL, an http:// URL of this machine, or a file")
+    return jwks
+
+
+class Issuer(BaseModel):
+    """Whose signed tokens (JWT) name tenants. A token must state issuer, audience and expiry."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    issuer: str = Field(min_length=1, max_length=512)
+    audience: str = Field(min_length=1, max_length=512)
+    # The issuer's public keys: a URL, or a file beside the tenants file.
+    jwks: Annotated[str, AfterValidator(_fetched_safely)] = Field(min_length=1, max_length=2048)
+    algorithms: tuple[_Algorithm, ...] = Field(("RS256", "ES256", "EdDSA"), min_length=1)
+    tenant_claim: str = Field("sub", min_length=1, max_length=256)
+    # Seconds that the clocks of issuer and server may differ.
+    leeway_s: float = Field(30.0, ge=0, le=300)
 
 
 class Tenant(BaseModel):
-    """One tenant. None means no limit."""
+    """One tenant. None means no limit. token_issuers: whose tokens may name the tenant."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: _ID
     api_keys: tuple[ApiKey, ...] = Field((), max_length=64)
     certificates: tuple[_CERTIFICATE, ...] = Field((), max_length=64)
+    token_issuers: tuple[str, ...] = Field((), max_length=16)
     tasks: tuple[_TASK_PATTERN, ...] = Field(("*",), max_length=256)
     weight: float = Field(1.0, ge=1e-3, le=1e3)
     priority: Priority = Priority.STANDARD
@@ -90,10 +156,10 @@ class Tenant(BaseModel):
         return self.model_copy(update=shares)
 
 
-# Every caller's tenant if there is no tenants file.
-OPEN_TENANT = Tenant(id="open", admin=True)
 # Stands for the caller of a call that has not authenticated.
 UNAUTHENTICATED = Tenant(id="unauthenticated", tasks=())
+# Every caller's tenant if there is no tenants file. An admin only if it listens on this machine alone.
+OPEN_TENANT = Tenant(id="open")
 
 
 class TenantsFile(BaseModel):
@@ -102,6 +168,7 @@ class TenantsFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tenants: tuple[Tenant, ...] = Field(min_length=1)
+    issuers: tuple[Issuer, ...] = Field((), max_length=MAX_ISSUERS)
     # If false, tenants share no cached blocks: an answer's timing must not reveal another tenant's prompts.
     share_prefix_cache: bool = False
     # Whether each server grants the quotas, or all servers together.
@@ -117,13 +184,21 @@ class TenantsFile(BaseModel):
 
     @model_validator(mode="after")
     def _identities_are_unique(self) -> "TenantsFile":
+        issuers = {each.issuer for each in self.issuers}
+        if len(issuers) < len(self.issuers):
+            raise ValueError("issuers: found one twice; allowed: each once")
         seen: dict[tuple[str, str], str] = {}
         for tenant in self.tenants:
             if tenant.id == UNAUTHENTICATED.id:
                 raise ValueError(f"tenant id {tenant.id!r} is taken: logs and metrics name callers without a key so")
-            if not tenant.api_keys and not tenant.certificates:
+            if not (tenant.api_keys or tenant.certificates or tenant.token_issuers):
                 raise ValueError(
-                    f"tenant {tenant.id} has neither api_keys nor certificates; allowed: one of them at least"
+                    f"tenant {tenant.id} has neither api_keys nor certificates nor token_issuers; "
+                    "allowed: one of them at least"
+                )
+            if unknown := set(tenant.token_issuers) - issuers:
+                raise ValueError(
+                    f"token_issuers of tenant {tenant.id}: found {sorted(unknown)[0]!r}; allowed: those of `issuers`"
                 )
             names = [("tenant id", tenant.id), *(("API key id", key.id) for key in tenant.api_keys)]
             names += [("certificate", name) for name in tenant.certificates]

@@ -1,67 +1,86 @@
 """The current tenants: a snapshot of the file, read again whenever the file changes."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+import pickle
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
-from mtlora.errors import describe
 from mtlora.files import signature
 from server.telemetry.logs import get_logger
-from server.tenants.config import OPEN_TENANT, ApiKey, Tenant, TenantsError, TenantsFile
+from server.tenants.aside import AsideError, in_child
+from server.tenants.config import OPEN_TENANT, ApiKey, Issuer, Tenant, TenantsFile
+from server.tenants.file import read_file, read_parts
 
 logger = get_logger("tenants")
 
-_MAX_FILE_BYTES = 16 << 20
+_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
 class Tenants:
-    """An immutable snapshot. `open`: every caller is the open tenant."""
+    """An immutable snapshot. `open`: every caller is the only tenant."""
 
-    by_id: Mapping[str, Tenant] = field(default_factory=lambda: MappingProxyType({OPEN_TENANT.id: OPEN_TENANT}))
+    by_id: Mapping[str, Tenant]
     by_key_id: Mapping[str, tuple[Tenant, ApiKey]] = field(default_factory=lambda: MappingProxyType({}))
     by_certificate: Mapping[str, Tenant] = field(default_factory=lambda: MappingProxyType({}))
+    issuers: Mapping[str, Issuer] = field(default_factory=lambda: MappingProxyType({}))
     share_prefix_cache: bool = True
     open: bool = True
 
 
+class _Snapshot:
+    """A snapshot in the making."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, Tenant] = {}
+        self._by_key_id: dict[str, tuple[Tenant, ApiKey]] = {}
+        self._by_certificate: dict[str, Tenant] = {}
+
+    def add(self, tenants: Iterable[Tenant]) -> None:
+        for tenant in tenants:
+            self._by_id[tenant.id] = tenant
+            for key in tenant.api_keys:
+                self._by_key_id[key.id] = tenant, key
+            for name in tenant.certificates:
+                self._by_certificate[name] = tenant
+
+    def finished(self, file: TenantsFile) -> Tenants:
+        return Tenants(
+            by_id=MappingProxyType(self._by_id),
+            by_key_id=MappingProxyType(self._by_key_id),
+            by_certificate=MappingProxyType(self._by_certificate),
+            issuers=MappingProxyType({issuer.issuer: issuer for issuer in file.issuers}),
+            share_prefix_cache=file.share_prefix_cache,
+            open=False,
+        )
+
+
 def read_tenants(path: Path, replicas: int | None = None) -> Tenants:
     """Read and check a tenants file. `replicas`: the servers that share quotas of a fleet. Raises TenantsError."""
-    try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise TenantsError(f"{path}: larger than {_MAX_FILE_BYTES} bytes")
-        found: Any = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise TenantsError(f"{path}: not a readable YAML file: {error}") from None
-    try:
-        file = TenantsFile.model_validate(found)
-    except ValidationError as error:
-        raise TenantsError(f"{path}: {describe(error)}") from None
-    try:
-        tenants = file.tenants_of_replica(replicas)
-    except ValueError as error:
-        raise TenantsError(f"{path}: {error}") from None
-    return Tenants(
-        by_id=MappingProxyType({tenant.id: tenant for tenant in tenants}),
-        by_key_id=MappingProxyType({key.id: (tenant, key) for tenant in tenants for key in tenant.api_keys}),
-        by_certificate=MappingProxyType({name: tenant for tenant in tenants for name in tenant.certificates}),
-        share_prefix_cache=file.share_prefix_cache,
-        open=False,
-    )
+    file = read_file(path, replicas)
+    snapshot = _Snapshot()
+    snapshot.add(file.tenants)
+    return snapshot.finished(file)
+
+
+async def read_tenants_aside(path: Path, replicas: int | None = None) -> Tenants:
+    """As `read_tenants`, in a child process; holds up the event loop for no more than a part. Raises AsideError."""
+    first, *parts = await asyncio.to_thread(in_child, read_parts, path, replicas, timeout_s=_TIMEOUT_S)
+    snapshot = _Snapshot()
+    for part in parts:
+        snapshot.add(pickle.loads(part))
+        await asyncio.sleep(0)
+    return snapshot.finished(pickle.loads(first))
 
 
 class Directory:
     """Holds the current snapshot; `watch` replaces it while the server runs.
 
-    path: the tenants file; None means one open tenant for ever. replicas: the servers that share quotas of a fleet.
-    on_change gets every new snapshot; on_failure is called once for every refused state of the file. Raises
-    TenantsError if the first read fails.
+    path: the tenants file; None means one open tenant for ever, an admin if `open_admin`. replicas: the servers that
+    share quotas of a fleet. on_change gets every new snapshot; on_failure is called once for every refused state of the
+    file. Raises TenantsError if the first read fails.
     """
 
     def __init__(
@@ -69,6 +88,7 @@ class Directory:
         path: Path | None,
         *,
         replicas: int | None = None,
+        open_admin: bool = False,
         on_change: Callable[[Tenants], None] = lambda _: None,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
@@ -77,16 +97,17 @@ class Directory:
         self._on_change = on_change
         self._on_failure = on_failure
         self._seen = signature(path) if path else None
-        self.current = read_tenants(path, replicas) if path else Tenants()
+        everybody = OPEN_TENANT.model_copy(update={"admin": open_admin})
+        self.current = read_tenants(path, replicas) if path else Tenants(MappingProxyType({everybody.id: everybody}))
 
-    def reload_if_changed(self) -> None:
+    async def reload_if_changed(self) -> None:
         """Read the file again if it changed; a wrong file is logged and changes nothing."""
-        if self._path is None or (now := signature(self._path)) == self._seen:
+        if self._path is None or (now := await asyncio.to_thread(signature, self._path)) == self._seen:
             return
         self._seen = now
         try:
-            tenants = read_tenants(self._path, self._replicas)
-        except TenantsError as error:
+            tenants = await read_tenants_aside(self._path, self._replicas)
+        except AsideError as error:
             logger.error("tenants file refused, the old tenants stay", extra={"fields": {"reason": str(error)}})
             self._on_failure()
             return
@@ -95,7 +116,7 @@ class Directory:
         logger.info("tenants read again", extra={"fields": {"tenants": len(tenants.by_id)}})
 
     async def watch(self, interval_s: float = 1.0) -> None:
-        """Check the file for ever. Polling works on NFS too, and where a ConfigMap replaces a link."""
-        while self._path is not None:
+        """Check the file until cancelled. Polling works on NFS too, and where a ConfigMap replaces a link."""
+        while True:
             await asyncio.sleep(interval_s)
-            self.reload_if_changed()
+            await self.reload_if_changed()

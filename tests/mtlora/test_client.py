@@ -62,6 +62,20 @@ def test_every_call_carries_the_api_key(server: Server) -> None:
     assert set(server.keys) == {"Bearer k"}
 
 
+async def test_every_call_of_the_asynchronous_client_carries_the_api_key(server: Server) -> None:
+    async with AsyncClient(server.address, Access(api_key="k")) as client:
+        assert await client.adapters() == []
+        assert [event.adapter async for event in await client.watch_adapters()] == ["a"]
+        assert [task.id for task in await client.tasks()] == ["one", "two"]
+    assert server.keys == ["Bearer k"] * 4
+
+
+def test_both_clients_have_the_calls_of_both_contracts() -> None:
+    methods = {name for name in dir(Client) if not name.startswith("_")}
+    assert methods - set(dir(AsyncClient)) == {"is_serving", "wait_ready"}
+    assert Client.load_adapter.__doc__ == AsyncClient.load_adapter.__doc__ is not None
+
+
 def test_tasks_are_those_of_all_pages(server: Server) -> None:
     with Client(server.address) as client:
         assert [task.id for task in client.tasks()] == ["one", "two"]

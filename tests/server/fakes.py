@@ -23,7 +23,7 @@ from server.rpc.usage_service import UsageServicer
 from server.rpc.validation import PromptLimits
 from server.scheduling import Scheduler
 from server.scheduling.admission import Admission, State
-from server.settings import load_settings
+from server.settings import is_loopback, load_settings
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracer
 from server.tenants import Directory
@@ -106,7 +106,9 @@ class Service:
         self, max_in_flight: int = 4, *, log_prompts: bool = False, turns: int | None = None, **settings: Any
     ) -> None:
         self.settings = load_settings({"allow_no_tasks": True, "port": 0, "metrics_port": 0, **settings})
-        self.directory = Directory(self.settings.tenants, replicas=self.settings.replicas)
+        self.directory = Directory(
+            self.settings.tenants, replicas=self.settings.replicas, open_admin=is_loopback(self.settings.host)
+        )
         self.metrics = Metrics()
         self.admission = Admission(max_in_flight, self.metrics)
         self.scheduler = Scheduler(turns or max_in_flight, max_in_flight, self.metrics)
@@ -117,6 +119,8 @@ class Service:
         self.servicer = InferenceServicer(
             self.admission, self.metrics, self.scheduler, self.directory, self.usage, log_prompts=log_prompts
         )
+        # Without a registry: a test that calls it sets one.
+        self.adapters = AdaptersServicer(self.admission)
         self.open_inference = OpenInferenceServicer(self.servicer, self.admission, self.repository)
         self.servicer.engine = self.engine
         self.servicer.residency = Residency(FakeMemory(), capacity=2)
@@ -148,8 +152,7 @@ class Service:
         listening = Listening(self.settings, [interceptor, AnonymousInterceptor(anonymous, self.settings)])
         health = Health()
         await health.set(serving=True)
-        adapters, usage = AdaptersServicer(self.admission), UsageServicer(self.usage)
-        listening.add(self.servicer, adapters, usage, self.open_inference, health)
+        listening.add(self.servicer, self.adapters, UsageServicer(self.usage), self.open_inference, health)
         self.address = listening.bind()
         self.admission.state = State.SERVING
         await listening.server.start()

@@ -1,26 +1,39 @@
 """Tenants over gRPC, with a fake engine: who gets in, what they see, and what a changed file changes."""
 
+import argparse
 import asyncio
+import contextlib
 import json
 import logging
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from hypothesis import given
+import yaml
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from mtlora_pb.v1 import adapters_pb2, inference_pb2
 from openinference_pb import grpc_predict_v2_pb2
 
 from mtlora.client import Access, AsyncClient, ServerError, make_request
+from server.cli import new_key as new_key_cli
+from server.errors import RequestFailedError
 from server.telemetry.logs import JsonFormatter
 from server.tenants import Directory, TenantsError, read_tenants
+from server.tenants.aside import AsideError, in_child
 from server.tenants.authentication import Authenticator
-from server.tenants.keys import checked_hash, hash_key, key_id_of, new_key, verify
+from server.tenants.config import ApiKey
+from server.tenants.keys import checked_hash, hash_key, new_key
 from tests.faults._certificates import authority, issue
 from tests.faults._tenants import tenant, write_tenants
-from tests.server.fakes import Service
+from tests.server.fakes import Service, eventually
 
 CONTRACTS = [
     inference_pb2.DESCRIPTOR.services_by_name["Inference"],
@@ -32,18 +45,45 @@ PROBES = {"/inference.GRPCInferenceService/ServerLive", "/inference.GRPCInferenc
 
 def test_a_new_key_matches_its_own_hash_alone() -> None:
     key, key_id, hashed = new_key()
-    assert key_id_of(key) == key_id
+    entry = ApiKey(id=key_id, hash=hashed)
+    assert key_id in key
     assert key not in hashed
-    assert verify(key, hashed)
-    assert not verify(key + "x", hashed)
-    assert hash_key(key) != hashed
-    assert key_id_of("Bearer nonsense") is None
+    assert entry.matches(key)
+    assert not entry.matches(key + "x")
+    assert not entry.matches(new_key()[0])
 
 
-@given(st.text(max_size=80) | st.from_regex(r"scrypt\$ln=\d{1,3},r=\d{1,3},p=\d\$[A-Za-z0-9+/=]*\$[A-Za-z0-9+/=]*"))
+@given(st.text(max_size=80) | st.from_regex(r"(scrypt|sha256)\$[0-9A-Fa-f]{62,65}"))
 def test_a_malformed_hash_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"allowed|base64"):
+    assume(not re.fullmatch(r"sha256\$[0-9a-f]{64}", text))
+    with pytest.raises(ValueError, match=r"allowed: sha256\$DIGEST, as `mtlora-server new-key` prints"):
         checked_hash(text)
+
+
+def test_yaml_reads_the_ids_of_new_keys_as_texts(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(3000):
+        new_key_cli.run(argparse.Namespace())
+        printed = capsys.readouterr()
+        (entry,) = yaml.safe_load(printed.out)
+        key = printed.err.split()[-1]
+        assert entry == {"id": key.split("_")[1], "hash": hash_key(key)}
+
+
+def test_guesses_at_a_key_cost_its_owner_nothing(tmp_path: Path) -> None:
+    """After a restart, while strangers who know the key's id try secrets."""
+    key, a = tenant("a")
+    authenticator = Authenticator(Directory(write_tenants(tmp_path / "tenants.yaml", a)))
+
+    async def ask(sent: str) -> str:
+        return (await authenticator.tenant([("authorization", f"Bearer {sent}")], dict)).id
+
+    async def attack() -> list[Any]:
+        guesses = [key[:-43] + secrets.token_urlsafe(32) for _ in range(500)]
+        return await asyncio.gather(*map(ask, guesses), ask(key), return_exceptions=True)
+
+    *refused, owner = asyncio.run(attack())
+    assert owner == "a"
+    assert {error.code for error in refused} == {grpc.StatusCode.UNAUTHENTICATED}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +108,7 @@ def test_bad_files_name_the_entry(tmp_path: Path, content: str, message: str) ->
         read_tenants(path)
 
 
-def test_a_bad_file_keeps_the_old_tenants(tmp_path: Path) -> None:
+async def test_a_bad_file_keeps_the_old_tenants(tmp_path: Path) -> None:
     failures, changes = list[int](), list[Any]()
     _, a = tenant("a")
     path = write_tenants(tmp_path / "tenants.yaml", a)
@@ -76,31 +116,157 @@ def test_a_bad_file_keeps_the_old_tenants(tmp_path: Path) -> None:
     old = directory.current
     for damage in (lambda: path.write_text("tenants: 7"), path.unlink):
         damage()
-        directory.reload_if_changed()
-        directory.reload_if_changed()
+        await directory.reload_if_changed()
+        await directory.reload_if_changed()
         assert directory.current is old
     assert (len(failures), changes) == (2, [])
     write_tenants(path, a, tenant("b")[1])
-    directory.reload_if_changed()
+    await directory.reload_if_changed()
     assert set(directory.current.by_id) == {"a", "b"}
     assert changes == [directory.current]
 
 
-async def test_a_key_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
+# Each level names the one below it nine times.
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+BROKEN = [
+    "tenants: [{id: a, certificates: [CN=a], expires: 2026-02-30}]",
+    "tenants: [{id: a, api_keys: [{id: k1234567, hash: x, expires: 2026-02-30}]}]",
+    "tenants: !!timestamp 2026-02-30",
+    "tenants: !!timestamp x",
+    "tenants: !!int x",
+    "tenants: !!float 1e",
+    "tenants: !!python/object/apply:os.getpid []",
+    "tenants: !!set [a]",
+    "tenants: !!binary é",
+    "!!bool x: 1",
+    "? [a]\n: 1",
+    "a: *b",
+    "&a [*a]",
+    "tenants: &a [*a]",
+    "[" * 100_000,
+    "{" * 3_000 + "}" * 3_000,
+    f"{BOMB}tenants: *a11",
+    "tenants: [{id: a, certificates: [CN=a], weight: " + "9" * 5_000 + "}]",
+    "\x00",
+]
 
-    def counting(key: str, hashed: str) -> bool:
-        calls.append(key)
-        return verify(key, hashed)
 
-    monkeypatch.setattr("server.tenants.authentication.verify", counting)
-    key, a = tenant("a")
-    authenticator = Authenticator(Directory(write_tenants(tmp_path / "tenants.yaml", a)))
+@pytest.mark.parametrize("content", BROKEN, ids=range(len(BROKEN)))
+async def test_no_file_ends_the_watch(tmp_path: Path, content: str) -> None:
+    failures = list[int]()
+    a, b = tenant("a")[1], tenant("b")[1]
+    path = write_tenants(tmp_path / "tenants.yaml", a, b)
+    directory = Directory(path, on_failure=lambda: failures.append(1))
+    watching = asyncio.create_task(directory.watch(0.01))
+    try:
+        path.write_text(content)
+        await eventually(lambda: bool(failures), 30)
+        assert set(directory.current.by_id) == {"a", "b"}
+        # Revokes the key.
+        write_tenants(path, b)
+        await eventually(lambda: set(directory.current.by_id) == {"b"}, 30)
+    finally:
+        watching.cancel()
+
+
+YAML_PIECES = [
+    "tenants", "id", "expires", "api_keys", ": ", "- ", "\n", "  ", "[", "]", "{", "}", ",", "&a ", "*a", "<<",
+    "!!int ", "!!timestamp ", "!!binary ", "!!omap ", "!!float ",
+    "? ", "| ", "2026-02-30", "1e400", "0x", "1:99", "~", "'", '"',
+]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=200) | st.lists(st.sampled_from(YAML_PIECES), max_size=30).map(lambda p: "".join(p).encode()))
+def test_any_file_is_read_or_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "tenants.yaml"
+    path.write_bytes(content)
+    with contextlib.suppress(TenantsError):
+        read_tenants(path)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=200))
+def test_reloading_never_raises(tmp_path: Path, content: bytes) -> None:
+    path = write_tenants(tmp_path / "tenants.yaml", tenant("a")[1])
+    directory = Directory(path)
+    old = directory.current
+    path.write_bytes(content)
+    asyncio.run(directory.reload_if_changed())
+    assert directory.current is old
+
+
+def _dies(path: Path) -> Iterator[Any]:
+    os._exit(7)
+    yield
+
+
+def _hangs(path: Path) -> Iterator[Any]:
+    time.sleep(600)
+    yield
+
+
+@pytest.mark.parametrize(("work", "message"), [(_dies, "exit status 7"), (_hangs, r"not done within 0\.5 s")])
+async def test_a_reader_that_dies_or_hangs_is_a_refused_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Any, message: str
+) -> None:
+    with pytest.raises(AsideError, match=message):
+        await asyncio.to_thread(in_child, work, tmp_path, timeout_s=0.5 if work is _hangs else 30)
+
+
+async def test_the_loop_stands_still_for_no_part_of_a_reload(tmp_path: Path) -> None:
+    """Measured in processor time of the loop's thread, which does not depend on the machine's load."""
+    path = write_tenants(tmp_path / "tenants.yaml", *(tenant(f"t{number}")[1] for number in range(3000)))
+    directory = Directory(path)
+    # So long takes the loop in one piece if it reads the file itself.
+    began = time.thread_time()
+    read_tenants(path)
+    whole = time.thread_time() - began
+    longest, turn = 0.0, 0.0
+
+    async def measure() -> None:
+        nonlocal longest, turn
+        turn = time.thread_time()
+        while True:
+            await asyncio.sleep(0)
+            now = time.thread_time()
+            longest, turn = max(longest, now - turn), now
+
+    measuring = asyncio.create_task(measure())
+    try:
+        os.utime(path)
+        old = directory.current
+        await directory.reload_if_changed()
+    finally:
+        measuring.cancel()
+    assert directory.current is not old
+    assert longest < whole / 5
+
+
+async def test_an_expired_key_is_unauthenticated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, entry = tenant("a")
+    entry["api_keys"][0]["expires"] = "2026-12-31"
+    later = {**entry["api_keys"][0], "expires": "2999-01-01T00:00:00+01:00"}
+    path = write_tenants(tmp_path / "tenants.yaml", entry)
+    authenticator = Authenticator(Directory(path))
     metadata = [("authorization", f"Bearer {key}")]
-    found = await asyncio.gather(*(authenticator.tenant(metadata, dict) for _ in range(20)))
-    found.append(await authenticator.tenant(metadata, dict))
-    assert {each.id for each in found} == {"a"}
-    assert calls == [key]
+    end = datetime(2027, 1, 1, tzinfo=UTC).timestamp()
+    monkeypatch.setattr("server.tenants.config.time.time", lambda: end - 1)
+    assert (await authenticator.tenant(metadata, dict)).id == "a"
+    monkeypatch.setattr("server.tenants.config.time.time", lambda: end)
+    with pytest.raises(RequestFailedError, match="the API key has expired") as raised:
+        await authenticator.tenant(metadata, dict)
+    assert raised.value.code is grpc.StatusCode.UNAUTHENTICATED
+    assert ApiKey.model_validate(later).expires == datetime(2998, 12, 31, 23, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("expires", ["2026-02-30", "2026-12-31T10:00:00", "tomorrow", "1e9", "9999-12-32", "2026"])
+def test_an_expiry_is_a_date_or_a_moment_with_a_zone(tmp_path: Path, expires: str) -> None:
+    _, entry = tenant("a")
+    entry["api_keys"][0]["expires"] = expires
+    path = write_tenants(tmp_path / "tenants.yaml", entry)
+    with pytest.raises(TenantsError, match=r"tenants\.0\.api_keys\.0\.expires: .*allowed: a date such as"):
+        read_tenants(path)
 
 
 class Two:
@@ -170,7 +336,7 @@ async def test_a_revoked_key_is_refused_after_the_reload(tmp_path: Path) -> None
         await a.generate("one", "x")
         key, entry = tenant("a", tasks=["one", "two"])
         write_tenants(two.path, entry, two.entry_b)
-        two.service.directory.reload_if_changed()
+        await two.service.directory.reload_if_changed()
         assert (await refusal(a)).code is grpc.StatusCode.UNAUTHENTICATED
         await b.generate("one", "x")
         async with two.client(key) as fresh:
@@ -195,7 +361,7 @@ async def test_each_tenant_has_its_own_salt_for_the_prefix_cache(tmp_path: Path)
         for client in (a, b):
             await client.generate("one", "x")
         write_tenants(two.path, two.entry_a, two.entry_b, share_prefix_cache=True)
-        two.service.directory.reload_if_changed()
+        await two.service.directory.reload_if_changed()
         await a.generate("one", "x")
     assert [job.cache_salt for job in two.service.engine.jobs] == ["a", "b", None]
 

@@ -229,7 +229,7 @@ def test_the_bar_moves_while_the_first_answer_is_awaited(monkeypatch: pytest.Mon
             return SimpleNamespace(text=f"answer {text}")
 
     monkeypatch.setattr("mtlora.evaluation.evaluate._bar", lambda *arguments: bar)
-    monkeypatch.setattr("mtlora.client.Client", lambda address: nullcontext(Client()))
+    monkeypatch.setattr("mtlora.client.Client", lambda address, access: nullcontext(Client()))
     assert server_answerer("nowhere", concurrency=2)(examples) == [f"answer {i}" for i in range(8)]
     assert bar.n == 8
 
