@@ -33,10 +33,10 @@ def soak(options: Options, seconds: float, swap_every_s: float) -> Row:
     """Compare memory with that after a warm-up under the same load, a quarter as long, at most 2 minutes."""
     target = shared(options)
     with target.server.client() as client, Watcher(client) as watcher:
-        asked, expected = references(target, client, watcher, 24, options.seed)
+        asked, expected = references(target, client, watcher, options.seed)
         ask_every_length(client)
         with BackgroundLoad(target.address, asked, seed=options.seed) as full:
-            time.sleep(8.0)
+            time.sleep(max(8.0, 5 * target.pace.answer_s))
         span = full.asked[-1].ended - full.asked[0].began
         rate = SHARE * len(full.asked) / span
         with BackgroundLoad(target.address, asked, seed=options.seed + 1, rate=rate) as load:
