@@ -71,11 +71,12 @@ async def _cancel(address: str, pace: Pace, tasks: list[str], streams: int, seed
                 case 1:
                     await asyncio.sleep(rng.expovariate(1 / (16 * pace.step_s)))
                 case _:
-                    # The code of a failed stream is counted below.
-                    with contextlib.suppress(grpc.aio.AioRpcError):
-                        for _ in range(rng.randint(1, 12)):
-                            if await call.read() is grpc.aio.EOF:
-                                break
+                    # The code of a failed stream is counted below. Working sends no messages, for long at times.
+                    with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError):
+                        async with asyncio.timeout(32 * pace.step_s):
+                            for _ in range(rng.randint(1, 12)):
+                                if await call.read() is grpc.aio.EOF:
+                                    break
             call.cancel()
             status = (await call.code()).name
             ends[status] += 1
