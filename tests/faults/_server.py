@@ -25,7 +25,6 @@ SETTINGS: Mapping[str, Any] = {
     "dtype": "float32",
     "kv_cache_gib": 0.5,
     "max_num_seqs": 16,
-    "max_in_flight": 128,
     "max_adapter_mib": 64,
     "engine_max_failures": 1000,
     "engine_hang_s": 20,

@@ -18,8 +18,8 @@ from tests.faults._server import shared
 from tests.faults.scenario import Options, Row
 
 ORDER = 13
-# Six times what runs at once.
-_IN_FLIGHT = 96
+# Three times what runs at once.
+_IN_FLIGHT = 48
 # Long answers: hardly any stream ends by itself.
 _LONG: dict[str, Any] = {"temperature": 2.0, "stop": [], "max_new_tokens": 200, "without_adapter": False}
 

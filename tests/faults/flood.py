@@ -30,8 +30,8 @@ _FLOOD_QUOTAS = 10
 _PER_TURN = 10
 _ROUNDS = 9
 _EQUAL = ("equal-0", "equal-1", "equal-2", "equal-3")
-# Answers of all equal tenants together.
-_BACKLOG = 200
+# Answers of all equal tenants together, first while shares even out: whoever comes first gets all turns at once.
+_SETTLING, _BACKLOG = 100, 250
 _ANSWER: dict[str, Any] = {"max_new_tokens": 8, "stop": []}
 
 
@@ -60,7 +60,8 @@ def run(options: Options) -> Row:
     if flood.ratio > P99_GOAL:
         # The 99th percentile of some hundred requests is the second or third slowest: is it chance?
         asyncio.run(flood.rounds(rounds))
-    service = asyncio.run(_backlog(server, access, asked, max(backlog_s, _BACKLOG / capacity), options.seed))
+    settling_s, backlog_s = max(5.0, _SETTLING / capacity), max(backlog_s, _BACKLOG / capacity)
+    service = asyncio.run(_backlog(server, access, asked, settling_s, backlog_s, options.seed))
     quiet, flooded = flood.quiet, flood.flooded
     fairness = jain(list(service.values()))
     return Row(
@@ -155,7 +156,12 @@ Ask = Callable[[Question], Awaitable[None]]
 
 
 async def _backlog(
-    server: Tenanted, access: Mapping[str, Access], asked: list[Question], seconds: float, seed: int
+    server: Tenanted,
+    access: Mapping[str, Access],
+    asked: list[Question],
+    settling_s: float,
+    seconds: float,
+    seed: int,
 ) -> dict[str, float]:
     """Service of equal tenants under overload. They differ in requests in flight and in the length of answers."""
     shapes = dict(zip(_EQUAL, ((24, 8), (24, 24), (48, 8), (48, 24)), strict=True))
@@ -171,7 +177,7 @@ async def _backlog(
 
     async with _clients(server, access, _EQUAL) as clients:
         running = [asyncio.create_task(backlog(name, client)) for name, client in clients.items()]
-        await asyncio.sleep(max(2.0, 2 * server.pace.answer_s))
+        await asyncio.sleep(settling_s)
         before = await asyncio.to_thread(MetricsPage.fetch, server.server.metrics)
         await asyncio.sleep(seconds)
         after = await asyncio.to_thread(MetricsPage.fetch, server.server.metrics)

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from benchmarks.harness.processes import resident_bytes
-from tests.faults._load import BackgroundLoad, ask_every_length, failures
+from tests.faults._load import BackgroundLoad, ask_many_lengths, failures
 from tests.faults._server import Target, shared
 from tests.faults._swapping import Watcher, references, swap
 from tests.faults.scenario import Options, Row
@@ -34,7 +34,7 @@ def soak(options: Options, seconds: float, swap_every_s: float) -> Row:
     target = shared(options)
     with target.server.client() as client, Watcher(client) as watcher:
         asked, expected = references(target, client, watcher, options.seed)
-        ask_every_length(client)
+        ask_many_lengths(client)
         with BackgroundLoad(target.address, asked, seed=options.seed) as full:
             time.sleep(max(8.0, 5 * target.pace.answer_s))
         span = full.asked[-1].ended - full.asked[0].began
