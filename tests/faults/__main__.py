@@ -1,9 +1,9 @@
 """`python -m tests.faults`: run the scenarios, print a row each, and a last line that machines read.
 
-A scenario is a module of this package that has `run(options: Options) -> Row`; `ORDER`, an int, places it. Scenarios that
-use a shared server, `shared` or `tenanted`, follow one another. What depends on the machine's speed, such as a load or the
-length of a measurement, follows from the server's `pace`. Settings in the environment apply to all servers: as on a slow
-machine, `MTLORA_DTYPE=float32 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 make faults`.
+A scenario is a module of this package that has `run(options: Options) -> Row`; `ORDER`, an int, places it. Scenarios
+that use a shared server, `shared` or `tenanted`, follow one another. What depends on the machine's speed, such as a
+load or the length of a measurement, follows from the server's `pace`. Settings in the environment apply to all servers:
+as on a slow machine, `MTLORA_DTYPE=float32 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 make faults`.
 """
 
 import argparse
