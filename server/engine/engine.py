@@ -194,10 +194,10 @@ class Engine:
     async def warm_up(self, slot: Any | None, *, short: bool = False) -> None:
         """Run short sequences through prefill, decode and sampling, so that no user's request pays for first calls.
 
-        `short`: one greedy sequence, for a new slot in a warm engine.
+        `short`: one step of prefill, for a new slot in a warm engine, where decoding runs the same code as for others.
         """
         sampled = Sampling(max_new_tokens=2, temperature=1.0, top_p=0.9, top_k=10, seed=0, logprobs=1)
-        for sampling in (Sampling(max_new_tokens=2), *(() if short else (sampled,))):
+        for sampling in (Sampling(max_new_tokens=1),) if short else (Sampling(max_new_tokens=2), sampled):
             async for _ in self._generate([1] * 8, sampling, slot):
                 pass
 

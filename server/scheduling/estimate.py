@@ -37,17 +37,18 @@ class ServiceTimes:
         """Count a finished sequence: its generated tokens, and how many sequences ran when it began, with itself."""
         if tokens < 1:
             return
-        per_token = (whole_s - first_token_s) / (tokens - 1) if tokens > 1 else 0.0
         now, load = self._clock(), running.bit_length()
         held = self._by_load.get(load)
         if held is None or now - held.at > _STALE_S:
-            self._by_load[load] = _Measured(now, first_token_s, per_token, whole_s)
+            held = self._by_load[load] = _Measured(now, first_token_s, 0.0, whole_s)
         else:
             held.at = now
             held.first_token += _MEMORY * (first_token_s - held.first_token)
             held.whole += _MEMORY * (whole_s - held.whole)
-            if tokens > 1:
-                held.per_token += _MEMORY * (per_token - held.per_token)
+        if tokens > 1:
+            # From 0 upwards, by each token's step: that of a short sequence may have been one long prefill of others.
+            share = 1 - (1 - _MEMORY) ** (tokens - 1)
+            held.per_token += share * ((whole_s - first_token_s) / (tokens - 1) - held.per_token)
         self._tokens[task] = self._tokens.get(task, tokens) + _MEMORY * (tokens - self._tokens.get(task, tokens))
         self._tokens.move_to_end(task)
         if len(self._tokens) > _MAX_TASKS:

@@ -1,6 +1,9 @@
 """`python -m tests.faults`: run the scenarios, print a row each, and a last line that machines read.
 
-A scenario is a module of this package that has `run(options: Options) -> Row`; `ORDER`, an int, places it.
+A scenario is a module of this package that has `run(options: Options) -> Row`; `ORDER`, an int, places it. Scenarios
+that use a shared server, `shared` or `tenanted`, follow one another. What depends on the machine's speed, such as a
+load or the length of a measurement, follows from the server's `pace`. Settings in the environment apply to all servers:
+as on a slow machine, `MTLORA_DTYPE=float32 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 make faults`.
 """
 
 import argparse
@@ -12,8 +15,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from tests.faults._server import close_shared
+from tests.faults._shared import Shared
 from tests.faults.scenario import Options, Row
 
 Run = Callable[[Options], Row]
@@ -30,9 +34,9 @@ def scenarios() -> dict[str, Run]:
     return {module.__name__.rpartition(".")[2]: module.run for module in sorted(found, key=lambda m: m.ORDER)}
 
 
-def uses_shared_server(run: Run) -> bool:
-    """Whether a scenario uses the shared server."""
-    return hasattr(sys.modules[run.__module__], "shared")
+def shared_servers(run: Run) -> list[Shared[Any]]:
+    """The shared servers that a scenario uses."""
+    return [value for value in vars(sys.modules[run.__module__]).values() if isinstance(value, Shared)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # SIGTERM ends the run as Ctrl-C does: servers and folders are cleaned up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    rows = []
+    rows: list[Row] = []
+    started = time.monotonic()
     for name in options.only:
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f"faults-{name}-") as folder:
@@ -57,14 +62,17 @@ def main(arguments: list[str] | None = None) -> int:
                 Options(options.backbone, options.adapters.resolve(), Path(folder), options.seed, options.full),
             )
         rows.append(row)
-        if not any(uses_shared_server(known[later]) for later in options.only[len(rows) :]):
-            close_shared()
+        needed = [server for later in options.only[len(rows) :] for server in shared_servers(known[later])]
+        for server in shared_servers(known[name]):
+            if server not in needed:
+                server.close()
         verdict = "met" if row.met else "MISSED"
         print(
             f"{row.name:<42} {verdict:<7} {row.figure}  (goal: {row.goal}; {time.monotonic() - began:.0f} s)",
             flush=True,
         )
     met = sum(row.met for row in rows)
+    print(f"total: {time.monotonic() - started:.0f} s")
     print(f"faults: {len(rows)} rows, {met} met")
     return 0 if met == len(rows) else 1
 

@@ -1,7 +1,7 @@
 """A worker: the engine without gRPC and tenants, with prompts encoded beforehand.
 
-Settings: {"backbone": name or folder, "adapters": folder}. Message: {"requests": [[task id, text], ...]}, which run all
-at once. Reply: {"seconds": s, "tokens": generated}.
+Settings: those of the server. Message: {"requests": [[task id, text], ...]}, which run all at once. Reply:
+{"seconds": s, "tokens": generated}.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ def start(given: dict[str, Any]) -> Handle:
     from server.settings import load_settings
 
     adapters = Path(given["adapters"])
-    settings = load_settings({"adapters": adapters, "max_num_seqs": 64, "kv_cache_gib": 0.5})
+    settings = load_settings(given)
     backbone = resolve(given["backbone"])
     engine = Engine(settings, backbone, lambda _: None)
     engine.start()

@@ -31,13 +31,13 @@ def secured_server(options: Options, tenants: Mapping[str, Mapping[str, Any]], *
         entries.append(entry)
     ca = authority(options.folder)
     certificate = issue(ca, options.folder, "server")
-    defaults: dict[str, Any] = {"kv_cache_gib": 0.5, "backbone": options.backbone, "adapters": options.adapters}
+    defaults: dict[str, Any] = {"backbone": options.backbone, "adapters": options.adapters}
     files: dict[str, Any] = {
         "tenants": write_tenants(options.folder / "tenants.yaml", *entries),
         "tls_certificate": certificate.pem,
         "tls_key": certificate.key,
     }
-    with native_server(**defaults, **files, **settings) as server:
+    with native_server(**{"kv_cache_gib": 0.5} | defaults | files | settings) as server:
         yield Secured(server, {tenant_id: Access(api_key=key, ca=ca.pem) for tenant_id, key in keys.items()})
 
 

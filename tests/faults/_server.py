@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import functools
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -14,6 +15,9 @@ from benchmarks.harness.adapters import write_scaled_adapter
 from benchmarks.harness.native_server import native_server
 from benchmarks.harness.processes import process_tree
 from server.registry.version import version_key
+from tests.faults._load import Question, References
+from tests.faults._pace import Pace, measure_pace
+from tests.faults._shared import Shared
 from tests.faults.scenario import Options
 
 # In float32 an answer does not depend on the other sequences in its batches.
@@ -44,6 +48,8 @@ class Target:
         # Other answers to most inputs.
         write_scaled_adapter(source, self.contents[1], 0.5)
         self.version = 1
+        # The answers of both contents, once a scenario has asked for them.
+        self.known: tuple[list[Question], References] | None = None
         shutil.copytree(self.contents[1], self.root / self.name / "1")
         self._running = contextlib.ExitStack()
         self.server = self._running.enter_context(
@@ -54,6 +60,11 @@ class Target:
     @property
     def address(self) -> str:
         return self.server.address
+
+    @functools.cached_property
+    def pace(self) -> Pace:
+        with self.server.client() as client:
+            return measure_pace(client, self.address)
 
     def content_of(self, version: str) -> int:
         """Index of the content that a version is made of."""
@@ -89,21 +100,7 @@ class Target:
         shutil.rmtree(self._home, ignore_errors=True)
 
 
-_running: dict[tuple[str, Path], Target] = {}
-
-
-def shared(options: Options) -> Target:
-    """The shared server. The first scenario starts it, `close_shared` stops it."""
-    key = (options.backbone, options.adapters)
-    if key not in _running:
-        _running[key] = Target(options)
-    return _running[key]
-
-
-def close_shared() -> None:
-    """Stop the shared server if it runs: even idle it takes time from servers that are measured."""
-    while _running:
-        _running.popitem()[1].close()
+shared = Shared(Target)
 
 
 def _highest_version(adapters: Path) -> Path:

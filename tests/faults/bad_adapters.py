@@ -26,7 +26,7 @@ def run(options: Options) -> Row:
     times = FULL_TIMES if options.full else SHORT_TIMES
     problems: list[str] = []
     with target.server.client() as client, Watcher(client) as watcher:
-        asked, expected = references(target, client, watcher, 16, options.seed)
+        asked, expected = references(target, client, watcher, options.seed)
         engine = {process.pid for process in target.engine_processes()}
         with BackgroundLoad(target.address, asked, seed=options.seed) as load:
             for kind, write in rng.sample([*KINDS.items()] * times, len(KINDS) * times):

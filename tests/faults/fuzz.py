@@ -14,15 +14,15 @@ from mtlora_pb.v1 import inference_pb2 as native
 from openinference_pb import grpc_predict_v2_pb2 as oip
 
 from benchmarks.harness.asking import closed_loop
-from benchmarks.harness.native_server import native_server
 from benchmarks.harness.processes import resident_bytes
-from mtlora.client import Access, Client, MetricsPage
-from tests.faults._load import ask_every_length
+from mtlora.client import MetricsPage
+from server.cli.process import ServerProcess
+from tests.faults._load import ask_many_lengths
 from tests.faults._secured import what_is_left
-from tests.faults._tenants import tenant, write_tenants
+from tests.faults._tenanted import tenanted
 from tests.faults.scenario import Options, Row
 
-ORDER = 80
+ORDER = 55
 _IN_FLIGHT = 32
 _PROPER = {
     "OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED",
@@ -46,23 +46,20 @@ _METHODS: dict[str, type[Message]] = {
 def run(options: Options) -> Row:
     """Send 100,000 requests (short: 3,000) and measure the memory of every process before and after."""
     count = 100_000 if options.full else 3_000
-    key, entry = tenant("fuzzer")
-    tenants = write_tenants(options.folder / "tenants.yaml", entry)
-    with native_server(
-        backbone=options.backbone, adapters=options.adapters, tenants=tenants, kv_cache_gib=0.5, max_message_bytes=65536
-    ) as server:
-        with Client(server.address, Access(api_key=key)) as client:
-            fuzzer = Fuzzer(options.seed, key, [task.id for task in client.tasks()])
-            ask_every_length(client)
-        # Until caches are full and pools have their size.
-        asyncio.run(_send(server.address, fuzzer, max(1_500, count // 20)))
-        before = resident_bytes(server.process.pid)
-        statuses = asyncio.run(_send(server.address, fuzzer, count))
-        left = what_is_left(server)
-        growth = resident_bytes(server.process.pid) / before - 1
-        page = MetricsPage.fetch(server.metrics)
-        internal = sum(page.value("mtlora_requests_total", status=status) for status in ("INTERNAL", "UNKNOWN"))
-        alive = server.process.poll() is None
+    shared = tenanted(options)
+    access, server = shared.set_tenants({"fuzzer": {}})["fuzzer"], shared.server
+    with server.client(access) as client:
+        fuzzer = Fuzzer(options.seed, str(access.api_key), [task.id for task in client.tasks()])
+        ask_many_lengths(client)
+    failed_before = _failed(server)
+    # Until caches are full and pools have their size.
+    asyncio.run(_send(server.address, fuzzer, max(1_500, count // 20)))
+    before = resident_bytes(server.process.pid)
+    statuses = asyncio.run(_send(server.address, fuzzer, count))
+    left = what_is_left(server)
+    growth = resident_bytes(server.process.pid) / before - 1
+    internal = _failed(server) - failed_before
+    alive = server.process.poll() is None
     improper = {name: n for name, n in statuses.items() if name not in _PROPER}
     shown = ", ".join(f"{name} {n}" for name, n in statuses.most_common())
     return Row(
@@ -71,6 +68,11 @@ def run(options: Options) -> Row:
         f"{sum(statuses.values())} requests ({shown}), RSS {growth:+.1%}" + (f", left: {left}" if left else ""),
         met=alive and not improper and not internal and not left and abs(growth) <= 0.05,
     )
+
+
+def _failed(server: ServerProcess) -> float:
+    page = MetricsPage.fetch(server.metrics)
+    return sum(page.value("mtlora_requests_total", status=status) for status in ("INTERNAL", "UNKNOWN"))
 
 
 class Fuzzer:

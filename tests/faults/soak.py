@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from benchmarks.harness.processes import resident_bytes
-from tests.faults._load import BackgroundLoad, ask_every_length, failures
+from tests.faults._load import BackgroundLoad, ask_many_lengths, failures
 from tests.faults._server import Target, shared
 from tests.faults._swapping import Watcher, references, swap
 from tests.faults.scenario import Options, Row
@@ -33,10 +33,10 @@ def soak(options: Options, seconds: float, swap_every_s: float) -> Row:
     """Compare memory with that after a warm-up under the same load, a quarter as long, at most 2 minutes."""
     target = shared(options)
     with target.server.client() as client, Watcher(client) as watcher:
-        asked, expected = references(target, client, watcher, 24, options.seed)
-        ask_every_length(client)
+        asked, expected = references(target, client, watcher, options.seed)
+        ask_many_lengths(client)
         with BackgroundLoad(target.address, asked, seed=options.seed) as full:
-            time.sleep(8.0)
+            time.sleep(max(8.0, 5 * target.pace.answer_s))
         span = full.asked[-1].ended - full.asked[0].began
         rate = SHARE * len(full.asked) / span
         with BackgroundLoad(target.address, asked, seed=options.seed + 1, rate=rate) as load:

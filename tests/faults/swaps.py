@@ -16,11 +16,12 @@ MAX_RATIO = 1.5
 def run(options: Options) -> Row:
     """Steady load, then swaps one after another under the same load, then steady load again."""
     target = shared(options)
-    steady_s = 60.0 if options.full else 15.0
+    # Enough steps for a 99th percentile.
+    steady_s = max(60.0 if options.full else 15.0, 300 * target.pace.step_s)
     with target.server.client() as client, Watcher(client) as watcher:
-        asked, expected = references(target, client, watcher, 24, options.seed)
+        asked, expected = references(target, client, watcher, options.seed)
         with BackgroundLoad(target.address, asked, seed=options.seed) as load:
-            time.sleep(3.0)
+            time.sleep(2 * target.pace.answer_s)
             marks = [time.monotonic()]
             time.sleep(steady_s)
             marks.append(time.monotonic())

@@ -1,7 +1,10 @@
-"""The fairness index and the fuzzer of the fault scenarios."""
+"""The order of the fault scenarios, their fairness index and their fuzzer."""
+
+import itertools
 
 import pytest
 
+from tests.faults.__main__ import scenarios, shared_servers
 from tests.faults.flood import jain
 from tests.faults.fuzz import Fuzzer
 
@@ -20,3 +23,10 @@ def test_fuzzer_repeats_its_requests_for_a_seed_and_calls_every_method() -> None
     assert made(1) != made(2)
     assert len({method for method, _, _ in made(1)}) == 10
     assert any(b"one" in data for _, _, data in made(1))
+
+
+def test_scenarios_that_share_a_server_are_neighbours() -> None:
+    # Else the server would be started anew, or stay beside others that are measured.
+    order = [frozenset(map(id, shared_servers(run))) for run in scenarios().values()]
+    groups = [servers for servers, _ in itertools.groupby(order) if servers]
+    assert len(groups) == len(set(groups))

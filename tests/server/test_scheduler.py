@@ -425,6 +425,16 @@ async def test_refuses_a_deadline_out_of_reach_at_once(clock: Clock) -> None:
     await wait_for(scheduler, A, done, clock.now + 0.01)
 
 
+async def test_one_long_step_makes_no_distant_deadline_impossible(clock: Clock) -> None:
+    scheduler, done = make(clock, turns=1), list[str]()
+    await measured(clock, scheduler, 20.0, tokens=200)
+    clock.now += 60
+    # Two tokens, and between them a step with the prefill of many other prompts.
+    await measured(clock, scheduler, 5.0, tokens=2)
+    await wait_for(scheduler, A, done, clock.now + 60)
+    assert done == ["a"]
+
+
 async def test_does_not_run_a_request_that_waited_too_long(clock: Clock) -> None:
     scheduler, done = make(clock, turns=1), list[str]()
     await measured(clock, scheduler, 1.0)

@@ -1,0 +1,185 @@
+"""The event loop is never late with many tasks, many tenants, reloads of both files and requests for near misses."""
+
+import asyncio
+import itertools
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from mtlora_pb.v1 import inference_pb2
+
+from benchmarks.harness.adapters import random_tensors
+from benchmarks.harness.asking import closed_loop
+from benchmarks.harness.waiting import wait_until
+from mtlora.backbone import identify, resolve
+from mtlora.checkpoint.format import TaskEntry
+from mtlora.checkpoint.write import write_checkpoint
+from mtlora.client import Access, AsyncClient, Client, MetricsPage, ServerError
+from mtlora.config import MtLoRAConfig
+from server.registry.check import MAX_TASKS
+from tests.faults._tenanted import Tenanted, tenanted
+from tests.faults._tenants import tenant
+from tests.faults.scenario import Options, Row
+
+ORDER = 58
+TENANTS = 1000
+MAX_DELAY_S = 0.05
+_RELOAD_EVERY_S = 5.0
+_PROBE_EVERY_S = 0.005
+_PROBE_TIMEOUT_S = 3.0
+# Requests a second of the tenant that asks for tasks that do not exist: its whole quota.
+_QUOTA = 50.0
+_IN_FLIGHT = 8
+# Small, so that the number of its tasks alone makes the adapter large.
+_CONFIG = MtLoRAConfig(r=1, num_experts=2, num_groups=1)
+# Ends a load that hangs.
+_LOAD_TIMEOUT_S = 180.0
+_DELAYS = "mtlora_event_loop_delay_seconds"
+
+
+def run(options: Options) -> Row:
+    """Delays are those of health checks, sent every 5 ms however late the replies are: the loop answers them itself.
+
+    They are upper bounds, as they include the way there and back. The server's own histogram has two samples a second.
+    """
+    seconds = 300.0 if options.full else 30.0
+    server = tenanted(options)
+    server.pace  # noqa: B018
+    key, prober = tenant("prober", requests_per_second=_QUOTA, tasks=["*"])
+    others = _others(prober)
+    files = [_tenants_file([prober, *others], number) for number in range(2)]
+    _replace(server.file, files[0])
+    access = Access(api_key=key)
+    server.wait_accepted(access)
+    folder = _write_adapter(options, server)
+    try:
+        with Client(server.address, access) as client:
+            wait_until(lambda: _has_task(client, f"many.{MAX_TASKS - 1:05}"), _LOAD_TIMEOUT_S, every_s=0.5)
+        before = MetricsPage.fetch(server.server.metrics)
+        delays, statuses = asyncio.run(_measure(server, access, files, seconds))
+        after = MetricsPage.fetch(server.server.metrics)
+    finally:
+        folder.rename(options.folder / "removed")
+    own = max(
+        (bound for bound, n in _own_delays(after).items() if n > _own_delays(before).get(bound, 0.0)), default=0.0
+    )
+    late = float(np.percentile(delays, 99.9, method="higher"))
+    tenants = after.value("mtlora_tenants")
+    return Row(
+        f"event loop with {MAX_TASKS:,} tasks, {TENANTS:,} tenants",
+        f"p99.9 of its delay at most {1e3 * MAX_DELAY_S:g} ms",
+        f"{1e3 * late:.0f} ms of {len(delays)} probes, {1e3 * max(delays):.0f} ms at most (the server's own samples: "
+        f"up to {1e3 * own:g} ms); near misses: {', '.join(f'{name} {n}' for name, n in sorted(statuses.items()))}",
+        met=late <= MAX_DELAY_S and tenants == TENANTS and set(statuses) <= {"NOT_FOUND", "RESOURCE_EXHAUSTED"},
+    )
+
+
+def _own_delays(page: MetricsPage) -> dict[float, float]:
+    """Samples of the server's histogram by upper bound."""
+    buckets = page.buckets(_DELAYS)
+    below = itertools.chain([0.0], buckets.values())
+    return {bound: count - less for (bound, count), less in zip(buckets.items(), below, strict=False)}
+
+
+async def _measure(
+    server: Tenanted, access: Access, files: list[bytes], seconds: float
+) -> tuple[list[float], dict[str, int]]:
+    """(seconds of every probe, number of near misses by status)."""
+    delays: list[float] = []
+    statuses: dict[str, int] = {}
+    until = time.monotonic() + seconds
+
+    async def near_miss(number: int) -> None:
+        due = time.monotonic() + _IN_FLIGHT / _QUOTA
+        try:
+            await client._stub.GetTask(
+                inference_pb2.GetTaskRequest(task_id=f"many.{number % MAX_TASKS:05}x"), metadata=access.metadata()
+            )
+            status = "OK"
+        except grpc.aio.AioRpcError as error:
+            status = error.code().name
+        statuses[status] = statuses.get(status, 0) + 1
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
+
+    async def probe(stub: Any) -> None:
+        began = time.perf_counter()
+        try:
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=_PROBE_TIMEOUT_S)
+            delays.append(time.perf_counter() - began)
+        except grpc.aio.AioRpcError:
+            # Later than that, or too many wait.
+            delays.append(math.inf)
+
+    async def probes() -> None:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            await stub.Check(health_pb2.HealthCheckRequest())
+            async with asyncio.TaskGroup() as running:
+                while time.monotonic() < until:
+                    running.create_task(probe(stub))
+                    await asyncio.sleep(_PROBE_EVERY_S)
+
+    async def reloads() -> None:
+        for number in itertools.count(1):
+            if (left := until - time.monotonic()) <= 0:
+                return
+            _replace(server.file, files[number % 2])
+            await asyncio.sleep(min(_RELOAD_EVERY_S, left))
+
+    def numbers() -> Any:
+        return itertools.takewhile(lambda _: time.monotonic() < until, itertools.count())
+
+    async with AsyncClient(server.address, access) as client:
+        await asyncio.gather(probes(), reloads(), closed_loop(numbers(), _IN_FLIGHT, near_miss))
+    return delays, statuses
+
+
+def _others(like: dict[str, Any]) -> list[dict[str, Any]]:
+    """Entries of all other tenants. Nobody uses their keys, so they share a hash: making one takes long."""
+    hashed = like["api_keys"][0]["hash"]
+    return [
+        {"id": f"tenant-{number}", "api_keys": [{"id": f"{number:016x}", "hash": hashed}], "requests_per_second": 10}
+        for number in range(1, TENANTS)
+    ]
+
+
+def _tenants_file(entries: list[dict[str, Any]], number: int) -> bytes:
+    """A tenants file; JSON is YAML too. Different numbers make different files."""
+    return json.dumps({"tenants": [entries[0] | {"weight": 1.0 + number}, *entries[1:]]}, indent=1).encode()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    fresh = path.with_suffix(".new")
+    fresh.write_bytes(content)
+    os.replace(fresh, path)
+
+
+def _write_adapter(options: Options, server: Tenanted) -> Path:
+    """Put an adapter with as many tasks as a version may have in place; returns its folder."""
+    identity = identify(resolve(options.backbone))
+    tasks = tuple(
+        TaskEntry(id=f"many.{index:05}", description="random", template="{input}", bias_index=index, max_new_tokens=4)
+        for index in range(MAX_TASKS)
+    )
+    tensors = random_tensors(identity, _CONFIG, tasks, seed=options.seed, scale=0.02)
+    hidden, folder = server.root / ".many", server.root / "many"
+    halves = {name: tensor.half() for name, tensor in tensors.items()}
+    write_checkpoint(hidden / "1", backbone=identity, config=_CONFIG, tasks=tasks, tensors=halves)
+    hidden.rename(folder)
+    return folder
+
+
+def _has_task(client: Client, task_id: str) -> bool:
+    try:
+        client.task(task_id)
+    except ServerError as error:
+        if error.code.name in ("NOT_FOUND", "RESOURCE_EXHAUSTED"):
+            return False
+        raise
+    return True
