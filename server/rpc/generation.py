@@ -75,7 +75,7 @@ class Generation:
         """Wait for the job's turn and its adapter version, then run it to its end; cancelling aborts it in the engine.
 
         `emit` gets every delta as the engine makes it, with working and answer apart. What it raises ends the job.
-        Raises AdapterError where the version cannot be loaded.
+        The caller holds the version. Raises AdapterError where it cannot be loaded.
         """
         job, call = self.job, self.call
         # Several generations may answer one call.

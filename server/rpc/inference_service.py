@@ -3,8 +3,9 @@
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -74,9 +75,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         call = current_call.get()
         with self._admission.admit(call.tenant):
             self._scheduler.check_quotas(call.tenant)
-            generation = await self._generation(request, task, _UNARY_DELTA_TOKENS)
-            await generation.run(self.engine, self._scheduler, self.residency)
-            return generation
+            with self._version_for(request, task) as task:
+                generation = await self._generation(request, task, _UNARY_DELTA_TOKENS)
+                await generation.run(self.engine, self._scheduler, self.residency)
+                return generation
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, context: Any
@@ -84,13 +86,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         call, task = current_call.get(), self.find(request.task_id)
         with self._admission.admit(call.tenant):
             self._scheduler.check_quotas(call.tenant)
-            generation = await self._generation(request, task, delta_tokens=1)
-            async with unhurried(partial(generation.run, self.engine, self._scheduler, self.residency)) as deltas:
-                async for delta in deltas:
-                    message = encoding.stream_response(delta, generation)
-                    # Most deltas of working have nothing for the reader.
-                    if message.ByteSize() or generation.marker is None:
-                        yield message
+            with self._version_for(request, task) as task:
+                generation = await self._generation(request, task, delta_tokens=1)
+                async with unhurried(partial(generation.run, self.engine, self._scheduler, self.residency)) as deltas:
+                    async for delta in deltas:
+                        message = encoding.stream_response(delta, generation)
+                        # Most deltas of working have nothing for the reader.
+                        if message.ByteSize() or generation.marker is None:
+                            yield message
 
     async def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> pb.ListTasksResponse:
         self._admission.check_serving()
@@ -132,9 +135,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def _generation(self, request: pb.GenerateRequest, task: ServedTask | None, delta_tokens: int) -> Generation:
         """A valid request, ready to run. Raises NOT_FOUND or INVALID_ARGUMENT."""
         call = current_call.get()
-        if task is not None:
-            task = self._version_for(request, task)
-        elif request.task_id:
+        if task is None and request.task_id:
             raise self.not_found(request.task_id)
         # Tenants share no cached blocks, unless their file says so: answer times would tell of another's prompts.
         cache_salt = None if self._directory.current.share_prefix_cache else call.tenant.id
@@ -150,13 +151,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             logger.info("prompt", extra={"fields": {"request_id": call.request_id, "prompt": prompt}})
         return Generation(job, call, self._metrics)
 
-    def _version_for(self, request: pb.GenerateRequest, task: ServedTask) -> ServedTask:
-        """The task on the version that answers this request. A version that is not in the engine begins to load."""
-        if task.spec.id in self.catalog.splits:
+    @contextmanager
+    def _version_for(self, request: pb.GenerateRequest, task: ServedTask | None) -> Iterator[ServedTask | None]:
+        """Give the task on the version that answers this request, held until the end.
+
+        A version that is not in the engine begins to load.
+        """
+        if task is not None and task.spec.id in self.catalog.splits:
             task = self.catalog.choose(task, _routing_key(request))
-        if task.version is not None and not request.without_adapter:
+        if task is None or task.version is None or request.without_adapter:
+            yield task
+            return
+        with self.residency.hold(task.version):
             self.residency.prefetch(task.version)
-        return task
+            yield task
 
 
 def _routing_key(request: pb.GenerateRequest) -> bytes:

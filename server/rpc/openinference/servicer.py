@@ -62,7 +62,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
         self._admission.check_serving()
         task = self._task(request.model_name, request.model_version)
-        generations = await self._answer_all(_requests(request, task), task)
+        generations = await self._answer_all(_requests(request, task))
         response = pb.ModelInferResponse(
             model_name=task.spec.id, model_version=generations[0].job.task.adapter_version, id=request.id
         )
@@ -112,13 +112,18 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         # For the call's label: the model may be an adapter too.
         self._service.find(name)
         require_admin(current_call.get().tenant)
+        self._admission.check_serving()
         if not name:
             raise invalid_argument([Violation("model_name", "found none; allowed: a model's name")])
         return name
 
-    async def _answer_all(self, requests: Sequence[native.GenerateRequest], task: ServedTask) -> list[Generation]:
+    async def _answer(self, request: native.GenerateRequest) -> Generation:
+        # In the element's own asyncio task: the task's version is held from here on.
+        return await self._service.answer(request, self._service.find(request.task_id))
+
+    async def _answer_all(self, requests: Sequence[native.GenerateRequest]) -> list[Generation]:
         """Every element's answer. The first failure fails the whole request and ends the other elements."""
-        running = [asyncio.create_task(self._service.answer(request, task)) for request in requests]
+        running = [asyncio.create_task(self._answer(request)) for request in requests]
         try:
             return list(await asyncio.gather(*running))
         finally:
