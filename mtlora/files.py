@@ -5,10 +5,12 @@ import errno
 import fcntl
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import IO
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -55,6 +57,21 @@ def put_in_place(made: Path, folder: Path) -> None:
     sync(folder.parent)
 
 
+def make_folders(folder: Path) -> None:
+    """Make a folder, and those above it, that every user may read, whatever the umask."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        each.chmod(0o755)
+
+
+def let_all_read(folder: Path) -> None:
+    """Let every user read a folder and the files in it, whatever the umask: servers often run as another user."""
+    for file in folder.iterdir():
+        file.chmod(0o644)
+    folder.chmod(0o755)
+
+
 def signature(path: Path) -> tuple[int, ...] | None:
     """Differs whenever the file behind the path was written or replaced; None where there is none."""
     try:
@@ -78,6 +95,28 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def lock_for_this_process(path: Path) -> IO[str]:
+    """Lock a file until the returned one is closed, or this process ends in any way.
+
+    Raises BlockingIOError, with what the holder wrote to the file, if another process holds it; another OSError where
+    the file system has no locks. The lock is POSIX's: child processes do not inherit it, and NFS passes it on.
+    """
+    file = path.open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read()
+        file.close()
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise BlockingIOError(error.errno, holder) from None
+        raise
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 def write_durably(path: Path, content: bytes) -> None:

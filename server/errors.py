@@ -58,7 +58,9 @@ class EngineAbortedError(Exception):
 
 
 class AdapterError(Exception):
-    """An adapter version cannot serve; the message says why."""
+    """An adapter version cannot serve; the message says why. `public`: what tenants may know of it."""
+
+    public = "the task's adapter cannot be loaded now; the server's log says why"
 
 
 def task_not_found(task_id: str, known: Iterable[str]) -> RequestFailedError:
@@ -153,7 +155,7 @@ def from_exception(error: Exception) -> RequestFailedError:
     if isinstance(error, EngineDeadError):
         return unavailable("the engine has died and is being started again", RESTART_RETRY_S)
     if isinstance(error, AdapterError):
-        return unavailable("the task's adapter cannot be loaded now; the server's log says why", 5.0)
+        return unavailable(error.public, 5.0)
     if isinstance(error, EngineAbortedError):
         return unavailable("the engine gave up on this request", 1.0)
     return RequestFailedError(grpc.StatusCode.INTERNAL, "internal error; the server's log has it under this request id")

@@ -43,6 +43,9 @@ class Settings(BaseSettings):
     adapters_poll_s: float = Field(
         2.0, gt=0, le=3600, description="seconds between scans of the adapters, beside the kernel's notices of changes"
     )
+    storage_timeout_s: float = Field(
+        30.0, gt=0, le=3600, description="seconds in which the adapters' storage must get on with a listing or a file"
+    )
     adapter_slots: int = Field(256, ge=1, description="adapter versions in the engine at the same time")
     host_cache_gib: float = Field(
         1.0, ge=0, allow_inf_nan=False, description="GiB of memory for adapters evicted from the engine"

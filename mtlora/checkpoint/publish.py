@@ -6,25 +6,26 @@ from pathlib import Path
 from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.errors import MtLoRAError
-from mtlora.files import folder_in_the_making, sync, write_durably
+from mtlora.files import folder_in_the_making, let_all_read, make_folders, sync, write_durably
 
 
 def publish(checkpoint: Path, adapter: Path) -> Path:
     """Copy a valid checkpoint to the next free version of an adapter's folder; returns the new folder.
 
-    It appears by a rename: a watching server never sees half of it. Raises CheckpointError for a checkpoint that cannot
-    be read, MtLoRAError if `adapter` is itself a checkpoint.
+    Every user may read it, whatever the umask. It appears by a rename: a watching server never sees half of it. Raises
+    CheckpointError for a checkpoint that cannot be read, MtLoRAError if `adapter` is itself a checkpoint.
     """
     read_checkpoint(checkpoint)
     if (adapter / MANIFEST_FILE).exists():
         raise MtLoRAError(
             f"{adapter}: a checkpoint; expected an adapter's folder, which holds its versions: ADAPTERS/NAME"
         )
-    adapter.mkdir(parents=True, exist_ok=True)
+    make_folders(adapter)
     with folder_in_the_making(adapter / "version") as made:
         for name in (MANIFEST_FILE, TENSORS_FILE):
             write_durably(made / name, (checkpoint / name).read_bytes())
         read_checkpoint(made)
+        let_all_read(made)
         sync(made)
         while True:
             version = adapter / str(1 + max((int(p.name) for p in adapter.iterdir() if p.name.isdigit()), default=0))

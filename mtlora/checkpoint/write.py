@@ -22,7 +22,7 @@ from mtlora.checkpoint.format import (
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.errors import describe
-from mtlora.files import folder_in_the_making, put_in_place, write_durably
+from mtlora.files import folder_in_the_making, let_all_read, put_in_place, write_durably
 
 
 def write_checkpoint(
@@ -61,6 +61,7 @@ def write_checkpoint(
                 read_checkpoint(made)
             except CheckpointError as error:
                 raise CheckpointError(str(error).replace(str(made), str(folder))) from None
+            let_all_read(made)
             put_in_place(made, folder)
     except ValidationError as error:
         raise CheckpointError(f"{folder}: {describe(error)}") from None

@@ -2,20 +2,22 @@
 
 training.json   the run's configuration
 log.jsonl       a line per step and per validation
+lock            held while a process trains there
 state.pt        step, adapter, optimizer and random generators; replaced by a rename
 adapter/        the checkpoint, after training
 """
 
 import json
 import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from pydantic import ValidationError
 
 from mtlora.errors import MtLoRAError, describe, differences
-from mtlora.files import replace_file, sync
+from mtlora.files import lock_for_this_process, replace_file, sync
 from mtlora.train.config import TrainingConfig
 
 LOG = "log.jsonl"
@@ -34,12 +36,16 @@ class RunFolder:
         self.log_file = path / LOG
         self.state_file = path / "state.pt"
         self.checkpoint = path / "adapter"
+        self._lock: IO[str] | None = None
 
     def open(self, config: TrainingConfig, *, resume: bool) -> dict[str, Any] | None:
-        """Create the folder or open it again; returns the saved state to resume from, if any.
+        """Create the folder or open it again, for this process alone; returns the saved state to resume from, if any.
 
-        Raises RunError if the folder holds another run, or holds this one and `resume` is off.
+        Raises RunError if another process trains there, if the folder holds another run, or holds this one and `resume`
+        is off.
         """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._keep_others_out()
         if self.config_file.exists():
             if not resume:
                 raise RunError(f"{self.path} holds a run already: resume it with --resume, or choose another --out")
@@ -51,11 +57,23 @@ class RunFolder:
                 told = "; ".join(f"{name}: was {was!r}, now {now!r}" for name, (was, now) in changed.items())
                 raise RunError(f"{self.config_file}: --resume needs the same configuration; {told}")
         else:
-            self.path.mkdir(parents=True, exist_ok=True)
             replace_file(self.config_file, (config.model_dump_json(indent=2) + "\n").encode())
         state = self.read_state()
         self._cut_log(state["step"] if state else 0)
         return state
+
+    def _keep_others_out(self) -> None:
+        path = self.path / "lock"
+        try:
+            self._lock = lock_for_this_process(path)
+        except BlockingIOError as error:
+            raise RunError(
+                f"{self.path}: {error.strerror or 'another process'} trains there; wait for its end, or choose another "
+                "--out"
+            ) from None
+        except OSError as error:
+            # Such as NFS without a lock service.
+            print(f"mtlora: {path}: cannot be locked ({error}): see to it that no other run uses it", file=sys.stderr)
 
     def read_state(self) -> dict[str, Any] | None:
         """The saved state, its tensors on the CPU; None before the first. Raises RunError for a damaged file."""

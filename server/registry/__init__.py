@@ -10,5 +10,5 @@ folder.py        the folder of adapters over time         source.py      what li
 mirror.py        an fsspec URL as such a folder           spool.py       verified copies, by content
 verifier.py      checks a version, in its own process     weights.py     a canary's split of the requests
 catalog.py       which version answers which task         events.py      what happened, for logs, metrics, watchers
-adapters.py      the registry of a server, from its settings
+storage.py       calls that may never return         adapters.py    the registry of a server, from its settings
 """

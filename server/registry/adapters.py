@@ -14,6 +14,7 @@ from server.registry.mirror import Mirror
 from server.registry.registry import Registry
 from server.registry.residency import LoadsSlots, Residency
 from server.registry.spool import Spool
+from server.registry.storage import Storage
 from server.registry.verifier import Verifier
 from server.settings import Settings, is_url
 from server.telemetry.metrics import Metrics
@@ -72,7 +73,8 @@ def open_adapters(
         warm_slot=lambda slot: engine.warm_up(slot, short=True),
         events=events,
     )
-    registry = Registry(Folder(root, events, mirror), lifecycle, publish, on_swap=metrics.adapter_swap.observe)
+    storage = Storage(settings.storage_timeout_s, metrics.storage_timeouts.inc)
+    registry = Registry(Folder(root, events, mirror, storage), lifecycle, publish, on_swap=metrics.adapter_swap.observe)
     return Adapters(registry, residency, spool, verifier)
 
 

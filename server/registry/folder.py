@@ -1,15 +1,19 @@
 """The folder of adapters over time: when to look, what has appeared, changed or gone, what is still being written."""
 
 import asyncio
+import contextlib
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from server.registry.events import Event, Events
 from server.registry.mirror import Mirror, MirrorError
 from server.registry.record import AdapterRecord
 from server.registry.source import AdapterFailure, Found, scan, signature_of
+from server.registry.storage import Storage
 from server.registry.version import AdapterVersion, Stage, StageError
 from server.telemetry.logs import get_logger
 
@@ -23,9 +27,12 @@ _WRITING_S = 1.0
 class Folder:
     """`misnamed`: folders that cannot be adapters, seen by the first look or by two looks in a row."""
 
-    def __init__(self, root: Path, events: Events, mirror: Mirror | None = None) -> None:
+    def __init__(
+        self, root: Path, events: Events, mirror: Mirror | None = None, storage: Storage | None = None
+    ) -> None:
         self.misnamed: set[AdapterFailure] = set()
         self._root = root
+        self._storage = storage or Storage()
         self._mirror = mirror
         self._events = events
         self._suspects: set[AdapterFailure] | None = None
@@ -36,33 +43,46 @@ class Folder:
 
         The kernel reports no change made on another machine (NFS, object storage) or by a flipped link.
         """
-        from watchfiles import awatch
+        loop, changed, stop = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
 
-        while True:
+        def notify() -> None:
+            # The loop may have ended.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(changed.set)
+
+        # Not watchfiles' awatch: it sets up the watch on the event loop, where a storage that hangs would hold up all.
+        threading.Thread(target=self._watch, args=(notify, stop, poll_s), name="adapters-watch", daemon=True).start()
+        try:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(poll_s):
+                        await changed.wait()
+                changed.clear()
+                yield
+        finally:
+            stop.set()
+
+    def _watch(self, notify: Callable[[], None], stop: threading.Event, retry_s: float) -> None:
+        """Call `notify` for every change that the kernel reports, until `stop`. In a thread."""
+        from watchfiles import watch
+
+        while not stop.is_set():
             try:
-                async for _ in awatch(
-                    self._root,
-                    watch_filter=None,
-                    # The watching thread wakes up at every step, and takes the interpreter from the event loop.
-                    step=100,
-                    debounce=200,
-                    rust_timeout=int(poll_s * 1000),
-                    yield_on_timeout=True,
-                ):
-                    yield
+                # The watching thread wakes up at every step, and takes the interpreter from the event loop.
+                for _ in watch(self._root, watch_filter=None, step=100, debounce=200, stop_event=stop):
+                    notify()
             except (OSError, RuntimeError) as error:
                 # No watches left, a file system without them, or a folder that is gone for now.
                 logger.warning("no notice of changes, polling", extra={"fields": {"reason": str(error)}})
-            yield
-            await asyncio.sleep(poll_s)
+            stop.wait(retry_s)
 
     async def look(self) -> dict[str, dict[str, Found]] | None:
         """What lies there, by name and version; None, with a line in the log, if it cannot be listed."""
         async with self._looking:
             try:
                 if self._mirror is not None:
-                    await asyncio.to_thread(self._mirror.sync)
-                found, misnamed = await asyncio.to_thread(scan, self._root)
+                    await self._storage.call(self._mirror.sync)
+                found, misnamed = await self._storage.call(partial(scan, self._root))
             except (OSError, MirrorError) as error:
                 logger.warning("adapters cannot be listed", extra={"fields": {"reason": str(error)}})
                 return None
@@ -85,7 +105,13 @@ class Folder:
     async def settled(self, version: AdapterVersion) -> bool:
         """Whether a version's files have stopped changing. If not, note them as they are now."""
         await asyncio.sleep(_SETTLE_S)
-        signature = await asyncio.to_thread(signature_of, version.found.folder)
+        try:
+            signature = await self._storage.call(lambda _: signature_of(version.found.folder))
+        except TimeoutError as error:
+            logger.warning(
+                "an adapter cannot be read", extra={"fields": {"version": str(version), "reason": str(error)}}
+            )
+            return False
         if signature == version.found.signature:
             return True
         found = {each.version: each.found for each in version.adapter.found.values()}

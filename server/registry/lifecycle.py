@@ -88,15 +88,16 @@ class Lifecycle:
         if version.leaving:
             # Wanted again before it has left.
             version.enter(Stage.VERIFIED)
-        async with self.residency.lease(version):
-            self._reach(version, Stage.LOADED)
-            try:
-                await self.warm_slot(version.distinct_slots[0])
-            except EngineDeadError:
-                raise
-            except Exception as error:
-                raise StageError(Stage.WARMED, f"{version}: a first sequence failed: {error}") from error
-            self._reach(version, Stage.WARMED)
+        with self.residency.hold(version):
+            async with self.residency.lease(version):
+                self._reach(version, Stage.LOADED)
+                try:
+                    await self.warm_slot(version.distinct_slots[0])
+                except EngineDeadError:
+                    raise
+                except Exception as error:
+                    raise StageError(Stage.WARMED, f"{version}: a first sequence failed: {error}") from error
+                self._reach(version, Stage.WARMED)
 
     def retire(self, version: AdapterVersion) -> None:
         """Drain a version: with its last request it leaves the engine and, unless kept for a rollback, the spool."""

@@ -1,7 +1,8 @@
 """Adapters in object storage, by fsspec URL, copied to a local folder of the same layout."""
 
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,19 @@ class Mirror:
         self._folder = folder
         # The state of the files that each mirrored version was copied from.
         self._seen: dict[tuple[str, str], Any] = {}
+        # A call that was given up as hung may still run.
+        self._syncing = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
 
-    def sync(self) -> None:
+    def sync(self, beat: Callable[[], None] = lambda: None) -> None:
         """Make the folder equal to the storage. Blocks. Raises MirrorError if that cannot be read, and removes nothing.
 
-        Logs a version that cannot be fetched, and tries it again next time.
+        Calls `beat` whenever bytes have come. Logs a version that cannot be fetched, and tries it again next time.
         """
+        with self._syncing:
+            self._sync(beat)
+
+    def _sync(self, beat: Callable[[], None]) -> None:
         try:
             listed = dict(self._list())
         except Exception as error:
@@ -44,8 +51,9 @@ class Mirror:
             state = [self._files.ukey(files[name]["name"]) if name in files else None for name in _FILES]
             if self._seen.get(key) == state:
                 continue
+            beat()
             try:
-                self._fetch(*key, files)
+                self._fetch(*key, files, beat)
             except Exception as error:
                 logger.warning(
                     "not fetched", extra={"fields": {"adapter": key[0], "version": key[1], "reason": str(error)}}
@@ -68,7 +76,9 @@ class Mirror:
                 versions.setdefault((parts[0], parts[1]), {})[parts[2]] = entry
         yield from versions.items()
 
-    def _fetch(self, name: str, version: str, files: dict[str, Any]) -> None:
+    def _fetch(self, name: str, version: str, files: dict[str, Any], beat: Callable[[], None]) -> None:
+        from fsspec.callbacks import Callback
+
         from mtlora.files import folder_in_the_making, put_in_place
 
         if len(files) < len(_FILES):
@@ -78,5 +88,7 @@ class Mirror:
             raise ValueError(f"expected at most {self._max_bytes} bytes in all, found {size}")
         with folder_in_the_making(self._folder / name / version) as made:
             for file, entry in files.items():
-                self._files.get_file(entry["name"], str(made / file))
+                progress = Callback(hooks={"beat": lambda *_, **__: beat()})
+                self._files.get_file(entry["name"], str(made / file), callback=progress)
+                beat()
             put_in_place(made, self._folder / name / version)

@@ -15,7 +15,7 @@ from server.registry.folder import Folder
 from server.registry.lifecycle import Lifecycle
 from server.registry.record import AdapterRecord
 from server.registry.source import AdapterFailure
-from server.registry.version import AdapterVersion, Stage, StageError, version_key
+from server.registry.version import AdapterVersion, NoRoomError, Stage, StageError, version_key
 from server.telemetry.logs import get_logger
 
 logger = get_logger("adapters")
@@ -79,8 +79,12 @@ class Registry:
 
         async def load(version: AdapterVersion) -> None:
             try:
-                async with at_once, self._residency.lease(version):
-                    self.events.emit(Event.of(version, Stage.LOADED))
+                with self._residency.hold(version):
+                    async with at_once, self._residency.lease(version):
+                        self.events.emit(Event.of(version, Stage.LOADED))
+            except NoRoomError:
+                # Requests for it try again.
+                pass
             except StageError as error:
                 self._drop(version, error)
 
@@ -220,6 +224,9 @@ class Registry:
         except EngineDeadError:
             # The version has not failed; try again with the next engine.
             pass
+        except NoRoomError as error:
+            fields = {"adapter": record.name, "reason": error.reason, "taken_by": error.taken}
+            logger.warning("an adapter waits for room", extra={"fields": fields})
         except Exception:
             logger.error("an adapter is not followed", exc_info=True, extra={"fields": {"adapter": record.name}})
         finally:
@@ -229,6 +236,8 @@ class Registry:
         """Let a version from the folder serve, unless it fails."""
         try:
             brought = await self._lifecycle.bring(version)
+        except NoRoomError:
+            raise
         except StageError as error:
             if not await self._folder.wait_for_writer(version):
                 self._fail(version, error)

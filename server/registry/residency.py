@@ -1,7 +1,7 @@
 """Loads adapter versions into the engine's memory, and evicts the least recently used that no request runs on.
 
-A request takes a lease on its version before it reaches the engine. If the version is not resident, it is loaded beside
-the running steps; requests for resident versions do not wait.
+A request holds its version from the choice to its end, and takes a lease on it before it reaches the engine. If the
+version is not resident, it is loaded beside the running steps; requests for resident versions do not wait.
 
 Each version's `place` says where it is; only `Residency` moves it.
 """
@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from server.errors import AdapterError, EngineDeadError
-from server.registry.version import AdapterVersion, Place, Stage, StageError
+from server.registry.version import AdapterVersion, NoRoomError, Place, Stage, StageError
 
 # If all residents are busy for this long, the least recently used one closes: it takes no new request and leaves with
 # its last. With less patience, swapping versions would cost more than waiting.
 PATIENCE_S = 1.0
+# A version that waits longer for room fails. Nothing but running requests keeps it waiting.
+ROOM_S = 30.0
 
 # A request waits for its version inside this.
 Aside = Callable[[], AbstractAsyncContextManager[None]]
@@ -34,7 +36,8 @@ class Residency:
     """At most `capacity` versions at a time, whatever their tasks. Pinned versions make no room for others.
 
     on_cold: gets the seconds that a request waited for its version. on_load: gets the seconds of a load, without its
-    wait for room. on_evict: called for each version that makes room.
+    wait for room. on_evict: called for each version that makes room. room_s: seconds after which
+    a version that waits for room fails.
     """
 
     def __init__(
@@ -44,9 +47,11 @@ class Residency:
         on_cold: Callable[[float], None] = lambda _: None,
         on_load: Callable[[float], None] = lambda _: None,
         on_evict: Callable[[], None] = lambda: None,
+        room_s: float = ROOM_S,
     ) -> None:
         self.capacity = capacity
         self._engine = engine
+        self._room_s = room_s
         self._on_cold = on_cold
         self._on_load = on_load
         self._on_evict = on_evict
@@ -55,6 +60,7 @@ class Residency:
         self._changed = asyncio.Condition()
         # Held by the version that is next to get room.
         self._line = asyncio.Lock()
+        self._draining: set[AdapterVersion] = set()
         self._background: set[asyncio.Task[None]] = set()
 
     @property
@@ -75,36 +81,40 @@ class Residency:
             yield
         finally:
             version.holds -= 1
-            if not version.leases:
-                # Evict in the background; the request must not wait.
-                self._spawn(self._settle(version))
+            self._given_up(version)
 
     @asynccontextmanager
     async def lease(self, version: AdapterVersion, aside: Aside = contextlib.nullcontext) -> AsyncIterator[None]:
-        """Wait, inside `aside`, until a version is resident, then keep it so.
+        """Wait, inside `aside`, until a version is resident, then keep it so. The caller holds the version.
 
         Raises StageError if it cannot be loaded, EngineDeadError if the engine is lost meanwhile.
         """
         began = time.monotonic()
-        with self.hold(version):
-            while version.place in (Place.CLOSING, Place.UNLOADING):
+        while version.place in (Place.CLOSING, Place.UNLOADING):
+            async with aside():
+                await self._until(lambda: version.place not in (Place.CLOSING, Place.UNLOADING))
+        version.leases += 1
+        try:
+            # The engine may be lost while `aside` ends; load again then.
+            while version.place in (Place.OUT, Place.QUEUED, Place.LOADING):
                 async with aside():
-                    await self._until(lambda: version.place not in (Place.CLOSING, Place.UNLOADING))
-            version.leases += 1
-            try:
-                # The engine may be lost while `aside` ends; load again then.
-                while version.place in (Place.OUT, Place.QUEUED, Place.LOADING):
-                    async with aside():
-                        await self._load(version, began)
-                version.last_used = time.monotonic()
-                yield
-            finally:
-                version.leases -= 1
+                    await self._load(version, began)
+            version.last_used = time.monotonic()
+            yield
+        finally:
+            version.leases -= 1
+            self._given_up(version)
 
     async def drain(self, version: AdapterVersion) -> None:
         """Evict a version after its last request. Returns then, or once the version is wanted again."""
-        await self._settle(version)
-        await self._until(lambda: not version.leaving or (version.place is Place.OUT and not version.holds))
+        self._draining.add(version)
+        try:
+            await self._settle(version)
+            await self._until(
+                lambda: not version.leaving or (version.place is Place.OUT and not version.holds and not version.leases)
+            )
+        finally:
+            self._draining.discard(version)
 
     def reset(self) -> None:
         """Forget every resident: the engine is lost."""
@@ -136,8 +146,7 @@ class Residency:
     async def _bring_in(self, version: AdapterVersion) -> None:
         loading = self._loads[version]
         try:
-            async with self._line:
-                await self._make_room()
+            async with self._room():
                 if self._loads.get(version) is not loading:
                     # Reset while an eviction, which hides the cancellation, made room.
                     raise EngineDeadError
@@ -146,22 +155,50 @@ class Residency:
             await self._engine.load(version.folder, version.distinct_slots)
         except BaseException as error:
             await self._forget(version, loading)
-            if isinstance(error, AdapterError):
+            if isinstance(error, AdapterError) and not isinstance(error, StageError):
                 raise StageError(Stage.LOADED, str(error)) from error
             raise
         self._on_load(time.monotonic() - began)
         version.move(Place.RESIDENT)
         await self._settle(version)
 
-    async def _make_room(self) -> None:
-        until = time.monotonic() + PATIENCE_S
+    @asynccontextmanager
+    async def _room(self) -> AsyncIterator[None]:
+        """Stand in line, and make room for one more. Raises NoRoomError."""
+        until = time.monotonic() + self._room_s
+        try:
+            async with asyncio.timeout(self._room_s):
+                await self._line.acquire()
+        except TimeoutError:
+            raise self._no_room() from None
+        try:
+            await self._make_room(until)
+            yield
+        finally:
+            self._line.release()
+
+    def _no_room(self) -> NoRoomError:
+        taken = [each for each in self._loads if each.place is not Place.QUEUED]
+        pinned = sum(each.pinned for each in taken)
+        busy = sum(not each.pinned and each.leases > 0 for each in taken)
+        return NoRoomError(
+            f"no room in the engine within {self._room_s:g} s: of its {self.capacity} places (adapter_slots), {pinned} "
+            f"are pinned and {busy} busy",
+            [str(each) for each in taken],
+        )
+
+    async def _make_room(self, until: float) -> None:
+        patient_until = time.monotonic() + PATIENCE_S
         while sum(each.place is not Place.QUEUED for each in self._loads) >= self.capacity:
             evictable = [each for each in self.resident if not each.pinned]
             if idle := next((each for each in evictable if not each.leases), None):
                 self._on_evict()
                 await self._evict(idle)
                 continue
-            if time.monotonic() >= until and evictable and not any(each.place is Place.CLOSING for each in evictable):
+            now = time.monotonic()
+            if now >= until:
+                raise self._no_room()
+            if now >= patient_until and evictable and not any(each.place is Place.CLOSING for each in evictable):
                 evictable[0].move(Place.CLOSING)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PATIENCE_S / 4), self._changed:
@@ -176,6 +213,11 @@ class Residency:
             elif version.leaving and not version.holds:
                 await self._evict(version)
         await self._notify()
+
+    def _given_up(self, version: AdapterVersion) -> None:
+        """A hold or lease has ended. Settle in the background, and only if somebody waits for that."""
+        if not version.leases and (version in self._draining or version.place is Place.CLOSING or self._line.locked()):
+            self._spawn(self._settle(version))
 
     async def _evict(self, version: AdapterVersion) -> None:
         loading = self._loads[version]

@@ -1,7 +1,7 @@
 """What lies in a folder of adapters, NAME/VERSION/, at this moment. Reads names and file attributes alone."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,14 +36,15 @@ class AdapterFailure:
     reason: str
 
 
-def scan(root: Path) -> tuple[list[Found], list[AdapterFailure]]:
+def scan(root: Path, beat: Callable[[], None] = lambda: None) -> tuple[list[Found], list[AdapterFailure]]:
     """Every version under `root`, and every folder that cannot be one. Raises OSError if `root` cannot be read.
 
-    Skips hidden folders: unfinished writes, or a mount's own.
+    Calls `beat` after each folder. Skips hidden folders: unfinished writes, or a mount's own.
     """
     found: list[Found] = []
     misnamed: list[AdapterFailure] = []
     for adapter in _folders(root):
+        beat()
         if not NAME.fullmatch(adapter.name):
             misnamed.append(AdapterFailure(adapter.name, "", f"name must match {NAME.pattern}"))
             continue
@@ -55,6 +56,7 @@ def scan(root: Path) -> tuple[list[Found], list[AdapterFailure]]:
         if not versions:
             misnamed.append(AdapterFailure(adapter.name, "", "no version folder; an adapter is NAME/VERSION/"))
         for version in versions:
+            beat()
             if not NAME.fullmatch(version.name):
                 misnamed.append(AdapterFailure(adapter.name, version.name, f"version must match {NAME.pattern}"))
             else:

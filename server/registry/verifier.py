@@ -7,14 +7,16 @@ the two files to the spool, up to the limits, and reads the copy as the engine w
 import asyncio
 import multiprocessing
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.registry.check import VerificationLimits, run_check
 from server.registry.source import Found
 from server.registry.spool import Spool
+from server.registry.storage import in_thread
 from server.registry.version import Stage, StageError
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from mtlora.checkpoint.format import AdapterManifest
 
 _AT_ONCE = 2
+_KILL_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,17 @@ class Verifier:
         self._limits = limits
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["mtlora.checkpoint.read", "server.registry.check"])
-        self._pool = ThreadPoolExecutor(_AT_ONCE, "verify")
+        self._at_once = asyncio.Semaphore(_AT_ONCE)
+        self._processes: set[BaseProcess] = set()
 
     async def verify(self, root: Path, found: Found) -> Verified:
         """Verify what was found under `root`. Raises StageError with the reason of a refusal.
 
         The caller releases the copy by `Spool.release`.
         """
-        checking = asyncio.get_running_loop().run_in_executor(self._pool, self.verify_now, root, found)
+        await self._at_once.acquire()
+        checking = in_thread(partial(self.verify_now, root, found), "verify")
+        checking.add_done_callback(lambda _: self._at_once.release())
         try:
             return await asyncio.shield(checking)
         except asyncio.CancelledError:
@@ -75,14 +81,16 @@ class Verifier:
             self._spool.release(checking.result().content)
 
     def close(self) -> None:
-        """Take no further work."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """End the running verifications."""
+        for process in list(self._processes):
+            process.kill()
 
     def _in_child(self, root: Path, folder: Path, incoming: Path) -> str:
         receiver, sender = self._context.Pipe(duplex=False)
         arguments = (sender, root, folder, incoming, self._backbone, self._limits)
         process = self._context.Process(target=run_check, args=arguments, name="mtlora-verify", daemon=True)
         process.start()
+        self._processes.add(process)
         sender.close()
         try:
             if not receiver.poll(self._limits.timeout_s):
@@ -94,7 +102,9 @@ class Verifier:
                 raise StageError(Stage.VERIFIED, f"{folder}: {_death(process.exitcode, self._limits)}") from None
         finally:
             process.kill()
-            process.join()
+            # A process that waits for storage may outlive this for as long as the kernel waits.
+            process.join(_KILL_S)
+            self._processes.discard(process)
             receiver.close()
         if not passed:
             raise StageError(Stage.VERIFIED, text)

@@ -24,14 +24,15 @@ VANISHED (its files are gone) and UNLOADED (by a call) are only events, not stag
 Invariants:
 - A version begins to serve when WARMED; while the server starts, when VERIFIED.
 - The spool has its copy from VERIFIED until it has drained, and while it is kept for a rollback.
-- A version keeps its copy while a request holds it, and stays resident while a request has a lease on it.
+- A version keeps its copy while a request holds it, from the choice of the version to the end of the answer, and stays
+  resident while a request has a lease on it.
 - The engine may evict a serving version (`place`); the next request loads it again.
-- At most `capacity` versions are in a place other than OUT and QUEUED.
+- At most `capacity` versions are in a place other than OUT and QUEUED. A QUEUED one gets room or fails within `ROOM_S`.
 """
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -104,6 +105,18 @@ class StageError(AdapterError):
         self.reason = reason
 
 
+class NoRoomError(StageError):
+    """The engine had no room for a version in time; the next attempt may find some.
+
+    taken: the versions that filled it. The message names no version: tenants read it too.
+    """
+
+    def __init__(self, reason: str, taken: Sequence[str]) -> None:
+        super().__init__(Stage.LOADED, reason)
+        self.public = reason
+        self.taken = taken
+
+
 @dataclass(eq=False, repr=False)
 class AdapterVersion:
     """The files of one NAME/VERSION.
@@ -119,7 +132,7 @@ class AdapterVersion:
     copied, folder: whether the spool has a copy, and where.
     specs: its tasks by id.
     slots: vLLM's LoRARequest of each task; tasks without a bias of their own share one.
-    holds: requests that run on it or wait for it. leases: those that keep it resident.
+    holds: requests that it was chosen for, until they end. leases: those that keep it resident.
     last_used: time.monotonic() of the last lease.
     """
 

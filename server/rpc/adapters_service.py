@@ -13,7 +13,7 @@ from server.errors import RequestFailedError, Violation, invalid_argument, not_f
 from server.registry.events import Event, WatcherTooSlowError
 from server.registry.record import AdapterRecord
 from server.registry.registry import NotPossibleError, Registry, UnknownAdapterError
-from server.registry.version import AdapterVersion, Stage, StageError, version_key
+from server.registry.version import AdapterVersion, NoRoomError, Stage, StageError, version_key
 from server.registry.weights import MAX_WEIGHT
 from server.scheduling.admission import Admission
 from server.tenants.authentication import require_admin
@@ -168,6 +168,8 @@ def statuses(name: str) -> Iterator[None]:
         raise not_found("mtlora.v1.Adapter", name, str(error)) from None
     except NotPossibleError as error:
         raise RequestFailedError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
+    except NoRoomError as error:
+        raise resource_exhausted(f"{name}: {error.reason}: {', '.join(error.taken)}", 5.0) from None
     except StageError as error:
         message = f"{name}: not {error.stage.value}: {error.reason}"
         raise RequestFailedError(grpc.StatusCode.FAILED_PRECONDITION, message) from None

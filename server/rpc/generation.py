@@ -79,7 +79,7 @@ class Generation:
 
         `emit` gets every delta as the engine makes it, with working and answer apart. What it raises ends the job.
         `reserved`: see `Scheduler.turn`.
-        Raises AdapterError where the version cannot be loaded.
+        The caller holds the version. Raises AdapterError where it cannot be loaded.
         """
         job, call = self.job, self.call
         version = None if job.without_adapter else job.task.version

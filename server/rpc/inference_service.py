@@ -5,7 +5,7 @@ import base64
 import binascii
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -73,7 +73,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         call, task = current_call.get(), self.find(request.task_id)
-        with self._admitted(call):
+        with self._admitted(call), self._version_for(request, task) as task:
             generation = await self._generation(request, task, _UNARY_DELTA_TOKENS, apart=_is_large(request))
             await generation.run(self.engine, self._scheduler, self.residency)
             return encoding.response(generation)
@@ -85,9 +85,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """
         call = current_call.get()
         self._scheduler.check_batch(call.tenant, len(requests))
-        with self._admitted(call, len(requests)):
+        with self._admitted(call, len(requests)), ExitStack() as held:
             apart = _is_large(*requests)
-            generations = [await self._generation(each, task, _UNARY_DELTA_TOKENS, apart=apart) for each in requests]
+            # All are chosen before the first wait.
+            chosen = [(each, held.enter_context(self._version_for(each, task))) for each in requests]
+            generations = [await self._generation(*each, _UNARY_DELTA_TOKENS, apart=apart) for each in chosen]
             with self._scheduler.reserve(call.tenant, [each.job for each in generations]) as reserved:
                 run = partial(Generation.run, engine=self.engine, scheduler=self._scheduler, residency=self.residency)
                 running = [asyncio.create_task(run(each, reserved=reserved)) for each in generations]
@@ -103,7 +105,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, request: pb.GenerateRequest, context: Any
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         call, task = current_call.get(), self.find(request.task_id)
-        with self._admitted(call):
+        with self._admitted(call), self._version_for(request, task) as task:
             generation = await self._generation(request, task, 1, apart=_is_large(request))
             async with unhurried(partial(generation.run, self.engine, self._scheduler, self.residency)) as deltas:
                 async for delta in deltas:
@@ -182,9 +184,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         Raises NOT_FOUND or INVALID_ARGUMENT.
         """
         call = current_call.get()
-        if task is not None:
-            task = self._version_for(request, task)
-        elif request.task_id:
+        if task is None and request.task_id:
             raise self.not_found(request.task_id)
         # Tenants share no cached blocks, unless their file says so: answer times would tell of another's prompts.
         cache_salt = None if self._directory.current.share_prefix_cache else call.tenant.id
@@ -206,13 +206,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             logger.info("prompt", extra={"fields": {"request_id": call.request_id, "prompt": prompt}})
         return Generation(job, call, self._metrics)
 
-    def _version_for(self, request: pb.GenerateRequest, task: ServedTask) -> ServedTask:
-        """The task on the version that answers this request. A version that is not in the engine begins to load."""
-        if task.spec.id in self.catalog.splits:
+    @contextmanager
+    def _version_for(self, request: pb.GenerateRequest, task: ServedTask | None) -> Iterator[ServedTask | None]:
+        """Give the task on the version that answers this request, held until the end.
+
+        A version that is not in the engine begins to load.
+        """
+        if task is not None and task.spec.id in self.catalog.splits:
             task = self.catalog.choose(task, _routing_key(request))
-        if task.version is not None and not request.without_adapter:
+        if task is None or task.version is None or request.without_adapter:
+            yield task
+            return
+        with self.residency.hold(task.version):
             self.residency.prefetch(task.version)
-        return task
+            yield task
 
 
 def _is_large(*requests: pb.GenerateRequest) -> bool:

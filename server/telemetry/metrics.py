@@ -174,6 +174,9 @@ class Metrics:
         self._failures = self._counts(
             "mtlora_adapter_failures", "Adapter versions that did not reach a stage.", "stage"
         )
+        self.storage_timeouts = self._counts(
+            "mtlora_storage_timeouts", "Calls to the adapters' storage that were given up: it did not answer."
+        )
         self.adapters_resident = self._gauge("mtlora_adapters_resident", "Adapter versions in the engine.")
         self.adapter_evictions = self._counts(
             "mtlora_adapter_evictions", "Adapter versions evicted from the engine for another."

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtlora.client import AsyncClient, ServerError
 from server.errors import AdapterError
 from server.registry.catalog import Catalog
 from server.registry.check import check
@@ -23,11 +24,11 @@ from server.registry.residency import Residency
 from server.registry.source import Found
 from server.registry.spool import Spool
 from server.registry.verifier import Verified
-from server.registry.version import Stage, StageError, version_key
+from server.registry.version import NoRoomError, Stage, StageError, version_key
 from server.registry.weights import choose
 from server.telemetry.metrics import Metrics
 from tests.server.adapters import entry, write_adapter
-from tests.server.fakes import eventually
+from tests.server.fakes import Service, eventually
 from tests.server.slots import TINY, make_slots
 from tests.server.test_residency import Loads
 
@@ -440,6 +441,71 @@ async def test_a_chosen_version_keeps_its_copy_through_rollbacks_and_publishes(h
             assert chosen.resident
     await eventually(lambda: chosen.stage is Stage.FOUND)
     assert not chosen.copied
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_queued_request_keeps_the_version_chosen_at_its_receipt(home: Home, stream: bool) -> None:
+    write(home.root / "a" / "1", "x")
+    await home.open()
+    home.follow()
+    service = Service(turns=1)
+    service.servicer.residency, service.servicer.catalog = home.residency, home.tables[-1]
+    service.engine.hold = asyncio.Event()
+
+    async def ask(client: AsyncClient) -> str:
+        if stream:
+            return [piece async for piece in client.stream("x", "input")][-1].summary.adapter_version
+        return (await client.generate("x", "input")).summary.adapter_version
+
+    async with service.running(), AsyncClient(service.address) as client:
+        # It has the only turn, and needs no version.
+        first = asyncio.create_task(client.generate("x", "input", without_adapter=True))
+        await eventually(lambda: service.engine.running == 1)
+        queued = asyncio.create_task(ask(client))
+        await eventually(lambda: service.value("mtlora_requests_queued") == 1)
+        chosen = home.tables[-1].tasks["x"].version
+        assert chosen is not None
+        for number in range(2, 6):
+            write(home.root / "a" / str(number), "x", seed=number)
+            await home.until_serving("x", f"a/{number}")
+        await home.registry.rollback("a")
+        assert (chosen.holds, chosen.leases) == (1, 0)
+        service.engine.hold.set()
+        await first
+        assert await queued == "1"
+    await eventually(lambda: not chosen.copied)
+
+
+async def test_a_request_that_ends_before_its_turn_gives_up_its_version(home: Home) -> None:
+    write(home.root / "a" / "1", "x")
+    await home.open()
+    service = Service()
+    service.servicer.residency, service.servicer.catalog = home.residency, home.tables[-1]
+    async with service.running(), AsyncClient(service.address) as client:
+        with pytest.raises(ServerError, match="max_new_tokens"):
+            await client.generate("x", "input", max_new_tokens=10_000)
+    version = home.tables[-1].tasks["x"].version
+    assert version is not None
+    assert version.holds == 0
+
+
+async def test_a_version_that_finds_no_room_has_not_failed(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(home.residency, "capacity", 1)
+    monkeypatch.setattr(home.residency, "_room_s", 0.1)
+    write(home.root / "a" / "1", "x")
+    await home.open()
+    home.follow()
+    busy = home.tables[-1].tasks["x"].version
+    assert busy is not None
+    with home.residency.hold(busy):
+        async with home.residency.lease(busy):
+            write(home.root / "a" / "2", "x", seed=2)
+            with pytest.raises(NoRoomError, match=r"of its 1 places \(adapter_slots\), 0 are pinned and 1 busy"):
+                await home.registry.load("a", "2")
+            await eventually(lambda: home.stages("2").count(Stage.VERIFIED) > 1)
+            assert Stage.FAILED not in home.stages("2")
+            assert home.serving() == {"x": "a/1"}
+    await home.until_serving("x", "a/2")
 
 
 async def test_copies_are_kept_as_long_as_they_can_serve(home: Home) -> None:

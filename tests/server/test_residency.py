@@ -4,14 +4,15 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import grpc
 import pytest
 
-from server.errors import AdapterError, EngineDeadError
+from server.errors import AdapterError, EngineDeadError, from_exception
 from server.registry import residency as module
 from server.registry.residency import Residency
-from server.registry.version import AdapterVersion, Stage, StageError
+from server.registry.version import AdapterVersion, NoRoomError, Stage, StageError
 from tests.server.fakes import eventually
 from tests.server.slots import serving_version
 
@@ -119,6 +120,34 @@ async def test_a_busy_adapter_makes_room_in_the_end(engine: Loads, monkeypatch: 
     async with asyncio.timeout(2):
         await asyncio.gather(*busy)
     assert engine.most == 1
+
+
+async def test_loads_without_room_fail_in_time_and_say_what_fills_the_engine(engine: Loads) -> None:
+    pinned, busy, cold, colder = map(serving_version, "abcd")
+    residency = Residency(engine, 2, room_s=0.1)
+    pinned.adapter.pinned = True
+    await use(residency, pinned)
+    async with residency.lease(busy):
+        async with asyncio.timeout(5):
+            results = await asyncio.gather(use(residency, cold), use(residency, colder), return_exceptions=True)
+        assert [type(each) for each in results] == [NoRoomError, NoRoomError]
+        failure = from_exception(cast(NoRoomError, results[0]))
+        assert failure.code is grpc.StatusCode.UNAVAILABLE
+        assert failure.message.endswith("of its 2 places (adapter_slots), 1 are pinned and 1 busy")
+        assert cast(NoRoomError, results[0]).taken == ["a/1", "b/1"]
+        # Versions in the engine are served all the while.
+        await use(residency, pinned)
+    await use(residency, cold, colder)
+
+
+async def test_a_request_for_a_resident_version_starts_no_task(engine: Loads) -> None:
+    a = serving_version("a")
+    residency = Residency(engine, 2)
+    await use(residency, a)
+    before = asyncio.all_tasks()
+    with residency.hold(a):
+        await use(residency, a)
+    assert asyncio.all_tasks() == before
 
 
 async def test_a_failed_load_fails_only_its_requests(engine: Loads) -> None:

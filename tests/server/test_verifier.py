@@ -102,7 +102,6 @@ async def test_a_cancelled_verification_leaves_no_copy(home: Path, tmp_path: Pat
     checking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await checking
-    verifier._pool.shutdown()
     await eventually(lambda: not any(spool.root.iterdir()))
     spool.close()
 

@@ -38,6 +38,7 @@ from tests.server.test_residency import Loads
 
 CAPACITY = 2
 PATIENCE_S = 0.001
+ROOM_S = 0.05
 # Adapters a and b both claim y.
 TASKS = {"a": ("x", "y"), "b": ("y", "z"), "c": ("w",)}
 NAMES = st.sampled_from(sorted(TASKS))
@@ -120,7 +121,7 @@ class Life(RuleBasedStateMachine):
     async def _open(self) -> None:
         self.engine = Engine()
         self.spool = Spool(Path(self.scratch.name))
-        self.residency = Residency(self.engine, CAPACITY)
+        self.residency = Residency(self.engine, CAPACITY, room_s=ROOM_S)
         events = Events()
         self.folder: Any = FolderInMemory(events)
         lifecycle = Lifecycle(
@@ -279,10 +280,9 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def lose_engine(self) -> None:
-        self.engines += 1
-        self.engine.held.clear()
-
         async def reset() -> None:
+            self.engines += 1
+            self.engine.held.clear()
             self.residency.reset()
 
         self.loop.run_until_complete(reset())
@@ -295,6 +295,13 @@ class Life(RuleBasedStateMachine):
     @rule()
     def lose_patience(self) -> None:
         self.loop.run_until_complete(asyncio.sleep(2 * PATIENCE_S))
+
+    @precondition(lambda self: any(each.place is Place.QUEUED for each in self.residency._loads))
+    @rule()
+    def wait_longer_than_for_room(self) -> None:
+        waiting = [load for each, load in self.residency._loads.items() if each.place is Place.QUEUED]
+        self.loop.run_until_complete(asyncio.sleep(2 * ROOM_S))
+        assert all(load.done() for load in waiting)
 
     @invariant()
     def no_work_failed(self) -> None:

@@ -112,6 +112,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         # For the call's label: the model may be an adapter too.
         self._service.find(name)
         require_admin(current_call.get().tenant)
+        self._admission.check_serving()
         if not name:
             raise invalid_argument([Violation("model_name", "found none; allowed: a model's name")])
         return name

@@ -1,6 +1,7 @@
 """The trainer on a tiny backbone: it learns, resumes to the same bits after a kill, and refuses what is wrong."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -21,7 +22,7 @@ from mtlora.cli import main
 from mtlora.config import MtLoRAConfig
 from mtlora.suite import SuiteError, SuitePart
 from mtlora.train.config import TrainingConfig, TrainingError
-from mtlora.train.state import RunError
+from mtlora.train.state import RunError, RunFolder
 from mtlora.train.trainer import Trainer
 
 SMALL = TrainingConfig(
@@ -155,6 +156,46 @@ def test_refuses_the_folder_of_another_run(tiny_backbone: Path, tmp_path: Path) 
         Trainer(SMALL.model_copy(update={"learning_rate": 0.5}), tiny_backbone, out, resume=True)
 
 
+HOLDER = """
+import sys, time
+from pathlib import Path
+from mtlora.train.config import TrainingConfig
+from mtlora.train.state import RunFolder
+
+folder = RunFolder(Path(sys.argv[1]))
+folder.open(TrainingConfig(), resume=True)
+print("holds", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_in_which_another_process_trains_is_refused(tmp_path: Path, resume: bool) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout is not None
+            holder.stdout.readline()
+            before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+            with pytest.raises(RunError, match=rf"run: process {holder.pid} on \S+ trains there; wait for its end"):
+                RunFolder(tmp_path / "run").open(TrainingConfig(), resume=resume)
+            assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+        finally:
+            holder.kill()
+    # The lock ends with its process.
+    assert RunFolder(tmp_path / "run").open(TrainingConfig(), resume=True) is None
+
+
+def test_a_file_system_without_locks_is_said_aloud(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    RunFolder(tmp_path / "run").open(TrainingConfig(), resume=False)
+    assert "cannot be locked" in capsys.readouterr().err
+
+
 def test_nan_gradients_stop_training_before_the_step(tiny_backbone: Path, tmp_path: Path) -> None:
     trainer = Trainer(SMALL, tiny_backbone, tmp_path / "run")
     before = {name: value.clone() for name, value in trainer.adapted.adapters.state_dict().items()}
@@ -180,7 +221,9 @@ def test_a_failed_run_keeps_checkpoint_and_state(tiny_backbone: Path, tmp_path: 
         trainer.fit()
     assert {path: path.read_bytes() for path in trainer.folder.checkpoint.iterdir()} == files
     assert trainer.folder.state_file.read_bytes() == state
-    assert sorted(path.name for path in trainer.folder.path.iterdir()) == ["adapter", "state.pt", "training.json"]
+    assert sorted(path.name for path in trainer.folder.path.iterdir()) == [
+        "adapter", "lock", "state.pt", "training.json",
+    ]  # fmt: skip
 
 
 def test_refuses_a_damaged_state_by_name(tiny_backbone: Path, tmp_path: Path) -> None:
