@@ -133,11 +133,11 @@ class App:
         self._handle_signals()
         await self._set_health(serving=False)
         try:
-            server, address = await self._listen()
+            listening, address = await self._listen()
             try:
-                await self._serve(address, ready)
+                await self._serve(listening, address, ready)
             finally:
-                await server.stop(grace=1.0)
+                await listening.server.stop(grace=1.0)
                 if self._tracer:
                     await asyncio.to_thread(self._tracer.close)
         except StartError as error:
@@ -145,7 +145,7 @@ class App:
             self._exit(1)
         return 0
 
-    async def _serve(self, address: str, ready: Callable[[str], None]) -> None:
+    async def _serve(self, listening: Listening, address: str, ready: Callable[[str], None]) -> None:
         began = time.monotonic()
         metrics_port, close_metrics = self._open_metrics()
         probed = await self._listen_for_probes()
@@ -172,7 +172,8 @@ class App:
             self._run_beside("loop delay", lambda: watch_loop(self._metrics.loop_delay.observe)),
         ]
         await stopping
-        await self._drain()
+        self._metrics.serving.set(False)
+        await listening.drain(self._health, self._admission)
         for task in beside:
             task.cancel()
         close_metrics()
@@ -194,7 +195,7 @@ class App:
         logger.info("stopping", extra={"fields": {"signal": signal.Signals(number).name}})
         self._stop.set()
 
-    async def _listen(self) -> tuple[Any, str]:
+    async def _listen(self) -> tuple[Listening, str]:
         anonymous = AnonymousCalls(self._settings)
         interceptor = CallInterceptor(
             self._settings,
@@ -219,7 +220,7 @@ class App:
             await listening.server.stop(None)
             raise StartError(str(error)) from None
         await listening.server.start()
-        return listening.server, address
+        return listening, address
 
     async def _listen_for_probes(self) -> Any | None:
         host, port = self._settings.host, self._settings.health_port
@@ -369,16 +370,6 @@ class App:
         await self._health.set(serving=serving, live=live)
 
     # The end.
-
-    async def _drain(self) -> None:
-        """Admit nothing more; let running requests finish within the grace period."""
-        self._admission.state = State.DRAINING
-        await self._set_health(serving=False)
-        if not await self._admission.drained(self._settings.grace_period_s):
-            logger.warning("grace period over, aborting running requests")
-            self._admission.abort_running()
-            await self._admission.drained(5.0)
-        logger.info("drained")
 
     def _shut_down(self) -> None:
         if self._supervisor.starting:

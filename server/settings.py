@@ -116,6 +116,12 @@ class Settings(BaseSettings):
     replicas: int | None = Field(
         None, ge=1, description="servers that share the quotas of a tenants file with `quotas: fleet`"
     )
+    drain_delay_s: float = Field(
+        1.0,
+        ge=0,
+        le=3600,
+        description="seconds after SIGTERM during which health says not serving while calls are still taken",
+    )
     tls_certificate: Path | None = Field(None, description="PEM certificate chain of gRPC; unset: no TLS")
     tls_key: Path | None = Field(None, description="PEM private key of the certificate")
     tls_client_ca: Path | None = Field(None, description="PEM authorities that clients' certificates must come from")

@@ -1,5 +1,6 @@
 """The clients, for threads and for asyncio. They depend only on the gRPC contract."""
 
+import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
 from contextlib import aclosing
@@ -15,7 +16,24 @@ from mtlora.client.access import OPEN, Access
 from mtlora.client.errors import server_errors
 from mtlora.client.messages import Answer, Input, make_request
 
-_OPTIONS = [("grpc.max_receive_message_length", -1)]
+# Calls go to every address of a name in turn. A server that ends cancels a call that crosses its GOAWAY on the way: no
+# other failure of a server is CANCELLED.
+_SERVICE_CONFIG = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "methodConfig": [
+        {
+            "name": [{"service": "mtlora.v1.Inference"}],
+            "retryPolicy": {
+                "maxAttempts": 3,
+                "initialBackoff": "0.05s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 4,
+                "retryableStatusCodes": ["CANCELLED"],
+            },
+        }
+    ],
+}
+_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.service_config", json.dumps(_SERVICE_CONFIG))]
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -1,5 +1,6 @@
 """The gRPC port: its services, TLS, and limits on what connections may hold of the server."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +15,16 @@ from server.rpc.inference_service import InferenceServicer
 from server.rpc.openinference import OpenInferenceServicer
 from server.rpc.tls import Certificates
 from server.rpc.usage_service import UsageServicer
+from server.scheduling.admission import Admission, State
 from server.settings import Settings
+from server.telemetry.logs import get_logger
+
+logger = get_logger("listening")
 
 _MAX_PENDING = 1 << 16
+# For calls that have come to be admitted, and for aborted ones to get their status.
+_LAST_ADMISSIONS_S = 0.2
+_LAST_STATUSES_S = 5.0
 
 
 class Listening:
@@ -28,6 +36,8 @@ class Listening:
     def __init__(self, settings: Settings, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> None:
         self._wanted = (settings.host, settings.port)
         self._reflection = settings.reflection
+        self._drain_delay_s = settings.drain_delay_s
+        self._grace_s = settings.grace_period_s
         self._certificates: Certificates | None = None
         if settings.tls_certificate is not None and settings.tls_key is not None:
             self._certificates = Certificates(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
@@ -52,6 +62,27 @@ class Listening:
         contracts = (inference_pb2, adapters_pb2, usage_pb2, grpc_predict_v2_pb2)
         names = [service.full_name for each in contracts for service in each.DESCRIPTOR.services_by_name.values()]
         reflection.enable_server_reflection((*names, Health.SERVICE, reflection.SERVICE_NAME), self.server)
+
+    async def drain(self, health: Health, admission: Admission) -> None:
+        """Send clients elsewhere and let what runs finish, for the grace period; end the rest with UNAVAILABLE.
+
+        Health says so first, while calls are still answered: clients and balancers that watch it leave in time. Then
+        connections get a GOAWAY. gRPC cancels the calls that cross it on their way.
+        """
+        await health.set(serving=False)
+        await asyncio.sleep(self._drain_delay_s)
+        stopping = asyncio.create_task(self.server.stop(self._grace_s + _LAST_STATUSES_S))
+        # Calls that have come are admitted meanwhile.
+        await asyncio.sleep(_LAST_ADMISSIONS_S)
+        if not await admission.drained(self._grace_s):
+            logger.warning("grace period over, aborting running requests")
+            admission.abort_running()
+            await admission.drained(_LAST_STATUSES_S)
+        admission.state = State.DRAINING
+        # What is left are streams of events, which have no end.
+        await self.server.stop(_LAST_ADMISSIONS_S)
+        await stopping
+        logger.info("drained")
 
     def bind(self) -> str:
         """Take the port; returns HOST:PORT. Raises OSError."""

@@ -135,6 +135,10 @@ class Service:
         """A metric's value; 0 if it has none yet."""
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
+    async def drain(self) -> None:
+        """What SIGTERM does."""
+        await self.listening.drain(self.health, self.admission)
+
     @asynccontextmanager
     async def running(self, tracer: Tracer | None = None) -> AsyncIterator["Service"]:
         authenticate = Authenticator(self.directory).tenant
@@ -149,8 +153,10 @@ class Service:
             usage=self.usage,
             audit=self.audit,
         )
-        listening = Listening(self.settings, [interceptor, AnonymousInterceptor(anonymous, self.settings)])
-        health = Health()
+        self.listening = listening = Listening(
+            self.settings, [interceptor, AnonymousInterceptor(anonymous, self.settings)]
+        )
+        self.health = health = Health()
         await health.set(serving=True)
         listening.add(self.servicer, self.adapters, UsageServicer(self.usage), self.open_inference, health)
         self.address = listening.bind()

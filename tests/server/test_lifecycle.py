@@ -145,7 +145,10 @@ def test_an_engine_that_keeps_dying_ends_the_server(failing: ServerProcess) -> N
 
 
 def test_sigterm_lets_a_long_stream_finish(adapters: Path) -> None:
-    with ServerProcess(adapters=adapters, grace_period_s=300, **SMALL) as server, server.client() as client:
+    with (
+        ServerProcess(adapters=adapters, grace_period_s=300, drain_delay_s=0, **SMALL) as server,
+        server.client() as client,
+    ):
         stream = client.stream("open", "Once", **LONG | {"max_new_tokens": 200})
         pieces = [next(stream)]
         # Ctrl-C in a terminal signals every process; the engine's ignore it.
