@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import resource
 import signal
 import sys
 import time
@@ -37,8 +38,8 @@ from server.rpc.validation import PromptLimits
 from server.scheduling import Scheduler
 from server.scheduling.admission import Admission, State
 from server.scheduling.scheduler import engine_turns
-from server.settings import Settings, is_loopback
-from server.telemetry.logs import finish_logging, get_logger
+from server.settings import Settings, is_loopback, joined
+from server.telemetry.logs import finish_logging, get_logger, set_level
 from server.telemetry.loop_delay import watch_loop
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracer
@@ -60,6 +61,10 @@ class StartError(Exception):
 
 def serve(settings: Settings, ready: Callable[[str], None]) -> int:
     """Run a server in this process; returns its exit status. `ready` gets the ready line once requests are served."""
+
+    # Each connection is a file; the usual soft limit, for programs that use `select`, is far below `max_connections`.
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
 
     async def run() -> int:
         try:
@@ -161,7 +166,8 @@ class App:
         seconds = round(time.monotonic() - began, 1)
         tasks = len(self._inference.catalog.tasks)
         logger.info("serving", extra={"fields": {"address": address, "tasks": tasks, "start_seconds": seconds}})
-        ready(f"serving on {address}, metrics on {self._settings.metrics_host}:{metrics_port}, {tasks} tasks")
+        metrics_address = joined(self._settings.metrics_host, metrics_port)
+        ready(f"serving on {address}, metrics on {metrics_address}, {tasks} tasks")
         beside = [
             self._run_beside("supervisor", self._supervise),
             self._run_beside("adapters", lambda: self._adapters.registry.run(self._settings.adapters_poll_s)),
@@ -187,6 +193,8 @@ class App:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
+        loop.add_signal_handler(signal.SIGUSR1, set_level, "debug")
+        loop.add_signal_handler(signal.SIGUSR2, set_level, self._settings.log_level)
 
     def _on_signal(self, number: int) -> None:
         if self._stop.is_set():
@@ -211,6 +219,8 @@ class App:
             listening = Listening(self._settings, [interceptor, AnonymousInterceptor(anonymous, self._settings)])
         except TLSError as error:
             raise StartError(str(error)) from None
+        if certificates := listening.certificates:
+            self._metrics.follow_certificate(str(certificates.path), certificates.not_after)
         listening.add(
             self._inference, self._adapters_service, UsageServicer(self._usage), self._open_inference, self._health
         )
@@ -230,7 +240,9 @@ class App:
         anonymous = AnonymousCalls(self._settings)
         server, bound = await self._health.listen(host, port, AnonymousInterceptor(anonymous, self._settings))
         if not bound:
-            raise StartError(f"cannot listen on {host}:{port}: taken, or not an address of this machine (health_port)")
+            raise StartError(
+                f"cannot listen on {joined(host, port)}: taken, or not an address of this machine (health_port)"
+            )
         return server
 
     def _warn_of_open_doors(self) -> None:
@@ -246,7 +258,7 @@ class App:
         try:
             return self._metrics.serve(host, port)
         except OSError as error:
-            raise StartError(f"cannot listen on {host}:{port}: {error} (metrics_host, metrics_port)") from None
+            raise StartError(f"cannot listen on {joined(host, port)}: {error} (metrics_host, metrics_port)") from None
 
     # The engine and its adapters.
 

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 if the service is SERVING, 1 if it is not or cannot be reached."""
-    default = f"127.0.0.1:{os.environ.get('MTLORA_HEALTH_PORT') or os.environ.get('MTLORA_PORT') or 50051}"
+    host = os.environ.get("MTLORA_HOST", "").strip("[]")
+    # A server on every address is on this one too.
+    host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
+    port = os.environ.get("MTLORA_HEALTH_PORT") or os.environ.get("MTLORA_PORT") or 50051
+    default = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     parser = argparse.ArgumentParser(prog="python -m server.probe", description=__doc__)
     parser.add_argument("service", nargs="?", default="live", help='"live", or "mtlora.v1.Inference" for readiness')
     parser.add_argument("--address", default=default, metavar="HOST:PORT", help="default: %(default)s")

@@ -7,6 +7,7 @@ and its environment variable.
 import difflib
 import ipaddress
 from collections.abc import Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +57,7 @@ class Settings(BaseSettings):
     max_adapter_mib: int = Field(1024, ge=1, le=4096, description="MiB of the largest adapter accepted")
     verify_timeout_s: float = Field(60.0, ge=1, le=3600, description="seconds allowed to verify an adapter")
 
-    host: str = Field("127.0.0.1", min_length=1, description="address on which gRPC listens")
+    host: str = Field("127.0.0.1", min_length=1, description="address on which gRPC and health listen")
     port: int = Field(50051, ge=0, le=65535, description="port of gRPC; 0: a free one")
     metrics_host: str = Field("127.0.0.1", min_length=1, description="address on which /metrics listens")
     metrics_port: int = Field(9090, ge=0, le=65535, description="port of /metrics; 0: a free one")
@@ -161,7 +162,9 @@ class Settings(BaseSettings):
         None, min_length=1, description="OpenTelemetry collector (OTLP/gRPC) for a trace of each request; unset: none"
     )
     trace_sample_ratio: float = Field(1.0, ge=0, le=1, description="share of requests that are traced")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe level logged; SIGUSR1 makes it debug, SIGUSR2 as set again"
+    )
     log_prompts: bool = Field(False, description="log prompts too")
     audit_log: str | None = Field(
         None, min_length=1, description='file for a line on every administrative call, or "stderr"; unset: none'
@@ -183,6 +186,20 @@ class Settings(BaseSettings):
                 "not a folder; allowed: an existing folder of adapter checkpoints, NAME/VERSION/ each, or a URL of one"
             )
         return str(adapters)
+
+    @field_validator("host", "metrics_host")
+    @classmethod
+    def _is_address(cls, host: str) -> str:
+        """Without the brackets that an IPv6 address may have."""
+        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        try:
+            if ":" in bare:
+                ip_address(bare)
+        except ValueError:
+            raise ValueError(
+                "no address; allowed: a name, an IPv4 address, or an IPv6 address such as ::1 or [::1], without a port"
+            ) from None
+        return bare
 
     @model_validator(mode="after")
     def _tls_is_whole(self) -> "Settings":
@@ -211,6 +228,11 @@ class Settings(BaseSettings):
     @property
     def in_flight_limit(self) -> int:
         return self.max_in_flight or 4 * self.max_num_seqs
+
+
+def joined(host: str, port: int) -> str:
+    """HOST:PORT, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def flag_of(setting: str) -> str:

@@ -18,6 +18,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from mtlora_pb.v1 import inference_pb2
 
+from server.settings import joined
+
 LIVE = "live"
 
 
@@ -45,7 +47,7 @@ class Health:
         server = grpc.aio.server(interceptors=[interceptor], options=[("grpc.so_reuseport", 0)])
         self.add_to(server)
         try:
-            bound = server.add_insecure_port(f"{host}:{port}")
+            bound = server.add_insecure_port(joined(host, port))
         except RuntimeError:
             bound = 0
         if bound:

@@ -16,7 +16,7 @@ from server.rpc.openinference import OpenInferenceServicer
 from server.rpc.tls import Certificates
 from server.rpc.usage_service import UsageServicer
 from server.scheduling.admission import Admission, State
-from server.settings import Settings
+from server.settings import Settings, joined
 from server.telemetry.logs import get_logger
 
 logger = get_logger("listening")
@@ -38,9 +38,9 @@ class Listening:
         self._reflection = settings.reflection
         self._drain_delay_s = settings.drain_delay_s
         self._grace_s = settings.grace_period_s
-        self._certificates: Certificates | None = None
+        self.certificates: Certificates | None = None
         if settings.tls_certificate is not None and settings.tls_key is not None:
-            self._certificates = Certificates(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+            self.certificates = Certificates(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
         self.server: Any = grpc.aio.server(interceptors=interceptors, options=channel_options(settings))
 
     def add(
@@ -87,17 +87,17 @@ class Listening:
     def bind(self) -> str:
         """Take the port; returns HOST:PORT. Raises OSError."""
         host, port = self._wanted
-        address = f"{host}:{port}"
+        address = joined(host, port)
         try:
-            if self._certificates is None:
+            if self.certificates is None:
                 taken = self.server.add_insecure_port(address)
             else:
-                taken = self.server.add_secure_port(address, self._certificates.credentials())
+                taken = self.server.add_secure_port(address, self.certificates.credentials())
         except RuntimeError:
             taken = 0
         if not taken:
             raise OSError(f"cannot listen on {address}: taken, or not an address of this machine (host, port)")
-        return f"{host}:{taken}"
+        return joined(host, taken)
 
 
 def channel_options(settings: Settings) -> list[tuple[str, int]]:

@@ -29,33 +29,51 @@ class Certificates:
         self._mutual = client_ca is not None
         self._lock = threading.Lock()
         self._seen = self._signatures()
+        self._not_after = 0.0
         self._first = self._read()
+        # Read, and not yet given to gRPC.
+        self._fresh: Any = None
 
     def credentials(self) -> Any:
         """Server credentials for `add_secure_port`, of grpc and of grpc.aio alike."""
         return grpc.dynamic_ssl_server_credentials(self._first, self._fetch, require_client_authentication=self._mutual)
 
+    @property
+    def path(self) -> Path:
+        return self._paths[0]
+
+    def not_after(self) -> float:
+        """When the certificate in use expires, in seconds since 1970. From any thread."""
+        with self._lock:
+            self._refresh()
+            return self._not_after
+
     def _fetch(self) -> Any:
         """The new configuration if the files have changed, else None: keep the old. Runs in gRPC's threads."""
         with self._lock:
-            signatures = self._signatures()
-            if signatures == self._seen:
-                return None
-            self._seen = signatures
-            try:
-                configuration = self._read()
-            except TLSError as error:
-                logger.error("certificates refused, the old ones stay", extra={"fields": {"reason": str(error)}})
-                return None
-            logger.info("certificates read anew", extra={"fields": {"certificate": str(self._paths[0])}})
-            return configuration
+            self._refresh()
+            fresh, self._fresh = self._fresh, None
+            return fresh
+
+    def _refresh(self) -> None:
+        """Read the files again if they have changed."""
+        signatures = self._signatures()
+        if signatures == self._seen:
+            return
+        self._seen = signatures
+        try:
+            self._fresh = self._read()
+        except TLSError as error:
+            logger.error("certificates refused, the old ones stay", extra={"fields": {"reason": str(error)}})
+        else:
+            logger.info("certificates read anew", extra={"fields": {"certificate": str(self.path)}})
 
     def _read(self) -> Any:
         try:
             contents = [path.read_bytes() for path in self._paths]
         except OSError as error:
             raise TLSError(str(error)) from None
-        _check(self._paths, contents)
+        self._not_after = _check(self._paths, contents)
         return grpc.ssl_server_certificate_configuration(
             [(contents[1], contents[0])], root_certificates=contents[2] if self._mutual else None
         )
@@ -64,8 +82,8 @@ class Certificates:
         return tuple(signature(path) for path in self._paths)
 
 
-def _check(paths: tuple[Path, ...], contents: list[bytes]) -> None:
-    """Raise TLSError for files with which gRPC would fail every handshake."""
+def _check(paths: tuple[Path, ...], contents: list[bytes]) -> float:
+    """The certificate's expiry. Raises TLSError for files with which gRPC would fail every handshake."""
     from cryptography import x509
     from cryptography.hazmat.primitives import serialization
 
@@ -87,3 +105,4 @@ def _check(paths: tuple[Path, ...], contents: list[bytes]) -> None:
             x509.load_pem_x509_certificates(contents[2])
         except ValueError as error:
             raise TLSError(f"{paths[2]}: no PEM certificate: {error}") from None
+    return leaf.not_valid_after_utc.timestamp()

@@ -86,6 +86,12 @@ def configure_logging(level: str, most_waiting: int = MAX_WAITING) -> None:
     root.setLevel(level.upper())
 
 
+def set_level(level: str) -> None:
+    """Log lines of this level and more severe ones from now on."""
+    logging.getLogger(_PREFIX).setLevel(level.upper())
+    get_logger("logs").warning("log level changed", extra={"fields": {"log_level": level}})
+
+
 def finish_logging() -> bool:
     """Write the lines that still wait, for two seconds at most; later lines are written at once.
 

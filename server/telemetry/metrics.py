@@ -8,11 +8,12 @@ and `adapter` are bounded: the busiest have a value of their own, the rest are "
 import platform
 from collections.abc import Callable, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Gauge
 
 from mtlora import __version__
 from server.telemetry.collectors import CounterOf, Counts, GaugeByLabel, Histograms
 from server.telemetry.engine_stats import EngineStats, RoutingSums, WorkerStats
+from server.telemetry.port import serve_metrics
 from server.telemetry.top import OTHER, TopLabels
 
 UNKNOWN_TASK = "unknown"
@@ -124,6 +125,11 @@ class Metrics:
         queued.set_function(self._tenant_queued.total)
 
     def _define_engine(self) -> None:
+        self._not_after = self._gauge(
+            "mtlora_tls_certificate_not_after_seconds",
+            "When the certificate of gRPC expires, in seconds since 1970.",
+            "certificate",
+        )
         self.serving = self._gauge("mtlora_serving", "1 while requests are served.")
         self._by_engine: dict[int, EngineStats] = {}
         running = self._gauge("mtlora_engine_running_sequences", "Sequences that the engine runs.")
@@ -268,6 +274,10 @@ class Metrics:
         self._e2e.observe(seconds, exemplar=exemplar if self._exemplars else None)
         self._tenant_e2e.observe(seconds, labels=(self._top_tenants.claim(tenant),))
 
+    def follow_certificate(self, path: str, not_after: Callable[[], float]) -> None:
+        """Read a certificate's expiry at every scrape."""
+        self._not_after.labels(path).set_function(not_after)
+
     # Tenants.
 
     def follow_turns(self, running: Callable[[], Mapping[str, int]], queued: Callable[[], Mapping[str, int]]) -> None:
@@ -364,8 +374,7 @@ class Metrics:
 
     def serve(self, host: str, port: int) -> tuple[int, Callable[[], None]]:
         """Open the HTTP port; returns it, and a function that closes it. Raises OSError."""
-        server, _ = start_http_server(port, addr=host, registry=self.registry)
-        return server.server_port, server.shutdown
+        return serve_metrics(self.registry, host, port)
 
     def _drop_task(self, task: str) -> None:
         for metric in (self._requests, self._prompt_tokens, self._completion_tokens):

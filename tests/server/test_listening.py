@@ -10,11 +10,14 @@ from typing import Any
 import grpc
 import pytest
 from cryptography import x509
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mtlora_pb.v1 import inference_pb2_grpc
 
-from mtlora.client import Access, AsyncClient, ServerError, make_request
+from mtlora.client import Access, AsyncClient, MetricsPage, ServerError, make_request
+from server.rpc.anonymous import AnonymousCalls, AnonymousInterceptor
 from server.rpc.tls import Certificates, TLSError
 from server.settings import SettingsError, load_settings
+from server.telemetry.metrics import Metrics
 from tests.faults._certificates import Issued, authority, issue
 from tests.server.fakes import Service
 
@@ -59,6 +62,57 @@ async def test_a_client_refuses_an_untrusted_certificate(tmp_path: Path) -> None
     async with service.running(), AsyncClient(service.address, Access(ca=ca.pem)) as client:
         with pytest.raises(ServerError, match="UNAVAILABLE"):
             await client.generate("one", "x", timeout=5)
+
+
+def test_the_certificates_expiry_follows_the_file(tmp_path: Path) -> None:
+    ca = authority(tmp_path)
+    first, second = (issue(ca, tmp_path, name, days=days) for name, days in (("first", 1), ("second", 2)))
+    certificates, metrics = Certificates(first.pem, first.key), Metrics()
+    metrics.follow_certificate("server.pem", certificates.not_after)
+
+    def shown() -> float | None:
+        labels = {"certificate": "server.pem"}
+        return metrics.registry.get_sample_value("mtlora_tls_certificate_not_after_seconds", labels)
+
+    assert shown() == first.certificate.not_valid_after_utc.timestamp()
+    replace(first, second)
+    assert shown() == second.certificate.not_valid_after_utc.timestamp()
+    # gRPC gets it with the next handshake all the same.
+    assert certificates._fetch() is not None
+    assert certificates._fetch() is None
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "[::1]", "::", "[::]"])
+async def test_every_port_takes_the_same_spellings_of_an_address(host: str) -> None:
+    service = Service(host=host, metrics_host=host)
+    family = "[::1]" if ":" in host else "127.0.0.1"
+    async with service.running():
+        health, bound = await service.health.listen(
+            service.settings.host, 0, AnonymousInterceptor(AnonymousCalls(service.settings), service.settings)
+        )
+        port, close = service.metrics.serve(service.settings.metrics_host, 0)
+        try:
+            for number in (int(service.address.rpartition(":")[2]), bound):
+                async with grpc.aio.insecure_channel(f"{family}:{number}") as channel:
+                    stub = health_pb2_grpc.HealthStub(channel)
+                    assert (await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)).status == 1
+            page = await asyncio.to_thread(MetricsPage.fetch, f"{family}:{port}")
+            assert page.samples["mtlora_serving"]
+            if host in ("::", "[::]"):
+                # Every address of both families.
+                await asyncio.to_thread(MetricsPage.fetch, f"127.0.0.1:{port}")
+            async with AsyncClient(service.address.replace("[::]", "[::1]")) as client:
+                await client.generate("one", "x")
+        finally:
+            close()
+            await health.stop(None)
+
+
+@pytest.mark.parametrize("host", ["::1:50051", "[::1]:50051", "127.0.0.1:80", "[::1", "1::2::3"])
+def test_refuses_what_is_no_address(host: str) -> None:
+    for setting in ("host", "metrics_host"):
+        with pytest.raises(SettingsError, match=rf"{setting}: found .* allowed: a name, an IPv4 address, or an IPv6"):
+            load_settings({"allow_no_tasks": True, setting: host})
 
 
 def test_refuses_bad_certificate_files(tmp_path: Path) -> None:

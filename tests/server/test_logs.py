@@ -74,3 +74,19 @@ sys.exit(cli.main(["serve", "--adapters", {str(tmp_path)!r}]))
     finally:
         process.kill()
         process.communicate()
+
+
+def test_the_level_changes_while_running() -> None:
+    script = """
+from server.telemetry.logs import configure_logging, finish_logging, get_logger, set_level
+configure_logging("warning")
+logger = get_logger("test")
+for level in ("warning", "debug", "warning"):
+    set_level(level)
+    logger.debug("at %s", level)
+finish_logging()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["message"] for line in lines if line["logger"].endswith(".test")] == ["at debug"]
+    assert [line["log_level"] for line in lines if "log_level" in line] == ["warning", "debug", "warning"]

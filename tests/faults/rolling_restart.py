@@ -1,0 +1,104 @@
+"""Two servers behind one client channel are restarted in turn under load: no call may fail."""
+
+import asyncio
+import itertools
+import socket
+from collections import Counter
+from contextlib import ExitStack
+
+from benchmarks.harness.asking import closed_loop
+from benchmarks.harness.native_server import native_server
+from mtlora.client import AsyncClient, Client, MetricsPage, ServerError
+from server.cli.process import ServerProcess
+from tests.faults._load import PARAMETERS, Question, questions
+from tests.faults.scenario import Options, Row
+
+ORDER = 110
+_IN_FLIGHT = 16
+# Calls that a server answers after its restart before the other one is restarted.
+_CALLS_BETWEEN = 32
+
+
+class Restarted:
+    """A server that can be restarted on its port."""
+
+    def __init__(self, options: Options) -> None:
+        self._settings = {
+            "backbone": options.backbone, "adapters": options.adapters, "kv_cache_gib": 0.5, "max_num_seqs": 16,
+            "log_level": "warning", "port": _free_port(),
+        }  # fmt: skip
+        self._life = ExitStack()
+        self.server: ServerProcess
+        self.start()
+
+    def start(self) -> None:
+        self.server = self._life.enter_context(native_server(**self._settings))
+
+    def stop(self) -> None:
+        """End it as SIGTERM does."""
+        self._life.close()
+
+    def answered(self) -> float:
+        """Calls answered since the start."""
+        counts = MetricsPage.fetch(self.server.metrics).samples["mtlora_requests_total"]
+        return sum(value for labels, value in counts if labels.get("status") == "OK")
+
+
+def run(options: Options) -> Row:
+    """Restart ten times in all (short: twice)."""
+    restarts = 10 if options.full else 2
+    with ExitStack() as stack:
+        servers = []
+        for _ in range(2):
+            servers.append(Restarted(options))
+            stack.callback(servers[-1].stop)
+        with Client(servers[0].server.address) as client:
+            asked = questions(client, 64, options.seed)
+        ends = asyncio.run(_restart_under_load(servers, restarts, asked))
+    calls, failed = sum(ends.values()), sum(ends.values()) - ends["OK"]
+    shown = "; ".join(f"{count} x {end}" for end, count in ends.items() if end != "OK")
+    return Row(
+        "rolling restart of two servers",
+        "0 failed calls",
+        f"{failed} of {calls} calls failed in {restarts} restarts" + (f": {shown}" if shown else ""),
+        met=not failed and calls > restarts * _CALLS_BETWEEN,
+    )
+
+
+async def _restart_under_load(servers: list[Restarted], restarts: int, asked: list[Question]) -> Counter[str]:
+    """How many calls had which end."""
+    ends: Counter[str] = Counter()
+    stopping = False
+
+    async def ask(question: Question) -> None:
+        try:
+            await client.generate(question.task_id, question.text, **PARAMETERS)
+            ends["OK"] += 1
+        except ServerError as error:
+            ends[f"{error.code.name}: {error.message}"] += 1
+            # A closed loop would spin where nothing answers.
+            await asyncio.sleep(0.5)
+
+    async def until_each_answers() -> None:
+        for each in servers:
+            while await asyncio.to_thread(each.answered) < _CALLS_BETWEEN:
+                await asyncio.sleep(0.2)
+
+    async with AsyncClient("ipv4:" + ",".join(each.server.address for each in servers)) as client:
+        endless = itertools.takewhile(lambda _: not stopping, itertools.cycle(asked))
+        load = asyncio.create_task(closed_loop(endless, _IN_FLIGHT, ask))
+        for number in range(restarts):
+            await until_each_answers()
+            restarted = servers[number % len(servers)]
+            await asyncio.to_thread(restarted.stop)
+            await asyncio.to_thread(restarted.start)
+        await until_each_answers()
+        stopping = True
+        await load
+    return ends
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])

@@ -1,0 +1,101 @@
+"""Strangers hold thousands of connections and calls; a tenant must not feel it."""
+
+import asyncio
+import contextlib
+import itertools
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from benchmarks.harness.asking import closed_loop
+from benchmarks.harness.native_server import native_server
+from benchmarks.harness.percentile import p99
+from mtlora.client import Access, AsyncClient, ServerError
+from tests.faults._load import PARAMETERS, Question, questions
+from tests.faults._strangers import HALF_OPEN, IDLE, SLOW
+from tests.faults._tenants import tenant, write_tenants
+from tests.faults.scenario import Options, Row
+
+ORDER = 100
+P99_GOAL = 1.25
+_IN_FLIGHT = 8
+
+
+def run(options: Options) -> Row:
+    """Turns of 5 s without the strangers and with them, 60 s of each (short: 20 s)."""
+    turns, turn_s = (12, 5.0) if options.full else (4, 5.0)
+    key, entry = tenant("a")
+    with (
+        native_server(
+            backbone=options.backbone, adapters=options.adapters, kv_cache_gib=0.5, max_num_seqs=16,
+            tenants=write_tenants(options.folder / "tenants.yaml", entry), log_level="warning",
+        ) as server,
+        _strangers(server.address) as tell,
+    ):  # fmt: skip
+        access = Access(api_key=key)
+        with server.client(access) as client:
+            asked = questions(client, 64, options.seed)
+        alone: list[float] = []
+        beside: list[float] = []
+        ends: Counter[str] = Counter()
+        # The first turn warms up.
+        asyncio.run(_turn(server.address, access, asked, turn_s, [], ends))
+        for _ in range(turns):
+            asyncio.run(_turn(server.address, access, asked, turn_s, alone, ends))
+            tell("open")
+            asyncio.run(_turn(server.address, access, asked, turn_s, beside, ends))
+            tell("close")
+    ratio, refused = p99(beside) / p99(alone), sum(ends.values()) - ends["OK"]
+    return Row(
+        "strangers' connections",
+        f"a tenant's p99 <= {P99_GOAL} x without; none refused",
+        f"p99 {ratio:.2f} x ({1e3 * p99(alone):.0f} ms to {1e3 * p99(beside):.0f} ms; {len(beside)} requests, "
+        f"{refused} refused) beside {IDLE} idle connections, {HALF_OPEN} half-open calls, {SLOW} slow connections",
+        met=ratio <= P99_GOAL and not refused,
+    )
+
+
+@contextlib.contextmanager
+def _strangers(address: str) -> Iterator[Callable[[str], None]]:
+    """A process of strangers, and what tells it to open or close its connections and waits for it."""
+    command = [sys.executable, "-m", "tests.faults._strangers", address]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as child:
+
+        def tell(what: str) -> None:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            child.stdin.write(f"{what}\n")
+            child.stdin.flush()
+            if not child.stdout.readline():
+                raise RuntimeError("the strangers' process ended")
+
+        try:
+            yield tell
+        finally:
+            child.kill()
+
+
+async def _turn(
+    address: str, access: Access, asked: list[Question], seconds: float, into: list[float], ends: Counter[str]
+) -> None:
+    """A tenant's closed loop, over a new connection; `into` gets the seconds of its requests."""
+    until = time.monotonic() + seconds
+
+    async def ask(question: Question) -> None:
+        began = time.perf_counter()
+        try:
+            await client.generate(question.task_id, question.text, timeout=60, **PARAMETERS)
+            ends["OK"] += 1
+        except ServerError as error:
+            ends[error.code.name] += 1
+        into.append(time.perf_counter() - began)
+
+    async with AsyncClient(address, access) as client:
+        endless = itertools.takewhile(lambda _: time.monotonic() < until, itertools.cycle(asked))
+        await closed_loop(endless, _IN_FLIGHT, ask)
