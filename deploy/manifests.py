@@ -211,7 +211,8 @@ def _probes_fit(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def _drains_end(manifests: Sequence[Manifest]) -> Iterator[str]:
-    grace = float(server_settings(manifests)["MTLORA_GRACE_PERIOD_S"])
+    settings = server_settings(manifests)
+    grace = float(settings["MTLORA_GRACE_PERIOD_S"]) + float(settings.get("MTLORA_DRAIN_DELAY_S", 1))
     for container in _servers(manifests):
         wait = container.spec.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
         if wait < 5:

@@ -16,18 +16,20 @@ _TIMEOUT_S = 5.0
 # Connections open at a time; for one more, the oldest is closed.
 _MAX_CONNECTIONS = 64
 _MAX_REQUEST_BYTES = 16 << 10
+# Connections that wait to be accepted.
+_BACKLOG = 1024
 
 
 def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> tuple[int, Callable[[], None]]:
     """Answer scrapes; returns the port, and a function that closes it. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # `::` is every address of either family, as it is for gRPC.
-    listening = socket.create_server((host, port), family=family, dualstack_ipv6=host == "::", backlog=256)
+    listening = socket.create_server((host, port), family=family, dualstack_ipv6=host == "::")
     loop = asyncio.new_event_loop()
 
     def run() -> None:
         server = loop.run_until_complete(
-            asyncio.start_server(_Port(registry).answer, sock=listening, limit=_MAX_REQUEST_BYTES)
+            asyncio.start_server(_Port(registry).answer, sock=listening, backlog=_BACKLOG, limit=_MAX_REQUEST_BYTES)
         )
         loop.run_forever()
         server.close()
@@ -68,6 +70,9 @@ class _Port:
                 await writer.wait_closed()
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, HTTPException):
             # Late, gone, or no request of HTTP.
+            pass
+        except asyncio.CancelledError:
+            # The port closes. Streams of asyncio log a task that ends cancelled.
             pass
         finally:
             writer.transport.abort()

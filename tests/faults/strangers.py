@@ -9,12 +9,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness.asking import closed_loop
 from benchmarks.harness.native_server import native_server
 from benchmarks.harness.percentile import p99
 from mtlora.client import Access, AsyncClient, ServerError
-from tests.faults._load import PARAMETERS, Question, questions
+from tests.faults._load import Question, questions
 from tests.faults._strangers import HALF_OPEN, IDLE, SLOW
 from tests.faults._tenants import tenant, write_tenants
 from tests.faults.scenario import Options, Row
@@ -22,6 +23,8 @@ from tests.faults.scenario import Options, Row
 ORDER = 100
 P99_GOAL = 1.25
 _IN_FLIGHT = 8
+# Short answers: more of them.
+_PARAMETERS: dict[str, Any] = {"max_new_tokens": 4, "stop": []}
 
 
 def run(options: Options) -> Row:
@@ -90,7 +93,7 @@ async def _turn(
     async def ask(question: Question) -> None:
         began = time.perf_counter()
         try:
-            await client.generate(question.task_id, question.text, timeout=60, **PARAMETERS)
+            await client.generate(question.task_id, question.text, timeout=60, **_PARAMETERS)
             ends["OK"] += 1
         except ServerError as error:
             ends[error.code.name] += 1
