@@ -163,6 +163,8 @@ class App:
             logger.info("stopped while starting")
             self._exit(0)
         starting.result()
+        # Not before: clients of several servers would take a server that answers for one that serves.
+        await listening.server.start()
         seconds = round(time.monotonic() - began, 1)
         tasks = len(self._inference.catalog.tasks)
         logger.info("serving", extra={"fields": {"address": address, "tasks": tasks, "start_seconds": seconds}})
@@ -229,7 +231,6 @@ class App:
         except OSError as error:
             await listening.server.stop(None)
             raise StartError(str(error)) from None
-        await listening.server.start()
         return listening, address
 
     async def _listen_for_probes(self) -> Any | None:

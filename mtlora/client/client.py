@@ -33,7 +33,12 @@ _SERVICE_CONFIG = {
         }
     ],
 }
-_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.service_config", json.dumps(_SERVICE_CONFIG))]
+_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+    # A server that was restarted is asked again soon; gRPC's own longest wait is two minutes.
+    ("grpc.max_reconnect_backoff_ms", 5000),
+]
 
 P = ParamSpec("P")
 T = TypeVar("T")

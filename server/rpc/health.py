@@ -7,6 +7,8 @@
 
 After too many engine failures nothing is SERVING, and the process exits.
 
+The main port answers from the moment at which the server serves; `health_port` answers from the start.
+
 A liveness probe asks for "live", a readiness probe for "mtlora.v1.Inference". Kubernetes' own gRPC probes speak no TLS,
 so with TLS on the main port they need `health_port`.
 """

@@ -20,7 +20,6 @@ class StartingObservations:
 
     health: list[int] = field(default_factory=list)
     generate_code: grpc.StatusCode | None = None
-    retry_after_s: float | None = None
 
 
 @pytest.fixture(scope="package")
@@ -30,9 +29,11 @@ def starting() -> StartingObservations:
 
 @pytest.fixture(scope="package")
 def server(adapters: Path, starting: StartingObservations) -> Iterator[ServerProcess]:
-    port = free_port()
-    with ServerProcess(adapters=adapters, port=port, max_message_bytes=65536, wait=False) as process:
-        _observe(f"127.0.0.1:{port}", process, starting)
+    port, health_port = free_port(), free_port()
+    with ServerProcess(
+        adapters=adapters, port=port, health_port=health_port, max_message_bytes=65536, wait=False
+    ) as process:
+        _observe(f"127.0.0.1:{port}", f"127.0.0.1:{health_port}", process, starting)
         process.wait_ready()
         yield process
 
@@ -43,8 +44,8 @@ def client(server: ServerProcess) -> Iterator[Client]:
         yield client
 
 
-def _observe(address: str, process: ServerProcess, seen: StartingObservations) -> None:
-    with grpc.insecure_channel(address) as channel, Client(address) as client:
+def _observe(address: str, probed: str, process: ServerProcess, seen: StartingObservations) -> None:
+    with grpc.insecure_channel(probed) as channel, Client(address) as client:
         health = health_pb2_grpc.HealthStub(channel)
         until = time.monotonic() + 60
         while process.process.poll() is None and time.monotonic() < until:
@@ -55,7 +56,7 @@ def _observe(address: str, process: ServerProcess, seen: StartingObservations) -
                 continue
             seen.health.append(reply.status)
             try:
-                client.generate("echo", "too early")
+                client.generate("echo", "too early", timeout=1)
             except ServerError as error:
-                seen.generate_code, seen.retry_after_s = error.code, error.retry_after_s
+                seen.generate_code = error.code
             return
