@@ -81,6 +81,7 @@ class _Connection:
         self._metadata = access.metadata()
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
         self._adapters = adapters_pb2_grpc.AdaptersStub(self._channel)
+        self._usage = usage_pb2_grpc.UsageStub(self._channel)
 
     @_Method
     def generate(self, task_id: str, input: Input, *, timeout: float | None = None, **parameters: Any) -> Steps[Answer]:
@@ -145,6 +146,12 @@ class _Connection:
     def _watch(self, adapter: str) -> Any:
         return self._adapters.Watch(adapters_pb2.WatchAdaptersRequest(adapter=adapter), metadata=self._metadata)
 
+    def _read_usage(self, since: datetime | None, until: datetime | None, tenant: str, task: str, by: str) -> Any:
+        request = usage_pb2.ReadUsageRequest(
+            since=since, until=until, tenant=tenant, task=task, granularity=f"USAGE_GRANULARITY_{by.upper()}"
+        )
+        return self._usage.Read(request, metadata=self._metadata)
+
 
 class Client(_Connection):
     """A blocking client; a context manager. Every method raises ServerError."""
@@ -152,7 +159,6 @@ class Client(_Connection):
     def __init__(self, address: str, access: Access = OPEN) -> None:
         super().__init__(grpc, address, access)
         self._health = health_pb2_grpc.HealthStub(self._channel)
-        self._usage = usage_pb2_grpc.UsageStub(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -187,10 +193,8 @@ class Client(_Connection):
         by: str = "day",
     ) -> "UsageReport":
         """What tenants used of tasks in a span, summed up by hour, day, month or "total"."""
-        request = usage_pb2.ReadUsageRequest(
-            since=since, until=until, tenant=tenant, task=task, granularity=f"USAGE_GRANULARITY_{by.upper()}"
-        )
-        return UsageReport(self._usage.Read(request, metadata=self._metadata))
+        messages = _read(self._read_usage(since, until, tenant, task, by))
+        return UsageReport(next(messages), messages)
 
     def is_serving(self, service: str = "", timeout: float = 2.0) -> bool:
         """Whether a service is healthy; False if the server cannot be reached."""
@@ -220,19 +224,31 @@ class Client(_Connection):
                 reply = rpc(request, timeout=timeout, metadata=self._metadata)
 
 
-class UsageReport:
+class _Report:
     """The sums, as they come; usage before `counted_since` (UTC) was not counted, and ends with the server's process
     unless `durable`."""
 
-    def __init__(self, call: Any) -> None:
-        self._messages = _read(call)
-        first = next(self._messages)
+    def __init__(self, first: usage_pb2.ReadUsageResponse, messages: Any) -> None:
+        self._messages = messages
         self.counted_since: datetime = first.counted_since.ToDatetime(UTC)
         self.durable: bool = first.durable
+
+
+class UsageReport(_Report):
+    __doc__ = _Report.__doc__
 
     def __iter__(self) -> Iterator[usage_pb2.UsageSum]:
         for message in self._messages:
             yield from message.sums
+
+
+class AsyncUsageReport(_Report):
+    __doc__ = _Report.__doc__
+
+    async def __aiter__(self) -> AsyncIterator[usage_pb2.UsageSum]:
+        async for message in self._messages:
+            for each in message.sums:
+                yield each
 
 
 class AsyncClient(_Connection):
@@ -264,6 +280,19 @@ class AsyncClient(_Connection):
         with server_errors():
             await call.wait_for_connection()
         return _read_async(call)
+
+    async def usage(
+        self,
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        tenant: str = "",
+        task: str = "",
+        by: str = "day",
+    ) -> AsyncUsageReport:
+        """As `Client.usage`: await this, then iterate over its result."""
+        messages = _read_async(self._read_usage(since, until, tenant, task, by))
+        return AsyncUsageReport(await anext(messages), messages)
 
     async def _run(self, steps: Steps[T]) -> T:
         reply = None

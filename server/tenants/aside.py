@@ -57,7 +57,7 @@ def in_child(work: Callable[..., Iterable[Any]], *arguments: Any, timeout_s: flo
 
 def _run(sender: Connection, timeout_s: float, work: Callable[..., Iterable[Any]], arguments: tuple[Any, ...]) -> None:
     # Requests come first.
-    os.nice(10)
+    os.nice(5)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     memory = pages * resource.getpagesize() + _MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))

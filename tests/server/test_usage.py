@@ -281,6 +281,8 @@ async def test_answers_are_counted_as_their_summaries_say_and_the_command_prints
                 )
             with pytest.raises(ServerError, match="not an admin"), Client(service.address, Access(key)) as own:
                 await asyncio.to_thread(own.usage)
+            with pytest.raises(ServerError, match="not an admin"):
+                await client.usage()
         monkeypatch.setenv("MTLORA_API_KEY", admin_key)
         assert await asyncio.to_thread(main, ["usage", "--address", service.address, "--by", "total"]) == 0
         printed = capsys.readouterr()
@@ -291,6 +293,10 @@ async def test_answers_are_counted_as_their_summaries_say_and_the_command_prints
         (day,) = await asyncio.to_thread(
             lambda: list(Client(service.address, Access(admin_key)).usage(tenant="a", task="one", by="day"))
         )
+        async with AsyncClient(service.address, Access(admin_key)) as admin:
+            report = await admin.usage(tenant="a", task="one", by="day")
+            assert [each async for each in report] == [day]
+            assert report.durable
         assert day.begins.seconds % DAY == 0
         assert (day.requests, day.prompt_tokens) == (expected["requests"], expected["prompt_tokens"])
 
