@@ -74,7 +74,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         call, task = current_call.get(), self.find(request.task_id)
         with self._admitted(call), self._version_for(request, task) as task:
-            generation = await self._generation(request, task, _UNARY_DELTA_TOKENS, apart=_is_large(request))
+            generation = await self._generation(request, task, _UNARY_DELTA_TOKENS)
             await generation.run(self.engine, self._scheduler, self.residency)
             return encoding.response(generation)
 
@@ -83,10 +83,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
         The batch is admitted and charged as a whole before anything of it starts. The first failure ends all of it.
         """
-        call = current_call.get()
-        self._scheduler.check_batch(call.tenant, len(requests))
-        with self._admitted(call, len(requests)), ExitStack() as held:
-            apart = _is_large(*requests)
+        call, size = current_call.get(), len(requests)
+        self._scheduler.check_batch(call.tenant, size)
+        with self._admitted(call, size), ExitStack() as held:
+            self._scheduler.count_batch(call.tenant, size)
+            apart = sum(request.ByteSize() for request in requests) > _TOKENIZE_APART_BYTES
             # All are chosen before the first wait.
             chosen = [(each, held.enter_context(self._version_for(each, task))) for each in requests]
             generations = [await self._generation(*each, _UNARY_DELTA_TOKENS, apart=apart) for each in chosen]
@@ -106,7 +107,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         call, task = current_call.get(), self.find(request.task_id)
         with self._admitted(call), self._version_for(request, task) as task:
-            generation = await self._generation(request, task, 1, apart=_is_large(request))
+            generation = await self._generation(request, task, delta_tokens=1)
             async with unhurried(partial(generation.run, self.engine, self._scheduler, self.residency)) as deltas:
                 async for delta in deltas:
                     if delta.finish_reason:
@@ -173,13 +174,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         with self._admission.admit(call.tenant, requests), self._scheduler.admit(call.tenant, requests):
             if call.tenant.has_budget or self._usage.stuck:
                 self._usage.check(call.tenant)
-            self._scheduler.count_batch(call.tenant, requests)
             yield
 
     async def _generation(
-        self, request: pb.GenerateRequest, task: ServedTask | None, delta_tokens: int, *, apart: bool
+        self, request: pb.GenerateRequest, task: ServedTask | None, delta_tokens: int, *, apart: bool = False
     ) -> Generation:
-        """A valid request, ready to run. Tokenizes beside the event loop if `apart`.
+        """A valid request, ready to run. A large one is tokenized beside the event loop, and so are all with `apart`.
 
         Raises NOT_FOUND or INVALID_ARGUMENT.
         """
@@ -188,17 +188,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             raise self.not_found(request.task_id)
         # Tenants share no cached blocks, unless their file says so: answer times would tell of another's prompts.
         cache_salt = None if self._directory.current.share_prefix_cache else call.tenant.id
-        make = partial(
-            validate,
-            request,
-            task,
-            self.prompts,
-            self.limits,
-            call.tenant,
-            cache_salt=cache_salt,
-            delta_tokens=delta_tokens,
-        )
-        job = await self._tokenizing.run(call.tenant, request.ByteSize(), make) if apart else make()
+        arguments = (request, task, self.prompts, self.limits, call.tenant, cache_salt, delta_tokens)
+        if apart or request.ByteSize() > _TOKENIZE_APART_BYTES:
+            job = await self._tokenizing.run(call.tenant, request.ByteSize(), partial(validate, *arguments))
+        else:
+            job = validate(*arguments)
         if isinstance(job, list):
             raise invalid_argument(job)
         if self._log_prompts:
@@ -220,11 +214,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         with self.residency.hold(task.version):
             self.residency.prefetch(task.version)
             yield task
-
-
-def _is_large(*requests: pb.GenerateRequest) -> bool:
-    """Whether tokenizing the requests would hold up other streams."""
-    return sum(each.ByteSize() for each in requests) > _TOKENIZE_APART_BYTES
 
 
 def _routing_key(request: pb.GenerateRequest) -> bytes:

@@ -135,7 +135,8 @@ def _chat_violations(chat: pb.Chat, prompts: PromptEncoder) -> Iterator[Violatio
         if not message.content.strip():
             yield Violation(f"{where}.content", "found nothing but blanks; allowed: a text")
         if found := prompts.reserved_in(message.content):
-            yield Violation(f"{where}.content", f"found the special token {found[0]}; allowed: a text without any")
+            what = f"found {found[0]}, a special token or a mark of the chat template"
+            yield Violation(f"{where}.content", f"{what}; allowed: a text without any")
     if chat.messages and chat.messages[-1].role in ("system", "assistant"):
         where = f"chat.messages[{len(chat.messages) - 1}]"
         yield Violation(f"{where}.role", f"found {chat.messages[-1].role!r} in the last message; allowed: user")

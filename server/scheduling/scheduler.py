@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from server.errors import RequestFailedError, deadline_out_of_reach, quota_exceeded, resource_exhausted
@@ -179,17 +179,11 @@ class Scheduler:
         What they did not take returns at the end. More than the bucket holds needs a full one and leaves a debt.
         Raises RESOURCE_EXHAUSTED.
         """
-        reserved = Reservation(sum(len(job.prompt_ids) + job.sampling.max_new_tokens for job in jobs))
-        if (rate := tenant.tokens_per_second) is None:
-            yield reserved
-            return
-        self._check_tokens(tenant, rate, reserved.tokens)
-        bucket, capacity = self._account(tenant).tokens, _capacity(tenant, rate)
-        bucket.take(reserved.tokens, rate, capacity, self.clock())
+        reserved = self._reserve(tenant, jobs)
         try:
             yield reserved
         finally:
-            bucket.give_back(reserved.tokens, rate, capacity, self.clock())
+            self._release(tenant, reserved)
 
     @asynccontextmanager
     async def turn(
@@ -200,8 +194,9 @@ class Scheduler:
         `reserved` is the reservation that the request shares; without one it reserves for itself.
         Raises DEADLINE_EXCEEDED for a deadline out of reach, and RESOURCE_EXHAUSTED when a line is full.
         """
-        with nullcontext(reserved) if reserved else self.reserve(tenant, [job]) as reservation:
-            turn = Turn(tenant, job, deadline, reservation, self, asyncio.get_running_loop().create_future())
+        own = self._reserve(tenant, (job,)) if reserved is None else Reservation(0)
+        turn = Turn(tenant, job, deadline, reserved or own, self, asyncio.get_running_loop().create_future())
+        try:
             self._check_deadline(turn)
             self._enqueue(turn)
             try:
@@ -210,6 +205,8 @@ class Scheduler:
                 yield turn
             finally:
                 self._leave(turn)
+        finally:
+            self._release(tenant, own)
 
     def step_aside(self, turn: Turn) -> None:
         """See `Turn.aside`."""
@@ -323,6 +320,18 @@ class Scheduler:
             wait = bucket.seconds_until(until, rate, capacity, now)
             raise self._over_quota(tenant, "requests_per_second", f"{rate:g} requests_per_second", wait)
         bucket.take(n, rate, capacity, now)
+
+    def _reserve(self, tenant: Tenant, jobs: Sequence[GenerationJob]) -> Reservation:
+        if (rate := tenant.tokens_per_second) is None:
+            return Reservation(0)
+        tokens = sum(len(job.prompt_ids) + job.sampling.max_new_tokens for job in jobs)
+        self._check_tokens(tenant, rate, tokens)
+        self._account(tenant).tokens.take(tokens, rate, _capacity(tenant, rate), self.clock())
+        return Reservation(tokens)
+
+    def _release(self, tenant: Tenant, reserved: Reservation) -> None:
+        if (rate := tenant.tokens_per_second) is not None and reserved.tokens:
+            self._account(tenant).tokens.give_back(reserved.tokens, rate, _capacity(tenant, rate), self.clock())
 
     def _check_tokens(self, tenant: Tenant, rate: float, tokens: int) -> None:
         if wait := self._account(tenant).tokens.seconds_until(tokens, rate, _capacity(tenant, rate), self.clock()):
