@@ -10,7 +10,7 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -98,15 +98,15 @@ class Usage:
 
     async def read(
         self, since: int, until: int, granularity: str, tenant: str | None = None, task: str | None = None
-    ) -> AsyncIterator[list[Row]]:
+    ) -> AsyncGenerator[list[Row], None]:
         """Sums by period, tenant and task, every recorded call included, in pages. See `Totals.read`."""
         await self._in_thread(self._totals.sum_up, self._journal)
-        pages: Iterator[list[Row]] = self._totals.read(since, until, granularity, tenant, task)
+        pages = self._totals.read(since, until, granularity, tenant, task)
         try:
             while page := await self._in_thread(next, pages, None):
                 yield page
         finally:
-            await self._in_thread(pages.close)  # type: ignore[attr-defined]
+            await self._in_thread(pages.close)
 
     async def counted_since(self) -> int:
         """Seconds since 1970 from which on all usage is there."""
