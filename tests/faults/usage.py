@@ -123,8 +123,8 @@ def run(options: Options) -> Row:
     return Row(
         f"usage after kill -9 of the server, {kills} times",
         "every answered call counted once, with its tokens; no other but calls that a kill left unanswered",
-        f"{len(wrong)} wrong sums of {_TENANTS} tenants; {answered} answered, {unanswered} left unanswered, {besides} of "
-        f"these counted, {len(failures)} other failures",
+        f"{len(wrong)} wrong sums of {_TENANTS} tenants; {answered} answered, {unanswered} left unanswered, "
+        f"{besides} of these counted, {len(failures)} other failures",
         met=not wrong and not failures and set(counted) <= set(asking),
     )
 
