@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -187,6 +187,11 @@ async def test_many_pairs_come_in_pages_and_memory_keeps_the_newest(monkeypatch:
         usage.record("a", f"task-{number}", Counts(1))
     pages = [len(page) async for page in usage.read(*ALWAYS, "day")]
     assert pages == [1000, 1000, 500]
+    # A reader that goes away leaves nothing behind.
+    async with aclosing(usage.read(*ALWAYS, "day")) as read:
+        await anext(read)
+    left = await usage._in_thread(lambda: list(usage._totals._database.execute("SELECT * FROM sqlite_temp_master")))
+    assert not left
     clock.now += 3600
     usage.record("a", "late", Counts(1))
     assert len(await total(usage)) == 2501
