@@ -1,6 +1,7 @@
 """Usage: exact over kills, torn files, clocks that go back; budgets; and the RPC and the command that read it."""
 
 import asyncio
+import errno
 import json
 import os
 import subprocess
@@ -347,3 +348,40 @@ async def test_a_tenant_over_its_budget_is_refused_at_receipt(tmp_path: Path) ->
             assert 0 < (refused.value.retry_after_s or 0) <= DAY
             assert len(service.engine.jobs) == 1
         assert service.value("mtlora_quota_refusals_total", tenant="a", quota="daily_requests") == 1
+
+
+async def test_calls_are_refused_while_too_many_records_wait_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path) as (service, key, _), AsyncClient(service.address, Access(key)) as client:
+        write = os.write
+
+        def full(file: int, data: bytes) -> int:
+            if file == service.usage._journal._file:
+                raise OSError(errno.ENOSPC, "no space left")
+            return write(file, data)
+
+        monkeypatch.setattr("server.accounting.journal._MAX_UNWRITTEN", 50)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            answered = 0
+            while not service.usage.stuck:
+                await client.generate("one", "abc")
+                answered += 1
+            with pytest.raises(ServerError, match="UNAVAILABLE: the server cannot record usage"):
+                await client.generate("one", "abc")
+            assert service.value("mtlora_accounting_failures_total", log="usage") == answered
+        watching = asyncio.create_task(service.usage.run())
+        await eventually(lambda: not service.usage.stuck)
+        watching.cancel()
+        await client.generate("one", "abc")
+        assert [row[3].requests for row in await total(service.usage)] == [answered + 1]
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "usage.db").write_bytes(b"no database" * 100)
+    with pytest.raises(UsageError, match=f"usage_dir: {tmp_path}: file is not a database"):
+        Usage(tmp_path, Metrics())
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"usage_dir: .*file"):
+        Usage(tmp_path / "file", Metrics())
