@@ -389,3 +389,9 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"usage_dir: .*file"):
         Usage(tmp_path / "file", Metrics())
+
+
+def test_a_fleets_budgets_are_divided_by_its_replicas() -> None:
+    shared = Tenant(id="a", daily_tokens=100, monthly_requests=10, daily_requests=0).share(3)
+    assert (shared.daily_tokens, shared.monthly_requests) == (34, 4)
+    assert (shared.daily_requests, shared.monthly_tokens) == (0, None)
