@@ -134,7 +134,7 @@ class AuditedCall:
     def _entry(self, stage: str, tenant: str) -> dict[str, Any]:
         now = time.time()
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1e3):03d}Z"
-        return {"time": at, "stage": stage, "tenant": tenant, **self._known}
+        return {"time": at, "logger": logger.name, "stage": stage, "tenant": tenant, **self._known}
 
 
 def _shown(value: Any) -> Any:

@@ -6,7 +6,7 @@ whenever the process ends.
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -126,7 +126,7 @@ class Totals:
 
     def read(
         self, since: int, until: int, granularity: str, tenant: str | None = None, task: str | None = None
-    ) -> Iterator[list[Row]]:
+    ) -> Generator[list[Row], None, None]:
         """Sums by period, tenant and task of the hours that begin in a span, as of the first page, in pages."""
         self._reads += 1
         name = f"read_{self._reads}"

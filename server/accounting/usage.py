@@ -10,7 +10,7 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -51,8 +51,8 @@ class Usage:
         self.stuck = False
         try:
             if folder:
-                folder.mkdir(parents=True, exist_ok=True)
-                self._lock = _lock(folder)
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _lock(folder)
             self._totals = self._thread.submit(Totals, folder, int(clock())).result()
             self._journal = Journal(folder, self._thread.submit(lambda: self._totals.place[0] + 1).result())
             self._thread.submit(self._totals.sum_up, self._journal).result()
@@ -98,15 +98,15 @@ class Usage:
 
     async def read(
         self, since: int, until: int, granularity: str, tenant: str | None = None, task: str | None = None
-    ) -> AsyncIterator[list[Row]]:
+    ) -> AsyncGenerator[list[Row], None]:
         """Sums by period, tenant and task, every recorded call included, in pages. See `Totals.read`."""
         await self._in_thread(self._totals.sum_up, self._journal)
-        pages: Iterator[list[Row]] = self._totals.read(since, until, granularity, tenant, task)
+        pages = self._totals.read(since, until, granularity, tenant, task)
         try:
             while page := await self._in_thread(next, pages, None):
                 yield page
         finally:
-            await self._in_thread(pages.close)  # type: ignore[attr-defined]
+            await self._in_thread(pages.close)
 
     async def counted_since(self) -> int:
         """Seconds since 1970 from which on all usage is there."""
@@ -131,15 +131,13 @@ class Usage:
                 logger.error("usage not summed up", extra={"fields": {"reason": str(error)}})
 
     def close(self) -> None:
-        """Sum up the rest, within some seconds, and let go of the folder. Later records wait for the next start."""
+        """Sum up the rest, within some seconds. Later records wait for the next start. The folder stays taken."""
         if self._closed:
             return
         self._closed = True
         with contextlib.suppress(TimeoutError, OSError, sqlite3.Error):
             self._thread.submit(self._finish).result(_FINISH_S)
         self._thread.shutdown(wait=False, cancel_futures=True)
-        if self._folder:
-            os.close(self._lock)
 
     def _finish(self) -> None:
         self._totals.sum_up(self._journal)
@@ -170,10 +168,10 @@ class Usage:
         self._spent = {key: counts for key, counts in self._spent.items() if key[1] >= kept[len(key[1])]}
 
 
-def _lock(folder: Path) -> int:
-    """Take the folder for this process; the descriptor holds it. Raises UsageError.
+def _lock(folder: Path) -> None:
+    """Take the folder for this process, until it ends. Raises UsageError.
 
-    A record lock: it ends with this process, while flock's would live on in children that inherit the descriptor.
+    A record lock: flock's would live on in children that inherit the descriptor.
     """
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -187,7 +185,6 @@ def _lock(folder: Path) -> int:
         ) from None
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-    return lock
 
 
 def _next(period: str) -> int:

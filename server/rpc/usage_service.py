@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -38,8 +39,10 @@ class UsageServicer(usage_pb2_grpc.UsageServicer):
             raise invalid_argument([Violation("until", f"found {until}, before since, {since}; allowed: after it")])
         first = Timestamp(seconds=await self._usage.counted_since())
         yield pb.ReadUsageResponse(counted_since=first, durable=self._usage.durable)
-        async for page in self._usage.read(since, until, granularity, request.tenant or None, request.task or None):
-            yield pb.ReadUsageResponse(sums=[_sum(row, granularity) for row in page])
+        read = self._usage.read(since, until, granularity, request.tenant or None, request.task or None)
+        async with aclosing(read) as pages:
+            async for page in pages:
+                yield pb.ReadUsageResponse(sums=[_sum(row, granularity) for row in page])
 
 
 def _sum(row: Row, granularity: str) -> pb.UsageSum:

@@ -150,7 +150,8 @@ class Tenant(BaseModel):
     def share(self, replicas: int) -> "Tenant":
         """The tenant as one of so many servers treats it: its quotas divided, whole numbers rounded up."""
         rates = {name: getattr(self, name) for name in ("requests_per_second", "tokens_per_second")}
-        numbers = {name: getattr(self, name) for name in ("max_in_flight", "max_queue")}
+        budgets = [f"{period}_{what}" for period in ("daily", "monthly") for what in ("requests", "tokens")]
+        numbers = {name: getattr(self, name) for name in ("max_in_flight", "max_queue", *budgets)}
         shares = {name: value / replicas for name, value in rates.items() if value is not None}
         shares |= {name: -(-value // replicas) for name, value in numbers.items() if value is not None}
         return self.model_copy(update=shares)

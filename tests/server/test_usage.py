@@ -1,13 +1,14 @@
 """Usage: exact over kills, torn files, clocks that go back; budgets; and the RPC and the command that read it."""
 
 import asyncio
+import errno
 import json
 import os
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,7 +64,11 @@ def test_a_file_torn_at_any_byte_gives_every_whole_record(written: list[Record],
     whole = sum(len(b"".join(lines[: n + 1])) <= cut for n in range(len(lines)))
     journal = Journal(None, 1)
     os.write(journal._file, b"".join(lines)[:cut])
-    assert list(parse(journal.read(1, 0))) == written[:whole]
+    first = journal.read(1, 0)
+    assert list(parse(first)) == written[:whole]
+    # The rest of the torn line comes with the next read.
+    os.write(journal._file, b"".join(lines)[cut:])
+    assert list(parse(journal.read(1, len(first)))) == written[whole:]
 
 
 def test_damaged_lines_are_passed_over() -> None:
@@ -187,6 +192,11 @@ async def test_many_pairs_come_in_pages_and_memory_keeps_the_newest(monkeypatch:
         usage.record("a", f"task-{number}", Counts(1))
     pages = [len(page) async for page in usage.read(*ALWAYS, "day")]
     assert pages == [1000, 1000, 500]
+    # A reader that goes away leaves nothing behind.
+    async with aclosing(usage.read(*ALWAYS, "day")) as read:
+        await anext(read)
+    left = await usage._in_thread(lambda: list(usage._totals._database.execute("SELECT * FROM sqlite_temp_master")))
+    assert not left
     clock.now += 3600
     usage.record("a", "late", Counts(1))
     assert len(await total(usage)) == 2501
@@ -348,3 +358,46 @@ async def test_a_tenant_over_its_budget_is_refused_at_receipt(tmp_path: Path) ->
             assert 0 < (refused.value.retry_after_s or 0) <= DAY
             assert len(service.engine.jobs) == 1
         assert service.value("mtlora_quota_refusals_total", tenant="a", quota="daily_requests") == 1
+
+
+async def test_calls_are_refused_while_too_many_records_wait_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path) as (service, key, _), AsyncClient(service.address, Access(key)) as client:
+        write = os.write
+
+        def full(file: int, data: bytes) -> int:
+            if file == service.usage._journal._file:
+                raise OSError(errno.ENOSPC, "no space left")
+            return write(file, data)
+
+        monkeypatch.setattr("server.accounting.journal._MAX_UNWRITTEN", 50)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            answered = 0
+            while not service.usage.stuck:
+                await client.generate("one", "abc")
+                answered += 1
+            with pytest.raises(ServerError, match="UNAVAILABLE: the server cannot record usage"):
+                await client.generate("one", "abc")
+            assert service.value("mtlora_accounting_failures_total", log="usage") == answered
+        watching = asyncio.create_task(service.usage.run())
+        await eventually(lambda: not service.usage.stuck)
+        watching.cancel()
+        await client.generate("one", "abc")
+        assert [row[3].requests for row in await total(service.usage)] == [answered + 1]
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "usage.db").write_bytes(b"no database" * 100)
+    with pytest.raises(UsageError, match=f"usage_dir: {tmp_path}: file is not a database"):
+        Usage(tmp_path, Metrics())
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"usage_dir: .*file"):
+        Usage(tmp_path / "file", Metrics())
+
+
+def test_a_fleets_budgets_are_divided_by_its_replicas() -> None:
+    shared = Tenant(id="a", daily_tokens=100, monthly_requests=10, daily_requests=0).share(3)
+    assert (shared.daily_tokens, shared.monthly_requests) == (34, 4)
+    assert (shared.daily_requests, shared.monthly_tokens) == (0, None)

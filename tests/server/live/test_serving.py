@@ -60,6 +60,14 @@ def test_a_unary_answer_has_a_whole_summary(client: Client) -> None:
     assert 0 < times[0] <= times[1] <= times[2]
 
 
+def test_a_repeated_prompt_has_cached_tokens_and_usage_sums_them(client: Client) -> None:
+    text = " ".join(f"word{number}" for number in range(150))
+    summaries = [client.generate("open", text, max_new_tokens=2).summary for _ in range(2)]
+    assert summaries[0].cached_tokens < summaries[1].cached_tokens < summaries[1].prompt_tokens
+    used = [each for each in client.usage(task="open", by="total") if each.tenant == "open"]
+    assert used[0].cached_tokens >= summaries[1].cached_tokens
+
+
 def test_the_adapter_changes_the_logprobs(client: Client) -> None:
     text = "The capital of France is"
     adapted = client.generate("open", text, logprobs=5)
