@@ -26,6 +26,8 @@ _TENANTS = 5
 SETTINGS: dict[str, Any] = {"max_num_seqs": 64, "kv_cache_gib": 1.0, "enable_prefix_caching": False}
 # At least so long is each side of a round: a multiple of steps in which all sequences run.
 _ROUND_S = 3.0
+# The server admits no more.
+_MAX_WAVES = 6
 # Quotas that are counted for every request and never reached.
 _QUOTAS = {"requests_per_second": 10_000, "tokens_per_second": 1_000_000, "max_in_flight": 500, "max_queue": 500}
 
@@ -69,7 +71,7 @@ def run(options: Options) -> Row:
         requests = wave
         served()
         wave_s = len(wave) * PARAMETERS["max_new_tokens"] / alone()
-        requests = wave * math.ceil(_ROUND_S / wave_s)
+        requests = wave * min(_MAX_WAVES, math.ceil(_ROUND_S / wave_s))
         ratios, rates = [], []
         for number in range(rounds):
             # Which comes first alternates, so that a drift of the machine's speed cancels out.

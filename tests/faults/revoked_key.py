@@ -16,9 +16,9 @@ from tests.faults.scenario import Options, Row
 ORDER = 59
 # The server looks at the file once a second.
 _POLL_S = 1.0
-MAX_POLLS = 3
+MAX_POLLS = 5
 # A refused file is counted; a watcher that ended counts nothing.
-_NOTICED_POLLS = 3
+_NOTICED_POLLS = 5
 
 Entries = list[dict[str, Any]]
 Break = Callable[[Path, Entries], None]
