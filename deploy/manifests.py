@@ -189,6 +189,34 @@ def _resources_are_bounded(manifests: Sequence[Manifest]) -> Iterator[str]:
                 yield f"{where}: volume {volume['name']} has no limit"
 
 
+def _volumes_fit(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """The kubelet evicts a pod that passes a volume's limit, or its containers' limit of ephemeral storage."""
+    settings = server_settings(manifests)
+    folder, copies_gib = settings["MTLORA_ADAPTER_CACHE"], float(settings["MTLORA_ADAPTER_CACHE_GIB"])
+    for container in _servers(manifests):
+        mounted = {mount["mountPath"]: mount["name"] for mount in container.spec["volumeMounts"]}
+        limits = {name: _gib(limit) for name, limit in _disk_limits(container.pod)}
+        if limits.get(mounted.get(folder, ""), 0.0) <= copies_gib:
+            yield f"{container.where}: copies of adapters, {copies_gib:g} GiB, pass the limit of the volume at {folder}"
+    for where, pod in pods(manifests):
+        allowed = [
+            sum(_gib(each["resources"]["limits"]["ephemeral-storage"]) for each in together)
+            for together in (pod["containers"], *([each] for each in pod.get("initContainers", ())))
+        ]
+        if (total := sum(_gib(limit) for _, limit in _disk_limits(pod))) > max(allowed):
+            yield f"{where}: volumes of {total:g} GiB, ephemeral storage of {max(allowed):g} GiB"
+
+
+def _disk_limits(pod: Manifest) -> Iterator[tuple[str, str]]:
+    for volume in pod.get("volumes", ()):
+        if "emptyDir" in volume and volume["emptyDir"].get("medium") != "Memory":
+            yield volume["name"], volume["emptyDir"].get("sizeLimit", "0Gi")
+
+
+def _gib(quantity: str) -> float:
+    return float(quantity.removesuffix("Gi")) if quantity.endswith("Gi") else float(quantity.removesuffix("Mi")) / 1024
+
+
 def _images_are_pinned(manifests: Sequence[Manifest]) -> Iterator[str]:
     for container in containers(manifests):
         image = container.spec["image"]
@@ -290,6 +318,7 @@ POLICY: tuple[Callable[[Sequence[Manifest]], Iterator[str]], ...] = (
     _pods_are_restricted,
     _containers_are_confined,
     _resources_are_bounded,
+    _volumes_fit,
     _images_are_pinned,
     _probes_fit,
     _drains_end,

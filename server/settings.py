@@ -54,6 +54,9 @@ class Settings(BaseSettings):
     adapter_cache: Path | None = Field(
         None, description="folder for copies of verified adapters; unset: the system's temporary folder"
     )
+    adapter_cache_gib: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="GiB of such copies; a version beyond is refused; unset: no limit"
+    )
     max_adapter_mib: int = Field(1024, ge=1, le=4096, description="MiB of the largest adapter accepted")
     verify_timeout_s: float = Field(60.0, ge=1, le=3600, description="seconds allowed to verify an adapter")
 

@@ -12,9 +12,10 @@ from typing import Any
 import psutil
 import torch
 
+from mtlora.control_group import memory_left
+
 # Share of the free memory that a backbone in float32 may take: KV cache and adapters come on top.
 _SHARE_OF_MEMORY = 0.5
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def engine_dtype(asked: str, folder: Path, *, quantised: bool = False) -> str:
@@ -35,14 +36,11 @@ def engine_dtype(asked: str, folder: Path, *, quantised: bool = False) -> str:
     return "float32" if size <= _SHARE_OF_MEMORY * free_memory() else "auto"
 
 
-def free_memory(cgroup: Path = _CGROUP) -> int:
-    """Bytes left on this machine, or in this control group if that is less."""
+def free_memory(*cgroup: Path) -> int:
+    """Bytes left on this machine, or in this process' control groups if that is less."""
     free = int(psutil.virtual_memory().available)
-    try:
-        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
-    except (OSError, ValueError):
-        return free
+    left = memory_left(*cgroup)
+    return free if left is None else min(free, left)
 
 
 def multiplies_bfloat16(capabilities: Mapping[str, Any]) -> bool:

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from mtlora.control_group import cpu_cores
+
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
-_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
 
 def thread_environment(setting: str | None, environment: Mapping[str, str], ranks: int) -> dict[str, str]:
@@ -39,10 +40,7 @@ def deal(cores: Sequence[int], ranks: int) -> list[Sequence[int]]:
     return [cores[start:end] for start, end in pairwise(bounds)]
 
 
-def quota_cores(path: Path = _CPU_MAX) -> int | None:
-    """Cores' worth of CPU time that the control group allows, rounded down, at least 1; None without a limit."""
-    try:
-        quota, period = path.read_text().split()
-        return None if quota == "max" else max(1, int(quota) // int(period))
-    except (OSError, ValueError):
-        return None
+def quota_cores(*cgroup: Path) -> int | None:
+    """Cores' worth of CPU time that the control groups allow, rounded down, at least 1; None without a limit."""
+    cores = cpu_cores(*cgroup)
+    return None if cores is None else max(1, int(cores))

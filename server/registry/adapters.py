@@ -55,7 +55,9 @@ def open_adapters(
         on_load=metrics.adapter_load.observe,
         on_evict=metrics.adapter_evictions.inc,
     )
-    spool = Spool(settings.adapter_cache)
+    limit_gib = settings.adapter_cache_gib
+    spool = Spool(settings.adapter_cache, None if limit_gib is None else int(limit_gib * (1 << 30)))
+    metrics.adapter_cache_bytes.set_function(lambda: spool.bytes)
     made_beside = identify(backbone)
     strict = settings.adapter_backbone_check == "strict"
     identity: BackboneArchitecture = made_beside if strict else made_beside.without_weights()
@@ -83,4 +85,4 @@ def _root(adapters: str | None, spool: Spool, max_bytes: int) -> tuple[Path, Mir
         return Path(adapters), None
     local = spool.root / "mirror"
     local.mkdir()
-    return local, Mirror(adapters, local, max_bytes) if adapters is not None else None
+    return local, Mirror(adapters, local, max_bytes, spool) if adapters is not None else None

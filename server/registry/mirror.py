@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from server.registry.source import MANIFEST_FILE, NAME, TENSORS_FILE
+from server.registry.spool import Spool
 from server.telemetry.logs import get_logger
 
 logger = get_logger("adapters")
@@ -19,11 +20,15 @@ class MirrorError(Exception):
 
 
 class Mirror:
-    """Makes `folder` follow `url`: a version appears whole, changes in one step, and goes when `url` loses it."""
+    """Makes `folder` follow `url`: a version appears whole, changes in one step, and goes when `url` loses it.
 
-    def __init__(self, url: str, folder: Path, max_bytes: int) -> None:
+    `spool` counts its bytes.
+    """
+
+    def __init__(self, url: str, folder: Path, max_bytes: int, spool: Spool | None = None) -> None:
         import fsspec
 
+        self._spool = spool
         self._url = url
         self._max_bytes = max_bytes
         self._files, self._root = fsspec.core.url_to_fs(url, skip_instance_cache=True)
@@ -62,6 +67,8 @@ class Mirror:
                 self._seen[key] = state
         for name, version in set(self._seen) - set(listed):
             del self._seen[name, version]
+            if self._spool:
+                self._spool.free(f"mirror/{name}/{version}")
             shutil.rmtree(self._folder / name / version, ignore_errors=True)
 
     def _list(self) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
@@ -86,6 +93,8 @@ class Mirror:
             raise FileNotFoundError(f"no {next(file for file in _FILES if file not in files)} yet")
         if (size := sum(int(entry.get("size") or 0) for entry in files.values())) > self._max_bytes:
             raise ValueError(f"expected at most {self._max_bytes} bytes in all, found {size}")
+        if self._spool:
+            self._spool.reserve(f"mirror/{name}/{version}", size)
         with folder_in_the_making(self._folder / name / version) as made:
             for file, entry in files.items():
                 progress = Callback(hooks={"beat": lambda *_, **__: beat()})

@@ -26,6 +26,11 @@ class Found:
     def complete(self) -> bool:
         return bool(self.signature)
 
+    @property
+    def size(self) -> int:
+        """Bytes of both files."""
+        return sum(size for _, _, size, _, _ in self.signature)
+
 
 @dataclass(frozen=True)
 class AdapterFailure:

@@ -9,53 +9,102 @@ import fcntl
 import os
 import shutil
 import tempfile
+import threading
 from collections import Counter
 from pathlib import Path
 
+from server.errors import AdapterError
+
 _PREFIX = "mtlora-adapters-"
+
+
+class SpoolFullError(AdapterError):
+    """The copy of a version would pass the spool's limit."""
 
 
 class Spool:
     """A folder of its own in `parent`, by default the system's temporary folder; `close` removes it.
 
     Versions with equal bytes share a copy; the last `release` removes it. A server that starts removes the spools of
-    servers that died: their locks ended with them.
+    servers that died: their locks ended with them. `max_bytes` bounds all copies together, those in the making too;
+    None: no limit.
     """
 
-    def __init__(self, parent: Path | None = None) -> None:
+    def __init__(self, parent: Path | None = None, max_bytes: int | None = None) -> None:
         parent = parent or Path(tempfile.gettempdir())
         parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(parent)
         self.root = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
         self._lock = _try_lock(self.root)
+        self._max_bytes = max_bytes
+        # By name in `root`. Verifying threads change them beside the event loop.
+        self._sizes: dict[str, int] = {}
         self._users: Counter[str] = Counter()
+        self._changing = threading.RLock()
 
-    def incoming(self) -> Path:
-        """Make an empty folder for a copy to verify."""
-        return Path(tempfile.mkdtemp(prefix=".incoming-", dir=self.root))
+    @property
+    def bytes(self) -> int:
+        """Of all copies, with what is reserved for those in the making."""
+        with self._changing:
+            return sum(self._sizes.values())
+
+    def reserve(self, name: str, size: int) -> None:
+        """Count `size` bytes for what will lie under `name`. Raises SpoolFullError."""
+        with self._changing:
+            used = self.bytes - self._sizes.get(name, 0)
+            if self._max_bytes is not None and used + size > self._max_bytes:
+                raise SpoolFullError(
+                    f"no space for a copy of {size} bytes: copies of adapters take {used} bytes of {self._max_bytes} "
+                    "(adapter_cache_gib)"
+                )
+            self._sizes[name] = size
+
+    def free(self, name: str) -> None:
+        """Count no bytes for `name` any more."""
+        with self._changing:
+            self._sizes.pop(name, None)
+
+    def incoming(self, size: int = 0) -> Path:
+        """Make an empty folder for a copy of `size` bytes to verify. Raises SpoolFullError."""
+        folder = Path(tempfile.mkdtemp(prefix=".incoming-", dir=self.root))
+        try:
+            self.reserve(folder.name, size)
+        except SpoolFullError:
+            folder.rmdir()
+            raise
+        return folder
 
     def keep(self, incoming: Path, content: str) -> Path:
-        """Keep a verified copy; returns the folder to load from. Each call needs one `release`."""
+        """Keep a verified copy; returns the folder to load from. Each call needs one `release`.
+
+        Raises SpoolFullError if the files have grown since and pass the limit.
+        """
         folder = self.root / content
-        self._users[content] += 1
-        if folder.exists():
-            shutil.rmtree(incoming)
-            return folder
-        for file in incoming.iterdir():
-            file.chmod(0o400)
-        os.rename(incoming, folder)
+        with self._changing:
+            if folder.exists():
+                self.discard(incoming)
+            else:
+                self.reserve(incoming.name, sum(file.stat().st_size for file in incoming.iterdir()))
+                for file in incoming.iterdir():
+                    file.chmod(0o400)
+                os.rename(incoming, folder)
+                self._sizes[content] = self._sizes.pop(incoming.name)
+            self._users[content] += 1
         return folder
 
     def release(self, content: str) -> None:
         """Give up one use of a copy; the last one removes it."""
-        self._users[content] -= 1
-        if self._users[content] <= 0:
-            del self._users[content]
-            shutil.rmtree(self.root / content, ignore_errors=True)
+        with self._changing:
+            self._users[content] -= 1
+            if self._users[content] <= 0:
+                del self._users[content]
+                shutil.rmtree(self.root / content, ignore_errors=True)
+                self.free(content)
 
     def discard(self, incoming: Path) -> None:
         """Remove a refused copy."""
         shutil.rmtree(incoming, ignore_errors=True)
+        self.free(incoming.name)
 
     def close(self) -> None:
         """Remove everything."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from server.registry.check import VerificationLimits, run_check
 from server.registry.source import Found
-from server.registry.spool import Spool
+from server.registry.spool import Spool, SpoolFullError
 from server.registry.storage import in_thread
 from server.registry.version import Stage, StageError
 
@@ -66,13 +66,18 @@ class Verifier:
         """As `verify`, in this thread."""
         from mtlora.checkpoint.read import read_manifest
 
-        incoming = self._spool.incoming()
+        try:
+            incoming = self._spool.incoming(min(found.size, self._limits.max_bytes))
+        except SpoolFullError as error:
+            raise StageError(Stage.VERIFIED, f"{found.folder}: {error}") from None
         try:
             content = self._in_child(root, found.folder, incoming)
             manifest = read_manifest(incoming)
             return Verified(content, self._spool.keep(incoming, content), manifest)
-        except BaseException:
+        except BaseException as error:
             self._spool.discard(incoming)
+            if isinstance(error, SpoolFullError):
+                raise StageError(Stage.VERIFIED, f"{found.folder}: {error}") from None
             raise
 
     def _release_unwanted(self, checking: "asyncio.Future[Verified]") -> None:

@@ -183,6 +183,10 @@ class Metrics:
         self.storage_timeouts = self._counts(
             "mtlora_storage_timeouts", "Calls to the adapters' storage that were given up: it did not answer."
         )
+        self.adapter_cache_bytes = self._gauge(
+            "mtlora_adapter_cache_bytes",
+            "Copies of adapters on the disk: of serving versions, and those for rollbacks.",
+        )
         self.adapters_resident = self._gauge("mtlora_adapters_resident", "Adapter versions in the engine.")
         self.adapter_evictions = self._counts(
             "mtlora_adapter_evictions", "Adapter versions evicted from the engine for another."

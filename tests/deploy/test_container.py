@@ -72,8 +72,9 @@ class Container:
             "--tmpfs", "/var/lib", "--ro-bind", str(adapters), mounts["adapters"],
             "--tmpfs", "/opt", "--ro-bind", str(REPOSITORY / "deploy/image/entrypoint.sh"), "/opt/mtlora/entrypoint.sh",
             "--remount-ro", "/opt", "--remount-ro", "/var/lib",
-            "--tmpfs", "/var/cache", "--dir", mounts["cache"], "--tmpfs", mounts["tmp"], "--remount-ro", "/var/cache",
-            "--tmpfs", mounts["cache"],
+            "--tmpfs", "/var/cache", "--dir", mounts["cache"], "--dir", mounts["adapter-copies"],
+            "--tmpfs", mounts["tmp"], "--remount-ro", "/var/cache",
+            "--tmpfs", mounts["cache"], "--tmpfs", mounts["adapter-copies"],
             # The repository may lie below a folder that the sandbox replaces.
             "--ro-bind", str(REPOSITORY), str(REPOSITORY), "--chdir", "/tmp", "--clearenv",
         ]  # fmt: skip
@@ -101,7 +102,7 @@ def container(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Conta
 
 def test_only_the_mounts_are_writable(container: Container) -> None:
     writable = [m["mountPath"] for m in deployment()["containers"][0]["volumeMounts"] if not m.get("readOnly")]
-    assert sorted(writable) == ["/dev/shm", "/tmp", "/var/cache/mtlora"]
+    assert sorted(writable) == ["/dev/shm", "/tmp", "/var/cache/mtlora", "/var/cache/mtlora-adapters"]
     tries = "; ".join(
         f"touch {folder}/x 2>/dev/null && echo {folder}" for folder in ("/usr", "/etc", "/opt/mtlora", *writable)
     )

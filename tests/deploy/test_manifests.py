@@ -67,6 +67,16 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "capabilities": (lambda m: server(m)["securityContext"]["capabilities"].update(add=["SYS_NICE"]), "capabilities"),
     "limits": (lambda m: server(m)["resources"]["limits"].pop("memory"), "no limits of memory"),
     "empty dir": (lambda m: pod(m)["volumes"][-1]["emptyDir"].pop("sizeLimit"), "has no limit"),
+    "copies": (
+        lambda m: next(v for v in pod(m)["volumes"] if v["name"] == "adapter-copies")["emptyDir"].update(
+            sizeLimit="512Mi"
+        ),
+        "copies of adapters, 7.5 GiB, pass the limit of the volume at /var/cache/mtlora-adapters",
+    ),
+    "volumes": (
+        lambda m: server(m)["resources"]["limits"].update({"ephemeral-storage": "10Gi"}),
+        "volumes of 17 GiB, ephemeral storage of 10 GiB",
+    ),
     "latest": (lambda m: server(m).update(image="mtlora-server:latest"), "not pinned"),
     "no tag": (lambda m: server(m).update(image="host:5000/mtlora-server"), "not pinned"),
     "liveness": (lambda m: server(m)["livenessProbe"]["grpc"].update(service=manifests.SERVICE), "livenessProbe asks"),

@@ -12,12 +12,14 @@ from prometheus_client.metrics_core import Metric
 
 from deploy import manifests
 from deploy.grafana import dashboard
+from deploy.prometheus import record
 from server.call import Call
 from server.telemetry.metrics import Metrics
 from server.tenants import Tenant
 
 PROMETHEUS = manifests.RULES.parent
 NAME = re.compile(r"\bmtlora[_:][a-zA-Z0-9_:]*[a-zA-Z0-9_]")
+SUFFIXES_OF_COUNTERS = re.compile("_total$|_bucket$")
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
 CALL = Call("r", "Generate", "one", tenant=Tenant(id="a"), prompt_tokens=1, completion_tokens=1)
 needs_promtool = pytest.mark.skipif(
@@ -125,6 +127,41 @@ def test_every_alert_is_tested() -> None:
 def test_rules_pass_promtool(arguments: tuple[str, ...]) -> None:
     done = subprocess.run(["promtool", *arguments], cwd=PROMETHEUS, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
+def test_alerts_fire_on_what_an_overloaded_server_exported(tmp_path: Path) -> None:
+    """`deploy/prometheus/record.py` recorded it; the load is taken to go on like that for twenty minutes."""
+    recorded = yaml.safe_load(record.FILE.read_text())
+    repeats = 20 * 60 // (recorded["interval_s"] * len(recorded["series"]["mtlora_serving"]))
+    series = []
+    for name, values in recorded["series"].items():
+        metric, _, labels = name.partition("{")
+        grows = values[-1] + (values[-1] - values[0]) / (len(values) - 1) if SUFFIXES_OF_COUNTERS.search(metric) else 0
+        went_on = " ".join(str(value + repeat * grows) for repeat in range(repeats) for value in values)
+        series.append({"series": f'{metric}{{namespace="m",pod="a",{labels or "}"}', "values": went_on})
+    fire = ("MtloraQueueGrows", "MtloraErrorBudgetBurnsFast", "MtloraFirstTokenSlow", "MtloraRequestsShed")
+    tests = [
+        {"expr": f'count(ALERTS{{alertname="{alert}", alertstate="firing"}})', "eval_time": "19m",
+         "exp_samples": [{"labels": "{}", "value": 1}]}
+        for alert in fire
+    ]  # fmt: skip
+    written = {
+        "rule_files": [str(manifests.RULES)],
+        "evaluation_interval": "30s",
+        "tests": [{"interval": f"{recorded['interval_s']}s", "input_series": series, "promql_expr_test": tests}],
+    }
+    path = tmp_path / "overload_test.yaml"
+    path.write_text(yaml.safe_dump(written))
+    done = subprocess.run(["promtool", "test", "rules", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_recorded_server_ran_full_and_let_few_sequences_wait_in_its_engine() -> None:
+    series = yaml.safe_load(record.FILE.read_text())["series"]
+    assert max(series["mtlora_engine_running_sequences"]) == 64
+    assert max(series["mtlora_engine_waiting_sequences"]) <= 8
+    assert min(series["mtlora_requests_queued"]) > 90
 
 
 @needs_promtool

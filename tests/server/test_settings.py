@@ -173,4 +173,4 @@ def test_a_quota_of_fewer_cores_limits_threads_without_binding_them(monkeypatch:
 )
 def test_quota_is_read_from_the_control_group(tmp_path: Path, text: str, cores: int | None) -> None:
     (tmp_path / "cpu.max").write_text(text)
-    assert threads.quota_cores(tmp_path / "cpu.max") == cores
+    assert threads.quota_cores(tmp_path) == cores

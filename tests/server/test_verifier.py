@@ -14,8 +14,9 @@ import pytest
 
 from mtlora.checkpoint.read import read_checkpoint
 from server.registry.check import VerificationLimits
+from server.registry.mirror import Mirror
 from server.registry.source import Found, scan
-from server.registry.spool import Spool
+from server.registry.spool import Spool, SpoolFullError
 from server.registry.verifier import Verifier
 from server.registry.version import StageError
 from tests.faults._bad_files import KINDS
@@ -80,7 +81,7 @@ def test_children_are_forked_from_a_process_without_vllm(tmp_path: Path) -> None
 import sys, types
 sys.modules["vllm"] = types.ModuleType("vllm")
 from pathlib import Path
-from server.registry.spool import Spool
+from server.registry.spool import Spool, SpoolFullError
 from server.registry.verifier import Verifier, VerificationLimits
 from tests.server.slots import TINY
 verifier = Verifier(Spool(Path({str(tmp_path)!r})), TINY, VerificationLimits())
@@ -158,3 +159,48 @@ def test_spools_of_dead_servers_are_removed_and_those_of_living_ones_are_not(tmp
     for spool in (living, other):
         spool.close()
     assert os.listdir(tmp_path) == []
+
+
+def test_copies_stay_within_the_spools_limit(home: Path, tmp_path: Path) -> None:
+    root = tmp_path / "adapters"
+    shutil.copytree(home / "healthy", root / "a" / "1")
+    version = found(root)
+    spool = Spool(tmp_path / "spool", int(1.5 * version.size))
+    verifier = Verifier(spool, TINY, VerificationLimits())
+    kept = verifier.verify_now(root, version)
+    assert 0 < spool.bytes <= 1.5 * version.size
+    used = spool.bytes
+    with pytest.raises(StageError, match=rf"no space for a copy of \d+ bytes: copies of adapters take {used} bytes of"):
+        verifier.verify_now(root, version)
+    assert [path.name for path in spool.root.iterdir()] == [kept.content]
+    assert spool.bytes == used
+    spool.release(kept.content)
+    assert spool.bytes == 0
+    verifier.verify_now(root, version)
+    spool.close()
+
+
+def test_files_that_grow_do_not_pass_the_limit(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, 100)
+    incoming = spool.incoming(50)
+    (incoming / "adapter.json").write_bytes(b"x" * 101)
+    with pytest.raises(SpoolFullError):
+        spool.keep(incoming, "content")
+    spool.discard(incoming)
+    assert (spool.bytes, list(spool.root.iterdir())) == (0, [])
+    spool.close()
+
+
+def test_a_mirror_counts_in_the_spool(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "healthy", tmp_path / "storage" / "a" / "1")
+    spool = Spool(tmp_path / "spool", found(tmp_path / "storage").size)
+    mirror = Mirror(f"file://{tmp_path}/storage", spool.root / "mirror", 1 << 30, spool)
+    mirror.sync()
+    assert spool.bytes == found(tmp_path / "storage").size
+    shutil.copytree(home / "healthy", tmp_path / "storage" / "a" / "2")
+    mirror.sync()
+    assert [path.name for path in (spool.root / "mirror" / "a").iterdir()] == ["1"]
+    shutil.rmtree(tmp_path / "storage" / "a")
+    mirror.sync()
+    assert spool.bytes == 0
+    spool.close()

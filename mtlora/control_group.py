@@ -1,0 +1,69 @@
+"""Limits of this process' control groups, version 1 and 2: those of its own group and of every group above it."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_ROOT = Path("/sys/fs/cgroup")
+_OWN = Path("/proc/self/cgroup")
+
+
+def cpu_cores(root: Path = _ROOT, own: Path = _OWN) -> float | None:
+    """Cores' worth of processor time that the groups allow; None without a limit."""
+    allowed = []
+    for folder in _groups("cpu", root, own):
+        limit = _words(folder / "cpu.max") or [
+            *_words(folder / "cpu.cfs_quota_us"),
+            *_words(folder / "cpu.cfs_period_us"),
+        ]
+        # Version 1 has a quota of -1 for none.
+        if len(limit) == 2 and limit[0] > 0:
+            allowed.append(limit[0] / limit[1])
+    return min(allowed, default=None)
+
+
+def memory_left(root: Path = _ROOT, own: Path = _OWN) -> int | None:
+    """Bytes that the groups still allow; file pages not used lately count as free. None without a limit."""
+    left = []
+    for folder in _groups("memory", root, own):
+        limit = _words(folder / "memory.max") or _words(folder / "memory.limit_in_bytes")
+        used = _words(folder / "memory.current") or _words(folder / "memory.usage_in_bytes")
+        if limit and used:
+            left.append(max(0, limit[0] - used[0] + _inactive_file(folder)))
+    return min(left, default=None)
+
+
+def _groups(controller: str, root: Path, own: Path) -> Iterator[Path]:
+    """The folders of this process' groups and of those above them, as far as they are mounted at `root`."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        lines = ["0::/"]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            mounts = [root, root / "unified"]
+        elif controller in controllers.split(","):
+            mounts = [root / controllers, root / controller]
+        else:
+            continue
+        # In a container, the path may be one of the host's; its own group is the mount itself then.
+        below = Path(os.path.normpath(path).lstrip("/"))
+        for mount in mounts:
+            yield from (mount / each for each in (below, *below.parents))
+
+
+def _words(file: Path) -> list[int]:
+    """The numbers in a file; none if it cannot be read, or has no limit ("max")."""
+    try:
+        return [int(word) for word in file.read_text().split()]
+    except (OSError, ValueError):
+        return []
+
+
+def _inactive_file(folder: Path) -> int:
+    try:
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)
+    except (OSError, ValueError):
+        return 0
