@@ -30,7 +30,7 @@ from server.registry.record import AdapterRecord
 from server.registry.registry import NotPossibleError, Registry, UnknownAdapterError
 from server.registry.residency import Residency
 from server.registry.source import AdapterFailure, Found
-from server.registry.spool import Spool
+from server.registry.spool import Spool, SpoolFullError
 from server.registry.verifier import Verified
 from server.registry.version import AdapterVersion, Place, Stage, StageError
 from tests.server.slots import Slot
@@ -39,6 +39,8 @@ from tests.server.test_residency import Loads
 CAPACITY = 2
 PATIENCE_S = 0.001
 ROOM_S = 0.05
+# Of one byte each. There are four contents, and a copy in the making counts too.
+COPIES = 4
 # Adapters a and b both claim y.
 TASKS = {"a": ("x", "y"), "b": ("y", "z"), "c": ("w",)}
 NAMES = st.sampled_from(sorted(TASKS))
@@ -86,7 +88,12 @@ class Verifier:
         content = found.signature[0][1]
         if content == 0:
             raise StageError(Stage.VERIFIED, "bad")
-        folder = self._spool.keep(self._spool.incoming(), str(content))
+        try:
+            incoming = self._spool.incoming(1)
+        except SpoolFullError as error:
+            raise StageError(Stage.VERIFIED, str(error)) from None
+        (incoming / "adapter.json").write_bytes(b"x")
+        folder = self._spool.keep(incoming, str(content))
         manifest: Any = SimpleNamespace(tasks=[SimpleNamespace(id=task) for task in TASKS[found.name]])
         return Verified(str(content), folder, manifest)
 
@@ -120,7 +127,7 @@ class Life(RuleBasedStateMachine):
 
     async def _open(self) -> None:
         self.engine = Engine()
-        self.spool = Spool(Path(self.scratch.name))
+        self.spool = Spool(Path(self.scratch.name), COPIES)
         self.residency = Residency(self.engine, CAPACITY, room_s=ROOM_S)
         events = Events()
         self.folder: Any = FolderInMemory(events)
@@ -322,6 +329,10 @@ class Life(RuleBasedStateMachine):
     @invariant()
     def requests_keep_the_copy_of_their_version(self) -> None:
         assert all(request.version.copied and request.version.folder.exists() for request in self.requests)
+
+    @invariant()
+    def copies_are_within_the_spools_limit(self) -> None:
+        assert self.spool.bytes == len(list(self.spool.root.iterdir())) <= COPIES
 
     @invariant()
     def what_the_table_has_serves(self) -> None:
