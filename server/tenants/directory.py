@@ -11,7 +11,7 @@ from mtlora.files import signature
 from server.telemetry.logs import get_logger
 from server.tenants.aside import AsideError, in_child
 from server.tenants.config import OPEN_TENANT, ApiKey, Issuer, Tenant, TenantsFile
-from server.tenants.file import read_file, read_parts
+from server.tenants.file import TENANTS_A_PART, read_file, read_parts
 
 logger = get_logger("tenants")
 
@@ -111,9 +111,14 @@ class Directory:
             logger.error("tenants file refused, the old tenants stay", extra={"fields": {"reason": str(error)}})
             self._on_failure()
             return
+        old = list(self.current.by_id.values())
         self.current = tenants
         self._on_change(tenants)
         logger.info("tenants read again", extra={"fields": {"tenants": len(tenants.by_id)}})
+        # Freed in parts too: thousands at once hold up the event loop.
+        while old:
+            del old[-TENANTS_A_PART:]
+            await asyncio.sleep(0)
 
     async def watch(self, interval_s: float = 1.0) -> None:
         """Check the file until cancelled. Polling works on NFS too, and where a ConfigMap replaces a link."""

@@ -13,7 +13,7 @@ from server.tenants.config import Tenant, TenantsError, TenantsFile, is_url
 
 _MAX_FILE_BYTES = 16 << 20
 # Pickled together: about a millisecond of the event loop's.
-_TENANTS_A_PART = 100
+TENANTS_A_PART = 100
 
 
 _TAG = "tag:yaml.org,2002:"
@@ -62,5 +62,5 @@ def read_parts(path: Path, replicas: int | None = None) -> Iterator[TenantsFile 
     """As `read_file`, in parts: the file without tenants, then its tenants, some at a time."""
     file = read_file(path, replicas)
     yield file.model_copy(update={"tenants": ()})
-    for start in range(0, len(file.tenants), _TENANTS_A_PART):
-        yield file.tenants[start : start + _TENANTS_A_PART]
+    for start in range(0, len(file.tenants), TENANTS_A_PART):
+        yield file.tenants[start : start + TENANTS_A_PART]
