@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mtlora.client import Client, ServerError
 from server.app import App, StartError
@@ -62,6 +63,19 @@ async def test_taken_ports_of_metrics_and_probes_are_named(tmp_path: Path, taken
         app(tmp_path, metrics_port=taken)._open_metrics()
     with pytest.raises(StartError, match=rf"cannot listen on 127\.0\.0\.1:{taken}.*health_port"):
         await app(tmp_path, health_port=taken)._listen_for_probes()
+
+
+async def test_a_starting_server_has_its_port_and_answers_nobody(tmp_path: Path) -> None:
+    """A client of several servers asks the others meanwhile."""
+    listening, address = await app(tmp_path, allow_no_tasks=True)._listen()
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=0.5)
+        assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await listening.server.start()
+        await stub.Check(health_pb2.HealthCheckRequest(), timeout=30)
+    await listening.server.stop(0)
 
 
 async def test_rejects_a_backbone_without_config(tmp_path: Path) -> None:
