@@ -28,7 +28,7 @@ _QUOTA_SHARE = _GENTLE_SHARE / 3
 _FLOOD_QUOTAS = 10
 # Requests of a gentle tenant in a turn; in a round, a turn without the flood and one with it.
 _PER_TURN = 10
-_ROUNDS = 9
+_ROUNDS = 8
 _EQUAL = ("equal-0", "equal-1", "equal-2", "equal-3")
 # Answers of all equal tenants together, first while shares even out: whoever comes first gets all turns at once.
 _SETTLING, _BACKLOG = 100, 250
@@ -45,7 +45,7 @@ class Turns:
 
 def run(options: Options) -> Row:
     """Short turns with and without the flood, so that other load on the machine affects both alike."""
-    at_least_s, backlog_s = (600.0, 120.0) if options.full else (60.0, 15.0)
+    at_least_s, backlog_s = (600.0, 120.0) if options.full else (45.0, 15.0)
     server = tenanted(options)
     capacity = server.pace.answers_per_s
     tenants: dict[str, Mapping[str, Any]] = {name: {} for name in (*_GENTLE, *_EQUAL)}

@@ -24,10 +24,12 @@ GOAL = 0.95
 _TENANTS = 5
 # Of both. Without the prefix cache, which keeps other blocks from round to round, every round is the same work.
 SETTINGS: dict[str, Any] = {"max_num_seqs": 64, "kv_cache_gib": 1.0, "enable_prefix_caching": False}
-# At least so long is each side of a round: a multiple of steps in which all sequences run.
+# A side of a round: waves of as many requests as run at once. One alone would measure mostly how it begins and ends.
 _ROUND_S = 3.0
+_MIN_WAVES = 2
 # The server admits no more.
 _MAX_WAVES = 6
+_MIN_ROUNDS = 3
 # Quotas that are counted for every request and never reached.
 _QUOTAS = {"requests_per_second": 10_000, "tokens_per_second": 1_000_000, "max_in_flight": 500, "max_queue": 500}
 
@@ -37,7 +39,7 @@ def run(options: Options) -> Row:
 
     The adapter is random, with 25 tasks, as in `make bench`: answers have full length, so both do the same work.
     """
-    rounds = 15 if options.full else 7
+    at_least_s = 180.0 if options.full else 50.0
     options = dataclasses.replace(options, adapters=options.folder / "adapters")
     entries = random_tasks(25)
     identity = identify(resolve(options.backbone))
@@ -71,9 +73,10 @@ def run(options: Options) -> Row:
         requests = wave
         served()
         wave_s = len(wave) * PARAMETERS["max_new_tokens"] / alone()
-        requests = wave * min(_MAX_WAVES, math.ceil(_ROUND_S / wave_s))
+        waves = min(_MAX_WAVES, max(_MIN_WAVES, math.ceil(_ROUND_S / wave_s)))
+        requests = wave * waves
         ratios, rates = [], []
-        for number in range(rounds):
+        for number in range(max(_MIN_ROUNDS, int(at_least_s / (2 * waves * wave_s)))):
             # Which comes first alternates, so that a drift of the machine's speed cancels out.
             by = {each: each() for each in ((served, alone) if number % 2 else (alone, served))}
             rates.append(by[served])

@@ -17,7 +17,7 @@ def run(options: Options) -> Row:
     """Steady load, then swaps one after another under the same load, then steady load again."""
     target = shared(options)
     # Enough steps for a 99th percentile.
-    steady_s = max(60.0 if options.full else 15.0, 300 * target.pace.step_s)
+    steady_s = max(60.0 if options.full else 10.0, 150 * target.pace.step_s)
     with target.server.client() as client, Watcher(client) as watcher:
         asked, expected = references(target, client, watcher, options.seed)
         with BackgroundLoad(target.address, asked, seed=options.seed) as load:
