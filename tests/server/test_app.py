@@ -64,12 +64,12 @@ async def test_without_its_supervisor_the_server_exits(app: App, monkeypatch: py
         ("127.0.0.1", False, False, True, "no tenants file: everybody who reaches 127.0.0.1 is an admin"),
         ("127.9.9.9", False, False, True, "no tenants file: everybody who reaches 127.9.9.9 is an admin"),
         ("::1", False, False, True, "no tenants file: everybody who reaches ::1 is an admin"),
-        ("[::1]", False, False, True, "no tenants file: everybody who reaches [::1] is an admin"),
+        ("[::1]", False, False, True, "no tenants file: everybody who reaches ::1 is an admin"),
         ("localhost", False, False, True, "no tenants file: everybody who reaches localhost is an admin"),
         *(
             (
                 host, False, tls, False,
-                f"no tenants file: everybody who reaches {host} may ask every task, and nobody is an admin",
+                f"no tenants file: everybody who reaches {host.strip('[]')} may ask every task, and nobody is an admin",
             )
             for host in ("0.0.0.0", "::", "[::]", "10.0.0.1", "example.com")
             for tls in (False, True)
