@@ -208,12 +208,14 @@ def test_a_tenants_caps_are_violations() -> None:
 
 
 def test_quotas_of_a_fleet_are_divided_by_its_replicas(tmp_path: Path) -> None:
-    _, limited = tenant("a", requests_per_second=9, tokens_per_second=3000, max_in_flight=7, max_queue=0, weight=2)
+    _, limited = tenant(
+        "a", requests_per_second=9, tokens_per_second=3000, max_in_flight=7, max_queue=0, weight=2, daily_tokens=10
+    )
     path = write_tenants(tmp_path / "tenants.yaml", limited, tenant("b")[1], quotas="fleet")
     shares = read_tenants(path, 3).by_id
     a, b = shares["a"], shares["b"]
     assert (a.requests_per_second, a.tokens_per_second, a.max_in_flight, a.max_queue) == (3, 1000, 3, 0)
-    assert (a.weight, b.requests_per_second, b.max_in_flight) == (2, None, None)
+    assert (a.weight, a.daily_tokens, a.monthly_tokens, b.requests_per_second) == (2, 4, None, None)
     with pytest.raises(TenantsError, match="quotas: found fleet without the setting replicas"):
         read_tenants(path)
     write_tenants(path, limited)
