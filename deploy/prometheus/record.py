@@ -11,16 +11,14 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.request import urlopen
 
 import grpc
 import yaml
 from openinference_pb import grpc_predict_v2_pb2 as pb
 from openinference_pb import grpc_predict_v2_pb2_grpc
-from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.harness.native_server import native_server
-from mtlora.client import AsyncClient, ServerError
+from mtlora.client import AsyncClient, MetricsPage, ServerError
 
 FILE = Path(__file__).with_name("overload.yaml")
 SECONDS, INTERVAL_S = 60, 5
@@ -37,17 +35,15 @@ _SUMS = {
 }
 
 
-def page(text: str) -> dict[str, float]:
+def recorded(page: MetricsPage) -> dict[str, float]:
     """The recorded series of one metrics page."""
     found: dict[str, float] = defaultdict(float)
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            kept = _SUMS.get(sample.name)
-            if kept is not None:
-                labels = ",".join(f'{name}="{sample.labels[name]}"' for name in kept)
-                found[f"{sample.name}{{{labels}}}"] += sample.value
-            elif sample.name in _GAUGES:
-                found[sample.name] += sample.value
+    for gauge in _GAUGES:
+        found[gauge] = page.value(gauge)
+    for name, kept in _SUMS.items():
+        for labels, value in page.samples.get(name, ()):
+            shown = ",".join(f'{label}="{labels[label]}"' for label in kept)
+            found[f"{name}{{{shown}}}"] += value
     return found
 
 
@@ -79,12 +75,12 @@ async def _flood(address: str, task: str, until: float) -> None:
         )
 
 
-async def _record(address: str, metrics_url: str, task: str) -> dict[str, list[float]]:
+async def _record(address: str, metrics: str, task: str) -> dict[str, list[float]]:
     flood = asyncio.create_task(_flood(address, task, time.monotonic() + SECONDS + INTERVAL_S))
     pages = []
     for _ in range(SECONDS // INTERVAL_S):
         await asyncio.sleep(INTERVAL_S)
-        pages.append(page(await asyncio.to_thread(lambda: urlopen(metrics_url).read().decode())))
+        pages.append(recorded(await asyncio.to_thread(MetricsPage.fetch, metrics)))
     await flood
     return {name: [each.get(name, 0.0) for each in pages] for name in sorted(set().union(*pages))}
 
@@ -96,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", default="date_normalisation")
     options = parser.parse_args(argv)
     with native_server(backbone="default", adapters=options.adapters, log_level="warning") as server:
-        series = asyncio.run(_record(server.address, f"http://{server.metrics}/metrics", options.task))
+        series = asyncio.run(_record(server.address, server.metrics, options.task))
     head = f"# {__doc__.splitlines()[0]}\n" if __doc__ else ""
     FILE.write_text(head + yaml.safe_dump({"interval_s": INTERVAL_S, "series": series}, default_flow_style=None))
     print(FILE)

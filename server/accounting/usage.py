@@ -6,16 +6,15 @@ A thread sums the journal up once a second. What tenants used this day and month
 
 import asyncio
 import contextlib
-import fcntl
-import os
 import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from mtlora.files import lock_for_this_process
 from server.accounting.journal import Counts, Journal, Record
 from server.accounting.totals import DAY_S, HOUR_S, Row, Totals, periods
 from server.errors import quota_exceeded, unavailable
@@ -52,7 +51,8 @@ class Usage:
         try:
             if folder:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                _lock(folder)
+                # Open as long as this process.
+                self._lock = _lock(folder)
             self._totals = self._thread.submit(Totals, folder, int(clock())).result()
             self._journal = Journal(folder, self._thread.submit(lambda: self._totals.place[0] + 1).result())
             self._thread.submit(self._totals.sum_up, self._journal).result()
@@ -168,23 +168,15 @@ class Usage:
         self._spent = {key: counts for key, counts in self._spent.items() if key[1] >= kept[len(key[1])]}
 
 
-def _lock(folder: Path) -> None:
-    """Take the folder for this process, until it ends. Raises UsageError.
-
-    A record lock: flock's would live on in children that inherit the descriptor.
-    """
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+def _lock(folder: Path) -> IO[str]:
+    """Take the folder for this process, until it ends. Raises UsageError, or OSError where files cannot be locked."""
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        holder = os.read(lock, 32).decode(errors="replace").strip()
-        os.close(lock)
+        return lock_for_this_process(folder / "lock")
+    except BlockingIOError as error:
         raise UsageError(
-            f"usage_dir: {folder} is in use by another server (process {holder}); allowed: a folder of its own for "
+            f"usage_dir: {folder} is in use by another server ({error.strerror}); allowed: a folder of its own for "
             "every server"
         ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
 
 
 def _next(period: str) -> int:

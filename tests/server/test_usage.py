@@ -152,7 +152,9 @@ def killed(folder: Path, number: int) -> "subprocess.Popen[str]":
 async def test_usage_outlives_a_kill_and_a_folder_has_one_server(tmp_path: Path) -> None:
     folder = tmp_path / "usage"
     process = killed(folder, 1000)
-    with pytest.raises(UsageError, match=f"in use by another server .process {process.pid}.; allowed: a folder of its"):
+    with pytest.raises(
+        UsageError, match=f"in use by another server .process {process.pid} on .+.; allowed: a folder of its"
+    ):
         Usage(folder, Metrics())
     process.communicate("\n")
     assert process.returncode == -9
