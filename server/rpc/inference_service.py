@@ -22,7 +22,8 @@ from server.registry.catalog import Catalog
 from server.registry.residency import Residency
 from server.rpc import encoding
 from server.rpc.generation import Generation
-from server.rpc.stream import in_pieces, unhurried
+from server.rpc.pieces import in_pieces
+from server.rpc.stream import unhurried
 from server.rpc.validation import PromptLimits, page_size, validate
 from server.scheduling import Scheduler
 from server.scheduling.admission import Admission

@@ -28,7 +28,7 @@ _LAST_STATUSES_S = 5.0
 
 
 class Listening:
-    """An aio server that has not started: `add` services, `bind`, start `server`. Raises TLSError.
+    """The gRPC server before its start. Call `add`, then `bind`, then `server.start()`. Raises TLSError.
 
     Its interceptors bound the calls, not gRPC's `maximum_concurrent_rpcs`: that one counts strangers' calls too.
     """

@@ -1,29 +1,13 @@
-"""What a stream's reader has not taken yet: one delta, up to a limit. And long lists in pieces."""
+"""Keeps what the reader of a stream has not taken yet, joined to one delta, up to a limit."""
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TypeVar
 
 from server.errors import slow_reader
 from server.job import Delta
 
 MAX_UNREAD_TOKENS = 4096
-
-# Work at which the event loop runs again, in seconds.
-_PIECE_S = 0.002
-_Item = TypeVar("_Item")
-
-
-async def in_pieces(items: Iterable[_Item]) -> AsyncIterator[_Item]:
-    """The items, with the event loop running between pieces of two milliseconds."""
-    until = time.perf_counter() + _PIECE_S
-    for item in items:
-        yield item
-        if time.perf_counter() > until:
-            await asyncio.sleep(0)
-            until = time.perf_counter() + _PIECE_S
 
 
 @asynccontextmanager

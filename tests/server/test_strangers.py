@@ -25,7 +25,7 @@ from server.job import ServedTask
 from server.registry.catalog import Catalog
 from server.rpc import anonymous, interceptor
 from server.rpc.anonymous import peer_of
-from server.rpc.stream import in_pieces
+from server.rpc.pieces import in_pieces
 from tests.faults._tenants import tenant, write_tenants
 from tests.server.adapters import entry
 from tests.server.fakes import Service, eventually
@@ -126,7 +126,7 @@ async def test_one_peer_holds_so_many_calls_without_a_key(tmp_path: Path) -> Non
             refused = half_open(channel, path)
             async with asyncio.timeout(5):
                 assert await refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        # A tenant at the same address is none of them.
+        # Calls of a tenant at the same address do not count as anonymous.
         async with AsyncClient(service.address, access) as client:
             await client.generate("one", "x")
         for call in held:

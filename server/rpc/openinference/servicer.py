@@ -13,7 +13,7 @@ from server.job import ServedTask
 from server.rpc.inference_service import InferenceServicer
 from server.rpc.openinference import parameters, tensors
 from server.rpc.openinference.repository import Repository
-from server.rpc.stream import in_pieces
+from server.rpc.pieces import in_pieces
 from server.scheduling.admission import Admission, State
 from server.tenants.authentication import require_admin
 
