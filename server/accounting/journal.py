@@ -68,7 +68,7 @@ def parse(lines: bytes) -> Iterator[Record]:
 
 
 class Journal:
-    """Files in `folder`, or in memory if there is none. One thread appends; another reads and removes.
+    """Files in `folder`; without a folder, in memory. One thread appends; another one reads and removes.
 
     Files have numbers that never come back: a reader that remembers a number and an offset reads each record once.
     """

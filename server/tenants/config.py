@@ -157,7 +157,7 @@ class Tenant(BaseModel):
         return self.model_copy(update=shares)
 
 
-# Stands for the caller of a call that has not authenticated.
+# The tenant of a call until the caller has authenticated.
 UNAUTHENTICATED = Tenant(id="unauthenticated", tasks=())
 # Every caller's tenant if there is no tenants file. An admin only if it listens on this machine alone.
 OPEN_TENANT = Tenant(id="open")

@@ -68,7 +68,7 @@ def _usable(jwk: Any) -> dict[str, Any] | None:
         key = public_key(public).key
         if kind == "RSA" and (key.key_size not in _RSA_BITS or key.public_numbers().e > _MAX_RSA_EXPONENT):
             return None
-    # Whatever a key of an issuer makes the libraries raise, it is one that cannot be used.
+    # The libraries raise many errors for bad keys. Each means that the key cannot be used.
     except Exception:
         return None
     return public

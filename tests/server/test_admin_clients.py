@@ -23,7 +23,7 @@ __all__ = ["home"]
 
 @dataclass
 class Secured:
-    """keys: of an admin and of a tenant that is none. The certificate is for `server`, not for an address."""
+    """keys: of an admin, and of a tenant without that right. The certificate is for `server`, not for an address."""
 
     service: Service
     keys: dict[str, str]
