@@ -25,9 +25,9 @@ from openinference_pb import grpc_predict_v2_pb2
 from mtlora.client import Access, AsyncClient, ServerError, make_request
 from server.cli import new_key as new_key_cli
 from server.errors import RequestFailedError
+from server.isolation import ChildError, Limits, in_child
 from server.telemetry.logs import JsonFormatter
 from server.tenants import Directory, TenantsError, read_tenants
-from server.tenants.aside import AsideError, in_child
 from server.tenants.authentication import Authenticator
 from server.tenants.config import ApiKey
 from server.tenants.keys import checked_hash, hash_key, new_key
@@ -217,8 +217,8 @@ def _hangs(path: Path) -> Iterator[Any]:
 async def test_a_reader_that_dies_or_hangs_is_a_refused_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Any, message: str
 ) -> None:
-    with pytest.raises(AsideError, match=message):
-        await asyncio.to_thread(in_child, work, tmp_path, timeout_s=0.5 if work is _hangs else 30)
+    with pytest.raises(ChildError, match=message):
+        await asyncio.to_thread(in_child, work, tmp_path, limits=Limits(0.5 if work is _hangs else 30))
 
 
 async def test_the_loop_stands_still_for_no_part_of_a_reload(tmp_path: Path) -> None:
