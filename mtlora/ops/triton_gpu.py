@@ -29,7 +29,7 @@ import triton.language as tl
 
 from mtlora.ops.plan import HEADER_WORDS, TILE_WORDS, Header
 from mtlora.ops.table import Field
-from mtlora.ops.tuning import PIECES, KernelConfig, cut, num_programs
+from mtlora.ops.tuning import PIECES, SHAPES, KernelConfig, cut, num_programs
 
 _SHRINK, _EXPAND, _BIAS = tl.constexpr(Field.SHRINK), tl.constexpr(Field.EXPAND), tl.constexpr(Field.BIAS)
 _RANK, _EXPERTS, _GROUPS = tl.constexpr(Field.RANK), tl.constexpr(Field.EXPERTS), tl.constexpr(Field.GROUPS)
@@ -316,6 +316,16 @@ class Path:
                 "block": block, "num_tokens": len(y_TD), "y_stride": y_TD.stride(0),
             }
         )  # fmt: skip
+
+    def warm_up(self) -> None:
+        """Compile every kernel that a step can need: over an empty plan, they do nothing."""
+        for tokens in SHAPES:
+            if tokens <= self.config.max_tokens:
+                nothing_TD = torch.zeros(
+                    tokens, self.config.hidden_size, dtype=self.config.dtype, device=self.buffers.plan_W.device
+                )
+                self.begin(nothing_TD, 0)
+                self.finish_(nothing_TD, 0)
 
     def _of(self, padded_tokens: int) -> tuple[Launch, Launch]:
         found = self._launches.get(padded_tokens)

@@ -18,6 +18,8 @@ _PROGRAMS_PER_SM = 4
 
 # Steps of more tokens run in tiles of 64.
 _DECODE_TOKENS = 512
+# The smallest steps of each way to cut: others are cut as the largest of these that is not larger.
+SHAPES = (1, 17, _DECODE_TOKENS + 1)
 # Rows of scratch space, at least; parts times planned tokens never exceed them.
 _SCRATCH_ROWS = 16 * _DECODE_TOKENS
 
@@ -110,7 +112,7 @@ def tile_size(num_tokens: int) -> int:
 def cut(config: KernelConfig, padded_tokens: int) -> Cut:
     """How the kernels cut a step of so many tokens, padding included."""
     if tile_size(padded_tokens) == 16:
-        return Cut(block_t=16, max_parts=config.max_parts, block_e=32 if padded_tokens <= 16 else 64)
+        return Cut(block_t=16, max_parts=config.max_parts, block_e=32 if padded_tokens < SHAPES[1] else 64)
     few, stages = min(4, config.max_parts), 2 if config.pipelined else 1
     return Cut(block_t=64, max_parts=few, block_e=128, block_d=64, expand_warps=8, expand_stages=stages)
 

@@ -74,6 +74,7 @@ class GpuStep(StepMapping):
         self._sample: _Sample | None = None
         self._copied: deque[tuple[_Sample, torch.Tensor, torch.cuda.Event | None]] = deque()
         super().__init__(table, sampler)
+        self.path.warm_up()
 
     def _take(self, row_T: np.ndarray, bias_row_T: np.ndarray, names: dict[int, str], *, any_slot: bool) -> None:
         self._launches = any_slot

@@ -89,6 +89,8 @@ class StepMapping(ABC):
 
     def _place(self, wanted: Set[AdapterRows]) -> None:
         """Put the step's adapters in the table, each where it is already, if it is."""
+        if len(wanted) > self._table.num_rows:
+            raise IndexError(f"{len(wanted)} adapters in a step, the table has {self._table.num_rows} rows")
         for rows in wanted & self._row_of.keys():
             self._row_of[rows] = self._row_of.pop(rows)
         for rows in wanted - self._row_of.keys():
