@@ -7,6 +7,7 @@ Shape suffixes: T rows of the batch, D hidden size.
 """
 
 import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -297,3 +298,45 @@ def test_weights_leave_memory_and_the_table_with_their_last_slot(fleet: Fleet) -
     assert not manager.step._row_of
     assert not manager.step._table.rows_LAF.any()
     assert rows() is None
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_second_stream_forks_after_x_and_joins_before_y(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    """Streams and events are stubs that write down their calls. Graphs that break off get no second stream."""
+    from mtlora.vllm_plugin import gpu_step
+    from mtlora.vllm_plugin.gpu_step import GpuStep
+
+    calls: list[str] = []
+    events = iter(["start", "done"])
+
+    def event() -> Any:
+        name = next(events)
+        return SimpleNamespace(
+            record=lambda: calls.append(f"{name} recorded"), wait=lambda: calls.append(f"{name} awaited")
+        )
+
+    @contextlib.contextmanager
+    def stream(_: object) -> Iterator[None]:
+        calls.append("to the second stream")
+        yield
+        calls.append("back")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(gpu_step, "_graph_is_broken", lambda: broken)
+    monkeypatch.setattr(gpu_step.Path, "begin", lambda *_: calls.append("shrink"))
+    monkeypatch.setattr(gpu_step.Path, "finish_", lambda *_: calls.append("expand"))
+    monkeypatch.setattr(Graph, "do", lambda work: calls.append("block"))
+    manager = fleet.runner.lora_manager._adapter_manager
+    manager.step = GpuStep(manager.step._table, manager.gpu, side_stream=True)
+    for block in manager.blocks:
+        block.step = manager.step
+    calls.clear()
+    fleet.map([1])
+    fleet.runner.model(1)
+    fork = ["start recorded", "to the second stream", "start awaited", "shrink", "done recorded", "back"]
+    one = ["shrink", "block", "expand"] if broken else [*fork, "block", "done awaited", "expand"]
+    assert calls == one * LAYERS
