@@ -1,23 +1,18 @@
-"""The registered operator of serving, `mtlora::add_mixed_paths_`: y += path(x) for a step's whole mix of adapters.
+"""The registered operator of serving on CPUs, `mtlora::add_mixed_paths_`: y += path(x) for a step's whole mix of adapters.
 
-y, x, rows, tokens, bias_rows, tiles: a `Mix`; limits: the table's `TableLimits`; tile_size: the plan's. Its allocations
-do not depend on the tensors' values, and on a GPU it never waits: only the device reads values, so graphs can capture
-it.
-
-The operator checks what it can without reading a GPU's memory, before any kernel runs. `AdapterRows` checks weights
-when they are packed, and `plan_step` checks rows when it plans the step.
+y, x, rows, tokens, bias_rows, tiles: a `Mix`, on a CPU; a GPU's launches take the same from buffers of fixed address
+(`triton_gpu.Path`). The operator checks its tensors before any kernel runs. `AdapterRows` checks weights when they are
+packed, and `plan_step` checks rows when it plans the step.
 """
 
 from collections.abc import Callable
-from dataclasses import astuple
-from typing import Any
 
 import torch
 
-from mtlora.ops import cpu, cpu_kernel, tuning
+from mtlora.ops import cpu
 from mtlora.ops.mix import Mix
 from mtlora.ops.plan import StepPlan
-from mtlora.ops.table import AdapterTable, TableLimits
+from mtlora.ops.table import AdapterTable
 
 # Adds to y [T, D], in place, the path of x [T, D] in a block, by its number.
 AddPath = Callable[[torch.Tensor, torch.Tensor, int], None]
@@ -25,14 +20,8 @@ AddPath = Callable[[torch.Tensor, torch.Tensor, int], None]
 # Kept for the life of the process: the operator goes with its library.
 _LIBRARY = torch.library.Library("mtlora", "FRAGMENT")
 _LIBRARY.define(
-    "add_mixed_paths_(Tensor(a!) y, Tensor x, Tensor rows, Tensor tokens, Tensor bias_rows, Tensor tiles, "
-    "int[] limits, int tile_size) -> ()"
+    "add_mixed_paths_(Tensor(a!) y, Tensor x, Tensor rows, Tensor tokens, Tensor bias_rows, Tensor tiles) -> ()"
 )
-
-
-def tile_size(device: torch.device, num_tokens: int) -> int:
-    """Tokens of a tile that suit a device and a step of `num_tokens`."""
-    return cpu_kernel.TILE_SIZE if device.type == "cpu" else tuning.tile_size(num_tokens)
 
 
 def add_mixed_paths_(y_TD: torch.Tensor, x_TD: torch.Tensor, table: AdapterTable, block: int, plan: StepPlan) -> None:
@@ -43,40 +32,23 @@ def add_mixed_paths_(y_TD: torch.Tensor, x_TD: torch.Tensor, table: AdapterTable
     if (x_TD.dtype, x_TD.device, x_TD.shape[-1]) != table.kind:
         found = (x_TD.dtype, x_TD.device, x_TD.shape[-1])
         raise ValueError(f"x is of {found}, the table's adapters of {table.kind} (dtype, device, hidden size)")
-    mix = Mix.of(y_TD, x_TD, table, block, plan)
-    torch.ops.mtlora.add_mixed_paths_(*mix, list(astuple(table.limits)), plan.tile_size)
+    torch.ops.mtlora.add_mixed_paths_(*Mix.of(y_TD, x_TD, table, block, plan))
 
 
 def bind(table: AdapterTable, plan: StepPlan) -> AddPath:
     """`add_mixed_paths_` for one step, as `run(y_TD, x_TD, block)` with the least cost per call."""
-    run = cpu.bind(table, plan) if table.rows_LAF.device.type == "cpu" else None
-    return run or (lambda y_TD, x_TD, block: add_mixed_paths_(y_TD, x_TD, table, block, plan))
+    return cpu.bind(table, plan) or (lambda y_TD, x_TD, block: add_mixed_paths_(y_TD, x_TD, table, block, plan))
 
 
-def _checked(tensors: list[torch.Tensor]) -> Mix:
+def _on_cpu(*tensors: torch.Tensor) -> None:
     mix = Mix(*tensors)
     mix.check()
-    return mix
+    cpu.add_mixed_paths_(mix)
 
 
-def _on_cpu(*arguments: Any) -> None:
-    *tensors, _limits, _tile_size = arguments
-    cpu.add_mixed_paths_(_checked(tensors))
-
-
-def _on_cuda(*arguments: Any) -> None:
-    # Imported here: CPU installations have no Triton.
-    from mtlora.ops import triton_gpu
-
-    *tensors, limits, tile_size = arguments
-    triton_gpu.add_mixed_paths_(_checked(tensors), TableLimits(*limits), tile_size)
-
-
-def _fake(*arguments: Any) -> None:
-    *tensors, _limits, _tile_size = arguments
-    _checked(tensors)
+def _fake(*tensors: torch.Tensor) -> None:
+    Mix(*tensors).check()
 
 
 _LIBRARY.impl("add_mixed_paths_", _on_cpu, "CPU")
-_LIBRARY.impl("add_mixed_paths_", _on_cuda, "CUDA")
 torch.library.register_fake("mtlora::add_mixed_paths_", _fake, lib=_LIBRARY)

@@ -2,82 +2,162 @@
 
 A tile is up to `tile_size` tokens of one row. Tokens without an adapter are in no tile.
 
-Shape suffixes: T tokens, P planned tokens (those with an adapter), M tiles.
+A plan is one array of integers: a header, the tiles, the tokens, their bias rows. A step without adapters has a plan
+too, an empty one: a captured graph may replay launches that read it.
+
+Shape suffixes: T tokens, P planned tokens (those with an adapter), M tiles, W words of a plan, A rows of the table,
+C counts of a row.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 import torch
 
+from mtlora.ops import tuning
+from mtlora.ops.tuning import PIECES, KernelConfig
+
+
+class Header(IntEnum):
+    """The first words of a plan. `triton_gpu.py` reads them by these numbers."""
+
+    TILES = 0
+    TOKENS = 1  # planned ones
+    PARTS = 2  # of x's dimensions, in the shrink's sums
+    COLUMNS = 3  # most columns of [A; R] of the live rows
+    PIECES = 4  # most pieces of y of a live row, for each size of `PIECES`
+    SAMPLE_BLOCK = 7  # the block whose routing this step samples, -1 for none
+    SAMPLE_TILE = 8
+
+
+HEADER_WORDS = 16
+TILE_WORDS = 3
+
 
 @dataclass(frozen=True)
 class StepPlan:
-    """A step's tokens by row of the table; int32, contiguous, on the device of the step.
+    """A step's tokens by row of the table, on the host; int32.
 
+    words_W: the plan as kernels on a GPU read it.
     tokens_P: place in the batch, row by row of the table.
     bias_rows_P: row of the adapter's bias table for each of these tokens, -1 for none.
-    tiles_M3: (row, first place in tokens_P, count). Tiles of count 0 are padding.
-    tile_size: the largest count there may be.
+    tiles_M3: (row, first place in tokens_P, count).
     """
 
-    tokens_P: torch.Tensor
-    bias_rows_P: torch.Tensor
-    tiles_M3: torch.Tensor
-    tile_size: int
+    words_W: np.ndarray
+
+    @property
+    def num_tiles(self) -> int:
+        """M."""
+        return int(self.words_W[Header.TILES])
+
+    @property
+    def num_planned(self) -> int:
+        """P."""
+        return int(self.words_W[Header.TOKENS])
+
+    @property
+    def tiles_M3(self) -> torch.Tensor:
+        """The tiles."""
+        end = HEADER_WORDS + TILE_WORDS * self.num_tiles
+        return torch.from_numpy(self.words_W[HEADER_WORDS:end]).view(-1, TILE_WORDS)
+
+    @property
+    def tokens_P(self) -> torch.Tensor:
+        """The tokens."""
+        return torch.from_numpy(self.words_W[len(self.words_W) - 2 * self.num_planned :][: self.num_planned])
+
+    @property
+    def bias_rows_P(self) -> torch.Tensor:
+        """Their bias rows."""
+        return torch.from_numpy(self.words_W[len(self.words_W) - self.num_planned :])
 
 
 def plan_step(row_T: np.ndarray, bias_row_T: np.ndarray, *, num_rows: int, tile_size: int) -> StepPlan:
     """Sort a step's tokens into tiles, on the host. row_T, bias_row_T: integers [T], -1 for none.
 
-    A row's tiles are of one size, give or take a token. Raises ValueError for rows out of range.
+    A row's tiles are of one size, give or take a token. The header's counts for a GPU are zeros. Raises ValueError for
+    rows out of range.
     """
     if row_T.shape != bias_row_T.shape or row_T.ndim != 1:
         raise ValueError(f"rows and bias rows must be one a token, got {row_T.shape} and {bias_row_T.shape}")
     if row_T.size and not (row_T.min() >= -1 and row_T.max() < num_rows):
         raise ValueError(f"rows {row_T.min()}..{row_T.max()}, the table has 0..{num_rows - 1}, and -1 is none")
-    order_T = np.argsort(row_T, kind="stable")
-    order_T = order_T[row_T[order_T] >= 0]
-    rows, starts, counts = np.unique(row_T[order_T], return_index=True, return_counts=True)
+    # By row, those without one first.
+    counts_A = np.bincount(row_T + 1, minlength=1)
+    order_P = np.argsort(row_T, kind="stable")[counts_A[0] :]
+    rows = np.flatnonzero(counts_A[1:])
+    counts = counts_A[1:][rows]
     tiles_of_row = -(-counts // tile_size)
-    nth = np.arange(tiles_of_row.sum()) - np.repeat(np.cumsum(tiles_of_row) - tiles_of_row, tiles_of_row)
-    counts_M, split_M = np.repeat(counts, tiles_of_row), np.repeat(tiles_of_row, tiles_of_row)
-    first_M, last_M = nth * counts_M // split_M, (nth + 1) * counts_M // split_M
-    tiles_M3 = np.stack(
-        [np.repeat(rows, tiles_of_row), np.repeat(starts, tiles_of_row) + first_M, last_M - first_M], axis=1
-    )
-    tokens_P, bias_rows_P, tiles = (
-        torch.from_numpy(array.astype(np.int32)) for array in (order_T, bias_row_T[order_T], tiles_M3)
-    )
-    return StepPlan(tokens_P, bias_rows_P, tiles, tile_size)
+    num_tiles, P = int(tiles_of_row.sum()), len(order_P)
+    words_W = np.empty(HEADER_WORDS + TILE_WORDS * num_tiles + 2 * P, dtype=np.int32)
+    words_W[:HEADER_WORDS] = 0
+    words_W[Header.TILES], words_W[Header.TOKENS], words_W[Header.SAMPLE_BLOCK] = num_tiles, P, -1
+    tiles_M3 = words_W[HEADER_WORDS : HEADER_WORDS + TILE_WORDS * num_tiles].reshape(-1, TILE_WORDS)
+    of_M = np.repeat(np.arange(len(rows)), tiles_of_row)
+    nth_M = np.arange(num_tiles) - (np.cumsum(tiles_of_row) - tiles_of_row)[of_M]
+    counts_M, split_M = counts[of_M], tiles_of_row[of_M]
+    first_M = nth_M * counts_M // split_M
+    tiles_M3[:, 0] = rows[of_M]
+    tiles_M3[:, 1] = (np.cumsum(counts) - counts)[of_M] + first_M
+    tiles_M3[:, 2] = (nth_M + 1) * counts_M // split_M - first_M
+    words_W[len(words_W) - 2 * P : len(words_W) - P] = order_P
+    words_W[len(words_W) - P :] = bias_row_T[order_P]
+    return StepPlan(words_W)
+
+
+def counts_of(sizes: Sequence[tuple[int, int, int]], hidden_size: int) -> np.ndarray:
+    """What a GPU's header counts of an adapter whose blocks have these (rank, experts, groups), int32 [C]."""
+    if not sizes:
+        return np.zeros(1 + len(PIECES), dtype=np.int32)
+    counted = [
+        [tuning.padded(r + G * N), *(G * -(-(hidden_size // G) // piece) for piece in PIECES)] for r, N, G in sizes
+    ]
+    return np.max(counted, axis=0).astype(np.int32)
 
 
 class DevicePlan:
-    """A plan in buffers of fixed size and address on a GPU, for captured graphs.
+    """A plan in a buffer of fixed address on a GPU, for captured graphs, and the pinned buffers that feed it.
 
-    max_tokens, max_rows: bounds of a step; they fix the number of tiles, and with it every grid.
+    words_W: the buffer. A step's plan is shorter; what is behind it is of older steps, and not read.
     """
 
-    def __init__(self, max_tokens: int, max_rows: int, *, tile_size: int, device: torch.device) -> None:
-        self._max_tokens, self._max_rows = max_tokens, max_rows
-        # Every row has at most one tile that is not full.
-        num_tiles = min(max_tokens, max_rows + max_tokens // tile_size)
-        self._all = torch.zeros(2 * max_tokens + 3 * num_tiles, dtype=torch.int32, device=device)
-        tokens, bias_rows, tiles = self._all.split([max_tokens, max_tokens, 3 * num_tiles])
-        self.plan = StepPlan(tokens, bias_rows, tiles.view(num_tiles, 3), tile_size)
+    def __init__(self, config: KernelConfig, device: torch.device, ring: int = 4) -> None:
+        self._config = config
+        # Tokens of a tile are at least 1.
+        size = HEADER_WORDS + TILE_WORDS * config.max_tokens + 2 * config.max_tokens
+        self.words_W = torch.zeros(size, dtype=torch.int32, device=device)
+        on_gpu = device.type == "cuda"
+        self._staged = [torch.empty(size, dtype=torch.int32, pin_memory=on_gpu) for _ in range(ring)]
+        self._arrays = [staged.numpy() for staged in self._staged]
+        self._copied = [torch.cuda.Event() if on_gpu else None for _ in range(ring)]
+        self._next = 0
+        self.set(plan_step(np.empty(0, int), np.empty(0, int), num_rows=0, tile_size=1), np.zeros((0, 4), np.int32))
 
-    def set(self, row_T: np.ndarray, bias_row_T: np.ndarray) -> StepPlan:
-        """Fill the buffers for a step of up to `max_tokens` tokens, with one asynchronous copy.
+    def set(self, plan: StepPlan, counts_AC: np.ndarray, sample: tuple[int, int] | None = None) -> None:
+        """Copy a plan to the device, in order with its work, and return at once.
 
-        Raises ValueError for more tokens or rows than that, and leaves the buffers unchanged.
+        counts_AC: `counts_of` the adapter in each row of the table. sample: block and tile whose routing to write down.
+        Raises ValueError for a plan of more tokens than the config allows, and leaves the buffer unchanged.
         """
-        if len(row_T) > self._max_tokens:
-            raise ValueError(f"{len(row_T)} tokens in a plan of {self._max_tokens}")
-        step = plan_step(row_T, bias_row_T, num_rows=self._max_rows, tile_size=self.plan.tile_size)
-        # A new staging buffer each time: the last step's copy may still be running.
-        staged = torch.zeros(self._all.shape, dtype=torch.int32, pin_memory=self._all.is_cuda)
-        staged[: len(step.tokens_P)] = step.tokens_P
-        staged[self._max_tokens : self._max_tokens + len(step.bias_rows_P)] = step.bias_rows_P
-        staged[2 * self._max_tokens : 2 * self._max_tokens + step.tiles_M3.numel()] = step.tiles_M3.flatten()
-        self._all.copy_(staged, non_blocking=True)
-        return self.plan
+        words_W = plan.words_W
+        if plan.num_planned > self._config.max_tokens:
+            raise ValueError(f"{plan.num_planned} tokens in a plan of {self._config.max_tokens}")
+        if plan.num_tiles:
+            words_W[Header.COLUMNS : Header.PIECES + len(PIECES)] = counts_AC[plan.tiles_M3[:, 0].numpy()].max(0)
+            words_W[Header.PARTS] = tuning.parts(
+                self._config, plan.num_tiles, int(words_W[Header.COLUMNS]), plan.num_planned
+            )
+        if sample:
+            words_W[Header.SAMPLE_BLOCK], words_W[Header.SAMPLE_TILE] = sample
+        turn = self._next = (self._next + 1) % len(self._staged)
+        copied = self._copied[turn]
+        if copied is not None:
+            # Waits only where the device is a whole ring of steps behind.
+            copied.synchronize()
+        self._arrays[turn][: len(words_W)] = words_W
+        self.words_W[: len(words_W)].copy_(self._staged[turn][: len(words_W)], non_blocking=True)
+        if copied is not None:
+            copied.record()

@@ -6,15 +6,21 @@ allocated, and the table keeps its address, which compiled or captured graphs ho
 Shape suffixes: L blocks, A rows (adapters), F fields of a row.
 """
 
-import math
+import copy
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum, IntEnum
 
+import numpy as np
 import torch
 
 from mtlora.ops.cpu_kernel import KERNEL_DTYPES, compiled_kernel, from_units, to_units
 from mtlora.ops.packed_block import PackedBlock
+from mtlora.ops.plan import counts_of
+from mtlora.ops.tuning import PIECES, KernelConfig, padded
+
+# Bytes between the starts of tensors in one piece of memory.
+_APART = 256
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,31 +40,12 @@ class Field(IntEnum):
     IN_UNITS = 9  # 1: weights are in the layout of `cpu_kernel.to_units`
 
 
-@dataclass(frozen=True)
-class TableLimits:
-    """The largest adapter that a table may hold, which bounds the GPU kernels' scratch space and grids.
+class Layout(Enum):
+    """How weights lie in memory: as in a `PackedBlock`; in units, for the kernel of CPUs; in padded rows, for GPUs."""
 
-    alignment: a power of two, up to 16, that divides every adapter's S and E.
-    """
-
-    rank: int = 0
-    experts: int = 0
-    groups: int = 0
-    alignment: int = 16
-
-    def __or__(self, other: "TableLimits") -> "TableLimits":
-        return TableLimits(
-            max(self.rank, other.rank),
-            max(self.experts, other.experts),
-            max(self.groups, other.groups),
-            min(self.alignment, other.alignment),
-        )
-
-    @staticmethod
-    def of(block: PackedBlock) -> "TableLimits":
-        """The limits that just hold `block`."""
-        alignment = math.gcd(block.shrink_DS.shape[1], block.expand_GKE.shape[2], 16)
-        return TableLimits(block.rank, block.num_experts, block.num_groups, alignment)
+    GIVEN = "given"
+    UNITS = "units"
+    PADDED = "padded"
 
 
 def check_block(block: PackedBlock) -> None:
@@ -89,66 +76,135 @@ def check_block(block: PackedBlock) -> None:
 class AdapterRows:
     """One adapter's row for every block, checked once. Keeps the weights alive that the rows point at.
 
-    On a CPU with the compiled kernel, the weights are a copy in its layout, unless `as_given` is set. Only weights as
-    given can move to another device, from `blocks`.
-    blocks: one entry per block of the model, None for a block without a path. Raises ValueError as `check_block` does,
-    and for blocks of several dtypes, devices or hidden sizes.
+    blocks: one entry per block of the model, None for a block without a path. layout: by default what the CPU reads.
+    In padded rows, all weights are in one piece of memory, pinned where there is a GPU, so that they can move to a
+    device in one copy. Raises ValueError as `check_block` does, and for blocks of several dtypes, devices or hidden
+    sizes.
+
+    kind: dtype, device and hidden size, None without any path. sizes: (rank, experts, groups) of the blocks with a
+    path. active: their numbers.
     """
 
-    def __init__(self, blocks: Sequence[PackedBlock | None], *, as_given: bool = False) -> None:
-        first = next((block.shrink_DS for block in blocks if block is not None), None)
-        in_units = (
-            not as_given and first is not None and first.device.type == "cpu" and first.dtype in KERNEL_DTYPES
-            and compiled_kernel() is not None
-        )  # fmt: skip
-        self.limits = TableLimits()
-        # The weights that the rows point at: in units, or as given.
-        self._held: list[PackedBlock | None] = []
-        self.blocks: tuple[PackedBlock | None, ...] = () if in_units else tuple(blocks)
-        rows, kinds = torch.zeros(len(blocks), len(Field), dtype=torch.int64), set()
-        for row, block in zip(rows, blocks, strict=True):
-            if block is None:
-                self._held.append(None)
-                continue
-            check_block(block)
-            shrink, expand, rank, bias = block
-            kinds.add((shrink.dtype, shrink.device, shrink.shape[0]))
-            if in_units:
-                shrink, expand, row[Field.IN_UNITS] = to_units(shrink), to_units(expand), 1
-            self._held.append(PackedBlock(shrink, expand, rank, bias))
-            row[Field.SHRINK], row[Field.EXPAND] = shrink.data_ptr(), expand.data_ptr()
-            if bias is not None:
-                row[Field.BIAS], row[Field.BIAS_ROWS] = bias.data_ptr(), len(bias)
-            row[Field.RANK], row[Field.EXPERTS], row[Field.GROUPS] = rank, block.num_experts, block.num_groups
-            row[Field.DTYPE], row[Field.HIDDEN] = DTYPES.index(block.shrink_DS.dtype), len(block.shrink_DS)
-            self.limits |= TableLimits.of(block)
+    def __init__(self, blocks: Sequence[PackedBlock | None], *, layout: Layout | None = None) -> None:
+        for block in blocks:
+            if block is not None:
+                check_block(block)
+        kinds = {(b.shrink_DS.dtype, b.shrink_DS.device, len(b.shrink_DS)) for b in blocks if b is not None}
         if len(kinds) > 1:
             raise ValueError(f"blocks of several kinds in one adapter: {sorted(map(str, kinds))}")
         self.kind = kinds.pop() if kinds else None
-        self.rows_LF = rows
-        tensors = [tensor for held in self._held if held for tensor in (held.shrink_DS, held.expand_GKE, held.bias_bGN)]
-        self.num_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-        # The numbers of the blocks with a path.
+        self.layout = layout or _layout_of_cpu(self.kind)
+        self.sizes = [(b.rank, b.num_experts, b.num_groups) for b in blocks if b is not None]
         self.active = frozenset(i for i, block in enumerate(blocks) if block is not None)
+        # The event after which the weights are on their device.
+        self._arrived: torch.cuda.Event | None = None
+        if self.layout is Layout.PADDED:
+            # One tensor of bytes, and none of its own for any block.
+            self._bytes, placed = _in_one_piece(blocks)
+            self._held: Sequence[PackedBlock | None] = ()
+            self.num_bytes = len(self._bytes)
+        else:
+            placed = self._held = [_laid_out(block, self.layout) for block in blocks]
+            tensors = [t for held in placed if held for t in (held.shrink_DS, held.expand_GKE, held.bias_bGN)]
+            self.num_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        self.rows_LF = torch.zeros(len(blocks), len(Field), dtype=torch.int64)
+        for row, block, held in zip(self.rows_LF, blocks, placed, strict=True):
+            if block is None or held is None:
+                continue
+            row[Field.SHRINK], row[Field.EXPAND] = held.shrink_DS.data_ptr(), held.expand_GKE.data_ptr()
+            if held.bias_bGN is not None:
+                row[Field.BIAS], row[Field.BIAS_ROWS] = held.bias_bGN.data_ptr(), len(held.bias_bGN)
+            row[Field.RANK], row[Field.EXPERTS], row[Field.GROUPS] = block.rank, block.num_experts, block.num_groups
+            row[Field.DTYPE], row[Field.HIDDEN] = DTYPES.index(block.shrink_DS.dtype), len(block.shrink_DS)
+            row[Field.IN_UNITS] = self.layout is Layout.UNITS
 
     def block(self, number: int) -> PackedBlock | None:
-        """A block's weights in the packed layout, whatever the kernel's is; None for a block without a path."""
+        """A block's weights as they were given, of an adapter for a CPU; None for a block without a path."""
         held = self._held[number]
-        row = self.rows_LF[number].tolist()
-        if held is None or not row[Field.IN_UNITS]:
+        if held is None or self.layout is Layout.GIVEN:
             return held
+        row = self.rows_LF[number].tolist()
         D, K = row[Field.HIDDEN], row[Field.RANK] * row[Field.EXPERTS]
         S, E = row[Field.RANK] + row[Field.GROUPS] * row[Field.EXPERTS], D // row[Field.GROUPS]
         return PackedBlock(
             from_units(held.shrink_DS, D, S), from_units(held.expand_GKE, K, E), held.rank, held.bias_bGN
         )
 
+    def to(self, device: torch.device, copies: "torch.cuda.Stream | None" = None) -> "AdapterRows":
+        """The adapter, in padded rows, on another device: one copy, on the stream `copies` of a GPU.
+
+        Returns at once; `arrive` makes later work of a stream wait for the weights.
+        """
+        assert self.layout is Layout.PADDED, self.layout
+        moved = copy.copy(self)
+        # Of the running stream's memory: what the stream does before may still read it, what it does after may reuse it.
+        moved._bytes = torch.empty_like(self._bytes, device=device)
+        if copies is None:
+            moved._bytes.copy_(self._bytes)
+        else:
+            copies.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(copies):
+                moved._bytes.copy_(self._bytes, non_blocking=True)
+                moved._arrived = torch.cuda.Event()
+                moved._arrived.record()
+            moved._bytes.record_stream(copies)
+        addresses = self.rows_LF[:, [Field.SHRINK, Field.EXPAND, Field.BIAS]]
+        by = moved._bytes.data_ptr() - self._bytes.data_ptr()
+        moved.rows_LF = self.rows_LF.clone()
+        moved.rows_LF[:, [Field.SHRINK, Field.EXPAND, Field.BIAS]] = torch.where(addresses != 0, addresses + by, 0)
+        if device.type == "cuda":
+            moved.rows_LF = moved.rows_LF.pin_memory()
+        moved.kind = self.kind and (self.kind[0], moved._bytes.device, self.kind[2])
+        return moved
+
+    def arrive(self) -> None:
+        """Make what the running stream does from now on wait until the weights are on their device."""
+        if self._arrived is not None:
+            self._arrived.wait()
+
+
+def _layout_of_cpu(kind: tuple[torch.dtype, torch.device, int] | None) -> Layout:
+    in_units = kind and kind[1].type == "cpu" and kind[0] in KERNEL_DTYPES and compiled_kernel() is not None
+    return Layout.UNITS if in_units else Layout.GIVEN
+
+
+def _laid_out(block: PackedBlock | None, layout: Layout) -> PackedBlock | None:
+    if block is None or layout is Layout.GIVEN:
+        return block
+    return block._replace(shrink_DS=to_units(block.shrink_DS), expand_GKE=to_units(block.expand_GKE))
+
+
+def _in_one_piece(blocks: Sequence[PackedBlock | None]) -> tuple[torch.Tensor, list[PackedBlock | None]]:
+    """The blocks with padded rows, and the memory that holds them all: pinned, if a GPU may take it from the host."""
+    tensors: list[tuple[torch.Tensor, int]] = []
+    for block in filter(None, blocks):
+        tensors += [(t, padded(t.shape[-1])) for t in (block.shrink_DS, block.expand_GKE)]
+        if block.bias_bGN is not None:
+            tensors.append((block.bias_bGN, block.bias_bGN.shape[-1]))
+    sizes = [t.shape[:-1].numel() * length * t.itemsize for t, length in tensors]
+    starts = [0, *itertools.accumulate(-(-size // _APART) * _APART for size in sizes)]
+    device = tensors[0][0].device if tensors else torch.device("cpu")
+    pinned = device.type == "cpu" and torch.cuda.is_available()
+    memory = torch.zeros(starts[-1], dtype=torch.uint8, device=device, pin_memory=pinned)
+    placed = []
+    for (tensor, length), start, size in zip(tensors, starts, sizes, strict=False):
+        rows = memory[start : start + size].view(tensor.dtype).view(*tensor.shape[:-1], length)
+        rows[..., : tensor.shape[-1]] = tensor
+        placed.append(rows)
+    each = iter(placed)
+    return memory, [
+        block and PackedBlock(next(each), next(each), block.rank, None if block.bias_bGN is None else next(each))
+        for block in blocks
+    ]
+
 
 class AdapterTable:
-    """The rows of all adapters, preallocated: `rows_LAF[l]` is what the operator takes for block l.
+    """The rows of all adapters, preallocated, at an address that never changes.
 
-    limits: the limits that graphs were captured for; a larger adapter is refused. By default they grow with the
-    adapters.
+    config: for a table that a GPU reads, which holds no larger adapters. There an adapter's rows are one piece of
+    memory; the CPU's kernel reads a block's rows together.
+
+    rows_LAF: the rows. counts_AC: on the host, `counts_of` the adapter in each row.
     """
 
     def __init__(
@@ -159,12 +215,14 @@ class AdapterTable:
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        limits: TableLimits | None = None,
+        config: KernelConfig | None = None,
     ) -> None:
-        self.rows_LAF = torch.zeros(num_blocks, num_rows, len(Field), dtype=torch.int64, device=device)
-        self.kind = (dtype, self.rows_LAF.device, hidden_size)
-        self.limits = limits or TableLimits()
-        self._fixed = limits is not None
+        sizes = (num_blocks, num_rows) if config is None else (num_rows, num_blocks)
+        rows = torch.zeros(*sizes, len(Field), dtype=torch.int64, device=device)
+        self.rows_LAF = rows if config is None else rows.transpose(0, 1)
+        self.counts_AC = np.zeros((num_rows, 1 + len(PIECES)), dtype=np.int32)
+        self.kind = (dtype, rows.device, hidden_size)
+        self._config = config
         self._held: list[AdapterRows | None] = [None] * num_rows
 
     @property
@@ -185,17 +243,16 @@ class AdapterTable:
             raise IndexError(f"row {row} of {self.num_rows}")
         if adapter is None:
             self.rows_LAF[:, row].zero_()
+            self.counts_AC[row] = 0
         else:
             if adapter.kind not in (None, self.kind):
                 raise ValueError(f"an adapter of {adapter.kind} in a table of {self.kind} (dtype, device, hidden size)")
             if len(adapter.rows_LF) != len(self.rows_LAF):
                 raise ValueError(f"an adapter of {len(adapter.rows_LF)} blocks in a table of {len(self.rows_LAF)}")
-            limits = self.limits | adapter.limits
-            if self._fixed and limits != self.limits:
-                raise ValueError(f"an adapter of {adapter.limits} in a table of {self.limits}")
-            rows_LF = adapter.rows_LF
-            if self.rows_LAF.device.type == "cuda":
-                rows_LF = rows_LF.pin_memory()
-            self.rows_LAF[:, row].copy_(rows_LF, non_blocking=True)
-            self.limits = limits
+            if self._config is not None:
+                for size in adapter.sizes:
+                    self._config.check(*size)
+                self.counts_AC[row] = counts_of(adapter.sizes, self.kind[2])
+            adapter.arrive()
+            self.rows_LAF[:, row].copy_(adapter.rows_LF, non_blocking=True)
         self._held[row] = adapter

@@ -1,88 +1,125 @@
-"""The GPU backend of `mtlora::add_mixed_paths_`: two Triton launches for any mix of adapters.
+"""The GPU backend: two Triton launches a block for any mix of adapters, none of which the mix changes.
 
-`_shrink` computes s = x [A; R] for every tile of tokens. If tokens are few, it splits x's dimensions and the rows of
-[A; R], so that a decode step fills the card. `_expand` sums the parts, takes the softmax over experts, forms z in
-registers, and adds z Bcat_j to y; each piece of y belongs to one program. Only s goes through memory: r + G*N floats
-per token; z would take G*N*r.
+`_shrink` computes s = x [A; R] for every tile of tokens, in parts: it splits x's dimensions so that a decode step fills
+the card. `_expand` sums the parts, takes the softmax over experts, forms z in registers, and adds z Bcat_j to y; each
+piece of y belongs to one program. Only s goes through memory: r + G*N floats per token; z would take G*N*r.
 
-Products take the adapters' dtype and accumulate in float32. The host reads nothing back, allocations do not depend on
-tensor values, and the kernel finds a tile's weights through its row: a captured graph serves any later mix.
+Grids are a few programs for each multiprocessor, which loop over the live work that the plan's header counts. Rank,
+experts and groups are read from the table, the plan from a buffer of fixed address. So a launch depends on the padded
+tokens and the engine's config alone (`launches`): nothing is compiled after the warm-up, and a captured graph serves
+any later mix.
+
+Products take the adapters' dtype and accumulate in float32.
 
 With TRITON_INTERPRET=1 it works on CPU tensors, for tests.
 
-Shape suffixes: T tokens, P planned tokens, D hidden size, A rows of the table, F fields of a row, M tiles, C parts of a
-sum, S = r + G*N.
+Shape suffixes: T tokens, P planned tokens, D hidden size, A rows of the table, L blocks, F fields of a row, W words of
+a plan, Q rows and C columns of the scratch space, S = r + G*N, E = D/G.
 """
 
 # Kernels take types that Python does not have.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from mtlora.ops.mix import Mix
-from mtlora.ops.table import Field, TableLimits
-from mtlora.ops.tuning import Launch, choose
+from mtlora.ops.plan import HEADER_WORDS, TILE_WORDS, Header
+from mtlora.ops.table import Field
+from mtlora.ops.tuning import PIECES, KernelConfig, cut, num_programs
 
 _SHRINK, _EXPAND, _BIAS = tl.constexpr(Field.SHRINK), tl.constexpr(Field.EXPAND), tl.constexpr(Field.BIAS)
 _RANK, _EXPERTS, _GROUPS = tl.constexpr(Field.RANK), tl.constexpr(Field.EXPERTS), tl.constexpr(Field.GROUPS)
 _FIELDS = tl.constexpr(len(Field))
 
+_TILES, _TOKENS, _PARTS = tl.constexpr(Header.TILES), tl.constexpr(Header.TOKENS), tl.constexpr(Header.PARTS)
+_COLUMNS, _PIECES = tl.constexpr(Header.COLUMNS), tl.constexpr(Header.PIECES)
+_SAMPLE_BLOCK, _SAMPLE_TILE = tl.constexpr(Header.SAMPLE_BLOCK), tl.constexpr(Header.SAMPLE_TILE)
+_HEADER_WORDS, _TILE_WORDS = tl.constexpr(HEADER_WORDS), tl.constexpr(TILE_WORDS)
+
+# The inner dimension of a product is at least 16: so many of the rank, times BLOCK_N experts.
+_RANKS = tl.constexpr(16)
+# Experts whose logits are looked at together.
+_LOGITS = tl.constexpr(16)
+
+# Most tokens of a sample of the routing.
+SAMPLE_TOKENS = 8
+_SAMPLE_TOKENS = tl.constexpr(SAMPLE_TOKENS)
+
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-@triton.jit
+# Their values change between launches: nothing may be compiled for them.
+@triton.jit(do_not_specialize=["block", "num_tokens"])
 def _shrink(
-    x, s, rows, tokens, tiles, hidden, x_stride, s_stride, part_stride,
-    PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    x, s, table, plan, block, num_tokens, x_stride,
+    HIDDEN: tl.constexpr, ADAPTER: tl.constexpr, S_STRIDE: tl.constexpr, MAX_PARTS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """s[part, place, :] = the part's share of x [A; R]; grid (tiles, parts, blocks of S)."""
-    tile, part = tl.program_id(0), tl.program_id(1)
-    row = rows + tl.load(tiles + 3 * tile).to(tl.int64) * _FIELDS
-    start, count = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-    rank = tl.load(row + _RANK).to(tl.int32)
-    size = tl.multiple_of(rank + tl.load(row + _GROUPS).to(tl.int32) * tl.load(row + _EXPERTS).to(tl.int32), ALIGNED)
-    cols = tl.program_id(2) * BLOCK_S + tl.arange(0, BLOCK_S)
-    if (count > 0) & (rank > 0) & (tl.program_id(2) * BLOCK_S < size):
-        weights = tl.multiple_of(tl.load(row + _SHRINK).to(tl.pointer_type(x.dtype.element_ty)), 16)
-        t = tl.arange(0, BLOCK_T)
-        token = tl.load(tokens + start + t, mask=t < count, other=0).to(tl.int64)
-        sums = tl.zeros((BLOCK_T, BLOCK_S), dtype=tl.float32)
-        for first in range(part * BLOCK_D, hidden, PARTS * BLOCK_D):
-            d = first + tl.arange(0, BLOCK_D)
-            a = tl.load(
-                x + token[:, None] * x_stride + d[None, :],
-                mask=(t < count)[:, None] & (d < hidden)[None, :], other=0.0,
-            )  # fmt: skip
-            w = tl.load(
-                weights + d[:, None] * size + cols[None, :],
-                mask=(d < hidden)[:, None] & (cols < size)[None, :], other=0.0,
-            )  # fmt: skip
-            sums = tl.dot(a.to(OPERAND), w.to(OPERAND), sums, input_precision=PRECISION)
-        tl.store(
-            s + part * part_stride + (start + t)[:, None] * s_stride + cols[None, :],
-            sums, mask=(t < count)[:, None] & (cols < size)[None, :],
-        )  # fmt: skip
+    """s[part, place, :] = the part's share of x [A; R] for every live tile; item: (tile, part, piece of S)."""
+    tiles, planned = tl.load(plan + _TILES), tl.load(plan + _TOKENS)
+    parts = tl.minimum(tl.load(plan + _PARTS), MAX_PARTS)
+    pieces = tl.cdiv(tl.load(plan + _COLUMNS), BLOCK_S)
+    for item in range(tl.program_id(0), tiles * parts * pieces, tl.num_programs(0)):
+        at = plan + _HEADER_WORDS + item % tiles * _TILE_WORDS
+        part, col = item // tiles % parts, item // (tiles * parts) * BLOCK_S
+        row = table + tl.load(at).to(tl.int64) * ADAPTER + block * _FIELDS
+        start, count = tl.load(at + 1), tl.load(at + 2)
+        rank = tl.load(row + _RANK).to(tl.int32)
+        size = rank + tl.load(row + _GROUPS).to(tl.int32) * tl.load(row + _EXPERTS).to(tl.int32)
+        if (rank > 0) & (col < size):
+            # Columns up to the row's padded end are read, and written to s, where nothing reads them.
+            size = tl.cdiv(size, 16) * 16
+            cols = col + tl.arange(0, BLOCK_S)
+            weights = tl.multiple_of(tl.load(row + _SHRINK).to(tl.pointer_type(x.dtype.element_ty)), 16)
+            t = tl.arange(0, BLOCK_T)
+            tokens = plan + _HEADER_WORDS + tiles * _TILE_WORDS + start
+            token = tl.load(tokens + t, mask=t < count, other=num_tokens)
+            live = token < num_tokens
+            token = token.to(tl.int64)
+            sums = tl.zeros((BLOCK_T, BLOCK_S), dtype=tl.float32)
+            for first in range(part * BLOCK_D, HIDDEN, parts * BLOCK_D):
+                d = first + tl.arange(0, BLOCK_D)
+                a = tl.load(
+                    x + token[:, None] * x_stride + d[None, :], mask=live[:, None] & (d < HIDDEN)[None, :], other=0.0,
+                )  # fmt: skip
+                w = tl.load(
+                    weights + d[:, None] * size + cols[None, :],
+                    mask=(d < HIDDEN)[:, None] & (cols < size)[None, :], other=0.0,
+                )  # fmt: skip
+                sums = tl.dot(a.to(OPERAND), w.to(OPERAND), sums, input_precision=PRECISION)
+            place = (part * planned + start + t).to(tl.int64)
+            tl.store(
+                s + place[:, None] * S_STRIDE + cols[None, :], sums, mask=live[:, None] & (cols < size)[None, :]
+            )
 
 
 @triton.jit
-def _sum_parts(s, place, column, mask, s_stride, part_stride, PARTS: tl.constexpr):
+def _sum_parts(s, place, column, mask, parts, planned, S_STRIDE: tl.constexpr, MAX_PARTS: tl.constexpr):
     """Sum over the parts of s[:, place, column], 0 where masked."""
-    at = s + place[:, None] * s_stride + column[None, :]
+    at = s + place.to(tl.int64)[:, None] * S_STRIDE + column[None, :]
     total = tl.load(at, mask=mask, other=0.0)
-    for part in range(1, PARTS):
-        total += tl.load(at + part * part_stride, mask=mask, other=0.0)
+    for part in tl.static_range(1, MAX_PARTS):
+        # Compared as a block: the interpreter takes no other masks.
+        there = (tl.zeros_like(column) + part < parts)[None, :]
+        total += tl.load(at + part * planned.to(tl.int64) * S_STRIDE, mask=mask & there, other=0.0)
     return total
 
 
 @triton.jit
-def _logits(s, bias, place, bias_row, i, live, rank, experts, groups, j, s_stride, part_stride, PARTS: tl.constexpr):
+def _logits(
+    s, bias, place, bias_row, i, live, rank, experts, groups, j, parts, planned, S_STRIDE: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
+):  # fmt: skip
     """Router logits of group j for experts i, with the task's bias; minus infinity beyond the last expert."""
     mask = live[:, None] & (i < experts)[None, :]
     column = j * experts + i
-    logits = _sum_parts(s, place, rank + column, mask, s_stride, part_stride, PARTS)
+    logits = _sum_parts(s, place, rank + column, mask, parts, planned, S_STRIDE, MAX_PARTS)
     logits += tl.load(
         bias + bias_row[:, None] * groups * experts + column[None, :],
         mask=mask & (bias_row >= 0)[:, None], other=0.0,
@@ -90,99 +127,201 @@ def _logits(s, bias, place, bias_row, i, live, rank, experts, groups, j, s_strid
     return tl.where((i < experts)[None, :], logits, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block", "num_tokens"])
 def _expand(
-    y, s, rows, tokens, bias_rows, tiles, hidden, y_stride, s_stride, part_stride,
-    PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
-    BLOCK_E: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
-    OPERAND: tl.constexpr,
+    y, s, table, plan, samples, block, num_tokens, y_stride,
+    HIDDEN: tl.constexpr, ADAPTER: tl.constexpr, S_STRIDE: tl.constexpr, SAMPLE_STRIDE: tl.constexpr,
+    MAX_PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    PIECES_AT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """y += softmax(logits) (x) h Bcat_j; grid (tiles, blocks of groups' columns)."""
-    tile = tl.program_id(0)
-    row = rows + tl.load(tiles + 3 * tile).to(tl.int64) * _FIELDS
-    start, count = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-    rank = tl.load(row + _RANK).to(tl.int32)
-    experts, groups = tl.load(row + _EXPERTS).to(tl.int32), tl.maximum(tl.load(row + _GROUPS).to(tl.int32), 1)
-    width = tl.multiple_of(hidden // groups, ALIGNED)
-    blocks = tl.cdiv(width, BLOCK_E)
-    j = tl.program_id(1) // blocks
-    e = (tl.program_id(1) % blocks) * BLOCK_E + tl.arange(0, BLOCK_E)
-    if (count > 0) & (rank > 0) & (j < groups):
-        dtype: tl.constexpr = y.dtype.element_ty
-        weights = tl.multiple_of(tl.load(row + _EXPAND).to(tl.pointer_type(dtype)), 16)
-        bias_at = tl.load(row + _BIAS)
-        bias = bias_at.to(tl.pointer_type(tl.float32))
-        t, k = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_R)
-        live, place = t < count, start + t
-        token = tl.load(tokens + place, mask=live, other=0).to(tl.int64)
-        # An adapter without biases: no row has one.
-        bias_row = tl.where(bias_at == 0, -1, tl.load(bias_rows + place, mask=live, other=-1))
-        h = _sum_parts(s, place, k, live[:, None] & (k < rank)[None, :], s_stride, part_stride, PARTS)
-        logits = _logits(
-            s, bias, place, bias_row, tl.arange(0, BLOCK_N), live, rank, experts, groups, j, s_stride,
-            part_stride, PARTS,
-        )  # fmt: skip
-        largest = tl.max(logits, axis=1)
-        total = tl.sum(tl.exp(logits - largest[:, None]), axis=1)
-        sums = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
-        inner = tl.arange(0, BLOCK_I * BLOCK_R)
-        for first in range(0, experts, BLOCK_I):
-            some = _logits(
-                s, bias, place, bias_row, first + tl.arange(0, BLOCK_I), live, rank, experts, groups, j,
-                s_stride, part_stride, PARTS,
-            )  # fmt: skip
-            routing = tl.exp(some - largest[:, None]) / total[:, None]
-            z = tl.reshape(routing[:, :, None] * h[:, None, :], (BLOCK_T, BLOCK_I * BLOCK_R))
-            i, k_inner = first + inner // BLOCK_R, inner % BLOCK_R
-            w = tl.load(
-                weights + ((j * experts + i) * rank + k_inner)[:, None] * width + e[None, :],
-                mask=((i < experts) & (k_inner < rank))[:, None] & (e < width)[None, :], other=0.0,
-            )  # fmt: skip
-            sums = tl.dot(z.to(dtype).to(OPERAND), w.to(OPERAND), sums, input_precision=PRECISION)
-        at = y + token[:, None] * y_stride + (j * width + e)[None, :]
-        mask = live[:, None] & (e < width)[None, :]
-        tl.store(at, (tl.load(at, mask=mask, other=0.0).to(tl.float32) + sums).to(dtype), mask=mask)
+    """y += softmax(logits) (x) h Bcat_j for every live tile; item: (tile, piece of a group's columns)."""
+    tiles, planned = tl.load(plan + _TILES), tl.load(plan + _TOKENS)
+    parts = tl.minimum(tl.load(plan + _PARTS), MAX_PARTS)
+    for item in range(tl.program_id(0), tiles * tl.load(plan + PIECES_AT), tl.num_programs(0)):
+        tile, piece = item % tiles, item // tiles
+        at = plan + _HEADER_WORDS + tile * _TILE_WORDS
+        row = table + tl.load(at).to(tl.int64) * ADAPTER + block * _FIELDS
+        start, count = tl.load(at + 1), tl.load(at + 2)
+        rank = tl.load(row + _RANK).to(tl.int32)
+        experts, groups = tl.load(row + _EXPERTS).to(tl.int32), tl.maximum(tl.load(row + _GROUPS).to(tl.int32), 1)
+        width = tl.multiple_of(HIDDEN // groups, ALIGNED)
+        pieces = tl.cdiv(width, BLOCK_E)
+        j = piece // pieces
+        if (rank > 0) & (j < groups):
+            dtype: tl.constexpr = y.dtype.element_ty
+            weights = tl.multiple_of(tl.load(row + _EXPAND).to(tl.pointer_type(dtype)), 16)
+            bias_at = tl.load(row + _BIAS)
+            bias = bias_at.to(tl.pointer_type(tl.float32))
+            t, place = tl.arange(0, BLOCK_T), start + tl.arange(0, BLOCK_T)
+            tokens = plan + _HEADER_WORDS + tiles * _TILE_WORDS
+            token = tl.load(tokens + place, mask=t < count, other=num_tokens)
+            live = token < num_tokens
+            token = token.to(tl.int64)
+            # An adapter without biases: no row has one.
+            bias_row = tl.where(bias_at == 0, -1, tl.load(tokens + planned + place, mask=live, other=-1))
+            largest = tl.full((BLOCK_T,), float("-inf"), dtype=tl.float32)
+            total = tl.zeros((BLOCK_T,), dtype=tl.float32)
+            for first in range(0, experts, _LOGITS):
+                logits = _logits(
+                    s, bias, place, bias_row, first + tl.arange(0, _LOGITS), live, rank, experts, groups, j, parts,
+                    planned, S_STRIDE, MAX_PARTS,
+                )  # fmt: skip
+                larger = tl.maximum(largest, tl.max(logits, axis=1))
+                total = total * tl.exp(largest - larger) + tl.sum(tl.exp(logits - larger[:, None]), axis=1)
+                largest = larger
+            # Rows of weights have a padded length: columns up to it are read, and their sums dropped.
+            length = tl.cdiv(width, 16) * 16
+            e = piece % pieces * BLOCK_E + tl.arange(0, BLOCK_E)
+            inner = tl.arange(0, BLOCK_N * _RANKS)
+            sums = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
+            for k_first in range(0, rank, _RANKS):
+                k = k_first + tl.arange(0, _RANKS)
+                h = _sum_parts(s, place, k, live[:, None] & (k < rank)[None, :], parts, planned, S_STRIDE, MAX_PARTS)
+                for first in range(0, experts, BLOCK_N):
+                    logits = _logits(
+                        s, bias, place, bias_row, first + tl.arange(0, BLOCK_N), live, rank, experts, groups, j, parts,
+                        planned, S_STRIDE, MAX_PARTS,
+                    )  # fmt: skip
+                    routing = tl.exp(logits - largest[:, None]) / total[:, None]
+                    z = tl.reshape(routing[:, :, None] * h[:, None, :], (BLOCK_T, BLOCK_N * _RANKS))
+                    i_inner, k_inner = first + inner // _RANKS, k_first + inner % _RANKS
+                    w = tl.load(
+                        weights + ((j * experts + i_inner) * rank + k_inner)[:, None] * length + e[None, :],
+                        mask=((i_inner < experts) & (k_inner < rank))[:, None] & (e < length)[None, :], other=0.0,
+                    )  # fmt: skip
+                    sums = tl.dot(z.to(dtype).to(OPERAND), w.to(OPERAND), sums, input_precision=PRECISION)
+            out = y + token[:, None] * y_stride + (j * width + e)[None, :]
+            mask = live[:, None] & (e < width)[None, :]
+            tl.store(out, (tl.load(out, mask=mask, other=0.0).to(tl.float32) + sums).to(dtype), mask=mask)
+            sampled = (tl.load(plan + _SAMPLE_BLOCK) == block) & (tl.load(plan + _SAMPLE_TILE) == tile)
+            if sampled & (piece % pieces == 0):
+                for first in range(0, experts, _LOGITS):
+                    i = first + tl.arange(0, _LOGITS)
+                    logits = _logits(
+                        s, bias, place, bias_row, i, live, rank, experts, groups, j, parts, planned, S_STRIDE, MAX_PARTS
+                    )
+                    tl.store(
+                        samples + t[:, None] * SAMPLE_STRIDE + (j * experts + i)[None, :],
+                        tl.exp(logits - largest[:, None]) / total[:, None],
+                        mask=(live & (t < _SAMPLE_TOKENS))[:, None] & (i < experts)[None, :],
+                    )
 
 
 # The interpreter multiplies bfloat16's bits as if they were integers, so products take float32 there.
 _COMPILED = isinstance(_shrink, triton.JITFunction)
 
 
-def add_mixed_paths_(mix: Mix, limits: TableLimits, tile_size: int, launch: Launch | None = None) -> None:
-    """Add the path of every planned token to `mix.y_TD`, in place; `mix` is checked.
+class Buffers(NamedTuple):
+    """What an engine's launches share, at addresses that never change.
 
-    launch: how to divide the work; by default as tuned for this card and shape.
+    plan_W: a `DevicePlan`'s words. rows_ALF: an `AdapterTable`'s rows. scratch_QC: float32, of the config's
+    `scratch_rows` and `columns`; samples: float32 [SAMPLE_TOKENS, G*N], the routing of the tile that a plan samples.
     """
-    y_TD, x_TD, rows_AF, tokens_P, bias_rows_P, tiles_M3 = mix
-    num_tiles, num_planned, D = len(tiles_M3), len(tokens_P), x_TD.shape[1]
-    if num_tiles == 0 or limits.rank == 0:
-        return
-    launch = launch or choose(x_TD.device, D, num_planned, num_tiles, limits)
-    size = limits.rank + limits.groups * limits.experts
-    s_CPS = torch.empty(launch.parts, num_planned, size, dtype=torch.float32, device=x_TD.device)
-    block_t, block_s = (
-        max(16, triton.next_power_of_2(tile_size)),
-        min(launch.block_s, max(16, triton.next_power_of_2(size))),
-    )
-    block_r, block_n = triton.next_power_of_2(limits.rank), triton.next_power_of_2(limits.experts)
-    # A product's inner dimension is at least 16, and z [tile, BLOCK_I * BLOCK_R] lives in registers.
-    block_i = max(1, launch.block_k // block_r, 16 // block_r)
+
+    plan_W: torch.Tensor
+    rows_ALF: torch.Tensor
+    scratch_QC: torch.Tensor
+    samples: torch.Tensor
+
+    @staticmethod
+    def of(config: KernelConfig, plan_W: torch.Tensor, rows_ALF: torch.Tensor) -> "Buffers":
+        """The buffers around a plan's and a table's."""
+        floats = {"dtype": torch.float32, "device": plan_W.device}
+        samples = torch.zeros(SAMPLE_TOKENS, config.max_groups * config.max_experts, **floats)  # type: ignore[arg-type]
+        scratch_QC = torch.empty(config.scratch_rows, config.columns, **floats)  # type: ignore[arg-type]
+        return Buffers(plan_W, rows_ALF, scratch_QC, samples)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel's launch, without the tensors and numbers that it is given.
+
+    arguments: its parameters that are no constants, and their types as Triton names them. constants: the others.
+    """
+
+    kernel: Any
+    grid: tuple[int]
+    arguments: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def run(self, values: dict[str, Any]) -> None:
+        """Launch it with a value for every argument."""
+        assert values.keys() == self.arguments.keys()
+        self.kernel[self.grid](**values, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+def launches(config: KernelConfig, padded_tokens: int) -> tuple[Launch, Launch]:
+    """A block's two launches in a step of so many tokens, padding included: the shrink, the expand."""
+    way = cut(config, padded_tokens)
+    number = f"*{_NAMES[config.dtype]}"
+    shared = {"s": "*fp32", "table": "*i64", "plan": "*i32"}
+    numbers = {"block": "i32", "num_tokens": "i32"}
     common = {
-        "PARTS": launch.parts,
-        "BLOCK_T": block_t,
-        "ALIGNED": limits.alignment,
-        "PRECISION": "ieee" if x_TD.dtype == torch.float32 else "tf32",
-        "OPERAND": _OPERANDS[x_TD.dtype] if _COMPILED else tl.float32,
+        "HIDDEN": config.hidden_size,
+        "ADAPTER": config.num_blocks * len(Field),
+        "S_STRIDE": config.columns,
+        "MAX_PARTS": way.max_parts,
+        "BLOCK_T": way.block_t,
+        "PRECISION": "ieee" if config.dtype == torch.float32 else "tf32",
+        "OPERAND": _OPERANDS[config.dtype] if _COMPILED else tl.float32,
     }
-    _shrink[(num_tiles, launch.parts, triton.cdiv(size, block_s))](
-        x_TD, s_CPS, rows_AF, tokens_P, tiles_M3, D, x_TD.stride(0), s_CPS.stride(1), s_CPS.stride(0),
-        BLOCK_S=block_s, BLOCK_D=launch.block_d, **common,
-        num_warps=launch.shrink_warps, num_stages=launch.shrink_stages,
-    )  # fmt: skip
-    # With any number of groups up to the limit, D has at most this many blocks.
-    num_blocks = triton.cdiv(D, launch.block_e) + limits.groups
-    _expand[(num_tiles, num_blocks)](
-        y_TD, s_CPS, rows_AF, tokens_P, bias_rows_P, tiles_M3, D, y_TD.stride(0), s_CPS.stride(1), s_CPS.stride(0),
-        BLOCK_R=block_r, BLOCK_N=block_n, BLOCK_I=block_i, BLOCK_E=launch.block_e, **common,
-        num_warps=launch.expand_warps, num_stages=launch.expand_stages,
-    )  # fmt: skip
+    shrink = Launch(
+        _shrink,
+        (num_programs(config),),
+        {"x": number, **shared, **numbers, "x_stride": "i32"},
+        common | {"BLOCK_S": way.block_s, "BLOCK_D": way.block_d},
+        way.shrink_warps,
+        way.shrink_stages,
+    )
+    own = {
+        "SAMPLE_STRIDE": config.max_groups * config.max_experts,
+        "BLOCK_N": way.block_n,
+        "BLOCK_E": way.block_e,
+        "PIECES_AT": Header.PIECES + PIECES.index(way.block_e),
+        "ALIGNED": config.alignment,
+    }
+    expand = Launch(
+        _expand,
+        (num_programs(config),),
+        {"y": number, **shared, "samples": "*fp32", **numbers, "y_stride": "i32"},
+        common | own,
+        way.expand_warps,
+        way.expand_stages,
+    )
+    return shrink, expand
+
+
+class Path:
+    """Launches a block's path over an engine's buffers. T, the rows of x and y, are the padded tokens."""
+
+    def __init__(self, config: KernelConfig, buffers: Buffers) -> None:
+        self.config, self.buffers = config, buffers
+        self._launches: dict[int, tuple[Launch, Launch]] = {}
+
+    def begin(self, x_TD: torch.Tensor, block: int) -> None:
+        """Compute s of block number `block` into the scratch space, for `finish_`."""
+        plan_W, rows_ALF, scratch_QC, _ = self.buffers
+        self._of(len(x_TD))[0].run(
+            {
+                "x": x_TD, "s": scratch_QC, "table": rows_ALF, "plan": plan_W,
+                "block": block, "num_tokens": len(x_TD), "x_stride": x_TD.stride(0),
+            }
+        )  # fmt: skip
+
+    def finish_(self, y_TD: torch.Tensor, block: int) -> None:
+        """Add the path to `y_TD`, in place, from the scratch space."""
+        plan_W, rows_ALF, scratch_QC, samples = self.buffers
+        self._of(len(y_TD))[1].run(
+            {
+                "y": y_TD, "s": scratch_QC, "table": rows_ALF, "plan": plan_W, "samples": samples,
+                "block": block, "num_tokens": len(y_TD), "y_stride": y_TD.stride(0),
+            }
+        )  # fmt: skip
+
+    def _of(self, padded_tokens: int) -> tuple[Launch, Launch]:
+        found = self._launches.get(padded_tokens)
+        if found is None:
+            found = self._launches[padded_tokens] = launches(self.config, padded_tokens)
+        return found

@@ -1,102 +1,144 @@
-"""How the Triton kernels divide their work.
+"""How the Triton kernels divide their work: by the engine's config and a step's padded tokens, by nothing else.
 
-`make bench-gpu TUNE=--tune` measures it for a card and writes `tuned/{card}.json`.
-
-A file holds a list of entries, each a `Launch` with the shape that it was measured for. Defaults apply to a card or
-hidden size without entries.
+So whatever a step's mix of adapters, its launches are those that were compiled, and captured, before. What differs
+between mixes is in the plan's header, on the device: live tiles, and the parts of a sum that fill the card.
 """
 
-import itertools
-import json
-import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import cache
-from pathlib import Path
+import math
+from dataclasses import dataclass
 
 import torch
 
-from mtlora.ops.table import TableLimits
+# Rows of packed weights are padded to this many numbers: every row begins at an address that wide loads need.
+ALIGNMENT = 16
 
-FOLDER = Path(__file__).with_name("tuned")
-# Fewer programs leave a card partly idle.
-_ENOUGH_PROGRAMS = 128
+# Programs of a launch for each multiprocessor.
+_PROGRAMS_PER_SM = 4
+
+# Steps of more tokens run in tiles of 64.
+_DECODE_TOKENS = 512
+# Rows of scratch space, at least; parts times planned tokens never exceed them.
+_SCRATCH_ROWS = 16 * _DECODE_TOKENS
+
+# Sizes of a program's piece of y that there are. The plan's header counts the pieces for each.
+PIECES = (32, 64, 128)
+
+# The first version of ptxas that assembles pipelined WGMMA with its left operand in registers as it is written.
+_SOUND_PTXAS = (13, 3)
 
 
 @dataclass(frozen=True)
-class Launch:
-    """parts: the number of sums that x's dimensions are split into. block_*: a program's share of D, S, K and E."""
+class KernelConfig:
+    """What launches depend on besides a step's padded tokens: fixed when the engine starts.
 
-    parts: int = 1
+    num_blocks, max_adapters: blocks and rows of the table. max_rank, max_experts, max_groups: the largest adapter.
+    max_tokens: the largest step. capability: 90 for sm_90. pipelined: whether products of 64 tokens may be pipelined.
+    """
+
+    hidden_size: int
+    dtype: torch.dtype
+    num_blocks: int
+    max_adapters: int
+    max_tokens: int
+    max_rank: int = 64
+    max_experts: int = 32
+    max_groups: int = 32
+    num_sms: int = 132
+    capability: int = 90
+    pipelined: bool = True
+
+    @property
+    def columns(self) -> int:
+        """Columns of the scratch space: those of the largest adapter's [A; R], padded."""
+        return padded(self.max_rank + self.max_groups * self.max_experts)
+
+    @property
+    def scratch_rows(self) -> int:
+        """Rows of the scratch space."""
+        return max(self.max_tokens, _SCRATCH_ROWS)
+
+    @property
+    def alignment(self) -> int:
+        """A power of two up to 16 that divides the width of every adapter's groups."""
+        widths = (self.hidden_size // g for g in range(1, self.max_groups + 1) if self.hidden_size % g == 0)
+        return math.gcd(ALIGNMENT, *widths)
+
+    def check(self, rank: int, experts: int, groups: int) -> None:
+        """Raise ValueError for an adapter that is larger than the largest."""
+        for name, found, largest in (
+            ("rank", rank, self.max_rank),
+            ("experts", experts, self.max_experts),
+            ("groups", groups, self.max_groups),
+        ):
+            if found > largest:
+                raise ValueError(f"{name} {found}, this engine's largest is {largest}")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a launch's work is cut. max_parts: the most sums that x's dimensions are split into.
+
+    block_*: a program's share of tokens T, dimensions D, columns S of [A; R], experts N and columns of y E; it takes 16
+    of the rank at a time.
+    """
+
+    block_t: int
+    max_parts: int
+    block_e: int
     block_d: int = 128
-    block_s: int = 128
-    block_k: int = 64
-    block_e: int = 128
+    block_s: int = 64
+    block_n: int = 4
     shrink_warps: int = 4
     shrink_stages: int = 3
     expand_warps: int = 4
     expand_stages: int = 2
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """A launch, and the hidden size and counts of tokens and tiles that it was measured for."""
-
-    hidden_size: int
-    tokens: int
-    tiles: int
-    launch: Launch
+def padded(columns: int) -> int:
+    """The length in memory of a row of packed weights."""
+    return -(-columns // ALIGNMENT) * ALIGNMENT
 
 
-def tile_size(max_tokens: int) -> int:
+def tile_size(num_tokens: int) -> int:
     """Tokens of a tile on a GPU: the smallest size of a product in decode steps, more in prefill."""
-    return 16 if max_tokens <= 512 else 64
+    return 16 if num_tokens <= _DECODE_TOKENS else 64
 
 
-def choose(device: torch.device, hidden_size: int, tokens: int, tiles: int, limits: TableLimits) -> Launch:
-    """The launch measured on this card for the nearest shape of this hidden size, else a default."""
-    known = [t for t in _tuned(card(device)) if t.hidden_size == hidden_size]
-    if known:
-        return min(known, key=lambda t: (_apart(t.tiles, tiles), _apart(t.tokens, tokens))).launch
-    return default(hidden_size, tiles)
+def cut(config: KernelConfig, padded_tokens: int) -> Cut:
+    """How the kernels cut a step of so many tokens, padding included."""
+    if tile_size(padded_tokens) == 16:
+        return Cut(block_t=16, max_parts=16, block_e=32 if padded_tokens <= 16 else 64)
+    stages = 2 if config.pipelined else 1
+    return Cut(block_t=64, max_parts=4, block_e=128, block_d=64, expand_warps=8, expand_stages=stages)
 
 
-def default(hidden_size: int, tiles: int) -> Launch:
-    """A launch with enough programs for a large card, and parts of at least one block."""
-    parts = 1
-    while parts < 16 and parts * tiles < _ENOUGH_PROGRAMS and 2 * parts * 128 <= hidden_size:
-        parts *= 2
-    return Launch(parts=parts, block_e=64 if tiles < 16 else 128)
+def num_programs(config: KernelConfig) -> int:
+    """Programs of a launch; they loop over the live work."""
+    return config.num_sms * _PROGRAMS_PER_SM
 
 
-def candidates() -> Iterator[Launch]:
-    """Launches worth timing."""
-    for parts, block_d, block_e, block_k in itertools.product((1, 2, 4, 8, 16), (64, 128), (64, 128), (64, 128)):
-        for warps in (4, 8):
-            yield Launch(parts, block_d, 64, block_k, block_e, shrink_warps=warps, expand_warps=warps)
+def parts(config: KernelConfig, tiles: int, columns: int, tokens: int) -> int:
+    """Parts of x's dimensions that fill the card with a plan's live tiles, and fit the scratch space."""
+    wanted = config.num_sms // max(1, tiles * -(-columns // Cut.block_s))
+    room = min(config.scratch_rows // max(1, tokens), config.hidden_size // Cut.block_d)
+    return max(1, min(16, wanted, room))
 
 
-def card(device: torch.device) -> str:
-    """The card's name, as in the name of its file."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def on_this_card(device: torch.device, **sizes: object) -> KernelConfig:
+    """The config for a device and the sizes that it does not tell."""
+    # Imported here: CPU installations may have no Triton.
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    properties = torch.cuda.get_device_properties(device)
+    capability = properties.major * 10 + properties.minor
+    return KernelConfig(  # type: ignore[arg-type]
+        num_sms=properties.multi_processor_count,
+        capability=capability,
+        pipelined=may_pipeline(capability, get_ptxas(capability).version),
+        **sizes,
+    )
 
 
-def save(name: str, entries: list[Tuned]) -> Path:
-    """Write a card's measured launches."""
-    FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f"{name}.json"
-    path.write_text(json.dumps([asdict(entry) for entry in entries], indent=1) + "\n")
-    _tuned.cache_clear()
-    return path
-
-
-@cache
-def _tuned(name: str) -> tuple[Tuned, ...]:
-    path = FOLDER / f"{name}.json"
-    entries = json.loads(path.read_text()) if path.exists() else ()
-    return tuple(Tuned(**{**entry, "launch": Launch(**entry["launch"])}) for entry in entries)
-
-
-def _apart(a: int, b: int) -> float:
-    return max(a, b) / max(1, min(a, b))
+def may_pipeline(capability: int, ptxas: str) -> bool:
+    """Whether products of 64 tokens may be pipelined: on sm_90 only with a sound assembler, by its version."""
+    return capability // 10 != 9 or tuple(map(int, ptxas.split("."))) >= _SOUND_PTXAS

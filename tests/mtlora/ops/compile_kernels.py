@@ -1,37 +1,40 @@
 """Compiles the Triton kernels for cards that this machine lacks. Run as a separate program, without the interpreter."""
 
+import itertools
 import re
 
-import triton.language as tl
+import torch
 from triton import compile as triton_compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mtlora.ops import triton_gpu
+from mtlora.ops.triton_gpu import Launch, launches
+from mtlora.ops.tuning import KernelConfig
 
-_TYPES = {
-    "x": "*bf16", "y": "*bf16", "s": "*fp32", "rows": "*i64", "tokens": "*i32", "bias_rows": "*i32", "tiles": "*i32",
-}  # fmt: skip
-_COMMON = {"PARTS": 4, "ALIGNED": 16, "PRECISION": "tf32", "OPERAND": tl.bfloat16}
-_KERNELS = (
-    (triton_gpu._shrink, {"BLOCK_S": 64, "BLOCK_D": 128}),
-    (triton_gpu._expand, {"BLOCK_R": 16, "BLOCK_N": 16, "BLOCK_I": 4, "BLOCK_E": 128}),
-)
+# No argument is of a multiple of 16 by chance: sizes and addresses are, these two are not.
+_ANY = ("block", "num_tokens")
 
-for capability in (80, 90):
-    for block_t in (16, 64):
-        for kernel, own in _KERNELS:
-            constants = {**_COMMON, **own, "BLOCK_T": block_t}
-            names = kernel.arg_names
-            source = ASTSource(
-                fn=kernel,
-                signature={n: "constexpr" if n in constants else _TYPES.get(n, "i32") for n in names},
-                constexprs={(names.index(n),): value for n, value in constants.items()},
-                # As in a real launch: torch aligns tensors, and sizes are multiples of 16.
-                attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants},
-            )
-            ptx = triton_compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+
+def compiled(launch: Launch, capability: int) -> "triton_compile":
+    """A launch's kernel, compiled as a real launch compiles it."""
+    kernel, names = launch.kernel, launch.kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={name: launch.arguments.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in launch.constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in launch.arguments and n not in _ANY},
+    )
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return triton_compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+if __name__ == "__main__":
+    for capability, tokens in itertools.product((80, 90, 100), (16, 64, 1024)):
+        config = KernelConfig(4096, torch.bfloat16, 32, 64, 8192, capability=capability)
+        for launch in launches(config, tokens):
+            ptx = compiled(launch, capability).asm["ptx"]
             narrow = re.findall(r"ld\.global\S*\.b16", ptx)
-            assert not narrow, f"{kernel.__name__}, sm_{capability}: {len(narrow)} loads of single numbers"
-            assert "mma" in ptx, f"{kernel.__name__}, sm_{capability}: no tensor cores"
-            print(f"{kernel.__name__} for sm_{capability}, {block_t} tokens: compiled")
+            name = f"{launch.kernel.__name__} for sm_{capability}, {tokens} tokens"
+            assert not narrow, f"{name}: {len(narrow)} loads of single numbers"
+            assert "mma" in ptx, f"{name}: no tensor cores"
+            print(f"{name}: compiled")
