@@ -41,7 +41,7 @@ class Load:
     rounds: int = 15
 
 
-SMALL = Load(TINY, AdapterShape(4, 4, 2), (5,), 20, (1, 3), 2, "aot_eager", 1)
+SMALL = Load(TINY, AdapterShape(4, 4, 2), (3,), 6, (1, 2), 2, "aot_eager", 1)
 
 
 class Serving:
