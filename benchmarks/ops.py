@@ -20,7 +20,6 @@ import torch
 
 from mtlora.ops import cpu, cpu_kernel
 from mtlora.ops.mix import Mix
-from mtlora.ops.operators import bind
 from mtlora.ops.packed_block import pack_block
 from mtlora.ops.plan import plan_step
 from mtlora.ops.table import AdapterRows, AdapterTable
@@ -76,7 +75,7 @@ def serving_variants(tokens: int, adapters: int, layers: int) -> dict[str, Varia
     x_TD, y_TD = torch.randn(tokens, D).to(dtype), torch.zeros(tokens, D, dtype=dtype)
 
     def operator() -> None:
-        add_path_ = bind(table, plan)
+        add_path_ = cpu.bind(table, plan)
         for layer in range(layers):
             add_path_(y_TD, x_TD, layer)
 

@@ -48,6 +48,15 @@ class Settings(BaseSettings):
         30.0, gt=0, le=3600, description="seconds in which the adapters' storage must get on with a listing or a file"
     )
     adapter_slots: int = Field(256, ge=1, description="adapter versions in the engine at the same time")
+    adapter_blocks: Literal["ffn", "attention", "both"] = Field(
+        "both", description="blocks beside which adapters may have paths; adapters with others are refused"
+    )
+    adapter_max_rank: int = Field(64, ge=1, le=512, description="largest rank of an adapter on a GPU")
+    adapter_max_experts: int = Field(32, ge=1, le=256, description="most experts of an adapter on a GPU")
+    adapter_max_groups: int = Field(32, ge=1, le=4096, description="most groups of dimensions of an adapter on a GPU")
+    adapter_side_stream: bool = Field(
+        False, description="on a GPU, compute half of an FFN's path on a second stream, beside the FFN"
+    )
     host_cache_gib: float = Field(
         1.0, ge=0, allow_inf_nan=False, description="GiB of memory for adapters evicted from the engine"
     )

@@ -3,14 +3,13 @@
     reference.py     the formula, float64, slow: the oracle of everything else
     packed_block.py  one block's weights, packed, and the path of one adapter in torch ops
 
-    Serving: `mtlora::add_mixed_paths_`, a step's whole mix of adapters
-    operators.py     the registered operator
+    Serving: a step's whole mix of adapters
     table.py         which adapter is in which row: a table of pointers for each block
     plan.py          which token belongs to which row: sorted into tiles once a step, read by every block
-    mix.py           the operator's tensors and what they must be
     cpu.py           the CPU backend: a compiled kernel, or torch ops without it
-    triton_gpu.py    the CUDA backend: two launches for any mix
-    tuning.py        how the CUDA backend cuts its work
+    mix.py           its tensors and what they must be
+    triton_gpu.py    the GPU backend: two launches a block for any mix, fit for captured graphs
+    tuning.py        what its launches depend on, and how they cut the work
 
     Training: `mtlora::path_with_gradients`, one adapter
     training.py      the registered operator, and both its passes in torch ops
@@ -21,5 +20,5 @@
     cpu_kernel.py    loads them, and lays out weights for serving
 
 Weights are never copied into stacks: a row points at one adapter's own tensors. So ranks, expert counts and group
-counts differ freely between rows, nothing is padded, and placing an adapter writes a few integers.
+counts differ freely between rows, and placing an adapter writes a few integers.
 """

@@ -1,4 +1,4 @@
-"""The CPU backend of `mtlora::add_mixed_paths_`.
+"""The CPU backend: y += path(x) for a step's whole mix of adapters.
 
 The compiled kernel computes a step's whole mix in one call. Without it, torch ops compute one adapter after another,
 which is slower.
@@ -18,6 +18,9 @@ from mtlora.ops.packed_block import PackedBlock, packed_path
 from mtlora.ops.plan import StepPlan
 from mtlora.ops.table import DTYPES, AdapterTable, Field
 
+# Adds to y [T, D], in place, the path of x [T, D] in a block, by its number.
+AddPath = Callable[[torch.Tensor, torch.Tensor, int], None]
+
 _ERRORS = {
     2: "a tile names a row that the table lacks",
     3: "a tile is out of the range of the step's tokens",
@@ -28,10 +31,12 @@ _ERRORS = {
 
 
 def add_mixed_paths_(mix: Mix) -> None:
-    """Add the path of every planned token to `mix.y_TD`, in place; `mix` is checked.
+    """Add the path of every planned token to `mix.y_TD`, in place.
 
-    Raises ValueError, before anything is written, if table and plan do not fit each other or x.
+    Raises ValueError, before anything is written, for wrong tensors, or if table and plan do not fit each other or x.
+    `AdapterRows` has checked the weights when they were packed, and `plan_step` the rows when it planned the step.
     """
+    mix.check()
     kernel = compiled_kernel()
     if kernel is None or mix.x_TD.dtype not in KERNEL_DTYPES:
         in_torch_ops(mix)
@@ -39,23 +44,24 @@ def add_mixed_paths_(mix: Mix) -> None:
         run_kernel(kernel, 0, mix)
 
 
-def bind(table: AdapterTable, plan: StepPlan) -> Callable[[torch.Tensor, torch.Tensor, int], None] | None:
+def bind(table: AdapterTable, plan: StepPlan) -> AddPath:
     """`run(y_TD, x_TD, block)` for a step's plan, with everything prepared that is the same for all blocks.
 
-    None if there is no compiled kernel for the table. `run` raises ValueError, before anything is written, for y or x
-    that do not fit. A small model's layer takes tens of microseconds, so each microsecond here counts.
+    `run` raises ValueError, before anything is written, for y or x that do not fit. A small model's layer takes tens of
+    microseconds, so each microsecond here counts.
     """
     kernel = compiled_kernel()
-    dtype, device, hidden = table.kind
-    if kernel is None or device.type != "cpu" or dtype not in KERNEL_DTYPES:
-        return None
+    dtype, _, hidden = table.kind
+    if kernel is None or dtype not in KERNEL_DTYPES:
+        return lambda y_TD, x_TD, block: add_mixed_paths_(Mix.of(y_TD, x_TD, table, block, plan))
     add_routed, rows = kernel.mtlora_add_routed, table.rows_LAF
     first, size = rows.data_ptr(), rows.stride(0) * rows.element_size()
-    step = _step(0, dtype, hidden, table.num_rows, plan.tokens_P, plan.bias_rows_P, plan.tiles_M3)
+    tensors = plan.tokens_P, plan.bias_rows_P, plan.tiles_M3
+    step = _step(0, dtype, hidden, table.num_rows, *tensors)
     address = ctypes.addressof(step)
 
     def run(y_TD: torch.Tensor, x_TD: torch.Tensor, block: int) -> None:
-        # Naming `plan` and `step` keeps them alive as long as this function.
+        # Naming `plan`, whose words the tensors are views of, and `step` keeps them alive as long as this function.
         (T, D), (y_stride, y_step), (x_stride, x_step) = x_TD.shape, y_TD.stride(), x_TD.stride()
         if (
             step.hidden != D or y_TD.shape != x_TD.shape or x_TD.dtype is not dtype or y_TD.dtype is not dtype

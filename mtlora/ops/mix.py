@@ -1,4 +1,4 @@
-"""The tensors of one call of the serving operator: a block's path for a step's whole mix of adapters.
+"""The tensors of one call of the CPU backend: a block's path for a step's whole mix of adapters.
 
 Shape suffixes: T tokens, D hidden size, A rows of the table, F fields of a row, P planned tokens, M tiles.
 """
@@ -12,7 +12,7 @@ from mtlora.ops.table import DTYPES, AdapterTable, Field
 
 
 class Mix(NamedTuple):
-    """y_TD is added to, in place; rows_AF: a block's part of an `AdapterTable`; the other three: a `StepPlan`."""
+    """y_TD is added to, in place; rows_AF: a block's part of an `AdapterTable`; the other three: a `StepPlan`'s."""
 
     y_TD: torch.Tensor
     x_TD: torch.Tensor
@@ -27,7 +27,7 @@ class Mix(NamedTuple):
         return Mix(y_TD, x_TD, table.rows_LAF[block], plan.tokens_P, plan.bias_rows_P, plan.tiles_M3)
 
     def check(self) -> None:
-        """Raise ValueError for wrong shapes, dtypes, strides or devices, without reading a GPU's memory."""
+        """Raise ValueError for wrong shapes, dtypes, strides or devices."""
         y, x, rows, tokens, bias_rows, tiles = self
         if x.dim() != 2 or y.shape != x.shape:
             raise ValueError(f"x and y must both be [tokens, hidden], got {list(x.shape)} and {list(y.shape)}")

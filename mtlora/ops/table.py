@@ -137,7 +137,7 @@ class AdapterRows:
         """
         assert self.layout is Layout.PADDED, self.layout
         moved = copy.copy(self)
-        # Of the running stream's memory: what the stream does before may still read it, what it does after may reuse it.
+        # Of the running stream's memory, which gets it back only after what the stream has been given by then.
         moved._bytes = torch.empty_like(self._bytes, device=device)
         if copies is None:
             moved._bytes.copy_(self._bytes)

@@ -94,9 +94,7 @@ def _shrink(
                 )  # fmt: skip
                 sums = tl.dot(a.to(OPERAND), w.to(OPERAND), sums, input_precision=PRECISION)
             place = (part * planned + start + t).to(tl.int64)
-            tl.store(
-                s + place[:, None] * S_STRIDE + cols[None, :], sums, mask=live[:, None] & (cols < size)[None, :]
-            )
+            tl.store(s + place[:, None] * S_STRIDE + cols[None, :], sums, mask=live[:, None] & (cols < size)[None, :])
 
 
 @triton.jit
@@ -226,10 +224,9 @@ class Buffers(NamedTuple):
     @staticmethod
     def of(config: KernelConfig, plan_W: torch.Tensor, rows_ALF: torch.Tensor) -> "Buffers":
         """The buffers around a plan's and a table's."""
-        floats = {"dtype": torch.float32, "device": plan_W.device}
-        samples = torch.zeros(SAMPLE_TOKENS, config.max_groups * config.max_experts, **floats)  # type: ignore[arg-type]
-        scratch_QC = torch.empty(config.scratch_rows, config.columns, **floats)  # type: ignore[arg-type]
-        return Buffers(plan_W, rows_ALF, scratch_QC, samples)
+        floats: dict[str, Any] = {"dtype": torch.float32, "device": plan_W.device}
+        samples = torch.zeros(SAMPLE_TOKENS, config.max_groups * config.max_experts, **floats)
+        return Buffers(plan_W, rows_ALF, torch.empty(config.scratch_rows, config.columns, **floats), samples)
 
 
 @dataclass(frozen=True)

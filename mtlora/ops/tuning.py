@@ -6,6 +6,7 @@ between mixes is in the plan's header, on the device: live tiles, and the parts 
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -124,14 +125,14 @@ def parts(config: KernelConfig, tiles: int, columns: int, tokens: int) -> int:
     return max(1, min(16, wanted, room))
 
 
-def on_this_card(device: torch.device, **sizes: object) -> KernelConfig:
+def on_this_card(device: torch.device, **sizes: Any) -> KernelConfig:
     """The config for a device and the sizes that it does not tell."""
     # Imported here: CPU installations may have no Triton.
     from triton.backends.nvidia.compiler import get_ptxas
 
     properties = torch.cuda.get_device_properties(device)
     capability = properties.major * 10 + properties.minor
-    return KernelConfig(  # type: ignore[arg-type]
+    return KernelConfig(
         num_sms=properties.multi_processor_count,
         capability=capability,
         pipelined=may_pipeline(capability, get_ptxas(capability).version),

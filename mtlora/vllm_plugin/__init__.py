@@ -10,6 +10,7 @@ multi-LoRA serves PEFT adapters.
 import os
 from typing import Any
 
+from mtlora.vllm_plugin.options import Options
 from mtlora.vllm_plugin.seams import ENVIRONMENT_SWITCH
 
 
@@ -26,17 +27,16 @@ def register() -> None:
     install()
 
 
-def engine_overrides(max_num_seqs: int, host_cache_bytes: int = 0) -> dict[str, Any]:
+def engine_overrides(max_num_seqs: int, options: Options = Options()) -> dict[str, Any]:  # noqa: B008  it is frozen
     """Arguments of vLLM's `EngineArgs` that suit mtLoRA adapters, for up to `max_num_seqs` sequences at a time.
 
     A slot is a pointer and a row of biases, so every sequence that can run has one and none waits. `max_lora_rank` has
-    no effect. The plugin adapts the settings for compiling by itself. `host_cache_bytes` bounds the host memory of
-    adapters that have lost their slots.
+    no effect. The plugin adapts the settings for compiling by itself.
     """
     return {
         "enable_lora": True,
         "max_loras": max_num_seqs,
         "max_cpu_loras": max_num_seqs,
         "worker_extension_cls": "mtlora.vllm_plugin.extension.AdapterExtension",
-        "additional_config": {"mtlora_host_cache_bytes": host_cache_bytes},
+        "additional_config": options.as_config(),
     }

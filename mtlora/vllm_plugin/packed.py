@@ -11,7 +11,7 @@ import torch
 
 from mtlora.checkpoint.format import AdapterManifest, Checkpoint
 from mtlora.ops.packed_block import PackedBlock, pack_block
-from mtlora.ops.table import AdapterRows
+from mtlora.ops.table import AdapterRows, Layout
 from mtlora.vllm_plugin.naming import adapter_version
 
 
@@ -31,12 +31,11 @@ class PackedAdapter:
         """Bytes of its weights."""
         return self.rows.num_bytes
 
-    def to(self, device: torch.device) -> "PackedAdapter":
-        """The adapter on another device; itself if it is there already."""
+    def to(self, device: torch.device, copies: torch.cuda.Stream | None) -> "PackedAdapter":
+        """The adapter on another device, copied on a stream of its own; itself if it is there already."""
         if self.rows.kind is None or self.rows.kind[1].type == device.type:
             return self
-        blocks = [None if block is None else block.to(device) for block in self.rows.blocks]
-        return PackedAdapter(self.folder, self.manifest, AdapterRows(blocks))
+        return PackedAdapter(self.folder, self.manifest, self.rows.to(device, copies))
 
     @cached_property
     def task_ids(self) -> frozenset[str]:
@@ -73,11 +72,11 @@ class Slot:
 
 
 def pack_adapter(
-    folder: Path, checkpoint: Checkpoint, blocks: list[str], *, dtype: torch.dtype, movable: bool
+    folder: Path, checkpoint: Checkpoint, blocks: list[str], *, dtype: torch.dtype, layout: Layout | None
 ) -> PackedAdapter:
     """Pack an adapter on the CPU. `blocks` are all wrapped blocks of this worker; an adapter may have fewer.
 
-    movable: the adapter will go to another device.
+    layout: that of its weights, by default the CPU's.
     """
     config, tensors = checkpoint.manifest.config, checkpoint.tensors
 
@@ -94,4 +93,4 @@ def pack_adapter(
             bias_bGN=tensors[f"{name}.task_bias"] if config.task_bias else None,
         )
 
-    return PackedAdapter(folder, checkpoint.manifest, AdapterRows([pack(name) for name in blocks], as_given=movable))
+    return PackedAdapter(folder, checkpoint.manifest, AdapterRows([pack(name) for name in blocks], layout=layout))

@@ -1,7 +1,8 @@
 """Samples how tokens are routed: entropy, and the use of each expert.
 
-Off unless MTLORA_ROUTING_SAMPLE_STEPS is set. Every so many steps, torch operations compute one block's routing of a
-few tokens again, beside the kernel that serves them. Blocks take turns.
+Off unless MTLORA_ROUTING_SAMPLE_STEPS is set. Every so many steps, one block's routing of a few tokens is sampled. On a
+CPU, torch operations compute it again, beside the kernel that serves them. On a GPU the kernel itself writes it down
+(`gpu_step.py`). Blocks take turns.
 
 Shape suffixes: T tokens, D hidden size, G groups, N experts.
 """
@@ -53,25 +54,37 @@ class RoutingSampler:
         if block <= self._last_block:
             self._step += 1
         self._last_block = block
-        turn, rest = divmod(self._step, self._steps)
-        return rest == 0 and block == turn % self._num_blocks
+        return self._step % self._steps == 0 and block == self.place(1)[0]
+
+    def next_step(self) -> bool:
+        """Whether the step that begins samples a block, `place`. An alternative to `due`."""
+        self._step += 1
+        return self._step % self._steps == 0
+
+    def place(self, num_tiles: int) -> tuple[int, int]:
+        """The block and the tile that this step samples."""
+        turn = self._step // self._steps
+        return turn % self._num_blocks, turn // self._num_blocks % max(1, num_tiles)
 
     def observe(
         self, x_TD: torch.Tensor, table: AdapterTable, block: int, plan: StepPlan, names: dict[int, str]
     ) -> None:
         """Sample one tile of the plan; `names` gives the adapter version in each row of the table."""
-        tile = self._step // self._steps // self._num_blocks % max(1, len(plan.tiles_M3))
-        row, first, count = plan.tiles_M3[tile].tolist() if len(plan.tiles_M3) else (0, 0, 0)
-        held = table.held(row) if count else None
+        row, first, count = plan.tiles_M3[self.place(plan.num_tiles)[1]].tolist()
+        held = table.held(row)
         packed = held.block(block) if held else None
         if packed is None:
             return
         taken = slice(first, first + min(count, _TOKENS))
         x_TD = x_TD[plan.tokens_P[taken].long()]
-        weights_TGN = routing(x_TD, packed, plan.bias_rows_P[taken])
-        share = entropy(weights_TGN) / math.log(packed.num_experts) if packed.num_experts > 1 else entropy(weights_TGN)
+        self.add(names[row], routing(x_TD, packed, plan.bias_rows_P[taken]))
+
+    def add(self, name: str, weights_TGN: torch.Tensor) -> None:
+        """Add a sample of an adapter version's routing, on the host."""
+        num_experts = weights_TGN.shape[-1]
+        share = entropy(weights_TGN) / math.log(num_experts) if num_experts > 1 else entropy(weights_TGN)
         used_N = weights_TGN.sum((0, 1)).tolist()
-        sums = self._sums.setdefault(names[row], RoutingSums())
+        sums = self._sums.setdefault(name, RoutingSums())
         sums.rows += weights_TGN.shape[0] * weights_TGN.shape[1]
         sums.entropy += float(share.sum())
         # A version's name can return with other content, and so with another number of experts.

@@ -90,18 +90,19 @@ SEAMS = (
         "no adapter of this project's format is served",
     ),
     Seam(
-        "operator",
+        "operators",
         Need.CORRECTNESS,
         "mtlora.vllm_plugin.block",
         (
             "vllm.utils.torch_utils:direct_register_custom_op(op_name, op_func, mutates_args, fake_impl, target_lib)",
+            "vllm.utils.torch_utils:LayerNameType",
+            "vllm.utils.torch_utils:_encode_layer_name(layer_name)",
+            "vllm.utils.torch_utils:_resolve_layer_name(layer_name)",
             "vllm.forward_context:get_forward_context()",
             "vllm.forward_context:ForwardContext.no_compile_layers",
-            "vllm.config:CompilationConfig._attention_ops",
-            "vllm.config:CompilationConfig.splitting_ops",
             "vllm.config:CompilationConfig.static_forward_context",
         ),
-        "compiled engines freeze one step's adapters in their graphs",
+        "compiled engines run no adapters",
     ),
     Seam(
         "compile cache key",
@@ -116,9 +117,9 @@ SEAMS = (
         "mtlora.vllm_plugin.compilation",
         (
             "vllm.platforms.interface:Platform.check_and_update_config(vllm_config)",
-            "vllm.config:CompilationConfig.cudagraph_mode",
+            "vllm.config:ParallelConfig.use_ubatching",
         ),
-        "full CUDA graphs freeze one step's adapters; CPUs never compile with adapters",
+        "CPUs never compile with adapters; micro-batches run with the plan of the whole step",
     ),
     Seam(
         "seeded requests on CPUs",
@@ -171,6 +172,13 @@ SEAMS = (
             "vllm.v1.metrics.loggers:PrometheusStatLogger.record_admission_rejection(reason)",
         ),
         "no step is seen, so a queue looks like a hang",
+    ),
+    Seam(
+        "second stream",
+        Need.SPEED,
+        "mtlora.vllm_plugin.gpu_step",
+        ("vllm.compilation.breakable_cudagraph:BreakableCUDAGraphCapture.is_active()",),
+        "no part of an adapter's path runs beside its block",
     ),
     Seam(
         "model inspection on CPUs",

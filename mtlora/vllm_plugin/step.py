@@ -1,98 +1,128 @@
 """The adapter of each row of the running batch: computed once a step, read by every block.
 
-Shape suffixes: T tokens of the step.
+Shape suffixes: T tokens of the step, D hidden size.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Set
 
 import numpy as np
 import torch
 
-from mtlora.ops.operators import AddPath, bind, tile_size
-from mtlora.ops.plan import StepPlan, plan_step
+from mtlora.ops.cpu import AddPath, bind
+from mtlora.ops.cpu_kernel import TILE_SIZE
+from mtlora.ops.plan import plan_step
 from mtlora.ops.table import AdapterRows, AdapterTable
 from mtlora.vllm_plugin.packed import Slot
 from mtlora.vllm_plugin.sampling import RoutingSampler
 
 
-class StepMapping:
-    """The step's adapters, in the rows of a table, and its tokens by row.
+class StepMapping(ABC):
+    """The adapters in the rows of a table, and the step's tokens by row.
 
-    Rows without an adapter, padding among them, are in no tile. There is one object a model; compiled graphs hold the
-    object, and its content changes between steps.
+    Rows without an adapter, padding among them, are in no tile. There is one object a model; compiled and captured
+    graphs hold the object, and its content changes between steps.
+
+    scratch: what `begin` writes and `finish_` reads. begins: whether `begin` does anything.
     """
+
+    begins: bool
+    scratch: torch.Tensor
 
     def __init__(self, table: AdapterTable, sampler: RoutingSampler | None = None) -> None:
         self._table = table
         self.sampler = sampler
-        self._device = table.rows_LAF.device
+        # Least recently used first.
+        self._row_of: dict[AdapterRows, int] = {}
+        self._free = list(range(table.num_rows))
         self.clear()
 
     def clear(self) -> None:
         """No token has an adapter."""
-        self.num_tokens = 0
-        self._blocks: frozenset[int] = frozenset()
-        self._names: dict[int, str] = {}
+        nobody: dict[int, Slot] = {}
+        self.set(np.empty(0, dtype=np.int64), nobody.__getitem__)
 
     def set(self, slot_ids_T: np.ndarray, slot: Callable[[int], Slot]) -> None:
         """Take the slot id of every token, int64 [T], 0 or less for none; `slot` gives the slot of an id.
 
-        One adapter's slots share a row of the table. Raises IndexError for more adapters than the table has rows.
+        One adapter's slots share a row of the table, and it stays there until another needs the row. Raises IndexError
+        for more adapters than the table has rows.
         """
-        self.clear()
-        self.num_tokens = len(slot_ids_T)
         ids, id_index_T = np.unique(slot_ids_T, return_inverse=True)
-        held = {i: slot(int(slot_id)) for i, slot_id in enumerate(ids) if slot_id > 0}
-        place_of = self._place({s.adapter.rows for s in held.values() if s.adapter is not None})
-        if not place_of:
-            return
-        self._blocks = frozenset().union(*(rows.active for rows in place_of))
-        if self.sampler:
-            self._names = {place_of[s.adapter.rows]: s.version for s in held.values() if s.adapter is not None}
-        place_of_id, bias_row_of_id = np.full((2, len(ids)), -1)
+        held = {i: slot(slot_id) for i, slot_id in enumerate(ids.tolist()) if slot_id > 0}
+        self._place({s.adapter.rows for s in held.values() if s.adapter is not None})
+        row_of_id, bias_row_of_id = np.full((2, len(ids)), -1)
+        names = {}
         for i, its in held.items():
             if its.adapter is not None:
-                place_of_id[i], bias_row_of_id[i] = place_of[its.adapter.rows], its.bias_row
-        plan = self._plan = self._to_device(
-            plan_step(
-                place_of_id[id_index_T],
-                bias_row_of_id[id_index_T],
-                num_rows=self._table.num_rows,
-                tile_size=tile_size(self._device, self.num_tokens),
-            )
-        )
-        self._add_path_: AddPath = bind(self._table, plan)
+                row = row_of_id[i] = self._row_of[its.adapter.rows]
+                bias_row_of_id[i] = its.bias_row
+                names[row] = its.version
+        self._take(row_of_id[id_index_T], bias_row_of_id[id_index_T], names, any_slot=bool(held))
 
-    def add_path_(self, y_TD: torch.Tensor, x_TD: torch.Tensor, block: int) -> None:
+    @abstractmethod
+    def _take(self, row_T: np.ndarray, bias_row_T: np.ndarray, names: dict[int, str], *, any_slot: bool) -> None:
+        """Plan a step.
+
+        names: the adapter version in each row that has tokens. any_slot: whether tokens name slots, dummy ones too.
+        """
+
+    @abstractmethod
+    def begin(self, x_TD: torch.Tensor, block: int, *, beside: bool) -> None:
+        """Compute what of the path needs no y. beside: whether it may run at the same time as the block itself."""
+
+    @abstractmethod
+    def finish_(self, y_TD: torch.Tensor, x_TD: torch.Tensor, block: int) -> None:
         """Add to `y_TD`, in place, the path of block number `block` for every row that has an adapter."""
+
+    def next_step(self) -> bool:
+        """Call it once a step, before its `set`; whether `set` must be called although no token's slot has changed."""
+        return False
+
+    def release(self, rows: AdapterRows) -> None:
+        """Empty an adapter's row: its weights are about to leave memory."""
+        if (row := self._row_of.pop(rows, None)) is not None:
+            self._table.place(row, None)
+            self._free.append(row)
+
+    def _place(self, wanted: Set[AdapterRows]) -> None:
+        """Put the step's adapters in the table, each where it is already, if it is."""
+        for rows in wanted & self._row_of.keys():
+            self._row_of[rows] = self._row_of.pop(rows)
+        for rows in wanted - self._row_of.keys():
+            if not self._free:
+                self.release(next(iter(self._row_of)))
+            row = self._free.pop()
+            self._table.place(row, rows)
+            self._row_of[rows] = row
+
+
+class CpuStep(StepMapping):
+    """On a CPU, `finish_` does everything."""
+
+    begins = False
+
+    def __init__(self, table: AdapterTable, sampler: RoutingSampler | None = None) -> None:
+        self.scratch = torch.empty(0)
+        super().__init__(table, sampler)
+
+    def _take(self, row_T: np.ndarray, bias_row_T: np.ndarray, names: dict[int, str], *, any_slot: bool) -> None:
+        self._num_tokens = len(row_T)
+        self._names = names
+        held = [rows for row in names if (rows := self._table.held(row))]
+        self._blocks: frozenset[int] = frozenset().union(*(rows.active for rows in held))
+        if names:
+            plan = self._plan = plan_step(row_T, bias_row_T, num_rows=self._table.num_rows, tile_size=TILE_SIZE)
+            self._add_path_: AddPath = bind(self._table, plan)
+
+    def begin(self, x_TD: torch.Tensor, block: int, *, beside: bool) -> None:
+        """Nothing."""
+
+    def finish_(self, y_TD: torch.Tensor, x_TD: torch.Tensor, block: int) -> None:
+        """Add to `y_TD`, in place, the path of block number `block` for every row that has an adapter."""
+        if self._num_tokens > len(x_TD):
+            raise RuntimeError(f"block {block}: {len(x_TD)} rows in a step of {self._num_tokens} tokens")
         if block in self._blocks:
             self._add_path_(y_TD, x_TD, block)
             if self.sampler and self.sampler.due(block):
                 self.sampler.observe(x_TD, self._table, block, self._plan, self._names)
-
-    def _place(self, wanted: Set[AdapterRows]) -> dict[AdapterRows, int]:
-        """Put the step's adapters in the table, each where it was in the last step, and the others out of it."""
-        table = self._table
-        place_of: dict[AdapterRows, int] = {}
-        free = []
-        for place in range(table.num_rows):
-            rows = table.held(place)
-            if rows is not None and rows in wanted:
-                place_of[rows] = place
-                continue
-            if rows is not None:
-                table.place(place, None)
-            free.append(place)
-        for rows in wanted - place_of.keys():
-            place_of[rows] = free.pop()
-            table.place(place_of[rows], rows)
-        return place_of
-
-    def _to_device(self, plan: StepPlan) -> StepPlan:
-        if self._device.type == "cpu":
-            return plan
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.pin_memory().to(self._device, non_blocking=True)
-
-        return StepPlan(move(plan.tokens_P), move(plan.bias_rows_P), move(plan.tiles_M3), plan.tile_size)

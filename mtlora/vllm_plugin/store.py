@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from vllm.lora.request import LoRARequest
 
 from mtlora.checkpoint.format import CheckpointError
 from mtlora.checkpoint.read import read_checkpoint, read_manifest
+from mtlora.ops.table import Layout
+from mtlora.ops.tuning import KernelConfig
 from mtlora.vllm_plugin.naming import parse_slot_path
 from mtlora.vllm_plugin.packed import PackedAdapter, Slot, pack_adapter
 
@@ -35,6 +37,8 @@ class AdapterStore:
     used goes first. Staging such an adapter again reads nothing.
 
     backbone: facts about the running model, as fields of `BackboneIdentity`. Adapters for another backbone are refused.
+    gpu: what a GPU's kernels were started for; larger adapters are refused. on_drop: called when an adapter's weights
+    are about to leave the device.
     """
 
     def __init__(
@@ -45,12 +49,18 @@ class AdapterStore:
         device: torch.device,
         dtype: torch.dtype,
         host_cache_bytes: int = 0,
+        gpu: KernelConfig | None = None,
+        on_drop: Callable[[PackedAdapter], None] = lambda _: None,
     ) -> None:
         self._backbone = backbone
         self._blocks = blocks
         self._modules = {name.rpartition(".")[2] for name in blocks}
         self._device = device
         self._dtype = dtype
+        self._gpu = gpu
+        self._on_drop = on_drop
+        # Weights go to a GPU beside the running steps.
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         # Keys: the real folder and the sha256 of the tensors.
         self._adapters: dict[tuple[Path, str], PackedAdapter] = {}
         self._slots: dict[int, Slot] = {}
@@ -137,7 +147,7 @@ class AdapterStore:
             host.bias_row(task_id)
             if request.lora_int_id in self._slots:
                 raise ValueError(f"LoRA id {request.lora_int_id} is in use")
-        adapter = self._placed.get(folder) or host.to(self._device)
+        adapter = self._placed.get(folder) or host.to(self._device, self._copies)
         for request, task_id in zip(requests, tasks, strict=True):
             self._keep(request, adapter, task_id)
         with self._lock:
@@ -174,6 +184,7 @@ class AdapterStore:
         users.discard(slot.id)
         if not users:
             del self._users[adapter]
+            self._on_drop(adapter)
             del self._adapters[adapter.folder, adapter.manifest.tensors_sha256]
             if adapter in self._origin:
                 self._cache(adapter)
@@ -195,15 +206,23 @@ class AdapterStore:
         manifest, real = read_manifest(folder), folder.resolve()
         if held := self._adapters.get((real, manifest.tensors_sha256)):
             return held
-        return self._read(folder).to(self._device)
+        return self._read(folder).to(self._device, self._copies)
 
     def _read(self, folder: Path) -> PackedAdapter:
         """A checkpoint from disk, checked whole, packed in host memory."""
         manifest = read_manifest(folder)
         checkpoint = read_checkpoint(folder, manifest.backbone.model_copy(update=dict(self._backbone)))
         if missing := [module for module in manifest.config.modules if module not in self._modules]:
-            raise CheckpointError(f"{folder}: config.blocks: the running model has no {missing[0]!r} in its layers")
+            raise CheckpointError(
+                f"{folder}: config.blocks: found {manifest.config.blocks!r}; this engine runs adapters beside "
+                f"{' and '.join(sorted(self._modules))} alone, and {missing[0]!r} is not among them"
+            )
+        if self._gpu is not None:
+            try:
+                self._gpu.check(manifest.config.r, manifest.config.num_experts, manifest.config.num_groups)
+            except ValueError as error:
+                raise CheckpointError(f"{folder}: config: {error}") from None
         with self._lock:
             self.counts.weight_loads += 1
-        movable = self._device.type != "cpu"
-        return pack_adapter(folder.resolve(), checkpoint, self._blocks, dtype=self._dtype, movable=movable)
+        layout = None if self._gpu is None else Layout.PADDED
+        return pack_adapter(folder.resolve(), checkpoint, self._blocks, dtype=self._dtype, layout=layout)

@@ -18,7 +18,7 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from mtlora.backbone import BackboneError, identify
 from mtlora.vllm_cpu.pipeline import warm_up_stages
 from mtlora.vllm_cpu.seeded import rewind_cpu_generators
-from mtlora.vllm_plugin.compilation import check_compilation
+from mtlora.vllm_plugin.compilation import check_config
 from mtlora.vllm_plugin.model_manager import MtLoRAModelManager
 from mtlora.vllm_plugin.packed import Slot
 from mtlora.vllm_plugin.store import AdapterStore
@@ -26,9 +26,6 @@ from mtlora.vllm_plugin.store import AdapterStore
 logger = init_logger(__name__)
 
 _STAGING_NICENESS = 5
-
-# Key of vLLM's `additional_config`.
-HOST_CACHE_KEY = "mtlora_host_cache_bytes"
 
 # "strict": an adapter must have been trained beside these weights. "architecture": beside weights of this shape, such
 # as those that a quantised backbone was made from.
@@ -50,17 +47,20 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
 
         Raises ValueError for a model or a config that cannot work, RuntimeError for a vLLM that lacks a seam.
         """
-        check_compilation(vllm_config)
+        check_config(vllm_config)
         warm_up_stages(vllm_config)
         if self.device.type == "cpu":
             rewind_cpu_generators()
         wrapped = super().create_lora_manager(model, vllm_config)
+        step = self._adapter_manager.step
         self.store = AdapterStore(
             running_backbone(vllm_config.model_config),
             [block.block_name for block in self._adapter_manager.blocks],
             device=self.device,
             dtype=vllm_config.model_config.dtype,
-            host_cache_bytes=host_cache_bytes(vllm_config.additional_config),
+            host_cache_bytes=self._adapter_manager.options.host_cache_bytes,
+            gpu=self._adapter_manager.gpu,
+            on_drop=lambda adapter: step.release(adapter.rows),
         )
         self._stager = ThreadPoolExecutor(1, "stage-adapter", initializer=_stand_back)
         self._staging: dict[str, Future[None]] = {}
@@ -101,6 +101,7 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         requests = [request for request in lora_requests if request]
         if len(requests) > self._adapter_manager.lora_slots:
             raise RuntimeError(f"{len(requests)} slots in a step of at most {self._adapter_manager.lora_slots}")
+        self._adapter_manager.next_step()
         with gpu_sync_allowed():
             for request in requests:
                 self._place(self._slot_in_step(request))
@@ -159,11 +160,6 @@ def _stand_back() -> None:
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _STAGING_NICENESS)
-
-
-def host_cache_bytes(additional_config: Any) -> int:
-    """Bytes of host memory for packed adapters without slots: from the engine's `additional_config`, else 0."""
-    return int(additional_config.get(HOST_CACHE_KEY, 0)) if isinstance(additional_config, dict) else 0
 
 
 def running_backbone(model_config: ModelConfig) -> dict[str, Any]:

@@ -57,6 +57,7 @@ def _engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
 
     from mtlora.vllm_cpu.precision import engine_dtype
     from mtlora.vllm_plugin import engine_overrides
+    from mtlora.vllm_plugin.options import Options
 
     on_cpu = bool(current_platform.is_cpu())
     kv_cache_gib = settings.kv_cache_gib or (1.0 if on_cpu else None)
@@ -78,7 +79,17 @@ def _engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
         "quantization": settings.quantization,
         "max_logprobs": MAX_LOGPROBS,
         "use_tqdm_on_load": False,
-        **engine_overrides(settings.max_num_seqs, int(settings.host_cache_gib * (1 << 30))),
+        **engine_overrides(
+            settings.max_num_seqs,
+            Options(
+                host_cache_bytes=int(settings.host_cache_gib * (1 << 30)),
+                blocks=settings.adapter_blocks,
+                max_rank=settings.adapter_max_rank,
+                max_experts=settings.adapter_max_experts,
+                max_groups=settings.adapter_max_groups,
+                side_stream=settings.adapter_side_stream,
+            ),
+        ),
     }
 
 

@@ -45,6 +45,7 @@ def test_operator_computes_the_formula(engine, tmp_path):
     from vllm.forward_context import set_forward_context
     from vllm.lora.layers import LoRAMapping
     from vllm.lora.request import LoRARequest
+    from vllm.utils.torch_utils import _encode_layer_name
 
     from mtlora.vllm_plugin.naming import slot_path
 
@@ -80,7 +81,7 @@ def test_operator_computes_the_formula(engine, tmp_path):
             x_TD = torch.randn(T + padding, HIDDEN_SIZE, dtype=getattr(torch, dtype))
             y_TD = torch.zeros_like(x_TD)
             with set_forward_context(None, running.llm_engine.vllm_config):
-                torch.ops.mtlora.add_layer_path_(y_TD, x_TD, block.layer_name)
+                torch.ops.mtlora.finish_path_(y_TD, x_TD, block.step.scratch, _encode_layer_name(block.layer_name))
             expected_TD = torch.zeros(T + padding, HIDDEN_SIZE, dtype=torch.float64)
             for i in set(ids) - {0}:
                 rows = torch.tensor([t for t in range(T) if ids[t] == i])

@@ -65,12 +65,12 @@ class Recorder:
     def __init__(self, engine: Any) -> None:
         self._records: list[Record] = []
         for block in lora_manager_of(engine)._adapter_manager.blocks:
-            block.add_path_ = self._recording(block.block_name, block.add_path_)
+            block.finish_ = self._recording(block.block_name, block.finish_)
 
-    def _recording(self, name: str, add_path_: Any) -> Any:
+    def _recording(self, name: str, finish_: Any) -> Any:
         def recording(y_TD: torch.Tensor, x_TD: torch.Tensor) -> None:
             without_TD = y_TD.clone()
-            add_path_(y_TD, x_TD)
+            finish_(y_TD, x_TD)
             self._records.append(Record(name, x_TD.clone(), without_TD, y_TD.clone()))
 
         return recording

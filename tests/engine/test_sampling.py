@@ -20,7 +20,7 @@ def mapping(tmp_path, monkeypatch):
     from mtlora.config import MtLoRAConfig
     from mtlora.ops.table import AdapterTable
     from mtlora.vllm_plugin.packed import PackedAdapter, Slot
-    from mtlora.vllm_plugin.step import StepMapping
+    from mtlora.vllm_plugin.step import CpuStep
     from tests.factories import IDENTITY, task_table
 
     generator = torch.Generator().manual_seed(0)
@@ -39,7 +39,7 @@ def mapping(tmp_path, monkeypatch):
     adapter = PackedAdapter(tmp_path, manifest, AdapterRows(blocks))
     table = AdapterTable(BLOCKS, 2, hidden_size=D, dtype=torch.float32, device=torch.device("cpu"))
     monkeypatch.setenv(ENVIRONMENT_STEPS, "2")
-    step = StepMapping(table, RoutingSampler.from_environment(BLOCKS))
+    step = CpuStep(table, RoutingSampler.from_environment(BLOCKS))
     step.set(np.full(TOKENS, 9), lambda _: Slot(9, "name/7@0123#task", "", adapter, bias_row=1))
     return step, route, bias
 
@@ -50,7 +50,7 @@ def run(step, steps: int) -> list[torch.Tensor]:
         x_TD = torch.randn(TOKENS, D, generator=torch.Generator().manual_seed(number))
         y_TD = torch.zeros(TOKENS, D)
         for block in range(BLOCKS):
-            step.add_path_(y_TD, x_TD, block)
+            step.finish_(y_TD, x_TD, block)
         outputs.append(y_TD)
     return outputs
 

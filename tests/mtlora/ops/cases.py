@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import mtlora.ops.operators  # noqa: F401  registers the operator
 from mtlora.ops.mix import Mix
 from mtlora.ops.packed_block import PackedBlock, pack_block
 from mtlora.ops.plan import plan_step

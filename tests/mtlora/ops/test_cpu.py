@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtlora.ops import cpu, cpu_kernel
-from mtlora.ops.operators import bind
+from mtlora.ops.table import Layout
 from tests.mtlora.ops.cases import SHAPE_CLASSES, Batch, Case, Shape, random_rows
 
 KERNEL = cpu_kernel.compiled_kernel()
-BACKENDS = {"torch": cpu.in_torch_ops, "operator": lambda mix: torch.ops.mtlora.add_mixed_paths_(*mix, [], 8)}
+BACKENDS = {"torch": cpu.in_torch_ops, "best": cpu.add_mixed_paths_}
 if KERNEL is not None:
     for isa in (2, 512, 516):
         if KERNEL.mtlora_supported(isa):
@@ -63,7 +63,7 @@ def test_units_can_be_inverted(K: int, C: int, dtype: torch.dtype) -> None:
 
 @every_dtype
 def test_torch_ops_read_weights_as_given_and_the_kernel_refuses_them(dtype: torch.dtype) -> None:
-    batch = Batch(SHAPE_CLASSES["ragged-sizes"], dtype, as_given=True)
+    batch = Batch(SHAPE_CLASSES["ragged-sizes"], dtype, layout=Layout.GIVEN)
     cpu.in_torch_ops(batch.mix)
     batch.check()
     if KERNEL is not None:
@@ -73,7 +73,7 @@ def test_torch_ops_read_weights_as_given_and_the_kernel_refuses_them(dtype: torc
 
 def test_a_bound_step_equals_the_formula_and_refuses_wrong_tensors() -> None:
     batch = Batch(SHAPE_CLASSES["many-tokens-of-many"], torch.bfloat16)
-    add_path_ = bind(batch.table, batch.plan)
+    add_path_ = cpu.bind(batch.table, batch.plan)
     wrong = (
         (batch.y_TD.float(), batch.x_TD), (batch.y_TD, batch.x_TD[:-1]), (batch.y_TD[:, ::2], batch.x_TD[:, ::2]),
         (batch.y_TD, batch.x_TD.t().contiguous().t()), (batch.y_TD[:, 1:], batch.x_TD[:, 1:]),

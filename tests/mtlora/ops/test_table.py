@@ -5,11 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mtlora.ops.operators import add_mixed_paths_
+from mtlora.ops import cpu, tuning
+from mtlora.ops.mix import Mix
 from mtlora.ops.packed_block import PackedBlock
-from mtlora.ops.plan import DevicePlan, StepPlan, plan_step
-from mtlora.ops.table import AdapterRows, AdapterTable, TableLimits
+from mtlora.ops.plan import DevicePlan, Header, counts_of, plan_step
+from mtlora.ops.table import AdapterRows, AdapterTable, Field, Layout
+from mtlora.ops.tuning import KernelConfig
 from tests.mtlora.ops.cases import SHAPE_CLASSES, Batch
 
 CPU = torch.device("cpu")
@@ -55,10 +59,13 @@ def test_refuses_adapters_that_do_not_fit_the_table() -> None:
         table().place(0, AdapterRows([block(), block()]))
     with pytest.raises(ValueError, match="several kinds"):
         AdapterRows([block(), block(dtype=torch.bfloat16)])
-    fixed = table(limits=TableLimits(rank=2, experts=3, groups=2, alignment=2))
-    fixed.place(0, AdapterRows([block()]))
-    with pytest.raises(ValueError, match="in a table of"):
-        fixed.place(1, AdapterRows([block(r=4)]))
+    sizes = {"num_blocks": 1, "max_adapters": 2, "max_tokens": 8}
+    on_gpu = table(config=KernelConfig(12, torch.float32, **sizes, max_rank=2, max_experts=3, max_groups=2))
+    on_gpu.place(0, AdapterRows([block()], layout=Layout.PADDED))
+    for larger, message in ((block(r=4), "rank 4, this engine's largest is 2"), (block(N=4), "experts 4"),
+                            (block(G=3), "groups 3")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            on_gpu.place(1, AdapterRows([larger], layout=Layout.PADDED))
 
 
 def test_placing_is_in_place_and_can_be_undone() -> None:
@@ -67,12 +74,12 @@ def test_placing_is_in_place_and_can_be_undone() -> None:
     batch.table.place(0, None)
     batch.table.place(0, held)
     assert batch.table.rows_LAF.data_ptr() == address
-    torch.ops.mtlora.add_mixed_paths_(*batch.mix, [], 8)
+    cpu.add_mixed_paths_(batch.mix)
     batch.check()
     for row in range(batch.table.num_rows):
         batch.table.place(row, None)
     before = batch.y_TD.clone()
-    torch.ops.mtlora.add_mixed_paths_(*batch.mix, [], 8)
+    cpu.add_mixed_paths_(batch.mix)
     assert torch.equal(batch.y_TD, before)
 
 
@@ -82,7 +89,7 @@ def test_a_block_without_a_path_adds_nothing() -> None:
     many.place(0, rows)
     plan = plan_step(np.zeros(3, int), np.full(3, -1), num_rows=1, tile_size=8)
     y = torch.ones(3, 12)
-    add_mixed_paths_(y, torch.ones(3, 12), many, 0, plan)
+    cpu.bind(many, plan)(y, torch.ones(3, 12), 0)
     assert torch.equal(y, torch.ones(3, 12))
 
 
@@ -108,13 +115,12 @@ def test_operator_refuses_plans_that_do_not_fit(
     if not kernel:
         monkeypatch.setattr("mtlora.ops.cpu.compiled_kernel", lambda: None)
     batch = Batch(SHAPE_CLASSES["many-tokens-of-one"], torch.float32)
-    plan = batch.plan
     if name == "tiles":
-        batch.plan = replace(plan, tiles_M3=torch.tensor(value, dtype=torch.int32))
+        batch.plan.tiles_M3[:1] = torch.tensor(value)
     else:
-        getattr(plan, f"{name}_P")[3] = value
+        getattr(batch.plan, f"{name}_P")[3] = value
     with pytest.raises(ValueError, match=message):
-        torch.ops.mtlora.add_mixed_paths_(*batch.mix, [], 8)
+        cpu.add_mixed_paths_(batch.mix)
     assert torch.equal(batch.y_TD, batch.before_TD)
 
 
@@ -136,63 +142,103 @@ def test_operator_refuses_tensors_of_the_wrong_kind() -> None:
     }
     for message, tensors in bad.items():
         with pytest.raises(ValueError, match=message):
-            torch.ops.mtlora.add_mixed_paths_(*tensors, [], 8)
-    with pytest.raises(ValueError, match="the table's adapters"):
-        add_mixed_paths_(y.bfloat16(), x.bfloat16(), batch.table, 0, batch.plan)
+            cpu.add_mixed_paths_(Mix(*tensors))
     assert torch.equal(batch.y_TD, batch.before_TD)
 
 
-def test_device_plan_keeps_its_buffers() -> None:
-    buffers = DevicePlan(8, 3, tile_size=4, device=CPU)
-    address = buffers.plan.tokens_P.data_ptr()
+def test_device_plan_copies_what_is_used_to_one_place() -> None:
+    config = KernelConfig(12, torch.float32, num_blocks=1, max_adapters=3, max_tokens=8, num_sms=4)
+    plan = DevicePlan(config, CPU)
+    counts_AC = np.stack([counts_of(sizes, 12) for sizes in ([(2, 3, 2)], [], [(4, 20, 1)])])
+    address = plan.words_W.data_ptr()
     rng = np.random.default_rng(0)
-    for tokens in (8, 1, 5, 0):
+    for tokens in (8, 1, 5, 0, 8, 8):
+        plan.words_W.fill_(-7)
         row_T = rng.integers(-1, 3, tokens)
-        plan, expected = buffers.set(row_T, row_T), plan_step(row_T, row_T, num_rows=3, tile_size=4)
-        assert plan.tokens_P.data_ptr() == address
-        num_tiles = len(expected.tiles_M3)
-        assert torch.equal(plan.tiles_M3[:num_tiles], expected.tiles_M3)
-        assert not plan.tiles_M3[num_tiles:, 2].any()
-        assert torch.equal(plan.tokens_P[: len(expected.tokens_P)], expected.tokens_P)
+        step = plan_step(row_T, row_T, num_rows=3, tile_size=4)
+        plan.set(step, counts_AC)
+        used = len(step.words_W)
+        assert plan.words_W.data_ptr() == address
+        assert plan.words_W[:used].tolist() == step.words_W.tolist()
+        assert (plan.words_W[used:] == -7).all()
+        assert step.words_W[Header.COLUMNS] == max([0, *counts_AC[row_T[row_T >= 0], 0]])
+        assert step.words_W[Header.SAMPLE_BLOCK] == -1
     with pytest.raises(ValueError, match="9 tokens"):
-        buffers.set(np.zeros(9, int), np.zeros(9, int))
+        plan.set(plan_step(np.zeros(9, int), np.zeros(9, int), num_rows=3, tile_size=4), counts_AC)
 
 
-def test_a_plan_holds_every_token_once() -> None:
-    row_T = np.random.default_rng(1).integers(-1, 4, 100)
-    plan = plan_step(row_T, np.arange(100), num_rows=4, tile_size=8)
-    seen = []
+@given(st.lists(st.integers(-1, 5), max_size=200), st.sampled_from([8, 16, 64]))
+def test_plans_are_whole(rows: list[int], tile_size: int) -> None:
+    row_T = np.array(rows, dtype=int)
+    plan = plan_step(row_T, np.arange(len(rows)), num_rows=6, tile_size=tile_size)
+    seen: list[int] = []
     for row, first, count in plan.tiles_M3.tolist():
-        assert 0 < count <= 8
+        assert 0 < count <= tile_size
         tokens = plan.tokens_P[first : first + count].tolist()
         assert all(row_T[t] == row for t in tokens)
         seen += tokens
     assert sorted(seen) == np.flatnonzero(row_T >= 0).tolist()
     assert torch.equal(plan.bias_rows_P, plan.tokens_P)
+    sizes = plan.tiles_M3[:, 2].numpy()
+    for row in set(rows) - {-1}:
+        assert np.ptp(sizes[plan.tiles_M3[:, 0].numpy() == row]) <= 1
 
 
-def test_traces_without_running() -> None:
-    batch = Batch(SHAPE_CLASSES["many-tokens-of-many"], torch.float32)
-    limits = [16, 8, 4, 1]
-    torch.library.opcheck(
-        torch.ops.mtlora.add_mixed_paths_.default, (*batch.mix, limits, 8),
-        test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip
+def test_parts_fill_the_card_and_fit_the_scratch_space() -> None:
+    config = KernelConfig(4096, torch.bfloat16, num_blocks=32, max_adapters=64, max_tokens=8192, num_sms=132)
+    assert [tuning.parts(config, tiles, 48, 16 * tiles) for tiles in (1, 4, 16, 64, 200)] == [16, 16, 8, 2, 1]
+    for tiles in (1, 5, 40):
+        for tokens in (1, 500, 3000, 8192):
+            assert 1 <= tuning.parts(config, tiles, 48, tokens) <= max(1, config.scratch_rows // tokens)
+    assert tuning.parts(replace(config, hidden_size=576), 1, 48, 16) == 4
 
 
-def test_runs_inside_a_compiled_function() -> None:
-    batch = Batch(SHAPE_CLASSES["many-tokens-of-many"], torch.float32)
-
-    @torch.compile(backend="aot_eager", fullgraph=True)
-    def step(y: torch.Tensor, x: torch.Tensor, *plan: torch.Tensor) -> torch.Tensor:
-        torch.ops.mtlora.add_mixed_paths_(y, x, *plan, [16, 8, 4, 1], 8)
-        return y * 1.0
-
-    batch.y_TD = step(*batch.mix)
-    batch.check()
+def test_alignment_holds_for_every_number_of_groups() -> None:
+    sizes = {4096: 16, 3584: 16, 576: 2, 90: 1}
+    for hidden_size, alignment in sizes.items():
+        config = KernelConfig(hidden_size, torch.bfloat16, num_blocks=1, max_adapters=1, max_tokens=1)
+        assert config.alignment == alignment
 
 
-def test_step_plan_has_the_operators_dtypes() -> None:
-    plan = plan_step(np.array([0, 1]), np.array([-1, -1]), num_rows=2, tile_size=8)
-    assert isinstance(plan, StepPlan)
-    assert {plan.tokens_P.dtype, plan.bias_rows_P.dtype, plan.tiles_M3.dtype} == {torch.int32}
+def test_products_of_many_tokens_are_pipelined_where_the_assembler_is_sound() -> None:
+    sound = {(80, "12.8"): True, (90, "12.8"): False, (90, "13.2"): False, (90, "13.3"): True, (90, "13.10"): True,
+             (90, "14.0"): True, (100, "12.8"): True}  # fmt: skip
+    assert {key: tuning.may_pipeline(*key) for key in sound} == sound
+    config = KernelConfig(4096, torch.bfloat16, num_blocks=1, max_adapters=1, max_tokens=1, pipelined=False)
+    assert tuning.cut(config, 1024).expand_stages == 1
+
+
+@given(
+    st.lists(st.none() | st.tuples(st.integers(1, 9), st.integers(1, 5), st.sampled_from([1, 2, 3])), max_size=3),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(0, 2),
+)
+def test_padded_rows_hold_the_weights_in_one_piece(sizes: list, dtype: torch.dtype, biases: int) -> None:
+    blocks = []
+    for size in sizes:
+        if size is None:
+            blocks.append(None)
+            continue
+        r, N, G = size
+        bias = torch.randn(biases, G, N) if biases else None
+        blocks.append(
+            PackedBlock(torch.randn(12, r + G * N).to(dtype), torch.randn(G, N * r, 12 // G).to(dtype), r, bias)
+        )
+    rows = AdapterRows(blocks, layout=Layout.PADDED)
+    moved = rows.to(CPU)
+    assert moved.num_bytes == rows.num_bytes
+    memory = moved._bytes
+    for block, fields in zip(blocks, moved.rows_LF.tolist(), strict=True):
+        if block is None:
+            assert not any(fields)
+            continue
+        for field, tensor in ((Field.SHRINK, block.shrink_DS), (Field.EXPAND, block.expand_GKE)):
+            start, length = fields[field] - memory.data_ptr(), tuning.padded(tensor.shape[-1])
+            assert fields[field] % 16 == 0
+            count = tensor[..., 0].numel() * length
+            held = memory[start : start + count * dtype.itemsize].view(dtype).view(*tensor.shape[:-1], length)
+            assert torch.equal(held[..., : tensor.shape[-1]], tensor)
+        if block.bias_bGN is not None:
+            start = fields[Field.BIAS] - memory.data_ptr()
+            held = memory[start : start + block.bias_bGN.nbytes].view(torch.float32).view(block.bias_bGN.shape)
+            assert torch.equal(held, block.bias_bGN)
