@@ -55,13 +55,15 @@ def main() -> None:
     for flag in ("--smoke", "--model", "--code"):
         chosen.add_argument(flag, action="store_true")
     options = parser.parse_args()
-    if options.code:
+    # Triton reads it at its import.
+    if options.code or options.model or torch.cuda.is_available():
         os.environ.pop("TRITON_INTERPRET", None)
+    else:
+        os.environ["TRITON_INTERPRET"] = "1"
+    if options.code:
         from benchmarks.gpu import generated_code
 
         sys.exit(not generated_code.report())
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
     if options.model:
         from benchmarks.gpu import step_model
 

@@ -6,7 +6,6 @@ Compiling needs no card: Triton brings NVIDIA's assembler and disassembler.
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Arguments that nothing is compiled for.
+_OF_ANY_VALUE = ("block", "num_tokens")
 # An access in PTX and how many bytes each thread moves by it.
 _ASYNC_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global[^;]*?\],\s*\[[^\]]*\],\s*(0x[0-9a-f]+|\d+)")
 _LOAD = re.compile(r"\bld\.global\S*?(?:\.v(\d))?\.[bufs](\d+)\s")
@@ -43,13 +44,19 @@ MULTIPROCESSORS = {
 
 @dataclass(frozen=True)
 class Assembly:
-    """A kernel assembled for one card. registers: of a thread; shared: bytes of a program; stack: bytes of a thread."""
+    """A kernel assembled for one card. registers: of a thread; shared: bytes of a program; stack: bytes of a thread.
+
+    instructions: of the machine code, loops once, without what follows the products' loops in loops of its own (a sample
+    of the routing, in few steps); in_product_loop: those of the innermost loop with products.
+    """
 
     capability: int
     warps: int
     registers: int
     shared: int
     stack: int
+    instructions: int
+    in_product_loop: int
     ptx: str
 
     @property
@@ -78,30 +85,50 @@ class Assembly:
         return ["\n".join(lines[first : last + 1]) for first, last in inner]
 
 
-def assemble(
-    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], capability: int, *, warps: int, stages: int,
-    divisible: Mapping[str, int],
-) -> Assembly:  # fmt: skip
-    """Compile `kernel` for a card. types: of its arguments that are no constants; divisible: what divides them."""
-    names = kernel.arg_names
+def assemble(launch: Any, capability: int) -> Assembly:
+    """Compile a `triton_gpu.Launch` for a card, as a real launch compiles it."""
+    names = launch.kernel.arg_names
+    # Addresses and strides are multiples of 16.
+    divisible = [i for i, name in enumerate(names) if name in launch.arguments and name not in _OF_ANY_VALUE]
     source = ASTSource(
-        fn=kernel,
-        signature={name: "constexpr" if name in constants else types[name] for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", divisible[name]]] for i, name in enumerate(names) if name in divisible},
+        fn=launch.kernel,
+        signature={name: launch.arguments.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in launch.constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
     )
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages}
-    )
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run(
-            [_TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        usage, code = (
+            subprocess.run([_TOOLS / tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Assembly(
-        capability, warps, used["REG"], compiled.metadata.shared, used["STACK"] + used["LOCAL"], compiled.asm["ptx"]
-    )
+        capability, launch.num_warps, used["REG"], compiled.metadata.shared, used["STACK"] + used["LOCAL"], *_counted(code),
+        compiled.asm["ptx"],
+    )  # fmt: skip
+
+
+def _counted(code: str) -> tuple[int, int]:
+    """(instructions, those of the smallest loop with products) of disassembled machine code."""
+    instructions: list[str] = []
+    at: dict[str, int] = {}
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            at[label[1]] = len(instructions)
+        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
+            instructions.append(found[1])
+    spans = [
+        (at[to[1]], i + 1)
+        for i, instruction in enumerate(instructions)
+        if (to := re.search(r"BRA\b.*`\((\.L_x_\d+)\)", instruction)) and at[to[1]] < i
+    ]
+    products = [i for i, instruction in enumerate(instructions) if "MMA" in instruction]
+    inner = min((end - first for first, end in spans if any(first <= i < end for i in products)), default=0)
+    seldom = sum(end - first for first, end in spans if products and first > products[-1])
+    return sum(i != "NOP" for i in instructions) - seldom, inner
 
 
 def assembler_version(capability: int) -> tuple[int, int]:
