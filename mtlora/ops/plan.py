@@ -40,23 +40,15 @@ TILE_WORDS = 3
 class StepPlan:
     """A step's tokens by row of the table, on the host; int32.
 
-    words_W: the plan as kernels on a GPU read it.
+    words_W: the plan as kernels on a GPU read it; num_tiles: M; num_planned: P.
     tokens_P: place in the batch, row by row of the table.
     bias_rows_P: row of the adapter's bias table for each of these tokens, -1 for none.
     tiles_M3: (row, first place in tokens_P, count).
     """
 
     words_W: np.ndarray
-
-    @property
-    def num_tiles(self) -> int:
-        """M."""
-        return int(self.words_W[Header.TILES])
-
-    @property
-    def num_planned(self) -> int:
-        """P."""
-        return int(self.words_W[Header.TOKENS])
+    num_tiles: int
+    num_planned: int
 
     @property
     def tiles_M3(self) -> torch.Tensor:
@@ -105,7 +97,7 @@ def plan_step(row_T: np.ndarray, bias_row_T: np.ndarray, *, num_rows: int, tile_
     tiles_M3[:, 2] = (nth_M + 1) * counts_M // split_M - first_M
     words_W[len(words_W) - 2 * P : len(words_W) - P] = order_P
     words_W[len(words_W) - P :] = bias_row_T[order_P]
-    return StepPlan(words_W)
+    return StepPlan(words_W, num_tiles, P)
 
 
 def counts_of(sizes: Sequence[tuple[int, int, int]], hidden_size: int) -> np.ndarray:
@@ -146,10 +138,10 @@ class DevicePlan:
         if plan.num_planned > self._config.max_tokens:
             raise ValueError(f"{plan.num_planned} tokens in a plan of {self._config.max_tokens}")
         if plan.num_tiles:
-            words_W[Header.COLUMNS : Header.PIECES + len(PIECES)] = counts_AC[plan.tiles_M3[:, 0].numpy()].max(0)
-            words_W[Header.PARTS] = tuning.parts(
-                self._config, plan.num_tiles, int(words_W[Header.COLUMNS]), plan.num_planned
-            )
+            rows_M = words_W[HEADER_WORDS : HEADER_WORDS + TILE_WORDS * plan.num_tiles : TILE_WORDS]
+            counts_C = counts_AC[rows_M].max(0)
+            words_W[Header.COLUMNS : Header.COLUMNS + len(counts_C)] = counts_C
+            words_W[Header.PARTS] = tuning.parts(self._config, plan.num_tiles, int(counts_C[0]), plan.num_planned)
         if sample:
             words_W[Header.SAMPLE_BLOCK], words_W[Header.SAMPLE_TILE] = sample
         turn = self._next = (self._next + 1) % len(self._staged)

@@ -33,7 +33,8 @@ class KernelConfig:
     """What launches depend on besides a step's padded tokens: fixed when the engine starts.
 
     num_blocks, max_adapters: blocks and rows of the table. max_rank, max_experts, max_groups: the largest adapter.
-    max_tokens: the largest step. capability: 90 for sm_90. pipelined: whether products of 64 tokens may be pipelined.
+    max_tokens: the largest step. max_parts: the most sums that a decode step splits x's dimensions into. capability: 90
+    for sm_90. pipelined: whether products of 64 tokens may be pipelined.
     """
 
     hidden_size: int
@@ -44,6 +45,7 @@ class KernelConfig:
     max_rank: int = 64
     max_experts: int = 32
     max_groups: int = 32
+    max_parts: int = 16
     num_sms: int = 132
     capability: int = 90
     pipelined: bool = True
@@ -108,9 +110,9 @@ def tile_size(num_tokens: int) -> int:
 def cut(config: KernelConfig, padded_tokens: int) -> Cut:
     """How the kernels cut a step of so many tokens, padding included."""
     if tile_size(padded_tokens) == 16:
-        return Cut(block_t=16, max_parts=16, block_e=32 if padded_tokens <= 16 else 64)
-    stages = 2 if config.pipelined else 1
-    return Cut(block_t=64, max_parts=4, block_e=128, block_d=64, expand_warps=8, expand_stages=stages)
+        return Cut(block_t=16, max_parts=config.max_parts, block_e=32 if padded_tokens <= 16 else 64)
+    few, stages = min(4, config.max_parts), 2 if config.pipelined else 1
+    return Cut(block_t=64, max_parts=few, block_e=128, block_d=64, expand_warps=8, expand_stages=stages)
 
 
 def num_programs(config: KernelConfig) -> int:
@@ -122,7 +124,7 @@ def parts(config: KernelConfig, tiles: int, columns: int, tokens: int) -> int:
     """Parts of x's dimensions that fill the card with a plan's live tiles, and fit the scratch space."""
     wanted = config.num_sms // max(1, tiles * -(-columns // Cut.block_s))
     room = min(config.scratch_rows // max(1, tokens), config.hidden_size // Cut.block_d)
-    return max(1, min(16, wanted, room))
+    return max(1, min(config.max_parts, wanted, room))
 
 
 def on_this_card(device: torch.device, **sizes: Any) -> KernelConfig:
