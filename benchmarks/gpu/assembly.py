@@ -150,14 +150,8 @@ def overlaps_register_products(ptx: str) -> bool:
     return bool(from_registers) and any(waits)
 
 
-def loaded_bytes(ptx: str, warps: int) -> int:
-    """Bytes that a program's threads load from global memory in one pass over `ptx`, if every mask is true."""
-    copied = sum(int(size, 0) for size in _ASYNC_COPY.findall(ptx))
-    loaded = sum(int(count or 1) * int(bits) // 8 for count, bits in _LOAD.findall(ptx))
-    return 32 * warps * (copied + loaded)
-
-
-def load_widths(ptx: str) -> set[int]:
-    """Bytes of a thread's single loads from global memory."""
-    copied = {int(size, 0) for size in _ASYNC_COPY.findall(ptx)}
-    return copied | {int(count or 1) * int(bits) // 8 for count, bits in _LOAD.findall(ptx)}
+def loaded_bytes(ptx: str, warps: int, width: int) -> int:
+    """Bytes that a program loads from global memory, by `width` a thread, in one pass over `ptx` if no mask is false."""
+    copied = [int(size, 0) for size in _ASYNC_COPY.findall(ptx)]
+    loaded = [int(count or 1) * int(bits) // 8 for count, bits in _LOAD.findall(ptx)]
+    return 32 * warps * sum(size for size in copied + loaded if size == width)
