@@ -100,50 +100,58 @@ def test_compile_cache_key_contains_the_plugins_layout(installed, monkeypatch):
     assert key != LoRAConfig(max_loras=4).compute_hash()
 
 
-@pytest.mark.parametrize(
-    ("mode", "graphs", "becomes"),
-    [
-        ("VLLM_COMPILE", "FULL_AND_PIECEWISE", "PIECEWISE"),
-        ("VLLM_COMPILE", "FULL", "PIECEWISE"),
-        ("NONE", "FULL", "NONE"),
-        ("VLLM_COMPILE", "PIECEWISE", "PIECEWISE"),
-        ("NONE", "NONE", "NONE"),
-    ],
-)
-def test_no_cuda_graph_captures_the_operator(installed, mode, graphs, becomes):
+@pytest.mark.parametrize("graphs", ["FULL_AND_PIECEWISE", "FULL_DECODE_ONLY", "FULL", "PIECEWISE", "NONE"])
+def test_cuda_graphs_stay_as_vllm_has_them(installed, graphs):
     from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, VllmConfig
     from vllm.config.lora import LoRAConfig
 
-    from mtlora.vllm_plugin.compilation import OPERATOR, adapt, check_compilation
+    from mtlora.vllm_plugin.compilation import adapt, check_config
 
     config = VllmConfig(compilation_config=CompilationConfig())
-    seen = []
-    for lora, expected in ((None, graphs), (LoRAConfig(), becomes)):
-        config.compilation_config = CompilationConfig(mode=CompilationMode[mode], cudagraph_mode=CUDAGraphMode[graphs])
+    seen, splitting = [], []
+    for lora in (None, LoRAConfig()):
+        config.compilation_config = CompilationConfig(
+            mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=CUDAGraphMode[graphs]
+        )
         config.lora_config = lora
         adapt(config, lambda config: seen.append(config.lora_config))
-        assert config.compilation_config.cudagraph_mode.name == expected
+        check_config(config)
+        config.compilation_config.set_splitting_ops_for_v1("naive")
+        splitting.append(config.compilation_config.splitting_ops)
+        assert config.compilation_config.cudagraph_mode.name == graphs
         assert config.lora_config is lora
     assert seen == [None, None]
-    config.compilation_config.set_splitting_ops_for_v1("naive")
-    assert (OPERATOR in config.compilation_config.splitting_ops) == (mode == "VLLM_COMPILE")
-    check_compilation(config)
+    assert splitting[0] == splitting[1]
+    assert not [name for name in splitting[1] if "mtlora" in name]
 
 
-def test_refuses_a_config_that_would_capture_the_operator(installed):
-    from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
+def test_refuses_micro_batches_by_name(installed):
+    from vllm.config import VllmConfig
 
-    from mtlora.vllm_plugin.compilation import check_compilation
+    from mtlora.vllm_plugin.compilation import check_config
 
-    config = VllmConfig(compilation_config=CompilationConfig())
-    config.compilation_config = CompilationConfig(cudagraph_mode=CUDAGraphMode.FULL)
-    with pytest.raises(ValueError, match="cudagraph_mode FULL"):
-        check_compilation(config)
-    config.compilation_config = CompilationConfig(
-        cudagraph_mode=CUDAGraphMode.PIECEWISE, splitting_ops=["vllm::unified_attention_with_output"]
-    )
-    with pytest.raises(ValueError, match="splitting_ops"):
-        check_compilation(config)
+    config = VllmConfig()
+    config.parallel_config.enable_dbo = True
+    with pytest.raises(ValueError, match="use_ubatching"):
+        check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"block": "ffn"}, r"mtlora\.block: no such option; allowed: host_cache_bytes, blocks"),
+        ({"blocks": "mlp"}, r"mtlora\.blocks: found 'mlp'; allowed: ffn, attention, both"),
+        ({"max_rank": 0}, r"mtlora\.max_rank: found 0"),
+    ],
+)
+def test_options_travel_in_the_engines_config(given, message):
+    from mtlora.vllm_plugin.options import KEY, Options
+
+    options = Options(host_cache_bytes=3, blocks="ffn", side_stream=True)
+    assert Options.of(vllm_plugin.engine_overrides(4, options)["additional_config"]) == options
+    assert Options.of(None) == Options.of({}) == Options()
+    with pytest.raises(ValueError, match=message):
+        Options.of({KEY: given})
 
 
 @pytest.mark.parametrize("task_bias", [True, False])

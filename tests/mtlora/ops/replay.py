@@ -6,7 +6,7 @@ G groups.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -30,6 +30,8 @@ STALE = 2**30
 class Graph:
     """Launches and other work, in the order in which they were given while it was captured."""
 
+    capturing: ClassVar["Graph | None"] = None
+
     def __init__(self) -> None:
         self.work: list[Callable[[], object]] = []
         self.launched: list[tuple[Launch, dict[str, Any]]] = []
@@ -45,7 +47,16 @@ class Graph:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Launch, "run", write_down)
+            patch.setattr(Graph, "capturing", self)
             yield
+
+    @staticmethod
+    def do(work: Callable[[], object]) -> None:
+        """Do some work that is no launch of this project's, or write it down."""
+        if Graph.capturing is None:
+            work()
+        else:
+            Graph.capturing.work.append(work)
 
     def replay(self) -> None:
         """Run all of it, with what was written down and nothing else."""

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from mtlora.ops import triton_gpu  # noqa: E402, F401  these tests run the interpreter, which makes them slow ones
+from mtlora.ops import triton_gpu  # noqa: F401  these tests run the interpreter, which makes them slow ones
 from mtlora.ops.plan import Header
 from mtlora.ops.tuning import KernelConfig
 from tests.mtlora.ops.cases import Shape

@@ -11,41 +11,56 @@ import torch
 GPU = torch.cuda.is_available()
 triton = pytest.importorskip("triton")
 
-from benchmarks import gpu  # noqa: E402
 from mtlora.ops import triton_gpu  # noqa: E402
 from mtlora.ops.plan import DevicePlan  # noqa: E402
-from mtlora.ops.table import TableLimits  # noqa: E402
-from mtlora.ops.tuning import Launch, default  # noqa: E402
+from mtlora.ops.table import Layout  # noqa: E402
+from mtlora.ops.triton_gpu import Buffers, Path  # noqa: E402
+from mtlora.ops.tuning import KernelConfig  # noqa: E402
 from tests.mtlora.ops.cases import SHAPE_CLASSES, Batch, Case, Shape, mixed, random_rows  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 INTERPRETED = not isinstance(triton_gpu._shrink, triton.JITFunction)
 pytestmark = pytest.mark.skipif(not GPU and not INTERPRETED, reason="no GPU, and Triton came without its interpreter")
 
-DECODE = Launch(parts=3, block_d=16, block_s=16, block_k=16, block_e=16)
-PREFILL = Launch(parts=1, block_d=32, block_s=64, block_k=64, block_e=64)
-# The interpreter is slow. 80 tokens still fill tiles of both sizes, and a part of one at 64.
+# The interpreter is slow. 40 tokens still fill tiles of both sizes.
 FEWER_TOKENS = {
-    "many-tokens-of-one": Case(32, (Shape(4, 2, 2, 2),), (0,) * 80, (1, -1, 0, 1) * 20),
+    "many-tokens-of-one": Case(32, (Shape(4, 2, 2, 2),), (0,) * 40, (1, -1, 0, 1) * 10),
     "many-tokens-of-many": mixed(40, 64),
 }
+KINDS = [(16, torch.float32), (16, torch.bfloat16), (64, torch.float32), (64, torch.float16)]
 CLASSES = SHAPE_CLASSES if GPU else SHAPE_CLASSES | FEWER_TOKENS
 
 
-def run(batch: Batch, launch: Launch | None, limits: TableLimits | None = None) -> None:
-    triton_gpu.add_mixed_paths_(batch.mix, limits or batch.limits, batch.plan.tile_size, launch)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(("launch", "tile_size"), [(DECODE, 16), (PREFILL, 64)], ids=["decode", "prefill"])
-@pytest.mark.parametrize("name", list(CLASSES))
-def test_shape_classes_equal_the_formula(name: str, launch: Launch, tile_size: int, dtype: torch.dtype) -> None:
-    batch = Batch(CLASSES[name], dtype, DEVICE, tile_size, as_given=True)
-    run(batch, launch)
+def run(case: Case, dtype: torch.dtype, tile_size: int) -> None:
+    """A case through the kernels for its number of tokens, or for so many that tiles are large."""
+    padded = len(case.rows) if tile_size == 16 else 513
+    live = [shape for shape in case.shapes if shape] or [Shape(1, 1, 1)]
+    config = KernelConfig(
+        case.D, dtype, num_blocks=1, max_adapters=len(case.shapes), max_tokens=max(padded, len(case.rows)),
+        max_rank=max(s.r for s in live), max_experts=max(s.N for s in live), max_groups=max(s.G for s in live),
+        num_sms=132 if GPU else 1, max_parts=2,
+    )  # fmt: skip
+    batch = Batch(case, dtype, DEVICE, tile_size, layout=Layout.PADDED, config=config)
+    plan = DevicePlan(config, batch.device)
+    plan.set(batch.plan, batch.table.counts_AC)
+    path = Path(config, Buffers.of(config, plan.words_W, batch.table.rows_LAF.transpose(0, 1)))
+    T = len(case.rows)
+    x_TD, y_TD = (torch.zeros(max(padded, T), case.D, dtype=dtype, device=DEVICE) for _ in range(2))
+    x_TD[:T], y_TD[:T] = batch.x_TD, batch.y_TD
+    path.begin(x_TD, 0)
+    path.finish_(y_TD, 0)
+    batch.y_TD = y_TD[:T]
     batch.check()
+    assert not y_TD[T:].any()
 
 
-@pytest.mark.parametrize("seed", range(6 if not GPU else 60))
+@pytest.mark.parametrize(("tile_size", "dtype"), KINDS)
+@pytest.mark.parametrize("name", list(CLASSES))
+def test_shape_classes_equal_the_formula(name: str, tile_size: int, dtype: torch.dtype) -> None:
+    run(CLASSES[name], dtype, tile_size)
+
+
+@pytest.mark.parametrize("seed", range(4 if not GPU else 60))
 def test_random_batches_equal_the_formula(seed: int) -> None:
     rng = np.random.default_rng(seed)
     D = int(rng.choice([24, 60, 96]))
@@ -56,63 +71,27 @@ def test_random_batches_equal_the_formula(seed: int) -> None:
         for _ in range(rng.integers(1, 5))
     )  # fmt: skip
     case = Case(D, shapes, *random_rows(shapes, int(rng.integers(1, 24)), seed), seed=seed)
-    batch = Batch(case, [torch.float32, torch.bfloat16][seed % 2], DEVICE, 16, as_given=True)
-    run(batch, DECODE)
-    batch.check()
-
-
-def test_default_launch_and_wider_limits_equal_the_formula() -> None:
-    batch = Batch(mixed(5, 48), torch.float32, DEVICE, 16, as_given=True)
-    run(batch, None, batch.limits | TableLimits(rank=20, experts=9, groups=6))
-    batch.check()
-
-
-def test_defaults_fill_a_card() -> None:
-    assert default(4096, tiles=1).parts == 16
-    assert default(4096, tiles=1000).parts == 1
-    assert default(128, tiles=1).parts == 1
-
-
-def test_padding_tiles_do_nothing() -> None:
-    batch = Batch(mixed(7, 48), torch.float32, DEVICE, 16, as_given=True)
-    case = mixed(7, 48)
-    batch.plan = DevicePlan(12, len(case.shapes), tile_size=16, device=torch.device(DEVICE)).set(
-        np.array(case.rows), np.array(case.bias_rows)
-    )
-    run(batch, DECODE)
-    batch.check()
+    run(case, [torch.float32, torch.bfloat16][seed % 2], 16)
 
 
 @pytest.mark.skipif(not GPU, reason="no GPU")
 def test_graph_serves_another_mix_than_it_was_captured_with() -> None:
-    device = torch.device("cuda")
-    shapes = (Shape(4, 3, 2), Shape(16, 8, 4, 5), Shape(5, 1, 1))
-    first = Batch(mixed(12, 96, shapes, seed=1), torch.bfloat16, "cuda", 16)
-    buffers = DevicePlan(12, len(shapes), tile_size=16, device=device)
-    first.plan = buffers.set(*(np.array(a) for a in random_rows(shapes, 12, 1)))
-    run(first, None)
+    from tests.mtlora.ops.replay import Adapter, Engine
+
+    config = KernelConfig(576, torch.bfloat16, num_blocks=2, max_adapters=3, max_tokens=24)
+    engine = Engine(config, 24)
+    engine.set([], [])
+    engine.launch()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run(first, None)
-    for seed in (2, 3):
-        case = mixed(12, 96, shapes, seed=seed)
-        other = Batch(case, torch.bfloat16, "cuda", 16)
-        for row in range(len(shapes)):
-            first.table.place(row, other.table.held(row))
-        buffers.set(np.array(case.rows), np.array(case.bias_rows))
-        first.x_TD.copy_(other.x_TD)
-        first.y_TD.copy_(other.y_TD)
-        graph.replay()
-        other.y_TD = first.y_TD
-        other.check()
-
-
-@pytest.mark.skipif(not GPU, reason="no GPU")
-def test_operator_equals_the_formula_on_a_gpu() -> None:
-    batch = Batch(mixed(40, 96), torch.bfloat16, "cuda", 16)
-    limits = batch.limits
-    torch.ops.mtlora.add_mixed_paths_(*batch.mix, [limits.rank, limits.experts, limits.groups, limits.alignment], 16)
-    batch.check()
+        engine.launch()
+    engine.graph.work = [graph.replay]
+    for seed in range(3):
+        for row in range(3):
+            shape = Shape(4 * (row + 1), 3, 4, 2)
+            engine.place(row, Adapter([shape, shape], 576, torch.bfloat16, seed=10 * seed + row))
+        engine.set([(t + seed) % 4 - 1 for t in range(20)], [t % 3 - 1 for t in range(20)])
+        engine.step(seed)
 
 
 def test_kernels_compile_for_cards() -> None:
@@ -122,11 +101,13 @@ def test_kernels_compile_for_cards() -> None:
         [sys.executable, "-m", "tests.mtlora.ops.compile_kernels"], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("compiled") == 8
+    assert done.stdout.count("compiled") == 18
 
 
 @pytest.mark.skipif(GPU, reason="there is a GPU")
 def test_gpu_benchmark_fails_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import gpu
+
     monkeypatch.setattr(sys, "argv", ["gpu"])
     with pytest.raises(SystemExit, match="there is no GPU here, so nothing was measured"):
         gpu.main()
