@@ -18,10 +18,10 @@ _SCALING = 1.0
 
 
 def config_for(device: torch.device, **sizes: object) -> KernelConfig:
-    """The config of a device; of a card with one multiprocessor in the interpreter."""
+    """The config of a device; of a small card in the interpreter, which is slow."""
     if device.type == "cuda":
         return tuning.on_this_card(device, **sizes)
-    return KernelConfig(**sizes, num_sms=1)  # type: ignore[arg-type]
+    return KernelConfig(**sizes, num_sms=1, max_parts=2)  # type: ignore[arg-type]
 
 
 class Adapters:
