@@ -1,6 +1,7 @@
 """The model's side of the plugin: wraps the blocks, and turns vLLM's mapping of tokens into a step's."""
 
 import re
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,9 @@ class MtLoRAModelManager(LRUCacheLoRAModelManager):
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
         self.supports_mm = False
         self._max_tokens = max_num_batched_tokens
+        # The registered slots, beside vLLM's cache: that one counts what is looked up.
+        self._slots: dict[int, Slot] = {}
+        self._applied: Set[tuple[int, str]] | None = None
         self.options = Options.of(vllm_config.additional_config)
         self._hidden_size = vllm_config.model_config.get_hidden_size()
         self._dtype = vllm_config.model_config.dtype
@@ -90,16 +94,34 @@ class MtLoRAModelManager(LRUCacheLoRAModelManager):
         if self.step.next_step():
             self._last_mapping = None
 
+    def applied(self, slots: Set[tuple[int, str]]) -> bool:
+        """Whether a step's slots, each (id, path), were registered and active in the last step, and nothing changed."""
+        return self._applied == slots
+
+    def set_applied(self, slots: Set[tuple[int, str]]) -> None:
+        """Say that a step's slots are registered and active."""
+        self._applied = slots
+
     def _add_adapter(self, slot: Slot) -> None:
         self._registered_adapters[slot.id] = slot
+        self._slots[slot.id], self._applied = slot, None
         # An id can return with other weights in its old place: drop the mapping made before.
         self._last_mapping = None
 
     def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         ids = np.fromiter(mapping.index_mapping, dtype=np.int64, count=len(mapping.index_mapping))
-        self.step.set(ids, self._registered_adapters.__getitem__)
+        self.step.set(ids, self._slots.__getitem__)
+
+    def deactivate_adapter(self, adapter_id: int) -> bool:
+        """Take a slot out of the active ones; its removal from the registered ones comes here too."""
+        self._slots.pop(adapter_id, None)
+        self._applied = None
+        deactivated: bool = super().deactivate_adapter(adapter_id)
+        return deactivated
 
     def remove_all_adapters(self) -> None:
         """Empty the caches."""
         super().remove_all_adapters()
+        self._slots.clear()
+        self._applied = None
         self.step.clear()

@@ -80,6 +80,7 @@ SEAMS = (
             "vllm.lora.model_manager:LRUCacheLoRAModelManager._create_lora_modules()",
             "vllm.lora.model_manager:LRUCacheLoRAModelManager._add_adapter(lora)",
             "vllm.lora.model_manager:LRUCacheLoRAModelManager._set_adapter_mapping(mapping)",
+            "vllm.lora.model_manager:LRUCacheLoRAModelManager.deactivate_adapter(adapter_id)",
             "vllm.lora.model_manager:LRUCacheLoRAModelManager.remove_all_adapters()",
             "vllm.lora.model_manager:LRUCacheLoRAModelManager.remove_oldest_adapter()",
             "vllm.lora.layers:BaseLayerWithLoRA",

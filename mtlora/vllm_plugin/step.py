@@ -48,17 +48,19 @@ class StepMapping(ABC):
         One adapter's slots share a row of the table, and it stays there until another needs the row. Raises IndexError
         for more adapters than the table has rows.
         """
-        ids, id_index_T = np.unique(slot_ids_T, return_inverse=True)
-        held = {i: slot(slot_id) for i, slot_id in enumerate(ids.tolist()) if slot_id > 0}
-        self._place({s.adapter.rows for s in held.values() if s.adapter is not None})
-        row_of_id, bias_row_of_id = np.full((2, len(ids)), -1)
-        names = {}
-        for i, its in held.items():
-            if its.adapter is not None:
-                row = row_of_id[i] = self._row_of[its.adapter.rows]
-                bias_row_of_id[i] = its.bias_row
-                names[row] = its.version
-        self._take(row_of_id[id_index_T], bias_row_of_id[id_index_T], names, any_slot=bool(held))
+        # A sequence's tokens are neighbours: there are fewer stretches of a slot than tokens.
+        starts = np.flatnonzero(np.diff(slot_ids_T, prepend=slot_ids_T[:1] - 1))
+        lengths = np.diff(starts, append=len(slot_ids_T))
+        ids = slot_ids_T[starts].tolist()
+        held = {slot_id: slot(slot_id) for slot_id in set(ids) if slot_id > 0}
+        adapters = {s.adapter.rows: s for s in held.values() if s.adapter is not None}
+        self._place(adapters.keys())
+        row_of = {i: self._row_of[s.adapter.rows] for i, s in held.items() if s.adapter is not None}
+        bias_row_of = {i: held[i].bias_row for i in row_of}
+        row_T = np.repeat(np.array([row_of.get(i, -1) for i in ids], dtype=np.int64), lengths)
+        bias_row_T = np.repeat(np.array([bias_row_of.get(i, -1) for i in ids], dtype=np.int64), lengths)
+        names = {self._row_of[rows]: its.version for rows, its in adapters.items()}
+        self._take(row_T, bias_row_T, names, any_slot=bool(held))
 
     @abstractmethod
     def _take(self, row_T: np.ndarray, bias_row_T: np.ndarray, names: dict[int, str], *, any_slot: bool) -> None:

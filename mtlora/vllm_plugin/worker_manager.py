@@ -102,9 +102,13 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         if len(requests) > self._adapter_manager.lora_slots:
             raise RuntimeError(f"{len(requests)} slots in a step of at most {self._adapter_manager.lora_slots}")
         self._adapter_manager.next_step()
+        slots = {(request.lora_int_id, request.lora_path) for request in requests}
+        if self._adapter_manager.applied(slots):
+            return
         with gpu_sync_allowed():
             for request in requests:
                 self._place(self._slot_in_step(request))
+        self._adapter_manager.set_applied(slots)
 
     def _slot_in_step(self, request: LoRARequest) -> Slot:
         placed = self._adapter_manager.get_adapter(request.lora_int_id)
