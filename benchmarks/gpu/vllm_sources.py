@@ -32,9 +32,9 @@ from typing import Any
 FOLDER = Path("out/vllm")
 # vLLM imports them, and a machine with torch, transformers and numpy may lack them. Without further ones it does.
 CARRIED = (
-    "annotated-types", "blake3", "cachetools", "cbor2", "dill", "distro", "email-validator", "fastapi", "jiter", "lark",
-    "msgspec", "openai", "partial-json-parser", "pybase64", "pydantic", "pydantic-core", "pydantic-extra-types",
-    "python-multipart", "pyzmq", "sniffio", "starlette", "typing-inspection",
+    "annotated-types", "blake3", "cachetools", "cbor2", "dill", "email-validator", "fastapi", "httpcore2", "httpx2", "jiter",
+    "lark", "msgspec", "openai", "oss-harmony", "partial-json-parser", "pybase64", "pydantic", "pydantic-core", "pydantic-extra-types",
+    "python-multipart", "pyzmq", "sniffio", "starlette", "truststore", "typing-inspection",
 )  # fmt: skip
 # Compiled parts of vLLM; importing them only registers operators.
 EXTENSIONS = ("vllm._C", "vllm._C_stable_libtorch", "vllm._moe_C", "vllm._moe_C_stable_libtorch")
@@ -106,7 +106,13 @@ class _Absent(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        made = type(name, (), {"__init__": lambda self, *a, **k: None, "__module__": self.__name__})
+        members = {
+            "__module__": self.__name__,
+            "__init__": lambda self, *arguments, **named: None,
+            # Fields of pydantic's models may be of its type.
+            "__get_pydantic_core_schema__": classmethod(lambda cls, source, handler: {"type": "any"}),
+        }
+        made = type(name, (), members)
         setattr(self, name, made)
         return made
 
