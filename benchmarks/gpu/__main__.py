@@ -1,9 +1,9 @@
 """`make bench-gpu`: what this card does, its last lines for machines.
 
-    python -m benchmarks.gpu            on a GPU: correctness, then a decoder with the path ÷ without, then training
-    python -m benchmarks.gpu --smoke    the same code small, through Triton's interpreter where there is no GPU
-    python -m benchmarks.gpu --model    no GPU: the model's prediction for A100, H100 and B200
-    python -m benchmarks.gpu --code     no GPU: every kernel's machine code, held to its bounds
+python -m benchmarks.gpu            on a GPU: correctness, then a decoder with the path ÷ without, then training
+python -m benchmarks.gpu --smoke    the same code small, through Triton's interpreter where there is no GPU
+python -m benchmarks.gpu --model    no GPU: the model's prediction for A100, H100 and B200
+python -m benchmarks.gpu --code     no GPU: every kernel's machine code, held to its bounds
 """
 
 import argparse
@@ -28,7 +28,7 @@ def on_a_card(*, small: bool) -> bool:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     load = serving.SMALL if small else serving.Load()
-    counts = [correctness.check_all(device, small=small), serving.check_all(load, device)]
+    counts = [correctness.check_all(device, small=small), serving.check_all(load, device, seconds_left)]
     print(f"{time.monotonic() - begin:.0f} s for the checks", flush=True)
     lines = []
     if not small:

@@ -1,4 +1,4 @@
-"""What a Triton kernel becomes for a card, read off its machine code: registers, shared memory, spills, products, loads.
+"""What a Triton kernel becomes for a card: registers, shared memory, spills, products, loads of its machine code.
 
 Compiling needs no card: Triton brings NVIDIA's assembler and disassembler.
 """
@@ -46,8 +46,8 @@ MULTIPROCESSORS = {
 class Assembly:
     """A kernel assembled for one card. registers: of a thread; shared: bytes of a program; stack: bytes of a thread.
 
-    instructions: of the machine code, loops once, without what follows the products' loops in loops of its own (a sample
-    of the routing, in few steps); in_product_loop: those of the innermost loop with products.
+    instructions: of the machine code, each loop once, without loops behind the products' (they sample the routing, in
+    few steps); in_product_loop: those of the innermost loop with products.
     """
 
     capability: int
@@ -105,10 +105,10 @@ def assemble(launch: Any, capability: int) -> Assembly:
             for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    stack = used["STACK"] + used["LOCAL"]
     return Assembly(
-        capability, launch.num_warps, used["REG"], compiled.metadata.shared, used["STACK"] + used["LOCAL"], *_counted(code),
-        compiled.asm["ptx"],
-    )  # fmt: skip
+        capability, launch.num_warps, used["REG"], compiled.metadata.shared, stack, *_counted(code), compiled.asm["ptx"]
+    )
 
 
 def _counted(code: str) -> tuple[int, int]:
@@ -151,7 +151,7 @@ def overlaps_register_products(ptx: str) -> bool:
 
 
 def loaded_bytes(ptx: str, warps: int, width: int) -> int:
-    """Bytes that a program loads from global memory, by `width` a thread, in one pass over `ptx` if no mask is false."""
+    """Bytes that a program loads from global memory by `width` a thread, in a pass over `ptx` with every mask true."""
     copied = [int(size, 0) for size in _ASYNC_COPY.findall(ptx)]
     loaded = [int(count or 1) * int(bits) // 8 for count, bits in _LOAD.findall(ptx)]
     return 32 * warps * sum(size for size in copied + loaded if size == width)

@@ -49,3 +49,7 @@ class AdapterShape:
     def block_weights(self, hidden: int) -> int:
         """Number of weights beside one block."""
         return hidden * (self.columns + self.experts * self.rank)
+
+
+# That of the shipped adapter.
+SHAPE = AdapterShape()

@@ -83,7 +83,9 @@ def faults(one: Class, mutate: Callable[[Launch], Launch] = lambda launch: launc
             found.append(f"{name}: WGMMA with A in registers is left running")
         wide = {loaded_bytes(loop, code.warps, width=16) for loop in code.loops}
         if max(wide) != needed:
-            found.append(f"{name}: loops load {sorted(wide)} bytes by 16 a thread, the tiles of a product have {needed}")
+            found.append(
+                f"{name}: loops load {sorted(wide)} bytes by 16 a thread, the tiles of a product have {needed}"
+            )
     return found, codes
 
 
@@ -99,7 +101,8 @@ def report() -> bool:
         count += 1
         right += not found
         figures = ", ".join(
-            f"{name} {code.registers} registers, {code.shared} B, {code.programs} programs, {code.instructions} instructions"
+            f"{name} {code.registers} registers, {code.shared} B, {code.programs} programs, "
+            f"{code.instructions} instructions"
             for name, code in (("shrink", shrink), ("expand", expand))
         )
         print(f"{one}: {figures}{''.join(f'{chr(10)}  WRONG: {fault}' for fault in found)}", flush=True)

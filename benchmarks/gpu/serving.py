@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import triton
 
 from benchmarks.gpu import decoder, timing
 from benchmarks.gpu.adapters import Adapters, config_for
-from benchmarks.gpu.backbones import LLAMA_3_8B, TINY, AdapterShape, Backbone
+from benchmarks.gpu.backbones import LLAMA_3_8B, SHAPE, TINY, AdapterShape, Backbone
 from benchmarks.gpu.decoder import Decoder, Step
 from benchmarks.gpu.timing import Ceilings
 from mtlora.ops.tuning import tile_size
@@ -25,6 +26,8 @@ from mtlora.ops.tuning import tile_size
 TOLERANCE = 3e-2
 # A table's rows, more than any step uses.
 ROWS = 32
+# Seconds that the measurements need.
+TO_MEASURE = 240
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,19 @@ class Load:
     """What to run. tokens: of decode steps; prompt: of a prefill; layers: at most; adapters: live ones in a step."""
 
     backbone: Backbone = LLAMA_3_8B
-    shape: AdapterShape = AdapterShape()
+    shape: AdapterShape = SHAPE
     tokens: tuple[int, ...] = (64, 1, 256, 16)
     prompt: int = 1024
     adapters: tuple[int, ...] = (1, 25)
     layers: int = 32
     compiled: str = "inductor"
     rounds: int = 15
+
+    @property
+    def steps(self) -> list[tuple[int, bool]]:
+        """(tokens, whether it is a decode step), what matters most first."""
+        first, *further = self.tokens
+        return [(first, True), (self.prompt, False), *((tokens, True) for tokens in further)]
 
 
 SMALL = Load(TINY, AdapterShape(4, 4, 2), (3,), 6, (1, 2), 2, "aot_eager", 1)
@@ -74,8 +83,8 @@ class Serving:
         return ways
 
     @contextmanager
-    def steps(self, tokens: int, *, decode: bool) -> Iterator[tuple[Step, dict[str, Step], Callable[..., Step]]]:
-        """(the backbone's step, steps with the path by the way they run it, a function that makes a plain step)."""
+    def steps(self, tokens: int, *, decode: bool) -> Iterator[tuple[dict[str, Step], Callable[..., Step]]]:
+        """(steps with the path by the way they run it, a function that makes others over the same tensors)."""
         inputs_TD = torch.randn(tokens, self.load.backbone.hidden, device=self.device).to(self.decoder.dtype)
         caches = self.decoder.caches(tokens) if decode else None
 
@@ -90,7 +99,7 @@ class Serving:
         for name, way in self.halves().items():
             decoder.run_with(way)
             with_path[name] = step(path=True)
-        yield step(path=False), with_path, step
+        yield with_path, step
         torch._dynamo.reset()
         gc.collect()
         if self._on_gpu:
@@ -105,7 +114,7 @@ class Serving:
         rng = np.random.default_rng(tokens)
         found = []
         most = max(self.load.adapters)
-        with self.steps(tokens, decode=decode) as (_, with_path, step):
+        with self.steps(tokens, decode=decode) as (with_path, step):
             for way, captured in with_path.items():
                 decoder.run_with(self.halves()[way])
                 mixes = {
@@ -131,12 +140,12 @@ class Serving:
 
     def measure(self, tokens: int, *, decode: bool) -> dict[str, float]:
         """Median seconds of a step by variant; the path's as ratios of rounds, times the backbone's median."""
-        with self.steps(tokens, decode=decode) as (backbone, with_path, _):
-            variants: dict[str, tuple[timing.Run, timing.Run]] = {"backbone": (lambda: None, backbone.replay)}
-            for way, step in with_path.items():
+        with self.steps(tokens, decode=decode) as (with_path, step):
+            variants: dict[str, tuple[timing.Run, timing.Run]] = {"backbone": (lambda: None, step(path=False).replay)}
+            for way, captured in with_path.items():
                 for live in (0, *self.load.adapters):
                     row_T = np.arange(tokens) % live if live else np.full(tokens, -1)
-                    variants[f"{live} adapters, {way}"] = (lambda row_T=row_T: self.plan(row_T), step.replay)  # type: ignore[misc]
+                    variants[f"{live} adapters, {way}"] = (lambda row_T=row_T: self.plan(row_T), captured.replay)  # type: ignore[misc]
             seconds = timing.interleaved(variants, self.load.rounds)
         alone = seconds["backbone"]
         medians = {
@@ -171,11 +180,15 @@ def layers_that_fit(load: Load) -> int:
     return max(1, min(load.layers, (free - fixed) // a_layer))
 
 
-def check_all(load: Load, device: torch.device) -> tuple[int, int]:
+def check_all(load: Load, device: torch.device, seconds_left: Callable[[], float]) -> tuple[int, int]:
     """(right, all) of the checks of replays, over two layers; prints what is wrong."""
     serving = Serving(load, device, min(2, load.layers))
-    found = [error for tokens in load.tokens for error in serving.check(tokens, decode=True)]
-    found += serving.check(load.prompt, decode=False)
+    found = []
+    for tokens, decode in load.steps:
+        if seconds_left() < TO_MEASURE:
+            print(f"no time to check steps of {tokens} tokens")
+            continue
+        found += serving.check(tokens, decode=decode)
     wrong = [(what, error) for what, error in found if not error < TOLERANCE]
     for what, error in wrong:
         print(f"wrong: {what}: relative error {error:.1e}")
@@ -187,20 +200,22 @@ def check_all(load: Load, device: torch.device) -> tuple[int, int]:
 def measure_all(load: Load, device: torch.device, seconds_left: Callable[[], float]) -> dict[str, float]:
     """Ratios of throughput with the path to without, by the name of the last lines; prints a table."""
     top = timing.ceilings()
+    torch.cuda.empty_cache()
     layers = layers_that_fit(load)
     serving = Serving(load, device, layers)
     held = serving.adapters.table.held(0)
     assert held is not None
     print(
-        f"\n{torch.cuda.get_device_name()}: {top.bytes / 1e12:.2f} TB/s copied, {top.operations / 1e12:.0f} TFLOP/s in "
-        f"bfloat16 products\n{load.backbone.name}: {layers} of {load.backbone.layers} layers, "
-        f"{serving.backbone_bytes / 2**30:.1f} GiB; an adapter {held.num_bytes / 2**20:.1f} MiB; table, plan and "
-        f"scratch space {serving.fixed_bytes / 2**20:.1f} MiB\n"
+        f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}: "
+        f"{top.bytes / 1e12:.2f} TB/s copied, {top.operations / 1e12:.0f} TFLOP/s in bfloat16 products\n"
+        f"{load.backbone.name}: {layers} of {load.backbone.layers} layers, {serving.backbone_bytes / 2**30:.1f} GiB; "
+        f"an adapter {held.num_bytes / 2**20:.1f} MiB; table, plan and scratch space "
+        f"{serving.fixed_bytes / 2**20:.1f} MiB\n"
         "ms a step; ratio: throughput with the path ÷ without; of roofline: least time ÷ measured\n"
         f"{'step':<16}{'backbone':>10}{'of roofline':>13}  {'path':<28}{'with path':>10}{'ratio':>8}{'of roofline':>13}"
     )
     ratios = {}
-    for tokens, decode in [*((t, True) for t in load.tokens), (load.prompt, False)]:
+    for tokens, decode in load.steps:
         if seconds_left() < 60:
             print(f"no time for {tokens} tokens")
             continue

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.gpu import work
 from benchmarks.gpu.assembly import Assembly, assemble
-from benchmarks.gpu.backbones import LLAMA_3_8B, QWEN_2_5_7B, AdapterShape, Backbone
+from benchmarks.gpu.backbones import LLAMA_3_8B, QWEN_2_5_7B, SHAPE, Backbone
 from benchmarks.gpu.work import Work
 from mtlora.ops import tuning
 from mtlora.ops.tuning import KernelConfig
@@ -30,7 +30,6 @@ from mtlora.ops.tuning import KernelConfig
 SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LIVE = (1, 25)
 PROMPT = 1024
-SHAPE = AdapterShape()
 PICTURE = Path("docs/gpu-model.png")
 
 
@@ -238,7 +237,9 @@ def picture(all_rows: list[Row], path: Path) -> None:
     names = list(dict.fromkeys((row.backbone, row.card) for row in all_rows))
     for panel, (backbone, card) in zip(panels.flat, names, strict=True):
         for live, colour in zip(LIVE, ("tab:blue", "tab:orange"), strict=True):
-            these = [r for r in all_rows if (r.backbone, r.card, r.live) == (backbone, card, live) and r.tokens != PROMPT]
+            these = [
+                r for r in all_rows if (r.backbone, r.card, r.live) == (backbone, card, live) and r.tokens != PROMPT
+            ]
             tokens = [row.tokens for row in these]
             for way, style in (("side stream", "-"), ("one stream", "--"), ("piecewise", ":")):
                 panel.plot(tokens, [r.found.ratio(way) for r in these], style, color=colour, label=f"{way}, {live}")
@@ -265,7 +266,9 @@ def report() -> None:
     all_rows = rows()
     print(f"\n{table(all_rows)}\n")
     for live, bar in ((1, 0.97), (25, 0.90)):
-        found = next(r for r in all_rows if (r.backbone, r.card, r.tokens, r.live) == (LLAMA_3_8B.name, "H100", 64, live))
+        found = next(
+            r for r in all_rows if (r.backbone, r.card, r.tokens, r.live) == (LLAMA_3_8B.name, "H100", 64, live)
+        )
         ratio = found.found.ratio("side stream")
         verdict = "reached" if ratio >= bar else "missed"
         print(f"{LLAMA_3_8B.name}, H100, 64 sequences, {live} adapters: {ratio:.3f}; bar {bar:.2f}: {verdict}")

@@ -26,11 +26,16 @@ def event_seconds(run: Run) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def interleaved(variants: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every variant in every round; they take turns. Three rounds before them do not count."""
+def interleaved(variants: Mapping[str, tuple[Run, Run]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every variant in every round; they take turns. Three rounds before them do not count.
+
+    variants: (what comes before, not timed; what is timed).
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(-3, rounds):
-        for name, run in variants.items():
+        for name, (prepare, run) in variants.items():
+            prepare()
+            torch.cuda.synchronize()
             measured = event_seconds(run)
             if i >= 0:
                 seconds[name].append(measured)
@@ -39,7 +44,7 @@ def interleaved(variants: Mapping[str, Run], rounds: int) -> dict[str, list[floa
 
 def median_seconds(run: Run, rounds: int = 10) -> float:
     """Median seconds of `run`."""
-    return statistics.median(interleaved({"": run}, rounds)[""])
+    return statistics.median(interleaved({"": (lambda: None, run)}, rounds)[""])
 
 
 def ceilings() -> Ceilings:

@@ -94,8 +94,9 @@ def of_a_block(adapters: Adapters, tokens: int) -> tuple[Traffic, Traffic]:
     y_TD = torch.ones_like(x_TD)
     rows = [adapters.table.held(row).rows_LF[0] for row in adapters.blocks]  # type: ignore[union-attr]
     shrink, expand = D * padded(r + G * N) * x_TD.itemsize, G * N * r * padded(D // G) * x_TD.itemsize
+    weights = ((Field.SHRINK, shrink), (Field.EXPAND, expand))
     spans = {
-        "weights": [(int(row[Field.SHRINK]), shrink) for row in rows] + [(int(row[Field.EXPAND]), expand) for row in rows],
+        "weights": [(int(row[at]), size) for row in rows for at, size in weights],
         **{
             name: [(tensor.data_ptr(), tensor.untyped_storage().nbytes())]
             for name, tensor in (

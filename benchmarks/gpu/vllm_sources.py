@@ -32,9 +32,9 @@ from typing import Any
 FOLDER = Path("out/vllm")
 # vLLM imports them, and a machine with torch, transformers and numpy may lack them. Without further ones it does.
 CARRIED = (
-    "annotated-types", "blake3", "cachetools", "cbor2", "dill", "email-validator", "fastapi", "httpcore2", "httpx2", "jiter",
-    "lark", "msgspec", "openai", "oss-harmony", "partial-json-parser", "pybase64", "pydantic", "pydantic-core", "pydantic-extra-types",
-    "python-multipart", "pyzmq", "sniffio", "starlette", "truststore", "typing-inspection",
+    "annotated-types", "blake3", "cachetools", "cbor2", "dill", "email-validator", "fastapi", "httpcore2", "httpx2",
+    "jiter", "lark", "msgspec", "openai", "oss-harmony", "partial-json-parser", "pybase64", "pydantic", "pydantic-core",
+    "pydantic-extra-types", "python-multipart", "pyzmq", "sniffio", "starlette", "truststore", "typing-inspection",
 )  # fmt: skip
 # Compiled parts of vLLM; importing them only registers operators.
 EXTENSIONS = ("vllm._C", "vllm._C_stable_libtorch", "vllm._moe_C", "vllm._moe_C_stable_libtorch")
@@ -66,8 +66,8 @@ def pack(folder: Path, python: str) -> None:
         except PackageNotFoundError:
             print(f"{name} is not installed here, so it is not carried")
     subprocess.run(
-        [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "--python-version", python,
-         "--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64", "-d", folder, *wanted],
+        [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "--python-version",
+         python, "--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64", "-d", folder, *wanted],
         check=True,
     )  # fmt: skip
     size = sum(file.stat().st_size for file in folder.iterdir())
@@ -174,9 +174,7 @@ def provide_operators() -> None:
         x = input.float()
         out.copy_((x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)).to(out.dtype) * weight)
 
-    def fused_add_rms_norm(
-        input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
-    ) -> None:
+    def fused_add_rms_norm(input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float) -> None:
         residual.add_(input)
         rms_norm(input, residual, weight, epsilon)
 
@@ -202,8 +200,8 @@ def replace_in_vllm() -> str:
     unavailable = lambda: False  # noqa: E731
     platform_utils.is_uva_available = unavailable
     for name, module in list(sys.modules.items()):
-        if name.startswith("vllm.") and hasattr(module, "is_uva_available"):
-            module.is_uva_available = unavailable
+        if name.startswith("vllm.") and "is_uva_available" in vars(module):
+            vars(module)["is_uva_available"] = unavailable
     return "outputs of graphs are kept; buffers are copied"
 
 
@@ -252,7 +250,7 @@ class Trial:
         return True
 
     def _replace_extension(self) -> None:
-        sys.meta_path.append(self.absent)  # type: ignore[arg-type]
+        sys.meta_path.append(self.absent)
         provide_extensions()
         provide_operators()
 
@@ -275,8 +273,8 @@ class Trial:
 
         arguments: dict[str, Any] = {
             "load_format": "dummy", "skip_tokenizer_init": True, "max_model_len": 128, "max_num_seqs": 8,
-            "gpu_memory_utilization": 0.3, "attention_backend": "TRITON_ATTN", "enable_prefix_caching": False, "seed": 0,
-            "enforce_eager": self.kind != "graphs",
+            "gpu_memory_utilization": 0.3, "attention_backend": "TRITON_ATTN", "enable_prefix_caching": False,
+            "seed": 0, "enforce_eager": self.kind != "graphs",
         }  # fmt: skip
         if self.kind == "graphs":
             # vLLM's graphs without its compiler, which pins another torch.
@@ -293,7 +291,9 @@ class Trial:
 
         sampling = SamplingParams(temperature=0, max_tokens=16, detokenize=False, ignore_eos=True)
         prompt: Any = {"prompt_token_ids": list(range(10, 40))}
-        return list(self.engine.generate([prompt], sampling, lora_request=request, use_tqdm=False)[0].outputs[0].token_ids)
+        return list(
+            self.engine.generate([prompt], sampling, lora_request=request, use_tqdm=False)[0].outputs[0].token_ids
+        )
 
     def _generate(self) -> str:
         first, again = self._answer(), self._answer()
@@ -328,7 +328,11 @@ def run(packed: Path) -> bool:
     came = {}
     for kind in KINDS:
         command = [sys.executable, "-m", "benchmarks.gpu.vllm_sources", "trial", kind, "--from", str(packed)]
-        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        environment = os.environ | {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
         environment["MTLORA_PLUGIN"] = "0" if kind == "eager" else "1"
         try:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)

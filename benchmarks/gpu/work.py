@@ -58,7 +58,7 @@ def of_block(config: KernelConfig, shape: AdapterShape, tokens: int, live: int) 
     number = min(live, tokens)
     shrink = Work(
         items=tiles * parts * pieces_s,
-        products=-(--(-D // way.block_d) // parts),
+        products=-(-D // (way.block_d * parts)),
         weights=tiles * D * columns * b,
         inputs=tokens * D * b * pieces_s,
         scratch=0,

@@ -14,7 +14,7 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import correctness, traffic, work
 from benchmarks.gpu.adapters import Adapters
 from benchmarks.gpu.backbones import AdapterShape
-from mtlora.ops import triton_gpu
+from mtlora.ops import triton_gpu  # noqa: F401  these tests run the interpreter, which makes them slow ones
 from mtlora.ops.tuning import KernelConfig
 from tests.mtlora.ops.cases import SHAPE_CLASSES
 
@@ -22,7 +22,9 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so no interpreter")
 
 
-def counted(config: KernelConfig, shape: AdapterShape, tokens: int, live: int) -> tuple[traffic.Traffic, traffic.Traffic]:
+def counted(
+    config: KernelConfig, shape: AdapterShape, tokens: int, live: int
+) -> tuple[traffic.Traffic, traffic.Traffic]:
     adapters = Adapters(config, CPU, shape)
     for row in range(live):
         adapters.place(row, seed=row)
@@ -52,7 +54,9 @@ def test_kernels_move_the_bytes_that_the_model_counts_and_weights_once_a_tile(
     tiles = work.step_plan(config, shape, tokens, live).num_tiles
     needed = 2 * shape.block_weights(hidden)
     loaded = 0
-    for found, counts in zip(counted(config, shape, tokens, live), work.of_block(config, shape, tokens, live), strict=True):
+    for found, counts in zip(
+        counted(config, shape, tokens, live), work.of_block(config, shape, tokens, live), strict=True
+    ):
         loaded += found.loaded_bytes("weights")
         assert found.loaded_bytes("weights") == counts.weights
         assert found.touched_bytes("weights") == counts.memory
