@@ -1,4 +1,4 @@
-"""A compiled engine gives the eager engine's answers."""
+"""A compiled engine gives the eager engine's answers, from one graph whatever the number of layers."""
 
 import random
 import shutil
@@ -21,7 +21,7 @@ def test_compiled_answers_equal_eager_ones(tmp_path, monkeypatch):
     from vllm.config import CompilationMode
     from vllm.lora.request import LoRARequest
 
-    model = make_model(tmp_path / "model", "llama")
+    model = make_model(tmp_path / "model", "llama", num_layers=3)
     chooser = random.Random(0)
     requests = [None]
     for i, blocks in enumerate(["ffn", "attention", "both"], start=1):
@@ -31,9 +31,11 @@ def test_compiled_answers_equal_eager_ones(tmp_path, monkeypatch):
     prompts = [[chooser.randrange(3, VOCABULARY) for _ in range(chooser.randint(2, 30))] for _ in requests]
 
     def answers(eager):
+        graphs.clear()
         with running_engine(model, dtype="float32", enforce_eager=eager) as engine:
             mode = engine.llm_engine.vllm_config.compilation_config.mode
             assert (mode == CompilationMode.NONE) == eager
+            assert not [name for name in splitting_ops(engine) if "mtlora" in name]
             outputs = engine.generate(
                 [{"prompt_token_ids": prompt} for prompt in prompts],
                 SamplingParams(temperature=0, max_tokens=6, logprobs=1, prompt_logprobs=0, ignore_eos=True),
@@ -46,9 +48,21 @@ def test_compiled_answers_equal_eager_ones(tmp_path, monkeypatch):
         ]
         return tokens, torch.tensor(logprobs)
 
+    def splitting_ops(engine):
+        return engine.llm_engine.vllm_config.compilation_config.splitting_ops or []
+
+    def counting(self, graph, inputs, **changes):
+        graphs.append(graph.print_readable(print_output=False).count("finish_path_"))
+        return stock(self, graph, inputs, **changes)
+
+    graphs, stock = [], torch._TorchCompileInductorWrapper.__call__
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", counting)
     eager_tokens, eager_logprobs = answers(eager=True)
+    assert not [count for count in graphs if count]
     # Keep the test's compiled graphs out of the real cache.
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     compiled_tokens, compiled_logprobs = answers(eager=False)
+    # One graph, with every layer's two blocks in it.
+    assert [count for count in graphs if count] == [2 * 3]
     assert compiled_tokens == eager_tokens
     torch.testing.assert_close(compiled_logprobs, eager_logprobs, atol=1e-4, rtol=0)
