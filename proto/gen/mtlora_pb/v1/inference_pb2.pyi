@@ -21,7 +21,7 @@ FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("task_id", "text", "chat", "fields", "token_ids", "parameters", "without_adapter", "include_reasoning", "routing_key")
+    __slots__ = ("task_id", "text", "chat", "fields", "token_ids", "parameters", "without_adapter", "include_reasoning", "routing_key", "free", "answer")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,8 @@ class GenerateRequest(_message.Message):
     WITHOUT_ADAPTER_FIELD_NUMBER: _ClassVar[int]
     INCLUDE_REASONING_FIELD_NUMBER: _ClassVar[int]
     ROUTING_KEY_FIELD_NUMBER: _ClassVar[int]
+    FREE_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     text: str
     chat: Chat
@@ -40,7 +42,107 @@ class GenerateRequest(_message.Message):
     without_adapter: bool
     include_reasoning: bool
     routing_key: str
-    def __init__(self, task_id: _Optional[str] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., fields: _Optional[_Union[TemplateFields, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., parameters: _Optional[_Union[GenerationParameters, _Mapping]] = ..., without_adapter: _Optional[bool] = ..., include_reasoning: _Optional[bool] = ..., routing_key: _Optional[str] = ...) -> None: ...
+    free: bool
+    answer: AnswerType
+    def __init__(self, task_id: _Optional[str] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., fields: _Optional[_Union[TemplateFields, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., parameters: _Optional[_Union[GenerationParameters, _Mapping]] = ..., without_adapter: _Optional[bool] = ..., include_reasoning: _Optional[bool] = ..., routing_key: _Optional[str] = ..., free: _Optional[bool] = ..., answer: _Optional[_Union[AnswerType, _Mapping]] = ...) -> None: ...
+
+class AnswerType(_message.Message):
+    __slots__ = ("label", "number", "date", "regex", "json", "grammar", "text")
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    DATE_FIELD_NUMBER: _ClassVar[int]
+    REGEX_FIELD_NUMBER: _ClassVar[int]
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    label: LabelType
+    number: NumberType
+    date: DateType
+    regex: str
+    json: str
+    grammar: str
+    text: TextType
+    def __init__(self, label: _Optional[_Union[LabelType, _Mapping]] = ..., number: _Optional[_Union[NumberType, _Mapping]] = ..., date: _Optional[_Union[DateType, _Mapping]] = ..., regex: _Optional[str] = ..., json: _Optional[str] = ..., grammar: _Optional[str] = ..., text: _Optional[_Union[TextType, _Mapping]] = ...) -> None: ...
+
+class LabelType(_message.Message):
+    __slots__ = ("labels",)
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, labels: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class NumberType(_message.Message):
+    __slots__ = ("minimum", "maximum", "step")
+    MINIMUM_FIELD_NUMBER: _ClassVar[int]
+    MAXIMUM_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    minimum: float
+    maximum: float
+    step: float
+    def __init__(self, minimum: _Optional[float] = ..., maximum: _Optional[float] = ..., step: _Optional[float] = ...) -> None: ...
+
+class DateType(_message.Message):
+    __slots__ = ("format",)
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    format: str
+    def __init__(self, format: _Optional[str] = ...) -> None: ...
+
+class TextType(_message.Message):
+    __slots__ = ("max_length",)
+    MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    max_length: int
+    def __init__(self, max_length: _Optional[int] = ...) -> None: ...
+
+class ScoreRequest(_message.Message):
+    __slots__ = ("task_id", "inputs", "uncalibrated")
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    UNCALIBRATED_FIELD_NUMBER: _ClassVar[int]
+    task_id: str
+    inputs: _containers.RepeatedCompositeFieldContainer[ScoreInput]
+    uncalibrated: bool
+    def __init__(self, task_id: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[ScoreInput, _Mapping]]] = ..., uncalibrated: _Optional[bool] = ...) -> None: ...
+
+class ScoreInput(_message.Message):
+    __slots__ = ("text", "chat", "fields", "routing_key")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
+    FIELDS_FIELD_NUMBER: _ClassVar[int]
+    ROUTING_KEY_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    chat: Chat
+    fields: TemplateFields
+    routing_key: str
+    def __init__(self, text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., fields: _Optional[_Union[TemplateFields, _Mapping]] = ..., routing_key: _Optional[str] = ...) -> None: ...
+
+class ScoreResponse(_message.Message):
+    __slots__ = ("scores",)
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    scores: _containers.RepeatedCompositeFieldContainer[InputScore]
+    def __init__(self, scores: _Optional[_Iterable[_Union[InputScore, _Mapping]]] = ...) -> None: ...
+
+class InputScore(_message.Message):
+    __slots__ = ("code", "message", "label", "probabilities", "reasoning", "summary")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    PROBABILITIES_FIELD_NUMBER: _ClassVar[int]
+    REASONING_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: str
+    label: str
+    probabilities: _containers.RepeatedCompositeFieldContainer[LabelProbability]
+    reasoning: str
+    summary: Summary
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., label: _Optional[str] = ..., probabilities: _Optional[_Iterable[_Union[LabelProbability, _Mapping]]] = ..., reasoning: _Optional[str] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ...) -> None: ...
+
+class LabelProbability(_message.Message):
+    __slots__ = ("label", "probability")
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+    label: str
+    probability: float
+    def __init__(self, label: _Optional[str] = ..., probability: _Optional[float] = ...) -> None: ...
 
 class Chat(_message.Message):
     __slots__ = ("messages",)
@@ -303,7 +405,7 @@ class GetTaskResponse(_message.Message):
     def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("id", "description", "template", "fields", "stop", "max_new_tokens", "allowed_answers", "adapter_name", "adapter_version", "answer_marker", "defaults")
+    __slots__ = ("id", "description", "template", "fields", "stop", "max_new_tokens", "allowed_answers", "adapter_name", "adapter_version", "answer_marker", "answer", "calibration", "defaults")
     ID_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     TEMPLATE_FIELD_NUMBER: _ClassVar[int]
@@ -314,6 +416,8 @@ class Task(_message.Message):
     ADAPTER_NAME_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_VERSION_FIELD_NUMBER: _ClassVar[int]
     ANSWER_MARKER_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATION_FIELD_NUMBER: _ClassVar[int]
     DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     id: str
     description: str
@@ -325,5 +429,7 @@ class Task(_message.Message):
     adapter_name: str
     adapter_version: str
     answer_marker: str
+    answer: AnswerType
+    calibration: float
     defaults: GenerationParameters
-    def __init__(self, id: _Optional[str] = ..., description: _Optional[str] = ..., template: _Optional[str] = ..., fields: _Optional[_Iterable[str]] = ..., stop: _Optional[_Iterable[str]] = ..., max_new_tokens: _Optional[int] = ..., allowed_answers: _Optional[_Iterable[str]] = ..., adapter_name: _Optional[str] = ..., adapter_version: _Optional[str] = ..., answer_marker: _Optional[str] = ..., defaults: _Optional[_Union[GenerationParameters, _Mapping]] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., description: _Optional[str] = ..., template: _Optional[str] = ..., fields: _Optional[_Iterable[str]] = ..., stop: _Optional[_Iterable[str]] = ..., max_new_tokens: _Optional[int] = ..., allowed_answers: _Optional[_Iterable[str]] = ..., adapter_name: _Optional[str] = ..., adapter_version: _Optional[str] = ..., answer_marker: _Optional[str] = ..., answer: _Optional[_Union[AnswerType, _Mapping]] = ..., calibration: _Optional[float] = ..., defaults: _Optional[_Union[GenerationParameters, _Mapping]] = ...) -> None: ...

@@ -54,6 +54,11 @@ class InferenceStub:
                 request_serializer=mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchRequest.SerializeToString,
                 response_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchStreamResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/mtlora.v1.Inference/Score',
+                request_serializer=mtlora__pb_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
+                _registered_method=True)
         self.ListTasks = channel.unary_unary(
                 '/mtlora.v1.Inference/ListTasks',
                 request_serializer=mtlora__pb_dot_v1_dot_inference__pb2.ListTasksRequest.SerializeToString,
@@ -98,6 +103,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """Probabilities of all labels of a label task, for many inputs, without generating the answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListTasks(self, request, context):
         """The tasks that can be asked now, by id.
         """
@@ -133,6 +145,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GenerateBatchStream,
                     request_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchRequest.FromString,
                     response_serializer=mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchStreamResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.ScoreRequest.FromString,
+                    response_serializer=mtlora__pb_dot_v1_dot_inference__pb2.ScoreResponse.SerializeToString,
             ),
             'ListTasks': grpc.unary_unary_rpc_method_handler(
                     servicer.ListTasks,
@@ -253,6 +270,33 @@ class Inference:
             '/mtlora.v1.Inference/GenerateBatchStream',
             mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchRequest.SerializeToString,
             mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mtlora.v1.Inference/Score',
+            mtlora__pb_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+            mtlora__pb_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,
