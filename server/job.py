@@ -1,14 +1,12 @@
 """What a valid request asks of the engine, and what the engine returns. Knows neither gRPC nor vLLM."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mtlora.task import TaskSpec
 
 FinishReason = Literal["stop", "length"]
-
-# Likely tokens beside each generated one that a request may ask for.
-MAX_LOGPROBS = 5
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,24 @@ class ServedTask:
 
 
 @dataclass(frozen=True)
+class MoreSampling:
+    """What few requests set; see the contract's GenerationParameters."""
+
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_tokens: tuple[int, ...] = ()
+    banned_tokens: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_new_tokens: int = 0
+    prompt_logprobs: int = 0
+    # Also sum up the log-probabilities of the generated tokens.
+    cumulative_logprob: bool = False
+
+
+@dataclass(frozen=True)
 class Sampling:
     max_new_tokens: int
     temperature: float = 0.0
@@ -33,11 +49,12 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int = 0
+    more: MoreSampling | None = None
 
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """A request that has passed validation."""
+    """A request that has passed validation; one of its samples, if there are several."""
 
     task: ServedTask
     prompt_ids: tuple[int, ...]
@@ -51,6 +68,12 @@ class GenerationJob:
     # Tokens that may gather before the engine hands them out. An answer that fits comes in one piece; of others the
     # first token and the last ones never wait.
     delta_tokens: int = 1
+    # Samples to answer with, and samples to draw.
+    n: int = 1
+    best_of: int = 1
+    return_token_ids: bool = False
+    # Among the tenant's own requests that wait, higher first.
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,5 +105,10 @@ class Delta:
     first_token_at: float | None = None
     # Of the prompt's tokens, those that the engine found in its prefix cache.
     cached_tokens: int = 0
+    token_ids: Sequence[int] = ()
+    # Of the prompt's tokens but the first, in the first delta.
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    # Of all tokens so far; None unless asked for.
+    cumulative_logprob: float | None = None
     # The working, until the marker comes. `Generation` sets it; the engine does not know the marker.
     reasoning: str = ""

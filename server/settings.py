@@ -164,6 +164,9 @@ class Settings(BaseSettings):
     otlp_endpoint: str | None = Field(
         None, min_length=1, description="OpenTelemetry collector (OTLP/gRPC) for a trace of each request; unset: none"
     )
+    otlp_metrics: bool = Field(
+        True, description="send the collector metrics too, by the names of OpenTelemetry's GenAI conventions"
+    )
     trace_sample_ratio: float = Field(1.0, ge=0, le=1, description="share of requests that are traced")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe level logged; SIGUSR1 makes it debug, SIGUSR2 as set again"

@@ -8,12 +8,12 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+from mtlora.parameters import MAX_LOGPROBS
 from mtlora.vllm_cpu.memory import memory_environment
 from mtlora.vllm_plugin.seams import available, require
 from server.engine import orphans
 from server.engine.stats import EngineStats, stat_logger
 from server.engine.threads import thread_environment
-from server.job import MAX_LOGPROBS
 from server.settings import Settings
 from server.telemetry.logs import get_logger
 

@@ -11,7 +11,6 @@ import asyncio
 import random
 import re
 import time
-import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
@@ -24,29 +23,23 @@ from server.errors import (
     DETAILS_KEY,
     RequestFailedError,
     Violation,
-    from_exception,
     invalid_argument,
     late_message,
     resource_exhausted,
     slow_reader,
 )
 from server.rpc.anonymous import AnonymousCalls, end_of_messages
+from server.rpc.failures import failure_of
 from server.settings import Settings
-from server.telemetry.logs import get_logger
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracer
 from server.tenants import Tenant
 
-logger = get_logger("request")
-
 REQUEST_ID_KEY = "x-request-id"
 _SERVICE_PREFIXES = ("/mtlora.v1.", "/inference.")
 _OPEN = {"/inference.GRPCInferenceService/ServerLive", "/inference.GRPCInferenceService/ServerReady"}
-_SERVERS_OWN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL}
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:\-]{0,63}")
 
-# A client's deadline starts before the server's, so its cancellation can come a moment before the server's deadline.
-_DEADLINE_SLACK_S = 0.1
 # Calls of one tenant that may be open besides those that admission lets in.
 _MESSAGES_UNDER_WAY = 512
 
@@ -146,7 +139,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         call = Call(request_id, rpc.rpartition("/")[2], deadline=deadline)
         # Probes come every few seconds: no traces of them.
         if self._tracer and not is_open:
-            call.trace = self._tracer.begin(rpc, request_id, metadata)
+            call.trace, call.genai = self._tracer.begin(rpc, request_id, metadata), self._tracer.metrics
         if rpc.startswith(AUDITED):
             call.audited = self._audit.call(rpc, request_id, context)
         current_call.set(call)
@@ -168,16 +161,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 finally:
                     self._leave(tenant)
         except asyncio.CancelledError:
-            left = context.time_remaining()
-            expired = left is not None and left <= _DEADLINE_SLACK_S
-            await self._record(call, grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED)
+            await self._record(call, grpc.StatusCode.DEADLINE_EXCEEDED if call.expired else grpc.StatusCode.CANCELLED)
             raise
         except Exception as error:
-            failure = from_exception(error)
-            if failure.code is grpc.StatusCode.INTERNAL and not isinstance(error, RequestFailedError):
-                # The place alone: an exception's message may hold what a tenant sent.
-                fields = {"request_id": request_id, "error": type(error).__name__, "where": _where(error)}
-                logger.error("internal error", extra={"fields": fields})
+            failure = failure_of(error, request_id)
             await self._record(call, failure.code, failure.message)
             await self._abort(context, failure, trailer)
         else:
@@ -211,28 +198,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             raise asyncio.CancelledError from None
 
     async def _record(self, call: Call, code: grpc.StatusCode, reason: str = "", response: Any = None) -> None:
-        # What the server itself failed is nobody's usage.
-        if code not in _SERVERS_OWN:
-            call.count_in(self._usage)
+        call.settle(code, self._usage)
         if call.audited:
             await call.audited.completed(call.tenant.id, code.name, reason, response)
-        known: dict[str, Any] = {
-            "tenant": call.tenant.id,
-            "task": call.task,
-            "prompt_tokens": call.prompt_tokens,
-            "completion_tokens": call.completion_tokens,
-        }
-        self._metrics.record_request(method=call.method, status=code.name, **known)
+        call.record(code, self._metrics)
         if call.trace:
-            call.trace.end(code.name, **known)
-        fields = {
-            "request_id": call.request_id,
-            "method": call.method,
-            **known,
-            "status": code.name,
-            "ms": round((time.monotonic() - call.received) * 1e3, 1),
-        }
-        logger.info("request", extra={"fields": fields})
+            call.trace.end(code.name, task=call.task, tenant=call.tenant.id)
 
 
 def _request_id(metadata: Any) -> str:
@@ -258,7 +229,3 @@ def _forgiving(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             return _Malformed()
 
     return attempt
-
-
-def _where(error: BaseException) -> list[str]:
-    return [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
