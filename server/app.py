@@ -288,6 +288,7 @@ class App:
             self._on_disk.callback(self._adapters.close)
             self._inference.residency = self._adapters.residency
             self._adapters_service.registry = self._adapters.registry
+            self._adapters_service.uploads = self._adapters.uploads
             self._verifying = asyncio.ensure_future(self._verify_adapters())
             # Together: if nothing can be served, the start fails without waiting for the engine.
             await asyncio.gather(self._supervisor.start(), self._verifying)

@@ -11,7 +11,7 @@ import asyncio
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -104,6 +104,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 async for message in messages:
                     await self._write(context, message)
 
+        async def converse_all(request: Any, context: Any) -> None:
+            async with aclosing(handler.stream_stream(self._messages(request, context), context)) as messages:
+                async for message in messages:
+                    await self._write(context, message)
+
+        if handler.request_streaming:
+            write_all = converse_all
         make, behavior = (
             (grpc.stream_stream_rpc_method_handler, stream)
             if handler.response_streaming
@@ -111,15 +118,26 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
         return make(behavior, _forgiving(handler.request_deserializer), handler.response_serializer)
 
+    async def _messages(self, first: Any, context: Any) -> AsyncIterator[Any]:
+        """The messages of a call that may have several; each must come in time."""
+        message = first
+        while message is not grpc.aio.EOF:
+            yield message
+            message = await self._next(context)
+
     async def _read(self, context: Any) -> Any:
-        """The call's message."""
+        """The call's message, or its first one."""
+        request = await self._next(context)
+        if request is grpc.aio.EOF:
+            await end_of_messages()
+        return request
+
+    async def _next(self, context: Any) -> Any:
         try:
             async with asyncio.timeout(self._request_timeout_s):
                 request = await context.read()
         except TimeoutError:
             raise late_message(f"no message came within {self._request_timeout_s:g} s of the call") from None
-        if request is grpc.aio.EOF:
-            await end_of_messages()
         if isinstance(request, _Malformed):
             raise invalid_argument([Violation("", "found bytes that are no such message")])
         return request
