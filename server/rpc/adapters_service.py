@@ -14,7 +14,7 @@ from server.errors import RequestFailedError, Violation, invalid_argument, not_f
 from server.registry.events import Event, WatcherTooSlowError
 from server.registry.record import AdapterRecord
 from server.registry.registry import NotPossibleError, Registry, UnknownAdapterError
-from server.registry.uploads import Announced, Uploads
+from server.registry.uploads import Announced, Incoming, Uploads
 from server.registry.version import AdapterVersion, NoRoomError, Stage, StageError, version_key
 from server.registry.weights import MAX_WEIGHT
 from server.scheduling.admission import Admission
