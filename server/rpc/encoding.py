@@ -62,7 +62,8 @@ def item_response(item: Item) -> pb.GenerateResponse:
     if len(item.generations) > 1:
         message.summary.CopyFrom(summary(answers[0], item.generations))
         # Reported by the first that was drawn, which need not be the best.
-        message.prompt_logprobs[:] = [token_logprobs(token) for token in item.generations[0].prompt_logprobs]
+        del message.prompt_logprobs[:]
+        message.prompt_logprobs.extend(token_logprobs(token) for token in item.generations[0].prompt_logprobs)
     if len(answers) > 1:
         message.samples.extend(_sample(each) for each in answers)
     return message

@@ -195,7 +195,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 raise
             item.failure, item.ended = failure, True
         else:
-            item.generations = [replace(first, job=job) for job in sample_jobs(first.job)]
+            item.generations = [Generation(job, first.call, self._metrics) for job in sample_jobs(first.job)]
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, context: Any
