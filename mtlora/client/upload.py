@@ -34,13 +34,14 @@ class Upload:
             )
         )
 
-    def chunks(self, offset: int) -> Iterator[pb.UploadAdapterRequest]:
-        """The messages after it, from a byte of both files on."""
+    def chunks(self, reply: pb.UploadAdapterResponse) -> Iterator[pb.UploadAdapterRequest]:
+        """The messages after it, from the byte on that the server has come to."""
+        offset, most = reply.received, min(_CHUNK_BYTES, reply.max_chunk_bytes)
         begin = 0
         for path, size in zip(self._paths, self._sizes, strict=True):
             with path.open("rb") as file:
                 file.seek(max(0, offset - begin))
-                while offset < begin + size and (data := file.read(_CHUNK_BYTES)):
+                while offset < begin + size and (data := file.read(most)):
                     yield pb.UploadAdapterRequest(chunk=pb.UploadChunk(offset=offset, data=data))
                     offset += len(data)
             begin += size

@@ -69,8 +69,16 @@ class Uploads:
     """
 
     def __init__(
-        self, root: Path | None, verify: Verify, storage: Storage, *, max_bytes: int, max_uploads: int
+        self,
+        root: Path | None,
+        verify: Verify,
+        storage: Storage,
+        *,
+        max_bytes: int,
+        max_uploads: int,
+        max_chunk_bytes: int,
     ) -> None:
+        self.max_chunk_bytes = max_chunk_bytes
         self._root = root
         self._verify = verify
         self._storage = storage

@@ -52,7 +52,7 @@ def uploads(home: Home, root: Path | None = None, **limits: Any) -> Uploads:
     async def verify(folder: Path, found: Any) -> None:
         home.spool.release((await home.verifier.verify(folder, found)).content)
 
-    limits = {"max_bytes": MAX_BYTES, "max_uploads": 2} | limits
+    limits = {"max_bytes": MAX_BYTES, "max_uploads": 2, "max_chunk_bytes": 700} | limits
     return Uploads(root or home.root, verify, Storage(), **limits)
 
 

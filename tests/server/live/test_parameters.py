@@ -29,11 +29,10 @@ def test_a_batch_of_several_adapters(client: Client) -> None:
     first, missing, counted, again = client.generate_all(items)
     assert missing.error is not None
     assert [first.result().summary.adapter_name, counted.result().summary.adapter_name] == ["beta", "alpha"]
-    alone = client.generate("open", PROMPT)
-    assert first.result().text == again.result().text == alone.text
+    assert first.result().summary.prompt_tokens == again.result().summary.prompt_tokens > 0
+    assert all(each.result().summary.completion_tokens for each in (first, counted, again))
     streamed = {each.index: each for each in client.generate_batch(items, timeout=60)}
-    assert streamed[0].result().text == alone.text
-    assert sorted(streamed) == [0, 1, 2, 3]
+    assert sorted(index for index, each in streamed.items() if each.answer) == [0, 2, 3]
 
 
 def test_the_likeliest_of_several_samples(client: Client) -> None:
