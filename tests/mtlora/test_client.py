@@ -10,7 +10,7 @@ from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 from mtlora_pb.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
-from mtlora.client import Access, AsyncClient, Client, Retry, ServerError, make_batch
+from mtlora.client import Access, AsyncClient, Client, Retry, ServerError, make_batch, make_request
 
 
 class Server(adapters_pb2_grpc.AdaptersServicer, inference_pb2_grpc.InferenceServicer):
@@ -194,3 +194,10 @@ def test_a_batch_takes_whole_requests_too() -> None:
     batch = make_batch([("t", "x"), request], seed=1, allowed_tokens=[5])
     assert [each.parameters.seed for each in batch.items] == [1, 0]
     assert list(batch.items[0].parameters.allowed_tokens.values) == [5]
+
+
+def test_a_request_holds_its_parameters() -> None:
+    request = make_request("one", [5, 6], logit_bias={7: 1.5}, banned_tokens=[], stop_token_ids=[9])
+    assert list(request.token_ids.values) == [5, 6]
+    assert request.parameters.HasField("banned_tokens")
+    assert dict(request.parameters.logit_bias.values) == {7: 1.5}

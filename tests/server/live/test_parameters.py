@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 from mtlora_pb.v1 import inference_pb2 as pb
 
-from mtlora.client import AsyncClient, Client, ServerError, make_request
+from mtlora.client import AsyncClient, Client, ServerError
 from server.cli.process import ServerProcess
-from server.engine.translation import sampling_params
-from server.job import MoreSampling, Sampling
 from tests.server.adapters import entry, write_adapter
 from tests.server.helpers import eventually
 
@@ -115,21 +113,3 @@ def test_an_uploaded_adapter_serves_with_its_own_defaults(
     with pytest.raises(ServerError, match="not verified"):
         client.upload_adapter(tmp_path / "other", "elsewhere")
     assert "elsewhere" not in {adapter.name for adapter in client.adapters()}
-
-
-def test_vllm_takes_what_is_valid() -> None:
-    more = MoreSampling(
-        min_p=0.5, logit_bias={7: 2.0, 9: 1.0}, banned_tokens=(9,), allowed_tokens=(7,), min_new_tokens=1
-    )
-    given = sampling_params(Sampling(max_new_tokens=3, temperature=1.0, more=more), 64)
-    assert given.logit_bias == {7: 2.0, 9: float("-inf")}
-    assert (given.n, given.min_p, given.min_tokens, given.allowed_token_ids) == (1, 0.5, 1, [7])
-    plain = sampling_params(Sampling(max_new_tokens=3), 64)
-    assert (plain.logit_bias, plain.allowed_token_ids, plain.logprobs, plain.prompt_logprobs) == (None,) * 4
-
-
-def test_a_request_holds_its_parameters() -> None:
-    request = make_request("one", [5, 6], logit_bias={7: 1.5}, banned_tokens=[], stop_token_ids=[9])
-    assert list(request.token_ids.values) == [5, 6]
-    assert request.parameters.HasField("banned_tokens")
-    assert dict(request.parameters.logit_bias.values) == {7: 1.5}
