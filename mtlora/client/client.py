@@ -285,6 +285,7 @@ class Client(_Connection):
                 for reply in _read(call):
                     if reply.version:
                         return str(reply.version)
+                    upload.note(reply, attempts)
                     known.put(reply)
             except ServerError as error:
                 time.sleep(attempts.after(error))
@@ -405,6 +406,7 @@ class AsyncClient(_Connection):
                 async for reply in _read_async(call):
                     if reply.version:
                         return str(reply.version)
+                    upload.note(reply, attempts)
                     known.put_nowait(reply)
             except ServerError as error:
                 await asyncio.sleep(attempts.after(error))

@@ -30,7 +30,6 @@ class Item:
     index: int = 0
     generations: list[Generation] = field(default_factory=list)
     failure: RequestFailedError | None = None
-    ended: bool = False
 
     @property
     def answers(self) -> list[Generation]:
@@ -71,7 +70,6 @@ async def side_by_side(
                 item.failure = failure_of(error, item.call.request_id)
             left[item] -= 1
             if not left[item]:
-                item.ended = True
                 ended.put_nowait(item)
 
     workers = [asyncio.create_task(work()) for _ in range(min(places, sum(left.values())))]

@@ -137,10 +137,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             item.call.settle(code, self._usage)
             item.call.record(code, self._metrics)
 
-        code = grpc.StatusCode.CANCELLED
+        code, left = grpc.StatusCode.CANCELLED, dict.fromkeys(items)
         try:
             async with aclosing(self._run(items, places=places, strict=False)) as ended:
                 async for item in ended:
+                    del left[item]
                     settle(item, item.failure.code if item.failure else grpc.StatusCode.OK)
                     yield item
         except RequestFailedError as failure:
@@ -149,8 +150,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         finally:
             if code is grpc.StatusCode.CANCELLED and call.expired:
                 code = grpc.StatusCode.DEADLINE_EXCEEDED
-            for item in items:
-                if not item.ended and item.call.sequences:
+            for item in left:
+                if item.call.sequences:
                     settle(item, code)
 
     async def _run(self, items: Sequence[Item], *, places: int, strict: bool) -> AsyncGenerator[Item, None]:
@@ -193,7 +194,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         except RequestFailedError as failure:
             if strict:
                 raise
-            item.failure, item.ended = failure, True
+            item.failure = failure
         else:
             item.generations = [Generation(job, first.call, self._metrics) for job in sample_jobs(first.job)]
 

@@ -137,10 +137,10 @@ def _nothing_left(values: Mapping[str, Any], vocab_size: int, end_tokens: Set[in
             "parameters.logit_bias.values",
             f"found {changed} tokens together with banned_tokens; allowed: up to {MAX_LISTED}",
         )
-    allowed = set(values.get("allowed_tokens", ())) or set(range(min(vocab_size, 2 * MAX_LISTED)))
-    if allowed <= banned:
+    allowed, ends = set(values.get("allowed_tokens", ())), end_tokens | {*values.get("stop_token_ids", ())}
+    if len(banned) >= vocab_size:
         yield Violation("parameters.banned_tokens.values", "found every token; allowed: fewer")
-    elif values.get("min_new_tokens") and allowed <= banned | end_tokens | {*values.get("stop_token_ids", ())}:
+    elif values.get("min_new_tokens") and (allowed <= ends if allowed else len(banned | ends) >= vocab_size):
         yield Violation(
             "parameters.min_new_tokens",
             f"found {values['min_new_tokens']}, where every allowed token ends the answer; allowed: 0",

@@ -11,6 +11,7 @@ from google.rpc import error_details_pb2, status_pb2
 from mtlora_pb.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 from mtlora.client import Access, AsyncClient, Client, Retry, ServerError, make_batch, make_request
+from mtlora.client.retry import Attempts
 
 
 class Server(adapters_pb2_grpc.AdaptersServicer, inference_pb2_grpc.InferenceServicer):
@@ -187,6 +188,18 @@ def test_waits_grow_and_keep_to_the_servers_own() -> None:
     assert retry.wait_s(error, 1, 2.0) is None
     error.code = grpc.StatusCode.RESOURCE_EXHAUSTED
     assert retry.wait_s(error, 1, 10.0) is None
+
+
+def test_an_attempt_that_got_on_counts_anew() -> None:
+    attempts = Attempts(Retry(attempts=2, first_s=0.001), timeout=60)
+    error = ServerError.__new__(ServerError)
+    error.code, error.retry_after_s = grpc.StatusCode.UNAVAILABLE, None
+    for _ in range(3):
+        attempts.after(error)
+        attempts.got_on()
+    attempts.after(error)
+    with pytest.raises(ServerError):
+        attempts.after(error)
 
 
 def test_a_batch_takes_whole_requests_too() -> None:

@@ -169,6 +169,16 @@ async def test_the_end_of_a_call_ends_its_sequences(
     assert rows[0][3].requests == 9
 
 
+async def test_items_that_nobody_read_are_used_all_the_same(service: Service, client: AsyncClient) -> None:
+    stub = inference_pb2_grpc.InferenceStub(client._channel)
+    call = stub.GenerateBatchStream(make_batch([("one", "a"), ("one", "b?"), *[("two", "c")] * 6]))
+    await eventually(lambda: service.engine.begun.count("c") == 6 and service.engine.running == 1)
+    call.cancel()
+    await eventually(lambda: service.value("mtlora_requests_in_flight") == 0)
+    rows = [row async for page in service.usage.read(0, 1 << 40, "total") for row in page]
+    assert {row[2]: (row[3].requests, row[3].completion_tokens) for row in rows} == {"one": (2, 2), "two": (6, 12)}
+
+
 async def test_a_stop_of_the_server_is_nobodys_usage(service: Service, client: AsyncClient) -> None:
     asked = asyncio.create_task(client.generate_all([("one", "a?"), ("one", "b?")]))
     await eventually(lambda: service.engine.running == 2)
