@@ -20,6 +20,7 @@ from mtlora_pb.v1 import adapters_pb2_grpc
 from mtlora.cli import main
 from mtlora.client import Access, AsyncClient, Client, ServerError
 from mtlora.client.upload import Upload
+from server import cli
 from server.registry.storage import Storage
 from server.registry.uploads import Uploads
 from tests.faults._tenants import tenant, write_tenants
@@ -333,6 +334,9 @@ async def test_the_command_publishes_to_a_server(
     assert await asyncio.to_thread(main, ["publish", str(made), "a", "--to", service.address]) == 0
     assert capsys.readouterr().out == "a/1\n"
     await home.until_serving("x", "a/1")
+    shown = ["adapters", "--address", service.address, "manifest", "a"]
+    assert await asyncio.to_thread(cli.main, shown) == 0
+    assert [task["id"] for task in json.loads(capsys.readouterr().out)["tasks"]] == ["x", "y"]
     assert await asyncio.to_thread(main, ["publish", str(made), "../a", "--to", service.address]) == 2
     assert "begin.adapter" in capsys.readouterr().err
     (made / "adapter.safetensors").write_bytes(b"garbage")
