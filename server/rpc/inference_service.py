@@ -175,13 +175,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             ready = [item for item in items if item.failure is None]
             jobs = [generation.job for item in ready for generation in item.generations]
             with self._scheduler.reserve(call.tenant, jobs) as reserved:
-                run = partial(
-                    Generation.run,
-                    engine=self.engine,
-                    scheduler=self._scheduler,
-                    residency=self.residency,
-                    reserved=reserved,
-                )
+
+                async def run(generation: Generation) -> None:
+                    # A long batch may outlive an engine.
+                    await generation.run(self.engine, self._scheduler, self.residency, reserved=reserved)
+
                 async with aclosing(side_by_side(ready, places, run)) as ended:
                     async for item in ended:
                         if strict and item.failure is not None:

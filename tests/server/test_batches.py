@@ -12,7 +12,7 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from mtlora_pb.v1 import inference_pb2_grpc
 
 from mtlora.client import Access, AsyncClient, BatchAnswer, ServerError, make_batch, make_request
-from server.errors import EngineAbortedError
+from server.errors import EngineAbortedError, EngineDeadError
 from server.job import Delta, GenerationJob
 from server.rpc.batch import MAX_BATCH
 from server.scheduling.admission import State
@@ -33,6 +33,7 @@ class Echo(FakeEngine):
     def __init__(self) -> None:
         super().__init__()
         self.hold = asyncio.Event()
+        self.error_on_hold: Exception | None = None
         self.begun: list[str] = []
 
     async def generate(self, job: GenerationJob) -> AsyncGenerator[Delta, None]:
@@ -47,6 +48,8 @@ class Echo(FakeEngine):
             if "?" in text:
                 assert self.hold is not None
                 await self.hold.wait()
+                if self.error_on_hold:
+                    raise self.error_on_hold
             seed = job.sampling.seed or 0
             yield Delta(
                 f"{text[0]}{seed or ''}", 2, finish_reason="stop", token_ids=(7, 8), cumulative_logprob=LOW + seed
@@ -177,6 +180,20 @@ async def test_items_that_nobody_read_are_used_all_the_same(service: Service, cl
     await eventually(lambda: service.value("mtlora_requests_in_flight") == 0)
     rows = [row async for page in service.usage.read(0, 1 << 40, "total") for row in page]
     assert {row[2]: (row[3].requests, row[3].completion_tokens) for row in rows} == {"one": (2, 2), "two": (6, 12)}
+
+
+async def test_a_batch_goes_on_with_the_next_engine(service: Service, client: AsyncClient) -> None:
+    """What ran on the engine that was lost fails; what had not begun runs on its successor."""
+    lost, successor = service.engine, Echo()
+    lost.error_on_hold = EngineDeadError()
+    successor.prompts, successor.hold = lost.prompts, lost.hold
+    asked = asyncio.create_task(client.generate_all([("one", "a?")] * 20))
+    await eventually(lambda: lost.running == 8)
+    service.servicer.engine = successor
+    lost.hold.set()
+    ends = [outcome(each) for each in await asked]
+    assert (ends.count("UNAVAILABLE"), ends.count("a")) == (8, 12)
+    assert len(successor.begun) == 12
 
 
 async def test_a_stop_of_the_server_is_nobodys_usage(service: Service, client: AsyncClient) -> None:
