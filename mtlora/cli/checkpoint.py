@@ -142,7 +142,7 @@ def _convert(args: argparse.Namespace) -> int:
 def _publish(args: argparse.Namespace) -> int:
     from mtlora.checkpoint.publish import publish
     from mtlora.checkpoint.read import read_checkpoint
-    from mtlora.client import Client, ServerError
+    from mtlora.client import Client, Retry, ServerError
     from mtlora.errors import MtLoRAError
 
     if args.to is None:
@@ -151,7 +151,7 @@ def _publish(args: argparse.Namespace) -> int:
     # Says what is wrong before anything is sent.
     read_checkpoint(args.checkpoint)
     try:
-        with Client(args.to, access_from(args)) as client:
+        with Client(args.to, access_from(args), Retry(attempts=6)) as client:
             version = client.upload_adapter(args.checkpoint, args.adapter)
     except (OSError, ValueError, ServerError) as error:
         raise MtLoRAError(f"{args.to}: {error}") from None
