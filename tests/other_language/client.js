@@ -25,7 +25,7 @@ async function main () {
   let last
   for await (last of client.GenerateStream(request)) streamed += last.text
   const items = [request, { task_id: 'no-such-task', text }]
-  const batch = (await unary('GenerateBatch', { items })).items.map((item) => item.status.code)
+  const batch = (await unary('GenerateBatch', { items })).items.map((item) => item.status.code ?? 0)
   const tasks = (await unary('ListTasks', {})).tasks.map((task) => task.id)
   const error = await unary('Generate', { task_id: 'no-such-task', text }).catch((caught) => caught)
   console.log(JSON.stringify({

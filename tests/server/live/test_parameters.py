@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,17 @@ def test_prompts_as_token_ids_and_their_logprobs(client: Client, words: dict[str
         client.generate("open", [*ids, 1])
 
 
+@pytest.fixture
+def no_upload_stays(client: Client, adapters: Path) -> Iterator[None]:
+    """Other tests count the adapters of the folder."""
+    yield
+    client.unload_adapter("uploaded")
+    shutil.rmtree(adapters / "uploaded")
+    (adapters / ".uploads").rmdir()
+    eventually(lambda: "uploaded" not in {adapter.name for adapter in client.adapters()}, 20)
+
+
+@pytest.mark.usefixtures("no_upload_stays")
 def test_an_uploaded_adapter_serves_with_its_own_defaults(
     server: ServerProcess, client: Client, words: dict[str, int], tmp_path: Path
 ) -> None:
