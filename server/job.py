@@ -9,6 +9,8 @@ FinishReason = Literal["stop", "length"]
 
 # Likely tokens beside each generated one that a request may ask for.
 MAX_LOGPROBS = 5
+# Tokens that the engine gives log-probabilities of at a time: the labels that Score tells apart.
+MAX_SCORED_TOKENS = 1000
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class ServedTask:
     slot: Any
     # The registry's adapter version, which the engine must hold meanwhile; None if the slot needs none.
     version: Any = None
+    # The temperature of the probabilities of its labels.
+    calibration: float | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int = 0
+    # What the answer is held to, as the engine reads it; see mtlora.answer.constraint.
+    constraint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class GenerationJob:
     # Tokens that may gather before the engine hands them out. An answer that fits comes in one piece; of others the
     # first token and the last ones never wait.
     delta_tokens: int = 1
+    # A further sequence for an input that was counted already.
+    further: bool = False
 
 
 @dataclass(frozen=True)

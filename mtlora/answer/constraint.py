@@ -1,6 +1,7 @@
 """What holds a decoder to a type: one text, which travels with a request and names the compiled form in a cache."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -13,6 +14,8 @@ from mtlora.answer.types import AnswerType
 _TYPES: TypeAdapter[AnswerType] = TypeAdapter(AnswerType)
 # Marks a constraint among the grammars that vLLM's requests carry.
 PREFIX = "mtlora:"
+# Before a list of token ids: the next token is one of them.
+TOKENS_PREFIX = "mtlora-tokens:"
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Constraint:
             if automaton.may_contain(stop):
                 raise AnswerError(f"{self.type.type}: an answer may contain the stop string {stop!r}")
         return automaton
+
+
+def next_token(tokens: Sequence[int]) -> str:
+    """The text that holds one token to a set: its log-probabilities are then those within the set."""
+    return TOKENS_PREFIX + json.dumps(list(tokens))
 
 
 @lru_cache(maxsize=4096)

@@ -23,7 +23,7 @@ def options_of(task: TaskSpec, text: str) -> tuple[str, ...]:
     _, listed, block = text.partition("\nOptions:\n")
     if listed and (found := _LETTERED.findall(block) or _DASHED.findall(block)):
         return tuple(found)
-    return task.allowed_answers or ()
+    return task.labels or ()
 
 
 @torch.inference_mode()

@@ -121,6 +121,19 @@ SEAMS = (
         "full CUDA graphs freeze one step's adapters; CPUs never compile with adapters",
     ),
     Seam(
+        "typed answers",
+        Need.CORRECTNESS,
+        "mtlora.vllm_plugin.typed",
+        (
+            "vllm.sampling_params:SamplingParams._validate_structured_outputs(model_config, structured_outputs_config, "
+            "tokenizer)",
+            "vllm.v1.structured_output:StructuredOutputManager.grammar_init(request)",
+            "vllm.v1.structured_output.backend_types:StructuredOutputGrammar.fill_bitmask(bitmask, batch_index)",
+            "vllm.v1.engine.core:EngineCore",
+        ),
+        "answers are not held to their task's type",
+    ),
+    Seam(
         "seeded requests on CPUs",
         Need.CORRECTNESS,
         "mtlora.vllm_cpu.seeded",

@@ -6,6 +6,7 @@ without working, ends it, and the marker comes in any case while the answer stil
 llguidance says which tokens may come; where tokens run short, only those that leave enough for an end.
 """
 
+import json
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
@@ -16,11 +17,12 @@ from typing import Any
 import llguidance
 import llguidance.numpy
 import numpy as np
+import torch
 from vllm.sampling_params import SamplingParams
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
-from mtlora.answer.constraint import PREFIX, Constraint, read
+from mtlora.answer.constraint import PREFIX, TOKENS_PREFIX, Constraint, read
 from mtlora.answer.language import States, pattern
 from mtlora.vllm_plugin.closing import Closing
 from mtlora.vllm_plugin.vocabulary import Row, Vocabulary
@@ -53,6 +55,11 @@ class Compiled:
         if error := self._matcher.get_error():
             raise ValueError(error)
         self._lock = threading.Lock()
+
+    @property
+    def fewest_with_marker(self) -> int:
+        """`fewest`, and the marker."""
+        return self.fewest + len(self.marker_tokens)
 
     @property
     def fewest(self) -> int:
@@ -240,11 +247,40 @@ class TypedGrammar(StructuredOutputGrammar):
         return self._compiled.vocabulary.row_of(self._ends)
 
 
+class OneOf(StructuredOutputGrammar):
+    """Holds every token of a sequence to one set, for what has one token alone."""
+
+    def __init__(self, row: Row) -> None:
+        self._allowed = row
+
+    def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+        """See StructuredOutputGrammar."""
+        return True
+
+    def validate_tokens(self, tokens: list[int]) -> list[int]:
+        """See StructuredOutputGrammar."""
+        return tokens
+
+    def rollback(self, num_tokens: int) -> None:
+        """See StructuredOutputGrammar."""
+
+    def fill_bitmask(self, bitmask: Any, batch_index: int) -> None:
+        """See StructuredOutputGrammar."""
+        bitmask[batch_index].numpy()[: len(self._allowed)] = self._allowed
+
+    def is_terminated(self) -> bool:
+        """See StructuredOutputGrammar."""
+        return False
+
+    def reset(self) -> None:
+        """See StructuredOutputGrammar."""
+
+
 class TypedOutputs:
     """The compiled constraints of one engine core."""
 
     def __init__(self, tokenizer: Any, vocabulary_size: int) -> None:
-        self._vocabulary = Vocabulary(tokenizer, vocabulary_size)
+        self.vocabulary = Vocabulary(tokenizer, vocabulary_size)
         self._compiled: OrderedDict[str, Compiled] = OrderedDict()
         self._states = 0
         self._lock = threading.Lock()
@@ -255,7 +291,7 @@ class TypedOutputs:
             if text in self._compiled:
                 self._compiled.move_to_end(text)
                 return self._compiled[text]
-        made = Compiled(read(text), self._vocabulary)
+        made = Compiled(read(text), self.vocabulary)
         with self._lock:
             if text not in self._compiled:
                 self._compiled[text] = made
@@ -265,13 +301,22 @@ class TypedOutputs:
                 self._states -= len(dropped.automaton.edges)
         return made
 
-    def grammar(self, text: str, left: int, ends: set[int] | None) -> TypedGrammar:
-        """A sequence's grammar."""
-        return TypedGrammar(self.compiled(text), left, frozenset(ends or {self._vocabulary.eos}))
+    def has(self, text: str) -> bool:
+        """Whether a sequence's grammar can be made at once."""
+        return text in self._compiled or text.startswith(TOKENS_PREFIX)
+
+    def grammar(self, text: str, left: int, ends: set[int] | None) -> StructuredOutputGrammar:
+        """A sequence's grammar. Raises ValueError where `left` tokens hold no answer."""
+        if text.startswith(TOKENS_PREFIX):
+            return OneOf(self.vocabulary.row_of(json.loads(text.removeprefix(TOKENS_PREFIX))))
+        compiled = self.compiled(text)
+        if left < compiled.fewest_with_marker:
+            raise ValueError(f"an answer takes {compiled.fewest_with_marker} tokens at least; {left} are left")
+        return TypedGrammar(compiled, left, frozenset(ends or {self.vocabulary.eos}))
 
 
 _checked = SamplingParams._validate_structured_outputs
-_created = StructuredOutputManager._create_grammar
+_begun = StructuredOutputManager.grammar_init
 
 
 def hold_answers_to_types() -> None:
@@ -279,7 +324,7 @@ def hold_answers_to_types() -> None:
     from vllm.v1.engine.core import EngineCore
 
     SamplingParams._validate_structured_outputs = _check
-    StructuredOutputManager._create_grammar = _create_grammar
+    StructuredOutputManager.grammar_init = _grammar_init
     EngineCore.mtlora_compile = _compile
 
 
@@ -287,7 +332,7 @@ def constraint_of(parameters: Any) -> str | None:
     """The constraint that a request's SamplingParams carry."""
     outputs = parameters.structured_outputs if parameters is not None else None
     text = outputs.grammar if outputs is not None else None
-    return text if text is not None and text.startswith(PREFIX) else None
+    return text if text is not None and text.startswith((PREFIX, TOKENS_PREFIX)) else None
 
 
 def _check(self: Any, model_config: Any, structured_outputs_config: Any, tokenizer: Any) -> None:
@@ -299,29 +344,43 @@ def _check(self: Any, model_config: Any, structured_outputs_config: Any, tokeniz
         self.structured_outputs._backend = "guidance" if backend == "auto" else backend
 
 
-def _create_grammar(self: Any, request: Any) -> Any:
+def _grammar_init(self: Any, request: Any) -> None:
+    """What is compiled already is there at once: a request that waits for its grammar misses a step."""
     text = constraint_of(request.sampling_params)
     if text is None:
-        return _created(self, request)
+        return _begun(self, request)
     left = min(request.max_tokens, self.vllm_config.model_config.max_model_len - request.num_prompt_tokens)
-    return _outputs(self).grammar(text, left, request.sampling_params.all_stop_token_ids)
+    ends = request.sampling_params.all_stop_token_ids
+    outputs: TypedOutputs | None = getattr(self, "_mtlora_outputs", None)
+    if outputs is not None and outputs.has(text):
+        grammar = outputs.grammar(text, left, ends)
+    else:
+        grammar = self.executor.submit(lambda: _outputs(self).grammar(text, left, ends))
+    request.structured_output_request.grammar = grammar
+    return None
 
 
-def _compile(self: Any, texts: list[str]) -> "Future[int]":
-    """Compile constraints beside the running steps, before a request needs them; gives their number."""
+def _compile(self: Any, texts: list[str]) -> "Future[list[int]]":
+    """Compile constraints beside the running steps, before a request needs them; gives the fewest tokens of each."""
     manager = self.structured_output_manager
-
-    def compile_all() -> int:
-        for text in texts:
-            _outputs(manager).compiled(text)
-        return len(texts)
-
-    future: Future[int] = manager.executor.submit(compile_all)
+    future: Future[list[int]] = manager.executor.submit(
+        lambda: [_outputs(manager).compiled(text).fewest_with_marker for text in texts]
+    )
     return future
 
 
+_making = threading.Lock()
+
+
 def _outputs(manager: Any) -> TypedOutputs:
-    if not hasattr(manager, "_mtlora_outputs"):
-        manager._mtlora_outputs = TypedOutputs(manager.tokenizer, manager.vllm_config.model_config.get_vocab_size())
+    with _making:
+        if not hasattr(manager, "_mtlora_outputs"):
+            config = manager.vllm_config
+            made = TypedOutputs(manager.tokenizer, config.model_config.get_vocab_size())
+            if manager._grammar_bitmask is None:
+                # As its backends make it, of which there is none yet.
+                rows = config.scheduler_config.max_num_seqs * (1 + config.num_speculative_tokens)
+                manager._grammar_bitmask = torch.full((rows, len(made.vocabulary.ordinary)), -1, dtype=torch.int32)
+            manager._mtlora_outputs = made
     outputs: TypedOutputs = manager._mtlora_outputs
     return outputs

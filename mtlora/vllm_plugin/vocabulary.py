@@ -20,8 +20,8 @@ class Vocabulary:
     """Of one tokenizer. `size` may exceed the tokenizer's own: embeddings are padded."""
 
     def __init__(self, tokenizer: Any, size: int) -> None:
-        self.size = size
-        self.matchers = llguidance.hf.from_tokenizer(tokenizer, max(size, len(tokenizer)))
+        self.size = size = max(size, len(tokenizer))
+        self.matchers = llguidance.hf.from_tokenizer(tokenizer, size)
         known = len(tokenizer)
         special = [token >= known or self.matchers.is_special_token(token) for token in range(size)]
         self.texts = [b"" if special[token] else self.matchers.decode_bytes([token]) for token in range(size)]

@@ -1,5 +1,6 @@
 """From this server's types to vLLM's, and back."""
 
+from functools import lru_cache
 from typing import Any
 
 from server.errors import EngineAbortedError
@@ -21,11 +22,19 @@ def sampling_params(sampling: Sampling, delta_tokens: int) -> Any:
         seed=sampling.seed,
         stop=list(sampling.stop),
         logprobs=sampling.logprobs or None,
+        structured_outputs=_structured_outputs(sampling.constraint) if sampling.constraint else None,
         output_kind=RequestOutputKind.FINAL_ONLY if in_one_piece else RequestOutputKind.DELTA,
         stream_interval=delta_tokens,
         # No deep copy: nothing else holds this object.
         skip_clone=True,
     )
+
+
+@lru_cache(maxsize=1024)
+def _structured_outputs(constraint: str) -> Any:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    return StructuredOutputsParams(grammar=constraint)
 
 
 def delta(output: Any) -> Delta:

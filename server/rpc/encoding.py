@@ -3,6 +3,7 @@
 from mtlora_pb.v1 import inference_pb2 as pb
 
 from server.job import Delta, ServedTask, TokenLogprob, TokenLogprobs
+from server.rpc import answers
 from server.rpc.generation import Generation
 
 _FINISH_REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
@@ -17,10 +18,12 @@ def task(served: ServedTask) -> pb.Task:
         fields=spec.fields,
         stop=spec.stop,
         max_new_tokens=spec.max_new_tokens,
-        allowed_answers=spec.allowed_answers or (),
+        allowed_answers=spec.labels or (),
         adapter_name=served.adapter_name,
         adapter_version=served.adapter_version,
         answer_marker=spec.answer_marker or "",
+        answer=answers.message(spec.answer_type) if spec.answer_type else None,
+        calibration=served.calibration,
     )
 
 

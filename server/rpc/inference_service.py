@@ -21,6 +21,7 @@ from server.job import ServedTask
 from server.registry.catalog import Catalog
 from server.registry.residency import Residency
 from server.rpc import encoding
+from server.rpc.answers import OwnTypes
 from server.rpc.generation import Generation
 from server.rpc.pieces import in_pieces
 from server.rpc.stream import unhurried
@@ -71,6 +72,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._metrics = metrics
         self._log_prompts = log_prompts
         self._tokenizing = FairThread("tokenize")
+        self._own_types = OwnTypes()
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         call, task = current_call.get(), self.find(request.task_id)
@@ -189,7 +191,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             raise self.not_found(request.task_id)
         # Tenants share no cached blocks, unless their file says so: answer times would tell of another's prompts.
         cache_salt = None if self._directory.current.share_prefix_cache else call.tenant.id
-        arguments = (request, task, self.prompts, self.limits, call.tenant, cache_salt, delta_tokens)
+        own = None
+        if request.HasField("answer"):
+            own = await self._own_types.hold(request, task.spec if task else None, call.tenant, self.engine)
+        arguments = (request, task, self.prompts, self.limits, call.tenant, cache_salt, delta_tokens, own)
         if apart or request.ByteSize() > _TOKENIZE_APART_BYTES:
             job = await self._tokenizing.run(call.tenant, request.ByteSize(), partial(validate, *arguments))
         else:
