@@ -102,8 +102,8 @@ format: $(STAMP) ## let ruff format and sort
 	$(BIN)/ruff format
 
 proto: $(STAMP) ## generate proto/gen from proto/mtlora and proto/openinference
-	$(BIN)/python -m grpc_tools.protoc -Imtlora_pb=proto/mtlora --python_out=proto/gen --pyi_out=proto/gen \
-	  --grpc_python_out=proto/gen $(patsubst proto/mtlora/%,mtlora_pb/%,$(wildcard proto/mtlora/v1/*.proto))
+	$(BIN)/python -m grpc_tools.protoc -Imtlora_pb=proto/mtlora -Igoogle=proto/google --python_out=proto/gen \
+	  --pyi_out=proto/gen --grpc_python_out=proto/gen $(patsubst proto/mtlora/%,mtlora_pb/%,$(wildcard proto/mtlora/v1/*.proto))
 	$(BIN)/python -m grpc_tools.protoc -Iopeninference_pb=proto/openinference --python_out=proto/gen \
 	  --pyi_out=proto/gen --grpc_python_out=proto/gen openinference_pb/grpc_predict_v2.proto
 

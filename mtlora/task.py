@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_serializer, field_validator, model_validator
 
 from mtlora.answer import AnswerError, AnswerType, Label
 from mtlora.answer.constraint import Constraint
 from mtlora.errors import MtLoRAError
+from mtlora.parameters import TaskDefaults
 
 TASK_ID_PATTERN = r"^[a-z0-9][a-z0-9_.\-]{0,127}$"
 TaskId = Annotated[str, StringConstraints(pattern=TASK_ID_PATTERN)]
@@ -60,6 +61,15 @@ class TaskSpec(BaseModel):
         description="the mark between working and answer in a generated text; null if all of it is the answer",
         exclude_if=lambda marker: marker is None,
     )
+    defaults: TaskDefaults | None = Field(
+        None,
+        description="the task's own values of parameters that a request may set",
+        exclude_if=lambda defaults: defaults is None,
+    )
+
+    @field_serializer("defaults")
+    def _given_defaults(self, defaults: TaskDefaults | None) -> dict[str, object] | None:
+        return None if defaults is None else dict(defaults.given)
 
     @field_validator("template")
     @classmethod
@@ -91,6 +101,13 @@ class TaskSpec(BaseModel):
             for stop in self.stop:
                 if stop in self.answer_marker:
                     raise ValueError(f"answer_marker {self.answer_marker!r} contains the stop string {stop!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _shortest_answer_fits(self) -> "TaskSpec":
+        least = self.defaults.min_new_tokens if self.defaults else None
+        if least is not None and least > self.max_new_tokens:
+            raise ValueError(f"defaults: min_new_tokens: found {least}, above max_new_tokens, {self.max_new_tokens}")
         return self
 
     @property

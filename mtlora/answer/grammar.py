@@ -42,7 +42,7 @@ def parse(text: str) -> Expression:
             current = rules[match["rule"]] = []
         elif kind:
             if current is None:
-                raise AnswerError("grammar: begins without a rule, such as: root ::= \"yes\" | \"no\"")
+                raise AnswerError('grammar: begins without a rule, such as: root ::= "yes" | "no"')
             if match[kind] != ";":
                 current.append((kind, match[kind]))
     if not rules:
@@ -111,6 +111,6 @@ def _repeated(inner: Expression, mark: str) -> Expression:
         counts = int(least), (int(most) if most else None) if comma else int(least)
     else:
         counts = {"?": (0, 1), "*": (0, None), "+": (1, None)}[mark]
-    if max(counts[0], counts[1] or 0) > MAX_REPEATS or counts[1] is not None and counts[1] < counts[0]:
+    if max(counts[0], counts[1] or 0) > MAX_REPEATS or (counts[1] is not None and counts[1] < counts[0]):
         raise AnswerError(f"grammar: found {mark}; allowed: least to most, up to {MAX_REPEATS}")
     return Repeat(inner, *counts)

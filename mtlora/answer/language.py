@@ -1,7 +1,7 @@
 """A regular language: what an answer may be, as an expression and as an automaton over UTF-8 bytes.
 
-Every type of answer becomes an expression, however it is written. So a type's size, its shortest answers, and whether an
-answer can be ended in time are known before anything is decoded.
+Every type of answer becomes an expression, however it is written. So a type's size, its shortest answers, and whether
+an answer can be ended in time are known before anything is decoded.
 """
 
 from collections import deque
@@ -39,7 +39,7 @@ class Chars(Expression):
 
 
 @dataclass(frozen=True)
-class Sequence_(Expression):
+class InOrder(Expression):
     parts: tuple[Expression, ...]
 
 
@@ -57,13 +57,13 @@ class Repeat(Expression):
     most: int | None
 
 
-NOTHING = Sequence_(())
+NOTHING = InOrder(())
 
 
 def sequence(*parts: Expression) -> Expression:
     """One part after the other."""
-    flat = tuple(each for part in parts for each in (part.parts if isinstance(part, Sequence_) else (part,)))
-    return flat[0] if len(flat) == 1 else Sequence_(flat)
+    flat = tuple(each for part in parts for each in (part.parts if isinstance(part, InOrder) else (part,)))
+    return flat[0] if len(flat) == 1 else InOrder(flat)
 
 
 def either(options: Iterable[Expression]) -> Expression:
@@ -148,7 +148,7 @@ def pattern(expression: Expression) -> str:
             return _escaped(low)
         case Chars(ranges=ranges):
             return f"[{''.join(_escaped(a) if a == b else f'{_escaped(a)}-{_escaped(b)}' for a, b in ranges)}]"
-        case Sequence_(parts=parts):
+        case InOrder(parts=parts):
             return "".join(map(pattern, parts))
         case Either(options=options):
             return f"(?:{'|'.join(map(pattern, options))})"
@@ -225,7 +225,7 @@ class Automaton:
         return bool(self.read(frozenset(range(len(self.edges))), text.encode()))
 
     def ways_out(self) -> tuple[list[int], list[tuple[int, int] | None]]:
-        """For each state: the fewest bytes to the end, and the first of them with the state after it (None at the end)."""
+        """For each state the fewest bytes to the end, and the first of them with the state after it, if any."""
         before: list[list[tuple[int, int | None]]] = [[] for _ in self.edges]
         for state, targets in enumerate(self.empty):
             for target in targets:
@@ -292,7 +292,7 @@ class Automaton:
         match expression:
             case Chars(ranges=ranges):
                 return self._chars(ranges, end)
-            case Sequence_(parts=parts):
+            case InOrder(parts=parts):
                 for part in reversed(parts):
                     end = self._build(part, end)
                 return end

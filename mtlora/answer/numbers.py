@@ -140,7 +140,11 @@ def date(format: str) -> Expression:
         return language.sequence(*(named[part] if part in named else language.literal(part) for part in parts))
 
     return language.either(
-        [*(dates(year, months, 1, days) for days, months in _MONTHS.items()), dates(year, (2,), 1, 28), dates(leap, (2,), 29, 29)]
+        [
+            *(dates(year, months, 1, days) for days, months in _MONTHS.items()),
+            dates(year, (2,), 1, 28),
+            dates(leap, (2,), 29, 29),
+        ]
     )
 
 

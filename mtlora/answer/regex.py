@@ -27,7 +27,8 @@ _CATEGORIES = {
     sre_constants.CATEGORY_SPACE: language.chars(_SPACE),
     sre_constants.CATEGORY_NOT_SPACE: language.anything_but(_SPACE),
 }
-_ANCHORS = (sre_constants.AT_BEGINNING, sre_constants.AT_BEGINNING_STRING, sre_constants.AT_END, sre_constants.AT_END_STRING)
+_BEGINNINGS = (sre_constants.AT_BEGINNING, sre_constants.AT_BEGINNING_STRING)
+_ENDS = (sre_constants.AT_END, sre_constants.AT_END_STRING)
 _NEWLINE = ((10, 10),)
 
 
@@ -48,10 +49,10 @@ def parse(text: str) -> Expression:
         raise AnswerError(f"regex: nested deeper than {_DEEPEST}") from None
     if parsed.state.flags & ~sre_constants.SRE_FLAG_UNICODE:
         raise AnswerError("regex: takes no flags")
-    items = list(parsed)
-    if items and items[0][0] is sre_constants.AT and items[0][1] in _ANCHORS[:2]:
+    items = list(parsed.data)
+    if items and items[0][0] is sre_constants.AT and items[0][1] in _BEGINNINGS:
         del items[0]
-    if items and items[-1][0] is sre_constants.AT and items[-1][1] in _ANCHORS[2:]:
+    if items and items[-1][0] is sre_constants.AT and items[-1][1] in _ENDS:
         del items[-1]
     return language.sequence(*(_expression(item, 0) for item in items))
 

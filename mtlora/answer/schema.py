@@ -23,7 +23,18 @@ _CHARACTER = language.either([_PLAIN, _ESCAPED])
 _DECIMALS = Decimal("0.000001")
 
 # Words that say nothing of what is allowed.
-_NOTES = {"title", "description", "default", "examples", "$schema", "$id", "$comment", "$defs", "definitions", "deprecated"}
+_NOTES = {
+    "title",
+    "description",
+    "default",
+    "examples",
+    "$schema",
+    "$id",
+    "$comment",
+    "$defs",
+    "definitions",
+    "deprecated",
+}
 _ALLOWED = {
     "object": {"properties", "required", "additionalProperties"},
     "array": {"items", "minItems", "maxItems"},
@@ -33,6 +44,7 @@ _ALLOWED = {
     "boolean": set(),
     "null": set(),
 }
+_KINDS = f"{', '.join(_ALLOWED)}, or enum, const, anyOf, $ref"
 _FORMATS = {
     "date": lambda: numbers.date("%Y-%m-%d"),
     "time": lambda: regexes.parse(r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d"),
@@ -91,12 +103,14 @@ class _Reader:
             self._only(words, {"type", *own}, place)
             return language.either(
                 self.value(
-                    {word: schema[word] for word in words & _ALLOWED.get(str(one), set())} | {"type": one}, place, inside
+                    {word: schema[word] for word in words & _ALLOWED.get(str(one), set())} | {"type": one},
+                    place,
+                    inside,
                 )
                 for one in kind
             )
         if not isinstance(kind, str) or kind not in _ALLOWED:
-            raise _wrong(place, f"type: found {_shown(kind)}; allowed: {', '.join(_ALLOWED)}, or enum, const, anyOf, $ref")
+            raise _wrong(place, f"type: found {_shown(kind)}; allowed: {_KINDS}")
         self._only(words, {"type", *_ALLOWED[kind]}, place)
         match kind:
             case "object":

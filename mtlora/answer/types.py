@@ -40,7 +40,7 @@ class _Answer(BaseModel):
     def value(self, text: str) -> Value:
         """What an answer stands for. Raises AnswerError for a text that is none of this type."""
         if not self.check(text):
-            raise AnswerError(f"{text[:80]!r} is no {getattr(self, 'type')} of this task")
+            raise AnswerError(f"{text[:80]!r} is no answer of this type")
         return self._value(text.strip())
 
     def _value(self, text: str) -> Value:

@@ -90,7 +90,7 @@ def _joined(one: AnswerType | None, other: AnswerType | None) -> AnswerType | No
             return other
         case Number(), Label():
             return _joined(other, one)
-        case (Label() | Regex()), (Label() | Regex()):
+        case ((Label() | Regex()), (Label() | Regex())):
             return Regex(pattern="|".join((_pattern(one), _pattern(other))))
     return None
 

@@ -1,7 +1,7 @@
 """Answers held to their task's type while vLLM decodes them.
 
-A request carries a constraint (`mtlora.answer.constraint`) as the grammar of its structured output. The engine core keeps
-the compiled form of each. Working before an answer marker stays free but for what would end it: the marker, or an answer
+A request carries a constraint (`mtlora.answer.constraint`) as the grammar of its structured output. The engine core
+keeps the compiled form of each. Working before an answer marker stays free but for its end: the marker, or an answer
 without working, ends it, and the marker comes in any case while the answer still fits in `max_tokens`. In the answer,
 llguidance says which tokens may come; where tokens run short, only those that leave enough for an end.
 """
@@ -179,9 +179,7 @@ class TypedGrammar(StructuredOutputGrammar):
             self._places.append(_Place(after.left, answer=compiled.automaton.start))
             return not rest
         kept = (before.tail + text)[-max(64, len(compiled.marker)) :]
-        self._places.append(
-            replace(after, tail=kept, forced=forced, whole=compiled.automaton.read(before.whole, text))
-        )
+        self._places.append(replace(after, tail=kept, forced=forced, whole=compiled.automaton.read(before.whole, text)))
         return True
 
     def _row(self) -> Row:

@@ -79,7 +79,10 @@ class Marks:
     def begun(self, tail: bytes) -> tuple[tuple[int, int], ...]:
         """(mark, bytes of it) of every mark that the end of a text begins."""
         return tuple(
-            (i, size) for i, mark in enumerate(self._marks) for size in range(1, len(mark)) if tail.endswith(mark[:size])
+            (i, size)
+            for i, mark in enumerate(self._marks)
+            for size in range(1, len(mark))
+            if tail.endswith(mark[:size])
         )
 
     def _row(self, begun: tuple[tuple[int, int], ...]) -> Row:

@@ -96,7 +96,16 @@ class Engine:
 
     @property
     def vocab_size(self) -> int:
-        return int(self._llm.model_config.get_vocab_size())
+        """Token ids below it are tokens. The model's own vocabulary may be padded."""
+        known = max(self.prompts.tokenizer.get_vocab().values()) + 1
+        return min(known, int(self._llm.model_config.get_vocab_size()))
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer, whatever a request says."""
+        found = self._llm.model_config.try_get_generation_config().get("eos_token_id")
+        more = found if isinstance(found, list) else [found]
+        return frozenset(each for each in (self.prompts.tokenizer.eos_token_id, *more) if each is not None)
 
     @property
     def alive(self) -> bool:
@@ -249,7 +258,7 @@ class Engine:
                         output = await anext(outputs, None)
                     if output is None:
                         return
-                    yield translation.delta(output)
+                    yield translation.delta(output, sampling.logprobs)
         except VllmEngineDeadError:
             raise EngineDeadError from None
 

@@ -1,10 +1,12 @@
 """From this server's types to vLLM's, and back."""
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 from server.errors import EngineAbortedError
-from server.job import Delta, FinishReason, Sampling, TokenLogprob, TokenLogprobs
+from server.job import Delta, FinishReason, MoreSampling, Sampling, TokenLogprob, TokenLogprobs
 
 _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "repetition": "stop"}
 
@@ -21,12 +23,13 @@ def sampling_params(sampling: Sampling, delta_tokens: int) -> Any:
         top_k=sampling.top_k,
         seed=sampling.seed,
         stop=list(sampling.stop),
-        logprobs=sampling.logprobs or None,
+        logprobs=sampling.logprobs or (0 if sampling.more and sampling.more.cumulative_logprob else None),
         structured_outputs=_structured_outputs(sampling.constraint) if sampling.constraint else None,
         output_kind=RequestOutputKind.FINAL_ONLY if in_one_piece else RequestOutputKind.DELTA,
         stream_interval=delta_tokens,
         # No deep copy: nothing else holds this object.
         skip_clone=True,
+        **(_more(sampling.more) if sampling.more else {}),
     )
 
 
@@ -37,8 +40,26 @@ def _structured_outputs(constraint: str) -> Any:
     return StructuredOutputsParams(grammar=constraint)
 
 
-def delta(output: Any) -> Delta:
-    """A Delta of vLLM's RequestOutput. Raises EngineAbortedError if the engine ended the sequence by itself."""
+def _more(more: MoreSampling) -> dict[str, Any]:
+    return {
+        "min_p": more.min_p,
+        "presence_penalty": more.presence_penalty,
+        "frequency_penalty": more.frequency_penalty,
+        "repetition_penalty": more.repetition_penalty,
+        # A bias of minus infinity leaves a token no probability, whatever else changes its logit.
+        "logit_bias": {**more.logit_bias, **dict.fromkeys(more.banned_tokens, -math.inf)} or None,
+        "allowed_token_ids": list(more.allowed_tokens) or None,
+        "stop_token_ids": list(more.stop_token_ids),
+        "min_tokens": more.min_new_tokens,
+        "prompt_logprobs": more.prompt_logprobs or None,
+    }
+
+
+def delta(output: Any, logprobs: int = 0) -> Delta:
+    """A Delta of vLLM's RequestOutput, with `logprobs` likely tokens beside each generated one, if not 0.
+
+    Raises EngineAbortedError if the engine ended the sequence by itself.
+    """
     completion = output.outputs[0]
     reason = completion.finish_reason
     if reason is not None and reason not in _FINISH_REASONS:
@@ -47,21 +68,24 @@ def delta(output: Any) -> Delta:
     return Delta(
         text=completion.text,
         tokens=len(completion.token_ids),
-        logprobs=_logprobs(completion),
+        logprobs=_logprobs(completion.token_ids, completion.logprobs) if logprobs else (),
         finish_reason=_FINISH_REASONS[reason] if reason else None,
         scheduled_at=(times.scheduled_ts or None) if times else None,
         first_token_at=(times.first_token_ts or None) if times else None,
         cached_tokens=output.num_cached_tokens or 0,
+        token_ids=completion.token_ids,
+        # The first token of a prompt has none.
+        prompt_logprobs=_logprobs(output.prompt_token_ids[1:], output.prompt_logprobs[1:])
+        if output.prompt_logprobs
+        else (),
+        cumulative_logprob=completion.cumulative_logprob,
     )
 
 
-def _logprobs(completion: Any) -> tuple[TokenLogprobs, ...]:
-    if not completion.logprobs:
+def _logprobs(token_ids: Sequence[int], positions: Sequence[dict[int, Any]] | None) -> tuple[TokenLogprobs, ...]:
+    if not positions:
         return ()
-    return tuple(
-        _token_logprobs(token_id, position)
-        for token_id, position in zip(completion.token_ids, completion.logprobs, strict=True)
-    )
+    return tuple(_token_logprobs(*each) for each in zip(token_ids, positions, strict=True))
 
 
 def _token_logprobs(token_id: int, position: dict[int, Any]) -> TokenLogprobs:

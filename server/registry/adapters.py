@@ -13,8 +13,10 @@ from server.registry.lifecycle import Lifecycle
 from server.registry.mirror import Mirror
 from server.registry.registry import Registry
 from server.registry.residency import LoadsSlots, Residency
+from server.registry.source import Found
 from server.registry.spool import Spool
 from server.registry.storage import Storage
+from server.registry.uploads import Uploads
 from server.registry.verifier import Verifier
 from server.registry.version import AdapterVersion
 from server.settings import Settings, is_url
@@ -36,6 +38,7 @@ class Adapters:
     residency: Residency
     spool: Spool
     verifier: Verifier
+    uploads: Uploads
 
     def close(self) -> None:
         self.verifier.close()
@@ -46,7 +49,7 @@ def open_adapters(
     settings: Settings, backbone: Path, engine: AdapterEngine, metrics: Metrics, publish: Callable[[Catalog], None]
 ) -> Adapters:
     """A registry over `settings.adapters`, or over an empty folder if that is not set. Reads no adapter yet."""
-    from mtlora.backbone import BackboneArchitecture, identify
+    from mtlora.backbone import BackboneArchitecture, identify, vocabulary
     from mtlora.vllm_plugin.requests import slot_requests
 
     max_bytes = settings.max_adapter_mib << 20
@@ -64,7 +67,9 @@ def open_adapters(
     made_beside = identify(backbone)
     strict = settings.adapter_backbone_check == "strict"
     identity: BackboneArchitecture = made_beside if strict else made_beside.without_weights()
-    verifier = Verifier(spool, identity, VerificationLimits(max_bytes, settings.verify_timeout_s))
+    verifier = Verifier(
+        spool, identity, VerificationLimits(max_bytes, settings.verify_timeout_s, tokens=vocabulary(backbone))
+    )
     root, mirror = _root(settings.adapters, spool, max_bytes)
     events = Events(
         lambda event: metrics.record_stage(event.stage.value, event.failed_stage.value if event.failed_stage else None)
@@ -80,7 +85,13 @@ def open_adapters(
     )
     storage = Storage(settings.storage_timeout_s, metrics.storage_timeouts.inc)
     registry = Registry(Folder(root, events, mirror, storage), lifecycle, publish, on_swap=metrics.adapter_swap.observe)
-    return Adapters(registry, residency, spool, verifier)
+
+    async def verify(root: Path, found: Found) -> None:
+        spool.release((await verifier.verify(root, found)).content)
+
+    own = None if mirror or settings.adapters is None else root
+    uploads = Uploads(own, verify, storage, max_bytes=max_bytes, max_uploads=settings.max_uploads)
+    return Adapters(registry, residency, spool, verifier, uploads)
 
 
 async def _compile_types(engine: AdapterEngine, version: AdapterVersion) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from server.registry.events import Event, Events
 from server.registry.mirror import Mirror, MirrorError
 from server.registry.record import AdapterRecord
-from server.registry.source import AdapterFailure, Found, scan, signature_of
-from server.registry.storage import Storage
+from server.registry.source import MANIFEST_FILE, AdapterFailure, Found, scan, signature_of
+from server.registry.storage import Beat, Storage
 from server.registry.version import AdapterVersion, Stage, StageError
 from server.telemetry.logs import get_logger
 
@@ -117,6 +117,17 @@ class Folder:
         found = {each.version: each.found for each in version.adapter.found.values()}
         self.note(version.adapter, found | {version.version: replace(version.found, signature=signature)})
         return False
+
+    async def manifest(self, version: AdapterVersion) -> bytes:
+        """The bytes of a version's manifest. Raises OSError, or CheckpointError for a file that is none."""
+        from mtlora.checkpoint.read import MAX_MANIFEST_BYTES
+        from mtlora.checkpoint.untrusted import open_file
+
+        def read(_: Beat) -> bytes:
+            with open_file(version.found.folder, MANIFEST_FILE) as file:
+                return file.read(MAX_MANIFEST_BYTES)
+
+        return await self._storage.call(read)
 
     async def wait_for_writer(self, version: AdapterVersion) -> bool:
         """Wait a little if a bad version may still be being written; False if it is too old for that, or gone."""

@@ -113,9 +113,7 @@ def message(answer: AnswerType) -> pb.AnswerType:
         case Label(labels=labels):
             return pb.AnswerType(label=pb.LabelType(labels=labels))
         case Number(minimum=minimum, maximum=maximum, step=step):
-            return pb.AnswerType(
-                number=pb.NumberType(minimum=float(minimum), maximum=float(maximum), step=float(step))
-            )
+            return pb.AnswerType(number=pb.NumberType(minimum=float(minimum), maximum=float(maximum), step=float(step)))
         case Date(format=format):
             return pb.AnswerType(date=pb.DateType(format=format))
         case Regex(pattern=pattern):

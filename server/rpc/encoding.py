@@ -1,10 +1,16 @@
 """From the server's data to the messages of the contract."""
 
+from collections.abc import Sequence
+
+from google.rpc import status_pb2
 from mtlora_pb.v1 import inference_pb2 as pb
 
+from mtlora.parameters import TaskDefaults
 from server.job import Delta, ServedTask, TokenLogprob, TokenLogprobs
 from server.rpc import answers
+from server.rpc.batch import Item
 from server.rpc.generation import Generation
+from server.rpc.scoring import Scoring
 
 _FINISH_REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
@@ -24,7 +30,22 @@ def task(served: ServedTask) -> pb.Task:
         answer_marker=spec.answer_marker or "",
         answer=answers.message(spec.answer_type) if spec.answer_type else None,
         calibration=served.calibration,
+        defaults=_parameters(spec.defaults) if spec.defaults else None,
     )
+
+
+def _parameters(defaults: TaskDefaults) -> pb.GenerationParameters:
+    message = pb.GenerationParameters()
+    for name, value in defaults.given.items():
+        if name == "logit_bias":
+            message.logit_bias.SetInParent()
+            message.logit_bias.values.update(value)
+        elif isinstance(value, tuple):
+            getattr(message, name).SetInParent()
+            getattr(message, name).values.extend(value)
+        else:
+            setattr(message, name, value)
+    return message
 
 
 def response(generation: Generation) -> pb.GenerateResponse:
@@ -33,6 +54,41 @@ def response(generation: Generation) -> pb.GenerateResponse:
         summary=summary(generation),
         logprobs=[token_logprobs(token) for token in generation.logprobs],
         reasoning=generation.reasoning.strip() if generation.job.include_reasoning else "",
+        token_ids=generation.token_ids if generation.job.return_token_ids else (),
+        prompt_logprobs=[token_logprobs(token) for token in generation.prompt_logprobs],
+    )
+
+
+def item_response(item: Item) -> pb.GenerateResponse:
+    """The reply to an input with one or more samples."""
+    answers = item.answers
+    message = response(answers[0])
+    if len(item.generations) > 1:
+        message.summary.CopyFrom(summary(answers[0], item.generations))
+        # Reported by the first that was drawn, which need not be the best.
+        message.prompt_logprobs[:] = [token_logprobs(token) for token in item.generations[0].prompt_logprobs]
+    if len(answers) > 1:
+        message.samples.extend(_sample(each) for each in answers)
+    return message
+
+
+def batch_item(item: Item) -> pb.BatchItem:
+    if item.failure is not None:
+        return pb.BatchItem(index=item.index, status=item.failure.status())
+    return pb.BatchItem(index=item.index, status=status_pb2.Status(), response=item_response(item))
+
+
+def _sample(generation: Generation) -> pb.Sample:
+    job = generation.job
+    return pb.Sample(
+        text=generation.answer,
+        finish_reason=_FINISH_REASONS[generation.finish_reason or "length"],
+        logprobs=[token_logprobs(token) for token in generation.logprobs],
+        reasoning=generation.reasoning.strip() if job.include_reasoning else "",
+        token_ids=generation.token_ids if job.return_token_ids else (),
+        cumulative_logprob=generation.cumulative_logprob,
+        working_tokens=generation.working_tokens,
+        completion_tokens=generation.completion_tokens,
     )
 
 
@@ -43,10 +99,14 @@ def stream_response(delta: Delta, generation: Generation) -> pb.GenerateStreamRe
         logprobs=[token_logprobs(token) for token in delta.logprobs],
         summary=summary(generation) if delta.finish_reason else None,
         reasoning=delta.reasoning if generation.job.include_reasoning else "",
+        token_ids=delta.token_ids if generation.job.return_token_ids else (),
+        prompt_logprobs=[token_logprobs(token) for token in delta.prompt_logprobs],
     )
 
 
-def summary(generation: Generation) -> pb.Summary:
+def summary(generation: Generation, drawn: Sequence[Generation] = ()) -> pb.Summary:
+    """Of the sample that answers, or of all that were drawn."""
+    drawn = drawn or (generation,)
     served = generation.job.task
     alone = generation.job.without_adapter
     message = pb.Summary(
@@ -55,14 +115,29 @@ def summary(generation: Generation) -> pb.Summary:
         adapter_name="" if alone else served.adapter_name,
         adapter_version="" if alone else served.adapter_version,
         finish_reason=_FINISH_REASONS[generation.finish_reason or "length"],
-        prompt_tokens=len(generation.job.prompt_ids),
-        cached_tokens=generation.cached_tokens,
-        completion_tokens=generation.completion_tokens,
+        prompt_tokens=len(generation.job.prompt_ids) * len(drawn),
+        cached_tokens=sum(each.cached_tokens for each in drawn),
+        working_tokens=sum(each.working_tokens for each in drawn),
+        completion_tokens=sum(each.completion_tokens for each in drawn),
     )
-    message.timings.queue.FromNanoseconds(int(generation.queue_s * 1e9))
-    message.timings.time_to_first_token.FromNanoseconds(int(generation.ttft_s * 1e9))
-    message.timings.total.FromNanoseconds(int(generation.total_s * 1e9))
+    message.timings.queue.FromNanoseconds(int(min(each.queue_s for each in drawn) * 1e9))
+    message.timings.time_to_first_token.FromNanoseconds(int(min(each.ttft_s for each in drawn) * 1e9))
+    message.timings.total.FromNanoseconds(int(max(each.total_s for each in drawn) * 1e9))
     return message
+
+
+def score(item: Item) -> pb.InputScore:
+    """One input's labels, or why it has none."""
+    if item.failure is not None:
+        return pb.InputScore(status=item.failure.status())
+    (scoring,) = item.generations
+    assert isinstance(scoring, Scoring)
+    return pb.InputScore(
+        label=scoring.probabilities[0][0],
+        probabilities=[pb.LabelProbability(label=label, probability=p) for label, p in scoring.probabilities],
+        reasoning=scoring.reasoning.strip(),
+        summary=summary(scoring),
+    )
 
 
 def token_logprobs(token: TokenLogprobs) -> pb.TokenLogprobs:

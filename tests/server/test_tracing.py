@@ -74,6 +74,6 @@ def test_a_request_that_is_not_sampled_has_no_trace() -> None:
     traced = tracer.begin("/mtlora.v1.Inference/Generate", "r", (("traceparent", f"00-{TRACE}-{PARENT}-01"),))
     assert traced is not None
     assert traced.trace_id == TRACE
-    traced.end("CANCELLED", task="one", tenant="", prompt_tokens=0, completion_tokens=0)
+    traced.end("CANCELLED", task="one", tenant="")
     tracer.close()
     assert [span.name for span in spans.get_finished_spans()] == ["admission", "mtlora.v1.Inference/Generate"]

@@ -122,6 +122,9 @@ def _requests(request: pb.ModelInferRequest, task: ServedTask) -> list[native.Ge
     """The native request of every element. Raises INVALID_ARGUMENT with every violation."""
     names = tensors.input_names(task.spec)
     common = native.GenerateRequest(task_id=task.spec.id)
+    if task.spec.defaults:
+        # An output has one answer for each element.
+        common.parameters.n = 1
     violations = list(parameters.apply(request.parameters, common))
     try:
         texts = tensors.read_texts(request, names)
