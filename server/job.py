@@ -75,6 +75,8 @@ class GenerationJob:
     # Tokens that may gather before the engine hands them out. An answer that fits comes in one piece; of others the
     # first token and the last ones never wait.
     delta_tokens: int = 1
+    # The name of the type that its answer is held to.
+    answer_type: str = ""
     # A further sequence for an input that was counted already.
     further: bool = False
     # Samples to answer with, and samples to draw.

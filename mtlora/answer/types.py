@@ -33,6 +33,11 @@ class _Answer(BaseModel):
         """What reads an answer. Raises AnswerError if it is too large."""
         return _automaton(self.expression)
 
+    @property
+    def name(self) -> str:
+        """The type in a word or two, which tell what value a text stands for."""
+        return str(self.type)  # type: ignore[attr-defined]
+
     def check(self, text: str) -> bool:
         """Whether the text, without outer blanks, is an answer of this type."""
         return self.automaton.matches(text.strip())
@@ -104,6 +109,11 @@ class Date(_Answer):
 
     type: Literal["date"] = "date"
     format: str = Field("%Y-%m-%d", max_length=64, description="%Y, %m and %d, each once, and text")
+
+    @property
+    def name(self) -> str:
+        """With the format."""
+        return f"date {self.format}"
 
     @cached_property
     def expression(self) -> Expression:

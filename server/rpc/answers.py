@@ -1,5 +1,6 @@
 """Types of answers in messages: what a task's entry shows, and what a request brings of its own."""
 
+import pickle
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,9 +30,10 @@ _TYPES: TypeAdapter[AnswerType] = TypeAdapter(AnswerType)
 
 @dataclass(frozen=True)
 class Held:
-    """What an answer is held to, as the engine reads it, and the fewest tokens that it takes."""
+    """What an answer is held to: as the engine reads it, the type's name, and the fewest tokens that it takes."""
 
     constraint: str
+    name: str
     fewest: int
 
 
@@ -61,36 +63,29 @@ class OwnTypes:
         key = request.answer.SerializeToString(deterministic=True), marker, task.stop
         if key not in self._held:
             try:
-                (text,) = await self._thread.run(
+                (found,) = await self._thread.run(
                     tenant,
                     request.ByteSize(),
                     lambda: in_child(_checked, _as_data(request.answer), marker, task.stop, timeout_s=_CHECK_S),
                 )
-                constraint = pickled_text(text)
+                constraint, name = pickle.loads(found)
                 (fewest,) = await engine.compile([constraint])
             except (AsideError, AdapterError) as error:
                 raise invalid_argument([Violation("answer", str(error))]) from None
-            self._held[key] = Held(constraint, fewest)
+            self._held[key] = Held(constraint, name, fewest)
             if len(self._held) > _KEPT:
                 self._held.popitem(last=False)
         self._held.move_to_end(key)
         return self._held[key]
 
 
-def pickled_text(result: bytes) -> str:
-    """The text that a child sent."""
-    import pickle
-
-    return str(pickle.loads(result))
-
-
-def _checked(data: dict[str, Any], marker: str | None, stop: tuple[str, ...]) -> Iterator[str]:
+def _checked(data: dict[str, Any], marker: str | None, stop: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     try:
         constraint = Constraint(_TYPES.validate_python(data), marker, stop)
         constraint.compile(_MAX_STATES)
     except ValidationError as error:
         raise AnswerError(describe(error)) from None
-    yield constraint.text
+    yield constraint.text, constraint.type.name
 
 
 def _violations(request: pb.GenerateRequest, task: TaskSpec) -> Iterator[Violation]:

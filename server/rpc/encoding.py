@@ -56,6 +56,7 @@ def response(generation: Generation) -> pb.GenerateResponse:
         reasoning=generation.reasoning.strip() if generation.job.include_reasoning else "",
         token_ids=generation.token_ids if generation.job.return_token_ids else (),
         prompt_logprobs=[token_logprobs(token) for token in generation.prompt_logprobs],
+        answer_type=generation.job.answer_type,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from mtlora.answer.constraint import next_token
 from mtlora.answer.labels import LabelTree
 from mtlora.prompt import PromptEncoder
-from server.job import GenerationJob
+from server.job import GenerationJob, TokenLogprobs
 from server.rpc.generation import Generation
 
 
@@ -53,7 +53,7 @@ class Scoring(Generation):
         async with asyncio.TaskGroup() as running:
             for branch in branches:
                 running.create_task(branch.run(*services, **named))
-        logprobs = [{each.token_id: each.logprob for each in branch.logprobs[0].top} for branch in branches]
+        logprobs = [_of_tokens(branch.logprobs[0]) for branch in branches]
         found = tree.probabilities(logprobs, (self._calibrated and task.calibration) or 1.0)
         self.probabilities = sorted(found.items(), key=lambda each: -each[1])
         self.text = self.probabilities[0][0]
@@ -67,6 +67,10 @@ class Scoring(Generation):
         constraint = next_token(tokens)
         sampling = replace(self.job.sampling, max_new_tokens=1, stop=(), logprobs=len(tokens), constraint=constraint)
         return replace(self.job, prompt_ids=prompt_ids, sampling=sampling, further=further)
+
+
+def _of_tokens(found: TokenLogprobs) -> dict[int, float]:
+    return {each.token_id: each.logprob for each in (found.chosen, *found.top)}
 
 
 @lru_cache(maxsize=1024)

@@ -99,6 +99,7 @@ def validate(
         delta_tokens=delta_tokens,
         strip=given != "chat" or held is not None,
         include_reasoning=request.include_reasoning,
+        answer_type=held.name if held else "",
     )
     job = plain if values is None else _with_more(plain, values, limits.vocab_size)
     if held and not isinstance(job, list):
@@ -248,7 +249,7 @@ def _held(request: pb.GenerateRequest, task: ServedTask) -> Held | None:
     if constraint is None or request.free:
         return None
     fewest = task.version.fewest if task.version is not None else None
-    return Held(constraint.text, fewest[task.spec.id] if fewest else 1)
+    return Held(constraint.text, constraint.type.name, fewest[task.spec.id] if fewest else 1)
 
 
 # What may end an answer, or keep it from ending, against its type.

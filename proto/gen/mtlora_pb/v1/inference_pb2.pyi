@@ -241,7 +241,7 @@ class StopStrings(_message.Message):
     def __init__(self, values: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("text", "summary", "logprobs", "reasoning", "samples", "token_ids", "prompt_logprobs")
+    __slots__ = ("text", "summary", "logprobs", "reasoning", "samples", "token_ids", "prompt_logprobs", "answer_type")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -249,6 +249,7 @@ class GenerateResponse(_message.Message):
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_TYPE_FIELD_NUMBER: _ClassVar[int]
     text: str
     summary: Summary
     logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
@@ -256,7 +257,8 @@ class GenerateResponse(_message.Message):
     samples: _containers.RepeatedCompositeFieldContainer[Sample]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
-    def __init__(self, text: _Optional[str] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., reasoning: _Optional[str] = ..., samples: _Optional[_Iterable[_Union[Sample, _Mapping]]] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
+    answer_type: str
+    def __init__(self, text: _Optional[str] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., reasoning: _Optional[str] = ..., samples: _Optional[_Iterable[_Union[Sample, _Mapping]]] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., answer_type: _Optional[str] = ...) -> None: ...
 
 class Sample(_message.Message):
     __slots__ = ("text", "finish_reason", "logprobs", "reasoning", "token_ids", "cumulative_logprob", "working_tokens", "completion_tokens")
