@@ -9,7 +9,7 @@ from decimal import Decimal
 from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mtlora.answer import grammar, language, numbers, regex, schema
 from mtlora.answer.language import AnswerError, Automaton, Expression
@@ -71,21 +71,22 @@ class Label(_Answer):
     type: Literal["label"] = "label"
     labels: tuple[str, ...] = Field(description=f"2 to {MAX_LABELS} distinct, non-empty answers")
 
-    @model_validator(mode="after")
-    def _distinct(self) -> "Label":
-        if not 2 <= len(self.labels) <= MAX_LABELS:
-            raise ValueError(f"label: found {len(self.labels)} labels; allowed: 2 to {MAX_LABELS}")
-        if len(set(self.labels)) != len(self.labels) or "" in self.labels:
-            raise ValueError("label: labels must be at least two distinct, non-empty answers")
-        if blank := next((label for label in self.labels if label != label.strip()), None):
-            raise ValueError(f"label: {blank!r} has outer blanks")
-        if (found := sum(map(len, self.labels))) > MAX_LABEL_CHARACTERS:
-            raise ValueError(f"label: found {found} characters in all; allowed: {MAX_LABEL_CHARACTERS}")
-        return self
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        if not 2 <= len(labels) <= MAX_LABELS:
+            raise ValueError(f"found {len(labels)} labels; allowed: 2 to {MAX_LABELS}")
+        if len(set(labels)) != len(labels) or "" in labels:
+            raise ValueError("labels must be distinct and not empty")
+        if blank := next((label for label in labels if label != label.strip()), None):
+            raise ValueError(f"{blank!r} has outer blanks")
+        if (found := sum(map(len, labels))) > MAX_LABEL_CHARACTERS:
+            raise ValueError(f"found {found} characters in all; allowed: {MAX_LABEL_CHARACTERS}")
+        return labels
 
     @cached_property
     def expression(self) -> Expression:
-        return language.choice(self.labels) if self.labels else language.NOTHING
+        return language.choice(self.labels)
 
 
 class Number(_Answer):
