@@ -149,7 +149,7 @@ def _check(args: argparse.Namespace) -> None:
 def _answerers(
     folder: Path, checkpoint: "Checkpoint | None", tasks: "tuple[TaskEntry, ...]", suite: "Suite", args: Any
 ) -> "tuple[dict[str, Answerer], Labeller | None]":
-    """The answerers to score, `adapter`, `backbone_alone`, or both; and what scores the adapter's labels, if anything."""
+    """The answerers to score, `adapter`, `backbone_alone` or both; and what scores the adapter's labels."""
     from mtlora.evaluation import evaluate
 
     names = ["adapter"] * bool(checkpoint) + ["backbone_alone"] * (not args.adapter_only)

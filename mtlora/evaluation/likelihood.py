@@ -64,7 +64,7 @@ def likeliest(
 
 @torch.inference_mode()
 def label_probabilities(adapted: AdaptedModel, task: TaskEntry, prompt: Sequence[int]) -> dict[str, float]:
-    """The probability of each of a task's labels after the prompt, and after the adapter's working where there is one."""
+    """The probability of each of a task's labels after the prompt, and after the adapter's working if there is one."""
     tree = LabelTree({label: adapted.prompts.answer(label) for label in task.labels or ()})
     prefix = [*prompt, *(_working(adapted, task, prompt) if task.answer_marker else ())]
     found = []

@@ -24,6 +24,10 @@ def install() -> None:
     key_compile_cache()
     adapt_engine_config()
     hold_answers_to_types()
+    if available("types in vLLM's server"):
+        from mtlora.vllm_plugin.served_types import hold_requests_to_types
+
+        hold_requests_to_types()
     if current_platform.is_cpu():
         _install_on_cpu()
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = MtLoRAWorkerManager

@@ -134,6 +134,16 @@ SEAMS = (
         "answers are not held to their task's type",
     ),
     Seam(
+        "types in vLLM's server",
+        Need.OPERATION,
+        "mtlora.vllm_plugin.served_types",
+        (
+            "vllm.v1.engine.input_processor:InputProcessor.process_inputs(request_id, prompt, params, supported_tasks, "
+            "arrival_time, lora_request)",
+        ),
+        "vLLM's own server leaves answers free; mtlora-server does not",
+    ),
+    Seam(
         "seeded requests on CPUs",
         Need.CORRECTNESS,
         "mtlora.vllm_cpu.seeded",

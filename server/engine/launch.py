@@ -99,6 +99,8 @@ def engine_environment(settings: Settings) -> dict[str, str]:
         "MTLORA_ADAPTER_BACKBONE_CHECK": settings.adapter_backbone_check,
         "MTLORA_ROUTING_SAMPLE_STEPS": str(settings.routing_sample_steps),
         orphans.ENVIRONMENT_SWITCH: "1",
+        # This server says itself what an answer is held to.
+        "MTLORA_TYPED_REQUESTS": "0",
         **memory_environment(),
         **thread_environment(settings.omp_threads_bind, os.environ, settings.ranks),
     }

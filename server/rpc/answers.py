@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mtlora.answer import AnswerError, AnswerType, Date, Grammar, Json, Label, Number, Regex, Text
 from mtlora.answer.constraint import Constraint
+from mtlora.answer.types import MAX_LABELS
 from mtlora.errors import describe
 from mtlora.task import TaskSpec
 from server.errors import AdapterError, Violation, invalid_argument
@@ -93,6 +94,8 @@ def _violations(request: pb.GenerateRequest, task: TaskSpec) -> Iterator[Violati
         yield Violation("free", "found beside answer; allowed: one of the two")
     if not request.answer.WhichOneof("type"):
         yield Violation("answer", "found no type; allowed: label, number, date, regex, json, grammar or text")
+    elif (found := len(request.answer.label.labels)) > MAX_LABELS:
+        yield Violation("answer.label.labels", f"found {found}; allowed: 2 to {MAX_LABELS}")
     elif (size := request.answer.ByteSize()) > _MAX_BYTES:
         yield Violation("answer", f"found {size} bytes; allowed: {_MAX_BYTES}")
     elif task.answer_type is not None and message(task.answer_type) != request.answer:

@@ -108,20 +108,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 yield pb.GenerateBatchStreamResponse(item=encoding.batch_item(item))
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
-        items = await self.score(request)
-        return pb.ScoreResponse(scores=[encoding.score(item) async for item in in_pieces(items)])
-
-    async def score(self, request: pb.ScoreRequest) -> list[Item]:
-        """Score every input of the current call; each item holds one Scoring, or its failure."""
         items = self._scored(request)
-
-        def expand(first: Generation) -> list[Generation]:
-            return [Scoring.of(first, self.prompts, calibrated=not request.uncalibrated)]
-
-        async with aclosing(self._run_batch(items, expand)) as ended:
+        async with aclosing(self._run_batch(items, self._scoring(calibrated=not request.uncalibrated))) as ended:
             async for _ in ended:
                 pass
-        return items
+        return pb.ScoreResponse(scores=[encoding.score(item) async for item in in_pieces(items)])
 
     def _scored(self, request: pb.ScoreRequest) -> list[Item]:
         """The inputs, each a call of its own for usage, metrics and the log. Raises NOT_FOUND or INVALID_ARGUMENT."""
@@ -143,15 +134,25 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             items.append(Item(one, task, own, 1, index))
         return items
 
+    def _scoring(self, *, calibrated: bool) -> Expand:
+        return lambda first: [Scoring.of(first, self.prompts, calibrated=calibrated)]
+
+    async def score_batch(self, requests: Sequence[pb.GenerateRequest], task: ServedTask) -> list[Generation]:
+        """As `answer_batch`, with the labels scored: gives a Scoring each."""
+        return await self._all(requests, task, self._scoring(calibrated=True))
+
     async def answer_batch(self, requests: Sequence[pb.GenerateRequest], task: ServedTask) -> list[Generation]:
         """Run requests of the current call to their ends, and give each one's best answer. `task` is what `find` gives.
 
         The first failure ends all of it.
         """
+        return await self._all(requests, task, samples)
+
+    async def _all(self, requests: Sequence[pb.GenerateRequest], task: ServedTask, expand: Expand) -> list[Generation]:
         call = current_call.get()
         items = [Item(each, task, call, samples_of(each, task), index) for index, each in enumerate(requests)]
         places = sum(item.samples for item in items)
-        async with aclosing(self._run(items, places=places, strict=True)) as ended:
+        async with aclosing(self._run(items, places=places, strict=True, expand=expand)) as ended:
             async for _ in ended:
                 pass
         return [item.answers[0] for item in items]

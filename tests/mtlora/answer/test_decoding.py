@@ -20,13 +20,14 @@ pytest.importorskip("llguidance")
 typed = pytest.importorskip("mtlora.vllm_plugin.typed")
 
 _PIECES = (
-    "=>", " =>", "= ", "=", ">", "\n", " \n", "Yes", " Yes", "No", " No", "ref", "und", " refund", "delivery", "20", "1", "12",
-    "0", "1", '{"', '":', '", "', '"}', "true", " false", "abc", " abc", "é", "日本", "a" * 40, "EUR", " EUR", "=>x",
+    "=>", " =>", "= ", "=", ">", "\n", " \n", "Yes", " Yes", "No", " No", "ref", "und", " refund", "delivery", "20",
+    "12", "0", "1", '{"', '":', '", "', '"}', "true", " false", "abc", " abc", "é", "日本", "a" * 40, "EUR", " EUR",
+    "=>x",
 )  # fmt: skip
 _END = "<end>"
 _TYPES: dict[str, AnswerType] = {
     "label": Label(labels=("refund", "delivery", "ref", "Yes", "No")),
-    "number": Number(minimum=-99, maximum=9999),  # type: ignore[arg-type]
+    "number": Number(minimum=-99, maximum=9999),
     "date": Date(format="%m/%d/%Y"),
     "regex": Regex(pattern="[a-z]{1,9}( [a-z]{1,9}){0,3}"),
     "text": Text(),
@@ -106,7 +107,7 @@ def test_no_answer_lies_outside_or_is_cut(kind: str, name: str, worked: bool, sp
     constraint = Constraint(answer, "=>" if worked else None, ("\n",))
     left = _outputs(kind).compiled(constraint.text).fewest_with_marker + spare
     text = _sample(kind, constraint, left, random.Random(seed))
-    working, found, rest = text.partition("=>")
+    _working, found, rest = text.partition("=>")
     assert "\n" not in text
     assert answer.check(rest if worked and found else text), text
 
@@ -148,7 +149,8 @@ def test_rolling_back_and_validating_leave_no_trace() -> None:
     before = list(_allowed(outputs, grammar))
     assert grammar.validate_tokens([ids[b"ref"], ids[b"und"], ids[b"Yes"]]) == [ids[b"ref"], ids[b"und"]]
     assert list(_allowed(outputs, grammar)) == before
-    assert grammar.accept_tokens("x", [ids[b"ref"]]) and not grammar.accept_tokens("x", [ids[b"Yes"]])
+    assert grammar.accept_tokens("x", [ids[b"ref"]])
+    assert not grammar.accept_tokens("x", [ids[b"Yes"]])
     grammar.rollback(1)
     assert list(_allowed(outputs, grammar)) == before
 

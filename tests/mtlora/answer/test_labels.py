@@ -21,7 +21,8 @@ def test_labels_that_part_at_once_take_one_branch() -> None:
     tree = _tree(["(A)", "(B)", "(C)"])
     assert tree.branches == [((ord("("),), tuple(map(ord, "ABC")))]
     found = tree.probabilities([{ord("A"): -1.0, ord("B"): -1.0, ord("C"): -100.0}])
-    assert found["(A)"] == pytest.approx(0.5) and found["(C)"] == pytest.approx(0, abs=1e-9)
+    assert found["(A)"] == pytest.approx(0.5)
+    assert found["(C)"] == pytest.approx(0, abs=1e-9)
 
 
 def test_a_label_that_begins_another_ends_or_goes_on() -> None:
@@ -37,7 +38,8 @@ def test_probabilities_add_up_to_one(labels: list[str], seed: int) -> None:
     logs = [{token: -9 * rng.random() for token in after} for _, after in tree.branches]
     for temperature in (0.3, 1.0, 4.0):
         found = tree.probabilities(logs, temperature)
-        assert sorted(found) == sorted(labels) and sum(found.values()) == pytest.approx(1)
+        assert sorted(found) == sorted(labels)
+        assert sum(found.values()) == pytest.approx(1)
     assert at_temperature(tree.probabilities(logs), 4.0) == pytest.approx(tree.probabilities(logs, 4.0))
 
 

@@ -10,7 +10,6 @@ from mtlora.suite import load_suite
 from mtlora.suite.answers import BBH, joined
 from mtlora.task import TaskSpec
 
-
 SHIPPED = Path(__file__).parents[3] / "adapters" / "builtin" / "4"
 
 
@@ -19,7 +18,8 @@ def test_targets_satisfy_their_types(name: str) -> None:
     suite, shipped = load_suite(name), read_manifest(SHIPPED)
     for task in suite.tasks:
         own, served = task.answer_type, shipped.task(task.id).answer_type
-        assert own is not None and served is not None
+        assert own is not None
+        assert served is not None
         for split, count in (("train", 30), ("validation", 10), ("test", 10)):
             for example in suite.examples(task.id, split, count):  # type: ignore[arg-type]
                 assert own.check(example.target), (task.id, example.target)
@@ -38,14 +38,19 @@ def test_joined_types_allow_what_both_do() -> None:
     assert labels == Label(labels=("a", "b", "c"))
     assert joined([Label(labels=("1", "2")), Number()]) == Number()
     mixed = joined([Regex(pattern="x|y+"), Label(labels=("(A)", "(B)"))])
-    assert mixed is not None and all(map(mixed.check, ("x", "yyy", "(A)"))) and not mixed.check("xA")
-    assert joined([Text(), Number()]) is None and joined([None, Number()]) is None
+    assert mixed is not None
+    assert all(map(mixed.check, ("x", "yyy", "(A)")))
+    assert not mixed.check("xA")
+    assert joined([Text(), Number()]) is None
+    assert joined([None, Number()]) is None
 
 
 def test_allowed_answers_mean_labels() -> None:
     task = TaskSpec.model_validate({"id": "t", "description": "d", "allowed_answers": ["a", "b"]})
-    assert task.answer_type == Label(labels=("a", "b")) and task.labels == ("a", "b")
+    assert task.answer_type == Label(labels=("a", "b"))
+    assert task.labels == ("a", "b")
     again = TaskSpec.model_validate_json(task.model_dump_json())
-    assert again == task and "answer" not in again.model_dump()
+    assert again == task
+    assert "answer" not in again.model_dump()
     with pytest.raises(ValueError, match="both set"):
         TaskSpec.model_validate({**task.model_dump(), "answer": {"type": "text"}})
