@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from mtlora.answer import AnswerType
 from mtlora.errors import describe
 from mtlora.suite.base import SPLITS, Example, Split, SuiteError, split_of, unknown_task
 from mtlora.task import TASK_ID_PATTERN, TaskSpec, normalise_answer
@@ -39,6 +40,15 @@ class _Entry(BaseModel):
 
 class _File(BaseModel):
     examples: list[_Entry] = Field(min_length=1)
+    # What an answer may be: an addition to the published layout.
+    answer: AnswerType | None = None
+
+    @model_validator(mode="after")
+    def _targets_are_answers(self) -> "_File":
+        for index, entry in enumerate(self.examples) if self.answer else ():
+            if self.answer and not self.answer.check(entry.target):
+                raise ValueError(f"examples.{index}: target {entry.target[:80]!r} is no answer of the file's type")
+        return self
 
 
 class FolderSuite:
@@ -69,15 +79,17 @@ class FolderSuite:
             files[task_id] = file
         if not files:
             raise SuiteError(f"{folder}: no .json file in the folder; a suite needs at least one like {_LAYOUT}")
-        self._examples = {task_id: _read_task(task_id, files[task_id]) for task_id in sorted(files)}
+        read = {task_id: _read_task(task_id, files[task_id]) for task_id in sorted(files)}
+        self._examples = {task_id: examples for task_id, (examples, _) in read.items()}
         self.tasks: Sequence[TaskSpec] = tuple(
             TaskSpec(
                 id=task_id,
                 description=f"Task {task_id} of {self.name}.",
                 stop=(_STOP,),
                 max_new_tokens=_max_new_tokens([example.target for example in examples]),
+                answer=answer,
             )
-            for task_id, examples in self._examples.items()
+            for task_id, (examples, answer) in read.items()
         )
 
     def all_examples(self, task_id: str) -> list[Example]:
@@ -110,18 +122,19 @@ class FolderSuite:
         return examples[:count]
 
 
-def _read_task(task_id: str, file: Path) -> tuple[Example, ...]:
+def _read_task(task_id: str, file: Path) -> tuple[tuple[Example, ...], AnswerType | None]:
     if not file.is_file():
         raise SuiteError(f"{file}: not a file; every .json of a suite's folder must be one")
     try:
         # Some editors write a byte order mark.
-        entries = _File.model_validate_json(file.read_bytes().removeprefix(codecs.BOM_UTF8)).examples
+        content = _File.model_validate_json(file.read_bytes().removeprefix(codecs.BOM_UTF8))
     except OSError as error:
         raise SuiteError(f"{file}: cannot be read: {error.strerror}") from None
     except ValidationError as error:
         raise SuiteError(f"{file}: {describe(error)}; the layout is {_LAYOUT}") from None
     examples = tuple(
-        Example(task_id, entry.input, entry.target, source=f"{file}: example {i}") for i, entry in enumerate(entries)
+        Example(task_id, entry.input, entry.target, source=f"{file}: example {i}")
+        for i, entry in enumerate(content.examples)
     )
     seen: dict[str, int] = {}
     for index, example in enumerate(examples):
@@ -132,7 +145,7 @@ def _read_task(task_id: str, file: Path) -> tuple[Example, ...]:
                 f"{example.target!r} instead of {kept.target!r}; only the first is trained on",
                 stacklevel=2,
             )
-    return examples
+    return examples, content.answer
 
 
 def _max_new_tokens(targets: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.input_processor import InputProcessor
 
@@ -45,13 +46,13 @@ def _process_inputs(
     **named: Any,
 ) -> Any:
     if lora_request is not None and isinstance(params, SamplingParams):
-        params = typed(params, lora_request.lora_path)
+        params = typed(params, lora_request)
     return _processed(self, request_id, prompt, params, supported_tasks, arrival_time, lora_request, *more, **named)
 
 
-def typed(params: SamplingParams, lora_path: str) -> SamplingParams:
-    """The parameters held to the type of the task at `lora_path`, if it has one. Raises VLLMValidationError."""
-    task = _task(lora_path)
+def typed(params: SamplingParams, lora_request: LoRARequest) -> SamplingParams:
+    """The parameters held to the type of the module's task, if it has one. Raises VLLMValidationError."""
+    task = _task(lora_request)
     constraint = task.constraint() if task else None
     if task is None or constraint is None or constraint_of(params) or (params.extra_args or {}).get(FREE):
         return params
@@ -70,17 +71,15 @@ def typed(params: SamplingParams, lora_path: str) -> SamplingParams:
     return held
 
 
-def _task(lora_path: str) -> TaskSpec | None:
-    folder, task_id = parse_slot_path(lora_path)
+def _task(lora_request: LoRARequest) -> TaskSpec | None:
+    """The task that the path names, or else the module's name."""
+    folder, task_id = parse_slot_path(lora_request.lora_path)
     try:
         changed = (folder / MANIFEST_FILE).stat().st_mtime_ns
     except OSError:
         # An adapter of another format.
         return None
-    tasks = _tasks(str(folder), changed)
-    if task_id is None:
-        return next(iter(tasks.values())) if len(tasks) == 1 else None
-    return tasks.get(task_id)
+    return _tasks(str(folder), changed).get(task_id or lora_request.lora_name)
 
 
 @lru_cache(maxsize=1024)

@@ -20,8 +20,8 @@ from server.job import Delta, GenerationJob, ServedTask, TokenLogprob, TokenLogp
 from tests.server.adapters import entry
 from tests.server.fakes import FakeEngine, Service
 
-_LABEL = {"type": "label", "labels": ["cat", "cow", "dog"]}
-_TASKS = {
+_LABEL: dict[str, Any] = {"type": "label", "labels": ["cat", "cow", "dog"]}
+_TASKS: dict[str, dict[str, Any]] = {
     "label": {"answer": _LABEL},
     "worked": {"answer": _LABEL, "answer_marker": "=>", "max_new_tokens": 16},
     "number": {"answer": {"type": "number", "minimum": 0, "maximum": 99}},
@@ -56,7 +56,8 @@ class Scripted(FakeEngine):
 @pytest.fixture
 async def service() -> AsyncIterator[Service]:
     made = Service()
-    made.engine = made.servicer.engine = Scripted()
+    made.engine = Scripted()
+    made.servicer.engine = made.engine
     made.engine.prompts = made.servicer.prompts
     tasks = {name: ServedTask(entry(name, **fields), "alpha", "1", slot=None) for name, fields in _TASKS.items()}
     object.__setattr__(made.servicer.catalog, "tasks", MappingProxyType({**made.servicer.catalog.tasks, **tasks}))
