@@ -79,6 +79,9 @@ bench-merge: $(STAMP) ## a task added by merge against joint training, and the o
 bench-front: $(STAMP) ## the server's own processor time a request beside `vllm serve` with the same plugin
 	$(BIN)/python -m benchmarks.front --backbone $(BACKBONE) $(FRONT)
 
+types: $(STAMP) ## answers outside their types, throughput typed and free, scores of labels (TYPES="--requests 500": shorter)
+	$(BIN)/python -m benchmarks.types --backbone $(BACKBONE) $(TYPES)
+
 loadtest: $(STAMP) ## a server's knee, a closed loop there, the engine without a server; report in out/loadtest
 	$(BIN)/python -m benchmarks.loadtest --backbone $(BACKBONE) --adapters $(ADAPTERS) $(LOADTEST)
 

@@ -8,6 +8,9 @@ from mtlora.task import TaskSpec
 
 FinishReason = Literal["stop", "length"]
 
+# Tokens that the engine gives log-probabilities of at a time: the labels that Score tells apart.
+MAX_SCORED_TOKENS = 1001
+
 
 @dataclass(frozen=True)
 class ServedTask:
@@ -20,6 +23,8 @@ class ServedTask:
     slot: Any
     # The registry's adapter version, which the engine must hold meanwhile; None if the slot needs none.
     version: Any = None
+    # The temperature of the probabilities of its labels.
+    calibration: float | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int = 0
+    # What the answer is held to, as the engine reads it; see mtlora.answer.constraint.
+    constraint: str | None = None
     more: MoreSampling | None = None
 
 
@@ -68,6 +75,10 @@ class GenerationJob:
     # Tokens that may gather before the engine hands them out. An answer that fits comes in one piece; of others the
     # first token and the last ones never wait.
     delta_tokens: int = 1
+    # The name of the type that its answer is held to.
+    answer_type: str = ""
+    # A further sequence for an input that was counted already.
+    further: bool = False
     # Samples to answer with, and samples to draw.
     n: int = 1
     best_of: int = 1

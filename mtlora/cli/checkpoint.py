@@ -3,12 +3,15 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtlora.cli.backbone import add_backbone_argument
 from mtlora.cli.connection import access_from, add_access_arguments
 from mtlora.cli.evaluate import print_scores
 from mtlora.cli.output import print_fields, print_json, print_table
+
+if TYPE_CHECKING:
+    from mtlora.task import TaskSpec
 
 
 def add_parser(subparsers: Any) -> None:
@@ -76,14 +79,14 @@ def _inspect(args: argparse.Namespace) -> int:
     )
     print_table(
         f"{len(manifest.tasks)} tasks",
-        ("task", "bias index", "max new tokens", "stop", "allowed answers", "description"),
+        ("task", "bias index", "max new tokens", "stop", "answers", "description"),
         [
             (
                 task.id,
                 "–" if task.bias_index is None else task.bias_index,
                 task.max_new_tokens,
                 " ".join(map(repr, task.stop)) or "–",
-                len(task.allowed_answers) if task.allowed_answers else "any",
+                _shown_answers(task),
                 task.description,
             )
             for task in manifest.tasks
@@ -99,14 +102,21 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _shown_answers(task: "TaskSpec") -> str:
+    if task.answer_type is None:
+        return "any"
+    return f"{len(task.labels)} labels" if task.labels else task.answer_type.type
+
+
 def _verify(args: argparse.Namespace) -> int:
     from mtlora.backbone import identify, resolve
     from mtlora.checkpoint.format import CheckpointError
-    from mtlora.checkpoint.read import read_checkpoint
+    from mtlora.checkpoint.read import check_answers, read_checkpoint
 
     backbone = None if args.backbone is None else identify(resolve(args.backbone))
     try:
         checkpoint = read_checkpoint(args.folder, backbone)
+        check_answers(args.folder, checkpoint.manifest)
     except CheckpointError as error:
         print(f"mtlora: error: {error}", file=sys.stderr)
         return 1

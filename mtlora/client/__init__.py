@@ -3,7 +3,7 @@
 from mtlora.client.access import OPEN, Access
 from mtlora.client.client import AsyncClient, Client
 from mtlora.client.errors import ServerError
-from mtlora.client.messages import Answer, BatchAnswer, Input, make_batch, make_request
+from mtlora.client.messages import Answer, BatchAnswer, Input, Score, make_batch, make_request
 from mtlora.client.metrics_page import MetricsPage
 from mtlora.client.retry import Retry
 
@@ -17,6 +17,7 @@ __all__ = [
     "Input",
     "MetricsPage",
     "Retry",
+    "Score",
     "ServerError",
     "make_batch",
     "make_request",

@@ -17,7 +17,7 @@ from mtlora_pb.v1 import inference_pb2 as pb
 
 from mtlora.client.access import OPEN, Access
 from mtlora.client.errors import ServerError, server_errors
-from mtlora.client.messages import Answer, BatchAnswer, Input, make_batch, make_request
+from mtlora.client.messages import Answer, BatchAnswer, Input, Score, make_batch, make_request, make_score
 from mtlora.client.retry import Attempts, Retry
 from mtlora.client.upload import Upload
 
@@ -163,6 +163,14 @@ class _Connection:
         """The answers to many inputs, in their order; items as for `make_batch`."""
         reply = yield self._stub.GenerateBatch, make_batch(items, **parameters), timeout
         return [BatchAnswer.of(item) for item in reply.items]
+
+    @_Method
+    def score(
+        self, task_id: str, inputs: Iterable[Input], *, timeout: float | None = None, uncalibrated: bool = False
+    ) -> Steps[list[Score]]:
+        """The probabilities of a task's labels for many inputs, in their order."""
+        reply = yield self._stub.Score, make_score(task_id, inputs, uncalibrated=uncalibrated), timeout
+        return list(map(Score.of, reply.scores))
 
     @_Method
     def tasks(self, page_size: int = 0) -> Steps[list[pb.Task]]:

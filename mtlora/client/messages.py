@@ -1,7 +1,10 @@
 """What a request says and what an answer holds."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
 from typing import Any, Self, cast
 
 from mtlora_pb.v1 import inference_pb2 as pb
@@ -17,7 +20,7 @@ _LISTS = ("allowed_tokens", "banned_tokens", "stop_token_ids")
 class Answer:
     """reasoning: what the model wrote before its answer, if it was asked for.
     samples: every answer if several were asked for, the one of this object first. token_ids, prompt_logprobs: if asked
-    for.
+    for. answer_type: what the text was held to, empty if it was free.
     """
 
     text: str
@@ -27,6 +30,20 @@ class Answer:
     samples: list[pb.Sample] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[pb.TokenLogprobs] = field(default_factory=list)
+    answer_type: str = ""
+
+    @property
+    def value(self) -> Any:
+        """What the text stands for: a Decimal, a date, what JSON holds, or the text itself."""
+        kind, _, format = self.answer_type.partition(" ")
+        match kind:
+            case "number":
+                return Decimal(self.text)
+            case "date":
+                return datetime.strptime(self.text, format).date()
+            case "json":
+                return json.loads(self.text)
+        return self.text
 
     @classmethod
     def of(cls, reply: pb.GenerateResponse) -> Self:
@@ -38,7 +55,36 @@ class Answer:
             list(reply.samples),
             list(reply.token_ids),
             list(reply.prompt_logprobs),
+            reply.answer_type,
         )
+
+
+@dataclass(frozen=True)
+class Score:
+    """What became of one input: the likeliest label and the probability of each, likeliest first, or an error."""
+
+    label: str = ""
+    probabilities: Mapping[str, float] = field(default_factory=dict)
+    reasoning: str = ""
+    summary: pb.Summary | None = None
+    error: ServerError | None = None
+
+    @classmethod
+    def of(cls, score: pb.InputScore) -> Self:
+        if score.status.code:
+            return cls(error=ServerError(StatusOf(score.status)))
+        found = {each.label: each.probability for each in score.probabilities}
+        return cls(score.label, found, score.reasoning, score.summary)
+
+
+def make_score(task_id: str, inputs: Iterable[Input], *, uncalibrated: bool = False) -> pb.ScoreRequest:
+    """The message for many inputs."""
+    made = pb.ScoreRequest(task_id=task_id, uncalibrated=uncalibrated)
+    for each in inputs:
+        request = make_request(task_id, each)
+        if given := request.WhichOneof("input"):
+            made.inputs.append(pb.ScoreInput(**{given: getattr(request, given)}))
+    return made
 
 
 @dataclass(frozen=True)
@@ -77,6 +123,8 @@ def make_request(
     without_adapter: bool = False,
     include_reasoning: bool = False,
     routing_key: str = "",
+    free: bool = False,
+    answer: pb.AnswerType | None = None,
     **parameters: Any,
 ) -> pb.GenerateRequest:
     """The message for one input. `parameters` are those of GenerationParameters.
@@ -88,6 +136,8 @@ def make_request(
         without_adapter=without_adapter,
         include_reasoning=include_reasoning,
         routing_key=routing_key,
+        free=free,
+        answer=answer,
     )
     if isinstance(input, str):
         request.text = input

@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from mtlora.answer import AnswerType
 from mtlora.errors import describe
 from mtlora.parameters import TaskDefaults
 from mtlora.suite.base import SPLITS, Example, Split, SuiteError, split_of, unknown_task
@@ -42,6 +43,15 @@ class _File(BaseModel):
     examples: list[_Entry] = Field(min_length=1)
     # See TaskSpec.
     defaults: TaskDefaults | None = None
+    # What an answer may be: an addition to the published layout.
+    answer: AnswerType | None = None
+
+    @model_validator(mode="after")
+    def _targets_are_answers(self) -> "_File":
+        for index, entry in enumerate(self.examples) if self.answer else ():
+            if self.answer and not self.answer.check(entry.target):
+                raise ValueError(f"examples.{index}: target {entry.target[:80]!r} is no answer of the file's type")
+        return self
 
 
 class FolderSuite:
@@ -86,6 +96,7 @@ class FolderSuite:
                 stop=(_STOP,),
                 max_new_tokens=_max_new_tokens([entry.target for entry in read.examples]),
                 defaults=read.defaults,
+                answer=read.answer,
             )
         except ValidationError as error:
             raise SuiteError(f"{file}: {describe(error)}") from None

@@ -170,6 +170,22 @@ class Engine:
             await self._call("mtlora_unstage", str(folder))
             raise
 
+    async def compile(self, constraints: Sequence[str]) -> list[int]:
+        """Compile what answers will be held to, in every engine, beside the running steps.
+
+        Returns the fewest tokens that each takes. Raises AdapterError if the engine refuses one.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
+
+        with self._waiting(between_steps=True):
+            try:
+                fewest, *_ = await self._llm.engine_core.call_utility_all_async("mtlora_compile", list(constraints))
+            except VllmEngineDeadError:
+                raise EngineDeadError from None
+            except Exception as error:
+                raise AdapterError(f"the engine did not take a type of answer: {error}") from error
+        return list(fewest)
+
     async def unload(self, slots: Sequence[Any]) -> None:
         """Remove slots from the engine's memory, and an adapter with its last slot."""
         await self._call("mtlora_remove", [slot.lora_int_id for slot in slots])

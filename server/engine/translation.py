@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from server.errors import EngineAbortedError
@@ -23,12 +24,20 @@ def sampling_params(sampling: Sampling, delta_tokens: int) -> Any:
         seed=sampling.seed,
         stop=list(sampling.stop),
         logprobs=sampling.logprobs or (0 if sampling.more and sampling.more.cumulative_logprob else None),
+        structured_outputs=_structured_outputs(sampling.constraint) if sampling.constraint else None,
         output_kind=RequestOutputKind.FINAL_ONLY if in_one_piece else RequestOutputKind.DELTA,
         stream_interval=delta_tokens,
         # No deep copy: nothing else holds this object.
         skip_clone=True,
         **(_more(sampling.more) if sampling.more else {}),
     )
+
+
+@lru_cache(maxsize=1024)
+def _structured_outputs(constraint: str) -> Any:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    return StructuredOutputsParams(grammar=constraint)
 
 
 def _more(more: MoreSampling) -> dict[str, Any]:

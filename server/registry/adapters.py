@@ -1,6 +1,6 @@
 """The registry of one server, put together from its settings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from server.registry.spool import Spool
 from server.registry.storage import Storage
 from server.registry.uploads import Uploads
 from server.registry.verifier import Verifier
+from server.registry.version import AdapterVersion
 from server.settings import Settings, is_url
 from server.telemetry.metrics import Metrics
 
@@ -25,6 +26,7 @@ from server.telemetry.metrics import Metrics
 class AdapterEngine(LoadsSlots, Protocol):
     """What the registry needs of an engine."""
 
+    async def compile(self, constraints: Sequence[str]) -> list[int]: ...
     async def warm_up(self, slot: Any | None, *, short: bool = False) -> None: ...
 
 
@@ -57,6 +59,7 @@ def open_adapters(
         on_cold=metrics.adapter_cold.observe,
         on_load=metrics.adapter_load.observe,
         on_evict=metrics.adapter_evictions.inc,
+        prepare=lambda version: _compile_types(engine, version),
     )
     limit_gib = settings.adapter_cache_gib
     spool = Spool(settings.adapter_cache, None if limit_gib is None else int(limit_gib * (1 << 30)))
@@ -97,6 +100,13 @@ def open_adapters(
         max_chunk_bytes=settings.max_message_bytes - 256,
     )
     return Adapters(registry, residency, spool, verifier, uploads)
+
+
+async def _compile_types(engine: AdapterEngine, version: AdapterVersion) -> None:
+    texts = {task: found.text for task, spec in version.specs.items() if (found := spec.constraint())}
+    distinct = list(dict.fromkeys(texts.values()))
+    fewest = dict(zip(distinct, await engine.compile(distinct), strict=True)) if distinct else {}
+    version.fewest = {task: fewest[text] for task, text in texts.items()}
 
 
 def _root(adapters: str | None, spool: Spool, max_bytes: int) -> tuple[Path, Mirror | None]:

@@ -69,7 +69,7 @@ def check(
     The copy's manifest loses its provenance, which may be any JSON: the server reads only what it serves.
     """
     from mtlora.checkpoint.format import CheckpointError
-    from mtlora.checkpoint.read import MAX_MANIFEST_BYTES, read_checkpoint
+    from mtlora.checkpoint.read import MAX_MANIFEST_BYTES, check_answers, read_checkpoint
     from mtlora.checkpoint.untrusted import open_file
 
     real = folder.resolve()
@@ -89,6 +89,7 @@ def check(
             shutil.copyfileobj(source, copy, _CHUNK)
     try:
         manifest = read_checkpoint(incoming, backbone).manifest
+        check_answers(incoming, manifest)
     except CheckpointError as error:
         raise CheckpointError(str(error).replace(str(incoming), str(folder))) from None
     if len(manifest.tasks) > MAX_TASKS:

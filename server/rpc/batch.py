@@ -40,7 +40,16 @@ class Item:
         return sorted(self.generations, key=lambda each: each.cumulative_logprob or 0.0, reverse=True)[:n]
 
 
-def sample_jobs(job: GenerationJob) -> Iterator[GenerationJob]:
+# Makes what an item runs of its valid request.
+Expand = Callable[[Generation], list[Generation]]
+
+
+def samples(first: Generation) -> list[Generation]:
+    """A generation for each sample of a request."""
+    return [replace(first, job=job) for job in _sample_jobs(first.job)]
+
+
+def _sample_jobs(job: GenerationJob) -> Iterator[GenerationJob]:
     """A job for each sample, with a seed of its own if the request has one. The first reports on the prompt."""
     yield job
     sampling = job.sampling

@@ -7,8 +7,10 @@ from mtlora_pb.v1 import inference_pb2 as pb
 
 from mtlora.parameters import TaskDefaults
 from server.job import Delta, ServedTask, TokenLogprob, TokenLogprobs
+from server.rpc import answers
 from server.rpc.batch import Item
 from server.rpc.generation import Generation
+from server.rpc.scoring import Scoring
 
 _FINISH_REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
@@ -22,10 +24,12 @@ def task(served: ServedTask) -> pb.Task:
         fields=spec.fields,
         stop=spec.stop,
         max_new_tokens=spec.max_new_tokens,
-        allowed_answers=spec.allowed_answers or (),
+        allowed_answers=spec.labels or (),
         adapter_name=served.adapter_name,
         adapter_version=served.adapter_version,
         answer_marker=spec.answer_marker or "",
+        answer=answers.message(spec.answer_type) if spec.answer_type else None,
+        calibration=served.calibration,
         defaults=_parameters(spec.defaults) if spec.defaults else None,
     )
 
@@ -52,6 +56,7 @@ def response(generation: Generation) -> pb.GenerateResponse:
         reasoning=generation.reasoning.strip() if generation.job.include_reasoning else "",
         token_ids=generation.token_ids if generation.job.return_token_ids else (),
         prompt_logprobs=[token_logprobs(token) for token in generation.prompt_logprobs],
+        answer_type=generation.job.answer_type,
     )
 
 
@@ -130,6 +135,20 @@ def _sum_up(message: pb.Summary, drawn: Sequence[Generation]) -> None:
     message.timings.queue.FromNanoseconds(int(min(each.queue_s for each in drawn) * 1e9))
     message.timings.time_to_first_token.FromNanoseconds(int(min(each.ttft_s for each in drawn) * 1e9))
     message.timings.total.FromNanoseconds(int(max(each.total_s for each in drawn) * 1e9))
+
+
+def score(item: Item) -> pb.InputScore:
+    """One input's labels, or why it has none."""
+    if item.failure is not None:
+        return pb.InputScore(status=item.failure.status())
+    (scoring,) = item.generations
+    assert isinstance(scoring, Scoring)
+    return pb.InputScore(
+        label=scoring.probabilities[0][0],
+        probabilities=[pb.LabelProbability(label=label, probability=p) for label, p in scoring.probabilities],
+        reasoning=scoring.reasoning.strip(),
+        summary=summary(scoring),
+    )
 
 
 def token_logprobs(token: TokenLogprobs) -> pb.TokenLogprobs:

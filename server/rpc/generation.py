@@ -97,8 +97,9 @@ class Generation:
                     aclosing(engine.generate(job)) as deltas,
                 ):
                     # Several generations may answer one call.
-                    call.sequences += 1
-                    call.prompt_tokens += len(job.prompt_ids)
+                    if not job.further:
+                        call.sequences += 1
+                        call.prompt_tokens += len(job.prompt_ids)
                     async for delta in deltas:
                         if self.marker is not None:
                             reasoning, text = splitter.feed(delta.text, last=delta.finish_reason is not None)

@@ -22,9 +22,11 @@ from server.job import ServedTask
 from server.registry.catalog import Catalog
 from server.registry.residency import Residency
 from server.rpc import encoding
-from server.rpc.batch import MAX_BATCH, Item, sample_jobs, side_by_side
+from server.rpc.answers import OwnTypes
+from server.rpc.batch import MAX_BATCH, Expand, Item, samples, side_by_side
 from server.rpc.generation import Generation
 from server.rpc.pieces import in_pieces
+from server.rpc.scoring import Scoring
 from server.rpc.stream import unhurried
 from server.rpc.validation import PromptLimits, page_size, samples_of, validate
 from server.scheduling import Scheduler
@@ -40,6 +42,8 @@ logger = get_logger("prompt")
 _UNARY_DELTA_TOKENS = 64
 # Above this many bytes, tokenizing takes long enough to hold up other streams.
 _TOKENIZE_APART_BYTES = 8192
+# Inputs of one Score.
+MAX_SCORED = 256
 # Lists of visible tasks kept with a catalog.
 _KEPT_LISTS = 64
 
@@ -73,12 +77,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._metrics = metrics
         self._log_prompts = log_prompts
         self._tokenizing = FairThread("tokenize")
+        self._own_types = OwnTypes()
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         call, task = current_call.get(), self.find(request.task_id)
-        if (samples := samples_of(request, task)) > 1:
-            item = Item(request, task, call, samples)
-            async with aclosing(self._run([item], places=samples, strict=True)) as ended:
+        if (count := samples_of(request, task)) > 1:
+            item = Item(request, task, call, count)
+            async with aclosing(self._run([item], places=count, strict=True)) as ended:
                 async for _ in ended:
                     pass
             return encoding.item_response(item)
@@ -101,15 +106,52 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             async for item in ended:
                 yield pb.GenerateBatchStreamResponse(item=encoding.batch_item(item))
 
+    async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
+        items = self._scored(request)
+        async with aclosing(self._run_batch(items, self._scoring(calibrated=not request.uncalibrated))) as ended:
+            async for _ in ended:
+                pass
+        return pb.ScoreResponse(scores=[encoding.score(item) async for item in in_pieces(items)])
+
+    def _scored(self, request: pb.ScoreRequest) -> list[Item]:
+        """The inputs, each a call of its own for usage, metrics and the log. Raises NOT_FOUND or INVALID_ARGUMENT."""
+        call, task = current_call.get(), self.find(request.task_id)
+        if task is None:
+            raise self.not_found(request.task_id)
+        if task.spec.labels is None:
+            kind = task.spec.answer_type.type if task.spec.answer_type else "text"
+            found = f"task {task.spec.id} answers with a {kind}; allowed: a task of labels"
+            raise invalid_argument([Violation("task_id", found)])
+        if not 1 <= len(request.inputs) <= MAX_SCORED:
+            raise invalid_argument([Violation("inputs", f"found {len(request.inputs)}; allowed: 1 to {MAX_SCORED}")])
+        items = []
+        for index, each in enumerate(request.inputs):
+            own = replace(call, request_id=f"{call.request_id}.{index}", method="ScoreItem", audited=None)
+            one = pb.GenerateRequest(task_id=request.task_id, routing_key=each.routing_key)
+            if given := each.WhichOneof("input"):
+                one.MergeFrom(pb.GenerateRequest(**{given: getattr(each, given)}))
+            items.append(Item(one, task, own, 1, index))
+        return items
+
+    def _scoring(self, *, calibrated: bool) -> Expand:
+        return lambda first: [Scoring.of(first, self.prompts, calibrated=calibrated)]
+
+    async def score_batch(self, requests: Sequence[pb.GenerateRequest], task: ServedTask) -> list[Generation]:
+        """As `answer_batch`, with the labels scored: gives a Scoring each."""
+        return await self._all(requests, task, self._scoring(calibrated=True))
+
     async def answer_batch(self, requests: Sequence[pb.GenerateRequest], task: ServedTask) -> list[Generation]:
         """Run requests of the current call to their ends, and give each one's best answer. `task` is what `find` gives.
 
         The first failure ends all of it.
         """
+        return await self._all(requests, task, samples)
+
+    async def _all(self, requests: Sequence[pb.GenerateRequest], task: ServedTask, expand: Expand) -> list[Generation]:
         call = current_call.get()
         items = [Item(each, task, call, samples_of(each, task), index) for index, each in enumerate(requests)]
         places = sum(item.samples for item in items)
-        async with aclosing(self._run(items, places=places, strict=True)) as ended:
+        async with aclosing(self._run(items, places=places, strict=True, expand=expand)) as ended:
             async for _ in ended:
                 pass
         return [item.answers[0] for item in items]
@@ -128,8 +170,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             raise invalid_argument([Violation("items", f"found {sequences} samples; allowed: 1 to {MAX_BATCH}")])
         return items
 
-    async def _run_batch(self, items: Sequence[Item]) -> AsyncGenerator[Item, None]:
-        """Run the items of the current call, and account for each at its end."""
+    async def _run_batch(self, items: Sequence[Item], expand: Expand = samples) -> AsyncGenerator[Item, None]:
+        """Run the items of the current call, and account for each at its end. `expand`: see `_run`."""
         call = current_call.get()
         places = self._scheduler.places(call.tenant, sum(item.samples for item in items))
 
@@ -139,7 +181,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
         code, left = grpc.StatusCode.CANCELLED, dict.fromkeys(items)
         try:
-            async with aclosing(self._run(items, places=places, strict=False)) as ended:
+            async with aclosing(self._run(items, places=places, strict=False, expand=expand)) as ended:
                 async for item in ended:
                     del left[item]
                     settle(item, item.failure.code if item.failure else grpc.StatusCode.OK)
@@ -154,8 +196,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 if item.call.sequences:
                     settle(item, code)
 
-    async def _run(self, items: Sequence[Item], *, places: int, strict: bool) -> AsyncGenerator[Item, None]:
+    async def _run(
+        self, items: Sequence[Item], *, places: int, strict: bool, expand: Expand = samples
+    ) -> AsyncGenerator[Item, None]:
         """Run items of the current call, `places` sequences at a time; gives each as it ends.
+
+        `expand` makes what an item runs of its valid request.
 
         They are admitted and charged as a whole before anything starts. `strict`: the first failure ends all.
         """
@@ -169,16 +215,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 chosen = self._version_for(item.request, item.task, prefetch=item.index < places)
                 item.task = held.enter_context(chosen)
             async for item in in_pieces(items):
-                await self._prepare(item, strict=strict, apart=apart)
+                await self._prepare(item, expand, strict=strict, apart=apart)
                 if item.failure is not None:
                     yield item
             ready = [item for item in items if item.failure is None]
             jobs = [generation.job for item in ready for generation in item.generations]
             with self._scheduler.reserve(call.tenant, jobs) as reserved:
 
-                async def run(generation: Generation) -> None:
+                async def run(sequence: Any) -> None:
                     # A long batch may outlive an engine.
-                    await generation.run(self.engine, self._scheduler, self.residency, reserved=reserved)
+                    await sequence.run(self.engine, self._scheduler, self.residency, reserved=reserved)
 
                 async with aclosing(side_by_side(ready, places, run)) as ended:
                     async for item in ended:
@@ -186,7 +232,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                             raise item.failure
                         yield item
 
-    async def _prepare(self, item: Item, *, strict: bool, apart: bool) -> None:
+    async def _prepare(self, item: Item, expand: Expand, *, strict: bool, apart: bool) -> None:
         try:
             first = await self._generation(item.request, item.task, _UNARY_DELTA_TOKENS, apart=apart, call=item.call)
         except RequestFailedError as failure:
@@ -194,7 +240,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 raise
             item.failure = failure
         else:
-            item.generations = [Generation(job, first.call, self._metrics) for job in sample_jobs(first.job)]
+            item.generations = expand(first)
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, context: Any
@@ -292,7 +338,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             raise self.not_found(request.task_id)
         # Tenants share no cached blocks, unless their file says so: answer times would tell of another's prompts.
         cache_salt = None if self._directory.current.share_prefix_cache else call.tenant.id
-        arguments = (request, task, self.prompts, self.limits, call.tenant, cache_salt, delta_tokens)
+        own = None
+        if request.HasField("answer"):
+            own = await self._own_types.hold(request, task.spec if task else None, call.tenant, self.engine)
+        arguments = (request, task, self.prompts, self.limits, call.tenant, cache_salt, delta_tokens, own)
         if apart or request.ByteSize() > _TOKENIZE_APART_BYTES:
             work = partial(validate, *arguments, stream=stream)
             job = await self._tokenizing.run(call.tenant, request.ByteSize(), work)

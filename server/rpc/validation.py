@@ -13,6 +13,7 @@ from mtlora.task import TaskSpec
 from server.errors import Violation
 from server.job import GenerationJob, Sampling, ServedTask
 from server.rpc import parameters as more
+from server.rpc.answers import Held
 from server.tenants import OPEN_TENANT, Tenant
 
 MAX_STOP_STRINGS = 8
@@ -41,10 +42,14 @@ def validate(
     tenant: Tenant = OPEN_TENANT,
     cache_salt: str | None = None,
     delta_tokens: int = 1,
+    own: Held | None = None,
     *,
     stream: bool = False,
 ) -> GenerationJob | list[Violation]:
-    """The job that a request asks for, or every violation in it. `task` is None if the request names none."""
+    """The job that a request asks for, or every violation in it. `task` is None if the request names none.
+
+    own: what the request's own type holds its answer to, if it brings one.
+    """
     violations = [] if task else [Violation("task_id", "found none; ListTasks has those that can be asked")]
     violations += _input_violations(request, task.spec if task else None, prompts, limits, tenant)
     violations += _parameter_violations(request.parameters, tenant)
@@ -83,17 +88,23 @@ def validate(
                 f"of {limits.max_model_len}",
             )
         ]
-    job = GenerationJob(
+    held = own or _held(request, task)
+    most = min(room, tenant.max_new_tokens or room)
+    plain = GenerationJob(
         task=task,
         prompt_ids=tuple(prompt_ids),
-        sampling=_sampling(request.parameters, task.spec, min(room, tenant.max_new_tokens or room), limits.vocab_size),
+        sampling=_sampling(request.parameters, task.spec, most, limits.vocab_size, held),
         without_adapter=request.without_adapter,
         cache_salt=cache_salt,
         delta_tokens=delta_tokens,
-        strip=given != "chat",
+        strip=given != "chat" or held is not None,
         include_reasoning=request.include_reasoning,
+        answer_type=held.name if held else "",
     )
-    return job if values is None else _with_more(job, values, limits.vocab_size)
+    job = plain if values is None else _with_more(plain, values, limits.vocab_size)
+    if held and not isinstance(job, list):
+        return list(_type_violations(job.sampling, task.spec, held)) or job
+    return job
 
 
 def samples_of(request: pb.GenerateRequest, task: ServedTask | None) -> int:
@@ -232,7 +243,38 @@ def _render(request: pb.GenerateRequest, task: TaskSpec, prompts: PromptEncoder)
             return task.render(request.text)
 
 
-def _sampling(parameters: pb.GenerationParameters, task: TaskSpec, most: int, vocab_size: int) -> Sampling:
+def _held(request: pb.GenerateRequest, task: ServedTask) -> Held | None:
+    """What the task's type holds the answer to."""
+    constraint = task.spec.constraint(without_adapter=request.without_adapter)
+    if constraint is None or request.free:
+        return None
+    fewest = task.version.fewest if task.version is not None else None
+    return Held(constraint.text, constraint.type.name, fewest[task.spec.id] if fewest else 1)
+
+
+# What may end an answer, or keep it from ending, against its type.
+_AGAINST_TYPES = ("allowed_tokens", "banned_tokens", "stop_token_ids", "min_new_tokens")
+
+
+def _type_violations(sampling: Sampling, task: TaskSpec, held: Held) -> Iterator[Violation]:
+    """What would cut an answer before its type lets it end."""
+    if sampling.max_new_tokens < held.fewest:
+        yield Violation(
+            "parameters.max_new_tokens",
+            f"found {sampling.max_new_tokens}, the tenant's limit and the context included; allowed: {held.fewest} or "
+            "more, which the shortest answer of this type takes",
+        )
+    if other := [stop for stop in sampling.stop if stop not in task.stop]:
+        allowed = f"those of the task, {', '.join(map(repr, task.stop))}, as the answer has a type; or set free"
+        yield Violation("parameters.stop.values", f"found {other[0][:64]!r}; allowed: {allowed}")
+    for name in _AGAINST_TYPES if sampling.more else ():
+        if getattr(sampling.more, name):
+            yield Violation(f"parameters.{name}", "found, though the answer has a type; allowed: one of them, or free")
+
+
+def _sampling(
+    parameters: pb.GenerationParameters, task: TaskSpec, most: int, vocab_size: int, held: Held | None
+) -> Sampling:
     return Sampling(
         max_new_tokens=parameters.max_new_tokens or min(task.max_new_tokens, most),
         temperature=parameters.temperature,
@@ -241,6 +283,7 @@ def _sampling(parameters: pb.GenerationParameters, task: TaskSpec, most: int, vo
         seed=parameters.seed if parameters.HasField("seed") else None,
         stop=tuple(parameters.stop.values) if parameters.HasField("stop") else task.stop,
         logprobs=parameters.logprobs,
+        constraint=held.constraint if held else None,
     )
 
 

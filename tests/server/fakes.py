@@ -36,6 +36,7 @@ class FakeTokenizer:
 
     chat_template = "yes"
     all_special_tokens = ("<|end|>",)
+    eos_token_id = 0
     added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:

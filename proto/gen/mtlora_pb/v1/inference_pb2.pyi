@@ -121,20 +121,18 @@ class ScoreResponse(_message.Message):
     def __init__(self, scores: _Optional[_Iterable[_Union[InputScore, _Mapping]]] = ...) -> None: ...
 
 class InputScore(_message.Message):
-    __slots__ = ("code", "message", "label", "probabilities", "reasoning", "summary")
-    CODE_FIELD_NUMBER: _ClassVar[int]
-    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("status", "label", "probabilities", "reasoning", "summary")
+    STATUS_FIELD_NUMBER: _ClassVar[int]
     LABEL_FIELD_NUMBER: _ClassVar[int]
     PROBABILITIES_FIELD_NUMBER: _ClassVar[int]
     REASONING_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
-    code: int
-    message: str
+    status: _status_pb2.Status
     label: str
     probabilities: _containers.RepeatedCompositeFieldContainer[LabelProbability]
     reasoning: str
     summary: Summary
-    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., label: _Optional[str] = ..., probabilities: _Optional[_Iterable[_Union[LabelProbability, _Mapping]]] = ..., reasoning: _Optional[str] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ...) -> None: ...
+    def __init__(self, status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., label: _Optional[str] = ..., probabilities: _Optional[_Iterable[_Union[LabelProbability, _Mapping]]] = ..., reasoning: _Optional[str] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ...) -> None: ...
 
 class LabelProbability(_message.Message):
     __slots__ = ("label", "probability")
@@ -243,7 +241,7 @@ class StopStrings(_message.Message):
     def __init__(self, values: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("text", "summary", "logprobs", "reasoning", "samples", "token_ids", "prompt_logprobs")
+    __slots__ = ("text", "summary", "logprobs", "reasoning", "samples", "token_ids", "prompt_logprobs", "answer_type")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -251,6 +249,7 @@ class GenerateResponse(_message.Message):
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_TYPE_FIELD_NUMBER: _ClassVar[int]
     text: str
     summary: Summary
     logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
@@ -258,7 +257,8 @@ class GenerateResponse(_message.Message):
     samples: _containers.RepeatedCompositeFieldContainer[Sample]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
-    def __init__(self, text: _Optional[str] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., reasoning: _Optional[str] = ..., samples: _Optional[_Iterable[_Union[Sample, _Mapping]]] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
+    answer_type: str
+    def __init__(self, text: _Optional[str] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., reasoning: _Optional[str] = ..., samples: _Optional[_Iterable[_Union[Sample, _Mapping]]] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., answer_type: _Optional[str] = ...) -> None: ...
 
 class Sample(_message.Message):
     __slots__ = ("text", "finish_reason", "logprobs", "reasoning", "token_ids", "cumulative_logprob", "working_tokens", "completion_tokens")
