@@ -46,7 +46,7 @@ Expand = Callable[[Generation], list[Generation]]
 
 def samples(first: Generation) -> list[Generation]:
     """A generation for each sample of a request."""
-    return [replace(first, job=job) for job in _sample_jobs(first.job)]
+    return [Generation(job, first.call, first.metrics) for job in _sample_jobs(first.job)]
 
 
 def _sample_jobs(job: GenerationJob) -> Iterator[GenerationJob]:

@@ -14,13 +14,16 @@ from mtlora.checkpoint.format import CheckpointError
 from mtlora.client import make_request
 from mtlora.parameters import MAX_LISTED, MAX_SAMPLES, TaskDefaults
 from mtlora.prompt import PromptEncoder
+from server.call import Call
 from server.errors import Violation
 from server.job import GenerationJob, MoreSampling, ServedTask
 from server.registry.check import check
 from server.rpc import encoding
-from server.rpc.batch import sample_jobs
+from server.rpc.batch import samples
+from server.rpc.generation import Generation
 from server.rpc.parameters import _MAX_PROMPT_LOGITS
 from server.rpc.validation import PromptLimits, samples_of, validate
+from server.telemetry.metrics import Metrics
 from server.tenants import Tenant
 from tests.server.adapters import entry, write_adapter
 from tests.server.fakes import FakeTokenizer
@@ -164,7 +167,7 @@ def test_a_valid_request_reaches_the_job_whole() -> None:
         allowed_tokens=(7, 8), banned_tokens=(9,), stop_token_ids=(8,), min_new_tokens=1, prompt_logprobs=5,
         cumulative_logprob=True,
     )  # fmt: skip
-    first, *others = sample_jobs(made)
+    first, *others = [each.job for each in samples(Generation(made, Call("id", "Generate"), Metrics()))]
     assert first is made
     assert [each.sampling.seed for each in others] == [0, 1]
     assert all(each.sampling.more and each.sampling.more.prompt_logprobs == 0 for each in others)
