@@ -85,7 +85,8 @@ async def measure(address: str, adapters: Path, adapter: Path, args: argparse.Na
         outside = await count_outside(client, manifest, questions, args.requests)
         pairs = max(len(tasks), int(args.requests * _SHARE_OF_PAIRS) // _ROUNDS)
         typed_by_free = await compare_with_free(client, questions, pairs)
-        score_by_generate, calibration = await compare_score(client, manifest, questions, pairs)
+        score_by_generate = await compare_score(client, manifest, questions, pairs)
+        calibration = await measure_calibration(client, manifest, args.bbh, max(8, args.requests // 150))
         await first_requests(client, adapters, args.backbone)
     print(
         f"types: {len(tasks)} tasks, {args.requests} requests, {outside} outside, typed/free {typed_by_free:.2f}, "
@@ -180,11 +181,10 @@ async def compare_with_free(client: AsyncClient, questions: Sequence[Question], 
 
 async def compare_score(
     client: AsyncClient, manifest: AdapterManifest, questions: Sequence[Question], pairs: int
-) -> tuple[float, float]:
-    """(requests a second of Score ÷ Generate for labels without working, calibration error over all labels)."""
+) -> float:
+    """Requests a second of Score ÷ Generate, for tasks of labels without working; prints those with working too."""
     labels = {task.id: task.answer_marker is not None for task in manifest.tasks if task.labels}
     ratios: dict[bool, list[float]] = {}
-    scored: list[tuple[Question, Score]] = []
     for worked in (False, True):
         asked = [each for each in questions if labels.get(each.example.task_id) is worked]
         waiting = itertools.cycle(asked)
@@ -196,26 +196,47 @@ async def compare_score(
                 await client.generate(question.example.task_id, question.example.input)
 
             async def score(question: Question) -> None:
-                (found,) = await client.score(question.example.task_id, [question.example.input])
-                if found.error:
-                    raise found.error
-                scored.append((question, found))
+                await scored(client, question.example)
 
             for way in (generate, score) if number % 2 else (score, generate):
                 seconds[way] = await _timed(batch, way)
             ratios.setdefault(worked, []).append(seconds[generate] / seconds[score])
-    distinct = {(question.task, question.example.input): (question, found) for question, found in scored}
-    outcomes = [
-        (found.probabilities[found.label], is_correct(found.label, question.example.target))
-        for question, found in distinct.values()
-    ]
-    error = expected_calibration_error(outcomes)
     by_way = {worked: statistics.geometric_mean(each) for worked, each in ratios.items()}
     plain = sum(not worked for worked in labels.values())
     print(f"score/generate: {plain} tasks of labels without working {by_way[False]:.2f}, ", end="")
     print(f"{len(labels) - plain} with working {by_way[True]:.2f}")
-    print(f"calibration: {len(outcomes)} examples, accuracy {statistics.mean(right for _, right in outcomes):.3f}")
-    return by_way[False], error
+    return by_way[False]
+
+
+async def scored(client: AsyncClient, example: Example) -> Score:
+    """One example's score. Raises ServerError."""
+    (found,) = await client.score(example.task_id, [example.input])
+    if found.error:
+        raise found.error
+    return found
+
+
+async def measure_calibration(client: AsyncClient, manifest: AdapterManifest, bbh: Path, count: int) -> float:
+    """The expected calibration error over test examples: `count` generated ones a task, and those of the files."""
+    labels = {task.id for task in manifest.tasks if task.labels}
+    examples: list[Example] = []
+    for name in ("builtin", "bbh-generated"):
+        suite = load_suite(name)
+        for task in suite.tasks:
+            examples += suite.examples(task.id, "test", count, 1) if task.id in labels else []
+    folder = load_suite(str(bbh))
+    for task_id in BBH.keys() & labels:
+        examples += folder.examples(task_id, "test", None)[:count]
+    outcomes: list[tuple[float, bool]] = []
+
+    async def ask(example: Example) -> None:
+        found = await scored(client, example)
+        outcomes.append((found.probabilities[found.label], is_correct(found.label, example.target)))
+
+    await closed_loop(examples, IN_FLIGHT, ask)
+    accuracy = statistics.mean(right for _, right in outcomes)
+    print(f"calibration: {len(outcomes)} labels of {len(labels)} tasks, accuracy {accuracy:.3f}", flush=True)
+    return expected_calibration_error(outcomes)
 
 
 async def first_requests(client: AsyncClient, adapters: Path, backbone: str) -> None:

@@ -13,7 +13,7 @@ Labeller = Callable[[Sequence[Example]], list[Mapping[str, float]]]
 BINS = 15
 # Temperatures that are tried, each a few percent above the last.
 _STEPS = [0.05 * 400 ** (i / 200) for i in range(201)]
-# Examples of even odds that every fit starts from: few examples move a temperature little.
+# What it costs to leave the temperature of all tasks, in nats at e times it.
 _PRIOR = 2.0
 _LEAST = 1e-30
 
@@ -49,20 +49,25 @@ def at_temperature(probabilities: Mapping[str, float], temperature: float) -> di
 
 
 def fitted_temperatures(examples: Sequence[Example], found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The temperature of every task at which its examples' targets are likeliest."""
+    """The temperature of every task at which its examples' targets are likeliest.
+
+    Few examples of a task say little, so every task's fit begins from the temperature that suits all of them together.
+    """
     by_task: dict[str, list[tuple[Mapping[str, float], str]]] = {}
     for example, probabilities in zip(examples, found, strict=True):
-        by_task.setdefault(example.task_id, []).append((probabilities, example.target))
-    return {task: round(_fitted(pairs), 3) for task, pairs in by_task.items()}
+        if example.target in probabilities:
+            by_task.setdefault(example.task_id, []).append((probabilities, example.target))
+    losses = {task: [_loss(pairs, temperature) for temperature in _STEPS] for task, pairs in by_task.items()}
+    if not losses:
+        return {}
+    joint = min(range(len(_STEPS)), key=lambda i: sum(each[i] for each in losses.values()))
+
+    def fitted(loss: Sequence[float]) -> float:
+        best = min(range(len(_STEPS)), key=lambda i: loss[i] + _PRIOR * math.log(_STEPS[i] / _STEPS[joint]) ** 2)
+        return round(_STEPS[best], 3)
+
+    return {task: fitted(each) for task, each in losses.items()}
 
 
-def _fitted(examples: Sequence[tuple[Mapping[str, float], str]]) -> float:
-
-    def loss(temperature: float) -> float:
-        total = _PRIOR * math.log(temperature) ** 2
-        for probabilities, target in examples:
-            if target in probabilities:
-                total -= math.log(max(at_temperature(probabilities, temperature)[target], _LEAST))
-        return total
-
-    return min(_STEPS, key=loss)
+def _loss(pairs: Sequence[tuple[Mapping[str, float], str]], temperature: float) -> float:
+    return -sum(math.log(max(at_temperature(each, temperature)[target], _LEAST)) for each, target in pairs)
