@@ -11,7 +11,8 @@ MAX_TEMPERATURE: Final = 2.0
 # Likely tokens beside each token of an answer, or of a prompt.
 MAX_LOGPROBS: Final = 5
 MAX_PENALTY: Final = 2.0
-MAX_REPETITION_PENALTY: Final = 10.0
+# Nearer to 0 or further from it, logits would leave the range of float32.
+REPETITION_PENALTIES: Final = (0.01, 10.0)
 MAX_BIAS: Final = 100.0
 # Token ids in one list. The engine looks at each of them in every step.
 MAX_LISTED: Final = 1024
@@ -40,7 +41,7 @@ class TaskDefaults(BaseModel):
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
-    repetition_penalty: float | None = Field(None, gt=0, le=MAX_REPETITION_PENALTY)
+    repetition_penalty: float | None = Field(None, ge=REPETITION_PENALTIES[0], le=REPETITION_PENALTIES[1])
     logit_bias: dict[_TokenId, Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]] | None = Field(
         None, max_length=MAX_LISTED
     )

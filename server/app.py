@@ -183,7 +183,10 @@ class App:
             self._run_beside("token issuers", self._authenticator.tokens.run),
             self._run_beside("usage", self._usage.run),
             self._run_beside("engine metrics", self._poll_workers),
-            self._run_beside("loop delay", lambda: watch_loop(self._metrics.loop_delay.observe)),
+            self._run_beside(
+                "loop delay",
+                lambda: watch_loop(self._metrics.loop_delay.observe, self._settings.loop_delay_interval_s),
+            ),
         ]
         await stopping
         self._metrics.serving.set(False)

@@ -67,6 +67,9 @@ class Settings(BaseSettings):
     port: int = Field(50051, ge=0, le=65535, description="port of gRPC; 0: a free one")
     metrics_host: str = Field("127.0.0.1", min_length=1, description="address on which /metrics listens")
     metrics_port: int = Field(9090, ge=0, le=65535, description="port of /metrics; 0: a free one")
+    loop_delay_interval_s: float = Field(
+        0.5, ge=0.005, le=60, description="seconds between samples of how late the server's event loop runs"
+    )
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="dtype of the backbone; auto: as its weights, or float32 on a CPU without bfloat16 products"

@@ -19,6 +19,8 @@ SLOW_FIXTURES = {"backbone", "short_backbone", "tiny_backbone", "server"}
 TOGETHER = ("tests/server/live/", "tests/engine/")
 
 os.environ["TQDM_DISABLE"] = "1"
+# Nothing watches the health of the servers that tests stop.
+os.environ["MTLORA_DRAIN_DELAY_S"] = "0"
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -281,19 +281,20 @@ class Client(_Connection):
         """
         upload, attempts = Upload(folder, adapter), Attempts(self._retry, timeout)
         while True:
-            known: SimpleQueue[int | None] = SimpleQueue()
+            known: SimpleQueue[adapters_pb2.UploadAdapterResponse | None] = SimpleQueue()
 
-            def requests(known: "SimpleQueue[int | None]" = known) -> Iterator[adapters_pb2.UploadAdapterRequest]:
+            def requests(known: Any = known) -> Iterator[adapters_pb2.UploadAdapterRequest]:
                 yield upload.begin()
-                if (received := known.get()) is not None:
-                    yield from upload.chunks(received)
+                if (reply := known.get()) is not None:
+                    yield from upload.chunks(reply)
 
             call = self._adapters.Upload(requests(), timeout=attempts.left_s, metadata=self._metadata)
             try:
                 for reply in _read(call):
                     if reply.version:
                         return str(reply.version)
-                    known.put(reply.received)
+                    upload.note(reply, attempts)
+                    known.put(reply)
             except ServerError as error:
                 time.sleep(attempts.after(error))
             finally:
@@ -401,11 +402,9 @@ class AsyncClient(_Connection):
         """As `Client.upload_adapter`."""
         upload, attempts = await asyncio.to_thread(Upload, folder, adapter), Attempts(self._retry, timeout)
         while True:
-            known: asyncio.Queue[int] = asyncio.Queue()
+            known: asyncio.Queue[adapters_pb2.UploadAdapterResponse] = asyncio.Queue()
 
-            async def requests(
-                known: "asyncio.Queue[int]" = known,
-            ) -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
+            async def requests(known: Any = known) -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
                 yield upload.begin()
                 for request in upload.chunks(await known.get()):
                     yield request
@@ -415,7 +414,8 @@ class AsyncClient(_Connection):
                 async for reply in _read_async(call):
                     if reply.version:
                         return str(reply.version)
-                    known.put_nowait(reply.received)
+                    upload.note(reply, attempts)
+                    known.put_nowait(reply)
             except ServerError as error:
                 await asyncio.sleep(attempts.after(error))
 

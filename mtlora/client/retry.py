@@ -44,6 +44,10 @@ class Attempts:
         """The timeout of the next attempt."""
         return None if self._until is None else max(0.0, self._until - time.monotonic())
 
+    def got_on(self) -> None:
+        """The last attempt has got on: the next ones count anew."""
+        self._made = 0
+
     def after(self, error: ServerError) -> float:
         """Seconds to wait after a failed attempt. Raises the error if it is final."""
         self._made += 1

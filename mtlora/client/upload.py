@@ -6,6 +6,8 @@ from pathlib import Path
 
 from mtlora_pb.v1 import adapters_pb2 as pb
 
+from mtlora.client.retry import Attempts
+
 # The names of checkpoint format 1. The client imports no torch.
 _FILES = ("adapter.json", "adapter.safetensors")
 _CHUNK_BYTES = 256 << 10
@@ -18,7 +20,14 @@ class Upload:
         self._paths = [folder / name for name in _FILES]
         self._sizes = [path.stat().st_size for path in self._paths]
         self._adapter = adapter
+        self._received = 0
         self._content = hashlib.sha256(self._paths[0].read_bytes()).hexdigest()
+
+    def note(self, reply: pb.UploadAdapterResponse, attempts: Attempts) -> None:
+        """Note how far the server has come."""
+        if reply.received > self._received:
+            self._received = reply.received
+            attempts.got_on()
 
     @property
     def bytes(self) -> int:
@@ -34,13 +43,14 @@ class Upload:
             )
         )
 
-    def chunks(self, offset: int) -> Iterator[pb.UploadAdapterRequest]:
-        """The messages after it, from a byte of both files on."""
+    def chunks(self, reply: pb.UploadAdapterResponse) -> Iterator[pb.UploadAdapterRequest]:
+        """The messages after it, from the byte on that the server has come to."""
+        offset, most = reply.received, min(_CHUNK_BYTES, reply.max_chunk_bytes)
         begin = 0
         for path, size in zip(self._paths, self._sizes, strict=True):
             with path.open("rb") as file:
                 file.seek(max(0, offset - begin))
-                while offset < begin + size and (data := file.read(_CHUNK_BYTES)):
+                while offset < begin + size and (data := file.read(most)):
                     yield pb.UploadAdapterRequest(chunk=pb.UploadChunk(offset=offset, data=data))
                     offset += len(data)
             begin += size

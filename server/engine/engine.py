@@ -258,7 +258,7 @@ class Engine:
                         output = await anext(outputs, None)
                     if output is None:
                         return
-                    yield translation.delta(output, sampling.logprobs)
+                    yield translation.delta(output, sampling)
         except VllmEngineDeadError:
             raise EngineDeadError from None
 

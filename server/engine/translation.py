@@ -55,11 +55,8 @@ def _more(more: MoreSampling) -> dict[str, Any]:
     }
 
 
-def delta(output: Any, logprobs: int = 0) -> Delta:
-    """A Delta of vLLM's RequestOutput, with `logprobs` likely tokens beside each generated one, if not 0.
-
-    Raises EngineAbortedError if the engine ended the sequence by itself.
-    """
+def delta(output: Any, sampling: Sampling) -> Delta:
+    """A Delta of vLLM's RequestOutput. Raises EngineAbortedError if the engine ended the sequence by itself."""
     completion = output.outputs[0]
     reason = completion.finish_reason
     if reason is not None and reason not in _FINISH_REASONS:
@@ -68,31 +65,34 @@ def delta(output: Any, logprobs: int = 0) -> Delta:
     return Delta(
         text=completion.text,
         tokens=len(completion.token_ids),
-        logprobs=_logprobs(completion.token_ids, completion.logprobs) if logprobs else (),
+        logprobs=_logprobs(completion.token_ids, completion.logprobs, sampling.logprobs),
         finish_reason=_FINISH_REASONS[reason] if reason else None,
         scheduled_at=(times.scheduled_ts or None) if times else None,
         first_token_at=(times.first_token_ts or None) if times else None,
         cached_tokens=output.num_cached_tokens or 0,
         token_ids=completion.token_ids,
         # The first token of a prompt has none.
-        prompt_logprobs=_logprobs(output.prompt_token_ids[1:], output.prompt_logprobs[1:])
-        if output.prompt_logprobs
+        prompt_logprobs=_logprobs(
+            output.prompt_token_ids[1:], output.prompt_logprobs[1:], sampling.more.prompt_logprobs
+        )
+        if sampling.more and output.prompt_logprobs
         else (),
         cumulative_logprob=completion.cumulative_logprob,
     )
 
 
-def _logprobs(token_ids: Sequence[int], positions: Sequence[dict[int, Any]] | None) -> tuple[TokenLogprobs, ...]:
-    if not positions:
+def _logprobs(
+    token_ids: Sequence[int], positions: Sequence[dict[int, Any]] | None, most: int
+) -> tuple[TokenLogprobs, ...]:
+    if not positions or not most:
         return ()
-    return tuple(_token_logprobs(*each) for each in zip(token_ids, positions, strict=True))
+    return tuple(_token_logprobs(*each, most) for each in zip(token_ids, positions, strict=True))
 
 
-def _token_logprobs(token_id: int, position: dict[int, Any]) -> TokenLogprobs:
+def _token_logprobs(token_id: int, position: dict[int, Any], most: int) -> TokenLogprobs:
     tokens = {
         each: TokenLogprob(each, entry.decoded_token or "", float(entry.logprob)) for each, entry in position.items()
     }
-    # The chosen token comes first in vLLM's dictionary. Its rank says whether it is one of the top tokens.
-    limit = len(position) - 1 if position[token_id].rank > len(position) - 1 else len(position)
+    # The chosen token is there too, whatever its rank.
     ranked = sorted((entry.rank, each) for each, entry in position.items())
-    return TokenLogprobs(tokens[token_id], tuple(tokens[each] for _, each in ranked[:limit]))
+    return TokenLogprobs(tokens[token_id], tuple(tokens[each] for _, each in ranked[:most]))

@@ -8,7 +8,8 @@ lifecycle.py     verifies, loads, warms and drains versions
 residency.py     loads versions into the engine and evicts them
 folder.py        the folder of adapters over time         source.py      what lies in it at one moment
 mirror.py        an fsspec URL as such a folder           spool.py       verified copies, by content
-verifier.py      checks a version, in its own process     weights.py     a canary's split of the requests
+verifier.py      checks a version in a child process     weights.py     a canary's split of the requests
 catalog.py       which version answers which task         events.py      what happened, for logs, metrics, watchers
 storage.py       calls that may never return         adapters.py    the registry of a server, from its settings
+uploads.py       checkpoints that come over the network, in pieces
 """

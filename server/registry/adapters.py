@@ -90,7 +90,15 @@ def open_adapters(
         spool.release((await verifier.verify(root, found)).content)
 
     own = None if mirror or settings.adapters is None else root
-    uploads = Uploads(own, verify, storage, max_bytes=max_bytes, max_uploads=settings.max_uploads)
+    uploads = Uploads(
+        own,
+        verify,
+        storage,
+        max_bytes=max_bytes,
+        max_uploads=settings.max_uploads,
+        # What is left for the rest of a message.
+        max_chunk_bytes=settings.max_message_bytes - 256,
+    )
     return Adapters(registry, residency, spool, verifier, uploads)
 
 

@@ -5,13 +5,13 @@ Runs in a child process of the verifier's, so it imports little: of the server, 
 
 import hashlib
 import os
-import resource
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from server.isolation import Limits
 from server.registry.source import MANIFEST_FILE, TENSORS_FILE
 
 if TYPE_CHECKING:
@@ -35,31 +35,25 @@ class VerificationLimits:
     headroom_bytes: int = 512 << 20
     tokens: int | None = None
 
-    @property
-    def memory_bytes(self) -> int:
-        """Address space that the child may add to what it starts with."""
-        return 2 * self.max_bytes + self.headroom_bytes
+    def of_child(self) -> Limits:
+        """The limits of the child that reads."""
+        # The engine's steps come first.
+        return Limits(
+            self.timeout_s,
+            memory_bytes=2 * self.max_bytes + self.headroom_bytes,
+            file_bytes=self.max_bytes + _CHUNK,
+            niceness=19,
+        )
 
 
 def run_check(
-    sender: Connection,
-    root: Path,
-    folder: Path,
-    incoming: Path,
-    backbone: "BackboneArchitecture",
-    limits: VerificationLimits,
-) -> None:
-    """The child's main: sends (True, content) or (False, reason)."""
-    _limit_this_process(limits)
-    answer: tuple[bool, Any]
-    try:
-        answer = True, check(root, folder, incoming, backbone, limits.max_bytes, limits.tokens)
-    except MemoryError:
-        answer = False, f"{folder}: reading it takes more than {limits.memory_bytes >> 20} MiB of memory"
-    except Exception as error:
-        answer = False, str(error) or f"{folder}: {type(error).__name__}"
-    sender.send(answer)
-    sender.close()
+    root: Path, folder: Path, incoming: Path, backbone: "BackboneArchitecture", limits: VerificationLimits
+) -> Iterator[str]:
+    """`check`, as a child runs it."""
+    import torch
+
+    torch.set_num_threads(1)
+    yield check(root, folder, incoming, backbone, limits.max_bytes, limits.tokens)
 
 
 def check(
@@ -110,18 +104,3 @@ def check(
     serving = manifest.model_copy(update={"training": {}, "evaluation": {}})
     (incoming / MANIFEST_FILE).write_text(serving.model_dump_json())
     return content
-
-
-def _limit_this_process(limits: VerificationLimits) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    address_space = pages * resource.getpagesize() + limits.memory_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
-    seconds = max(1, int(limits.timeout_s))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limits.max_bytes + _CHUNK, limits.max_bytes + _CHUNK))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # The engine's steps come first.
-    os.nice(19)

@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from server.registry.events import Event, Events
 from server.registry.mirror import Mirror, MirrorError
 from server.registry.record import AdapterRecord
-from server.registry.source import MANIFEST_FILE, AdapterFailure, Found, scan, signature_of
+from server.registry.source import MANIFEST_FILE, UPLOADS_FOLDER, AdapterFailure, Found, scan, signature_of
 from server.registry.storage import Beat, Storage
 from server.registry.version import AdapterVersion, Stage, StageError
 from server.telemetry.logs import get_logger
@@ -22,6 +23,11 @@ logger = get_logger("adapters")
 # Files are read once they have not changed for the first time, and refused only after the second: a writer may pause.
 _SETTLE_S = 0.05
 _WRITING_S = 1.0
+
+
+def _not_an_upload(_: Any, path: str) -> bool:
+    """Each piece of an upload would be a reason to look."""
+    return f"/{UPLOADS_FOLDER}/" not in path
 
 
 class Folder:
@@ -69,7 +75,7 @@ class Folder:
         while not stop.is_set():
             try:
                 # The watching thread wakes up at every step, and takes the interpreter from the event loop.
-                for _ in watch(self._root, watch_filter=None, step=100, debounce=200, stop_event=stop):
+                for _ in watch(self._root, watch_filter=_not_an_upload, step=100, debounce=200, stop_event=stop):
                     notify()
             except (OSError, RuntimeError) as error:
                 # No watches left, a file system without them, or a folder that is gone for now.

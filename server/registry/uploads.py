@@ -20,11 +20,10 @@ from typing import TypeVar
 import grpc
 
 from server.errors import RequestFailedError, Violation, invalid_argument, resource_exhausted
-from server.registry.source import MANIFEST_FILE, NAME, TENSORS_FILE, Found, signature_of
+from server.registry.source import MANIFEST_FILE, NAME, TENSORS_FILE, UPLOADS_FOLDER, Found, signature_of
 from server.registry.storage import Storage
 from server.registry.version import StageError
 
-_FOLDER = ".uploads"
 _KEPT_S = 86400.0
 _CONTENT = re.compile(r"[0-9a-f]{64}")
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -69,8 +68,16 @@ class Uploads:
     """
 
     def __init__(
-        self, root: Path | None, verify: Verify, storage: Storage, *, max_bytes: int, max_uploads: int
+        self,
+        root: Path | None,
+        verify: Verify,
+        storage: Storage,
+        *,
+        max_bytes: int,
+        max_uploads: int,
+        max_chunk_bytes: int,
     ) -> None:
+        self.max_chunk_bytes = max_chunk_bytes
         self._root = root
         self._verify = verify
         self._storage = storage
@@ -104,7 +111,7 @@ class Uploads:
         if version := _version_with(root / upload.announced.adapter, upload.announced):
             upload.version, upload.received = version, upload.announced.bytes
             return
-        folder = root / _FOLDER
+        folder = root / UPLOADS_FOLDER
         folder.mkdir(mode=0o700, exist_ok=True)
         others = []
         for other in folder.iterdir():
@@ -130,7 +137,7 @@ class Incoming:
     def __init__(self, uploads: Uploads, root: Path, announced: Announced, verify: Verify, storage: Storage) -> None:
         self.announced = announced
         self.key = f"{announced.adapter}--{announced.content}"
-        self.folder = root / _FOLDER / self.key
+        self.folder = root / UPLOADS_FOLDER / self.key
         self.files = (self.folder / MANIFEST_FILE, self.folder / TENSORS_FILE)
         self.received = 0
         self.version = ""

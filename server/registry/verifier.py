@@ -1,18 +1,18 @@
 """Verifies each version in a child process under limits, so that reading a bad file cannot harm the server.
 
-multiprocessing's fork server imports the checkpoint reader once and forks a child for each version. The child copies
-the two files to the spool, up to the limits, and reads the copy as the engine will. The server reads only what passed.
+The child copies the two files to the spool, up to the limits, and reads the copy as the engine will. The server reads
+only what passed.
 """
 
 import asyncio
-import multiprocessing
-import signal
+import pickle
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from server.isolation import ChildEndedError, ChildError, in_child
 from server.registry.check import VerificationLimits, run_check
 from server.registry.source import Found
 from server.registry.spool import Spool, SpoolFullError
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from mtlora.checkpoint.format import AdapterManifest
 
 _AT_ONCE = 2
-_KILL_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,6 @@ class Verifier:
         self._spool = spool
         self._backbone = backbone
         self._limits = limits
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["mtlora.checkpoint.read", "server.registry.check"])
         self._at_once = asyncio.Semaphore(_AT_ONCE)
         self._processes: set[BaseProcess] = set()
 
@@ -91,32 +88,11 @@ class Verifier:
             process.kill()
 
     def _in_child(self, root: Path, folder: Path, incoming: Path) -> str:
-        receiver, sender = self._context.Pipe(duplex=False)
-        arguments = (sender, root, folder, incoming, self._backbone, self._limits)
-        process = self._context.Process(target=run_check, args=arguments, name="mtlora-verify", daemon=True)
-        process.start()
-        self._processes.add(process)
-        sender.close()
+        arguments = (root, folder, incoming, self._backbone, self._limits)
         try:
-            if not receiver.poll(self._limits.timeout_s):
-                raise StageError(Stage.VERIFIED, f"{folder}: not read within {self._limits.timeout_s:g} s")
-            try:
-                passed, text = receiver.recv()
-            except EOFError:
-                process.join(5)
-                raise StageError(Stage.VERIFIED, f"{folder}: {_death(process.exitcode, self._limits)}") from None
-        finally:
-            process.kill()
-            # A process that waits for storage may outlive this for as long as the kernel waits.
-            process.join(_KILL_S)
-            self._processes.discard(process)
-            receiver.close()
-        if not passed:
-            raise StageError(Stage.VERIFIED, text)
-        return str(text)
-
-
-def _death(exit_code: int | None, limits: VerificationLimits) -> str:
-    if exit_code == -signal.SIGXCPU:
-        return f"reading it took more than {limits.timeout_s:g} s of a core"
-    return f"reading it ended the process that read it (exit status {exit_code})"
+            (content,) = in_child(run_check, *arguments, limits=self._limits.of_child(), running=self._processes)
+        except ChildEndedError as error:
+            raise StageError(Stage.VERIFIED, f"{folder}: {error}") from None
+        except ChildError as error:
+            raise StageError(Stage.VERIFIED, str(error)) from None
+        return str(pickle.loads(content))

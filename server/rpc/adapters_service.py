@@ -91,7 +91,7 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
         announced = Announced(begin.adapter, begin.content, begin.manifest_bytes, begin.tensors_bytes)
         upload = await self.uploads.begin(announced)
         try:
-            yield pb.UploadAdapterResponse(received=upload.received)
+            yield pb.UploadAdapterResponse(received=upload.received, max_chunk_bytes=self.uploads.max_chunk_bytes)
             while not upload.whole:
                 await self._write(upload, await anext(requests, None))
             with statuses(begin.adapter):

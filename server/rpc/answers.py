@@ -16,9 +16,9 @@ from mtlora.answer.types import MAX_LABELS
 from mtlora.errors import describe
 from mtlora.task import TaskSpec
 from server.errors import AdapterError, Violation, invalid_argument
+from server.isolation import ChildError, Limits, in_child
 from server.scheduling.fair_thread import FairThread
 from server.tenants import Tenant
-from server.tenants.aside import AsideError, in_child
 
 # Of a request's own type, as a message.
 _MAX_BYTES = 64 << 10
@@ -67,11 +67,11 @@ class OwnTypes:
                 (found,) = await self._thread.run(
                     tenant,
                     request.ByteSize(),
-                    lambda: in_child(_checked, _as_data(request.answer), marker, task.stop, timeout_s=_CHECK_S),
+                    lambda: in_child(_checked, _as_data(request.answer), marker, task.stop, limits=Limits(_CHECK_S)),
                 )
                 constraint, name = pickle.loads(found)
                 (fewest,) = await engine.compile([constraint])
-            except (AsideError, AdapterError) as error:
+            except (ChildError, AdapterError) as error:
                 raise invalid_argument([Violation("answer", str(error))]) from None
             self._held[key] = Held(constraint, name, fewest)
             if len(self._held) > _KEPT:

@@ -30,7 +30,6 @@ class Item:
     index: int = 0
     generations: list[Generation] = field(default_factory=list)
     failure: RequestFailedError | None = None
-    ended: bool = False
 
     @property
     def answers(self) -> list[Generation]:
@@ -47,7 +46,7 @@ Expand = Callable[[Generation], list[Generation]]
 
 def samples(first: Generation) -> list[Generation]:
     """A generation for each sample of a request."""
-    return [replace(first, job=job) for job in _sample_jobs(first.job)]
+    return [Generation(job, first.call, first.metrics) for job in _sample_jobs(first.job)]
 
 
 def _sample_jobs(job: GenerationJob) -> Iterator[GenerationJob]:
@@ -80,7 +79,6 @@ async def side_by_side(
                 item.failure = failure_of(error, item.call.request_id)
             left[item] -= 1
             if not left[item]:
-                item.ended = True
                 ended.put_nowait(item)
 
     workers = [asyncio.create_task(work()) for _ in range(min(places, sum(left.values())))]

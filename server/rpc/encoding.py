@@ -65,9 +65,10 @@ def item_response(item: Item) -> pb.GenerateResponse:
     answers = item.answers
     message = response(answers[0])
     if len(item.generations) > 1:
-        message.summary.CopyFrom(summary(answers[0], item.generations))
+        _sum_up(message.summary, item.generations)
         # Reported by the first that was drawn, which need not be the best.
-        message.prompt_logprobs[:] = [token_logprobs(token) for token in item.generations[0].prompt_logprobs]
+        del message.prompt_logprobs[:]
+        message.prompt_logprobs.extend(token_logprobs(token) for token in item.generations[0].prompt_logprobs)
     if len(answers) > 1:
         message.samples.extend(_sample(each) for each in answers)
     return message
@@ -105,9 +106,7 @@ def stream_response(delta: Delta, generation: Generation) -> pb.GenerateStreamRe
     )
 
 
-def summary(generation: Generation, drawn: Sequence[Generation] = ()) -> pb.Summary:
-    """Of the sample that answers, or of all that were drawn."""
-    drawn = drawn or (generation,)
+def summary(generation: Generation) -> pb.Summary:
     served = generation.job.task
     alone = generation.job.without_adapter
     message = pb.Summary(
@@ -116,15 +115,26 @@ def summary(generation: Generation, drawn: Sequence[Generation] = ()) -> pb.Summ
         adapter_name="" if alone else served.adapter_name,
         adapter_version="" if alone else served.adapter_version,
         finish_reason=_FINISH_REASONS[generation.finish_reason or "length"],
-        prompt_tokens=len(generation.job.prompt_ids) * len(drawn),
-        cached_tokens=sum(each.cached_tokens for each in drawn),
-        working_tokens=sum(each.working_tokens for each in drawn),
-        completion_tokens=sum(each.completion_tokens for each in drawn),
+        prompt_tokens=len(generation.job.prompt_ids),
+        cached_tokens=generation.cached_tokens,
+        working_tokens=generation.working_tokens,
+        completion_tokens=generation.completion_tokens,
     )
+    message.timings.queue.FromNanoseconds(int(generation.queue_s * 1e9))
+    message.timings.time_to_first_token.FromNanoseconds(int(generation.ttft_s * 1e9))
+    message.timings.total.FromNanoseconds(int(generation.total_s * 1e9))
+    return message
+
+
+def _sum_up(message: pb.Summary, drawn: Sequence[Generation]) -> None:
+    """Let a summary count every sample that was drawn."""
+    message.prompt_tokens = sum(len(each.job.prompt_ids) for each in drawn)
+    message.cached_tokens = sum(each.cached_tokens for each in drawn)
+    message.working_tokens = sum(each.working_tokens for each in drawn)
+    message.completion_tokens = sum(each.completion_tokens for each in drawn)
     message.timings.queue.FromNanoseconds(int(min(each.queue_s for each in drawn) * 1e9))
     message.timings.time_to_first_token.FromNanoseconds(int(min(each.ttft_s for each in drawn) * 1e9))
     message.timings.total.FromNanoseconds(int(max(each.total_s for each in drawn) * 1e9))
-    return message
 
 
 def score(item: Item) -> pb.InputScore:

@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import replace
 from functools import partial
-from operator import methodcaller
 from typing import Any
 
 import grpc
@@ -180,10 +179,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             item.call.settle(code, self._usage)
             item.call.record(code, self._metrics)
 
-        code = grpc.StatusCode.CANCELLED
+        code, left = grpc.StatusCode.CANCELLED, dict.fromkeys(items)
         try:
             async with aclosing(self._run(items, places=places, strict=False, expand=expand)) as ended:
                 async for item in ended:
+                    del left[item]
                     settle(item, item.failure.code if item.failure else grpc.StatusCode.OK)
                     yield item
         except RequestFailedError as failure:
@@ -192,8 +192,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         finally:
             if code is grpc.StatusCode.CANCELLED and call.expired:
                 code = grpc.StatusCode.DEADLINE_EXCEEDED
-            for item in items:
-                if not item.ended and item.call.sequences:
+            for item in left:
+                if item.call.sequences:
                     settle(item, code)
 
     async def _run(
@@ -221,7 +221,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             ready = [item for item in items if item.failure is None]
             jobs = [generation.job for item in ready for generation in item.generations]
             with self._scheduler.reserve(call.tenant, jobs) as reserved:
-                run = methodcaller("run", self.engine, self._scheduler, self.residency, reserved=reserved)
+
+                async def run(sequence: Any) -> None:
+                    # A long batch may outlive an engine.
+                    await sequence.run(self.engine, self._scheduler, self.residency, reserved=reserved)
+
                 async with aclosing(side_by_side(ready, places, run)) as ended:
                     async for item in ended:
                         if strict and item.failure is not None:
@@ -234,7 +238,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         except RequestFailedError as failure:
             if strict:
                 raise
-            item.failure, item.ended = failure, True
+            item.failure = failure
         else:
             item.generations = expand(first)
 

@@ -11,9 +11,9 @@ from mtlora.parameters import (
     MAX_LOGPROBS,
     MAX_PENALTY,
     MAX_PRIORITY,
-    MAX_REPETITION_PENALTY,
     MAX_SAMPLES,
     MAX_STOP_TOKENS,
+    REPETITION_PENALTIES,
     TaskDefaults,
     contradictions,
     samples,
@@ -31,6 +31,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "min_p": (0, 1),
     "presence_penalty": (-MAX_PENALTY, MAX_PENALTY),
     "frequency_penalty": (-MAX_PENALTY, MAX_PENALTY),
+    "repetition_penalty": REPETITION_PENALTIES,
     "prompt_logprobs": (0, MAX_LOGPROBS),
     "priority": (-MAX_PRIORITY, MAX_PRIORITY),
 }
@@ -96,10 +97,6 @@ def _out_of_range(values: Mapping[str, Any]) -> Iterator[Violation]:
     for name, (least, most) in _RANGES.items():
         if name in values and not least <= values[name] <= most:
             yield Violation(f"parameters.{name}", f"found {values[name]:g}; allowed: {least:g} to {most:g}")
-    penalty = values.get("repetition_penalty", 1.0)
-    if not 0 < penalty <= MAX_REPETITION_PENALTY:
-        allowed = f"above 0, up to {MAX_REPETITION_PENALTY:g}"
-        yield Violation("parameters.repetition_penalty", f"found {penalty:g}; allowed: {allowed}")
 
 
 def _wrong_tokens(name: str, tokens: Sequence[int], vocab_size: int) -> Iterator[Violation]:
@@ -137,10 +134,10 @@ def _nothing_left(values: Mapping[str, Any], vocab_size: int, end_tokens: Set[in
             "parameters.logit_bias.values",
             f"found {changed} tokens together with banned_tokens; allowed: up to {MAX_LISTED}",
         )
-    allowed = set(values.get("allowed_tokens", ())) or set(range(min(vocab_size, 2 * MAX_LISTED)))
-    if allowed <= banned:
+    allowed, ends = set(values.get("allowed_tokens", ())), end_tokens | {*values.get("stop_token_ids", ())}
+    if len(banned) >= vocab_size:
         yield Violation("parameters.banned_tokens.values", "found every token; allowed: fewer")
-    elif values.get("min_new_tokens") and allowed <= banned | end_tokens | {*values.get("stop_token_ids", ())}:
+    elif values.get("min_new_tokens") and (allowed <= ends if allowed else len(banned | ends) >= vocab_size):
         yield Violation(
             "parameters.min_new_tokens",
             f"found {values['min_new_tokens']}, where every allowed token ends the answer; allowed: 0",

@@ -3,18 +3,16 @@
 import asyncio
 from collections.abc import Callable
 
-# Each wake-up of an idle server costs a third of a millisecond where an engine has filled the processor's caches.
-INTERVAL_S = 0.5
 
+async def watch_loop(observe: Callable[[float], None], interval_s: float) -> None:
+    """Report, every `interval_s`, by how many seconds this task woke too late; runs until cancelled.
 
-async def watch_loop(observe: Callable[[float], None]) -> None:
-    """Report, twice a second, by how many seconds this task woke too late; runs until cancelled.
-
-    A loop is late if its process gets too little processor time, waits for a disk, or runs one long computation. Every
+    Each wake-up of an idle server costs a third of a millisecond where an engine has filled the processor's caches. A
+    loop is late if its process gets too little processor time, waits for a disk, or runs one long computation. Every
     request is then late too, by more than its own clock shows: that clock starts when the loop reads the request.
     """
     loop = asyncio.get_running_loop()
     while True:
-        due = loop.time() + INTERVAL_S
-        await asyncio.sleep(INTERVAL_S)
+        due = loop.time() + interval_s
+        await asyncio.sleep(interval_s)
         observe(max(0.0, loop.time() - due))

@@ -163,7 +163,7 @@ class Metrics:
         )
         self.loop_delay = self._histograms(
             "mtlora_event_loop_delay_seconds",
-            "How late the server's event loop runs, sampled twice a second.",
+            "How late the server's event loop runs, sampled every `loop_delay_interval_s`.",
             buckets=_DELAY_BUCKETS,
         )
         self.background_ends = self._counts(

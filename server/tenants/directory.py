@@ -8,14 +8,14 @@ from pathlib import Path
 from types import MappingProxyType
 
 from mtlora.files import signature
+from server.isolation import ChildError, Limits, in_child
 from server.telemetry.logs import get_logger
-from server.tenants.aside import AsideError, in_child
 from server.tenants.config import OPEN_TENANT, ApiKey, Issuer, Tenant, TenantsFile
 from server.tenants.file import TENANTS_A_PART, read_file, read_parts
 
 logger = get_logger("tenants")
 
-_TIMEOUT_S = 60.0
+_LIMITS = Limits(timeout_s=60.0)
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def read_tenants(path: Path, replicas: int | None = None) -> Tenants:
 
 
 async def read_tenants_aside(path: Path, replicas: int | None = None) -> Tenants:
-    """As `read_tenants`, in a child process; holds up the event loop for no more than a part. Raises AsideError."""
-    first, *parts = await asyncio.to_thread(in_child, read_parts, path, replicas, timeout_s=_TIMEOUT_S)
+    """As `read_tenants`, in a child process; holds up the event loop for no more than a part. Raises ChildError."""
+    first, *parts = await asyncio.to_thread(in_child, read_parts, path, replicas, limits=_LIMITS)
     snapshot = _Snapshot()
     for part in parts:
         snapshot.add(pickle.loads(part))
@@ -107,7 +107,7 @@ class Directory:
         self._seen = now
         try:
             tenants = await read_tenants_aside(self._path, self._replicas)
-        except AsideError as error:
+        except ChildError as error:
             logger.error("tenants file refused, the old tenants stay", extra={"fields": {"reason": str(error)}})
             self._on_failure()
             return

@@ -17,8 +17,8 @@ import jwt
 
 from mtlora.files import signature
 from server.errors import unauthenticated, unavailable
+from server.isolation import ChildError, Limits, in_child
 from server.telemetry.logs import get_logger
-from server.tenants.aside import AsideError, in_child
 from server.tenants.config import MAX_ISSUERS, Issuer, Tenant, is_url
 from server.tenants.directory import Directory
 from server.tenants.jwks import PublicKey, public_key, read_jwks
@@ -183,7 +183,7 @@ class _KeySource:
     async def _refresh(self) -> None:
         try:
             found, keys = await asyncio.get_running_loop().run_in_executor(self._pool, _read_keys, self._issuer.jwks)
-        except AsideError as error:
+        except ChildError as error:
             fields = {"issuer": self._issuer.issuer, "reason": str(error)}
             logger.error("issuer's keys not read, the old ones stay", extra={"fields": fields})
             self._on_failure(self._issuer.issuer)
@@ -201,8 +201,8 @@ class _KeySource:
 
 
 def _read_keys(jwks: str) -> tuple[list[dict[str, Any]], Mapping[str | None, PublicKey]]:
-    """The keys as read, and by id. Blocks. Raises AsideError."""
-    found = pickle.loads(in_child(read_jwks, jwks, timeout_s=_FETCH_S)[0])
+    """The keys as read, and by id. Blocks. Raises ChildError."""
+    found = pickle.loads(in_child(read_jwks, jwks, limits=Limits(timeout_s=_FETCH_S))[0])
     keys: dict[str | None, PublicKey] = {jwk.get("kid"): public_key(jwk) for jwk in found}
     if len(keys) == 1:
         keys[None] = next(iter(keys.values()))

@@ -109,6 +109,11 @@ def test_dashboard_has_its_rows_and_no_overlaps() -> None:
     assert len(cells) == len(set(cells)), "panels overlap"
 
 
+def test_alerts_have_names_of_their_own() -> None:
+    names = [rule["alert"] for rule in rules() if "alert" in rule]
+    assert len(names) == len(set(names))
+
+
 def test_every_alert_has_a_runbook() -> None:
     alerts = [rule for rule in rules() if "alert" in rule]
     assert len(alerts) >= 10

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from benchmarks.harness.waiting import wait_until
 from mtlora.client import OPEN, Access, Client
-from tests.faults._load import BackgroundLoad, questions
+from tests.faults._load import PARAMETERS, BackgroundLoad, questions
 
 _IN_FLIGHT = 12
 # Ends a measurement that hangs.
@@ -19,9 +19,9 @@ class Pace:
     step_s: float
     answer_s: float
 
-    @property
-    def answers_per_s(self) -> float:
-        return _IN_FLIGHT / self.answer_s
+    def answers_per_s(self, max_new_tokens: int) -> float:
+        """Answers of this length a second."""
+        return _IN_FLIGHT / (self.answer_s - (PARAMETERS["max_new_tokens"] - max_new_tokens) * self.step_s)
 
     def __str__(self) -> str:
         return f"a step takes {1e3 * self.step_s:.0f} ms, an answer {self.answer_s:.2f} s, {_IN_FLIGHT} at a time"

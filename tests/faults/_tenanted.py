@@ -24,6 +24,8 @@ SETTINGS: Mapping[str, Any] = {
     "max_in_flight": 256,
     "enable_prefix_caching": False,
     "max_message_bytes": 65536,
+    # Enough samples for a 99.9th percentile in half a minute.
+    "loop_delay_interval_s": 0.01,
     "log_level": "warning",
 }
 # Ends a wait for a watcher of the file that has ended itself.

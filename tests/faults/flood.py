@@ -47,7 +47,7 @@ def run(options: Options) -> Row:
     """Short turns with and without the flood, so that other load on the machine affects both alike."""
     at_least_s, backlog_s = (600.0, 120.0) if options.full else (45.0, 15.0)
     server = tenanted(options)
-    capacity = server.pace.answers_per_s
+    capacity = server.pace.answers_per_s(_ANSWER["max_new_tokens"])
     tenants: dict[str, Mapping[str, Any]] = {name: {} for name in (*_GENTLE, *_EQUAL)}
     tenants["flooder"] = {"requests_per_second": _QUOTA_SHARE * capacity}
     access = server.set_tenants(tenants)
@@ -60,7 +60,9 @@ def run(options: Options) -> Row:
     if flood.ratio > P99_GOAL:
         # The 99th percentile of some hundred requests is the second or third slowest: is it chance?
         asyncio.run(flood.rounds(rounds))
-    settling_s, backlog_s = max(5.0, _SETTLING / capacity), max(backlog_s, _BACKLOG / capacity)
+    # Their answers have 8 or 24 tokens.
+    mixed = server.pace.answers_per_s(16)
+    settling_s, backlog_s = max(5.0, _SETTLING / mixed), max(backlog_s, _BACKLOG / mixed)
     service = asyncio.run(_backlog(server, access, asked, settling_s, backlog_s, options.seed))
     quiet, flooded = flood.quiet, flood.flooded
     fairness = jain(list(service.values()))

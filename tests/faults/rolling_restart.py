@@ -1,35 +1,45 @@
-"""Two servers behind one client channel are restarted in turn under load: no call may fail."""
+"""Two servers behind one client channel are restarted in turn under load: no call may fail.
+
+Each has cores of its own, as replicas on two nodes have: one that starts takes none of the other's.
+"""
 
 import asyncio
 import itertools
+import os
 import socket
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import Any
 
 from benchmarks.harness.asking import closed_loop
 from benchmarks.harness.native_server import native_server
 from mtlora.client import AsyncClient, Client, MetricsPage, ServerError
 from server.cli.process import ServerProcess
-from tests.faults._load import PARAMETERS, Question, questions
+from server.engine.threads import deal
+from tests.faults._load import Question, questions
 from tests.faults.scenario import Options, Row
 
 ORDER = 110
 _IN_FLIGHT = 16
 # Calls that a server answers after its restart before the other one is restarted.
 _CALLS_BETWEEN = 32
+# Short: many calls begin and end while a server stops and starts.
+_ANSWER: dict[str, Any] = {"max_new_tokens": 4, "stop": []}
 
 
 class Restarted:
     """A server that can be restarted on its port."""
 
-    def __init__(self, options: Options) -> None:
+    server: ServerProcess
+
+    def __init__(self, options: Options, cores: Sequence[int]) -> None:
         self._settings = {
             "backbone": options.backbone, "adapters": options.adapters, "kv_cache_gib": 0.5, "max_num_seqs": 16,
-            "log_level": "warning", "port": _free_port(),
+            "omp_threads_bind": ",".join(map(str, cores)), "log_level": "warning", "port": _free_port(),
         }  # fmt: skip
         self._life = ExitStack()
-        self.server: ServerProcess
-        self.start()
 
     def start(self) -> None:
         self.server = self._life.enter_context(native_server(**self._settings))
@@ -40,18 +50,18 @@ class Restarted:
 
     def answered(self) -> float:
         """Calls answered since the start."""
-        counts = MetricsPage.fetch(self.server.metrics).samples["mtlora_requests_total"]
-        return sum(value for labels, value in counts if labels.get("status") == "OK")
+        return MetricsPage.fetch(self.server.metrics).value("mtlora_requests_total", status="OK")
 
 
 def run(options: Options) -> Row:
     """Restart ten times in all (short: twice)."""
     restarts = 10 if options.full else 2
+    servers = [Restarted(options, cores) for cores in deal(sorted(os.sched_getaffinity(0)), 2)]
     with ExitStack() as stack:
-        servers = []
-        for _ in range(2):
-            servers.append(Restarted(options))
-            stack.callback(servers[-1].stop)
+        for each in servers:
+            stack.callback(each.stop)
+        with ThreadPoolExecutor() as starting:
+            list(starting.map(Restarted.start, servers))
         with Client(servers[0].server.address, retry=None) as client:
             asked = questions(client, 64, options.seed)
         ends = asyncio.run(_restart_under_load(servers, restarts, asked))
@@ -72,7 +82,7 @@ async def _restart_under_load(servers: list[Restarted], restarts: int, asked: li
 
     async def ask(question: Question) -> None:
         try:
-            await client.generate(question.task_id, question.text, **PARAMETERS)
+            await client.generate(question.task_id, question.text, **_ANSWER)
             ends["OK"] += 1
         except ServerError as error:
             ends[f"{error.code.name}: {error.message}"] += 1

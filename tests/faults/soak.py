@@ -17,7 +17,7 @@ from tests.faults._swapping import Watcher, references, swap
 from tests.faults.scenario import Options, Row
 
 ORDER = 14
-FULL_S, SHORT_S = 3600.0, 60.0
+FULL_S, SHORT_S = 3600.0, 40.0
 SWAP_EVERY_S, SHORT_SWAP_EVERY_S = 30.0, 5.0
 SHARE = 0.8
 MAX_GROWTH = 0.02
@@ -25,7 +25,7 @@ _SAMPLES = 5
 
 
 def run(options: Options) -> Row:
-    """Soak for an hour, in the short form for a minute."""
+    """Soak for an hour, in the short form for 40 s."""
     return soak(options, FULL_S if options.full else SHORT_S, SWAP_EVERY_S if options.full else SHORT_SWAP_EVERY_S)
 
 

@@ -16,6 +16,7 @@ from openinference_pb import grpc_predict_v2_pb2_grpc
 
 from mtlora.answer.constraint import TOKENS_PREFIX, read
 from mtlora.client import Answer, AsyncClient, ServerError
+from server.isolation import Limits, in_child
 from server.job import Delta, GenerationJob, ServedTask, TokenLogprob, TokenLogprobs
 from tests.server.adapters import entry
 from tests.server.fakes import FakeEngine, Service
@@ -51,6 +52,12 @@ class Scripted(FakeEngine):
             yield Delta("", 1, (TokenLogprobs(top[0], top),), "length")
         else:
             yield Delta(self.text, 2, finish_reason="stop", token_ids=(7, self.ends_by))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forkserver() -> None:
+    """Its start takes seconds, and a request's type is checked within some."""
+    in_child(eval, "[1]", limits=Limits(60))
 
 
 @pytest.fixture

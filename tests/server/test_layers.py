@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Lowest first. A room imports rooms of lower levels alone, never one of its own level.
 LEVELS = (
-    ("errors", "job"),
+    ("errors", "isolation", "job"),
     ("settings", "telemetry"),
     ("tenants",),
     ("accounting",),

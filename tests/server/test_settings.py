@@ -1,6 +1,7 @@
 """Settings: their sources, which source wins, and the errors for wrong ones."""
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -16,8 +17,8 @@ from server.settings import Settings, SettingsError, flag_of, load_settings
 
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MTLORA_MAX_NUM_SEQS", "MTLORA_ADAPTERS", "MTLORA_PORT", "MTLORA_HOST"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("MTLORA_")]:
+        monkeypatch.delenv(name)
 
 
 def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,17 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
+import grpc
 import pytest
+from mtlora_pb.v1 import inference_pb2_grpc
 
+from mtlora.client import AsyncClient, make_request
 from server.errors import RequestFailedError
 from server.job import Delta, TokenLogprob, TokenLogprobs
 from server.rpc.stream import unhurried
+from tests.server.fakes import Service
 
 LOGPROBS = TokenLogprobs(TokenLogprob(1, "x", -0.5), ())
 
@@ -75,3 +80,29 @@ async def test_leaving_ends_the_producer() -> None:
     async with unhurried(source([Delta("a", 1)] * 1000, ended)) as deltas:
         await anext(deltas)
     assert ended == ["ended"]
+
+
+async def test_a_slow_reader_holds_up_itself_alone_and_is_ended() -> None:
+    service = Service(turns=1, slow_reader_s=1.0)
+    service.engine.deltas = [Delta("x" * 200_000, 1) for _ in range(20)] + [Delta("", 1, finish_reason="stop")]
+    async with service.running(), AsyncClient(service.address) as quick:
+        options = [("grpc.http2.bdp_probe", 0), ("grpc.max_receive_message_length", -1)]
+        async with grpc.aio.insecure_channel(service.address, options=options) as channel:
+            call = inference_pb2_grpc.InferenceStub(channel).GenerateStream(make_request("one", "x"))
+            await call.read()
+            # The only slot is free again, although nobody reads the stream.
+            assert (await asyncio.wait_for(quick.generate("one", "y"), 5)).text
+            await asyncio.sleep(1.5)
+            assert service.value("mtlora_requests_in_flight") == 0
+            name = "mtlora_requests_total"
+            assert service.value(name, method="GenerateStream", task="one", status="RESOURCE_EXHAUSTED") == 1
+            # The client gets the status when it reads on.
+            with pytest.raises(grpc.aio.AioRpcError):
+                await _read_on(call)
+            assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "taken for 1 s" in await call.details()
+
+
+async def _read_on(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass

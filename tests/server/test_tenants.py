@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from mtlora_pb.v1 import adapters_pb2, inference_pb2
 from openinference_pb import grpc_predict_v2_pb2
 
-from mtlora.client import Access, AsyncClient, ServerError, make_request
+from mtlora.client import Access, AsyncClient, ServerError
 from server.cli import new_key as new_key_cli
 from server.errors import RequestFailedError
+from server.isolation import ChildError, Limits, in_child
 from server.telemetry.logs import JsonFormatter
 from server.tenants import Directory, TenantsError, read_tenants
-from server.tenants.aside import AsideError, in_child
 from server.tenants.authentication import Authenticator
 from server.tenants.config import ApiKey
 from server.tenants.keys import checked_hash, hash_key, new_key
@@ -217,8 +217,8 @@ def _hangs(path: Path) -> Iterator[Any]:
 async def test_a_reader_that_dies_or_hangs_is_a_refused_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Any, message: str
 ) -> None:
-    with pytest.raises(AsideError, match=message):
-        await asyncio.to_thread(in_child, work, tmp_path, timeout_s=0.5 if work is _hangs else 30)
+    with pytest.raises(ChildError, match=message):
+        await asyncio.to_thread(in_child, work, tmp_path, limits=Limits(0.5 if work is _hangs else 30))
 
 
 async def test_the_loop_stands_still_for_no_part_of_a_reload(tmp_path: Path) -> None:
@@ -450,33 +450,3 @@ async def test_a_certificate_that_expires_during_a_connection_is_refused(
         later = a.certificate.not_valid_after_utc.timestamp() + 1
         monkeypatch.setattr("server.tenants.authentication.time.time", lambda: later)
         assert (await refusal(client)).code is grpc.StatusCode.UNAUTHENTICATED
-
-
-async def test_a_slow_reader_holds_up_itself_alone_and_is_ended(tmp_path: Path) -> None:
-    from mtlora_pb.v1 import inference_pb2_grpc
-
-    from server.job import Delta
-
-    service = Service(turns=1, slow_reader_s=1.0)
-    service.engine.deltas = [Delta("x" * 200_000, 1) for _ in range(20)] + [Delta("", 1, finish_reason="stop")]
-    async with service.running(), AsyncClient(service.address) as quick:
-        options = [("grpc.http2.bdp_probe", 0), ("grpc.max_receive_message_length", -1)]
-        async with grpc.aio.insecure_channel(service.address, options=options) as channel:
-            call = inference_pb2_grpc.InferenceStub(channel).GenerateStream(make_request("one", "x"))
-            await call.read()
-            # The only slot is free again, although nobody reads the stream.
-            assert (await asyncio.wait_for(quick.generate("one", "y"), 5)).text
-            await asyncio.sleep(1.5)
-            assert service.value("mtlora_requests_in_flight") == 0
-            name = "mtlora_requests_total"
-            assert service.value(name, method="GenerateStream", task="one", status="RESOURCE_EXHAUSTED") == 1
-            # The client gets the status when it reads on.
-            with pytest.raises(grpc.aio.AioRpcError):
-                await _read_on(call)
-            assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert "taken for 1 s" in await call.details()
-
-
-async def _read_on(call: Any) -> None:
-    while await call.read() is not grpc.aio.EOF:
-        pass

@@ -78,15 +78,16 @@ def test_refuses_a_version_that_vanished(verifier: Verifier, home: Path, tmp_pat
 def test_children_are_forked_from_a_process_without_vllm(tmp_path: Path) -> None:
     # A process of its own: multiprocessing has one fork server a process, and other tests start it too.
     script = f"""
-import sys, types
+import pickle, sys, types
 sys.modules["vllm"] = types.ModuleType("vllm")
 from pathlib import Path
 from server.registry.spool import Spool, SpoolFullError
+from server.isolation import Limits, in_child
 from server.registry.verifier import Verifier, VerificationLimits
 from tests.server.slots import TINY
 verifier = Verifier(Spool(Path({str(tmp_path)!r})), TINY, VerificationLimits())
-with verifier._context.Pool(1) as child:
-    print(*child.apply(eval, ("sorted(__import__('sys').modules)",)))
+(modules,) = in_child(eval, "[sorted(__import__('sys').modules)]", limits=Limits(60))
+print(*pickle.loads(modules))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     modules = set(done.stdout.split())
@@ -110,7 +111,7 @@ async def test_a_cancelled_verification_leaves_no_copy(home: Path, tmp_path: Pat
 def test_time_is_limited(home: Path, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
     shutil.copytree(home / "healthy", tmp_path / "adapters" / "a" / "1")
-    with pytest.raises(StageError, match=r"not read within 0\.001 s"):
+    with pytest.raises(StageError, match=r"not done within 0\.001 s"):
         Verifier(spool, TINY, VerificationLimits(timeout_s=0.001)).verify_now(
             tmp_path / "adapters", found(tmp_path / "adapters")
         )

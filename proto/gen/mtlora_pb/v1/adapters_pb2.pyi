@@ -139,12 +139,14 @@ class UploadChunk(_message.Message):
     def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class UploadAdapterResponse(_message.Message):
-    __slots__ = ("received", "version")
+    __slots__ = ("received", "version", "max_chunk_bytes")
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     received: int
     version: str
-    def __init__(self, received: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+    max_chunk_bytes: int
+    def __init__(self, received: _Optional[int] = ..., version: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ...) -> None: ...
 
 class DownloadAdapterRequest(_message.Message):
     __slots__ = ("adapter", "version")

@@ -1,0 +1,5 @@
+"""Work on what others wrote, in a child process under limits: it may take long, fail or be killed."""
+
+from server.isolation.child import ChildEndedError, ChildError, Limits, in_child
+
+__all__ = ["ChildEndedError", "ChildError", "Limits", "in_child"]
