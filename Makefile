@@ -81,6 +81,9 @@ bench-merge: $(STAMP) ## a task added by merge against joint training, and the o
 bench-front: $(STAMP) ## the server's own processor time a request beside `vllm serve` with the same plugin
 	$(BIN)/python -m benchmarks.front --backbone $(BACKBONE) $(FRONT)
 
+types: $(STAMP) ## answers outside their types, throughput typed and free, scores of labels (TYPES="--requests 500": shorter)
+	$(BIN)/python -m benchmarks.types --backbone $(BACKBONE) $(TYPES)
+
 loadtest: $(STAMP) ## a server's knee, a closed loop there, the engine without a server; report in out/loadtest
 	$(BIN)/python -m benchmarks.loadtest --backbone $(BACKBONE) --adapters $(ADAPTERS) $(LOADTEST)
 
@@ -104,8 +107,8 @@ format: $(STAMP) ## let ruff format and sort
 	$(BIN)/ruff format
 
 proto: $(STAMP) ## generate proto/gen from proto/mtlora and proto/openinference
-	$(BIN)/python -m grpc_tools.protoc -Imtlora_pb=proto/mtlora --python_out=proto/gen --pyi_out=proto/gen \
-	  --grpc_python_out=proto/gen $(patsubst proto/mtlora/%,mtlora_pb/%,$(wildcard proto/mtlora/v1/*.proto))
+	$(BIN)/python -m grpc_tools.protoc -Imtlora_pb=proto/mtlora -Igoogle=proto/google --python_out=proto/gen \
+	  --pyi_out=proto/gen --grpc_python_out=proto/gen $(patsubst proto/mtlora/%,mtlora_pb/%,$(wildcard proto/mtlora/v1/*.proto))
 	$(BIN)/python -m grpc_tools.protoc -Iopeninference_pb=proto/openinference --python_out=proto/gen \
 	  --pyi_out=proto/gen --grpc_python_out=proto/gen openinference_pb/grpc_predict_v2.proto
 

@@ -153,7 +153,7 @@ async def measure(side: Side, examples: Sequence[Example]) -> Measured:
 
 @asynccontextmanager
 async def _grpc(address: str) -> AsyncIterator[Ask]:
-    async with AsyncClient(address) as client:
+    async with AsyncClient(address, retry=None) as client:
 
         async def ask(example: Example) -> int:
             answer = await client.generate(example.task_id, example.input)

@@ -96,6 +96,14 @@ def identify(folder: Path) -> BackboneIdentity:
         raise BackboneError(f"{folder}: not a readable backbone ({type(error).__name__}: {error})") from error
 
 
+def vocabulary(folder: Path) -> int:
+    """How many tokens a backbone's config allows for. Raises BackboneError if it does not say."""
+    try:
+        return int(json.loads((folder / "config.json").read_text())["vocab_size"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise BackboneError(f"{folder}: config.json: no vocab_size ({type(error).__name__}: {error})") from error
+
+
 def _weights_fingerprint(folder: Path) -> str:
     """sha256 over every tensor's name, shape, dtype and sampled bytes, however files divide the tensors."""
     files = sorted(folder.glob("*.safetensors"))

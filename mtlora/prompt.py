@@ -5,12 +5,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from mtlora.task import TaskSpec
 
 # What a chat template puts around turns where it uses no special tokens: [INST], <<SYS>>, <|user|>.
 _MARK = re.compile(r"<<[^<>\s]+>>|<[^<>\s]+>|\[[^\[\]\s]+\]")
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # By how much a text in UTF-8 shrinks at most: U+212A, three bytes, becomes the letter K.
 _NFC_SHRINKS = 3
 _LOSSLESS_PRE_TOKENIZERS = {"ByteLevel", "Digits", "Metaspace"}
@@ -44,6 +46,40 @@ class PromptEncoder:
         A special token spelled out inside the text is encoded as plain text: no input can forge a turn or an end.
         """
         return self._plain(prompt, True)
+
+    @cached_property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """The special tokens that the backbone's tokenizer puts before a text."""
+        whole, bare = self._plain("a", True), self._plain("a", False)
+        begin = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
+        return tuple(whole[:begin])
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the special tokens, and of the chat template's marks that are tokens."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        named = {token_id for token_id, token in added if token.special or token.content in self._reserved}
+        return frozenset(named | set(getattr(self.tokenizer, "all_special_ids", ())))
+
+    def working_tokens(self, ids: Sequence[int], working: str) -> int:
+        """How many of the first generated ids wrote the working."""
+        size, tokens = len(working.encode()), 0
+        while size > 0 and tokens < len(ids):
+            size -= self._byte_lengths.get(ids[tokens], 0)
+            tokens += 1
+        return tokens
+
+    @cached_property
+    def _byte_lengths(self) -> dict[int, int]:
+        """Bytes of each token in a text; special tokens have none."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        steps = _steps(getattr(backend, "pre_tokenizer", None), "pretokenizers")
+        # Such a tokenizer spells a token with a character for each byte.
+        length = len if any(step["type"] == "ByteLevel" for step in steps) else _length_with_fallback
+        lengths = {token_id: length(token) for token, token_id in self.tokenizer.get_vocab().items()}
+        for token_id, token in self.tokenizer.added_tokens_decoder.items():
+            lengths[token_id] = len(token.content.encode())
+        return lengths | dict.fromkeys(self.special_ids, 0)
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """A conversation in the backbone's chat template, ready for the assistant's turn. Raises TemplateError.
@@ -87,6 +123,11 @@ class PromptEncoder:
     def fewest_tokens(self, text: str) -> int:
         """A lower bound of a text's tokens, without encoding it; 0 where the tokenizer may drop parts of a text."""
         return math.ceil(len(text.encode().translate(None, self._dropped_bytes)) / self._most_bytes_per_token)
+
+
+def _length_with_fallback(token: str) -> int:
+    """Bytes of a token of a tokenizer that writes blanks as U+2581, and bytes without a token as <0x0A>."""
+    return 1 if _BYTE.fullmatch(token) else len(token.replace("\u2581", " ").encode())
 
 
 def _encode_with(tokenizer: Any, *, split_special_tokens: bool) -> _Encode:

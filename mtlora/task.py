@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_serializer, field_validator, model_validator
 
+from mtlora.answer import AnswerError, AnswerType, Label
+from mtlora.answer.constraint import Constraint
 from mtlora.errors import MtLoRAError
+from mtlora.parameters import TaskDefaults
 
 TASK_ID_PATTERN = r"^[a-z0-9][a-z0-9_.\-]{0,127}$"
 TaskId = Annotated[str, StringConstraints(pattern=TASK_ID_PATTERN)]
@@ -46,13 +49,27 @@ class TaskSpec(BaseModel):
     template: str = Field("{input}\nAnswer:", min_length=1, max_length=20_000)
     stop: tuple[Annotated[str, StringConstraints(min_length=1, max_length=64)], ...] = Field(("\n",), max_length=8)
     max_new_tokens: int = Field(32, ge=1, le=4096)
-    allowed_answers: tuple[str, ...] | None = Field(None, description="the closed set of answers, if there is one")
+    allowed_answers: tuple[str, ...] | None = Field(
+        None, description="the closed set of answers; the same as an `answer` of type label"
+    )
+    answer: AnswerType | None = Field(
+        None, description="what an answer may be; null for any text", exclude_if=lambda answer: answer is None
+    )
     # Left out of JSON if unset.
     answer_marker: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = Field(
         None,
         description="the mark between working and answer in a generated text; null if all of it is the answer",
         exclude_if=lambda marker: marker is None,
     )
+    defaults: TaskDefaults | None = Field(
+        None,
+        description="the task's own values of parameters that a request may set",
+        exclude_if=lambda defaults: defaults is None,
+    )
+
+    @field_serializer("defaults")
+    def _given_defaults(self, defaults: TaskDefaults | None) -> dict[str, object] | None:
+        return None if defaults is None else dict(defaults.given)
 
     @field_validator("template")
     @classmethod
@@ -70,7 +87,9 @@ class TaskSpec(BaseModel):
 
     @model_validator(mode="after")
     def _answers_do_not_stop_themselves(self) -> "TaskSpec":
-        for answer in self.allowed_answers or ():
+        if self.allowed_answers and self.answer is not None:
+            raise ValueError("allowed_answers and answer are both set; answer alone will do")
+        for answer in self.labels or ():
             for stop in self.stop:
                 if stop in answer:
                     raise ValueError(f"allowed answer {answer!r} contains the stop string {stop!r}")
@@ -83,6 +102,37 @@ class TaskSpec(BaseModel):
                 if stop in self.answer_marker:
                     raise ValueError(f"answer_marker {self.answer_marker!r} contains the stop string {stop!r}")
         return self
+
+    @model_validator(mode="after")
+    def _shortest_answer_fits(self) -> "TaskSpec":
+        least = self.defaults.min_new_tokens if self.defaults else None
+        if least is not None and least > self.max_new_tokens:
+            raise ValueError(f"defaults: min_new_tokens: found {least}, above max_new_tokens, {self.max_new_tokens}")
+        return self
+
+    @property
+    def answer_type(self) -> AnswerType | None:
+        """What an answer may be; None for any text."""
+        return _label(self.allowed_answers) if self.allowed_answers else self.answer
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The closed set of answers, if there is one."""
+        answer = self.answer_type
+        return answer.labels if isinstance(answer, Label) else None
+
+    def constraint(self, *, without_adapter: bool = False) -> Constraint | None:
+        """What holds a decoder to the type of answer. The backbone alone was taught no marker."""
+        answer = self.answer_type
+        return _constraint(answer, None if without_adapter else self.answer_marker, self.stop) if answer else None
+
+    def check_answers(self) -> None:
+        """Raise AnswerError if no decoder can be held to the type of answer."""
+        if constraint := self.constraint():
+            try:
+                constraint.compile()
+            except AnswerError as error:
+                raise AnswerError(f"task {self.id}: answer: {error}") from None
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -137,6 +187,17 @@ class TaskSpec(BaseModel):
             parts += [f"unknown {', '.join(unknown)}"] if unknown else []
             raise TemplateError(f"fields of task {self.id}: {'; '.join(parts)}; it takes {', '.join(self.fields)}")
         return self.template.format_map(dict(values))
+
+
+# Not kept with the spec: copies of it differ.
+@lru_cache(maxsize=4096)
+def _label(labels: tuple[str, ...]) -> Label:
+    return Label(labels=labels)
+
+
+@lru_cache(maxsize=4096)
+def _constraint(answer: AnswerType, marker: str | None, stop: tuple[str, ...]) -> Constraint:
+    return Constraint(answer, marker, stop)
 
 
 def normalise_answer(text: str) -> str:

@@ -95,7 +95,13 @@ class App:
         self._stop = asyncio.Event()
         self._metrics = Metrics(exemplars=settings.metrics_exemplars)
         self._tracer = (
-            Tracer(settings.otlp_endpoint, sample_ratio=settings.trace_sample_ratio) if settings.otlp_endpoint else None
+            Tracer(
+                settings.otlp_endpoint,
+                sample_ratio=settings.trace_sample_ratio,
+                label_of=self._metrics.task_label if settings.otlp_metrics else None,
+            )
+            if settings.otlp_endpoint
+            else None
         )
         turns = min(engine_turns(settings.max_num_seqs), settings.in_flight_limit)
         # Above the queue's limit, so the fair queue picks whom to refuse.
@@ -285,6 +291,7 @@ class App:
             self._on_disk.callback(self._adapters.close)
             self._inference.residency = self._adapters.residency
             self._adapters_service.registry = self._adapters.registry
+            self._adapters_service.uploads = self._adapters.uploads
             self._verifying = asyncio.ensure_future(self._verify_adapters())
             # Together: if nothing can be served, the start fails without waiting for the engine.
             await asyncio.gather(self._supervisor.start(), self._verifying)
@@ -306,7 +313,7 @@ class App:
         await self._verifying
         self._inference.engine = engine
         self._inference.prompts = engine.prompts
-        self._inference.limits = PromptLimits(self._settings.max_model_len, engine.vocab_size)
+        self._inference.limits = PromptLimits(self._settings.max_model_len, engine.vocab_size, engine.end_tokens)
         await self._adapters.registry.load_all()
         if self._admission.state is State.STARTING:
             self._check_catalog()

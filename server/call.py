@@ -3,15 +3,29 @@
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
 
 from server.accounting import AuditedCall, Counts, Usage
+from server.errors import from_exception
+from server.telemetry.genai import GenAIMetrics
+from server.telemetry.logs import get_logger
+from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import RequestTrace
 from server.tenants import UNAUTHENTICATED, Tenant
+
+logger = get_logger("request")
+
+# A client's deadline starts before the server's, so its cancellation can come a moment before the server's deadline.
+DEADLINE_SLACK_S = 0.1
+# What the server itself failed is nobody's usage.
+_SERVERS_OWN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL}
 
 
 @dataclass
 class Call:
-    """One RPC, from receipt to status."""
+    """One RPC, or one item of a batch, from receipt to status."""
 
     request_id: str
     method: str
@@ -22,6 +36,7 @@ class Call:
     # time.monotonic() of the deadline; None if the client set none.
     deadline: float | None = None
     trace: RequestTrace | None = None
+    genai: GenAIMetrics | None = None
     audited: AuditedCall | None = None
     # What the engine took of the call, and made for it: sequences, and their tokens.
     sequences: int = 0
@@ -36,6 +51,40 @@ class Call:
             self.counted = True
             counts = Counts(self.sequences, self.prompt_tokens, self.cached_tokens, self.completion_tokens)
             usage.record(self.tenant.id, self.task, counts)
+
+    def settle(self, code: grpc.StatusCode, usage: Usage) -> None:
+        """Count the usage of a call that has ended so."""
+        if code not in _SERVERS_OWN:
+            self.count_in(usage)
+
+    def record(self, code: grpc.StatusCode, metrics: Metrics) -> None:
+        """Count a call that has ended, and write its line."""
+        known: dict[str, Any] = {
+            "tenant": self.tenant.id,
+            "task": self.task,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+        }
+        metrics.record_request(method=self.method, status=code.name, **known)
+        fields = {
+            "request_id": self.request_id,
+            "method": self.method,
+            **known,
+            "status": code.name,
+            "ms": round((time.monotonic() - self.received) * 1e3, 1),
+        }
+        logger.info("request", extra={"fields": fields})
+
+    def error_type(self, error: BaseException) -> str:
+        """The name of the status that an error ends the call with."""
+        if isinstance(error, Exception):
+            return from_exception(error).code.name
+        return "DEADLINE_EXCEEDED" if self.expired else "CANCELLED"
+
+    @property
+    def expired(self) -> bool:
+        """Whether the deadline has come, or will in a moment: the client's clock starts before the server's."""
+        return self.deadline is not None and time.monotonic() >= self.deadline - DEADLINE_SLACK_S
 
     @property
     def exemplar(self) -> dict[str, str]:

@@ -39,14 +39,17 @@ class RequestFailedError(Exception):
         self.message = shorten(message, _MAX_MESSAGE)
         self.details = tuple(details)
 
-    def status_details(self) -> bytes:
-        """The value of the `grpc-status-details-bin` trailer."""
+    def status(self) -> status_pb2.Status:
+        """Code, message and details."""
         packed = []
         for detail in self.details:
             packed.append(any_pb2.Any())
             packed[-1].Pack(detail)
-        status = status_pb2.Status(code=self.code.value[0], message=self.message, details=packed)
-        return bytes(status.SerializeToString())
+        return status_pb2.Status(code=self.code.value[0], message=self.message, details=packed)
+
+    def status_details(self) -> bytes:
+        """The value of the `grpc-status-details-bin` trailer."""
+        return bytes(self.status().SerializeToString())
 
 
 class EngineDeadError(Exception):

@@ -1,14 +1,15 @@
 """What a valid request asks of the engine, and what the engine returns. Knows neither gRPC nor vLLM."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mtlora.task import TaskSpec
 
 FinishReason = Literal["stop", "length"]
 
-# Likely tokens beside each generated one that a request may ask for.
-MAX_LOGPROBS = 5
+# Tokens that the engine gives log-probabilities of at a time: the labels that Score tells apart.
+MAX_SCORED_TOKENS = 1001
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,26 @@ class ServedTask:
     slot: Any
     # The registry's adapter version, which the engine must hold meanwhile; None if the slot needs none.
     version: Any = None
+    # The temperature of the probabilities of its labels.
+    calibration: float | None = None
+
+
+@dataclass(frozen=True)
+class MoreSampling:
+    """What few requests set; see the contract's GenerationParameters."""
+
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_tokens: tuple[int, ...] = ()
+    banned_tokens: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_new_tokens: int = 0
+    prompt_logprobs: int = 0
+    # Also sum up the log-probabilities of the generated tokens.
+    cumulative_logprob: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,11 +54,14 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int = 0
+    # What the answer is held to, as the engine reads it; see mtlora.answer.constraint.
+    constraint: str | None = None
+    more: MoreSampling | None = None
 
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """A request that has passed validation."""
+    """A request that has passed validation; one of its samples, if there are several."""
 
     task: ServedTask
     prompt_ids: tuple[int, ...]
@@ -51,6 +75,16 @@ class GenerationJob:
     # Tokens that may gather before the engine hands them out. An answer that fits comes in one piece; of others the
     # first token and the last ones never wait.
     delta_tokens: int = 1
+    # The name of the type that its answer is held to.
+    answer_type: str = ""
+    # A further sequence for an input that was counted already.
+    further: bool = False
+    # Samples to answer with, and samples to draw.
+    n: int = 1
+    best_of: int = 1
+    return_token_ids: bool = False
+    # Among the tenant's own requests that wait, higher first.
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,5 +116,10 @@ class Delta:
     first_token_at: float | None = None
     # Of the prompt's tokens, those that the engine found in its prefix cache.
     cached_tokens: int = 0
+    token_ids: Sequence[int] = ()
+    # Of the prompt's tokens but the first, in the first delta.
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    # Of all tokens so far; None unless asked for.
+    cumulative_logprob: float | None = None
     # The working, until the marker comes. `Generation` sets it; the engine does not know the marker.
     reasoning: str = ""

@@ -67,6 +67,9 @@ class Settings(BaseSettings):
         None, gt=0, allow_inf_nan=False, description="GiB of such copies; a version beyond is refused; unset: no limit"
     )
     max_adapter_mib: int = Field(1024, ge=1, le=4096, description="MiB of the largest adapter accepted")
+    max_uploads: int = Field(
+        4, ge=0, description="unfinished uploads of adapters kept, for a day each; 0: no uploads are taken"
+    )
     verify_timeout_s: float = Field(60.0, ge=1, le=3600, description="seconds allowed to verify an adapter")
 
     host: str = Field("127.0.0.1", min_length=1, description="address on which gRPC and health listen")
@@ -175,6 +178,9 @@ class Settings(BaseSettings):
     metrics_exemplars: bool = Field(False, description="add trace or request ids to histograms, in OpenMetrics")
     otlp_endpoint: str | None = Field(
         None, min_length=1, description="OpenTelemetry collector (OTLP/gRPC) for a trace of each request; unset: none"
+    )
+    otlp_metrics: bool = Field(
+        True, description="send the collector metrics too, by the names of OpenTelemetry's GenAI conventions"
     )
     trace_sample_ratio: float = Field(1.0, ge=0, le=1, description="share of requests that are traced")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

@@ -58,7 +58,7 @@ async def _check(addresses: Sequence[str], seconds: float, utilisation: float, s
     examples = _examples(addresses[0])
     rng = random.Random(seed)
     async with contextlib.AsyncExitStack() as stack:
-        clients = [await stack.enter_async_context(AsyncClient(address)) for address in addresses]
+        clients = [await stack.enter_async_context(AsyncClient(address, retry=None)) for address in addresses]
         await asyncio.gather(*(_closed_loop(client, examples, 16, 32, rng) for client in clients))
         levels = []
         for in_flight in _LEVELS:
@@ -133,7 +133,7 @@ async def _ask(client: AsyncClient, example: Example, rng: random.Random) -> Ans
 
 def _examples(address: str) -> list[Example]:
     suite = load_suite("builtin")
-    with Client(address) as client:
+    with Client(address, retry=None) as client:
         served = {task.id for task in client.tasks()}
     found = [e for task in suite.tasks if task.id in served for e in suite.examples(task.id, "test", 8, 0)]
     if not found:

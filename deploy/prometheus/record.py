@@ -67,7 +67,7 @@ async def _flood(address: str, task: str, until: float) -> None:
             except grpc.aio.AioRpcError:
                 await asyncio.sleep(0.1)
 
-    async with AsyncClient(address) as client, grpc.aio.insecure_channel(address) as channel:
+    async with AsyncClient(address, retry=None) as client, grpc.aio.insecure_channel(address) as channel:
         stub = grpc_predict_v2_pb2_grpc.GRPCInferenceServiceStub(channel)
         await asyncio.gather(
             *(native(client) for _ in range(IN_FLIGHT - OPEN_INFERENCE)),

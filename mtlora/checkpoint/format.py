@@ -11,7 +11,7 @@ Tensors of layer l and module m (`self_attn` or `mlp`), where T = tasks, N = exp
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from mtlora.backbone import BackboneIdentity
 from mtlora.config import MtLoRAConfig
 from mtlora.errors import MtLoRAError
-from mtlora.task import TaskSpec
+from mtlora.task import TaskId, TaskSpec
 
 FORMAT_VERSION: Final = 1
 MANIFEST_FILE = "adapter.json"
@@ -51,6 +51,11 @@ class AdapterManifest(BaseModel):
     evaluation: dict[str, Any] = Field(
         default_factory=dict, description="its scores, from training or `mtlora eval --record`"
     )
+    calibration: dict[TaskId, Annotated[float, Field(ge=0.05, le=20)]] = Field(
+        default_factory=dict,
+        description="the temperature of the probabilities of a task's labels, from `mtlora eval --record`",
+        exclude_if=lambda calibration: not calibration,
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "AdapterManifest":
@@ -60,6 +65,8 @@ class AdapterManifest(BaseModel):
             if task.id in seen:
                 raise ValueError(f"tasks: id: expected each once, found {task.id!r} twice")
             seen.add(task.id)
+        if unknown := sorted(self.calibration.keys() - seen):
+            raise ValueError(f"calibration: expected tasks of this adapter, found {unknown[0]!r}")
         indices = [task.bias_index for task in self.tasks]
         expected = list(range(len(self.tasks))) if self.config.task_bias else [None] * len(self.tasks)
         if sorted(indices, key=lambda i: -1 if i is None else i) != expected:

@@ -27,14 +27,19 @@ def publish(checkpoint: Path, adapter: Path) -> Path:
         read_checkpoint(made)
         let_all_read(made)
         sync(made)
-        while True:
-            version = adapter / str(1 + max((int(p.name) for p in adapter.iterdir() if p.name.isdigit()), default=0))
-            try:
-                os.rename(made, version)
-            except OSError:
-                # Another publisher took the number: a rename over its folder fails, because it is not empty.
-                if not version.exists():
-                    raise
-            else:
-                sync(adapter)
-                return version
+        return put_version(made, adapter)
+
+
+def put_version(made: Path, adapter: Path) -> Path:
+    """Move a finished folder to the next free version of an adapter's folder on the same file system; returns it."""
+    while True:
+        version = adapter / str(1 + max((int(p.name) for p in adapter.iterdir() if p.name.isdecimal()), default=0))
+        try:
+            os.rename(made, version)
+        except OSError:
+            # Another publisher took the number: a rename over its folder fails, because it is not empty.
+            if not version.exists():
+                raise
+        else:
+            sync(adapter)
+            return version

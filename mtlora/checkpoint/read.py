@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from pydantic import ValidationError
 
+from mtlora.answer import AnswerError
 from mtlora.backbone import BackboneArchitecture
 from mtlora.checkpoint.format import (
     DTYPES,
@@ -46,6 +47,19 @@ _MAX_HEADER_BYTES = 8 << 20
 # The published adapter for LLaMA-2-7B has 0.16 GB. Needs a limit: a manifest may claim any size, and a sparse file
 # costs nothing.
 _MAX_TENSORS_BYTES = 4 << 30
+
+
+def check_answers(folder: Path, manifest: AdapterManifest) -> None:
+    """Raise CheckpointError for a type of answer that no decoder can be held to."""
+    # Tasks share types.
+    checked: set[str] = set()
+    for task in manifest.tasks:
+        if (constraint := task.constraint()) and constraint.text not in checked:
+            checked.add(constraint.text)
+            try:
+                task.check_answers()
+            except AnswerError as error:
+                raise CheckpointError(f"{folder}: {error}") from None
 
 
 def read_manifest(folder: Path) -> AdapterManifest:

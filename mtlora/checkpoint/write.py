@@ -19,7 +19,7 @@ from mtlora.checkpoint.format import (
     TaskEntry,
     and_more,
 )
-from mtlora.checkpoint.read import read_checkpoint
+from mtlora.checkpoint.read import check_answers, read_checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.errors import describe
 from mtlora.files import folder_in_the_making, let_all_read, put_in_place, write_durably
@@ -34,6 +34,7 @@ def write_checkpoint(
     tensors: Mapping[str, torch.Tensor],
     training: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, float] | None = None,
 ) -> AdapterManifest:
     """Write a checkpoint to `folder`, whole or not at all; an old checkpoint there is replaced in one step.
 
@@ -52,13 +53,14 @@ def write_checkpoint(
             tensors_sha256=hashlib.sha256(stored).hexdigest(),
             training=_as_json("training", training),
             evaluation=_as_json("evaluation", evaluation),
+            calibration=dict(calibration or {}),
         )
         document = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
         with folder_in_the_making(folder) as made:
             write_durably(made / TENSORS_FILE, stored)
             write_durably(made / MANIFEST_FILE, (document + "\n").encode())
             try:
-                read_checkpoint(made)
+                check_answers(made, read_checkpoint(made).manifest)
             except CheckpointError as error:
                 raise CheckpointError(str(error).replace(str(made), str(folder))) from None
             let_all_read(made)
@@ -70,13 +72,19 @@ def write_checkpoint(
     return manifest
 
 
-def record_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
-    """Replace the scores in a checkpoint's manifest, and nothing else. Raises CheckpointError."""
+def record_evaluation(
+    folder: Path, evaluation: Mapping[str, Any], calibration: Mapping[str, float] | None = None
+) -> None:
+    """Replace the scores in a checkpoint's manifest, and the temperatures if given, and nothing else.
+
+    Raises CheckpointError.
+    """
     checkpoint = read_checkpoint(folder)
     manifest = checkpoint.manifest
     write_checkpoint(
         folder, backbone=manifest.backbone, config=manifest.config, tasks=manifest.tasks, tensors=checkpoint.tensors,
         training=manifest.training, evaluation=evaluation,
+        calibration=manifest.calibration if calibration is None else calibration,
     )  # fmt: skip
 
 

@@ -3,11 +3,15 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtlora.cli.backbone import add_backbone_argument
+from mtlora.cli.connection import access_from, add_access_arguments
 from mtlora.cli.evaluate import print_scores
 from mtlora.cli.output import print_fields, print_json, print_table
+
+if TYPE_CHECKING:
+    from mtlora.task import TaskSpec
 
 
 def add_parser(subparsers: Any) -> None:
@@ -43,7 +47,9 @@ def add_parser(subparsers: Any) -> None:
 
     publish = subparsers.add_parser("publish", help="copy a checkpoint to the next version of a served adapter")
     publish.add_argument("checkpoint", type=Path, metavar="DIR", help="such as out/mine/adapter")
-    publish.add_argument("adapter", type=Path, metavar="ADAPTERS/NAME", help="such as adapters/mine")
+    publish.add_argument("adapter", metavar="ADAPTERS/NAME", help="such as adapters/mine; with --to: the name alone")
+    publish.add_argument("--to", metavar="HOST:PORT", help="upload to a running server, as an admin")
+    add_access_arguments(publish)
     publish.set_defaults(run=_publish)
 
 
@@ -73,14 +79,14 @@ def _inspect(args: argparse.Namespace) -> int:
     )
     print_table(
         f"{len(manifest.tasks)} tasks",
-        ("task", "bias index", "max new tokens", "stop", "allowed answers", "description"),
+        ("task", "bias index", "max new tokens", "stop", "answers", "description"),
         [
             (
                 task.id,
                 "–" if task.bias_index is None else task.bias_index,
                 task.max_new_tokens,
                 " ".join(map(repr, task.stop)) or "–",
-                len(task.allowed_answers) if task.allowed_answers else "any",
+                _shown_answers(task),
                 task.description,
             )
             for task in manifest.tasks
@@ -96,14 +102,21 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _shown_answers(task: "TaskSpec") -> str:
+    if task.answer_type is None:
+        return "any"
+    return f"{len(task.labels)} labels" if task.labels else task.answer_type.type
+
+
 def _verify(args: argparse.Namespace) -> int:
     from mtlora.backbone import identify, resolve
     from mtlora.checkpoint.format import CheckpointError
-    from mtlora.checkpoint.read import read_checkpoint
+    from mtlora.checkpoint.read import check_answers, read_checkpoint
 
     backbone = None if args.backbone is None else identify(resolve(args.backbone))
     try:
         checkpoint = read_checkpoint(args.folder, backbone)
+        check_answers(args.folder, checkpoint.manifest)
     except CheckpointError as error:
         print(f"mtlora: error: {error}", file=sys.stderr)
         return 1
@@ -138,6 +151,19 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _publish(args: argparse.Namespace) -> int:
     from mtlora.checkpoint.publish import publish
+    from mtlora.checkpoint.read import read_checkpoint
+    from mtlora.client import Client, Retry, ServerError
+    from mtlora.errors import MtLoRAError
 
-    print(publish(args.checkpoint, args.adapter))
+    if args.to is None:
+        print(publish(args.checkpoint, Path(args.adapter)))
+        return 0
+    # Says what is wrong before anything is sent.
+    read_checkpoint(args.checkpoint)
+    try:
+        with Client(args.to, access_from(args), Retry(attempts=6)) as client:
+            version = client.upload_adapter(args.checkpoint, args.adapter)
+    except (OSError, ValueError, ServerError) as error:
+        raise MtLoRAError(f"{args.to}: {error}") from None
+    print(f"{args.adapter}/{version}")
     return 0

@@ -12,6 +12,7 @@ from mtlora.cli.output import print_table
 
 if TYPE_CHECKING:
     from mtlora.checkpoint.format import Checkpoint, TaskEntry
+    from mtlora.evaluation.calibration import Labeller
     from mtlora.evaluation.evaluate import Answerer, Scores
     from mtlora.suite import Example, Suite
 
@@ -73,7 +74,8 @@ def _eval(args: argparse.Namespace) -> int:
     suite = load_suite(args.suite)
     tasks = checkpoint.manifest.tasks if checkpoint else tuple(TaskEntry(**task.model_dump()) for task in suite.tasks)
     examples = _examples(suite, tasks, args)
-    answers = {name: answer(examples) for name, answer in _answerers(folder, checkpoint, tasks, suite, args).items()}
+    answerers, labeller = _answerers(folder, checkpoint, tasks, suite, args)
+    answers = {name: answer(examples) for name, answer in answerers.items()}
     scores = {name: score(examples, found) for name, found in answers.items()}
     evaluation: dict[str, Any] = {
         "suite": suite.name,
@@ -85,6 +87,9 @@ def _eval(args: argparse.Namespace) -> int:
         **{name: found.as_dict() for name, found in scores.items()},
     }
     print_scores(evaluation)
+    calibration = dict(checkpoint.manifest.calibration) if checkpoint else {}
+    if labeller is not None:
+        calibration |= _calibrate(labeller, tasks, examples, calibration, evaluation)
     if args.json:
         records = [
             {"task_id": e.task_id, "input": e.input, "target": e.target, **{n: a[i] for n, a in answers.items()}}
@@ -92,9 +97,37 @@ def _eval(args: argparse.Namespace) -> int:
         ]
         args.json.write_text(json.dumps({**evaluation, "answers": records}, indent=1) + "\n")
     if args.record:
-        record_evaluation(args.adapter, evaluation)
+        record_evaluation(args.adapter, evaluation, calibration)
     print(summary(scores))
     return 0
+
+
+def _calibrate(
+    labeller: "Labeller",
+    tasks: "tuple[TaskEntry, ...]",
+    examples: "list[Example]",
+    stored: "Mapping[str, float]",
+    evaluation: dict[str, Any],
+) -> dict[str, float]:
+    """Print and enter the calibration errors of labels; returns temperatures fitted on these examples."""
+    from mtlora.evaluation.calibration import calibration_error, fitted_temperatures
+
+    labelled = {task.id for task in tasks if task.labels}
+    chosen = [example for example in examples if example.task_id in labelled]
+    if not chosen:
+        return {}
+    found = labeller(chosen)
+    fitted = fitted_temperatures(chosen, found)
+    errors = {
+        name: round(calibration_error(chosen, found, temperatures), 4)
+        for name, temperatures in (("uncalibrated", {}), ("stored", stored), ("fitted", fitted))
+    }
+    evaluation["calibration_error"] = errors
+    print(
+        f"expected calibration error of {len(chosen)} labels: {errors['uncalibrated']:.3f}, {errors['stored']:.3f} at "
+        f"the checkpoint's temperatures, {errors['fitted']:.3f} at temperatures fitted on these examples"
+    )
+    return fitted
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -115,8 +148,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _answerers(
     folder: Path, checkpoint: "Checkpoint | None", tasks: "tuple[TaskEntry, ...]", suite: "Suite", args: Any
-) -> "dict[str, Answerer]":
-    """The answerers to score: `adapter`, `backbone_alone`, or both."""
+) -> "tuple[dict[str, Answerer], Labeller | None]":
+    """The answerers to score, `adapter`, `backbone_alone` or both; and what scores the adapter's labels."""
     from mtlora.evaluation import evaluate
 
     names = ["adapter"] * bool(checkpoint) + ["backbone_alone"] * (not args.adapter_only)
@@ -127,9 +160,10 @@ def _answerers(
             access = access_from(args)
         except (OSError, ValueError) as error:
             raise MtLoRAError(str(error)) from None
-        return {
+        answerers = {
             name: evaluate.server_answerer(args.through, access, without_adapter=name != "adapter") for name in names
         }
+        return answerers, evaluate.server_labeller(args.through, access)
 
     import torch
 
@@ -146,7 +180,8 @@ def _answerers(
         adapted = new_adapted_model(folder, MtLoRAConfig(r=1, num_experts=1, num_groups=1, task_bias=False), 1, dtype)
     make = evaluate.likelihood_answerer if args.scoring == "likelihood" else evaluate.offline_answerer
     prompt_of = evaluate.few_shot_prompt(suite, args.shots, args.seed) if args.shots else evaluate.plain_prompt
-    return {name: make(adapted, tasks, with_adapter=name == "adapter", prompt_of=prompt_of) for name in names}
+    answerers = {name: make(adapted, tasks, with_adapter=name == "adapter", prompt_of=prompt_of) for name in names}
+    return answerers, evaluate.offline_labeller(adapted, tasks) if checkpoint and not args.shots else None
 
 
 def _examples(suite: "Suite", tasks: "tuple[TaskEntry, ...]", args: argparse.Namespace) -> "list[Example]":

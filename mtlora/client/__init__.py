@@ -3,17 +3,22 @@
 from mtlora.client.access import OPEN, Access
 from mtlora.client.client import AsyncClient, Client
 from mtlora.client.errors import ServerError
-from mtlora.client.messages import Answer, Input, make_request
+from mtlora.client.messages import Answer, BatchAnswer, Input, Score, make_batch, make_request
 from mtlora.client.metrics_page import MetricsPage
+from mtlora.client.retry import Retry
 
 __all__ = [
     "OPEN",
     "Access",
     "Answer",
     "AsyncClient",
+    "BatchAnswer",
     "Client",
     "Input",
     "MetricsPage",
+    "Retry",
+    "Score",
     "ServerError",
+    "make_batch",
     "make_request",
 ]

@@ -43,6 +43,22 @@ class ServerError(Exception):
         super().__init__(f"{self.code.name}: {self.message}")
 
 
+class StatusOf:
+    """An item's google.rpc.Status, as gRPC gives that of a call."""
+
+    def __init__(self, status: status_pb2.Status) -> None:
+        self._status = status
+
+    def code(self) -> grpc.StatusCode:
+        return next(code for code in grpc.StatusCode if code.value[0] == self._status.code)
+
+    def details(self) -> str:
+        return str(self._status.message)
+
+    def trailing_metadata(self) -> list[tuple[str, bytes]]:
+        return [("grpc-status-details-bin", self._status.SerializeToString())]
+
+
 @contextmanager
 def server_errors() -> Iterator[None]:
     """Raise ServerError for what gRPC raises inside."""

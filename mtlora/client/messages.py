@@ -1,27 +1,119 @@
 """What a request says and what an answer holds."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Self, cast
 
 from mtlora_pb.v1 import inference_pb2 as pb
 
-# A text for a one-field template, named fields, or the messages of a chat.
-Input = str | Mapping[str, str] | Sequence[Mapping[str, str]]
+from mtlora.client.errors import ServerError, StatusOf
+
+# A text for a one-field template, named fields, the messages of a chat, or the token ids of a whole prompt.
+Input = str | Mapping[str, str] | Sequence[Mapping[str, str]] | Sequence[int]
+_LISTS = ("allowed_tokens", "banned_tokens", "stop_token_ids")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """reasoning: what the model wrote before its answer, if it was asked for."""
+    """reasoning: what the model wrote before its answer, if it was asked for.
+    samples: every answer if several were asked for, the one of this object first. token_ids, prompt_logprobs: if asked
+    for. answer_type: what the text was held to, empty if it was free.
+    """
 
     text: str
     summary: pb.Summary
     logprobs: list[pb.TokenLogprobs] = field(default_factory=list)
     reasoning: str = ""
+    samples: list[pb.Sample] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[pb.TokenLogprobs] = field(default_factory=list)
+    answer_type: str = ""
+
+    @property
+    def value(self) -> Any:
+        """What the text stands for: a Decimal, a date, what JSON holds, or the text itself."""
+        kind, _, format = self.answer_type.partition(" ")
+        match kind:
+            case "number":
+                return Decimal(self.text)
+            case "date":
+                return datetime.strptime(self.text, format).date()
+            case "json":
+                return json.loads(self.text)
+        return self.text
 
     @classmethod
     def of(cls, reply: pb.GenerateResponse) -> Self:
-        return cls(reply.text, reply.summary, list(reply.logprobs), reply.reasoning)
+        return cls(
+            reply.text,
+            reply.summary,
+            list(reply.logprobs),
+            reply.reasoning,
+            list(reply.samples),
+            list(reply.token_ids),
+            list(reply.prompt_logprobs),
+            reply.answer_type,
+        )
+
+
+@dataclass(frozen=True)
+class Score:
+    """What became of one input: the likeliest label and the probability of each, likeliest first, or an error."""
+
+    label: str = ""
+    probabilities: Mapping[str, float] = field(default_factory=dict)
+    reasoning: str = ""
+    summary: pb.Summary | None = None
+    error: ServerError | None = None
+
+    @classmethod
+    def of(cls, score: pb.InputScore) -> Self:
+        if score.status.code:
+            return cls(error=ServerError(StatusOf(score.status)))
+        found = {each.label: each.probability for each in score.probabilities}
+        return cls(score.label, found, score.reasoning, score.summary)
+
+
+def make_score(task_id: str, inputs: Iterable[Input], *, uncalibrated: bool = False) -> pb.ScoreRequest:
+    """The message for many inputs."""
+    made = pb.ScoreRequest(task_id=task_id, uncalibrated=uncalibrated)
+    for each in inputs:
+        request = make_request(task_id, each)
+        if given := request.WhichOneof("input"):
+            made.inputs.append(pb.ScoreInput(**{given: getattr(request, given)}))
+    return made
+
+
+@dataclass(frozen=True)
+class BatchAnswer:
+    """What became of one item of a batch: an answer, or an error. index: the item's place in the batch."""
+
+    index: int
+    answer: Answer | None = None
+    error: ServerError | None = None
+
+    @classmethod
+    def of(cls, item: pb.BatchItem) -> Self:
+        if item.status.code:
+            return cls(item.index, error=ServerError(StatusOf(item.status)))
+        return cls(item.index, Answer.of(item.response))
+
+    def result(self) -> Answer:
+        """The answer. Raises ServerError."""
+        if self.error is not None:
+            raise self.error
+        assert self.answer is not None
+        return self.answer
+
+
+def make_batch(items: Iterable[tuple[str, Input] | pb.GenerateRequest], **parameters: Any) -> pb.GenerateBatchRequest:
+    """The message for many inputs: a (task id, input) each, which `parameters` go for, or a whole request."""
+    return pb.GenerateBatchRequest(
+        items=[each if isinstance(each, pb.GenerateRequest) else make_request(*each, **parameters) for each in items]
+    )
 
 
 def make_request(
@@ -31,25 +123,41 @@ def make_request(
     without_adapter: bool = False,
     include_reasoning: bool = False,
     routing_key: str = "",
+    free: bool = False,
+    answer: pb.AnswerType | None = None,
     **parameters: Any,
 ) -> pb.GenerateRequest:
-    """The message for one input. `parameters` are those of GenerationParameters; `stop` is a list of strings."""
+    """The message for one input. `parameters` are those of GenerationParameters.
+
+    `stop` is a list of strings, `logit_bias` a mapping from token ids, lists of tokens are lists of ids.
+    """
     request = pb.GenerateRequest(
         task_id=task_id,
         without_adapter=without_adapter,
         include_reasoning=include_reasoning,
         routing_key=routing_key,
+        free=free,
+        answer=answer,
     )
     if isinstance(input, str):
         request.text = input
     elif isinstance(input, Mapping):
         request.fields.values.update(input)
         request.fields.SetInParent()
+    elif input and isinstance(input[0], int):
+        request.token_ids.values.extend(cast(Sequence[int], input))
     else:
-        request.chat.messages.extend(pb.ChatMessage(**message) for message in input)
+        request.chat.messages.extend(pb.ChatMessage(**message) for message in cast(Sequence[Mapping[str, str]], input))
         request.chat.SetInParent()
     if (stop := parameters.pop("stop", None)) is not None:
         request.parameters.stop.values.extend(stop)
         request.parameters.stop.SetInParent()
+    if (biases := parameters.pop("logit_bias", None)) is not None:
+        request.parameters.logit_bias.values.update(biases)
+        request.parameters.logit_bias.SetInParent()
+    for name in _LISTS:
+        if (tokens := parameters.pop(name, None)) is not None:
+            getattr(request.parameters, name).values.extend(tokens)
+            getattr(request.parameters, name).SetInParent()
     request.parameters.MergeFrom(pb.GenerationParameters(**parameters))
     return request

@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from mtlora.checkpoint.format import TaskEntry
 from mtlora.errors import MtLoRAError
+from mtlora.evaluation.calibration import Labeller
 from mtlora.evaluation.generate import greedy_answers
-from mtlora.evaluation.likelihood import likeliest, options_of
+from mtlora.evaluation.likelihood import label_probabilities, likeliest, options_of
 from mtlora.model import AdaptedModel
 from mtlora.suite.base import Example, Suite
 from mtlora.task import TaskSpec, is_correct, normalise_answer
@@ -187,6 +188,22 @@ def likelihood_answerer(
     return answer
 
 
+def offline_labeller(adapted: AdaptedModel, tasks: Sequence[TaskEntry]) -> Labeller:
+    """Probabilities of labels from the Hugging Face model in this process."""
+    by_id = {task.id: task for task in tasks}
+
+    def label(examples: Sequence[Example]) -> list[Mapping[str, float]]:
+        prompts = _encode(adapted, by_id, examples, plain_prompt)
+        with _bar(len(examples), "score", True) as bar:
+            found: list[Mapping[str, float]] = []
+            for example, prompt in zip(examples, prompts, strict=True):
+                found.append(label_probabilities(adapted, by_id[example.task_id], prompt))
+                bar.update()
+        return found
+
+    return label
+
+
 def _encode(
     adapted: AdaptedModel, by_id: Mapping[str, TaskEntry], examples: Sequence[Example], prompt_of: PromptOf
 ) -> list[list[int]]:
@@ -233,3 +250,22 @@ def server_answerer(
             return list(pool.map(ask, examples))
 
     return answer
+
+
+def server_labeller(address: str, access: "Access | None" = None, *, concurrency: int = 32) -> Labeller:
+    """Probabilities of labels from a running server, not calibrated. Raises ServerError if an input fails."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from mtlora.client import OPEN, Client
+
+    def label(examples: Sequence[Example]) -> list[Mapping[str, float]]:
+        def ask(example: Example) -> Mapping[str, float]:
+            (score,) = client.score(example.task_id, [example.input], uncalibrated=True)
+            if score.error is not None:
+                raise score.error
+            return score.probabilities
+
+        with Client(address, access or OPEN) as client, ThreadPoolExecutor(concurrency) as pool:
+            return list(pool.map(ask, examples))
+
+    return label

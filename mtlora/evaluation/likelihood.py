@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import torch
 
+from mtlora.answer.labels import LabelTree
 from mtlora.checkpoint.format import TaskEntry
 from mtlora.evaluation.generate import greedy_tokens
 from mtlora.model import AdaptedModel
@@ -23,7 +24,7 @@ def options_of(task: TaskSpec, text: str) -> tuple[str, ...]:
     _, listed, block = text.partition("\nOptions:\n")
     if listed and (found := _LETTERED.findall(block) or _DASHED.findall(block)):
         return tuple(found)
-    return task.allowed_answers or ()
+    return task.labels or ()
 
 
 @torch.inference_mode()
@@ -59,6 +60,20 @@ def likeliest(
     logprobs_BL = logits_BLV.float().log_softmax(-1).gather(-1, tokens_BL.unsqueeze(-1)).squeeze(-1)
     sums = [float(row[: len(ids)].sum()) for row, ids in zip(logprobs_BL, choices, strict=True)]
     return options[sums.index(max(sums))]
+
+
+@torch.inference_mode()
+def label_probabilities(adapted: AdaptedModel, task: TaskEntry, prompt: Sequence[int]) -> dict[str, float]:
+    """The probability of each of a task's labels after the prompt, and after the adapter's working if there is one."""
+    tree = LabelTree({label: adapted.prompts.answer(label) for label in task.labels or ()})
+    prefix = [*prompt, *(_working(adapted, task, prompt) if task.answer_marker else ())]
+    found = []
+    with adapted.adapters.context.use(torch.tensor([task.bias_index or 0])):
+        for before, after in tree.branches:
+            out = adapted.model(input_ids=torch.tensor([[*prefix, *before]]), logits_to_keep=1)
+            logprobs_V = out.logits[0, -1].float().log_softmax(-1)
+            found.append({token: float(logprobs_V[token]) for token in after})
+    return tree.probabilities(found)
 
 
 def _working(adapted: AdaptedModel, task: TaskEntry, prompt: Sequence[int]) -> list[int]:

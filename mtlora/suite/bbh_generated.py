@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mtlora.suite import answers
 from mtlora.suite.base import ANSWER_MARKER, Example, Split, draw_distinct, seeded, unknown_task
 from mtlora.suite.bbh_tasks import BBH_TASKS, BBHTask, UnsolvedError
 from mtlora.task import TaskSpec
@@ -18,6 +19,7 @@ def bbh_spec(task: BBHTask) -> TaskSpec:
         description=task.description,
         max_new_tokens=task.max_new_tokens,
         answer_marker=ANSWER_MARKER,
+        answer=answers.BBH[task.id],
     )
 
 

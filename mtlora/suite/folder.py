@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from mtlora.answer import AnswerType
 from mtlora.errors import describe
+from mtlora.parameters import TaskDefaults
 from mtlora.suite.base import SPLITS, Example, Split, SuiteError, split_of, unknown_task
 from mtlora.task import TASK_ID_PATTERN, TaskSpec, normalise_answer
 
@@ -39,6 +41,17 @@ class _Entry(BaseModel):
 
 class _File(BaseModel):
     examples: list[_Entry] = Field(min_length=1)
+    # See TaskSpec.
+    defaults: TaskDefaults | None = None
+    # What an answer may be: an addition to the published layout.
+    answer: AnswerType | None = None
+
+    @model_validator(mode="after")
+    def _targets_are_answers(self) -> "_File":
+        for index, entry in enumerate(self.examples) if self.answer else ():
+            if self.answer and not self.answer.check(entry.target):
+                raise ValueError(f"examples.{index}: target {entry.target[:80]!r} is no answer of the file's type")
+        return self
 
 
 class FolderSuite:
@@ -69,16 +82,24 @@ class FolderSuite:
             files[task_id] = file
         if not files:
             raise SuiteError(f"{folder}: no .json file in the folder; a suite needs at least one like {_LAYOUT}")
-        self._examples = {task_id: _read_task(task_id, files[task_id]) for task_id in sorted(files)}
+        read = {task_id: _read_file(files[task_id]) for task_id in sorted(files)}
+        self._examples = {task_id: _examples(task_id, files[task_id], found) for task_id, found in read.items()}
         self.tasks: Sequence[TaskSpec] = tuple(
-            TaskSpec(
+            self._task(task_id, each, files[task_id]) for task_id, each in read.items()
+        )
+
+    def _task(self, task_id: str, read: _File, file: Path) -> TaskSpec:
+        try:
+            return TaskSpec(
                 id=task_id,
                 description=f"Task {task_id} of {self.name}.",
                 stop=(_STOP,),
-                max_new_tokens=_max_new_tokens([example.target for example in examples]),
+                max_new_tokens=_max_new_tokens([entry.target for entry in read.examples]),
+                defaults=read.defaults,
+                answer=read.answer,
             )
-            for task_id, examples in self._examples.items()
-        )
+        except ValidationError as error:
+            raise SuiteError(f"{file}: {describe(error)}") from None
 
     def all_examples(self, task_id: str) -> list[Example]:
         """Every example of the task's file, of all splits, in the file's order, repeated inputs included."""
@@ -110,18 +131,22 @@ class FolderSuite:
         return examples[:count]
 
 
-def _read_task(task_id: str, file: Path) -> tuple[Example, ...]:
+def _read_file(file: Path) -> _File:
     if not file.is_file():
         raise SuiteError(f"{file}: not a file; every .json of a suite's folder must be one")
     try:
         # Some editors write a byte order mark.
-        entries = _File.model_validate_json(file.read_bytes().removeprefix(codecs.BOM_UTF8)).examples
+        return _File.model_validate_json(file.read_bytes().removeprefix(codecs.BOM_UTF8))
     except OSError as error:
         raise SuiteError(f"{file}: cannot be read: {error.strerror}") from None
     except ValidationError as error:
         raise SuiteError(f"{file}: {describe(error)}; the layout is {_LAYOUT}") from None
+
+
+def _examples(task_id: str, file: Path, read: _File) -> tuple[Example, ...]:
     examples = tuple(
-        Example(task_id, entry.input, entry.target, source=f"{file}: example {i}") for i, entry in enumerate(entries)
+        Example(task_id, entry.input, entry.target, source=f"{file}: example {i}")
+        for i, entry in enumerate(read.examples)
     )
     seen: dict[str, int] = {}
     for index, example in enumerate(examples):

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mtlora.suite.answers import joined
 from mtlora.suite.base import Example, Split, Suite, SuiteError, unknown_task, up_to
 from mtlora.suite.bbh_generated import bbh_spec, with_working
 from mtlora.suite.bbh_tasks import BBH_TASKS
@@ -96,12 +97,10 @@ def _joined(first: TaskSpec, second: TaskSpec, part: SuitePart) -> TaskSpec:
     markers = {task.answer_marker for task in (first, second)} - {None}
     if len(markers) > 1:
         raise SuiteError(f"part {part.suite}: task {first.id} has other answer markers than the earlier part's")
-    answers: tuple[str, ...] | None = None
-    if first.allowed_answers and second.allowed_answers:
-        answers = tuple(dict.fromkeys((*first.allowed_answers, *second.allowed_answers)))
     changed: dict[str, Any] = {
         "max_new_tokens": max(first.max_new_tokens, second.max_new_tokens),
         "answer_marker": next(iter(markers), None),
-        "allowed_answers": answers,
+        "allowed_answers": None,
+        "answer": joined([first.answer_type, second.answer_type]),
     }
     return TaskSpec.model_validate({**first.model_dump(), **changed})

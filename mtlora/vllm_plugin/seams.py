@@ -123,6 +123,29 @@ SEAMS = (
         "CPUs never compile with adapters; micro-batches run with the plan of the whole step",
     ),
     Seam(
+        "typed answers",
+        Need.CORRECTNESS,
+        "mtlora.vllm_plugin.typed",
+        (
+            "vllm.sampling_params:SamplingParams._validate_structured_outputs(model_config, structured_outputs_config, "
+            "tokenizer)",
+            "vllm.v1.structured_output:StructuredOutputManager.grammar_init(request)",
+            "vllm.v1.structured_output.backend_types:StructuredOutputGrammar.fill_bitmask(bitmask, batch_index)",
+            "vllm.v1.engine.core:EngineCore",
+        ),
+        "answers are not held to their task's type",
+    ),
+    Seam(
+        "types in vLLM's server",
+        Need.OPERATION,
+        "mtlora.vllm_plugin.served_types",
+        (
+            "vllm.v1.engine.input_processor:InputProcessor.process_inputs(request_id, prompt, params, supported_tasks, "
+            "arrival_time, lora_request)",
+        ),
+        "vLLM's own server leaves answers free; mtlora-server does not",
+    ),
+    Seam(
         "seeded requests on CPUs",
         Need.CORRECTNESS,
         "mtlora.vllm_cpu.seeded",

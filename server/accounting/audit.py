@@ -28,7 +28,10 @@ STDERR = "stderr"
 AUDITED = ("/mtlora.v1.Adapters/", "/mtlora.v1.Usage/", "/inference.GRPCInferenceService/Repository")
 # Calls that change something, and the one that may last for days.
 _RECEIVED_TOO = {
-    *(f"/mtlora.v1.Adapters/{name}" for name in ("Load", "Unload", "Pin", "Unpin", "Rollback", "SetWeights", "Watch")),
+    *(
+        f"/mtlora.v1.Adapters/{name}"
+        for name in ("Load", "Unload", "Pin", "Unpin", "Rollback", "SetWeights", "Upload", "Watch")
+    ),
     *(f"/inference.GRPCInferenceService/{name}" for name in ("RepositoryModelLoad", "RepositoryModelUnload")),
 }
 # Of what a caller sent.
@@ -117,6 +120,10 @@ class AuditedCall:
                 await self._log.write(self._entry("received", tenant), durable=True)
             except OSError:
                 raise unavailable("the audit log cannot be written; nothing was changed", 10.0) from None
+
+    def chose(self, version: str) -> None:
+        """Note which version a stream is about, for its second line."""
+        self._known["version"] = version
 
     async def completed(self, tenant: str, status: str, reason: str = "", response: Message | None = None) -> None:
         """Write down what came of a call. If that fails, its status stays as it is: the server's log has the line."""

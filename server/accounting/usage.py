@@ -79,8 +79,8 @@ class Usage:
             spent.add(counts)
         self._append(Record(at, tenant, task, counts).line())
 
-    def check(self, tenant: Tenant) -> None:
-        """Raise RESOURCE_EXHAUSTED if a budget of the tenant is used up, UNAVAILABLE if usage cannot be recorded.
+    def check(self, tenant: Tenant, requests: int = 1) -> None:
+        """Raise RESOURCE_EXHAUSTED if a budget of the tenant has no room, UNAVAILABLE if usage cannot be recorded.
 
         What runs may exceed a budget: a call counts at its end.
         """
@@ -91,7 +91,8 @@ class Usage:
             spent = self._spent.get((tenant.id, period))
             for what in ("requests", "tokens"):
                 budget = getattr(tenant, f"{name}_{what}")
-                if budget is not None and (getattr(spent, what) if spent else 0) >= budget:
+                more = requests if what == "requests" else 1
+                if budget is not None and (getattr(spent, what) if spent else 0) + more > budget:
                     quota = f"{name}_{what}"
                     self._metrics.record_quota_refusal(tenant.id, quota)
                     raise quota_exceeded(f"tenant:{tenant.id}", f"{budget} {quota}", _next(period) - now)

@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     weights.add_argument("adapter", help="or, with --task, a task")
     weights.add_argument("weights", nargs="*", metavar="VERSION=WEIGHT", help="none: end the split")
     weights.add_argument("--task", action="store_true", help="split the requests of one task alone")
+    manifest = actions.add_parser("manifest", help="print the manifest of a version")
+    manifest.add_argument("adapter")
+    manifest.add_argument("version", nargs="?", default="", help="default: the serving one")
     watch = actions.add_parser("watch", help="print what happens to adapters, until interrupted")
     watch.add_argument("adapter", nargs="?", default="", help="default: all")
 
@@ -60,6 +63,8 @@ def _act(client: Client, options: argparse.Namespace) -> None:
         case "weights":
             target = {"task" if options.task else "adapter": options.adapter}
             client.set_adapter_weights(parse_weights(options.weights), **target)
+        case "manifest":
+            print(client.download_manifest(options.adapter, options.version).manifest.decode())
         case "watch":
             _print_events(client.watch_adapters(options.adapter))
 

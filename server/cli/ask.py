@@ -7,7 +7,12 @@ from mtlora.client import Input
 from server.cli import CommandError
 from server.cli.connection import add_address, connect
 
-_PARAMETERS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+# Of type float and int, as flags.
+_FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+_INTS = ("max_new_tokens", "min_new_tokens", "top_k", "seed", "n", "best_of", "priority")
+# Repeatable.
+_TOKENS = ("allowed_tokens", "banned_tokens", "stop_token_ids")
+_PARAMETERS = (*_FLOATS, *_INTS, *_TOKENS, "stop")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stream", action="store_true", help="print the answer as it is made")
     parser.add_argument("--without-adapter", action="store_true", help="let the backbone answer alone")
     parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="default: %(default)s")
-    parser.add_argument("--max-new-tokens", type=int)
-    parser.add_argument("--temperature", type=float)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--seed", type=int)
+    for kind, names in ((float, _FLOATS), (int, _INTS)):
+        for name in names:
+            parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
+    for name in _TOKENS:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, nargs="+", metavar="ID")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="stop string; may be given several times")
     parser.add_argument("--verbose", action="store_true", help="print adapter, tokens and timings on stderr")
 
@@ -43,7 +48,9 @@ def run(options: argparse.Namespace) -> int:
                 summary = piece.summary
             else:
                 answer = client.generate(options.task_id, given, **parameters)
-                print(answer.text)
+                # Several samples, each in a line of its own.
+                for text in [sample.text for sample in answer.samples] or [answer.text]:
+                    print(text)
                 summary = answer.summary
         except ValueError as error:
             raise CommandError(f"not a valid parameter: {error}", 2) from None

@@ -31,7 +31,7 @@ def connect(options: argparse.Namespace) -> Iterator[Client]:
     except (OSError, ValueError) as error:
         raise CommandError(str(error), 2) from None
     try:
-        with Client(options.address, access) as client:
+        with Client(options.address, access, retry=None) as client:
             yield client
     except OSError as error:
         raise CommandError(str(error), 2) from None

@@ -110,7 +110,7 @@ async def ask_all(address: str, examples: Sequence[Example], *, without_adapter:
                 return Asked(example, None, str(error), time.monotonic() - began)
             return Asked(example, answer, "", time.monotonic() - began)
 
-    async with AsyncClient(address) as client:
+    async with AsyncClient(address, retry=None) as client:
         return await asyncio.gather(*(ask(client, example) for example in examples))
 
 

@@ -87,7 +87,7 @@ class ServerProcess:
                 return
 
     def client(self, access: Access = OPEN) -> Client:
-        return Client(self.address, access)
+        return Client(self.address, access, retry=None)
 
     def log(self) -> str:
         """The server's stderr so far."""

@@ -96,7 +96,16 @@ class Engine:
 
     @property
     def vocab_size(self) -> int:
-        return int(self._llm.model_config.get_vocab_size())
+        """Token ids below it are tokens. The model's own vocabulary may be padded."""
+        known = max(self.prompts.tokenizer.get_vocab().values()) + 1
+        return min(known, int(self._llm.model_config.get_vocab_size()))
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer, whatever a request says."""
+        found = self._llm.model_config.try_get_generation_config().get("eos_token_id")
+        more = found if isinstance(found, list) else [found]
+        return frozenset(each for each in (self.prompts.tokenizer.eos_token_id, *more) if each is not None)
 
     @property
     def alive(self) -> bool:
@@ -160,6 +169,22 @@ class Engine:
             await self._call("mtlora_remove", [slot.lora_int_id for slot in slots])
             await self._call("mtlora_unstage", str(folder))
             raise
+
+    async def compile(self, constraints: Sequence[str]) -> list[int]:
+        """Compile what answers will be held to, in every engine, beside the running steps.
+
+        Returns the fewest tokens that each takes. Raises AdapterError if the engine refuses one.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
+
+        with self._waiting(between_steps=True):
+            try:
+                fewest, *_ = await self._llm.engine_core.call_utility_all_async("mtlora_compile", list(constraints))
+            except VllmEngineDeadError:
+                raise EngineDeadError from None
+            except Exception as error:
+                raise AdapterError(f"the engine did not take a type of answer: {error}") from error
+        return list(fewest)
 
     async def unload(self, slots: Sequence[Any]) -> None:
         """Remove slots from the engine's memory, and an adapter with its last slot."""
@@ -233,7 +258,7 @@ class Engine:
                         output = await anext(outputs, None)
                     if output is None:
                         return
-                    yield translation.delta(output)
+                    yield translation.delta(output, sampling)
         except VllmEngineDeadError:
             raise EngineDeadError from None
 

@@ -13,7 +13,7 @@ from mtlora.vllm_plugin.seams import available, require
 from server.engine import orphans
 from server.engine.stats import EngineStats, stat_logger
 from server.engine.threads import thread_environment
-from server.job import MAX_LOGPROBS
+from server.job import MAX_SCORED_TOKENS
 from server.settings import Settings
 from server.telemetry.logs import get_logger
 
@@ -77,7 +77,7 @@ def _engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
         "data_parallel_size": settings.data_parallel_size,
         "distributed_executor_backend": settings.distributed_executor_backend or _default_executor(settings, on_cpu),
         "quantization": settings.quantization,
-        "max_logprobs": MAX_LOGPROBS,
+        "max_logprobs": MAX_SCORED_TOKENS,
         "use_tqdm_on_load": False,
         **engine_overrides(
             settings.max_num_seqs,
@@ -110,6 +110,8 @@ def engine_environment(settings: Settings) -> dict[str, str]:
         "MTLORA_ADAPTER_BACKBONE_CHECK": settings.adapter_backbone_check,
         "MTLORA_ROUTING_SAMPLE_STEPS": str(settings.routing_sample_steps),
         orphans.ENVIRONMENT_SWITCH: "1",
+        # This server says itself what an answer is held to.
+        "MTLORA_TYPED_REQUESTS": "0",
         **memory_environment(),
         **thread_environment(settings.omp_threads_bind, os.environ, settings.ranks),
     }

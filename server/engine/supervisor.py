@@ -83,6 +83,10 @@ class Supervisor:
         """As `Engine.unload`."""
         await self._running.unload(slots)
 
+    async def compile(self, constraints: Sequence[str]) -> list[int]:
+        """As `Engine.compile`."""
+        return await self._running.compile(constraints)
+
     async def warm_up(self, slot: Any | None, *, short: bool = False) -> None:
         """As `Engine.warm_up`."""
         await self._running.warm_up(slot, short=short)

@@ -1,9 +1,12 @@
 """From this server's types to vLLM's, and back."""
 
+import math
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from server.errors import EngineAbortedError
-from server.job import Delta, FinishReason, Sampling, TokenLogprob, TokenLogprobs
+from server.job import Delta, FinishReason, MoreSampling, Sampling, TokenLogprob, TokenLogprobs
 
 _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "repetition": "stop"}
 
@@ -20,15 +23,39 @@ def sampling_params(sampling: Sampling, delta_tokens: int) -> Any:
         top_k=sampling.top_k,
         seed=sampling.seed,
         stop=list(sampling.stop),
-        logprobs=sampling.logprobs or None,
+        logprobs=sampling.logprobs or (0 if sampling.more and sampling.more.cumulative_logprob else None),
+        structured_outputs=_structured_outputs(sampling.constraint) if sampling.constraint else None,
         output_kind=RequestOutputKind.FINAL_ONLY if in_one_piece else RequestOutputKind.DELTA,
         stream_interval=delta_tokens,
         # No deep copy: nothing else holds this object.
         skip_clone=True,
+        **(_more(sampling.more) if sampling.more else {}),
     )
 
 
-def delta(output: Any) -> Delta:
+@lru_cache(maxsize=1024)
+def _structured_outputs(constraint: str) -> Any:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    return StructuredOutputsParams(grammar=constraint)
+
+
+def _more(more: MoreSampling) -> dict[str, Any]:
+    return {
+        "min_p": more.min_p,
+        "presence_penalty": more.presence_penalty,
+        "frequency_penalty": more.frequency_penalty,
+        "repetition_penalty": more.repetition_penalty,
+        # A bias of minus infinity leaves a token no probability, whatever else changes its logit.
+        "logit_bias": {**more.logit_bias, **dict.fromkeys(more.banned_tokens, -math.inf)} or None,
+        "allowed_token_ids": list(more.allowed_tokens) or None,
+        "stop_token_ids": list(more.stop_token_ids),
+        "min_tokens": more.min_new_tokens,
+        "prompt_logprobs": more.prompt_logprobs or None,
+    }
+
+
+def delta(output: Any, sampling: Sampling) -> Delta:
     """A Delta of vLLM's RequestOutput. Raises EngineAbortedError if the engine ended the sequence by itself."""
     completion = output.outputs[0]
     reason = completion.finish_reason
@@ -38,28 +65,34 @@ def delta(output: Any) -> Delta:
     return Delta(
         text=completion.text,
         tokens=len(completion.token_ids),
-        logprobs=_logprobs(completion),
+        logprobs=_logprobs(completion.token_ids, completion.logprobs, sampling.logprobs),
         finish_reason=_FINISH_REASONS[reason] if reason else None,
         scheduled_at=(times.scheduled_ts or None) if times else None,
         first_token_at=(times.first_token_ts or None) if times else None,
         cached_tokens=output.num_cached_tokens or 0,
+        token_ids=completion.token_ids,
+        # The first token of a prompt has none.
+        prompt_logprobs=_logprobs(
+            output.prompt_token_ids[1:], output.prompt_logprobs[1:], sampling.more.prompt_logprobs
+        )
+        if sampling.more and output.prompt_logprobs
+        else (),
+        cumulative_logprob=completion.cumulative_logprob,
     )
 
 
-def _logprobs(completion: Any) -> tuple[TokenLogprobs, ...]:
-    if not completion.logprobs:
+def _logprobs(
+    token_ids: Sequence[int], positions: Sequence[dict[int, Any]] | None, most: int
+) -> tuple[TokenLogprobs, ...]:
+    if not positions or not most:
         return ()
-    return tuple(
-        _token_logprobs(token_id, position)
-        for token_id, position in zip(completion.token_ids, completion.logprobs, strict=True)
-    )
+    return tuple(_token_logprobs(*each, most) for each in zip(token_ids, positions, strict=True))
 
 
-def _token_logprobs(token_id: int, position: dict[int, Any]) -> TokenLogprobs:
+def _token_logprobs(token_id: int, position: dict[int, Any], most: int) -> TokenLogprobs:
     tokens = {
         each: TokenLogprob(each, entry.decoded_token or "", float(entry.logprob)) for each, entry in position.items()
     }
-    # The chosen token comes first in vLLM's dictionary. Its rank says whether it is one of the top tokens.
-    limit = len(position) - 1 if position[token_id].rank > len(position) - 1 else len(position)
+    # The chosen token is there too, whatever its rank.
     ranked = sorted((entry.rank, each) for each, entry in position.items())
-    return TokenLogprobs(tokens[token_id], tuple(tokens[each] for _, each in ranked[:limit]))
+    return TokenLogprobs(tokens[token_id], tuple(tokens[each] for _, each in ranked[:most]))

@@ -11,4 +11,5 @@ mirror.py        an fsspec URL as such a folder           spool.py       verifie
 verifier.py      checks a version in a child process     weights.py     a canary's split of the requests
 catalog.py       which version answers which task         events.py      what happened, for logs, metrics, watchers
 storage.py       calls that may never return         adapters.py    the registry of a server, from its settings
+uploads.py       checkpoints that come over the network, in pieces
 """

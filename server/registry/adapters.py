@@ -1,6 +1,6 @@
 """The registry of one server, put together from its settings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,9 +13,12 @@ from server.registry.lifecycle import Lifecycle
 from server.registry.mirror import Mirror
 from server.registry.registry import Registry
 from server.registry.residency import LoadsSlots, Residency
+from server.registry.source import Found
 from server.registry.spool import Spool
 from server.registry.storage import Storage
+from server.registry.uploads import Uploads
 from server.registry.verifier import Verifier
+from server.registry.version import AdapterVersion
 from server.settings import Settings, is_url
 from server.telemetry.metrics import Metrics
 
@@ -23,6 +26,7 @@ from server.telemetry.metrics import Metrics
 class AdapterEngine(LoadsSlots, Protocol):
     """What the registry needs of an engine."""
 
+    async def compile(self, constraints: Sequence[str]) -> list[int]: ...
     async def warm_up(self, slot: Any | None, *, short: bool = False) -> None: ...
 
 
@@ -34,6 +38,7 @@ class Adapters:
     residency: Residency
     spool: Spool
     verifier: Verifier
+    uploads: Uploads
 
     def close(self) -> None:
         self.verifier.close()
@@ -44,7 +49,7 @@ def open_adapters(
     settings: Settings, backbone: Path, engine: AdapterEngine, metrics: Metrics, publish: Callable[[Catalog], None]
 ) -> Adapters:
     """A registry over `settings.adapters`, or over an empty folder if that is not set. Reads no adapter yet."""
-    from mtlora.backbone import BackboneArchitecture, identify
+    from mtlora.backbone import BackboneArchitecture, identify, vocabulary
     from mtlora.vllm_plugin.requests import slot_requests
 
     max_bytes = settings.max_adapter_mib << 20
@@ -54,6 +59,7 @@ def open_adapters(
         on_cold=metrics.adapter_cold.observe,
         on_load=metrics.adapter_load.observe,
         on_evict=metrics.adapter_evictions.inc,
+        prepare=lambda version: _compile_types(engine, version),
     )
     limit_gib = settings.adapter_cache_gib
     spool = Spool(settings.adapter_cache, None if limit_gib is None else int(limit_gib * (1 << 30)))
@@ -61,7 +67,9 @@ def open_adapters(
     made_beside = identify(backbone)
     strict = settings.adapter_backbone_check == "strict"
     identity: BackboneArchitecture = made_beside if strict else made_beside.without_weights()
-    verifier = Verifier(spool, identity, VerificationLimits(max_bytes, settings.verify_timeout_s))
+    verifier = Verifier(
+        spool, identity, VerificationLimits(max_bytes, settings.verify_timeout_s, tokens=vocabulary(backbone))
+    )
     root, mirror = _root(settings.adapters, spool, max_bytes)
     events = Events(
         lambda event: metrics.record_stage(event.stage.value, event.failed_stage.value if event.failed_stage else None)
@@ -77,7 +85,28 @@ def open_adapters(
     )
     storage = Storage(settings.storage_timeout_s, metrics.storage_timeouts.inc)
     registry = Registry(Folder(root, events, mirror, storage), lifecycle, publish, on_swap=metrics.adapter_swap.observe)
-    return Adapters(registry, residency, spool, verifier)
+
+    async def verify(root: Path, found: Found) -> None:
+        spool.release((await verifier.verify(root, found)).content)
+
+    own = None if mirror or settings.adapters is None else root
+    uploads = Uploads(
+        own,
+        verify,
+        storage,
+        max_bytes=max_bytes,
+        max_uploads=settings.max_uploads,
+        # What is left for the rest of a message.
+        max_chunk_bytes=settings.max_message_bytes - 256,
+    )
+    return Adapters(registry, residency, spool, verifier, uploads)
+
+
+async def _compile_types(engine: AdapterEngine, version: AdapterVersion) -> None:
+    texts = {task: found.text for task, spec in version.specs.items() if (found := spec.constraint())}
+    distinct = list(dict.fromkeys(texts.values()))
+    fewest = dict(zip(distinct, await engine.compile(distinct), strict=True)) if distinct else {}
+    version.fewest = {task: fewest[text] for task, text in texts.items()}
 
 
 def _root(adapters: str | None, spool: Spool, max_bytes: int) -> tuple[Path, Mirror | None]:

@@ -85,7 +85,14 @@ def build_catalog(
 
 def served_task(version: AdapterVersion, task_id: str) -> ServedTask:
     """The row of a task. Raises KeyError if the version does not have the task."""
-    return ServedTask(version.specs[task_id], version.name, version.version, version.slots[task_id], version=version)
+    return ServedTask(
+        version.specs[task_id],
+        version.name,
+        version.version,
+        version.slots[task_id],
+        version=version,
+        calibration=version.calibration.get(task_id),
+    )
 
 
 def _split(record: AdapterRecord, task_id: str) -> Split[ServedTask]:

@@ -27,12 +27,13 @@ class VerificationLimits:
     """Limits of one verification.
 
     max_bytes: of both files together. timeout_s: seconds, both of the clock and of one core.
-    headroom_bytes: memory for reading, beside two copies of the files.
+    headroom_bytes: memory for reading, beside two copies of the files. tokens: of the backbone's vocabulary.
     """
 
     max_bytes: int = 1 << 30
     timeout_s: float = 60.0
     headroom_bytes: int = 512 << 20
+    tokens: int | None = None
 
     def of_child(self) -> Limits:
         """The limits of the child that reads."""
@@ -46,22 +47,29 @@ class VerificationLimits:
 
 
 def run_check(
-    root: Path, folder: Path, incoming: Path, backbone: "BackboneArchitecture", max_bytes: int
+    root: Path, folder: Path, incoming: Path, backbone: "BackboneArchitecture", limits: VerificationLimits
 ) -> Iterator[str]:
     """`check`, as a child runs it."""
     import torch
 
     torch.set_num_threads(1)
-    yield check(root, folder, incoming, backbone, max_bytes)
+    yield check(root, folder, incoming, backbone, limits.max_bytes, limits.tokens)
 
 
-def check(root: Path, folder: Path, incoming: Path, backbone: "BackboneArchitecture", max_bytes: int) -> str:
+def check(
+    root: Path,
+    folder: Path,
+    incoming: Path,
+    backbone: "BackboneArchitecture",
+    max_bytes: int,
+    tokens: int | None = None,
+) -> str:
     """Copy a version to `incoming` and read the copy; returns its content's hash. Raises CheckpointError.
 
     The copy's manifest loses its provenance, which may be any JSON: the server reads only what it serves.
     """
     from mtlora.checkpoint.format import CheckpointError
-    from mtlora.checkpoint.read import MAX_MANIFEST_BYTES, read_checkpoint
+    from mtlora.checkpoint.read import MAX_MANIFEST_BYTES, check_answers, read_checkpoint
     from mtlora.checkpoint.untrusted import open_file
 
     real = folder.resolve()
@@ -81,10 +89,17 @@ def check(root: Path, folder: Path, incoming: Path, backbone: "BackboneArchitect
             shutil.copyfileobj(source, copy, _CHUNK)
     try:
         manifest = read_checkpoint(incoming, backbone).manifest
+        check_answers(incoming, manifest)
     except CheckpointError as error:
         raise CheckpointError(str(error).replace(str(incoming), str(folder))) from None
     if len(manifest.tasks) > MAX_TASKS:
         raise CheckpointError(f"{folder}: tasks: expected at most {MAX_TASKS}, found {len(manifest.tasks)}")
+    for task in manifest.tasks:
+        if tokens is not None and task.defaults and (largest := task.defaults.largest_token) >= tokens:
+            raise CheckpointError(
+                f"{folder}: task {task.id}: defaults: found token {largest}, expected those of the backbone, 0 to "
+                f"{tokens - 1}"
+            )
     content = hashlib.sha256((incoming / MANIFEST_FILE).read_bytes()).hexdigest()
     serving = manifest.model_copy(update={"training": {}, "evaluation": {}})
     (incoming / MANIFEST_FILE).write_text(serving.model_dump_json())

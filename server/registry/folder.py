@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from server.registry.events import Event, Events
 from server.registry.mirror import Mirror, MirrorError
 from server.registry.record import AdapterRecord
-from server.registry.source import AdapterFailure, Found, scan, signature_of
-from server.registry.storage import Storage
+from server.registry.source import MANIFEST_FILE, UPLOADS_FOLDER, AdapterFailure, Found, scan, signature_of
+from server.registry.storage import Beat, Storage
 from server.registry.version import AdapterVersion, Stage, StageError
 from server.telemetry.logs import get_logger
 
@@ -22,6 +23,11 @@ logger = get_logger("adapters")
 # Files are read once they have not changed for the first time, and refused only after the second: a writer may pause.
 _SETTLE_S = 0.05
 _WRITING_S = 1.0
+
+
+def _not_an_upload(_: Any, path: str) -> bool:
+    """Each piece of an upload would be a reason to look."""
+    return f"/{UPLOADS_FOLDER}/" not in path
 
 
 class Folder:
@@ -69,7 +75,7 @@ class Folder:
         while not stop.is_set():
             try:
                 # The watching thread wakes up at every step, and takes the interpreter from the event loop.
-                for _ in watch(self._root, watch_filter=None, step=100, debounce=200, stop_event=stop):
+                for _ in watch(self._root, watch_filter=_not_an_upload, step=100, debounce=200, stop_event=stop):
                     notify()
             except (OSError, RuntimeError) as error:
                 # No watches left, a file system without them, or a folder that is gone for now.
@@ -117,6 +123,17 @@ class Folder:
         found = {each.version: each.found for each in version.adapter.found.values()}
         self.note(version.adapter, found | {version.version: replace(version.found, signature=signature)})
         return False
+
+    async def manifest(self, version: AdapterVersion) -> bytes:
+        """The bytes of a version's manifest. Raises OSError, or CheckpointError for a file that is none."""
+        from mtlora.checkpoint.read import MAX_MANIFEST_BYTES
+        from mtlora.checkpoint.untrusted import open_file
+
+        def read(_: Beat) -> bytes:
+            with open_file(version.found.folder, MANIFEST_FILE) as file:
+                return file.read(MAX_MANIFEST_BYTES)
+
+        return await self._storage.call(read)
 
     async def wait_for_writer(self, version: AdapterVersion) -> bool:
         """Wait a little if a bad version may still be being written; False if it is too old for that, or gone."""

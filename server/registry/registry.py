@@ -196,6 +196,19 @@ class Registry:
     def unpin(self, name: str) -> None:
         self._record(name).pinned = False
 
+    async def manifest(self, name: str, version: str = "") -> tuple[str, bytes]:
+        """(version, its manifest's bytes): by default of the serving version, or else of the highest.
+
+        Raises UnknownAdapterError.
+        """
+        await self._look()
+        record = self._record(name)
+        found = self._find(record, version or (record.serving.version if record.serving else ""))
+        try:
+            return found.version, await self._folder.manifest(found)
+        except (OSError, ValueError) as error:
+            raise UnknownAdapterError(f"{found}: {error}") from None
+
     async def _look(self) -> None:
         """Note what lies in the folder now."""
         if (found := await self._folder.look()) is None:

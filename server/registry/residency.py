@@ -9,7 +9,7 @@ Each version's `place` says where it is; only `Residency` moves it.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,8 @@ ROOM_S = 30.0
 # A request waits for its version inside this.
 Aside = Callable[[], AbstractAsyncContextManager[None]]
 
+Prepare = Callable[[AdapterVersion], Awaitable[None]]
+
 
 class LoadsSlots(Protocol):
     async def load(self, folder: Path, slots: Sequence[Any]) -> None: ...
@@ -35,6 +37,7 @@ class LoadsSlots(Protocol):
 class Residency:
     """At most `capacity` versions at a time, whatever their tasks. Pinned versions make no room for others.
 
+    prepare: makes ready, in the engine, what a version's answers are held to; once a version and engine.
     on_cold: gets the seconds that a request waited for its version. on_load: gets the seconds of a load, without its
     wait for room. on_evict: called for each version that makes room. room_s: seconds after which
     a version that waits for room fails.
@@ -48,8 +51,10 @@ class Residency:
         on_load: Callable[[float], None] = lambda _: None,
         on_evict: Callable[[], None] = lambda: None,
         room_s: float = ROOM_S,
+        prepare: Prepare | None = None,
     ) -> None:
         self.capacity = capacity
+        self._prepare = prepare
         self._engine = engine
         self._room_s = room_s
         self._on_cold = on_cold
@@ -121,6 +126,7 @@ class Residency:
         for version, loading in self._loads.items():
             loading.cancel()
             version.move(Place.OUT)
+            version.fewest = None
         self._loads.clear()
         self._spawn(self._notify())
 
@@ -152,6 +158,8 @@ class Residency:
                     raise EngineDeadError
                 version.move(Place.LOADING)
             began = time.monotonic()
+            if self._prepare and version.fewest is None:
+                await self._prepare(version)
             await self._engine.load(version.folder, version.distinct_slots)
         except BaseException as error:
             await self._forget(version, loading)

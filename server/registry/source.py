@@ -8,6 +8,8 @@ from pathlib import Path
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
 MANIFEST_FILE = "adapter.json"
 TENSORS_FILE = "adapter.safetensors"
+# Hidden: no look at the folder sees it.
+UPLOADS_FOLDER = ".uploads"
 
 # Of both files: device, inode, size, change time, the link's inode. Equal signatures mean equal content.
 Signature = tuple[tuple[int, int, int, int, int], ...]

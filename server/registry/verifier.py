@@ -88,7 +88,7 @@ class Verifier:
             process.kill()
 
     def _in_child(self, root: Path, folder: Path, incoming: Path) -> str:
-        arguments = (root, folder, incoming, self._backbone, self._limits.max_bytes)
+        arguments = (root, folder, incoming, self._backbone, self._limits)
         try:
             (content,) = in_child(run_check, *arguments, limits=self._limits.of_child(), running=self._processes)
         except ChildEndedError as error:

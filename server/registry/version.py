@@ -132,6 +132,8 @@ class AdapterVersion:
     copied, folder: whether the spool has a copy, and where.
     specs: its tasks by id.
     slots: vLLM's LoRARequest of each task; tasks without a bias of their own share one.
+    calibration: the temperature of the probabilities of a task's labels, for tasks that have one.
+    fewest: the fewest tokens that a typed task's answer takes, by task; None until the engine has compiled the types.
     holds: requests that it was chosen for, until they end. leases: those that keep it resident.
     last_used: time.monotonic() of the last lease.
     """
@@ -148,6 +150,8 @@ class AdapterVersion:
     folder: Path = field(init=False)
     specs: Mapping[str, "TaskSpec"] = field(default_factory=dict)
     slots: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, float] = field(default_factory=dict)
+    fewest: Mapping[str, int] | None = None
     place: Place = Place.OUT
     holds: int = 0
     leases: int = 0

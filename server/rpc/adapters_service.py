@@ -1,5 +1,6 @@
 """The Adapters service. Each method: authorise, decode, call the registry, encode."""
 
+import hashlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from server.errors import RequestFailedError, Violation, invalid_argument, not_f
 from server.registry.events import Event, WatcherTooSlowError
 from server.registry.record import AdapterRecord
 from server.registry.registry import NotPossibleError, Registry, UnknownAdapterError
+from server.registry.uploads import Announced, Incoming, Uploads
 from server.registry.version import AdapterVersion, NoRoomError, Stage, StageError, version_key
 from server.registry.weights import MAX_WEIGHT
 from server.scheduling.admission import Admission
@@ -20,9 +22,10 @@ from server.tenants.authentication import require_admin
 
 
 class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
-    """For admins alone. `registry` is set before admission opens."""
+    """For admins alone. `registry` and `uploads` are set before admission opens."""
 
     registry: Registry
+    uploads: Uploads
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
@@ -76,6 +79,43 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
         self._admit()
         records = sorted(self.registry.records.items())
         return pb.ListAdaptersResponse(adapters=[self._adapter(record) for _, record in records])
+
+    async def Upload(
+        self, requests: AsyncIterator[pb.UploadAdapterRequest], context: Any
+    ) -> AsyncIterator[pb.UploadAdapterResponse]:
+        self._admit()
+        first = await anext(requests)
+        if first.WhichOneof("part") != "begin":
+            raise invalid_argument([Violation("begin", "found none in the first message; allowed: begin")])
+        begin = first.begin
+        announced = Announced(begin.adapter, begin.content, begin.manifest_bytes, begin.tensors_bytes)
+        upload = await self.uploads.begin(announced)
+        try:
+            yield pb.UploadAdapterResponse(received=upload.received, max_chunk_bytes=self.uploads.max_chunk_bytes)
+            while not upload.whole:
+                await self._write(upload, await anext(requests, None))
+            with statuses(begin.adapter):
+                version = upload.version or await upload.finish()
+        finally:
+            upload.leave()
+        if audited := current_call.get().audited:
+            audited.chose(version)
+        yield pb.UploadAdapterResponse(received=upload.received, version=version)
+
+    async def _write(self, upload: Incoming, message: pb.UploadAdapterRequest | None) -> None:
+        if message is None:
+            found = f"found the end after {upload.received} of {upload.announced.bytes} bytes"
+            raise invalid_argument([Violation("chunk", f"{found}; allowed: all of them")])
+        if message.WhichOneof("part") != "chunk":
+            raise invalid_argument([Violation("chunk", "found none in a message after the first; allowed: chunk")])
+        await upload.write(message.chunk.offset, message.chunk.data)
+
+    async def Download(self, request: pb.DownloadAdapterRequest, context: Any) -> pb.DownloadAdapterResponse:
+        self._admit()
+        with statuses(request.adapter):
+            version, manifest = await self.registry.manifest(_name(request), request.version)
+        content = hashlib.sha256(manifest).hexdigest()
+        return pb.DownloadAdapterResponse(version=version, manifest=manifest, content=content)
 
     async def Watch(self, request: pb.WatchAdaptersRequest, context: Any) -> AsyncIterator[pb.AdapterEvent]:
         self._admit()

@@ -1,9 +1,16 @@
 """From the server's data to the messages of the contract."""
 
+from collections.abc import Sequence
+
+from google.rpc import status_pb2
 from mtlora_pb.v1 import inference_pb2 as pb
 
+from mtlora.parameters import TaskDefaults
 from server.job import Delta, ServedTask, TokenLogprob, TokenLogprobs
+from server.rpc import answers
+from server.rpc.batch import Item
 from server.rpc.generation import Generation
+from server.rpc.scoring import Scoring
 
 _FINISH_REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
@@ -17,11 +24,28 @@ def task(served: ServedTask) -> pb.Task:
         fields=spec.fields,
         stop=spec.stop,
         max_new_tokens=spec.max_new_tokens,
-        allowed_answers=spec.allowed_answers or (),
+        allowed_answers=spec.labels or (),
         adapter_name=served.adapter_name,
         adapter_version=served.adapter_version,
         answer_marker=spec.answer_marker or "",
+        answer=answers.message(spec.answer_type) if spec.answer_type else None,
+        calibration=served.calibration,
+        defaults=_parameters(spec.defaults) if spec.defaults else None,
     )
+
+
+def _parameters(defaults: TaskDefaults) -> pb.GenerationParameters:
+    message = pb.GenerationParameters()
+    for name, value in defaults.given.items():
+        if name == "logit_bias":
+            message.logit_bias.SetInParent()
+            message.logit_bias.values.update(value)
+        elif isinstance(value, tuple):
+            getattr(message, name).SetInParent()
+            getattr(message, name).values.extend(value)
+        else:
+            setattr(message, name, value)
+    return message
 
 
 def response(generation: Generation) -> pb.GenerateResponse:
@@ -30,6 +54,43 @@ def response(generation: Generation) -> pb.GenerateResponse:
         summary=summary(generation),
         logprobs=[token_logprobs(token) for token in generation.logprobs],
         reasoning=generation.reasoning.strip() if generation.job.include_reasoning else "",
+        token_ids=generation.token_ids if generation.job.return_token_ids else (),
+        prompt_logprobs=[token_logprobs(token) for token in generation.prompt_logprobs],
+        answer_type=generation.job.answer_type,
+    )
+
+
+def item_response(item: Item) -> pb.GenerateResponse:
+    """The reply to an input with one or more samples."""
+    answers = item.answers
+    message = response(answers[0])
+    if len(item.generations) > 1:
+        _sum_up(message.summary, item.generations)
+        # Reported by the first that was drawn, which need not be the best.
+        del message.prompt_logprobs[:]
+        message.prompt_logprobs.extend(token_logprobs(token) for token in item.generations[0].prompt_logprobs)
+    if len(answers) > 1:
+        message.samples.extend(_sample(each) for each in answers)
+    return message
+
+
+def batch_item(item: Item) -> pb.BatchItem:
+    if item.failure is not None:
+        return pb.BatchItem(index=item.index, status=item.failure.status())
+    return pb.BatchItem(index=item.index, status=status_pb2.Status(), response=item_response(item))
+
+
+def _sample(generation: Generation) -> pb.Sample:
+    job = generation.job
+    return pb.Sample(
+        text=generation.answer,
+        finish_reason=_FINISH_REASONS[generation.finish_reason or "length"],
+        logprobs=[token_logprobs(token) for token in generation.logprobs],
+        reasoning=generation.reasoning.strip() if job.include_reasoning else "",
+        token_ids=generation.token_ids if job.return_token_ids else (),
+        cumulative_logprob=generation.cumulative_logprob,
+        working_tokens=generation.working_tokens,
+        completion_tokens=generation.completion_tokens,
     )
 
 
@@ -40,6 +101,8 @@ def stream_response(delta: Delta, generation: Generation) -> pb.GenerateStreamRe
         logprobs=[token_logprobs(token) for token in delta.logprobs],
         summary=summary(generation) if delta.finish_reason else None,
         reasoning=delta.reasoning if generation.job.include_reasoning else "",
+        token_ids=delta.token_ids if generation.job.return_token_ids else (),
+        prompt_logprobs=[token_logprobs(token) for token in delta.prompt_logprobs],
     )
 
 
@@ -54,12 +117,38 @@ def summary(generation: Generation) -> pb.Summary:
         finish_reason=_FINISH_REASONS[generation.finish_reason or "length"],
         prompt_tokens=len(generation.job.prompt_ids),
         cached_tokens=generation.cached_tokens,
+        working_tokens=generation.working_tokens,
         completion_tokens=generation.completion_tokens,
     )
     message.timings.queue.FromNanoseconds(int(generation.queue_s * 1e9))
     message.timings.time_to_first_token.FromNanoseconds(int(generation.ttft_s * 1e9))
     message.timings.total.FromNanoseconds(int(generation.total_s * 1e9))
     return message
+
+
+def _sum_up(message: pb.Summary, drawn: Sequence[Generation]) -> None:
+    """Let a summary count every sample that was drawn."""
+    message.prompt_tokens = sum(len(each.job.prompt_ids) for each in drawn)
+    message.cached_tokens = sum(each.cached_tokens for each in drawn)
+    message.working_tokens = sum(each.working_tokens for each in drawn)
+    message.completion_tokens = sum(each.completion_tokens for each in drawn)
+    message.timings.queue.FromNanoseconds(int(min(each.queue_s for each in drawn) * 1e9))
+    message.timings.time_to_first_token.FromNanoseconds(int(min(each.ttft_s for each in drawn) * 1e9))
+    message.timings.total.FromNanoseconds(int(max(each.total_s for each in drawn) * 1e9))
+
+
+def score(item: Item) -> pb.InputScore:
+    """One input's labels, or why it has none."""
+    if item.failure is not None:
+        return pb.InputScore(status=item.failure.status())
+    (scoring,) = item.generations
+    assert isinstance(scoring, Scoring)
+    return pb.InputScore(
+        label=scoring.probabilities[0][0],
+        probabilities=[pb.LabelProbability(label=label, probability=p) for label, p in scoring.probabilities],
+        reasoning=scoring.reasoning.strip(),
+        summary=summary(scoring),
+    )
 
 
 def token_logprobs(token: TokenLogprobs) -> pb.TokenLogprobs:

@@ -1,7 +1,7 @@
 """One request's way through scheduler, residency and engine; afterwards, its whole answer."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -57,7 +57,11 @@ class Generation:
     text: str = ""
     reasoning: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
+    cumulative_logprob: float | None = None
     cached_tokens: int = 0
+    working_tokens: int = 0
     completion_tokens: int = 0
     finish_reason: FinishReason | None = None
     queue_s: float = 0.0
@@ -84,26 +88,38 @@ class Generation:
         job, call = self.job, self.call
         version = None if job.without_adapter else job.task.version
         splitter = AnswerSplitter(self.marker)
-        async with scheduler.turn(call.tenant, job, call.deadline, reserved) as turn:
-            if call.trace:
-                call.trace.submitted()
-            async with (
-                residency.lease(version, turn.aside) if version else nullcontext(),
-                aclosing(engine.generate(job)) as deltas,
-            ):
-                # Several generations may answer one call.
-                call.sequences += 1
-                call.prompt_tokens += len(job.prompt_ids)
-                async for delta in deltas:
-                    if self.marker is not None:
-                        reasoning, text = splitter.feed(delta.text, last=delta.finish_reason is not None)
-                        delta = replace(delta, text=text, reasoning=reasoning)
-                        self.reasoning = splitter.working
-                    self._observe(delta)
-                    if delta.tokens:
-                        turn.served(delta.tokens, self.first_token_at)
-                    emit(delta)
+        try:
+            async with scheduler.turn(call.tenant, job, call.deadline, reserved) as turn:
+                if call.trace:
+                    call.trace.submitted(job)
+                async with (
+                    residency.lease(version, turn.aside) if version else nullcontext(),
+                    aclosing(engine.generate(job)) as deltas,
+                ):
+                    # Several generations may answer one call.
+                    if not job.further:
+                        call.sequences += 1
+                        call.prompt_tokens += len(job.prompt_ids)
+                    async for delta in deltas:
+                        if self.marker is not None:
+                            reasoning, text = splitter.feed(delta.text, last=delta.finish_reason is not None)
+                            delta = replace(delta, text=text, reasoning=reasoning)
+                            self.reasoning = splitter.working
+                        self._observe(delta)
+                        if delta.finish_reason and splitter.working:
+                            self.working_tokens = engine.prompts.working_tokens(self.token_ids, splitter.working)
+                        if delta.tokens:
+                            turn.served(delta.tokens, self.first_token_at)
+                        emit(delta)
+        except BaseException as error:
+            if call.genai:
+                call.genai.failed(job, call.error_type(error), time.monotonic() - call.received)
+            raise
         self.metrics.observe_e2e(call.tenant.id, self.total_s, call.exemplar)
+        if call.trace:
+            call.trace.answered(self.finish_reason, self.cached_tokens, self.working_tokens)
+        if call.genai:
+            call.genai.answered(job, self.completion_tokens, self.ttft_s, self.total_s)
 
     @property
     def marker(self) -> str | None:
@@ -125,6 +141,10 @@ class Generation:
             self._time(delta)
         self.text += delta.text
         self.logprobs += delta.logprobs
+        if self.job.return_token_ids or self.marker is not None:
+            self.token_ids += delta.token_ids
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
+        self.cumulative_logprob = delta.cumulative_logprob
         self.completion_tokens += delta.tokens
         self.call.completion_tokens += delta.tokens
         self.finish_reason = delta.finish_reason

@@ -1,14 +1,15 @@
 """The Inference service. Each method: admit, decode, call the engine, encode."""
 
-import asyncio
 import base64
 import binascii
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, aclosing, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import grpc
 from mtlora_pb.v1 import inference_pb2 as pb
 from mtlora_pb.v1 import inference_pb2_grpc
 
@@ -21,10 +22,13 @@ from server.job import ServedTask
 from server.registry.catalog import Catalog
 from server.registry.residency import Residency
 from server.rpc import encoding
+from server.rpc.answers import OwnTypes
+from server.rpc.batch import MAX_BATCH, Expand, Item, samples, side_by_side
 from server.rpc.generation import Generation
 from server.rpc.pieces import in_pieces
+from server.rpc.scoring import Scoring
 from server.rpc.stream import unhurried
-from server.rpc.validation import PromptLimits, page_size, validate
+from server.rpc.validation import PromptLimits, page_size, samples_of, validate
 from server.scheduling import Scheduler
 from server.scheduling.admission import Admission
 from server.scheduling.fair_thread import FairThread
@@ -38,6 +42,8 @@ logger = get_logger("prompt")
 _UNARY_DELTA_TOKENS = 64
 # Above this many bytes, tokenizing takes long enough to hold up other streams.
 _TOKENIZE_APART_BYTES = 8192
+# Inputs of one Score.
+MAX_SCORED = 256
 # Lists of visible tasks kept with a catalog.
 _KEPT_LISTS = 64
 
@@ -71,44 +77,177 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._metrics = metrics
         self._log_prompts = log_prompts
         self._tokenizing = FairThread("tokenize")
+        self._own_types = OwnTypes()
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         call, task = current_call.get(), self.find(request.task_id)
+        if (count := samples_of(request, task)) > 1:
+            item = Item(request, task, call, count)
+            async with aclosing(self._run([item], places=count, strict=True)) as ended:
+                async for _ in ended:
+                    pass
+            return encoding.item_response(item)
         with self._admitted(call), self._version_for(request, task) as task:
             generation = await self._generation(request, task, _UNARY_DELTA_TOKENS)
             await generation.run(self.engine, self._scheduler, self.residency)
             return encoding.response(generation)
 
-    async def answer_batch(self, requests: Sequence[pb.GenerateRequest], task: ServedTask) -> list[Generation]:
-        """Run requests of the current call to their ends. `task` is what `find` gives for them.
+    async def GenerateBatch(self, request: pb.GenerateBatchRequest, context: Any) -> pb.GenerateBatchResponse:
+        items = self._items(request)
+        async with aclosing(self._run_batch(items)) as ended:
+            async for _ in ended:
+                pass
+        return pb.GenerateBatchResponse(items=[encoding.batch_item(item) async for item in in_pieces(items)])
 
-        The batch is admitted and charged as a whole before anything of it starts. The first failure ends all of it.
+    async def GenerateBatchStream(
+        self, request: pb.GenerateBatchRequest, context: Any
+    ) -> AsyncIterator[pb.GenerateBatchStreamResponse]:
+        async with aclosing(self._run_batch(self._items(request))) as ended:
+            async for item in ended:
+                yield pb.GenerateBatchStreamResponse(item=encoding.batch_item(item))
+
+    async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
+        items = self._scored(request)
+        async with aclosing(self._run_batch(items, self._scoring(calibrated=not request.uncalibrated))) as ended:
+            async for _ in ended:
+                pass
+        return pb.ScoreResponse(scores=[encoding.score(item) async for item in in_pieces(items)])
+
+    def _scored(self, request: pb.ScoreRequest) -> list[Item]:
+        """The inputs, each a call of its own for usage, metrics and the log. Raises NOT_FOUND or INVALID_ARGUMENT."""
+        call, task = current_call.get(), self.find(request.task_id)
+        if task is None:
+            raise self.not_found(request.task_id)
+        if task.spec.labels is None:
+            kind = task.spec.answer_type.type if task.spec.answer_type else "text"
+            found = f"task {task.spec.id} answers with a {kind}; allowed: a task of labels"
+            raise invalid_argument([Violation("task_id", found)])
+        if not 1 <= len(request.inputs) <= MAX_SCORED:
+            raise invalid_argument([Violation("inputs", f"found {len(request.inputs)}; allowed: 1 to {MAX_SCORED}")])
+        items = []
+        for index, each in enumerate(request.inputs):
+            own = replace(call, request_id=f"{call.request_id}.{index}", method="ScoreItem", audited=None)
+            one = pb.GenerateRequest(task_id=request.task_id, routing_key=each.routing_key)
+            if given := each.WhichOneof("input"):
+                one.MergeFrom(pb.GenerateRequest(**{given: getattr(each, given)}))
+            items.append(Item(one, task, own, 1, index))
+        return items
+
+    def _scoring(self, *, calibrated: bool) -> Expand:
+        return lambda first: [Scoring.of(first, self.prompts, calibrated=calibrated)]
+
+    async def score_batch(self, requests: Sequence[pb.GenerateRequest], task: ServedTask) -> list[Generation]:
+        """As `answer_batch`, with the labels scored: gives a Scoring each."""
+        return await self._all(requests, task, self._scoring(calibrated=True))
+
+    async def answer_batch(self, requests: Sequence[pb.GenerateRequest], task: ServedTask) -> list[Generation]:
+        """Run requests of the current call to their ends, and give each one's best answer. `task` is what `find` gives.
+
+        The first failure ends all of it.
         """
-        call, size = current_call.get(), len(requests)
-        self._scheduler.check_batch(call.tenant, size)
-        with self._admitted(call, size), ExitStack() as held:
+        return await self._all(requests, task, samples)
+
+    async def _all(self, requests: Sequence[pb.GenerateRequest], task: ServedTask, expand: Expand) -> list[Generation]:
+        call = current_call.get()
+        items = [Item(each, task, call, samples_of(each, task), index) for index, each in enumerate(requests)]
+        places = sum(item.samples for item in items)
+        async with aclosing(self._run(items, places=places, strict=True, expand=expand)) as ended:
+            async for _ in ended:
+                pass
+        return [item.answers[0] for item in items]
+
+    def _items(self, request: pb.GenerateBatchRequest) -> list[Item]:
+        """The batch's inputs, each a call of its own for usage, metrics and the log. Raises INVALID_ARGUMENT."""
+        call = current_call.get()
+        if not 1 <= len(request.items) <= MAX_BATCH:
+            raise invalid_argument([Violation("items", f"found {len(request.items)}; allowed: 1 to {MAX_BATCH}")])
+        items = []
+        for index, each in enumerate(request.items):
+            own = replace(call, request_id=f"{call.request_id}.{index}", method="GenerateBatchItem", audited=None)
+            task = self.find(each.task_id, own)
+            items.append(Item(each, task, own, samples_of(each, task), index))
+        if (sequences := sum(item.samples for item in items)) > MAX_BATCH:
+            raise invalid_argument([Violation("items", f"found {sequences} samples; allowed: 1 to {MAX_BATCH}")])
+        return items
+
+    async def _run_batch(self, items: Sequence[Item], expand: Expand = samples) -> AsyncGenerator[Item, None]:
+        """Run the items of the current call, and account for each at its end. `expand`: see `_run`."""
+        call = current_call.get()
+        places = self._scheduler.places(call.tenant, sum(item.samples for item in items))
+
+        def settle(item: Item, code: grpc.StatusCode) -> None:
+            item.call.settle(code, self._usage)
+            item.call.record(code, self._metrics)
+
+        code, left = grpc.StatusCode.CANCELLED, dict.fromkeys(items)
+        try:
+            async with aclosing(self._run(items, places=places, strict=False, expand=expand)) as ended:
+                async for item in ended:
+                    del left[item]
+                    settle(item, item.failure.code if item.failure else grpc.StatusCode.OK)
+                    yield item
+        except RequestFailedError as failure:
+            code = failure.code
+            raise
+        finally:
+            if code is grpc.StatusCode.CANCELLED and call.expired:
+                code = grpc.StatusCode.DEADLINE_EXCEEDED
+            for item in left:
+                if item.call.sequences:
+                    settle(item, code)
+
+    async def _run(
+        self, items: Sequence[Item], *, places: int, strict: bool, expand: Expand = samples
+    ) -> AsyncGenerator[Item, None]:
+        """Run items of the current call, `places` sequences at a time; gives each as it ends.
+
+        `expand` makes what an item runs of its valid request.
+
+        They are admitted and charged as a whole before anything starts. `strict`: the first failure ends all.
+        """
+        call, size = current_call.get(), sum(item.samples for item in items)
+        self._scheduler.check_batch(call.tenant, size, places)
+        with self._admitted(call, size, places), ExitStack() as held:
             self._scheduler.count_batch(call.tenant, size)
-            apart = sum(request.ByteSize() for request in requests) > _TOKENIZE_APART_BYTES
+            apart = sum(item.request.ByteSize() for item in items) > _TOKENIZE_APART_BYTES
             # All are chosen before the first wait.
-            chosen = [(each, held.enter_context(self._version_for(each, task))) for each in requests]
-            generations = [await self._generation(*each, _UNARY_DELTA_TOKENS, apart=apart) for each in chosen]
-            with self._scheduler.reserve(call.tenant, [each.job for each in generations]) as reserved:
-                run = partial(Generation.run, engine=self.engine, scheduler=self._scheduler, residency=self.residency)
-                running = [asyncio.create_task(run(each, reserved=reserved)) for each in generations]
-                try:
-                    await asyncio.gather(*running)
-                finally:
-                    for each in running:
-                        each.cancel()
-                    await asyncio.gather(*running, return_exceptions=True)
-            return generations
+            for item in items:
+                chosen = self._version_for(item.request, item.task, prefetch=item.index < places)
+                item.task = held.enter_context(chosen)
+            async for item in in_pieces(items):
+                await self._prepare(item, expand, strict=strict, apart=apart)
+                if item.failure is not None:
+                    yield item
+            ready = [item for item in items if item.failure is None]
+            jobs = [generation.job for item in ready for generation in item.generations]
+            with self._scheduler.reserve(call.tenant, jobs) as reserved:
+
+                async def run(sequence: Any) -> None:
+                    # A long batch may outlive an engine.
+                    await sequence.run(self.engine, self._scheduler, self.residency, reserved=reserved)
+
+                async with aclosing(side_by_side(ready, places, run)) as ended:
+                    async for item in ended:
+                        if strict and item.failure is not None:
+                            raise item.failure
+                        yield item
+
+    async def _prepare(self, item: Item, expand: Expand, *, strict: bool, apart: bool) -> None:
+        try:
+            first = await self._generation(item.request, item.task, _UNARY_DELTA_TOKENS, apart=apart, call=item.call)
+        except RequestFailedError as failure:
+            if strict:
+                raise
+            item.failure = failure
+        else:
+            item.generations = expand(first)
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, context: Any
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         call, task = current_call.get(), self.find(request.task_id)
         with self._admitted(call), self._version_for(request, task) as task:
-            generation = await self._generation(request, task, delta_tokens=1)
+            generation = await self._generation(request, task, delta_tokens=1, stream=True)
             async with unhurried(partial(generation.run, self.engine, self._scheduler, self.residency)) as deltas:
                 async for delta in deltas:
                     if delta.finish_reason:
@@ -139,9 +278,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             raise self.not_found(request.task_id)
         return pb.GetTaskResponse(task=encoding.task(task))
 
-    def find(self, task_id: str) -> ServedTask | None:
-        """A task that the current call's tenant may ask; the one place where this is checked. Labels the call."""
-        call = current_call.get()
+    def find(self, task_id: str, call: Call | None = None) -> ServedTask | None:
+        """A task that the tenant of a call may ask; the one place where this is checked. Labels the call.
+
+        By default that is the current call.
+        """
+        call = call or current_call.get()
         task = self.catalog.tasks.get(task_id)
         if task is None or not call.tenant.allows(task_id):
             call.task = UNKNOWN_TASK
@@ -170,30 +312,41 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return ids
 
     @contextmanager
-    def _admitted(self, call: Call, requests: int = 1) -> Iterator[None]:
+    def _admitted(self, call: Call, requests: int = 1, places: int = 1) -> Iterator[None]:
         """Hold places for requests of a call, from receipt to end."""
-        with self._admission.admit(call.tenant, requests), self._scheduler.admit(call.tenant, requests):
+        with self._admission.admit(call.tenant, places), self._scheduler.admit(call.tenant, places):
             if call.tenant.has_budget or self._usage.stuck:
-                self._usage.check(call.tenant)
+                self._usage.check(call.tenant, requests)
             yield
 
     async def _generation(
-        self, request: pb.GenerateRequest, task: ServedTask | None, delta_tokens: int, *, apart: bool = False
+        self,
+        request: pb.GenerateRequest,
+        task: ServedTask | None,
+        delta_tokens: int,
+        *,
+        apart: bool = False,
+        stream: bool = False,
+        call: Call | None = None,
     ) -> Generation:
         """A valid request, ready to run. A large one is tokenized beside the event loop, and so are all with `apart`.
 
         Raises NOT_FOUND or INVALID_ARGUMENT.
         """
-        call = current_call.get()
+        call = call or current_call.get()
         if task is None and request.task_id:
             raise self.not_found(request.task_id)
         # Tenants share no cached blocks, unless their file says so: answer times would tell of another's prompts.
         cache_salt = None if self._directory.current.share_prefix_cache else call.tenant.id
-        arguments = (request, task, self.prompts, self.limits, call.tenant, cache_salt, delta_tokens)
+        own = None
+        if request.HasField("answer"):
+            own = await self._own_types.hold(request, task.spec if task else None, call.tenant, self.engine)
+        arguments = (request, task, self.prompts, self.limits, call.tenant, cache_salt, delta_tokens, own)
         if apart or request.ByteSize() > _TOKENIZE_APART_BYTES:
-            job = await self._tokenizing.run(call.tenant, request.ByteSize(), partial(validate, *arguments))
+            work = partial(validate, *arguments, stream=stream)
+            job = await self._tokenizing.run(call.tenant, request.ByteSize(), work)
         else:
-            job = validate(*arguments)
+            job = validate(*arguments, stream=stream)
         if isinstance(job, list):
             raise invalid_argument(job)
         if self._log_prompts:
@@ -202,10 +355,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return Generation(job, call, self._metrics)
 
     @contextmanager
-    def _version_for(self, request: pb.GenerateRequest, task: ServedTask | None) -> Iterator[ServedTask | None]:
+    def _version_for(
+        self, request: pb.GenerateRequest, task: ServedTask | None, *, prefetch: bool = True
+    ) -> Iterator[ServedTask | None]:
         """Give the task on the version that answers this request, held until the end.
 
-        A version that is not in the engine begins to load.
+        A version that is not in the engine begins to load, unless not `prefetch`.
         """
         if task is not None and task.spec.id in self.catalog.splits:
             task = self.catalog.choose(task, _routing_key(request))
@@ -213,7 +368,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             yield task
             return
         with self.residency.hold(task.version):
-            self.residency.prefetch(task.version)
+            if prefetch:
+                self.residency.prefetch(task.version)
             yield task
 
 

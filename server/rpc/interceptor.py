@@ -11,8 +11,7 @@ import asyncio
 import random
 import re
 import time
-import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -24,29 +23,23 @@ from server.errors import (
     DETAILS_KEY,
     RequestFailedError,
     Violation,
-    from_exception,
     invalid_argument,
     late_message,
     resource_exhausted,
     slow_reader,
 )
 from server.rpc.anonymous import AnonymousCalls, end_of_messages
+from server.rpc.failures import failure_of
 from server.settings import Settings
-from server.telemetry.logs import get_logger
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracer
 from server.tenants import Tenant
 
-logger = get_logger("request")
-
 REQUEST_ID_KEY = "x-request-id"
 _SERVICE_PREFIXES = ("/mtlora.v1.", "/inference.")
 _OPEN = {"/inference.GRPCInferenceService/ServerLive", "/inference.GRPCInferenceService/ServerReady"}
-_SERVERS_OWN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL}
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:\-]{0,63}")
 
-# A client's deadline starts before the server's, so its cancellation can come a moment before the server's deadline.
-_DEADLINE_SLACK_S = 0.1
 # Calls of one tenant that may be open besides those that admission lets in.
 _MESSAGES_UNDER_WAY = 512
 
@@ -111,6 +104,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 async for message in messages:
                     await self._write(context, message)
 
+        async def converse_all(request: Any, context: Any) -> None:
+            async with aclosing(handler.stream_stream(self._messages(request, context), context)) as messages:
+                async for message in messages:
+                    await self._write(context, message)
+
+        if handler.request_streaming:
+            write_all = converse_all
         make, behavior = (
             (grpc.stream_stream_rpc_method_handler, stream)
             if handler.response_streaming
@@ -118,15 +118,26 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
         return make(behavior, _forgiving(handler.request_deserializer), handler.response_serializer)
 
+    async def _messages(self, first: Any, context: Any) -> AsyncIterator[Any]:
+        """The messages of a call that may have several; each must come in time."""
+        message = first
+        while message is not grpc.aio.EOF:
+            yield message
+            message = await self._next(context)
+
     async def _read(self, context: Any) -> Any:
-        """The call's message."""
+        """The call's message, or its first one."""
+        request = await self._next(context)
+        if request is grpc.aio.EOF:
+            await end_of_messages()
+        return request
+
+    async def _next(self, context: Any) -> Any:
         try:
             async with asyncio.timeout(self._request_timeout_s):
                 request = await context.read()
         except TimeoutError:
             raise late_message(f"no message came within {self._request_timeout_s:g} s of the call") from None
-        if request is grpc.aio.EOF:
-            await end_of_messages()
         if isinstance(request, _Malformed):
             raise invalid_argument([Violation("", "found bytes that are no such message")])
         return request
@@ -146,7 +157,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         call = Call(request_id, rpc.rpartition("/")[2], deadline=deadline)
         # Probes come every few seconds: no traces of them.
         if self._tracer and not is_open:
-            call.trace = self._tracer.begin(rpc, request_id, metadata)
+            call.trace, call.genai = self._tracer.begin(rpc, request_id, metadata), self._tracer.metrics
         if rpc.startswith(AUDITED):
             call.audited = self._audit.call(rpc, request_id, context)
         current_call.set(call)
@@ -168,16 +179,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 finally:
                     self._leave(tenant)
         except asyncio.CancelledError:
-            left = context.time_remaining()
-            expired = left is not None and left <= _DEADLINE_SLACK_S
-            await self._record(call, grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED)
+            await self._record(call, grpc.StatusCode.DEADLINE_EXCEEDED if call.expired else grpc.StatusCode.CANCELLED)
             raise
         except Exception as error:
-            failure = from_exception(error)
-            if failure.code is grpc.StatusCode.INTERNAL and not isinstance(error, RequestFailedError):
-                # The place alone: an exception's message may hold what a tenant sent.
-                fields = {"request_id": request_id, "error": type(error).__name__, "where": _where(error)}
-                logger.error("internal error", extra={"fields": fields})
+            failure = failure_of(error, request_id)
             await self._record(call, failure.code, failure.message)
             await self._abort(context, failure, trailer)
         else:
@@ -211,28 +216,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             raise asyncio.CancelledError from None
 
     async def _record(self, call: Call, code: grpc.StatusCode, reason: str = "", response: Any = None) -> None:
-        # What the server itself failed is nobody's usage.
-        if code not in _SERVERS_OWN:
-            call.count_in(self._usage)
+        call.settle(code, self._usage)
         if call.audited:
             await call.audited.completed(call.tenant.id, code.name, reason, response)
-        known: dict[str, Any] = {
-            "tenant": call.tenant.id,
-            "task": call.task,
-            "prompt_tokens": call.prompt_tokens,
-            "completion_tokens": call.completion_tokens,
-        }
-        self._metrics.record_request(method=call.method, status=code.name, **known)
+        call.record(code, self._metrics)
         if call.trace:
-            call.trace.end(code.name, **known)
-        fields = {
-            "request_id": call.request_id,
-            "method": call.method,
-            **known,
-            "status": code.name,
-            "ms": round((time.monotonic() - call.received) * 1e3, 1),
-        }
-        logger.info("request", extra={"fields": fields})
+            call.trace.end(code.name, task=call.task, tenant=call.tenant.id)
 
 
 def _request_id(metadata: Any) -> str:
@@ -258,7 +247,3 @@ def _forgiving(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             return _Malformed()
 
     return attempt
-
-
-def _where(error: BaseException) -> list[str]:
-    return [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]

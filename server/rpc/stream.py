@@ -75,4 +75,7 @@ def _join(first: Delta, second: Delta) -> Delta:
         logprobs=first.logprobs + second.logprobs,
         finish_reason=second.finish_reason,
         reasoning=first.reasoning + second.reasoning,
+        token_ids=(*first.token_ids, *second.token_ids),
+        prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
+        cumulative_logprob=second.cumulative_logprob,
     )

@@ -1,21 +1,27 @@
 """From a request message to a GenerationJob, or to all its field violations."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from jinja2 import TemplateError
 from mtlora_pb.v1 import inference_pb2 as pb
 
+from mtlora.parameters import MAX_LOGPROBS, MAX_SAMPLES, MAX_TEMPERATURE, samples
 from mtlora.prompt import PromptEncoder
 from mtlora.task import TaskSpec
 from server.errors import Violation
-from server.job import MAX_LOGPROBS, GenerationJob, Sampling, ServedTask
+from server.job import GenerationJob, Sampling, ServedTask
+from server.rpc import parameters as more
+from server.rpc.answers import Held
 from server.tenants import OPEN_TENANT, Tenant
 
 MAX_STOP_STRINGS = 8
-MAX_TEMPERATURE = 2.0
 MAX_PAGE_SIZE = 1000
 _ROLES = ("system", "user", "assistant")
+# Of GenerationParameters: the highest number of a field that is looked at here.
+_LAST_PLAIN = pb.GenerationParameters.LOGPROBS_FIELD_NUMBER
+_PLAIN = ("temperature", "top_p", "top_k", "seed", "logprobs")
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,8 @@ class PromptLimits:
 
     max_model_len: int
     vocab_size: int
+    # Tokens that end an answer: the tokenizer's, and those of the backbone's generation config.
+    end_tokens: frozenset[int] = frozenset()
 
 
 def validate(
@@ -34,27 +42,43 @@ def validate(
     tenant: Tenant = OPEN_TENANT,
     cache_salt: str | None = None,
     delta_tokens: int = 1,
+    own: Held | None = None,
+    *,
+    stream: bool = False,
 ) -> GenerationJob | list[Violation]:
-    """The job that a request asks for, or every violation in it. `task` is None if the request names none."""
+    """The job that a request asks for, or every violation in it. `task` is None if the request names none.
+
+    own: what the request's own type holds its answer to, if it brings one.
+    """
     violations = [] if task else [Violation("task_id", "found none; ListTasks has those that can be asked")]
-    violations += _input_violations(request, task.spec if task else None, prompts)
+    violations += _input_violations(request, task.spec if task else None, prompts, limits, tenant)
     violations += _parameter_violations(request.parameters, tenant)
+    values = None
+    if task and (task.spec.defaults or any(f.number > _LAST_PLAIN for f, _ in request.parameters.ListFields())):
+        values = more.values_of(request.parameters, task.spec.defaults, stream=stream)
+        violations += more.violations(values, limits.vocab_size, limits.end_tokens, stream=stream)
     if task is None or violations:
         return violations
     given, longest = str(request.WhichOneof("input")), limits.max_model_len - 1
-    try:
-        text = _render(request, task.spec, prompts)
-    except TemplateError as error:
-        return [Violation("chat.messages", f"the backbone's chat template refuses them: {error}")]
-    # Encoding a text that cannot fit would take long.
-    if (fewest := prompts.fewest_tokens(text)) > longest:
-        return [_too_long(given, f"at least {fewest}", longest)]
-    prompt_ids = prompts.chat(text) if given == "chat" else prompts.prompt(text)
+    prompt_ids: Sequence[int]
+    if given == "token_ids":
+        prompt_ids = request.token_ids.values
+    else:
+        try:
+            text = _render(request, task.spec, prompts)
+        except TemplateError as error:
+            return [Violation("chat.messages", f"the backbone's chat template refuses them: {error}")]
+        # Encoding a text that cannot fit would take long.
+        if (fewest := prompts.fewest_tokens(text)) > longest:
+            return [_too_long(given, f"at least {fewest}", longest)]
+        prompt_ids = prompts.chat(text) if given == "chat" else prompts.prompt(text)
     room = limits.max_model_len - len(prompt_ids)
     if not prompt_ids:
         return [Violation(given, "found 0 tokens; allowed: at least 1")]
     if room < 1:
         return [_too_long(given, str(len(prompt_ids)), longest)]
+    if values and (violation := more.prompt_violation(values, len(prompt_ids), limits.vocab_size)):
+        return [violation]
     asked = request.parameters.max_new_tokens
     if asked > room:
         return [
@@ -64,16 +88,33 @@ def validate(
                 f"of {limits.max_model_len}",
             )
         ]
-    return GenerationJob(
+    held = own or _held(request, task)
+    most = min(room, tenant.max_new_tokens or room)
+    plain = GenerationJob(
         task=task,
         prompt_ids=tuple(prompt_ids),
-        sampling=_sampling(request.parameters, task.spec, min(room, tenant.max_new_tokens or room), limits.vocab_size),
+        sampling=_sampling(request.parameters, task.spec, most, limits.vocab_size, held),
         without_adapter=request.without_adapter,
         cache_salt=cache_salt,
         delta_tokens=delta_tokens,
-        strip=given != "chat",
+        strip=given != "chat" or held is not None,
         include_reasoning=request.include_reasoning,
+        answer_type=held.name if held else "",
     )
+    job = plain if values is None else _with_more(plain, values, limits.vocab_size)
+    if held and not isinstance(job, list):
+        return list(_type_violations(job.sampling, task.spec, held)) or job
+    return job
+
+
+def samples_of(request: pb.GenerateRequest, task: ServedTask | None) -> int:
+    """Sequences that a request asks for; 1 instead of a number that `validate` refuses."""
+    parameters = request.parameters
+    if task is not None and task.spec.defaults:
+        best_of = samples(more.values_of(parameters, task.spec.defaults, stream=False))[1]
+    else:
+        best_of = parameters.best_of or parameters.n
+    return best_of if 1 < best_of <= MAX_SAMPLES else 1
 
 
 def page_size(request: pb.ListTasksRequest) -> int | Violation:
@@ -84,7 +125,7 @@ def page_size(request: pb.ListTasksRequest) -> int | Violation:
 
 
 def _input_violations(
-    request: pb.GenerateRequest, task: TaskSpec | None, prompts: PromptEncoder
+    request: pb.GenerateRequest, task: TaskSpec | None, prompts: PromptEncoder, limits: PromptLimits, tenant: Tenant
 ) -> Iterator[Violation]:
     match request.WhichOneof("input"):
         case "text":
@@ -93,8 +134,10 @@ def _input_violations(
             yield from _fields_violations(request.fields, task)
         case "chat":
             yield from _chat_violations(request.chat, prompts)
+        case "token_ids":
+            yield from _token_violations(request.token_ids.values, prompts, limits, tenant)
         case _:
-            yield Violation("input", "found none; allowed: one of text, chat, fields")
+            yield Violation("input", "found none; allowed: one of text, chat, fields, token_ids")
 
 
 def _text_violations(text: str, task: TaskSpec | None) -> Iterator[Violation]:
@@ -142,6 +185,25 @@ def _chat_violations(chat: pb.Chat, prompts: PromptEncoder) -> Iterator[Violatio
         yield Violation(f"{where}.role", f"found {chat.messages[-1].role!r} in the last message; allowed: user")
 
 
+def _token_violations(
+    ids: Sequence[int], prompts: PromptEncoder, limits: PromptLimits, tenant: Tenant
+) -> Iterator[Violation]:
+    """Special tokens are what no other input can say either: a turn of a chat, an end of a text."""
+    if not tenant.token_ids:
+        yield Violation("token_ids", "found in a request of a tenant without `token_ids`; allowed: text, chat, fields")
+    elif len(ids) >= limits.max_model_len:
+        yield _too_long("token_ids", str(len(ids)), limits.max_model_len - 1)
+    else:
+        own = prompts.prefix_ids
+        begin = len(own) if tuple(ids[: len(own)]) == own else 0
+        for index, token in enumerate(ids[begin:], begin):
+            where = f"token_ids.values[{index}]"
+            if token >= limits.vocab_size:
+                yield more.no_token(where, token, limits.vocab_size)
+            elif token in prompts.special_ids:
+                yield Violation(where, f"found {token}, a special token; allowed: ordinary tokens")
+
+
 def _parameter_violations(parameters: pb.GenerationParameters, tenant: Tenant) -> Iterator[Violation]:
     def out_of(name: str, allowed: str) -> Violation:
         return Violation(f"parameters.{name}", f"found {getattr(parameters, name):g}; allowed: {allowed}")
@@ -181,7 +243,38 @@ def _render(request: pb.GenerateRequest, task: TaskSpec, prompts: PromptEncoder)
             return task.render(request.text)
 
 
-def _sampling(parameters: pb.GenerationParameters, task: TaskSpec, most: int, vocab_size: int) -> Sampling:
+def _held(request: pb.GenerateRequest, task: ServedTask) -> Held | None:
+    """What the task's type holds the answer to."""
+    constraint = task.spec.constraint(without_adapter=request.without_adapter)
+    if constraint is None or request.free:
+        return None
+    fewest = task.version.fewest if task.version is not None else None
+    return Held(constraint.text, constraint.type.name, fewest[task.spec.id] if fewest else 1)
+
+
+# What may end an answer, or keep it from ending, against its type.
+_AGAINST_TYPES = ("allowed_tokens", "banned_tokens", "stop_token_ids", "min_new_tokens")
+
+
+def _type_violations(sampling: Sampling, task: TaskSpec, held: Held) -> Iterator[Violation]:
+    """What would cut an answer before its type lets it end."""
+    if sampling.max_new_tokens < held.fewest:
+        yield Violation(
+            "parameters.max_new_tokens",
+            f"found {sampling.max_new_tokens}, the tenant's limit and the context included; allowed: {held.fewest} or "
+            "more, which the shortest answer of this type takes",
+        )
+    if other := [stop for stop in sampling.stop if stop not in task.stop]:
+        allowed = f"those of the task, {', '.join(map(repr, task.stop))}, as the answer has a type; or set free"
+        yield Violation("parameters.stop.values", f"found {other[0][:64]!r}; allowed: {allowed}")
+    for name in _AGAINST_TYPES if sampling.more else ():
+        if getattr(sampling.more, name):
+            yield Violation(f"parameters.{name}", "found, though the answer has a type; allowed: one of them, or free")
+
+
+def _sampling(
+    parameters: pb.GenerationParameters, task: TaskSpec, most: int, vocab_size: int, held: Held | None
+) -> Sampling:
     return Sampling(
         max_new_tokens=parameters.max_new_tokens or min(task.max_new_tokens, most),
         temperature=parameters.temperature,
@@ -190,4 +283,24 @@ def _sampling(parameters: pb.GenerationParameters, task: TaskSpec, most: int, vo
         seed=parameters.seed if parameters.HasField("seed") else None,
         stop=tuple(parameters.stop.values) if parameters.HasField("stop") else task.stop,
         logprobs=parameters.logprobs,
+        constraint=held.constraint if held else None,
+    )
+
+
+def _with_more(job: GenerationJob, values: Mapping[str, Any], vocab_size: int) -> GenerationJob | list[Violation]:
+    """The job with values that few requests set. They are valid, but for their relation to `max_new_tokens`."""
+    most, least = job.sampling.max_new_tokens, values.get("min_new_tokens", 0)
+    if least > most:
+        return [Violation("parameters.min_new_tokens", f"found {least}; allowed: 0 to {most}, max_new_tokens")]
+    plain = {name: values[name] for name in _PLAIN if name in values}
+    if "top_k" in plain:
+        plain["top_k"] = min(plain["top_k"], vocab_size)
+    n, best_of = samples(values)
+    return replace(
+        job,
+        sampling=replace(job.sampling, more=more.more_sampling(values), **plain),
+        n=n,
+        best_of=best_of,
+        return_token_ids=values.get("return_token_ids", False),
+        priority=values.get("priority", 0),
     )

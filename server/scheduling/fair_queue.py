@@ -14,14 +14,16 @@ Item = TypeVar("Item")
 
 
 class _Flow(Generic[Item]):
-    """One tenant's line."""
+    """One tenant's line: in each of its own priorities, first in, first out."""
 
     def __init__(self) -> None:
         self.counter = 0.0
         self.weight = 1.0
         self.rank = 0
-        # A dict keeps the order and removes from the middle in constant time.
-        self.items: dict[Item, None] = {}
+        # The priority of each item that waits.
+        self.items: dict[Item, int] = {}
+        # By priority. A dict keeps the order and removes from the middle in constant time.
+        self.lines: dict[int, dict[Item, None]] = {}
         self.blocked = False
 
     @property
@@ -30,7 +32,7 @@ class _Flow(Generic[Item]):
 
 
 class FairQueue(Generic[Item]):
-    """Lines of hashable items, one for each tenant. First in, first out within a tenant."""
+    """Lines of hashable items, one for each tenant. A tenant's own priorities reorder its own line alone."""
 
     def __init__(self) -> None:
         self._flows: dict[str, _Flow[Item]] = {}
@@ -46,8 +48,11 @@ class FairQueue(Generic[Item]):
         flow = self._flows.get(tenant)
         return len(flow.items) if flow else 0
 
-    def push(self, tenant: str, item: Item, *, weight: float, rank: int) -> None:
-        """Put an item at the end of its tenant's line. `rank` is the class, 0 the most urgent."""
+    def push(self, tenant: str, item: Item, *, weight: float, rank: int, priority: int = 0) -> None:
+        """Put an item behind those of its tenant that have its priority or a higher one.
+
+        `rank` is the tenant's class, 0 the most urgent.
+        """
         flow = self._flows.setdefault(tenant, _Flow())
         if flow.rank != rank:
             # Counters of two classes do not compare.
@@ -56,7 +61,8 @@ class FairQueue(Generic[Item]):
         elif not flow.active:
             self._lift(flow)
         flow.weight = weight
-        flow.items[item] = None
+        flow.items[item] = priority
+        flow.lines.setdefault(priority, {})[item] = None
         self._len += 1
 
     def pop(self) -> tuple[str, Item] | None:
@@ -68,7 +74,7 @@ class FairQueue(Generic[Item]):
         )
         if flow is None:
             return None
-        item = next(iter(flow.items))
+        item = next(iter(flow.lines[max(flow.lines)]))
         self._take(flow, item)
         return tenant, item
 
@@ -81,9 +87,9 @@ class FairQueue(Generic[Item]):
         return True
 
     def drop_newest(self, tenant: str) -> Item:
-        """Take out the last item of a tenant's line. Raises KeyError if the tenant has none."""
+        """Take out the last item of a tenant's line. The tenant has one."""
         flow = self._flows[tenant]
-        item = next(reversed(flow.items))
+        item = next(reversed(flow.lines[min(flow.lines)]))
         self._take(flow, item)
         return item
 
@@ -134,7 +140,11 @@ class FairQueue(Generic[Item]):
         return self._flows[tenant].counter
 
     def _take(self, flow: _Flow[Item], item: Item) -> None:
-        del flow.items[item]
+        priority = flow.items.pop(item)
+        line = flow.lines[priority]
+        del line[item]
+        if not line:
+            del flow.lines[priority]
         self._len -= 1
         if not flow.items:
             self._last[flow.rank] = flow.counter

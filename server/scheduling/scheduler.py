@@ -143,10 +143,17 @@ class Scheduler:
             # The next attempt is counted as a call again.
             self._take_requests(tenant, rate, size - 1, until=size)
 
-    def check_batch(self, tenant: Tenant, size: int) -> None:
-        """Raise RESOURCE_EXHAUSTED, without a time to retry, for a batch that no wait lets in as a whole."""
-        waiting = self._max_queued if tenant.max_queue is None else min(tenant.max_queue, self._max_queued)
-        largest = self._most_running(tenant) + waiting
+    def places(self, tenant: Tenant, size: int) -> int:
+        """Places that a batch takes whose sequences wait outside: enough for all turns, and few in the queue."""
+        return min(size, self._turns, self._most_inside(tenant))
+
+    def check_batch(self, tenant: Tenant, size: int, places: int | None = None) -> None:
+        """Raise RESOURCE_EXHAUSTED, without a time to retry, for a batch that no wait lets in.
+
+        places: how many of its sequences it holds at a time; by default all.
+        """
+        inside = self._most_inside(tenant)
+        largest = inside if places is None or places >= size else max(size, inside)
         if (rate := tenant.requests_per_second) is not None:
             largest = min(largest, int(_capacity(tenant, rate)))
         if size > largest:
@@ -242,7 +249,7 @@ class Scheduler:
         tenant = turn.tenant
         self._account(tenant)
         free = self._running < self._turns and not self._at_limit(tenant)
-        self._queue.push(tenant.id, turn, weight=tenant.weight, rank=tenant.priority.rank)
+        self._queue.push(tenant.id, turn, weight=tenant.weight, rank=tenant.priority.rank, priority=turn.job.priority)
         if len(self._queue) > self._max_queued and not free:
             self._make_room(turn)
 
@@ -313,6 +320,10 @@ class Scheduler:
 
     def _most_running(self, tenant: Tenant) -> int:
         return self._turns if tenant.max_in_flight is None else min(self._turns, tenant.max_in_flight)
+
+    def _most_inside(self, tenant: Tenant) -> int:
+        waiting = self._max_queued if tenant.max_queue is None else min(tenant.max_queue, self._max_queued)
+        return self._most_running(tenant) + waiting
 
     def _take_requests(self, tenant: Tenant, rate: float, n: int, *, until: int) -> None:
         bucket, capacity, now = self._account(tenant).requests, _capacity(tenant, rate), self.clock()

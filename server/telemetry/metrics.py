@@ -264,6 +264,10 @@ class Metrics:
         self._tenant_tokens.inc(prompt_tokens, (tenant, "prompt"))
         self._tenant_tokens.inc(completion_tokens, (tenant, "completion"))
 
+    def task_label(self, task: str) -> str:
+        """The value of the label `task` for a task that can be asked."""
+        return self._top_tasks.claim(task)
+
     def observe_queue(self, seconds: float, exemplar: dict[str, str]) -> None:
         """From receipt until first scheduled."""
         self._queue.observe(seconds, exemplar=exemplar if self._exemplars else None)

@@ -6,14 +6,19 @@
       engine.prefill                 until its first token
       engine.decode                  until its last, with an event a step
 
-A call of the Open Inference Protocol may have several sequences: the first three spans end when the first of them is
-asked, scheduled, has a token; the last ends with the last step of any.
+A call may have several sequences: the first three spans end when the first of them is asked, scheduled, has a token;
+the last ends with the last step of any. The call's span has the GenAI attributes of its first sequence, and the tokens
+of all.
 
 The spans are made when the request ends, from times noted on its way: a token costs one list append.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
+
+from server.job import GenerationJob
+from server.telemetry.genai import GenAIMetrics, request_attributes, response_attributes
 
 # The most events that a span holds; a longer answer's last steps have none.
 _MAX_STEPS = 120
@@ -27,9 +32,17 @@ class Tracer:
     endpoint: `host:port` or `http://host:port` of a collector, in plain text; `https://` for TLS.
     sample_ratio: share of traces kept, unless the caller has decided.
     exporter: takes the spans instead of an endpoint.
+    label_of: if given, metrics are exported too; see GenAIMetrics.
     """
 
-    def __init__(self, endpoint: str, *, sample_ratio: float = 1.0, exporter: Any = None) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        sample_ratio: float = 1.0,
+        exporter: Any = None,
+        label_of: Callable[[str], str] | None = None,
+    ) -> None:
         from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -38,14 +51,16 @@ class Tracer:
 
         from mtlora import __version__
 
+        url = endpoint if "://" in endpoint else f"http://{endpoint}"
         if exporter is None:
             from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
-            url = endpoint if "://" in endpoint else f"http://{endpoint}"
             exporter = OTLPSpanExporter(endpoint=url, insecure=not url.startswith("https://"))
+        resource = Resource.create({SERVICE_NAME: "mtlora-server", SERVICE_VERSION: __version__})
+        self.metrics = GenAIMetrics(url, resource, label_of) if label_of else None
         self._provider = TracerProvider(
             sampler=ParentBasedTraceIdRatio(sample_ratio),
-            resource=Resource.create({SERVICE_NAME: "mtlora-server", SERVICE_VERSION: __version__}),
+            resource=resource,
             # `close` does it before the interpreter exits.
             shutdown_on_exit=False,
         )
@@ -73,20 +88,27 @@ class Tracer:
                 "mtlora.request_id": request_id,
             },
         )
-        return RequestTrace(self._tracer, span) if span.is_recording() else None
+        return RequestTrace(self._tracer, span, request_id, method) if span.is_recording() else None
 
     def close(self) -> None:
         """Export the last spans; blocks for a few seconds at most."""
         self._provider.force_flush(3000)
         self._provider.shutdown()
+        if self.metrics:
+            self.metrics.close()
 
 
 class RequestTrace:
     """One request's monotonic times, in seconds; `end` makes its spans."""
 
-    def __init__(self, tracer: Any, span: Any) -> None:
+    def __init__(self, tracer: Any, span: Any, request_id: str, method: str) -> None:
         self._tracer = tracer
         self._span = span
+        self._request_id = request_id
+        self._stream = method.endswith("Stream")
+        self._job: GenerationJob | None = None
+        self._finish_reasons: list[str] = []
+        self._tokens = {"input": 0, "output": 0, "cached": 0, "working": 0}
         self._began = time.monotonic()
         self._submitted: float | None = None
         self._scheduled: float | None = None
@@ -97,9 +119,11 @@ class RequestTrace:
         """As collectors write it: 32 hexadecimal digits."""
         return f"{self._span.get_span_context().trace_id:032x}"
 
-    def submitted(self) -> None:
+    def submitted(self, job: GenerationJob) -> None:
         """The engine is asked now."""
         self._submitted = self._submitted or time.monotonic()
+        self._job = self._job or job
+        self._tokens["input"] += len(job.prompt_ids)
 
     def scheduled(self, at: float) -> None:
         """The scheduler first took the sequence, at a monotonic time."""
@@ -108,8 +132,15 @@ class RequestTrace:
     def step(self, tokens: int, at: float) -> None:
         """A step of the engine gave the sequence its next tokens, at a monotonic time."""
         self._steps.append((at, tokens))
+        self._tokens["output"] += tokens
 
-    def end(self, status: str, *, task: str, tenant: str, prompt_tokens: int, completion_tokens: int) -> None:
+    def answered(self, finish_reason: str | None, cached_tokens: int, working_tokens: int) -> None:
+        """A sequence has ended."""
+        self._finish_reasons.append(finish_reason or "length")
+        self._tokens["cached"] += cached_tokens
+        self._tokens["working"] += working_tokens
+
+    def end(self, status: str, *, task: str, tenant: str) -> None:
         """The request has ended, with a gRPC status name."""
         from opentelemetry.trace import Status, StatusCode
 
@@ -122,19 +153,23 @@ class RequestTrace:
             self._child("engine.queue", submitted, scheduled)
             if self._scheduled is not None:
                 first = self._steps[0][0] if self._steps else now
-                self._child("engine.prefill", scheduled, first, {"mtlora.prompt_tokens": prompt_tokens})
+                self._child("engine.prefill", scheduled, first, {"mtlora.prompt_tokens": self._tokens["input"]})
             if self._steps:
                 self._decode()
         attributes = {
             "mtlora.task": task,
             "mtlora.tenant": tenant,
-            "mtlora.prompt_tokens": prompt_tokens,
-            "mtlora.completion_tokens": completion_tokens,
+            "mtlora.prompt_tokens": self._tokens["input"],
+            "mtlora.completion_tokens": self._tokens["output"],
             "rpc.grpc.status": status,
         }
+        if self._job:
+            attributes |= request_attributes(self._job, stream=self._stream)
+            attributes |= response_attributes(self._request_id, self._finish_reasons, self._tokens)
         self._span.set_attributes({name: value for name, value in attributes.items() if value != ""})
         if status not in ("OK", "CANCELLED"):
             self._span.set_status(Status(StatusCode.ERROR, status))
+            self._span.set_attribute("error.type", status)
         self._span.end()
 
     def _decode(self) -> None:

@@ -132,6 +132,8 @@ class Tenant(BaseModel):
     daily_tokens: int | None = Field(None, ge=0)
     monthly_requests: int | None = Field(None, ge=0)
     monthly_tokens: int | None = Field(None, ge=0)
+    # Whether it may send prompts as token ids.
+    token_ids: bool = False
     admin: bool = False
 
     @cached_property
@@ -160,7 +162,7 @@ class Tenant(BaseModel):
 # The tenant of a call until the caller has authenticated.
 UNAUTHENTICATED = Tenant(id="unauthenticated", tasks=())
 # Every caller's tenant if there is no tenants file. An admin only if it listens on this machine alone.
-OPEN_TENANT = Tenant(id="open")
+OPEN_TENANT = Tenant(id="open", token_ids=True)
 
 
 class TenantsFile(BaseModel):

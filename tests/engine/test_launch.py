@@ -1,4 +1,4 @@
-"""Settings that vLLM refuses."""
+"""Settings that vLLM refuses, and parameters that it takes."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,8 @@ from unittest import mock
 import pytest
 
 from server.engine import Engine, EngineStartError
+from server.engine.translation import sampling_params
+from server.job import MoreSampling, Sampling
 from server.settings import load_settings
 from tests.engine._models import make_model
 
@@ -19,3 +21,14 @@ def test_an_engine_that_does_not_start_says_why(tmp_path: Path) -> None:
         pytest.raises(EngineStartError, match=r"(?s)the engine did not start.*max_model_len"),
     ):
         engine.start()
+
+
+def test_vllm_takes_what_is_valid() -> None:
+    more = MoreSampling(
+        min_p=0.5, logit_bias={7: 2.0, 9: 1.0}, banned_tokens=(9,), allowed_tokens=(7,), min_new_tokens=1
+    )
+    given = sampling_params(Sampling(max_new_tokens=3, temperature=1.0, more=more), 64)
+    assert given.logit_bias == {7: 2.0, 9: float("-inf")}
+    assert (given.n, given.min_p, given.min_tokens, given.allowed_token_ids) == (1, 0.5, 1, [7])
+    plain = sampling_params(Sampling(max_new_tokens=3), 64)
+    assert (plain.logit_bias, plain.allowed_token_ids, plain.logprobs, plain.prompt_logprobs) == (None,) * 4

@@ -103,7 +103,7 @@ class BackgroundLoad:
         self._thread.join(_TIMEOUT_S + 30)
 
     async def _run(self) -> None:
-        async with AsyncClient(self._address, self._access) as client:
+        async with AsyncClient(self._address, self._access, retry=None) as client:
             ask = functools.partial(self._ask, client)
             if (rate := self._rate) is None:
                 await closed_loop(self._until_stopped(), self._in_flight, ask)

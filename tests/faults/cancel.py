@@ -57,7 +57,7 @@ async def _cancel(address: str, pace: Pace, tasks: list[str], streams: int, seed
     ends: Counter[str] = Counter()
     deadline_s = max(600.0, 20 * _LONG["max_new_tokens"] * pace.step_s)
 
-    async with AsyncClient(address) as client:
+    async with AsyncClient(address, retry=None) as client:
         stub: Any = inference_pb2_grpc.InferenceStub(client._channel)
 
         async def cancel(number: int) -> None:

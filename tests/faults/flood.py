@@ -85,7 +85,10 @@ def jain(values: list[float]) -> float:
 @contextlib.asynccontextmanager
 async def _clients(server: Tenanted, access: Mapping[str, Access], names: Iterable[str]) -> Any:
     async with contextlib.AsyncExitStack() as stack:
-        yield {name: await stack.enter_async_context(AsyncClient(server.address, access[name])) for name in names}
+        yield {
+            name: await stack.enter_async_context(AsyncClient(server.address, access[name], retry=None))
+            for name in names
+        }
 
 
 class Flood:

@@ -32,6 +32,8 @@ _NATIVE, _OIP = "/mtlora.v1.Inference/", "/inference.GRPCInferenceService/"
 _METHODS: dict[str, type[Message]] = {
     f"{_NATIVE}Generate": native.GenerateRequest,
     f"{_NATIVE}GenerateStream": native.GenerateRequest,
+    f"{_NATIVE}GenerateBatch": native.GenerateBatchRequest,
+    f"{_NATIVE}GenerateBatchStream": native.GenerateBatchRequest,
     f"{_NATIVE}ListTasks": native.ListTasksRequest,
     f"{_NATIVE}GetTask": native.GetTaskRequest,
     f"{_OIP}ModelInfer": oip.ModelInferRequest,
@@ -121,9 +123,11 @@ class Fuzzer:
 
     def _fill(self, message: Message, depth: int = 0) -> None:
         """Set fields at random, by the message's descriptor."""
-        rng = self._rng
-        for field in message.DESCRIPTOR.fields:
-            if rng.random() < 0.3 or depth > 4:
+        rng, fields = self._rng, message.DESCRIPTOR.fields
+        # Of the many parameters a few, so that some requests are right.
+        left_out = 0.3 if len(fields) < 15 else 0.9
+        for field in fields:
+            if rng.random() < left_out or depth > 4:
                 continue
             if field.message_type is not None and field.message_type.GetOptions().map_entry:
                 self._fill_map(getattr(message, field.name), field.message_type)
@@ -140,9 +144,9 @@ class Fuzzer:
                 setattr(message, field.name, self._value(field))
 
     def _fill_map(self, values: Any, entry: Any) -> None:
-        value_field = entry.fields_by_name["value"]
+        key_field, value_field = entry.fields_by_name["key"], entry.fields_by_name["value"]
         for _ in range(self._rng.randint(0, 3)):
-            key = self._text()[:20]
+            key = self._text()[:20] if key_field.type == key_field.TYPE_STRING else self._value(key_field)
             if value_field.message_type is not None:
                 self._fill(values[key], 3)
             else:

@@ -62,7 +62,7 @@ def run(options: Options) -> Row:
             stack.callback(each.stop)
         with ThreadPoolExecutor() as starting:
             list(starting.map(Restarted.start, servers))
-        with Client(servers[0].server.address) as client:
+        with Client(servers[0].server.address, retry=None) as client:
             asked = questions(client, 64, options.seed)
         ends = asyncio.run(_restart_under_load(servers, restarts, asked))
     calls, failed = sum(ends.values()), sum(ends.values()) - ends["OK"]
@@ -94,7 +94,7 @@ async def _restart_under_load(servers: list[Restarted], restarts: int, asked: li
             while await asyncio.to_thread(each.answered) < _CALLS_BETWEEN:
                 await asyncio.sleep(0.2)
 
-    async with AsyncClient("ipv4:" + ",".join(each.server.address for each in servers)) as client:
+    async with AsyncClient("ipv4:" + ",".join(each.server.address for each in servers), retry=None) as client:
         endless = itertools.takewhile(lambda _: not stopping, itertools.cycle(asked))
         load = asyncio.create_task(closed_loop(endless, _IN_FLIGHT, ask))
         for number in range(restarts):

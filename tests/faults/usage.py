@@ -42,7 +42,7 @@ class Asking:
 
     async def ask(self, address: str, until_killed: asyncio.Event) -> None:
         """Ask by turns for a whole answer and for a stream, until the server is killed."""
-        async with AsyncClient(address, self.access) as client:
+        async with AsyncClient(address, self.access, retry=None) as client:
             while True:
                 before = len(self.summaries)
                 try:

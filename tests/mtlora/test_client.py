@@ -6,9 +6,12 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import duration_pb2
+from google.rpc import error_details_pb2, status_pb2
 from mtlora_pb.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
-from mtlora.client import Access, AsyncClient, Client, ServerError
+from mtlora.client import Access, AsyncClient, Client, Retry, ServerError, make_batch, make_request
+from mtlora.client.retry import Attempts
 
 
 class Server(adapters_pb2_grpc.AdaptersServicer, inference_pb2_grpc.InferenceServicer):
@@ -16,6 +19,8 @@ class Server(adapters_pb2_grpc.AdaptersServicer, inference_pb2_grpc.InferenceSer
 
     def __init__(self) -> None:
         self.keys: list[str] = []
+        # RetryInfo, in seconds, of each call that fails before one answers.
+        self.failures: list[float] = []
         self.address = ""
 
     def List(self, request: Any, context: Any) -> Any:
@@ -38,8 +43,37 @@ class Server(adapters_pb2_grpc.AdaptersServicer, inference_pb2_grpc.InferenceSer
         yield inference_pb2.GenerateStreamResponse(text="first")
         context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
 
+    def Generate(self, request: Any, context: Any) -> Any:
+        self._called(context)
+        if self.failures:
+            seconds = self.failures.pop(0)
+            context.set_trailing_metadata((("grpc-status-details-bin", unavailable(seconds)),))
+            context.abort(grpc.StatusCode.UNAVAILABLE, "not yet")
+        return inference_pb2.GenerateResponse(text="answer")
+
+    def GenerateBatchStream(self, request: Any, context: Any) -> Iterator[Any]:
+        self._called(context)
+        if self.failures:
+            self.failures.pop(0)
+            context.abort(grpc.StatusCode.UNAVAILABLE, "not yet")
+        for index, each in enumerate(request.items):
+            response = inference_pb2.GenerateResponse(text=each.text)
+            yield inference_pb2.GenerateBatchStreamResponse(
+                item=inference_pb2.BatchItem(index=index, response=response)
+            )
+
     def _called(self, context: Any) -> None:
         self.keys.append(dict(context.invocation_metadata()).get("authorization", ""))
+
+
+def unavailable(seconds: float) -> bytes:
+    """The details of a status with RetryInfo."""
+    info = error_details_pb2.RetryInfo(
+        retry_delay=duration_pb2.Duration(nanos=int(seconds * 1e9) % 10**9, seconds=int(seconds))
+    )
+    status = status_pb2.Status(code=grpc.StatusCode.UNAVAILABLE.value[0], message="not yet")
+    status.details.add().Pack(info)
+    return bytes(status.SerializeToString())
 
 
 @pytest.fixture
@@ -92,3 +126,91 @@ async def test_a_failed_stream_raises_after_its_pieces(server: Server) -> None:
         assert (await anext(pieces)).text == "first"
         with pytest.raises(ServerError, match="UNAVAILABLE: gone"):
             await anext(pieces)
+
+
+FAST = Retry(first_s=0.001, most_s=0.002)
+
+
+async def test_calls_are_repeated_within_their_deadline(server: Server) -> None:
+    with Client(server.address, retry=FAST) as client:
+        server.failures = [0.0, 0.01]
+        assert client.generate("t", "x", timeout=10).text == "answer"
+        assert len(server.keys) == 3
+        server.failures = [0.0]
+        assert [each.result().text for each in client.generate_batch([("t", "a"), ("t", "b")], timeout=10)] == [
+            "a",
+            "b",
+        ]
+    async with AsyncClient(server.address, retry=FAST) as asynchronous:
+        server.failures = [0.0, 0.01]
+        assert (await asynchronous.generate("t", "x", timeout=10)).text == "answer"
+        server.failures = [0.0]
+        answers = [each.result().text async for each in asynchronous.generate_batch([("t", "a")], timeout=10)]
+        assert answers == ["a"]
+    assert len(server.keys) == 3 + 2 + 3 + 2
+
+
+@pytest.mark.parametrize(
+    ("retry", "timeout", "retry_after_s"), [(None, 10.0, 0.0), (FAST, None, 0.0), (FAST, 10.0, 60.0), (FAST, 0.5, 0.6)]
+)
+def test_a_call_that_is_not_repeated(
+    server: Server, retry: Retry | None, timeout: float | None, retry_after_s: float
+) -> None:
+    """No retries, no deadline, or a RetryInfo beyond it: the failure is there at once."""
+    server.failures = [retry_after_s] * 2
+    with Client(server.address, retry=retry) as client, pytest.raises(ServerError, match="not yet") as raised:
+        client.generate("t", "x", timeout=timeout)
+    assert raised.value.retry_after_s == pytest.approx(retry_after_s)
+    assert len(server.failures) == 1
+
+
+def test_a_stream_is_not_repeated_after_a_piece(server: Server) -> None:
+    with Client(server.address, retry=FAST) as client:
+        stream = client.stream("t", "x", timeout=10)
+        assert next(stream).text == "first"
+        with pytest.raises(ServerError, match="UNAVAILABLE: gone"):
+            next(stream)
+    assert len(server.keys) == 1
+
+
+def test_waits_grow_and_keep_to_the_servers_own() -> None:
+    retry, error = Retry(attempts=4, first_s=0.1, most_s=0.3), ServerError.__new__(ServerError)
+    error.code, error.retry_after_s = grpc.StatusCode.UNAVAILABLE, None
+    waits = [retry.wait_s(error, attempt, 10.0) for attempt in (1, 2, 3)]
+    for wait, most in zip(waits, (0.1, 0.2, 0.3), strict=True):
+        assert wait is not None
+        assert most / 2 <= wait <= most
+    assert retry.wait_s(error, 4, 10.0) is None
+    error.retry_after_s = 2.0
+    wait = retry.wait_s(error, 1, 10.0)
+    assert wait is not None
+    assert 2.05 <= wait <= 2.1
+    assert retry.wait_s(error, 1, 2.0) is None
+    error.code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert retry.wait_s(error, 1, 10.0) is None
+
+
+def test_an_attempt_that_got_on_counts_anew() -> None:
+    attempts = Attempts(Retry(attempts=2, first_s=0.001), timeout=60)
+    error = ServerError.__new__(ServerError)
+    error.code, error.retry_after_s = grpc.StatusCode.UNAVAILABLE, None
+    for _ in range(3):
+        attempts.after(error)
+        attempts.got_on()
+    attempts.after(error)
+    with pytest.raises(ServerError):
+        attempts.after(error)
+
+
+def test_a_batch_takes_whole_requests_too() -> None:
+    request = inference_pb2.GenerateRequest(task_id="t", text="y")
+    batch = make_batch([("t", "x"), request], seed=1, allowed_tokens=[5])
+    assert [each.parameters.seed for each in batch.items] == [1, 0]
+    assert list(batch.items[0].parameters.allowed_tokens.values) == [5]
+
+
+def test_a_request_holds_its_parameters() -> None:
+    request = make_request("one", [5, 6], logit_bias={7: 1.5}, banned_tokens=[], stop_token_ids=[9])
+    assert list(request.token_ids.values) == [5, 6]
+    assert request.parameters.HasField("banned_tokens")
+    assert dict(request.parameters.logit_bias.values) == {7: 1.5}

@@ -3,10 +3,13 @@
 'use strict'
 
 const grpc = require('@grpc/grpc-js')
+const path = require('path')
 const protoLoader = require('@grpc/proto-loader')
 
 const [address, proto, taskId, text] = process.argv.slice(2)
-const definition = protoLoader.loadSync(proto, { keepCase: true, enums: String, longs: Number, oneofs: true })
+const definition = protoLoader.loadSync(proto, {
+  keepCase: true, enums: String, longs: Number, oneofs: true, includeDirs: [path.resolve(path.dirname(proto), '../..')]
+})
 const { Inference } = grpc.loadPackageDefinition(definition).mtlora.v1
 const client = new Inference(address, grpc.credentials.createInsecure())
 
@@ -21,6 +24,8 @@ async function main () {
   let streamed = ''
   let last
   for await (last of client.GenerateStream(request)) streamed += last.text
+  const items = [request, { task_id: 'no-such-task', text }]
+  const batch = (await unary('GenerateBatch', { items })).items.map((item) => item.status.code ?? 0)
   const tasks = (await unary('ListTasks', {})).tasks.map((task) => task.id)
   const error = await unary('Generate', { task_id: 'no-such-task', text }).catch((caught) => caught)
   console.log(JSON.stringify({
@@ -28,6 +33,7 @@ async function main () {
     summary: answer.summary,
     streamed,
     last_summary: last.summary,
+    batch,
     tasks,
     error: {
       code: grpc.status[error.code],

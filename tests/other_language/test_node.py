@@ -37,6 +37,7 @@ def test_a_javascript_client(tmp_path: Path) -> None:
     assert found["summary"]["task_id"] == found["last_summary"]["task_id"] == "open"
     assert found["summary"]["completion_tokens"] == answer.summary.completion_tokens
     assert found["summary"]["finish_reason"].startswith("FINISH_REASON_")
+    assert found["batch"] == [0, 5]
     assert found["tasks"] == ["open"]
     assert found["error"]["code"] == "NOT_FOUND"
     assert found["error"]["request_id"]

@@ -36,6 +36,7 @@ class FakeTokenizer:
 
     chat_template = "yes"
     all_special_tokens = ("<|end|>",)
+    eos_token_id = 0
     added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
@@ -43,6 +44,9 @@ class FakeTokenizer:
 
     def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
         return "".join(message["content"] for message in messages)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(code): code for code in range(300)}
 
     def decode(self, ids: tuple[int, ...]) -> str:
         return "".join(map(chr, ids))
@@ -124,7 +128,7 @@ class Service:
         self.open_inference = OpenInferenceServicer(self.servicer, self.admission, self.repository)
         self.servicer.engine = self.engine
         self.servicer.residency = Residency(FakeMemory(), capacity=2)
-        self.servicer.prompts = PromptEncoder(FakeTokenizer())
+        self.servicer.prompts = self.engine.prompts = PromptEncoder(FakeTokenizer())
         self.servicer.limits = PromptLimits(max_model_len=64, vocab_size=300)
         self.servicer.catalog = Catalog(
             MappingProxyType({name: ServedTask(entry(name), "alpha", "1", slot=None) for name in ("one", "two")})

@@ -105,6 +105,22 @@ def test_drops_the_newest_of_the_longest_line_for_its_weight() -> None:
     assert queue.longest() == "batch"
 
 
+def test_priorities_reorder_a_tenants_own_line_alone() -> None:
+    orders = []
+    for priority in (0, 100):
+        queue: FairQueue[str] = FairQueue()
+        for item in range(3):
+            queue.push("a", f"a{item}", weight=1.0, rank=0, priority=priority * item)
+            queue.push("b", f"b{item}", weight=1.0, rank=0)
+        order = []
+        while entry := queue.pop():
+            queue.charge(entry[0], 1.0)
+            order.append(entry)
+        orders.append(order)
+    assert [tenant for tenant, _ in orders[0]] == [tenant for tenant, _ in orders[1]]
+    assert [item for tenant, item in orders[1] if tenant == "a"] == ["a2", "a1", "a0"]
+
+
 class AgainstAModel(RuleBasedStateMachine):
     """Whatever happens: nothing is lost, order holds within a tenant, and nothing idles while somebody may go."""
 
@@ -113,13 +129,21 @@ class AgainstAModel(RuleBasedStateMachine):
         self.queue: FairQueue[int] = FairQueue()
         self.lines: dict[str, list[int]] = {tenant: [] for tenant in TENANTS}
         self.blocked: set[str] = set()
+        self.priorities: dict[int, int] = {}
         self.count = 0
 
-    @rule(tenant=st.sampled_from(TENANTS), weight=st.sampled_from([0.5, 1.0, 3.0]), rank=st.integers(0, 2))
-    def push(self, tenant: str, weight: float, rank: int) -> None:
+    @rule(
+        tenant=st.sampled_from(TENANTS),
+        weight=st.sampled_from([0.5, 1.0, 3.0]),
+        rank=st.integers(0, 2),
+        priority=st.integers(-1, 1),
+    )
+    def push(self, tenant: str, weight: float, rank: int, priority: int) -> None:
         self.count += 1
-        push(self.queue, tenant, self.count, weight, rank)
+        self.queue.push(tenant, self.count, weight=weight, rank=rank, priority=priority)
+        self.priorities[self.count] = priority
         self.lines[tenant].append(self.count)
+        self.lines[tenant].sort(key=lambda item: (-self.priorities[item], item))
 
     @rule()
     def pop(self) -> None:
@@ -130,6 +154,11 @@ class AgainstAModel(RuleBasedStateMachine):
             tenant, item = entry
             assert tenant in eligible
             assert self.lines[tenant].pop(0) == item
+
+    @rule(tenant=st.sampled_from(TENANTS))
+    def drop_newest(self, tenant: str) -> None:
+        if self.lines[tenant]:
+            assert self.queue.drop_newest(tenant) == self.lines[tenant].pop()
 
     @rule(tenant=st.sampled_from(TENANTS), cost=COSTS)
     def charge(self, tenant: str, cost: int) -> None:

@@ -131,6 +131,44 @@ async def test_parameters_become_native_ones(service: Service, stub: Any) -> Non
     assert (sampling.top_k, sampling.seed, sampling.stop) == (3, 9, ("!",))
 
 
+async def test_sampling_parameters_become_native_ones(service: Service, stub: Any) -> None:
+    given = {
+        "temperature": {"doubleParam": 1.0}, "best_of": {"int64Param": 2}, "min_p": {"doubleParam": 0.5},
+        "presence_penalty": {"stringParam": "0.5"}, "frequency_penalty": {"doubleParam": -1.0},
+        "repetition_penalty": {"doubleParam": 1.5}, "min_tokens": {"int64Param": 1}, "priority": {"int64Param": -3},
+        "logit_bias": {"stringParam": "65:-1.5, 66:2"}, "allowed_tokens": {"stringParam": "65,66"},
+        "banned_tokens": {"stringParam": ""}, "stop_token_ids": {"stringParam": " 67 "},
+    }  # fmt: skip
+    reply = await stub.ModelInfer(infer("x", **given))
+    assert list(reply.outputs[0].shape) == [1]
+    first, second = service.engine.jobs
+    more = first.sampling.more
+    assert (first.best_of, first.priority, more.min_p, more.presence_penalty) == (2, -3, 0.5, 0.5)
+    assert (more.frequency_penalty, more.repetition_penalty, more.min_new_tokens) == (-1.0, 1.5, 1)
+    assert (more.logit_bias, more.allowed_tokens) == ({65: -1.5, 66: 2.0}, (65, 66))
+    assert (more.banned_tokens, more.stop_token_ids) == ((), (67,))
+    assert second.sampling.more.logit_bias == more.logit_bias
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"logit_bias": {"stringParam": "65"}}, "found '65'; allowed: token ids and biases"),
+        ({"logit_bias": {"stringParam": "a:1"}}, "found 'a:1'; allowed: token ids and biases"),
+        ({"allowed_tokens": {"stringParam": "65;66"}}, "found '65;66'; allowed: token ids, such as 5, 17"),
+        ({"stop_token_ids": {"stringParam": "-1"}}, "found '-1'; allowed: token ids, such as 5, 17"),
+        ({"banned_tokens": {"int64Param": 5}}, "found int64_param; allowed: string_param"),
+        ({"priority": {"int64Param": 2**40}}, f"found '{2**40}'; allowed: -2147483648 to 2147483647"),
+        ({"n": {"int64Param": 2}}, "unknown; allowed: max_tokens"),
+    ],
+)
+async def test_names_what_is_no_sampling_parameter(stub: Any, given: Any, found: str) -> None:
+    error = await failure(stub, infer("x", **given))
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.violations[0][0] == f"parameters[{next(iter(given))}]"
+    assert error.violations[0][1].startswith(found)
+
+
 async def test_names_all_violations_at_once(stub: Any) -> None:
     given = {"tempreture": {"doubleParam": 1}, "max_tokens": {"stringParam": "five"}, "seed": {"int64Param": -1}}
     request = infer("x", name="text", **given)

@@ -84,11 +84,12 @@ class Home:
             metrics.record_stage(event.stage.value, event.failed_stage.value if event.failed_stage else None)
             self.events.append(event)
 
+        self.verifier = Verifier(self.spool)
         self.residency = Residency(self.engine, 8)
         events = Events(on_event)
         lifecycle = Lifecycle(
             root=root,
-            verifier=Verifier(self.spool),
+            verifier=self.verifier,
             spool=self.spool,
             residency=self.residency,
             make_slots=make_slots,

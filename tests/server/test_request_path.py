@@ -70,8 +70,10 @@ def async_llm(recorder: Recorder) -> Any:
 
     async def generate(prompt: Any, params: Any, request_id: str, *, lora_request: Any) -> AsyncIterator[Any]:
         recorder.end()
-        completion = SimpleNamespace(text="x", token_ids=[1], logprobs=None, finish_reason="stop")
-        yield SimpleNamespace(outputs=[completion], metrics=None, num_cached_tokens=0)
+        completion = SimpleNamespace(
+            text="x", token_ids=[1], logprobs=None, finish_reason="stop", cumulative_logprob=None
+        )
+        yield SimpleNamespace(outputs=[completion], metrics=None, num_cached_tokens=0, prompt_logprobs=None)
 
     return SimpleNamespace(generate=generate)
 

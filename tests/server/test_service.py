@@ -110,6 +110,21 @@ async def test_streams_logprobs_of_working_at_once(service: Service, client: Asy
     assert len((await client.generate("one", "x", logprobs=1)).logprobs) == 9
 
 
+async def test_counts_the_tokens_of_the_working(service: Service, client: AsyncClient) -> None:
+    """The fake tokenizer has a token for each character."""
+    with_marker(service)
+    deltas = [Delta("3+4", 3), Delta("=7=>", 4), Delta("8", 1, finish_reason="stop")]
+    service.engine.deltas = [replace(delta, token_ids=[ord(letter) for letter in delta.text]) for delta in deltas]
+    answer = await client.generate("one", "x")
+    assert (answer.summary.working_tokens, answer.summary.completion_tokens) == (5, 8)
+    pieces = [piece async for piece in client.stream("one", "x")]
+    assert pieces[-1].summary.working_tokens == 5
+    # Without the marker there is no working, nor is there for the backbone alone.
+    assert (await client.generate("one", "x", without_adapter=True)).summary.working_tokens == 0
+    service.engine.deltas = service.engine.deltas[:1] + service.engine.deltas[2:]
+    assert (await client.generate("one", "x")).summary.working_tokens == 0
+
+
 async def test_a_text_without_the_marker_is_all_answer(service: Service, client: AsyncClient) -> None:
     with_marker(service)
     service.engine.deltas = [Delta(" 3+", 2), Delta("4 =", 2, finish_reason="length")]

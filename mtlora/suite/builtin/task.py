@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mtlora.suite import answers
 from mtlora.suite.base import ANSWER_MARKER
 from mtlora.task import TaskSpec
 
@@ -35,6 +36,7 @@ def task(
         template=f"{instruction}\n{{input}}\nAnswer:",
         max_new_tokens=max_new_tokens,
         allowed_answers=allowed_answers,
+        answer=answers.BUILTIN.get(task_id),
         answer_marker=ANSWER_MARKER if worked else None,
     )
     return GeneratedTask(spec, generate)

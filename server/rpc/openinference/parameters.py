@@ -20,8 +20,18 @@ _FIELDS: dict[str, tuple[str, tuple[str, ...], type[int] | type[float], str]] = 
     "top_p": ("top_p", _NUMBERS, float, "a number"),
     "top_k": ("top_k", _INTEGERS, int, "0 to 4294967295"),
     "seed": ("seed", _INTEGERS, int, "0 to 18446744073709551615"),
+    "best_of": ("best_of", _INTEGERS, int, "0 to 4294967295"),
+    "min_p": ("min_p", _NUMBERS, float, "a number"),
+    "presence_penalty": ("presence_penalty", _NUMBERS, float, "a number"),
+    "frequency_penalty": ("frequency_penalty", _NUMBERS, float, "a number"),
+    "repetition_penalty": ("repetition_penalty", _NUMBERS, float, "a number"),
+    "min_tokens": ("min_new_tokens", _INTEGERS, int, "0 to 4294967295"),
+    "priority": ("priority", _INTEGERS, int, "-2147483648 to 2147483647"),
 }
-ALLOWED = (*_FIELDS, "stop", "without_adapter")
+_LISTS = ("allowed_tokens", "banned_tokens", "stop_token_ids")
+_STRINGS = ("stop", "logit_bias", *_LISTS)
+ALLOWED = (*_FIELDS, *_STRINGS, "without_adapter")
+_EXAMPLES = {"logit_bias": "token ids and biases, such as 5:-1.5, 17:2", "": "token ids, such as 5, 17"}
 
 
 def apply(given: Mapping[str, pb.InferParameter], request: native.GenerateRequest) -> Iterator[Violation]:
@@ -38,13 +48,23 @@ def apply(given: Mapping[str, pb.InferParameter], request: native.GenerateReques
                 setattr(request.parameters, field, convert(value))
             except ValueError:
                 yield Violation(where, f"found {str(value)[:32]!r}; allowed: {allowed}")
-        elif name == "stop" and kind == "string_param":
-            # An empty one takes the task's own stop strings away.
-            request.parameters.stop.values.extend([value] if value else [])
-            request.parameters.stop.SetInParent()
+        elif name in _STRINGS and kind == "string_param":
+            # An empty one takes the task's own values away.
+            message = getattr(request.parameters, name)
+            message.SetInParent()
+            try:
+                if name == "logit_bias":
+                    biases = [each.split(":") for each in value.split(",") if each.strip()]
+                    message.values.update({int(token): float(bias) for token, bias in biases})
+                elif name in _LISTS:
+                    message.values.extend(int(each) for each in value.split(",") if each.strip())
+                elif value:
+                    message.values.append(value)
+            except ValueError:
+                yield Violation(where, f"found {value[:32]!r}; allowed: {_EXAMPLES.get(name, _EXAMPLES[''])}")
         elif name == "without_adapter" and kind == "bool_param":
             request.without_adapter = bool(value)
         elif name in ALLOWED:
-            yield Violation(where, f"found {kind}; allowed: {'string' if name == 'stop' else 'bool'}_param")
+            yield Violation(where, f"found {kind}; allowed: {'string' if name in _STRINGS else 'bool'}_param")
         else:
             yield Violation(where, f"unknown; allowed: {', '.join(ALLOWED)}")

@@ -14,6 +14,7 @@ from server.rpc.inference_service import InferenceServicer
 from server.rpc.openinference import parameters, tensors
 from server.rpc.openinference.repository import Repository
 from server.rpc.pieces import in_pieces
+from server.rpc.scoring import Scoring
 from server.scheduling.admission import Admission, State
 from server.tenants.authentication import require_admin
 
@@ -47,25 +48,38 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         task = self._task(request.name, request.version)
 
         def tensor(name: str) -> pb.ModelMetadataResponse.TensorMetadata:
-            return pb.ModelMetadataResponse.TensorMetadata(name=name, datatype="BYTES", shape=[-1])
+            datatype, shape = "BYTES", [-1]
+            if name == tensors.PROBABILITIES_OUTPUT:
+                datatype, shape = "FP32", [-1, len(task.spec.labels or ())]
+            return pb.ModelMetadataResponse.TensorMetadata(name=name, datatype=datatype, shape=shape)
 
         return pb.ModelMetadataResponse(
             name=task.spec.id,
             versions=[task.adapter_version],
             platform=_PLATFORM,
             inputs=[tensor(name) for name in tensors.input_names(task.spec)],
-            outputs=[tensor(tensors.TEXT_OUTPUT)],
+            outputs=list(map(tensor, tensors.output_names(task.spec))),
         )
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
         self._admission.check_serving()
         task = self._task(request.model_name, request.model_version)
-        generations = await self._service.answer_batch(_requests(request, task), task)
+        requests, wanted = _requests(request, task), [tensor.name for tensor in request.outputs]
+        scored = any(name != tensors.TEXT_OUTPUT for name in wanted)
+        run = self._service.score_batch if scored else self._service.answer_batch
+        generations = await run(requests, task)
         response = pb.ModelInferResponse(
             model_name=task.spec.id, model_version=generations[0].job.task.adapter_version, id=request.id
         )
-        texts = [generation.answer for generation in generations]
-        tensors.write_texts(response, texts, request.inputs[0].shape, raw=bool(request.raw_input_contents))
+        raw, shape, labels = bool(request.raw_input_contents), request.inputs[0].shape, task.spec.labels or ()
+        for name in wanted or [tensors.TEXT_OUTPUT]:
+            if name == tensors.PROBABILITIES_OUTPUT:
+                found = [dict(each.probabilities) for each in generations if isinstance(each, Scoring)]
+                tensors.write_numbers(response, name, [[each[label] for label in labels] for each in found], raw=raw)
+            elif name == tensors.LABELS_OUTPUT:
+                tensors.write_texts(response, name, labels, [len(labels)], raw=raw)
+            else:
+                tensors.write_texts(response, name, [each.answer for each in generations], shape, raw=raw)
         return response
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Any) -> pb.RepositoryIndexResponse:
@@ -122,9 +136,12 @@ def _requests(request: pb.ModelInferRequest, task: ServedTask) -> list[native.Ge
     """The native request of every element. Raises INVALID_ARGUMENT with every violation."""
     names = tensors.input_names(task.spec)
     common = native.GenerateRequest(task_id=task.spec.id)
+    if task.spec.defaults:
+        # An output has one answer for each element.
+        common.parameters.n = 1
     violations = list(parameters.apply(request.parameters, common))
     try:
-        texts = tensors.read_texts(request, names)
+        texts = tensors.read_texts(request, names, tensors.output_names(task.spec))
     except tensors.TensorError as error:
         violations += error.violations
     if violations:

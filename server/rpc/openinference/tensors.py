@@ -12,6 +12,8 @@ from server.errors import Violation
 MAX_BATCH = 64
 TEXT_INPUT = "text_input"
 TEXT_OUTPUT = "text_output"
+# Of tasks of labels: the likeliest label of each element, the probabilities of all, and their names in that order.
+LABEL_OUTPUT, PROBABILITIES_OUTPUT, LABELS_OUTPUT = "label", "probabilities", "labels"
 
 
 class TensorError(Exception):
@@ -27,9 +29,16 @@ def input_names(task: TaskSpec) -> tuple[str, ...]:
     return (TEXT_INPUT,) if len(task.fields) == 1 else task.fields
 
 
-def read_texts(request: pb.ModelInferRequest, names: Sequence[str]) -> dict[str, list[str]]:
-    """The texts of every input tensor, all of one shape. Raises TensorError."""
-    violations = list(_name_violations(request, names))
+def output_names(task: TaskSpec) -> tuple[str, ...]:
+    """The output tensors that a task gives; the first one if none is asked for by name."""
+    return (TEXT_OUTPUT, LABEL_OUTPUT, PROBABILITIES_OUTPUT, LABELS_OUTPUT) if task.labels else (TEXT_OUTPUT,)
+
+
+def read_texts(
+    request: pb.ModelInferRequest, names: Sequence[str], outputs: Sequence[str] = (TEXT_OUTPUT,)
+) -> dict[str, list[str]]:
+    """The texts of every input tensor, all of one shape. `outputs` may be asked for. Raises TensorError."""
+    violations = list(_name_violations(request, names, outputs))
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         violations.append(Violation("raw_input_contents", f"found {len(raw)}; allowed: one for each of the inputs"))
@@ -48,9 +57,11 @@ def read_texts(request: pb.ModelInferRequest, names: Sequence[str]) -> dict[str,
     return texts
 
 
-def write_texts(response: pb.ModelInferResponse, texts: Sequence[str], shape: Sequence[int], *, raw: bool) -> None:
-    """Add the output tensor, in the form of the inputs."""
-    tensor = response.outputs.add(name=TEXT_OUTPUT, datatype="BYTES", shape=shape)
+def write_texts(
+    response: pb.ModelInferResponse, name: str, texts: Sequence[str], shape: Sequence[int], *, raw: bool
+) -> None:
+    """Add an output tensor of texts, in the form of the inputs."""
+    tensor = response.outputs.add(name=name, datatype="BYTES", shape=shape)
     elements = [text.encode() for text in texts]
     if raw:
         response.raw_output_contents.append(b"".join(struct.pack("<I", len(each)) + each for each in elements))
@@ -58,13 +69,26 @@ def write_texts(response: pb.ModelInferResponse, texts: Sequence[str], shape: Se
         tensor.contents.bytes_contents.extend(elements)
 
 
-def _name_violations(request: pb.ModelInferRequest, names: Sequence[str]) -> Iterator[Violation]:
+def write_numbers(response: pb.ModelInferResponse, name: str, rows: Sequence[Sequence[float]], *, raw: bool) -> None:
+    """Add an output tensor of FP32, a row for each element, in the form of the inputs."""
+    tensor = response.outputs.add(name=name, datatype="FP32", shape=[len(rows), len(rows[0])])
+    numbers = [number for row in rows for number in row]
+    if raw:
+        response.raw_output_contents.append(struct.pack(f"<{len(numbers)}f", *numbers))
+    else:
+        tensor.contents.fp32_contents.extend(numbers)
+
+
+def _name_violations(
+    request: pb.ModelInferRequest, names: Sequence[str], outputs: Sequence[str]
+) -> Iterator[Violation]:
     found = [tensor.name for tensor in request.inputs]
     if sorted(found) != sorted(names):
         yield Violation("inputs", f"found {_shown(found)}; allowed: {', '.join(names)}, once each")
     wanted = [tensor.name for tensor in request.outputs]
-    if any(name != TEXT_OUTPUT for name in wanted):
-        yield Violation("outputs", f"found {_shown(wanted)}; allowed: {TEXT_OUTPUT}")
+    if any(name not in outputs for name in wanted) or len(set(wanted)) < len(wanted):
+        once = ", once each" if len(outputs) > 1 else ""
+        yield Violation("outputs", f"found {_shown(wanted)}; allowed: {', '.join(outputs)}{once}")
 
 
 def _shown(names: Sequence[str]) -> str:

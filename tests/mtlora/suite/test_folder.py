@@ -40,6 +40,17 @@ def test_loads_a_folder(tmp_path: Path) -> None:
     assert load_suite(str(tmp_path)).tasks == suite.tasks
 
 
+def test_a_file_may_set_its_tasks_own_parameters(tmp_path: Path) -> None:
+    _write(tmp_path, "a.json", {**_examples(3), "defaults": {"temperature": 0.5, "banned_tokens": [7]}})
+    (task,) = FolderSuite(tmp_path).tasks
+    assert task.defaults is not None
+    assert dict(task.defaults.given) == {"temperature": 0.5, "banned_tokens": (7,)}
+    for defaults, reason in (({"n": 2}, "n: found 2 at temperature 0"), ({"min_new_tokens": 4000}, "min_new_tokens")):
+        _write(tmp_path, "a.json", {**_examples(3), "defaults": defaults})
+        with pytest.raises(SuiteError, match=rf"a\.json: .*{reason}"):
+            FolderSuite(tmp_path)
+
+
 def test_splits_are_disjoint_and_stable(tmp_path: Path) -> None:
     document = _examples(300)
     _write(tmp_path, "even.json", document)

@@ -283,6 +283,32 @@ async def test_answers_thirty_requests_at_once(server: ServerProcess, client: Cl
     assert engine_is_idle(server)
 
 
+async def test_answers_lie_within_their_types(server: ServerProcess) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "ok": {"type": "boolean"}},
+        "required": ["name", "ok"],
+    }
+    own = pb.AnswerType(json=json.dumps(schema))
+    async with AsyncClient(server.address) as many:
+        hot: dict[str, Any] = {"temperature": 2.0}
+        labels = [many.generate("sort_words", f"number {i}", seed=i, **hot) for i in range(12)]
+        objects = [
+            many.generate("open", f"number {i}", seed=i, answer=own, max_new_tokens=24 + i, **hot) for i in range(6)
+        ]
+        answers = await asyncio.gather(*labels, *objects)
+        assert {answer.text for answer in answers[:12]} <= {"yes", "no"}
+        assert all(list(answer.value) == ["name", "ok"] for answer in answers[12:])
+        assert all(answer.summary.finish_reason == pb.FINISH_REASON_STOP for answer in answers)
+        with pytest.raises(ServerError) as raised:
+            await many.generate("open", "x", answer=own, max_new_tokens=3)
+        assert "the shortest answer of this type takes" in raised.value.message
+        scores = await many.score("sort_words", ["one", "two", "three"])
+    # A random adapter gives neither label any weight; among the two, it has a preference.
+    assert all(sum(score.probabilities.values()) == pytest.approx(1, abs=1e-5) for score in scores)
+    assert {tuple(sorted(score.probabilities)) for score in scores} == {("no", "yes")}
+
+
 def test_metrics_count_a_request(server: ServerProcess, client: Client) -> None:
     requests: dict[str, str] = {"method": "Generate", "status": "OK", "task": "count_words"}
     before = MetricsPage.fetch(server.metrics).value("mtlora_requests_total", **requests)

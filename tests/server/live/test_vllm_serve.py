@@ -104,3 +104,19 @@ def test_an_engine_process_refuses_a_bad_adapter_and_lives(base_url: str, adapte
         post(f"{base_url}/load_lora_adapter", lora_name="bad", lora_path=f"{adapters / 'alpha' / '1'}#nonsense")
     assert "no task 'nonsense'" in raised.value.read().decode()
     assert complete(base_url, "open", "Once", max_tokens=4)
+
+
+def test_holds_a_tasks_answers_to_its_type(base_url: str, adapters: Path) -> None:
+    post(f"{base_url}/load_lora_adapter", lora_name="sort_words", lora_path=str(adapters / "alpha" / "1"))
+    try:
+        given = {"model": "sort_words", "prompt": "Once\nAnswer:", "max_tokens": 8, "temperature": 2, "n": 16}
+        choices = json.loads(post(f"{base_url}/completions", **given))["choices"]
+        assert {choice["text"].strip() for choice in choices} <= {"yes", "no"}
+        with pytest.raises(urllib.error.HTTPError) as raised:
+            post(f"{base_url}/completions", **given, stop=["e"])
+        assert raised.value.code == 400
+        assert "task sort_words has a type" in raised.value.read().decode()
+        free = json.loads(post(f"{base_url}/completions", **given, vllm_xargs={"mtlora_free": 1}))["choices"]
+        assert not {choice["text"].strip() for choice in free} <= {"yes", "no"}
+    finally:
+        post(f"{base_url}/unload_lora_adapter", lora_name="sort_words")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmtlora_pb/v1/adapters.proto\x12\tmtlora.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"6\n\x12LoadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"A\n\x13LoadAdapterResponse\x12*\n\x07serving\x18\x01 \x01(\x0b\x32\x19.mtlora.v1.AdapterVersion\"\'\n\x14UnloadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse\"$\n\x11PinAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"\x14\n\x12PinAdapterResponse\"&\n\x13UnpinAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"\x16\n\x14UnpinAdapterResponse\")\n\x16RollbackAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"E\n\x17RollbackAdapterResponse\x12*\n\x07serving\x18\x01 \x01(\x0b\x32\x19.mtlora.v1.AdapterVersion\"\xba\x01\n\x18SetAdapterWeightsRequest\x12\x11\n\x07\x61\x64\x61pter\x18\x01 \x01(\tH\x00\x12\x0e\n\x04task\x18\x02 \x01(\tH\x00\x12\x41\n\x07weights\x18\x03 \x03(\x0b\x32\x30.mtlora.v1.SetAdapterWeightsRequest.WeightsEntry\x1a.\n\x0cWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x42\x08\n\x06target\"\x1b\n\x19SetAdapterWeightsResponse\"\x15\n\x13ListAdaptersRequest\"<\n\x14ListAdaptersResponse\x12$\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x12.mtlora.v1.Adapter\"\x8f\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\x12\x10\n\x08unloaded\x18\x03 \x01(\x08\x12+\n\x08versions\x18\x04 \x03(\x0b\x32\x19.mtlora.v1.AdapterVersion\x12\'\n\x06splits\x18\x05 \x03(\x0b\x32\x17.mtlora.v1.AdapterSplit\"\x9d\x01\n\x0e\x41\x64\x61pterVersion\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\x05stage\x18\x02 \x01(\x0e\x32\x17.mtlora.v1.AdapterStage\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\t\x12\x10\n\x08resident\x18\x04 \x01(\x08\x12\x10\n\x08requests\x18\x05 \x01(\r\x12\r\n\x05tasks\x18\x06 \x01(\r\x12\x0e\n\x06reason\x18\x07 \x01(\t\"\x83\x01\n\x0c\x41\x64\x61pterSplit\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x35\n\x07weights\x18\x02 \x03(\x0b\x32$.mtlora.v1.AdapterSplit.WeightsEntry\x1a.\n\x0cWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\'\n\x14WatchAdaptersRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"\xd2\x01\n\x0c\x41\x64\x61pterEvent\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x04 \x01(\t\x12&\n\x05stage\x18\x05 \x01(\x0e\x32\x17.mtlora.v1.AdapterStage\x12-\n\x0c\x66\x61iled_stage\x18\x06 \x01(\x0e\x32\x17.mtlora.v1.AdapterStage\x12\x0e\n\x06reason\x18\x07 \x01(\t*\x9e\x02\n\x0c\x41\x64\x61pterStage\x12\x1d\n\x19\x41\x44\x41PTER_STAGE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x44\x41PTER_STAGE_FOUND\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_STAGE_VERIFIED\x10\x02\x12\x18\n\x14\x41\x44\x41PTER_STAGE_LOADED\x10\x03\x12\x18\n\x14\x41\x44\x41PTER_STAGE_WARMED\x10\x04\x12\x19\n\x15\x41\x44\x41PTER_STAGE_SERVING\x10\x05\x12\x19\n\x15\x41\x44\x41PTER_STAGE_DRAINED\x10\x06\x12\x18\n\x14\x41\x44\x41PTER_STAGE_FAILED\x10\x07\x12\x1a\n\x16\x41\x44\x41PTER_STAGE_VANISHED\x10\x08\x12\x1a\n\x16\x41\x44\x41PTER_STAGE_UNLOADED\x10\t2\xe6\x04\n\x08\x41\x64\x61pters\x12\x45\n\x04Load\x12\x1d.mtlora.v1.LoadAdapterRequest\x1a\x1e.mtlora.v1.LoadAdapterResponse\x12K\n\x06Unload\x12\x1f.mtlora.v1.UnloadAdapterRequest\x1a .mtlora.v1.UnloadAdapterResponse\x12\x42\n\x03Pin\x12\x1c.mtlora.v1.PinAdapterRequest\x1a\x1d.mtlora.v1.PinAdapterResponse\x12H\n\x05Unpin\x12\x1e.mtlora.v1.UnpinAdapterRequest\x1a\x1f.mtlora.v1.UnpinAdapterResponse\x12G\n\x04List\x12\x1e.mtlora.v1.ListAdaptersRequest\x1a\x1f.mtlora.v1.ListAdaptersResponse\x12Q\n\x08Rollback\x12!.mtlora.v1.RollbackAdapterRequest\x1a\".mtlora.v1.RollbackAdapterResponse\x12W\n\nSetWeights\x12#.mtlora.v1.SetAdapterWeightsRequest\x1a$.mtlora.v1.SetAdapterWeightsResponse\x12\x43\n\x05Watch\x12\x1f.mtlora.v1.WatchAdaptersRequest\x1a\x17.mtlora.v1.AdapterEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmtlora_pb/v1/adapters.proto\x12\tmtlora.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"6\n\x12LoadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"A\n\x13LoadAdapterResponse\x12*\n\x07serving\x18\x01 \x01(\x0b\x32\x19.mtlora.v1.AdapterVersion\"\'\n\x14UnloadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse\"$\n\x11PinAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"\x14\n\x12PinAdapterResponse\"&\n\x13UnpinAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"\x16\n\x14UnpinAdapterResponse\")\n\x16RollbackAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"E\n\x17RollbackAdapterResponse\x12*\n\x07serving\x18\x01 \x01(\x0b\x32\x19.mtlora.v1.AdapterVersion\"\xba\x01\n\x18SetAdapterWeightsRequest\x12\x11\n\x07\x61\x64\x61pter\x18\x01 \x01(\tH\x00\x12\x0e\n\x04task\x18\x02 \x01(\tH\x00\x12\x41\n\x07weights\x18\x03 \x03(\x0b\x32\x30.mtlora.v1.SetAdapterWeightsRequest.WeightsEntry\x1a.\n\x0cWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x42\x08\n\x06target\"\x1b\n\x19SetAdapterWeightsResponse\"p\n\x14UploadAdapterRequest\x12\'\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x16.mtlora.v1.UploadBeginH\x00\x12\'\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x16.mtlora.v1.UploadChunkH\x00\x42\x06\n\x04part\"^\n\x0bUploadBegin\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x16\n\x0emanifest_bytes\x18\x03 \x01(\x04\x12\x15\n\rtensors_bytes\x18\x04 \x01(\x04\"+\n\x0bUploadChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"S\n\x15UploadAdapterResponse\x12\x10\n\x08received\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x17\n\x0fmax_chunk_bytes\x18\x03 \x01(\x04\":\n\x16\x44ownloadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"M\n\x17\x44ownloadAdapterResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\t\"\x15\n\x13ListAdaptersRequest\"<\n\x14ListAdaptersResponse\x12$\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x12.mtlora.v1.Adapter\"\x8f\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\x12\x10\n\x08unloaded\x18\x03 \x01(\x08\x12+\n\x08versions\x18\x04 \x03(\x0b\x32\x19.mtlora.v1.AdapterVersion\x12\'\n\x06splits\x18\x05 \x03(\x0b\x32\x17.mtlora.v1.AdapterSplit\"\x9d\x01\n\x0e\x41\x64\x61pterVersion\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\x05stage\x18\x02 \x01(\x0e\x32\x17.mtlora.v1.AdapterStage\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\t\x12\x10\n\x08resident\x18\x04 \x01(\x08\x12\x10\n\x08requests\x18\x05 \x01(\r\x12\r\n\x05tasks\x18\x06 \x01(\r\x12\x0e\n\x06reason\x18\x07 \x01(\t\"\x83\x01\n\x0c\x41\x64\x61pterSplit\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\x35\n\x07weights\x18\x02 \x03(\x0b\x32$.mtlora.v1.AdapterSplit.WeightsEntry\x1a.\n\x0cWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\'\n\x14WatchAdaptersRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"\xd2\x01\n\x0c\x41\x64\x61pterEvent\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x04 \x01(\t\x12&\n\x05stage\x18\x05 \x01(\x0e\x32\x17.mtlora.v1.AdapterStage\x12-\n\x0c\x66\x61iled_stage\x18\x06 \x01(\x0e\x32\x17.mtlora.v1.AdapterStage\x12\x0e\n\x06reason\x18\x07 \x01(\t*\x9e\x02\n\x0c\x41\x64\x61pterStage\x12\x1d\n\x19\x41\x44\x41PTER_STAGE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x44\x41PTER_STAGE_FOUND\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_STAGE_VERIFIED\x10\x02\x12\x18\n\x14\x41\x44\x41PTER_STAGE_LOADED\x10\x03\x12\x18\n\x14\x41\x44\x41PTER_STAGE_WARMED\x10\x04\x12\x19\n\x15\x41\x44\x41PTER_STAGE_SERVING\x10\x05\x12\x19\n\x15\x41\x44\x41PTER_STAGE_DRAINED\x10\x06\x12\x18\n\x14\x41\x44\x41PTER_STAGE_FAILED\x10\x07\x12\x1a\n\x16\x41\x44\x41PTER_STAGE_VANISHED\x10\x08\x12\x1a\n\x16\x41\x44\x41PTER_STAGE_UNLOADED\x10\t2\x8a\x06\n\x08\x41\x64\x61pters\x12\x45\n\x04Load\x12\x1d.mtlora.v1.LoadAdapterRequest\x1a\x1e.mtlora.v1.LoadAdapterResponse\x12K\n\x06Unload\x12\x1f.mtlora.v1.UnloadAdapterRequest\x1a .mtlora.v1.UnloadAdapterResponse\x12\x42\n\x03Pin\x12\x1c.mtlora.v1.PinAdapterRequest\x1a\x1d.mtlora.v1.PinAdapterResponse\x12H\n\x05Unpin\x12\x1e.mtlora.v1.UnpinAdapterRequest\x1a\x1f.mtlora.v1.UnpinAdapterResponse\x12G\n\x04List\x12\x1e.mtlora.v1.ListAdaptersRequest\x1a\x1f.mtlora.v1.ListAdaptersResponse\x12Q\n\x08Rollback\x12!.mtlora.v1.RollbackAdapterRequest\x1a\".mtlora.v1.RollbackAdapterResponse\x12W\n\nSetWeights\x12#.mtlora.v1.SetAdapterWeightsRequest\x1a$.mtlora.v1.SetAdapterWeightsResponse\x12O\n\x06Upload\x12\x1f.mtlora.v1.UploadAdapterRequest\x1a .mtlora.v1.UploadAdapterResponse(\x01\x30\x01\x12Q\n\x08\x44ownload\x12!.mtlora.v1.DownloadAdapterRequest\x1a\".mtlora.v1.DownloadAdapterResponse\x12\x43\n\x05Watch\x12\x1f.mtlora.v1.WatchAdaptersRequest\x1a\x17.mtlora.v1.AdapterEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,8 +36,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SETADAPTERWEIGHTSREQUEST_WEIGHTSENTRY']._serialized_options = b'8\001'
   _globals['_ADAPTERSPLIT_WEIGHTSENTRY']._loaded_options = None
   _globals['_ADAPTERSPLIT_WEIGHTSENTRY']._serialized_options = b'8\001'
-  _globals['_ADAPTERSTAGE']._serialized_start=1500
-  _globals['_ADAPTERSTAGE']._serialized_end=1786
+  _globals['_ADAPTERSTAGE']._serialized_start=1979
+  _globals['_ADAPTERSTAGE']._serialized_end=2265
   _globals['_LOADADAPTERREQUEST']._serialized_start=75
   _globals['_LOADADAPTERREQUEST']._serialized_end=129
   _globals['_LOADADAPTERRESPONSE']._serialized_start=131
@@ -64,22 +64,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SETADAPTERWEIGHTSREQUEST_WEIGHTSENTRY']._serialized_end=679
   _globals['_SETADAPTERWEIGHTSRESPONSE']._serialized_start=691
   _globals['_SETADAPTERWEIGHTSRESPONSE']._serialized_end=718
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=720
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=741
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=743
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=803
-  _globals['_ADAPTER']._serialized_start=806
-  _globals['_ADAPTER']._serialized_end=949
-  _globals['_ADAPTERVERSION']._serialized_start=952
-  _globals['_ADAPTERVERSION']._serialized_end=1109
-  _globals['_ADAPTERSPLIT']._serialized_start=1112
-  _globals['_ADAPTERSPLIT']._serialized_end=1243
+  _globals['_UPLOADADAPTERREQUEST']._serialized_start=720
+  _globals['_UPLOADADAPTERREQUEST']._serialized_end=832
+  _globals['_UPLOADBEGIN']._serialized_start=834
+  _globals['_UPLOADBEGIN']._serialized_end=928
+  _globals['_UPLOADCHUNK']._serialized_start=930
+  _globals['_UPLOADCHUNK']._serialized_end=973
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_start=975
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_end=1058
+  _globals['_DOWNLOADADAPTERREQUEST']._serialized_start=1060
+  _globals['_DOWNLOADADAPTERREQUEST']._serialized_end=1118
+  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_start=1120
+  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_end=1197
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1199
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1220
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1222
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1282
+  _globals['_ADAPTER']._serialized_start=1285
+  _globals['_ADAPTER']._serialized_end=1428
+  _globals['_ADAPTERVERSION']._serialized_start=1431
+  _globals['_ADAPTERVERSION']._serialized_end=1588
+  _globals['_ADAPTERSPLIT']._serialized_start=1591
+  _globals['_ADAPTERSPLIT']._serialized_end=1722
   _globals['_ADAPTERSPLIT_WEIGHTSENTRY']._serialized_start=633
   _globals['_ADAPTERSPLIT_WEIGHTSENTRY']._serialized_end=679
-  _globals['_WATCHADAPTERSREQUEST']._serialized_start=1245
-  _globals['_WATCHADAPTERSREQUEST']._serialized_end=1284
-  _globals['_ADAPTEREVENT']._serialized_start=1287
-  _globals['_ADAPTEREVENT']._serialized_end=1497
-  _globals['_ADAPTERS']._serialized_start=1789
-  _globals['_ADAPTERS']._serialized_end=2403
+  _globals['_WATCHADAPTERSREQUEST']._serialized_start=1724
+  _globals['_WATCHADAPTERSREQUEST']._serialized_end=1763
+  _globals['_ADAPTEREVENT']._serialized_start=1766
+  _globals['_ADAPTEREVENT']._serialized_end=1976
+  _globals['_ADAPTERS']._serialized_start=2268
+  _globals['_ADAPTERS']._serialized_end=3046
 # @@protoc_insertion_point(module_scope)

@@ -110,6 +110,62 @@ class SetAdapterWeightsResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class UploadAdapterRequest(_message.Message):
+    __slots__ = ("begin", "chunk")
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    begin: UploadBegin
+    chunk: UploadChunk
+    def __init__(self, begin: _Optional[_Union[UploadBegin, _Mapping]] = ..., chunk: _Optional[_Union[UploadChunk, _Mapping]] = ...) -> None: ...
+
+class UploadBegin(_message.Message):
+    __slots__ = ("adapter", "content", "manifest_bytes", "tensors_bytes")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    content: str
+    manifest_bytes: int
+    tensors_bytes: int
+    def __init__(self, adapter: _Optional[str] = ..., content: _Optional[str] = ..., manifest_bytes: _Optional[int] = ..., tensors_bytes: _Optional[int] = ...) -> None: ...
+
+class UploadChunk(_message.Message):
+    __slots__ = ("offset", "data")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    data: bytes
+    def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class UploadAdapterResponse(_message.Message):
+    __slots__ = ("received", "version", "max_chunk_bytes")
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MAX_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    received: int
+    version: str
+    max_chunk_bytes: int
+    def __init__(self, received: _Optional[int] = ..., version: _Optional[str] = ..., max_chunk_bytes: _Optional[int] = ...) -> None: ...
+
+class DownloadAdapterRequest(_message.Message):
+    __slots__ = ("adapter", "version")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    version: str
+    def __init__(self, adapter: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+
+class DownloadAdapterResponse(_message.Message):
+    __slots__ = ("version", "manifest", "content")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    manifest: bytes
+    content: str
+    def __init__(self, version: _Optional[str] = ..., manifest: _Optional[bytes] = ..., content: _Optional[str] = ...) -> None: ...
+
 class ListAdaptersRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -69,6 +69,16 @@ class AdaptersStub:
                 request_serializer=mtlora__pb_dot_v1_dot_adapters__pb2.SetAdapterWeightsRequest.SerializeToString,
                 response_deserializer=mtlora__pb_dot_v1_dot_adapters__pb2.SetAdapterWeightsResponse.FromString,
                 _registered_method=True)
+        self.Upload = channel.stream_stream(
+                '/mtlora.v1.Adapters/Upload',
+                request_serializer=mtlora__pb_dot_v1_dot_adapters__pb2.UploadAdapterRequest.SerializeToString,
+                response_deserializer=mtlora__pb_dot_v1_dot_adapters__pb2.UploadAdapterResponse.FromString,
+                _registered_method=True)
+        self.Download = channel.unary_unary(
+                '/mtlora.v1.Adapters/Download',
+                request_serializer=mtlora__pb_dot_v1_dot_adapters__pb2.DownloadAdapterRequest.SerializeToString,
+                response_deserializer=mtlora__pb_dot_v1_dot_adapters__pb2.DownloadAdapterResponse.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/mtlora.v1.Adapters/Watch',
                 request_serializer=mtlora__pb_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.SerializeToString,
@@ -126,6 +136,22 @@ class AdaptersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Upload(self, request_iterator, context):
+        """Puts a checkpoint into the server's folder of adapters, as the next version. The client sends `begin`, then, once a
+        reply says how many bytes the server has already, chunks from there on. After a cut, the same `begin` goes on. The
+        last reply names the version, which serves like any other of the folder.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Download(self, request, context):
+        """The manifest of a version in the folder.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Watch(self, request, context):
         """Streams what happens from now on.
         """
@@ -170,6 +196,16 @@ def add_AdaptersServicer_to_server(servicer, server):
                     servicer.SetWeights,
                     request_deserializer=mtlora__pb_dot_v1_dot_adapters__pb2.SetAdapterWeightsRequest.FromString,
                     response_serializer=mtlora__pb_dot_v1_dot_adapters__pb2.SetAdapterWeightsResponse.SerializeToString,
+            ),
+            'Upload': grpc.stream_stream_rpc_method_handler(
+                    servicer.Upload,
+                    request_deserializer=mtlora__pb_dot_v1_dot_adapters__pb2.UploadAdapterRequest.FromString,
+                    response_serializer=mtlora__pb_dot_v1_dot_adapters__pb2.UploadAdapterResponse.SerializeToString,
+            ),
+            'Download': grpc.unary_unary_rpc_method_handler(
+                    servicer.Download,
+                    request_deserializer=mtlora__pb_dot_v1_dot_adapters__pb2.DownloadAdapterRequest.FromString,
+                    response_serializer=mtlora__pb_dot_v1_dot_adapters__pb2.DownloadAdapterResponse.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -366,6 +402,60 @@ class Adapters:
             '/mtlora.v1.Adapters/SetWeights',
             mtlora__pb_dot_v1_dot_adapters__pb2.SetAdapterWeightsRequest.SerializeToString,
             mtlora__pb_dot_v1_dot_adapters__pb2.SetAdapterWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Upload(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/mtlora.v1.Adapters/Upload',
+            mtlora__pb_dot_v1_dot_adapters__pb2.UploadAdapterRequest.SerializeToString,
+            mtlora__pb_dot_v1_dot_adapters__pb2.UploadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Download(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mtlora.v1.Adapters/Download',
+            mtlora__pb_dot_v1_dot_adapters__pb2.DownloadAdapterRequest.SerializeToString,
+            mtlora__pb_dot_v1_dot_adapters__pb2.DownloadAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,21 @@ class InferenceStub:
                 request_serializer=mtlora__pb_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.GenerateStreamResponse.FromString,
                 _registered_method=True)
+        self.GenerateBatch = channel.unary_unary(
+                '/mtlora.v1.Inference/GenerateBatch',
+                request_serializer=mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchRequest.SerializeToString,
+                response_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchResponse.FromString,
+                _registered_method=True)
+        self.GenerateBatchStream = channel.unary_stream(
+                '/mtlora.v1.Inference/GenerateBatchStream',
+                request_serializer=mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchRequest.SerializeToString,
+                response_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchStreamResponse.FromString,
+                _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/mtlora.v1.Inference/Score',
+                request_serializer=mtlora__pb_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
+                _registered_method=True)
         self.ListTasks = channel.unary_unary(
                 '/mtlora.v1.Inference/ListTasks',
                 request_serializer=mtlora__pb_dot_v1_dot_inference__pb2.ListTasksRequest.SerializeToString,
@@ -68,6 +83,28 @@ class InferenceServicer:
 
     def GenerateStream(self, request, context):
         """As Generate, in pieces as they are made; the last message carries the summary.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateBatch(self, request, context):
+        """Answers many inputs, of any tasks. Quotas charge the batch whole, or refuse it whole; an item that fails harms no
+        other.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateBatchStream(self, request, context):
+        """As GenerateBatch, each item as soon as it ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """Probabilities of all labels of a label task, for many inputs, without generating the answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -98,6 +135,21 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GenerateStream,
                     request_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=mtlora__pb_dot_v1_dot_inference__pb2.GenerateStreamResponse.SerializeToString,
+            ),
+            'GenerateBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.GenerateBatch,
+                    request_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchRequest.FromString,
+                    response_serializer=mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchResponse.SerializeToString,
+            ),
+            'GenerateBatchStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerateBatchStream,
+                    request_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchRequest.FromString,
+                    response_serializer=mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchStreamResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.ScoreRequest.FromString,
+                    response_serializer=mtlora__pb_dot_v1_dot_inference__pb2.ScoreResponse.SerializeToString,
             ),
             'ListTasks': grpc.unary_unary_rpc_method_handler(
                     servicer.ListTasks,
@@ -164,6 +216,87 @@ class Inference:
             '/mtlora.v1.Inference/GenerateStream',
             mtlora__pb_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             mtlora__pb_dot_v1_dot_inference__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mtlora.v1.Inference/GenerateBatch',
+            mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchRequest.SerializeToString,
+            mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateBatchStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mtlora.v1.Inference/GenerateBatchStream',
+            mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchRequest.SerializeToString,
+            mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mtlora.v1.Inference/Score',
+            mtlora__pb_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+            mtlora__pb_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,286 @@
+"""`make types`: answers held to their types, and labels scored without generating them, against a real server.
+
+One server serves the shipped adapter. Its 25 built-in tasks and the 27 of BIG-Bench Hard are asked
+
+- at temperatures from 0 to 2, mixed: how many answers lie outside their task's type;
+- greedily, typed and free in turn, each round the same requests: throughput and accuracy of both;
+- the tasks of labels: probabilities by `Score` and labels by `Generate` in turn; and how well the probabilities are
+  calibrated, on test examples.
+
+Then adapters with a schema of 50 fields are published, one after the other, and the first request to each is compared
+with the second.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.harness.adapters import CONFIG, random_tensors
+from benchmarks.harness.asking import closed_loop
+from benchmarks.harness.native_server import native_server
+from mtlora.answer import Json
+from mtlora.backbone import identify, resolve
+from mtlora.checkpoint.format import AdapterManifest, TaskEntry
+from mtlora.checkpoint.read import read_manifest
+from mtlora.checkpoint.write import write_checkpoint
+from mtlora.cli.output import print_table
+from mtlora.client import Answer, AsyncClient, Score
+from mtlora.evaluation.calibration import expected_calibration_error
+from mtlora.suite import load_suite
+from mtlora.suite.answers import BBH
+from mtlora.suite.base import Example
+from mtlora.task import is_correct
+from server.registry.version import version_key
+
+IN_FLIGHT = 16
+TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)
+# Of the requests, those of each part beside the first.
+_SHARE_OF_PAIRS = 0.2
+_ROUNDS = 4
+_SCHEMAS = 5
+
+
+@dataclass(frozen=True)
+class Question:
+    """An example of one of the 52 tasks; `task` names the suite too: both have seven of the ids."""
+
+    task: str
+    example: Example
+
+
+def main() -> int:
+    """Measure and print; 0 whatever comes out."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.types")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="default: the highest version in adapters/builtin")
+    parser.add_argument("--backbone", default="default")
+    parser.add_argument("--bbh", type=Path, default=Path("data/bbh"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--requests", type=int, default=10_000, metavar="N", help="typed ones at all temperatures")
+    args = parser.parse_args()
+    versions = (each for each in Path("adapters/builtin").iterdir() if each.is_dir())
+    adapter = args.adapter or max(versions, key=lambda each: version_key(each.name))
+    with tempfile.TemporaryDirectory() as folder:
+        adapters = Path(folder)
+        shutil.copytree(adapter, adapters / "builtin" / adapter.name)
+        settings = {"backbone": args.backbone, "adapters": adapters, "max_num_seqs": 64, "max_model_len": 1024}
+        with native_server(**settings) as server:
+            asyncio.run(measure(server.address, adapters, adapter, args))
+    return 0
+
+
+async def measure(address: str, adapters: Path, adapter: Path, args: argparse.Namespace) -> None:
+    """All parts, and the line at the end."""
+    manifest = read_manifest(adapter)
+    questions = list(_questions(args.bbh))
+    tasks = list(dict.fromkeys(each.task for each in questions))
+    async with AsyncClient(address) as client:
+        outside = await count_outside(client, manifest, questions, args.requests)
+        pairs = max(len(tasks), int(args.requests * _SHARE_OF_PAIRS) // _ROUNDS)
+        typed_by_free = await compare_with_free(client, questions, pairs)
+        score_by_generate = await compare_score(client, manifest, questions, pairs)
+        calibration = await measure_calibration(client, manifest, args.bbh, max(8, args.requests // 150))
+        await first_requests(client, adapters, args.backbone)
+    print(
+        f"types: {len(tasks)} tasks, {args.requests} requests, {outside} outside, typed/free {typed_by_free:.2f}, "
+        f"score/generate {score_by_generate:.2f}, calibration {calibration:.3f}"
+    )
+
+
+def _questions(bbh: Path) -> Iterator[Question]:
+    """Test examples of the built-in tasks, and the validation and test inputs of BIG-Bench Hard's, shuffled."""
+    found = []
+    builtin = load_suite("builtin")
+    for task in builtin.tasks:
+        found += [Question(f"builtin {task.id}", each) for each in builtin.examples(task.id, "test", 40)]
+    folder = load_suite(str(bbh))
+    for task_id in BBH:
+        unseen = [*folder.examples(task_id, "validation", None), *folder.examples(task_id, "test", None)]
+        found += [Question(f"bbh {task_id}", each) for each in unseen]
+    random.Random(0).shuffle(found)
+    # One of each task in turn, so that any number of them is a mix.
+    by_task: dict[str, list[Question]] = {}
+    for each in found:
+        by_task.setdefault(each.task, []).append(each)
+    turns = itertools.zip_longest(*by_task.values())
+    return (each for turn in turns for each in turn if each is not None)
+
+
+async def count_outside(
+    client: AsyncClient, manifest: AdapterManifest, questions: Sequence[Question], requests: int
+) -> int:
+    """How many of the answers lie outside their task's type; prints them."""
+    outside = 0
+    began = time.monotonic()
+
+    async def ask(item: tuple[int, Question]) -> None:
+        nonlocal outside
+        number, question = item
+        example = question.example
+        # The number of questions shares no factor with that of temperatures: every question meets several.
+        temperature = TEMPERATURES[(number + number // len(questions)) % len(TEMPERATURES)]
+        answer = await client.generate(example.task_id, example.input, temperature=temperature, seed=number)
+        answer_type = manifest.task(example.task_id).answer_type
+        assert answer_type is not None
+        if not answer_type.check(answer.text):
+            outside += 1
+            print(f"outside: {question.task}, temperature {temperature}: {answer.text[:200]!r}", flush=True)
+
+    asked = enumerate(itertools.islice(itertools.cycle(questions), requests))
+    await closed_loop(asked, IN_FLIGHT, ask)
+    print(f"{requests} typed answers in {time.monotonic() - began:.0f} s, {outside} outside", flush=True)
+    return outside
+
+
+async def _timed(questions: Sequence[Question], ask: Callable[[Question], Awaitable[None]]) -> float:
+    began = time.monotonic()
+    await closed_loop(questions, IN_FLIGHT, ask)
+    return time.monotonic() - began
+
+
+async def compare_with_free(client: AsyncClient, questions: Sequence[Question], pairs: int) -> float:
+    """Throughput typed ÷ free, greedily; prints accuracies, and the tasks that gain and lose."""
+    right: dict[bool, dict[str, list[bool]]] = {False: {}, True: {}}
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    waiting = itertools.cycle(questions)
+    for number in range(_ROUNDS):
+        asked = list(itertools.islice(waiting, pairs))
+        for free in (number % 2 == 0, number % 2 == 1):
+
+            async def ask(question: Question, free: bool = free) -> None:
+                answer: Answer = await client.generate(question.example.task_id, question.example.input, free=free)
+                correct = is_correct(answer.text, question.example.target)
+                right[free].setdefault(question.task, []).append(correct)
+
+            seconds[free].append(await _timed(asked, ask))
+    ratios = [free / typed for free, typed in zip(seconds[True], seconds[False], strict=True)]
+
+    def accuracy(free: bool, suite: str) -> float:
+        return statistics.mean(statistics.mean(each) for task, each in right[free].items() if task.startswith(suite))
+
+    changed = [
+        (task, f"{statistics.mean(right[True][task]):.3f}", f"{statistics.mean(each):.3f}", len(each))
+        for task, each in sorted(right[False].items())
+        if sum(each) != sum(right[True][task])
+    ]
+    print_table("tasks whose accuracy changes", ("task", "free", "typed", "examples"), changed)
+    for suite in ("builtin", "bbh"):
+        without, with_types = accuracy(True, suite), accuracy(False, suite)
+        ratio = with_types / without
+        print(f"accuracy, {suite}: free {without:.4f}, typed {with_types:.4f}, typed/free {ratio:.4f}")
+    print(f"throughput typed/free of {len(ratios)} rounds of {pairs}: {', '.join(f'{each:.3f}' for each in ratios)}")
+    return statistics.geometric_mean(ratios)
+
+
+async def compare_score(
+    client: AsyncClient, manifest: AdapterManifest, questions: Sequence[Question], pairs: int
+) -> float:
+    """Requests a second of Score ÷ Generate, for tasks of labels without working; prints those with working too."""
+    labels = {task.id: task.answer_marker is not None for task in manifest.tasks if task.labels}
+    ratios: dict[bool, list[float]] = {}
+    for worked in (False, True):
+        asked = [each for each in questions if labels.get(each.example.task_id) is worked]
+        waiting = itertools.cycle(asked)
+        for number in range(_ROUNDS):
+            batch = list(itertools.islice(waiting, min(pairs, len(asked))))
+            seconds = {}
+
+            async def generate(question: Question) -> None:
+                await client.generate(question.example.task_id, question.example.input)
+
+            async def score(question: Question) -> None:
+                await scored(client, question.example)
+
+            for way in (generate, score) if number % 2 else (score, generate):
+                seconds[way] = await _timed(batch, way)
+            ratios.setdefault(worked, []).append(seconds[generate] / seconds[score])
+    by_way = {worked: statistics.geometric_mean(each) for worked, each in ratios.items()}
+    plain = sum(not worked for worked in labels.values())
+    print(f"score/generate: {plain} tasks of labels without working {by_way[False]:.2f}, ", end="")
+    print(f"{len(labels) - plain} with working {by_way[True]:.2f}")
+    return by_way[False]
+
+
+async def scored(client: AsyncClient, example: Example) -> Score:
+    """One example's score. Raises ServerError."""
+    (found,) = await client.score(example.task_id, [example.input])
+    if found.error:
+        raise found.error
+    return found
+
+
+async def measure_calibration(client: AsyncClient, manifest: AdapterManifest, bbh: Path, count: int) -> float:
+    """The expected calibration error over test examples: `count` generated ones a task, and those of the files."""
+    labels = {task.id for task in manifest.tasks if task.labels}
+    examples: list[Example] = []
+    for name in ("builtin", "bbh-generated"):
+        suite = load_suite(name)
+        for task in suite.tasks:
+            examples += suite.examples(task.id, "test", count, 1) if task.id in labels else []
+    folder = load_suite(str(bbh))
+    for task_id in BBH.keys() & labels:
+        examples += folder.examples(task_id, "test", None)[:count]
+    outcomes: list[tuple[float, bool]] = []
+
+    async def ask(example: Example) -> None:
+        found = await scored(client, example)
+        outcomes.append((found.probabilities[found.label], is_correct(found.label, example.target)))
+
+    await closed_loop(examples, IN_FLIGHT, ask)
+    accuracy = statistics.mean(right for _, right in outcomes)
+    print(f"calibration: {len(outcomes)} labels of {len(labels)} tasks, accuracy {accuracy:.3f}", flush=True)
+    return expected_calibration_error(outcomes)
+
+
+async def first_requests(client: AsyncClient, adapters: Path, backbone: str) -> None:
+    """Publish adapters with a schema of 50 fields each; prints how much slower the first request to each is."""
+    identity = identify(resolve(backbone))
+    made = Path(tempfile.mkdtemp(dir=adapters.parent))
+    slower = []
+    try:
+        for number in range(_SCHEMAS):
+            kinds = (
+                {"type": "string", "maxLength": 12},
+                {"type": "integer"},
+                {"type": "boolean"},
+                {"enum": ["a", "b"]},
+            )
+            names = [f"s{number}f{i}" for i in range(50)]
+            properties = {name: kinds[i % len(kinds)] for i, name in enumerate(names)}
+            schema = json.dumps({"type": "object", "properties": properties, "required": names})
+            task = TaskEntry(
+                id=f"schema-{number}", description="a schema of 50 fields", bias_index=0, max_new_tokens=400,
+                answer=Json(json_schema=schema),
+            )  # fmt: skip
+            tensors = random_tensors(identity, CONFIG, [task], seed=number, scale=0.0)
+            write_checkpoint(
+                made / str(number), backbone=identity, config=CONFIG, tasks=(task,),
+                tensors={name: tensor.half() for name, tensor in tensors.items()},
+            )  # fmt: skip
+            (adapters / f"schema-{number}").mkdir()
+            (made / str(number)).rename(adapters / f"schema-{number}" / "1")
+            await client.load_adapter(f"schema-{number}")
+            seconds = []
+            for text in ("One two three.", "Six five four."):
+                began = time.monotonic()
+                stream = client.stream(task.id, text)
+                await anext(stream)
+                seconds.append(time.monotonic() - began)
+                await stream.aclose()
+                # The engine notices the end of it between steps.
+                await asyncio.sleep(0.5)
+            slower.append(1e3 * (seconds[0] - seconds[1]))
+    finally:
+        shutil.rmtree(made)
+    print(f"first request with a schema of 50 fields, slower by: {', '.join(f'{each:.1f}' for each in slower)} ms")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

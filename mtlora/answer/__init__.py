@@ -1,0 +1,6 @@
+"""What a task may answer: types, and the regular languages behind them."""
+
+from mtlora.answer.language import AnswerError
+from mtlora.answer.types import AnswerType, Date, Grammar, Json, Label, Number, Regex, Text, Value
+
+__all__ = ["AnswerError", "AnswerType", "Date", "Grammar", "Json", "Label", "Number", "Regex", "Text", "Value"]

@@ -1,0 +1,358 @@
+"""A regular language: what an answer may be, as an expression and as an automaton over UTF-8 bytes.
+
+Every type of answer becomes an expression, however it is written. So a type's size, its shortest answers, and whether
+an answer can be ended in time are known before anything is decoded.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from mtlora.errors import MtLoRAError
+
+# Largest code point of a character that a class may hold, and the gap of surrogates before it.
+LAST = 0x10FFFF
+_SURROGATES = (0xD800, 0xDFFF)
+_UTF8_ENDS = (0x7F, 0x7FF, 0xFFFF, LAST)
+
+MAX_REPEATS = 10_000
+# States of an automaton: about a kilobyte each.
+MAX_STATES = 30_000
+# Steps remembered: a dictionary entry each.
+_KEPT_STEPS = 100_000
+
+
+class AnswerError(MtLoRAError):
+    """A type of answer that cannot be used; the message says why."""
+
+
+class Expression:
+    """A regular expression, as data."""
+
+
+@dataclass(frozen=True)
+class Chars(Expression):
+    """One character out of ranges of code points, sorted and disjoint."""
+
+    ranges: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class InOrder(Expression):
+    parts: tuple[Expression, ...]
+
+
+@dataclass(frozen=True)
+class Either(Expression):
+    options: tuple[Expression, ...]
+
+
+@dataclass(frozen=True)
+class Repeat(Expression):
+    """`most=None`: without end."""
+
+    inner: Expression
+    least: int
+    most: int | None
+
+
+NOTHING = InOrder(())
+
+
+def sequence(*parts: Expression) -> Expression:
+    """One part after the other."""
+    flat = tuple(each for part in parts for each in (part.parts if isinstance(part, InOrder) else (part,)))
+    return flat[0] if len(flat) == 1 else InOrder(flat)
+
+
+def either(options: Iterable[Expression]) -> Expression:
+    """One of the options. Raises AnswerError without any."""
+    found = tuple(dict.fromkeys(options))
+    if not found:
+        raise AnswerError("allows no answer")
+    return found[0] if len(found) == 1 else Either(found)
+
+
+def optional(inner: Expression) -> Expression:
+    """What `inner` allows, or nothing."""
+    return Repeat(inner, 0, 1)
+
+
+def literal(text: str) -> Expression:
+    """Exactly this text."""
+    return sequence(*(Chars(((ord(char), ord(char)),)) for char in text)) if text else NOTHING
+
+
+def _without(ranges: Iterable[tuple[int, int]], gap: tuple[int, int]) -> Iterable[tuple[int, int]]:
+    for low, high in ranges:
+        if low < gap[0]:
+            yield low, min(high, gap[0] - 1)
+        if high > gap[1]:
+            yield max(low, gap[1] + 1), high
+
+
+def chars(ranges: Iterable[tuple[int, int]]) -> Chars:
+    """A class of characters, without surrogates. Raises AnswerError if none is left."""
+    merged: list[tuple[int, int]] = []
+    for low, high in sorted(_without(ranges, _SURROGATES)):
+        if merged and low <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
+        else:
+            merged.append((low, high))
+    if not merged:
+        raise AnswerError("has a class without any character")
+    return Chars(tuple(merged))
+
+
+def anything_but(ranges: Iterable[tuple[int, int]]) -> Chars:
+    """Every character outside these ranges."""
+    left: list[tuple[int, int]] = [(0, LAST)]
+    for each in ranges:
+        left = list(_without(left, each))
+    return chars(left)
+
+
+def one_of(text: str) -> Chars:
+    """One of the characters of a text."""
+    return chars((ord(char), ord(char)) for char in text)
+
+
+DIGIT = one_of("0123456789")
+
+
+def choice(texts: Sequence[str]) -> Expression:
+    """One of the texts; common beginnings are shared."""
+    return _trie(sorted(set(texts)), 0)
+
+
+def _trie(texts: Sequence[str], depth: int) -> Expression:
+    """`texts` are sorted and alike up to `depth`."""
+    start = depth
+    while len(texts[0]) > depth and all(len(t) > depth and t[depth] == texts[0][depth] for t in (texts[0], texts[-1])):
+        depth += 1
+    shared = literal(texts[0][start:depth])
+    if len(texts) == 1:
+        return shared
+    by_next: dict[str, list[str]] = {}
+    for text in texts:
+        by_next.setdefault(text[depth : depth + 1], []).append(text)
+    options = [_trie(group, depth) if char else NOTHING for char, group in by_next.items()]
+    return sequence(shared, either(options))
+
+
+def pattern(expression: Expression) -> str:
+    """The expression in the syntax of Rust's regular expressions, as llguidance reads it."""
+    match expression:
+        case Chars(ranges=((low, high),)) if low == high:
+            return _escaped(low)
+        case Chars(ranges=ranges):
+            return f"[{''.join(_escaped(a) if a == b else f'{_escaped(a)}-{_escaped(b)}' for a, b in ranges)}]"
+        case InOrder(parts=parts):
+            return "".join(map(pattern, parts))
+        case Either(options=options):
+            return f"(?:{'|'.join(map(pattern, options))})"
+        case Repeat(inner=inner, least=least, most=most):
+            counts = {(0, 1): "?", (0, None): "*", (1, None): "+"}.get(
+                (least, most), f"{{{least},{'' if most is None else most}}}"
+            )
+            return f"(?:{pattern(inner)}){counts}"
+    raise TypeError(type(expression))
+
+
+def _escaped(code: int) -> str:
+    char = chr(code)
+    return char if char.isascii() and char.isalnum() else f"\\x{{{code:X}}}"
+
+
+# A state of a run: the automaton's states that the text so far may have led to.
+States = frozenset[int]
+
+
+@dataclass
+class Automaton:
+    """Reads bytes. State 0 is the end of an answer.
+
+    empty: the states that a state passes to without a byte.
+    edges: (lowest byte, highest byte, next state) from each state.
+    """
+
+    expression: Expression
+    limit: int = MAX_STATES
+    empty: list[tuple[int, ...]] = field(default_factory=lambda: [()])
+    edges: list[tuple[tuple[int, int, int], ...]] = field(default_factory=lambda: [()])
+    start: States = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Raises AnswerError for an expression that takes more than `limit` states."""
+        self._work = 0
+        # By expression and what follows it. `expression` keeps the identities alive.
+        self._built: dict[tuple[int, int], int] = {}
+        self._steps: dict[tuple[States, int], States] = {}
+        self.first = self._build(self.expression, 0)
+        self.start = self._closure((self.first,))
+
+    def accepts(self, states: States) -> bool:
+        """Whether the text so far is a whole answer."""
+        return 0 in states
+
+    def step(self, states: States, byte: int) -> States:
+        """The state after one more byte; empty if no answer begins like that."""
+        found = self._steps.get((states, byte))
+        if found is None:
+            found = self._closure(
+                target for state in states for low, high, target in self.edges[state] if low <= byte <= high
+            )
+            if len(self._steps) >= _KEPT_STEPS:
+                self._steps.clear()
+            self._steps[states, byte] = found
+        return found
+
+    def read(self, states: States, text: bytes) -> States:
+        """The state after more bytes."""
+        for byte in text:
+            if not states:
+                break
+            states = self.step(states, byte)
+        return states
+
+    def matches(self, text: str) -> bool:
+        """Whether the text is an answer."""
+        return 0 in self.read(self.start, text.encode(errors="surrogatepass"))
+
+    def may_contain(self, text: str) -> bool:
+        """Whether some answer contains the text."""
+        return bool(self.read(frozenset(range(len(self.edges))), text.encode()))
+
+    def ways_out(self) -> tuple[list[int], list[tuple[int, int] | None]]:
+        """For each state the fewest bytes to the end, and the first of them with the state after it, if any."""
+        before: list[list[tuple[int, int | None]]] = [[] for _ in self.edges]
+        for state, targets in enumerate(self.empty):
+            for target in targets:
+                before[target].append((state, None))
+        for state, edges in enumerate(self.edges):
+            for low, high, target in edges:
+                before[target].append((state, _plainest(low, high)))
+        bytes_left = [-1] * len(self.edges)
+        way: list[tuple[int, int] | None] = [None] * len(self.edges)
+        bytes_left[0] = 0
+        queue = deque([0])
+        done = [False] * len(self.edges)
+        while queue:
+            state = queue.popleft()
+            if done[state]:
+                continue
+            done[state] = True
+            for origin, byte in before[state]:
+                cost = bytes_left[state] + (byte is not None)
+                if bytes_left[origin] < 0 or cost < bytes_left[origin]:
+                    bytes_left[origin] = cost
+                    way[origin] = way[state] if byte is None else (byte, state)
+                    (queue.appendleft if byte is None else queue.append)(origin)
+        return bytes_left, way
+
+    def shortest(self) -> str:
+        """A shortest answer."""
+        _, way = self.ways_out()
+        found, state = bytearray(), self.first
+        while step := way[state]:
+            found.append(step[0])
+            state = step[1]
+        return found.decode()
+
+    def _closure(self, states: Iterable[int]) -> States:
+        seen = set(states)
+        stack = list(seen)
+        while stack:
+            for target in self.empty[stack.pop()]:
+                if target not in seen:
+                    seen.add(target)
+                    stack.append(target)
+        # The rest of them only led to others.
+        return frozenset(state for state in seen if state == 0 or self.edges[state])
+
+    def _state(self, empty: tuple[int, ...] = (), edges: tuple[tuple[int, int, int], ...] = ()) -> int:
+        if len(self.edges) >= self.limit:
+            raise AnswerError(f"takes more than {self.limit} states; allowed are fewer repeats or options")
+        self.empty.append(empty)
+        self.edges.append(edges)
+        return len(self.edges) - 1
+
+    def _build(self, expression: Expression, end: int) -> int:
+        """The state from which an answer goes on with the expression, and then from `end`."""
+        key = (id(expression), end)
+        if key not in self._built:
+            self._built[key] = self._build_anew(expression, end)
+        return self._built[key]
+
+    def _build_anew(self, expression: Expression, end: int) -> int:
+        self._work += 1
+        if self._work > 4 * self.limit:
+            raise AnswerError("repeats what is empty too often")
+        match expression:
+            case Chars(ranges=ranges):
+                return self._chars(ranges, end)
+            case InOrder(parts=parts):
+                for part in reversed(parts):
+                    end = self._build(part, end)
+                return end
+            case Either(options=options):
+                return self._state(tuple(self._build(option, end) for option in options))
+            case Repeat(inner=inner, least=least, most=most):
+                if most is None:
+                    loop = self._state()
+                    self.empty[loop] = (self._build(inner, loop), end)
+                    after = loop
+                else:
+                    after = end
+                    for _ in range(most - least):
+                        after = self._state((self._build(inner, after), end))
+                for _ in range(least):
+                    after = self._build(inner, after)
+                return after
+        raise TypeError(type(expression))
+
+    def _chars(self, ranges: tuple[tuple[int, int], ...], end: int) -> int:
+        made: dict[tuple[tuple[int, int], ...], int] = {(): end}
+
+        def state_of(rests: Iterable[tuple[tuple[int, int], ...]]) -> tuple[tuple[int, int, int], ...]:
+            return tuple((*rest[0], after(rest[1:])) for rest in rests)
+
+        def after(rest: tuple[tuple[int, int], ...]) -> int:
+            if rest not in made:
+                made[rest] = self._state((), state_of([rest]))
+            return made[rest]
+
+        return self._state((), state_of(_utf8(ranges)))
+
+
+def _plainest(low: int, high: int) -> int:
+    """A byte of a range; a small letter or a digit where it has one."""
+    return next((byte for byte in b"a0" if low <= byte <= high), low)
+
+
+@lru_cache(maxsize=1024)
+def _utf8(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Sequences of byte ranges that are the UTF-8 of these code points, and of no other."""
+    found: list[tuple[tuple[int, int], ...]] = []
+    for low, high in ranges:
+        for end in _UTF8_ENDS:
+            if low <= min(high, end):
+                _split_utf8(low, min(high, end), found.append)
+                low = end + 1
+    return tuple(found)
+
+
+def _split_utf8(low: int, high: int, add: Callable[[tuple[tuple[int, int], ...]], None]) -> None:
+    first, last = chr(low).encode(), chr(high).encode()
+    for size in range(1, len(first)):
+        mask = (1 << (6 * size)) - 1
+        if low & ~mask != high & ~mask:
+            # Cut where the last `size` bytes begin anew.
+            if low & mask:
+                _split_utf8(low, low | mask, add)
+                return _split_utf8((low | mask) + 1, high, add)
+            if high & mask != mask:
+                _split_utf8(low, (high & ~mask) - 1, add)
+                return _split_utf8(high & ~mask, high, add)
+    return add(tuple(zip(first, last, strict=True)))

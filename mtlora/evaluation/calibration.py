@@ -1,0 +1,73 @@
+"""How far probabilities can be trusted: their expected error, and the temperature that makes it small."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from mtlora.answer.labels import tempered
+from mtlora.suite.base import Example
+from mtlora.task import is_correct
+
+# Gives the probability of every label of each example, in order.
+Labeller = Callable[[Sequence[Example]], list[Mapping[str, float]]]
+
+BINS = 15
+# Temperatures that are tried, each a few percent above the last.
+_STEPS = [0.05 * 400 ** (i / 200) for i in range(201)]
+# What it costs to leave the temperature of all tasks, in nats at e times it.
+_PRIOR = 2.0
+_LEAST = 1e-30
+
+
+def expected_calibration_error(outcomes: Sequence[tuple[float, bool]]) -> float:
+    """The mean distance of confidence and accuracy in 15 bins of equal width, weighed by the examples in each.
+
+    outcomes: the probability of the likeliest label of each example, and whether it was right.
+    """
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for confidence, right in outcomes:
+        bins.setdefault(min(BINS - 1, int(confidence * BINS)), []).append((confidence, right))
+    gaps = (abs(sum(p for p, _ in each) - sum(right for _, right in each)) for each in bins.values())
+    return sum(gaps) / len(outcomes)
+
+
+def calibration_error(
+    examples: Sequence[Example], found: Sequence[Mapping[str, float]], temperatures: Mapping[str, float]
+) -> float:
+    """The expected calibration error of labels' probabilities, each at its task's temperature (1 by default)."""
+    outcomes = []
+    for example, probabilities in zip(examples, found, strict=True):
+        at = at_temperature(probabilities, temperatures.get(example.task_id, 1.0))
+        label = max(at, key=at.__getitem__)
+        outcomes.append((at[label], is_correct(label, example.target)))
+    return expected_calibration_error(outcomes)
+
+
+def at_temperature(probabilities: Mapping[str, float], temperature: float) -> dict[str, float]:
+    """Probabilities at another temperature than 1."""
+    logs = [math.log(max(each, _LEAST)) for each in probabilities.values()]
+    return dict(zip(probabilities, tempered(logs, temperature), strict=True))
+
+
+def fitted_temperatures(examples: Sequence[Example], found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The temperature of every task at which its examples' targets are likeliest.
+
+    Few examples of a task say little, so every task's fit begins from the temperature that suits all of them together.
+    """
+    by_task: dict[str, list[tuple[Mapping[str, float], str]]] = {}
+    for example, probabilities in zip(examples, found, strict=True):
+        if example.target in probabilities:
+            by_task.setdefault(example.task_id, []).append((probabilities, example.target))
+    losses = {task: [_loss(pairs, temperature) for temperature in _STEPS] for task, pairs in by_task.items()}
+    if not losses:
+        return {}
+    joint = min(range(len(_STEPS)), key=lambda i: sum(each[i] for each in losses.values()))
+
+    def fitted(loss: Sequence[float]) -> float:
+        best = min(range(len(_STEPS)), key=lambda i: loss[i] + _PRIOR * math.log(_STEPS[i] / _STEPS[joint]) ** 2)
+        return round(_STEPS[best], 3)
+
+    return {task: fitted(each) for task, each in losses.items()}
+
+
+def _loss(pairs: Sequence[tuple[Mapping[str, float], str]], temperature: float) -> float:
+    return -sum(math.log(max(at_temperature(each, temperature)[target], _LEAST)) for each, target in pairs)

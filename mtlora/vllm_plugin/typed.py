@@ -1,0 +1,384 @@
+"""Answers held to their task's type while vLLM decodes them.
+
+A request carries a constraint (`mtlora.answer.constraint`) as the grammar of its structured output. The engine core
+keeps the compiled form of each. Working before an answer marker stays free but for its end: the marker, or an answer
+without working, ends it, and the marker comes in any case while the answer still fits in `max_tokens`. In the answer,
+llguidance says which tokens may come; where tokens run short, only those that leave enough for an end.
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import llguidance
+import llguidance.numpy
+import numpy as np
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
+
+from mtlora.answer.constraint import PREFIX, TOKENS_PREFIX, Constraint, read
+from mtlora.answer.language import States, pattern
+from mtlora.vllm_plugin.closing import Closing
+from mtlora.vllm_plugin.vocabulary import Row, Vocabulary
+
+# Compiled constraints kept, and states of all of them.
+_KEPT, _KEPT_STATES = 4096, 2_000_000
+# Rows kept with a constraint: 6 KiB each for 49,152 tokens.
+_KEPT_ROWS = 1024
+# With tokens running short, candidates are tried one by one up to this many.
+_TRIED = 512
+# Tokens that working leaves to an answer beyond the fewest it may need.
+_SPARE = 8
+
+
+class Compiled:
+    """A constraint for one vocabulary."""
+
+    def __init__(self, constraint: Constraint, vocabulary: Vocabulary) -> None:
+        """Raises AnswerError, or ValueError where llguidance refuses the type."""
+        self.vocabulary = vocabulary
+        self.automaton = constraint.compile()
+        self.closing = Closing(self.automaton, vocabulary)
+        self.marker = constraint.marker.encode() if constraint.marker else b""
+        self.marker_tokens = vocabulary.encode(f" {constraint.marker}") if constraint.marker else []
+        self.stops = vocabulary.marks(constraint.stop if constraint.marker else (), False)
+        self.markers = vocabulary.marks((constraint.marker,) if constraint.marker else (), True)
+        self._rows: OrderedDict[Any, Row] = OrderedDict()
+        grammar = llguidance.grammar_from("regex", pattern(constraint.expression))
+        self._matcher = llguidance.LLMatcher(vocabulary.matchers, grammar, log_level=0)
+        if error := self._matcher.get_error():
+            raise ValueError(error)
+        self._lock = threading.Lock()
+
+    @property
+    def fewest_with_marker(self) -> int:
+        """`fewest`, and the marker."""
+        return self.fewest + len(self.marker_tokens)
+
+    @property
+    def fewest(self) -> int:
+        """Tokens that a shortest answer takes, with the end-of-sequence token."""
+        return self.closing.needs(self.automaton.start) + 1
+
+    def matcher(self) -> Any:
+        """A matcher at the beginning of an answer."""
+        with self._lock:
+            return self._matcher.deep_copy()
+
+    def row(self, key: Any) -> Row | None:
+        """A row kept for a state."""
+        return self._rows.get(key)
+
+    def keep(self, key: Any, row: Row) -> Row:
+        """Keep a row for a state."""
+        if len(self._rows) >= _KEPT_ROWS:
+            self._rows.popitem(last=False)
+        self._rows[key] = row
+        return row
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a sequence is.
+
+    left: tokens that it may still have. tail: the last bytes of the working. whole: the states of an answer without
+    working, as far as the text is one. answer: the states of the answer, once it has begun. forced: tokens to come.
+    """
+
+    left: int
+    tail: bytes = b""
+    whole: States = frozenset()
+    answer: States | None = None
+    forced: tuple[int, ...] = ()
+    ended: bool = False
+
+
+class TypedGrammar(StructuredOutputGrammar):
+    """One sequence's way through its constraint."""
+
+    def __init__(self, compiled: Compiled, left: int, ends: frozenset[int]) -> None:
+        """left: tokens that the sequence may have. ends: ids that end it."""
+        self._compiled = compiled
+        self._ends = ends
+        start = compiled.automaton.start
+        if compiled.marker:
+            spare = max(compiled.fewest, left - len(compiled.marker_tokens))
+            self._reserve = len(compiled.marker_tokens) + min(compiled.closing.most + 1 + _SPARE, spare)
+            self._places = [_Place(left, whole=start)]
+        else:
+            self._places = [_Place(left, answer=start)]
+        self._answer: list[int] = []
+        self._matcher: Any = None
+        # Tokens of the answer that the matcher has read.
+        self._read = 0
+
+    def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+        """See StructuredOutputGrammar."""
+        return all(map(self._accept, tokens))
+
+    def validate_tokens(self, tokens: list[int]) -> list[int]:
+        """See StructuredOutputGrammar."""
+        accepted = 0
+        for token in tokens:
+            if not self._accept(token):
+                break
+            accepted += 1
+        self.rollback(accepted)
+        return tokens[:accepted]
+
+    def rollback(self, num_tokens: int) -> None:
+        """See StructuredOutputGrammar."""
+        for _ in range(num_tokens):
+            if self._places[-2].answer is not None and self._answer:
+                self._answer.pop()
+            self._places.pop()
+        self._matcher, self._read = None, 0
+
+    def fill_bitmask(self, bitmask: Any, batch_index: int) -> None:
+        """See StructuredOutputGrammar."""
+        row = self._row()
+        bitmask[batch_index].numpy()[: len(row)] = row
+
+    def is_terminated(self) -> bool:
+        """See StructuredOutputGrammar."""
+        return self._places[-1].ended
+
+    def reset(self) -> None:
+        """See StructuredOutputGrammar."""
+        self.rollback(len(self._places) - 1)
+
+    def _accept(self, token: int) -> bool:
+        before, compiled = self._places[-1], self._compiled
+        if before.ended:
+            return True
+        after = replace(before, left=before.left - 1)
+        if token in self._ends:
+            states = before.whole if before.answer is None else before.answer
+            if not compiled.automaton.accepts(states):
+                return False
+            self._places.append(replace(after, ended=True))
+            return True
+        text = compiled.vocabulary.texts[token]
+        if before.answer is not None:
+            answer = compiled.automaton.read(before.answer, text)
+            if not answer or not text:
+                return False
+            self._answer.append(token)
+            self._places.append(replace(after, answer=answer))
+            return True
+        forced = before.forced[1:] if before.forced[:1] == (token,) else ()
+        _, found, rest = (before.tail + text).partition(compiled.marker)
+        if found:
+            # The masks let nothing follow a marker within its token.
+            self._places.append(_Place(after.left, answer=compiled.automaton.start))
+            return not rest
+        kept = (before.tail + text)[-max(64, len(compiled.marker)) :]
+        self._places.append(replace(after, tail=kept, forced=forced, whole=compiled.automaton.read(before.whole, text)))
+        return True
+
+    def _row(self) -> Row:
+        place = self._places[-1]
+        return self._row_of_working(place) if place.answer is None else self._row_of_answer(place, place.answer)
+
+    def _row_of_working(self, place: _Place) -> Row:
+        compiled = self._compiled
+        if not place.forced and place.left - 1 < self._reserve:
+            place = self._places[-1] = replace(place, forced=tuple(compiled.marker_tokens))
+        if place.forced:
+            return compiled.vocabulary.row_of(place.forced[:1])
+        stops, markers = compiled.stops.begun(place.tail), compiled.markers.begun(place.tail)
+        may_end = compiled.automaton.accepts(place.whole)
+        key = (stops, markers, may_end and self._ends)
+        row = compiled.row(key)
+        if row is None:
+            row = compiled.vocabulary.ordinary & ~compiled.stops.row(stops) & ~compiled.markers.row(markers)
+            row = compiled.keep(key, row | self._end_row if may_end else row)
+        return row
+
+    def _row_of_answer(self, place: _Place, answer: States) -> Row:
+        compiled = self._compiled
+        enough = compiled.closing.worst(answer) <= place.left - 2
+        key = (answer, self._ends, None if enough else place.left)
+        row = compiled.row(key)
+        if row is None:
+            row = self._types_row(answer)
+            row = compiled.keep(key, row if enough else self._short_row(row, answer, place.left))
+        return row
+
+    def _types_row(self, answer: States) -> Row:
+        """The tokens that the type allows next."""
+        if self._matcher is None:
+            self._matcher = self._compiled.matcher()
+        # Rows that were kept for a state need no matcher, so it may lie behind.
+        self._matcher.consume_tokens(self._answer[self._read :])
+        self._read = len(self._answer)
+        row = np.zeros((1, len(self._compiled.vocabulary.short)), dtype=np.int32)
+        llguidance.numpy.fill_next_token_bitmask(self._matcher, row, 0)
+        allowed: Row = row[0] & self._compiled.vocabulary.short
+        return allowed | self._end_row if self._compiled.automaton.accepts(answer) else allowed
+
+    def _short_row(self, row: Row, answer: States, left: int) -> Row:
+        """Those of a row after which an end still fits in `left` tokens."""
+        vocabulary, automaton, closing = (
+            self._compiled.vocabulary,
+            self._compiled.automaton,
+            self._compiled.closing,
+        )
+        fitting = [
+            token
+            for token in vocabulary.tokens_of(row, _TRIED) or ()
+            if token in self._ends
+            or ((after := automaton.read(answer, vocabulary.texts[token])) and closing.needs(after) <= left - 2)
+        ]
+        if not fitting:
+            return self._end_row if automaton.accepts(answer) else vocabulary.row_of([closing.next(answer)])
+        return vocabulary.row_of(fitting)
+
+    @cached_property
+    def _end_row(self) -> Row:
+        return self._compiled.vocabulary.row_of(self._ends)
+
+
+class OneOf(StructuredOutputGrammar):
+    """Holds every token of a sequence to one set, for what has one token alone."""
+
+    def __init__(self, row: Row) -> None:
+        self._allowed = row
+
+    def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+        """See StructuredOutputGrammar."""
+        return True
+
+    def validate_tokens(self, tokens: list[int]) -> list[int]:
+        """See StructuredOutputGrammar."""
+        return tokens
+
+    def rollback(self, num_tokens: int) -> None:
+        """See StructuredOutputGrammar."""
+
+    def fill_bitmask(self, bitmask: Any, batch_index: int) -> None:
+        """See StructuredOutputGrammar."""
+        bitmask[batch_index].numpy()[: len(self._allowed)] = self._allowed
+
+    def is_terminated(self) -> bool:
+        """See StructuredOutputGrammar."""
+        return False
+
+    def reset(self) -> None:
+        """See StructuredOutputGrammar."""
+
+
+class TypedOutputs:
+    """The compiled constraints of one engine core."""
+
+    def __init__(self, tokenizer: Any, vocabulary_size: int) -> None:
+        self.vocabulary = Vocabulary(tokenizer, vocabulary_size)
+        self._compiled: OrderedDict[str, Compiled] = OrderedDict()
+        self._states = 0
+        self._lock = threading.Lock()
+
+    def compiled(self, text: str) -> Compiled:
+        """The compiled form of a constraint; made where it is not kept. Raises AnswerError or ValueError."""
+        with self._lock:
+            if text in self._compiled:
+                self._compiled.move_to_end(text)
+                return self._compiled[text]
+        made = Compiled(read(text), self.vocabulary)
+        with self._lock:
+            if text not in self._compiled:
+                self._compiled[text] = made
+                self._states += len(made.automaton.edges)
+            while len(self._compiled) > _KEPT or (self._states > _KEPT_STATES and len(self._compiled) > 1):
+                _, dropped = self._compiled.popitem(last=False)
+                self._states -= len(dropped.automaton.edges)
+        return made
+
+    def has(self, text: str) -> bool:
+        """Whether a sequence's grammar can be made at once."""
+        return text in self._compiled or text.startswith(TOKENS_PREFIX)
+
+    def grammar(self, text: str, left: int, ends: set[int] | None) -> StructuredOutputGrammar:
+        """A sequence's grammar. Raises ValueError where `left` tokens hold no answer."""
+        if text.startswith(TOKENS_PREFIX):
+            return OneOf(self.vocabulary.row_of(json.loads(text.removeprefix(TOKENS_PREFIX))))
+        compiled = self.compiled(text)
+        if left < compiled.fewest_with_marker:
+            raise ValueError(f"an answer takes {compiled.fewest_with_marker} tokens at least; {left} are left")
+        return TypedGrammar(compiled, left, frozenset(ends or {self.vocabulary.eos}))
+
+
+_checked = SamplingParams._validate_structured_outputs
+_begun = StructuredOutputManager.grammar_init
+
+
+def hold_answers_to_types() -> None:
+    """Take the seam "typed answers" in this process."""
+    from vllm.v1.engine.core import EngineCore
+
+    SamplingParams._validate_structured_outputs = _check
+    StructuredOutputManager.grammar_init = _grammar_init
+    EngineCore.mtlora_compile = _compile
+
+
+def constraint_of(parameters: Any) -> str | None:
+    """The constraint that a request's SamplingParams carry."""
+    outputs = parameters.structured_outputs if parameters is not None else None
+    text = outputs.grammar if outputs is not None else None
+    return text if text is not None and text.startswith((PREFIX, TOKENS_PREFIX)) else None
+
+
+def _check(self: Any, model_config: Any, structured_outputs_config: Any, tokenizer: Any) -> None:
+    """Constraints are checked where they are made; vLLM would parse them as grammars, once a request."""
+    if constraint_of(self) is None:
+        _checked(self, model_config, structured_outputs_config, tokenizer)
+    else:
+        backend = structured_outputs_config.backend
+        self.structured_outputs._backend = "guidance" if backend == "auto" else backend
+
+
+def _grammar_init(self: Any, request: Any) -> None:
+    """What is compiled already is there at once: a request that waits for its grammar misses a step."""
+    text = constraint_of(request.sampling_params)
+    if text is None:
+        return _begun(self, request)
+    left = min(request.max_tokens, self.vllm_config.model_config.max_model_len - request.num_prompt_tokens)
+    ends = request.sampling_params.all_stop_token_ids
+    outputs: TypedOutputs | None = getattr(self, "_mtlora_outputs", None)
+    if outputs is not None and outputs.has(text):
+        grammar = outputs.grammar(text, left, ends)
+    else:
+        grammar = self.executor.submit(lambda: _outputs(self).grammar(text, left, ends))
+    request.structured_output_request.grammar = grammar
+    return None
+
+
+def _compile(self: Any, texts: list[str]) -> "Future[list[int]]":
+    """Compile constraints beside the running steps, before a request needs them; gives the fewest tokens of each."""
+    manager = self.structured_output_manager
+    future: Future[list[int]] = manager.executor.submit(
+        lambda: [_outputs(manager).compiled(text).fewest_with_marker for text in texts]
+    )
+    return future
+
+
+_making = threading.Lock()
+
+
+def _outputs(manager: Any) -> TypedOutputs:
+    with _making:
+        if not hasattr(manager, "_mtlora_outputs"):
+            config = manager.vllm_config
+            made = TypedOutputs(manager.tokenizer, config.model_config.get_vocab_size())
+            if manager._grammar_bitmask is None:
+                # As its backends make it, of which there is none yet.
+                rows = config.scheduler_config.max_num_seqs * (1 + config.num_speculative_tokens)
+                manager._grammar_bitmask = torch.full((rows, len(made.vocabulary.ordinary)), -1, dtype=torch.int32)
+            manager._mtlora_outputs = made
+    outputs: TypedOutputs = manager._mtlora_outputs
+    return outputs

@@ -1,0 +1,144 @@
+"""Types of answers in messages: what a task's entry shows, and what a request brings of its own."""
+
+import pickle
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Protocol
+
+from mtlora_pb.v1 import inference_pb2 as pb
+from pydantic import TypeAdapter, ValidationError
+
+from mtlora.answer import AnswerError, AnswerType, Date, Grammar, Json, Label, Number, Regex, Text
+from mtlora.answer.constraint import Constraint
+from mtlora.answer.types import MAX_LABELS
+from mtlora.errors import describe
+from mtlora.task import TaskSpec
+from server.errors import AdapterError, Violation, invalid_argument
+from server.isolation import ChildError, Limits, in_child
+from server.scheduling.fair_thread import FairThread
+from server.tenants import Tenant
+
+# Of a request's own type, as a message.
+_MAX_BYTES = 64 << 10
+# Of its automaton, which the engine compiles beside its steps.
+_MAX_STATES = 10_000
+_CHECK_S = 5.0
+_KEPT = 1024
+_TYPES: TypeAdapter[AnswerType] = TypeAdapter(AnswerType)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What an answer is held to: as the engine reads it, the type's name, and the fewest tokens that it takes."""
+
+    constraint: str
+    name: str
+    fewest: int
+
+
+class CompilesAnswers(Protocol):
+    async def compile(self, constraints: Sequence[str]) -> list[int]: ...
+
+
+class OwnTypes:
+    """Types that requests bring. Each is checked once, in a child process: it may take long, or all of its memory."""
+
+    def __init__(self) -> None:
+        self._thread = FairThread("types")
+        self._held: OrderedDict[tuple[bytes, str | None, tuple[str, ...]], Held] = OrderedDict()
+
+    async def hold(
+        self, request: pb.GenerateRequest, task: TaskSpec | None, tenant: Tenant, engine: CompilesAnswers
+    ) -> Held | None:
+        """What the request's own type holds its answer to. Raises INVALID_ARGUMENT; None without a task.
+
+        A task with a type takes a subset of its labels, or its own type again.
+        """
+        if task is None:
+            return None
+        if violations := list(_violations(request, task)):
+            raise invalid_argument(violations)
+        marker = None if request.without_adapter else task.answer_marker
+        key = request.answer.SerializeToString(deterministic=True), marker, task.stop
+        if key not in self._held:
+            try:
+                (found,) = await self._thread.run(
+                    tenant,
+                    request.ByteSize(),
+                    lambda: in_child(_checked, _as_data(request.answer), marker, task.stop, limits=Limits(_CHECK_S)),
+                )
+                constraint, name = pickle.loads(found)
+                (fewest,) = await engine.compile([constraint])
+            except (ChildError, AdapterError) as error:
+                raise invalid_argument([Violation("answer", str(error))]) from None
+            self._held[key] = Held(constraint, name, fewest)
+            if len(self._held) > _KEPT:
+                self._held.popitem(last=False)
+        self._held.move_to_end(key)
+        return self._held[key]
+
+
+def _checked(data: dict[str, Any], marker: str | None, stop: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    try:
+        constraint = Constraint(_TYPES.validate_python(data), marker, stop)
+        constraint.compile(_MAX_STATES)
+    except ValidationError as error:
+        raise AnswerError(describe(error)) from None
+    yield constraint.text, constraint.type.name
+
+
+def _violations(request: pb.GenerateRequest, task: TaskSpec) -> Iterator[Violation]:
+    if request.free:
+        yield Violation("free", "found beside answer; allowed: one of the two")
+    if not request.answer.WhichOneof("type"):
+        yield Violation("answer", "found no type; allowed: label, number, date, regex, json, grammar or text")
+    elif (found := len(request.answer.label.labels)) > MAX_LABELS:
+        yield Violation("answer.label.labels", f"found {found}; allowed: 2 to {MAX_LABELS}")
+    elif (size := request.answer.ByteSize()) > _MAX_BYTES:
+        yield Violation("answer", f"found {size} bytes; allowed: {_MAX_BYTES}")
+    elif task.answer_type is not None and message(task.answer_type) != request.answer:
+        if task.labels is None:
+            yield Violation("answer", f"task {task.id} has a type, {task.answer_type.type}; allowed: none, or the same")
+        elif not request.answer.HasField("label") or not set(request.answer.label.labels) <= set(task.labels):
+            yield Violation("answer", f"task {task.id} has labels; allowed: a subset of them")
+
+
+def message(answer: AnswerType) -> pb.AnswerType:
+    """A type as the contract's message."""
+    match answer:
+        case Label(labels=labels):
+            return pb.AnswerType(label=pb.LabelType(labels=labels))
+        case Number(minimum=minimum, maximum=maximum, step=step):
+            return pb.AnswerType(number=pb.NumberType(minimum=float(minimum), maximum=float(maximum), step=float(step)))
+        case Date(format=format):
+            return pb.AnswerType(date=pb.DateType(format=format))
+        case Regex(pattern=pattern):
+            return pb.AnswerType(regex=pattern)
+        case Json(json_schema=schema):
+            return pb.AnswerType(json=schema)
+        case Grammar(rules=rules):
+            return pb.AnswerType(grammar=rules)
+        case Text(max_length=max_length):
+            return pb.AnswerType(text=pb.TextType(max_length=max_length))
+
+
+def _as_data(answer: pb.AnswerType) -> dict[str, Any]:
+    """A message as the data of a type, not checked yet."""
+    kind = answer.WhichOneof("type")
+    value = getattr(answer, kind)
+    data: dict[str, Any] = {"type": kind}
+    match kind:
+        case "label":
+            data["labels"] = list(value.labels)
+        case "number":
+            # The shortest decimal of a double is what its writer meant.
+            data |= {name.name: Decimal(repr(number)) for name, number in value.ListFields()}
+        case "date":
+            data |= {"format": value.format} if value.format else {}
+        case "text":
+            data["max_length"] = value.max_length
+        case _:
+            data[{"regex": "pattern", "json": "schema", "grammar": "rules"}[kind]] = value
+    return data

@@ -1,0 +1,24 @@
+"""The status of whatever a request ended in; what nobody foresaw gets a line in the log."""
+
+import traceback
+
+import grpc
+
+from server.errors import RequestFailedError, from_exception
+from server.telemetry.logs import get_logger
+
+logger = get_logger("request")
+
+
+def failure_of(error: Exception, request_id: str) -> RequestFailedError:
+    """The failure that a caller sees."""
+    failure = from_exception(error)
+    if failure.code is grpc.StatusCode.INTERNAL and not isinstance(error, RequestFailedError):
+        # The place alone: an exception's message may hold what a tenant sent.
+        fields = {"request_id": request_id, "error": type(error).__name__, "where": _where(error)}
+        logger.error("internal error", extra={"fields": fields})
+    return failure
+
+
+def _where(error: BaseException) -> list[str]:
+    return [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]

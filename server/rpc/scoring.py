@@ -1,0 +1,78 @@
+"""Scores the labels of one input: the working where there is one, then one token at each place where labels part."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from mtlora.answer.constraint import next_token
+from mtlora.answer.labels import LabelTree
+from mtlora.prompt import PromptEncoder
+from server.job import GenerationJob, TokenLogprobs
+from server.rpc.generation import Generation
+
+
+class Scoring(Generation):
+    """Runs like a Generation, whose answer is held to the labels; afterwards also holds their probabilities.
+
+    probabilities: of every label, likeliest first.
+    """
+
+    probabilities: Sequence[tuple[str, float]] = ()
+    _prompts: PromptEncoder
+    _calibrated: bool
+
+    @classmethod
+    def of(cls, generation: Generation, prompts: PromptEncoder, *, calibrated: bool) -> "Scoring":
+        """Scores the labels instead of generating one. calibrated: by the task's temperature."""
+        job, task = generation.job, generation.job.task.spec
+        # The marker ends the working; an answer without working ends by itself.
+        stop = (*task.stop, task.answer_marker) if task.answer_marker else task.stop
+        sampling = replace(job.sampling, temperature=0.0, stop=stop, logprobs=0, more=None)
+        made = cls(replace(job, sampling=sampling, n=1, best_of=1), generation.call, generation.metrics)
+        made._prompts, made._calibrated = prompts, calibrated
+        return made
+
+    async def run(self, *services: Any, **named: Any) -> None:
+        """See Generation.run. Each of the input's sequences waits for its own turn."""
+        task, worked = self.job.task, self.marker is not None
+        prompt_ids = self.job.prompt_ids
+        if worked:
+            await super().run(*services, **named)
+            # The marker was cut off, so the text went for an answer.
+            if self.token_ids[-1] != self._prompts.tokenizer.eos_token_id:
+                self.reasoning = self.text
+                prompt_ids += tuple(self._prompts.text(f" {self.text.strip()} {self.marker}"))
+            self.text = ""
+        tree = _tree(self._prompts, task.spec.labels or ())
+        branches = [
+            Generation(self._job(prompt_ids + ids, after, further=worked or i > 0), self.call, self.metrics)
+            for i, (ids, after) in enumerate(tree.branches)
+        ]
+        async with asyncio.TaskGroup() as running:
+            for branch in branches:
+                running.create_task(branch.run(*services, **named))
+        logprobs = [_of_tokens(branch.logprobs[0]) for branch in branches]
+        found = tree.probabilities(logprobs, (self._calibrated and task.calibration) or 1.0)
+        self.probabilities = sorted(found.items(), key=lambda each: -each[1])
+        self.text = self.probabilities[0][0]
+        self.finish_reason = "stop"
+        self.completion_tokens += sum(branch.completion_tokens for branch in branches)
+        if not worked:
+            self.queue_s, self.ttft_s, self.total_s = branches[0].queue_s, branches[0].ttft_s, branches[0].total_s
+            self.cached_tokens = branches[0].cached_tokens
+
+    def _job(self, prompt_ids: tuple[int, ...], tokens: Sequence[int], *, further: bool) -> GenerationJob:
+        constraint = next_token(tokens)
+        sampling = replace(self.job.sampling, max_new_tokens=1, stop=(), logprobs=len(tokens), constraint=constraint)
+        return replace(self.job, prompt_ids=prompt_ids, sampling=sampling, further=further)
+
+
+def _of_tokens(found: TokenLogprobs) -> dict[int, float]:
+    return {each.token_id: each.logprob for each in (found.chosen, *found.top)}
+
+
+@lru_cache(maxsize=1024)
+def _tree(prompts: PromptEncoder, labels: tuple[str, ...]) -> LabelTree:
+    return LabelTree({label: prompts.answer(label) for label in labels})

@@ -1,0 +1,161 @@
+"""A decoder held to a type: whatever is sampled, the text lies within it and ends in time."""
+
+import random
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mtlora.answer import AnswerType, Date, Grammar, Json, Label, Number, Regex, Text
+from mtlora.answer.constraint import Constraint, next_token
+
+pytest.importorskip("llguidance")
+typed = pytest.importorskip("mtlora.vllm_plugin.typed")
+
+_PIECES = (
+    "=>", " =>", "= ", "=", ">", "\n", " \n", "Yes", " Yes", "No", " No", "ref", "und", " refund", "delivery", "20",
+    "12", "0", "1", '{"', '":', '", "', '"}', "true", " false", "abc", " abc", "é", "日本", "a" * 40, "EUR", " EUR",
+    "=>x",
+)  # fmt: skip
+_END = "<end>"
+_TYPES: dict[str, AnswerType] = {
+    "label": Label(labels=("refund", "delivery", "ref", "Yes", "No")),
+    "number": Number(minimum=-99, maximum=9999),
+    "date": Date(format="%m/%d/%Y"),
+    "regex": Regex(pattern="[a-z]{1,9}( [a-z]{1,9}){0,3}"),
+    "text": Text(),
+    "json": Json.model_validate(
+        {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string"},
+                    "ok": {"type": "boolean"},
+                    "more": {"type": "array", "items": {"type": "integer"}},
+                },
+                "required": ["name", "ok"],
+            }
+        }
+    ),
+    "grammar": Grammar(rules='root ::= [0-9]{1,6} ("." [0-9]{2})? " " ("EUR"|"日本")'),
+}
+
+
+@cache
+def _tokenizer(kind: str) -> Any:
+    """Byte-level, or with a fallback to bytes behind words; both small."""
+    if kind == "byte-level":
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        names = [_END, *alphabet]
+        for piece in _PIECES:
+            ((text, _),) = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(piece)
+            names += [] if text in names else [text]
+        made = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.decoder = decoders.ByteLevel()
+    else:
+        names = [_END, *(f"<0x{byte:02X}>" for byte in range(256))]
+        names += [each for each in dict.fromkeys(p.replace(" ", "▁") for p in _PIECES) if each not in names]
+        made = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True))
+        made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.add_special_tokens([_END])
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=_END)
+
+
+@cache
+def _outputs(kind: str) -> Any:
+    return typed.TypedOutputs(_tokenizer(kind), len(_tokenizer(kind)) + 5)
+
+
+def _allowed(outputs: Any, grammar: Any) -> Sequence[int]:
+    row = torch.zeros(1, len(outputs.vocabulary.ordinary), dtype=torch.int32)
+    grammar.fill_bitmask(row, 0)
+    found: list[int] = outputs.vocabulary.tokens_of(row[0].numpy(), 1 << 20)
+    return found
+
+
+def _sample(kind: str, constraint: Constraint, left: int, rng: random.Random) -> str:
+    """A text of tokens drawn evenly from those allowed, an end now and then."""
+    outputs = _outputs(kind)
+    vocabulary = outputs.vocabulary
+    grammar = outputs.grammar(constraint.text, left, None)
+    text = b""
+    for _ in range(left):
+        allowed = _allowed(outputs, grammar)
+        token = vocabulary.eos if vocabulary.eos in allowed and rng.random() < 0.1 else rng.choice(allowed)
+        assert grammar.accept_tokens("x", [token])
+        if grammar.is_terminated():
+            # Working may hold any bytes.
+            return text.decode(errors="replace")
+        text += vocabulary.texts[token]
+    raise AssertionError(f"{text!r} has not ended after {left} tokens")
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
+@pytest.mark.parametrize("name", _TYPES)
+@settings(max_examples=25)
+@given(st.booleans(), st.sampled_from([0, 1, 2, 5, 20, 80]), st.integers(0, 1 << 32))
+def test_no_answer_lies_outside_or_is_cut(kind: str, name: str, worked: bool, spare: int, seed: int) -> None:
+    answer = _TYPES[name]
+    constraint = Constraint(answer, "=>" if worked else None, ("\n",))
+    left = _outputs(kind).compiled(constraint.text).fewest_with_marker + spare
+    text = _sample(kind, constraint, left, random.Random(seed))
+    _working, found, rest = text.partition("=>")
+    assert "\n" not in text
+    assert answer.check(rest if worked and found else text), text
+
+
+def test_too_few_tokens_are_refused() -> None:
+    outputs = _outputs("byte-level")
+    constraint = Constraint(_TYPES["date"], "=>", ("\n",))
+    fewest = outputs.compiled(constraint.text).fewest_with_marker
+    with pytest.raises(ValueError, match=f"takes {fewest} tokens at least"):
+        outputs.grammar(constraint.text, fewest - 1, None)
+
+
+def test_working_stays_free_but_for_its_end() -> None:
+    outputs = _outputs("byte-level")
+    vocabulary = outputs.vocabulary
+    grammar = outputs.grammar(Constraint(_TYPES["label"], "=>", ("\n",)).text, 50, None)
+    shut_out = set(range(len(vocabulary.texts))) - set(_allowed(outputs, grammar))
+    # Special and unknown tokens, stop strings, and what goes on after a marker within its token.
+    assert {vocabulary.texts[token] for token in shut_out} == {b"", b"\n", b" \n", b"=>x"}
+    for text in (b"ref", b"und"):
+        grammar.accept_tokens("x", [vocabulary.ids[text]])
+    # An answer without working may end.
+    assert vocabulary.eos in _allowed(outputs, grammar)
+
+
+def test_a_marker_in_two_tokens_begins_the_answer() -> None:
+    outputs = _outputs("byte-level")
+    ids = outputs.vocabulary.ids
+    grammar = outputs.grammar(Constraint(_TYPES["label"], "=>", ("\n",)).text, 50, None)
+    assert grammar.accept_tokens("x", [ids[b"abc"], ids[b"="], ids[b">"]])
+    begins = {bytes(outputs.vocabulary.texts[token][:2]) for token in _allowed(outputs, grammar)}
+    assert begins <= {b" ", b" Y", b" N", b" r", b"Y", b"Ye", b"N", b"No", b"r", b"re", b"d", b"de"}
+
+
+def test_rolling_back_and_validating_leave_no_trace() -> None:
+    outputs = _outputs("byte-level")
+    ids = outputs.vocabulary.ids
+    grammar = outputs.grammar(Constraint(_TYPES["label"], None, ("\n",)).text, 20, None)
+    before = list(_allowed(outputs, grammar))
+    assert grammar.validate_tokens([ids[b"ref"], ids[b"und"], ids[b"Yes"]]) == [ids[b"ref"], ids[b"und"]]
+    assert list(_allowed(outputs, grammar)) == before
+    assert grammar.accept_tokens("x", [ids[b"ref"]])
+    assert not grammar.accept_tokens("x", [ids[b"Yes"]])
+    grammar.rollback(1)
+    assert list(_allowed(outputs, grammar)) == before
+
+
+def test_tokens_of_a_set_alone() -> None:
+    outputs = _outputs("byte-level")
+    grammar = outputs.grammar(next_token([3, 5]), 1, None)
+    assert np.array_equal(_allowed(outputs, grammar), [3, 5])

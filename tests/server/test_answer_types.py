@@ -1,0 +1,243 @@
+"""Types of answers over gRPC: what the engine is held to, own types, scores of labels, and what is refused."""
+
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from datetime import date
+from decimal import Decimal
+from types import MappingProxyType
+from typing import Any
+
+import grpc
+import pytest
+from mtlora_pb.v1 import inference_pb2 as pb
+from openinference_pb import grpc_predict_v2_pb2 as openinference
+from openinference_pb import grpc_predict_v2_pb2_grpc
+
+from mtlora.answer.constraint import TOKENS_PREFIX, read
+from mtlora.client import Answer, AsyncClient, ServerError
+from server.isolation import Limits, in_child
+from server.job import Delta, GenerationJob, ServedTask, TokenLogprob, TokenLogprobs
+from tests.server.adapters import entry
+from tests.server.fakes import FakeEngine, Service
+
+_LABEL: dict[str, Any] = {"type": "label", "labels": ["cat", "cow", "dog"]}
+_TASKS: dict[str, dict[str, Any]] = {
+    "label": {"answer": _LABEL},
+    "worked": {"answer": _LABEL, "answer_marker": "=>", "max_new_tokens": 16},
+    "number": {"answer": {"type": "number", "minimum": 0, "maximum": 99}},
+}
+
+
+class Scripted(FakeEngine):
+    """Prefers the first of the tokens it is held to by one nat each; other sequences get `text`, ended by a marker."""
+
+    text, ends_by = "working ", 61
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.compiled: list[str] = []
+        self.fewest = 3
+
+    async def compile(self, constraints: Sequence[str]) -> list[int]:
+        self.compiled += constraints
+        return [self.fewest] * len(constraints)
+
+    async def generate(self, job: GenerationJob) -> AsyncGenerator[Delta, None]:
+        self.jobs.append(job)
+        constraint = job.sampling.constraint or ""
+        if constraint.startswith(TOKENS_PREFIX):
+            tokens = json.loads(constraint.removeprefix(TOKENS_PREFIX))
+            top = tuple(TokenLogprob(token, chr(token), -float(i)) for i, token in enumerate(tokens))
+            yield Delta("", 1, (TokenLogprobs(top[0], top),), "length")
+        else:
+            yield Delta(self.text, 2, finish_reason="stop", token_ids=(7, self.ends_by))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forkserver() -> None:
+    """Its start takes seconds, and a request's type is checked within some."""
+    in_child(eval, "[1]", limits=Limits(60))
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[Service]:
+    made = Service()
+    made.engine = Scripted()
+    made.servicer.engine = made.engine
+    made.engine.prompts = made.servicer.prompts
+    tasks = {name: ServedTask(entry(name, **fields), "alpha", "1", slot=None) for name, fields in _TASKS.items()}
+    object.__setattr__(made.servicer.catalog, "tasks", MappingProxyType({**made.servicer.catalog.tasks, **tasks}))
+    async with made.running():
+        yield made
+
+
+@pytest.fixture
+async def client(service: Service) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(service.address, retry=None) as client:
+        yield client
+
+
+async def refused(call: Any) -> ServerError:
+    with pytest.raises(ServerError) as raised:
+        await call
+    assert raised.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    return raised.value
+
+
+async def test_the_engine_is_held_to_the_tasks_type(service: Service, client: AsyncClient) -> None:
+    answer = await client.generate("number", "x")
+    constraint = service.engine.jobs[0].sampling.constraint
+    assert read(constraint) == entry("number", **_TASKS["number"]).constraint()
+    assert answer.answer_type == "number"
+    free = await client.generate("number", "x", free=True)
+    assert service.engine.jobs[1].sampling.constraint is None
+    assert (free.answer_type, free.value) == ("", "working")
+    await client.generate("worked", "x", without_adapter=True)
+    # The backbone was taught no marker.
+    assert read(service.engine.jobs[2].sampling.constraint).marker is None
+    task = await client.task("number")
+    assert (task.answer.number.maximum, list((await client.task("label")).allowed_answers)) == (99, _LABEL["labels"])
+
+
+@pytest.mark.parametrize(
+    ("answer_type", "text", "value"),
+    [
+        ("number", "3.50", Decimal("3.50")),
+        ("date %m/%d/%Y", "02/29/2024", date(2024, 2, 29)),
+        ("json", '{"a": [1]}', {"a": [1]}),
+        ("label", "cat", "cat"),
+        ("", "cat", "cat"),
+    ],
+)
+def test_values_of_answers(answer_type: str, text: str, value: object) -> None:
+    assert Answer(text, pb.Summary(), answer_type=answer_type).value == value
+
+
+async def test_a_request_brings_its_own_type(service: Service, client: AsyncClient) -> None:
+    own = pb.AnswerType(json=json.dumps({"type": "object", "properties": {"a": {"type": "integer"}}}))
+    for _ in range(2):
+        assert (await client.generate("one", "x", answer=own, max_new_tokens=9)).answer_type == "json"
+    # Checked and compiled once.
+    assert service.engine.compiled == [service.engine.jobs[0].sampling.constraint]
+    subset = pb.AnswerType(label=pb.LabelType(labels=["cow", "dog"]))
+    await client.generate("label", "x", answer=subset)
+    assert read(service.engine.jobs[-1].sampling.constraint).type.labels == ("cow", "dog")  # type: ignore[union-attr]
+    error = await refused(client.generate("one", "x", answer=own, max_new_tokens=2))
+    assert "max_new_tokens: found 2" in str(error)
+
+
+_REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("label", {"answer": pb.AnswerType(label=pb.LabelType(labels=["cat", "bird"]))}, "answer: task label has labels"),
+    ("label", {"answer": pb.AnswerType(regex="cat|cow")}, "answer: task label has labels"),
+    ("number", {"answer": pb.AnswerType(regex="[0-9]")}, "answer: task number has a type, number"),
+    ("one", {"answer": pb.AnswerType(), "free": False}, "answer: found no type"),
+    ("one", {"answer": pb.AnswerType(regex="a"), "free": True}, "free: found beside answer"),
+    ("one", {"answer": pb.AnswerType(regex="(a{1000}){1000}")}, "answer: takes more than 10000 states"),
+    ("one", {"answer": pb.AnswerType(json="{")}, "answer: json: json: no JSON"),
+    ("one", {"answer": pb.AnswerType(grammar='root ::= "a" root?')}, "answer: grammar: grammar: recurses"),
+    ("one", {"answer": pb.AnswerType(regex="[^a]")}, "answer: regex: an answer may contain the stop string"),
+    (
+        "one",
+        {"answer": pb.AnswerType(label=pb.LabelType(labels=[str(i) for i in range(100_000)]))},
+        "answer.label.labels: found 100000",
+    ),
+    ("label", {"stop": ["a"]}, "parameters.stop.values: found 'a'"),
+    ("label", {"stop_token_ids": [5]}, "parameters.stop_token_ids"),
+    ("label", {"banned_tokens": [5]}, "parameters.banned_tokens"),
+    ("label", {"min_new_tokens": 5}, "parameters.min_new_tokens"),
+]
+
+
+@pytest.mark.parametrize(("task", "named", "reason"), _REFUSED)
+async def test_refuses_contradictions_and_hostile_types(
+    client: AsyncClient, task: str, named: dict[str, Any], reason: str
+) -> None:
+    began = time.process_time()
+    assert reason in str(await refused(client.generate(task, "x", **named)))
+    # The server's own process compiles nothing.
+    assert time.process_time() - began < 5
+
+
+async def test_scores_every_label_in_one_step(service: Service, client: AsyncClient) -> None:
+    scores = await client.score("label", ["a", "b", "c"])
+    for score in scores:
+        # " c" or " d", and for the former "a" or "o".
+        assert score.probabilities == pytest.approx({"cat": 0.731**2, "cow": 0.731 * 0.269, "dog": 0.269}, abs=1e-3)
+        assert score.label == "cat"
+        assert score.summary is not None
+        assert score.summary.completion_tokens == 2
+    assert len(service.engine.jobs) == 6
+    assert {job.sampling.max_new_tokens for job in service.engine.jobs} == {1}
+    # Once an input, whatever it took.
+    assert service.value("mtlora_requests_total", method="ScoreItem", task="label", status="OK") == 3
+
+
+async def test_scores_after_the_working(service: Service, client: AsyncClient) -> None:
+    (score,) = await client.score("worked", ["a"])
+    first, *branches = service.engine.jobs
+    assert (first.sampling.stop, score.reasoning) == (("\n", "=>"), "working")
+    prompts = {"".join(map(chr, job.prompt_ids)) for job in branches}
+    assert prompts == {"a\nAnswer: working => ", "a\nAnswer: working => c"}
+    assert [job.further for job in service.engine.jobs] == [False, True, True]
+    # An answer without working ends by itself.
+    service.engine.jobs.clear()
+    service.engine.ends_by = 0
+    (score,) = await client.score("worked", ["a"])
+    assert score.reasoning == ""
+    assert {"".join(map(chr, job.prompt_ids)) for job in service.engine.jobs[1:]} == {"a\nAnswer: ", "a\nAnswer: c"}
+
+
+async def test_a_calibrated_score_is_tempered(service: Service, client: AsyncClient) -> None:
+    tasks = service.servicer.catalog.tasks
+    calibrated = ServedTask(tasks["label"].spec, "alpha", "1", slot=None, calibration=2.0)
+    object.__setattr__(service.servicer.catalog, "tasks", MappingProxyType({**tasks, "label": calibrated}))
+    (plain,) = await client.score("label", ["a"], uncalibrated=True)
+    (tempered,) = await client.score("label", ["a"])
+    assert 1 / 3 < tempered.probabilities["cat"] < plain.probabilities["cat"]
+    assert (await client.task("label")).calibration == 2.0
+
+
+async def test_each_input_of_a_score_has_its_own_status(client: AsyncClient) -> None:
+    good, long, blank = await client.score("label", ["a", "b" * 100, " "])
+    assert good.label == "cat"
+    for score, reason in ((long, "too long"), (blank, "nothing but blanks")):
+        assert score.error is not None
+        assert score.error.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert reason in str(score.error)
+    assert "answers with a number" in str(await refused(client.score("number", ["a"])))
+    assert "inputs: found 0" in str(await refused(client.score("label", [])))
+
+
+@pytest.mark.parametrize("raw", [False, True])
+async def test_open_inference_gives_labels_and_probabilities(service: Service, raw: bool) -> None:
+    async with grpc.aio.insecure_channel(service.address) as channel:
+        stub = grpc_predict_v2_pb2_grpc.GRPCInferenceServiceStub(channel)
+        model = await stub.ModelMetadata(openinference.ModelMetadataRequest(name="label"))
+        assert [(each.name, each.datatype, list(each.shape)) for each in model.outputs] == [
+            ("text_output", "BYTES", [-1]),
+            ("label", "BYTES", [-1]),
+            ("probabilities", "FP32", [-1, 3]),
+            ("labels", "BYTES", [-1]),
+        ]
+        request = openinference.ModelInferRequest(model_name="label")
+        tensor = request.inputs.add(name="text_input", datatype="BYTES", shape=[2])
+        if raw:
+            request.raw_input_contents.append(b"\1\0\0\0a\1\0\0\0b")
+        else:
+            tensor.contents.bytes_contents.extend([b"a", b"b"])
+        for name in ("label", "probabilities", "labels"):
+            request.outputs.add(name=name)
+        reply = await stub.ModelInfer(request)
+        assert [(each.name, list(each.shape)) for each in reply.outputs] == [
+            ("label", [2]), ("probabilities", [2, 3]), ("labels", [3]),
+        ]  # fmt: skip
+        if raw:
+            assert reply.raw_output_contents[0] == b"\3\0\0\0cat" * 2
+            assert len(reply.raw_output_contents[1]) == 2 * 3 * 4
+        else:
+            assert list(reply.outputs[2].contents.bytes_contents) == [b"cat", b"cow", b"dog"]
+            assert sum(reply.outputs[1].contents.fp32_contents[:3]) == pytest.approx(1)
+        request.model_name = "number"
+        with pytest.raises(grpc.aio.AioRpcError, match="allowed: text_output"):
+            await stub.ModelInfer(request)
