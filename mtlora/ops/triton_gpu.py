@@ -44,7 +44,7 @@ _HEADER_WORDS, _TILE_WORDS = tl.constexpr(HEADER_WORDS), tl.constexpr(TILE_WORDS
 # The inner dimension of a product is at least 16: so many of the rank, times BLOCK_N experts.
 _RANKS = tl.constexpr(16)
 # Experts whose logits are looked at together.
-_LOGITS = tl.constexpr(16)
+_LOGITS = tl.constexpr(8)
 
 # Most tokens of a sample of the routing.
 SAMPLE_TOKENS = 8
@@ -104,7 +104,7 @@ def _sum_parts(s, place, column, mask, parts, planned, S_STRIDE: tl.constexpr, M
     at = s + place.to(tl.int64)[:, None] * S_STRIDE + column[None, :]
     step = planned.to(tl.int64) * S_STRIDE
     total = tl.load(at, mask=mask, other=0.0)
-    # Some at a time, as loads one after the other would each wait for memory.
+    # Unrolled, as loads one after the other would each wait for memory.
     for part in tl.static_range(1, MAX_PARTS):
         # Compared as a block: the interpreter takes no other masks.
         there = (tl.zeros_like(column) + part < parts)[None, :]

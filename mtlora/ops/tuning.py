@@ -116,7 +116,9 @@ def cut(config: KernelConfig, padded_tokens: int) -> Cut:
     """How the kernels cut a step of so many tokens, padding included."""
     if tile_size(padded_tokens) == 16:
         block_e = 32 if padded_tokens < SHAPES[1] else 64
-        return Cut(block_t=16, max_parts=config.max_parts, block_e=block_e, block_n=8, expand_registers=168)
+        # Narrow accesses to y take more addresses.
+        registers = 168 if config.alignment == ALIGNMENT else 216
+        return Cut(block_t=16, max_parts=config.max_parts, block_e=block_e, block_n=8, expand_registers=registers)
     few, stages = min(4, config.max_parts), 2 if config.pipelined else 1
     return Cut(block_t=64, max_parts=few, block_e=128, block_d=64, expand_warps=8, expand_stages=stages)
 
