@@ -78,7 +78,7 @@ class KernelConfig:
             ("groups", groups, self.max_groups),
         ):
             if found > largest:
-                raise ValueError(f"{name} {found}, this engine's largest is {largest}")
+                raise ValueError(f"found {name} {found}; this engine was started with max_{name} {largest}")
 
 
 @dataclass(frozen=True)
