@@ -62,7 +62,7 @@ def test_refuses_adapters_that_do_not_fit_the_table() -> None:
     sizes = {"num_blocks": 1, "max_adapters": 2, "max_tokens": 8}
     on_gpu = table(config=KernelConfig(12, torch.float32, **sizes, max_rank=2, max_experts=3, max_groups=2))
     on_gpu.place(0, AdapterRows([block()], layout=Layout.PADDED))
-    for larger, message in ((block(r=4), "found rank 4; this engine was started with max_rank 2"), (block(N=4), "found experts 4"),
+    for larger, message in ((block(r=4), "found rank 4; this engine .* max_rank 2"), (block(N=4), "found experts 4"),
                             (block(G=3), "found groups 3")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             on_gpu.place(1, AdapterRows([larger], layout=Layout.PADDED))
