@@ -24,7 +24,7 @@ def compiled(launch: Launch, capability: int) -> "triton_compile":
         constexprs={(names.index(name),): value for name, value in launch.constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in launch.arguments and n not in _ANY},
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": launch.max_registers}
     return triton_compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
