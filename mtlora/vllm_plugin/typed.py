@@ -33,8 +33,6 @@ _KEPT, _KEPT_STATES = 4096, 2_000_000
 _numbers = itertools.count()
 # With tokens running short, candidates are tried one by one up to this many.
 _TRIED = 512
-# Tokens that working leaves to an answer beyond the fewest it may need.
-_SPARE = 8
 
 
 class Compiled:
@@ -106,8 +104,6 @@ class TypedGrammar(StructuredOutputGrammar):
         self._ends = ends
         start = compiled.automaton.start
         if compiled.marker:
-            spare = max(compiled.fewest, left - len(compiled.marker_tokens))
-            self._reserve = len(compiled.marker_tokens) + min(compiled.closing.most + 1 + _SPARE, spare)
             self._places = [_Place(left, whole=start)]
         else:
             self._places = [_Place(left, answer=start)]
@@ -186,7 +182,8 @@ class TypedGrammar(StructuredOutputGrammar):
 
     def _row_of_working(self, place: _Place) -> Row:
         compiled = self._compiled
-        if not place.forced and place.left - 1 < self._reserve:
+        # No more than a shortest answer takes: no sequence that fits, as trained ones do, is cut short.
+        if not place.forced and place.left - 1 < compiled.fewest_with_marker:
             place = self._places[-1] = replace(place, forced=tuple(compiled.marker_tokens))
         if place.forced:
             return compiled.vocabulary.row_of(place.forced[:1])
