@@ -62,6 +62,7 @@ def merge(before: Checkpoint, backbone: Path, out: Path, config: TrainingConfig)
         "tasks": merged_tasks(before, task),
         "training": old.training | {"merged": history},
         "evaluation": _with_scores(old.evaluation, evaluation),
+        "calibration": old.calibration,
     }
     tensors = merged_tensors(before, learned)
     after = Checkpoint(AdapterManifest(**contents, tensors_sha256="0" * 64), tensors)
