@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from mtlora.task import TaskSpec
+from mtlora.task import PromptParts, TaskSpec
 
 # What a chat template puts around turns where it uses no special tokens: [INST], <<SYS>>, <|user|>.
 _MARK = re.compile(r"<<[^<>\s]+>>|<[^<>\s]+>|\[[^\[\]\s]+\]")
@@ -46,6 +46,17 @@ class PromptEncoder:
         A special token spelled out inside the text is encoded as plain text: no input can forge a turn or an end.
         """
         return self._plain(prompt, True)
+
+    def parts(self, parts: PromptParts) -> tuple[list[int], int]:
+        """(token ids of a rendered prompt, how many of them are the document part's: the activation point).
+
+        Each part is encoded apart, so the document's ids are the same before every task. The special tokens that the
+        tokenizer puts before a text count as the document's. Without a document part, the point is 0.
+        """
+        if not parts.document:
+            return self.prompt(parts.task), 0
+        document = self.prompt(parts.document)
+        return [*document, *self.text(parts.task)], len(document)
 
     @cached_property
     def prefix_ids(self) -> tuple[int, ...]:
@@ -106,9 +117,9 @@ class PromptEncoder:
 
     def example(
         self, task: TaskSpec, text: str, target: str, working: str | None = None
-    ) -> tuple[list[int], list[int]]:
-        """(prompt ids, answer ids) of one training example; the answer includes its working, if any."""
-        return self.prompt(task.render(text)), self.answer(task.worked_answer(working, target))
+    ) -> tuple[list[int], int, list[int]]:
+        """(prompt ids, activation point, answer ids) of one training example; the answer includes its working."""
+        return *self.parts(task.parts(text)), self.answer(task.worked_answer(working, target))
 
     def reserved_in(self, text: str) -> list[str]:
         """What a chat's content must not spell out but does, as written or after the tokenizer's normalization.

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from mtlora.backbone import BackboneIdentity
-from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, AdapterManifest, TaskEntry
+from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, AdapterManifest, TaskEntry, format_version
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
@@ -39,7 +39,10 @@ def random_tensors(
 
     scale: the standard deviation of all, or by the last part of a tensor's name.
     """
-    manifest = AdapterManifest(backbone=backbone, config=config, tasks=tuple(tasks), tensors_sha256="0" * 64)
+    version = format_version(config, tasks)
+    manifest = AdapterManifest(
+        format_version=version, backbone=backbone, config=config, tasks=tuple(tasks), tensors_sha256="0" * 64
+    )
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(shape, generator=generator)

@@ -20,11 +20,15 @@ _BUCKET_BATCHES = 16
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example as token ids; `task_index` is the row of its task in the task table."""
+    """One example as token ids; `task_index` is the row of its task in the task table.
+
+    document_length: how many of the prompt's first tokens are the document's part.
+    """
 
     task_index: int
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    document_length: int = 0
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
@@ -62,7 +66,7 @@ def encode(
     encoded = []
     for example in examples:
         task = tasks[index[example.task_id]]
-        prompt, answer = prompts.example(task, example.input, example.target, example.working)
+        prompt, document_length, answer = prompts.example(task, example.input, example.target, example.working)
         if len(prompt) + len(answer) > max_length:
             if skipped is not None:
                 skipped[task.id] += 1
@@ -76,7 +80,7 @@ def encode(
                 f"{_where(example)}: target {example.target[:80]!r} takes {len(answer)} tokens with its end, "
                 f"expected at most max_new_tokens {task.max_new_tokens}"
             )
-        encoded.append(Encoded(index[task.id], tuple(prompt), tuple(answer)))
+        encoded.append(Encoded(index[task.id], tuple(prompt), tuple(answer), document_length))
     return encoded
 
 
