@@ -99,7 +99,7 @@ def routing_by_task(
     handles = [block.register_forward_pre_hook(look) for block in blocks.values()]
     try:
         for batch, mask in task_batches(adapted, tasks, examples):  # noqa: B007 (read by `look`)
-            adapted.answer_logits(batch.tokens_BL, batch.task_index_B, batch.answer_rows_A)
+            adapted.answer_logits(batch.tokens_BL, batch.task_index_E, batch.answer_rows_A)
     finally:
         for handle in handles:
             handle.remove()

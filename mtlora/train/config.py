@@ -43,6 +43,9 @@ class TrainingConfig(BaseModel):
     batch_tokens: int | None = Field(
         None, ge=8, description="tokens per step with padding, at most; a longer example is a batch by itself"
     )
+    document_tasks: int = Field(
+        8, ge=1, description="examples of one document in a step, at most: they share its pass (activation task)"
+    )
     max_length: int = Field(512, ge=8, description="tokens of prompt and answer")
     longer_examples: Literal["error", "skip"] = Field(
         "error", description="what to do with a training example above max_length; skipped ones are counted"
@@ -71,6 +74,15 @@ class TrainingConfig(BaseModel):
     def method(self) -> MtLoRAConfig | BaselineConfig:
         """What is trained beside the backbone."""
         return self.adapter if self.baseline is None else self.baseline
+
+    @model_validator(mode="after")
+    def _documents_keep_their_keys(self) -> "TrainingConfig":
+        if self.gradient_checkpointing and self.baseline is None and self.adapter.activation == "task":
+            raise ValueError(
+                "gradient_checkpointing: a layer computed again would lose the documents' keys and values "
+                "of activation task; it needs activation all"
+            )
+        return self
 
     @model_validator(mode="after")
     def _baselines_start_anew(self) -> "TrainingConfig":

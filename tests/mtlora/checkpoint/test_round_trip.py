@@ -151,16 +151,15 @@ def test_largest_and_smallest_finite_values_are_accepted(folder: Path) -> None:
         assert torch.equal(read_checkpoint(folder).tensors[NAMED], tensors[NAMED])
 
 
-def _documents(num_tasks: int) -> tuple[TaskEntry, ...]:
-    return tuple(task.model_copy(update={"document_template": "{document}\n"}) for task in task_table(num_tasks))
+DOCUMENTS = task_table(3, document_template="{document}\n")
 
 
 def test_only_a_checkpoint_with_documents_has_version_2(tmp_path: Path) -> None:
     made = {
         "plain": write_random(tmp_path / "plain"),
-        "document": write_random(tmp_path / "document", tasks=_documents(3)),
+        "document": write_random(tmp_path / "document", tasks=DOCUMENTS),
         "task": write_random(
-            tmp_path / "task", tasks=_documents(3), config=CONFIG.model_copy(update={"activation": "task"})
+            tmp_path / "task", tasks=DOCUMENTS, config=CONFIG.model_copy(update={"activation": "task"})
         ),
     }
     assert {name: manifest.format_version for name, manifest in made.items()} == {"plain": 1, "document": 2, "task": 2}
@@ -172,7 +171,7 @@ def test_only_a_checkpoint_with_documents_has_version_2(tmp_path: Path) -> None:
 
 
 def test_an_activated_adapter_needs_document_parts(tmp_path: Path) -> None:
-    tasks = (*_documents(3)[:2], task_table(3)[2])
+    tasks = (*DOCUMENTS[:2], task_table(3)[2])
     with pytest.raises(
         CheckpointError, match=r"document_template: expected one, .* 'task', found none in task 'task-2'"
     ):
