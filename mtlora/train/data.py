@@ -79,9 +79,13 @@ def encode(
     """
     index = {task.id: i for i, task in enumerate(tasks)}
     encoded = []
+    # All tasks of a document tokenize it once.
+    document_ids: dict[str, list[int]] = {}
     for example in examples:
         task = tasks[index[example.task_id]]
-        prompt, document_length, answer = prompts.example(task, example.input, example.target, example.working)
+        prompt, document_length, answer = prompts.example(
+            task, example.input, example.target, example.working, document_ids=document_ids
+        )
         if len(prompt) + len(answer) > max_length:
             if skipped is not None:
                 skipped[task.id] += 1
