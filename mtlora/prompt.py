@@ -51,8 +51,8 @@ class PromptEncoder:
         """(token ids of a rendered prompt, how many of them are the document part's: the activation point).
 
         Each part is encoded apart, so the document's ids are the same before every task. The special tokens that the
-        tokenizer puts before a text count as the document's. Without a document part, the point is 0. document: the ids of that part, if they are
-        known.
+        tokenizer puts before a text count as the document's. Without a document part, the point is 0. document: the
+        ids of that part, if they are known.
         """
         if not parts.document:
             return self.prompt(parts.task), 0

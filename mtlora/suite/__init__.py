@@ -43,7 +43,7 @@ def load_suite(name_or_path: str | Sequence[SuitePart]) -> Suite:
         return DocumentsSuite()
     if not name_or_path or not Path(name_or_path).is_dir():
         raise SuiteError(
-            f"no suite {name_or_path!r}: allowed are builtin, bbh-generated, documents, or the path of a folder of JSON files "
-            "in the layout of BIG-Bench Hard"
+            f"no suite {name_or_path!r}: allowed are builtin, bbh-generated, documents, or the path of a folder of "
+            "JSON files in the layout of BIG-Bench Hard"
         )
     return FolderSuite(name_or_path)

@@ -19,7 +19,6 @@ _PRODUCTS = Label(labels=tuple(MATERIAL["products"]))
 _TOPICS: Final = tuple(MATERIAL["topics"])
 _TEAMS: Final = tuple(dict.fromkeys(topic["team"] for topic in MATERIAL["topics"].values()))
 _YES_OR_NO = Label(labels=("yes", "no"))
-_MONTHS_LEFT: Final = "the month as a number, 1 to 12"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +71,12 @@ def _listed(names: tuple[str, ...]) -> str:
 
 # The order numbers the tasks of an adapter: append, never reorder.
 QUESTIONS: Final[tuple[Question, ...]] = (
-    _question("document_kind", f"Which kind of document is it: {_listed(KINDS)}?", Label(labels=KINDS), lambda f: f.kind),
+    _question("document_kind", f"Which kind of document is it: {_listed(KINDS)}?", Label(labels=KINDS),
+              lambda f: f.kind),
     _question("document_sender", "Who wrote or issued the document?", Regex(pattern=_NAME), lambda f: f.sender),
     _question("document_recipient", "Who is the document for?", Regex(pattern=_NAME), lambda f: f.recipient),
     _question("document_date", "What is the date of the document, as YYYY-MM-DD?", Date(), lambda f: f.date),
-    _question("document_month", f"Which month is the document from ({_MONTHS_LEFT})?",
+    _question("document_month", "Which month is the document from, as a number from 1 to 12?",
               Number(minimum=1, maximum=12), lambda f: f.date.month),
     _question("document_year", "Which year is the document from?", Number(minimum=2000, maximum=2099),
               lambda f: f.date.year),
@@ -120,7 +120,8 @@ QUESTIONS: Final[tuple[Question, ...]] = (
     _question("contact_json", "Give the sender and the reference as JSON with the keys sender and reference.",
               _object(sender=_text(_NAME), reference=_text(_REFERENCE)),
               lambda f: {"sender": f.sender, "reference": f.reference}, 40),
-    _question("payment_json", "Give the total amount and the deadline as JSON with the keys total and due; none where missing.",
+    _question("payment_json",
+              "Give the total amount and the deadline as JSON with the keys total and due; none where missing.",
               _object(total=_text(f"{_AMOUNT}|{NONE}"), due=_text(f"{_DATE}|{NONE}")),
               lambda f: {"total": _amount(f) or NONE, "due": str(f.due or NONE)}, 48),
     _question("routing_json", "Give the team and the urgency as JSON with the keys team and priority.",

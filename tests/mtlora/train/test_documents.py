@@ -1,6 +1,5 @@
 """Examples that share a document: exactly what each by itself gives, scheduled together, the document read once."""
 
-import itertools
 import random
 from collections import Counter
 from pathlib import Path
@@ -45,7 +44,7 @@ def _plainly(adapted: AdaptedModel, examples: list[Encoded]) -> tuple[torch.Tens
     """(answer loss, balance loss) of a whole sequence an example, with the path from the task's part on."""
     batch = collate(examples)
     L = batch.tokens_BL.shape[1]
-    path = [b * L + l for b, e in enumerate(examples) for l in range(e.document_length, len(e))]
+    path = [b * L + at for b, e in enumerate(examples) for at in range(e.document_length, len(e))]
     with adapted.adapters.context.use(batch.task_index_E, torch.tensor(path)):
         hidden_BLD = adapted.model.model(input_ids=batch.tokens_BL, use_cache=False).last_hidden_state
     states_AD = hidden_BLD.flatten(0, 1)[batch.answer_rows_A]
@@ -67,3 +66,44 @@ def test_a_shared_document_gives_the_plain_losses_and_gradients(adapted: Adapted
         found[way] = [loss, balance, *gradients]
     assert all(gradient.abs().max() > 0 for gradient in found["plain"])
     torch.testing.assert_close(found["shared"], found["plain"], rtol=1e-6, atol=1e-6)
+
+
+def test_a_batch_reads_each_document_once(adapted: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = _examples(1)
+    read: list[torch.Size] = []
+    reading = AdaptedModel.read
+
+    def record(self: AdaptedModel, tokens_BS: torch.Tensor) -> object:
+        read.append(tokens_BS.shape)
+        return reading(self, tokens_BS)
+
+    monkeypatch.setattr(AdaptedModel, "read", record)
+    batch_loss(adapted, collate_documents(examples))
+    assert read == [(len(by_document(examples)), max(e.document_length for e in examples))]
+
+
+def test_no_gradient_or_statistic_comes_from_the_document(adapted: AdaptedModel) -> None:
+    examples = _examples(2)
+    batch = collate_documents(examples)
+    counted = []
+    for block in adapted.adapters.blocks():
+        block.register_forward_hook(lambda block, args, out: counted.append(block.routing(args[0]).shape[0]))
+    batch_loss(adapted, batch)
+    assert set(counted) == {sum(len(e) - e.document_length for e in examples)}
+
+
+@given(seed=st.integers(0, 10_000), batch_size=st.integers(1, 9), tasks=st.integers(1, 6), limit=st.integers(8, 90))
+@settings(deadline=None)
+def test_the_schedule_keeps_a_documents_examples_together(seed: int, batch_size: int, tasks: int, limit: int) -> None:
+    examples = _examples(seed, documents=5, tasks=6)
+    batches = schedule(examples, batch_size=batch_size, epochs=2, seed=seed, batch_tokens=limit, document_tasks=tasks)
+    assert Counter(i for batch in batches for i in batch) == dict.fromkeys(range(len(examples)), 2)
+    for batch in batches:
+        rows = [[examples[i] for i in row] for row in by_document([examples[i] for i in batch])]
+        assert len(batch) <= batch_size
+        assert len(rows) == 1 or len(rows) * max(map(row_length, rows)) <= limit
+    read = sum(len(by_document([examples[i] for i in batch])) for batch in batches)
+    assert read <= 2 * sum(-(-len(unit) // min(tasks, batch_size)) for unit in by_document(examples))
+    assert batches == schedule(
+        examples, batch_size=batch_size, epochs=2, seed=seed, batch_tokens=limit, document_tasks=tasks
+    )
