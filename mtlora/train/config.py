@@ -25,7 +25,8 @@ class TrainingConfig(BaseModel):
         None, description="a checkpoint of the same adapter config to start from; tasks are matched by id"
     )
     suite: str | Annotated[tuple[SuitePart, ...], Field(min_length=1)] = Field(
-        "builtin", description='"builtin", "bbh-generated", a folder in BIG-Bench-Hard layout, or parts to mix'
+        "builtin",
+        description='"builtin", "bbh-generated", "documents", a folder in BIG-Bench-Hard layout, or parts to mix',
     )
     tasks: tuple[str, ...] | None = Field(None, description="train on these tasks of the suite; null means all")
     examples_per_task: ExampleCounts = Field(

@@ -74,6 +74,12 @@ class Trainer:
             check_activation(config.adapter, self.tasks)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         self.adapted = new_adapted_model(backbone, config.method, len(self.tasks), dtype)
+        window = getattr(self.adapted.model.config, "sliding_window", None)
+        if self.adapted.activated and window and config.max_length > window:
+            raise TrainingError(
+                f"max_length: found {config.max_length}; allowed with activation task: up to {window}, the backbone's "
+                "sliding window"
+            )
         if config.init_from is not None:
             warm_start(self.adapted, config.adapter, self.tasks, Path(config.init_from))
         self.examples = RunExamples(config, self.suite, self.tasks, self.adapted.prompts)

@@ -38,7 +38,8 @@ def _labels(*labels: str) -> Label:
 
 
 def _object(**properties: object) -> Json:
-    return Json(schema=json.dumps({"type": "object", "properties": properties, "required": list(properties)}))
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    return Json.model_validate({"type": "json", "schema": schema})
 
 
 def _text(pattern: str) -> dict[str, str]:

@@ -99,7 +99,8 @@ def test_the_schedule_keeps_a_documents_examples_together(seed: int, batch_size:
     batches = schedule(examples, batch_size=batch_size, epochs=2, seed=seed, batch_tokens=limit, document_tasks=tasks)
     assert Counter(i for batch in batches for i in batch) == dict.fromkeys(range(len(examples)), 2)
     for batch in batches:
-        rows = [[examples[i] for i in row] for row in by_document([examples[i] for i in batch])]
+        chosen = [examples[i] for i in batch]
+        rows = [[chosen[i] for i in row] for row in by_document(chosen)]
         assert len(batch) <= batch_size
         assert len(rows) == 1 or len(rows) * max(map(row_length, rows)) <= limit
     read = sum(len(by_document([examples[i] for i in batch])) for batch in batches)
