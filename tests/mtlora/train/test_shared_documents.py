@@ -8,13 +8,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from mtlora.backbone import identify
+from mtlora.checkpoint.format import AdapterManifest
+from mtlora.checkpoint.read import read_checkpoint
 from mtlora.config import MtLoRAConfig
+from mtlora.merge.extend import MergeError
+from mtlora.merge.merge import merge
 from mtlora.model import AdaptedModel, new_adapted_model
+from mtlora.task import TemplateError
+from mtlora.train.config import TrainingConfig, TrainingError
 from mtlora.train.data import Encoded, by_document, collate, collate_documents, row_length, schedule
 from mtlora.train.losses import answer_loss, balance_loss, batch_loss
+from mtlora.train.trainer import Trainer
+from tests.factories import CONFIG as SMALL_CONFIG
+from tests.factories import random_tensors, task_table, write_random
 
 CONFIG = MtLoRAConfig(r=4, num_experts=3, num_groups=2, blocks="both", activation="task")
+SMALL_ADAPTER = SMALL_CONFIG.model_copy(update={"activation": "task"})
 
 
 def _example(rng: random.Random, document: tuple[int, ...], task_index: int) -> Encoded:
@@ -108,3 +120,71 @@ def test_the_schedule_keeps_a_documents_examples_together(seed: int, batch_size:
     assert batches == schedule(
         examples, batch_size=batch_size, epochs=2, seed=seed, batch_tokens=limit, document_tasks=tasks
     )
+
+
+SMALL = TrainingConfig(
+    adapter=CONFIG, suite="documents", tasks=("document_kind", "city", "currency"), examples_per_task=6,
+    validation_per_task=1, batch_size=6, document_tasks=3, max_length=1700, epochs=2, learning_rate=1e-2, save_every=2,
+    dtype="float32", threads=1,
+)  # fmt: skip
+
+
+def test_a_run_trains_resumes_and_leaves_an_activated_checkpoint(tiny_backbone: Path, tmp_path: Path) -> None:
+    whole = Trainer(SMALL, tiny_backbone, tmp_path / "whole")
+    assert len(whole.batches) == 6
+    assert all(len(by_document([whole.examples.train[i] for i in batch])) == 2 for batch in whole.batches)
+    manifest = whole.fit()
+    assert isinstance(manifest, AdapterManifest)
+    assert (manifest.format_version, manifest.config.activation) == (2, "task")
+    assert set(manifest.evaluation["adapter"]["tasks"]) == set(SMALL.tasks or ())
+    halted = Trainer(SMALL, tiny_backbone, tmp_path / "halted")
+    for _ in range(2):
+        halted.train_step()
+    halted.save()
+    resumed = Trainer(SMALL, tiny_backbone, tmp_path / "halted", resume=True)
+    resumed.fit()
+    for name, tensor in whole.adapted.adapters.state_dict().items():
+        assert torch.equal(resumed.adapted.adapters.state_dict()[name], tensor), name
+
+
+def test_ranks_share_whole_documents(tiny_backbone: Path, tmp_path: Path) -> None:
+    trainer = Trainer(SMALL, tiny_backbone, tmp_path / "run")
+    whole = [trainer.examples.train[i] for i in trainer.batches[0]]
+    shares = []
+    for rank in range(3):
+        trainer.ranks.rank, trainer.ranks.world = rank, 3
+        shares.append(trainer._share(whole))
+    assert [counts for _, counts in shares] == [True, True, False]
+    assert sorted(map(id, [*shares[0][0], *shares[1][0]])) == sorted(map(id, whole))
+    assert not {e.document for e in shares[0][0]} & {e.document for e in shares[1][0]}
+
+
+def test_refuses_what_an_activated_adapter_cannot_do(tiny_backbone: Path, tmp_path: Path) -> None:
+    with pytest.raises(TemplateError, match=r"document_template: expected one, .* 'task', found none in task"):
+        Trainer(SMALL.model_copy(update={"suite": "builtin", "tasks": None}), tiny_backbone, tmp_path / "run")
+    with pytest.raises(ValidationError, match="gradient_checkpointing: a layer computed again would lose"):
+        TrainingConfig.model_validate(SMALL.model_dump() | {"gradient_checkpointing": True})
+    write_random(
+        tmp_path / "all", backbone=identify(tiny_backbone), config=CONFIG.model_copy(update={"activation": "all"}),
+        tensors=random_tensors(CONFIG, identify(tiny_backbone)),
+    )  # fmt: skip
+    with pytest.raises(TrainingError, match="expected the same adapter config; activation: 'all' there, 'task' here"):
+        Trainer(SMALL.model_copy(update={"init_from": str(tmp_path / "all")}), tiny_backbone, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_task_without_a_document_part_is_not_merged(tiny_backbone: Path, tmp_path: Path) -> None:
+    tasks = task_table(3, document_template="{document}")
+    write_random(tmp_path / "a", config=SMALL_ADAPTER, tasks=tasks)
+    config = TrainingConfig(adapter=SMALL_ADAPTER, tasks=("navigate",))
+    with pytest.raises(TemplateError, match="found none in task 'navigate'"):
+        merge(read_checkpoint(tmp_path / "a"), tiny_backbone, tmp_path / "out", config)
+    other = config.model_copy(
+        update={
+            "suite": "documents",
+            "tasks": ("city",),
+            "adapter": SMALL_ADAPTER.model_copy(update={"activation": "all"}),
+        }
+    )
+    with pytest.raises(MergeError, match="hyper-parameters stay as they are"):
+        merge(read_checkpoint(tmp_path / "a"), tiny_backbone, tmp_path / "out", other)
