@@ -11,7 +11,7 @@ from mtlora.evaluation.diagnosis import routing_by_task
 from mtlora.evaluation.evaluate import offline_answerer
 from mtlora.evaluation.generate import Prompt, greedy_tokens
 from mtlora.evaluation.lengths import by_document_length
-from mtlora.evaluation.likelihood import likeliest
+from mtlora.evaluation.likelihood import label_probabilities, likeliest
 from mtlora.merge.compare import compare
 from mtlora.model import AdaptedModel, adapter_tensors, new_adapted_model
 from mtlora.prompt import PromptEncoder
@@ -104,6 +104,11 @@ def test_likelihoods_are_those_of_whole_sequences(adapted: AdaptedModel) -> None
             rows = logits.log_softmax(-1)[len(prompt.ids) - 1 : -1]
             sums.append(sum(float(row[token]) for row, token in zip(rows, ids, strict=True)))
         assert likeliest(adapted, task, prompt, options) == options[sums.index(max(sums))]
+        labelled = task.model_copy(update={"allowed_answers": ("yes", "no")})
+        first = [adapted.prompts.answer(label)[0] for label in ("yes", "no")]
+        logits_V = _plain_logits(adapted, task, list(prompt.ids), prompt.document_length)[-1]
+        expected = dict(zip(("yes", "no"), logits_V[first].softmax(-1).tolist(), strict=True))
+        assert label_probabilities(adapted, labelled, prompt) == pytest.approx(expected, rel=1e-4)
 
 
 def test_routing_is_that_of_the_tasks_own_tokens(adapted: AdaptedModel) -> None:
