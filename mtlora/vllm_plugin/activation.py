@@ -2,8 +2,8 @@
 
 The point travels in `SamplingParams.extra_args`. Tokens before it get no row in a step's plan, so their keys and values
 are the bare backbone's. Prefix-cache blocks wholly before it are keyed as such, without the adapter's name and path:
-all adapters share them. The first block with a later token is keyed by the adapter, and so are all after it, as a
-block's key covers the one before it.
+all adapters share them. The first block with a later token is keyed by the adapter, and by the point if that lies
+inside the block; so are all after it, as a block's key covers the one before it.
 
 Both sides read the same number, cut to the prompt's length. Whatever it is, keys say what was computed.
 """
@@ -17,16 +17,15 @@ from typing import Any
 import numpy as np
 
 from mtlora.checkpoint.format import MANIFEST_FILE
-from mtlora.vllm_plugin.naming import parse_slot_path
+from mtlora.vllm_plugin.naming import ACTIVATION_KEY, parse_slot_path
 
-KEY = "mtlora_activation"
 _V2_RUNNER = "vllm.v1.worker.gpu.model_runner"
 
 
 def point_of(parameters: Any, prompt_tokens: int) -> int:
     """The activation point of a request with these SamplingParams: 0 if the adapter acts on every token."""
     extra = parameters.extra_args if parameters is not None else None
-    return min(extra.get(KEY, 0), prompt_tokens) if extra else 0
+    return min(extra.get(ACTIVATION_KEY, 0), prompt_tokens) if extra else 0
 
 
 def masked(
@@ -54,8 +53,12 @@ def key_blocks() -> None:
         request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
     ) -> tuple[tuple[Any, ...] | None, int]:
         adapter = request.lora_request
-        if adapter is None or end_token_idx > point_of(request.sampling_params, request.num_prompt_tokens):
+        point = 0 if adapter is None else point_of(request.sampling_params, request.num_prompt_tokens)
+        if start_token_idx >= point:
             return stock(request, start_token_idx, end_token_idx, start_mm_idx)
+        if end_token_idx > point:
+            keys, next_mm_idx = stock(request, start_token_idx, end_token_idx, start_mm_idx)
+            return (*(keys or ()), (ACTIVATION_KEY, point)), next_mm_idx
         request.lora_request = None
         try:
             return stock(request, start_token_idx, end_token_idx, start_mm_idx)
@@ -83,7 +86,7 @@ def check_requests() -> None:
 
 
 def _check(adapter: Any, extra: dict[str, Any] | None, prompt_tokens: int) -> None:
-    point = extra.get(KEY) if extra else None
+    point = extra.get(ACTIVATION_KEY) if extra else None
     if point is None:
         try:
             needed = _activation(adapter.lora_path) == "task"
@@ -92,11 +95,11 @@ def _check(adapter: Any, extra: dict[str, Any] | None, prompt_tokens: int) -> No
             return
         if needed:
             raise ValueError(
-                f"{KEY}: found none for {adapter.lora_name}, whose activation is 'task'; allowed: in the request's "
-                f"extra arguments (vllm_xargs over HTTP), the number of tokens of the prompt's document part"
+                f"{ACTIVATION_KEY}: found none for {adapter.lora_name}, whose activation is 'task'; allowed: in the "
+                "request's extra arguments (vllm_xargs over HTTP), the number of tokens of the prompt's document part"
             )
     elif type(point) is not int or not 0 <= point <= prompt_tokens:
-        raise ValueError(f"{KEY}: found {point!r}; allowed: 0 to {prompt_tokens}, the prompt's tokens")
+        raise ValueError(f"{ACTIVATION_KEY}: found {point!r}; allowed: 0 to {prompt_tokens}, the prompt's tokens")
 
 
 @lru_cache(maxsize=65536)

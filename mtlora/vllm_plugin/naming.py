@@ -7,6 +7,8 @@ request for each task. An adapter without has one for all, so its tasks share th
 from pathlib import Path
 
 _SEPARATOR = "#"
+# A request's activation point, in `SamplingParams.extra_args`; see activation.py.
+ACTIVATION_KEY = "mtlora_activation"
 
 
 def slot_name(adapter: str, version: str, task_id: str | None) -> str:

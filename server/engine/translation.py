@@ -5,14 +5,18 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from mtlora.vllm_plugin.naming import ACTIVATION_KEY
 from server.errors import EngineAbortedError
 from server.job import Delta, FinishReason, MoreSampling, Sampling, TokenLogprob, TokenLogprobs
 
 _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "repetition": "stop"}
 
 
-def sampling_params(sampling: Sampling, delta_tokens: int) -> Any:
-    """vLLM's SamplingParams for output in pieces of `delta_tokens` tokens, or in one piece if it is no longer."""
+def sampling_params(sampling: Sampling, delta_tokens: int, activation: int | None = None) -> Any:
+    """vLLM's SamplingParams for output in pieces of `delta_tokens` tokens, or in one piece if it is no longer.
+
+    activation: see GenerationJob.
+    """
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     in_one_piece = sampling.max_new_tokens <= delta_tokens
@@ -27,6 +31,7 @@ def sampling_params(sampling: Sampling, delta_tokens: int) -> Any:
         structured_outputs=_structured_outputs(sampling.constraint) if sampling.constraint else None,
         output_kind=RequestOutputKind.FINAL_ONLY if in_one_piece else RequestOutputKind.DELTA,
         stream_interval=delta_tokens,
+        extra_args=None if activation is None else {ACTIVATION_KEY: activation},
         # No deep copy: nothing else holds this object.
         skip_clone=True,
         **(_more(sampling.more) if sampling.more else {}),
