@@ -52,12 +52,17 @@ def random_tensors(
 
 
 def write_random_adapter(
-    folder: Path, backbone: BackboneIdentity, tasks: Sequence[TaskEntry], *, seed: int = 0
+    folder: Path,
+    backbone: BackboneIdentity,
+    tasks: Sequence[TaskEntry],
+    *,
+    seed: int = 0,
+    config: MtLoRAConfig = CONFIG,
 ) -> AdapterManifest:
     """Write a checkpoint of the shipped adapter's size in float16."""
-    tensors = random_tensors(backbone, CONFIG, tasks, seed=seed, scale=_SCALE)
+    tensors = random_tensors(backbone, config, tasks, seed=seed, scale=_SCALE)
     halves = {name: tensor.half() for name, tensor in tensors.items()}
-    return write_checkpoint(folder, backbone=backbone, config=CONFIG, tasks=tuple(tasks), tensors=halves)
+    return write_checkpoint(folder, backbone=backbone, config=config, tasks=tuple(tasks), tensors=halves)
 
 
 def link_adapter(source: Path, folder: Path) -> None:
