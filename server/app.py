@@ -130,7 +130,12 @@ class App:
             self._scheduler,
             self._directory,
             self._usage,
-            Documents(settings.document_lifetime_s, settings.max_documents, settings.max_document_mib),
+            Documents(
+                settings.document_lifetime_s,
+                settings.max_documents,
+                settings.max_document_mib,
+                settings.max_leased_tokens,
+            ),
             log_prompts=settings.log_prompts,
         )
         self._adapters_service = AdaptersServicer(self._admission)

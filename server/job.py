@@ -89,6 +89,8 @@ class GenerationJob:
     priority: int = 0
     # Of the prompt's tokens, those before the adapter acts; None if it acts on all.
     activation: int | None = None
+    # (seconds, most tokens of the tenant): how long the engine keeps the blocks before `activation`, and of how many.
+    lease: tuple[float, int] | None = None
     # Of the prompt's tokens, those that another request of the same call computes.
     shared: int = 0
 

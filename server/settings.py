@@ -134,6 +134,12 @@ class Settings(BaseSettings):
     max_document_mib: float = Field(
         16.0, ge=0, allow_inf_nan=False, description="MiB of the documents known by id, a tenant; a token takes 4 bytes"
     )
+    max_leased_tokens: int = Field(
+        8192,
+        ge=0,
+        description="tokens of documents, a tenant, whose blocks stay in the engine's cache until document_lifetime_s; "
+        "half of the cache at most, and never ahead of running requests; 0: none",
+    )
     grace_period_s: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="seconds for running requests to finish after SIGTERM"
     )

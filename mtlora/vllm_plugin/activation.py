@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mtlora.checkpoint.format import MANIFEST_FILE
-from mtlora.vllm_plugin.naming import ACTIVATION_KEY, parse_slot_path
+from mtlora.vllm_plugin.naming import ACTIVATION_KEY, LEASE_KEY, parse_slot_path
 
 _V2_RUNNER = "vllm.v1.worker.gpu.model_runner"
 
@@ -87,6 +87,8 @@ def check_requests() -> None:
 
 def _check(adapter: Any, extra: dict[str, Any] | None, prompt_tokens: int) -> None:
     point = extra.get(ACTIVATION_KEY) if extra else None
+    if extra and LEASE_KEY in extra and not _is_lease(extra[LEASE_KEY]):
+        raise ValueError(f"{LEASE_KEY}: found {extra[LEASE_KEY]!r}; allowed: [seconds, tokens], 0 or more each")
     if point is None:
         try:
             needed = _activation(adapter.lora_path) == "task"
@@ -100,6 +102,10 @@ def _check(adapter: Any, extra: dict[str, Any] | None, prompt_tokens: int) -> No
             )
     elif type(point) is not int or not 0 <= point <= prompt_tokens:
         raise ValueError(f"{ACTIVATION_KEY}: found {point!r}; allowed: 0 to {prompt_tokens}, the prompt's tokens")
+
+
+def _is_lease(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(n) in (int, float) and n >= 0 for n in value)
 
 
 @lru_cache(maxsize=65536)

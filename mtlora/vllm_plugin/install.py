@@ -16,6 +16,7 @@ def install() -> None:
 
     from mtlora.vllm_plugin.activation import check_requests, key_blocks
     from mtlora.vllm_plugin.compilation import adapt_engine_config, key_compile_cache
+    from mtlora.vllm_plugin.leases import keep_leases
     from mtlora.vllm_plugin.typed import hold_answers_to_types
     from mtlora.vllm_plugin.worker_manager import MtLoRAWorkerManager
 
@@ -30,6 +31,8 @@ def install() -> None:
         hold_requests_to_types()
     key_blocks()
     check_requests()
+    if available("leases of documents"):
+        keep_leases()
     if current_platform.is_cpu():
         _install_on_cpu()
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = MtLoRAWorkerManager

@@ -9,6 +9,8 @@ from pathlib import Path
 _SEPARATOR = "#"
 # A request's activation point, in `SamplingParams.extra_args`; see activation.py.
 ACTIVATION_KEY = "mtlora_activation"
+# [seconds, most tokens of the request's tenant]: how long its document's blocks are kept; see leases.py.
+LEASE_KEY = "mtlora_lease"
 
 
 def slot_name(adapter: str, version: str, task_id: str | None) -> str:

@@ -175,6 +175,21 @@ SEAMS = (
         "the same, where vLLM runs its second model runner",
     ),
     Seam(
+        "leases of documents",
+        Need.SPEED,
+        "mtlora.vllm_plugin.leases",
+        (
+            "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots(request, num_new_tokens)",
+            "vllm.v1.core.kv_cache_manager:KVCacheManager.free(request)",
+            "vllm.v1.core.kv_cache_manager:KVCacheManager.pop_blocks_for_free(request)",
+            "vllm.v1.core.kv_cache_manager:KVCacheManager.reset_prefix_cache()",
+            "vllm.v1.core.kv_cache_manager:KVCacheManager.get_blocks(request_id)",
+            "vllm.v1.core.block_pool:BlockPool.touch(blocks)",
+            "vllm.v1.core.block_pool:BlockPool.free_blocks(ordered_blocks)",
+        ),
+        "documents leave the cache as soon as other requests need their place",
+    ),
+    Seam(
         "seeded requests on CPUs",
         Need.CORRECTNESS,
         "mtlora.vllm_cpu.seeded",

@@ -22,6 +22,8 @@ class Document:
     id: str
     template: str
     ids: "array[int]"
+    # See GenerationJob; None for a tenant whose blocks are not kept.
+    lease: tuple[float, int] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -32,14 +34,20 @@ class Document:
 class Documents:
     """Kept for `lifetime_s` after their last use; a tenant's least recently used go above its limits.
 
-    max_documents, max_mib: a tenant's limits, where its own entry has none.
+    max_documents, max_mib, max_leased: a tenant's limits, where its own entry has none; max_leased: tokens whose blocks
+    the engine keeps.
     """
 
     def __init__(
-        self, lifetime_s: float, max_documents: int, max_mib: float, clock: Callable[[], float] = time.monotonic
+        self,
+        lifetime_s: float,
+        max_documents: int,
+        max_mib: float,
+        max_leased: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lifetime_s = lifetime_s
-        self._max_documents, self._max_mib = max_documents, max_mib
+        self._max_documents, self._max_mib, self._max_leased = max_documents, max_mib, max_leased
         self._clock = clock
         # By tenant and id, least recently used first; a lifetime is the same for all.
         self._until: OrderedDict[tuple[str, str], float] = OrderedDict()
@@ -50,7 +58,8 @@ class Documents:
         """Keep a document, or use it again."""
         packed = array("I", ids)
         digest = hashlib.sha256(b"\0".join((tenant.id.encode(), template.encode(), packed.tobytes())))
-        document = Document(digest.hexdigest(), template, packed)
+        leased = self._max_leased if tenant.max_leased_tokens is None else tenant.max_leased_tokens
+        document = Document(digest.hexdigest(), template, packed, (self._lifetime_s, leased) if leased else None)
         self._drop_expired()
         held = self._held.setdefault(tenant.id, OrderedDict())
         if document.id not in held:

@@ -119,6 +119,7 @@ def validate(
         include_reasoning=request.include_reasoning,
         answer_type=held.name if held else "",
         activation=point if task.activation == "task" else None,
+        lease=document.lease if document is not None else None,
     )
     job = plain if values is None else _with_more(plain, values, limits.vocab_size)
     if held and not isinstance(job, list):

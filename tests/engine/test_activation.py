@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from mtlora.backbone import identify
 from mtlora.config import MtLoRAConfig
 from mtlora.vllm_plugin.activation import masked
+from mtlora.vllm_plugin.leases import Leases
 from mtlora.vllm_plugin.naming import ACTIVATION_KEY as KEY
+from mtlora.vllm_plugin.naming import LEASE_KEY
 from tests.engine._engine import running_engine
 from tests.engine._models import VOCABULARY, HuggingFace, make_adapter, make_model
 
@@ -70,13 +72,23 @@ class Engine:
         self.running: list[Sequence] = []
         self.cached = self.preemptions = 0
 
-    def add(self, name: str, prompt: list[int], adapter: int, point: int, salt: str | None, new_tokens: int) -> None:
+    def add(
+        self,
+        name: str,
+        prompt: list[int],
+        adapter: int,
+        point: int,
+        salt: str | None,
+        new_tokens: int,
+        lease: tuple[float, int] | None = None,
+    ) -> None:
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
         from vllm.v1.request import Request
 
         slot = LoRARequest(f"a{adapter}", adapter, f"/a{adapter}") if adapter else None
-        parameters = SamplingParams(max_tokens=new_tokens, extra_args={KEY: point} if point else None)
+        extra = ({KEY: point} if point else {}) | ({LEASE_KEY: list(lease)} if lease else {})
+        parameters = SamplingParams(max_tokens=new_tokens, extra_args=extra or None)
         request = Request(name, prompt, parameters, None, lora_request=slot, cache_salt=salt, block_hasher=self.hasher)
         self.waiting.append(Sequence(request, adapter, wanted=len(prompt) + new_tokens))
 
@@ -170,14 +182,23 @@ class Engine:
         return self.memory[self.place(each, position)]
 
 
+def ask(engine: Engine, name: str, document: list[int], salt: str | None = None, lease: Any = None) -> int:
+    """Ask of a document, alone; gives the tokens that were cached."""
+    before = engine.cached
+    engine.add(name, [*document, 1, 0], 1, len(document), salt, 1, lease)
+    while engine.waiting or engine.running:
+        engine.step()
+    return engine.cached - before
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([8, 16, 32, 64, 128]))
 def test_no_block_is_read_by_another_than_it_was_written_for(seed: int, block_size: int) -> None:
-    engine, _ = mixed_load(seed, block_size)
+    engine = mixed_load(seed, block_size)
     assert not engine.running
 
 
-def mixed_load(seed: int, block_size: int) -> tuple[Engine, int]:
+def mixed_load(seed: int, block_size: int) -> Engine:
     """Requests about few documents, of few tokens so that they are alike, in a cache that holds few of them."""
     rng = random.Random(seed)
     longest = 4 * block_size
@@ -191,7 +212,10 @@ def mixed_load(seed: int, block_size: int) -> tuple[Engine, int]:
         # Of adapters that act on every token, and, from a client, points inside the document or after the prompt.
         point = rng.choice([0, len(document), len(document), len(document), rng.randrange(2 * len(prompt))])
         salt = rng.choice([None, None, "one", "two"])
-        engine.add(f"{i}", prompt, rng.randrange(ADAPTERS), point, salt, new_tokens=rng.randint(1, 2 * block_size))
+        lease = rng.choice([None, (1e9, 10**6), (1e9, 3 * block_size), (0.0, 10**6)])
+        engine.add(
+            f"{i}", prompt, rng.randrange(ADAPTERS), point, salt, new_tokens=rng.randint(1, 2 * block_size), lease=lease
+        )
         if rng.random() < 0.5:
             engine.step()
         if engine.running and rng.random() < 0.2:
@@ -201,11 +225,14 @@ def mixed_load(seed: int, block_size: int) -> tuple[Engine, int]:
             break
         engine.step()
     assert not engine.waiting
-    return engine, total
+    while engine.manager._mtlora_leases.give_way():
+        pass
+    assert engine.manager.block_pool.get_num_free_blocks() == engine.manager.block_pool.num_gpu_blocks - 1
+    return engine
 
 
 def test_the_load_shares_blocks_and_preempts() -> None:
-    engines = [mixed_load(seed, 16)[0] for seed in range(10)]
+    engines = [mixed_load(seed, 16) for seed in range(10)]
     assert sum(engine.cached for engine in engines) > 500
     assert sum(engine.preemptions for engine in engines) > 5
 
@@ -230,12 +257,54 @@ def test_the_load_finds_blocks_of_another_adapter(fault: str, monkeypatch: pytes
 
 def test_salts_stay_in_the_keys() -> None:
     engine = Engine(16, 20, 512)
-    for name, salt in (("one", "a"), ("two", "b"), ("three", "a")):
-        engine.add(name, [1] * 50, 1, 48, salt, 1)
-        before = engine.cached
-        while engine.waiting or engine.running:
-            engine.step()
-        assert engine.cached - before == (48 if name == "three" else 0)
+    found = [ask(engine, name, [1] * 48, salt) for name, salt in (("one", "a"), ("two", "b"), ("three", "a"))]
+    assert found == [0, 0, 48]
+
+
+def filled(engine: Engine, name: str) -> None:
+    """Other traffic, as much as the cache holds."""
+    size = engine.block_size * (engine.manager.block_pool.num_gpu_blocks - 1)
+    ask(engine, name, random.Random(name).choices((0, 1), k=size - 4))
+
+
+@pytest.mark.parametrize("leased", [False, True])
+def test_a_leased_document_outlives_other_traffic(leased: bool) -> None:
+    engine = Engine(16, 20, 512)
+    document = [1] * 48
+    ask(engine, "first", document, "a", (60.0, 64) if leased else None)
+    for i in range(5):
+        ask(engine, f"other {i}", random.Random(i).choices((0, 1), k=150))
+    assert ask(engine, "again", document, "a") == (48 if leased else 0)
+
+
+def test_a_request_as_large_as_the_cache_ends_leases_and_no_other_request() -> None:
+    engine = Engine(16, 20, 512)
+    document = [1] * 48
+    ask(engine, "first", document, "a", (60.0, 64))
+    filled(engine, "large")
+    assert engine.preemptions == 0
+    assert ask(engine, "again", document, "a") == 0
+
+
+def test_leases_stay_within_a_tenants_tokens_and_half_of_the_cache() -> None:
+    engine = Engine(16, 41, 512)
+    documents = [[*map(int, f"{i:03b}"), *[1] * 45] for i in range(8)]
+    leases = engine.manager._mtlora_leases = Leases(engine.manager, lambda: clock[0])
+    clock = [0.0]
+    for i in range(4):
+        ask(engine, f"a{i}", documents[i], "a", (60.0, 100))
+    assert [lease.salt for lease in leases._held.values()] == ["a", "a"]
+    ask(engine, "too large", [1] * 128, "a", (60.0, 100))
+    assert len(leases._held) == 2
+    for i in range(8):
+        ask(engine, f"b{i}", documents[i], "b", (60.0, 1000))
+    assert [lease.salt for lease in leases._held.values()] == ["b"] * 6
+    assert sum(len(lease.blocks) for lease in leases._held.values()) <= 20
+    clock[0] = 61.0
+    ask(engine, "c", documents[0], "c", (60.0, 100))
+    assert [lease.salt for lease in leases._held.values()] == ["c"]
+    assert engine.manager.reset_prefix_cache()
+    assert engine.manager.block_pool.get_num_free_blocks() == 40
 
 
 def test_second_model_runner_leaves_the_same_rows_bare() -> None:
