@@ -88,7 +88,7 @@ def check_requests() -> None:
 def _check(adapter: Any, extra: dict[str, Any] | None, prompt_tokens: int) -> None:
     point = extra.get(ACTIVATION_KEY) if extra else None
     if extra and LEASE_KEY in extra and not _is_lease(extra[LEASE_KEY]):
-        raise ValueError(f"{LEASE_KEY}: found {extra[LEASE_KEY]!r}; allowed: [seconds, tokens], 0 or more each")
+        raise _refused(f"{LEASE_KEY}: found {extra[LEASE_KEY]!r}; allowed: [seconds, tokens], 0 or more each")
     if point is None:
         try:
             needed = _activation(adapter.lora_path) == "task"
@@ -96,12 +96,18 @@ def _check(adapter: Any, extra: dict[str, Any] | None, prompt_tokens: int) -> No
             # Whoever loads it says what is wrong.
             return
         if needed:
-            raise ValueError(
+            raise _refused(
                 f"{ACTIVATION_KEY}: found none for {adapter.lora_name}, whose activation is 'task'; allowed: in the "
                 "request's extra arguments (vllm_xargs over HTTP), the number of tokens of the prompt's document part"
             )
     elif type(point) is not int or not 0 <= point <= prompt_tokens:
-        raise ValueError(f"{ACTIVATION_KEY}: found {point!r}; allowed: 0 to {prompt_tokens}, the prompt's tokens")
+        raise _refused(f"{ACTIVATION_KEY}: found {point!r}; allowed: 0 to {prompt_tokens}, the prompt's tokens")
+
+
+def _refused(reason: str) -> ValueError:
+    from vllm.exceptions import VLLMValidationError
+
+    return VLLMValidationError(reason, parameter="extra_args")
 
 
 def _is_lease(value: Any) -> bool:

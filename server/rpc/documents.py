@@ -75,7 +75,8 @@ class Documents:
     def get(self, tenant: Tenant, document_id: str) -> Document:
         """A tenant's document. Raises the same NOT_FOUND for unknown, forgotten and others' ones."""
         self._drop_expired()
-        document = self._held.get(tenant.id, {}).get(document_id)
+        held = self._held.get(tenant.id)
+        document = held.get(document_id) if held else None
         if document is None:
             raise document_not_found(document_id)
         self._use(tenant, document_id)

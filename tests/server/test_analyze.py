@@ -16,6 +16,7 @@ from mtlora_pb.v1 import inference_pb2 as pb
 
 from mtlora.client import Access, AsyncClient, DocumentAnswer, ServerError
 from mtlora.client.messages import DocumentTask
+from server.cli import main
 from server.errors import RequestFailedError
 from server.job import Delta, ServedTask
 from server.registry.catalog import Catalog
@@ -181,6 +182,27 @@ async def test_cached_tokens_cost_nothing(tmp_path: Path) -> None:
             for _ in range(4):
                 (answer,) = await client.analyze_all(["who"], "x" * 47)
                 assert answer.result().summary.cached_tokens == 52
+
+
+async def test_the_command_prints_a_row_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "note.txt"
+    file.write_text("text")
+    async with serving() as (service, _):
+
+        def run(*arguments: str) -> int:
+            return main(["analyze", *arguments, "--address", service.address])
+
+        # Of the two templates, the one with more tasks; `about` needs another field.
+        assert await asyncio.to_thread(run, str(file)) == 0
+        printed = capsys.readouterr().out
+        assert "who" in printed
+        assert "1 tasks about one document" in printed
+        assert "of 11 prompt tokens, 11 were computed" in printed
+        assert await asyncio.to_thread(run, str(file), "--task", "who", "--task", "about") == 1
+        assert "missing; task about takes what" in " ".join(capsys.readouterr().out.split())
+        assert await asyncio.to_thread(run, str(file), "--task", "every") == 1
+        assert "acts on every token" in capsys.readouterr().err
+        assert await asyncio.to_thread(run, str(tmp_path / "absent")) == 2
 
 
 @given(
