@@ -237,7 +237,9 @@ class Engine:
     def _rank_of(self, document_ids: list[int]) -> dict[str, int]:
         """Of several engines, the one that reads a document: its tasks meet its blocks there."""
         engines = self._settings.data_parallel_size
-        return {"data_parallel_rank": hash(tuple(document_ids)) % engines} if engines > 1 else {}
+        if engines == 1 or not document_ids:
+            return {}
+        return {"data_parallel_rank": hash(tuple(document_ids)) % engines}
 
     async def _generate(
         self,

@@ -1,7 +1,10 @@
 """Adapters that act from a token on: nothing that was computed under one adapter is read by another."""
 
+import json
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtlora.backbone import identify
+from mtlora.checkpoint.format import MANIFEST_FILE
 from mtlora.config import MtLoRAConfig
-from mtlora.vllm_plugin.activation import masked
+from mtlora.vllm_plugin.activation import _check, masked
 from mtlora.vllm_plugin.leases import Leases
 from mtlora.vllm_plugin.naming import ACTIVATION_KEY as KEY
 from mtlora.vllm_plugin.naming import LEASE_KEY
@@ -347,6 +351,22 @@ def test_second_model_runner_leaves_the_same_rows_bare() -> None:
         LoraState.make_lora_inputs, LoraState.remove_request = stock
 
 
+@pytest.mark.parametrize(("manifest", "refused"), [({"activation": "task"}, True), ({}, False), (None, False)])
+def test_an_adapter_that_needs_a_point_is_refused_without(manifest: Any, refused: bool, tmp_path: Path) -> None:
+    if manifest is not None:
+        (tmp_path / MANIFEST_FILE).write_text(json.dumps({"config": manifest}))
+    adapter = SimpleNamespace(lora_name="a", lora_path=f"{tmp_path}#t")
+    _check(adapter, {KEY: 3}, 3)
+    with pytest.raises(ValueError, match="found none for a, whose activation is 'task'") if refused else nullcontext():
+        _check(adapter, None, 3)
+
+
+@pytest.mark.parametrize("lease", [[1], [1, -1], "1, 2", [1, "2"], [True, 1]])
+def test_a_wrong_lease_is_refused(lease: Any) -> None:
+    with pytest.raises(ValueError, match="mtlora_lease: found"):
+        _check(SimpleNamespace(lora_path="absent"), {KEY: 0, LEASE_KEY: lease}, 3)
+
+
 CONFIG = MtLoRAConfig(r=8, num_experts=4, num_groups=2, blocks="both")
 BLOCK = 16
 
@@ -442,8 +462,6 @@ def test_path_acts_from_the_point_on(serving: Serving, model: Any) -> None:
         before = hugging_face.model(torch.tensor([prompt[:point]]), use_cache=True).past_key_values
     whole = hugging_face.model.forward
     hugging_face.model.forward = lambda ids: whole(ids, past_key_values=before)
-    from pathlib import Path
-
     expected = hugging_face.logprobs(prompt[point:] + tokens[:-1], Path(folder), task)
     torch.testing.assert_close(scores(output), expected[len(prompt) - point - 1 :], rtol=1e-3, atol=1e-3)
     (plain,) = serving.run([(prompt, 1, None)], fresh=True)
