@@ -104,7 +104,7 @@ def _check(adapter: Any, extra: dict[str, Any] | None, prompt_tokens: int) -> No
         raise _refused(f"{ACTIVATION_KEY}: found {point!r}; allowed: 0 to {prompt_tokens}, the prompt's tokens")
 
 
-def _refused(reason: str) -> ValueError:
+def _refused(reason: str) -> Exception:
     from vllm.exceptions import VLLMValidationError
 
     return VLLMValidationError(reason, parameter="extra_args")

@@ -61,6 +61,9 @@ def print_answers(client: Client, tasks: list[str], document: str, *, timeout: f
             table.add_row(tasks[answer.index], *_cells(answer))
             live.refresh()
     seconds = time.monotonic() - began
+    if not console.is_terminal:
+        # There `Live` ends without a line's end.
+        console.print()
     got = [each.answer.summary for each in answers if each.answer]
     prompts, cached = (sum(getattr(each, name) for each in got) for name in ("prompt_tokens", "cached_tokens"))
     console.print(

@@ -353,17 +353,22 @@ def test_second_model_runner_leaves_the_same_rows_bare() -> None:
 
 @pytest.mark.parametrize(("manifest", "refused"), [({"activation": "task"}, True), ({}, False), (None, False)])
 def test_an_adapter_that_needs_a_point_is_refused_without(manifest: Any, refused: bool, tmp_path: Path) -> None:
+    from vllm.exceptions import VLLMValidationError
+
     if manifest is not None:
         (tmp_path / MANIFEST_FILE).write_text(json.dumps({"config": manifest}))
     adapter = SimpleNamespace(lora_name="a", lora_path=f"{tmp_path}#t")
     _check(adapter, {KEY: 3}, 3)
-    with pytest.raises(ValueError, match="found none for a, whose activation is 'task'") if refused else nullcontext():
+    refusal = pytest.raises(VLLMValidationError, match="found none for a, whose activation is 'task'")
+    with refusal if refused else nullcontext():
         _check(adapter, None, 3)
 
 
 @pytest.mark.parametrize("lease", [[1], [1, -1], "1, 2", [1, "2"], [True, 1]])
 def test_a_wrong_lease_is_refused(lease: Any) -> None:
-    with pytest.raises(ValueError, match="mtlora_lease: found"):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match="mtlora_lease: found"):
         _check(SimpleNamespace(lora_path="absent"), {KEY: 0, LEASE_KEY: lease}, 3)
 
 
@@ -470,5 +475,7 @@ def test_path_acts_from_the_point_on(serving: Serving, model: Any) -> None:
 
 @pytest.mark.parametrize("point", [-1, 41, 2.0, "3", True])
 def test_a_wrong_point_is_refused(serving: Serving, point: Any) -> None:
-    with pytest.raises(ValueError, match=f"{KEY}: found .*; allowed: 0 to 40"):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match=f"{KEY}: found .*; allowed: 0 to 40"):
         serving.run([([5] * 40, 1, point)])

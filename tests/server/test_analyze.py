@@ -199,7 +199,7 @@ async def test_the_command_prints_a_row_a_task(tmp_path: Path, capsys: pytest.Ca
         assert "1 tasks about one document" in printed
         assert "of 11 prompt tokens, 11 were computed" in printed
         assert await asyncio.to_thread(run, str(file), "--task", "who", "--task", "about") == 1
-        assert "missing; task about takes what" in " ".join(capsys.readouterr().out.split())
+        assert "fields.values[what]: missing" in " ".join(capsys.readouterr().out.split())
         assert await asyncio.to_thread(run, str(file), "--task", "every") == 1
         assert "acts on every token" in capsys.readouterr().err
         assert await asyncio.to_thread(run, str(tmp_path / "absent")) == 2
