@@ -373,7 +373,8 @@ def test_a_wrong_lease_is_refused(lease: Any) -> None:
 
 
 CONFIG = MtLoRAConfig(r=8, num_experts=4, num_groups=2, blocks="both")
-BLOCK = 16
+# The smallest that vLLM has on CPUs.
+BLOCK = 32
 
 
 class Serving:
@@ -415,7 +416,7 @@ def serving(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         slots += set(slot_requests(f"{seed}", "1", folder / f"{seed}", manifest, seed).values())
     with running_engine(
         model, dtype="float32", enable_prefix_caching=True, block_size=BLOCK, max_num_batched_tokens=48,
-        num_gpu_blocks_override=24, max_logprobs=VOCABULARY,
+        num_gpu_blocks_override=18, max_logprobs=VOCABULARY,
     ) as engine:  # fmt: skip
         for slot in filter(None, slots):
             engine.llm_engine.add_lora(slot)
@@ -427,10 +428,10 @@ def scores(output: Any) -> torch.Tensor:
     return torch.tensor([[each[token].logprob for token in range(VOCABULARY)] for each in output.outputs[0].logprobs])
 
 
-def test_engine_answers_as_one_without_prefix_cache(serving: Serving) -> None:
-    """Random mixes in a cache of 23 blocks: chunks of 48 tokens, hits, and preemptions."""
+def test_engine_answers_as_one_without_prefix_cache(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random mixes in a cache of 17 blocks: chunks of 48 tokens, hits, and preemptions."""
     rng = random.Random(0)
-    documents = [[rng.randrange(3, VOCABULARY) for _ in range(size)] for size in (70, 40)]
+    documents = [[rng.randrange(3, VOCABULARY) for _ in range(size)] for size in (90, 60)]
     work: list[tuple[list[int], int, int | None]] = []
     for _ in range(24):
         document = rng.choice(documents)
@@ -438,9 +439,14 @@ def test_engine_answers_as_one_without_prefix_cache(serving: Serving) -> None:
         work.append(
             ([*document, *(rng.randrange(3, VOCABULARY) for _ in range(rng.randint(1, 6)))], rng.randrange(3), point)
         )
+    scheduler = serving.engine.llm_engine.engine_core.engine_core.scheduler
+    preempt, preempted = scheduler._preempt_request, []
+    monkeypatch.setattr(
+        scheduler, "_preempt_request", lambda each, *more: (preempted.append(each), preempt(each, *more))
+    )
     mixed = serving.run(work)
-    assert sum(output.num_cached_tokens for output in mixed) > 24 * BLOCK
-    assert any(output.num_cached_tokens % BLOCK == 0 and output.num_cached_tokens for output in mixed)
+    assert preempted
+    assert sum(output.num_cached_tokens for output in mixed) > 8 * BLOCK
     for item, output in zip(work, mixed, strict=True):
         (alone,) = serving.run([item], fresh=True)
         assert alone.num_cached_tokens == 0
