@@ -383,12 +383,14 @@ class Serving:
     def __init__(self, engine: Any, slots: list[Any]) -> None:
         self.engine, self.slots = engine, slots
 
-    def run(self, work: list[tuple[list[int], int, int | None]], *, fresh: bool = False) -> list[Any]:
+    def run(
+        self, work: list[tuple[list[int], int, int | None]], new_tokens: int = 6, *, fresh: bool = False
+    ) -> list[Any]:
         from vllm import SamplingParams
 
         parameters = [
             SamplingParams(
-                temperature=0, max_tokens=6, ignore_eos=True, logprobs=VOCABULARY, detokenize=False,
+                temperature=0, max_tokens=new_tokens, ignore_eos=True, logprobs=VOCABULARY, detokenize=False,
                 skip_reading_prefix_cache=fresh, extra_args=None if point is None else {KEY: point},
             )
             for _, _, point in work
@@ -416,7 +418,7 @@ def serving(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         slots += set(slot_requests(f"{seed}", "1", folder / f"{seed}", manifest, seed).values())
     with running_engine(
         model, dtype="float32", enable_prefix_caching=True, block_size=BLOCK, max_num_batched_tokens=48,
-        num_gpu_blocks_override=18, max_logprobs=VOCABULARY,
+        num_gpu_blocks_override=12, max_logprobs=VOCABULARY,
     ) as engine:  # fmt: skip
         for slot in filter(None, slots):
             engine.llm_engine.add_lora(slot)
@@ -429,11 +431,11 @@ def scores(output: Any) -> torch.Tensor:
 
 
 def test_engine_answers_as_one_without_prefix_cache(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random mixes in a cache of 17 blocks: chunks of 48 tokens, hits, and preemptions."""
+    """Random mixes in a cache of 11 blocks: chunks of 48 tokens, hits, and preemptions."""
     rng = random.Random(0)
     documents = [[rng.randrange(3, VOCABULARY) for _ in range(size)] for size in (90, 60)]
     work: list[tuple[list[int], int, int | None]] = []
-    for _ in range(24):
+    for _ in range(16):
         document = rng.choice(documents)
         point = rng.choice([None, len(document), len(document), rng.randrange(len(document))])
         work.append(
@@ -444,11 +446,11 @@ def test_engine_answers_as_one_without_prefix_cache(serving: Serving, monkeypatc
     monkeypatch.setattr(
         scheduler, "_preempt_request", lambda each, *more: (preempted.append(each), preempt(each, *more))
     )
-    mixed = serving.run(work)
+    mixed = serving.run(work, 24)
     assert preempted
     assert sum(output.num_cached_tokens for output in mixed) > 8 * BLOCK
     for item, output in zip(work, mixed, strict=True):
-        (alone,) = serving.run([item], fresh=True)
+        (alone,) = serving.run([item], 24, fresh=True)
         assert alone.num_cached_tokens == 0
         torch.testing.assert_close(scores(output), scores(alone), rtol=1e-4, atol=1e-4)
 
