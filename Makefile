@@ -67,6 +67,9 @@ bench: $(STAMP) ## start-up and memory of the server; throughput with adapters a
 	status=0; $(BIN)/python -m benchmarks.startup --backbone $(BACKBONE) --adapters $(ADAPTERS) || status=$$?; \
 	$(BIN)/python -m benchmarks.throughput --backbone $(BACKBONE) $(BENCH) && exit $$status
 
+documents: $(STAMP) ## many tasks about one document, computed once, against each task by itself; the adapter's accuracy
+	$(BIN)/python -m benchmarks.documents --backbone $(BACKBONE) $(DOCUMENTS)
+
 bench-ops: $(STAMP) ## a layer of the routed path on this CPU, in microseconds
 	$(BIN)/python -m benchmarks.ops
 

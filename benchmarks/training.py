@@ -3,8 +3,9 @@
     python -m benchmarks.training configs/methods/full.json configs/methods/hydralora-qv.json
 
 HydraLoRA is measured twice: with its experts one after the other, as its authors publish it, and as one product, as
-this project computes blocks. Configurations take turns, and ratios are medians over turns, so that other load on the
-machine affects all of them alike.
+this project computes blocks. An activated adapter is measured twice: eight tasks share a document's pass, and each task
+has its document read for it alone; tokens count for every example. Configurations take turns, and ratios are medians
+over turns, so that other load on the machine affects all of them alike.
 """
 
 import argparse
@@ -23,10 +24,11 @@ from mtlora.train.config import TrainingConfig
 from mtlora.train.trainer import Trainer
 
 _WARM_UP = 2
+_SHARING = 8
 
 
 def variants(files: list[Path], flags: list[str]) -> dict[str, TrainingConfig]:
-    """The configurations by name. HydraLoRA stands twice."""
+    """The configurations by name. HydraLoRA and activated adapters stand twice."""
     found: dict[str, TrainingConfig] = {}
     for file in files:
         config = TrainingConfig.model_validate(read_settings(file, ["validation_per_task=0", *flags]))
@@ -34,38 +36,47 @@ def variants(files: list[Path], flags: list[str]) -> dict[str, TrainingConfig]:
             for products in ("loop", "fused"):
                 baseline = config.baseline.model_copy(update={"products": products})
                 found[f"{file.stem} ({products})"] = config.model_copy(update={"baseline": baseline})
+        elif config.adapter.activation == "task":
+            for tasks in (_SHARING, 1):
+                # A step without sharing reads a document an example: fewer of them take as long.
+                changed = {"document_tasks": tasks, "batch_size": 4 * tasks}
+                found[f"{file.stem} (a document's {tasks} tasks)"] = config.model_copy(update=changed)
         else:
             found[file.stem] = config
     return found
 
 
-def measure(configs: dict[str, TrainingConfig], backbone: Path, steps: int) -> dict[str, list[float]]:
-    """Seconds of every step of each configuration. All take a step before any takes the next."""
+def measure(configs: dict[str, TrainingConfig], backbone: Path, steps: int) -> dict[str, list[tuple[float, int]]]:
+    """(seconds, tokens) of every step of each configuration. All take a step before any takes the next."""
     with tempfile.TemporaryDirectory(prefix="mtlora-bench-") as folder:
         trainers = {
             name: Trainer(config, backbone, Path(folder) / str(i)) for i, (name, config) in enumerate(configs.items())
         }
-        seconds: dict[str, list[float]] = {name: [] for name in trainers}
+        steps_of: dict[str, list[tuple[float, int]]] = {name: [] for name in trainers}
         for turn in range(_WARM_UP + steps):
             order = list(trainers.items())
             # The order changes, so that none always runs on the caches that another left.
             for name, trainer in order if turn % 2 else order[::-1]:
                 begin = time.perf_counter()
-                trainer.train_step()
+                tokens = trainer.train_step().num_tokens
                 if turn >= _WARM_UP:
-                    seconds[name].append(time.perf_counter() - begin)
-    return seconds
+                    steps_of[name].append((time.perf_counter() - begin, tokens))
+    return steps_of
 
 
-def report(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Median seconds a step, and the median over turns of the first configuration's seconds divided by these."""
-    first = next(iter(seconds.values()))
+def report(steps: dict[str, list[tuple[float, int]]]) -> dict[str, Any]:
+    """Medians over steps, and over turns of the first configuration's seconds a token divided by these."""
+    first = next(iter(steps.values()))
     return {
         name: {
-            "median_seconds": statistics.median(found),
-            "first_over_this": statistics.median(a / b for a, b in zip(first, found, strict=True)),
+            "median_seconds": statistics.median(seconds for seconds, _ in found),
+            "tokens_per_second": statistics.median(tokens / seconds for seconds, tokens in found),
+            "first_over_this": statistics.median(
+                (seconds / tokens) / (its_seconds / its_tokens)
+                for (seconds, tokens), (its_seconds, its_tokens) in zip(first, found, strict=True)
+            ),
         }
-        for name, found in seconds.items()
+        for name, found in steps.items()
     }
 
 
@@ -83,8 +94,18 @@ def main() -> None:
     flags = ["examples_per_task=100", *args.set]
     found = report(measure(variants(args.configs, flags), resolve(args.backbone), args.steps))
     first = next(iter(found))
-    rows = [(name, f"{row['median_seconds']:.3f}", f"{row['first_over_this'] - 1:+.0%}") for name, row in found.items()]
-    print_table(f"{args.steps} steps", ("configuration", "seconds a step", f"{first} against it"), rows)
+    rows = [
+        (
+            name,
+            f"{row['median_seconds']:.3f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['first_over_this'] - 1:+.0%}",
+            f"{1 / row['first_over_this']:.2f}",
+        )
+        for name, row in found.items()
+    ]
+    headings = ("configuration", "seconds a step", "tokens a second", f"{first} against it", "its speed ÷ this")
+    print_table(f"{args.steps} steps", headings, rows)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -1,6 +1,7 @@
 """`BlockAdapter`, the trainable path beside one block, and its attachment to a Hugging Face model.
 
-Shape suffixes: B sequences, L positions, T = B*L tokens, D hidden size, r rank, N experts, G groups, J = G*N.
+Shape suffixes: B sequences, L positions, T = B*L tokens, or the P of them with a path, D hidden size, r rank,
+N experts, G groups, J = G*N.
 """
 
 import math
@@ -18,23 +19,26 @@ from mtlora.ops.training import path_with_gradients
 
 
 class TaskContext:
-    """Which task each sequence of the running batch belongs to; shared by all blocks of a model.
+    """Which task each token of the running batch belongs to, and which tokens have a path; shared by a model's blocks.
 
-    bias_index_B: int64 [B], rows of the task biases; None outside `use`.
+    bias_index: int64, rows of the task biases, one a sequence [B] or one a token [B, L]; None outside `use`.
+    path_P: int64, flat positions b*L + l of the tokens that the path is added for; None for all.
     """
 
     def __init__(self) -> None:
-        self.bias_index_B: torch.Tensor | None = None
+        self.bias_index: torch.Tensor | None = None
+        self.path_P: torch.Tensor | None = None
         self.enabled = True
 
     @contextmanager
-    def use(self, bias_index_B: torch.Tensor | None) -> Iterator[None]:
-        """Set the batch's tasks for the passes inside: forward and, with gradient checkpointing, backward."""
-        previous, self.bias_index_B = self.bias_index_B, bias_index_B
+    def use(self, bias_index: torch.Tensor | None, path_P: torch.Tensor | None = None) -> Iterator[None]:
+        """Set them for the passes inside: forward and, with gradient checkpointing, backward."""
+        previous = self.bias_index, self.path_P
+        self.bias_index, self.path_P = bias_index, path_P
         try:
             yield
         finally:
-            self.bias_index_B = previous
+            self.bias_index, self.path_P = previous
 
     @contextmanager
     def backbone_alone(self) -> Iterator[None]:
@@ -71,9 +75,12 @@ class BlockAdapter(nn.Module):
         nn.init.kaiming_uniform_(self.lora_route, a=math.sqrt(5))
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
-        """The path's output, shape and dtype of `x_BLD`; the products run in the parameters' dtype."""
-        config, (B, L, D) = self.config, x_BLD.shape
-        x_TD = x_BLD.reshape(B * L, D)
+        """The path's output, shape and dtype of `x_BLD`; the products run in the parameters' dtype.
+
+        Zero for tokens without a path, which no routing statistics see.
+        """
+        config, (B, L, D), path_P = self.config, x_BLD.shape, self.context.path_P
+        x_TD = self._with_path(x_BLD.reshape(B * L, D))
         delta_TD, weights_TGN = path_with_gradients(
             x_TD,
             self.lora_A,
@@ -86,20 +93,30 @@ class BlockAdapter(nn.Module):
         )
         if self.training:
             self.mean_routing_GN = weights_TGN.mean(dim=0)
+        if path_P is not None:
+            delta_TD = delta_TD.new_zeros(B * L, D).index_copy(0, path_P, delta_TD)
         return delta_TD.view(B, L, D)
 
     @torch.no_grad()
     def routing(self, x_BLD: torch.Tensor) -> torch.Tensor:
-        """The routing weights [B*L, G, N] that `forward` mixes the experts with, in float32."""
+        """The routing weights [T, G, N] that `forward` mixes the experts with, in float32; T tokens have a path."""
         (B, L, _), G = x_BLD.shape, self.config.num_groups
-        logits_TJ = nn.functional.linear(x_BLD.flatten(0, 1).to(self.lora_route.dtype), self.lora_route)
-        return route(logits_TJ.view(B * L, G, -1), self._bias_TGN(B, L))
+        x_TD = self._with_path(x_BLD.flatten(0, 1))
+        logits_TJ = nn.functional.linear(x_TD.to(self.lora_route.dtype), self.lora_route)
+        return route(logits_TJ.view(len(x_TD), G, -1), self._bias_TGN(B, L))
+
+    def _with_path(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of tokens that have a path, of rows of all."""
+        return rows if self.context.path_P is None else rows.index_select(0, self.context.path_P)
 
     def _bias_TGN(self, B: int, L: int) -> torch.Tensor | None:
-        if not self.config.task_bias or self.context.bias_index_B is None:
+        index = self.context.bias_index
+        if not self.config.task_bias or index is None:
             return None
-        bias_BGN = self.task_bias[self.context.bias_index_B]
-        return bias_BGN.unsqueeze(1).expand(B, L, -1, -1).reshape(B * L, *bias_BGN.shape[1:])
+        if index.dim() == 2:
+            return self.task_bias[self._with_path(index.flatten())]
+        bias_BGN = self.task_bias[index]
+        return self._with_path(bias_BGN.unsqueeze(1).expand(B, L, -1, -1).reshape(B * L, *bias_BGN.shape[1:]))
 
 
 class Attachment(nn.Module):

@@ -1,5 +1,7 @@
 """Hyper-parameters of an mtLoRA adapter, and the parameter counts that follow from them."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mtlora.errors import MtLoRAError
@@ -21,6 +23,11 @@ class MtLoRAConfig(BaseModel):
     blocks: Blocks = Field("ffn", description="transformer blocks that get a path beside them")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the path's input while training")
     task_bias: bool = Field(True, description="one learned router bias per task")
+    activation: Literal["all", "task"] = Field(
+        "all",
+        description="tokens that the path is added for: all, or those from the task's own part of the prompt on",
+        exclude_if=lambda activation: activation == "all",
+    )
 
     @property
     def scaling(self) -> float:

@@ -1,6 +1,7 @@
 """The frozen backbone as a Hugging Face model, with an adapter beside it.
 
-Shape suffixes: B sequences, L positions, D hidden size, A answer tokens, V vocabulary.
+Shape suffixes: B sequences, L positions, S positions of documents, C = S + L, P tokens with a path, D hidden size,
+A answer tokens, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,20 @@ from mtlora.methods import BaselineConfig, attach_baseline
 from mtlora.prompt import PromptEncoder
 
 
+@dataclass(frozen=True)
+class Documents:
+    """What the rows of a batch continue: a document each, which the backbone alone reads.
+
+    tokens_BS: int64, right-padded. positions_BL: int64, of the rows' tokens after their document. mask_BLC: bool,
+    whether a token attends to one of the document or of its row. path_P: see `TaskContext`.
+    """
+
+    tokens_BS: torch.Tensor
+    positions_BL: torch.Tensor
+    mask_BLC: torch.Tensor
+    path_P: torch.Tensor | None
+
+
 @dataclass
 class AdaptedModel:
     """A backbone with its tokenizer and what is attached to it."""
@@ -33,21 +48,53 @@ class AdaptedModel:
         """Makes token ids of prompts and answers."""
         return PromptEncoder(self.tokenizer)
 
-    def answer_states(self, tokens_BL: torch.Tensor, bias_index_B: torch.Tensor, rows_A: torch.Tensor) -> torch.Tensor:
+    @property
+    def activated(self) -> bool:
+        """Whether the path is added from the task's own part of a prompt on."""
+        return isinstance(self.adapters, AdapterSet) and self.adapters.config.activation == "task"
+
+    @torch.no_grad()
+    def read(self, tokens_BS: torch.Tensor, **inputs: torch.Tensor) -> Any:
+        """The keys and values of documents, as the backbone alone computes them: a cache of transformers."""
+        with self.adapters.context.backbone_alone():
+            return self.model.model(input_ids=tokens_BS, use_cache=True, **inputs).past_key_values
+
+    def answer_states(
+        self,
+        tokens_BL: torch.Tensor,
+        bias_index: torch.Tensor,
+        rows_A: torch.Tensor,
+        documents: Documents | None = None,
+    ) -> torch.Tensor:
         """Last hidden states [A, D] at flat positions `rows_A`: the vocabulary product runs for these alone.
 
-        The inputs may be on any device. With gradient checkpointing, the caller must keep the tasks in use for the
-        backward pass too.
+        bias_index: of each sequence [B], or of each token [B, L]. The inputs may be on any device. With gradient
+        checkpointing, the caller must keep the tasks in use for the backward pass too.
         """
         device = self.model.device
-        with self.adapters.context.use(bias_index_B.to(device)):
-            hidden_BLD = self.model.model(input_ids=tokens_BL.to(device), use_cache=False).last_hidden_state
+        inputs: dict[str, Any] = {}
+        path_P = None
+        if documents is not None:
+            inputs = {
+                "past_key_values": self.read(documents.tokens_BS.to(device)),
+                "position_ids": documents.positions_BL.to(device),
+                "attention_mask": documents.mask_BLC.unsqueeze(1).to(device),
+            }
+            path_P = None if documents.path_P is None else documents.path_P.to(device)
+        with self.adapters.context.use(bias_index.to(device), path_P):
+            hidden_BLD = self.model.model(input_ids=tokens_BL.to(device), use_cache=False, **inputs).last_hidden_state
         states_AD: torch.Tensor = hidden_BLD.flatten(0, 1)[rows_A.to(device)]
         return states_AD
 
-    def answer_logits(self, tokens_BL: torch.Tensor, bias_index_B: torch.Tensor, rows_A: torch.Tensor) -> torch.Tensor:
+    def answer_logits(
+        self,
+        tokens_BL: torch.Tensor,
+        bias_index: torch.Tensor,
+        rows_A: torch.Tensor,
+        documents: Documents | None = None,
+    ) -> torch.Tensor:
         """Logits [A, vocabulary] of `answer_states`."""
-        logits_AV: torch.Tensor = self.model.lm_head(self.answer_states(tokens_BL, bias_index_B, rows_A))
+        logits_AV: torch.Tensor = self.model.lm_head(self.answer_states(tokens_BL, bias_index, rows_A, documents))
         return logits_AV
 
 

@@ -4,11 +4,11 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from mtlora.task import TaskSpec
+from mtlora.task import PromptParts, TaskSpec
 
 # What a chat template puts around turns where it uses no special tokens: [INST], <<SYS>>, <|user|>.
 _MARK = re.compile(r"<<[^<>\s]+>>|<[^<>\s]+>|\[[^\[\]\s]+\]")
@@ -46,6 +46,18 @@ class PromptEncoder:
         A special token spelled out inside the text is encoded as plain text: no input can forge a turn or an end.
         """
         return self._plain(prompt, True)
+
+    def parts(self, parts: PromptParts, document: Sequence[int] | None = None) -> tuple[list[int], int]:
+        """(token ids of a rendered prompt, how many of them are the document part's: the activation point).
+
+        Each part is encoded apart, so the document's ids are the same before every task. The special tokens that the
+        tokenizer puts before a text count as the document's. Without a document part, the point is 0. document: the
+        ids of that part, if they are known.
+        """
+        if not parts.document:
+            return self.prompt(parts.task), 0
+        document = self.prompt(parts.document) if document is None else document
+        return [*document, *self.text(parts.task)], len(document)
 
     @cached_property
     def prefix_ids(self) -> tuple[int, ...]:
@@ -105,10 +117,24 @@ class PromptEncoder:
         return [*self.text(" " + target), self.tokenizer.eos_token_id]
 
     def example(
-        self, task: TaskSpec, text: str, target: str, working: str | None = None
-    ) -> tuple[list[int], list[int]]:
-        """(prompt ids, answer ids) of one training example; the answer includes its working, if any."""
-        return self.prompt(task.render(text)), self.answer(task.worked_answer(working, target))
+        self,
+        task: TaskSpec,
+        text: str,
+        target: str,
+        working: str | None = None,
+        *,
+        document_ids: MutableMapping[str, list[int]] | None = None,
+    ) -> tuple[list[int], int, list[int]]:
+        """(prompt ids, activation point, answer ids) of one training example; the answer includes its working.
+
+        document_ids: document parts encoded before, to which this one is added.
+        """
+        parts, known = task.parts(text), None
+        if document_ids is not None and parts.document:
+            if parts.document not in document_ids:
+                document_ids[parts.document] = self.prompt(parts.document)
+            known = document_ids[parts.document]
+        return *self.parts(parts, known), self.answer(task.worked_answer(working, target))
 
     def reserved_in(self, text: str) -> list[str]:
         """What a chat's content must not spell out but does, as written or after the tokenizer's normalization.

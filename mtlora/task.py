@@ -1,19 +1,33 @@
 """A task: how its input becomes a prompt, and when its answer ends. One rule for trainer, evaluation and server."""
 
 import string
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, Final, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_serializer, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from mtlora.answer import AnswerError, AnswerType, Label
 from mtlora.answer.constraint import Constraint
+from mtlora.config import MtLoRAConfig
 from mtlora.errors import MtLoRAError
 from mtlora.parameters import TaskDefaults
 
 TASK_ID_PATTERN = r"^[a-z0-9][a-z0-9_.\-]{0,127}$"
 TaskId = Annotated[str, StringConstraints(pattern=TASK_ID_PATTERN)]
+
+
+# The only field of a document part.
+DOCUMENT: Final = "document"
 
 
 class TemplateError(MtLoRAError):
@@ -39,6 +53,16 @@ def template_fields(template: str) -> tuple[str, ...]:
     return tuple(fields)
 
 
+class PromptParts(NamedTuple):
+    """A rendered prompt: the document's part, the same for all tasks that share it, and the task's own part.
+
+    document: empty for a task without a document part.
+    """
+
+    document: str
+    task: str
+
+
 class TaskSpec(BaseModel):
     """What a task is, apart from any weights: the entry of a suite and of a checkpoint's task table."""
 
@@ -46,6 +70,13 @@ class TaskSpec(BaseModel):
 
     id: TaskId
     description: str = Field(min_length=1, max_length=2000)
+    document_template: str | None = Field(
+        None,
+        min_length=1,
+        max_length=20_000,
+        description="the document's part of the prompt, before `template`; its only field is {document}",
+        exclude_if=lambda template: template is None,
+    )
     template: str = Field("{input}\nAnswer:", min_length=1, max_length=20_000)
     stop: tuple[Annotated[str, StringConstraints(min_length=1, max_length=64)], ...] = Field(("\n",), max_length=8)
     max_new_tokens: int = Field(32, ge=1, le=4096)
@@ -71,11 +102,23 @@ class TaskSpec(BaseModel):
     def _given_defaults(self, defaults: TaskDefaults | None) -> dict[str, object] | None:
         return None if defaults is None else dict(defaults.given)
 
+    @field_validator("document_template")
+    @classmethod
+    def _document_is_the_only_field(cls, template: str | None) -> str | None:
+        if template is not None and (found := template_fields(template)) != (DOCUMENT,):
+            named = ", ".join(f"{{{name}}}" for name in found) or "no field"
+            raise ValueError(f"document_template names {named}; it needs {{{DOCUMENT}}} and no other field")
+        return template
+
     @field_validator("template")
     @classmethod
-    def _template_has_fields(cls, template: str) -> str:
-        if not template_fields(template):
-            raise ValueError("template names no field; it needs at least one, such as {input}")
+    def _template_has_fields(cls, template: str, info: ValidationInfo) -> str:
+        found = template_fields(template)
+        if info.data.get("document_template") is None:
+            if not found:
+                raise ValueError("template names no field; it needs at least one, such as {input}")
+        elif DOCUMENT in found:
+            raise ValueError(f"template names {{{DOCUMENT}}}, which belongs to document_template alone")
         return template
 
     @field_validator("allowed_answers")
@@ -136,8 +179,9 @@ class TaskSpec(BaseModel):
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The template's field names."""
-        return template_fields(self.template)
+        """Names of the prompt's fields, the document's first."""
+        own = template_fields(self.template)
+        return own if self.document_template is None else (DOCUMENT, *own)
 
     def split_answer(self, text: str) -> tuple[str, str]:
         """(working, answer) of a generated text: what precedes the first marker, and what follows it.
@@ -172,7 +216,11 @@ class TaskSpec(BaseModel):
         return f"{working} {self.answer_marker} {target}"
 
     def render(self, values: str | Mapping[str, str]) -> str:
-        """The prompt for one input. A bare string fills the only field of a one-field template.
+        """The prompt for one input, both parts as one text. Raises TemplateError as `parts` does."""
+        return "".join(self.parts(values))
+
+    def parts(self, values: str | Mapping[str, str]) -> PromptParts:
+        """The prompt for one input. A bare string fills the only field of a one-field prompt.
 
         Raises TemplateError naming fields that are missing or unknown.
         """
@@ -186,7 +234,21 @@ class TaskSpec(BaseModel):
             parts = [f"missing {', '.join(missing)}"] if missing else []
             parts += [f"unknown {', '.join(unknown)}"] if unknown else []
             raise TemplateError(f"fields of task {self.id}: {'; '.join(parts)}; it takes {', '.join(self.fields)}")
-        return self.template.format_map(dict(values))
+        values = dict(values)
+        document = "" if self.document_template is None else self.document_template.format_map(values)
+        return PromptParts(document, self.template.format_map(values))
+
+
+def check_activation(config: MtLoRAConfig, tasks: Iterable[TaskSpec]) -> None:
+    """Raise TemplateError unless every task has the document part that the adapter's activation needs."""
+    if config.activation == "all":
+        return
+    for task in tasks:
+        if task.document_template is None:
+            raise TemplateError(
+                f"tasks: document_template: expected one, as the adapter's activation is {config.activation!r}, "
+                f"found none in task {task.id!r}"
+            )
 
 
 # Not kept with the spec: copies of it differ.

@@ -27,6 +27,7 @@ from server.registry.adapters import Adapters, open_adapters
 from server.registry.catalog import Catalog
 from server.rpc.adapters_service import AdaptersServicer
 from server.rpc.anonymous import AnonymousCalls, AnonymousInterceptor
+from server.rpc.documents import Documents
 from server.rpc.health import Health
 from server.rpc.inference_service import InferenceServicer
 from server.rpc.interceptor import CallInterceptor
@@ -129,6 +130,12 @@ class App:
             self._scheduler,
             self._directory,
             self._usage,
+            Documents(
+                settings.document_lifetime_s,
+                settings.max_documents,
+                settings.max_document_mib,
+                settings.max_leased_tokens,
+            ),
             log_prompts=settings.log_prompts,
         )
         self._adapters_service = AdaptersServicer(self._admission)

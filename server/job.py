@@ -25,6 +25,8 @@ class ServedTask:
     version: Any = None
     # The temperature of the probabilities of its labels.
     calibration: float | None = None
+    # Whether its adapter acts on all tokens, or from the task's own part of the prompt on.
+    activation: Literal["all", "task"] = "all"
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,12 @@ class GenerationJob:
     return_token_ids: bool = False
     # Among the tenant's own requests that wait, higher first.
     priority: int = 0
+    # Of the prompt's tokens, those before the adapter acts; None if it acts on all.
+    activation: int | None = None
+    # (seconds, most tokens of the tenant): how long the engine keeps the blocks before `activation`, and of how many.
+    lease: tuple[float, int] | None = None
+    # Of the prompt's tokens, those that another request of the same call computes.
+    shared: int = 0
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,21 @@ class Settings(BaseSettings):
 
     max_in_flight: int | None = Field(None, ge=1, description="requests admitted at once; unset: 4 x max_num_seqs")
     max_message_bytes: int = Field(1 << 20, ge=1024, le=1 << 28, description="bytes of the largest request message")
+    document_lifetime_s: float = Field(
+        600.0, ge=0, allow_inf_nan=False, description="seconds after its last use that a document_id is known"
+    )
+    max_documents: int = Field(
+        1024, ge=0, description="documents known by id, a tenant; the least recently used go first"
+    )
+    max_document_mib: float = Field(
+        16.0, ge=0, allow_inf_nan=False, description="MiB of the documents known by id, a tenant; a token takes 4 bytes"
+    )
+    max_leased_tokens: int = Field(
+        8192,
+        ge=0,
+        description="tokens of documents, a tenant, whose blocks stay in the engine's cache until document_lifetime_s; "
+        "half of the cache at most, and never ahead of running requests; 0: none",
+    )
     grace_period_s: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="seconds for running requests to finish after SIGTERM"
     )

@@ -18,10 +18,15 @@ IDENTITY = BackboneIdentity(architecture="LlamaForCausalLM", hidden_size=8, num_
 CONFIG = MtLoRAConfig(r=2, lora_alpha=4, num_experts=3, num_groups=2)
 
 
-def task_table(num_tasks: int, *, biased: bool = True) -> tuple[TaskEntry, ...]:
+def task_table(num_tasks: int, *, biased: bool = True, document_template: str | None = None) -> tuple[TaskEntry, ...]:
     """`num_tasks` tasks; the bias indices run against the order of the table, so that one cannot pass for the other."""
     return tuple(
-        TaskEntry(id=f"task-{i}", description=f"Task {i}.", bias_index=num_tasks - 1 - i if biased else None)
+        TaskEntry(
+            id=f"task-{i}",
+            description=f"Task {i}.",
+            document_template=document_template,
+            bias_index=num_tasks - 1 - i if biased else None,
+        )
         for i in range(num_tasks)
     )
 
@@ -35,7 +40,8 @@ def random_tensors(
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Every tensor that a checkpoint of this config holds."""
-    made = adapters.random_tensors(identity, config, task_table(num_tasks, biased=config.task_bias), seed=seed)
+    tasks = task_table(num_tasks, biased=config.task_bias, document_template="{document}")
+    made = adapters.random_tensors(identity, config, tasks, seed=seed)
     return {name: tensor.to(dtype) for name, tensor in made.items()}
 
 

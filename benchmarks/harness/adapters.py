@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from mtlora.backbone import BackboneIdentity
-from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, AdapterManifest, TaskEntry
+from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, AdapterManifest, TaskEntry, format_version
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
@@ -39,7 +39,10 @@ def random_tensors(
 
     scale: the standard deviation of all, or by the last part of a tensor's name.
     """
-    manifest = AdapterManifest(backbone=backbone, config=config, tasks=tuple(tasks), tensors_sha256="0" * 64)
+    version = format_version(config, tasks)
+    manifest = AdapterManifest(
+        format_version=version, backbone=backbone, config=config, tasks=tuple(tasks), tensors_sha256="0" * 64
+    )
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(shape, generator=generator)
@@ -49,12 +52,17 @@ def random_tensors(
 
 
 def write_random_adapter(
-    folder: Path, backbone: BackboneIdentity, tasks: Sequence[TaskEntry], *, seed: int = 0
+    folder: Path,
+    backbone: BackboneIdentity,
+    tasks: Sequence[TaskEntry],
+    *,
+    seed: int = 0,
+    config: MtLoRAConfig = CONFIG,
 ) -> AdapterManifest:
     """Write a checkpoint of the shipped adapter's size in float16."""
-    tensors = random_tensors(backbone, CONFIG, tasks, seed=seed, scale=_SCALE)
+    tensors = random_tensors(backbone, config, tasks, seed=seed, scale=_SCALE)
     halves = {name: tensor.half() for name, tensor in tensors.items()}
-    return write_checkpoint(folder, backbone=backbone, config=CONFIG, tasks=tuple(tasks), tensors=halves)
+    return write_checkpoint(folder, backbone=backbone, config=config, tasks=tuple(tasks), tensors=halves)
 
 
 def link_adapter(source: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Conversion of other trainers' checkpoints to format 1: those of mtLoRA's authors, and block-level HydraLoRA.
+"""Conversion of other trainers' checkpoints to this format: those of mtLoRA's authors, and block-level HydraLoRA.
 
 Both are a torch file of a state dict. Under any prefix, layer l and block m (`mlp` or `self_attn`) have
 
@@ -71,7 +71,7 @@ def convert(
     tasks: Sequence[TaskSpec],
     lora_alpha: float = PUBLISHED_ALPHA,
 ) -> AdapterManifest:
-    """Write the checkpoint in `source` to `out` in format 1, with these tasks.
+    """Write the checkpoint in `source` to `out` in this format, with these tasks.
 
     Raises ConversionError for a file of another layout, or of another backbone; CheckpointError if `out` cannot be
     written.
@@ -95,7 +95,7 @@ def convert(
 def convert_tensors(
     state: Mapping[str, Any], *, hidden_size: int, num_layers: int, lora_alpha: float
 ) -> tuple[MtLoRAConfig, dict[str, torch.Tensor]]:
-    """(config, tensors under their names in format 1) of a state dict; ignores keys that belong to no path.
+    """(config, tensors under their names in this format) of a state dict; ignores keys that belong to no path.
 
     Raises ConversionError naming the key.
     """

@@ -1,4 +1,4 @@
-"""Checkpoint format, version 1: a folder of `adapter.json`, the manifest, and `adapter.safetensors`.
+"""Checkpoint format, versions 1 and 2: a folder of `adapter.json`, the manifest, and `adapter.safetensors`.
 
 Tensors of layer l and module m (`self_attn` or `mlp`), where T = tasks, N = experts, g = groups, d = hidden size:
 
@@ -6,6 +6,9 @@ Tensors of layer l and module m (`self_attn` or `mlp`), where T = tasks, N = exp
     layers.{l}.{m}.lora_B       [N, d, r]    experts
     layers.{l}.{m}.lora_route   [g*N, d]     router, group-major: row j*N + i is expert i in group j
     layers.{l}.{m}.task_bias    [T, g, N]    router bias per task, if the config has task_bias
+
+Version 2 is version 1 with documents: `activation` in the config, `document_template` in a task. It is written only for
+adapters with either, so readers of version 1 refuse those alone.
 """
 
 import reprlib
@@ -19,9 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from mtlora.backbone import BackboneIdentity
 from mtlora.config import MtLoRAConfig
 from mtlora.errors import MtLoRAError
-from mtlora.task import TaskId, TaskSpec
+from mtlora.task import TaskId, TaskSpec, check_activation
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSIONS: Final = (1, 2)
 MANIFEST_FILE = "adapter.json"
 TENSORS_FILE = "adapter.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -37,12 +40,18 @@ class TaskEntry(TaskSpec):
     bias_index: int | None = Field(None, ge=0, description="row of the router's task biases; null without task biases")
 
 
+def format_version(config: MtLoRAConfig, tasks: Sequence[TaskSpec]) -> Literal[1, 2]:
+    """The lowest version that can hold an adapter of this config with these tasks."""
+    documents = config.activation != "all" or any(task.document_template is not None for task in tasks)
+    return 2 if documents else 1
+
+
 class AdapterManifest(BaseModel):
     """`adapter.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1, 2] = 1
     backbone: BackboneIdentity
     config: MtLoRAConfig
     tasks: tuple[TaskEntry, ...] = Field(min_length=1)
@@ -59,6 +68,9 @@ class AdapterManifest(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "AdapterManifest":
+        if self.format_version != (needed := format_version(self.config, self.tasks)):
+            raise ValueError(f"format_version: expected {needed}, found {self.format_version}")
+        check_activation(self.config, self.tasks)
         self.config.check_hidden_size(self.backbone.hidden_size)
         seen: set[str] = set()
         for task in self.tasks:

@@ -21,7 +21,7 @@ from mtlora.answer import AnswerError
 from mtlora.backbone import BackboneArchitecture
 from mtlora.checkpoint.format import (
     DTYPES,
-    FORMAT_VERSION,
+    FORMAT_VERSIONS,
     MANIFEST_FILE,
     TENSORS_FILE,
     AdapterManifest,
@@ -102,9 +102,10 @@ def _read_manifest(folder: Path) -> AdapterManifest:
         raise CheckpointError(f"{path}: expected at most {MAX_MANIFEST_BYTES} bytes, found more")
     raw = json_object(path, content)
     version = raw.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in FORMAT_VERSIONS:
+        allowed = " or ".join(map(str, FORMAT_VERSIONS))
         found = reprlib.repr(version) if "format_version" in raw else "none"
-        raise CheckpointError(f"{path}: format_version: expected {FORMAT_VERSION}, found {found}")
+        raise CheckpointError(f"{path}: format_version: expected {allowed}, found {found}")
     try:
         # Strict mode takes "16" for no number and true for no 1. Parse the JSON again: only then may an array be a
         # tuple.

@@ -18,6 +18,7 @@ from mtlora.checkpoint.format import (
     CheckpointError,
     TaskEntry,
     and_more,
+    format_version,
 )
 from mtlora.checkpoint.read import check_answers, read_checkpoint
 from mtlora.config import MtLoRAConfig
@@ -47,6 +48,7 @@ def write_checkpoint(
         check_replaceable(folder)
         stored = save({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()})
         manifest = AdapterManifest(
+            format_version=format_version(config, tasks),
             backbone=backbone,
             config=config,
             tasks=tasks,

@@ -92,6 +92,8 @@ def _inspect(args: argparse.Namespace) -> int:
             for task in manifest.tasks
         ],
     )
+    if parts := {task.id: repr(task.document_template) for task in manifest.tasks if task.document_template}:
+        print_fields("document parts", parts)
     if manifest.training:
         print_fields("training", manifest.training)
     try:

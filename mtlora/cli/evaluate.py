@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add_backbone_argument(parser)
     parser.add_argument(
-        "--suite", default="builtin", metavar="S", help="'builtin', 'bbh-generated' or a folder of task files"
+        "--suite", default="builtin", metavar="S", help="'builtin', 'bbh-generated', 'documents' or a folder"
     )
     parser.add_argument("--split", choices=("train", "validation", "test"), help="built-in: test; folder: all it holds")
     parser.add_argument("--examples", type=int, metavar="N", help="of each task (built-in: 40; folder: all)")
@@ -58,11 +58,15 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    from transformers import AutoTokenizer
+
     from mtlora.backbone import identify, resolve
     from mtlora.checkpoint.format import TaskEntry
     from mtlora.checkpoint.read import read_checkpoint
     from mtlora.checkpoint.write import record_evaluation
     from mtlora.evaluation.evaluate import score
+    from mtlora.evaluation.lengths import by_document_length
+    from mtlora.prompt import PromptEncoder
     from mtlora.suite import load_suite
 
     _check(args)
@@ -86,6 +90,9 @@ def _eval(args: argparse.Namespace) -> int:
         "through": args.through or "offline",
         **{name: found.as_dict() for name, found in scores.items()},
     }
+    if any(task.document_template for task in tasks):
+        prompts = PromptEncoder(AutoTokenizer.from_pretrained(folder))
+        evaluation["by_document_length"] = by_document_length(prompts, tasks, examples, answers)
     print_scores(evaluation)
     calibration = dict(checkpoint.manifest.calibration) if checkpoint else {}
     if labeller is not None:
@@ -176,8 +183,10 @@ def _answerers(
     if checkpoint:
         adapted = load_adapted_model(folder, checkpoint, dtype)
     else:
-        # The smallest possible adapter, which is never used.
-        adapted = new_adapted_model(folder, MtLoRAConfig(r=1, num_experts=1, num_groups=1, task_bias=False), 1, dtype)
+        # The smallest possible adapter, which is never used. With `task`, a document is read once.
+        activation = "task" if all(task.document_template for task in tasks) else "all"
+        config = MtLoRAConfig(r=1, num_experts=1, num_groups=1, task_bias=False, activation=activation)
+        adapted = new_adapted_model(folder, config, 1, dtype)
     make = evaluate.likelihood_answerer if args.scoring == "likelihood" else evaluate.offline_answerer
     prompt_of = evaluate.few_shot_prompt(suite, args.shots, args.seed) if args.shots else evaluate.plain_prompt
     answerers = {name: make(adapted, tasks, with_adapter=name == "adapter", prompt_of=prompt_of) for name in names}
@@ -238,3 +247,9 @@ def print_scores(evaluation: Mapping[str, Any]) -> None:
     rows.append(("mean over tasks", total, *means, f"{majority:.2f}"))
     headings = (name.replace("_", " ") for name in names)
     print_table("accuracy, exact match", ("task", "examples", *headings, "most frequent"), rows)
+    if lengths := evaluation.get("by_document_length"):
+        print_table(
+            "accuracy by length of the document",
+            ("tokens", "examples", *(name.replace("_", " ") for name in names)),
+            [(row["tokens"], row["examples"], *(f"{row[name]:.2f}" for name in names)) for row in lengths],
+        )

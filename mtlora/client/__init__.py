@@ -3,7 +3,16 @@
 from mtlora.client.access import OPEN, Access
 from mtlora.client.client import AsyncClient, Client
 from mtlora.client.errors import ServerError
-from mtlora.client.messages import Answer, BatchAnswer, Input, Score, make_batch, make_request
+from mtlora.client.messages import (
+    Answer,
+    BatchAnswer,
+    DocumentAnswer,
+    Input,
+    Score,
+    make_analysis,
+    make_batch,
+    make_request,
+)
 from mtlora.client.metrics_page import MetricsPage
 from mtlora.client.retry import Retry
 
@@ -14,11 +23,13 @@ __all__ = [
     "AsyncClient",
     "BatchAnswer",
     "Client",
+    "DocumentAnswer",
     "Input",
     "MetricsPage",
     "Retry",
     "Score",
     "ServerError",
+    "make_analysis",
     "make_batch",
     "make_request",
 ]

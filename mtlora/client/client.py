@@ -17,7 +17,18 @@ from mtlora_pb.v1 import inference_pb2 as pb
 
 from mtlora.client.access import OPEN, Access
 from mtlora.client.errors import ServerError, server_errors
-from mtlora.client.messages import Answer, BatchAnswer, Input, Score, make_batch, make_request, make_score
+from mtlora.client.messages import (
+    Answer,
+    BatchAnswer,
+    DocumentAnswer,
+    DocumentTask,
+    Input,
+    Score,
+    make_analysis,
+    make_batch,
+    make_request,
+    make_score,
+)
 from mtlora.client.retry import Attempts, Retry
 from mtlora.client.upload import Upload
 
@@ -163,6 +174,40 @@ class _Connection:
         """The answers to many inputs, in their order; items as for `make_batch`."""
         reply = yield self._stub.GenerateBatch, make_batch(items, **parameters), timeout
         return [BatchAnswer.of(item) for item in reply.items]
+
+    @_Streaming
+    def analyze(
+        self,
+        tasks: Iterable[DocumentTask],
+        document: str | None = None,
+        *,
+        document_id: str = "",
+        timeout: float | None = None,
+        **parameters: Any,
+    ) -> Stream[DocumentAnswer]:
+        """The answers of many tasks about one document as they come; arguments as for `make_analysis`."""
+        request = make_analysis(tasks, document, document_id=document_id, **parameters)
+        return (
+            self._stub.AnalyzeStream,
+            request,
+            timeout,
+            lambda each: DocumentAnswer.about(each.document_id, each.item),
+        )
+
+    @_Method
+    def analyze_all(
+        self,
+        tasks: Iterable[DocumentTask],
+        document: str | None = None,
+        *,
+        document_id: str = "",
+        timeout: float | None = None,
+        **parameters: Any,
+    ) -> Steps[list[DocumentAnswer]]:
+        """The answers of many tasks about one document, in their order; arguments as for `make_analysis`."""
+        request = make_analysis(tasks, document, document_id=document_id, **parameters)
+        reply = yield self._stub.Analyze, request, timeout
+        return [DocumentAnswer.about(reply.document_id, item) for item in reply.items]
 
     @_Method
     def score(

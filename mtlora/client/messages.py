@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Self, cast
@@ -107,6 +107,45 @@ class BatchAnswer:
             raise self.error
         assert self.answer is not None
         return self.answer
+
+
+@dataclass(frozen=True)
+class DocumentAnswer(BatchAnswer):
+    """What became of one task of a document. document_id: names the document in later calls."""
+
+    document_id: str = ""
+
+    @classmethod
+    def about(cls, document_id: str, item: pb.BatchItem) -> Self:
+        """Of a reply's item."""
+        return replace(cls.of(item), document_id=document_id)
+
+
+# A task's id, or that and the values of the task's own fields, or the whole message.
+DocumentTask = str | tuple[str, Mapping[str, str]] | pb.DocumentTask
+
+
+def make_analysis(
+    tasks: Iterable[DocumentTask], document: str | None = None, *, document_id: str = "", **parameters: Any
+) -> pb.AnalyzeRequest:
+    """The message for many tasks of one document, sent as text or by id. `parameters` go for all but whole messages."""
+    request = (
+        pb.AnalyzeRequest(document=document) if document is not None else pb.AnalyzeRequest(document_id=document_id)
+    )
+    for task in tasks:
+        if isinstance(task, pb.DocumentTask):
+            request.tasks.append(task)
+            continue
+        task_id, fields = (task, {}) if isinstance(task, str) else task
+        made = make_request(task_id, fields, **parameters)
+        request.tasks.add(
+            task_id=task_id,
+            fields=made.fields,
+            parameters=made.parameters,
+            include_reasoning=made.include_reasoning,
+            routing_key=made.routing_key,
+        )
+    return request
 
 
 def make_batch(items: Iterable[tuple[str, Input] | pb.GenerateRequest], **parameters: Any) -> pb.GenerateBatchRequest:

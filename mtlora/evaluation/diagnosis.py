@@ -13,7 +13,7 @@ from mtlora.adapter import AdapterSet, BlockAdapter
 from mtlora.model import AdaptedModel
 from mtlora.suite.base import Example
 from mtlora.task import TaskSpec
-from mtlora.train.data import Batch, collate, encode
+from mtlora.train.data import Batch, collate, collate_documents, encode
 from mtlora.train.losses import batch_loss
 
 _EPSILON = 1e-12
@@ -64,10 +64,17 @@ def _divergence(weights: torch.Tensor, dim: int) -> torch.Tensor:
 def task_batches(
     adapted: AdaptedModel, tasks: Sequence[TaskSpec], examples: Mapping[str, Sequence[Example]]
 ) -> list[tuple[Batch, torch.Tensor]]:
-    """Each task's examples as (batch, mask [B*L] that is False for padding); task indices follow `tasks`."""
+    """Each task's examples as (batch, mask that is False for padding); task indices follow `tasks`.
+
+    The mask is of all tokens [B*L], or of those with a path.
+    """
     found = []
     for task in tasks:
         encoded = encode(adapted.prompts, tasks, examples[task.id], max_length=1 << 20)
+        if adapted.activated:
+            batch = collate_documents(encoded)
+            found.append((batch, torch.ones(sum(len(e) - e.document_length for e in encoded), dtype=torch.bool)))
+            continue
         batch = collate(encoded)
         lengths = torch.tensor([len(example) for example in encoded])
         mask = torch.arange(batch.tokens_BL.shape[1]) < lengths.unsqueeze(1)
@@ -99,7 +106,7 @@ def routing_by_task(
     handles = [block.register_forward_pre_hook(look) for block in blocks.values()]
     try:
         for batch, mask in task_batches(adapted, tasks, examples):  # noqa: B007 (read by `look`)
-            adapted.answer_logits(batch.tokens_BL, batch.task_index_B, batch.answer_rows_A)
+            adapted.answer_logits(batch.tokens_BL, batch.bias_index, batch.answer_rows_A, batch.documents)
     finally:
         for handle in handles:
             handle.remove()

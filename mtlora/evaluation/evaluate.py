@@ -10,11 +10,11 @@ from tqdm import tqdm
 from mtlora.checkpoint.format import TaskEntry
 from mtlora.errors import MtLoRAError
 from mtlora.evaluation.calibration import Labeller
-from mtlora.evaluation.generate import greedy_answers
+from mtlora.evaluation.generate import Prompt, greedy_answers
 from mtlora.evaluation.likelihood import label_probabilities, likeliest, options_of
 from mtlora.model import AdaptedModel
 from mtlora.suite.base import Example, Suite
-from mtlora.task import TaskSpec, is_correct, normalise_answer
+from mtlora.task import PromptParts, TaskSpec, is_correct, normalise_answer
 from mtlora.train.data import cut
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Gives an answer to each example, in order.
 Answerer = Callable[[Sequence[Example]], list[str]]
 # Gives the prompt of one example of a task.
-PromptOf = Callable[[TaskSpec, Example], str]
+PromptOf = Callable[[TaskSpec, Example], PromptParts]
 
 # A task counts as learned this far above the accuracy of always giving the most frequent answer.
 FLOOR_MARGIN = 0.10
@@ -101,9 +101,9 @@ def score(examples: Sequence[Example], answers: Sequence[str]) -> Scores:
     )
 
 
-def plain_prompt(task: TaskSpec, example: Example) -> str:
+def plain_prompt(task: TaskSpec, example: Example) -> PromptParts:
     """The task's own prompt: zero shots."""
-    return task.render(example.input)
+    return task.parts(example.input)
 
 
 def few_shot_prompt(suite: Suite, shots: int, seed: int = 0) -> PromptOf:
@@ -114,13 +114,13 @@ def few_shot_prompt(suite: Suite, shots: int, seed: int = 0) -> PromptOf:
     """
     drawn: dict[str, list[Example]] = {}
 
-    def prompt(task: TaskSpec, example: Example) -> str:
+    def prompt(task: TaskSpec, example: Example) -> PromptParts:
         if task.id not in drawn:
             # One more, in case the input is among them.
             drawn[task.id] = suite.examples(task.id, "train", shots + 1, seed)
         others = [shot for shot in drawn[task.id] if shot.input != example.input][:shots]
         parts = [f"{task.render(shot.input)} {shot.target}" for shot in others]
-        return "\n\n".join([*parts, task.render(example.input)])
+        return PromptParts("", "\n\n".join([*parts, task.render(example.input)]))
 
     return prompt
 
@@ -142,9 +142,14 @@ def offline_answerer(
 
     def answer(examples: Sequence[Example]) -> list[str]:
         prompts = _encode(adapted, by_id, examples, prompt_of)
-        # Shortest answers first, then shortest prompts.
-        lengths = list(map(len, prompts))
-        order = sorted(range(len(examples)), key=lambda i: (by_id[examples[i].task_id].max_new_tokens, lengths[i]))
+        lengths = [len(prompt.ids) for prompt in prompts]
+
+        def shortest_first(i: int) -> tuple[object, ...]:
+            """Shortest answers, then shortest prompts; with an activated adapter, a document's prompts together."""
+            n = prompts[i].document_length if adapted.activated else 0
+            return n, prompts[i].ids[:n], by_id[examples[i].task_id].max_new_tokens, lengths[i]
+
+        order = sorted(range(len(examples)), key=shortest_first)
         answers = [""] * len(examples)
         with _bar(len(examples), "answer", with_adapter) as bar:
             for rows in cut(order, lengths, batch_size, batch_tokens):
@@ -206,16 +211,16 @@ def offline_labeller(adapted: AdaptedModel, tasks: Sequence[TaskEntry]) -> Label
 
 def _encode(
     adapted: AdaptedModel, by_id: Mapping[str, TaskEntry], examples: Sequence[Example], prompt_of: PromptOf
-) -> list[list[int]]:
+) -> list[Prompt]:
     """Token ids of every prompt. Raises PromptError for a prompt that leaves no room to answer."""
     room: int = adapted.model.config.max_position_embeddings
     prompts = []
     for example in examples:
         task = by_id[example.task_id]
-        prompt = adapted.prompts.prompt(prompt_of(task, example))
-        if len(prompt) + task.max_new_tokens > room:
+        prompt = Prompt(*adapted.prompts.parts(prompt_of(task, example)))
+        if len(prompt.ids) + task.max_new_tokens > room:
             raise PromptError(
-                f"task {task.id}: prompt of {len(prompt)} tokens and {task.max_new_tokens} new ones; "
+                f"task {task.id}: prompt of {len(prompt.ids)} tokens and {task.max_new_tokens} new ones; "
                 f"the backbone takes {room}: {example.input[:80]!r}"
             )
         prompts.append(prompt)

@@ -1,11 +1,11 @@
 """Greedy answers from a Hugging Face model and its adapter: the offline counterpart of the server.
 
-Shape suffixes: B sequences, L positions.
+Shape suffixes: B sequences, L positions, S positions of documents, U documents.
 """
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,29 +19,63 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(positions)], True) if positions else (text, False)
 
 
+class Prompt(NamedTuple):
+    """Token ids, of which the first `document_length` belong to the document."""
+
+    ids: Sequence[int]
+    document_length: int = 0
+
+
+def _left_padded(rows: Sequence[Sequence[int]], padding: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens [B, L], mask [B, L] that is 0 for padding)."""
+    length = max(map(len, rows))
+    tokens_BL = torch.full((len(rows), length), padding, device=device)
+    mask_BL = torch.zeros(len(rows), length, dtype=torch.int64, device=device)
+    for b, row in enumerate(rows):
+        if row:
+            tokens_BL[b, -len(row) :] = torch.tensor(row, device=device)
+            mask_BL[b, -len(row) :] = 1
+    return tokens_BL, mask_BL
+
+
+def read_documents(adapted: AdaptedModel, prompts: Sequence[Prompt]) -> tuple[Any, torch.Tensor, list[Sequence[int]]]:
+    """(cache, mask [B, S], what follows): each distinct document, read once by the backbone alone, in a row a prompt.
+
+    Without an activated adapter, or without documents, the cache is None, S is 0, and whole prompts follow.
+    """
+    device = adapted.model.device
+    if not adapted.activated or not all(prompt.document_length for prompt in prompts):
+        return None, torch.zeros(len(prompts), 0, dtype=torch.int64, device=device), [prompt.ids for prompt in prompts]
+    documents = [tuple(prompt.ids[: prompt.document_length]) for prompt in prompts]
+    distinct = {document: u for u, document in enumerate(dict.fromkeys(documents))}
+    tokens_US, mask_US = _left_padded(list(distinct), 0, device)
+    positions_US = (mask_US.cumsum(-1) - 1).clamp_min(0)
+    cache = adapted.read(tokens_US, attention_mask=mask_US, position_ids=positions_US)
+    document_B = torch.tensor([distinct[document] for document in documents], device=device)
+    cache.batch_select_indices(document_B)
+    return cache, mask_US[document_B], [prompt.ids[prompt.document_length :] for prompt in prompts]
+
+
 @torch.inference_mode()
 def greedy_tokens(
-    adapted: AdaptedModel, tasks: Sequence[TaskEntry], prompts: Sequence[Sequence[int]], *, with_adapter: bool = True
+    adapted: AdaptedModel, tasks: Sequence[TaskEntry], prompts: Sequence[Prompt], *, with_adapter: bool = True
 ) -> list[list[int]]:
     """What follows each prompt, up to a stop string of its task, its max_new_tokens or the end-of-sequence token.
 
     Includes the stop string, but not the end-of-sequence token.
     """
     tokenizer, model = adapted.tokenizer, adapted.model
-    length, eos = max(len(prompt) for prompt in prompts), tokenizer.eos_token_id
-    device = model.device
+    eos, device = tokenizer.eos_token_id, model.device
     bias_index_B = torch.tensor([task.bias_index or 0 for task in tasks], device=device)
-    tokens_BL = torch.full((len(prompts), length), eos, device=device)
-    mask_BL = torch.zeros(len(prompts), length, dtype=torch.int64, device=device)
-    for b, prompt in enumerate(prompts):
-        tokens_BL[b, length - len(prompt) :] = torch.tensor(prompt, device=device)
-        mask_BL[b, length - len(prompt) :] = 1
+    cache, read_BS, rest = read_documents(adapted, prompts)
+    tokens_BL, own_BL = _left_padded(rest, eos, device)
+    mask_BL = torch.cat([read_BS, own_BL], dim=1)
     generated: list[list[int]] = [[] for _ in prompts]
     # The sequence in each row. Once at most half of a batch is unfinished, only those sequences go on.
     rows = list(range(len(prompts)))
     going = set(rows)
-    inputs: dict[str, Any] = {"input_ids": tokens_BL, "position_ids": (mask_BL.cumsum(-1) - 1).clamp_min(0)}
-    cache: Any = None
+    positions_BL = (mask_BL.cumsum(-1) - 1).clamp_min(0)[:, read_BS.shape[1] :]
+    inputs: dict[str, Any] = {"input_ids": tokens_BL, "position_ids": positions_BL}
     context = adapted.adapters.context
     with nullcontext() if with_adapter else context.backbone_alone():
         while going:
@@ -67,7 +101,7 @@ def greedy_tokens(
 
 
 def greedy_answers(
-    adapted: AdaptedModel, tasks: Sequence[TaskEntry], prompts: Sequence[Sequence[int]], *, with_adapter: bool = True
+    adapted: AdaptedModel, tasks: Sequence[TaskEntry], prompts: Sequence[Prompt], *, with_adapter: bool = True
 ) -> list[str]:
     """One answer per prompt: `greedy_tokens` as text, without the stop string.
 

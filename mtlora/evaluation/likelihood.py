@@ -11,7 +11,7 @@ import torch
 
 from mtlora.answer.labels import LabelTree
 from mtlora.checkpoint.format import TaskEntry
-from mtlora.evaluation.generate import greedy_tokens
+from mtlora.evaluation.generate import Prompt, greedy_tokens, read_documents
 from mtlora.model import AdaptedModel
 from mtlora.task import TaskSpec
 
@@ -31,7 +31,7 @@ def options_of(task: TaskSpec, text: str) -> tuple[str, ...]:
 def likeliest(
     adapted: AdaptedModel,
     task: TaskEntry,
-    prompt: Sequence[int],
+    prompt: Prompt,
     options: Sequence[str],
     *,
     with_adapter: bool = True,
@@ -41,7 +41,8 @@ def likeliest(
     If the task has an answer marker, the adapter writes its working first, and the options are compared after it.
     """
     bias_index_B = torch.tensor([task.bias_index or 0])
-    prefix = list(prompt)
+    cache, _, (rest,) = read_documents(adapted, [prompt])
+    prefix = list(rest)
     if with_adapter and task.answer_marker:
         prefix += _working(adapted, task, prompt)
     choices = [adapted.prompts.text(f" {option}") for option in options]
@@ -51,32 +52,36 @@ def likeliest(
     context, model = adapted.adapters.context, adapted.model
     with nullcontext() if with_adapter else context.backbone_alone():
         with context.use(bias_index_B):
-            first = model(input_ids=torch.tensor([prefix]), use_cache=True, logits_to_keep=1)
+            first = model(input_ids=torch.tensor([prefix]), past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = first.past_key_values
         cache.batch_repeat_interleave(len(options))
         with context.use(bias_index_B.expand(len(options))):
-            rest = model(input_ids=tokens_BL, past_key_values=cache, use_cache=True)
-    logits_BLV = torch.cat([first.logits.expand(len(options), -1, -1), rest.logits[:, :-1]], dim=1)
+            then = model(input_ids=tokens_BL, past_key_values=cache, use_cache=True)
+    logits_BLV = torch.cat([first.logits.expand(len(options), -1, -1), then.logits[:, :-1]], dim=1)
     logprobs_BL = logits_BLV.float().log_softmax(-1).gather(-1, tokens_BL.unsqueeze(-1)).squeeze(-1)
     sums = [float(row[: len(ids)].sum()) for row, ids in zip(logprobs_BL, choices, strict=True)]
     return options[sums.index(max(sums))]
 
 
 @torch.inference_mode()
-def label_probabilities(adapted: AdaptedModel, task: TaskEntry, prompt: Sequence[int]) -> dict[str, float]:
+def label_probabilities(adapted: AdaptedModel, task: TaskEntry, prompt: Prompt) -> dict[str, float]:
     """The probability of each of a task's labels after the prompt, and after the adapter's working if there is one."""
     tree = LabelTree({label: adapted.prompts.answer(label) for label in task.labels or ()})
-    prefix = [*prompt, *(_working(adapted, task, prompt) if task.answer_marker else ())]
+    cache, _, (rest,) = read_documents(adapted, [prompt])
+    prefix = [*rest, *(_working(adapted, task, prompt) if task.answer_marker else ())]
     found = []
     with adapted.adapters.context.use(torch.tensor([task.bias_index or 0])):
         for before, after in tree.branches:
-            out = adapted.model(input_ids=torch.tensor([[*prefix, *before]]), logits_to_keep=1)
+            tokens_BL = torch.tensor([[*prefix, *before]])
+            out = adapted.model(input_ids=tokens_BL, past_key_values=cache, logits_to_keep=1)
+            if cache is not None:
+                cache.crop(prompt.document_length)
             logprobs_V = out.logits[0, -1].float().log_softmax(-1)
             found.append({token: float(logprobs_V[token]) for token in after})
     return tree.probabilities(found)
 
 
-def _working(adapted: AdaptedModel, task: TaskEntry, prompt: Sequence[int]) -> list[int]:
+def _working(adapted: AdaptedModel, task: TaskEntry, prompt: Prompt) -> list[int]:
     """The tokens of the adapter's working and its marker; none if it answers without."""
     (generated,) = greedy_tokens(adapted, [task], [prompt])
     for end in range(1, len(generated) + 1):

@@ -12,7 +12,10 @@ import torch
 from mtlora.adapter import AdapterSet
 from mtlora.checkpoint.format import Checkpoint
 from mtlora.model import AdaptedModel, load_adapted_model
+from mtlora.train.data import Encoded, collate, collate_documents
 
+# Task, token ids, how many of them are the document's.
+_Prompt = tuple[str, list[int], int]
 _COMPARED_PROMPTS = 128
 _COMPARED_AT_ONCE = 8
 
@@ -46,7 +49,7 @@ def compare(folder: Path, before: Checkpoint, after: Checkpoint, texts: Sequence
     new = AdaptedModel(old.model, old.tokenizer, adapters, old.backbone)
     per_task = max(1, min(len(texts), _COMPARED_PROMPTS // len(before.manifest.tasks)))
     prompts = [
-        (task.id, old.prompts.prompt(task.render(dict.fromkeys(task.fields, text))))
+        (task.id, *old.prompts.parts(task.parts(dict.fromkeys(task.fields, text))))
         for task in before.manifest.tasks
         for text in texts[:per_task]
     ]
@@ -54,13 +57,10 @@ def compare(folder: Path, before: Checkpoint, after: Checkpoint, texts: Sequence
     logits, differing, difference, largest = 0, 0, 0.0, 0.0
     for start in range(0, len(prompts), _COMPARED_AT_ONCE):
         batch = prompts[start : start + _COMPARED_AT_ONCE]
-        length = max(len(ids) for _, ids in batch)
-        tokens_BL = torch.tensor([ids + [0] * (length - len(ids)) for _, ids in batch])
-        rows_A = torch.tensor([i * length + k for i, (_, ids) in enumerate(batch) for k in range(len(ids))])
         with adapters.context.backbone_alone():
-            expected_AV = old.answer_logits(tokens_BL, _rows_of(before, batch), rows_A)
+            expected_AV = _logits(old, before, batch)
         with old.adapters.context.backbone_alone():
-            found_AV = new.answer_logits(tokens_BL, _rows_of(after, batch), rows_A)
+            found_AV = _logits(new, after, batch)
         logits += expected_AV.numel()
         differing += int((expected_AV.view(torch.int32) != found_AV.view(torch.int32)).sum())
         difference = max(difference, (expected_AV - found_AV).abs().max().item())
@@ -68,5 +68,12 @@ def compare(folder: Path, before: Checkpoint, after: Checkpoint, texts: Sequence
     return Comparison(len(before.manifest.tasks), len(prompts), logits, differing, difference, largest)
 
 
-def _rows_of(checkpoint: Checkpoint, batch: Sequence[tuple[str, list[int]]]) -> torch.Tensor:
-    return torch.tensor([checkpoint.manifest.task(task_id).bias_index or 0 for task_id, _ in batch])
+def _logits(adapted: AdaptedModel, checkpoint: Checkpoint, prompts: Sequence[_Prompt]) -> torch.Tensor:
+    """Logits at every position; of an activated adapter, from the task's part on: those before are the backbone's."""
+    examples = []
+    for task_id, ids, document_length in prompts:
+        row, own = checkpoint.manifest.task(task_id).bias_index or 0, document_length if adapted.activated else 0
+        # A last token that nothing sees, so that every position before has a next one.
+        examples.append(Encoded(row, tuple(ids[: own + 1]), (*ids[own + 1 :], 0), own))
+    batch = collate_documents(examples) if adapted.activated else collate(examples)
+    return adapted.answer_logits(batch.tokens_BL, batch.bias_index, batch.answer_rows_A, batch.documents)

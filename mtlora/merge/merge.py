@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import torch
 
-from mtlora.checkpoint.format import AdapterManifest, Checkpoint
+from mtlora.checkpoint.format import AdapterManifest, Checkpoint, format_version
 from mtlora.checkpoint.write import check_replaceable, write_checkpoint
 from mtlora.merge.compare import Comparison, compare
 from mtlora.merge.extend import MergeError, extended_config, merged_tasks, merged_tensors, new_task, starting_point
 from mtlora.suite import load_suite, up_to
+from mtlora.task import check_activation
 from mtlora.train.config import TrainingConfig
 
 Mode = Literal["bias", "experts"]
@@ -46,6 +47,7 @@ def merge(before: Checkpoint, backbone: Path, out: Path, config: TrainingConfig)
     (task_id,) = config.tasks or ()
     suite = load_suite(config.suite)
     task = new_task(before, suite, task_id)
+    check_activation(config.adapter, [task])
     if config.adapter != extended_config(before, new_experts):
         raise MergeError("adapter: the adapter's own hyper-parameters stay as they are")
     texts = [example.input for example in up_to(suite, task_id, "train", _COMPARED_TEXTS, config.seed)]
@@ -56,16 +58,18 @@ def merge(before: Checkpoint, backbone: Path, out: Path, config: TrainingConfig)
         *(earlier if isinstance(earlier, list) else ()),
         {"task": task_id, "mode": mode, "new_experts": new_experts, **training},
     ]
+    tasks = merged_tasks(before, task)
     contents: dict[str, Any] = {
         "backbone": old.backbone,
         "config": config.adapter,
-        "tasks": merged_tasks(before, task),
+        "tasks": tasks,
         "training": old.training | {"merged": history},
         "evaluation": _with_scores(old.evaluation, evaluation),
         "calibration": old.calibration,
     }
     tensors = merged_tensors(before, learned)
-    after = Checkpoint(AdapterManifest(**contents, tensors_sha256="0" * 64), tensors)
+    version = format_version(config.adapter, tasks)
+    after = Checkpoint(AdapterManifest(format_version=version, **contents, tensors_sha256="0" * 64), tensors)
     comparison = compare(backbone, before, after, texts)
     allowed = 0.0 if mode == "bias" else _ROUNDING * comparison.largest_logit
     if (mode == "bias" and not comparison.identical) or not comparison.largest_difference <= allowed:

@@ -6,12 +6,14 @@ from pathlib import Path
 from mtlora.suite.base import SPLITS, Example, Split, Suite, SuiteError, split_of, up_to
 from mtlora.suite.bbh_generated import GeneratedBBHSuite
 from mtlora.suite.builtin import BuiltinSuite
+from mtlora.suite.documents import DocumentsSuite
 from mtlora.suite.folder import FolderSuite
 from mtlora.suite.mix import MixedSuite, SuitePart
 
 __all__ = [
     "SPLITS",
     "BuiltinSuite",
+    "DocumentsSuite",
     "Example",
     "FolderSuite",
     "GeneratedBBHSuite",
@@ -27,7 +29,7 @@ __all__ = [
 
 
 def load_suite(name_or_path: str | Sequence[SuitePart]) -> Suite:
-    """The suite called `builtin` or `bbh-generated`, the one in a folder, or a mix of parts.
+    """The suite called `builtin`, `bbh-generated` or `documents`, the one in a folder, or a mix of parts.
 
     Write `./builtin` for a folder of that name.
     """
@@ -37,9 +39,11 @@ def load_suite(name_or_path: str | Sequence[SuitePart]) -> Suite:
         return BuiltinSuite()
     if name_or_path == "bbh-generated":
         return GeneratedBBHSuite()
+    if name_or_path == "documents":
+        return DocumentsSuite()
     if not name_or_path or not Path(name_or_path).is_dir():
         raise SuiteError(
-            f"no suite {name_or_path!r}: allowed are builtin, bbh-generated, or the path of a folder of JSON files "
-            "in the layout of BIG-Bench Hard"
+            f"no suite {name_or_path!r}: allowed are builtin, bbh-generated, documents, or the path of a folder of "
+            "JSON files in the layout of BIG-Bench Hard"
         )
     return FolderSuite(name_or_path)

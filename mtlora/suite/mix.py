@@ -26,7 +26,7 @@ class SuitePart(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    suite: str = Field(description='"builtin", "bbh-generated", or a folder in BIG-Bench-Hard layout')
+    suite: str = Field(description='"builtin", "bbh-generated", "documents", or a folder in BIG-Bench-Hard layout')
     examples_per_task: ExampleCounts = Field(
         None, description="training examples per task: a number, null for all, or numbers by task id, * for the rest"
     )

@@ -25,7 +25,8 @@ class TrainingConfig(BaseModel):
         None, description="a checkpoint of the same adapter config to start from; tasks are matched by id"
     )
     suite: str | Annotated[tuple[SuitePart, ...], Field(min_length=1)] = Field(
-        "builtin", description='"builtin", "bbh-generated", a folder in BIG-Bench-Hard layout, or parts to mix'
+        "builtin",
+        description='"builtin", "bbh-generated", "documents", a folder in BIG-Bench-Hard layout, or parts to mix',
     )
     tasks: tuple[str, ...] | None = Field(None, description="train on these tasks of the suite; null means all")
     examples_per_task: ExampleCounts = Field(
@@ -42,6 +43,9 @@ class TrainingConfig(BaseModel):
     batch_size: int = Field(16, ge=1, description="sequences per step, at most")
     batch_tokens: int | None = Field(
         None, ge=8, description="tokens per step with padding, at most; a longer example is a batch by itself"
+    )
+    document_tasks: int = Field(
+        8, ge=1, description="examples of one document in a step, at most: they share its pass (activation task)"
     )
     max_length: int = Field(512, ge=8, description="tokens of prompt and answer")
     longer_examples: Literal["error", "skip"] = Field(
@@ -71,6 +75,15 @@ class TrainingConfig(BaseModel):
     def method(self) -> MtLoRAConfig | BaselineConfig:
         """What is trained beside the backbone."""
         return self.adapter if self.baseline is None else self.baseline
+
+    @model_validator(mode="after")
+    def _documents_keep_their_keys(self) -> "TrainingConfig":
+        if self.gradient_checkpointing and self.baseline is None and self.adapter.activation == "task":
+            raise ValueError(
+                "gradient_checkpointing: a layer computed again would lose the documents' keys and values "
+                "of activation task; it needs activation all"
+            )
+        return self
 
     @model_validator(mode="after")
     def _baselines_start_anew(self) -> "TrainingConfig":

@@ -1,15 +1,17 @@
 """From suites to batches: encoded examples, and a deterministic schedule of length-bucketed batches.
 
-Shape suffixes: B sequences, L positions, A answer tokens.
+Shape suffixes: B sequences, E examples, L positions, S positions of documents, C = S + L, P tokens with a path,
+A answer tokens.
 """
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from mtlora.model import Documents
 from mtlora.prompt import PromptEncoder
 from mtlora.suite.base import Example, SuiteError
 from mtlora.task import TaskSpec
@@ -20,29 +22,46 @@ _BUCKET_BATCHES = 16
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example as token ids; `task_index` is the row of its task in the task table."""
+    """One example as token ids; `task_index` is the row of its task in the task table.
+
+    document_length: how many of the prompt's first tokens are the document's part.
+    """
 
     task_index: int
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    document_length: int = 0
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
+
+    @property
+    def document(self) -> tuple[int, ...]:
+        """The prompt's first tokens, which belong to the document."""
+        return self.prompt[: self.document_length]
 
 
 @dataclass(frozen=True)
 class Batch:
     """A right-padded batch. With a causal mask, padding changes nothing before it, so padding needs no mask.
 
-    All are int64. answer_rows_A: flat positions b*L + l whose next token is an answer token; answer_targets_A: that
-    token; answer_owner_A: its sequence b.
+    All are int64. task_index_E: of each example. answer_rows_A: flat positions b*L + l whose next token is an answer
+    token; answer_targets_A: that token; answer_owner_A: its example. A row is an example; with `documents`, it holds
+    all examples of a document one after the other, without it, and task_index_BL is that of each token.
     """
 
     tokens_BL: torch.Tensor
-    task_index_B: torch.Tensor
+    task_index_E: torch.Tensor
     answer_rows_A: torch.Tensor
     answer_targets_A: torch.Tensor
     answer_owner_A: torch.Tensor
+    task_index_BL: torch.Tensor | None = None
+    documents: Documents | None = None
+
+    @property
+    def bias_index(self) -> torch.Tensor:
+        """The task's index of each row, or of each token where a row has several."""
+        return self.task_index_E if self.task_index_BL is None else self.task_index_BL
 
 
 def encode(
@@ -60,9 +79,13 @@ def encode(
     """
     index = {task.id: i for i, task in enumerate(tasks)}
     encoded = []
+    # All tasks of a document tokenize it once.
+    document_ids: dict[str, list[int]] = {}
     for example in examples:
         task = tasks[index[example.task_id]]
-        prompt, answer = prompts.example(task, example.input, example.target, example.working)
+        prompt, document_length, answer = prompts.example(
+            task, example.input, example.target, example.working, document_ids=document_ids
+        )
         if len(prompt) + len(answer) > max_length:
             if skipped is not None:
                 skipped[task.id] += 1
@@ -76,7 +99,7 @@ def encode(
                 f"{_where(example)}: target {example.target[:80]!r} takes {len(answer)} tokens with its end, "
                 f"expected at most max_new_tokens {task.max_new_tokens}"
             )
-        encoded.append(Encoded(index[task.id], tuple(prompt), tuple(answer)))
+        encoded.append(Encoded(index[task.id], tuple(prompt), tuple(answer), document_length))
     return encoded
 
 
@@ -86,26 +109,73 @@ def _where(example: Example) -> str:
 
 
 def schedule(
-    examples: Sequence[Encoded], *, batch_size: int, epochs: int, seed: int, batch_tokens: int | None = None
+    examples: Sequence[Encoded],
+    *,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    batch_tokens: int | None = None,
+    document_tasks: int | None = None,
 ) -> list[list[int]]:
     """The examples' indices of every batch of a run: each example once per epoch, similar lengths together.
 
     A batch has at most `batch_size` examples and, with padding, `batch_tokens` tokens, but at least one example.
+    document_tasks: up to so many examples of a document come together, and their document counts once.
     """
     batches: list[list[int]] = []
-    lengths = list(map(len, examples))
     for epoch in range(epochs):
         rng = random.Random(f"{seed}/{epoch}")
-        order = list(range(len(examples)))
+        units = [[i] for i in range(len(examples))]
+        at_once = batch_size
+        if document_tasks is not None:
+            units = _units(examples, min(document_tasks, batch_size), rng)
+            at_once = max(1, batch_size // document_tasks)
+        lengths = [row_length([examples[i] for i in unit]) for unit in units]
+        order = list(range(len(units)))
         rng.shuffle(order)
-        window = batch_size * _BUCKET_BATCHES
+        window = at_once * _BUCKET_BATCHES
         epoch_batches = []
         for start in range(0, len(order), window):
             bucket = sorted(order[start : start + window], key=lengths.__getitem__)
-            epoch_batches += cut(bucket, lengths, batch_size, batch_tokens)
+            epoch_batches += cut(bucket, lengths, at_once, batch_tokens)
         rng.shuffle(epoch_batches)
-        batches += epoch_batches
+        batches += [[i for unit in batch for i in units[unit]] for batch in epoch_batches]
     return batches
+
+
+def by_document(examples: Sequence[Encoded]) -> list[list[int]]:
+    """The examples' indices, those of a document together."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for index, example in enumerate(examples):
+        found.setdefault(example.document, []).append(index)
+    return list(found.values())
+
+
+def _units(examples: Sequence[Encoded], size: int, rng: random.Random) -> list[list[int]]:
+    """The examples of each document in random order, cut evenly into units of at most `size`."""
+    units = []
+    for indices in by_document(examples):
+        rng.shuffle(indices)
+        parts = -(-len(indices) // size)
+        units += [indices[part::parts] for part in range(parts)]
+    return units
+
+
+def row_length(examples: Sequence[Encoded]) -> int:
+    """Tokens of examples that share a document, which counts once."""
+    shared = examples[0].document_length
+    return shared + sum(len(example) - shared for example in examples)
+
+
+def batches(examples: Sequence[Encoded], size: int, *, documents: bool) -> Iterator[Batch]:
+    """The examples once, shortest first, up to `size` at a time; documents: those of a document share its pass."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    if documents:
+        units = sorted(by_document(examples), key=lambda unit: examples[unit[0]].document_length)
+        order = [i for unit in units for i in unit]
+    for start in range(0, len(order), size):
+        chosen = [examples[i] for i in order[start : start + size]]
+        yield collate_documents(chosen) if documents else collate(chosen)
 
 
 def cut(
@@ -148,4 +218,54 @@ def collate(examples: Sequence[Encoded], length: int | None = None) -> Batch:
         torch.tensor(rows),
         torch.tensor(targets),
         torch.tensor(owner),
+    )
+
+
+def collate_documents(examples: Sequence[Encoded]) -> Batch:
+    """As `collate`, but the examples of a document share a row, and the backbone alone reads it once.
+
+    A token attends to its document and to the tokens before it of its own example.
+    """
+    units = by_document(examples)
+    rows = [
+        [(i, examples[i].prompt[examples[i].document_length :] + examples[i].answer) for i in unit] for unit in units
+    ]
+    B, L = len(rows), max(sum(len(tokens) for _, tokens in row) for row in rows)
+    S = max(examples[unit[0]].document_length for unit in units)
+    tokens_BL, positions_BL, task_index_BL = (torch.zeros(B, L, dtype=torch.int64) for _ in range(3))
+    documents_BS = torch.zeros(B, S, dtype=torch.int64)
+    # Padding is an example by itself: every token attends to something.
+    owner_BL = torch.full((B, L), -1)
+    answer_rows: list[int] = []
+    targets: list[int] = []
+    owner: list[int] = []
+    for b, row in enumerate(rows):
+        document = examples[row[0][0]].document
+        documents_BS[b, : len(document)] = torch.tensor(document)
+        start = 0
+        for i, tokens in row:
+            end = start + len(tokens)
+            tokens_BL[b, start:end] = torch.tensor(tokens)
+            positions_BL[b, start:end] = torch.arange(len(tokens)) + len(document)
+            task_index_BL[b, start:end] = examples[i].task_index
+            owner_BL[b, start:end] = i
+            answer = examples[i].answer
+            first = b * L + end - len(answer) - 1
+            answer_rows += range(first, first + len(answer))
+            targets += answer
+            owner += [i] * len(answer)
+            start = end
+    lengths_B = torch.tensor([examples[unit[0]].document_length for unit in units])
+    in_document_BS = torch.arange(S) < lengths_B.unsqueeze(1)
+    own_BLL = (owner_BL.unsqueeze(2) == owner_BL.unsqueeze(1)).tril()
+    mask_BLC = torch.cat([in_document_BS.unsqueeze(1).expand(B, L, S), own_BLL], dim=2)
+    path_P = (owner_BL >= 0).flatten().nonzero().squeeze(1)
+    return Batch(
+        tokens_BL,
+        torch.tensor([example.task_index for example in examples]),
+        torch.tensor(answer_rows),
+        torch.tensor(targets),
+        torch.tensor(owner),
+        task_index_BL,
+        Documents(documents_BS, positions_BL, mask_BLC, None if len(path_P) == B * L else path_P),
     )

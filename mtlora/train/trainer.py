@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from mtlora.families import decoder_layers
 from mtlora.methods.checkpoint import BaselineManifest
 from mtlora.model import new_adapted_model
 from mtlora.suite import load_suite
+from mtlora.task import check_activation
 from mtlora.train.config import TrainingConfig, TrainingError
 from mtlora.train.cpu_backbone import speed_up_training
-from mtlora.train.data import collate, schedule
+from mtlora.train.data import Encoded, by_document, collate, collate_documents, schedule
 from mtlora.train.examples import RunExamples, chosen_tasks
 from mtlora.train.losses import SPECTRAL_LOSSES, balance_loss, batch_loss
 from mtlora.train.optimizer import learning_rate, make_optimizer
@@ -68,8 +70,16 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.suite = load_suite(config.suite)
         self.tasks = chosen_tasks(self.suite, config.tasks)
+        if config.baseline is None:
+            check_activation(config.adapter, self.tasks)
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         self.adapted = new_adapted_model(backbone, config.method, len(self.tasks), dtype)
+        window = getattr(self.adapted.model.config, "sliding_window", None)
+        if self.adapted.activated and window and config.max_length > window:
+            raise TrainingError(
+                f"max_length: found {config.max_length}; allowed with activation task: up to {window}, the backbone's "
+                "sliding window"
+            )
         if config.init_from is not None:
             warm_start(self.adapted, config.adapter, self.tasks, Path(config.init_from))
         self.examples = RunExamples(config, self.suite, self.tasks, self.adapted.prompts)
@@ -79,6 +89,7 @@ class Trainer:
             batch_tokens=config.batch_tokens,
             epochs=config.epochs,
             seed=config.seed,
+            document_tasks=config.document_tasks if self.adapted.activated else None,
         )[: config.max_steps]
         if start:
             start.apply(self.adapted.adapters)
@@ -134,17 +145,22 @@ class Trainer:
         attached.train()
         with clock("batch"):
             whole = [self.examples.train[i] for i in self.batches[self.step]]
-            share, counts = ranks.share(whole)
-            # Pad as in one process: the balance loss sees padding too.
-            batch = collate(share, max(map(len, whole)))
-            # This process' share of all answer tokens, and of all tokens with padding.
+            share, counts = self._share(whole)
+            if self.adapted.activated:
+                batch = collate_documents(share)
+                tokens = sum(map(_own_length, share)) / sum(map(_own_length, whole)) if counts else 0.0
+            else:
+                # Pad as in one process: the balance loss sees padding too.
+                batch = collate(share, max(map(len, whole)))
+                tokens = len(share) / len(whole) if counts else 0.0
+            # This process' share of all answer tokens; `tokens`: of all tokens with a path.
             answers = len(batch.answer_targets_A) / sum(len(e.answer) for e in whole) if counts else 0.0
-            tokens = len(share) / len(whole) if counts else 0.0
             rate = learning_rate(config, self.step, config.schedule_steps or len(self.batches))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             self.optimizer.zero_grad(set_to_none=True)
-        with attached.context.use(batch.task_index_B.to(ranks.device)):
+        # For the layers that gradient checkpointing computes again.
+        with attached.context.use(batch.bias_index.to(ranks.device)):
             with clock("forward"):
                 loss = answers * batch_loss(self.adapted, batch)
             with clock("balance"):
@@ -172,6 +188,13 @@ class Trainer:
             self.optimizer.step()
         self.step += 1
         return StepReport(loss.item(), balance.item(), spectral.item(), grad_norm.item(), rate, sum(map(len, whole)))
+
+    def _share(self, whole: Sequence[Encoded]) -> tuple[Sequence[Encoded], bool]:
+        """(this process' examples of a batch, whether they count). A document's examples stay together."""
+        if not self.adapted.activated:
+            return self.ranks.share(whole)
+        units, counts = self.ranks.share(by_document(whole))
+        return [whole[i] for unit in units for i in unit], counts
 
     def log_step(self, report: StepReport, seconds: float) -> None:
         """Append a step to the run's log."""
@@ -264,6 +287,11 @@ class Trainer:
         if self.ranks.rank < len(state["generators"]):
             _set_random_state(state["generators"][self.ranks.rank], self.ranks.device)
         self.step = state["step"]
+
+
+def _own_length(example: Encoded) -> int:
+    """Tokens after the document's part."""
+    return len(example) - example.document_length
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from mtlora.model import AdaptedModel
 from mtlora.task import TaskSpec
-from mtlora.train.data import Encoded, collate
+from mtlora.train.data import Encoded, batches
 
 _BATCH = 32
 
@@ -23,18 +23,16 @@ def held_out(adapted: AdaptedModel, tasks: Sequence[TaskSpec], examples: Sequenc
     Greedy decoding gives an answer whose every token is the most likely one after the tokens before it, so this is
     exact match. For tasks with working it is a lower bound: another working may lead to the same answer.
     """
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
     loss_sum, answer_tokens = 0.0, 0
     correct = [0] * len(tasks)
     total = [0] * len(tasks)
-    for start in range(0, len(order), _BATCH):
-        batch = collate([examples[i] for i in order[start : start + _BATCH]])
-        logits_AV = adapted.answer_logits(batch.tokens_BL, batch.task_index_B, batch.answer_rows_A).cpu()
+    for batch in batches(examples, _BATCH, documents=adapted.activated):
+        logits_AV = adapted.answer_logits(batch.tokens_BL, batch.bias_index, batch.answer_rows_A, batch.documents).cpu()
         loss_sum += cross_entropy(logits_AV.float(), batch.answer_targets_A, reduction="sum").item()
         answer_tokens += len(batch.answer_targets_A)
-        wrong_B = torch.zeros(len(batch.task_index_B))
+        wrong_B = torch.zeros(len(batch.task_index_E))
         wrong_B.index_add_(0, batch.answer_owner_A, (logits_AV.argmax(-1) != batch.answer_targets_A).float())
-        for task_index, wrong in zip(batch.task_index_B.tolist(), wrong_B.tolist(), strict=True):
+        for task_index, wrong in zip(batch.task_index_E.tolist(), wrong_B.tolist(), strict=True):
             total[task_index] += 1
             correct[task_index] += wrong == 0
     accuracy = {task.id: round(c / t, 4) for task, c, t in zip(tasks, correct, total, strict=True) if t}

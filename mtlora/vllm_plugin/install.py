@@ -8,13 +8,15 @@ from mtlora.vllm_plugin.seams import available, require
 
 def install() -> None:
     """Take them, once. Raises RuntimeError where one that correctness needs is missing."""
-    for name in ("adapters", "operators", "compile cache key", "engine config", "typed answers"):
+    for name in ("adapters", "operators", "compile cache key", "engine config", "typed answers", "activation"):
         require(name)
     # Imported only now: these modules take the names that the seams check.
     from vllm.platforms import current_platform
     from vllm.v1.worker import lora_model_runner_mixin
 
+    from mtlora.vllm_plugin.activation import check_requests, key_blocks
     from mtlora.vllm_plugin.compilation import adapt_engine_config, key_compile_cache
+    from mtlora.vllm_plugin.leases import keep_leases
     from mtlora.vllm_plugin.typed import hold_answers_to_types
     from mtlora.vllm_plugin.worker_manager import MtLoRAWorkerManager
 
@@ -27,6 +29,10 @@ def install() -> None:
         from mtlora.vllm_plugin.served_types import hold_requests_to_types
 
         hold_requests_to_types()
+    key_blocks()
+    check_requests()
+    if available("leases of documents"):
+        keep_leases()
     if current_platform.is_cpu():
         _install_on_cpu()
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = MtLoRAWorkerManager

@@ -7,6 +7,10 @@ request for each task. An adapter without has one for all, so its tasks share th
 from pathlib import Path
 
 _SEPARATOR = "#"
+# A request's activation point, in `SamplingParams.extra_args`; see activation.py.
+ACTIVATION_KEY = "mtlora_activation"
+# [seconds, most tokens of the request's tenant]: how long its document's blocks are kept; see leases.py.
+LEASE_KEY = "mtlora_lease"
 
 
 def slot_name(adapter: str, version: str, task_id: str | None) -> str:

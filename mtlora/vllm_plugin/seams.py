@@ -146,6 +146,50 @@ SEAMS = (
         "vLLM's own server leaves answers free; mtlora-server does not",
     ),
     Seam(
+        "activation",
+        Need.CORRECTNESS,
+        "mtlora.vllm_plugin.activation",
+        (
+            "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys(request, start_token_idx, end_token_idx, "
+            "start_mm_idx)",
+            "vllm.v1.core.block_pool:generate_block_hash_extra_keys",
+            "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.set_active_loras(input_batch, "
+            "num_scheduled_tokens, num_sampled_tokens, mapping_type)",
+            "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin._set_active_loras(prompt_lora_mapping, "
+            "token_lora_mapping, lora_requests, mapping_type)",
+            "vllm.v1.worker.gpu_input_batch:InputBatch.make_lora_inputs(num_scheduled_tokens, num_sampled_tokens)",
+            "vllm.v1.engine.input_processor:InputProcessor.process_inputs(request_id, prompt, params, supported_tasks)",
+            "vllm.sampling_params:SamplingParams.extra_args",
+        ),
+        "adapters act on every token, and share no blocks",
+    ),
+    Seam(
+        "activation in the second model runner",
+        Need.CORRECTNESS,
+        "mtlora.vllm_plugin.activation",
+        (
+            "vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests(scheduler_output)",
+            "vllm.v1.worker.gpu.lora_utils:LoraState.make_lora_inputs(req_ids, idx_mapping, num_scheduled_tokens)",
+            "vllm.v1.worker.gpu.lora_utils:LoraState.remove_request(req_id)",
+        ),
+        "the same, where vLLM runs its second model runner",
+    ),
+    Seam(
+        "leases of documents",
+        Need.SPEED,
+        "mtlora.vllm_plugin.leases",
+        (
+            "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots(request, num_new_tokens)",
+            "vllm.v1.core.kv_cache_manager:KVCacheManager.free(request)",
+            "vllm.v1.core.kv_cache_manager:KVCacheManager.pop_blocks_for_free(request)",
+            "vllm.v1.core.kv_cache_manager:KVCacheManager.reset_prefix_cache()",
+            "vllm.v1.core.kv_cache_manager:KVCacheManager.get_blocks(request_id)",
+            "vllm.v1.core.block_pool:BlockPool.touch(blocks)",
+            "vllm.v1.core.block_pool:BlockPool.free_blocks(ordered_blocks)",
+        ),
+        "documents leave the cache as soon as other requests need their place",
+    ),
+    Seam(
         "seeded requests on CPUs",
         Need.CORRECTNESS,
         "mtlora.vllm_cpu.seeded",

@@ -18,6 +18,7 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from mtlora.backbone import BackboneError, identify
 from mtlora.vllm_cpu.pipeline import warm_up_stages
 from mtlora.vllm_cpu.seeded import rewind_cpu_generators
+from mtlora.vllm_plugin.activation import leave_rows_bare
 from mtlora.vllm_plugin.compilation import check_config
 from mtlora.vllm_plugin.model_manager import MtLoRAModelManager
 from mtlora.vllm_plugin.packed import Slot
@@ -49,6 +50,7 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         """
         check_config(vllm_config)
         warm_up_stages(vllm_config)
+        leave_rows_bare()
         if self.device.type == "cpu":
             rewind_cpu_generators()
         wrapped = super().create_lora_manager(model, vllm_config)

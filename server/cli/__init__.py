@@ -10,6 +10,7 @@ from importlib import import_module
 _COMMANDS = {
     "serve": "run the server",
     "ask": "ask a running server",
+    "analyze": "ask a running server many tasks about one file",
     "tasks": "list a running server's tasks",
     "adapters": "of a running server",
     "usage": "what the tenants of a running server used, as JSON lines",

@@ -18,6 +18,7 @@ from mtlora.suite import load_suite
 from mtlora.suite.base import Example
 from mtlora.task import is_correct
 from server.cli import CommandError
+from server.cli.analyze import print_answers, shared_tasks
 from server.cli.process import ServerFailedError, ServerProcess
 
 # Requests in flight: enough to mix all tasks in the engine's batches.
@@ -58,7 +59,8 @@ def _demonstrate(backbone: str, adapters: Path, per_task: int, seed: int) -> int
     console = Console()
     suite = load_suite("builtin")
     console.print(f"Starting one server: backbone {backbone}, adapters {adapters} ...")
-    with ServerProcess(backbone=backbone, adapters=adapters) as server:
+    # Documents may be longer than the default context.
+    with ServerProcess(backbone=backbone, adapters=adapters, max_model_len=2048) as server:
         console.print(f"Serving on {server.address} after {server.start_seconds:.0f} s.")
         with server.client() as client:
             served = {task.id for task in client.tasks()}
@@ -79,6 +81,7 @@ def _demonstrate(backbone: str, adapters: Path, per_task: int, seed: int) -> int
             began = time.monotonic()
             asked = asyncio.run(ask_all(server.address, examples))
             seconds = time.monotonic() - began
+        failed_tasks = _show_document(server, seed)
         with console.status("The same questions to the backbone alone ..."):
             alone = asyncio.run(ask_all(server.address, examples, without_adapter=True))
     _print_table(asked, alone)
@@ -92,7 +95,17 @@ def _demonstrate(backbone: str, adapters: Path, per_task: int, seed: int) -> int
         f"demo: {tasks} tasks, {len(asked)} requests, {ok} ok, accuracy {_accuracy(asked):.2f}, "
         f"backbone alone {_accuracy(alone):.2f}"
     )
-    return 1 if failed else 0
+    return 1 if failed or failed_tasks else 0
+
+
+def _show_document(server: ServerProcess, seed: int) -> int:
+    """All tasks that share a document, asked of one; returns how many failed."""
+    with server.client() as client:
+        if not (tasks := shared_tasks(client)):
+            return 0
+        suite = load_suite("documents")
+        (example,) = suite.examples(suite.tasks[0].id, "test", 1, seed)
+        return print_answers(client, tasks, str(example.input), timeout=300)
 
 
 async def ask_all(address: str, examples: Sequence[Example], *, without_adapter: bool = False) -> list[Asked]:

@@ -2,12 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 from mtlora.prompt import PromptEncoder
+from mtlora.vllm_plugin.naming import ACTIVATION_KEY
 from server.engine import translation
 from server.engine.launch import launch
 from server.engine.processes import EngineProcesses
@@ -223,13 +224,22 @@ class Engine:
         """
         sampled = Sampling(max_new_tokens=2, temperature=1.0, top_p=0.9, top_k=10, seed=0, logprobs=1)
         for sampling in (Sampling(max_new_tokens=1),) if short else (Sampling(max_new_tokens=2), sampled):
-            async for _ in self._generate([1] * 8, sampling, slot):
+            # An adapter that acts from a token on needs a number of them.
+            async for _ in self._generate([1] * 8, sampling, slot, extra={ACTIVATION_KEY: 0}):
                 pass
 
     def generate(self, job: GenerationJob) -> AsyncGenerator[Delta, None]:
         """A sequence's deltas. Closing the iterator, or cancelling its reader, aborts the sequence in the engine."""
         slot = None if job.without_adapter else job.task.slot
-        return self._generate(list(job.prompt_ids), job.sampling, slot, job.cache_salt, job.delta_tokens)
+        extra = translation.extra_args(job)
+        return self._generate(list(job.prompt_ids), job.sampling, slot, job.cache_salt, job.delta_tokens, extra=extra)
+
+    def _rank_of(self, document_ids: list[int]) -> dict[str, int]:
+        """Of several engines, the one that reads a document: its tasks meet its blocks there."""
+        engines = self._settings.data_parallel_size
+        if engines == 1 or not document_ids:
+            return {}
+        return {"data_parallel_rank": hash(tuple(document_ids)) % engines}
 
     async def _generate(
         self,
@@ -238,6 +248,8 @@ class Engine:
         slot: Any | None,
         cache_salt: str | None = None,
         delta_tokens: int = 1,
+        *,
+        extra: Mapping[str, Any] | None = None,
     ) -> AsyncGenerator[Delta, None]:
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
@@ -247,9 +259,10 @@ class Engine:
         self._count += 1
         outputs = self._llm.generate(
             tokens_input(prompt_ids, cache_salt=cache_salt),
-            translation.sampling_params(sampling, delta_tokens),
+            translation.sampling_params(sampling, delta_tokens, extra),
             f"sequence-{self._count}",
             lora_request=slot,
+            **(self._rank_of(prompt_ids[: extra[ACTIVATION_KEY]]) if extra else {}),
         )
         try:
             async with aclosing(outputs):

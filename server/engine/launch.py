@@ -19,6 +19,8 @@ from server.telemetry.logs import get_logger
 
 logger = get_logger("engine")
 
+_CPU_BLOCK_TOKENS = 32
+
 # Even in an eager engine, vLLM compiles two sampling functions in the first request that needs them, for seconds.
 _EAGER = {"TORCHDYNAMO_DISABLE": "1"}
 
@@ -71,6 +73,8 @@ def _engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
         "kv_cache_memory_bytes": int(kv_cache_gib * (1 << 30)) if kv_cache_gib else None,
         "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
         "enable_prefix_caching": settings.enable_prefix_caching,
+        # Only whole blocks are shared; vLLM's 128 tokens on CPUs leave a document's last ones to each of its tasks.
+        "block_size": _CPU_BLOCK_TOKENS if on_cpu else None,
         "seed": settings.seed,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "pipeline_parallel_size": settings.pipeline_parallel_size,

@@ -1,18 +1,22 @@
 """From this server's types to vLLM's, and back."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from mtlora.vllm_plugin.naming import ACTIVATION_KEY, LEASE_KEY
 from server.errors import EngineAbortedError
-from server.job import Delta, FinishReason, MoreSampling, Sampling, TokenLogprob, TokenLogprobs
+from server.job import Delta, FinishReason, GenerationJob, MoreSampling, Sampling, TokenLogprob, TokenLogprobs
 
 _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "repetition": "stop"}
 
 
-def sampling_params(sampling: Sampling, delta_tokens: int) -> Any:
-    """vLLM's SamplingParams for output in pieces of `delta_tokens` tokens, or in one piece if it is no longer."""
+def sampling_params(sampling: Sampling, delta_tokens: int, extra: Mapping[str, Any] | None = None) -> Any:
+    """vLLM's SamplingParams for output in pieces of `delta_tokens` tokens, or in one piece if it is no longer.
+
+    extra: what `extra_args` gives of a job.
+    """
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     in_one_piece = sampling.max_new_tokens <= delta_tokens
@@ -27,10 +31,18 @@ def sampling_params(sampling: Sampling, delta_tokens: int) -> Any:
         structured_outputs=_structured_outputs(sampling.constraint) if sampling.constraint else None,
         output_kind=RequestOutputKind.FINAL_ONLY if in_one_piece else RequestOutputKind.DELTA,
         stream_interval=delta_tokens,
+        extra_args=extra,
         # No deep copy: nothing else holds this object.
         skip_clone=True,
         **(_more(sampling.more) if sampling.more else {}),
     )
+
+
+def extra_args(job: GenerationJob) -> dict[str, Any] | None:
+    """What the plugin reads of a job whose adapter acts from a token on; None for others."""
+    if job.activation is None:
+        return None
+    return {ACTIVATION_KEY: job.activation} | ({LEASE_KEY: list(job.lease)} if job.lease else {})
 
 
 @lru_cache(maxsize=1024)

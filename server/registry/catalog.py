@@ -92,6 +92,7 @@ def served_task(version: AdapterVersion, task_id: str) -> ServedTask:
         version.slots[task_id],
         version=version,
         calibration=version.calibration.get(task_id),
+        activation=version.activation,
     )
 
 

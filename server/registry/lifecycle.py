@@ -76,6 +76,7 @@ class Lifecycle:
             version.slots = self.make_slots(version.name, label, verified.folder, manifest, self._next_id)
             self._next_id = max(slot.lora_int_id for slot in version.slots.values()) + 1
             version.specs = {task.id: task for task in manifest.tasks}
+            version.activation = manifest.config.activation
             version.calibration = manifest.calibration
             version.fewest = None
         version.content, version.folder = verified.content, verified.folder

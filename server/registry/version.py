@@ -36,7 +36,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from server.errors import AdapterError
 from server.registry.source import Found
@@ -132,6 +132,7 @@ class AdapterVersion:
     copied, folder: whether the spool has a copy, and where.
     specs: its tasks by id.
     slots: vLLM's LoRARequest of each task; tasks without a bias of their own share one.
+    activation: that of its adapter; see ServedTask.
     calibration: the temperature of the probabilities of a task's labels, for tasks that have one.
     fewest: the fewest tokens that a typed task's answer takes, by task; None until the engine has compiled the types.
     holds: requests that it was chosen for, until they end. leases: those that keep it resident.
@@ -150,6 +151,7 @@ class AdapterVersion:
     folder: Path = field(init=False)
     specs: Mapping[str, "TaskSpec"] = field(default_factory=dict)
     slots: Mapping[str, Any] = field(default_factory=dict)
+    activation: Literal["all", "task"] = "all"
     calibration: Mapping[str, float] = field(default_factory=dict)
     fewest: Mapping[str, int] | None = None
     place: Place = Place.OUT

@@ -9,6 +9,7 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from server.call import Call
 from server.errors import RequestFailedError
 from server.job import GenerationJob, ServedTask
+from server.rpc.documents import Document
 from server.rpc.failures import failure_of
 from server.rpc.generation import Generation
 
@@ -20,6 +21,7 @@ MAX_BATCH = 1024
 class Item:
     """One input of a call, and what became of it.
 
+    document: what it is about, in a call about one document.
     samples: sequences that it asks for. generations: one each. failure: why it has no answer.
     """
 
@@ -28,6 +30,7 @@ class Item:
     call: Call
     samples: int
     index: int = 0
+    document: Document | None = None
     generations: list[Generation] = field(default_factory=list)
     failure: RequestFailedError | None = None
 

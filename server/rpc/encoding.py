@@ -30,6 +30,8 @@ def task(served: ServedTask) -> pb.Task:
         answer_marker=spec.answer_marker or "",
         answer=answers.message(spec.answer_type) if spec.answer_type else None,
         calibration=served.calibration,
+        document_template=spec.document_template or "",
+        activation=served.activation,
         defaults=_parameters(spec.defaults) if spec.defaults else None,
     )
 

@@ -108,6 +108,8 @@ class Generation:
                         self._observe(delta)
                         if delta.finish_reason and splitter.working:
                             self.working_tokens = engine.prompts.working_tokens(self.token_ids, splitter.working)
+                        if delta.tokens and not turn.begun:
+                            turn.found(self.cached_tokens)
                         if delta.tokens:
                             turn.served(delta.tokens, self.first_token_at)
                         emit(delta)

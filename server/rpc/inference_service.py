@@ -24,11 +24,12 @@ from server.registry.residency import Residency
 from server.rpc import encoding
 from server.rpc.answers import OwnTypes
 from server.rpc.batch import MAX_BATCH, Expand, Item, samples, side_by_side
+from server.rpc.documents import Document, Documents
 from server.rpc.generation import Generation
 from server.rpc.pieces import in_pieces
 from server.rpc.scoring import Scoring
 from server.rpc.stream import unhurried
-from server.rpc.validation import PromptLimits, page_size, samples_of, validate
+from server.rpc.validation import PromptLimits, page_size, samples_of, sharing_violation, validate
 from server.scheduling import Scheduler
 from server.scheduling.admission import Admission
 from server.scheduling.fair_thread import FairThread
@@ -66,6 +67,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         scheduler: Scheduler,
         directory: Directory,
         usage: Usage,
+        documents: Documents,
         *,
         log_prompts: bool = False,
     ) -> None:
@@ -74,6 +76,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._scheduler = scheduler
         self._directory = directory
         self._usage = usage
+        self._documents = documents
         self._metrics = metrics
         self._log_prompts = log_prompts
         self._tokenizing = FairThread("tokenize")
@@ -105,6 +108,61 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         async with aclosing(self._run_batch(self._items(request))) as ended:
             async for item in ended:
                 yield pb.GenerateBatchStreamResponse(item=encoding.batch_item(item))
+
+    async def Analyze(self, request: pb.AnalyzeRequest, context: Any) -> pb.AnalyzeResponse:
+        document, items = await self._about(request)
+        async with aclosing(self._run_batch(items, _led(document))) as ended:
+            async for _ in ended:
+                pass
+        answers = [encoding.batch_item(item) async for item in in_pieces(items)]
+        return pb.AnalyzeResponse(document_id=document.id, document_tokens=len(document.ids), items=answers)
+
+    async def AnalyzeStream(self, request: pb.AnalyzeRequest, context: Any) -> AsyncIterator[pb.AnalyzeStreamResponse]:
+        document, items = await self._about(request)
+        async with aclosing(self._run_batch(items, _led(document))) as ended:
+            async for item in ended:
+                yield pb.AnalyzeStreamResponse(
+                    document_id=document.id, document_tokens=len(document.ids), item=encoding.batch_item(item)
+                )
+
+    async def _about(self, request: pb.AnalyzeRequest) -> tuple[Document, list[Item]]:
+        """The document of a call, and its tasks as items. Raises INVALID_ARGUMENT or NOT_FOUND."""
+        self._admission.check_serving()
+        source = request.WhichOneof("source")
+        if source is None or (source == "document" and not request.document.strip()):
+            found = "none" if source is None else "nothing but blanks"
+            raise invalid_argument([Violation("document", f"found {found}; allowed: a text, or a document_id")])
+        items = self._batch([document_request(each) for each in request.tasks], "tasks", "AnalyzeTask")
+        document = self._documents.get(current_call.get().tenant, request.document_id) if source != "document" else None
+        asked = [item.task for item in items if item.task is not None]
+        template = document.template if document else next((each.spec.document_template or "" for each in asked), "")
+        violations = [
+            Violation(f"tasks[{item.index}].task_id", reason)
+            for item in items
+            if item.task is not None and (reason := sharing_violation(item.task, template))
+        ]
+        if violations:
+            raise invalid_argument(violations)
+        if not asked:
+            raise self.not_found(items[0].request.task_id)
+        document = document or await self._document(request.document, template)
+        for item in items:
+            item.document = document
+            item.request.routing_key = item.request.routing_key or document.id
+        return document, items
+
+    async def _document(self, text: str, template: str) -> Document:
+        """Encode a document of the current call, and keep it. Raises INVALID_ARGUMENT if it leaves a task no room."""
+        tenant, longest = current_call.get().tenant, self.limits.max_model_len - 2
+        rendered = template.format(document=text)
+        if (found := self.prompts.fewest_tokens(rendered)) <= longest:
+            encode = partial(self.prompts.prompt, rendered)
+            apart = len(rendered) > _TOKENIZE_APART_BYTES
+            ids = await self._tokenizing.run(tenant, len(rendered), encode) if apart else encode()
+            if (found := len(ids)) <= longest:
+                return self._documents.keep(tenant, template, ids)
+        allowed = f"up to {longest}, which leaves room for a task and its answer in {self.limits.max_model_len}"
+        raise invalid_argument([Violation("document", f"found {found} tokens or more; allowed: {allowed}")])
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
         items = self._scored(request)
@@ -157,17 +215,23 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return [item.answers[0] for item in items]
 
     def _items(self, request: pb.GenerateBatchRequest) -> list[Item]:
-        """The batch's inputs, each a call of its own for usage, metrics and the log. Raises INVALID_ARGUMENT."""
+        return self._batch(request.items, "items", "GenerateBatchItem")
+
+    def _batch(self, requests: Sequence[pb.GenerateRequest], name: str, method: str) -> list[Item]:
+        """A call's inputs, each a call of its own for usage, metrics and the log. Raises INVALID_ARGUMENT.
+
+        name: the field that they come in.
+        """
         call = current_call.get()
-        if not 1 <= len(request.items) <= MAX_BATCH:
-            raise invalid_argument([Violation("items", f"found {len(request.items)}; allowed: 1 to {MAX_BATCH}")])
+        if not 1 <= len(requests) <= MAX_BATCH:
+            raise invalid_argument([Violation(name, f"found {len(requests)}; allowed: 1 to {MAX_BATCH}")])
         items = []
-        for index, each in enumerate(request.items):
-            own = replace(call, request_id=f"{call.request_id}.{index}", method="GenerateBatchItem", audited=None)
+        for index, each in enumerate(requests):
+            own = replace(call, request_id=f"{call.request_id}.{index}", method=method, audited=None)
             task = self.find(each.task_id, own)
             items.append(Item(each, task, own, samples_of(each, task), index))
         if (sequences := sum(item.samples for item in items)) > MAX_BATCH:
-            raise invalid_argument([Violation("items", f"found {sequences} samples; allowed: 1 to {MAX_BATCH}")])
+            raise invalid_argument([Violation(name, f"found {sequences} samples; allowed: 1 to {MAX_BATCH}")])
         return items
 
     async def _run_batch(self, items: Sequence[Item], expand: Expand = samples) -> AsyncGenerator[Item, None]:
@@ -234,7 +298,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def _prepare(self, item: Item, expand: Expand, *, strict: bool, apart: bool) -> None:
         try:
-            first = await self._generation(item.request, item.task, _UNARY_DELTA_TOKENS, apart=apart, call=item.call)
+            first = await self._generation(
+                item.request, item.task, _UNARY_DELTA_TOKENS, apart=apart, call=item.call, document=item.document
+            )
         except RequestFailedError as failure:
             if strict:
                 raise
@@ -328,6 +394,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         apart: bool = False,
         stream: bool = False,
         call: Call | None = None,
+        document: Document | None = None,
     ) -> Generation:
         """A valid request, ready to run. A large one is tokenized beside the event loop, and so are all with `apart`.
 
@@ -341,7 +408,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         own = None
         if request.HasField("answer"):
             own = await self._own_types.hold(request, task.spec if task else None, call.tenant, self.engine)
-        arguments = (request, task, self.prompts, self.limits, call.tenant, cache_salt, delta_tokens, own)
+        arguments = (request, task, self.prompts, self.limits, call.tenant, cache_salt, delta_tokens, own, document)
         if apart or request.ByteSize() > _TOKENIZE_APART_BYTES:
             work = partial(validate, *arguments, stream=stream)
             job = await self._tokenizing.run(call.tenant, request.ByteSize(), work)
@@ -371,6 +438,36 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             if prefetch:
                 self.residency.prefetch(task.version)
             yield task
+
+
+def document_request(task: pb.DocumentTask) -> pb.GenerateRequest:
+    """A task of a document as the request that it is, without the document."""
+    request = pb.GenerateRequest(
+        task_id=task.task_id,
+        parameters=task.parameters,
+        fields=task.fields,
+        include_reasoning=task.include_reasoning,
+        routing_key=task.routing_key,
+        free=task.free,
+    )
+    if task.HasField("answer"):
+        request.answer.CopyFrom(task.answer)
+    return request
+
+
+def _led(document: Document) -> Expand:
+    """Of a call's sequences, all but the first are charged for their own part: the first computes the document."""
+    leads = True
+
+    def expand(first: Generation) -> list[Generation]:
+        nonlocal leads
+        made = samples(first)
+        for each in made[leads:]:
+            each.job = replace(each.job, shared=len(document.ids))
+        leads = False
+        return made
+
+    return expand
 
 
 def _routing_key(request: pb.GenerateRequest) -> bytes:

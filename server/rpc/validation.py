@@ -9,11 +9,12 @@ from mtlora_pb.v1 import inference_pb2 as pb
 
 from mtlora.parameters import MAX_LOGPROBS, MAX_SAMPLES, MAX_TEMPERATURE, samples
 from mtlora.prompt import PromptEncoder
-from mtlora.task import TaskSpec
+from mtlora.task import TaskSpec, template_fields
 from server.errors import Violation
 from server.job import GenerationJob, Sampling, ServedTask
 from server.rpc import parameters as more
 from server.rpc.answers import Held
+from server.rpc.documents import Document
 from server.tenants import OPEN_TENANT, Tenant
 
 MAX_STOP_STRINGS = 8
@@ -43,15 +44,20 @@ def validate(
     cache_salt: str | None = None,
     delta_tokens: int = 1,
     own: Held | None = None,
+    document: Document | None = None,
     *,
     stream: bool = False,
 ) -> GenerationJob | list[Violation]:
     """The job that a request asks for, or every violation in it. `task` is None if the request names none.
 
-    own: what the request's own type holds its answer to, if it brings one.
+    own: what the request's own type holds its answer to, if it brings one. document: the document part of its prompt,
+    whose fields are then the task part's alone.
     """
     violations = [] if task else [Violation("task_id", "found none; ListTasks has those that can be asked")]
-    violations += _input_violations(request, task.spec if task else None, prompts, limits, tenant)
+    if document is not None and task is not None:
+        violations += _task_violations(request.fields, task, document)
+    else:
+        violations += _input_violations(request, task.spec if task else None, prompts, limits, tenant)
     violations += _parameter_violations(request.parameters, tenant)
     values = None
     if task and (task.spec.defaults or any(f.number > _LAST_PLAIN for f, _ in request.parameters.ListFields())):
@@ -61,17 +67,29 @@ def validate(
         return violations
     given, longest = str(request.WhichOneof("input")), limits.max_model_len - 1
     prompt_ids: Sequence[int]
+    point = 0
     if given == "token_ids":
         prompt_ids = request.token_ids.values
-    else:
+    elif given == "chat":
         try:
-            text = _render(request, task.spec, prompts)
+            text = _render_chat(request, prompts)
         except TemplateError as error:
             return [Violation("chat.messages", f"the backbone's chat template refuses them: {error}")]
         # Encoding a text that cannot fit would take long.
         if (fewest := prompts.fewest_tokens(text)) > longest:
             return [_too_long(given, f"at least {fewest}", longest)]
-        prompt_ids = prompts.chat(text) if given == "chat" else prompts.prompt(text)
+        prompt_ids = prompts.chat(text)
+    elif document is not None:
+        point = len(document.ids)
+        text = task.spec.template.format_map(dict(request.fields.values))
+        if (fewest := point + prompts.fewest_tokens(text)) > longest:
+            return [_too_long(given, f"at least {fewest}", longest)]
+        prompt_ids = (*document.ids, *prompts.text(text))
+    else:
+        parts = task.spec.parts(dict(request.fields.values) if given == "fields" else request.text)
+        if (fewest := prompts.fewest_tokens(parts.document) + prompts.fewest_tokens(parts.task)) > longest:
+            return [_too_long(given, f"at least {fewest}", longest)]
+        prompt_ids, point = prompts.parts(parts)
     room = limits.max_model_len - len(prompt_ids)
     if not prompt_ids:
         return [Violation(given, "found 0 tokens; allowed: at least 1")]
@@ -100,6 +118,8 @@ def validate(
         strip=given != "chat" or held is not None,
         include_reasoning=request.include_reasoning,
         answer_type=held.name if held else "",
+        activation=point if task.activation == "task" else None,
+        lease=document.lease if document is not None else None,
     )
     job = plain if values is None else _with_more(plain, values, limits.vocab_size)
     if held and not isinstance(job, list):
@@ -151,13 +171,37 @@ def _fields_violations(fields: pb.TemplateFields, task: TaskSpec | None) -> Iter
     if not any(value.strip() for value in fields.values.values()):
         yield Violation("fields", "found nothing but blanks; allowed: a text in at least one field")
     if task:
-        takes = f"task {task.id} takes {', '.join(task.fields)}"
-        for name in task.fields:
-            if name not in fields.values:
-                yield Violation(f"fields.values[{name}]", f"missing; {takes}")
-        for name in sorted(fields.values):
-            if name not in task.fields:
-                yield Violation(f"fields.values[{name}]", f"unknown; {takes}")
+        yield from _named_violations(fields, task, task.fields)
+
+
+def _named_violations(fields: pb.TemplateFields, task: TaskSpec, names: Sequence[str]) -> Iterator[Violation]:
+    takes = f"task {task.id} takes {', '.join(names) or 'none'}"
+    for name in names:
+        if name not in fields.values:
+            yield Violation(f"fields.values[{name}]", f"missing; {takes}")
+    for name in sorted(fields.values):
+        if name not in names:
+            yield Violation(f"fields.values[{name}]", f"unknown; {takes}")
+
+
+def sharing_violation(task: ServedTask, template: str) -> str | None:
+    """Why a task cannot be asked of a document in this template, if it cannot."""
+    spec = task.spec
+    if task.activation != "task":
+        return (
+            f"task {spec.id} is of adapter {task.adapter_name}, which acts on every token and so shares no document; "
+            "allowed: tasks whose adapter has the activation task, or Generate"
+        )
+    if spec.document_template != template:
+        return f"the document template of task {spec.id} is another than the document's; allowed: tasks with the same"
+    return None
+
+
+def _task_violations(fields: pb.TemplateFields, task: ServedTask, document: Document) -> Iterator[Violation]:
+    if reason := sharing_violation(task, document.template):
+        yield Violation("task_id", reason)
+    else:
+        yield from _named_violations(fields, task.spec, template_fields(task.spec.template))
 
 
 def _too_long(given: str, found: str, longest: int) -> Violation:
@@ -232,15 +276,8 @@ def _parameter_violations(parameters: pb.GenerationParameters, tenant: Tenant) -
         yield Violation("parameters.stop.values", f"found {found} characters in all; allowed: {allowed}")
 
 
-def _render(request: pb.GenerateRequest, task: TaskSpec, prompts: PromptEncoder) -> str:
-    match request.WhichOneof("input"):
-        case "chat":
-            messages = [{"role": message.role, "content": message.content} for message in request.chat.messages]
-            return prompts.render_chat(messages)
-        case "fields":
-            return task.render(dict(request.fields.values))
-        case _:
-            return task.render(request.text)
+def _render_chat(request: pb.GenerateRequest, prompts: PromptEncoder) -> str:
+    return prompts.render_chat([{"role": each.role, "content": each.content} for each in request.chat.messages])
 
 
 def _held(request: pb.GenerateRequest, task: ServedTask) -> Held | None:

@@ -50,6 +50,8 @@ class Turn:
     _beside: int = 0
     _first: float = 0.0
     _tokens: int = 0
+    # Tokens of the prompt that it was charged for.
+    _prompt: int = 0
     _away: bool = False
 
     @asynccontextmanager
@@ -64,6 +66,12 @@ class Turn:
         # A request that fails inside does not come back.
         await self._scheduler.come_back(self)
 
+    def found(self, cached: int) -> None:
+        """Charge what was computed of the prompt: `cached` of its tokens were not."""
+        computed = len(self.job.prompt_ids) - cached
+        self._scheduler.charge(self, computed - self._prompt, PROMPT_COST)
+        self._prompt = computed
+
     def served(self, tokens: int, first_token_at: float) -> None:
         """Count generated tokens; the request's first one came at `first_token_at`, in the clock's seconds."""
         self._first = first_token_at
@@ -71,9 +79,14 @@ class Turn:
         self._scheduler.charge(self, tokens, COMPLETION_COST)
 
     @property
+    def begun(self) -> bool:
+        """Whether a token was served."""
+        return self._tokens > 0
+
+    @property
     def service(self) -> float:
         """What the request has cost, as the fair queue counts it."""
-        return len(self.job.prompt_ids) * PROMPT_COST + self._tokens * COMPLETION_COST
+        return self._prompt * PROMPT_COST + self._tokens * COMPLETION_COST
 
 
 @dataclass
@@ -286,7 +299,8 @@ class Scheduler:
             self._occupy(turn)
             self._account(turn.tenant).running += 1
             self._block(turn.tenant)
-            self.charge(turn, len(turn.job.prompt_ids), PROMPT_COST)
+            turn._prompt = _computed(turn.job)
+            self.charge(turn, turn._prompt, PROMPT_COST)
             turn._granted.set_result(None)
 
     def _occupy(self, turn: Turn) -> None:
@@ -335,7 +349,7 @@ class Scheduler:
     def _reserve(self, tenant: Tenant, jobs: Sequence[GenerationJob]) -> Reservation:
         if (rate := tenant.tokens_per_second) is None:
             return Reservation(0)
-        tokens = sum(len(job.prompt_ids) + job.sampling.max_new_tokens for job in jobs)
+        tokens = sum(_computed(job) + job.sampling.max_new_tokens for job in jobs)
         self._check_tokens(tenant, rate, tokens)
         self._account(tenant).tokens.take(tokens, rate, _capacity(tenant, rate), self.clock())
         return Reservation(tokens)
@@ -397,6 +411,11 @@ class Scheduler:
         self._metrics.record_quota_refusal(tenant.id, quota)
         retry_s = None if retry_s is None else max(_MIN_RETRY_S, retry_s)
         return quota_exceeded(f"tenant:{tenant.id}", found, retry_s)
+
+
+def _computed(job: GenerationJob) -> int:
+    """Tokens of a prompt that the engine will compute, as far as is known before."""
+    return len(job.prompt_ids) - job.shared
 
 
 def _capacity(tenant: Tenant, rate: float) -> float:

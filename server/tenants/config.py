@@ -127,6 +127,10 @@ class Tenant(BaseModel):
     # What one request may ask for. Characters: of its stop strings together.
     max_new_tokens: int | None = Field(None, ge=1)
     max_stop_characters: int | None = Field(None, ge=0)
+    # Documents that it can name by id; None means the server's settings of the same names.
+    max_documents: int | None = Field(None, ge=0)
+    max_document_mib: float | None = Field(None, ge=0, le=65536)
+    max_leased_tokens: int | None = Field(None, ge=0)
     # Budgets of a day and of a calendar month, in UTC.
     daily_requests: int | None = Field(None, ge=0)
     daily_tokens: int | None = Field(None, ge=0)

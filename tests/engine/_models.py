@@ -116,7 +116,7 @@ class HuggingFace:
             handles = paths.attach(self.model)
             if task_id is not None and manifest.config.task_bias:
                 context = paths.context
-                context.bias_index_B = torch.tensor([manifest.task(task_id).bias_index])
+                context.bias_index = torch.tensor([manifest.task(task_id).bias_index])
         try:
             logits_LV = self.model(torch.tensor([token_ids])).logits[0]
         finally:

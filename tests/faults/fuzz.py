@@ -34,6 +34,8 @@ _METHODS: dict[str, type[Message]] = {
     f"{_NATIVE}GenerateStream": native.GenerateRequest,
     f"{_NATIVE}GenerateBatch": native.GenerateBatchRequest,
     f"{_NATIVE}GenerateBatchStream": native.GenerateBatchRequest,
+    f"{_NATIVE}Analyze": native.AnalyzeRequest,
+    f"{_NATIVE}AnalyzeStream": native.AnalyzeRequest,
     f"{_NATIVE}ListTasks": native.ListTasksRequest,
     f"{_NATIVE}GetTask": native.GetTaskRequest,
     f"{_OIP}ModelInfer": oip.ModelInferRequest,

@@ -130,13 +130,14 @@ def prompts(tokenizer: Any) -> PromptEncoder:
 
 
 def test_a_prompt_starts_and_an_answer_ends_with_special_tokens() -> None:
-    prompt, answer = PromptEncoder(Characters()).example(TASK, "Chad", "N'Djamena")
+    prompt, document, answer = PromptEncoder(Characters()).example(TASK, "Chad", "N'Djamena")
+    assert document == 0
     assert prompt == [1, *map(ord, "Country: Chad\nCapital:")]
     assert answer == [*map(ord, " N'Djamena"), 2]
 
 
 def test_served_and_trained_prompts_are_equal(tokenizer: Any, prompts: PromptEncoder) -> None:
-    prompt, answer = prompts.example(TASK, "France", "Paris")
+    prompt, _, answer = prompts.example(TASK, "France", "Paris")
     assert prompt == prompts.prompt(TASK.render("France"))
     assert answer == prompts.answer("Paris")
     assert tokenizer.decode(prompt) == "Country: France\nCapital:"
@@ -293,3 +294,25 @@ def test_says_nothing_of_tokenizers_that_drop_parts_of_a_text(change: Callable[[
     assert prompts.fewest_tokens("x" * 10**6) == 0
     assert math.isinf(prompts._most_bytes_per_token)
     assert PromptEncoder(Characters()).fewest_tokens("x" * 10**6) == 0
+
+
+DOCUMENT_TASK = TaskSpec(
+    id="sender", description="d", document_template="Text:\n{document}", template="\nWho sent it?\nAnswer:"
+)
+
+
+@given(document=st.text(min_size=1, max_size=40))
+def test_a_documents_ids_are_the_same_before_every_task(prompts: PromptEncoder, document: str) -> None:
+    other = DOCUMENT_TASK.model_copy(update={"template": "e s"})
+    ids, point = prompts.parts(DOCUMENT_TASK.parts(document))
+    assert ids == [*prompts.prompt(f"Text:\n{document}"), *prompts.text(DOCUMENT_TASK.template)]
+    other_ids, other_point = prompts.parts(other.parts(document))
+    assert point == other_point == len(ids) - len(prompts.text(DOCUMENT_TASK.template))
+    assert ids[:point] == other_ids[:point]
+
+
+def test_the_special_tokens_before_a_text_are_the_documents() -> None:
+    ids, point = PromptEncoder(Characters()).parts(DOCUMENT_TASK.parts("a"))
+    assert ids == [1, *map(ord, "Text:\na" + DOCUMENT_TASK.template)]
+    assert point == 1 + len("Text:\na")
+    assert PromptEncoder(Characters()).parts(TASK.parts("a")) == ([1, *map(ord, TASK.render("a"))], 0)

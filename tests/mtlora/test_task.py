@@ -166,3 +166,46 @@ def test_json_leaves_out_an_unset_marker() -> None:
 def test_refuses_wrong_markers(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         TaskSpec.model_validate({"id": "t", "description": "d", **fields})
+
+
+def test_a_document_part_comes_first() -> None:
+    task = spec(document_template="Document:\n{document}\n", template="Who sent it?\nAnswer:")
+    assert task.fields == ("document",)
+    assert task.parts("Hi.") == ("Document:\nHi.\n", "Who sent it?\nAnswer:")
+    assert task.render("Hi.") == "Document:\nHi.\nWho sent it?\nAnswer:"
+    asked = spec(document_template="{document}", template=" {question}")
+    assert asked.fields == ("document", "question")
+    assert asked.parts({"document": "a", "question": "b"}) == ("a", " b")
+    assert spec().parts("x") == ("", spec().render("x"))
+    assert "document_template" not in spec().model_dump()
+    assert TaskSpec.model_validate_json(asked.model_dump_json()) == asked
+
+
+@given(document=st.text(min_size=1), question=st.text(), other=st.text())
+def test_the_document_part_depends_on_the_document_alone(document: str, question: str, other: str) -> None:
+    one = spec(document_template="<{document}>", template="{question}")
+    two = spec(id="two", document_template="<{document}>", template="Reply.")
+    first = one.parts({"document": document, "question": question}).document
+    assert first == one.parts({"document": document, "question": other}).document == two.parts(document).document
+
+
+@pytest.mark.parametrize(
+    ("document_template", "template", "message"),
+    [
+        (
+            "{document} {id}",
+            "{id}",
+            r"document_template names \{document\}, \{id\}; it needs \{document\} and no other",
+        ),
+        ("Text", "Reply.", r"document_template names no field; it needs \{document\}"),
+        ("{document}", "About {document}:", r"template names \{document\}, which belongs to document_template alone"),
+        ("{document!r}", "Reply.", "must be a plain name"),
+        ("", "Reply.", "at least 1 character"),
+        (None, "Reply.", "template names no field"),
+    ],
+)
+def test_refuses_a_document_part_that_depends_on_more(
+    document_template: str | None, template: str, message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        spec(document_template=document_template, template=template)

@@ -28,10 +28,13 @@ def write_adapter(
     task_bias: bool = True,
     seed: int = 0,
     scale: float = 0.05,
+    activation: str = "all",
 ) -> None:
     """A random adapter. Its answers mean nothing, but differ from the backbone's."""
     backbone = backbone or backbone_identity()
-    config = MtLoRAConfig(r=4, num_experts=2, num_groups=2, task_bias=task_bias)
+    config = MtLoRAConfig.model_validate(
+        {"r": 4, "num_experts": 2, "num_groups": 2, "task_bias": task_bias, "activation": activation}
+    )
     rows = [task.model_copy(update={"bias_index": row if task_bias else None}) for row, task in enumerate(tasks)]
     tensors = random_tensors(backbone, config, rows, seed=seed, scale=scale)
     write_checkpoint(folder, backbone=backbone, config=config, tasks=tuple(rows), tensors=tensors)

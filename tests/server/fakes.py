@@ -14,6 +14,7 @@ from server.registry.catalog import Catalog
 from server.registry.residency import Residency
 from server.rpc.adapters_service import AdaptersServicer
 from server.rpc.anonymous import AnonymousCalls, AnonymousInterceptor
+from server.rpc.documents import Documents
 from server.rpc.health import Health
 from server.rpc.inference_service import InferenceServicer
 from server.rpc.interceptor import CallInterceptor
@@ -121,7 +122,13 @@ class Service:
         self.engine: Any = FakeEngine()
         self.repository: Any = FakeRepository()
         self.servicer = InferenceServicer(
-            self.admission, self.metrics, self.scheduler, self.directory, self.usage, log_prompts=log_prompts
+            self.admission,
+            self.metrics,
+            self.scheduler,
+            self.directory,
+            self.usage,
+            Documents(self.settings.document_lifetime_s, self.settings.max_documents, self.settings.max_document_mib),
+            log_prompts=log_prompts,
         )
         # Without a registry: a test that calls it sets one.
         self.adapters = AdaptersServicer(self.admission)

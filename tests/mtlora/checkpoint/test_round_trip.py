@@ -13,15 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
-from mtlora.checkpoint.format import TENSORS_FILE, CheckpointError, TaskEntry
+from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, CheckpointError, TaskEntry
 from mtlora.checkpoint.read import read_checkpoint, read_manifest
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
 from tests.factories import (
+    CONFIG,
     IDENTITY,
     join_tensors,
     random_tensors,
     replace_tensors,
+    task_table,
     write_random,
 )
 from tests.mtlora.checkpoint.damage import NAMED
@@ -31,6 +33,7 @@ from tests.mtlora.checkpoint.damage import NAMED
 def checkpoints(draw: st.DrawFn) -> dict[str, Any]:
     num_groups = draw(st.integers(1, 3))
     num_experts = draw(st.integers(1, 3))
+    activation = draw(st.sampled_from(["all", "task"]))
     config = MtLoRAConfig(
         r=draw(st.integers(1, 3)),
         lora_alpha=draw(st.floats(1e-3, 1e3)),
@@ -38,6 +41,7 @@ def checkpoints(draw: st.DrawFn) -> dict[str, Any]:
         num_groups=num_groups,
         blocks=draw(st.sampled_from(["ffn", "attention", "both"])),
         task_bias=draw(st.booleans()) if num_experts > 1 else False,
+        activation=activation,
     )
     identity = IDENTITY.model_copy(
         update={"hidden_size": num_groups * draw(st.integers(1, 3)), "num_layers": draw(st.integers(1, 2))}
@@ -52,6 +56,7 @@ def checkpoints(draw: st.DrawFn) -> dict[str, Any]:
             id=task_id,
             description=draw(text),
             template=draw(text).replace("{", "{{").replace("}", "}}") + "{input}",
+            document_template="{document}\n" if activation == "task" or draw(st.booleans()) else None,
             stop=tuple(draw(st.lists(text, max_size=2))),
             max_new_tokens=draw(st.integers(1, 4096)),
             bias_index=row if config.task_bias else None,
@@ -144,3 +149,30 @@ def test_largest_and_smallest_finite_values_are_accepted(folder: Path) -> None:
         )
         replace_tensors(folder, save(tensors))
         assert torch.equal(read_checkpoint(folder).tensors[NAMED], tensors[NAMED])
+
+
+DOCUMENTS = task_table(3, document_template="{document}\n")
+
+
+def test_only_a_checkpoint_with_documents_has_version_2(tmp_path: Path) -> None:
+    made = {
+        "plain": write_random(tmp_path / "plain"),
+        "document": write_random(tmp_path / "document", tasks=DOCUMENTS),
+        "task": write_random(
+            tmp_path / "task", tasks=DOCUMENTS, config=CONFIG.model_copy(update={"activation": "task"})
+        ),
+    }
+    assert {name: manifest.format_version for name, manifest in made.items()} == {"plain": 1, "document": 2, "task": 2}
+    plain = (tmp_path / "plain" / MANIFEST_FILE).read_text()
+    assert "activation" not in plain
+    assert "document_template" not in plain
+    for name, manifest in made.items():
+        assert read_manifest(tmp_path / name) == manifest
+
+
+def test_an_activated_adapter_needs_document_parts(tmp_path: Path) -> None:
+    tasks = (*DOCUMENTS[:2], task_table(3)[2])
+    with pytest.raises(
+        CheckpointError, match=r"document_template: expected one, .* 'task', found none in task 'task-2'"
+    ):
+        write_random(tmp_path / "a", tasks=tasks, config=CONFIG.model_copy(update={"activation": "task"}))

@@ -28,7 +28,7 @@ from mtlora.evaluation.evaluate import (
     score,
     server_answerer,
 )
-from mtlora.evaluation.generate import greedy_answers, greedy_tokens
+from mtlora.evaluation.generate import Prompt, greedy_answers, greedy_tokens
 from mtlora.evaluation.likelihood import label_probabilities, likeliest, options_of
 from mtlora.model import AdaptedModel, adapter_tensors, new_adapted_model
 from mtlora.suite import Example, FolderSuite
@@ -65,7 +65,7 @@ def test_a_batch_gives_each_sequence_its_own_answer(adapted: AdaptedModel) -> No
     """Sequences end at different lengths, so the batch shrinks on the way."""
     texts = ["a", "the quick brown fox", "1 2 3", "if you follow these", "x y", "Question: who?", "So", "In a row"]
     tasks = [TASKS[i % 2].model_copy(update={"max_new_tokens": 1 + 3 * (i % 4)}) for i in range(len(texts))]
-    prompts = [adapted.prompts.prompt(text) for text in texts]
+    prompts = [Prompt(adapted.prompts.prompt(text)) for text in texts]
     together = greedy_tokens(adapted, tasks, prompts)
     alone = [greedy_tokens(adapted, [t], [p])[0] for t, p in zip(tasks, prompts, strict=True)]
     assert together == alone
@@ -75,7 +75,7 @@ def test_a_batch_gives_each_sequence_its_own_answer(adapted: AdaptedModel) -> No
 
 
 def test_answers_leave_out_working_except_from_the_backbone_alone(adapted: AdaptedModel) -> None:
-    prompts = [adapted.prompts.prompt("the quick brown fox")]
+    prompts = [Prompt(adapted.prompts.prompt("the quick brown fox"))]
     plain = TaskEntry(id="t", description="d", max_new_tokens=12, stop=("never",), bias_index=1)
     (text,) = greedy_answers(adapted, [plain], prompts)
     marker = text[len(text) // 2]
@@ -117,20 +117,20 @@ def test_likeliest_equals_scoring_each_option(adapted: AdaptedModel, with_adapte
             adapted.adapters.context.enabled = enabled
             logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
             sums.append(sum(float(row[token]) for row, token in zip(logprobs, ids, strict=True)))
-        found = likeliest(adapted, TASKS[1], prompt, options, with_adapter=with_adapter)
+        found = likeliest(adapted, TASKS[1], Prompt(prompt), options, with_adapter=with_adapter)
         assert found == options[sums.index(max(sums))]
 
 
 def test_likelihood_is_measured_after_the_adapters_working(adapted: AdaptedModel) -> None:
     prompt = adapted.prompts.prompt("the quick brown fox")
     plain = TASKS[1].model_copy(update={"max_new_tokens": 12, "stop": ("never",)})
-    (generated,) = greedy_tokens(adapted, [plain], [prompt])
+    (generated,) = greedy_tokens(adapted, [plain], [Prompt(prompt)])
     marker = adapted.tokenizer.decode(generated[5:6]).strip()
     end = next(e for e in range(1, 13) if marker in adapted.tokenizer.decode(generated[:e]))
     task = plain.model_copy(update={"answer_marker": marker})
     options = ("Yes", "No", "(A)", "(B)", "maybe", "seven")
-    expected = likeliest(adapted, plain, prompt + generated[:end], options)
-    assert likeliest(adapted, task, prompt, options) == expected
+    expected = likeliest(adapted, plain, Prompt(prompt + generated[:end]), options)
+    assert likeliest(adapted, task, Prompt(prompt), options) == expected
 
 
 def test_likelihood_generates_only_open_questions(adapted: AdaptedModel) -> None:
@@ -146,16 +146,16 @@ def test_shots_come_from_training_and_never_hold_the_input(folder: Path) -> None
     train = suite.examples("words", "train", 3, 3)
     test = suite.examples("words", "test", 1)[0] if suite.examples("words", "test", None) else train[2]
     first, second = (f"{TASKS[1].render(shot.input)} {shot.target}" for shot in train[:2])
-    assert prompt_of(TASKS[1], test) == f"{first}\n\n{second}\n\n{TASKS[1].render(test.input)}"
+    assert prompt_of(TASKS[1], test).task == f"{first}\n\n{second}\n\n{TASKS[1].render(test.input)}"
     third = f"{TASKS[1].render(train[2].input)} {train[2].target}"
-    assert prompt_of(TASKS[1], train[0]) == f"{second}\n\n{third}\n\n{TASKS[1].render(train[0].input)}"
+    assert prompt_of(TASKS[1], train[0]) == ("", f"{second}\n\n{third}\n\n{TASKS[1].render(train[0].input)}")
 
 
 def test_refuses_a_prompt_without_room_for_an_answer(adapted: AdaptedModel) -> None:
     room = adapted.model.config.max_position_embeddings
     with pytest.raises(PromptError, match=f"task letters: prompt of .* the backbone takes {room}: 'word word"):
         offline_answerer(adapted, TASKS)([Example("letters", "word " * room, "x")])
-    assert plain_prompt(TASKS[0], Example("letters", "x", "y")) == "x\nAnswer:"
+    assert plain_prompt(TASKS[0], Example("letters", "x", "y")) == ("", "x\nAnswer:")
 
 
 def test_the_floor_is_the_majority_and_a_margin() -> None:

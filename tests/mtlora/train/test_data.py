@@ -49,7 +49,7 @@ def test_collate_marks_the_token_before_each_answer_token(examples) -> None:
         # The last answer token of the longest sequence has no next column.
         if row % length + 1 < length:
             assert flat[row + 1] == target
-    assert batch.task_index_B.tolist() == [example.task_index for example in examples]
+    assert batch.task_index_E.tolist() == [example.task_index for example in examples]
 
 
 class Characters:
@@ -89,9 +89,9 @@ def test_padding_does_not_change_logits(tiny_backbone) -> None:
         torch.nn.init.normal_(parameter, std=0.2)
     examples = [Encoded(0, (5, 6, 7), (8, 9)), Encoded(2, tuple(range(20)), (3,)), Encoded(1, (4,), (2, 2, 2))]
     batch = collate(examples)
-    together = adapted.answer_logits(batch.tokens_BL, batch.task_index_B, batch.answer_rows_A)
+    together = adapted.answer_logits(batch.tokens_BL, batch.task_index_E, batch.answer_rows_A)
     alone = []
     for example in examples:
         one = collate([example])
-        alone.append(adapted.answer_logits(one.tokens_BL, one.task_index_B, one.answer_rows_A))
+        alone.append(adapted.answer_logits(one.tokens_BL, one.task_index_E, one.answer_rows_A))
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)

@@ -324,6 +324,54 @@ class BatchItem(_message.Message):
     response: GenerateResponse
     def __init__(self, index: _Optional[int] = ..., status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., response: _Optional[_Union[GenerateResponse, _Mapping]] = ...) -> None: ...
 
+class AnalyzeRequest(_message.Message):
+    __slots__ = ("document", "document_id", "tasks")
+    DOCUMENT_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    TASKS_FIELD_NUMBER: _ClassVar[int]
+    document: str
+    document_id: str
+    tasks: _containers.RepeatedCompositeFieldContainer[DocumentTask]
+    def __init__(self, document: _Optional[str] = ..., document_id: _Optional[str] = ..., tasks: _Optional[_Iterable[_Union[DocumentTask, _Mapping]]] = ...) -> None: ...
+
+class DocumentTask(_message.Message):
+    __slots__ = ("task_id", "fields", "parameters", "include_reasoning", "routing_key", "free", "answer")
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    FIELDS_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_REASONING_FIELD_NUMBER: _ClassVar[int]
+    ROUTING_KEY_FIELD_NUMBER: _ClassVar[int]
+    FREE_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    task_id: str
+    fields: TemplateFields
+    parameters: GenerationParameters
+    include_reasoning: bool
+    routing_key: str
+    free: bool
+    answer: AnswerType
+    def __init__(self, task_id: _Optional[str] = ..., fields: _Optional[_Union[TemplateFields, _Mapping]] = ..., parameters: _Optional[_Union[GenerationParameters, _Mapping]] = ..., include_reasoning: _Optional[bool] = ..., routing_key: _Optional[str] = ..., free: _Optional[bool] = ..., answer: _Optional[_Union[AnswerType, _Mapping]] = ...) -> None: ...
+
+class AnalyzeResponse(_message.Message):
+    __slots__ = ("document_id", "document_tokens", "items")
+    DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    document_id: str
+    document_tokens: int
+    items: _containers.RepeatedCompositeFieldContainer[BatchItem]
+    def __init__(self, document_id: _Optional[str] = ..., document_tokens: _Optional[int] = ..., items: _Optional[_Iterable[_Union[BatchItem, _Mapping]]] = ...) -> None: ...
+
+class AnalyzeStreamResponse(_message.Message):
+    __slots__ = ("document_id", "document_tokens", "item")
+    DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ITEM_FIELD_NUMBER: _ClassVar[int]
+    document_id: str
+    document_tokens: int
+    item: BatchItem
+    def __init__(self, document_id: _Optional[str] = ..., document_tokens: _Optional[int] = ..., item: _Optional[_Union[BatchItem, _Mapping]] = ...) -> None: ...
+
 class Summary(_message.Message):
     __slots__ = ("request_id", "task_id", "adapter_name", "adapter_version", "finish_reason", "prompt_tokens", "completion_tokens", "timings", "cached_tokens", "working_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -405,7 +453,7 @@ class GetTaskResponse(_message.Message):
     def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("id", "description", "template", "fields", "stop", "max_new_tokens", "allowed_answers", "adapter_name", "adapter_version", "answer_marker", "answer", "calibration", "defaults")
+    __slots__ = ("id", "description", "template", "fields", "stop", "max_new_tokens", "allowed_answers", "adapter_name", "adapter_version", "answer_marker", "answer", "calibration", "document_template", "activation", "defaults")
     ID_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     TEMPLATE_FIELD_NUMBER: _ClassVar[int]
@@ -418,6 +466,8 @@ class Task(_message.Message):
     ANSWER_MARKER_FIELD_NUMBER: _ClassVar[int]
     ANSWER_FIELD_NUMBER: _ClassVar[int]
     CALIBRATION_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_FIELD_NUMBER: _ClassVar[int]
     DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     id: str
     description: str
@@ -431,5 +481,7 @@ class Task(_message.Message):
     answer_marker: str
     answer: AnswerType
     calibration: float
+    document_template: str
+    activation: str
     defaults: GenerationParameters
-    def __init__(self, id: _Optional[str] = ..., description: _Optional[str] = ..., template: _Optional[str] = ..., fields: _Optional[_Iterable[str]] = ..., stop: _Optional[_Iterable[str]] = ..., max_new_tokens: _Optional[int] = ..., allowed_answers: _Optional[_Iterable[str]] = ..., adapter_name: _Optional[str] = ..., adapter_version: _Optional[str] = ..., answer_marker: _Optional[str] = ..., answer: _Optional[_Union[AnswerType, _Mapping]] = ..., calibration: _Optional[float] = ..., defaults: _Optional[_Union[GenerationParameters, _Mapping]] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., description: _Optional[str] = ..., template: _Optional[str] = ..., fields: _Optional[_Iterable[str]] = ..., stop: _Optional[_Iterable[str]] = ..., max_new_tokens: _Optional[int] = ..., allowed_answers: _Optional[_Iterable[str]] = ..., adapter_name: _Optional[str] = ..., adapter_version: _Optional[str] = ..., answer_marker: _Optional[str] = ..., answer: _Optional[_Union[AnswerType, _Mapping]] = ..., calibration: _Optional[float] = ..., document_template: _Optional[str] = ..., activation: _Optional[str] = ..., defaults: _Optional[_Union[GenerationParameters, _Mapping]] = ...) -> None: ...

@@ -54,6 +54,16 @@ class InferenceStub:
                 request_serializer=mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchRequest.SerializeToString,
                 response_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchStreamResponse.FromString,
                 _registered_method=True)
+        self.Analyze = channel.unary_unary(
+                '/mtlora.v1.Inference/Analyze',
+                request_serializer=mtlora__pb_dot_v1_dot_inference__pb2.AnalyzeRequest.SerializeToString,
+                response_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.AnalyzeResponse.FromString,
+                _registered_method=True)
+        self.AnalyzeStream = channel.unary_stream(
+                '/mtlora.v1.Inference/AnalyzeStream',
+                request_serializer=mtlora__pb_dot_v1_dot_inference__pb2.AnalyzeRequest.SerializeToString,
+                response_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.AnalyzeStreamResponse.FromString,
+                _registered_method=True)
         self.Score = channel.unary_unary(
                 '/mtlora.v1.Inference/Score',
                 request_serializer=mtlora__pb_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
@@ -103,6 +113,22 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Analyze(self, request, context):
+        """Answers many tasks about one document, which the engine reads once. The tasks' adapters are those that act from the
+        task's part of a prompt on (Task.activation is "task"), with one document template. Quotas charge the call whole; a
+        task that fails harms no other.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AnalyzeStream(self, request, context):
+        """As Analyze, each answer as soon as it ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Score(self, request, context):
         """Probabilities of all labels of a label task, for many inputs, without generating the answer.
         """
@@ -145,6 +171,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GenerateBatchStream,
                     request_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchRequest.FromString,
                     response_serializer=mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchStreamResponse.SerializeToString,
+            ),
+            'Analyze': grpc.unary_unary_rpc_method_handler(
+                    servicer.Analyze,
+                    request_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.AnalyzeRequest.FromString,
+                    response_serializer=mtlora__pb_dot_v1_dot_inference__pb2.AnalyzeResponse.SerializeToString,
+            ),
+            'AnalyzeStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.AnalyzeStream,
+                    request_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.AnalyzeRequest.FromString,
+                    response_serializer=mtlora__pb_dot_v1_dot_inference__pb2.AnalyzeStreamResponse.SerializeToString,
             ),
             'Score': grpc.unary_unary_rpc_method_handler(
                     servicer.Score,
@@ -270,6 +306,60 @@ class Inference:
             '/mtlora.v1.Inference/GenerateBatchStream',
             mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchRequest.SerializeToString,
             mtlora__pb_dot_v1_dot_inference__pb2.GenerateBatchStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Analyze(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mtlora.v1.Inference/Analyze',
+            mtlora__pb_dot_v1_dot_inference__pb2.AnalyzeRequest.SerializeToString,
+            mtlora__pb_dot_v1_dot_inference__pb2.AnalyzeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AnalyzeStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mtlora.v1.Inference/AnalyzeStream',
+            mtlora__pb_dot_v1_dot_inference__pb2.AnalyzeRequest.SerializeToString,
+            mtlora__pb_dot_v1_dot_inference__pb2.AnalyzeStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,234 @@
+"""`make documents`: many tasks about one document, computed once, against each task by itself; the adapter's accuracy.
+
+Documents and adapters are random, but for the accuracy: neither changes what a token costs. Every engine is a process
+that lives through the whole run, with a prefix cache. Rows take turns, and a ratio is the median of the rounds.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.adapters import CONFIG, random_tasks, write_random_adapter, write_random_peft
+from benchmarks.harness.environment import engine_environment, usable_cores
+from benchmarks.harness.worker import WorkerProcess
+from mtlora.backbone import identify, resolve
+from mtlora.cli.output import print_table
+from mtlora.vllm_cpu.precision import engine_dtype
+from mtlora.vllm_plugin.seams import ENVIRONMENT_SWITCH
+
+TASKS, MANY_TASKS = 25, 1000
+DOCUMENT_TOKENS, OWN_TOKENS, NEW_TOKENS = 1000, 24, 8
+# Of the documents whose times another tenant compares.
+GUESSED_TOKENS = 200
+BATCH = 64
+_ENGINE = {
+    "max_num_seqs": BATCH, "max_model_len": 2048, "max_num_batched_tokens": 2048, "enforce_eager": True,
+    "enable_prefix_caching": True, "disable_log_stats": True, "seed": 0,
+}  # fmt: skip
+
+Slot = tuple[str, int, str]
+
+
+@dataclass
+class Bench:
+    """The engines, and random documents that none of them has seen."""
+
+    ours: WorkerProcess
+    stock: WorkerProcess | None
+    activated: Sequence[Slot]
+    every: Sequence[Slot]
+    peft: Sequence[Slot]
+    vocabulary: int
+    rng: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def tokens(self, number: int) -> list[int]:
+        """Random token ids."""
+        return [self.rng.randrange(self.vocabulary) for _ in range(number)]
+
+    def ask(
+        self,
+        worker: WorkerProcess,
+        document: list[int],
+        slots: Sequence[Slot],
+        new_tokens: int = NEW_TOKENS,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Ask each slot's task of a document, all at once."""
+        prompts = [[*document, *self.tokens(OWN_TOKENS)] for _ in slots]
+        reply = worker.ask({"prompts": prompts, "new_tokens": new_tokens, "slots": slots, **more})
+        if reply["tokens"] != len(slots) * new_tokens:
+            raise RuntimeError(f"{reply['tokens']} tokens instead of {len(slots) * new_tokens}")
+        return reply
+
+    def shared(self, document: list[int], slots: Sequence[Slot], new_tokens: int = NEW_TOKENS, **more: Any) -> Any:
+        """`ask`, of adapters that act from the document's end on."""
+        return self.ask(self.ours, document, slots, new_tokens, point=len(document), **more)
+
+
+def main() -> int:
+    """Run every row, print the ratios and the last line, and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backbone", default="default")
+    parser.add_argument("--adapter", type=Path, help="adapter to score; default: the newest of adapters/documents")
+    parser.add_argument("--examples", type=int, default=10, help="a task, for the accuracy; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--tries", type=int, default=60, help="of the timing attack; default: %(default)s")
+    parser.add_argument("--block-size", type=int, default=32, help="of the KV cache, in tokens; default: %(default)s")
+    parser.add_argument("--skip-field", action="store_true", help="without vLLM's own multi-LoRA, which takes minutes")
+    parser.add_argument("--skip-accuracy", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("out/documents"))
+    args = parser.parse_args()
+    adapter = None if args.skip_accuracy else args.adapter or newest(Path("adapters/documents"))
+    folder = resolve(args.backbone)
+    with ExitStack() as stack:
+        report = measure(_start(stack, folder, args), args)
+    accuracy = None if adapter is None else _accuracy(args.backbone, adapter, args.examples)
+    report |= {"cores": len(usable_cores()), "made": time.strftime("%Y-%m-%d"), "accuracy": accuracy}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "documents.json").write_text(json.dumps(report, indent=1) + "\n")
+    print_table(
+        f"{TASKS} tasks about a document of {DOCUMENT_TOKENS} tokens, {report['dtype']}",
+        ("measure", "found", "from", "to", "goal"),
+        [
+            (name, *(f"{each[key]:.2f}" for key in ("median", "min", "max")), each["goal"])
+            for name, each in report["rows"].items()
+        ],
+    )
+    print(last_line(report))
+    return 0
+
+
+def newest(adapters: Path) -> Path:
+    """The folder of an adapter's highest version."""
+    versions = sorted((each for each in adapters.glob("*") if each.name.isdigit()), key=lambda each: int(each.name))
+    if not versions:
+        raise SystemExit(f"{adapters}: no version of an adapter there; allowed: --adapter DIR, or --skip-accuracy")
+    return versions[-1]
+
+
+def last_line(report: dict[str, Any]) -> str:
+    """What was measured, in one line; leaves out what was skipped."""
+    rows, accuracy = report["rows"], report["accuracy"]
+    parts = [f"{TASKS} tasks", f"shared/apart {rows['shared/apart']['median']:.1f}"]
+    if "shared/vllm-multi-lora" in rows:
+        parts.append(f"against vllm-multi-lora {rows['shared/vllm-multi-lora']['median']:.1f}")
+    if accuracy:
+        parts.append(f"accuracy {accuracy['adapter']:.2f}, backbone alone {accuracy['backbone_alone']:.2f}")
+    return f"documents: {', '.join(parts)}"
+
+
+def _start(stack: ExitStack, folder: Path, args: argparse.Namespace) -> Bench:
+    temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    identity, config = identify(folder), json.loads((folder / "config.json").read_text())
+    ids = iter(range(1, 100_000))
+
+    def adapter(name: str, activation: str, number: int) -> list[Slot]:
+        tasks = tuple(
+            task.model_copy(update={"document_template": "{document}", "template": "?"})
+            for task in random_tasks(number)
+        )
+        made = CONFIG.model_copy(update={"activation": activation})
+        write_random_adapter(temporary / name, identity, tasks, seed=number, config=made)
+        return [(f"{name}#{task.id}", next(ids), f"{temporary / name}#{task.id}") for task in tasks]
+
+    def engine(environment: dict[str, str], **settings: Any) -> WorkerProcess:
+        arguments = {
+            "model": str(folder),
+            "dtype": engine_dtype("auto", folder),
+            **_ENGINE,
+            "block_size": args.block_size,
+            **settings,
+        }
+        return stack.enter_context(
+            WorkerProcess("benchmarks.engine_worker", arguments, engine_environment() | environment)
+        )
+
+    peft, stock = [], None
+    if not args.skip_field:
+        for i in range(TASKS):
+            write_random_peft(temporary / f"peft-{i}", config, seed=i)
+        peft = [(f"peft-{i}", i + 1, str(temporary / f"peft-{i}")) for i in range(TASKS)]
+        stock = engine(
+            {ENVIRONMENT_SWITCH: "0"}, enable_lora=True, max_loras=TASKS, max_cpu_loras=TASKS, max_lora_rank=16
+        )
+    ours = engine({}, enable_lora=True, max_loras=BATCH, max_cpu_loras=2048)
+    return Bench(
+        ours, stock, adapter("task", "task", MANY_TASKS), adapter("all", "all", TASKS), peft, config["vocab_size"]
+    )
+
+
+def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
+    """Rows of the report."""
+    few, every = bench.activated[:TASKS], bench.every
+    for worker, slots in ((bench.ours, [*few, *every]), (bench.stock, bench.peft)):
+        if worker is not None:
+            bench.ask(worker, bench.tokens(64), slots, 2, **({"point": 0} if worker is bench.ours else {}))
+    found: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        found.setdefault(name, []).append(value)
+
+    for _ in range(args.rounds):
+        shared = bench.shared(bench.tokens(DOCUMENT_TOKENS), few)
+        apart = bench.ask(bench.ours, bench.tokens(DOCUMENT_TOKENS), every)
+        many = bench.shared(bench.tokens(DOCUMENT_TOKENS), bench.activated)
+        note("shared/apart", apart["seconds"] / shared["seconds"])
+        note("1000 tasks/25 tasks", (MANY_TASKS / many["seconds"]) / (TASKS / shared["seconds"]))
+        document = bench.tokens(DOCUMENT_TOKENS)
+        first = bench.shared(document, few[:1], 1)
+        cached = [bench.shared(document, [slot], 1)["seconds"] for slot in few[1:]]
+        note("first token, cached/not", statistics.median(cached) / first["seconds"])
+        note("a task of a cached document, s", statistics.median(cached))
+        # What both sides should take: the tokens that they compute, at the rate of one document, and the same decoding.
+        decoding = bench.shared(document, few)["seconds"] - bench.shared(document, few, 1)["seconds"]
+        prompt = DOCUMENT_TOKENS + OWN_TOKENS
+        per_token, prompts = first["seconds"] / prompt, TASKS * prompt
+        predicted = (prompts * per_token + decoding) / ((prompts - shared["cached"]) * per_token + decoding)
+        note("shared/apart, predicted", predicted)
+    if bench.stock is not None:
+        shared = bench.shared(bench.tokens(DOCUMENT_TOKENS), few)
+        theirs = bench.ask(bench.stock, bench.tokens(DOCUMENT_TOKENS), bench.peft)
+        note("shared/vllm-multi-lora", theirs["seconds"] / shared["seconds"])
+    for _ in range(args.tries):
+        known, unknown = bench.tokens(GUESSED_TOKENS), bench.tokens(GUESSED_TOKENS)
+        bench.shared(known, few[:1], 1, salt="victim")
+        pair = [("known", known), ("unknown", unknown)]
+        bench.rng.shuffle(pair)
+        times = {name: bench.shared(document, few[:1], 1, salt="attacker")["seconds"] for name, document in pair}
+        note("another tenant's document/unknown", times["known"] / times["unknown"])
+    goals = {
+        "shared/apart": ">= 8", "shared/vllm-multi-lora": ">= 25", "first token, cached/not": "<= 0.15",
+        "1000 tasks/25 tasks": ">= 0.97", "another tenant's document/unknown": "1.00",
+    }  # fmt: skip
+    rows = {
+        name: {"median": statistics.median(each), "min": min(each), "max": max(each), "goal": goals.get(name, "")}
+        for name, each in found.items()
+    }
+    return {"rows": rows, "dtype": engine_dtype("auto", resolve(args.backbone)).replace("auto", "bfloat16")}
+
+
+def _accuracy(backbone: str, adapter: Path, examples: int) -> dict[str, float]:
+    """Mean accuracy on fresh documents, of the adapter and of the backbone alone."""
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) / "accuracy.json"
+        command = [
+            sys.executable, "-m", "mtlora.cli", "eval", "--backbone", backbone, "--adapter", str(adapter), "--suite",
+            "documents", "--examples", str(examples), "--seed", str(int(time.time())), "--json", str(out),
+        ]  # fmt: skip
+        subprocess.run(command, check=True)
+        found = json.loads(out.read_text())
+    return {name: found[name]["mean_accuracy"] for name in ("adapter", "backbone_alone")}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,108 @@
+"""The documents that tenants may name instead of sending them again."""
+
+import hashlib
+import time
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from server.errors import RequestFailedError, not_found
+from server.tenants import Tenant
+
+_MIB = 1 << 20
+_TOKEN_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Document:
+    """The document part of prompts. id: a digest of its tenant and its token ids."""
+
+    id: str
+    template: str
+    ids: "array[int]"
+    # See GenerationJob; None for a tenant whose blocks are not kept.
+    lease: tuple[float, int] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its ids."""
+        return len(self.ids) * _TOKEN_BYTES
+
+
+class Documents:
+    """Kept for `lifetime_s` after their last use; a tenant's least recently used go above its limits.
+
+    max_documents, max_mib, max_leased: a tenant's limits, where its own entry has none; max_leased: tokens whose blocks
+    the engine keeps.
+    """
+
+    def __init__(
+        self,
+        lifetime_s: float,
+        max_documents: int,
+        max_mib: float,
+        max_leased: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._lifetime_s = lifetime_s
+        self._max_documents, self._max_mib, self._max_leased = max_documents, max_mib, max_leased
+        self._clock = clock
+        # By tenant and id, least recently used first; a lifetime is the same for all.
+        self._until: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._held: dict[str, OrderedDict[str, Document]] = {}
+        self._bytes: dict[str, int] = {}
+
+    def keep(self, tenant: Tenant, template: str, ids: Any) -> Document:
+        """Keep a document, or use it again."""
+        packed = array("I", ids)
+        digest = hashlib.sha256(b"\0".join((tenant.id.encode(), template.encode(), packed.tobytes())))
+        leased = self._max_leased if tenant.max_leased_tokens is None else tenant.max_leased_tokens
+        document = Document(digest.hexdigest(), template, packed, (self._lifetime_s, leased) if leased else None)
+        self._drop_expired()
+        held = self._held.setdefault(tenant.id, OrderedDict())
+        if document.id not in held:
+            held[document.id] = document
+            self._bytes[tenant.id] = self._bytes.get(tenant.id, 0) + document.num_bytes
+        self._use(tenant, document.id)
+        most = self._max_documents if tenant.max_documents is None else tenant.max_documents
+        most_bytes = (self._max_mib if tenant.max_document_mib is None else tenant.max_document_mib) * _MIB
+        while held and (len(held) > most or self._bytes[tenant.id] > most_bytes):
+            self._drop(tenant.id, next(iter(held)))
+        return document
+
+    def get(self, tenant: Tenant, document_id: str) -> Document:
+        """A tenant's document. Raises the same NOT_FOUND for unknown, forgotten and others' ones."""
+        self._drop_expired()
+        held = self._held.get(tenant.id)
+        document = held.get(document_id) if held else None
+        if document is None:
+            raise document_not_found(document_id)
+        self._use(tenant, document_id)
+        return document
+
+    def _use(self, tenant: Tenant, document_id: str) -> None:
+        self._held[tenant.id].move_to_end(document_id)
+        self._until[tenant.id, document_id] = self._clock() + self._lifetime_s
+        self._until.move_to_end((tenant.id, document_id))
+
+    def _drop_expired(self) -> None:
+        now = self._clock()
+        while self._until:
+            key, until = next(iter(self._until.items()))
+            if until > now:
+                return
+            self._drop(*key)
+
+    def _drop(self, tenant_id: str, document_id: str) -> None:
+        del self._until[tenant_id, document_id]
+        held = self._held[tenant_id]
+        self._bytes[tenant_id] -= held.pop(document_id).num_bytes
+        if not held:
+            del self._held[tenant_id], self._bytes[tenant_id]
+
+
+def document_not_found(document_id: str) -> RequestFailedError:
+    """The failure of an id that names no document of the caller's now."""
+    return not_found("mtlora.v1.Document", document_id, "no such document now; send its text again")
