@@ -70,8 +70,10 @@ bench: $(STAMP) ## start-up and memory of the server; throughput with adapters a
 bench-ops: $(STAMP) ## a layer of the routed path on this CPU, in microseconds
 	$(BIN)/python -m benchmarks.ops
 
-bench-gpu: ## a layer of the routed path on this GPU (TUNE=--tune to measure launches first); needs torch, triton, numpy
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(TUNE)
+# SMOKE=1 runs the same code small, MODEL=1 predicts, CODE=1 holds the kernels' machine code to its bounds.
+GPU_FLAGS := $(if $(SMOKE),--smoke) $(if $(MODEL),--model) $(if $(CODE),--code)
+bench-gpu: ## the path on this GPU ÷ the backbone alone; needs torch, triton, numpy. SMOKE=1, MODEL=1, CODE=1: no GPU
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(GPU_FLAGS)
 
 bench-merge: $(STAMP) ## a task added by merge against joint training, and the other tasks' bits
 	$(BIN)/python -m benchmarks.merging --backbone $(BACKBONE)

@@ -1,0 +1,19 @@
+"""`make bench-gpu`: the routed path on one GPU, and what can be said of it without one.
+
+    correctness.py     the kernels against the formula in float64, over every class of shapes
+    decoder.py         a Llama-shaped decoder in one CUDA graph, with the path and without
+    adapters.py        random adapters in a table, their launches, their oracle
+    timing.py          seconds between events on a device, ceilings of a card
+    training.py        a training step of one layer beside the loop over experts
+
+    Without a card:
+    assembly.py        what a kernel becomes for a card
+    generated_code.py  holds every class of launches to bounds
+    traffic.py         bytes that the kernels move, counted in Triton's interpreter
+    step_model.py      a step's time predicted for A100, H100 and B200
+    backbones.py       sizes of backbones
+
+    vllm_sources.py    vLLM on a card from its Python sources alone
+
+On a card it needs torch, Triton and numpy, no network.
+"""

@@ -1,0 +1,110 @@
+"""Every class of launches, compiled for sm_80, sm_90 and sm_100, held to bounds; no card needed.
+
+    no spills           no thread keeps anything in local memory
+    programs            enough fit on a multiprocessor at once to hide the latency of a program's loads (`PROGRAMS`)
+    products            16-bit products are on tensor cores
+    WGMMA               no product with A in registers is left running, unless the assembler is sound (13.3 and newer)
+    loads               weights, and x, come by 16 bytes a thread
+    bytes               a pass of a product's loop loads the tiles it multiplies, and nothing twice
+
+How many bytes all passes load is counted by `traffic.py`.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from benchmarks.gpu.assembly import Assembly, assemble, assembler_version, loaded_bytes, overlaps_register_products
+from mtlora.ops import tuning
+from mtlora.ops.triton_gpu import Launch, launches
+from mtlora.ops.tuning import KernelConfig
+
+CAPABILITIES = (80, 90, 100)
+HIDDEN = (576, 3584, 4096, 8192)
+DTYPES = (torch.bfloat16, torch.float16)
+# A size of each class of steps.
+TOKENS = (16, 512, 8192)
+# Of the shrink and the expand, on a multiprocessor, at least.
+PROGRAMS = {16: (4, 3), 512: (4, 3), 8192: (3, 1)}
+
+
+@dataclass(frozen=True)
+class Class:
+    """A config and a size of step: what fixes both launches."""
+
+    config: KernelConfig
+    tokens: int
+
+    def __str__(self) -> str:
+        """Its name in reports."""
+        of = self.config
+        stages = "" if of.pipelined else ", one stage"
+        return f"sm_{of.capability}, hidden {of.hidden_size}, {of.dtype}, {self.tokens} tokens{stages}"
+
+
+def classes(
+    capabilities: tuple[int, ...] = CAPABILITIES, hidden: tuple[int, ...] = HIDDEN,
+    dtypes: tuple[torch.dtype, ...] = DTYPES, tokens: tuple[int, ...] = TOKENS,
+) -> Iterator[Class]:  # fmt: skip
+    """Every class; for sm_90 also as an unsound assembler would have it."""
+    for capability, size, dtype, step in itertools.product(capabilities, hidden, dtypes, tokens):
+        config = KernelConfig(
+            hidden_size=size, dtype=dtype, num_blocks=32, max_adapters=256, max_tokens=8192, max_rank=128,
+            max_experts=64, max_groups=32, capability=capability,
+            pipelined=tuning.may_pipeline(capability, _version(capability)),
+        )  # fmt: skip
+        yield Class(config, step)
+        if capability == 90 and config.pipelined and tuning.tile_size(step) > 16:
+            yield Class(replace(config, pipelined=tuning.may_pipeline(capability, "12.8")), step)
+
+
+def faults(one: Class, mutate: Callable[[Launch], Launch] = lambda launch: launch) -> tuple[list[str], list[Assembly]]:
+    """(what is wrong with a class, its two kernels). mutate: changes a launch first, to see whether it is noticed."""
+    config, way = one.config, tuning.cut(one.config, one.tokens)
+    size = config.dtype.itemsize
+    bytes_of_pass = (way.block_t + way.block_s) * way.block_d * size, way.block_n * 16 * way.block_e * size
+    sound = config.capability != 90 or (config.pipelined and tuning.may_pipeline(90, _version(90)))
+    found, codes = [], []
+    for launch, needed, programs in zip(launches(config, one.tokens), bytes_of_pass, PROGRAMS[one.tokens], strict=True):
+        code, name = assemble(mutate(launch), config.capability), launch.kernel.__name__
+        codes.append(code)
+        if code.stack:
+            found.append(f"{name} spills: {code.stack} bytes a thread")
+        if code.programs < programs:
+            found.append(
+                f"{name}: {code.programs} programs fit on a multiprocessor, {programs} are needed "
+                f"({code.registers} registers, {code.shared} bytes)"
+            )
+        if "mma" not in code.ptx:
+            found.append(f"{name}: no tensor cores")
+        if overlaps_register_products(code.ptx) and not sound:
+            found.append(f"{name}: WGMMA with A in registers is left running")
+        wide = {loaded_bytes(loop, code.warps, width=16) for loop in code.loops}
+        if max(wide) != needed:
+            found.append(
+                f"{name}: loops load {sorted(wide)} bytes by 16 a thread, the tiles of a product have {needed}"
+            )
+    return found, codes
+
+
+def _version(capability: int) -> str:
+    return ".".join(map(str, assembler_version(capability)))
+
+
+def report() -> bool:
+    """Print every class and what is wrong with it; whether nothing is."""
+    right = count = 0
+    for one in classes():
+        found, (shrink, expand) = faults(one)
+        count += 1
+        right += not found
+        figures = ", ".join(
+            f"{name} {code.registers} registers, {code.shared} B, {code.programs} programs, "
+            f"{code.instructions} instructions"
+            for name, code in (("shrink", shrink), ("expand", expand))
+        )
+        print(f"{one}: {figures}{''.join(f'{chr(10)}  WRONG: {fault}' for fault in found)}", flush=True)
+    print(f"bench-gpu: generated code {right} of {count}")
+    return right == count

@@ -1,0 +1,59 @@
+"""Seconds of work on a GPU, between events; and a card's ceilings."""
+
+import statistics
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+Run = Callable[[], object]
+
+
+class Ceilings(NamedTuple):
+    """What a card does at best: bytes a second of a large copy, operations a second of a large bfloat16 product."""
+
+    bytes: float
+    operations: float
+
+
+def event_seconds(run: Run) -> float:
+    """Seconds of `run` between two events on the device."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def interleaved(variants: Mapping[str, tuple[Run, Run]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every variant in every round; they take turns. Three rounds before them do not count.
+
+    variants: (what comes before, not timed; what is timed).
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for i in range(-3, rounds):
+        for name, (prepare, run) in variants.items():
+            prepare()
+            torch.cuda.synchronize()
+            measured = event_seconds(run)
+            if i >= 0:
+                seconds[name].append(measured)
+    return seconds
+
+
+def median_seconds(run: Run, rounds: int = 10) -> float:
+    """Median seconds of `run`."""
+    return statistics.median(interleaved({"": (lambda: None, run)}, rounds)[""])
+
+
+def ceilings() -> Ceilings:
+    """The ceilings of this card, now."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    n = 8192
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    c = torch.empty_like(a)
+    copied = median_seconds(lambda: target.copy_(source))
+    multiplied = median_seconds(lambda: torch.mm(a, b, out=c))
+    return Ceilings(2 * source.numel() / copied, 2 * n**3 / multiplied)
