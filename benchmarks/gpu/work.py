@@ -64,9 +64,10 @@ def of_block(config: KernelConfig, shape: AdapterShape, tokens: int, live: int) 
         memory=number * D * columns * b,
     )
     width = D // shape.groups
-    pieces = shape.groups * -(-width // way.block_e)
+    pieces_of_group = -(-width // way.block_e)
+    pieces = shape.groups * pieces_of_group
     size = PIECES.index(way.block_e)
-    run = int(header[Header.RUN + size])
+    run = min(int(header[Header.RUN + size]), pieces_of_group)
     chunks = -(-shape.rank // 16)
     passes = chunks * -(-shape.experts // way.block_n)
     # Sectors of s of a token: for an item the largest logits; for a piece h, and for each pass the logits anew.
