@@ -286,7 +286,7 @@ def report() -> None:
         )
         ratio = found.found.ratio("side stream")
         verdict = "reached" if ratio >= bar else "missed"
-        print(f"{LLAMA_3_8B.name}, H100, 64 sequences, {live} adapters: {ratio:.3f}; bar {bar:.2f}: {verdict}")
+        print(f"{LLAMA_3_8B.name}, H100, 64 sequences, {live} adapters: {ratio:.4f}; bar {bar:.2f}: {verdict}")
     print(f"\n{sensitivity()}\n")
     read = 2 * LLAMA_3_8B.layers * 25 * SHAPE.block_weights(LLAMA_3_8B.hidden) / 1e9
     beside = 2 * (LLAMA_3_8B.layers * LLAMA_3_8B.layer_weights + LLAMA_3_8B.vocabulary * LLAMA_3_8B.hidden) / 1e9
