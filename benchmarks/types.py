@@ -24,6 +24,8 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from benchmarks.harness.adapters import CONFIG, random_tensors
 from benchmarks.harness.asking import closed_loop
 from benchmarks.harness.native_server import native_server
@@ -39,6 +41,7 @@ from mtlora.suite import load_suite
 from mtlora.suite.answers import BBH
 from mtlora.suite.base import Example
 from mtlora.task import is_correct
+from server.cli.process import ServerProcess
 from server.registry.version import version_key
 
 IN_FLIGHT = 16
@@ -72,19 +75,19 @@ def main() -> int:
         shutil.copytree(adapter, adapters / "builtin" / adapter.name)
         settings = {"backbone": args.backbone, "adapters": adapters, "max_num_seqs": 64, "max_model_len": 1024}
         with native_server(**settings) as server:
-            asyncio.run(measure(server.address, adapters, adapter, args))
+            asyncio.run(measure(server, adapters, adapter, args))
     return 0
 
 
-async def measure(address: str, adapters: Path, adapter: Path, args: argparse.Namespace) -> None:
+async def measure(server: ServerProcess, adapters: Path, adapter: Path, args: argparse.Namespace) -> None:
     """All parts, and the line at the end."""
     manifest = read_manifest(adapter)
     questions = list(_questions(args.bbh))
     tasks = list(dict.fromkeys(each.task for each in questions))
-    async with AsyncClient(address) as client:
+    async with AsyncClient(server.address) as client:
         outside = await count_outside(client, manifest, questions, args.requests)
         pairs = max(len(tasks), int(args.requests * _SHARE_OF_PAIRS) // _ROUNDS)
-        typed_by_free = await compare_with_free(client, questions, pairs)
+        typed_by_free = await compare_with_free(client, server.process.pid, questions, pairs)
         score_by_generate = await compare_score(client, manifest, questions, pairs)
         calibration = await measure_calibration(client, manifest, args.bbh, max(8, args.requests // 150))
         await first_requests(client, adapters, args.backbone)
@@ -145,10 +148,20 @@ async def _timed(questions: Sequence[Question], ask: Callable[[Question], Awaita
     return time.monotonic() - began
 
 
-async def compare_with_free(client: AsyncClient, questions: Sequence[Question], pairs: int) -> float:
-    """Throughput typed ÷ free, greedily; prints accuracies, and the tasks that gain and lose."""
+def _processor_s(pid: int) -> float:
+    """Processor time of a process and those below it."""
+    root = psutil.Process(pid)
+    return sum(sum(each.cpu_times()[:2]) for each in (root, *root.children(recursive=True)))
+
+
+async def compare_with_free(client: AsyncClient, pid: int, questions: Sequence[Question], pairs: int) -> float:
+    """Throughput typed ÷ free, greedily; prints accuracies, and the tasks that gain and lose.
+
+    Also prints the ratio of processor times of the server's processes, which a busy machine disturbs less.
+    """
     right: dict[bool, dict[str, list[bool]]] = {False: {}, True: {}}
     seconds: dict[bool, list[float]] = {False: [], True: []}
+    processor: dict[bool, list[float]] = {False: [], True: []}
     waiting = itertools.cycle(questions)
     for number in range(_ROUNDS):
         asked = list(itertools.islice(waiting, pairs))
@@ -159,7 +172,9 @@ async def compare_with_free(client: AsyncClient, questions: Sequence[Question], 
                 correct = is_correct(answer.text, question.example.target)
                 right[free].setdefault(question.task, []).append(correct)
 
+            before = _processor_s(pid)
             seconds[free].append(await _timed(asked, ask))
+            processor[free].append(_processor_s(pid) - before)
     ratios = [free / typed for free, typed in zip(seconds[True], seconds[False], strict=True)]
 
     def accuracy(free: bool, suite: str) -> float:
@@ -176,6 +191,8 @@ async def compare_with_free(client: AsyncClient, questions: Sequence[Question], 
         ratio = with_types / without
         print(f"accuracy, {suite}: free {without:.4f}, typed {with_types:.4f}, typed/free {ratio:.4f}")
     print(f"throughput typed/free of {len(ratios)} rounds of {pairs}: {', '.join(f'{each:.3f}' for each in ratios)}")
+    costs = [free / typed for free, typed in zip(processor[True], processor[False], strict=True)]
+    print(f"requests a second of processor time, typed/free: {', '.join(f'{each:.3f}' for each in costs)}", flush=True)
     return statistics.geometric_mean(ratios)
 
 

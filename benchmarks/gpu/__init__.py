@@ -1,7 +1,8 @@
 """`make bench-gpu`: the routed path on one GPU, and what can be said of it without one.
 
     correctness.py     the kernels against the formula in float64, over every class of shapes
-    decoder.py         a Llama-shaped decoder in one CUDA graph, with the path and without
+    serving.py         a decoder's graph with the path beside the same without, checked and timed
+    decoder.py         the Llama-shaped decoder
     adapters.py        random adapters in a table, their launches, their oracle
     timing.py          seconds between events on a device, ceilings of a card
     training.py        a training step of one layer beside the loop over experts
@@ -10,6 +11,7 @@
     assembly.py        what a kernel becomes for a card
     generated_code.py  holds every class of launches to bounds
     traffic.py         bytes that the kernels move, counted in Triton's interpreter
+    work.py            what both launches do for a plan, as numbers; tests hold it to traffic.py
     step_model.py      a step's time predicted for A100, H100 and B200
     backbones.py       sizes of backbones
 

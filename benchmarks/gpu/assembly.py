@@ -96,7 +96,7 @@ def assemble(launch: Any, capability: int) -> Assembly:
         constexprs={(names.index(name),): value for name, value in launch.constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": launch.max_registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])

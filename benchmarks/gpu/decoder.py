@@ -192,7 +192,8 @@ class Step:
         self.decoder, self.inputs_TD = decoder, inputs_TD
         T, E = len(inputs_TD), decoder.backbone.head
         self._decode = caches is not None
-        self._caches = caches or [(inputs_TD, inputs_TD)] * len(decoder.layers)
+        none = torch.empty(0, device=decoder.device)
+        self._caches = caches or [(none, none)] * len(decoder.layers)
         positions_T = torch.arange(T) if not self._decode else torch.full((T,), decoder.context - 1)
         angles_TE = positions_T[:, None] * 10000 ** (-torch.arange(0, E, 2) / E).repeat(2)
         self._cos, self._sin = (

@@ -26,8 +26,10 @@ HIDDEN = (576, 3584, 4096, 8192)
 DTYPES = (torch.bfloat16, torch.float16)
 # A size of each class of steps.
 TOKENS = (16, 512, 8192)
-# Of the shrink and the expand, on a multiprocessor, at least.
+# Of the shrink and the expand, on a multiprocessor, at least. The grid is four, which then run in turns.
 PROGRAMS = {16: (4, 3), 512: (4, 3), 8192: (3, 1)}
+# Of the expand in decode steps where y is accessed by few numbers at a time.
+NARROW_PROGRAMS = 2
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,12 @@ def faults(one: Class, mutate: Callable[[Launch], Launch] = lambda launch: launc
     bytes_of_pass = (way.block_t + way.block_s) * way.block_d * size, way.block_n * 16 * way.block_e * size
     sound = config.capability != 90 or (config.pipelined and tuning.may_pipeline(90, _version(90)))
     found, codes = [], []
-    for launch, needed, programs in zip(launches(config, one.tokens), bytes_of_pass, PROGRAMS[one.tokens], strict=True):
+    of_shrink, of_expand = PROGRAMS[one.tokens]
+    if config.alignment < tuning.ALIGNMENT:
+        of_expand = min(of_expand, NARROW_PROGRAMS)
+    for launch, needed, programs in zip(
+        launches(config, one.tokens), bytes_of_pass, (of_shrink, of_expand), strict=True
+    ):
         code, name = assemble(mutate(launch), config.capability), launch.kernel.__name__
         codes.append(code)
         if code.stack:

@@ -50,7 +50,7 @@ class Load:
         return [(first, True), (self.prompt, False), *((tokens, True) for tokens in further)]
 
 
-SMALL = Load(TINY, AdapterShape(4, 4, 2), (3,), 6, (1, 2), 2, "aot_eager", 1)
+SMALL = Load(TINY, AdapterShape(4, 4, 2), (2,), 3, (1, 2), 2, "aot_eager", 1)
 
 
 class Serving:
@@ -200,13 +200,15 @@ def check_all(load: Load, device: torch.device, seconds_left: Callable[[], float
 def measure_all(load: Load, device: torch.device, seconds_left: Callable[[], float]) -> dict[str, float]:
     """Ratios of throughput with the path to without, by the name of the last lines; prints a table."""
     top = timing.ceilings()
-    torch.cuda.empty_cache()
-    layers = layers_that_fit(load)
+    layers, card = load.layers, "no GPU, so these times say nothing"
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        layers, card = layers_that_fit(load), torch.cuda.get_device_name()
     serving = Serving(load, device, layers)
     held = serving.adapters.table.held(0)
     assert held is not None
     print(
-        f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}: "
+        f"\n{card}, torch {torch.__version__}, Triton {triton.__version__}: "
         f"{top.bytes / 1e12:.2f} TB/s copied, {top.operations / 1e12:.0f} TFLOP/s in bfloat16 products\n"
         f"{load.backbone.name}: {layers} of {load.backbone.layers} layers, {serving.backbone_bytes / 2**30:.1f} GiB; "
         f"an adapter {held.num_bytes / 2**20:.1f} MiB; table, plan and scratch space "

@@ -14,7 +14,7 @@ how it ran before: the processor launches 65 pieces of graphs and an operator a 
 device counts. The KV cache is left out; reading it makes the backbone slower, and every ratio larger.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -147,19 +147,21 @@ def launch_seconds(
     return by.gap + chain + one_item + max(0.0, busy - one_item), from_memory
 
 
-def predict(backbone: Backbone, card: Card, tokens: int, live: int, *, decode: bool = True) -> Prediction:
+def predict(
+    backbone: Backbone, card: Card, tokens: int, live: int, *, decode: bool = True, by: Assumptions = ASSUMED
+) -> Prediction:
     """A step with `live` adapters among its tokens, one beside every FFN block."""
-    by, config, D = ASSUMED, _config(backbone, card), backbone.hidden
+    config, D = _config(backbone, card), backbone.hidden
     live = min(live, tokens)
     # Steps of one class are one program.
     codes = _assembled(backbone, card, next(size for size in (16, 512, config.max_tokens) if tokens <= size))
     shrink, expand = work.of_block(config, SHAPE, tokens, live)
     rows = work.step_plan(config, SHAPE, tokens, live).num_tiles * tuning.cut(config, tokens).block_t
     whole_shrink, bytes_of_shrink = launch_seconds(
-        shrink, codes[0], card, config, 2 * rows * D * tuning.padded(SHAPE.columns)
+        shrink, codes[0], card, config, 2 * rows * D * tuning.padded(SHAPE.columns), by
     )
-    whole_expand, _ = launch_seconds(expand, codes[1], card, config, 2 * rows * D * SHAPE.experts * SHAPE.rank)
-    alone = backbone_seconds(backbone, card, tokens, tokens if decode else 1)
+    whole_expand, _ = launch_seconds(expand, codes[1], card, config, 2 * rows * D * SHAPE.experts * SHAPE.rank, by)
+    alone = backbone_seconds(backbone, card, tokens, tokens if decode else 1, by)
     layers = backbone.layers
     one_stream = layers * (whole_shrink + whole_expand)
     of_f = 2 * 3 * D * backbone.intermediate
@@ -244,7 +246,7 @@ def picture(all_rows: list[Row], path: Path) -> None:
             for way, style in (("side stream", "-"), ("one stream", "--"), ("piecewise", ":")):
                 panel.plot(tokens, [r.found.ratio(way) for r in these], style, color=colour, label=f"{way}, {live}")
             panel.plot(tokens, [row.bound for row in these], ".", color=colour, label=f"bound, {live}")
-        panel.set(title=f"{backbone}, {card}", xscale="log", ylim=(0.5, 1.01))
+        panel.set(title=f"{backbone}, {card}", xscale="log", ylim=(0.4, 1.01))
         panel.set_xscale("log", base=2)
         panel.grid(alpha=0.3)
     for panel in panels[1]:
@@ -254,6 +256,19 @@ def picture(all_rows: list[Row], path: Path) -> None:
     panels[0, 0].legend(fontsize=7, ncols=2, title="way, adapters", title_fontsize=7, loc="lower left")
     figure.suptitle("Predicted by `make bench-gpu MODEL=1`; not run on a card")
     figure.savefig(path, dpi=110)
+
+
+def sensitivity() -> str:
+    """The bars' ratios if an assumption is half or twice what it is."""
+    lines = [f"{'assumption':<24}{'half: 1, 25 adapters':>24}{'twice: 1, 25 adapters':>24}"]
+    for name in ("gap", "memory_latency", "cycles_per_instruction", "instructions_per_cycle", "kernels_per_layer"):
+        cells = ""
+        for factor in (0.5, 2.0):
+            by = replace(ASSUMED, **{name: factor * getattr(ASSUMED, name)})
+            ratios = [predict(LLAMA_3_8B, CARDS[1], 64, live, by=by).ratio("side stream") for live in LIVE]
+            cells += f"{'  '.join(f'{ratio:.3f}' for ratio in ratios):>24}"
+        lines.append(f"{name:<24}{cells}")
+    return "\n".join(lines)
 
 
 def report() -> None:
@@ -271,7 +286,8 @@ def report() -> None:
         )
         ratio = found.found.ratio("side stream")
         verdict = "reached" if ratio >= bar else "missed"
-        print(f"{LLAMA_3_8B.name}, H100, 64 sequences, {live} adapters: {ratio:.3f}; bar {bar:.2f}: {verdict}")
+        print(f"{LLAMA_3_8B.name}, H100, 64 sequences, {live} adapters: {ratio:.4f}; bar {bar:.2f}: {verdict}")
+    print(f"\n{sensitivity()}\n")
     read = 2 * LLAMA_3_8B.layers * 25 * SHAPE.block_weights(LLAMA_3_8B.hidden) / 1e9
     beside = 2 * (LLAMA_3_8B.layers * LLAMA_3_8B.layer_weights + LLAMA_3_8B.vocabulary * LLAMA_3_8B.hidden) / 1e9
     print(f"25 adapters beside FFN blocks read {read:.2f} GB a step, the backbone {beside:.1f} GB: no kernel avoids it")

@@ -1,6 +1,7 @@
-"""Seconds of work on a GPU, between events; and a card's ceilings."""
+"""Seconds of work on a GPU, between events; and a card's ceilings. Without a GPU, the clock's, which say nothing."""
 
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -18,6 +19,10 @@ class Ceilings(NamedTuple):
 
 def event_seconds(run: Run) -> float:
     """Seconds of `run` between two events on the device."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     run()
@@ -27,15 +32,16 @@ def event_seconds(run: Run) -> float:
 
 
 def interleaved(variants: Mapping[str, tuple[Run, Run]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every variant in every round; they take turns. Three rounds before them do not count.
+    """Seconds of every variant in every round; they take turns. Up to three rounds before them do not count.
 
     variants: (what comes before, not timed; what is timed).
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for i in range(-3, rounds):
+    for i in range(-min(3, rounds - 1), rounds):
         for name, (prepare, run) in variants.items():
             prepare()
-            torch.cuda.synchronize()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             measured = event_seconds(run)
             if i >= 0:
                 seconds[name].append(measured)
@@ -49,10 +55,11 @@ def median_seconds(run: Run, rounds: int = 10) -> float:
 
 def ceilings() -> Ceilings:
     """The ceilings of this card, now."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    on_gpu = torch.cuda.is_available()
+    device, size, n = ("cuda", 2**30, 8192) if on_gpu else ("cpu", 2**20, 64)
+    source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    n = 8192
-    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
     c = torch.empty_like(a)
     copied = median_seconds(lambda: target.copy_(source))
     multiplied = median_seconds(lambda: torch.mm(a, b, out=c))

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.gpu.backbones import AdapterShape
 from mtlora.ops import tuning
-from mtlora.ops.plan import Header, StepPlan, counts_of, plan_step
+from mtlora.ops.plan import Header, StepPlan, count_for_gpu, counts_of, plan_step
 from mtlora.ops.tuning import PIECES, KernelConfig, padded
 
 
@@ -41,10 +41,8 @@ def step_plan(config: KernelConfig, shape: AdapterShape, tokens: int, live: int)
     plan = plan_step(
         np.arange(tokens) % live, np.full(tokens, -1), num_rows=live, tile_size=tuning.tile_size(tokens)
     )  # fmt: skip
-    counts = counts_of([(shape.rank, shape.experts, shape.groups)], config.hidden_size)
-    words = plan.words_W
-    words[Header.COLUMNS : Header.PIECES + len(PIECES)] = counts
-    words[Header.PARTS] = tuning.parts(config, plan.num_tiles, int(counts[0]), plan.num_planned)
+    counts_C = counts_of([(shape.rank, shape.experts, shape.groups)], config.hidden_size)
+    count_for_gpu(plan, np.tile(counts_C, (live, 1)), config)
     return plan
 
 
@@ -66,17 +64,21 @@ def of_block(config: KernelConfig, shape: AdapterShape, tokens: int, live: int) 
         memory=number * D * columns * b,
     )
     width = D // shape.groups
-    pieces = int(header[Header.PIECES + PIECES.index(way.block_e)])
+    pieces_of_group = -(-width // way.block_e)
+    pieces = shape.groups * pieces_of_group
+    size = PIECES.index(way.block_e)
+    run = min(int(header[Header.RUN + size]), pieces_of_group)
     chunks = -(-shape.rank // 16)
     passes = chunks * -(-shape.experts // way.block_n)
-    # Sectors of s of a token for a piece: the largest logits; h; for each chunk of the rank the logits anew.
-    sectors = -(-shape.experts // 8) + -(-shape.rank // 8) + passes * -(-way.block_n // 8)
+    # Sectors of s of a token: for an item the largest logits; for a piece h, and for each pass the logits anew.
+    of_item, of_piece = -(-shape.experts // 8), -(-shape.rank // 8) + passes * -(-min(way.block_n, shape.experts) // 8)
+    sectors = of_item * int(header[Header.ITEMS + size]) + of_piece * pieces
     expand = Work(
-        items=tiles * pieces,
-        products=passes,
+        items=tiles * int(header[Header.ITEMS + size]),
+        products=passes * run,
         weights=tiles * shape.experts * shape.rank * shape.groups * padded(width) * b,
         inputs=tokens * D * b,
-        scratch=tokens * pieces * parts * sectors * 32,
+        scratch=tokens * parts * sectors * 32,
         stored=tokens * D * b,
         memory=number * D * shape.experts * shape.rank * b,
     )

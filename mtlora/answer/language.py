@@ -20,7 +20,7 @@ MAX_REPEATS = 10_000
 # States of an automaton: about a kilobyte each.
 MAX_STATES = 30_000
 # Steps remembered: a dictionary entry each.
-_KEPT_STEPS = 100_000
+_KEPT_STEPS = 20_000
 
 
 class AnswerError(MtLoRAError):

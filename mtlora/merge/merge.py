@@ -65,6 +65,7 @@ def merge(before: Checkpoint, backbone: Path, out: Path, config: TrainingConfig)
         "tasks": tasks,
         "training": old.training | {"merged": history},
         "evaluation": _with_scores(old.evaluation, evaluation),
+        "calibration": old.calibration,
     }
     tensors = merged_tensors(before, learned)
     version = format_version(config.adapter, tasks)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from mtlora.ops import tuning
-from mtlora.ops.tuning import PIECES, KernelConfig
+from mtlora.ops.tuning import PIECES, RUNS, KernelConfig
 
 
 class Header(IntEnum):
@@ -27,9 +27,10 @@ class Header(IntEnum):
     TOKENS = 1  # planned ones
     PARTS = 2  # of x's dimensions, in the shrink's sums
     COLUMNS = 3  # most columns of [A; R] of the live rows
-    PIECES = 4  # most pieces of y of a live row, for each size of `PIECES`
+    ITEMS = 4  # most runs of pieces of y of a live row, for each size of `PIECES`
     SAMPLE_BLOCK = 7  # the block whose routing this step samples, -1 for none
     SAMPLE_TILE = 8
+    RUN = 9  # pieces of a group that a program computes at a time, for each size of `PIECES`
 
 
 HEADER_WORDS = 16
@@ -101,13 +102,32 @@ def plan_step(row_T: np.ndarray, bias_row_T: np.ndarray, *, num_rows: int, tile_
 
 
 def counts_of(sizes: Sequence[tuple[int, int, int]], hidden_size: int) -> np.ndarray:
-    """What a GPU's header counts of an adapter whose blocks have these (rank, experts, groups), int32 [C]."""
+    """What a GPU's header counts of an adapter whose blocks have these (rank, experts, groups), int32 [C].
+
+    The most columns of [A; R]; then, for each size of `PIECES` and each of `RUNS`, the most runs of pieces of y.
+    """
     if not sizes:
-        return np.zeros(1 + len(PIECES), dtype=np.int32)
+        return np.zeros(1 + len(PIECES) * len(RUNS), dtype=np.int32)
     counted = [
-        [tuning.padded(r + G * N), *(G * -(-(hidden_size // G) // piece) for piece in PIECES)] for r, N, G in sizes
-    ]
+        [tuning.padded(r + G * N)]
+        + [G * -(-(hidden_size // G) // (piece * run)) for piece in PIECES for run in RUNS]
+        for r, N, G in sizes
+    ]  # fmt: skip
     return np.max(counted, axis=0).astype(np.int32)
+
+
+def count_for_gpu(plan: StepPlan, counts_AC: np.ndarray, config: KernelConfig) -> None:
+    """Write the header's counts for a GPU. counts_AC: `counts_of` the adapter in each row of the table."""
+    words_W, tiles = plan.words_W, plan.num_tiles
+    columns, *items = counts_AC[words_W[HEADER_WORDS : HEADER_WORDS + TILE_WORDS * tiles : TILE_WORDS]].max(0).tolist()
+    words_W[Header.COLUMNS] = columns
+    words_W[Header.PARTS] = tuning.parts(config, tiles, columns, plan.num_planned)
+    programs = tuning.num_programs(config)
+    for i in range(len(PIECES)):
+        of_runs = items[i * len(RUNS) : (i + 1) * len(RUNS)]
+        # Longer runs only where there are more items than programs.
+        at = next((at for at, number in enumerate(of_runs) if tiles * number <= programs), len(RUNS) - 1)
+        words_W[Header.ITEMS + i], words_W[Header.RUN + i] = of_runs[at], RUNS[at]
 
 
 class DevicePlan:
@@ -126,7 +146,7 @@ class DevicePlan:
         self._arrays = [staged.numpy() for staged in self._staged]
         self._copied = [torch.cuda.Event() if on_gpu else None for _ in range(ring)]
         self._next = 0
-        self.set(plan_step(np.empty(0, int), np.empty(0, int), num_rows=0, tile_size=1), np.zeros((0, 4), np.int32))
+        self.set(plan_step(np.empty(0, int), np.empty(0, int), num_rows=0, tile_size=1), np.zeros((0, 0), np.int32))
 
     def set(self, plan: StepPlan, counts_AC: np.ndarray, sample: tuple[int, int] | None = None) -> None:
         """Copy a plan to the device, in order with its work, and return at once.
@@ -138,10 +158,7 @@ class DevicePlan:
         if plan.num_planned > self._config.max_tokens:
             raise ValueError(f"{plan.num_planned} tokens in a plan of {self._config.max_tokens}")
         if plan.num_tiles:
-            rows_M = words_W[HEADER_WORDS : HEADER_WORDS + TILE_WORDS * plan.num_tiles : TILE_WORDS]
-            counts_C = counts_AC[rows_M].max(0)
-            words_W[Header.COLUMNS : Header.COLUMNS + len(counts_C)] = counts_C
-            words_W[Header.PARTS] = tuning.parts(self._config, plan.num_tiles, int(counts_C[0]), plan.num_planned)
+            count_for_gpu(plan, counts_AC, self._config)
         if sample:
             words_W[Header.SAMPLE_BLOCK], words_W[Header.SAMPLE_TILE] = sample
         turn = self._next = (self._next + 1) % len(self._staged)

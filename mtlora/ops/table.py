@@ -17,7 +17,7 @@ import torch
 from mtlora.ops.cpu_kernel import KERNEL_DTYPES, compiled_kernel, from_units, to_units
 from mtlora.ops.packed_block import PackedBlock
 from mtlora.ops.plan import counts_of
-from mtlora.ops.tuning import PIECES, KernelConfig, padded
+from mtlora.ops.tuning import PIECES, RUNS, KernelConfig, padded
 
 # Bytes between the starts of tensors in one piece of memory.
 _APART = 256
@@ -220,7 +220,7 @@ class AdapterTable:
         sizes = (num_blocks, num_rows) if config is None else (num_rows, num_blocks)
         rows = torch.zeros(*sizes, len(Field), dtype=torch.int64, device=device)
         self.rows_LAF = rows if config is None else rows.transpose(0, 1)
-        self.counts_AC = np.zeros((num_rows, 1 + len(PIECES)), dtype=np.int32)
+        self.counts_AC = np.zeros((num_rows, 1 + len(PIECES) * len(RUNS)), dtype=np.int32)
         self.kind = (dtype, rows.device, hidden_size)
         self._config = config
         self._held: list[AdapterRows | None] = [None] * num_rows

@@ -36,14 +36,15 @@ _RANK, _EXPERTS, _GROUPS = tl.constexpr(Field.RANK), tl.constexpr(Field.EXPERTS)
 _FIELDS = tl.constexpr(len(Field))
 
 _TILES, _TOKENS, _PARTS = tl.constexpr(Header.TILES), tl.constexpr(Header.TOKENS), tl.constexpr(Header.PARTS)
-_COLUMNS, _PIECES = tl.constexpr(Header.COLUMNS), tl.constexpr(Header.PIECES)
+_COLUMNS = tl.constexpr(Header.COLUMNS)
+_ITEMS, _RUN = tl.constexpr(Header.ITEMS), tl.constexpr(Header.RUN)
 _SAMPLE_BLOCK, _SAMPLE_TILE = tl.constexpr(Header.SAMPLE_BLOCK), tl.constexpr(Header.SAMPLE_TILE)
 _HEADER_WORDS, _TILE_WORDS = tl.constexpr(HEADER_WORDS), tl.constexpr(TILE_WORDS)
 
 # The inner dimension of a product is at least 16: so many of the rank, times BLOCK_N experts.
 _RANKS = tl.constexpr(16)
 # Experts whose logits are looked at together.
-_LOGITS = tl.constexpr(16)
+_LOGITS = tl.constexpr(8)
 
 # Most tokens of a sample of the routing.
 SAMPLE_TOKENS = 8
@@ -101,11 +102,13 @@ def _shrink(
 def _sum_parts(s, place, column, mask, parts, planned, S_STRIDE: tl.constexpr, MAX_PARTS: tl.constexpr):
     """Sum over the parts of s[:, place, column], 0 where masked."""
     at = s + place.to(tl.int64)[:, None] * S_STRIDE + column[None, :]
+    step = planned.to(tl.int64) * S_STRIDE
     total = tl.load(at, mask=mask, other=0.0)
+    # Unrolled, as loads one after the other would each wait for memory.
     for part in tl.static_range(1, MAX_PARTS):
         # Compared as a block: the interpreter takes no other masks.
         there = (tl.zeros_like(column) + part < parts)[None, :]
-        total += tl.load(at + part * planned.to(tl.int64) * S_STRIDE, mask=mask & there, other=0.0)
+        total += tl.load(at + part * step, mask=mask & there, other=0.0)
     return total
 
 
@@ -130,13 +133,14 @@ def _expand(
     y, s, table, plan, samples, block, num_tokens, y_stride,
     HIDDEN: tl.constexpr, ADAPTER: tl.constexpr, S_STRIDE: tl.constexpr, SAMPLE_STRIDE: tl.constexpr,
     MAX_PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-    PIECES_AT: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
+    SIZE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """y += softmax(logits) (x) h Bcat_j for every live tile; item: (tile, piece of a group's columns)."""
+    """y += softmax(logits) (x) h Bcat_j for every live tile; item: (tile, a run of pieces of a group's columns)."""
     tiles, planned = tl.load(plan + _TILES), tl.load(plan + _TOKENS)
     parts = tl.minimum(tl.load(plan + _PARTS), MAX_PARTS)
-    for item in range(tl.program_id(0), tiles * tl.load(plan + PIECES_AT), tl.num_programs(0)):
-        tile, piece = item % tiles, item // tiles
+    run = tl.load(plan + _RUN + SIZE)
+    for item in range(tl.program_id(0), tiles * tl.load(plan + _ITEMS + SIZE), tl.num_programs(0)):
+        tile, nth = item % tiles, item // tiles
         at = plan + _HEADER_WORDS + tile * _TILE_WORDS
         row = table + tl.load(at).to(tl.int64) * ADAPTER + block * _FIELDS
         start, count = tl.load(at + 1), tl.load(at + 2)
@@ -144,7 +148,8 @@ def _expand(
         experts, groups = tl.load(row + _EXPERTS).to(tl.int32), tl.maximum(tl.load(row + _GROUPS).to(tl.int32), 1)
         width = tl.multiple_of(HIDDEN // groups, ALIGNED)
         pieces = tl.cdiv(width, BLOCK_E)
-        j = piece // pieces
+        runs = tl.cdiv(pieces, run)
+        j, first_piece = nth // runs, nth % runs * run
         if (rank > 0) & (j < groups):
             dtype: tl.constexpr = y.dtype.element_ty
             weights = tl.multiple_of(tl.load(row + _EXPAND).to(tl.pointer_type(dtype)), 16)
@@ -169,30 +174,33 @@ def _expand(
                 largest = larger
             # Rows of weights have a padded length: columns up to it are read, and their sums dropped.
             length = tl.cdiv(width, 16) * 16
-            e = piece % pieces * BLOCK_E + tl.arange(0, BLOCK_E)
             inner = tl.arange(0, BLOCK_N * _RANKS)
-            sums = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
-            for k_first in range(0, rank, _RANKS):
-                k = k_first + tl.arange(0, _RANKS)
-                h = _sum_parts(s, place, k, live[:, None] & (k < rank)[None, :], parts, planned, S_STRIDE, MAX_PARTS)
-                for first in range(0, experts, BLOCK_N):
-                    logits = _logits(
-                        s, bias, place, bias_row, first + tl.arange(0, BLOCK_N), live, rank, experts, groups, j, parts,
-                        planned, S_STRIDE, MAX_PARTS,
-                    )  # fmt: skip
-                    routing = tl.exp(logits - largest[:, None]) / total[:, None]
-                    z = tl.reshape(routing[:, :, None] * h[:, None, :], (BLOCK_T, BLOCK_N * _RANKS))
-                    i_inner, k_inner = first + inner // _RANKS, k_first + inner % _RANKS
-                    w = tl.load(
-                        weights + ((j * experts + i_inner) * rank + k_inner)[:, None] * length + e[None, :],
-                        mask=((i_inner < experts) & (k_inner < rank))[:, None] & (e < length)[None, :], other=0.0,
-                    )  # fmt: skip
-                    sums = tl.dot(z.to(dtype).to(OPERAND), w.to(OPERAND), sums, input_precision=PRECISION)
-            out = y + token[:, None] * y_stride + (j * width + e)[None, :]
-            mask = live[:, None] & (e < width)[None, :]
-            tl.store(out, (tl.load(out, mask=mask, other=0.0).to(tl.float32) + sums).to(dtype), mask=mask)
+            for piece in range(first_piece, tl.minimum(first_piece + run, pieces)):
+                e = piece * BLOCK_E + tl.arange(0, BLOCK_E)
+                sums = tl.zeros((BLOCK_T, BLOCK_E), dtype=tl.float32)
+                for k_first in range(0, rank, _RANKS):
+                    k = k_first + tl.arange(0, _RANKS)
+                    h = _sum_parts(
+                        s, place, k, live[:, None] & (k < rank)[None, :], parts, planned, S_STRIDE, MAX_PARTS
+                    )
+                    for first in range(0, experts, BLOCK_N):
+                        logits = _logits(
+                            s, bias, place, bias_row, first + tl.arange(0, BLOCK_N), live, rank, experts, groups, j,
+                            parts, planned, S_STRIDE, MAX_PARTS,
+                        )  # fmt: skip
+                        routing = tl.exp(logits - largest[:, None]) / total[:, None]
+                        z = tl.reshape(routing[:, :, None] * h[:, None, :], (BLOCK_T, BLOCK_N * _RANKS))
+                        i_inner, k_inner = first + inner // _RANKS, k_first + inner % _RANKS
+                        w = tl.load(
+                            weights + ((j * experts + i_inner) * rank + k_inner)[:, None] * length + e[None, :],
+                            mask=((i_inner < experts) & (k_inner < rank))[:, None] & (e < length)[None, :], other=0.0,
+                        )  # fmt: skip
+                        sums = tl.dot(z.to(dtype).to(OPERAND), w.to(OPERAND), sums, input_precision=PRECISION)
+                out = y + token[:, None] * y_stride + (j * width + e)[None, :]
+                mask = live[:, None] & (e < width)[None, :]
+                tl.store(out, (tl.load(out, mask=mask, other=0.0).to(tl.float32) + sums).to(dtype), mask=mask)
             sampled = (tl.load(plan + _SAMPLE_BLOCK) == block) & (tl.load(plan + _SAMPLE_TILE) == tile)
-            if sampled & (piece % pieces == 0):
+            if sampled & (first_piece == 0):
                 for first in range(0, experts, _LOGITS):
                     i = first + tl.arange(0, _LOGITS)
                     logits = _logits(
@@ -242,11 +250,14 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
     def run(self, values: dict[str, Any]) -> None:
         """Launch it with a value for every argument."""
         assert values.keys() == self.arguments.keys()
-        self.kernel[self.grid](**values, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+        self.kernel[self.grid](
+            **values, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=self.max_registers
+        )
 
 
 def launches(config: KernelConfig, padded_tokens: int) -> tuple[Launch, Launch]:
@@ -276,7 +287,7 @@ def launches(config: KernelConfig, padded_tokens: int) -> tuple[Launch, Launch]:
         "SAMPLE_STRIDE": config.max_groups * config.max_experts,
         "BLOCK_N": way.block_n,
         "BLOCK_E": way.block_e,
-        "PIECES_AT": Header.PIECES + PIECES.index(way.block_e),
+        "SIZE": PIECES.index(way.block_e),
         "ALIGNED": config.alignment,
     }
     expand = Launch(
@@ -286,6 +297,7 @@ def launches(config: KernelConfig, padded_tokens: int) -> tuple[Launch, Launch]:
         common | own,
         way.expand_warps,
         way.expand_stages,
+        way.expand_registers,
     )
     return shrink, expand
 

@@ -25,6 +25,8 @@ _SCRATCH_ROWS = 16 * _DECODE_TOKENS
 
 # Sizes of a program's piece of y that there are. The plan's header counts the pieces for each.
 PIECES = (32, 64, 128)
+# Pieces that a program may compute one after the other, with one softmax; the plan's header says how many.
+RUNS = (1, 2, 4, 8, 16)
 
 # The first version of ptxas that assembles pipelined WGMMA with its left operand in registers as it is written.
 _SOUND_PTXAS = (13, 3)
@@ -47,7 +49,7 @@ class KernelConfig:
     max_rank: int = 64
     max_experts: int = 32
     max_groups: int = 32
-    max_parts: int = 16
+    max_parts: int = 8
     num_sms: int = 132
     capability: int = 90
     pipelined: bool = True
@@ -76,7 +78,7 @@ class KernelConfig:
             ("groups", groups, self.max_groups),
         ):
             if found > largest:
-                raise ValueError(f"{name} {found}, this engine's largest is {largest}")
+                raise ValueError(f"found {name} {found}; this engine was started with max_{name} {largest}")
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Cut:
     """How a launch's work is cut. max_parts: the most sums that x's dimensions are split into.
 
     block_*: a program's share of tokens T, dimensions D, columns S of [A; R], experts N and columns of y E; it takes 16
-    of the rank at a time.
+    of the rank at a time. expand_registers: the most of a thread; ptxas by itself settles for fewer, and spills.
     """
 
     block_t: int
@@ -97,6 +99,7 @@ class Cut:
     shrink_stages: int = 3
     expand_warps: int = 4
     expand_stages: int = 2
+    expand_registers: int | None = None
 
 
 def padded(columns: int) -> int:
@@ -112,7 +115,10 @@ def tile_size(num_tokens: int) -> int:
 def cut(config: KernelConfig, padded_tokens: int) -> Cut:
     """How the kernels cut a step of so many tokens, padding included."""
     if tile_size(padded_tokens) == 16:
-        return Cut(block_t=16, max_parts=config.max_parts, block_e=32 if padded_tokens < SHAPES[1] else 64)
+        block_e = 32 if padded_tokens < SHAPES[1] else 64
+        # Narrow accesses to y take more addresses.
+        registers = 168 if config.alignment == ALIGNMENT else 216
+        return Cut(block_t=16, max_parts=config.max_parts, block_e=block_e, block_n=8, expand_registers=registers)
     few, stages = min(4, config.max_parts), 2 if config.pipelined else 1
     return Cut(block_t=64, max_parts=few, block_e=128, block_d=64, expand_warps=8, expand_stages=stages)
 

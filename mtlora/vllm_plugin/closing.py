@@ -48,11 +48,6 @@ class Closing:
         """The token that comes one step closer to the end; call it where the answer needs one."""
         return self._strides[min(states, key=self._needs.__getitem__)][0]
 
-    @property
-    def most(self) -> int:
-        """The most tokens that any state needs."""
-        return max(self._needs)
-
 
 def _worst(automaton: Automaton, needs: list[int]) -> list[int]:
     byte_steps = np.array(

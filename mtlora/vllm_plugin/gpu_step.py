@@ -18,6 +18,7 @@ from mtlora.ops.plan import DevicePlan, StepPlan, plan_step
 from mtlora.ops.table import AdapterTable, Field
 from mtlora.ops.triton_gpu import SAMPLE_TOKENS, Buffers, Path
 from mtlora.ops.tuning import KernelConfig
+from mtlora.vllm_plugin.packed import Slot
 from mtlora.vllm_plugin.sampling import RoutingSampler
 from mtlora.vllm_plugin.seams import available
 from mtlora.vllm_plugin.step import StepMapping
@@ -76,10 +77,10 @@ class GpuStep(StepMapping):
         super().__init__(table, sampler)
         self.path.warm_up()
 
-    def _take(self, row_T: np.ndarray, bias_row_T: np.ndarray, names: dict[int, str], *, any_slot: bool) -> None:
+    def _take(self, row_T: np.ndarray, bias_row_T: np.ndarray, slots: dict[int, Slot], *, any_slot: bool) -> None:
         self._launches = any_slot
         plan = plan_step(row_T, bias_row_T, num_rows=self._table.num_rows, tile_size=tuning.tile_size(len(row_T)))
-        self._plan.set(plan, self._table.counts_AC, self._choose_sample(plan, names) if self._sample_due else None)
+        self._plan.set(plan, self._table.counts_AC, self._choose_sample(plan, slots) if self._sample_due else None)
         self._sample_due = False
 
     def begin(self, x_TD: torch.Tensor, block: int, *, beside: bool) -> None:
@@ -116,7 +117,7 @@ class GpuStep(StepMapping):
         # After a sample, its flag must leave the plan.
         return self._sample_due or last is not None
 
-    def _choose_sample(self, plan: StepPlan, names: dict[int, str]) -> tuple[int, int] | None:
+    def _choose_sample(self, plan: StepPlan, slots: dict[int, Slot]) -> tuple[int, int] | None:
         assert self.sampler is not None
         block, tile = self.sampler.place(plan.num_tiles)
         if not plan.num_tiles:
@@ -127,7 +128,9 @@ class GpuStep(StepMapping):
         fields = held.rows_LF[block].tolist()
         if not fields[Field.RANK]:
             return None
-        self._sample = _Sample(names[row], (min(count, SAMPLE_TOKENS), fields[Field.GROUPS], fields[Field.EXPERTS]))
+        self._sample = _Sample(
+            slots[row].version, (min(count, SAMPLE_TOKENS), fields[Field.GROUPS], fields[Field.EXPERTS])
+        )
         return block, tile
 
     def _copy(self, sample: _Sample) -> None:

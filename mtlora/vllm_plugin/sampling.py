@@ -9,6 +9,7 @@ Shape suffixes: T tokens, D hidden size, G groups, N experts.
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from mtlora.ops.packed_block import PackedBlock, route
 from mtlora.ops.plan import StepPlan
 from mtlora.ops.table import AdapterTable
+from mtlora.vllm_plugin.packed import Slot
 
 ENVIRONMENT_STEPS = "MTLORA_ROUTING_SAMPLE_STEPS"
 # Most tokens of a sample, all of one tile and so of one adapter: bounds its cost.
@@ -67,9 +69,9 @@ class RoutingSampler:
         return turn % self._num_blocks, turn // self._num_blocks % max(1, num_tiles)
 
     def observe(
-        self, x_TD: torch.Tensor, table: AdapterTable, block: int, plan: StepPlan, names: dict[int, str]
+        self, x_TD: torch.Tensor, table: AdapterTable, block: int, plan: StepPlan, slots: Mapping[int, Slot]
     ) -> None:
-        """Sample one tile of the plan; `names` gives the adapter version in each row of the table."""
+        """Sample one tile of the plan; `slots` has one of each row of the table."""
         row, first, count = plan.tiles_M3[self.place(plan.num_tiles)[1]].tolist()
         held = table.held(row)
         packed = held.block(block) if held else None
@@ -77,7 +79,7 @@ class RoutingSampler:
             return
         taken = slice(first, first + min(count, _TOKENS))
         x_TD = x_TD[plan.tokens_P[taken].long()]
-        self.add(names[row], routing(x_TD, packed, plan.bias_rows_P[taken]))
+        self.add(slots[row].version, routing(x_TD, packed, plan.bias_rows_P[taken]))
 
     def add(self, name: str, weights_TGN: torch.Tensor) -> None:
         """Add a sample of an adapter version's routing, on the host."""

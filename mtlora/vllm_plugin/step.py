@@ -59,14 +59,13 @@ class StepMapping(ABC):
         bias_row_of = {i: held[i].bias_row for i in row_of}
         row_T = np.repeat(np.array([row_of.get(i, -1) for i in ids], dtype=np.int64), lengths)
         bias_row_T = np.repeat(np.array([bias_row_of.get(i, -1) for i in ids], dtype=np.int64), lengths)
-        names = {self._row_of[rows]: its.version for rows, its in adapters.items()}
-        self._take(row_T, bias_row_T, names, any_slot=bool(held))
+        self._take(row_T, bias_row_T, {self._row_of[rows]: s for rows, s in adapters.items()}, any_slot=bool(held))
 
     @abstractmethod
-    def _take(self, row_T: np.ndarray, bias_row_T: np.ndarray, names: dict[int, str], *, any_slot: bool) -> None:
+    def _take(self, row_T: np.ndarray, bias_row_T: np.ndarray, slots: dict[int, Slot], *, any_slot: bool) -> None:
         """Plan a step.
 
-        names: the adapter version in each row that has tokens. any_slot: whether tokens name slots, dummy ones too.
+        slots: one for each row that has tokens. any_slot: whether tokens name slots, dummy ones too.
         """
 
     @abstractmethod
@@ -110,12 +109,12 @@ class CpuStep(StepMapping):
         self.scratch = torch.empty(0)
         super().__init__(table, sampler)
 
-    def _take(self, row_T: np.ndarray, bias_row_T: np.ndarray, names: dict[int, str], *, any_slot: bool) -> None:
+    def _take(self, row_T: np.ndarray, bias_row_T: np.ndarray, slots: dict[int, Slot], *, any_slot: bool) -> None:
         self._num_tokens = len(row_T)
-        self._names = names
-        held = [rows for row in names if (rows := self._table.held(row))]
+        self._slots = slots
+        held = [slot.adapter.rows for slot in slots.values() if slot.adapter is not None]
         self._blocks: frozenset[int] = frozenset().union(*(rows.active for rows in held))
-        if names:
+        if slots:
             plan = self._plan = plan_step(row_T, bias_row_T, num_rows=self._table.num_rows, tile_size=TILE_SIZE)
             self._add_path_: AddPath = bind(self._table, plan)
 
@@ -129,4 +128,4 @@ class CpuStep(StepMapping):
         if block in self._blocks:
             self._add_path_(y_TD, x_TD, block)
             if self.sampler and self.sampler.due(block):
-                self.sampler.observe(x_TD, self._table, block, self._plan, self._names)
+                self.sampler.observe(x_TD, self._table, block, self._plan, self._slots)

@@ -6,6 +6,7 @@ without working, ends it, and the marker comes in any case while the answer stil
 llguidance says which tokens may come; where tokens run short, only those that leave enough for an end.
 """
 
+import itertools
 import json
 import threading
 from collections import OrderedDict
@@ -29,12 +30,9 @@ from mtlora.vllm_plugin.vocabulary import Row, Vocabulary
 
 # Compiled constraints kept, and states of all of them.
 _KEPT, _KEPT_STATES = 4096, 2_000_000
-# Rows kept with a constraint: 6 KiB each for 49,152 tokens.
-_KEPT_ROWS = 1024
+_numbers = itertools.count()
 # With tokens running short, candidates are tried one by one up to this many.
 _TRIED = 512
-# Tokens that working leaves to an answer beyond the fewest it may need.
-_SPARE = 8
 
 
 class Compiled:
@@ -49,7 +47,8 @@ class Compiled:
         self.marker_tokens = vocabulary.encode(f" {constraint.marker}") if constraint.marker else []
         self.stops = vocabulary.marks(constraint.stop if constraint.marker else (), False)
         self.markers = vocabulary.marks((constraint.marker,) if constraint.marker else (), True)
-        self._rows: OrderedDict[Any, Row] = OrderedDict()
+        # Its rows' place among those of all.
+        self._number = next(_numbers)
         grammar = llguidance.grammar_from("regex", pattern(constraint.expression))
         self._matcher = llguidance.LLMatcher(vocabulary.matchers, grammar, log_level=0)
         if error := self._matcher.get_error():
@@ -73,14 +72,11 @@ class Compiled:
 
     def row(self, key: Any) -> Row | None:
         """A row kept for a state."""
-        return self._rows.get(key)
+        return self.vocabulary.kept((self._number, key))
 
     def keep(self, key: Any, row: Row) -> Row:
         """Keep a row for a state."""
-        if len(self._rows) >= _KEPT_ROWS:
-            self._rows.popitem(last=False)
-        self._rows[key] = row
-        return row
+        return self.vocabulary.keep((self._number, key), row)
 
 
 @dataclass(frozen=True)
@@ -108,8 +104,6 @@ class TypedGrammar(StructuredOutputGrammar):
         self._ends = ends
         start = compiled.automaton.start
         if compiled.marker:
-            spare = max(compiled.fewest, left - len(compiled.marker_tokens))
-            self._reserve = len(compiled.marker_tokens) + min(compiled.closing.most + 1 + _SPARE, spare)
             self._places = [_Place(left, whole=start)]
         else:
             self._places = [_Place(left, answer=start)]
@@ -188,7 +182,8 @@ class TypedGrammar(StructuredOutputGrammar):
 
     def _row_of_working(self, place: _Place) -> Row:
         compiled = self._compiled
-        if not place.forced and place.left - 1 < self._reserve:
+        # No more than a shortest answer takes: no sequence that fits, as trained ones do, is cut short.
+        if not place.forced and place.left - 1 < compiled.fewest_with_marker:
             place = self._places[-1] = replace(place, forced=tuple(compiled.marker_tokens))
         if place.forced:
             return compiled.vocabulary.row_of(place.forced[:1])

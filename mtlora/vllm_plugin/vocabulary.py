@@ -1,5 +1,7 @@
 """A vocabulary's tokens as bytes, and rows of bits that say which may come next."""
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
@@ -12,6 +14,8 @@ import numpy.typing as npt
 # Bits of allowed tokens, 32 to a word, as vLLM's structured outputs pass them.
 Row = npt.NDArray[np.int32]
 
+# Bytes of rows that are kept.
+_KEPT_BYTES = 64 << 20
 # Longer tokens, in bytes, such as rows of blanks, occur in no typed answer.
 LONGEST_TOKEN = 32
 
@@ -30,9 +34,24 @@ class Vocabulary:
         # Without special tokens.
         self.ordinary = self.row(lambda text: bool(text))
         self.short = self.row(lambda text: 0 < len(text) <= LONGEST_TOKEN)
+        self._kept: OrderedDict[Any, Row] = OrderedDict()
+        self._most_kept = max(1, _KEPT_BYTES // self.ordinary.nbytes)
+        self._lock = threading.Lock()
         # Tasks have few different ones, and each takes a walk through the vocabulary.
         self.marks = lru_cache(maxsize=1024)(self._marks)
         self._encode: Callable[[str], list[int]] = lambda text: tokenizer.encode(text, add_special_tokens=False)
+
+    def kept(self, key: Any) -> Row | None:
+        """A row that was kept."""
+        return self._kept.get(key)
+
+    def keep(self, key: Any, row: Row) -> Row:
+        """Keep a row, and drop the oldest one beyond what is kept."""
+        with self._lock:
+            self._kept[key] = row
+            if len(self._kept) > self._most_kept:
+                self._kept.popitem(last=False)
+        return row
 
     def row(self, allows: Callable[[bytes], bool]) -> Row:
         """The row of the tokens whose bytes `allows` takes."""

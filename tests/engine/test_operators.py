@@ -37,7 +37,7 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Any:
     class Step(StepMapping):
         begins = True
 
-        def _take(self, row_T: np.ndarray, bias_row_T: np.ndarray, names: dict[int, str], *, any_slot: bool) -> None:
+        def _take(self, row_T: np.ndarray, bias_row_T: np.ndarray, slots: dict[int, Any], *, any_slot: bool) -> None:
             self.scratch = torch.zeros(TOKENS, D)
             self.calls: list[tuple[str, int, bool | None]] = []
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from mtlora.answer.labels import LabelTree
 from mtlora.checkpoint.format import TENSORS_FILE, TaskEntry
 from mtlora.checkpoint.read import read_manifest
 from mtlora.checkpoint.write import write_checkpoint
@@ -28,7 +29,7 @@ from mtlora.evaluation.evaluate import (
     server_answerer,
 )
 from mtlora.evaluation.generate import Prompt, greedy_answers, greedy_tokens
-from mtlora.evaluation.likelihood import likeliest, options_of
+from mtlora.evaluation.likelihood import label_probabilities, likeliest, options_of
 from mtlora.model import AdaptedModel, adapter_tensors, new_adapted_model
 from mtlora.suite import Example, FolderSuite
 
@@ -214,6 +215,31 @@ def test_recorded_scores_are_in_the_manifest_and_the_tensors_stay(
     del written["answers"]
     assert read_manifest(checkpoint) == before.model_copy(update={"evaluation": written})
     assert (checkpoint / TENSORS_FILE).read_bytes() == tensors
+
+
+def test_labels_are_scored_and_their_temperature_recorded(
+    tiny_backbone: Path, adapted: AdaptedModel, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = ("(A)", "(B)", "(C)")
+    letters = TaskEntry.model_validate({**TASKS[0].model_dump(), "answer": {"type": "label", "labels": labels}})
+    write_checkpoint(
+        tmp_path / "typed", backbone=adapted.backbone, config=CONFIG, tasks=(letters, TASKS[1]),
+        tensors=adapter_tensors(adapted.adapters, torch.float32),
+    )  # fmt: skip
+    prompt = adapted.prompts.prompt("which?")
+    found = label_probabilities(adapted, letters, prompt)
+    ids = {label: adapted.prompts.answer(label) for label in labels}
+    ((before, after),) = LabelTree(ids).branches
+    with torch.inference_mode(), adapted.adapters.context.use(torch.tensor([0])):
+        logits_V = adapted.model(input_ids=torch.tensor([[*prompt, *before]])).logits[0, -1]
+    expected = logits_V[list(after)].softmax(-1).tolist()
+    assert list(found.values()) == pytest.approx(expected, abs=1e-5)
+    arguments = ["eval", "--backbone", str(tiny_backbone), "--adapter", str(tmp_path / "typed"), "--suite", str(folder)]
+    assert main([*arguments, "--examples", "6", "--record", "--adapter-only"]) == 0
+    assert "expected calibration error of 6 labels: " in capsys.readouterr().out
+    manifest = read_manifest(tmp_path / "typed")
+    assert list(manifest.calibration) == ["letters"]
+    assert set(manifest.evaluation["calibration_error"]) == {"uncalibrated", "stored", "fitted"}
 
 
 def test_the_bar_moves_while_the_first_answer_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:

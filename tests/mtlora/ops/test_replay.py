@@ -125,9 +125,10 @@ def test_the_kernel_writes_down_the_routing_of_the_sampled_tile(padded: int) -> 
     engine = Engine(config, padded)
     adapter = Adapter([shape, shape], 96, torch.float32, seed=0)
     engine.place(1, adapter)
+    engine.place(2, Adapter([shape, shape], 96, torch.float32, seed=1))
     samples = engine.path.buffers.samples
     samples.fill_(-1)
-    engine.set([-1] + [1] * 12, [0, 1, -1] * 4 + [0], sample=(1, 0))
+    engine.set([-1] + [1] * 12 + [2], [0, 1, -1] * 4 + [0, 0], sample=(1, 0))
     engine.step(0)
     reference = adapter.references[1]
     assert reference is not None
