@@ -177,13 +177,12 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
 
     def note(name: str, value: float) -> None:
         found.setdefault(name, []).append(value)
+        print(f"{name}: {value:.3f}", file=sys.stderr, flush=True)
 
     for _ in range(args.rounds):
         shared = bench.shared(bench.tokens(DOCUMENT_TOKENS), few)
         apart = bench.ask(bench.ours, bench.tokens(DOCUMENT_TOKENS), every)
-        many = bench.shared(bench.tokens(DOCUMENT_TOKENS), bench.activated)
         note("shared/apart", apart["seconds"] / shared["seconds"])
-        note("1000 tasks/25 tasks", (MANY_TASKS / many["seconds"]) / (TASKS / shared["seconds"]))
         document = bench.tokens(DOCUMENT_TOKENS)
         first = bench.shared(document, few[:1], 1)
         cached = [bench.shared(document, [slot], 1)["seconds"] for slot in few[1:]]
@@ -195,6 +194,8 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         per_token, prompts = first["seconds"] / prompt, TASKS * prompt
         predicted = (prompts * per_token + decoding) / ((prompts - shared["cached"]) * per_token + decoding)
         note("shared/apart, predicted", predicted)
+        many = bench.shared(bench.tokens(DOCUMENT_TOKENS), bench.activated)
+        note("1000 tasks/25 tasks", (MANY_TASKS / many["seconds"]) / (TASKS / shared["seconds"]))
     if bench.stock is not None:
         shared = bench.shared(bench.tokens(DOCUMENT_TOKENS), few)
         theirs = bench.ask(bench.stock, bench.tokens(DOCUMENT_TOKENS), bench.peft)

@@ -443,9 +443,12 @@ def test_engine_answers_as_one_without_prefix_cache(serving: Serving, monkeypatc
         )
     scheduler = serving.engine.llm_engine.engine_core.engine_core.scheduler
     preempt, preempted = scheduler._preempt_request, []
-    monkeypatch.setattr(
-        scheduler, "_preempt_request", lambda each, *more: (preempted.append(each), preempt(each, *more))
-    )
+
+    def noted(request: Any, *more: Any, **named: Any) -> None:
+        preempted.append(request)
+        preempt(request, *more, **named)
+
+    monkeypatch.setattr(scheduler, "_preempt_request", noted)
     mixed = serving.run(work, 24)
     assert preempted
     assert sum(output.num_cached_tokens for output in mixed) > 8 * BLOCK
