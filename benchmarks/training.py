@@ -40,7 +40,8 @@ def variants(files: list[Path], flags: list[str]) -> dict[str, TrainingConfig]:
             for tasks in (_SHARING, 1):
                 # A step without sharing reads a document an example: fewer of them take as long.
                 changed = {"document_tasks": tasks, "batch_size": 4 * tasks}
-                found[f"{file.stem} (a document's {tasks} tasks)"] = config.model_copy(update=changed)
+                told = f"{tasks} tasks a document" if tasks > 1 else "each by itself"
+                found[f"{file.stem} ({told})"] = config.model_copy(update=changed)
         else:
             found[file.stem] = config
     return found
