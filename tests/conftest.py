@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # A module that has one of these is slow: it starts a server, a worker of the benchmarks, an engine or processes like an
@@ -19,6 +20,9 @@ SLOW_FIXTURES = {"backbone", "short_backbone", "tiny_backbone", "server"}
 TOGETHER = ("tests/server/live/", "tests/engine/")
 
 os.environ["TQDM_DISABLE"] = "1"
+# A test passes on a machine of any speed.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 # Nothing watches the health of the servers that tests stop.
 os.environ["MTLORA_DRAIN_DELAY_S"] = "0"
 

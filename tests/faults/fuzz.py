@@ -29,13 +29,14 @@ _PROPER = {
     "UNIMPLEMENTED", "OUT_OF_RANGE", "DEADLINE_EXCEEDED",
 }  # fmt: skip
 _NATIVE, _OIP = "/mtlora.v1.Inference/", "/inference.GRPCInferenceService/"
-_METHODS: dict[str, type[Message]] = {
+METHODS: dict[str, type[Message]] = {
     f"{_NATIVE}Generate": native.GenerateRequest,
     f"{_NATIVE}GenerateStream": native.GenerateRequest,
     f"{_NATIVE}GenerateBatch": native.GenerateBatchRequest,
     f"{_NATIVE}GenerateBatchStream": native.GenerateBatchRequest,
     f"{_NATIVE}Analyze": native.AnalyzeRequest,
     f"{_NATIVE}AnalyzeStream": native.AnalyzeRequest,
+    f"{_NATIVE}Score": native.ScoreRequest,
     f"{_NATIVE}ListTasks": native.ListTasksRequest,
     f"{_NATIVE}GetTask": native.GetTaskRequest,
     f"{_OIP}ModelInfer": oip.ModelInferRequest,
@@ -89,8 +90,8 @@ class Fuzzer:
 
     def request(self) -> tuple[str, tuple[tuple[str, str], ...], bytes]:
         rng = self._rng
-        method = rng.choice(list(_METHODS)) if rng.random() < 0.6 else f"{_NATIVE}Generate"
-        message = _METHODS[method]()
+        method = rng.choice(list(METHODS)) if rng.random() < 0.6 else f"{_NATIVE}Generate"
+        message = METHODS[method]()
         self._fill(message)
         data = message.SerializeToString()
         match rng.randrange(4):

@@ -93,7 +93,11 @@ class Verifier:
             raise StageError(Stage.VERIFIED, str(error)) from None
         (incoming / "adapter.json").write_bytes(b"x")
         folder = self._spool.keep(incoming, str(content))
-        manifest: Any = SimpleNamespace(tasks=[SimpleNamespace(id=task) for task in TASKS[found.name]], calibration={})
+        manifest: Any = SimpleNamespace(
+            config=SimpleNamespace(activation="all"),
+            tasks=[SimpleNamespace(id=task) for task in TASKS[found.name]],
+            calibration={},
+        )
         return Verified(str(content), folder, manifest)
 
 
