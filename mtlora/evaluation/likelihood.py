@@ -75,7 +75,7 @@ def label_probabilities(adapted: AdaptedModel, task: TaskEntry, prompt: Prompt) 
             tokens_BL = torch.tensor([[*prefix, *before]])
             out = adapted.model(input_ids=tokens_BL, past_key_values=cache, logits_to_keep=1)
             if cache is not None:
-                cache.crop(prompt.document_length)
+                cache.crop(-tokens_BL.shape[1])
             logprobs_V = out.logits[0, -1].float().log_softmax(-1)
             found.append({token: float(logprobs_V[token]) for token in after})
     return tree.probabilities(found)
