@@ -8,6 +8,7 @@ inside the block; so are all after it, as a block's key covers the one before it
 Both sides read the same number, cut to the prompt's length. Whatever it is, keys say what was computed.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -49,6 +50,7 @@ def key_blocks() -> None:
 
     stock = kv_cache_utils.generate_block_hash_extra_keys
 
+    @functools.wraps(stock)
     def generate_block_hash_extra_keys(
         request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
     ) -> tuple[tuple[Any, ...] | None, int]:
@@ -76,6 +78,7 @@ def check_requests() -> None:
 
     stock = InputProcessor.process_inputs
 
+    @functools.wraps(stock)
     def process_inputs(self: Any, *arguments: Any, **named: Any) -> Any:
         request = stock(self, *arguments, **named)
         if request.lora_request is not None and request.sampling_params is not None:
@@ -130,6 +133,7 @@ def leave_rows_bare() -> None:
     LoRAModelRunnerMixin._mtlora_activation = True
     stock = LoRAModelRunnerMixin.set_active_loras
 
+    @functools.wraps(stock)
     def set_active_loras(
         self: Any, input_batch: Any, num_scheduled_tokens: Any, num_sampled_tokens: Any = None, *more: Any, **named: Any
     ) -> None:
@@ -161,6 +165,7 @@ def _leave_rows_bare_in_v2(runner: Any) -> None:
 
     add, make, remove = runner.add_requests, LoraState.make_lora_inputs, LoraState.remove_request
 
+    @functools.wraps(add)
     def add_requests(self: Any, scheduler_output: Any) -> None:
         add(self, scheduler_output)
         state = self.lora_state
@@ -170,6 +175,7 @@ def _leave_rows_bare_in_v2(runner: Any) -> None:
             if point := point_of(new.sampling_params, new.prompt_len):
                 points[new.req_id] = point
 
+    @functools.wraps(make)
     def make_lora_inputs(self: Any, req_ids: list[str], idx_mapping: Any, num_scheduled_tokens: Any) -> Any:
         sampled, tokens, requests = make(self, req_ids, idx_mapping, num_scheduled_tokens)
         if held := getattr(self, "_mtlora_points", None):
@@ -177,6 +183,7 @@ def _leave_rows_bare_in_v2(runner: Any) -> None:
             tokens = masked(tokens, num_scheduled_tokens, self._mtlora_computed[idx_mapping], points)
         return sampled, tokens, requests
 
+    @functools.wraps(remove)
     def remove_request(self: Any, req_id: str) -> None:
         remove(self, req_id)
         getattr(self, "_mtlora_points", {}).pop(req_id, None)

@@ -14,7 +14,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.input_processor import InputProcessor
 
-from mtlora.checkpoint.format import MANIFEST_FILE
+from mtlora.checkpoint.format import MANIFEST_FILE, CheckpointError
 from mtlora.checkpoint.read import read_manifest
 from mtlora.task import TaskSpec
 from mtlora.vllm_plugin.naming import parse_slot_path
@@ -24,6 +24,11 @@ ENVIRONMENT_SWITCH = "MTLORA_TYPED_REQUESTS"
 FREE = "mtlora_free"
 # What may end an answer, or keep it from ending, against its type.
 _AGAINST_TYPES = ("structured_outputs", "stop_token_ids", "min_tokens", "allowed_token_ids", "bad_words", "ignore_eos")
+
+# Adapters whose tasks are kept.
+_KEPT = 1024
+# By folder, as last read.
+_last: dict[str, dict[str, TaskSpec]] = {}
 
 _processed = InputProcessor.process_inputs
 
@@ -75,13 +80,16 @@ def _task(lora_request: LoRARequest) -> TaskSpec | None:
     """The task that the path names, or else the module's name."""
     folder, task_id = parse_slot_path(lora_request.lora_path)
     try:
-        changed = (folder / MANIFEST_FILE).stat().st_mtime_ns
-    except OSError:
-        # An adapter of another format.
-        return None
-    return _tasks(str(folder), changed).get(task_id or lora_request.lora_name)
+        tasks = _tasks(str(folder), (folder / MANIFEST_FILE).stat().st_mtime_ns)
+        _last[str(folder)] = tasks
+    except (OSError, CheckpointError):
+        # An adapter in the engine outlives its files. One of another format has no types.
+        tasks = _last.get(str(folder), {})
+    if len(_last) > _KEPT:
+        del _last[next(iter(_last))]
+    return tasks.get(task_id or lora_request.lora_name)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=_KEPT)
 def _tasks(folder: str, changed: int) -> dict[str, TaskSpec]:
     return {task.id: task for task in read_manifest(Path(folder)).tasks}

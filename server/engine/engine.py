@@ -278,9 +278,10 @@ class Engine:
     def shutdown(self) -> None:
         """Stop the engine's processes. Blocks for a few seconds at most."""
         if self._llm is not None:
-            self._llm.shutdown(timeout=0 if self._lost else 5)
             if self._lost:
+                # First: vLLM looks for the children of processes that live, and fails if one of these ends meanwhile.
                 self._processes.clean_up()
+            self._llm.shutdown(timeout=0 if self._lost else 5)
             # Collect it now: at the interpreter's exit its finalizer would fail and log that.
             self._llm = None
 

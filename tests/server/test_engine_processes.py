@@ -6,12 +6,14 @@ import subprocess
 import sys
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from server.engine import orphans
+from server.engine import Engine, orphans
 from server.engine.processes import EngineProcesses
+from server.settings import Settings
 
 # A parent and its child, which maps shared memory of its own and some of this process's.
 _PARENT = """
@@ -57,12 +59,26 @@ def test_kill_ends_every_process_and_frees_shared_memory() -> None:
         ours.unlink()
 
 
+def test_a_lost_engine_is_shut_down_once_its_processes_have_ended(tmp_path: Path) -> None:
+    """vLLM's shutdown fails where a process ends while it looks for that process's children."""
+    core = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    running: list[bool] = []
+    engine = Engine(Settings(adapters=tmp_path), tmp_path, lambda _: None)
+    engine._processes = EngineProcesses.below([core.pid])
+    process = psutil.Process(core.pid)
+    engine._llm = SimpleNamespace(shutdown=lambda timeout: running.append(process.is_running()))
+    engine._lost = True
+    engine._processes.kill()
+    engine.shutdown()
+    assert running == [False]
+
+
 # A server that starts an engine's process as vLLM does; vLLM calls its plugins there.
 _SERVER = """
 import multiprocessing, os, time
 
 def engine():
-    from server.engine import orphans
+    from server.engine import Engine, orphans
     orphans.register()
     orphans.register()
     print(os.getpid(), flush=True)

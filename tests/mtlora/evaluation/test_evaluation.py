@@ -226,12 +226,12 @@ def test_labels_are_scored_and_their_temperature_recorded(
         tmp_path / "typed", backbone=adapted.backbone, config=CONFIG, tasks=(letters, TASKS[1]),
         tensors=adapter_tensors(adapted.adapters, torch.float32),
     )  # fmt: skip
-    prompt = adapted.prompts.prompt("which?")
+    prompt = Prompt(adapted.prompts.prompt("which?"))
     found = label_probabilities(adapted, letters, prompt)
     ids = {label: adapted.prompts.answer(label) for label in labels}
     ((before, after),) = LabelTree(ids).branches
     with torch.inference_mode(), adapted.adapters.context.use(torch.tensor([0])):
-        logits_V = adapted.model(input_ids=torch.tensor([[*prompt, *before]])).logits[0, -1]
+        logits_V = adapted.model(input_ids=torch.tensor([[*prompt.ids, *before]])).logits[0, -1]
     expected = logits_V[list(after)].softmax(-1).tolist()
     assert list(found.values()) == pytest.approx(expected, abs=1e-5)
     arguments = ["eval", "--backbone", str(tiny_backbone), "--adapter", str(tmp_path / "typed"), "--suite", str(folder)]
