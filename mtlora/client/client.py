@@ -324,7 +324,7 @@ class Client(_Connection):
 
         Goes on after a cut, within the timeout. Raises OSError if the checkpoint cannot be read.
         """
-        upload, attempts = Upload(folder, adapter), Attempts(self._retry, timeout)
+        upload, attempts, version = Upload(folder, adapter), Attempts(self._retry, timeout), ""
         while True:
             known: SimpleQueue[adapters_pb2.UploadAdapterResponse | None] = SimpleQueue()
 
@@ -335,11 +335,14 @@ class Client(_Connection):
 
             call = self._adapters.Upload(requests(), timeout=attempts.left_s, metadata=self._metadata)
             try:
+                # To the end: the server writes the call down before its status.
                 for reply in _read(call):
                     if reply.version:
-                        return str(reply.version)
-                    upload.note(reply, attempts)
-                    known.put(reply)
+                        version = reply.version
+                    else:
+                        upload.note(reply, attempts)
+                        known.put(reply)
+                return version
             except ServerError as error:
                 time.sleep(attempts.after(error))
             finally:
@@ -446,6 +449,7 @@ class AsyncClient(_Connection):
     async def upload_adapter(self, folder: Path, adapter: str, *, timeout: float = UPLOAD_TIMEOUT_S) -> str:
         """As `Client.upload_adapter`."""
         upload, attempts = await asyncio.to_thread(Upload, folder, adapter), Attempts(self._retry, timeout)
+        version = ""
         while True:
             known: asyncio.Queue[adapters_pb2.UploadAdapterResponse] = asyncio.Queue()
 
@@ -456,11 +460,14 @@ class AsyncClient(_Connection):
 
             call = self._adapters.Upload(requests(), timeout=attempts.left_s, metadata=self._metadata)
             try:
+                # To the end: the server writes the call down before its status.
                 async for reply in _read_async(call):
                     if reply.version:
-                        return str(reply.version)
-                    upload.note(reply, attempts)
-                    known.put_nowait(reply)
+                        version = reply.version
+                    else:
+                        upload.note(reply, attempts)
+                        known.put_nowait(reply)
+                return version
             except ServerError as error:
                 await asyncio.sleep(attempts.after(error))
 
