@@ -125,7 +125,7 @@ class Folder:
         return False
 
     async def manifest(self, version: AdapterVersion) -> bytes:
-        """The bytes of a version's manifest. Raises OSError, or CheckpointError for a file that is none."""
+        """The bytes of a version's manifest. Raises OSError, or CheckpointError if it is no regular file."""
         from mtlora.checkpoint.read import MAX_MANIFEST_BYTES
         from mtlora.checkpoint.untrusted import open_file
 

@@ -62,7 +62,7 @@ class Announced:
 
 
 class Uploads:
-    """root: the folder of adapters; None: there is none on this machine. max_uploads: unfinished ones kept.
+    """root: the folder of adapters; None if this machine has no such folder. max_uploads: unfinished uploads kept.
 
     Methods raise RequestFailedError, and StageError for a checkpoint that does not verify.
     """

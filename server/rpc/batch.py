@@ -2,17 +2,32 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
+import grpc
 from mtlora_pb.v1 import inference_pb2 as pb
 
-from server.call import Call
-from server.errors import RequestFailedError
+from server.accounting import Usage
+from server.call import Call, current_call
+from server.errors import RequestFailedError, Violation, invalid_argument
 from server.job import GenerationJob, ServedTask
 from server.rpc.documents import Document
 from server.rpc.failures import failure_of
 from server.rpc.generation import Generation
+from server.rpc.pieces import in_pieces
+from server.rpc.validation import samples_of
+from server.scheduling import Scheduler
+from server.telemetry.metrics import Metrics
 
+if TYPE_CHECKING:
+    from server.rpc.inference_service import InferenceServicer
+
+# Unary calls get tokens in batches: each hand-over delays the next step. Tenants' counts follow batch by batch.
+UNARY_DELTA_TOKENS = 64
+# Above this many bytes, tokenizing takes long enough to hold up other streams.
+TOKENIZE_APART_BYTES = 8192
 # Sequences of one call.
 MAX_BATCH = 1024
 
@@ -92,3 +107,118 @@ async def side_by_side(
         for worker in workers:
             worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
+
+
+async def finish(ended: AsyncGenerator[Item, None]) -> None:
+    """Run items to their ends."""
+    async with aclosing(ended):
+        async for _ in ended:
+            pass
+
+
+class Batches:
+    """Runs the items of a call through `service`, as it runs one request."""
+
+    def __init__(self, service: "InferenceServicer", scheduler: Scheduler, usage: Usage, metrics: Metrics) -> None:
+        self._service = service
+        self._scheduler = scheduler
+        self._usage = usage
+        self._metrics = metrics
+
+    def items(self, requests: Sequence[pb.GenerateRequest], name: str, method: str) -> list[Item]:
+        """A call's inputs, each a call of its own for usage, metrics and the log. Raises INVALID_ARGUMENT.
+
+        name: the field that they come in.
+        """
+        call = current_call.get()
+        if not 1 <= len(requests) <= MAX_BATCH:
+            raise invalid_argument([Violation(name, f"found {len(requests)}; allowed: 1 to {MAX_BATCH}")])
+        items = []
+        for index, each in enumerate(requests):
+            own = replace(call, request_id=f"{call.request_id}.{index}", method=method, audited=None)
+            task = self._service.find(each.task_id, own)
+            items.append(Item(each, task, own, samples_of(each, task), index))
+        if (sequences := sum(item.samples for item in items)) > MAX_BATCH:
+            raise invalid_argument([Violation(name, f"found {sequences} samples; allowed: 1 to {MAX_BATCH}")])
+        return items
+
+    async def whole(self, items: Sequence[Item], expand: Expand = samples) -> list[Generation]:
+        """Run the items of the current call as one: the first failure ends all. Gives each one's best answer."""
+        await finish(self._run(items, places=sum(item.samples for item in items), strict=True, expand=expand))
+        return [item.answers[0] for item in items]
+
+    async def run(self, items: Sequence[Item], expand: Expand = samples) -> AsyncGenerator[Item, None]:
+        """Run the items of the current call, and account for each at its end.
+
+        `expand` makes what an item runs of its valid request.
+        """
+        call = current_call.get()
+        places = self._scheduler.places(call.tenant, sum(item.samples for item in items))
+
+        def settle(item: Item, code: grpc.StatusCode) -> None:
+            item.call.settle(code, self._usage)
+            item.call.record(code, self._metrics)
+
+        code, left = grpc.StatusCode.CANCELLED, dict.fromkeys(items)
+        try:
+            async with aclosing(self._run(items, places=places, strict=False, expand=expand)) as ended:
+                async for item in ended:
+                    del left[item]
+                    settle(item, item.failure.code if item.failure else grpc.StatusCode.OK)
+                    yield item
+        except RequestFailedError as failure:
+            code = failure.code
+            raise
+        finally:
+            if code is grpc.StatusCode.CANCELLED and call.expired:
+                code = grpc.StatusCode.DEADLINE_EXCEEDED
+            for item in left:
+                if item.call.sequences:
+                    settle(item, code)
+
+    async def _run(
+        self, items: Sequence[Item], *, places: int, strict: bool, expand: Expand
+    ) -> AsyncGenerator[Item, None]:
+        """Run items of the current call, `places` sequences at a time; gives each as it ends.
+
+        They are admitted and charged as a whole before anything starts. `strict`: the first failure ends all.
+        """
+        call, size = current_call.get(), sum(item.samples for item in items)
+        self._scheduler.check_batch(call.tenant, size, places)
+        with self._service.admitted(call, size, places), ExitStack() as held:
+            self._scheduler.count_batch(call.tenant, size)
+            apart = sum(item.request.ByteSize() for item in items) > TOKENIZE_APART_BYTES
+            # All are chosen before the first wait.
+            for item in items:
+                chosen = self._service.version_for(item.request, item.task, prefetch=item.index < places)
+                item.task = held.enter_context(chosen)
+            async for item in in_pieces(items):
+                await self._prepare(item, expand, strict=strict, apart=apart)
+                if item.failure is not None:
+                    yield item
+            ready = [item for item in items if item.failure is None]
+            jobs = [generation.job for item in ready for generation in item.generations]
+            with self._scheduler.reserve(call.tenant, jobs) as reserved:
+
+                async def run(sequence: Generation) -> None:
+                    # A long batch may outlive an engine.
+                    engine, residency = self._service.engine, self._service.residency
+                    await sequence.run(engine, self._scheduler, residency, reserved=reserved)
+
+                async with aclosing(side_by_side(ready, places, run)) as ended:
+                    async for item in ended:
+                        if strict and item.failure is not None:
+                            raise item.failure
+                        yield item
+
+    async def _prepare(self, item: Item, expand: Expand, *, strict: bool, apart: bool) -> None:
+        try:
+            first = await self._service.generation(
+                item.request, item.task, UNARY_DELTA_TOKENS, apart=apart, call=item.call, document=item.document
+            )
+        except RequestFailedError as failure:
+            if strict:
+                raise
+            item.failure = failure
+        else:
+            item.generations = expand(first)

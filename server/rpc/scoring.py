@@ -6,11 +6,19 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from mtlora_pb.v1 import inference_pb2 as pb
+
 from mtlora.answer.constraint import next_token
 from mtlora.answer.labels import LabelTree
 from mtlora.prompt import PromptEncoder
-from server.job import GenerationJob, TokenLogprobs
+from server.call import Call
+from server.errors import Violation, invalid_argument
+from server.job import GenerationJob, ServedTask, TokenLogprobs
+from server.rpc.batch import Expand, Item
 from server.rpc.generation import Generation
+
+# Inputs of one call.
+MAX_SCORED = 256
 
 
 class Scoring(Generation):
@@ -67,6 +75,29 @@ class Scoring(Generation):
         constraint = next_token(tokens)
         sampling = replace(self.job.sampling, max_new_tokens=1, stop=(), logprobs=len(tokens), constraint=constraint)
         return replace(self.job, prompt_ids=prompt_ids, sampling=sampling, further=further)
+
+
+def scoring(prompts: PromptEncoder, *, calibrated: bool) -> Expand:
+    """What an item runs to score its task's labels."""
+    return lambda first: [Scoring.of(first, prompts, calibrated=calibrated)]
+
+
+def scored_items(request: pb.ScoreRequest, task: ServedTask, call: Call) -> list[Item]:
+    """The inputs, each a call of its own for usage, metrics and the log. Raises INVALID_ARGUMENT."""
+    if task.spec.labels is None:
+        kind = task.spec.answer_type.type if task.spec.answer_type else "text"
+        found = f"task {task.spec.id} answers with a {kind}; allowed: a task of labels"
+        raise invalid_argument([Violation("task_id", found)])
+    if not 1 <= len(request.inputs) <= MAX_SCORED:
+        raise invalid_argument([Violation("inputs", f"found {len(request.inputs)}; allowed: 1 to {MAX_SCORED}")])
+    items = []
+    for index, each in enumerate(request.inputs):
+        own = replace(call, request_id=f"{call.request_id}.{index}", method="ScoreItem", audited=None)
+        one = pb.GenerateRequest(task_id=request.task_id, routing_key=each.routing_key)
+        if given := each.WhichOneof("input"):
+            one.MergeFrom(pb.GenerateRequest(**{given: getattr(each, given)}))
+        items.append(Item(one, task, own, 1, index))
+    return items
 
 
 def _of_tokens(found: TokenLogprobs) -> dict[int, float]:

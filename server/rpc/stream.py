@@ -1,4 +1,4 @@
-"""Keeps what the reader of a stream has not taken yet, joined to one delta, up to a limit."""
+"""Buffers a stream for its reader: deltas that the reader has not taken are joined to one, up to a limit."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable

@@ -18,7 +18,6 @@ from server.rpc.documents import Document
 from server.tenants import OPEN_TENANT, Tenant
 
 MAX_STOP_STRINGS = 8
-MAX_PAGE_SIZE = 1000
 _ROLES = ("system", "user", "assistant")
 # Of GenerationParameters: the highest number of a field that is looked at here.
 _LAST_PLAIN = pb.GenerationParameters.LOGPROBS_FIELD_NUMBER
@@ -135,13 +134,6 @@ def samples_of(request: pb.GenerateRequest, task: ServedTask | None) -> int:
     else:
         best_of = parameters.best_of or parameters.n
     return best_of if 1 < best_of <= MAX_SAMPLES else 1
-
-
-def page_size(request: pb.ListTasksRequest) -> int | Violation:
-    """How many tasks a page holds."""
-    if request.page_size > MAX_PAGE_SIZE:
-        return Violation("page_size", f"found {request.page_size}; allowed: 0 to {MAX_PAGE_SIZE}")
-    return request.page_size or MAX_PAGE_SIZE
 
 
 def _input_violations(

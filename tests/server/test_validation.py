@@ -14,7 +14,8 @@ from mtlora.client import make_request
 from mtlora.prompt import PromptEncoder
 from server.errors import Violation
 from server.job import GenerationJob, ServedTask
-from server.rpc.validation import MAX_STOP_STRINGS, PromptLimits, page_size, validate
+from server.rpc.listing import page_of, page_token
+from server.rpc.validation import MAX_STOP_STRINGS, PromptLimits, validate
 from tests.server.adapters import entry
 
 LIMITS = PromptLimits(max_model_len=128, vocab_size=49152)
@@ -173,9 +174,10 @@ def test_names_the_templates_refusal_of_a_chat(prompts: PromptEncoder) -> None:
 
 
 def test_bounds_page_sizes() -> None:
-    assert page_size(pb.ListTasksRequest()) == 1000
-    assert page_size(pb.ListTasksRequest(page_size=3)) == 3
-    assert isinstance(page_size(pb.ListTasksRequest(page_size=1001)), Violation)
+    assert page_of(pb.ListTasksRequest()) == ([], 1000, "")
+    assert page_of(pb.ListTasksRequest(page_size=3, page_token=page_token("one"))) == ([], 3, "one")
+    violations, *_ = page_of(pb.ListTasksRequest(page_size=1001, page_token="?"))
+    assert [each.field for each in violations] == ["page_size", "page_token"]
 
 
 TEXTS = st.text(max_size=200)

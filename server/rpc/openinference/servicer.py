@@ -10,11 +10,13 @@ from mtlora import __version__
 from server.call import current_call
 from server.errors import Violation, invalid_argument, task_not_found
 from server.job import ServedTask
+from server.rpc.batch import Item, samples
 from server.rpc.inference_service import InferenceServicer
 from server.rpc.openinference import parameters, tensors
 from server.rpc.openinference.repository import Repository
 from server.rpc.pieces import in_pieces
-from server.rpc.scoring import Scoring
+from server.rpc.scoring import Scoring, scoring
+from server.rpc.validation import samples_of
 from server.scheduling.admission import Admission, State
 from server.tenants.authentication import require_admin
 
@@ -66,8 +68,10 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         task = self._task(request.model_name, request.model_version)
         requests, wanted = _requests(request, task), [tensor.name for tensor in request.outputs]
         scored = any(name != tensors.TEXT_OUTPUT for name in wanted)
-        run = self._service.score_batch if scored else self._service.answer_batch
-        generations = await run(requests, task)
+        call = current_call.get()
+        items = [Item(each, task, call, samples_of(each, task), index) for index, each in enumerate(requests)]
+        expand = scoring(self._service.prompts, calibrated=True) if scored else samples
+        generations = await self._service.batches.whole(items, expand)
         response = pb.ModelInferResponse(
             model_name=task.spec.id, model_version=generations[0].job.task.adapter_version, id=request.id
         )

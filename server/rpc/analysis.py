@@ -1,0 +1,100 @@
+"""Calls about one document: their tasks as the items of a batch, which share the document's part of the prompt."""
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from mtlora_pb.v1 import inference_pb2 as pb
+
+from server.call import current_call
+from server.errors import Violation, invalid_argument
+from server.rpc.batch import TOKENIZE_APART_BYTES, Batches, Expand, Item, samples
+from server.rpc.documents import Document, Documents
+from server.rpc.generation import Generation
+from server.rpc.validation import sharing_violation
+from server.scheduling.fair_thread import FairThread
+
+if TYPE_CHECKING:
+    from server.rpc.inference_service import InferenceServicer
+
+
+class Analysis:
+    """Makes items of tasks about a document, and keeps the document for later calls."""
+
+    def __init__(
+        self, service: "InferenceServicer", batches: Batches, tokenizing: FairThread, documents: Documents
+    ) -> None:
+        self._service = service
+        self._batches = batches
+        self._tokenizing = tokenizing
+        self._documents = documents
+
+    async def items(self, request: pb.AnalyzeRequest) -> tuple[Document, list[Item]]:
+        """The document of a call, and its tasks as items. Raises INVALID_ARGUMENT or NOT_FOUND."""
+        source = request.WhichOneof("source")
+        if source is None or (source == "document" and not request.document.strip()):
+            found = "none" if source is None else "nothing but blanks"
+            raise invalid_argument([Violation("document", f"found {found}; allowed: a text, or a document_id")])
+        items = self._batches.items([_request(each) for each in request.tasks], "tasks", "AnalyzeTask")
+        document = self._documents.get(current_call.get().tenant, request.document_id) if source != "document" else None
+        asked = [item.task for item in items if item.task is not None]
+        template = document.template if document else next((each.spec.document_template or "" for each in asked), "")
+        violations = [
+            Violation(f"tasks[{item.index}].task_id", reason)
+            for item in items
+            if item.task is not None and (reason := sharing_violation(item.task, template))
+        ]
+        if violations:
+            raise invalid_argument(violations)
+        if not asked:
+            raise self._service.not_found(items[0].request.task_id)
+        document = document or await self._document(request.document, template)
+        for item in items:
+            item.document = document
+            item.request.routing_key = item.request.routing_key or document.id
+        return document, items
+
+    async def _document(self, text: str, template: str) -> Document:
+        """Encode a document of the current call, and keep it. Raises INVALID_ARGUMENT if it leaves a task no room."""
+        tenant, longest = current_call.get().tenant, self._service.limits.max_model_len - 2
+        rendered = template.format(document=text)
+        if (found := self._service.prompts.fewest_tokens(rendered)) <= longest:
+            encode = partial(self._service.prompts.prompt, rendered)
+            apart = len(rendered) > TOKENIZE_APART_BYTES
+            ids = await self._tokenizing.run(tenant, len(rendered), encode) if apart else encode()
+            if (found := len(ids)) <= longest:
+                return self._documents.keep(tenant, template, ids)
+        allowed = (
+            f"up to {longest}, which leaves room for a task and its answer in {self._service.limits.max_model_len}"
+        )
+        raise invalid_argument([Violation("document", f"found {found} tokens or more; allowed: {allowed}")])
+
+
+def _request(task: pb.DocumentTask) -> pb.GenerateRequest:
+    """A task of a document as the request that it is, without the document."""
+    request = pb.GenerateRequest(
+        task_id=task.task_id,
+        parameters=task.parameters,
+        fields=task.fields,
+        include_reasoning=task.include_reasoning,
+        routing_key=task.routing_key,
+        free=task.free,
+    )
+    if task.HasField("answer"):
+        request.answer.CopyFrom(task.answer)
+    return request
+
+
+def led(document: Document) -> Expand:
+    """Of a call's sequences, all but the first are charged for their own part: the first computes the document."""
+    leads = True
+
+    def expand(first: Generation) -> list[Generation]:
+        nonlocal leads
+        made = samples(first)
+        for each in made[leads:]:
+            each.job = replace(each.job, shared=len(document.ids))
+        leads = False
+        return made
+
+    return expand
