@@ -43,7 +43,7 @@ class _Answer(BaseModel):
         return self.automaton.matches(text.strip())
 
     def value(self, text: str) -> Value:
-        """What an answer stands for. Raises AnswerError for a text that is none of this type."""
+        """What an answer stands for. Raises AnswerError for a text of another type."""
         if not self.check(text):
             raise AnswerError(f"{text[:80]!r} is no answer of this type")
         return self._value(text.strip())

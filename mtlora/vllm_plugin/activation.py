@@ -5,7 +5,8 @@ are the bare backbone's. Prefix-cache blocks wholly before it are keyed as such,
 all adapters share them. The first block with a later token is keyed by the adapter, and by the point if that lies
 inside the block; so are all after it, as a block's key covers the one before it.
 
-Both sides read the same number, cut to the prompt's length. Whatever it is, keys say what was computed.
+Rows and keys follow from the same number, cut to the prompt's length. So a wrong number gives wrong answers to its own
+request, and never blocks under a wrong key.
 """
 
 import functools
@@ -96,7 +97,7 @@ def _check(adapter: Any, extra: dict[str, Any] | None, prompt_tokens: int) -> No
         try:
             needed = _activation(adapter.lora_path) == "task"
         except (OSError, ValueError, LookupError):
-            # Whoever loads it says what is wrong.
+            # The worker that loads the adapter reports the error.
             return
         if needed:
             raise _refused(

@@ -65,7 +65,7 @@ class Leases:
         self._held[key] = _Lease(request.cache_salt, now + seconds, blocks)
 
     def give_way(self) -> bool:
-        """End the least recently used lease; False if there is none."""
+        """End the least recently used lease. Returns whether there was one."""
         if not self._held:
             return False
         self._end(next(iter(self._held)))

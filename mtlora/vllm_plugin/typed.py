@@ -371,7 +371,7 @@ def _outputs(manager: Any) -> TypedOutputs:
             config = manager.vllm_config
             made = TypedOutputs(manager.tokenizer, config.model_config.get_vocab_size())
             if manager._grammar_bitmask is None:
-                # As its backends make it, of which there is none yet.
+                # Its backends make the bitmask, and no backend exists yet.
                 rows = config.scheduler_config.max_num_seqs * (1 + config.num_speculative_tokens)
                 manager._grammar_bitmask = torch.full((rows, len(made.vocabulary.ordinary)), -1, dtype=torch.int32)
             manager._mtlora_outputs = made
