@@ -134,12 +134,17 @@ def schedule(
         order = list(range(len(units)))
         rng.shuffle(order)
         window = at_once * _BUCKET_BATCHES
-        epoch_batches = []
+        epoch_batches: list[list[list[int]]] = []
         for start in range(0, len(order), window):
             bucket = sorted(order[start : start + window], key=lengths.__getitem__)
-            epoch_batches += cut(bucket, lengths, at_once, batch_tokens)
+            for batch in cut(bucket, lengths, at_once, batch_tokens):
+                chosen = [units[i] for i in batch]
+                if document_tasks is None or batch_tokens is None or _fits(examples, chosen, batch_tokens):
+                    epoch_batches.append(chosen)
+                else:
+                    epoch_batches += _apart(examples, chosen)
         rng.shuffle(epoch_batches)
-        batches += [[i for unit in batch for i in units[unit]] for batch in epoch_batches]
+        batches += [[i for unit in batch for i in unit] for batch in epoch_batches]
     return batches
 
 
@@ -159,6 +164,26 @@ def _units(examples: Sequence[Encoded], size: int, rng: random.Random) -> list[l
         parts = -(-len(indices) // size)
         units += [indices[part::parts] for part in range(parts)]
     return units
+
+
+def _fits(examples: Sequence[Encoded], units: Sequence[Sequence[int]], batch_tokens: int) -> bool:
+    """Whether a batch of these units has at most `batch_tokens` tokens: units of one document share a row."""
+    chosen = [examples[i] for unit in units for i in unit]
+    rows = [[chosen[i] for i in row] for row in by_document(chosen)]
+    return len(units) == 1 or len(rows) * max(map(row_length, rows)) <= batch_tokens
+
+
+def _apart(examples: Sequence[Encoded], units: Sequence[list[int]]) -> list[list[list[int]]]:
+    """Batches of these units, none with two of a document."""
+    batches: list[list[list[int]]] = []
+    seen: Counter[tuple[int, ...]] = Counter()
+    for unit in units:
+        document = examples[unit[0]].document
+        if seen[document] == len(batches):
+            batches.append([])
+        batches[seen[document]].append(unit)
+        seen[document] += 1
+    return batches
 
 
 def row_length(examples: Sequence[Encoded]) -> int:

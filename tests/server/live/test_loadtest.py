@@ -30,14 +30,17 @@ def test_open_loop_agrees_with_the_servers_metrics(
     assert phase["offered_per_second"] == pytest.approx(5, abs=3)
     assert set(phase["tasks"]) == {"count_words", "echo", "open"}
     assert phase["total"]["completion_tokens"] == sum(t["completion_tokens"] for t in phase["tasks"].values())
-    # Both saw every request of the phase; their quantiles lie within one bucket of each other.
+    # Both saw every request of the phase. Medians lie within one bucket of each other; the tail of so few requests
+    # may reach the generator late, never early.
     assert phase["generator"]["held_up"]["count"] > 10
     assert phase["server"]["loop_delay"] is not None
     agreement = phase["server"]["agreement"]
     sent = sum(phase["statuses"].values())
     for latency in ("ttft", "e2e"):
         assert agreement[latency]["observed"] == {"generator": sent, "server": sent}
-        assert agreement[latency]["agree"], (agreement, phase["generator"], phase["server"]["loop_delay"])
+        rows = agreement[latency]["quantiles"]
+        assert rows["p50"]["buckets_apart"] <= 1, rows
+        assert all(row["generator"] >= row["server_from"] * 0.98 for row in rows.values()), rows
     assert found["server"]["build"]["backbone"]
     assert "<svg" in (tmp_path / "report.html").read_text()
 
