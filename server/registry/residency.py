@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakSet
 
 from server.errors import AdapterError, EngineDeadError
 from server.registry.version import AdapterVersion, NoRoomError, Place, Stage, StageError
@@ -55,6 +56,8 @@ class Residency:
     ) -> None:
         self.capacity = capacity
         self._prepare = prepare
+        # Versions that this engine was prepared for.
+        self._prepared: WeakSet[AdapterVersion] = WeakSet()
         self._engine = engine
         self._room_s = room_s
         self._on_cold = on_cold
@@ -126,8 +129,8 @@ class Residency:
         for version, loading in self._loads.items():
             loading.cancel()
             version.move(Place.OUT)
-            version.fewest = None
         self._loads.clear()
+        self._prepared.clear()
         self._spawn(self._notify())
 
     async def _load(self, version: AdapterVersion, began: float) -> None:
@@ -158,8 +161,9 @@ class Residency:
                     raise EngineDeadError
                 version.move(Place.LOADING)
             began = time.monotonic()
-            if self._prepare and version.fewest is None:
+            if self._prepare and (version.fewest is None or version not in self._prepared):
                 await self._prepare(version)
+                self._prepared.add(version)
             await self._engine.load(version.folder, version.distinct_slots)
         except BaseException as error:
             await self._forget(version, loading)

@@ -134,7 +134,7 @@ class AdapterVersion:
     slots: vLLM's LoRARequest of each task; tasks without a bias of their own share one.
     activation: that of its adapter; see ServedTask.
     calibration: the temperature of the probabilities of a task's labels, for tasks that have one.
-    fewest: the fewest tokens that a typed task's answer takes, by task; None until the engine has compiled the types.
+    fewest: the fewest tokens that a typed task's answer takes, by task; None until an engine has compiled the types.
     holds: requests that it was chosen for, until they end. leases: those that keep it resident.
     last_used: time.monotonic() of the last lease.
     """

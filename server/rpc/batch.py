@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import ExitStack, aclosing
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,9 @@ class Item:
             return self.generations
         return sorted(self.generations, key=lambda each: each.cumulative_logprob or 0.0, reverse=True)[:n]
 
+
+# What needs no preparation.
+_AS_THEY_ARE: AbstractAsyncContextManager[None] = nullcontext()
 
 # Makes what an item runs of its valid request.
 Expand = Callable[[Generation], list[Generation]]
@@ -147,10 +150,15 @@ class Batches:
         await finish(self._run(items, places=sum(item.samples for item in items), strict=True, expand=expand))
         return [item.answers[0] for item in items]
 
-    async def run(self, items: Sequence[Item], expand: Expand = samples) -> AsyncGenerator[Item, None]:
+    async def run(
+        self,
+        items: Sequence[Item],
+        expand: Expand = samples,
+        prepared: AbstractAsyncContextManager[None] = _AS_THEY_ARE,
+    ) -> AsyncGenerator[Item, None]:
         """Run the items of the current call, and account for each at its end.
 
-        `expand` makes what an item runs of its valid request.
+        `expand` makes what an item runs of its valid request. `prepared`: entered once the call has its places.
         """
         call = current_call.get()
         places = self._scheduler.places(call.tenant, sum(item.samples for item in items))
@@ -161,7 +169,8 @@ class Batches:
 
         code, left = grpc.StatusCode.CANCELLED, dict.fromkeys(items)
         try:
-            async with aclosing(self._run(items, places=places, strict=False, expand=expand)) as ended:
+            batch = self._run(items, places=places, strict=False, expand=expand, prepared=prepared)
+            async with aclosing(batch) as ended:
                 async for item in ended:
                     del left[item]
                     settle(item, item.failure.code if item.failure else grpc.StatusCode.OK)
@@ -177,7 +186,13 @@ class Batches:
                     settle(item, code)
 
     async def _run(
-        self, items: Sequence[Item], *, places: int, strict: bool, expand: Expand
+        self,
+        items: Sequence[Item],
+        *,
+        places: int,
+        strict: bool,
+        expand: Expand,
+        prepared: AbstractAsyncContextManager[None] = _AS_THEY_ARE,
     ) -> AsyncGenerator[Item, None]:
         """Run items of the current call, `places` sequences at a time; gives each as it ends.
 
@@ -185,10 +200,12 @@ class Batches:
         """
         call, size = current_call.get(), sum(item.samples for item in items)
         self._scheduler.check_batch(call.tenant, size, places)
-        with self._service.admitted(call, size, places), ExitStack() as held:
+        async with AsyncExitStack() as held:
+            held.enter_context(self._service.admitted(call, size, places))
             self._scheduler.count_batch(call.tenant, size)
+            await held.enter_async_context(prepared)
             apart = sum(item.request.ByteSize() for item in items) > TOKENIZE_APART_BYTES
-            # All are chosen before the first wait.
+            # All are chosen before the next wait.
             for item in items:
                 chosen = self._service.version_for(item.request, item.task, prefetch=item.index < places)
                 item.task = held.enter_context(chosen)

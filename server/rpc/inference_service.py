@@ -101,16 +101,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Analyze(self, request: pb.AnalyzeRequest, context: Any) -> pb.AnalyzeResponse:
         self._admission.check_serving()
-        document, items = await self._analysis.items(request)
-        await finish(self.batches.run(items, led(document)))
-        answers = [encoding.batch_item(item) async for item in in_pieces(items)]
+        asked = self._analysis.asked(request)
+        await finish(self.batches.run(asked.items, led(asked), self._analysis.document_of(asked)))
+        answers = [encoding.batch_item(item) async for item in in_pieces(asked.items)]
+        document = asked.document
         return pb.AnalyzeResponse(document_id=document.id, document_tokens=len(document.ids), items=answers)
 
     async def AnalyzeStream(self, request: pb.AnalyzeRequest, context: Any) -> AsyncIterator[pb.AnalyzeStreamResponse]:
         self._admission.check_serving()
-        document, items = await self._analysis.items(request)
-        async with aclosing(self.batches.run(items, led(document))) as ended:
+        asked = self._analysis.asked(request)
+        batch = self.batches.run(asked.items, led(asked), self._analysis.document_of(asked))
+        async with aclosing(batch) as ended:
             async for item in ended:
+                document = asked.document
                 yield pb.AnalyzeStreamResponse(
                     document_id=document.id, document_tokens=len(document.ids), item=encoding.batch_item(item)
                 )
