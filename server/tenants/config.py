@@ -9,7 +9,8 @@ from datetime import time as time_of_day
 from enum import StrEnum
 from fnmatch import translate
 from functools import cached_property
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
@@ -84,9 +85,18 @@ def is_url(jwks: str) -> bool:
     return "://" in jwks
 
 
+def is_fetched_safely(url: str) -> bool:
+    """Whether nobody can read or change what a URL gives on its way: by TLS, or on this machine."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
+    host = parts.hostname or ""
+    return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host)))
+
+
 def _fetched_safely(jwks: str) -> str:
-    url = urlsplit(jwks)
-    if is_url(jwks) and not (url.scheme == "https" or (url.scheme == "http" and is_loopback(url.hostname or ""))):
+    if is_url(jwks) and not is_fetched_safely(jwks):
         raise ValueError("allowed: an https:// URL, an http:// URL of this machine, or a file")
     return jwks
 
@@ -98,12 +108,25 @@ class Issuer(BaseModel):
 
     issuer: str = Field(min_length=1, max_length=512)
     audience: str = Field(min_length=1, max_length=512)
-    # The issuer's public keys: a URL, or a file beside the tenants file.
-    jwks: Annotated[str, AfterValidator(_fetched_safely)] = Field(min_length=1, max_length=2048)
+    # The issuer's public keys: a URL, or a file beside the tenants file; None: where its openid-configuration says.
+    jwks: Annotated[str, AfterValidator(_fetched_safely)] | None = Field(None, min_length=1, max_length=2048)
     algorithms: tuple[_Algorithm, ...] = Field(("RS256", "ES256", "EdDSA"), min_length=1)
     tenant_claim: str = Field("sub", min_length=1, max_length=256)
     # Seconds that the clocks of issuer and server may differ.
     leeway_s: float = Field(30.0, ge=0, le=300)
+
+    @model_validator(mode="after")
+    def _has_keys(self) -> Self:
+        if self.jwks is None and not is_fetched_safely(self.issuer):
+            raise ValueError(
+                f"jwks: found none; allowed: a URL or a file, or an issuer that is an https:// URL, not {self.issuer!r}"
+            )
+        return self
+
+    @property
+    def keys_file(self) -> Path | None:
+        """The file of its keys, if they are in one."""
+        return None if self.jwks is None or is_url(self.jwks) else Path(self.jwks)
 
 
 class Tenant(BaseModel):
