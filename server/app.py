@@ -186,8 +186,6 @@ class App:
         beside = [
             self._run_beside("supervisor", self._supervise),
             self._run_beside("adapters", lambda: self._adapters.registry.run(self._settings.adapters_poll_s)),
-            self._run_beside("tenants", self._directory.watch),
-            self._run_beside("token issuers", self._authenticator.tokens.run),
             self._run_beside("usage", self._usage.run),
             self._run_beside("engine metrics", self._poll_workers),
             self._run_beside(
@@ -195,6 +193,11 @@ class App:
                 lambda: watch_loop(self._metrics.loop_delay.observe, self._settings.loop_delay_interval_s),
             ),
         ]
+        if self._settings.tenants is not None:
+            beside += [
+                self._run_beside("tenants", self._directory.watch),
+                self._run_beside("token issuers", self._authenticator.tokens.run),
+            ]
         await stopping
         self._metrics.serving.set(False)
         await listening.drain(self._health, self._admission)

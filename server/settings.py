@@ -77,7 +77,7 @@ class Settings(BaseSettings):
     metrics_host: str = Field("127.0.0.1", min_length=1, description="address on which /metrics listens")
     metrics_port: int = Field(9090, ge=0, le=65535, description="port of /metrics; 0: a free one")
     loop_delay_interval_s: float = Field(
-        0.5, ge=0.005, le=60, description="seconds between samples of how late the server's event loop runs"
+        1.0, ge=0.005, le=60, description="seconds between samples of how late the server's event loop runs"
     )
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(

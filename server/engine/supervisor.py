@@ -15,7 +15,7 @@ from server.telemetry.logs import get_logger
 logger = get_logger("engine")
 
 # How often a hang is looked for. Rarely: every time the event loop wakes up it delays the next step.
-_LOOK_INTERVAL_S = 1.0
+_LOOK_INTERVAL_S = 2.0
 
 
 @dataclass(frozen=True)

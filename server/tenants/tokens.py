@@ -26,6 +26,8 @@ logger = get_logger("tokens")
 
 _REMEMBERED = 65_536
 _TICK_S = 1.0
+# Without an issuer. The first token of a new one fetches its keys.
+_IDLE_TICK_S = 30.0
 _REFRESH_S = 300.0
 # After a failure; doubled at each further one, up to _REFRESH_S.
 _RETRY_S = 5.0
@@ -70,7 +72,7 @@ class Tokens:
             self._sources = {place: source for place, source in self._sources.items() if place in wanted}
             for issuer in issuers.values():
                 await self._source(issuer).refresh_if_due()
-            await asyncio.sleep(_TICK_S)
+            await asyncio.sleep(_TICK_S if issuers else _IDLE_TICK_S)
 
     async def tenant(self, token: str) -> Tenant:
         """The tenant that the token names. Raises UNAUTHENTICATED, or UNAVAILABLE before the first keys are there."""
