@@ -1,0 +1,1 @@
+"""Images: how an encoded one becomes an encoder's input."""
