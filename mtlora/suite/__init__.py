@@ -41,6 +41,11 @@ def load_suite(name_or_path: str | Sequence[SuitePart]) -> Suite:
         return GeneratedBBHSuite()
     if name_or_path == "documents":
         return DocumentsSuite()
+    if name_or_path == "builtin-vision":
+        # Drawing needs packages that text does not.
+        from mtlora.suite.vision.builtin import VisionSuite
+
+        return VisionSuite()
     if not name_or_path or not Path(name_or_path).is_dir():
         raise SuiteError(
             f"no suite {name_or_path!r}: allowed are builtin, bbh-generated, documents, or the path of a folder of "

@@ -4,6 +4,7 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
 from mtlora.errors import MtLoRAError
@@ -25,7 +26,8 @@ class Example:
     """One input of a task and its exact answer.
 
     `working` is a short derivation that a model may learn to write before the answer; scoring ignores it. `source` is
-    where the example was read, for errors.
+    where the example was read, for errors. `image`: of a task of images, the encoded image or its file; `input` is then
+    the digest of its content.
     """
 
     task_id: str
@@ -33,6 +35,18 @@ class Example:
     target: str
     working: str | None = None
     source: str | None = field(default=None, compare=False)
+    image: bytes | Path | None = field(default=None, compare=False, repr=False)
+
+    def encoded_image(self) -> bytes:
+        """The image's bytes. Raises SuiteError if there is none, or if its file cannot be read."""
+        if isinstance(self.image, bytes):
+            return self.image
+        if self.image is None:
+            raise SuiteError(f"task {self.task_id}: an example without an image: {self.input[:80]!r}")
+        try:
+            return self.image.read_bytes()
+        except OSError as error:
+            raise SuiteError(f"{self.image}: cannot be read: {error.strerror}") from None
 
 
 class Suite(Protocol):
