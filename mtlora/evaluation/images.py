@@ -102,9 +102,7 @@ def checkpoint_labeller(adapted: AdaptedEncoder, checkpoint: Checkpoint) -> Labe
     return image_labeller(adapted, tasks, checkpoint.head, rows)
 
 
-def linear_heads(
-    adapted: AdaptedEncoder, tasks: Sequence[TaskSpec], train: Sequence[Example]
-) -> Callable[[str], Head]:
+def linear_heads(adapted: AdaptedEncoder, tasks: Sequence[TaskSpec], train: Sequence[Example]) -> Callable[[str], Head]:
     """Linear probes of the backbone alone, one for each task, on its training examples. Raises MtLoRAError without any."""
     by_id = {task.id: task for task in tasks}
     features_by_task: dict[str, list[torch.Tensor]] = {}

@@ -133,8 +133,7 @@ def _end_with_parent() -> None:
 
 
 def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    from mtlora.evaluation.evaluate import offline_answerer, score
-    from mtlora.train.result import task_table
+    from mtlora.evaluation.evaluate import score
     from mtlora.train.trainer import Trainer
 
     about = {
@@ -154,16 +153,17 @@ def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any]) -> dict
     steps = [record for record in steps if "num_tokens" in record]
     seconds, tokens = sum(s["seconds"] for s in steps), sum(s["num_tokens"] for s in steps)
     losses = [s["loss"] for s in steps[len(steps) // 2 :]]
-    trainer.adapted.adapters.eval()
+    trainer.work.trained.eval()
     examples = [e for task in trainer.tasks for e in up_to(trainer.suite, task.id, "test", settings["examples"])]
-    scores = score(examples, offline_answerer(trainer.adapted, task_table(run.config, trainer.tasks))(examples))
+    scores = score(examples, trainer.work.answerer()(examples))
     return {
         **about,
         "parameters": trainer.num_parameters,
         "steps": len(trainer.batches),
         "seconds": round(seconds, 2),
-        "tokens_per_second": round(tokens / seconds, 1),
-        "loss": round(fmean(losses), 4),
+        # Linear heads alone take no steps.
+        "tokens_per_second": round(tokens / seconds, 1) if steps else 0.0,
+        "loss": round(fmean(losses), 4) if steps else 0.0,
         "peak_memory_bytes": peak,
         **scores.as_dict(),
     }

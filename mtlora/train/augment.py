@@ -24,7 +24,9 @@ def augmented(pixels_HWC: np.ndarray, allowed: Collection[str], rng: random.Rand
         width, height = image.size
         share = rng.uniform(0.8, 1.0)
         left, top = rng.uniform(0, 1 - share) * width, rng.uniform(0, 1 - share) * height
-        image = image.resize((width, height), Image.Resampling.BILINEAR, (left, top, left + share * width, top + share * height))
+        image = image.resize(
+            (width, height), Image.Resampling.BILINEAR, (left, top, left + share * width, top + share * height)
+        )
     if "colour" in allowed:
         for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
             image = enhance(image).enhance(rng.uniform(0.75, 1.25))

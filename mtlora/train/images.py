@@ -210,8 +210,12 @@ class Images:
     @torch.inference_mode()
     def _logits(self, examples: Sequence[Example], *, alone: bool) -> Any:
         biased = None if alone else self._row
-        for places, features_BF in features(self.adapted, {t.id: t for t in self.tasks}, examples, biased, told=self.heads.told):
-            tasks_B = torch.full((len(places),), self._row[examples[places[0]].task_id], device=self.heads.weight.device)
+        for places, features_BF in features(
+            self.adapted, {t.id: t for t in self.tasks}, examples, biased, told=self.heads.told
+        ):
+            tasks_B = torch.full(
+                (len(places),), self._row[examples[places[0]].task_id], device=self.heads.weight.device
+            )
             head = self.heads.alone if alone else self.heads
             yield places, head(features_BF.to(self.heads.weight.device), tasks_B).cpu()
 
@@ -237,7 +241,11 @@ class Images:
         config, table = self.config, task_table(self.config, self.tasks)
         if config.baseline is not None:
             manifest = BaselineManifest(
-                backbone=self.adapted.backbone, config=config.baseline, tasks=table, training=training, evaluation=evaluation
+                backbone=self.adapted.backbone,
+                config=config.baseline,
+                tasks=table,
+                training=training,
+                evaluation=evaluation,
             )
             write_baseline(folder, manifest, {**adapter_tensors(self.adapters, torch.float32), **heads})
             return
@@ -250,7 +258,9 @@ class Images:
 def _classes(tasks: Sequence[TaskSpec], heads: str) -> list[list[int]]:
     """For each task, the outputs that are its labels."""
     if heads == "label words":
-        words = {label: i for i, label in enumerate(dict.fromkeys(label for task in tasks for label in task.labels or ()))}
+        words = {
+            label: i for i, label in enumerate(dict.fromkeys(label for task in tasks for label in task.labels or ()))
+        }
         return [[words[label] for label in task.labels or ()] for task in tasks]
     classes, start = [], 0
     for task in tasks:

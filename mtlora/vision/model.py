@@ -41,9 +41,7 @@ class AdaptedEncoder:
         """Where the encoder is."""
         return next(self.encoder.parameters()).device
 
-    def features(
-        self, pixels_BCHW: torch.Tensor, bias_index_B: torch.Tensor | None, pooling: Pooling
-    ) -> torch.Tensor:
+    def features(self, pixels_BCHW: torch.Tensor, bias_index_B: torch.Tensor | None, pooling: Pooling) -> torch.Tensor:
         """Features [B, F] in float32, with the adapter. The inputs may be on any device.
 
         bias_index_B: the task of each image; None if it is not told.

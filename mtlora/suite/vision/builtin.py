@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from mtlora.answer import Label
-from mtlora.suite.base import SPLITS, Example, Split, SuiteError, seeded, split_of, unknown_task
+from mtlora.suite.base import Example, Split, SuiteError, check_split, seeded, unknown_task
 from mtlora.suite.vision import figures, readings, signs, surfaces
 from mtlora.suite.vision.canvas import SIZE, PictureTask
 from mtlora.task import TaskSpec
@@ -34,12 +34,12 @@ class VisionSuite:
     def examples(self, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
         """See `Suite.examples`. Generated tasks have no end, so `count` must be a number here.
 
-        Labels come in random order, each as often as the others up to one.
+        Labels come in random order, each as often as the others up to one. Every picture has its own noise and place, so no
+        two are the same, in a split or across splits.
         """
         if task_id not in self._tasks:
             raise unknown_task(self, task_id)
-        if split not in SPLITS:
-            raise SuiteError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+        check_split(split)
         if count is None or count < 0:
             raise SuiteError(f"count of task {task_id} is {count}; generated tasks need one >= 0")
         rng, task = seeded(task_id, split, seed), self._tasks[task_id]
@@ -51,12 +51,8 @@ class VisionSuite:
 
 
 def _example(task: PictureTask, rng: random.Random, label: str, split: Split) -> Example:
-    """A picture whose content is of the split."""
-    while True:
-        pixels = task.draw(rng, label, split)
-        name = hashlib.sha256(pixels.tobytes()).hexdigest()
-        if split_of(task.id, name) == split:
-            return Example(task.id, name, label, image=_png(pixels))
+    pixels = task.draw(rng, label, split)
+    return Example(task.id, hashlib.sha256(pixels.tobytes()).hexdigest(), label, image=_png(pixels))
 
 
 def _png(pixels_HWC: np.ndarray) -> bytes:

@@ -72,7 +72,9 @@ def font(name: str, size: float) -> ImageFont.FreeTypeFont:
     """One of matplotlib's fonts, `size` high."""
     import matplotlib
 
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), round(size * _FINE))
+    return ImageFont.truetype(
+        str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), round(size * _FINE)
+    )
 
 
 @dataclass
@@ -105,7 +107,9 @@ class Canvas:
             return colour(rng.uniform(0, 360), rng.uniform(0, 0.8), rng.uniform(0.8, 1))
         return colour(rng.uniform(0, 360), rng.uniform(0.4, 1), rng.uniform(0.1, 0.6))
 
-    def polygon(self, points: Sequence[Point], fill: Colour | None, line: Colour | None = None, width: float = 0.0) -> None:
+    def polygon(
+        self, points: Sequence[Point], fill: Colour | None, line: Colour | None = None, width: float = 0.0
+    ) -> None:
         """A closed figure: filled, outlined, or both."""
         flat = [(x * _FINE, y * _FINE) for x, y in points]
         if fill is not None:
@@ -113,7 +117,9 @@ class Canvas:
         if line is not None:
             self.line([*points, points[0], points[1]], line, width)
 
-    def disc(self, x: float, y: float, radius: float, fill: Colour | None, line: Colour | None = None, width: float = 0.0) -> None:
+    def disc(
+        self, x: float, y: float, radius: float, fill: Colour | None, line: Colour | None = None, width: float = 0.0
+    ) -> None:
         """A circle."""
         self.oval(x, y, radius, radius, fill, line, width)
 
@@ -124,10 +130,22 @@ class Canvas:
         box = ((x - wide) * _FINE, (y - high) * _FINE, (x + wide) * _FINE, (y + high) * _FINE)
         self.pen.ellipse(box, fill=fill, outline=line, width=max(1, round(width * _FINE)) if line else 0)
 
-    def box(self, left: float, top: float, right: float, bottom: float, fill: Colour | None, line: Colour | None = None, width: float = 0.0, corner: float = 0.0) -> None:
+    def box(
+        self,
+        left: float,
+        top: float,
+        right: float,
+        bottom: float,
+        fill: Colour | None,
+        line: Colour | None = None,
+        width: float = 0.0,
+        corner: float = 0.0,
+    ) -> None:
         """A rectangle, its corners rounded by `corner`."""
         box = (left * _FINE, top * _FINE, right * _FINE, bottom * _FINE)
-        self.pen.rounded_rectangle(box, corner * _FINE, fill=fill, outline=line, width=max(1, round(width * _FINE)) if line else 0)
+        self.pen.rounded_rectangle(
+            box, corner * _FINE, fill=fill, outline=line, width=max(1, round(width * _FINE)) if line else 0
+        )
 
     def line(self, points: Sequence[Point], fill: Colour, width: float) -> None:
         """A line through points."""

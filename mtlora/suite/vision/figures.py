@@ -24,7 +24,10 @@ OUTLINES: dict[str, list[Point]] = {
     "cross": _CROSS,
     "crescent": _MOON,
     "hexagon": ring(0, 0, 1, 6),
-    "drop": [(0, -1.2), *[(0.75 * math.cos(t), 0.35 + 0.75 * math.sin(t)) for t in np.linspace(-0.5, math.pi + 0.5, 24)]],
+    "drop": [
+        (0, -1.2),
+        *[(0.75 * math.cos(t), 0.35 + 0.75 * math.sin(t)) for t in np.linspace(-0.5, math.pi + 0.5, 24)],
+    ],
 }
 _DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
@@ -104,7 +107,9 @@ def _inside(rng: random.Random, label: str, split: Split) -> np.ndarray:
     around = np.linspace(0, 2 * math.pi, 60)
     canvas.line([(x + edge(t) * math.cos(t), y + edge(t) * math.sin(t)) for t in around], canvas.ink(), 0.022)
     angle = rng.uniform(0, 2 * math.pi)
-    far = {"inside": rng.uniform(0, 0.55), "on the line": 1.0, "outside": 1 + rng.uniform(0.4, 0.6)}[label] * edge(angle)
+    far = {"inside": rng.uniform(0, 0.55), "on the line": 1.0, "outside": 1 + rng.uniform(0.4, 0.6)}[label] * edge(
+        angle
+    )
     canvas.disc(x + far * math.cos(angle), y + far * math.sin(angle), 0.042, named(rng, "red"))
     return canvas.done()
 

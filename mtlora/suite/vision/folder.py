@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from mtlora.answer import Label
 from mtlora.errors import describe
-from mtlora.suite.base import SPLITS, Example, Split, SuiteError, split_of, unknown_task
+from mtlora.suite.base import SPLITS, Example, Split, SuiteError, check_split, drawn, split_of, unknown_task
 from mtlora.task import TaskId, TaskSpec
 from mtlora.vision.image_input import ImageInput
 
@@ -108,17 +108,10 @@ class ImageFolderSuite:
         """See `Suite.examples`. A smaller `count` gives a prefix of what a larger one gives."""
         if task_id not in self._files:
             raise unknown_task(self, task_id)
-        if split not in SPLITS:
-            raise SuiteError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+        check_split(split)
         if task_id not in self._split:
             self._split[task_id] = _divided(task_id, self._files[task_id])
-        found = self._split[task_id][split]
-        found = sorted(found, key=lambda e: hashlib.sha256(f"{task_id}\0{split}\0{seed}\0{e.input}".encode()).digest())
-        if count is not None and not 0 <= count <= len(found):
-            raise SuiteError(
-                f"task {task_id} has {len(found)} {split} images, {count} were asked for; 0 to {len(found)} are allowed"
-            )
-        return found[:count]
+        return drawn(self._split[task_id][split], task_id, split, count, seed)
 
     def all_examples(self, task_id: str) -> list[Example]:
         """Every distinct image of a task."""
@@ -158,7 +151,9 @@ def _folders(folder: Path) -> dict[str, list[_File]]:
         if files := list(_of_task(child)):
             task_id = _task_id(child.name, child)
             if task_id in tasks:
-                raise SuiteError(f"{child}: a second folder of task {task_id}; names differ in more than case and marks")
+                raise SuiteError(
+                    f"{child}: a second folder of task {task_id}; names differ in more than case and marks"
+                )
             tasks[task_id] = files
     return tasks
 

@@ -22,7 +22,9 @@ _PIPS: dict[str, list[Point]] = {
 _LEVELS = ("empty", "low", "half", "high", "full")
 
 
-def _hand(canvas: Canvas, x: float, y: float, degrees: float, length: float, width: float, fill: tuple[int, int, int]) -> None:
+def _hand(
+    canvas: Canvas, x: float, y: float, degrees: float, length: float, width: float, fill: tuple[int, int, int]
+) -> None:
     """A hand, degrees clockwise from the top."""
     (end,) = placed([(0, -length)], x, y, 1, degrees)
     canvas.line([(x, y), end], fill, width)
@@ -50,12 +52,25 @@ def _clock(rng: random.Random, label: str, split: Split) -> np.ndarray:
 def _gauge(rng: random.Random, label: str, split: Split) -> np.ndarray:
     """The fifth of its range that a needle points at."""
     canvas = Canvas.any(rng)
-    x, y, radius, fifth = 0.5 + rng.uniform(-0.05, 0.05), 0.62 + rng.uniform(-0.05, 0.05), rng.uniform(0.33, 0.42), _LEVELS.index(label)
+    x, y, radius, fifth = (
+        0.5 + rng.uniform(-0.05, 0.05),
+        0.62 + rng.uniform(-0.05, 0.05),
+        rng.uniform(0.33, 0.42),
+        _LEVELS.index(label),
+    )
     canvas.arc(x, y, radius, 180, 360, canvas.ink(), 0.03)
     for tick in range(6):
         (inner, outer) = placed([(0, -0.85 * radius), (0, -radius)], x, y, 1, -90 + 36 * tick)
         canvas.line([inner, outer], canvas.ink(), 0.015)
-    _hand(canvas, x, y, -90 + 36 * (fifth + rng.uniform(0.12, 0.88)), 0.82 * radius, 0.024, named(rng, rng.choice(["red", "orange", "blue"])))
+    _hand(
+        canvas,
+        x,
+        y,
+        -90 + 36 * (fifth + rng.uniform(0.12, 0.88)),
+        0.82 * radius,
+        0.024,
+        named(rng, rng.choice(["red", "orange", "blue"])),
+    )
     canvas.disc(x, y, 0.04, canvas.ink())
     return canvas.done()
 
@@ -129,7 +144,12 @@ def _dice(rng: random.Random, label: str, split: Split) -> np.ndarray:
     total = int(label)
     first = rng.choice([n for n in range(1, 7) if 1 <= total - n <= 6])
     for i, value in enumerate((first, total - first)):
-        x, y, turn, half = 0.27 + 0.46 * i, 0.5 + rng.uniform(-0.12, 0.12), rng.uniform(-25, 25), rng.uniform(0.165, 0.185)
+        x, y, turn, half = (
+            0.27 + 0.46 * i,
+            0.5 + rng.uniform(-0.12, 0.12),
+            rng.uniform(-25, 25),
+            rng.uniform(0.165, 0.185),
+        )
         face, pip = (WHITE, BLACK) if rng.random() < 0.6 else (named(rng, rng.choice(["red", "blue", "green"])), WHITE)
         corners = [(-1, -1), (1, -1), (1, 1), (-1, 1)]
         canvas.polygon(placed(corners, x, y, half, turn), face, BLACK, 0.01)
@@ -142,7 +162,13 @@ def _fill(rng: random.Random, label: str, split: Split) -> np.ndarray:
     """How full a glass is."""
     canvas = Canvas.any(rng)
     fifth = _LEVELS.index(label)
-    wide, slope, top, bottom, x = rng.uniform(0.16, 0.25), rng.uniform(0, 0.08), rng.uniform(0.1, 0.2), rng.uniform(0.8, 0.9), rng.uniform(0.4, 0.6)
+    wide, slope, top, bottom, x = (
+        rng.uniform(0.16, 0.25),
+        rng.uniform(0, 0.08),
+        rng.uniform(0.1, 0.2),
+        rng.uniform(0.8, 0.9),
+        rng.uniform(0.4, 0.6),
+    )
 
     def half(y: float) -> float:
         return wide - slope * (y - top) / (bottom - top)

@@ -35,7 +35,20 @@ _TYPEFACES = {
     "bold": (BOLD, "DejaVuSerif-Bold", "STIXGeneralBol", "DejaVuSansMono-Bold"),
     "italic": ("DejaVuSans-Oblique", "DejaVuSerif-Italic", "STIXGeneralItalic", "cmti10"),
 }
-_WORDS = ("river", "stone", "green", "paper", "night", "glass", "quiet", "orange", "mother", "window", "garden", "signal")
+_WORDS = (
+    "river",
+    "stone",
+    "green",
+    "paper",
+    "night",
+    "glass",
+    "quiet",
+    "orange",
+    "mother",
+    "window",
+    "garden",
+    "signal",
+)
 _COMPASS = ("north", "north-east", "east", "south-east", "south", "south-west", "west", "north-west")
 _ARROW = [(0, -1), (0.6, -0.35), (0.22, -0.35), (0.22, 0.9), (-0.22, 0.9), (-0.22, -0.35), (-0.6, -0.35)]
 _HAND: dict[str, list[list[Point]]] = {
@@ -76,7 +89,9 @@ def _rotated(rng: random.Random, label: str, split: Split) -> np.ndarray:
     ink, name, size = canvas.ink(), rng.choice((SANS, SERIF, BOLD)), rng.uniform(0.2, 0.26)
     for i, word in enumerate(rng.sample(_WORDS, 2)):
         canvas.text(0.5, 0.35 + 0.3 * i, word, name, size, ink)
-    canvas.turn({"upright": 0, "a quarter right": 90, "upside down": 180, "a quarter left": 270}[label] + rng.uniform(-8, 8))
+    canvas.turn(
+        {"upright": 0, "a quarter right": 90, "upside down": 180, "a quarter left": 270}[label] + rng.uniform(-8, 8)
+    )
     return canvas.done()
 
 
@@ -86,7 +101,9 @@ def _card(rng: random.Random, label: str, split: Split) -> np.ndarray:
     rank, suit = label.split(" of ")
     x, y, turn = rng.uniform(0.46, 0.54), rng.uniform(0.46, 0.54), rng.uniform(-12, 12)
     ink = colour(rng.uniform(-8, 8), 0.9, 0.8) if suit in ("hearts", "diamonds") else BLACK
-    canvas.polygon(placed([(-0.32, -0.44), (0.32, -0.44), (0.32, 0.44), (-0.32, 0.44)], x, y, 1, turn), WHITE, BLACK, 0.006)
+    canvas.polygon(
+        placed([(-0.32, -0.44), (0.32, -0.44), (0.32, 0.44), (-0.32, 0.44)], x, y, 1, turn), WHITE, BLACK, 0.006
+    )
     for sign in (-1, 1):
         (at,) = placed([(0.2 * sign, 0.31 * sign)], x, y, 1, turn)
         canvas.text(*at, rank, BOLD, 0.2, ink, turn + (180 if sign > 0 else 0))
@@ -112,7 +129,10 @@ def _road_sign(rng: random.Random, label: str, split: Split) -> np.ndarray:
     canvas = Canvas.any(rng)
     canvas.specks(15)
     x, y, r = rng.uniform(0.43, 0.57), rng.uniform(0.43, 0.57), rng.uniform(0.26, 0.38)
-    red, blue = colour(rng.uniform(-6, 6), 0.9, rng.uniform(0.65, 0.85)), colour(rng.uniform(210, 225), 0.9, rng.uniform(0.5, 0.75))
+    red, blue = (
+        colour(rng.uniform(-6, 6), 0.9, rng.uniform(0.65, 0.85)),
+        colour(rng.uniform(210, 225), 0.9, rng.uniform(0.5, 0.75)),
+    )
     if label == "stop":
         canvas.polygon(ring(x, y, r, 8, 22.5), red, WHITE, 0.02)
         canvas.text(x, y, "STOP", BOLD, 0.55 * r, WHITE)
@@ -135,7 +155,9 @@ def _road_sign(rng: random.Random, label: str, split: Split) -> np.ndarray:
                 canvas.text(x, y, rng.choice(["30", "50", "60", "70", "80"]), BOLD, 0.8 * r, BLACK)
             else:
                 for dx, fill in ((-0.33, red), (0.33, BLACK)):
-                    canvas.box(x + (dx - 0.24) * r, y - 0.15 * r, x + (dx + 0.24) * r, y + 0.25 * r, fill, corner=0.05 * r)
+                    canvas.box(
+                        x + (dx - 0.24) * r, y - 0.15 * r, x + (dx + 0.24) * r, y + 0.25 * r, fill, corner=0.05 * r
+                    )
                     canvas.box(x + (dx - 0.14) * r, y - 0.32 * r, x + (dx + 0.14) * r, y, fill, corner=0.05 * r)
     elif label in ("warning", "crossroads", "bend"):
         canvas.polygon(ring(x, y + 0.1 * r, 1.1 * r, 3), WHITE, red, 0.16 * r)
@@ -210,7 +232,9 @@ def _map_symbol(rng: random.Random, label: str, split: Split) -> np.ndarray:
         for turn in range(-75, 80, 30):
             canvas.line(placed([(0, -0.4), (0, -1.1)], x, y + 0.4 * r, r, turn), ink, 0.7 * width)
     elif label == "lighthouse":
-        canvas.polygon([(x - 0.25 * r, y - 0.3 * r), (x + 0.25 * r, y - 0.3 * r), (x + 0.5 * r, y + r), (x - 0.5 * r, y + r)], ink)
+        canvas.polygon(
+            [(x - 0.25 * r, y - 0.3 * r), (x + 0.25 * r, y - 0.3 * r), (x + 0.5 * r, y + r), (x - 0.5 * r, y + r)], ink
+        )
         for sign in (-1, 1):
             canvas.polygon([(x, y - 0.6 * r), (x + sign * r, y - r), (x + sign * r, y - 0.3 * r)], ink)
     elif label == "station":
@@ -229,7 +253,13 @@ def _map_symbol(rng: random.Random, label: str, split: Split) -> np.ndarray:
 def _strokes(rng: random.Random, label: str, split: Split) -> np.ndarray:
     """A digit as if by hand: points moved, joined smoothly, slanted."""
     canvas = Canvas.any(rng)
-    x, y, size, turn, wide = rng.uniform(0.42, 0.58), rng.uniform(0.45, 0.55), rng.uniform(0.2, 0.34), rng.uniform(-14, 14), rng.uniform(0.7, 1.15)
+    x, y, size, turn, wide = (
+        rng.uniform(0.42, 0.58),
+        rng.uniform(0.45, 0.55),
+        rng.uniform(0.2, 0.34),
+        rng.uniform(-14, 14),
+        rng.uniform(0.7, 1.15),
+    )
     width, ink = rng.uniform(0.02, 0.06), canvas.ink()
     for stroke in _HAND[label]:
         moved = [(wide * (px + rng.gauss(0, 0.06)), py + rng.gauss(0, 0.06)) for px, py in stroke]
@@ -285,7 +315,9 @@ def _traffic_light(rng: random.Random, label: str, split: Split) -> np.ndarray:
     lit = {"stop": (0,), "get ready": (0, 1), "caution": (1,), "go": (2,), "off": ()}[label]
     for i, hue in enumerate((0, 45, 140)):
         on = i in lit
-        canvas.disc(x, y + 2.5 * r * (i - 1), r, colour(hue + rng.uniform(-8, 8), 0.85 if on else 0.6, 0.95 if on else 0.27))
+        canvas.disc(
+            x, y + 2.5 * r * (i - 1), r, colour(hue + rng.uniform(-8, 8), 0.85 if on else 0.6, 0.95 if on else 0.27)
+        )
     canvas.turn(rng.uniform(-10, 10))
     return canvas.done()
 

@@ -70,7 +70,10 @@ def _defect(rng: random.Random, label: str, split: Split) -> np.ndarray:
     if label == "hole":
         around = np.linspace(0, 2 * math.pi, 16)
         radius = rng.uniform(0.07, 0.11)
-        edge = [(x + radius * rng.uniform(0.7, 1.2) * math.cos(t), y + radius * rng.uniform(0.7, 1.2) * math.sin(t)) for t in around]
+        edge = [
+            (x + radius * rng.uniform(0.7, 1.2) * math.cos(t), y + radius * rng.uniform(0.7, 1.2) * math.sin(t))
+            for t in around
+        ]
         canvas.polygon(edge, BLACK if not canvas.dark else WHITE)
     elif label == "stain":
         wide, high = rng.uniform(0.1, 0.18), rng.uniform(0.1, 0.18)
@@ -93,7 +96,12 @@ def _defect(rng: random.Random, label: str, split: Split) -> np.ndarray:
 def _page(rng: random.Random, label: str, split: Split) -> np.ndarray:
     """The kind of a page, from its layout."""
     canvas = Canvas(rng, dark=rng.random() < 0.4)
-    left, right, top, bottom = rng.uniform(0.06, 0.16), rng.uniform(0.84, 0.94), rng.uniform(0.03, 0.09), rng.uniform(0.91, 0.97)
+    left, right, top, bottom = (
+        rng.uniform(0.06, 0.16),
+        rng.uniform(0.84, 0.94),
+        rng.uniform(0.03, 0.09),
+        rng.uniform(0.91, 0.97),
+    )
     if label == "receipt":
         left, right = rng.uniform(0.26, 0.33), rng.uniform(0.67, 0.74)
     canvas.box(left, top, right, bottom, WHITE, BLACK, 0.004)
@@ -134,13 +142,24 @@ def _page(rng: random.Random, label: str, split: Split) -> np.ndarray:
             canvas.line([(l, float(y)), (l + rng.uniform(0.3, 0.6) * (r - l), float(y))], grey, thin)
             canvas.line([(r - 0.18 * (r - l), float(y)), (r, float(y))], grey, thin)
         for k in range(20):
-            canvas.line([(l + (r - l) * k / 19, bottom - 0.11), (l + (r - l) * k / 19, bottom - 0.03)], BLACK, rng.choice([0.004, 0.011]))
+            canvas.line(
+                [(l + (r - l) * k / 19, bottom - 0.11), (l + (r - l) * k / 19, bottom - 0.03)],
+                BLACK,
+                rng.choice([0.004, 0.011]),
+            )
     elif label == "form":
         for y in np.arange(top + 0.1, bottom - 0.06, rng.uniform(0.09, 0.12)):
             canvas.line([(l, float(y)), (l + 0.2 * wide, float(y))], grey, thin)
             canvas.box(l + 0.3 * wide, float(y) - 0.025, r, float(y) + 0.025, None, grey, 0.008)
     elif label == "slide":
-        canvas.text((l + r) / 2, top + 0.13, rng.choice(["Results", "Overview", "Our plan"]), SANS, 0.14, named(rng, rng.choice(list(HUES))))
+        canvas.text(
+            (l + r) / 2,
+            top + 0.13,
+            rng.choice(["Results", "Overview", "Our plan"]),
+            SANS,
+            0.14,
+            named(rng, rng.choice(list(HUES))),
+        )
         for y in np.arange(top + 0.33, bottom - 0.1, 0.14):
             canvas.disc(l, float(y), 0.018, BLACK)
             canvas.line([(l + 0.06, float(y)), (l + rng.uniform(0.4, 0.7), float(y))], grey, 2 * thin)
@@ -149,7 +168,9 @@ def _page(rng: random.Random, label: str, split: Split) -> np.ndarray:
         canvas.line([(l, top + 0.15), (l, bottom - 0.35), (r, bottom - 0.35)], BLACK, 0.01)
         for k in range(5):
             x = l + (k + 0.3) * (r - l) / 5
-            canvas.box(x, bottom - 0.35 - rng.uniform(0.08, 0.35), x + 0.08, bottom - 0.35, named(rng, rng.choice(list(HUES))))
+            canvas.box(
+                x, bottom - 0.35 - rng.uniform(0.08, 0.35), x + 0.08, bottom - 0.35, named(rng, rng.choice(list(HUES)))
+            )
         text(l, r, bottom - 0.25, bottom - 0.08)
     canvas.turn(rng.uniform(-6, 6))
     return canvas.done()
@@ -159,8 +180,18 @@ def _scene(rng: random.Random) -> Canvas:
     canvas = Canvas.any(rng)
     for _ in range(rng.randint(5, 9)):
         kind = rng.choice(list(OUTLINES))
-        figure(canvas, kind, rng.random(), rng.random(), rng.uniform(0.08, 0.2), named(rng, rng.choice(list(HUES))), rng.uniform(0, 360))
-    canvas.text(rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7), rng.choice(["Open", "Sale", "Exit"]), BOLD, 0.2, canvas.ink())
+        figure(
+            canvas,
+            kind,
+            rng.random(),
+            rng.random(),
+            rng.uniform(0.08, 0.2),
+            named(rng, rng.choice(list(HUES))),
+            rng.uniform(0, 360),
+        )
+    canvas.text(
+        rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7), rng.choice(["Open", "Sale", "Exit"]), BOLD, 0.2, canvas.ink()
+    )
     return canvas
 
 

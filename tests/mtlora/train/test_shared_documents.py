@@ -133,7 +133,7 @@ SMALL = TrainingConfig(
 def test_a_run_trains_resumes_and_leaves_an_activated_checkpoint(tiny_backbone: Path, tmp_path: Path) -> None:
     whole = Trainer(SMALL, tiny_backbone, tmp_path / "whole")
     assert len(whole.batches) == 6
-    assert all(len(by_document([whole.examples.train[i] for i in batch])) == 2 for batch in whole.batches)
+    assert all(len(by_document([whole.work.examples.train[i] for i in batch])) == 2 for batch in whole.batches)
     manifest = whole.fit()
     assert isinstance(manifest, AdapterManifest)
     assert (manifest.format_version, manifest.config.activation) == (2, "task")
