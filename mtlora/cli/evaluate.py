@@ -28,8 +28,8 @@ def add_parser(subparsers: Any) -> None:
         "eval",
         help="score an adapter on a suite by exact match",
         description="Scores every example of a folder, or EXAMPLES of each task of the built-in suite's split. "
-        "The adapter's own task table says how a task's input becomes a prompt and when its answer ends. For images, the "
-        "backbone alone means linear heads on its features, fitted to the images that the adapter was trained on.",
+        "The adapter's own task table says how a task's input becomes a prompt and when its answer ends. For images, "
+        "the backbone alone means linear heads on its features, fitted to the images that the adapter was trained on.",
     )
     parser.add_argument(
         "--adapter", type=Path, metavar="DIR", help="a checkpoint; without it, only the backbone is scored"
@@ -37,8 +37,8 @@ def add_parser(subparsers: Any) -> None:
     add_backbone_argument(parser, None)
     parser.add_argument(
         "--suite", default="builtin", metavar="S",
-        help="'builtin', 'bbh-generated', 'documents', 'builtin-vision', or a folder of BIG-Bench Hard's files, of MMLU's, "
-        "or of images",
+        help="'builtin', 'bbh-generated', 'documents', 'builtin-vision', or a folder of BIG-Bench Hard's files, of "
+        "MMLU's, or of images",
     )  # fmt: skip
     parser.add_argument("--split", choices=("train", "validation", "test"), help="built-in: test; folder: all it holds")
     parser.add_argument("--examples", type=int, metavar="N", help="of each task (built-in: 40; folder: all)")

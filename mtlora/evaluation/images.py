@@ -45,7 +45,7 @@ def features(
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """(places of examples of one task, their features [B, F]), batch by batch.
 
-    bias_rows: each task's row of the task biases; None for the backbone alone. told: whether the adapter knows the task.
+    bias_rows: each task's row of the task biases; None for the backbone alone. told: whether the adapter is told tasks.
     """
     by_task: dict[str, list[int]] = {}
     for place, example in enumerate(examples):
@@ -103,7 +103,7 @@ def checkpoint_labeller(adapted: AdaptedEncoder, checkpoint: Checkpoint) -> Labe
 
 
 def linear_heads(adapted: AdaptedEncoder, tasks: Sequence[TaskSpec], train: Sequence[Example]) -> Callable[[str], Head]:
-    """Linear probes of the backbone alone, one for each task, on its training examples. Raises MtLoRAError without any."""
+    """Linear probes of the backbone alone, one a task, on its training examples. Raises MtLoRAError without any."""
     by_id = {task.id: task for task in tasks}
     features_by_task: dict[str, list[torch.Tensor]] = {}
     targets: dict[str, list[int]] = {}
@@ -126,7 +126,7 @@ def linear_heads(adapted: AdaptedEncoder, tasks: Sequence[TaskSpec], train: Sequ
 
 
 def same_input(tasks: Sequence[TaskSpec]) -> Any:
-    """What an image becomes for every one of these tasks. Raises MtLoRAError for tasks that differ in size or pooling."""
+    """What an image becomes for all of these tasks. Raises MtLoRAError if they differ in size or pooling."""
     inputs = {(task.image.size, task.image.pooling) for task in tasks if task.image}
     if len(inputs) != 1:
         told = ", ".join(f"{size} px with pooling {pooling}" for size, pooling in sorted(inputs))

@@ -81,7 +81,7 @@ def seeded(*parts: object) -> random.Random:
 def drawn(examples: Iterable[Example], task_id: str, split: Split, count: int | None, seed: int) -> list[Example]:
     """`count` of a finite split's examples, all for None, in an order by hash: changes of others leave it as it is.
 
-    A smaller `count` gives a prefix of what a larger one gives. Raises SuiteError for an unknown split or another count.
+    A smaller `count` gives a prefix of what a larger one gives. Raises SuiteError for a wrong split or count.
     """
     check_split(split)
 

@@ -2,8 +2,8 @@
 
     {dev,val,test}/SUBJECT_{dev,val,test}.csv
 
-Rows are `question,choice0,choice1,choice2,choice3,answer` under such a header, with the answer's index, or, as the authors
-publish them, without a header and with the answer's letter. `dev`, five questions a subject, is what shots are drawn from.
+Rows are `question,choice0,choice1,choice2,choice3,answer` under such a header, with the answer's index, or, as the
+authors publish them, without a header and with the answer's letter. Shots are the questions of `dev`, five a subject.
 """
 
 import csv

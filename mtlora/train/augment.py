@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance
 
 
 def augmented(pixels_HWC: np.ndarray, allowed: Collection[str], rng: random.Random) -> np.ndarray:
-    """An image [H, W, 3] changed at random: mirrored, turned by up to 15 degrees, cropped by up to a fifth, recoloured."""
+    """An image [H, W, 3] changed at random: mirrored, turned by up to 15 degrees, cropped, recoloured."""
     if not allowed:
         return pixels_HWC
     image = Image.fromarray(pixels_HWC)

@@ -27,8 +27,8 @@ class TrainingConfig(BaseModel):
     )
     suite: str | Annotated[tuple[SuitePart, ...], Field(min_length=1)] = Field(
         "builtin",
-        description='"builtin", "bbh-generated", "documents", "builtin-vision", a folder in BIG-Bench-Hard layout or of '
-        "images, a file of JSON lines, or parts to mix",
+        description='"builtin", "bbh-generated", "documents", "builtin-vision", a folder in BIG-Bench-Hard layout or '
+        "of images, a file of JSON lines, or parts to mix",
     )
     tasks: tuple[str, ...] | None = Field(None, description="train on these tasks of the suite; null means all")
     examples_per_task: ExampleCounts = Field(

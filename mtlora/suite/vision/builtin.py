@@ -34,8 +34,8 @@ class VisionSuite:
     def examples(self, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
         """See `Suite.examples`. Generated tasks have no end, so `count` must be a number here.
 
-        Labels come in random order, each as often as the others up to one. Every picture has its own noise and place, so no
-        two are the same, in a split or across splits.
+        Labels come in random order, each as often as the others up to one. Every picture has its own noise, so
+        no two are the same, in a split or across splits.
         """
         if task_id not in self._tasks:
             raise unknown_task(self, task_id)

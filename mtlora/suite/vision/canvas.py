@@ -124,7 +124,8 @@ class Canvas:
         self.oval(x, y, radius, radius, fill, line, width)
 
     def oval(
-        self, x: float, y: float, wide: float, high: float, fill: Colour | None, line: Colour | None = None, width: float = 0.0
+        self, x: float, y: float, wide: float, high: float,
+        fill: Colour | None, line: Colour | None = None, width: float = 0.0,
     ) -> None:  # fmt: skip
         """An ellipse of two half-axes."""
         box = ((x - wide) * _FINE, (y - high) * _FINE, (x + wide) * _FINE, (y + high) * _FINE)

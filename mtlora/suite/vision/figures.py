@@ -2,15 +2,24 @@
 
 import math
 import random
+from itertools import pairwise
 
 import numpy as np
 
 from mtlora.suite.base import Split
 from mtlora.suite.vision.canvas import HUES, Canvas, Colour, PictureTask, Point, named, placed, ring, star
 
-_HEART = [(16 * math.sin(t) ** 3 / 17, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 17)
-          for t in np.linspace(0, 2 * math.pi, 40)]  # fmt: skip
-_CROSS = [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3), (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)]  # fmt: skip
+_HEART = [
+    (
+        16 * math.sin(t) ** 3 / 17,
+        -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 17,
+    )
+    for t in np.linspace(0, 2 * math.pi, 40)
+]
+_CROSS = [
+    (-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3),
+    (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3),
+]  # fmt: skip
 _MOON = [(math.cos(t), math.sin(t)) for t in np.linspace(0.9, 5.4, 24)] + [
     (0.35 + 0.78 * math.cos(t), 0.78 * math.sin(t)) for t in np.linspace(5.2, 1.1, 20)
 ]
@@ -179,7 +188,7 @@ def _crossing(rng: random.Random, label: str, split: Split) -> np.ndarray:
     crossings = int(label)
     xs = np.linspace(0.08, 0.92, 60)
     at = sorted(rng.uniform(0.2, 0.8) for _ in range(crossings))
-    while any(b - a < 0.17 for a, b in zip(at, at[1:], strict=False)):
+    while any(b - a < 0.17 for a, b in pairwise(at)):
         at = sorted(rng.uniform(0.17, 0.83) for _ in range(crossings))
     between = np.ones_like(xs) * rng.uniform(0.1, 0.2)
     for place in at:
@@ -212,11 +221,15 @@ TASKS = (
     PictureTask("inside_outside", "Where the red spot lies.", ("inside", "on the line", "outside"), _inside),
     PictureTask("largest", "Which of three figures is the largest.", ("left", "middle", "right"), _largest),
     PictureTask(
-        "odd_one_out", "Which of nine figures differs.",
-        tuple(f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right")), _odd_one,
+        "odd_one_out",
+        "Which of nine figures differs.",
+        tuple(f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right")),
+        _odd_one,
     ),
     PictureTask("symmetry", "The pattern's symmetry.", ("left-right", "up-down", "none"), _symmetry),
-    PictureTask("occlusion", "The figure behind the bars.", ("circle", "triangle", "square", "star", "heart", "cross"), _hidden),
+    PictureTask(
+        "occlusion", "The figure behind the bars.", ("circle", "triangle", "square", "star", "heart", "cross"), _hidden
+    ),
     PictureTask("crossings", "How often the two curves cross.", ("0", "1", "2", "3"), _crossing),
     PictureTask("in_common", "What two figures have in common.", ("shape", "colour", "both", "nothing"), _same),
-)  # fmt: skip
+)

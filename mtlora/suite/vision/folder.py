@@ -3,10 +3,10 @@
     task/{train,test}/class/*.png    or jpg, jpeg, webp; validation beside train and test, if there is one
     task/class/*.png                 split by content
     {train,test}/class/*.png         one task, named as the folder
-    manifest.jsonl                   lines of {"task": ..., "image": file, "label": ..., "split": "train" or "test", or left out}
+    manifest.jsonl                   lines of {"task": ..., "image": file, "label": ..., "split": "train" or "test"}
 
-`task.json` in a task's folder, or `tasks.json` beside the manifest with such an object for each task, sets `description`
-and `image` (see `ImageInput`): `{"image": {"augment": ["crop", "flip"]}}`.
+`task.json` in a task's folder, or `tasks.json` beside the manifest with such an object for each task, sets
+`description` and `image` (see `ImageInput`): `{"image": {"augment": ["crop", "flip"]}}`.
 
 Where there is no validation split, a tenth of training, by content, is it. An image of the test split is in no other.
 """
@@ -66,7 +66,7 @@ def is_image_folder(folder: Path) -> bool:
 
 
 class ImageFolderSuite:
-    """Lists all files at once, to find a wrong layout before any work starts; reads a task's when they are asked for."""
+    """Lists all files at once, to find a wrong layout before any work starts; reads a task's when asked for them."""
 
     finite = True
 

@@ -7,7 +7,13 @@ import numpy as np
 from mtlora.suite.base import Split
 from mtlora.suite.vision.canvas import BLACK, SANS, WHITE, Canvas, PictureTask, Point, colour, named, placed
 
-_SEGMENTS = {"0": "abcdef", "1": "bc", "2": "abged", "3": "abgcd", "4": "fgbc", "5": "afgcd", "6": "afgedc", "7": "abc", "8": "abcdefg", "9": "abcdfg"}  # fmt: skip
+_SEGMENTS = dict(
+    zip(
+        "0123456789",
+        ["abcdef", "bc", "abged", "abgcd", "fgbc", "afgcd", "afgedc", "abc", "abcdefg", "abcdfg"],
+        strict=True,
+    )
+)
 # Of seven segments: whether it lies flat, and its middle in half-heights of the digit.
 _PLACES = {"a": (True, 0, -1), "b": (False, 0.5, -0.5), "c": (False, 0.5, 0.5), "d": (True, 0, 1),
            "e": (False, -0.5, 0.5), "f": (False, -0.5, -0.5), "g": (True, 0, 0)}  # fmt: skip
@@ -196,10 +202,19 @@ TASKS = (
     PictureTask("clock_hours", "The full hour on the clock.", tuple(map(str, range(1, 13))), _clock),
     PictureTask("gauges", "Where in its range the needle points.", _LEVELS, _gauge),
     PictureTask("bar_charts", "The tallest of five bars.", tuple("ABCDE"), _tallest),
-    PictureTask("line_trends", "The course of the line.", ("rising", "falling", "peak", "valley", "flat", "step up"), _trend),
-    PictureTask("pie_shares", "The share of the red slice.", ("an eighth", "a quarter", "three eighths", "half", "three quarters"), _pie),
+    PictureTask(
+        "line_trends", "The course of the line.", ("rising", "falling", "peak", "valley", "flat", "step up"), _trend
+    ),
+    PictureTask(
+        "pie_shares",
+        "The share of the red slice.",
+        ("an eighth", "a quarter", "three eighths", "half", "three quarters"),
+        _pie,
+    ),
     PictureTask("segment_digits", "The digit on the display.", tuple("0123456789"), _display),
     PictureTask("dice_sum", "The sum of the two dice.", tuple(map(str, range(2, 13))), _dice),
     PictureTask("fill_level", "How full the glass is.", _LEVELS, _fill),
-    PictureTask("angles", "The angle between the lines.", tuple(f"{a} degrees" for a in (30, 60, 90, 120, 150)), _angle),
-)  # fmt: skip
+    PictureTask(
+        "angles", "The angle between the lines.", tuple(f"{a} degrees" for a in (30, 60, 90, 120, 150)), _angle
+    ),
+)

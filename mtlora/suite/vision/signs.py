@@ -26,7 +26,10 @@ from mtlora.suite.vision.canvas import (
 from mtlora.suite.vision.figures import OUTLINES
 
 # Letters are learned in these fonts and asked in others.
-_SEEN = (SANS, BOLD, SERIF, MONO, "DejaVuSans-Oblique", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralItalic", "cmr10", "DejaVuSansMono-Oblique")  # fmt: skip
+_SEEN = (
+    SANS, BOLD, SERIF, MONO, "DejaVuSans-Oblique", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralItalic", "cmr10",
+    "DejaVuSansMono-Oblique",
+)  # fmt: skip
 _UNSEEN = ("cmss10", "cmtt10", "DejaVuSerif-Bold", "STIXGeneralBol", "DejaVuSans-BoldOblique")
 _TYPEFACES = {
     "sans": (SANS, "cmss10"),
@@ -55,12 +58,14 @@ _HAND: dict[str, list[list[Point]]] = {
     "0": [[(math.sin(t) * 0.6, -math.cos(t)) for t in np.linspace(0.1, 6.3, 9)]],
     "1": [[(-0.35, -0.6), (0.1, -1), (0.05, 0), (0.1, 1)]],
     "2": [[(-0.55, -0.6), (-0.2, -1), (0.4, -0.9), (0.5, -0.4), (0, 0.3), (-0.6, 1), (0, 0.9), (0.6, 1)]],
-    "3": [[(-0.5, -0.8), (0.1, -1), (0.5, -0.6), (0.2, -0.1), (-0.15, 0), (0.3, 0.05), (0.6, 0.5), (0.1, 1), (-0.5, 0.8)]],
+    "3": [[(-0.5, -0.8), (0.1, -1), (0.5, -0.6), (0.2, -0.1), (-0.15, 0),
+           (0.3, 0.05), (0.6, 0.5), (0.1, 1), (-0.5, 0.8)]],
     "4": [[(0.1, -1), (-0.3, -0.3), (-0.6, 0.25), (0.1, 0.2), (0.65, 0.2)], [(0.3, -0.4), (0.3, 0.3), (0.25, 1)]],
     "5": [[(0.5, -1), (-0.4, -0.95), (-0.45, -0.2), (0.2, -0.3), (0.55, 0.3), (0.2, 0.9), (-0.5, 0.85)]],
     "6": [[(0.4, -1), (-0.2, -0.5), (-0.5, 0.3), (-0.1, 1), (0.5, 0.6), (0.3, 0.05), (-0.4, 0.3)]],
     "7": [[(-0.6, -0.9), (0, -1), (0.6, -0.95), (0.2, -0.1), (-0.1, 1)]],
-    "8": [[(0.4, -0.8), (-0.1, -1), (-0.4, -0.55), (0.1, -0.1), (0.5, 0.5), (0, 1), (-0.5, 0.5), (0, -0.05), (0.45, -0.5), (0.35, -0.85)]],
+    "8": [[(0.4, -0.8), (-0.1, -1), (-0.4, -0.55), (0.1, -0.1), (0.5, 0.5), (0, 1),
+           (-0.5, 0.5), (0, -0.05), (0.45, -0.5), (0.35, -0.85)]],
     "9": [[(0.5, -0.6), (0, -1), (-0.5, -0.6), (-0.1, -0.1), (0.45, -0.4), (0.5, -0.7), (0.45, 0.2), (0.2, 1)]],
 }  # fmt: skip
 
@@ -70,7 +75,8 @@ def _letter(rng: random.Random, label: str, split: Split) -> np.ndarray:
     canvas.specks(8)
     name = rng.choice(_SEEN if split == "train" else _UNSEEN)
     canvas.text(
-        rng.uniform(0.4, 0.6), rng.uniform(0.42, 0.58), label, name, rng.uniform(0.4, 0.7), canvas.ink(), rng.uniform(-12, 12)
+        rng.uniform(0.4, 0.6), rng.uniform(0.42, 0.58), label, name,
+        rng.uniform(0.4, 0.7), canvas.ink(), rng.uniform(-12, 12),
     )  # fmt: skip
     return canvas.done()
 
@@ -323,24 +329,65 @@ def _traffic_light(rng: random.Random, label: str, split: Split) -> np.ndarray:
 
 
 TASKS = (
-    PictureTask("letters", "The capital letter, in a font that training did not show.", tuple("ABCDEFGHJKLMNPRSTUVY"), _letter),
-    PictureTask("typefaces", "The style of the typeface.", tuple(_TYPEFACES), _typeface),
-    PictureTask("text_orientation", "How far the text is turned.", ("upright", "a quarter right", "upside down", "a quarter left"), _rotated),
     PictureTask(
-        "playing_cards", "The playing card.",
-        tuple(f"{rank} of {suit}" for suit in ("hearts", "diamonds", "spades", "clubs") for rank in ("A", "K", "7", "4")), _card,
+        "letters", "The capital letter, in a font that training did not show.", tuple("ABCDEFGHJKLMNPRSTUVY"), _letter
+    ),
+    PictureTask("typefaces", "The style of the typeface.", tuple(_TYPEFACES), _typeface),
+    PictureTask(
+        "text_orientation",
+        "How far the text is turned.",
+        ("upright", "a quarter right", "upside down", "a quarter left"),
+        _rotated,
     ),
     PictureTask(
-        "road_signs", "The kind of road sign.",
-        ("stop", "no entry", "give way", "priority road", "speed limit", "no overtaking", "no stopping", "warning",
-         "crossroads", "bend", "roundabout", "ahead only", "parking"), _road_sign,
+        "playing_cards",
+        "The playing card.",
+        tuple(
+            f"{rank} of {suit}" for suit in ("hearts", "diamonds", "spades", "clubs") for rank in ("A", "K", "7", "4")
+        ),
+        _card,
+    ),
+    PictureTask(
+        "road_signs",
+        "The kind of road sign.",
+        (
+            "stop",
+            "no entry",
+            "give way",
+            "priority road",
+            "speed limit",
+            "no overtaking",
+            "no stopping",
+            "warning",
+            "crossroads",
+            "bend",
+            "roundabout",
+            "ahead only",
+            "parking",
+        ),
+        _road_sign,
     ),
     PictureTask("arrows", "Where the arrow points.", _COMPASS, _arrow),
     PictureTask(
-        "map_symbols", "The symbol on the map.",
-        ("church", "summit", "campsite", "airport", "hospital", "viewpoint", "lighthouse", "station", "monument", "well"), _map_symbol,
+        "map_symbols",
+        "The symbol on the map.",
+        (
+            "church",
+            "summit",
+            "campsite",
+            "airport",
+            "hospital",
+            "viewpoint",
+            "lighthouse",
+            "station",
+            "monument",
+            "well",
+        ),
+        _map_symbol,
     ),
     PictureTask("stroke_digits", "The digit, drawn by strokes.", tuple(_HAND), _strokes),
     PictureTask("faces", "The face's expression.", ("happy", "sad", "angry", "surprised", "sleepy", "winking"), _face),
-    PictureTask("traffic_lights", "What the traffic light shows.", ("stop", "get ready", "caution", "go", "off"), _traffic_light),
-)  # fmt: skip
+    PictureTask(
+        "traffic_lights", "What the traffic light shows.", ("stop", "get ready", "caution", "go", "off"), _traffic_light
+    ),
+)

@@ -28,7 +28,10 @@ def _pattern(rng: random.Random, label: str, split: Split) -> np.ndarray:
     canvas = Canvas.any(rng)
     ink, step, phase = canvas.ink(), rng.uniform(0.09, 0.18), rng.uniform(0, 1)
     lines = [(k + phase) * step - 0.5 for k in range(-8, 22)]
-    turns = {"upright stripes": (90,), "level stripes": (0,), "rising stripes": (-45,), "falling stripes": (45,), "grid": (0, 90), "lattice": (45, -45)}  # fmt: skip
+    turns = {
+        "upright stripes": (90,), "level stripes": (0,), "rising stripes": (-45,), "falling stripes": (45,),
+        "grid": (0, 90), "lattice": (45, -45),
+    }  # fmt: skip
     if label in turns:
         width = step * rng.uniform(0.25, 0.5)
         for turn in turns[label]:
@@ -113,47 +116,49 @@ def _page(rng: random.Random, label: str, split: Split) -> np.ndarray:
             end = x2 - (rng.uniform(0, 0.25) * (x2 - x1) if ragged else 0)
             canvas.line([(x1, float(y)), (end, float(y))], grey, thin)
 
-    l, r = left + margin, right - margin
+    x1, x2 = left + margin, right - margin
     if label == "letter":
-        text(l, l + 0.3 * wide, top + 0.06, top + 0.17)
-        text(r - 0.25 * wide, r, top + 0.2, top + 0.22)
+        text(x1, x1 + 0.3 * wide, top + 0.06, top + 0.17)
+        text(x2 - 0.25 * wide, x2, top + 0.2, top + 0.22)
         for k in range(3):
-            text(l, r, top + 0.3 + 0.15 * k, top + 0.41 + 0.15 * k)
-        canvas.line([(l + 0.03 * k, bottom - 0.07 + 0.02 * math.sin(4 * k)) for k in range(8)], BLACK, 0.01)
+            text(x1, x2, top + 0.3 + 0.15 * k, top + 0.41 + 0.15 * k)
+        canvas.line([(x1 + 0.03 * k, bottom - 0.07 + 0.02 * math.sin(4 * k)) for k in range(8)], BLACK, 0.01)
     elif label == "newspaper":
-        canvas.text((l + r) / 2, top + 0.08, rng.choice(["The Herald", "Daily News", "The Times"]), SERIF, 0.11, BLACK)
+        canvas.text(
+            (x1 + x2) / 2, top + 0.08, rng.choice(["The Herald", "Daily News", "The Times"]), SERIF, 0.11, BLACK
+        )
         columns = rng.choice([2, 3])
-        each = (r - l) / columns
+        each = (x2 - x1) / columns
         for k in range(columns):
-            text(l + k * each, l + (k + 0.9) * each, top + 0.2, bottom - 0.05, 0.028, ragged=False)
-        canvas.box(l, top + 0.22, l + 0.9 * each, top + rng.uniform(0.38, 0.48), colour(0, 0, rng.uniform(0.5, 0.7)))
+            text(x1 + k * each, x1 + (k + 0.9) * each, top + 0.2, bottom - 0.05, 0.028, ragged=False)
+        canvas.box(x1, top + 0.22, x1 + 0.9 * each, top + rng.uniform(0.38, 0.48), colour(0, 0, rng.uniform(0.5, 0.7)))
     elif label == "invoice":
-        canvas.text(l + 0.2 * wide, top + 0.07, "INVOICE", BOLD, 0.08, BLACK)
-        text(r - 0.3 * wide, r, top + 0.05, top + 0.15)
+        canvas.text(x1 + 0.2 * wide, top + 0.07, "INVOICE", BOLD, 0.08, BLACK)
+        text(x2 - 0.3 * wide, x2, top + 0.05, top + 0.15)
         rows, y = rng.randint(5, 8), top + 0.25
         for k in range(rows + 1):
-            canvas.line([(l, y + 0.065 * k), (r, y + 0.065 * k)], grey, 0.008)
+            canvas.line([(x1, y + 0.065 * k), (x2, y + 0.065 * k)], grey, 0.008)
         for share in (0, 0.55, 0.75, 1):
-            canvas.line([(l + share * (r - l), y), (l + share * (r - l), y + 0.065 * rows)], grey, 0.008)
-        text(r - 0.2 * wide, r, y + 0.065 * rows + 0.04, y + 0.065 * rows + 0.1, ragged=False)
+            canvas.line([(x1 + share * (x2 - x1), y), (x1 + share * (x2 - x1), y + 0.065 * rows)], grey, 0.008)
+        text(x2 - 0.2 * wide, x2, y + 0.065 * rows + 0.04, y + 0.065 * rows + 0.1, ragged=False)
     elif label == "receipt":
-        canvas.text((l + r) / 2, top + 0.06, "SHOP", BOLD, 0.07, BLACK)
+        canvas.text((x1 + x2) / 2, top + 0.06, "SHOP", BOLD, 0.07, BLACK)
         for y in np.arange(top + 0.14, bottom - 0.16, 0.04):
-            canvas.line([(l, float(y)), (l + rng.uniform(0.3, 0.6) * (r - l), float(y))], grey, thin)
-            canvas.line([(r - 0.18 * (r - l), float(y)), (r, float(y))], grey, thin)
+            canvas.line([(x1, float(y)), (x1 + rng.uniform(0.3, 0.6) * (x2 - x1), float(y))], grey, thin)
+            canvas.line([(x2 - 0.18 * (x2 - x1), float(y)), (x2, float(y))], grey, thin)
         for k in range(20):
             canvas.line(
-                [(l + (r - l) * k / 19, bottom - 0.11), (l + (r - l) * k / 19, bottom - 0.03)],
+                [(x1 + (x2 - x1) * k / 19, bottom - 0.11), (x1 + (x2 - x1) * k / 19, bottom - 0.03)],
                 BLACK,
                 rng.choice([0.004, 0.011]),
             )
     elif label == "form":
         for y in np.arange(top + 0.1, bottom - 0.06, rng.uniform(0.09, 0.12)):
-            canvas.line([(l, float(y)), (l + 0.2 * wide, float(y))], grey, thin)
-            canvas.box(l + 0.3 * wide, float(y) - 0.025, r, float(y) + 0.025, None, grey, 0.008)
+            canvas.line([(x1, float(y)), (x1 + 0.2 * wide, float(y))], grey, thin)
+            canvas.box(x1 + 0.3 * wide, float(y) - 0.025, x2, float(y) + 0.025, None, grey, 0.008)
     elif label == "slide":
         canvas.text(
-            (l + r) / 2,
+            (x1 + x2) / 2,
             top + 0.13,
             rng.choice(["Results", "Overview", "Our plan"]),
             SANS,
@@ -161,17 +166,17 @@ def _page(rng: random.Random, label: str, split: Split) -> np.ndarray:
             named(rng, rng.choice(list(HUES))),
         )
         for y in np.arange(top + 0.33, bottom - 0.1, 0.14):
-            canvas.disc(l, float(y), 0.018, BLACK)
-            canvas.line([(l + 0.06, float(y)), (l + rng.uniform(0.4, 0.7), float(y))], grey, 2 * thin)
+            canvas.disc(x1, float(y), 0.018, BLACK)
+            canvas.line([(x1 + 0.06, float(y)), (x1 + rng.uniform(0.4, 0.7), float(y))], grey, 2 * thin)
     else:
-        text(l, l + 0.5 * wide, top + 0.06, top + 0.08)
-        canvas.line([(l, top + 0.15), (l, bottom - 0.35), (r, bottom - 0.35)], BLACK, 0.01)
+        text(x1, x1 + 0.5 * wide, top + 0.06, top + 0.08)
+        canvas.line([(x1, top + 0.15), (x1, bottom - 0.35), (x2, bottom - 0.35)], BLACK, 0.01)
         for k in range(5):
-            x = l + (k + 0.3) * (r - l) / 5
+            x = x1 + (k + 0.3) * (x2 - x1) / 5
             canvas.box(
                 x, bottom - 0.35 - rng.uniform(0.08, 0.35), x + 0.08, bottom - 0.35, named(rng, rng.choice(list(HUES)))
             )
-        text(l, r, bottom - 0.25, bottom - 0.08)
+        text(x1, x2, bottom - 0.25, bottom - 0.08)
     canvas.turn(rng.uniform(-6, 6))
     return canvas.done()
 
@@ -218,13 +223,38 @@ def _fault(rng: random.Random, label: str, split: Split) -> np.ndarray:
 
 TASKS = (
     PictureTask(
-        "patterns", "The pattern.",
-        ("upright stripes", "level stripes", "rising stripes", "falling stripes", "grid", "lattice", "waves", "dots", "chequers", "bricks"), _pattern,
+        "patterns",
+        "The pattern.",
+        (
+            "upright stripes",
+            "level stripes",
+            "rising stripes",
+            "falling stripes",
+            "grid",
+            "lattice",
+            "waves",
+            "dots",
+            "chequers",
+            "bricks",
+        ),
+        _pattern,
     ),
-    PictureTask("cloth_defects", "What is wrong with the cloth.", ("none", "missing thread", "hole", "stain", "scratch"), _defect),
-    PictureTask("page_kinds", "The kind of page.", ("letter", "newspaper", "invoice", "receipt", "form", "slide", "report"), _page),
     PictureTask(
-        "photo_faults", "What is wrong with the photograph.",
-        ("nothing", "blurred", "noisy", "too dark", "too bright", "coarse", "colour cast", "no colour"), _fault,
+        "cloth_defects",
+        "What is wrong with the cloth.",
+        ("none", "missing thread", "hole", "stain", "scratch"),
+        _defect,
     ),
-)  # fmt: skip
+    PictureTask(
+        "page_kinds",
+        "The kind of page.",
+        ("letter", "newspaper", "invoice", "receipt", "form", "slide", "report"),
+        _page,
+    ),
+    PictureTask(
+        "photo_faults",
+        "What is wrong with the photograph.",
+        ("nothing", "blurred", "noisy", "too dark", "too bright", "coarse", "colour cast", "no colour"),
+        _fault,
+    ),
+)
