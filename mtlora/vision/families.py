@@ -10,7 +10,7 @@ Shape suffixes: D hidden size, P pixels of a patch's side, G patches of the posi
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from mtlora.backbone import BackboneError
+from mtlora.task import TaskSpec
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,15 @@ class Family:
     """What the configuration of a family does not say.
 
     nested: the `model_type` of image-text models whose `vision_config` is of this family.
-    class_token: whether sequences begin with one.
-    input_norm: a norm between embeddings and layers. interpolation, antialias: of positions to another size.
+    class_token: whether sequences begin with one. input_norm: a norm between embeddings and layers.
+    layer_scale: factors on the blocks' outputs. interpolation, antialias: of positions to another size.
     normalisation: that of a folder without `preprocessor_config.json`.
     """
 
     nested: str | None = None
     class_token: bool = True
     input_norm: bool = False
+    layer_scale: bool = False
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     antialias: bool = False
     patch_bias: bool = True
@@ -46,8 +48,8 @@ _CLIP: Normalisation = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2613
 
 FAMILIES = {
     "vit": Family(),
-    "dinov2": Family(normalisation=IMAGENET),
-    "dinov2_with_registers": Family(antialias=True, normalisation=IMAGENET),
+    "dinov2": Family(layer_scale=True, normalisation=IMAGENET),
+    "dinov2_with_registers": Family(layer_scale=True, antialias=True, normalisation=IMAGENET),
     "clip_vision_model": Family(nested="clip", input_norm=True, patch_bias=False, normalisation=_CLIP),
     "siglip_vision_model": Family(nested="siglip", class_token=False),
     "siglip2_vision_model": Family(nested="siglip2", class_token=False, interpolation="bilinear", antialias=True),
@@ -93,10 +95,25 @@ class VisionConfig:
             )
         return self.num_prefix + (size // self.patch_size) ** 2
 
+    def check(self, tasks: Iterable[TaskSpec]) -> None:
+        """Raise BackboneError for a task of images whose size or pooling this backbone does not allow."""
+        for task in tasks:
+            if task.image is None:
+                continue
+            try:
+                self.num_positions(task.image.size)
+            except BackboneError as error:
+                raise BackboneError(f"task {task.id}: {error}") from None
+            if task.image.pooling != "mean" and not self.traits.class_token:
+                raise BackboneError(
+                    f"task {task.id}: pooling: found {task.image.pooling!r}; "
+                    f"allowed: 'mean', as {self.family} has no class token"
+                )
 
-def is_vision(config: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is that of a vision backbone, or holds one's."""
-    return config.get("model_type") in FAMILIES or config.get("model_type") in _FAMILY_OF
+
+def is_vision(model_type: str | None) -> bool:
+    """Whether a `model_type` is that of a vision backbone, or of a model of image and text that has one."""
+    return model_type in FAMILIES or model_type in _FAMILY_OF
 
 
 def read_config(folder: Path) -> VisionConfig:
@@ -105,7 +122,7 @@ def read_config(folder: Path) -> VisionConfig:
         found = json.loads((folder / "config.json").read_text()).get("model_type")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise BackboneError(f"{folder}: no readable config.json ({type(error).__name__}: {error})") from error
-    if found not in FAMILIES and found not in _FAMILY_OF:
+    if not is_vision(found):
         allowed = ", ".join((*FAMILIES, *_FAMILY_OF))
         raise BackboneError(f"{folder}: model_type: expected a vision backbone, one of {allowed}; found {found!r}")
     # transformers fills in what the file leaves out.
@@ -225,14 +242,6 @@ def encoder_tensors(config: VisionConfig, tensors: Iterable[tuple[str, torch.Ten
     for name in [name for name in found if ".weights_in." in name]:
         gate, up = found.pop(name).chunk(2)
         found |= {name.replace("weights_in", "gate_proj"): gate, name.replace("weights_in", "up_proj"): up}
-    last = "down_proj" if config.gated else "fc2"
-    for name in [name for name in found if name.endswith(".scale")]:
-        scale_D = found.pop(name)
-        linear = name.removesuffix(".scale").replace(".mlp", f".mlp.{last}")
-        for part in (f"{linear}.weight", f"{linear}.bias"):
-            if part in found:
-                tensor = found[part]
-                found[part] = (tensor.float() * scale_D.float().view(-1, *[1] * (tensor.dim() - 1))).to(tensor.dtype)
     shapes = dict(_shapes(config))
     for name in _without_bias(config):
         found.setdefault(name, torch.zeros(shapes[name]))
@@ -244,6 +253,13 @@ def encoder_tensors(config: VisionConfig, tensors: Iterable[tuple[str, torch.Ten
         if tuple(tensor.shape) != shape:
             raise BackboneError(f"tensor {name}: expected shape {list(shape)}, found {list(tensor.shape)}")
         state[name] = tensor
+    last = "down_proj" if config.gated else "fc2"
+    for name in [name for name in state if name.endswith(".scale")]:
+        scale_D = state.pop(name).float()
+        linear = name.removesuffix(".scale").replace(".mlp", f".mlp.{last}")
+        weight, bias = state[f"{linear}.weight"], state[f"{linear}.bias"]
+        state[f"{linear}.weight"] = (weight.float() * scale_D.unsqueeze(1)).to(weight.dtype)
+        state[f"{linear}.bias"] = (bias.float() * scale_D).to(bias.dtype)
     return state
 
 
@@ -270,7 +286,7 @@ def _without_bias(config: VisionConfig) -> Iterator[str]:
 
 
 def _shapes(config: VisionConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of the encoder."""
+    """Name and shape of every tensor of the encoder, and of the scales that are folded into it."""
     D, M, P = config.hidden_size, config.intermediate_size, config.patch_size
     if config.traits.class_token:
         yield "embeddings.class_token", (D,)
@@ -288,6 +304,9 @@ def _shapes(config: VisionConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         linears |= {"mlp.fc1": (M, D), "mlp.fc2": (D, M)}
     for layer in range(config.num_layers):
         norms += [f"model.layers.{layer}.norm1", f"model.layers.{layer}.norm2"]
+        if config.traits.layer_scale:
+            yield f"model.layers.{layer}.self_attn.o_proj.scale", (D,)
+            yield f"model.layers.{layer}.mlp.scale", (D,)
         for name, shape in linears.items():
             yield f"model.layers.{layer}.{name}.weight", shape
             yield f"model.layers.{layer}.{name}.bias", shape[:1]
