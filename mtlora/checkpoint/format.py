@@ -7,8 +7,8 @@ Tensors of layer l and module m (`self_attn` or `mlp`), where T = tasks, N = exp
     layers.{l}.{m}.lora_route   [g*N, d]     router, group-major: row j*N + i is expert i in group j
     layers.{l}.{m}.task_bias    [T, g, N]    router bias per task, if the config has task_bias
 
-An adapter of images has a head for each task. Its place in the manifest's `tasks` is the row, its classes are in the
-order of the task's labels, F is the length of a feature (`ImageInput.pooling`). Standardisation of features is folded in:
+An adapter of images has a head for each task, whose place in the manifest's `tasks` is the row. Classes are in the
+order of the task's labels, F is the length of a feature (`ImageInput.pooling`). Weights standardise features too:
 
     heads.{row}.weight          [classes, F]
     heads.{row}.bias            [classes]

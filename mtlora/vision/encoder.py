@@ -6,18 +6,20 @@ Shape suffixes: B images, C channels, H rows and W columns of pixels, G patches 
 registers, patches), D hidden size, N heads, K size of a head, F size of a feature.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from mtlora.vision.families import VisionBackboneError, VisionConfig, encoder_tensors, read_config
+from mtlora.backbone import BackboneError
+from mtlora.vision.families import VisionConfig, encoder_tensors, read_config
 from mtlora.vision.image_input import Pooling
 
 
 def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> "VisionEncoder":
-    """The frozen encoder of a Hugging Face folder, in evaluation mode. Raises VisionBackboneError."""
+    """The frozen encoder of a Hugging Face folder, in evaluation mode. Raises BackboneError."""
     from safetensors import SafetensorError, safe_open
 
     config = read_config(folder)
@@ -29,9 +31,9 @@ def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> "VisionEnc
                 tensors += [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118  no mapping
         state = {name: tensor.to(dtype) for name, tensor in encoder_tensors(config, tensors).items()}
     except (OSError, SafetensorError) as error:
-        raise VisionBackboneError(f"{folder}: unreadable weights ({error})") from error
-    except VisionBackboneError as error:
-        raise VisionBackboneError(f"{folder}: {error}") from None
+        raise BackboneError(f"{folder}: unreadable weights ({error})") from error
+    except BackboneError as error:
+        raise BackboneError(f"{folder}: {error}") from None
     with torch.device("meta"):
         encoder = VisionEncoder(config)
     encoder.load_state_dict(state, assign=True)
@@ -41,13 +43,13 @@ def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> "VisionEnc
 def pool(states_BTD: torch.Tensor, pooling: Pooling, num_prefix: int) -> torch.Tensor:
     """An image's feature [B, F]: the first position, the patches' mean, or both, in this order.
 
-    num_prefix: positions before the patches. Raises VisionBackboneError for a class token that is not there.
+    num_prefix: positions before the patches. Raises BackboneError for a class token that is not there.
     """
     mean_BD = states_BTD[:, num_prefix:].mean(1)
     if pooling == "mean":
         return mean_BD
     if num_prefix == 0:
-        raise VisionBackboneError(f"pooling {pooling!r}: this backbone has no class token; allowed: mean")
+        raise BackboneError(f"pooling {pooling!r}: this backbone has no class token; allowed: mean")
     cls_BD = states_BTD[:, 0]
     return cls_BD if pooling == "cls" else torch.cat([cls_BD, mean_BD], dim=1)
 
@@ -57,7 +59,7 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": functional.gelu,
     "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
@@ -85,10 +87,10 @@ class Embeddings(nn.Module):
         self._made: dict[int, tuple[int, torch.Tensor]] = {}
 
     def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        """x [B, T, D] of square images, normalised by the backbone's mean and spread. Raises VisionBackboneError."""
+        """x [B, T, D] of square images, normalised by the backbone's mean and spread. Raises BackboneError."""
         B, _, H, W = pixels_BCHW.shape
         if H != W:
-            raise VisionBackboneError(f"images: expected squares, found {H} x {W} pixels")
+            raise BackboneError(f"images: expected squares, found {H} x {W} pixels")
         self.config.num_positions(H)
         x_BTD = self.patches(pixels_BCHW.to(self.patches.weight.dtype)).flatten(2).transpose(1, 2)
         if self.config.traits.class_token:
@@ -199,13 +201,13 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         if config.activation not in ACTIVATIONS:
-            raise VisionBackboneError(f"hidden_act: expected {', '.join(ACTIVATIONS)}, found {config.activation!r}")
+            raise BackboneError(f"hidden_act: expected {', '.join(ACTIVATIONS)}, found {config.activation!r}")
         self.config = config
         self.embeddings = Embeddings(config)
         self.model = Stack(config)
 
     def embed(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        """x [B, T, D] of normalised square images, T = `config.num_positions(size)`. Raises VisionBackboneError."""
+        """x [B, T, D] of normalised square images, T = `config.num_positions(size)`. Raises BackboneError."""
         x_BTD: torch.Tensor = self.embeddings(pixels_BCHW)
         return x_BTD
 
@@ -215,5 +217,5 @@ class VisionEncoder(nn.Module):
         return states_BTD
 
     def features(self, pixels_BCHW: torch.Tensor, pooling: Pooling) -> torch.Tensor:
-        """Features [B, F] of normalised square images. Raises VisionBackboneError."""
+        """Features [B, F] of normalised square images. Raises BackboneError."""
         return pool(self(self.embed(pixels_BCHW)), pooling, self.config.num_prefix)

@@ -17,11 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from mtlora.errors import MtLoRAError
-
-
-class VisionBackboneError(MtLoRAError):
-    """A vision backbone that cannot be used. Names the folder or tensor, what was found and what is needed."""
+from mtlora.backbone import BackboneError
 
 
 @dataclass(frozen=True)
@@ -29,9 +25,9 @@ class Family:
     """What the configuration of a family does not say.
 
     nested: the `model_type` of image-text models whose `vision_config` is of this family.
-    class_token, registers: whether sequences begin with a class token, and with how many registers after it (the
-    configuration's `num_register_tokens`).
-    input_norm: a norm between embeddings and layers. interpolation: of positions to another size.
+    class_token: whether sequences begin with one.
+    input_norm: a norm between embeddings and layers. interpolation, antialias: of positions to another size.
+    normalisation: that of a folder without `preprocessor_config.json`.
     """
 
     nested: str | None = None
@@ -40,13 +36,19 @@ class Family:
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     antialias: bool = False
     patch_bias: bool = True
+    normalisation: "Normalisation" = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
+
+# Mean and spread of red, green and blue, of values from 0 to 1, which a backbone's pixels are normalised by.
+Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
+IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_CLIP: Normalisation = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 FAMILIES = {
     "vit": Family(),
-    "dinov2": Family(),
-    "dinov2_with_registers": Family(antialias=True),
-    "clip_vision_model": Family(nested="clip", input_norm=True, patch_bias=False),
+    "dinov2": Family(normalisation=IMAGENET),
+    "dinov2_with_registers": Family(antialias=True, normalisation=IMAGENET),
+    "clip_vision_model": Family(nested="clip", input_norm=True, patch_bias=False, normalisation=_CLIP),
     "siglip_vision_model": Family(nested="siglip", class_token=False),
     "siglip2_vision_model": Family(nested="siglip2", class_token=False, interpolation="bilinear", antialias=True),
 }
@@ -84,9 +86,9 @@ class VisionConfig:
         return int(self.traits.class_token) + self.num_registers
 
     def num_positions(self, size: int) -> int:
-        """Positions of an image of size x size pixels. Raises VisionBackboneError if patches do not divide it."""
+        """Positions of an image of size x size pixels. Raises BackboneError if patches do not divide it."""
         if size % self.patch_size or not size:
-            raise VisionBackboneError(
+            raise BackboneError(
                 f"an image of {size} x {size} pixels: expected a multiple of the backbone's patch, {self.patch_size}"
             )
         return self.num_prefix + (size // self.patch_size) ** 2
@@ -98,29 +100,44 @@ def is_vision(config: Mapping[str, Any]) -> bool:
 
 
 def read_config(folder: Path) -> VisionConfig:
-    """The architecture in a folder's `config.json`. Raises VisionBackboneError."""
+    """The architecture in a folder's `config.json`. Raises BackboneError."""
     try:
         found = json.loads((folder / "config.json").read_text()).get("model_type")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise VisionBackboneError(f"{folder}: no readable config.json ({type(error).__name__}: {error})") from error
+        raise BackboneError(f"{folder}: no readable config.json ({type(error).__name__}: {error})") from error
     if found not in FAMILIES and found not in _FAMILY_OF:
         allowed = ", ".join((*FAMILIES, *_FAMILY_OF))
-        raise VisionBackboneError(
-            f"{folder}: model_type: expected a vision backbone, one of {allowed}; found {found!r}"
-        )
+        raise BackboneError(f"{folder}: model_type: expected a vision backbone, one of {allowed}; found {found!r}")
     # transformers fills in what the file leaves out.
     from transformers import AutoConfig
 
     try:
         return vision_config(AutoConfig.from_pretrained(folder))
-    except VisionBackboneError as error:
-        raise VisionBackboneError(f"{folder}: {error}") from None
+    except BackboneError as error:
+        raise BackboneError(f"{folder}: {error}") from None
     except Exception as error:
-        raise VisionBackboneError(f"{folder}: config.json: {type(error).__name__}: {error}") from error
+        raise BackboneError(f"{folder}: config.json: {type(error).__name__}: {error}") from error
+
+
+def read_normalisation(folder: Path) -> Normalisation:
+    """How the backbone's pixels are normalised. Raises BackboneError."""
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return read_config(folder).traits.normalisation
+    try:
+        found = json.loads(path.read_text())
+        if not found.get("do_normalize", True):
+            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        mean, std = (tuple(map(float, found[name])) for name in ("image_mean", "image_std"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise BackboneError(f"{path}: no image_mean and image_std ({type(error).__name__}: {error})") from error
+    if not (len(mean) == len(std) == 3 and all(map(math.isfinite, mean)) and all(0 < each < math.inf for each in std)):
+        raise BackboneError(f"{path}: image_mean, image_std: expected 3 numbers each, std above 0, found {mean}, {std}")
+    return mean, std
 
 
 def vision_config(config: Any) -> VisionConfig:
-    """The architecture of a configuration of transformers. Raises VisionBackboneError."""
+    """The architecture of a configuration of transformers. Raises BackboneError."""
     name = _FAMILY_OF.get(config.model_type, config.model_type)
     if name != config.model_type:
         config = config.vision_config
@@ -128,7 +145,7 @@ def vision_config(config: Any) -> VisionConfig:
     # siglip2 names the number of its positions.
     grid = math.isqrt(config.num_patches) if image is None else image // (patch or 1)
     if patch is None or config.num_channels != 3:
-        raise VisionBackboneError(f"expected patches of 3 channels, found {config.num_channels}, {config.patch_size}")
+        raise BackboneError(f"expected patches of 3 channels, found {config.num_channels}, {config.patch_size}")
     gated = getattr(config, "use_swiglu_ffn", False)
     middle = getattr(config, "intermediate_size", None) or int(config.hidden_size * config.mlp_ratio)
     return VisionConfig(
@@ -149,11 +166,11 @@ def vision_config(config: Any) -> VisionConfig:
 
 
 def _side(name: str, value: Any) -> int | None:
-    """The side of a square. Raises VisionBackboneError for another shape."""
+    """The side of a square. Raises BackboneError for another shape."""
     if isinstance(value, Iterable):
         sides = set(value)
         if len(sides) != 1:
-            raise VisionBackboneError(f"{name}: expected a square, found {list(value)}")
+            raise BackboneError(f"{name}: expected a square, found {list(value)}")
         return int(sides.pop())
     return value
 
@@ -202,7 +219,7 @@ def encoder_tensors(config: VisionConfig, tensors: Iterable[tuple[str, torch.Ten
     """The encoder's state of a file's tensors.
 
     LayerScale is folded into the last linear layer of its block, so that a block's output is F(x); what a family has no
-    bias for gets a bias of zero. Raises VisionBackboneError for missing tensors or wrong shapes.
+    bias for gets a bias of zero. Raises BackboneError for missing tensors or wrong shapes.
     """
     found = {name: tensor for source, tensor in tensors if (name := encoder_name(source))}
     for name in [name for name in found if ".weights_in." in name]:
@@ -222,10 +239,10 @@ def encoder_tensors(config: VisionConfig, tensors: Iterable[tuple[str, torch.Ten
     state = {}
     for name, shape in shapes.items():
         if name not in found:
-            raise VisionBackboneError(f"tensor {name}: expected in a {config.family} backbone, found none")
+            raise BackboneError(f"tensor {name}: expected in a {config.family} backbone, found none")
         tensor = _laid_out(name, found[name], config)
         if tuple(tensor.shape) != shape:
-            raise VisionBackboneError(f"tensor {name}: expected shape {list(shape)}, found {list(tensor.shape)}")
+            raise BackboneError(f"tensor {name}: expected shape {list(shape)}, found {list(tensor.shape)}")
         state[name] = tensor
     return state
 

@@ -25,7 +25,7 @@ class ImageInput(BaseModel):
     size: int = Field(112, ge=8, le=1024, description="width and height in pixels that the backbone sees")
     resize: Resize = Field(
         "squash",
-        description="crop: the middle square of the image; squash: all of it, made square; pad: all of it, in its shape",
+        description="crop: the image's middle square; squash: all of it, made square; pad: all of it, in its shape",
     )
     pooling: Pooling = Field(
         "cls_mean",
