@@ -24,7 +24,6 @@ from server.telemetry.metrics import Metrics
 if TYPE_CHECKING:
     from server.rpc.classify import Classifier
     from server.rpc.inference_service import InferenceServicer
-    from server.rpc.pictures import Picture
 
 # Unary calls get tokens in batches: each hand-over delays the next step. Tenants' counts follow batch by batch.
 UNARY_DELTA_TOKENS = 64
@@ -38,11 +37,11 @@ MAX_BATCH = 1024
 class Item:
     """One input of a call, and what became of it.
 
-    document: what it is about, in a call about one document.
+    request: a GenerateRequest, or a Picture. document: what it is about, in a call about one document.
     samples: sequences that it asks for. generations: one each. failure: why it has no answer.
     """
 
-    request: "pb.GenerateRequest | Picture"
+    request: Any
     task: ServedTask | None
     call: Call
     samples: int

@@ -61,8 +61,9 @@ class Classification:
         spec = job.task.spec.image
         assert spec is not None
         try:
+            began = time.monotonic()
             embeds_TD = await self.picture.embeds(spec, call.tenant, engine, self.decoding)
-            self.metrics.image_decode.observe(time.monotonic() - call.received)
+            self.metrics.image_decode.observe(time.monotonic() - began)
             async with scheduler.turn(call.tenant, job, call.deadline, reserved) as turn:
                 if call.trace:
                     call.trace.submitted(job)
@@ -138,7 +139,9 @@ class Classifier:
         count = len(request.task_ids) * len(request.images)
         if not 1 <= count <= MAX_CLASSIFIED:
             found = f"found {len(request.task_ids)} task_ids and {len(request.images)} images"
-            raise invalid_argument([Violation("images", f"{found}; allowed: tasks times images, 1 to {MAX_CLASSIFIED}")])
+            raise invalid_argument(
+                [Violation("images", f"{found}; allowed: tasks times images, 1 to {MAX_CLASSIFIED}")]
+            )
         tasks = [self._task(task_id, f"task_ids[{i}]") for i, task_id in enumerate(request.task_ids)]
         pictures = [
             Picture(image, f"images[{i}]", request.routing_key, len(tasks)) for i, image in enumerate(request.images)
@@ -149,9 +152,7 @@ class Classifier:
         """Items of the current call."""
         call, items = current_call.get(), []
         for index, (task, picture) in enumerate(asked):
-            own = replace(
-                call, request_id=f"{call.request_id}.{index}", method=method, task=task.spec.id, audited=None
-            )
+            own = replace(call, request_id=f"{call.request_id}.{index}", method=method, task=task.spec.id, audited=None)
             items.append(Item(picture, task, own, 1, index))
         return items
 

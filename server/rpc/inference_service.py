@@ -54,6 +54,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     prompts: PromptEncoder
     limits: PromptLimits
 
+    # Without a language backbone, every task takes images.
+    generates = True
+
     def __init__(
         self,
         admission: Admission,
@@ -207,9 +210,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return ids
 
     @contextmanager
-    def admitted(
-        self, call: Call, requests: int = 1, places: int = 1, lane: Lane = Lane.TEXT
-    ) -> Iterator[None]:
+    def admitted(self, call: Call, requests: int = 1, places: int = 1, lane: Lane = Lane.TEXT) -> Iterator[None]:
         """Hold places for requests of a call, from receipt to end."""
         with self._admission.admit(call.tenant, places, lane), self._scheduler.admit(call.tenant, places, lane):
             if call.tenant.has_budget or self._usage.stuck:
@@ -232,8 +233,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         Raises NOT_FOUND or INVALID_ARGUMENT.
         """
         call = call or current_call.get()
-        if task is None and request.task_id:
+        if task is None and (request.task_id or not self.generates):
             raise self.not_found(request.task_id)
+        if task is not None and task.spec.image is not None:
+            found = (
+                f"found {task.spec.id!r}, a task of images; allowed: tasks of texts (Classify and Score take images)"
+            )
+            raise invalid_argument([Violation("task_id", found)])
         # Tenants share no cached blocks, unless their file says so: answer times would tell of another's prompts.
         cache_salt = None if self._directory.current.share_prefix_cache else call.tenant.id
         own = None
