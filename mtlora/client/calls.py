@@ -161,7 +161,12 @@ class Calls:
 
     @Method
     def score(
-        self, task_id: str, inputs: Iterable[Input | ImageSource], *, timeout: float | None = None, uncalibrated: bool = False
+        self,
+        task_id: str,
+        inputs: Iterable[Input | ImageSource],
+        *,
+        timeout: float | None = None,
+        uncalibrated: bool = False,
     ) -> Steps[list[Score]]:
         """The probabilities of a task's labels for many inputs, in their order."""
         reply = yield self._stub.Score, make_score(task_id, inputs, uncalibrated=uncalibrated), timeout

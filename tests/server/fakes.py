@@ -118,7 +118,8 @@ class Service:
         )
         self.metrics = Metrics()
         self.admission = Admission(max_in_flight, self.metrics)
-        self.scheduler = Scheduler(turns or max_in_flight, max_in_flight, self.metrics)
+        turns = turns or max_in_flight
+        self.scheduler = Scheduler(turns, max_in_flight, self.metrics, image_turns=turns)
         self.usage = Usage(self.settings.usage_dir, self.metrics)
         self.audit = AuditLog(self.settings.audit_log, self.metrics)
         self.engine: Any = FakeEngine()
