@@ -126,7 +126,7 @@ def identify(folder: Path) -> BackboneIdentity:
     try:
         config = json.loads((folder / "config.json").read_text())
         architecture = config["architectures"][0]
-        if is_vision(config):
+        if is_vision(config.get("model_type")):
             vision = read_config(folder)
             hidden_size, num_layers = vision.hidden_size, vision.num_layers
         else:

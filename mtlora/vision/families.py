@@ -10,7 +10,7 @@ Shape suffixes: D hidden size, P pixels of a patch's side, G patches of the posi
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -94,9 +94,9 @@ class VisionConfig:
         return self.num_prefix + (size // self.patch_size) ** 2
 
 
-def is_vision(config: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is that of a vision backbone, or holds one's."""
-    return config.get("model_type") in FAMILIES or config.get("model_type") in _FAMILY_OF
+def is_vision(model_type: str | None) -> bool:
+    """Whether a `model_type` is that of a vision backbone, or of a model of image and text that has one."""
+    return model_type in FAMILIES or model_type in _FAMILY_OF
 
 
 def read_config(folder: Path) -> VisionConfig:
@@ -105,7 +105,7 @@ def read_config(folder: Path) -> VisionConfig:
         found = json.loads((folder / "config.json").read_text()).get("model_type")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise BackboneError(f"{folder}: no readable config.json ({type(error).__name__}: {error})") from error
-    if found not in FAMILIES and found not in _FAMILY_OF:
+    if not is_vision(found):
         allowed = ", ".join((*FAMILIES, *_FAMILY_OF))
         raise BackboneError(f"{folder}: model_type: expected a vision backbone, one of {allowed}; found {found!r}")
     # transformers fills in what the file leaves out.
