@@ -11,6 +11,7 @@ DEVICE ?= cpu
 TORCH       ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BACKBONE ?= default
+VISION_BACKBONE ?= vision
 # What make accuracy scores: the shipped adapter's newest version, on examples that no earlier run drew.
 ADAPTER  ?= $(shell ls -d adapters/builtin/*/ | sort -V | tail -1 | sed 's,/$$,,')
 SEED     ?= $(shell date +%s)
@@ -66,6 +67,9 @@ test-node: $(STAMP) ## a client in JavaScript against a server; needs node and n
 bench: $(STAMP) ## start-up and memory of the server; throughput with adapters against the bare backbone and the field
 	status=0; $(BIN)/python -m benchmarks.startup --backbone $(BACKBONE) --adapters $(ADAPTERS) || status=$$?; \
 	$(BIN)/python -m benchmarks.throughput --backbone $(BACKBONE) $(BENCH) && exit $$status
+
+bench-vision: $(STAMP) ## images a second with adapters against the bare vision backbone and the field (VISION="--rounds 2")
+	$(BIN)/python -m benchmarks.vision --backbone $(VISION_BACKBONE) $(VISION)
 
 documents: $(STAMP) ## many tasks about one document, computed once, against each task by itself; the adapter's accuracy
 	$(BIN)/python -m benchmarks.documents --backbone $(BACKBONE) $(DOCUMENTS)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from mtlora.backbone import BackboneError
+from mtlora.task import TaskSpec
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,21 @@ class VisionConfig:
                 f"an image of {size} x {size} pixels: expected a multiple of the backbone's patch, {self.patch_size}"
             )
         return self.num_prefix + (size // self.patch_size) ** 2
+
+    def check(self, tasks: Iterable[TaskSpec]) -> None:
+        """Raise BackboneError for a task of images whose size or pooling this backbone does not allow."""
+        for task in tasks:
+            if task.image is None:
+                continue
+            try:
+                self.num_positions(task.image.size)
+            except BackboneError as error:
+                raise BackboneError(f"task {task.id}: {error}") from None
+            if task.image.pooling != "mean" and not self.traits.class_token:
+                raise BackboneError(
+                    f"task {task.id}: pooling: found {task.image.pooling!r}; "
+                    f"allowed: 'mean', as {self.family} has no class token"
+                )
 
 
 def is_vision(model_type: str | None) -> bool:

@@ -1,6 +1,6 @@
 """Tensors and nodes of an ONNX file, read by protobuf's runtime: the few messages of ONNX's schema that name them.
 
-Field numbers are those of onnx/onnx.proto (IR version 3 and later); fields that are not here are skipped.
+Field numbers are those of onnx/onnx.proto (IR version 3 and later); fields that are not here are kept.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,8 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
         "input": (1, "string*"), "output": (2, "string*"), "name": (3, "string"), "op_type": (4, "string"),
         "attribute": (5, "Attribute*"),
     },
-    "Graph": {"node": (1, "Node*"), "initializer": (5, "Tensor*")},
+    "Value": {"name": (1, "string")},
+    "Graph": {"node": (1, "Node*"), "initializer": (5, "Tensor*"), "output": (12, "Value*")},
     "Model": {"graph": (7, "Graph")},
 }  # fmt: skip
 
@@ -37,15 +38,21 @@ class OnnxFile:
     """float32 tensors by name, initialisers and constants alike, and the nodes in order. Raises ValueError."""
 
     def __init__(self, path: Path) -> None:
-        from google.protobuf.message import DecodeError
-
-        model = _model_class()()
-        try:
-            model.ParseFromString(path.read_bytes())
-        except DecodeError as error:
-            raise ValueError(f"{path}: expected an ONNX file, found otherwise: {error}") from None
+        model = read_model(path)
         self.tensors = {name: _array(tensor) for name, tensor in _tensors(model.graph) if tensor.data_type == _FLOAT}
         self.nodes = [Node(node.name, node.op_type, tuple(node.input)) for node in model.graph.node]
+
+
+def read_model(path: Path) -> Any:
+    """ONNX's outermost message. Raises ValueError."""
+    from google.protobuf.message import DecodeError
+
+    model = _model_class()()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise ValueError(f"{path}: expected an ONNX file, found otherwise: {error}") from None
+    return model
 
 
 def _tensors(graph: Any) -> Iterator[tuple[str, Any]]:
