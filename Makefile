@@ -156,5 +156,8 @@ lock: $(STAMP) ## compile pyproject.toml and requirements/*.in into the lock fil
 	    --constraint requirements/$$device.lock -o requirements/$$device-server.txt || exit 1; \
 	done
 
+claim: $(STAMP) ## the paper's claim on images: methods, task counts, seeds; goes on where it was stopped (CLAIM="--smoke": minutes)
+	$(BIN)/python -m benchmarks.claim $(CLAIM)
+
 clean: ## remove what was built
 	rm -rf $(VENV) build *.egg-info out .mypy_cache .ruff_cache .pytest_cache .hypothesis

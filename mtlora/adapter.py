@@ -133,6 +133,14 @@ class Attachment(nn.Module):
         return []
 
 
+class Nothing(Attachment):
+    """The backbone stays as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.context = TaskContext()
+
+
 class AdapterSet(Attachment):
     """All block adapters of one model, keyed as in a checkpoint: `layers.{l}.{module}`."""
 
