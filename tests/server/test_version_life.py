@@ -96,7 +96,8 @@ class Verifier:
         folder = self._spool.keep(incoming, str(content))
         manifest: Any = SimpleNamespace(
             config=SimpleNamespace(activation="all"),
-            tasks=[SimpleNamespace(id=task) for task in TASKS[found.name]],
+            tasks=[SimpleNamespace(id=task, image=None) for task in TASKS[found.name]],
+            images=False,
             calibration={},
         )
         return Verified(str(content), folder, manifest)
