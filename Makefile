@@ -45,6 +45,9 @@ endif
 demo: $(STAMP) ## 25 tasks answered by one backbone through one server, with accuracy
 	$(BIN)/mtlora-server demo --backbone $(BACKBONE) --adapters $(ADAPTERS)
 
+demo-vision: $(STAMP) ## 25 tasks of images answered by one vision backbone, beside linear heads alone
+	$(BIN)/mtlora-server demo-vision --backbone $(VISION_BACKBONE) --adapters $(ADAPTERS)
+
 accuracy: $(STAMP) ## the shipped adapter on the built-in test split, SEED=N for the same examples again
 	$(BIN)/mtlora eval --backbone $(BACKBONE) --adapter $(ADAPTER) --seed $(SEED) --json out/accuracy.json
 
@@ -155,6 +158,9 @@ lock: $(STAMP) ## compile pyproject.toml and requirements/*.in into the lock fil
 	  $(COMPILE) requirements/$$device.in --extra server --excludes requirements/exclude-$$device.txt --no-annotate \
 	    --constraint requirements/$$device.lock -o requirements/$$device-server.txt || exit 1; \
 	done
+
+claim: $(STAMP) ## the paper's claim on images: methods, task counts, seeds; goes on where it was stopped (CLAIM="--smoke": minutes)
+	$(BIN)/python -m benchmarks.claim $(CLAIM)
 
 clean: ## remove what was built
 	rm -rf $(VENV) build *.egg-info out .mypy_cache .ruff_cache .pytest_cache .hypothesis

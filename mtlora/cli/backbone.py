@@ -2,9 +2,12 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtlora.cli.output import print_fields, print_json
+
+if TYPE_CHECKING:
+    from mtlora.suite import Suite
 
 
 def add_parser(subparsers: Any) -> None:
@@ -34,7 +37,14 @@ def add_parser(subparsers: Any) -> None:
 def add_backbone_argument(parser: argparse.ArgumentParser, default: str | None = "default") -> None:
     """`--backbone B`, the same in every command."""
     names = "'default', 'vision', a Hugging Face folder, or a hub id OWNER/NAME"
+    if default is None:
+        names += " (default: that of the suite's kind of input)"
     parser.add_argument("--backbone", default=default, metavar="B", help=names)
+
+
+def backbone_for(backbone: str | None, suite: "Suite") -> str:
+    """The backbone of a command line, or the built-in one for a suite's kind of input."""
+    return backbone or ("vision" if any(task.image for task in suite.tasks) else "default")
 
 
 def _prepare(args: argparse.Namespace) -> int:

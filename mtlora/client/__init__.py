@@ -1,8 +1,10 @@
 """Python clients of the server, for threads and for asyncio."""
 
 from mtlora.client.access import OPEN, Access
-from mtlora.client.client import AsyncClient, Client
+from mtlora.client.async_client import AsyncClient
+from mtlora.client.client import Client
 from mtlora.client.errors import ServerError
+from mtlora.client.images import Classification, ImageSource, make_classification
 from mtlora.client.messages import (
     Answer,
     BatchAnswer,
@@ -22,8 +24,10 @@ __all__ = [
     "Answer",
     "AsyncClient",
     "BatchAnswer",
+    "Classification",
     "Client",
     "DocumentAnswer",
+    "ImageSource",
     "Input",
     "MetricsPage",
     "Retry",
@@ -31,5 +35,6 @@ __all__ = [
     "ServerError",
     "make_analysis",
     "make_batch",
+    "make_classification",
     "make_request",
 ]
