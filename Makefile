@@ -11,6 +11,7 @@ DEVICE ?= cpu
 TORCH       ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BACKBONE ?= default
+VISION_BACKBONE ?= vision
 # What make accuracy scores: the shipped adapter's newest version, on examples that no earlier run drew.
 ADAPTER  ?= $(shell ls -d adapters/builtin/*/ | sort -V | tail -1 | sed 's,/$$,,')
 SEED     ?= $(shell date +%s)
@@ -44,6 +45,9 @@ endif
 demo: $(STAMP) ## 25 tasks answered by one backbone through one server, with accuracy
 	$(BIN)/mtlora-server demo --backbone $(BACKBONE) --adapters $(ADAPTERS)
 
+demo-vision: $(STAMP) ## 25 tasks of images answered by one vision backbone, beside linear heads alone
+	$(BIN)/mtlora-server demo-vision --backbone $(VISION_BACKBONE) --adapters $(ADAPTERS)
+
 accuracy: $(STAMP) ## the shipped adapter on the built-in test split, SEED=N for the same examples again
 	$(BIN)/mtlora eval --backbone $(BACKBONE) --adapter $(ADAPTER) --seed $(SEED) --json out/accuracy.json
 
@@ -66,6 +70,9 @@ test-node: $(STAMP) ## a client in JavaScript against a server; needs node and n
 bench: $(STAMP) ## start-up and memory of the server; throughput with adapters against the bare backbone and the field
 	status=0; $(BIN)/python -m benchmarks.startup --backbone $(BACKBONE) --adapters $(ADAPTERS) || status=$$?; \
 	$(BIN)/python -m benchmarks.throughput --backbone $(BACKBONE) $(BENCH) && exit $$status
+
+bench-vision: $(STAMP) ## images a second with adapters against the bare vision backbone and the field (VISION="--rounds 2")
+	$(BIN)/python -m benchmarks.vision --backbone $(VISION_BACKBONE) $(VISION)
 
 documents: $(STAMP) ## many tasks about one document, computed once, against each task by itself; the adapter's accuracy
 	$(BIN)/python -m benchmarks.documents --backbone $(BACKBONE) $(DOCUMENTS)
@@ -151,6 +158,9 @@ lock: $(STAMP) ## compile pyproject.toml and requirements/*.in into the lock fil
 	  $(COMPILE) requirements/$$device.in --extra server --excludes requirements/exclude-$$device.txt --no-annotate \
 	    --constraint requirements/$$device.lock -o requirements/$$device-server.txt || exit 1; \
 	done
+
+claim: $(STAMP) ## the paper's claim on images: methods, task counts, seeds; goes on where it was stopped (CLAIM="--smoke": minutes)
+	$(BIN)/python -m benchmarks.claim $(CLAIM)
 
 clean: ## remove what was built
 	rm -rf $(VENV) build *.egg-info out .mypy_cache .ruff_cache .pytest_cache .hypothesis

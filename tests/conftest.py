@@ -13,7 +13,10 @@ import pytest
 
 # A module that has one of these is slow: it starts a server, a worker of the benchmarks, an engine or processes like an
 # engine's, or runs Triton's interpreter.
-LONG = ("ServerProcess", "LyingServer", "WorkerProcess", "running_engine", "EngineProcesses", "triton_gpu")
+LONG = (
+    "ServerProcess", "LyingServer", "WorkerProcess", "running_engine", "running_bare_engine", "EngineProcesses",
+    "triton_gpu",
+)  # fmt: skip
 # Making the default backbone takes half of what `make test-fast` may take.
 SLOW_FIXTURES = {"backbone", "short_backbone", "tiny_backbone", "server"}
 # Folders whose tests run in one worker of xdist, in order.

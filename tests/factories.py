@@ -13,6 +13,7 @@ from mtlora.backbone import BackboneIdentity
 from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, AdapterManifest, TaskEntry
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
+from mtlora.vision.image_input import ImageInput, Pooling
 
 IDENTITY = BackboneIdentity(architecture="LlamaForCausalLM", hidden_size=8, num_layers=2, weights_fingerprint="ab" * 32)
 CONFIG = MtLoRAConfig(r=2, lora_alpha=4, num_experts=3, num_groups=2)
@@ -29,6 +30,30 @@ def task_table(num_tasks: int, *, biased: bool = True, document_template: str | 
         )
         for i in range(num_tasks)
     )
+
+
+def image_table(num_tasks: int = 3, *, biased: bool = True, pooling: Pooling = "cls_mean") -> tuple[TaskEntry, ...]:
+    """As `task_table`, tasks of images with 2, 3, ... classes."""
+    return tuple(
+        entry.model_copy(
+            update={
+                "allowed_answers": tuple(f"class {name}" for name in range(i + 2)),
+                "image": ImageInput(size=56, pooling=pooling),
+            }
+        )
+        for i, entry in enumerate(task_table(num_tasks, biased=biased))
+    )
+
+
+def image_tensors(tasks: tuple[TaskEntry, ...], config: MtLoRAConfig = CONFIG) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint with these tasks of images."""
+    return adapters.random_tensors(IDENTITY, config, tasks)
+
+
+def write_random_images(folder: Path, **kwargs: Any) -> AdapterManifest:
+    """Write a checkpoint of three tasks of images; `kwargs` as for `write_random`."""
+    tasks = image_table(3)
+    return write_random(folder, **({"tasks": tasks, "tensors": image_tensors(tasks)} | kwargs))
 
 
 def random_tensors(

@@ -2,11 +2,11 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtlora.cli.backbone import add_backbone_argument
+from mtlora.cli.backbone import add_backbone_argument, backbone_for
 from mtlora.cli.connection import access_from, add_access_arguments
 from mtlora.cli.output import print_table
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Examples of each task of a generated suite, without --examples.
 _GENERATED_EXAMPLES = 40
+# Training images of each task that linear heads are fitted to, without an adapter.
+_LINEAR_EXAMPLES = 500
 
 
 def add_parser(subparsers: Any) -> None:
@@ -26,15 +28,18 @@ def add_parser(subparsers: Any) -> None:
         "eval",
         help="score an adapter on a suite by exact match",
         description="Scores every example of a folder, or EXAMPLES of each task of the built-in suite's split. "
-        "The adapter's own task table says how a task's input becomes a prompt and when its answer ends.",
+        "The adapter's own task table says how a task's input becomes a prompt and when its answer ends. For images, "
+        "the backbone alone means linear heads on its features, fitted to the images that the adapter was trained on.",
     )
     parser.add_argument(
         "--adapter", type=Path, metavar="DIR", help="a checkpoint; without it, only the backbone is scored"
     )
-    add_backbone_argument(parser)
+    add_backbone_argument(parser, None)
     parser.add_argument(
-        "--suite", default="builtin", metavar="S", help="'builtin', 'bbh-generated', 'documents' or a folder"
-    )
+        "--suite", default="builtin", metavar="S",
+        help="'builtin', 'bbh-generated', 'documents', 'builtin-vision', or a folder of BIG-Bench Hard's files, of "
+        "MMLU's, or of images",
+    )  # fmt: skip
     parser.add_argument("--split", choices=("train", "validation", "test"), help="built-in: test; folder: all it holds")
     parser.add_argument("--examples", type=int, metavar="N", help="of each task (built-in: 40; folder: all)")
     parser.add_argument("--seed", type=int, default=0, help="which examples, and which shots, are drawn")
@@ -67,15 +72,15 @@ def _eval(args: argparse.Namespace) -> int:
     from mtlora.evaluation.evaluate import score
     from mtlora.evaluation.lengths import by_document_length
     from mtlora.prompt import PromptEncoder
-    from mtlora.suite import load_suite
+    from mtlora.suite import FolderSuite, load_suite
 
     _check(args)
     if args.json:
         # Fail now, not after minutes of work.
         args.json.parent.mkdir(parents=True, exist_ok=True)
-    folder = resolve(args.backbone)
-    checkpoint = read_checkpoint(args.adapter, identify(folder)) if args.adapter else None
     suite = load_suite(args.suite)
+    folder = resolve(backbone_for(args.backbone, suite))
+    checkpoint = read_checkpoint(args.adapter, identify(folder)) if args.adapter else None
     tasks = checkpoint.manifest.tasks if checkpoint else tuple(TaskEntry(**task.model_dump()) for task in suite.tasks)
     examples = _examples(suite, tasks, args)
     answerers, labeller = _answerers(folder, checkpoint, tasks, suite, args)
@@ -83,7 +88,7 @@ def _eval(args: argparse.Namespace) -> int:
     scores = {name: score(examples, found) for name, found in answers.items()}
     evaluation: dict[str, Any] = {
         "suite": suite.name,
-        "split": args.split or ("all" if suite.finite else "test"),
+        "split": args.split or ("all" if isinstance(suite, FolderSuite) else "test"),
         "seed": args.seed,
         "shots": args.shots,
         "scoring": args.scoring,
@@ -159,6 +164,8 @@ def _answerers(
     """The answerers to score, `adapter`, `backbone_alone` or both; and what scores the adapter's labels."""
     from mtlora.evaluation import evaluate
 
+    if any(task.image for task in tasks):
+        return _image_answerers(folder, checkpoint, tasks, suite, args)
     names = ["adapter"] * bool(checkpoint) + ["backbone_alone"] * (not args.adapter_only)
     if args.through:
         from mtlora.errors import MtLoRAError
@@ -191,6 +198,46 @@ def _answerers(
     prompt_of = evaluate.few_shot_prompt(suite, args.shots, args.seed) if args.shots else evaluate.plain_prompt
     answerers = {name: make(adapted, tasks, with_adapter=name == "adapter", prompt_of=prompt_of) for name in names}
     return answerers, evaluate.offline_labeller(adapted, tasks) if checkpoint and not args.shots else None
+
+
+def _image_answerers(
+    folder: Path, checkpoint: "Checkpoint | None", tasks: "tuple[TaskEntry, ...]", suite: "Suite", args: Any
+) -> "tuple[dict[str, Answerer], Labeller | None]":
+    """As `_answerers`, for images."""
+    import torch
+
+    from mtlora.errors import MtLoRAError
+    from mtlora.evaluation.images import answers_of, checkpoint_labeller, image_labeller, linear_heads
+    from mtlora.methods import HeadsConfig
+    from mtlora.suite import up_to
+    from mtlora.suite.mix import count_for
+    from mtlora.vision.model import load_adapted_encoder, new_adapted_encoder
+
+    if args.shots or args.through or args.scoring != "generate":
+        raise MtLoRAError("--shots, --scoring and --through are for text; this suite is of images")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype)
+    answerers: dict[str, Answerer] = {}
+    labeller = None
+    if checkpoint:
+        adapted = load_adapted_encoder(folder, checkpoint, dtype)
+        labeller = checkpoint_labeller(adapted, checkpoint)
+        answerers["adapter"] = answers_of(labeller)
+    else:
+        adapted = new_adapted_encoder(folder, HeadsConfig(), len(tasks), dtype)
+    if not args.adapter_only:
+        asked = [task for task in tasks if task.id in {each.id for each in suite.tasks}]
+        trained = checkpoint.manifest.training.get("config", {}) if checkpoint else {}
+        counts, seed = trained.get("examples_per_task", _LINEAR_EXAMPLES), trained.get("seed", 0)
+
+        def alone(examples: "Sequence[Example]") -> list[str]:
+            train = [e for t in asked for e in up_to(suite, t.id, "train", count_for(counts, t.id), seed)]
+            heads = linear_heads(adapted, asked, train)
+            return answers_of(image_labeller(adapted, asked, heads, None))(examples)
+
+        answerers["backbone_alone"] = alone
+    return answerers, labeller
 
 
 def _examples(suite: "Suite", tasks: "tuple[TaskEntry, ...]", args: argparse.Namespace) -> "list[Example]":

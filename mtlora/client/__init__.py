@@ -4,6 +4,7 @@ from mtlora.client.access import OPEN, Access
 from mtlora.client.async_client import AsyncClient
 from mtlora.client.client import Client
 from mtlora.client.errors import ServerError
+from mtlora.client.images import Classification, ImageSource, make_classification
 from mtlora.client.messages import (
     Answer,
     BatchAnswer,
@@ -23,8 +24,10 @@ __all__ = [
     "Answer",
     "AsyncClient",
     "BatchAnswer",
+    "Classification",
     "Client",
     "DocumentAnswer",
+    "ImageSource",
     "Input",
     "MetricsPage",
     "Retry",
@@ -32,5 +35,6 @@ __all__ = [
     "ServerError",
     "make_analysis",
     "make_batch",
+    "make_classification",
     "make_request",
 ]

@@ -10,6 +10,7 @@ from mtlora_pb.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2_grpc, us
 from mtlora_pb.v1 import inference_pb2 as pb
 
 from mtlora.client.access import Access
+from mtlora.client.images import Classification, ImageSource, make_classification
 from mtlora.client.messages import (
     Answer,
     BatchAnswer,
@@ -142,8 +143,30 @@ class Calls:
         return [DocumentAnswer.about(reply.document_id, item) for item in reply.items]
 
     @Method
+    def classify(
+        self,
+        tasks: str | Iterable[str],
+        images: Iterable[ImageSource],
+        *,
+        timeout: float | None = None,
+        uncalibrated: bool = False,
+        routing_key: str = "",
+    ) -> Steps[list[Classification]]:
+        """The labels of images by a task or several: image by image in their order, of an image task by task.
+
+        An image is encoded bytes, a Path, or a prepared numpy array [3, size, size].
+        """
+        request = make_classification(tasks, images, uncalibrated=uncalibrated, routing_key=routing_key)
+        return list(map(Classification.of, (yield self._stub.Classify, request, timeout).results))
+
+    @Method
     def score(
-        self, task_id: str, inputs: Iterable[Input], *, timeout: float | None = None, uncalibrated: bool = False
+        self,
+        task_id: str,
+        inputs: Iterable[Input | ImageSource],
+        *,
+        timeout: float | None = None,
+        uncalibrated: bool = False,
     ) -> Steps[list[Score]]:
         """The probabilities of a task's labels for many inputs, in their order."""
         reply = yield self._stub.Score, make_score(task_id, inputs, uncalibrated=uncalibrated), timeout

@@ -284,7 +284,7 @@ SEAMS = (
         "environment read once",
         Need.SPEED,
         "server.engine.launch",
-        ("vllm.envs:enable_envs_cache()",),
+        ("vllm.envs:enable_envs_cache()", "vllm.envs:disable_envs_cache()"),
         "the server reads vLLM's environment variables anew with every request",
     ),
     Seam(

@@ -1,4 +1,4 @@
-"""One thread for the work of many tenants."""
+"""One thread, or a few, for the work of many tenants."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,16 +12,16 @@ Result = TypeVar("Result")
 
 
 class FairThread:
-    """Runs one piece of work at a time; the next one by the same fairness as turns in the engine.
+    """Runs one piece of work at a time in each of `threads`; the next one by the same fairness as turns in the engine.
 
     All methods run on the event loop.
     """
 
-    def __init__(self, name: str) -> None:
-        # One thread: all the work takes one core at most.
-        self._executor = ThreadPoolExecutor(1, name)
+    def __init__(self, name: str, threads: int = 1) -> None:
+        # All the work takes so many cores at most.
+        self._executor = ThreadPoolExecutor(threads, name)
         self._queue: FairQueue[asyncio.Future[None]] = FairQueue()
-        self._busy = False
+        self._free = threads
 
     async def run(self, tenant: Tenant, cost: float, work: Callable[[], Result]) -> Result:
         """Wait for the tenant's turn, then for the work's result. `cost` in any unit, the same for all."""
@@ -37,10 +37,10 @@ class FairThread:
             if turn.cancelled():
                 self._queue.remove(tenant.id, turn)
             else:
-                self._busy = False
+                self._free += 1
                 self._next()
 
     def _next(self) -> None:
-        if not self._busy and (entry := self._queue.pop()):
-            self._busy = True
+        if self._free and (entry := self._queue.pop()):
+            self._free -= 1
             entry[1].set_result(None)

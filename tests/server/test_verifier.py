@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mtlora.checkpoint.read import read_checkpoint
+from server.job import Lane
 from server.registry.check import VerificationLimits
 from server.registry.mirror import Mirror
 from server.registry.source import Found, scan
@@ -35,7 +36,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def verifier(home: Path) -> Iterator[Verifier]:
     spool = Spool(home / "spool")
-    yield Verifier(spool, TINY, VerificationLimits(max_bytes=1 << 20, timeout_s=20))
+    yield Verifier(spool, {Lane.TEXT: TINY}, VerificationLimits(max_bytes=1 << 20, timeout_s=20))
     spool.close()
 
 
@@ -83,9 +84,10 @@ sys.modules["vllm"] = types.ModuleType("vllm")
 from pathlib import Path
 from server.registry.spool import Spool, SpoolFullError
 from server.isolation import Limits, in_child
+from server.job import Lane
 from server.registry.verifier import Verifier, VerificationLimits
 from tests.server.slots import TINY
-verifier = Verifier(Spool(Path({str(tmp_path)!r})), TINY, VerificationLimits())
+verifier = Verifier(Spool(Path({str(tmp_path)!r})), {{Lane.TEXT: TINY}}, VerificationLimits())
 (modules,) = in_child(eval, "[sorted(__import__('sys').modules)]", limits=Limits(60))
 print(*pickle.loads(modules))
 """
@@ -98,7 +100,7 @@ print(*pickle.loads(modules))
 async def test_a_cancelled_verification_leaves_no_copy(home: Path, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
     shutil.copytree(home / "healthy", tmp_path / "adapters" / "a" / "1")
-    verifier = Verifier(spool, TINY, VerificationLimits())
+    verifier = Verifier(spool, {Lane.TEXT: TINY}, VerificationLimits())
     checking = asyncio.create_task(verifier.verify(tmp_path / "adapters", found(tmp_path / "adapters")))
     await eventually(lambda: any(spool.root.iterdir()))
     checking.cancel()
@@ -112,7 +114,7 @@ def test_time_is_limited(home: Path, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
     shutil.copytree(home / "healthy", tmp_path / "adapters" / "a" / "1")
     with pytest.raises(StageError, match=r"not done within 0\.001 s"):
-        Verifier(spool, TINY, VerificationLimits(timeout_s=0.001)).verify_now(
+        Verifier(spool, {Lane.TEXT: TINY}, VerificationLimits(timeout_s=0.001)).verify_now(
             tmp_path / "adapters", found(tmp_path / "adapters")
         )
     spool.close()
@@ -128,7 +130,7 @@ def test_memory_is_limited(home: Path, tmp_path: Path) -> None:
     (folder / "adapter.json").write_text(json.dumps(manifest, separators=(",", ":")))
     limits = VerificationLimits(max_bytes=8 << 20, timeout_s=60, headroom_bytes=16 << 20)
     with pytest.raises(StageError, match=r"takes more than 32 MiB of memory"):
-        Verifier(spool, TINY, limits).verify_now(tmp_path / "adapters", found(tmp_path / "adapters"))
+        Verifier(spool, {Lane.TEXT: TINY}, limits).verify_now(tmp_path / "adapters", found(tmp_path / "adapters"))
     spool.close()
 
 
@@ -167,7 +169,7 @@ def test_copies_stay_within_the_spools_limit(home: Path, tmp_path: Path) -> None
     shutil.copytree(home / "healthy", root / "a" / "1")
     version = found(root)
     spool = Spool(tmp_path / "spool", int(1.5 * version.size))
-    verifier = Verifier(spool, TINY, VerificationLimits())
+    verifier = Verifier(spool, {Lane.TEXT: TINY}, VerificationLimits())
     kept = verifier.verify_now(root, version)
     assert 0 < spool.bytes <= 1.5 * version.size
     used = spool.bytes
