@@ -23,10 +23,11 @@ def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> "VisionEnc
     from safetensors import SafetensorError, safe_open
 
     config = read_config(folder)
-    files = sorted(folder.glob("*.safetensors"))
     tensors: list[tuple[str, torch.Tensor]] = []
     try:
-        for path in files:
+        with torch.device("meta"):
+            encoder = VisionEncoder(config)
+        for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 tensors += [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118  no mapping
         state = {name: tensor.to(dtype) for name, tensor in encoder_tensors(config, tensors).items()}
@@ -34,8 +35,6 @@ def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> "VisionEnc
         raise BackboneError(f"{folder}: unreadable weights ({error})") from error
     except BackboneError as error:
         raise BackboneError(f"{folder}: {error}") from None
-    with torch.device("meta"):
-        encoder = VisionEncoder(config)
     encoder.load_state_dict(state, assign=True)
     return encoder.eval().requires_grad_(False)
 

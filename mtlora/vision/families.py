@@ -26,14 +26,15 @@ class Family:
     """What the configuration of a family does not say.
 
     nested: the `model_type` of image-text models whose `vision_config` is of this family.
-    class_token: whether sequences begin with one.
-    input_norm: a norm between embeddings and layers. interpolation, antialias: of positions to another size.
+    class_token: whether sequences begin with one. input_norm: a norm between embeddings and layers.
+    layer_scale: factors on the blocks' outputs. interpolation, antialias: of positions to another size.
     normalisation: that of a folder without `preprocessor_config.json`.
     """
 
     nested: str | None = None
     class_token: bool = True
     input_norm: bool = False
+    layer_scale: bool = False
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     antialias: bool = False
     patch_bias: bool = True
@@ -47,8 +48,8 @@ _CLIP: Normalisation = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2613
 
 FAMILIES = {
     "vit": Family(),
-    "dinov2": Family(normalisation=IMAGENET),
-    "dinov2_with_registers": Family(antialias=True, normalisation=IMAGENET),
+    "dinov2": Family(layer_scale=True, normalisation=IMAGENET),
+    "dinov2_with_registers": Family(layer_scale=True, antialias=True, normalisation=IMAGENET),
     "clip_vision_model": Family(nested="clip", input_norm=True, patch_bias=False, normalisation=_CLIP),
     "siglip_vision_model": Family(nested="siglip", class_token=False),
     "siglip2_vision_model": Family(nested="siglip2", class_token=False, interpolation="bilinear", antialias=True),
@@ -241,14 +242,6 @@ def encoder_tensors(config: VisionConfig, tensors: Iterable[tuple[str, torch.Ten
     for name in [name for name in found if ".weights_in." in name]:
         gate, up = found.pop(name).chunk(2)
         found |= {name.replace("weights_in", "gate_proj"): gate, name.replace("weights_in", "up_proj"): up}
-    last = "down_proj" if config.gated else "fc2"
-    for name in [name for name in found if name.endswith(".scale")]:
-        scale_D = found.pop(name)
-        linear = name.removesuffix(".scale").replace(".mlp", f".mlp.{last}")
-        for part in (f"{linear}.weight", f"{linear}.bias"):
-            if part in found:
-                tensor = found[part]
-                found[part] = (tensor.float() * scale_D.float().view(-1, *[1] * (tensor.dim() - 1))).to(tensor.dtype)
     shapes = dict(_shapes(config))
     for name in _without_bias(config):
         found.setdefault(name, torch.zeros(shapes[name]))
@@ -260,6 +253,13 @@ def encoder_tensors(config: VisionConfig, tensors: Iterable[tuple[str, torch.Ten
         if tuple(tensor.shape) != shape:
             raise BackboneError(f"tensor {name}: expected shape {list(shape)}, found {list(tensor.shape)}")
         state[name] = tensor
+    last = "down_proj" if config.gated else "fc2"
+    for name in [name for name in state if name.endswith(".scale")]:
+        scale_D = state.pop(name).float()
+        linear = name.removesuffix(".scale").replace(".mlp", f".mlp.{last}")
+        weight, bias = state[f"{linear}.weight"], state[f"{linear}.bias"]
+        state[f"{linear}.weight"] = (weight.float() * scale_D.unsqueeze(1)).to(weight.dtype)
+        state[f"{linear}.bias"] = (bias.float() * scale_D).to(bias.dtype)
     return state
 
 
@@ -286,7 +286,7 @@ def _without_bias(config: VisionConfig) -> Iterator[str]:
 
 
 def _shapes(config: VisionConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of the encoder."""
+    """Name and shape of every tensor of the encoder, and of the scales that are folded into it."""
     D, M, P = config.hidden_size, config.intermediate_size, config.patch_size
     if config.traits.class_token:
         yield "embeddings.class_token", (D,)
@@ -304,6 +304,9 @@ def _shapes(config: VisionConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         linears |= {"mlp.fc1": (M, D), "mlp.fc2": (D, M)}
     for layer in range(config.num_layers):
         norms += [f"model.layers.{layer}.norm1", f"model.layers.{layer}.norm2"]
+        if config.traits.layer_scale:
+            yield f"model.layers.{layer}.self_attn.o_proj.scale", (D,)
+            yield f"model.layers.{layer}.mlp.scale", (D,)
         for name, shape in linears.items():
             yield f"model.layers.{layer}.{name}.weight", shape
             yield f"model.layers.{layer}.{name}.bias", shape[:1]
