@@ -61,6 +61,17 @@ class TrainingConfig(BaseModel):
         description="of images. own: each task's labels, the task told; all classes: one classifier over all tasks' "
         "classes, the task not told; label words: one classifier over words that tasks share",
     )
+    probe_examples: int | None = Field(
+        None,
+        ge=10,
+        description="of images: examples of each task that its head starts from; null: all. Others show the "
+        "adapter what a head does not know",
+    )
+    frozen_layers: int = Field(
+        0,
+        ge=0,
+        description="of images: layers, from the first, whose paths stay zero; images pass them once",
+    )
     warmup_fraction: float = Field(0.03, ge=0, lt=1)
     final_learning_rate_fraction: float = Field(0.05, ge=0, le=1, description="where the cosine ends")
     weight_decay: float = Field(0.0, ge=0)

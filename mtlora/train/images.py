@@ -4,6 +4,7 @@ Shape suffixes: B images, C channels, S side of an image, F size of a feature, K
 """
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from mtlora.adapter import Attachment
+from mtlora.adapter import AdapterSet, Attachment
 from mtlora.checkpoint.format import head_names
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.checkpoint.write import write_checkpoint
@@ -30,6 +31,7 @@ from mtlora.train.modality import Part
 from mtlora.train.parallel import Ranks
 from mtlora.train.result import task_table
 from mtlora.train.start import load_paths
+from mtlora.vision.encoder import pool
 from mtlora.vision.heads import Heads
 from mtlora.vision.image_input import num_features
 from mtlora.vision.images import decode, prepare
@@ -68,6 +70,16 @@ class Images:
         self._start: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if config.init_from is not None:
             self._warm_start(Path(config.init_from))
+        layers = self.adapted.encoder.config.num_layers
+        if config.frozen_layers >= layers:
+            raise TrainingError(f"frozen_layers: found {config.frozen_layers}; allowed: fewer than the {layers} layers")
+        if config.frozen_layers and config.baseline is not None:
+            raise TrainingError("frozen_layers is for the adapter: it cannot be combined with a baseline")
+        if isinstance(self.adapters, AdapterSet):
+            for paths in self.adapters.layers[: config.frozen_layers]:
+                paths.requires_grad_(False)
+        # Of training examples that are never changed: the states before the first layer that trains.
+        self._entered: dict[int, torch.Tensor] = {}
         learns = any(parameter.requires_grad for parameter in self.adapters.parameters())
         self.batches = self._schedule() if learns else []
 
@@ -104,16 +116,27 @@ class Images:
     def begin(self) -> None:
         """Start heads from a linear probe of the backbone's features, or from the checkpoint of `init_from`."""
         self.adapters.eval()
-        found_NF = [torch.empty(0)] * len(self.train)
-        for places, features_BF in features(self.adapted, {t.id: t for t in self.tasks}, self.train, None):
+        shown = self._first(self.config.probe_examples)
+        found_NF = [torch.empty(0)] * len(shown)
+        for places, features_BF in features(self.adapted, {t.id: t for t in self.tasks}, shown, None):
             for place, feature_F in zip(places, features_BF, strict=True):
                 found_NF[place] = feature_F
         device = self.heads.weight.device
-        self.heads.to("cpu").fit(torch.stack(found_NF), self._tasks(self.train), self._targets(self.train))
+        self.heads.to("cpu").fit(torch.stack(found_NF), self._tasks(shown), self._targets(shown))
         self.heads.to(device)
         for task in self.tasks:
             if task.id in self._start:
                 self._set_head(self._row[task.id], *self._start[task.id])
+
+    def _first(self, count: int | None) -> list[Example]:
+        """Up to `count` training examples of each task."""
+        seen: Counter[str] = Counter()
+        found = []
+        for example in self.train:
+            seen[example.task_id] += 1
+            if count is None or seen[example.task_id] <= count:
+                found.append(example)
+        return found
 
     @torch.no_grad()
     def _set_head(self, row: int, weight_CF: torch.Tensor, bias_C: torch.Tensor) -> None:
@@ -147,18 +170,47 @@ class Images:
         whole = self.batches[step]
         share, counts = ranks.share(whole)
         chosen = [self.train[i] for i in share]
-        pixels_BCSS = torch.stack([self._augmented(i, step) for i in share])
+        entered_BTD = self._enter(share, step, ranks.device)
         tasks_B, targets_B = self._tasks(chosen).to(ranks.device), self._targets(chosen).to(ranks.device)
         told_B = tasks_B if self.heads.told else None
 
         def loss() -> torch.Tensor:
             # Of few positions, plain products have the faster backward pass.
             with sdpa_kernel(SDPBackend.MATH):
-                features_BF = self.adapted.features(pixels_BCSS, told_B, self.input.pooling)
+                features_BF = self._leave(entered_BTD, told_B)
             return cross_entropy(self.heads(features_BF, tasks_B), targets_B)
 
         weight = len(share) / len(whole) if counts else 0.0
         return Part(told_B, loss, weight, weight, len(whole) * self.positions)
+
+    @torch.no_grad()
+    def _enter(self, share: Sequence[int], step: int, device: torch.device) -> torch.Tensor:
+        """States [B, T, D] before the first layer that trains, of training examples."""
+        encoder, frozen = self.adapted.encoder, self.config.frozen_layers
+        new = [i for i in share if i not in self._entered]
+        made: dict[int, torch.Tensor] = {}
+        if new:
+            x_BTD = encoder.embed(torch.stack([self._augmented(i, step) for i in new]).to(device))
+            with self.adapters.context.backbone_alone():
+                for layer in encoder.model.layers[:frozen]:
+                    x_BTD = layer(x_BTD)
+            made = dict(zip(new, x_BTD, strict=True))
+        if frozen:
+            self._entered |= {i: x for i, x in made.items() if not self._changes(i)}
+        return torch.stack([made[i] if i in made else self._entered[i] for i in share])
+
+    def _leave(self, x_BTD: torch.Tensor, told_B: torch.Tensor | None) -> torch.Tensor:
+        """Features [B, F] in float32 of states before the first layer that trains."""
+        encoder = self.adapted.encoder
+        with self.adapters.context.use(told_B):
+            for layer in encoder.model.layers[self.config.frozen_layers :]:
+                x_BTD = layer(x_BTD)
+        return pool(encoder.model.norm(x_BTD), self.input.pooling, encoder.config.num_prefix).float()
+
+    def _changes(self, index: int) -> bool:
+        """Whether training changes an example each time."""
+        image = self.tasks[self._row[self.train[index].task_id]].image
+        return image is not None and bool(image.augment)
 
     def _augmented(self, index: int, step: int) -> torch.Tensor:
         example = self.train[index]

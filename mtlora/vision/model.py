@@ -3,7 +3,6 @@
 Shape suffixes: B images, C channels, H rows and W columns of pixels, F size of a feature.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +14,10 @@ from mtlora.checkpoint.format import Checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.methods import BaselineConfig, attach_baseline
 from mtlora.vision.encoder import VisionEncoder, load_encoder
+from mtlora.vision.families import read_normalisation
 from mtlora.vision.image_input import Pooling
 
 Channels = tuple[float, float, float]
-_IMAGENET: tuple[Channels, Channels] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass
@@ -51,16 +50,6 @@ class AdaptedEncoder:
             return self.encoder.features(pixels_BCHW.to(self.device), pooling).float()
 
 
-def normalisation(folder: Path) -> tuple[Channels, Channels]:
-    """(mean, standard deviation) of red, green, blue that a backbone expects; ImageNet's if the folder does not say."""
-    try:
-        found = json.loads((folder / "preprocessor_config.json").read_text())
-        mean, std = (tuple(map(float, found[name])) for name in ("image_mean", "image_std"))
-    except (OSError, ValueError, LookupError, TypeError):
-        return _IMAGENET
-    return (mean, std) if len(mean) == len(std) == 3 else _IMAGENET
-
-
 def new_adapted_encoder(
     folder: Path, config: MtLoRAConfig | BaselineConfig, num_tasks: int, dtype: torch.dtype
 ) -> AdaptedEncoder:
@@ -69,8 +58,8 @@ def new_adapted_encoder(
     if isinstance(config, MtLoRAConfig):
         adapters = AdapterSet(config, backbone.hidden_size, backbone.num_layers, num_tasks)
         adapters.attach(encoder)
-        return AdaptedEncoder(encoder, adapters, backbone, *normalisation(folder))
-    return AdaptedEncoder(encoder, attach_baseline(config, encoder), backbone, *normalisation(folder))
+        return AdaptedEncoder(encoder, adapters, backbone, *read_normalisation(folder))
+    return AdaptedEncoder(encoder, attach_baseline(config, encoder), backbone, *read_normalisation(folder))
 
 
 def load_adapted_encoder(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> AdaptedEncoder:

@@ -91,7 +91,7 @@ class Canvas:
         # A ground that is a little uneven, as under a lamp.
         shade = np.array([[rng.uniform(-14, 14) for _ in range(3)] for _ in range(3)], dtype=np.float32)
         uneven = np.asarray(Image.fromarray(shade).resize((_FINE, _FINE), Image.Resampling.BILINEAR))
-        pixels = np.clip(np.float32(self.ground) + uneven[..., None], 0, 255).astype(np.uint8)
+        pixels = np.clip(np.array(self.ground, np.float32) + uneven[..., None], 0, 255).astype(np.uint8)
         self.image = Image.fromarray(pixels)
         self.pen = ImageDraw.Draw(self.image)
 

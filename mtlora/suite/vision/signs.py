@@ -167,12 +167,12 @@ def _road_sign(rng: random.Random, label: str, split: Split) -> np.ndarray:
                     canvas.box(x + (dx - 0.14) * r, y - 0.32 * r, x + (dx + 0.14) * r, y, fill, corner=0.05 * r)
     elif label in ("warning", "crossroads", "bend"):
         canvas.polygon(ring(x, y + 0.1 * r, 1.1 * r, 3), WHITE, red, 0.16 * r)
-        mark: list[list[Point]] = {
+        marks: dict[str, list[list[Point]]] = {
             "warning": [[(0, -0.3), (0, 0.2)], [(0, 0.38), (0, 0.45)]],
             "crossroads": [[(-0.3, -0.2), (0.3, 0.4)], [(0.3, -0.2), (-0.3, 0.4)]],
             "bend": [[(-0.15, 0.5), (-0.15, 0.2), (0.2, 0), (0.1, -0.3)]],
-        }[label]
-        for stroke in mark:
+        }
+        for stroke in marks[label]:
             canvas.line(placed(stroke, x, y + 0.05 * r, r), BLACK, 0.15 * r)
     elif label == "roundabout":
         canvas.disc(x, y, r, blue)

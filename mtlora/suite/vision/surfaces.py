@@ -112,9 +112,9 @@ def _page(rng: random.Random, label: str, split: Split) -> np.ndarray:
     margin = 0.1 * wide
 
     def text(x1: float, x2: float, y1: float, y2: float, step: float = 0.035, ragged: bool = True) -> None:
-        for y in np.arange(y1, y2, step):
+        for y in np.arange(y1, y2, step).tolist():
             end = x2 - (rng.uniform(0, 0.25) * (x2 - x1) if ragged else 0)
-            canvas.line([(x1, float(y)), (end, float(y))], grey, thin)
+            canvas.line([(x1, y), (end, y)], grey, thin)
 
     x1, x2 = left + margin, right - margin
     if label == "letter":
@@ -143,9 +143,9 @@ def _page(rng: random.Random, label: str, split: Split) -> np.ndarray:
         text(x2 - 0.2 * wide, x2, y + 0.065 * rows + 0.04, y + 0.065 * rows + 0.1, ragged=False)
     elif label == "receipt":
         canvas.text((x1 + x2) / 2, top + 0.06, "SHOP", BOLD, 0.07, BLACK)
-        for y in np.arange(top + 0.14, bottom - 0.16, 0.04):
-            canvas.line([(x1, float(y)), (x1 + rng.uniform(0.3, 0.6) * (x2 - x1), float(y))], grey, thin)
-            canvas.line([(x2 - 0.18 * (x2 - x1), float(y)), (x2, float(y))], grey, thin)
+        for y in np.arange(top + 0.14, bottom - 0.16, 0.04).tolist():
+            canvas.line([(x1, y), (x1 + rng.uniform(0.3, 0.6) * (x2 - x1), y)], grey, thin)
+            canvas.line([(x2 - 0.18 * (x2 - x1), y), (x2, y)], grey, thin)
         for k in range(20):
             canvas.line(
                 [(x1 + (x2 - x1) * k / 19, bottom - 0.11), (x1 + (x2 - x1) * k / 19, bottom - 0.03)],
@@ -153,9 +153,9 @@ def _page(rng: random.Random, label: str, split: Split) -> np.ndarray:
                 rng.choice([0.004, 0.011]),
             )
     elif label == "form":
-        for y in np.arange(top + 0.1, bottom - 0.06, rng.uniform(0.09, 0.12)):
-            canvas.line([(x1, float(y)), (x1 + 0.2 * wide, float(y))], grey, thin)
-            canvas.box(x1 + 0.3 * wide, float(y) - 0.025, x2, float(y) + 0.025, None, grey, 0.008)
+        for y in np.arange(top + 0.1, bottom - 0.06, rng.uniform(0.09, 0.12)).tolist():
+            canvas.line([(x1, y), (x1 + 0.2 * wide, y)], grey, thin)
+            canvas.box(x1 + 0.3 * wide, y - 0.025, x2, y + 0.025, None, grey, 0.008)
     elif label == "slide":
         canvas.text(
             (x1 + x2) / 2,
@@ -165,9 +165,9 @@ def _page(rng: random.Random, label: str, split: Split) -> np.ndarray:
             0.14,
             named(rng, rng.choice(list(HUES))),
         )
-        for y in np.arange(top + 0.33, bottom - 0.1, 0.14):
-            canvas.disc(x1, float(y), 0.018, BLACK)
-            canvas.line([(x1 + 0.06, float(y)), (x1 + rng.uniform(0.4, 0.7), float(y))], grey, 2 * thin)
+        for y in np.arange(top + 0.33, bottom - 0.1, 0.14).tolist():
+            canvas.disc(x1, y, 0.018, BLACK)
+            canvas.line([(x1 + 0.06, y), (x1 + rng.uniform(0.4, 0.7), y)], grey, 2 * thin)
     else:
         text(x1, x1 + 0.5 * wide, top + 0.06, top + 0.08)
         canvas.line([(x1, top + 0.15), (x1, bottom - 0.35), (x2, bottom - 0.35)], BLACK, 0.01)
@@ -215,7 +215,7 @@ def _fault(rng: random.Random, label: str, split: Split) -> np.ndarray:
         small = picture.reshape(SIZE // cell, cell, SIZE // cell, cell, 3).mean(axis=(1, 3))
         picture = small.repeat(cell, axis=0).repeat(cell, axis=1)
     elif label == "colour cast":
-        picture *= np.float32(rng.choice([(1, 0.6, 0.5), (0.5, 0.7, 1), (0.65, 1, 0.55)]))
+        picture *= np.array(rng.choice([(1, 0.6, 0.5), (0.5, 0.7, 1), (0.65, 1, 0.55)]), np.float32)
     elif label == "no colour":
         picture = picture.mean(axis=2, keepdims=True).repeat(3, axis=2)
     return np.clip(picture, 0, 255).astype(np.uint8)
