@@ -24,7 +24,6 @@ from benchmarks.harness.environment import engine_environment, usable_cores
 from benchmarks.harness.worker import WorkerProcess
 from mtlora.backbone import BackboneError, identify, packaged, resolve
 from mtlora.cli.output import print_table
-from mtlora.vllm_cpu.precision import engine_dtype
 
 BATCHES = (1, 4, 16, 64)
 # The batch in which other systems run.
@@ -77,23 +76,26 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--images", type=int, default=128, help="in a round, for each system and batch; default: 128")
     parser.add_argument("--size", type=int, default=112, help="pixels; default: %(default)s")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of all systems")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     args = parser.parse_args()
     folder = resolve(args.backbone)
+    # That file is in float32.
+    onnx = args.backbone == "vision" and args.dtype == "float32"
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        cases = _cases(stack, folder, temporary, args.size, onnx=args.backbone == "vision")
+        cases = _cases(stack, folder, temporary, args.size, args.dtype, onnx=onnx)
         seconds = _run(cases, args.images, args.size, args.rounds)
     report = make_report(args.images, seconds) | {"size": args.size, "made": time.strftime("%Y-%m-%d")}
-    report |= {"cores": len(usable_cores()), "backbone": folder.name}
+    report |= {"cores": len(usable_cores()), "backbone": folder.name, "dtype": args.dtype}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "vision.json").write_text(json.dumps(report, indent=1) + "\n")
     _print(report)
     return 0
 
 
-def _cases(stack: ExitStack, folder: Path, temporary: Path, size: int, *, onnx: bool) -> list[Case]:
-    identity, dtype = identify(folder), engine_dtype("auto", folder)
+def _cases(stack: ExitStack, folder: Path, temporary: Path, size: int, dtype: str, *, onnx: bool) -> list[Case]:
+    identity = identify(folder)
     ids = iter(range(1, 1000))
 
     def adapter(name: str, tasks: int, seed: int) -> list[tuple[str, int, str]]:
@@ -104,7 +106,7 @@ def _cases(stack: ExitStack, folder: Path, temporary: Path, size: int, *, onnx: 
 
     def worker(kind: str, **settings: Any) -> WorkerProcess:
         settings = {"model": str(folder), "kind": kind, "dtype": dtype, **settings}
-        return stack.enter_context(WorkerProcess("benchmarks.vision_worker", settings, engine_environment(0.1)))
+        return stack.enter_context(WorkerProcess("benchmarks.vision_worker", settings, engine_environment()))
 
     def engine(**arguments: Any) -> WorkerProcess:
         return worker("engine", arguments={"enforce_eager": True, "disable_log_stats": True, "seed": 0, **arguments})
@@ -181,7 +183,7 @@ def _print(report: Mapping[str, Any]) -> None:
     for row in report["rows"]:
         rate = row["images_per_second"]
         rows.append((row["system"], row["batch"], *(f"{rate[key]:.1f}" for key in ("median", "min", "max"))))
-    title = f"{report['backbone']}, {report['size']} px, on {report['cores']} cores"
+    title = f"{report['backbone']}, {report['size']} px, {report['dtype']} on {report['cores']} cores"
     print_table(title, ("system", "batch", "images/s, median", "min", "max"), rows)
     for name, ratio in report["ratios"].items():
         each = ", ".join(f"{batch}: {spread['median']:.2f}" for batch, spread in ratio["by_batch"].items())

@@ -4,6 +4,7 @@ A request's prompt is an image as embeddings (`VisionEncoder.embed`), one positi
 feature. config.py  what vLLM reads of a backbone.  model.py  the model.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,24 @@ def vision_engine_args(
         "enable_prefix_caching": False,
         "enable_chunked_prefill": False,
     }
+
+
+def vision_dtype(asked: str, folder: Path) -> str:
+    """vLLM's `dtype` of a vision backbone: for "auto" on a CPU, the weights' own; else `asked`.
+
+    vLLM's "auto" makes float16 of a pooling model's float32, which loses what features are compared by and is slow on
+    most CPUs. As for language, bfloat16 becomes float32 on a processor without bfloat16 products.
+    """
+    from vllm.platforms import current_platform
+
+    from mtlora.vllm_cpu.precision import engine_dtype
+
+    if asked != "auto" or not current_platform.is_cpu():
+        return asked
+    stored = json.loads((folder / "config.json").read_text())
+    if stored.get("dtype", stored.get("torch_dtype", "float32")) == "float32":
+        return "float32"
+    return engine_dtype(asked, folder)
 
 
 def image_prompt(x_TD: torch.Tensor) -> Any:
