@@ -297,6 +297,7 @@ class App:
             )
             self._on_disk.callback(self._adapters.close)
             self._inference.residency = self._adapters.residency
+            self._metrics.follow_memory(self._adapters.residency.memory)
             self._adapters_service.registry = self._adapters.registry
             self._adapters_service.uploads = self._adapters.uploads
             self._verifying = asyncio.ensure_future(self._verify_adapters())

@@ -8,8 +8,11 @@ priority class: a class is served while no more urgent one waits.
 Invariant: the service by weight of two tenants that wait all the time never differs by more than a constant.
 """
 
+from collections.abc import Hashable
 from typing import Generic, TypeVar
 
+# A tenant's line: its requests of one class.
+Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 
 
@@ -31,11 +34,11 @@ class _Flow(Generic[Item]):
         return bool(self.items) and not self.blocked
 
 
-class FairQueue(Generic[Item]):
-    """Lines of hashable items, one for each tenant. A tenant's own priorities reorder its own line alone."""
+class FairQueue(Generic[Key, Item]):
+    """Lines of hashable items, one for each tenant and class. A tenant's own priorities reorder its own line alone."""
 
     def __init__(self) -> None:
-        self._flows: dict[str, _Flow[Item]] = {}
+        self._flows: dict[Key, _Flow[Item]] = {}
         self._len = 0
         # By class, the counter of the tenant that left last: a newcomer to an empty class is lifted to it.
         self._last: dict[int, float] = {}
@@ -43,12 +46,12 @@ class FairQueue(Generic[Item]):
     def __len__(self) -> int:
         return self._len
 
-    def queued(self, tenant: str) -> int:
+    def queued(self, tenant: Key) -> int:
         """Items of one tenant."""
         flow = self._flows.get(tenant)
         return len(flow.items) if flow else 0
 
-    def push(self, tenant: str, item: Item, *, weight: float, rank: int, priority: int = 0) -> None:
+    def push(self, tenant: Key, item: Item, *, weight: float, rank: int, priority: int = 0) -> None:
         """Put an item behind those of its tenant that have its priority or a higher one.
 
         `rank` is the tenant's class, 0 the most urgent.
@@ -65,20 +68,20 @@ class FairQueue(Generic[Item]):
         flow.lines.setdefault(priority, {})[item] = None
         self._len += 1
 
-    def pop(self) -> tuple[str, Item] | None:
+    def pop(self) -> tuple[Key, Item] | None:
         """Take out the next item; None if only blocked tenants wait."""
         tenant, flow = min(
             ((name, flow) for name, flow in self._flows.items() if flow.active),
             key=lambda entry: (entry[1].rank, entry[1].counter),
-            default=("", None),
+            default=(None, None),
         )
-        if flow is None:
+        if tenant is None or flow is None:
             return None
         item = next(iter(flow.lines[max(flow.lines)]))
         self._take(flow, item)
         return tenant, item
 
-    def remove(self, tenant: str, item: Item) -> bool:
+    def remove(self, tenant: Key, item: Item) -> bool:
         """Take an item out of the middle; False if it has left already."""
         flow = self._flows.get(tenant)
         if flow is None or item not in flow.items:
@@ -86,29 +89,29 @@ class FairQueue(Generic[Item]):
         self._take(flow, item)
         return True
 
-    def drop_newest(self, tenant: str) -> Item:
+    def drop_newest(self, tenant: Key) -> Item:
         """Take out the last item of a tenant's line. The tenant has one."""
         flow = self._flows[tenant]
         item = next(reversed(flow.lines[min(flow.lines)]))
         self._take(flow, item)
         return item
 
-    def longest(self) -> str | None:
+    def longest(self) -> Key | None:
         """The tenant with the most items for its weight, in the least urgent class that waits; None if none waits."""
         waiting = [(flow.rank, len(flow.items) / flow.weight, name) for name, flow in self._flows.items() if flow.items]
-        return max(waiting)[2] if waiting else None
+        return max(waiting, key=lambda entry: entry[:2])[2] if waiting else None
 
-    def length_by_weight(self, tenant: str) -> tuple[int, float]:
+    def length_by_weight(self, tenant: Key) -> tuple[int, float]:
         """What `longest` compares: (rank, items by weight)."""
         flow = self._flows[tenant]
         return flow.rank, len(flow.items) / flow.weight
 
-    def charge(self, tenant: str, service: float) -> None:
+    def charge(self, tenant: Key, service: float) -> None:
         """Count service to a tenant."""
         if flow := self._flows.get(tenant):
             flow.counter += service / flow.weight
 
-    def block(self, tenant: str, blocked: bool) -> None:
+    def block(self, tenant: Key, blocked: bool) -> None:
         """Stop serving a tenant, or serve it again. A blocked tenant counts as idle."""
         flow = self._flows.setdefault(tenant, _Flow())
         if flow.blocked == blocked:
@@ -117,7 +120,7 @@ class FairQueue(Generic[Item]):
             self._lift(flow)
         flow.blocked = blocked
 
-    def ahead_of(self, tenant: str, *, weight: float, rank: int) -> int:
+    def ahead_of(self, tenant: Key, *, weight: float, rank: int) -> int:
         """Roughly how many items go before one that this tenant pushes now."""
         own = self.queued(tenant)
         ahead = own
@@ -130,12 +133,12 @@ class FairQueue(Generic[Item]):
                 ahead += min(len(flow.items), round((own + 1) * flow.weight / weight))
         return ahead
 
-    def forget(self, tenant: str) -> None:
+    def forget(self, tenant: Key) -> None:
         """Drop the counter of a tenant that has no items."""
         if (flow := self._flows.get(tenant)) and not flow.items:
             del self._flows[tenant]
 
-    def counter(self, tenant: str) -> float:
+    def counter(self, tenant: Key) -> float:
         """Service by weight, lifts included."""
         return self._flows[tenant].counter
 

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from server.errors import RequestFailedError, deadline_out_of_reach, quota_exceeded, resource_exhausted
 from server.job import GenerationJob
@@ -13,8 +13,11 @@ from server.scheduling.bucket import TokenBucket
 from server.scheduling.estimate import ServiceTimes
 from server.scheduling.fair_queue import FairQueue
 from server.telemetry.metrics import Metrics
-from server.tenants import Tenant
+from server.tenants import Priority, Tenant
 
+# A tenant's requests of one class. A trusted proxy may lower a request below its tenant's class, so a tenant may have
+# several.
+Line = tuple[str, Priority]
 # What a token costs, as in the paper: a generated one takes a step of its own.
 PROMPT_COST = 1.0
 COMPLETION_COST = 2.0
@@ -79,6 +82,11 @@ class Turn:
         self._scheduler.charge(self, tokens, COMPLETION_COST)
 
     @property
+    def line(self) -> Line:
+        """Where it waits and what it is charged to."""
+        return self.tenant.id, self.tenant.priority
+
+    @property
     def begun(self) -> bool:
         """Whether a token was served."""
         return self._tokens > 0
@@ -97,6 +105,7 @@ class _Account:
     tokens: TokenBucket
     inside: int = 0
     running: int = 0
+    lines: set[Line] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,7 @@ class Scheduler:
         self._times = ServiceTimes(clock)
         self._turns = turns
         self._max_queued = max_queued
-        self._queue: FairQueue[Turn] = FairQueue()
+        self._queue: FairQueue[Line, Turn] = FairQueue()
         self._accounts: dict[str, _Account] = {}
         self._running = 0
         self._num_aside = 0
@@ -140,7 +149,10 @@ class Scheduler:
 
     def queued_by_tenant(self) -> Mapping[str, int]:
         """Requests that wait for their turn. From any thread."""
-        return {name: queued for name in list(self._accounts) if (queued := self._queue.queued(name))}
+        return {name: queued for name in list(self._accounts) if (queued := self._queued(name))}
+
+    def _queued(self, tenant_id: str) -> int:
+        return sum(self._queue.queued((tenant_id, priority)) for priority in Priority)
 
     def _running_by_tenant(self) -> Mapping[str, int]:
         return {name: each.running for name, each in list(self._accounts.items()) if each.running}
@@ -248,21 +260,24 @@ class Scheduler:
 
     def charge(self, turn: Turn, tokens: int, cost: float) -> None:
         """Count a request's tokens against what is reserved for it, and its tenant's place in the queue."""
-        self._queue.charge(turn.tenant.id, tokens * cost)
+        self._queue.charge(turn.line, tokens * cost)
         turn._reserved.tokens -= tokens
 
     def keep_only(self, tenant_ids: Collection[str]) -> None:
         """Forget every other tenant that has no request here."""
         for name in [name for name in self._accounts if name not in tenant_ids]:
-            if not self._accounts[name].inside and not self._queue.queued(name):
-                del self._accounts[name]
-                self._queue.forget(name)
+            if not self._accounts[name].inside and not self._queued(name):
+                for line in self._accounts.pop(name).lines:
+                    self._queue.forget(line)
 
     def _enqueue(self, turn: Turn) -> None:
-        tenant = turn.tenant
-        self._account(tenant)
-        free = self._running < self._turns and not self._at_limit(tenant)
-        self._queue.push(tenant.id, turn, weight=tenant.weight, rank=tenant.priority.rank, priority=turn.job.priority)
+        tenant, account = turn.tenant, self._account(turn.tenant)
+        at_limit = self._at_limit(tenant)
+        free = self._running < self._turns and not at_limit
+        if turn.line not in account.lines:
+            account.lines.add(turn.line)
+            self._queue.block(turn.line, at_limit)
+        self._queue.push(turn.line, turn, weight=tenant.weight, rank=tenant.priority.rank, priority=turn.job.priority)
         if len(self._queue) > self._max_queued and not free:
             self._make_room(turn)
 
@@ -270,10 +285,10 @@ class Scheduler:
         longest = self._queue.longest()
         assert longest is not None
         # Between equals the newcomer goes.
-        if self._queue.length_by_weight(newcomer.tenant.id) >= self._queue.length_by_weight(longest):
-            longest = newcomer.tenant.id
+        if self._queue.length_by_weight(newcomer.line) >= self._queue.length_by_weight(longest):
+            longest = newcomer.line
         dropped = self._queue.drop_newest(longest)
-        self._metrics.record_shed(longest, "queue")
+        self._metrics.record_shed(dropped.tenant.id, "queue")
         failure = resource_exhausted(
             f"{self._max_queued} requests wait, the most this server queues", self._retry_s(dropped.tenant)
         )
@@ -309,7 +324,7 @@ class Scheduler:
 
     def _leave(self, turn: Turn) -> None:
         if not turn._began:
-            self._queue.remove(turn.tenant.id, turn)
+            self._queue.remove(turn.line, turn)
             if turn._granted.done() and not turn._granted.cancelled():
                 # Retrieve the exception, or asyncio logs it as never retrieved.
                 turn._granted.exception()
@@ -327,7 +342,9 @@ class Scheduler:
         self._dispatch()
 
     def _block(self, tenant: Tenant) -> None:
-        self._queue.block(tenant.id, self._at_limit(tenant))
+        at_limit = self._at_limit(tenant)
+        for line in self._account(tenant).lines:
+            self._queue.block(line, at_limit)
 
     def _at_limit(self, tenant: Tenant) -> bool:
         return tenant.max_in_flight is not None and self._account(tenant).running >= tenant.max_in_flight
@@ -377,7 +394,7 @@ class Scheduler:
         """Seconds until a request that comes now would get its turn; 0 when nothing was measured lately."""
         if self._running < self._turns and not len(self._queue):
             return 0.0
-        ahead = self._queue.ahead_of(tenant.id, weight=tenant.weight, rank=tenant.priority.rank)
+        ahead = self._queue.ahead_of((tenant.id, tenant.priority), weight=tenant.weight, rank=tenant.priority.rank)
         return self._times.wait_s(ahead + 1, self._turns) or 0.0
 
     def _retry_s(self, tenant: Tenant) -> float:
