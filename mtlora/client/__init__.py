@@ -1,7 +1,8 @@
 """Python clients of the server, for threads and for asyncio."""
 
 from mtlora.client.access import OPEN, Access
-from mtlora.client.client import AsyncClient, Client
+from mtlora.client.async_client import AsyncClient
+from mtlora.client.client import Client
 from mtlora.client.errors import ServerError
 from mtlora.client.messages import (
     Answer,
