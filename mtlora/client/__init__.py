@@ -15,6 +15,7 @@ from mtlora.client.messages import (
     make_request,
 )
 from mtlora.client.metrics_page import MetricsPage
+from mtlora.client.placement import Placement
 from mtlora.client.retry import Retry
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "DocumentAnswer",
     "Input",
     "MetricsPage",
+    "Placement",
     "Retry",
     "Score",
     "ServerError",
