@@ -96,6 +96,9 @@ faults: $(STAMP) ## faults injected into a real server, a row each (FULL=1: at f
 fleet: $(STAMP) ## three servers behind HAProxy and nginx: restarted in turn, killed, placed by adapter; needs both
 	$(BIN)/python -m tests.fleet $(FLEET)
 
+observe: $(STAMP) ## Prometheus and Alertmanager on a server under load: alerts fire, the dashboard shows; needs both
+	$(BIN)/python -m tests.observe
+
 manifests: $(STAMP) ## build every Kubernetes overlay, validate it, hold it to the policy; needs kustomize
 	$(BIN)/python -m deploy.manifests
 
