@@ -100,6 +100,12 @@ loadtest: $(STAMP) ## a server's knee, a closed loop there, the engine without a
 faults: $(STAMP) ## faults injected into a real server, a row each (FULL=1: at full length)
 	$(BIN)/python -m tests.faults --backbone $(BACKBONE) --adapters $(ADAPTERS) $(if $(FULL),--full) $(FAULTS)
 
+fleet: $(STAMP) ## three servers behind HAProxy and nginx: restarted in turn, killed, placed by adapter; needs both
+	$(BIN)/python -m tests.fleet $(FLEET)
+
+observe: $(STAMP) ## Prometheus and Alertmanager on a server under load: alerts fire, the dashboard shows; needs both
+	$(BIN)/python -m tests.observe
+
 manifests: $(STAMP) ## build every Kubernetes overlay, validate it, hold it to the policy; needs kustomize
 	$(BIN)/python -m deploy.manifests
 

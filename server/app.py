@@ -51,6 +51,7 @@ from server.settings import Settings, is_loopback, joined
 from server.telemetry.logs import finish_logging, get_logger, set_level
 from server.telemetry.loop_delay import watch_loop
 from server.telemetry.metrics import Metrics
+from server.telemetry.routers import joined_memory
 from server.telemetry.tracing import Tracer
 from server.tenants import Directory, Tenants, TenantsError
 from server.tenants.authentication import Authenticator
@@ -318,10 +319,12 @@ class App:
                 open_adapters, settings, backbones, self._supervisors, self._metrics, self._set_catalog
             )
             self._on_disk.callback(self._adapters.close)
+            residencies = self._adapters.residencies
             if Lane.TEXT in backbones:
-                self._inference.residency = self._adapters.residencies[Lane.TEXT]
+                self._inference.residency = residencies[Lane.TEXT]
             if Lane.IMAGES in backbones:
-                self._inference.classifier.residency = self._adapters.residencies[Lane.IMAGES]
+                self._inference.classifier.residency = residencies[Lane.IMAGES]
+            self._metrics.follow_memory(lambda: joined_memory(each.memory() for each in residencies.values()))
             self._adapters_service.registry = self._adapters.registry
             self._adapters_service.uploads = self._adapters.uploads
             self._verifying = asyncio.ensure_future(self._verify_adapters())

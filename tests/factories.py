@@ -111,3 +111,27 @@ def split_tensors(folder: Path) -> tuple[dict[str, Any], bytes]:
 def join_tensors(header: bytes, data: bytes) -> bytes:
     """A safetensors file."""
     return len(header).to_bytes(8, "little") + header + data
+
+
+def write_tiny_backbone(folder: Path, *, hidden_size: int = 48, heads: int = 4) -> Path:
+    """A backbone of random weights with the default backbone's tokenizer; returns the folder.
+
+    vLLM's attention on CPUs takes heads of 32, 64 and more dimensions.
+    """
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from mtlora.backbone import resolve
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve("default"))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=2,
+        num_attention_heads=heads, num_key_value_heads=heads // 2, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    # Tied embeddings at transformers' scale leave a model this narrow unable to prefer any token.
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -16,6 +16,7 @@ from mtlora.client.messages import (
     make_request,
 )
 from mtlora.client.metrics_page import MetricsPage
+from mtlora.client.placement import Placement
 from mtlora.client.retry import Retry
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "ImageSource",
     "Input",
     "MetricsPage",
+    "Placement",
     "Retry",
     "Score",
     "ServerError",

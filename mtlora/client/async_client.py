@@ -10,18 +10,32 @@ import grpc
 from mtlora_pb.v1 import adapters_pb2
 
 from mtlora.client.access import OPEN, Access
-from mtlora.client.calls import RETRY, UPLOAD_TIMEOUT_S, Calls, same, streams
+from mtlora.client.calls import OPTIONS, RETRY, UPLOAD_TIMEOUT_S, Calls, same, streams
 from mtlora.client.errors import ServerError, server_errors
 from mtlora.client.method import Steps, T
+from mtlora.client.placed import Placed
+from mtlora.client.placement import Placement
 from mtlora.client.retry import Attempts, Retry
 from mtlora.client.upload import Upload
 
 
 class AsyncClient(Calls):
-    """`Client` for asyncio, without health checks; an asynchronous context manager."""
+    """`Client` for asyncio, without health checks; an asynchronous context manager.
 
-    def __init__(self, address: str, access: Access = OPEN, retry: Retry | None = RETRY) -> None:
+    placement: chooses the server of each Inference call; None: all in turn.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        access: Access = OPEN,
+        retry: Retry | None = RETRY,
+        placement: Placement | None = None,
+    ) -> None:
         super().__init__(grpc.aio, address, access, retry)
+        self._placed = Placed(address, access, OPTIONS, placement) if placement else None
+        if self._placed:
+            self._stub = self._placed
 
     async def __aenter__(self) -> Self:
         return self
@@ -30,6 +44,8 @@ class AsyncClient(Calls):
         await self.close()
 
     async def close(self) -> None:
+        if self._placed:
+            await self._placed.close()
         await self._channel.close()
 
     async def watch_adapters(self, adapter: str = "") -> AsyncGenerator[adapters_pb2.AdapterEvent, None]:

@@ -46,7 +46,7 @@ _SERVICE_CONFIG = {
         }
     ],
 }
-_OPTIONS = [
+OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
     # A server that was restarted is asked again soon; gRPC's own longest wait is two minutes.
@@ -62,10 +62,10 @@ class Calls:
     """
 
     def __init__(self, kind: Any, address: str, access: Access, retry: Retry | None) -> None:
-        self._channel = access.channel(kind, address, _OPTIONS)
+        self._channel = access.channel(kind, address, OPTIONS)
         self._metadata = access.metadata()
         self._retry = retry
-        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+        self._stub: Any = inference_pb2_grpc.InferenceStub(self._channel)
         self._adapters = adapters_pb2_grpc.AdaptersStub(self._channel)
         self._usage = usage_pb2_grpc.UsageStub(self._channel)
 

@@ -17,6 +17,7 @@ from weakref import WeakSet
 
 from server.errors import AdapterError, EngineDeadError
 from server.registry.version import AdapterVersion, NoRoomError, Place, Stage, StageError
+from server.telemetry.routers import AdapterMemory, LoadedAdapter
 
 # If all residents are busy for this long, the least recently used one closes: it takes no new request and leaves with
 # its last. With less patience, swapping versions would cost more than waiting.
@@ -75,6 +76,20 @@ class Residency:
     def resident(self) -> list[AdapterVersion]:
         """Resident versions, least recently used first."""
         return sorted((each for each in self._loads if each.resident), key=lambda each: each.last_used)
+
+    def memory(self) -> AdapterMemory:
+        """What routers should know, by adapter: its versions are one. From any thread."""
+        latest = sorted(self._loads, key=lambda version: version.last_used, reverse=True)
+        loaded: dict[str, bool] = {}
+        for version in latest:
+            if version.resident:
+                loaded[version.name] = loaded.get(version.name, False) or version.pinned
+        loading = dict.fromkeys(each.name for each in latest if each.place in (Place.QUEUED, Place.LOADING))
+        return AdapterMemory(
+            self.capacity,
+            tuple(LoadedAdapter(name, pinned) for name, pinned in loaded.items()),
+            tuple(name for name in loading if name not in loaded),
+        )
 
     def prefetch(self, version: AdapterVersion) -> None:
         """Begin to load a version for a request that is being prepared."""

@@ -11,8 +11,11 @@ Items may wait in several lanes, each for something else; a lane is served alone
 them: service in one lane counts in the others. The invariant holds among tenants that wait in the same lanes.
 """
 
+from collections.abc import Hashable
 from typing import Generic, TypeVar
 
+# A tenant's line: its requests of one class.
+Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 
 
@@ -38,12 +41,12 @@ class _Flow(Generic[Item]):
         return sum(map(len, self.lines[lane].values()))
 
 
-class FairQueue(Generic[Item]):
-    """Lines of hashable items, one for each tenant. A tenant's own priorities reorder its own line alone."""
+class FairQueue(Generic[Key, Item]):
+    """Lines of hashable items, one for each tenant and class. A tenant's own priorities reorder its own line alone."""
 
     def __init__(self, lanes: int = 1) -> None:
         self._lanes = lanes
-        self._flows: dict[str, _Flow[Item]] = {}
+        self._flows: dict[Key, _Flow[Item]] = {}
         self._lens = [0] * lanes
         # By class, the counter of the tenant that left last: a newcomer to an empty class is lifted to it.
         self._last: dict[int, float] = {}
@@ -55,12 +58,12 @@ class FairQueue(Generic[Item]):
         """Items in a lane."""
         return self._lens[lane]
 
-    def queued(self, tenant: str) -> int:
+    def queued(self, tenant: Key) -> int:
         """Items of one tenant."""
         flow = self._flows.get(tenant)
         return len(flow.items) if flow else 0
 
-    def push(self, tenant: str, item: Item, *, weight: float, rank: int, priority: int = 0, lane: int = 0) -> None:
+    def push(self, tenant: Key, item: Item, *, weight: float, rank: int, priority: int = 0, lane: int = 0) -> None:
         """Put an item behind those of its tenant that have its priority or a higher one.
 
         `rank` is the tenant's class, 0 the most urgent.
@@ -77,21 +80,21 @@ class FairQueue(Generic[Item]):
         flow.lines[lane].setdefault(priority, {})[item] = None
         self._lens[lane] += 1
 
-    def pop(self, lane: int = 0) -> tuple[str, Item] | None:
+    def pop(self, lane: int = 0) -> tuple[Key, Item] | None:
         """Take out a lane's next item; None if only blocked tenants wait there."""
         tenant, flow = min(
             ((name, flow) for name, flow in self._flows.items() if flow.lines[lane] and not flow.blocked),
             key=lambda entry: (entry[1].rank, entry[1].counter),
-            default=("", None),
+            default=(None, None),
         )
-        if flow is None:
+        if tenant is None or flow is None:
             return None
         lines = flow.lines[lane]
         item = next(iter(lines[max(lines)]))
         self._take(flow, item)
         return tenant, item
 
-    def remove(self, tenant: str, item: Item) -> bool:
+    def remove(self, tenant: Key, item: Item) -> bool:
         """Take an item out of the middle; False if it has left already."""
         flow = self._flows.get(tenant)
         if flow is None or item not in flow.items:
@@ -99,7 +102,7 @@ class FairQueue(Generic[Item]):
         self._take(flow, item)
         return True
 
-    def drop_newest(self, tenant: str, lane: int = 0) -> Item:
+    def drop_newest(self, tenant: Key, lane: int = 0) -> Item:
         """Take out the last item of a tenant's line. The tenant has one."""
         flow = self._flows[tenant]
         lines = flow.lines[lane]
@@ -107,22 +110,22 @@ class FairQueue(Generic[Item]):
         self._take(flow, item)
         return item
 
-    def longest(self, lane: int = 0) -> str | None:
+    def longest(self, lane: int = 0) -> Key | None:
         """The tenant with the most items for its weight, in the least urgent class that waits; None if none waits."""
-        waiting = [(*self.length_by_weight(name, lane), name) for name, flow in self._flows.items() if flow.lines[lane]]
-        return max(waiting)[2] if waiting else None
+        waiting = [(self.length_by_weight(name, lane), name) for name, flow in self._flows.items() if flow.lines[lane]]
+        return max(waiting, key=lambda entry: entry[0])[1] if waiting else None
 
-    def length_by_weight(self, tenant: str, lane: int = 0) -> tuple[int, float]:
+    def length_by_weight(self, tenant: Key, lane: int = 0) -> tuple[int, float]:
         """What `longest` compares: (rank, items by weight)."""
         flow = self._flows[tenant]
         return flow.rank, flow.queued(lane) / flow.weight
 
-    def charge(self, tenant: str, service: float) -> None:
+    def charge(self, tenant: Key, service: float) -> None:
         """Count service to a tenant."""
         if flow := self._flows.get(tenant):
             flow.counter += service / flow.weight
 
-    def block(self, tenant: str, blocked: bool) -> None:
+    def block(self, tenant: Key, blocked: bool) -> None:
         """Stop serving a tenant, or serve it again. A blocked tenant counts as idle."""
         flow = self._flow(tenant)
         if flow.blocked == blocked:
@@ -131,7 +134,7 @@ class FairQueue(Generic[Item]):
             self._lift(flow)
         flow.blocked = blocked
 
-    def ahead_of(self, tenant: str, *, weight: float, rank: int, lane: int = 0) -> int:
+    def ahead_of(self, tenant: Key, *, weight: float, rank: int, lane: int = 0) -> int:
         """Roughly how many items go before one that this tenant pushes now."""
         own = self._flows[tenant].queued(lane) if tenant in self._flows else 0
         ahead = own
@@ -144,16 +147,16 @@ class FairQueue(Generic[Item]):
                 ahead += min(flow.queued(lane), round((own + 1) * flow.weight / weight))
         return ahead
 
-    def forget(self, tenant: str) -> None:
+    def forget(self, tenant: Key) -> None:
         """Drop the counter of a tenant that has no items."""
         if (flow := self._flows.get(tenant)) and not flow.items:
             del self._flows[tenant]
 
-    def counter(self, tenant: str) -> float:
+    def counter(self, tenant: Key) -> float:
         """Service by weight, lifts included."""
         return self._flows[tenant].counter
 
-    def _flow(self, tenant: str) -> _Flow[Item]:
+    def _flow(self, tenant: Key) -> _Flow[Item]:
         flow = self._flows.get(tenant)
         if flow is None:
             flow = self._flows[tenant] = _Flow(self._lanes)

@@ -20,22 +20,23 @@ class FairThread:
     def __init__(self, name: str, threads: int = 1) -> None:
         # All the work takes so many cores at most.
         self._executor = ThreadPoolExecutor(threads, name)
-        self._queue: FairQueue[asyncio.Future[None]] = FairQueue()
+        self._queue: FairQueue[tuple[str, int], asyncio.Future[None]] = FairQueue()
         self._free = threads
 
     async def run(self, tenant: Tenant, cost: float, work: Callable[[], Result]) -> Result:
         """Wait for the tenant's turn, then for the work's result. `cost` in any unit, the same for all."""
         loop = asyncio.get_running_loop()
         turn = loop.create_future()
-        self._queue.push(tenant.id, turn, weight=tenant.weight, rank=tenant.priority.rank)
+        line = tenant.id, tenant.priority.rank
+        self._queue.push(line, turn, weight=tenant.weight, rank=tenant.priority.rank)
         self._next()
         try:
             await turn
-            self._queue.charge(tenant.id, cost)
+            self._queue.charge(line, cost)
             return await loop.run_in_executor(self._executor, work)
         finally:
             if turn.cancelled():
-                self._queue.remove(tenant.id, turn)
+                self._queue.remove(line, turn)
             else:
                 self._free += 1
                 self._next()

@@ -13,8 +13,11 @@ from server.scheduling.bucket import TokenBucket
 from server.scheduling.estimate import ServiceTimes
 from server.scheduling.fair_queue import FairQueue
 from server.telemetry.metrics import Metrics
-from server.tenants import Tenant
+from server.tenants import Priority, Tenant
 
+# A tenant's requests of one class. A trusted proxy may lower a request below its tenant's class, so a tenant may have
+# several.
+Line = tuple[str, Priority]
 # What a generated token costs, a prompt's being 1, as in the paper: it takes a step of its own.
 COMPLETION_COST = 2.0
 _MIN_RETRY_S = 0.05
@@ -82,6 +85,11 @@ class Turn:
         self._first, self._tokens = at, 1
 
     @property
+    def line(self) -> Line:
+        """Where it waits and what it is charged to."""
+        return self.tenant.id, self.tenant.priority
+
+    @property
     def begun(self) -> bool:
         """Whether a token was served."""
         return self._tokens > 0
@@ -101,6 +109,7 @@ class _Account:
     tokens: TokenBucket
     inside: int = 0
     running: int = 0
+    lines: set[Line] = field(default_factory=set)
 
 
 @dataclass
@@ -144,7 +153,7 @@ class Scheduler:
         # By lane.
         self._turns = [_Turns(most, ServiceTimes(clock)) for most in (turns, image_turns)]
         self._max_queued = max_queued
-        self._queue: FairQueue[Turn] = FairQueue(len(self._turns))
+        self._queue: FairQueue[Line, Turn] = FairQueue(len(self._turns))
         self._accounts: dict[str, _Account] = {}
         metrics.follow_turns(self._running_by_tenant, self.queued_by_tenant)
 
@@ -154,7 +163,10 @@ class Scheduler:
 
     def queued_by_tenant(self) -> Mapping[str, int]:
         """Requests that wait for their turn. From any thread."""
-        return {name: queued for name in list(self._accounts) if (queued := self._queue.queued(name))}
+        return {name: queued for name in list(self._accounts) if (queued := self._queued(name))}
+
+    def _queued(self, tenant_id: str) -> int:
+        return sum(self._queue.queued((tenant_id, priority)) for priority in Priority)
 
     def _running_by_tenant(self) -> Mapping[str, int]:
         return {name: each.running for name, each in list(self._accounts.items()) if each.running}
@@ -264,22 +276,25 @@ class Scheduler:
 
     def charge(self, turn: Turn, tokens: int, cost: float) -> None:
         """Count a request's tokens against what is reserved for it, and its tenant's place in the queue."""
-        self._queue.charge(turn.tenant.id, tokens * cost)
+        self._queue.charge(turn.line, tokens * cost)
         turn._reserved.tokens -= tokens
 
     def keep_only(self, tenant_ids: Collection[str]) -> None:
         """Forget every other tenant that has no request here."""
         for name in [name for name in self._accounts if name not in tenant_ids]:
-            if not self._accounts[name].inside and not self._queue.queued(name):
-                del self._accounts[name]
-                self._queue.forget(name)
+            if not self._accounts[name].inside and not self._queued(name):
+                for line in self._accounts.pop(name).lines:
+                    self._queue.forget(line)
 
     def _enqueue(self, turn: Turn) -> None:
-        tenant, lane = turn.tenant, turn.job.lane
-        self._account(tenant)
-        free = self._turns[lane].running < self._turns[lane].most and not self._at_limit(tenant)
+        tenant, lane, account = turn.tenant, turn.job.lane, self._account(turn.tenant)
+        at_limit = self._at_limit(tenant)
+        free = self._turns[lane].running < self._turns[lane].most and not at_limit
+        if turn.line not in account.lines:
+            account.lines.add(turn.line)
+            self._queue.block(turn.line, at_limit)
         self._queue.push(
-            tenant.id, turn, weight=tenant.weight, rank=tenant.priority.rank, priority=turn.job.priority, lane=lane
+            turn.line, turn, weight=tenant.weight, rank=tenant.priority.rank, priority=turn.job.priority, lane=lane
         )
         if self._queue.length(lane) > self._max_queued and not free:
             self._make_room(turn)
@@ -289,10 +304,10 @@ class Scheduler:
         longest = self._queue.longest(lane)
         assert longest is not None
         # Between equals the newcomer goes.
-        if self._queue.length_by_weight(newcomer.tenant.id, lane) >= self._queue.length_by_weight(longest, lane):
-            longest = newcomer.tenant.id
+        if self._queue.length_by_weight(newcomer.line, lane) >= self._queue.length_by_weight(longest, lane):
+            longest = newcomer.line
         dropped = self._queue.drop_newest(longest, lane)
-        self._metrics.record_shed(longest, "queue")
+        self._metrics.record_shed(dropped.tenant.id, "queue")
         failure = resource_exhausted(
             f"{self._max_queued} requests wait, the most this server queues", self._retry_s(dropped.tenant, lane)
         )
@@ -329,7 +344,7 @@ class Scheduler:
 
     def _leave(self, turn: Turn) -> None:
         if not turn._began:
-            self._queue.remove(turn.tenant.id, turn)
+            self._queue.remove(turn.line, turn)
             if turn._granted.done() and not turn._granted.cancelled():
                 # Retrieve the exception, or asyncio logs it as never retrieved.
                 turn._granted.exception()
@@ -352,7 +367,9 @@ class Scheduler:
             self._dispatch(Lane.IMAGES if turn.job.lane is Lane.TEXT else Lane.TEXT)
 
     def _block(self, tenant: Tenant) -> None:
-        self._queue.block(tenant.id, self._at_limit(tenant))
+        at_limit = self._at_limit(tenant)
+        for line in self._account(tenant).lines:
+            self._queue.block(line, at_limit)
 
     def _at_limit(self, tenant: Tenant) -> bool:
         return tenant.max_in_flight is not None and self._account(tenant).running >= tenant.max_in_flight
@@ -404,7 +421,8 @@ class Scheduler:
         turns = self._turns[lane]
         if turns.running < turns.most and not self._queue.length(lane):
             return 0.0
-        ahead = self._queue.ahead_of(tenant.id, weight=tenant.weight, rank=tenant.priority.rank, lane=lane)
+        line = (tenant.id, tenant.priority)
+        ahead = self._queue.ahead_of(line, weight=tenant.weight, rank=tenant.priority.rank, lane=lane)
         return turns.times.wait_s(ahead + 1, turns.most) or 0.0
 
     def _retry_s(self, tenant: Tenant, lane: Lane) -> float:

@@ -15,6 +15,7 @@ from server.job import Lane
 from server.telemetry.collectors import CounterOf, Counts, GaugeByLabel, Histograms
 from server.telemetry.engine_stats import EngineStats, RoutingSums, WorkerStats
 from server.telemetry.port import serve_metrics
+from server.telemetry.routers import GAUGES, AdapterMemory, Load, RouterMetrics
 from server.telemetry.top import OTHER, TopLabels
 
 UNKNOWN_TASK = "unknown"
@@ -51,6 +52,7 @@ class Metrics:
         self._define_tenants()
         self._define_engine()
         self._define_adapters()
+        self._define_routers()
 
     def _define_requests(self) -> None:
         self._requests = self._counts(
@@ -140,13 +142,13 @@ class Metrics:
         self._by_engine: dict[tuple[Lane, int], EngineStats] = {}
         self._workers: dict[Lane, Sequence[WorkerStats]] = {}
         running = self._gauge("mtlora_engine_running_sequences", "Sequences that the engine runs.")
-        running.set_function(lambda: sum(each.running for each in self._engines()))
+        running.set_function(lambda: self._engine_load().running)
         waiting = self._gauge("mtlora_engine_waiting_sequences", "Sequences that wait in the engine.")
         waiting.set_function(lambda: sum(each.waiting for each in self._engines()))
         kv_cache = self._gauge(
             "mtlora_engine_kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1, of the fullest engine."
         )
-        kv_cache.set_function(lambda: max((each.kv_cache_usage for each in self._engines()), default=0.0))
+        kv_cache.set_function(lambda: self._engine_load().kv_cache_usage)
         self._prefix_queries = self._counts(
             "mtlora_engine_prefix_cache_queries", "Prompt tokens looked up in the prefix cache."
         )
@@ -234,6 +236,19 @@ class Metrics:
         )
         self._expert_weight = self._counts(
             "mtlora_routing_expert_weight", "Sum over sampled rows of an expert's weight.", "adapter", "expert"
+        )
+
+    def _define_routers(self) -> None:
+        self._routers = RouterMetrics(self._engine_load)
+        self.registry.register(self._routers)
+        self.labels |= {name: ("model_name", *labels) for name, (labels, _) in GAUGES.items()}
+
+    def _engine_load(self) -> Load:
+        engines = self._engines()
+        return Load(
+            running=sum(each.running for each in engines),
+            waiting=sum(each.waiting for each in engines) + self._tenant_queued.total(),
+            kv_cache_usage=max((each.kv_cache_usage for each in engines), default=0.0),
         )
 
     def _counts(self, name: str, documentation: str, *labels: str) -> Counts:
@@ -326,11 +341,16 @@ class Metrics:
         """Count a write that failed; `log` is audit or usage."""
         self._accounting_failures.inc(labels=(log,))
 
+    def follow_memory(self, memory: Callable[[], AdapterMemory]) -> None:
+        """Read the adapters in the engine's memory at every scrape."""
+        self._routers.memory = memory
+
     # Engine.
 
     def record_build(self, backbone: str, vision_backbone: str = "") -> None:
         """Show version and backbones; empty for none."""
         self._build.labels(__version__, platform.python_version(), backbone, vision_backbone).set(1)
+        self._routers.model_name = backbone or vision_backbone
 
     def record_engine(self, stats: EngineStats, lane: Lane = Lane.TEXT) -> None:
         """Show one engine's state after a step; with data parallelism there are several engines."""

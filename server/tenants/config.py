@@ -21,6 +21,9 @@ from server.tenants.keys import KEY_ID_PATTERN, checked_hash
 MAX_ISSUERS = 16
 _ID = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
 _TASK_PATTERN = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_.\-*?\[\]!]{1,128}$")]
+_TENANT_PATTERN = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-*?\[\]!]{1,128}$")]
+# An InferenceObjective's name in Kubernetes.
+_OBJECTIVE = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.\-]{0,251}[a-z0-9])?$")]
 _CERTIFICATE = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
 
@@ -162,6 +165,12 @@ class Tenant(BaseModel):
     # Whether it may send prompts as token ids.
     token_ids: bool = False
     admin: bool = False
+    # The other tenants, never an admin, that this one, a trusted proxy, may name in its requests' headers.
+    speaks_for: tuple[_TENANT_PATTERN, ...] = Field((), max_length=256)
+
+    @cached_property
+    def _named(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(translate, self.speaks_for)) or "(?!)")
 
     @cached_property
     def _allowed(self) -> re.Pattern[str]:
@@ -175,6 +184,14 @@ class Tenant(BaseModel):
     def allows(self, task_id: str) -> bool:
         """Whether the tenant may ask this task."""
         return self._allowed.fullmatch(task_id) is not None
+
+    def may_name(self, tenant: "Tenant") -> bool:
+        """Whether a request of this tenant may be another one's by its headers."""
+        return not tenant.admin and self._named.fullmatch(tenant.id) is not None
+
+    def lowered(self, priority: Priority) -> "Tenant":
+        """The tenant in another class, if that is less urgent than its own."""
+        return self.model_copy(update={"priority": priority}) if priority.rank > self.priority.rank else self
 
     def share(self, replicas: int) -> "Tenant":
         """The tenant as one of so many servers treats it: its quotas divided, whole numbers rounded up."""
@@ -201,6 +218,8 @@ class TenantsFile(BaseModel):
     issuers: tuple[Issuer, ...] = Field((), max_length=MAX_ISSUERS)
     # If false, tenants share no cached blocks: an answer's timing must not reveal another tenant's prompts.
     share_prefix_cache: bool = False
+    # The class of the requests for which a trusted proxy names an objective.
+    objectives: dict[_OBJECTIVE, Priority] = Field({}, max_length=256)
     # Whether each server grants the quotas, or all servers together.
     quotas: Literal["replica", "fleet"] = "replica"
 

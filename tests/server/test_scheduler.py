@@ -90,6 +90,30 @@ async def test_runs_as_many_as_there_are_turns_and_the_rest_by_fairness(clock: C
     assert (service(metrics, "a"), service(metrics, "b")) == (50, 10)
 
 
+async def test_requests_of_one_tenant_in_two_classes_wait_in_two_lines_and_share_its_limits(clock: Clock) -> None:
+    """A trusted proxy has lowered the first and the third to the class batch."""
+    scheduler, served = make(clock, turns=2), list[str]()
+    tenant = Tenant(id="a", max_in_flight=1)
+    batch = tenant.lowered(Priority.BATCH)
+
+    async def ask(of: Tenant) -> None:
+        async with scheduler.turn(of, JOB, None):
+            served.append(of.priority)
+            await asyncio.sleep(0)
+            assert scheduler.occupancy.running == 1
+
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(scheduler.turn(tenant, JOB, None))
+        tasks = [asyncio.create_task(ask(each)) for each in (batch, tenant, batch, tenant)]
+        await settle()
+        assert scheduler.queued_by_tenant() == {"a": 4}
+        assert served == []
+    await asyncio.gather(*tasks)
+    assert served == ["standard", "standard", "batch", "batch"]
+    scheduler.keep_only(())
+    assert scheduler.queued_by_tenant() == {}
+
+
 async def test_a_cancelled_wait_leaves_the_queue(clock: Clock) -> None:
     scheduler, done = make(clock, turns=1), list[str]()
     async with AsyncExitStack() as stack:
