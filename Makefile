@@ -11,6 +11,10 @@ DEVICE ?= cpu
 TORCH       ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BACKBONE ?= default
+# What `make venv` installs: the image's build leaves packages out, and installs the project itself.
+LOCK      ?= requirements/$(DEVICE).lock
+PROJECT   ?= -e .
+PIP_FLAGS ?=
 # What make accuracy scores: the shipped adapter's newest version, on examples that no earlier run drew.
 ADAPTER  ?= $(shell ls -d adapters/builtin/*/ | sort -V | tail -1 | sed 's,/$$,,')
 SEED     ?= $(shell date +%s)
@@ -31,14 +35,14 @@ help: ## list the targets
 
 venv: $(STAMP) ## build .venv from requirements/$(DEVICE).lock
 
-$(STAMP): requirements/$(DEVICE).lock pyproject.toml
+$(STAMP): $(LOCK) pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifeq ($(DEVICE),cpu)
-	$(PIP) install --no-deps --no-index $(TORCH) 2>/dev/null || \
-	  $(PIP) install --no-deps --index-url $(TORCH_INDEX) $(TORCH)
+	$(PIP) install $(PIP_FLAGS) --no-deps --no-index $(TORCH) 2>/dev/null || \
+	  $(PIP) install $(PIP_FLAGS) --no-deps --index-url $(TORCH_INDEX) $(TORCH)
 endif
-	$(PIP) install --no-deps --require-hashes -r requirements/$(DEVICE).lock
-	$(PIP) install --no-deps --no-build-isolation -e .
+	$(PIP) install $(PIP_FLAGS) --no-deps --require-hashes -r $(LOCK)
+	$(if $(PROJECT),$(PIP) install --no-deps --no-build-isolation $(PROJECT))
 	touch $@
 
 demo: $(STAMP) ## 25 tasks answered by one backbone through one server, with accuracy
@@ -96,6 +100,14 @@ faults: $(STAMP) ## faults injected into a real server, a row each (FULL=1: at f
 manifests: $(STAMP) ## build every Kubernetes overlay, validate it, hold it to the policy; needs kustomize
 	$(BIN)/python -m deploy.manifests
 
+# BASE: an image with Python to build on; without it, one is made from Debian's packages (or pulled, where that is not
+# possible). ENGINE: buildah, podman or docker; without it, the first that is there.
+image: ## build the server's image for DEVICE, check it, write its SBOM; needs buildah, podman or docker
+	$(PYTHON) -m deploy.image --device $(DEVICE) $(if $(BASE),--base $(BASE)) $(if $(ENGINE),--engine $(ENGINE)) $(IMAGE)
+
+pod: $(STAMP) ## the image of `make image` in overlay cpu's pod, played by podman: twelve checks
+	$(BIN)/python -m deploy.pod $(POD)
+
 capacity: $(STAMP) ## check the simulation against two real servers, a core each (minutes); write deploy/capacity.md from it
 	$(BIN)/python -m deploy.capacity check --adapters $(ADAPTERS) --out out/capacity
 	$(BIN)/python -m deploy.capacity report --results out/capacity/calibration.json
@@ -151,6 +163,8 @@ lock: $(STAMP) ## compile pyproject.toml and requirements/*.in into the lock fil
 	  $(COMPILE) requirements/$$device.in --extra server --excludes requirements/exclude-$$device.txt --no-annotate \
 	    --constraint requirements/$$device.lock -o requirements/$$device-server.txt || exit 1; \
 	done
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --custom-compile-command "make lock" requirements/image.in \
+	  --excludes requirements/exclude-cpu.txt --constraint requirements/cpu.lock --generate-hashes -o requirements/image.txt
 
 clean: ## remove what was built
 	rm -rf $(VENV) build *.egg-info out .mypy_cache .ruff_cache .pytest_cache .hypothesis
