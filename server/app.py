@@ -20,11 +20,13 @@ from server.engine import (
     EngineGaveUpError,
     EngineStartError,
     Supervisor,
+    check_machine,
     exit_at_once,
 )
 from server.errors import EngineDeadError
 from server.registry.adapters import Adapters, open_adapters
 from server.registry.catalog import Catalog
+from server.registry.spool import SpoolError
 from server.rpc.adapters_service import AdaptersServicer
 from server.rpc.anonymous import AnonymousCalls, AnonymousInterceptor
 from server.rpc.documents import Documents
@@ -285,6 +287,7 @@ class App:
         try:
             backbone = await asyncio.to_thread(resolve, settings.backbone)
             self._metrics.record_build(settings.backbone)
+            await asyncio.to_thread(check_machine, settings, backbone)
             self._supervisor = Supervisor(
                 lambda: Engine(settings, backbone, self._metrics.record_engine),
                 self,
@@ -302,7 +305,7 @@ class App:
             self._verifying = asyncio.ensure_future(self._verify_adapters())
             # Together: if nothing can be served, the start fails without waiting for the engine.
             await asyncio.gather(self._supervisor.start(), self._verifying)
-        except (BackboneError, EngineStartError) as error:
+        except (BackboneError, EngineStartError, SpoolError) as error:
             raise StartError(str(error)) from error
         except EngineDeadError:
             raise StartError("the engine died while it loaded its adapters; the log above says why") from None

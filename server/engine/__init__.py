@@ -1,11 +1,12 @@
 """The engine: vLLM behind an interface of the server's own. Nothing else in the server imports vLLM, and this room only
 when an engine starts.
 
-`Supervisor` keeps one `Engine` running. `launch` starts its processes,
-`threads` places them on cores, `translation` has the words of both sides, `stats` what an engine counts.
+`preflight` says whether this machine can run one. `Supervisor` keeps one `Engine` running. `launch` starts its
+processes, `threads` places them on cores, `translation` has the words of both sides, `stats` what an engine counts.
 """
 
 from server.engine.engine import Engine, EngineStartError
+from server.engine.preflight import check_machine
 from server.engine.processes import exit_at_once
 from server.engine.stats import EngineStats, RoutingSums, WorkerStats
 from server.engine.supervisor import EngineFailure, EngineGaveUpError, Supervisor
@@ -19,5 +20,6 @@ __all__ = [
     "RoutingSums",
     "Supervisor",
     "WorkerStats",
+    "check_machine",
     "exit_at_once",
 ]

@@ -20,6 +20,8 @@ from server.telemetry.logs import get_logger
 logger = get_logger("engine")
 
 _CPU_BLOCK_TOKENS = 32
+# On a CPU, unless a setting says otherwise.
+CPU_KV_CACHE_GIB = 1.0
 
 # Even in an eager engine, vLLM compiles two sampling functions in the first request that needs them, for seconds.
 _EAGER = {"TORCHDYNAMO_DISABLE": "1"}
@@ -62,7 +64,7 @@ def _engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
     from mtlora.vllm_plugin.options import Options
 
     on_cpu = bool(current_platform.is_cpu())
-    kv_cache_gib = settings.kv_cache_gib or (1.0 if on_cpu else None)
+    kv_cache_gib = settings.kv_cache_gib or (CPU_KV_CACHE_GIB if on_cpu else None)
     return {
         "model": str(backbone),
         "dtype": engine_dtype(settings.dtype, backbone, quantised=settings.quantization is not None),
