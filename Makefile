@@ -19,6 +19,14 @@ PIP_FLAGS ?=
 ADAPTER  ?= $(shell ls -d adapters/builtin/*/ | sort -V | tail -1 | sed 's,/$$,,')
 SEED     ?= $(shell date +%s)
 ADAPTERS ?= adapters
+# Masks what a processor has above avx2, avx512 or avx512_bf16 in a run of the tests or of a benchmark, for our kernels,
+# torch, oneDNN and vLLM. Without it AMX is used where it is.
+ISA      ?=
+ISA_ENV_avx2        := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+ISA_ENV_avx512      := ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI
+ISA_ENV_avx512_bf16 := ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16
+MASK := $(if $(ISA),env MTLORA_ISA=$(ISA) PYTHONPATH=tests/instruction_sets $(or $(ISA_ENV_$(ISA)),$(error ISA=$(ISA): \
+  allowed: avx2, avx512, avx512_bf16)))
 # Of pytest-xdist. tests/conftest.py says which tests run in one process, and in what order.
 WORKERS  ?= 2
 PARALLEL := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
@@ -54,11 +62,11 @@ accuracy: $(STAMP) ## the shipped adapter on the built-in test split, SEED=N for
 serve: $(STAMP) ## serve the adapters of ADAPTERS=DIR beside BACKBONE=DIR
 	$(BIN)/mtlora-server serve --backbone $(BACKBONE) --adapters $(ADAPTERS)
 
-test: $(STAMP) ## the whole test suite, in WORKERS=2 processes
-	$(BIN)/python -m pytest $(PARALLEL)
+test: $(STAMP) ## the whole test suite, in WORKERS=2 processes (ISA=avx2: with instruction sets masked)
+	$(MASK) $(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: $(STAMP) ## the tests without an engine, a server, the backbone or Triton's interpreter
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not scaleout" --ignore tests/engine
+	$(MASK) $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not scaleout" --ignore tests/engine
 
 test-scaleout: $(STAMP) ## engines of several ranks (tensor, pipeline, data parallel); minutes
 	$(BIN)/python -m pytest -m scaleout
@@ -68,8 +76,8 @@ test-node: $(STAMP) ## a client in JavaScript against a server; needs node and n
 	$(BIN)/python -m pytest tests/other_language
 
 bench: $(STAMP) ## start-up and memory of the server; throughput with adapters against the bare backbone and the field
-	status=0; $(BIN)/python -m benchmarks.startup --backbone $(BACKBONE) --adapters $(ADAPTERS) || status=$$?; \
-	$(BIN)/python -m benchmarks.throughput --backbone $(BACKBONE) $(BENCH) && exit $$status
+	status=0; $(MASK) $(BIN)/python -m benchmarks.startup --backbone $(BACKBONE) --adapters $(ADAPTERS) || status=$$?; \
+	$(MASK) $(BIN)/python -m benchmarks.throughput --backbone $(BACKBONE) $(BENCH) && exit $$status
 
 documents: $(STAMP) ## many tasks about one document, computed once, against each task by itself; the adapter's accuracy
 	$(BIN)/python -m benchmarks.documents --backbone $(BACKBONE) $(DOCUMENTS)
