@@ -55,7 +55,9 @@ def test_a_limit_below_what_the_backbone_needs(
 ) -> None:
     settings = Settings(allow_no_tasks=True, **setting)
     machine(monkeypatch, limit)
-    with pytest.raises(EngineStartError, match=rf"found {limit / GIB:.2f} GiB left; .*need {needed:.2f}; allowed") as error:
+    with pytest.raises(
+        EngineStartError, match=rf"found {limit / GIB:.2f} GiB left; .*need {needed:.2f}; allowed"
+    ) as error:
         check_machine(settings, backbone)
     assert "\n" not in str(error.value)
     machine(monkeypatch, int(needed * GIB))
@@ -106,3 +108,19 @@ def test_processes_killed_at_the_limit(tmp_path: Path, own: str, file: str, text
     path.write_text(text + "\n")
     (tmp_path / "own").write_text(own)
     assert control_group.out_of_memory_kills(tmp_path / "root", tmp_path / "own") == kills
+
+
+@pytest.mark.parametrize("name", ["adapter_cache", "tenants"])
+async def test_volumes_that_are_not_there_end_the_start(tmp_path: Path, name: str) -> None:
+    """A folder for copies that cannot be made, a tenants file that is not there."""
+    from server.app import App, StartError
+    from server.registry.spool import Spool, SpoolError
+
+    file = tmp_path / "file"
+    file.touch()
+    if name == "adapter_cache":
+        with pytest.raises(SpoolError, match=r"file/copies: no copies of adapters can be written: .*adapter_cache"):
+            Spool(file / "copies")
+        return
+    with pytest.raises(StartError, match="file/tenants.yaml"):
+        App(Settings(allow_no_tasks=True, port=0, metrics_port=0, tenants=file / "tenants.yaml"))
