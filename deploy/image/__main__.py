@@ -95,10 +95,12 @@ def pip_arguments(host: Path, environment: Mapping[str, str]) -> dict[str, str]:
 def check(engine: Engine, device: str, tag: str) -> dict[str, str]:
     """What is wrong by check, empty where it is met."""
     every = left_out.names((ROOT / "requirements" / f"{device}.lock").read_text())
-    server = left_out.names(left_out.server_lock(device))
+    lock = left_out.server_lock(device)
     program = (Path(__file__).parent / "check.py").read_text()
     found: dict[str, str] = json.loads(
-        engine.python(tag, program, json.dumps([sorted(server | {"mtlora"}), sorted(every - server)])).splitlines()[-1]
+        engine.python(
+            tag, program, json.dumps([left_out.lines(lock), sorted(every - left_out.names(lock))])
+        ).splitlines()[-1]
     )
     return found
 

@@ -1,7 +1,7 @@
 """What a server's image must and must not have. `make image` runs this text with the image's own Python.
 
-argv[1]: JSON of the distributions that it has, and of those that it must not have. Prints JSON: a line of what was
-found wrong by check, empty where it is met.
+argv[1]: JSON of the requirements that it meets, and of the distributions that it must not have. Prints JSON: a line of
+what was found wrong by check, empty where it is met.
 """
 
 import importlib
@@ -45,7 +45,9 @@ def writable() -> list[str]:
 def bill(installed: set[str]) -> str:
     """What the bill of materials lacks, or has too much."""
     components = json.loads(Path("/opt/mtlora/sbom.cdx.json").read_text())["components"]
-    listed = {each["purl"].split("@")[0].partition("?")[0] for each in components if "purl" in each}
+    # What was installed from a folder has no address.
+    addresses = (each.get("purl", f"pkg:pypi/{normal(each['name'])}") for each in components)
+    listed = {address.split("@")[0].partition("?")[0] for address in addresses}
     python = {f"pkg:pypi/{name}" for name in installed}
     status = Path("/var/lib/dpkg/status").read_text()
     debian = {f"pkg:deb/debian/{name}" for name in re.findall(r"^Package: (.*)$", status, re.MULTILINE)}
@@ -71,15 +73,19 @@ def imports() -> str:
 
 def main() -> None:
     """Print the findings."""
-    must, never = (set(names) for names in json.loads(sys.argv[1]))
+    from packaging.requirements import Requirement
+
+    lock, never = json.loads(sys.argv[1])
+    wanted = [Requirement(line) for line in lock]
+    must = {normal(each.name) for each in wanted if each.marker is None or each.marker.evaluate()}
     installed = {normal(each.name) for each in distributions()}
     found = {
         "runs as user 10001": "" if os.getuid() == os.getgid() == 10001 else f"{os.getuid()}:{os.getgid()}",
         "no compiler": " ".join(name for name in COMPILERS if shutil.which(name)),
         "no static library": " ".join(map(str, (path for path in files() if path.suffix in (".a", ".o")))),
         "nothing writable but caches": " ".join(writable()),
-        "no package for training, tests or development": " ".join(sorted(installed & never)),
-        "every package of the server's lock": " ".join(sorted(must - installed)),
+        "no package for training, tests or development": " ".join(sorted(installed & set(never))),
+        "every package of the server's lock": " ".join(sorted((must | {"mtlora", "torch"}) - installed)),
         "bill of materials is complete": bill(installed),
         "compiled kernels": kernel(),
         "every part of the server can be imported": imports(),

@@ -10,16 +10,8 @@ from pathlib import Path
 
 # Chroot isolation needs no namespaces, so that a build also works inside a container; it raises limits to its defaults,
 # which fails where the machine's are lower.
-_CHROOT = (
-    "--isolation",
-    "chroot",
-    "--network",
-    "host",
-    "--ulimit",
-    "nofile=20000:20000",
-    "--ulimit",
-    "nproc=90000:90000",
-)
+_LIMITS = ("--ulimit", "nofile=20000:20000", "--ulimit", "nproc=90000:90000")
+_CHROOT = ("--isolation", "chroot", "--network", "host", *_LIMITS)
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
@@ -70,7 +62,7 @@ class Engine:
     def python(self, image: str, program: str, *arguments: str) -> str:
         """What a program prints that the image's Python runs, as the image's user and without a network."""
         if self.name == "buildah":
-            container = _output(["buildah", "from", image]).strip()
+            container = _output(["buildah", "from", *_LIMITS, image]).strip()
             with contextlib.ExitStack() as after:
                 after.callback(_output, ["buildah", "rm", container])
                 command = ["buildah", "run", "--isolation", "chroot", container, "--", "python", "-", *arguments]

@@ -32,6 +32,11 @@ def names(requirements: str) -> set[str]:
     return {_name(entry) for entry in _entries(requirements)}
 
 
+def lines(requirements: str) -> list[str]:
+    """The requirements of such a file without their hashes and comments."""
+    return [entry.splitlines()[0].rstrip(" \\") for entry in _entries(requirements)]
+
+
 def server_lock(device: str) -> str:
     """The entries of requirements/DEVICE.lock, hashes included, that a server's image needs."""
     folder = ROOT / "requirements"

@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parent
 CONTAINER = "mtlora-pod-server"
 # The certificate's name, as in overlay's Certificate.
 _SERVER_NAME = "mtlora.mtlora.svc"
-_LOOK_S = 0.1
+_LOOK_S = 0.2
 
 
 class PodError(RuntimeError):
@@ -104,8 +104,8 @@ class Pod:
         """Wait for a condition; returns when it came true. Raises PodError."""
         until = time.monotonic() + timeout
         while not condition():
-            if time.monotonic() > until or not self._exists(CONTAINER, "container"):
-                raise PodError(f"{problem} after {timeout:.0f} s; the end of its log:\n{self.log()[-3000:]}")
+            if time.monotonic() > until or self.inspect()["RestartCount"]:
+                raise PodError(f"{problem}; the end of its log:\n{self.log()[-3000:]}")
             time.sleep(_LOOK_S)
         return time.monotonic()
 

@@ -35,6 +35,8 @@ def test_the_pod_is_the_overlays_but_for_image_and_size() -> None:
             for part in asked["resources"].values():
                 part |= {"cpu": "2", "memory": "6Gi"}
             assert given == [asked]
+            for volume in expected["spec"]["template"]["spec"]["volumes"]:
+                volume.get("secret", {}).update({"defaultMode": 0o444} if "secret" in volume else {})
         assert manifest == expected
         assert manifests.validate(manifest) == []
 
