@@ -12,10 +12,22 @@ TORCH       ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BACKBONE ?= default
 VISION_BACKBONE ?= vision
+# What `make venv` installs: the image's build leaves packages out, and installs the project itself.
+LOCK      ?= requirements/$(DEVICE).lock
+PROJECT   ?= -e .
+PIP_FLAGS ?=
 # What make accuracy scores: the shipped adapter's newest version, on examples that no earlier run drew.
 ADAPTER  ?= $(shell ls -d adapters/builtin/*/ | sort -V | tail -1 | sed 's,/$$,,')
 SEED     ?= $(shell date +%s)
 ADAPTERS ?= adapters
+# Masks what a processor has above avx2, avx512 or avx512_bf16 in a run of the tests or of a benchmark, for our kernels,
+# torch, oneDNN and vLLM. Without it AMX is used where it is.
+ISA      ?=
+ISA_ENV_avx2        := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+ISA_ENV_avx512      := ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI
+ISA_ENV_avx512_bf16 := ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16
+MASK := $(if $(ISA),env MTLORA_ISA=$(ISA) PYTHONPATH=tests/instruction_sets $(or $(ISA_ENV_$(ISA)),$(error ISA=$(ISA): \
+  allowed: avx2, avx512, avx512_bf16)))
 # Of pytest-xdist. tests/conftest.py says which tests run in one process, and in what order.
 WORKERS  ?= 2
 PARALLEL := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
@@ -32,14 +44,14 @@ help: ## list the targets
 
 venv: $(STAMP) ## build .venv from requirements/$(DEVICE).lock
 
-$(STAMP): requirements/$(DEVICE).lock pyproject.toml
+$(STAMP): $(LOCK) pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifeq ($(DEVICE),cpu)
-	$(PIP) install --no-deps --no-index $(TORCH) 2>/dev/null || \
-	  $(PIP) install --no-deps --index-url $(TORCH_INDEX) $(TORCH)
+	$(PIP) install $(PIP_FLAGS) --no-deps --no-index $(TORCH) 2>/dev/null || \
+	  $(PIP) install $(PIP_FLAGS) --no-deps --index-url $(TORCH_INDEX) $(TORCH)
 endif
-	$(PIP) install --no-deps --require-hashes -r requirements/$(DEVICE).lock
-	$(PIP) install --no-deps --no-build-isolation -e .
+	$(PIP) install $(PIP_FLAGS) --no-deps --require-hashes -r $(LOCK)
+	$(if $(PROJECT),$(PIP) install --no-deps --no-build-isolation $(PROJECT))
 	touch $@
 
 demo: $(STAMP) ## 25 tasks answered by one backbone through one server, with accuracy
@@ -54,11 +66,11 @@ accuracy: $(STAMP) ## the shipped adapter on the built-in test split, SEED=N for
 serve: $(STAMP) ## serve the adapters of ADAPTERS=DIR beside BACKBONE=DIR
 	$(BIN)/mtlora-server serve --backbone $(BACKBONE) --adapters $(ADAPTERS)
 
-test: $(STAMP) ## the whole test suite, in WORKERS=2 processes
-	$(BIN)/python -m pytest $(PARALLEL)
+test: $(STAMP) ## the whole test suite, in WORKERS=2 processes (ISA=avx2: with instruction sets masked)
+	$(MASK) $(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: $(STAMP) ## the tests without an engine, a server, the backbone or Triton's interpreter
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not scaleout" --ignore tests/engine
+	$(MASK) $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not scaleout" --ignore tests/engine
 
 test-scaleout: $(STAMP) ## engines of several ranks (tensor, pipeline, data parallel); minutes
 	$(BIN)/python -m pytest -m scaleout
@@ -68,8 +80,8 @@ test-node: $(STAMP) ## a client in JavaScript against a server; needs node and n
 	$(BIN)/python -m pytest tests/other_language
 
 bench: $(STAMP) ## start-up and memory of the server; throughput with adapters against the bare backbone and the field
-	status=0; $(BIN)/python -m benchmarks.startup --backbone $(BACKBONE) --adapters $(ADAPTERS) || status=$$?; \
-	$(BIN)/python -m benchmarks.throughput --backbone $(BACKBONE) $(BENCH) && exit $$status
+	status=0; $(MASK) $(BIN)/python -m benchmarks.startup --backbone $(BACKBONE) --adapters $(ADAPTERS) || status=$$?; \
+	$(MASK) $(BIN)/python -m benchmarks.throughput --backbone $(BACKBONE) $(BENCH) && exit $$status
 
 bench-vision: $(STAMP) ## images a second with adapters against the bare vision backbone and the field (VISION="--rounds 2")
 	$(BIN)/python -m benchmarks.vision --backbone $(VISION_BACKBONE) $(VISION)
@@ -108,6 +120,14 @@ observe: $(STAMP) ## Prometheus and Alertmanager on a server under load: alerts 
 
 manifests: $(STAMP) ## build every Kubernetes overlay, validate it, hold it to the policy; needs kustomize
 	$(BIN)/python -m deploy.manifests
+
+# BASE: an image with Python to build on; without it, one is made from Debian's packages (or pulled, where that is not
+# possible). ENGINE: buildah, podman or docker; without it, the first that is there.
+image: ## build the server's image for DEVICE, check it, write its SBOM; needs buildah, podman or docker
+	$(PYTHON) -m deploy.image --device $(DEVICE) $(if $(BASE),--base $(BASE)) $(if $(ENGINE),--engine $(ENGINE)) $(IMAGE)
+
+pod: $(STAMP) ## the image of `make image` in overlay cpu's pod, played by podman: twelve checks
+	$(BIN)/python -m deploy.pod $(POD)
 
 capacity: $(STAMP) ## check the simulation against two real servers, a core each (minutes); write deploy/capacity.md from it
 	$(BIN)/python -m deploy.capacity check --adapters $(ADAPTERS) --out out/capacity
@@ -164,6 +184,8 @@ lock: $(STAMP) ## compile pyproject.toml and requirements/*.in into the lock fil
 	  $(COMPILE) requirements/$$device.in --extra server --excludes requirements/exclude-$$device.txt --no-annotate \
 	    --constraint requirements/$$device.lock -o requirements/$$device-server.txt || exit 1; \
 	done
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --custom-compile-command "make lock" requirements/image.in \
+	  --excludes requirements/exclude-cpu.txt --constraint requirements/cpu.lock --generate-hashes -o requirements/image.txt
 
 claim: $(STAMP) ## the paper's claim on images: methods, task counts, seeds; goes on where it was stopped (CLAIM="--smoke": minutes)
 	$(BIN)/python -m benchmarks.claim $(CLAIM)

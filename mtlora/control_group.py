@@ -1,5 +1,6 @@
 """Limits of this process' control groups, version 1 and 2: those of its own group and of every group above it."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,16 @@ def memory_left(root: Path = _ROOT, own: Path = _OWN) -> int | None:
         if limit and used:
             left.append(max(0, limit[0] - used[0] + _inactive_file(folder)))
     return min(left, default=None)
+
+
+def out_of_memory_kills(root: Path = _ROOT, own: Path = _OWN) -> int:
+    """Processes of this process' own group that the kernel has ended because the group was at its memory limit."""
+    for folder in _groups("memory", root, own):
+        for name in ("memory.events", "memory.oom_control"):
+            with contextlib.suppress(OSError, ValueError):
+                lines = (folder / name).read_text().splitlines()
+                return next(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    return 0
 
 
 def _groups(controller: str, root: Path, own: Path) -> Iterator[Path]:

@@ -26,12 +26,14 @@ from server.engine import (
     EngineStartError,
     Supervisor,
     VisionEngine,
+    check_machine,
     exit_at_once,
 )
 from server.errors import EngineDeadError
 from server.job import Lane
 from server.registry.adapters import Adapters, open_adapters
 from server.registry.catalog import Catalog
+from server.registry.spool import SpoolError
 from server.rpc.adapters_service import AdaptersServicer
 from server.rpc.anonymous import AnonymousCalls, AnonymousInterceptor
 from server.rpc.documents import Documents
@@ -314,6 +316,7 @@ class App:
                 lane: await asyncio.to_thread(resolve, backbone) for lane, backbone in wanted.items() if backbone
             }
             self._metrics.record_build(settings.language_backbone or "", settings.vision_backbone or "")
+            await asyncio.to_thread(check_machine, settings, backbones)
             self._supervisors = {lane: self._supervisor(lane, backbone) for lane, backbone in backbones.items()}
             self._adapters = await asyncio.to_thread(
                 open_adapters, settings, backbones, self._supervisors, self._metrics, self._set_catalog
@@ -330,7 +333,7 @@ class App:
             self._verifying = asyncio.ensure_future(self._verify_adapters())
             # Together: if nothing can be served, the start fails without waiting for the engine.
             await asyncio.gather(*(each.start() for each in self._supervisors.values()), self._verifying)
-        except (BackboneError, EngineStartError) as error:
+        except (BackboneError, EngineStartError, SpoolError) as error:
             raise StartError(str(error)) from error
         except EngineDeadError:
             raise StartError("the engine died while it loaded its adapters; the log above says why") from None

@@ -19,18 +19,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=3.0, metavar="SECONDS")
     options = parser.parse_args(argv)
     import grpc
+
+    try:
+        status = health(options.address, options.service, options.timeout)
+    except grpc.RpcError as error:
+        print(f"{options.address}: {error.code().name}: {error.details()}", file=sys.stderr)
+        return 1
+    print(f"{options.address}: {options.service}: {status}")
+    return int(status != "SERVING")
+
+
+def health(address: str, service: str, timeout: float) -> str:
+    """The service's status by name, asked in plain text. Raises grpc.RpcError."""
+    import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    with grpc.insecure_channel(options.address) as channel:
-        request = health_pb2.HealthCheckRequest(service=options.service)
-        try:
-            reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=options.timeout)
-        except grpc.RpcError as error:
-            print(f"{options.address}: {error.code().name}: {error.details()}", file=sys.stderr)
-            return 1
-    name = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
-    print(f"{options.address}: {options.service}: {name}")
-    return int(reply.status != health_pb2.HealthCheckResponse.SERVING)
+    with grpc.insecure_channel(address) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout)
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
 
 
 if __name__ == "__main__":

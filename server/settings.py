@@ -6,6 +6,7 @@ and its environment variable.
 
 import difflib
 import ipaddress
+import os
 from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
@@ -49,6 +50,10 @@ class Settings(BaseSettings):
         None, description="folder of adapter checkpoints, NAME/VERSION/ each, or an fsspec URL of one, such as s3://..."
     )
     allow_no_tasks: bool = Field(False, description="start although no adapter can be served")
+    adapters_read_only: bool = Field(
+        False,
+        description="do not start if this process can write the folder of adapters: its volume is to be read-only",
+    )
     adapters_poll_s: float = Field(
         2.0, gt=0, le=3600, description="seconds between scans of the adapters, beside the kernel's notices of changes"
     )
@@ -288,6 +293,11 @@ class Settings(BaseSettings):
             raise ValueError("backbone: found none, and no vision_backbone; allowed: one of the two, or both")
         if self.adapters is None and not self.allow_no_tasks:
             raise ValueError("adapters: not set; allowed: a folder of adapters (allow_no_tasks starts without)")
+        if self.adapters_read_only and self.adapters and os.access(self.adapters, os.W_OK):
+            raise ValueError(
+                f"adapters_read_only: found {self.adapters} writable; allowed: a volume that is read-only for this "
+                "process"
+            )
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens: found {self.max_num_batched_tokens}; "

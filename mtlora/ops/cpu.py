@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from mtlora.ops.cpu_kernel import KERNEL_DTYPES, Step, compiled_kernel, from_units, units_shape
+from mtlora.ops.cpu_kernel import ISA, KERNEL_DTYPES, Step, compiled_kernel, from_units, units_shape
 from mtlora.ops.mix import Mix
 from mtlora.ops.packed_block import PackedBlock, packed_path
 from mtlora.ops.plan import StepPlan
@@ -41,7 +41,7 @@ def add_mixed_paths_(mix: Mix) -> None:
     if kernel is None or mix.x_TD.dtype not in KERNEL_DTYPES:
         in_torch_ops(mix)
     else:
-        run_kernel(kernel, 0, mix)
+        run_kernel(kernel, ISA, mix)
 
 
 def bind(table: AdapterTable, plan: StepPlan) -> AddPath:
@@ -57,7 +57,7 @@ def bind(table: AdapterTable, plan: StepPlan) -> AddPath:
     add_routed, rows = kernel.mtlora_add_routed, table.rows_LAF
     first, size = rows.data_ptr(), rows.stride(0) * rows.element_size()
     tensors = plan.tokens_P, plan.bias_rows_P, plan.tiles_M3
-    step = _step(0, dtype, hidden, table.num_rows, *tensors)
+    step = _step(ISA, dtype, hidden, table.num_rows, *tensors)
     address = ctypes.addressof(step)
 
     def run(y_TD: torch.Tensor, x_TD: torch.Tensor, block: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mtlora.ops.cpu_kernel import KERNEL_DTYPES, kernel_part
+from mtlora.ops.cpu_kernel import ISA, KERNEL_DTYPES, kernel_part
 
 # Version of `ElementwiseCall`, `mtlora_elementwise_layout` in the kernel's source.
 LAYOUT = 2
@@ -57,7 +57,7 @@ def runs(*tensors: torch.Tensor) -> bool:
 
 
 def rms_norm(
-    x_Rd: torch.Tensor, weight_d: torch.Tensor, epsilon: float, isa: int = 0
+    x_Rd: torch.Tensor, weight_d: torch.Tensor, epsilon: float, isa: int = ISA
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """weight * x / sqrt(mean x^2 + epsilon) over the last dimension, and 1 / sqrt(...) [rows] in float32 for later."""
     out_Rd = torch.empty(x_Rd.shape, dtype=x_Rd.dtype)
@@ -67,7 +67,7 @@ def rms_norm(
 
 
 def rms_norm_backward(
-    grad_Rd: torch.Tensor, x_Rd: torch.Tensor, weight_d: torch.Tensor, inverse_R: torch.Tensor, isa: int = 0
+    grad_Rd: torch.Tensor, x_Rd: torch.Tensor, weight_d: torch.Tensor, inverse_R: torch.Tensor, isa: int = ISA
 ) -> torch.Tensor:
     """The gradient of `rms_norm`'s x."""
     out_Rd = torch.empty(x_Rd.shape, dtype=x_Rd.dtype)
@@ -75,7 +75,7 @@ def rms_norm_backward(
     return out_Rd
 
 
-def swiglu(gate_Rd: torch.Tensor, up_Rd: torch.Tensor, isa: int = 0) -> torch.Tensor:
+def swiglu(gate_Rd: torch.Tensor, up_Rd: torch.Tensor, isa: int = ISA) -> torch.Tensor:
     """silu(gate) * up."""
     out_Rd = torch.empty(gate_Rd.shape, dtype=gate_Rd.dtype)
     _run("mtlora_swiglu", 0, isa, first=gate_Rd, second=up_Rd, out=out_Rd)
@@ -83,7 +83,7 @@ def swiglu(gate_Rd: torch.Tensor, up_Rd: torch.Tensor, isa: int = 0) -> torch.Te
 
 
 def swiglu_backward(
-    grad_Rd: torch.Tensor, gate_Rd: torch.Tensor, up_Rd: torch.Tensor, isa: int = 0
+    grad_Rd: torch.Tensor, gate_Rd: torch.Tensor, up_Rd: torch.Tensor, isa: int = ISA
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of `swiglu`'s gate and up."""
     grad_gate_Rd, grad_up_Rd = (torch.empty(gate_Rd.shape, dtype=gate_Rd.dtype) for _ in range(2))
@@ -100,7 +100,7 @@ def swiglu_backward(
     return grad_gate_Rd, grad_up_Rd
 
 
-def norm(x_Rd: torch.Tensor, weight_d: torch.Tensor, epsilon: float, isa: int = 0) -> torch.Tensor:
+def norm(x_Rd: torch.Tensor, weight_d: torch.Tensor, epsilon: float, isa: int = ISA) -> torch.Tensor:
     """`rms_norm` of a contiguous x, without the inverse for a backward pass."""
     out_Rd = torch.empty_like(x_Rd)
     _library().mtlora_norm(
@@ -110,7 +110,7 @@ def norm(x_Rd: torch.Tensor, weight_d: torch.Tensor, epsilon: float, isa: int = 
 
 
 def add_rms_norm_(
-    x_Rd: torch.Tensor, residual_Rd: torch.Tensor, weight_d: torch.Tensor, epsilon: float, isa: int = 0
+    x_Rd: torch.Tensor, residual_Rd: torch.Tensor, weight_d: torch.Tensor, epsilon: float, isa: int = ISA
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Overwrite x with `rms_norm` of x + residual, and the residual with the sum; both contiguous. Returns both.
 
@@ -122,14 +122,14 @@ def add_rms_norm_(
     return x_Rd, residual_Rd
 
 
-def silu_and_mul(gate_up_RW: torch.Tensor, isa: int = 0) -> torch.Tensor:
+def silu_and_mul(gate_up_RW: torch.Tensor, isa: int = ISA) -> torch.Tensor:
     """silu(gate) * up of a contiguous tensor that holds gate and up side by side, as in serving."""
     out_Rd = torch.empty((*gate_up_RW.shape[:-1], gate_up_RW.shape[-1] // 2), dtype=gate_up_RW.dtype)
     _library().mtlora_silu_and_mul(gate_up_RW.data_ptr(), out_Rd.data_ptr(), *_rows(out_Rd), *_how(gate_up_RW, isa))
     return out_Rd
 
 
-def causal_softmax_(scores_MLL: torch.Tensor, scaling: float, isa: int = 0) -> torch.Tensor:
+def causal_softmax_(scores_MLL: torch.Tensor, scaling: float, isa: int = ISA) -> torch.Tensor:
     """softmax(scaling * scores) over the last dimension's keys up to each query's own position, in place.
 
     scores: contiguous, queries by keys; keys after a query get zero. scaling: positive.

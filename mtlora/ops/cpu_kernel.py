@@ -9,6 +9,7 @@ Shape suffixes: K depth, C columns, U units of columns.
 import ctypes
 import importlib.machinery
 import logging
+import os
 from functools import cache
 from pathlib import Path
 
@@ -26,6 +27,11 @@ UNIT = 16
 LAYOUT = 3
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+# The kernels' instruction set: 0 for the best that the processor has; or the one named by MTLORA_ISA, which masks those
+# above it in tests and measurements.
+INSTRUCTION_SETS = {"avx2": 2, "avx512": 512, "avx512_bf16": 516}
+ISA = INSTRUCTION_SETS[os.environ["MTLORA_ISA"]] if os.environ.get("MTLORA_ISA") else 0
 
 _ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -63,7 +69,7 @@ def compiled_kernel() -> ctypes.CDLL | None:
             logger.warning("adapters run in torch ops, slower in mixed batches: %s is stale; install again", path)
             return None
         library.mtlora_add_routed.argtypes = [_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _LONG, _LONG, _LONG]
-        if library.mtlora_supported(0) and library.mtlora_max_tile() == TILE_SIZE:
+        if library.mtlora_supported(ISA) and library.mtlora_max_tile() == TILE_SIZE:
             return library
         logger.warning("adapters run in torch ops, slower in mixed batches: %s does not suit this processor", path)
         return None

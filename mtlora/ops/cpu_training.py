@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from mtlora.ops.cpu_kernel import KERNEL_DTYPES, kernel_part
+from mtlora.ops.cpu_kernel import ISA, KERNEL_DTYPES, kernel_part
 
 # Version of `TrainingCall`, `mtlora_training_layout` in the kernel's source.
 LAYOUT = 1
@@ -85,7 +85,7 @@ def runs(x_TD: torch.Tensor, lora_A_rD: torch.Tensor) -> bool:
     )
 
 
-def forward(inputs: PathInputs, isa: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def forward(inputs: PathInputs, isa: int = ISA) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(delta [T, D] in x's dtype, routing weights [T, G, N] and h = A x [T, r] in float32)."""
     x_TD, dropped_TD, lora_A_rD, lora_B_NDr, lora_route, bias_TGN, num_groups, scaling = inputs
     (T, D), (N, _, r) = x_TD.shape, lora_B_NDr.shape
@@ -107,7 +107,7 @@ def backward(
     *,
     needs_x: bool,
     needs_dropped: bool,
-    isa: int = 0,
+    isa: int = ISA,
 ) -> Gradients:
     """Gradients of x, dropped, A, B, R and the logits [T, G, N]; of x and dropped only if needed."""
     x_TD, dropped_TD, lora_A_rD, lora_B_NDr, lora_route, weights_TGN, h_Tr = saved

@@ -25,11 +25,13 @@ _CPU_BLOCK_TOKENS = 32
 # A step of images has room for `vision_max_num_seqs` of this size.
 _IMAGE_SIZE = 112
 # vLLM wants some, though an encoder caches nothing.
-_VISION_CACHE_BYTES = 64 << 20
+VISION_CACHE_BYTES = 64 << 20
 # vLLM's processes inherit the environment: two engines start one after the other.
 _launching = threading.Lock()
 # Variables that place the threads of the engine launched last, and were not there before.
 _placed: set[str] = set()
+# On a CPU, unless a setting says otherwise.
+CPU_KV_CACHE_GIB = 1.0
 
 # Even in an eager engine, vLLM compiles two sampling functions in the first request that needs them, for seconds.
 _EAGER = {"TORCHDYNAMO_DISABLE": "1"}
@@ -94,7 +96,7 @@ def _engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
     from mtlora.vllm_cpu.precision import engine_dtype
 
     on_cpu = bool(current_platform.is_cpu())
-    kv_cache_gib = settings.kv_cache_gib or (1.0 if on_cpu else None)
+    kv_cache_gib = settings.kv_cache_gib or (CPU_KV_CACHE_GIB if on_cpu else None)
     dtype = engine_dtype(settings.dtype, backbone, quantised=settings.quantization is not None)
     if dtype != settings.dtype:
         logger.info("this processor has no bfloat16 products", extra={"fields": {"dtype": dtype}})
@@ -135,7 +137,7 @@ def _vision_engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
         ),
         "dtype": vision_dtype(settings.vision_dtype, backbone),
         "gpu_memory_utilization": settings.vision_gpu_memory_utilization,
-        "kv_cache_memory_bytes": _VISION_CACHE_BYTES,
+        "kv_cache_memory_bytes": VISION_CACHE_BYTES,
         **_both(settings, settings.vision_max_num_seqs, on_cpu),
     }
 

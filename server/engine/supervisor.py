@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from mtlora.control_group import out_of_memory_kills
 from server.engine.engine import BaseEngine, Engine, EngineStartError
 from server.errors import EngineDeadError
 from server.telemetry.logs import get_logger
@@ -54,6 +55,7 @@ class Supervisor:
         self._max_failures = max_failures
         self._window_s = window_s
         self._failures: deque[float] = deque()
+        self._kills = 0
         # An engine cannot be stopped while it starts.
         self.starting = False
 
@@ -61,6 +63,7 @@ class Supervisor:
         """Start an engine and hand it to the listener. Raises EngineStartError, or EngineDeadError if it dies."""
         engine = self.engine = self._make()
         self.starting = True
+        self._kills = out_of_memory_kills()
         try:
             await asyncio.to_thread(engine.start)
         finally:
@@ -104,6 +107,8 @@ class Supervisor:
         while True:
             engine = self._running
             if not engine.alive:
+                if out_of_memory_kills() > self._kills:
+                    return EngineFailure("died", "a process of it was killed at this container's memory limit")
                 return EngineFailure("died", "a process of it has died")
             if (stalled := engine.stalled_s) > self._hang_s:
                 return EngineFailure("hung", f"no step for {stalled:.0f} s while work waited")

@@ -18,6 +18,10 @@ from server.errors import AdapterError
 _PREFIX = "mtlora-adapters-"
 
 
+class SpoolError(Exception):
+    """The folder cannot be written; the message names it."""
+
+
 class SpoolFullError(AdapterError):
     """The copy of a version would pass the spool's limit."""
 
@@ -27,14 +31,17 @@ class Spool:
 
     Versions with equal bytes share a copy; the last `release` removes it. A server that starts removes the spools of
     servers that died: their locks ended with them. `max_bytes` bounds all copies together, those in the making too;
-    None: no limit.
+    None: no limit. Raises SpoolError.
     """
 
     def __init__(self, parent: Path | None = None, max_bytes: int | None = None) -> None:
         parent = parent or Path(tempfile.gettempdir())
-        parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(parent)
-        self.root = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(parent)
+            self.root = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        except OSError as error:
+            raise SpoolError(f"{parent}: no copies of adapters can be written: {error} (adapter_cache)") from None
         self._lock = _try_lock(self.root)
         self._max_bytes = max_bytes
         # By name in `root`. Verifying threads change them beside the event loop.

@@ -53,6 +53,7 @@ def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path, monke
         ({"engine_hang_s": "0"}, "engine_hang_s", "'0'", "greater than or equal to 1"),
         ({"max_num_batched_tokens": "8", "max_num_seqs": "9"}, "max_num_batched_tokens", "8", "at least max_num_seqs"),
         ({"adapters": None}, "adapters", "not set", "allow_no_tasks"),
+        ({"adapters_read_only": "true"}, "adapters_read_only", "writable", "a volume that is read-only"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_was_found_and_what_is_allowed(

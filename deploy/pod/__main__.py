@@ -1,0 +1,75 @@
+"""`make pod`: play overlay cpu's pod from the image of `make image`, check it, print a line a check and a summary."""
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from deploy.image.engines import Engine
+from deploy.pod.checks import THROUGHPUT_GOAL, Checks
+from deploy.pod.pod import Pod, PodError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """1 if a check is not met, 2 if there is nothing to check."""
+    parser = argparse.ArgumentParser(prog="python -m deploy.pod", description=__doc__)
+    parser.add_argument("--adapters", type=Path, default=Path("adapters"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--throughput", action="store_true", help="also compare with a server outside; minutes")
+    options = parser.parse_args(argv)
+    missing = [tool for tool in ("podman", "kustomize", "openssl") if not shutil.which(tool)]
+    if missing:
+        print(
+            f"pod: {', '.join(missing)} not installed (Debian: apt-get install podman runc netavark aardvark-dns "
+            "nftables kustomize openssl)"
+        )
+        return 2
+    with tempfile.TemporaryDirectory() as temporary:
+        pod = Pod(Path(temporary), options.adapters)
+        if not Engine("podman").has(pod.image):
+            print(f"pod: no image {pod.image}; make image builds it")
+            return 2
+        pod.remove()
+        checks = Checks(pod, options.adapters, Path(temporary))
+        try:
+            met, count = run_checks(checks, throughput=options.throughput)
+        finally:
+            pod.remove()
+    print(f"pod: image {Engine('podman').size(pod.image) / 1e9:.1f} GB, {count} checks, {met} met")
+    return int(met < count)
+
+
+def run_checks(checks: Checks, *, throughput: bool) -> tuple[int, int]:
+    """How many checks are met, and how many there are."""
+    named = {
+        "ready": checks.ready,
+        "security context, mounts and settings": checks.as_the_manifest_says,
+        "every task answered": checks.every_task,
+        "a new adapter version in the volume": checks.new_version,
+        "a key revoked through the Secret": checks.revoked_key,
+        "memory limit held under load": checks.memory_limit,
+        "CPU limit held under load": checks.processor_limit,
+        "the engine's threads are its CPUs": checks.engine_threads,
+        "the engine killed inside": checks.engine_killed,
+        "the pod deleted in the middle of streams": checks.deleted_while_streaming,
+        "started again on the same volumes": checks.started_again,
+        "what cannot serve says why": checks.refusals,
+    }
+    met = 0
+    for name, check in named.items():
+        try:
+            line, good = check(), True
+        except (PodError, OSError) as error:
+            line, good = str(error), False
+        met += good
+        print(f"{'met    ' if good else 'NOT met'}  {name}: {line}", flush=True)
+        if not good and check in (checks.ready, checks.started_again):
+            return met, len(named)
+        if throughput and check == checks.engine_killed:
+            ratio = checks.throughput()
+            print(f"throughput in the container ÷ outside: {ratio:.3f} (at least {THROUGHPUT_GOAL})", flush=True)
+    return met, len(named)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,248 @@
+"""The pod: its manifests with their secrets, played and deleted by podman; its files, processes and control groups."""
+
+import json
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import yaml
+
+from deploy import manifests
+from deploy.image.engines import podman
+from mtlora.client import Access
+from server.probe import health
+from server.tenants.keys import new_key
+
+FOLDER = Path(__file__).parent
+CONTAINER = "mtlora-pod-server"
+# The certificate's name, as in overlay's Certificate.
+_SERVER_NAME = "mtlora.mtlora.svc"
+_LOOK_S = 0.2
+
+
+class PodError(RuntimeError):
+    """Podman refused, or the pod did not get there in time; the message has the end of its log."""
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """A tenant of the pod, with its key and its entry in the tenants file."""
+
+    key: str
+    entry: dict[str, Any]
+
+    @classmethod
+    def made(cls, name: str, **rights: Any) -> "Tenant":
+        key, key_id, digest = new_key()
+        return cls(key, {"id": name, "api_keys": [{"id": key_id, "hash": digest}], **rights})
+
+
+class Pod:
+    """Overlay cpu's pod in `folder`. `play` it, then `wait_serving`; `delete` keeps its volumes, `remove` does not."""
+
+    def __init__(self, folder: Path, adapters: Path) -> None:
+        self._file = folder / "pod.yaml"
+        self._folder = folder
+        self.tenants = {"acme": Tenant.made("acme"), "operator": Tenant.made("operator", admin=True)}
+        self.documents = [*manifests.build(FOLDER), *self._secrets()]
+        (self.deployment,) = (each for each in self.documents if each["kind"] == "Deployment")
+        self.spec: dict[str, Any] = self.deployment["spec"]["template"]["spec"]
+        self.server: dict[str, Any] = self.spec["containers"][0]
+        (name,) = (each["configMapRef"]["name"] for each in self.server["envFrom"])
+        self.settings: dict[str, str] = next(
+            each["data"] for each in self.documents if each["metadata"]["name"] == name
+        )
+        self._file.write_text(yaml.safe_dump_all(self.documents))
+        self.ports = {each["name"]: free_port() for each in self.server["ports"]}
+        self._adapters = adapters
+
+    @property
+    def image(self) -> str:
+        return str(self.server["image"])
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.ports['grpc']}"
+
+    def access(self, tenant: str) -> Access:
+        """A tenant's key, over TLS."""
+        return Access(self.tenants[tenant].key, ca=self._folder / "tls.crt", server_name=_SERVER_NAME)
+
+    # Life.
+
+    def play(self) -> float:
+        """Play the manifests; returns when the container had started, of `time.monotonic`."""
+        if not self._exists("mtlora-adapters"):
+            run("volume", "create", "mtlora-adapters")
+            subprocess.run(["cp", "-r", f"{self._adapters}/.", self.volume("mtlora-adapters")], check=True)
+        publish = [
+            f"--publish=127.0.0.1:{self.ports[each['name']]}:{each['containerPort']}" for each in self.server["ports"]
+        ]
+        run("kube", "play", *publish, str(self._file))
+        return time.monotonic()
+
+    def serving(self, service: str = manifests.SERVICE) -> bool:
+        """The kubelet's gRPC probe of the health port."""
+        try:
+            return health(f"127.0.0.1:{self.ports['health']}", service, timeout=3.0) == "SERVING"
+        except grpc.RpcError:
+            return False
+
+    def wait_serving(self, timeout: float = 300.0) -> float:
+        """Wait for the readiness probe; returns when it passed, of `time.monotonic`. Raises PodError."""
+        return self.wait(self.serving, "it does not serve", timeout)
+
+    def wait(self, condition: Callable[[], bool], problem: str, timeout: float = 60.0) -> float:
+        """Wait for a condition; returns when it came true. Raises PodError."""
+        until = time.monotonic() + timeout
+        while not condition():
+            if time.monotonic() > until or self.inspect()["RestartCount"]:
+                raise PodError(f"{problem}; the end of its log:\n{self.log()[-3000:]}")
+            time.sleep(_LOOK_S)
+        return time.monotonic()
+
+    def delete(self) -> str:
+        """As `kubectl delete`: SIGTERM, the grace period, SIGKILL. Keeps the volumes; returns what podman said."""
+        return run("kube", "down", str(self._file))
+
+    def remove(self) -> None:
+        """Delete what is left of the pod and all its volumes."""
+        subprocess.run([*podman(), "kube", "down", "--force", str(self._file)], capture_output=True)
+
+    # Inside.
+
+    def log(self) -> str:
+        done = subprocess.run([*podman(), "logs", CONTAINER], capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    def inspect(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(run("inspect", CONTAINER))[0]
+        return found
+
+    def python(self, program: str) -> str:
+        """What a program prints, run by the container's Python beside the server."""
+        return run("exec", CONTAINER, "python", "-c", program)
+
+    def volume(self, name: str) -> Path:
+        """Where this machine sees a volume."""
+        return Path(run("volume", "inspect", "--format", "{{.Mountpoint}}", name).strip())
+
+    def write_tenants(self, names: Sequence[str]) -> None:
+        """Change the Secret as the kubelet does: the volume's file is replaced by a rename."""
+        file = self.volume("mtlora-tenants") / "tenants.yaml"
+        made = file.with_name("..new")
+        made.write_text(self._tenants(names))
+        made.chmod(file.stat().st_mode)
+        os.chown(made, file.stat().st_uid, file.stat().st_gid)
+        made.rename(file)
+
+    def processes(self) -> list[psutil.Process]:
+        """The container's processes, as this machine sees them."""
+        root = psutil.Process(self.inspect()["State"]["Pid"])
+        return [root, *root.children(recursive=True)]
+
+    def engine(self) -> psutil.Process:
+        """The engine's process: the one with the most memory."""
+        return max(self.processes()[1:], key=lambda process: process.memory_info().rss)
+
+    def memory_peak(self) -> int:
+        """Bytes of the container's control group at their most."""
+        return self._control("memory", "memory.peak", "memory.max_usage_in_bytes")
+
+    def processor_seconds(self) -> float:
+        """Processor time of the container's control group."""
+        group = self._group("cpuacct")
+        if (group / "cpuacct.usage").exists():
+            return int((group / "cpuacct.usage").read_text()) / 1e9
+        stat = dict(line.split() for line in (group / "cpu.stat").read_text().splitlines())
+        return int(stat["usage_usec"]) / 1e6
+
+    def _control(self, controller: str, *names: str) -> int:
+        files = [self._group(controller) / name for name in names]
+        return int(next(file for file in files if file.exists()).read_text())
+
+    def _group(self, controller: str) -> Path:
+        lines = Path(f"/proc/{self.inspect()['State']['Pid']}/cgroup").read_text().splitlines()
+        groups = {name: path for _, names, path in (line.split(":", 2) for line in lines) for name in names.split(",")}
+        root = Path("/sys/fs/cgroup")
+        if controller in groups:
+            return root / controller / groups[controller].lstrip("/")
+        return root / groups[""].lstrip("/")
+
+    def _secrets(self) -> list[dict[str, Any]]:
+        """What cert-manager and the operator put into the cluster: a certificate, the tenants file."""
+        key, certificate = self._folder / "tls.key", self._folder / "tls.crt"
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+             "-subj", f"/CN={_SERVER_NAME}", "-addext", f"subjectAltName=DNS:{_SERVER_NAME}", "-days", "2",
+             "-keyout", key, "-out", certificate],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        tls = {"tls.crt": certificate.read_text(), "tls.key": key.read_text()}
+        contents = {"mtlora-tenants": {"tenants.yaml": self._tenants(list(self.tenants))}, "mtlora-tls": tls}
+        return [
+            {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": data}
+            for name, data in contents.items()
+        ]
+
+    def _tenants(self, names: Sequence[str]) -> str:
+        return yaml.safe_dump({"tenants": [self.tenants[name].entry for name in names]})
+
+    def _exists(self, name: str, kind: str = "volume") -> bool:
+        return subprocess.run([*podman(), kind, "exists", name], capture_output=True).returncode == 0
+
+
+class Kubelet(threading.Thread):
+    """The kubelet's liveness probe, which podman does not make; counts what it finds until `stop`."""
+
+    def __init__(self, pod: Pod) -> None:
+        super().__init__(daemon=True)
+        self._pod = pod
+        self._probe = pod.server["livenessProbe"]
+        self._done = threading.Event()
+        self.passed, self.in_a_row, self.restarts = 0, 0, 0
+
+    def run(self) -> None:
+        while not self._done.wait(self._probe["periodSeconds"]):
+            live = self._pod.serving(self._probe["grpc"]["service"])
+            self.passed += live
+            self.in_a_row = 0 if live else self.in_a_row + 1
+            if self.in_a_row == self._probe["failureThreshold"]:
+                self.restarts += 1
+                run("restart", CONTAINER)
+
+    def stop(self) -> None:
+        self._done.set()
+        self.join()
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def run(*arguments: str, timeout: float = 180.0) -> str:
+    """Podman's output. Raises PodError."""
+    environment = {**os.environ, "PODMAN_IGNORE_CGROUPSV1_WARNING": "1", "DISABLE_HC_SYSTEMD": "true"}
+    done = subprocess.run([*podman(), *arguments], capture_output=True, text=True, timeout=timeout, env=environment)
+    if done.returncode:
+        raise PodError(f"podman {' '.join(arguments[:3])}: {done.stderr.strip()[-1500:]}")
+    return done.stdout + done.stderr
+
+
+def quantity(text: str) -> float:
+    """A Kubernetes quantity, such as 500m or 6Gi, as a number."""
+    for suffix, factor in (("Ki", 2**10), ("Mi", 2**20), ("Gi", 2**30), ("m", 1e-3)):
+        if text.endswith(suffix):
+            return float(text.removesuffix(suffix)) * factor
+    return float(text)

