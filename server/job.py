@@ -1,4 +1,8 @@
-"""What a valid request asks of the engine, and what the engine returns. Knows neither gRPC nor vLLM."""
+"""What a valid request asks of the engine, and what the engine returns. Knows neither gRPC nor vLLM.
+
+Nothing changes them once they are made. Those that are made for each request or token are not frozen: making a frozen
+one takes eight times as long.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +63,7 @@ class MoreSampling:
     cumulative_logprob: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Sampling:
     max_new_tokens: int
     temperature: float = 0.0
@@ -73,7 +77,7 @@ class Sampling:
     more: MoreSampling | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class GenerationJob:
     """A request that has passed validation; one of its samples, if there are several."""
 
@@ -150,7 +154,7 @@ class TokenLogprobs:
     top: tuple[TokenLogprob, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Delta:
     """What one or more engine steps added to a sequence."""
 

@@ -38,7 +38,7 @@ class Priority(StrEnum):
     STANDARD = "standard"
     BATCH = "batch"
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """0 for the most urgent."""
         return list(Priority).index(self)
