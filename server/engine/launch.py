@@ -122,8 +122,7 @@ def _vision_engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     from mtlora.vision.families import read_config
-    from mtlora.vllm_cpu.precision import engine_dtype
-    from mtlora.vllm_vision import vision_engine_args
+    from mtlora.vllm_vision import vision_dtype, vision_engine_args
 
     on_cpu = bool(current_platform.is_cpu())
     patch = read_config(backbone).patch_size
@@ -134,7 +133,7 @@ def _vision_engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
             size=_IMAGE_SIZE // patch * patch,
             largest_size=settings.vision_max_size // patch * patch,
         ),
-        "dtype": engine_dtype(settings.vision_dtype, backbone, quantised=False),
+        "dtype": vision_dtype(settings.vision_dtype, backbone),
         "gpu_memory_utilization": settings.vision_gpu_memory_utilization,
         "kv_cache_memory_bytes": _VISION_CACHE_BYTES,
         **_both(settings, settings.vision_max_num_seqs, on_cpu),
