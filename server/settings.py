@@ -122,7 +122,7 @@ class Settings(BaseSettings):
     )
 
     vision_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="dtype of the vision backbone, as dtype"
+        "auto", description="dtype of the vision backbone; auto: as its weights on a CPU, the engine's choice on a GPU"
     )
     vision_max_num_seqs: int = Field(64, ge=1, description="images in one step, of 112 x 112 pixels")
     vision_max_size: int = Field(

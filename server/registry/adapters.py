@@ -79,6 +79,7 @@ def open_adapters(
             settings.verify_timeout_s,
             tokens=vocabulary(language) if language else None,
             vision=read_config(vision) if vision else None,
+            image_size=settings.vision_max_size,
         ),
     )
     root, mirror = _root(settings.adapters, spool, max_bytes)

@@ -34,7 +34,7 @@ class VerificationLimits:
 
     max_bytes: of both files together. timeout_s: seconds, both of the clock and of one core.
     headroom_bytes: memory for reading, beside two copies of the files. tokens: of the backbone's vocabulary.
-    vision: the architecture of the vision backbone, if there is one.
+    vision: the architecture of the vision backbone, if there is one. image_size: of the largest input of a task.
     """
 
     max_bytes: int = 1 << 30
@@ -42,6 +42,7 @@ class VerificationLimits:
     headroom_bytes: int = 512 << 20
     tokens: int | None = None
     vision: "VisionConfig | None" = None
+    image_size: int = 0
 
     def of_child(self) -> Limits:
         """The limits of the child that reads."""
@@ -95,7 +96,7 @@ def check(root: Path, folder: Path, incoming: Path, backbones: "Backbones", limi
         manifest = read_checkpoint(incoming, backbone).manifest
         check_answers(incoming, manifest)
         if limits.vision:
-            _check_images(incoming, manifest, limits.vision)
+            _check_images(incoming, manifest, limits.vision, limits.image_size)
     except CheckpointError as error:
         raise CheckpointError(str(error).replace(str(incoming), str(folder))) from None
     if len(manifest.tasks) > MAX_TASKS:
@@ -124,7 +125,7 @@ def _backbone_of(folder: Path, manifest: "AdapterManifest", backbones: "Backbone
     return backbones[lane]
 
 
-def _check_images(folder: Path, manifest: "AdapterManifest", vision: "VisionConfig") -> None:
+def _check_images(folder: Path, manifest: "AdapterManifest", vision: "VisionConfig", largest: int) -> None:
     """Raise CheckpointError for a task whose images the backbone cannot take."""
     from mtlora.backbone import BackboneError
     from mtlora.checkpoint.format import CheckpointError
@@ -132,6 +133,9 @@ def _check_images(folder: Path, manifest: "AdapterManifest", vision: "VisionConf
     for task in manifest.tasks:
         if task.image is None:
             continue
+        if task.image.size > largest:
+            found = f"found {task.image.size}, expected at most {largest} (vision_max_size)"
+            raise CheckpointError(f"{folder}: task {task.id}: image.size: {found}")
         try:
             vision.num_positions(task.image.size)
         except BackboneError as error:

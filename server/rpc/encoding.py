@@ -20,6 +20,18 @@ _FINISH_REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LEN
 
 def task(served: ServedTask) -> pb.Task:
     spec = served.spec
+    if spec.image is not None:
+        return pb.Task(
+            id=spec.id,
+            description=spec.description,
+            allowed_answers=spec.labels or (),
+            adapter_name=served.adapter_name,
+            adapter_version=served.adapter_version,
+            answer=answers.message(spec.answer_type) if spec.answer_type else None,
+            calibration=served.calibration,
+            activation=served.activation,
+            image=_preparation(spec.image),
+        )
     return pb.Task(
         id=spec.id,
         description=spec.description,
@@ -35,7 +47,6 @@ def task(served: ServedTask) -> pb.Task:
         calibration=served.calibration,
         document_template=spec.document_template or "",
         activation=served.activation,
-        image=_preparation(spec.image) if spec.image else None,
         defaults=_parameters(spec.defaults) if spec.defaults else None,
     )
 

@@ -8,11 +8,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mtlora.checkpoint.read import read_checkpoint
+from mtlora.vision.families import VisionConfig
+from mtlora.vision.image_input import ImageInput
 from server.job import Lane
 from server.registry.check import VerificationLimits
 from server.registry.mirror import Mirror
@@ -206,4 +210,44 @@ def test_a_mirror_counts_in_the_spool(home: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "storage" / "a")
     mirror.sync()
     assert spool.bytes == 0
+    spool.close()
+
+
+SIGHT = entry("sight", allowed_answers=("a", "b", "c"), image=ImageInput(size=28, pooling="cls"))
+VISION = VisionConfig(
+    family="dinov2", hidden_size=8, num_layers=2, num_heads=2, intermediate_size=16, patch_size=14, grid_size=4,
+    activation="gelu", eps=1e-6,
+)  # fmt: skip
+BOTH = {Lane.TEXT: TINY, Lane.IMAGES: TINY.model_copy(update={"architecture": "TinySight"})}
+
+
+def test_a_version_belongs_to_the_backbone_of_its_tasks(tmp_path: Path) -> None:
+    """Whose heads are read with it."""
+    spool = Spool(tmp_path / "spool")
+    write_adapter(tmp_path / "root" / "a" / "1", [SIGHT], backbone=BOTH[Lane.IMAGES])
+    limits = VerificationLimits(vision=VISION, image_size=28)
+    verified = Verifier(spool, BOTH, limits).verify_now(tmp_path / "root", found(tmp_path / "root"))
+    head = verified.heads["sight"]
+    weight_CF, bias_C = read_checkpoint(verified.folder).head("sight")
+    feature_F = np.arange(16, dtype=np.float32)
+    assert np.allclose(head.logits(feature_F), weight_CF.numpy() @ feature_F[:8] + bias_C.numpy(), atol=1e-5)
+    for backbones, other, reason in (
+        ({Lane.TEXT: TINY}, limits, r"tasks of images: expected a server with a backbone for them \(vision_backbone\)"),
+        (BOTH | {Lane.IMAGES: TINY}, limits, "backbone.architecture: expected 'Tiny'"),
+        (BOTH, replace(limits, image_size=27), r"image.size: found 28, expected at most 27 \(vision_max_size\)"),
+        (BOTH, replace(limits, vision=replace(VISION, patch_size=16)), "multiple of the backbone's patch, 16"),
+        (BOTH, replace(limits, vision=replace(VISION, family="siglip_vision_model")), "found 'cls', expected mean"),
+    ):
+        with pytest.raises(StageError, match=reason):
+            Verifier(spool, backbones, other).verify_now(tmp_path / "root", found(tmp_path / "root"))
+    spool.close()
+
+
+def test_texts_are_refused_without_a_language_backbone(home: Path, tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    shutil.copytree(home / "healthy", tmp_path / "root" / "a" / "1")
+    with pytest.raises(StageError, match=r"tasks of texts: expected a server with a backbone for them \(backbone\)"):
+        Verifier(spool, {Lane.IMAGES: TINY}, VerificationLimits()).verify_now(
+            tmp_path / "root", found(tmp_path / "root")
+        )
     spool.close()

@@ -66,6 +66,8 @@ def server(adapters: Path, vision_backbone: Path, starting: StartingObservations
         health_port=health_port,
         max_message_bytes=65536,
         wait=False,
+        # Two engines on a machine of any speed.
+        timeout=600,
     ) as process:
         _observe(f"127.0.0.1:{port}", f"127.0.0.1:{health_port}", process, starting)
         process.wait_ready()

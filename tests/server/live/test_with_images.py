@@ -28,12 +28,12 @@ from tests.server.live.conftest import SIGHTS
 
 IMAGES = {
     "small": encoded(photograph(60, 40), "JPEG", quality=95),
-    "large": encoded(photograph(1200, 900), "JPEG", quality=95),
+    "large": encoded(photograph(400, 300), "JPEG", quality=90),
     "alpha": encoded(photograph(30, 80).convert("RGBA")),
 }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def probabilities(backbone: Path, adapter: Path, task_id: str, image: bytes) -> dict[str, float]:
     """By the plain encoder with the adapter attached by hooks, and the checkpoint's head."""
     encoder, identity, checkpoint = load_encoder(backbone), identify(backbone), read_checkpoint(adapter)
