@@ -43,6 +43,8 @@ def test_recovery_lies_between_the_bounds_of_the_same_tasks(tmp_path: Path) -> N
 def test_recovery_needs_the_same_seeds() -> None:
     with pytest.raises(ValueError, match="expected the same seeds"):
         bootstrap_recovery([[(1, 2)]], [[(1, 2)], [(1, 2)]], [[(1, 2)]])
+    with pytest.raises(ValueError, match="leave nothing to recover"):
+        bootstrap_recovery([[(1, 2)]], [[(1, 2)]], [[(1, 2)]])
 
 
 def test_every_cell_is_a_configuration_that_training_takes(tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ from openinference_pb import grpc_predict_v2_pb2_grpc
 from PIL import Image
 
 from mtlora.client import Access, AsyncClient, Classification, ServerError
+from mtlora.suite.base import Example
+from server.cli import main
+from server.cli.demo_vision import ask_all
 from server.errors import EngineDeadError
 from server.job import Lane
 from server.rpc.classify import MAX_CLASSIFIED
@@ -398,3 +401,33 @@ async def test_any_image_has_an_answer_or_a_status(service: Service, image: pb.I
         reply = await stub.Classify(pb.ClassifyRequest(task_ids=["colour"], images=[image]))
     (found,) = reply.results
     assert found.label or found.status.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+
+
+async def test_ask_prints_labels_of_files(service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "red.png").write_bytes(RED)
+    (tmp_path / "bad.png").write_bytes(SVG)
+
+    async def ask(*names: str) -> int:
+        images = [part for name in names for part in ("--image", str(tmp_path / name))]
+        return await asyncio.to_thread(main, ["ask", "colour", *images, "--address", service.address])
+
+    assert await ask("red.png") == 0
+    assert capsys.readouterr().out.splitlines()[0] == "red\t1.000"
+    assert await ask("red.png", "bad.png") == 1
+    shown = capsys.readouterr()
+    assert "red.png:\nred\t1.000" in shown.out
+    assert "bad.png: INVALID_ARGUMENT" in shown.err
+    assert "an SVG" in shown.err
+    assert await ask("absent.png") == 2
+    assert "absent.png: No such file" in capsys.readouterr().err
+
+
+async def test_the_demo_asks_every_image_in_order(service: Service) -> None:
+    examples = [
+        Example("colour" if i % 3 else "tint", str(i), label, image=image)
+        for i, (label, image) in enumerate([("red", RED), ("green", GREEN), ("red", b"junk")] * 8)
+    ]
+    asked = await ask_all(service.address, examples)
+    assert [each.example for each in asked] == examples
+    assert [each.correct for each in asked] == [True, True, False] * 8
+    assert all("INVALID_ARGUMENT" in each.error for each in asked[2::3])
