@@ -42,7 +42,9 @@ def summarise(results: Sequence[Result]) -> list[Result]:
         if all(seed in lower and all((task, seed) in single for task in tasks) for seed in seeds):
             below = [list(_by_task(lower[seed]).values()) for seed in seeds]
             above = [[single[task, seed] for task in tasks] for seed in seeds]
-            row["upper"], row["recovery"] = _accuracy(above)["accuracy"], bootstrap_recovery(counts, below, above)
+            row["upper"] = _accuracy(above)["accuracy"]
+            if row["upper"][0] > _accuracy(below)["accuracy"][0]:
+                row["recovery"] = bootstrap_recovery(counts, below, above)
         rows.append(row)
     return rows
 

@@ -75,6 +75,9 @@ def _onnx(settings: dict[str, Any]) -> Run:
 
     model = read_model(Path(settings["file"]))
     last = [node for node in model.graph.node if node.name.startswith("/backbone/layernorm/")][-1].output[0]
+    for side in model.graph.input[0].type.tensor_type.shape.dim[2:]:
+        side.Clear()
+        side.dim_param = "side"
     del model.graph.output[:]
     model.graph.output.add(name=last)
     options = onnxruntime.SessionOptions()

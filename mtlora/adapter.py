@@ -164,7 +164,7 @@ class AdapterSet(Attachment):
 
     def experts(self) -> list[torch.Tensor]:
         """See `Attachment`."""
-        trained = [block.lora_B for block in self.blocks() if block.lora_B.requires_grad]
+        trained: list[torch.Tensor] = [block.lora_B for block in self.blocks() if block.lora_B.requires_grad]
         return [torch.stack(trained)] if trained else []
 
     def attach(self, model: nn.Module) -> list[Any]:

@@ -245,13 +245,18 @@ def _examples(suite: "Suite", tasks: "tuple[TaskEntry, ...]", args: argparse.Nam
     from mtlora.suite import FolderSuite
 
     known = {task.id for task in tasks}
-    if unknown := [task.id for task in suite.tasks if task.id not in known]:
+    asked = [task for task in suite.tasks if task.id in known]
+    unknown = ", ".join(task.id for task in suite.tasks if task.id not in known)
+    # Of generated images, an adapter may have learned a part.
+    if unknown and (suite.finite or not asked or not asked[0].image):
         raise MtLoRAError(
-            f"{args.adapter}: the adapter has no task {', '.join(unknown)} of suite {suite.name}; "
+            f"{args.adapter}: the adapter has no task {unknown} of suite {suite.name}; "
             f"it has {', '.join(sorted(known))}"
         )
+    if unknown:
+        print(f"not scored, as the adapter lacks them: {unknown}")
     found: list[Example] = []
-    for task in suite.tasks:
+    for task in asked:
         if isinstance(suite, FolderSuite) and not args.split:
             found += suite.all_examples(task.id)[: args.examples]
         else:

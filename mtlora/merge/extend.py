@@ -117,6 +117,9 @@ def new_task(checkpoint: Checkpoint, suite: Suite, task_id: str) -> TaskSpec:
         raise MergeError(f"the adapter has a task {task_id!r} already; a task is added once")
     for task in suite.tasks:
         if task.id == task_id:
+            if (task.image is not None) != checkpoint.manifest.images:
+                kinds = ("images", "text") if checkpoint.manifest.images else ("text", "images")
+                raise MergeError(f"task {task_id}: the adapter's tasks take {kinds[0]}, this one takes {kinds[1]}")
             return task
     raise unknown_task(suite, task_id)
 

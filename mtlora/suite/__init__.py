@@ -32,7 +32,7 @@ __all__ = [
     "up_to",
 ]
 
-BUILT_IN = ("builtin", "bbh-generated", "documents", "builtin-vision")
+BUILT_IN = ("builtin", "bbh-generated", "documents", "builtin-vision", "packaged-vision", "vision-maps-N")
 
 
 def load_suite(name_or_path: str | Sequence[SuitePart]) -> Suite:
@@ -53,6 +53,10 @@ def load_suite(name_or_path: str | Sequence[SuitePart]) -> Suite:
         from mtlora.suite.vision.builtin import VisionSuite
 
         return VisionSuite()
+    if name_or_path == "packaged-vision":
+        from mtlora.suite.vision.packaged import PackagedSuite
+
+        return PackagedSuite()
     if name_or_path.startswith("vision-maps-"):
         from mtlora.suite.vision.maps import LabelMapSuite
 

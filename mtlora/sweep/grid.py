@@ -154,7 +154,9 @@ def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any]) -> dict
     except MtLoRAError as error:
         return {**about, "error": str(error)}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    steps = [json.loads(line) for line in trainer.folder.log_file.read_text().splitlines()]
+    # Linear heads alone take no steps.
+    log = trainer.folder.log_file.read_text() if trainer.batches else ""
+    steps = [json.loads(line) for line in log.splitlines()]
     steps = [record for record in steps if "num_tokens" in record]
     seconds, tokens = sum(s["seconds"] for s in steps), sum(s["num_tokens"] for s in steps)
     losses = [s["loss"] for s in steps[len(steps) // 2 :]]
@@ -167,7 +169,6 @@ def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any]) -> dict
         "parameters": trainer.num_parameters,
         "steps": len(trainer.batches),
         "seconds": round(seconds, 2),
-        # Linear heads alone take no steps.
         "tokens_per_second": round(tokens / seconds, 1) if steps else 0.0,
         "loss": round(fmean(losses), 4) if steps else 0.0,
         "peak_memory_bytes": peak,

@@ -19,8 +19,14 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
         "input": (1, "string*"), "output": (2, "string*"), "name": (3, "string"), "op_type": (4, "string"),
         "attribute": (5, "Attribute*"),
     },
-    "Value": {"name": (1, "string")},
-    "Graph": {"node": (1, "Node*"), "initializer": (5, "Tensor*"), "output": (12, "Value*")},
+    "Dimension": {"dim_value": (1, "int64"), "dim_param": (2, "string")},
+    "Shape": {"dim": (1, "Dimension*")},
+    "TensorType": {"elem_type": (1, "int32"), "shape": (2, "Shape")},
+    "Type": {"tensor_type": (1, "TensorType")},
+    "Value": {"name": (1, "string"), "type": (2, "Type")},
+    "Graph": {
+        "node": (1, "Node*"), "initializer": (5, "Tensor*"), "input": (11, "Value*"), "output": (12, "Value*"),
+    },
     "Model": {"graph": (7, "Graph")},
 }  # fmt: skip
 

@@ -23,7 +23,8 @@ def install() -> None:
 
     if lora_model_runner_mixin.LRUCacheWorkerLoRAManager is MtLoRAWorkerManager:
         return
-    register()
+    if available("vision backbones"):
+        register()
     key_compile_cache()
     adapt_engine_config()
     hold_answers_to_types()

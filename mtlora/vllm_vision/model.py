@@ -19,7 +19,7 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
-from vllm.model_executor.layers.pooler import Pooler
+from vllm.model_executor.layers.pooler.abstract import Pooler
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.interfaces_base import attn_type, default_pooling_type

@@ -1,7 +1,9 @@
 """The generated suite of images: deterministic, balanced, fresh; its pictures show what their labels say."""
 
+import gzip
 import io
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image
 
 from mtlora.suite import SuiteError, load_suite
 from mtlora.suite.base import SPLITS
+from mtlora.suite.vision import packaged
 
 SUITE = load_suite("builtin-vision")
 
@@ -77,6 +80,24 @@ def test_label_maps_share_pictures_and_contradict_each_other() -> None:
     for name in ("vision-maps-1", "vision-maps-", "vision-maps-x", "vision-maps-1000"):
         with pytest.raises(SuiteError, match="expected vision-maps-N"):
             load_suite(name)
+
+
+def test_digits_of_a_package_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    rows = [[*rng.integers(0, 17, 64).tolist(), i % 10] for i in range(100)]
+    file = tmp_path / "digits.csv.gz"
+    file.write_bytes(gzip.compress("\n".join(",".join(map(str, row)) for row in rows).encode()))
+    monkeypatch.setattr(packaged, "digits_file", lambda: file)
+    suite = load_suite("packaged-vision")
+    parts = [suite.examples("handwritten_digits", split, None) for split in SPLITS]
+    assert sum(map(len, parts)) == 100
+    assert all(parts)
+    pixels = {_pixels(e.image).tobytes(): e.target for part in parts for e in part}
+    first = (255 * np.array(rows[0][:-1]) // 16).astype(np.uint8)
+    assert pixels[first.tobytes()] == "0"
+    monkeypatch.setattr(packaged, "digits_file", lambda: None)
+    with pytest.raises(SuiteError, match="no package with images is installed"):
+        load_suite("packaged-vision")
 
 
 def test_refuses_what_it_cannot_draw() -> None:

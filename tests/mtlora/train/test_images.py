@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.cli import main
 from mtlora.errors import MtLoRAError
-from mtlora.evaluation.images import checkpoint_labeller, linear_heads
+from mtlora.evaluation.images import checkpoint_labeller, linear_heads, pixels
 from mtlora.suite import load_suite
 from mtlora.train.augment import augmented
 from mtlora.train.config import TrainingConfig
@@ -43,10 +43,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         half = np.full((20, 20, 3), 40)
         half[:, :10] += 120 * (i % 2)
         half[:, 10:] += 120 * (1 - i % 2)
-        for task, pixels, label in (("bright", shade + noise, "low high"), ("half", half + noise, "right left")):
+        for task, drawn, label in (("bright", shade + noise, "low high"), ("half", half + noise, "right left")):
             path = root / task / ("test" if i < 16 else "train") / label.split()[i % 2] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(path)
+            Image.fromarray(np.clip(drawn, 0, 255).astype(np.uint8)).save(path)
     for task in ("bright", "half"):
         (root / task / "task.json").write_text(json.dumps({"image": {"size": SIZE, "augment": ["colour", "crop"]}}))
     return root
@@ -59,7 +59,8 @@ def _config(folder: Path, **changed: Any) -> TrainingConfig:
 def test_it_learns_and_leaves_heads_in_the_checkpoint(backbone: Path, folder: Path, tmp_path: Path) -> None:
     trainer = Trainer(_config(folder, epochs=6), backbone, tmp_path / "run")
     manifest = trainer.fit()
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    records = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    losses = [record["loss"] for record in records if "loss" in record]
     assert sum(losses[-6:]) < sum(losses[:6])
     assert manifest.training["images_by_task"] == {"bright": 144, "half": 144}
     checkpoint = read_checkpoint(trainer.folder.checkpoint)
@@ -91,6 +92,40 @@ def test_a_stopped_run_resumes_to_the_same_bits(backbone: Path, folder: Path, tm
     files = [load_file(run / "adapter" / "adapter.safetensors") for run in (tmp_path / "whole", tmp_path / "stopped")]
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+
+def test_frozen_layers_are_passed_once_and_keep_paths_of_zero(backbone: Path, folder: Path, tmp_path: Path) -> None:
+    for task in ("bright", "half"):
+        (tmp_path / "suite" / task).mkdir(parents=True)
+        (tmp_path / "suite" / task / "train").symlink_to(folder / task / "train")
+        (tmp_path / "suite" / task / "task.json").write_text(json.dumps({"image": {"size": SIZE, "augment": []}}))
+    config = _config(tmp_path / "suite", frozen_layers=1, probe_examples=12, epochs=2)
+    trainer = Trainer(config, backbone, tmp_path / "run")
+    work = trainer.work
+    # A batch enters the same whether its images pass the frozen layers now or did before.
+    first = work._enter(trainer.batches[0], 0, torch.device("cpu"))  # type: ignore[attr-defined]
+    assert torch.equal(first, work._enter(trainer.batches[0], 9, torch.device("cpu")))  # type: ignore[attr-defined]
+    state = trainer.adapted.adapters.state_dict()
+    before = {name: value.clone() for name, value in state.items()}
+    trainer.fit()
+    assert len(work._entered) == 48  # type: ignore[attr-defined]
+    changed = {
+        name for name, value in trainer.adapted.adapters.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert "layers.1.mlp.lora_B" in changed
+    assert not any(name.startswith("layers.0.") for name in changed)
+    # The evaluation runs all layers at once, with the same result.
+    work.trained.eval()
+    task = trainer.tasks[0]
+    whole = work.adapted.features(
+        torch.stack([pixels(work.adapted, task, work.train[0])]),
+        torch.tensor([0]),
+        "cls_mean",  # type: ignore[attr-defined]
+    )
+    parts = work._leave(work._enter([0], 0, torch.device("cpu")), torch.tensor([0]))  # type: ignore[attr-defined]
+    assert torch.allclose(whole, parts, atol=1e-5)
+    with pytest.raises(MtLoRAError, match="frozen_layers: found 2; allowed: fewer than the 2 layers"):
+        Trainer(_config(folder, frozen_layers=2), backbone, tmp_path / "other")
 
 
 def test_a_warm_start_takes_paths_and_heads(backbone: Path, folder: Path, tmp_path: Path) -> None:
@@ -131,14 +166,14 @@ def test_baselines_and_head_spaces(
 
 
 def test_what_cannot_be_trained_is_refused(backbone: Path, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the task is not told, so adapter.task_bias must be false"):
+    with pytest.raises(ValueError, match=r"the task is not told, so adapter\.task_bias must be false"):
         _config(folder, heads="all classes")
     for task, size in (("bright", SIZE), ("half", 2 * SIZE)):
         (tmp_path / task).mkdir()
         for split in ("train", "test"):
             (tmp_path / task / split).symlink_to(folder / task / split)
         (tmp_path / task / "task.json").write_text(json.dumps({"image": {"size": size}}))
-    with pytest.raises(MtLoRAError, match="need one size and one pooling; found 56 px .*, 112 px"):
+    with pytest.raises(MtLoRAError, match=r"need one size and one pooling; found 56 px .*, 112 px"):
         Trainer(_config(tmp_path), backbone, tmp_path / "run")
 
 
