@@ -58,6 +58,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores and every answer as JSON")
+    parser.add_argument("--gallery", type=Path, metavar="PNG", help="of images: draw one of each task with its answer")
     parser.add_argument("--record", action="store_true", help="keep the scores in the checkpoint's manifest")
     parser.set_defaults(run=_eval)
 
@@ -69,6 +70,7 @@ def _eval(args: argparse.Namespace) -> int:
     from mtlora.checkpoint.format import TaskEntry
     from mtlora.checkpoint.read import read_checkpoint
     from mtlora.checkpoint.write import record_evaluation
+    from mtlora.errors import MtLoRAError
     from mtlora.evaluation.evaluate import score
     from mtlora.evaluation.lengths import by_document_length
     from mtlora.prompt import PromptEncoder
@@ -83,6 +85,8 @@ def _eval(args: argparse.Namespace) -> int:
     checkpoint = read_checkpoint(args.adapter, identify(folder)) if args.adapter else None
     tasks = checkpoint.manifest.tasks if checkpoint else tuple(TaskEntry(**task.model_dump()) for task in suite.tasks)
     examples = _examples(suite, tasks, args)
+    if args.gallery and examples[0].image is None:
+        raise MtLoRAError("--gallery: needs a suite of images")
     answerers, labeller = _answerers(folder, checkpoint, tasks, suite, args)
     answers = {name: answer(examples) for name, answer in answerers.items()}
     scores = {name: score(examples, found) for name, found in answers.items()}
@@ -108,6 +112,10 @@ def _eval(args: argparse.Namespace) -> int:
             for i, e in enumerate(examples)
         ]
         args.json.write_text(json.dumps({**evaluation, "answers": records}, indent=1) + "\n")
+    if args.gallery:
+        from mtlora.plot.gallery import plot_gallery
+
+        plot_gallery(examples, next(iter(answers.values())), args.gallery)
     if args.record:
         record_evaluation(args.adapter, evaluation, calibration)
     print(summary(scores))

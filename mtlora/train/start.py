@@ -49,14 +49,14 @@ def warm_start(adapted: AdaptedModel, config: MtLoRAConfig, tasks: Sequence[Task
 
 
 def load_paths(
-    adapters: nn.Module, found: Checkpoint, config: MtLoRAConfig, tasks: Sequence[TaskSpec], source: Path
+    adapters: nn.Module, found: Checkpoint, config: MtLoRAConfig, tasks: Sequence[TaskSpec], where: Path
 ) -> None:
-    """Load what a checkpoint has beside the blocks; `source` is where it was read. Raises TrainingError."""
+    """Load what a checkpoint has beside the blocks; `where` is its folder. Raises TrainingError."""
     differing = differences(found.manifest.config, config)
     differing.pop("lora_dropout", None)
     if differing:
         told = "; ".join(f"{name}: {there!r} there, {here!r} here" for name, (there, here) in differing.items())
-        raise TrainingError(f"init_from {source}: expected the same adapter config; {told}")
+        raise TrainingError(f"init_from {where}: expected the same adapter config; {told}")
     rows = {task.id: task.bias_index for task in found.manifest.tasks}
     state = adapters.state_dict()
     for name, tensor in found.paths.items():

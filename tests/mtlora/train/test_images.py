@@ -182,7 +182,9 @@ def test_eval_from_the_command_line(
 ) -> None:
     Trainer(_config(folder), backbone, tmp_path / "run").fit()
     arguments = ["eval", "--backbone", str(backbone), "--suite", str(folder), "--dtype", "float32", "--record"]
-    assert main([*arguments, "--adapter", str(tmp_path / "run" / "adapter"), "--json", str(tmp_path / "x.json")]) == 0
+    written = ["--json", str(tmp_path / "x.json"), "--gallery", str(tmp_path / "x.png")]
+    assert main([*arguments, "--adapter", str(tmp_path / "run" / "adapter"), *written]) == 0
+    assert Image.open(tmp_path / "x.png").size[0] > 500
     out = capsys.readouterr().out
     assert "accuracy: 2 tasks, mean " in out
     assert "expected calibration error of 32 labels" in out
