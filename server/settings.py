@@ -134,7 +134,7 @@ class Settings(BaseSettings):
         518, ge=8, le=1024, description="pixels of a side of the largest square that a task prepares its images to"
     )
     vision_position_cost: float = Field(
-        0.25,
+        0.4,
         gt=0,
         allow_inf_nan=False,
         description="what a position of an image costs a tenant in the fair queue, in prompt tokens of the language "
