@@ -13,14 +13,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # What a user types first.
-_COMMANDS = (["mtlora", "--help"], ["mtlora", "suite", "--help"])
+_COMMANDS = (["mtlora", "tasks"], ["mtlora-server", "serve", "--help"], ["mtlora-server", "new-key"])
 
 
 def kernel() -> Path | None:
     """The compiled kernels of the installed package."""
-    spec = find_spec("mtlora.ops")
-    folder = Path(spec.origin).parent if spec and spec.origin else None
-    return next(folder.glob("_cpu_kernel*.so"), None) if folder else None
+    spec = find_spec("mtlora")
+    return next(Path(spec.origin).parent.glob("ops/_cpu_kernel*.so"), None) if spec and spec.origin else None
 
 
 def try_installed() -> None:
@@ -47,7 +46,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         python = Path(folder, "venv/bin/python")
         subprocess.run([uv, "venv", "-q", "--python", sys.executable, python.parents[1]], check=True)
-        subprocess.run([uv, "pip", "install", "-q", "--python", python, wheel], check=True)
+        named = f"mtlora[server] @ {wheel.resolve().as_uri()}"
+        subprocess.run([uv, "pip", "install", "-q", "--python", python, named], check=True)
         # Away from the sources, which Python would import instead.
         subprocess.run([python, ROOT / "deploy" / "release.py", "--installed"], check=True, cwd=folder)
     print(f"release: {wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB, installed in an empty environment")
