@@ -19,6 +19,8 @@ from server.registry.source import scan
 
 pytest.importorskip("moto", reason="moto's S3 server is not installed")
 pytest.importorskip("s3fs", reason="s3fs, fsspec's S3, is not installed")
+# Clients of S3 take long to make.
+pytestmark = pytest.mark.slow
 needs_rclone = pytest.mark.skipif(not shutil.which("rclone"), reason="rclone is not installed (a Debian package)")
 BUCKET = "adapters"
 FILES = ("adapter.json", "adapter.safetensors")
