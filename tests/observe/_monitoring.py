@@ -1,6 +1,7 @@
 """Prometheus with the shipped rules, an Alertmanager, and what it sends: an hour of theirs is a minute here."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -43,6 +45,11 @@ def scaled_rules() -> dict[str, Any]:
             if "for" in rule:
                 rule["for"] = _scaled(rule["for"])
     return rules
+
+
+def rules(kind: str) -> Iterator[dict[str, Any]]:
+    """The scaled rules of one kind, `record` or `alert`."""
+    return (rule for group in scaled_rules()["groups"] for rule in group["rules"] if kind in rule)
 
 
 def scaled(expression: str) -> str:
@@ -115,6 +122,19 @@ class Monitoring:
         asked = {"query": expression, "start": f"{since:.3f}", "end": f"{time.time():.3f}", "step": "2s"}
         return bool(self._ask("query_range", asked))
 
+    def compare_recorded(self) -> tuple[list[str], int]:
+        """Recorded series that are not their expression at the moment of their last sample; how many there are."""
+        unequal, count = [], 0
+        for rule in rules("record"):
+            for series in self.query(f"{rule['record']}[3s]"):
+                at, value = series["values"][-1]
+                labels = {name: text for name, text in series["metric"].items() if name != "__name__"}
+                found = [each["value"][1] for each in self.query(rule["expr"], at) if each["metric"] == labels]
+                count += 1
+                if len(found) != 1 or not _equal(float(found[0]), float(value)):
+                    unequal.append(f"{rule['record']} {labels}: recorded {value}, found {found}")
+        return unequal, count
+
     def wait_for(self, alert: str, seconds: float) -> bool:
         """Whether an alert has come, or comes within so many seconds."""
         until = time.monotonic() + seconds
@@ -152,3 +172,7 @@ class Monitoring:
                 pass
 
         return Hook
+
+
+def _equal(a: float, b: float) -> bool:
+    return a == b or (math.isnan(a) and math.isnan(b)) or math.isclose(a, b, rel_tol=1e-9)
