@@ -30,7 +30,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 # The kernels' instruction set: 0 for the best that the processor has; or the one named by MTLORA_ISA, which masks those
 # above it in tests and measurements.
-INSTRUCTION_SETS = {"avx2": 2, "avx512": 512, "avx512_bf16": 516}
+INSTRUCTION_SETS = {"portable": 1, "avx2": 2, "avx512": 512, "avx512_bf16": 516}
 ISA = INSTRUCTION_SETS[os.environ["MTLORA_ISA"]] if os.environ.get("MTLORA_ISA") else 0
 
 _ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32

@@ -37,14 +37,9 @@ void over_rows(const ElementwiseCall& call, RowFunction row) {
 
 }  // namespace
 
-#ifdef MTLORA_X86
-#define MTLORA_CHOOSE(call, name)                                                                              \
-  ((call)->dtype ? choose<RowFunction>((call)->isa, avx512bf16::name<uint16_t>, avx512::name<uint16_t>,        \
-                                       avx2::name<uint16_t>)                                                   \
-                 : choose<RowFunction>((call)->isa, avx512bf16::name<float>, avx512::name<float>, avx2::name<float>))
-#else
-#define MTLORA_CHOOSE(call, name) nullptr
-#endif
+#define MTLORA_CHOOSE_ROW(call, name)                                           \
+  ((call)->dtype ? MTLORA_CHOOSE(RowFunction, (call)->isa, name<uint16_t>) \
+                 : MTLORA_CHOOSE(RowFunction, (call)->isa, name<float>))
 
 extern "C" {
 
@@ -52,41 +47,41 @@ extern "C" {
 int mtlora_elementwise_layout() { return 2; }
 
 // out = weight * x / sqrt(mean x^2 + epsilon), rounded before the weight, as in eager models. first: x, second: weight.
-void mtlora_rms_norm(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE(call, rms_norm)); }
+void mtlora_rms_norm(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE_ROW(call, rms_norm)); }
 
 // out = x's gradient. first: out's gradient, second: weight, third: x.
-void mtlora_rms_norm_backward(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE(call, rms_norm_backward)); }
+void mtlora_rms_norm_backward(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE_ROW(call, rms_norm_backward)); }
 
 // out = silu(gate) * up. first: gate, second: up.
-void mtlora_swiglu(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE(call, swiglu)); }
+void mtlora_swiglu(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE_ROW(call, swiglu)); }
 
 // out, also_out = the gradients of gate and up. first: out's gradient, second: gate, third: up.
-void mtlora_swiglu_backward(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE(call, swiglu_backward)); }
+void mtlora_swiglu_backward(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE_ROW(call, swiglu_backward)); }
 
 // In place: x = weight * s / sqrt(mean s^2 + epsilon), residual = s, where s = x + residual.
 void mtlora_add_rms_norm(void* x, void* residual, const void* weight, int64_t rows, int64_t size, float epsilon,
                          int32_t dtype, int32_t threads, int32_t isa) {
   const ElementwiseCall call = {rows, size, epsilon, dtype, threads, isa, x, weight, residual, nullptr, x, residual};
-  over_rows(call, MTLORA_CHOOSE(&call, add_rms_norm));
+  over_rows(call, MTLORA_CHOOSE_ROW(&call, add_rms_norm));
 }
 
 // out = weight * x / sqrt(mean x^2 + epsilon): `mtlora_rms_norm` without the inverse.
 void mtlora_norm(const void* x, const void* weight, void* out, int64_t rows, int64_t size, float epsilon, int32_t dtype,
                  int32_t threads, int32_t isa) {
   const ElementwiseCall call = {rows, size, epsilon, dtype, threads, isa, x, weight, nullptr, nullptr, out, nullptr};
-  over_rows(call, MTLORA_CHOOSE(&call, rms_norm));
+  over_rows(call, MTLORA_CHOOSE_ROW(&call, rms_norm));
 }
 
 // out [rows, size] = silu(gate) * up of `in` [rows, 2 * size], whose rows are gate and up side by side.
 void mtlora_silu_and_mul(const void* in, void* out, int64_t rows, int64_t size, int32_t dtype, int32_t threads,
                          int32_t isa) {
   const ElementwiseCall call = {rows, size, 0, dtype, threads, isa, in, nullptr, nullptr, nullptr, out, nullptr};
-  over_rows(call, MTLORA_CHOOSE(&call, silu_and_mul));
+  over_rows(call, MTLORA_CHOOSE_ROW(&call, silu_and_mul));
 }
 
 // out = softmax(scaling * scores) up to the diagonal, zeros after it; may overwrite the scores. first: scores; row i is
 // a query at position i % size, over `size` keys.
-void mtlora_causal_softmax(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE(call, causal_softmax)); }
+void mtlora_causal_softmax(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE_ROW(call, causal_softmax)); }
 
 }  // extern "C"
 

@@ -35,13 +35,32 @@
 #pragma GCC pop_options
 #endif
 
+// Vectors of 16 bytes, which every compiler has: NEON on aarch64, SSE2 on x86.
+#pragma GCC diagnostic push
+// Wider vectors are passed within this file alone.
+#pragma GCC diagnostic ignored "-Wpsabi"
+#define MTLORA_ISA portable
+#define MTLORA_VECTOR_BYTES 16
+#include MTLORA_SOURCE
+#pragma GCC diagnostic pop
+#undef MTLORA_ISA
+#undef MTLORA_VECTOR_BYTES
+
+// The function `name` of instruction set `isa`: 0 for the best, else exactly one: 1 portable, 2 AVX2, 512 AVX-512, 516
+// AVX-512 with bfloat16 products. Null if this processor lacks it.
+#ifdef MTLORA_X86
+#define MTLORA_CHOOSE(Function, isa, ...) \
+  choose<Function>(isa, avx512bf16::__VA_ARGS__, avx512::__VA_ARGS__, avx2::__VA_ARGS__, portable::__VA_ARGS__)
+#else
+#define MTLORA_CHOOSE(Function, isa, ...) \
+  ((isa) == 0 || (isa) == 1 ? static_cast<Function>(portable::__VA_ARGS__) : nullptr)
+#endif
+
+#ifdef MTLORA_X86
 namespace {
 
-// isa: 0 for the best, else exactly one: 2 AVX2, 512 AVX-512, 516 AVX-512 with bfloat16 products. Returns the function
-// of that instruction set, out of three; null if this processor lacks it.
 template <class Function>
-Function choose(int isa, Function with_dot, Function with_512, Function with_2) {
-#ifdef MTLORA_X86
+Function choose(int isa, Function with_dot, Function with_512, Function with_2, Function portable) {
   __builtin_cpu_init();
   const bool has_2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_512 = has_2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -49,8 +68,8 @@ Function choose(int isa, Function with_dot, Function with_512, Function with_2) 
   if (has_512 && __builtin_cpu_supports("avx512bf16") && (isa == 0 || isa == 516)) return with_dot;
   if (has_512 && (isa == 0 || isa == 512)) return with_512;
   if (has_2 && (isa == 0 || isa == 2)) return with_2;
-#endif
-  return nullptr;
+  return isa == 0 || isa == 1 ? portable : nullptr;
 }
 
 }  // namespace
+#endif

@@ -71,22 +71,14 @@ using TileFunction = void (*)(const Call&, const Tile&, float*);
 
 // dtype: 0 float32, 1 bfloat16. Null if the processor has none of the instruction sets.
 TileFunction choose_tile(int dtype, int isa) {
-#ifdef MTLORA_X86
-  return dtype ? choose<TileFunction>(isa, avx512bf16::tile<uint16_t>, avx512::tile<uint16_t>, avx2::tile<uint16_t>)
-               : choose<TileFunction>(isa, avx512bf16::tile<float>, avx512::tile<float>, avx2::tile<float>);
-#else
-  (void)dtype;
-  (void)isa;
-  return nullptr;
-#endif
+  return dtype ? MTLORA_CHOOSE(TileFunction, isa, tile<uint16_t>) : MTLORA_CHOOSE(TileFunction, isa, tile<float>);
 }
 
 }  // namespace
 
 extern "C" {
 
-// 1 if this processor can run the kernel. isa: 0 for the best it has, else exactly one: 2 AVX2, 512 AVX-512, 516
-// AVX-512 with bfloat16 products.
+// 1 if this processor can run the kernel. isa as in MTLORA_CHOOSE.
 int mtlora_supported(int isa) { return choose_tile(1, isa) != nullptr; }
 
 int mtlora_max_tile() { return MAX_TILE; }

@@ -73,16 +73,8 @@ namespace {
 using Run = void (*)(const TrainingCall&, float*);
 
 Run choose_run(bool forward, int dtype, int isa) {
-#ifdef MTLORA_X86
-  if (forward)
-    return dtype ? choose<Run>(isa, avx512bf16::forward<uint16_t>, avx512::forward<uint16_t>, avx2::forward<uint16_t>)
-                 : choose<Run>(isa, avx512bf16::forward<float>, avx512::forward<float>, avx2::forward<float>);
-  return dtype ? choose<Run>(isa, avx512bf16::backward<uint16_t>, avx512::backward<uint16_t>, avx2::backward<uint16_t>)
-               : choose<Run>(isa, avx512bf16::backward<float>, avx512::backward<float>, avx2::backward<float>);
-#else
-  (void)forward, (void)dtype, (void)isa;
-  return nullptr;
-#endif
+  if (forward) return dtype ? MTLORA_CHOOSE(Run, isa, forward<uint16_t>) : MTLORA_CHOOSE(Run, isa, forward<float>);
+  return dtype ? MTLORA_CHOOSE(Run, isa, backward<uint16_t>) : MTLORA_CHOOSE(Run, isa, backward<float>);
 }
 
 // Returns 0, or 1 if there is no memory, with nothing written.
@@ -104,7 +96,7 @@ extern "C" {
 // Version of `TrainingCall`: raise it when that changes.
 int mtlora_training_layout() { return 1; }
 
-// 1 if this processor can run both; isa as in `choose`.
+// 1 if this processor can run both; isa as in MTLORA_CHOOSE.
 int mtlora_training_supported(int isa) { return choose_run(true, 0, isa) != nullptr; }
 
 int mtlora_training_forward(const TrainingCall* call) { return run(*call, true); }

@@ -3,7 +3,9 @@
 #define INLINE static inline __attribute__((always_inline))
 
 constexpr int LANES = MTLORA_VECTOR_BYTES / 4;
-typedef float Floats __attribute__((vector_size(MTLORA_VECTOR_BYTES), aligned(4), may_alias));
+typedef float Floats __attribute__((vector_size(MTLORA_VECTOR_BYTES)));
+// As they lie in memory.
+typedef float FloatsAt __attribute__((vector_size(MTLORA_VECTOR_BYTES), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(MTLORA_VECTOR_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(MTLORA_VECTOR_BYTES)));
 typedef uint16_t Halves __attribute__((vector_size(MTLORA_VECTOR_BYTES / 2), aligned(2), may_alias));
@@ -24,13 +26,13 @@ INLINE void narrow(float value, uint16_t* out) {
   *out = value != value ? 0x7FC0 : static_cast<uint16_t>((word + 0x7FFF + ((word >> 16) & 1)) >> 16);
 }
 
-INLINE Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
+INLINE Floats load(const float* from) { return *reinterpret_cast<const FloatsAt*>(from); }
 INLINE Floats load(const uint16_t* from) {
   const Words words = __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16;
   return reinterpret_cast<Floats>(words);
 }
 
-INLINE void store(Floats values, float* out) { *reinterpret_cast<Floats*>(out) = values; }
+INLINE void store(Floats values, float* out) { *reinterpret_cast<FloatsAt*>(out) = values; }
 INLINE void store(Floats values, uint16_t* out) {
 #ifdef MTLORA_DOT_BF16
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
@@ -49,9 +51,9 @@ typedef int32_t TokenInts __attribute__((vector_size(4 * MAX_TILE)));
 
 // exp(x) for x <= 0, to float32's precision: 2^n times the series of the rest of x / ln 2. I: V's integers.
 template <class V, class I>
-INLINE V exp_negative(V x) {
+INLINE V exp_negative(const V& from) {
   const V zero = {};
-  x = x > zero - 87.0f ? x : zero - 87.0f;
+  const V x = from > zero - 87.0f ? from : zero - 87.0f;
   const I n = __builtin_convertvector(x * 1.44269504f - 0.5f, I);
   const V whole = __builtin_convertvector(n, V);
   const V f = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
@@ -107,6 +109,8 @@ INLINE void copy(const uint16_t* from, float* to, int64_t size) {
 INLINE float total(Floats values) {
 #if MTLORA_VECTOR_BYTES == 64
   return _mm512_reduce_add_ps(reinterpret_cast<__m512>(values));
+#elif MTLORA_VECTOR_BYTES == 16
+  return (values[0] + values[2]) + (values[1] + values[3]);
 #else
   const __m256 all = reinterpret_cast<__m256>(values);
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));

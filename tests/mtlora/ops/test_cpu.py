@@ -14,7 +14,7 @@ from tests.mtlora.ops.cases import SHAPE_CLASSES, Batch, Case, Shape, random_row
 KERNEL = cpu_kernel.compiled_kernel()
 BACKENDS = {"torch": cpu.in_torch_ops, "best": cpu.add_mixed_paths_}
 if KERNEL is not None:
-    for isa in (2, 512, 516):
+    for isa in (1, 2, 512, 516):
         if KERNEL.mtlora_supported(isa):
             BACKENDS[f"avx{isa}"] = partial(cpu.run_kernel, KERNEL, isa)
 

@@ -9,7 +9,7 @@ from mtlora.ops import cpu_elementwise, cpu_kernel
 
 KERNEL = cpu_kernel.compiled_kernel()
 pytestmark = pytest.mark.skipif(KERNEL is None, reason="the kernel is not built here")
-SETS = [isa for isa in (2, 512, 516) if KERNEL is not None and KERNEL.mtlora_supported(isa)]
+SETS = [isa for isa in (1, 2, 512, 516) if KERNEL is not None and KERNEL.mtlora_supported(isa)]
 
 every_set = pytest.mark.parametrize("isa", SETS)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

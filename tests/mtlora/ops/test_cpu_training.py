@@ -11,7 +11,7 @@ from mtlora.ops.training import path_with_gradients
 
 KERNEL = cpu_kernel.compiled_kernel()
 pytestmark = pytest.mark.skipif(KERNEL is None, reason="the kernel is not built here")
-SETS = [isa for isa in (2, 512, 516) if KERNEL is not None and KERNEL.mtlora_training_supported(isa)]
+SETS = [isa for isa in (1, 2, 512, 516) if KERNEL is not None and KERNEL.mtlora_training_supported(isa)]
 # Relative to the largest value: sums in float32, and one rounding of bfloat16 outputs.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 8e-3}
 
