@@ -273,12 +273,13 @@ def filled(engine: Engine, name: str) -> None:
 
 @pytest.mark.parametrize("leased", [False, True])
 def test_a_leased_document_outlives_other_traffic(leased: bool) -> None:
-    engine = Engine(16, 20, 512)
-    document = [1] * 48
-    ask(engine, "first", document, "a", (60.0, 64) if leased else None)
-    for i in range(5):
-        ask(engine, f"other {i}", random.Random(i).choices((0, 1), k=150))
-    assert ask(engine, "again", document, "a") == (48 if leased else 0)
+    """In the blocks of a server as it comes, a gibibyte, a document asked again after 600 other requests."""
+    engine = Engine(32, 1456, 2048)
+    document = [1] * 1000
+    ask(engine, "first", document, "a", (60.0, 8192) if leased else None)
+    for i in range(600):
+        ask(engine, f"other {i}", random.Random(i).choices((0, 1), k=120))
+    assert ask(engine, "again", document, "a") == (992 if leased else 0)
 
 
 def test_a_request_as_large_as_the_cache_ends_leases_and_no_other_request() -> None:
