@@ -76,16 +76,18 @@ def image_labeller(
 ) -> Labeller:
     """Probabilities of labels, not calibrated. bias_rows: see `features`."""
     by_id = {task.id: task for task in tasks}
+    # An image is looked at once, for its answer and for its probabilities.
+    known: dict[tuple[str, str], Mapping[str, float]] = {}
 
     def label(examples: Sequence[Example]) -> list[Mapping[str, float]]:
-        found: list[Mapping[str, float]] = [{} for _ in examples]
-        for places, features_BF in features(adapted, by_id, examples, bias_rows):
-            task_id = examples[places[0]].task_id
+        new = [example for example in examples if (example.task_id, example.input) not in known]
+        for places, features_BF in features(adapted, by_id, new, bias_rows):
+            task_id = new[places[0]].task_id
             weight_CF, bias_C = head_of(task_id)
             probabilities_BC = (features_BF @ weight_CF.float().T + bias_C.float()).softmax(-1)
             for place, row in zip(places, probabilities_BC.tolist(), strict=True):
-                found[place] = dict(zip(by_id[task_id].labels or (), row, strict=True))
-        return found
+                known[task_id, new[place].input] = dict(zip(by_id[task_id].labels or (), row, strict=True))
+        return [known[example.task_id, example.input] for example in examples]
 
     return label
 
