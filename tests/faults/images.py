@@ -38,7 +38,7 @@ def run(options: Options) -> Row:
     """20,000 images (short: 1,000), while a neighbour asks one after the other."""
     count = 20_000 if options.full else 1_000
     backbone = resolve("vision")
-    tasks = [_task(f"sight-{i}", labels) for i, labels in enumerate((2, 5, 20))]
+    tasks = [_task(row, labels) for row, labels in enumerate((2, 5, 20))]
     write_random_adapter(options.folder / "adapters" / "eyes" / "1", identify(backbone), tasks)
     (key, entry), (own_key, own_entry) = tenant("hostile"), tenant("neighbour")
     with native_server(
@@ -66,10 +66,13 @@ def run(options: Options) -> Row:
     )
 
 
-def _task(name: str, labels: int) -> TaskEntry:
-    answers = tuple(f"label-{i}" for i in range(labels))
-    return TaskEntry.model_validate(
-        {"id": name, "description": name, "allowed_answers": answers, "image": ImageInput(size=_SIZE)}
+def _task(row: int, labels: int) -> TaskEntry:
+    return TaskEntry(
+        id=f"sight-{row}",
+        description="An image's label.",
+        allowed_answers=tuple(f"label-{i}" for i in range(labels)),
+        image=ImageInput(size=_SIZE),
+        bias_index=row,
     )
 
 
