@@ -110,6 +110,7 @@ class Placed:
                 page = await server.stub.ListTasks(request, timeout=_LIST_TIMEOUT_S, metadata=metadata)
                 self._keys.learn({task.id: task.adapter_name for task in page.tasks})
                 if not (token := page.next_page_token):
+                    self._rendezvous.deal_out(self._keys.adapters)
                     return
         finally:
             server.in_flight -= 1
@@ -120,6 +121,7 @@ class Placed:
         self._servers = {each: old.get(each) or self._open(each) for each in addresses}
         self._retired += [server for address, server in old.items() if address not in self._servers]
         self._rendezvous = Rendezvous(addresses, slack=self._by.slack, floor=self._by.floor)
+        self._rendezvous.deal_out(self._keys.adapters)
 
     def _open(self, address: str) -> _Server:
         channel = self._access.channel(grpc.aio, address, self._options)
