@@ -17,7 +17,7 @@ from tests.fleet._fleet import Fleet
 MOST_OF_ROUND_ROBIN = 0.2
 _CONFIG = MtLoRAConfig(r=2, num_experts=2, num_groups=2)
 # Times that every adapter is asked for.
-_ROUNDS = 20
+_ROUNDS = 10
 
 
 def write_adapters(folder: Path, backbone: Path, number: int) -> Path:
@@ -35,7 +35,7 @@ async def compare(fleet: Fleet, tasks: Sequence[str], rounds: int = _ROUNDS) -> 
     counts = []
     for placement in (None, Placement()):
         before = await _cold_loads(fleet)
-        async with load(fleet.address, fleet.access(), order, placement=placement, max_new_tokens=4, stop=[]) as found:
+        async with load(fleet.address, fleet.access(), order, placement=placement, max_new_tokens=4) as found:
             while found.calls < len(order):
                 await asyncio.sleep(0.05)
         if found.failed:
