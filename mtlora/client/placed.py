@@ -59,14 +59,16 @@ class Placed:
         return partial(_Messages, self, rpc) if rpc.endswith("Stream") else partial(self._reply, rpc)
 
     async def close(self) -> None:
+        if self._connected:
+            self._connected.cancel()
+            await asyncio.wait([self._connected])
         for server in (*self._servers.values(), *self._retired):
             await server.channel.close()
 
     async def begin(self, request: Any, metadata: Any) -> tuple[_Server, str]:
         """The server of a call, which counts there until its `in_flight` is taken down, and the key that placed it."""
         if self._connected is None:
-            ready = [asyncio.ensure_future(server.channel.channel_ready()) for server in self._servers.values()]
-            self._connected = asyncio.ensure_future(asyncio.wait(ready, timeout=_CONNECT_S))
+            self._connected = asyncio.ensure_future(self._connect())
         await asyncio.shield(self._connected)
         if time.monotonic() >= self._resolved_at + self._by.refresh_s:
             self._resolved_at = time.monotonic()
@@ -93,6 +95,15 @@ class Placed:
             server.in_flight -= 1
         self.note(request, key, reply)
         return reply
+
+    async def _connect(self) -> None:
+        """Wait for the servers' connections; not for ever."""
+        ready = [asyncio.ensure_future(server.channel.channel_ready()) for server in self._servers.values()]
+        try:
+            await asyncio.wait(ready, timeout=_CONNECT_S)
+        finally:
+            for each in ready:
+                each.cancel()
 
     def _choose(self, key: str) -> _Server:
         servers = list(self._servers.values())

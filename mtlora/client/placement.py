@@ -2,8 +2,8 @@
 
 Each adapter has an order of its own of all servers (Thaler and Ravishankar, 1998). A call goes to the first one whose
 calls in flight are not far above the mean (Mirrokni, Thorup and Zadimoghaddam, 2018). So an adapter's calls meet on few
-servers, a popular adapter spreads, and a server more or less moves few adapters. Known adapters are dealt out so that no
-server is the first one of many more than others: it would have to evict some while others have room.
+servers, a popular adapter spreads, and a server more or less moves few adapters. Known adapters are dealt out evenly: a
+server that is the first one of too many would have to evict some while others have room.
 """
 
 import functools
