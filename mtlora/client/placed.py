@@ -59,14 +59,16 @@ class Placed:
         return partial(_Messages, self, rpc) if rpc.endswith("Stream") else partial(self._reply, rpc)
 
     async def close(self) -> None:
+        if self._connected:
+            self._connected.cancel()
+            await asyncio.wait([self._connected])
         for server in (*self._servers.values(), *self._retired):
             await server.channel.close()
 
     async def begin(self, request: Any, metadata: Any) -> tuple[_Server, str]:
         """The server of a call, which counts there until its `in_flight` is taken down, and the key that placed it."""
         if self._connected is None:
-            ready = [asyncio.ensure_future(server.channel.channel_ready()) for server in self._servers.values()]
-            self._connected = asyncio.ensure_future(asyncio.wait(ready, timeout=_CONNECT_S))
+            self._connected = asyncio.ensure_future(self._connect())
         await asyncio.shield(self._connected)
         if time.monotonic() >= self._resolved_at + self._by.refresh_s:
             self._resolved_at = time.monotonic()
@@ -94,6 +96,15 @@ class Placed:
         self.note(request, key, reply)
         return reply
 
+    async def _connect(self) -> None:
+        """Wait for the servers' connections; not for ever."""
+        ready = [asyncio.ensure_future(server.channel.channel_ready()) for server in self._servers.values()]
+        try:
+            await asyncio.wait(ready, timeout=_CONNECT_S)
+        finally:
+            for each in ready:
+                each.cancel()
+
     def _choose(self, key: str) -> _Server:
         servers = list(self._servers.values())
         ready = {index for index, server in enumerate(servers) if server.ready}
@@ -110,6 +121,7 @@ class Placed:
                 page = await server.stub.ListTasks(request, timeout=_LIST_TIMEOUT_S, metadata=metadata)
                 self._keys.learn({task.id: task.adapter_name for task in page.tasks})
                 if not (token := page.next_page_token):
+                    self._rendezvous.deal_out(self._keys.adapters)
                     return
         finally:
             server.in_flight -= 1
@@ -120,6 +132,7 @@ class Placed:
         self._servers = {each: old.get(each) or self._open(each) for each in addresses}
         self._retired += [server for address, server in old.items() if address not in self._servers]
         self._rendezvous = Rendezvous(addresses, slack=self._by.slack, floor=self._by.floor)
+        self._rendezvous.deal_out(self._keys.adapters)
 
     def _open(self, address: str) -> _Server:
         channel = self._access.channel(grpc.aio, address, self._options)

@@ -2,7 +2,8 @@
 
 Each adapter has an order of its own of all servers (Thaler and Ravishankar, 1998). A call goes to the first one whose
 calls in flight are not far above the mean (Mirrokni, Thorup and Zadimoghaddam, 2018). So an adapter's calls meet on few
-servers, a popular adapter spreads, and a server more or less moves few adapters.
+servers, a popular adapter spreads, and a server more or less moves few adapters. Known adapters are dealt out evenly: a
+server that is the first one of too many would have to evict some while others have room.
 """
 
 import functools
@@ -18,6 +19,8 @@ from mtlora_pb.v1 import inference_pb2 as pb
 
 # Orders of servers remembered.
 _REMEMBERED = 65_536
+# How far above the mean the number of adapters may be that have a server as their first.
+_MOST_ADAPTERS = 1.05
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Placement:
     refresh_s: seconds after which a name is resolved again. learn_s: seconds between two looks for an unknown task.
     """
 
-    slack: float = 1.25
+    slack: float = 2.0
     floor: int = 8
     refresh_s: float = 30.0
     learn_s: float = 10.0
@@ -39,7 +42,19 @@ class Rendezvous:
 
     def __init__(self, servers: Sequence[str], *, slack: float = 1.25, floor: int = 1) -> None:
         self._servers, self._slack, self._floor = servers, slack, floor
+        self._homes: dict[str, int] = {}
         self.order = functools.lru_cache(_REMEMBERED)(self._order)
+
+    def deal_out(self, keys: Collection[str]) -> None:
+        """Give each server about as many keys as others; the same for every client that knows the same keys."""
+        most = math.ceil(_MOST_ADAPTERS * len(keys) / len(self._servers))
+        counts, homes = [0] * len(self._servers), dict[str, int]()
+        self._homes = {}
+        for key in sorted(keys):
+            homes[key] = next(index for index in self._order(key) if counts[index] < most)
+            counts[homes[key]] += 1
+        self._homes = homes
+        self.order.cache_clear()
 
     def choose(self, key: str, in_flight: Sequence[int], usable: Collection[int] | None = None) -> int:
         """The index of the server for a key, given each one's calls in flight. usable: indices; None means all."""
@@ -54,7 +69,8 @@ class Rendezvous:
     def _order(self, key: str) -> tuple[int, ...]:
         """All servers, a key's favourite first."""
         scores = [hashlib.blake2b(f"{server}\0{key}".encode(), digest_size=8).digest() for server in self._servers]
-        return tuple(sorted(range(len(scores)), key=scores.__getitem__))
+        home = self._homes.get(key)
+        return tuple(sorted(range(len(scores)), key=lambda index: (index != home, scores[index])))
 
 
 def resolve(address: str) -> tuple[str, ...]:
@@ -87,6 +103,11 @@ class Keys:
             return False
         self._learnt_at = self._clock()
         return True
+
+    @property
+    def adapters(self) -> set[str]:
+        """Every adapter that is known."""
+        return set(self._adapters.values())
 
     def learn(self, adapters: Mapping[str, str]) -> None:
         """Note tasks' adapters."""

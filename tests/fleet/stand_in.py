@@ -6,18 +6,21 @@ answers.
 
 import asyncio
 import signal
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, cast
 
 from server.job import Delta, GenerationJob, ServedTask
 from server.registry.catalog import Catalog
+from server.registry.residency import Residency
 from tests.server.adapters import entry
-from tests.server.fakes import FakeEngine, Service
+from tests.server.fakes import FakeEngine, FakeMemory, Service
+from tests.server.slots import serving_version
 
-# What an answer takes.
-_SECONDS = 0.4
+# What an answer takes, for each token that it may have.
+_SECONDS = 0.02
+_ADAPTERS = 100
 _ABOUT_A_DOCUMENT = ServedTask(
     entry("who", document_template="D:{document}\n", template="who?", max_new_tokens=32), "alpha", "1", slot=None,
     activation="task",
@@ -28,8 +31,17 @@ class _Slow(FakeEngine):
     """Answers after a while."""
 
     async def generate(self, job: GenerationJob) -> AsyncGenerator[Delta, None]:
-        await asyncio.sleep(_SECONDS)
+        await asyncio.sleep(_SECONDS * job.sampling.max_new_tokens)
         yield Delta("a", 1, finish_reason="stop")
+
+
+def _tasks() -> Iterator[tuple[str, ServedTask]]:
+    """By id: one about documents, and `task-0` and so on of an adapter each."""
+    yield "who", _ABOUT_A_DOCUMENT
+    for number in range(_ADAPTERS):
+        name, task = f"adapter-{number}", f"task-{number}"
+        version = serving_version(name, task)
+        yield task, ServedTask(entry(task), name, "1", slot=version.slots[task], version=version)
 
 
 def stand_in(settings: Mapping[str, Any], ready: Connection) -> None:
@@ -41,7 +53,10 @@ async def _serve(settings: Mapping[str, Any], ready: Connection) -> None:
     service = Service(max_in_flight=64, **settings)
     service.servicer.engine = service.engine = cast(Any, _Slow())
     service.engine.prompts = service.servicer.prompts
-    service.servicer.catalog = Catalog({**service.servicer.catalog.tasks, "who": _ABOUT_A_DOCUMENT})
+    service.servicer.catalog = Catalog(dict(_tasks()))
+    service.servicer.residency = Residency(
+        FakeMemory(), service.settings.adapter_slots, on_load=service.metrics.adapter_load.observe
+    )
     stop, changes = asyncio.Event(), list[asyncio.Future[None]]()
 
     def set_health(*, serving: bool) -> None:

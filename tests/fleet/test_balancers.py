@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from mtlora.client import AsyncClient, Retry
 from tests.faults._tenants import tenant, write_tenants
 from tests.fleet._drills import IN_FLIGHT, Load, kill_one, load, rolling_restart
 from tests.fleet._fleet import BALANCERS, Balancer, Fleet, StandIn, installed, running_fleet
+from tests.fleet._placing import MOST_OF_ROUND_ROBIN, compare
 
 
 @dataclass
@@ -27,7 +29,7 @@ class Balanced:
 
     def load(self, **asked: Any) -> AbstractAsyncContextManager[Load]:
         """Calls of the first tenant."""
-        named = {"tasks": ["one", "two"], **asked}
+        named = {"tasks": ["task-0", "task-1"], "max_new_tokens": 20, **asked}
         return load(self.balancer.address, self.balancer.access(self.keys[0]), **named)
 
 
@@ -57,6 +59,14 @@ def test_haproxy_sends_the_health_check_that_the_protocol_asks_for() -> None:
     sent = re.search(r"send-binary (\w+)", (BALANCERS / "haproxy.cfg").read_text())
     assert sent is not None
     assert bytes.fromhex(sent[1]) == health_check(SERVICE)
+
+
+async def test_placed_calls_load_a_fifth_of_the_adapters_at_most(tmp_path: Path) -> None:
+    """100 adapters on three servers of 40 slots."""
+    with running_fleet(StandIn, tmp_path, adapter_slots=40) as fleet:
+        in_turn, placed = await compare(fleet, [f"task-{number}" for number in range(100)], rounds=10)
+    assert placed >= 100
+    assert placed <= MOST_OF_ROUND_ROBIN * in_turn
 
 
 async def test_no_call_fails_while_servers_restart_in_turn(balanced: Balanced) -> None:

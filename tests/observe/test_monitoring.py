@@ -23,7 +23,7 @@ async def test_rules_record_and_alerts_arrive(tmp_path: Path) -> None:
     with running_fleet(StandIn, tmp_path, number=1) as fleet:
         (server,) = fleet.members
         with Monitoring(tmp_path, f"127.0.0.1:{server.settings['metrics_port']}") as monitoring:
-            async with load(fleet.address, fleet.access(), ["one", "two"], in_flight=8):
+            async with load(fleet.address, fleet.access(), ["task-0"], in_flight=8, max_new_tokens=20):
                 # A server without an engine does not say that it serves.
                 assert await asyncio.to_thread(monitoring.wait_for, "MtloraNoReplicaServes", 60)
                 unequal, recorded = await asyncio.to_thread(monitoring.compare_recorded)
