@@ -307,6 +307,9 @@ class App:
             await asyncio.gather(self._supervisor.start(), self._verifying)
         except (BackboneError, EngineStartError, SpoolError) as error:
             raise StartError(str(error)) from error
+        except OSError as error:
+            # A volume that is not there, full, or read-only though it is a cache.
+            raise StartError(f"the start failed: {error}") from error
         except EngineDeadError:
             raise StartError("the engine died while it loaded its adapters; the log above says why") from None
 
