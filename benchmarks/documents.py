@@ -31,6 +31,9 @@ DOCUMENT_TOKENS, OWN_TOKENS, NEW_TOKENS = 1000, 24, 8
 # Of the documents whose times another tenant compares.
 GUESSED_TOKENS = 200
 BATCH = 64
+# Between two calls about a document, other traffic of so many tokens: more than the cache's gibibyte holds.
+FLOOD_TOKENS = 60_000
+LEASE = (600.0, 8192)
 _ENGINE = {
     "max_num_seqs": BATCH, "max_model_len": 2048, "max_num_batched_tokens": 2048, "enforce_eager": True,
     "enable_prefix_caching": True, "disable_log_stats": True, "seed": 0,
@@ -194,6 +197,10 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         per_token, prompts = first["seconds"] / prompt, TASKS * prompt
         predicted = (prompts * per_token + decoding) / ((prompts - shared["cached"]) * per_token + decoding)
         note("shared/apart, predicted", predicted)
+        kept, again = ask_again(bench, few[:1])
+        note("asked again beside other traffic, kept/not", again["seconds"] / kept["seconds"])
+        note("the same: prompt tokens computed, kept", prompt - kept["cached"])
+        note("the same: prompt tokens computed, not kept", prompt - again["cached"])
         many = bench.shared(bench.tokens(DOCUMENT_TOKENS), bench.activated)
         note("1000 tasks/25 tasks", (MANY_TASKS / many["seconds"]) / (TASKS / shared["seconds"]))
     if bench.stock is not None:
@@ -216,6 +223,18 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         for name, each in found.items()
     }
     return {"rows": rows, "dtype": engine_dtype("auto", resolve(args.backbone)).replace("auto", "bfloat16")}
+
+
+def ask_again(bench: Bench, slot: Sequence[Slot]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A task of a document whose blocks the engine keeps, and one of a document in its plain cache, after others'."""
+    documents = [bench.tokens(DOCUMENT_TOKENS) for _ in range(2)]
+    leases: Sequence[dict[str, Any]] = [{"lease": LEASE}, {}]
+    for document, lease in zip(documents, leases, strict=True):
+        bench.shared(document, slot, 1, **lease)
+    length = FLOOD_TOKENS // BATCH
+    bench.ours.ask({"prompts": [bench.tokens(length) for _ in range(BATCH)], "new_tokens": 1, "slots": [None] * BATCH})
+    kept, again = (bench.shared(document, slot, 1, **lease) for document, lease in zip(documents, leases, strict=True))
+    return kept, again
 
 
 def _accuracy(backbone: str, adapter: Path, examples: int) -> dict[str, float]:

@@ -1,16 +1,19 @@
 """A worker: vLLM's synchronous engine, which generates for token ids.
 
 Settings: keyword arguments of vllm.LLM. Message: {"prompts": [[ids]], "new_tokens": n, "slots": [[lora_name,
-lora_int_id, lora_path] or null, ...]}, and, if need be, "point", the activation point of all prompts, and "salt", that
-of their cache. Reply: {"seconds": s, "tokens": generated, "cached": tokens of the prompts from the prefix cache}. Every
-slot of a message is loaded before its clock starts.
+lora_int_id, lora_path] or null, ...]}, and, if need be, "point", the activation point of all prompts, "lease", how long
+and of how many tokens their documents' blocks are kept, and "salt", that of their cache. Reply: {"seconds": s,
+"tokens": generated, "cached": tokens of the prompts from the prefix cache}. Every slot of a message is loaded before
+its clock starts.
 """
 
 import time
 from typing import Any
 
 from benchmarks.harness.worker import Handle, serve
-from mtlora.vllm_plugin.naming import ACTIVATION_KEY
+from mtlora.vllm_plugin.naming import ACTIVATION_KEY, LEASE_KEY
+
+_EXTRA = {"point": ACTIVATION_KEY, "lease": LEASE_KEY}
 
 
 def start(settings: dict[str, Any]) -> Handle:
@@ -29,7 +32,7 @@ def start(settings: dict[str, Any]) -> Handle:
             max_tokens=case["new_tokens"],
             ignore_eos=True,
             detokenize=False,
-            extra_args={ACTIVATION_KEY: case["point"]} if "point" in case else None,
+            extra_args={key: case[name] for name, key in _EXTRA.items() if name in case} or None,
         )
         salt = {"cache_salt": case["salt"]} if "salt" in case else {}
         prompts: Any = [{"prompt_token_ids": ids, **salt} for ids in case["prompts"]]

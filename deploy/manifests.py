@@ -29,6 +29,8 @@ KUBERNETES_VERSION = "1.34"
 # Seconds after the grace period in which the server aborts the remaining requests and stops the engine.
 _STOP_SECONDS = 10
 SERVICE = "mtlora.v1.Inference"
+# In a ConfigMap: the configuration of an InferencePool's endpoint picker.
+PICKER = "endpoint-picker.yaml"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ def validate(manifest: Manifest) -> list[str]:
     group = manifest["apiVersion"].partition("/")[0] if "/" in manifest["apiVersion"] else ""
     module = _MODELS.get((group, manifest["kind"]))
     found = list(_by_model(module, manifest) if module else _by_schema(manifest))
+    if picker := manifest.get("data", {}).get(PICKER):
+        found += [f"{PICKER}: {error}" for error in _by_model("deploy.schemas", yaml.safe_load(picker))]
     if manifest["kind"] == "RayCluster" and not found:
         for template in _pod_templates(manifest).values():
             pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x", **template["metadata"]}}
@@ -106,6 +110,8 @@ _MODELS = {
     ("monitoring.coreos.com", "PrometheusRule"): "cloudcoil.models.prometheus_operator.v1",
     ("gateway.networking.k8s.io", "GRPCRoute"): "deploy.schemas",
     ("gateway.networking.k8s.io", "BackendTLSPolicy"): "deploy.schemas",
+    ("inference.networking.k8s.io", "InferencePool"): "deploy.schemas",
+    ("inference.networking.x-k8s.io", "InferenceObjective"): "deploy.schemas",
     ("ray.io", "RayCluster"): "deploy.schemas",
 }
 
@@ -275,6 +281,31 @@ def _services_select_servers(manifests: Sequence[Manifest]) -> Iterator[str]:
         yield "no headless Service for clients that balance themselves"
 
 
+def _routers_find_the_pods(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """An InferencePool selects the servers' pods and their port; routes and objectives name one that is there."""
+    pools = {m["metadata"]["name"]: m["spec"] for m in manifests if m["kind"] == "InferencePool"}
+    labels = [each["metadata"]["labels"] for m in manifests for each in _pod_templates(m).values()]
+    ports = {port["containerPort"] for c in _servers(manifests) for port in c.spec["ports"] if port["name"] == "grpc"}
+    for name, pool in pools.items():
+        if not any(pool["selector"]["matchLabels"].items() <= each.items() for each in labels):
+            yield f"InferencePool {name}: selects no pod"
+        if {port["number"] for port in pool["targetPorts"]} != ports:
+            yield f"InferencePool {name}: has other ports than gRPC's, {sorted(ports)}"
+        if not any(PICKER in m.get("data", {}) for m in manifests):
+            yield f"InferencePool {name}: no configuration of its endpoint picker"
+    for manifest in manifests:
+        wanted = []
+        if manifest["kind"] == "InferenceObjective":
+            wanted = [manifest["spec"]["poolRef"]["name"]]
+        elif manifest["kind"] == "GRPCRoute":
+            refs = [ref for rule in manifest["spec"]["rules"] for ref in rule["backendRefs"]]
+            wanted = [ref["name"] for ref in refs if ref.get("kind") == "InferencePool"]
+            if pools and not wanted:
+                yield f"GRPCRoute {manifest['metadata']['name']}: passes the InferencePool by"
+        for each in set(wanted) - pools.keys():
+            yield f"{manifest['kind']} {manifest['metadata']['name']}: names InferencePool {each}, which is nowhere"
+
+
 def _names_are_found(manifests: Sequence[Manifest]) -> Iterator[str]:
     """Every object that a pod names is in the overlay, or is a secret that the operator creates."""
     brought = {"mtlora-tenants", "mtlora-object-storage", "mtlora-tls"}
@@ -324,6 +355,7 @@ POLICY: tuple[Callable[[Sequence[Manifest]], Iterator[str]], ...] = (
     _drains_end,
     _ranks_have_their_gpus,
     _services_select_servers,
+    _routers_find_the_pods,
     _names_are_found,
 )
 

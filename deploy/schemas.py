@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, StrictInt, StrictStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
 
 
 class _Strict(BaseModel):
@@ -36,8 +36,19 @@ class _RouteMatch(_Strict):
 
 
 class _BackendRef(_Strict):
+    """A Service with its port, or an InferencePool, which has ports of its own."""
+
+    group: str = ""
+    kind: str = "Service"
     name: str
-    port: StrictInt
+    port: StrictInt | None = None
+
+    @model_validator(mode="after")
+    def _kind_has_a_port(self) -> Self:
+        allowed = {("", "Service"): True, ("inference.networking.k8s.io", "InferencePool"): False}
+        if allowed.get((self.group, self.kind)) is not (self.port is not None):
+            raise ValueError("a Service has a port, an InferencePool none")
+        return self
 
 
 class _RouteRule(_Strict):
@@ -56,6 +67,79 @@ class GRPCRoute(_Resource):
 
     apiVersion: Literal["gateway.networking.k8s.io/v1"]
     spec: _GRPCRouteSpec
+
+
+class _Port(_Strict):
+    number: StrictInt
+
+
+class _Labels(_Strict):
+    matchLabels: dict[str, str]
+
+
+class _EndpointPickerRef(_Strict):
+    name: str
+    port: _Port
+    failureMode: Literal["FailOpen", "FailClose"] = "FailClose"
+
+
+class _InferencePoolSpec(_Strict):
+    selector: _Labels
+    targetPorts: list[_Port] = Field(min_length=1, max_length=8)
+    endpointPickerRef: _EndpointPickerRef
+
+
+class InferencePool(_Resource):
+    """Pods among which an endpoint picker of the Gateway API's inference extension chooses."""
+
+    apiVersion: Literal["inference.networking.k8s.io/v1"]
+    spec: _InferencePoolSpec
+
+
+class _PoolRef(_Strict):
+    name: str
+
+
+class _InferenceObjectiveSpec(_Strict):
+    priority: StrictInt
+    poolRef: _PoolRef
+
+
+class InferenceObjective(_Resource):
+    """How urgent requests are that name it."""
+
+    apiVersion: Literal["inference.networking.x-k8s.io/v1alpha2"]
+    spec: _InferenceObjectiveSpec
+
+
+class _Plugin(_Strict):
+    type: str
+
+
+class _ProfilePlugin(_Strict):
+    pluginRef: str
+    weight: StrictInt | None = None
+
+
+class _Profile(_Strict):
+    name: str
+    plugins: list[_ProfilePlugin]
+
+
+class EndpointPickerConfig(_Strict):
+    """The file that configures an endpoint picker: its plugins, and their weights in a profile."""
+
+    apiVersion: Literal["inference.networking.x-k8s.io/v1alpha1"]
+    kind: Literal["EndpointPickerConfig"]
+    plugins: list[_Plugin]
+    schedulingProfiles: list[_Profile]
+
+    @model_validator(mode="after")
+    def _profiles_name_plugins(self) -> Self:
+        known = {plugin.type for plugin in self.plugins}
+        if unknown := {each.pluginRef for profile in self.schedulingProfiles for each in profile.plugins} - known:
+            raise ValueError(f"pluginRef: found {sorted(unknown)}; allowed: {sorted(known)}")
+        return self
 
 
 class _TLSValidation(_Strict):

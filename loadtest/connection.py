@@ -60,7 +60,7 @@ class Connection:
             ) from None
 
     async def tasks(self, metadata: Metadata) -> list[pb.Task]:
-        """All tasks of the server. Raises LoadTestError if the server does not list them."""
+        """All tasks of texts of the server. Raises LoadTestError if the server does not list them."""
         tasks: list[pb.Task] = []
         token = ""
         while True:
@@ -72,6 +72,6 @@ class Connection:
                     f"{self._target.address} does not list its tasks: {error.code().name}: {error.details()}"
                 ) from None
             page = pb.ListTasksResponse.FromString(reply)
-            tasks += page.tasks
+            tasks += (task for task in page.tasks if not task.HasField("image"))
             if not (token := page.next_page_token):
                 return tasks

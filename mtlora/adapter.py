@@ -133,6 +133,14 @@ class Attachment(nn.Module):
         return []
 
 
+class Nothing(Attachment):
+    """The backbone stays as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.context = TaskContext()
+
+
 class AdapterSet(Attachment):
     """All block adapters of one model, keyed as in a checkpoint: `layers.{l}.{module}`."""
 
@@ -156,7 +164,8 @@ class AdapterSet(Attachment):
 
     def experts(self) -> list[torch.Tensor]:
         """See `Attachment`."""
-        return [torch.stack([block.lora_B for block in self.blocks()])]
+        trained: list[torch.Tensor] = [block.lora_B for block in self.blocks() if block.lora_B.requires_grad]
+        return [torch.stack(trained)] if trained else []
 
     def attach(self, model: nn.Module) -> list[Any]:
         """Add every path to its block's output by forward hooks; returns their handles (call `.remove()` to detach).

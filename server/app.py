@@ -8,22 +8,29 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import uvloop
 
 from mtlora.backbone import BackboneError, resolve
+from mtlora.vision.images import ImageLimits
 from server.accounting import AuditError, AuditLog, Usage, UsageError
 from server.engine import (
+    BaseEngine,
     Engine,
     EngineFailure,
     EngineGaveUpError,
     EngineStartError,
     Supervisor,
+    VisionEngine,
     check_machine,
     exit_at_once,
 )
 from server.errors import EngineDeadError
+from server.job import Lane
 from server.registry.adapters import Adapters, open_adapters
 from server.registry.catalog import Catalog
 from server.registry.spool import SpoolError
@@ -35,6 +42,7 @@ from server.rpc.inference_service import InferenceServicer
 from server.rpc.interceptor import CallInterceptor
 from server.rpc.listening import Listening
 from server.rpc.openinference import OpenInferenceServicer, Repository
+from server.rpc.pictures import Decoding, decoding_threads
 from server.rpc.tls import TLSError
 from server.rpc.usage_service import UsageServicer
 from server.rpc.validation import PromptLimits
@@ -45,6 +53,7 @@ from server.settings import Settings, is_loopback, joined
 from server.telemetry.logs import finish_logging, get_logger, set_level
 from server.telemetry.loop_delay import watch_loop
 from server.telemetry.metrics import Metrics
+from server.telemetry.routers import joined_memory
 from server.telemetry.tracing import Tracer
 from server.tenants import Directory, Tenants, TenantsError
 from server.tenants.authentication import Authenticator
@@ -54,6 +63,7 @@ logger = get_logger("app")
 _POLL_INTERVAL_S = 5.0
 # Until background work that ended is started again.
 _RESTART_S = 1.0
+_SUPERVISOR = "supervisor"
 # Running requests get their status before the process ends.
 _LAST_STATUSES_S = 0.5
 
@@ -84,18 +94,20 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> int:
 class App:
     """One server process: `run` it once.
 
-    The constructor makes what answers calls, `_start` the engine and its adapters. Their events come back here: from
-    the supervisor (`engine_started`, `engine_lost`), the registry (`_set_catalog`), the tenants' directory
-    (`_on_tenants`).
+    The constructor makes what answers calls, `_start` the engines and their adapters. Their events come back here: from
+    the supervisors (`engine_started`, `engine_lost`), the registry (`_set_catalog`), the tenants' directory
+    (`_on_tenants`). One engine may be lost while the other serves.
     """
 
-    _supervisor: Supervisor
     _adapters: Adapters
     _verifying: asyncio.Future[None]
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._stop = asyncio.Event()
+        self._supervisors: dict[Lane, Supervisor] = {}
+        # Lanes whose engine serves.
+        self._serving: set[Lane] = set()
         self._metrics = Metrics(exemplars=settings.metrics_exemplars)
         self._tracer = (
             Tracer(
@@ -106,10 +118,15 @@ class App:
             if settings.otlp_endpoint
             else None
         )
-        turns = min(engine_turns(settings.max_num_seqs), settings.in_flight_limit)
+        turns, image_turns = (
+            min(engine_turns(most), settings.in_flight_limit)
+            for most in (settings.max_num_seqs, settings.vision_max_num_seqs)
+        )
         # Above the queue's limit, so the fair queue picks whom to refuse.
-        self._admission = Admission(settings.in_flight_limit + turns, self._metrics)
-        self._scheduler = Scheduler(turns, max(1, settings.in_flight_limit - turns), self._metrics)
+        self._admission = Admission(settings.in_flight_limit + max(turns, image_turns), self._metrics)
+        self._scheduler = Scheduler(
+            turns, max(1, settings.in_flight_limit - turns), self._metrics, image_turns=image_turns
+        )
         try:
             self._directory = Directory(
                 settings.tenants,
@@ -138,8 +155,14 @@ class App:
                 settings.max_document_mib,
                 settings.max_leased_tokens,
             ),
+            Decoding(
+                ImageLimits(settings.max_message_bytes, settings.max_image_pixels),
+                settings.image_threads or decoding_threads(),
+            ),
+            position_cost=settings.vision_position_cost,
             log_prompts=settings.log_prompts,
         )
+        self._inference.generates = settings.language_backbone is not None
         self._adapters_service = AdaptersServicer(self._admission)
         repository = Repository(lambda: self._adapters_service.registry)
         self._open_inference = OpenInferenceServicer(self._inference, self._admission, repository)
@@ -186,10 +209,8 @@ class App:
         metrics_address = joined(self._settings.metrics_host, metrics_port)
         ready(f"serving on {address}, metrics on {metrics_address}, {tasks} tasks")
         beside = [
-            self._run_beside("supervisor", self._supervise),
+            *(self._run_beside(_SUPERVISOR, partial(self._supervise, lane)) for lane in self._supervisors),
             self._run_beside("adapters", lambda: self._adapters.registry.run(self._settings.adapters_poll_s)),
-            self._run_beside("tenants", self._directory.watch),
-            self._run_beside("token issuers", self._authenticator.tokens.run),
             self._run_beside("usage", self._usage.run),
             self._run_beside("engine metrics", self._poll_workers),
             self._run_beside(
@@ -197,6 +218,11 @@ class App:
                 lambda: watch_loop(self._metrics.loop_delay.observe, self._settings.loop_delay_interval_s),
             ),
         ]
+        if self._settings.tenants is not None:
+            beside += [
+                self._run_beside("tenants", self._directory.watch),
+                self._run_beside("token issuers", self._authenticator.tokens.run),
+            ]
         await stopping
         self._metrics.serving.set(False)
         await listening.drain(self._health, self._admission)
@@ -282,29 +308,31 @@ class App:
     # The engine and its adapters.
 
     async def _start(self) -> None:
-        """Start the engine and, meanwhile, verify the adapters; then load them and open the admission."""
+        """Start the engines and, meanwhile, verify the adapters; then load them and open the admission."""
         settings = self._settings
+        wanted = {Lane.TEXT: settings.language_backbone, Lane.IMAGES: settings.vision_backbone}
         try:
-            backbone = await asyncio.to_thread(resolve, settings.backbone)
-            self._metrics.record_build(settings.backbone)
-            await asyncio.to_thread(check_machine, settings, backbone)
-            self._supervisor = Supervisor(
-                lambda: Engine(settings, backbone, self._metrics.record_engine),
-                self,
-                hang_s=settings.engine_hang_s,
-                max_failures=settings.engine_max_failures,
-                window_s=settings.engine_failure_window_s,
-            )
+            backbones = {
+                lane: await asyncio.to_thread(resolve, backbone) for lane, backbone in wanted.items() if backbone
+            }
+            self._metrics.record_build(settings.language_backbone or "", settings.vision_backbone or "")
+            await asyncio.to_thread(check_machine, settings, backbones)
+            self._supervisors = {lane: self._supervisor(lane, backbone) for lane, backbone in backbones.items()}
             self._adapters = await asyncio.to_thread(
-                open_adapters, settings, backbone, self._supervisor, self._metrics, self._set_catalog
+                open_adapters, settings, backbones, self._supervisors, self._metrics, self._set_catalog
             )
             self._on_disk.callback(self._adapters.close)
-            self._inference.residency = self._adapters.residency
+            residencies = self._adapters.residencies
+            if Lane.TEXT in backbones:
+                self._inference.residency = residencies[Lane.TEXT]
+            if Lane.IMAGES in backbones:
+                self._inference.classifier.residency = residencies[Lane.IMAGES]
+            self._metrics.follow_memory(lambda: joined_memory(each.memory() for each in residencies.values()))
             self._adapters_service.registry = self._adapters.registry
             self._adapters_service.uploads = self._adapters.uploads
             self._verifying = asyncio.ensure_future(self._verify_adapters())
             # Together: if nothing can be served, the start fails without waiting for the engine.
-            await asyncio.gather(self._supervisor.start(), self._verifying)
+            await asyncio.gather(*(each.start() for each in self._supervisors.values()), self._verifying)
         except (BackboneError, EngineStartError, SpoolError) as error:
             raise StartError(str(error)) from error
         except OSError as error:
@@ -312,6 +340,17 @@ class App:
             raise StartError(f"the start failed: {error}") from error
         except EngineDeadError:
             raise StartError("the engine died while it loaded its adapters; the log above says why") from None
+
+    def _supervisor(self, lane: Lane, backbone: Path) -> Supervisor:
+        kind: type[BaseEngine] = Engine if lane is Lane.TEXT else VisionEngine
+        settings, on_stats = self._settings, partial(self._metrics.record_engine, lane=lane)
+        return Supervisor(
+            lambda: kind(settings, backbone, on_stats),
+            _Listener(self, lane),
+            hang_s=settings.engine_hang_s,
+            max_failures=settings.engine_max_failures,
+            window_s=settings.engine_failure_window_s,
+        )
 
     async def _verify_adapters(self) -> None:
         await self._adapters.registry.verify_all()
@@ -321,29 +360,38 @@ class App:
         if not self._inference.catalog.tasks and not self._settings.allow_no_tasks:
             raise StartError(f"{self._settings.adapters}: no adapter there can be served; the log above says why")
 
-    async def engine_started(self, engine: Engine) -> None:
-        """Load into a new engine what served before it, and serve."""
+    async def engine_started(self, lane: Lane, engine: BaseEngine) -> None:
+        """Load into a new engine what served before it, and serve once every engine has started."""
         await self._verifying
-        self._inference.engine = engine
-        self._inference.prompts = engine.prompts
-        self._inference.limits = PromptLimits(self._settings.max_model_len, engine.vocab_size, engine.end_tokens)
-        await self._adapters.registry.load_all()
+        if isinstance(engine, Engine):
+            self._inference.engine = engine
+            self._inference.prompts = engine.prompts
+            self._inference.limits = PromptLimits(self._settings.max_model_len, engine.vocab_size, engine.end_tokens)
+        elif isinstance(engine, VisionEngine):
+            self._inference.classifier.engine = engine
+        await self._adapters.registry.load_all(lane)
         if self._admission.state is State.STARTING:
             self._check_catalog()
-        resident = self._adapters.residency.resident
-        await self._supervisor.warm_up(resident[-1].distinct_slots[0] if resident else None)
-        if not self._stop.is_set():
+        resident = self._adapters.residencies[lane].resident
+        await self._supervisors[lane].warm_up(resident[-1].distinct_slots[0] if resident else None)
+        self._serving.add(lane)
+        starting = self._admission.state is State.STARTING and self._serving < self._supervisors.keys()
+        if not self._stop.is_set() and not starting:
             _freeze_objects()
+            self._admission.lost.discard(lane)
             self._admission.state = State.SERVING
             await self._set_health(serving=True)
 
-    async def engine_lost(self, failure: EngineFailure) -> None:
-        """Serve nothing until another engine runs."""
-        if not self._stop.is_set():
-            self._admission.state = State.RESTARTING
-        await self._set_health(serving=False)
-        self._metrics.record_engine_restart(failure.kind)
-        self._adapters.residency.reset()
+    async def engine_lost(self, lane: Lane, failure: EngineFailure) -> None:
+        """Serve nothing of an engine until another one runs."""
+        self._serving.discard(lane)
+        self._admission.lost.add(lane)
+        if not self._serving:
+            if not self._stop.is_set():
+                self._admission.state = State.RESTARTING
+            await self._set_health(serving=False)
+        self._metrics.record_engine_restart(failure.kind, lane)
+        self._adapters.residencies[lane].reset()
 
     # What runs beside the requests.
 
@@ -362,34 +410,42 @@ class App:
                     error = raised
                 logger.error("background work ended", exc_info=error, extra={"fields": {"work": name}})
                 self._metrics.background_ends.inc(labels=(name,))
-                if name == "supervisor":
+                if name == _SUPERVISOR:
                     self._exit(1)
                 await asyncio.sleep(_RESTART_S)
 
         return asyncio.create_task(keep_running(), name=name)
 
-    async def _supervise(self) -> None:
-        try:
-            await self._supervisor.run()
-        except EngineGaveUpError as error:
-            logger.error("giving up", extra={"fields": {"reason": str(error)}})
-            _print_error(error)
-            await self._set_health(serving=False, live=False)
-            await asyncio.sleep(_LAST_STATUSES_S)
-            self._exit(1)
+    async def _supervise(self, lane: Lane) -> None:
+        while True:
+            try:
+                await self._supervisors[lane].run()
+            except EngineGaveUpError as error:
+                logger.error("giving up", extra={"fields": {"reason": str(error)}})
+                if not self._serving:
+                    _print_error(error)
+                    await self._set_health(serving=False, live=False)
+                    await asyncio.sleep(_LAST_STATUSES_S)
+                    self._exit(1)
+                # The other engine serves on.
+                await asyncio.sleep(self._settings.engine_failure_window_s)
 
     async def _poll_workers(self) -> None:
         """Keep the metrics of the engine's processes up to date, whichever engine runs."""
         while True:
-            self._metrics.adapters_resident.set(len(self._adapters.residency.resident))
-            engine = self._supervisor.engine
-            if engine is not None and engine.alive and not self._supervisor.starting:
-                try:
-                    self._metrics.record_workers(await engine.worker_stats())
-                except Exception as error:
-                    # The supervisor handles a dying engine.
-                    logger.warning("no statistics from the engine", extra={"fields": {"reason": str(error)}})
-            await asyncio.sleep(_POLL_INTERVAL_S)
+            resident = sum(len(each.resident) for each in self._adapters.residencies.values())
+            self._metrics.adapters_resident.set(resident)
+            await asyncio.gather(*map(self._poll, self._supervisors), asyncio.sleep(_POLL_INTERVAL_S))
+
+    async def _poll(self, lane: Lane) -> None:
+        supervisor = self._supervisors[lane]
+        engine = supervisor.engine
+        if engine is not None and engine.alive and not supervisor.starting:
+            try:
+                self._metrics.record_workers(await engine.worker_stats(), lane)
+            except Exception as error:
+                # The supervisor handles a dying engine.
+                logger.warning("no statistics from the engine", extra={"fields": {"reason": str(error)}})
 
     def _set_catalog(self, catalog: Catalog) -> None:
         self._inference.catalog = catalog
@@ -408,17 +464,32 @@ class App:
     # The end.
 
     def _shut_down(self) -> None:
-        if self._supervisor.starting:
+        if any(each.starting for each in self._supervisors.values()):
             self._exit(0)
         self._on_disk.close()
-        if self._supervisor.engine is not None:
-            self._supervisor.engine.shutdown()
+        for each in self._supervisors.values():
+            if each.engine is not None:
+                each.engine.shutdown()
 
     def _exit(self, status: int) -> None:
         """End at once."""
         self._on_disk.close()
         finish_logging()
         exit_at_once(status)
+
+
+@dataclass(frozen=True)
+class _Listener:
+    """Hears of one engine."""
+
+    app: App
+    lane: Lane
+
+    async def engine_started(self, engine: BaseEngine) -> None:
+        await self.app.engine_started(self.lane, engine)
+
+    async def engine_lost(self, failure: EngineFailure) -> None:
+        await self.app.engine_lost(self.lane, failure)
 
 
 def _freeze_objects() -> None:

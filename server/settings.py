@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource, SettingsConfigDict
 
 ENV_PREFIX = "MTLORA_"
+NO_BACKBONE = "none"
 
 
 class SettingsError(ValueError):
@@ -37,7 +38,14 @@ class Settings(BaseSettings):
         cli_parse_none_str="unset",
     )
 
-    backbone: str = Field("default", min_length=1, description='"default", a Hugging Face model folder, or a hub id')
+    backbone: str = Field(
+        "default",
+        min_length=1,
+        description='language backbone: "default", a Hugging Face model folder, a hub id, or "none" for images alone',
+    )
+    vision_backbone: str | None = Field(
+        None, min_length=1, description='vision backbone: "vision", a Hugging Face folder, or a hub id; unset: none'
+    )
     adapters: str | None = Field(
         None, description="folder of adapter checkpoints, NAME/VERSION/ each, or an fsspec URL of one, such as s3://..."
     )
@@ -82,7 +90,7 @@ class Settings(BaseSettings):
     metrics_host: str = Field("127.0.0.1", min_length=1, description="address on which /metrics listens")
     metrics_port: int = Field(9090, ge=0, le=65535, description="port of /metrics; 0: a free one")
     loop_delay_interval_s: float = Field(
-        0.5, ge=0.005, le=60, description="seconds between samples of how late the server's event loop runs"
+        1.0, ge=0.005, le=60, description="seconds between samples of how late the server's event loop runs"
     )
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
@@ -116,6 +124,35 @@ class Settings(BaseSettings):
     )
     omp_threads_bind: str | None = Field(
         None, min_length=1, description='cores of the engine\'s threads, such as "0-3" or, by rank, "0|1"; unset: all'
+    )
+
+    vision_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="dtype of the vision backbone; auto: as its weights on a CPU, the engine's choice on a GPU"
+    )
+    vision_max_num_seqs: int = Field(64, ge=1, description="images in one step, of 112 x 112 pixels")
+    vision_max_size: int = Field(
+        518, ge=8, le=1024, description="pixels of a side of the largest square that a task prepares its images to"
+    )
+    vision_position_cost: float = Field(
+        0.4,
+        gt=0,
+        allow_inf_nan=False,
+        description="what a position of an image costs a tenant in the fair queue, in prompt tokens of the language "
+        "backbone",
+    )
+    vision_gpu_memory_utilization: float = Field(
+        0.1, gt=0, le=1, description="share of GPU memory for the vision backbone's engine"
+    )
+    vision_omp_threads_bind: str | None = Field(
+        None,
+        min_length=1,
+        description="cores of the threads of the vision backbone's engine; unset: as omp_threads_bind",
+    )
+    max_image_pixels: int = Field(
+        25_000_000, ge=1, le=1 << 28, description="pixels of the largest image, by its header; none is decoded beyond"
+    )
+    image_threads: int | None = Field(
+        None, ge=1, le=256, description="threads that decode images; unset: half of the cores, 8 at most"
     )
 
     engine_hang_s: float = Field(
@@ -252,6 +289,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
+        if self.language_backbone is None and self.vision_backbone is None:
+            raise ValueError("backbone: found none, and no vision_backbone; allowed: one of the two, or both")
         if self.adapters is None and not self.allow_no_tasks:
             raise ValueError("adapters: not set; allowed: a folder of adapters (allow_no_tasks starts without)")
         if self.adapters_read_only and self.adapters and os.access(self.adapters, os.W_OK):
@@ -273,7 +312,13 @@ class Settings(BaseSettings):
 
     @property
     def in_flight_limit(self) -> int:
-        return self.max_in_flight or 4 * self.max_num_seqs
+        """Of requests for one engine."""
+        return self.max_in_flight or 4 * max(self.max_num_seqs, self.vision_max_num_seqs if self.vision_backbone else 1)
+
+    @property
+    def language_backbone(self) -> str | None:
+        """None for a server of images alone."""
+        return None if self.backbone == NO_BACKBONE else self.backbone
 
 
 def joined(host: str, port: int) -> str:

@@ -13,7 +13,10 @@ import pytest
 
 # A module that has one of these is slow: it starts a server, a worker of the benchmarks, an engine or processes like an
 # engine's, or runs Triton's interpreter.
-LONG = ("ServerProcess", "LyingServer", "WorkerProcess", "running_engine", "EngineProcesses", "triton_gpu")
+LONG = (
+    "ServerProcess", "running_fleet", "LyingServer", "WorkerProcess", "running_engine", "running_bare_engine",
+    "EngineProcesses", "triton_gpu",
+)  # fmt: skip
 # Making the default backbone takes half of what `make test-fast` may take.
 SLOW_FIXTURES = {"backbone", "short_backbone", "tiny_backbone", "server"}
 # Folders whose tests run in one worker of xdist, in order.
@@ -105,22 +108,6 @@ def short_backbone(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A backbone small enough to train in seconds: random weights, the default backbone's tokenizer."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from tests.factories import write_tiny_backbone
 
-    from mtlora.backbone import resolve
-
-    folder = tmp_path_factory.mktemp("tiny-backbone")
-    tokenizer = AutoTokenizer.from_pretrained(resolve("default"))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    # Tied embeddings at transformers' scale leave a model this narrow unable to prefer any token.
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_tiny_backbone(tmp_path_factory.mktemp("tiny-backbone"))

@@ -13,6 +13,7 @@ from mtlora.backbone import BackboneIdentity
 from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, AdapterManifest, TaskEntry
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
+from mtlora.vision.image_input import ImageInput, Pooling
 
 IDENTITY = BackboneIdentity(architecture="LlamaForCausalLM", hidden_size=8, num_layers=2, weights_fingerprint="ab" * 32)
 CONFIG = MtLoRAConfig(r=2, lora_alpha=4, num_experts=3, num_groups=2)
@@ -29,6 +30,30 @@ def task_table(num_tasks: int, *, biased: bool = True, document_template: str | 
         )
         for i in range(num_tasks)
     )
+
+
+def image_table(num_tasks: int = 3, *, biased: bool = True, pooling: Pooling = "cls_mean") -> tuple[TaskEntry, ...]:
+    """As `task_table`, tasks of images with 2, 3, ... classes."""
+    return tuple(
+        entry.model_copy(
+            update={
+                "allowed_answers": tuple(f"class {name}" for name in range(i + 2)),
+                "image": ImageInput(size=56, pooling=pooling),
+            }
+        )
+        for i, entry in enumerate(task_table(num_tasks, biased=biased))
+    )
+
+
+def image_tensors(tasks: tuple[TaskEntry, ...], config: MtLoRAConfig = CONFIG) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint with these tasks of images."""
+    return adapters.random_tensors(IDENTITY, config, tasks)
+
+
+def write_random_images(folder: Path, **kwargs: Any) -> AdapterManifest:
+    """Write a checkpoint of three tasks of images; `kwargs` as for `write_random`."""
+    tasks = image_table(3)
+    return write_random(folder, **({"tasks": tasks, "tensors": image_tensors(tasks)} | kwargs))
 
 
 def random_tensors(
@@ -86,3 +111,27 @@ def split_tensors(folder: Path) -> tuple[dict[str, Any], bytes]:
 def join_tensors(header: bytes, data: bytes) -> bytes:
     """A safetensors file."""
     return len(header).to_bytes(8, "little") + header + data
+
+
+def write_tiny_backbone(folder: Path, *, hidden_size: int = 48, heads: int = 4) -> Path:
+    """A backbone of random weights with the default backbone's tokenizer; returns the folder.
+
+    vLLM's attention on CPUs takes heads of 32, 64 and more dimensions.
+    """
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from mtlora.backbone import resolve
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve("default"))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=2,
+        num_attention_heads=heads, num_key_value_heads=heads // 2, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    # Tied embeddings at transformers' scale leave a model this narrow unable to prefer any token.
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

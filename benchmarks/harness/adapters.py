@@ -13,6 +13,7 @@ from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, AdapterManifes
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
+from mtlora.vision.image_input import ImageInput
 
 CONFIG = MtLoRAConfig(r=16, num_experts=8, num_groups=4)
 PEFT_RANK = 16
@@ -23,6 +24,15 @@ def random_tasks(number: int, *, max_new_tokens: int = 32) -> tuple[TaskEntry, .
     """Tasks `task-0`, `task-1`, ... whose prompt is the input."""
     return tuple(
         TaskEntry(id=f"task-{i}", description="random", template="{input}", bias_index=i, max_new_tokens=max_new_tokens)
+        for i in range(number)
+    )
+
+
+def random_image_tasks(number: int, *, size: int = 112, classes: int = 10) -> tuple[TaskEntry, ...]:
+    """Tasks `task-0`, `task-1`, ... of images."""
+    labels, image = tuple(f"class {i}" for i in range(classes)), ImageInput(size=size)
+    return tuple(
+        TaskEntry(id=f"task-{i}", description="random", allowed_answers=labels, image=image, bias_index=i)
         for i in range(number)
     )
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from deploy.capacity import CapacityError
 from deploy.capacity.check import Comparison, check
+from deploy.capacity.placement import compare, page
 from deploy.capacity.plan import MAX_REPLICAS, MEMORY_GIB, Demand, make_plan
 from deploy.capacity.report import report
 from deploy.capacity.result import document, read_levels
@@ -57,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_source(reporting)
     reporting.add_argument("--out", type=Path, default=Path("deploy/capacity.md"))
     reporting.set_defaults(run=_report)
+
+    placing = commands.add_parser("place", help="placement by adapter against round robin; write deploy/placement.md")
+    placing.add_argument(
+        "--model", type=Path, default=Path(__file__).with_name("model.json"), help="default: %(default)s"
+    )
+    placing.add_argument("--out", type=Path, default=Path("deploy/placement.md"))
+    placing.set_defaults(run=_place)
 
     checking = commands.add_parser("check", help="the simulation against two real server processes")
     checking.add_argument("--adapters", type=Path, default=Path("adapters"))
@@ -121,6 +129,12 @@ def _report(options: argparse.Namespace) -> int:
     comparison = json.loads(beside.read_text()) if compared else None
     command = f"python -m deploy.capacity report --results {names}"
     options.out.write_text(report(model, lengths, command, comparison))
+    print(f"capacity: wrote {options.out}")
+    return 0
+
+
+def _place(options: argparse.Namespace) -> int:
+    options.out.write_text(page(compare(read_model(options.model)), "python -m deploy.capacity place"))
     print(f"capacity: wrote {options.out}")
     return 0
 

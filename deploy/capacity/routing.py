@@ -1,10 +1,8 @@
-"""Routers choose a replica for a request: round robin, or by adapter with bounded consistent hashing."""
+"""Routers choose a replica for a request: round robin, or the client's own placement by adapter."""
 
-import bisect
-import hashlib
 from collections.abc import Sequence
 
-_POINTS = 64
+from mtlora.client.placement import Rendezvous
 
 
 class RoundRobin:
@@ -20,33 +18,13 @@ class RoundRobin:
 
 
 class AdapterAware:
-    """The adapter's first replica on a hash ring, or the next if that one has more than `slack` times the mean load.
+    """`mtlora.client`'s placement, as if one client sent everything: by adapter, with bounded load."""
 
-    Consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam, 2018): an adapter's requests meet on few
-    replicas, a popular adapter spreads, and one replica more or less moves few adapters.
-    """
-
-    def __init__(self, replicas: int, *, slack: float = 1.25) -> None:
-        ring = sorted((_hash(f"{replica}/{point}"), replica) for replica in range(replicas) for point in range(_POINTS))
-        self._hashes = [hash_ for hash_, _ in ring]
-        self._ring = [replica for _, replica in ring]
-        self._slack = slack
-        self._starts: dict[int, int] = {}
+    def __init__(self, replicas: int, *, slack: float = 1.25, floor: int = 1) -> None:
+        self._rendezvous = Rendezvous([f"replica {index}" for index in range(replicas)], slack=slack, floor=floor)
 
     def choose(self, adapter: int, in_flight: Sequence[int]) -> int:
-        start = self._starts.get(adapter)
-        if start is None:
-            start = self._starts[adapter] = bisect.bisect(self._hashes, _hash(f"adapter {adapter}"))
-        bound = self._slack * (sum(in_flight) + 1) / len(in_flight)
-        for step in range(len(self._ring)):
-            replica = self._ring[(start + step) % len(self._ring)]
-            if in_flight[replica] + 1 <= max(1.0, bound):
-                return replica
-        return min(range(len(in_flight)), key=in_flight.__getitem__)
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+        return self._rendezvous.choose(str(adapter), in_flight)
 
 
 # `choose` gives the index of the replica for a request of `adapter`, given every replica's requests in flight.

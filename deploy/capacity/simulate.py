@@ -19,7 +19,7 @@ from deploy.capacity.service import ServiceModel
 
 @dataclass(slots=True)
 class Request:
-    """A request. Times in seconds; the simulation fills in `first_token` and `finished`."""
+    """A request. Times in seconds; the simulation fills in `first_token`, `finished` and `cold`."""
 
     arrival: float
     task: int
@@ -28,6 +28,8 @@ class Request:
     completion_tokens: int
     first_token: float = 0.0
     finished: float = 0.0
+    # Whether it waited for its adapter.
+    cold: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Outcome:
     ttft: np.ndarray = field(repr=False)
     e2e: np.ndarray = field(repr=False)
     loads: int = 0
+    # Share of requests whose adapter was in memory.
+    hit_rate: float = 1.0
 
     def percentiles(self, values: np.ndarray) -> tuple[float, float, float]:
         """p50, p95 and p99."""
@@ -80,7 +84,9 @@ class Replica:
                 break
             self.waiting.popleft()
             tokens += request.prompt_tokens
-            load += self._touch(request.adapter)
+            if loading := self._touch(request.adapter):
+                load += loading
+                request.cold = True
             self._order += 1
             heapq.heappush(self._running, (self._step + request.completion_tokens, self._order, request))
             self._adapters[request.adapter] = self._adapters.get(request.adapter, 0) + 1
@@ -178,6 +184,7 @@ def simulate(
         ttft=np.array([request.first_token + half - request.arrival for request in counted]),
         e2e=np.array([request.finished + half - request.arrival for request in counted]),
         loads=sum(engine.loads for engine in engines),
+        hit_rate=1 - sum(request.cold for request in counted) / len(counted) if counted else 1.0,
     )
 
 

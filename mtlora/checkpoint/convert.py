@@ -7,7 +7,8 @@ Both are a torch file of a state dict. Under any prefix, layer l and block m (`m
     layers.{l}.{m}.block_adapter.lora_route.weight  [g*N, d]   group-major, as here; absent if N is 1
 
 `block_adapter.` may be missing. Softmax (over experts, float32) and scaling (alpha / r) are the same here, and the
-router has no bias: tensors stay as they are, and all tasks share one slot. A path inside a block (such as under
+router has no bias: tensors stay as they are, and all tasks share one slot. A task of images also needs its head, under
+any prefix: `heads.{task}.weight` [classes, F] and `heads.{task}.bias` [classes]. A path inside a block (such as under
 `q_proj`, where HydraLoRA's own trainer puts it) has no equivalent at the block's output and is refused.
 """
 
@@ -22,13 +23,14 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 
 from mtlora.backbone import BackboneIdentity
-from mtlora.checkpoint.format import AdapterManifest, TaskEntry, and_more
+from mtlora.checkpoint.format import AdapterManifest, TaskEntry, and_more, head_names
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.errors import MtLoRAError, describe
 from mtlora.families import BLOCK_MODULES
 from mtlora.files import sha256
 from mtlora.task import TaskSpec
+from mtlora.vision.image_input import num_features
 
 # From the authors' published settings, at rank 16. Their files do not hold it.
 PUBLISHED_ALPHA = 64.0
@@ -76,8 +78,9 @@ def convert(
     Raises ConversionError for a file of another layout, or of another backbone; CheckpointError if `out` cannot be
     written.
     """
+    state = _read_state(source)
     config, tensors = convert_tensors(
-        _read_state(source),
+        state,
         hidden_size=backbone.hidden_size,
         num_layers=backbone.num_layers,
         lora_alpha=lora_alpha,
@@ -87,7 +90,7 @@ def convert(
         backbone=backbone,
         config=config,
         tasks=tuple(TaskEntry(**task.model_dump(), bias_index=None) for task in tasks),
-        tensors=tensors,
+        tensors=tensors | convert_heads(state, tasks, hidden_size=backbone.hidden_size),
         training={"converted_from": {"file": source.name, "sha256": sha256(source), "lora_alpha": lora_alpha}},
     )
 
@@ -144,6 +147,27 @@ def convert_tensors(
     except ValidationError as error:
         raise ConversionError(f"config: {describe(error)}") from None
     return config, tensors
+
+
+def convert_heads(state: Mapping[str, Any], tasks: Sequence[TaskSpec], *, hidden_size: int) -> dict[str, torch.Tensor]:
+    """The heads of tasks of images, under their names in this format. Raises ConversionError naming the key."""
+    tensors = {}
+    for row, task in enumerate(tasks):
+        if task.image is None:
+            continue
+        classes, F = len(task.labels or ()), num_features(task.image.pooling, hidden_size)
+        for name, part, shape in zip(head_names(row), ("weight", "bias"), ((classes, F), (classes,)), strict=True):
+            key = f"heads.{task.id}.{part}"
+            found = [each for each in state if each == key or each.endswith(f".{key}")]
+            if len(found) != 1:
+                raise ConversionError(f"{key}: found {len(found)}; task {task.id} of images needs one {list(shape)}")
+            tensor = tensors[name] = _tensor(found[0], state[found[0]], len(shape))
+            if tuple(tensor.shape) != shape:
+                raise ConversionError(
+                    f"{found[0]}: expected {list(shape)}, as {classes} labels and pooling {task.image.pooling!r} give, "
+                    f"found {list(tensor.shape)}"
+                )
+    return tensors
 
 
 def read_tasks(path: Path) -> tuple[TaskSpec, ...]:
@@ -204,7 +228,7 @@ def _sort(state: Mapping[str, Any]) -> dict[tuple[int, str], _Block]:
     return blocks
 
 
-def _tensor(key: str, value: Any) -> torch.Tensor:
+def _tensor(key: str, value: Any, dimensions: int = 2) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise ConversionError(f"{key}: expected a tensor, found {type(value).__name__}")
     if value.dtype not in _DTYPES or value.layout != torch.strided or value.device.type == "meta":
@@ -212,8 +236,8 @@ def _tensor(key: str, value: Any) -> torch.Tensor:
             f"{key}: expected a dense tensor of {', '.join(str(dtype) for dtype in _DTYPES)}, "
             f"found {value.layout} of {value.dtype} on {value.device}"
         )
-    if value.dim() != 2:
-        raise ConversionError(f"{key}: expected two dimensions, found {list(value.shape)}")
+    if value.dim() != dimensions:
+        raise ConversionError(f"{key}: expected {('one', 'two')[dimensions - 1]} dimensions, found {list(value.shape)}")
     tensor = value.detach().to(_DTYPES[value.dtype])
     if bad := int((~torch.isfinite(tensor)).sum()):
         raise ConversionError(f"{key}: expected finite values, found {bad} NaN or infinite (as {tensor.dtype})")

@@ -7,8 +7,14 @@ Tensors of layer l and module m (`self_attn` or `mlp`), where T = tasks, N = exp
     layers.{l}.{m}.lora_route   [g*N, d]     router, group-major: row j*N + i is expert i in group j
     layers.{l}.{m}.task_bias    [T, g, N]    router bias per task, if the config has task_bias
 
-Version 2 is version 1 with documents: `activation` in the config, `document_template` in a task. It is written only for
-adapters with either, so readers of version 1 refuse those alone.
+An adapter of images has a head for each task, whose place in the manifest's `tasks` is the row. Classes are in the
+order of the task's labels, F is the length of a feature (`ImageInput.pooling`). Weights standardise features too:
+
+    heads.{row}.weight          [classes, F]
+    heads.{row}.bias            [classes]
+
+Version 2 is version 1 with documents (`activation` in the config, `document_template` in a task) or images (`image` in
+every task). It is written only for adapters with any of these, so readers of version 1 refuse those alone.
 """
 
 import reprlib
@@ -23,6 +29,7 @@ from mtlora.backbone import BackboneIdentity
 from mtlora.config import MtLoRAConfig
 from mtlora.errors import MtLoRAError
 from mtlora.task import TaskId, TaskSpec, check_activation
+from mtlora.vision.image_input import num_features
 
 FORMAT_VERSIONS: Final = (1, 2)
 MANIFEST_FILE = "adapter.json"
@@ -42,8 +49,12 @@ class TaskEntry(TaskSpec):
 
 def format_version(config: MtLoRAConfig, tasks: Sequence[TaskSpec]) -> Literal[1, 2]:
     """The lowest version that can hold an adapter of this config with these tasks."""
-    documents = config.activation != "all" or any(task.document_template is not None for task in tasks)
-    return 2 if documents else 1
+    return 2 if config.activation != "all" or any(task.document_template or task.image for task in tasks) else 1
+
+
+def head_names(row: int) -> tuple[str, str]:
+    """Names of the head's weight and bias of the task in this row of the task table."""
+    return f"heads.{row}.weight", f"heads.{row}.bias"
 
 
 class AdapterManifest(BaseModel):
@@ -77,6 +88,8 @@ class AdapterManifest(BaseModel):
             if task.id in seen:
                 raise ValueError(f"tasks: id: expected each once, found {task.id!r} twice")
             seen.add(task.id)
+        if self.images and (text := next((task.id for task in self.tasks if task.image is None), None)):
+            raise ValueError(f"tasks: image: expected in every task or in none, found none in task {text!r}")
         if unknown := sorted(self.calibration.keys() - seen):
             raise ValueError(f"calibration: expected tasks of this adapter, found {unknown[0]!r}")
         indices = [task.bias_index for task in self.tasks]
@@ -85,6 +98,11 @@ class AdapterManifest(BaseModel):
             wanted = f"0 to {len(self.tasks) - 1}, each once" if self.config.task_bias else "null, as task_bias is off"
             raise ValueError(f"tasks: bias_index: expected {wanted}, found {reprlib.repr(indices)}")
         return self
+
+    @property
+    def images(self) -> bool:
+        """Whether the adapter's tasks take images."""
+        return any(task.image for task in self.tasks)
 
     def task(self, task_id: str) -> TaskEntry:
         """The entry of one task. Raises KeyError for an unknown task."""
@@ -105,6 +123,11 @@ class AdapterManifest(BaseModel):
                 shapes[f"{prefix}.lora_route"] = (config.router_rows, d)
                 if config.task_bias:
                     shapes[f"{prefix}.task_bias"] = (len(self.tasks), config.num_groups, config.num_experts)
+        for row, task in enumerate(self.tasks):
+            if task.image is not None:
+                classes, (weight, bias) = len(task.labels or ()), head_names(row)
+                shapes[weight] = (classes, num_features(task.image.pooling, d))
+                shapes[bias] = (classes,)
         return shapes
 
 
@@ -114,6 +137,17 @@ class Checkpoint:
 
     manifest: AdapterManifest
     tensors: dict[str, torch.Tensor]
+
+    @property
+    def paths(self) -> dict[str, torch.Tensor]:
+        """The tensors of the paths beside the blocks: all but the heads."""
+        return {name: tensor for name, tensor in self.tensors.items() if not name.startswith("heads.")}
+
+    def head(self, task_id: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weight [classes, F], bias [classes]) of a task of images. Raises KeyError for any other task."""
+        row = next((row for row, task in enumerate(self.manifest.tasks) if task.id == task_id), -1)
+        weight, bias = head_names(row)
+        return self.tensors[weight], self.tensors[bias]
 
 
 def and_more(names: Sequence[object]) -> str:

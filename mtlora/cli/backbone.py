@@ -1,10 +1,13 @@
-"""`mtlora backbone`: prepare the default backbone, show a backbone's identity."""
+"""`mtlora backbone`: prepare a packaged backbone, show a backbone's identity."""
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtlora.cli.output import print_fields, print_json
+
+if TYPE_CHECKING:
+    from mtlora.suite import Suite
 
 
 def add_parser(subparsers: Any) -> None:
@@ -12,8 +15,16 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("backbone", help="prepare or show the frozen backbone")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    prepare = commands.add_parser("prepare", help="make the default backbone's folder from the embedded weights")
-    prepare.add_argument("--out", type=Path, metavar="DIR", help="default: $MTLORA_BACKBONE_DIR, or in the cache")
+    prepare = commands.add_parser("prepare", help="make a default backbone's folder from the embedded weights")
+    prepare.add_argument(
+        "name", nargs="?", choices=("default", "vision"), default="default", help="of language (default) or of vision"
+    )
+    prepare.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="default: $MTLORA_BACKBONE_DIR or $MTLORA_VISION_BACKBONE_DIR, or a cache",
+    )
     prepare.add_argument("--force", action="store_true", help="make it again even if it is complete")
     prepare.set_defaults(run=_prepare)
 
@@ -25,15 +36,23 @@ def add_parser(subparsers: Any) -> None:
 
 def add_backbone_argument(parser: argparse.ArgumentParser, default: str | None = "default") -> None:
     """`--backbone B`, the same in every command."""
-    parser.add_argument(
-        "--backbone", default=default, metavar="B", help="'default', a Hugging Face folder, or a hub id OWNER/NAME"
-    )
+    names = "'default', 'vision', a Hugging Face folder, or a hub id OWNER/NAME"
+    if default is None:
+        names += " (default: that of the suite's kind of input)"
+    parser.add_argument("--backbone", default=default, metavar="B", help=names)
+
+
+def backbone_for(backbone: str | None, suite: "Suite") -> str:
+    """The backbone of a command line, or the built-in one for a suite's kind of input."""
+    return backbone or ("vision" if any(task.image for task in suite.tasks) else "default")
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from mtlora.backbone import default_folder, prepare
+    from mtlora.backbone import packaged, prepare
 
-    print(prepare(args.out or default_folder(), force=args.force))
+    source = packaged(args.name)
+    assert source is not None
+    print(prepare(args.out or source.folder(), source, force=args.force))
     return 0
 
 

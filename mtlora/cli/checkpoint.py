@@ -1,6 +1,7 @@
 """Commands on checkpoints: `mtlora inspect`, `verify`, `convert` (from other trainers' formats) and `publish`."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,7 @@ def _inspect(args: argparse.Namespace) -> int:
     manifest = read_manifest(args.folder)
     backbone, config = manifest.backbone, manifest.config
     parameters = adapter_parameters(config, backbone.hidden_size, backbone.num_layers, len(manifest.tasks))
+    heads = sum(math.prod(shape) for name, shape in manifest.tensor_shapes().items() if name.startswith("heads."))
     # The tensors may be absent or damaged; `verify` reports that.
     size = sum(path.stat().st_size for name in (MANIFEST_FILE, TENSORS_FILE) if (path := args.folder / name).is_file())
     if args.json:
@@ -70,25 +72,19 @@ def _inspect(args: argparse.Namespace) -> int:
         f"adapter {args.folder}",
         {
             "format version": manifest.format_version,
-            "parameters": f"{parameters:,}",
+            "parameters": f"{parameters:,}" + (f", and {heads:,} of heads" if heads else ""),
             "size": f"{size:,} bytes",
             "tensors sha256": manifest.tensors_sha256,
             "backbone": backbone.model_dump(),
             "config": config.model_dump(),
         },
     )
+    of_kind = ("size", "resize", "pooling", "classes") if manifest.images else ("max new tokens", "stop", "answers")
     print_table(
         f"{len(manifest.tasks)} tasks",
-        ("task", "bias index", "max new tokens", "stop", "answers", "description"),
+        ("task", "bias index", *of_kind, "description"),
         [
-            (
-                task.id,
-                "–" if task.bias_index is None else task.bias_index,
-                task.max_new_tokens,
-                " ".join(map(repr, task.stop)) or "–",
-                _shown_answers(task),
-                task.description,
-            )
+            (task.id, "–" if task.bias_index is None else task.bias_index, *_shown(task), task.description)
             for task in manifest.tasks
         ],
     )
@@ -104,22 +100,30 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-def _shown_answers(task: "TaskSpec") -> str:
-    if task.answer_type is None:
-        return "any"
-    return f"{len(task.labels)} labels" if task.labels else task.answer_type.type
+def _shown(task: "TaskSpec") -> tuple[object, ...]:
+    """What a table says of a task of images, or of text."""
+    if task.image is not None:
+        return f"{task.image.size} px", task.image.resize, task.image.pooling, len(task.labels or ())
+    answers: str = "any" if task.answer_type is None else task.answer_type.type
+    if task.labels:
+        answers = f"{len(task.labels)} labels"
+    return task.max_new_tokens, " ".join(map(repr, task.stop)) or "–", answers
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from mtlora.backbone import identify, resolve
+    from mtlora.backbone import BackboneError, identify, resolve
     from mtlora.checkpoint.format import CheckpointError
     from mtlora.checkpoint.read import check_answers, read_checkpoint
+    from mtlora.vision.families import read_config
 
-    backbone = None if args.backbone is None else identify(resolve(args.backbone))
+    folder = None if args.backbone is None else resolve(args.backbone)
+    backbone = None if folder is None else identify(folder)
     try:
         checkpoint = read_checkpoint(args.folder, backbone)
         check_answers(args.folder, checkpoint.manifest)
-    except CheckpointError as error:
+        if folder is not None and checkpoint.manifest.images:
+            read_config(folder).check(checkpoint.manifest.tasks)
+    except (CheckpointError, BackboneError) as error:
         print(f"mtlora: error: {error}", file=sys.stderr)
         return 1
     parameters = sum(tensor.numel() for tensor in checkpoint.tensors.values())

@@ -2,11 +2,11 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtlora.cli.backbone import add_backbone_argument
+from mtlora.cli.backbone import add_backbone_argument, backbone_for
 from mtlora.cli.connection import access_from, add_access_arguments
 from mtlora.cli.output import print_table
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Examples of each task of a generated suite, without --examples.
 _GENERATED_EXAMPLES = 40
+# Training images of each task that linear heads are fitted to, without an adapter.
+_LINEAR_EXAMPLES = 500
 
 
 def add_parser(subparsers: Any) -> None:
@@ -26,15 +28,18 @@ def add_parser(subparsers: Any) -> None:
         "eval",
         help="score an adapter on a suite by exact match",
         description="Scores every example of a folder, or EXAMPLES of each task of the built-in suite's split. "
-        "The adapter's own task table says how a task's input becomes a prompt and when its answer ends.",
+        "The adapter's own task table says how a task's input becomes a prompt and when its answer ends. For images, "
+        "the backbone alone means linear heads on its features, fitted to the images that the adapter was trained on.",
     )
     parser.add_argument(
         "--adapter", type=Path, metavar="DIR", help="a checkpoint; without it, only the backbone is scored"
     )
-    add_backbone_argument(parser)
+    add_backbone_argument(parser, None)
     parser.add_argument(
-        "--suite", default="builtin", metavar="S", help="'builtin', 'bbh-generated', 'documents' or a folder"
-    )
+        "--suite", default="builtin", metavar="S",
+        help="'builtin', 'bbh-generated', 'documents', 'builtin-vision', or a folder of BIG-Bench Hard's files, of "
+        "MMLU's, or of images",
+    )  # fmt: skip
     parser.add_argument("--split", choices=("train", "validation", "test"), help="built-in: test; folder: all it holds")
     parser.add_argument("--examples", type=int, metavar="N", help="of each task (built-in: 40; folder: all)")
     parser.add_argument("--seed", type=int, default=0, help="which examples, and which shots, are drawn")
@@ -53,6 +58,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores and every answer as JSON")
+    parser.add_argument("--gallery", type=Path, metavar="PNG", help="of images: draw one of each task with its answer")
     parser.add_argument("--record", action="store_true", help="keep the scores in the checkpoint's manifest")
     parser.set_defaults(run=_eval)
 
@@ -64,26 +70,29 @@ def _eval(args: argparse.Namespace) -> int:
     from mtlora.checkpoint.format import TaskEntry
     from mtlora.checkpoint.read import read_checkpoint
     from mtlora.checkpoint.write import record_evaluation
+    from mtlora.errors import MtLoRAError
     from mtlora.evaluation.evaluate import score
     from mtlora.evaluation.lengths import by_document_length
     from mtlora.prompt import PromptEncoder
-    from mtlora.suite import load_suite
+    from mtlora.suite import FolderSuite, load_suite
 
     _check(args)
     if args.json:
         # Fail now, not after minutes of work.
         args.json.parent.mkdir(parents=True, exist_ok=True)
-    folder = resolve(args.backbone)
-    checkpoint = read_checkpoint(args.adapter, identify(folder)) if args.adapter else None
     suite = load_suite(args.suite)
+    folder = resolve(backbone_for(args.backbone, suite))
+    checkpoint = read_checkpoint(args.adapter, identify(folder)) if args.adapter else None
     tasks = checkpoint.manifest.tasks if checkpoint else tuple(TaskEntry(**task.model_dump()) for task in suite.tasks)
     examples = _examples(suite, tasks, args)
+    if args.gallery and examples[0].image is None:
+        raise MtLoRAError("--gallery: needs a suite of images")
     answerers, labeller = _answerers(folder, checkpoint, tasks, suite, args)
     answers = {name: answer(examples) for name, answer in answerers.items()}
     scores = {name: score(examples, found) for name, found in answers.items()}
     evaluation: dict[str, Any] = {
         "suite": suite.name,
-        "split": args.split or ("all" if suite.finite else "test"),
+        "split": args.split or ("all" if isinstance(suite, FolderSuite) else "test"),
         "seed": args.seed,
         "shots": args.shots,
         "scoring": args.scoring,
@@ -103,6 +112,10 @@ def _eval(args: argparse.Namespace) -> int:
             for i, e in enumerate(examples)
         ]
         args.json.write_text(json.dumps({**evaluation, "answers": records}, indent=1) + "\n")
+    if args.gallery:
+        from mtlora.plot.gallery import plot_gallery
+
+        plot_gallery(examples, next(iter(answers.values())), args.gallery)
     if args.record:
         record_evaluation(args.adapter, evaluation, calibration)
     print(summary(scores))
@@ -159,6 +172,8 @@ def _answerers(
     """The answerers to score, `adapter`, `backbone_alone` or both; and what scores the adapter's labels."""
     from mtlora.evaluation import evaluate
 
+    if any(task.image for task in tasks):
+        return _image_answerers(folder, checkpoint, tasks, suite, args)
     names = ["adapter"] * bool(checkpoint) + ["backbone_alone"] * (not args.adapter_only)
     if args.through:
         from mtlora.errors import MtLoRAError
@@ -193,18 +208,63 @@ def _answerers(
     return answerers, evaluate.offline_labeller(adapted, tasks) if checkpoint and not args.shots else None
 
 
+def _image_answerers(
+    folder: Path, checkpoint: "Checkpoint | None", tasks: "tuple[TaskEntry, ...]", suite: "Suite", args: Any
+) -> "tuple[dict[str, Answerer], Labeller | None]":
+    """As `_answerers`, for images."""
+    import torch
+
+    from mtlora.errors import MtLoRAError
+    from mtlora.evaluation.images import answers_of, checkpoint_labeller, image_labeller, linear_heads
+    from mtlora.methods import HeadsConfig
+    from mtlora.suite import up_to
+    from mtlora.suite.mix import count_for
+    from mtlora.vision.model import load_adapted_encoder, new_adapted_encoder
+
+    if args.shots or args.through or args.scoring != "generate":
+        raise MtLoRAError("--shots, --scoring and --through are for text; this suite is of images")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype)
+    answerers: dict[str, Answerer] = {}
+    labeller = None
+    if checkpoint:
+        adapted = load_adapted_encoder(folder, checkpoint, dtype)
+        labeller = checkpoint_labeller(adapted, checkpoint)
+        answerers["adapter"] = answers_of(labeller)
+    else:
+        adapted = new_adapted_encoder(folder, HeadsConfig(), len(tasks), dtype)
+    if not args.adapter_only:
+        asked = [task for task in tasks if task.id in {each.id for each in suite.tasks}]
+        trained = checkpoint.manifest.training.get("config", {}) if checkpoint else {}
+        counts, seed = trained.get("examples_per_task", _LINEAR_EXAMPLES), trained.get("seed", 0)
+
+        def alone(examples: "Sequence[Example]") -> list[str]:
+            train = [e for t in asked for e in up_to(suite, t.id, "train", count_for(counts, t.id), seed)]
+            heads = linear_heads(adapted, asked, train)
+            return answers_of(image_labeller(adapted, asked, heads, None))(examples)
+
+        answerers["backbone_alone"] = alone
+    return answerers, labeller
+
+
 def _examples(suite: "Suite", tasks: "tuple[TaskEntry, ...]", args: argparse.Namespace) -> "list[Example]":
     from mtlora.errors import MtLoRAError
     from mtlora.suite import FolderSuite
 
     known = {task.id for task in tasks}
-    if unknown := [task.id for task in suite.tasks if task.id not in known]:
+    asked = [task for task in suite.tasks if task.id in known]
+    unknown = ", ".join(task.id for task in suite.tasks if task.id not in known)
+    # Of generated images, an adapter may have learned a part.
+    if unknown and (suite.finite or not asked or not asked[0].image):
         raise MtLoRAError(
-            f"{args.adapter}: the adapter has no task {', '.join(unknown)} of suite {suite.name}; "
+            f"{args.adapter}: the adapter has no task {unknown} of suite {suite.name}; "
             f"it has {', '.join(sorted(known))}"
         )
+    if unknown:
+        print(f"not scored, as the adapter lacks them: {unknown}")
     found: list[Example] = []
-    for task in suite.tasks:
+    for task in asked:
         if isinstance(suite, FolderSuite) and not args.split:
             found += suite.all_examples(task.id)[: args.examples]
         else:

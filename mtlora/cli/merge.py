@@ -74,8 +74,9 @@ def _merge(args: argparse.Namespace) -> int:
             f"equal to rounding: {share:.1%} differ, by at most {comparison.largest_difference:.1e} beside a largest "
             f"logit of {comparison.largest_logit:.1f}"
         )
+    inputs = "images" if manifest.images else "prompts"
     print(
-        f"other tasks: {comparison.tasks} tasks, {comparison.prompts} prompts, "
+        f"other tasks: {comparison.tasks} tasks, {comparison.prompts} {inputs}, "
         f"{comparison.logits:,} logits in float32: {verdict}"
     )
     print(args.out)

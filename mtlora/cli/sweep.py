@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mtlora.cli.backbone import add_backbone_argument
+from mtlora.cli.backbone import add_backbone_argument, backbone_for
 from mtlora.cli.settings import add_set_argument, read_settings
 
 # A small budget gives a first table within the hour; --set gives others.
@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
         "--jobs", type=int, default=1, metavar="N",
         help="runs at a time (default: %(default)s); on CPUs, N runs of one thread (--set threads=1) are faster",
     )  # fmt: skip
-    add_backbone_argument(parser)
+    add_backbone_argument(parser, None)
     add_set_argument(parser)
     parser.set_defaults(run=_sweep)
 
@@ -46,6 +46,7 @@ def _sweep(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from mtlora.backbone import resolve
+    from mtlora.suite import load_suite
     from mtlora.sweep.grid import SweepError, do_all, grid, read_result
     from mtlora.sweep.report import markdown, summarise, write_report
     from mtlora.train.config import TrainingConfig
@@ -63,7 +64,7 @@ def _sweep(args: argparse.Namespace) -> int:
     settings = {"examples": args.test_examples}
     # Read all results first, so that a run which cannot resume is reported before any work.
     done = {run.folder: read_result(run, settings) for run in runs}
-    folder = resolve(args.backbone)
+    folder = resolve(backbone_for(args.backbone, load_suite(next(iter(configs.values())).suite)))
     todo = [run for run in runs if not done[run.folder]]
     failed = []
     with tqdm(total=len(runs), initial=len(runs) - len(todo), desc="sweep", unit="run") as bar:

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from mtlora.cli.backbone import add_backbone_argument
+from mtlora.cli.backbone import add_backbone_argument, backbone_for
 from mtlora.cli.output import print_table
 from mtlora.cli.settings import add_set_argument, read_settings
 
@@ -30,7 +30,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="JSON of a training configuration; flags win over it"
     )
-    add_backbone_argument(parser)
+    add_backbone_argument(parser, None)
     parser.add_argument("--resume", action="store_true", help="resume the run in DIR, or start one")
     parser.add_argument(
         "--profile", type=int, metavar="STEPS", help="train this many steps, print where the time goes, keep nothing"
@@ -49,6 +49,7 @@ def _train(args: argparse.Namespace) -> int:
     from mtlora.backbone import resolve
     from mtlora.cli.evaluate import print_scores
     from mtlora.errors import MtLoRAError
+    from mtlora.suite import load_suite
     from mtlora.train.config import TrainingConfig
     from mtlora.train.trainer import Trainer
 
@@ -58,7 +59,7 @@ def _train(args: argparse.Namespace) -> int:
         raise MtLoRAError(f"--profile {args.profile}: allowed are 1 and more")
     flags = [f"{name}={getattr(args, name)}" for name in _SHORTCUTS if getattr(args, name) is not None]
     config = TrainingConfig.model_validate(read_settings(args.config, flags + args.set))
-    folder = resolve(args.backbone)
+    folder = resolve(backbone_for(args.backbone, load_suite(config.suite)))
     if args.profile is not None:
         return _profile(config, folder, args.profile)
     trainer = Trainer(config, folder, args.out, resume=args.resume)

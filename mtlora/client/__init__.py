@@ -1,8 +1,10 @@
 """Python clients of the server, for threads and for asyncio."""
 
 from mtlora.client.access import OPEN, Access
-from mtlora.client.client import AsyncClient, Client
+from mtlora.client.async_client import AsyncClient
+from mtlora.client.client import Client
 from mtlora.client.errors import ServerError
+from mtlora.client.images import Classification, ImageSource, make_classification
 from mtlora.client.messages import (
     Answer,
     BatchAnswer,
@@ -14,6 +16,7 @@ from mtlora.client.messages import (
     make_request,
 )
 from mtlora.client.metrics_page import MetricsPage
+from mtlora.client.placement import Placement
 from mtlora.client.retry import Retry
 
 __all__ = [
@@ -22,14 +25,18 @@ __all__ = [
     "Answer",
     "AsyncClient",
     "BatchAnswer",
+    "Classification",
     "Client",
     "DocumentAnswer",
+    "ImageSource",
     "Input",
     "MetricsPage",
+    "Placement",
     "Retry",
     "Score",
     "ServerError",
     "make_analysis",
     "make_batch",
+    "make_classification",
     "make_request",
 ]

@@ -10,6 +10,7 @@ from typing import Any, Self, cast
 from mtlora_pb.v1 import inference_pb2 as pb
 
 from mtlora.client.errors import ServerError, StatusOf
+from mtlora.client.images import is_image, make_image
 
 # A text for a one-field template, named fields, the messages of a chat, or the token ids of a whole prompt.
 Input = str | Mapping[str, str] | Sequence[Mapping[str, str]] | Sequence[int]
@@ -77,10 +78,13 @@ class Score:
         return cls(score.label, found, score.reasoning, score.summary)
 
 
-def make_score(task_id: str, inputs: Iterable[Input], *, uncalibrated: bool = False) -> pb.ScoreRequest:
-    """The message for many inputs."""
+def make_score(task_id: str, inputs: Iterable[Any], *, uncalibrated: bool = False) -> pb.ScoreRequest:
+    """The message for many inputs, texts or images."""
     made = pb.ScoreRequest(task_id=task_id, uncalibrated=uncalibrated)
     for each in inputs:
+        if is_image(each):
+            made.inputs.add(image=make_image(each))
+            continue
         request = make_request(task_id, each)
         if given := request.WhichOneof("input"):
             made.inputs.append(pb.ScoreInput(**{given: getattr(request, given)}))

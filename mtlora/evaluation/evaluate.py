@@ -13,7 +13,7 @@ from mtlora.evaluation.calibration import Labeller
 from mtlora.evaluation.generate import Prompt, greedy_answers
 from mtlora.evaluation.likelihood import label_probabilities, likeliest, options_of
 from mtlora.model import AdaptedModel
-from mtlora.suite.base import Example, Suite
+from mtlora.suite.base import Example, Suite, SuiteError, up_to
 from mtlora.task import PromptParts, TaskSpec, is_correct, normalise_answer
 from mtlora.train.data import cut
 
@@ -117,8 +117,12 @@ def few_shot_prompt(suite: Suite, shots: int, seed: int = 0) -> PromptOf:
     def prompt(task: TaskSpec, example: Example) -> PromptParts:
         if task.id not in drawn:
             # One more, in case the input is among them.
-            drawn[task.id] = suite.examples(task.id, "train", shots + 1, seed)
+            drawn[task.id] = up_to(suite, task.id, "train", shots + 1, seed)
         others = [shot for shot in drawn[task.id] if shot.input != example.input][:shots]
+        if len(others) < shots:
+            raise SuiteError(
+                f"task {task.id} has {len(others)} training examples for its shots; {shots} were asked for"
+            )
         parts = [f"{task.render(shot.input)} {shot.target}" for shot in others]
         return PromptParts("", "\n\n".join([*parts, task.render(example.input)]))
 

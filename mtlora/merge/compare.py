@@ -1,18 +1,22 @@
 """Old tasks' logits before and after a merge.
 
-Shape suffixes: B sequences, L positions, A compared positions, V vocabulary.
+Shape suffixes: B sequences or images, L positions, A compared positions, V vocabulary or a task's classes, S pixels of
+a side.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from mtlora.adapter import AdapterSet
 from mtlora.checkpoint.format import Checkpoint
+from mtlora.evaluation.images import pixels
 from mtlora.model import AdaptedModel, load_adapted_model
+from mtlora.suite.base import Example
 from mtlora.train.data import Encoded, collate, collate_documents
+from mtlora.vision.model import AdaptedEncoder, load_adapted_encoder
 
 # Task, token ids, how many of them are the document's.
 _Prompt = tuple[str, list[int], int]
@@ -22,7 +26,10 @@ _COMPARED_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Comparison:
-    """Old tasks' logits before and after, in float32: how many there are, how many differ, and by how much at most."""
+    """Old tasks' logits before and after, in float32: how many there are, how many differ, and by how much at most.
+
+    prompts: how many inputs there were, images too.
+    """
 
     tasks: int
     prompts: int
@@ -54,18 +61,61 @@ def compare(folder: Path, before: Checkpoint, after: Checkpoint, texts: Sequence
         for text in texts[:per_task]
     ]
     prompts.sort(key=lambda prompt: len(prompt[1]))
+
+    def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for start in range(0, len(prompts), _COMPARED_AT_ONCE):
+            batch = prompts[start : start + _COMPARED_AT_ONCE]
+            with adapters.context.backbone_alone():
+                expected_AV = _logits(old, before, batch)
+            with old.adapters.context.backbone_alone():
+                yield expected_AV, _logits(new, after, batch)
+
+    return _compared(len(before.manifest.tasks), len(prompts), pairs())
+
+
+@torch.inference_mode()
+def compare_images(folder: Path, before: Checkpoint, after: Checkpoint, examples: Sequence[Example]) -> Comparison:
+    """As `compare`, of every old task's classes on these images."""
+    old = load_adapted_encoder(folder, before, torch.float32)
+    adapters = AdapterSet(
+        after.manifest.config, old.backbone.hidden_size, old.backbone.num_layers, len(after.manifest.tasks)
+    )
+    adapters.load_state_dict({name: tensor.float() for name, tensor in after.paths.items()})
+    adapters.eval().attach(old.encoder)
+    new = replace(old, adapters=adapters)
+
+    def logits(
+        adapted: AdaptedEncoder, checkpoint: Checkpoint, task_id: str, pixels_BCSS: torch.Tensor
+    ) -> torch.Tensor:
+        task = checkpoint.manifest.task(task_id)
+        assert task.image is not None
+        features_BF = adapted.features(
+            pixels_BCSS, torch.full((len(pixels_BCSS),), task.bias_index or 0), task.image.pooling
+        )
+        weight_VF, bias_V = checkpoint.head(task_id)
+        return features_BF @ weight_VF.float().T + bias_V.float()
+
+    def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for task in before.manifest.tasks:
+            pixels_BCSS = torch.stack([pixels(old, task, example) for example in examples])
+            with adapters.context.backbone_alone():
+                expected_BV = logits(old, before, task.id, pixels_BCSS)
+            with old.adapters.context.backbone_alone():
+                yield expected_BV, logits(new, after, task.id, pixels_BCSS)
+
+    tasks = len(before.manifest.tasks)
+    return _compared(tasks, tasks * len(examples), pairs())
+
+
+def _compared(tasks: int, prompts: int, pairs: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> Comparison:
+    """pairs: logits before and after."""
     logits, differing, difference, largest = 0, 0, 0.0, 0.0
-    for start in range(0, len(prompts), _COMPARED_AT_ONCE):
-        batch = prompts[start : start + _COMPARED_AT_ONCE]
-        with adapters.context.backbone_alone():
-            expected_AV = _logits(old, before, batch)
-        with old.adapters.context.backbone_alone():
-            found_AV = _logits(new, after, batch)
+    for expected_AV, found_AV in pairs:
         logits += expected_AV.numel()
         differing += int((expected_AV.view(torch.int32) != found_AV.view(torch.int32)).sum())
         difference = max(difference, (expected_AV - found_AV).abs().max().item())
         largest = max(largest, expected_AV.abs().max().item())
-    return Comparison(len(before.manifest.tasks), len(prompts), logits, differing, difference, largest)
+    return Comparison(tasks, prompts, logits, differing, difference, largest)
 
 
 def _logits(adapted: AdaptedModel, checkpoint: Checkpoint, prompts: Sequence[_Prompt]) -> torch.Tensor:

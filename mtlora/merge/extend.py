@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from pydantic import ValidationError
 
-from mtlora.checkpoint.format import Checkpoint, TaskEntry
+from mtlora.checkpoint.format import Checkpoint, TaskEntry, head_names
 from mtlora.config import MtLoRAConfig
 from mtlora.errors import MtLoRAError, describe
 from mtlora.suite.base import Suite, unknown_task
@@ -73,7 +73,7 @@ def starting_point(checkpoint: Checkpoint, new_experts: int, generator: torch.Ge
 def merged_tensors(checkpoint: Checkpoint, learned: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The adapter's tensors followed by the learned ones, each in its old dtype.
 
-    learned: an adapter of one task, from a `starting_point` of this checkpoint.
+    learned: an adapter of one task, from a `starting_point` of this checkpoint; of images, with its head.
     """
     config, tensors = checkpoint.manifest.config, checkpoint.tensors
     N, G, b = config.num_experts, config.num_groups, len(checkpoint.manifest.tasks)
@@ -96,7 +96,11 @@ def merged_tensors(checkpoint: Checkpoint, learned: Mapping[str, torch.Tensor]) 
                 [torch.cat([bias_bGN, closed_bGM], dim=2), learned[f"{name}.task_bias"].to(bias_bGN.dtype)]
             ),
         }
-    return merged
+    heads = {name: tensor for name, tensor in tensors.items() if name.startswith("heads.")}
+    for old, new in zip(head_names(0), head_names(b), strict=True):
+        if old in learned:
+            heads[new] = learned[old].to(heads[old].dtype)
+    return merged | heads
 
 
 def merged_tasks(checkpoint: Checkpoint, task: TaskSpec) -> tuple[TaskEntry, ...]:
@@ -113,6 +117,9 @@ def new_task(checkpoint: Checkpoint, suite: Suite, task_id: str) -> TaskSpec:
         raise MergeError(f"the adapter has a task {task_id!r} already; a task is added once")
     for task in suite.tasks:
         if task.id == task_id:
+            if (task.image is not None) != checkpoint.manifest.images:
+                kinds = ("images", "text") if checkpoint.manifest.images else ("text", "images")
+                raise MergeError(f"task {task_id}: the adapter's tasks take {kinds[0]}, this one takes {kinds[1]}")
             return task
     raise unknown_task(suite, task_id)
 

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 import torch
 
-from mtlora.checkpoint.format import AdapterManifest, Checkpoint, format_version
+from mtlora.checkpoint.format import AdapterManifest, Checkpoint, format_version, head_names
+from mtlora.checkpoint.read import read_checkpoint
 from mtlora.checkpoint.write import check_replaceable, write_checkpoint
-from mtlora.merge.compare import Comparison, compare
+from mtlora.merge.compare import Comparison, compare, compare_images
 from mtlora.merge.extend import MergeError, extended_config, merged_tasks, merged_tensors, new_task, starting_point
 from mtlora.suite import load_suite, up_to
 from mtlora.task import check_activation
@@ -50,7 +51,7 @@ def merge(before: Checkpoint, backbone: Path, out: Path, config: TrainingConfig)
     check_activation(config.adapter, [task])
     if config.adapter != extended_config(before, new_experts):
         raise MergeError("adapter: the adapter's own hyper-parameters stay as they are")
-    texts = [example.input for example in up_to(suite, task_id, "train", _COMPARED_TEXTS, config.seed)]
+    examples = up_to(suite, task_id, "train", _COMPARED_TEXTS, config.seed)
     learned, training, evaluation = train_task(before, config, backbone, new_experts)
     old = before.manifest
     earlier = old.training.get("merged")
@@ -70,7 +71,10 @@ def merge(before: Checkpoint, backbone: Path, out: Path, config: TrainingConfig)
     tensors = merged_tensors(before, learned)
     version = format_version(config.adapter, tasks)
     after = Checkpoint(AdapterManifest(format_version=version, **contents, tensors_sha256="0" * 64), tensors)
-    comparison = compare(backbone, before, after, texts)
+    if old.images:
+        comparison = compare_images(backbone, before, after, examples)
+    else:
+        comparison = compare(backbone, before, after, [example.input for example in examples])
     allowed = 0.0 if mode == "bias" else _ROUNDING * comparison.largest_logit
     if (mode == "bias" and not comparison.identical) or not comparison.largest_difference <= allowed:
         raise MergeError(
@@ -112,4 +116,8 @@ def train_task(
         trainer = Trainer(config, backbone, Path(folder) / "run", start=start)
         manifest = trainer.fit()
         learned = {name: tensor.detach().clone() for name, tensor in trainer.adapted.adapters.state_dict().items()}
+        if checkpoint.manifest.images:
+            (task_id,) = config.tasks or ()
+            head = read_checkpoint(Path(folder) / "run" / "adapter").head(task_id)
+            learned |= dict(zip(head_names(0), head, strict=True))
     return learned, manifest.training, manifest.evaluation

@@ -4,18 +4,20 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from mtlora.adapter import Attachment
-from mtlora.methods.config import HydraLoRAConfig, LoRAConfig
+from mtlora.adapter import Attachment, Nothing
+from mtlora.methods.config import HeadsConfig, HydraLoRAConfig, LoRAConfig
 
-BaselineConfig = HydraLoRAConfig | LoRAConfig
-# As a field of a configuration: its `method` tells the two apart.
+BaselineConfig = HydraLoRAConfig | LoRAConfig | HeadsConfig
+# As a field of a configuration: its `method` tells them apart.
 AnyBaseline = Annotated[BaselineConfig, Field(discriminator="method")]
 
-__all__ = ["AnyBaseline", "BaselineConfig", "HydraLoRAConfig", "LoRAConfig", "attach_baseline"]
+__all__ = ["AnyBaseline", "BaselineConfig", "HeadsConfig", "HydraLoRAConfig", "LoRAConfig", "attach_baseline"]
 
 
 def attach_baseline(config: BaselineConfig, model: Any) -> Attachment:
     """Attach a fresh baseline to a transformers causal language model. Raises MtLoRAError if no module matches."""
+    if isinstance(config, HeadsConfig):
+        return Nothing()
     if isinstance(config, HydraLoRAConfig):
         from mtlora.methods.hydralora import HydraLoRA
 

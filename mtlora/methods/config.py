@@ -35,3 +35,11 @@ class HydraLoRAConfig(_LinearLayers):
     products: Literal["fused", "loop"] = Field(
         "fused", description="experts as one product, as for blocks; or one after the other, as HydraLoRA's authors do"
     )
+
+
+class HeadsConfig(BaseModel):
+    """Nothing beside the backbone: linear heads alone, of images."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Literal["heads"] = "heads"

@@ -1,4 +1,4 @@
-"""Task suites: built-in, a folder of files like BIG-Bench Hard's, inputs generated like its, or a mix. No torch."""
+"""Task suites: built-in, of text or images, files of published forms, or a mix. No torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,15 +8,20 @@ from mtlora.suite.bbh_generated import GeneratedBBHSuite
 from mtlora.suite.builtin import BuiltinSuite
 from mtlora.suite.documents import DocumentsSuite
 from mtlora.suite.folder import FolderSuite
+from mtlora.suite.instructions import InstructionSuite
 from mtlora.suite.mix import MixedSuite, SuitePart
+from mtlora.suite.mmlu import MMLUSuite, is_mmlu_folder
 
 __all__ = [
+    "BUILT_IN",
     "SPLITS",
     "BuiltinSuite",
     "DocumentsSuite",
     "Example",
     "FolderSuite",
     "GeneratedBBHSuite",
+    "InstructionSuite",
+    "MMLUSuite",
     "MixedSuite",
     "Split",
     "Suite",
@@ -27,9 +32,11 @@ __all__ = [
     "up_to",
 ]
 
+BUILT_IN = ("builtin", "bbh-generated", "documents", "builtin-vision", "packaged-vision", "vision-maps-N")
+
 
 def load_suite(name_or_path: str | Sequence[SuitePart]) -> Suite:
-    """The suite called `builtin`, `bbh-generated` or `documents`, the one in a folder, or a mix of parts.
+    """The suite of a name in `BUILT_IN`, the one in a folder or a file, or a mix of parts.
 
     Write `./builtin` for a folder of that name.
     """
@@ -41,9 +48,32 @@ def load_suite(name_or_path: str | Sequence[SuitePart]) -> Suite:
         return GeneratedBBHSuite()
     if name_or_path == "documents":
         return DocumentsSuite()
-    if not name_or_path or not Path(name_or_path).is_dir():
+    if name_or_path == "builtin-vision":
+        # Drawing needs packages that text does not.
+        from mtlora.suite.vision.builtin import VisionSuite
+
+        return VisionSuite()
+    if name_or_path == "packaged-vision":
+        from mtlora.suite.vision.packaged import PackagedSuite
+
+        return PackagedSuite()
+    if name_or_path.startswith("vision-maps-"):
+        from mtlora.suite.vision.maps import LabelMapSuite
+
+        return LabelMapSuite(name_or_path)
+    path = Path(name_or_path)
+    if path.is_file():
+        return InstructionSuite(path)
+    if not name_or_path or not path.is_dir():
         raise SuiteError(
-            f"no suite {name_or_path!r}: allowed are builtin, bbh-generated, documents, or the path of a folder of "
-            "JSON files in the layout of BIG-Bench Hard"
+            f"no suite {name_or_path!r}: allowed are {', '.join(BUILT_IN)}, a folder of JSON files in the layout of "
+            "BIG-Bench Hard, of MMLU's CSV files or of images, or a file of JSON lines"
         )
-    return FolderSuite(name_or_path)
+    if is_mmlu_folder(path):
+        return MMLUSuite(path)
+    if any(path.glob("*.json")) and not (path / "manifest.jsonl").exists():
+        return FolderSuite(path)
+    # Images need packages that text does not.
+    from mtlora.suite.vision.folder import ImageFolderSuite, is_image_folder
+
+    return ImageFolderSuite(path) if is_image_folder(path) else FolderSuite(path)

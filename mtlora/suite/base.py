@@ -2,8 +2,9 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
 from mtlora.errors import MtLoRAError
@@ -25,7 +26,8 @@ class Example:
     """One input of a task and its exact answer.
 
     `working` is a short derivation that a model may learn to write before the answer; scoring ignores it. `source` is
-    where the example was read, for errors.
+    where the example was read, for errors. `image`: of a task of images, the encoded image or its file; `input` is then
+    the digest of its content.
     """
 
     task_id: str
@@ -33,6 +35,18 @@ class Example:
     target: str
     working: str | None = None
     source: str | None = field(default=None, compare=False)
+    image: bytes | Path | None = field(default=None, compare=False, repr=False)
+
+    def encoded_image(self) -> bytes:
+        """The image's bytes. Raises SuiteError if there is none, or if its file cannot be read."""
+        if isinstance(self.image, bytes):
+            return self.image
+        if self.image is None:
+            raise SuiteError(f"task {self.task_id}: an example without an image: {self.input[:80]!r}")
+        try:
+            return self.image.read_bytes()
+        except OSError as error:
+            raise SuiteError(f"{self.image}: cannot be read: {error.strerror}") from None
 
 
 class Suite(Protocol):
@@ -64,6 +78,30 @@ def seeded(*parts: object) -> random.Random:
     return random.Random(int.from_bytes(digest, "big"))
 
 
+def drawn(examples: Iterable[Example], task_id: str, split: Split, count: int | None, seed: int) -> list[Example]:
+    """`count` of a finite split's examples, all for None, in an order by hash: changes of others leave it as it is.
+
+    A smaller `count` gives a prefix of what a larger one gives. Raises SuiteError for a wrong split or count.
+    """
+    check_split(split)
+
+    def key(example: Example) -> bytes:
+        return hashlib.sha256(f"{task_id}\0{split}\0{seed}\0{example.input}".encode()).digest()
+
+    found = sorted(examples, key=key)
+    if count is not None and not 0 <= count <= len(found):
+        raise SuiteError(
+            f"task {task_id} has {len(found)} {split} inputs, {count} were asked for; 0 to {len(found)} are allowed"
+        )
+    return found[:count]
+
+
+def check_split(split: str) -> None:
+    """Raise SuiteError for an unknown split."""
+    if split not in SPLITS:
+        raise SuiteError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+
+
 def up_to(suite: Suite, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
     """`count` examples, or all of a finite suite that has fewer. Raises SuiteError as `Suite.examples` does."""
     if suite.finite:
@@ -79,8 +117,7 @@ def draw_distinct(
     Raises SuiteError for an unknown split, a count of None or below 0, and after `max_misses` draws in a row without a
     new input.
     """
-    if split not in SPLITS:
-        raise SuiteError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+    check_split(split)
     if count is None or count < 0:
         raise SuiteError(f"count of task {task_id} is {count}; generated tasks need one >= 0")
     drawn: dict[str, tuple[str, ...]] = {}

@@ -1,7 +1,6 @@
 """A folder of JSON files in the layout of BIG-Bench Hard as a suite: one task a file."""
 
 import codecs
-import hashlib
 import re
 import warnings
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from mtlora.answer import AnswerType
 from mtlora.errors import describe
 from mtlora.parameters import TaskDefaults
-from mtlora.suite.base import SPLITS, Example, Split, SuiteError, split_of, unknown_task
+from mtlora.suite.base import Example, Split, SuiteError, check_split, drawn, split_of, unknown_task
 from mtlora.task import TASK_ID_PATTERN, TaskSpec, normalise_answer
 
 MAX_TARGET_CHARS = 256
@@ -94,7 +93,7 @@ class FolderSuite:
                 id=task_id,
                 description=f"Task {task_id} of {self.name}.",
                 stop=(_STOP,),
-                max_new_tokens=_max_new_tokens([entry.target for entry in read.examples]),
+                max_new_tokens=estimated_tokens([entry.target for entry in read.examples]),
                 defaults=read.defaults,
                 answer=read.answer,
             )
@@ -109,26 +108,11 @@ class FolderSuite:
 
     def examples(self, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
         """See `Suite.examples`. A smaller `count` gives a prefix of what a larger one gives."""
-        if split not in SPLITS:
-            raise SuiteError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+        check_split(split)
         first: dict[str, Example] = {}
         for example in self.all_examples(task_id):
             first.setdefault(example.input, example)
-        examples = [e for e in first.values() if split_of(task_id, e.input) == split]
-
-        # Ordered by hash: adding or removing an example keeps the others' order.
-        def key(example: Example) -> bytes:
-            return hashlib.sha256(f"{task_id}\0{split}\0{seed}\0{example.input}".encode()).digest()
-
-        examples.sort(key=key)
-        if count is None:
-            return examples
-        if not 0 <= count <= len(examples):
-            raise SuiteError(
-                f"task {task_id} has {len(examples)} {split} inputs, {count} were asked for; "
-                f"0 to {len(examples)} are allowed"
-            )
-        return examples[:count]
+        return drawn((e for e in first.values() if split_of(task_id, e.input) == split), task_id, split, count, seed)
 
 
 def _read_file(file: Path) -> _File:
@@ -160,7 +144,7 @@ def _examples(task_id: str, file: Path, read: _File) -> tuple[Example, ...]:
     return examples
 
 
-def _max_new_tokens(targets: Sequence[str]) -> int:
+def estimated_tokens(targets: Sequence[str]) -> int:
     """An upper estimate of the longest target's tokens, with room for answers that the folder does not contain.
 
     There is no tokenizer here. Byte-level vocabularies use one token for a digit or mark, at most one per byte for

@@ -15,7 +15,7 @@ from typing import Any
 
 from mtlora.errors import MtLoRAError
 from mtlora.files import replace_file
-from mtlora.suite import load_suite, up_to
+from mtlora.suite import SuitePart, load_suite, up_to
 from mtlora.train.config import TrainingConfig
 
 _RESULT = "result.json"
@@ -54,7 +54,7 @@ def grid(
     """
     runs = []
     for name, config in configs.items():
-        order = list(config.tasks or sorted((task.id for task in load_suite(config.suite).tasks), key=_drawn))
+        order = list(config.tasks or task_order(config.suite))
         for count in task_counts or [len(order)]:
             if not 1 <= count <= len(order):
                 raise SweepError(f"--task-counts {count}: {name} has {len(order)} tasks; allowed are 1 to {len(order)}")
@@ -67,6 +67,11 @@ def grid(
 def run_folder(out: Path, name: str, num_tasks: int, seed: int) -> Path:
     """The folder of a configuration's run in a sweep."""
     return out / name / f"{num_tasks}-tasks" / f"seed-{seed}"
+
+
+def task_order(suite: str | Sequence[SuitePart]) -> list[str]:
+    """A suite's tasks in an order by hash, which mixes kinds of tasks."""
+    return sorted((task.id for task in load_suite(suite).tasks), key=_drawn)
 
 
 def _drawn(task_id: str) -> bytes:
@@ -108,7 +113,7 @@ def do_all(
 def do(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Train, or resume training, and score on the test split, in a separate process; returns the result or the error.
 
-    settings: `examples`, the test examples of each task at most.
+    settings: `examples`, the scored examples of each task at most, and `split`, the test split unless given.
     """
     # One process per run: peak memory is measured per process. It is forked from a process with the slow imports done.
     context = get_context("forkserver")
@@ -133,8 +138,7 @@ def _end_with_parent() -> None:
 
 
 def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    from mtlora.evaluation.evaluate import offline_answerer, score
-    from mtlora.train.result import task_table
+    from mtlora.evaluation.evaluate import score
     from mtlora.train.trainer import Trainer
 
     about = {
@@ -150,20 +154,23 @@ def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any]) -> dict
     except MtLoRAError as error:
         return {**about, "error": str(error)}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    steps = [json.loads(line) for line in trainer.folder.log_file.read_text().splitlines()]
+    # Linear heads alone take no steps.
+    log = trainer.folder.log_file.read_text() if trainer.batches else ""
+    steps = [json.loads(line) for line in log.splitlines()]
     steps = [record for record in steps if "num_tokens" in record]
     seconds, tokens = sum(s["seconds"] for s in steps), sum(s["num_tokens"] for s in steps)
     losses = [s["loss"] for s in steps[len(steps) // 2 :]]
-    trainer.adapted.adapters.eval()
-    examples = [e for task in trainer.tasks for e in up_to(trainer.suite, task.id, "test", settings["examples"])]
-    scores = score(examples, offline_answerer(trainer.adapted, task_table(run.config, trainer.tasks))(examples))
+    trainer.work.trained.eval()
+    split = settings.get("split", "test")
+    examples = [e for task in trainer.tasks for e in up_to(trainer.suite, task.id, split, settings["examples"])]
+    scores = score(examples, trainer.work.answerer()(examples))
     return {
         **about,
         "parameters": trainer.num_parameters,
         "steps": len(trainer.batches),
         "seconds": round(seconds, 2),
-        "tokens_per_second": round(tokens / seconds, 1),
-        "loss": round(fmean(losses), 4),
+        "tokens_per_second": round(tokens / seconds, 1) if steps else 0.0,
+        "loss": round(fmean(losses), 4) if steps else 0.0,
         "peak_memory_bytes": peak,
         **scores.as_dict(),
     }

@@ -125,7 +125,7 @@ def write_report(results: Sequence[Result], out: Path) -> list[Path]:
     most = max(row["num_tasks"] for row in rows)
     logs: dict[str, list[list[Result]]] = {}
     for result in results:
-        if result["num_tasks"] == most:
+        if result["num_tasks"] == most and result["steps"]:
             folder = run_folder(out, result["name"], most, result["seed"])
             logs.setdefault(result["name"], []).append(read_log(folder / LOG))
     plot_losses(logs, files[3])

@@ -46,6 +46,24 @@ def bootstrap_difference(counts: Counts, others: Counts) -> tuple[float, float]:
     return _interval(_means(counts, seeds, rng) - _means(others, seeds, rng))
 
 
+def bootstrap_recovery(counts: Counts, lower: Counts, upper: Counts) -> tuple[float, float, float]:
+    """(counts - lower) / (upper - lower) of the means over seeds and tasks, and its 95 % bootstrap interval.
+
+    All have the same tasks, and the same seeds in the same order; seeds are drawn together. Raises ValueError for
+    unequal numbers, and if the upper bound is not above the lower one.
+    """
+    if not len(counts) == len(lower) == len(upper):
+        raise ValueError(f"{len(counts)}, {len(lower)} and {len(upper)} seeds: expected the same seeds")
+    rng = np.random.default_rng(0)
+    seeds = _drawn_seeds(len(counts), rng)
+    multi, low, high = (_means(each, seeds, rng) for each in (counts, lower, upper))
+    mean = [float(np.mean([[c / t for c, t in seed] for seed in each])) for each in (counts, lower, upper)]
+    if mean[2] <= mean[1]:
+        raise ValueError(f"an upper bound of {mean[2]:.3f} and a lower one of {mean[1]:.3f} leave nothing to recover")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (mean[0] - mean[1]) / (mean[2] - mean[1]), *_interval((multi - low) / (high - low))
+
+
 def _drawn_seeds(number: int, rng: np.random.Generator) -> np.ndarray:
     return rng.integers(0, number, size=(_DRAWS, number))
 

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mtlora.config import MtLoRAConfig
@@ -26,7 +27,8 @@ class TrainingConfig(BaseModel):
     )
     suite: str | Annotated[tuple[SuitePart, ...], Field(min_length=1)] = Field(
         "builtin",
-        description='"builtin", "bbh-generated", "documents", a folder in BIG-Bench-Hard layout, or parts to mix',
+        description='"builtin", "bbh-generated", "documents", "builtin-vision", a folder in BIG-Bench-Hard layout or '
+        "of images, a file of JSON lines, or parts to mix",
     )
     tasks: tuple[str, ...] | None = Field(None, description="train on these tasks of the suite; null means all")
     examples_per_task: ExampleCounts = Field(
@@ -53,6 +55,23 @@ class TrainingConfig(BaseModel):
     )
     learning_rate: float = Field(2e-3, gt=0)
     router_learning_rate_scale: float = Field(1.0, gt=0, description="factor on the rate of routers and task biases")
+    head_learning_rate_scale: float = Field(1.0, gt=0, description="factor on the rate of heads (images)")
+    heads: Literal["own", "all classes", "label words"] = Field(
+        "own",
+        description="of images. own: each task's labels, the task told; all classes: one classifier over all tasks' "
+        "classes, the task not told; label words: one classifier over words that tasks share",
+    )
+    probe_examples: int | None = Field(
+        None,
+        ge=10,
+        description="of images: examples of each task that its head starts from; null: all. Others show the "
+        "adapter what a head does not know",
+    )
+    frozen_layers: int = Field(
+        0,
+        ge=0,
+        description="of images: layers, from the first, whose paths stay zero; images pass them once",
+    )
     warmup_fraction: float = Field(0.03, ge=0, lt=1)
     final_learning_rate_fraction: float = Field(0.05, ge=0, le=1, description="where the cosine ends")
     weight_decay: float = Field(0.0, ge=0)
@@ -72,6 +91,11 @@ class TrainingConfig(BaseModel):
     threads: int | None = Field(None, ge=1, description="CPU threads; null leaves torch's choice")
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        """The frozen backbone's."""
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+    @property
     def method(self) -> MtLoRAConfig | BaselineConfig:
         """What is trained beside the backbone."""
         return self.adapter if self.baseline is None else self.baseline
@@ -83,6 +107,12 @@ class TrainingConfig(BaseModel):
                 "gradient_checkpointing: a layer computed again would lose the documents' keys and values "
                 "of activation task; it needs activation all"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_not_told_have_no_bias(self) -> "TrainingConfig":
+        if self.heads == "all classes" and self.baseline is None and self.adapter.task_bias:
+            raise ValueError('heads "all classes": the task is not told, so adapter.task_bias must be false')
         return self
 
     @model_validator(mode="after")

@@ -8,17 +8,22 @@ from torch import nn
 from mtlora.train.config import TrainingConfig
 
 
-def make_optimizer(attached: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over the attached parameters. Routers and task biases have no decay and their own rate."""
+def make_optimizer(trained: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW over what is trained. Routers and task biases have no decay and their own rate, and heads have theirs."""
     routing: list[nn.Parameter] = []
+    heads: list[nn.Parameter] = []
     experts: list[nn.Parameter] = []
-    for name, parameter in attached.named_parameters():
+    for name, parameter in trained.named_parameters():
         if not parameter.requires_grad:
             continue
-        (routing if name.endswith(("lora_route", "task_bias")) else experts).append(parameter)
+        if name.startswith("heads."):
+            heads.append(parameter)
+        else:
+            (routing if name.endswith(("lora_route", "task_bias")) else experts).append(parameter)
     groups = [
         {"params": experts, "scale": 1.0, "weight_decay": config.weight_decay},
         {"params": routing, "scale": config.router_learning_rate_scale, "weight_decay": 0.0},
+        {"params": heads, "scale": config.head_learning_rate_scale, "weight_decay": config.weight_decay},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate, fused=True)
 

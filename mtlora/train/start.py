@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mtlora.checkpoint.format import Checkpoint
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.errors import differences
@@ -44,18 +45,25 @@ def warm_start(adapted: AdaptedModel, config: MtLoRAConfig, tasks: Sequence[Task
     tensors another shape or meaning.
     """
     found = read_checkpoint(checkpoint, adapted.backbone)
+    load_paths(adapted.adapters, found, config, tasks, checkpoint)
+
+
+def load_paths(
+    adapters: nn.Module, found: Checkpoint, config: MtLoRAConfig, tasks: Sequence[TaskSpec], where: Path
+) -> None:
+    """Load what a checkpoint has beside the blocks; `where` is its folder. Raises TrainingError."""
     differing = differences(found.manifest.config, config)
     differing.pop("lora_dropout", None)
     if differing:
         told = "; ".join(f"{name}: {there!r} there, {here!r} here" for name, (there, here) in differing.items())
-        raise TrainingError(f"init_from {checkpoint}: expected the same adapter config; {told}")
+        raise TrainingError(f"init_from {where}: expected the same adapter config; {told}")
     rows = {task.id: task.bias_index for task in found.manifest.tasks}
-    state = adapted.adapters.state_dict()
-    for name, tensor in found.tensors.items():
+    state = adapters.state_dict()
+    for name, tensor in found.paths.items():
         if not name.endswith(".task_bias"):
             state[name] = tensor.float()
             continue
         for row, task in enumerate(tasks):
             if (source := rows.get(task.id)) is not None:
                 state[name][row] = tensor[source].float()
-    adapted.adapters.load_state_dict(state)
+    adapters.load_state_dict(state)

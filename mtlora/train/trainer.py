@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,18 @@ from tqdm import tqdm
 
 import mtlora
 from mtlora.checkpoint.format import AdapterManifest
-from mtlora.families import decoder_layers
 from mtlora.methods.checkpoint import BaselineManifest
-from mtlora.model import new_adapted_model
 from mtlora.suite import load_suite
-from mtlora.task import check_activation
 from mtlora.train.config import TrainingConfig, TrainingError
-from mtlora.train.cpu_backbone import speed_up_training
-from mtlora.train.data import Encoded, by_document, collate, collate_documents, schedule
-from mtlora.train.examples import RunExamples, chosen_tasks
-from mtlora.train.losses import SPECTRAL_LOSSES, balance_loss, batch_loss
+from mtlora.train.examples import chosen_tasks
+from mtlora.train.losses import SPECTRAL_LOSSES, balance_loss
+from mtlora.train.modality import open_modality
 from mtlora.train.optimizer import learning_rate, make_optimizer
 from mtlora.train.parallel import Ranks
 from mtlora.train.profile import Clock
-from mtlora.train.result import evaluate, read_result, task_table, write_result
-from mtlora.train.start import StartingPoint, warm_start
+from mtlora.train.result import read_result
+from mtlora.train.start import StartingPoint
 from mtlora.train.state import RunFolder
-from mtlora.train.validation import held_out
 
 
 @dataclass(frozen=True)
@@ -70,35 +64,12 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.suite = load_suite(config.suite)
         self.tasks = chosen_tasks(self.suite, config.tasks)
-        if config.baseline is None:
-            check_activation(config.adapter, self.tasks)
-        dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        self.adapted = new_adapted_model(backbone, config.method, len(self.tasks), dtype)
-        window = getattr(self.adapted.model.config, "sliding_window", None)
-        if self.adapted.activated and window and config.max_length > window:
-            raise TrainingError(
-                f"max_length: found {config.max_length}; allowed with activation task: up to {window}, the backbone's "
-                "sliding window"
-            )
-        if config.init_from is not None:
-            warm_start(self.adapted, config.adapter, self.tasks, Path(config.init_from))
-        self.examples = RunExamples(config, self.suite, self.tasks, self.adapted.prompts)
-        self.batches = schedule(
-            self.examples.train,
-            batch_size=config.batch_size,
-            batch_tokens=config.batch_tokens,
-            epochs=config.epochs,
-            seed=config.seed,
-            document_tasks=config.document_tasks if self.adapted.activated else None,
-        )[: config.max_steps]
+        self.work = open_modality(config, self.suite, self.tasks, backbone)
+        self.adapted, self.batches = self.work.adapted, self.work.batches
         if start:
-            start.apply(self.adapted.adapters)
-        self.adapted.model.to(self.ranks.device)
-        self.adapted.adapters.to(self.ranks.device)
-        speed_up_training(self.adapted.model)
-        if config.gradient_checkpointing:
-            _checkpoint_layers(self.adapted.model)
-        self.optimizer = make_optimizer(self.adapted.adapters, config)
+            start.apply(self.work.adapters)
+        self.work.move(self.ranks.device)
+        self.optimizer = make_optimizer(self.work.trained, config)
         self.step = 0
         # Each process draws its own dropout; all drew the same weights above.
         torch.manual_seed(config.seed + self.ranks.rank)
@@ -110,6 +81,8 @@ class Trainer:
             state = self.folder.read_state()
         if state:
             self._restore(state)
+        else:
+            self.work.begin()
 
     def fit(self) -> AdapterManifest | BaselineManifest:
         """Train to the end, evaluate, write the checkpoint; returns its manifest.
@@ -141,30 +114,20 @@ class Trainer:
 
     def train_step(self) -> StepReport:
         """One optimizer step on the next batch of the schedule."""
-        config, attached, ranks, clock = self.config, self.adapted.adapters, self.ranks, self.clock
-        attached.train()
+        config, work, ranks, clock = self.config, self.work, self.ranks, self.clock
+        work.trained.train()
         with clock("batch"):
-            whole = [self.examples.train[i] for i in self.batches[self.step]]
-            share, counts = self._share(whole)
-            if self.adapted.activated:
-                batch = collate_documents(share)
-                tokens = sum(map(_own_length, share)) / sum(map(_own_length, whole)) if counts else 0.0
-            else:
-                # Pad as in one process: the balance loss sees padding too.
-                batch = collate(share, max(map(len, whole)))
-                tokens = len(share) / len(whole) if counts else 0.0
-            # This process' share of all answer tokens; `tokens`: of all tokens with a path.
-            answers = len(batch.answer_targets_A) / sum(len(e.answer) for e in whole) if counts else 0.0
+            part = work.part(self.step, ranks)
             rate = learning_rate(config, self.step, config.schedule_steps or len(self.batches))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             self.optimizer.zero_grad(set_to_none=True)
         # For the layers that gradient checkpointing computes again.
-        with attached.context.use(batch.bias_index.to(ranks.device)):
+        with work.adapters.context.use(part.bias_index):
             with clock("forward"):
-                loss = answers * batch_loss(self.adapted, batch)
+                loss = part.answers * part.loss()
             with clock("balance"):
-                balance = self._balance(tokens)
+                balance = self._balance(part.tokens)
             with clock("spectral"):
                 spectral = self._spectral()
             self._check_finite(loss, balance, spectral)
@@ -175,10 +138,10 @@ class Trainer:
                 # The same in every process, so each contributes its part of the sum.
                 (spectral * (config.spectral_weight / ranks.world)).backward()
         with clock("exchange"):
-            ranks.sum_gradients(attached.parameters())
+            ranks.sum_gradients(work.trained.parameters())
             loss = ranks.sum(loss.detach())
         with clock("optimizer"):
-            trained = [parameter for parameter in attached.parameters() if parameter.requires_grad]
+            trained = [parameter for parameter in work.trained.parameters() if parameter.requires_grad]
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
             if not torch.isfinite(grad_norm):
                 raise TrainingError(
@@ -187,14 +150,7 @@ class Trainer:
                 )
             self.optimizer.step()
         self.step += 1
-        return StepReport(loss.item(), balance.item(), spectral.item(), grad_norm.item(), rate, sum(map(len, whole)))
-
-    def _share(self, whole: Sequence[Encoded]) -> tuple[Sequence[Encoded], bool]:
-        """(this process' examples of a batch, whether they count). A document's examples stay together."""
-        if not self.adapted.activated:
-            return self.ranks.share(whole)
-        units, counts = self.ranks.share(by_document(whole))
-        return [whole[i] for unit in units for i in unit], counts
+        return StepReport(loss.item(), balance.item(), spectral.item(), grad_norm.item(), rate, part.num_tokens)
 
     def log_step(self, report: StepReport, seconds: float) -> None:
         """Append a step to the run's log."""
@@ -218,14 +174,14 @@ class Trainer:
                 self.folder.save(
                     {
                         "step": self.step,
-                        "adapter": self.adapted.adapters.state_dict(),
+                        "adapter": self.work.trained.state_dict(),
                         "optimizer": self.optimizer.state_dict(),
                         "generators": generators,
                     }
                 )
 
     def _balance(self, share: float) -> torch.Tensor:
-        routing = self.adapted.adapters.mean_routing() if self.config.balance_weight else []
+        routing = self.work.adapters.mean_routing() if self.config.balance_weight else []
         if not routing:
             return torch.zeros((), device=self.ranks.device)
         if self.ranks.world > 1:
@@ -235,7 +191,7 @@ class Trainer:
     def _spectral(self) -> torch.Tensor:
         """The spectral loss, a mean over all blocks or linear layers."""
         config = self.config
-        stacks = self.adapted.adapters.experts() if config.spectral != "off" and config.spectral_weight else []
+        stacks = self.work.adapters.experts() if config.spectral != "off" and config.spectral_weight else []
         loss, matrices = torch.zeros((), device=self.ranks.device), sum(map(len, stacks))
         for stack in stacks:
             loss = loss + SPECTRAL_LOSSES[config.spectral](stack) * (len(stack) / matrices)
@@ -249,49 +205,35 @@ class Trainer:
             )
 
     def validate(self) -> dict[str, Any]:
-        """`held_out` of the validation split, if there is one. The evaluation at the end of `fit` generates answers."""
-        if not self.examples.validation:
-            return {}
-        self.adapted.adapters.eval()
-        found = held_out(self.adapted, self.tasks, self.examples.validation)
-        return {f"validation_{name}": value for name, value in found.items()}
+        """Loss and accuracy on the validation split, if there is one."""
+        self.work.trained.eval()
+        return {f"validation_{name}": value for name, value in self.work.validate().items()}
 
     def _finish(self, seconds: float) -> None:
-        self.adapted.adapters.eval()
-        config, table = self.config, task_table(self.config, self.tasks)
-        evaluation = evaluate(self.adapted, table, self.examples.of("validation"), config.validation_per_task)
-        tokens_by_task = self.examples.tokens_by_task(self.batches)
+        self.work.trained.eval()
         training = {
             "mtlora_version": mtlora.__version__,
             "torch_version": torch.__version__,
-            "config": config.model_dump(mode="json"),
+            "config": self.config.model_dump(mode="json"),
             "steps": len(self.batches),
-            "examples": len(self.examples.train),
-            "tokens": sum(tokens_by_task.values()),
-            "tokens_by_task": tokens_by_task,
-            "longer_examples_skipped": dict(self.examples.skipped),
+            **self.work.provenance(),
             "trainable_parameters": self.num_parameters,
             "seconds_since_last_start": round(seconds, 1),
             "processes": self.ranks.world,
         }
-        write_result(self.folder.checkpoint, config, self.adapted, table, training, evaluation)
+        self.work.write(self.folder.checkpoint, training, self.work.evaluate())
 
     @property
     def num_parameters(self) -> int:
         """Number of parameters attached to the backbone."""
-        return sum(parameter.numel() for parameter in self.adapted.adapters.parameters())
+        return sum(parameter.numel() for parameter in self.work.adapters.parameters())
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.adapted.adapters.load_state_dict(state["adapter"])
+        self.work.trained.load_state_dict(state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ranks.rank < len(state["generators"]):
             _set_random_state(state["generators"][self.ranks.rank], self.ranks.device)
         self.step = state["step"]
-
-
-def _own_length(example: Encoded) -> int:
-    """Tokens after the document's part."""
-    return len(example) - example.document_length
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -303,11 +245,3 @@ def _set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> N
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def _checkpoint_layers(model: Any) -> None:
-    """Let each decoder layer keep only its input; only the layers then count as training."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for layer in decoder_layers(model):
-        # Not layer.train(): modules inside, such as dropout, stay in evaluation mode.
-        layer.training = True

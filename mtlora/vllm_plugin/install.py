@@ -19,9 +19,12 @@ def install() -> None:
     from mtlora.vllm_plugin.leases import keep_leases
     from mtlora.vllm_plugin.typed import hold_answers_to_types
     from mtlora.vllm_plugin.worker_manager import MtLoRAWorkerManager
+    from mtlora.vllm_vision import register
 
     if lora_model_runner_mixin.LRUCacheWorkerLoRAManager is MtLoRAWorkerManager:
         return
+    if available("vision backbones"):
+        register()
     key_compile_cache()
     adapt_engine_config()
     hold_answers_to_types()

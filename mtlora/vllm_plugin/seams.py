@@ -190,6 +190,20 @@ SEAMS = (
         "documents leave the cache as soon as other requests need their place",
     ),
     Seam(
+        "vision backbones",
+        Need.OPERATION,
+        "mtlora.vllm_vision",
+        (
+            "vllm.model_executor.layers.attention:EncoderOnlyAttention",
+            "vllm.model_executor.layers.pooler.abstract:Pooler",
+            "vllm.model_executor.models.interfaces_base:attn_type(attn_type)",
+            "vllm.model_executor.models.interfaces_base:default_pooling_type(seq_pooling_type)",
+            "vllm.compilation.decorators:support_torch_compile",
+            "vllm.inputs.engine:embeds_input(prompt_embeds)",
+        ),
+        "no vision backbone is served",
+    ),
+    Seam(
         "seeded requests on CPUs",
         Need.CORRECTNESS,
         "mtlora.vllm_cpu.seeded",
@@ -284,7 +298,7 @@ SEAMS = (
         "environment read once",
         Need.SPEED,
         "server.engine.launch",
-        ("vllm.envs:enable_envs_cache()",),
+        ("vllm.envs:enable_envs_cache()", "vllm.envs:disable_envs_cache()"),
         "the server reads vLLM's environment variables anew with every request",
     ),
     Seam(

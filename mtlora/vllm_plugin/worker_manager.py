@@ -171,8 +171,9 @@ def _stand_back() -> None:
 def running_backbone(model_config: ModelConfig) -> dict[str, Any]:
     """Facts about the running model, as fields of `BackboneIdentity`; those of its weights if they are local files."""
     text_config = model_config.hf_config.get_text_config()
+    architecture = getattr(model_config.hf_config, "backbone_architecture", model_config.hf_config.architectures[0])
     facts: dict[str, Any] = {
-        "architecture": model_config.hf_config.architectures[0],
+        "architecture": architecture,
         "hidden_size": text_config.hidden_size,
         "num_layers": text_config.num_hidden_layers,
     }

@@ -1,7 +1,8 @@
 """What each tenant used of which task, exact over a restart and a kill; and the budgets that it is held to.
 
 `record` puts a call into the journal before the call's status is sent, so what a client got an answer for is counted.
-A thread sums the journal up once a second. What tenants used this day and month is in memory besides, for budgets.
+A thread sums the journal up once a second, in memory every ten. What tenants used this day and month is in memory
+besides, for budgets.
 """
 
 import asyncio
@@ -25,6 +26,8 @@ from server.tenants import Tenant
 logger = get_logger("usage")
 
 _SUM_UP_S = 1.0
+# Without a folder no power can be lost that usage would outlive, so the database rests.
+_SUM_UP_IN_MEMORY_S = 10.0
 # How long the end waits for the last records to be summed up; the next start does it otherwise.
 _FINISH_S = 5.0
 
@@ -60,6 +63,8 @@ class Usage:
         except (OSError, sqlite3.Error) as error:
             raise UsageError(f"usage_dir: {folder}: {error}") from None
         self._hour, self._periods = -1, ("", "")
+        # Whether the journal has got records since it was last summed up.
+        self._grown = False
 
     @property
     def durable(self) -> bool:
@@ -78,6 +83,7 @@ class Usage:
                 spent = self._spent[tenant, period] = Counts()
             spent.add(counts)
         self._append(Record(at, tenant, task, counts).line())
+        self._grown = True
 
     def check(self, tenant: Tenant, requests: int = 1) -> None:
         """Raise RESOURCE_EXHAUSTED if a budget of the tenant has no room, UNAVAILABLE if usage cannot be recorded.
@@ -114,20 +120,25 @@ class Usage:
         return int(await self._in_thread(lambda: self._totals.since))
 
     async def run(self) -> None:
-        """Sum the journal up once a second, until cancelled."""
+        """Sum up what the journal has got, once a second, until cancelled."""
         folded = 0
         while True:
-            await asyncio.sleep(_SUM_UP_S)
+            await asyncio.sleep(_SUM_UP_S if self.durable else _SUM_UP_IN_MEMORY_S)
             if self._journal.unwritten:
                 self._append(b"")
+            hour = int(self._clock()) // HOUR_S
+            if not self._grown and hour == folded:
+                continue
             try:
+                self._grown = False
                 await self._in_thread(self._totals.sum_up, self._journal)
-                if (hour := int(self._clock()) // HOUR_S) != folded:
+                if hour != folded:
                     folded = hour
                     self._forget_periods()
                     await self._in_thread(self._totals.fold, int(self._clock()))
             except (OSError, sqlite3.Error) as error:
                 # The journal has the records; the next round tries again.
+                self._grown = True
                 self._metrics.record_accounting_failure("usage")
                 logger.error("usage not summed up", extra={"fields": {"reason": str(error)}})
 

@@ -15,6 +15,7 @@ _COMMANDS = {
     "adapters": "of a running server",
     "usage": "what the tenants of a running server used, as JSON lines",
     "demo": "start a server and ask it every built-in task at once",
+    "demo-vision": "start a server of images and ask it every built-in task of images at once",
     "new-key": "make an API key, and its entry for the tenants file",
 }
 

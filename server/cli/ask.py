@@ -1,9 +1,10 @@
-"""`mtlora-server ask`: put one input to a running server and print the answer."""
+"""`mtlora-server ask`: put one input, a text or an image, to a running server and print the answer."""
 
 import argparse
 import sys
+from pathlib import Path
 
-from mtlora.client import Input
+from mtlora.client import Client, Input
 from server.cli import CommandError
 from server.cli.connection import add_address, connect
 
@@ -20,6 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task_id", help="which task answers; `tasks` lists them")
     parser.add_argument("input", nargs="?", help="fills the only field of the task's template; - reads stdin")
     parser.add_argument("--field", action="append", default=[], metavar="NAME=VALUE", help="fills one named field")
+    parser.add_argument(
+        "--image",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="a PNG, JPEG or WebP, for a task of images; may be given several times",
+    )
     parser.add_argument("--chat", action="store_true", help="send the input as a user's chat message")
     add_address(parser)
     parser.add_argument("--stream", action="store_true", help="print the answer as it is made")
@@ -35,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Ask; returns 0."""
+    """Ask; returns 0, or 1 if an image has no answer."""
+    if options.image:
+        if options.input is not None or options.field:
+            raise CommandError("give either a text or --image, not both", 2)
+        with connect(options) as client:
+            return _classify(client, options)
     given = _input(options)
     parameters = {name: value for name in _PARAMETERS if (value := getattr(options, name)) is not None}
     parameters |= {"timeout": options.timeout, "without_adapter": options.without_adapter}
@@ -59,6 +72,24 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _classify(client: Client, options: argparse.Namespace) -> int:
+    """Print each image's labels, likeliest first, with their probabilities."""
+    try:
+        found = client.classify(options.task_id, options.image, timeout=options.timeout)
+    except OSError as error:
+        raise CommandError(f"{error.filename}: {error.strerror}", 2) from None
+    for path, each in zip(options.image, found, strict=True):
+        if len(found) > 1:
+            print(f"{path}:")
+        if each.error is not None:
+            print(f"mtlora-server: {path}: {each.error}", file=sys.stderr)
+        for label, probability in each.probabilities.items():
+            print(f"{label}\t{probability:.3f}")
+        if options.verbose and each.summary is not None:
+            print(each.summary, end="", file=sys.stderr)
+    return int(any(each.error is not None for each in found))
+
+
 def _input(options: argparse.Namespace) -> Input:
     if options.field:
         if options.input is not None:
@@ -68,6 +99,6 @@ def _input(options: argparse.Namespace) -> Input:
             raise CommandError(f"--field {wrong[0]}: expected NAME=VALUE", 2)
         return {name: value for name, _, value in pairs}
     if options.input is None:
-        raise CommandError("give an input, or --field NAME=VALUE", 2)
+        raise CommandError("give an input, --field NAME=VALUE or --image FILE", 2)
     text = sys.stdin.read() if options.input == "-" else options.input
     return [{"role": "user", "content": text}] if options.chat else text

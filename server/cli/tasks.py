@@ -17,8 +17,9 @@ def run(options: argparse.Namespace) -> int:
     """Print the table; returns 0."""
     with connect(options) as client:
         tasks = client.tasks()
-    table = Table("task", "fields", "adapter", "description")
+    table = Table("task", "takes", "adapter", "description")
     for task in tasks:
-        table.add_row(task.id, ", ".join(task.fields), f"{task.adapter_name}/{task.adapter_version}", task.description)
+        takes = f"image, {task.image.size} px" if task.HasField("image") else ", ".join(task.fields)
+        table.add_row(task.id, takes, f"{task.adapter_name}/{task.adapter_version}", task.description)
     Console().print(table)
     return 0

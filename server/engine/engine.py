@@ -1,4 +1,4 @@
-"""A thin asynchronous wrapper around vLLM's AsyncLLM."""
+"""Thin asynchronous wrappers around vLLM's AsyncLLM: of any engine, and of one with a language backbone."""
 
 import asyncio
 import time
@@ -58,14 +58,11 @@ class _Wait:
         self._task.cancel()
 
 
-class Engine:
-    """One engine. `start` it, then `load` slots, then `generate`; all but `start` and `shutdown` on the event loop.
+class BaseEngine:
+    """One engine, of any backbone. `start` it, then `load` slots; all but `start` and `shutdown` on the event loop.
 
     After `lose`, every wait and every later call ends in EngineDeadError.
     """
-
-    # Set by `start`.
-    prompts: PromptEncoder
 
     def __init__(self, settings: Settings, backbone: Path, on_stats: Callable[[EngineStats], None]) -> None:
         self._settings = settings
@@ -86,8 +83,7 @@ class Engine:
     def start(self) -> None:
         """Start the engine's processes and load the backbone. Blocks for long; raises EngineStartError."""
         try:
-            self._llm = launch(self._settings, self._backbone, self._record_step)
-            self.prompts = PromptEncoder(self._llm.get_tokenizer())
+            self._llm = self._launch()
             cores = self._llm.engine_core.resources.engine_manager.processes
             self._sentinels = [core.sentinel for core in cores]
             self._processes = EngineProcesses.below(core.pid for core in cores)
@@ -95,18 +91,16 @@ class Engine:
             logger.error("the engine did not start", exc_info=True)
             raise EngineStartError(f"the engine did not start: {error}") from error
 
-    @property
-    def vocab_size(self) -> int:
-        """Token ids below it are tokens. The model's own vocabulary may be padded."""
-        known = max(self.prompts.tokenizer.get_vocab().values()) + 1
-        return min(known, int(self._llm.model_config.get_vocab_size()))
+    def _launch(self) -> Any:
+        """vLLM's AsyncLLM. Raises vLLM's errors."""
+        raise NotImplementedError
 
-    @property
-    def end_tokens(self) -> frozenset[int]:
-        """Tokens that end an answer, whatever a request says."""
-        found = self._llm.model_config.try_get_generation_config().get("eos_token_id")
-        more = found if isinstance(found, list) else [found]
-        return frozenset(each for each in (self.prompts.tokenizer.eos_token_id, *more) if each is not None)
+    async def warm_up(self, slot: Any | None, *, short: bool = False) -> None:
+        """Run a short sequence, so that no user's request pays for first calls.
+
+        `short`: for a new slot in a warm engine.
+        """
+        raise NotImplementedError
 
     @property
     def alive(self) -> bool:
@@ -171,22 +165,6 @@ class Engine:
             await self._call("mtlora_unstage", str(folder))
             raise
 
-    async def compile(self, constraints: Sequence[str]) -> list[int]:
-        """Compile what answers will be held to, in every engine, beside the running steps.
-
-        Returns the fewest tokens that each takes. Raises AdapterError if the engine refuses one.
-        """
-        from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
-
-        with self._waiting(between_steps=True):
-            try:
-                fewest, *_ = await self._llm.engine_core.call_utility_all_async("mtlora_compile", list(constraints))
-            except VllmEngineDeadError:
-                raise EngineDeadError from None
-            except Exception as error:
-                raise AdapterError(f"the engine did not take a type of answer: {error}") from error
-        return list(fewest)
-
     async def unload(self, slots: Sequence[Any]) -> None:
         """Remove slots from the engine's memory, and an adapter with its last slot."""
         await self._call("mtlora_remove", [slot.lora_int_id for slot in slots])
@@ -216,6 +194,57 @@ class Engine:
     def _record_step(self, stats: EngineStats) -> None:
         self._last_step = time.monotonic()
         self._on_stats(stats)
+
+    def shutdown(self) -> None:
+        """Stop the engine's processes. Blocks for a few seconds at most."""
+        if self._llm is not None:
+            if self._lost:
+                # First: vLLM looks for the children of processes that live, and fails if one of these ends meanwhile.
+                self._processes.clean_up()
+            self._llm.shutdown(timeout=0 if self._lost else 5)
+            # Collect it now: at the interpreter's exit its finalizer would fail and log that.
+            self._llm = None
+
+
+class Engine(BaseEngine):
+    """An engine with a language backbone: it generates."""
+
+    # Set by `start`.
+    prompts: PromptEncoder
+
+    def _launch(self) -> Any:
+        llm = launch(self._settings, self._backbone, self._record_step)
+        self.prompts = PromptEncoder(llm.get_tokenizer())
+        return llm
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids below it are tokens. The model's own vocabulary may be padded."""
+        known = max(self.prompts.tokenizer.get_vocab().values()) + 1
+        return min(known, int(self._llm.model_config.get_vocab_size()))
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer, whatever a request says."""
+        found = self._llm.model_config.try_get_generation_config().get("eos_token_id")
+        more = found if isinstance(found, list) else [found]
+        return frozenset(each for each in (self.prompts.tokenizer.eos_token_id, *more) if each is not None)
+
+    async def compile(self, constraints: Sequence[str]) -> list[int]:
+        """Compile what answers will be held to, in every engine, beside the running steps.
+
+        Returns the fewest tokens that each takes. Raises AdapterError if the engine refuses one.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
+
+        with self._waiting(between_steps=True):
+            try:
+                fewest, *_ = await self._llm.engine_core.call_utility_all_async("mtlora_compile", list(constraints))
+            except VllmEngineDeadError:
+                raise EngineDeadError from None
+            except Exception as error:
+                raise AdapterError(f"the engine did not take a type of answer: {error}") from error
+        return list(fewest)
 
     async def warm_up(self, slot: Any | None, *, short: bool = False) -> None:
         """Run short sequences through prefill, decode and sampling, so that no user's request pays for first calls.
@@ -274,16 +303,6 @@ class Engine:
                     yield translation.delta(output, sampling)
         except VllmEngineDeadError:
             raise EngineDeadError from None
-
-    def shutdown(self) -> None:
-        """Stop the engine's processes. Blocks for a few seconds at most."""
-        if self._llm is not None:
-            if self._lost:
-                # First: vLLM looks for the children of processes that live, and fails if one of these ends meanwhile.
-                self._processes.clean_up()
-            self._llm.shutdown(timeout=0 if self._lost else 5)
-            # Collect it now: at the interpreter's exit its finalizer would fail and log that.
-            self._llm = None
 
 
 def _check_loaded(states: Sequence[Sequence[str]]) -> None:

@@ -3,7 +3,9 @@
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from mtlora.vllm_cpu.memory import memory_environment
 from mtlora.vllm_plugin.seams import available, require
 from server.engine import orphans
 from server.engine.stats import EngineStats, stat_logger
-from server.engine.threads import thread_environment
+from server.engine.threads import BIND, thread_environment
 from server.job import MAX_SCORED_TOKENS
 from server.settings import Settings
 from server.telemetry.logs import get_logger
@@ -20,6 +22,14 @@ from server.telemetry.logs import get_logger
 logger = get_logger("engine")
 
 _CPU_BLOCK_TOKENS = 32
+# A step of images has room for `vision_max_num_seqs` of this size.
+_IMAGE_SIZE = 112
+# vLLM wants some, though an encoder caches nothing.
+VISION_CACHE_BYTES = 64 << 20
+# vLLM's processes inherit the environment: two engines start one after the other.
+_launching = threading.Lock()
+# Variables that place the threads of the engine launched last, and were not there before.
+_placed: set[str] = set()
 # On a CPU, unless a setting says otherwise.
 CPU_KV_CACHE_GIB = 1.0
 
@@ -29,8 +39,29 @@ _EAGER = {"TORCHDYNAMO_DISABLE": "1"}
 
 def launch(settings: Settings, backbone: Path, on_stats: Callable[[EngineStats], None]) -> Any:
     """Start vLLM's AsyncLLM, its processes included. Blocks for long; raises vLLM's errors."""
+    with _launching:
+        environment = partial(engine_environment, settings)
+        return _launch(environment, partial(_engine_args, settings, backbone), on_stats)
+
+
+def launch_vision(settings: Settings, backbone: Path, on_stats: Callable[[EngineStats], None]) -> Any:
+    """As `launch`, for a vision backbone."""
+    with _launching:
+        environment = partial(engine_environment, settings, settings.vision_omp_threads_bind, 1)
+        return _launch(environment, partial(_vision_engine_args, settings, backbone), on_stats)
+
+
+def _launch(
+    make_environment: Callable[[], dict[str, str]],
+    make_arguments: Callable[[], dict[str, Any]],
+    on_stats: Callable[[EngineStats], None],
+) -> Any:
+    for name in _placed:
+        os.environ.pop(name, None)
+    environment = make_environment()
+    _placed.update(environment.keys() & {BIND, "OMP_NUM_THREADS"} - os.environ.keys())
     # Before the import of vLLM, which reads some variables at once.
-    os.environ.update(engine_environment(settings))
+    os.environ.update(environment)
     # vLLM's variable would override the setting silently.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -39,9 +70,12 @@ def launch(settings: Settings, backbone: Path, on_stats: Callable[[EngineStats],
 
     for seam in ("answers of every engine", "lost engines", "step statistics"):
         require(seam)
-    arguments = _engine_args(settings, backbone)
-    if arguments["dtype"] != settings.dtype:
-        logger.info("this processor has no bfloat16 products", extra={"fields": {"dtype": arguments["dtype"]}})
+    if available("environment read once"):
+        from vllm.envs import disable_envs_cache
+
+        # Of an engine that was launched before.
+        disable_envs_cache()
+    arguments = make_arguments()
     if arguments["enforce_eager"]:
         os.environ.update(_EAGER)
     config = AsyncEngineArgs(**arguments).create_engine_config()
@@ -60,33 +94,66 @@ def _engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     from mtlora.vllm_cpu.precision import engine_dtype
-    from mtlora.vllm_plugin import engine_overrides
-    from mtlora.vllm_plugin.options import Options
 
     on_cpu = bool(current_platform.is_cpu())
     kv_cache_gib = settings.kv_cache_gib or (CPU_KV_CACHE_GIB if on_cpu else None)
+    dtype = engine_dtype(settings.dtype, backbone, quantised=settings.quantization is not None)
+    if dtype != settings.dtype:
+        logger.info("this processor has no bfloat16 products", extra={"fields": {"dtype": dtype}})
     return {
         "model": str(backbone),
-        "dtype": engine_dtype(settings.dtype, backbone, quantised=settings.quantization is not None),
+        "dtype": dtype,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
         "max_num_batched_tokens": settings.max_num_batched_tokens,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "kv_cache_memory_bytes": int(kv_cache_gib * (1 << 30)) if kv_cache_gib else None,
-        "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
         "enable_prefix_caching": settings.enable_prefix_caching,
         # Only whole blocks are shared; vLLM's 128 tokens on CPUs leave a document's last ones to each of its tasks.
         "block_size": _CPU_BLOCK_TOKENS if on_cpu else None,
-        "seed": settings.seed,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "pipeline_parallel_size": settings.pipeline_parallel_size,
         "data_parallel_size": settings.data_parallel_size,
-        "distributed_executor_backend": settings.distributed_executor_backend or _default_executor(settings, on_cpu),
         "quantization": settings.quantization,
         "max_logprobs": MAX_SCORED_TOKENS,
+        **_both(settings, settings.max_num_seqs, on_cpu),
+    }
+
+
+def _vision_engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
+    from vllm.platforms import current_platform
+
+    from mtlora.vision.families import read_config
+    from mtlora.vllm_vision import vision_dtype, vision_engine_args
+
+    on_cpu = bool(current_platform.is_cpu())
+    patch = read_config(backbone).patch_size
+    return {
+        **vision_engine_args(
+            backbone,
+            max_images=settings.vision_max_num_seqs,
+            size=_IMAGE_SIZE // patch * patch,
+            largest_size=settings.vision_max_size // patch * patch,
+        ),
+        "dtype": vision_dtype(settings.vision_dtype, backbone),
+        "gpu_memory_utilization": settings.vision_gpu_memory_utilization,
+        "kv_cache_memory_bytes": VISION_CACHE_BYTES,
+        **_both(settings, settings.vision_max_num_seqs, on_cpu),
+    }
+
+
+def _both(settings: Settings, max_num_seqs: int, on_cpu: bool) -> dict[str, Any]:
+    """Arguments of both engines."""
+    from mtlora.vllm_plugin import engine_overrides
+    from mtlora.vllm_plugin.options import Options
+
+    return {
+        "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
+        "seed": settings.seed,
+        "distributed_executor_backend": settings.distributed_executor_backend or _default_executor(settings, on_cpu),
         "use_tqdm_on_load": False,
         **engine_overrides(
-            settings.max_num_seqs,
+            max_num_seqs,
             Options(
                 host_cache_bytes=int(settings.host_cache_gib * (1 << 30)),
                 blocks=settings.adapter_blocks,
@@ -99,8 +166,11 @@ def _engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
     }
 
 
-def engine_environment(settings: Settings) -> dict[str, str]:
-    """Environment variables for vLLM and its processes, which inherit them."""
+def engine_environment(settings: Settings, bind: str | None = None, ranks: int | None = None) -> dict[str, str]:
+    """Environment variables for vLLM and its processes, which inherit them.
+
+    bind: the cores of its threads, ranks: its workers; by default those of the language backbone's engine.
+    """
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
     wanted = {} if settings.log_level == "debug" else {k: os.environ.get(k, v) for k, v in quiet.items()}
     return {
@@ -119,7 +189,7 @@ def engine_environment(settings: Settings) -> dict[str, str]:
         # This server says itself what an answer is held to.
         "MTLORA_TYPED_REQUESTS": "0",
         **memory_environment(),
-        **thread_environment(settings.omp_threads_bind, os.environ, settings.ranks),
+        **thread_environment(bind or settings.omp_threads_bind, os.environ, ranks or settings.ranks),
     }
 
 

@@ -1,11 +1,13 @@
 """Before an engine starts: can this machine, or this container, run it at all?"""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from mtlora.control_group import memory_left
 from server.engine.engine import EngineStartError
-from server.engine.launch import CPU_KV_CACHE_GIB
+from server.engine.launch import CPU_KV_CACHE_GIB, VISION_CACHE_BYTES
+from server.job import Lane
 from server.settings import Settings
 
 _GIB = 1 << 30
@@ -13,7 +15,7 @@ _GIB = 1 << 30
 PROCESSES_GIB = 1.0
 
 
-def check_machine(settings: Settings, backbone: Path) -> None:
+def check_machine(settings: Settings, backbones: Mapping[Lane, Path]) -> None:
     """Raise EngineStartError if this is no machine for this build of the engine, or its memory limit is too small."""
     import torch
     from vllm.platforms import current_platform
@@ -29,21 +31,25 @@ def check_machine(settings: Settings, backbone: Path) -> None:
     if capabilities["architecture"] == "x86_64" and not capabilities["avx2"]:
         raise EngineStartError("this processor has no AVX2; allowed: x86-64 with AVX2 or more, such as AVX-512 or AMX")
     left = memory_left()
-    needed = memory_needed(settings, backbone)
+    needed = sum(memory_needed(settings, backbone, lane) for lane, backbone in backbones.items())
     if left is not None and left < needed:
         raise EngineStartError(
-            f"the memory limit of this container is too small: found {left / _GIB:.2f} GiB left; backbone, KV cache "
+            f"the memory limit of this container is too small: found {left / _GIB:.2f} GiB left; backbones, KV cache "
             f"({_kv_cache_gib(settings):g} GiB) and processes need {needed / _GIB:.2f}; allowed: a higher limit, or a "
             "smaller kv_cache_gib"
         )
 
 
-def memory_needed(settings: Settings, backbone: Path) -> int:
-    """Bytes of an engine on a CPU once its KV cache is full."""
+def memory_needed(settings: Settings, backbone: Path, lane: Lane = Lane.TEXT) -> int:
+    """Bytes of an engine on a CPU once its KV cache is full, and of its processes."""
     from mtlora.vllm_cpu.precision import engine_dtype
 
     stored = sum(file.stat().st_size for file in backbone.glob("*.safetensors"))
     config = json.loads((backbone / "config.json").read_text())
+    if lane is Lane.IMAGES:
+        # Kept in float32. Its processes have a part of the server's only where it is alone.
+        processes = 0.5 if settings.language_backbone else PROCESSES_GIB
+        return stored + VISION_CACHE_BYTES + int(processes * _GIB)
     dtype = engine_dtype(settings.dtype, backbone, quantised=settings.quantization is not None)
     # Weights of two bytes become four.
     if dtype == "float32" and config.get("dtype", config.get("torch_dtype")) != "float32":

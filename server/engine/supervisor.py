@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from mtlora.control_group import out_of_memory_kills
-from server.engine.engine import Engine, EngineStartError
+from server.engine.engine import BaseEngine, Engine, EngineStartError
 from server.errors import EngineDeadError
 from server.telemetry.logs import get_logger
 
 logger = get_logger("engine")
 
 # How often a hang is looked for. Rarely: every time the event loop wakes up it delays the next step.
-_LOOK_INTERVAL_S = 1.0
+_LOOK_INTERVAL_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Listener(Protocol):
     """Called as soon as an engine is lost, and when another has started."""
 
     async def engine_lost(self, failure: EngineFailure) -> None: ...
-    async def engine_started(self, engine: Engine) -> None: ...
+    async def engine_started(self, engine: Any) -> None: ...
 
 
 class Supervisor:
@@ -46,9 +46,9 @@ class Supervisor:
     """
 
     def __init__(
-        self, make: Callable[[], Engine], listener: Listener, *, hang_s: float, max_failures: int, window_s: float
+        self, make: Callable[[], BaseEngine], listener: Listener, *, hang_s: float, max_failures: int, window_s: float
     ) -> None:
-        self.engine: Engine | None = None
+        self.engine: BaseEngine | None = None
         self._make = make
         self._listener = listener
         self._hang_s = hang_s
@@ -79,23 +79,25 @@ class Supervisor:
             logger.info("engine restarted", extra={"fields": {"seconds": round(time.monotonic() - began, 1)}})
 
     async def load(self, folder: Path, slots: Sequence[Any]) -> None:
-        """As `Engine.load`."""
+        """As `BaseEngine.load`."""
         await self._running.load(folder, slots)
 
     async def unload(self, slots: Sequence[Any]) -> None:
-        """As `Engine.unload`."""
+        """As `BaseEngine.unload`."""
         await self._running.unload(slots)
 
     async def compile(self, constraints: Sequence[str]) -> list[int]:
         """As `Engine.compile`."""
-        return await self._running.compile(constraints)
+        engine = self._running
+        assert isinstance(engine, Engine)
+        return await engine.compile(constraints)
 
     async def warm_up(self, slot: Any | None, *, short: bool = False) -> None:
-        """As `Engine.warm_up`."""
+        """As the engine's."""
         await self._running.warm_up(slot, short=short)
 
     @property
-    def _running(self) -> Engine:
+    def _running(self) -> BaseEngine:
         if self.engine is None:
             raise EngineDeadError
         return self.engine

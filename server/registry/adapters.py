@@ -1,10 +1,11 @@
 """The registry of one server, put together from its settings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from server.job import Lane
 from server.registry.catalog import Catalog
 from server.registry.check import VerificationLimits
 from server.registry.events import Events
@@ -22,9 +23,13 @@ from server.registry.version import AdapterVersion
 from server.settings import Settings, is_url
 from server.telemetry.metrics import Metrics
 
+if TYPE_CHECKING:
+    from mtlora.backbone import BackboneArchitecture
+    from mtlora.task import TaskSpec
+
 
 class AdapterEngine(LoadsSlots, Protocol):
-    """What the registry needs of an engine."""
+    """What the registry needs of an engine, whichever its kind."""
 
     async def compile(self, constraints: Sequence[str]) -> list[int]: ...
     async def warm_up(self, slot: Any | None, *, short: bool = False) -> None: ...
@@ -35,7 +40,7 @@ class Adapters:
     """`close` removes what the registry wrote to the disk."""
 
     registry: Registry
-    residency: Residency
+    residencies: Mapping[Lane, Residency]
     spool: Spool
     verifier: Verifier
     uploads: Uploads
@@ -46,29 +51,36 @@ class Adapters:
 
 
 def open_adapters(
-    settings: Settings, backbone: Path, engine: AdapterEngine, metrics: Metrics, publish: Callable[[Catalog], None]
+    settings: Settings,
+    backbones: Mapping[Lane, Path],
+    engines: Mapping[Lane, AdapterEngine],
+    metrics: Metrics,
+    publish: Callable[[Catalog], None],
 ) -> Adapters:
-    """A registry over `settings.adapters`, or over an empty folder if that is not set. Reads no adapter yet."""
-    from mtlora.backbone import BackboneArchitecture, identify, vocabulary
+    """A registry over `settings.adapters`, or over an empty folder if that is not set. Reads no adapter yet.
+
+    A server has the engine of a lane, or of both. Raises BackboneError.
+    """
+    from mtlora.backbone import vocabulary
+    from mtlora.vision.families import read_config
     from mtlora.vllm_plugin.requests import slot_requests
 
     max_bytes = settings.max_adapter_mib << 20
-    residency = Residency(
-        engine,
-        settings.adapter_slots,
-        on_cold=metrics.adapter_cold.observe,
-        on_load=metrics.adapter_load.observe,
-        on_evict=metrics.adapter_evictions.inc,
-        prepare=lambda version: _compile_types(engine, version),
-    )
+    residencies = {lane: _residency(engine, lane, settings, metrics) for lane, engine in engines.items()}
     limit_gib = settings.adapter_cache_gib
     spool = Spool(settings.adapter_cache, None if limit_gib is None else int(limit_gib * (1 << 30)))
     metrics.adapter_cache_bytes.set_function(lambda: spool.bytes)
-    made_beside = identify(backbone)
-    strict = settings.adapter_backbone_check == "strict"
-    identity: BackboneArchitecture = made_beside if strict else made_beside.without_weights()
+    language, vision = backbones.get(Lane.TEXT), backbones.get(Lane.IMAGES)
     verifier = Verifier(
-        spool, identity, VerificationLimits(max_bytes, settings.verify_timeout_s, tokens=vocabulary(backbone))
+        spool,
+        {lane: _identity(backbone, settings) for lane, backbone in backbones.items()},
+        VerificationLimits(
+            max_bytes,
+            settings.verify_timeout_s,
+            tokens=vocabulary(language) if language else None,
+            vision=read_config(vision) if vision else None,
+            image_size=settings.vision_max_size,
+        ),
     )
     root, mirror = _root(settings.adapters, spool, max_bytes)
     events = Events(
@@ -78,10 +90,11 @@ def open_adapters(
         root=root,
         verifier=verifier,
         spool=spool,
-        residency=residency,
+        residencies=residencies,
         make_slots=slot_requests,
-        warm_slot=lambda slot: engine.warm_up(slot, short=True),
+        warm=lambda version: engines[version.lane].warm_up(version.distinct_slots[0], short=True),
         events=events,
+        prepare_images=_normalising(vision) if vision else lambda spec: spec,
     )
     storage = Storage(settings.storage_timeout_s, metrics.storage_timeouts.inc)
     registry = Registry(Folder(root, events, mirror, storage), lifecycle, publish, on_swap=metrics.adapter_swap.observe)
@@ -99,7 +112,40 @@ def open_adapters(
         # What is left for the rest of a message.
         max_chunk_bytes=settings.max_message_bytes - 256,
     )
-    return Adapters(registry, residency, spool, verifier, uploads)
+    return Adapters(registry, residencies, spool, verifier, uploads)
+
+
+def _residency(engine: AdapterEngine, lane: Lane, settings: Settings, metrics: Metrics) -> Residency:
+    return Residency(
+        engine,
+        settings.adapter_slots,
+        on_cold=metrics.adapter_cold.observe,
+        on_load=metrics.adapter_load.observe,
+        on_evict=metrics.adapter_evictions.inc,
+        prepare=(lambda version: _compile_types(engine, version)) if lane is Lane.TEXT else None,
+    )
+
+
+def _identity(backbone: Path, settings: Settings) -> "BackboneArchitecture":
+    """What adapters must have been made beside."""
+    from mtlora.backbone import identify
+
+    made_beside = identify(backbone)
+    return made_beside if settings.adapter_backbone_check == "strict" else made_beside.without_weights()
+
+
+def _normalising(vision: Path) -> Callable[["TaskSpec"], "TaskSpec"]:
+    """What gives a task of images the mean and spread of the backbone, unless it has its own."""
+    from mtlora.vision.families import read_normalisation
+
+    mean, std = read_normalisation(vision)
+
+    def normalising(spec: "TaskSpec") -> "TaskSpec":
+        assert spec.image is not None
+        own = {"mean": spec.image.mean or mean, "std": spec.image.std or std}
+        return spec.model_copy(update={"image": spec.image.model_copy(update=own)})
+
+    return normalising
 
 
 async def _compile_types(engine: AdapterEngine, version: AdapterVersion) -> None:

@@ -6,16 +6,22 @@ Runs in a child process of the verifier's, so it imports little: of the server, 
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.isolation import Limits
+from server.job import Lane
 from server.registry.source import MANIFEST_FILE, TENSORS_FILE
 
 if TYPE_CHECKING:
     from mtlora.backbone import BackboneArchitecture
+    from mtlora.checkpoint.format import AdapterManifest
+    from mtlora.vision.families import VisionConfig
+
+    # By lane; a server has one, or both.
+    Backbones = Mapping[Lane, BackboneArchitecture]
 
 _CHUNK = 1 << 20
 # The server's catalog holds a row for each.
@@ -28,12 +34,15 @@ class VerificationLimits:
 
     max_bytes: of both files together. timeout_s: seconds, both of the clock and of one core.
     headroom_bytes: memory for reading, beside two copies of the files. tokens: of the backbone's vocabulary.
+    vision: the architecture of the vision backbone, if there is one. image_size: of the largest input of a task.
     """
 
     max_bytes: int = 1 << 30
     timeout_s: float = 60.0
     headroom_bytes: int = 512 << 20
     tokens: int | None = None
+    vision: "VisionConfig | None" = None
+    image_size: int = 0
 
     def of_child(self) -> Limits:
         """The limits of the child that reads."""
@@ -47,35 +56,28 @@ class VerificationLimits:
 
 
 def run_check(
-    root: Path, folder: Path, incoming: Path, backbone: "BackboneArchitecture", limits: VerificationLimits
+    root: Path, folder: Path, incoming: Path, backbones: "Backbones", limits: VerificationLimits
 ) -> Iterator[str]:
     """`check`, as a child runs it."""
     import torch
 
     torch.set_num_threads(1)
-    yield check(root, folder, incoming, backbone, limits.max_bytes, limits.tokens)
+    yield check(root, folder, incoming, backbones, limits)
 
 
-def check(
-    root: Path,
-    folder: Path,
-    incoming: Path,
-    backbone: "BackboneArchitecture",
-    max_bytes: int,
-    tokens: int | None = None,
-) -> str:
+def check(root: Path, folder: Path, incoming: Path, backbones: "Backbones", limits: VerificationLimits) -> str:
     """Copy a version to `incoming` and read the copy; returns its content's hash. Raises CheckpointError.
 
     The copy's manifest loses its provenance, which may be any JSON: the server reads only what it serves.
     """
     from mtlora.checkpoint.format import CheckpointError
-    from mtlora.checkpoint.read import MAX_MANIFEST_BYTES, check_answers, read_checkpoint
+    from mtlora.checkpoint.read import MAX_MANIFEST_BYTES, check_answers, read_checkpoint, read_manifest
     from mtlora.checkpoint.untrusted import open_file
 
     real = folder.resolve()
     if not real.is_relative_to(root.resolve()):
         raise CheckpointError(f"{folder}: expected a folder inside {root}, found a link to {real}")
-    left = max_bytes
+    left = limits.max_bytes
     for name in (MANIFEST_FILE, TENSORS_FILE):
         with open_file(folder, name) as source, (incoming / name).open("xb") as copy:
             # Check the size first: a sparse file claims any size at no cost.
@@ -84,17 +86,23 @@ def check(
                 raise CheckpointError(f"{folder / name}: {size} bytes, allowed are {MAX_MANIFEST_BYTES}")
             left -= size
             if left < 0:
-                raise CheckpointError(f"{folder}: expected at most {max_bytes} bytes in all, found {max_bytes - left}")
+                raise CheckpointError(
+                    f"{folder}: expected at most {limits.max_bytes} bytes in all, found {limits.max_bytes - left}"
+                )
             # A file that grows meanwhile ends the child at RLIMIT_FSIZE.
             shutil.copyfileobj(source, copy, _CHUNK)
     try:
+        backbone = _backbone_of(incoming, read_manifest(incoming), backbones)
         manifest = read_checkpoint(incoming, backbone).manifest
         check_answers(incoming, manifest)
+        if limits.vision:
+            _check_images(incoming, manifest, limits.vision, limits.image_size)
     except CheckpointError as error:
         raise CheckpointError(str(error).replace(str(incoming), str(folder))) from None
     if len(manifest.tasks) > MAX_TASKS:
         raise CheckpointError(f"{folder}: tasks: expected at most {MAX_TASKS}, found {len(manifest.tasks)}")
     for task in manifest.tasks:
+        tokens = limits.tokens
         if tokens is not None and task.defaults and (largest := task.defaults.largest_token) >= tokens:
             raise CheckpointError(
                 f"{folder}: task {task.id}: defaults: found token {largest}, expected those of the backbone, 0 to "
@@ -104,3 +112,34 @@ def check(
     serving = manifest.model_copy(update={"training": {}, "evaluation": {}})
     (incoming / MANIFEST_FILE).write_text(serving.model_dump_json())
     return content
+
+
+def _backbone_of(folder: Path, manifest: "AdapterManifest", backbones: "Backbones") -> "BackboneArchitecture":
+    """The backbone beside which an adapter must have been made. Raises CheckpointError."""
+    from mtlora.checkpoint.format import CheckpointError
+
+    lane, kind = (Lane.IMAGES, "images") if manifest.images else (Lane.TEXT, "texts")
+    if lane not in backbones:
+        setting = "vision_backbone" if manifest.images else "backbone"
+        raise CheckpointError(f"{folder}: tasks of {kind}: expected a server with a backbone for them ({setting})")
+    return backbones[lane]
+
+
+def _check_images(folder: Path, manifest: "AdapterManifest", vision: "VisionConfig", largest: int) -> None:
+    """Raise CheckpointError for a task whose images the backbone cannot take."""
+    from mtlora.backbone import BackboneError
+    from mtlora.checkpoint.format import CheckpointError
+
+    for task in manifest.tasks:
+        if task.image is None:
+            continue
+        if task.image.size > largest:
+            found = f"found {task.image.size}, expected at most {largest} (vision_max_size)"
+            raise CheckpointError(f"{folder}: task {task.id}: image.size: {found}")
+        try:
+            vision.num_positions(task.image.size)
+        except BackboneError as error:
+            raise CheckpointError(f"{folder}: task {task.id}: image.size: {error}") from None
+        if task.image.pooling != "mean" and not vision.traits.class_token:
+            found = f"found {task.image.pooling!r}, expected mean: this backbone has no class token"
+            raise CheckpointError(f"{folder}: task {task.id}: image.pooling: {found}")

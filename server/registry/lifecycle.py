@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from server.errors import EngineDeadError
+from server.job import Lane
 from server.registry.events import Event, Events
 from server.registry.residency import Residency
 from server.registry.source import Found
@@ -16,6 +17,7 @@ from server.registry.version import AdapterVersion, Stage, StageError
 
 if TYPE_CHECKING:
     from mtlora.checkpoint.format import AdapterManifest
+    from mtlora.task import TaskSpec
 
 # (adapter name, version, folder, manifest, first id) -> a vLLM LoRARequest for each task id.
 MakeSlots = Callable[[str, str, Path, "AdapterManifest", int], Mapping[str, Any]]
@@ -27,15 +29,19 @@ class Verifies(Protocol):
 
 @dataclass
 class Lifecycle:
-    """root: the folder of adapters. warm_slot: runs a short sequence on a slot."""
+    """root: the folder of adapters. residencies: of each engine. warm: runs a short sequence on a version.
+
+    prepare_images: fills in what a task of images leaves to the backbone.
+    """
 
     root: Path
     verifier: Verifies
     spool: Spool
-    residency: Residency
+    residencies: Mapping[Lane, Residency]
     make_slots: MakeSlots
-    warm_slot: Callable[[Any], Awaitable[None]]
+    warm: Callable[[AdapterVersion], Awaitable[None]]
     events: Events
+    prepare_images: Callable[["TaskSpec"], "TaskSpec"] = lambda spec: spec
     _next_id: int = 1
     _draining: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -75,7 +81,9 @@ class Lifecycle:
             manifest = verified.manifest
             version.slots = self.make_slots(version.name, label, verified.folder, manifest, self._next_id)
             self._next_id = max(slot.lora_int_id for slot in version.slots.values()) + 1
-            version.specs = {task.id: task for task in manifest.tasks}
+            version.lane = Lane.IMAGES if manifest.images else Lane.TEXT
+            version.heads = verified.heads
+            version.specs = {task.id: self.prepare_images(task) if task.image else task for task in manifest.tasks}
             version.activation = manifest.config.activation
             version.calibration = manifest.calibration
             version.fewest = None
@@ -91,11 +99,12 @@ class Lifecycle:
         if version.leaving:
             # Wanted again before it has left.
             version.enter(Stage.VERIFIED)
-        with self.residency.hold(version):
-            async with self.residency.lease(version):
+        residency = self.residencies[version.lane]
+        with residency.hold(version):
+            async with residency.lease(version):
                 self._reach(version, Stage.LOADED)
                 try:
-                    await self.warm_slot(version.distinct_slots[0])
+                    await self.warm(version)
                 except EngineDeadError:
                     raise
                 except Exception as error:
@@ -112,7 +121,7 @@ class Lifecycle:
 
     async def _drain(self, version: AdapterVersion) -> None:
         was_there = version.resident
-        await self.residency.drain(version)
+        await self.residencies[version.lane].drain(version)
         if not version.leaving:
             return
         if was_there:

@@ -26,18 +26,22 @@ class Mirror:
     """
 
     def __init__(self, url: str, folder: Path, max_bytes: int, spool: Spool | None = None) -> None:
-        import fsspec
-
         self._spool = spool
         self._url = url
         self._max_bytes = max_bytes
-        self._files, self._root = fsspec.core.url_to_fs(url, skip_instance_cache=True)
+        self._open()
         self._folder = folder
         # The state of the files that each mirrored version was copied from.
         self._seen: dict[tuple[str, str], Any] = {}
         # A call that was given up as hung may still run.
         self._syncing = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
+
+    def _open(self) -> None:
+        """A client of the storage, with the credentials of now."""
+        import fsspec
+
+        self._files, self._root = fsspec.core.url_to_fs(self._url, skip_instance_cache=True)
 
     def sync(self, beat: Callable[[], None] = lambda: None) -> None:
         """Make the folder equal to the storage. Blocks. Raises MirrorError if that cannot be read, and removes nothing.
@@ -51,6 +55,8 @@ class Mirror:
         try:
             listed = dict(self._list())
         except Exception as error:
+            # Credentials may have been rotated: the next attempt reads them anew.
+            self._open()
             raise MirrorError(f"{self._url}: {error or type(error).__name__}") from error
         for key, files in listed.items():
             state = [self._files.ukey(files[name]["name"]) if name in files else None for name in _FILES]

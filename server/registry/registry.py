@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from server.errors import EngineDeadError
+from server.job import Lane
 from server.registry.catalog import Catalog, build_catalog
 from server.registry.events import Event
 from server.registry.folder import Folder
@@ -49,7 +50,7 @@ class Registry:
         self.catalog = Catalog()
         self._folder = folder
         self._lifecycle = lifecycle
-        self._residency = lifecycle.residency
+        self._residencies = lifecycle.residencies
         self._on_publish = publish
         self._on_swap = on_swap
 
@@ -67,20 +68,21 @@ class Registry:
         await asyncio.gather(*(best(record) for record in list(self.records.values())))
         self._publish()
 
-    async def load_all(self) -> None:
-        """Fill a new engine with serving versions, pinned and most recently used ones first.
+    async def load_all(self, lane: Lane = Lane.TEXT) -> None:
+        """Fill a new engine with its serving versions, pinned and most recently used ones first.
 
         A version that the engine refuses stops serving. Raises EngineDeadError.
         """
-        self._residency.reset()
-        active = [version for record in self.records.values() for version in record.active]
+        residency = self._residencies[lane]
+        residency.reset()
+        active = [each for record in self.records.values() for each in record.active if each.lane is lane]
         active.sort(key=lambda version: (version.pinned, version.last_used), reverse=True)
         at_once = asyncio.Semaphore(_LOADS_AT_ONCE)
 
         async def load(version: AdapterVersion) -> None:
             try:
-                with self._residency.hold(version):
-                    async with at_once, self._residency.lease(version):
+                with residency.hold(version):
+                    async with at_once, residency.lease(version):
                         self.events.emit(Event.of(version, Stage.LOADED))
             except NoRoomError:
                 # Requests for it try again.
@@ -88,7 +90,7 @@ class Registry:
             except StageError as error:
                 self._drop(version, error)
 
-        await asyncio.gather(*(load(each) for each in reversed(active[: self._residency.capacity])))
+        await asyncio.gather(*(load(each) for each in reversed(active[: residency.capacity])))
         self._publish()
 
     async def run(self, poll_s: float) -> None:
@@ -186,12 +188,16 @@ class Registry:
         record = self._record(name)
         if record.serving is None:
             raise NotPossibleError(f"{name}: nothing of it serves; Load it first")
-        pinned = sum(each.pinned for each in self.records.values())
+        lane = record.serving.lane
+        residency = self._residencies[lane]
+        pinned = sum(
+            each.pinned for each in self.records.values() if each.serving is not None and each.serving.lane is lane
+        )
         # Leave room for one version without a pin, so that every other can be loaded.
-        if not record.pinned and pinned >= self._residency.capacity - 1:
+        if not record.pinned and pinned >= residency.capacity - 1:
             raise NotPossibleError(f"{pinned} adapters are pinned; adapter_slots allows no more")
         record.pinned = True
-        self._residency.prefetch(record.serving)
+        residency.prefetch(record.serving)
 
     def unpin(self, name: str) -> None:
         self._record(name).pinned = False

@@ -13,9 +13,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakSet
 
 from server.errors import AdapterError, EngineDeadError
 from server.registry.version import AdapterVersion, NoRoomError, Place, Stage, StageError
+from server.telemetry.routers import AdapterMemory, LoadedAdapter
 
 # If all residents are busy for this long, the least recently used one closes: it takes no new request and leaves with
 # its last. With less patience, swapping versions would cost more than waiting.
@@ -55,6 +57,8 @@ class Residency:
     ) -> None:
         self.capacity = capacity
         self._prepare = prepare
+        # Versions that this engine was prepared for.
+        self._prepared: WeakSet[AdapterVersion] = WeakSet()
         self._engine = engine
         self._room_s = room_s
         self._on_cold = on_cold
@@ -72,6 +76,20 @@ class Residency:
     def resident(self) -> list[AdapterVersion]:
         """Resident versions, least recently used first."""
         return sorted((each for each in self._loads if each.resident), key=lambda each: each.last_used)
+
+    def memory(self) -> AdapterMemory:
+        """What routers should know, by adapter: its versions are one. From any thread."""
+        latest = sorted(self._loads, key=lambda version: version.last_used, reverse=True)
+        loaded: dict[str, bool] = {}
+        for version in latest:
+            if version.resident:
+                loaded[version.name] = loaded.get(version.name, False) or version.pinned
+        loading = dict.fromkeys(each.name for each in latest if each.place in (Place.QUEUED, Place.LOADING))
+        return AdapterMemory(
+            self.capacity,
+            tuple(LoadedAdapter(name, pinned) for name, pinned in loaded.items()),
+            tuple(name for name in loading if name not in loaded),
+        )
 
     def prefetch(self, version: AdapterVersion) -> None:
         """Begin to load a version for a request that is being prepared."""
@@ -126,8 +144,8 @@ class Residency:
         for version, loading in self._loads.items():
             loading.cancel()
             version.move(Place.OUT)
-            version.fewest = None
         self._loads.clear()
+        self._prepared.clear()
         self._spawn(self._notify())
 
     async def _load(self, version: AdapterVersion, began: float) -> None:
@@ -158,8 +176,9 @@ class Residency:
                     raise EngineDeadError
                 version.move(Place.LOADING)
             began = time.monotonic()
-            if self._prepare and version.fewest is None:
+            if self._prepare and (version.fewest is None or version not in self._prepared):
                 await self._prepare(version)
+                self._prepared.add(version)
             await self._engine.load(version.folder, version.distinct_slots)
         except BaseException as error:
             await self._forget(version, loading)

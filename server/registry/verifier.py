@@ -6,7 +6,8 @@ only what passed.
 
 import asyncio
 import pickle
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -14,33 +15,35 @@ from typing import TYPE_CHECKING
 
 from server.isolation import ChildEndedError, ChildError, in_child
 from server.registry.check import VerificationLimits, run_check
+from server.registry.heads import Head, read_heads
 from server.registry.source import Found
 from server.registry.spool import Spool, SpoolFullError
 from server.registry.storage import in_thread
 from server.registry.version import Stage, StageError
 
 if TYPE_CHECKING:
-    from mtlora.backbone import BackboneArchitecture
     from mtlora.checkpoint.format import AdapterManifest
+    from server.registry.check import Backbones
 
 _AT_ONCE = 2
 
 
 @dataclass(frozen=True)
 class Verified:
-    """A version that passed: its content's hash, its copy in the spool, its manifest."""
+    """A version that passed: its content's hash, its copy in the spool, its manifest, and heads of tasks of images."""
 
     content: str
     folder: Path
     manifest: "AdapterManifest"
+    heads: Mapping[str, Head] = field(default_factory=dict)
 
 
 class Verifier:
-    """Verifies versions for `backbone`; `spool` keeps the copies that pass."""
+    """Verifies versions for the backbones; `spool` keeps the copies that pass."""
 
-    def __init__(self, spool: Spool, backbone: "BackboneArchitecture", limits: VerificationLimits) -> None:
+    def __init__(self, spool: Spool, backbones: "Backbones", limits: VerificationLimits) -> None:
         self._spool = spool
-        self._backbone = backbone
+        self._backbones = backbones
         self._limits = limits
         self._at_once = asyncio.Semaphore(_AT_ONCE)
         self._processes: set[BaseProcess] = set()
@@ -70,7 +73,8 @@ class Verifier:
         try:
             content = self._in_child(root, found.folder, incoming)
             manifest = read_manifest(incoming)
-            return Verified(content, self._spool.keep(incoming, content), manifest)
+            heads = read_heads(incoming, manifest) if manifest.images else {}
+            return Verified(content, self._spool.keep(incoming, content), manifest, heads)
         except BaseException as error:
             self._spool.discard(incoming)
             if isinstance(error, SpoolFullError):
@@ -88,7 +92,7 @@ class Verifier:
             process.kill()
 
     def _in_child(self, root: Path, folder: Path, incoming: Path) -> str:
-        arguments = (root, folder, incoming, self._backbone, self._limits)
+        arguments = (root, folder, incoming, self._backbones, self._limits)
         try:
             (content,) = in_child(run_check, *arguments, limits=self._limits.of_child(), running=self._processes)
         except ChildEndedError as error:

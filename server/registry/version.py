@@ -39,10 +39,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from server.errors import AdapterError
+from server.job import Lane
 from server.registry.source import Found
 
 if TYPE_CHECKING:
     from mtlora.task import TaskSpec
+    from server.registry.heads import Head
     from server.registry.record import AdapterRecord
 
 _NUMBERS = re.compile(r"v?(\d+(?:\.\d+)*)", re.ASCII)
@@ -134,7 +136,8 @@ class AdapterVersion:
     slots: vLLM's LoRARequest of each task; tasks without a bias of their own share one.
     activation: that of its adapter; see ServedTask.
     calibration: the temperature of the probabilities of a task's labels, for tasks that have one.
-    fewest: the fewest tokens that a typed task's answer takes, by task; None until the engine has compiled the types.
+    lane: which engine holds it. heads: of its tasks, if they take images.
+    fewest: the fewest tokens that a typed task's answer takes, by task; None until an engine has compiled the types.
     holds: requests that it was chosen for, until they end. leases: those that keep it resident.
     last_used: time.monotonic() of the last lease.
     """
@@ -153,6 +156,8 @@ class AdapterVersion:
     slots: Mapping[str, Any] = field(default_factory=dict)
     activation: Literal["all", "task"] = "all"
     calibration: Mapping[str, float] = field(default_factory=dict)
+    lane: Lane = Lane.TEXT
+    heads: Mapping[str, "Head"] = field(default_factory=dict)
     fewest: Mapping[str, int] | None = None
     place: Place = Place.OUT
     holds: int = 0

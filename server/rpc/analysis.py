@@ -1,6 +1,8 @@
 """Calls about one document: their tasks as the items of a batch, which share the document's part of the prompt."""
 
-from dataclasses import replace
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,20 @@ if TYPE_CHECKING:
     from server.rpc.inference_service import InferenceServicer
 
 
+@dataclass
+class Asked:
+    """A call about a document. text: what is to be encoded, unless the call names a `known` document.
+
+    document: set inside `Analysis.document_of`.
+    """
+
+    items: list[Item]
+    template: str
+    text: str = ""
+    known: Document | None = None
+    document: Document = field(init=False)
+
+
 class Analysis:
     """Makes items of tasks about a document, and keeps the document for later calls."""
 
@@ -29,16 +45,16 @@ class Analysis:
         self._tokenizing = tokenizing
         self._documents = documents
 
-    async def items(self, request: pb.AnalyzeRequest) -> tuple[Document, list[Item]]:
-        """The document of a call, and its tasks as items. Raises INVALID_ARGUMENT or NOT_FOUND."""
+    def asked(self, request: pb.AnalyzeRequest) -> Asked:
+        """A call's tasks as items. Raises INVALID_ARGUMENT or NOT_FOUND."""
         source = request.WhichOneof("source")
         if source is None or (source == "document" and not request.document.strip()):
             found = "none" if source is None else "nothing but blanks"
             raise invalid_argument([Violation("document", f"found {found}; allowed: a text, or a document_id")])
         items = self._batches.items([_request(each) for each in request.tasks], "tasks", "AnalyzeTask")
-        document = self._documents.get(current_call.get().tenant, request.document_id) if source != "document" else None
-        asked = [item.task for item in items if item.task is not None]
-        template = document.template if document else next((each.spec.document_template or "" for each in asked), "")
+        known = self._documents.get(current_call.get().tenant, request.document_id) if source != "document" else None
+        tasks = [item.task for item in items if item.task is not None]
+        template = known.template if known else next((each.spec.document_template or "" for each in tasks), "")
         violations = [
             Violation(f"tasks[{item.index}].task_id", reason)
             for item in items
@@ -46,15 +62,26 @@ class Analysis:
         ]
         if violations:
             raise invalid_argument(violations)
-        if not asked:
+        if not tasks:
             raise self._service.not_found(items[0].request.task_id)
-        document = document or await self._document(request.document, template)
-        for item in items:
-            item.document = document
-            item.request.routing_key = item.request.routing_key or document.id
-        return document, items
+        return Asked(items, template, request.document, known)
 
-    async def _document(self, text: str, template: str) -> Document:
+    @asynccontextmanager
+    async def document_of(self, asked: Asked) -> AsyncIterator[None]:
+        """Have the document of a call, and its items about it. Encoding may wait: the call has its places by then.
+
+        Raises INVALID_ARGUMENT.
+        """
+        with ExitStack() as held:
+            for version in {item.task.version for item in asked.items if item.task and item.task.version}:
+                held.enter_context(self._service.residency.hold(version))
+            asked.document = document = asked.known or await self._encoded(asked.text, asked.template)
+            for item in asked.items:
+                item.document = document
+                item.request.routing_key = item.request.routing_key or document.id
+            yield
+
+    async def _encoded(self, text: str, template: str) -> Document:
         """Encode a document of the current call, and keep it. Raises INVALID_ARGUMENT if it leaves a task no room."""
         tenant, longest = current_call.get().tenant, self._service.limits.max_model_len - 2
         rendered = template.format(document=text)
@@ -85,7 +112,7 @@ def _request(task: pb.DocumentTask) -> pb.GenerateRequest:
     return request
 
 
-def led(document: Document) -> Expand:
+def led(asked: Asked) -> Expand:
     """Of a call's sequences, all but the first are charged for their own part: the first computes the document."""
     leads = True
 
@@ -93,7 +120,7 @@ def led(document: Document) -> Expand:
         nonlocal leads
         made = samples(first)
         for each in made[leads:]:
-            each.job = replace(each.job, shared=len(document.ids))
+            each.job = replace(each.job, shared=len(asked.document.ids))
         leads = False
         return made
 

@@ -2,9 +2,9 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import ExitStack, aclosing
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from mtlora_pb.v1 import inference_pb2 as pb
@@ -12,7 +12,7 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from server.accounting import Usage
 from server.call import Call, current_call
 from server.errors import RequestFailedError, Violation, invalid_argument
-from server.job import GenerationJob, ServedTask
+from server.job import GenerationJob, Lane, ServedTask
 from server.rpc.documents import Document
 from server.rpc.failures import failure_of
 from server.rpc.generation import Generation
@@ -22,6 +22,7 @@ from server.scheduling import Scheduler
 from server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
+    from server.rpc.classify import Classifier
     from server.rpc.inference_service import InferenceServicer
 
 # Unary calls get tokens in batches: each hand-over delays the next step. Tenants' counts follow batch by batch.
@@ -36,21 +37,21 @@ MAX_BATCH = 1024
 class Item:
     """One input of a call, and what became of it.
 
-    document: what it is about, in a call about one document.
+    request: a GenerateRequest, or a Picture. document: what it is about, in a call about one document.
     samples: sequences that it asks for. generations: one each. failure: why it has no answer.
     """
 
-    request: pb.GenerateRequest
+    request: Any
     task: ServedTask | None
     call: Call
     samples: int
     index: int = 0
     document: Document | None = None
-    generations: list[Generation] = field(default_factory=list)
+    generations: list[Any] = field(default_factory=list)
     failure: RequestFailedError | None = None
 
     @property
-    def answers(self) -> list[Generation]:
+    def answers(self) -> list[Any]:
         """Of the generations, those that answer: all in order, or the likeliest first."""
         n = self.generations[0].job.n
         if n == len(self.generations):
@@ -58,8 +59,11 @@ class Item:
         return sorted(self.generations, key=lambda each: each.cumulative_logprob or 0.0, reverse=True)[:n]
 
 
+# What needs no preparation.
+_AS_THEY_ARE: AbstractAsyncContextManager[None] = nullcontext()
+
 # Makes what an item runs of its valid request.
-Expand = Callable[[Generation], list[Generation]]
+Expand = Callable[[Any], list[Any]]
 
 
 def samples(first: Generation) -> list[Generation]:
@@ -78,7 +82,7 @@ def _sample_jobs(job: GenerationJob) -> Iterator[GenerationJob]:
 
 
 async def side_by_side(
-    items: Sequence[Item], places: int, run: Callable[[Generation], Awaitable[None]]
+    items: Sequence[Item], places: int, run: Callable[[Any], Awaitable[None]]
 ) -> AsyncGenerator[Item, None]:
     """Run the items' generations, `places` at a time in order; gives each item when all of its own have ended.
 
@@ -117,10 +121,18 @@ async def finish(ended: AsyncGenerator[Item, None]) -> None:
 
 
 class Batches:
-    """Runs the items of a call through `service`, as it runs one request."""
+    """Runs the items of a call through `service`, as it runs one request. lane: whose turns and places they take."""
 
-    def __init__(self, service: "InferenceServicer", scheduler: Scheduler, usage: Usage, metrics: Metrics) -> None:
-        self._service = service
+    def __init__(
+        self,
+        service: "InferenceServicer | Classifier",
+        scheduler: Scheduler,
+        usage: Usage,
+        metrics: Metrics,
+        lane: Lane = Lane.TEXT,
+    ) -> None:
+        self._service: Any = service
+        self._lane = lane
         self._scheduler = scheduler
         self._usage = usage
         self._metrics = metrics
@@ -142,18 +154,23 @@ class Batches:
             raise invalid_argument([Violation(name, f"found {sequences} samples; allowed: 1 to {MAX_BATCH}")])
         return items
 
-    async def whole(self, items: Sequence[Item], expand: Expand = samples) -> list[Generation]:
+    async def whole(self, items: Sequence[Item], expand: Expand = samples) -> list[Any]:
         """Run the items of the current call as one: the first failure ends all. Gives each one's best answer."""
         await finish(self._run(items, places=sum(item.samples for item in items), strict=True, expand=expand))
         return [item.answers[0] for item in items]
 
-    async def run(self, items: Sequence[Item], expand: Expand = samples) -> AsyncGenerator[Item, None]:
+    async def run(
+        self,
+        items: Sequence[Item],
+        expand: Expand = samples,
+        prepared: AbstractAsyncContextManager[None] = _AS_THEY_ARE,
+    ) -> AsyncGenerator[Item, None]:
         """Run the items of the current call, and account for each at its end.
 
-        `expand` makes what an item runs of its valid request.
+        `expand` makes what an item runs of its valid request. `prepared`: entered once the call has its places.
         """
         call = current_call.get()
-        places = self._scheduler.places(call.tenant, sum(item.samples for item in items))
+        places = self._scheduler.places(call.tenant, sum(item.samples for item in items), self._lane)
 
         def settle(item: Item, code: grpc.StatusCode) -> None:
             item.call.settle(code, self._usage)
@@ -161,7 +178,8 @@ class Batches:
 
         code, left = grpc.StatusCode.CANCELLED, dict.fromkeys(items)
         try:
-            async with aclosing(self._run(items, places=places, strict=False, expand=expand)) as ended:
+            batch = self._run(items, places=places, strict=False, expand=expand, prepared=prepared)
+            async with aclosing(batch) as ended:
                 async for item in ended:
                     del left[item]
                     settle(item, item.failure.code if item.failure else grpc.StatusCode.OK)
@@ -177,18 +195,26 @@ class Batches:
                     settle(item, code)
 
     async def _run(
-        self, items: Sequence[Item], *, places: int, strict: bool, expand: Expand
+        self,
+        items: Sequence[Item],
+        *,
+        places: int,
+        strict: bool,
+        expand: Expand,
+        prepared: AbstractAsyncContextManager[None] = _AS_THEY_ARE,
     ) -> AsyncGenerator[Item, None]:
         """Run items of the current call, `places` sequences at a time; gives each as it ends.
 
         They are admitted and charged as a whole before anything starts. `strict`: the first failure ends all.
         """
         call, size = current_call.get(), sum(item.samples for item in items)
-        self._scheduler.check_batch(call.tenant, size, places)
-        with self._service.admitted(call, size, places), ExitStack() as held:
+        self._scheduler.check_batch(call.tenant, size, places, self._lane)
+        async with AsyncExitStack() as held:
+            held.enter_context(self._service.admitted(call, size, places))
             self._scheduler.count_batch(call.tenant, size)
+            await held.enter_async_context(prepared)
             apart = sum(item.request.ByteSize() for item in items) > TOKENIZE_APART_BYTES
-            # All are chosen before the first wait.
+            # All are chosen before the next wait.
             for item in items:
                 chosen = self._service.version_for(item.request, item.task, prefetch=item.index < places)
                 item.task = held.enter_context(chosen)
@@ -200,7 +226,7 @@ class Batches:
             jobs = [generation.job for item in ready for generation in item.generations]
             with self._scheduler.reserve(call.tenant, jobs) as reserved:
 
-                async def run(sequence: Generation) -> None:
+                async def run(sequence: Any) -> None:
                     # A long batch may outlive an engine.
                     engine, residency = self._service.engine, self._service.residency
                     await sequence.run(engine, self._scheduler, residency, reserved=reserved)

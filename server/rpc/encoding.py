@@ -1,14 +1,17 @@
 """From the server's data to the messages of the contract."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from google.rpc import status_pb2
 from mtlora_pb.v1 import inference_pb2 as pb
 
 from mtlora.parameters import TaskDefaults
+from mtlora.vision.image_input import ImageInput
 from server.job import Delta, ServedTask, TokenLogprob, TokenLogprobs
 from server.rpc import answers
 from server.rpc.batch import Item
+from server.rpc.classify import Classification
 from server.rpc.generation import Generation
 from server.rpc.scoring import Scoring
 
@@ -17,6 +20,18 @@ _FINISH_REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LEN
 
 def task(served: ServedTask) -> pb.Task:
     spec = served.spec
+    if spec.image is not None:
+        return pb.Task(
+            id=spec.id,
+            description=spec.description,
+            allowed_answers=spec.labels or (),
+            adapter_name=served.adapter_name,
+            adapter_version=served.adapter_version,
+            answer=answers.message(spec.answer_type) if spec.answer_type else None,
+            calibration=served.calibration,
+            activation=served.activation,
+            image=_preparation(spec.image),
+        )
     return pb.Task(
         id=spec.id,
         description=spec.description,
@@ -34,6 +49,10 @@ def task(served: ServedTask) -> pb.Task:
         activation=served.activation,
         defaults=_parameters(spec.defaults) if spec.defaults else None,
     )
+
+
+def _preparation(image: ImageInput) -> pb.ImagePreparation:
+    return pb.ImagePreparation(size=image.size, resize=image.resize, mean=image.mean, std=image.std)
 
 
 def _parameters(defaults: TaskDefaults) -> pb.GenerationParameters:
@@ -144,13 +163,40 @@ def score(item: Item) -> pb.InputScore:
     if item.failure is not None:
         return pb.InputScore(status=item.failure.status())
     (scoring,) = item.generations
-    assert isinstance(scoring, Scoring)
-    return pb.InputScore(
-        label=scoring.probabilities[0][0],
-        probabilities=[pb.LabelProbability(label=label, probability=p) for label, p in scoring.probabilities],
-        reasoning=scoring.reasoning.strip(),
-        summary=summary(scoring),
+    if isinstance(scoring, Classification):
+        return pb.InputScore(**_labels(scoring), summary=_image_summary(scoring))
+    return pb.InputScore(**_labels(scoring), reasoning=scoring.reasoning.strip(), summary=summary(scoring))
+
+
+def classification(item: Item, image: int) -> pb.Classification:
+    """An image's labels by one task, or why it has none. image: its place in the request."""
+    assert item.task is not None
+    task_id = item.task.spec.id
+    if item.failure is not None:
+        return pb.Classification(image=image, task_id=task_id, status=item.failure.status())
+    (found,) = item.generations
+    return pb.Classification(image=image, task_id=task_id, **_labels(found), summary=_image_summary(found))
+
+
+def _labels(found: Scoring | Classification) -> dict[str, Any]:
+    probabilities = [pb.LabelProbability(label=label, probability=p) for label, p in found.probabilities]
+    return {"label": found.probabilities[0][0], "probabilities": probabilities}
+
+
+def _image_summary(found: Classification) -> pb.Summary:
+    served = found.job.task
+    message = pb.Summary(
+        request_id=found.call.request_id,
+        task_id=served.spec.id,
+        adapter_name=served.adapter_name,
+        adapter_version=served.adapter_version,
+        finish_reason=_FINISH_REASONS[found.finish_reason],
+        prompt_tokens=len(found.job.prompt_ids),
     )
+    message.timings.queue.FromNanoseconds(int(found.queue_s * 1e9))
+    message.timings.time_to_first_token.FromNanoseconds(int(found.total_s * 1e9))
+    message.timings.total.FromNanoseconds(int(found.total_s * 1e9))
+    return message
 
 
 def token_logprobs(token: TokenLogprobs) -> pb.TokenLogprobs:

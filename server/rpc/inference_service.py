@@ -14,18 +14,20 @@ from server.accounting import Usage
 from server.call import Call, current_call
 from server.engine import Engine
 from server.errors import RequestFailedError, Violation, invalid_argument, task_not_found
-from server.job import ServedTask
+from server.job import Lane, ServedTask
 from server.registry.catalog import Catalog
 from server.registry.residency import Residency
 from server.rpc import encoding
 from server.rpc.analysis import Analysis, led
 from server.rpc.answers import OwnTypes
 from server.rpc.batch import TOKENIZE_APART_BYTES, UNARY_DELTA_TOKENS, Batches, Item, finish
+from server.rpc.classify import Classifier, uncalibrated
 from server.rpc.documents import Document, Documents
 from server.rpc.generation import Generation
 from server.rpc.listing import page_of, page_token
+from server.rpc.pictures import Decoding
 from server.rpc.pieces import in_pieces
-from server.rpc.scoring import scored_items, scoring
+from server.rpc.scoring import scored_items, scored_pictures, scoring
 from server.rpc.stream import unhurried
 from server.rpc.validation import PromptLimits, samples_of, validate
 from server.scheduling import Scheduler
@@ -52,6 +54,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     prompts: PromptEncoder
     limits: PromptLimits
 
+    # Without a language backbone, every task takes images.
+    generates = True
+
     def __init__(
         self,
         admission: Admission,
@@ -60,7 +65,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         directory: Directory,
         usage: Usage,
         documents: Documents,
+        decoding: Decoding,
         *,
+        position_cost: float = 1.0,
         log_prompts: bool = False,
     ) -> None:
         self.catalog = Catalog()
@@ -74,6 +81,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._own_types = OwnTypes()
         self.batches = Batches(self, scheduler, usage, metrics)
         self._analysis = Analysis(self, self.batches, self._tokenizing, documents)
+        self.classifier = Classifier(self, scheduler, usage, metrics, decoding, position_cost)
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         call, task = current_call.get(), self.find(request.task_id)
@@ -101,26 +109,39 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Analyze(self, request: pb.AnalyzeRequest, context: Any) -> pb.AnalyzeResponse:
         self._admission.check_serving()
-        document, items = await self._analysis.items(request)
-        await finish(self.batches.run(items, led(document)))
-        answers = [encoding.batch_item(item) async for item in in_pieces(items)]
+        asked = self._analysis.asked(request)
+        await finish(self.batches.run(asked.items, led(asked), self._analysis.document_of(asked)))
+        answers = [encoding.batch_item(item) async for item in in_pieces(asked.items)]
+        document = asked.document
         return pb.AnalyzeResponse(document_id=document.id, document_tokens=len(document.ids), items=answers)
 
     async def AnalyzeStream(self, request: pb.AnalyzeRequest, context: Any) -> AsyncIterator[pb.AnalyzeStreamResponse]:
         self._admission.check_serving()
-        document, items = await self._analysis.items(request)
-        async with aclosing(self.batches.run(items, led(document))) as ended:
+        asked = self._analysis.asked(request)
+        batch = self.batches.run(asked.items, led(asked), self._analysis.document_of(asked))
+        async with aclosing(batch) as ended:
             async for item in ended:
+                document = asked.document
                 yield pb.AnalyzeStreamResponse(
                     document_id=document.id, document_tokens=len(document.ids), item=encoding.batch_item(item)
                 )
+
+    async def Classify(self, request: pb.ClassifyRequest, context: Any) -> pb.ClassifyResponse:
+        items, tasks = self.classifier.items(request), len(request.task_ids)
+        await finish(self.classifier.batches.run(items, uncalibrated(request.uncalibrated)))
+        results = [encoding.classification(item, item.index // tasks) async for item in in_pieces(items)]
+        return pb.ClassifyResponse(results=results)
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
         task = self.find(request.task_id)
         if task is None:
             raise self.not_found(request.task_id)
-        items = scored_items(request, task, current_call.get())
-        await finish(self.batches.run(items, scoring(self.prompts, calibrated=not request.uncalibrated)))
+        if task.spec.image is not None:
+            items = self.classifier.of(scored_pictures(request, task), "ScoreItem")
+            await finish(self.classifier.batches.run(items, uncalibrated(request.uncalibrated)))
+        else:
+            items = scored_items(request, task, current_call.get())
+            await finish(self.batches.run(items, scoring(self.prompts, calibrated=not request.uncalibrated)))
         return pb.ScoreResponse(scores=[encoding.score(item) async for item in in_pieces(items)])
 
     async def GenerateStream(
@@ -192,9 +213,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return ids
 
     @contextmanager
-    def admitted(self, call: Call, requests: int = 1, places: int = 1) -> Iterator[None]:
+    def admitted(self, call: Call, requests: int = 1, places: int = 1, lane: Lane = Lane.TEXT) -> Iterator[None]:
         """Hold places for requests of a call, from receipt to end."""
-        with self._admission.admit(call.tenant, places), self._scheduler.admit(call.tenant, places):
+        with self._admission.admit(call.tenant, places, lane), self._scheduler.admit(call.tenant, places, lane):
             if call.tenant.has_budget or self._usage.stuck:
                 self._usage.check(call.tenant, requests)
             yield
@@ -215,8 +236,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         Raises NOT_FOUND or INVALID_ARGUMENT.
         """
         call = call or current_call.get()
-        if task is None and request.task_id:
+        if task is None and (request.task_id or not self.generates):
             raise self.not_found(request.task_id)
+        if task is not None and task.spec.image is not None:
+            found = (
+                f"found {task.spec.id!r}, a task of images; allowed: tasks of texts (Classify and Score take images)"
+            )
+            raise invalid_argument([Violation("task_id", found)])
         # Tenants share no cached blocks, unless their file says so: answer times would tell of another's prompts.
         cache_salt = None if self._directory.current.share_prefix_cache else call.tenant.id
         own = None
@@ -245,7 +271,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """
         if task is not None and task.spec.id in self.catalog.splits:
             task = self.catalog.choose(task, _routing_key(request))
-        if task is None or task.version is None or request.without_adapter:
+        # One of images is refused in a moment.
+        if task is None or task.version is None or task.spec.image is not None or request.without_adapter:
             yield task
             return
         with self.residency.hold(task.version):

@@ -1,7 +1,7 @@
 """The gRPC port: its services, TLS, and limits on what connections may hold of the server."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -52,16 +52,17 @@ class Listening:
         health: Health,
     ) -> None:
         """Answer the calls of every contract, health checks and, unless it is switched off, reflection."""
-        inference_pb2_grpc.add_InferenceServicer_to_server(inference, self.server)
-        adapters_pb2_grpc.add_AdaptersServicer_to_server(adapters, self.server)
-        usage_pb2_grpc.add_UsageServicer_to_server(usage, self.server)
-        grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, self.server)
-        health.add_to(self.server)
+        server = _ByName(self.server)
+        inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
+        adapters_pb2_grpc.add_AdaptersServicer_to_server(adapters, server)
+        usage_pb2_grpc.add_UsageServicer_to_server(usage, server)
+        grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, server)
+        health.add_to(server)
         if not self._reflection:
             return
         contracts = (inference_pb2, adapters_pb2, usage_pb2, grpc_predict_v2_pb2)
         names = [service.full_name for each in contracts for service in each.DESCRIPTOR.services_by_name.values()]
-        reflection.enable_server_reflection((*names, Health.SERVICE, reflection.SERVICE_NAME), self.server)
+        reflection.enable_server_reflection((*names, Health.SERVICE, reflection.SERVICE_NAME), server)
 
     async def drain(self, health: Health, admission: Admission) -> None:
         """Send clients elsewhere and let what runs finish, for the grace period; end the rest with UNAVAILABLE.
@@ -98,6 +99,19 @@ class Listening:
         if not taken:
             raise OSError(f"cannot listen on {address}: taken, or not an address of this machine (host, port)")
         return joined(host, taken)
+
+
+class _ByName:
+    """A server whose methods are found by name when a call comes.
+
+    gRPC waits for the next call of every registered method apart, so each call would cost as much as there are methods.
+    """
+
+    def __init__(self, server: Any) -> None:
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        """Leave them to the generic handlers, which have the same methods."""
 
 
 def channel_options(settings: Settings) -> list[tuple[str, int]]:

@@ -16,6 +16,7 @@ from server.errors import Violation, invalid_argument
 from server.job import GenerationJob, ServedTask, TokenLogprobs
 from server.rpc.batch import Expand, Item
 from server.rpc.generation import Generation
+from server.rpc.pictures import Picture
 
 # Inputs of one call.
 MAX_SCORED = 256
@@ -82,14 +83,21 @@ def scoring(prompts: PromptEncoder, *, calibrated: bool) -> Expand:
     return lambda first: [Scoring.of(first, prompts, calibrated=calibrated)]
 
 
+def scored_pictures(request: pb.ScoreRequest, task: ServedTask) -> list[tuple[ServedTask, Picture]]:
+    """The inputs of a task of images. Raises INVALID_ARGUMENT."""
+    _check_inputs(request, "image")
+    return [
+        (task, Picture(each.image, f"inputs[{i}].image", each.routing_key)) for i, each in enumerate(request.inputs)
+    ]
+
+
 def scored_items(request: pb.ScoreRequest, task: ServedTask, call: Call) -> list[Item]:
     """The inputs, each a call of its own for usage, metrics and the log. Raises INVALID_ARGUMENT."""
     if task.spec.labels is None:
         kind = task.spec.answer_type.type if task.spec.answer_type else "text"
         found = f"task {task.spec.id} answers with a {kind}; allowed: a task of labels"
         raise invalid_argument([Violation("task_id", found)])
-    if not 1 <= len(request.inputs) <= MAX_SCORED:
-        raise invalid_argument([Violation("inputs", f"found {len(request.inputs)}; allowed: 1 to {MAX_SCORED}")])
+    _check_inputs(request, "text", "chat", "fields")
     items = []
     for index, each in enumerate(request.inputs):
         own = replace(call, request_id=f"{call.request_id}.{index}", method="ScoreItem", audited=None)
@@ -98,6 +106,16 @@ def scored_items(request: pb.ScoreRequest, task: ServedTask, call: Call) -> list
             one.MergeFrom(pb.GenerateRequest(**{given: getattr(each, given)}))
         items.append(Item(one, task, own, 1, index))
     return items
+
+
+def _check_inputs(request: pb.ScoreRequest, *allowed: str) -> None:
+    """Raise INVALID_ARGUMENT for too many inputs, or for a kind that the task does not take."""
+    if not 1 <= len(request.inputs) <= MAX_SCORED:
+        raise invalid_argument([Violation("inputs", f"found {len(request.inputs)}; allowed: 1 to {MAX_SCORED}")])
+    for index, each in enumerate(request.inputs):
+        # An input without any kind gets a status of its own.
+        if (found := each.WhichOneof("input")) not in (None, *allowed):
+            raise invalid_argument([Violation(f"inputs[{index}]", f"found {found}; allowed: {', '.join(allowed)}")])
 
 
 def _of_tokens(found: TokenLogprobs) -> dict[int, float]:

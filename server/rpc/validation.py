@@ -179,6 +179,8 @@ def _named_violations(fields: pb.TemplateFields, task: TaskSpec, names: Sequence
 def sharing_violation(task: ServedTask, template: str) -> str | None:
     """Why a task cannot be asked of a document in this template, if it cannot."""
     spec = task.spec
+    if spec.image is not None:
+        return f"task {spec.id} takes images; allowed: tasks of texts (Classify and Score take images)"
     if task.activation != "task":
         return (
             f"task {spec.id} is of adapter {task.adapter_name}, which acts on every token and so shares no document; "

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any
 
 from server.errors import RESTART_RETRY_S, RequestFailedError, resource_exhausted, unavailable
+from server.job import Lane
 from server.telemetry.metrics import Metrics
 from server.tenants import Tenant
 
@@ -22,15 +23,20 @@ _RETRY_AFTER_S = {State.STARTING: 5.0, State.DRAINING: 1.0, State.RESTARTING: RE
 
 
 class Admission:
-    """Admits requests while the server is serving and has room; `drained` waits for the last one."""
+    """Admits requests while the server is serving and has room; `drained` waits for the last one.
+
+    max_in_flight: requests for one engine. lost: engines that are being started again while another serves.
+    """
 
     def __init__(self, max_in_flight: int, metrics: Metrics) -> None:
         self.state = State.STARTING
+        self.lost: set[Lane] = set()
         self._max_in_flight = max_in_flight
         self._metrics = metrics
         self._running: set[asyncio.Task[Any]] = set()
-        self._in_flight = 0
-        metrics.in_flight.set_function(lambda: self._in_flight)
+        # By lane.
+        self._in_flight = [0] * len(Lane)
+        metrics.in_flight.set_function(lambda: sum(self._in_flight))
         self._aborting = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -41,19 +47,21 @@ class Admission:
             raise unavailable(self.state.value, _RETRY_AFTER_S[self.state])
 
     @contextmanager
-    def admit(self, tenant: Tenant, requests: int = 1) -> Iterator[None]:
+    def admit(self, tenant: Tenant, requests: int = 1, lane: Lane = Lane.TEXT) -> Iterator[None]:
         """Count the current task, which runs this many requests of a tenant, as in flight.
 
         Raises UNAVAILABLE or RESOURCE_EXHAUSTED.
         """
         self.check_serving()
-        if self._in_flight + requests > self._max_in_flight:
+        if lane in self.lost:
+            raise unavailable(State.RESTARTING.value, RESTART_RETRY_S)
+        if self._in_flight[lane] + requests > self._max_in_flight:
             self._metrics.record_shed(tenant.id, "in_flight")
             raise resource_exhausted(f"{self._max_in_flight} requests are in flight, the most this server admits", 1.0)
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
-        self._in_flight += requests
+        self._in_flight[lane] += requests
         self._idle.clear()
         try:
             yield
@@ -63,7 +71,7 @@ class Admission:
             raise
         finally:
             self._running.discard(task)
-            self._in_flight -= requests
+            self._in_flight[lane] -= requests
             if not self._running:
                 self._idle.set()
 

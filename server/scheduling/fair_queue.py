@@ -6,54 +6,69 @@ idle is lifted to the lowest counter of those that wait, so that idling saves up
 priority class: a class is served while no more urgent one waits.
 
 Invariant: the service by weight of two tenants that wait all the time never differs by more than a constant.
+
+Items may wait in several lanes, each for something else; a lane is served alone. A tenant has one counter for all of
+them: service in one lane counts in the others. The invariant holds among tenants that wait in the same lanes.
 """
 
+from collections.abc import Hashable
 from typing import Generic, TypeVar
 
+# A tenant's line: its requests of one class.
+Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 
 
 class _Flow(Generic[Item]):
-    """One tenant's line: in each of its own priorities, first in, first out."""
+    """One tenant's lines, by lane: in each of its own priorities, first in, first out."""
 
-    def __init__(self) -> None:
+    def __init__(self, lanes: int) -> None:
         self.counter = 0.0
         self.weight = 1.0
         self.rank = 0
-        # The priority of each item that waits.
-        self.items: dict[Item, int] = {}
-        # By priority. A dict keeps the order and removes from the middle in constant time.
-        self.lines: dict[int, dict[Item, None]] = {}
+        # The lane and the priority of each item that waits.
+        self.items: dict[Item, tuple[int, int]] = {}
+        # By lane, then by priority. A dict keeps the order and removes from the middle in constant time.
+        self.lines: list[dict[int, dict[Item, None]]] = [{} for _ in range(lanes)]
         self.blocked = False
 
     @property
     def active(self) -> bool:
         return bool(self.items) and not self.blocked
 
+    def queued(self, lane: int) -> int:
+        """Items in a lane."""
+        return sum(map(len, self.lines[lane].values()))
 
-class FairQueue(Generic[Item]):
-    """Lines of hashable items, one for each tenant. A tenant's own priorities reorder its own line alone."""
 
-    def __init__(self) -> None:
-        self._flows: dict[str, _Flow[Item]] = {}
-        self._len = 0
+class FairQueue(Generic[Key, Item]):
+    """Lines of hashable items, one for each tenant and class. A tenant's own priorities reorder its own line alone."""
+
+    def __init__(self, lanes: int = 1) -> None:
+        self._lanes = lanes
+        self._flows: dict[Key, _Flow[Item]] = {}
+        self._lens = [0] * lanes
         # By class, the counter of the tenant that left last: a newcomer to an empty class is lifted to it.
         self._last: dict[int, float] = {}
 
     def __len__(self) -> int:
-        return self._len
+        return sum(self._lens)
 
-    def queued(self, tenant: str) -> int:
+    def length(self, lane: int) -> int:
+        """Items in a lane."""
+        return self._lens[lane]
+
+    def queued(self, tenant: Key) -> int:
         """Items of one tenant."""
         flow = self._flows.get(tenant)
         return len(flow.items) if flow else 0
 
-    def push(self, tenant: str, item: Item, *, weight: float, rank: int, priority: int = 0) -> None:
+    def push(self, tenant: Key, item: Item, *, weight: float, rank: int, priority: int = 0, lane: int = 0) -> None:
         """Put an item behind those of its tenant that have its priority or a higher one.
 
         `rank` is the tenant's class, 0 the most urgent.
         """
-        flow = self._flows.setdefault(tenant, _Flow())
+        flow = self._flow(tenant)
         if flow.rank != rank:
             # Counters of two classes do not compare.
             flow.rank, flow.counter = rank, 0.0
@@ -61,24 +76,25 @@ class FairQueue(Generic[Item]):
         elif not flow.active:
             self._lift(flow)
         flow.weight = weight
-        flow.items[item] = priority
-        flow.lines.setdefault(priority, {})[item] = None
-        self._len += 1
+        flow.items[item] = (lane, priority)
+        flow.lines[lane].setdefault(priority, {})[item] = None
+        self._lens[lane] += 1
 
-    def pop(self) -> tuple[str, Item] | None:
-        """Take out the next item; None if only blocked tenants wait."""
+    def pop(self, lane: int = 0) -> tuple[Key, Item] | None:
+        """Take out a lane's next item; None if only blocked tenants wait there."""
         tenant, flow = min(
-            ((name, flow) for name, flow in self._flows.items() if flow.active),
+            ((name, flow) for name, flow in self._flows.items() if flow.lines[lane] and not flow.blocked),
             key=lambda entry: (entry[1].rank, entry[1].counter),
-            default=("", None),
+            default=(None, None),
         )
-        if flow is None:
+        if tenant is None or flow is None:
             return None
-        item = next(iter(flow.lines[max(flow.lines)]))
+        lines = flow.lines[lane]
+        item = next(iter(lines[max(lines)]))
         self._take(flow, item)
         return tenant, item
 
-    def remove(self, tenant: str, item: Item) -> bool:
+    def remove(self, tenant: Key, item: Item) -> bool:
         """Take an item out of the middle; False if it has left already."""
         flow = self._flows.get(tenant)
         if flow is None or item not in flow.items:
@@ -86,66 +102,74 @@ class FairQueue(Generic[Item]):
         self._take(flow, item)
         return True
 
-    def drop_newest(self, tenant: str) -> Item:
+    def drop_newest(self, tenant: Key, lane: int = 0) -> Item:
         """Take out the last item of a tenant's line. The tenant has one."""
         flow = self._flows[tenant]
-        item = next(reversed(flow.lines[min(flow.lines)]))
+        lines = flow.lines[lane]
+        item = next(reversed(lines[min(lines)]))
         self._take(flow, item)
         return item
 
-    def longest(self) -> str | None:
+    def longest(self, lane: int = 0) -> Key | None:
         """The tenant with the most items for its weight, in the least urgent class that waits; None if none waits."""
-        waiting = [(flow.rank, len(flow.items) / flow.weight, name) for name, flow in self._flows.items() if flow.items]
-        return max(waiting)[2] if waiting else None
+        waiting = [(self.length_by_weight(name, lane), name) for name, flow in self._flows.items() if flow.lines[lane]]
+        return max(waiting, key=lambda entry: entry[0])[1] if waiting else None
 
-    def length_by_weight(self, tenant: str) -> tuple[int, float]:
+    def length_by_weight(self, tenant: Key, lane: int = 0) -> tuple[int, float]:
         """What `longest` compares: (rank, items by weight)."""
         flow = self._flows[tenant]
-        return flow.rank, len(flow.items) / flow.weight
+        return flow.rank, flow.queued(lane) / flow.weight
 
-    def charge(self, tenant: str, service: float) -> None:
+    def charge(self, tenant: Key, service: float) -> None:
         """Count service to a tenant."""
         if flow := self._flows.get(tenant):
             flow.counter += service / flow.weight
 
-    def block(self, tenant: str, blocked: bool) -> None:
+    def block(self, tenant: Key, blocked: bool) -> None:
         """Stop serving a tenant, or serve it again. A blocked tenant counts as idle."""
-        flow = self._flows.setdefault(tenant, _Flow())
+        flow = self._flow(tenant)
         if flow.blocked == blocked:
             return
         if not blocked and flow.items:
             self._lift(flow)
         flow.blocked = blocked
 
-    def ahead_of(self, tenant: str, *, weight: float, rank: int) -> int:
+    def ahead_of(self, tenant: Key, *, weight: float, rank: int, lane: int = 0) -> int:
         """Roughly how many items go before one that this tenant pushes now."""
-        own = self.queued(tenant)
+        own = self._flows[tenant].queued(lane) if tenant in self._flows else 0
         ahead = own
         for name, flow in self._flows.items():
             if name == tenant or not flow.active:
                 continue
             if flow.rank < rank:
-                ahead += len(flow.items)
+                ahead += flow.queued(lane)
             elif flow.rank == rank:
-                ahead += min(len(flow.items), round((own + 1) * flow.weight / weight))
+                ahead += min(flow.queued(lane), round((own + 1) * flow.weight / weight))
         return ahead
 
-    def forget(self, tenant: str) -> None:
+    def forget(self, tenant: Key) -> None:
         """Drop the counter of a tenant that has no items."""
         if (flow := self._flows.get(tenant)) and not flow.items:
             del self._flows[tenant]
 
-    def counter(self, tenant: str) -> float:
+    def counter(self, tenant: Key) -> float:
         """Service by weight, lifts included."""
         return self._flows[tenant].counter
 
+    def _flow(self, tenant: Key) -> _Flow[Item]:
+        flow = self._flows.get(tenant)
+        if flow is None:
+            flow = self._flows[tenant] = _Flow(self._lanes)
+        return flow
+
     def _take(self, flow: _Flow[Item], item: Item) -> None:
-        priority = flow.items.pop(item)
-        line = flow.lines[priority]
+        lane, priority = flow.items.pop(item)
+        lines = flow.lines[lane]
+        line = lines[priority]
         del line[item]
         if not line:
-            del flow.lines[priority]
-        self._len -= 1
+            del lines[priority]
+        self._lens[lane] -= 1
         if not flow.items:
             self._last[flow.rank] = flow.counter
 

@@ -1,4 +1,4 @@
-"""One thread for the work of many tenants."""
+"""One thread, or a few, for the work of many tenants."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,35 +12,36 @@ Result = TypeVar("Result")
 
 
 class FairThread:
-    """Runs one piece of work at a time; the next one by the same fairness as turns in the engine.
+    """Runs one piece of work at a time in each of `threads`; the next one by the same fairness as turns in the engine.
 
     All methods run on the event loop.
     """
 
-    def __init__(self, name: str) -> None:
-        # One thread: all the work takes one core at most.
-        self._executor = ThreadPoolExecutor(1, name)
-        self._queue: FairQueue[asyncio.Future[None]] = FairQueue()
-        self._busy = False
+    def __init__(self, name: str, threads: int = 1) -> None:
+        # All the work takes so many cores at most.
+        self._executor = ThreadPoolExecutor(threads, name)
+        self._queue: FairQueue[tuple[str, int], asyncio.Future[None]] = FairQueue()
+        self._free = threads
 
     async def run(self, tenant: Tenant, cost: float, work: Callable[[], Result]) -> Result:
         """Wait for the tenant's turn, then for the work's result. `cost` in any unit, the same for all."""
         loop = asyncio.get_running_loop()
         turn = loop.create_future()
-        self._queue.push(tenant.id, turn, weight=tenant.weight, rank=tenant.priority.rank)
+        line = tenant.id, tenant.priority.rank
+        self._queue.push(line, turn, weight=tenant.weight, rank=tenant.priority.rank)
         self._next()
         try:
             await turn
-            self._queue.charge(tenant.id, cost)
+            self._queue.charge(line, cost)
             return await loop.run_in_executor(self._executor, work)
         finally:
             if turn.cancelled():
-                self._queue.remove(tenant.id, turn)
+                self._queue.remove(line, turn)
             else:
-                self._busy = False
+                self._free += 1
                 self._next()
 
     def _next(self) -> None:
-        if not self._busy and (entry := self._queue.pop()):
-            self._busy = True
+        if self._free and (entry := self._queue.pop()):
+            self._free -= 1
             entry[1].set_result(None)

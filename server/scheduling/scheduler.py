@@ -5,18 +5,20 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from server.errors import RequestFailedError, deadline_out_of_reach, quota_exceeded, resource_exhausted
-from server.job import GenerationJob
+from server.job import Job, Lane
 from server.scheduling.bucket import TokenBucket
 from server.scheduling.estimate import ServiceTimes
 from server.scheduling.fair_queue import FairQueue
 from server.telemetry.metrics import Metrics
-from server.tenants import Tenant
+from server.tenants import Priority, Tenant
 
-# What a token costs, as in the paper: a generated one takes a step of its own.
-PROMPT_COST = 1.0
+# A tenant's requests of one class. A trusted proxy may lower a request below its tenant's class, so a tenant may have
+# several.
+Line = tuple[str, Priority]
+# What a generated token costs, a prompt's being 1, as in the paper: it takes a step of its own.
 COMPLETION_COST = 2.0
 _MIN_RETRY_S = 0.05
 
@@ -41,7 +43,7 @@ class Turn:
     """A request's stay in the engine. `served` counts its tokens, `aside` lets others run while it waits."""
 
     tenant: Tenant
-    job: GenerationJob
+    job: Job
     deadline: float | None
     _reserved: Reservation
     _scheduler: "Scheduler"
@@ -50,7 +52,7 @@ class Turn:
     _beside: int = 0
     _first: float = 0.0
     _tokens: int = 0
-    # Tokens of the prompt that it was charged for.
+    # Positions of the prompt that it was charged for.
     _prompt: int = 0
     _away: bool = False
 
@@ -69,7 +71,7 @@ class Turn:
     def found(self, cached: int) -> None:
         """Charge what was computed of the prompt: `cached` of its tokens were not."""
         computed = len(self.job.prompt_ids) - cached
-        self._scheduler.charge(self, computed - self._prompt, PROMPT_COST)
+        self._scheduler.charge(self, computed - self._prompt, self.job.position_cost)
         self._prompt = computed
 
     def served(self, tokens: int, first_token_at: float) -> None:
@@ -77,6 +79,15 @@ class Turn:
         self._first = first_token_at
         self._tokens += tokens
         self._scheduler.charge(self, tokens, COMPLETION_COST)
+
+    def answered(self, at: float) -> None:
+        """Note an answer that takes no token of its own, at a time in the clock's seconds."""
+        self._first, self._tokens = at, 1
+
+    @property
+    def line(self) -> Line:
+        """Where it waits and what it is charged to."""
+        return self.tenant.id, self.tenant.priority
 
     @property
     def begun(self) -> bool:
@@ -86,7 +97,8 @@ class Turn:
     @property
     def service(self) -> float:
         """What the request has cost, as the fair queue counts it."""
-        return self._prompt * PROMPT_COST + self._tokens * COMPLETION_COST
+        tokens = self._tokens if self.job.sampling.max_new_tokens else 0
+        return self._prompt * self.job.position_cost + tokens * COMPLETION_COST
 
 
 @dataclass
@@ -97,6 +109,18 @@ class _Account:
     tokens: TokenBucket
     inside: int = 0
     running: int = 0
+    lines: set[Line] = field(default_factory=set)
+
+
+@dataclass
+class _Turns:
+    """The turns of one engine, and how long they took. returning: requests aside that wait for a turn again."""
+
+    most: int
+    times: ServiceTimes
+    running: int = 0
+    num_aside: int = 0
+    returning: deque[tuple[Turn, asyncio.Future[None]]] = field(default_factory=deque)
 
 
 @dataclass(frozen=True)
@@ -110,8 +134,9 @@ class Occupancy:
 class Scheduler:
     """All methods run on the event loop.
 
-    turns: requests that the engine has at a time. max_queued: requests that may wait, all tenants together; when more
-    come, the tenant with the longest line for its weight loses its newest.
+    turns: requests that the engine has at a time. image_turns: those of the engine of images. max_queued: requests that
+    may wait for one engine, all tenants together; when more come, the tenant with the longest line for its weight loses
+    its newest.
     """
 
     def __init__(
@@ -120,27 +145,28 @@ class Scheduler:
         max_queued: int,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        image_turns: int = 1,
     ) -> None:
         self.clock = clock
         self._metrics = metrics
-        self._times = ServiceTimes(clock)
-        self._turns = turns
+        # By lane.
+        self._turns = [_Turns(most, ServiceTimes(clock)) for most in (turns, image_turns)]
         self._max_queued = max_queued
-        self._queue: FairQueue[Turn] = FairQueue()
+        self._queue: FairQueue[Line, Turn] = FairQueue(len(self._turns))
         self._accounts: dict[str, _Account] = {}
-        self._running = 0
-        self._num_aside = 0
-        # Requests aside that wait for a turn again.
-        self._returning: deque[tuple[Turn, asyncio.Future[None]]] = deque()
         metrics.follow_turns(self._running_by_tenant, self.queued_by_tenant)
 
     @property
     def occupancy(self) -> Occupancy:
-        return Occupancy(self._running, len(self._queue))
+        return Occupancy(sum(turns.running for turns in self._turns), len(self._queue))
 
     def queued_by_tenant(self) -> Mapping[str, int]:
         """Requests that wait for their turn. From any thread."""
-        return {name: queued for name in list(self._accounts) if (queued := self._queue.queued(name))}
+        return {name: queued for name in list(self._accounts) if (queued := self._queued(name))}
+
+    def _queued(self, tenant_id: str) -> int:
+        return sum(self._queue.queued((tenant_id, priority)) for priority in Priority)
 
     def _running_by_tenant(self) -> Mapping[str, int]:
         return {name: each.running for name, each in list(self._accounts.items()) if each.running}
@@ -156,16 +182,16 @@ class Scheduler:
             # The next attempt is counted as a call again.
             self._take_requests(tenant, rate, size - 1, until=size)
 
-    def places(self, tenant: Tenant, size: int) -> int:
+    def places(self, tenant: Tenant, size: int, lane: Lane = Lane.TEXT) -> int:
         """Places that a batch takes whose sequences wait outside: enough for all turns, and few in the queue."""
-        return min(size, self._turns, self._most_inside(tenant))
+        return min(size, self._turns[lane].most, self._most_inside(tenant, lane))
 
-    def check_batch(self, tenant: Tenant, size: int, places: int | None = None) -> None:
+    def check_batch(self, tenant: Tenant, size: int, places: int | None = None, lane: Lane = Lane.TEXT) -> None:
         """Raise RESOURCE_EXHAUSTED, without a time to retry, for a batch that no wait lets in.
 
         places: how many of its sequences it holds at a time; by default all.
         """
-        inside = self._most_inside(tenant)
+        inside = self._most_inside(tenant, lane)
         largest = inside if places is None or places >= size else max(size, inside)
         if (rate := tenant.requests_per_second) is not None:
             largest = min(largest, int(_capacity(tenant, rate)))
@@ -173,17 +199,18 @@ class Scheduler:
             raise self._over_quota(tenant, "batch", f"a batch of {size}, its limits let in {largest} at once", None)
 
     @contextmanager
-    def admit(self, tenant: Tenant, requests: int = 1) -> Iterator[None]:
+    def admit(self, tenant: Tenant, requests: int = 1, lane: Lane = Lane.TEXT) -> Iterator[None]:
         """Hold places of a tenant from receipt to end: `max_in_flight` and `max_queue` together bound them.
 
         Raises RESOURCE_EXHAUSTED where its queue is full, or its tokens are used up.
         """
         account = self._account(tenant)
         if tenant.max_queue is not None:
-            free = min(self._turns - self._running, self._most_running(tenant) - account.running)
+            turns = self._turns[lane]
+            free = min(turns.most - turns.running, self._most_running(tenant, lane) - account.running)
             if account.inside - account.running + requests > tenant.max_queue + max(0, free):
                 found = f"{tenant.max_queue} requests in its queue, max_queue"
-                raise self._over_quota(tenant, "max_queue", found, self._retry_s(tenant))
+                raise self._over_quota(tenant, "max_queue", found, self._retry_s(tenant, lane))
         if (rate := tenant.tokens_per_second) is not None:
             self._check_tokens(tenant, rate, 1)
         account.inside += requests
@@ -193,7 +220,7 @@ class Scheduler:
             account.inside -= requests
 
     @contextmanager
-    def reserve(self, tenant: Tenant, jobs: Sequence[GenerationJob]) -> Iterator[Reservation]:
+    def reserve(self, tenant: Tenant, jobs: Sequence[Job]) -> Iterator[Reservation]:
         """Set aside what requests may take of `tokens_per_second`: prompts and longest answers, for all or for none.
 
         What they did not take returns at the end. More than the bucket holds needs a full one and leaves a debt.
@@ -207,7 +234,7 @@ class Scheduler:
 
     @asynccontextmanager
     async def turn(
-        self, tenant: Tenant, job: GenerationJob, deadline: float | None, reserved: Reservation | None = None
+        self, tenant: Tenant, job: Job, deadline: float | None, reserved: Reservation | None = None
     ) -> AsyncIterator[Turn]:
         """Wait for the request's turn and hold it. `deadline` is in the clock's seconds.
 
@@ -220,7 +247,7 @@ class Scheduler:
             self._check_deadline(turn)
             self._enqueue(turn)
             try:
-                self._dispatch()
+                self._dispatch(job.lane)
                 await turn._granted
                 yield turn
             finally:
@@ -230,11 +257,12 @@ class Scheduler:
 
     def step_aside(self, turn: Turn) -> None:
         """See `Turn.aside`."""
-        if self._num_aside < self._turns:
+        turns = self._turns[turn.job.lane]
+        if turns.num_aside < turns.most:
             turn._away = True
-            self._num_aside += 1
-            self._running -= 1
-            self._dispatch()
+            turns.num_aside += 1
+            turns.running -= 1
+            self._dispatch(turn.job.lane)
 
     async def come_back(self, turn: Turn) -> None:
         """See `Turn.aside`."""
@@ -242,102 +270,117 @@ class Scheduler:
             return
         back = asyncio.get_running_loop().create_future()
         # `_dispatch` passes over a future that was cancelled.
-        self._returning.append((turn, back))
-        self._dispatch()
+        self._turns[turn.job.lane].returning.append((turn, back))
+        self._dispatch(turn.job.lane)
         await back
 
     def charge(self, turn: Turn, tokens: int, cost: float) -> None:
         """Count a request's tokens against what is reserved for it, and its tenant's place in the queue."""
-        self._queue.charge(turn.tenant.id, tokens * cost)
+        self._queue.charge(turn.line, tokens * cost)
         turn._reserved.tokens -= tokens
 
     def keep_only(self, tenant_ids: Collection[str]) -> None:
         """Forget every other tenant that has no request here."""
         for name in [name for name in self._accounts if name not in tenant_ids]:
-            if not self._accounts[name].inside and not self._queue.queued(name):
-                del self._accounts[name]
-                self._queue.forget(name)
+            if not self._accounts[name].inside and not self._queued(name):
+                for line in self._accounts.pop(name).lines:
+                    self._queue.forget(line)
 
     def _enqueue(self, turn: Turn) -> None:
-        tenant = turn.tenant
-        self._account(tenant)
-        free = self._running < self._turns and not self._at_limit(tenant)
-        self._queue.push(tenant.id, turn, weight=tenant.weight, rank=tenant.priority.rank, priority=turn.job.priority)
-        if len(self._queue) > self._max_queued and not free:
+        tenant, lane, account = turn.tenant, turn.job.lane, self._account(turn.tenant)
+        at_limit = self._at_limit(tenant)
+        free = self._turns[lane].running < self._turns[lane].most and not at_limit
+        if turn.line not in account.lines:
+            account.lines.add(turn.line)
+            self._queue.block(turn.line, at_limit)
+        self._queue.push(
+            turn.line, turn, weight=tenant.weight, rank=tenant.priority.rank, priority=turn.job.priority, lane=lane
+        )
+        if self._queue.length(lane) > self._max_queued and not free:
             self._make_room(turn)
 
     def _make_room(self, newcomer: Turn) -> None:
-        longest = self._queue.longest()
+        lane = newcomer.job.lane
+        longest = self._queue.longest(lane)
         assert longest is not None
         # Between equals the newcomer goes.
-        if self._queue.length_by_weight(newcomer.tenant.id) >= self._queue.length_by_weight(longest):
-            longest = newcomer.tenant.id
-        dropped = self._queue.drop_newest(longest)
-        self._metrics.record_shed(longest, "queue")
+        if self._queue.length_by_weight(newcomer.line, lane) >= self._queue.length_by_weight(longest, lane):
+            longest = newcomer.line
+        dropped = self._queue.drop_newest(longest, lane)
+        self._metrics.record_shed(dropped.tenant.id, "queue")
         failure = resource_exhausted(
-            f"{self._max_queued} requests wait, the most this server queues", self._retry_s(dropped.tenant)
+            f"{self._max_queued} requests wait, the most this server queues", self._retry_s(dropped.tenant, lane)
         )
         if dropped is newcomer:
             raise failure
         dropped._granted.set_exception(failure)
 
-    def _dispatch(self) -> None:
-        while self._running < self._turns and self._returning:
-            turn, back = self._returning.popleft()
+    def _dispatch(self, lane: Lane) -> None:
+        turns = self._turns[lane]
+        while turns.running < turns.most and turns.returning:
+            turn, back = turns.returning.popleft()
             if not back.done():
                 turn._away = False
-                self._num_aside -= 1
-                self._occupy(turn)
+                turns.num_aside -= 1
+                self._occupy(turn, turns)
                 back.set_result(None)
-        while self._running < self._turns and (entry := self._queue.pop()):
+        while turns.running < turns.most and (entry := self._queue.pop(lane)):
             _, turn = entry
             if turn._granted.done():
                 continue
             if failure := self._too_late(turn):
                 turn._granted.set_exception(failure)
                 continue
-            self._occupy(turn)
+            self._occupy(turn, turns)
             self._account(turn.tenant).running += 1
             self._block(turn.tenant)
             turn._prompt = _computed(turn.job)
-            self.charge(turn, turn._prompt, PROMPT_COST)
+            self.charge(turn, turn._prompt, turn.job.position_cost)
             turn._granted.set_result(None)
 
-    def _occupy(self, turn: Turn) -> None:
-        self._running += 1
-        turn._began, turn._beside = self.clock(), self._running
+    def _occupy(self, turn: Turn, turns: _Turns) -> None:
+        turns.running += 1
+        turn._began, turn._beside = self.clock(), turns.running
 
     def _leave(self, turn: Turn) -> None:
         if not turn._began:
-            self._queue.remove(turn.tenant.id, turn)
+            self._queue.remove(turn.line, turn)
             if turn._granted.done() and not turn._granted.cancelled():
                 # Retrieve the exception, or asyncio logs it as never retrieved.
                 turn._granted.exception()
             return
+        turns = self._turns[turn.job.lane]
         if turn._away:
-            self._num_aside -= 1
+            turns.num_aside -= 1
         else:
-            self._running -= 1
+            turns.running -= 1
+        limited = self._at_limit(turn.tenant)
         self._account(turn.tenant).running -= 1
         self._metrics.record_service(turn.tenant.id, turn.service)
         self._block(turn.tenant)
         if turn._first:
             first, whole = turn._first - turn._began, self.clock() - turn._began
-            self._times.observe(turn.job.task.spec.id, turn._tokens, first, whole, turn._beside)
-        self._dispatch()
+            turns.times.observe(turn.job.task.spec.id, turn._tokens, first, whole, turn._beside)
+        self._dispatch(turn.job.lane)
+        if limited:
+            # Its requests of the other engine were held back too.
+            self._dispatch(Lane.IMAGES if turn.job.lane is Lane.TEXT else Lane.TEXT)
 
     def _block(self, tenant: Tenant) -> None:
-        self._queue.block(tenant.id, self._at_limit(tenant))
+        at_limit = self._at_limit(tenant)
+        for line in self._account(tenant).lines:
+            self._queue.block(line, at_limit)
 
     def _at_limit(self, tenant: Tenant) -> bool:
         return tenant.max_in_flight is not None and self._account(tenant).running >= tenant.max_in_flight
 
-    def _most_running(self, tenant: Tenant) -> int:
-        return self._turns if tenant.max_in_flight is None else min(self._turns, tenant.max_in_flight)
+    def _most_running(self, tenant: Tenant, lane: Lane) -> int:
+        most = self._turns[lane].most
+        return most if tenant.max_in_flight is None else min(most, tenant.max_in_flight)
 
-    def _most_inside(self, tenant: Tenant) -> int:
+    def _most_inside(self, tenant: Tenant, lane: Lane) -> int:
         waiting = self._max_queued if tenant.max_queue is None else min(tenant.max_queue, self._max_queued)
-        return self._most_running(tenant) + waiting
+        return self._most_running(tenant, lane) + waiting
 
     def _take_requests(self, tenant: Tenant, rate: float, n: int, *, until: int) -> None:
         bucket, capacity, now = self._account(tenant).requests, _capacity(tenant, rate), self.clock()
@@ -346,7 +389,7 @@ class Scheduler:
             raise self._over_quota(tenant, "requests_per_second", f"{rate:g} requests_per_second", wait)
         bucket.take(n, rate, capacity, now)
 
-    def _reserve(self, tenant: Tenant, jobs: Sequence[GenerationJob]) -> Reservation:
+    def _reserve(self, tenant: Tenant, jobs: Sequence[Job]) -> Reservation:
         if (rate := tenant.tokens_per_second) is None:
             return Reservation(0)
         tokens = sum(_computed(job) + job.sampling.max_new_tokens for job in jobs)
@@ -370,18 +413,20 @@ class Scheduler:
         return account
 
     def _service_s(self, turn: Turn) -> float | None:
-        job = turn.job
-        return self._times.service_s(job.task.spec.id, job.sampling.max_new_tokens, min(self._running, self._turns))
+        job, turns = turn.job, self._turns[turn.job.lane]
+        return turns.times.service_s(job.task.spec.id, job.sampling.max_new_tokens, min(turns.running, turns.most))
 
-    def _wait_s(self, tenant: Tenant) -> float:
+    def _wait_s(self, tenant: Tenant, lane: Lane) -> float:
         """Seconds until a request that comes now would get its turn; 0 when nothing was measured lately."""
-        if self._running < self._turns and not len(self._queue):
+        turns = self._turns[lane]
+        if turns.running < turns.most and not self._queue.length(lane):
             return 0.0
-        ahead = self._queue.ahead_of(tenant.id, weight=tenant.weight, rank=tenant.priority.rank)
-        return self._times.wait_s(ahead + 1, self._turns) or 0.0
+        line = (tenant.id, tenant.priority)
+        ahead = self._queue.ahead_of(line, weight=tenant.weight, rank=tenant.priority.rank, lane=lane)
+        return turns.times.wait_s(ahead + 1, turns.most) or 0.0
 
-    def _retry_s(self, tenant: Tenant) -> float:
-        return max(_MIN_RETRY_S, self._wait_s(tenant) or 1.0)
+    def _retry_s(self, tenant: Tenant, lane: Lane) -> float:
+        return max(_MIN_RETRY_S, self._wait_s(tenant, lane) or 1.0)
 
     def _check_deadline(self, turn: Turn) -> None:
         if turn.deadline is None or (service := self._service_s(turn)) is None:
@@ -389,7 +434,7 @@ class Scheduler:
         left = turn.deadline - self.clock()
         if service > left:
             raise self._out_of_reach(turn, left, service)
-        if (wait := self._wait_s(turn.tenant)) + service > left:
+        if (wait := self._wait_s(turn.tenant, turn.job.lane)) + service > left:
             self._metrics.record_shed(turn.tenant.id, "deadline")
             raise resource_exhausted(
                 f"the deadline is {left:.2f} s away, the queue takes about {wait:.2f} s and the answer {service:.2f} s",
@@ -413,8 +458,8 @@ class Scheduler:
         return quota_exceeded(f"tenant:{tenant.id}", found, retry_s)
 
 
-def _computed(job: GenerationJob) -> int:
-    """Tokens of a prompt that the engine will compute, as far as is known before."""
+def _computed(job: Job) -> int:
+    """Positions of a prompt that the engine will compute, as far as is known before."""
     return len(job.prompt_ids) - job.shared
 
 

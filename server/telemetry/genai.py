@@ -6,7 +6,7 @@ The names come from the package of the conventions. A task is a model; its adapt
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from server.job import GenerationJob
+from server.job import ImageJob, Job
 
 PROVIDER = "mtlora"
 # As the conventions advise.
@@ -15,22 +15,29 @@ _SECONDS_PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0
 _TOKENS = tuple(4**power for power in range(14))
 
 
-def operation_of(job: GenerationJob) -> str:
-    """The operation's name; only a chat's answer keeps its outer blanks."""
+def operation_of(job: Job) -> str:
+    """The operation's name; only a chat's answer keeps its outer blanks. The conventions have none for images."""
+    if isinstance(job, ImageJob):
+        return "image_classification"
     return "text_completion" if job.strip else "chat"
 
 
-def request_attributes(job: GenerationJob, *, stream: bool) -> dict[str, Any]:
+def request_attributes(job: Job, *, stream: bool) -> dict[str, Any]:
     """What a request asks for."""
     from opentelemetry.semconv._incubating.attributes import gen_ai_attributes as names
 
-    sampling, more = job.sampling, job.sampling.more
-    alone = job.without_adapter
     attributes: dict[str, Any] = {
         names.GEN_AI_OPERATION_NAME: operation_of(job),
         names.GEN_AI_PROVIDER_NAME: PROVIDER,
         names.GEN_AI_REQUEST_MODEL: job.task.spec.id,
-        names.GEN_AI_RESPONSE_MODEL: "" if alone else f"{job.task.adapter_name}/{job.task.adapter_version}",
+        names.GEN_AI_RESPONSE_MODEL: f"{job.task.adapter_name}/{job.task.adapter_version}",
+    }
+    if isinstance(job, ImageJob):
+        return attributes
+    sampling, more = job.sampling, job.sampling.more
+    if job.without_adapter:
+        del attributes[names.GEN_AI_RESPONSE_MODEL]
+    attributes |= {
         names.GEN_AI_REQUEST_MAX_TOKENS: sampling.max_new_tokens,
         names.GEN_AI_REQUEST_TEMPERATURE: sampling.temperature,
         names.GEN_AI_REQUEST_TOP_P: sampling.top_p,
@@ -92,7 +99,7 @@ class GenAIMetrics:
         self._per_token = histogram(gen_ai_metrics.GEN_AI_SERVER_TIME_PER_OUTPUT_TOKEN, "s", _SECONDS_PER_TOKEN)
         self._usage = histogram(gen_ai_metrics.GEN_AI_CLIENT_TOKEN_USAGE, "{token}", _TOKENS)
 
-    def answered(self, job: GenerationJob, tokens: int, first_s: float, whole_s: float) -> None:
+    def answered(self, job: Job, tokens: int, first_s: float, whole_s: float) -> None:
         """Count a sequence that has ended: its generated tokens, and seconds from the receipt of the request."""
         attributes = self._attributes(job)
         self._duration.record(whole_s, attributes)
@@ -102,7 +109,7 @@ class GenAIMetrics:
         for kind, count in (("input", len(job.prompt_ids)), ("output", tokens)):
             self._usage.record(count, attributes | {self._names.GEN_AI_TOKEN_TYPE: kind})
 
-    def failed(self, job: GenerationJob, error: str, whole_s: float) -> None:
+    def failed(self, job: Job, error: str, whole_s: float) -> None:
         """Count a sequence that ended in an error, by its type."""
         self._duration.record(whole_s, self._attributes(job) | {"error.type": error})
 
@@ -110,7 +117,7 @@ class GenAIMetrics:
         """Export the last values; blocks for a few seconds at most."""
         self._provider.shutdown(3000)
 
-    def _attributes(self, job: GenerationJob) -> dict[str, str]:
+    def _attributes(self, job: Job) -> dict[str, str]:
         names, task = self._names, self._label_of(job.task.spec.id)
         return {
             names.GEN_AI_OPERATION_NAME: operation_of(job),

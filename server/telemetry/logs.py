@@ -11,6 +11,7 @@ import queue
 import sys
 import threading
 import time
+from functools import lru_cache
 from typing import Any
 
 _PREFIX = "mtlora.server"
@@ -25,7 +26,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "time": f"{_second(int(record.created))}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -34,6 +35,11 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return _to_json(line)
+
+
+@lru_cache(1)
+def _second(at: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at))
 
 
 class _Waiting(logging.handlers.QueueHandler):
@@ -78,6 +84,8 @@ class _Waiting(logging.handlers.QueueHandler):
 
 def configure_logging(level: str, most_waiting: int = MAX_WAITING) -> None:
     """Send this server's logs to stderr; call `finish_logging` before the end. Other loggers stay as they are."""
+    # No line says which thread wrote it, nor the process's name.
+    logging.logThreads = logging.logMultiprocessing = False
     stderr = logging.StreamHandler(sys.stderr)
     stderr.setFormatter(JsonFormatter())
     root = logging.getLogger(_PREFIX)

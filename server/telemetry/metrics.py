@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from prometheus_client import CollectorRegistry, Gauge
 
 from mtlora import __version__
+from server.job import Lane
 from server.telemetry.collectors import CounterOf, Counts, GaugeByLabel, Histograms
 from server.telemetry.engine_stats import EngineStats, RoutingSums, WorkerStats
 from server.telemetry.port import serve_metrics
+from server.telemetry.routers import GAUGES, AdapterMemory, Load, RouterMetrics
 from server.telemetry.top import OTHER, TopLabels
 
 UNKNOWN_TASK = "unknown"
@@ -50,6 +52,7 @@ class Metrics:
         self._define_tenants()
         self._define_engine()
         self._define_adapters()
+        self._define_routers()
 
     def _define_requests(self) -> None:
         self._requests = self._counts(
@@ -74,6 +77,11 @@ class Metrics:
             "mtlora_inter_token_latency_seconds",
             "Time between tokens of a sequence; for unary answers, averaged over a few tokens.",
             buckets=_ITL_BUCKETS,
+        )
+        self.image_decode = self._histograms(
+            "mtlora_image_decode_seconds",
+            "From an image's entry into the line of those to decode until it is ready for the engine.",
+            buckets=_QUEUE_BUCKETS,
         )
         self._e2e = self._histograms(
             "mtlora_request_seconds", "From receipt to the end of the answer.", buckets=_LATENCY_BUCKETS
@@ -131,15 +139,16 @@ class Metrics:
             "certificate",
         )
         self.serving = self._gauge("mtlora_serving", "1 while requests are served.")
-        self._by_engine: dict[int, EngineStats] = {}
+        self._by_engine: dict[tuple[Lane, int], EngineStats] = {}
+        self._workers: dict[Lane, Sequence[WorkerStats]] = {}
         running = self._gauge("mtlora_engine_running_sequences", "Sequences that the engine runs.")
-        running.set_function(lambda: sum(each.running for each in self._engines()))
+        running.set_function(lambda: self._engine_load().running)
         waiting = self._gauge("mtlora_engine_waiting_sequences", "Sequences that wait in the engine.")
         waiting.set_function(lambda: sum(each.waiting for each in self._engines()))
         kv_cache = self._gauge(
             "mtlora_engine_kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1, of the fullest engine."
         )
-        kv_cache.set_function(lambda: max((each.kv_cache_usage for each in self._engines()), default=0.0))
+        kv_cache.set_function(lambda: self._engine_load().kv_cache_usage)
         self._prefix_queries = self._counts(
             "mtlora_engine_prefix_cache_queries", "Prompt tokens looked up in the prefix cache."
         )
@@ -170,7 +179,12 @@ class Metrics:
             "mtlora_background_ends", "Background work of the server that ended and was started again.", "work"
         )
         self._build = self._gauge(
-            "mtlora_build_info", "1; version and backbone as labels.", "version", "python", "backbone"
+            "mtlora_build_info",
+            "1; version and backbones as labels.",
+            "version",
+            "python",
+            "backbone",
+            "vision_backbone",
         )
 
     def _define_adapters(self) -> None:
@@ -206,11 +220,11 @@ class Metrics:
         self._slots_in_use = self._gauge("mtlora_adapter_slots_in_use", "Slots that hold a task now.")
         self._registered = self._gauge("mtlora_adapter_slots_registered", "Tasks that may take a slot.")
         self._resident = self._gauge("mtlora_adapter_resident_bytes", "Adapter weights in memory, all ranks together.")
-        self._loads = CounterOf(
-            self._counts("mtlora_adapter_weight_loads", "Adapter versions read into memory, on every rank.")
+        self._loads = self._of_each_lane(
+            "mtlora_adapter_weight_loads", "Adapter versions read into memory, on every rank."
         )
-        self._evictions = CounterOf(
-            self._counts("mtlora_adapter_slot_evictions", "Tasks evicted from a slot for another task.")
+        self._evictions = self._of_each_lane(
+            "mtlora_adapter_slot_evictions", "Tasks evicted from a slot for another task."
         )
         self._sampled_rows = self._counts(
             "mtlora_routing_sampled_rows", "Rows (token and group) whose routing was sampled.", "adapter"
@@ -222,6 +236,19 @@ class Metrics:
         )
         self._expert_weight = self._counts(
             "mtlora_routing_expert_weight", "Sum over sampled rows of an expert's weight.", "adapter", "expert"
+        )
+
+    def _define_routers(self) -> None:
+        self._routers = RouterMetrics(self._engine_load)
+        self.registry.register(self._routers)
+        self.labels |= {name: ("model_name", *labels) for name, (labels, _) in GAUGES.items()}
+
+    def _engine_load(self) -> Load:
+        engines = self._engines()
+        return Load(
+            running=sum(each.running for each in engines),
+            waiting=sum(each.waiting for each in engines) + self._tenant_queued.total(),
+            kv_cache_usage=max((each.kv_cache_usage for each in engines), default=0.0),
         )
 
     def _counts(self, name: str, documentation: str, *labels: str) -> Counts:
@@ -239,6 +266,11 @@ class Metrics:
     def _gauge_by_tenant(self, name: str, documentation: str) -> GaugeByLabel:
         self.labels[name] = ("tenant",)
         return GaugeByLabel(name, documentation, "tenant", value_of=self._top_tenants.label, registry=self.registry)
+
+    def _of_each_lane(self, name: str, documentation: str) -> list[CounterOf]:
+        """A counter that follows the engines of both lanes."""
+        counts = self._counts(name, documentation)
+        return [CounterOf(counts) for _ in Lane]
 
     def _engines(self) -> tuple[EngineStats, ...]:
         """Each engine's last statistics. From any thread."""
@@ -309,15 +341,20 @@ class Metrics:
         """Count a write that failed; `log` is audit or usage."""
         self._accounting_failures.inc(labels=(log,))
 
+    def follow_memory(self, memory: Callable[[], AdapterMemory]) -> None:
+        """Read the adapters in the engine's memory at every scrape."""
+        self._routers.memory = memory
+
     # Engine.
 
-    def record_build(self, backbone: str) -> None:
-        """Show version and backbone."""
-        self._build.labels(__version__, platform.python_version(), backbone).set(1)
+    def record_build(self, backbone: str, vision_backbone: str = "") -> None:
+        """Show version and backbones; empty for none."""
+        self._build.labels(__version__, platform.python_version(), backbone, vision_backbone).set(1)
+        self._routers.model_name = backbone or vision_backbone
 
-    def record_engine(self, stats: EngineStats) -> None:
+    def record_engine(self, stats: EngineStats, lane: Lane = Lane.TEXT) -> None:
         """Show one engine's state after a step; with data parallelism there are several engines."""
-        self._by_engine[stats.engine] = stats
+        self._by_engine[lane, stats.engine] = stats
         self._prefix_queries.inc(stats.prefix_cache_queries)
         self._prefix_hits.inc(stats.prefix_cache_hits)
         self._preemptions.inc(stats.preemptions)
@@ -327,13 +364,15 @@ class Metrics:
             self._step_tasks.observe(stats.tasks)
             self._step_adapters.observe(stats.adapters)
 
-    def record_engine_restart(self, reason: str) -> None:
+    def record_engine_restart(self, reason: str, lane: Lane = Lane.TEXT) -> None:
         """Count a lost engine; `reason` is one of a few fixed names. The next engine's counts begin at 0."""
         self._restarts.inc(labels=(reason,))
-        self._by_engine.clear()
-        for counter in (self._loads, self._evictions):
-            counter.restart()
-        self._set_routing({})
+        for engine in [engine for engine in self._by_engine if engine[0] is lane]:
+            del self._by_engine[engine]
+        self._workers.pop(lane, None)
+        for counters in (self._loads, self._evictions):
+            counters[lane].restart()
+        self._show_routing()
 
     # Adapters.
 
@@ -349,20 +388,24 @@ class Metrics:
         if failed_stage is not None:
             self._failures.inc(labels=(failed_stage,))
 
-    def record_workers(self, workers: Sequence[WorkerStats]) -> None:
-        """Show the adapters of every rank of every engine. Ranks of an engine hold the same slots."""
+    def record_workers(self, workers: Sequence[WorkerStats], lane: Lane = Lane.TEXT) -> None:
+        """Show the adapters of every rank of a lane's engines. Ranks of an engine hold the same slots."""
         if not workers:
             return
+        self._loads[lane].set(sum(each.weight_loads for each in workers))
+        self._evictions[lane].set(sum(each.slot_evictions for each in workers))
+        self._workers[lane] = workers
+        workers = [worker for each in self._workers.values() for worker in each]
         self._slots.set(max(each.slots for each in workers))
         self._slots_in_use.set(max(each.slots_in_use for each in workers))
         self._registered.set(max(each.slots_registered for each in workers))
         self._resident.set(sum(each.resident_bytes for each in workers))
-        self._loads.set(sum(each.weight_loads for each in workers))
-        self._evictions.set(sum(each.slot_evictions for each in workers))
-        # Ranks get the same inputs and so the same routing: the first that sampled stands for all.
-        self._set_routing(next((each.routing for each in workers if each.routing), {}))
+        self._show_routing()
 
-    def _set_routing(self, routing: Mapping[str, RoutingSums]) -> None:
+    def _show_routing(self) -> None:
+        # Ranks get the same inputs and so the same routing: the first that sampled stands for all.
+        sampled = [next((each.routing for each in ranks if each.routing), {}) for ranks in self._workers.values()]
+        routing: Mapping[str, RoutingSums] = {name: sums for each in sampled for name, sums in each.items()}
         ranked = sorted(routing.items(), key=lambda item: item[1].rows, reverse=True)
         top, rest = ranked[:TOP_ADAPTERS], [sums for _, sums in ranked[TOP_ADAPTERS:]]
         rows: dict[tuple[str, ...], float] = {(adapter,): sums.rows for adapter, sums in top}

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from server.job import GenerationJob
+from server.job import Job
 from server.telemetry.genai import GenAIMetrics, request_attributes, response_attributes
 
 # The most events that a span holds; a longer answer's last steps have none.
@@ -106,7 +106,7 @@ class RequestTrace:
         self._span = span
         self._request_id = request_id
         self._stream = method.endswith("Stream")
-        self._job: GenerationJob | None = None
+        self._job: Job | None = None
         self._finish_reasons: list[str] = []
         self._tokens = {"input": 0, "output": 0, "cached": 0, "working": 0}
         self._began = time.monotonic()
@@ -119,7 +119,7 @@ class RequestTrace:
         """As collectors write it: 32 hexadecimal digits."""
         return f"{self._span.get_span_context().trace_id:032x}"
 
-    def submitted(self, job: GenerationJob) -> None:
+    def submitted(self, job: Job) -> None:
         """The engine is asked now."""
         self._submitted = self._submitted or time.monotonic()
         self._job = self._job or job

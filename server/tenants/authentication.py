@@ -9,8 +9,9 @@ import grpc
 
 from server.errors import RequestFailedError, unauthenticated
 from server.tenants.config import OPEN_TENANT, Tenant
-from server.tenants.directory import Directory
+from server.tenants.directory import Directory, Tenants
 from server.tenants.keys import KEY
+from server.tenants.proxies import named_tenant
 from server.tenants.tokens import Tokens
 
 _SCHEME = "bearer "
@@ -19,7 +20,10 @@ _REMEMBERED = 65_536
 
 
 class Authenticator:
-    """Maps a call to its tenant. `tokens.run` keeps the keys of tokens' issuers up to date."""
+    """Maps a call to its tenant: the caller's own, or the one that a trusted proxy names.
+
+    `tokens.run` keeps the keys of tokens' issuers up to date.
+    """
 
     def __init__(self, directory: Directory, on_jwks_failure: Callable[[str], None] = lambda _: None) -> None:
         self._directory = directory
@@ -36,6 +40,15 @@ class Authenticator:
         tenants = self._directory.current
         if tenants.open:
             return next(iter(tenants.by_id.values()))
+        caller = await self._caller(tenants, metadata, auth_context)
+        return named_tenant(caller, tenants, metadata) if caller.speaks_for else caller
+
+    async def _caller(
+        self,
+        tenants: Tenants,
+        metadata: Iterable[tuple[str, str | bytes]],
+        auth_context: Callable[[], Mapping[str, Sequence[bytes]]],
+    ) -> Tenant:
         if (bearer := _bearer(metadata)) is not None:
             # A token has two dots, a key none.
             return await self.tokens.tenant(bearer) if "." in bearer and tenants.issuers else self._by_key(bearer)

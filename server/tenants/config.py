@@ -9,7 +9,8 @@ from datetime import time as time_of_day
 from enum import StrEnum
 from fnmatch import translate
 from functools import cached_property
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
@@ -20,6 +21,9 @@ from server.tenants.keys import KEY_ID_PATTERN, checked_hash
 MAX_ISSUERS = 16
 _ID = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
 _TASK_PATTERN = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_.\-*?\[\]!]{1,128}$")]
+_TENANT_PATTERN = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-*?\[\]!]{1,128}$")]
+# An InferenceObjective's name in Kubernetes.
+_OBJECTIVE = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.\-]{0,251}[a-z0-9])?$")]
 _CERTIFICATE = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
 
@@ -34,7 +38,7 @@ class Priority(StrEnum):
     STANDARD = "standard"
     BATCH = "batch"
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """0 for the most urgent."""
         return list(Priority).index(self)
@@ -84,9 +88,18 @@ def is_url(jwks: str) -> bool:
     return "://" in jwks
 
 
+def is_fetched_safely(url: str) -> bool:
+    """Whether nobody can read or change what a URL gives on its way: by TLS, or on this machine."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
+    host = parts.hostname or ""
+    return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host)))
+
+
 def _fetched_safely(jwks: str) -> str:
-    url = urlsplit(jwks)
-    if is_url(jwks) and not (url.scheme == "https" or (url.scheme == "http" and is_loopback(url.hostname or ""))):
+    if is_url(jwks) and not is_fetched_safely(jwks):
         raise ValueError("allowed: an https:// URL, an http:// URL of this machine, or a file")
     return jwks
 
@@ -98,12 +111,25 @@ class Issuer(BaseModel):
 
     issuer: str = Field(min_length=1, max_length=512)
     audience: str = Field(min_length=1, max_length=512)
-    # The issuer's public keys: a URL, or a file beside the tenants file.
-    jwks: Annotated[str, AfterValidator(_fetched_safely)] = Field(min_length=1, max_length=2048)
+    # The issuer's public keys: a URL, or a file beside the tenants file; None: where its openid-configuration says.
+    jwks: Annotated[str, AfterValidator(_fetched_safely)] | None = Field(None, min_length=1, max_length=2048)
     algorithms: tuple[_Algorithm, ...] = Field(("RS256", "ES256", "EdDSA"), min_length=1)
     tenant_claim: str = Field("sub", min_length=1, max_length=256)
     # Seconds that the clocks of issuer and server may differ.
     leeway_s: float = Field(30.0, ge=0, le=300)
+
+    @model_validator(mode="after")
+    def _has_keys(self) -> Self:
+        if self.jwks is None and not is_fetched_safely(self.issuer):
+            raise ValueError(
+                f"jwks: found none; allowed: a URL or a file, or an issuer that is an https:// URL, not {self.issuer!r}"
+            )
+        return self
+
+    @property
+    def keys_file(self) -> Path | None:
+        """The file of its keys, if they are in one."""
+        return None if self.jwks is None or is_url(self.jwks) else Path(self.jwks)
 
 
 class Tenant(BaseModel):
@@ -139,6 +165,12 @@ class Tenant(BaseModel):
     # Whether it may send prompts as token ids.
     token_ids: bool = False
     admin: bool = False
+    # The other tenants, never an admin, that this one, a trusted proxy, may name in its requests' headers.
+    speaks_for: tuple[_TENANT_PATTERN, ...] = Field((), max_length=256)
+
+    @cached_property
+    def _named(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(translate, self.speaks_for)) or "(?!)")
 
     @cached_property
     def _allowed(self) -> re.Pattern[str]:
@@ -152,6 +184,14 @@ class Tenant(BaseModel):
     def allows(self, task_id: str) -> bool:
         """Whether the tenant may ask this task."""
         return self._allowed.fullmatch(task_id) is not None
+
+    def may_name(self, tenant: "Tenant") -> bool:
+        """Whether a request of this tenant may be another one's by its headers."""
+        return not tenant.admin and self._named.fullmatch(tenant.id) is not None
+
+    def lowered(self, priority: Priority) -> "Tenant":
+        """The tenant in another class, if that is less urgent than its own."""
+        return self.model_copy(update={"priority": priority}) if priority.rank > self.priority.rank else self
 
     def share(self, replicas: int) -> "Tenant":
         """The tenant as one of so many servers treats it: its quotas divided, whole numbers rounded up."""
@@ -178,6 +218,8 @@ class TenantsFile(BaseModel):
     issuers: tuple[Issuer, ...] = Field((), max_length=MAX_ISSUERS)
     # If false, tenants share no cached blocks: an answer's timing must not reveal another tenant's prompts.
     share_prefix_cache: bool = False
+    # The class of the requests for which a trusted proxy names an objective.
+    objectives: dict[_OBJECTIVE, Priority] = Field({}, max_length=256)
     # Whether each server grants the quotas, or all servers together.
     quotas: Literal["replica", "fleet"] = "replica"
 

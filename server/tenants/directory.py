@@ -10,7 +10,7 @@ from types import MappingProxyType
 from mtlora.files import signature
 from server.isolation import ChildError, Limits, in_child
 from server.telemetry.logs import get_logger
-from server.tenants.config import OPEN_TENANT, ApiKey, Issuer, Tenant, TenantsFile
+from server.tenants.config import OPEN_TENANT, ApiKey, Issuer, Priority, Tenant, TenantsFile
 from server.tenants.file import TENANTS_A_PART, read_file, read_parts
 
 logger = get_logger("tenants")
@@ -26,6 +26,7 @@ class Tenants:
     by_key_id: Mapping[str, tuple[Tenant, ApiKey]] = field(default_factory=lambda: MappingProxyType({}))
     by_certificate: Mapping[str, Tenant] = field(default_factory=lambda: MappingProxyType({}))
     issuers: Mapping[str, Issuer] = field(default_factory=lambda: MappingProxyType({}))
+    objectives: Mapping[str, Priority] = field(default_factory=lambda: MappingProxyType({}))
     share_prefix_cache: bool = True
     open: bool = True
 
@@ -52,6 +53,7 @@ class _Snapshot:
             by_key_id=MappingProxyType(self._by_key_id),
             by_certificate=MappingProxyType(self._by_certificate),
             issuers=MappingProxyType({issuer.issuer: issuer for issuer in file.issuers}),
+            objectives=MappingProxyType(file.objectives),
             share_prefix_cache=file.share_prefix_cache,
             open=False,
         )

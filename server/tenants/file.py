@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from mtlora.errors import describe
-from server.tenants.config import Tenant, TenantsError, TenantsFile, is_url
+from server.tenants.config import Tenant, TenantsError, TenantsFile
 
 _MAX_FILE_BYTES = 16 << 20
 # Pickled together: about a millisecond of the event loop's.
@@ -48,7 +48,7 @@ def read_file(path: Path, replicas: int | None = None) -> TenantsFile:
     except RecursionError:
         raise TenantsError(f"{path}: nested too deeply") from None
     issuers = (
-        issuer if is_url(issuer.jwks) else issuer.model_copy(update={"jwks": str(path.parent / issuer.jwks)})
+        issuer.model_copy(update={"jwks": str(path.parent / keys)}) if (keys := issuer.keys_file) else issuer
         for issuer in file.issuers
     )
     try:

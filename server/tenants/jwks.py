@@ -1,4 +1,7 @@
-"""A token issuer's public keys (JWKS, RFC 7517), from a URL or a file. Runs in a child process: issuers may lie."""
+"""A token issuer's public keys (JWKS, RFC 7517), from a URL or a file. Runs in a child process: issuers may lie.
+
+The URL may be found in what an issuer says of itself: OpenID Connect Discovery 1.0.
+"""
 
 import json
 import ssl
@@ -11,7 +14,7 @@ from typing import Any
 
 import jwt
 
-from server.tenants.config import ALGORITHMS, is_url
+from server.tenants.config import ALGORITHMS, Issuer, is_fetched_safely, is_url
 
 _MAX_BYTES = 1 << 19
 _MAX_KEYS = 100
@@ -50,9 +53,32 @@ def read_jwks(source: str) -> Iterator[list[dict[str, Any]]]:
     yield usable
 
 
+def read_keys_of(issuer: Issuer) -> Iterator[list[dict[str, Any]]]:
+    """As `read_jwks`, for an issuer whose keys' place is given or is to be found. Raises JWKSError."""
+    yield from read_jwks(_discovered(issuer.issuer) if issuer.jwks is None else issuer.jwks)
+
+
 def public_key(jwk: Mapping[str, Any]) -> PublicKey:
     """The key of what `read_jwks` gives."""
     return PublicKey(jwt.PyJWK({name: jwk[name] for name in _PUBLIC if name in jwk}).key, frozenset(jwk["algorithms"]))
+
+
+def _discovered(issuer: str) -> str:
+    """The URL of an issuer's keys. Raises JWKSError."""
+    source = issuer.rstrip("/") + "/.well-known/openid-configuration"
+    try:
+        found = json.loads(_fetch(source))
+    except (OSError, ValueError, RecursionError) as error:
+        raise JWKSError(f"{source}: {error}") from None
+    said, jwks = (found.get("issuer"), found.get("jwks_uri")) if isinstance(found, dict) else (None, None)
+    # Another issuer's keys would sign for this one.
+    if said != issuer:
+        raise JWKSError(f"{source}: found issuer {said!r}; allowed: {issuer!r}")
+    # An issuer elsewhere names no address of this machine.
+    local = issuer.startswith("http://")
+    if not isinstance(jwks, str) or not is_fetched_safely(jwks) or not (local or jwks.startswith("https://")):
+        raise JWKSError(f"{source}: found jwks_uri {jwks!r}; allowed: an https:// URL")
+    return jwks
 
 
 def _usable(jwk: Any) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -19,14 +18,16 @@ from mtlora.files import signature
 from server.errors import unauthenticated, unavailable
 from server.isolation import ChildError, Limits, in_child
 from server.telemetry.logs import get_logger
-from server.tenants.config import MAX_ISSUERS, Issuer, Tenant, is_url
+from server.tenants.config import MAX_ISSUERS, Issuer, Tenant
 from server.tenants.directory import Directory
-from server.tenants.jwks import PublicKey, public_key, read_jwks
+from server.tenants.jwks import PublicKey, public_key, read_keys_of
 
 logger = get_logger("tokens")
 
 _REMEMBERED = 65_536
 _TICK_S = 1.0
+# Without an issuer. The first token of a new one fetches its keys.
+_IDLE_TICK_S = 30.0
 _REFRESH_S = 300.0
 # After a failure; doubled at each further one, up to _REFRESH_S.
 _RETRY_S = 5.0
@@ -67,11 +68,11 @@ class Tokens:
         """Refresh keys until cancelled."""
         while True:
             issuers = self._directory.current.issuers
-            wanted = {issuer.jwks for issuer in issuers.values()}
-            self._sources = {jwks: source for jwks, source in self._sources.items() if jwks in wanted}
+            wanted = {issuer.jwks or issuer.issuer for issuer in issuers.values()}
+            self._sources = {place: source for place, source in self._sources.items() if place in wanted}
             for issuer in issuers.values():
                 await self._source(issuer).refresh_if_due()
-            await asyncio.sleep(_TICK_S)
+            await asyncio.sleep(_TICK_S if issuers else _IDLE_TICK_S)
 
     async def tenant(self, token: str) -> Tenant:
         """The tenant that the token names. Raises UNAUTHENTICATED, or UNAVAILABLE before the first keys are there."""
@@ -126,10 +127,11 @@ class Tokens:
         return _Verified(tenant_id, float(claims["exp"]), issuer, keys)
 
     def _source(self, issuer: Issuer) -> "_KeySource":
-        source = self._sources.get(issuer.jwks)
+        place = issuer.jwks or issuer.issuer
+        source = self._sources.get(place)
         if source is None:
             source = _KeySource(issuer, self._pool, self._on_failure)
-            self._sources[issuer.jwks] = source
+            self._sources[place] = source
         return source
 
 
@@ -154,8 +156,8 @@ class _KeySource:
     async def refresh_if_due(self) -> None:
         """Begin a refresh in the background if its time has come, or the file has changed."""
         due = time.monotonic() >= self._due
-        if not is_url(self._issuer.jwks):
-            now = await asyncio.get_running_loop().run_in_executor(self._pool, signature, Path(self._issuer.jwks))
+        if file := self._issuer.keys_file:
+            now = await asyncio.get_running_loop().run_in_executor(self._pool, signature, file)
             due, self._seen = due or now != self._seen, now
         if due and self._refreshing is None:
             self._begin()
@@ -182,7 +184,7 @@ class _KeySource:
 
     async def _refresh(self) -> None:
         try:
-            found, keys = await asyncio.get_running_loop().run_in_executor(self._pool, _read_keys, self._issuer.jwks)
+            found, keys = await asyncio.get_running_loop().run_in_executor(self._pool, _read_keys, self._issuer)
         except ChildError as error:
             fields = {"issuer": self._issuer.issuer, "reason": str(error)}
             logger.error("issuer's keys not read, the old ones stay", extra={"fields": fields})
@@ -200,9 +202,9 @@ class _KeySource:
             self._refreshing = None
 
 
-def _read_keys(jwks: str) -> tuple[list[dict[str, Any]], Mapping[str | None, PublicKey]]:
+def _read_keys(issuer: Issuer) -> tuple[list[dict[str, Any]], Mapping[str | None, PublicKey]]:
     """The keys as read, and by id. Blocks. Raises ChildError."""
-    found = pickle.loads(in_child(read_jwks, jwks, limits=Limits(timeout_s=_FETCH_S))[0])
+    found = pickle.loads(in_child(read_keys_of, issuer, limits=Limits(timeout_s=_FETCH_S))[0])
     keys: dict[str | None, PublicKey] = {jwk.get("kid"): public_key(jwk) for jwk in found}
     if len(keys) == 1:
         keys[None] = next(iter(keys.values()))

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from deploy.capacity import CapacityError
+from deploy.capacity import CapacityError, service
 from deploy.capacity.__main__ import main
+from deploy.capacity.placement import compare, page
 from deploy.capacity.plan import Demand, Sizes, make_plan
 from deploy.capacity.report import compared
 from deploy.capacity.result import Answered, Level, document, read_levels
 from deploy.capacity.routing import ROUTERS, AdapterAware, RoundRobin
-from deploy.capacity.service import ServiceModel, fit
+from deploy.capacity.service import ServiceModel, fit, read_model
 from deploy.capacity.simulate import Memory, Replica, Request, poisson, simulate
 
 MODEL = ServiceModel(base=0.02, per_sequence=0.001, per_prompt_token=0.0002, overhead=0.004)
@@ -112,6 +113,14 @@ def test_routing_keeps_every_replica_within_its_bound(in_flight: list[int], adap
     chosen = AdapterAware(len(in_flight), slack=1.25).choose(adapter, in_flight)
     bound = 1.25 * (sum(in_flight) + 1) / len(in_flight)
     assert in_flight[chosen] + 1 <= max(1.0, bound) or in_flight[chosen] == min(in_flight)
+
+
+def test_placement_holds_adapters_where_round_robin_loads_them_everywhere() -> None:
+    model = read_model(Path(service.__file__).with_name("model.json"))
+    (row,) = compare(model, [8], [1_000], seconds=6.0)
+    assert row.placed.hit_rate > row.round_robin.hit_rate + 0.1
+    text = page(iter([row]), "a command")
+    assert f"| 8 | 1,000 | {row.rate:.0f} | {row.round_robin.hit_rate:.3f} | {row.placed.hit_rate:.3f} |" in text
 
 
 def test_adding_a_replica_moves_few_adapters() -> None:

@@ -26,8 +26,13 @@ def cpu() -> list[dict[str, Any]]:
     return manifests.build(manifests.OVERLAYS / "cpu")
 
 
-def test_there_are_four_overlays() -> None:
-    assert OVERLAYS == ["cpu", "gpu", "gpu-tp", "multi-node"]
+@pytest.fixture(scope="module")
+def pool() -> list[dict[str, Any]]:
+    return manifests.build(manifests.OVERLAYS / "inference-pool")
+
+
+def test_there_are_five_overlays() -> None:
+    assert OVERLAYS == ["cpu", "gpu", "gpu-tp", "inference-pool", "multi-node"]
 
 
 @needs_kustomize
@@ -98,6 +103,57 @@ def test_policy_finds_violations(name: str, cpu: list[dict[str, Any]]) -> None:
     damaged = copy.deepcopy(cpu)
     damage(damaged)
     assert any(message in found for found in manifests.violations(damaged))
+
+
+POOL_DAMAGES: dict[str, tuple[Damage, str]] = {
+    "selector": (lambda m: one(m, "InferencePool")["spec"]["selector"]["matchLabels"].update(x="y"), "selects no pod"),
+    "port": (
+        lambda m: one(m, "InferencePool")["spec"]["targetPorts"][0].update(number=8000),
+        "other ports than gRPC's",
+    ),
+    "picker": (lambda m: m.remove(next(each for each in m if manifests.PICKER in each.get("data", {}))), "no config"),
+    "route": (lambda m: one(m, "GRPCRoute")["spec"]["rules"].clear(), "passes the InferencePool by"),
+    "objective": (lambda m: one(m, "InferenceObjective")["spec"]["poolRef"].update(name="x"), "which is nowhere"),
+}
+
+
+@needs_kustomize
+@pytest.mark.parametrize("name", POOL_DAMAGES)
+def test_policy_finds_violations_of_an_inference_pool(name: str, pool: list[dict[str, Any]]) -> None:
+    damage, message = POOL_DAMAGES[name]
+    damaged = copy.deepcopy(pool)
+    damage(damaged)
+    assert any(message in found for found in manifests.violations(damaged))
+
+
+INVALID_POOL: dict[str, tuple[str, Damage]] = {
+    "port": ("InferencePool", lambda m: m["spec"]["targetPorts"][0].update(number="50051")),
+    "old reference": ("InferencePool", lambda m: m["spec"].update(extensionRef=m["spec"].pop("endpointPickerRef"))),
+    "priority": ("InferenceObjective", lambda m: m["spec"].update(priority="high")),
+    "backend": ("GRPCRoute", lambda m: m["spec"]["rules"][0]["backendRefs"][0].update(kind="Service")),
+}
+
+
+@needs_kustomize
+@pytest.mark.parametrize("name", INVALID_POOL)
+def test_validation_finds_errors_of_an_inference_pool(name: str, pool: list[dict[str, Any]]) -> None:
+    kind, damage = INVALID_POOL[name]
+    damaged = copy.deepcopy(one(pool, kind))
+    assert manifests.validate(damaged) == []
+    damage(damaged)
+    assert manifests.validate(damaged) != []
+
+
+@needs_kustomize
+@pytest.mark.parametrize("text", ["weight: heavy", "pluginRef: lora-afinity-scorer"])
+def test_validation_finds_errors_of_an_endpoint_picker(text: str, pool: list[dict[str, Any]]) -> None:
+    config = copy.deepcopy(next(each for each in pool if manifests.PICKER in each.get("data", {})))
+    key = text.partition(":")[0]
+    lines = config["data"][manifests.PICKER].splitlines()
+    at = max(i for i, line in enumerate(lines) if line.strip(" -").startswith(key))
+    lines[at] = lines[at].partition(key)[0] + text
+    config["data"][manifests.PICKER] = "\n".join(lines)
+    assert any(manifests.PICKER in error for error in manifests.validate(config))
 
 
 INVALID: dict[str, tuple[str, Damage]] = {

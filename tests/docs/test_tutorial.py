@@ -1,7 +1,9 @@
 """Every command of docs/tutorial.md runs and prints what the page shows, numbers aside."""
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +18,17 @@ PAGE = ROOT / "docs" / "tutorial.md"
 BLOCK = re.compile(r"^```(python|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Training is cut short: what it prints is checked, not what it learns.
 STEPS = ("--set", "max_steps=2", "--set", "validation_per_task=1")
+
+# Runs `mtlora` commands, one a line, in one process: each would import PyTorch and the models again.
+MTLORA = """
+import contextlib, io, json, sys
+from mtlora.cli import main
+for line in sys.stdin:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        status = main(json.loads(line))
+    print(json.dumps([status, printed.getvalue()]), flush=True)
+"""
 
 
 def commands(block: str) -> Iterator[tuple[str, list[str]]]:
@@ -40,22 +53,35 @@ class Reader:
             "COLUMNS": "160",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
+        self.mtlora = subprocess.Popen(
+            [sys.executable, "-c", MTLORA], cwd=folder, env=self.environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
 
     def type(self, command: str) -> str:
         if command.startswith("mtlora-server serve"):
             return self.serve()
-        words = command.split()
-        if words[:2] == ["mtlora", "train"]:
-            command = " ".join([*words, *STEPS])
-        if words[:2] == ["mtlora", "eval"]:
-            command += " --examples 1"
+        words = shlex.split(command)
+        if words[0] == "mtlora":
+            return self.run_mtlora(words[1:])
         # The checkout that is tested, also where another one is installed.
-        command = re.sub(r"^(mtlora-server|mtlora)\b", lambda tool: MODULES[tool[1]], command)
+        command = re.sub(r"^mtlora-server\b", f"{sys.executable} -m server", command)
         done = subprocess.run(
             command, shell=True, cwd=self.folder, env=self.environment, capture_output=True, text=True
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
+
+    def run_mtlora(self, arguments: list[str]) -> str:
+        arguments += {"train": STEPS, "eval": ("--examples", "1")}.get(arguments[0], ())
+        assert self.mtlora.stdin is not None
+        assert self.mtlora.stdout is not None
+        print(json.dumps(arguments), file=self.mtlora.stdin, flush=True)
+        line = self.mtlora.stdout.readline()
+        assert line, f"mtlora {arguments} ended its process, exit status {self.mtlora.wait()}"
+        status, printed = json.loads(line)
+        assert status == 0, f"mtlora {arguments}\n{printed}"
+        return str(printed)
 
     def serve(self) -> str:
         self.server = ServerProcess(adapters=self.folder / "adapters").__enter__()
@@ -69,7 +95,6 @@ class Reader:
         return self.type("python snippet.py")
 
 
-MODULES = {"mtlora": f"{sys.executable} -m mtlora.cli", "mtlora-server": f"{sys.executable} -m server"}
 # What an adapter answers that was hardly trained, and lines that say how well it does.
 FREE = {"shipping"}
 
@@ -77,7 +102,9 @@ FREE = {"shipping"}
 @pytest.fixture
 def reader(tmp_path: Path, backbone: Path) -> Iterator[Reader]:
     reader = Reader(tmp_path)
-    yield reader
+    with reader.mtlora:
+        yield reader
+        reader.mtlora.kill()
     if reader.server:
         reader.server.__exit__()
 

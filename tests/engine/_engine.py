@@ -4,7 +4,8 @@ import atexit
 import contextlib
 import functools
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,25 @@ import torch
 def running_engine(model: Any, **arguments: Any) -> Iterator[Any]:
     """A `vllm.LLM` with the plugin's arguments; it and what it changed of the process are gone afterwards."""
     from vllm import LLM
+
+    with _running(lambda settings: LLM(str(model), **settings), arguments) as engine:
+        yield engine
+
+
+@contextlib.contextmanager
+def running_bare_engine(model: Any, **arguments: Any) -> Iterator[Any]:
+    """As `running_engine`, with a `vllm.LLMEngine` alone as `llm_engine`: a `vllm.LLM` wants a tokenizer."""
+    from vllm import EngineArgs, LLMEngine
+
+    def start(settings: dict[str, Any]) -> SimpleNamespace:
+        return SimpleNamespace(llm_engine=LLMEngine.from_engine_args(EngineArgs(str(model), **settings)))
+
+    with _running(start, arguments) as engine:
+        yield engine
+
+
+@contextlib.contextmanager
+def _running(start: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> Iterator[Any]:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from mtlora.vllm_plugin import engine_overrides
@@ -36,7 +56,7 @@ def running_engine(model: Any, **arguments: Any) -> Iterator[Any]:
         # vLLM freezes and unfreezes all that is alive, and collects eight times in an engine's short life.
         patch.setattr("vllm.v1.engine.core.freeze_gc_heap", lambda: None)
         patch.setattr(gc, "unfreeze", lambda: None)
-        engine = LLM(str(model), **(defaults | engine_overrides(16) | arguments))
+        engine = start(defaults | engine_overrides(16) | arguments)
         try:
             yield engine
         finally:

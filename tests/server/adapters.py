@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from benchmarks.harness.adapters import random_tensors
 from mtlora.backbone import BackboneIdentity, identify, resolve
 from mtlora.checkpoint.format import TaskEntry
 from mtlora.checkpoint.write import write_checkpoint
@@ -31,6 +30,9 @@ def write_adapter(
     activation: str = "all",
 ) -> None:
     """A random adapter. Its answers mean nothing, but differ from the backbone's."""
+    # Late: torch takes seconds to import, and servers without an engine need none.
+    from benchmarks.harness.adapters import random_tensors
+
     backbone = backbone or backbone_identity()
     config = MtLoRAConfig.model_validate(
         {"r": 4, "num_experts": 2, "num_groups": 2, "task_bias": task_bias, "activation": activation}

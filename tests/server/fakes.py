@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from mtlora.prompt import PromptEncoder
+from mtlora.vision.images import ImageLimits
 from server.accounting import AuditLog, Usage
 from server.job import Delta, GenerationJob, ServedTask
 from server.registry.catalog import Catalog
@@ -20,6 +21,7 @@ from server.rpc.inference_service import InferenceServicer
 from server.rpc.interceptor import CallInterceptor
 from server.rpc.listening import Listening
 from server.rpc.openinference import OpenInferenceServicer
+from server.rpc.pictures import Decoding
 from server.rpc.usage_service import UsageServicer
 from server.rpc.validation import PromptLimits
 from server.scheduling import Scheduler
@@ -116,7 +118,8 @@ class Service:
         )
         self.metrics = Metrics()
         self.admission = Admission(max_in_flight, self.metrics)
-        self.scheduler = Scheduler(turns or max_in_flight, max_in_flight, self.metrics)
+        turns = turns or max_in_flight
+        self.scheduler = Scheduler(turns, max_in_flight, self.metrics, image_turns=turns)
         self.usage = Usage(self.settings.usage_dir, self.metrics)
         self.audit = AuditLog(self.settings.audit_log, self.metrics)
         self.engine: Any = FakeEngine()
@@ -128,6 +131,7 @@ class Service:
             self.directory,
             self.usage,
             Documents(self.settings.document_lifetime_s, self.settings.max_documents, self.settings.max_document_mib),
+            Decoding(ImageLimits(self.settings.max_message_bytes, self.settings.max_image_pixels), threads=2),
             log_prompts=log_prompts,
         )
         # Without a registry: a test that calls it sets one.

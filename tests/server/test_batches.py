@@ -274,10 +274,10 @@ async def test_a_batch_does_not_delay_another_tenants_request(tmp_path: Path, mo
     service, a, b = with_tenants(tmp_path)
     engine, queued_at, push = service.engine, list[int](), FairQueue.push
 
-    def noted(queue: Any, tenant_id: str, *arguments: Any, **named: Any) -> None:
-        if tenant_id == "b":
+    def noted(queue: Any, line: Any, *arguments: Any, **named: Any) -> None:
+        if line[0] == "b":
             queued_at.append(len(engine.begun))
-        push(queue, tenant_id, *arguments, **named)
+        push(queue, line, *arguments, **named)
 
     monkeypatch.setattr(FairQueue, "push", noted)
     async with service.running(), AsyncClient(service.address, a) as many, AsyncClient(service.address, b) as single:

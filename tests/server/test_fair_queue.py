@@ -14,7 +14,7 @@ MOST = 50
 COSTS = st.integers(1, MOST)
 
 
-def push(queue: FairQueue[Any], tenant: str, item: Any, weight: float = 1.0, rank: int = 1) -> None:
+def push(queue: FairQueue[str, Any], tenant: str, item: Any, weight: float = 1.0, rank: int = 1) -> None:
     queue.push(tenant, item, weight=weight, rank=rank)
 
 
@@ -24,7 +24,7 @@ def push(queue: FairQueue[Any], tenant: str, item: Any, weight: float = 1.0, ran
     costs=st.lists(COSTS, min_size=1, max_size=40),
 )
 def test_waiting_tenants_get_service_by_weight(weights: list[float], costs: list[int]) -> None:
-    queue: FairQueue[int] = FairQueue()
+    queue: FairQueue[str, int] = FairQueue()
     served = [0.0] * len(weights)
     for turn in range(200):
         for i, weight in enumerate(weights):
@@ -43,7 +43,7 @@ def test_waiting_tenants_get_service_by_weight(weights: list[float], costs: list
 @settings(deadline=None)
 @given(turns=st.integers(1, 300), costs=st.lists(COSTS, min_size=1, max_size=20))
 def test_idling_saves_up_no_credit(turns: int, costs: list[int]) -> None:
-    queue: FairQueue[Any] = FairQueue()
+    queue: FairQueue[str, Any] = FairQueue()
     served = {"busy": 0.0, "late": 0.0}
     for turn in range(turns):
         push(queue, "busy", turn)
@@ -62,7 +62,7 @@ def test_idling_saves_up_no_credit(turns: int, costs: list[int]) -> None:
 
 
 def test_a_newcomer_to_an_empty_queue_is_lifted_to_the_last_counter() -> None:
-    queue: FairQueue[int] = FairQueue()
+    queue: FairQueue[str, int] = FairQueue()
     push(queue, "a", 1)
     queue.charge("a", 100)
     assert queue.pop() == ("a", 1)
@@ -71,7 +71,7 @@ def test_a_newcomer_to_an_empty_queue_is_lifted_to_the_last_counter() -> None:
 
 
 def test_a_tenant_at_its_limit_counts_as_idle() -> None:
-    queue: FairQueue[int] = FairQueue()
+    queue: FairQueue[str, int] = FairQueue()
     push(queue, "a", 1)
     push(queue, "b", 2)
     queue.block("a", True)
@@ -85,7 +85,7 @@ def test_a_tenant_at_its_limit_counts_as_idle() -> None:
 
 
 def test_pops_more_urgent_classes_first() -> None:
-    queue: FairQueue[str] = FairQueue()
+    queue: FairQueue[str, str] = FairQueue()
     push(queue, "batch", "x", rank=2)
     push(queue, "now", "y", rank=0)
     queue.charge("now", 1000)
@@ -94,7 +94,7 @@ def test_pops_more_urgent_classes_first() -> None:
 
 
 def test_drops_the_newest_of_the_longest_line_for_its_weight() -> None:
-    queue: FairQueue[int] = FairQueue()
+    queue: FairQueue[str, int] = FairQueue()
     for item in range(4):
         push(queue, "heavy", item, weight=4.0)
     for item in range(10, 13):
@@ -108,7 +108,7 @@ def test_drops_the_newest_of_the_longest_line_for_its_weight() -> None:
 def test_priorities_reorder_a_tenants_own_line_alone() -> None:
     orders = []
     for priority in (0, 100):
-        queue: FairQueue[str] = FairQueue()
+        queue: FairQueue[str, str] = FairQueue()
         for item in range(3):
             queue.push("a", f"a{item}", weight=1.0, rank=0, priority=priority * item)
             queue.push("b", f"b{item}", weight=1.0, rank=0)
@@ -126,7 +126,7 @@ class AgainstAModel(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.queue: FairQueue[int] = FairQueue()
+        self.queue: FairQueue[str, int] = FairQueue()
         self.lines: dict[str, list[int]] = {tenant: [] for tenant in TENANTS}
         self.blocked: set[str] = set()
         self.priorities: dict[int, int] = {}

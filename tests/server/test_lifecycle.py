@@ -14,6 +14,7 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from mtlora.backbone import identify
 from mtlora.client import Client, ServerError
 from server.app import App, StartError
 from server.cli.process import ServerProcess
@@ -21,14 +22,19 @@ from server.settings import load_settings
 from tests.server.adapters import entry, write_adapter
 from tests.server.helpers import LONG, eventually
 
-SMALL: dict[str, Any] = {"kv_cache_gib": 0.25, "max_num_seqs": 8}
+
+@pytest.fixture(scope="module")
+def adapters(short_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one-adapter")
+    tasks = [entry("open", stop=(), max_new_tokens=16)]
+    write_adapter(folder / "a" / "1", tasks, backbone=identify(short_backbone))
+    return folder
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("one-adapter")
-    write_adapter(folder / "a" / "1", [entry("open", stop=(), max_new_tokens=16)])
-    return folder
+def small(adapters: Path, short_backbone: Path) -> dict[str, Any]:
+    """Settings of a server that starts soon."""
+    return {"adapters": adapters, "backbone": short_backbone, "kv_cache_gib": 0.25, "max_num_seqs": 8}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -91,8 +97,8 @@ def test_no_adapter_that_can_be_served_ends_the_start(tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
-def test_a_signal_while_starting_ends_everything(adapters: Path) -> None:
-    with ServerProcess(adapters=adapters, wait=False, **SMALL) as server:
+def test_a_signal_while_starting_ends_everything(small: dict[str, Any]) -> None:
+    with ServerProcess(wait=False, **small) as server:
         root = psutil.Process(server.process.pid)
         # The first child tracks resources; the second is the engine.
         eventually(lambda: len(root.children()) > 1, 60)
@@ -115,11 +121,9 @@ async def test_a_second_signal_exits_at_once(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.fixture(scope="module")
-def failing(adapters: Path) -> Iterator[ServerProcess]:
+def failing(small: dict[str, Any]) -> Iterator[ServerProcess]:
     """The server of the next two tests, whose engine fails four times, once more than it may."""
-    with ServerProcess(
-        adapters=adapters, engine_hang_s=3, engine_max_failures=3, engine_failure_window_s=10_000, **SMALL
-    ) as server:
+    with ServerProcess(engine_hang_s=3, engine_max_failures=3, engine_failure_window_s=10_000, **small) as server:
         yield server
 
 
@@ -158,12 +162,9 @@ def test_an_engine_that_keeps_dying_ends_the_server(failing: ServerProcess) -> N
     assert "failed 4 times within 10000 s" in failing.log()
 
 
-def test_sigterm_lets_a_long_stream_finish(adapters: Path) -> None:
-    with (
-        ServerProcess(adapters=adapters, grace_period_s=300, drain_delay_s=0, **SMALL) as server,
-        server.client() as client,
-    ):
-        stream = client.stream("open", "Once", **LONG | {"max_new_tokens": 200})
+def test_sigterm_lets_a_long_stream_finish(small: dict[str, Any]) -> None:
+    with ServerProcess(grace_period_s=300, drain_delay_s=0, **small) as server, server.client() as client:
+        stream = client.stream("open", "Once", **LONG)
         pieces = [next(stream)]
         # Ctrl-C in a terminal signals every process; the engine's ignore it.
         server.process.send_signal(signal.SIGTERM)

@@ -11,6 +11,7 @@ import pytest
 from mtlora import control_group
 from server.app import App, StartError
 from server.engine import EngineStartError, check_machine, preflight
+from server.job import Lane
 from server.registry.spool import Spool, SpoolError
 from server.settings import Settings
 
@@ -60,19 +61,19 @@ def test_a_limit_below_what_the_backbone_needs(
     with pytest.raises(
         EngineStartError, match=rf"found {limit / GIB:.2f} GiB left; .*need {needed:.2f}; allowed"
     ) as error:
-        check_machine(settings, backbone)
+        check_machine(settings, {Lane.TEXT: backbone})
     assert "\n" not in str(error.value)
     machine(monkeypatch, int(needed * GIB))
-    check_machine(settings, backbone)
+    check_machine(settings, {Lane.TEXT: backbone})
     machine(monkeypatch, None)
-    check_machine(settings, backbone)
+    check_machine(settings, {Lane.TEXT: backbone})
 
 
 def test_weights_that_are_widened_need_twice_their_size(monkeypatch: pytest.MonkeyPatch, backbone: Path) -> None:
     machine(monkeypatch, 2 * GIB + 600 * MIB, bfloat16=False)
     with pytest.raises(EngineStartError, match=re.escape("need 3.00")):
-        check_machine(Settings(allow_no_tasks=True), backbone)
-    check_machine(Settings(allow_no_tasks=True, dtype="bfloat16"), backbone)
+        check_machine(Settings(allow_no_tasks=True), {Lane.TEXT: backbone})
+    check_machine(Settings(allow_no_tasks=True, dtype="bfloat16"), {Lane.TEXT: backbone})
 
 
 @pytest.mark.parametrize(
@@ -90,9 +91,9 @@ def test_the_wrong_machine(
     machine(monkeypatch, **found)
     settings = Settings(allow_no_tasks=True)
     if message is None:
-        return check_machine(settings, backbone)
+        return check_machine(settings, {Lane.TEXT: backbone})
     with pytest.raises(EngineStartError, match=message):
-        check_machine(settings, backbone)
+        check_machine(settings, {Lane.TEXT: backbone})
 
 
 @pytest.mark.parametrize(

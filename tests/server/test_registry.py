@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from mtlora.client import AsyncClient, ServerError
 from server.errors import AdapterError
+from server.job import Lane
 from server.registry.catalog import Catalog
-from server.registry.check import check
+from server.registry.check import VerificationLimits, check
 from server.registry.events import Event, Events
 from server.registry.folder import Folder
 from server.registry.lifecycle import Lifecycle
@@ -24,7 +25,7 @@ from server.registry.residency import Residency
 from server.registry.source import Found
 from server.registry.spool import Spool
 from server.registry.verifier import Verified
-from server.registry.version import NoRoomError, Stage, StageError, version_key
+from server.registry.version import AdapterVersion, NoRoomError, Stage, StageError, version_key
 from server.registry.weights import choose
 from server.telemetry.metrics import Metrics
 from tests.server.adapters import entry, write_adapter
@@ -51,7 +52,7 @@ class Verifier:
 
         incoming = self._spool.incoming()
         try:
-            content = check(root, found.folder, incoming, TINY, 1 << 20)
+            content = check(root, found.folder, incoming, {Lane.TEXT: TINY}, VerificationLimits(1 << 20))
         except (CheckpointError, OSError) as error:
             self._spool.discard(incoming)
             raise StageError(Stage.VERIFIED, str(error)) from None
@@ -91,9 +92,9 @@ class Home:
             root=root,
             verifier=self.verifier,
             spool=self.spool,
-            residency=self.residency,
+            residencies={Lane.TEXT: self.residency},
             make_slots=make_slots,
-            warm_slot=self._warm,
+            warm=self._warm,
             events=events,
         )
         self.registry = Registry(
@@ -101,10 +102,10 @@ class Home:
         )
         self._running: asyncio.Task[None] | None = None
 
-    async def _warm(self, slot: Any) -> None:
+    async def _warm(self, version: AdapterVersion) -> None:
         if self.cold_sequence:
             raise self.cold_sequence
-        self.warmed.append(slot.lora_name)
+        self.warmed.append(version.distinct_slots[0].lora_name)
 
     async def open(self) -> None:
         await self.registry.verify_all()

@@ -217,6 +217,27 @@ async def test_a_lost_engine_ends_the_wait_for_it(engine: Loads) -> None:
     assert engine.held == ["a"]
 
 
+async def test_types_are_compiled_once_a_version_and_engine(engine: Loads) -> None:
+    a, b = map(serving_version, "ab")
+    compiled: list[AdapterVersion] = []
+
+    async def compile_types(version: AdapterVersion) -> None:
+        compiled.append(version)
+        version.fewest = {}
+
+    residency = Residency(engine, 1, prepare=compile_types)
+    await use(residency, a, b, a)
+    assert compiled == [a, b]
+    residency.reset()
+    engine.held.clear()
+    await use(residency, a)
+    assert compiled == [a, b, a]
+    # Other bytes: see `Lifecycle.verify`.
+    a.fewest = None
+    await use(residency, b, a)
+    assert compiled == [a, b, a, b, a]
+
+
 async def test_prefetching_loads_before_anyone_waits(engine: Loads) -> None:
     a, b = map(serving_version, "ab")
     residency = Residency(engine, 1)

@@ -1,6 +1,7 @@
 """Quotas, turns, deadlines and full queues, on a clock that a test moves."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.errors import RequestFailedError
-from server.job import GenerationJob, Sampling, ServedTask
+from server.job import GenerationJob, ImageJob, Sampling, ServedTask
 from server.scheduling import Scheduler
 from server.scheduling.bucket import TokenBucket
 from server.telemetry.metrics import Metrics
@@ -87,6 +88,30 @@ async def test_runs_as_many_as_there_are_turns_and_the_rest_by_fairness(clock: C
     assert done == ["a", "b", "a", "a"] or done == ["b", "a", "a", "a"]
     assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (0, 0)
     assert (service(metrics, "a"), service(metrics, "b")) == (50, 10)
+
+
+async def test_requests_of_one_tenant_in_two_classes_wait_in_two_lines_and_share_its_limits(clock: Clock) -> None:
+    """A trusted proxy has lowered the first and the third to the class batch."""
+    scheduler, served = make(clock, turns=2), list[str]()
+    tenant = Tenant(id="a", max_in_flight=1)
+    batch = tenant.lowered(Priority.BATCH)
+
+    async def ask(of: Tenant) -> None:
+        async with scheduler.turn(of, JOB, None):
+            served.append(of.priority)
+            await asyncio.sleep(0)
+            assert scheduler.occupancy.running == 1
+
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(scheduler.turn(tenant, JOB, None))
+        tasks = [asyncio.create_task(ask(each)) for each in (batch, tenant, batch, tenant)]
+        await settle()
+        assert scheduler.queued_by_tenant() == {"a": 4}
+        assert served == []
+    await asyncio.gather(*tasks)
+    assert served == ["standard", "standard", "batch", "batch"]
+    scheduler.keep_only(())
+    assert scheduler.queued_by_tenant() == {}
 
 
 async def test_a_cancelled_wait_leaves_the_queue(clock: Clock) -> None:
@@ -487,3 +512,54 @@ def test_a_bucket_gives_at_most_its_rate_and_one_burst(
             taken += amount
             largest = max(largest, amount)
     assert taken <= capacity + rate * now + largest + 1e-6
+
+
+IMAGE = ImageJob(JOB.task, range(65), 0.25)
+
+
+async def test_each_engine_has_turns_of_its_own_and_a_tenant_one_account(clock: Clock) -> None:
+    metrics = Metrics()
+    scheduler = Scheduler(1, 4, metrics, clock, image_turns=2)
+    async with AsyncExitStack() as stack:
+        await hold(scheduler, stack)
+        for _ in range(2):
+            # The text's turn is taken, those of images are not.
+            await stack.enter_async_context(scheduler.turn(A, IMAGE, None))
+        assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (3, 0)
+        late = asyncio.create_task(anext(aiter(_turn(scheduler, B, IMAGE))))
+        await settle()
+        assert scheduler.occupancy.queued == 1
+        late.cancel()
+    await settle()
+    assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (0, 0)
+    assert service(metrics, "a") == pytest.approx(10 + 2 * 65 * 0.25)
+
+
+async def test_images_that_a_tenant_had_put_its_texts_behind(clock: Clock) -> None:
+    """Both tenants wait for a turn of texts all the time; a's images cost it texts, and b catches up."""
+    scheduler, done = Scheduler(1, 100, Metrics(), clock, image_turns=1), list[str]()
+    async with AsyncExitStack() as stack:
+        await hold(scheduler, stack, Tenant(id="c"))
+        waiting = [asyncio.create_task(wait_for(scheduler, each, done)) for _ in range(6) for each in (A, B)]
+        await settle()
+        async with scheduler.turn(A, IMAGE, None):
+            pass
+    await asyncio.gather(*waiting)
+    # An image of 16 tokens' worth against texts of 10.
+    assert done[:2] == ["b", "b"]
+
+
+async def test_a_limit_of_requests_in_flight_holds_for_both_engines(clock: Clock) -> None:
+    limited, done = Tenant(id="a", max_in_flight=1), list[str]()
+    scheduler = Scheduler(2, 4, Metrics(), clock, image_turns=2)
+    async with scheduler.turn(limited, IMAGE, None):
+        waiting = asyncio.create_task(wait_for(scheduler, limited, done))
+        await settle()
+        assert not done
+    await waiting
+    assert done == ["a"]
+
+
+async def _turn(scheduler: Scheduler, tenant: Tenant, job: ImageJob) -> AsyncIterator[None]:
+    async with scheduler.turn(tenant, job, None):
+        yield

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -13,6 +14,7 @@ from openinference_pb import grpc_predict_v2_pb2_grpc
 from mtlora.client import Access, AsyncClient, ServerError, make_request
 from mtlora.prompt import PromptEncoder
 from server.job import ServedTask
+from server.registry.catalog import Catalog
 from server.rpc.validation import PromptLimits, validate
 from server.tenants import Tenant, TenantsError, read_tenants
 from tests.faults._tenants import tenant, write_tenants
@@ -88,6 +90,20 @@ async def test_tokenizing_is_bounded_and_fair_among_tenants(tmp_path: Path) -> N
         assert set(await asyncio.gather(*others)) == {grpc.StatusCode.OK}
         assert (await asyncio.gather(*flood)).count(grpc.StatusCode.OK) == 6
     assert "".join(limited.gate.seen).startswith(("aababab", "ababab"))
+
+
+async def test_a_document_is_tokenized_once_its_call_has_a_place(tmp_path: Path) -> None:
+    limited = Limited(tmp_path, max_in_flight=2, max_queue=4)
+    spec = entry("who", document_template="D:{document}", template="?", max_new_tokens=4)
+    task = ServedTask(spec, "alpha", "1", slot=None, activation="task")
+    limited.service.servicer.catalog = Catalog(MappingProxyType({"who": task}))
+    async with limited.service.running(), limited.client(limited.key_a) as a:
+        flood = [asyncio.create_task(code_of(a.analyze_all(["who"], "a" * LARGE))) for _ in range(20)]
+        await eventually(lambda: sum(each.done() for each in flood) == 14)
+        assert {each.result() for each in flood if each.done()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert limited.service.value("mtlora_requests_in_flight") == 6
+        limited.gate.open.set()
+        assert (await asyncio.gather(*flood)).count(grpc.StatusCode.OK) == 6
 
 
 async def test_refuses_what_cannot_fit_before_tokenizing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,11 +25,15 @@ from mtlora.client import Access, AsyncClient, ServerError
 from server.errors import RequestFailedError
 from server.tenants import Directory, TenantsError, read_tenants
 from server.tenants.authentication import Authenticator
-from server.tenants.jwks import JWKSError, read_jwks
+from server.tenants.config import Issuer
+from server.tenants.jwks import JWKSError, read_jwks, read_keys_of
 from tests.faults._tenants import tenant, write_tenants
 from tests.server.fakes import Service, eventually
 
 ISSUER = "https://login.example.com/"
+# Of an issuer's configuration: any value, and objects with its members.
+_SCALARS = st.none() | st.booleans() | st.integers() | st.text(max_size=8)
+CONFIGURATIONS = st.fixed_dictionaries({}, optional={"issuer": _SCALARS | st.just(ISSUER), "jwks_uri": _SCALARS})
 
 
 class Key:
@@ -70,14 +74,14 @@ class KeyServer:
 
     def __init__(self, *keys: Key) -> None:
         self.serve(*keys)
-        self.requests = 0
+        self.paths: list[str] = []
         self.status, self.headers = 200, dict[str, str]()
         self.hang = threading.Event()
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                outer.requests += 1
+                outer.paths.append(self.path)
                 while outer.hang.is_set():
                     time.sleep(0.02)
                 try:
@@ -221,7 +225,7 @@ async def test_forged_tokens_are_unauthenticated(tmp_path: Path, rsa_key: Key, k
     # Within the leeway for clocks.
     assert await ask(who, rsa_key.token(exp=time.time() - 5, nbf=time.time() + 5)) == "a"
     # Unknown key ids cause no request each.
-    assert key_server.requests == 1
+    assert len(key_server.paths) == 1
 
 
 def _part(text: str) -> str:
@@ -307,7 +311,7 @@ async def test_keys_are_refreshed_in_the_background(
     monkeypatch.setattr("server.tenants.tokens._REFRESH_S", 0.05)
     who = authenticator(tmp_path, key_server.url)
     async with refreshing(who):
-        await eventually(lambda: key_server.requests >= 2, 30)
+        await eventually(lambda: len(key_server.paths) >= 2, 30)
         assert await ask(who, rsa_key.token()) == "a"
 
 
@@ -348,6 +352,69 @@ async def test_a_server_of_keys_that_lies_or_fails_changes_nothing(
     assert await ask(who, token) == "a"
 
 
+def configuration(key_server: KeyServer, key: Key, **said: Any) -> dict[str, Any]:
+    """What an issuer on this machine says of itself, and its keys: the server gives the same for every path."""
+    issuer = key_server.url.removesuffix("/jwks.json")
+    return {"issuer": issuer, "jwks_uri": key_server.url, "keys": [key.jwk], **said}
+
+
+def serve_discovery(folder: Path, key_server: KeyServer, found: dict[str, Any]) -> tuple[Path, str]:
+    """A tenants file without `jwks`, and its issuer."""
+    key_server.content = json.dumps(found).encode()
+    issuer = key_server.url.removesuffix("/jwks.json")
+    path = folder / "tenants.yaml"
+    return write_tenants(
+        path, {"id": "a", "token_issuers": [issuer]}, issuers=[{"issuer": issuer, "audience": "mtlora"}]
+    ), issuer
+
+
+async def test_an_issuer_says_where_its_keys_are(tmp_path: Path, rsa_key: Key, key_server: KeyServer) -> None:
+    path, issuer = serve_discovery(tmp_path, key_server, configuration(key_server, rsa_key))
+    who = Authenticator(Directory(path))
+    assert await ask(who, rsa_key.token(iss=issuer)) == "a"
+    assert key_server.paths == ["/.well-known/openid-configuration", "/jwks.json"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"issuer": ISSUER},
+        {"issuer": None},
+        {"jwks_uri": None},
+        {"jwks_uri": 7},
+        {"jwks_uri": "http://login.example.com/jwks.json"},
+        {"jwks_uri": "file:///etc/passwd"},
+        {"jwks_uri": "jwks.json"},
+        {"jwks_uri": "http://"},
+        {"jwks_uri": "http://["},
+    ],
+)
+async def test_what_an_issuer_says_of_itself_is_checked(
+    tmp_path: Path, rsa_key: Key, key_server: KeyServer, said: dict[str, Any]
+) -> None:
+    path, issuer = serve_discovery(tmp_path, key_server, configuration(key_server, rsa_key, **said))
+    failures = list[str]()
+    who = Authenticator(Directory(path), failures.append)
+    assert (await refusal(who, rsa_key.token(iss=issuer))).code is grpc.StatusCode.UNAVAILABLE
+    assert failures == [issuer]
+    assert key_server.paths == ["/.well-known/openid-configuration"]
+
+
+def test_an_issuer_elsewhere_names_no_address_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = json.dumps({"issuer": ISSUER, "jwks_uri": "http://127.0.0.1:9/jwks.json"}).encode()
+    monkeypatch.setattr("server.tenants.jwks._fetch", lambda url: found)
+    with pytest.raises(JWKSError, match=r"found jwks_uri 'http://127.0.0.1:9/jwks\.json'; allowed: an https"):
+        list(read_keys_of(Issuer(issuer=ISSUER, audience="mtlora")))
+
+
+@given(content=st.binary(max_size=64) | (JSON | CONFIGURATIONS).map(lambda found: json.dumps(found).encode()))
+def test_any_configuration_of_an_issuer_is_refused_by_name(content: bytes) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("server.tenants.jwks._fetch", lambda url: content)
+        with pytest.raises(JWKSError, match=r"openid-configuration: "):
+            list(read_keys_of(Issuer(issuer=ISSUER, audience="mtlora")))
+
+
 async def test_a_server_of_keys_that_hangs_holds_up_nobody_else(
     tmp_path: Path, rsa_key: Key, key_server: KeyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,7 +430,7 @@ async def test_a_server_of_keys_that_hangs_holds_up_nobody_else(
     who = Authenticator(Directory(write_tenants(tmp_path / "tenants.yaml", *entries, issuers=issuers)))
     try:
         waiting = [asyncio.create_task(refusal(who, rsa_key.token(jti=str(number)))) for number in range(3)]
-        await eventually(lambda: hanging.requests == 1, 30)
+        await eventually(lambda: len(hanging.paths) == 1, 30)
         # Beyond those that may wait.
         assert (await refusal(who, rsa_key.token())).code is grpc.StatusCode.UNAVAILABLE
         assert await ask(who, rsa_key.token(iss=other, sub="b")) == "b"
@@ -400,6 +467,11 @@ def test_unusable_keys_are_left_out(tmp_path: Path, rsa_key: Key) -> None:
         ({"algorithms": []}, "issuers.0.algorithms"),
         ({"jwks": "http://login.example.com/jwks.json"}, "issuers.0.jwks: allowed: an https:// URL"),
         ({"jwks": "ftp://127.0.0.1/jwks.json"}, "issuers.0.jwks: allowed: an https:// URL"),
+        (
+            {"jwks": None, "issuer": "http://login.example.com/"},
+            "issuers.0: jwks: found none; allowed: a URL",
+        ),
+        ({"jwks": None, "issuer": "login"}, "or an issuer that is an https:// URL, not 'login'"),
         ({"audience": ""}, "issuers.0.audience"),
         ({"issuer": "https://other.example.com/"}, "token_issuers of tenant a: found 'https://login"),
         ({"leeway_s": 301}, "issuers.0.leeway_s"),

@@ -8,11 +8,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mtlora.checkpoint.read import read_checkpoint
+from mtlora.vision.families import VisionConfig
+from mtlora.vision.image_input import ImageInput
+from server.job import Lane
 from server.registry.check import VerificationLimits
 from server.registry.mirror import Mirror
 from server.registry.source import Found, scan
@@ -35,7 +40,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def verifier(home: Path) -> Iterator[Verifier]:
     spool = Spool(home / "spool")
-    yield Verifier(spool, TINY, VerificationLimits(max_bytes=1 << 20, timeout_s=20))
+    yield Verifier(spool, {Lane.TEXT: TINY}, VerificationLimits(max_bytes=1 << 20, timeout_s=20))
     spool.close()
 
 
@@ -83,9 +88,10 @@ sys.modules["vllm"] = types.ModuleType("vllm")
 from pathlib import Path
 from server.registry.spool import Spool, SpoolFullError
 from server.isolation import Limits, in_child
+from server.job import Lane
 from server.registry.verifier import Verifier, VerificationLimits
 from tests.server.slots import TINY
-verifier = Verifier(Spool(Path({str(tmp_path)!r})), TINY, VerificationLimits())
+verifier = Verifier(Spool(Path({str(tmp_path)!r})), {{Lane.TEXT: TINY}}, VerificationLimits())
 (modules,) = in_child(eval, "[sorted(__import__('sys').modules)]", limits=Limits(60))
 print(*pickle.loads(modules))
 """
@@ -98,7 +104,7 @@ print(*pickle.loads(modules))
 async def test_a_cancelled_verification_leaves_no_copy(home: Path, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
     shutil.copytree(home / "healthy", tmp_path / "adapters" / "a" / "1")
-    verifier = Verifier(spool, TINY, VerificationLimits())
+    verifier = Verifier(spool, {Lane.TEXT: TINY}, VerificationLimits())
     checking = asyncio.create_task(verifier.verify(tmp_path / "adapters", found(tmp_path / "adapters")))
     await eventually(lambda: any(spool.root.iterdir()))
     checking.cancel()
@@ -112,7 +118,7 @@ def test_time_is_limited(home: Path, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
     shutil.copytree(home / "healthy", tmp_path / "adapters" / "a" / "1")
     with pytest.raises(StageError, match=r"not done within 0\.001 s"):
-        Verifier(spool, TINY, VerificationLimits(timeout_s=0.001)).verify_now(
+        Verifier(spool, {Lane.TEXT: TINY}, VerificationLimits(timeout_s=0.001)).verify_now(
             tmp_path / "adapters", found(tmp_path / "adapters")
         )
     spool.close()
@@ -128,7 +134,7 @@ def test_memory_is_limited(home: Path, tmp_path: Path) -> None:
     (folder / "adapter.json").write_text(json.dumps(manifest, separators=(",", ":")))
     limits = VerificationLimits(max_bytes=8 << 20, timeout_s=60, headroom_bytes=16 << 20)
     with pytest.raises(StageError, match=r"takes more than 32 MiB of memory"):
-        Verifier(spool, TINY, limits).verify_now(tmp_path / "adapters", found(tmp_path / "adapters"))
+        Verifier(spool, {Lane.TEXT: TINY}, limits).verify_now(tmp_path / "adapters", found(tmp_path / "adapters"))
     spool.close()
 
 
@@ -167,7 +173,7 @@ def test_copies_stay_within_the_spools_limit(home: Path, tmp_path: Path) -> None
     shutil.copytree(home / "healthy", root / "a" / "1")
     version = found(root)
     spool = Spool(tmp_path / "spool", int(1.5 * version.size))
-    verifier = Verifier(spool, TINY, VerificationLimits())
+    verifier = Verifier(spool, {Lane.TEXT: TINY}, VerificationLimits())
     kept = verifier.verify_now(root, version)
     assert 0 < spool.bytes <= 1.5 * version.size
     used = spool.bytes
@@ -204,4 +210,44 @@ def test_a_mirror_counts_in_the_spool(home: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "storage" / "a")
     mirror.sync()
     assert spool.bytes == 0
+    spool.close()
+
+
+SIGHT = entry("sight", allowed_answers=("a", "b", "c"), image=ImageInput(size=28, pooling="cls"))
+VISION = VisionConfig(
+    family="dinov2", hidden_size=8, num_layers=2, num_heads=2, intermediate_size=16, patch_size=14, grid_size=4,
+    activation="gelu", eps=1e-6,
+)  # fmt: skip
+BOTH = {Lane.TEXT: TINY, Lane.IMAGES: TINY.model_copy(update={"architecture": "TinySight"})}
+
+
+def test_a_version_belongs_to_the_backbone_of_its_tasks(tmp_path: Path) -> None:
+    """Whose heads are read with it."""
+    spool = Spool(tmp_path / "spool")
+    write_adapter(tmp_path / "root" / "a" / "1", [SIGHT], backbone=BOTH[Lane.IMAGES])
+    limits = VerificationLimits(vision=VISION, image_size=28)
+    verified = Verifier(spool, BOTH, limits).verify_now(tmp_path / "root", found(tmp_path / "root"))
+    head = verified.heads["sight"]
+    weight_CF, bias_C = read_checkpoint(verified.folder).head("sight")
+    feature_F = np.arange(16, dtype=np.float32)
+    assert np.allclose(head.logits(feature_F), weight_CF.numpy() @ feature_F[:8] + bias_C.numpy(), atol=1e-5)
+    for backbones, other, reason in (
+        ({Lane.TEXT: TINY}, limits, r"tasks of images: expected a server with a backbone for them \(vision_backbone\)"),
+        (BOTH | {Lane.IMAGES: TINY}, limits, "backbone.architecture: expected 'Tiny'"),
+        (BOTH, replace(limits, image_size=27), r"image.size: found 28, expected at most 27 \(vision_max_size\)"),
+        (BOTH, replace(limits, vision=replace(VISION, patch_size=16)), "multiple of the backbone's patch, 16"),
+        (BOTH, replace(limits, vision=replace(VISION, family="siglip_vision_model")), "found 'cls', expected mean"),
+    ):
+        with pytest.raises(StageError, match=reason):
+            Verifier(spool, backbones, other).verify_now(tmp_path / "root", found(tmp_path / "root"))
+    spool.close()
+
+
+def test_texts_are_refused_without_a_language_backbone(home: Path, tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    shutil.copytree(home / "healthy", tmp_path / "root" / "a" / "1")
+    with pytest.raises(StageError, match=r"tasks of texts: expected a server with a backbone for them \(backbone\)"):
+        Verifier(spool, {Lane.IMAGES: TINY}, VerificationLimits()).verify_now(
+            tmp_path / "root", found(tmp_path / "root")
+        )
     spool.close()

@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 )
 
 from server.errors import EngineDeadError
+from server.job import Lane
 from server.registry import residency as residency_module
 from server.registry.catalog import Catalog
 from server.registry.events import Events
@@ -95,7 +96,8 @@ class Verifier:
         folder = self._spool.keep(incoming, str(content))
         manifest: Any = SimpleNamespace(
             config=SimpleNamespace(activation="all"),
-            tasks=[SimpleNamespace(id=task) for task in TASKS[found.name]],
+            tasks=[SimpleNamespace(id=task, image=None) for task in TASKS[found.name]],
+            images=False,
             calibration={},
         )
         return Verified(str(content), folder, manifest)
@@ -152,15 +154,15 @@ class Life(RuleBasedStateMachine):
             root=Path(),
             verifier=Verifier(self.spool),
             spool=self.spool,
-            residency=self.residency,
+            residencies={Lane.TEXT: self.residency},
             make_slots=make_slots,
-            warm_slot=self._warm,
+            warm=self._warm,
             events=events,
         )
         self.catalog = Catalog()
         self.registry = Registry(self.folder, lifecycle, self._publish)
 
-    async def _warm(self, slot: Any) -> None:
+    async def _warm(self, version: AdapterVersion) -> None:
         await asyncio.sleep(0)
         if self.cold:
             raise RuntimeError("no first sequence")

@@ -34,4 +34,4 @@ class BuiltinSuite:
             raise unknown_task(self, task_id)
         rng, generate = seeded(task_id, split, seed), self._tasks[task_id].generate
         drawn = draw_distinct(lambda: generate(rng), task_id, split, count, self._max_misses)
-        return [Example(task_id, *parts) for parts in drawn]
+        return [Example(task_id, parts[0], parts[1], parts[2] if len(parts) > 2 else None) for parts in drawn]

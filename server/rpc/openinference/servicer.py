@@ -1,5 +1,6 @@
 """The GRPCInferenceService: each method turns its request into one of the native service, and the answer back."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from mtlora_pb.v1 import inference_pb2 as native
@@ -11,11 +12,13 @@ from server.call import current_call
 from server.errors import Violation, invalid_argument, task_not_found
 from server.job import ServedTask
 from server.rpc.batch import Item, samples
+from server.rpc.classify import uncalibrated
 from server.rpc.inference_service import InferenceServicer
 from server.rpc.openinference import parameters, tensors
 from server.rpc.openinference.repository import Repository
+from server.rpc.pictures import Picture
 from server.rpc.pieces import in_pieces
-from server.rpc.scoring import Scoring, scoring
+from server.rpc.scoring import scoring
 from server.rpc.validation import samples_of
 from server.scheduling.admission import Admission, State
 from server.tenants.authentication import require_admin
@@ -50,6 +53,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         task = self._task(request.name, request.version)
 
         def tensor(name: str) -> pb.ModelMetadataResponse.TensorMetadata:
+            # An image may come as FP32 too; the protocol has one type for a name.
             datatype, shape = "BYTES", [-1]
             if name == tensors.PROBABILITIES_OUTPUT:
                 datatype, shape = "FP32", [-1, len(task.spec.labels or ())]
@@ -66,25 +70,48 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
         self._admission.check_serving()
         task = self._task(request.model_name, request.model_version)
-        requests, wanted = _requests(request, task), [tensor.name for tensor in request.outputs]
-        scored = any(name != tensors.TEXT_OUTPUT for name in wanted)
-        call = current_call.get()
-        items = [Item(each, task, call, samples_of(each, task), index) for index, each in enumerate(requests)]
-        expand = scoring(self._service.prompts, calibrated=True) if scored else samples
-        generations = await self._service.batches.whole(items, expand)
+        wanted = [tensor.name for tensor in request.outputs] or [tensors.output_names(task.spec)[0]]
+        generations = await (
+            self._generate(request, task, wanted) if task.spec.image is None else self._classify(request, task)
+        )
         response = pb.ModelInferResponse(
             model_name=task.spec.id, model_version=generations[0].job.task.adapter_version, id=request.id
         )
-        raw, shape, labels = bool(request.raw_input_contents), request.inputs[0].shape, task.spec.labels or ()
-        for name in wanted or [tensors.TEXT_OUTPUT]:
+        raw, labels = bool(request.raw_input_contents), task.spec.labels or ()
+        shape = request.inputs[0].shape if task.spec.image is None else [len(generations)]
+        for name in wanted:
             if name == tensors.PROBABILITIES_OUTPUT:
-                found = [dict(each.probabilities) for each in generations if isinstance(each, Scoring)]
+                found = [dict(each.probabilities) for each in generations]
                 tensors.write_numbers(response, name, [[each[label] for label in labels] for each in found], raw=raw)
             elif name == tensors.LABELS_OUTPUT:
                 tensors.write_texts(response, name, labels, [len(labels)], raw=raw)
             else:
                 tensors.write_texts(response, name, [each.answer for each in generations], shape, raw=raw)
         return response
+
+    async def _generate(self, request: pb.ModelInferRequest, task: ServedTask, wanted: Sequence[str]) -> list[Any]:
+        """A generation, or a scoring, for each element."""
+        call, requests = current_call.get(), _requests(request, task)
+        items = [Item(each, task, call, samples_of(each, task), index) for index, each in enumerate(requests)]
+        scored = any(name != tensors.TEXT_OUTPUT for name in wanted)
+        expand = scoring(self._service.prompts, calibrated=True) if scored else samples
+        return await self._service.batches.whole(items, expand)
+
+    async def _classify(self, request: pb.ModelInferRequest, task: ServedTask) -> list[Any]:
+        """A classification for each element."""
+        violations = [
+            Violation(f"parameters[{name[:32]}]", "unknown; allowed: none for a task of images")
+            for name in sorted(request.parameters)
+        ]
+        try:
+            images = tensors.read_images(request, tensors.output_names(task.spec))
+        except tensors.TensorError as error:
+            violations += error.violations
+        if violations:
+            raise invalid_argument(violations)
+        call = current_call.get()
+        items = [Item(Picture(image, f"inputs[0][{i}]", ""), task, call, 1, i) for i, image in enumerate(images)]
+        return await self._service.classifier.batches.whole(items, uncalibrated(asked=False))
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Any) -> pb.RepositoryIndexResponse:
         state = "READY" if self._admission.state is State.SERVING else "UNAVAILABLE"

@@ -1,8 +1,10 @@
-"""BYTES tensors, as contents or raw, to texts and back."""
+"""Tensors, as contents or raw, to texts and images, and answers back."""
 
+import math
 import struct
 from collections.abc import Iterator, Sequence
 
+from mtlora_pb.v1 import inference_pb2 as native
 from openinference_pb import grpc_predict_v2_pb2 as pb
 
 from mtlora.task import TaskSpec
@@ -14,10 +16,16 @@ TEXT_INPUT = "text_input"
 TEXT_OUTPUT = "text_output"
 # Of tasks of labels: the likeliest label of each element, the probabilities of all, and their names in that order.
 LABEL_OUTPUT, PROBABILITIES_OUTPUT, LABELS_OUTPUT = "label", "probabilities", "labels"
+# Of tasks of images: encoded images as BYTES [n], or prepared ones as FP32 [n, 3, size, size].
+IMAGE_INPUT = "image"
+
+
+_MAX_SIDE = 1024
+_TWICE = "contents: found some beside raw_input_contents; allowed: one of the two"
 
 
 class TensorError(Exception):
-    """Tensors that hold no texts, with every reason."""
+    """Tensors that hold no texts or no images, with every reason."""
 
     def __init__(self, violations: Sequence[Violation]) -> None:
         super().__init__(violations[0].description)
@@ -26,11 +34,15 @@ class TensorError(Exception):
 
 def input_names(task: TaskSpec) -> tuple[str, ...]:
     """The input tensors that a task takes."""
+    if task.image is not None:
+        return (IMAGE_INPUT,)
     return (TEXT_INPUT,) if len(task.fields) == 1 else task.fields
 
 
 def output_names(task: TaskSpec) -> tuple[str, ...]:
     """The output tensors that a task gives; the first one if none is asked for by name."""
+    if task.image is not None:
+        return (LABEL_OUTPUT, PROBABILITIES_OUTPUT, LABELS_OUTPUT)
     return (TEXT_OUTPUT, LABEL_OUTPUT, PROBABILITIES_OUTPUT, LABELS_OUTPUT) if task.labels else (TEXT_OUTPUT,)
 
 
@@ -38,12 +50,8 @@ def read_texts(
     request: pb.ModelInferRequest, names: Sequence[str], outputs: Sequence[str] = (TEXT_OUTPUT,)
 ) -> dict[str, list[str]]:
     """The texts of every input tensor, all of one shape. `outputs` may be asked for. Raises TensorError."""
-    violations = list(_name_violations(request, names, outputs))
-    raw = request.raw_input_contents
-    if raw and len(raw) != len(request.inputs):
-        violations.append(Violation("raw_input_contents", f"found {len(raw)}; allowed: one for each of the inputs"))
-    if violations:
-        raise TensorError(violations)
+    raw = _check_tensors(request, names, outputs)
+    violations: list[Violation] = []
     texts: dict[str, list[str]] = {}
     for index, tensor in enumerate(request.inputs):
         try:
@@ -55,6 +63,38 @@ def read_texts(
     if violations:
         raise TensorError(violations)
     return texts
+
+
+def read_images(request: pb.ModelInferRequest, outputs: Sequence[str]) -> list[native.Image]:
+    """The images of the input tensor. `outputs` may be asked for. Raises TensorError."""
+    raw = _check_tensors(request, (IMAGE_INPUT,), outputs)
+    tensor = request.inputs[0]
+    try:
+        if tensor.datatype == "FP32":
+            return _prepared(tensor, raw[0] if raw else None)
+        return [native.Image(encoded=each) for each in _elements(tensor, raw[0] if raw else None, "BYTES or FP32")]
+    except ValueError as error:
+        raise TensorError([Violation("inputs[0]", str(error))]) from None
+
+
+def _prepared(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> list[native.Image]:
+    shape = list(tensor.shape)
+    if len(shape) != 4 or not 1 <= shape[0] <= MAX_BATCH or any(not 1 <= side <= _MAX_SIDE for side in shape[1:]):
+        raise ValueError(f"shape: found {shape[:5]}; allowed: [n, 3, size, size], n from 1 to {MAX_BATCH}")
+    if raw is not None and tensor.contents.ByteSize():
+        raise ValueError(_TWICE)
+    values = (
+        raw
+        if raw is not None
+        else struct.pack(f"<{len(tensor.contents.fp32_contents)}f", *tensor.contents.fp32_contents)
+    )
+    size = 4 * math.prod(shape[1:])
+    if len(values) != shape[0] * size:
+        raise ValueError(f"found {len(values) / 4:g} elements in a tensor of shape {shape}")
+    return [
+        native.Image(tensor=native.ImageTensor(shape=shape[1:], data=values[at : at + size]))
+        for at in range(0, len(values), size)
+    ]
 
 
 def write_texts(
@@ -79,6 +119,17 @@ def write_numbers(response: pb.ModelInferResponse, name: str, rows: Sequence[Seq
         tensor.contents.fp32_contents.extend(numbers)
 
 
+def _check_tensors(request: pb.ModelInferRequest, names: Sequence[str], outputs: Sequence[str]) -> Sequence[bytes]:
+    """The raw contents of the input tensors, if there are any. Raises TensorError for wrong names."""
+    violations = list(_name_violations(request, names, outputs))
+    raw: Sequence[bytes] = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        violations.append(Violation("raw_input_contents", f"found {len(raw)}; allowed: one for each of the inputs"))
+    if violations:
+        raise TensorError(violations)
+    return raw
+
+
 def _name_violations(
     request: pb.ModelInferRequest, names: Sequence[str], outputs: Sequence[str]
 ) -> Iterator[Violation]:
@@ -96,20 +147,25 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def _texts(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> list[str]:
+    try:
+        return [element.decode() for element in _elements(tensor, raw, "BYTES")]
+    except UnicodeDecodeError:
+        raise ValueError("found bytes that are no UTF-8; allowed: texts") from None
+
+
+def _elements(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None, allowed: str) -> list[bytes]:
+    """The elements of a tensor of bytes."""
     if tensor.datatype != "BYTES":
-        raise ValueError(f"datatype: found {tensor.datatype[:16]!r}; allowed: BYTES")
+        raise ValueError(f"datatype: found {tensor.datatype[:16]!r}; allowed: {allowed}")
     shape = list(tensor.shape)
     if len(shape) not in (1, 2) or not 1 <= shape[0] <= MAX_BATCH or shape[1:] not in ([], [1]):
         raise ValueError(f"shape: found {shape[:4]}; allowed: [n] or [n, 1], n from 1 to {MAX_BATCH}")
     if raw is not None and tensor.contents.ByteSize():
-        raise ValueError("contents: found some beside raw_input_contents; allowed: one of the two")
+        raise ValueError(_TWICE)
     elements = list(tensor.contents.bytes_contents) if raw is None else _split(raw)
     if len(elements) != shape[0]:
         raise ValueError(f"found {len(elements)} elements in a tensor of shape {shape}")
-    try:
-        return [element.decode() for element in elements]
-    except UnicodeDecodeError:
-        raise ValueError("found bytes that are no UTF-8; allowed: texts") from None
+    return elements
 
 
 def _split(raw: bytes) -> list[bytes]:

@@ -28,6 +28,7 @@ from tests.factories import (
     replace_tensors,
     split_tensors,
     write_random,
+    write_random_images,
 )
 from tests.mtlora.checkpoint.damage import (
     NAMED,
@@ -334,15 +335,15 @@ def test_refuses_a_missing_folder(tmp_path: Path, make: Callable[[Path], None]) 
 
 
 @cache
-def good_files() -> dict[str, bytes]:
+def good_files(write: Callable[[Path], object]) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as temporary:
-        write_random(Path(temporary))
+        write(Path(temporary))
         return {path.name: path.read_bytes() for path in Path(temporary).iterdir()}
 
 
-def good_copy(temporary: str) -> Path:
-    """A good checkpoint, written without waiting for the disk."""
-    for name, content in good_files().items():
+def good_copy(temporary: str, data: st.DataObject) -> Path:
+    """A good checkpoint of text or of images, written without waiting for the disk."""
+    for name, content in good_files(data.draw(st.sampled_from([write_random, write_random_images]))).items():
         (Path(temporary) / name).write_bytes(content)
     return Path(temporary)
 
@@ -351,7 +352,7 @@ def good_copy(temporary: str) -> Path:
 @settings(max_examples=200, deadline=None)
 def test_any_damage_is_a_checkpoint_error_or_no_damage(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        folder = good_copy(temporary)
+        folder = good_copy(temporary, data)
         original = read_checkpoint(folder)
         path = folder / data.draw(st.sampled_from([MANIFEST_FILE, TENSORS_FILE]))
         content = bytearray(path.read_bytes())
@@ -379,7 +380,7 @@ def test_any_damage_is_a_checkpoint_error_or_no_damage(data: st.DataObject) -> N
 @settings(max_examples=100, deadline=None)
 def test_any_json_in_any_field_is_read_or_refused(value: Any, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        folder = good_copy(temporary)
+        folder = good_copy(temporary, data)
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
         node: Any = manifest
         while isinstance(node, dict | list) and node:

@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
+from benchmarks.harness.adapters import random_tensors as drawn_tensors
 from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, CheckpointError, TaskEntry
 from mtlora.checkpoint.read import read_checkpoint, read_manifest
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
+from mtlora.vision.image_input import ImageInput
 from tests.factories import (
     CONFIG,
     IDENTITY,
@@ -27,6 +29,25 @@ from tests.factories import (
     write_random,
 )
 from tests.mtlora.checkpoint.damage import NAMED
+
+
+@st.composite
+def image_fields(draw: st.DrawFn) -> dict[str, Any]:
+    """The fields of a task of images."""
+    number = st.floats(-10, 10)
+    return {
+        "allowed_answers": tuple(
+            draw(st.lists(st.text("abcé", min_size=1, max_size=5), min_size=2, max_size=5, unique=True))
+        ),
+        "image": ImageInput(
+            size=draw(st.integers(8, 1024)),
+            resize=draw(st.sampled_from(["crop", "squash", "pad"])),
+            pooling=draw(st.sampled_from(["cls", "mean", "cls_mean"])),
+            mean=draw(st.none() | st.tuples(number, number, number)),
+            std=draw(st.none() | st.just((0.1, 1.0, 2.5))),
+            augment=tuple(draw(st.lists(st.sampled_from(["flip", "rotate", "crop", "colour"]), max_size=4))),
+        ),
+    }
 
 
 @st.composite
@@ -51,15 +72,22 @@ def checkpoints(draw: st.DrawFn) -> dict[str, Any]:
         st.lists(st.from_regex(r"[a-z0-9][a-z0-9_.\-]{0,20}", fullmatch=True), min_size=1, max_size=4, unique=True)
     )
     rows = draw(st.permutations(range(len(ids))))
+    images = activation == "all" and draw(st.booleans())
+
+    def of_text() -> dict[str, Any]:
+        return {
+            "template": draw(text).replace("{", "{{").replace("}", "}}") + "{input}",
+            "document_template": "{document}\n" if activation == "task" or draw(st.booleans()) else None,
+            "stop": tuple(draw(st.lists(text, max_size=2))),
+            "max_new_tokens": draw(st.integers(1, 4096)),
+        }
+
     tasks = tuple(
         TaskEntry(
             id=task_id,
             description=draw(text),
-            template=draw(text).replace("{", "{{").replace("}", "}}") + "{input}",
-            document_template="{document}\n" if activation == "task" or draw(st.booleans()) else None,
-            stop=tuple(draw(st.lists(text, max_size=2))),
-            max_new_tokens=draw(st.integers(1, 4096)),
             bias_index=row if config.task_bias else None,
+            **(draw(image_fields()) if images else of_text()),
         )
         for task_id, row in zip(ids, rows, strict=True)
     )
@@ -73,7 +101,10 @@ def checkpoints(draw: st.DrawFn) -> dict[str, Any]:
         "backbone": identity,
         "config": config,
         "tasks": tasks,
-        "tensors": random_tensors(config, identity, len(ids), dtype=dtype, seed=draw(st.integers(0, 99))),
+        "tensors": {
+            name: tensor.to(dtype)
+            for name, tensor in drawn_tensors(identity, config, tasks, seed=draw(st.integers(0, 99))).items()
+        },
         "training": draw(st.dictionaries(text, json_values, max_size=2)),
         "evaluation": draw(st.dictionaries(text, json_values, max_size=2)),
     }

@@ -71,7 +71,7 @@ def kept_for_backward(trainer: Trainer) -> int:
         return tensor
 
     trainer.adapted.adapters.train()
-    batch = collate(trainer.examples.train)
+    batch = collate(trainer.work.examples.train)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         trainer.adapted.model.model(input_ids=batch.tokens_BL, use_cache=False)
     return sum(sizes)

@@ -133,7 +133,7 @@ SMALL = TrainingConfig(
 def test_a_run_trains_resumes_and_leaves_an_activated_checkpoint(tiny_backbone: Path, tmp_path: Path) -> None:
     whole = Trainer(SMALL, tiny_backbone, tmp_path / "whole")
     assert len(whole.batches) == 6
-    assert all(len(by_document([whole.examples.train[i] for i in batch])) == 2 for batch in whole.batches)
+    assert all(len(by_document([whole.work.examples.train[i] for i in batch])) == 2 for batch in whole.batches)
     manifest = whole.fit()
     assert isinstance(manifest, AdapterManifest)
     assert (manifest.format_version, manifest.config.activation) == (2, "task")
@@ -150,11 +150,11 @@ def test_a_run_trains_resumes_and_leaves_an_activated_checkpoint(tiny_backbone: 
 
 def test_ranks_share_whole_documents(tiny_backbone: Path, tmp_path: Path) -> None:
     trainer = Trainer(SMALL, tiny_backbone, tmp_path / "run")
-    whole = [trainer.examples.train[i] for i in trainer.batches[0]]
+    whole = [trainer.work.examples.train[i] for i in trainer.batches[0]]
     shares = []
     for rank in range(3):
         trainer.ranks.rank, trainer.ranks.world = rank, 3
-        shares.append(trainer._share(whole))
+        shares.append(trainer.work.share(whole, trainer.ranks))
     assert [counts for _, counts in shares] == [True, True, False]
     assert sorted(map(id, [*shares[0][0], *shares[1][0]])) == sorted(map(id, whole))
     assert not {e.document for e in shares[0][0]} & {e.document for e in shares[1][0]}

@@ -352,5 +352,5 @@ def test_longer_examples_are_counted_or_refused(tiny_backbone: Path, tmp_path: P
     with pytest.raises(SuiteError, match="expected at most 40"):
         Trainer(short, tiny_backbone, tmp_path / "error")
     trainer = Trainer(short.model_copy(update={"longer_examples": "skip"}), tiny_backbone, tmp_path / "skip")
-    assert 0 < sum(trainer.examples.skipped.values()) == 120 - len(trainer.examples.train)
-    assert max(map(len, trainer.examples.train)) <= 40
+    assert 0 < sum(trainer.work.examples.skipped.values()) == 120 - len(trainer.work.examples.train)
+    assert max(map(len, trainer.work.examples.train)) <= 40

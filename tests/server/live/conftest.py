@@ -1,5 +1,6 @@
 """One server for the tests of this folder. They run in one process, one after another."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,8 +10,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from mtlora.backbone import identify
 from mtlora.client import Client, ServerError
+from mtlora.vision.image_input import ImageInput
 from server.cli.process import ServerProcess
+from tests.mtlora.vision.models import write_model
+from tests.server.adapters import entry, write_adapter
 from tests.server.helpers import free_port
 
 
@@ -27,11 +32,42 @@ def starting() -> StartingObservations:
     return StartingObservations()
 
 
+# Tasks of images of two sizes, poolings and ways to a square.
+SIGHTS = [
+    entry("sight", allowed_answers=("near", "far", "between"), image=ImageInput(size=56)),
+    entry("view", allowed_answers=("up", "down"), image=ImageInput(size=28, pooling="cls", resize="crop")),
+    entry("look", allowed_answers=("in", "out"), image=ImageInput(size=42, pooling="mean", resize="pad")),
+]
+
+
 @pytest.fixture(scope="package")
-def server(adapters: Path, starting: StartingObservations) -> Iterator[ServerProcess]:
+def vision_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random one."""
+    return write_model(tmp_path_factory.mktemp("vision") / "backbone", "dinov2")
+
+
+@pytest.fixture(scope="package")
+def adapters(adapters: Path, vision_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapters of texts, and one of images, eyes."""
+    folder = tmp_path_factory.mktemp("sighted") / "adapters"
+    shutil.copytree(adapters, folder)
+    write_adapter(folder / "eyes" / "1", SIGHTS, backbone=identify(vision_backbone))
+    return folder
+
+
+@pytest.fixture(scope="package")
+def server(adapters: Path, vision_backbone: Path, starting: StartingObservations) -> Iterator[ServerProcess]:
     port, health_port = free_port(), free_port()
     with ServerProcess(
-        adapters=adapters, port=port, health_port=health_port, max_message_bytes=65536, wait=False
+        adapters=adapters,
+        vision_backbone=vision_backbone,
+        vision_dtype="float32",
+        port=port,
+        health_port=health_port,
+        max_message_bytes=65536,
+        wait=False,
+        # Two engines on a machine of any speed.
+        timeout=600,
     ) as process:
         _observe(f"127.0.0.1:{port}", f"127.0.0.1:{health_port}", process, starting)
         process.wait_ready()

@@ -103,16 +103,68 @@ class ScoreRequest(_message.Message):
     def __init__(self, task_id: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[ScoreInput, _Mapping]]] = ..., uncalibrated: _Optional[bool] = ...) -> None: ...
 
 class ScoreInput(_message.Message):
-    __slots__ = ("text", "chat", "fields", "routing_key")
+    __slots__ = ("text", "chat", "fields", "image", "routing_key")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     FIELDS_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
     ROUTING_KEY_FIELD_NUMBER: _ClassVar[int]
     text: str
     chat: Chat
     fields: TemplateFields
+    image: Image
     routing_key: str
-    def __init__(self, text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., fields: _Optional[_Union[TemplateFields, _Mapping]] = ..., routing_key: _Optional[str] = ...) -> None: ...
+    def __init__(self, text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., fields: _Optional[_Union[TemplateFields, _Mapping]] = ..., image: _Optional[_Union[Image, _Mapping]] = ..., routing_key: _Optional[str] = ...) -> None: ...
+
+class ClassifyRequest(_message.Message):
+    __slots__ = ("task_ids", "images", "uncalibrated", "routing_key")
+    TASK_IDS_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    UNCALIBRATED_FIELD_NUMBER: _ClassVar[int]
+    ROUTING_KEY_FIELD_NUMBER: _ClassVar[int]
+    task_ids: _containers.RepeatedScalarFieldContainer[str]
+    images: _containers.RepeatedCompositeFieldContainer[Image]
+    uncalibrated: bool
+    routing_key: str
+    def __init__(self, task_ids: _Optional[_Iterable[str]] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., uncalibrated: _Optional[bool] = ..., routing_key: _Optional[str] = ...) -> None: ...
+
+class Image(_message.Message):
+    __slots__ = ("encoded", "tensor")
+    ENCODED_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    encoded: bytes
+    tensor: ImageTensor
+    def __init__(self, encoded: _Optional[bytes] = ..., tensor: _Optional[_Union[ImageTensor, _Mapping]] = ...) -> None: ...
+
+class ImageTensor(_message.Message):
+    __slots__ = ("shape", "data")
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    data: bytes
+    def __init__(self, shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class ClassifyResponse(_message.Message):
+    __slots__ = ("results",)
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedCompositeFieldContainer[Classification]
+    def __init__(self, results: _Optional[_Iterable[_Union[Classification, _Mapping]]] = ...) -> None: ...
+
+class Classification(_message.Message):
+    __slots__ = ("image", "task_id", "status", "label", "probabilities", "summary")
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    PROBABILITIES_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    image: int
+    task_id: str
+    status: _status_pb2.Status
+    label: str
+    probabilities: _containers.RepeatedCompositeFieldContainer[LabelProbability]
+    summary: Summary
+    def __init__(self, image: _Optional[int] = ..., task_id: _Optional[str] = ..., status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., label: _Optional[str] = ..., probabilities: _Optional[_Iterable[_Union[LabelProbability, _Mapping]]] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
     __slots__ = ("scores",)
@@ -453,7 +505,7 @@ class GetTaskResponse(_message.Message):
     def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("id", "description", "template", "fields", "stop", "max_new_tokens", "allowed_answers", "adapter_name", "adapter_version", "answer_marker", "answer", "calibration", "document_template", "activation", "defaults")
+    __slots__ = ("id", "description", "template", "fields", "stop", "max_new_tokens", "allowed_answers", "adapter_name", "adapter_version", "answer_marker", "answer", "calibration", "document_template", "activation", "image", "defaults")
     ID_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     TEMPLATE_FIELD_NUMBER: _ClassVar[int]
@@ -468,6 +520,7 @@ class Task(_message.Message):
     CALIBRATION_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     ACTIVATION_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
     DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     id: str
     description: str
@@ -483,5 +536,18 @@ class Task(_message.Message):
     calibration: float
     document_template: str
     activation: str
+    image: ImagePreparation
     defaults: GenerationParameters
-    def __init__(self, id: _Optional[str] = ..., description: _Optional[str] = ..., template: _Optional[str] = ..., fields: _Optional[_Iterable[str]] = ..., stop: _Optional[_Iterable[str]] = ..., max_new_tokens: _Optional[int] = ..., allowed_answers: _Optional[_Iterable[str]] = ..., adapter_name: _Optional[str] = ..., adapter_version: _Optional[str] = ..., answer_marker: _Optional[str] = ..., answer: _Optional[_Union[AnswerType, _Mapping]] = ..., calibration: _Optional[float] = ..., document_template: _Optional[str] = ..., activation: _Optional[str] = ..., defaults: _Optional[_Union[GenerationParameters, _Mapping]] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., description: _Optional[str] = ..., template: _Optional[str] = ..., fields: _Optional[_Iterable[str]] = ..., stop: _Optional[_Iterable[str]] = ..., max_new_tokens: _Optional[int] = ..., allowed_answers: _Optional[_Iterable[str]] = ..., adapter_name: _Optional[str] = ..., adapter_version: _Optional[str] = ..., answer_marker: _Optional[str] = ..., answer: _Optional[_Union[AnswerType, _Mapping]] = ..., calibration: _Optional[float] = ..., document_template: _Optional[str] = ..., activation: _Optional[str] = ..., image: _Optional[_Union[ImagePreparation, _Mapping]] = ..., defaults: _Optional[_Union[GenerationParameters, _Mapping]] = ...) -> None: ...
+
+class ImagePreparation(_message.Message):
+    __slots__ = ("size", "resize", "mean", "std")
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    RESIZE_FIELD_NUMBER: _ClassVar[int]
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    STD_FIELD_NUMBER: _ClassVar[int]
+    size: int
+    resize: str
+    mean: _containers.RepeatedScalarFieldContainer[float]
+    std: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, size: _Optional[int] = ..., resize: _Optional[str] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ...) -> None: ...

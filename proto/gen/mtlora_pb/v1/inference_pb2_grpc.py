@@ -64,6 +64,11 @@ class InferenceStub:
                 request_serializer=mtlora__pb_dot_v1_dot_inference__pb2.AnalyzeRequest.SerializeToString,
                 response_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.AnalyzeStreamResponse.FromString,
                 _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/mtlora.v1.Inference/Classify',
+                request_serializer=mtlora__pb_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
+                _registered_method=True)
         self.Score = channel.unary_unary(
                 '/mtlora.v1.Inference/Score',
                 request_serializer=mtlora__pb_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
@@ -129,6 +134,14 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Classify(self, request, context):
+        """Labels of many images, by one task of images or several, with the probabilities of all labels. Quotas charge the
+        call whole, or refuse it whole; an image that fails harms no other.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Score(self, request, context):
         """Probabilities of all labels of a label task, for many inputs, without generating the answer.
         """
@@ -181,6 +194,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.AnalyzeStream,
                     request_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.AnalyzeRequest.FromString,
                     response_serializer=mtlora__pb_dot_v1_dot_inference__pb2.AnalyzeStreamResponse.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=mtlora__pb_dot_v1_dot_inference__pb2.ClassifyRequest.FromString,
+                    response_serializer=mtlora__pb_dot_v1_dot_inference__pb2.ClassifyResponse.SerializeToString,
             ),
             'Score': grpc.unary_unary_rpc_method_handler(
                     servicer.Score,
@@ -360,6 +378,33 @@ class Inference:
             '/mtlora.v1.Inference/AnalyzeStream',
             mtlora__pb_dot_v1_dot_inference__pb2.AnalyzeRequest.SerializeToString,
             mtlora__pb_dot_v1_dot_inference__pb2.AnalyzeStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mtlora.v1.Inference/Classify',
+            mtlora__pb_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
+            mtlora__pb_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,1 @@
+"""Configurations of balancers in front of several servers."""

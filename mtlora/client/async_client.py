@@ -1,0 +1,130 @@
+"""The client for asyncio."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, Self
+
+import grpc
+from mtlora_pb.v1 import adapters_pb2
+
+from mtlora.client.access import OPEN, Access
+from mtlora.client.calls import OPTIONS, RETRY, UPLOAD_TIMEOUT_S, Calls, same, streams
+from mtlora.client.errors import ServerError, server_errors
+from mtlora.client.method import Steps, T
+from mtlora.client.placed import Placed
+from mtlora.client.placement import Placement
+from mtlora.client.retry import Attempts, Retry
+from mtlora.client.upload import Upload
+
+
+class AsyncClient(Calls):
+    """`Client` for asyncio, without health checks; an asynchronous context manager.
+
+    placement: chooses the server of each Inference call; None: all in turn.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        access: Access = OPEN,
+        retry: Retry | None = RETRY,
+        placement: Placement | None = None,
+    ) -> None:
+        super().__init__(grpc.aio, address, access, retry)
+        self._placed = Placed(address, access, OPTIONS, placement) if placement else None
+        if self._placed:
+            self._stub = self._placed
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        if self._placed:
+            await self._placed.close()
+        await self._channel.close()
+
+    async def watch_adapters(self, adapter: str = "") -> AsyncGenerator[adapters_pb2.AdapterEvent, None]:
+        """As `Client.watch_adapters`: await this, then iterate over its result."""
+        call = self._watch(adapter)
+        with server_errors():
+            await call.wait_for_connection()
+        return _read(call)
+
+    async def upload_adapter(self, folder: Path, adapter: str, *, timeout: float = UPLOAD_TIMEOUT_S) -> str:
+        """As `Client.upload_adapter`."""
+        upload, attempts = await asyncio.to_thread(Upload, folder, adapter), Attempts(self._retry, timeout)
+        version = ""
+        while True:
+            known: asyncio.Queue[adapters_pb2.UploadAdapterResponse] = asyncio.Queue()
+
+            async def requests(known: Any = known) -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
+                yield upload.begin()
+                for request in upload.chunks(await known.get()):
+                    yield request
+
+            call = self._adapters.Upload(requests(), timeout=attempts.left_s, metadata=self._metadata)
+            try:
+                # To the end: the server writes the call down before its status.
+                async for reply in _read(call):
+                    if reply.version:
+                        version = reply.version
+                    else:
+                        upload.note(reply, attempts)
+                        known.put_nowait(reply)
+                return version
+            except ServerError as error:
+                await asyncio.sleep(attempts.after(error))
+
+    async def _run(self, steps: Steps[T]) -> T:
+        reply: Any = None
+        while True:
+            try:
+                rpc, request, timeout = steps.send(reply)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            if streams(rpc):
+                messages = self._messages(rpc, request, timeout, same)
+                reply = await anext(messages), messages
+            else:
+                reply = await self._reply(rpc, request, timeout)
+
+    async def _reply(self, rpc: Any, request: Any, timeout: float | None) -> Any:
+        attempts = Attempts(self._retry, timeout)
+        while True:
+            try:
+                with server_errors():
+                    return await rpc(request, timeout=attempts.left_s, metadata=self._metadata)
+            except ServerError as error:
+                await asyncio.sleep(attempts.after(error))
+
+    async def _messages(
+        self, rpc: Any, request: Any, timeout: float | None, convert: Callable[[Any], T]
+    ) -> AsyncGenerator[T, None]:
+        attempts, begun = Attempts(self._retry, timeout), False
+        while True:
+            call = rpc(request, timeout=attempts.left_s, metadata=self._metadata)
+            try:
+                async with aclosing(_read(call)) as messages:
+                    async for message in messages:
+                        begun = True
+                        yield convert(message)
+                return
+            except ServerError as error:
+                if begun:
+                    raise
+                await asyncio.sleep(attempts.after(error))
+
+
+async def _read(call: Any) -> AsyncGenerator[Any, None]:
+    try:
+        with server_errors():
+            async for message in call:
+                yield message
+    finally:
+        call.cancel()

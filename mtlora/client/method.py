@@ -1,0 +1,70 @@
+"""Methods of both clients, written once: a call and what becomes of its reply. A client adds how to wait for it."""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
+
+if TYPE_CHECKING:
+    from mtlora.client.async_client import AsyncClient
+    from mtlora.client.client import Client
+
+P = ParamSpec("P")
+T = TypeVar("T")
+# Yields (rpc, request, timeout in seconds), gets the reply, returns the method's result. An RPC that streams replies
+# with (the first message, an iterator of the others).
+Steps = Generator[tuple[Any, Any, float | None], Any, T]
+# (rpc, request, timeout in seconds, what a message becomes)
+Stream = tuple[Any, Any, float | None, Callable[[Any], T]]
+
+
+class Method(Generic[P, T]):
+    """A method of both clients, written once: of Client it returns its result, of AsyncClient what to await."""
+
+    def __init__(self, steps: Callable[Concatenate[Any, P], Steps[T]]) -> None:
+        self._steps = steps
+        self.__doc__ = steps.__doc__
+        self.__wrapped__ = steps
+
+    @overload
+    def __get__(self, client: "Client", owner: Any = None) -> Callable[P, T]: ...
+
+    @overload
+    def __get__(self, client: "AsyncClient", owner: Any = None) -> Callable[P, Awaitable[T]]: ...
+
+    @overload
+    def __get__(self, client: None, owner: Any = None) -> Self: ...
+
+    def __get__(self, client: Any, owner: Any = None) -> Any:
+        if client is None:
+            return self
+
+        def method(*arguments: P.args, **named: P.kwargs) -> Any:
+            return client._run(self._steps(client, *arguments, **named))
+
+        return method
+
+
+class Streaming(Generic[P, T]):
+    """As `Method`, for a method that gives an iterator. Closing the iterator cancels the call."""
+
+    def __init__(self, describe: Callable[Concatenate[Any, P], Stream[T]]) -> None:
+        self._describe = describe
+        self.__doc__ = describe.__doc__
+        self.__wrapped__ = describe
+
+    @overload
+    def __get__(self, client: "Client", owner: Any = None) -> Callable[P, Generator[T, None, None]]: ...
+
+    @overload
+    def __get__(self, client: "AsyncClient", owner: Any = None) -> Callable[P, AsyncGenerator[T, None]]: ...
+
+    @overload
+    def __get__(self, client: None, owner: Any = None) -> Self: ...
+
+    def __get__(self, client: Any, owner: Any = None) -> Any:
+        if client is None:
+            return self
+
+        def method(*arguments: P.args, **named: P.kwargs) -> Any:
+            return client._messages(*self._describe(client, *arguments, **named))
+
+        return method

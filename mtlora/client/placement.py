@@ -1,0 +1,119 @@
+"""Which server a call goes to: the one that holds its adapter, by rendezvous hashing with bounded load.
+
+Each adapter has an order of its own of all servers (Thaler and Ravishankar, 1998). A call goes to the first one whose
+calls in flight are not far above the mean (Mirrokni, Thorup and Zadimoghaddam, 2018). So an adapter's calls meet on few
+servers, a popular adapter spreads, and a server more or less moves few adapters.
+"""
+
+import functools
+import hashlib
+import math
+import socket
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mtlora_pb.v1 import inference_pb2 as pb
+
+# Orders of servers remembered.
+_REMEMBERED = 65_536
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Calls about an adapter go to the servers that hold it, instead of to all in turn.
+
+    slack: how far above the mean a server's calls may be. floor: calls in flight at which no server counts as busy.
+    refresh_s: seconds after which a name is resolved again. learn_s: seconds between two looks for an unknown task.
+    """
+
+    slack: float = 1.25
+    floor: int = 8
+    refresh_s: float = 30.0
+    learn_s: float = 10.0
+
+
+class Rendezvous:
+    """Chooses among servers, which are named by anything that stays the same."""
+
+    def __init__(self, servers: Sequence[str], *, slack: float = 1.25, floor: int = 1) -> None:
+        self._servers, self._slack, self._floor = servers, slack, floor
+        self.order = functools.lru_cache(_REMEMBERED)(self._order)
+
+    def choose(self, key: str, in_flight: Sequence[int], usable: Collection[int] | None = None) -> int:
+        """The index of the server for a key, given each one's calls in flight. usable: indices; None means all."""
+        usable = usable or range(len(self._servers))
+        calls = sum(in_flight[index] for index in usable)
+        bound = max(self._floor, self._slack * (calls + 1) / len(usable))
+        for index in self.order(key):
+            if index in usable and in_flight[index] + 1 <= bound:
+                return index
+        return min(usable, key=in_flight.__getitem__)
+
+    def _order(self, key: str) -> tuple[int, ...]:
+        """All servers, a key's favourite first."""
+        scores = [hashlib.blake2b(f"{server}\0{key}".encode(), digest_size=8).digest() for server in self._servers]
+        return tuple(sorted(range(len(scores)), key=scores.__getitem__))
+
+
+def resolve(address: str) -> tuple[str, ...]:
+    """The servers behind a gRPC target, HOST:PORT each: ipv4:A:1,B:2, ipv6:[A]:1, dns:///NAME:PORT or NAME:PORT.
+
+    Raises OSError for a name that cannot be resolved.
+    """
+    scheme, _, rest = address.partition(":")
+    if scheme in ("ipv4", "ipv6"):
+        return tuple(sorted(rest.split(",")))
+    name, _, port = address.removeprefix("dns:").rpartition("/")[2].rpartition(":")
+    found = {info[4][0] for info in socket.getaddrinfo(name.strip("[]"), port, type=socket.SOCK_STREAM)}
+    return tuple(sorted(f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}" for host in found))
+
+
+class Keys:
+    """The key by which each request is placed: its task's adapter, or its document."""
+
+    def __init__(self, learn_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._learn_s, self._clock = learn_s, clock
+        self._adapters: dict[str, str] = {}
+        # The key that a document's text gave, by the id that its server gave.
+        self._documents: dict[str, str] = {}
+        self._learnt_at = -math.inf
+
+    def unknown(self, request: Any) -> bool:
+        """Whether to ask for the tasks first. The next look is not before `learn_s`."""
+        task = _task(request)
+        if not task or task in self._adapters or self._clock() < self._learnt_at + self._learn_s:
+            return False
+        self._learnt_at = self._clock()
+        return True
+
+    def learn(self, adapters: Mapping[str, str]) -> None:
+        """Note tasks' adapters."""
+        self._adapters |= adapters
+
+    def key(self, request: Any) -> str:
+        """A document's calls meet where its tokens are cached; all others where their first task's adapter is."""
+        if isinstance(request, pb.AnalyzeRequest):
+            if name := request.document_id:
+                return self._documents.get(name, name)
+            return hashlib.blake2b(request.document.encode(), digest_size=16).hexdigest()
+        task = _task(request)
+        return self._adapters.get(task, task)
+
+    def note(self, request: Any, key: str, reply: Any) -> None:
+        """Learn from an answer: which adapter gave it, or what a document is called."""
+        if isinstance(request, pb.AnalyzeRequest):
+            if reply.document_id not in self._documents:
+                self._documents[reply.document_id] = key
+                while len(self._documents) > _REMEMBERED:
+                    del self._documents[next(iter(self._documents))]
+        elif isinstance(request, pb.GenerateRequest) and (name := reply.summary.adapter_name):
+            self._adapters[request.task_id] = name
+
+
+def _task(request: Any) -> str:
+    """The task of a request, or of the first of a batch; empty if it has none."""
+    if isinstance(request, pb.GenerateBatchRequest):
+        return _task(request.items[0]) if request.items else ""
+    return getattr(request, "task_id", "")

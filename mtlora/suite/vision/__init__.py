@@ -1,0 +1,1 @@
+"""Suites of images: generated ones with exact labels, and folders of files."""

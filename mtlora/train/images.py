@@ -1,0 +1,321 @@
+"""Training on images: an encoder's features, and heads that start from a linear probe.
+
+Shape suffixes: B images, C channels, S side of an image, F size of a feature, K classes of all tasks, N examples.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
+
+from mtlora.adapter import AdapterSet, Attachment
+from mtlora.checkpoint.format import head_names
+from mtlora.checkpoint.read import read_checkpoint
+from mtlora.checkpoint.write import write_checkpoint
+from mtlora.evaluation.evaluate import Answerer, score
+from mtlora.evaluation.images import features, pixels, same_input
+from mtlora.methods.checkpoint import BaselineManifest, write_baseline
+from mtlora.model import adapter_tensors
+from mtlora.suite.base import Example, Split, Suite, SuiteError, up_to
+from mtlora.suite.mix import count_for
+from mtlora.task import TaskSpec
+from mtlora.train.augment import augmented
+from mtlora.train.config import TrainingConfig, TrainingError
+from mtlora.train.modality import Part
+from mtlora.train.parallel import Ranks
+from mtlora.train.result import task_table
+from mtlora.train.start import load_paths
+from mtlora.vision.encoder import pool
+from mtlora.vision.heads import Heads
+from mtlora.vision.image_input import num_features
+from mtlora.vision.images import decode, prepare
+from mtlora.vision.model import new_adapted_encoder
+
+
+class _Trained(nn.Module):
+    """Adapters and heads; their names are those of the state."""
+
+    def __init__(self, adapters: Attachment, heads: Heads) -> None:
+        super().__init__()
+        self.adapters = adapters
+        self.heads = heads
+
+
+class Images:
+    """See `Modality`."""
+
+    def __init__(self, config: TrainingConfig, suite: Suite, tasks: Sequence[TaskSpec], backbone: Path) -> None:
+        if text := [task.id for task in tasks if task.image is None]:
+            raise TrainingError(f"tasks: found images and text; allowed: one of them; of text is {text[0]}")
+        self.config = config
+        self.tasks = tasks
+        self.suite = suite
+        self.input = same_input(tasks)
+        self.adapted = new_adapted_encoder(backbone, config.method, len(tasks), config.torch_dtype)
+        self.positions = self.adapted.encoder.config.num_positions(self.input.size)
+        classes = _classes(tasks, config.heads)
+        F = num_features(self.input.pooling, self.adapted.backbone.hidden_size)
+        self.heads = Heads(classes, F, told=config.heads != "all classes")
+        self.trained = _Trained(self.adapted.adapters, self.heads)
+        self._row = {task.id: row for row, task in enumerate(tasks)}
+        self.train, self.validation = self.of("train"), self.of("validation")
+        if not self.train:
+            raise SuiteError(f"suite {suite.name}: no training examples; examples_per_task asks for none")
+        self._start: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        if config.init_from is not None:
+            self._warm_start(Path(config.init_from))
+        layers = self.adapted.encoder.config.num_layers
+        if config.frozen_layers >= layers:
+            raise TrainingError(f"frozen_layers: found {config.frozen_layers}; allowed: fewer than the {layers} layers")
+        if config.frozen_layers and config.baseline is not None:
+            raise TrainingError("frozen_layers is for the adapter: it cannot be combined with a baseline")
+        if isinstance(self.adapters, AdapterSet):
+            for paths in self.adapters.layers[: config.frozen_layers]:
+                paths.requires_grad_(False)
+        # Of training examples that are never changed: the states before the first layer that trains.
+        self._entered: dict[int, torch.Tensor] = {}
+        learns = any(parameter.requires_grad for parameter in self.adapters.parameters())
+        self.batches = self._schedule() if learns else []
+
+    @property
+    def adapters(self) -> Attachment:
+        """See `Modality`."""
+        return self.adapted.adapters
+
+    def of(self, split: Split) -> list[Example]:
+        """The split's examples as the configuration asks for them, task by task. Raises SuiteError."""
+        config, found = self.config, []
+        for task in self.tasks:
+            count = count_for(config.examples_per_task, task.id) if split == "train" else config.validation_per_task
+            examples = up_to(self.suite, task.id, split, count, config.seed) if count != 0 else []
+            if not examples and split == "train" and count != 0:
+                raise SuiteError(f"suite {self.suite.name}: task {task.id} has no training example (none found)")
+            found += examples
+        return found
+
+    def _schedule(self) -> list[list[int]]:
+        config, size = self.config, self.config.batch_size
+        batches: list[list[int]] = []
+        for epoch in range(config.epochs):
+            order = list(range(len(self.train)))
+            random.Random(f"{config.seed}/{epoch}").shuffle(order)
+            batches += [order[start : start + size] for start in range(0, len(order), size)]
+        return batches[: config.max_steps]
+
+    def move(self, device: torch.device) -> None:
+        """See `Modality`."""
+        self.adapted.encoder.to(device)
+        self.trained.to(device)
+
+    def begin(self) -> None:
+        """Start heads from a linear probe of the backbone's features, or from the checkpoint of `init_from`."""
+        self.adapters.eval()
+        shown = self._first(self.config.probe_examples)
+        found_NF = [torch.empty(0)] * len(shown)
+        for places, features_BF in features(self.adapted, {t.id: t for t in self.tasks}, shown, None):
+            for place, feature_F in zip(places, features_BF, strict=True):
+                found_NF[place] = feature_F
+        device = self.heads.weight.device
+        self.heads.to("cpu").fit(torch.stack(found_NF), self._tasks(shown), self._targets(shown))
+        self.heads.to(device)
+        for task in self.tasks:
+            if task.id in self._start:
+                self._set_head(self._row[task.id], *self._start[task.id])
+
+    def _first(self, count: int | None) -> list[Example]:
+        """Up to `count` training examples of each task."""
+        seen: Counter[str] = Counter()
+        found = []
+        for example in self.train:
+            seen[example.task_id] += 1
+            if count is None or seen[example.task_id] <= count:
+                found.append(example)
+        return found
+
+    @torch.no_grad()
+    def _set_head(self, row: int, weight_CF: torch.Tensor, bias_C: torch.Tensor) -> None:
+        """Unfold a checkpoint's head."""
+        classes = self.heads.classes[row]
+        self.heads.weight[classes] = weight_CF.float() * self.heads.std_F
+        self.heads.bias[classes] = bias_C.float() + weight_CF.float() @ self.heads.mean_F
+
+    def _warm_start(self, folder: Path) -> None:
+        """Take a checkpoint's paths, and its heads of tasks with the same id and labels."""
+        found = read_checkpoint(folder, self.adapted.backbone)
+        load_paths(self.adapters, found, self.config.adapter, self.tasks, folder)
+        labels = {task.id: task.labels for task in found.manifest.tasks}
+        for task in self.tasks:
+            if labels.get(task.id) == task.labels:
+                self._start[task.id] = found.head(task.id)
+
+    def _tasks(self, examples: Sequence[Example]) -> torch.Tensor:
+        return torch.tensor([self._row[example.task_id] for example in examples])
+
+    def _targets(self, examples: Sequence[Example]) -> torch.Tensor:
+        """The output that is each example's label."""
+        targets = []
+        for example in examples:
+            row = self._row[example.task_id]
+            targets.append(self.heads.classes[row][(self.tasks[row].labels or ()).index(example.target)])
+        return torch.tensor(targets)
+
+    def part(self, step: int, ranks: Ranks) -> Part:
+        """See `Modality`."""
+        whole = self.batches[step]
+        share, counts = ranks.share(whole)
+        chosen = [self.train[i] for i in share]
+        entered_BTD = self._enter(share, step, ranks.device)
+        tasks_B, targets_B = self._tasks(chosen).to(ranks.device), self._targets(chosen).to(ranks.device)
+        told_B = tasks_B if self.heads.told else None
+
+        def loss() -> torch.Tensor:
+            # Of few positions, plain products have the faster backward pass.
+            with sdpa_kernel(SDPBackend.MATH):
+                features_BF = self._leave(entered_BTD, told_B)
+            return cross_entropy(self.heads(features_BF, tasks_B), targets_B)
+
+        weight = len(share) / len(whole) if counts else 0.0
+        return Part(told_B, loss, weight, weight, len(whole) * self.positions)
+
+    @torch.no_grad()
+    def _enter(self, share: Sequence[int], step: int, device: torch.device) -> torch.Tensor:
+        """States [B, T, D] before the first layer that trains, of training examples."""
+        encoder, frozen = self.adapted.encoder, self.config.frozen_layers
+        new = [i for i in share if i not in self._entered]
+        made: dict[int, torch.Tensor] = {}
+        if new:
+            x_BTD = encoder.embed(torch.stack([self._augmented(i, step) for i in new]).to(device))
+            with self.adapters.context.backbone_alone():
+                for layer in encoder.model.layers[:frozen]:
+                    x_BTD = layer(x_BTD)
+            made = dict(zip(new, x_BTD, strict=True))
+        if frozen:
+            self._entered |= {i: x for i, x in made.items() if not self._changes(i)}
+        return torch.stack([made[i] if i in made else self._entered[i] for i in share])
+
+    def _leave(self, x_BTD: torch.Tensor, told_B: torch.Tensor | None) -> torch.Tensor:
+        """Features [B, F] in float32 of states before the first layer that trains."""
+        encoder = self.adapted.encoder
+        with self.adapters.context.use(told_B):
+            for layer in encoder.model.layers[self.config.frozen_layers :]:
+                x_BTD = layer(x_BTD)
+        return pool(encoder.model.norm(x_BTD), self.input.pooling, encoder.config.num_prefix).float()
+
+    def _changes(self, index: int) -> bool:
+        """Whether training changes an example each time."""
+        image = self.tasks[self._row[self.train[index].task_id]].image
+        return image is not None and bool(image.augment)
+
+    def _augmented(self, index: int, step: int) -> torch.Tensor:
+        example = self.train[index]
+        task = self.tasks[self._row[example.task_id]]
+        assert task.image is not None
+        if not task.image.augment:
+            return pixels(self.adapted, task, example)
+        rng = random.Random(f"{self.config.seed}/{step}/{index}")
+        changed = augmented(decode(example.encoded_image(), size=task.image.size), task.image.augment, rng)
+        return torch.from_numpy(prepare(changed, task.image, self.adapted.mean, self.adapted.std))
+
+    def validate(self) -> dict[str, Any]:
+        """See `Modality`."""
+        if not self.validation:
+            return {}
+        scores = score(self.validation, self.answerer()(self.validation))
+        return {
+            "loss": round(self._loss(self.validation), 5),
+            "accuracy": round(scores.mean, 4),
+            "accuracy_by_task": {task.task_id: round(task.accuracy, 4) for task in scores.tasks},
+        }
+
+    def evaluate(self) -> dict[str, Any]:
+        """See `Modality`: `backbone_alone` is by linear heads."""
+        if not self.validation:
+            return {}
+        return {
+            "split": "validation",
+            "examples_per_task": self.config.validation_per_task,
+            "adapter": score(self.validation, self.answerer()(self.validation)).as_dict(),
+            "backbone_alone": score(self.validation, self.answerer(alone=True)(self.validation)).as_dict(),
+        }
+
+    def answerer(self, *, alone: bool = False) -> Answerer:
+        """See `Modality`. alone: by the linear probe of the backbone's features."""
+
+        def answer(examples: Sequence[Example]) -> list[str]:
+            answers = [""] * len(examples)
+            for places, logits_BK in self._logits(examples, alone=alone):
+                row = self._row[examples[places[0]].task_id]
+                names = dict(zip(self.heads.classes[row], self.tasks[row].labels or (), strict=True))
+                # Another task's class, where the task is not told, is no answer.
+                for place, output in zip(places, logits_BK.argmax(-1).tolist(), strict=True):
+                    answers[place] = names.get(output, "")
+            return answers
+
+        return answer
+
+    @torch.inference_mode()
+    def _logits(self, examples: Sequence[Example], *, alone: bool) -> Any:
+        biased = None if alone else self._row
+        for places, features_BF in features(
+            self.adapted, {t.id: t for t in self.tasks}, examples, biased, told=self.heads.told
+        ):
+            tasks_B = torch.full(
+                (len(places),), self._row[examples[places[0]].task_id], device=self.heads.weight.device
+            )
+            head = self.heads.alone if alone else self.heads
+            yield places, head(features_BF.to(self.heads.weight.device), tasks_B).cpu()
+
+    def _loss(self, examples: Sequence[Example]) -> float:
+        targets_N, total = self._targets(examples), 0.0
+        for places, logits_BK in self._logits(examples, alone=False):
+            total += cross_entropy(logits_BK, targets_N[places], reduction="sum").item()
+        return total / len(examples)
+
+    def provenance(self) -> dict[str, Any]:
+        """See `Modality`."""
+        images = dict.fromkeys(self._row, 0)
+        for batch in self.batches:
+            for i in batch:
+                images[self.train[i].task_id] += 1
+        return {"examples": len(self.train), "images": sum(images.values()), "images_by_task": images}
+
+    def write(self, folder: Path, training: dict[str, Any], evaluation: dict[str, Any]) -> None:
+        """See `Modality`: paths in float16, heads in float32."""
+        heads: dict[str, torch.Tensor] = {}
+        for row in range(len(self.tasks)):
+            heads |= dict(zip(head_names(row), (each.float() for each in self.heads.folded(row)), strict=True))
+        config, table = self.config, task_table(self.config, self.tasks)
+        if config.baseline is not None:
+            manifest = BaselineManifest(
+                backbone=self.adapted.backbone,
+                config=config.baseline,
+                tasks=table,
+                training=training,
+                evaluation=evaluation,
+            )
+            write_baseline(folder, manifest, {**adapter_tensors(self.adapters, torch.float32), **heads})
+            return
+        write_checkpoint(
+            folder, backbone=self.adapted.backbone, config=config.adapter, tasks=table, training=training,
+            evaluation=evaluation, tensors={**adapter_tensors(self.adapters, torch.float16), **heads},
+        )  # fmt: skip
+
+
+def _classes(tasks: Sequence[TaskSpec], heads: str) -> list[list[int]]:
+    """For each task, the outputs that are its labels."""
+    if heads == "label words":
+        words = {
+            label: i for i, label in enumerate(dict.fromkeys(label for task in tasks for label in task.labels or ()))
+        }
+        return [[words[label] for label in task.labels or ()] for task in tasks]
+    classes, start = [], 0
+    for task in tasks:
+        classes.append(list(range(start, start + len(task.labels or ()))))
+        start += len(task.labels or ())
+    return classes

@@ -1,0 +1,92 @@
+"""What training does otherwise for text than for images: the small interface that the trainer's loop sees."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from mtlora.adapter import Attachment
+from mtlora.evaluation.evaluate import Answerer
+from mtlora.suite.base import Suite
+from mtlora.task import TaskSpec
+from mtlora.train.config import TrainingConfig
+from mtlora.train.parallel import Ranks
+
+
+class Part(NamedTuple):
+    """A process' part of a step's batch.
+
+    bias_index: the row of the task biases of each sequence, image or token; None if tasks are not told. loss: its mean
+    loss, when called. answers, tokens: its share of what the loss is a mean over, and of the tokens with a path.
+    num_tokens: of the whole batch.
+    """
+
+    bias_index: torch.Tensor | None
+    loss: Callable[[], torch.Tensor]
+    answers: float
+    tokens: float
+    num_tokens: int
+
+
+class Modality(Protocol):
+    """The examples of a run with the model that learns them."""
+
+    # The backbone with what is attached to it.
+    adapted: Any
+    # The examples' indices of every batch of the run.
+    batches: list[list[int]]
+
+    @property
+    def adapters(self) -> Attachment:
+        """What is attached to the backbone."""
+        ...
+
+    @property
+    def trained(self) -> nn.Module:
+        """All that the optimizer moves: the adapters, and heads where there are any. Its state is the run's."""
+        ...
+
+    def move(self, device: torch.device) -> None:
+        """Move the model to where it trains."""
+        ...
+
+    def begin(self) -> None:
+        """What comes before the first step of a run, once the model is where it trains."""
+        ...
+
+    def part(self, step: int, ranks: Ranks) -> Part:
+        """This process' part of a batch."""
+        ...
+
+    def validate(self) -> dict[str, Any]:
+        """Loss and accuracy on the validation split: cheap, many times a run. Empty without one."""
+        ...
+
+    def evaluate(self) -> dict[str, Any]:
+        """The manifest's `evaluation`."""
+        ...
+
+    def answerer(self) -> Answerer:
+        """Answers of the model as trained so far."""
+        ...
+
+    def provenance(self) -> dict[str, Any]:
+        """What the manifest's `training` says of the examples."""
+        ...
+
+    def write(self, folder: Path, training: dict[str, Any], evaluation: dict[str, Any]) -> None:
+        """Write the checkpoint. Raises CheckpointError."""
+        ...
+
+
+def open_modality(config: TrainingConfig, suite: Suite, tasks: Sequence[TaskSpec], backbone: Path) -> Modality:
+    """Text or images, as the suite's tasks have it. Raises MtLoRAError for what cannot be trained."""
+    if any(task.image for task in tasks):
+        from mtlora.train.images import Images
+
+        return Images(config, suite, tasks, backbone)
+    from mtlora.train.text import Text
+
+    return Text(config, suite, tasks, backbone)

@@ -1,0 +1,140 @@
+"""Training on text: prompts and answers as tokens of a language backbone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtlora.adapter import Attachment
+from mtlora.evaluation.evaluate import Answerer, offline_answerer
+from mtlora.families import decoder_layers
+from mtlora.model import new_adapted_model
+from mtlora.suite.base import Suite
+from mtlora.task import TaskSpec, check_activation
+from mtlora.train.config import TrainingConfig, TrainingError
+from mtlora.train.cpu_backbone import speed_up_training
+from mtlora.train.data import Encoded, by_document, collate, collate_documents, schedule
+from mtlora.train.examples import RunExamples
+from mtlora.train.losses import batch_loss
+from mtlora.train.modality import Part
+from mtlora.train.parallel import Ranks
+from mtlora.train.result import evaluate, task_table, write_result
+from mtlora.train.start import warm_start
+from mtlora.train.validation import held_out
+
+
+class Text:
+    """See `Modality`."""
+
+    def __init__(self, config: TrainingConfig, suite: Suite, tasks: Sequence[TaskSpec], backbone: Path) -> None:
+        self.config = config
+        self.tasks = tasks
+        if config.baseline is None:
+            check_activation(config.adapter, tasks)
+        self.adapted = new_adapted_model(backbone, config.method, len(tasks), config.torch_dtype)
+        window = getattr(self.adapted.model.config, "sliding_window", None)
+        if self.adapted.activated and window and config.max_length > window:
+            raise TrainingError(
+                f"max_length: found {config.max_length}; allowed with activation task: up to {window}, the backbone's "
+                "sliding window"
+            )
+        if config.init_from is not None:
+            warm_start(self.adapted, config.adapter, tasks, Path(config.init_from))
+        self.examples = RunExamples(config, suite, tasks, self.adapted.prompts)
+        self.batches = schedule(
+            self.examples.train,
+            batch_size=config.batch_size,
+            batch_tokens=config.batch_tokens,
+            epochs=config.epochs,
+            seed=config.seed,
+            document_tasks=config.document_tasks if self.adapted.activated else None,
+        )[: config.max_steps]
+
+    @property
+    def adapters(self) -> Attachment:
+        """See `Modality`."""
+        return self.adapted.adapters
+
+    @property
+    def trained(self) -> Attachment:
+        """See `Modality`: the vocabulary's head is frozen."""
+        return self.adapted.adapters
+
+    def move(self, device: torch.device) -> None:
+        """See `Modality`."""
+        self.adapted.model.to(device)
+        self.adapters.to(device)
+        speed_up_training(self.adapted.model)
+        if self.config.gradient_checkpointing:
+            _checkpoint_layers(self.adapted.model)
+
+    def begin(self) -> None:
+        """See `Modality`."""
+
+    def part(self, step: int, ranks: Ranks) -> Part:
+        """See `Modality`."""
+        whole = [self.examples.train[i] for i in self.batches[step]]
+        share, counts = self.share(whole, ranks)
+        if self.adapted.activated:
+            batch = collate_documents(share)
+            tokens = sum(map(_own_length, share)) / sum(map(_own_length, whole)) if counts else 0.0
+        else:
+            # Pad as in one process: the balance loss sees padding too.
+            batch = collate(share, max(map(len, whole)))
+            tokens = len(share) / len(whole) if counts else 0.0
+        answers = len(batch.answer_targets_A) / sum(len(e.answer) for e in whole) if counts else 0.0
+        return Part(
+            batch.bias_index.to(ranks.device),
+            lambda: batch_loss(self.adapted, batch),
+            answers,
+            tokens,
+            sum(map(len, whole)),
+        )
+
+    def share(self, whole: Sequence[Encoded], ranks: Ranks) -> tuple[Sequence[Encoded], bool]:
+        """(this process' examples of a batch, whether they count). A document's examples stay together."""
+        if not self.adapted.activated:
+            return ranks.share(whole)
+        units, counts = ranks.share(by_document(whole))
+        return [whole[i] for unit in units for i in unit], counts
+
+    def validate(self) -> dict[str, Any]:
+        """See `Modality`. The evaluation at a run's end generates answers."""
+        return held_out(self.adapted, self.tasks, self.examples.validation) if self.examples.validation else {}
+
+    def evaluate(self) -> dict[str, Any]:
+        """See `Modality`."""
+        table = task_table(self.config, self.tasks)
+        return evaluate(self.adapted, table, self.examples.of("validation"), self.config.validation_per_task)
+
+    def answerer(self) -> Answerer:
+        """See `Modality`."""
+        return offline_answerer(self.adapted, task_table(self.config, self.tasks))
+
+    def provenance(self) -> dict[str, Any]:
+        """See `Modality`."""
+        tokens_by_task = self.examples.tokens_by_task(self.batches)
+        return {
+            "examples": len(self.examples.train),
+            "tokens": sum(tokens_by_task.values()),
+            "tokens_by_task": tokens_by_task,
+            "longer_examples_skipped": dict(self.examples.skipped),
+        }
+
+    def write(self, folder: Path, training: dict[str, Any], evaluation: dict[str, Any]) -> None:
+        """See `Modality`."""
+        write_result(folder, self.config, self.adapted, task_table(self.config, self.tasks), training, evaluation)
+
+
+def _own_length(example: Encoded) -> int:
+    """Tokens after the document's part."""
+    return len(example) - example.document_length
+
+
+def _checkpoint_layers(model: Any) -> None:
+    """Let each decoder layer keep only its input; only the layers then count as training."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in decoder_layers(model):
+        # Not layer.train(): modules inside, such as dropout, stay in evaluation mode.
+        layer.training = True

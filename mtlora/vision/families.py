@@ -1,0 +1,315 @@
+"""Families of vision backbones: the one place where a new family is added.
+
+A family is a `model_type` of transformers. Its configuration becomes a `VisionConfig`, and its weights get the names of
+`encoder.VisionEncoder`, whichever release of transformers saved them. To add one: an entry in `FAMILIES`, its names in
+`_NAMES`, and a model in `tests/mtlora/vision/models.py`, which the parity tests then run.
+
+Shape suffixes: D hidden size, P pixels of a patch's side, G patches of the position grid's side.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mtlora.backbone import BackboneError
+from mtlora.task import TaskSpec
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the configuration of a family does not say.
+
+    nested: the `model_type` of image-text models whose `vision_config` is of this family.
+    class_token: whether sequences begin with one. input_norm: a norm between embeddings and layers.
+    layer_scale: factors on the blocks' outputs. interpolation, antialias: of positions to another size.
+    normalisation: that of a folder without `preprocessor_config.json`.
+    """
+
+    nested: str | None = None
+    class_token: bool = True
+    input_norm: bool = False
+    layer_scale: bool = False
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    antialias: bool = False
+    patch_bias: bool = True
+    normalisation: "Normalisation" = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+# Mean and spread of red, green and blue, of values from 0 to 1, which a backbone's pixels are normalised by.
+Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
+IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_CLIP: Normalisation = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+FAMILIES = {
+    "vit": Family(),
+    "dinov2": Family(layer_scale=True, normalisation=IMAGENET),
+    "dinov2_with_registers": Family(layer_scale=True, antialias=True, normalisation=IMAGENET),
+    "clip_vision_model": Family(nested="clip", input_norm=True, patch_bias=False, normalisation=_CLIP),
+    "siglip_vision_model": Family(nested="siglip", class_token=False),
+    "siglip2_vision_model": Family(nested="siglip2", class_token=False, interpolation="bilinear", antialias=True),
+}
+_FAMILY_OF = {family.nested: name for name, family in FAMILIES.items() if family.nested}
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The architecture of a vision backbone.
+
+    patch_size: P. grid_size: G, of the stored positions. gated: whether an MLP is down(activation(gate x) * up x).
+    """
+
+    family: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    patch_size: int
+    grid_size: int
+    activation: str
+    eps: float
+    gated: bool = False
+    num_registers: int = 0
+    qkv_bias: bool = True
+
+    @property
+    def traits(self) -> Family:
+        """Those of its family."""
+        return FAMILIES[self.family]
+
+    @property
+    def num_prefix(self) -> int:
+        """Positions before the patches: class token and registers."""
+        return int(self.traits.class_token) + self.num_registers
+
+    def num_positions(self, size: int) -> int:
+        """Positions of an image of size x size pixels. Raises BackboneError if patches do not divide it."""
+        if size % self.patch_size or not size:
+            raise BackboneError(
+                f"an image of {size} x {size} pixels: expected a multiple of the backbone's patch, {self.patch_size}"
+            )
+        return self.num_prefix + (size // self.patch_size) ** 2
+
+    def check(self, tasks: Iterable[TaskSpec]) -> None:
+        """Raise BackboneError for a task of images whose size or pooling this backbone does not allow."""
+        for task in tasks:
+            if task.image is None:
+                continue
+            try:
+                self.num_positions(task.image.size)
+            except BackboneError as error:
+                raise BackboneError(f"task {task.id}: {error}") from None
+            if task.image.pooling != "mean" and not self.traits.class_token:
+                raise BackboneError(
+                    f"task {task.id}: pooling: found {task.image.pooling!r}; "
+                    f"allowed: 'mean', as {self.family} has no class token"
+                )
+
+
+def is_vision(model_type: str | None) -> bool:
+    """Whether a `model_type` is that of a vision backbone, or of a model of image and text that has one."""
+    return model_type in FAMILIES or model_type in _FAMILY_OF
+
+
+def read_config(folder: Path) -> VisionConfig:
+    """The architecture in a folder's `config.json`. Raises BackboneError."""
+    try:
+        found = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise BackboneError(f"{folder}: no readable config.json ({type(error).__name__}: {error})") from error
+    if not is_vision(found):
+        allowed = ", ".join((*FAMILIES, *_FAMILY_OF))
+        raise BackboneError(f"{folder}: model_type: expected a vision backbone, one of {allowed}; found {found!r}")
+    # transformers fills in what the file leaves out.
+    from transformers import AutoConfig
+
+    try:
+        return vision_config(AutoConfig.from_pretrained(folder))
+    except BackboneError as error:
+        raise BackboneError(f"{folder}: {error}") from None
+    except Exception as error:
+        raise BackboneError(f"{folder}: config.json: {type(error).__name__}: {error}") from error
+
+
+def read_normalisation(folder: Path) -> Normalisation:
+    """How the backbone's pixels are normalised. Raises BackboneError."""
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return read_config(folder).traits.normalisation
+    try:
+        found = json.loads(path.read_text())
+        if not found.get("do_normalize", True):
+            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        mean, std = (tuple(map(float, found[name])) for name in ("image_mean", "image_std"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise BackboneError(f"{path}: no image_mean and image_std ({type(error).__name__}: {error})") from error
+    if not (len(mean) == len(std) == 3 and all(map(math.isfinite, mean)) and all(0 < each < math.inf for each in std)):
+        raise BackboneError(f"{path}: image_mean, image_std: expected 3 numbers each, std above 0, found {mean}, {std}")
+    return mean, std
+
+
+def vision_config(config: Any) -> VisionConfig:
+    """The architecture of a configuration of transformers. Raises BackboneError."""
+    name = _FAMILY_OF.get(config.model_type, config.model_type)
+    if name != config.model_type:
+        config = config.vision_config
+    patch, image = _side("patch_size", config.patch_size), _side("image_size", getattr(config, "image_size", None))
+    # siglip2 names the number of its positions.
+    grid = math.isqrt(config.num_patches) if image is None else image // (patch or 1)
+    if patch is None or config.num_channels != 3:
+        raise BackboneError(f"expected patches of 3 channels, found {config.num_channels}, {config.patch_size}")
+    gated = getattr(config, "use_swiglu_ffn", False)
+    middle = getattr(config, "intermediate_size", None) or int(config.hidden_size * config.mlp_ratio)
+    return VisionConfig(
+        family=name,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        # As DINOv2 does it: two thirds, rounded up to a multiple of 8.
+        intermediate_size=(int(middle * 2 / 3) + 7) // 8 * 8 if gated else middle,
+        patch_size=patch,
+        grid_size=grid,
+        activation="silu" if gated else config.hidden_act,
+        eps=config.layer_norm_eps,
+        gated=gated,
+        num_registers=getattr(config, "num_register_tokens", 0),
+        qkv_bias=getattr(config, "qkv_bias", True),
+    )
+
+
+def _side(name: str, value: Any) -> int | None:
+    """The side of a square. Raises BackboneError for another shape."""
+    if isinstance(value, Iterable):
+        sides = set(value)
+        if len(sides) != 1:
+            raise BackboneError(f"{name}: expected a square, found {list(value)}")
+        return int(sides.pop())
+    return value
+
+
+# What a model with a head, or of image and text, puts before its tower's names.
+_PREFIX = r"(?:(?:vit|dinov2|dinov2_with_registers|vision_model)\.)?"
+_LAYER = r"(?:encoder\.)?layers?\.(\d+)\."
+_END = r"\.(weight|bias)"
+# Names in files, of all families, and in the encoder. None of one family's names means another thing in a second one.
+_NAMES = [
+    (re.compile(_PREFIX + source), target)
+    for source, target in (
+        (r"embeddings\.(?:cls_token|class_embedding)", "embeddings.class_token"),
+        (r"embeddings\.register_tokens", "embeddings.registers"),
+        (r"embeddings\.(?:position_embeddings|position_embedding\.weight)", "embeddings.positions"),
+        (r"embeddings\.(?:patch_embeddings\.projection|patch_embedding)" + _END, r"embeddings.patches.\1"),
+        (r"pre_layrnorm" + _END, r"embeddings.norm.\1"),
+        (r"(?:layernorm|post_layernorm)" + _END, r"model.norm.\1"),
+        (_LAYER + r"(?:norm1|layernorm_before|layer_norm1)" + _END, r"model.layers.\1.norm1.\2"),
+        (_LAYER + r"(?:norm2|layernorm_after|layer_norm2)" + _END, r"model.layers.\1.norm2.\2"),
+        (_LAYER + r"(?:attention|self_attn)\.([qkv])_proj" + _END, r"model.layers.\1.self_attn.\2_proj.\3"),
+        (_LAYER + r"attention\.attention\.([qkv])(?:uery|ey|alue)" + _END, r"model.layers.\1.self_attn.\2_proj.\3"),
+        (
+            _LAYER + r"(?:attention\.o_proj|self_attn\.out_proj|attention\.output\.dense)" + _END,
+            r"model.layers.\1.self_attn.o_proj.\2",
+        ),
+        (_LAYER + r"(?:mlp\.fc1|intermediate\.dense)" + _END, r"model.layers.\1.mlp.fc1.\2"),
+        (_LAYER + r"(?:mlp\.fc2|output\.dense)" + _END, r"model.layers.\1.mlp.fc2.\2"),
+        (_LAYER + r"mlp\.(gate_proj|up_proj|down_proj|weights_in)" + _END, r"model.layers.\1.mlp.\2.\3"),
+        (_LAYER + r"mlp\.weights_out" + _END, r"model.layers.\1.mlp.down_proj.\2"),
+        (_LAYER + r"layer_scale1\.lambda1", r"model.layers.\1.self_attn.o_proj.scale"),
+        (_LAYER + r"layer_scale2\.lambda1", r"model.layers.\1.mlp.scale"),
+    )
+]
+
+
+def encoder_name(name: str) -> str | None:
+    """The encoder's name of a file's tensor; None for one that is no part of the encoder, such as a head's."""
+    for source, target in _NAMES:
+        if match := source.fullmatch(name):
+            return match.expand(target)
+    return None
+
+
+def encoder_tensors(config: VisionConfig, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The encoder's state of a file's tensors.
+
+    LayerScale is folded into the last linear layer of its block, so that a block's output is F(x); what a family has no
+    bias for gets a bias of zero. Raises BackboneError for missing tensors or wrong shapes.
+    """
+    found = {name: tensor for source, tensor in tensors if (name := encoder_name(source))}
+    for name in [name for name in found if ".weights_in." in name]:
+        gate, up = found.pop(name).chunk(2)
+        found |= {name.replace("weights_in", "gate_proj"): gate, name.replace("weights_in", "up_proj"): up}
+    shapes = dict(_shapes(config))
+    for name in _without_bias(config):
+        found.setdefault(name, torch.zeros(shapes[name]))
+    state = {}
+    for name, shape in shapes.items():
+        if name not in found:
+            raise BackboneError(f"tensor {name}: expected in a {config.family} backbone, found none")
+        tensor = _laid_out(name, found[name], config)
+        if tuple(tensor.shape) != shape:
+            raise BackboneError(f"tensor {name}: expected shape {list(shape)}, found {list(tensor.shape)}")
+        state[name] = tensor
+    last = "down_proj" if config.gated else "fc2"
+    for name in [name for name in state if name.endswith(".scale")]:
+        scale_D = state.pop(name).float()
+        linear = name.removesuffix(".scale").replace(".mlp", f".mlp.{last}")
+        weight, bias = state[f"{linear}.weight"], state[f"{linear}.bias"]
+        state[f"{linear}.weight"] = (weight.float() * scale_D.unsqueeze(1)).to(weight.dtype)
+        state[f"{linear}.bias"] = (bias.float() * scale_D).to(bias.dtype)
+    return state
+
+
+def _laid_out(name: str, tensor: torch.Tensor, config: VisionConfig) -> torch.Tensor:
+    """A tensor in the encoder's layout."""
+    if name == "embeddings.patches.weight" and tensor.dim() == 2:
+        # siglip2 multiplies patches of [rows, columns, channels].
+        P = config.patch_size
+        if tensor.shape[1] == 3 * P * P:
+            return tensor.view(-1, P, P, 3).permute(0, 3, 1, 2)
+    if name in ("embeddings.class_token", "embeddings.registers", "embeddings.positions"):
+        rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor
+        return rows[0] if name == "embeddings.class_token" and len(rows) == 1 else rows
+    return tensor
+
+
+def _without_bias(config: VisionConfig) -> Iterator[str]:
+    """Biases that the family, or the configuration, leaves out."""
+    if not config.traits.patch_bias:
+        yield "embeddings.patches.bias"
+    if not config.qkv_bias:
+        for layer in range(config.num_layers):
+            yield from (f"model.layers.{layer}.self_attn.{name}_proj.bias" for name in "qkv")
+
+
+def _shapes(config: VisionConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor of the encoder, and of the scales that are folded into it."""
+    D, M, P = config.hidden_size, config.intermediate_size, config.patch_size
+    if config.traits.class_token:
+        yield "embeddings.class_token", (D,)
+    if config.num_registers:
+        yield "embeddings.registers", (config.num_registers, D)
+    yield "embeddings.positions", (int(config.traits.class_token) + config.grid_size**2, D)
+    yield "embeddings.patches.weight", (D, 3, P, P)
+    yield "embeddings.patches.bias", (D,)
+    norms = ["embeddings.norm"] if config.traits.input_norm else []
+    linears = {"self_attn.q_proj": (D, D), "self_attn.k_proj": (D, D), "self_attn.v_proj": (D, D)}
+    linears |= {"self_attn.o_proj": (D, D)}
+    if config.gated:
+        linears |= {"mlp.gate_proj": (M, D), "mlp.up_proj": (M, D), "mlp.down_proj": (D, M)}
+    else:
+        linears |= {"mlp.fc1": (M, D), "mlp.fc2": (D, M)}
+    for layer in range(config.num_layers):
+        norms += [f"model.layers.{layer}.norm1", f"model.layers.{layer}.norm2"]
+        if config.traits.layer_scale:
+            yield f"model.layers.{layer}.self_attn.o_proj.scale", (D,)
+            yield f"model.layers.{layer}.mlp.scale", (D,)
+        for name, shape in linears.items():
+            yield f"model.layers.{layer}.{name}.weight", shape
+            yield f"model.layers.{layer}.{name}.bias", shape[:1]
+    for name in (*norms, "model.norm"):
+        yield f"{name}.weight", (D,)
+        yield f"{name}.bias", (D,)

@@ -1,0 +1,38 @@
+"""How an image becomes a task's input: one rule for trainer, evaluation and server."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Pooling = Literal["cls", "mean", "cls_mean"]
+Resize = Literal["crop", "squash", "pad"]
+Augmentation = Literal["flip", "rotate", "crop", "colour"]
+
+_Channels = tuple[float, float, float]
+_Spread = Annotated[float, Field(gt=0)]
+
+
+def num_features(pooling: Pooling, hidden_size: int) -> int:
+    """F, the length of an image's feature."""
+    return 2 * hidden_size if pooling == "cls_mean" else hidden_size
+
+
+class ImageInput(BaseModel):
+    """The input of a task of images. Its backbone's patches divide `size` evenly."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    size: int = Field(112, ge=8, le=1024, description="width and height in pixels that the backbone sees")
+    resize: Resize = Field(
+        "squash",
+        description="crop: the image's middle square; squash: all of it, made square; pad: all of it, in its shape",
+    )
+    pooling: Pooling = Field(
+        "cls_mean",
+        description="the image's feature: the class token's last state, the patches' mean, or both, in this order",
+    )
+    mean: _Channels | None = Field(None, description="red, green, blue, of values from 0 to 1; null: the backbone's")
+    std: tuple[_Spread, _Spread, _Spread] | None = Field(None, description="as mean; null: the backbone's own")
+    augment: tuple[Augmentation, ...] = Field(
+        ("crop", "colour"), description="what training may do to its images: a digit must not be flipped"
+    )

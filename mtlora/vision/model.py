@@ -1,0 +1,70 @@
+"""A frozen vision encoder with an adapter beside it.
+
+Shape suffixes: B images, C channels, H rows and W columns of pixels, F size of a feature.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mtlora.adapter import AdapterSet, Attachment
+from mtlora.backbone import BackboneIdentity, identify
+from mtlora.checkpoint.format import Checkpoint
+from mtlora.config import MtLoRAConfig
+from mtlora.methods import BaselineConfig, attach_baseline
+from mtlora.vision.encoder import VisionEncoder, load_encoder
+from mtlora.vision.families import read_normalisation
+from mtlora.vision.image_input import Pooling
+
+Channels = tuple[float, float, float]
+
+
+@dataclass
+class AdaptedEncoder:
+    """An encoder, what is attached to it, and the mean and spread of the pixels that it was trained with."""
+
+    encoder: VisionEncoder
+    adapters: Attachment
+    backbone: BackboneIdentity
+    mean: Channels
+    std: Channels
+
+    @property
+    def model(self) -> VisionEncoder:
+        """The encoder."""
+        return self.encoder
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder is."""
+        return next(self.encoder.parameters()).device
+
+    def features(self, pixels_BCHW: torch.Tensor, bias_index_B: torch.Tensor | None, pooling: Pooling) -> torch.Tensor:
+        """Features [B, F] in float32, with the adapter. The inputs may be on any device.
+
+        bias_index_B: the task of each image; None if it is not told.
+        """
+        bias_index_B = None if bias_index_B is None else bias_index_B.to(self.device)
+        with self.adapters.context.use(bias_index_B):
+            return self.encoder.features(pixels_BCHW.to(self.device), pooling).float()
+
+
+def new_adapted_encoder(
+    folder: Path, config: MtLoRAConfig | BaselineConfig, num_tasks: int, dtype: torch.dtype
+) -> AdaptedEncoder:
+    """A backbone with a fresh adapter or baseline, as `mtlora.model.new_adapted_model` makes it. Raises MtLoRAError."""
+    encoder, backbone = load_encoder(folder, dtype), identify(folder)
+    if isinstance(config, MtLoRAConfig):
+        adapters = AdapterSet(config, backbone.hidden_size, backbone.num_layers, num_tasks)
+        adapters.attach(encoder)
+        return AdaptedEncoder(encoder, adapters, backbone, *read_normalisation(folder))
+    return AdaptedEncoder(encoder, attach_baseline(config, encoder), backbone, *read_normalisation(folder))
+
+
+def load_adapted_encoder(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> AdaptedEncoder:
+    """A backbone with a checkpoint's adapter, in evaluation mode. The adapter computes in float32."""
+    adapted = new_adapted_encoder(folder, checkpoint.manifest.config, len(checkpoint.manifest.tasks), dtype)
+    adapted.adapters.load_state_dict({name: tensor.float() for name, tensor in checkpoint.paths.items()})
+    adapted.adapters.eval()
+    return adapted

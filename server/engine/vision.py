@@ -1,0 +1,69 @@
+"""An engine with a vision backbone: an image's patches in, its feature out.
+
+Shape suffixes: C colours, S pixels of a side, T positions, D hidden size, F size of a feature.
+"""
+
+from contextlib import aclosing
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server.engine.engine import BaseEngine
+from server.engine.launch import launch_vision
+from server.errors import EngineDeadError
+from server.telemetry.logs import get_logger
+
+logger = get_logger("engine")
+
+
+class VisionEngine(BaseEngine):
+    """One engine. `start` it, then `load` slots, then `embed` images and `encode` them."""
+
+    def _launch(self) -> Any:
+        import torch
+
+        from mtlora.vision.encoder import load_encoder
+        from mtlora.vllm_vision import feature_params, image_prompt
+
+        # In this process, a few small products an image: more threads would wait for each other beside the engine's.
+        torch.set_num_threads(1)
+        encoder = load_encoder(self._backbone)
+        self._embeddings, self._config = encoder.embeddings, encoder.config
+        self._prompt, self._params = image_prompt, feature_params
+        llm = launch_vision(self._settings, self._backbone, self._record_step)
+        self._dtype = llm.model_config.dtype
+        return llm
+
+    def positions(self, size: int) -> int:
+        """Of the sequence of an image of size x size pixels."""
+        return self._config.num_positions(size)
+
+    def embed(self, pixels_CSS: NDArray[np.float32]) -> Any:
+        """Patches with positions, [T, D], of normalised pixels. In any thread."""
+        import torch
+
+        with torch.inference_mode():
+            return self._embeddings(torch.from_numpy(pixels_CSS)[None])[0].to(self._dtype)
+
+    async def encode(self, embeds_TD: Any, slot: Any | None) -> NDArray[np.float32]:
+        """The feature [F] of an embedded image. Cancelling it aborts the sequence in the engine."""
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
+
+        if self._lost:
+            raise EngineDeadError
+        self._count += 1
+        outputs = self._llm.encode(self._prompt(embeds_TD), self._params(), f"image-{self._count}", lora_request=slot)
+        try:
+            async with aclosing(outputs):
+                with self._waiting():
+                    output = await anext(outputs)
+        except VllmEngineDeadError:
+            raise EngineDeadError from None
+        feature_F: NDArray[np.float32] = output.outputs.data.float().numpy()
+        return feature_F
+
+    async def warm_up(self, slot: Any | None, *, short: bool = False) -> None:
+        """Run an image of the smallest size, so that no user's request pays for first calls."""
+        size = self._config.patch_size
+        await self.encode(self.embed(np.zeros((3, size, size), np.float32)), slot)

@@ -1,0 +1,49 @@
+"""Heads of tasks of images: from an image's feature to logits of the task's labels.
+
+Shape suffixes: C classes, D hidden size, F size of a task's feature.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mtlora.vision.image_input import Pooling
+from server.registry.source import TENSORS_FILE
+
+if TYPE_CHECKING:
+    from mtlora.checkpoint.format import AdapterManifest
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A task's head."""
+
+    weight_CF: NDArray[np.float32]
+    bias_C: NDArray[np.float32]
+    pooling: Pooling
+
+    def logits(self, feature: NDArray[np.float32]) -> Sequence[float]:
+        """The logits of an engine's feature: the class token's state [D] and the patches' mean [D], or that alone."""
+        F = self.weight_CF.shape[1]
+        feature_F = feature[:F] if self.pooling == "cls" else feature[-F:]
+        logits: list[float] = (self.weight_CF @ feature_F + self.bias_C).tolist()
+        return logits
+
+
+def read_heads(folder: Path, manifest: "AdapterManifest") -> Mapping[str, Head]:
+    """The head of each task of a verified adapter of images, by task."""
+    from safetensors import safe_open
+
+    from mtlora.checkpoint.format import head_names
+
+    heads = {}
+    with safe_open(folder / TENSORS_FILE, framework="pt") as tensors:
+        for row, task in enumerate(manifest.tasks):
+            if task.image is not None:
+                weight_CF, bias_C = (tensors.get_tensor(name).float().numpy() for name in head_names(row))
+                heads[task.id] = Head(weight_CF, bias_C, task.image.pooling)
+    return heads

@@ -1,0 +1,205 @@
+"""Images to labels: an image's way through decoding, scheduler, residency and engine, and its head.
+
+An image is an item of a batch, as an input of text is; a call with one image is a batch of one.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from mtlora_pb.v1 import inference_pb2 as pb
+
+from mtlora.answer.labels import tempered
+from server.accounting import Usage
+from server.call import Call, current_call
+from server.engine import VisionEngine
+from server.errors import EngineAbortedError, EngineDeadError, Violation, invalid_argument
+from server.job import FinishReason, ImageJob, Lane, ServedTask
+from server.registry.residency import Residency
+from server.rpc.batch import Batches, Expand, Item
+from server.rpc.pictures import Decoding, Picture
+from server.scheduling import Reservation, Scheduler
+from server.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:
+    from server.rpc.inference_service import InferenceServicer
+
+# Images of one call, times its tasks.
+MAX_CLASSIFIED = 256
+
+
+@dataclass(eq=False)
+class Classification:
+    """Runs a job once; afterwards holds the probabilities of the labels. Times are seconds from the receipt.
+
+    probabilities: of every label, likeliest first.
+    """
+
+    job: ImageJob
+    call: Call
+    metrics: Metrics
+    picture: Picture
+    decoding: Decoding
+    calibrated: bool = True
+    probabilities: Sequence[tuple[str, float]] = ()
+    finish_reason: FinishReason = "stop"
+    queue_s: float = 0.0
+    total_s: float = 0.0
+
+    async def run(
+        self, engine: VisionEngine, scheduler: Scheduler, residency: Residency, *, reserved: Reservation | None = None
+    ) -> None:
+        """Decode the image, wait for the job's turn and its adapter version, then ask the engine.
+
+        The caller holds the version. Raises AdapterError where it cannot be loaded, INVALID_ARGUMENT for an image that
+        cannot be decoded.
+        """
+        job, call = self.job, self.call
+        spec = job.task.spec.image
+        assert spec is not None
+        try:
+            began = time.monotonic()
+            embeds_TD = await self.picture.embeds(spec, call.tenant, engine, self.decoding)
+            self.metrics.image_decode.observe(time.monotonic() - began)
+            async with scheduler.turn(call.tenant, job, call.deadline, reserved) as turn:
+                if call.trace:
+                    call.trace.submitted(job)
+                async with residency.lease(job.task.version, turn.aside):
+                    self.queue_s = time.monotonic() - call.received
+                    self.metrics.observe_queue(self.queue_s, call.exemplar)
+                    if call.trace:
+                        call.trace.scheduled(time.monotonic())
+                    call.sequences += 1
+                    call.prompt_tokens += len(job.prompt_ids)
+                    feature_F = await engine.encode(embeds_TD, job.task.slot)
+                    now = time.monotonic()
+                    turn.answered(now)
+            self._answer(feature_F)
+        except BaseException as error:
+            if call.genai:
+                call.genai.failed(job, call.error_type(error), time.monotonic() - call.received)
+            raise
+        self.total_s = now - call.received
+        self.metrics.observe_e2e(call.tenant.id, self.total_s, call.exemplar)
+        if call.trace:
+            call.trace.step(0, now)
+            call.trace.answered(self.finish_reason, 0, 0)
+        if call.genai:
+            call.genai.answered(job, 0, self.total_s, self.total_s)
+
+    @property
+    def answer(self) -> str:
+        """The likeliest label."""
+        return self.probabilities[0][0]
+
+    def _answer(self, feature_F: Any) -> None:
+        task = self.job.task
+        head = task.version.heads[task.spec.id]
+        logits = head.logits(feature_F)
+        if not all(map(math.isfinite, logits)):
+            raise EngineAbortedError("its numbers are not finite")
+        found = tempered(logits, (self.calibrated and task.calibration) or 1.0)
+        self.probabilities = sorted(zip(task.spec.labels or (), found, strict=True), key=lambda each: -each[1])
+
+
+class Classifier:
+    """What batches of images run through, as those of texts run through the Inference service.
+
+    engine: set, like residency, before admission opens; without, no task of images is served. position_cost: see
+    ImageJob.
+    """
+
+    engine: VisionEngine | None = None
+    residency: Residency
+
+    def __init__(
+        self,
+        service: "InferenceServicer",
+        scheduler: Scheduler,
+        usage: Usage,
+        metrics: Metrics,
+        decoding: Decoding,
+        position_cost: float,
+    ) -> None:
+        self.find = service.find
+        self._service = service
+        self._metrics = metrics
+        self._decoding = decoding
+        self._position_cost = position_cost
+        self.batches = Batches(self, scheduler, usage, metrics, Lane.IMAGES)
+
+    def items(self, request: pb.ClassifyRequest) -> list[Item]:
+        """Every task of every image, each a call of its own for usage, metrics and the log.
+
+        Raises INVALID_ARGUMENT or NOT_FOUND.
+        """
+        count = len(request.task_ids) * len(request.images)
+        if not 1 <= count <= MAX_CLASSIFIED:
+            found = f"found {len(request.task_ids)} task_ids and {len(request.images)} images"
+            raise invalid_argument(
+                [Violation("images", f"{found}; allowed: tasks times images, 1 to {MAX_CLASSIFIED}")]
+            )
+        tasks = [self._task(task_id, f"task_ids[{i}]") for i, task_id in enumerate(request.task_ids)]
+        pictures = [
+            Picture(image, f"images[{i}]", request.routing_key, len(tasks)) for i, image in enumerate(request.images)
+        ]
+        return self.of([(task, picture) for picture in pictures for task in tasks], "ClassifyItem")
+
+    def of(self, asked: Sequence[tuple[ServedTask, Picture]], method: str) -> list[Item]:
+        """Items of the current call."""
+        call, items = current_call.get(), []
+        for index, (task, picture) in enumerate(asked):
+            own = replace(call, request_id=f"{call.request_id}.{index}", method=method, task=task.spec.id, audited=None)
+            items.append(Item(picture, task, own, 1, index))
+        return items
+
+    def _task(self, task_id: str, where: str) -> ServedTask:
+        task = self.find(task_id)
+        if task is None:
+            raise self._service.not_found(task_id)
+        if task.spec.image is None:
+            found = f"found {task_id!r}, a task of texts; allowed: tasks of images (Generate asks tasks of texts)"
+            raise invalid_argument([Violation(where, found)])
+        return task
+
+    # For Batches.
+
+    def admitted(self, call: Call, requests: int, places: int) -> AbstractContextManager[None]:
+        """As of the Inference service."""
+        return self._service.admitted(call, requests, places, Lane.IMAGES)
+
+    @contextmanager
+    def version_for(self, picture: Picture, task: ServedTask, *, prefetch: bool = True) -> Iterator[ServedTask]:
+        """As of the Inference service."""
+        catalog = self._service.catalog
+        if task.spec.id in catalog.splits:
+            key = picture.routing_key.encode() or picture.image.SerializeToString(deterministic=True)
+            task = catalog.choose(task, key)
+        with self.residency.hold(task.version):
+            if prefetch:
+                self.residency.prefetch(task.version)
+            yield task
+
+    async def generation(
+        self, picture: Picture, task: ServedTask, _: int, *, call: Call, **beside: Any
+    ) -> Classification:
+        """A valid image, ready to run. Raises INVALID_ARGUMENT."""
+        if self.engine is None:
+            raise EngineDeadError
+        assert task.spec.image is not None
+        picture.check(task.spec.image, self._decoding.limits)
+        job = ImageJob(task, range(self.engine.positions(task.spec.image.size)), self._position_cost)
+        return Classification(job, call, self._metrics, picture, self._decoding)
+
+
+def uncalibrated(asked: bool) -> Expand:
+    """What an item runs; with or without its task's temperature."""
+
+    def expand(first: Any) -> list[Any]:
+        first.calibrated = not asked
+        return [first]
+
+    return expand

@@ -1,0 +1,127 @@
+"""Images of requests: checked when they come, decoded in threads that tenants share fairly, made an engine's input."""
+
+import asyncio
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+from mtlora_pb.v1 import inference_pb2 as pb
+from numpy.typing import NDArray
+
+from mtlora.vision.image_input import ImageInput
+from mtlora.vision.images import ImageError, ImageLimits, decode, prepare, read_header
+from server.errors import RequestFailedError, Violation, invalid_argument
+from server.scheduling.fair_thread import FairThread
+from server.tenants import Tenant
+
+# The normalised values of any image are within a few units of 0.
+MAX_VALUE = 100.0
+_MAX_THREADS = 8
+
+
+class Embeds(Protocol):
+    """What a picture needs of the engine: patches and positions, [T, D], of normalised pixels [3, S, S]."""
+
+    def embed(self, pixels_CSS: NDArray[np.float32]) -> Any: ...
+
+
+def decoding_threads() -> int:
+    """Half of the cores that this process may use, at least one: the other half runs engines."""
+    return min(_MAX_THREADS, max(1, len(os.sched_getaffinity(0)) // 2))
+
+
+class Decoding:
+    """Where images are decoded: beside the event loop, in a few threads. One for a server."""
+
+    def __init__(self, limits: ImageLimits, threads: int) -> None:
+        self.limits = limits
+        self._threads = FairThread("decode", threads)
+
+    async def run(self, tenant: Tenant, pixels: int, work: Any) -> Any:
+        """The result of work on so many pixels."""
+        return await self._threads.run(tenant, pixels, work)
+
+
+@dataclass(eq=False)
+class Picture:
+    """An image of a call. Tasks that prepare it alike share the result; after the last of `uses` it is dropped.
+
+    where: the field that it comes in, for messages. pixels: of its header; what its decoding costs.
+    """
+
+    image: pb.Image
+    where: str
+    routing_key: str
+    uses: int = 1
+    pixels: int = 0
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _made: dict[ImageInput, Any] = field(default_factory=dict)
+
+    def ByteSize(self) -> int:
+        """As of the message."""
+        return int(self.image.ByteSize())
+
+    def check(self, spec: ImageInput, limits: ImageLimits) -> None:
+        """Look at all but the content. Raises INVALID_ARGUMENT."""
+        match self.image.WhichOneof("content"):
+            case "encoded":
+                try:
+                    self.pixels = read_header(self.image.encoded, limits).pixels
+                except ImageError as error:
+                    raise self._failure("encoded", str(error)) from None
+            case "tensor":
+                shape, size = list(self.image.tensor.shape), len(self.image.tensor.data)
+                wanted = [3, spec.size, spec.size]
+                if shape != wanted:
+                    raise self._failure("tensor.shape", f"found {shape[:4]}; allowed: {wanted}")
+                if size != 4 * 3 * spec.size**2:
+                    allowed = f"{4 * 3 * spec.size**2}, FP32 of shape {wanted}"
+                    raise self._failure("tensor.data", f"found {size} bytes; allowed: {allowed}")
+                self.pixels = spec.size**2
+            case _:
+                raise self._failure("content", "found none; allowed: encoded or tensor")
+
+    async def embeds(self, spec: ImageInput, tenant: Tenant, engine: Embeds, decoding: Decoding) -> Any:
+        """The engine's input for a task. Raises INVALID_ARGUMENT."""
+        key = spec.model_copy(update={"pooling": "mean", "augment": ()})
+        # One of the tasks decodes, the others wait for it.
+        async with self._lock:
+            if key not in self._made:
+                try:
+                    work = partial(self._make, spec, engine, decoding.limits)
+                    self._made[key] = await decoding.run(tenant, self.pixels, work)
+                except RequestFailedError as failure:
+                    self._made[key] = failure
+            made = self._made[key]
+            self.uses -= 1
+            if not self.uses:
+                self._made.clear()
+        if isinstance(made, RequestFailedError):
+            raise made
+        return made
+
+    def _make(self, spec: ImageInput, engine: Embeds, limits: ImageLimits) -> Any:
+        if self.image.WhichOneof("content") == "tensor":
+            pixels_CSS = np.frombuffer(self.image.tensor.data, "<f4").reshape(3, spec.size, spec.size)
+            # False for a NaN too.
+            if not (np.abs(pixels_CSS) <= MAX_VALUE).all():
+                allowed = f"finite ones, {-MAX_VALUE:g} to {MAX_VALUE:g}"
+                raise self._failure("tensor.data", f"found other values than allowed; allowed: {allowed}")
+            return engine.embed(pixels_CSS.astype(np.float32))
+        try:
+            pixels_HWC = decode(self.image.encoded, limits, size=spec.size)
+        except ImageError as error:
+            raise self._failure("encoded", str(error)) from None
+        return engine.embed(prepare(pixels_HWC, spec, _of(spec.mean), _of(spec.std)))
+
+    def _failure(self, name: str, description: str) -> RequestFailedError:
+        return invalid_argument([Violation(f"{self.where}.{name}", description)])
+
+
+def _of(values: Sequence[float] | None) -> Sequence[float]:
+    """The mean or spread of a served task, which has its own: the registry fills in the backbone's."""
+    assert values is not None
+    return values

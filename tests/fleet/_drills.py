@@ -1,0 +1,124 @@
+"""What a fleet must bear under load: each server restarted in turn, and one killed."""
+
+import asyncio
+import itertools
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.harness.asking import closed_loop
+from mtlora.client import Access, AsyncClient, Placement, Retry, ServerError
+from tests.fleet._fleet import Fleet, Member
+
+IN_FLIGHT = 32
+# Ends what hangs.
+_TIMEOUT_S = 120.0
+
+
+@dataclass
+class Load:
+    """How calls ended: gRPC's status, and its message where that is not OK. running: in flight now."""
+
+    ends: Counter[str] = field(default_factory=Counter)
+    running: int = 0
+
+    @property
+    def calls(self) -> int:
+        return sum(self.ends.values())
+
+    @property
+    def failed(self) -> dict[str, int]:
+        return {end: count for end, count in self.ends.items() if end != "OK"}
+
+    @property
+    def codes(self) -> set[str]:
+        """Statuses of the calls that failed."""
+        return {end.partition(":")[0] for end in self.failed}
+
+
+@asynccontextmanager
+async def load(
+    address: str,
+    access: Access,
+    tasks: Iterable[str],
+    *,
+    retry: Retry | None = None,
+    placement: Placement | None = None,
+    in_flight: int = IN_FLIGHT,
+    **asked: Any,
+) -> AsyncIterator[Load]:
+    """A closed loop of unary calls, of as many as are in flight; the block's end waits for the last."""
+    found, stopping = Load(), asyncio.Event()
+
+    async def ask(task: str) -> None:
+        found.running += 1
+        try:
+            await client.generate(task, "some words", timeout=_TIMEOUT_S, **asked)
+            found.ends["OK"] += 1
+        except ServerError as error:
+            found.ends[f"{error.code.name}: {error.message}"] += 1
+            # A closed loop would spin where nothing answers.
+            await asyncio.sleep(0.2)
+        finally:
+            found.running -= 1
+
+    async with AsyncClient(address, access, retry, placement) as client:
+        endless = itertools.takewhile(lambda _: not stopping.is_set(), itertools.cycle(tasks))
+        running = asyncio.create_task(closed_loop(endless, in_flight, ask))
+        try:
+            yield found
+        finally:
+            stopping.set()
+            await running
+
+
+async def rolling_restart(fleet: Fleet, found: Load, calls_between: int) -> None:
+    """Restart each server once the load has gone on and each server has answered some of it."""
+    for member in fleet.members:
+        await _go_on(fleet, found, calls_between)
+        await asyncio.to_thread(member.stop)
+        await asyncio.to_thread(_start, member)
+    await _go_on(fleet, found, calls_between)
+
+
+async def kill_one(fleet: Fleet, found: Load, calls_between: int) -> int:
+    """Kill a server under load, go on without it, start it again; returns the calls that ran there."""
+    await _go_on(fleet, found, calls_between)
+    victim = fleet.members[0]
+    ran = await asyncio.to_thread(_in_flight, victim)
+    await asyncio.to_thread(victim.kill)
+    before = found.calls
+    await _until(lambda: found.calls >= before + calls_between)
+    await asyncio.to_thread(_start, victim)
+    await _go_on(fleet, found, calls_between)
+    return ran
+
+
+def _start(member: Member) -> None:
+    member.start()
+    member.wait_ready()
+
+
+def _in_flight(member: Member) -> int:
+    return int(member.page().value("mtlora_requests_in_flight"))
+
+
+async def _go_on(fleet: Fleet, found: Load, calls: int) -> None:
+    """Wait for more calls, and until every server answers some."""
+    before = found.calls
+    answered = [await asyncio.to_thread(member.answered) for member in fleet.members]
+    await _until(lambda: found.calls >= before + calls)
+    for member, had in zip(fleet.members, answered, strict=True):
+        while await asyncio.to_thread(member.answered) <= had:
+            await asyncio.sleep(0.2)
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + _TIMEOUT_S
+    while not condition():
+        if time.monotonic() > until:
+            raise TimeoutError(f"nothing went on for {_TIMEOUT_S:g} s")
+        await asyncio.sleep(0.05)

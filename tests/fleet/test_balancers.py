@@ -1,0 +1,109 @@
+"""HAProxy and nginx, with their configurations of deploy/balancers, in front of three servers without an engine."""
+
+import asyncio
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from deploy.balancers.health_check import SERVICE, health_check
+from mtlora.client import AsyncClient, Retry
+from tests.faults._tenants import tenant, write_tenants
+from tests.fleet._drills import IN_FLIGHT, Load, kill_one, load, rolling_restart
+from tests.fleet._fleet import BALANCERS, Balancer, Fleet, StandIn, installed, running_fleet
+
+
+@dataclass
+class Balanced:
+    """Servers behind a balancer, and the keys of tenants."""
+
+    fleet: Fleet
+    balancer: Balancer
+    keys: list[str]
+
+    def load(self, **asked: Any) -> AbstractAsyncContextManager[Load]:
+        """Calls of the first tenant."""
+        named = {"tasks": ["one", "two"], **asked}
+        return load(self.balancer.address, self.balancer.access(self.keys[0]), **named)
+
+
+# Seconds that servers answer on while their health says not serving: HAProxy sees that, nginx does not look.
+DRAIN_DELAY_S = {"haproxy": 5, "nginx": 0.5}
+
+
+@pytest.fixture(scope="module", params=DRAIN_DELAY_S)
+def balanced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Balanced]:
+    if not installed(request.param):
+        pytest.skip(f"{request.param} is not installed")
+    folder = tmp_path_factory.mktemp("fleet")
+    keys, entries = [], []
+    for number in range(6):
+        key, entry = tenant(f"t{number}")
+        keys.append(key)
+        entries.append(entry)
+    tenants = write_tenants(folder / "tenants.yaml", *entries)
+    with (
+        running_fleet(StandIn, folder, tenants=tenants, drain_delay_s=DRAIN_DELAY_S[request.param]) as fleet,
+        Balancer(request.param, fleet) as balancer,
+    ):
+        yield Balanced(fleet, balancer, keys)
+
+
+def test_haproxy_sends_the_health_check_that_the_protocol_asks_for() -> None:
+    sent = re.search(r"send-binary (\w+)", (BALANCERS / "haproxy.cfg").read_text())
+    assert sent is not None
+    assert bytes.fromhex(sent[1]) == health_check(SERVICE)
+
+
+async def test_no_call_fails_while_servers_restart_in_turn(balanced: Balanced) -> None:
+    async with balanced.load() as found:
+        await rolling_restart(balanced.fleet, found, calls_between=32)
+    assert found.failed == {}
+    assert found.calls > 4 * 32
+
+
+async def test_a_killed_server_fails_what_ran_there_and_the_client_repeats_it(balanced: Balanced) -> None:
+    half = IN_FLIGHT // 2
+    async with balanced.load(in_flight=half) as once, balanced.load(in_flight=half, retry=Retry()) as repeated:
+        ran = await kill_one(balanced.fleet, once, calls_between=32)
+    assert ran > 0
+    assert once.codes == {"UNAVAILABLE"}
+    assert sum(once.failed.values()) <= half
+    assert repeated.failed == {}
+    # The others failed none.
+    for member in balanced.fleet.members:
+        assert member.page().value("mtlora_requests_total") == member.answered()
+
+
+async def test_calls_about_a_document_stay_with_the_server_that_read_it(balanced: Balanced) -> None:
+    """Another server would answer NOT_FOUND."""
+    address, access = balanced.balancer.address, balanced.balancer.access
+    for key in balanced.keys:
+        async with AsyncClient(address, access(key), retry=None) as client:
+            (first,) = await client.analyze_all(["who"], "a document", timeout=30)
+            for _ in range(3):
+                (answer,) = await client.analyze_all(["who"], document_id=first.document_id, timeout=30)
+                assert answer.document_id == first.document_id
+    pages = [member.page() for member in balanced.fleet.members]
+    asked = [page.value("mtlora_requests_total", method="Analyze", status="OK") for page in pages]
+    assert sum(count > 0 for count in asked) > 1
+
+
+async def test_haproxy_passes_over_a_server_whose_health_says_so(balanced: Balanced) -> None:
+    if balanced.balancer.name != "haproxy":
+        pytest.skip("nginx looks at no health")
+    ill = balanced.fleet.members[1]
+    ill.signal(signal.SIGUSR2)
+    async with balanced.load() as found:
+        # HAProxy needs a few checks to see it.
+        calls, had = 0, -1.0
+        while found.calls < calls + IN_FLIGHT or ill.answered() > had:
+            if found.calls >= calls + IN_FLIGHT:
+                calls, had = found.calls, ill.answered()
+            assert found.calls < 100 * IN_FLIGHT
+            await asyncio.sleep(0.05)
+    assert found.failed == {}

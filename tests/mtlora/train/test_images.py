@@ -1,0 +1,237 @@
+"""Training on images with a tiny encoder: heads start from a probe, adapters learn, runs resume to the same bits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from mtlora.checkpoint.read import read_checkpoint
+from mtlora.cli import main
+from mtlora.errors import MtLoRAError
+from mtlora.evaluation.images import checkpoint_labeller, linear_heads, pixels
+from mtlora.suite import load_suite
+from mtlora.train.augment import augmented
+from mtlora.train.config import TrainingConfig
+from mtlora.train.trainer import Trainer
+from mtlora.vision.heads import Heads, linear_probe
+from mtlora.vision.model import load_adapted_encoder
+from tests.mtlora.vision.models import SIZE, write_model
+
+SMALL: dict[str, Any] = {
+    "adapter": {"r": 4, "num_experts": 3, "num_groups": 2}, "examples_per_task": 24, "validation_per_task": 0,
+    "batch_size": 8, "save_every": 2, "dtype": "float32", "threads": 1, "learning_rate": 5e-3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("vision-backbone"))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tasks of small images that differ in brightness, and in which half is bright."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(80):
+        shade, noise = (60, 180)[i % 2], rng.integers(-30, 30, (20, 20, 3))
+        half = np.full((20, 20, 3), 40)
+        half[:, :10] += 120 * (i % 2)
+        half[:, 10:] += 120 * (1 - i % 2)
+        for task, drawn, label in (("bright", shade + noise, "low high"), ("half", half + noise, "right left")):
+            path = root / task / ("test" if i < 16 else "train") / label.split()[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.clip(drawn, 0, 255).astype(np.uint8)).save(path)
+    for task in ("bright", "half"):
+        (root / task / "task.json").write_text(json.dumps({"image": {"size": SIZE, "augment": ["colour", "crop"]}}))
+    return root
+
+
+def _config(folder: Path, **changed: Any) -> TrainingConfig:
+    return TrainingConfig.model_validate({**SMALL, "suite": str(folder), **changed})
+
+
+def test_it_learns_and_leaves_heads_in_the_checkpoint(backbone: Path, folder: Path, tmp_path: Path) -> None:
+    trainer = Trainer(_config(folder, epochs=6), backbone, tmp_path / "run")
+    manifest = trainer.fit()
+    records = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert sum(losses[-6:]) < sum(losses[:6])
+    assert manifest.training["images_by_task"] == {"bright": 144, "half": 144}
+    checkpoint = read_checkpoint(trainer.folder.checkpoint)
+    assert checkpoint.manifest.format_version == 2
+    examples = [e for task in trainer.tasks for e in trainer.suite.examples(task.id, "test", None)]
+    # The checkpoint's folded heads give what the trainer's do, but for the paths' float16.
+    adapted = load_adapted_encoder(backbone, checkpoint, torch.float32)
+    found = checkpoint_labeller(adapted, checkpoint)(examples)
+    assert all(sum(each.values()) == pytest.approx(1, abs=1e-5) for each in found)
+    trainer.work.trained.eval()
+    answers = trainer.work.answerer()(examples)
+    assert sum(max(p, key=p.__getitem__) == a for p, a in zip(found, answers, strict=True)) >= len(examples) - 1
+    assert sum(a == e.target for a, e in zip(answers, examples, strict=True)) >= 0.9 * len(examples)
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(backbone: Path, folder: Path, tmp_path: Path) -> None:
+    config = _config(folder)
+    whole = Trainer(config, backbone, tmp_path / "whole")
+    whole.fit()
+    stopped = Trainer(config, backbone, tmp_path / "stopped")
+    for _ in range(3):
+        stopped.train_step()
+        if stopped.step % 2 == 0:
+            stopped.save()
+    stopped.folder._lock.close()  # type: ignore[union-attr]
+    resumed = Trainer(config, backbone, tmp_path / "stopped", resume=True)
+    assert resumed.step == 2
+    resumed.fit()
+    files = [load_file(run / "adapter" / "adapter.safetensors") for run in (tmp_path / "whole", tmp_path / "stopped")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+
+def test_frozen_layers_are_passed_once_and_keep_paths_of_zero(backbone: Path, folder: Path, tmp_path: Path) -> None:
+    for task in ("bright", "half"):
+        (tmp_path / "suite" / task).mkdir(parents=True)
+        (tmp_path / "suite" / task / "train").symlink_to(folder / task / "train")
+        (tmp_path / "suite" / task / "task.json").write_text(json.dumps({"image": {"size": SIZE, "augment": []}}))
+    config = _config(tmp_path / "suite", frozen_layers=1, probe_examples=12, epochs=2)
+    trainer = Trainer(config, backbone, tmp_path / "run")
+    work = trainer.work
+    # A batch enters the same whether its images pass the frozen layers now or did before.
+    first = work._enter(trainer.batches[0], 0, torch.device("cpu"))  # type: ignore[attr-defined]
+    assert torch.equal(first, work._enter(trainer.batches[0], 9, torch.device("cpu")))  # type: ignore[attr-defined]
+    state = trainer.adapted.adapters.state_dict()
+    before = {name: value.clone() for name, value in state.items()}
+    trainer.fit()
+    assert len(work._entered) == 48  # type: ignore[attr-defined]
+    changed = {
+        name for name, value in trainer.adapted.adapters.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert "layers.1.mlp.lora_B" in changed
+    assert not any(name.startswith("layers.0.") for name in changed)
+    # The evaluation runs all layers at once, with the same result.
+    work.trained.eval()
+    task = trainer.tasks[0]
+    whole = work.adapted.features(
+        torch.stack([pixels(work.adapted, task, work.train[0])]),
+        torch.tensor([0]),
+        "cls_mean",  # type: ignore[attr-defined]
+    )
+    parts = work._leave(work._enter([0], 0, torch.device("cpu")), torch.tensor([0]))  # type: ignore[attr-defined]
+    assert torch.allclose(whole, parts, atol=1e-5)
+    with pytest.raises(MtLoRAError, match="frozen_layers: found 2; allowed: fewer than the 2 layers"):
+        Trainer(_config(folder, frozen_layers=2), backbone, tmp_path / "other")
+
+
+def test_a_warm_start_takes_paths_and_heads(backbone: Path, folder: Path, tmp_path: Path) -> None:
+    first = Trainer(_config(folder), backbone, tmp_path / "first")
+    first.fit()
+    started = Trainer(
+        _config(folder, tasks=["half"], init_from=str(first.folder.checkpoint), seed=1), backbone, tmp_path / "second"
+    )
+    stored = read_checkpoint(first.folder.checkpoint)
+    weight, bias = started.work.heads.folded(0)  # type: ignore[attr-defined]
+    assert torch.allclose(weight, stored.head("half")[0], atol=1e-5)
+    assert torch.allclose(bias, stored.head("half")[1], atol=1e-4)
+    name = "layers.0.mlp.lora_B"
+    assert torch.equal(started.adapted.adapters.state_dict()[name], stored.tensors[name].float())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "heads"},
+        {"method": "lora", "r": 2, "target_modules": ["q_proj", "fc2"]},
+        {"method": "hydralora", "r": 2, "num_experts": 2},
+    ],
+    ids=lambda method: str(method["method"]),
+)
+@pytest.mark.parametrize("heads", ["own", "all classes", "label words"])
+def test_baselines_and_head_spaces(
+    backbone: Path, folder: Path, tmp_path: Path, method: dict[str, Any], heads: str
+) -> None:
+    config = _config(folder, baseline=method, spectral="off", heads=heads, max_steps=2)
+    trainer = Trainer(config, backbone, tmp_path / "run")
+    trainer.fit()
+    assert len(trainer.batches) == (0 if method["method"] == "heads" else 2)
+    examples = trainer.suite.examples("half", "test", None)
+    answers = trainer.work.answerer()(examples)
+    assert set(answers) <= ({"left", "right"} if heads == "own" else {"left", "right", "low", "high", ""})
+    assert sum(a == e.target for a, e in zip(answers, examples, strict=True)) >= 0.6 * len(examples)
+
+
+def test_what_cannot_be_trained_is_refused(backbone: Path, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the task is not told, so adapter\.task_bias must be false"):
+        _config(folder, heads="all classes")
+    for task, size in (("bright", SIZE), ("half", 2 * SIZE)):
+        (tmp_path / task).mkdir()
+        for split in ("train", "test"):
+            (tmp_path / task / split).symlink_to(folder / task / split)
+        (tmp_path / task / "task.json").write_text(json.dumps({"image": {"size": size}}))
+    with pytest.raises(MtLoRAError, match=r"need one size and one pooling; found 56 px .*, 112 px"):
+        Trainer(_config(tmp_path), backbone, tmp_path / "run")
+
+
+def test_eval_from_the_command_line(
+    backbone: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Trainer(_config(folder), backbone, tmp_path / "run").fit()
+    arguments = ["eval", "--backbone", str(backbone), "--suite", str(folder), "--dtype", "float32", "--record"]
+    written = ["--json", str(tmp_path / "x.json"), "--gallery", str(tmp_path / "x.png")]
+    assert main([*arguments, "--adapter", str(tmp_path / "run" / "adapter"), *written]) == 0
+    assert Image.open(tmp_path / "x.png").size[0] > 500
+    out = capsys.readouterr().out
+    assert "accuracy: 2 tasks, mean " in out
+    assert "expected calibration error of 32 labels" in out
+    manifest = read_checkpoint(tmp_path / "run" / "adapter").manifest
+    assert manifest.evaluation["split"] == "test"
+    assert set(manifest.evaluation["backbone_alone"]["tasks"]) == {"bright", "half"}
+    assert set(manifest.calibration) == {"bright", "half"}
+    assert len(json.loads((tmp_path / "x.json").read_text())["answers"]) == 32
+
+
+def test_linear_heads_are_those_of_the_probe(backbone: Path, folder: Path, tmp_path: Path) -> None:
+    trainer = Trainer(_config(folder, baseline={"method": "heads"}, spectral="off"), backbone, tmp_path / "run")
+    suite = load_suite(str(folder))
+    train = [e for task in suite.tasks for e in suite.examples(task.id, "train", 24)]
+    head = linear_heads(trainer.adapted, suite.tasks, train)
+    examples = suite.examples("half", "test", None)
+    answers = trainer.work.answerer()(examples)
+    assert set(answers) <= {"left", "right"}
+    assert head("half")[0].shape == (2, 64)
+
+
+def test_a_probe_separates_what_is_separable() -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets_N = torch.arange(60) % 3
+    features_NF = torch.randn(60, 8, generator=generator) + 3 * torch.eye(8)[targets_N]
+    weight_CF, bias_C = linear_probe(features_NF, targets_N, 3)
+    assert ((features_NF @ weight_CF.T + bias_C).argmax(1) == targets_N).float().mean() > 0.9
+
+
+def test_heads_know_only_their_own_labels_when_told() -> None:
+    tasks_B, features_BF = torch.tensor([0, 1]), torch.ones(2, 4)
+    own = Heads([[0, 1], [2, 3, 4]], 4)
+    assert torch.isinf(own(features_BF, tasks_B)).tolist() == [[False] * 2 + [True] * 3, [True] * 2 + [False] * 3]
+    assert not torch.isinf(Heads([[0, 1], [2, 3, 4]], 4, told=False)(features_BF, tasks_B)).any()
+
+
+def test_augmentation_does_what_is_allowed_and_no_more() -> None:
+    import random
+
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    pixels[:, :10] = 200
+    assert augmented(pixels, (), random.Random(0)) is pixels
+    flipped = [augmented(pixels, ("flip",), random.Random(seed)) for seed in range(20)]
+    assert {bool(image[0, 0, 0] > 100) for image in flipped} == {True, False}
+    assert all(np.array_equal(image, pixels) or np.array_equal(image, pixels[:, ::-1]) for image in flipped)
+    for name in ("rotate", "crop", "colour"):
+        changed = augmented(pixels, (name,), random.Random(1))
+        assert changed.shape == pixels.shape
+        assert not np.array_equal(changed, pixels)
+        assert np.array_equal(changed, augmented(pixels, (name,), random.Random(1)))
