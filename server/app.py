@@ -335,6 +335,9 @@ class App:
             await asyncio.gather(*(each.start() for each in self._supervisors.values()), self._verifying)
         except (BackboneError, EngineStartError, SpoolError) as error:
             raise StartError(str(error)) from error
+        except OSError as error:
+            # A volume that is not there, full, or read-only though it is a cache.
+            raise StartError(f"the start failed: {error}") from error
         except EngineDeadError:
             raise StartError("the engine died while it loaded its adapters; the log above says why") from None
 

@@ -116,6 +116,9 @@ class Pod:
     def remove(self) -> None:
         """Delete what is left of the pod and all its volumes."""
         subprocess.run([*podman(), "kube", "down", "--force", str(self._file)], capture_output=True)
+        # Podman keeps those of secrets, with their old contents.
+        names = [each["secret"]["secretName"] for each in self.spec["volumes"] if "secret" in each]
+        subprocess.run([*podman(), "volume", "rm", "--force", *names], capture_output=True)
 
     # Inside.
 

@@ -60,7 +60,10 @@ def _run(pod: Pod, folder: Path, case: Case, port: int) -> tuple[int, str]:
     source = {"ro": f"{pod.volume('mtlora-adapters')}:{_ADAPTERS}:ro", "empty": f"{empty}:{_ADAPTERS}:ro"}
     source["rw"] = f"{copy}:{_ADAPTERS}"
     command = [*podman(), "run", "--rm", "--read-only", "--cap-drop=all", "--security-opt=no-new-privileges"]
-    command += [f"--memory={case.memory}", "--cpus=2", f"--network={case.network}", "--tmpfs=/tmp", "--tmpfs=/dev/shm"]
+    command += [f"--memory={case.memory}", "--cpus=2", f"--network={case.network}", "--tmpfs=/tmp"]
+    command += [
+        f"--tmpfs={folder}:rw,mode=1777" for folder in ("/dev/shm", "/var/cache/mtlora", "/var/cache/mtlora-adapters")
+    ]
     command += [f"--volume={source[case.adapters]}"] if case.adapters in source else []
     command += [f"--volume={pod.volume('mtlora-tenants')}:{_TENANTS}:ro"] if case.tenants else []
     settings = pod.settings | case.settings
