@@ -70,6 +70,7 @@ class Checks:
 
     def __init__(self, broken: str) -> None:
         self._broken = broken
+        self.serving = broken != "ready"
 
     def __getattr__(self, name: str) -> Any:
         def check() -> str:
