@@ -28,6 +28,10 @@ _CHUNK = 1 << 20
 MAX_TASKS = 20_000
 
 
+class NoEngineError(Exception):
+    """A version is sound, but for an engine that this server does not have."""
+
+
 @dataclass(frozen=True)
 class VerificationLimits:
     """Limits of one verification.
@@ -57,16 +61,21 @@ class VerificationLimits:
 
 def run_check(
     root: Path, folder: Path, incoming: Path, backbones: "Backbones", limits: VerificationLimits
-) -> Iterator[str]:
+) -> Iterator[str | NoEngineError]:
     """`check`, as a child runs it."""
     import torch
 
     torch.set_num_threads(1)
-    yield check(root, folder, incoming, backbones, limits)
+    try:
+        yield check(root, folder, incoming, backbones, limits)
+    except NoEngineError as error:
+        yield error
 
 
 def check(root: Path, folder: Path, incoming: Path, backbones: "Backbones", limits: VerificationLimits) -> str:
-    """Copy a version to `incoming` and read the copy; returns its content's hash. Raises CheckpointError.
+    """Copy a version to `incoming` and read the copy; returns its content's hash.
+
+    Raises CheckpointError, or NoEngineError if the version is sound.
 
     The copy's manifest loses its provenance, which may be any JSON: the server reads only what it serves.
     """
@@ -92,7 +101,7 @@ def check(root: Path, folder: Path, incoming: Path, backbones: "Backbones", limi
             # A file that grows meanwhile ends the child at RLIMIT_FSIZE.
             shutil.copyfileobj(source, copy, _CHUNK)
     try:
-        backbone = _backbone_of(incoming, read_manifest(incoming), backbones)
+        backbone = _backbone_of(folder, read_manifest(incoming), backbones)
         manifest = read_checkpoint(incoming, backbone).manifest
         check_answers(incoming, manifest)
         if limits.vision:
@@ -115,13 +124,11 @@ def check(root: Path, folder: Path, incoming: Path, backbones: "Backbones", limi
 
 
 def _backbone_of(folder: Path, manifest: "AdapterManifest", backbones: "Backbones") -> "BackboneArchitecture":
-    """The backbone beside which an adapter must have been made. Raises CheckpointError."""
-    from mtlora.checkpoint.format import CheckpointError
-
+    """The backbone beside which an adapter must have been made. Raises NoEngineError."""
     lane, kind = (Lane.IMAGES, "images") if manifest.images else (Lane.TEXT, "texts")
     if lane not in backbones:
         setting = "vision_backbone" if manifest.images else "backbone"
-        raise CheckpointError(f"{folder}: tasks of {kind}: expected a server with a backbone for them ({setting})")
+        raise NoEngineError(f"{folder}: tasks of {kind}: expected a server with a backbone for them ({setting})")
     return backbones[lane]
 
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Self
 
-from server.registry.version import AdapterVersion, Stage, StageError
+from server.registry.version import AdapterVersion, ElsewhereError, Stage, StageError
 from server.telemetry.logs import get_logger
 
 logger = get_logger("adapters")
@@ -18,7 +18,10 @@ _WATCHER_BACKLOG = 1024
 
 @dataclass(frozen=True)
 class Event:
-    """`failed_stage`: the stage that a FAILED version did not reach. `content` is empty until it is known."""
+    """`failed_stage`: the stage that a FAILED version did not reach; None if this server has no engine for it.
+
+    `content` is empty until it is known.
+    """
 
     name: str
     version: str
@@ -36,7 +39,8 @@ class Event:
     @classmethod
     def failure(cls, name: str, version: str, error: StageError, content: str = "") -> Self:
         """A version did not reach a stage."""
-        return cls(name, version, Stage.FAILED, content, error.reason, failed_stage=error.stage)
+        failed_stage = None if isinstance(error, ElsewhereError) else error.stage
+        return cls(name, version, Stage.FAILED, content, error.reason, failed_stage)
 
 
 class WatcherTooSlowError(Exception):
@@ -52,7 +56,7 @@ class Events:
 
     def emit(self, event: Event) -> None:
         """Log an event, count it and hand it to the watchers. On the event loop."""
-        failed = event.stage is Stage.FAILED
+        failed = event.failed_stage is not None
         fields = {"adapter": event.name, "version": event.version, "stage": event.stage.value}
         fields |= {name: value for name in ("content", "reason") if (value := getattr(event, name))}
         if event.failed_stage:

@@ -16,7 +16,7 @@ from server.registry.folder import Folder
 from server.registry.lifecycle import Lifecycle
 from server.registry.record import AdapterRecord
 from server.registry.source import AdapterFailure
-from server.registry.version import AdapterVersion, NoRoomError, Stage, StageError, version_key
+from server.registry.version import AdapterVersion, ElsewhereError, NoRoomError, Stage, StageError, version_key
 from server.telemetry.logs import get_logger
 
 logger = get_logger("adapters")
@@ -300,7 +300,7 @@ class Registry:
             AdapterFailure(record.name, version.version, version.reason)
             for record in self.records.values()
             for version in record.versions
-            if version.stage is Stage.FAILED
+            if version.stage is Stage.FAILED and not version.elsewhere
         ]
         failures += self._folder.misnamed
         before = {(each.name, each.reason) for each in self.catalog.failures}
@@ -316,7 +316,7 @@ class Registry:
         record = version.adapter
         record.previous = [each for each in record.previous if each is not version]
         version.enter(Stage.FAILED)
-        version.reason = error.reason
+        version.reason, version.elsewhere = error.reason, isinstance(error, ElsewhereError)
         self.events.emit(Event.failure(version.name, version.version, error, version.content))
 
     def _record(self, name: str) -> AdapterRecord:

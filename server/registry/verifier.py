@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.isolation import ChildEndedError, ChildError, in_child
-from server.registry.check import VerificationLimits, run_check
+from server.registry.check import NoEngineError, VerificationLimits, run_check
 from server.registry.heads import Head, read_heads
 from server.registry.source import Found
 from server.registry.spool import Spool, SpoolFullError
 from server.registry.storage import in_thread
-from server.registry.version import Stage, StageError
+from server.registry.version import ElsewhereError, Stage, StageError
 
 if TYPE_CHECKING:
     from mtlora.checkpoint.format import AdapterManifest
@@ -99,4 +99,7 @@ class Verifier:
             raise StageError(Stage.VERIFIED, f"{folder}: {error}") from None
         except ChildError as error:
             raise StageError(Stage.VERIFIED, str(error)) from None
-        return str(pickle.loads(content))
+        found = pickle.loads(content)
+        if isinstance(found, NoEngineError):
+            raise ElsewhereError(str(found))
+        return str(found)

@@ -107,6 +107,13 @@ class StageError(AdapterError):
         self.reason = reason
 
 
+class ElsewhereError(StageError):
+    """A version is for an engine that this server does not have. Nothing is wrong with it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(Stage.VERIFIED, reason)
+
+
 class NoRoomError(StageError):
     """The engine had no room for a version in time; the next attempt may find some.
 
@@ -129,7 +136,7 @@ class AdapterVersion:
     found, present: its files as last seen, and whether they still lie in the folder.
     seen: time.monotonic() when these files appeared.
     passed_over: a Rollback, or a Load of a lower version, chose not to serve these files.
-    reason: why it FAILED.
+    reason: why it FAILED. elsewhere: because this server does not have its engine, which is no failure.
     content: sha256 of its manifest, which holds the tensors' sha256. Set, like all below, from VERIFIED on.
     copied, folder: whether the spool has a copy, and where.
     specs: its tasks by id.
@@ -149,6 +156,7 @@ class AdapterVersion:
     stage: Stage = Stage.FOUND
     passed_over: bool = False
     reason: str = ""
+    elsewhere: bool = False
     content: str = ""
     copied: bool = False
     folder: Path = field(init=False)

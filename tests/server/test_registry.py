@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtlora.client import AsyncClient, ServerError
+from mtlora.vision.image_input import ImageInput
 from server.errors import AdapterError
 from server.job import Lane
 from server.registry.catalog import Catalog
-from server.registry.check import VerificationLimits, check
+from server.registry.check import NoEngineError, VerificationLimits, check
 from server.registry.events import Event, Events
 from server.registry.folder import Folder
 from server.registry.lifecycle import Lifecycle
@@ -25,7 +26,7 @@ from server.registry.residency import Residency
 from server.registry.source import Found
 from server.registry.spool import Spool
 from server.registry.verifier import Verified
-from server.registry.version import AdapterVersion, NoRoomError, Stage, StageError, version_key
+from server.registry.version import AdapterVersion, ElsewhereError, NoRoomError, Stage, StageError, version_key
 from server.registry.weights import choose
 from server.telemetry.metrics import Metrics
 from tests.server.adapters import entry, write_adapter
@@ -56,6 +57,9 @@ class Verifier:
         except (CheckpointError, OSError) as error:
             self._spool.discard(incoming)
             raise StageError(Stage.VERIFIED, str(error)) from None
+        except NoEngineError as error:
+            self._spool.discard(incoming)
+            raise ElsewhereError(str(error)) from None
         return Verified(content, self._spool.keep(incoming, content), read_manifest(self._spool.root / content))
 
 
@@ -248,6 +252,21 @@ async def test_the_same_bytes_again_change_nothing(home: Home) -> None:
 def short_writing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bad version is refused sooner."""
     monkeypatch.setattr("server.registry.folder._WRITING_S", 0.2)
+
+
+async def test_a_version_for_an_engine_that_is_not_here_is_no_failure(home: Home) -> None:
+    write(home.root / "a" / "1", "x")
+    image = entry("sight", allowed_answers=("a", "b"), image=ImageInput(size=28, pooling="cls"))
+    write_adapter(home.root / "b" / "1", [image], backbone=OTHER)
+    await home.open()
+    (passed,) = (event for event in home.events if event.stage is Stage.FAILED)
+    assert "expected a server with a backbone for them (vision_backbone)" in passed.reason
+    assert passed.failed_stage is None
+    assert home.serving() == {"x": "a/1"}
+    assert home.tables[-1].failures == ()
+    assert home.metrics.get_sample_value("mtlora_adapter_failures_total", {"stage": "verified"}) in (None, 0)
+    with pytest.raises(StageError, match="vision_backbone"):
+        await home.registry.load("b")
 
 
 @pytest.mark.usefixtures("short_writing")

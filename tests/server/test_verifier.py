@@ -23,7 +23,7 @@ from server.registry.mirror import Mirror
 from server.registry.source import Found, scan
 from server.registry.spool import Spool, SpoolFullError
 from server.registry.verifier import Verifier
-from server.registry.version import StageError
+from server.registry.version import ElsewhereError, StageError
 from tests.faults._bad_files import KINDS
 from tests.server.adapters import entry, write_adapter
 from tests.server.fakes import eventually
@@ -238,8 +238,9 @@ def test_a_version_belongs_to_the_backbone_of_its_tasks(tmp_path: Path) -> None:
         (BOTH, replace(limits, vision=replace(VISION, patch_size=16)), "multiple of the backbone's patch, 16"),
         (BOTH, replace(limits, vision=replace(VISION, family="siglip_vision_model")), "found 'cls', expected mean"),
     ):
-        with pytest.raises(StageError, match=reason):
+        with pytest.raises(StageError, match=reason) as refused:
             Verifier(spool, backbones, other).verify_now(tmp_path / "root", found(tmp_path / "root"))
+        assert isinstance(refused.value, ElsewhereError) == (Lane.IMAGES not in backbones)
     spool.close()
 
 
