@@ -29,7 +29,8 @@ THROUGHPUT_GOAL = 0.98
 _IN_FLIGHT = 32
 # Streams that are open when the pod is deleted, and their tokens.
 _STREAMS = 8
-_LONG: dict[str, Any] = {"max_new_tokens": 200, "temperature": 2.0, "seed": 1, "stop": [], "without_adapter": True}
+_TOKENS = 300
+_LONG: dict[str, Any] = {"max_new_tokens": _TOKENS, "min_new_tokens": _TOKENS, "free": True, "without_adapter": True}
 # A thread of the engine's computation, against the busiest one.
 _BUSY = 0.25
 
@@ -154,6 +155,7 @@ class Checks:
         """Streams that run when the pod is deleted end as they would have."""
         first = threading.Semaphore(0)
         ends: list[int | Exception] = []
+        ended: list[float] = []
 
         def stream() -> None:
             with self._client(retry=None) as client:
@@ -162,6 +164,7 @@ class Checks:
                     next(tokens)
                     first.release()
                     ends.append(list(tokens)[-1].summary.completion_tokens)
+                    ended.append(time.monotonic())
                 except (ServerError, grpc.RpcError) as error:
                     first.release()
                     ends.append(error)
@@ -172,15 +175,16 @@ class Checks:
         for _ in running:
             first.acquire(timeout=60)
         began = time.monotonic()
-        said = self.pod.delete()
+        status = self.pod.delete()
         took = time.monotonic() - began
         for each in running:
             each.join()
         broken = [str(end) for end in ends if not isinstance(end, int)]
         expect(not broken, f"{len(broken)} of {_STREAMS} streams broken: {broken[:1]}")
-        expect("SIGKILL" not in said, "the container did not end within its grace period")
-        fewest = min(end for end in ends if isinstance(end, int))
-        return f"{_STREAMS} streams, none broken, {fewest} tokens or more each; gone after {took:.1f} s"
+        expect(status == 0, f"the container ended with status {status}")
+        expect(set(ends) == {_TOKENS}, f"streams that are not whole: {ends}")
+        expect(min(ended) > began, "streams that had ended before the pod was deleted")
+        return f"{_STREAMS} streams of {_TOKENS} tokens, none broken; gone after {took:.1f} s"
 
     def started_again(self) -> str:
         """On the same volumes, with what was published into them."""
