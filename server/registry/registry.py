@@ -154,6 +154,7 @@ class Registry:
         Raises UnknownAdapterError for an unknown version, NotPossibleError for one without the task, and StageError for
         one that cannot serve. The split does not change then.
         """
+        await self._look()
         record = self._record(name)
         async with record.changing:
             if weights and record.serving is None:

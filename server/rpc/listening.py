@@ -1,7 +1,7 @@
 """The gRPC port: its services, TLS, and limits on what connections may hold of the server."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -42,6 +42,9 @@ class Listening:
         if settings.tls_certificate is not None and settings.tls_key is not None:
             self.certificates = Certificates(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
         self.server: Any = grpc.aio.server(interceptors=interceptors, options=channel_options(settings))
+        # Methods are found by name, by their generic handlers. gRPC waits for the next call of every registered method
+        # apart, so each call would cost as much as there are methods.
+        self.server.add_registered_method_handlers = lambda service, handlers: None
 
     def add(
         self,
@@ -52,7 +55,7 @@ class Listening:
         health: Health,
     ) -> None:
         """Answer the calls of every contract, health checks and, unless it is switched off, reflection."""
-        server = _ByName(self.server)
+        server = self.server
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
         adapters_pb2_grpc.add_AdaptersServicer_to_server(adapters, server)
         usage_pb2_grpc.add_UsageServicer_to_server(usage, server)
@@ -99,19 +102,6 @@ class Listening:
         if not taken:
             raise OSError(f"cannot listen on {address}: taken, or not an address of this machine (host, port)")
         return joined(host, taken)
-
-
-class _ByName:
-    """A server whose methods are found by name when a call comes.
-
-    gRPC waits for the next call of every registered method apart, so each call would cost as much as there are methods.
-    """
-
-    def __init__(self, server: Any) -> None:
-        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
-
-    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
-        """Leave them to the generic handlers, which have the same methods."""
 
 
 def channel_options(settings: Settings) -> list[tuple[str, int]]:

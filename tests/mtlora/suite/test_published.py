@@ -67,7 +67,9 @@ def test_all_of_mmlu_loads() -> None:
     suite = load_suite(str(MMLU))
     assert len(suite.tasks) == 57
     assert sum(len(suite.examples(task.id, "test", None)) for task in suite.tasks) > 13_000
-    assert all(len(suite.examples(task.id, "train", None)) == 5 for task in suite.tasks)
+    shots = {task.id: len(suite.examples(task.id, "train", None)) for task in suite.tasks}
+    # One of its five stands twice.
+    assert shots == dict.fromkeys(shots, 5) | {"college_physics": 4}
 
 
 def _line(i: int, category: str, **more: str) -> dict[str, str]:
