@@ -16,8 +16,8 @@ from mtlora.parameters import MAX_LISTED, MAX_SAMPLES, TaskDefaults
 from mtlora.prompt import PromptEncoder
 from server.call import Call
 from server.errors import Violation
-from server.job import GenerationJob, MoreSampling, ServedTask
-from server.registry.check import check
+from server.job import GenerationJob, Lane, MoreSampling, ServedTask
+from server.registry.check import VerificationLimits, check
 from server.rpc import encoding
 from server.rpc.batch import samples
 from server.rpc.generation import Generation
@@ -252,7 +252,7 @@ def test_a_version_that_names_tokens_beyond_the_vocabulary_is_refused(tmp_path: 
     write_adapter(folder, [entry("one", defaults={"banned_tokens": [300]})], backbone=TINY)
     (tmp_path / "in").mkdir()
     with pytest.raises(CheckpointError, match=r"task one: defaults: found token 300, expected .* 0 to 299"):
-        check(tmp_path, folder, tmp_path / "in", TINY, 1 << 20, 300)
+        check(tmp_path, folder, tmp_path / "in", {Lane.TEXT: TINY}, VerificationLimits(1 << 20, tokens=300))
     (tmp_path / "other").mkdir()
     assert check(tmp_path, folder, tmp_path / "other", TINY, 1 << 20, 301)
 

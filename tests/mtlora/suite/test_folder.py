@@ -167,7 +167,9 @@ def test_refuses_ids_that_differ_in_case(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "built-in", "/nowhere/at/all", "a\0b"])
 def test_refuses_an_unknown_suite(name: str) -> None:
-    with pytest.raises(SuiteError, match="allowed are builtin, bbh-generated, documents, or the path"):
+    with pytest.raises(
+        SuiteError, match="allowed are builtin, bbh-generated, documents, builtin-vision, .*a folder of JSON files"
+    ):
         load_suite(name)
 
 
