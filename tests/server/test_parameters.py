@@ -254,7 +254,7 @@ def test_a_version_that_names_tokens_beyond_the_vocabulary_is_refused(tmp_path: 
     with pytest.raises(CheckpointError, match=r"task one: defaults: found token 300, expected .* 0 to 299"):
         check(tmp_path, folder, tmp_path / "in", {Lane.TEXT: TINY}, VerificationLimits(1 << 20, tokens=300))
     (tmp_path / "other").mkdir()
-    assert check(tmp_path, folder, tmp_path / "other", TINY, 1 << 20, 301)
+    assert check(tmp_path, folder, tmp_path / "other", {Lane.TEXT: TINY}, VerificationLimits(1 << 20, tokens=301))
 
 
 # Token ids as an input.
