@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from grpc_reflection.v1alpha import reflection
@@ -41,7 +41,7 @@ class Listening:
         self.certificates: Certificates | None = None
         if settings.tls_certificate is not None and settings.tls_key is not None:
             self.certificates = Certificates(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
-        self.server: Any = grpc.aio.server(interceptors=interceptors, options=channel_options(settings))
+        self.server = cast(Any, grpc.aio.server(interceptors=interceptors, options=channel_options(settings)))
         # Methods are found by name, by their generic handlers. gRPC waits for the next call of every registered method
         # apart, so each call would cost as much as there are methods.
         self.server.add_registered_method_handlers = lambda service, handlers: None
