@@ -15,7 +15,7 @@ from mtlora.evaluation.calibration import Labeller
 from mtlora.evaluation.evaluate import Answerer
 from mtlora.suite.base import Example
 from mtlora.task import TaskSpec
-from mtlora.vision.heads import linear_probe
+from mtlora.vision.heads import Heads
 from mtlora.vision.images import ImageError, decode, prepare
 from mtlora.vision.model import AdaptedEncoder
 
@@ -119,11 +119,9 @@ def linear_heads(adapted: AdaptedEncoder, tasks: Sequence[TaskSpec], train: Sequ
     heads = {}
     for task_id, parts in features_by_task.items():
         features_NF = torch.cat(parts)
-        mean_F, std_F = features_NF.mean(0), features_NF.std(0).clamp_min(1e-6)
-        weight_CF, bias_C = linear_probe(
-            (features_NF - mean_F) / std_F, torch.tensor(targets[task_id]), len(by_id[task_id].labels or ())
-        )
-        heads[task_id] = weight_CF / std_F, bias_C - (weight_CF / std_F) @ mean_F
+        head = Heads([range(len(by_id[task_id].labels or ()))], features_NF.shape[1])
+        head.fit(features_NF, torch.zeros(len(features_NF), dtype=torch.int64), torch.tensor(targets[task_id]))
+        heads[task_id] = head.folded(0)
     return heads.__getitem__
 
 
