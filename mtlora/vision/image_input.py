@@ -1,6 +1,6 @@
 """How an image becomes a task's input: one rule for trainer, evaluation and server."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +15,11 @@ _Spread = Annotated[float, Field(gt=0)]
 def num_features(pooling: Pooling, hidden_size: int) -> int:
     """F, the length of an image's feature."""
     return 2 * hidden_size if pooling == "cls_mean" else hidden_size
+
+
+def task_feature(feature: Any, pooling: Pooling, F: int) -> Any:
+    """A task's part [F] of what an engine gives of an image: class token [D] and mean of patches [D], or that alone."""
+    return feature[:F] if pooling == "cls" else feature[-F:]
 
 
 class ImageInput(BaseModel):

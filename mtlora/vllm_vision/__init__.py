@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from mtlora.vision.families import VisionConfig, read_config
-from mtlora.vision.image_input import Pooling
+from mtlora.vision.families import read_config
 from mtlora.vllm_vision.config import ARCHITECTURE, engine_config
 
 _MODEL = "mtlora.vllm_vision.model:VisionModel"
@@ -80,11 +79,3 @@ def feature_params() -> Any:
     from vllm import PoolingParams
 
     return PoolingParams(task="embed")
-
-
-def pooled(feature_F: torch.Tensor, pooling: Pooling, config: VisionConfig) -> torch.Tensor:
-    """A task's feature of an engine's output, float32 [2 D]: class token and mean of patches; [D]: the mean alone."""
-    D = config.hidden_size
-    if pooling == "cls_mean" or not config.traits.class_token:
-        return feature_F
-    return feature_F[:D] if pooling == "cls" else feature_F[D:]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mtlora.vision.image_input import Pooling
+from mtlora.vision.image_input import Pooling, task_feature
 from server.registry.source import TENSORS_FILE
 
 if TYPE_CHECKING:
@@ -27,9 +27,8 @@ class Head:
     pooling: Pooling
 
     def logits(self, feature: NDArray[np.float32]) -> Sequence[float]:
-        """The logits of an engine's feature: the class token's state [D] and the patches' mean [D], or that alone."""
-        F = self.weight_CF.shape[1]
-        feature_F = feature[:F] if self.pooling == "cls" else feature[-F:]
+        """The logits of an engine's feature."""
+        feature_F = task_feature(feature, self.pooling, self.weight_CF.shape[1])
         logits: list[float] = (self.weight_CF @ feature_F + self.bias_C).tolist()
         return logits
 

@@ -12,7 +12,7 @@ from mtlora.backbone import identify
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.vision.encoder import load_encoder, pool
-from mtlora.vision.image_input import ImageInput
+from mtlora.vision.image_input import ImageInput, num_features, task_feature
 from tests.engine._engine import running_bare_engine
 from tests.engine._models import make_adapter
 from tests.mtlora.vision.models import PATCH, SIZE, write_model
@@ -177,8 +177,6 @@ def test_all_states_of_an_image(vision: Vision) -> None:
 
 
 def test_a_tasks_feature_is_a_part_of_the_engines(vision: Vision) -> None:
-    from mtlora.vllm_vision import pooled
-
     (x_TD,) = images(vision, 1, seed=8)
     (found_F,) = vision.features([(x_TD, None)])
     config = vision.encoder.config
@@ -186,7 +184,8 @@ def test_a_tasks_feature_is_a_part_of_the_engines(vision: Vision) -> None:
         states_BTD = vision.encoder(x_TD.unsqueeze(0))
     for pooling in ("cls", "mean", "cls_mean"):
         expected = pool(states_BTD, pooling, config.num_prefix)[0]
-        torch.testing.assert_close(pooled(found_F, pooling, config), expected, atol=TOLERANCE, rtol=0)
+        found = task_feature(found_F, pooling, num_features(pooling, config.hidden_size))
+        torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["vit without biases", "dinov2 with gates", "siglip", "clip"])
