@@ -195,11 +195,11 @@ class Classifier:
         return Classification(job, call, self._metrics, picture, self._decoding)
 
 
-def uncalibrated(asked: bool) -> Expand:
-    """What an item runs; with or without its task's temperature."""
+def classifying(*, calibrated: bool) -> Expand:
+    """What an item runs to classify its image, with its task's temperature or without."""
 
     def expand(first: Any) -> list[Any]:
-        first.calibrated = not asked
+        first.calibrated = calibrated
         return [first]
 
     return expand

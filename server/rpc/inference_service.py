@@ -21,7 +21,7 @@ from server.rpc import encoding
 from server.rpc.analysis import Analysis, led
 from server.rpc.answers import OwnTypes
 from server.rpc.batch import TOKENIZE_APART_BYTES, UNARY_DELTA_TOKENS, Batches, Item, finish
-from server.rpc.classify import Classifier, uncalibrated
+from server.rpc.classify import Classifier, classifying
 from server.rpc.documents import Document, Documents
 from server.rpc.generation import Generation
 from server.rpc.listing import page_of, page_token
@@ -128,7 +128,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Classify(self, request: pb.ClassifyRequest, context: Any) -> pb.ClassifyResponse:
         items, tasks = self.classifier.items(request), len(request.task_ids)
-        await finish(self.classifier.batches.run(items, uncalibrated(request.uncalibrated)))
+        await finish(self.classifier.batches.run(items, classifying(calibrated=not request.uncalibrated)))
         results = [encoding.classification(item, item.index // tasks) async for item in in_pieces(items)]
         return pb.ClassifyResponse(results=results)
 
@@ -138,7 +138,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             raise self.not_found(request.task_id)
         if task.spec.image is not None:
             items = self.classifier.of(scored_pictures(request, task), "ScoreItem")
-            await finish(self.classifier.batches.run(items, uncalibrated(request.uncalibrated)))
+            await finish(self.classifier.batches.run(items, classifying(calibrated=not request.uncalibrated)))
         else:
             items = scored_items(request, task, current_call.get())
             await finish(self.batches.run(items, scoring(self.prompts, calibrated=not request.uncalibrated)))

@@ -1,4 +1,4 @@
-"""Buffers a stream for its reader: deltas that the reader has not taken are joined to one, up to a limit."""
+"""Buffers a stream. Joins the deltas that its reader has not taken yet, up to a limit."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable

@@ -12,7 +12,7 @@ from server.call import current_call
 from server.errors import Violation, invalid_argument, task_not_found
 from server.job import ServedTask
 from server.rpc.batch import Item, samples
-from server.rpc.classify import uncalibrated
+from server.rpc.classify import classifying
 from server.rpc.inference_service import InferenceServicer
 from server.rpc.openinference import parameters, tensors
 from server.rpc.openinference.repository import Repository
@@ -111,7 +111,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
             raise invalid_argument(violations)
         call = current_call.get()
         items = [Item(Picture(image, f"inputs[0][{i}]", ""), task, call, 1, i) for i, image in enumerate(images)]
-        return await self._service.classifier.batches.whole(items, uncalibrated(asked=False))
+        return await self._service.classifier.batches.whole(items, classifying(calibrated=True))
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Any) -> pb.RepositoryIndexResponse:
         state = "READY" if self._admission.state is State.SERVING else "UNAVAILABLE"
