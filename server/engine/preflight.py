@@ -33,10 +33,12 @@ def check_machine(settings: Settings, backbones: Mapping[Lane, Path]) -> None:
     left = memory_left()
     needed = sum(memory_needed(settings, backbone, lane) for lane, backbone in backbones.items())
     if left is not None and left < needed:
+        cache, less = "", ""
+        if Lane.TEXT in backbones:
+            cache, less = f", KV cache ({_kv_cache_gib(settings):g} GiB)", ", or a smaller kv_cache_gib"
         raise EngineStartError(
-            f"the memory limit of this container is too small: found {left / _GIB:.2f} GiB left; backbones, KV cache "
-            f"({_kv_cache_gib(settings):g} GiB) and processes need {needed / _GIB:.2f}; allowed: a higher limit, or a "
-            "smaller kv_cache_gib"
+            f"the memory limit of this container is too small: found {left / _GIB:.2f} GiB left; backbones{cache} and "
+            f"processes need {needed / _GIB:.2f}; allowed: a higher limit{less}"
         )
 
 
@@ -45,12 +47,12 @@ def memory_needed(settings: Settings, backbone: Path, lane: Lane = Lane.TEXT) ->
     from mtlora.vllm_cpu.precision import engine_dtype
 
     stored = sum(file.stat().st_size for file in backbone.glob("*.safetensors"))
-    config = json.loads((backbone / "config.json").read_text())
     if lane is Lane.IMAGES:
-        # Kept in float32. Its processes have a part of the server's only where it is alone.
+        # Its weights keep their dtype. The server's own process counts once.
         processes = 0.5 if settings.language_backbone else PROCESSES_GIB
         return stored + VISION_CACHE_BYTES + int(processes * _GIB)
     dtype = engine_dtype(settings.dtype, backbone, quantised=settings.quantization is not None)
+    config = json.loads((backbone / "config.json").read_text())
     # Weights of two bytes become four.
     if dtype == "float32" and config.get("dtype", config.get("torch_dtype")) != "float32":
         stored *= 2

@@ -69,6 +69,22 @@ def test_a_limit_below_what_the_backbone_needs(
     check_machine(settings, {Lane.TEXT: backbone})
 
 
+def test_images_need_no_kv_cache_of_texts(monkeypatch: pytest.MonkeyPatch, backbone: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(100 * MIB))
+    settings, images = Settings(allow_no_tasks=True, backbone="none", vision_backbone="vision"), {Lane.IMAGES: tmp_path}
+    machine(monkeypatch, GIB)
+    with pytest.raises(EngineStartError, match=r"left; backbones and processes need 1\.16; allowed: a higher limit$"):
+        check_machine(settings, images)
+    machine(monkeypatch, GIB + 200 * MIB)
+    check_machine(settings, images)
+    # Beside texts: the sum.
+    both = Settings(allow_no_tasks=True, vision_backbone="vision")
+    machine(monkeypatch, 2 * GIB + 600 * MIB)
+    check_machine(both, {Lane.TEXT: backbone})
+    with pytest.raises(EngineStartError, match=r"backbones, KV cache \(1 GiB\) and processes"):
+        check_machine(both, {Lane.TEXT: backbone} | images)
+
+
 def test_weights_that_are_widened_need_twice_their_size(monkeypatch: pytest.MonkeyPatch, backbone: Path) -> None:
     machine(monkeypatch, 2 * GIB + 600 * MIB, bfloat16=False)
     with pytest.raises(EngineStartError, match=re.escape("need 3.00")):
