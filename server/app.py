@@ -212,7 +212,7 @@ class App:
             *(self._run_beside(_SUPERVISOR, partial(self._supervise, lane)) for lane in self._supervisors),
             self._run_beside("adapters", lambda: self._adapters.registry.run(self._settings.adapters_poll_s)),
             self._run_beside("usage", self._usage.run),
-            self._run_beside("engine metrics", self._poll_workers),
+            *(self._run_beside("engine metrics", partial(self._poll_workers, lane)) for lane in self._supervisors),
             self._run_beside(
                 "loop delay",
                 lambda: watch_loop(self._metrics.loop_delay.observe, self._settings.loop_delay_interval_s),
@@ -430,22 +430,20 @@ class App:
                 # The other engine serves on.
                 await asyncio.sleep(self._settings.engine_failure_window_s)
 
-    async def _poll_workers(self) -> None:
-        """Keep the metrics of the engine's processes up to date, whichever engine runs."""
+    async def _poll_workers(self, lane: Lane) -> None:
+        """Keep the metrics of an engine's processes up to date; one that hangs holds up no other's."""
+        supervisor = self._supervisors[lane]
         while True:
             resident = sum(len(each.resident) for each in self._adapters.residencies.values())
             self._metrics.adapters_resident.set(resident)
-            await asyncio.gather(*map(self._poll, self._supervisors), asyncio.sleep(_POLL_INTERVAL_S))
-
-    async def _poll(self, lane: Lane) -> None:
-        supervisor = self._supervisors[lane]
-        engine = supervisor.engine
-        if engine is not None and engine.alive and not supervisor.starting:
-            try:
-                self._metrics.record_workers(await engine.worker_stats(), lane)
-            except Exception as error:
-                # The supervisor handles a dying engine.
-                logger.warning("no statistics from the engine", extra={"fields": {"reason": str(error)}})
+            engine = supervisor.engine
+            if engine is not None and engine.alive and not supervisor.starting:
+                try:
+                    self._metrics.record_workers(await engine.worker_stats(), lane)
+                except Exception as error:
+                    # The supervisor handles a dying engine.
+                    logger.warning("no statistics from the engine", extra={"fields": {"reason": str(error)}})
+            await asyncio.sleep(_POLL_INTERVAL_S)
 
     def _set_catalog(self, catalog: Catalog) -> None:
         self._inference.catalog = catalog
