@@ -38,7 +38,7 @@ class Example:
     image: bytes | Path | None = field(default=None, compare=False, repr=False)
 
     def encoded_image(self) -> bytes:
-        """The image's bytes. Raises SuiteError if there is none, or if its file cannot be read."""
+        """The encoded image. Raises SuiteError for an example without one, and for an unreadable file."""
         if isinstance(self.image, bytes):
             return self.image
         if self.image is None:

@@ -77,7 +77,7 @@ def _task(row: int, labels: int) -> TaskEntry:
 
 
 class Neighbour:
-    """A tenant that asks one image after the other, and knows the answer. wrong: answers that were another, or none."""
+    """A tenant that asks about images whose labels are known. wrong: how many got another label, or no answer."""
 
     def __init__(self, address: str, access: Access, task: str) -> None:
         self._address, self._access, self._task = address, access, task
