@@ -332,15 +332,15 @@ def _everything_is_there(manifests: Sequence[Manifest]) -> Iterator[str]:
         "Namespace", "ServiceAccount", "Service", "NetworkPolicy", "PodDisruptionBudget", "ServiceMonitor",
         "PrometheusRule", "Certificate", "GRPCRoute", "ConfigMap",
     }  # fmt: skip
-    wanted |= {"RayCluster"} if "RayCluster" in kinds else {"Deployment", "HorizontalPodAutoscaler"}
+    if "RayCluster" not in kinds:
+        wanted |= {"StatefulSet" if "StatefulSet" in kinds else "Deployment", "HorizontalPodAutoscaler"}
     for kind in sorted(wanted - kinds):
         yield f"no {kind}"
     for manifest in manifests:
         if manifest["kind"] == "NetworkPolicy" and len(manifest["spec"]["policyTypes"]) != 2:
             yield "NetworkPolicy: leaves a direction open"
-        if manifest["kind"] == "Deployment" and not manifest["spec"]["template"]["spec"].get(
-            "topologySpreadConstraints"
-        ):
+        pod = manifest["spec"]["template"]["spec"] if manifest["kind"] in ("Deployment", "StatefulSet") else None
+        if pod is not None and not pod.get("topologySpreadConstraints"):
             yield f"{manifest['metadata']['name']}: replicas may share a node"
 
 

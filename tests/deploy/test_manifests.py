@@ -1,11 +1,14 @@
 """Every overlay builds, is valid and meets the policy; invalid manifests and violations are found."""
 
 import copy
+import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from deploy import manifests
 from server.settings import ENV_PREFIX, Settings
@@ -45,6 +48,26 @@ def test_overlays_are_valid_and_meet_the_policy(built: list[dict[str, Any]]) -> 
 def test_every_variable_of_the_config_map_is_a_setting(built: list[dict[str, Any]]) -> None:
     known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
     assert manifests.server_settings(built).keys() <= known
+
+
+@needs_kustomize
+def test_with_a_volume_for_usage_each_replica_has_one_of_its_own(tmp_path: Path) -> None:
+    """Component usage-volume on overlay cpu."""
+    component = manifests.FOLDER / "kubernetes" / "components" / "usage-volume"
+    folders = {"resources": manifests.OVERLAYS / "cpu", "components": component}
+    # kustomize takes relative paths alone.
+    names = {key: [os.path.relpath(folder, tmp_path.resolve())] for key, folder in folders.items()}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(names))
+    found = manifests.build(tmp_path)
+    assert [wrong for manifest in found for wrong in manifests.validate(manifest)] == []
+    assert manifests.violations(found) == []
+    assert "Deployment" not in {manifest["kind"] for manifest in found}
+    replicas = one(found, "StatefulSet")["spec"]
+    (claim,) = replicas["volumeClaimTemplates"]
+    mounts = replicas["template"]["spec"]["containers"][0]["volumeMounts"]
+    folder = manifests.server_settings(found)["MTLORA_USAGE_DIR"]
+    assert {"name": claim["metadata"]["name"], "mountPath": folder} in mounts
+    assert one(found, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]["kind"] == "StatefulSet"
 
 
 def pod(found: list[dict[str, Any]]) -> dict[str, Any]:
