@@ -112,7 +112,7 @@ def test_a_signal_while_starting_ends_everything(small: dict[str, Any]) -> None:
 
 async def test_a_second_signal_exits_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exits: list[int] = []
-    monkeypatch.setattr("server.app.exit_at_once", exits.append)
+    monkeypatch.setattr("server.app.app.exit_at_once", exits.append)
     started = app(tmp_path)
     started._on_signal(signal.SIGTERM)
     assert exits == []
