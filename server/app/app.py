@@ -306,7 +306,14 @@ class App:
                 give_up=self._give_up,
             )
             engines.adapters = adapters = await asyncio.to_thread(
-                open_adapters, settings, backbones, engines.supervisors, self._metrics, self._set_catalog
+                open_adapters,
+                settings,
+                backbones,
+                engines.supervisors,
+                # An adapter's types are compiled while it is loaded, so an engine has started.
+                lambda constraints: self._inference.engine.compile(constraints),
+                self._metrics,
+                self._set_catalog,
             )
             self._on_disk.callback(adapters.close)
             residencies = adapters.residencies
