@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from deploy import manifests
+from mtlora.backbone import identify
 from mtlora.client import Client
 from server.probe import main as probe
 from tests.server.adapters import entry, write_adapter
@@ -75,8 +76,9 @@ class Container:
             "--tmpfs", "/var/cache", "--dir", mounts["cache"], "--dir", mounts["adapter-copies"],
             "--tmpfs", mounts["tmp"], "--remount-ro", "/var/cache",
             "--tmpfs", mounts["cache"], "--tmpfs", mounts["adapter-copies"],
-            # The repository may lie below a folder that the sandbox replaces.
-            "--ro-bind", str(REPOSITORY), str(REPOSITORY), "--chdir", "/tmp", "--clearenv",
+            # These may lie below folders that the sandbox replaces.
+            "--ro-bind", str(REPOSITORY), str(REPOSITORY), "--ro-bind", str(backbone), str(backbone),
+            "--chdir", "/tmp", "--clearenv",
         ]  # fmt: skip
         for name, value in self.environment.items():
             self.command += ["--setenv", name, value]
@@ -94,10 +96,11 @@ class Container:
 
 
 @pytest.fixture(scope="module")
-def container(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Container:
+def container(short_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Container:
     folder = tmp_path_factory.mktemp("adapters")
-    write_adapter(folder / "a" / "1", [entry("open", stop=(), max_new_tokens=16)])
-    return Container(folder, backbone)
+    tasks = [entry("open", stop=(), max_new_tokens=16)]
+    write_adapter(folder / "a" / "1", tasks, backbone=identify(short_backbone))
+    return Container(folder, short_backbone)
 
 
 def test_only_the_mounts_are_writable(container: Container) -> None:
