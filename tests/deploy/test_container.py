@@ -16,7 +16,6 @@ import pytest
 import yaml
 
 from deploy import manifests
-from mtlora.backbone import identify
 from mtlora.client import Client
 from server.probe import main as probe
 from tests.server.adapters import entry, write_adapter
@@ -76,9 +75,8 @@ class Container:
             "--tmpfs", "/var/cache", "--dir", mounts["cache"], "--dir", mounts["adapter-copies"],
             "--tmpfs", mounts["tmp"], "--remount-ro", "/var/cache",
             "--tmpfs", mounts["cache"], "--tmpfs", mounts["adapter-copies"],
-            # These may lie below folders that the sandbox replaces.
-            "--ro-bind", str(REPOSITORY), str(REPOSITORY), "--ro-bind", str(backbone), str(backbone),
-            "--chdir", "/tmp", "--clearenv",
+            # The repository may lie below a folder that the sandbox replaces.
+            "--ro-bind", str(REPOSITORY), str(REPOSITORY), "--chdir", "/tmp", "--clearenv",
         ]  # fmt: skip
         for name, value in self.environment.items():
             self.command += ["--setenv", name, value]
@@ -96,11 +94,10 @@ class Container:
 
 
 @pytest.fixture(scope="module")
-def container(short_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Container:
+def container(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Container:
     folder = tmp_path_factory.mktemp("adapters")
-    tasks = [entry("open", stop=(), max_new_tokens=16)]
-    write_adapter(folder / "a" / "1", tasks, backbone=identify(short_backbone))
-    return Container(folder, short_backbone)
+    write_adapter(folder / "a" / "1", [entry("open", stop=(), max_new_tokens=16)])
+    return Container(folder, backbone)
 
 
 def test_only_the_mounts_are_writable(container: Container) -> None:
@@ -136,7 +133,7 @@ def test_starts_serves_and_drains_in_the_pod(
         assert client.generate("open", "Once").summary.completion_tokens
         with urllib.request.urlopen(f"http://127.0.0.1:{container.metrics}/metrics", timeout=5) as page:
             assert b"mtlora_serving 1.0" in page.read()
-        stream = client.stream("open", "Once", **LONG | {"max_new_tokens": 300})
+        stream = client.stream("open", "Once", **LONG | {"max_new_tokens": 200})
         next(stream)
         (inside,) = psutil.Process(server.pid).children()
         inside.send_signal(signal.SIGTERM)

@@ -13,7 +13,7 @@ from tests.server.helpers import LONG, eventually
 
 def test_sigterm_lets_a_long_stream_finish(server: ServerProcess, client: Client) -> None:
     logged = len(server.log())
-    stream = client.stream("open", "Once", **LONG | {"max_new_tokens": 300})
+    stream = client.stream("open", "Once", **LONG | {"max_new_tokens": 200})
     pieces = [next(stream)]
     # Ctrl-C in a terminal signals every process; the engines' ignore it.
     server.process.send_signal(signal.SIGTERM)
