@@ -20,7 +20,7 @@ def test_sigterm_lets_a_long_stream_finish(server: ServerProcess, client: Client
     for child in process_tree(server.process.pid)[1:]:
         child.send_signal(signal.SIGINT)
     pieces.append(next(stream))
-    with Client(server.address) as other:
+    with server.client() as other:
         eventually(lambda: not other.is_serving(), 20)
         with pytest.raises(ServerError) as raised:
             other.generate("open", "too late")
