@@ -128,12 +128,12 @@ class ImageJob:
     position_cost: float
 
     lane: ClassVar = Lane.IMAGES
+    # A tenant's images run in the order in which they came.
     priority: ClassVar = 0
+    # Every position is computed.
     shared: ClassVar = 0
-    n: ClassVar = 1
-    further: ClassVar = False
-    # The label comes with the only step.
-    sampling: ClassVar = Sampling(max_new_tokens=0)
+    # The positions' own step gives the label: the answer has no tokens.
+    sampling: ClassVar[None] = None
 
 
 Job = GenerationJob | ImageJob

@@ -32,19 +32,21 @@ os.environ["MTLORA_DRAIN_DELAY_S"] = "0"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A worker of xdist has a core for its engines: two threads of an engine would wait for other workers' threads."""
+    """A worker of xdist has a core for engines and PyTorch: two threads would wait for other workers' threads."""
     if config.getoption("numprocesses", None):
         # This process starts the workers and runs no test.
         return
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        cores = sorted(os.sched_getaffinity(0))
+        core = cores[int(worker.removeprefix("gw")) % len(cores)]
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
+        # Read when PyTorch is imported.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
 
     if not torch.cuda.is_available():
         # Triton reads it at its import, which any test may bring about.
         os.environ["TRITON_INTERPRET"] = "1"
-    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-        cores = sorted(os.sched_getaffinity(0))
-        core = cores[int(worker.removeprefix("gw")) % len(cores)]
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
 
 
 @pytest.hookimpl(tryfirst=True)

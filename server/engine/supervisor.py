@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from mtlora.control_group import out_of_memory_kills
-from server.engine.engine import BaseEngine, Engine, EngineStartError
+from server.engine.engine import BaseEngine, EngineStartError
 from server.errors import EngineDeadError
 from server.telemetry.logs import get_logger
 
@@ -85,12 +85,6 @@ class Supervisor:
     async def unload(self, slots: Sequence[Any]) -> None:
         """As `BaseEngine.unload`."""
         await self._running.unload(slots)
-
-    async def compile(self, constraints: Sequence[str]) -> list[int]:
-        """As `Engine.compile`."""
-        engine = self._running
-        assert isinstance(engine, Engine)
-        return await engine.compile(constraints)
 
     async def warm_up(self, slot: Any | None, *, short: bool = False) -> None:
         """As the engine's."""

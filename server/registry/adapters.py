@@ -1,6 +1,6 @@
 """The registry of one server, put together from its settings."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,7 +13,7 @@ from server.registry.folder import Folder
 from server.registry.lifecycle import Lifecycle
 from server.registry.mirror import Mirror
 from server.registry.registry import Registry
-from server.registry.residency import LoadsSlots, Residency
+from server.registry.residency import LoadsSlots, Prepare, Residency
 from server.registry.source import Found
 from server.registry.spool import Spool
 from server.registry.storage import Storage
@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 class AdapterEngine(LoadsSlots, Protocol):
     """What the registry needs of an engine, whichever its kind."""
 
-    async def compile(self, constraints: Sequence[str]) -> list[int]: ...
     async def warm_up(self, slot: Any | None, *, short: bool = False) -> None: ...
+
+
+# Of the engine of texts that runs: `Engine.compile`.
+Compile = Callable[[Sequence[str]], Awaitable[list[int]]]
 
 
 @dataclass
@@ -54,6 +57,7 @@ def open_adapters(
     settings: Settings,
     backbones: Mapping[Lane, Path],
     engines: Mapping[Lane, AdapterEngine],
+    compile: Compile,
     metrics: Metrics,
     publish: Callable[[Catalog], None],
 ) -> Adapters:
@@ -66,7 +70,8 @@ def open_adapters(
     from mtlora.vllm_plugin.requests import slot_requests
 
     max_bytes = settings.max_adapter_mib << 20
-    residencies = {lane: _residency(engine, lane, settings, metrics) for lane, engine in engines.items()}
+    prepare: dict[Lane, Prepare] = {Lane.TEXT: lambda version: _compile_types(compile, version)}
+    residencies = {lane: _residency(engine, prepare.get(lane), settings, metrics) for lane, engine in engines.items()}
     limit_gib = settings.adapter_cache_gib
     spool = Spool(settings.adapter_cache, None if limit_gib is None else int(limit_gib * (1 << 30)))
     metrics.adapter_cache_bytes.set_function(lambda: spool.bytes)
@@ -115,14 +120,14 @@ def open_adapters(
     return Adapters(registry, residencies, spool, verifier, uploads)
 
 
-def _residency(engine: AdapterEngine, lane: Lane, settings: Settings, metrics: Metrics) -> Residency:
+def _residency(engine: AdapterEngine, prepare: Prepare | None, settings: Settings, metrics: Metrics) -> Residency:
     return Residency(
         engine,
         settings.adapter_slots,
         on_cold=metrics.adapter_cold.observe,
         on_load=metrics.adapter_load.observe,
         on_evict=metrics.adapter_evictions.inc,
-        prepare=(lambda version: _compile_types(engine, version)) if lane is Lane.TEXT else None,
+        prepare=prepare,
     )
 
 
@@ -148,10 +153,10 @@ def _normalising(vision: Path) -> Callable[["TaskSpec"], "TaskSpec"]:
     return normalising
 
 
-async def _compile_types(engine: AdapterEngine, version: AdapterVersion) -> None:
+async def _compile_types(compile: Compile, version: AdapterVersion) -> None:
     texts = {task: found.text for task, spec in version.specs.items() if (found := spec.constraint())}
     distinct = list(dict.fromkeys(texts.values()))
-    fewest = dict(zip(distinct, await engine.compile(distinct), strict=True)) if distinct else {}
+    fewest = dict(zip(distinct, await compile(distinct), strict=True)) if distinct else {}
     version.fewest = {task: fewest[text] for task, text in texts.items()}
 
 

@@ -53,8 +53,7 @@ class Item:
     @property
     def answers(self) -> list[Any]:
         """Of the generations, those that answer: all in order, or the likeliest first."""
-        n = self.generations[0].job.n
-        if n == len(self.generations):
+        if len(self.generations) == 1 or (n := self.generations[0].job.n) == len(self.generations):
             return self.generations
         return sorted(self.generations, key=lambda each: each.cumulative_logprob or 0.0, reverse=True)[:n]
 

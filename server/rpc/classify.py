@@ -76,7 +76,7 @@ class Classification:
                     call.prompt_tokens += len(job.prompt_ids)
                     feature_F = await engine.encode(embeds_TD, job.task.slot)
                     now = time.monotonic()
-                    turn.answered(now)
+                    turn.served(0, now)
             self._answer(feature_F)
         except BaseException as error:
             if call.genai:

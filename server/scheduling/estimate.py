@@ -34,9 +34,10 @@ class ServiceTimes:
         self._tokens: OrderedDict[str, float] = OrderedDict()
 
     def observe(self, task: str, tokens: int, first_token_s: float, whole_s: float, running: int) -> None:
-        """Count a finished sequence: its generated tokens, and how many sequences ran when it began, with itself."""
-        if tokens < 1:
-            return
+        """Count a finished sequence: its generated tokens, and how many sequences ran when it began, with itself.
+
+        One without tokens has its answer after `first_token_s`.
+        """
         now, load = self._clock(), running.bit_length()
         held = self._by_load.get(load)
         if held is None or now - held.at > _STALE_S:

@@ -75,14 +75,13 @@ class Turn:
         self._prompt = computed
 
     def served(self, tokens: int, first_token_at: float) -> None:
-        """Count generated tokens; the request's first one came at `first_token_at`, in the clock's seconds."""
+        """Count generated tokens; the request's first one came at `first_token_at`, in the clock's seconds.
+
+        An answer without tokens, such as an image's label, came whole then.
+        """
         self._first = first_token_at
         self._tokens += tokens
         self._scheduler.charge(self, tokens, COMPLETION_COST)
-
-    def answered(self, at: float) -> None:
-        """Note an answer that takes no token of its own, at a time in the clock's seconds."""
-        self._first, self._tokens = at, 1
 
     @property
     def line(self) -> Line:
@@ -97,8 +96,7 @@ class Turn:
     @property
     def service(self) -> float:
         """What the request has cost, as the fair queue counts it."""
-        tokens = self._tokens if self.job.sampling.max_new_tokens else 0
-        return self._prompt * self.job.position_cost + tokens * COMPLETION_COST
+        return self._prompt * self.job.position_cost + self._tokens * COMPLETION_COST
 
 
 @dataclass
@@ -392,7 +390,7 @@ class Scheduler:
     def _reserve(self, tenant: Tenant, jobs: Sequence[Job]) -> Reservation:
         if (rate := tenant.tokens_per_second) is None:
             return Reservation(0)
-        tokens = sum(_computed(job) + job.sampling.max_new_tokens for job in jobs)
+        tokens = sum(_computed(job) + _longest(job) for job in jobs)
         self._check_tokens(tenant, rate, tokens)
         self._account(tenant).tokens.take(tokens, rate, _capacity(tenant, rate), self.clock())
         return Reservation(tokens)
@@ -414,7 +412,7 @@ class Scheduler:
 
     def _service_s(self, turn: Turn) -> float | None:
         job, turns = turn.job, self._turns[turn.job.lane]
-        return turns.times.service_s(job.task.spec.id, job.sampling.max_new_tokens, min(turns.running, turns.most))
+        return turns.times.service_s(job.task.spec.id, _longest(job), min(turns.running, turns.most))
 
     def _wait_s(self, tenant: Tenant, lane: Lane) -> float:
         """Seconds until a request that comes now would get its turn; 0 when nothing was measured lately."""
@@ -461,6 +459,11 @@ class Scheduler:
 def _computed(job: Job) -> int:
     """Positions of a prompt that the engine will compute, as far as is known before."""
     return len(job.prompt_ids) - job.shared
+
+
+def _longest(job: Job) -> int:
+    """Tokens of the longest answer."""
+    return job.sampling.max_new_tokens if job.sampling else 0
 
 
 def _capacity(tenant: Tenant, rate: float) -> float:

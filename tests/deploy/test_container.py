@@ -133,7 +133,7 @@ def test_starts_serves_and_drains_in_the_pod(
         assert client.generate("open", "Once").summary.completion_tokens
         with urllib.request.urlopen(f"http://127.0.0.1:{container.metrics}/metrics", timeout=5) as page:
             assert b"mtlora_serving 1.0" in page.read()
-        stream = client.stream("open", "Once", **LONG | {"max_new_tokens": 300})
+        stream = client.stream("open", "Once", **LONG | {"max_new_tokens": 200})
         next(stream)
         (inside,) = psutil.Process(server.pid).children()
         inside.send_signal(signal.SIGTERM)

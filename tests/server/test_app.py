@@ -22,7 +22,7 @@ def app() -> App:
 async def test_background_work_that_ends_is_logged_counted_and_started_again(
     app: App, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("server.app._RESTART_S", 0.0)
+    monkeypatch.setattr("server.app.app._RESTART_S", 0.0)
     monkeypatch.setattr(logging.getLogger("mtlora.server"), "propagate", True)
     starts = 0
 

@@ -76,7 +76,7 @@ async def test_no_call_fails_while_servers_are_restarted_in_turn(client: str) ->
 async def test_a_channel_leaves_a_server_that_drains() -> None:
     """Once health says not serving, calls are still answered; then the connection ends, and what runs finishes."""
     service = Service(drain_delay_s=0.5)
-    async with service.running(), AsyncClient(service.address) as client:
+    async with service.running(), AsyncClient(service.address, retry=None) as client:
         watch = health_pb2_grpc.HealthStub(client._channel).Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
         service.engine.hold = asyncio.Event()

@@ -59,7 +59,7 @@ async def test_a_client_refuses_an_untrusted_certificate(tmp_path: Path) -> None
     ca, other = authority(tmp_path), authority(tmp_path, "other")
     server = issue(other, tmp_path, "server")
     service = Service(tls_certificate=server.pem, tls_key=server.key)
-    async with service.running(), AsyncClient(service.address, Access(ca=ca.pem)) as client:
+    async with service.running(), AsyncClient(service.address, Access(ca=ca.pem), retry=None) as client:
         with pytest.raises(ServerError, match="UNAVAILABLE"):
             await client.generate("one", "x", timeout=5)
 

@@ -58,12 +58,13 @@ def test_a_server_ends_while_nobody_reads_its_log(tmp_path: Path) -> None:
     script = f"""
 import sys
 from server import app, cli
+from server.app.app import _print_error
 from server.telemetry import logs
 logs._FINISH_S = 0.2
 def serve(settings, ready):
     for i in range({LINES}):
         logs.get_logger("test").info("line %d " + "x" * 1000, i)
-    app._print_error(RuntimeError("it did not start"))
+    _print_error(RuntimeError("it did not start"))
     return 3
 app.serve = serve
 sys.exit(cli.main(["serve", "--adapters", {str(tmp_path)!r}]))

@@ -535,6 +535,22 @@ async def test_each_engine_has_turns_of_its_own_and_a_tenant_one_account(clock: 
     assert service(metrics, "a") == pytest.approx(10 + 2 * 65 * 0.25)
 
 
+async def test_the_answer_to_an_image_takes_time_and_no_tokens(clock: Clock) -> None:
+    scheduler = Scheduler(1, 4, Metrics(), clock, image_turns=1)
+    # Two images a second, to the token.
+    limited = Tenant(id="a", tokens_per_second=2 * 65, burst_seconds=1.0)
+    for _ in range(2):
+        async with scheduler.turn(limited, IMAGE, None) as turn:
+            turn.served(0, clock.now + 3)
+    with pytest.raises(RequestFailedError, match="tokens_per_second"):
+        async with scheduler.turn(limited, IMAGE, None):
+            pass
+    with pytest.raises(RequestFailedError) as raised:
+        async with scheduler.turn(B, IMAGE, clock.now + 2):
+            pass
+    assert raised.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
 async def test_images_that_a_tenant_had_put_its_texts_behind(clock: Clock) -> None:
     """Both tenants wait for a turn of texts all the time; a's images cost it texts, and b catches up."""
     scheduler, done = Scheduler(1, 100, Metrics(), clock, image_turns=1), list[str]()

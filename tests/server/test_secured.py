@@ -34,7 +34,7 @@ class Secured:
 
 
 @pytest.fixture(scope="module")
-def secured(adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+def secured(short_adapters: Path, short_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     folder = tmp_path_factory.mktemp("secured")
     keys, entries = {}, {}
     for name, fields in {"a": {"tasks": ["open", "e*"]}, "b": {}, "slow": {"requests_per_second": 0.1}}.items():
@@ -43,8 +43,8 @@ def secured(adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     ca = authority(folder)
     certificate = issue(ca, folder, "server")
     with ServerProcess(
-        adapters=adapters, tenants=path, tls_certificate=certificate.pem, tls_key=certificate.key,
-        kv_cache_gib=0.25, max_num_seqs=8,
+        adapters=short_adapters, backbone=short_backbone, tenants=path, tls_certificate=certificate.pem,
+        tls_key=certificate.key, kv_cache_gib=0.25, max_num_seqs=8,
     ) as server:  # fmt: skip
         yield Secured(server, ca.pem, path, keys, entries)
 

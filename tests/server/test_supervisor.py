@@ -80,7 +80,8 @@ async def test_replaces_an_engine_that_dies() -> None:
     running.cancel()
 
 
-async def test_replaces_an_engine_that_makes_no_step() -> None:
+async def test_replaces_an_engine_that_makes_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.supervisor._LOOK_INTERVAL_S", 0.1)
     setting = Setting()
     await setting.supervisor.start()
     running = asyncio.create_task(setting.supervisor.run())

@@ -2,15 +2,12 @@
 
 import asyncio
 import contextlib
-import gc
 import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -18,20 +15,11 @@ import uvloop
 from mtlora.backbone import BackboneError, resolve
 from mtlora.vision.images import ImageLimits
 from server.accounting import AuditError, AuditLog, Usage, UsageError
-from server.engine import (
-    BaseEngine,
-    Engine,
-    EngineFailure,
-    EngineGaveUpError,
-    EngineStartError,
-    Supervisor,
-    VisionEngine,
-    check_machine,
-    exit_at_once,
-)
+from server.app.engines import Engines, StartError
+from server.engine import EngineGaveUpError, EngineStartError, check_machine, exit_at_once
 from server.errors import EngineDeadError
 from server.job import Lane
-from server.registry.adapters import Adapters, open_adapters
+from server.registry.adapters import open_adapters
 from server.registry.catalog import Catalog
 from server.registry.spool import SpoolError
 from server.rpc.adapters_service import AdaptersServicer
@@ -45,9 +33,8 @@ from server.rpc.openinference import OpenInferenceServicer, Repository
 from server.rpc.pictures import Decoding, decoding_threads
 from server.rpc.tls import TLSError
 from server.rpc.usage_service import UsageServicer
-from server.rpc.validation import PromptLimits
 from server.scheduling import Scheduler
-from server.scheduling.admission import Admission, State
+from server.scheduling.admission import Admission
 from server.scheduling.scheduler import engine_turns
 from server.settings import Settings, is_loopback, joined
 from server.telemetry.logs import finish_logging, get_logger, set_level
@@ -60,16 +47,11 @@ from server.tenants.authentication import Authenticator
 
 logger = get_logger("app")
 
-_POLL_INTERVAL_S = 5.0
 # Until background work that ended is started again.
 _RESTART_S = 1.0
 _SUPERVISOR = "supervisor"
 # Running requests get their status before the process ends.
 _LAST_STATUSES_S = 0.5
-
-
-class StartError(Exception):
-    """The server cannot start; the message says why."""
 
 
 def serve(settings: Settings, ready: Callable[[str], None]) -> int:
@@ -94,20 +76,15 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> int:
 class App:
     """One server process: `run` it once.
 
-    The constructor makes what answers calls, `_start` the engines and their adapters. Their events come back here: from
-    the supervisors (`engine_started`, `engine_lost`), the registry (`_set_catalog`), the tenants' directory
-    (`_on_tenants`). One engine may be lost while the other serves.
+    The constructor makes what answers calls, `_start` the engines and their adapters. Events come back here: from the
+    registry (`_set_catalog`), the tenants' directory (`_on_tenants`), and from the engines (`_give_up`).
     """
 
-    _adapters: Adapters
-    _verifying: asyncio.Future[None]
+    _engines: Engines
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._stop = asyncio.Event()
-        self._supervisors: dict[Lane, Supervisor] = {}
-        # Lanes whose engine serves.
-        self._serving: set[Lane] = set()
         self._metrics = Metrics(exemplars=settings.metrics_exemplars)
         self._tracer = (
             Tracer(
@@ -208,11 +185,12 @@ class App:
         logger.info("serving", extra={"fields": {"address": address, "tasks": tasks, "start_seconds": seconds}})
         metrics_address = joined(self._settings.metrics_host, metrics_port)
         ready(f"serving on {address}, metrics on {metrics_address}, {tasks} tasks")
+        engines, lanes = self._engines, list(self._engines.supervisors)
         beside = [
-            *(self._run_beside(_SUPERVISOR, partial(self._supervise, lane)) for lane in self._supervisors),
-            self._run_beside("adapters", lambda: self._adapters.registry.run(self._settings.adapters_poll_s)),
+            *(self._run_beside(_SUPERVISOR, partial(engines.supervise, lane)) for lane in lanes),
+            self._run_beside("adapters", lambda: engines.adapters.registry.run(self._settings.adapters_poll_s)),
             self._run_beside("usage", self._usage.run),
-            *(self._run_beside("engine metrics", partial(self._poll_workers, lane)) for lane in self._supervisors),
+            *(self._run_beside("engine metrics", partial(engines.poll, lane)) for lane in lanes),
             self._run_beside(
                 "loop delay",
                 lambda: watch_loop(self._metrics.loop_delay.observe, self._settings.loop_delay_interval_s),
@@ -317,22 +295,36 @@ class App:
             }
             self._metrics.record_build(settings.language_backbone or "", settings.vision_backbone or "")
             await asyncio.to_thread(check_machine, settings, backbones)
-            self._supervisors = {lane: self._supervisor(lane, backbone) for lane, backbone in backbones.items()}
-            self._adapters = await asyncio.to_thread(
-                open_adapters, settings, backbones, self._supervisors, self._metrics, self._set_catalog
+            self._engines = engines = Engines(
+                settings,
+                backbones,
+                self._metrics,
+                self._inference,
+                self._admission,
+                set_health=self._set_health,
+                stopping=self._stop,
+                give_up=self._give_up,
             )
-            self._on_disk.callback(self._adapters.close)
-            residencies = self._adapters.residencies
+            engines.adapters = adapters = await asyncio.to_thread(
+                open_adapters,
+                settings,
+                backbones,
+                engines.supervisors,
+                # An adapter's types are compiled while it is loaded, so an engine has started.
+                lambda constraints: self._inference.engine.compile(constraints),
+                self._metrics,
+                self._set_catalog,
+            )
+            self._on_disk.callback(adapters.close)
+            residencies = adapters.residencies
             if Lane.TEXT in backbones:
                 self._inference.residency = residencies[Lane.TEXT]
             if Lane.IMAGES in backbones:
                 self._inference.classifier.residency = residencies[Lane.IMAGES]
             self._metrics.follow_memory(lambda: joined_memory(each.memory() for each in residencies.values()))
-            self._adapters_service.registry = self._adapters.registry
-            self._adapters_service.uploads = self._adapters.uploads
-            self._verifying = asyncio.ensure_future(self._verify_adapters())
-            # Together: if nothing can be served, the start fails without waiting for the engine.
-            await asyncio.gather(*(each.start() for each in self._supervisors.values()), self._verifying)
+            self._adapters_service.registry = adapters.registry
+            self._adapters_service.uploads = adapters.uploads
+            await engines.start()
         except (BackboneError, EngineStartError, SpoolError) as error:
             raise StartError(str(error)) from error
         except OSError as error:
@@ -340,58 +332,6 @@ class App:
             raise StartError(f"the start failed: {error}") from error
         except EngineDeadError:
             raise StartError("the engine died while it loaded its adapters; the log above says why") from None
-
-    def _supervisor(self, lane: Lane, backbone: Path) -> Supervisor:
-        kind: type[BaseEngine] = Engine if lane is Lane.TEXT else VisionEngine
-        settings, on_stats = self._settings, partial(self._metrics.record_engine, lane=lane)
-        return Supervisor(
-            lambda: kind(settings, backbone, on_stats),
-            _Listener(self, lane),
-            hang_s=settings.engine_hang_s,
-            max_failures=settings.engine_max_failures,
-            window_s=settings.engine_failure_window_s,
-        )
-
-    async def _verify_adapters(self) -> None:
-        await self._adapters.registry.verify_all()
-        self._check_catalog()
-
-    def _check_catalog(self) -> None:
-        if not self._inference.catalog.tasks and not self._settings.allow_no_tasks:
-            raise StartError(f"{self._settings.adapters}: no adapter there can be served; the log above says why")
-
-    async def engine_started(self, lane: Lane, engine: BaseEngine) -> None:
-        """Load into a new engine what served before it, and serve once every engine has started."""
-        await self._verifying
-        if isinstance(engine, Engine):
-            self._inference.engine = engine
-            self._inference.prompts = engine.prompts
-            self._inference.limits = PromptLimits(self._settings.max_model_len, engine.vocab_size, engine.end_tokens)
-        elif isinstance(engine, VisionEngine):
-            self._inference.classifier.engine = engine
-        await self._adapters.registry.load_all(lane)
-        if self._admission.state is State.STARTING:
-            self._check_catalog()
-        resident = self._adapters.residencies[lane].resident
-        await self._supervisors[lane].warm_up(resident[-1].distinct_slots[0] if resident else None)
-        self._serving.add(lane)
-        starting = self._admission.state is State.STARTING and self._serving < self._supervisors.keys()
-        if not self._stop.is_set() and not starting:
-            _freeze_objects()
-            self._admission.lost.discard(lane)
-            self._admission.state = State.SERVING
-            await self._set_health(serving=True)
-
-    async def engine_lost(self, lane: Lane, failure: EngineFailure) -> None:
-        """Serve nothing of an engine until another one runs."""
-        self._serving.discard(lane)
-        self._admission.lost.add(lane)
-        if not self._serving:
-            if not self._stop.is_set():
-                self._admission.state = State.RESTARTING
-            await self._set_health(serving=False)
-        self._metrics.record_engine_restart(failure.kind, lane)
-        self._adapters.residencies[lane].reset()
 
     # What runs beside the requests.
 
@@ -416,35 +356,6 @@ class App:
 
         return asyncio.create_task(keep_running(), name=name)
 
-    async def _supervise(self, lane: Lane) -> None:
-        while True:
-            try:
-                await self._supervisors[lane].run()
-            except EngineGaveUpError as error:
-                logger.error("giving up", extra={"fields": {"reason": str(error)}})
-                if not self._serving:
-                    _print_error(error)
-                    await self._set_health(serving=False, live=False)
-                    await asyncio.sleep(_LAST_STATUSES_S)
-                    self._exit(1)
-                # The other engine serves on.
-                await asyncio.sleep(self._settings.engine_failure_window_s)
-
-    async def _poll_workers(self, lane: Lane) -> None:
-        """Keep the metrics of an engine's processes up to date; one that hangs holds up no other's."""
-        supervisor = self._supervisors[lane]
-        while True:
-            resident = sum(len(each.resident) for each in self._adapters.residencies.values())
-            self._metrics.adapters_resident.set(resident)
-            engine = supervisor.engine
-            if engine is not None and engine.alive and not supervisor.starting:
-                try:
-                    self._metrics.record_workers(await engine.worker_stats(), lane)
-                except Exception as error:
-                    # The supervisor handles a dying engine.
-                    logger.warning("no statistics from the engine", extra={"fields": {"reason": str(error)}})
-            await asyncio.sleep(_POLL_INTERVAL_S)
-
     def _set_catalog(self, catalog: Catalog) -> None:
         self._inference.catalog = catalog
         self._metrics.record_catalog(
@@ -462,40 +373,22 @@ class App:
     # The end.
 
     def _shut_down(self) -> None:
-        if any(each.starting for each in self._supervisors.values()):
+        if self._engines.starting:
             self._exit(0)
         self._on_disk.close()
-        for each in self._supervisors.values():
-            if each.engine is not None:
-                each.engine.shutdown()
+        self._engines.shutdown()
+
+    async def _give_up(self, error: EngineGaveUpError) -> None:
+        _print_error(error)
+        await self._set_health(serving=False, live=False)
+        await asyncio.sleep(_LAST_STATUSES_S)
+        self._exit(1)
 
     def _exit(self, status: int) -> None:
         """End at once."""
         self._on_disk.close()
         finish_logging()
         exit_at_once(status)
-
-
-@dataclass(frozen=True)
-class _Listener:
-    """Hears of one engine."""
-
-    app: App
-    lane: Lane
-
-    async def engine_started(self, engine: BaseEngine) -> None:
-        await self.app.engine_started(self.lane, engine)
-
-    async def engine_lost(self, failure: EngineFailure) -> None:
-        await self.app.engine_lost(self.lane, failure)
-
-
-def _freeze_objects() -> None:
-    """Leave what is alive now out of garbage collections, which would hold up the streams."""
-    gc.collect()
-    gc.freeze()
-    # Tells the collector how little is left: it runs in full once a quarter as much has been added.
-    gc.collect()
 
 
 def _print_error(error: Exception) -> None:

@@ -1,0 +1,188 @@
+"""The engines of a server, one a lane: what follows when one starts, is lost, or fails for good."""
+
+import asyncio
+import gc
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from server.engine import BaseEngine, Engine, EngineFailure, EngineGaveUpError, Supervisor, VisionEngine
+from server.job import Lane
+from server.registry.adapters import Adapters
+from server.rpc.inference_service import InferenceServicer
+from server.rpc.validation import PromptLimits
+from server.scheduling.admission import Admission, State
+from server.settings import Settings
+from server.telemetry.logs import get_logger
+from server.telemetry.metrics import Metrics
+
+logger = get_logger("app")
+
+_POLL_INTERVAL_S = 5.0
+
+
+class StartError(Exception):
+    """The server cannot start; the message says why."""
+
+
+class SetHealth(Protocol):
+    """Tells clients and probes whether the server serves, and whether it may yet."""
+
+    async def __call__(self, *, serving: bool, live: bool = True) -> None: ...
+
+
+class Engines:
+    """`start` them once `adapters` is set; then `supervise` and `poll` each one's lane beside the requests.
+
+    One may be lost while the other serves. stopping: set once the server drains; nothing is served anew then. give_up:
+    called when the last one that served has failed too often.
+    """
+
+    adapters: Adapters
+    _verifying: asyncio.Future[None]
+
+    def __init__(
+        self,
+        settings: Settings,
+        backbones: Mapping[Lane, Path],
+        metrics: Metrics,
+        inference: InferenceServicer,
+        admission: Admission,
+        *,
+        set_health: SetHealth,
+        stopping: asyncio.Event,
+        give_up: Callable[[EngineGaveUpError], Awaitable[None]],
+    ) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._inference = inference
+        self._admission = admission
+        self._set_health = set_health
+        self._stopping = stopping
+        self._give_up = give_up
+        self.supervisors = {lane: self._supervisor(lane, backbone) for lane, backbone in backbones.items()}
+        # Lanes whose engine serves.
+        self._serving: set[Lane] = set()
+
+    async def start(self) -> None:
+        """Start them and, meanwhile, verify the adapters; then load these and open the admission.
+
+        Raises StartError, EngineStartError, or EngineDeadError.
+        """
+        self._verifying = asyncio.ensure_future(self._verify_adapters())
+        # Together: if nothing can be served, the start fails without waiting for the engine.
+        await asyncio.gather(*(each.start() for each in self.supervisors.values()), self._verifying)
+
+    async def supervise(self, lane: Lane) -> None:
+        """Replace a lane's engine whenever it fails."""
+        while True:
+            try:
+                await self.supervisors[lane].run()
+            except EngineGaveUpError as error:
+                logger.error("giving up", extra={"fields": {"reason": str(error)}})
+                if not self._serving:
+                    await self._give_up(error)
+                # The other engine serves on.
+                await asyncio.sleep(self._settings.engine_failure_window_s)
+
+    async def poll(self, lane: Lane) -> None:
+        """Keep the metrics of an engine's processes up to date; one that hangs holds up no other's."""
+        supervisor = self.supervisors[lane]
+        while True:
+            resident = sum(len(each.resident) for each in self.adapters.residencies.values())
+            self._metrics.adapters_resident.set(resident)
+            engine = supervisor.engine
+            if engine is not None and engine.alive and not supervisor.starting:
+                try:
+                    self._metrics.record_workers(await engine.worker_stats(), lane)
+                except Exception as error:
+                    # The supervisor handles a dying engine.
+                    logger.warning("no statistics from the engine", extra={"fields": {"reason": str(error)}})
+            await asyncio.sleep(_POLL_INTERVAL_S)
+
+    @property
+    def starting(self) -> bool:
+        """Whether one starts: it cannot be stopped then."""
+        return any(each.starting for each in self.supervisors.values())
+
+    def shutdown(self) -> None:
+        """Stop their processes. Blocks for a few seconds at most."""
+        for each in self.supervisors.values():
+            if each.engine is not None:
+                each.engine.shutdown()
+
+    def _supervisor(self, lane: Lane, backbone: Path) -> Supervisor:
+        kind: type[BaseEngine] = Engine if lane is Lane.TEXT else VisionEngine
+        settings, on_stats = self._settings, partial(self._metrics.record_engine, lane=lane)
+        return Supervisor(
+            lambda: kind(settings, backbone, on_stats),
+            _Listener(self, lane),
+            hang_s=settings.engine_hang_s,
+            max_failures=settings.engine_max_failures,
+            window_s=settings.engine_failure_window_s,
+        )
+
+    async def _verify_adapters(self) -> None:
+        await self.adapters.registry.verify_all()
+        self._check_catalog()
+
+    def _check_catalog(self) -> None:
+        if not self._inference.catalog.tasks and not self._settings.allow_no_tasks:
+            raise StartError(f"{self._settings.adapters}: no adapter there can be served; the log above says why")
+
+    async def started(self, lane: Lane, engine: BaseEngine) -> None:
+        """Load into a new engine what served before it, and serve once every engine has started."""
+        await self._verifying
+        if isinstance(engine, Engine):
+            self._inference.engine = engine
+            self._inference.prompts = engine.prompts
+            self._inference.limits = PromptLimits(self._settings.max_model_len, engine.vocab_size, engine.end_tokens)
+        elif isinstance(engine, VisionEngine):
+            self._inference.classifier.engine = engine
+        await self.adapters.registry.load_all(lane)
+        if self._admission.state is State.STARTING:
+            self._check_catalog()
+        resident = self.adapters.residencies[lane].resident
+        await self.supervisors[lane].warm_up(resident[-1].distinct_slots[0] if resident else None)
+        self._serving.add(lane)
+        starting = self._admission.state is State.STARTING and self._serving < self.supervisors.keys()
+        if not self._stopping.is_set() and not starting:
+            _freeze_objects()
+            self._admission.lost.discard(lane)
+            self._admission.state = State.SERVING
+            await self._set_health(serving=True)
+
+    async def lost(self, lane: Lane, failure: EngineFailure) -> None:
+        """Serve nothing of an engine until another one runs."""
+        self._serving.discard(lane)
+        self._admission.lost.add(lane)
+        if not self._serving:
+            if not self._stopping.is_set():
+                self._admission.state = State.RESTARTING
+            await self._set_health(serving=False)
+        self._metrics.record_engine_restart(failure.kind, lane)
+        self.adapters.residencies[lane].reset()
+
+
+@dataclass(frozen=True)
+class _Listener:
+    """Hears of one engine."""
+
+    engines: Engines
+    lane: Lane
+
+    async def engine_started(self, engine: BaseEngine) -> None:
+        await self.engines.started(self.lane, engine)
+
+    async def engine_lost(self, failure: EngineFailure) -> None:
+        await self.engines.lost(self.lane, failure)
+
+
+def _freeze_objects() -> None:
+    """Leave what is alive now out of garbage collections, which would hold up the streams."""
+    gc.collect()
+    gc.freeze()
+    # Tells the collector how little is left: it runs in full once a quarter as much has been added.
+    gc.collect()
