@@ -24,6 +24,7 @@ from server.engine import (
     EngineFailure,
     EngineGaveUpError,
     EngineStartError,
+    EngineStats,
     Supervisor,
     VisionEngine,
     check_machine,
@@ -48,7 +49,7 @@ from server.rpc.usage_service import UsageServicer
 from server.rpc.validation import PromptLimits
 from server.scheduling import Scheduler
 from server.scheduling.admission import Admission, State
-from server.scheduling.scheduler import engine_turns
+from server.scheduling.scheduler import batch_turns, engine_turns
 from server.settings import Settings, is_loopback, joined
 from server.telemetry.logs import finish_logging, get_logger, set_level
 from server.telemetry.loop_delay import watch_loop
@@ -125,7 +126,11 @@ class App:
         # Above the queue's limit, so the fair queue picks whom to refuse.
         self._admission = Admission(settings.in_flight_limit + max(turns, image_turns), self._metrics)
         self._scheduler = Scheduler(
-            turns, max(1, settings.in_flight_limit - turns), self._metrics, image_turns=image_turns
+            turns,
+            max(1, settings.in_flight_limit - turns),
+            self._metrics,
+            image_turns=image_turns,
+            most_batch=batch_turns(settings.max_num_seqs),
         )
         try:
             self._directory = Directory(
@@ -343,7 +348,13 @@ class App:
 
     def _supervisor(self, lane: Lane, backbone: Path) -> Supervisor:
         kind: type[BaseEngine] = Engine if lane is Lane.TEXT else VisionEngine
-        settings, on_stats = self._settings, partial(self._metrics.record_engine, lane=lane)
+        settings = self._settings
+
+        def on_stats(stats: EngineStats) -> None:
+            self._metrics.record_engine(stats, lane)
+            if lane is Lane.TEXT:
+                self._scheduler.stepped()
+
         return Supervisor(
             lambda: kind(settings, backbone, on_stats),
             _Listener(self, lane),
