@@ -45,7 +45,7 @@ def error_by_chance(confidences: Sequence[float]) -> float:
     gaps = 0.0
     for each in bins.values():
         # The probability of every number of right answers in the bin.
-        chance = np.ones(1)
+        chance: np.ndarray = np.ones(1)
         for confidence in each:
             chance = np.convolve(chance, (1 - confidence, confidence))
         gaps += float(chance @ np.abs(np.arange(len(chance)) - sum(each)))
