@@ -60,8 +60,16 @@ class Repeat(Expression):
 NOTHING = InOrder(())
 
 
+def too_many_states(limit: int) -> AnswerError:
+    """What is wrong with an expression that takes more states than a limit."""
+    return AnswerError(f"takes more than {limit} states; allowed are fewer repeats or options")
+
+
 def sequence(*parts: Expression) -> Expression:
-    """One part after the other."""
+    """One part after the other. Raises AnswerError for more parts than an automaton may have states."""
+    # Parts may be the same object: a grammar whose rules double each other holds few objects, and many parts.
+    if sum(len(part.parts) for part in parts if isinstance(part, InOrder)) > MAX_STATES:
+        raise too_many_states(MAX_STATES)
     flat = tuple(each for part in parts for each in (part.parts if isinstance(part, InOrder) else (part,)))
     return flat[0] if len(flat) == 1 else InOrder(flat)
 
@@ -273,7 +281,7 @@ class Automaton:
 
     def _state(self, empty: tuple[int, ...] = (), edges: tuple[tuple[int, int, int], ...] = ()) -> int:
         if len(self.edges) >= self.limit:
-            raise AnswerError(f"takes more than {self.limit} states; allowed are fewer repeats or options")
+            raise too_many_states(self.limit)
         self.empty.append(empty)
         self.edges.append(edges)
         return len(self.edges) - 1

@@ -130,7 +130,12 @@ def _calibrate(
     evaluation: dict[str, Any],
 ) -> dict[str, float]:
     """Print and enter the calibration errors of labels; returns temperatures fitted on these examples."""
-    from mtlora.evaluation.calibration import calibration_error, fitted_temperatures
+    from mtlora.evaluation.calibration import (
+        error_by_chance,
+        expected_calibration_error,
+        fitted_temperatures,
+        label_outcomes,
+    )
 
     labelled = {task.id for task in tasks if task.labels}
     chosen = [example for example in examples if example.task_id in labelled]
@@ -138,14 +143,17 @@ def _calibrate(
         return {}
     found = labeller(chosen)
     fitted = fitted_temperatures(chosen, found)
-    errors = {
-        name: round(calibration_error(chosen, found, temperatures), 4)
-        for name, temperatures in (("uncalibrated", {}), ("stored", stored), ("fitted", fitted))
-    }
-    evaluation["calibration_error"] = errors
+    errors, by_chance = {}, {}
+    for name, temperatures in (("uncalibrated", {}), ("stored", stored), ("fitted", fitted)):
+        outcomes = label_outcomes(chosen, found, temperatures)
+        errors[name] = round(expected_calibration_error(outcomes), 4)
+        by_chance[name] = round(error_by_chance([confidence for confidence, _ in outcomes]), 4)
+    evaluation["calibration_error"], evaluation["calibration_error_by_chance"] = errors, by_chance
     print(
         f"expected calibration error of {len(chosen)} labels: {errors['uncalibrated']:.3f}, {errors['stored']:.3f} at "
-        f"the checkpoint's temperatures, {errors['fitted']:.3f} at temperatures fitted on these examples"
+        f"the checkpoint's temperatures, {errors['fitted']:.3f} at temperatures fitted on these examples; perfect "
+        f"probabilities would show {by_chance['uncalibrated']:.3f}, {by_chance['stored']:.3f} and "
+        f"{by_chance['fitted']:.3f} on so many"
     )
     return fitted
 

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from mtlora.answer.labels import tempered
 from mtlora.suite.base import Example
 from mtlora.task import is_correct
@@ -13,7 +15,9 @@ Labeller = Callable[[Sequence[Example]], list[Mapping[str, float]]]
 BINS = 15
 # Temperatures that are tried, each a few percent above the last.
 _STEPS = [0.05 * 400 ** (i / 200) for i in range(201)]
-# What it costs to leave the temperature of all tasks, in nats at e times it.
+# What it costs to leave the temperature of all tasks, in nats at e times it. Cross-validation on 1,266 examples of the
+# shipped adapter: 0.808 nats an example without a prior, 0.757 at 1, 0.759 at 2, 0.765 at 4, 0.945 at one
+# temperature for all. A bias for each label beside the temperature gains 0.005 nats more, within chance.
 _PRIOR = 2.0
 _LEAST = 1e-30
 
@@ -30,16 +34,34 @@ def expected_calibration_error(outcomes: Sequence[tuple[float, bool]]) -> float:
     return sum(gaps) / len(outcomes)
 
 
-def calibration_error(
+def error_by_chance(confidences: Sequence[float]) -> float:
+    """The expected calibration error that perfect probabilities show on so few examples: its mean, exactly.
+
+    confidences: the probability of the likeliest label of each example.
+    """
+    bins: dict[int, list[float]] = {}
+    for confidence in confidences:
+        bins.setdefault(min(BINS - 1, int(confidence * BINS)), []).append(confidence)
+    gaps = 0.0
+    for each in bins.values():
+        # The probability of every number of right answers in the bin.
+        chance: np.ndarray = np.ones(1)
+        for confidence in each:
+            chance = np.convolve(chance, (1 - confidence, confidence))
+        gaps += float(chance @ np.abs(np.arange(len(chance)) - sum(each)))
+    return gaps / len(confidences)
+
+
+def label_outcomes(
     examples: Sequence[Example], found: Sequence[Mapping[str, float]], temperatures: Mapping[str, float]
-) -> float:
-    """The expected calibration error of labels' probabilities, each at its task's temperature (1 by default)."""
+) -> list[tuple[float, bool]]:
+    """(probability of the likeliest label, whether it is right) of each example, at its task's temperature, or 1."""
     outcomes = []
     for example, probabilities in zip(examples, found, strict=True):
         at = at_temperature(probabilities, temperatures.get(example.task_id, 1.0))
         label = max(at, key=at.__getitem__)
         outcomes.append((at[label], is_correct(label, example.target)))
-    return expected_calibration_error(outcomes)
+    return outcomes
 
 
 def at_temperature(probabilities: Mapping[str, float], temperature: float) -> dict[str, float]:

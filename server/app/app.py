@@ -35,7 +35,7 @@ from server.rpc.tls import TLSError
 from server.rpc.usage_service import UsageServicer
 from server.scheduling import Scheduler
 from server.scheduling.admission import Admission
-from server.scheduling.scheduler import engine_turns
+from server.scheduling.scheduler import batch_turns, engine_turns
 from server.settings import Settings, is_loopback, joined
 from server.telemetry.logs import finish_logging, get_logger, set_level
 from server.telemetry.loop_delay import watch_loop
@@ -102,7 +102,11 @@ class App:
         # Above the queue's limit, so the fair queue picks whom to refuse.
         self._admission = Admission(settings.in_flight_limit + max(turns, image_turns), self._metrics)
         self._scheduler = Scheduler(
-            turns, max(1, settings.in_flight_limit - turns), self._metrics, image_turns=image_turns
+            turns,
+            max(1, settings.in_flight_limit - turns),
+            self._metrics,
+            image_turns=image_turns,
+            most_batch=batch_turns(settings.max_num_seqs),
         )
         try:
             self._directory = Directory(
@@ -301,6 +305,7 @@ class App:
                 self._metrics,
                 self._inference,
                 self._admission,
+                self._scheduler,
                 set_health=self._set_health,
                 stopping=self._stop,
                 give_up=self._give_up,

@@ -4,15 +4,23 @@ import asyncio
 import gc
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from server.engine import BaseEngine, Engine, EngineFailure, EngineGaveUpError, Supervisor, VisionEngine
+from server.engine import (
+    BaseEngine,
+    Engine,
+    EngineFailure,
+    EngineGaveUpError,
+    EngineStats,
+    Supervisor,
+    VisionEngine,
+)
 from server.job import Lane
 from server.registry.adapters import Adapters
 from server.rpc.inference_service import InferenceServicer
 from server.rpc.validation import PromptLimits
+from server.scheduling import Scheduler
 from server.scheduling.admission import Admission, State
 from server.settings import Settings
 from server.telemetry.logs import get_logger
@@ -50,6 +58,7 @@ class Engines:
         metrics: Metrics,
         inference: InferenceServicer,
         admission: Admission,
+        scheduler: Scheduler,
         *,
         set_health: SetHealth,
         stopping: asyncio.Event,
@@ -59,6 +68,7 @@ class Engines:
         self._metrics = metrics
         self._inference = inference
         self._admission = admission
+        self._scheduler = scheduler
         self._set_health = set_health
         self._stopping = stopping
         self._give_up = give_up
@@ -115,7 +125,13 @@ class Engines:
 
     def _supervisor(self, lane: Lane, backbone: Path) -> Supervisor:
         kind: type[BaseEngine] = Engine if lane is Lane.TEXT else VisionEngine
-        settings, on_stats = self._settings, partial(self._metrics.record_engine, lane=lane)
+        settings = self._settings
+
+        def on_stats(stats: EngineStats) -> None:
+            self._metrics.record_engine(stats, lane)
+            if lane is Lane.TEXT:
+                self._scheduler.stepped()
+
         return Supervisor(
             lambda: kind(settings, backbone, on_stats),
             _Listener(self, lane),

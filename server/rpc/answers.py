@@ -1,7 +1,8 @@
 """Types of answers in messages: what a task's entry shows, and what a request brings of its own."""
 
+import asyncio
 import pickle
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -15,7 +16,7 @@ from mtlora.answer.constraint import Constraint
 from mtlora.answer.types import MAX_LABELS
 from mtlora.errors import describe
 from mtlora.task import TaskSpec
-from server.errors import AdapterError, Violation, invalid_argument
+from server.errors import AdapterError, Violation, invalid_argument, resource_exhausted
 from server.isolation import ChildError, Limits, in_child
 from server.scheduling.fair_thread import FairThread
 from server.tenants import Tenant
@@ -26,6 +27,8 @@ _MAX_BYTES = 64 << 10
 _MAX_STATES = 10_000
 _CHECK_S = 5.0
 _KEPT = 1024
+# Of one tenant at a time: a request holds a place of the server while its type is checked.
+_MOST_CHECKED = 32
 _TYPES: TypeAdapter[AnswerType] = TypeAdapter(AnswerType)
 
 
@@ -42,19 +45,26 @@ class CompilesAnswers(Protocol):
     async def compile(self, constraints: Sequence[str]) -> list[int]: ...
 
 
+# A type, and the task's marker and stop strings.
+_Key = tuple[bytes, str | None, tuple[str, ...]]
+
+
 class OwnTypes:
     """Types that requests bring. Each is checked once, in a child process: it may take long, or all of its memory."""
 
     def __init__(self) -> None:
         self._thread = FairThread("types")
-        self._held: OrderedDict[tuple[bytes, str | None, tuple[str, ...]], Held] = OrderedDict()
+        self._held: OrderedDict[_Key, Held] = OrderedDict()
+        self._checks: dict[_Key, asyncio.Task[Held]] = {}
+        # By tenant.
+        self._checked: Counter[str] = Counter()
 
     async def hold(
         self, request: pb.GenerateRequest, task: TaskSpec | None, tenant: Tenant, engine: CompilesAnswers
     ) -> Held | None:
-        """What the request's own type holds its answer to. Raises INVALID_ARGUMENT; None without a task.
+        """What the request's own type holds its answer to. Raises INVALID_ARGUMENT or RESOURCE_EXHAUSTED.
 
-        A task with a type takes a subset of its labels, or its own type again.
+        None without a task. A task with a type takes a subset of its labels, or its own type again.
         """
         if task is None:
             return None
@@ -62,22 +72,39 @@ class OwnTypes:
             raise invalid_argument(violations)
         marker = None if request.without_adapter else task.answer_marker
         key = request.answer.SerializeToString(deterministic=True), marker, task.stop
-        if key not in self._held:
-            try:
-                (found,) = await self._thread.run(
-                    tenant,
-                    request.ByteSize(),
-                    lambda: in_child(_checked, _as_data(request.answer), marker, task.stop, limits=Limits(_CHECK_S)),
-                )
-                constraint, name = pickle.loads(found)
-                (fewest,) = await engine.compile([constraint])
-            except (ChildError, AdapterError) as error:
-                raise invalid_argument([Violation("answer", str(error))]) from None
-            self._held[key] = Held(constraint, name, fewest)
-            if len(self._held) > _KEPT:
-                self._held.popitem(last=False)
-        self._held.move_to_end(key)
-        return self._held[key]
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key]
+        if key not in self._checks:
+            if self._checked[tenant.id] >= _MOST_CHECKED:
+                raise resource_exhausted(f"{_MOST_CHECKED} types of this tenant's requests are being checked", 1.0)
+            self._checked[tenant.id] += 1
+            # Not this request's own: others may wait for it when this one has ended.
+            check = asyncio.create_task(self._check(key, _as_data(request.answer), tenant, engine))
+            self._checks[key] = check
+            # Retrieve the exception, or asyncio logs it as never retrieved.
+            check.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        return await asyncio.shield(self._checks[key])
+
+    async def _check(self, key: _Key, data: dict[str, Any], tenant: Tenant, engine: CompilesAnswers) -> Held:
+        try:
+            _, marker, stop = key
+            (found,) = await self._thread.run(
+                tenant, None, lambda: in_child(_checked, data, marker, stop, limits=Limits(_CHECK_S))
+            )
+            constraint, name = pickle.loads(found)
+            (fewest,) = await engine.compile([constraint])
+        except (ChildError, AdapterError) as error:
+            raise invalid_argument([Violation("answer", str(error))]) from None
+        finally:
+            del self._checks[key]
+            self._checked[tenant.id] -= 1
+            if not self._checked[tenant.id]:
+                del self._checked[tenant.id]
+        held = self._held[key] = Held(constraint, name, fewest)
+        if len(self._held) > _KEPT:
+            self._held.popitem(last=False)
+        return held
 
 
 def _checked(data: dict[str, Any], marker: str | None, stop: tuple[str, ...]) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ Items may wait in several lanes, each for something else; a lane is served alone
 them: service in one lane counts in the others. The invariant holds among tenants that wait in the same lanes.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 # A tenant's line: its requests of one class.
@@ -39,6 +39,11 @@ class _Flow(Generic[Item]):
     def queued(self, lane: int) -> int:
         """Items in a lane."""
         return sum(map(len, self.lines[lane].values()))
+
+    def first(self, lane: int) -> Item:
+        """A lane's next item. There is one."""
+        lines = self.lines[lane]
+        return next(iter(lines[max(lines)]))
 
 
 class FairQueue(Generic[Key, Item]):
@@ -80,17 +85,23 @@ class FairQueue(Generic[Key, Item]):
         flow.lines[lane].setdefault(priority, {})[item] = None
         self._lens[lane] += 1
 
-    def pop(self, lane: int = 0) -> tuple[Key, Item] | None:
-        """Take out a lane's next item; None if only blocked tenants wait there."""
+    def pop(self, lane: int = 0, fits: Callable[[Item], bool] | None = None) -> tuple[Key, Item] | None:
+        """Take out a lane's next item; None if only blocked tenants wait there.
+
+        A line whose first item does not fit is passed over, and loses nothing of what it is owed.
+        """
         tenant, flow = min(
-            ((name, flow) for name, flow in self._flows.items() if flow.lines[lane] and not flow.blocked),
+            (
+                (name, flow)
+                for name, flow in self._flows.items()
+                if flow.lines[lane] and not flow.blocked and (fits is None or fits(flow.first(lane)))
+            ),
             key=lambda entry: (entry[1].rank, entry[1].counter),
             default=(None, None),
         )
         if tenant is None or flow is None:
             return None
-        lines = flow.lines[lane]
-        item = next(iter(lines[max(lines)]))
+        item = flow.first(lane)
         self._take(flow, item)
         return tenant, item
 

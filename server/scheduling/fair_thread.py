@@ -1,6 +1,7 @@
 """One thread, or a few, for the work of many tenants."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -23,8 +24,11 @@ class FairThread:
         self._queue: FairQueue[tuple[str, int], asyncio.Future[None]] = FairQueue()
         self._free = threads
 
-    async def run(self, tenant: Tenant, cost: float, work: Callable[[], Result]) -> Result:
-        """Wait for the tenant's turn, then for the work's result. `cost` in any unit, the same for all."""
+    async def run(self, tenant: Tenant, cost: float | None, work: Callable[[], Result]) -> Result:
+        """Wait for the tenant's turn, then for the work's result.
+
+        `cost` in any unit, the same for all; None: the seconds that it took, where they cannot be told before.
+        """
         loop = asyncio.get_running_loop()
         turn = loop.create_future()
         line = tenant.id, tenant.priority.rank
@@ -32,8 +36,13 @@ class FairThread:
         self._next()
         try:
             await turn
-            self._queue.charge(line, cost)
-            return await loop.run_in_executor(self._executor, work)
+            began = time.monotonic()
+            self._queue.charge(line, cost or 0.0)
+            try:
+                return await loop.run_in_executor(self._executor, work)
+            finally:
+                if cost is None:
+                    self._queue.charge(line, time.monotonic() - began)
         finally:
             if turn.cancelled():
                 self._queue.remove(line, turn)

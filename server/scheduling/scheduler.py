@@ -20,6 +20,8 @@ from server.tenants import Priority, Tenant
 Line = tuple[str, Priority]
 # What a generated token costs, a prompt's being 1, as in the paper: it takes a step of its own.
 COMPLETION_COST = 2.0
+# Prompt tokens of batches that the engine may get between two steps. A step of so many computes at its full speed.
+_STEP_TOKENS = 512
 _MIN_RETRY_S = 0.05
 
 
@@ -29,6 +31,11 @@ def engine_turns(max_num_seqs: int) -> int:
     Answers of a dozen tokens end five at a time in a full step of 64, and the next step begins before this side knows.
     """
     return max_num_seqs + max(2, max_num_seqs // 8)
+
+
+def batch_turns(max_num_seqs: int) -> int:
+    """Turns that sequences of batches may hold, all together: the engine keeps room for a request that comes beside."""
+    return max(1, max_num_seqs - max(1, max_num_seqs // 32))
 
 
 @dataclass
@@ -55,6 +62,9 @@ class Turn:
     # Positions of the prompt that it was charged for.
     _prompt: int = 0
     _away: bool = False
+    # Of a batch, and the engine's step before it got its turn.
+    _batch: bool = False
+    _step: int = -1
 
     @asynccontextmanager
     async def aside(self) -> AsyncIterator[None]:
@@ -112,13 +122,49 @@ class _Account:
 
 @dataclass
 class _Turns:
-    """The turns of one engine, and how long they took. returning: requests aside that wait for a turn again."""
+    """The turns of one engine, and how long they took. returning: requests aside that wait for a turn again.
+
+    Batches hold `most_batch` turns at most. Between two steps of the engine they get an eighth of all turns, or
+    `_STEP_TOKENS` of prompts if that is more: the engine computes prompts in the order in which it gets them, so a
+    request that comes after a batch waits for a step of its prompts, not for all of them.
+    """
 
     most: int
+    most_batch: int
     times: ServiceTimes
     running: int = 0
     num_aside: int = 0
     returning: deque[tuple[Turn, asyncio.Future[None]]] = field(default_factory=deque)
+    # Steps of the engine. Of batches: turns held; turns and prompt tokens since the last step.
+    steps: int = 0
+    batch: int = 0
+    fresh: int = 0
+    fresh_tokens: int = 0
+
+    @property
+    def full_of_batches(self) -> bool:
+        """Whether batches have to wait for a step, or for an end of one of their sequences."""
+        shown = self.fresh >= max(1, self.most // 8) and self.fresh_tokens >= _STEP_TOKENS
+        return shown or self.batch >= self.most_batch
+
+    def enter(self, turn: Turn) -> None:
+        """Count a turn that is given."""
+        self.running += 1
+        if turn._batch:
+            self.batch += 1
+            self.fresh += 1
+            self.fresh_tokens += _computed(turn.job)
+            turn._step = self.steps
+
+    def leave(self, turn: Turn) -> None:
+        """Count a turn that ends, or is given up for a while."""
+        self.running -= 1
+        if turn._batch:
+            self.batch -= 1
+            # The engine may have made no step with it, and none may come.
+            if turn._step == self.steps:
+                self.fresh -= 1
+                self.fresh_tokens -= _computed(turn.job)
 
 
 @dataclass(frozen=True)
@@ -132,9 +178,9 @@ class Occupancy:
 class Scheduler:
     """All methods run on the event loop.
 
-    turns: requests that the engine has at a time. image_turns: those of the engine of images. max_queued: requests that
-    may wait for one engine, all tenants together; when more come, the tenant with the longest line for its weight loses
-    its newest.
+    turns: requests that the engine has at a time. most_batch: of these, sequences of batches; by default all.
+    image_turns: turns of the engine of images. max_queued: requests that may wait for one engine, all tenants together;
+    when more come, the tenant with the longest line for its weight loses its newest.
     """
 
     def __init__(
@@ -145,11 +191,15 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         *,
         image_turns: int = 1,
+        most_batch: int | None = None,
     ) -> None:
         self.clock = clock
         self._metrics = metrics
         # By lane.
-        self._turns = [_Turns(most, ServiceTimes(clock)) for most in (turns, image_turns)]
+        self._turns = [
+            _Turns(turns, min(turns, most_batch or turns), ServiceTimes(clock)),
+            _Turns(image_turns, image_turns, ServiceTimes(clock)),
+        ]
         self._max_queued = max_queued
         self._queue: FairQueue[Line, Turn] = FairQueue(len(self._turns))
         self._accounts: dict[str, _Account] = {}
@@ -181,8 +231,8 @@ class Scheduler:
             self._take_requests(tenant, rate, size - 1, until=size)
 
     def places(self, tenant: Tenant, size: int, lane: Lane = Lane.TEXT) -> int:
-        """Places that a batch takes whose sequences wait outside: enough for all turns, and few in the queue."""
-        return min(size, self._turns[lane].most, self._most_inside(tenant, lane))
+        """Places that a batch takes whose sequences wait outside: enough for its turns, and few in the queue."""
+        return min(size, self._turns[lane].most_batch, self._most_inside(tenant, lane))
 
     def check_batch(self, tenant: Tenant, size: int, places: int | None = None, lane: Lane = Lane.TEXT) -> None:
         """Raise RESOURCE_EXHAUSTED, without a time to retry, for a batch that no wait lets in.
@@ -241,6 +291,8 @@ class Scheduler:
         """
         own = self._reserve(tenant, (job,)) if reserved is None else Reservation(0)
         turn = Turn(tenant, job, deadline, reserved or own, self, asyncio.get_running_loop().create_future())
+        # A further sequence of an input finds its prompt in the cache. An image takes one step, whatever comes beside.
+        turn._batch = reserved is not None and not job.further and job.lane is Lane.TEXT
         try:
             self._check_deadline(turn)
             self._enqueue(turn)
@@ -253,13 +305,21 @@ class Scheduler:
         finally:
             self._release(tenant, own)
 
+    def stepped(self) -> None:
+        """The engine of texts has made a step: what it was given before has begun."""
+        turns = self._turns[Lane.TEXT]
+        turns.steps += 1
+        turns.fresh = turns.fresh_tokens = 0
+        if self._queue.length(Lane.TEXT):
+            self._dispatch(Lane.TEXT)
+
     def step_aside(self, turn: Turn) -> None:
         """See `Turn.aside`."""
         turns = self._turns[turn.job.lane]
         if turns.num_aside < turns.most:
             turn._away = True
             turns.num_aside += 1
-            turns.running -= 1
+            turns.leave(turn)
             self._dispatch(turn.job.lane)
 
     async def come_back(self, turn: Turn) -> None:
@@ -322,7 +382,10 @@ class Scheduler:
                 turns.num_aside -= 1
                 self._occupy(turn, turns)
                 back.set_result(None)
-        while turns.running < turns.most and (entry := self._queue.pop(lane)):
+        while turns.running < turns.most:
+            entry = self._queue.pop(lane, _is_single if turns.full_of_batches else None)
+            if entry is None:
+                break
             _, turn = entry
             if turn._granted.done():
                 continue
@@ -337,7 +400,7 @@ class Scheduler:
             turn._granted.set_result(None)
 
     def _occupy(self, turn: Turn, turns: _Turns) -> None:
-        turns.running += 1
+        turns.enter(turn)
         turn._began, turn._beside = self.clock(), turns.running
 
     def _leave(self, turn: Turn) -> None:
@@ -351,7 +414,7 @@ class Scheduler:
         if turn._away:
             turns.num_aside -= 1
         else:
-            turns.running -= 1
+            turns.leave(turn)
         limited = self._at_limit(turn.tenant)
         self._account(turn.tenant).running -= 1
         self._metrics.record_service(turn.tenant.id, turn.service)
@@ -454,6 +517,10 @@ class Scheduler:
         self._metrics.record_quota_refusal(tenant.id, quota)
         retry_s = None if retry_s is None else max(_MIN_RETRY_S, retry_s)
         return quota_exceeded(f"tenant:{tenant.id}", found, retry_s)
+
+
+def _is_single(turn: Turn) -> bool:
+    return not turn._batch
 
 
 def _computed(job: Job) -> int:

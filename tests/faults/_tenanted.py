@@ -86,4 +86,15 @@ def accepted(client: Client) -> bool:
     return True
 
 
+def has_task(client: Client, task_id: str) -> bool:
+    """Whether a server serves a task."""
+    try:
+        client.task(task_id)
+    except ServerError as error:
+        if error.code.name in ("NOT_FOUND", "RESOURCE_EXHAUSTED"):
+            return False
+        raise
+    return True
+
+
 tenanted = Shared(Tenanted)

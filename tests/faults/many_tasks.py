@@ -18,10 +18,10 @@ from benchmarks.harness.waiting import wait_until
 from mtlora.backbone import identify, resolve
 from mtlora.checkpoint.format import TaskEntry
 from mtlora.checkpoint.write import write_checkpoint
-from mtlora.client import Access, AsyncClient, Client, MetricsPage, ServerError
+from mtlora.client import Access, AsyncClient, Client, MetricsPage
 from mtlora.config import MtLoRAConfig
 from server.registry.check import MAX_TASKS
-from tests.faults._tenanted import SETTINGS, Tenanted, tenanted
+from tests.faults._tenanted import SETTINGS, Tenanted, has_task, tenanted
 from tests.faults._tenants import tenant
 from tests.faults.scenario import Options, Row
 
@@ -54,7 +54,7 @@ def run(options: Options) -> Row:
     folder = _write_adapter(options, server)
     try:
         with Client(server.address, access) as client:
-            wait_until(lambda: _has_task(client, f"many.{MAX_TASKS - 1:05}"), _LOAD_TIMEOUT_S, every_s=0.5)
+            wait_until(lambda: has_task(client, f"many.{MAX_TASKS - 1:05}"), _LOAD_TIMEOUT_S, every_s=0.5)
         before = MetricsPage.fetch(server.server.metrics)
         statuses = asyncio.run(_disturb(server, access, files, seconds))
         after = MetricsPage.fetch(server.server.metrics)
@@ -143,13 +143,3 @@ def _write_adapter(options: Options, server: Tenanted) -> Path:
     write_checkpoint(hidden / "1", backbone=identity, config=_CONFIG, tasks=tasks, tensors=halves)
     hidden.rename(folder)
     return folder
-
-
-def _has_task(client: Client, task_id: str) -> bool:
-    try:
-        client.task(task_id)
-    except ServerError as error:
-        if error.code.name in ("NOT_FOUND", "RESOURCE_EXHAUSTED"):
-            return False
-        raise
-    return True

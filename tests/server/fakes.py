@@ -110,7 +110,13 @@ class Service:
     """A gRPC server in this process, serving two tasks."""
 
     def __init__(
-        self, max_in_flight: int = 4, *, log_prompts: bool = False, turns: int | None = None, **settings: Any
+        self,
+        max_in_flight: int = 4,
+        *,
+        log_prompts: bool = False,
+        turns: int | None = None,
+        most_batch: int | None = None,
+        **settings: Any,
     ) -> None:
         self.settings = load_settings({"allow_no_tasks": True, "port": 0, "metrics_port": 0, **settings})
         self.directory = Directory(
@@ -119,7 +125,7 @@ class Service:
         self.metrics = Metrics()
         self.admission = Admission(max_in_flight, self.metrics)
         turns = turns or max_in_flight
-        self.scheduler = Scheduler(turns, max_in_flight, self.metrics, image_turns=turns)
+        self.scheduler = Scheduler(turns, max_in_flight, self.metrics, image_turns=turns, most_batch=most_batch)
         self.usage = Usage(self.settings.usage_dir, self.metrics)
         self.audit = AuditLog(self.settings.audit_log, self.metrics)
         self.engine = cast(Any, FakeEngine())

@@ -1,10 +1,14 @@
 """Types of answers over gRPC: what the engine is held to, own types, scores of labels, and what is refused."""
 
+import asyncio
 import json
+import pickle
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from datetime import date
 from decimal import Decimal
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -15,11 +19,13 @@ from openinference_pb import grpc_predict_v2_pb2 as openinference
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
 from mtlora.answer.constraint import TOKENS_PREFIX, read
-from mtlora.client import Answer, AsyncClient, ServerError
+from mtlora.client import Access, Answer, AsyncClient, ServerError
 from server.isolation import Limits, in_child
 from server.job import Delta, GenerationJob, ServedTask, TokenLogprob, TokenLogprobs
+from server.rpc import answers
+from tests.faults._tenants import tenant, write_tenants
 from tests.server.adapters import entry
-from tests.server.fakes import FakeEngine, Service
+from tests.server.fakes import FakeEngine, Service, eventually
 
 _LABEL: dict[str, Any] = {"type": "label", "labels": ["cat", "cow", "dog"]}
 _TASKS: dict[str, dict[str, Any]] = {
@@ -63,13 +69,18 @@ def _forkserver() -> None:
 @pytest.fixture
 async def service() -> AsyncIterator[Service]:
     made = Service()
+    with_types(made)
+    async with made.running():
+        yield made
+
+
+def with_types(made: Service) -> None:
+    """Serve tasks with types, by the scripted engine."""
     made.engine = Scripted()
     made.servicer.engine = made.engine
     made.engine.prompts = made.servicer.prompts
     tasks = {name: ServedTask(entry(name, **fields), "alpha", "1", slot=None) for name, fields in _TASKS.items()}
     object.__setattr__(made.servicer.catalog, "tasks", MappingProxyType({**made.servicer.catalog.tasks, **tasks}))
-    async with made.running():
-        yield made
 
 
 @pytest.fixture
@@ -125,6 +136,40 @@ async def test_a_request_brings_its_own_type(service: Service, client: AsyncClie
     assert read(service.engine.jobs[-1].sampling.constraint).type.labels == ("cow", "dog")  # type: ignore[union-attr]
     error = await refused(client.generate("one", "x", answer=own, max_new_tokens=2))
     assert "max_new_tokens: found 2" in str(error)
+
+
+async def test_checks_of_one_tenants_types_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that waits for its type's check holds a place of the server, which has few."""
+    release, begun = threading.Event(), list[bytes]()
+
+    def check(_: Any, data: dict[str, Any], *arguments: Any, **named: Any) -> list[bytes]:
+        begun.append(data["pattern"])
+        release.wait(30)
+        return [pickle.dumps((data["pattern"], "regex"))]
+
+    monkeypatch.setattr(answers, "in_child", check)
+    (key_a, entry_a), (key_b, entry_b) = tenant("a"), tenant("b")
+    service = Service(64, tenants=write_tenants(tmp_path / "tenants.yaml", entry_a, entry_b))
+    with_types(service)
+
+    def ask(client: AsyncClient, pattern: str) -> Any:
+        return client.generate("one", "x", answer=pb.AnswerType(regex=pattern))
+
+    async with service.running(), AsyncClient(service.address, Access(key_a)) as a:
+        # The same type twice is one check.
+        asked = [asyncio.create_task(ask(a, f"a{i % 32}")) for i in range(33)]
+        await eventually(lambda: service.value("mtlora_requests_in_flight") == 33 and len(begun) == 1)
+        with pytest.raises(ServerError, match="RESOURCE_EXHAUSTED: 32 types of this tenant's requests"):
+            await ask(a, "one more")
+        assert (await a.generate("one", "x")).text == "working"
+        async with AsyncClient(service.address, Access(key_b)) as b:
+            other = asyncio.create_task(ask(b, "b"))
+            await eventually(lambda: service.value("mtlora_requests_in_flight") == 34)
+            release.set()
+            await asyncio.gather(other, *asked)
+    # Each is charged for the time that it takes.
+    assert begun.index("b") <= 2
+    assert sorted(begun) == sorted([*(f"a{i}" for i in range(32)), "b"])
 
 
 _REFUSED: list[tuple[str, dict[str, Any], str]] = [

@@ -579,3 +579,40 @@ async def test_a_limit_of_requests_in_flight_holds_for_both_engines(clock: Clock
 async def _turn(scheduler: Scheduler, tenant: Tenant, job: ImageJob) -> AsyncIterator[None]:
     async with scheduler.turn(tenant, job, None):
         yield
+
+
+async def test_a_batch_gets_its_turns_step_by_step(clock: Clock) -> None:
+    """A share of the engine's sequences between two steps, or 512 tokens of prompts if that is more."""
+    scheduler = Scheduler(16, 64, Metrics(), clock, most_batch=12)
+    long = replace(JOB, prompt_ids=(1,) * 300)
+    done, leave = list[str](), asyncio.Event()
+
+    async def run(tenant: Tenant, job: GenerationJob, reserved: Any = None) -> None:
+        async with scheduler.turn(tenant, job, None, reserved):
+            done.append(tenant.id)
+            await leave.wait()
+
+    with scheduler.reserve(A, [long] * 16) as reserved:
+        items = [asyncio.create_task(run(A, long, reserved)) for _ in range(14)]
+        # Its prompt is in the cache by then.
+        items.append(asyncio.create_task(run(A, replace(long, further=True), reserved)))
+        await settle()
+        assert done == ["a"] * 2
+        beside = [asyncio.create_task(run(B, long)) for _ in range(2)]
+        await settle()
+        assert done == ["a", "a", "b", "b"]
+        # The engine makes no step for a sequence that never reaches it.
+        items[0].cancel()
+        await settle()
+        assert done.count("a") == 3
+        for expected in (5, 7, 9, 11, 13, 13):
+            scheduler.stepped()
+            await settle()
+            # One of them was cancelled.
+            assert done.count("a") == min(expected, 13)
+        # Batches leave turns to others.
+        assert scheduler.occupancy.running == 12 + 2
+        leave.set()
+        await asyncio.gather(*items, *beside, return_exceptions=True)
+    assert done.count("a") == 15
+    assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (0, 0)

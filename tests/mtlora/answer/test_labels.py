@@ -7,7 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtlora.answer.labels import LabelTree
-from mtlora.evaluation.calibration import at_temperature, expected_calibration_error, fitted_temperatures
+from mtlora.evaluation.calibration import (
+    at_temperature,
+    error_by_chance,
+    expected_calibration_error,
+    fitted_temperatures,
+)
 from mtlora.suite.base import Example
 
 _END = 0
@@ -48,6 +53,15 @@ def test_calibration_error_is_the_gap_of_confidence_and_accuracy() -> None:
     assert expected_calibration_error([(0.9, True), (0.9, False)]) == pytest.approx(0.4)
     # Gaps of different bins do not cancel.
     assert expected_calibration_error([(0.9, False), (0.5, True)]) == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("count", [40, 400])
+def test_perfect_probabilities_show_an_error_by_chance(count: int) -> None:
+    rng = random.Random(count)
+    confidences = [rng.uniform(0.3, 1) for _ in range(count)]
+    shown = [expected_calibration_error([(each, rng.random() < each) for each in confidences]) for _ in range(400)]
+    assert error_by_chance(confidences) == pytest.approx(sum(shown) / len(shown), rel=0.05)
+    assert error_by_chance([1.0] * count) == 0
 
 
 def test_a_fitted_temperature_undoes_overconfidence() -> None:

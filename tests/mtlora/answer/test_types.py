@@ -124,6 +124,10 @@ def test_text_is_one_line() -> None:
     assert not Text(max_length=3).check("abcd")
 
 
+# Few rules, and a sequence of 2^40 parts.
+_DOUBLING = "\n".join([*(f"r{i} ::= r{i + 1} r{i + 1}" for i in range(40)), 'r40 ::= "a"'])
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -146,6 +150,7 @@ def test_text_is_one_line() -> None:
         ({"type": "regex", "pattern": "a" * 10_001}, "10001 characters"),
         ({"type": "grammar", "rules": 'root ::= "x" root?'}, "recurses: root -> root"),
         ({"type": "grammar", "rules": 'a ::= b\nb ::= c | "x"\nc ::= a'}, "recurses: a -> b -> c -> a"),
+        ({"type": "grammar", "rules": _DOUBLING}, "takes more than 30000 states"),
         ({"type": "grammar", "rules": "root ::= other"}, "no rule other"),
         ({"type": "grammar", "rules": 'root ::= ("x"'}, "not closed"),
         ({"type": "grammar", "rules": '"x"'}, "begins without a rule"),

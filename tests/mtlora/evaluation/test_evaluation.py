@@ -239,7 +239,8 @@ def test_labels_are_scored_and_their_temperature_recorded(
     assert "expected calibration error of 6 labels: " in capsys.readouterr().out
     manifest = read_manifest(tmp_path / "typed")
     assert list(manifest.calibration) == ["letters"]
-    assert set(manifest.evaluation["calibration_error"]) == {"uncalibrated", "stored", "fitted"}
+    for name in ("calibration_error", "calibration_error_by_chance"):
+        assert set(manifest.evaluation[name]) == {"uncalibrated", "stored", "fitted"}
 
 
 def test_the_bar_moves_while_the_first_answer_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:

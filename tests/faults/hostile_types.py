@@ -1,0 +1,153 @@
+"""Types of answers made to be expensive: each gets an answer or a clear status, beside a neighbour who feels little."""
+
+import asyncio
+import itertools
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+from mtlora_pb.v1 import inference_pb2 as pb
+
+from benchmarks.harness.adapters import write_random_adapter
+from benchmarks.harness.asking import closed_loop, open_loop
+from benchmarks.harness.percentile import p99
+from benchmarks.harness.processes import resident_bytes
+from benchmarks.harness.waiting import wait_until
+from mtlora.backbone import identify, resolve
+from mtlora.checkpoint.format import TaskEntry
+from mtlora.client import Access, AsyncClient, Client, ServerError
+from tests.faults._load import Question, questions
+from tests.faults._tenanted import Tenanted, has_task, tenanted
+from tests.faults.scenario import Options, Row
+
+ORDER = 56
+# With both tenants at equal shares: half of the machine, and a core for the checks.
+P99_GOAL = 4.0
+MAX_GROWTH_BYTES = 256 << 20
+_TASK = "hostile.free"
+# Hostile ones in flight, and cheap ones a second that all differ.
+_IN_FLIGHT, _DIFFERENT = 4, 200.0
+# The neighbour's requests in a turn; in a round, a turn without the hostile tenant and one with it.
+_PER_TURN, _MIN_ROUNDS, _TOKENS = 5, 3, 8
+_PROPER = {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"}
+_LOAD_TIMEOUT_S = 60.0
+
+
+def run(options: Options) -> Row:
+    """A tenant brings its own types to a task without one, while another asks one request after the other."""
+    server = tenanted(options)
+    access = server.set_tenants({"hostile": {}, "neighbour": {}})
+    hidden, folder = server.root / ".hostile", server.root / "hostile"
+    task = TaskEntry(id=_TASK, description="no type", template="{input}", bias_index=0, max_new_tokens=_TOKENS)
+    write_random_adapter(hidden / "1", identify(resolve(options.backbone)), [task], seed=options.seed)
+    hidden.rename(folder)
+    round_s = 4 * _PER_TURN * _TOKENS * server.pace.step_s
+    try:
+        with Client(server.address, access["neighbour"]) as client:
+            wait_until(lambda: has_task(client, _TASK), _LOAD_TIMEOUT_S, every_s=0.2)
+            asked = [each for each in questions(client, 64, options.seed) if each.task_id != _TASK][:_PER_TURN]
+        rounds = max(_MIN_ROUNDS, int((120.0 if options.full else 10.0) / round_s))
+        hostility = Hostility(server, access, asked, options.seed)
+        asyncio.run(hostility.rounds(1))
+        before = resident_bytes(server.server.process.pid)
+        hostility.alone.clear()
+        hostility.beside.clear()
+        asyncio.run(hostility.rounds(rounds))
+        grown = resident_bytes(server.server.process.pid) - before
+    finally:
+        folder.rename(options.folder / "removed")
+    ratio = p99(hostility.beside) / p99(hostility.alone)
+    shown = ", ".join(f"{name} {n}" for name, n in hostility.statuses.most_common())
+    return Row(
+        "hostile types of answers",
+        f"each an answer, INVALID_ARGUMENT or RESOURCE_EXHAUSTED, {MAX_GROWTH_BYTES >> 20} MiB of memory at most, no "
+        f"request of a neighbour fails, and their p99 <= {P99_GOAL} x alone",
+        f"{hostility.statuses.total()} requests ({shown}), {grown / (1 << 20):.0f} MiB, neighbour "
+        f"{len(hostility.beside)} requests, {hostility.failed} failed, p99 {ratio:.2f} x "
+        f"({1e3 * p99(hostility.alone):.0f} ms to {1e3 * p99(hostility.beside):.0f} ms)",
+        met=set(hostility.statuses) <= _PROPER
+        and hostility.statuses["OK"] > 0
+        and not hostility.failed
+        and grown <= MAX_GROWTH_BYTES
+        and ratio <= P99_GOAL,
+    )
+
+
+class Hostility:
+    """Turns of a neighbour's requests, without the hostile tenant and with it. alone, beside: seconds of each.
+
+    failed: of the neighbour's. statuses: of the hostile tenant's.
+    """
+
+    def __init__(self, server: Tenanted, access: dict[str, Access], asked: list[Question], seed: int) -> None:
+        self.alone: list[float] = []
+        self.beside: list[float] = []
+        self.failed = 0
+        self.statuses: Counter[str] = Counter()
+        self._server, self._access, self._asked = server, access, asked
+        self._expensive = _expensive(random.Random(seed))
+        self._different = itertools.count()
+
+    async def rounds(self, number: int) -> None:
+        async with (
+            AsyncClient(self._server.address, self._access["neighbour"], retry=None) as neighbour,
+            AsyncClient(self._server.address, self._access["hostile"], retry=None) as hostile,
+        ):
+            for _ in range(number):
+                await self._turn(neighbour, self.alone)
+                running = [
+                    asyncio.create_task(closed_loop(self._expensive, _IN_FLIGHT, lambda t: self._attack(hostile, t))),
+                    asyncio.create_task(
+                        open_loop(
+                            (pb.AnswerType(regex=f"[0-9]{{3}}-{i}") for i in self._different),
+                            itertools.repeat(1 / _DIFFERENT),
+                            lambda t: self._attack(hostile, t),
+                        )
+                    ),
+                ]
+                await self._turn(neighbour, self.beside)
+                for each in running:
+                    each.cancel()
+                await asyncio.gather(*running, return_exceptions=True)
+
+    async def _turn(self, client: AsyncClient, into: list[float]) -> None:
+        for question in self._asked:
+            began = time.monotonic()
+            try:
+                await client.generate(question.task_id, question.text, max_new_tokens=_TOKENS, free=True, stop=[])
+            except ServerError:
+                self.failed += 1
+            into.append(time.monotonic() - began)
+
+    async def _attack(self, client: AsyncClient, answer: pb.AnswerType) -> None:
+        try:
+            await client.generate(_TASK, "x", answer=answer, max_new_tokens=64, timeout=60)
+            self.statuses["OK"] += 1
+        except ServerError as error:
+            self.statuses[error.code.name] += 1
+
+
+def _expensive(rng: random.Random) -> Iterator[pb.AnswerType]:
+    """Types that explode, are large, recurse, or are none; every one is another."""
+    while True:
+        n = rng.randrange(1, 1 << 30)
+        yield pb.AnswerType(regex=f"(a{{1000}}){{1000}}{n}")
+        yield pb.AnswerType(regex=f"(.*a.{{12}}|.*b.{{11}}){n}")
+        yield pb.AnswerType(regex=f"([a-z]{{1,60}}-){{1,60}}{n}")
+        fields = {f"f{i}": {"const": 1} for i in range(3000)}
+        yield pb.AnswerType(json=json.dumps({"type": "object", "title": str(n), "properties": fields}))
+        few = {f"f{i}": {"type": "string", "maxLength": 40} for i in range(150)}
+        yield pb.AnswerType(json=json.dumps({"type": "object", "title": str(n), "properties": few}))
+        yield pb.AnswerType(json='{"a":' * 10_000)
+        yield pb.AnswerType(grammar=f'root ::= "{n}" root?')
+        yield pb.AnswerType(
+            grammar="\n".join(
+                [f'root ::= r0 "{n}"', *(f"r{i} ::= r{i + 1} r{i + 1}" for i in range(40)), 'r40 ::= "a"']
+            )
+        )
+        yield pb.AnswerType(label=pb.LabelType(labels=[str(n + i) for i in range(5_000)]))
+        # More than a message may hold.
+        yield pb.AnswerType(label=pb.LabelType(labels=[str(i) for i in range(100_000)]))
+        yield pb.AnswerType(label=pb.LabelType(labels=[f"{n}-{i}" for i in range(1_000)]))
