@@ -1,19 +1,19 @@
 """`make bench-vision`: images a second of a vision engine with adapters, against the bare backbone and the field.
 
 Every system is a process that lives through the whole run. Cases take turns, so that other load on the machine affects
-all of them alike. A ratio is the median of the rounds' ratios; over batch sizes, the lowest counts.
+all of them alike. Tables follow: JPEGs through a server against the engine in process, and texts beside images on one
+server.
 """
 
 import argparse
 import importlib.util
 import json
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,51 +21,52 @@ from tqdm import tqdm
 
 from benchmarks.harness.adapters import random_image_tasks, write_random_adapter
 from benchmarks.harness.environment import engine_environment, usable_cores
+from benchmarks.harness.processes import halted
 from benchmarks.harness.worker import WorkerProcess
+from benchmarks.vision_report import Ratio, make_report, print_report
+from benchmarks.vision_serving import TASKS, Served, image_server, photographs, print_front, tensors, text_beside_images
 from mtlora.backbone import BackboneError, identify, packaged, resolve
-from mtlora.cli.output import print_table
+from server.cli.process import ServerProcess
 
 BATCHES = (1, 4, 16, 64)
 # The batch in which other systems run.
 FIELD_BATCH = 16
+# Distinct images that a server is asked about.
+NUM_CONTENTS = 16
 _SLOTS = 64
-_TASKS = 25
 
 
 @dataclass(frozen=True)
 class Case:
-    """One system at one batch size. slots: those of the images, in turn."""
+    """One system at one batch size. slots: those of the images, in turn. beside: a process that is halted meanwhile."""
 
     name: str
     worker: WorkerProcess
     batch: int
     slots: Sequence[Any] = ()
+    beside: int | None = None
 
     def seconds(self, images: int, size: int) -> float:
         """Seconds for so many images."""
         message = {"images": images, "size": size, "batch": self.batch, "slots": list(self.slots)}
-        reply = self.worker.ask(message)
+        with halted(self.beside) if self.beside else nullcontext():
+            reply = self.worker.ask(message)
         if reply["features"] != images:
             raise RuntimeError(f"{self.name}: {reply['features']} features of {images} images")
         return float(reply["seconds"])
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """Images a second of one system over those of another, its goal, and the batch sizes that it is taken at."""
-
-    name: str
-    over: str
-    under: str
-    goal: float
-    batches: tuple[int, ...] = BATCHES
-
-
 RATIOS = (
-    Ratio("25 tasks/bare", "25 tasks", "bare", 0.97),
-    Ratio("25 adapters/bare", "25 adapters", "bare", 0.90),
+    Ratio("25 tasks/bare", "25 tasks", "bare", 0.97, BATCHES),
+    Ratio("25 adapters/bare", "25 adapters", "bare", 0.90, BATCHES),
     Ratio("bare/hf", "bare", "hf", 1.0, (FIELD_BATCH,)),
     Ratio("bare/onnx", "bare", "onnx", 1.0, (FIELD_BATCH,)),
+)
+# Calls of one image in flight, and what the server is held to.
+IN_FLIGHT = (16, 64)
+THROUGH_GRPC = (
+    Ratio("JPEGs through gRPC/in process", "gRPC, JPEGs", "25 tasks", 0.90, IN_FLIGHT),
+    Ratio("tensors through gRPC/in process", "gRPC, tensors", "25 tasks", 0.90, IN_FLIGHT),
 )
 
 
@@ -77,21 +78,39 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=128, help="in a round, for each system and batch; default: 128")
     parser.add_argument("--size", type=int, default=112, help="pixels; default: %(default)s")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of all systems")
+    parser.add_argument("--skip-grpc", action="store_true", help="no JPEGs through a server")
+    parser.add_argument("--skip-text", action="store_true", help="no texts beside images")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     args = parser.parse_args()
     folder = resolve(args.backbone)
     # That file is in float32.
     onnx = args.backbone == "vision" and args.dtype == "float32"
+    title = f"{folder.name}, {args.size} px, {args.dtype} on {len(usable_cores())} cores"
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         cases = _cases(stack, folder, temporary, args.size, args.dtype, onnx=onnx)
-        seconds = _run(cases, args.images, args.size, args.rounds)
-    report = make_report(args.images, seconds) | {"size": args.size, "made": time.strftime("%Y-%m-%d")}
-    report |= {"cores": len(usable_cores()), "backbone": folder.name, "dtype": args.dtype}
+        report = make_report(args.images, _run(cases, args.images, args.size, args.rounds), RATIOS)
+        print_report(report, title)
+        if not args.skip_grpc:
+            in_process = [case for case in cases if case.name == "25 tasks" and case.batch in IN_FLIGHT]
+            server = stack.enter_context(image_server(folder, temporary / "served", args.size, args.dtype))
+            report["through_grpc"] = _through_grpc(server, in_process, args.images, args.size, args.rounds, title)
+    if not args.skip_text:
+        with tempfile.TemporaryDirectory() as other:
+            report["text_beside_images"] = text_beside_images(
+                resolve("default"), folder, Path(other), args.size, args.dtype, args.rounds
+            )
+    report |= {"size": args.size, "made": time.strftime("%Y-%m-%d"), "cores": len(usable_cores())}
+    report |= {"backbone": folder.name, "dtype": args.dtype}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "vision.json").write_text(json.dumps(report, indent=1) + "\n")
-    _print(report)
+    print(last_line(report))
     return 0
+
+
+def last_line(report: Mapping[str, Any]) -> str:
+    """The summary for programs: the engines' ratios."""
+    return "bench-vision: " + ", ".join(f"{name} {found['lowest']:.2f}" for name, found in report["ratios"].items())
 
 
 def _cases(stack: ExitStack, folder: Path, temporary: Path, size: int, dtype: str, *, onnx: bool) -> list[Case]:
@@ -111,8 +130,8 @@ def _cases(stack: ExitStack, folder: Path, temporary: Path, size: int, dtype: st
     def engine(**arguments: Any) -> WorkerProcess:
         return worker("engine", arguments={"enforce_eager": True, "disable_log_stats": True, "seed": 0, **arguments})
 
-    one = adapter("one", _TASKS, 1)
-    several = [slot for i in range(_TASKS) for slot in adapter(f"several-{i}", 1, 100 + i)]
+    one = adapter("one", TASKS, 1)
+    several = [slot for i in range(TASKS) for slot in adapter(f"several-{i}", 1, 100 + i)]
     bare, routed = engine(), engine(enable_lora=True, max_loras=_SLOTS, max_cpu_loras=_SLOTS)
     cases = []
     for batch in BATCHES:
@@ -134,7 +153,20 @@ def _cases(stack: ExitStack, folder: Path, temporary: Path, size: int, dtype: st
     return cases
 
 
-def _run(cases: Sequence[Case], images: int, size: int, rounds: int) -> dict[str, dict[int, list[float]]]:
+def _through_grpc(
+    server: ServerProcess, in_process: Sequence[Case], images: int, size: int, rounds: int, title: str
+) -> dict[str, Any]:
+    """Calls with JPEGs, and with decoded tensors, in turn with the engine in process; prints a table."""
+    contents = {"gRPC, JPEGs": photographs(NUM_CONTENTS), "gRPC, tensors": tensors(NUM_CONTENTS, size)}
+    served = [Served(name, server, batch, each) for batch in IN_FLIGHT for name, each in contents.items()]
+    cases: list[Case | Served] = [*served, *(replace(case, beside=server.process.pid) for case in in_process)]
+    report = make_report(images, _run(cases, images, size, rounds), THROUGH_GRPC)
+    print_report(report, f"through gRPC: {title}", "in flight")
+    print_front(served)
+    return report
+
+
+def _run(cases: Sequence[Case | Served], images: int, size: int, rounds: int) -> dict[str, dict[int, list[float]]]:
     """Seconds of every round, by system and batch."""
     for case in cases:
         case.seconds(2 * case.batch, size)
@@ -142,7 +174,7 @@ def _run(cases: Sequence[Case], images: int, size: int, rounds: int) -> dict[str
     with tqdm(total=rounds * len(cases), unit="case", desc="bench-vision") as bar:
         for round_number in range(rounds):
             # Systems of one batch size beside each other: a ratio's two measurements are close in time.
-            for batch in BATCHES:
+            for batch in sorted({case.batch for case in cases}):
                 turn = [case for case in cases if case.batch == batch]
                 random.Random(round_number).shuffle(turn)
                 for case in turn:
@@ -150,45 +182,6 @@ def _run(cases: Sequence[Case], images: int, size: int, rounds: int) -> dict[str
                     seconds.setdefault(case.name, {}).setdefault(batch, []).append(case.seconds(images, size))
                     bar.update()
     return seconds
-
-
-def make_report(images: int, seconds: Mapping[str, Mapping[int, Sequence[float]]]) -> dict[str, Any]:
-    """Rows and ratios of a run. seconds: of every round, by system and batch."""
-    rows = [
-        {"system": name, "batch": batch, "images_per_second": _spread([images / each for each in values])}
-        for name, batches in seconds.items()
-        for batch, values in batches.items()
-    ]
-    ratios = {}
-    for ratio in RATIOS:
-        if ratio.over not in seconds or ratio.under not in seconds:
-            continue
-        by_batch = {
-            batch: _spread(
-                [b / a for a, b in zip(seconds[ratio.over][batch], seconds[ratio.under][batch], strict=True)]
-            )
-            for batch in ratio.batches
-        }
-        lowest = min(each["median"] for each in by_batch.values())
-        ratios[ratio.name] = {"goal": ratio.goal, "lowest": lowest, "by_batch": by_batch}
-    return {"images": images, "rows": rows, "ratios": ratios}
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def _print(report: Mapping[str, Any]) -> None:
-    rows = []
-    for row in report["rows"]:
-        rate = row["images_per_second"]
-        rows.append((row["system"], row["batch"], *(f"{rate[key]:.1f}" for key in ("median", "min", "max"))))
-    title = f"{report['backbone']}, {report['size']} px, {report['dtype']} on {report['cores']} cores"
-    print_table(title, ("system", "batch", "images/s, median", "min", "max"), rows)
-    for name, ratio in report["ratios"].items():
-        each = ", ".join(f"{batch}: {spread['median']:.2f}" for batch, spread in ratio["by_batch"].items())
-        print(f"{name} by batch size: {each} (goal {ratio['goal']:.2f})")
-    print("bench-vision: " + ", ".join(f"{name} {ratio['lowest']:.2f}" for name, ratio in report["ratios"].items()))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mtlora_pb.v1 import inference_pb2
 from prometheus_client import generate_latest
 from prometheus_client.metrics_core import Metric
 
@@ -97,6 +98,18 @@ def test_expressions_name_existing_labels() -> None:
         ]
         matched = re.findall(r"(\w+)\s*(?:=~|!=|=)\s*\"", expression)
         assert {*grouped, *matched} - {""} <= labels, expression
+
+
+def test_rules_and_dashboard_count_every_call_that_an_engine_answers() -> None:
+    expressions = [*(rule["expr"] for rule in rules()), *queries()]
+    selectors = {found for each in expressions for found in re.findall(r'method=~"([^"]*)"', each)}
+    (selector,) = selectors
+    names = {method.name for method in inference_pb2.DESCRIPTOR.services_by_name["Inference"].methods}
+    asking = names - {"ListTasks", "GetTask"}
+    items = {"GenerateBatchItem", "AnalyzeTask", "ClassifyItem", "ScoreItem"}
+    assert [each for each in (*asking, *items, "ModelInfer") if not re.fullmatch(selector, each)] == []
+    others = {"ListTasks", "GetTask", "List", "Load", "Upload", "Read", "Check", "ServerLive", "ModelReady"}
+    assert [each for each in others if re.fullmatch(selector, each)] == []
 
 
 def test_dashboard_file_is_up_to_date() -> None:

@@ -48,12 +48,13 @@ def run(options: Options) -> Row:
         mutator = Mutator(options.seed, [task.id for task in tasks])
         neighbour = Neighbour(server.address, Access(own_key), tasks[1].id)
         alone = neighbour.ask_for(10.0)
-        # Until pools have their size.
-        asyncio.run(_send(server.address, key, mutator, max(200, count // 20)))
+        # Until pools have their size. They count, but not to the 20,000.
+        warm_up = asyncio.run(_send(server.address, key, mutator, max(200, count // 20)))
         before = resident_bytes(server.process.pid)
         statuses, beside = asyncio.run(_beside(server.address, key, mutator, count, neighbour))
         growth = resident_bytes(server.process.pid) / before - 1
         alive = server.process.poll() is None
+    statuses += warm_up
     improper = {name: n for name, n in statuses.items() if name not in _PROPER}
     ratio = p99(beside) / p99(alone)
     shown = ", ".join(f"{name} {n}" for name, n in statuses.most_common())

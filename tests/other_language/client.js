@@ -1,12 +1,14 @@
-// Asks a server in JavaScript, knowing the .proto file alone: node client.js ADDRESS PROTO TASK_ID TEXT
+// Asks a server in JavaScript, knowing the .proto file alone: node client.js ADDRESS PROTO TASK_ID TEXT TASK_OF_IMAGES FILE SIZE
+// FILE: an image. SIZE: pixels, that the task of images takes.
 // Prints one JSON object.
 'use strict'
 
+const fs = require('fs')
 const grpc = require('@grpc/grpc-js')
 const path = require('path')
 const protoLoader = require('@grpc/proto-loader')
 
-const [address, proto, taskId, text] = process.argv.slice(2)
+const [address, proto, taskId, text, sight, file, size] = process.argv.slice(2)
 const definition = protoLoader.loadSync(proto, {
   keepCase: true, enums: String, longs: Number, oneofs: true, includeDirs: [path.resolve(path.dirname(proto), '../..')]
 })
@@ -27,6 +29,10 @@ async function main () {
   const items = [request, { task_id: 'no-such-task', text }]
   const batch = (await unary('GenerateBatch', { items })).items.map((item) => item.status.code ?? 0)
   const tasks = (await unary('ListTasks', {})).tasks.map((task) => task.id)
+  const pixels = new Float32Array(3 * size * size).fill(0.5)
+  const tensor = { shape: [3, Number(size), Number(size)], data: Buffer.from(pixels.buffer) }
+  const images = [{ encoded: fs.readFileSync(file) }, { tensor }, { encoded: Buffer.from('no image') }]
+  const { results } = await unary('Classify', { task_ids: [sight], images })
   const error = await unary('Generate', { task_id: 'no-such-task', text }).catch((caught) => caught)
   console.log(JSON.stringify({
     text: answer.text,
@@ -35,6 +41,13 @@ async function main () {
     last_summary: last.summary,
     batch,
     tasks,
+    images: results.map((each) => ({
+      code: each.status?.code ?? 0,
+      label: each.label ?? '',
+      probabilities: Object.fromEntries(
+        (each.probabilities ?? []).map(({ label, probability }) => [label, probability])
+      )
+    })),
     error: {
       code: grpc.status[error.code],
       request_id: error.metadata.get('x-request-id')[0],
