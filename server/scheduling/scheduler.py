@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from server.errors import RequestFailedError, deadline_out_of_reach, quota_exceeded, resource_exhausted
-from server.job import Job, Lane
+from server.job import GenerationJob, Job, Lane
 from server.scheduling.bucket import TokenBucket
 from server.scheduling.estimate import ServiceTimes
 from server.scheduling.fair_queue import FairQueue
@@ -292,7 +292,7 @@ class Scheduler:
         own = self._reserve(tenant, (job,)) if reserved is None else Reservation(0)
         turn = Turn(tenant, job, deadline, reserved or own, self, asyncio.get_running_loop().create_future())
         # A further sequence of an input finds its prompt in the cache. An image takes one step, whatever comes beside.
-        turn._batch = reserved is not None and not job.further and job.lane is Lane.TEXT
+        turn._batch = reserved is not None and isinstance(job, GenerationJob) and not job.further
         try:
             self._check_deadline(turn)
             self._enqueue(turn)
