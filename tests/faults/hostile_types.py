@@ -131,10 +131,14 @@ class Hostility:
 
 def _expensive(rng: random.Random) -> Iterator[pb.AnswerType]:
     """Types that explode, are large, recurse, or are none; every one is another."""
+    # More than a message may hold.
+    too_many = pb.AnswerType(label=pb.LabelType(labels=[str(i) for i in range(100_000)]))
     while True:
         n = rng.randrange(1, 1 << 30)
         yield pb.AnswerType(regex=f"(a{{1000}}){{1000}}{n}")
         yield pb.AnswerType(regex=f"(.*a.{{12}}|.*b.{{11}}){n}")
+        # Hundreds of states at every byte, each time others.
+        yield pb.AnswerType(regex=f"(.*a.{{200}}|.*b.{{199}}){n}")
         yield pb.AnswerType(regex=f"([a-z]{{1,60}}-){{1,60}}{n}")
         fields = {f"f{i}": {"const": 1} for i in range(3000)}
         yield pb.AnswerType(json=json.dumps({"type": "object", "title": str(n), "properties": fields}))
@@ -148,6 +152,5 @@ def _expensive(rng: random.Random) -> Iterator[pb.AnswerType]:
             )
         )
         yield pb.AnswerType(label=pb.LabelType(labels=[str(n + i) for i in range(5_000)]))
-        # More than a message may hold.
-        yield pb.AnswerType(label=pb.LabelType(labels=[str(i) for i in range(100_000)]))
+        yield too_many
         yield pb.AnswerType(label=pb.LabelType(labels=[f"{n}-{i}" for i in range(1_000)]))
