@@ -1,15 +1,17 @@
 """What holds a decoder to a type: one text, which travels with a request and names the compiled form in a cache."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from mtlora.answer import language
 from mtlora.answer.language import AnswerError, Automaton, Expression
 from mtlora.answer.types import AnswerType
+from mtlora.errors import describe
 
 _TYPES: TypeAdapter[AnswerType] = TypeAdapter(AnswerType)
 # Marks a constraint among the grammars that vLLM's requests carry.
@@ -48,6 +50,21 @@ class Constraint:
 def next_token(tokens: Sequence[int]) -> str:
     """The text that holds one token to a set: its log-probabilities are then those within the set."""
     return TOKENS_PREFIX + json.dumps(list(tokens))
+
+
+def checked(
+    data: Mapping[str, Any], marker: str | None, stop: tuple[str, ...], limit: int
+) -> Iterator[tuple[str, str]]:
+    """The text of a constraint, and its type's name. Raises AnswerError for data of no type, or of too large a one.
+
+    For a child process, which imports this module alone.
+    """
+    try:
+        constraint = Constraint(_TYPES.validate_python(data), marker, stop)
+        constraint.compile(limit)
+    except ValidationError as error:
+        raise AnswerError(describe(error)) from None
+    yield constraint.text, constraint.type.name
 
 
 @lru_cache(maxsize=4096)

@@ -19,8 +19,10 @@ _UTF8_ENDS = (0x7F, 0x7FF, 0xFFFF, LAST)
 MAX_REPEATS = 10_000
 # States of an automaton: about a kilobyte each.
 MAX_STATES = 30_000
-# Steps remembered: a dictionary entry each.
-_KEPT_STEPS = 20_000
+# Of remembered steps, the states that they lead to: 30 to 60 bytes each. A hostile type leads to hundreds at a step.
+_KEPT_STATES = 100_000
+# Of these, as many as take the memory of a state of the automaton.
+_PER_STATE = 8
 
 
 class AnswerError(MtLoRAError):
@@ -197,6 +199,7 @@ class Automaton:
         # By expression and what follows it. `expression` keeps the identities alive.
         self._built: dict[tuple[int, int], int] = {}
         self._steps: dict[tuple[States, int], States] = {}
+        self._kept = 0
         self.first = self._build(self.expression, 0)
         self.start = self._closure((self.first,))
 
@@ -211,10 +214,18 @@ class Automaton:
             found = self._closure(
                 target for state in states for low, high, target in self.edges[state] if low <= byte <= high
             )
-            if len(self._steps) >= _KEPT_STEPS:
+            # An entry takes as much as some states.
+            self._kept += 3 + len(found)
+            if self._kept > _KEPT_STATES:
                 self._steps.clear()
+                self._kept = 3 + len(found)
             self._steps[states, byte] = found
         return found
+
+    @property
+    def size(self) -> int:
+        """Its states, and what it remembers in the memory of so many more."""
+        return len(self.edges) + self._kept // _PER_STATE
 
     def read(self, states: States, text: bytes) -> States:
         """The state after more bytes."""

@@ -28,7 +28,7 @@ from mtlora.answer.language import States, pattern
 from mtlora.vllm_plugin.closing import Closing
 from mtlora.vllm_plugin.vocabulary import Row, Vocabulary
 
-# Compiled constraints kept, and states of all of them.
+# Compiled constraints kept, and the size of all their automata, in states.
 _KEPT, _KEPT_STATES = 4096, 2_000_000
 _numbers = itertools.count()
 # With tokens running short, candidates are tried one by one up to this many.
@@ -275,7 +275,6 @@ class TypedOutputs:
     def __init__(self, tokenizer: Any, vocabulary_size: int) -> None:
         self.vocabulary = Vocabulary(tokenizer, vocabulary_size)
         self._compiled: OrderedDict[str, Compiled] = OrderedDict()
-        self._states = 0
         self._lock = threading.Lock()
 
     def compiled(self, text: str) -> Compiled:
@@ -286,12 +285,12 @@ class TypedOutputs:
                 return self._compiled[text]
         made = Compiled(read(text), self.vocabulary)
         with self._lock:
-            if text not in self._compiled:
-                self._compiled[text] = made
-                self._states += len(made.automaton.edges)
-            while len(self._compiled) > _KEPT or (self._states > _KEPT_STATES and len(self._compiled) > 1):
+            self._compiled.setdefault(text, made)
+            # They grow while they are used.
+            states = sum(each.automaton.size for each in self._compiled.values())
+            while len(self._compiled) > _KEPT or (states > _KEPT_STATES and len(self._compiled) > 1):
                 _, dropped = self._compiled.popitem(last=False)
-                self._states -= len(dropped.automaton.edges)
+                states -= dropped.automaton.size
         return made
 
     def has(self, text: str) -> bool:

@@ -9,12 +9,10 @@ from decimal import Decimal
 from typing import Any, Protocol
 
 from mtlora_pb.v1 import inference_pb2 as pb
-from pydantic import TypeAdapter, ValidationError
 
-from mtlora.answer import AnswerError, AnswerType, Date, Grammar, Json, Label, Number, Regex, Text
-from mtlora.answer.constraint import Constraint
+from mtlora.answer import AnswerType, Date, Grammar, Json, Label, Number, Regex, Text
+from mtlora.answer.constraint import checked
 from mtlora.answer.types import MAX_LABELS
-from mtlora.errors import describe
 from mtlora.task import TaskSpec
 from server.errors import AdapterError, Violation, invalid_argument, resource_exhausted
 from server.isolation import ChildError, Limits, in_child
@@ -29,7 +27,6 @@ _CHECK_S = 5.0
 _KEPT = 1024
 # Of one tenant at a time: a request holds a place of the server while its type is checked.
 _MOST_CHECKED = 32
-_TYPES: TypeAdapter[AnswerType] = TypeAdapter(AnswerType)
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ class OwnTypes:
         try:
             _, marker, stop = key
             (found,) = await self._thread.run(
-                tenant, None, lambda: in_child(_checked, data, marker, stop, limits=Limits(_CHECK_S))
+                tenant, None, lambda: in_child(checked, data, marker, stop, _MAX_STATES, limits=Limits(_CHECK_S))
             )
             constraint, name = pickle.loads(found)
             (fewest,) = await engine.compile([constraint])
@@ -105,15 +102,6 @@ class OwnTypes:
         if len(self._held) > _KEPT:
             self._held.popitem(last=False)
         return held
-
-
-def _checked(data: dict[str, Any], marker: str | None, stop: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    try:
-        constraint = Constraint(_TYPES.validate_python(data), marker, stop)
-        constraint.compile(_MAX_STATES)
-    except ValidationError as error:
-        raise AnswerError(describe(error)) from None
-    yield constraint.text, constraint.type.name
 
 
 def _violations(request: pb.GenerateRequest, task: TaskSpec) -> Iterator[Violation]:

@@ -7,6 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 from mtlora_pb.v1 import inference_pb2 as pb
 
@@ -27,10 +28,10 @@ ORDER = 56
 P99_GOAL = 4.0
 MAX_GROWTH_BYTES = 256 << 20
 _TASK = "hostile.free"
-# Hostile ones in flight, and cheap ones a second that all differ.
+# Expensive ones in flight, in every other round; in the others, cheap ones a second that all differ.
 _IN_FLIGHT, _DIFFERENT = 4, 200.0
 # The neighbour's requests in a turn; in a round, a turn without the hostile tenant and one with it.
-_PER_TURN, _MIN_ROUNDS, _TOKENS = 5, 3, 8
+_PER_TURN, _MIN_ROUNDS, _TOKENS = 5, 4, 8
 _PROPER = {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"}
 _LOAD_TIMEOUT_S = 60.0
 
@@ -50,7 +51,7 @@ def run(options: Options) -> Row:
             asked = [each for each in questions(client, 64, options.seed) if each.task_id != _TASK][:_PER_TURN]
         rounds = max(_MIN_ROUNDS, int((120.0 if options.full else 10.0) / round_s))
         hostility = Hostility(server, access, asked, options.seed)
-        asyncio.run(hostility.rounds(1))
+        asyncio.run(hostility.rounds(2))
         before = resident_bytes(server.server.process.pid)
         hostility.alone.clear()
         hostility.beside.clear()
@@ -95,22 +96,18 @@ class Hostility:
             AsyncClient(self._server.address, self._access["neighbour"], retry=None) as neighbour,
             AsyncClient(self._server.address, self._access["hostile"], retry=None) as hostile,
         ):
-            for _ in range(number):
+            attack = partial(self._attack, hostile)
+            for index in range(number):
                 await self._turn(neighbour, self.alone)
-                running = [
-                    asyncio.create_task(closed_loop(self._expensive, _IN_FLIGHT, lambda t: self._attack(hostile, t))),
-                    asyncio.create_task(
-                        open_loop(
-                            (pb.AnswerType(regex=f"[0-9]{{3}}-{i}") for i in self._different),
-                            itertools.repeat(1 / _DIFFERENT),
-                            lambda t: self._attack(hostile, t),
-                        )
-                    ),
-                ]
+                if index % 2:
+                    different = (pb.AnswerType(regex=f"[0-9]{{3}}-{i}") for i in self._different)
+                    loop = open_loop(different, itertools.repeat(1 / _DIFFERENT), attack)
+                else:
+                    loop = closed_loop(self._expensive, _IN_FLIGHT, attack)
+                running = asyncio.create_task(loop)
                 await self._turn(neighbour, self.beside)
-                for each in running:
-                    each.cancel()
-                await asyncio.gather(*running, return_exceptions=True)
+                running.cancel()
+                await asyncio.gather(running, return_exceptions=True)
 
     async def _turn(self, client: AsyncClient, into: list[float]) -> None:
         for question in self._asked:
@@ -131,10 +128,14 @@ class Hostility:
 
 def _expensive(rng: random.Random) -> Iterator[pb.AnswerType]:
     """Types that explode, are large, recurse, or are none; every one is another."""
+    # More than a message may hold.
+    too_many = pb.AnswerType(label=pb.LabelType(labels=[str(i) for i in range(100_000)]))
     while True:
         n = rng.randrange(1, 1 << 30)
         yield pb.AnswerType(regex=f"(a{{1000}}){{1000}}{n}")
         yield pb.AnswerType(regex=f"(.*a.{{12}}|.*b.{{11}}){n}")
+        # Hundreds of states at every byte, each time others.
+        yield pb.AnswerType(regex=f"(.*a.{{200}}|.*b.{{199}}){n}")
         yield pb.AnswerType(regex=f"([a-z]{{1,60}}-){{1,60}}{n}")
         fields = {f"f{i}": {"const": 1} for i in range(3000)}
         yield pb.AnswerType(json=json.dumps({"type": "object", "title": str(n), "properties": fields}))
@@ -148,6 +149,5 @@ def _expensive(rng: random.Random) -> Iterator[pb.AnswerType]:
             )
         )
         yield pb.AnswerType(label=pb.LabelType(labels=[str(n + i) for i in range(5_000)]))
-        # More than a message may hold.
-        yield pb.AnswerType(label=pb.LabelType(labels=[str(i) for i in range(100_000)]))
+        yield too_many
         yield pb.AnswerType(label=pb.LabelType(labels=[f"{n}-{i}" for i in range(1_000)]))

@@ -159,3 +159,24 @@ def test_tokens_of_a_set_alone() -> None:
     outputs = _outputs("byte-level")
     grammar = outputs.grammar(next_token([3, 5]), 1, None)
     assert np.array_equal(_allowed(outputs, grammar), [3, 5])
+
+
+def test_memory_of_compiled_types_is_bounded_while_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A type may lead to hundreds of states at every byte, each time to others."""
+    outputs, rng = typed.TypedOutputs(_tokenizer("byte-level"), len(_tokenizer("byte-level")) + 5), random.Random(0)
+
+    def used(number: int, times: int) -> Any:
+        automaton = outputs.compiled(Constraint(Regex(pattern=f".*a.{{200}}{number}")).text).automaton
+        for _ in range(times):
+            automaton.read(automaton.start, "".join(rng.choices("ab", k=100)).encode())
+            assert sum(map(len, automaton._steps.values())) <= 100_000
+        return automaton
+
+    built = used(0, 0).size
+    monkeypatch.setattr(typed, "_KEPT_STATES", 6 * built)
+    grown = [used(number, 15) for number in (1, 2)]
+    assert all(2 * built < each.size for each in grown)
+    last = used(3, 200)
+    kept = [each.automaton for each in outputs._compiled.values()]
+    # Six of this size fit, but for what two of them remember.
+    assert kept == [grown[1], last]
