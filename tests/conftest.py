@@ -40,8 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
         cores = sorted(os.sched_getaffinity(0))
         core = cores[int(worker.removeprefix("gw")) % len(cores)]
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
-        # Read when PyTorch is imported.
+        # Read when PyTorch is imported. Threads that some tests ask for do not spin while they wait.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     if not torch.cuda.is_available():

@@ -10,7 +10,7 @@ from mtlora_pb.v1 import inference_pb2 as pb
 
 from server.call import current_call
 from server.errors import Violation, invalid_argument
-from server.rpc.batch import TOKENIZE_APART_BYTES, Batches, Expand, Item, samples
+from server.rpc.batch import TOKENIZE_APART_BYTES, Expand, TextItem, samples, text_items
 from server.rpc.documents import Document, Documents
 from server.rpc.generation import Generation
 from server.rpc.validation import sharing_violation
@@ -27,7 +27,7 @@ class Asked:
     document: set inside `Analysis.document_of`.
     """
 
-    items: list[Item]
+    items: list[TextItem]
     template: str
     text: str = ""
     known: Document | None = None
@@ -37,11 +37,8 @@ class Asked:
 class Analysis:
     """Makes items of tasks about a document, and keeps the document for later calls."""
 
-    def __init__(
-        self, service: "InferenceServicer", batches: Batches, tokenizing: FairThread, documents: Documents
-    ) -> None:
+    def __init__(self, service: "InferenceServicer", tokenizing: FairThread, documents: Documents) -> None:
         self._service = service
-        self._batches = batches
         self._tokenizing = tokenizing
         self._documents = documents
 
@@ -51,7 +48,7 @@ class Analysis:
         if source is None or (source == "document" and not request.document.strip()):
             found = "none" if source is None else "nothing but blanks"
             raise invalid_argument([Violation("document", f"found {found}; allowed: a text, or a document_id")])
-        items = self._batches.items([_request(each) for each in request.tasks], "tasks", "AnalyzeTask")
+        items = text_items(self._service.find, [_request(each) for each in request.tasks], "tasks", "AnalyzeTask")
         known = self._documents.get(current_call.get().tenant, request.document_id) if source != "document" else None
         tasks = [item.task for item in items if item.task is not None]
         template = known.template if known else next((each.spec.document_template or "" for each in tasks), "")
@@ -112,7 +109,7 @@ def _request(task: pb.DocumentTask) -> pb.GenerateRequest:
     return request
 
 
-def led(asked: Asked) -> Expand:
+def led(asked: Asked) -> Expand[Generation]:
     """Of a call's sequences, all but the first are charged for their own part: the first computes the document."""
     leads = True
 

@@ -2,9 +2,9 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack, aclosing, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 from mtlora_pb.v1 import inference_pb2 as pb
@@ -12,18 +12,15 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from server.accounting import Usage
 from server.call import Call, current_call
 from server.errors import RequestFailedError, Violation, invalid_argument
-from server.job import GenerationJob, Lane, ServedTask
+from server.job import GenerationJob, Job, Lane, ServedTask
+from server.registry.residency import Residency
 from server.rpc.documents import Document
 from server.rpc.failures import failure_of
 from server.rpc.generation import Generation
 from server.rpc.pieces import in_pieces
 from server.rpc.validation import samples_of
-from server.scheduling import Scheduler
+from server.scheduling import Reservation, Scheduler
 from server.telemetry.metrics import Metrics
-
-if TYPE_CHECKING:
-    from server.rpc.classify import Classifier
-    from server.rpc.inference_service import InferenceServicer
 
 # Unary calls get tokens in batches: each hand-over delays the next step. Tenants' counts follow batch by batch.
 UNARY_DELTA_TOKENS = 64
@@ -33,36 +30,79 @@ TOKENIZE_APART_BYTES = 8192
 MAX_BATCH = 1024
 
 
+class Message(Protocol):
+    """An input of a call: a GenerateRequest, or a Picture."""
+
+    def ByteSize(self) -> int: ...
+
+
+class Run(Protocol):
+    """What an input asks of an engine, to run once: a Generation, or a Classification."""
+
+    @property
+    def job(self) -> Job: ...
+    async def run(
+        self, engine: Any, scheduler: Scheduler, residency: Residency, *, reserved: Reservation | None = None
+    ) -> None: ...
+
+
+M = TypeVar("M", bound=Message)
+R = TypeVar("R", bound=Run)
+# Makes what an item runs of its valid request.
+Expand = Callable[[R], Sequence[R]]
+
+
 @dataclass(eq=False)
-class Item:
+class Item(Generic[M, R]):
     """One input of a call, and what became of it.
 
-    request: a GenerateRequest, or a Picture. document: what it is about, in a call about one document.
+    document: what it is about, in a call about one document.
     samples: sequences that it asks for. generations: one each. failure: why it has no answer.
     """
 
-    request: Any
+    request: M
     task: ServedTask | None
     call: Call
     samples: int
     index: int = 0
     document: Document | None = None
-    generations: list[Any] = field(default_factory=list)
+    generations: Sequence[R] = ()
     failure: RequestFailedError | None = None
 
-    @property
-    def answers(self) -> list[Any]:
-        """Of the generations, those that answer: all in order, or the likeliest first."""
-        if len(self.generations) == 1 or (n := self.generations[0].job.n) == len(self.generations):
-            return self.generations
-        return sorted(self.generations, key=lambda each: each.cumulative_logprob or 0.0, reverse=True)[:n]
+
+TextItem = Item[pb.GenerateRequest, Generation]
+
+
+def answering(generations: Sequence[Generation]) -> Sequence[Generation]:
+    """Of a request's generations, those that answer: all in order, or the likeliest first."""
+    n = generations[0].job.n
+    if n == len(generations):
+        return generations
+    return sorted(generations, key=lambda each: each.cumulative_logprob or 0.0, reverse=True)[:n]
+
+
+def text_items(
+    find: Callable[[str, Call], ServedTask | None], requests: Sequence[pb.GenerateRequest], name: str, method: str
+) -> list[TextItem]:
+    """A call's inputs, each a call of its own for usage, metrics and the log. Raises INVALID_ARGUMENT.
+
+    find: of the Inference service. name: the field that they come in.
+    """
+    call = current_call.get()
+    if not 1 <= len(requests) <= MAX_BATCH:
+        raise invalid_argument([Violation(name, f"found {len(requests)}; allowed: 1 to {MAX_BATCH}")])
+    items = []
+    for index, each in enumerate(requests):
+        own = replace(call, request_id=f"{call.request_id}.{index}", method=method, audited=None)
+        task = find(each.task_id, own)
+        items.append(TextItem(each, task, own, samples_of(each, task), index))
+    if (sequences := sum(item.samples for item in items)) > MAX_BATCH:
+        raise invalid_argument([Violation(name, f"found {sequences} samples; allowed: 1 to {MAX_BATCH}")])
+    return items
 
 
 # What needs no preparation.
 _AS_THEY_ARE: AbstractAsyncContextManager[None] = nullcontext()
-
-# Makes what an item runs of its valid request.
-Expand = Callable[[Any], list[Any]]
 
 
 def samples(first: Generation) -> list[Generation]:
@@ -81,15 +121,15 @@ def _sample_jobs(job: GenerationJob) -> Iterator[GenerationJob]:
 
 
 async def side_by_side(
-    items: Sequence[Item], places: int, run: Callable[[Any], Awaitable[None]]
-) -> AsyncGenerator[Item, None]:
+    items: Sequence[Item[M, R]], places: int, run: Callable[[R], Awaitable[None]]
+) -> AsyncGenerator[Item[M, R], None]:
     """Run the items' generations, `places` at a time in order; gives each item when all of its own have ended.
 
     A failure goes to its item. Closing the iterator cancels what runs.
     """
     waiting = iter([(item, generation) for item in items for generation in item.generations])
     left = {item: len(item.generations) for item in items}
-    ended: asyncio.Queue[Item] = asyncio.Queue()
+    ended: asyncio.Queue[Item[M, R]] = asyncio.Queue()
 
     async def work() -> None:
         for item, generation in waiting:
@@ -112,58 +152,68 @@ async def side_by_side(
         await asyncio.gather(*workers, return_exceptions=True)
 
 
-async def finish(ended: AsyncGenerator[Item, None]) -> None:
+async def finish(ended: AsyncGenerator[Item[M, R], None]) -> None:
     """Run items to their ends."""
     async with aclosing(ended):
         async for _ in ended:
             pass
 
 
-class Batches:
+MContra = TypeVar("MContra", contravariant=True)
+RCo = TypeVar("RCo", covariant=True)
+
+
+class Service(Protocol[MContra, RCo]):
+    """What items of a kind run through: see the Inference service."""
+
+    @property
+    def engine(self) -> Any: ...
+    @property
+    def residency(self) -> Residency: ...
+    def admitted(self, call: Call, requests: int, places: int, /) -> AbstractContextManager[None]: ...
+    def version_for(
+        self, request: MContra, task: ServedTask | None, /, *, prefetch: bool
+    ) -> AbstractContextManager[ServedTask | None]: ...
+    async def generation(
+        self,
+        request: MContra,
+        task: ServedTask | None,
+        delta_tokens: int,
+        /,
+        *,
+        apart: bool,
+        call: Call,
+        document: Document | None,
+    ) -> RCo: ...
+
+
+class Batches(Generic[M, R]):
     """Runs the items of a call through `service`, as it runs one request. lane: whose turns and places they take."""
 
     def __init__(
         self,
-        service: "InferenceServicer | Classifier",
+        service: Service[M, R],
         scheduler: Scheduler,
         usage: Usage,
         metrics: Metrics,
         lane: Lane = Lane.TEXT,
     ) -> None:
-        self._service: Any = service
+        self._service = service
         self._lane = lane
         self._scheduler = scheduler
         self._usage = usage
         self._metrics = metrics
 
-    def items(self, requests: Sequence[pb.GenerateRequest], name: str, method: str) -> list[Item]:
-        """A call's inputs, each a call of its own for usage, metrics and the log. Raises INVALID_ARGUMENT.
-
-        name: the field that they come in.
-        """
-        call = current_call.get()
-        if not 1 <= len(requests) <= MAX_BATCH:
-            raise invalid_argument([Violation(name, f"found {len(requests)}; allowed: 1 to {MAX_BATCH}")])
-        items = []
-        for index, each in enumerate(requests):
-            own = replace(call, request_id=f"{call.request_id}.{index}", method=method, audited=None)
-            task = self._service.find(each.task_id, own)
-            items.append(Item(each, task, own, samples_of(each, task), index))
-        if (sequences := sum(item.samples for item in items)) > MAX_BATCH:
-            raise invalid_argument([Violation(name, f"found {sequences} samples; allowed: 1 to {MAX_BATCH}")])
-        return items
-
-    async def whole(self, items: Sequence[Item], expand: Expand = samples) -> list[Any]:
-        """Run the items of the current call as one: the first failure ends all. Gives each one's best answer."""
+    async def whole(self, items: Sequence[Item[M, R]], expand: Expand[R]) -> None:
+        """Run the items of the current call as one: the first failure ends all."""
         await finish(self._run(items, places=sum(item.samples for item in items), strict=True, expand=expand))
-        return [item.answers[0] for item in items]
 
     async def run(
         self,
-        items: Sequence[Item],
-        expand: Expand = samples,
+        items: Sequence[Item[M, R]],
+        expand: Expand[R],
         prepared: AbstractAsyncContextManager[None] = _AS_THEY_ARE,
-    ) -> AsyncGenerator[Item, None]:
+    ) -> AsyncGenerator[Item[M, R], None]:
         """Run the items of the current call, and account for each at its end.
 
         `expand` makes what an item runs of its valid request. `prepared`: entered once the call has its places.
@@ -171,7 +221,7 @@ class Batches:
         call = current_call.get()
         places = self._scheduler.places(call.tenant, sum(item.samples for item in items), self._lane)
 
-        def settle(item: Item, code: grpc.StatusCode) -> None:
+        def settle(item: Item[M, R], code: grpc.StatusCode) -> None:
             item.call.settle(code, self._usage)
             item.call.record(code, self._metrics)
 
@@ -195,13 +245,13 @@ class Batches:
 
     async def _run(
         self,
-        items: Sequence[Item],
+        items: Sequence[Item[M, R]],
         *,
         places: int,
         strict: bool,
-        expand: Expand,
+        expand: Expand[R],
         prepared: AbstractAsyncContextManager[None] = _AS_THEY_ARE,
-    ) -> AsyncGenerator[Item, None]:
+    ) -> AsyncGenerator[Item[M, R], None]:
         """Run items of the current call, `places` sequences at a time; gives each as it ends.
 
         They are admitted and charged as a whole before anything starts. `strict`: the first failure ends all.
@@ -225,7 +275,7 @@ class Batches:
             jobs = [generation.job for item in ready for generation in item.generations]
             with self._scheduler.reserve(call.tenant, jobs) as reserved:
 
-                async def run(sequence: Any) -> None:
+                async def run(sequence: R) -> None:
                     # A long batch may outlive an engine.
                     engine, residency = self._service.engine, self._service.residency
                     await sequence.run(engine, self._scheduler, residency, reserved=reserved)
@@ -236,7 +286,7 @@ class Batches:
                             raise item.failure
                         yield item
 
-    async def _prepare(self, item: Item, expand: Expand, *, strict: bool, apart: bool) -> None:
+    async def _prepare(self, item: Item[M, R], expand: Expand[R], *, strict: bool, apart: bool) -> None:
         try:
             first = await self._service.generation(
                 item.request, item.task, UNARY_DELTA_TOKENS, apart=apart, call=item.call, document=item.document

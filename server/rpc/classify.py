@@ -105,6 +105,9 @@ class Classification:
         self.probabilities = sorted(zip(task.spec.labels or (), found, strict=True), key=lambda each: -each[1])
 
 
+ImageItem = Item[Picture, Classification]
+
+
 class Classifier:
     """What batches of images run through, as those of texts run through the Inference service.
 
@@ -131,7 +134,7 @@ class Classifier:
         self._position_cost = position_cost
         self.batches = Batches(self, scheduler, usage, metrics, Lane.IMAGES)
 
-    def items(self, request: pb.ClassifyRequest) -> list[Item]:
+    def items(self, request: pb.ClassifyRequest) -> list[ImageItem]:
         """Every task of every image, each a call of its own for usage, metrics and the log.
 
         Raises INVALID_ARGUMENT or NOT_FOUND.
@@ -148,9 +151,9 @@ class Classifier:
         ]
         return self.of([(task, picture) for picture in pictures for task in tasks], "ClassifyItem")
 
-    def of(self, asked: Sequence[tuple[ServedTask, Picture]], method: str) -> list[Item]:
+    def of(self, asked: Sequence[tuple[ServedTask, Picture]], method: str) -> list[ImageItem]:
         """Items of the current call."""
-        call, items = current_call.get(), []
+        call, items = current_call.get(), list[ImageItem]()
         for index, (task, picture) in enumerate(asked):
             own = replace(call, request_id=f"{call.request_id}.{index}", method=method, task=task.spec.id, audited=None)
             items.append(Item(picture, task, own, 1, index))
@@ -172,8 +175,9 @@ class Classifier:
         return self._service.admitted(call, requests, places, Lane.IMAGES)
 
     @contextmanager
-    def version_for(self, picture: Picture, task: ServedTask, *, prefetch: bool = True) -> Iterator[ServedTask]:
+    def version_for(self, picture: Picture, task: ServedTask | None, *, prefetch: bool = True) -> Iterator[ServedTask]:
         """As of the Inference service."""
+        assert task is not None
         catalog = self._service.catalog
         if task.spec.id in catalog.splits:
             key = picture.routing_key.encode() or picture.image.SerializeToString(deterministic=True)
@@ -184,21 +188,22 @@ class Classifier:
             yield task
 
     async def generation(
-        self, picture: Picture, task: ServedTask, _: int, *, call: Call, **beside: Any
+        self, picture: Picture, task: ServedTask | None, _: int, *, call: Call, **beside: Any
     ) -> Classification:
         """A valid image, ready to run. Raises INVALID_ARGUMENT."""
         if self.engine is None:
             raise EngineDeadError
+        assert task is not None
         assert task.spec.image is not None
         picture.check(task.spec.image, self._decoding.limits)
         job = ImageJob(task, range(self.engine.positions(task.spec.image.size)), self._position_cost)
         return Classification(job, call, self._metrics, picture, self._decoding)
 
 
-def classifying(*, calibrated: bool) -> Expand:
+def classifying(*, calibrated: bool) -> Expand[Classification]:
     """What an item runs to classify its image, with its task's temperature or without."""
 
-    def expand(first: Any) -> list[Any]:
+    def expand(first: Classification) -> list[Classification]:
         first.calibrated = calibrated
         return [first]
 

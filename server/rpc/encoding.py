@@ -10,8 +10,8 @@ from mtlora.parameters import TaskDefaults
 from mtlora.vision.image_input import ImageInput
 from server.job import Delta, ServedTask, TokenLogprob, TokenLogprobs
 from server.rpc import answers
-from server.rpc.batch import Item
-from server.rpc.classify import Classification
+from server.rpc.batch import TextItem, answering
+from server.rpc.classify import Classification, ImageItem
 from server.rpc.generation import Generation
 from server.rpc.scoring import Scoring
 
@@ -81,21 +81,21 @@ def response(generation: Generation) -> pb.GenerateResponse:
     )
 
 
-def item_response(item: Item) -> pb.GenerateResponse:
+def item_response(item: TextItem) -> pb.GenerateResponse:
     """The reply to an input with one or more samples."""
-    answers = item.answers
-    message = response(answers[0])
+    best = answering(item.generations)
+    message = response(best[0])
     if len(item.generations) > 1:
         _sum_up(message.summary, item.generations)
         # Reported by the first that was drawn, which need not be the best.
         del message.prompt_logprobs[:]
         message.prompt_logprobs.extend(token_logprobs(token) for token in item.generations[0].prompt_logprobs)
-    if len(answers) > 1:
-        message.samples.extend(_sample(each) for each in answers)
+    if len(best) > 1:
+        message.samples.extend(_sample(each) for each in best)
     return message
 
 
-def batch_item(item: Item) -> pb.BatchItem:
+def batch_item(item: TextItem) -> pb.BatchItem:
     if item.failure is not None:
         return pb.BatchItem(index=item.index, status=item.failure.status())
     return pb.BatchItem(index=item.index, status=status_pb2.Status(), response=item_response(item))
@@ -158,17 +158,18 @@ def _sum_up(message: pb.Summary, drawn: Sequence[Generation]) -> None:
     message.timings.total.FromNanoseconds(int(max(each.total_s for each in drawn) * 1e9))
 
 
-def score(item: Item) -> pb.InputScore:
+def score(item: TextItem | ImageItem) -> pb.InputScore:
     """One input's labels, or why it has none."""
     if item.failure is not None:
         return pb.InputScore(status=item.failure.status())
     (scoring,) = item.generations
     if isinstance(scoring, Classification):
         return pb.InputScore(**_labels(scoring), summary=_image_summary(scoring))
+    assert isinstance(scoring, Scoring)
     return pb.InputScore(**_labels(scoring), reasoning=scoring.reasoning.strip(), summary=summary(scoring))
 
 
-def classification(item: Item, image: int) -> pb.Classification:
+def classification(item: ImageItem, image: int) -> pb.Classification:
     """An image's labels by one task, or why it has none. image: its place in the request."""
     assert item.task is not None
     task_id = item.task.spec.id

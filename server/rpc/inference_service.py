@@ -20,7 +20,16 @@ from server.registry.residency import Residency
 from server.rpc import encoding
 from server.rpc.analysis import Analysis, led
 from server.rpc.answers import OwnTypes
-from server.rpc.batch import TOKENIZE_APART_BYTES, UNARY_DELTA_TOKENS, Batches, Item, finish
+from server.rpc.batch import (
+    TOKENIZE_APART_BYTES,
+    UNARY_DELTA_TOKENS,
+    Batches,
+    Item,
+    TextItem,
+    finish,
+    samples,
+    text_items,
+)
 from server.rpc.classify import Classifier, classifying
 from server.rpc.documents import Document, Documents
 from server.rpc.generation import Generation
@@ -80,14 +89,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._tokenizing = FairThread("tokenize")
         self._own_types = OwnTypes()
         self.batches = Batches(self, scheduler, usage, metrics)
-        self._analysis = Analysis(self, self.batches, self._tokenizing, documents)
+        self._analysis = Analysis(self, self._tokenizing, documents)
         self.classifier = Classifier(self, scheduler, usage, metrics, decoding, position_cost)
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         call, task = current_call.get(), self.find(request.task_id)
         if (count := samples_of(request, task)) > 1:
-            item = Item(request, task, call, count)
-            await self.batches.whole([item])
+            item: TextItem = Item(request, task, call, count)
+            await self.batches.whole([item], samples)
             return encoding.item_response(item)
         with self.admitted(call), self.version_for(request, task) as task:
             generation = await self.generation(request, task, UNARY_DELTA_TOKENS)
@@ -95,15 +104,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             return encoding.response(generation)
 
     async def GenerateBatch(self, request: pb.GenerateBatchRequest, context: Any) -> pb.GenerateBatchResponse:
-        items = self.batches.items(request.items, "items", "GenerateBatchItem")
-        await finish(self.batches.run(items))
+        items = text_items(self.find, request.items, "items", "GenerateBatchItem")
+        await finish(self.batches.run(items, samples))
         return pb.GenerateBatchResponse(items=[encoding.batch_item(item) async for item in in_pieces(items)])
 
     async def GenerateBatchStream(
         self, request: pb.GenerateBatchRequest, context: Any
     ) -> AsyncIterator[pb.GenerateBatchStreamResponse]:
-        items = self.batches.items(request.items, "items", "GenerateBatchItem")
-        async with aclosing(self.batches.run(items)) as ended:
+        items = text_items(self.find, request.items, "items", "GenerateBatchItem")
+        async with aclosing(self.batches.run(items, samples)) as ended:
             async for item in ended:
                 yield pb.GenerateBatchStreamResponse(item=encoding.batch_item(item))
 
@@ -137,12 +146,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         if task is None:
             raise self.not_found(request.task_id)
         if task.spec.image is not None:
-            items = self.classifier.of(scored_pictures(request, task), "ScoreItem")
-            await finish(self.classifier.batches.run(items, classifying(calibrated=not request.uncalibrated)))
-        else:
-            items = scored_items(request, task, current_call.get())
-            await finish(self.batches.run(items, scoring(self.prompts, calibrated=not request.uncalibrated)))
-        return pb.ScoreResponse(scores=[encoding.score(item) async for item in in_pieces(items)])
+            pictures = self.classifier.of(scored_pictures(request, task), "ScoreItem")
+            await finish(self.classifier.batches.run(pictures, classifying(calibrated=not request.uncalibrated)))
+            return pb.ScoreResponse(scores=[encoding.score(item) async for item in in_pieces(pictures)])
+        texts = scored_items(request, task, current_call.get())
+        await finish(self.batches.run(texts, scoring(self.prompts, calibrated=not request.uncalibrated)))
+        return pb.ScoreResponse(scores=[encoding.score(item) async for item in in_pieces(texts)])
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, context: Any

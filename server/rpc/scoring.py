@@ -14,7 +14,7 @@ from mtlora.prompt import PromptEncoder
 from server.call import Call
 from server.errors import Violation, invalid_argument
 from server.job import GenerationJob, ServedTask, TokenLogprobs
-from server.rpc.batch import Expand, Item
+from server.rpc.batch import Expand, TextItem
 from server.rpc.generation import Generation
 from server.rpc.pictures import Picture
 
@@ -78,7 +78,7 @@ class Scoring(Generation):
         return replace(self.job, prompt_ids=prompt_ids, sampling=sampling, further=further)
 
 
-def scoring(prompts: PromptEncoder, *, calibrated: bool) -> Expand:
+def scoring(prompts: PromptEncoder, *, calibrated: bool) -> Expand[Generation]:
     """What an item runs to score its task's labels."""
     return lambda first: [Scoring.of(first, prompts, calibrated=calibrated)]
 
@@ -91,7 +91,7 @@ def scored_pictures(request: pb.ScoreRequest, task: ServedTask) -> list[tuple[Se
     ]
 
 
-def scored_items(request: pb.ScoreRequest, task: ServedTask, call: Call) -> list[Item]:
+def scored_items(request: pb.ScoreRequest, task: ServedTask, call: Call) -> list[TextItem]:
     """The inputs, each a call of its own for usage, metrics and the log. Raises INVALID_ARGUMENT."""
     if task.spec.labels is None:
         kind = task.spec.answer_type.type if task.spec.answer_type else "text"
@@ -104,7 +104,7 @@ def scored_items(request: pb.ScoreRequest, task: ServedTask, call: Call) -> list
         one = pb.GenerateRequest(task_id=request.task_id, routing_key=each.routing_key)
         if given := each.WhichOneof("input"):
             one.MergeFrom(pb.GenerateRequest(**{given: getattr(each, given)}))
-        items.append(Item(one, task, own, 1, index))
+        items.append(TextItem(one, task, own, 1, index))
     return items
 
 

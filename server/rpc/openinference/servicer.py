@@ -11,8 +11,8 @@ from mtlora import __version__
 from server.call import current_call
 from server.errors import Violation, invalid_argument, task_not_found
 from server.job import ServedTask
-from server.rpc.batch import Item, samples
-from server.rpc.classify import classifying
+from server.rpc.batch import TextItem, answering, samples
+from server.rpc.classify import ImageItem, classifying
 from server.rpc.inference_service import InferenceServicer
 from server.rpc.openinference import parameters, tensors
 from server.rpc.openinference.repository import Repository
@@ -92,10 +92,11 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
     async def _generate(self, request: pb.ModelInferRequest, task: ServedTask, wanted: Sequence[str]) -> list[Any]:
         """A generation, or a scoring, for each element."""
         call, requests = current_call.get(), _requests(request, task)
-        items = [Item(each, task, call, samples_of(each, task), index) for index, each in enumerate(requests)]
+        items = [TextItem(each, task, call, samples_of(each, task), index) for index, each in enumerate(requests)]
         scored = any(name != tensors.TEXT_OUTPUT for name in wanted)
         expand = scoring(self._service.prompts, calibrated=True) if scored else samples
-        return await self._service.batches.whole(items, expand)
+        await self._service.batches.whole(items, expand)
+        return [answering(item.generations)[0] for item in items]
 
     async def _classify(self, request: pb.ModelInferRequest, task: ServedTask) -> list[Any]:
         """A classification for each element."""
@@ -110,8 +111,9 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         if violations:
             raise invalid_argument(violations)
         call = current_call.get()
-        items = [Item(Picture(image, f"inputs[0][{i}]", ""), task, call, 1, i) for i, image in enumerate(images)]
-        return await self._service.classifier.batches.whole(items, classifying(calibrated=True))
+        items = [ImageItem(Picture(image, f"inputs[0][{i}]", ""), task, call, 1, i) for i, image in enumerate(images)]
+        await self._service.classifier.batches.whole(items, classifying(calibrated=True))
+        return [item.generations[0] for item in items]
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Any) -> pb.RepositoryIndexResponse:
         state = "READY" if self._admission.state is State.SERVING else "UNAVAILABLE"
