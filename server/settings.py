@@ -129,7 +129,11 @@ class Settings(BaseSettings):
     vision_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="dtype of the vision backbone; auto: as its weights on a CPU, the engine's choice on a GPU"
     )
-    vision_max_num_seqs: int = Field(64, ge=1, description="images in one step, of 112 x 112 pixels")
+    vision_max_num_seqs: int = Field(
+        16,
+        ge=1,
+        description="images in one step, of 112 x 112 pixels; on a CPU more are no faster, and keep others waiting",
+    )
     vision_max_size: int = Field(
         518, ge=8, le=1024, description="pixels of a side of the largest square that a task prepares its images to"
     )

@@ -75,7 +75,7 @@ class Folder:
         while not stop.is_set():
             try:
                 # The watching thread wakes up at every step, and takes the interpreter from the event loop.
-                for _ in watch(self._root, watch_filter=_not_an_upload, step=400, debounce=400, stop_event=stop):
+                for _ in watch(self._root, watch_filter=_not_an_upload, step=100, debounce=400, stop_event=stop):
                     notify()
             except (OSError, RuntimeError) as error:
                 # No watches left, a file system without them, or a folder that is gone for now.

@@ -32,7 +32,7 @@ _ROUNDS = 8
 _EQUAL = ("equal-0", "equal-1", "equal-2", "equal-3")
 # Answers of all equal tenants together, first while shares even out: whoever comes first gets all turns at once.
 _SETTLING, _BACKLOG = 100, 250
-_ANSWER: dict[str, Any] = {"max_new_tokens": 8, "stop": []}
+_ANSWER: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "stop": [], "free": True}
 
 
 @dataclass
@@ -172,11 +172,12 @@ async def _backlog(
     shapes = dict(zip(_EQUAL, ((24, 8), (24, 24), (48, 8), (48, 24)), strict=True))
 
     async def backlog(name: str, client: AsyncClient) -> None:
-        in_flight, max_new_tokens = shapes[name]
+        in_flight, tokens = shapes[name]
+        answer = _ANSWER | {"max_new_tokens": tokens, "min_new_tokens": tokens}
         rng = random.Random(f"{seed}/{name}")
 
         async def ask(question: Question) -> None:
-            await client.generate(question.task_id, question.text, max_new_tokens=max_new_tokens, stop=[])
+            await client.generate(question.task_id, question.text, **answer)
 
         await closed_loop((rng.choice(asked) for _ in itertools.count()), in_flight, ask)
 

@@ -26,7 +26,7 @@ _IN_FLIGHT = 16
 # Calls that a server answers after its restart before the other one is restarted.
 _CALLS_BETWEEN = 32
 # Short: many calls begin and end while a server stops and starts.
-_ANSWER: dict[str, Any] = {"max_new_tokens": 4, "stop": []}
+_ANSWER: dict[str, Any] = {"max_new_tokens": 4, "stop": [], "free": True}
 
 
 class Restarted:

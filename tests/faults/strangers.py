@@ -24,7 +24,7 @@ ORDER = 100
 P99_GOAL = 1.25
 _IN_FLIGHT = 8
 # Short answers: more of them.
-_PARAMETERS: dict[str, Any] = {"max_new_tokens": 4, "stop": []}
+_PARAMETERS: dict[str, Any] = {"max_new_tokens": 4, "stop": [], "free": True}
 
 
 def run(options: Options) -> Row:
