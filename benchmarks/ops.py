@@ -71,9 +71,7 @@ def serving_variants(tokens: int, adapters: int, layers: int) -> dict[str, Varia
         ]  # fmt: skip
         table.place(row, AdapterRows(blocks))
     row_T = np.arange(tokens) % adapters
-    plan = plan_step(
-        row_T, np.zeros_like(row_T), num_rows=adapters, tile_size=cpu_kernel.TILE_SIZE, threads=torch.get_num_threads()
-    )
+    plan = plan_step(row_T, np.zeros_like(row_T), num_rows=adapters, tile_size=cpu_kernel.TILE_SIZE)
     x_TD, y_TD = torch.randn(tokens, D).to(dtype), torch.zeros(tokens, D, dtype=dtype)
 
     def operator() -> None:

@@ -68,14 +68,11 @@ class StepPlan:
         return torch.from_numpy(self.words_W[len(self.words_W) - self.num_planned :])
 
 
-def plan_step(
-    row_T: np.ndarray, bias_row_T: np.ndarray, *, num_rows: int, tile_size: int, threads: int = 1
-) -> StepPlan:
+def plan_step(row_T: np.ndarray, bias_row_T: np.ndarray, *, num_rows: int, tile_size: int) -> StepPlan:
     """Sort a step's tokens into tiles, on the host. row_T, bias_row_T: integers [T], -1 for none.
 
-    A row's tiles are of one size, give or take a token. If one row has all tokens, and more tiles than threads, every
-    thread gets as many: 65 tokens in tiles of at most 8 are 10 tiles for 2 threads, not 9. The header's counts for a
-    GPU are zeros. Raises ValueError for rows out of range.
+    A row's tiles are of one size, give or take a token. The header's counts for a GPU are zeros. Raises ValueError for
+    rows out of range.
     """
     if row_T.shape != bias_row_T.shape or row_T.ndim != 1:
         raise ValueError(f"rows and bias rows must be one a token, got {row_T.shape} and {bias_row_T.shape}")
@@ -87,8 +84,6 @@ def plan_step(
     rows = np.flatnonzero(counts_A[1:])
     counts = counts_A[1:][rows]
     tiles_of_row = -(-counts // tile_size)
-    if len(rows) == 1 and tiles_of_row[0] > threads:
-        tiles_of_row += -tiles_of_row % threads
     num_tiles, P = int(tiles_of_row.sum()), len(order_P)
     words_W = np.empty(HEADER_WORDS + TILE_WORDS * num_tiles + 2 * P, dtype=np.int32)
     words_W[:HEADER_WORDS] = 0

@@ -115,10 +115,7 @@ class CpuStep(StepMapping):
         held = [slot.adapter.rows for slot in slots.values() if slot.adapter is not None]
         self._blocks: frozenset[int] = frozenset().union(*(rows.active for rows in held))
         if slots:
-            threads = torch.get_num_threads()
-            plan = self._plan = plan_step(
-                row_T, bias_row_T, num_rows=self._table.num_rows, tile_size=TILE_SIZE, threads=threads
-            )
+            plan = self._plan = plan_step(row_T, bias_row_T, num_rows=self._table.num_rows, tile_size=TILE_SIZE)
             self._add_path_: AddPath = bind(self._table, plan)
 
     def begin(self, x_TD: torch.Tensor, block: int, *, beside: bool) -> None:

@@ -167,10 +167,10 @@ def test_device_plan_copies_what_is_used_to_one_place() -> None:
         plan.set(plan_step(np.zeros(9, int), np.zeros(9, int), num_rows=3, tile_size=4), counts_AC)
 
 
-@given(st.lists(st.integers(-1, 5), max_size=200), st.sampled_from([8, 16, 64]), st.integers(1, 9))
-def test_plans_are_whole(rows: list[int], tile_size: int, threads: int) -> None:
+@given(st.lists(st.integers(-1, 5), max_size=200), st.sampled_from([8, 16, 64]))
+def test_plans_are_whole(rows: list[int], tile_size: int) -> None:
     row_T = np.array(rows, dtype=int)
-    plan = plan_step(row_T, np.arange(len(rows)), num_rows=6, tile_size=tile_size, threads=threads)
+    plan = plan_step(row_T, np.arange(len(rows)), num_rows=6, tile_size=tile_size)
     seen: list[int] = []
     for row, first, count in plan.tiles_M3.tolist():
         assert 0 < count <= tile_size
@@ -182,26 +182,6 @@ def test_plans_are_whole(rows: list[int], tile_size: int, threads: int) -> None:
     sizes = plan.tiles_M3[:, 2].numpy()
     for row in set(rows) - {-1}:
         assert np.ptp(sizes[plan.tiles_M3[:, 0].numpy() == row]) <= 1
-
-
-@pytest.mark.parametrize(
-    ("tokens", "threads", "tiles"),
-    [(65, 2, 10), (65, 1, 9), (24, 2, 4), (16, 2, 2), (8, 2, 1), (65, 16, 9), (130, 16, 32)],
-)
-def test_threads_get_as_many_tiles_of_a_lone_adapter(tokens: int, threads: int, tiles: int) -> None:
-    row_T = np.zeros(tokens, dtype=int)
-    assert plan_step(row_T, row_T, num_rows=2, tile_size=8, threads=threads).num_tiles == tiles
-    # With another row, tiles are many, and whoever is free takes the next.
-    both_T = np.concatenate([row_T, row_T + 1])
-    assert plan_step(both_T, both_T, num_rows=2, tile_size=8, threads=threads).num_tiles == 2 * -(-tokens // 8)
-
-
-@given(st.integers(1, 400), st.integers(1, 64))
-def test_tiles_of_a_lone_adapter_hold_tokens(tokens: int, threads: int) -> None:
-    row_T = np.zeros(tokens, dtype=int)
-    plan = plan_step(row_T, row_T, num_rows=1, tile_size=8, threads=threads)
-    assert plan.num_tiles <= threads or plan.num_tiles % threads == 0
-    assert plan.tiles_M3[:, 2].min() > 0
 
 
 def test_parts_fill_the_card_and_fit_the_scratch_space() -> None:
