@@ -271,8 +271,11 @@ async def measure_calibration(client: AsyncClient, manifest: AdapterManifest, bb
     await closed_loop(examples, FULL, ask)
     accuracy = statistics.mean(right for _, right in outcomes)
     error, by_chance = expected_calibration_error(outcomes), error_by_chance([each for each, _ in outcomes])
-    print(f"calibration: {len(outcomes)} labels of {len(labels)} tasks, accuracy {accuracy:.3f}, expected calibration ")
-    print(f"error {error:.3f}; perfect probabilities would show {by_chance:.3f} on so many", flush=True)
+    print(
+        f"calibration: {len(outcomes)} labels of {len(labels)} tasks, accuracy {accuracy:.3f}, expected calibration error "
+        f"{error:.3f}; perfect probabilities would show {by_chance:.3f} on so many",
+        flush=True,
+    )
     return error
 
 

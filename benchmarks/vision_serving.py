@@ -1,7 +1,6 @@
 """The parts of `make bench-vision` that need a server: images through gRPC, and texts with images beside them.
 
-The adapters are random, their tasks as many as shipped: 25. Whoever asks runs on the same cores, and its processor time
-counts against the server.
+The adapters are random, with 25 tasks. The client runs on the same cores, so its processor time counts against the server.
 """
 
 import asyncio
@@ -37,22 +36,7 @@ TASKS = 25
 _IMAGES = 16
 # Of photographs that have about 200 kB: 2 megapixels.
 _WIDTH, _HEIGHT, _QUALITY = 1600, 1200, 85
-_WORDS = (
-    "river",
-    "near",
-    "our",
-    "town",
-    "quiet",
-    "and",
-    "dark",
-    "when",
-    "seven",
-    "children",
-    "saw",
-    "a",
-    "green",
-    "boat",
-)
+_WORDS = "river near our town quiet and dark when seven children saw a green boat".split()
 TEXTS_IN_FLIGHT, IMAGES_IN_FLIGHT = 4, 32
 _TEXTS, _NEW_TOKENS = 64, 8
 P99_GOAL = 2.2

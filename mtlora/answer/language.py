@@ -21,7 +21,7 @@ MAX_REPEATS = 10_000
 MAX_STATES = 30_000
 # Of remembered steps, the states that they lead to: 30 to 60 bytes each. A hostile type leads to hundreds at a step.
 _KEPT_STATES = 100_000
-# Of these, as many as take the memory of a state of the automaton.
+# Remembered states that take as much memory as one state of the automaton.
 _PER_STATE = 8
 
 

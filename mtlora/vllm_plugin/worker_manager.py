@@ -162,8 +162,8 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
 def _stand_back() -> None:
     """Give running steps precedence over this thread."""
     # Here, and in every thread that begins later. A second OpenMP team beside that of the steps makes more threads than
-    # cores. From then on, libgomp puts the steps' threads to sleep at every barrier, which costs up to two fifths of
-    # the throughput. `torch.set_num_threads` would not do: vLLM disables it in CPU workers.
+    # cores. From then on, libgomp puts the steps' threads to sleep at every barrier. `torch.set_num_threads` would not
+    # do: vLLM disables it in CPU workers.
     torch._C.set_num_threads(1)
     # Allow every core: this thread inherits the one core of the engine's first thread.
     with contextlib.suppress(OSError):

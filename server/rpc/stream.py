@@ -1,4 +1,4 @@
-"""Buffers a stream. Joins the deltas that its reader has not taken yet, up to a limit."""
+"""A stream's buffer: it joins deltas until the reader takes them, up to a limit."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
