@@ -101,8 +101,6 @@ class Engines:
         """Keep the metrics of an engine's processes up to date; one that hangs holds up no other's."""
         supervisor = self.supervisors[lane]
         while True:
-            resident = sum(len(each.resident) for each in self.adapters.residencies.values())
-            self._metrics.adapters_resident.set(resident)
             engine = supervisor.engine
             if engine is not None and engine.alive and not supervisor.starting:
                 try:

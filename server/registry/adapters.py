@@ -75,6 +75,7 @@ def open_adapters(
     limit_gib = settings.adapter_cache_gib
     spool = Spool(settings.adapter_cache, None if limit_gib is None else int(limit_gib * (1 << 30)))
     metrics.adapter_cache_bytes.set_function(lambda: spool.bytes)
+    metrics.adapters_resident.set_function(lambda: sum(len(each.resident) for each in residencies.values()))
     language, vision = backbones.get(Lane.TEXT), backbones.get(Lane.IMAGES)
     verifier = Verifier(
         spool,

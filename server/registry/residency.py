@@ -74,8 +74,8 @@ class Residency:
 
     @property
     def resident(self) -> list[AdapterVersion]:
-        """Resident versions, least recently used first."""
-        return sorted((each for each in self._loads if each.resident), key=lambda each: each.last_used)
+        """Resident versions, least recently used first. From any thread."""
+        return sorted((each for each in list(self._loads) if each.resident), key=lambda each: each.last_used)
 
     def memory(self) -> AdapterMemory:
         """What routers should know, by adapter: its versions are one. From any thread."""
