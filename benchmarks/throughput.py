@@ -7,7 +7,6 @@ all of them alike. A ratio is the median of the rounds' ratios.
 import argparse
 import json
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from benchmarks.harness.adapters import link_adapter, random_tasks, write_random_adapter, write_random_peft
 from benchmarks.harness.environment import engine_environment, usable_cores
+from benchmarks.harness.percentile import spread
 from benchmarks.harness.worker import WorkerProcess
 from benchmarks.prompts import LOADS, REFERENCE, RandomPrompts
 from mtlora.backbone import identify, resolve
@@ -204,9 +204,9 @@ def make_report(
         if ratio.over in rates and ratio.under in rates:
             each = [a / b for a, b in zip(rates[ratio.over], rates[ratio.under], strict=False)]
             facts = {key: value for key, value in vars(ratio).items() if key != "name"}
-            ratios[str(ratio)] = facts | _spread(each)
+            ratios[str(ratio)] = facts | spread(each)
     rows = {
-        name: {"requests": requests[name], "requests_per_second": _spread(values), "seconds": list(seconds[name])}
+        name: {"requests": requests[name], "requests_per_second": spread(values), "seconds": list(seconds[name])}
         for name, values in rates.items()
     }
     return {
@@ -218,16 +218,12 @@ def make_report(
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def _print(report: dict[str, Any]) -> None:
     rows = []
     for name, row in report["rows"].items():
         rate = row["requests_per_second"]
-        spread = (f"{rate[key]:.2f}" for key in ("median", "min", "max"))
-        rows.append((name, f"{len(row['seconds'])} x {row['requests']}", *spread))
+        shown = (f"{rate[key]:.2f}" for key in ("median", "min", "max"))
+        rows.append((name, f"{len(row['seconds'])} x {row['requests']}", *shown))
     title = f"load: {report['load']['name']}; {report['dtype']} on {report['cores']} cores"
     print_table(title, ("case", "requests", "requests/s, median", "min", "max"), rows)
     for name, ratio in report["ratios"].items():

@@ -1,10 +1,10 @@
 """Rows and ratios of `make bench-vision`: a ratio is the median of its rounds, the lowest of its batch sizes."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.harness.percentile import spread
 from mtlora.cli.output import print_table
 
 # Seconds of every round, by system and batch.
@@ -40,11 +40,6 @@ def make_report(images: int, seconds: Seconds, ratios: Sequence[Ratio]) -> dict[
         lowest = min(each["median"] for each in by_batch.values())
         found[ratio.name] = {"goal": ratio.goal, "lowest": lowest, "by_batch": by_batch}
     return {"images": images, "rows": rows, "ratios": found}
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median of some values, and their ends."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def print_report(report: Mapping[str, Any], title: str, batch: str = "batch") -> None:

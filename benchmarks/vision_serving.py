@@ -1,6 +1,6 @@
 """The parts of `make bench-vision` that need a server: images through gRPC, and texts with images beside them.
 
-The adapters are random, with 25 tasks. The client runs on the same cores, so its processor time counts against the server.
+The adapters are random, with 25 tasks. The client runs on the same cores: its time counts against the server.
 """
 
 import asyncio
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-import yaml
 from PIL import Image
 
 from benchmarks.harness.adapters import random_image_tasks, random_tasks, write_random_adapter
@@ -26,17 +25,17 @@ from benchmarks.harness.asking import closed_loop
 from benchmarks.harness.native_server import native_server
 from benchmarks.harness.percentile import p99
 from benchmarks.harness.processes import cpu_seconds
+from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.backbone import identify
 from mtlora.cli.output import print_table
 from mtlora.client import Access, AsyncClient
 from server.cli.process import ServerProcess
-from server.tenants.keys import new_key
 
 TASKS = 25
 _IMAGES = 16
 # Of photographs that have about 200 kB: 2 megapixels.
 _WIDTH, _HEIGHT, _QUALITY = 1600, 1200, 85
-_WORDS = "river near our town quiet and dark when seven children saw a green boat".split()
+_WORDS = ("river", "near", "our", "town", "quiet", "and", "when", "seven", "children", "saw", "a", "green", "boat")
 TEXTS_IN_FLIGHT, IMAGES_IN_FLIGHT = 4, 32
 _TEXTS, _NEW_TOKENS = 64, 8
 P99_GOAL = 2.2
@@ -144,14 +143,13 @@ def text_beside_images(
     texts = [task.model_copy(update={"id": f"text-{i}"}) for i, task in enumerate(random_tasks(TASKS))]
     write_random_adapter(folder / "adapters" / "words" / "1", identify(language), texts)
     write_random_adapter(folder / "adapters" / "eyes" / "1", identify(vision), random_image_tasks(TASKS, size=size))
-    keys = {name: new_key() for name in ("texts", "images")}
-    entries = [{"id": name, "api_keys": [{"id": number, "hash": digest}]} for name, (_, number, digest) in keys.items()]
-    (folder / "tenants.yaml").write_text(yaml.safe_dump({"tenants": entries}))
+    made = {name: tenant(name) for name in ("texts", "images")}
+    write_tenants(folder / "tenants.yaml", *(entry for _, entry in made.values()))
     with native_server(
         backbone=language, vision_backbone=vision, vision_dtype=dtype, vision_max_size=size,
         adapters=folder / "adapters", tenants=folder / "tenants.yaml", log_level="warning",
     ) as server:  # fmt: skip
-        return asyncio.run(_in_turns(server, {name: Access(key) for name, (key, _, _) in keys.items()}, rounds))
+        return asyncio.run(_in_turns(server, {name: Access(key) for name, (key, _) in made.items()}, rounds))
 
 
 async def _in_turns(server: ServerProcess, access: dict[str, Access], rounds: int) -> dict[str, Any]:

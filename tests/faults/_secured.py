@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.harness.native_server import native_server
+from benchmarks.harness.tenants import tenant, write_tenants
 from benchmarks.harness.waiting import wait_until
 from mtlora.client import Access, MetricsPage
 from server.cli.process import ServerProcess
 from tests.faults._certificates import authority, issue
-from tests.faults._tenants import tenant, write_tenants
 from tests.faults.scenario import Options
 
 

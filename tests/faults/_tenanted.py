@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.native_server import native_server
+from benchmarks.harness.tenants import tenant, write_tenants
 from benchmarks.harness.waiting import wait_until
 from mtlora.client import Access, Client, ServerError
 from tests.faults._pace import Pace, measure_pace
 from tests.faults._shared import Shared
-from tests.faults._tenants import tenant, write_tenants
 from tests.faults.scenario import Options
 
 # Without the prefix cache, the same greedy requests are the same work each time.

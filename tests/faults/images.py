@@ -17,12 +17,12 @@ from benchmarks.harness.asking import closed_loop
 from benchmarks.harness.native_server import native_server
 from benchmarks.harness.percentile import p99
 from benchmarks.harness.processes import resident_bytes
+from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.backbone import identify, resolve
 from mtlora.checkpoint.format import TaskEntry
 from mtlora.client import Access, AsyncClient, Client, ServerError, make_classification
 from mtlora.client.images import make_image
 from mtlora.vision.image_input import ImageInput
-from tests.faults._tenants import tenant, write_tenants
 from tests.faults.scenario import Options, Row
 from tests.mtlora.vision.pictures import SVG, animated, bomb, encoded, jpeg_bomb, many_scans, photograph, webp_bomb
 

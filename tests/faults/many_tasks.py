@@ -14,6 +14,7 @@ from mtlora_pb.v1 import inference_pb2
 
 from benchmarks.harness.adapters import random_tensors
 from benchmarks.harness.asking import closed_loop
+from benchmarks.harness.tenants import tenant
 from benchmarks.harness.waiting import wait_until
 from mtlora.backbone import identify, resolve
 from mtlora.checkpoint.format import TaskEntry
@@ -22,7 +23,6 @@ from mtlora.client import Access, AsyncClient, Client, MetricsPage
 from mtlora.config import MtLoRAConfig
 from server.registry.check import MAX_TASKS
 from tests.faults._tenanted import SETTINGS, Tenanted, has_task, tenanted
-from tests.faults._tenants import tenant
 from tests.faults.scenario import Options, Row
 
 ORDER = 58

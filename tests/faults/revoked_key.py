@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, Client, MetricsPage
 from tests.faults._load import BackgroundLoad, failures, questions
 from tests.faults._tenanted import accepted, tenanted
-from tests.faults._tenants import tenant, write_tenants
 from tests.faults.scenario import Options, Row
 
 ORDER = 59

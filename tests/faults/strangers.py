@@ -14,10 +14,10 @@ from typing import Any
 from benchmarks.harness.asking import closed_loop
 from benchmarks.harness.native_server import native_server
 from benchmarks.harness.percentile import p99
+from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, AsyncClient, ServerError
 from tests.faults._load import Question, questions
 from tests.faults._strangers import HALF_OPEN, IDLE, SLOW
-from tests.faults._tenants import tenant, write_tenants
 from tests.faults.scenario import Options, Row
 
 ORDER = 100

@@ -14,12 +14,12 @@ from typing import Any
 from mtlora_pb.v1 import inference_pb2 as pb
 
 from benchmarks.harness.native_server import native_server
+from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, AsyncClient, ServerError
 from server.accounting import Usage
 from server.telemetry.metrics import Metrics
 from tests.faults._load import PARAMETERS, Question, questions
 from tests.faults._server import SETTINGS
-from tests.faults._tenants import tenant, write_tenants
 from tests.faults.scenario import Options, Row
 
 ORDER = 90

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.tenants import tenant, write_tenants
 from deploy.balancers.health_check import SERVICE, health_check
 from mtlora.client import AsyncClient, Retry
-from tests.faults._tenants import tenant, write_tenants
 from tests.fleet._drills import IN_FLIGHT, Load, kill_one, load, rolling_restart
 from tests.fleet._fleet import BALANCERS, Balancer, Fleet, StandIn, installed, running_fleet
 from tests.fleet._placing import MOST_OF_ROUND_ROBIN, compare

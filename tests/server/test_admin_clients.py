@@ -9,12 +9,12 @@ from pathlib import Path
 import grpc
 import pytest
 
+from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, AsyncClient, Client, ServerError
 from mtlora.evaluation.evaluate import server_answerer
 from mtlora.suite.base import Example
 from server import cli
 from tests.faults._certificates import Issued, authority, issue
-from tests.faults._tenants import tenant, write_tenants
 from tests.server.fakes import Service
 from tests.server.test_registry import Home, home, write
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mtlora_pb.v1 import inference_pb2 as pb
 
+from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, AsyncClient, DocumentAnswer, ServerError
 from mtlora.client.messages import DocumentTask
 from server.cli import main
@@ -22,7 +23,6 @@ from server.job import Delta, ServedTask
 from server.registry.catalog import Catalog
 from server.rpc.documents import Documents
 from server.tenants import Tenant
-from tests.faults._tenants import tenant, write_tenants
 from tests.server.adapters import entry
 from tests.server.fakes import Service
 

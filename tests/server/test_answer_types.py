@@ -18,12 +18,12 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from openinference_pb import grpc_predict_v2_pb2 as openinference
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
+from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.answer.constraint import TOKENS_PREFIX, read
 from mtlora.client import Access, Answer, AsyncClient, ServerError
 from server.isolation import Limits, in_child
 from server.job import Delta, GenerationJob, ServedTask, TokenLogprob, TokenLogprobs
 from server.rpc import answers
-from tests.faults._tenants import tenant, write_tenants
 from tests.server.adapters import entry
 from tests.server.fakes import FakeEngine, Service, eventually
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.tenants import tenant, write_tenants
 from server.app import App
 from server.settings import load_settings
 from tests.faults._certificates import authority, issue
-from tests.faults._tenants import tenant, write_tenants
 from tests.server.fakes import eventually
 
 

@@ -17,11 +17,11 @@ from mtlora_pb.v1 import adapters_pb2_grpc
 from openinference_pb import grpc_predict_v2_pb2 as oi
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
+from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, AsyncClient, ServerError
 from server.accounting import AuditError, AuditLog
 from server.telemetry.metrics import Metrics
 from server.tenants import TenantsError, read_tenants
-from tests.faults._tenants import tenant, write_tenants
 from tests.server.fakes import FakeRepository, Service
 
 

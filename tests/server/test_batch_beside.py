@@ -7,11 +7,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, AsyncClient, make_request
 from server.job import Delta, GenerationJob
 from server.rpc.validation import PromptLimits
 from server.scheduling.scheduler import batch_turns, engine_turns
-from tests.faults._tenants import tenant, write_tenants
 from tests.server.fakes import FakeEngine, Service, eventually
 
 SEQUENCES, STEP_TOKENS = 64, 2048

@@ -15,6 +15,7 @@ from openinference_pb import grpc_predict_v2_pb2 as oip
 from openinference_pb import grpc_predict_v2_pb2_grpc
 from PIL import Image
 
+from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, AsyncClient, Classification, ServerError
 from mtlora.suite.base import Example
 from server.cli import main
@@ -23,7 +24,6 @@ from server.errors import EngineDeadError
 from server.job import Lane
 from server.rpc.classify import MAX_CLASSIFIED
 from server.scheduling.admission import State
-from tests.faults._tenants import tenant, write_tenants
 from tests.mtlora.vision.pictures import SVG, animated, bomb, encoded, jpeg_bomb, many_scans, photograph, webp_bomb
 from tests.server.fakes import Service, eventually
 from tests.server.pictures import COLOURS, picture_task, with_pictures

@@ -15,12 +15,12 @@ from mtlora_pb.v1 import inference_pb2 as native
 from openinference_pb import grpc_predict_v2_pb2 as pb
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
+from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import ServerError
 from server.job import ServedTask
 from server.rpc.adapters_service import AdaptersServicer
 from server.rpc.openinference import Repository, parameters, tensors
 from server.scheduling.admission import State
-from tests.faults._tenants import tenant, write_tenants
 from tests.server.adapters import entry
 from tests.server.fakes import Service
 

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mtlora_pb.v1 import inference_pb2, inference_pb2_grpc
 
+from benchmarks.harness.tenants import tenant, write_tenants
 from server.errors import RequestFailedError
 from server.tenants import Priority, Tenant, TenantsError, read_tenants
 from server.tenants.directory import Tenants
 from server.tenants.proxies import FAIRNESS_ID, OBJECTIVE, named_tenant
 from tests.faults._certificates import authority, issue
-from tests.faults._tenants import tenant, write_tenants
 from tests.server.fakes import Service
 
 OBJECTIVES = {"chat": "interactive", "nightly": "batch"}

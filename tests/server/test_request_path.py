@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, Client
 from server.engine import Engine
 from server.job import ServedTask
 from server.registry.catalog import Catalog
 from server.rpc.interceptor import CallInterceptor
-from tests.faults._tenants import tenant, write_tenants
 from tests.server.adapters import entry
 from tests.server.fakes import Service
 from tests.server.slots import serving_version

@@ -13,11 +13,11 @@ import grpc
 import psutil
 import pytest
 
+from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, Client, ServerError
 from mtlora.client.metrics_page import MetricsPage
 from server.cli.process import ServerProcess
 from tests.faults._certificates import authority, issue
-from tests.faults._tenants import tenant, write_tenants
 from tests.server.helpers import eventually
 
 

@@ -19,6 +19,7 @@ from mtlora_pb.v1 import inference_pb2_grpc
 from openinference_pb import grpc_predict_v2_pb2 as open_pb
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
+from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, AsyncClient
 from server.errors import task_not_found
 from server.job import ServedTask
@@ -26,7 +27,6 @@ from server.registry.catalog import Catalog
 from server.rpc import anonymous, interceptor
 from server.rpc.anonymous import peer_of
 from server.rpc.pieces import in_pieces
-from tests.faults._tenants import tenant, write_tenants
 from tests.server.adapters import entry
 from tests.server.fakes import Service, eventually
 

@@ -11,13 +11,13 @@ import pytest
 from openinference_pb import grpc_predict_v2_pb2 as pb
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
+from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, AsyncClient, ServerError, make_request
 from mtlora.prompt import PromptEncoder
 from server.job import ServedTask
 from server.registry.catalog import Catalog
 from server.rpc.validation import PromptLimits, validate
 from server.tenants import Tenant, TenantsError, read_tenants
-from tests.faults._tenants import tenant, write_tenants
 from tests.server.adapters import entry
 from tests.server.fakes import FakeTokenizer, Service, eventually
 

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from mtlora_pb.v1 import adapters_pb2, inference_pb2
 from openinference_pb import grpc_predict_v2_pb2
 
+from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, AsyncClient, ServerError
 from server.cli import new_key as new_key_cli
 from server.errors import RequestFailedError
@@ -32,7 +33,6 @@ from server.tenants.authentication import Authenticator
 from server.tenants.config import ApiKey
 from server.tenants.keys import checked_hash, hash_key, new_key
 from tests.faults._certificates import authority, issue
-from tests.faults._tenants import tenant, write_tenants
 from tests.server.fakes import Service, eventually
 
 CONTRACTS = [

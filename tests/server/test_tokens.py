@@ -21,13 +21,13 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, AsyncClient, ServerError
 from server.errors import RequestFailedError
 from server.tenants import Directory, TenantsError, read_tenants
 from server.tenants.authentication import Authenticator
 from server.tenants.config import Issuer
 from server.tenants.jwks import JWKSError, read_jwks, read_keys_of
-from tests.faults._tenants import tenant, write_tenants
 from tests.server.fakes import Service, eventually
 
 ISSUER = "https://login.example.com/"

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from mtlora_pb.v1 import adapters_pb2 as pb
 from mtlora_pb.v1 import adapters_pb2_grpc
 
+from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.cli import main
 from mtlora.client import Access, AsyncClient, Client, ServerError
 from mtlora.client.upload import Upload
 from server import cli
 from server.registry.storage import Storage
 from server.registry.uploads import Uploads
-from tests.faults._tenants import tenant, write_tenants
 from tests.server.fakes import Service, eventually
 from tests.server.test_registry import Home, home, write
 

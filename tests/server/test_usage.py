@@ -22,6 +22,7 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from openinference_pb import grpc_predict_v2_pb2 as oi
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
+from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, AsyncClient, Client, ServerError
 from server.accounting import Counts, Usage, UsageError
 from server.accounting.journal import Journal, Record, parse
@@ -32,7 +33,6 @@ from server.rpc import encoding
 from server.rpc.generation import Generation
 from server.telemetry.metrics import Metrics
 from server.tenants import Tenant
-from tests.faults._tenants import tenant, write_tenants
 from tests.server.fakes import Service, eventually
 
 NOON = int(datetime(2026, 11, 30, 12, tzinfo=UTC).timestamp())

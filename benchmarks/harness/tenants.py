@@ -1,4 +1,4 @@
-"""Tenants files for tests of a server."""
+"""Tenants files of a server that is measured or tested."""
 
 import os
 from pathlib import Path
