@@ -1,7 +1,7 @@
 """The client for asyncio."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Self
@@ -11,12 +11,12 @@ from mtlora_pb.v1 import adapters_pb2
 
 from mtlora.client.access import OPEN, Access
 from mtlora.client.calls import OPTIONS, RETRY, UPLOAD_TIMEOUT_S, Calls, same, streams
+from mtlora.client.client import Client
 from mtlora.client.errors import ServerError, server_errors
 from mtlora.client.method import Steps, T
 from mtlora.client.placed import Placed
 from mtlora.client.placement import Placement
 from mtlora.client.retry import Attempts, Retry
-from mtlora.client.upload import Upload
 
 
 class AsyncClient(Calls):
@@ -33,6 +33,7 @@ class AsyncClient(Calls):
         placement: Placement | None = None,
     ) -> None:
         super().__init__(grpc.aio, address, access, retry)
+        self._place = address, access
         self._placed = Placed(address, access, OPTIONS, placement) if placement else None
         if self._placed:
             self._stub = self._placed
@@ -56,29 +57,14 @@ class AsyncClient(Calls):
         return _read(call)
 
     async def upload_adapter(self, folder: Path, adapter: str, *, timeout: float = UPLOAD_TIMEOUT_S) -> str:
-        """As `Client.upload_adapter`."""
-        upload, attempts = await asyncio.to_thread(Upload, folder, adapter), Attempts(self._retry, timeout)
-        version = ""
-        while True:
-            known: asyncio.Queue[adapters_pb2.UploadAdapterResponse] = asyncio.Queue()
+        """As `Client.upload_adapter`.
 
-            async def requests(known: Any = known) -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
-                yield upload.begin()
-                for request in upload.chunks(await known.get()):
-                    yield request
-
-            call = self._adapters.Upload(requests(), timeout=attempts.left_s, metadata=self._metadata)
-            try:
-                # To the end: the server writes the call down before its status.
-                async for reply in _read(call):
-                    if reply.version:
-                        version = reply.version
-                    else:
-                        upload.note(reply, attempts)
-                        known.put_nowait(reply)
-                return version
-            except ServerError as error:
-                await asyncio.sleep(attempts.after(error))
+        Its calls block a thread, not this loop: where a server refuses an upload while grpc.aio writes to it, half of
+        the refusals are lost (https://github.com/grpc/grpc/issues/36066).
+        """
+        # Where this is cancelled, the channel closes and the thread's call ends with it.
+        with Client(*self._place, self._retry) as client:
+            return await asyncio.to_thread(client.upload_adapter, folder, adapter, timeout=timeout)
 
     async def _run(self, steps: Steps[T]) -> T:
         reply: Any = None
