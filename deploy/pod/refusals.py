@@ -59,7 +59,16 @@ def _run(pod: Pod, folder: Path, case: Case, port: int) -> tuple[int, str]:
         made.chmod(0o777)
     source = {"ro": f"{pod.volume('mtlora-adapters')}:{_ADAPTERS}:ro", "empty": f"{empty}:{_ADAPTERS}:ro"}
     source["rw"] = f"{copy}:{_ADAPTERS}"
-    command = [*podman(), "run", "--rm", "--read-only", "--cap-drop=all", "--security-opt=no-new-privileges"]
+    # podman's own warnings, of cgroups v1 for one, would count as lines of the server.
+    command = [
+        *podman(),
+        "--log-level=error",
+        "run",
+        "--rm",
+        "--read-only",
+        "--cap-drop=all",
+        "--security-opt=no-new-privileges",
+    ]
     command += [f"--memory={case.memory}", "--cpus=2", f"--network={case.network}", "--tmpfs=/tmp"]
     command += [
         f"--tmpfs={folder}:rw,mode=1777" for folder in ("/dev/shm", "/var/cache/mtlora", "/var/cache/mtlora-adapters")
