@@ -28,7 +28,7 @@ from server.rpc.documents import Documents
 from server.rpc.health import Health
 from server.rpc.inference_service import InferenceServicer
 from server.rpc.interceptor import CallInterceptor
-from server.rpc.listening import Listening
+from server.rpc.listening import Listening, listen_for_probes
 from server.rpc.openinference import OpenInferenceServicer, Repository
 from server.rpc.pictures import Decoding, decoding_threads
 from server.rpc.tls import TLSError
@@ -147,7 +147,7 @@ class App:
         self._adapters_service = AdaptersServicer(self._admission)
         repository = Repository(lambda: self._adapters_service.registry)
         self._open_inference = OpenInferenceServicer(self._inference, self._admission, repository)
-        self._health = Health()
+        self._health = Health(settings.slow_reader_s)
         # Closed at every end, an early one too.
         self._on_disk = contextlib.ExitStack()
         self._on_disk.callback(self._usage.close)
@@ -155,7 +155,7 @@ class App:
     async def run(self, ready: Callable[[str], None]) -> int:
         """Serve until a signal; returns the exit status."""
         self._handle_signals()
-        await self._set_health(serving=False)
+        self._set_health(serving=False)
         try:
             listening, address = await self._listen()
             try:
@@ -260,16 +260,15 @@ class App:
         return listening, address
 
     async def _listen_for_probes(self) -> Any | None:
-        host, port = self._settings.host, self._settings.health_port
-        if port is None:
+        if self._settings.health_port is None:
             return None
         # Its own count: probes must pass whatever strangers hold open on the main port.
         anonymous = AnonymousCalls(self._settings)
-        server, bound = await self._health.listen(host, port, AnonymousInterceptor(anonymous, self._settings))
+        interceptor = AnonymousInterceptor(anonymous, self._settings)
+        server, bound = await listen_for_probes(self._settings, self._health, interceptor)
         if not bound:
-            raise StartError(
-                f"cannot listen on {joined(host, port)}: taken, or not an address of this machine (health_port)"
-            )
+            place = joined(self._settings.host, self._settings.health_port)
+            raise StartError(f"cannot listen on {place}: taken, or not an address of this machine (health_port)")
         return server
 
     def _warn_of_open_doors(self) -> None:
@@ -371,9 +370,9 @@ class App:
         self._metrics.tenants.set(len(tenants.by_id))
         self._scheduler.keep_only(tenants.by_id.keys())
 
-    async def _set_health(self, *, serving: bool, live: bool = True) -> None:
+    def _set_health(self, *, serving: bool, live: bool = True) -> None:
         self._metrics.serving.set(serving)
-        await self._health.set(serving=serving, live=live)
+        self._health.set(serving=serving, live=live)
 
     # The end.
 
@@ -385,7 +384,7 @@ class App:
 
     async def _give_up(self, error: EngineGaveUpError) -> None:
         _print_error(error)
-        await self._set_health(serving=False, live=False)
+        self._set_health(serving=False, live=False)
         await asyncio.sleep(_LAST_STATUSES_S)
         self._exit(1)
 

@@ -38,7 +38,7 @@ class StartError(Exception):
 class SetHealth(Protocol):
     """Tells clients and probes whether the server serves, and whether it may yet."""
 
-    async def __call__(self, *, serving: bool, live: bool = True) -> None: ...
+    def __call__(self, *, serving: bool, live: bool = True) -> None: ...
 
 
 class Engines:
@@ -166,7 +166,7 @@ class Engines:
             _freeze_objects()
             self._admission.lost.discard(lane)
             self._admission.state = State.SERVING
-            await self._set_health(serving=True)
+            self._set_health(serving=True)
 
     async def lost(self, lane: Lane, failure: EngineFailure) -> None:
         """Serve nothing of an engine until another one runs."""
@@ -175,7 +175,7 @@ class Engines:
         if not self._serving:
             if not self._stopping.is_set():
                 self._admission.state = State.RESTARTING
-            await self._set_health(serving=False)
+            self._set_health(serving=False)
         self._metrics.record_engine_restart(failure.kind, lane)
         self.adapters.residencies[lane].reset()
 

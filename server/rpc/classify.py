@@ -72,6 +72,7 @@ class Classification:
                     self.metrics.observe_queue(self.queue_s, call.exemplar)
                     if call.trace:
                         call.trace.scheduled(time.monotonic())
+                    turn.submitted()
                     call.sequences += 1
                     call.prompt_tokens += len(job.prompt_ids)
                     feature_F = await engine.encode(embeds_TD, job.task.slot)

@@ -96,6 +96,7 @@ class Generation:
                     residency.lease(version, turn.aside) if version else nullcontext(),
                     aclosing(engine.generate(job)) as deltas,
                 ):
+                    turn.submitted()
                     # Several generations may answer one call.
                     if not job.further:
                         call.sequences += 1

@@ -1,4 +1,4 @@
-"""The health protocol: what each service name means, and a listener of its own for probes.
+"""The health protocol: what each service name means.
 
 | name | SERVING while |
 | --- | --- |
@@ -13,50 +13,60 @@ A liveness probe asks for "live", a readiness probe for "mtlora.v1.Inference". K
 so with TLS on the main port they need `health_port`.
 """
 
+import asyncio
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 from mtlora_pb.v1 import inference_pb2
 
-from server.settings import joined
+from server.errors import slow_reader
 
 LIVE = "live"
 
 
-class Health:
-    """The health of one server. `set` it whenever its state changes."""
+class Health(health_pb2_grpc.HealthServicer):
+    """The health of one server. `set` it whenever its state changes. slow_reader_s: for a watcher to take a status.
+
+    The servicer of grpcio-health-checking writes to a watcher under the lock that its `set` waits for: a stranger who
+    takes no message would hold up restarts and the end of the server.
+    """
 
     SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
-    def __init__(self) -> None:
-        self._names = ("", inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name)
-        self._servicer = HealthServicer()
+    def __init__(self, slow_reader_s: float) -> None:
+        self._slow_reader_s = slow_reader_s
+        self._changed = asyncio.Event()
+        self._statuses: dict[str, Any] = {}
+        self.set(serving=False)
 
-    def add_to(self, server: Any) -> None:
-        """Answer health checks on a gRPC server."""
-        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
-
-    async def set(self, *, serving: bool, live: bool = True) -> None:
+    def set(self, *, serving: bool, live: bool = True) -> None:
         """Set every name's status."""
-        for name in self._names:
-            await self._servicer.set(name, _status(serving))
-        await self._servicer.set(LIVE, _status(live))
+        inference = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+        self._statuses = {"": _status(serving), inference: _status(serving), LIVE: _status(live)}
+        self._changed.set()
+        self._changed = asyncio.Event()
 
-    async def listen(self, host: str, port: int, interceptor: grpc.aio.ServerInterceptor) -> tuple[Any, int]:
-        """A second gRPC server, in plain text, with health alone; returns it and its port, 0 if it cannot listen."""
-        server = grpc.aio.server(interceptors=[interceptor], options=[("grpc.so_reuseport", 0)])
-        self.add_to(server)
-        try:
-            bound = server.add_insecure_port(joined(host, port))
-        except RuntimeError:
-            bound = 0
-        if bound:
-            await server.start()
-        else:
-            await server.stop(None)
-        return server, bound
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
+        """The status of a name. NOT_FOUND for an unknown one."""
+        if request.service not in self._statuses:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"found service {request.service[:64]!r}")
+        return health_pb2.HealthCheckResponse(status=self._statuses[request.service])
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
+        """The status of a name, now and whenever it changes."""
+        seconds, last = self._slow_reader_s, None
+        while True:
+            changed = self._changed
+            status = self._statuses.get(request.service, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+            if status != last:
+                try:
+                    async with asyncio.timeout(seconds):
+                        await context.write(health_pb2.HealthCheckResponse(status=status))
+                except TimeoutError:
+                    raise slow_reader(f"no status was taken for {seconds:g} s") from None
+            last = status
+            await changed.wait()
 
 
 def _status(good: bool) -> Any:

@@ -1,10 +1,11 @@
-"""The gRPC port: its services, TLS, and limits on what connections may hold of the server."""
+"""The gRPC ports: services, TLS, and limits on what connections may hold of the server."""
 
 import asyncio
 from collections.abc import Sequence
 from typing import Any, cast
 
 import grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from mtlora_pb.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc, usage_pb2, usage_pb2_grpc
 from openinference_pb import grpc_predict_v2_pb2, grpc_predict_v2_pb2_grpc
@@ -60,7 +61,7 @@ class Listening:
         adapters_pb2_grpc.add_AdaptersServicer_to_server(adapters, server)
         usage_pb2_grpc.add_UsageServicer_to_server(usage, server)
         grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, server)
-        health.add_to(server)
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
         if not self._reflection:
             return
         contracts = (inference_pb2, adapters_pb2, usage_pb2, grpc_predict_v2_pb2)
@@ -73,7 +74,7 @@ class Listening:
         Health says so first, while calls are still answered: clients and balancers that watch it leave in time. Then
         connections get a GOAWAY. gRPC cancels the calls that cross it on their way.
         """
-        await health.set(serving=False)
+        health.set(serving=False)
         await asyncio.sleep(self._drain_delay_s)
         stopping = asyncio.create_task(self.server.stop(self._grace_s + _LAST_STATUSES_S))
         # Calls that have come are admitted meanwhile.
@@ -102,6 +103,26 @@ class Listening:
         if not taken:
             raise OSError(f"cannot listen on {address}: taken, or not an address of this machine (host, port)")
         return joined(host, taken)
+
+
+async def listen_for_probes(
+    settings: Settings, health: Health, interceptor: grpc.aio.ServerInterceptor
+) -> tuple[Any, int]:
+    """Start a second gRPC server on `health_port`, in plain text, with health alone.
+
+    Returns it and its port, 0 if it cannot listen.
+    """
+    server = grpc.aio.server(interceptors=[interceptor], options=channel_options(settings))
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    try:
+        bound = server.add_insecure_port(joined(settings.host, settings.health_port))
+    except RuntimeError:
+        bound = 0
+    if bound:
+        await server.start()
+    else:
+        await server.stop(None)
+    return server, bound
 
 
 def channel_options(settings: Settings) -> list[tuple[str, int]]:

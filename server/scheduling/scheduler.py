@@ -61,6 +61,7 @@ class Turn:
     _tokens: int = 0
     # Positions of the prompt that it was charged for.
     _prompt: int = 0
+    _submitted: bool = False
     _away: bool = False
     # Of a batch, and the engine's step before it got its turn.
     _batch: bool = False
@@ -78,6 +79,10 @@ class Turn:
         # A request that fails inside does not come back.
         await self._scheduler.come_back(self)
 
+    def submitted(self) -> None:
+        """The engine has it: its prompt stays charged, however it ends."""
+        self._submitted = True
+
     def found(self, cached: int) -> None:
         """Charge what was computed of the prompt: `cached` of its tokens were not."""
         computed = len(self.job.prompt_ids) - cached
@@ -89,6 +94,7 @@ class Turn:
 
         An answer without tokens, such as an image's label, came whole then.
         """
+        self._submitted = True
         self._first = first_token_at
         self._tokens += tokens
         self._scheduler.charge(self, tokens, COMPLETION_COST)
@@ -295,8 +301,8 @@ class Scheduler:
         turn._batch = reserved is not None and isinstance(job, GenerationJob) and not job.further
         try:
             self._check_deadline(turn)
-            self._enqueue(turn)
             try:
+                self._enqueue(turn)
                 self._dispatch(job.lane)
                 await turn._granted
                 yield turn
@@ -371,7 +377,9 @@ class Scheduler:
         )
         if dropped is newcomer:
             raise failure
-        dropped._granted.set_exception(failure)
+        # A request that was cancelled just now has made room by itself.
+        if not dropped._granted.done():
+            dropped._granted.set_exception(failure)
 
     def _dispatch(self, lane: Lane) -> None:
         turns = self._turns[lane]
@@ -415,6 +423,9 @@ class Scheduler:
             turns.num_aside -= 1
         else:
             turns.leave(turn)
+        if not turn._submitted:
+            self.charge(turn, -turn._prompt, turn.job.position_cost)
+            turn._prompt = 0
         limited = self._at_limit(turn.tenant)
         self._account(turn.tenant).running -= 1
         self._metrics.record_service(turn.tenant.id, turn.service)

@@ -57,16 +57,12 @@ async def _serve(settings: Mapping[str, Any], ready: Connection) -> None:
     service.servicer.residency = Residency(
         FakeMemory(), service.settings.adapter_slots, on_load=service.metrics.adapter_load.observe
     )
-    stop, changes = asyncio.Event(), list[asyncio.Future[None]]()
-
-    def set_health(*, serving: bool) -> None:
-        changes.append(asyncio.ensure_future(service.health.set(serving=serving)))
-
+    stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     async with service.running():
         loop.add_signal_handler(signal.SIGTERM, stop.set)
-        loop.add_signal_handler(signal.SIGUSR1, partial(set_health, serving=True))
-        loop.add_signal_handler(signal.SIGUSR2, partial(set_health, serving=False))
+        loop.add_signal_handler(signal.SIGUSR1, partial(service.health.set, serving=True))
+        loop.add_signal_handler(signal.SIGUSR2, partial(service.health.set, serving=False))
         _, close = service.metrics.serve("127.0.0.1", service.settings.metrics_port)
         ready.send(True)
         await stop.wait()

@@ -163,7 +163,7 @@ class Service:
     @asynccontextmanager
     async def running(self, tracer: Tracer | None = None) -> AsyncIterator["Service"]:
         authenticate = Authenticator(self.directory).tenant
-        anonymous = AnonymousCalls(self.settings)
+        self.anonymous = anonymous = AnonymousCalls(self.settings)
         interceptor = CallInterceptor(
             self.settings,
             self.metrics,
@@ -177,8 +177,8 @@ class Service:
         self.listening = listening = Listening(
             self.settings, [interceptor, AnonymousInterceptor(anonymous, self.settings)]
         )
-        self.health = health = Health()
-        await health.set(serving=True)
+        self.health = health = Health(self.settings.slow_reader_s)
+        health.set(serving=True)
         listening.add(self.servicer, self.adapters, UsageServicer(self.usage), self.open_inference, health)
         self.address = listening.bind()
         self.admission.state = State.SERVING

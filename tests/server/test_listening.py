@@ -15,6 +15,7 @@ from mtlora_pb.v1 import inference_pb2_grpc
 
 from mtlora.client import Access, AsyncClient, MetricsPage, ServerError, make_request
 from server.rpc.anonymous import AnonymousCalls, AnonymousInterceptor
+from server.rpc.listening import listen_for_probes
 from server.rpc.tls import Certificates, TLSError
 from server.settings import SettingsError, load_settings
 from server.telemetry.metrics import Metrics
@@ -84,12 +85,11 @@ def test_the_certificates_expiry_follows_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "[::1]", "::", "[::]"])
 async def test_every_port_takes_the_same_spellings_of_an_address(host: str) -> None:
-    service = Service(host=host, metrics_host=host)
+    service = Service(host=host, metrics_host=host, health_port=0)
     family = "[::1]" if ":" in host else "127.0.0.1"
     async with service.running():
-        health, bound = await service.health.listen(
-            service.settings.host, 0, AnonymousInterceptor(AnonymousCalls(service.settings), service.settings)
-        )
+        interceptor = AnonymousInterceptor(AnonymousCalls(service.settings), service.settings)
+        health, bound = await listen_for_probes(service.settings, service.health, interceptor)
         port, close = service.metrics.serve(service.settings.metrics_host, 0)
         try:
             for number in (int(service.address.rpartition(":")[2]), bound):

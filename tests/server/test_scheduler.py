@@ -48,12 +48,15 @@ def service(metrics: Metrics, tenant: str) -> float:
 
 async def hold(scheduler: Scheduler, stack: AsyncExitStack, tenant: Tenant = A, deadline: float | None = None) -> Any:
     stack.enter_context(scheduler.admit(tenant))
-    return await stack.enter_async_context(scheduler.turn(tenant, JOB, deadline))
+    turn = await stack.enter_async_context(scheduler.turn(tenant, JOB, deadline))
+    turn.submitted()
+    return turn
 
 
 async def wait_for(scheduler: Scheduler, tenant: Tenant, done: list[str], deadline: float | None = None) -> None:
     with scheduler.admit(tenant):
-        async with scheduler.turn(tenant, JOB, deadline):
+        async with scheduler.turn(tenant, JOB, deadline) as turn:
+            turn.submitted()
             done.append(tenant.id)
 
 
@@ -291,6 +294,21 @@ async def test_a_request_that_never_ran_costs_no_tokens(clock: Clock) -> None:
         pass
 
 
+async def test_a_request_that_got_no_adapter_costs_no_tokens(clock: Clock) -> None:
+    metrics = Metrics()
+    scheduler = make(clock, metrics=metrics)
+    tenant = Tenant(id="a", tokens_per_second=30)
+    for _ in range(5):
+        async with scheduler.turn(tenant, JOB, None):
+            pass
+    assert service(metrics, "a") == 0
+    async with scheduler.turn(tenant, JOB, None) as turn:
+        turn.submitted()
+    assert service(metrics, "a") == 10
+    with pytest.raises(RequestFailedError), scheduler.reserve(tenant, [JOB]):
+        pass
+
+
 @settings(deadline=None)
 @given(
     rate=st.floats(0.5, 100),
@@ -421,6 +439,34 @@ async def test_a_full_queue_drops_the_longest_lines_newest(clock: Clock) -> None
     assert sorted(done) == ["a", "a", "b"]
 
 
+async def test_a_request_cancelled_in_a_full_queue_makes_room_itself(clock: Clock) -> None:
+    """In one iteration of the loop: its turn is still queued when the next request comes."""
+    scheduler, done = make(clock, turns=1, max_queued=2), list[str]()
+    async with AsyncExitStack() as stack:
+        await hold(scheduler, stack, B)
+        flood = [asyncio.create_task(wait_for(scheduler, A, done)) for _ in range(2)]
+        await settle()
+        newcomer = asyncio.create_task(wait_for(scheduler, B, done))
+        flood[1].cancel()
+        await settle()
+        assert flood[1].cancelled()
+    await asyncio.gather(newcomer, flood[0])
+    assert sorted(done) == ["a", "b"]
+    await wait_for(scheduler, A, done)
+
+
+async def test_a_request_refused_by_a_full_queue_leaves_it(clock: Clock) -> None:
+    scheduler, done = make(clock, turns=1, max_queued=1), list[str]()
+    async with AsyncExitStack() as stack:
+        await hold(scheduler, stack, B)
+        waiting = asyncio.create_task(wait_for(scheduler, A, done))
+        await settle()
+        with pytest.raises(RequestFailedError):
+            await wait_for(scheduler, A, done)
+    await waiting
+    assert done == ["a"]
+
+
 async def measured(clock: Clock, scheduler: Scheduler, seconds: float, tokens: int = 11) -> None:
     """One request that took `seconds`, a tenth of them to its first token."""
     async with scheduler.turn(A, JOB, None) as turn:
@@ -524,7 +570,7 @@ async def test_each_engine_has_turns_of_its_own_and_a_tenant_one_account(clock: 
         await hold(scheduler, stack)
         for _ in range(2):
             # The text's turn is taken, those of images are not.
-            await stack.enter_async_context(scheduler.turn(A, IMAGE, None))
+            (await stack.enter_async_context(scheduler.turn(A, IMAGE, None))).submitted()
         assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (3, 0)
         late = asyncio.create_task(anext(aiter(_turn(scheduler, B, IMAGE))))
         await settle()
@@ -558,8 +604,8 @@ async def test_images_that_a_tenant_had_put_its_texts_behind(clock: Clock) -> No
         await hold(scheduler, stack, Tenant(id="c"))
         waiting = [asyncio.create_task(wait_for(scheduler, each, done)) for _ in range(6) for each in (A, B)]
         await settle()
-        async with scheduler.turn(A, IMAGE, None):
-            pass
+        async with scheduler.turn(A, IMAGE, None) as turn:
+            turn.submitted()
     await asyncio.gather(*waiting)
     # An image of 16 tokens' worth against texts of 10.
     assert done[:2] == ["b", "b"]

@@ -155,6 +155,55 @@ async def test_a_watch_ends_with_its_connection() -> None:
             assert await call.code() is grpc.StatusCode.UNAVAILABLE
 
 
+def unread(path: str, message: bytes) -> bytes:
+    """The frames of HTTP/2 of a call whose client takes no byte of the answers."""
+
+    def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+    headers = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "x"}
+    headers |= {"content-type": "application/grpc", "te": "trailers"}
+    block = b"".join(
+        b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+        for name, value in headers.items()
+    )
+    initial_window_size = (4).to_bytes(2, "big") + bytes(4)
+    data = b"\0" + len(message).to_bytes(4, "big") + message
+    return (
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+        + frame(4, 0, 0, initial_window_size)
+        + frame(1, 4, 1, block)
+        + frame(0, 1, 1, data)
+    )
+
+
+async def test_a_watcher_that_takes_no_message_holds_up_nobody() -> None:
+    async with Service(slow_reader_s=0.5).running() as service:
+        host, _, port = service.address.rpartition(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(unread(WATCH, b""))
+        await eventually(lambda: len(service.anonymous._open) == 1)
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(5):
+            service.health.set(serving=False)
+            async with grpc.aio.insecure_channel(service.address) as channel:
+                watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+                assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+                service.health.set(serving=True)
+                assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+                watch.cancel()
+            await eventually(lambda: not service.anonymous._open)
+        writer.close()
+
+
+async def test_health_names_what_it_does_not_know() -> None:
+    async with Service().running() as service, grpc.aio.insecure_channel(service.address) as channel:
+        stub, unknown = health_pb2_grpc.HealthStub(channel), health_pb2.HealthCheckRequest(service="x")
+        with pytest.raises(grpc.aio.AioRpcError, match="found service 'x'"):
+            await stub.Check(unknown)
+        assert (await stub.Watch(unknown).read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+
+
 async def test_reflection_can_be_switched_off() -> None:
     for on in (True, False):
         async with Service(reflection=on).running() as service, grpc.aio.insecure_channel(service.address) as channel:
