@@ -3,6 +3,8 @@
 Legend: states are those of an `Automaton`; a token is an id of the vocabulary.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mtlora.answer.language import Automaton, States
@@ -53,21 +55,45 @@ def _worst(automaton: Automaton, needs: list[int]) -> list[int]:
     byte_steps = np.array(
         [(state, target) for state, edges in enumerate(automaton.edges) for _, _, target in edges], dtype=np.int64
     ).reshape(-1, 2)
-    empty_steps = np.array(
-        [(state, target) for state, targets in enumerate(automaton.empty) for target in targets], dtype=np.int64
-    ).reshape(-1, 2)
+    empty_steps = _last_first(automaton.empty)
     # After a number of bytes; -1 where no such text exists.
     after = np.array(needs, dtype=np.int64)
     worst = np.full(len(needs), -1, dtype=np.int64)
     for _ in range(LONGEST_TOKEN):
         before, after = after, np.full(len(needs), -1, dtype=np.int64)
         np.maximum.at(after, byte_steps[:, 0], before[byte_steps[:, 1]])
-        while True:
-            passed = after.copy()
-            np.maximum.at(passed, empty_steps[:, 0], passed[empty_steps[:, 1]])
-            if (passed == after).all():
-                break
-            after = passed
+        reached: list[int] = after.tolist()
+        changed = True
+        # Once, and again only where repetitions nest.
+        while changed:
+            changed = False
+            for state, target in empty_steps:
+                if reached[target] > reached[state]:
+                    reached[state] = reached[target]
+                    changed = True
+        after = np.array(reached, dtype=np.int64)
         worst = np.maximum(worst, after)
     found: list[int] = worst.tolist()
     return found
+
+
+def _last_first(empty: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Steps that read nothing, as (state, target), in an order in which a target's own steps come before.
+
+    Cycles have no such order; theirs is that of a search in depth.
+    """
+    steps, seen = [], [False] * len(empty)
+    for first in range(len(empty)):
+        stack = [] if seen[first] else [(first, iter(empty[first]))]
+        seen[first] = True
+        while stack:
+            state, targets = stack[-1]
+            for target in targets:
+                if not seen[target]:
+                    seen[target] = True
+                    stack.append((target, iter(empty[target])))
+                    break
+            else:
+                stack.pop()
+                steps += [(state, target) for target in empty[state]]
+    return steps

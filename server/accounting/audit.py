@@ -20,6 +20,7 @@ from google.protobuf.message import Message
 from server.errors import shorten, unavailable
 from server.telemetry.logs import get_logger
 from server.telemetry.metrics import Metrics
+from server.tenants import Tenant
 
 logger = get_logger("audit")
 
@@ -35,7 +36,7 @@ _RECEIVED_TOO = {
     *(f"/inference.GRPCInferenceService/{name}" for name in ("RepositoryModelLoad", "RepositoryModelUnload")),
 }
 # Of what a caller sent.
-_MAX_TEXT, _MAX_ENTRIES = 256, 1000
+_MAX_TEXT, _MAX_ENTRIES, _MAX_REFUSED_ENTRIES = 256, 1000, 16
 
 
 class AuditError(RuntimeError):
@@ -112,12 +113,18 @@ class AuditedCall:
         self._twice = rpc in _RECEIVED_TOO
         self._known = dict(known)
 
-    async def received(self, tenant: str, request: Message) -> None:
-        """Write down that a call came, if it may change something. Raises UNAVAILABLE if that is not possible."""
-        self._known["request"] = _shown(MessageToDict(request, preserving_proto_field_name=True))
+    async def received(self, tenant: Tenant, request: Message) -> None:
+        """Write down that a call came, if it may change something. Raises UNAVAILABLE if that is not possible.
+
+        A tenant that is no admin will be refused, so its call changes nothing and gets one short line at its end: a
+        flood of such calls would fill the disk.
+        """
+        entries = _MAX_ENTRIES if tenant.admin else _MAX_REFUSED_ENTRIES
+        self._known["request"] = _shown(MessageToDict(request, preserving_proto_field_name=True), entries)
+        self._twice &= tenant.admin
         if self._twice:
             try:
-                await self._log.write(self._entry("received", tenant), durable=True)
+                await self._log.write(self._entry("received", tenant.id), durable=True)
             except OSError:
                 raise unavailable("the audit log cannot be written; nothing was changed", 10.0) from None
 
@@ -144,9 +151,9 @@ class AuditedCall:
         return {"time": at, "logger": logger.name, "stage": stage, "tenant": tenant, **self._known}
 
 
-def _shown(value: Any) -> Any:
+def _shown(value: Any, entries: int) -> Any:
     if isinstance(value, dict):
-        return {shorten(name, _MAX_TEXT): _shown(value[name]) for name in list(value)[:_MAX_ENTRIES]}
+        return {shorten(name, _MAX_TEXT): _shown(value[name], entries) for name in list(value)[:entries]}
     return shorten(value, _MAX_TEXT) if isinstance(value, str) else value
 
 

@@ -208,6 +208,9 @@ class App:
         await stopping
         self._metrics.serving.set(False)
         await listening.drain(self._health, self._admission)
+        if self._engines.starting:
+            # Its launch cannot be cancelled.
+            self._exit(0)
         for task in beside:
             task.cancel()
         close_metrics()
@@ -260,14 +263,14 @@ class App:
         return listening, address
 
     async def _listen_for_probes(self) -> Any | None:
-        if self._settings.health_port is None:
+        if (port := self._settings.health_port) is None:
             return None
         # Its own count: probes must pass whatever strangers hold open on the main port.
         anonymous = AnonymousCalls(self._settings)
         interceptor = AnonymousInterceptor(anonymous, self._settings)
-        server, bound = await listen_for_probes(self._settings, self._health, interceptor)
+        server, bound = await listen_for_probes(self._settings, port, self._health, interceptor)
         if not bound:
-            place = joined(self._settings.host, self._settings.health_port)
+            place = joined(self._settings.host, port)
             raise StartError(f"cannot listen on {place}: taken, or not an address of this machine (health_port)")
         return server
 
@@ -377,8 +380,6 @@ class App:
     # The end.
 
     def _shut_down(self) -> None:
-        if self._engines.starting:
-            self._exit(0)
         self._on_disk.close()
         self._engines.shutdown()
 

@@ -77,6 +77,8 @@ class BaseEngine:
         # The longest wait comes first.
         self._sequences: dict[_Wait, None] = {}
         self._calls: dict[_Wait, None] = {}
+        # They may take long, beside steps that go on.
+        self._compilations: dict[_Wait, None] = {}
         self._lost = False
         self._last_step = time.monotonic()
 
@@ -138,7 +140,7 @@ class BaseEngine:
     def lose(self) -> None:
         """Give up this engine: end every wait for it, and kill its processes."""
         self._lost = True
-        for wait in (*self._calls, *self._sequences):
+        for wait in (*self._calls, *self._compilations, *self._sequences):
             wait.lose()
         self._processes.kill()
         if self._llm is not None:
@@ -177,19 +179,26 @@ class BaseEngine:
         """A worker method's result from each rank of each engine."""
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
-        with self._waiting(between_steps=True):
+        with self._waiting(self._calls):
             try:
                 # vLLM's own `collective_rpc` returns the results of the first engine alone.
-                call = self._llm.engine_core.call_utility_all_async
+                call = self._running.engine_core.call_utility_all_async
                 engines = await call("collective_rpc", method, None, arguments, {})
                 return [result for ranks in engines for result in ranks]
             except VllmEngineDeadError:
                 raise EngineDeadError from None
 
-    def _waiting(self, *, between_steps: bool = False) -> _Wait:
+    def _waiting(self, waits: dict[_Wait, None]) -> _Wait:
         if self._lost:
             raise EngineDeadError
-        return _Wait(self._calls if between_steps else self._sequences)
+        return _Wait(waits)
+
+    @property
+    def _running(self) -> Any:
+        """vLLM's AsyncLLM. Raises EngineDeadError while the engine starts, and once it is lost."""
+        if self._lost or self._llm is None:
+            raise EngineDeadError
+        return self._llm
 
     def _record_step(self, stats: EngineStats) -> None:
         self._last_step = time.monotonic()
@@ -237,9 +246,10 @@ class Engine(BaseEngine):
         """
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
-        with self._waiting(between_steps=True):
+        call = self._running.engine_core.call_utility_all_async
+        with self._waiting(self._compilations):
             try:
-                fewest, *_ = await self._llm.engine_core.call_utility_all_async("mtlora_compile", list(constraints))
+                fewest, *_ = await call("mtlora_compile", list(constraints))
             except VllmEngineDeadError:
                 raise EngineDeadError from None
             except Exception as error:
@@ -283,10 +293,8 @@ class Engine(BaseEngine):
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
-        if self._lost:
-            raise EngineDeadError
         self._count += 1
-        outputs = self._llm.generate(
+        outputs = self._running.generate(
             tokens_input(prompt_ids, cache_salt=cache_salt),
             translation.sampling_params(sampling, delta_tokens, extra),
             f"sequence-{self._count}",
@@ -296,7 +304,7 @@ class Engine(BaseEngine):
         try:
             async with aclosing(outputs):
                 while True:
-                    with self._waiting():
+                    with self._waiting(self._sequences):
                         output = await anext(outputs, None)
                     if output is None:
                         return

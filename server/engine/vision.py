@@ -50,13 +50,12 @@ class VisionEngine(BaseEngine):
         """The feature [F] of an embedded image. Cancelling it aborts the sequence in the engine."""
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
-        if self._lost:
-            raise EngineDeadError
         self._count += 1
-        outputs = self._llm.encode(self._prompt(embeds_TD), self._params(), f"image-{self._count}", lora_request=slot)
+        name = f"image-{self._count}"
+        outputs = self._running.encode(self._prompt(embeds_TD), self._params(), name, lora_request=slot)
         try:
             async with aclosing(outputs):
-                with self._waiting():
+                with self._waiting(self._sequences):
                     output = await anext(outputs)
         except VllmEngineDeadError:
             raise EngineDeadError from None

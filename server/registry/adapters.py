@@ -34,6 +34,9 @@ class AdapterEngine(LoadsSlots, Protocol):
     async def warm_up(self, slot: Any | None, *, short: bool = False) -> None: ...
 
 
+# Types in one call of the engine.
+_COMPILED_AT_ONCE = 16
+
 # Of the engine of texts that runs: `Engine.compile`.
 Compile = Callable[[Sequence[str]], Awaitable[list[int]]]
 
@@ -157,7 +160,11 @@ def _normalising(vision: Path) -> Callable[["TaskSpec"], "TaskSpec"]:
 async def _compile_types(compile: Compile, version: AdapterVersion) -> None:
     texts = {task: found.text for task, spec in version.specs.items() if (found := spec.constraint())}
     distinct = list(dict.fromkeys(texts.values()))
-    fewest = dict(zip(distinct, await compile(distinct), strict=True)) if distinct else {}
+    fewest: dict[str, int] = {}
+    # A few at a time, for others' types wait meanwhile.
+    for start in range(0, len(distinct), _COMPILED_AT_ONCE):
+        some = distinct[start : start + _COMPILED_AT_ONCE]
+        fewest |= zip(some, await compile(some), strict=True)
     version.fewest = {task: fewest[text] for task, text in texts.items()}
 
 

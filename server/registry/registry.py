@@ -227,10 +227,14 @@ class Registry:
                 self._forget(record)
 
     def _forget(self, record: AdapterRecord) -> None:
-        """Drop an adapter that has no files and does not serve."""
-        del self.records[record.name]
+        """Drop an adapter that has no files and does not serve, once its last request has ended.
+
+        Until then the engine knows its versions' names: files that come back must find these versions.
+        """
         kept, record.previous = record.previous, []
         self._retire(kept)
+        if not record.versions:
+            del self.records[record.name]
 
     async def _follow(self, record: AdapterRecord) -> None:
         """Bring up what should serve, or the best below it that can."""

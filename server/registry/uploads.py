@@ -96,11 +96,11 @@ class Uploads:
         upload = Incoming(self, self._root, announced, self._verify, self._storage)
         before = self.owners.get(upload.key)
         self.owners[upload.key] = upload
-        if before is not None:
-            # Its last piece may be on its way to the disk.
-            async with before.writing:
-                pass
         try:
+            if before is not None:
+                # Its last piece may be on its way to the disk.
+                async with before.writing:
+                    pass
             await upload.call(partial(self._open, self._root, upload))
         except BaseException:
             upload.leave()
@@ -171,7 +171,8 @@ class Incoming:
         async with self.writing:
             try:
                 await self.call(self._check_content)
-                found = Found(self.announced.adapter, "upload", self.folder, signature_of(self.folder))
+                signature = await self.call(partial(signature_of, self.folder))
+                found = Found(self.announced.adapter, "upload", self.folder, signature)
                 await self._verify(self._root, found)
                 self.version = await self.call(self._put_in_place)
             except (StageError, RequestFailedError) as error:

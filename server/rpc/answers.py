@@ -3,7 +3,7 @@
 import asyncio
 import pickle
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Protocol
@@ -25,8 +25,8 @@ _MAX_BYTES = 64 << 10
 _MAX_STATES = 10_000
 _CHECK_S = 5.0
 _KEPT = 1024
-# Of one tenant at a time: a request holds a place of the server while its type is checked.
-_MOST_CHECKED = 32
+# Requests of one tenant at a time: each holds a place of the server while its type is checked.
+_MOST_WAITING = 32
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Held:
 
 
 class CompilesAnswers(Protocol):
-    async def compile(self, constraints: Sequence[str]) -> list[int]: ...
+    def compile(self, constraints: Sequence[str]) -> Coroutine[Any, Any, list[int]]: ...
 
 
 # A type, and the task's marker and stop strings.
@@ -53,8 +53,8 @@ class OwnTypes:
         self._thread = FairThread("types")
         self._held: OrderedDict[_Key, Held] = OrderedDict()
         self._checks: dict[_Key, asyncio.Task[Held]] = {}
-        # By tenant.
-        self._checked: Counter[str] = Counter()
+        # Requests that wait for a check, by tenant.
+        self._waiting: Counter[str] = Counter()
 
     async def hold(
         self, request: pb.GenerateRequest, task: TaskSpec | None, tenant: Tenant, engine: CompilesAnswers
@@ -72,33 +72,40 @@ class OwnTypes:
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key]
+        if self._waiting[tenant.id] >= _MOST_WAITING:
+            raise resource_exhausted(f"{_MOST_WAITING} requests of this tenant wait for checks of their types", 1.0)
         if key not in self._checks:
-            if self._checked[tenant.id] >= _MOST_CHECKED:
-                raise resource_exhausted(f"{_MOST_CHECKED} types of this tenant's requests are being checked", 1.0)
-            self._checked[tenant.id] += 1
             # Not this request's own: others may wait for it when this one has ended.
             check = asyncio.create_task(self._check(key, _as_data(request.answer), tenant, engine))
             self._checks[key] = check
             # Retrieve the exception, or asyncio logs it as never retrieved.
             check.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
-        return await asyncio.shield(self._checks[key])
+        self._waiting[tenant.id] += 1
+        try:
+            return await asyncio.shield(self._checks[key])
+        finally:
+            self._waiting[tenant.id] -= 1
+            if not self._waiting[tenant.id]:
+                del self._waiting[tenant.id]
 
     async def _check(self, key: _Key, data: dict[str, Any], tenant: Tenant, engine: CompilesAnswers) -> Held:
-        try:
-            _, marker, stop = key
-            (found,) = await self._thread.run(
-                tenant, None, lambda: in_child(checked, data, marker, stop, _MAX_STATES, limits=Limits(_CHECK_S))
-            )
+        _, marker, stop = key
+        loop = asyncio.get_running_loop()
+
+        def check() -> Held:
+            (found,) = in_child(checked, data, marker, stop, _MAX_STATES, limits=Limits(_CHECK_S))
             constraint, name = pickle.loads(found)
-            (fewest,) = await engine.compile([constraint])
+            # In the tenant's turn: the engine compiles in the order of the calls.
+            (fewest,) = asyncio.run_coroutine_threadsafe(engine.compile([constraint]), loop).result()
+            return Held(constraint, name, fewest)
+
+        try:
+            held = await self._thread.run(tenant, None, check)
         except (ChildError, AdapterError) as error:
             raise invalid_argument([Violation("answer", str(error))]) from None
         finally:
             del self._checks[key]
-            self._checked[tenant.id] -= 1
-            if not self._checked[tenant.id]:
-                del self._checked[tenant.id]
-        held = self._held[key] = Held(constraint, name, fewest)
+        self._held[key] = held
         if len(self._held) > _KEPT:
             self._held.popitem(last=False)
         return held

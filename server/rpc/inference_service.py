@@ -150,7 +150,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             await finish(self.classifier.batches.run(pictures, classifying(calibrated=not request.uncalibrated)))
             return pb.ScoreResponse(scores=[encoding.score(item) async for item in in_pieces(pictures)])
         texts = scored_items(request, task, current_call.get())
-        await finish(self.batches.run(texts, scoring(self.prompts, calibrated=not request.uncalibrated)))
+        score = scoring(self.prompts, self.limits.max_model_len, calibrated=not request.uncalibrated)
+        await finish(self.batches.run(texts, score))
         return pb.ScoreResponse(scores=[encoding.score(item) async for item in in_pieces(texts)])
 
     async def GenerateStream(

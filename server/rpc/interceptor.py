@@ -174,7 +174,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 try:
                     request = await self._read(context)
                     if call.audited:
-                        await call.audited.received(tenant.id, request)
+                        await call.audited.received(tenant, request)
                     response = await handle(request, context)
                 finally:
                     self._leave(tenant)

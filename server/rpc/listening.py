@@ -106,16 +106,16 @@ class Listening:
 
 
 async def listen_for_probes(
-    settings: Settings, health: Health, interceptor: grpc.aio.ServerInterceptor
+    settings: Settings, port: int, health: Health, interceptor: grpc.aio.ServerInterceptor
 ) -> tuple[Any, int]:
-    """Start a second gRPC server on `health_port`, in plain text, with health alone.
+    """Start a second gRPC server on `port`, in plain text, with health alone.
 
     Returns it and its port, 0 if it cannot listen.
     """
     server = grpc.aio.server(interceptors=[interceptor], options=channel_options(settings))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     try:
-        bound = server.add_insecure_port(joined(settings.host, settings.health_port))
+        bound = server.add_insecure_port(joined(settings.host, port))
     except RuntimeError:
         bound = 0
     if bound:

@@ -30,17 +30,18 @@ class Scoring(Generation):
 
     probabilities: Sequence[tuple[str, float]] = ()
     _prompts: PromptEncoder
+    _max_model_len: int
     _calibrated: bool
 
     @classmethod
-    def of(cls, generation: Generation, prompts: PromptEncoder, *, calibrated: bool) -> "Scoring":
+    def of(cls, generation: Generation, prompts: PromptEncoder, max_model_len: int, *, calibrated: bool) -> "Scoring":
         """Scores the labels instead of generating one. calibrated: by the task's temperature."""
         job, task = generation.job, generation.job.task.spec
         # The marker ends the working; an answer without working ends by itself.
         stop = (*task.stop, task.answer_marker) if task.answer_marker else task.stop
         sampling = replace(job.sampling, temperature=0.0, stop=stop, logprobs=0, more=None)
         made = cls(replace(job, sampling=sampling, n=1, best_of=1), generation.call, generation.metrics)
-        made._prompts, made._calibrated = prompts, calibrated
+        made._prompts, made._max_model_len, made._calibrated = prompts, max_model_len, calibrated
         return made
 
     async def run(self, *services: Any, **named: Any) -> None:
@@ -55,13 +56,19 @@ class Scoring(Generation):
                 prompt_ids += tuple(self._prompts.text(f" {self.text.strip()} {self.marker}"))
             self.text = ""
         tree = _tree(self._prompts, task.spec.labels or ())
+        if (longest := len(prompt_ids) + max(len(ids) for ids, _ in tree.branches)) >= self._max_model_len:
+            given = f"found {longest} tokens with the working and the beginning of a label"
+            raise invalid_argument([Violation("input", f"{given}; allowed: 1 to {self._max_model_len - 1}")])
         branches = [
             Generation(self._job(prompt_ids + ids, after, further=worked or i > 0), self.call, self.metrics)
             for i, (ids, after) in enumerate(tree.branches)
         ]
-        async with asyncio.TaskGroup() as running:
-            for branch in branches:
-                running.create_task(branch.run(*services, **named))
+        try:
+            async with asyncio.TaskGroup() as running:
+                for branch in branches:
+                    running.create_task(branch.run(*services, **named))
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
         logprobs = [_of_tokens(branch.logprobs[0]) for branch in branches]
         found = tree.probabilities(logprobs, (self._calibrated and task.calibration) or 1.0)
         self.probabilities = sorted(found.items(), key=lambda each: -each[1])
@@ -78,9 +85,9 @@ class Scoring(Generation):
         return replace(self.job, prompt_ids=prompt_ids, sampling=sampling, further=further)
 
 
-def scoring(prompts: PromptEncoder, *, calibrated: bool) -> Expand[Generation]:
+def scoring(prompts: PromptEncoder, max_model_len: int, *, calibrated: bool) -> Expand[Generation]:
     """What an item runs to score its task's labels."""
-    return lambda first: [Scoring.of(first, prompts, calibrated=calibrated)]
+    return lambda first: [Scoring.of(first, prompts, max_model_len, calibrated=calibrated)]
 
 
 def scored_pictures(request: pb.ScoreRequest, task: ServedTask) -> list[tuple[ServedTask, Picture]]:

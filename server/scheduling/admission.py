@@ -1,6 +1,7 @@
 """Whether a request may enter: the server's state, and the number of requests in flight."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -9,7 +10,7 @@ from typing import Any
 from server.errors import RESTART_RETRY_S, RequestFailedError, resource_exhausted, unavailable
 from server.job import Lane
 from server.telemetry.metrics import Metrics
-from server.tenants import Tenant
+from server.tenants import OPEN_TENANT, Tenant
 
 
 class State(Enum):
@@ -25,7 +26,9 @@ _RETRY_AFTER_S = {State.STARTING: 5.0, State.DRAINING: 1.0, State.RESTARTING: RE
 class Admission:
     """Admits requests while the server is serving and has room; `drained` waits for the last one.
 
-    max_in_flight: requests for one engine. lost: engines that are being started again while another serves.
+    max_in_flight: requests for one engine, of which one tenant leaves an eighth to others: what is decoded or checked
+    before it queues is in no line from which the longest gives way. lost: engines that are being started again while
+    another serves.
     """
 
     def __init__(self, max_in_flight: int, metrics: Metrics) -> None:
@@ -36,6 +39,7 @@ class Admission:
         self._running: set[asyncio.Task[Any]] = set()
         # By lane.
         self._in_flight = [0] * len(Lane)
+        self._of_tenant: Counter[tuple[str, Lane]] = Counter()
         metrics.in_flight.set_function(lambda: sum(self._in_flight))
         self._aborting = False
         self._idle = asyncio.Event()
@@ -58,10 +62,15 @@ class Admission:
         if self._in_flight[lane] + requests > self._max_in_flight:
             self._metrics.record_shed(tenant.id, "in_flight")
             raise resource_exhausted(f"{self._max_in_flight} requests are in flight, the most this server admits", 1.0)
+        line, most = (tenant.id, lane), self._max_in_flight - self._max_in_flight // 8
+        if self._of_tenant[line] + requests > most and tenant.id != OPEN_TENANT.id:
+            self._metrics.record_shed(tenant.id, "in_flight")
+            raise resource_exhausted(f"{most} requests of this tenant are in flight, the most of one", 1.0)
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
         self._in_flight[lane] += requests
+        self._of_tenant[line] += requests
         self._idle.clear()
         try:
             yield
@@ -72,6 +81,9 @@ class Admission:
         finally:
             self._running.discard(task)
             self._in_flight[lane] -= requests
+            self._of_tenant[line] -= requests
+            if not self._of_tenant[line]:
+                del self._of_tenant[line]
             if not self._running:
                 self._idle.set()
 

@@ -51,6 +51,9 @@ class FairThread:
                 self._next()
 
     def _next(self) -> None:
-        if self._free and (entry := self._queue.pop()):
-            self._free -= 1
-            entry[1].set_result(None)
+        while self._free and (entry := self._queue.pop()):
+            _, turn = entry
+            # One that was cancelled just now has not left yet.
+            if not turn.done():
+                self._free -= 1
+                turn.set_result(None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from mtlora.files import signature
-from server.isolation import ChildError, Limits, in_child
+from server.isolation import ChildEndedError, ChildError, Limits, in_child
 from server.telemetry.logs import get_logger
 from server.tenants.config import OPEN_TENANT, ApiKey, Issuer, Priority, Tenant, TenantsFile
 from server.tenants.file import TENANTS_A_PART, read_file, read_parts
@@ -109,6 +109,12 @@ class Directory:
         self._seen = now
         try:
             tenants = await read_tenants_aside(self._path, self._replicas)
+        except ChildEndedError as error:
+            # For want of memory, processes or time: the file may be good, and a key in it revoked.
+            self._seen = None
+            logger.error("tenants file not read, trying again", extra={"fields": {"reason": str(error)}})
+            self._on_failure()
+            return
         except ChildError as error:
             logger.error("tenants file refused, the old tenants stay", extra={"fields": {"reason": str(error)}})
             self._on_failure()

@@ -21,6 +21,7 @@ from openinference_pb import grpc_predict_v2_pb2_grpc
 from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.answer.constraint import TOKENS_PREFIX, read
 from mtlora.client import Access, Answer, AsyncClient, ServerError
+from server.errors import EngineDeadError
 from server.isolation import Limits, in_child
 from server.job import Delta, GenerationJob, ServedTask, TokenLogprob, TokenLogprobs
 from server.rpc import answers
@@ -44,9 +45,14 @@ class Scripted(FakeEngine):
         super().__init__()
         self.compiled: list[str] = []
         self.fewest = 3
+        self.compiling = self.most_compiling = 0
 
     async def compile(self, constraints: Sequence[str]) -> list[int]:
         self.compiled += constraints
+        self.compiling += 1
+        self.most_compiling = max(self.most_compiling, self.compiling)
+        await asyncio.sleep(0.001)
+        self.compiling -= 1
         return [self.fewest] * len(constraints)
 
     async def generate(self, job: GenerationJob) -> AsyncGenerator[Delta, None]:
@@ -157,19 +163,21 @@ async def test_checks_of_one_tenants_types_are_bounded(tmp_path: Path, monkeypat
 
     async with service.running(), AsyncClient(service.address, Access(key_a)) as a:
         # The same type twice is one check.
-        asked = [asyncio.create_task(ask(a, f"a{i % 32}")) for i in range(33)]
-        await eventually(lambda: service.value("mtlora_requests_in_flight") == 33 and len(begun) == 1)
-        with pytest.raises(ServerError, match="RESOURCE_EXHAUSTED: 32 types of this tenant's requests"):
-            await ask(a, "one more")
+        asked = [asyncio.create_task(ask(a, f"a{i % 31}")) for i in range(32)]
+        await eventually(lambda: service.value("mtlora_requests_in_flight") == 32 and len(begun) == 1)
+        for pattern in ("one more", "a0"):
+            with pytest.raises(ServerError, match="RESOURCE_EXHAUSTED: 32 requests of this tenant wait for checks"):
+                await ask(a, pattern)
         assert (await a.generate("one", "x")).text == "working"
         async with AsyncClient(service.address, Access(key_b)) as b:
             other = asyncio.create_task(ask(b, "b"))
-            await eventually(lambda: service.value("mtlora_requests_in_flight") == 34)
+            await eventually(lambda: service.value("mtlora_requests_in_flight") == 33)
             release.set()
             await asyncio.gather(other, *asked)
     # Each is charged for the time that it takes.
     assert begun.index("b") <= 2
-    assert sorted(begun) == sorted([*(f"a{i}" for i in range(32)), "b"])
+    assert service.engine.most_compiling == 1
+    assert sorted(begun) == sorted([*(f"a{i}" for i in range(31)), "b"])
 
 
 _REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -231,6 +239,27 @@ async def test_scores_after_the_working(service: Service, client: AsyncClient) -
     (score,) = await client.score("worked", ["a"])
     assert score.reasoning == ""
     assert {"".join(map(chr, job.prompt_ids)) for job in service.engine.jobs[1:]} == {"a\nAnswer: ", "a\nAnswer: c"}
+
+
+async def test_a_score_fails_as_its_sequences_do(
+    service: Service, client: AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def dead(_: GenerationJob) -> AsyncGenerator[Delta, None]:
+        raise EngineDeadError
+        yield Delta("", 0)
+
+    monkeypatch.setattr(service.engine, "generate", dead)
+    (item,) = await client.score("label", ["a"])
+    assert item.error is not None
+    assert item.error.code is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_working_that_leaves_no_room_for_a_label_is_refused(service: Service, client: AsyncClient) -> None:
+    service.engine.text = "w" * 40
+    (item,) = await client.score("worked", ["a" * 10])
+    assert item.error is not None
+    assert item.error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "tokens with the working" in item.error.violations[0][1]
 
 
 async def test_a_calibrated_score_is_tempered(service: Service, client: AsyncClient) -> None:

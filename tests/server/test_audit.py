@@ -117,12 +117,15 @@ async def test_reads_and_refused_calls_get_one_line(tmp_path: Path) -> None:
                 "UNAUTHENTICATED",
             )
             assert wrong not in json.dumps(line)
-        # A refused change is a change asked for.
+        # A refused change is a change asked for, but none that could be made.
         assert await here.call(lambda channel: stub(channel).Load, load, here.keys["a"]) is (
             grpc.StatusCode.PERMISSION_DENIED
         )
-        assert [line["stage"] for line in here.lines()[3:]] == ["received", "completed"]
+        assert [line["stage"] for line in here.lines()[3:]] == ["completed"]
         assert here.lines()[-1]["request"] == {"adapter": "mine", "version": "3"}
+        long = pb.SetAdapterWeightsRequest(adapter="mine", weights={f"{i:0200}": 1 for i in range(4000)})
+        await here.call(lambda channel: stub(channel).SetWeights, long, here.keys["a"])
+        assert len(json.dumps(here.lines()[-1])) < 8192
 
 
 async def test_nothing_changes_while_the_log_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,19 @@ async def test_a_cancelled_caller_leaves_the_line_and_failures_pass_it_on() -> N
     assert "waiting" not in work.done
 
 
+async def test_one_cancelled_just_now_is_passed_over() -> None:
+    """In one iteration of the loop: it is still in line when the thread is free."""
+    thread = FairThread("test")
+    thread._free = 0
+    cancelled, next_one = (asyncio.create_task(thread.run(A, 1.0, lambda: "done")) for _ in range(2))
+    await settle()
+    cancelled.cancel()
+    thread._free = 1
+    thread._next()
+    assert await next_one == "done"
+    assert await thread.run(A, 1.0, lambda: "again") == "again"
+
+
 async def test_the_event_loop_goes_on_meanwhile() -> None:
     thread = FairThread("test")
     task = asyncio.create_task(thread.run(A, 1.0, lambda: time.sleep(0.2)))

@@ -85,11 +85,11 @@ def test_the_certificates_expiry_follows_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "[::1]", "::", "[::]"])
 async def test_every_port_takes_the_same_spellings_of_an_address(host: str) -> None:
-    service = Service(host=host, metrics_host=host, health_port=0)
+    service = Service(host=host, metrics_host=host)
     family = "[::1]" if ":" in host else "127.0.0.1"
     async with service.running():
         interceptor = AnonymousInterceptor(AnonymousCalls(service.settings), service.settings)
-        health, bound = await listen_for_probes(service.settings, service.health, interceptor)
+        health, bound = await listen_for_probes(service.settings, 0, service.health, interceptor)
         port, close = service.metrics.serve(service.settings.metrics_host, 0)
         try:
             for number in (int(service.address.rpartition(":")[2]), bound):

@@ -567,3 +567,20 @@ async def test_forgets_an_unloaded_adapter_without_files(home: Home) -> None:
     shutil.rmtree(home.root / "a")
     await eventually(lambda: not home.registry.records)
     await eventually(lambda: not list(home.spool.root.iterdir()))
+
+
+async def test_an_adapter_that_comes_back_finds_the_versions_that_still_run(home: Home) -> None:
+    """The engine cannot have two versions of one name, version and content."""
+    write(home.root / "a" / "1", "x")
+    await home.open()
+    home.follow()
+    version = home.tables[-1].tasks["x"].version
+    assert version is not None
+    with home.residency.hold(version):
+        await home.registry.unload("a")
+        shutil.rmtree(home.root / "a")
+        await eventually(lambda: not home.registry.records["a"].found)
+        await asyncio.sleep(0.2)
+        write(home.root / "a" / "1", "x")
+        await home.registry.load("a")
+        assert home.tables[-1].tasks["x"].version is version

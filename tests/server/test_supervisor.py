@@ -3,7 +3,9 @@
 import asyncio
 import os
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -123,7 +125,7 @@ async def test_losing_an_engine_ends_every_wait_for_it() -> None:
     engine = Engine(Settings(allow_no_tasks=True), backbone=None, on_stats=lambda _: None)  # type: ignore[arg-type]
 
     async def wait() -> None:
-        with engine._waiting():
+        with engine._waiting(engine._sequences):
             await asyncio.sleep(60)
 
     waits = [asyncio.create_task(wait()) for _ in range(3)]
@@ -136,6 +138,31 @@ async def test_losing_an_engine_ends_every_wait_for_it() -> None:
     assert engine.stalled_s == 0
     with pytest.raises(EngineDeadError):
         await wait()
+
+
+async def test_compiling_is_no_hang_but_ends_with_the_engine() -> None:
+    engine = Engine(Settings(allow_no_tasks=True), backbone=None, on_stats=lambda _: None)  # type: ignore[arg-type]
+    engine._llm = MagicMock()
+    engine._llm.engine_core.call_utility_all_async = lambda *_: asyncio.sleep(60)
+    compiling = asyncio.create_task(engine.compile(["x"]))
+    await asyncio.sleep(0.05)
+    assert engine.stalled_s == 0
+    engine.lose()
+    with pytest.raises(EngineDeadError):
+        await compiling
+
+
+async def test_work_for_an_engine_that_starts_is_told_so() -> None:
+    engine = Engine(Settings(allow_no_tasks=True), backbone=None, on_stats=lambda _: None)  # type: ignore[arg-type]
+    works: list[Callable[[], Awaitable[Any]]] = [
+        lambda: engine.unload([]),
+        lambda: engine.compile(["x"]),
+        engine.worker_stats,
+        lambda: engine.warm_up(None),
+    ]
+    for work in works:
+        with pytest.raises(EngineDeadError):
+            await work()
 
 
 async def test_an_engine_whose_process_ends_is_dead_at_once() -> None:
@@ -156,7 +183,7 @@ async def test_steps_of_one_engine_do_not_hide_another_that_hangs() -> None:
     ended = asyncio.Event()
 
     async def wait(between_steps: bool) -> None:
-        with engine._waiting(between_steps=between_steps):
+        with engine._waiting(engine._calls if between_steps else engine._sequences):
             await ended.wait()
 
     sequence = asyncio.create_task(wait(False))

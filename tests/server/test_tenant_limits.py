@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,10 +15,13 @@ from openinference_pb import grpc_predict_v2_pb2_grpc
 from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, AsyncClient, ServerError, make_request
 from mtlora.prompt import PromptEncoder
-from server.job import ServedTask
+from server.errors import RequestFailedError
+from server.job import Lane, ServedTask
 from server.registry.catalog import Catalog
 from server.rpc.validation import PromptLimits, validate
-from server.tenants import Tenant, TenantsError, read_tenants
+from server.scheduling.admission import Admission, State
+from server.telemetry.metrics import Metrics
+from server.tenants import OPEN_TENANT, Tenant, TenantsError, read_tenants
 from tests.server.adapters import entry
 from tests.server.fakes import FakeTokenizer, Service, eventually
 
@@ -239,3 +243,22 @@ def test_quotas_of_a_fleet_are_divided_by_its_replicas(tmp_path: Path) -> None:
     write_tenants(path, limited, quotas="all")
     with pytest.raises(TenantsError, match=r"(?s)quotas.*replica.*fleet"):
         read_tenants(path, 3)
+
+
+async def test_one_tenant_leaves_places_to_others() -> None:
+    """Also where its requests wait in no line of the scheduler."""
+    admission = Admission(16, Metrics())
+    admission.state = State.SERVING
+    a, b = (Tenant(id=name) for name in "ab")
+    with ExitStack() as held:
+        held.enter_context(admission.admit(a, 14))
+        with pytest.raises(RequestFailedError, match="14 requests of this tenant are in flight"):
+            held.enter_context(admission.admit(a))
+        held.enter_context(admission.admit(a, 14, Lane.IMAGES))
+        held.enter_context(admission.admit(b, 2))
+        with pytest.raises(RequestFailedError, match="16 requests are in flight"):
+            held.enter_context(admission.admit(b))
+    with admission.admit(a, 14), admission.admit(b):
+        pass
+    with admission.admit(OPEN_TENANT, 16):
+        pass

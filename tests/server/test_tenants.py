@@ -26,11 +26,12 @@ from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, AsyncClient, ServerError
 from server.cli import new_key as new_key_cli
 from server.errors import RequestFailedError
-from server.isolation import ChildError, Limits, in_child
+from server.isolation import ChildEndedError, ChildError, Limits, in_child
 from server.telemetry.logs import JsonFormatter
 from server.tenants import Directory, TenantsError, read_tenants
 from server.tenants.authentication import Authenticator
 from server.tenants.config import ApiKey
+from server.tenants.directory import Tenants
 from server.tenants.keys import checked_hash, hash_key, new_key
 from tests.faults._certificates import authority, issue
 from tests.server.fakes import Service, eventually
@@ -219,6 +220,25 @@ async def test_a_reader_that_dies_or_hangs_is_a_refused_file(
 ) -> None:
     with pytest.raises(ChildError, match=message):
         await asyncio.to_thread(in_child, work, tmp_path, limits=Limits(0.5 if work is _hangs else 30))
+
+
+async def test_a_reader_that_died_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is right, and a key may have been revoked in it."""
+    failures, outcomes = list[int](), [ChildEndedError("no process for it"), None]
+
+    async def read(*arguments: Any) -> Tenants:
+        if outcome := outcomes.pop(0):
+            raise outcome
+        return read_tenants(*arguments)
+
+    monkeypatch.setattr("server.tenants.directory.read_tenants_aside", read)
+    path = write_tenants(tmp_path / "tenants.yaml", tenant("a")[1], tenant("b")[1])
+    directory = Directory(path, on_failure=lambda: failures.append(1))
+    write_tenants(path, tenant("a")[1])
+    await directory.reload_if_changed()
+    assert (set(directory.current.by_id), failures) == ({"a", "b"}, [1])
+    await directory.reload_if_changed()
+    assert set(directory.current.by_id) == {"a"}
 
 
 async def test_the_loop_stands_still_for_no_part_of_a_reload(tmp_path: Path) -> None:

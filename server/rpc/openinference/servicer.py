@@ -94,7 +94,8 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         call, requests = current_call.get(), _requests(request, task)
         items = [TextItem(each, task, call, samples_of(each, task), index) for index, each in enumerate(requests)]
         scored = any(name != tensors.TEXT_OUTPUT for name in wanted)
-        expand = scoring(self._service.prompts, calibrated=True) if scored else samples
+        score = scoring(self._service.prompts, self._service.limits.max_model_len, calibrated=True)
+        expand = score if scored else samples
         await self._service.batches.whole(items, expand)
         return [answering(item.generations)[0] for item in items]
 

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from mtlora.answer.constraint import Constraint, next_token
 
 pytest.importorskip("llguidance")
 typed = pytest.importorskip("mtlora.vllm_plugin.typed")
+closing = pytest.importorskip("mtlora.vllm_plugin.closing")
 
 _PIECES = (
     "=>", " =>", "= ", "=", ">", "\n", " \n", "Yes", " Yes", "No", " No", "ref", "und", " refund", "delivery", "20",
@@ -180,3 +181,30 @@ def test_memory_of_compiled_types_is_bounded_while_they_are_used(monkeypatch: py
     kept = [each.automaton for each in outputs._compiled.values()]
     # Six of this size fit, but for what two of them remember.
     assert kept == [grown[1], last]
+
+
+class _Steps(NamedTuple):
+    """An automaton's steps, those that read nothing apart."""
+
+    edges: list[list[tuple[int, int, int]]]
+    empty: list[list[int]]
+
+
+@given(st.data())
+def test_the_most_that_may_be_left_after_a_token(data: st.DataObject) -> None:
+    states = data.draw(st.integers(1, 12))
+    some = st.lists(st.integers(0, states - 1), max_size=3)
+    edges = [[(1, 2, target) for target in data.draw(some)] for _ in range(states)]
+    steps = _Steps(edges, [data.draw(some) for _ in range(states)])
+    needs = data.draw(st.lists(st.integers(0, 30), min_size=states, max_size=states))
+
+    def reached(froms: set[int]) -> set[int]:
+        found = froms | {target for state in froms for target in steps.empty[state]}
+        return found if found == froms else reached(found)
+
+    for state, worst in enumerate(closing._worst(steps, needs)):
+        found, at = [-1], {state}
+        for _ in range(closing.LONGEST_TOKEN):
+            at = {target for each in reached(at) for _, _, target in steps.edges[each]}
+            found += [needs[each] for each in at]
+        assert worst == max(found)
