@@ -305,12 +305,12 @@ class Metrics:
         self._queue.observe(seconds, exemplar=exemplar if self._exemplars else None)
 
     def observe_ttft(self, tenant: str, seconds: float, exemplar: dict[str, str]) -> None:
-        """From receipt to first token."""
+        """Record the seconds from a request's receipt to its first token."""
         self._ttft.observe(seconds, exemplar=exemplar if self._exemplars else None)
         self._tenant_ttft.observe(seconds, labels=(self._top_tenants.claim(tenant),))
 
     def observe_e2e(self, tenant: str, seconds: float, exemplar: dict[str, str]) -> None:
-        """From receipt to the last token of a complete answer."""
+        """Record the seconds from a request's receipt to the last token of its complete answer."""
         self._e2e.observe(seconds, exemplar=exemplar if self._exemplars else None)
         self._tenant_e2e.observe(seconds, labels=(self._top_tenants.claim(tenant),))
 
