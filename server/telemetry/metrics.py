@@ -120,6 +120,9 @@ class Metrics:
         self._accounting_failures = self._counts(
             "mtlora_accounting_failures", "Writes of the audit log or of usage that failed.", "log"
         )
+        # From the start: `increase` is 0 for a series that begins with its first failure.
+        for log in ("audit", "usage"):
+            self._accounting_failures.inc(0, (log,))
         self.jwks_failures = self._counts(
             "mtlora_jwks_failures", "Reads of a token issuer's keys that failed; the keys read before stay.", "issuer"
         )
@@ -170,6 +173,8 @@ class Metrics:
         self._restarts = self._counts(
             "mtlora_engine_restarts", "Engines that died or hung and were started again.", "reason"
         )
+        for reason in ("died", "hung", "not_started"):
+            self._restarts.inc(0, (reason,))
         self.loop_delay = self._histograms(
             "mtlora_event_loop_delay_seconds",
             "How late the server's event loop runs, sampled every `loop_delay_interval_s`.",
