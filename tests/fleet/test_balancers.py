@@ -50,7 +50,11 @@ def balanced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     tenants = write_tenants(folder / "tenants.yaml", *entries)
     adapters = folder / "adapters"
     adapters.mkdir()
-    settings = {"tenants": tenants, "adapters": str(adapters), "drain_delay_s": DRAIN_DELAY_S[request.param]}
+    settings: dict[str, Any] = {
+        "tenants": tenants,
+        "adapters": str(adapters),
+        "drain_delay_s": DRAIN_DELAY_S[request.param],
+    }
     with (
         running_fleet(StandIn, folder, **settings) as fleet,
         Balancer(request.param, fleet) as balancer,
