@@ -242,6 +242,9 @@ def _probes_fit(manifests: Sequence[Manifest]) -> Iterator[str]:
         startup = container.spec.get("startupProbe", {})
         if startup.get("periodSeconds", 10) * startup.get("failureThreshold", 3) < 300:
             yield f"{container.where}: startup has less than five minutes"
+    for container in containers([manifest for manifest in manifests if manifest["kind"] == "RayCluster"]):
+        for probe in {"readinessProbe", "livenessProbe"} - container.spec.keys():
+            yield f"{container.where}: no {probe}, so KubeRay adds its own, which needs wget"
 
 
 def _drains_end(manifests: Sequence[Manifest]) -> Iterator[str]:
@@ -329,11 +332,14 @@ def _names_are_found(manifests: Sequence[Manifest]) -> Iterator[str]:
 def _everything_is_there(manifests: Sequence[Manifest]) -> Iterator[str]:
     kinds = {m["kind"] for m in manifests}
     wanted = {
-        "Namespace", "ServiceAccount", "Service", "NetworkPolicy", "PodDisruptionBudget", "ServiceMonitor",
-        "PrometheusRule", "Certificate", "GRPCRoute", "ConfigMap",
+        "Namespace", "ServiceAccount", "Service", "NetworkPolicy", "ServiceMonitor", "PrometheusRule", "Certificate",
+        "GRPCRoute", "ConfigMap",
     }  # fmt: skip
     if "RayCluster" not in kinds:
-        wanted |= {"StatefulSet" if "StatefulSet" in kinds else "Deployment", "HorizontalPodAutoscaler"}
+        wanted |= {"StatefulSet" if "StatefulSet" in kinds else "Deployment"}
+        wanted |= {"HorizontalPodAutoscaler", "PodDisruptionBudget"}
+    elif "PodDisruptionBudget" in kinds:
+        yield "PodDisruptionBudget: a RayCluster has no scale, so it would allow no eviction"
     for kind in sorted(wanted - kinds):
         yield f"no {kind}"
     for manifest in manifests:

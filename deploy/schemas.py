@@ -142,9 +142,17 @@ class EndpointPickerConfig(_Strict):
         return self
 
 
+class _AuthorityRef(_Strict):
+    """A ConfigMap with ca.crt. Gateways need not know other kinds."""
+
+    group: Literal[""]
+    kind: Literal["ConfigMap"]
+    name: str
+
+
 class _TLSValidation(_Strict):
     hostname: str
-    caCertificateRefs: list[_Reference]
+    caCertificateRefs: list[_AuthorityRef]
 
 
 class _BackendTLSPolicySpec(_Strict):

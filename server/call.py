@@ -88,7 +88,7 @@ class Call:
 
     @property
     def exemplar(self) -> dict[str, str]:
-        """What a histogram's sample points to."""
+        """The id that a histogram's sample carries: the trace's, or the request's if there is no trace."""
         return {"trace_id": self.trace.trace_id} if self.trace else {"request_id": self.request_id}
 
 

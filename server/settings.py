@@ -163,13 +163,21 @@ class Settings(BaseSettings):
         60.0, ge=1, le=3600, description="seconds without a step, while work waits, until the engine is restarted"
     )
     engine_max_failures: int = Field(
-        3, ge=1, description="engine failures within engine_failure_window_s until the server exits"
+        3,
+        ge=1,
+        description="engine failures within engine_failure_window_s that are mended; one more ends a server of one "
+        "engine",
     )
     engine_failure_window_s: float = Field(
         600.0, gt=0, allow_inf_nan=False, description="seconds; see engine_max_failures"
     )
 
-    max_in_flight: int | None = Field(None, ge=1, description="requests admitted at once; unset: 4 x max_num_seqs")
+    max_in_flight: int | None = Field(
+        None,
+        ge=1,
+        description="requests for one engine admitted at once; unset: 4 x the larger of max_num_seqs and, with a "
+        "vision backbone, vision_max_num_seqs",
+    )
     max_message_bytes: int = Field(1 << 20, ge=1024, le=1 << 28, description="bytes of the largest request message")
     document_lifetime_s: float = Field(
         600.0, ge=0, allow_inf_nan=False, description="seconds after its last use that a document_id is known"

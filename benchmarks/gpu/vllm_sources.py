@@ -118,7 +118,7 @@ class _Absent(types.ModuleType):
 
 
 class AbsentModules:
-    """An importer of last resort, for packages named to it: `_Absent` modules."""
+    """Imports a package of `names` as an empty `_Absent` module, if no other importer finds it."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()

@@ -46,7 +46,7 @@ def guarded_process(command: Sequence[str], **options: Any) -> Iterator["subproc
 
 
 def main() -> None:
-    """Be the guard. Arguments: the process group, and pidfds of the two processes."""
+    """Kill the process group once one of the two processes ends. Arguments: the group, and a pidfd of each process."""
     group, *ends = map(int, sys.argv[1:])
     select.select(ends, [], [])
     with contextlib.suppress(ProcessLookupError):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LIST = tomllib.loads((Path(__file__).parent / "left_out.toml").read_text())
-# A requirement's name at the start of a line; an entry goes on until the next one.
+# An entry begins where a requirement's name begins a line, and ends before the next one.
 _ENTRY = re.compile(r"^(?=[A-Za-z0-9])", re.MULTILINE)
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 

@@ -58,7 +58,7 @@ def head_names(row: int) -> tuple[str, str]:
 
 
 class AdapterManifest(BaseModel):
-    """`adapter.json`."""
+    """A checkpoint's manifest, as `adapter.json` holds it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -38,7 +38,7 @@ class Client(Calls):
         """What happens to adapters from this call on. Closing the iterator ends it."""
         call = self._watch(adapter)
         with server_errors():
-            # The server sends these once it watches.
+            # The server sends its metadata once it watches, so no later event is missed.
             call.initial_metadata()
         return _read(call)
 

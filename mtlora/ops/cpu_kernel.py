@@ -78,7 +78,7 @@ def compiled_kernel() -> ctypes.CDLL | None:
 
 
 def kernel_part(part: str, layout: int) -> ctypes.CDLL | None:
-    """The library, if the version of its kernel `part` is `layout`, else None."""
+    """Return the compiled library if its `part` has version `layout`, otherwise None."""
     library = compiled_kernel()
     version = getattr(library, f"mtlora_{part}_layout", None)
     if version is not None and version() == layout:

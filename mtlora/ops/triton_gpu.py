@@ -17,7 +17,7 @@ Shape suffixes: T tokens, P planned tokens, D hidden size, A rows of the table, 
 a plan, Q rows and C columns of the scratch space, S = r + G*N, E = D/G.
 """
 
-# Kernels take types that Python does not have.
+# Triton's kernels take argument types that Python cannot annotate.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from dataclasses import dataclass

@@ -16,7 +16,7 @@ from mtlora.prompt import PromptEncoder
 from mtlora.suite.base import Example, SuiteError
 from mtlora.task import TaskSpec
 
-# Batches sorted together by length: large enough to waste little on padding, small enough to keep batches mixed.
+# So many batches are sorted by length together. More waste less on padding; fewer keep batches mixed.
 _BUCKET_BATCHES = 16
 
 

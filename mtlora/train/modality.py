@@ -53,7 +53,7 @@ class Modality(Protocol):
         ...
 
     def begin(self) -> None:
-        """What comes before the first step of a run, once the model is where it trains."""
+        """Prepare the run's first step. The model is already on its device."""
         ...
 
     def part(self, step: int, ranks: Ranks) -> Part:

@@ -37,7 +37,7 @@ class Closing:
         self._worst = _worst(automaton, needs)
 
     def needs(self, states: States) -> int:
-        """Tokens to the end, without the end-of-sequence token."""
+        """Return the fewest tokens from these states to the end, without the end-of-sequence token."""
         needs = self._needs
         return min(needs[state] for state in states)
 

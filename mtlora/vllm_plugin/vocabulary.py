@@ -105,7 +105,7 @@ class Marks:
         )
 
     def _row(self, begun: tuple[tuple[int, int], ...]) -> Row:
-        """The tokens that complete a mark."""
+        """Return the row of tokens that complete a mark, given the marks that have begun."""
         begins = [(b"", mark) for mark in self._marks] + [(self._marks[i][:size], self._marks[i]) for i, size in begun]
 
         def completes(text: bytes) -> bool:

@@ -51,7 +51,7 @@ class Spool:
 
     @property
     def bytes(self) -> int:
-        """Of all copies, with what is reserved for those in the making."""
+        """Bytes of all copies, and those reserved for copies that are being made."""
         with self._changing:
             return sum(self._sizes.values())
 

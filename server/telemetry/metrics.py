@@ -120,6 +120,9 @@ class Metrics:
         self._accounting_failures = self._counts(
             "mtlora_accounting_failures", "Writes of the audit log or of usage that failed.", "log"
         )
+        # From the start: `increase` is 0 for a series that begins with its first failure.
+        for log in ("audit", "usage"):
+            self._accounting_failures.inc(0, (log,))
         self.jwks_failures = self._counts(
             "mtlora_jwks_failures", "Reads of a token issuer's keys that failed; the keys read before stay.", "issuer"
         )
@@ -170,6 +173,8 @@ class Metrics:
         self._restarts = self._counts(
             "mtlora_engine_restarts", "Engines that died or hung and were started again.", "reason"
         )
+        for reason in ("died", "hung", "not_started"):
+            self._restarts.inc(0, (reason,))
         self.loop_delay = self._histograms(
             "mtlora_event_loop_delay_seconds",
             "How late the server's event loop runs, sampled every `loop_delay_interval_s`.",
@@ -305,12 +310,12 @@ class Metrics:
         self._queue.observe(seconds, exemplar=exemplar if self._exemplars else None)
 
     def observe_ttft(self, tenant: str, seconds: float, exemplar: dict[str, str]) -> None:
-        """From receipt to first token."""
+        """Record the seconds from a request's receipt to its first token."""
         self._ttft.observe(seconds, exemplar=exemplar if self._exemplars else None)
         self._tenant_ttft.observe(seconds, labels=(self._top_tenants.claim(tenant),))
 
     def observe_e2e(self, tenant: str, seconds: float, exemplar: dict[str, str]) -> None:
-        """From receipt to the last token of a complete answer."""
+        """Record the seconds from a request's receipt to the last token of its complete answer."""
         self._e2e.observe(seconds, exemplar=exemplar if self._exemplars else None)
         self._tenant_e2e.observe(seconds, labels=(self._top_tenants.claim(tenant),))
 

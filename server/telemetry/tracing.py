@@ -120,7 +120,7 @@ class RequestTrace:
         return f"{self._span.get_span_context().trace_id:032x}"
 
     def submitted(self, job: Job) -> None:
-        """The engine is asked now."""
+        """Note that the engine gets the job now."""
         self._submitted = self._submitted or time.monotonic()
         self._job = self._job or job
         self._tokens["input"] += len(job.prompt_ids)

@@ -78,7 +78,7 @@ class ApiKey(BaseModel):
 
 
 _RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
-# Signatures that a public key checks, by the kind of key.
+# The signature algorithms that a public key can check, by its kind.
 ALGORITHMS = {"RSA": _RSA, "P-256": ("ES256",), "P-384": ("ES384",), "P-521": ("ES512",), "Ed25519": ("EdDSA",)}
 _Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
+from grpc_health.v1 import health_pb2
+from mtlora_pb.v1 import inference_pb2
+from openinference_pb import grpc_predict_v2_pb2
 
 from deploy import manifests
 from server.settings import ENV_PREFIX, Settings
@@ -32,6 +35,11 @@ def cpu() -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def pool() -> list[dict[str, Any]]:
     return manifests.build(manifests.OVERLAYS / "inference-pool")
+
+
+@pytest.fixture(scope="module")
+def multi_node() -> list[dict[str, Any]]:
+    return manifests.build(manifests.OVERLAYS / "multi-node")
 
 
 def test_there_are_five_overlays() -> None:
@@ -68,6 +76,14 @@ def test_with_a_volume_for_usage_each_replica_has_one_of_its_own(tmp_path: Path)
     folder = manifests.server_settings(found)["MTLORA_USAGE_DIR"]
     assert {"name": claim["metadata"]["name"], "mountPath": folder} in mounts
     assert one(found, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]["kind"] == "StatefulSet"
+
+
+@needs_kustomize
+def test_the_gateway_passes_both_contracts_and_health(built: list[dict[str, Any]]) -> None:
+    (rule,) = one(built, "GRPCRoute")["spec"]["rules"]
+    modules = {inference_pb2: "Inference", grpc_predict_v2_pb2: "GRPCInferenceService", health_pb2: "Health"}
+    names = {module.DESCRIPTOR.services_by_name[name].full_name for module, name in modules.items()}
+    assert {match["method"]["service"] for match in rule["matches"]} == names
 
 
 def pod(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -149,6 +165,26 @@ def test_policy_finds_violations_of_an_inference_pool(name: str, pool: list[dict
     assert any(message in found for found in manifests.violations(damaged))
 
 
+RAY_DAMAGES: dict[str, tuple[Damage, str]] = {
+    "budget": (lambda m: m.append({"kind": "PodDisruptionBudget", "metadata": {"name": "x"}, "spec": {"selector": {
+        "matchLabels": {}}}}), "allow no eviction"),
+    "worker's probe": (lambda m: worker(m).pop("livenessProbe"), "no livenessProbe, so KubeRay"),
+}  # fmt: skip
+
+
+def worker(found: list[dict[str, Any]]) -> dict[str, Any]:
+    return one(found, "RayCluster")["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
+
+
+@needs_kustomize
+@pytest.mark.parametrize("name", RAY_DAMAGES)
+def test_policy_finds_violations_of_a_ray_cluster(name: str, multi_node: list[dict[str, Any]]) -> None:
+    damage, message = RAY_DAMAGES[name]
+    damaged = copy.deepcopy(multi_node)
+    damage(damaged)
+    assert any(message in found for found in manifests.violations(damaged))
+
+
 INVALID_POOL: dict[str, tuple[str, Damage]] = {
     "port": ("InferencePool", lambda m: m["spec"]["targetPorts"][0].update(number="50051")),
     "old reference": ("InferencePool", lambda m: m["spec"].update(extensionRef=m["spec"].pop("endpointPickerRef"))),
@@ -189,6 +225,10 @@ INVALID: dict[str, tuple[str, Damage]] = {
     "rule": ("PrometheusRule", lambda m: m["spec"]["groups"][0]["rules"][0].pop("expr")),
     "route": ("GRPCRoute", lambda m: m["spec"]["rules"][0].update(match=[])),
     "policy": ("BackendTLSPolicy", lambda m: m["spec"]["targetRefs"][0].pop("kind")),
+    "authority": (
+        "BackendTLSPolicy",
+        lambda m: m["spec"]["validation"]["caCertificateRefs"][0].update(kind="Secret"),
+    ),
 }
 
 
@@ -203,10 +243,10 @@ def test_validation_finds_errors(name: str, cpu: list[dict[str, Any]]) -> None:
 
 
 @needs_kustomize
-def test_validates_the_pods_of_a_ray_cluster() -> None:
-    cluster = one(manifests.build(manifests.OVERLAYS / "multi-node"), "RayCluster")
-    cluster["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["imagee"] = "x"
-    assert manifests.validate(cluster) != []
+def test_validates_the_pods_of_a_ray_cluster(multi_node: list[dict[str, Any]]) -> None:
+    damaged = copy.deepcopy(multi_node)
+    worker(damaged)["imagee"] = "x"
+    assert manifests.validate(one(damaged, "RayCluster")) != []
 
 
 def test_says_how_to_install_kustomize(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

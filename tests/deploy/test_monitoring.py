@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from deploy import manifests
 from deploy.grafana import dashboard
 from deploy.prometheus import record
 from server.call import Call
+from server.engine import EngineFailure
 from server.telemetry.metrics import Metrics
 from server.telemetry.routers import GAUGES
 from server.tenants import Tenant
@@ -89,7 +91,7 @@ def test_autoscaler_names_existing_metrics() -> None:
 def test_expressions_name_existing_labels() -> None:
     labels = {label for each in Metrics().labels.values() for label in each}
     # Labels of the scrape and of histograms.
-    labels |= {"namespace", "pod", "le"}
+    labels |= {"namespace", "pod", "job", "le"}
     expressions = [rule["expr"] for rule in rules()]
     expressions += [target["expr"] for panel in dashboard.dashboard()["panels"] for target in panel.get("targets", ())]
     for expression in expressions:
@@ -143,6 +145,17 @@ def test_every_alert_is_tested() -> None:
     assert [rule["alert"] for rule in rules() if "alert" in rule and f'alertname="{rule["alert"]}"' not in tested] == []
 
 
+def test_rules_name_the_job_of_the_scrape() -> None:
+    """Without a `jobLabel`, the Prometheus operator names it after the Service that the ServiceMonitor selects."""
+    base = manifests.FOLDER / "kubernetes" / "base"
+    monitor = yaml.safe_load((base / "servicemonitor.yaml").read_text())["spec"]
+    assert "jobLabel" not in monitor
+    services = yaml.safe_load_all((base / "services.yaml").read_text())
+    wanted = monitor["selector"]["matchLabels"].items()
+    found = {each["metadata"]["name"] for each in services if wanted <= each["metadata"]["labels"].items()}
+    assert found == {job for rule in rules() for job in re.findall(r'job="([^"]*)"', rule["expr"])}
+
+
 @needs_promtool
 @pytest.mark.parametrize("arguments", [("check", "rules", "rules.yaml"), ("test", "rules", "rules_test.yaml")])
 def test_rules_pass_promtool(arguments: tuple[str, ...]) -> None:
@@ -162,17 +175,48 @@ def test_alerts_fire_on_what_an_overloaded_server_exported(tmp_path: Path) -> No
         went_on = " ".join(str(value + repeat * grows) for repeat in range(repeats) for value in values)
         series.append({"series": f'{metric}{{namespace="m",pod="a",{labels or "}"}', "values": went_on})
     fire = ("MtloraQueueGrows", "MtloraErrorBudgetBurnsFast", "MtloraFirstTokenSlow", "MtloraRequestsShed")
-    tests = [
-        {"expr": f'count(ALERTS{{alertname="{alert}", alertstate="firing"}})', "eval_time": "19m",
-         "exp_samples": [{"labels": "{}", "value": 1}]}
-        for alert in fire
-    ]  # fmt: skip
-    written = {
-        "rule_files": [str(manifests.RULES)],
-        "evaluation_interval": "30s",
-        "tests": [{"interval": f"{recorded['interval_s']}s", "input_series": series, "promql_expr_test": tests}],
-    }
-    path = tmp_path / "overload_test.yaml"
+    tests = [fires_once(alert, "19m") for alert in fire]
+    interval = f"{recorded['interval_s']}s"
+    promtool_tests(tmp_path, [{"interval": interval, "input_series": series, "promql_expr_test": tests}])
+
+
+@needs_promtool
+def test_alerts_fire_on_the_first_failures_of_a_server(tmp_path: Path) -> None:
+    """One refused write of the audit log, and an engine lost in each way, of a server that had none before."""
+    metrics = Metrics()
+    pages = [samples(metrics)]
+    metrics.record_accounting_failure("audit")
+    for reason in get_args(get_type_hints(EngineFailure)["kind"]):
+        metrics.record_engine_restart(reason)
+    pages += 4 * [samples(metrics)]
+    series = [
+        {"series": name, "values": " ".join(str(page.get(name, "_")) for page in pages)}
+        for name in pages[-1]
+        if name.startswith(("mtlora_accounting_failures_total", "mtlora_engine_restarts_total"))
+    ]
+    tests = [fires_once(alert, "2m") for alert in ("MtloraAccountingFails", "MtloraEngineRestarts")]
+    promtool_tests(tmp_path, [{"interval": "30s", "input_series": series, "promql_expr_test": tests}])
+
+
+def samples(metrics: Metrics) -> dict[str, float]:
+    """A metrics page as Prometheus stores it of a pod, by name and labels."""
+    found = {}
+    for sample in (sample for family in metrics.registry.collect() for sample in family.samples):
+        labels = ",".join(f'{key}="{value}"' for key, value in (sample.labels | {"namespace": "m", "pod": "a"}).items())
+        found[f"{sample.name}{{{labels}}}"] = sample.value
+    return found
+
+
+def fires_once(alert: str, at: str) -> dict[str, Any]:
+    """promtool's test that an alert fires then, with one set of labels."""
+    query = f'count(ALERTS{{alertname="{alert}", alertstate="firing"}})'
+    return {"expr": query, "eval_time": at, "exp_samples": [{"labels": "{}", "value": 1}]}
+
+
+def promtool_tests(folder: Path, tests: list[dict[str, Any]]) -> None:
+    """Run tests of the rules in promtool's form."""
+    path = folder / "test.yaml"
+    written = {"rule_files": [str(manifests.RULES)], "evaluation_interval": "30s", "tests": tests}
     path.write_text(yaml.safe_dump(written))
     done = subprocess.run(["promtool", "test", "rules", str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -9,11 +9,15 @@ import signal
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, cast
 
 from server.job import Delta, GenerationJob, ServedTask
 from server.registry.catalog import Catalog
 from server.registry.residency import Residency
+from server.registry.source import Found
+from server.registry.storage import Storage
+from server.registry.uploads import Uploads
 from tests.server.adapters import entry
 from tests.server.fakes import FakeEngine, FakeMemory, Service
 from tests.server.slots import serving_version
@@ -44,6 +48,10 @@ def _tasks() -> Iterator[tuple[str, ServedTask]]:
         yield task, ServedTask(entry(task), name, "1", slot=version.slots[task], version=version)
 
 
+async def _verify(root: Path, found: Found) -> None:
+    """Every upload is good."""
+
+
 def stand_in(settings: Mapping[str, Any], ready: Connection) -> None:
     """Run until SIGTERM; `ready` gets a message once it serves."""
     asyncio.run(_serve(settings, ready))
@@ -54,6 +62,10 @@ async def _serve(settings: Mapping[str, Any], ready: Connection) -> None:
     service.servicer.engine = service.engine = cast(Any, _Slow())
     service.engine.prompts = service.servicer.prompts
     service.servicer.catalog = Catalog(dict(_tasks()))
+    root = service.settings.adapters
+    service.adapters.uploads = Uploads(
+        Path(root) if root else None, _verify, Storage(), max_bytes=64 << 20, max_uploads=8, max_chunk_bytes=256 << 10
+    )
     service.servicer.residency = Residency(
         FakeMemory(), service.settings.adapter_slots, on_load=service.metrics.adapter_load.observe
     )

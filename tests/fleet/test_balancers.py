@@ -44,12 +44,19 @@ def balanced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("fleet")
     keys, entries = [], []
     for number in range(6):
-        key, entry = tenant(f"t{number}")
+        key, entry = tenant(f"t{number}", admin=not number)
         keys.append(key)
         entries.append(entry)
     tenants = write_tenants(folder / "tenants.yaml", *entries)
+    adapters = folder / "adapters"
+    adapters.mkdir()
+    settings: dict[str, Any] = {
+        "tenants": tenants,
+        "adapters": str(adapters),
+        "drain_delay_s": DRAIN_DELAY_S[request.param],
+    }
     with (
-        running_fleet(StandIn, folder, tenants=tenants, drain_delay_s=DRAIN_DELAY_S[request.param]) as fleet,
+        running_fleet(StandIn, folder, **settings) as fleet,
         Balancer(request.param, fleet) as balancer,
     ):
         yield Balanced(fleet, balancer, keys)
@@ -101,6 +108,18 @@ async def test_calls_about_a_document_stay_with_the_server_that_read_it(balanced
     pages = [member.page() for member in balanced.fleet.members]
     asked = [page.value("mtlora_requests_total", method="Analyze", status="OK") for page in pages]
     assert sum(count > 0 for count in asked) > 1
+
+
+async def test_an_adapter_of_eight_megabytes_is_uploaded_through_the_balancer(
+    balanced: Balanced, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter.json").write_text("{}")
+    (tmp_path / "adapter.safetensors").write_bytes(bytes(8 << 20))
+    access = balanced.balancer.access(balanced.keys[0])
+    async with AsyncClient(balanced.balancer.address, access, retry=None) as client:
+        assert await client.upload_adapter(tmp_path, "mine", timeout=60) == "1"
+    arrived = balanced.fleet.folder / "adapters" / "mine" / "1" / "adapter.safetensors"
+    assert arrived.stat().st_size == 8 << 20
 
 
 async def test_haproxy_passes_over_a_server_whose_health_says_so(balanced: Balanced) -> None:

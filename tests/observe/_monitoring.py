@@ -93,7 +93,7 @@ class Monitoring:
             "rule_files": ["rules.yml"],
             "alerting": {"alertmanagers": [{"static_configs": [{"targets": [self._alertmanager]}]}]},
             "scrape_configs": [{
-                "job_name": "mtlora",
+                "job_name": "mtlora-metrics",
                 "static_configs": [{"targets": [self._target], "labels": {"namespace": "mtlora", "pod": "mtlora-0"}}],
             }],
         })  # fmt: skip
