@@ -414,7 +414,9 @@ def test_no_run_ends_with_an_evaluation_that_is_refused(tiny_backbone: Path, tmp
     )  # fmt: skip
     if longer == "error":
         config = config.model_copy(update={"max_length": 8192})
-        with pytest.raises(SuiteError, match=r"task long: prompt of .* and max_new_tokens 4008, expected at most 2048 together"):
+        with pytest.raises(
+            SuiteError, match=r"task long: prompt of .* and max_new_tokens 4008, expected at most 2048 together"
+        ):
             Trainer(config, tiny_backbone, tmp_path / "run")
         assert not (tmp_path / "run").exists()
         return
