@@ -130,7 +130,8 @@ def do_all(
 def do(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Train, or resume training, and score on the test split, in a separate process; returns the result or the error.
 
-    settings: `examples`, the scored examples of each task at most, and `split`, the test split unless given.
+    settings: `examples`, the scored examples of each task at most (of each part of a mix), and `split`, the test split
+    unless given.
     """
     # One process per run: peak memory is measured per process. It is forked from a process with the slow imports done.
     context = get_context("forkserver")
