@@ -44,6 +44,19 @@ def load(into: AdapterStore, folder: str, first_id: int = 1) -> None:
     into.place(folder, requests(folder, first_id))
 
 
+def test_loading_in_place_leaves_one_version_in_memory(make: Callable[[str], str]) -> None:
+    held, folders = store(), [make("a"), make("b")]
+    for version, folder in enumerate(folders):
+        for request in requests(folder):
+            held.register(
+                LoRARequest(request.lora_name, request.lora_int_id, request.lora_path, load_inplace=version > 0)
+            )
+        if version == 0:
+            before = held.resident_bytes()
+    assert held.resident_bytes() == before
+    assert {str(held.in_step(request).adapter.folder) for request in requests(folders[1])} == {folders[1]}
+
+
 def test_placing_reads_nothing(make: Callable[[str], str]) -> None:
     held, folder = store(), make("a")
     held.stage(folder)
