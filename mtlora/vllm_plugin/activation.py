@@ -90,7 +90,7 @@ def check_requests() -> None:
     InputProcessor.process_inputs = process_inputs
 
 
-def _check(adapter: Any | None, extra: dict[str, Any] | None, prompt_tokens: int) -> None:
+def _check(adapter: Any, extra: dict[str, Any] | None, prompt_tokens: int) -> None:
     point = extra.get(ACTIVATION_KEY) if extra else None
     if extra and LEASE_KEY in extra and not _is_lease(extra[LEASE_KEY]):
         raise _refused(f"{LEASE_KEY}: found {extra[LEASE_KEY]!r}; allowed: [seconds, tokens], 0 or more each")
