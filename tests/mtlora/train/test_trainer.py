@@ -393,7 +393,8 @@ def test_the_learning_rate_only_falls_after_its_warm_up(steps: int, spanned: int
     peak = rates.index(max(rates))
     assert rates == sorted(rates[:peak]) + sorted(rates[peak:], reverse=True)
     assert peak <= max(1, round(spanned * warmup))
-    if steps > spanned:
+    # A warm-up that fills the schedule has its peak one step later.
+    if steps > spanned + 1:
         assert rates[-1] == pytest.approx(last * config.learning_rate)
 
 
