@@ -142,7 +142,7 @@ class Claim:
         )
         run = Run(name, config, folder)
         settings = {"examples": self.size.test, "split": split}
-        result = read_result(run, settings) or do(run, self.backbone, settings)
+        result = read_result(run, self.backbone, settings) or do(run, self.backbone, settings)
         if "error" in result:
             raise SystemExit(f"{folder}: {result['error']}")
         # The state has served; hundreds of them would fill a disk.

@@ -236,6 +236,11 @@ def _tensor(key: str, value: Any, dimensions: int = 2) -> torch.Tensor:
             f"{key}: expected a dense tensor of {', '.join(str(dtype) for dtype in _DTYPES)}, "
             f"found {value.layout} of {value.dtype} on {value.device}"
         )
+    if (size := value.numel() * value.element_size()) > value.untyped_storage().nbytes():
+        raise ConversionError(
+            f"{key}: expected a tensor whose values are all stored, found {list(value.shape)}, {size} bytes, of "
+            f"{value.untyped_storage().nbytes()} stored"
+        )
     if value.dim() != dimensions:
         raise ConversionError(f"{key}: expected {('one', 'two')[dimensions - 1]} dimensions, found {list(value.shape)}")
     tensor = value.detach().to(_DTYPES[value.dtype])

@@ -133,7 +133,7 @@ def _read_checkpoint(folder: Path, backbone: BackboneArchitecture | None) -> Che
         for name, (dtype, begin) in layout.items()
     }
     for name, tensor in tensors.items():
-        if bad := _count_not_finite(tensor):
+        if bad := count_not_finite(tensor):
             raise CheckpointError(f"{path}: tensor {name}: expected finite values, found {bad} NaN or infinite")
     # Last: the checks above say what is wrong, this one only that something is.
     digest = hashlib.sha256(preamble)
@@ -143,7 +143,7 @@ def _read_checkpoint(folder: Path, backbone: BackboneArchitecture | None) -> Che
     return Checkpoint(manifest, tensors)
 
 
-def _count_not_finite(tensor: torch.Tensor) -> int:
+def count_not_finite(tensor: torch.Tensor) -> int:
     """How many elements are NaN or infinite: their exponent is all ones.
 
     In numpy: torch's parallel reductions wait for threads that a busy engine holds.

@@ -105,7 +105,13 @@ def _eval(args: argparse.Namespace) -> int:
     print_scores(evaluation)
     calibration = dict(checkpoint.manifest.calibration) if checkpoint else {}
     if labeller is not None:
-        calibration |= _calibrate(labeller, tasks, examples, calibration, evaluation)
+        fitted = _calibrate(labeller, tasks, examples, calibration, evaluation)
+        if evaluation["split"] in ("validation", "test"):
+            calibration |= fitted
+        elif args.record and fitted:
+            print(
+                "the temperatures fitted on these examples are not kept, as they may be of its training: name a --split"
+            )
     if args.json:
         records = [
             {"task_id": e.task_id, "input": e.input, "target": e.target, **{n: a[i] for n, a in answers.items()}}

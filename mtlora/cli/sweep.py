@@ -62,9 +62,9 @@ def _sweep(args: argparse.Namespace) -> int:
     configs = {file.stem: TrainingConfig.model_validate(read_settings(file, flags)) for file in args.configs}
     runs = grid(configs, args.out, seeds=list(dict.fromkeys(args.seeds)), task_counts=args.task_counts)
     settings = {"examples": args.test_examples}
-    # Read all results first, so that a run which cannot resume is reported before any work.
-    done = {run.folder: read_result(run, settings) for run in runs}
     folder = resolve(backbone_for(args.backbone, load_suite(next(iter(configs.values())).suite)))
+    # Read all results first, so that a run which cannot resume is reported before any work.
+    done = {run.folder: read_result(run, folder, settings) for run in runs}
     todo = [run for run in runs if not done[run.folder]]
     failed = []
     with tqdm(total=len(runs), initial=len(runs) - len(todo), desc="sweep", unit="run") as bar:

@@ -70,7 +70,7 @@ def task_batches(
     """
     found = []
     for task in tasks:
-        encoded = encode(adapted.prompts, tasks, examples[task.id], max_length=1 << 20)
+        encoded = [each for _, each in encode(adapted.prompts, tasks, examples[task.id], max_length=1 << 20)]
         if adapted.activated:
             batch = collate_documents(encoded)
             found.append((batch, torch.ones(sum(len(e) - e.document_length for e in encoded), dtype=torch.bool)))

@@ -103,10 +103,16 @@ def check_split(split: str) -> None:
 
 
 def up_to(suite: Suite, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
-    """`count` examples, or all of a finite suite that has fewer. Raises SuiteError as `Suite.examples` does."""
-    if suite.finite:
-        return suite.examples(task_id, split, None, seed)[:count]
-    return suite.examples(task_id, split, count, seed)
+    """`count` examples, or all of a finite suite that has fewer; of a mix, so many of each part.
+
+    Raises SuiteError as `Suite.examples` does.
+    """
+    try:
+        return suite.examples(task_id, split, count, seed)
+    except SuiteError:
+        if not suite.finite:
+            raise
+        return suite.examples(task_id, split, None, seed)
 
 
 def draw_distinct(

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from mtlora.suite.answers import joined
-from mtlora.suite.base import Example, Split, Suite, SuiteError, unknown_task, up_to
+from mtlora.suite.base import SPLITS, Example, Split, Suite, SuiteError, check_split, unknown_task, up_to
 from mtlora.suite.bbh_generated import bbh_spec, with_working
 from mtlora.suite.bbh_tasks import BBH_TASKS
 from mtlora.task import TaskSpec
@@ -73,19 +73,30 @@ class MixedSuite:
     def examples(self, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
         """Training: each part's own number, at most `count`. Other splits: up to `count` of each part.
 
-        An input of two parts is taken once, from the first. Raises SuiteError for an unknown task.
+        An input of two parts is taken once, from the first; one that a finite part holds out more strictly, for
+        validation or for the test, is left out. Raises SuiteError for an unknown task.
         """
-        if all(task_id not in ids for _, _, ids in self._parts):
+        parts = [(part, suite) for part, suite, ids in self._parts if task_id in ids]
+        if not parts:
             raise unknown_task(self, task_id)
+        check_split(split)
+        held_out = {
+            example.input
+            for part, suite in parts
+            if len(parts) > 1 and suite.finite and not part.train_only
+            for stricter in SPLITS[SPLITS.index(split) + 1 :]
+            for example in suite.examples(task_id, stricter, None)
+        }
         found: dict[str, Example] = {}
-        for part, suite, ids in self._parts:
-            if task_id not in ids or (split != "train" and part.train_only):
+        for part, suite in parts:
+            if split != "train" and part.train_only:
                 continue
             wanted = count_for(part.examples_per_task, task_id) if split == "train" else count
             if count is not None:
                 wanted = count if wanted is None else min(wanted, count)
             for example in up_to(suite, task_id, split, wanted, seed):
-                found.setdefault(example.input, with_working(example) if part.worked else example)
+                if example.input not in held_out:
+                    found.setdefault(example.input, with_working(example) if part.worked else example)
         return list(found.values())
 
 

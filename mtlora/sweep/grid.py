@@ -13,6 +13,7 @@ from statistics import fmean
 from threading import Thread
 from typing import Any
 
+from mtlora.backbone import identify
 from mtlora.errors import MtLoRAError
 from mtlora.files import replace_file
 from mtlora.suite import SuitePart, load_suite, up_to
@@ -78,10 +79,10 @@ def _drawn(task_id: str) -> bytes:
     return hashlib.sha256(task_id.encode()).digest()
 
 
-def read_result(run: Run, settings: dict[str, Any]) -> dict[str, Any] | None:
+def read_result(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """A finished run's result; None for a run that is not finished or failed.
 
-    Raises SweepError if the result is of another configuration, or was scored with other settings.
+    Raises SweepError if the result is of another configuration or backbone, or was scored with other settings.
     """
     try:
         result: dict[str, Any] = json.loads(run.result_file.read_bytes())
@@ -91,9 +92,25 @@ def read_result(run: Run, settings: dict[str, Any]) -> dict[str, Any] | None:
         raise SweepError(f"{run.result_file}: {error}") from None
     if "error" in result:
         return None
-    if result["config"] != run.config.model_dump(mode="json") or result["settings"] != settings:
-        raise SweepError(f"{run.result_file}: of another configuration; choose another --out, or remove {run.folder}")
+    # Results of 0.1.0 do not name the backbone.
+    if other := [name for name, value in _about(run, backbone, settings).items() if result.get(name, value) != value]:
+        raise SweepError(
+            f"{run.result_file}: of another configuration ({', '.join(other)}); choose another --out, or remove "
+            f"{run.folder}"
+        )
     return result
+
+
+def _about(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a result is of."""
+    return {
+        "name": run.name,
+        "seed": run.config.seed,
+        "num_tasks": run.num_tasks,
+        "config": run.config.model_dump(mode="json"),
+        "settings": settings,
+        "backbone": identify(backbone).weights_fingerprint,
+    }
 
 
 def do_all(
@@ -113,7 +130,8 @@ def do_all(
 def do(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Train, or resume training, and score on the test split, in a separate process; returns the result or the error.
 
-    settings: `examples`, the scored examples of each task at most, and `split`, the test split unless given.
+    settings: `examples`, the scored examples of each task at most (of each part of a mix), and `split`, the test split
+    unless given.
     """
     # One process per run: peak memory is measured per process. It is forked from a process with the slow imports done.
     context = get_context("forkserver")
@@ -141,29 +159,23 @@ def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any]) -> dict
     from mtlora.evaluation.evaluate import score
     from mtlora.train.trainer import Trainer
 
-    about = {
-        "name": run.name,
-        "seed": run.config.seed,
-        "num_tasks": run.num_tasks,
-        "config": run.config.model_dump(mode="json"),
-        "settings": settings,
-    }
+    about = _about(run, backbone, settings)
     try:
         trainer = Trainer(run.config, backbone, run.folder, resume=True)
         trainer.fit()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        trainer.work.trained.eval()
+        split = settings.get("split", "test")
+        examples = [e for task in trainer.tasks for e in up_to(trainer.suite, task.id, split, settings["examples"])]
+        scores = score(examples, trainer.work.answerer()(examples))
     except MtLoRAError as error:
         return {**about, "error": str(error)}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     # Linear heads alone take no steps.
     log = trainer.folder.log_file.read_text() if trainer.batches else ""
     steps = [json.loads(line) for line in log.splitlines()]
     steps = [record for record in steps if "num_tokens" in record]
     seconds, tokens = sum(s["seconds"] for s in steps), sum(s["num_tokens"] for s in steps)
     losses = [s["loss"] for s in steps[len(steps) // 2 :]]
-    trainer.work.trained.eval()
-    split = settings.get("split", "test")
-    examples = [e for task in trainer.tasks for e in up_to(trainer.suite, task.id, split, settings["examples"])]
-    scores = score(examples, trainer.work.answerer()(examples))
     return {
         **about,
         "parameters": trainer.num_parameters,

@@ -4,6 +4,7 @@ Shape suffixes: B sequences, E examples, L positions, S positions of documents, 
 A answer tokens.
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -70,12 +71,14 @@ def encode(
     examples: Iterable[Example],
     *,
     max_length: int,
+    room: float = math.inf,
     skipped: Counter[str] | None = None,
-) -> list[Encoded]:
-    """Encode examples, with their working where they have it.
+) -> list[tuple[Example, Encoded]]:
+    """Examples with what they become, with their working where they have it.
 
-    An example longer than `max_length` tokens is counted in `skipped` under its task, or raises SuiteError if `skipped`
-    is None. An answer longer than its task's max_new_tokens always raises SuiteError.
+    An example longer than `max_length` tokens, or whose prompt and its task's max_new_tokens are more than `room`, is
+    counted in `skipped` under its task, or raises SuiteError if `skipped` is None. An answer longer than its task's
+    max_new_tokens always raises SuiteError.
     """
     index = {task.id: i for i, task in enumerate(tasks)}
     encoded = []
@@ -86,20 +89,25 @@ def encode(
         prompt, document_length, answer = prompts.example(
             task, example.input, example.target, example.working, document_ids=document_ids
         )
+        cause = ""
         if len(prompt) + len(answer) > max_length:
-            if skipped is not None:
-                skipped[task.id] += 1
-                continue
-            raise SuiteError(
-                f"{_where(example)}: example of {len(prompt) + len(answer)} tokens, expected at most "
-                f"{max_length} (max_length): {example.input[:80]!r}"
+            cause = f"example of {len(prompt) + len(answer)} tokens, expected at most {max_length} (max_length)"
+        elif len(prompt) + task.max_new_tokens > room:
+            cause = (
+                f"prompt of {len(prompt)} tokens and max_new_tokens {task.max_new_tokens}, expected at most {room} "
+                "together, the backbone's positions"
             )
+        if cause and skipped is not None:
+            skipped[task.id] += 1
+            continue
+        if cause:
+            raise SuiteError(f"{_where(example)}: {cause}: {example.input[:80]!r}")
         if len(answer) > task.max_new_tokens:
             raise SuiteError(
                 f"{_where(example)}: target {example.target[:80]!r} takes {len(answer)} tokens with its end, "
                 f"expected at most max_new_tokens {task.max_new_tokens}"
             )
-        encoded.append(Encoded(index[task.id], tuple(prompt), tuple(answer), document_length))
+        encoded.append((example, Encoded(index[task.id], tuple(prompt), tuple(answer), document_length)))
     return encoded
 
 

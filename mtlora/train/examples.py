@@ -1,5 +1,6 @@
 """The examples that a run trains on and validates with, encoded."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -14,21 +15,26 @@ from mtlora.train.data import Encoded, encode
 class RunExamples:
     """`train` and `validation`, encoded, and in `skipped` how many of each task are too long to train on.
 
-    Raises SuiteError for an example that the configuration does not allow, and for a task without a training example.
+    evaluated: the examples of `validation`. They leave their task room to answer in the backbone's positions. Raises
+    SuiteError for an example that the configuration does not allow, and for a task without a training example.
     """
 
-    def __init__(self, config: TrainingConfig, suite: Suite, tasks: Sequence[TaskSpec], prompts: PromptEncoder) -> None:
+    def __init__(
+        self, config: TrainingConfig, suite: Suite, tasks: Sequence[TaskSpec], prompts: PromptEncoder, room: int
+    ) -> None:
         self._config = config
         self._suite = suite
         self._tasks = tasks
         self._prompts = prompts
         self.skipped: Counter[str] = Counter()
         # Validation leaves out the same kind of example, but the run reports only what training lacks.
-        self.train = self._encode("train", self.skipped)
-        self.validation = self._encode("validation", Counter())
+        self.train = [encoded for _, encoded in self._encode("train", self.skipped)]
+        held_out = self._encode("validation", Counter(), room)
+        self.validation = [encoded for _, encoded in held_out]
+        self.evaluated = [example for example, _ in held_out]
         self._check_tasks_have_examples()
 
-    def of(self, split: Split) -> list[Example]:
+    def _of(self, split: Split) -> list[Example]:
         """The split's examples as the configuration asks for them, task by task."""
         config, found = self._config, []
         for task in self._tasks:
@@ -46,10 +52,10 @@ class RunExamples:
             tokens[self._tasks[example.task_index].id] += len(example)
         return tokens
 
-    def _encode(self, split: Split, skipped: Counter[str]) -> list[Encoded]:
+    def _encode(self, split: Split, skipped: Counter[str], room: float = math.inf) -> list[tuple[Example, Encoded]]:
         config = self._config
         return encode(
-            self._prompts, self._tasks, self.of(split), max_length=config.max_length,
+            self._prompts, self._tasks, self._of(split), max_length=config.max_length, room=room,
             skipped=skipped if config.longer_examples == "skip" else None,
         )  # fmt: skip
 

@@ -27,7 +27,7 @@ from mtlora.suite.mix import count_for
 from mtlora.task import TaskSpec
 from mtlora.train.augment import augmented
 from mtlora.train.config import TrainingConfig, TrainingError
-from mtlora.train.modality import Part
+from mtlora.train.modality import Part, digest
 from mtlora.train.parallel import Ranks
 from mtlora.train.result import task_table
 from mtlora.train.start import load_paths
@@ -276,6 +276,10 @@ class Images:
         for places, logits_BK in self._logits(examples, alone=False):
             total += cross_entropy(logits_BK, targets_N[places], reduction="sum").item()
         return total / len(examples)
+
+    def digest(self) -> str:
+        """See `Modality`."""
+        return digest([(each.task_id, each.input, each.target) for each in self.train], self.batches)
 
     def provenance(self) -> dict[str, Any]:
         """See `Modality`."""

@@ -1,6 +1,8 @@
 """What training does otherwise for text than for images: the small interface that the trainer's loop sees."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -72,6 +74,10 @@ class Modality(Protocol):
         """Answers of the model as trained so far."""
         ...
 
+    def digest(self) -> str:
+        """Of the training examples and the batches that they come in."""
+        ...
+
     def provenance(self) -> dict[str, Any]:
         """What the manifest's `training` says of the examples."""
         ...
@@ -79,6 +85,14 @@ class Modality(Protocol):
     def write(self, folder: Path, training: dict[str, Any], evaluation: dict[str, Any]) -> None:
         """Write the checkpoint. Raises CheckpointError."""
         ...
+
+
+def digest(examples: Iterable[object], batches: Iterable[Sequence[int]]) -> str:
+    """Of examples and batches, by how Python prints them."""
+    found = hashlib.sha256()
+    for each in chain(examples, batches):
+        found.update(repr(each).encode())
+    return found.hexdigest()
 
 
 def open_modality(config: TrainingConfig, suite: Suite, tasks: Sequence[TaskSpec], backbone: Path) -> Modality:

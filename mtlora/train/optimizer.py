@@ -29,10 +29,10 @@ def make_optimizer(trained: nn.Module, config: TrainingConfig) -> torch.optim.Op
 
 
 def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to a fraction of the peak."""
+    """Linear warm-up, then a cosine down to a fraction of the peak, where it stays after `steps`."""
     warmup = max(1, round(steps * config.warmup_fraction))
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     floor = config.final_learning_rate_fraction
     return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -41,8 +41,8 @@ class RunFolder:
     def open(self, config: TrainingConfig, *, resume: bool) -> dict[str, Any] | None:
         """Create the folder or open it again, for this process alone; returns the saved state to resume from, if any.
 
-        Raises RunError if another process trains there, if the folder holds another run, or holds this one and `resume`
-        is off.
+        Raises RunError if another process trains there, if the folder holds another run or parts of one, or holds this
+        one and `resume` is off.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._keep_others_out()
@@ -57,6 +57,11 @@ class RunFolder:
                 told = "; ".join(f"{name}: was {was!r}, now {now!r}" for name, (was, now) in changed.items())
                 raise RunError(f"{self.config_file}: --resume needs the same configuration; {told}")
         else:
+            if left := [path.name for path in (self.state_file, self.log_file, self.checkpoint) if path.exists()]:
+                raise RunError(
+                    f"{self.path} holds {', '.join(left)} of a run without its {self.config_file.name}: "
+                    "remove the folder, or choose another --out"
+                )
             replace_file(self.config_file, (config.model_dump_json(indent=2) + "\n").encode())
         state = self.read_state()
         self._cut_log(state["step"] if state else 0)

@@ -17,7 +17,7 @@ from mtlora.train.cpu_backbone import speed_up_training
 from mtlora.train.data import Encoded, by_document, collate, collate_documents, schedule
 from mtlora.train.examples import RunExamples
 from mtlora.train.losses import batch_loss
-from mtlora.train.modality import Part
+from mtlora.train.modality import Part, digest
 from mtlora.train.parallel import Ranks
 from mtlora.train.result import evaluate, task_table, write_result
 from mtlora.train.start import warm_start
@@ -41,7 +41,8 @@ class Text:
             )
         if config.init_from is not None:
             warm_start(self.adapted, config.adapter, tasks, Path(config.init_from))
-        self.examples = RunExamples(config, suite, tasks, self.adapted.prompts)
+        room = self.adapted.model.config.max_position_embeddings
+        self.examples = RunExamples(config, suite, tasks, self.adapted.prompts, room)
         self.batches = schedule(
             self.examples.train,
             batch_size=config.batch_size,
@@ -106,11 +107,15 @@ class Text:
     def evaluate(self) -> dict[str, Any]:
         """See `Modality`."""
         table = task_table(self.config, self.tasks)
-        return evaluate(self.adapted, table, self.examples.of("validation"), self.config.validation_per_task)
+        return evaluate(self.adapted, table, self.examples.evaluated, self.config.validation_per_task)
 
     def answerer(self) -> Answerer:
         """See `Modality`."""
         return offline_answerer(self.adapted, task_table(self.config, self.tasks))
+
+    def digest(self) -> str:
+        """See `Modality`."""
+        return digest(self.examples.train, self.batches)
 
     def provenance(self) -> dict[str, Any]:
         """See `Modality`."""

@@ -22,7 +22,7 @@ from mtlora.train.parallel import Ranks
 from mtlora.train.profile import Clock
 from mtlora.train.result import read_result
 from mtlora.train.start import StartingPoint
-from mtlora.train.state import RunFolder
+from mtlora.train.state import RunError, RunFolder
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class Trainer:
         self.work.move(self.ranks.device)
         self.optimizer = make_optimizer(self.work.trained, config)
         self.step = 0
+        # What a state goes on with, beside the configuration.
+        self.inputs = {"backbone": self.adapted.backbone.weights_fingerprint, "examples": self.work.digest()}
         # Each process draws its own dropout; all drew the same weights above.
         torch.manual_seed(config.seed + self.ranks.rank)
         # Write files only now: everything that can be refused has been checked.
@@ -174,6 +176,7 @@ class Trainer:
                 self.folder.save(
                     {
                         "step": self.step,
+                        "inputs": self.inputs,
                         "adapter": self.work.trained.state_dict(),
                         "optimizer": self.optimizer.state_dict(),
                         "generators": generators,
@@ -229,6 +232,12 @@ class Trainer:
         return sum(parameter.numel() for parameter in self.work.adapters.parameters())
 
     def _restore(self, state: dict[str, Any]) -> None:
+        # States of 0.1.0 do not name them.
+        was = state.get("inputs", self.inputs)
+        if changed := [f"{name}: was {was[name]}, now {now}" for name, now in self.inputs.items() if was[name] != now]:
+            raise RunError(
+                f"{self.folder.state_file}: --resume needs the same backbone and examples; {'; '.join(changed)}"
+            )
         self.work.trained.load_state_dict(state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ranks.rank < len(state["generators"]):

@@ -63,7 +63,8 @@ class Heads(nn.Module):
     def fit(self, features_NF: torch.Tensor, tasks_N: torch.Tensor, targets_N: torch.Tensor) -> None:
         """Start from a linear probe of these examples' features. targets_N: outputs, 0 to K-1."""
         self.mean_F.copy_(features_NF.mean(0))
-        self.std_F.copy_(features_NF.std(0).clamp_min(_LEAST))
+        # One example has no deviation.
+        self.std_F.copy_(features_NF.std(0, correction=min(1, len(features_NF) - 1)).clamp_min(_LEAST))
         standard_NF = (features_NF - self.mean_F) / self.std_F
         groups = [[task] for task in range(len(self.classes))] if self._apart() else [list(range(len(self.classes)))]
         for group in groups:

@@ -27,7 +27,7 @@ _V2_RUNNER = "vllm.v1.worker.gpu.model_runner"
 def point_of(parameters: Any, prompt_tokens: int) -> int:
     """The activation point of a request with these SamplingParams: 0 if the adapter acts on every token."""
     extra = parameters.extra_args if parameters is not None else None
-    return min(extra.get(ACTIVATION_KEY, 0), prompt_tokens) if extra else 0
+    return min(extra.get(ACTIVATION_KEY) or 0, prompt_tokens) if extra else 0
 
 
 def masked(
@@ -82,7 +82,8 @@ def check_requests() -> None:
     @functools.wraps(stock)
     def process_inputs(self: Any, *arguments: Any, **named: Any) -> Any:
         request = stock(self, *arguments, **named)
-        if request.lora_request is not None and request.sampling_params is not None:
+        if request.sampling_params is not None:
+            # Without an adapter too: the engine reads both keys of every request, and an error there ends it.
             _check(request.lora_request, request.sampling_params.extra_args, len(request.prompt_token_ids or ()))
         return request
 
@@ -95,7 +96,7 @@ def _check(adapter: Any, extra: dict[str, Any] | None, prompt_tokens: int) -> No
         raise _refused(f"{LEASE_KEY}: found {extra[LEASE_KEY]!r}; allowed: [seconds, tokens], 0 or more each")
     if point is None:
         try:
-            needed = _activation(adapter.lora_path) == "task"
+            needed = adapter is not None and _activation(adapter.lora_path) == "task"
         except (OSError, ValueError, LookupError):
             # The worker that loads the adapter reports the error.
             return

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from mtlora.checkpoint.format import AdapterManifest, Checkpoint
+from mtlora.checkpoint.format import AdapterManifest, Checkpoint, CheckpointError
+from mtlora.checkpoint.read import count_not_finite
 from mtlora.ops.packed_block import PackedBlock, pack_block
 from mtlora.ops.table import AdapterRows, Layout
 from mtlora.vllm_plugin.naming import adapter_version
@@ -76,14 +77,14 @@ def pack_adapter(
 ) -> PackedAdapter:
     """Pack an adapter on the CPU. `blocks` are all wrapped blocks of this worker; an adapter may have fewer.
 
-    layout: that of its weights, by default the CPU's.
+    layout: that of its weights, by default the CPU's. Raises CheckpointError for weights that overflow in `dtype`.
     """
     config, tensors = checkpoint.manifest.config, checkpoint.tensors
 
     def pack(name: str) -> PackedBlock | None:
         if name.rpartition(".")[2] not in config.modules:
             return None
-        return pack_block(
+        block = pack_block(
             tensors[f"{name}.lora_A"],
             tensors[f"{name}.lora_B"],
             tensors[f"{name}.lora_route"],
@@ -92,5 +93,12 @@ def pack_adapter(
             dtype=dtype,
             bias_bGN=tensors[f"{name}.task_bias"] if config.task_bias else None,
         )
+        # Finite in the file may overflow here. The engine would answer from NaN.
+        for part, tensor in (("lora_A and lora_route", block.shrink_DS), ("lora_B * lora_alpha / r", block.expand_GKE)):
+            if bad := count_not_finite(tensor):
+                raise CheckpointError(
+                    f"{folder}: {name}: {part}: expected finite values in {dtype}, found {bad} NaN or infinite"
+                )
+        return block
 
     return PackedAdapter(folder, checkpoint.manifest, AdapterRows([pack(name) for name in blocks], layout=layout))

@@ -104,7 +104,7 @@ class TypedGrammar(StructuredOutputGrammar):
         self._ends = ends
         start = compiled.automaton.start
         if compiled.marker:
-            self._places = [_Place(left, whole=start)]
+            self._places = [self._in_time(_Place(left, whole=start))]
         else:
             self._places = [_Place(left, answer=start)]
         self._answer: list[int] = []
@@ -120,7 +120,8 @@ class TypedGrammar(StructuredOutputGrammar):
         """See StructuredOutputGrammar."""
         accepted = 0
         for token in tokens:
-            if not self._accept(token):
+            # What comes after an end takes no place.
+            if self.is_terminated() or not self._accept(token):
                 break
             accepted += 1
         self.rollback(accepted)
@@ -129,9 +130,10 @@ class TypedGrammar(StructuredOutputGrammar):
     def rollback(self, num_tokens: int) -> None:
         """See StructuredOutputGrammar."""
         for _ in range(num_tokens):
-            if self._places[-2].answer is not None and self._answer:
+            dropped = self._places.pop()
+            # An end is no token of the answer.
+            if self._places[-1].answer is not None and not dropped.ended:
                 self._answer.pop()
-            self._places.pop()
         self._matcher, self._read = None, 0
 
     def fill_bitmask(self, bitmask: Any, batch_index: int) -> None:
@@ -170,11 +172,21 @@ class TypedGrammar(StructuredOutputGrammar):
         _, found, rest = (before.tail + text).partition(compiled.marker)
         if found:
             # The masks let nothing follow a marker within its token.
+            if rest:
+                return False
             self._places.append(_Place(after.left, answer=compiled.automaton.start))
-            return not rest
+            return True
         kept = (before.tail + text)[-max(64, len(compiled.marker)) :]
-        self._places.append(replace(after, tail=kept, forced=forced, whole=compiled.automaton.read(before.whole, text)))
+        whole = compiled.automaton.read(before.whole, text)
+        self._places.append(self._in_time(replace(after, tail=kept, forced=forced, whole=whole)))
         return True
+
+    def _in_time(self, place: _Place) -> _Place:
+        """A place of the working, with the marker to come where no more is left than it and an answer take."""
+        # No more than a shortest answer takes: no sequence that fits, as trained ones do, is cut short.
+        if not place.forced and place.left - 1 < self._compiled.fewest_with_marker:
+            return replace(place, forced=tuple(self._compiled.marker_tokens))
+        return place
 
     def _row(self) -> Row:
         place = self._places[-1]
@@ -182,9 +194,6 @@ class TypedGrammar(StructuredOutputGrammar):
 
     def _row_of_working(self, place: _Place) -> Row:
         compiled = self._compiled
-        # No more than a shortest answer takes: no sequence that fits, as trained ones do, is cut short.
-        if not place.forced and place.left - 1 < compiled.fewest_with_marker:
-            place = self._places[-1] = replace(place, forced=tuple(compiled.marker_tokens))
         if place.forced:
             return compiled.vocabulary.row_of(place.forced[:1])
         stops, markers = compiled.stops.begun(place.tail), compiled.markers.begun(place.tail)

@@ -373,6 +373,30 @@ def test_a_wrong_lease_is_refused(lease: Any) -> None:
         _check(SimpleNamespace(lora_path="absent"), {KEY: 0, LEASE_KEY: lease}, 3)
 
 
+@pytest.mark.parametrize("adapter", [None, SimpleNamespace(lora_path="absent")])
+@pytest.mark.parametrize(
+    "extra", [{KEY: "x"}, {KEY: -1}, {KEY: 4}, {KEY: [1]}, {LEASE_KEY: 5}, {KEY: 1, LEASE_KEY: [1]}]
+)
+def test_wrong_arguments_are_refused_with_and_without_an_adapter(
+    adapter: Any, extra: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from mtlora.vllm_plugin.activation import check_requests
+
+    def processed(self: Any, extra_args: Any) -> Any:
+        parameters = SimpleNamespace(extra_args=extra_args)
+        return SimpleNamespace(lora_request=adapter, sampling_params=parameters, prompt_token_ids=[1, 2, 3])
+
+    monkeypatch.setattr(InputProcessor, "process_inputs", processed)
+    check_requests()
+    for fine in (None, {"other": "x"}, {KEY: 3, LEASE_KEY: [1, 2.5]}):
+        InputProcessor.process_inputs(None, fine)
+    with pytest.raises(VLLMValidationError, match=r"mtlora_[a-z]*: found"):
+        InputProcessor.process_inputs(None, extra)
+
+
 CONFIG = MtLoRAConfig(r=8, num_experts=4, num_groups=2, blocks="both")
 # The smallest that vLLM has on CPUs.
 BLOCK = 32
@@ -485,9 +509,10 @@ def test_path_acts_from_the_point_on(serving: Serving, model: Any) -> None:
     assert (scores(plain)[0] - scores(output)[0]).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("adapter", [0, 1])
 @pytest.mark.parametrize("point", [-1, 41, 2.0, "3", True])
-def test_a_wrong_point_is_refused(serving: Serving, point: Any) -> None:
+def test_a_wrong_point_is_refused(serving: Serving, point: Any, adapter: int) -> None:
     from vllm.exceptions import VLLMValidationError
 
     with pytest.raises(VLLMValidationError, match=f"{KEY}: found .*; allowed: 0 to 40"):
-        serving.run([([5] * 40, 1, point)])
+        serving.run([([5] * 40, adapter, point)])

@@ -8,7 +8,11 @@ import pytest
 import torch
 from vllm.lora.request import LoRARequest
 
+from benchmarks.harness.adapters import random_tensors
 from mtlora.checkpoint.format import CheckpointError
+from mtlora.checkpoint.read import read_checkpoint
+from mtlora.checkpoint.write import write_checkpoint
+from mtlora.config import MtLoRAConfig
 from mtlora.vllm_plugin.store import AdapterStore
 from tests.server.adapters import entry, write_adapter
 from tests.server.slots import TINY
@@ -38,6 +42,19 @@ def requests(folder: str, first_id: int = 1) -> list[LoRARequest]:
 def load(into: AdapterStore, folder: str, first_id: int = 1) -> None:
     into.stage(folder)
     into.place(folder, requests(folder, first_id))
+
+
+def test_loading_in_place_leaves_one_version_in_memory(make: Callable[[str], str]) -> None:
+    held, folders = store(), [make("a"), make("b")]
+    for version, folder in enumerate(folders):
+        for request in requests(folder):
+            held.register(
+                LoRARequest(request.lora_name, request.lora_int_id, request.lora_path, load_inplace=version > 0)
+            )
+        if version == 0:
+            before = held.resident_bytes()
+    assert held.resident_bytes() == before
+    assert {str(held.in_step(request).adapter.folder) for request in requests(folders[1])} == {folders[1]}
 
 
 def test_placing_reads_nothing(make: Callable[[str], str]) -> None:
@@ -79,6 +96,28 @@ def test_bad_file_fails_in_staging(make: Callable[[str], str]) -> None:
     with pytest.raises(CheckpointError):
         held.stage(folder)
     assert held.slot_ids() == set()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "alpha", "weight", "message"),
+    [
+        (torch.float32, 1e300, 1.0, r"layers\.0\.mlp: lora_B \* lora_alpha / r: expected finite values in .*float32"),
+        (torch.float16, 1e8, 1.0, r"layers\.0\.mlp: lora_B \* lora_alpha / r: expected finite values in .*float16"),
+        (torch.float16, 32.0, 1e5, r"layers\.0\.mlp: lora_A and lora_route: expected .*, found 1 NaN or infinite"),
+    ],
+)
+def test_what_overflows_in_the_engines_dtype_is_refused(
+    tmp_path: Path, dtype: torch.dtype, alpha: float, weight: float, message: str
+) -> None:
+    config = MtLoRAConfig(r=4, num_experts=2, num_groups=2, lora_alpha=alpha)
+    tasks = [entry(task).model_copy(update={"bias_index": row}) for row, task in enumerate("xy")]
+    tensors = random_tensors(TINY, config, tasks)
+    tensors["layers.0.mlp.lora_A"][1, 2] = weight
+    write_checkpoint(tmp_path / "a", backbone=TINY, config=config, tasks=tuple(tasks), tensors=tensors)
+    read_checkpoint(tmp_path / "a")
+    held = AdapterStore(TINY.model_dump(), BLOCKS, device=torch.device("cpu"), dtype=dtype)
+    with pytest.raises(CheckpointError, match=message):
+        held.stage(str(tmp_path / "a"))
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -1,6 +1,7 @@
 """Sweeps on a tiny backbone: the grid, the table and its intervals, resuming, and refusals."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from mtlora.cli import main
 from mtlora.cli.settings import read_settings
-from mtlora.sweep.grid import SweepError, grid
+from mtlora.sweep.grid import Run, SweepError, do, grid
 from mtlora.sweep.report import markdown, summarise
 from mtlora.sweep.statistics import bootstrap_difference, bootstrap_mean, wilson
 from mtlora.train.config import TrainingConfig
@@ -118,7 +120,26 @@ def test_a_sweep_writes_its_table_resumes_and_refuses_another(tiny_backbone: Pat
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/*/*/result.json")} == trained
     assert (out / "results.md").exists()
     assert main([*command, "--test-examples", "4"]) == 2
-    assert "of another configuration" in capsys.readouterr().err
+    assert "of another configuration (settings)" in capsys.readouterr().err
+    shutil.copytree(tiny_backbone, tmp_path / "other")
+    weights = tmp_path / "other" / "model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    assert main([*command, "--backbone", str(tmp_path / "other")]) == 2
+    assert "of another configuration (backbone)" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_be_scored_ends_no_sweep(tiny_backbone: Path, tmp_path: Path) -> None:
+    lines = [{"instruction": f"{i}", "response": "yes", "category": "c"} for i in range(60)]
+    lines.append({"instruction": "Go on.", "response": "no " * 4000, "category": "c"})
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = TrainingConfig.model_validate({
+        "suite": str(tmp_path / "lines.jsonl"), "tasks": ("c",), "max_steps": 1, "examples_per_task": None,
+        "validation_per_task": 0, "longer_examples": "skip", "threads": 1,
+        "adapter": {"r": 2, "num_experts": 2, "num_groups": 2},
+    })  # fmt: skip
+    result = do(Run("a", config, tmp_path / "run"), tiny_backbone, {"examples": 1})
+    assert "and 4008 new ones; the backbone takes 2048" in result["error"]
+    assert (tmp_path / "run" / "adapter").exists()
 
 
 def test_a_killed_sweep_ends_its_run(tiny_backbone: Path, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """A decoder held to a type: whatever is sampled, the text lies within it and ends in time."""
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -154,6 +155,54 @@ def test_rolling_back_and_validating_leave_no_trace() -> None:
     assert not grammar.accept_tokens("x", [ids[b"Yes"]])
     grammar.rollback(1)
     assert list(_allowed(outputs, grammar)) == before
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
+@pytest.mark.parametrize("worked", [False, True])
+@settings(max_examples=30)
+@given(st.sampled_from(sorted(_TYPES)), st.integers(0, 1 << 32))
+def test_speculation_leaves_a_sequence_where_its_tokens_have_it(kind: str, worked: bool, name: str, seed: int) -> None:
+    """Drafts that are accepted, validated and rolled back, past an end too, as vLLM's scheduler does it."""
+    outputs, rng = _outputs(kind), random.Random(seed)
+    # It keeps rows of its own.
+    plain = typed.TypedOutputs(_tokenizer(kind), len(_tokenizer(kind)) + 5)
+    vocabulary = outputs.vocabulary
+    text = Constraint(_TYPES[name], "=>" if worked else None, ("\n",)).text
+    left = outputs.compiled(text).fewest_with_marker + 12
+
+    def follow(tokens: list[int]) -> Any:
+        grammar = plain.grammar(text, left, None)
+        assert grammar.accept_tokens("x", tokens)
+        return grammar
+
+    def drafts(grammar: Any) -> Iterator[int]:
+        while True:
+            allowed = _allowed(plain, grammar)
+            likely = vocabulary.eos if vocabulary.eos in allowed and rng.random() < 0.4 else rng.choice(allowed)
+            yield likely if rng.random() < 0.8 else rng.randrange(len(vocabulary.texts))
+
+    grammar, accepted = outputs.grammar(text, left, None), []
+    while not grammar.is_terminated() and len(accepted) < left - 1:
+        ahead = follow(accepted)
+        draft = []
+        for token in itertools.islice(drafts(ahead), rng.randrange(5)):
+            draft.append(token)
+            if ahead.is_terminated() or not ahead.accept_tokens("x", [token]):
+                break
+        draft += [rng.randrange(len(vocabulary.texts)) for _ in range(rng.randrange(3))]
+        valid = grammar.validate_tokens(draft)
+        assert valid == draft[: len(valid)]
+        assert follow(accepted + valid[:-1]).is_terminated() is False
+        # As vLLM fills the masks of a step.
+        for token in valid:
+            assert grammar.accept_tokens("x", [token])
+        grammar.rollback(len(valid))
+        assert list(_allowed(outputs, grammar)) == list(_allowed(plain, follow(accepted)))
+        taken = valid[: rng.randint(0, len(valid))] or [rng.choice(_allowed(outputs, grammar))]
+        assert grammar.accept_tokens("x", taken)
+        accepted += taken
+        if not grammar.is_terminated():
+            assert list(_allowed(outputs, grammar)) == list(_allowed(plain, follow(accepted)))
 
 
 def test_tokens_of_a_set_alone() -> None:

@@ -184,6 +184,7 @@ NAN = torch.full((2, D), float("nan"))
         (state_of() | {f"{KEY}.lora_A.weight": torch.zeros(2, D, dtype=torch.int8)}, r"expected a dense tensor"),
         (state_of() | {f"{KEY}.lora_A.weight": torch.zeros(2, D).to_sparse()}, r"expected a dense tensor"),
         (state_of() | {f"{KEY}.lora_A.weight": torch.zeros(2 * D)}, r"expected two dimensions, found \[16\]"),
+        (state_of() | {f"{KEY}.lora_A.weight": torch.zeros(1).expand(2, D)}, r"found \[2, 8\], 64 bytes, of 4 stored"),
         (state_of() | {f"{KEY}.lora_B.0.weight": torch.zeros(D, 2).half()}, r"experts of several dtypes"),
         (state_of(r=600), r"config: r: Input should be less than or equal to 512"),
     ],

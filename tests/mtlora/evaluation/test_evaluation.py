@@ -236,7 +236,13 @@ def test_labels_are_scored_and_their_temperature_recorded(
     assert list(found.values()) == pytest.approx(expected, abs=1e-5)
     arguments = ["eval", "--backbone", str(tiny_backbone), "--adapter", str(tmp_path / "typed"), "--suite", str(folder)]
     assert main([*arguments, "--examples", "6", "--record", "--adapter-only"]) == 0
-    assert "expected calibration error of 6 labels: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "expected calibration error of 6 labels: " in printed
+    # Most of a whole folder is its training split.
+    assert "not kept" in printed
+    assert not read_manifest(tmp_path / "typed").calibration
+    assert main([*arguments, "--split", "test", "--record", "--adapter-only"]) == 0
+    assert "not kept" not in capsys.readouterr().out
     manifest = read_manifest(tmp_path / "typed")
     assert list(manifest.calibration) == ["letters"]
     for name in ("calibration_error", "calibration_error_by_chance"):

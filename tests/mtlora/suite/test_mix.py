@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mtlora.suite import SuiteError, SuitePart, load_suite, up_to
+from mtlora.suite import SPLITS, SuiteError, SuitePart, load_suite, up_to
 
 SHARED = ("boolean_expressions", "hyperbaton", "navigate", "object_counting", "temporal_sequences", "web_of_lies",
           "word_sorting")  # fmt: skip
@@ -82,6 +82,31 @@ def test_refuses_wrong_mixes(parts: list[SuitePart], message: str) -> None:
 def test_one_input_of_two_parts_is_taken_once(folder: Path) -> None:
     mix = load_suite([part(folder, None), part(folder, None, joins=("navigate", "snarks"))])
     assert len(mix.examples("snarks", "train", None)) == len(load_suite(str(folder)).examples("snarks", "train", None))
+
+
+@pytest.mark.filterwarnings("ignore:.*the same image as")
+def test_finite_parts_fill_no_others_place_and_hold_out_for_all(tmp_path: Path) -> None:
+    """One part has its own splits, the other splits the same images by their content, and has more of them."""
+    for i in range(60):
+        label = ("oak", "elm")[i % 2]
+        files = [tmp_path / "hashed" / "leaves" / label / f"{i}.png"]
+        if i < 40:
+            files.append(tmp_path / "split" / "leaves" / ("test" if i < 20 else "train") / label / f"{i}.png")
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(f"image {i}".encode())
+    parts = [part(tmp_path / "split"), part(tmp_path / "hashed", joins=["leaves"])]
+    mix, alone = load_suite(parts), load_suite(str(tmp_path / "split"))
+    inputs = {split: {e.input for e in mix.examples("leaves", split, None)} for split in SPLITS}
+    assert not inputs["train"] & inputs["test"]
+    assert not inputs["train"] & inputs["validation"]
+    assert not inputs["validation"] & inputs["test"]
+    assert len(set.union(*inputs.values())) == 60
+    assert {e.input for e in alone.examples("leaves", "test", None)} <= inputs["test"]
+    # As many as asked for of each part: the first does not fill the place of the second.
+    sources = [str(e.source) for e in up_to(mix, "leaves", "train", 8)]
+    assert sum("split" in source for source in sources) == 8
+    assert any("hashed" in source for source in sources)
 
 
 def test_up_to_takes_all_of_a_finite_suite_that_has_fewer(folder: Path) -> None:

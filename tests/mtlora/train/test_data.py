@@ -74,6 +74,17 @@ def test_encode_refuses_an_example_that_is_too_long(text: str, target: str, mess
         encode(PromptEncoder(Characters()), [task], [Example("t", text, target)], max_length=64)
 
 
+def test_encode_keeps_room_for_the_longest_answer() -> None:
+    task = TaskSpec(id="t", description="d", max_new_tokens=8)
+    examples = [Example("t", "x" * size, "a") for size in (1, 2, 3)]
+    whole = encode(PromptEncoder(Characters()), [task], examples, max_length=64)
+    room, skipped = len(whole[1][1].prompt) + 8, Counter[str]()
+    kept = encode(PromptEncoder(Characters()), [task], examples, max_length=64, room=room, skipped=skipped)
+    assert (kept, skipped) == (whole[:2], {"t": 1})
+    with pytest.raises(SuiteError, match=f"and max_new_tokens 8, expected at most {room} together"):
+        encode(PromptEncoder(Characters()), [task], examples, max_length=64, room=room)
+
+
 def test_encode_refuses_a_template_of_several_fields() -> None:
     task = TaskSpec(id="t", description="d", template="{input} {context}")
     with pytest.raises(TemplateError, match="task t takes fields input, context, not one text"):

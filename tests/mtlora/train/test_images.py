@@ -214,6 +214,16 @@ def test_a_probe_separates_what_is_separable() -> None:
     assert ((features_NF @ weight_CF.T + bias_C).argmax(1) == targets_N).float().mean() > 0.9
 
 
+def test_heads_of_one_example_give_its_label() -> None:
+    heads = Heads([range(3)], 4)
+    features_NF = torch.randn(1, 4, generator=torch.Generator().manual_seed(0))
+    heads.fit(features_NF, torch.tensor([0]), torch.tensor([2]))
+    assert torch.isfinite(heads(features_NF, torch.tensor([0]))).all()
+    assert heads(features_NF, torch.tensor([0])).argmax() == 2
+    weight_CF, bias_C = heads.folded(0)
+    assert (features_NF @ weight_CF.T + bias_C).argmax() == 2
+
+
 def test_heads_know_only_their_own_labels_when_told() -> None:
     tasks_B, features_BF = torch.tensor([0, 1]), torch.ones(2, 4)
     own = Heads([[0, 1], [2, 3, 4]], 4)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from mtlora.backbone import identify
 from mtlora.checkpoint.read import read_checkpoint
@@ -22,6 +25,7 @@ from mtlora.cli import main
 from mtlora.config import MtLoRAConfig
 from mtlora.suite import SuiteError, SuitePart
 from mtlora.train.config import TrainingConfig, TrainingError
+from mtlora.train.optimizer import learning_rate
 from mtlora.train.state import RunError, RunFolder
 from mtlora.train.trainer import Trainer
 
@@ -154,6 +158,40 @@ def test_refuses_the_folder_of_another_run(tiny_backbone: Path, tmp_path: Path) 
         Trainer(SMALL, tiny_backbone, out)
     with pytest.raises(RunError, match=r"learning_rate: was 0\.002, now 0\.5"):
         Trainer(SMALL.model_copy(update={"learning_rate": 0.5}), tiny_backbone, out, resume=True)
+
+
+def test_resumes_beside_the_same_backbone_and_examples_alone(tiny_backbone: Path, tmp_path: Path) -> None:
+    suite, backbone, out = tmp_path / "suite", tmp_path / "backbone", tmp_path / "run"
+    suite.mkdir()
+    shutil.copytree(tiny_backbone, backbone)
+
+    def write(names: str) -> None:
+        examples = [{"input": f"{name}{i}", "target": name} for name in names for i in range(20)]
+        (suite / "t.json").write_text(json.dumps({"examples": examples}))
+
+    write("ab")
+    config = SMALL.model_copy(
+        update={"suite": str(suite), "tasks": None, "examples_per_task": None, "validation_per_task": 0}
+    )
+    Trainer(config, backbone, out).save()
+    refused = "--resume needs the same backbone and examples; {}: was .*, now .*"
+    write("abc")
+    with pytest.raises(RunError, match=refused.format("examples")):
+        Trainer(config, backbone, out, resume=True)
+    write("ab")
+    weights = backbone / "model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(RunError, match=refused.format("backbone")):
+        Trainer(config, backbone, out, resume=True)
+
+
+@pytest.mark.parametrize("left", ["state.pt", "log.jsonl", "adapter"])
+def test_a_new_run_takes_up_no_parts_of_an_old_one(tmp_path: Path, left: str) -> None:
+    (tmp_path / left).mkdir()
+    for resume in (False, True):
+        with pytest.raises(RunError, match=rf"holds {left} of a run without its training\.json"):
+            RunFolder(tmp_path).open(TrainingConfig(), resume=resume)
+    assert not (tmp_path / "training.json").exists()
 
 
 HOLDER = """
@@ -345,6 +383,46 @@ def test_refuses_to_start_from_a_checkpoint_of_another_shape(tiny_backbone: Path
     )
     with pytest.raises(TrainingError, match=r"expected the same adapter config; r: 4 there, 8 here"):
         Trainer(other, tiny_backbone, tmp_path / "second")
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.floats(0, 0.99, allow_nan=False), st.floats(0, 1, allow_nan=False))
+def test_the_learning_rate_only_falls_after_its_warm_up(steps: int, spanned: int, warmup: float, last: float) -> None:
+    """Whether the schedule spans more steps than the run, as many or fewer."""
+    config = SMALL.model_copy(update={"warmup_fraction": warmup, "final_learning_rate_fraction": last})
+    rates = [learning_rate(config, step, spanned) for step in range(steps)]
+    peak = rates.index(max(rates))
+    assert rates == sorted(rates[:peak]) + sorted(rates[peak:], reverse=True)
+    assert peak <= max(1, round(spanned * warmup))
+    # A warm-up that fills the schedule has its peak one step later.
+    if steps > spanned + 1:
+        assert rates[-1] == pytest.approx(last * config.learning_rate)
+
+
+@pytest.mark.parametrize("longer", ["error", "skip"])
+def test_no_run_ends_with_an_evaluation_that_is_refused(tiny_backbone: Path, tmp_path: Path, longer: str) -> None:
+    """One long answer gives its task more new tokens than the backbone has positions."""
+    lines = [
+        {"instruction": f"{category} {i}", "response": "yes", "category": category}
+        for category in ("short", "long") for i in range(40)
+    ]  # fmt: skip
+    lines.append({"instruction": "Go on.", "response": "no " * 4000, "category": "long"})
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = SMALL.model_copy(
+        update={
+            "suite": str(tmp_path / "lines.jsonl"), "tasks": None, "examples_per_task": None, "longer_examples": longer,
+            "validation_per_task": 1, "max_steps": 1,
+        }
+    )  # fmt: skip
+    if longer == "error":
+        config = config.model_copy(update={"max_length": 8192})
+        with pytest.raises(
+            SuiteError, match=r"task long: prompt of .* and max_new_tokens 4008, expected at most 2048 together"
+        ):
+            Trainer(config, tiny_backbone, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+        return
+    manifest = Trainer(config, tiny_backbone, tmp_path / "run").fit()
+    assert manifest.evaluation["adapter"]["tasks"].keys() == {"short"}
 
 
 def test_longer_examples_are_counted_or_refused(tiny_backbone: Path, tmp_path: Path) -> None:
