@@ -26,7 +26,7 @@ from tests.server.slots import serving_version
 _SECONDS = 0.02
 _ADAPTERS = 100
 _ABOUT_A_DOCUMENT = ServedTask(
-    entry("who", document_template="D:{document}\n", template="who?", max_new_tokens=32), "alpha", "1", slot=None,
+    entry("who", document_template="D:{document}\n", template="who?", max_new_tokens=2), "alpha", "1", slot=None,
     activation="task",
 )  # fmt: skip
 
