@@ -32,6 +32,7 @@ from loadtest.session import Session
 from loadtest.settings import CommonSettings, PhaseSettings, RampSettings, Settings
 from loadtest.workload import Request
 from server.cli.process import ServerProcess
+from server.engine.launch import CPU_BLOCK_TOKENS
 
 PROGRAM = "python -m benchmarks.loadtest"
 # The engine's settings, the same for the server and the engine in process.
@@ -132,7 +133,8 @@ def last_line(result: dict[str, Any]) -> str:
 
 async def _against_in_process(session: Session, plan: Plan, loops: Sequence[Loop], knee: float) -> None:
     adapters = [(*each.split("/"), str(plan.adapters / each)) for each in session.result["server"]["adapters"]]
-    engine_arguments = {**_ENGINE, "disable_log_stats": True}
+    # The server's own default.
+    engine_arguments = {**_ENGINE, "block_size": CPU_BLOCK_TOKENS, "disable_log_stats": True}
     engine = WorkerProcess(
         "benchmarks.closed_loop_worker",
         {"backbone": plan.backbone, "adapters": adapters, "engine": engine_arguments},
