@@ -25,13 +25,13 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from pydantic import DirectoryPath, Field
 
 from benchmarks.harness.environment import engine_environment
+from benchmarks.harness.native_server import native_server
 from benchmarks.harness.worker import WorkerProcess
 from loadtest import LoadTestError
 from loadtest.cli import FlagSettings, exit_status, in_session
 from loadtest.session import Session
 from loadtest.settings import CommonSettings, PhaseSettings, RampSettings, Settings
 from loadtest.workload import Request
-from server.cli.process import ServerProcess
 from server.engine.launch import CPU_BLOCK_TOKENS
 
 PROGRAM = "python -m benchmarks.loadtest"
@@ -84,7 +84,7 @@ def _start(plan: Plan) -> int:
             lines.append(last_line(session.result))
         return status
 
-    with ServerProcess(
+    with native_server(
         backbone=plan.backbone, adapters=plan.adapters, kv_cache_gib=_KV_CACHE_GIB, log_level="warning",
         timeout=_START_TIMEOUT_S, **_ENGINE,
     ) as server:  # fmt: skip

@@ -1,5 +1,6 @@
 """The simulation against exact results, the fit against known models, and rejected demands."""
 
+import dataclasses
 import heapq
 import json
 import random
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 
 from deploy.capacity import CapacityError, service
 from deploy.capacity.__main__ import main
+from deploy.capacity.check import saturated, steady_rate
 from deploy.capacity.placement import compare, page
 from deploy.capacity.plan import Demand, Sizes, make_plan
 from deploy.capacity.report import compared
@@ -236,6 +238,22 @@ def test_rejects_files_that_are_no_result(content: str, tmp_path: Path) -> None:
 
 
 def test_document_compares_simulation_and_measurement() -> None:
-    found = " ".join(compared({"rate": 24.81, "throughput": (24.76, 24.87), "p95_s": (1.069, 1.038)}))
-    assert "offered 24.8 requests/s" in found
-    assert "answered 24.8, the simulation 24.9; p95 end to end was 1.07 s, in the simulation 1.04 s" in found
+    found = " ".join(compared({"rate": 24.81, "saturated": (47.96, 49.57), "p95_s": (1.069, 1.038)}))
+    assert "answered 48.0 requests/s, by the model 49.6" in found
+    assert "offered 24.8 requests/s, round robin: p95 end to end was 1.07 s, in the simulation 1.04 s" in found
+
+
+def test_full_servers_answer_what_the_model_says() -> None:
+    full = closed_loop(MODEL, 96, 2000)
+    measured, modelled = saturated(MODEL, [full, full])
+    assert measured == 2 * full.throughput
+    assert modelled == pytest.approx(measured, rel=0.05)
+    # A model that is too fast or too slow is seen.
+    for factor in (0.5, 1.9):
+        wrong = dataclasses.replace(MODEL, base=factor * MODEL.base, per_sequence=factor * MODEL.per_sequence)
+        assert abs(saturated(wrong, [full])[1] / full.throughput - 1) > 0.2
+
+
+def test_rate_of_a_loop_leaves_out_its_filling_and_emptying() -> None:
+    # Two in flight: one end a second, but for a slow start and a slow end.
+    assert steady_rate([5.0, 9.0, 10.0, 11.0, 12.0, 20.0], in_flight=2) == pytest.approx(1)
