@@ -137,7 +137,8 @@ class Session:
         self.result["check"] = {"how": how, **checked.to_json()}
         self.result["wrong"] = checked.wrong
         if self._unchecked:
-            print(f"not checked: {self._unchecked} of {self._answers.total()} answers that were to be asked again alone")
+            total = self._answers.total()
+            print(f"not checked: {self._unchecked} of {total} answers that were to be asked again alone")
         for example in checked.examples[:5]:
             print(f"wrong: {example['task']}: {example['answer']!r}, alone {example['alone']!r}")
 

@@ -110,7 +110,7 @@ class Strangers:
 
     async def _connect(self, calls: int = 0, source: str | None = None) -> None:
         _, connection = await asyncio.get_running_loop().create_connection(
-            partial(Connection, calls), self._host, self._port, local_addr=source and (source, 0)
+            partial(Connection, calls), self._host, self._port, local_addr=(source, 0) if source else None
         )
         self._connections.append(connection)
         await connection.ready
