@@ -122,7 +122,7 @@ def run(options: Options) -> Row:
 
 
 def _refused(metrics: str) -> float:
-    return MetricsPage.fetch(metrics).value("mtlora_tenants_refused_total")
+    return MetricsPage.fetch(metrics).value("mtlora_tenants_reload_failures_total")
 
 
 def _wait(condition: Callable[[], bool], polls: int) -> float | None:

@@ -3,6 +3,8 @@
 import asyncio
 import itertools
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -83,6 +85,20 @@ def test_a_long_stall_of_the_loop_is_seen_though_it_is_one_sample() -> None:
     for counts, slowest in ((healthy, 0.05), (stalled, math.inf)):
         assert bound_of(counts, 0.999) == 0.05
         assert bound_of(counts, 1.0) == slowest
+
+
+def test_measurements_read_metrics_that_exist() -> None:
+    # A page gives 0 for a metric that it lacks.
+    root = Path(__file__).parents[2]
+    known = set(re.findall(r"`(mtlora_\w+)`", (root / "docs/reference/metrics.md").read_text()))
+    read = {
+        re.sub("_(total|count|sum|bucket|per_second)$", "", name)
+        for folder in ("tests/faults", "tests/fleet", "tests/observe", "benchmarks", "loadtest", "deploy/pod")
+        for file in (root / folder).rglob("*.py")
+        for name in re.findall(r'"(mtlora_[a-z_]+)"', file.read_text())
+    }
+    assert "mtlora_tenants_reload_failures" in read
+    assert read <= known
 
 
 def test_scenarios_that_share_a_server_are_neighbours() -> None:
