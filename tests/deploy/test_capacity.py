@@ -1,19 +1,27 @@
 """The simulation against exact results, the fit against known models, and rejected demands."""
 
+import asyncio
+import contextlib
 import dataclasses
 import heapq
 import json
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mtlora_pb.v1 import inference_pb2 as pb
+from mtlora_pb.v1 import inference_pb2_grpc
 from pydantic import ValidationError
 
-from deploy.capacity import CapacityError, service
+from deploy.capacity import CapacityError, check, service
 from deploy.capacity.__main__ import main
 from deploy.capacity.check import saturated, steady_rate
 from deploy.capacity.placement import compare, page
@@ -252,6 +260,40 @@ def test_full_servers_answer_what_the_model_says() -> None:
     for factor in (0.5, 1.9):
         wrong = dataclasses.replace(MODEL, base=factor * MODEL.base, per_sequence=factor * MODEL.per_sequence)
         assert abs(saturated(wrong, [full])[1] / full.throughput - 1) > 0.2
+
+
+class PacedServer(inference_pb2_grpc.InferenceServicer):
+    """Takes a millisecond a token."""
+
+    def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> pb.ListTasksResponse:
+        return pb.ListTasksResponse(tasks=[pb.Task(id="navigate", fields=["input"])])
+
+    def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
+        tokens = request.parameters.max_new_tokens
+        time.sleep(0.001 * tokens)
+        summary = pb.Summary(task_id="navigate", prompt_tokens=40, completion_tokens=tokens)
+        summary.timings.time_to_first_token.FromTimedelta(timedelta(seconds=0.001))
+        summary.timings.total.FromTimedelta(timedelta(seconds=0.001 * tokens))
+        return pb.GenerateResponse(text="x", summary=summary)
+
+
+def test_check_measures_full_servers_and_the_open_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "_LEVELS", (1, 8))
+    monkeypatch.setattr(check, "_FULL_TIMES", 3)
+    with contextlib.ExitStack() as stack:
+        addresses = []
+        for _ in range(2):
+            server = grpc.server(ThreadPoolExecutor(64))
+            inference_pb2_grpc.add_InferenceServicer_to_server(PacedServer(), server)
+            addresses.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+            server.start()
+            stack.callback(server.stop, None)
+        found = asyncio.run(check._check(addresses, seconds=1.0, utilisation=0.05, seed=0))
+    assert [level.in_flight for level in found.levels] == [1, 1, 8, 8]
+    # 64 requests of 24 tokens on average, and the machine may be slower.
+    assert 0 < found.saturated[0] <= 2 * 64 / 0.024 * 1.2
+    assert found.saturated[1] > 0
+    assert found.p95[0] > 0.008
 
 
 def test_rate_of_a_loop_leaves_out_its_filling_and_emptying() -> None:
