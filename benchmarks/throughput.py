@@ -71,9 +71,13 @@ class Case:
         return chosen
 
     def warm_up(self, load: RandomPrompts, vocabulary: int) -> None:
-        """A few requests of the load's prompts; then one for every slot, so that the engine knows them all."""
+        """A few requests of the load's prompts; then one for every slot, so that the engine knows them all.
+
+        Not where slots are drawn: there are more than the engine keeps.
+        """
         self.seconds(RandomPrompts("warm-up", 8, load.prompt_tokens, 4), vocabulary, seed=0)
-        self._ask(RandomPrompts("slots", len(self.slots), (4, 8), 1), list(self.slots), vocabulary, seed=0)
+        if not self.weights:
+            self._ask(RandomPrompts("slots", len(self.slots), (4, 8), 1), list(self.slots), vocabulary, seed=0)
 
     def _ask(self, part: RandomPrompts, slots: list[Slot], vocabulary: int, seed: int) -> float:
         prompts = part.draw(vocabulary, seed)
