@@ -1,4 +1,8 @@
-"""`make bench-front`: the server's own cost beside vLLM's own HTTP server, with the same plugin, engine and requests.
+"""`make bench-front`: the server's own cost beside vLLM's own HTTP server, with the same plugin and requests.
+
+Product against product: each starts its engine by its own defaults. On CPUs ours runs its one rank in the engine's own
+process, with blocks of 32 tokens, vLLM's server in one more process, with blocks of 128. So throughput, unlike cost,
+includes settings of the engine. `--same-engine` gives both vLLM's executor and our blocks.
 
 Both serve the built-in tasks of one adapter. In every round each is asked for whole answers to the same requests, 16 in
 flight, while the other is halted. Cost is the processor time a request of the process that speaks gRPC or HTTP, with
@@ -12,7 +16,9 @@ import argparse
 import asyncio
 import itertools
 import random
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
@@ -34,6 +40,7 @@ from mtlora.client import AsyncClient
 from mtlora.suite import load_suite
 from mtlora.suite.base import Example, Suite
 from mtlora.vllm_cpu.precision import engine_dtype
+from server.engine.launch import CPU_BLOCK_TOKENS
 from server.registry.version import version_key
 
 IN_FLIGHT = 16
@@ -85,9 +92,11 @@ def main() -> int:
     parser.add_argument("--adapter", type=Path, help="default: the newest version of the shipped adapter")
     parser.add_argument("--rounds", type=int, default=6, help="an even number")
     parser.add_argument("--seconds", type=float, default=18.0, help="for each server in a round, about")
+    parser.add_argument("--same-engine", action="store_true", help="the same executor and blocks on both sides")
     args = parser.parse_args()
     folder = resolve(args.backbone)
     adapter = args.adapter or max(Path("adapters/builtin").glob("*/"), key=lambda path: version_key(path.name))
+    adapter = adapter.resolve()
     suite = load_suite("builtin")
     manifest = read_manifest(adapter)
     tasks = {task.id: manifest.task(task.id) for task in suite.tasks}
@@ -96,15 +105,22 @@ def main() -> int:
         "enforce_eager": True,
     }  # fmt: skip
 
+    ours: dict[str, Any] = {"distributed_executor_backend": "mp"} if args.same_engine else {}
+    theirs: dict[str, Any] = ours | {"block_size": CPU_BLOCK_TOKENS} if args.same_engine else {}
+    print(f"engines: {f'the same, {theirs}' if args.same_engine else 'by the defaults of their servers'}", flush=True)
+
     def start_ours(stack: ExitStack) -> Side:
+        # A newer version beside it would be served instead.
+        served = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        shutil.copytree(adapter, served / adapter.parent.name / adapter.name)
         # While it is halted, the engine answers nothing: that is no hang.
-        settings = {"backbone": args.backbone, "adapters": adapter.parent.parent, "engine_hang_s": 3600}
-        server = stack.enter_context(native_server(**settings, **engine))
+        settings = {"backbone": args.backbone, "adapters": served, "engine_hang_s": 3600}
+        server = stack.enter_context(native_server(**settings, **engine, **ours))
         return Side(OURS, server.process.pid, lambda: _grpc(server.address))
 
     def start_theirs(stack: ExitStack) -> Side:
         loras = {"enable_lora": True, "max_loras": MAX_NUM_SEQS, "max_cpu_loras": MAX_NUM_SEQS}
-        server = stack.enter_context(vllm_server(folder, dict.fromkeys(tasks, adapter), **loras, **engine))
+        server = stack.enter_context(vllm_server(folder, dict.fromkeys(tasks, adapter), **loras, **engine, **theirs))
         return Side(THEIRS, server.pid, lambda: _http(server.url, tasks))
 
     rounds: list[Mapping[str, Measured]] = []

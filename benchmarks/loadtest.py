@@ -25,13 +25,14 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from pydantic import DirectoryPath, Field
 
 from benchmarks.harness.environment import engine_environment
+from benchmarks.harness.native_server import native_server
 from benchmarks.harness.worker import WorkerProcess
 from loadtest import LoadTestError
 from loadtest.cli import FlagSettings, exit_status, in_session
 from loadtest.session import Session
 from loadtest.settings import CommonSettings, PhaseSettings, RampSettings, Settings
 from loadtest.workload import Request
-from server.cli.process import ServerProcess
+from server.engine.launch import CPU_BLOCK_TOKENS
 
 PROGRAM = "python -m benchmarks.loadtest"
 # The engine's settings, the same for the server and the engine in process.
@@ -83,7 +84,7 @@ def _start(plan: Plan) -> int:
             lines.append(last_line(session.result))
         return status
 
-    with ServerProcess(
+    with native_server(
         backbone=plan.backbone, adapters=plan.adapters, kv_cache_gib=_KV_CACHE_GIB, log_level="warning",
         timeout=_START_TIMEOUT_S, **_ENGINE,
     ) as server:  # fmt: skip
@@ -132,7 +133,8 @@ def last_line(result: dict[str, Any]) -> str:
 
 async def _against_in_process(session: Session, plan: Plan, loops: Sequence[Loop], knee: float) -> None:
     adapters = [(*each.split("/"), str(plan.adapters / each)) for each in session.result["server"]["adapters"]]
-    engine_arguments = {**_ENGINE, "disable_log_stats": True}
+    # The server's own default.
+    engine_arguments = {**_ENGINE, "block_size": CPU_BLOCK_TOKENS, "disable_log_stats": True}
     engine = WorkerProcess(
         "benchmarks.closed_loop_worker",
         {"backbone": plan.backbone, "adapters": adapters, "engine": engine_arguments},

@@ -38,14 +38,16 @@ _ENGINE = {
 
 @dataclass(frozen=True)
 class Case:
-    """One row: an engine's worker, and the slot of each request in turn.
+    """One row: an engine's worker, and the slots that its requests ask for.
 
-    sample: the number of the load's requests that it gets, if not all. rounds: the number in which it runs, if not all.
+    weights: of the slots, which are then drawn. sample: the number of the load's requests that it gets, if not all.
+    rounds: the number in which it runs, if not all.
     """
 
     name: str
     worker: WorkerProcess
     slots: Sequence[Slot]
+    weights: Sequence[float] | None = None
     sample: int | None = None
     rounds: int | None = None
 
@@ -54,10 +56,30 @@ class Case:
         return load if self.sample is None else replace(load, requests=min(self.sample, load.requests))
 
     def seconds(self, load: RandomPrompts, vocabulary: int, seed: int) -> float:
-        """Seconds for its part of a load. Request i gets slots[i % len(slots)]; the requests are shuffled."""
+        """Seconds for its part of a load."""
         part = self.part_of(load)
-        slots = [self.slots[i % len(self.slots)] for i in range(part.requests)]
-        random.Random(seed).shuffle(slots)
+        return self._ask(part, self.slots_of(part.requests, seed), vocabulary, seed)
+
+    def slots_of(self, requests: int, seed: int) -> list[Slot]:
+        """The slot of each request: all equally often; where slots outnumber requests, other ones for every seed."""
+        rng = random.Random(seed)
+        if self.weights:
+            return rng.choices(self.slots, self.weights, k=requests)
+        times, rest = divmod(requests, len(self.slots))
+        chosen = [*self.slots] * times + rng.sample(self.slots, rest)
+        rng.shuffle(chosen)
+        return chosen
+
+    def warm_up(self, load: RandomPrompts, vocabulary: int) -> None:
+        """A few requests of the load's prompts; then one for every slot, so that the engine knows them all.
+
+        Not where slots are drawn: there are more than the engine keeps.
+        """
+        self.seconds(RandomPrompts("warm-up", 8, load.prompt_tokens, 4), vocabulary, seed=0)
+        if not self.weights:
+            self._ask(RandomPrompts("slots", len(self.slots), (4, 8), 1), list(self.slots), vocabulary, seed=0)
+
+    def _ask(self, part: RandomPrompts, slots: list[Slot], vocabulary: int, seed: int) -> float:
         prompts = part.draw(vocabulary, seed)
         reply = self.worker.ask({"prompts": prompts, "new_tokens": part.new_tokens, "slots": slots})
         if reply["tokens"] != part.requests * part.new_tokens:
@@ -135,9 +157,7 @@ def _cases(stack: ExitStack, folder: Path, dtype: str, temporary: Path, *, field
     def slot(path: Path, task: str) -> Slot:
         return (f"{path.name}#{task}", next(ids), f"{path}#{task}")
 
-    # Drawn by a Zipf law of exponent 1.
     zipf = [slot(temporary / f"zipf-{i}", "task-0") for i in range(256)]
-    drawn = random.Random(0).choices(zipf, weights=[1 / (1 + i) for i in range(256)], k=400)
 
     def worker(module: str, settings: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> WorkerProcess:
         settings = {"model": str(folder), "dtype": dtype, **settings}
@@ -157,7 +177,8 @@ def _cases(stack: ExitStack, folder: Path, dtype: str, temporary: Path, *, field
         Case("25-adapters", routed, [slot(path, "task-0") for path in several]),
         Case("1000-tasks", routed, [slot(many, f"task-{i}") for i in range(1000)]),
         Case("32-adapters", narrow, zipf[:32], rounds=_FEW_ROUNDS),
-        Case("256-adapters-zipf", narrow, drawn, rounds=_FEW_ROUNDS),
+        # By a Zipf law of exponent 1.
+        Case("256-adapters-zipf", narrow, zipf, weights=[1 / (1 + i) for i in range(256)], rounds=_FEW_ROUNDS),
     ]
     if field:
         for i in range(25):
@@ -175,9 +196,8 @@ def _cases(stack: ExitStack, folder: Path, dtype: str, temporary: Path, *, field
 
 def _run(cases: Sequence[Case], load: RandomPrompts, rounds: int, vocabulary: int) -> dict[str, list[float]]:
     """Seconds of every case's part of the load, by round. A case with fewer rounds runs in the first ones."""
-    warm_up = RandomPrompts("warm-up", 8, load.prompt_tokens, 4)
     for case in cases:
-        case.seconds(warm_up, vocabulary, seed=0)
+        case.warm_up(load, vocabulary)
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
     with tqdm(total=rounds * len(cases), unit="case", desc="bench") as bar:
         for round_number in range(rounds):

@@ -136,8 +136,17 @@ class Session:
         checked.exact = self._exact
         self.result["check"] = {"how": how, **checked.to_json()}
         self.result["wrong"] = checked.wrong
+        if self._unchecked:
+            total = self._answers.total()
+            print(f"not checked: {self._unchecked} of {total} answers that were to be asked again alone")
         for example in checked.examples[:5]:
             print(f"wrong: {example['task']}: {example['answer']!r}, alone {example['alone']!r}")
+
+    @property
+    def _unchecked(self) -> int:
+        """Answers that were to be asked again, and could not."""
+        made = self.result["check"]
+        return made["unchecked"] if made and made["how"] == "alone" else 0
 
     def finish(self) -> int:
         """Judge the run; return the exit status."""
@@ -145,7 +154,8 @@ class Session:
         self.result["server_gone"] = self.gone
         if self.interrupted:
             return INTERRUPTED
-        return FAILED if self.gone or self.result["failed"] or self.result["wrong"] else OK
+        found = self.gone or self.result["failed"] or self.result["wrong"] or self._unchecked
+        return FAILED if found else OK
 
 
 @asynccontextmanager

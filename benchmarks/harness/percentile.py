@@ -11,6 +11,11 @@ def p99(values: Sequence[float]) -> float:
     return float(np.percentile(values, 99, method="higher"))
 
 
+def p99_name(values: Sequence[float]) -> str:
+    """What `p99` is: of a hundred values or fewer, the greatest."""
+    return "p99" if len(values) > 100 else "slowest"
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """The median of some values, and their ends."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}

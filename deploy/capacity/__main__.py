@@ -146,12 +146,15 @@ def _check(options: argparse.Namespace) -> int:
     if options.out:
         _write(options.out, found)
     print(f"model {found.model}")
-    print(f"two servers, a core each, round robin, {found.rate:.2f} requests/s offered")
-    print(f"throughput  measured {found.throughput[0]:.2f}, simulated {found.throughput[1]:.2f} requests/s")
-    print(f"p95         measured {found.p95[0]:.3f}, simulated {found.p95[1]:.3f} s")
-    throughput_error, p95_error = (
-        abs(simulated / measured - 1) for measured, simulated in (found.throughput, found.p95)
+    print(
+        f"two full servers, a core each: measured {found.saturated[0]:.2f}, by the model {found.saturated[1]:.2f} "
+        "requests/s"
     )
+    print(
+        f"round robin, {found.rate:.2f} requests/s offered: p95 measured {found.p95[0]:.3f}, simulated "
+        f"{found.p95[1]:.3f} s"
+    )
+    throughput_error, p95_error = (abs(said / measured - 1) for measured, said in (found.saturated, found.p95))
     met = throughput_error <= _THROUGHPUT_GOAL and p95_error <= _P95_GOAL
     print(f"capacity: throughput off by {throughput_error:.0%}, p95 by {p95_error:.0%}: {'met' if met else 'MISSED'}")
     return int(not met)
@@ -160,7 +163,7 @@ def _check(options: argparse.Namespace) -> int:
 def _write(folder: Path, found: Comparison) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "calibration.json").write_text(json.dumps(document(found.levels)) + "\n")
-    both = {"model": asdict(found.model), "rate": found.rate, "throughput": found.throughput, "p95_s": found.p95}
+    both = {"model": asdict(found.model), "rate": found.rate, "saturated": found.saturated, "p95_s": found.p95}
     (folder / "comparison.json").write_text(json.dumps(both, indent=1) + "\n")
 
 

@@ -1,7 +1,8 @@
 """The simulation against a real run: two server processes with a core each are calibrated, then loaded at random.
 
-The servers are measured while both are loaded, in closed loops of several concurrencies; the model fitted to that then
-predicts an open loop over both, round robin. Lengths of that run come from the calibration alone.
+The servers are measured while both are loaded, in closed loops of several concurrencies. The model fitted to that then
+predicts what it has not seen: how many requests a second full servers answer, and the latencies of an open loop over
+both, round robin. Lengths of that loop come from the calibration alone.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness.asking import closed_loop, open_loop
+from benchmarks.harness.native_server import native_server
 from deploy.capacity import CapacityError
 from deploy.capacity.result import Answered, Level
 from deploy.capacity.routing import RoundRobin
@@ -26,9 +28,10 @@ from deploy.capacity.simulate import poisson, simulate
 from mtlora.client import AsyncClient, Client
 from mtlora.suite import load_suite
 from mtlora.suite.base import Example
-from server.cli.process import ServerProcess
 
 _LEVELS = (1, 4, 16, 32)
+# Of the servers that are full: requests, by the number under way.
+_FULL_TIMES = 6
 # Generated tokens of a request, from and to. Stop strings are off, so answers have the length asked for.
 _NEW_TOKENS = (8, 40)
 _START_TIMEOUT_S = 300.0
@@ -36,12 +39,12 @@ _START_TIMEOUT_S = 300.0
 
 @dataclass(frozen=True)
 class Comparison:
-    """Measured and simulated: requests a second, and p95 end to end in seconds."""
+    """Measured and by the model. saturated: requests a second of full servers. p95: seconds end to end at `rate`."""
 
     model: ServiceModel
     levels: Sequence[Level] = field(repr=False)
     rate: float
-    throughput: tuple[float, float]
+    saturated: tuple[float, float]
     p95: tuple[float, float]
 
 
@@ -63,58 +66,86 @@ async def _check(addresses: Sequence[str], seconds: float, utilisation: float, s
         levels = []
         for in_flight in _LEVELS:
             requests = max(30, 4 * in_flight)
-            both = await asyncio.gather(*(_closed_loop(c, examples, in_flight, requests, rng) for c in clients))
-            levels += both
+            levels += await asyncio.gather(*(_closed_loop(c, examples, in_flight, requests, rng) for c in clients))
         model = fit(levels)
+        # More than a step runs.
+        full = 3 * model.max_num_seqs // 2
+        held_out = await asyncio.gather(
+            *(_closed_loop(c, examples, full, _FULL_TIMES * full, rng, steady=True) for c in clients)
+        )
         lengths = [(a.prompt_tokens, a.completion_tokens) for level in levels for a in level.answered]
         prompt, completion = np.mean(lengths, axis=0)
         rate = utilisation * len(clients) * model.saturated_rate(prompt, completion)
-        measured_throughput, measured_e2e = await _open_loop(clients, examples, rate, seconds, rng)
+        measured_e2e = await _open_loop(clients, examples, rate, seconds, rng)
     requests_ = poisson(rate, 10 * seconds, tasks=1, adapters=1, lengths=lengths, seed=seed)
     outcome = simulate(requests_, len(addresses), model, RoundRobin(len(addresses)), warm_up=seconds / 5)
     return Comparison(
         model,
         levels,
         rate,
-        (measured_throughput, outcome.throughput),
+        saturated(model, held_out),
         (float(np.percentile(measured_e2e, 95)), outcome.percentiles(outcome.e2e)[1]),
     )
 
 
+def saturated(model: ServiceModel, levels: Sequence[Level]) -> tuple[float, float]:
+    """Requests a second of some full servers together, measured and by the model, for the lengths of the answers."""
+    lengths = [[(a.prompt_tokens, a.completion_tokens) for a in level.answered] for level in levels]
+    return (
+        sum(level.throughput for level in levels),
+        sum(model.saturated_rate(*np.mean(each, axis=0)) for each in lengths),
+    )
+
+
 async def _closed_loop(
-    client: AsyncClient, examples: Sequence[Example], in_flight: int, requests: int, rng: random.Random
+    client: AsyncClient,
+    examples: Sequence[Example],
+    in_flight: int,
+    requests: int,
+    rng: random.Random,
+    *,
+    steady: bool = False,
 ) -> Level:
+    """A level. steady: its throughput is that while all places were taken."""
     answered: list[Answered] = []
+    ends: list[float] = []
 
     async def ask(example: Example) -> None:
         answered.append(await _ask(client, example, rng))
+        ends.append(time.perf_counter())
 
     began = time.perf_counter()
     await closed_loop(rng.choices(examples, k=requests), in_flight, ask)
-    throughput = len(answered) / (time.perf_counter() - began)
+    throughput = steady_rate(ends, in_flight) if steady else len(answered) / (time.perf_counter() - began)
     return Level(in_flight=in_flight, throughput=throughput, answered=tuple(answered))
+
+
+def steady_rate(ends: Sequence[float], in_flight: int) -> float:
+    """Ends a second between the first `in_flight` ones, while the loop fills, and the last, while it empties."""
+    steady = ends[in_flight - 1 : len(ends) - in_flight + 1]
+    return (len(steady) - 1) / (steady[-1] - steady[0])
 
 
 async def _open_loop(
     clients: Sequence[AsyncClient], examples: Sequence[Example], rate: float, seconds: float, rng: random.Random
-) -> tuple[float, list[float]]:
-    """Finished requests a second, and end-to-end seconds from the time due; without the first fifth of the run."""
+) -> list[float]:
+    """End-to-end seconds from the time due; without the first fifth of the run."""
     warm_up = seconds / 5
     gaps: list[float] = []
     while sum(gaps) < seconds:
         gaps.append(rng.expovariate(rate))
     arrivals = itertools.accumulate(gaps[:-1], initial=0.0)
-    done: list[tuple[float, float]] = []
+    found: list[float] = []
 
     async def ask(request: tuple[float, AsyncClient]) -> None:
         arrival, client = request
         await _ask(client, rng.choice(examples), rng)
-        done.append((arrival, time.perf_counter() - began))
+        if arrival >= warm_up:
+            found.append(time.perf_counter() - began - arrival)
 
     began = time.perf_counter()
     await open_loop(zip(arrivals, itertools.cycle(clients), strict=False), gaps, ask)
-    in_time = sum(warm_up <= finished <= seconds for _, finished in done)
-    return in_time / (seconds - warm_up), [finished - arrival for arrival, finished in done if arrival >= warm_up]
+    return found
 
 
 async def _ask(client: AsyncClient, example: Example, rng: random.Random) -> Answered:
@@ -145,15 +176,16 @@ def _examples(address: str) -> list[Example]:
 def _server(adapters: Path, core: int) -> Iterator[str]:
     """The address of a server that runs on one core."""
     usable = os.sched_getaffinity(0)
-    server = ServerProcess(
-        adapters=adapters, kv_cache_gib=0.25, omp_threads_bind=core, enable_prefix_caching=False, log_level="error",
-        timeout=_START_TIMEOUT_S,
-    )  # fmt: skip
     with contextlib.ExitStack() as stack:
         # A process inherits the cores that it may use.
         os.sched_setaffinity(0, {core})
         try:
-            stack.enter_context(server)
+            server = stack.enter_context(
+                native_server(
+                    adapters=adapters, kv_cache_gib=0.25, omp_threads_bind=core, enable_prefix_caching=False,
+                    log_level="error", timeout=_START_TIMEOUT_S,
+                )
+            )  # fmt: skip
         finally:
             os.sched_setaffinity(0, usable)
         yield server.address

@@ -9,6 +9,7 @@ from pathlib import Path
 from deploy.image.engines import Engine
 from deploy.pod.checks import THROUGHPUT_GOAL, Checks
 from deploy.pod.pod import Pod, PodError
+from server.cli.process import exit_on_sigterm
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "nftables kustomize openssl)"
         )
         return 2
+    exit_on_sigterm()
     with tempfile.TemporaryDirectory() as temporary:
         pod = Pod(Path(temporary), options.adapters)
         if not Engine("podman").has(pod.image):
@@ -59,8 +61,10 @@ def run_checks(checks: Checks, *, throughput: bool) -> tuple[int, int]:
     for name, check in named.items():
         try:
             line, good = check(), True
-        except (PodError, OSError) as error:
+        except PodError as error:
             line, good = str(error), False
+        except Exception as error:
+            line, good = f"{type(error).__name__}: {error}", False
         met += good
         print(f"{'met    ' if good else 'NOT met'}  {name}: {line}", flush=True)
         if not checks.serving:

@@ -111,11 +111,19 @@ class Checks:
         spent = [each.user_time + each.system_time - threads.get(each.id, 0.0) for each in engine.threads()]
         busy = sum(each > _BUSY * max(spent) for each in spent)
         wanted = min(int(cores), len(os.sched_getaffinity(0)))
-        peak = self.pod.memory_peak()
+        peak, bytes_allowed = self.pod.memory_peak(), self.pod.memory_limit()
+        cores_allowed = self.pod.processor_limit()
         killed = self.pod.inspect()["State"]["OOMKilled"]
         self._found = {
-            "memory": (peak <= memory and not killed, f"{peak / 1e9:.2f} GB at most, limit {memory / 1e9:.2f} GB"),
-            "processor": (rate <= 1.02 * cores, f"{rate:.2f} cores used, limit {cores:g}"),
+            "memory": (
+                bytes_allowed == memory and peak <= memory and not killed,
+                f"{peak / 1e9:.2f} GB at most, limit {bytes_allowed / 1e9:.2f} GB, by the manifest "
+                f"{memory / 1e9:.2f} GB",
+            ),
+            "processor": (
+                cores_allowed == cores and rate <= 1.02 * cores,
+                f"{rate:.2f} cores used, limit {cores_allowed:g}, by the manifest {cores:g}",
+            ),
             "threads": (busy == wanted, f"{busy} threads of the engine compute, {wanted} cores"),
         }
 
@@ -133,6 +141,7 @@ class Checks:
         return self._of_load("threads")
 
     def _of_load(self, name: str) -> str:
+        expect(name in self._found, "the load failed")
         met, line = self._found[name]
         expect(met, line)
         return line
@@ -182,7 +191,7 @@ class Checks:
         broken = [str(end) for end in ends if not isinstance(end, int)]
         expect(not broken, f"{len(broken)} of {_STREAMS} streams broken: {broken[:1]}")
         expect(status == 0, f"the container ended with status {status}")
-        expect(set(ends) == {_TOKENS}, f"streams that are not whole: {ends}")
+        expect(ends == [_TOKENS] * _STREAMS, f"streams that are not whole: {ends} of {_STREAMS}")
         expect(min(ended) > began, "streams that had ended before the pod was deleted")
         return f"{_STREAMS} streams of {_TOKENS} tokens, none broken; gone after {took:.1f} s"
 
@@ -214,9 +223,11 @@ class Checks:
             for address, access in places:
                 asyncio.run(ask(address, access, examples[:_IN_FLIGHT]))
             ratios = []
-            for _ in range(rounds):
-                inside, outside = (_rate(*place, examples) for place in places)
-                ratios.append(inside / outside)
+            for number in range(rounds):
+                # The order changes from round to round.
+                order = places[:: -1 if number % 2 else 1]
+                rates = {place: _rate(*place, examples) for place in order}
+                ratios.append(rates[places[0]] / rates[places[1]])
         return statistics.median(ratios)
 
     def _client(self, tenant: str = "acme", **options: Any) -> Client:

@@ -1,6 +1,7 @@
 """The pod: its manifests with their secrets, played and deleted by podman; its files, processes and control groups."""
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -162,9 +163,22 @@ class Pod:
         """The engine's process: the one with the most memory."""
         return max(self.processes()[1:], key=lambda process: process.memory_info().rss)
 
-    def memory_peak(self) -> int:
+    def memory_peak(self) -> float:
         """Bytes of the container's control group at their most."""
         return self._control("memory", "memory.peak", "memory.max_usage_in_bytes")
+
+    def memory_limit(self) -> float:
+        """Bytes that the container's control group may take."""
+        return self._control("memory", "memory.max", "memory.limit_in_bytes")
+
+    def processor_limit(self) -> float:
+        """Cores that the container's control group may use."""
+        group = self._group("cpu")
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return float(quota) / float(period) if quota.strip() not in ("max", "-1") else math.inf
 
     def processor_seconds(self) -> float:
         """Processor time of the container's control group."""
@@ -174,9 +188,10 @@ class Pod:
         stat = dict(line.split() for line in (group / "cpu.stat").read_text().splitlines())
         return int(stat["usage_usec"]) / 1e6
 
-    def _control(self, controller: str, *names: str) -> int:
+    def _control(self, controller: str, *names: str) -> float:
         files = [self._group(controller) / name for name in names]
-        return int(next(file for file in files if file.exists()).read_text())
+        text = next(file for file in files if file.exists()).read_text().strip()
+        return math.inf if text == "max" else float(text)
 
     def _group(self, controller: str) -> Path:
         lines = Path(f"/proc/{self.inspect()['State']['Pid']}/cgroup").read_text().splitlines()

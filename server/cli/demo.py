@@ -19,7 +19,7 @@ from mtlora.suite.base import Example
 from mtlora.task import is_correct
 from server.cli import CommandError
 from server.cli.analyze import print_answers, shared_tasks
-from server.cli.process import ServerFailedError, ServerProcess
+from server.cli.process import ServerFailedError, ServerProcess, exit_on_sigterm
 
 # Requests in flight: enough to mix all tasks in the engine's batches.
 _CONCURRENCY = 64
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print a row a task and the summary line; returns 1 if a request failed, else 0."""
+    exit_on_sigterm()
     try:
         return _demonstrate(options.backbone, options.adapters, options.per_task, options.seed)
     except ServerFailedError as error:

@@ -22,7 +22,7 @@ from mtlora.client import AsyncClient, Classification, ServerError
 from mtlora.suite import Suite, load_suite
 from mtlora.suite.base import Example
 from server.cli import CommandError
-from server.cli.process import ServerFailedError, ServerProcess
+from server.cli.process import ServerFailedError, ServerProcess, exit_on_sigterm
 
 if TYPE_CHECKING:
     from mtlora.task import TaskSpec
@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print a row a task and the summary line; returns 1 if an image has no answer, else 0."""
+    exit_on_sigterm()
     try:
         return _demonstrate(options)
     except ServerFailedError as error:

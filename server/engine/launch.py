@@ -21,7 +21,8 @@ from server.telemetry.logs import get_logger
 
 logger = get_logger("engine")
 
-_CPU_BLOCK_TOKENS = 32
+# Tokens of a block of the KV cache.
+CPU_BLOCK_TOKENS = 32
 # A step of images has room for `vision_max_num_seqs` of this size.
 _IMAGE_SIZE = 112
 # vLLM wants some, though an encoder caches nothing.
@@ -110,7 +111,7 @@ def _engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
         "kv_cache_memory_bytes": int(kv_cache_gib * (1 << 30)) if kv_cache_gib else None,
         "enable_prefix_caching": settings.enable_prefix_caching,
         # Only whole blocks are shared; vLLM's 128 tokens on CPUs leave a document's last ones to each of its tasks.
-        "block_size": _CPU_BLOCK_TOKENS if on_cpu else None,
+        "block_size": CPU_BLOCK_TOKENS if on_cpu else None,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "pipeline_parallel_size": settings.pipeline_parallel_size,
         "data_parallel_size": settings.data_parallel_size,

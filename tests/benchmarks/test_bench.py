@@ -1,7 +1,9 @@
 """`make bench`: ratios, and the work of the PEFT worker."""
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from benchmarks.harness.adapters import write_random_peft
 from benchmarks.harness.worker import WorkerProcess
 from benchmarks.peft_worker import MixedBatches
 from benchmarks.prompts import LOADS, REFERENCE, RandomPrompts
-from benchmarks.throughput import RATIOS, Case, make_report
+from benchmarks.throughput import RATIOS, Case, Slot, make_report
 from tests.engine._models import VOCABULARY, make_model
 
 ROWS = {
@@ -56,6 +58,51 @@ def test_sample_is_at_most_the_whole_load() -> None:
         assert part.requests == min(64, load.requests)
         assert part.draw(100, 0) == load.draw(100, 0)[: part.requests]
         assert Case("x", worker, [None]).part_of(load) is load
+
+
+def slots(number: int) -> list[Slot]:
+    return [(f"slot-{i}", i, "") for i in range(number)]
+
+
+def test_every_round_asks_other_slots_where_they_outnumber_requests() -> None:
+    many = Case("x", WorkerProcess("benchmarks.engine_worker", {}), slots(1000))
+    rounds = [set(many.slots_of(100, seed)) for seed in range(4)]
+    assert [len(each) for each in rounds] == [100] * 4
+    assert len(set().union(*rounds)) > 300
+    assert many.slots_of(100, 3) == many.slots_of(100, 3)
+
+
+@pytest.mark.parametrize(("number", "requests"), [(25, 100), (32, 100), (1, 8), (25, 8)])
+def test_slots_are_asked_equally_often(number: int, requests: int) -> None:
+    asked = Counter(Case("x", WorkerProcess("benchmarks.engine_worker", {}), slots(number)).slots_of(requests, 0))
+    assert asked.total() == requests
+    assert set(asked.values()) <= {requests // number, requests // number + 1}
+
+
+def test_weighted_slots_are_drawn() -> None:
+    weights = [1 / (1 + i) for i in range(256)]
+    case = Case("x", WorkerProcess("benchmarks.engine_worker", {}), slots(256), weights)
+    rounds = [Counter(case.slots_of(1000, seed)) for seed in range(2)]
+    assert rounds[0] != rounds[1]
+    assert all(each.most_common(1)[0][0] == ("slot-0", 0, "") for each in rounds)
+
+
+class Told:
+    """A worker that keeps its messages."""
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+
+    def ask(self, message: dict[str, Any]) -> dict[str, float]:
+        self.messages.append(message)
+        return {"seconds": 1.0, "tokens": len(message["prompts"]) * message["new_tokens"]}
+
+
+def test_the_engine_knows_every_slot_before_the_first_round() -> None:
+    worker = Told()
+    Case("x", worker, slots(1000)).warm_up(REFERENCE, VOCABULARY)  # type: ignore[arg-type]
+    assert [slot for message in worker.messages[1:] for slot in message["slots"]] == slots(1000)
+    assert all(len(message["prompts"]) == len(message["slots"]) for message in worker.messages)
 
 
 @pytest.fixture

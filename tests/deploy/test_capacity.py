@@ -1,19 +1,29 @@
 """The simulation against exact results, the fit against known models, and rejected demands."""
 
+import asyncio
+import contextlib
+import dataclasses
 import heapq
 import json
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mtlora_pb.v1 import inference_pb2 as pb
+from mtlora_pb.v1 import inference_pb2_grpc
 from pydantic import ValidationError
 
-from deploy.capacity import CapacityError, service
+from deploy.capacity import CapacityError, check, service
 from deploy.capacity.__main__ import main
+from deploy.capacity.check import saturated, steady_rate
 from deploy.capacity.placement import compare, page
 from deploy.capacity.plan import Demand, Sizes, make_plan
 from deploy.capacity.report import compared
@@ -236,6 +246,56 @@ def test_rejects_files_that_are_no_result(content: str, tmp_path: Path) -> None:
 
 
 def test_document_compares_simulation_and_measurement() -> None:
-    found = " ".join(compared({"rate": 24.81, "throughput": (24.76, 24.87), "p95_s": (1.069, 1.038)}))
-    assert "offered 24.8 requests/s" in found
-    assert "answered 24.8, the simulation 24.9; p95 end to end was 1.07 s, in the simulation 1.04 s" in found
+    found = " ".join(compared({"rate": 24.81, "saturated": (47.96, 49.57), "p95_s": (1.069, 1.038)}))
+    assert "answered 48.0 requests/s, by the model 49.6" in found
+    assert "offered 24.8 requests/s, round robin: p95 end to end was 1.07 s, in the simulation 1.04 s" in found
+
+
+def test_full_servers_answer_what_the_model_says() -> None:
+    full = closed_loop(MODEL, 96, 2000)
+    measured, modelled = saturated(MODEL, [full, full])
+    assert measured == 2 * full.throughput
+    assert modelled == pytest.approx(measured, rel=0.05)
+    # A model that is too fast or too slow is seen.
+    for factor in (0.5, 1.9):
+        wrong = dataclasses.replace(MODEL, base=factor * MODEL.base, per_sequence=factor * MODEL.per_sequence)
+        assert abs(saturated(wrong, [full])[1] / full.throughput - 1) > 0.2
+
+
+class PacedServer(inference_pb2_grpc.InferenceServicer):
+    """Takes a millisecond a token."""
+
+    def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> pb.ListTasksResponse:
+        return pb.ListTasksResponse(tasks=[pb.Task(id="navigate", fields=["input"])])
+
+    def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
+        tokens = request.parameters.max_new_tokens
+        time.sleep(0.001 * tokens)
+        summary = pb.Summary(task_id="navigate", prompt_tokens=40, completion_tokens=tokens)
+        summary.timings.time_to_first_token.FromTimedelta(timedelta(seconds=0.001))
+        summary.timings.total.FromTimedelta(timedelta(seconds=0.001 * tokens))
+        return pb.GenerateResponse(text="x", summary=summary)
+
+
+def test_check_measures_full_servers_and_the_open_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "_LEVELS", (1, 8))
+    monkeypatch.setattr(check, "_FULL_TIMES", 3)
+    with contextlib.ExitStack() as stack:
+        addresses = []
+        for _ in range(2):
+            server = grpc.server(ThreadPoolExecutor(64))
+            inference_pb2_grpc.add_InferenceServicer_to_server(PacedServer(), server)
+            addresses.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+            server.start()
+            stack.callback(server.stop, None)
+        found = asyncio.run(check._check(addresses, seconds=1.0, utilisation=0.05, seed=0))
+    assert [level.in_flight for level in found.levels] == [1, 1, 8, 8]
+    # 64 requests of 24 tokens on average, and the machine may be slower.
+    assert 0 < found.saturated[0] <= 2 * 64 / 0.024 * 1.2
+    assert found.saturated[1] > 0
+    assert found.p95[0] > 0.008
+
+
+def test_rate_of_a_loop_leaves_out_its_filling_and_emptying() -> None:
+    # Two in flight: one end a second, but for a slow start and a slow end.
+    assert steady_rate([5.0, 9.0, 10.0, 11.0, 12.0, 20.0], in_flight=2) == pytest.approx(1)

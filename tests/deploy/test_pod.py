@@ -1,8 +1,11 @@
 """`make pod` without podman: the manifests that it plays are overlay cpu's, but for what its patches name."""
 
+import contextlib
 import copy
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import yaml
 
 from deploy import manifests
 from deploy.pod import __main__ as command
+from deploy.pod import checks as module
 from deploy.pod import refusals
 from deploy.pod.pod import FOLDER, Pod, PodError, quantity
 
@@ -68,14 +72,14 @@ def test_quantities(text: str, number: float) -> None:
 class Checks:
     """Every check is met but one."""
 
-    def __init__(self, broken: str) -> None:
-        self._broken = broken
+    def __init__(self, broken: str, error: Exception) -> None:
+        self._broken, self._error = broken, error
         self.serving = broken != "ready"
 
     def __getattr__(self, name: str) -> Any:
         def check() -> str:
             if name == self._broken:
-                raise PodError("broken")
+                raise self._error
             return "found"
 
         # Bound methods compare equal; so must these.
@@ -84,8 +88,75 @@ class Checks:
 
 @pytest.mark.parametrize(("broken", "met"), [("", 12), ("new_version", 11), ("ready", 0)])
 def test_checks_are_counted(broken: str, met: int, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.run_checks(Checks(broken), throughput=False) == (met, 12)  # type: ignore[arg-type]
+    checks: Any = Checks(broken, PodError("broken"))
+    assert command.run_checks(checks, throughput=False) == (met, 12)
     assert capsys.readouterr().out.count("NOT met") == bool(broken)
+
+
+def test_a_check_that_breaks_otherwise_is_not_met_and_the_next_follow(capsys: pytest.CaptureFixture[str]) -> None:
+    checks: Any = Checks("memory_limit", KeyError("memory"))
+    assert command.run_checks(checks, throughput=False) == (11, 12)
+    assert "NOT met  memory limit held under load: KeyError: 'memory'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("files", "cores", "memory"),
+    [
+        ({"cpu.max": "200000 100000\n", "memory.max": "6442450944\n"}, 2.0, 6 * 2**30),
+        ({"cpu.max": "max 100000\n", "memory.max": "max\n"}, math.inf, math.inf),
+        (
+            {"cpu.cfs_quota_us": "50000\n", "cpu.cfs_period_us": "100000\n", "memory.limit_in_bytes": "4096\n"},
+            0.5,
+            4096,
+        ),
+        (
+            {
+                "cpu.cfs_quota_us": "-1\n",
+                "cpu.cfs_period_us": "100000\n",
+                "memory.limit_in_bytes": "9223372036854771712",
+            },
+            math.inf,
+            2**63 - 4096,
+        ),
+    ],
+)
+def test_limits_are_read_from_both_kinds_of_control_groups(
+    files: dict[str, str], cores: float, memory: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(Pod, "_group", lambda *_: tmp_path)
+    pod = Pod.__new__(Pod)
+    assert (pod.processor_limit(), pod.memory_limit()) == (cores, memory)
+
+
+@pytest.mark.parametrize(
+    ("limits", "refused"), [((2.0, 6 * 2**30), ""), ((math.inf, 6 * 2**30), "processor"), ((2.0, math.inf), "memory")]
+)
+def test_a_limit_that_is_not_in_force_is_not_held(
+    limits: tuple[float, float], refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_load(*_: Any) -> int:
+        return 0
+
+    monkeypatch.setattr(module, "ask", no_load)
+    spent = SimpleNamespace(id=1, user_time=1.0, system_time=0.0)
+    pod: Any = SimpleNamespace(
+        server={"resources": {"limits": {"cpu": "2", "memory": "6Gi"}}},
+        engine=lambda: SimpleNamespace(threads=lambda: [spent]),
+        processor_seconds=lambda: 0.0,
+        memory_peak=lambda: 2**30,
+        processor_limit=lambda: limits[0],
+        memory_limit=lambda: limits[1],
+        inspect=lambda: {"State": {"OOMKilled": False}},
+        address="",
+        access=lambda _: None,
+    )
+    checks = module.Checks(pod, tmp_path, tmp_path)
+    checks._load()
+    for name in ("memory", "processor"):
+        with contextlib.nullcontext() if name != refused else pytest.raises(PodError, match="by the manifest"):
+            checks._of_load(name)
 
 
 def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,6 @@ as on a slow machine, `MTLORA_DTYPE=float32 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAP
 import argparse
 import importlib
 import pkgutil
-import signal
 import sys
 import tempfile
 import time
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from server.cli.process import exit_on_sigterm
 from tests.faults._shared import Shared
 from tests.faults.scenario import Options, Row
 
@@ -49,8 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="full length instead of the short form")
     parser.add_argument("--only", nargs="+", choices=known, default=list(known), metavar="SCENARIO")
     options = parser.parse_args(arguments)
-    # SIGTERM ends the run as Ctrl-C does: servers and folders are cleaned up.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    exit_on_sigterm()
     rows: list[Row] = []
     started = time.monotonic()
     for name in options.only:

@@ -23,6 +23,11 @@ class Pace:
         """Answers of this length a second."""
         return _IN_FLIGHT / (self.answer_s - (PARAMETERS["max_new_tokens"] - max_new_tokens) * self.step_s)
 
+    @property
+    def patience_s(self) -> float:
+        """Longer than any call takes that does not hang."""
+        return 60.0 + 1000 * self.step_s
+
     def __str__(self) -> str:
         return f"a step takes {1e3 * self.step_s:.0f} ms, an answer {self.answer_s:.2f} s, {_IN_FLIGHT} at a time"
 

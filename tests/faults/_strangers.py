@@ -1,91 +1,134 @@
 """Strangers without a key, in a process of their own: `python -m tests.faults._strangers HOST:PORT`.
 
-It reads lines: `open` makes the connections, answers `opened` and keeps their number up; `close` ends them and answers
-`closed`. The end of its input ends it.
+It reads lines: `open` makes the connections and keeps their number up, `count` counts those that the server holds now,
+`close` ends them. It answers each with a line: how many idle connections, half-open calls and slow connections are
+open. The end of its input ends it.
 """
 
 import asyncio
 import contextlib
 import resource
 import sys
-from typing import Any
+import time
+from functools import partial
 
-import grpc
+from tests import http2
 
 IDLE = 5000
 HALF_OPEN = 2000
 SLOW = 200
-# Calls that one connection carries.
-_CALLS_OF_A_CHANNEL = 500
-# Calls a second that are opened again where the server has ended them.
-_AGAIN = 50.0
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_SETTINGS = bytes.fromhex("000000040000000000")
-_SETTINGS_ACK = bytes.fromhex("000000040100000000")
+# The server lets a peer hold so many calls without a key, and fewer here; on loopback, every address is a peer.
+_PEERS = [f"127.0.0.{number}" for number in range(2, 10)]
+# Needs no key, so the server waits for its message.
+_HALF_OPEN = "/grpc.health.v1.Health/Check"
+# A call that the server ended is opened again, but not at once if it ended at once: it was refused.
+_REFUSED_S, _AGAIN_S = 1.0, 5.0
+_OPEN_TIMEOUT_S = 60.0
+
+
+class Connection(asyncio.Protocol):
+    """A connection of HTTP/2 with a number of calls that send their headers alone."""
+
+    def __init__(self, calls: int = 0) -> None:
+        self.is_open = False
+        # When the open calls began, by stream.
+        self.calls: dict[int, float] = {}
+        self.ready = asyncio.get_running_loop().create_future()
+        self.wanted, self._next, self._rest = calls, 1, b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        transport.write(http2.PREFACE + http2.frame(http2.SETTINGS, 0, 0, b""))
+
+    def data_received(self, data: bytes) -> None:
+        frames, self._rest = http2.parse(self._rest + data)
+        for kind, flags, stream, payload in frames:
+            if kind in (http2.SETTINGS, http2.PING) and not flags & http2.ACK:
+                self.transport.write(http2.frame(kind, http2.ACK, 0, payload if kind == http2.PING else b""))
+                if not self.ready.done():
+                    self.ready.set_result(None)
+                    self.is_open = True
+                    for _ in range(self.wanted):
+                        self._call()
+            elif kind == http2.RST_STREAM or (kind in (http2.DATA, http2.HEADERS) and flags & http2.END_STREAM):
+                self._ended(stream)
+
+    def _call(self) -> None:
+        if self.is_open:
+            self.calls[self._next] = time.monotonic()
+            self.transport.write(http2.call_headers(self._next, _HALF_OPEN))
+            self._next += 2
+
+    def _ended(self, stream: int) -> None:
+        began = self.calls.pop(stream, None)
+        if began is not None:
+            refused = time.monotonic() - began < _REFUSED_S
+            asyncio.get_running_loop().call_later(_AGAIN_S if refused else 0, self._call)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self.is_open = False
+        self.calls.clear()
+        if not self.ready.done():
+            self.ready.set_result(None)
 
 
 class Strangers:
     """Idle connections, calls that send headers alone, connections that send their first bytes slowly."""
 
     def __init__(self, address: str) -> None:
-        self._address = address
+        host, _, port = address.rpartition(":")
+        self._host, self._port = host, int(port)
+        self._connections: list[Connection] = []
         self._running: list[asyncio.Task[None]] = []
-        self._idle: list[asyncio.StreamWriter] = []
-        self._channels: list[Any] = []
-        self._turns = asyncio.Semaphore(1)
+        self._slow = 0
 
     async def open(self) -> None:
         """Returns once all have been opened."""
-        for _ in range(0, IDLE, 50):
-            await asyncio.gather(*(self._stay_idle() for _ in range(50)))
-        self._running += [asyncio.create_task(self._dawdle(number)) for number in range(SLOW)]
-        for number in range(HALF_OPEN // _CALLS_OF_A_CHANNEL):
-            options = [("grpc.use_local_subchannel_pool", 1), ("strangers.number", number)]
-            channel = grpc.aio.insecure_channel(self._address, options=options)
-            self._channels.append(channel)
-            await channel.channel_ready()
-            self._running += [asyncio.create_task(self._half_open(channel)) for _ in range(_CALLS_OF_A_CHANNEL)]
-        await asyncio.sleep(1)
+        async with asyncio.timeout(_OPEN_TIMEOUT_S):
+            for _ in range(0, IDLE, 50):
+                await asyncio.gather(*(self._connect() for _ in range(50)))
+            self._running += [asyncio.create_task(self._dawdle(number)) for number in range(SLOW)]
+            await asyncio.gather(*(self._connect(HALF_OPEN // len(_PEERS), peer) for peer in _PEERS))
+        # Those that dawdle begin one after the other.
+        await asyncio.sleep(1.5)
 
     async def close(self) -> None:
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
-        for channel in self._channels:
-            await channel.close()
-        for writer in self._idle:
-            writer.close()
-        self._running, self._channels, self._idle = [], [], []
+        for connection in self._connections:
+            connection.transport.close()
+        self._running, self._connections = [], []
+        # The server's work for it belongs to no turn.
+        await asyncio.sleep(1.5)
 
-    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        host, _, port = self._address.rpartition(":")
-        return await asyncio.open_connection(host, int(port))
+    def count(self) -> tuple[int, int, int]:
+        """Idle connections, half-open calls and slow connections that are open."""
+        idle = sum(each.is_open for each in self._connections if not each.wanted)
+        return idle, sum(len(each.calls) for each in self._connections), self._slow
 
-    async def _stay_idle(self) -> None:
-        """A whole connection of HTTP/2, without a call."""
-        reader, writer = await self._connect()
-        writer.write(_PREFACE + _SETTINGS)
-        await reader.read(1024)
-        writer.write(_SETTINGS_ACK)
-        self._idle.append(writer)
+    async def _connect(self, calls: int = 0, source: str | None = None) -> None:
+        _, connection = await asyncio.get_running_loop().create_connection(
+            partial(Connection, calls), self._host, self._port, local_addr=(source, 0) if source else None
+        )
+        self._connections.append(connection)
+        await connection.ready
 
     async def _dawdle(self, number: int) -> None:
         await asyncio.sleep(number / SLOW)
         while True:
             with contextlib.suppress(OSError):
-                _, writer = await self._connect()
-                for byte in _PREFACE:
-                    writer.write(bytes([byte]))
-                    await writer.drain()
-                    await asyncio.sleep(1)
-                writer.close()
-
-    async def _half_open(self, channel: Any) -> None:
-        while True:
-            call = channel.stream_stream("/mtlora.v1.Inference/Generate")()
-            await call.code()
-            async with self._turns:
-                await asyncio.sleep(1 / _AGAIN)
+                _, writer = await asyncio.open_connection(self._host, self._port)
+                self._slow += 1
+                try:
+                    for byte in http2.PREFACE:
+                        writer.write(bytes([byte]))
+                        await writer.drain()
+                        await asyncio.sleep(1)
+                finally:
+                    self._slow -= 1
+                    writer.close()
 
 
 async def _main(address: str) -> None:
@@ -95,9 +138,9 @@ async def _main(address: str) -> None:
     while line := (await asyncio.to_thread(sys.stdin.readline)).strip():
         if line == "open":
             await strangers.open()
-        else:
+        elif line == "close":
             await strangers.close()
-        print(f"{line}{'ed' if line == 'open' else 'd'}", flush=True)
+        print(*strangers.count(), flush=True)
 
 
 if __name__ == "__main__":

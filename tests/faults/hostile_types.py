@@ -13,14 +13,14 @@ from mtlora_pb.v1 import inference_pb2 as pb
 
 from benchmarks.harness.adapters import write_random_adapter
 from benchmarks.harness.asking import closed_loop, open_loop
-from benchmarks.harness.percentile import p99
+from benchmarks.harness.percentile import p99, p99_name
 from benchmarks.harness.processes import resident_bytes
 from benchmarks.harness.waiting import wait_until
 from mtlora.backbone import identify, resolve
 from mtlora.checkpoint.format import TaskEntry
 from mtlora.client import Access, AsyncClient, Client, ServerError
 from tests.faults._load import Question, questions
-from tests.faults._tenanted import Tenanted, has_task, tenanted
+from tests.faults._tenanted import has_task, tenanted
 from tests.faults.scenario import Options, Row
 
 ORDER = 56
@@ -50,7 +50,7 @@ def run(options: Options) -> Row:
             wait_until(lambda: has_task(client, _TASK), _LOAD_TIMEOUT_S, every_s=0.2)
             asked = [each for each in questions(client, 64, options.seed) if each.task_id != _TASK][:_PER_TURN]
         rounds = max(_MIN_ROUNDS, int((120.0 if options.full else 10.0) / round_s))
-        hostility = Hostility(server, access, asked, options.seed)
+        hostility = Hostility(server.address, access, asked, options.seed, patience_s=server.pace.patience_s)
         asyncio.run(hostility.rounds(2))
         before = resident_bytes(server.server.process.pid)
         hostility.alone.clear()
@@ -59,14 +59,14 @@ def run(options: Options) -> Row:
         grown = resident_bytes(server.server.process.pid) - before
     finally:
         folder.rename(options.folder / "removed")
-    ratio = p99(hostility.beside) / p99(hostility.alone)
+    ratio, worst = p99(hostility.beside) / p99(hostility.alone), p99_name(hostility.beside)
     shown = ", ".join(f"{name} {n}" for name, n in hostility.statuses.most_common())
     return Row(
         "hostile types of answers",
         f"each an answer, INVALID_ARGUMENT or RESOURCE_EXHAUSTED, {MAX_GROWTH_BYTES >> 20} MiB of memory at most, no "
-        f"request of a neighbour fails, and their p99 <= {P99_GOAL} x alone",
+        f"request of a neighbour fails, and their {worst} <= {P99_GOAL} x alone",
         f"{hostility.statuses.total()} requests ({shown}), {grown / (1 << 20):.0f} MiB, neighbour "
-        f"{len(hostility.beside)} requests, {hostility.failed} failed, p99 {ratio:.2f} x "
+        f"{len(hostility.beside)} requests, {hostility.failed} failed, {worst} {ratio:.2f} x "
         f"({1e3 * p99(hostility.alone):.0f} ms to {1e3 * p99(hostility.beside):.0f} ms)",
         met=set(hostility.statuses) <= _PROPER
         and hostility.statuses["OK"] > 0
@@ -82,32 +82,42 @@ class Hostility:
     failed: of the neighbour's. statuses: of the hostile tenant's.
     """
 
-    def __init__(self, server: Tenanted, access: dict[str, Access], asked: list[Question], seed: int) -> None:
+    def __init__(
+        self, address: str, access: dict[str, Access], asked: list[Question], seed: int, *, patience_s: float
+    ) -> None:
         self.alone: list[float] = []
         self.beside: list[float] = []
         self.failed = 0
         self.statuses: Counter[str] = Counter()
-        self._server, self._access, self._asked = server, access, asked
+        self._over = False
+        self._address, self._access, self._asked, self._patience_s = address, access, asked, patience_s
         self._expensive = _expensive(random.Random(seed))
         self._different = itertools.count()
 
     async def rounds(self, number: int) -> None:
         async with (
-            AsyncClient(self._server.address, self._access["neighbour"], retry=None) as neighbour,
-            AsyncClient(self._server.address, self._access["hostile"], retry=None) as hostile,
+            AsyncClient(self._address, self._access["neighbour"], retry=None) as neighbour,
+            AsyncClient(self._address, self._access["hostile"], retry=None) as hostile,
         ):
             attack = partial(self._attack, hostile)
             for index in range(number):
                 await self._turn(neighbour, self.alone)
                 if index % 2:
                     different = (pb.AnswerType(regex=f"[0-9]{{3}}-{i}") for i in self._different)
-                    loop = open_loop(different, itertools.repeat(1 / _DIFFERENT), attack)
+                    loop = open_loop(self._while_on(different), itertools.repeat(1 / _DIFFERENT), attack)
                 else:
-                    loop = closed_loop(self._expensive, _IN_FLIGHT, attack)
+                    loop = closed_loop(self._while_on(self._expensive), _IN_FLIGHT, attack)
                 running = asyncio.create_task(loop)
                 await self._turn(neighbour, self.beside)
-                running.cancel()
-                await asyncio.gather(running, return_exceptions=True)
+                # What runs gets its answer, or no answer in time: types that never do are counted too.
+                self._over = True
+                await running
+                self._over = False
+
+    def _while_on(self, types: Iterator[pb.AnswerType]) -> Iterator[pb.AnswerType]:
+        """Types until the turn is over."""
+        while not self._over:
+            yield next(types)
 
     async def _turn(self, client: AsyncClient, into: list[float]) -> None:
         for question in self._asked:
@@ -120,7 +130,7 @@ class Hostility:
 
     async def _attack(self, client: AsyncClient, answer: pb.AnswerType) -> None:
         try:
-            await client.generate(_TASK, "x", answer=answer, max_new_tokens=64, timeout=60)
+            await client.generate(_TASK, "x", answer=answer, max_new_tokens=64, timeout=self._patience_s)
             self.statuses["OK"] += 1
         except ServerError as error:
             self.statuses[error.code.name] += 1

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from tests.faults.scenario import Options, Row
 ORDER = 58
 TENANTS = 1000
 MAX_DELAY_S = 0.05
+# A late sample is one, however late, so the slowest has a goal of its own.
+MAX_STALL_S = 0.5
 _PERCENTILE = 0.999
 _RELOAD_EVERY_S = 5.0
 # Requests a second of the tenant that asks for tasks that do not exist: its whole quota.
@@ -63,19 +66,25 @@ def run(options: Options) -> Row:
     earlier = before.buckets(_DELAYS)
     counts = {bound: count - earlier.get(bound, 0.0) for bound, count in after.buckets(_DELAYS).items()}
     samples, late = counts[math.inf], counts[math.inf] - counts[MAX_DELAY_S]
-    bound = min(bound for bound, count in counts.items() if count >= _PERCENTILE * samples)
+    bound, slowest = bound_of(counts, _PERCENTILE), bound_of(counts, 1.0)
     tenants = after.value("mtlora_tenants")
     misses = ", ".join(f"{name} {n}" for name, n in sorted(statuses.items()))
     return Row(
         f"event loop with {MAX_TASKS:,} tasks, {TENANTS:,} tenants",
-        f"p99.9 of its delay at most {1e3 * MAX_DELAY_S:g} ms",
-        f"at most {1e3 * bound:g} ms, {late:g} of {samples:g} samples above {1e3 * MAX_DELAY_S:g} ms; near misses: "
-        f"{misses}",
+        f"p99.9 of its delay at most {1e3 * MAX_DELAY_S:g} ms, all at most {1e3 * MAX_STALL_S:g} ms",
+        f"at most {1e3 * bound:g} ms, all at most {1e3 * slowest:g} ms, {late:g} of {samples:g} samples above "
+        f"{1e3 * MAX_DELAY_S:g} ms; near misses: {misses}",
         met=bound <= MAX_DELAY_S
+        and slowest <= MAX_STALL_S
         and samples >= seconds / SETTINGS["loop_delay_interval_s"] / 2
         and tenants == TENANTS
         and set(statuses) <= {"NOT_FOUND", "RESOURCE_EXHAUSTED"},
     )
+
+
+def bound_of(counts: Mapping[float, float], share: float) -> float:
+    """The least bound of a cumulative histogram at or below which this share of its samples lies."""
+    return min(bound for bound, count in counts.items() if count >= share * counts[math.inf])
 
 
 async def _disturb(server: Tenanted, access: Access, files: list[bytes], seconds: float) -> dict[str, int]:

@@ -81,7 +81,7 @@ def run(options: Options) -> Row:
     write_tenants(server.file, *entries)
     access = Access(api_key=steady_key)
     server.wait_accepted(access)
-    slowest, alive = 0.0, []
+    slowest, alive, unnoticed = 0.0, [], []
     with Client(server.address, access) as client:
         asked = questions(client, 16, options.seed)
     with BackgroundLoad(server.address, asked, seed=options.seed, in_flight=4, access=access) as load:
@@ -93,7 +93,8 @@ def run(options: Options) -> Row:
                 if not accepted(revoked):
                     raise RuntimeError(f"{way}: the key is refused before it is revoked")
                 break_file(server.file, entries)
-                _wait(lambda: _refused(server.server.metrics) > refused, _NOTICED_POLLS)  # noqa: B023
+                if _wait(lambda: _refused(server.server.metrics) > refused, _NOTICED_POLLS) is None:  # noqa: B023
+                    unnoticed.append(way)
                 kept["api_keys"].remove(entry["api_keys"][0])
                 if server.file.is_dir() and not server.file.is_symlink():
                     server.file.rmdir()
@@ -110,17 +111,18 @@ def run(options: Options) -> Row:
         print(f"revoked_key: {each.question}: {each.status} {each.detail}")
     return Row(
         f"revoked key after a broken file, {len(WAYS)} ways",
-        f"refused within {MAX_POLLS} looks at the file, no request of another tenant fails",
+        f"every broken file refused, the key within {MAX_POLLS} looks at the file; no request of another tenant fails",
         f"{slowest:.1f} s, the slowest of {len(WAYS) - len(alive)}"
         + (f"; still accepted after: {', '.join(alive)}" if alive else "")
+        + (f"; broken, and not refused: {', '.join(unnoticed)}" if unnoticed else "")
         + f"; {len(failed)} of {len(load.asked)} requests failed"
         + ("" if others else "; a key that was kept is refused"),
-        met=not alive and not failed and others,
+        met=not alive and not unnoticed and not failed and others,
     )
 
 
 def _refused(metrics: str) -> float:
-    return MetricsPage.fetch(metrics).value("mtlora_tenants_refused_total")
+    return MetricsPage.fetch(metrics).value("mtlora_tenants_reload_failures_total")
 
 
 def _wait(condition: Callable[[], bool], polls: int) -> float | None:

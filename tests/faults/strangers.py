@@ -23,6 +23,10 @@ from tests.faults.scenario import Options, Row
 ORDER = 100
 P99_GOAL = 1.25
 _IN_FLIGHT = 8
+# Of the strangers' connections and calls: the server ends some, and they come again.
+_HELD = 0.9
+# Idle connections, half-open calls and slow connections.
+Open = tuple[int, int, int]
 # Short answers: more of them.
 _PARAMETERS: dict[str, Any] = {"max_new_tokens": 4, "stop": [], "free": True}
 
@@ -44,39 +48,58 @@ def run(options: Options) -> Row:
         alone: list[float] = []
         beside: list[float] = []
         ends: Counter[str] = Counter()
-        # The first turn warms up.
-        asyncio.run(_turn(server.address, access, asked, turn_s, [], ends))
-        for _ in range(turns):
-            asyncio.run(_turn(server.address, access, asked, turn_s, alone, ends))
+        held: list[Open] = []
+
+        def turn(into: list[float]) -> None:
+            asyncio.run(_turn(server.address, access, asked, turn_s, into, ends))
+
+        def turn_beside() -> None:
             tell("open")
-            asyncio.run(_turn(server.address, access, asked, turn_s, beside, ends))
+            turn(beside)
+            held.append(tell("count"))
             tell("close")
+
+        # The first turn warms up.
+        turn([])
+        for number in range(turns):
+            for each in (lambda: turn(alone), turn_beside)[:: -1 if number % 2 else 1]:
+                each()
     ratio, refused = p99(beside) / p99(alone), sum(ends.values()) - ends["OK"]
+    idle, half_open, slow = (min(each) for each in zip(*held, strict=True))
     return Row(
         "strangers' connections",
-        f"a tenant's p99 <= {P99_GOAL} x without; none refused",
+        f"a tenant's p99 <= {P99_GOAL} x without; none refused; at every turn's end {_HELD:.0%} of {IDLE} idle "
+        f"connections, {HALF_OPEN} half-open calls and {SLOW} slow connections are open",
         f"p99 {ratio:.2f} x ({1e3 * p99(alone):.0f} ms to {1e3 * p99(beside):.0f} ms; {len(beside)} requests, "
-        f"{refused} refused) beside {IDLE} idle connections, {HALF_OPEN} half-open calls, {SLOW} slow connections",
-        met=ratio <= P99_GOAL and not refused,
+        f"{refused} refused) beside at least {idle} idle connections, {half_open} half-open calls, {slow} slow "
+        "connections",
+        met=ratio <= P99_GOAL and not refused and all(map(were_open, held)),
     )
 
 
+def were_open(found: Open) -> bool:
+    """Whether the strangers held what they should."""
+    return all(each >= _HELD * wanted for each, wanted in zip(found, (IDLE, HALF_OPEN, SLOW), strict=True))
+
+
 @contextlib.contextmanager
-def _strangers(address: str) -> Iterator[Callable[[str], None]]:
-    """A process of strangers, and what tells it to open or close its connections and waits for it."""
+def _strangers(address: str) -> Iterator[Callable[[str], Open]]:
+    """A process of strangers, and what tells it to open, count or close its connections and waits for its count."""
     command = [sys.executable, "-m", "tests.faults._strangers", address]
     root = Path(__file__).parents[2]
     with subprocess.Popen(
         command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as child:
 
-        def tell(what: str) -> None:
+        def tell(what: str) -> Open:
             assert child.stdin is not None
             assert child.stdout is not None
             child.stdin.write(f"{what}\n")
             child.stdin.flush()
-            if not child.stdout.readline():
+            if not (line := child.stdout.readline()):
                 raise RuntimeError("the strangers' process ended")
+            idle, half_open, slow = map(int, line.split())
+            return idle, half_open, slow
 
         try:
             yield tell
@@ -99,6 +122,6 @@ async def _turn(
             ends[error.code.name] += 1
         into.append(time.perf_counter() - began)
 
-    async with AsyncClient(address, access) as client:
+    async with AsyncClient(address, access, retry=None) as client:
         endless = itertools.takewhile(lambda _: time.monotonic() < until, itertools.cycle(asked))
         await closed_loop(endless, _IN_FLIGHT, ask)

@@ -1,15 +1,24 @@
-"""The order of the fault scenarios, their fairness index and their fuzzer."""
+"""The order of the fault scenarios, and what they count."""
 
+import asyncio
 import itertools
+import math
+import re
+from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
-from mtlora_pb.v1.inference_pb2 import Summary
+from mtlora_pb.v1 import inference_pb2 as pb
+from mtlora_pb.v1 import inference_pb2_grpc
 
 from mtlora.client import OPEN
 from tests.faults.__main__ import scenarios, shared_servers
 from tests.faults._load import Question
 from tests.faults.flood import jain
-from tests.faults.fuzz import METHODS, Fuzzer
+from tests.faults.fuzz import METHODS, PROPER, Fuzzer, send
+from tests.faults.hostile_types import Hostility
+from tests.faults.many_tasks import bound_of
 from tests.faults.usage import Asking
 
 
@@ -27,6 +36,69 @@ def test_fuzzer_repeats_its_requests_for_a_seed_and_calls_every_method() -> None
     assert made(1) != made(2)
     assert {method for method, _, _ in made(1)} == set(METHODS)
     assert any(b"one" in data for _, _, data in made(1))
+
+
+class HangingServer(inference_pb2_grpc.InferenceServicer):
+    """Answers at once, but for one kind of type."""
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
+        if request.answer.WhichOneof("type") == "grammar":
+            await asyncio.sleep(60)
+        if request.task_id != "hostile.free":
+            await asyncio.sleep(0.1)
+        return pb.GenerateResponse(text="x")
+
+
+async def test_types_that_never_get_an_answer_are_counted() -> None:
+    server = grpc.aio.server()
+    inference_pb2_grpc.add_InferenceServicer_to_server(HangingServer(), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    access = {"hostile": OPEN, "neighbour": OPEN}
+    hostility = Hostility(address, access, [Question("one", "x")] * 3, 0, patience_s=1.0)
+    await hostility.rounds(2)
+    await server.stop(None)
+    assert hostility.statuses["DEADLINE_EXCEEDED"] >= 2
+    assert hostility.statuses["OK"] > hostility.statuses["DEADLINE_EXCEEDED"]
+    assert hostility.failed == 0
+    assert len(hostility.alone) == len(hostility.beside) == 6
+
+
+async def test_a_request_that_hangs_gets_no_proper_status() -> None:
+    class Hangs(inference_pb2_grpc.InferenceServicer):
+        async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
+            await asyncio.sleep(60)
+            raise AssertionError
+
+    server = grpc.aio.server()
+    inference_pb2_grpc.add_InferenceServicer_to_server(Hangs(), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    statuses = await send(address, Fuzzer(0, "mtk_00000000_secret", ["one"]), 60, patience_s=0.5)
+    await server.stop(None)
+    assert set(statuses) - PROPER == {"DEADLINE_EXCEEDED"} | set(statuses) & {"INTERNAL", "UNKNOWN"}
+
+
+def test_a_long_stall_of_the_loop_is_seen_though_it_is_one_sample() -> None:
+    healthy = {0.01: 2990.0, 0.05: 3000.0, 0.5: 3000.0, math.inf: 3000.0}
+    stalled = healthy | {0.05: 2999.0, 0.5: 2999.0}
+    for counts, slowest in ((healthy, 0.05), (stalled, math.inf)):
+        assert bound_of(counts, 0.999) == 0.05
+        assert bound_of(counts, 1.0) == slowest
+
+
+def test_measurements_read_metrics_that_exist() -> None:
+    # A page gives 0 for a metric that it lacks.
+    root = Path(__file__).parents[2]
+    known = set(re.findall(r"`(mtlora_\w+)`", (root / "docs/reference/metrics.md").read_text()))
+    read = {
+        re.sub("_(total|count|sum|bucket|per_second)$", "", name)
+        for folder in ("tests/faults", "tests/fleet", "tests/observe", "benchmarks", "loadtest", "deploy/pod")
+        for file in (root / folder).rglob("*.py")
+        for name in re.findall(r'"(mtlora_[a-z_]+)"', file.read_text())
+    }
+    assert "mtlora_tenants_reload_failures" in read
+    assert read <= known
 
 
 def test_scenarios_that_share_a_server_are_neighbours() -> None:
@@ -53,5 +125,5 @@ def test_scenarios_that_share_a_server_are_neighbours() -> None:
 )
 def test_sums_of_usage_are_compared_with_summaries(counted: tuple[int, ...], right: bool) -> None:
     asking = Asking(OPEN, Question("one", "x"), unanswered=1)
-    asking.summaries = [Summary(prompt_tokens=10, cached_tokens=2, completion_tokens=3) for _ in range(2)]
+    asking.summaries = [pb.Summary(prompt_tokens=10, cached_tokens=2, completion_tokens=3) for _ in range(2)]
     assert (asking.wrong(counted) == "") is right

@@ -144,6 +144,19 @@ def test_counts_errors_by_status(tmp_path: Path) -> None:
     assert found["phases"][0]["errors"] == {"INTERNAL": "broke in the middle"}
 
 
+def test_answers_that_could_not_be_asked_again_fail_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended(_: Any, request: pb.GenerateRequest, context: Any) -> None:
+        context.abort(grpc.StatusCode.UNAVAILABLE, "the server ended after the last phase")
+
+    monkeypatch.setattr(LyingServer, "Generate", ended)
+    with lying(text) as (address, _, _):
+        status, found = load(address, tmp_path)
+    assert (status, found["failed"], found["wrong"], found["check"]["unchecked"]) == (1, 0, 0, 20)
+    assert "not checked: 20 of 20 answers that were to be asked again alone" in capsys.readouterr().out
+
+
 def test_answer_that_differs_from_the_one_alone_is_wrong(tmp_path: Path) -> None:
     with lying(changed) as (address, _, _):
         status, found = load(address, tmp_path)

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from benchmarks.harness.tenants import tenant, write_tenants
 from server.app import App
+from server.cli.process import exit_on_sigterm
 from server.settings import load_settings
 from tests.faults._certificates import authority, issue
 from tests.server.fakes import eventually
@@ -17,6 +20,16 @@ from tests.server.fakes import eventually
 @pytest.fixture
 def app() -> App:
     return App(load_settings({"allow_no_tasks": True, "port": 0, "metrics_port": 0}))
+
+
+def test_sigterm_ends_a_program_through_its_cleanup() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        exit_on_sigterm()
+        with pytest.raises(SystemExit, match="143"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 async def test_background_work_that_ends_is_logged_counted_and_started_again(

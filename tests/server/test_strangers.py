@@ -27,6 +27,7 @@ from server.registry.catalog import Catalog
 from server.rpc import anonymous, interceptor
 from server.rpc.anonymous import peer_of
 from server.rpc.pieces import in_pieces
+from tests import http2
 from tests.server.adapters import entry
 from tests.server.fakes import Service, eventually
 
@@ -156,24 +157,14 @@ async def test_a_watch_ends_with_its_connection() -> None:
 
 
 def unread(path: str, message: bytes) -> bytes:
-    """The frames of HTTP/2 of a call whose client takes no byte of the answers."""
-
-    def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
-
-    headers = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "x"}
-    headers |= {"content-type": "application/grpc", "te": "trailers"}
-    block = b"".join(
-        b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
-        for name, value in headers.items()
-    )
+    """The frames of a call whose client takes no byte of the answers."""
     initial_window_size = (4).to_bytes(2, "big") + bytes(4)
     data = b"\0" + len(message).to_bytes(4, "big") + message
     return (
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-        + frame(4, 0, 0, initial_window_size)
-        + frame(1, 4, 1, block)
-        + frame(0, 1, 1, data)
+        http2.PREFACE
+        + http2.frame(http2.SETTINGS, 0, 0, initial_window_size)
+        + http2.call_headers(1, path)
+        + http2.frame(http2.DATA, http2.END_STREAM, 1, data)
     )
 
 
