@@ -148,7 +148,7 @@ async def test_half_open_calls_without_a_key_end(tmp_path: Path, monkeypatch: py
 
 
 async def test_a_watch_ends_with_its_connection() -> None:
-    age = {"max_connection_age_s": 1, "max_connection_age_grace_s": 1}
+    age: dict[str, Any] = {"max_connection_age_s": 1, "max_connection_age_grace_s": 1}
     async with Service(**age).running() as service, grpc.aio.insecure_channel(service.address) as channel:
         call = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         await call.read()
@@ -259,7 +259,12 @@ async def test_lists_of_many_tasks(tmp_path: Path) -> None:
 def test_few_ids_are_compared_with_one_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[Any] = []
     compare = difflib.get_close_matches
-    monkeypatch.setattr(difflib, "get_close_matches", lambda *a, **b: compared.extend(a[1]) or compare(*a, **b))
+
+    def close(word: str, ids: Any, **named: Any) -> list[str]:
+        compared.extend(ids)
+        return compare(word, ids, **named)
+
+    monkeypatch.setattr(difflib, "get_close_matches", close)
     task = ServedTask(entry("one"), "alpha", "1", slot=None)
     catalog = Catalog(MappingProxyType({f"team_{number:05}_task": task for number in range(20_000)}))
     failure = task_not_found("team_00777_tusk", catalog.near("team_00777_tusk"))
