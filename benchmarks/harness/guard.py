@@ -15,7 +15,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def guarded(process: "subprocess.Popen[str] | subprocess.Popen[bytes]") -> Iterator[None]:
-    """Guard a process, started with `start_new_session=True`, and everything that it starts."""
+    """Guard a process that leads its process group, and everything that it starts there."""
     ends = [os.pidfd_open(pid) for pid in (os.getpid(), process.pid)]
     try:
         guard = subprocess.Popen(

@@ -56,10 +56,12 @@ class ServerProcess:
 
     def __enter__(self) -> Self:
         began = time.monotonic()
-        # In its own session, the server gets no Ctrl-C meant for the parent, and `kill` reaches all its processes.
+        # In its own group, the server gets no Ctrl-C meant for the parent, and `kill` reaches all its processes. In a
+        # session of its own, Linux would share the processor among sessions (autogroups); there a thread that imports
+        # PyTorch, which moves over all cores, was found waiting for minutes beside another server's busy engine.
         self.process = subprocess.Popen(
             self._command, env=self._environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log,
-            text=True, start_new_session=True,
+            text=True, process_group=0,
         )  # fmt: skip
         threading.Thread(target=self._read_stdout, daemon=True).start()
         if self._wait:
