@@ -35,7 +35,11 @@ class Latency:
 
     def quantile(self, q: float) -> float:
         """The seconds that a share `q` of the recorded values do not exceed; 0 without values."""
-        return float(self._histogram.get_value_at_percentile(100 * q)) * _UNIT_S if self.count else 0.0
+        if not (count := self.count):
+            return 0.0
+        # The library rounds a quantile's rank. Rounded up, as the server's buckets are read, so many are not above it.
+        rank = max(1, math.ceil(q * count - 1e-9))
+        return float(self._histogram.get_value_at_percentile(100 * rank / count)) * _UNIT_S
 
     def merge(self, other: "Latency") -> None:
         """Add all values of `other`."""
