@@ -99,8 +99,10 @@ class App:
             min(engine_turns(most), settings.in_flight_limit)
             for most in (settings.max_num_seqs, settings.vision_max_num_seqs)
         )
-        # Above the queue's limit, so the fair queue picks whom to refuse.
-        self._admission = Admission(settings.in_flight_limit + max(turns, image_turns), self._metrics)
+        # Above what the queue takes, so the fair queue picks whom to refuse; a tenant's part too.
+        self._admission = Admission(
+            settings.in_flight_limit + max(turns, image_turns), self._metrics, spare=min(turns, image_turns) // 2
+        )
         self._scheduler = Scheduler(
             turns,
             max(1, settings.in_flight_limit - turns),

@@ -26,15 +26,16 @@ _RETRY_AFTER_S = {State.STARTING: 5.0, State.DRAINING: 1.0, State.RESTARTING: RE
 class Admission:
     """Admits requests while the server is serving and has room; `drained` waits for the last one.
 
-    max_in_flight: requests for one engine, of which one tenant leaves an eighth to others: what is decoded or checked
-    before it queues is in no line from which the longest gives way. lost: engines that are being started again while
-    another serves.
+    max_in_flight: requests for one engine. spare: how many of these one tenant leaves to others. It may hold them with
+    what is decoded or checked before it queues, so in no line from which the longest gives way. lost: engines that are
+    being started again while another serves.
     """
 
-    def __init__(self, max_in_flight: int, metrics: Metrics) -> None:
+    def __init__(self, max_in_flight: int, metrics: Metrics, spare: int = 0) -> None:
         self.state = State.STARTING
         self.lost: set[Lane] = set()
         self._max_in_flight = max_in_flight
+        self._most_of_tenant = max_in_flight - spare
         self._metrics = metrics
         self._running: set[asyncio.Task[Any]] = set()
         # By lane.
@@ -62,10 +63,12 @@ class Admission:
         if self._in_flight[lane] + requests > self._max_in_flight:
             self._metrics.record_shed(tenant.id, "in_flight")
             raise resource_exhausted(f"{self._max_in_flight} requests are in flight, the most this server admits", 1.0)
-        line, most = (tenant.id, lane), self._max_in_flight - self._max_in_flight // 8
-        if self._of_tenant[line] + requests > most and tenant.id != OPEN_TENANT.id:
+        line = tenant.id, lane
+        if self._of_tenant[line] + requests > self._most_of_tenant and tenant.id != OPEN_TENANT.id:
             self._metrics.record_shed(tenant.id, "in_flight")
-            raise resource_exhausted(f"{most} requests of this tenant are in flight, the most of one", 1.0)
+            raise resource_exhausted(
+                f"{self._most_of_tenant} requests of this tenant are in flight, the most of one", 1.0
+            )
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)

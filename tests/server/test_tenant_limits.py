@@ -247,7 +247,7 @@ def test_quotas_of_a_fleet_are_divided_by_its_replicas(tmp_path: Path) -> None:
 
 async def test_one_tenant_leaves_places_to_others() -> None:
     """Also where its requests wait in no line of the scheduler."""
-    admission = Admission(16, Metrics())
+    admission = Admission(16, Metrics(), spare=2)
     admission.state = State.SERVING
     a, b = (Tenant(id=name) for name in "ab")
     with ExitStack() as held:
