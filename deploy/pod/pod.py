@@ -19,6 +19,7 @@ import yaml
 from deploy import manifests
 from deploy.image.engines import podman
 from mtlora.client import Access
+from mtlora.control_group import cpu_cores
 from server.probe import health
 from server.tenants.keys import new_key
 
@@ -173,12 +174,7 @@ class Pod:
 
     def processor_limit(self) -> float:
         """Cores that the container's control group may use."""
-        group = self._group("cpu")
-        if (group / "cpu.max").exists():
-            quota, period = (group / "cpu.max").read_text().split()
-        else:
-            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        return float(quota) / float(period) if quota.strip() not in ("max", "-1") else math.inf
+        return cpu_cores(own=Path(f"/proc/{self.inspect()['State']['Pid']}/cgroup")) or math.inf
 
     def processor_seconds(self) -> float:
         """Processor time of the container's control group."""

@@ -60,15 +60,8 @@ def _run(pod: Pod, folder: Path, case: Case, port: int) -> tuple[int, str]:
     source = {"ro": f"{pod.volume('mtlora-adapters')}:{_ADAPTERS}:ro", "empty": f"{empty}:{_ADAPTERS}:ro"}
     source["rw"] = f"{copy}:{_ADAPTERS}"
     # podman's own warnings, of cgroups v1 for one, would count as lines of the server.
-    command = [
-        *podman(),
-        "--log-level=error",
-        "run",
-        "--rm",
-        "--read-only",
-        "--cap-drop=all",
-        "--security-opt=no-new-privileges",
-    ]
+    command = [*podman(), "--log-level=error", "run", "--rm"]
+    command += ["--read-only", "--cap-drop=all", "--security-opt=no-new-privileges"]
     command += [f"--memory={case.memory}", "--cpus=2", f"--network={case.network}", "--tmpfs=/tmp"]
     command += [
         f"--tmpfs={folder}:rw,mode=1777" for folder in ("/dev/shm", "/var/cache/mtlora", "/var/cache/mtlora-adapters")

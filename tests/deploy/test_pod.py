@@ -100,34 +100,32 @@ def test_a_check_that_breaks_otherwise_is_not_met_and_the_next_follow(capsys: py
 
 
 @pytest.mark.parametrize(
-    ("files", "cores", "memory"),
+    ("name", "content", "limit"),
     [
-        ({"cpu.max": "200000 100000\n", "memory.max": "6442450944\n"}, 2.0, 6 * 2**30),
-        ({"cpu.max": "max 100000\n", "memory.max": "max\n"}, math.inf, math.inf),
-        (
-            {"cpu.cfs_quota_us": "50000\n", "cpu.cfs_period_us": "100000\n", "memory.limit_in_bytes": "4096\n"},
-            0.5,
-            4096,
-        ),
-        (
-            {
-                "cpu.cfs_quota_us": "-1\n",
-                "cpu.cfs_period_us": "100000\n",
-                "memory.limit_in_bytes": "9223372036854771712",
-            },
-            math.inf,
-            2**63 - 4096,
-        ),
+        ("memory.max", "6442450944\n", 6 * 2**30),
+        ("memory.max", "max\n", math.inf),
+        ("memory.limit_in_bytes", "9223372036854771712", 2**63 - 4096),
     ],
 )
-def test_limits_are_read_from_both_kinds_of_control_groups(
-    files: dict[str, str], cores: float, memory: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_memorys_limit_is_read_from_both_kinds_of_control_groups(
+    name: str, content: str, limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, content in files.items():
-        (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content)
     monkeypatch.setattr(Pod, "_group", lambda *_: tmp_path)
-    pod = Pod.__new__(Pod)
-    assert (pod.processor_limit(), pod.memory_limit()) == (cores, memory)
+    assert Pod.__new__(Pod).memory_limit() == limit
+
+
+@pytest.mark.parametrize(("found", "limit"), [(2.0, 2.0), (None, math.inf)])
+def test_the_processors_limit_is_that_of_the_containers_process(
+    found: float | None, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cpu_cores(own: Path) -> float | None:
+        assert own == Path("/proc/7/cgroup")
+        return found
+
+    monkeypatch.setattr("deploy.pod.pod.cpu_cores", cpu_cores)
+    monkeypatch.setattr(Pod, "inspect", lambda _: {"State": {"Pid": 7}})
+    assert Pod.__new__(Pod).processor_limit() == limit
 
 
 @pytest.mark.parametrize(
