@@ -135,15 +135,6 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 }
 
 
-@needs_kustomize
-@pytest.mark.parametrize("name", DAMAGES)
-def test_policy_finds_violations(name: str, cpu: list[dict[str, Any]]) -> None:
-    damage, message = DAMAGES[name]
-    damaged = copy.deepcopy(cpu)
-    damage(damaged)
-    assert any(message in found for found in manifests.violations(damaged))
-
-
 POOL_DAMAGES: dict[str, tuple[Damage, str]] = {
     "selector": (lambda m: one(m, "InferencePool")["spec"]["selector"]["matchLabels"].update(x="y"), "selects no pod"),
     "port": (
@@ -154,15 +145,6 @@ POOL_DAMAGES: dict[str, tuple[Damage, str]] = {
     "route": (lambda m: one(m, "GRPCRoute")["spec"]["rules"].clear(), "passes the InferencePool by"),
     "objective": (lambda m: one(m, "InferenceObjective")["spec"]["poolRef"].update(name="x"), "which is nowhere"),
 }
-
-
-@needs_kustomize
-@pytest.mark.parametrize("name", POOL_DAMAGES)
-def test_policy_finds_violations_of_an_inference_pool(name: str, pool: list[dict[str, Any]]) -> None:
-    damage, message = POOL_DAMAGES[name]
-    damaged = copy.deepcopy(pool)
-    damage(damaged)
-    assert any(message in found for found in manifests.violations(damaged))
 
 
 RAY_DAMAGES: dict[str, tuple[Damage, str]] = {
@@ -176,11 +158,14 @@ def worker(found: list[dict[str, Any]]) -> dict[str, Any]:
     return one(found, "RayCluster")["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
 
 
+_ALL_DAMAGES = {"cpu": DAMAGES, "pool": POOL_DAMAGES, "multi_node": RAY_DAMAGES}
+
+
 @needs_kustomize
-@pytest.mark.parametrize("name", RAY_DAMAGES)
-def test_policy_finds_violations_of_a_ray_cluster(name: str, multi_node: list[dict[str, Any]]) -> None:
-    damage, message = RAY_DAMAGES[name]
-    damaged = copy.deepcopy(multi_node)
+@pytest.mark.parametrize(("overlay", "name"), [(o, name) for o, damages in _ALL_DAMAGES.items() for name in damages])
+def test_policy_finds_violations(overlay: str, name: str, request: pytest.FixtureRequest) -> None:
+    damage, message = _ALL_DAMAGES[overlay][name]
+    damaged = copy.deepcopy(request.getfixturevalue(overlay))
     damage(damaged)
     assert any(message in found for found in manifests.violations(damaged))
 

@@ -111,6 +111,12 @@ class Home:
             raise self.cold_sequence
         self.warmed.append(version.distinct_slots[0].lora_name)
 
+    def version_of(self, task: str) -> AdapterVersion:
+        """The version that serves a task."""
+        version = self.tables[-1].tasks[task].version
+        assert version is not None
+        return version
+
     async def open(self) -> None:
         await self.registry.verify_all()
         await self.registry.load_all()
@@ -438,8 +444,7 @@ async def test_canaries_of_pinned_adapters_make_room(home: Home) -> None:
     for name in "abcdefg":
         home.registry.pin(name)
         await home.registry.set_weights(name, {"1": 1, "2": 99})
-    cold = home.tables[-1].tasks["h"].version
-    assert cold is not None
+    cold = home.version_of("h")
     async with asyncio.timeout(5), home.residency.lease(cold):
         pinned = [home.tables[-1].tasks[name].version for name in "abcdefg"]
         assert all(version is not None and version.resident for version in pinned)
@@ -449,8 +454,7 @@ async def test_a_chosen_version_keeps_its_copy_through_rollbacks_and_publishes(h
     write(home.root / "a" / "1", "x")
     await home.open()
     home.follow()
-    chosen = home.tables[-1].tasks["x"].version
-    assert chosen is not None
+    chosen = home.version_of("x")
     with home.residency.hold(chosen):
         for number in range(2, 6):
             write(home.root / "a" / str(number), "x", seed=number)
@@ -484,8 +488,7 @@ async def test_a_queued_request_keeps_the_version_chosen_at_its_receipt(home: Ho
         await eventually(lambda: service.engine.running == 1)
         queued = asyncio.create_task(ask(client))
         await eventually(lambda: service.value("mtlora_requests_queued") == 1)
-        chosen = home.tables[-1].tasks["x"].version
-        assert chosen is not None
+        chosen = home.version_of("x")
         for number in range(2, 6):
             write(home.root / "a" / str(number), "x", seed=number)
             await home.until_serving("x", f"a/{number}")
@@ -505,8 +508,7 @@ async def test_a_request_that_ends_before_its_turn_gives_up_its_version(home: Ho
     async with service.running(), AsyncClient(service.address) as client:
         with pytest.raises(ServerError, match="max_new_tokens"):
             await client.generate("x", "input", max_new_tokens=10_000)
-    version = home.tables[-1].tasks["x"].version
-    assert version is not None
+    version = home.version_of("x")
     assert version.holds == 0
 
 
@@ -516,8 +518,7 @@ async def test_a_version_that_finds_no_room_has_not_failed(home: Home, monkeypat
     write(home.root / "a" / "1", "x")
     await home.open()
     home.follow()
-    busy = home.tables[-1].tasks["x"].version
-    assert busy is not None
+    busy = home.version_of("x")
     with home.residency.hold(busy):
         async with home.residency.lease(busy):
             write(home.root / "a" / "2", "x", seed=2)
@@ -574,8 +575,7 @@ async def test_an_adapter_that_comes_back_finds_the_versions_that_still_run(home
     write(home.root / "a" / "1", "x")
     await home.open()
     home.follow()
-    version = home.tables[-1].tasks["x"].version
-    assert version is not None
+    version = home.version_of("x")
     with home.residency.hold(version):
         await home.registry.unload("a")
         shutil.rmtree(home.root / "a")
