@@ -56,9 +56,9 @@ class ServerProcess:
 
     def __enter__(self) -> Self:
         began = time.monotonic()
-        # In its own group, the server gets no Ctrl-C meant for the parent, and `kill` reaches all its processes. In a
-        # session of its own, Linux would share the processor among sessions (autogroups); there a thread that imports
-        # PyTorch, which moves over all cores, was found waiting for minutes beside another server's busy engine.
+        # In its own group, the server gets no Ctrl-C meant for the parent, and `kill` reaches all its processes. It has
+        # no session of its own: Linux schedules sessions as groups (autogroups), and the import of PyTorch, which moves
+        # its thread over all cores, was seen to wait for minutes beside another session's busy engine.
         self.process = subprocess.Popen(
             self._command, env=self._environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log,
             text=True, process_group=0,

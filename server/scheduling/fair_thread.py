@@ -53,7 +53,7 @@ class FairThread:
     def _next(self) -> None:
         while self._free and (entry := self._queue.pop()):
             _, turn = entry
-            # One that was cancelled just now has not left yet.
+            # A caller that is cancelled leaves the line only when it runs next.
             if not turn.done():
                 self._free -= 1
                 turn.set_result(None)

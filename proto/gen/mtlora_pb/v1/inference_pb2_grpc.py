@@ -157,7 +157,7 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetTask(self, request, context):
-        """One task. NOT_FOUND if there is none of this id, or the caller may not ask it.
+        """Describes one task. Unknown tasks, and those that the caller may not ask, are NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
