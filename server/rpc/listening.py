@@ -25,6 +25,8 @@ logger = get_logger("listening")
 _MAX_PENDING = 1 << 16
 # For calls that have come to be admitted, and for aborted ones to get their status.
 _LAST_ADMISSIONS_S = 0.2
+# For calls that crossed the GOAWAY, on a busy loop. A server whose calls have all ended does not wait.
+_LAST_CALLS_S = 1.0
 _LAST_STATUSES_S = 5.0
 
 
@@ -85,7 +87,7 @@ class Listening:
             await admission.drained(_LAST_STATUSES_S)
         admission.state = State.DRAINING
         # What is left are streams of events, which have no end.
-        await self.server.stop(_LAST_ADMISSIONS_S)
+        await self.server.stop(_LAST_CALLS_S)
         await stopping
         logger.info("drained")
 

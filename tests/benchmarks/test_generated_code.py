@@ -24,6 +24,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_every_card_gets_sound_code_without_spills(found: dict[str, list]) -> None:
     of_classes = {name: faults for name, faults in found.items() if name.startswith("sm_")}
     assert {name.split(",")[0] for name in of_classes} == {"sm_80", "sm_90", "sm_100"}
@@ -31,11 +32,13 @@ def test_every_card_gets_sound_code_without_spills(found: dict[str, list]) -> No
     assert not any(of_classes.values()), of_classes
 
 
+@pytest.mark.slow
 def test_a_stage_too_many_for_an_unsound_assembler_is_found(found: dict[str, list]) -> None:
     assert found["overlaps"] == [False, True]
     assert found["a stage too many"] == ["_expand: WGMMA with A in registers is left running"]
 
 
+@pytest.mark.slow
 def test_loads_of_few_bytes_are_found(found: dict[str, list]) -> None:
     aligned, odd = found["wide loads"]
     assert odd < aligned

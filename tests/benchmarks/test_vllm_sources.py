@@ -85,6 +85,7 @@ import vllm._C_stable_libtorch
 """
 
 
+@pytest.mark.slow
 def test_operators_in_place_of_the_extension_compute_the_same() -> None:
     script = f"import sys, types; sys.modules['vllm'] = types.ModuleType('vllm')\n{OPERATORS}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

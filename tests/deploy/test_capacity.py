@@ -277,6 +277,7 @@ class PacedServer(inference_pb2_grpc.InferenceServicer):
         return pb.GenerateResponse(text="x", summary=summary)
 
 
+@pytest.mark.slow
 def test_check_measures_full_servers_and_the_open_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "_LEVELS", (1, 8))
     monkeypatch.setattr(check, "_FULL_TIMES", 3)

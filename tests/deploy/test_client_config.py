@@ -3,6 +3,7 @@
 import json
 
 import grpc
+import pytest
 from mtlora_pb.v1 import inference_pb2, inference_pb2_grpc
 
 from deploy import manifests
@@ -38,6 +39,7 @@ async def test_balances_calls_over_servers() -> None:
         assert min(len(first.engine.jobs), len(second.engine.jobs)) >= 2
 
 
+@pytest.mark.slow
 async def test_retries_unavailable_on_another_server() -> None:
     async with Service().running() as good, Service().running() as draining, channel(good, draining) as open_channel:
         draining.admission.state = State.DRAINING

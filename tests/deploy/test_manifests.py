@@ -46,6 +46,7 @@ def test_there_are_five_overlays() -> None:
     assert OVERLAYS == ["cpu", "gpu", "gpu-tp", "inference-pool", "multi-node"]
 
 
+@pytest.mark.slow
 @needs_kustomize
 def test_overlays_are_valid_and_meet_the_policy(built: list[dict[str, Any]]) -> None:
     assert [found for manifest in built for found in manifests.validate(manifest)] == []

@@ -65,6 +65,7 @@ def test_rules_name_existing_metrics() -> None:
     assert in_texts <= known | {family.name for family in families()}
 
 
+@pytest.mark.slow
 def test_dashboard_names_existing_metrics() -> None:
     assert len(queries()) > 40
     for expression in queries():
@@ -156,6 +157,7 @@ def test_rules_name_the_job_of_the_scrape() -> None:
     assert found == {job for rule in rules() for job in re.findall(r'job="([^"]*)"', rule["expr"])}
 
 
+@pytest.mark.slow
 @needs_promtool
 @pytest.mark.parametrize("arguments", [("check", "rules", "rules.yaml"), ("test", "rules", "rules_test.yaml")])
 def test_rules_pass_promtool(arguments: tuple[str, ...]) -> None:

@@ -27,6 +27,7 @@ def test_jains_index_of_equal_and_unequal_shares() -> None:
     assert jain([5.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
 
 
+@pytest.mark.slow
 def test_fuzzer_repeats_its_requests_for_a_seed_and_calls_every_method() -> None:
     def made(seed: int) -> list[tuple[str, object, bytes]]:
         fuzzer = Fuzzer(seed, "mtk_00000000_secret", ["one"])
@@ -49,6 +50,7 @@ class HangingServer(inference_pb2_grpc.InferenceServicer):
         return pb.GenerateResponse(text="x")
 
 
+@pytest.mark.slow
 async def test_types_that_never_get_an_answer_are_counted() -> None:
     server = grpc.aio.server()
     inference_pb2_grpc.add_InferenceServicer_to_server(HangingServer(), server)

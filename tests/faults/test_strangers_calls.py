@@ -14,6 +14,7 @@ from tests.server.fakes import eventually
 from tests.server.test_strangers import secured
 
 
+@pytest.mark.slow
 async def test_strangers_count_what_the_server_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, number in {"IDLE": 50, "HALF_OPEN": 80, "SLOW": 5, "_REFUSED_S": 0.5, "_AGAIN_S": 0.1}.items():
         monkeypatch.setattr(_strangers, name, number)
@@ -34,6 +35,7 @@ async def test_strangers_count_what_the_server_holds(tmp_path: Path, monkeypatch
         assert strangers.count() == (0, 0, 0)
 
 
+@pytest.mark.slow
 async def test_a_connection_that_the_server_closes_is_not_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, number in {"IDLE": 50, "HALF_OPEN": 8, "SLOW": 0}.items():
         monkeypatch.setattr(_strangers, name, number)

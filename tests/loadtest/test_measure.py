@@ -28,6 +28,7 @@ def test_quantiles_are_precise_to_two_digits(seconds: list[float], q: float) -> 
     assert exact * 0.985 <= latency.quantile(q) <= exact * 1.015 + 1e-5
 
 
+@pytest.mark.slow
 @given(st.lists(st.lists(st.floats(1e-4, 100), max_size=30), min_size=1, max_size=4))
 @settings(deadline=None)
 def test_merging_histograms_loses_nothing(parts: list[list[float]]) -> None:

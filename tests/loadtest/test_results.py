@@ -46,6 +46,7 @@ def read_page(text: str) -> Page:
     return page
 
 
+@pytest.mark.slow
 def test_report_is_self_contained_and_shows_the_result() -> None:
     made = with_knee(a_result(*(phase(rate, latency) for rate, latency in ((5, 0.2), (10, 0.4), (20, 2.0)))))
     made["in_process"] = {

@@ -198,6 +198,7 @@ async def test_calls_leave_a_server_that_is_gone() -> None:
         assert other is not servers[home]
 
 
+@pytest.mark.slow
 async def test_without_any_server_a_call_is_unavailable() -> None:
     async with three() as (_, running, client):
         for each in running:

@@ -131,6 +131,7 @@ async def test_every_call_asks_for_permission(service: Service) -> None:
     assert service.home.serving()["x"] == "a/2"
 
 
+@pytest.mark.slow
 async def test_a_refused_version_says_why(service: Service) -> None:
     write(service.home.root / "a" / "3", "x", seed=3)
     (service.home.root / "a" / "3" / "adapter.safetensors").write_bytes(b"garbage")

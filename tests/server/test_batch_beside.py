@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
+
 from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, AsyncClient, make_request
 from server.job import Delta, GenerationJob
@@ -116,6 +118,7 @@ async def slowest(
     return max(seconds)
 
 
+@pytest.mark.slow
 async def test_a_neighbour_waits_beside_a_batch_as_beside_single_requests(tmp_path: Path) -> None:
     lengths = itertools.cycle(ANSWER_TOKENS)
     async with serving(tmp_path) as (service, engine, many, single):

@@ -22,6 +22,7 @@ def address(services: list[Service]) -> str:
     return "ipv4:" + ",".join(service.address for service in services)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("client", ["mtlora.client", "shipped service config"])
 async def test_no_call_fails_while_servers_are_restarted_in_turn(client: str) -> None:
     ports = [free_port(), free_port()]
@@ -73,6 +74,7 @@ async def test_no_call_fails_while_servers_are_restarted_in_turn(client: str) ->
     assert list(ends) == ["OK"]
 
 
+@pytest.mark.slow
 async def test_a_channel_leaves_a_server_that_drains() -> None:
     """Once health says not serving, calls are still answered; then the connection ends, and what runs finishes."""
     service = Service(drain_delay_s=0.5)
@@ -113,6 +115,7 @@ async def test_what_outlasts_the_grace_period_is_aborted() -> None:
             assert await stream.code() is grpc.StatusCode.UNAVAILABLE
 
 
+@pytest.mark.slow
 async def test_old_connections_are_told_to_go() -> None:
     async with Service(max_connection_age_s=1).running() as service, AsyncClient(service.address) as client:
         states: list[Any] = []

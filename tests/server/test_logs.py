@@ -6,6 +6,8 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
+
 # More lines than a pipe holds, and than may wait.
 LINES, WAITING = 5000, 100
 SCRIPT = f"""
@@ -53,6 +55,7 @@ def test_an_unread_stderr_holds_nothing_up() -> None:
     assert written[-1] == "after the end"
 
 
+@pytest.mark.slow
 def test_a_server_ends_while_nobody_reads_its_log(tmp_path: Path) -> None:
     """The server cannot start and logs more than a pipe holds."""
     script = f"""

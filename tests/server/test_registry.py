@@ -275,6 +275,7 @@ async def test_a_version_for_an_engine_that_is_not_here_is_no_failure(home: Home
         await home.registry.load("b")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_writing")
 @pytest.mark.parametrize("stage", [Stage.VERIFIED, Stage.LOADED, Stage.WARMED])
 async def test_a_failure_at_any_stage_leaves_the_old_version_serving(home: Home, stage: Stage) -> None:
@@ -304,6 +305,7 @@ async def refuse(*_: Any) -> None:
     raise AdapterError("no room")
 
 
+@pytest.mark.slow
 async def test_waits_for_a_version_that_is_being_copied(home: Home) -> None:
     write(home.root / "a" / "1", "x")
     await home.open()

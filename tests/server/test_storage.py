@@ -39,6 +39,7 @@ async def test_a_hung_call_is_given_up_and_counted(released: threading.Event) ->
     assert await storage.call(lambda _: "answer") == "answer"
 
 
+@pytest.mark.slow
 async def test_a_call_that_gets_on_may_take_long() -> None:
     storage = Storage(0.5)
 
@@ -124,6 +125,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 def test_a_process_whose_storage_hangs_ends(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _HANGING, str(tmp_path)], capture_output=True, text=True, timeout=30, check=True

@@ -57,6 +57,7 @@ async def secured(folder: Path, **fields: Any) -> AsyncIterator[tuple[Service, A
         yield service, Access(api_key=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [GENERATE, STREAM])
 async def test_a_call_without_a_key_ends_before_its_message(tmp_path: Path, path: str) -> None:
     """More of them than gRPC lets wait by default; a tenant's calls among them are answered."""
@@ -112,6 +113,7 @@ async def test_a_tenant_holds_so_many_calls_open(tmp_path: Path, monkeypatch: py
         await client.generate("one", "x")
 
 
+@pytest.mark.slow
 async def test_one_peer_holds_so_many_calls_without_a_key(tmp_path: Path) -> None:
     async with (
         secured(tmp_path, max_anonymous_calls=8) as (service, access),
@@ -147,6 +149,7 @@ async def test_half_open_calls_without_a_key_end(tmp_path: Path, monkeypatch: py
             assert {await call.code() for call in calls} == {grpc.StatusCode.UNAVAILABLE}
 
 
+@pytest.mark.slow
 async def test_a_watch_ends_with_its_connection() -> None:
     age: dict[str, Any] = {"max_connection_age_s": 1, "max_connection_age_grace_s": 1}
     async with Service(**age).running() as service, grpc.aio.insecure_channel(service.address) as channel:

@@ -82,6 +82,7 @@ async def test_leaving_ends_the_producer() -> None:
     assert ended == ["ended"]
 
 
+@pytest.mark.slow
 async def test_a_slow_reader_holds_up_itself_alone_and_is_ended() -> None:
     service = Service(turns=1, slow_reader_s=1.0)
     service.engine.deltas = [Delta("x" * 200_000, 1) for _ in range(20)] + [Delta("", 1, finish_reason="stop")]

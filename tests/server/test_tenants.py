@@ -159,6 +159,7 @@ BROKEN = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", BROKEN, ids=range(len(BROKEN)))
 async def test_no_file_ends_the_watch(tmp_path: Path, content: str) -> None:
     failures = list[int]()
@@ -241,6 +242,7 @@ async def test_a_reader_that_died_is_tried_again(tmp_path: Path, monkeypatch: py
     assert set(directory.current.by_id) == {"a"}
 
 
+@pytest.mark.slow
 async def test_the_loop_stands_still_for_no_part_of_a_reload(tmp_path: Path) -> None:
     """Measured in processor time of the loop's thread, which does not depend on the machine's load."""
     path = write_tenants(tmp_path / "tenants.yaml", *(tenant(f"t{number}")[1] for number in range(3000)))

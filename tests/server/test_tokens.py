@@ -415,6 +415,7 @@ def test_any_configuration_of_an_issuer_is_refused_by_name(content: bytes) -> No
             list(read_keys_of(Issuer(issuer=ISSUER, audience="mtlora")))
 
 
+@pytest.mark.slow
 async def test_a_server_of_keys_that_hangs_holds_up_nobody_else(
     tmp_path: Path, rsa_key: Key, key_server: KeyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -362,6 +362,7 @@ async def test_a_tenant_over_its_budget_is_refused_at_receipt(tmp_path: Path) ->
         assert service.value("mtlora_quota_refusals_total", tenant="a", quota="daily_requests") == 1
 
 
+@pytest.mark.slow
 async def test_calls_are_refused_while_too_many_records_wait_for_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,7 @@ def test_refuses_a_version_that_vanished(verifier: Verifier, home: Path, tmp_pat
         verifier.verify_now(tmp_path, version)
 
 
+@pytest.mark.slow
 def test_children_are_forked_from_a_process_without_vllm(tmp_path: Path) -> None:
     # A process of its own: multiprocessing has one fork server a process, and other tests start it too.
     script = f"""

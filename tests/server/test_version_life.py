@@ -390,6 +390,7 @@ class Life(RuleBasedStateMachine):
             await asyncio.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_the_life_of_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residency_module, "time", SimpleNamespace(monotonic=lambda: VirtualTime.now))
     run_state_machine_as_test(Life, settings=settings(max_examples=100, stateful_step_count=30, deadline=None))

@@ -348,6 +348,7 @@ def good_copy(temporary: str, data: st.DataObject) -> Path:
     return Path(temporary)
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=200, deadline=None)
 def test_any_damage_is_a_checkpoint_error_or_no_damage(data: st.DataObject) -> None:

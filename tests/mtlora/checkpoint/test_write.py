@@ -146,6 +146,7 @@ def _write_for_ever(folder: Path) -> None:
         write_random(folder, seed=seed)
 
 
+@pytest.mark.slow
 def test_readers_and_kills_see_only_whole_checkpoints(folder: Path) -> None:
     context = multiprocessing.get_context("fork")
     reads, seeds = 0, set()

@@ -45,6 +45,7 @@ def learn(start: StartingPoint, seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 @given(
     st.integers(1, 4), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.integers(0, 3), st.integers(1, 3),
     st.sampled_from(["ffn", "attention", "both"]), st.booleans(),

@@ -22,6 +22,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux") or os.uname().machine != "x86_64", reason="x86-64 alone")
 def test_a_process_sees_no_more_than_avx2() -> None:
     import torch

@@ -43,7 +43,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @given(shape=SHAPES)
 @settings(max_examples=40, deadline=None)
 def test_packed_path_equals_the_formula(dtype: torch.dtype, tolerance: float, shape: dict[str, int]) -> None:

@@ -25,6 +25,7 @@ def numbers(*command: str | Path) -> list[float]:
     return [float(line) for line in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not all(map(shutil.which, ("g++", CROSS, "qemu-aarch64"))), reason="no cross compiler for aarch64, or no qemu-user"
 )

@@ -107,6 +107,7 @@ def test_computes_only_the_gradients_needed() -> None:
     assert all(t.grad is not None for t in (A, B, R))
 
 
+@pytest.mark.slow
 def test_traces_and_compiles() -> None:
     x, A, B, R, bias = inputs({"T": 3, "E": 2, "r": 2, "N": 3, "G": 4, "biased": True, "seed": 3})
     torch.library.opcheck(torch.ops.mtlora.path_with_gradients.default, (x, None, A, B, R, bias, 4, 1.5))

@@ -308,6 +308,7 @@ def test_penguins_equal_counts_from_the_text(seed: int) -> None:
         assert int(found.split()[0]) == sum(row[1 if asked[1] == "age" else 3] for row in rows[asked[2]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task_id", [task.id for task in SUITE.tasks])
 def test_no_answer_dominates(task_id: str) -> None:
     answers = Counter(example.target for example in SUITE.examples(task_id, "train", 200))

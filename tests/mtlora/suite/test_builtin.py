@@ -82,6 +82,7 @@ def test_texts_are_short(task_id: str) -> None:
         assert 0 < len(example.target) <= 48
 
 
+@pytest.mark.slow
 def test_prompts_and_answers_are_short_in_tokens(tokenizer: Any) -> None:
     for task_id, spec in SPECS.items():
         examples = _examples(task_id, "test")
@@ -103,6 +104,7 @@ def test_examples_are_pinned() -> None:
     assert digest.hexdigest() == PINNED
 
 
+@pytest.mark.slow
 @given(task_id=some_task, split=st.sampled_from(SPLITS), seed=st.integers(), count=st.integers(0, 30))
 @settings(max_examples=150, deadline=None)
 def test_any_seed_gives_right_answers_and_stable_prefixes(task_id: str, split: Split, seed: int, count: int) -> None:

@@ -29,6 +29,7 @@ def test_at_least_25_tasks_of_2_to_20_labels() -> None:
         assert 2 <= len(task.labels or ()) <= 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", SUITE.tasks, ids=lambda task: task.id)
 def test_every_label_is_drawn_and_the_same_seed_draws_the_same(task) -> None:  # type: ignore[no-untyped-def]
     labels = task.labels or ()
