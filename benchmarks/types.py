@@ -214,14 +214,17 @@ async def compare_with_free(client: AsyncClient, pid: int, questions: Sequence[Q
 async def compare_score(
     client: AsyncClient, manifest: AdapterManifest, questions: Sequence[Question], pairs: int
 ) -> float:
-    """Requests a second of Score ÷ Generate, for tasks of labels without working; prints those with working too."""
+    """Requests a second of Score ÷ Generate, for tasks of labels without working; prints those with working too.
+
+    Each question is asked one way alone: the second time its prompt would be in the cache.
+    """
     labels = {task.id: task.answer_marker is not None for task in manifest.tasks if task.labels}
     ratios: dict[bool, list[float]] = {}
     for worked in (False, True):
         asked = [each for each in questions if labels.get(each.example.task_id) is worked]
-        waiting = itertools.cycle(asked)
+        each_way = min(pairs, len(asked) // (2 * _ROUNDS))
+        waiting = iter(asked)
         for number in range(_ROUNDS):
-            batch = list(itertools.islice(waiting, min(pairs, len(asked))))
             seconds = {}
 
             async def generate(question: Question) -> None:
@@ -231,8 +234,10 @@ async def compare_score(
                 await scored(client, question.example)
 
             for way in (generate, score) if number % 2 else (score, generate):
-                seconds[way] = await _timed(batch, way)
+                seconds[way] = await _timed(list(itertools.islice(waiting, each_way)), way)
             ratios.setdefault(worked, []).append(seconds[generate] / seconds[score])
+        rounds = ", ".join(f"{each:.2f}" for each in ratios[worked])
+        print(f"score/generate {'with' if worked else 'without'} working, rounds of {each_way}: {rounds}", flush=True)
     by_way = {worked: statistics.geometric_mean(each) for worked, each in ratios.items()}
     plain = sum(not worked for worked in labels.values())
     print(f"score/generate: {plain} tasks of labels without working {by_way[False]:.2f}, ", end="")

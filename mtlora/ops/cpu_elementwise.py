@@ -2,19 +2,22 @@
 
 Tensors are float32 or bfloat16, all of one call alike; everything is computed in float32.
 
-Shape suffixes: R rows (all leading dimensions), d their size, W = 2*d, M matrices, L positions.
+Shape suffixes: R rows (all leading dimensions), d their size, W = 2*d, M matrices, L positions, V vocabulary, N masks,
+U = ceil(V/32) words of a mask.
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from mtlora.ops.cpu_kernel import ISA, KERNEL_DTYPES, kernel_part
 
 # Version of `ElementwiseCall`, `mtlora_elementwise_layout` in the kernel's source.
-LAYOUT = 2
+LAYOUT = 3
 
 _ADDRESS, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
@@ -46,6 +49,7 @@ def _library() -> Any:
         library.mtlora_norm.argtypes = [_ADDRESS, _ADDRESS, _ADDRESS, *sizes, *number, *how]
         library.mtlora_add_rms_norm.argtypes = [_ADDRESS, _ADDRESS, _ADDRESS, *sizes, *number, *how]
         library.mtlora_silu_and_mul.argtypes = [_ADDRESS, _ADDRESS, *sizes, *how]
+        library.mtlora_mask.argtypes = [_ADDRESS, _ADDRESS, _ADDRESS, _LONG, *sizes, _INT]
     return library
 
 
@@ -136,6 +140,18 @@ def causal_softmax_(scores_MLL: torch.Tensor, scaling: float, isa: int = ISA) ->
     """
     _run("mtlora_causal_softmax", scaling, isa, first=scores_MLL, out=scores_MLL)
     return scores_MLL
+
+
+def mask_(logits_RV: torch.Tensor, bits_NU: np.ndarray[Any, np.dtype[np.int32]], rows: Sequence[int]) -> None:
+    """Set row rows[i] of contiguous logits to -inf where a bit of row i of `bits_NU` is 0. Raises ValueError."""
+    size, words = logits_RV.shape[1], bits_NU.shape[1]
+    if len(rows) != len(bits_NU) or 32 * words < size or not all(0 <= row < len(logits_RV) for row in rows):
+        raise ValueError(f"expected a mask of {size} bits a row, found {bits_NU.shape} words for rows {rows}")
+    bits_NU = np.ascontiguousarray(bits_NU, dtype=np.int32)
+    _library().mtlora_mask(
+        logits_RV.data_ptr(), bits_NU.ctypes.data, (_LONG * len(rows))(*rows), len(rows), size, words,
+        KERNEL_DTYPES.index(logits_RV.dtype),
+    )  # fmt: skip
 
 
 def _rows(tensor: torch.Tensor) -> tuple[int, int]:

@@ -54,3 +54,7 @@ def _install_on_cpu() -> None:
         from mtlora.vllm_cpu.inspection import inspect_models_here
 
         inspect_models_here()
+    if available("masks on CPUs"):
+        from mtlora.vllm_cpu.masks import mask_in_place
+
+        mask_in_place()

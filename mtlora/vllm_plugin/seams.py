@@ -285,6 +285,19 @@ SEAMS = (
         "eager norms and gates take several calls each",
     ),
     Seam(
+        "masks on CPUs",
+        Need.SPEED,
+        "mtlora.vllm_cpu.masks",
+        (
+            "vllm.v1.worker.gpu_model_runner:apply_grammar_bitmask(scheduler_output, grammar_output, input_batch, "
+            "logits)",
+            "vllm.v1.core.sched.output:GrammarOutput.structured_output_request_ids",
+            "vllm.v1.core.sched.output:GrammarOutput.grammar_bitmask",
+            "vllm.v1.core.sched.output:SchedulerOutput.scheduled_spec_decode_tokens",
+        ),
+        "masking an answer of few allowed tokens takes 0.2 ms a sequence and step",
+    ),
+    Seam(
         "one process an engine on CPUs",
         Need.SPEED,
         "server.engine.launch",

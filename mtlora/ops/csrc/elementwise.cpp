@@ -6,6 +6,8 @@
 
 #ifndef MTLORA_ISA
 
+#include <algorithm>
+
 #include "layout.h"
 
 namespace {
@@ -35,6 +37,21 @@ void over_rows(const ElementwiseCall& call, RowFunction row) {
   for (int64_t i = 0; i < call.rows; ++i) row(call, i);
 }
 
+// Words of 32 bits are mostly all ones or all zeros: a task's type allows few tokens, or nearly all.
+template <class W>
+void mask_row(W* row, const uint32_t* bits, int64_t size, W fill) {
+  for (int64_t first = 0; first < size; first += 32) {
+    const uint32_t word = bits[first / 32];
+    if (word == ~0u) continue;
+    const int64_t count = size - first < 32 ? size - first : 32;
+    if (word == 0)
+      std::fill_n(row + first, count, fill);
+    else
+      for (int64_t i = 0; i < count; ++i)
+        if (!(word >> i & 1)) row[first + i] = fill;
+  }
+}
+
 }  // namespace
 
 #define MTLORA_CHOOSE_ROW(call, name)                                           \
@@ -44,7 +61,7 @@ void over_rows(const ElementwiseCall& call, RowFunction row) {
 extern "C" {
 
 // Version of `ElementwiseCall` and of the functions below: raise it when they change.
-int mtlora_elementwise_layout() { return 2; }
+int mtlora_elementwise_layout() { return 3; }
 
 // out = weight * x / sqrt(mean x^2 + epsilon), rounded before the weight, as in eager models. first: x, second: weight.
 void mtlora_rms_norm(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE_ROW(call, rms_norm)); }
@@ -82,6 +99,18 @@ void mtlora_silu_and_mul(const void* in, void* out, int64_t rows, int64_t size, 
 // out = softmax(scaling * scores) up to the diagonal, zeros after it; may overwrite the scores. first: scores; row i is
 // a query at position i % size, over `size` keys.
 void mtlora_causal_softmax(const ElementwiseCall* call) { over_rows(*call, MTLORA_CHOOSE_ROW(call, causal_softmax)); }
+
+// Row places[i] of logits [.., size] becomes -infinity where bit j of row i of bits [rows, words] is 0, for j < size.
+void mtlora_mask(void* logits, const uint32_t* bits, const int64_t* places, int64_t rows, int64_t size, int64_t words,
+                 int32_t dtype) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t at = places[i] * size;
+    if (dtype)
+      mask_row<uint16_t>(static_cast<uint16_t*>(logits) + at, bits + i * words, size, 0xFF80);
+    else
+      mask_row<float>(static_cast<float*>(logits) + at, bits + i * words, size, -__builtin_inff());
+  }
+}
 
 }  // extern "C"
 

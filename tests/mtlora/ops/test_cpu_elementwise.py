@@ -1,5 +1,6 @@
 """The backbone's compiled operations, in every instruction set of this processor, against torch in float64."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -42,6 +43,33 @@ def test_rms_norm_equals_torch(isa: int, dtype: torch.dtype, rows: int, size: in
     found = cpu_elementwise.rms_norm_backward(grad, x, weight, inverse, isa)
     atol = {torch.float32: 1e-4, torch.bfloat16: 2**-7}[dtype] * max(1.0, expected_grad.abs().max().item())
     torch.testing.assert_close(found.double(), expected_grad, rtol=0, atol=atol)
+
+
+@every_dtype
+@given(rows=st.integers(1, 5), size=st.integers(1, 300), held=st.integers(1, 5), seed=st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_masks_forbid_what_their_bits_leave_out(dtype: torch.dtype, rows: int, size: int, held: int, seed: int) -> None:
+    draws = np.random.default_rng(seed)
+    logits, held = randn(rows, size, seed=seed, dtype=dtype), min(rows, held)
+    # Words of all zeros, of all ones and of both; bits beyond the vocabulary count for nothing.
+    words = draws.choice([0, -1, 5, -5, int(draws.integers(-(2**31), 2**31))], (held, -(-size // 32) + 1))
+    words = words.astype(np.int32)
+    places = draws.permutation(rows)[:held].tolist()
+    expected = logits.clone()
+    for mask, place in zip(words, places, strict=True):
+        for token in range(size):
+            if not int(mask[token // 32]) >> token % 32 & 1:
+                expected[place, token] = -torch.inf
+    cpu_elementwise.mask_(logits, words, places)
+    assert torch.equal(logits, expected)
+
+
+def test_masks_of_other_sizes_are_refused() -> None:
+    logits, words = torch.zeros(2, 65), np.zeros((1, 3), np.int32)
+    cpu_elementwise.mask_(logits, words, [1])
+    for bits, places in ((words[:, :2], [1]), (words, [0, 1]), (words, [2]), (words, [-1])):
+        with pytest.raises(ValueError, match="expected a mask of 65 bits"):
+            cpu_elementwise.mask_(logits, bits, places)
 
 
 @every_set
