@@ -10,6 +10,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+from mtlora.vllm_cpu import shared_cores
 from mtlora.vllm_cpu.memory import memory_environment
 from mtlora.vllm_plugin.seams import available, require
 from server.engine import orphans
@@ -41,14 +42,14 @@ _EAGER = {"TORCHDYNAMO_DISABLE": "1"}
 def launch(settings: Settings, backbone: Path, on_stats: Callable[[EngineStats], None]) -> Any:
     """Start vLLM's AsyncLLM, its processes included. Blocks for long; raises vLLM's errors."""
     with _launching:
-        environment = partial(engine_environment, settings)
+        environment = partial(engine_environment, settings, place=0)
         return _launch(environment, partial(_engine_args, settings, backbone), on_stats)
 
 
 def launch_vision(settings: Settings, backbone: Path, on_stats: Callable[[EngineStats], None]) -> Any:
     """As `launch`, for a vision backbone."""
     with _launching:
-        environment = partial(engine_environment, settings, settings.vision_omp_threads_bind, 1)
+        environment = partial(engine_environment, settings, settings.vision_omp_threads_bind, 1, place=1)
         return _launch(environment, partial(_vision_engine_args, settings, backbone), on_stats)
 
 
@@ -60,7 +61,7 @@ def _launch(
     for name in _placed:
         os.environ.pop(name, None)
     environment = make_environment()
-    _placed.update(environment.keys() & {BIND, "OMP_NUM_THREADS"} - os.environ.keys())
+    _placed.update(environment.keys() & {BIND, "OMP_NUM_THREADS", shared_cores.ENVIRONMENT} - os.environ.keys())
     # Before the import of vLLM, which reads some variables at once.
     os.environ.update(environment)
     # vLLM's variable would override the setting silently.
@@ -167,10 +168,13 @@ def _both(settings: Settings, max_num_seqs: int, on_cpu: bool) -> dict[str, Any]
     }
 
 
-def engine_environment(settings: Settings, bind: str | None = None, ranks: int | None = None) -> dict[str, str]:
+def engine_environment(
+    settings: Settings, bind: str | None = None, ranks: int | None = None, *, place: int = 0
+) -> dict[str, str]:
     """Environment variables for vLLM and its processes, which inherit them.
 
-    bind: the cores of its threads, ranks: its workers; by default those of the language backbone's engine.
+    bind: the cores of its threads, ranks: its workers; by default those of the language backbone's engine. place: that
+    of the engine among two which share the cores.
     """
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
     wanted = {} if settings.log_level == "debug" else {k: os.environ.get(k, v) for k, v in quiet.items()}
@@ -190,8 +194,21 @@ def engine_environment(settings: Settings, bind: str | None = None, ranks: int |
         # This server says itself what an answer is held to.
         "MTLORA_TYPED_REQUESTS": "0",
         **memory_environment(),
-        **thread_environment(bind or settings.omp_threads_bind, os.environ, ranks or settings.ranks),
+        **(shared_cores.sharing_environment(place) if (sharing := _engines_share_cores(settings)) else {}),
+        **thread_environment(
+            bind or settings.omp_threads_bind,
+            os.environ,
+            ranks or settings.ranks,
+            from_last=sharing and place == 1,
+        ),
     }
+
+
+def _engines_share_cores(settings: Settings) -> bool:
+    """Whether threads of two engines would run on the same cores, and nobody has placed them."""
+    both = settings.language_backbone is not None and settings.vision_backbone is not None
+    placed = settings.omp_threads_bind or settings.vision_omp_threads_bind or BIND in os.environ
+    return both and settings.ranks == 1 and not placed
 
 
 def _default_executor(settings: Settings, on_cpu: bool) -> type | None:
@@ -205,6 +222,10 @@ def _default_executor(settings: Settings, on_cpu: bool) -> type | None:
         return None
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+    if shared_cores.ENVIRONMENT in os.environ:
+        from mtlora.vllm_cpu.sharing_executor import SharingExecutor
+
+        return SharingExecutor
     return UniProcExecutor
 
 
@@ -217,6 +238,10 @@ def _rank_environment(config: Any) -> Iterator[None]:
     from vllm.utils.ompmultiprocessing import OMPProcessManager
 
     with OMPProcessManager(config).configure_omp_envs(0, 0):
+        cores = os.environ[BIND].replace(",", " ")
+        if "GOMP_CPU_AFFINITY" in os.environ and cores.replace(" ", "").isdigit():
+            # vLLM sorts them.
+            os.environ["GOMP_CPU_AFFINITY"] = cores
         yield
 
 

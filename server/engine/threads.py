@@ -15,8 +15,13 @@ from mtlora.control_group import cpu_cores
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
-def thread_environment(setting: str | None, environment: Mapping[str, str], ranks: int) -> dict[str, str]:
+def thread_environment(
+    setting: str | None, environment: Mapping[str, str], ranks: int, *, from_last: bool = False
+) -> dict[str, str]:
     """Environment variables that place the threads of `ranks` workers: the setting, else vLLM's own, else all cores.
+
+    from_last: in the default, a rank's first thread has its last core. So two engines that take half of their threads
+    take different cores.
 
     Under a CPU quota smaller than the number of cores, threads are counted but not bound. Otherwise, neighbours with
     quotas of their own would all be bound to the same first cores.
@@ -29,7 +34,8 @@ def thread_environment(setting: str | None, environment: Mapping[str, str], rank
     quota = quota_cores()
     if quota is not None and quota < len(cores):
         return {BIND: "nobind", "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", str(max(1, quota // ranks)))}
-    return {BIND: "|".join(",".join(map(str, share)) for share in deal(cores, ranks))}
+    order = -1 if from_last else 1
+    return {BIND: "|".join(",".join(map(str, share[::order])) for share in deal(cores, ranks))}
 
 
 def deal(cores: Sequence[int], ranks: int) -> list[Sequence[int]]:

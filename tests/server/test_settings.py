@@ -162,6 +162,7 @@ def test_threads_follow_the_setting_then_the_environment_then_all_cores(monkeypa
     assert threads.thread_environment(None, {}, 1) == {threads.BIND: "0,1,2,3,4"}
     assert threads.thread_environment(None, {}, 2) == {threads.BIND: "0,1|2,3,4"}
     assert threads.thread_environment(None, {}, 6) == {threads.BIND: "0|1|2|3|4|0"}
+    assert threads.thread_environment(None, {}, 2, from_last=True) == {threads.BIND: "1,0|4,3,2"}
 
 
 def test_a_quota_of_fewer_cores_limits_threads_without_binding_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,66 @@
+"""Two engines on the same cores of a CPU: each has all of them while the other rests, half of them while both run.
+
+With threads of both engines on every core, each waits at every product for a thread that the other engine keeps from
+its core, and spins meanwhile. A step keeps the threads that it begins with.
+
+Without imports of vLLM, which reads environment variables at once.
+"""
+
+import mmap
+import os
+import time
+from functools import cache
+from typing import Self
+
+ENVIRONMENT = "MTLORA_SHARED_CORES"
+# Between two steps of requests that run, an engine rests no longer.
+_PAUSE_S = 0.02
+# No step takes so long: this one's engine was killed in it.
+_LONGEST_S = 10.0
+
+
+@cache
+def board() -> str:
+    """The path of this process's memory in which two engines tell each other of their steps. Gone with the process."""
+    descriptor = os.memfd_create("mtlora-shared-cores")
+    os.ftruncate(descriptor, mmap.PAGESIZE)
+    return f"/proc/{os.getpid()}/fd/{descriptor}"
+
+
+def sharing_environment(place: int) -> dict[str, str]:
+    """Environment variables of the engine at place 0 or 1 of this process's board."""
+    return {ENVIRONMENT: f"{place}:{board()}"}
+
+
+class SharedCores:
+    """One engine's side of a board. Enter it for a part of a step.
+
+    threads: of a step that has all cores. With an odd number, place 0 gets the one more.
+    """
+
+    def __init__(self, path: str, place: int, threads: int) -> None:
+        with open(path, "r+b") as file:
+            # The second when a step began, negative when it ended; zero before the first.
+            self._marks = memoryview(mmap.mmap(file.fileno(), 2 * 8)).cast("d")
+        self._place, self._all = place, threads
+        self._half = max(1, (threads + 1 - place) // 2)
+        self._marks[place] = 0.0
+
+    @classmethod
+    def of_environment(cls, threads: int) -> Self:
+        """The side that the environment names."""
+        place, _, path = os.environ[ENVIRONMENT].partition(":")
+        return cls(path, int(place), threads)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a step that begins now."""
+        mark, now = self._marks[1 - self._place], time.monotonic()
+        runs = now - mark < _LONGEST_S if mark > 0 else now + mark < _PAUSE_S
+        return self._half if mark and runs else self._all
+
+    def __enter__(self) -> None:
+        self._marks[self._place] = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._marks[self._place] = -time.monotonic()
