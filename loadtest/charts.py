@@ -115,7 +115,7 @@ def by_name(groups: Mapping[str, Mapping[str, Any]], what: str) -> str:
 
 
 def top_rows(groups: Mapping[str, Mapping[str, Any]], count: int = TOP) -> list[tuple[str, Mapping[str, Any]]]:
-    """The groups with most requests by name; all others together as one last row."""
+    """The `count` groups with the most requests, sorted by name; a last row sums all others."""
     ranked = sorted(
         ((name, group) for name, group in groups.items() if name != OTHER), key=lambda row: (-row[1]["offered"], row[0])
     )

@@ -33,7 +33,7 @@ def task_table(num_tasks: int, *, biased: bool = True, document_template: str | 
 
 
 def image_table(num_tasks: int = 3, *, biased: bool = True, pooling: Pooling = "cls_mean") -> tuple[TaskEntry, ...]:
-    """As `task_table`, tasks of images with 2, 3, ... classes."""
+    """Like `task_table`, but the tasks take images and have 2, 3, ... classes."""
     return tuple(
         entry.model_copy(
             update={

@@ -129,7 +129,7 @@ def steady_rate(ends: Sequence[float], in_flight: int) -> float:
 async def _open_loop(
     clients: Sequence[AsyncClient], examples: Sequence[Example], rate: float, seconds: float, rng: random.Random
 ) -> list[float]:
-    """End-to-end seconds from the time due; without the first fifth of the run."""
+    """Seconds from when each request was due to its answer. The first fifth of the run is warm-up and left out."""
     warm_up = seconds / 5
     gaps: list[float] = []
     while sum(gaps) < seconds:

@@ -1,4 +1,7 @@
-"""Methods of both clients, written once: a call and what becomes of its reply. A client adds how to wait for it."""
+"""The methods that both clients share, written once.
+
+A method yields its calls and turns the replies into a result; each client adds how it waits for a reply.
+"""
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload

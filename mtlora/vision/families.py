@@ -1,8 +1,12 @@
 """Families of vision backbones: the one place where a new family is added.
 
 A family is a `model_type` of transformers. Its configuration becomes a `VisionConfig`, and its weights get the names of
-`encoder.VisionEncoder`, whichever release of transformers saved them. To add one: an entry in `FAMILIES`, its names in
-`_NAMES`, and a model in `tests/mtlora/vision/models.py`, which the parity tests then run.
+`encoder.VisionEncoder`, whichever release of transformers saved them. To add one:
+
+1. an entry in `FAMILIES`;
+2. its tensors' names in `_NAMES`, and what its models put before them in `_PREFIX`;
+3. its configuration's fields in `vision_config`, where they have other names;
+4. a model in `MODELS` of `tests/mtlora/vision/models.py`; `pytest tests/mtlora/vision` then holds it to parity.
 
 Shape suffixes: D hidden size, P pixels of a patch's side, G patches of the position grid's side.
 """

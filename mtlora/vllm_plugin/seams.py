@@ -298,6 +298,17 @@ SEAMS = (
         "masking an answer of few allowed tokens takes 0.2 ms a sequence and step",
     ),
     Seam(
+        "cores of two engines",
+        Need.SPEED,
+        "mtlora.vllm_cpu.sharing_executor",
+        (
+            "vllm.v1.executor.uniproc_executor:UniProcExecutor._init_executor()",
+            "vllm.v1.executor.uniproc_executor:UniProcExecutor.execute_model(scheduler_output, non_block)",
+            "vllm.v1.executor.uniproc_executor:UniProcExecutor.sample_tokens(grammar_output, non_block)",
+        ),
+        "two engines of a server run threads on every core and wait for each other",
+    ),
+    Seam(
         "one process an engine on CPUs",
         Need.SPEED,
         "server.engine.launch",

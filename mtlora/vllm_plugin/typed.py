@@ -183,7 +183,7 @@ class TypedGrammar(StructuredOutputGrammar):
 
     def _in_time(self, place: _Place) -> _Place:
         """A place of the working, with the marker to come where no more is left than it and an answer take."""
-        # No more than a shortest answer takes: no sequence that fits, as trained ones do, is cut short.
+        # Room for the shortest answer alone: more would cut off working whose answer still fits.
         if not place.forced and place.left - 1 < self._compiled.fewest_with_marker:
             return replace(place, forced=tuple(self._compiled.marker_tokens))
         return place

@@ -44,7 +44,7 @@ class AuditError(RuntimeError):
 
 
 class AuditLog:
-    """Appends to `path`, or to stderr; None: nowhere. Lines wait for nothing else and none is left out.
+    """Appends to `path`, or to stderr; with None it writes nothing. No line is dropped.
 
     A thread writes, so that a slow disk holds up audited calls alone. Raises AuditError if the file cannot be opened.
     """

@@ -101,7 +101,7 @@ class Journal:
 
     @property
     def full(self) -> bool:
-        """Whether as many records wait for the disk as may."""
+        """Whether more than `_MAX_UNWRITTEN` bytes of records wait for the disk."""
         return len(self._unwritten) > _MAX_UNWRITTEN
 
     @property

@@ -222,7 +222,7 @@ def _default_executor(settings: Settings, on_cpu: bool) -> type | None:
         return None
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    if shared_cores.ENVIRONMENT in os.environ:
+    if shared_cores.ENVIRONMENT in os.environ and available("cores of two engines"):
         from mtlora.vllm_cpu.sharing_executor import SharingExecutor
 
         return SharingExecutor

@@ -123,7 +123,7 @@ class Supervisor:
                 failure = EngineFailure("died", "it died while its adapters were loaded")
 
     async def _or_failure(self, work: Awaitable[None]) -> None:
-        """Do `work`. Raises EngineDeadError if the engine fails first."""
+        """Wait for `work`. An engine that fails first is marked as lost: EngineDeadError."""
         working, failing = asyncio.ensure_future(work), asyncio.create_task(self._failure())
         try:
             await asyncio.wait({working, failing}, return_when=asyncio.FIRST_COMPLETED)

@@ -105,7 +105,7 @@ def in_child(
 
 def _run(sender: Connection, limits: Limits, work: Callable[..., Iterable[Any]], arguments: tuple[Any, ...]) -> None:
     limits.apply()
-    # The server may have given up on it.
+    # The server closes the pipe when it stops waiting.
     with contextlib.suppress(BrokenPipeError):
         try:
             for result in work(*arguments):

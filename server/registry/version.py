@@ -3,10 +3,10 @@
 The adapter's record says which version should serve; a version's stage says how far it has come.
 
     FOUND ───► VERIFIED ───► LOADED ───► WARMED ───► SERVING
-      │          ▲ │           │           │            │
-      ▼          │ └───────────┴─────┬─────┴────────────┘
-    FAILED       │                   ▼
-                 └─────────────── DRAINING ───► FOUND, FAILED or DRAINED
+      │         ▲ ▲ │          │           │            │
+      ▼         │ │ └──────────┴─────┬─────┴────────────┘
+    FAILED ─────┘ │                  ▼
+                  └────────────── DRAINING ───► FOUND, FAILED or DRAINED
 
 | stage | what it means | who moves a version there |
 | --- | --- | --- |

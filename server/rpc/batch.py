@@ -123,7 +123,7 @@ def _sample_jobs(job: GenerationJob) -> Iterator[GenerationJob]:
 async def side_by_side(
     items: Sequence[Item[M, R]], places: int, run: Callable[[R], Awaitable[None]]
 ) -> AsyncGenerator[Item[M, R], None]:
-    """Run the items' generations, `places` at a time in order; gives each item when all of its own have ended.
+    """Run the items' generations in order, `places` at a time; gives an item when all its generations have ended.
 
     A failure goes to its item. Closing the iterator cancels what runs.
     """

@@ -19,7 +19,7 @@ class FairThread:
     """
 
     def __init__(self, name: str, threads: int = 1) -> None:
-        # All the work takes so many cores at most.
+        # Bounds the cores that the work of all tenants takes: one for each thread.
         self._executor = ThreadPoolExecutor(threads, name)
         self._queue: FairQueue[tuple[str, int], asyncio.Future[None]] = FairQueue()
         self._free = threads

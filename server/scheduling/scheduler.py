@@ -69,7 +69,7 @@ class Turn:
 
     @asynccontextmanager
     async def aside(self) -> AsyncIterator[None]:
-        """Give the turn to others inside; at the end, get it back before every request that queues.
+        """Lend the turn to other requests while the block runs; at its end, wait for one ahead of all that queue.
 
         The tenant's limits count the request all the while. As many requests as there are turns may be aside; further
         ones keep their turns.
@@ -344,7 +344,7 @@ class Scheduler:
         turn._reserved.tokens -= tokens
 
     def keep_only(self, tenant_ids: Collection[str]) -> None:
-        """Forget every other tenant that has no request here."""
+        """Forget each tenant that is not among these and has no request here."""
         for name in [name for name in self._accounts if name not in tenant_ids]:
             if not self._accounts[name].inside and not self._queued(name):
                 for line in self._accounts.pop(name).lines:

@@ -23,7 +23,7 @@ def operation_of(job: Job) -> str:
 
 
 def request_attributes(job: Job, *, stream: bool) -> dict[str, Any]:
-    """What a request asks for."""
+    """Attributes known before the request runs: operation, model, parameters."""
     from opentelemetry.semconv._incubating.attributes import gen_ai_attributes as names
 
     attributes: dict[str, Any] = {

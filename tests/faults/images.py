@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -27,8 +28,10 @@ from tests.faults.scenario import Options, Row
 from tests.mtlora.vision.pictures import SVG, animated, bomb, encoded, jpeg_bomb, many_scans, photograph, webp_bomb
 
 ORDER = 105
-# Of the neighbour, with both tenants at equal shares: half of the machine, and the step that runs when its image comes.
-P99_GOAL = 4.0
+# What the neighbour may wait, in steps of as many images as one takes: for the step that runs when its image comes, for
+# the one that takes it, and half of one for the mutator, which works on the same cores.
+STEPS_GOAL = 2.5
+_STEP = 16
 _CALLS, _IMAGES = 4, 8
 _SIZE = 112
 _PROPER = {"OK", "INVALID_ARGUMENT"}
@@ -44,10 +47,11 @@ def run(options: Options) -> Row:
     with native_server(
         backbone="none", vision_backbone=backbone, adapters=options.folder / "adapters",
         tenants=write_tenants(options.folder / "tenants.yaml", entry, own_entry), log_level="warning",
+        vision_max_num_seqs=_STEP,
     ) as server:  # fmt: skip
         mutator = Mutator(options.seed, [task.id for task in tasks])
         neighbour = Neighbour(server.address, Access(own_key), tasks[1].id)
-        alone = neighbour.ask_for(10.0)
+        alone, steps = neighbour.ask_for(10.0), neighbour.ask_for(10.0, images=_STEP)
         # Until pools have their size. They count, but not to the 20,000.
         warm_up = asyncio.run(_send(server.address, key, mutator, max(200, count // 20)))
         before = resident_bytes(server.process.pid)
@@ -56,15 +60,17 @@ def run(options: Options) -> Row:
         alive = server.process.poll() is None
     statuses += warm_up
     improper = {name: n for name, n in statuses.items() if name not in _PROPER}
-    ratio, worst = p99(beside) / p99(alone), p99_name(beside)
+    step_s, worst = statistics.median(steps), p99_name(beside)
+    waited = p99(beside) / step_s
     shown = ", ".join(f"{name} {n}" for name, n in statuses.most_common())
     return Row(
         "mutated images",
-        f"each a label or INVALID_ARGUMENT, RSS within 5 %, a neighbour always right and its {worst} <= {P99_GOAL} x "
-        "alone",
+        f"each a label or INVALID_ARGUMENT, RSS within 5 %, a neighbour always right and its {worst} <= {STEPS_GOAL} "
+        f"steps of {_STEP} images",
         f"{sum(statuses.values())} images ({shown}), RSS {growth:+.1%}, neighbour {len(beside)} images, "
-        f"{neighbour.wrong} wrong, {worst} {ratio:.2f} x ({1e3 * p99(alone):.0f} ms to {1e3 * p99(beside):.0f} ms)",
-        met=alive and not improper and not neighbour.wrong and growth <= 0.05 and ratio <= P99_GOAL,
+        f"{neighbour.wrong} wrong, {worst} {1e3 * p99(beside):.0f} ms = {waited:.2f} steps of {1e3 * step_s:.0f} ms; "
+        f"alone {1e3 * p99(alone):.0f} ms",
+        met=alive and not improper and not neighbour.wrong and growth <= 0.05 and waited <= STEPS_GOAL,
     )
 
 
@@ -88,20 +94,20 @@ class Neighbour:
             self._label = client.classify(task, [self._image])[0].label
         self.wrong = 0
 
-    def ask_for(self, seconds: float) -> list[float]:
-        """Seconds of each answer."""
+    def ask_for(self, seconds: float, images: int = 1) -> list[float]:
+        """Seconds of each answer to a call of so many images."""
         until = time.monotonic() + seconds
-        return asyncio.run(self.ask_until(lambda: time.monotonic() >= until))
+        return asyncio.run(self.ask_until(lambda: time.monotonic() >= until, images))
 
-    async def ask_until(self, done: Any) -> list[float]:
+    async def ask_until(self, done: Any, images: int = 1) -> list[float]:
         """Ask until `done()`; gives the seconds of each answer."""
         taken = []
         async with AsyncClient(self._address, self._access, retry=None) as client:
             while not done():
                 began = time.monotonic()
                 try:
-                    (found,) = await client.classify(self._task, [self._image], timeout=60)
-                    self.wrong += found.label != self._label
+                    found = await client.classify(self._task, [self._image] * images, timeout=60)
+                    self.wrong += any(each.label != self._label for each in found)
                 except ServerError:
                     self.wrong += 1
                 taken.append(time.monotonic() - began)

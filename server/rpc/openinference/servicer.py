@@ -28,7 +28,7 @@ _EXTENSIONS = ("model_repository",)
 
 
 class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceServicer):
-    """Goes through `service`, so that tenants, quotas, validation and queue are the same."""
+    """Calls run through `service`: they meet the same tenants, quotas, validation and queue as native ones."""
 
     def __init__(self, service: InferenceServicer, admission: Admission, repository: Repository) -> None:
         self._service = service
