@@ -131,10 +131,15 @@ class Keys:
                     del self._documents[next(iter(self._documents))]
         elif isinstance(request, pb.GenerateRequest) and (name := reply.summary.adapter_name):
             self._adapters[request.task_id] = name
+        elif isinstance(request, pb.ClassifyRequest):
+            known = {each.task_id: each.summary.adapter_name for each in reply.results}
+            self._adapters |= {task_id: name for task_id, name in known.items() if name}
 
 
 def _task(request: Any) -> str:
     """The task of a request, or of the first of a batch; empty if it has none."""
     if isinstance(request, pb.GenerateBatchRequest):
         return _task(request.items[0]) if request.items else ""
+    if isinstance(request, pb.ClassifyRequest):
+        return request.task_ids[0] if request.task_ids else ""
     return getattr(request, "task_id", "")

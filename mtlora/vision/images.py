@@ -186,7 +186,10 @@ def _orientation(image: Image.Image) -> Any:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        upper_HW = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
+        grey_HW = np.asarray(image).astype(np.uint32)
+        upper_HW = (grey_HW >> 8).astype(np.uint8)
+        if (transparent := image.info.get("transparency")) is not None:
+            upper_HW[grey_HW == transparent] = 255
         return Image.fromarray(upper_HW).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")

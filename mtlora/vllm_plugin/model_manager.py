@@ -90,7 +90,7 @@ class MtLoRAModelManager(LRUCacheLoRAModelManager):
         return GpuStep(table, self.gpu, sampler, side_stream=self.options.side_stream)
 
     def next_step(self) -> None:
-        """Begin a step, before its mapping is set. One that samples routing needs a new plan, so the last mapping is dropped."""
+        """Begin a step, before its mapping is set. Sampled routing needs a new plan: the last mapping is dropped."""
         if self.step.next_step():
             self._last_mapping = None
 

@@ -30,8 +30,8 @@ _IMAGE_SIZE = 112
 VISION_CACHE_BYTES = 64 << 20
 # vLLM's processes inherit the environment: two engines start one after the other.
 _launching = threading.Lock()
-# Variables that place the threads of the engine launched last, and were not there before.
-_placed: set[str] = set()
+# What the last launch changed of the variables that place threads: their values before it.
+_before: dict[str, str | None] = {}
 # On a CPU, unless a setting says otherwise.
 CPU_KV_CACHE_GIB = 1.0
 
@@ -58,10 +58,15 @@ def _launch(
     make_arguments: Callable[[], dict[str, Any]],
     on_stats: Callable[[EngineStats], None],
 ) -> Any:
-    for name in _placed:
-        os.environ.pop(name, None)
+    for name, value in _before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     environment = make_environment()
-    _placed.update(environment.keys() & {BIND, "OMP_NUM_THREADS", shared_cores.ENVIRONMENT} - os.environ.keys())
+    _before.clear()
+    placing = environment.keys() & {BIND, "OMP_NUM_THREADS", shared_cores.ENVIRONMENT}
+    _before.update({name: os.environ.get(name) for name in placing})
     # Before the import of vLLM, which reads some variables at once.
     os.environ.update(environment)
     # vLLM's variable would override the setting silently.

@@ -17,6 +17,8 @@ _GIB = 1 << 30
 # one of images 0.64 less 0.14.
 SERVER_GIB = 0.8
 ENGINE_GIB = {Lane.TEXT: 0.9, Lane.IMAGES: 0.6}
+# Of a pixel that is being decoded, at most: 287 MB for a grey PNG with alpha of 25 megapixels.
+DECODED_BYTES = 12
 
 
 def check_machine(settings: Settings, backbones: Mapping[Lane, Path]) -> None:
@@ -38,6 +40,8 @@ def check_machine(settings: Settings, backbones: Mapping[Lane, Path]) -> None:
     needed = int(SERVER_GIB * _GIB) + sum(
         memory_needed(settings, backbone, lane) for lane, backbone in backbones.items()
     )
+    if Lane.IMAGES in backbones:
+        needed += DECODED_BYTES * settings.max_image_pixels
     if left is not None and left < needed:
         cache, less = "", ""
         if Lane.TEXT in backbones:

@@ -181,7 +181,7 @@ class Classifier:
         assert task is not None
         catalog = self._service.catalog
         if task.spec.id in catalog.splits:
-            key = picture.routing_key.encode() or picture.image.SerializeToString(deterministic=True)
+            key = picture.routing_key.encode() or picture.digest
             task = catalog.choose(task, key)
         with self.residency.hold(task.version):
             if prefetch:

@@ -1,16 +1,20 @@
 """Images of requests: checked when they come, decoded in threads that tenants share fairly, made an engine's input."""
 
 import asyncio
+import hashlib
+import math
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
 from mtlora_pb.v1 import inference_pb2 as pb
 from numpy.typing import NDArray
 
+from mtlora.control_group import cpu_cores
 from mtlora.vision.image_input import ImageInput
 from mtlora.vision.images import ImageError, ImageLimits, decode, prepare, read_header
 from server.errors import RequestFailedError, Violation, invalid_argument
@@ -20,6 +24,8 @@ from server.tenants import Tenant
 # The normalised values of any image are within a few units of 0.
 MAX_VALUE = 100.0
 _MAX_THREADS = 8
+# Times a task's pixels.
+_LARGE = 64
 
 
 class Embeds(Protocol):
@@ -30,19 +36,37 @@ class Embeds(Protocol):
 
 def decoding_threads() -> int:
     """Half of the cores that this process may use, at least one: the other half runs engines."""
-    return min(_MAX_THREADS, max(1, len(os.sched_getaffinity(0)) // 2))
+    cores = min(len(os.sched_getaffinity(0)), cpu_cores() or math.inf)
+    return min(_MAX_THREADS, max(1, int(cores / 2)))
 
 
 class Decoding:
-    """Where images are decoded: beside the event loop, in a few threads. One for a server."""
+    """Where images are decoded: beside the event loop, in a few threads. One for a server.
+
+    All threads together hold no more pixels than the largest image has: each takes up to 12 bytes.
+    """
 
     def __init__(self, limits: ImageLimits, threads: int) -> None:
         self.limits = limits
         self._threads = FairThread("decode", threads)
+        self._next, self._changed = threading.Lock(), threading.Condition()
+        self._pixels = 0
 
-    async def run(self, tenant: Tenant, pixels: int, work: Any) -> Any:
-        """The result of work on so many pixels."""
-        return await self._threads.run(tenant, pixels, work)
+    async def run(self, tenant: Tenant, pixels: int, held: int, work: Callable[[], Any]) -> Any:
+        """The result of work on so many pixels, of which `held` are in memory at a time."""
+        return await self._threads.run(tenant, pixels, partial(self._in_memory, held, work))
+
+    def _in_memory(self, pixels: int, work: Callable[[], Any]) -> Any:
+        # Behind a large image that waits for room, others wait too: it comes to its turn.
+        with self._next, self._changed:
+            self._changed.wait_for(lambda: not self._pixels or self._pixels + pixels <= self.limits.max_pixels)
+            self._pixels += pixels
+        try:
+            return work()
+        finally:
+            with self._changed:
+                self._pixels -= pixels
+                self._changed.notify()
 
 
 @dataclass(eq=False)
@@ -57,8 +81,14 @@ class Picture:
     routing_key: str
     uses: int = 1
     pixels: int = 0
+    _jpeg: bool = False
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     _made: dict[ImageInput, Any] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Of its content."""
+        return hashlib.blake2b(self.image.SerializeToString(deterministic=True), digest_size=16).digest()
 
     def ByteSize(self) -> int:
         """As of the message."""
@@ -69,7 +99,9 @@ class Picture:
         match self.image.WhichOneof("content"):
             case "encoded":
                 try:
-                    self.pixels = read_header(self.image.encoded, limits).pixels
+                    header = read_header(self.image.encoded, limits)
+                    # A JPEG that is much larger than its task wants is decoded smaller: its coefficients remain.
+                    self.pixels, self._jpeg = header.pixels, header.format == "JPEG"
                 except ImageError as error:
                     raise self._failure("encoded", str(error)) from None
             case "tensor":
@@ -92,7 +124,8 @@ class Picture:
             if key not in self._made:
                 try:
                     work = partial(self._make, spec, engine, decoding.limits)
-                    self._made[key] = await decoding.run(tenant, self.pixels, work)
+                    held = self.pixels // 2 if self._jpeg and self.pixels > _LARGE * spec.size**2 else self.pixels
+                    self._made[key] = await decoding.run(tenant, self.pixels, held, work)
                 except RequestFailedError as failure:
                     self._made[key] = failure
             made = self._made[key]

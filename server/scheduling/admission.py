@@ -26,9 +26,9 @@ _RETRY_AFTER_S = {State.STARTING: 5.0, State.DRAINING: 1.0, State.RESTARTING: RE
 class Admission:
     """Admits requests while the server is serving and has room; `drained` waits for the last one.
 
-    max_in_flight: requests for one engine. spare: how many of these one tenant must leave to others. A
-    request that is still decoded or checked stands in no queue, so taking from the longest queue does not bound it. lost: engines that are
-    being started again while another serves.
+    max_in_flight: requests for one engine. spare: how many of these one tenant must leave to others. A request that is
+    still decoded or checked stands in no queue, so taking from the longest queue does not bound it. lost: engines that
+    are being started again while another serves.
     """
 
     def __init__(self, max_in_flight: int, metrics: Metrics, spare: int = 0) -> None:

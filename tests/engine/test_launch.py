@@ -2,11 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 
-from server.engine import Engine, EngineStartError
+from server.engine import Engine, EngineStartError, launch
+from server.engine.threads import BIND
 from server.engine.translation import sampling_params
 from server.job import MoreSampling, Sampling
 from server.settings import load_settings
@@ -21,6 +23,28 @@ def test_an_engine_that_does_not_start_says_why(tmp_path: Path) -> None:
         pytest.raises(EngineStartError, match=r"(?s)the engine did not start.*max_model_len"),
     ):
         engine.start()
+
+
+@pytest.mark.parametrize("own", [None, "0-3"])
+def test_an_engines_cores_are_not_those_of_the_next(own: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(BIND, raising=False)
+    if own is not None:
+        monkeypatch.setenv(BIND, own)
+    found = []
+
+    def environment() -> dict[str, str]:
+        found.append(os.environ.get(BIND))
+        return {BIND: "4-7"}
+
+    def refused() -> dict[str, Any]:
+        found.append(os.environ[BIND])
+        raise ValueError("refused")
+
+    with mock.patch.dict(os.environ), mock.patch.dict(launch._before, clear=True):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="refused"):
+                launch._launch(environment, refused, lambda _: None)
+    assert found == [own, "4-7"] * 2
 
 
 def test_vllm_takes_what_is_valid() -> None:

@@ -63,6 +63,20 @@ def test_a_new_key_moves_few_others() -> None:
     assert sum(before.order(key)[0] != after.order(key)[0] for key in keys) < 30
 
 
+def test_images_go_where_their_first_tasks_adapter_is() -> None:
+    keys = Keys(learn_s=60.0, clock=lambda: 100.0)
+    request = pb.ClassifyRequest(task_ids=["sight", "view"])
+    assert keys.unknown(request)
+    assert keys.key(request) == "sight"
+    reply = pb.ClassifyResponse()
+    for task_id, adapter in (("sight", "eyes"), ("view", "")):
+        reply.results.add(task_id=task_id).summary.adapter_name = adapter
+    keys.note(request, "sight", reply)
+    assert not keys.unknown(request)
+    assert (keys.key(request), keys.key(pb.ClassifyRequest(task_ids=["view"]))) == ("eyes", "view")
+    assert keys.key(pb.ClassifyRequest()) == ""
+
+
 def test_keys_spread_evenly_and_a_busy_servers_go_to_one_other() -> None:
     rendezvous = Rendezvous(SERVERS[:4], floor=4)
     homes = Counter(rendezvous.choose(f"adapter-{number}", [0] * 4) for number in range(1000))

@@ -1,7 +1,10 @@
 """Images through the real servicer, around a fake engine: labels, hostile images, quotas, fairness, ends."""
 
 import asyncio
+import hashlib
+import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,16 @@ from PIL import Image
 from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, AsyncClient, Classification, ServerError
 from mtlora.suite.base import Example
+from mtlora.vision.images import ImageLimits
 from server.cli import main
 from server.cli.demo_vision import ask_all
 from server.errors import EngineDeadError
 from server.job import Lane
+from server.rpc import pictures
 from server.rpc.classify import MAX_CLASSIFIED
+from server.rpc.pictures import Decoding
 from server.scheduling.admission import State
+from server.tenants import Tenant
 from tests.mtlora.vision.pictures import SVG, animated, bomb, encoded, jpeg_bomb, many_scans, photograph, webp_bomb
 from tests.server.fakes import Service, eventually
 from tests.server.pictures import COLOURS, picture_task, with_pictures
@@ -303,6 +310,54 @@ async def test_a_cancelled_call_leaves_nothing(service: Service, client: AsyncCl
     await eventually(lambda: engine.running == 0 and service.scheduler.occupancy.running == 0)
     engine.hold = None
     assert labels(await client.classify("colour", [RED])) == ["red"]
+
+
+async def test_images_in_decoding_have_no_more_pixels_than_the_largest() -> None:
+    decoding, tenant = Decoding(ImageLimits(max_pixels=10), threads=4), Tenant(id="one")
+    going: list[int] = []
+    most = 0
+    ended: list[int] = []
+
+    def work(pixels: int) -> None:
+        nonlocal most
+        going.append(pixels)
+        most = max(most, sum(going))
+        time.sleep(0.01)
+        going.remove(pixels)
+        ended.append(pixels)
+
+    sizes = [3, 3, 10, 3, 3, 3, 3, 12, 1]
+    await asyncio.gather(*(decoding.run(tenant, size, size, partial(work, size)) for size in sizes))
+    # One that is larger than all may be comes alone.
+    assert most <= 12
+    assert sorted(ended) == sorted(sizes)
+    # Smaller ones do not pass a large one for ever.
+    assert ended.index(10) <= 4
+
+
+def test_threads_that_decode_follow_a_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    found = []
+    for quota in (None, 2.0, 0.5, 9.0):
+        monkeypatch.setattr(pictures, "cpu_cores", lambda quota=quota: quota)
+        found.append(pictures.decoding_threads())
+    assert found == [8, 1, 1, 4]
+
+
+async def test_an_image_is_read_once_for_the_split_of_all_its_tasks(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    blake2b = hashlib.blake2b
+
+    def counted(data: bytes, **named: int) -> Any:
+        read.append(len(data))
+        return blake2b(data, **named)
+
+    monkeypatch.setattr(hashlib, "blake2b", counted)
+    picture = pictures.Picture(pb.Image(encoded=RED), "images[0]", "", 8)
+    assert len({picture.digest for _ in range(8)}) == 1
+    assert len(read) == 1
 
 
 async def test_the_event_loop_goes_on_while_images_are_decoded(

@@ -44,6 +44,15 @@ def machine(monkeypatch: pytest.MonkeyPatch, limit: int | None = None, **found: 
     monkeypatch.setattr("mtlora.vllm_cpu.precision.free_memory", lambda: 64 * GIB)
 
 
+def test_images_need_room_for_the_largest_that_is_decoded(monkeypatch: pytest.MonkeyPatch, backbone: Path) -> None:
+    settings = Settings(allow_no_tasks=True, backbone="none", vision_backbone="vision", max_image_pixels=1 << 28)
+    machine(monkeypatch, 4 * GIB)
+    with pytest.raises(EngineStartError, match=r"need 4\.96"):
+        check_machine(settings, {Lane.IMAGES: backbone})
+    machine(monkeypatch, 5 * GIB)
+    check_machine(settings, {Lane.IMAGES: backbone})
+
+
 @pytest.mark.parametrize(
     ("limit", "setting", "needed"),
     [
@@ -73,9 +82,9 @@ def test_images_need_no_kv_cache_of_texts(monkeypatch: pytest.MonkeyPatch, backb
     (tmp_path / "model.safetensors").write_bytes(bytes(100 * MIB))
     settings, images = Settings(allow_no_tasks=True, backbone="none", vision_backbone="vision"), {Lane.IMAGES: tmp_path}
     machine(monkeypatch, GIB)
-    with pytest.raises(EngineStartError, match=r"left; backbones and processes need 1\.56; allowed: a higher limit$"):
+    with pytest.raises(EngineStartError, match=r"left; backbones and processes need 1\.84; allowed: a higher limit$"):
         check_machine(settings, images)
-    machine(monkeypatch, GIB + 600 * MIB)
+    machine(monkeypatch, GIB + 900 * MIB)
     check_machine(settings, images)
     # Beside texts: the sum.
     both = Settings(allow_no_tasks=True, vision_backbone="vision")

@@ -77,6 +77,13 @@ def test_of_sixteen_bits_the_upper_eight_count() -> None:
     assert np.array_equal(pixels_HWC, np.repeat((values_HW >> 8).astype(np.uint8)[..., None], 3, axis=-1))
 
 
+def test_a_transparent_grey_of_sixteen_bits_becomes_white() -> None:
+    grey = Image.fromarray(np.array([[0x1234, 0x8000]], np.uint16))
+    data = encoded(grey, transparency=0x1234)
+    assert Image.open(io.BytesIO(data)).info["transparency"] == 0x1234
+    assert decode(data)[0].tolist() == [[255, 255, 255], [0x80, 0x80, 0x80]]
+
+
 def test_alpha_is_composed_over_white() -> None:
     clear = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
     half = Image.new("LA", (4, 4), (0, 128))
