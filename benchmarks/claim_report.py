@@ -20,7 +20,8 @@ def write_claim(results: Sequence[Result], diverged: Sequence[str], out: Path) -
     out.mkdir(parents=True, exist_ok=True)
     report = {"decisions": decisions, "rows": rows, "diverged": list(diverged)}
     (out / "claim.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "claim.md").write_text("\n".join([decided(decisions), markdown(rows), *(f"- {each}" for each in diverged)]))
+    left_out = ["### diverged", "", *(f"- {each}" for each in diverged), ""] if diverged else []
+    (out / "claim.md").write_text("\n".join([decided(decisions), markdown(rows), *left_out]))
     for key, label in (("accuracy", "accuracy"), ("recovery", "(method - lower) / (upper - lower)")):
         _plot(rows, key, label, out / ("claim.png" if key == "accuracy" else "recovery.png"))
 
