@@ -78,7 +78,7 @@ class Size:
     methods: tuple[str, ...] = tuple(METHODS)
     # Whole batches: every step of every cell has as many images.
     examples: int = 6 * BATCH
-    test: int = 40
+    test: int = 80
     map_test: int = 200
     steps: int = 360
 
