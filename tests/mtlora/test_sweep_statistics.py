@@ -104,7 +104,7 @@ def test_intervals_equal_those_of_a_plain_bootstrap() -> None:
         (b - a, [method, low], lambda m, n: m - n),
         (recovery(b, a, c), [method, low, high], lambda m, n, o: (m - n) / (o - n)),
     ):
-        assert estimate.interval == pytest.approx(_plain(cells, statistic, rng), abs=0.03)  # type: ignore[arg-type]
+        assert estimate.interval == pytest.approx(_plain(cells, statistic, rng), abs=0.03)
 
 
 def test_95_of_100_intervals_of_a_difference_hold_it() -> None:
