@@ -5,18 +5,28 @@ The same command goes on where it was stopped. Every cell is a run of the sweep'
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from benchmarks.claim_report import LOWER, UPPER, write_claim
+from benchmarks.claim_cells import LOWER, UPPER
+from benchmarks.claim_decisions import BLOCK, COLLAPSING, DECIDING, MAP_METHODS, MAPS, PLAIN, ROUTING, TOLD, WHOLE
+from benchmarks.claim_report import write_claim
 from mtlora.backbone import resolve
+from mtlora.suite.vision.maps import PREFIX
 from mtlora.sweep.grid import Run, do, read_result, run_folder, task_order
 from mtlora.train.config import TrainingConfig
 
 SUITE = "builtin-vision"
-COUNTS, SEEDS, RATES, MAPS = (5, 10, 15, 20, 25), (0, 1, 2), (2e-4, 7e-4, 2e-3), (4, 16, 64)
+COUNTS, SEEDS, RATES = (5, 10, 15, 20, 25), (0, 1, 2), (2e-4, 7e-4, 2e-3)
+BATCH = 32
+# Linear heads take no steps.
+_NO_RATE = 7e-4
+# The upper bound's rate is chosen on so many single tasks.
+_SINGLE = 5
 _ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 
 
@@ -32,130 +42,156 @@ def _block(groups: int, spectral: str, task_bias: bool = False) -> dict[str, Any
 
 # Equal parameters: of the backbone of hidden size 384 and 12 layers, 0.81 M.
 METHODS: dict[str, dict[str, Any]] = {
-    "LoRA q,v": _lora(16, ["q_proj", "v_proj"]),
+    COLLAPSING: _lora(16, ["q_proj", "v_proj"]),
     "LoRA q,v, equal parameters": _lora(44, ["q_proj", "v_proj"]),
     "LoRA all": _lora(16, _ALL_LINEAR),
-    "LoRA all, equal parameters": _lora(10, _ALL_LINEAR),
+    PLAIN: _lora(10, _ALL_LINEAR),
     "HydraLoRA q,v": {
         "baseline": {"method": "hydralora", "r": 16, "num_experts": 8, "target_modules": ["q_proj", "v_proj"]},
         "spectral": "off",
     },
-    "block": _block(1, "off"),
+    BLOCK: _block(1, "off"),
     "block + spectral": _block(1, "pairwise"),
-    "block + routing": _block(4, "off"),
-    "block + both": _block(4, "pairwise"),
-    "block + both + task bias": _block(4, "pairwise", task_bias=True),
+    ROUTING: _block(4, "off"),
+    WHOLE: _block(4, "pairwise"),
+    TOLD: _block(4, "pairwise", task_bias=True),
 }
-_HEADS: dict[str, Any] = {"baseline": {"method": "heads"}, "spectral": "off", "balance_weight": 0.0}
+_DECISIVE = (COLLAPSING, PLAIN, BLOCK, ROUTING, WHOLE)
+_BOUNDS: dict[str, dict[str, Any]] = {
+    LOWER: {"baseline": {"method": "heads"}, "spectral": "off", "balance_weight": 0.0},
+    UPPER: METHODS[WHOLE],
+}
+# Part, name and configuration of a run.
+Cell = tuple[str, str, TrainingConfig]
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of it is run. examples: training images of each task; test: test images of each."""
+    """How much of it is run. examples: training images of each task, and pictures of all label maps; test: test images
+    of each task; map_test: test pictures of all label maps; steps: optimizer steps of every cell.
+    """
 
     counts: tuple[int, ...] = COUNTS
     seeds: tuple[int, ...] = SEEDS
     rates: tuple[float, ...] = RATES
     maps: tuple[int, ...] = MAPS
     methods: tuple[str, ...] = tuple(METHODS)
-    examples: int = 200
-    test: int = 40
-    epochs: int = 3
+    # Whole batches: every step of every cell has as many images.
+    examples: int = 6 * BATCH
+    test: int = 80
+    map_test: int = 200
+    steps: int = 360
 
 
-SMOKE = Size((2, 3), (0,), (7e-4,), (2,), ("LoRA q,v", "block + both + task bias"), examples=16, test=8, epochs=1)
+SMOKE = Size((2, 3), (0,), (7e-4,), (2,), (COLLAPSING, TOLD), examples=16, test=8, map_test=20, steps=2)
 
 
 class Claim:
-    """The cells in their order: rates, then upper and lower bounds, then methods, and the conflict of label maps."""
+    """The cells in their order: for each seed what decides, then the others; rates are chosen when first needed."""
 
     def __init__(self, out: Path, backbone: Path, size: Size, threads: int) -> None:
         self.out, self.backbone, self.size, self.threads = out, backbone, size, threads
-        self.order = task_order(SUITE)[: max(size.counts)]
-        self.results: list[dict[str, Any]] = []
+        self.order = task_order(SUITE)
+        self._rates: dict[str, float] = {}
 
-    def config(self, method: dict[str, Any], rate: float, **changed: Any) -> TrainingConfig:
+    def config(self, name: str, rate: float, tasks: Sequence[str], **changed: Any) -> TrainingConfig:
         """A cell's configuration."""
+        size = self.size
         return TrainingConfig.model_validate(
             {
-                "suite": SUITE, "examples_per_task": self.size.examples, "validation_per_task": 0, "batch_size": 32,
-                "epochs": self.size.epochs, "learning_rate": rate, "save_every": 100, "threads": self.threads,
-                **method, **changed,
+                "suite": SUITE, "tasks": tuple(tasks), "examples_per_task": size.examples, "validation_per_task": 0,
+                "batch_size": BATCH, "epochs": math.ceil(size.steps / math.ceil(size.examples * len(tasks) / BATCH)),
+                "max_steps": size.steps, "learning_rate": rate, "save_every": 100, "threads": self.threads,
+                **(METHODS | _BOUNDS)[name], **changed,
             }
         )  # fmt: skip
 
     def run(self) -> None:
         """Run what is not done, and write the report after each cell."""
-        rates = {name: self._rate(name) for name in self.size.methods}
-        for part, name, config in self._cells(rates):
-            result = self._cell(part, name, config, "test")
-            self.results.append({**result, "part": part, "name": name})
-            write_claim(self.results, self.out)
+        results: list[dict[str, Any]] = []
+        diverged: list[str] = []
+        for part, name, config in self.cells(self._rate):
+            result = self._result(part, name, config, "test")
+            if "error" in result:
+                cell = f"{part}, {name}, {result['num_tasks']} tasks, seed {config.seed}"
+                diverged.append(f"{cell}: diverged, {result['error']}")
+            else:
+                results.append({**result, "part": part, "name": name})
+            write_claim(results, diverged, self.out)
         print((self.out / "claim.md").read_text(), end="")
 
     def _rate(self, name: str) -> float:
-        """The rate that is best on validation images, told, with most tasks and the first seed."""
-        tasks, seed = tuple(self.order), self.size.seeds[0]
-        found = {}
-        for rate in self.size.rates if len(self.size.rates) > 1 else ():
-            config = self.config(METHODS[name], rate, tasks=tasks, seed=seed)
-            found[rate] = self._cell(f"rates/{rate:g}", name, config, "validation")["mean_accuracy"]
-        return max(found, key=found.__getitem__) if found else self.size.rates[0]
+        """The rate that is best on validation images."""
+        if name == LOWER:
+            return _NO_RATE
+        if len(self.size.rates) == 1:
+            return self.size.rates[0]
+        if name not in self._rates:
+            self._rates[name] = max(self.size.rates, key=lambda rate: self._judged(name, rate))
+        return self._rates[name]
 
-    def _cells(self, rates: dict[str, float]) -> Iterator[tuple[str, str, TrainingConfig]]:
-        size = self.size
-        whole = rates.get("block + both", next(iter(rates.values())))
-        for seed in size.seeds:
-            for task in self.order:
-                yield "upper", UPPER, self.config(METHODS["block + both"], whole, tasks=(task,), seed=seed)
-        # Most tasks first: they decide.
-        for seed in size.seeds:
-            for count in sorted(size.counts, reverse=True):
-                tasks = tuple(self.order[:count])
-                for part, heads in (("told", "own"), ("shared", "all classes")):
-                    yield part, LOWER, self.config(_HEADS, rates[size.methods[0]], tasks=tasks, seed=seed, heads=heads)
-                    for name in size.methods:
-                        if part == "told" or "task bias" not in name:
-                            yield (
-                                part,
-                                name,
-                                self.config(METHODS[name], rates[name], tasks=tasks, seed=seed, heads=heads),
-                            )
-        for seed in size.seeds:
-            for number in size.maps:
-                for part, heads in ((f"maps-{number}-own", "own"), (f"maps-{number}-words", "label words")):
-                    # As many images in all as with 25 tasks, whatever the number of maps.
-                    maps = {
-                        "suite": f"vision-maps-{number}", "seed": seed, "heads": heads,
-                        "tasks": tuple(f"map-{i:03}" for i in range(number)),
-                        "examples_per_task": max(16, size.examples * max(size.counts) // number),
-                    }  # fmt: skip
-                    yield part, LOWER, self.config(_HEADS, rates[size.methods[0]], **maps)
-                    for name in size.methods:
-                        yield part, name, self.config(METHODS[name], rates[name], **maps)
+    def _judged(self, name: str, rate: float) -> float:
+        """A rate's accuracy on validation images; 0 where it diverges."""
+        results = [self._result("rates", name, config, "validation") for config in self.trials(name, rate)]
+        return fmean(result.get("mean_accuracy", 0.0) for result in results)
 
-    def _cell(self, part: str, name: str, config: TrainingConfig, split: str) -> dict[str, Any]:
+    def trials(self, name: str, rate: float) -> list[TrainingConfig]:
+        """What a rate is judged by. It depends on nothing else that is run."""
+        seed, tasks = SEEDS[0], self.order[: max(COUNTS)]
+        groups = [[task] for task in tasks[:_SINGLE]] if name == UPPER else [tasks]
+        return [self.config(name, rate, group, seed=seed) for group in groups]
+
+    def cells(self, rate_of: Callable[[str], float]) -> Iterator[Cell]:
+        """Every cell once."""
+        for decisive in (True, False):
+            for seed in self.size.seeds:
+                if decisive:
+                    for task in self.order[: max(self.size.counts)]:
+                        yield "upper", UPPER, self.config(UPPER, rate_of(UPPER), [task], seed=seed)
+                for count in sorted(self.size.counts, reverse=True):
+                    for part, heads in (("shared", "all classes"), ("told", "own")):
+                        for name in (LOWER, *self.size.methods):
+                            decides = count in DECIDING and name in (LOWER, *_DECISIVE)
+                            if decides == decisive and not (part == "shared" and name == TOLD):
+                                tasks = self.order[:count]
+                                yield part, name, self.config(name, rate_of(name), tasks, seed=seed, heads=heads)
+                if decisive:
+                    yield from self._map_cells(seed, rate_of)
+
+    def _map_cells(self, seed: int, rate_of: Callable[[str], float]) -> Iterator[Cell]:
+        for number in self.size.maps:
+            tasks = [f"map-{i:03}" for i in range(number)]
+            for part, heads in ((f"maps-{number}-words", "label words"), (f"maps-{number}-own", "own")):
+                for name in (LOWER, *(name for name in self.size.methods if name in MAP_METHODS)):
+                    changed = {"suite": f"{PREFIX}{number}", "seed": seed, "heads": heads}
+                    yield part, name, self.config(name, rate_of(name), tasks, **changed)
+
+    def run_of(self, part: str, name: str, config: TrainingConfig) -> Run:
+        """A cell's run. Its folder is of its rate: another choice of rates leaves its result alone."""
         tasks = config.tasks or ()
-        where = name.replace(" ", "-").replace(",", "")
-        folder = run_folder(
-            self.out / part, f"{where}-{tasks[0]}" if part == "upper" else where, len(tasks), config.seed
-        )
-        run = Run(name, config, folder)
-        settings = {"examples": self.size.test, "split": split}
-        result = read_result(run, self.backbone, settings) or do(run, self.backbone, settings)
-        if "error" in result:
-            raise SystemExit(f"{folder}: {result['error']}")
+        where = f"{name.replace(' ', '-').replace(',', '')}-{config.learning_rate:g}"
+        if len(tasks) == 1:
+            where += f"-{tasks[0]}"
+        return Run(name, config, run_folder(self.out / part, where, len(tasks), config.seed))
+
+    def _result(self, part: str, name: str, config: TrainingConfig, split: str) -> dict[str, Any]:
+        """A cell's result, an error only where it diverged. Raises SystemExit for other errors."""
+        run = self.run_of(part, name, config)
+        settings = {"examples": self.size.map_test if part.startswith("maps-") else self.size.test, "split": split}
+        result = read_result(run, self.backbone, settings, diverged=True) or do(run, self.backbone, settings)
+        if "error" in result and "diverged" not in result:
+            raise SystemExit(f"{run.folder}: {result['error']}")
         # The state has served; hundreds of them would fill a disk.
-        (folder / "state.pt").unlink(missing_ok=True)
-        print(json.dumps({"part": part, "name": name, "tasks": len(tasks), "seed": config.seed,
-                          "rate": config.learning_rate, "accuracy": result["mean_accuracy"]}), flush=True)  # fmt: skip
+        (run.folder / "state.pt").unlink(missing_ok=True)
+        about = {"part": part, "name": name, "tasks": run.num_tasks, "seed": config.seed, "rate": config.learning_rate}
+        print(json.dumps({**about, "accuracy": result.get("mean_accuracy")}), flush=True)
         return result
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run it from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/claim"))
+    parser.add_argument("--out", type=Path, help="default: out/claim; of --smoke: out/claim-smoke")
     parser.add_argument("--backbone", default="vision")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--smoke", action="store_true", help="the same code, small: minutes")
@@ -164,15 +200,15 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), help="default: all")
     parser.add_argument("--rates", type=float, nargs="+", help="default: 2e-4 7e-4 2e-3; one: no choice of rates")
     parser.add_argument("--maps", type=int, nargs="*", help="numbers of label maps; default: 4 16 64")
-    parser.add_argument("--examples", type=int, help="training images of each task; default: 200")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     size = SMOKE if args.smoke else Size()
     chosen = {
         name: tuple(value) if isinstance(value, list) else value
-        for name in ("seeds", "counts", "methods", "rates", "maps", "examples")
+        for name in ("seeds", "counts", "methods", "rates", "maps")
         if (value := getattr(args, name)) is not None
     }
-    Claim(args.out, resolve(args.backbone), Size(**{**vars(size), **chosen}), args.threads).run()
+    out = args.out or Path("out/claim-smoke" if args.smoke else "out/claim")
+    Claim(out, resolve(args.backbone), Size(**{**vars(size), **chosen}), args.threads).run()
 
 
 if __name__ == "__main__":

@@ -1,60 +1,74 @@
-"""The claim's tables and pictures, with intervals."""
+"""The claim's tables, with its decisions, and pictures."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
+from benchmarks.claim_cells import LOWER, UPPER, Cells, Result
+from benchmarks.claim_decisions import decide, map_ceiling
 from mtlora.plot.figure import COLOURS, MUTED, clean, figure
-from mtlora.sweep.statistics import Counts, bootstrap_mean, bootstrap_recovery
-
-UPPER, LOWER = "one adapter each task", "linear heads alone"
-Result = dict[str, Any]
+from mtlora.sweep.statistics import Estimate
 
 
-def write_claim(results: Sequence[Result], out: Path) -> None:
-    """Write claim.json, claim.md, claim.png (accuracy against tasks) and recovery.png."""
-    rows = summarise(results)
+def write_claim(results: Sequence[Result], diverged: Sequence[str], out: Path) -> None:
+    """Write claim.json, claim.md, claim.png (accuracy against tasks) and recovery.png.
+
+    diverged: the cells that gave no result, in words.
+    """
+    cells = Cells(results)
+    rows, decisions = summarise(cells), decide(cells)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "claim.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (out / "claim.md").write_text(markdown(rows))
+    report = {"decisions": decisions, "rows": rows, "diverged": list(diverged)}
+    (out / "claim.json").write_text(json.dumps(report, indent=1) + "\n")
+    left_out = ["### diverged", "", *(f"- {each}" for each in diverged), ""] if diverged else []
+    (out / "claim.md").write_text("\n".join([decided(decisions), markdown(rows), *left_out]))
     for key, label in (("accuracy", "accuracy"), ("recovery", "(method - lower) / (upper - lower)")):
         _plot(rows, key, label, out / ("claim.png" if key == "accuracy" else "recovery.png"))
 
 
-def summarise(results: Sequence[Result]) -> list[Result]:
+def summarise(cells: Cells) -> list[Result]:
     """A row for each part, method and number of tasks, over its seeds; `recovery` where both bounds are there."""
-    single = {(task, r["seed"]): count for r in results if r["part"] == "upper" for task, count in _by_task(r).items()}
-    cells: dict[tuple[str, str, int], list[Result]] = {}
-    for result in results:
-        if result["part"] != "upper":
-            cells.setdefault((result["part"], result["name"], result["num_tasks"]), []).append(result)
     rows = []
-    for (part, name, number), cell in cells.items():
-        tasks, seeds = list(cell[0]["tasks"]), [r["seed"] for r in cell]
-        counts = [list(_by_task(r).values()) for r in cell]
+    for key in cells.keys:
+        part, name, number = key
+        seeds, first = cells.seeds(key), cells.first(key)
         row: Result = {
-            "part": part, "name": name, "num_tasks": number, "seeds": seeds, "parameters": cell[0]["parameters"],
-            "rate": cell[0]["config"]["learning_rate"], **_accuracy(counts),
+            "part": part, "name": name, "num_tasks": number, "seeds": seeds, "parameters": first["parameters"],
+            "rate": first["config"]["learning_rate"], "accuracy": _numbers(cells.accuracy(key, seeds)),
         }  # fmt: skip
-        lower = {r["seed"]: r for r in cells.get((part, LOWER, number), [])}
-        if all(seed in lower and all((task, seed) in single for task in tasks) for seed in seeds):
-            below = [list(_by_task(lower[seed]).values()) for seed in seeds]
-            above = [[single[task, seed] for task in tasks] for seed in seeds]
-            row["upper"] = _accuracy(above)["accuracy"]
-            if row["upper"][0] > _accuracy(below)["accuracy"][0]:
-                row["recovery"] = bootstrap_recovery(counts, below, above)
+        if cells.seeds(key, bounded=True) == seeds:
+            row["upper"] = _numbers(cells.upper(key, seeds))
+            if found := cells.recovery(key, seeds):
+                row["recovery"] = _numbers(found)
+        if part.startswith("maps-") and part.endswith("-words"):
+            row["ceiling"] = map_ceiling(number)
         rows.append(row)
     return rows
 
 
-def _by_task(result: Result) -> dict[str, tuple[int, int]]:
-    return {task: (found["correct"], found["total"]) for task, found in result["tasks"].items()}
+def _numbers(estimate: Estimate) -> tuple[float, float, float]:
+    return estimate.value, *estimate.interval
 
 
-def _accuracy(counts: Counts) -> Result:
-    return {"accuracy": (fmean(c / t for seed in counts for c, t in seed), *bootstrap_mean(counts))}
+def decided(decisions: Sequence[Result]) -> str:
+    """The table of decisions."""
+    lines = [
+        "### decisions",
+        "",
+        "| question | verdict | seeds | statistic (95 %) | of |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for each in decisions:
+        numbers = [f"{name}: {_text(number)}" for name, number in each["numbers"].items() if number is not None]
+        value = "" if each["value"] is None else _text((each["value"], *each["interval"]))
+        cells = [each["question"], each["verdict"], ", ".join(map(str, each["seeds"]))]
+        cells += [f"{each['statistic']}: {value}", "; ".join(numbers)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _text(numbers: float | Sequence[float]) -> str:
+    return f"{numbers:.3f}" if isinstance(numbers, float) else "{:.3f} ({:.3f} to {:.3f})".format(*numbers)
 
 
 def markdown(rows: Sequence[Result]) -> str:
@@ -78,14 +92,16 @@ def markdown(rows: Sequence[Result]) -> str:
             next((row["upper"] for row in own if row["num_tasks"] == n and "upper" in row), None) for n in numbers
         ]
         if any(uppers):
-            told = ["{:.3f} ({:.3f} to {:.3f})".format(*upper) if upper else "" for upper in uppers]
+            told = [_text(upper) if upper else "" for upper in uppers]
             lines.append(f"| {UPPER} | | | " + " | ".join(told) + " |")
+        if "ceiling" in own[0]:
+            lines.append(f"| the most frequent word of each figure | | | {own[0]['ceiling']:.3f} |")
         lines.append("")
     return "\n".join(lines)
 
 
 def _cell(row: Result) -> str:
-    text = "{:.3f} ({:.3f} to {:.3f}), {} seeds".format(*row["accuracy"], len(row["seeds"]))
+    text = f"{_text(row['accuracy'])}, {len(row['seeds'])} seeds"
     return text + ("; R {:.2f} ({:.2f} to {:.2f})".format(*row["recovery"]) if "recovery" in row else "")
 
 

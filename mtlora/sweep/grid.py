@@ -16,8 +16,9 @@ from typing import Any
 from mtlora.backbone import identify
 from mtlora.errors import MtLoRAError
 from mtlora.files import replace_file
-from mtlora.suite import SuitePart, load_suite, up_to
-from mtlora.train.config import TrainingConfig
+from mtlora.suite import Example, SuitePart, load_suite, up_to
+from mtlora.task import is_correct
+from mtlora.train.config import DivergedError, TrainingConfig
 
 _RESULT = "result.json"
 
@@ -79,8 +80,11 @@ def _drawn(task_id: str) -> bytes:
     return hashlib.sha256(task_id.encode()).digest()
 
 
-def read_result(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+def read_result(run: Run, backbone: Path, settings: dict[str, Any], *, diverged: bool = False) -> dict[str, Any] | None:
     """A finished run's result; None for a run that is not finished or failed.
+
+    diverged: also the result, an error, of a run that diverged, as it would again. Results of 0.1.0 lack the marks of
+    single examples: None, so that the run, which is trained, is scored again.
 
     Raises SweepError if the result is of another configuration or backbone, or was scored with other settings.
     """
@@ -90,7 +94,7 @@ def read_result(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str,
         return None
     except ValueError as error:
         raise SweepError(f"{run.result_file}: {error}") from None
-    if "error" in result:
+    if "error" in result and not (diverged and result.get("diverged")):
         return None
     # Results of 0.1.0 do not name the backbone.
     if other := [name for name, value in _about(run, backbone, settings).items() if result.get(name, value) != value]:
@@ -98,6 +102,8 @@ def read_result(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str,
             f"{run.result_file}: of another configuration ({', '.join(other)}); choose another --out, or remove "
             f"{run.folder}"
         )
+    if "error" not in result and not all("right" in task for task in result["tasks"].values()):
+        return None
     return result
 
 
@@ -156,7 +162,6 @@ def _end_with_parent() -> None:
 
 
 def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    from mtlora.evaluation.evaluate import score
     from mtlora.train.trainer import Trainer
 
     about = _about(run, backbone, settings)
@@ -167,7 +172,9 @@ def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any]) -> dict
         trainer.work.trained.eval()
         split = settings.get("split", "test")
         examples = [e for task in trainer.tasks for e in up_to(trainer.suite, task.id, split, settings["examples"])]
-        scores = score(examples, trainer.work.answerer()(examples))
+        answers = trainer.work.answerer()(examples)
+    except DivergedError as error:
+        return {**about, "error": str(error), "diverged": True}
     except MtLoRAError as error:
         return {**about, "error": str(error)}
     # Linear heads alone take no steps.
@@ -184,5 +191,21 @@ def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any]) -> dict
         "tokens_per_second": round(tokens / seconds, 1) if steps else 0.0,
         "loss": round(fmean(losses), 4) if steps else 0.0,
         "peak_memory_bytes": peak,
-        **scores.as_dict(),
+        **_scores(examples, answers),
     }
+
+
+def _scores(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Any]:
+    """Scores, and for each task a digest of its `examples` and whether each of them is `right`: "1" or "0"."""
+    from mtlora.evaluation.evaluate import score
+
+    found = score(examples, answers).as_dict()
+    by_task: dict[str, list[tuple[str, str]]] = {}
+    for example, answer in zip(examples, answers, strict=True):
+        mark = "1" if is_correct(answer, example.target) else "0"
+        by_task.setdefault(example.task_id, []).append((example.input, mark))
+    for task_id, pairs in by_task.items():
+        inputs = "\0".join(text for text, _ in pairs)
+        digest = hashlib.sha256(inputs.encode()).hexdigest()[:16]
+        found["tasks"][task_id] |= {"examples": digest, "right": "".join(mark for _, mark in pairs)}
+    return found

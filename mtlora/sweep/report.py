@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from mtlora.sweep.grid import run_folder
-from mtlora.sweep.statistics import Counts, bootstrap_difference, bootstrap_mean, wilson
+from mtlora.sweep.statistics import Estimate, accuracy, wilson
 
 Result = dict[str, Any]
 
@@ -35,11 +35,8 @@ def summarise(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 def _behind(best: dict[str, Any], ahead: list[Result], row: dict[str, Any], cell: list[Result]) -> dict[str, Any]:
     tasks = list(row["tasks"])
-    return {
-        "best": best["name"],
-        "mean": best["accuracy"]["mean"] - row["accuracy"]["mean"],
-        "interval": bootstrap_difference(_counts(ahead, tasks), _counts(cell, tasks)),
-    }
+    difference = _accuracy(ahead, tasks) - _accuracy(cell, tasks)
+    return {"best": best["name"], "mean": difference.value, "interval": difference.interval}
 
 
 def _row(name: str, count: int, cell: list[Result], common: list[str]) -> dict[str, Any]:
@@ -64,14 +61,18 @@ def _row(name: str, count: int, cell: list[Result], common: list[str]) -> dict[s
     }
 
 
-def _counts(cell: list[Result], tasks: list[str]) -> Counts:
-    return [[(r["tasks"][task]["correct"], r["tasks"][task]["total"]) for task in tasks] for r in cell]
+def marks_of(result: Result, tasks: Sequence[str]) -> list[tuple[str, str]]:
+    """A result's part of `Marks`."""
+    return [(result["tasks"][task]["examples"], result["tasks"][task]["right"]) for task in tasks]
+
+
+def _accuracy(cell: list[Result], tasks: list[str]) -> Estimate:
+    return accuracy([marks_of(result, tasks) for result in cell])
 
 
 def _mean(cell: list[Result], tasks: list[str]) -> dict[str, Any]:
-    counts = _counts(cell, tasks)
-    mean = fmean(correct / total for seed in counts for correct, total in seed)
-    return {"mean": mean, "interval": bootstrap_mean(counts), "tasks": len(tasks)}
+    found = _accuracy(cell, tasks)
+    return {"mean": found.value, "interval": found.interval, "tasks": len(tasks)}
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,7 +1,13 @@
-"""Confidence intervals of accuracies."""
+"""Confidence intervals of accuracies.
 
+Shape suffixes: D draws, S seeds, N examples.
+"""
+
+import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -20,62 +26,83 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
     return (0.0 if correct == 0 else centre - half), (1.0 if correct == total else centre + half)
 
 
-# For each seed, (correct, total) of every task, in the same order.
-Counts = Sequence[Sequence[tuple[int, int]]]
+# For each seed, (digest of the scored examples, "1" or "0" for each of them) of every task, in the same order.
+Marks = Sequence[Sequence[tuple[str, str]]]
 
 
-def bootstrap_mean(counts: Counts) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean over seeds and tasks of accuracies.
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A value, and what it is in each bootstrap draw [D].
 
-    Seeds are drawn with replacement, and so are each task's examples: both sources of chance count. With one seed, only
-    the examples do.
+    All estimates of the same number of seeds share their draws: draw d takes the same seeds, and of the same examples
+    the same ones, for every method. Differences are therefore paired.
     """
-    rng = np.random.default_rng(0)
-    return _interval(_means(counts, _drawn_seeds(len(counts), rng), rng))
+
+    value: float
+    draws_D: np.ndarray
+    seeds: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval."""
+        low, high = np.quantile(self.draws_D, [0.025, 0.975])
+        return float(low), float(high)
+
+    def __sub__(self, other: "Estimate") -> "Estimate":
+        """Raises ValueError for another number of seeds."""
+        _check_seeds(self, other)
+        return Estimate(self.value - other.value, self.draws_D - other.draws_D, self.seeds)
 
 
-def bootstrap_difference(counts: Counts, others: Counts) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean of `counts` minus the mean of `others`.
+def accuracy(marks: Marks) -> Estimate:
+    """The mean over seeds and tasks of accuracies.
 
-    Both have the same seeds in the same order; they are drawn together. Raises ValueError for unequal numbers.
+    Seeds are drawn with replacement, and so are examples, once for all seeds: both sources of chance count. With one
+    seed, only the examples do.
     """
-    if len(counts) != len(others):
-        raise ValueError(f"{len(counts)} and {len(others)} seeds: expected the same seeds")
-    rng = np.random.default_rng(0)
-    seeds = _drawn_seeds(len(counts), rng)
-    return _interval(_means(counts, seeds, rng) - _means(others, seeds, rng))
+    chosen_DS = np.random.default_rng(0).integers(0, len(marks), size=(_DRAWS, len(marks)))
+    values, columns = zip(*(_of_seed(tasks) for tasks in marks), strict=True)
+    draws_D = np.take_along_axis(np.stack(columns, axis=1), chosen_DS, axis=1).mean(axis=1)
+    return Estimate(float(np.mean(values)), draws_D, len(marks))
 
 
-def bootstrap_recovery(counts: Counts, lower: Counts, upper: Counts) -> tuple[float, float, float]:
-    """(counts - lower) / (upper - lower) of the means over seeds and tasks, and its 95 % bootstrap interval.
+def recovery(method: Estimate, lower: Estimate, upper: Estimate) -> Estimate:
+    """(method - lower) / (upper - lower).
 
-    All have the same tasks, and the same seeds in the same order; seeds are drawn together. Raises ValueError for
-    unequal numbers, and if the upper bound is not above the lower one.
+    Raises ValueError for unequal numbers of seeds, and if the upper bound is not above the lower one.
     """
-    if not len(counts) == len(lower) == len(upper):
-        raise ValueError(f"{len(counts)}, {len(lower)} and {len(upper)} seeds: expected the same seeds")
-    rng = np.random.default_rng(0)
-    seeds = _drawn_seeds(len(counts), rng)
-    multi, low, high = (_means(each, seeds, rng) for each in (counts, lower, upper))
-    mean = [float(np.mean([[c / t for c, t in seed] for seed in each])) for each in (counts, lower, upper)]
-    if mean[2] <= mean[1]:
-        raise ValueError(f"an upper bound of {mean[2]:.3f} and a lower one of {mean[1]:.3f} leave nothing to recover")
+    _check_seeds(method, lower, upper)
+    if upper.value <= lower.value:
+        raise ValueError(
+            f"an upper bound of {upper.value:.3f} and a lower one of {lower.value:.3f} leave nothing to recover"
+        )
     with np.errstate(divide="ignore", invalid="ignore"):
-        return (mean[0] - mean[1]) / (mean[2] - mean[1]), *_interval((multi - low) / (high - low))
+        draws_D = (method.draws_D - lower.draws_D) / (upper.draws_D - lower.draws_D)
+    return Estimate((method.value - lower.value) / (upper.value - lower.value), draws_D, method.seeds)
 
 
-def _drawn_seeds(number: int, rng: np.random.Generator) -> np.ndarray:
-    return rng.integers(0, number, size=(_DRAWS, number))
+def _check_seeds(*estimates: Estimate) -> None:
+    if len({each.seeds for each in estimates}) > 1:
+        raise ValueError(f"{' and '.join(str(each.seeds) for each in estimates)} seeds: expected the same seeds")
 
 
-def _means(counts: Counts, seeds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The mean of every draw."""
-    correct, total = np.moveaxis(np.asarray(counts, dtype=np.int64), -1, 0)
-    drawn = rng.binomial(total[seeds], (correct / total)[seeds]) / total[seeds]
-    means: np.ndarray = drawn.mean(axis=(1, 2))
-    return means
+def _of_seed(tasks: Sequence[tuple[str, str]]) -> tuple[float, np.ndarray]:
+    """One seed's mean over tasks, and that of every draw [D]."""
+    # Tasks of the same examples, such as label maps, are one draw.
+    shares: dict[str, np.ndarray] = {}
+    for examples, right in tasks:
+        right_N = np.frombuffer(right.encode(), dtype=np.uint8) == ord("1")
+        shares[examples] = shares.get(examples, 0.0) + right_N / (len(right) * len(tasks))
+    return (
+        float(sum(share_N.sum() for share_N in shares.values())),
+        sum((_times_drawn(examples, len(share_N)) @ share_N for examples, share_N in shares.items()), np.zeros(_DRAWS)),
+    )
 
 
-def _interval(draws: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(low), float(high)
+@lru_cache(maxsize=128)
+def _times_drawn(examples: str, number: int) -> np.ndarray:
+    """How often each example is in each draw [D, N]; the same for the same examples."""
+    seed = int.from_bytes(hashlib.sha256(examples.encode()).digest()[:8], "big")
+    drawn_DN = np.random.default_rng(seed).integers(0, number, size=(_DRAWS, number))
+    places_DN = drawn_DN + number * np.arange(_DRAWS)[:, None]
+    return np.bincount(places_DN.ravel(), minlength=_DRAWS * number).reshape(_DRAWS, number).astype(np.uint16)

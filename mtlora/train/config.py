@@ -15,6 +15,10 @@ class TrainingError(MtLoRAError):
     """Training that cannot start or cannot go on."""
 
 
+class DivergedError(TrainingError):
+    """Training whose loss or gradients are not finite."""
+
+
 class TrainingConfig(BaseModel):
     """One training run. The same config, code, machine, thread and process count give the same weights, bit for bit."""
 

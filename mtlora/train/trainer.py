@@ -13,7 +13,7 @@ import mtlora
 from mtlora.checkpoint.format import AdapterManifest
 from mtlora.methods.checkpoint import BaselineManifest
 from mtlora.suite import load_suite
-from mtlora.train.config import TrainingConfig, TrainingError
+from mtlora.train.config import DivergedError, TrainingConfig
 from mtlora.train.examples import chosen_tasks
 from mtlora.train.losses import SPECTRAL_LOSSES, balance_loss
 from mtlora.train.modality import open_modality
@@ -89,7 +89,7 @@ class Trainer:
     def fit(self) -> AdapterManifest | BaselineManifest:
         """Train to the end, evaluate, write the checkpoint; returns its manifest.
 
-        Does nothing for a complete run. Raises TrainingError if loss or gradients are not finite.
+        Does nothing for a complete run. Raises DivergedError if loss or gradients are not finite.
         """
         if self.folder.checkpoint.exists() and self.step == len(self.batches):
             return read_result(self.folder.checkpoint, self.config)
@@ -146,7 +146,7 @@ class Trainer:
             trained = [parameter for parameter in work.trained.parameters() if parameter.requires_grad]
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
             if not torch.isfinite(grad_norm):
-                raise TrainingError(
+                raise DivergedError(
                     f"step {self.step + 1}: the gradients' norm is {grad_norm.item()} (loss {loss.item()}); the last "
                     "saved state is untouched; try a lower learning_rate"
                 )
@@ -202,7 +202,7 @@ class Trainer:
 
     def _check_finite(self, loss: torch.Tensor, balance: torch.Tensor, spectral: torch.Tensor) -> None:
         if not torch.isfinite(loss + balance + spectral):
-            raise TrainingError(
+            raise DivergedError(
                 f"step {self.step + 1}: loss is {loss.item()} (balance {balance.item()}, spectral {spectral.item()}); "
                 "the last saved state is untouched; try a lower learning_rate"
             )

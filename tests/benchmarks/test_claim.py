@@ -1,31 +1,41 @@
 """The claim's tables from results of runs, and its cells."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.claim import METHODS, SMOKE, Claim, Size
-from benchmarks.claim_report import LOWER, UPPER, markdown, summarise, write_claim
-from mtlora.sweep.statistics import bootstrap_recovery
+from benchmarks import claim as module
+from benchmarks.claim import BATCH, METHODS, RATES, SMOKE, Claim, Size, main
+from benchmarks.claim_cells import LOWER, UPPER, Cells
+from benchmarks.claim_decisions import decide
+from benchmarks.claim_report import decided, markdown, summarise, write_claim
+from mtlora.train.config import TrainingConfig
+from tests.benchmarks.test_claim_decisions import result
+
+DOC = Path(__file__).parents[2] / "docs" / "claim.md"
 
 
-def _result(part: str, name: str, accuracy: float, tasks: tuple[str, ...], seed: int) -> dict[str, Any]:
-    return {
-        "part": part, "name": name, "num_tasks": len(tasks), "seed": seed, "parameters": 1000,
-        "config": {"learning_rate": 7e-4},
-        "tasks": {task: {"correct": round(40 * accuracy), "total": 40} for task in tasks},
-    }  # fmt: skip
+def _steps(config: TrainingConfig) -> int:
+    assert isinstance(config.examples_per_task, int)
+    assert config.max_steps is not None
+    return min(config.max_steps, config.epochs * -(-config.examples_per_task * len(config.tasks or ()) // BATCH))
+
+
+def _claim(tmp_path: Path, size: Size) -> Claim:
+    return Claim(tmp_path, tmp_path, size, 1)
 
 
 def test_recovery_lies_between_the_bounds_of_the_same_tasks(tmp_path: Path) -> None:
     tasks = ("a", "b")
-    results = [_result("upper", UPPER, 0.9, (task,), seed) for seed in (0, 1) for task in tasks]
+    results = [result("upper", UPPER, 0.9, (task,), seed) for seed in (0, 1) for task in tasks]
     for seed in (0, 1):
-        results.append(_result("told", LOWER, 0.5, tasks, seed))
-        results.append(_result("told", "LoRA q,v", 0.7, tasks, seed))
-    results.append(_result("shared", "LoRA q,v", 0.6, tasks, 0))
-    rows = {(row["part"], row["name"]): row for row in summarise(results)}
+        results.append(result("told", LOWER, 0.5, tasks, seed))
+        results.append(result("told", "LoRA q,v", 0.7, tasks, seed))
+    results.append(result("shared", "LoRA q,v", 0.6, tasks, 0))
+    results.append(result("maps-4-words", "block", 0.3, tuple("abcd"), 0))
+    rows = {(row["part"], row["name"]): row for row in summarise(Cells(results))}
     mean, low, high = rows["told", "LoRA q,v"]["recovery"]
     assert mean == pytest.approx(0.5)
     assert low < 0.5 < high
@@ -36,22 +46,22 @@ def test_recovery_lies_between_the_bounds_of_the_same_tasks(tmp_path: Path) -> N
     text = markdown(list(rows.values()))
     assert "| LoRA q,v | 1,000 | 0.0007 | 0.700" in text
     assert f"| {UPPER} | | | 0.900" in text
-    write_claim(results, tmp_path)
+    assert "| the most frequent word of each figure | | | 0.350 |" in text
+    write_claim(results, ["told, block, 25 tasks, seed 2: diverged"], tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"claim.json", "claim.md", "claim.png", "recovery.png"}
-
-
-def test_recovery_needs_the_same_seeds() -> None:
-    with pytest.raises(ValueError, match="expected the same seeds"):
-        bootstrap_recovery([[(1, 2)]], [[(1, 2)], [(1, 2)]], [[(1, 2)]])
-    with pytest.raises(ValueError, match="leave nothing to recover"):
-        bootstrap_recovery([[(1, 2)]], [[(1, 2)]], [[(1, 2)]])
+    report = json.loads((tmp_path / "claim.json").read_text())
+    assert len(report["decisions"]) == 14
+    written = (tmp_path / "claim.md").read_text()
+    assert decided(report["decisions"]) in written
+    assert "| undecided |" in written
+    assert written.endswith("### diverged\n\n- told, block, 25 tasks, seed 2: diverged\n")
 
 
 def test_every_cell_is_a_configuration_that_training_takes(tmp_path: Path) -> None:
     for size in (SMOKE, Size()):
-        claim = Claim(tmp_path, tmp_path, size, 1)
-        cells = list(claim._cells(dict.fromkeys(size.methods, 0.0007)))
+        cells = list(_claim(tmp_path, size).cells(lambda _: 0.0007))
         assert len({(part, name, config.tasks, config.seed) for part, name, config in cells}) == len(cells)
+        assert {_steps(config) for _, _, config in cells} == {size.steps}
     parts = {part for part, _, _ in cells}
     assert {"upper", "told", "shared", "maps-4-own", "maps-64-words"} <= parts
     told = [
@@ -59,3 +69,95 @@ def test_every_cell_is_a_configuration_that_training_takes(tmp_path: Path) -> No
     ]
     assert set(told) == {LOWER, *METHODS}
     assert not any("task bias" in name for part, name, _ in cells if part == "shared")
+
+
+def test_steps_and_pictures_are_the_same_whatever_the_number_of_tasks_or_maps(tmp_path: Path) -> None:
+    claim = _claim(tmp_path, Size())
+    cells = list(claim.cells(lambda _: 0.0007))
+    # So is the number of images in each step: no epoch ends in a smaller batch.
+    assert {config.examples_per_task for _, _, config in cells} == {192}
+    assert 192 % BATCH == 0
+    assert {_steps(config) for name in (UPPER, *METHODS) for config in claim.trials(name, 2e-3)} == {360}
+    # What the documentation says it costs.
+    trained = sum(_steps(config) for _, name, config in cells if name != LOWER)
+    tried = sum(_steps(config) for name in (UPPER, *METHODS) for rate in RATES for config in claim.trials(name, rate))
+    assert f"{trained + tried:,} steps" in DOC.read_text()
+
+
+def test_the_first_seed_decides_before_another_starts(tmp_path: Path) -> None:
+    cells = list(_claim(tmp_path, Size()).cells(lambda _: 0.0007))
+    seeds = [config.seed for _, _, config in cells]
+    first = cells[: seeds.index(1)]
+    assert len(first) < 0.3 * len(cells)
+    found = [result(part, name, 0.9 if part == "upper" else 0.5 if name == LOWER else 0.7, config.tasks or (), 0)
+             for part, name, config in first]  # fmt: skip
+    assert all(each["seeds"] == [0] and each["value"] is not None for each in decide(Cells(found)))
+    # The tables of tasks come before the maps.
+    tables = [part for part, _, _ in first]
+    assert max(tables.index(part) for part in ("upper", "shared", "told")) < min(
+        i for i, part in enumerate(tables) if part.startswith("maps")
+    )
+
+
+def test_what_part_is_run_changes_no_other_cell(tmp_path: Path) -> None:
+    """A folder has one configuration, so that a partial run's results serve the whole one."""
+    configs: dict[Path, TrainingConfig] = {}
+    for size, scale in (
+        (Size(), 1.0), (Size(methods=("block",)), 1.0), (Size(counts=(5,)), 1.0), (Size(seeds=(2,)), 1.0),
+        (Size(rates=(2e-4,)), 0.5), (Size(maps=(64,)), 1.0),
+    ):  # fmt: skip
+        claim = _claim(tmp_path, size)
+
+        def rate_of(name: str, claim: Claim = claim, scale: float = scale) -> float:
+            return claim._rate(name) if name == LOWER else scale * 7e-4
+
+        cells = list(claim.cells(rate_of))
+        for name in (UPPER, *size.methods):
+            cells += [("rates", name, config) for rate in size.rates for config in claim.trials(name, rate)]
+        for part, name, config in cells:
+            assert configs.setdefault(claim.run_of(part, name, config).folder, config) == config
+    assert len({config.learning_rate for path, config in configs.items() if "linear-heads" in str(path)}) == 1
+
+
+def test_a_rate_that_diverges_is_not_chosen_and_a_cell_that_does_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def do(run: Any, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
+        about = {"num_tasks": run.num_tasks, "seed": run.config.seed}
+        asked.append(settings["split"])
+        if run.config.learning_rate == 2e-3 or (settings["split"] == "test" and run.name == "block"):
+            return {**about, "error": "loss is nan", "diverged": True}
+        return {**about, "mean_accuracy": 0.1 + run.config.learning_rate}
+
+    written: list[Any] = []
+    monkeypatch.setattr(module, "do", do)
+    monkeypatch.setattr(module, "write_claim", lambda *each: written.append(each))
+    (tmp_path / "claim.md").write_text("")
+    size = Size(counts=(5,), seeds=(0,), maps=(), methods=("LoRA q,v", "block"))
+    claim = _claim(tmp_path, size)
+    claim.run()
+    assert {claim._rate(name) for name in (UPPER, "LoRA q,v", "block")} == {7e-4}
+    # Each rate is tried once: of the upper bound, on five tasks.
+    assert asked.count("validation") == 3 * (5 + 1 + 1)
+    results, diverged, _ = written[-1]
+    assert {each["name"] for each in results} == {UPPER, LOWER, "LoRA q,v"}
+    assert diverged == [f"{part}, block, 5 tasks, seed 0: diverged, loss is nan" for part in ("shared", "told")]
+    monkeypatch.setattr(module, "do", lambda *each: {"error": "another process trains there"})
+    with pytest.raises(SystemExit, match="another process trains there"):
+        claim.run()
+
+
+def test_smoke_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[Path, Size]] = []
+
+    class Spy(Claim):
+        def run(self) -> None:
+            made.append((self.out, self.size))
+
+    monkeypatch.setattr(module, "Claim", Spy)
+    monkeypatch.setattr(module, "resolve", Path)
+    for arguments in (["--smoke"], [], ["--smoke", "--out", "mine"]):
+        main(arguments)
+    assert made == [(Path("out/claim-smoke"), SMOKE), (Path("out/claim"), Size()), (Path("mine"), SMOKE)]

@@ -13,44 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from mtlora.cli import main
 from mtlora.cli.settings import read_settings
-from mtlora.sweep.grid import Run, SweepError, do, grid
+from mtlora.sweep.grid import Run, SweepError, do, grid, read_result
 from mtlora.sweep.report import markdown, summarise
-from mtlora.sweep.statistics import bootstrap_difference, bootstrap_mean, wilson
+from mtlora.sweep.statistics import wilson
 from mtlora.train.config import TrainingConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = ["adapter.r=2", "adapter.num_experts=2", "adapter.num_groups=2", "max_steps=3", "batch_size=4", "threads=1"]
-
-
-def test_wilson_equals_published_intervals() -> None:
-    """Ten of twenty, none, and all: values of Newcombe (1998) and of the formula at the ends."""
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-    assert wilson(20, 20) == pytest.approx((0.8389, 1.0), abs=5e-5)
-    for correct, total in [(0, 0), (3, 2), (-1, 4)]:
-        with pytest.raises(ValueError, match="expected 0 <= correct <= total"):
-            wilson(correct, total)
-
-
-def test_bootstrap_interval_narrows_with_examples_and_widens_with_seeds() -> None:
-    few, many = [[(5, 10), (8, 10)]], [[(500, 1000), (800, 1000)]]
-    for counts in (few, many):
-        low, high = bootstrap_mean(counts)
-        assert low < 0.65 < high
-    assert bootstrap_mean(many)[1] - bootstrap_mean(many)[0] < 0.3 * (bootstrap_mean(few)[1] - bootstrap_mean(few)[0])
-    apart = bootstrap_mean([[(200, 1000)], [(500, 1000)], [(800, 1000)]])
-    assert apart[1] - apart[0] > 0.3
-    assert bootstrap_mean([[(10, 10)]]) == (1.0, 1.0)
-
-
-def test_difference_draws_shared_seeds_together() -> None:
-    # Both vary with the seed in the same way; their difference does not.
-    better, worse = [[(400, 1000)], [(800, 1000)]], [[(300, 1000)], [(700, 1000)]]
-    low, high = bootstrap_difference(better, worse)
-    assert 0.05 < low < 0.1 < high < 0.15
-    assert bootstrap_mean(better)[0] < bootstrap_mean(worse)[1]
-    with pytest.raises(ValueError, match="2 and 1 seeds"):
-        bootstrap_difference(better, worse[:1])
 
 
 def test_smaller_task_counts_are_prefixes_of_larger(tmp_path: Path) -> None:
@@ -119,6 +88,16 @@ def test_a_sweep_writes_its_table_resumes_and_refuses_another(tiny_backbone: Pat
     assert main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/*/*/result.json")} == trained
     assert (out / "results.md").exists()
+    # A result that does not say which examples were right, of an earlier version, is scored again, not trained.
+    file = out / "full" / "1-tasks" / "seed-0" / "result.json"
+    result = json.loads(file.read_text())
+    (task,) = result["tasks"].values()
+    assert task["right"].count("1") == task["correct"]
+    assert len(task["right"]) == task["total"]
+    file.write_text(json.dumps({**result, "tasks": {"boolean_expressions": {"correct": 0, "total": 3}}}))
+    assert main(command) == 0
+    again = json.loads(file.read_text())
+    assert (again["tasks"], again["seconds"]) == (result["tasks"], result["seconds"])
     assert main([*command, "--test-examples", "4"]) == 2
     assert "of another configuration (settings)" in capsys.readouterr().err
     shutil.copytree(tiny_backbone, tmp_path / "other")
@@ -140,6 +119,20 @@ def test_a_run_that_cannot_be_scored_ends_no_sweep(tiny_backbone: Path, tmp_path
     result = do(Run("a", config, tmp_path / "run"), tiny_backbone, {"examples": 1})
     assert "and 4008 new ones; the backbone takes 2048" in result["error"]
     assert (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_run_that_diverges_says_so_and_is_not_run_again(tiny_backbone: Path, tmp_path: Path) -> None:
+    config = TrainingConfig.model_validate({
+        "tasks": ("navigate",), "max_steps": 8, "examples_per_task": 32, "validation_per_task": 0, "batch_size": 4,
+        "threads": 1, "learning_rate": 1e30, "adapter": {"r": 2, "num_experts": 2, "num_groups": 2},
+    })  # fmt: skip
+    run, settings = Run("a", config, tmp_path / "run"), {"examples": 1}
+    result = do(run, tiny_backbone, settings)
+    assert "try a lower learning_rate" in result["error"]
+    assert read_result(run, tiny_backbone, settings, diverged=True) == result
+    assert read_result(run, tiny_backbone, settings) is None
+    run.result_file.write_text(json.dumps({key: value for key, value in result.items() if key != "diverged"}))
+    assert read_result(run, tiny_backbone, settings, diverged=True) is None
 
 
 def test_a_killed_sweep_ends_its_run(tiny_backbone: Path, tmp_path: Path) -> None:
@@ -168,7 +161,10 @@ def test_the_table_pools_seeds_and_compares_common_tasks() -> None:
         return {
             "name": name, "seed": seed, "num_tasks": len(correct), "parameters": 10, "steps": 2, "seconds": 1.0 + seed,
             "tokens_per_second": 5.0, "loss": 2.0 - seed, "peak_memory_bytes": (1 + seed) << 30,
-            "tasks": {task: {"correct": c, "total": 4} for task, c in correct.items()},
+            "tasks": {
+                task: {"correct": c, "total": 4, "examples": task, "right": "1" * c + "0" * (4 - c)}
+                for task, c in correct.items()
+            },
         }  # fmt: skip
 
     ahead, behind = summarise([result("x", 0, {"a": 3}), result("y", 0, {"a": 1})])

@@ -1,7 +1,9 @@
 """The same pictures under label maps that contradict each other: `vision-maps-N`, for N maps."""
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from statistics import fmean
 
 from mtlora.suite.base import Example, Split, SuiteError, seeded, unknown_task
 from mtlora.suite.vision.builtin import VisionSuite
@@ -32,6 +34,12 @@ class LabelMapSuite:
             for task_id in self._maps
         )
         self._drawn = lru_cache(maxsize=8)(self._suite.examples)
+
+    @property
+    def ceiling(self) -> float:
+        """The most that answers which know the figure but not the map can score: each figure's most frequent word."""
+        words_of_figures = zip(*(words.values() for words in self._maps.values()), strict=True)
+        return fmean(max(Counter(words).values()) / len(words) for words in words_of_figures)
 
     def examples(self, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
         """See `Suite.examples`: every task has the same pictures."""

@@ -12,6 +12,7 @@ from PIL import Image
 from mtlora.suite import SuiteError, load_suite
 from mtlora.suite.base import SPLITS
 from mtlora.suite.vision import packaged
+from mtlora.suite.vision.maps import LabelMapSuite
 
 SUITE = load_suite("builtin-vision")
 
@@ -78,9 +79,25 @@ def test_label_maps_share_pictures_and_contradict_each_other() -> None:
     for i in range(4):
         for j in range(i):
             assert sum(a != b for a, b in zip(words[i], words[j], strict=True)) > 10
+    # Other numbers of maps are of the same pictures, too.
+    assert [e.input for e in load_suite("vision-maps-16").examples("map-015", "train", 40)] == [
+        e.input for e in drawn[0]
+    ]
     for name in ("vision-maps-1", "vision-maps-", "vision-maps-x", "vision-maps-1000"):
         with pytest.raises(SuiteError, match="expected vision-maps-N"):
             load_suite(name)
+
+
+def test_no_answer_that_does_not_know_the_map_is_above_the_ceiling() -> None:
+    for number, ceiling in ((4, 0.350), (16, 0.256), (64, 0.166)):
+        suite = load_suite(f"vision-maps-{number}")
+        assert isinstance(suite, LabelMapSuite)
+        assert suite.ceiling == pytest.approx(ceiling, abs=5e-4)
+        # Of balanced pictures, the best answer to each is right for as many maps.
+        drawn = [suite.examples(task.id, "test", 20) for task in suite.tasks]
+        words_of_pictures = zip(*([e.target for e in each] for each in drawn), strict=True)
+        best = [Counter(words).most_common(1)[0][1] / number for words in words_of_pictures]
+        assert sum(best) / len(best) == pytest.approx(suite.ceiling)
 
 
 def test_digits_of_a_package_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
