@@ -69,7 +69,7 @@ serve: $(STAMP) ## serve the adapters of ADAPTERS=DIR beside BACKBONE=DIR
 test: $(STAMP) ## the whole test suite, in WORKERS=2 processes (ISA=avx2: with instruction sets masked)
 	$(MASK) $(BIN)/python -m pytest $(PARALLEL)
 
-test-fast: $(STAMP) ## the tests of less than a second each, without an engine, a server, the backbone or Triton's interpreter
+test-fast: $(STAMP) ## the quick tests, without an engine, a server, the backbone or Triton's interpreter
 	$(MASK) $(BIN)/python -m pytest $(PARALLEL) -m "not slow and not scaleout" --ignore tests/engine
 
 test-scaleout: $(STAMP) ## engines of several ranks (tensor, pipeline, data parallel); minutes

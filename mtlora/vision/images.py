@@ -107,6 +107,15 @@ def read_header(data: bytes, limits: ImageLimits = LIMITS) -> Header:
     return header
 
 
+def held_pixels(header: Header, size: int) -> int:
+    """Pixels that are in memory while an image is decoded for an input of a size.
+
+    Of a JPEG that is decoded smaller, its coefficients: they take no more than half of its pixels would.
+    """
+    reduced = header.format == "JPEG" and min(header.width, header.height) >= 2 * _SPARE * size
+    return header.pixels // 2 if reduced else header.pixels
+
+
 def decode(data: bytes, limits: ImageLimits = LIMITS, *, size: int | None = None) -> NDArray[np.uint8]:
     """The pixels of an encoded image, [H, W, 3]. Raises ImageError.
 

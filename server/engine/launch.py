@@ -183,6 +183,7 @@ def engine_environment(
     """
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
     wanted = {} if settings.log_level == "debug" else {k: os.environ.get(k, v) for k, v in quiet.items()}
+    sharing = _engines_share_cores(settings)
     return {
         **wanted,
         # stdout is for the ready line.
@@ -199,7 +200,7 @@ def engine_environment(
         # This server says itself what an answer is held to.
         "MTLORA_TYPED_REQUESTS": "0",
         **memory_environment(),
-        **(shared_cores.sharing_environment(place) if (sharing := _engines_share_cores(settings)) else {}),
+        **(shared_cores.sharing_environment(place) if sharing else {}),
         **thread_environment(
             bind or settings.omp_threads_bind,
             os.environ,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mtlora.control_group import cpu_cores
 from mtlora.vision.image_input import ImageInput
-from mtlora.vision.images import ImageError, ImageLimits, decode, prepare, read_header
+from mtlora.vision.images import Header, ImageError, ImageLimits, decode, held_pixels, prepare, read_header
 from server.errors import RequestFailedError, Violation, invalid_argument
 from server.scheduling.fair_thread import FairThread
 from server.tenants import Tenant
@@ -24,8 +24,6 @@ from server.tenants import Tenant
 # The normalised values of any image are within a few units of 0.
 MAX_VALUE = 100.0
 _MAX_THREADS = 8
-# Times a task's pixels.
-_LARGE = 64
 
 
 class Embeds(Protocol):
@@ -73,7 +71,7 @@ class Decoding:
 class Picture:
     """An image of a call. Tasks that prepare it alike share the result; after the last of `uses` it is dropped.
 
-    where: the field that it comes in, for messages. pixels: of its header; what its decoding costs.
+    where: the field that it comes in, for messages. pixels: what its decoding costs.
     """
 
     image: pb.Image
@@ -81,7 +79,7 @@ class Picture:
     routing_key: str
     uses: int = 1
     pixels: int = 0
-    _jpeg: bool = False
+    _header: Header | None = None
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     _made: dict[ImageInput, Any] = field(default_factory=dict)
 
@@ -99,9 +97,8 @@ class Picture:
         match self.image.WhichOneof("content"):
             case "encoded":
                 try:
-                    header = read_header(self.image.encoded, limits)
-                    # A JPEG that is much larger than its task wants is decoded smaller: its coefficients remain.
-                    self.pixels, self._jpeg = header.pixels, header.format == "JPEG"
+                    self._header = read_header(self.image.encoded, limits)
+                    self.pixels = self._header.pixels
                 except ImageError as error:
                     raise self._failure("encoded", str(error)) from None
             case "tensor":
@@ -124,7 +121,7 @@ class Picture:
             if key not in self._made:
                 try:
                     work = partial(self._make, spec, engine, decoding.limits)
-                    held = self.pixels // 2 if self._jpeg and self.pixels > _LARGE * spec.size**2 else self.pixels
+                    held = held_pixels(self._header, spec.size) if self._header else self.pixels
                     self._made[key] = await decoding.run(tenant, self.pixels, held, work)
                 except RequestFailedError as failure:
                     self._made[key] = failure

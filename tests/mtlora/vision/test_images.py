@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from mtlora.vision.image_input import ImageInput
-from mtlora.vision.images import ImageError, ImageLimits, decode, prepare, read_header
+from mtlora.vision.images import Header, ImageError, ImageLimits, decode, held_pixels, prepare, read_header
 from tests.mtlora.vision.pictures import (
     SVG,
     animated,
@@ -122,6 +122,22 @@ def test_large_jpegs_are_decoded_smaller_and_look_alike() -> None:
     assert reduced_HWC.shape == (300, 400, 3)
     whole_CSS, reduced_CSS = (prepare(each, spec(100), MEAN, STD) for each in (decode(data), reduced_HWC))
     assert np.abs(whole_CSS - reduced_CSS).max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("header", "held"),
+    [
+        (Header("JPEG", 448, 600), 448 * 300),
+        (Header("JPEG", 447, 600), 447 * 600),
+        (Header("PNG", 4000, 3000), 4000 * 3000),
+    ],
+)
+def test_a_jpeg_that_is_decoded_smaller_holds_half_of_its_pixels(header: Header, held: int) -> None:
+    assert held_pixels(header, 112) == held
+    if header.format == "JPEG":
+        picture = photograph(header.width, header.height)
+        shape = decode(encoded(picture, "JPEG"), size=112).shape
+        assert (shape[0] * shape[1] < header.pixels) is (held < header.pixels)
 
 
 def test_prepare_normalises() -> None:
