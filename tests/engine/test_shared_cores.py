@@ -27,16 +27,19 @@ def path() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("all_threads", "halves"), [(1, (1, 1)), (2, (1, 1)), (5, (3, 2)), (8, (4, 4))])
-def test_each_has_half_while_both_run(path: str, all_threads: int, halves: tuple[int, int]) -> None:
+def test_each_has_half_while_both_run(
+    path: str, all_threads: int, halves: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     text, images = (SharedCores(path, place, all_threads) for place in (0, 1))
     assert text.threads == images.threads == all_threads
     with text:
         assert (text.threads, images.threads) == (all_threads, halves[1])
         with images:
             assert text.threads == halves[0]
-    # Its next step may come at once.
+    # Its next step may come within the pause.
+    monkeypatch.setattr(shared_cores, "_PAUSE_S", 600.0)
     assert images.threads == halves[1]
-    time.sleep(2 * shared_cores._PAUSE_S)
+    monkeypatch.setattr(shared_cores, "_PAUSE_S", 0.0)
     assert images.threads == all_threads
 
 
@@ -90,6 +93,8 @@ def test_a_real_engine_takes_half_of_its_threads_beside_another(
     one_call = cpu_elementwise.silu_and_mul
     monkeypatch.setattr(cpu_elementwise, "silu_and_mul", lambda x: found.append(torch.get_num_threads()) or one_call(x))
     monkeypatch.setenv(shared_cores.ENVIRONMENT, f"0:{path}")
+    # On a machine of any speed.
+    monkeypatch.setattr(shared_cores, "_LONGEST_S", 600.0)
     torch.set_num_threads(4)
     try:
         model = make_model(tmp_path / "model", "llama")

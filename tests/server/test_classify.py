@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-import time
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
@@ -316,24 +316,33 @@ async def test_a_cancelled_call_leaves_nothing(service: Service, client: AsyncCl
 async def test_images_in_decoding_have_no_more_pixels_than_the_largest() -> None:
     decoding, tenant = Decoding(ImageLimits(max_pixels=10), threads=4), Tenant(id="one")
     going: list[int] = []
-    most = 0
     ended: list[int] = []
+    most, go_on = 0, threading.Event()
 
     def work(pixels: int) -> None:
         nonlocal most
         going.append(pixels)
         most = max(most, sum(going))
-        time.sleep(0.01)
+        go_on.wait(60)
         going.remove(pixels)
         ended.append(pixels)
 
-    sizes = [3, 3, 10, 3, 3, 3, 3, 12, 1]
-    await asyncio.gather(*(decoding.run(tenant, size, size, partial(work, size)) for size in sizes))
-    # One that is larger than all may be comes alone.
-    assert most <= 12
-    assert sorted(ended) == sorted(sizes)
-    # Smaller ones do not pass a large one for ever.
-    assert ended.index(10) <= 4
+    def begun(pixels: int) -> asyncio.Task[Any]:
+        return asyncio.create_task(decoding.run(tenant, pixels, pixels, partial(work, pixels)))
+
+    calls = [begun(3)]
+    await eventually(lambda: going == [3])
+    # One that is larger than all may be comes too, alone; smaller ones do not pass it.
+    calls.append(begun(12))
+    await eventually(decoding._next.locked)
+    calls += [begun(pixels) for pixels in (3, 3, 3, 3, 1)]
+    await asyncio.sleep(0.05)
+    assert going == [3]
+    go_on.set()
+    await asyncio.gather(*calls)
+    assert ended[:2] == [3, 12]
+    assert sorted(ended) == [1, 3, 3, 3, 3, 3, 12]
+    assert most == 12
 
 
 def test_threads_that_decode_follow_a_quota(monkeypatch: pytest.MonkeyPatch) -> None:
