@@ -6,7 +6,8 @@ The same command goes on where it was stopped. Every cell is a run of the sweep'
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -68,7 +69,8 @@ Cell = tuple[str, str, TrainingConfig]
 @dataclass(frozen=True)
 class Size:
     """How much of it is run. examples: training images of each task, and pictures of all label maps; test: test images
-    of each task; map_test: test pictures of all label maps; steps: optimizer steps of every cell.
+    of each task; map_test: test pictures of all label maps; steps: optimizer steps of every cell; single_steps: of the
+    upper bound's, which have one task each.
     """
 
     counts: tuple[int, ...] = COUNTS
@@ -81,27 +83,29 @@ class Size:
     test: int = 80
     map_test: int = 200
     steps: int = 360
+    single_steps: int = 120
 
 
-SMOKE = Size((2, 3), (0,), (7e-4,), (2,), (COLLAPSING, TOLD), examples=16, test=8, map_test=20, steps=2)
+SMOKE = Size((2, 3), (0,), (7e-4,), (2,), (COLLAPSING, TOLD), examples=16, test=8, map_test=20, steps=2, single_steps=2)
 
 
 class Claim:
-    """The cells in their order: for each seed what decides, then the others; rates are chosen when first needed."""
+    """The cells in their order: for each seed what decides, then the others; before each half, its methods' rates."""
 
-    def __init__(self, out: Path, backbone: Path, size: Size, threads: int) -> None:
-        self.out, self.backbone, self.size, self.threads = out, backbone, size, threads
+    def __init__(self, out: Path, backbone: Path, size: Size, jobs: int) -> None:
+        self.out, self.backbone, self.size, self.jobs = out, backbone, size, jobs
         self.order = task_order(SUITE)
         self._rates: dict[str, float] = {}
 
     def config(self, name: str, rate: float, tasks: Sequence[str], **changed: Any) -> TrainingConfig:
-        """A cell's configuration."""
+        """A cell's configuration. A step is too small to gain from a second thread what a second cell gains."""
         size = self.size
+        steps = size.single_steps if name == UPPER else size.steps
         return TrainingConfig.model_validate(
             {
                 "suite": SUITE, "tasks": tuple(tasks), "examples_per_task": size.examples, "validation_per_task": 0,
-                "batch_size": BATCH, "epochs": math.ceil(size.steps / math.ceil(size.examples * len(tasks) / BATCH)),
-                "max_steps": size.steps, "learning_rate": rate, "save_every": 100, "threads": self.threads,
+                "batch_size": BATCH, "epochs": math.ceil(steps / math.ceil(size.examples * len(tasks) / BATCH)),
+                "max_steps": steps, "learning_rate": rate, "save_every": 100, "threads": 1,
                 **(METHODS | _BOUNDS)[name], **changed,
             }
         )  # fmt: skip
@@ -110,30 +114,37 @@ class Claim:
         """Run what is not done, and write the report after each cell."""
         results: list[dict[str, Any]] = []
         diverged: list[str] = []
-        for part, name, config in self.cells(self._rate):
-            result = self._result(part, name, config, "test")
-            if "error" in result:
-                cell = f"{part}, {name}, {result['num_tasks']} tasks, seed {config.seed}"
-                diverged.append(f"{cell}: diverged, {result['error']}")
-            else:
-                results.append({**result, "part": part, "name": name})
-            write_claim(results, diverged, self.out)
+        for decisive in (True, False):
+            self._choose(dict.fromkeys(name for _, name, _ in self.cells(lambda _: _NO_RATE, decisive)))
+            cells = list(self.cells(self._rates.__getitem__, decisive))
+            # In the order of the cells, not in that in which they end.
+            found: dict[int, dict[str, Any]] = {}
+            for place, result in self._results(cells, "test"):
+                part, name, config = cells[place]
+                if "error" in result:
+                    cell = f"{part}, {name}, {result['num_tasks']} tasks, seed {config.seed}"
+                    diverged.append(f"{cell}: diverged, {result['error']}")
+                else:
+                    found[place] = {**result, "part": part, "name": name}
+                write_claim(results + [found[place] for place in sorted(found)], diverged, self.out)
+            results += [found[place] for place in sorted(found)]
         print((self.out / "claim.md").read_text(), end="")
 
-    def _rate(self, name: str) -> float:
-        """The rate that is best on validation images."""
-        if name == LOWER:
-            return _NO_RATE
-        if len(self.size.rates) == 1:
-            return self.size.rates[0]
-        if name not in self._rates:
-            self._rates[name] = max(self.size.rates, key=lambda rate: self._judged(name, rate))
-        return self._rates[name]
-
-    def _judged(self, name: str, rate: float) -> float:
-        """A rate's accuracy on validation images; 0 where it diverges."""
-        results = [self._result("rates", name, config, "validation") for config in self.trials(name, rate)]
-        return fmean(result.get("mean_accuracy", 0.0) for result in results)
+    def _choose(self, names: Iterable[str]) -> None:
+        """Choose each method's rate: the best on validation images; one that diverges has accuracy 0."""
+        rates = self.size.rates
+        self._rates[LOWER] = _NO_RATE
+        new = [name for name in names if name not in self._rates]
+        if len(rates) == 1:
+            self._rates |= dict.fromkeys(new, rates[0])
+            return
+        cells = [("rates", name, config) for name in new for rate in rates for config in self.trials(name, rate)]
+        judged: dict[tuple[str, float], list[float]] = {}
+        for place, result in self._results(cells, "validation"):
+            _, name, config = cells[place]
+            judged.setdefault((name, config.learning_rate), []).append(result.get("mean_accuracy", 0.0))
+        for name in new:
+            self._rates[name] = max(rates, key=lambda rate: fmean(judged[name, rate]))
 
     def trials(self, name: str, rate: float) -> list[TrainingConfig]:
         """What a rate is judged by. It depends on nothing else that is run."""
@@ -141,22 +152,21 @@ class Claim:
         groups = [[task] for task in tasks[:_SINGLE]] if name == UPPER else [tasks]
         return [self.config(name, rate, group, seed=seed) for group in groups]
 
-    def cells(self, rate_of: Callable[[str], float]) -> Iterator[Cell]:
-        """Every cell once."""
-        for decisive in (True, False):
-            for seed in self.size.seeds:
-                if decisive:
-                    for task in self.order[: max(self.size.counts)]:
-                        yield "upper", UPPER, self.config(UPPER, rate_of(UPPER), [task], seed=seed)
-                for count in sorted(self.size.counts, reverse=True):
-                    for part, heads in (("shared", "all classes"), ("told", "own")):
-                        for name in (LOWER, *self.size.methods):
-                            decides = count in DECIDING and name in (LOWER, *_DECISIVE)
-                            if decides == decisive and not (part == "shared" and name == TOLD):
-                                tasks = self.order[:count]
-                                yield part, name, self.config(name, rate_of(name), tasks, seed=seed, heads=heads)
-                if decisive:
-                    yield from self._map_cells(seed, rate_of)
+    def cells(self, rate_of: Callable[[str], float], decisive: bool) -> Iterator[Cell]:
+        """Every cell that decides, or every other one."""
+        for seed in self.size.seeds:
+            if decisive:
+                for task in self.order[: max(self.size.counts)]:
+                    yield "upper", UPPER, self.config(UPPER, rate_of(UPPER), [task], seed=seed)
+            for count in sorted(self.size.counts, reverse=True):
+                for part, heads in (("shared", "all classes"), ("told", "own")):
+                    for name in (LOWER, *self.size.methods):
+                        decides = count in DECIDING and name in (LOWER, *_DECISIVE)
+                        if decides == decisive and not (part == "shared" and name == TOLD):
+                            tasks = self.order[:count]
+                            yield part, name, self.config(name, rate_of(name), tasks, seed=seed, heads=heads)
+            if decisive:
+                yield from self._map_cells(seed, rate_of)
 
     def _map_cells(self, seed: int, rate_of: Callable[[str], float]) -> Iterator[Cell]:
         for number in self.size.maps:
@@ -173,6 +183,17 @@ class Claim:
         if len(tasks) == 1:
             where += f"-{tasks[0]}"
         return Run(name, config, run_folder(self.out / part, where, len(tasks), config.seed))
+
+    def _results(self, cells: Sequence[Cell], split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Each cell's place and result, as they end, `jobs` at a time. Raises SystemExit for errors."""
+        # A thread only waits: every run is a process.
+        pool = ThreadPoolExecutor(self.jobs)
+        try:
+            going = {pool.submit(self._result, *cell, split): place for place, cell in enumerate(cells)}
+            for ended in as_completed(going):
+                yield going[ended], ended.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _result(self, part: str, name: str, config: TrainingConfig, split: str) -> dict[str, Any]:
         """A cell's result, an error only where it diverged. Raises SystemExit for other errors."""
@@ -193,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="default: out/claim; of --smoke: out/claim-smoke")
     parser.add_argument("--backbone", default="vision")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, each on one core")
     parser.add_argument("--smoke", action="store_true", help="the same code, small: minutes")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2")
     parser.add_argument("--counts", type=int, nargs="+", help="numbers of tasks; default: 5 10 15 20 25")
@@ -208,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if (value := getattr(args, name)) is not None
     }
     out = args.out or Path("out/claim-smoke" if args.smoke else "out/claim")
-    Claim(out, resolve(args.backbone), Size(**{**vars(size), **chosen}), args.threads).run()
+    Claim(out, resolve(args.backbone), Size(**{**vars(size), **chosen}), args.jobs).run()
 
 
 if __name__ == "__main__":

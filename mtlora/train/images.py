@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from mtlora.adapter import AdapterSet, Attachment
@@ -27,6 +26,7 @@ from mtlora.suite.mix import count_for
 from mtlora.task import TaskSpec
 from mtlora.train.augment import augmented
 from mtlora.train.config import TrainingConfig, TrainingError
+from mtlora.train.cpu_backbone import speed_up_image_training
 from mtlora.train.modality import Part, digest
 from mtlora.train.parallel import Ranks
 from mtlora.train.result import task_table
@@ -112,6 +112,7 @@ class Images:
         """See `Modality`."""
         self.adapted.encoder.to(device)
         self.trained.to(device)
+        speed_up_image_training(self.adapted.encoder)
 
     def begin(self) -> None:
         """Start heads from a linear probe of the backbone's features, or from the checkpoint of `init_from`."""
@@ -175,10 +176,7 @@ class Images:
         told_B = tasks_B if self.heads.told else None
 
         def loss() -> torch.Tensor:
-            # Of few positions, plain products have the faster backward pass.
-            with sdpa_kernel(SDPBackend.MATH):
-                features_BF = self._leave(entered_BTD, told_B)
-            return cross_entropy(self.heads(features_BF, tasks_B), targets_B)
+            return cross_entropy(self.heads(self._leave(entered_BTD, told_B), tasks_B), targets_B)
 
         weight = len(share) / len(whole) if counts else 0.0
         return Part(told_B, loss, weight, weight, len(whole) * self.positions)

@@ -120,12 +120,15 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Every position attends to every position."""
+    """Every position attends to every position. `attend`: q, k, v [B, N, T, K] to [B, N, T, K]."""
+
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         D = config.hidden_size
         self.num_heads = config.num_heads
+        self.attend = functional.scaled_dot_product_attention
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(D, D) for _ in range(4))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -134,7 +137,7 @@ class SelfAttention(nn.Module):
             linear(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed_BNTK = functional.scaled_dot_product_attention(q_BNTK, k_BNTK, v_BNTK)
+        mixed_BNTK = self.attend(q_BNTK, k_BNTK, v_BNTK)
         output_BTD: torch.Tensor = self.o_proj(mixed_BNTK.transpose(1, 2).flatten(2))
         return output_BTD
 

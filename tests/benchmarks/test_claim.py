@@ -1,13 +1,14 @@
 """The claim's tables from results of runs, and its cells."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import claim as module
-from benchmarks.claim import BATCH, METHODS, RATES, SMOKE, Claim, Size, main
+from benchmarks.claim import BATCH, METHODS, RATES, SMOKE, Cell, Claim, Size, main
 from benchmarks.claim_cells import LOWER, UPPER, Cells
 from benchmarks.claim_decisions import decide
 from benchmarks.claim_report import decided, markdown, summarise, write_claim
@@ -24,7 +25,11 @@ def _steps(config: TrainingConfig) -> int:
 
 
 def _claim(tmp_path: Path, size: Size) -> Claim:
-    return Claim(tmp_path, tmp_path, size, 1)
+    return Claim(tmp_path, tmp_path, size, 2)
+
+
+def _cells(claim: Claim, rate_of: Callable[[str], float] = lambda _: 7e-4) -> list[Cell]:
+    return [cell for decisive in (True, False) for cell in claim.cells(rate_of, decisive)]
 
 
 def test_recovery_lies_between_the_bounds_of_the_same_tasks(tmp_path: Path) -> None:
@@ -59,9 +64,10 @@ def test_recovery_lies_between_the_bounds_of_the_same_tasks(tmp_path: Path) -> N
 
 def test_every_cell_is_a_configuration_that_training_takes(tmp_path: Path) -> None:
     for size in (SMOKE, Size()):
-        cells = list(_claim(tmp_path, size).cells(lambda _: 0.0007))
+        cells = _cells(_claim(tmp_path, size))
         assert len({(part, name, config.tasks, config.seed) for part, name, config in cells}) == len(cells)
-        assert {_steps(config) for _, _, config in cells} == {size.steps}
+        assert {_steps(config) for _, name, config in cells if name != UPPER} == {size.steps}
+        assert {_steps(config) for _, name, config in cells if name == UPPER} == {size.single_steps}
     parts = {part for part, _, _ in cells}
     assert {"upper", "told", "shared", "maps-4-own", "maps-64-words"} <= parts
     told = [
@@ -73,11 +79,12 @@ def test_every_cell_is_a_configuration_that_training_takes(tmp_path: Path) -> No
 
 def test_steps_and_pictures_are_the_same_whatever_the_number_of_tasks_or_maps(tmp_path: Path) -> None:
     claim = _claim(tmp_path, Size())
-    cells = list(claim.cells(lambda _: 0.0007))
+    cells = _cells(claim)
     # So is the number of images in each step: no epoch ends in a smaller batch.
     assert {config.examples_per_task for _, _, config in cells} == {192}
     assert 192 % BATCH == 0
-    assert {_steps(config) for name in (UPPER, *METHODS) for config in claim.trials(name, 2e-3)} == {360}
+    assert {_steps(config) for name in METHODS for config in claim.trials(name, 2e-3)} == {360}
+    assert {_steps(config) for config in claim.trials(UPPER, 2e-3)} == {120}
     # What the documentation says it costs.
     trained = sum(_steps(config) for _, name, config in cells if name != LOWER)
     tried = sum(_steps(config) for name in (UPPER, *METHODS) for rate in RATES for config in claim.trials(name, rate))
@@ -85,7 +92,7 @@ def test_steps_and_pictures_are_the_same_whatever_the_number_of_tasks_or_maps(tm
 
 
 def test_the_first_seed_decides_before_another_starts(tmp_path: Path) -> None:
-    cells = list(_claim(tmp_path, Size()).cells(lambda _: 0.0007))
+    cells = _cells(_claim(tmp_path, Size()))
     seeds = [config.seed for _, _, config in cells]
     first = cells[: seeds.index(1)]
     assert len(first) < 0.3 * len(cells)
@@ -109,9 +116,9 @@ def test_what_part_is_run_changes_no_other_cell(tmp_path: Path) -> None:
         claim = _claim(tmp_path, size)
 
         def rate_of(name: str, claim: Claim = claim, scale: float = scale) -> float:
-            return claim._rate(name) if name == LOWER else scale * 7e-4
+            return 7e-4 if name == LOWER else scale * 7e-4
 
-        cells = list(claim.cells(rate_of))
+        cells = _cells(claim, rate_of)
         for name in (UPPER, *size.methods):
             cells += [("rates", name, config) for rate in size.rates for config in claim.trials(name, rate)]
         for part, name, config in cells:
@@ -138,7 +145,7 @@ def test_a_rate_that_diverges_is_not_chosen_and_a_cell_that_does_is_named(
     size = Size(counts=(5,), seeds=(0,), maps=(), methods=("LoRA q,v", "block"))
     claim = _claim(tmp_path, size)
     claim.run()
-    assert {claim._rate(name) for name in (UPPER, "LoRA q,v", "block")} == {7e-4}
+    assert {claim._rates[name] for name in (UPPER, "LoRA q,v", "block")} == {7e-4}
     # Each rate is tried once: of the upper bound, on five tasks.
     assert asked.count("validation") == 3 * (5 + 1 + 1)
     results, diverged, _ = written[-1]

@@ -9,23 +9,26 @@ from hypothesis import strategies as st
 
 from mtlora.model import load_backbone
 from mtlora.ops import cpu_elementwise
-from mtlora.train.cpu_backbone import CausalAttention, RMSNorm, SwiGLU, speed_up_training
+from mtlora.train.cpu_backbone import PlainAttention, RMSNorm, SwiGLU, speed_up_image_training, speed_up_training
+from mtlora.vision.encoder import load_encoder
+from tests.mtlora.vision.models import SIZE, write_model
 
 
 @settings(deadline=None, max_examples=30)
 @given(
-    B=st.integers(1, 3), K=st.integers(1, 3), per_key=st.integers(1, 3), L=st.integers(1, 9), seed=st.integers(0, 99)
-)
-def test_causal_attention_equals_torch(B: int, K: int, per_key: int, L: int, seed: int) -> None:
+    B=st.integers(1, 3), K=st.integers(1, 3), per_key=st.integers(1, 3), L=st.integers(1, 9), seed=st.integers(0, 99),
+    causal=st.booleans(),
+)  # fmt: skip
+def test_plain_attention_equals_torch(B: int, K: int, per_key: int, L: int, seed: int, causal: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (
         # As in a model: heads after positions in memory.
         torch.randn(B, L, heads, 4, generator=generator, dtype=torch.float64).transpose(1, 2).requires_grad_()
         for heads in (K * per_key, K, K)
     )
-    found = CausalAttention.apply(q, k, v, 0.3)
+    found = PlainAttention.apply(q, k, v, 0.3, causal)
     expected = torch.nn.functional.scaled_dot_product_attention(
-        q, k.repeat_interleave(per_key, 1), v.repeat_interleave(per_key, 1), is_causal=True, scale=0.3
+        q, k.repeat_interleave(per_key, 1), v.repeat_interleave(per_key, 1), is_causal=causal, scale=0.3
     )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     probe = torch.randn(found.shape, generator=generator, dtype=torch.float64)
@@ -72,9 +75,27 @@ def test_a_sped_up_model_gives_the_same_values_and_gradients(
             speed_up_training(model)
         embedded = model.get_input_embeddings()(tokens_BL).requires_grad_(wants_gradients)
         hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        for operation in ("CausalAttention", "RMSNorm", "SwiGLU"):
+        for operation in ("PlainAttention", "RMSNorm", "SwiGLU"):
             assert (operation in graph(hidden)) == (fast and wants_gradients)
         outputs.append([hidden, *(torch.autograd.grad(hidden.sin().sum(), embedded) if wants_gradients else ())])
+    for plain, fast_one in zip(*outputs, strict=True):
+        torch.testing.assert_close(fast_one, plain, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("wants_gradients", [True, False])
+def test_a_sped_up_encoder_gives_the_same_values_and_gradients(tmp_path: Path, wants_gradients: bool) -> None:
+    folder = write_model(tmp_path)
+    pixels_BCHW = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for fast in (False, True):
+        encoder = load_encoder(folder)
+        if fast:
+            speed_up_image_training(encoder)
+        embedded = encoder.embed(pixels_BCHW).detach().requires_grad_(wants_gradients)
+        with torch.set_grad_enabled(wants_gradients):
+            states = encoder(embedded)
+        assert ("PlainAttention" in graph(states)) == (fast and wants_gradients)
+        outputs.append([states, *(torch.autograd.grad(states.sin().sum(), embedded) if wants_gradients else ())])
     for plain, fast_one in zip(*outputs, strict=True):
         torch.testing.assert_close(fast_one, plain, rtol=2e-4, atol=2e-4)
 
