@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -64,9 +65,14 @@ def ask_many_lengths(client: Client, longest: int = 300) -> None:
         client.generate(task, f"{words}" + " a" * words, max_new_tokens=1, free=True, timeout=_TIMEOUT_S)
 
 
-def answers(client: Client, asked: Sequence[Question]) -> list[str]:
-    """Answers of the serving version, asked one at a time."""
-    return [client.generate(each.task_id, each.text, timeout=_TIMEOUT_S, **PARAMETERS).text for each in asked]
+def answers(client: Client, asked: Sequence[Question], at_once: int = 12) -> list[str]:
+    """Answers of the serving version."""
+
+    def answer(each: Question) -> str:
+        return client.generate(each.task_id, each.text, timeout=_TIMEOUT_S, **PARAMETERS).text
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(answer, asked))
 
 
 class BackgroundLoad:
@@ -113,7 +119,11 @@ class BackgroundLoad:
 
     def _until_stopped(self) -> Iterator[Question]:
         while not self._stopping.is_set():
-            yield self._rng.choice(self._questions)
+            # Each once before any is asked again, with its prompt in the engine's cache.
+            for question in self._rng.sample(self._questions, len(self._questions)):
+                if self._stopping.is_set():
+                    return
+                yield question
 
     async def _ask(self, client: AsyncClient, question: Question) -> None:
         asked = Asked(question, time.monotonic())
