@@ -4,10 +4,11 @@ Shape suffixes: B sequences, L positions, S positions of documents, C = S + L, P
 A answer tokens, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +19,9 @@ from mtlora.checkpoint.format import Checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.methods import BaselineConfig, attach_baseline
 from mtlora.prompt import PromptEncoder
+
+if TYPE_CHECKING:
+    from mtlora.vision.soft_tokens import ImageReader
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,25 @@ class Documents:
     path_P: torch.Tensor | None
 
 
+class Placed(NamedTuple):
+    """An image in a prompt or, flat, in a batch: the place of its first soft token, and its key in the reader."""
+
+    at: int
+    key: str
+
+
 @dataclass
 class AdaptedModel:
-    """A backbone with its tokenizer and what is attached to it."""
+    """A backbone with its tokenizer and what is attached to it.
+
+    reader: of the images of tasks that take text and an image.
+    """
 
     model: Any
     tokenizer: Any
     adapters: Attachment
     backbone: BackboneIdentity
+    reader: "ImageReader | None" = None
 
     @cached_property
     def prompts(self) -> PromptEncoder:
@@ -59,12 +74,20 @@ class AdaptedModel:
         with self.adapters.context.backbone_alone():
             return self.model.model(input_ids=tokens_BS, use_cache=True, **inputs).past_key_values
 
+    def inputs(self, tokens_BL: torch.Tensor, images: Sequence[Placed] = ()) -> dict[str, torch.Tensor]:
+        """What the model takes of tokens, with the images' soft tokens at their places; see `ImageReader.embedded`."""
+        if not images:
+            return {"input_ids": tokens_BL}
+        assert self.reader is not None
+        return {"inputs_embeds": self.reader.embedded(self.model.get_input_embeddings()(tokens_BL), images)}
+
     def answer_states(
         self,
         tokens_BL: torch.Tensor,
         bias_index: torch.Tensor,
         rows_A: torch.Tensor,
         documents: Documents | None = None,
+        images: Sequence[Placed] = (),
     ) -> torch.Tensor:
         """Last hidden states [A, D] at flat positions `rows_A`: the vocabulary product runs for these alone.
 
@@ -82,7 +105,8 @@ class AdaptedModel:
             }
             path_P = None if documents.path_P is None else documents.path_P.to(device)
         with self.adapters.context.use(bias_index.to(device), path_P):
-            hidden_BLD = self.model.model(input_ids=tokens_BL.to(device), use_cache=False, **inputs).last_hidden_state
+            inputs |= self.inputs(tokens_BL.to(device), images)
+            hidden_BLD = self.model.model(use_cache=False, **inputs).last_hidden_state
         states_AD: torch.Tensor = hidden_BLD.flatten(0, 1)[rows_A.to(device)]
         return states_AD
 
@@ -92,9 +116,11 @@ class AdaptedModel:
         bias_index: torch.Tensor,
         rows_A: torch.Tensor,
         documents: Documents | None = None,
+        images: Sequence[Placed] = (),
     ) -> torch.Tensor:
         """Logits [A, vocabulary] of `answer_states`."""
-        logits_AV: torch.Tensor = self.model.lm_head(self.answer_states(tokens_BL, bias_index, rows_A, documents))
+        states_AD = self.answer_states(tokens_BL, bias_index, rows_A, documents, images)
+        logits_AV: torch.Tensor = self.model.lm_head(states_AD)
         return logits_AV
 
 
@@ -122,11 +148,20 @@ def new_adapted_model(
     return AdaptedModel(model, tokenizer, adapters, backbone)
 
 
-def load_adapted_model(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> AdaptedModel:
-    """A backbone with a checkpoint's adapter, in evaluation mode. The adapter computes in float32."""
+def load_adapted_model(
+    folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, vision: Path | None = None
+) -> AdaptedModel:
+    """A backbone with a checkpoint's adapter, in evaluation mode. The adapter computes in float32.
+
+    vision: the folder of the vision backbone, for an adapter whose tasks take images.
+    """
     adapted = new_adapted_model(folder, checkpoint.manifest.config, len(checkpoint.manifest.tasks), dtype)
     adapted.adapters.load_state_dict({name: tensor.float() for name, tensor in checkpoint.paths.items()})
     adapted.adapters.eval()
+    if checkpoint.manifest.projector is not None and vision is not None:
+        from mtlora.vision.soft_tokens import load_reader
+
+        adapted.reader = load_reader(vision, checkpoint)
     return adapted
 
 

@@ -59,6 +59,19 @@ class PromptEncoder:
         document = self.prompt(parts.document) if document is None else document
         return [*document, *self.text(parts.task)], len(document)
 
+    def around_image(self, texts: tuple[str, str], soft_tokens: int) -> tuple[list[int], int]:
+        """(token ids of a prompt with an image, place of its first soft token), whose ids stand for nothing.
+
+        texts: before and after the image, each encoded apart, so that the tokens of neither depend on the image.
+        """
+        before = self.prompt(texts[0])
+        return [*before, *[self.placeholder] * soft_tokens, *self.text(texts[1])], len(before)
+
+    @cached_property
+    def placeholder(self) -> int:
+        """The id in a soft token's place: the vocabulary's last, so that a repetition penalty strikes no word."""
+        return max(self.tokenizer.get_vocab().values())
+
     @cached_property
     def prefix_ids(self) -> tuple[int, ...]:
         """The special tokens that the backbone's tokenizer puts before a text."""

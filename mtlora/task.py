@@ -1,4 +1,6 @@
-"""A task: how its input becomes a prompt, and when its answer ends; or how an image becomes its input.
+"""A task: how its input, with an image or without, becomes a prompt, and when its answer ends.
+
+A task of images has no text: an image becomes its input, and a label its answer.
 
 One rule for trainer, evaluation and server.
 """
@@ -24,7 +26,7 @@ from mtlora.answer.constraint import Constraint
 from mtlora.config import MtLoRAConfig
 from mtlora.errors import MtLoRAError
 from mtlora.parameters import TaskDefaults
-from mtlora.vision.image_input import ImageInput
+from mtlora.vision.image_input import ImageInput, ImagePreparation
 
 TASK_ID_PATTERN = r"^[a-z0-9][a-z0-9_.\-]{0,127}$"
 TaskId = Annotated[str, StringConstraints(pattern=TASK_ID_PATTERN)]
@@ -32,8 +34,10 @@ TaskId = Annotated[str, StringConstraints(pattern=TASK_ID_PATTERN)]
 
 # The only field of a document part.
 DOCUMENT: Final = "document"
+# The place of the image in the template of a text task that takes one.
+IMAGE: Final = "image"
 # Fields that mean nothing to a task of images.
-_OF_TEXT: Final = ("document_template", "template", "stop", "max_new_tokens", "answer_marker", "defaults")
+_OF_TEXT: Final = ("document_template", "template", "stop", "max_new_tokens", "answer_marker", "defaults", "picture")
 
 
 class TemplateError(MtLoRAError):
@@ -57,6 +61,19 @@ def template_fields(template: str) -> tuple[str, ...]:
     except ValueError as error:
         raise TemplateError(f"template {template!r}: {error}") from None
     return tuple(fields)
+
+
+@lru_cache(maxsize=4096)
+def _around_image(template: str) -> tuple[str, ...]:
+    """The templates before and after each `{image}` of a template."""
+    parts = [""]
+    for literal, name, _, _ in string.Formatter().parse(template):
+        parts[-1] += literal.replace("{", "{{").replace("}", "}}")
+        if name == IMAGE:
+            parts.append("")
+        elif name is not None:
+            parts[-1] += f"{{{name}}}"
+    return tuple(parts)
 
 
 class PromptParts(NamedTuple):
@@ -107,6 +124,13 @@ class TaskSpec(BaseModel):
         None,
         description="of a task of images: how an image becomes its input; such a task has labels and no text",
         exclude_if=lambda image: image is None,
+    )
+
+    picture: ImagePreparation | None = Field(
+        None,
+        description="of a text task that takes an image: how it is prepared; `template` names {image} once, where the "
+        "image's soft tokens stand",
+        exclude_if=lambda picture: picture is None,
     )
 
     @field_serializer("defaults")
@@ -175,6 +199,16 @@ class TaskSpec(BaseModel):
                 raise ValueError(f"{name}: found {found!r}; a task of images has no text, so this keeps its default")
         return self
 
+    @model_validator(mode="after")
+    def _a_picture_has_its_place(self) -> "TaskSpec":
+        if self.picture is None:
+            return self
+        if self.document_template is not None:
+            raise ValueError("picture: a task with an image has no document_template")
+        if (found := len(_around_image(self.template)) - 1) != 1:
+            raise ValueError(f"template names {{{IMAGE}}} {found} times; a task with picture names it once")
+        return self
+
     @property
     def answer_type(self) -> AnswerType | None:
         """What an answer may be; None for any text."""
@@ -201,8 +235,10 @@ class TaskSpec(BaseModel):
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Names of the prompt's fields, the document's first."""
+        """Names of the prompt's fields of text, the document's first."""
         own = template_fields(self.template)
+        if self.picture is not None:
+            return tuple(name for name in own if name != IMAGE)
         return own if self.document_template is None else (DOCUMENT, *own)
 
     def split_answer(self, text: str) -> tuple[str, str]:
@@ -242,10 +278,28 @@ class TaskSpec(BaseModel):
         return "".join(self.parts(values))
 
     def parts(self, values: str | Mapping[str, str]) -> PromptParts:
-        """The prompt for one input. A bare string fills the only field of a one-field prompt.
+        """The prompt for one input, without its image if it takes one. A bare string fills the only field.
 
         Raises TemplateError naming fields that are missing or unknown.
         """
+        if self.picture is not None:
+            return PromptParts("", "".join(self.around_image(values)))
+        values = self._values(values)
+        document = "" if self.document_template is None else self.document_template.format_map(values)
+        return PromptParts(document, self.template.format_map(values))
+
+    def around_image(self, values: str | Mapping[str, str]) -> tuple[str, str]:
+        """The prompt's texts before and after the image; a task without other fields passes over a bare string.
+
+        Raises TemplateError as `parts` does.
+        """
+        if not self.fields and isinstance(values, str):
+            values = {}
+        values = self._values(values)
+        before, after = _around_image(self.template)
+        return before.format_map(values), after.format_map(values)
+
+    def _values(self, values: str | Mapping[str, str]) -> dict[str, str]:
         if isinstance(values, str):
             if len(self.fields) != 1:
                 raise TemplateError(f"task {self.id} takes fields {', '.join(self.fields)}, not one text")
@@ -256,9 +310,7 @@ class TaskSpec(BaseModel):
             parts = [f"missing {', '.join(missing)}"] if missing else []
             parts += [f"unknown {', '.join(unknown)}"] if unknown else []
             raise TemplateError(f"fields of task {self.id}: {'; '.join(parts)}; it takes {', '.join(self.fields)}")
-        values = dict(values)
-        document = "" if self.document_template is None else self.document_template.format_map(values)
-        return PromptParts(document, self.template.format_map(values))
+        return dict(values)
 
 
 def check_activation(config: MtLoRAConfig, tasks: Iterable[TaskSpec]) -> None:

@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 from mtlora.backbone import BackboneIdentity
-from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, AdapterManifest, TaskEntry, format_version
+from mtlora.checkpoint.format import (
+    MANIFEST_FILE,
+    TENSORS_FILE,
+    AdapterManifest,
+    ProjectorConfig,
+    TaskEntry,
+    format_version,
+)
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
@@ -44,6 +51,7 @@ def random_tensors(
     *,
     seed: int = 0,
     scale: float | Mapping[str, float] = 1.0,
+    projector: ProjectorConfig | None = None,
 ) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, normally distributed, in float32.
 
@@ -51,7 +59,12 @@ def random_tensors(
     """
     version = format_version(config, tasks)
     manifest = AdapterManifest(
-        format_version=version, backbone=backbone, config=config, tasks=tuple(tasks), tensors_sha256="0" * 64
+        format_version=version,
+        backbone=backbone,
+        config=config,
+        tasks=tuple(tasks),
+        projector=projector,
+        tensors_sha256="0" * 64,
     )
     generator = torch.Generator().manual_seed(seed)
     return {

@@ -78,6 +78,8 @@ def convert(
     Raises ConversionError for a file of another layout, or of another backbone; CheckpointError if `out` cannot be
     written.
     """
+    if picture := next((task.id for task in tasks if task.picture), None):
+        raise ConversionError(f"task {picture}: picture: found one; allowed: none, as such files have no projector")
     state = _read_state(source)
     config, tensors = convert_tensors(
         state,

@@ -13,8 +13,16 @@ order of the task's labels, F is the length of a feature (`ImageInput.pooling`).
     heads.{row}.weight          [classes, F]
     heads.{row}.bias            [classes]
 
-Version 2 is version 1 with documents (`activation` in the config, `document_template` in a task) or images (`image` in
-every task). It is written only for adapters with any of these, so readers of version 1 refuse those alone.
+An adapter with text tasks that take an image has a projector. It turns the last states of merge x merge neighbouring
+patches, row by row one behind the other, K numbers, into a soft token: a row of the language backbone's embeddings.
+Soft tokens stand in a prompt row by row. Weights standardise states too:
+
+    projector.weight            [d, K]       K = merge² times the vision backbone's hidden size
+    projector.bias              [d]
+
+Version 2 is version 1 with documents (`activation` in the config, `document_template` in a task), images (`image` in
+every task) or texts with images (`picture` in a task, `projector`). It is written only for adapters with any of these,
+so readers of version 1 refuse those alone.
 """
 
 import reprlib
@@ -49,7 +57,23 @@ class TaskEntry(TaskSpec):
 
 def format_version(config: MtLoRAConfig, tasks: Sequence[TaskSpec]) -> Literal[1, 2]:
     """The lowest version that can hold an adapter of this config with these tasks."""
-    return 2 if config.activation != "all" or any(task.document_template or task.image for task in tasks) else 1
+    later = any(task.document_template or task.image or task.picture for task in tasks)
+    return 2 if config.activation != "all" or later else 1
+
+
+class ProjectorConfig(BaseModel):
+    """What turns an image into soft tokens of a language backbone.
+
+    backbone: the vision backbone whose states it was trained on.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backbone: BackboneIdentity
+    merge: int = Field(2, ge=1, le=8, description="patches of a side of the square that becomes one soft token")
+
+
+PROJECTOR_NAMES: Final = ("projector.weight", "projector.bias")
 
 
 def head_names(row: int) -> tuple[str, str]:
@@ -66,6 +90,11 @@ class AdapterManifest(BaseModel):
     backbone: BackboneIdentity
     config: MtLoRAConfig
     tasks: tuple[TaskEntry, ...] = Field(min_length=1)
+    projector: ProjectorConfig | None = Field(
+        None,
+        description="how images become soft tokens, if a task takes text and an image",
+        exclude_if=lambda projector: projector is None,
+    )
     tensors_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     training: dict[str, Any] = Field(default_factory=dict, description="provenance: how the adapter was made")
     evaluation: dict[str, Any] = Field(
@@ -90,6 +119,10 @@ class AdapterManifest(BaseModel):
             seen.add(task.id)
         if self.images and (text := next((task.id for task in self.tasks if task.image is None), None)):
             raise ValueError(f"tasks: image: expected in every task or in none, found none in task {text!r}")
+        if (task_id := next((task.id for task in self.tasks if task.picture), None)) and self.projector is None:
+            raise ValueError(f"projector: expected one, as task {task_id!r} has a picture, found none")
+        if self.projector is not None and task_id is None:
+            raise ValueError("projector: expected none, as no task has a picture, found one")
         if unknown := sorted(self.calibration.keys() - seen):
             raise ValueError(f"calibration: expected tasks of this adapter, found {unknown[0]!r}")
         indices = [task.bias_index for task in self.tasks]
@@ -128,6 +161,10 @@ class AdapterManifest(BaseModel):
                 classes, (weight, bias) = len(task.labels or ()), head_names(row)
                 shapes[weight] = (classes, num_features(task.image.pooling, d))
                 shapes[bias] = (classes,)
+        if self.projector is not None:
+            weight, bias = PROJECTOR_NAMES
+            shapes[weight] = (d, self.projector.merge**2 * self.projector.backbone.hidden_size)
+            shapes[bias] = (d,)
         return shapes
 
 
@@ -140,8 +177,14 @@ class Checkpoint:
 
     @property
     def paths(self) -> dict[str, torch.Tensor]:
-        """The tensors of the paths beside the blocks: all but the heads."""
-        return {name: tensor for name, tensor in self.tensors.items() if not name.startswith("heads.")}
+        """The tensors of the paths beside the blocks: all but heads and projector."""
+        return {name: tensor for name, tensor in self.tensors.items() if name.startswith("layers.")}
+
+    @property
+    def projector(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weight [d, K], bias [d]) of the projector. Raises KeyError for an adapter without one."""
+        weight, bias = PROJECTOR_NAMES
+        return self.tensors[weight], self.tensors[bias]
 
     def head(self, task_id: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(weight [classes, F], bias [classes]) of a task of images. Raises KeyError for any other task."""

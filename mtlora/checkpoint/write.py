@@ -16,6 +16,7 @@ from mtlora.checkpoint.format import (
     TENSORS_FILE,
     AdapterManifest,
     CheckpointError,
+    ProjectorConfig,
     TaskEntry,
     and_more,
     format_version,
@@ -36,6 +37,7 @@ def write_checkpoint(
     training: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     calibration: Mapping[str, float] | None = None,
+    projector: ProjectorConfig | None = None,
 ) -> AdapterManifest:
     """Write a checkpoint to `folder`, whole or not at all; an old checkpoint there is replaced in one step.
 
@@ -52,6 +54,7 @@ def write_checkpoint(
             backbone=backbone,
             config=config,
             tasks=tasks,
+            projector=projector,
             tensors_sha256=hashlib.sha256(stored).hexdigest(),
             training=_as_json("training", training),
             evaluation=_as_json("evaluation", evaluation),
@@ -86,7 +89,7 @@ def record_evaluation(
     write_checkpoint(
         folder, backbone=manifest.backbone, config=manifest.config, tasks=manifest.tasks, tensors=checkpoint.tensors,
         training=manifest.training, evaluation=evaluation,
-        calibration=manifest.calibration if calibration is None else calibration,
+        calibration=manifest.calibration if calibration is None else calibration, projector=manifest.projector,
     )  # fmt: skip
 
 

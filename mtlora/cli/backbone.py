@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 from mtlora.cli.output import print_fields, print_json
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from mtlora.suite import Suite
+    from mtlora.task import TaskSpec
 
 
 def add_parser(subparsers: Any) -> None:
@@ -40,6 +43,21 @@ def add_backbone_argument(parser: argparse.ArgumentParser, default: str | None =
     if default is None:
         names += " (default: that of the suite's kind of input)"
     parser.add_argument("--backbone", default=default, metavar="B", help=names)
+
+
+def add_vision_argument(parser: argparse.ArgumentParser) -> None:
+    """`--vision-backbone B`, for tasks of text that take an image."""
+    parser.add_argument(
+        "--vision-backbone", default="vision", metavar="B",
+        help="of the images of text tasks that take one: 'vision' (the default), a folder or a hub id",
+    )  # fmt: skip
+
+
+def vision_for(vision: str, tasks: "Iterable[TaskSpec]") -> Path | None:
+    """The vision backbone's folder, if a text task takes an image. Raises BackboneError."""
+    from mtlora.backbone import resolve
+
+    return resolve(vision) if any(task.picture for task in tasks) else None
 
 
 def backbone_for(backbone: str | None, suite: "Suite") -> str:

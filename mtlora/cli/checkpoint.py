@@ -62,7 +62,8 @@ def _inspect(args: argparse.Namespace) -> int:
     manifest = read_manifest(args.folder)
     backbone, config = manifest.backbone, manifest.config
     parameters = adapter_parameters(config, backbone.hidden_size, backbone.num_layers, len(manifest.tasks))
-    heads = sum(math.prod(shape) for name, shape in manifest.tensor_shapes().items() if name.startswith("heads."))
+    sizes = {name: math.prod(shape) for name, shape in manifest.tensor_shapes().items()}
+    parts = {part: sum(n for name, n in sizes.items() if name.startswith(part)) for part in ("heads", "projector")}
     # The tensors may be absent or damaged; `verify` reports that.
     size = sum(path.stat().st_size for name in (MANIFEST_FILE, TENSORS_FILE) if (path := args.folder / name).is_file())
     if args.json:
@@ -72,11 +73,12 @@ def _inspect(args: argparse.Namespace) -> int:
         f"adapter {args.folder}",
         {
             "format version": manifest.format_version,
-            "parameters": f"{parameters:,}" + (f", and {heads:,} of heads" if heads else ""),
+            "parameters": f"{parameters:,}" + "".join(f", and {n:,} of {part}" for part, n in parts.items() if n),
             "size": f"{size:,} bytes",
             "tensors sha256": manifest.tensors_sha256,
             "backbone": backbone.model_dump(),
             "config": config.model_dump(),
+            **({"projector": manifest.projector.model_dump()} if manifest.projector else {}),
         },
     )
     of_kind = ("size", "resize", "pooling", "classes") if manifest.images else ("max new tokens", "stop", "answers")
@@ -88,8 +90,8 @@ def _inspect(args: argparse.Namespace) -> int:
             for task in manifest.tasks
         ],
     )
-    if parts := {task.id: repr(task.document_template) for task in manifest.tasks if task.document_template}:
-        print_fields("document parts", parts)
+    if documents := {task.id: repr(task.document_template) for task in manifest.tasks if task.document_template}:
+        print_fields("document parts", documents)
     if manifest.training:
         print_fields("training", manifest.training)
     try:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtlora.cli.backbone import add_backbone_argument, backbone_for
+from mtlora.cli.backbone import add_backbone_argument, add_vision_argument, backbone_for, vision_for
 from mtlora.cli.connection import access_from, add_access_arguments
 from mtlora.cli.output import print_table
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Examples of each task of a generated suite, without --examples.
 _GENERATED_EXAMPLES = 40
+# Answerers, in the order of the table's columns.
+_SCORED = ("adapter", "another_image", "backbone_alone")
 # Training images of each task that linear heads are fitted to, without an adapter.
 _LINEAR_EXAMPLES = 500
 
@@ -35,10 +37,11 @@ def add_parser(subparsers: Any) -> None:
         "--adapter", type=Path, metavar="DIR", help="a checkpoint; without it, only the backbone is scored"
     )
     add_backbone_argument(parser, None)
+    add_vision_argument(parser)
     parser.add_argument(
         "--suite", default="builtin", metavar="S",
-        help="'builtin', 'bbh-generated', 'documents', 'builtin-vision', or a folder of BIG-Bench Hard's files, of "
-        "MMLU's, or of images",
+        help="'builtin', 'bbh-generated', 'documents', 'builtin-vision', 'builtin-pictures', or a folder of BIG-Bench "
+        "Hard's files, of MMLU's, or of images",
     )  # fmt: skip
     parser.add_argument("--split", choices=("train", "validation", "test"), help="built-in: test; folder: all it holds")
     parser.add_argument("--examples", type=int, metavar="N", help="of each task (built-in: 40; folder: all)")
@@ -55,6 +58,11 @@ def add_parser(subparsers: Any) -> None:
     )
     add_access_arguments(parser)
     parser.add_argument("--adapter-only", action="store_true", help="do not score the backbone alone")
+    parser.add_argument(
+        "--another-image",
+        action="store_true",
+        help="of text and image: also score answers about other examples' images",
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores and every answer as JSON")
@@ -184,14 +192,18 @@ def _answerers(
     folder: Path, checkpoint: "Checkpoint | None", tasks: "tuple[TaskEntry, ...]", suite: "Suite", args: Any
 ) -> "tuple[dict[str, Answerer], Labeller | None]":
     """The answerers to score, `adapter`, `backbone_alone` or both; and what scores the adapter's labels."""
+    from mtlora.errors import MtLoRAError
     from mtlora.evaluation import evaluate
 
+    pictures = any(task.picture for task in tasks)
+    if args.another_image and not (pictures and checkpoint):
+        raise MtLoRAError("--another-image: needs --adapter, and tasks of text that take an image")
+    if pictures and (args.shots or args.through):
+        raise MtLoRAError("--shots and --through: not for tasks that take an image")
     if any(task.image for task in tasks):
         return _image_answerers(folder, checkpoint, tasks, suite, args)
     names = ["adapter"] * bool(checkpoint) + ["backbone_alone"] * (not args.adapter_only)
     if args.through:
-        from mtlora.errors import MtLoRAError
-
         try:
             access = access_from(args)
         except (OSError, ValueError) as error:
@@ -210,7 +222,7 @@ def _answerers(
         torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     if checkpoint:
-        adapted = load_adapted_model(folder, checkpoint, dtype)
+        adapted = load_adapted_model(folder, checkpoint, dtype, vision_for(args.vision_backbone, tasks))
     else:
         # The smallest possible adapter, which is never used. With `task`, a document is read once.
         activation = "task" if all(task.document_template for task in tasks) else "all"
@@ -219,6 +231,8 @@ def _answerers(
     make = evaluate.likelihood_answerer if args.scoring == "likelihood" else evaluate.offline_answerer
     prompt_of = evaluate.few_shot_prompt(suite, args.shots, args.seed) if args.shots else evaluate.plain_prompt
     answerers = {name: make(adapted, tasks, with_adapter=name == "adapter", prompt_of=prompt_of) for name in names}
+    if args.another_image:
+        answerers["another_image"] = evaluate.with_other_images(answerers["adapter"])
     return answerers, evaluate.offline_labeller(adapted, tasks) if checkpoint and not args.shots else None
 
 
@@ -289,7 +303,7 @@ def _examples(suite: "Suite", tasks: "tuple[TaskEntry, ...]", args: argparse.Nam
 
 def summary(scores: "Mapping[str, Scores]") -> str:
     """The summary in one line; leaves out what was not measured."""
-    labels = {"adapter": "mean", "backbone_alone": "backbone alone"}
+    labels = dict(zip(_SCORED, ("mean", "another image", "backbone alone"), strict=True))
     parts = [f"{len(next(iter(scores.values())).tasks)} tasks"]
     parts += [f"{label} {scores[name].mean:.2f}" for name, label in labels.items() if name in scores]
     if "adapter" in scores:
@@ -304,7 +318,7 @@ def print_scores(evaluation: Mapping[str, Any]) -> None:
     """
     if not evaluation:
         return
-    names = [name for name in ("adapter", "backbone_alone") if name in evaluation]
+    names = [name for name in _SCORED if name in evaluation]
     first = evaluation[names[0] if names else "adapter"]
     rows: list[tuple[object, ...]] = [
         (

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from mtlora.cli.backbone import add_backbone_argument, backbone_for
+from mtlora.cli.backbone import add_backbone_argument, add_vision_argument, backbone_for, vision_for
 from mtlora.cli.output import print_table
 from mtlora.cli.settings import add_set_argument, read_settings
 
@@ -31,6 +31,7 @@ def add_parser(subparsers: Any) -> None:
         "--config", type=Path, metavar="FILE", help="JSON of a training configuration; flags win over it"
     )
     add_backbone_argument(parser, None)
+    add_vision_argument(parser)
     parser.add_argument("--resume", action="store_true", help="resume the run in DIR, or start one")
     parser.add_argument(
         "--profile", type=int, metavar="STEPS", help="train this many steps, print where the time goes, keep nothing"
@@ -51,6 +52,7 @@ def _train(args: argparse.Namespace) -> int:
     from mtlora.errors import MtLoRAError
     from mtlora.suite import load_suite
     from mtlora.train.config import TrainingConfig
+    from mtlora.train.examples import chosen_tasks
     from mtlora.train.trainer import Trainer
 
     if (args.out is None) == (args.profile is None):
@@ -59,10 +61,12 @@ def _train(args: argparse.Namespace) -> int:
         raise MtLoRAError(f"--profile {args.profile}: allowed are 1 and more")
     flags = [f"{name}={getattr(args, name)}" for name in _SHORTCUTS if getattr(args, name) is not None]
     config = TrainingConfig.model_validate(read_settings(args.config, flags + args.set))
-    folder = resolve(backbone_for(args.backbone, load_suite(config.suite)))
+    suite = load_suite(config.suite)
+    folder = resolve(backbone_for(args.backbone, suite))
+    vision = vision_for(args.vision_backbone, chosen_tasks(suite, config.tasks))
     if args.profile is not None:
-        return _profile(config, folder, args.profile)
-    trainer = Trainer(config, folder, args.out, resume=args.resume)
+        return _profile(config, folder, vision, args.profile)
+    trainer = Trainer(config, folder, args.out, vision=vision, resume=args.resume)
     manifest = trainer.fit()
     if trainer.ranks.first:
         print_scores(manifest.evaluation)
@@ -70,12 +74,12 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _profile(config: "TrainingConfig", backbone: Path, steps: int) -> int:
+def _profile(config: "TrainingConfig", backbone: Path, vision: Path | None, steps: int) -> int:
     from mtlora.train.profile import MODEL_SECTIONS, profile_training
     from mtlora.train.trainer import Trainer
 
     with TemporaryDirectory(prefix="mtlora-profile-") as folder:
-        found = profile_training(Trainer(config, backbone, Path(folder) / "run"), steps)
+        found = profile_training(Trainer(config, backbone, Path(folder) / "run", vision=vision), steps)
     rows = [
         (name, "the model" if name in MODEL_SECTIONS else "", f"{share:.1%}")
         for name, share in found["sections"].items()

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -12,7 +12,7 @@ from mtlora.errors import MtLoRAError
 from mtlora.evaluation.calibration import Labeller
 from mtlora.evaluation.generate import Prompt, greedy_answers
 from mtlora.evaluation.likelihood import label_probabilities, likeliest, options_of
-from mtlora.model import AdaptedModel
+from mtlora.model import AdaptedModel, Placed
 from mtlora.suite.base import Example, Suite, SuiteError, up_to
 from mtlora.task import PromptParts, TaskSpec, is_correct, normalise_answer
 from mtlora.train.data import cut
@@ -145,7 +145,7 @@ def offline_answerer(
     by_id = {task.id: task for task in tasks}
 
     def answer(examples: Sequence[Example]) -> list[str]:
-        prompts = _encode(adapted, by_id, examples, prompt_of)
+        prompts = _encode(adapted, by_id, examples, prompt_of, with_images=with_adapter)
         lengths = [len(prompt.ids) for prompt in prompts]
 
         def shortest_first(i: int) -> tuple[object, ...]:
@@ -185,7 +185,7 @@ def likelihood_answerer(
         answers = [""] * len(examples)
         for i, text in zip(open_ended, generated, strict=True):
             answers[i] = text
-        prompts = _encode(adapted, by_id, examples, prompt_of)
+        prompts = _encode(adapted, by_id, examples, prompt_of, with_images=with_adapter)
         with _bar(len(examples) - len(open_ended), "choose", with_adapter) as bar:
             for i, example in enumerate(examples):
                 if options[i]:
@@ -193,6 +193,19 @@ def likelihood_answerer(
                     answers[i] = likeliest(adapted, task, prompts[i], options[i], with_adapter=with_adapter)
                     bar.update()
         return answers
+
+    return answer
+
+
+def with_other_images(answerer: Answerer) -> Answerer:
+    """Answers about the image of the task's next example: how far the texts alone lead."""
+
+    def answer(examples: Sequence[Example]) -> list[str]:
+        images: dict[str, list[Any]] = {}
+        for example in examples:
+            images.setdefault(example.task_id, []).append(example.image)
+        rotated = {task_id: iter([*found[1:], found[0]]) for task_id, found in images.items()}
+        return answerer([replace(example, image=next(rotated[example.task_id])) for example in examples])
 
     return answer
 
@@ -214,14 +227,32 @@ def offline_labeller(adapted: AdaptedModel, tasks: Sequence[TaskEntry]) -> Label
 
 
 def _encode(
-    adapted: AdaptedModel, by_id: Mapping[str, TaskEntry], examples: Sequence[Example], prompt_of: PromptOf
+    adapted: AdaptedModel,
+    by_id: Mapping[str, TaskEntry],
+    examples: Sequence[Example],
+    prompt_of: PromptOf,
+    *,
+    with_images: bool = True,
 ) -> list[Prompt]:
-    """Token ids of every prompt. Raises PromptError for a prompt that leaves no room to answer."""
+    """Token ids of every prompt. Raises PromptError for a prompt that leaves no room to answer.
+
+    The backbone alone cannot see: its prompts have no images.
+    """
     room: int = adapted.model.config.max_position_embeddings
     prompts = []
-    for example in examples:
+    keys: Sequence[str | None] = [None] * len(examples)
+    if with_images and any(by_id[example.task_id].picture for example in examples):
+        if adapted.reader is None:
+            raise PromptError("tasks take images: found no vision backbone; one is needed")
+        keys = adapted.reader.read(by_id.values(), examples)
+    for example, key in zip(examples, keys, strict=True):
         task = by_id[example.task_id]
-        prompt = Prompt(*adapted.prompts.parts(prompt_of(task, example)))
+        if key and adapted.reader and task.picture:
+            texts = task.around_image(example.input)
+            ids, at = adapted.prompts.around_image(texts, adapted.reader.num_soft_tokens(task.picture))
+            prompt = Prompt(ids, image=Placed(at, key))
+        else:
+            prompt = Prompt(*adapted.prompts.parts(prompt_of(task, example)))
         if len(prompt.ids) + task.max_new_tokens > room:
             raise PromptError(
                 f"task {task.id}: prompt of {len(prompt.ids)} tokens and {task.max_new_tokens} new ones; "

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mtlora.checkpoint.format import TaskEntry
-from mtlora.model import AdaptedModel
+from mtlora.model import AdaptedModel, Placed
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
@@ -20,10 +20,11 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
 
 
 class Prompt(NamedTuple):
-    """Token ids, of which the first `document_length` belong to the document."""
+    """Token ids, of which the first `document_length` belong to the document; image: see `Encoded`."""
 
     ids: Sequence[int]
     document_length: int = 0
+    image: Placed | None = None
 
 
 def _left_padded(rows: Sequence[Sequence[int]], padding: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,7 +76,13 @@ def greedy_tokens(
     rows = list(range(len(prompts)))
     going = set(rows)
     positions_BL = (mask_BL.cumsum(-1) - 1).clamp_min(0)[:, read_BS.shape[1] :]
-    inputs: dict[str, Any] = {"input_ids": tokens_BL, "position_ids": positions_BL}
+    L = tokens_BL.shape[1]
+    images = [
+        each.image._replace(at=(b + 1) * L - len(each.ids) + each.image.at)
+        for b, each in enumerate(prompts)
+        if each.image
+    ]
+    inputs: dict[str, Any] = {**adapted.inputs(tokens_BL, images), "position_ids": positions_BL}
     context = adapted.adapters.context
     with nullcontext() if with_adapter else context.backbone_alone():
         while going:

@@ -12,7 +12,7 @@ import torch
 from mtlora.answer.labels import LabelTree
 from mtlora.checkpoint.format import TaskEntry
 from mtlora.evaluation.generate import Prompt, greedy_tokens, read_documents
-from mtlora.model import AdaptedModel
+from mtlora.model import AdaptedModel, Placed
 from mtlora.task import TaskSpec
 
 _LETTERED = re.compile(r"^(\([A-Z]\)) ", re.MULTILINE)
@@ -52,7 +52,8 @@ def likeliest(
     context, model = adapted.adapters.context, adapted.model
     with nullcontext() if with_adapter else context.backbone_alone():
         with context.use(bias_index_B):
-            first = model(input_ids=torch.tensor([prefix]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            inputs = adapted.inputs(torch.tensor([prefix]), _images(prompt))
+            first = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = first.past_key_values
         cache.batch_repeat_interleave(len(options))
         with context.use(bias_index_B.expand(len(options))):
@@ -73,12 +74,17 @@ def label_probabilities(adapted: AdaptedModel, task: TaskEntry, prompt: Prompt) 
     with adapted.adapters.context.use(torch.tensor([task.bias_index or 0])):
         for before, after in tree.branches:
             tokens_BL = torch.tensor([[*prefix, *before]])
-            out = adapted.model(input_ids=tokens_BL, past_key_values=cache, logits_to_keep=1)
+            inputs = adapted.inputs(tokens_BL, _images(prompt))
+            out = adapted.model(**inputs, past_key_values=cache, logits_to_keep=1)
             if cache is not None:
                 cache.crop(-tokens_BL.shape[1])
             logprobs_V = out.logits[0, -1].float().log_softmax(-1)
             found.append({token: float(logprobs_V[token]) for token in after})
     return tree.probabilities(found)
+
+
+def _images(prompt: Prompt) -> list[Placed]:
+    return [prompt.image] if prompt.image else []
 
 
 def _working(adapted: AdaptedModel, task: TaskEntry, prompt: Prompt) -> list[int]:

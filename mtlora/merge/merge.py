@@ -45,6 +45,8 @@ def merge(before: Checkpoint, backbone: Path, out: Path, config: TrainingConfig)
     new_experts = config.adapter.num_experts - before.manifest.config.num_experts
     mode: Mode = "experts" if new_experts else "bias"
     check_replaceable(out.resolve())
+    if before.manifest.projector is not None:
+        raise MergeError("the adapter has tasks that take text and an image; allowed: tasks of text, or of images")
     (task_id,) = config.tasks or ()
     suite = load_suite(config.suite)
     task = new_task(before, suite, task_id)

@@ -32,7 +32,15 @@ __all__ = [
     "up_to",
 ]
 
-BUILT_IN = ("builtin", "bbh-generated", "documents", "builtin-vision", "packaged-vision", "vision-maps-N")
+BUILT_IN = (
+    "builtin",
+    "bbh-generated",
+    "documents",
+    "builtin-vision",
+    "builtin-pictures",
+    "packaged-vision",
+    "vision-maps-N",
+)
 
 
 def load_suite(name_or_path: str | Sequence[SuitePart]) -> Suite:
@@ -53,6 +61,10 @@ def load_suite(name_or_path: str | Sequence[SuitePart]) -> Suite:
         from mtlora.suite.vision.builtin import VisionSuite
 
         return VisionSuite()
+    if name_or_path == "builtin-pictures":
+        from mtlora.suite.vision.pictures import PicturesSuite
+
+        return PicturesSuite()
     if name_or_path == "packaged-vision":
         from mtlora.suite.vision.packaged import PackagedSuite
 

@@ -26,8 +26,8 @@ class Example:
     """One input of a task and its exact answer.
 
     `working` is a short derivation that a model may learn to write before the answer; scoring ignores it. `source` is
-    where the example was read, for errors. `image`: of a task of images, the encoded image or its file; `input` is then
-    the digest of its content.
+    where the example was read, for errors. `image`: the encoded image or its file, of a task that takes one; `input` is
+    then the digest of its content for a task of images, and the text beside it, maybe empty, for a task of text.
     """
 
     task_id: str

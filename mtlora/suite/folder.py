@@ -1,4 +1,8 @@
-"""A folder of JSON files in the layout of BIG-Bench Hard as a suite: one task a file."""
+"""A folder of JSON files in the layout of BIG-Bench Hard as a suite: one task a file.
+
+A file with `picture` (see `ImagePreparation`; `{}` will do) is a task of text and image: each of its examples names an
+`image`, a file beside it.
+"""
 
 import codecs
 import re
@@ -13,15 +17,19 @@ from mtlora.errors import describe
 from mtlora.parameters import TaskDefaults
 from mtlora.suite.base import Example, Split, SuiteError, check_split, drawn, split_of, unknown_task
 from mtlora.task import TASK_ID_PATTERN, TaskSpec, normalise_answer
+from mtlora.vision.image_input import ImagePreparation
 
 MAX_TARGET_CHARS = 256
 _STOP = "\n"
+_WITH_IMAGE = "{image}\n{input}\nAnswer:"
 _LAYOUT = '{"examples": [{"input": "...", "target": "..."}, ...]}'
 
 
 class _Entry(BaseModel):
     input: str
     target: str = Field(max_length=MAX_TARGET_CHARS)
+    # Of a task that takes one, by its path from the folder.
+    image: str | None = None
 
     @field_validator("input", "target")
     @classmethod
@@ -44,12 +52,21 @@ class _File(BaseModel):
     defaults: TaskDefaults | None = None
     # What an answer may be: an addition to the published layout.
     answer: AnswerType | None = None
+    picture: ImagePreparation | None = None
 
     @model_validator(mode="after")
     def _targets_are_answers(self) -> "_File":
         for index, entry in enumerate(self.examples) if self.answer else ():
             if self.answer and not self.answer.check(entry.target):
                 raise ValueError(f"examples.{index}: target {entry.target[:80]!r} is no answer of the file's type")
+        return self
+
+    @model_validator(mode="after")
+    def _images_are_there(self) -> "_File":
+        for index, entry in enumerate(self.examples):
+            if (entry.image is None) != (self.picture is None):
+                found = "no image" if entry.image is None else "an image, but the file has no `picture`"
+                raise ValueError(f"examples.{index}: found {found}; `picture` and the examples' images go together")
         return self
 
 
@@ -93,6 +110,7 @@ class FolderSuite:
                 id=task_id,
                 description=f"Task {task_id} of {self.name}.",
                 stop=(_STOP,),
+                **({"picture": read.picture, "template": _WITH_IMAGE} if read.picture else {}),
                 max_new_tokens=estimated_tokens([entry.target for entry in read.examples]),
                 defaults=read.defaults,
                 answer=read.answer,
@@ -111,8 +129,14 @@ class FolderSuite:
         check_split(split)
         first: dict[str, Example] = {}
         for example in self.all_examples(task_id):
-            first.setdefault(example.input, example)
-        return drawn((e for e in first.values() if split_of(task_id, e.input) == split), task_id, split, count, seed)
+            first.setdefault(_asked(example), example)
+        of_split = (e for asked, e in first.items() if split_of(task_id, asked) == split)
+        return drawn(of_split, task_id, split, count, seed)
+
+
+def _asked(example: Example) -> str:
+    """The input, with the name of its image where it has one."""
+    return f"{example.image.name}\n{example.input}" if isinstance(example.image, Path) else example.input
 
 
 def _read_file(file: Path) -> _File:
@@ -129,15 +153,21 @@ def _read_file(file: Path) -> _File:
 
 def _examples(task_id: str, file: Path, read: _File) -> tuple[Example, ...]:
     examples = tuple(
-        Example(task_id, entry.input, entry.target, source=f"{file}: example {i}")
+        Example(
+            task_id,
+            entry.input,
+            entry.target,
+            source=f"{file}: example {i}",
+            image=file.parent / entry.image if entry.image else None,
+        )
         for i, entry in enumerate(read.examples)
     )
     seen: dict[str, int] = {}
     for index, example in enumerate(examples):
-        kept = examples[seen.setdefault(example.input, index)]
+        kept = examples[seen.setdefault(_asked(example), index)]
         if normalise_answer(kept.target) != normalise_answer(example.target):
             warnings.warn(
-                f"{file}: example {index} has the input of example {seen[example.input]} but target "
+                f"{file}: example {index} has the input of example {seen[_asked(example)]} but target "
                 f"{example.target!r} instead of {kept.target!r}; only the first is trained on",
                 stacklevel=2,
             )

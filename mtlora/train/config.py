@@ -31,8 +31,8 @@ class TrainingConfig(BaseModel):
     )
     suite: str | Annotated[tuple[SuitePart, ...], Field(min_length=1)] = Field(
         "builtin",
-        description='"builtin", "bbh-generated", "documents", "builtin-vision", a folder in BIG-Bench-Hard layout or '
-        "of images, a file of JSON lines, or parts to mix",
+        description='"builtin", "bbh-generated", "documents", "builtin-vision", "builtin-pictures", a folder in '
+        "BIG-Bench-Hard layout or of images, a file of JSON lines, or parts to mix",
     )
     tasks: tuple[str, ...] | None = Field(None, description="train on these tasks of the suite; null means all")
     examples_per_task: ExampleCounts = Field(
@@ -60,6 +60,15 @@ class TrainingConfig(BaseModel):
     learning_rate: float = Field(2e-3, gt=0)
     router_learning_rate_scale: float = Field(1.0, gt=0, description="factor on the rate of routers and task biases")
     head_learning_rate_scale: float = Field(1.0, gt=0, description="factor on the rate of heads (images)")
+    projector_learning_rate_scale: float = Field(
+        1.0, gt=0, description="factor on the rate of the projector (tasks of text and an image)"
+    )
+    merge_patches: int = Field(
+        2,
+        ge=1,
+        le=8,
+        description="of tasks of text and an image: patches of a side of the square that becomes one soft token",
+    )
     heads: Literal["own", "all classes", "label words"] = Field(
         "own",
         description="of images. own: each task's labels, the task told; all classes: one classifier over all tasks' "

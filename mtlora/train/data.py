@@ -8,14 +8,18 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
-from mtlora.model import Documents
+from mtlora.model import Documents, Placed
 from mtlora.prompt import PromptEncoder
 from mtlora.suite.base import Example, SuiteError
 from mtlora.task import TaskSpec
+
+if TYPE_CHECKING:
+    from mtlora.vision.soft_tokens import ImageReader
 
 # So many batches are sorted by length together. More waste less on padding; fewer keep batches mixed.
 _BUCKET_BATCHES = 16
@@ -25,13 +29,15 @@ _BUCKET_BATCHES = 16
 class Encoded:
     """One example as token ids; `task_index` is the row of its task in the task table.
 
-    document_length: how many of the prompt's first tokens are the document's part.
+    document_length: how many of the prompt's first tokens are the document's part. image: of a prompt with one, whose
+    soft tokens' ids in `prompt` stand for nothing.
     """
 
     task_index: int
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     document_length: int = 0
+    image: Placed | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
@@ -48,7 +54,8 @@ class Batch:
 
     All are int64. task_index_E: of each example. answer_rows_A: flat positions b*L + l whose next token is an answer
     token; answer_targets_A: that token; answer_owner_A: its example. A row is an example; with `documents`, it holds
-    all examples of a document one after the other, without it, and task_index_BL is that of each token.
+    all examples of a document one after the other, without it, and task_index_BL is that of each token. images: at flat
+    positions.
     """
 
     tokens_BL: torch.Tensor
@@ -58,6 +65,7 @@ class Batch:
     answer_owner_A: torch.Tensor
     task_index_BL: torch.Tensor | None = None
     documents: Documents | None = None
+    images: Sequence[Placed] = ()
 
     @property
     def bias_index(self) -> torch.Tensor:
@@ -68,27 +76,33 @@ class Batch:
 def encode(
     prompts: PromptEncoder,
     tasks: Sequence[TaskSpec],
-    examples: Iterable[Example],
+    examples: Sequence[Example],
     *,
     max_length: int,
     room: float = math.inf,
     skipped: Counter[str] | None = None,
+    reader: "ImageReader | None" = None,
 ) -> list[tuple[Example, Encoded]]:
     """Examples with what they become, with their working where they have it.
 
     An example longer than `max_length` tokens, or whose prompt and its task's max_new_tokens are more than `room`, is
     counted in `skipped` under its task, or raises SuiteError if `skipped` is None. An answer longer than its task's
-    max_new_tokens always raises SuiteError.
+    max_new_tokens always raises SuiteError. reader: of the images, if a task takes any.
     """
     index = {task.id: i for i, task in enumerate(tasks)}
     encoded = []
     # All tasks of a document tokenize it once.
     document_ids: dict[str, list[int]] = {}
-    for example in examples:
-        task = tasks[index[example.task_id]]
+    keys = reader.read(tasks, examples) if reader else [None] * len(examples)
+    for example, key in zip(examples, keys, strict=True):
+        task, image = tasks[index[example.task_id]], None
         prompt, document_length, answer = prompts.example(
             task, example.input, example.target, example.working, document_ids=document_ids
         )
+        if key and reader and task.picture:
+            soft_tokens = reader.num_soft_tokens(task.picture)
+            prompt, at = prompts.around_image(task.around_image(example.input), soft_tokens)
+            image = Placed(at, key)
         cause = ""
         if len(prompt) + len(answer) > max_length:
             cause = f"example of {len(prompt) + len(answer)} tokens, expected at most {max_length} (max_length)"
@@ -107,7 +121,7 @@ def encode(
                 f"{_where(example)}: target {example.target[:80]!r} takes {len(answer)} tokens with its end, "
                 f"expected at most max_new_tokens {task.max_new_tokens}"
             )
-        encoded.append((example, Encoded(index[task.id], tuple(prompt), tuple(answer), document_length)))
+        encoded.append((example, Encoded(index[task.id], tuple(prompt), tuple(answer), document_length, image)))
     return encoded
 
 
@@ -251,6 +265,7 @@ def collate(examples: Sequence[Encoded], length: int | None = None) -> Batch:
         torch.tensor(rows),
         torch.tensor(targets),
         torch.tensor(owner),
+        images=[each.image._replace(at=b * length + each.image.at) for b, each in enumerate(examples) if each.image],
     )
 
 

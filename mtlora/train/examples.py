@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mtlora.prompt import PromptEncoder
 from mtlora.suite.base import Example, Split, Suite, SuiteError
@@ -10,6 +11,9 @@ from mtlora.suite.mix import count_for
 from mtlora.task import TaskSpec
 from mtlora.train.config import TrainingConfig
 from mtlora.train.data import Encoded, encode
+
+if TYPE_CHECKING:
+    from mtlora.vision.soft_tokens import ImageReader
 
 
 class RunExamples:
@@ -20,12 +24,19 @@ class RunExamples:
     """
 
     def __init__(
-        self, config: TrainingConfig, suite: Suite, tasks: Sequence[TaskSpec], prompts: PromptEncoder, room: int
+        self,
+        config: TrainingConfig,
+        suite: Suite,
+        tasks: Sequence[TaskSpec],
+        prompts: PromptEncoder,
+        room: int,
+        reader: "ImageReader | None" = None,
     ) -> None:
         self._config = config
         self._suite = suite
         self._tasks = tasks
         self._prompts = prompts
+        self._reader = reader
         self.skipped: Counter[str] = Counter()
         # Validation leaves out the same kind of example, but the run reports only what training lacks.
         self.train = [encoded for _, encoded in self._encode("train", self.skipped)]
@@ -56,7 +67,7 @@ class RunExamples:
         config = self._config
         return encode(
             self._prompts, self._tasks, self._of(split), max_length=config.max_length, room=room,
-            skipped=skipped if config.longer_examples == "skip" else None,
+            skipped=skipped if config.longer_examples == "skip" else None, reader=self._reader,
         )  # fmt: skip
 
     def _check_tasks_have_examples(self) -> None:

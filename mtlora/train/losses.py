@@ -31,7 +31,9 @@ def answer_loss(states_AD: torch.Tensor, head: nn.Linear, targets_A: torch.Tenso
 
 def batch_loss(adapted: AdaptedModel, batch: Batch) -> torch.Tensor:
     """`answer_loss` of a batch, on the model's device."""
-    states_AD = adapted.answer_states(batch.tokens_BL, batch.bias_index, batch.answer_rows_A, batch.documents)
+    states_AD = adapted.answer_states(
+        batch.tokens_BL, batch.bias_index, batch.answer_rows_A, batch.documents, batch.images
+    )
     return answer_loss(states_AD, adapted.model.lm_head, batch.answer_targets_A.to(states_AD.device))
 
 

@@ -95,12 +95,17 @@ def digest(examples: Iterable[object], batches: Iterable[Sequence[int]]) -> str:
     return found.hexdigest()
 
 
-def open_modality(config: TrainingConfig, suite: Suite, tasks: Sequence[TaskSpec], backbone: Path) -> Modality:
-    """Text or images, as the suite's tasks have it. Raises MtLoRAError for what cannot be trained."""
+def open_modality(
+    config: TrainingConfig, suite: Suite, tasks: Sequence[TaskSpec], backbone: Path, vision: Path | None
+) -> Modality:
+    """Text or images, as the suite's tasks have it. Raises MtLoRAError for what cannot be trained.
+
+    vision: the vision backbone's folder, for tasks of text that take an image.
+    """
     if any(task.image for task in tasks):
         from mtlora.train.images import Images
 
         return Images(config, suite, tasks, backbone)
     from mtlora.train.text import Text
 
-    return Text(config, suite, tasks, backbone)
+    return Text(config, suite, tasks, backbone, vision)

@@ -9,20 +9,24 @@ from mtlora.train.config import TrainingConfig
 
 
 def make_optimizer(trained: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over what is trained. Routers and task biases have no decay and their own rate, and heads have theirs."""
+    """AdamW over what is trained. Routers with task biases, which have no decay, heads and projector have own rates."""
     routing: list[nn.Parameter] = []
     heads: list[nn.Parameter] = []
+    projector: list[nn.Parameter] = []
     experts: list[nn.Parameter] = []
     for name, parameter in trained.named_parameters():
         if not parameter.requires_grad:
             continue
         if name.startswith("heads."):
             heads.append(parameter)
+        elif name.startswith("projector."):
+            projector.append(parameter)
         else:
             (routing if name.endswith(("lora_route", "task_bias")) else experts).append(parameter)
     groups = [
         {"params": experts, "scale": 1.0, "weight_decay": config.weight_decay},
         {"params": routing, "scale": config.router_learning_rate_scale, "weight_decay": 0.0},
+        {"params": projector, "scale": config.projector_learning_rate_scale, "weight_decay": config.weight_decay},
         {"params": heads, "scale": config.head_learning_rate_scale, "weight_decay": config.weight_decay},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate, fused=True)

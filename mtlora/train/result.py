@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mtlora.checkpoint.format import AdapterManifest, TaskEntry
+from mtlora.checkpoint.format import PROJECTOR_NAMES, AdapterManifest, TaskEntry
 from mtlora.checkpoint.read import read_manifest
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.evaluation.evaluate import offline_answerer, score
@@ -43,11 +43,15 @@ def write_result(
     folder: Path, config: TrainingConfig, adapted: AdaptedModel, table: tuple[TaskEntry, ...],
     training: dict[str, Any], evaluation: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Write the checkpoint: an adapter's tensors in float16, a baseline's in float32. Raises CheckpointError."""
+    """Write the checkpoint: an adapter's paths in float16, all else in float32. Raises CheckpointError."""
     if config.baseline is None:
+        tensors, projector = adapter_tensors(adapted.adapters, torch.float16), None
+        if adapted.reader is not None:
+            projector = adapted.reader.projector_config
+            tensors |= dict(zip(PROJECTOR_NAMES, adapted.reader.projector.folded(), strict=True))
         write_checkpoint(
             folder, backbone=adapted.backbone, config=config.adapter, tasks=table, training=training,
-            evaluation=evaluation, tensors=adapter_tensors(adapted.adapters, torch.float16),
+            evaluation=evaluation, tensors=tensors, projector=projector,
         )  # fmt: skip
     else:
         manifest = BaselineManifest(

@@ -1,12 +1,15 @@
-"""Training on text: prompts and answers as tokens of a language backbone."""
+"""Training on text: prompts, with an image or without, and answers as tokens of a language backbone."""
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mtlora.adapter import Attachment
+from mtlora.checkpoint.read import read_checkpoint
 from mtlora.evaluation.evaluate import Answerer, offline_answerer
 from mtlora.families import decoder_layers
 from mtlora.model import new_adapted_model
@@ -23,11 +26,25 @@ from mtlora.train.result import evaluate, task_table, write_result
 from mtlora.train.start import warm_start
 from mtlora.train.validation import held_out
 
+# Images whose states the projector standardises by.
+_STANDARD_IMAGES = 512
+
+
+class _Trained(nn.Module):
+    """Adapters and projector; their names are those of the state."""
+
+    def __init__(self, adapters: Attachment, projector: nn.Module) -> None:
+        super().__init__()
+        self.adapters = adapters
+        self.projector = projector
+
 
 class Text:
     """See `Modality`."""
 
-    def __init__(self, config: TrainingConfig, suite: Suite, tasks: Sequence[TaskSpec], backbone: Path) -> None:
+    def __init__(
+        self, config: TrainingConfig, suite: Suite, tasks: Sequence[TaskSpec], backbone: Path, vision: Path | None
+    ) -> None:
         self.config = config
         self.tasks = tasks
         if config.baseline is None:
@@ -39,10 +56,21 @@ class Text:
                 f"max_length: found {config.max_length}; allowed with activation task: up to {window}, the backbone's "
                 "sliding window"
             )
+        # See `Modality`: the vocabulary's head is frozen.
+        self.trained: nn.Module = self.adapted.adapters
+        if any(task.picture for task in tasks):
+            if config.baseline is not None:
+                raise TrainingError("baseline: found one; allowed with tasks that take an image: the adapter alone")
+            if vision is None:
+                raise TrainingError("tasks take images: found no vision backbone; one is needed")
+            from mtlora.vision.soft_tokens import ImageReader
+
+            self.adapted.reader = ImageReader(vision, config.merge_patches, self.adapted.backbone.hidden_size)
+            self.trained = _Trained(self.adapted.adapters, self.adapted.reader.projector)
         if config.init_from is not None:
             warm_start(self.adapted, config.adapter, tasks, Path(config.init_from))
         room = self.adapted.model.config.max_position_embeddings
-        self.examples = RunExamples(config, suite, tasks, self.adapted.prompts, room)
+        self.examples = RunExamples(config, suite, tasks, self.adapted.prompts, room, self.adapted.reader)
         self.batches = schedule(
             self.examples.train,
             batch_size=config.batch_size,
@@ -57,21 +85,26 @@ class Text:
         """See `Modality`."""
         return self.adapted.adapters
 
-    @property
-    def trained(self) -> Attachment:
-        """See `Modality`: the vocabulary's head is frozen."""
-        return self.adapted.adapters
-
     def move(self, device: torch.device) -> None:
         """See `Modality`."""
         self.adapted.model.to(device)
-        self.adapters.to(device)
+        self.trained.to(device)
         speed_up_training(self.adapted.model)
         if self.config.gradient_checkpointing:
             _checkpoint_layers(self.adapted.model)
 
     def begin(self) -> None:
-        """See `Modality`."""
+        """See `Modality`: a projector starts at random, or from the checkpoint of `init_from`."""
+        reader = self.adapted.reader
+        if reader is None:
+            return
+        keys = list(dict.fromkeys(each.image.key for each in self.examples.train if each.image))[:_STANDARD_IMAGES]
+        embeddings_VD = self.adapted.model.get_input_embeddings().weight
+        reader.projector.begin(reader.states(keys).to(embeddings_VD.device), embeddings_VD)
+        if self.config.init_from is not None:
+            found = read_checkpoint(Path(self.config.init_from))
+            if found.manifest.projector == reader.projector_config:
+                reader.projector.unfold(*found.projector)
 
     def part(self, step: int, ranks: Ranks) -> Part:
         """See `Modality`."""
@@ -115,7 +148,8 @@ class Text:
 
     def digest(self) -> str:
         """See `Modality`."""
-        return digest(self.examples.train, self.batches)
+        images = (each.image for each in self.examples.train if each.image)
+        return digest(chain(self.examples.train, images), self.batches)
 
     def provenance(self) -> dict[str, Any]:
         """See `Modality`."""

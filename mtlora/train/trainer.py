@@ -40,6 +40,8 @@ class StepReport:
 class Trainer:
     """One run. `fit` trains, or resumes training, and writes the checkpoint.
 
+    vision: the vision backbone's folder, for tasks that take text and an image.
+
     With torchrun, each process makes its own Trainer of the same configuration; the first one writes.
     """
 
@@ -49,6 +51,7 @@ class Trainer:
         backbone: Path,
         out: Path,
         *,
+        vision: Path | None = None,
         resume: bool = False,
         start: StartingPoint | None = None,
     ) -> None:
@@ -64,7 +67,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.suite = load_suite(config.suite)
         self.tasks = chosen_tasks(self.suite, config.tasks)
-        self.work = open_modality(config, self.suite, self.tasks, backbone)
+        self.work = open_modality(config, self.suite, self.tasks, backbone, vision)
         self.adapted, self.batches = self.work.adapted, self.work.batches
         if start:
             start.apply(self.work.adapters)

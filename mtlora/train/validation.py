@@ -27,7 +27,9 @@ def held_out(adapted: AdaptedModel, tasks: Sequence[TaskSpec], examples: Sequenc
     correct = [0] * len(tasks)
     total = [0] * len(tasks)
     for batch in batches(examples, _BATCH, documents=adapted.activated):
-        logits_AV = adapted.answer_logits(batch.tokens_BL, batch.bias_index, batch.answer_rows_A, batch.documents).cpu()
+        logits_AV = adapted.answer_logits(
+            batch.tokens_BL, batch.bias_index, batch.answer_rows_A, batch.documents, batch.images
+        ).cpu()
         loss_sum += cross_entropy(logits_AV.float(), batch.answer_targets_A, reduction="sum").item()
         answer_tokens += len(batch.answer_targets_A)
         wrong_B = torch.zeros(len(batch.task_index_E))

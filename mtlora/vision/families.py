@@ -99,6 +99,17 @@ class VisionConfig:
             )
         return self.num_prefix + (size // self.patch_size) ** 2
 
+    def num_soft_tokens(self, size: int, merge: int) -> int:
+        """Squares of merge x merge patches in an image. Raises BackboneError if they do not divide it."""
+        self.num_positions(size)
+        squares, rest = divmod(size // self.patch_size, merge)
+        if rest:
+            raise BackboneError(
+                f"an image of {size} x {size} pixels: expected a multiple of {merge} x {merge} patches of "
+                f"{self.patch_size}, {merge * self.patch_size}"
+            )
+        return squares**2
+
     def check(self, tasks: Iterable[TaskSpec]) -> None:
         """Raise BackboneError for a task of images whose size or pooling this backbone does not allow."""
         for task in tasks:

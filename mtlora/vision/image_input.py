@@ -22,8 +22,8 @@ def task_feature(feature: Any, pooling: Pooling, F: int) -> Any:
     return feature[:F] if pooling == "cls" else feature[-F:]
 
 
-class ImageInput(BaseModel):
-    """The input of a task of images. Its backbone's patches divide `size` evenly."""
+class ImagePreparation(BaseModel):
+    """How an image becomes what a vision backbone sees, whose patches divide `size` evenly."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -32,12 +32,17 @@ class ImageInput(BaseModel):
         "squash",
         description="crop: the image's middle square; squash: all of it, made square; pad: all of it, in its shape",
     )
+    mean: _Channels | None = Field(None, description="red, green, blue, of values from 0 to 1; null: the backbone's")
+    std: tuple[_Spread, _Spread, _Spread] | None = Field(None, description="as mean; null: the backbone's own")
+
+
+class ImageInput(ImagePreparation):
+    """The input of a task of images."""
+
     pooling: Pooling = Field(
         "cls_mean",
         description="the image's feature: the class token's last state, the patches' mean, or both, in this order",
     )
-    mean: _Channels | None = Field(None, description="red, green, blue, of values from 0 to 1; null: the backbone's")
-    std: tuple[_Spread, _Spread, _Spread] | None = Field(None, description="as mean; null: the backbone's own")
     augment: tuple[Augmentation, ...] = Field(
         ("crop", "colour"), description="what training may do to its images: a digit must not be flipped"
     )

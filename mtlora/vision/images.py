@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from mtlora.errors import MtLoRAError
-from mtlora.vision.image_input import ImageInput
+from mtlora.vision.image_input import ImagePreparation
 
 FORMATS = ("PNG", "JPEG", "WebP")
 # A larger JPEG is decoded at a half, a quarter or an eighth of its size, as long as so many times S are left.
@@ -135,7 +135,7 @@ def decode(data: bytes, limits: ImageLimits = LIMITS, *, size: int | None = None
 
 
 def prepare(
-    pixels_HWC: NDArray[np.uint8], spec: ImageInput, mean: Sequence[float], std: Sequence[float]
+    pixels_HWC: NDArray[np.uint8], spec: ImagePreparation, mean: Sequence[float], std: Sequence[float]
 ) -> NDArray[np.float32]:
     """An image as the encoder's input, [3, S, S]: resized with antialiasing, values of 0 to 1 less mean, by std.
 

@@ -86,7 +86,8 @@ def _unread(made: Any) -> dict[str, Any]:
 def serving(short_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     from mtlora.vllm_plugin.requests import slot_requests
 
-    folder, slots = tmp_path_factory.mktemp("adapters"), [None]
+    folder = tmp_path_factory.mktemp("adapters")
+    slots: list[Any] = [None]
     for seed in (1, 2):
         manifest = make_adapter(folder / f"{seed}", identify(short_backbone), CONFIG, num_tasks=1, seed=seed)
         slots += set(slot_requests(f"{seed}", "1", folder / f"{seed}", manifest, seed).values())

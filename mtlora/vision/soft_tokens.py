@@ -1,0 +1,174 @@
+"""Images in prompts of text: a frozen encoder's patches, a trained projector, and the soft tokens between tokens.
+
+Shape suffixes: B images, T positions of an image, D_v hidden size of the vision backbone, D of the language backbone,
+S soft tokens, K = merge² * D_v numbers of a soft token's patches, P soft tokens of several images, L positions.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from mtlora.backbone import BackboneIdentity, identify
+from mtlora.checkpoint.format import Checkpoint, ProjectorConfig
+from mtlora.errors import MtLoRAError, differences
+from mtlora.suite.base import Example
+from mtlora.task import TaskSpec
+from mtlora.vision.encoder import load_encoder
+from mtlora.vision.families import read_config, read_normalisation
+from mtlora.vision.image_input import ImagePreparation
+from mtlora.vision.images import ImageError, decode, prepare
+
+if TYPE_CHECKING:
+    from mtlora.model import Placed
+
+_BATCH = 16
+_LEAST = 1e-6
+
+
+def merged(states: Any, num_prefix: int, merge: int) -> Any:
+    """The patches' states of one image [S, K], of all its states [T, D_v]; tensors or numpy arrays.
+
+    Patches lie row by row; so do soft tokens, and a soft token's patches.
+    """
+    patches = states[num_prefix:]
+    side, hidden = round(len(patches) ** 0.5), states.shape[1]
+    squares = patches.reshape(side // merge, merge, side // merge, merge, hidden)
+    return squares.swapaxes(1, 2).reshape((side // merge) ** 2, merge * merge * hidden)
+
+
+class Projector(nn.Module):
+    """One linear layer from patches' states, standardised first, to rows of the language backbone's embeddings."""
+
+    mean_K: torch.Tensor
+    std_K: torch.Tensor
+
+    def __init__(self, K: int, D: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(D, K))
+        self.bias = nn.Parameter(torch.zeros(D))
+        self.register_buffer("mean_K", torch.zeros(K))
+        self.register_buffer("std_K", torch.ones(K))
+
+    def forward(self, states_PK: torch.Tensor) -> torch.Tensor:
+        """Soft tokens [P, D] in float32."""
+        return nn.functional.linear((states_PK - self.mean_K) / self.std_K, self.weight, self.bias)
+
+    @torch.no_grad()
+    def begin(self, states_PK: torch.Tensor, embeddings_VD: torch.Tensor) -> None:
+        """Start with rows that look like embeddings of tokens: random ones of their mean and spread."""
+        self.mean_K.copy_(states_PK.mean(0))
+        self.std_K.copy_(states_PK.std(0).clamp_min(_LEAST))
+        mean_D = embeddings_VD.float().mean(0)
+        spread = float((embeddings_VD.float() - mean_D).std())
+        nn.init.normal_(self.weight, std=spread / self.weight.shape[1] ** 0.5)
+        self.bias.copy_(mean_D)
+
+    def folded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weight [D, K], bias [D]) for states that are not standardised."""
+        weight_DK = self.weight.detach() / self.std_K
+        return weight_DK, self.bias.detach() - weight_DK @ self.mean_K
+
+    @torch.no_grad()
+    def unfold(self, weight_DK: torch.Tensor, bias_D: torch.Tensor) -> None:
+        """Take what `folded` gives."""
+        weight_DK, bias_D = weight_DK.float(), bias_D.float()
+        self.weight.copy_(weight_DK * self.std_K)
+        self.bias.copy_(bias_D + weight_DK @ self.mean_K)
+
+
+class ImageReader:
+    """Images as soft tokens. The encoder sees an image once; its states are kept, in float16.
+
+    Raises BackboneError for a folder without a vision backbone.
+    """
+
+    def __init__(self, folder: Path, merge: int, hidden_size: int) -> None:
+        self.backbone: BackboneIdentity = identify(folder)
+        self.config = read_config(folder)
+        self.merge = merge
+        self.projector = Projector(merge**2 * self.config.hidden_size, hidden_size)
+        self._mean, self._std = read_normalisation(folder)
+        self._encoder = load_encoder(folder)
+        self._states: dict[str, torch.Tensor] = {}
+
+    @property
+    def projector_config(self) -> ProjectorConfig:
+        """What a checkpoint's manifest says of the projector."""
+        return ProjectorConfig(backbone=self.backbone, merge=self.merge)
+
+    def num_soft_tokens(self, preparation: ImagePreparation) -> int:
+        """S of an image of a task. Raises BackboneError for a size that patches and their squares do not divide."""
+        return self.config.num_soft_tokens(preparation.size, self.merge)
+
+    def read(self, tasks: Iterable[TaskSpec], examples: Sequence[Example]) -> list[str | None]:
+        """The key of each example's image; None for tasks without. Looks at images that are new.
+
+        Raises ImageError naming the example, SuiteError for an example without an image.
+        """
+        by_id = {task.id: task.picture for task in tasks}
+        keys: list[str | None] = []
+        new: dict[str, tuple[Example, ImagePreparation]] = {}
+        for example in examples:
+            if (preparation := by_id[example.task_id]) is None:
+                keys.append(None)
+                continue
+            self.num_soft_tokens(preparation)
+            digest = hashlib.sha256(example.encoded_image() + preparation.model_dump_json().encode()).hexdigest()
+            keys.append(digest)
+            if digest not in self._states:
+                new.setdefault(digest, (example, preparation))
+        self._look(new)
+        return keys
+
+    @torch.inference_mode()
+    def _look(self, new: dict[str, tuple[Example, ImagePreparation]]) -> None:
+        # A batch has one size.
+        order = sorted(new, key=lambda key: new[key][1].size)
+        device = self.projector.weight.device
+        self._encoder.to(device)
+        with tqdm(total=len(order), desc="look at images", unit="image", leave=False, disable=None) as bar:
+            for start in range(0, len(order), _BATCH):
+                sizes: dict[int, list[str]] = {}
+                for key in order[start : start + _BATCH]:
+                    sizes.setdefault(new[key][1].size, []).append(key)
+                for keys in sizes.values():
+                    pixels_BCSS = torch.stack([self._pixels(*new[key]) for key in keys]).to(device)
+                    states_BTD = self._encoder(self._encoder.embed(pixels_BCSS))
+                    for key, states_TD in zip(keys, states_BTD, strict=True):
+                        found_SK = merged(states_TD, self.config.num_prefix, self.merge)
+                        self._states[key] = found_SK.to(torch.float16).cpu()
+                    bar.update(len(keys))
+
+    def _pixels(self, example: Example, preparation: ImagePreparation) -> torch.Tensor:
+        try:
+            decoded = decode(example.encoded_image(), size=preparation.size)
+        except ImageError as error:
+            raise ImageError(f"{example.source or f'task {example.task_id}'}: {error}") from None
+        return torch.from_numpy(prepare(decoded, preparation, self._mean, self._std))
+
+    def states(self, keys: Iterable[str]) -> torch.Tensor:
+        """States [P, K] of images that were read, one image behind the other, in float32."""
+        return torch.cat([self._states[key] for key in keys]).float()
+
+    def embedded(self, embeds_BLD: torch.Tensor, images: "Sequence[Placed]") -> torch.Tensor:
+        """Embeddings [B, L, D] with the images' soft tokens at their places, which count positions of all rows."""
+        device = embeds_BLD.device
+        rows_P = torch.cat([image.at + torch.arange(len(self._states[image.key])) for image in images])
+        soft_PD = self.projector(self.states([image.key for image in images]).to(device)).to(embeds_BLD.dtype)
+        return embeds_BLD.flatten(0, 1).index_copy(0, rows_P.to(device), soft_PD).view_as(embeds_BLD)
+
+
+def load_reader(folder: Path, checkpoint: Checkpoint) -> ImageReader:
+    """The reader of a checkpoint with a projector. Raises MtLoRAError for another backbone than it was trained with."""
+    config = checkpoint.manifest.projector
+    assert config is not None
+    for field, (expected, found) in differences(config.backbone, identify(folder)).items():
+        raise MtLoRAError(f"{folder}: {field}: expected {expected!r}, as the adapter's projector, found {found!r}")
+    reader = ImageReader(folder, config.merge, checkpoint.manifest.backbone.hidden_size)
+    reader.projector.unfold(*checkpoint.projector)
+    return reader
