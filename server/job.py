@@ -77,6 +77,14 @@ class Sampling:
     more: MoreSampling | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class SoftTokens:
+    """An image in a prompt, as the language backbone reads it: rows [S, D] of its embeddings, from position `at` on."""
+
+    at: int
+    rows_SD: Any
+
+
 @dataclass(slots=True)
 class GenerationJob:
     """A request that has passed validation; one of its samples, if there are several."""
@@ -109,6 +117,8 @@ class GenerationJob:
     lease: tuple[float, int] | None = None
     # Of the prompt's tokens, those that another request of the same call computes.
     shared: int = 0
+    # Of a prompt with an image, once it was looked at.
+    soft: SoftTokens | None = None
 
     lane: ClassVar = Lane.TEXT
     # What a token of the prompt costs, as the fair queue counts it.

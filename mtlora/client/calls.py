@@ -70,13 +70,15 @@ class Calls:
         self._usage = usage_pb2_grpc.UsageStub(self._channel)
 
     @Method
-    def generate(self, task_id: str, input: Input, *, timeout: float | None = None, **parameters: Any) -> Steps[Answer]:
+    def generate(
+        self, task_id: str, input: Input = "", *, timeout: float | None = None, **parameters: Any
+    ) -> Steps[Answer]:
         """The answer to one input; `parameters` as for `make_request`."""
         return Answer.of((yield self._stub.Generate, make_request(task_id, input, **parameters), timeout))
 
     @Streaming
     def stream(
-        self, task_id: str, input: Input, *, timeout: float | None = None, **parameters: Any
+        self, task_id: str, input: Input = "", *, timeout: float | None = None, **parameters: Any
     ) -> Stream[pb.GenerateStreamResponse]:
         """The answer in pieces; the last one carries the summary."""
         return self._stub.GenerateStream, make_request(task_id, input, **parameters), timeout, same

@@ -10,7 +10,7 @@ from typing import Any, Self, cast
 from mtlora_pb.v1 import inference_pb2 as pb
 
 from mtlora.client.errors import ServerError, StatusOf
-from mtlora.client.images import is_image, make_image
+from mtlora.client.images import ImageSource, is_image, make_image
 
 # A text for a one-field template, named fields, the messages of a chat, or the token ids of a whole prompt.
 Input = str | Mapping[str, str] | Sequence[Mapping[str, str]] | Sequence[int]
@@ -161,8 +161,9 @@ def make_batch(items: Iterable[tuple[str, Input] | pb.GenerateRequest], **parame
 
 def make_request(
     task_id: str,
-    input: Input,
+    input: Input = "",
     *,
+    image: ImageSource | None = None,
     without_adapter: bool = False,
     include_reasoning: bool = False,
     routing_key: str = "",
@@ -172,6 +173,8 @@ def make_request(
 ) -> pb.GenerateRequest:
     """The message for one input. `parameters` are those of GenerationParameters.
 
+    image: for a task of text and image; one that takes nothing else has no input. Raises OSError for a file that cannot
+    be read.
     `stop` is a list of strings, `logit_bias` a mapping from token ids, lists of tokens are lists of ids.
     """
     request = pb.GenerateRequest(
@@ -181,9 +184,11 @@ def make_request(
         routing_key=routing_key,
         free=free,
         answer=answer,
+        image=None if image is None else make_image(image),
     )
     if isinstance(input, str):
-        request.text = input
+        if input or image is None:
+            request.text = input
     elif isinstance(input, Mapping):
         request.fields.values.update(input)
         request.fields.SetInParent()

@@ -61,7 +61,7 @@ class TrainingConfig(BaseModel):
     router_learning_rate_scale: float = Field(1.0, gt=0, description="factor on the rate of routers and task biases")
     head_learning_rate_scale: float = Field(1.0, gt=0, description="factor on the rate of heads (images)")
     projector_learning_rate_scale: float = Field(
-        1.0, gt=0, description="factor on the rate of the projector (tasks of text and an image)"
+        0.1, gt=0, description="factor on the rate of the projector (tasks of text and an image)"
     )
     merge_patches: int = Field(
         2,

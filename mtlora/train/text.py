@@ -26,8 +26,8 @@ from mtlora.train.result import evaluate, task_table, write_result
 from mtlora.train.start import warm_start
 from mtlora.train.validation import held_out
 
-# Images whose states the projector standardises by.
-_STANDARD_IMAGES = 512
+# Images that the projector starts from.
+_MOST_IMAGES = 2048
 
 
 class _Trained(nn.Module):
@@ -94,13 +94,21 @@ class Text:
             _checkpoint_layers(self.adapted.model)
 
     def begin(self) -> None:
-        """See `Modality`: a projector starts at random, or from the checkpoint of `init_from`."""
+        """See `Modality`: a projector starts from the answers' words, or from the checkpoint of `init_from`."""
         reader = self.adapted.reader
         if reader is None:
             return
-        keys = list(dict.fromkeys(each.image.key for each in self.examples.train if each.image))[:_STANDARD_IMAGES]
+        said: dict[str, list[int]] = {}
+        for each in self.examples.train:
+            if each.image and (each.image.key in said or len(said) < _MOST_IMAGES):
+                # Without the end of the text.
+                said.setdefault(each.image.key, []).extend(each.answer[:-1])
         embeddings_VD = self.adapted.model.get_input_embeddings().weight
-        reader.projector.begin(reader.states(keys).to(embeddings_VD.device), embeddings_VD)
+        words_D = [embeddings_VD[ids].float().mean(0) for ids in said.values()]
+        words_PD = torch.cat(
+            [word_D.expand(len(reader.states([key])), -1) for key, word_D in zip(said, words_D, strict=True)]
+        )
+        reader.projector.fit(reader.states(said).to(words_PD.device), words_PD, embeddings_VD)
         if self.config.init_from is not None:
             found = read_checkpoint(Path(self.config.init_from))
             if found.manifest.projector == reader.projector_config:

@@ -22,6 +22,18 @@ def task_feature(feature: Any, pooling: Pooling, F: int) -> Any:
     return feature[:F] if pooling == "cls" else feature[-F:]
 
 
+def merged(states: Any, num_prefix: int, merge: int) -> Any:
+    """The patches' states of one image [S, K], of all its states [T, D]; tensors or numpy arrays.
+
+    num_prefix: states before the patches. merge: patches of a side of the square that becomes one soft token, S in all;
+    K = merge² D. Patches lie row by row; so do soft tokens, and a soft token's patches.
+    """
+    patches = states[num_prefix:]
+    side, hidden = round(len(patches) ** 0.5), states.shape[1]
+    squares = patches.reshape(side // merge, merge, side // merge, merge, hidden)
+    return squares.swapaxes(1, 2).reshape((side // merge) ** 2, merge * merge * hidden)
+
+
 class ImagePreparation(BaseModel):
     """How an image becomes what a vision backbone sees, whose patches divide `size` evenly."""
 

@@ -7,7 +7,7 @@ S soft tokens, K = merge² * D_v numbers of a soft token's patches, P soft token
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from mtlora.suite.base import Example
 from mtlora.task import TaskSpec
 from mtlora.vision.encoder import load_encoder
 from mtlora.vision.families import read_config, read_normalisation
-from mtlora.vision.image_input import ImagePreparation
+from mtlora.vision.image_input import ImagePreparation, merged
 from mtlora.vision.images import ImageError, decode, prepare
 
 if TYPE_CHECKING:
@@ -28,17 +28,8 @@ if TYPE_CHECKING:
 
 _BATCH = 16
 _LEAST = 1e-6
-
-
-def merged(states: Any, num_prefix: int, merge: int) -> Any:
-    """The patches' states of one image [S, K], of all its states [T, D_v]; tensors or numpy arrays.
-
-    Patches lie row by row; so do soft tokens, and a soft token's patches.
-    """
-    patches = states[num_prefix:]
-    side, hidden = round(len(patches) ** 0.5), states.shape[1]
-    squares = patches.reshape(side // merge, merge, side // merge, merge, hidden)
-    return squares.swapaxes(1, 2).reshape((side // merge) ** 2, merge * merge * hidden)
+# The regression's penalty on squared weights, as a share of a standardised number's.
+_RIDGE = 0.1
 
 
 class Projector(nn.Module):
@@ -59,13 +50,21 @@ class Projector(nn.Module):
         return nn.functional.linear((states_PK - self.mean_K) / self.std_K, self.weight, self.bias)
 
     @torch.no_grad()
-    def begin(self, states_PK: torch.Tensor, embeddings_VD: torch.Tensor) -> None:
-        """Start with rows that look like embeddings of tokens: random ones of their mean and spread."""
+    def fit(self, states_PK: torch.Tensor, words_PD: torch.Tensor, embeddings_VD: torch.Tensor) -> None:
+        """Start from a ridge regression: a soft token is near the words that are said of images with such patches.
+
+        words_PD: for each soft token, the mean embedding of what is said of its image. Results get the embeddings'
+        mean and spread.
+        """
         self.mean_K.copy_(states_PK.mean(0))
         self.std_K.copy_(states_PK.std(0).clamp_min(_LEAST))
+        standard_PK = (states_PK - self.mean_K) / self.std_K
+        P, K = standard_PK.shape
+        gram_KK = standard_PK.T @ standard_PK + _RIDGE * P * torch.eye(K, device=standard_PK.device)
+        weight_KD = torch.linalg.solve(gram_KK, standard_PK.T @ (words_PD - words_PD.mean(0)))
         mean_D = embeddings_VD.float().mean(0)
-        spread = float((embeddings_VD.float() - mean_D).std())
-        nn.init.normal_(self.weight, std=spread / self.weight.shape[1] ** 0.5)
+        spread = (embeddings_VD.float() - mean_D).std() / (standard_PK @ weight_KD).std().clamp_min(_LEAST)
+        self.weight.copy_(spread * weight_KD.T)
         self.bias.copy_(mean_D)
 
     def folded(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -79,3 +79,10 @@ def feature_params() -> Any:
     from vllm import PoolingParams
 
     return PoolingParams(task="embed")
+
+
+def state_params() -> Any:
+    """The PoolingParams that ask for all states of an image."""
+    from vllm import PoolingParams
+
+    return PoolingParams(task="token_embed")

@@ -1,4 +1,4 @@
-"""`mtlora-server ask`: put one input, a text or an image, to a running server and print the answer."""
+"""`mtlora-server ask`: put one input, a text, an image or both, to a running server and print the answer."""
 
 import argparse
 import sys
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=Path,
         metavar="FILE",
-        help="a PNG, JPEG or WebP, for a task of images; may be given several times",
+        help="a PNG, JPEG or WebP, for a task of images, several times if need be, or for a task of text and image",
     )
     parser.add_argument("--chat", action="store_true", help="send the input as a user's chat message")
     add_address(parser)
@@ -43,30 +43,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Ask; returns 0, or 1 if an image has no answer."""
-    if options.image:
-        if options.input is not None or options.field:
-            raise CommandError("give either a text or --image, not both", 2)
-        with connect(options) as client:
-            return _classify(client, options)
+    """Ask; returns 0, or 1 if an image has no label."""
     given = _input(options)
+    with connect(options) as client:
+        if options.image and not given and client.task(options.task_id).HasField("image"):
+            return _classify(client, options)
+        return _generate(client, options, given)
+
+
+def _generate(client: Client, options: argparse.Namespace, given: Input) -> int:
+    """Print the answer to a text, or to a text about an image."""
     parameters = {name: value for name in _PARAMETERS if (value := getattr(options, name)) is not None}
     parameters |= {"timeout": options.timeout, "without_adapter": options.without_adapter}
-    with connect(options) as client:
-        try:
-            if options.stream:
-                for piece in client.stream(options.task_id, given, **parameters):
-                    print(piece.text, end="", flush=True)
-                print()
-                summary = piece.summary
-            else:
-                answer = client.generate(options.task_id, given, **parameters)
-                # Several samples, each in a line of its own.
-                for text in [sample.text for sample in answer.samples] or [answer.text]:
-                    print(text)
-                summary = answer.summary
-        except ValueError as error:
-            raise CommandError(f"not a valid parameter: {error}", 2) from None
+    if options.image:
+        if len(options.image) > 1:
+            raise CommandError(f"give --image once: {options.task_id} is a task of text and image", 2)
+        parameters["image"] = options.image[0]
+    try:
+        if options.stream:
+            for piece in client.stream(options.task_id, given, **parameters):
+                print(piece.text, end="", flush=True)
+            print()
+            summary = piece.summary
+        else:
+            answer = client.generate(options.task_id, given, **parameters)
+            # Several samples, each in a line of its own.
+            for text in [sample.text for sample in answer.samples] or [answer.text]:
+                print(text)
+            summary = answer.summary
+    except OSError as error:
+        raise CommandError(f"{error.filename}: {error.strerror}", 2) from None
+    except ValueError as error:
+        raise CommandError(f"not a valid parameter: {error}", 2) from None
     if options.verbose:
         print(summary, end="", file=sys.stderr)
     return 0
@@ -98,6 +106,8 @@ def _input(options: argparse.Namespace) -> Input:
         if wrong := [name for name, separator, _ in pairs if not separator]:
             raise CommandError(f"--field {wrong[0]}: expected NAME=VALUE", 2)
         return {name: value for name, _, value in pairs}
+    if options.input is None and options.image:
+        return ""
     if options.input is None:
         raise CommandError("give an input, --field NAME=VALUE or --image FILE", 2)
     text = sys.stdin.read() if options.input == "-" else options.input

@@ -19,7 +19,8 @@ def run(options: argparse.Namespace) -> int:
         tasks = client.tasks()
     table = Table("task", "takes", "adapter", "description")
     for task in tasks:
-        takes = f"image, {task.image.size} px" if task.HasField("image") else ", ".join(task.fields)
+        image = task.image if task.HasField("image") else task.picture
+        takes = ", ".join([*([f"image, {image.size} px"] if image.size else []), *task.fields])
         table.add_row(task.id, takes, f"{task.adapter_name}/{task.adapter_version}", task.description)
     Console().print(table)
     return 0

@@ -14,7 +14,7 @@ from server.engine.launch import launch
 from server.engine.processes import EngineProcesses
 from server.engine.stats import EngineStats, WorkerStats, worker_stats
 from server.errors import AdapterError, EngineDeadError
-from server.job import Delta, GenerationJob, Sampling
+from server.job import Delta, GenerationJob, Sampling, SoftTokens
 from server.settings import Settings
 from server.telemetry.logs import get_logger
 
@@ -271,7 +271,9 @@ class Engine(BaseEngine):
         """A sequence's deltas. Closing the iterator, or cancelling its reader, aborts the sequence in the engine."""
         slot = None if job.without_adapter else job.task.slot
         extra = translation.extra_args(job)
-        return self._generate(list(job.prompt_ids), job.sampling, slot, job.cache_salt, job.delta_tokens, extra=extra)
+        return self._generate(
+            list(job.prompt_ids), job.sampling, slot, job.cache_salt, job.delta_tokens, extra=extra, soft=job.soft
+        )
 
     def _rank_of(self, document_ids: list[int]) -> dict[str, int]:
         """Of several engines, the one that reads a document: its tasks meet its blocks there."""
@@ -289,13 +291,19 @@ class Engine(BaseEngine):
         delta_tokens: int = 1,
         *,
         extra: Mapping[str, Any] | None = None,
+        soft: SoftTokens | None = None,
     ) -> AsyncGenerator[Delta, None]:
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
+        if soft is None:
+            prompt: Any = tokens_input(prompt_ids, cache_salt=cache_salt)
+        else:
+            prompt = translation.soft_prompt(prompt_ids, soft, cache_salt)
+
         self._count += 1
         outputs = self._running.generate(
-            tokens_input(prompt_ids, cache_salt=cache_salt),
+            prompt,
             translation.sampling_params(sampling, delta_tokens, extra),
             f"sequence-{self._count}",
             lora_request=slot,

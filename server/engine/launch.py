@@ -123,6 +123,8 @@ def _engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
         "data_parallel_size": settings.data_parallel_size,
         "quantization": settings.quantization,
         "max_logprobs": MAX_SCORED_TOKENS,
+        # Text tasks may then take images, whose soft tokens stand in their prompts.
+        "enable_prompt_embeds": settings.vision_backbone is not None,
         **_both(settings, settings.max_num_seqs, on_cpu),
     }
 

@@ -7,7 +7,16 @@ from typing import Any
 
 from mtlora.vllm_plugin.naming import ACTIVATION_KEY, LEASE_KEY
 from server.errors import EngineAbortedError
-from server.job import Delta, FinishReason, GenerationJob, MoreSampling, Sampling, TokenLogprob, TokenLogprobs
+from server.job import (
+    Delta,
+    FinishReason,
+    GenerationJob,
+    MoreSampling,
+    Sampling,
+    SoftTokens,
+    TokenLogprob,
+    TokenLogprobs,
+)
 
 _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "repetition": "stop"}
 
@@ -36,6 +45,15 @@ def sampling_params(sampling: Sampling, delta_tokens: int, extra: Mapping[str, A
         skip_clone=True,
         **(_more(sampling.more) if sampling.more else {}),
     )
+
+
+def soft_prompt(prompt_ids: Sequence[int], soft: SoftTokens, cache_salt: str | None) -> Any:
+    """vLLM's prompt of tokens and an image's soft tokens."""
+    import torch
+
+    from mtlora.vllm_plugin import requests
+
+    return requests.soft_prompt(prompt_ids, soft.at, torch.from_numpy(soft.rows_SD), cache_salt)
 
 
 def extra_args(job: GenerationJob) -> dict[str, Any] | None:

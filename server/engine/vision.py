@@ -1,4 +1,4 @@
-"""An engine with a vision backbone: an image's patches in, its feature out.
+"""An engine with a vision backbone: an image's patches in, its feature or its states out.
 
 Shape suffixes: C colours, S pixels of a side, T positions, D hidden size, F size of a feature.
 """
@@ -24,13 +24,13 @@ class VisionEngine(BaseEngine):
         import torch
 
         from mtlora.vision.encoder import load_encoder
-        from mtlora.vllm_vision import feature_params, image_prompt
+        from mtlora.vllm_vision import feature_params, image_prompt, state_params
 
         # In this process, a few small products an image: more threads would wait for each other beside the engine's.
         torch.set_num_threads(1)
         encoder = load_encoder(self._backbone)
         self._embeddings, self._config = encoder.embeddings, encoder.config
-        self._prompt, self._params = image_prompt, feature_params
+        self._prompt, self._feature, self._states = image_prompt, feature_params(), state_params()
         llm = launch_vision(self._settings, self._backbone, self._record_step)
         self._dtype = llm.model_config.dtype
         return llm
@@ -46,21 +46,37 @@ class VisionEngine(BaseEngine):
         with torch.inference_mode():
             return self._embeddings(torch.from_numpy(pixels_CSS)[None])[0].to(self._dtype)
 
+    @property
+    def num_prefix(self) -> int:
+        """Positions before an image's patches."""
+        return self._config.num_prefix
+
+    def soft_tokens(self, size: int, merge: int) -> int:
+        """Of an image of size x size pixels; see `VisionConfig`."""
+        return self._config.num_soft_tokens(size, merge)
+
     async def encode(self, embeds_TD: Any, slot: Any | None) -> NDArray[np.float32]:
         """The feature [F] of an embedded image. Cancelling it aborts the sequence in the engine."""
+        return await self._pooled(embeds_TD, self._feature, slot)
+
+    async def states(self, embeds_TD: Any) -> NDArray[np.float32]:
+        """All states [T, D] that the backbone alone gives of an embedded image. Cancelling is as for `encode`."""
+        return await self._pooled(embeds_TD, self._states, None)
+
+    async def _pooled(self, embeds_TD: Any, params: Any, slot: Any | None) -> NDArray[np.float32]:
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
         self._count += 1
         name = f"image-{self._count}"
-        outputs = self._running.encode(self._prompt(embeds_TD), self._params(), name, lora_request=slot)
+        outputs = self._running.encode(self._prompt(embeds_TD), params, name, lora_request=slot)
         try:
             async with aclosing(outputs):
                 with self._waiting(self._sequences):
                     output = await anext(outputs)
         except VllmEngineDeadError:
             raise EngineDeadError from None
-        feature_F: NDArray[np.float32] = output.outputs.data.float().numpy()
-        return feature_F
+        found: NDArray[np.float32] = output.outputs.data.float().numpy()
+        return found
 
     async def warm_up(self, slot: Any | None, *, short: bool = False) -> None:
         """Run an image of the smallest size, so that no user's request pays for first calls."""

@@ -144,15 +144,18 @@ def _identity(backbone: Path, settings: Settings) -> "BackboneArchitecture":
 
 
 def _normalising(vision: Path) -> Callable[["TaskSpec"], "TaskSpec"]:
-    """What gives a task of images the mean and spread of the backbone, unless it has its own."""
+    """What gives a task that takes an image the mean and spread of the backbone, unless it has its own."""
     from mtlora.vision.families import read_normalisation
 
     mean, std = read_normalisation(vision)
 
     def normalising(spec: "TaskSpec") -> "TaskSpec":
-        assert spec.image is not None
-        own = {"mean": spec.image.mean or mean, "std": spec.image.std or std}
-        return spec.model_copy(update={"image": spec.image.model_copy(update=own)})
+        name = "image" if spec.image else "picture"
+        image = spec.image or spec.picture
+        if image is None:
+            return spec
+        own = {"mean": image.mean or mean, "std": image.std or std}
+        return spec.model_copy(update={name: image.model_copy(update=own)})
 
     return normalising
 

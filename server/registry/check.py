@@ -17,7 +17,7 @@ from server.registry.source import MANIFEST_FILE, TENSORS_FILE
 
 if TYPE_CHECKING:
     from mtlora.backbone import BackboneArchitecture
-    from mtlora.checkpoint.format import AdapterManifest
+    from mtlora.checkpoint.format import AdapterManifest, ProjectorConfig
     from mtlora.vision.families import VisionConfig
 
     # By lane; a server has one, or both.
@@ -104,6 +104,8 @@ def check(root: Path, folder: Path, incoming: Path, backbones: "Backbones", limi
         backbone = _backbone_of(folder, read_manifest(incoming), backbones)
         manifest = read_checkpoint(incoming, backbone).manifest
         check_answers(incoming, manifest)
+        if manifest.projector:
+            _check_projector(folder, manifest.projector, backbones)
         if limits.vision:
             _check_images(incoming, manifest, limits.vision, limits.image_size)
     except CheckpointError as error:
@@ -132,21 +134,35 @@ def _backbone_of(folder: Path, manifest: "AdapterManifest", backbones: "Backbone
     return backbones[lane]
 
 
+def _check_projector(folder: Path, projector: "ProjectorConfig", backbones: "Backbones") -> None:
+    """Raise NoEngineError without a vision backbone, CheckpointError for another one than the projector's."""
+    from mtlora.checkpoint.format import CheckpointError
+    from mtlora.errors import differences
+
+    if Lane.IMAGES not in backbones:
+        found = "tasks of text and image: expected a server with a vision backbone too (vision_backbone)"
+        raise NoEngineError(f"{folder}: {found}")
+    for field, (expected, other) in differences(backbones[Lane.IMAGES], projector.backbone).items():
+        where = f"{folder / MANIFEST_FILE}: projector.backbone.{field}"
+        raise CheckpointError(f"{where}: expected {expected!r} (the vision backbone in use), found {other!r}")
+
+
 def _check_images(folder: Path, manifest: "AdapterManifest", vision: "VisionConfig", largest: int) -> None:
     """Raise CheckpointError for a task whose images the backbone cannot take."""
     from mtlora.backbone import BackboneError
     from mtlora.checkpoint.format import CheckpointError
 
     for task in manifest.tasks:
-        if task.image is None:
+        name, prepared = ("image", task.image) if task.image else ("picture", task.picture)
+        if prepared is None:
             continue
-        if task.image.size > largest:
-            found = f"found {task.image.size}, expected at most {largest} (vision_max_size)"
-            raise CheckpointError(f"{folder}: task {task.id}: image.size: {found}")
+        if prepared.size > largest:
+            found = f"found {prepared.size}, expected at most {largest} (vision_max_size)"
+            raise CheckpointError(f"{folder}: task {task.id}: {name}.size: {found}")
         try:
-            vision.num_positions(task.image.size)
+            vision.num_soft_tokens(prepared.size, manifest.projector.merge if manifest.projector else 1)
         except BackboneError as error:
-            raise CheckpointError(f"{folder}: task {task.id}: image.size: {error}") from None
-        if task.image.pooling != "mean" and not vision.traits.class_token:
+            raise CheckpointError(f"{folder}: task {task.id}: {name}.size: {error}") from None
+        if task.image and task.image.pooling != "mean" and not vision.traits.class_token:
             found = f"found {task.image.pooling!r}, expected mean: this backbone has no class token"
             raise CheckpointError(f"{folder}: task {task.id}: image.pooling: {found}")

@@ -1,6 +1,7 @@
-"""Heads of tasks of images: from an image's feature to logits of the task's labels.
+"""What the server itself applies of an adapter: heads, from a feature to logits, and projectors, to soft tokens.
 
-Shape suffixes: C classes, D hidden size, F size of a task's feature.
+Shape suffixes: C classes, D hidden size, F size of a task's feature, T positions of an image, S soft tokens, K numbers
+of the patches of one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mtlora.vision.image_input import Pooling, task_feature
+from mtlora.vision.image_input import Pooling, merged, task_feature
 from server.registry.source import TENSORS_FILE
 
 if TYPE_CHECKING:
@@ -31,6 +32,33 @@ class Head:
         feature_F = task_feature(feature, self.pooling, self.weight_CF.shape[1])
         logits: list[float] = (self.weight_CF @ feature_F + self.bias_C).tolist()
         return logits
+
+
+@dataclass(frozen=True, eq=False)
+class Projector:
+    """Turns an image's states into soft tokens of the language backbone."""
+
+    weight_DK: NDArray[np.float32]
+    bias_D: NDArray[np.float32]
+    merge: int
+
+    def soft_tokens(self, states_TD: NDArray[np.float32], num_prefix: int) -> NDArray[np.float32]:
+        """[S, D] of the engine's states; see `merged`."""
+        rows_SD: NDArray[np.float32] = merged(states_TD, num_prefix, self.merge) @ self.weight_DK.T + self.bias_D
+        return rows_SD
+
+
+def read_projector(folder: Path, manifest: "AdapterManifest") -> Projector | None:
+    """The projector of a verified adapter, if it has one."""
+    from safetensors import safe_open
+
+    from mtlora.checkpoint.format import PROJECTOR_NAMES
+
+    if manifest.projector is None:
+        return None
+    with safe_open(folder / TENSORS_FILE, framework="pt") as tensors:
+        weight_DK, bias_D = (tensors.get_tensor(name).float().numpy() for name in PROJECTOR_NAMES)
+    return Projector(weight_DK, bias_D, manifest.projector.merge)
 
 
 def read_heads(folder: Path, manifest: "AdapterManifest") -> Mapping[str, Head]:

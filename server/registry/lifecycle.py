@@ -31,7 +31,7 @@ class Verifies(Protocol):
 class Lifecycle:
     """root: the folder of adapters. residencies: of each engine. warm: runs a short sequence on a version.
 
-    prepare_images: fills in what a task of images leaves to the backbone.
+    prepare_images: fills in what a task that takes an image leaves to the backbone.
     """
 
     root: Path
@@ -82,8 +82,8 @@ class Lifecycle:
             version.slots = self.make_slots(version.name, label, verified.folder, manifest, self._next_id)
             self._next_id = max(slot.lora_int_id for slot in version.slots.values()) + 1
             version.lane = Lane.IMAGES if manifest.images else Lane.TEXT
-            version.heads = verified.heads
-            version.specs = {task.id: self.prepare_images(task) if task.image else task for task in manifest.tasks}
+            version.heads, version.projector = verified.heads, verified.projector
+            version.specs = {task.id: self.prepare_images(task) for task in manifest.tasks}
             version.activation = manifest.config.activation
             version.calibration = manifest.calibration
             version.fewest = None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from server.isolation import ChildEndedError, ChildError, in_child
 from server.registry.check import NoEngineError, VerificationLimits, run_check
-from server.registry.heads import Head, read_heads
+from server.registry.heads import Head, Projector, read_heads, read_projector
 from server.registry.source import Found
 from server.registry.spool import Spool, SpoolFullError
 from server.registry.storage import in_thread
@@ -30,12 +30,16 @@ _AT_ONCE = 2
 
 @dataclass(frozen=True)
 class Verified:
-    """A version that passed: its content's hash, its copy in the spool, its manifest, and heads of tasks of images."""
+    """A version that passed: its content's hash, its copy in the spool, its manifest, and what the server keeps of it.
+
+    heads: of tasks of images. projector: of tasks of text and image.
+    """
 
     content: str
     folder: Path
     manifest: "AdapterManifest"
     heads: Mapping[str, Head] = field(default_factory=dict)
+    projector: Projector | None = None
 
 
 class Verifier:
@@ -74,7 +78,8 @@ class Verifier:
             content = self._in_child(root, found.folder, incoming)
             manifest = read_manifest(incoming)
             heads = read_heads(incoming, manifest) if manifest.images else {}
-            return Verified(content, self._spool.keep(incoming, content), manifest, heads)
+            projector = read_projector(incoming, manifest)
+            return Verified(content, self._spool.keep(incoming, content), manifest, heads, projector)
         except BaseException as error:
             self._spool.discard(incoming)
             if isinstance(error, SpoolFullError):

@@ -44,7 +44,7 @@ from server.registry.source import Found
 
 if TYPE_CHECKING:
     from mtlora.task import TaskSpec
-    from server.registry.heads import Head
+    from server.registry.heads import Head, Projector
     from server.registry.record import AdapterRecord
 
 _NUMBERS = re.compile(r"v?(\d+(?:\.\d+)*)", re.ASCII)
@@ -143,7 +143,7 @@ class AdapterVersion:
     slots: vLLM's LoRARequest of each task; tasks without a bias of their own share one.
     activation: that of its adapter; see ServedTask.
     calibration: the temperature of the probabilities of a task's labels, for tasks that have one.
-    lane: which engine holds it. heads: of its tasks, if they take images.
+    lane: which engine holds it. heads: of its tasks, if they take images. projector: if its tasks take text and images.
     fewest: the fewest tokens that a typed task's answer takes, by task; None until an engine has compiled the types.
     holds: requests that it was chosen for, until they end. leases: those that keep it resident.
     last_used: time.monotonic() of the last lease.
@@ -166,6 +166,7 @@ class AdapterVersion:
     calibration: Mapping[str, float] = field(default_factory=dict)
     lane: Lane = Lane.TEXT
     heads: Mapping[str, "Head"] = field(default_factory=dict)
+    projector: "Projector | None" = None
     fewest: Mapping[str, int] | None = None
     place: Place = Place.OUT
     holds: int = 0

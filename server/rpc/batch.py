@@ -107,7 +107,7 @@ _AS_THEY_ARE: AbstractAsyncContextManager[None] = nullcontext()
 
 def samples(first: Generation) -> list[Generation]:
     """A generation for each sample of a request."""
-    return [Generation(job, first.call, first.metrics) for job in _sample_jobs(first.job)]
+    return [Generation(job, first.call, first.metrics, first.sight) for job in _sample_jobs(first.job)]
 
 
 def _sample_jobs(job: GenerationJob) -> Iterator[GenerationJob]:

@@ -10,9 +10,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from mtlora_pb.v1 import inference_pb2 as pb
+from numpy.typing import NDArray
 
 from mtlora.answer.labels import tempered
+from mtlora.vision.image_input import ImagePreparation
 from server.accounting import Usage
 from server.call import Call, current_call
 from server.engine import VisionEngine
@@ -130,6 +133,7 @@ class Classifier:
     ) -> None:
         self.find = service.find
         self._service = service
+        self._scheduler = scheduler
         self._metrics = metrics
         self._decoding = decoding
         self._position_cost = position_cost
@@ -169,6 +173,36 @@ class Classifier:
             raise invalid_argument([Violation(where, found)])
         return task
 
+    # For the images of text tasks.
+
+    def running(self) -> VisionEngine:
+        """The engine. Raises EngineDeadError before the first has started."""
+        if self.engine is None:
+            raise EngineDeadError
+        return self.engine
+
+    def check(self, picture: Picture, preparation: ImagePreparation) -> None:
+        """Look at all of an image but its content. Raises INVALID_ARGUMENT."""
+        picture.check(preparation, self._decoding.limits)
+
+    async def states(
+        self, picture: Picture, preparation: ImagePreparation, task: ServedTask, call: Call
+    ) -> NDArray[np.float32]:
+        """All states [T, D] that the backbone alone gives of an image, after a turn of its engine.
+
+        Raises INVALID_ARGUMENT for an image that cannot be decoded, and EngineDeadError.
+        """
+        engine, began = self.running(), time.monotonic()
+        embeds_TD = await picture.embeds(preparation, call.tenant, engine, self._decoding)
+        self._metrics.image_decode.observe(time.monotonic() - began)
+        job = ImageJob(task, range(engine.positions(preparation.size)), self._position_cost)
+        # Quotas count soft tokens, as tokens of the prompt: the image's positions cost a place in line alone.
+        async with self._scheduler.turn(call.tenant, job, call.deadline, Reservation(0)) as turn:
+            turn.submitted()
+            states_TD = await engine.states(embeds_TD)
+            turn.served(0, time.monotonic())
+        return states_TD
+
     # For Batches.
 
     def admitted(self, call: Call, requests: int, places: int) -> AbstractContextManager[None]:
@@ -192,12 +226,11 @@ class Classifier:
         self, picture: Picture, task: ServedTask | None, _: int, *, call: Call, **beside: Any
     ) -> Classification:
         """A valid image, ready to run. Raises INVALID_ARGUMENT."""
-        if self.engine is None:
-            raise EngineDeadError
+        engine = self.running()
         assert task is not None
         assert task.spec.image is not None
         picture.check(task.spec.image, self._decoding.limits)
-        job = ImageJob(task, range(self.engine.positions(task.spec.image.size)), self._position_cost)
+        job = ImageJob(task, range(engine.positions(task.spec.image.size)), self._position_cost)
         return Classification(job, call, self._metrics, picture, self._decoding)
 
 

@@ -7,7 +7,7 @@ from google.rpc import status_pb2
 from mtlora_pb.v1 import inference_pb2 as pb
 
 from mtlora.parameters import TaskDefaults
-from mtlora.vision.image_input import ImageInput
+from mtlora.vision.image_input import ImagePreparation
 from server.job import Delta, ServedTask, TokenLogprob, TokenLogprobs
 from server.rpc import answers
 from server.rpc.batch import TextItem, answering
@@ -47,11 +47,12 @@ def task(served: ServedTask) -> pb.Task:
         calibration=served.calibration,
         document_template=spec.document_template or "",
         activation=served.activation,
+        picture=_preparation(spec.picture) if spec.picture else None,
         defaults=_parameters(spec.defaults) if spec.defaults else None,
     )
 
 
-def _preparation(image: ImageInput) -> pb.ImagePreparation:
+def _preparation(image: ImagePreparation) -> pb.ImagePreparation:
     return pb.ImagePreparation(size=image.size, resize=image.resize, mean=image.mean, std=image.std)
 
 

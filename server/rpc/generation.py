@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from server.call import Call
 from server.engine import Engine
@@ -11,6 +12,9 @@ from server.job import Delta, FinishReason, GenerationJob, TokenLogprobs
 from server.registry.residency import Residency
 from server.scheduling import Reservation, Scheduler
 from server.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:
+    from server.rpc.seeing import Sight
 
 
 class AnswerSplitter:
@@ -54,6 +58,8 @@ class Generation:
     job: GenerationJob
     call: Call
     metrics: Metrics
+    # Of a task that takes an image.
+    sight: "Sight | None" = None
     text: str = ""
     reasoning: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -85,10 +91,12 @@ class Generation:
         `reserved`: see `Scheduler.turn`.
         The caller holds the version. Raises AdapterError where it cannot be loaded.
         """
-        job, call = self.job, self.call
+        job, call, sight = self.job, self.call, self.sight
         version = None if job.without_adapter else job.task.version
         splitter = AnswerSplitter(self.marker)
         try:
+            if sight is not None:
+                job = self.job = replace(job, soft=await sight.look(call))
             async with scheduler.turn(call.tenant, job, call.deadline, reserved) as turn:
                 if call.trace:
                     call.trace.submitted(job)

@@ -37,6 +37,7 @@ from server.rpc.listing import page_of, page_token
 from server.rpc.pictures import Decoding
 from server.rpc.pieces import in_pieces
 from server.rpc.scoring import scored_items, scored_pictures, scoring
+from server.rpc.seeing import Sight
 from server.rpc.stream import unhurried
 from server.rpc.validation import PromptLimits, samples_of, validate
 from server.scheduling import Scheduler
@@ -258,7 +259,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         own = None
         if request.HasField("answer"):
             own = await self._own_types.hold(request, task.spec if task else None, call.tenant, self.engine)
-        arguments = (request, task, self.prompts, self.limits, call.tenant, cache_salt, delta_tokens, own, document)
+        sight = None
+        if task is not None and task.spec.picture is not None and not request.without_adapter:
+            sight = Sight(request, task, self.classifier)
+        arguments = (
+            request, task, self.prompts, self.limits, call.tenant, cache_salt, delta_tokens, own, document, sight,
+        )  # fmt: skip
         if apart or request.ByteSize() > TOKENIZE_APART_BYTES:
             work = partial(validate, *arguments, stream=stream)
             job = await self._tokenizing.run(call.tenant, request.ByteSize(), work)
@@ -266,10 +272,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             job = validate(*arguments, stream=stream)
         if isinstance(job, list):
             raise invalid_argument(job)
+        if sight is not None:
+            sight.check()
         if self._log_prompts:
             prompt = self.prompts.tokenizer.decode(job.prompt_ids)
             logger.info("prompt", extra={"fields": {"request_id": call.request_id, "prompt": prompt}})
-        return Generation(job, call, self._metrics)
+        return Generation(job, call, self._metrics, sight)
 
     @contextmanager
     def version_for(
@@ -296,4 +304,5 @@ def _routing_key(request: pb.GenerateRequest) -> bytes:
         return request.routing_key.encode()
     given = request.WhichOneof("input")
     value = getattr(request, given) if given else ""
-    return value.encode() if isinstance(value, str) else value.SerializeToString(deterministic=True)
+    key = value.encode() if isinstance(value, str) else value.SerializeToString(deterministic=True)
+    return key + request.image.SerializeToString(deterministic=True) if request.HasField("image") else key

@@ -15,7 +15,7 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from numpy.typing import NDArray
 
 from mtlora.control_group import cpu_cores
-from mtlora.vision.image_input import ImageInput
+from mtlora.vision.image_input import ImageInput, ImagePreparation
 from mtlora.vision.images import Header, ImageError, ImageLimits, decode, held_pixels, prepare, read_header
 from server.errors import RequestFailedError, Violation, invalid_argument
 from server.scheduling.fair_thread import FairThread
@@ -81,7 +81,7 @@ class Picture:
     pixels: int = 0
     _header: Header | None = None
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _made: dict[ImageInput, Any] = field(default_factory=dict)
+    _made: dict[ImagePreparation, Any] = field(default_factory=dict)
 
     @cached_property
     def digest(self) -> bytes:
@@ -92,7 +92,7 @@ class Picture:
         """As of the message."""
         return int(self.image.ByteSize())
 
-    def check(self, spec: ImageInput, limits: ImageLimits) -> None:
+    def check(self, spec: ImagePreparation, limits: ImageLimits) -> None:
         """Look at all but the content. Raises INVALID_ARGUMENT."""
         match self.image.WhichOneof("content"):
             case "encoded":
@@ -113,9 +113,9 @@ class Picture:
             case _:
                 raise self._failure("content", "found none; allowed: encoded or tensor")
 
-    async def embeds(self, spec: ImageInput, tenant: Tenant, engine: Embeds, decoding: Decoding) -> Any:
+    async def embeds(self, spec: ImagePreparation, tenant: Tenant, engine: Embeds, decoding: Decoding) -> Any:
         """The engine's input for a task. Raises INVALID_ARGUMENT."""
-        key = spec.model_copy(update={"pooling": "mean", "augment": ()})
+        key = spec.model_copy(update={"pooling": "mean", "augment": ()}) if isinstance(spec, ImageInput) else spec
         # One of the tasks decodes, the others wait for it.
         async with self._lock:
             if key not in self._made:
@@ -133,7 +133,7 @@ class Picture:
             raise made
         return made
 
-    def _make(self, spec: ImageInput, engine: Embeds, limits: ImageLimits) -> Any:
+    def _make(self, spec: ImagePreparation, engine: Embeds, limits: ImageLimits) -> Any:
         if self.image.WhichOneof("content") == "tensor":
             pixels_CSS = np.frombuffer(self.image.tensor.data, "<f4").reshape(3, spec.size, spec.size)
             # False for a NaN too.

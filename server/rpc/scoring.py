@@ -100,6 +100,10 @@ def scored_pictures(request: pb.ScoreRequest, task: ServedTask) -> list[tuple[Se
 
 def scored_items(request: pb.ScoreRequest, task: ServedTask, call: Call) -> list[TextItem]:
     """The inputs, each a call of its own for usage, metrics and the log. Raises INVALID_ARGUMENT."""
+    if task.spec.picture is not None:
+        allowed = "tasks of texts, or of images (Generate asks this one)"
+        found = f"task {task.spec.id} takes text and an image; allowed: {allowed}"
+        raise invalid_argument([Violation("task_id", found)])
     if task.spec.labels is None:
         kind = task.spec.answer_type.type if task.spec.answer_type else "text"
         found = f"task {task.spec.id} answers with a {kind}; allowed: a task of labels"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 from mtlora_pb.v1 import inference_pb2 as pb
@@ -16,6 +16,9 @@ from server.rpc import parameters as more
 from server.rpc.answers import Held
 from server.rpc.documents import Document
 from server.tenants import OPEN_TENANT, Tenant
+
+if TYPE_CHECKING:
+    from server.rpc.seeing import Sight
 
 MAX_STOP_STRINGS = 8
 _ROLES = ("system", "user", "assistant")
@@ -44,19 +47,22 @@ def validate(
     delta_tokens: int = 1,
     own: Held | None = None,
     document: Document | None = None,
+    sight: "Sight | None" = None,
     *,
     stream: bool = False,
 ) -> GenerationJob | list[Violation]:
     """The job that a request asks for, or every violation in it. `task` is None if the request names none.
 
     own: what the request's own type holds its answer to, if it brings one. document: the document part of its prompt,
-    whose fields are then the task part's alone.
+    whose fields are then the task part's alone. sight: of the image that the task takes; its place is set here.
     """
     violations = [] if task else [Violation("task_id", "found none; ListTasks has those that can be asked")]
     if document is not None and task is not None:
         violations += _task_violations(request.fields, task, document)
     else:
         violations += _input_violations(request, task.spec if task else None, prompts, limits, tenant)
+    if task and (task.spec.picture is not None or request.HasField("image")):
+        violations += _image_violations(request, task.spec)
     violations += _parameter_violations(request.parameters, tenant)
     values = None
     if task and (task.spec.defaults or any(f.number > _LAST_PLAIN for f, _ in request.parameters.ListFields())):
@@ -64,7 +70,7 @@ def validate(
         violations += more.violations(values, limits.vocab_size, limits.end_tokens, stream=stream)
     if task is None or violations:
         return violations
-    given, longest = str(request.WhichOneof("input")), limits.max_model_len - 1
+    given, longest = request.WhichOneof("input") or "image", limits.max_model_len - 1
     prompt_ids: Sequence[int]
     point = 0
     if given == "token_ids":
@@ -84,6 +90,11 @@ def validate(
         if (fewest := point + prompts.fewest_tokens(text)) > longest:
             return [_too_long(given, f"at least {fewest}", longest)]
         prompt_ids = (*document.ids, *prompts.text(text))
+    elif sight is not None:
+        texts = task.spec.around_image(dict(request.fields.values) if given == "fields" else request.text)
+        if (fewest := sight.soft_tokens + sum(map(prompts.fewest_tokens, texts))) > longest:
+            return [_too_long(given, f"at least {fewest}", longest)]
+        prompt_ids, sight.at = prompts.around_image(texts, sight.soft_tokens)
     else:
         parts = task.spec.parts(dict(request.fields.values) if given == "fields" else request.text)
         if (fewest := prompts.fewest_tokens(parts.document) + prompts.fewest_tokens(parts.task)) > longest:
@@ -96,6 +107,9 @@ def validate(
         return [_too_long(given, str(len(prompt_ids)), longest)]
     if values and (violation := more.prompt_violation(values, len(prompt_ids), limits.vocab_size)):
         return [violation]
+    if values and sight and values.get("prompt_logprobs"):
+        found = f"found {values['prompt_logprobs']}; allowed: 0, as the prompt has an image"
+        return [Violation("parameters.prompt_logprobs", found)]
     asked = request.parameters.max_new_tokens
     if asked > room:
         return [
@@ -149,10 +163,25 @@ def _input_violations(
         case "token_ids":
             yield from _token_violations(request.token_ids.values, prompts, limits, tenant)
         case _:
-            yield Violation("input", "found none; allowed: one of text, chat, fields, token_ids")
+            if not (task and task.picture and not task.fields):
+                yield Violation("input", "found none; allowed: one of text, chat, fields, token_ids")
+
+
+def _image_violations(request: pb.GenerateRequest, task: TaskSpec) -> Iterator[Violation]:
+    if task.picture is None:
+        yield Violation("image", f"found one; allowed: none, as task {task.id} takes no image")
+        return
+    if not request.HasField("image") and not request.without_adapter:
+        yield Violation("image", f"found none; allowed: an image, which task {task.id} takes")
+    if (given := request.WhichOneof("input")) in ("chat", "token_ids"):
+        yield Violation(given, f"found in a request of task {task.id}, which takes an image; allowed: text or fields")
 
 
 def _text_violations(text: str, task: TaskSpec | None) -> Iterator[Violation]:
+    if task and task.picture and not task.fields:
+        if text:
+            yield Violation("text", f"found a text; allowed: none, as task {task.id} takes its image alone")
+        return
     if not text.strip():
         yield Violation("text", "found nothing but blanks; allowed: a text")
     if task and len(task.fields) != 1:
@@ -160,7 +189,7 @@ def _text_violations(text: str, task: TaskSpec | None) -> Iterator[Violation]:
 
 
 def _fields_violations(fields: pb.TemplateFields, task: TaskSpec | None) -> Iterator[Violation]:
-    if not any(value.strip() for value in fields.values.values()):
+    if not any(value.strip() for value in fields.values.values()) and not (task and task.picture and not task.fields):
         yield Violation("fields", "found nothing but blanks; allowed: a text in at least one field")
     if task:
         yield from _named_violations(fields, task, task.fields)

@@ -1,6 +1,6 @@
 """The suite `builtin-pictures`: tasks of text about generated pictures. All tasks ask about the same pictures.
 
-A picture shows one to four figures, each of another shape and colour, in its quarters. Answers follow from what was
+A picture shows one to three figures, each of another shape and colour, in its quarters. Answers follow from what was
 drawn, and questions name shapes and colours, so neither text nor image alone is enough for most tasks.
 """
 
@@ -27,7 +27,7 @@ QUARTERS = {
     "bottom left": (0.27, 0.73),
     "bottom right": (0.73, 0.73),
 }
-_MOST = 4
+_NUMBERS = ("one", "two", "three")
 # Of the tasks' pictures, 20 kB each.
 _KEPT = 1024
 
@@ -45,7 +45,7 @@ Scene = tuple[Figure, ...]
 
 
 def _scene(rng: random.Random) -> Scene:
-    number = rng.randint(1, _MOST)
+    number = rng.randint(1, len(_NUMBERS))
     columns = (rng.sample(names, number) for names in (SHAPES, COLOURS, list(QUARTERS)))
     return tuple(Figure(*row) for row in zip(*columns, strict=True))
 
@@ -70,7 +70,7 @@ def _picture(split: Split, seed: int, index: int) -> tuple[Scene, bytes]:
 
 
 def _number(rng: random.Random, scene: Scene) -> tuple[str, str]:
-    return "", ("one", "two", "three", "four")[len(scene) - 1]
+    return "", _NUMBERS[len(scene) - 1]
 
 
 def _list(rng: random.Random, scene: Scene) -> tuple[str, str]:
@@ -136,7 +136,7 @@ _YES_OR_NO = Label(labels=("yes", "no"))
 _TASKS = (
     PictureQuestion(
         "picture_number", "How many figures there are.", "How many figures are there?", _number,
-        Label(labels=("one", "two", "three", "four")),
+        Label(labels=_NUMBERS),
     ),
     PictureQuestion("picture_list", "All figures, row by row.", "List the figures.", _list),
     PictureQuestion(

@@ -70,6 +70,10 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Any) -> pb.ModelInferResponse:
         self._admission.check_serving()
         task = self._task(request.model_name, request.model_version)
+        if task.spec.picture is not None:
+            allowed = "those of texts or of images (Generate of mtlora.v1 asks this one)"
+            refused = f"found {task.spec.id!r}, a task of text and image; allowed: {allowed}"
+            raise invalid_argument([Violation("model_name", refused)])
         wanted = [tensor.name for tensor in request.outputs] or [tensors.output_names(task.spec)[0]]
         generations = await (
             self._generate(request, task, wanted) if task.spec.image is None else self._classify(request, task)

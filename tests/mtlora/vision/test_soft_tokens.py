@@ -18,9 +18,9 @@ from mtlora.model import Placed
 from mtlora.suite import load_suite
 from mtlora.suite.base import Example
 from mtlora.task import TaskSpec
-from mtlora.vision.image_input import ImagePreparation
+from mtlora.vision.image_input import ImagePreparation, merged
 from mtlora.vision.images import ImageError, decode, prepare
-from mtlora.vision.soft_tokens import ImageReader, Projector, merged
+from mtlora.vision.soft_tokens import ImageReader, Projector
 from tests.mtlora.vision.models import SIZE, write_model
 
 D = 12
@@ -60,14 +60,20 @@ def test_a_soft_token_is_a_square_of_neighbouring_patches(side: int, merge: int,
 
 
 def test_a_projector_starts_like_embeddings_and_folds_and_unfolds() -> None:
+    """Of two kinds of patches, each is near the word that is said of images where it is."""
     generator = torch.Generator().manual_seed(0)
+    kinds_P = torch.arange(400) % 2
     states_PK = 5 + 3 * torch.randn(400, 64, generator=generator)
+    states_PK[:, 0] += 20 * kinds_P
     embeddings_VD = 0.1 * torch.randn(300, D, generator=generator) + torch.arange(D)
     projector = Projector(64, D)
-    projector.begin(states_PK, embeddings_VD)
+    words_PD = embeddings_VD[kinds_P]
+    projector.fit(states_PK, words_PD, embeddings_VD)
     soft_PD = projector(states_PK).detach()
     assert (soft_PD.mean(0) - torch.arange(D)).abs().max() < 0.1
-    assert 0.05 < float((soft_PD - soft_PD.mean(0)).std()) < 0.2
+    assert float((soft_PD - soft_PD.mean(0)).std()) == pytest.approx(0.1, abs=0.01)
+    closer = torch.cdist(soft_PD - soft_PD.mean(0), embeddings_VD[:2] - embeddings_VD[:2].mean(0)).argmin(1)
+    assert (closer == kinds_P).float().mean() > 0.95
     weight_DK, bias_D = projector.folded()
     torch.testing.assert_close(states_PK @ weight_DK.T + bias_D, soft_PD, atol=1e-4, rtol=0)
     projector.unfold(weight_DK, bias_D)

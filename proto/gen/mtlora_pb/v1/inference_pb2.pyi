@@ -21,7 +21,7 @@ FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("task_id", "text", "chat", "fields", "token_ids", "parameters", "without_adapter", "include_reasoning", "routing_key", "free", "answer")
+    __slots__ = ("task_id", "text", "chat", "fields", "token_ids", "parameters", "without_adapter", "include_reasoning", "routing_key", "free", "answer", "image")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +33,7 @@ class GenerateRequest(_message.Message):
     ROUTING_KEY_FIELD_NUMBER: _ClassVar[int]
     FREE_FIELD_NUMBER: _ClassVar[int]
     ANSWER_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     text: str
     chat: Chat
@@ -44,7 +45,8 @@ class GenerateRequest(_message.Message):
     routing_key: str
     free: bool
     answer: AnswerType
-    def __init__(self, task_id: _Optional[str] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., fields: _Optional[_Union[TemplateFields, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., parameters: _Optional[_Union[GenerationParameters, _Mapping]] = ..., without_adapter: _Optional[bool] = ..., include_reasoning: _Optional[bool] = ..., routing_key: _Optional[str] = ..., free: _Optional[bool] = ..., answer: _Optional[_Union[AnswerType, _Mapping]] = ...) -> None: ...
+    image: Image
+    def __init__(self, task_id: _Optional[str] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., fields: _Optional[_Union[TemplateFields, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., parameters: _Optional[_Union[GenerationParameters, _Mapping]] = ..., without_adapter: _Optional[bool] = ..., include_reasoning: _Optional[bool] = ..., routing_key: _Optional[str] = ..., free: _Optional[bool] = ..., answer: _Optional[_Union[AnswerType, _Mapping]] = ..., image: _Optional[_Union[Image, _Mapping]] = ...) -> None: ...
 
 class AnswerType(_message.Message):
     __slots__ = ("label", "number", "date", "regex", "json", "grammar", "text")
@@ -505,7 +507,7 @@ class GetTaskResponse(_message.Message):
     def __init__(self, task: _Optional[_Union[Task, _Mapping]] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("id", "description", "template", "fields", "stop", "max_new_tokens", "allowed_answers", "adapter_name", "adapter_version", "answer_marker", "answer", "calibration", "document_template", "activation", "image", "defaults")
+    __slots__ = ("id", "description", "template", "fields", "stop", "max_new_tokens", "allowed_answers", "adapter_name", "adapter_version", "answer_marker", "answer", "calibration", "document_template", "activation", "image", "picture", "defaults")
     ID_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     TEMPLATE_FIELD_NUMBER: _ClassVar[int]
@@ -521,6 +523,7 @@ class Task(_message.Message):
     DOCUMENT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     ACTIVATION_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
+    PICTURE_FIELD_NUMBER: _ClassVar[int]
     DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     id: str
     description: str
@@ -537,8 +540,9 @@ class Task(_message.Message):
     document_template: str
     activation: str
     image: ImagePreparation
+    picture: ImagePreparation
     defaults: GenerationParameters
-    def __init__(self, id: _Optional[str] = ..., description: _Optional[str] = ..., template: _Optional[str] = ..., fields: _Optional[_Iterable[str]] = ..., stop: _Optional[_Iterable[str]] = ..., max_new_tokens: _Optional[int] = ..., allowed_answers: _Optional[_Iterable[str]] = ..., adapter_name: _Optional[str] = ..., adapter_version: _Optional[str] = ..., answer_marker: _Optional[str] = ..., answer: _Optional[_Union[AnswerType, _Mapping]] = ..., calibration: _Optional[float] = ..., document_template: _Optional[str] = ..., activation: _Optional[str] = ..., image: _Optional[_Union[ImagePreparation, _Mapping]] = ..., defaults: _Optional[_Union[GenerationParameters, _Mapping]] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., description: _Optional[str] = ..., template: _Optional[str] = ..., fields: _Optional[_Iterable[str]] = ..., stop: _Optional[_Iterable[str]] = ..., max_new_tokens: _Optional[int] = ..., allowed_answers: _Optional[_Iterable[str]] = ..., adapter_name: _Optional[str] = ..., adapter_version: _Optional[str] = ..., answer_marker: _Optional[str] = ..., answer: _Optional[_Union[AnswerType, _Mapping]] = ..., calibration: _Optional[float] = ..., document_template: _Optional[str] = ..., activation: _Optional[str] = ..., image: _Optional[_Union[ImagePreparation, _Mapping]] = ..., picture: _Optional[_Union[ImagePreparation, _Mapping]] = ..., defaults: _Optional[_Union[GenerationParameters, _Mapping]] = ...) -> None: ...
 
 class ImagePreparation(_message.Message):
     __slots__ = ("size", "resize", "mean", "std")
