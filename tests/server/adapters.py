@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 from mtlora.backbone import BackboneIdentity, identify, resolve
-from mtlora.checkpoint.format import TaskEntry
+from mtlora.checkpoint.format import ProjectorConfig, TaskEntry
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
 
@@ -28,6 +28,7 @@ def write_adapter(
     seed: int = 0,
     scale: float = 0.05,
     activation: str = "all",
+    projector: ProjectorConfig | None = None,
 ) -> None:
     """A random adapter. Its answers mean nothing, but differ from the backbone's."""
     # Late: torch takes seconds to import, and servers without an engine need none.
@@ -38,5 +39,5 @@ def write_adapter(
         {"r": 4, "num_experts": 2, "num_groups": 2, "task_bias": task_bias, "activation": activation}
     )
     rows = [task.model_copy(update={"bias_index": row if task_bias else None}) for row, task in enumerate(tasks)]
-    tensors = random_tensors(backbone, config, rows, seed=seed, scale=scale)
-    write_checkpoint(folder, backbone=backbone, config=config, tasks=tuple(rows), tensors=tensors)
+    tensors = random_tensors(backbone, config, rows, seed=seed, scale=scale, projector=projector)
+    write_checkpoint(folder, backbone=backbone, config=config, tasks=tuple(rows), tensors=tensors, projector=projector)

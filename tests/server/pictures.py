@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mtlora.vision.image_input import ImageInput
+from mtlora.vision.image_input import ImageInput, ImagePreparation
 from server.job import Lane, ServedTask
 from server.registry.catalog import Catalog
-from server.registry.heads import Head
+from server.registry.heads import Head, Projector
 from server.registry.residency import Residency
 from tests.server.adapters import entry
 from tests.server.fakes import FakeMemory, Service
@@ -35,6 +35,16 @@ class FakeVisionEngine:
     def embed(self, pixels_CSS: NDArray[np.float32]) -> Any:
         return pixels_CSS
 
+    num_prefix = 1
+
+    def soft_tokens(self, size: int, merge: int) -> int:
+        return int((size // 14 // merge) ** 2)
+
+    async def states(self, pixels_CSS: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Each position's is the image's mean red, green and blue."""
+        colours = (await self.encode(pixels_CSS, None))[3:]
+        return np.tile(colours, (self.positions(pixels_CSS.shape[1]), 1))
+
     async def encode(self, pixels_CSS: NDArray[np.float32], slot: Any) -> NDArray[np.float32]:
         self.slots.append(slot)
         self.running += 1
@@ -57,6 +67,14 @@ def picture_task(name: str, *, adapter: str = "sights", size: int = 28, **more: 
     version.heads = {name: Head(10 * np.eye(3, dtype=np.float32), np.zeros(3, np.float32), image.pooling)}
     spec = entry(name, allowed_answers=COLOURS, image=image)
     return ServedTask(spec, adapter, version.version, version.slots[name], version=version, **more)
+
+
+def described_task(name: str, template: str = "{image} {input}?", *, adapter: str = "words", **more: Any) -> ServedTask:
+    """A task of text about an image of 4 patches, which is one soft token: 12 numbers of its mean colour."""
+    version = serving_version(adapter, name)
+    version.projector = Projector(np.eye(12, dtype=np.float32), np.ones(12, np.float32), 2)
+    spec = entry(name, template=template, picture=ImagePreparation(size=28, **PLAIN), **more)
+    return ServedTask(spec, adapter, version.version, version.slots[name], version=version)
 
 
 def with_pictures(service: Service, *more: ServedTask) -> FakeVisionEngine:

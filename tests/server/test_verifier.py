@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mtlora.checkpoint.format import ProjectorConfig
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.vision.families import VisionConfig
-from mtlora.vision.image_input import ImageInput
+from mtlora.vision.image_input import ImageInput, ImagePreparation
 from server.job import Lane
 from server.registry.check import VerificationLimits
 from server.registry.mirror import Mirror
@@ -242,6 +243,37 @@ def test_a_version_belongs_to_the_backbone_of_its_tasks(tmp_path: Path) -> None:
         with pytest.raises(StageError, match=reason) as refused:
             Verifier(spool, backbones, other).verify_now(tmp_path / "root", found(tmp_path / "root"))
         assert isinstance(refused.value, ElsewhereError) == (Lane.IMAGES not in backbones)
+    spool.close()
+
+
+def test_texts_with_images_need_both_backbones(tmp_path: Path) -> None:
+    """The vision backbone is the projector's, and its patches divide the images."""
+    spool, eyes = Spool(tmp_path / "spool"), BOTH[Lane.IMAGES]
+    task = entry("ask", template="{image}{input}", picture=ImagePreparation(size=28))
+    projector = ProjectorConfig(backbone=eyes, merge=2)
+    write_adapter(tmp_path / "root" / "a" / "1", [task, entry("plain")], backbone=TINY, projector=projector)
+    limits = VerificationLimits(vision=VISION, image_size=28)
+    verified = Verifier(spool, BOTH, limits).verify_now(tmp_path / "root", found(tmp_path / "root"))
+    assert verified.projector is not None
+    weight_DK, bias_D = read_checkpoint(verified.folder).projector
+    states_TD = np.arange(40, dtype=np.float32).reshape(5, 8)
+    wanted_D = weight_DK.numpy() @ states_TD[1:].flatten() + bias_D.numpy()
+    assert np.allclose(verified.projector.soft_tokens(states_TD, 1), [wanted_D], atol=1e-4)
+    other = eyes.model_copy(update={"weights_fingerprint": "1" * 64})
+    for backbones, changed, reason in (
+        ({Lane.TEXT: TINY}, limits, r"expected a server with a vision backbone too \(vision_backbone\)"),
+        ({Lane.IMAGES: eyes}, limits, r"tasks of texts: expected a server with a backbone for them"),
+        (BOTH | {Lane.IMAGES: other}, limits, "projector.backbone.weights_fingerprint: expected '1111"),
+        (BOTH, replace(limits, image_size=27), r"picture.size: found 28, expected at most 27 \(vision_max_size\)"),
+        (
+            BOTH,
+            replace(limits, vision=replace(VISION, patch_size=28)),
+            "multiple of 2 x 2 patches of 28",
+        ),
+    ):
+        with pytest.raises(StageError, match=reason) as refused:
+            Verifier(spool, backbones, changed).verify_now(tmp_path / "root", found(tmp_path / "root"))
+        assert isinstance(refused.value, ElsewhereError) == (len(backbones) == 1)
     spool.close()
 
 

@@ -15,14 +15,19 @@ from numpy.typing import NDArray
 from benchmarks.harness.processes import process_tree
 from mtlora.adapter import AdapterSet
 from mtlora.backbone import identify
+from mtlora.checkpoint.format import ProjectorConfig
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.client import AsyncClient, Client, ServerError
+from mtlora.client.messages import make_request
+from mtlora.model import Placed, load_adapted_model
+from mtlora.suite.base import Example
 from mtlora.vision.encoder import load_encoder, pool
 from mtlora.vision.families import read_normalisation
+from mtlora.vision.image_input import ImagePreparation
 from mtlora.vision.images import decode, prepare
 from server.cli.process import ServerProcess
 from tests.mtlora.vision.pictures import bomb, encoded, photograph
-from tests.server.adapters import write_adapter
+from tests.server.adapters import entry, write_adapter
 from tests.server.helpers import eventually
 from tests.server.live.conftest import SIGHTS
 
@@ -72,6 +77,42 @@ async def test_mixed_images_are_answered_as_by_the_plain_encoder_beside_texts(
                 assert found.summary is not None
                 assert (found.summary.adapter_name, found.summary.adapter_version) == ("eyes", "1")
         assert all(answer.summary.completion_tokens for answer in await asyncio.gather(*texts))
+
+
+ASK = entry("ask_about", template="{image}\\n{input}\\nAnswer:", picture=ImagePreparation(size=56), max_new_tokens=4)
+
+
+def test_a_text_with_an_image_is_answered_as_by_hugging_face(
+    client: Client, adapters: Path, backbone: Path, vision_backbone: Path
+) -> None:
+    """Decoded, encoded, projected and read by two engines; the language backbone's is in bfloat16."""
+    folder = adapters / "readers" / "1"
+    projector = ProjectorConfig(backbone=identify(vision_backbone), merge=2)
+    write_adapter(folder.with_name(".1"), [ASK], backbone=identify(backbone), projector=projector)
+    folder.with_name(".1").rename(folder)
+    eventually(lambda: ASK.id in {task.id for task in client.tasks()}, timeout=60)
+    adapted = load_adapted_model(backbone, read_checkpoint(folder), torch.float32, vision_backbone)
+    assert adapted.reader is not None
+    found: dict[str, Any] = {}
+    for name, image in IMAGES.items():
+        answer = found[name] = client.generate(ASK.id, "What is it?", image=image, logprobs=5)
+        (key,) = adapted.reader.read([ASK], [Example(ASK.id, "What is it?", "", image=image)])
+        ids, at = adapted.prompts.around_image(ASK.around_image("What is it?"), 4)
+        assert answer.summary.prompt_tokens == len(ids)
+        with torch.inference_mode(), adapted.adapters.context.use(torch.tensor([0])):
+            logits_LV = adapted.model(**adapted.inputs(torch.tensor([ids]), [Placed(at, str(key))])).logits[0]
+        logprobs_V = logits_LV[-1].log_softmax(-1)
+        for each in answer.logprobs[0].top:
+            assert each.logprob == pytest.approx(float(logprobs_V[each.token_id]), abs=0.25), (name, each)
+    assert len({answer.logprobs[0].chosen.logprob for answer in found.values()}) == len(IMAGES)
+    # Beside others, in pieces, and from the prefix cache: the same.
+    pieces = list(client.stream(ASK.id, "What is it?", image=IMAGES["small"]))
+    assert "".join(piece.text for piece in pieces).strip() == found["small"].text
+    batch = client.generate_all([make_request(ASK.id, "What is it?", image=image) for image in IMAGES.values()])
+    assert [each.result().text for each in batch] == [answer.text for answer in found.values()]
+    client.generate(ASK.id, "What is it?", without_adapter=True)
+    with pytest.raises(ServerError, match="found none; allowed: an image"):
+        client.generate(ASK.id, "What is it?")
 
 
 def test_hostile_images_end_in_statuses(client: Client) -> None:
