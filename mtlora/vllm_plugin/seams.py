@@ -204,6 +204,16 @@ SEAMS = (
         "no vision backbone is served",
     ),
     Seam(
+        "soft tokens",
+        Need.OPERATION,
+        "mtlora.vllm_plugin.requests",
+        (
+            "vllm.inputs.engine:embeds_input(prompt_embeds, prompt, cache_salt, prompt_token_ids, is_token_ids)",
+            "vllm.v1.core.kv_cache_utils:_gen_prompt_embeds_extra_hash_keys(request, start_token_idx, end_token_idx)",
+        ),
+        "text tasks that take an image have no answer",
+    ),
+    Seam(
         "seeded requests on CPUs",
         Need.CORRECTNESS,
         "mtlora.vllm_cpu.seeded",

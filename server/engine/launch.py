@@ -124,7 +124,7 @@ def _engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
         "quantization": settings.quantization,
         "max_logprobs": MAX_SCORED_TOKENS,
         # Text tasks may then take images, whose soft tokens stand in their prompts.
-        "enable_prompt_embeds": settings.vision_backbone is not None,
+        "enable_prompt_embeds": settings.vision_backbone is not None and available("soft tokens"),
         **_both(settings, settings.max_num_seqs, on_cpu),
     }
 
