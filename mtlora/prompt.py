@@ -69,8 +69,12 @@ class PromptEncoder:
 
     @cached_property
     def placeholder(self) -> int:
-        """The id in a soft token's place: the vocabulary's last, so that a repetition penalty strikes no word."""
-        return max(self.tokenizer.get_vocab().values())
+        """The id in a soft token's place: the last of the vocabulary without added tokens, which few answers have.
+
+        A repetition penalty counts it as the prompt's.
+        """
+        added = self.tokenizer.added_tokens_decoder
+        return max(token_id for token_id in self.tokenizer.get_vocab().values() if token_id not in added)
 
     @cached_property
     def prefix_ids(self) -> tuple[int, ...]:

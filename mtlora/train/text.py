@@ -103,7 +103,9 @@ class Text:
             if each.image and (each.image.key in said or len(said) < _MOST_IMAGES):
                 # Without the end of the text.
                 said.setdefault(each.image.key, []).extend(each.answer[:-1])
-        embeddings_VD = self.adapted.model.get_input_embeddings().weight
+        embed = self.adapted.model.get_input_embeddings()
+        # By the module: some families scale what they look up.
+        embeddings_VD = embed(torch.arange(embed.num_embeddings, device=embed.weight.device))
         words_D = [embeddings_VD[ids].float().mean(0) for ids in said.values()]
         words_PD = torch.cat(
             [word_D.expand(len(reader.states([key])), -1) for key, word_D in zip(said, words_D, strict=True)]

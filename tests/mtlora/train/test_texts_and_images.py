@@ -20,7 +20,7 @@ from tests.mtlora.vision.models import write_model
 SMALL: dict[str, Any] = {
     "adapter": {"r": 4, "num_experts": 3, "num_groups": 2}, "examples_per_task": 12, "validation_per_task": 4,
     "batch_size": 8, "save_every": 2, "dtype": "float32", "threads": 1, "learning_rate": 5e-3,
-    "suite": "builtin-pictures", "tasks": ["picture_list", "picture_colour"], "max_steps": 3,
+    "suite": "builtin-pictures", "tasks": ["picture_number", "picture_colour"], "max_steps": 3,
 }  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def test_a_run_is_read_back_and_resumes_to_the_same_bits(tiny_backbone: Path, vi
     first = {name: value.clone() for name, value in reader.projector.state_dict().items()}
     manifest = whole.fit()
     assert manifest.projector.backbone == identify(vision)
-    assert set(manifest.evaluation["adapter"]["tasks"]) == {"picture_list", "picture_colour"}
+    assert set(manifest.evaluation["adapter"]["tasks"]) == {"picture_number", "picture_colour"}
     assert not torch.equal(reader.projector.weight, first["weight"])
     assert torch.equal(reader.projector.mean_K, first["mean_K"])
 
@@ -94,8 +94,9 @@ def test_it_learns_from_the_image(tiny_backbone: Path, vision: Path, tmp_path: P
     trainer = Trainer(config, tiny_backbone, tmp_path / "run", vision=vision)
     losses = [trainer.train_step().loss for _ in range(60)]
     examples = trainer.suite.examples("picture_number", "train", 8)
-    assert len({example.target for example in examples}) > 2
-    assert losses[-1] < 0.2 * losses[0]
+    # Without the image, no answer is better than a guess between two: 0.6.
+    assert len({example.target for example in examples}) == 2
+    assert losses[-1] < 0.1
 
 
 def test_what_cannot_be_trained_is_refused(tiny_backbone: Path, vision: Path, tmp_path: Path) -> None:
