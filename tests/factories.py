@@ -10,10 +10,10 @@ import torch
 
 from benchmarks.harness import adapters
 from mtlora.backbone import BackboneIdentity
-from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, AdapterManifest, TaskEntry
+from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, AdapterManifest, ProjectorConfig, TaskEntry
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
-from mtlora.vision.image_input import ImageInput, Pooling
+from mtlora.vision.image_input import ImageInput, ImagePreparation, Pooling
 
 IDENTITY = BackboneIdentity(architecture="LlamaForCausalLM", hidden_size=8, num_layers=2, weights_fingerprint="ab" * 32)
 CONFIG = MtLoRAConfig(r=2, lora_alpha=4, num_experts=3, num_groups=2)
@@ -54,6 +54,28 @@ def write_random_images(folder: Path, **kwargs: Any) -> AdapterManifest:
     """Write a checkpoint of three tasks of images; `kwargs` as for `write_random`."""
     tasks = image_table(3)
     return write_random(folder, **({"tasks": tasks, "tensors": image_tensors(tasks)} | kwargs))
+
+
+VISION_IDENTITY = BackboneIdentity(
+    architecture="Dinov2Model", hidden_size=6, num_layers=2, weights_fingerprint="cd" * 32
+)
+PROJECTOR = ProjectorConfig(backbone=VISION_IDENTITY, merge=2)
+
+
+def picture_table() -> tuple[TaskEntry, ...]:
+    """Like `task_table`, but all tasks but the first take text and an image."""
+    changed = {"template": "{image}{input}", "picture": ImagePreparation(size=56)}
+    return tuple(task.model_copy(update=changed if i else {}) for i, task in enumerate(task_table(3)))
+
+
+def picture_tensors() -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint with these tasks."""
+    return adapters.random_tensors(IDENTITY, CONFIG, picture_table(), projector=PROJECTOR)
+
+
+def write_random_pictures(folder: Path) -> AdapterManifest:
+    """Write a checkpoint of text tasks of which two take an image."""
+    return write_random(folder, tasks=picture_table(), tensors=picture_tensors(), projector=PROJECTOR)
 
 
 def random_tensors(

@@ -198,8 +198,8 @@ def _answerers(
     pictures = any(task.picture for task in tasks)
     if args.another_image and not (pictures and checkpoint):
         raise MtLoRAError("--another-image: needs --adapter, and tasks of text that take an image")
-    if pictures and (args.shots or args.through):
-        raise MtLoRAError("--shots and --through: not for tasks that take an image")
+    if pictures and args.shots:
+        raise MtLoRAError("--shots: not for tasks that take an image")
     if any(task.image for task in tasks):
         return _image_answerers(folder, checkpoint, tasks, suite, args)
     names = ["adapter"] * bool(checkpoint) + ["backbone_alone"] * (not args.adapter_only)
@@ -211,7 +211,9 @@ def _answerers(
         answerers = {
             name: evaluate.server_answerer(args.through, access, without_adapter=name != "adapter") for name in names
         }
-        return answerers, evaluate.server_labeller(args.through, access)
+        if args.another_image:
+            answerers["another_image"] = evaluate.with_other_images(answerers["adapter"])
+        return answerers, None if pictures else evaluate.server_labeller(args.through, access)
 
     import torch
 

@@ -276,7 +276,8 @@ def server_answerer(
 
     def answer(examples: Sequence[Example]) -> list[str]:
         def ask(example: Example) -> str:
-            text = client.generate(example.task_id, example.input, without_adapter=without_adapter).text
+            image = None if example.image is None else example.encoded_image()
+            text = client.generate(example.task_id, example.input, image=image, without_adapter=without_adapter).text
             # Update the bar here: the loop that collects answers waits for the slowest example before each.
             with bar.get_lock():
                 bar.update()

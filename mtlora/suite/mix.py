@@ -80,14 +80,20 @@ class MixedSuite:
         if not parts:
             raise unknown_task(self, task_id)
         check_split(split)
+        pictures = any(task.id == task_id and task.picture for task in self.tasks)
+
+        def asked(example: Example) -> object:
+            """What two examples must not share: of a task of text and image, the same text is asked of many."""
+            return (example.input, example.image) if pictures else example.input
+
         held_out = {
-            example.input
+            asked(example)
             for part, suite in parts
             if len(parts) > 1 and suite.finite and not part.train_only
             for stricter in SPLITS[SPLITS.index(split) + 1 :]
             for example in suite.examples(task_id, stricter, None)
         }
-        found: dict[str, Example] = {}
+        found: dict[object, Example] = {}
         for part, suite in parts:
             if split != "train" and part.train_only:
                 continue
@@ -95,8 +101,8 @@ class MixedSuite:
             if count is not None:
                 wanted = count if wanted is None else min(wanted, count)
             for example in up_to(suite, task_id, split, wanted, seed):
-                if example.input not in held_out:
-                    found.setdefault(example.input, with_working(example) if part.worked else example)
+                if asked(example) not in held_out:
+                    found.setdefault(asked(example), with_working(example) if part.worked else example)
         return list(found.values())
 
 

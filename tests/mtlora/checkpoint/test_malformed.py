@@ -29,6 +29,7 @@ from tests.factories import (
     split_tensors,
     write_random,
     write_random_images,
+    write_random_pictures,
 )
 from tests.mtlora.checkpoint.damage import (
     NAMED,
@@ -342,8 +343,9 @@ def good_files(write: Callable[[Path], object]) -> dict[str, bytes]:
 
 
 def good_copy(temporary: str, data: st.DataObject) -> Path:
-    """A good checkpoint of text or of images, written without waiting for the disk."""
-    for name, content in good_files(data.draw(st.sampled_from([write_random, write_random_images]))).items():
+    """A good checkpoint of text, of images or of both in one task, written without waiting for the disk."""
+    write = data.draw(st.sampled_from([write_random, write_random_images, write_random_pictures]))
+    for name, content in good_files(write).items():
         (Path(temporary) / name).write_bytes(content)
     return Path(temporary)
 

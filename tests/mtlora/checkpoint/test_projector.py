@@ -7,36 +7,32 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from benchmarks.harness.adapters import random_tensors
-from mtlora.backbone import BackboneIdentity
 from mtlora.checkpoint.convert import ConversionError, convert
-from mtlora.checkpoint.format import CheckpointError, ProjectorConfig
+from mtlora.checkpoint.format import CheckpointError
 from mtlora.checkpoint.publish import publish
 from mtlora.checkpoint.read import read_checkpoint
-from mtlora.checkpoint.write import record_evaluation, write_checkpoint
+from mtlora.checkpoint.write import record_evaluation
 from mtlora.cli import main
 from mtlora.merge.extend import MergeError
 from mtlora.merge.merge import merge
 from mtlora.train.config import TrainingConfig
-from mtlora.vision.image_input import ImagePreparation
-from tests.factories import CONFIG, IDENTITY, edit_manifest, replace_tensors, task_table
-
-VISION = BackboneIdentity(architecture="Dinov2Model", hidden_size=6, num_layers=2, weights_fingerprint="cd" * 32)
-PROJECTOR = ProjectorConfig(backbone=VISION, merge=2)
-# One of the tasks takes text alone.
-TASKS = tuple(
-    task.model_copy(update={"template": "{image}{input}", "picture": ImagePreparation(size=56)} if i else {})
-    for i, task in enumerate(task_table(3))
+from tests.factories import (
+    CONFIG,
+    IDENTITY,
+    PROJECTOR,
+    edit_manifest,
+    picture_table,
+    picture_tensors,
+    replace_tensors,
+    write_random_pictures,
 )
-TENSORS = random_tensors(IDENTITY, CONFIG, TASKS, projector=PROJECTOR)
-ARGUMENTS: dict[str, Any] = {
-    "backbone": IDENTITY, "config": CONFIG, "tasks": TASKS, "tensors": TENSORS, "projector": PROJECTOR,
-}  # fmt: skip
+
+TASKS, TENSORS = picture_table(), picture_tensors()
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_checkpoint(tmp_path / "a", **ARGUMENTS)
+    write_random_pictures(tmp_path / "a")
     return tmp_path / "a"
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mtlora.suite import SuiteError, load_suite
+from mtlora.suite import SuiteError, SuitePart, load_suite
 from mtlora.suite.base import SPLITS
 from mtlora.suite.vision.canvas import HUES, colour
 from mtlora.suite.vision.pictures import QUARTERS
@@ -109,3 +109,13 @@ def test_a_folder_may_have_images_beside_its_texts(tmp_path: Path) -> None:
 def test_images_and_picture_go_together(content: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(SuiteError, match=message):
         load_suite(str(_write(tmp_path, content)))
+
+
+def test_a_mix_keeps_the_same_question_about_many_pictures() -> None:
+    parts = [SuitePart(suite="builtin-pictures", examples_per_task=30), SuitePart(suite="builtin", examples_per_task=2)]
+    mixed = load_suite(parts)
+    found = mixed.examples("picture_colour", "train", 30)
+    assert [(e.input, e.target) for e in found] == [
+        (e.input, e.target) for e in SUITE.examples("picture_colour", "train", 30)
+    ]
+    assert len({example.input for example in found}) < 10

@@ -1,6 +1,7 @@
 """Images through gRPC to a real engine with a vision backbone, beside the engine of the language backbone."""
 
 import asyncio
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mtlora.adapter import AdapterSet
 from mtlora.backbone import identify
 from mtlora.checkpoint.format import ProjectorConfig
 from mtlora.checkpoint.read import read_checkpoint
+from mtlora.cli import main as run_mtlora
 from mtlora.client import AsyncClient, Client, ServerError
 from mtlora.client.messages import make_request
 from mtlora.model import Placed, load_adapted_model
@@ -83,7 +85,7 @@ ASK = entry("ask_about", template="{image}\\n{input}\\nAnswer:", picture=ImagePr
 
 
 def test_a_text_with_an_image_is_answered_as_by_hugging_face(
-    client: Client, adapters: Path, backbone: Path, vision_backbone: Path
+    server: ServerProcess, client: Client, adapters: Path, backbone: Path, vision_backbone: Path, tmp_path: Path
 ) -> None:
     """Decoded, encoded, projected and read by two engines; the language backbone's is in bfloat16."""
     folder = adapters / "readers" / "1"
@@ -110,6 +112,25 @@ def test_a_text_with_an_image_is_answered_as_by_hugging_face(
     assert "".join(piece.text for piece in pieces).strip() == found["small"].text
     batch = client.generate_all([make_request(ASK.id, "What is it?", image=image) for image in IMAGES.values()])
     assert [each.result().text for each in batch] == [answer.text for answer in found.values()]
+    # A folder's suite, through the server.
+    suite = tmp_path / "suite"
+    suite.mkdir()
+    (suite / "a.jpg").write_bytes(IMAGES["small"])
+    example = {"input": "What is it?", "image": "a.jpg", "target": found["small"].text or "nothing"}
+    (suite / f"{ASK.id}.json").write_text(json.dumps({"picture": {"size": 56}, "examples": [example]}))
+    through = [
+        "--through",
+        server.address,
+        "--adapter",
+        str(folder),
+        "--suite",
+        str(suite),
+        "--backbone",
+        str(backbone),
+    ]
+    assert run_mtlora(["eval", *through, "--json", str(tmp_path / "scores.json")]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["answers"][0]["adapter"] == found["small"].text
     client.generate(ASK.id, "What is it?", without_adapter=True)
     with pytest.raises(ServerError, match="found none; allowed: an image"):
         client.generate(ASK.id, "What is it?")
