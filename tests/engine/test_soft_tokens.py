@@ -35,7 +35,7 @@ class Serving:
         generator = torch.Generator().manual_seed(seed)
         return self.spread * torch.randn(NUM_SOFT, self.hidden_size, generator=generator)
 
-    def run(self, work: list[Any], new_tokens: int = 6, *, fresh: bool = False) -> list[Any]:
+    def run(self, work: list[Any], new_tokens: int = 3, *, fresh: bool = False) -> list[Any]:
         """Greedy answers to (ids, place of the soft tokens, soft tokens or None, adapter)."""
         from vllm import SamplingParams
 
@@ -149,7 +149,7 @@ def test_chunks_hits_and_preemptions_change_no_answer(serving: Serving, monkeypa
     rng = random.Random(0)
     prompts, images = [ids_of(90, 1), ids_of(60, 2)], [serving.image(i) for i in range(2)]
     work = []
-    for _ in range(18):
+    for _ in range(12):
         ids, soft_SD = rng.choice(prompts), rng.choice([*images, None])
         work.append((ids, rng.choice([3, 40]), soft_SD, rng.randrange(2)))
     scheduler = serving.engine.llm_engine.engine_core.engine_core.scheduler
@@ -160,7 +160,7 @@ def test_chunks_hits_and_preemptions_change_no_answer(serving: Serving, monkeypa
         preempt(request, *more, **named)
 
     monkeypatch.setattr(scheduler, "_preempt_request", noted)
-    outputs = serving.run(work, 24)
+    outputs = serving.run(work, 12)
     assert any(request.prompt_embeds is not None for request in preempted)
     assert sum(output.num_cached_tokens for output in outputs) > 2 * BLOCK
     for item, output in zip(work, outputs, strict=True):
