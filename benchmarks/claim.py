@@ -92,8 +92,8 @@ SMOKE = Size((2, 3), (0,), (7e-4,), (2,), (COLLAPSING, TOLD), examples=16, test=
 class Claim:
     """The cells in their order: for each seed what decides, then the others; before each half, its methods' rates."""
 
-    def __init__(self, out: Path, backbone: Path, size: Size, jobs: int) -> None:
-        self.out, self.backbone, self.size, self.jobs = out, backbone, size, jobs
+    def __init__(self, out: Path, backbone: Path, size: Size, jobs: int, *, train: bool = True) -> None:
+        self.out, self.backbone, self.size, self.jobs, self.train = out, backbone, size, jobs, train
         self.order = task_order(SUITE)
         self._rates: dict[str, float] = {}
 
@@ -111,12 +111,12 @@ class Claim:
         )  # fmt: skip
 
     def run(self) -> None:
-        """Run what is not done, and write the report after each cell."""
+        """Run what is not done, unless `train` is off, and write the report after each cell."""
         results: list[dict[str, Any]] = []
         diverged: list[str] = []
         for decisive in (True, False):
             self._choose(dict.fromkeys(name for _, name, _ in self.cells(lambda _: _NO_RATE, decisive)))
-            cells = list(self.cells(self._rates.__getitem__, decisive))
+            cells = [cell for cell in self.cells(self._rate, decisive) if cell[1] in self._rates]
             # In the order of the cells, not in that in which they end.
             found: dict[int, dict[str, Any]] = {}
             for place, result in self._results(cells, "test"):
@@ -126,12 +126,20 @@ class Claim:
                     diverged.append(f"{cell}: diverged, {result['error']}")
                 else:
                     found[place] = {**result, "part": part, "name": name}
-                write_claim(results + [found[place] for place in sorted(found)], diverged, self.out)
+                if self.train:
+                    write_claim(results + [found[place] for place in sorted(found)], diverged, self.out)
             results += [found[place] for place in sorted(found)]
+        write_claim(results, diverged, self.out)
         print((self.out / "claim.md").read_text(), end="")
 
+    def _rate(self, name: str) -> float:
+        return self._rates.get(name, _NO_RATE)
+
     def _choose(self, names: Iterable[str]) -> None:
-        """Choose each method's rate: the best on validation images; one that diverges has accuracy 0."""
+        """Choose each method's rate: the best on validation images; one that diverges has accuracy 0.
+
+        Without training, a method that lacks a trial has none.
+        """
         rates = self.size.rates
         self._rates[LOWER] = _NO_RATE
         new = [name for name in names if name not in self._rates]
@@ -144,7 +152,8 @@ class Claim:
             _, name, config = cells[place]
             judged.setdefault((name, config.learning_rate), []).append(result.get("mean_accuracy", 0.0))
         for name in new:
-            self._rates[name] = max(rates, key=lambda rate: fmean(judged[name, rate]))
+            if all(len(judged.get((name, rate), ())) == len(self.trials(name, rate)) for rate in rates):
+                self._rates[name] = max(rates, key=lambda rate: fmean(judged[name, rate]))
 
     def trials(self, name: str, rate: float) -> list[TrainingConfig]:
         """What a rate is judged by. It depends on nothing else that is run."""
@@ -186,20 +195,25 @@ class Claim:
 
     def _results(self, cells: Sequence[Cell], split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         """Each cell's place and result, as they end, `jobs` at a time. Raises SystemExit for errors."""
+        todo = []
+        for place, cell in enumerate(cells):
+            if result := self._read(*cell, split):
+                yield place, result
+            elif self.train:
+                todo.append(place)
         # A thread only waits: every run is a process.
         pool = ThreadPoolExecutor(self.jobs)
         try:
-            going = {pool.submit(self._result, *cell, split): place for place, cell in enumerate(cells)}
+            going = {pool.submit(self._do, *cells[place], split): place for place in todo}
             for ended in as_completed(going):
                 yield going[ended], ended.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _result(self, part: str, name: str, config: TrainingConfig, split: str) -> dict[str, Any]:
-        """A cell's result, an error only where it diverged. Raises SystemExit for other errors."""
+    def _do(self, part: str, name: str, config: TrainingConfig, split: str) -> dict[str, Any]:
+        """Run a cell: its result, an error only where it diverged. Raises SystemExit for other errors."""
         run = self.run_of(part, name, config)
-        settings = {"examples": self.size.map_test if part.startswith("maps-") else self.size.test, "split": split}
-        result = read_result(run, self.backbone, settings, diverged=True) or do(run, self.backbone, settings)
+        result = do(run, self.backbone, self._settings(part, split))
         if "error" in result and "diverged" not in result:
             raise SystemExit(f"{run.folder}: {result['error']}")
         # The state has served; hundreds of them would fill a disk.
@@ -207,6 +221,14 @@ class Claim:
         about = {"part": part, "name": name, "tasks": run.num_tasks, "seed": config.seed, "rate": config.learning_rate}
         print(json.dumps({**about, "accuracy": result.get("mean_accuracy")}), flush=True)
         return result
+
+    def _read(self, part: str, name: str, config: TrainingConfig, split: str) -> dict[str, Any] | None:
+        run, settings = self.run_of(part, name, config), self._settings(part, split)
+        return read_result(run, self.backbone, settings, diverged=True)
+
+    def _settings(self, part: str, split: str) -> dict[str, Any]:
+        """What a cell is scored on."""
+        return {"examples": self.size.map_test if part.startswith("maps-") else self.size.test, "split": split}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -216,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--backbone", default="vision")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, each on one core")
     parser.add_argument("--smoke", action="store_true", help="the same code, small: minutes")
+    parser.add_argument("--report", action="store_true", help="train nothing: write the report of what is done")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2")
     parser.add_argument("--counts", type=int, nargs="+", help="numbers of tasks; default: 5 10 15 20 25")
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), help="default: all")
@@ -229,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if (value := getattr(args, name)) is not None
     }
     out = args.out or Path("out/claim-smoke" if args.smoke else "out/claim")
-    Claim(out, resolve(args.backbone), Size(**{**vars(size), **chosen}), args.jobs).run()
+    Claim(out, resolve(args.backbone), Size(**{**vars(size), **chosen}), args.jobs, train=not args.report).run()
 
 
 if __name__ == "__main__":

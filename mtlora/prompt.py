@@ -126,6 +126,15 @@ class PromptEncoder:
         """Token ids of a text alone, as plain text."""
         return self._plain(text, False)
 
+    def decoded(self, ids: Sequence[int]) -> str:
+        """The text of generated ids, without special tokens. Some tokenizers drop a blank before it."""
+        return str(self._decode(ids, skip_special_tokens=True))
+
+    @cached_property
+    def _decode(self) -> Callable[..., str]:
+        decode: Callable[..., str] = getattr(self.tokenizer, "backend_tokenizer", self.tokenizer).decode
+        return decode
+
     def answer(self, target: str) -> list[int]:
         """Token ids that a model should generate after the prompt: a blank, the answer, the end-of-sequence token.
 

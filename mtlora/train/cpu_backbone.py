@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 from mtlora.families import FAMILIES
 from mtlora.ops import cpu_elementwise
-from mtlora.vision.encoder import VisionEncoder
+from mtlora.vision.encoder import SelfAttention, VisionEncoder
 
 # Above this length, the scores [B, H, L, L] kept for the backward pass cost more than they save.
 MAX_ATTENTION_LENGTH = 320
@@ -48,8 +48,9 @@ def speed_up_training(model: Any) -> None:
 
 def speed_up_image_training(encoder: VisionEncoder) -> None:
     """Make an encoder use the attention for tensors on a CPU that need gradients."""
-    for layer in encoder.model.layers:
-        layer.self_attn.attend = _attend_all
+    for module in encoder.modules():
+        if isinstance(module, SelfAttention):
+            module.attend = _attend_all
 
 
 def _attend_all(q_BHLd: torch.Tensor, k_BHLd: torch.Tensor, v_BHLd: torch.Tensor) -> torch.Tensor:

@@ -302,9 +302,11 @@ class Engine(BaseEngine):
             prompt = translation.soft_prompt(prompt_ids, soft, cache_salt)
 
         self._count += 1
+        parameters = translation.sampling_params(sampling, delta_tokens, extra)
+        text_of = None if parameters.detokenize else self.prompts.decoded
         outputs = self._running.generate(
             prompt,
-            translation.sampling_params(sampling, delta_tokens, extra),
+            parameters,
             f"sequence-{self._count}",
             lora_request=slot,
             **(self._rank_of(prompt_ids[: extra[ACTIVATION_KEY]]) if extra else {}),
@@ -316,7 +318,7 @@ class Engine(BaseEngine):
                         output = await anext(outputs, None)
                     if output is None:
                         return
-                    yield translation.delta(output, sampling)
+                    yield translation.delta(output, sampling, text_of)
         except VllmEngineDeadError:
             raise EngineDeadError from None
 

@@ -1,7 +1,7 @@
 """From this server's types to vLLM's, and back."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -24,18 +24,24 @@ _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", 
 def sampling_params(sampling: Sampling, delta_tokens: int, extra: Mapping[str, Any] | None = None) -> Any:
     """vLLM's SamplingParams for output in pieces of `delta_tokens` tokens, or in one piece if it is no longer.
 
+    An answer of a type that comes in one piece is not detokenized token by token: `delta` gets its text at once. No
+    stop string has to be looked for, as a constraint lets none occur.
+
     extra: what `extra_args` gives of a job.
     """
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     in_one_piece = sampling.max_new_tokens <= delta_tokens
+    # Log-probabilities come with their tokens' texts.
+    tokens_alone = in_one_piece and sampling.constraint is not None and not sampling.logprobs and sampling.more is None
     return SamplingParams(
         max_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         seed=sampling.seed,
-        stop=list(sampling.stop),
+        stop=[] if tokens_alone else list(sampling.stop),
+        detokenize=not tokens_alone,
         logprobs=sampling.logprobs or (0 if sampling.more and sampling.more.cumulative_logprob else None),
         structured_outputs=_structured_outputs(sampling.constraint) if sampling.constraint else None,
         output_kind=RequestOutputKind.FINAL_ONLY if in_one_piece else RequestOutputKind.DELTA,
@@ -85,15 +91,21 @@ def _more(more: MoreSampling) -> dict[str, Any]:
     }
 
 
-def delta(output: Any, sampling: Sampling) -> Delta:
-    """A Delta of vLLM's RequestOutput. Raises EngineAbortedError if the engine ended the sequence by itself."""
+def delta(output: Any, sampling: Sampling, text_of: Callable[[Sequence[int]], str] | None = None) -> Delta:
+    """A Delta of vLLM's RequestOutput. Raises EngineAbortedError if the engine ended the sequence by itself.
+
+    text_of: decodes tokens, if vLLM did not.
+    """
     completion = output.outputs[0]
     reason = completion.finish_reason
     if reason is not None and reason not in _FINISH_REASONS:
         raise EngineAbortedError(reason)
-    times = output.metrics
+    times, text = output.metrics, completion.text
+    if text_of is not None:
+        # As vLLM does, without the token that ended it.
+        text = text_of(completion.token_ids[:-1] if reason == "stop" else completion.token_ids)
     return Delta(
-        text=completion.text,
+        text=text,
         tokens=len(completion.token_ids),
         logprobs=_logprobs(completion.token_ids, completion.logprobs, sampling.logprobs),
         finish_reason=_FINISH_REASONS[reason] if reason else None,

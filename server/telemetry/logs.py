@@ -4,17 +4,19 @@ A slow reader of stderr, a disk or a container runtime, must not hold up request
 number; lines beyond it are counted and left out.
 """
 
+import contextlib
 import json
 import logging
-import logging.handlers
-import queue
 import sys
 import threading
 import time
-from typing import Any
+from collections import deque
+from typing import Any, TextIO
 
 _PREFIX = "mtlora.server"
 MAX_WAITING = 10_000
+# How long a line waits for others.
+_GATHER_S = 0.2
 # How long the end waits for the last lines to be written.
 _FINISH_S = 2.0
 _to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
@@ -36,44 +38,69 @@ class JsonFormatter(logging.Formatter):
         return _to_json(line)
 
 
-class _Waiting(logging.handlers.QueueHandler):
-    """Hands records to the thread that writes them, and counts those it leaves out because too many wait."""
+class _Waiting(logging.Handler):
+    """Keeps records for the thread that writes them, and counts those it leaves out because too many wait.
 
-    def __init__(self, writes: logging.Handler, most: int) -> None:
-        # A SimpleQueue: a Queue's locks, in Python, cost three times as much a line.
-        self._lines: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        super().__init__(self._lines)
+    The thread wakes up once for all lines of a moment: each time, it takes the interpreter from the event loop. A
+    warning does not wait for the others.
+    """
+
+    def __init__(self, writes: "logging.StreamHandler[TextIO]", most: int) -> None:
+        super().__init__()
         self._writes = writes
         self._most = most
-        self._listener = logging.handlers.QueueListener(self._lines, writes)
-        self._listener.start()
-        self._finishing = threading.Thread(target=self._listener.stop, daemon=True)
+        self._lines: deque[logging.LogRecord] = deque()
         self._left_out = 0
+        self._some, self._urgent, self._ending = threading.Event(), threading.Event(), False
+        self._thread = threading.Thread(target=self._write_lines, name="log", daemon=True)
+        self._thread.start()
 
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        # The base class formats here, for queues between processes.
-        return record
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        if self._lines.qsize() >= self._most:
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self._lines) >= self._most:
             self._left_out += 1
             return
         if self._left_out:
-            self._lines.put(_notice(self._left_out))
+            self._lines.append(_notice(self._left_out))
             self._left_out = 0
-        self._lines.put(record)
+        self._lines.append(record)
+        if not self._some.is_set():
+            self._some.set()
+        if record.levelno >= logging.WARNING:
+            self._urgent.set()
 
     def finish(self) -> bool:
         """Wait for the lines to be written, two seconds at most, and end the thread. False if stderr is stuck."""
-        if not self._finishing.ident:
-            self._finishing.start()
-        self._finishing.join(_FINISH_S)
-        if self._finishing.is_alive():
+        self._ending = True
+        self._urgent.set()
+        self._some.set()
+        self._thread.join(_FINISH_S)
+        if self._thread.is_alive():
             return False
         if self._left_out:
             self._writes.handle(_notice(self._left_out))
         logging.getLogger(_PREFIX).handlers = [self._writes]
         return True
+
+    def _write_lines(self) -> None:
+        ended = False
+        while not ended:
+            self._some.wait()
+            self._urgent.wait(_GATHER_S)
+            self._urgent.clear()
+            ended = self._ending
+            # Before the lines are taken: one that comes meanwhile wakes this thread again.
+            self._some.clear()
+            lines = []
+            while self._lines:
+                record = self._lines.popleft()
+                try:
+                    lines.append(self._writes.format(record) + "\n")
+                except Exception:
+                    self._writes.handleError(record)
+            # Nobody reads a stderr that is closed.
+            with contextlib.suppress(OSError, ValueError):
+                self._writes.stream.write("".join(lines))
+                self._writes.flush()
 
 
 def configure_logging(level: str, most_waiting: int = MAX_WAITING) -> None:

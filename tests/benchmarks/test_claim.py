@@ -151,6 +151,11 @@ def test_a_rate_that_diverges_is_not_chosen_and_a_cell_that_does_is_named(
     results, diverged, _ = written[-1]
     assert {each["name"] for each in results} == {UPPER, LOWER, "LoRA q,v"}
     assert diverged == [f"{part}, block, 5 tasks, seed 0: diverged, loss is nan" for part in ("shared", "told")]
+    # Without training, nothing is done that is not there, and a method without its trials has no cells.
+    monkeypatch.setattr(module, "do", lambda *each: pytest.fail("trained"))
+    monkeypatch.setattr(module, "read_result", lambda run, *each, **_: None)
+    Claim(tmp_path, tmp_path, size, 2, train=False).run()
+    assert written[-1][:2] == ([], [])
     monkeypatch.setattr(module, "do", lambda *each: {"error": "another process trains there"})
     with pytest.raises(SystemExit, match="another process trains there"):
         claim.run()

@@ -56,3 +56,20 @@ def test_vllm_takes_what_is_valid() -> None:
     assert (given.n, given.min_p, given.min_tokens, given.allowed_token_ids) == (1, 0.5, 1, [7])
     plain = sampling_params(Sampling(max_new_tokens=3), 64)
     assert (plain.logit_bias, plain.allowed_token_ids, plain.logprobs, plain.prompt_logprobs) == (None,) * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "at_once"),
+    [
+        ({}, True),
+        ({"max_new_tokens": 65}, False),
+        ({"logprobs": 1}, False),
+        ({"more": MoreSampling()}, False),
+        ({"constraint": None}, False),
+    ],
+)
+def test_a_whole_answer_of_a_type_is_decoded_at_once(change: dict[str, Any], at_once: bool) -> None:
+    """Not token by token to look for stop strings, which a type lets not occur."""
+    held: dict[str, Any] = {"max_new_tokens": 64, "stop": ("\n",), "constraint": "mtlora:"}
+    given = sampling_params(Sampling(**(held | change)), 64)
+    assert (given.detokenize, given.stop) == ((False, []) if at_once else (True, ["\n"]))

@@ -94,3 +94,25 @@ finish_logging()
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     assert [line["message"] for line in lines if line["logger"].endswith(".test")] == ["at debug"]
     assert [line["log_level"] for line in lines if "log_level" in line] == ["warning", "debug", "warning"]
+
+
+def test_a_warning_brings_the_lines_before_it_at_once() -> None:
+    script = """
+import sys
+from server.telemetry import logs
+logs._GATHER_S = 3600.0
+logs.configure_logging("info")
+for say in (logs.get_logger("test").info, logs.get_logger("test").warning):
+    say("said")
+sys.stdin.readline()
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    overdue = threading.Timer(60, process.kill)
+    overdue.start()
+    try:
+        assert process.stderr is not None
+        assert [json.loads(process.stderr.readline())["level"] for _ in range(2)] == ["info", "warning"]
+    finally:
+        overdue.cancel()
+        process.kill()
+        process.communicate()

@@ -90,7 +90,16 @@ def test_fills_named_fields(client: Client) -> None:
 
 
 @pytest.mark.parametrize("without_adapter", [True, False])
-@pytest.mark.parametrize("parameters", [{}, {"temperature": 1.0, "seed": 7}, {"stop": ["e"], "max_new_tokens": 30}])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {},
+        {"temperature": 1.0, "seed": 7},
+        {"stop": ["e"], "max_new_tokens": 30},
+        # Decoded at once in one case, token by token in the other.
+        {"answer": pb.AnswerType(text=pb.TextType(max_length=40)), "temperature": 2.0, "seed": 7, "max_new_tokens": 30},
+    ],
+)
 def test_a_streams_pieces_join_to_the_unary_answer(
     client: Client, without_adapter: bool, parameters: dict[str, Any]
 ) -> None:

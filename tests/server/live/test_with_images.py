@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from benchmarks.harness.processes import process_tree
 from mtlora.adapter import AdapterSet
+from mtlora.answer import Label
 from mtlora.backbone import identify
 from mtlora.checkpoint.format import ProjectorConfig
 from mtlora.checkpoint.read import read_checkpoint
@@ -90,7 +91,10 @@ def test_a_text_with_an_image_is_answered_as_by_hugging_face(
     """Decoded, encoded, projected and read by two engines; the language backbone's is in bfloat16."""
     folder = adapters / "readers" / "1"
     projector = ProjectorConfig(backbone=identify(vision_backbone), merge=2)
-    write_adapter(folder.with_name(".1"), [ASK], backbone=identify(backbone), projector=projector)
+    either = entry(
+        "ask_either", template="{image}Which?", picture=ImagePreparation(size=28), answer=Label(labels=("a", "b"))
+    )
+    write_adapter(folder.with_name(".1"), [ASK, either], backbone=identify(backbone), projector=projector)
     folder.with_name(".1").rename(folder)
     eventually(lambda: ASK.id in {task.id for task in client.tasks()}, timeout=60)
     adapted = load_adapted_model(backbone, read_checkpoint(folder), torch.float32, vision_backbone)
@@ -112,6 +116,9 @@ def test_a_text_with_an_image_is_answered_as_by_hugging_face(
     assert "".join(piece.text for piece in pieces).strip() == found["small"].text
     batch = client.generate_all([make_request(ASK.id, "What is it?", image=image) for image in IMAGES.values()])
     assert [each.result().text for each in batch] == [answer.text for answer in found.values()]
+    typed = client.generate(either.id, image=IMAGES["small"])
+    assert typed.text in ("a", "b")
+    assert typed.answer_type == "label"
     # A folder's suite, through the server.
     suite = tmp_path / "suite"
     suite.mkdir()
