@@ -254,7 +254,7 @@ def test_the_bar_moves_while_the_first_answer_is_awaited(monkeypatch: pytest.Mon
     bar = tqdm(total=8, file=io.StringIO(), disable=False)
 
     class Client:
-        def generate(self, task_id: str, text: str, *, without_adapter: bool) -> Any:
+        def generate(self, task_id: str, text: str, *, image: None, without_adapter: bool) -> Any:
             until = time.monotonic() + 30
             while text == "0" and bar.n < 7:
                 assert time.monotonic() < until
