@@ -14,7 +14,7 @@ MAX_RATIO = 1.5
 
 def run(options: Options) -> Row:
     """Steady load, then swaps one after another under the same load, then steady load again."""
-    swaps = 100 if options.full else 12
+    swaps = 100 if options.full else 10
     target = shared(options)
     # Enough steps for a 99th percentile.
     steady_s = max(60.0 if options.full else 10.0, 150 * target.pace.step_s)

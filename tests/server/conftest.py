@@ -1,11 +1,24 @@
-"""Adapters that several servers serve."""
+"""Adapters that several servers serve, and connections to servers that come and go."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mtlora.backbone import BackboneIdentity, identify
+from mtlora.client import Access
 from tests.server.adapters import entry, write_adapter
+
+
+@pytest.fixture(scope="session", autouse=True)
+def connections_of_their_own() -> None:
+    """Clients share no connection: one to a port whose last server has ended waits before its next try."""
+    channel = Access.channel
+
+    def apart(self: Access, kind: Any, address: str, options: list[tuple[str, Any]]) -> Any:
+        return channel(self, kind, address, [*options, ("grpc.use_local_subchannel_pool", 1)])
+
+    Access.channel = apart  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="session")
