@@ -5,6 +5,7 @@ A file with `picture` (see `ImagePreparation`; `{}` will do) is a task of text a
 """
 
 import codecs
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -98,6 +99,7 @@ class FolderSuite:
             files[task_id] = file
         if not files:
             raise SuiteError(f"{folder}: no .json file in the folder; a suite needs at least one like {_LAYOUT}")
+        self._folder = folder
         read = {task_id: _read_file(files[task_id]) for task_id in sorted(files)}
         self._examples = {task_id: _examples(task_id, files[task_id], found) for task_id, found in read.items()}
         self.tasks: Sequence[TaskSpec] = tuple(
@@ -129,14 +131,16 @@ class FolderSuite:
         check_split(split)
         first: dict[str, Example] = {}
         for example in self.all_examples(task_id):
-            first.setdefault(_asked(example), example)
+            first.setdefault(_asked(example, self._folder), example)
         of_split = (e for asked, e in first.items() if split_of(task_id, asked) == split)
         return drawn(of_split, task_id, split, count, seed)
 
 
-def _asked(example: Example) -> str:
-    """The input, with the name of its image where it has one."""
-    return f"{example.image.name}\n{example.input}" if isinstance(example.image, Path) else example.input
+def _asked(example: Example, folder: Path) -> str:
+    """The input, with its image's path from the folder where it has one."""
+    if not isinstance(example.image, Path):
+        return example.input
+    return f"{os.path.relpath(example.image, folder)}\n{example.input}"
 
 
 def _read_file(file: Path) -> _File:
@@ -164,10 +168,10 @@ def _examples(task_id: str, file: Path, read: _File) -> tuple[Example, ...]:
     )
     seen: dict[str, int] = {}
     for index, example in enumerate(examples):
-        kept = examples[seen.setdefault(_asked(example), index)]
+        kept = examples[seen.setdefault(_asked(example, file.parent), index)]
         if normalise_answer(kept.target) != normalise_answer(example.target):
             warnings.warn(
-                f"{file}: example {index} has the input of example {seen[_asked(example)]} but target "
+                f"{file}: example {index} has the input of example {seen[_asked(example, file.parent)]} but target "
                 f"{example.target!r} instead of {kept.target!r}; only the first is trained on",
                 stacklevel=2,
             )

@@ -1,7 +1,7 @@
 """Three operations of a frozen backbone whose gradients torch computes slowly on a CPU, replaced for training.
 
-- Attention: torch's fused CPU attention took 14 % of a step with short sequences, most of it in the backward pass. Of
-  images, torch's plain one took 40 % of a step: it widens bfloat16 to float32.
+- Attention: torch's fused CPU attention took 14 % of a step with short sequences, most of it in the backward pass. With
+  images, a step took 1.3 times as long with torch's plain one, which widens bfloat16 to float32.
 - RMSNorm: the eager one's backward pass is a dozen small operations, of which four are needed, and it keeps more than
   its input.
 - Gated MLP: it keeps the activated gate, which is cheap to compute again.

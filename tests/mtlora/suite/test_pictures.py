@@ -119,3 +119,10 @@ def test_a_mix_keeps_the_same_question_about_many_pictures() -> None:
         (e.input, e.target) for e in SUITE.examples("picture_colour", "train", 30)
     ]
     assert len({example.input for example in found}) < 10
+
+
+def test_images_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:
+    examples = [{"input": "What?", "image": f"{folder}/1.png", "target": folder} for folder in ("red", "blue")]
+    (tmp_path / "colour.json").write_text(json.dumps({"picture": {}, "examples": examples}))
+    suite = load_suite(str(tmp_path))
+    assert sum(len(suite.examples("colour", split, None)) for split in SPLITS) == 2
