@@ -26,7 +26,7 @@ COUNTS, SEEDS, RATES = (5, 10, 15, 20, 25), (0, 1, 2), (2e-4, 7e-4, 2e-3)
 BATCH = 32
 # Linear heads take no steps.
 _NO_RATE = 7e-4
-# The upper bound's rate is chosen on so many single tasks.
+# The upper bound's rate is chosen on this many single tasks.
 _SINGLE = 5
 _ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 
@@ -41,7 +41,7 @@ def _block(groups: int, spectral: str, task_bias: bool = False) -> dict[str, Any
     return {"adapter": adapter, "spectral": spectral, "spectral_weight": 1e-3}
 
 
-# Equal parameters: of the backbone of hidden size 384 and 12 layers, 0.81 M.
+# Equal parameters: 0.81 M beside the backbone of hidden size 384 and 12 layers.
 METHODS: dict[str, dict[str, Any]] = {
     COLLAPSING: _lora(16, ["q_proj", "v_proj"]),
     "LoRA q,v, equal parameters": _lora(44, ["q_proj", "v_proj"]),
@@ -68,9 +68,9 @@ Cell = tuple[str, str, TrainingConfig]
 
 @dataclass(frozen=True)
 class Size:
-    """How much of it is run. examples: training images of each task, and pictures of all label maps; test: test images
-    of each task; map_test: test pictures of all label maps; steps: optimizer steps of every cell; single_steps: of the
-    upper bound's, which have one task each.
+    """How much of the claim is run. examples: training images of each task, and pictures of all label maps; test: test
+    images of each task; map_test: test pictures of all label maps; steps: optimizer steps of every cell; single_steps:
+    those of the upper bound's cells, which have one task each.
     """
 
     counts: tuple[int, ...] = COUNTS
@@ -90,7 +90,7 @@ SMOKE = Size((2, 3), (0,), (7e-4,), (2,), (COLLAPSING, TOLD), examples=16, test=
 
 
 class Claim:
-    """The cells in their order: for each seed what decides, then the others; before each half, its methods' rates."""
+    """The cells in order: for each seed the decisive ones, then the others. Each half first chooses rates."""
 
     def __init__(self, out: Path, backbone: Path, size: Size, jobs: int, *, train: bool = True) -> None:
         self.out, self.backbone, self.size, self.jobs, self.train = out, backbone, size, jobs, train
@@ -98,7 +98,7 @@ class Claim:
         self._rates: dict[str, float] = {}
 
     def config(self, name: str, rate: float, tasks: Sequence[str], **changed: Any) -> TrainingConfig:
-        """A cell's configuration. A step is too small to gain from a second thread what a second cell gains."""
+        """A cell's configuration. A second cell gains more than a second thread, because steps are small."""
         size = self.size
         steps = size.single_steps if name == UPPER else size.steps
         return TrainingConfig.model_validate(
@@ -117,7 +117,7 @@ class Claim:
         for decisive in (True, False):
             self._choose(dict.fromkeys(name for _, name, _ in self.cells(lambda _: _NO_RATE, decisive)))
             cells = [cell for cell in self.cells(self._rate, decisive) if cell[1] in self._rates]
-            # In the order of the cells, not in that in which they end.
+            # Results in the order of the cells, not of their ends.
             found: dict[int, dict[str, Any]] = {}
             for place, result in self._results(cells, "test"):
                 part, name, config = cells[place]
@@ -156,7 +156,7 @@ class Claim:
                 self._rates[name] = max(rates, key=lambda rate: fmean(judged[name, rate]))
 
     def trials(self, name: str, rate: float) -> list[TrainingConfig]:
-        """What a rate is judged by. It depends on nothing else that is run."""
+        """The runs that a rate is judged by. They depend on no other run."""
         seed, tasks = SEEDS[0], self.order[: max(COUNTS)]
         groups = [[task] for task in tasks[:_SINGLE]] if name == UPPER else [tasks]
         return [self.config(name, rate, group, seed=seed) for group in groups]
@@ -186,7 +186,7 @@ class Claim:
                     yield part, name, self.config(name, rate_of(name), tasks, **changed)
 
     def run_of(self, part: str, name: str, config: TrainingConfig) -> Run:
-        """A cell's run. Its folder is of its rate: another choice of rates leaves its result alone."""
+        """A cell's run. Its folder names its rate: another choice of rates leaves its result alone."""
         tasks = config.tasks or ()
         where = f"{name.replace(' ', '-').replace(',', '')}-{config.learning_rate:g}"
         if len(tasks) == 1:
@@ -216,7 +216,7 @@ class Claim:
         result = do(run, self.backbone, self._settings(part, split))
         if "error" in result and "diverged" not in result:
             raise SystemExit(f"{run.folder}: {result['error']}")
-        # The state has served; hundreds of them would fill a disk.
+        # The state is no longer needed; hundreds of them would fill a disk.
         (run.folder / "state.pt").unlink(missing_ok=True)
         about = {"part": part, "name": name, "tasks": run.num_tasks, "seed": config.seed, "rate": config.learning_rate}
         print(json.dumps({**about, "accuracy": result.get("mean_accuracy")}), flush=True)
@@ -227,7 +227,7 @@ class Claim:
         return read_result(run, self.backbone, settings, diverged=True)
 
     def _settings(self, part: str, split: str) -> dict[str, Any]:
-        """What a cell is scored on."""
+        """The settings that a cell is scored with."""
         return {"examples": self.size.map_test if part.startswith("maps-") else self.size.test, "split": split}
 
 

@@ -57,7 +57,7 @@ class Cells:
         return accuracy([[self._single[task, seed] for task in self._by_key[key][seed]["tasks"]] for seed in seeds])
 
     def recovery(self, key: Key, seeds: Sequence[int]) -> Estimate | None:
-        """Of seeds with both bounds; None where the upper bound is not above the lower one."""
+        """Recovery over seeds that have both bounds; None where the upper bound is not above the lower one."""
         lower, upper = self.accuracy(_lower(key), seeds), self.upper(key, seeds)
         return recovery(self.accuracy(key, seeds), lower, upper) if upper.value > lower.value else None
 

@@ -26,11 +26,11 @@ Decision = dict[str, Any]
 def decide(cells: Cells) -> list[Decision]:
     """Every decision, over the seeds that its cells have.
 
-    `value` and `interval` of its `statistic` are None where cells are missing; `numbers`: what it is made of, as values
-    or as (value, low, high).
+    `value` and `interval` of its `statistic` are None where cells are missing; `numbers`: its parts, as values or as
+    (value, low, high).
     """
     found = []
-    # The shared head space decides; told tasks are reported beside it.
+    # The shared head space decides; heads that are told the task are reported beside it.
     for part in ("shared", "told"):
         found.append(_collapse(cells, part))
         found.append(_difference(cells, part, WHOLE, PLAIN))

@@ -28,12 +28,12 @@ from mtlora.vllm_plugin.seams import ENVIRONMENT_SWITCH
 
 TASKS, MANY_TASKS = 25, 1000
 DOCUMENT_TOKENS, OWN_TOKENS, NEW_TOKENS = 1000, 24, 8
-# Of the comparison of many tasks with few, whose 2,000 requests take a minute or two.
+# Rounds that compare many tasks with few: their 2,000 requests take a minute or two.
 MANY_ROUNDS = 2
-# Of the documents whose times another tenant compares.
+# Length of the documents whose times another tenant compares.
 GUESSED_TOKENS = 200
 BATCH = 64
-# Between two calls about a document, other traffic of so many tokens: more than the cache's gibibyte holds.
+# Other traffic between two calls about a document, in tokens: more than the cache's gibibyte holds.
 FLOOD_TOKENS = 60_000
 LEASE = (600.0, 8192)
 _ENGINE = {
@@ -76,7 +76,7 @@ class Bench:
         return reply
 
     def shared(self, document: list[int], slots: Sequence[Slot], new_tokens: int = NEW_TOKENS, **more: Any) -> Any:
-        """`ask`, of adapters that act from the document's end on."""
+        """Like `ask`, for adapters that act from the document's end on."""
         return self.ask(self.ours, document, slots, new_tokens, point=len(document), **more)
 
 
@@ -232,7 +232,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def many_over_few(bench: Bench, number: int) -> float:
-    """Answers a second, 1,000 tasks ÷ as many requests of 25: both read a document once. The order follows `number`."""
+    """Answers a second, in 1,000 requests about one document: of 1,000 tasks ÷ of 25. The order follows `number`."""
     few = [*bench.activated[:TASKS]] * (MANY_TASKS // TASKS)
     seconds = {}
     for slots in (bench.activated, few)[:: -1 if number % 2 else 1]:
@@ -241,7 +241,7 @@ def many_over_few(bench: Bench, number: int) -> float:
 
 
 def ask_again(bench: Bench, slot: Sequence[Slot]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A task of a document whose blocks the engine keeps, and one of a document in its plain cache, after others'."""
+    """Ask a task about a kept document, then about one in the plain cache, both after other traffic."""
     documents = [bench.tokens(DOCUMENT_TOKENS) for _ in range(2)]
     leases: Sequence[dict[str, Any]] = [{"lease": LEASE}, {}]
     for document, lease in zip(documents, leases, strict=True):

@@ -8,8 +8,8 @@ Both serve the built-in tasks of one adapter. In every round each is asked for w
 flight, while the other is halted. Cost is the processor time a request of the process that speaks gRPC or HTTP, with
 all its threads and without the engine's processes. Ratios are geometric means of the rounds' own.
 
-Of two equal servers, the one started first took a quarter more processor time on some machines. So in half of the
-rounds one is started first, in the other half the other.
+The server started first took a quarter more processor time on some machines, even of two equal ones. So each is started
+first in half of the rounds.
 """
 
 import argparse
@@ -67,7 +67,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Measured:
-    """A server's figures in one round. front_s, asker_s: processor time of its front end, and of who asked it."""
+    """A server's figures in one round. front_s, asker_s: processor time of its front end, and of the client."""
 
     seconds: float
     requests: int

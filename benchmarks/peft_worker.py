@@ -28,7 +28,7 @@ class MixedBatches:
         """Load those adapters, given as folders by name, that are not loaded yet."""
         from peft import PeftModel
 
-        # In the backbone's dtype, as in vLLM. PEFT's default is float32, even for inference.
+        # Adapters in the backbone's dtype, as in vLLM. PEFT's default is float32, even for inference.
         options = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
         for name, path in adapters.items():
             if not self._loaded:

@@ -50,7 +50,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         few, many = (measure_tasks(args.backbone, Path(temporary), count) for count in (FEW_TASKS, MANY_TASKS))
     resident = shipped.resident_bytes / _GIB
-    # Both: the peak may be at the start and hide the memory of tasks.
+    # Compare both: the peak may be at the start and hide the memory of tasks.
     peak_ratio, end_ratio = many.peak_bytes / few.peak_bytes, many.resident_bytes / few.resident_bytes
     failed = sum(cost.failed for cost in (shipped, few, many))
     args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -40,8 +40,8 @@ _ENGINE = {
 class Case:
     """One row: an engine's worker, and the slots that its requests ask for.
 
-    weights: of the slots, which are then drawn. sample: the number of the load's requests that it gets, if not all.
-    rounds: the number in which it runs, if not all.
+    weights: chances of the slots, which are then drawn. sample: requests of the load that it gets, if not all. rounds:
+    rounds in which it runs, if not all.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Case:
         return self._ask(part, self.slots_of(part.requests, seed), vocabulary, seed)
 
     def slots_of(self, requests: int, seed: int) -> list[Slot]:
-        """The slot of each request: all equally often; where slots outnumber requests, other ones for every seed."""
+        """The slot of each request: all equally often; if slots outnumber requests, others for every seed."""
         rng = random.Random(seed)
         if self.weights:
             return rng.choices(self.slots, self.weights, k=requests)
@@ -177,7 +177,7 @@ def _cases(stack: ExitStack, folder: Path, dtype: str, temporary: Path, *, field
         Case("25-adapters", routed, [slot(path, "task-0") for path in several]),
         Case("1000-tasks", routed, [slot(many, f"task-{i}") for i in range(1000)]),
         Case("32-adapters", narrow, zipf[:32], rounds=_FEW_ROUNDS),
-        # By a Zipf law of exponent 1.
+        # Slots drawn by a Zipf law of exponent 1.
         Case("256-adapters-zipf", narrow, zipf, weights=[1 / (1 + i) for i in range(256)], rounds=_FEW_ROUNDS),
     ]
     if field:

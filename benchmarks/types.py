@@ -44,14 +44,14 @@ from mtlora.task import is_correct
 from server.cli.process import ServerProcess
 from server.registry.version import version_key
 
-# Of the parts that compare speeds; the others fill the engine.
+# Requests in flight: in the parts that compare speeds, and in the others, which fill the engine.
 IN_FLIGHT, FULL = 16, 64
 TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)
-# Of the requests, those of each part beside the first.
+# Share of the requests for each part after the first.
 _SHARE_OF_PAIRS = 0.2
 _ROUNDS = 4
 _SCHEMAS = 5
-# Examples of a task whose probabilities are held against what is right: with fewer, chance decides the error.
+# Examples of a task for calibration: with fewer, chance decides the error.
 _CALIBRATED = 40
 
 
@@ -64,7 +64,7 @@ class Question:
 
 
 def main() -> int:
-    """Measure and print; 0 whatever comes out."""
+    """Measure and print; always returns 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.types")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="default: the highest version in adapters/builtin")
     parser.add_argument("--backbone", default="default")
@@ -122,7 +122,7 @@ def _questions(bbh: Path) -> Iterator[Question]:
         unseen = [*folder.examples(task_id, "validation", None), *folder.examples(task_id, "test", None)]
         found += [Question(f"bbh {task_id}", each) for each in unseen]
     random.Random(0).shuffle(found)
-    # One of each task in turn, so that any number of them is a mix.
+    # Take one of each task in turn, so that any number of them is a mix.
     by_task: dict[str, list[Question]] = {}
     for each in found:
         by_task.setdefault(each.task, []).append(each)
@@ -149,7 +149,7 @@ async def count_outside(
             outside += 1
             print(f"outside: {question.task}, temperature {temperature}: {answer.text[:200]!r}", flush=True)
 
-    # A question that comes at several temperatures comes at once: the engine then has its prompt in the cache.
+    # Ask one question at several temperatures in a row: the engine then has its prompt in the cache.
     times = min(len(TEMPERATURES), max(1, requests // len(questions)))
     every = (each for each in itertools.cycle(questions) for _ in range(times))
     await closed_loop(enumerate(itertools.islice(every, requests)), FULL, ask)
@@ -256,7 +256,7 @@ async def scored(client: AsyncClient, example: Example) -> Score:
 async def measure_calibration(client: AsyncClient, manifest: AdapterManifest, bbh: Path) -> float:
     """The expected calibration error over test examples, generated ones and those of the files.
 
-    Prints the error that perfect probabilities would show on so many.
+    Also prints the error that perfect probabilities would show on this number of examples.
     """
     labels = {task.id for task in manifest.tasks if task.labels}
     examples: list[Example] = []
@@ -319,7 +319,7 @@ async def first_requests(client: AsyncClient, adapters: Path, backbone: str) -> 
                 await anext(stream)
                 seconds.append(time.monotonic() - began)
                 await stream.aclose()
-                # The engine notices the end of it between steps.
+                # The engine notices the closed stream between steps.
                 await asyncio.sleep(0.5)
             rows.append(
                 (task.id, *(f"{1e3 * each:.0f} ms" for each in seconds), f"{1e3 * (seconds[0] - seconds[1]):.0f} ms")

@@ -47,7 +47,7 @@ class Case:
     beside: int | None = None
 
     def seconds(self, images: int, size: int) -> float:
-        """Seconds for so many images."""
+        """Seconds that `images` images take."""
         message = {"images": images, "size": size, "batch": self.batch, "slots": list(self.slots)}
         with halted(self.beside) if self.beside else nullcontext():
             reply = self.worker.ask(message)
@@ -62,7 +62,7 @@ RATIOS = (
     Ratio("bare/hf", "bare", "hf", 1.0, (FIELD_BATCH,)),
     Ratio("bare/onnx", "bare", "onnx", 1.0, (FIELD_BATCH,)),
 )
-# Calls of one image in flight, and what the server is held to.
+# Calls of one image in flight, and the ratios that the server must reach.
 IN_FLIGHT = (16, 64)
 THROUGH_GRPC = (
     Ratio("JPEGs through gRPC/in process", "gRPC, JPEGs", "25 tasks", 0.90, IN_FLIGHT),
@@ -83,7 +83,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     args = parser.parse_args()
     folder = resolve(args.backbone)
-    # That file is in float32.
+    # The ONNX file is in float32.
     onnx = args.backbone == "vision" and args.dtype == "float32"
     title = f"{folder.name}, {args.size} px, {args.dtype} on {len(usable_cores())} cores"
     with ExitStack() as stack:

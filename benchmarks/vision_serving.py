@@ -33,7 +33,7 @@ from server.cli.process import ServerProcess
 
 TASKS = 25
 _IMAGES = 16
-# Of photographs that have about 200 kB: 2 megapixels.
+# Photographs of 2 megapixels, about 200 kB each.
 _WIDTH, _HEIGHT, _QUALITY = 1600, 1200, 85
 _WORDS = ("river", "near", "our", "town", "quiet", "and", "when", "seven", "children", "saw", "a", "green", "boat")
 TEXTS_IN_FLIGHT, IMAGES_IN_FLIGHT = 4, 32
@@ -76,7 +76,7 @@ class Served:
     front_s: list[float] = field(default_factory=list)
 
     def seconds(self, images: int, size: int) -> float:
-        """Seconds for so many images. The first calls, which open the connection, do not count. Raises ServerError."""
+        """Seconds for `images` images. The first calls, which open the connection, do not count. Raises ServerError."""
         return asyncio.run(self._ask(images))
 
     async def _ask(self, images: int) -> float:
@@ -128,7 +128,7 @@ class Turns:
     images: int = 0
 
     def shown(self) -> dict[str, float]:
-        """For the report."""
+        """The figures for the report."""
         return {
             "texts": len(self.seconds), "p50_s": statistics.median(self.seconds), "p99_s": p99(self.seconds),
             "images_per_second": self.images / self.wall_s, "text_engine_cores": self.text_s / self.wall_s,

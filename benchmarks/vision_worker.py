@@ -1,4 +1,4 @@
-"""A worker that makes features of random images, in batches: a batch is handed over whole, the next once it is done.
+"""A worker that computes features of random images, one whole batch after another.
 
 Settings: {"model": folder, "kind": "engine" | "transformers" | "onnx", "dtype": name, and for an engine "arguments" of
 vLLM's EngineArgs, for ONNX Runtime "file" and "threads"}. Message: {"images": n, "size": pixels, "batch": b, "slots":

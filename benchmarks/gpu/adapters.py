@@ -13,7 +13,7 @@ from mtlora.ops.plan import DevicePlan, plan_step
 from mtlora.ops.table import AdapterRows, AdapterTable, Layout
 from mtlora.ops.tuning import KernelConfig
 
-# Of the experts, so that a path's output is as large as its input: a wrong adapter shows.
+# Scaling of the experts: a path's output is as large as its input, so that a wrong adapter shows.
 _SCALING = 1.0
 
 
@@ -41,7 +41,7 @@ class Adapters:
         self.plan = DevicePlan(config, device)
         self.buffers = triton_gpu.Buffers.of(config, self.plan.words_W, self.table.rows_LAF.transpose(0, 1))
         self.path = triton_gpu.Path(config, self.buffers)
-        # What the buffers hold is not read before it is written.
+        # Begin with NaN: a value read before it is written shows.
         self.buffers.scratch_QC.fill_(float("nan"))
 
     def place(self, row: int, seed: int) -> None:

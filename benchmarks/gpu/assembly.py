@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Arguments that nothing is compiled for.
+# Arguments whose values no kernel is compiled for.
 _OF_ANY_VALUE = ("block", "num_tokens")
 # An access in PTX and how many bytes each thread moves by it.
 _ASYNC_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global[^;]*?\],\s*\[[^\]]*\],\s*(0x[0-9a-f]+|\d+)")
@@ -88,7 +88,7 @@ class Assembly:
 def assemble(launch: Any, capability: int) -> Assembly:
     """Compile a `triton_gpu.Launch` for a card, as a real launch compiles it."""
     names = launch.kernel.arg_names
-    # Addresses and strides are multiples of 16.
+    # All other arguments are multiples of 16: addresses and strides.
     divisible = [i for i, name in enumerate(names) if name in launch.arguments and name not in _OF_ANY_VALUE]
     source = ASTSource(
         fn=launch.kernel,
@@ -143,7 +143,7 @@ def assembler_version(capability: int) -> tuple[int, int]:
 def overlaps_register_products(ptx: str) -> bool:
     """Whether WGMMA products that take A from registers are left running while the loop goes on.
 
-    Assemblers before 13.3 may then load A's registers anew too early (triton-lang/triton#9433, #11781).
+    Assemblers before 13.3 may then reload A's registers too early (triton-lang/triton#9433, #11781).
     """
     from_registers = re.search(r"wgmma\.mma_async[^;]*?\{[^}]*\},\s*\{[^}]*\}", ptx)
     waits = [int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", ptx)]

@@ -51,5 +51,5 @@ class AdapterShape:
         return hidden * (self.columns + self.experts * self.rank)
 
 
-# That of the shipped adapter.
+# The shipped adapter's shape.
 SHAPE = AdapterShape()

@@ -18,7 +18,7 @@ from benchmarks.gpu.backbones import Backbone
 
 _EPSILON = 1e-5
 
-# Kept for the life of the process: the operators go with their library.
+# Kept for the life of the process: operators end with their library.
 _LIBRARY = torch.library.Library("bench_gpu", "FRAGMENT")
 _LIBRARY.define("begin(Tensor x, Tensor(a!) scratch, Tensor block) -> ()")
 _LIBRARY.define("finish_(Tensor(a!) y, Tensor x, Tensor(b!) scratch, Tensor block) -> ()")
@@ -61,7 +61,7 @@ def on_two_streams(adapters: Adapters) -> Halves:
 
 
 def in_float64(adapters: Adapters, row_T: np.ndarray) -> Halves:
-    """The formula in float64, for the rows of a step; nothing that a graph can hold."""
+    """The formula in float64, for the rows of a step; no graph can hold it."""
 
     def finish(y_TD: torch.Tensor, x_TD: torch.Tensor, block: int) -> None:
         y_TD.copy_(y_TD.double() + adapters.oracle(x_TD, block, row_T))
@@ -179,10 +179,10 @@ class Decoder:
 
 
 class Step:
-    """A step of fixed size over static tensors. caches: of a decode step; None for the prefill of one prompt.
+    """A step of fixed size over static tensors. caches: for a decode step; None for the prefill of one prompt.
 
-    path: with the halves that `run_with` chose before. compiled: a backend of torch.compile, None for plain torch ops.
-    captured: into a CUDA graph.
+    path: whether it runs the halves that `run_with` chose. compiled: a backend of torch.compile, None for plain torch
+    ops. captured: whether a CUDA graph holds it.
     """
 
     def __init__(

@@ -26,9 +26,10 @@ HIDDEN = (576, 3584, 4096, 8192)
 DTYPES = (torch.bfloat16, torch.float16)
 # A size of each class of steps.
 TOKENS = (16, 512, 8192)
-# Of the shrink and the expand, on a multiprocessor, at least. The grid is four, which then run in turns.
+# Fewest programs of (shrink, expand) that must fit on a multiprocessor, by size of step. A grid has four for each;
+# those that do not fit wait their turn.
 PROGRAMS = {16: (4, 3), 512: (4, 3), 8192: (3, 1)}
-# Of the expand in decode steps where y is accessed by few numbers at a time.
+# The same for the expand in decode steps, where it accesses y by few numbers at a time.
 NARROW_PROGRAMS = 2
 
 

@@ -21,8 +21,8 @@ from benchmarks.gpu.decoder import Decoder, Step
 from benchmarks.gpu.timing import Ceilings
 from mtlora.ops.tuning import tile_size
 
-# Of the final hidden state, between a compiled step and one in plain torch ops with the path in float64. The step's own
-# rounding to bfloat16 is a third of it; a wrong adapter gives ten times as much.
+# Relative error of the final hidden state: a compiled step against plain torch ops with the path in float64. The step's
+# own rounding to bfloat16 is a third of it; a wrong adapter gives ten times as much.
 TOLERANCE = 3e-2
 # A table's rows, more than any step uses.
 ROWS = 32
@@ -45,7 +45,7 @@ class Load:
 
     @property
     def steps(self) -> list[tuple[int, bool]]:
-        """(tokens, whether it is a decode step), what matters most first."""
+        """(tokens, whether it is a decode step), the most important first."""
         first, *further = self.tokens
         return [(first, True), (self.prompt, False), *((tokens, True) for tokens in further)]
 
@@ -110,7 +110,7 @@ class Serving:
         self.adapters.plan_tokens(row_T)
 
     def check(self, tokens: int, *, decode: bool) -> list[tuple[str, float]]:
-        """(what, relative error) of replays: of the mix captured with, of others, of an adapter replaced, of none."""
+        """(what, relative error) of replays: the captured mix, other mixes, a replaced adapter, no adapter."""
         rng = np.random.default_rng(tokens)
         found = []
         most = max(self.load.adapters)
@@ -156,7 +156,7 @@ class Serving:
 
 
 def floors(serving: Serving, tokens: int, live: int, top: Ceilings, *, decode: bool) -> tuple[float, float]:
-    """(backbone, path): the least seconds of a step by bytes and operations. The path's: with `live` adapters."""
+    """Least seconds of a step, by bytes and operations: (backbone, path with `live` adapters)."""
     of, shape, D = serving.load.backbone, serving.load.shape, serving.load.backbone.hidden
     layers = len(serving.decoder.layers)
     rows = tokens if decode else 1
@@ -174,7 +174,7 @@ def layers_that_fit(load: Load) -> int:
     free, _ = torch.cuda.mem_get_info()
     of = load.backbone
     context = max(load.tokens) * 256 * 4 * of.kv_heads * of.head
-    # Adapters twice: as the oracle reads them too.
+    # Count adapters twice: the oracle reads them too.
     a_layer = 2 * of.layer_weights + context + 4 * max(load.adapters) * load.shape.block_weights(of.hidden)
     fixed = 2 * of.vocabulary * of.hidden + 4 * 2**30
     return max(1, min(load.layers, (free - fixed) // a_layer))

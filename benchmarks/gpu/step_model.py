@@ -9,8 +9,8 @@ How a launch's time is made up:
     work      the largest of: weights from memory; bytes through the L2 cache; products; instructions of all programs
     one item  instructions of one program, which nothing hides if every program has one item
 
-On a side stream the shrink runs beside F, which is longer: of its time only memory, and the join, remain. Piecewise is
-how it ran before: the processor launches 65 pieces of graphs and an operator a layer, and the longer of processor and
+On a side stream the shrink runs beside F, which is longer: only its memory time and the join remain. Piecewise is how
+it ran before: the processor launches 65 pieces of graphs and an operator a layer, and the longer of processor and
 device counts. The KV cache is left out; reading it makes the backbone slower, and every ratio larger.
 """
 
@@ -57,7 +57,7 @@ CARDS = (
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What is not counted. Seconds, and shares of a data sheet's figure. Each has its source beside it."""
+    """Assumptions: seconds, and shares of a data sheet's figure. Each has its source beside it."""
 
     # A large copy on an H100 moves 3.0 of 3.35 TB/s, a large product 798 of 989 TFLOP/s (PyTorch 2.11, measured there).
     memory_share: float = 0.90
@@ -77,9 +77,9 @@ class Assumptions:
     kernels_per_layer: int = 11
     # A small kernel's own time.
     small_kernel: float = 1.0e-6
-    # Before the graphs held the path: processor time of a step of 32 layers, from reading vLLM 0.32 (5 to 6.5 ms).
+    # Processor time of a step of 32 layers before the graphs held the path, from reading vLLM 0.32 (5 to 6.5 ms).
     piecewise_per_layer: float = 5.75e-3 / 32
-    # Of the device between pieces of graphs, where the processor is ahead: two pieces, attention and operator a layer.
+    # Gaps on the device between pieces of graphs if the processor is ahead: two pieces, attention, operator a layer.
     piecewise_gaps: float = 4 * 1.5e-6
 
 
@@ -153,7 +153,7 @@ def predict(
     """A step with `live` adapters among its tokens, one beside every FFN block."""
     config, D = _config(backbone, card), backbone.hidden
     live = min(live, tokens)
-    # Steps of one class are one program.
+    # One program serves all steps of a class.
     codes = _assembled(backbone, card, next(size for size in (16, 512, config.max_tokens) if tokens <= size))
     shrink, expand = work.of_block(config, SHAPE, tokens, live)
     rows = work.step_plan(config, SHAPE, tokens, live).num_tiles * tuning.cut(config, tokens).block_t

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path("out/vllm")
-# vLLM imports them, and a machine with torch, transformers and numpy may lack them. Without further ones it does.
+# vLLM imports these; a machine with torch, transformers and numpy may lack them. It needs no others.
 CARRIED = (
     "annotated-types", "blake3", "cachetools", "cbor2", "dill", "email-validator", "fastapi", "httpcore2", "httpx2",
     "jiter", "lark", "msgspec", "openai", "oss-harmony", "partial-json-parser", "pybase64", "pydantic", "pydantic-core",
@@ -39,7 +39,7 @@ CARRIED = (
 # Compiled parts of vLLM; importing them only registers operators.
 EXTENSIONS = ("vllm._C", "vllm._C_stable_libtorch", "vllm._moe_C", "vllm._moe_C_stable_libtorch")
 KINDS = ("eager", "adapters", "graphs")
-# Of one engine, its start included.
+# Seconds for one engine, its start included.
 TIMEOUT_S = 170
 
 LLAMA = {
@@ -101,7 +101,7 @@ def unpack(folder: Path, target: Path) -> str:
 
 
 class _Absent(types.ModuleType):
-    """A module that is not there: what is taken from it is a class that does nothing."""
+    """Stands for a missing module: each name imported from it is a class that does nothing."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

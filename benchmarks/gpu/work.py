@@ -16,7 +16,7 @@ from mtlora.ops.tuning import PIECES, KernelConfig, padded
 
 @dataclass(frozen=True)
 class Work:
-    """Of one launch. items: what programs loop over; products: of tiles, in one item.
+    """One launch. items: what programs loop over; products: of tiles, in one item.
 
     weights, inputs, scratch, stored: bytes that items load of weights, of x or y, of s; bytes that they store.
     memory: bytes of weights that memory must deliver.

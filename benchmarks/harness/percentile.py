@@ -12,7 +12,7 @@ def p99(values: Sequence[float]) -> float:
 
 
 def p99_name(values: Sequence[float]) -> str:
-    """What `p99` is: of a hundred values or fewer, the greatest."""
+    """The name of `p99`, which is the greatest of a hundred values or fewer."""
     return "p99" if len(values) > 100 else "slowest"
 
 
