@@ -29,7 +29,7 @@ KUBERNETES_VERSION = "1.34"
 # Seconds after the grace period in which the server aborts the remaining requests and stops the engine.
 _STOP_SECONDS = 10
 SERVICE = "mtlora.v1.Inference"
-# In a ConfigMap: the configuration of an InferencePool's endpoint picker.
+# The key of the ConfigMap that configures an InferencePool's endpoint picker.
 PICKER = "endpoint-picker.yaml"
 
 

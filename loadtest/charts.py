@@ -20,7 +20,7 @@ matplotlib.rcParams |= {
 
 BLUE, ORANGE, GREY, RED, GREEN = "#1f6f8b", "#d9822b", "#9aa1a8", "#b3261e", "#3a7d44"
 _BY_QUANTILE = (("p50", "half of the requests (p50)", GREEN), ("p95", "p95", BLUE), ("p99", "p99", ORANGE))
-# Nobody reads more rows than this in one picture.
+# The most rows of one picture.
 TOP = 25
 
 

@@ -37,7 +37,7 @@ class Checked:
     wrong: int = 0
     unchecked: int = 0
     examples: list[dict[str, Any]] = field(default_factory=list)
-    # For every tie: nats by which the token alone was more likely than the token in the batch.
+    # For each tie, the nats by which the token alone was likelier than the token in the batch.
     tie_nats: list[float] = field(default_factory=list)
 
     def add_wrong(self, answer: Answer, count: int, came: str, alone: str | None) -> None:

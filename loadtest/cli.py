@@ -16,7 +16,7 @@ from loadtest.settings import PhaseSettings, RampSettings, Settings
 from mtlora.errors import describe
 
 PROGRAM = "mtlora-loadtest"
-# A generator that is later than this measures itself; a server that is later measures too little.
+# A generator later than this measures its own delay; a server later than this measures too little.
 _LATE_S = 0.1
 
 

@@ -14,7 +14,7 @@ from loadtest.connection import Connection
 from loadtest.recorder import CUT_OFF, Outcome, Recorder
 from loadtest.workload import Request
 
-# After so many refused connections in a row, the server is gone.
+# Refused connections in a row after which the server counts as gone.
 _GONE_AFTER = 50
 # A client of a closed loop pauses after a failure; otherwise it would only produce failures.
 _PAUSE_S = 0.2

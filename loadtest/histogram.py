@@ -37,7 +37,7 @@ class Latency:
         """The seconds that a share `q` of the recorded values do not exceed; 0 without values."""
         if not (count := self.count):
             return 0.0
-        # The library rounds a quantile's rank. Rounded up, as the server's buckets are read, so many are not above it.
+        # The library rounds a quantile's rank; round it up instead, as the reading of the server's buckets does.
         rank = max(1, math.ceil(q * count - 1e-9))
         return float(self._histogram.get_value_at_percentile(100 * rank / count)) * _UNIT_S
 

@@ -23,7 +23,7 @@ class Range:
     @classmethod
     def parse(cls, given: Any) -> Any:
         """Parse `40` or `20-60`; leave a range unchanged. Raises ValueError."""
-        # pydantic-settings turns a flag that is a number into one.
+        # pydantic-settings turns a numeric flag into a number.
         if not isinstance(given, str | int):
             return given
         found = _RANGE.fullmatch(str(given))

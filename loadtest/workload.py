@@ -139,7 +139,7 @@ def _prompts(settings: WorkloadSettings, tasks: Sequence[pb.Task]) -> dict[str, 
 
 
 def _examples(suite: Suite, task_id: str, settings: WorkloadSettings) -> list[Example]:
-    """As many test examples as asked for, or all of them if a task in a folder has fewer."""
+    """The test examples that the settings ask for; all of them if a task in a folder has fewer."""
     if examples := up_to(suite, task_id, "test", settings.examples_per_task, settings.seed):
         return examples
     raise LoadTestError(f"suite {suite.name}: task {task_id} has no example in its test split")

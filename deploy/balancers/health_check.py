@@ -9,7 +9,7 @@ SERVICE = "mtlora.v1.Inference"
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _HEADERS, _SETTINGS = 0, 1, 4
 _END_STREAM, _END_HEADERS = 1, 4
-# Of HPACK's static table.
+# Indices in HPACK's static table.
 _METHOD_POST, _SCHEME_HTTPS, _PATH, _AUTHORITY, _CONTENT_TYPE = 3, 7, 4, 1, 31
 
 

@@ -30,7 +30,7 @@ from mtlora.suite import load_suite
 from mtlora.suite.base import Example
 
 _LEVELS = (1, 4, 16, 32)
-# Of the servers that are full: requests, by the number under way.
+# Requests to full servers, as a multiple of those under way.
 _FULL_TIMES = 6
 # Generated tokens of a request, from and to. Stop strings are off, so answers have the length asked for.
 _NEW_TOKENS = (8, 40)
@@ -106,7 +106,7 @@ async def _closed_loop(
     *,
     steady: bool = False,
 ) -> Level:
-    """A level. steady: its throughput is that while all places were taken."""
+    """A level. steady: its throughput counts only the time while all places were taken."""
     answered: list[Answered] = []
     ends: list[float] = []
 

@@ -20,7 +20,7 @@ from deploy.image.engines import Engine, EngineError, find
 ROOT = Path(__file__).parents[2]
 # Decimal gigabytes, as container engines count.
 LARGEST_GB = {"cpu": 2.0, "gpu": 12.0}
-# Of every file, where SOURCE_DATE_EPOCH does not say otherwise: the first day of zip files.
+# The date of every file unless SOURCE_DATE_EPOCH gives another: the first day of zip files.
 EPOCH = 315532800
 PULLED_BASE = "python:3.11.14-slim-trixie"
 

@@ -39,7 +39,7 @@ class Engine:
         if self.name == "docker":
             command += ["--output", f"type=docker,name={tag},rewrite-timestamp=true"]
         else:
-            # HEALTHCHECK is no part of OCI's format.
+            # OCI's format has no HEALTHCHECK.
             command += ["--format", "docker", "--layers=false", "--timestamp", str(epoch), *_CHROOT]
         for name, value in arguments.items():
             command += ["--build-arg", f"{name}={value}"]

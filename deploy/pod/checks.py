@@ -31,13 +31,13 @@ _IN_FLIGHT = 32
 _STREAMS = 8
 _TOKENS = 300
 _LONG: dict[str, Any] = {"max_new_tokens": _TOKENS, "min_new_tokens": _TOKENS, "free": True, "without_adapter": True}
-# A thread of the engine's computation, against the busiest one.
+# A thread computes if it takes this share of the busiest one's processor time.
 _BUSY = 0.25
 
 
 @dataclass
 class Checks:
-    """One run of the checks on `pod`. serving: it does, so that the next check has something to ask."""
+    """One run of the checks on `pod`. serving: whether the pod serves, so that the next check can ask it."""
 
     pod: Pod
     adapters: Path
@@ -128,7 +128,7 @@ class Checks:
         }
 
     def memory_limit(self) -> str:
-        """Of the container's control group, under a closed loop; the same load serves the next two checks."""
+        """Peak memory of the control group under a closed loop; the same load serves the next two checks."""
         self._load()
         return self._of_load("memory")
 
@@ -196,7 +196,7 @@ class Checks:
         return f"{_STREAMS} streams of {_TOKENS} tokens, none broken; gone after {took:.1f} s"
 
     def started_again(self) -> str:
-        """On the same volumes, with what was published into them."""
+        """The pod starts again on the same volumes, and serves what was published into them."""
         self.serving = False
         began = self.pod.play()
         took = self.pod.wait_serving() - began
@@ -251,7 +251,7 @@ class Checks:
 
 
 def questions(per_task: int) -> list[Example]:
-    """As many questions of every built-in task; tasks in turn, so that every batch mixes them."""
+    """The same number of questions of every built-in task; tasks in turn, so that every batch mixes them."""
     suite = load_suite("builtin")
     by_task = [suite.examples(task.id, "test", per_task, 0) for task in suite.tasks]
     return [example for each in zip(*by_task, strict=True) for example in each]

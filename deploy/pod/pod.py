@@ -81,7 +81,7 @@ class Pod:
     # Life.
 
     def play(self) -> float:
-        """Play the manifests; returns when the container had started, of `time.monotonic`."""
+        """Play the manifests; returns the `time.monotonic` of the container's start."""
         if not self._exists("mtlora-adapters"):
             run("volume", "create", "mtlora-adapters")
             subprocess.run(["cp", "-r", f"{self._adapters}/.", self.volume("mtlora-adapters")], check=True)
@@ -99,11 +99,11 @@ class Pod:
             return False
 
     def wait_serving(self, timeout: float = 300.0) -> float:
-        """Wait for the readiness probe; returns when it passed, of `time.monotonic`. Raises PodError."""
+        """Wait for the readiness probe; returns the `time.monotonic` at which it passed. Raises PodError."""
         return self.wait(self.serving, "it does not serve", timeout)
 
     def wait(self, condition: Callable[[], bool], problem: str, timeout: float = 60.0) -> float:
-        """Wait for a condition; returns when it came true. Raises PodError."""
+        """Wait for a condition; returns the `time.monotonic` at which it held. Raises PodError."""
         until = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > until or self.inspect()["RestartCount"]:
@@ -112,7 +112,7 @@ class Pod:
         return time.monotonic()
 
     def delete(self) -> int:
-        """As the kubelet: SIGTERM, the grace period, SIGKILL; then the pod's network. Returns the container's status.
+        """Delete like the kubelet: SIGTERM, grace period, SIGKILL, then the pod's network; returns the exit status.
 
         `podman kube down` alone takes the network away at once. The volumes stay.
         """
@@ -124,7 +124,7 @@ class Pod:
     def remove(self) -> None:
         """Delete what is left of the pod and all its volumes."""
         subprocess.run([*podman(), "kube", "down", "--force", str(self._file)], capture_output=True)
-        # Podman keeps those of secrets, with their old contents.
+        # Podman keeps the volumes of secrets, with their old contents.
         names = [each["secret"]["secretName"] for each in self.spec["volumes"] if "secret" in each]
         subprocess.run([*podman(), "volume", "rm", "--force", *names], capture_output=True)
 
