@@ -70,7 +70,7 @@ class BlockAdapter(nn.Module):
         self.dropout = nn.Dropout(config.lora_dropout)
         # Mean routing weights [G, N] of the last training forward, for the balance loss.
         self.mean_routing_GN: torch.Tensor | None = None
-        # As PEFT starts A.
+        # Like PEFT's A.
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.lora_route, a=math.sqrt(5))
 
@@ -106,7 +106,7 @@ class BlockAdapter(nn.Module):
         return route(logits_TJ.view(len(x_TD), G, -1), self._bias_TGN(B, L))
 
     def _with_path(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows of tokens that have a path, of rows of all."""
+        """Select the tokens that have a path; `rows` has one row a token."""
         return rows if self.context.path_P is None else rows.index_select(0, self.context.path_P)
 
     def _bias_TGN(self, B: int, L: int) -> torch.Tensor | None:

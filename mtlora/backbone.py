@@ -72,7 +72,7 @@ class Packaged:
     steps: int
 
     def folder(self) -> Path:
-        """Where it is kept by default."""
+        """The folder where it is kept by default."""
         if override := os.environ.get(self.variable):
             return Path(override).expanduser()
         return Path(platformdirs.user_cache_dir("mtlora")) / "backbones" / self.title
@@ -250,7 +250,7 @@ def _convert_language(source: Path, out: Path, step: Step) -> None:
         config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     with step("dequantise"):
-        # On the meta device, no time is spent on random weights that are overwritten anyway.
+        # Use the meta device: random weights would be overwritten anyway, and cost time.
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         tensors = load_gguf_checkpoint(source, return_tensors=True, model_to_load=model)["tensors"]

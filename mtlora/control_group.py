@@ -58,7 +58,7 @@ def _groups(controller: str, root: Path, own: Path) -> Iterator[Path]:
             mounts = [root / controllers, root / controller]
         else:
             continue
-        # In a container, the path may be one of the host's; its own group is the mount itself then.
+        # In a container the path may be the host's; then the container's own group is the mount itself.
         below = Path(os.path.normpath(path).lstrip("/"))
         for mount in mounts:
             yield from (mount / each for each in (below, *below.parents))

@@ -11,8 +11,7 @@ A family is a `model_type` of transformers whose causal language model vLLM runs
 3. Run `pytest tests/engine/test_parity.py`: for every entry, it holds the engine's log-probabilities with adapters to
    those of transformers.
 
-A model of no family here runs too where its layout is this one; it only trains more slowly on a CPU, and no test
-covers it.
+A model of another family runs too if it has this layout; it only trains more slowly on a CPU, and no test covers it.
 """
 
 from typing import Any, Literal, NamedTuple

@@ -49,7 +49,7 @@ class Placed(NamedTuple):
 class AdaptedModel:
     """A backbone with its tokenizer and what is attached to it.
 
-    reader: of the images of tasks that take text and an image.
+    reader: reads the images of tasks that take text and an image.
     """
 
     model: Any
@@ -75,7 +75,7 @@ class AdaptedModel:
             return self.model.model(input_ids=tokens_BS, use_cache=True, **inputs).past_key_values
 
     def inputs(self, tokens_BL: torch.Tensor, images: Sequence[Placed] = ()) -> dict[str, torch.Tensor]:
-        """What the model takes of tokens, with the images' soft tokens at their places; see `ImageReader.embedded`."""
+        """The model's inputs for tokens, with the images' soft tokens at their places; see `ImageReader.embedded`."""
         if not images:
             return {"input_ids": tokens_BL}
         assert self.reader is not None
@@ -91,7 +91,7 @@ class AdaptedModel:
     ) -> torch.Tensor:
         """Last hidden states [A, D] at flat positions `rows_A`: the vocabulary product runs for these alone.
 
-        bias_index: of each sequence [B], or of each token [B, L]. The inputs may be on any device. With gradient
+        bias_index: one for each sequence [B], or for each token [B, L]. The inputs may be on any device. With gradient
         checkpointing, the caller must keep the tasks in use for the backward pass too.
         """
         device = self.model.device

@@ -13,7 +13,7 @@ from mtlora.task import PromptParts, TaskSpec
 # What a chat template puts around turns where it uses no special tokens: [INST], <<SYS>>, <|user|>.
 _MARK = re.compile(r"<<[^<>\s]+>>|<[^<>\s]+>|\[[^\[\]\s]+\]")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-# By how much a text in UTF-8 shrinks at most: U+212A, three bytes, becomes the letter K.
+# How many times shorter a text in UTF-8 may become: U+212A, three bytes, becomes the letter K.
 _NFC_SHRINKS = 3
 _LOSSLESS_PRE_TOKENIZERS = {"ByteLevel", "Digits", "Metaspace"}
 
@@ -24,8 +24,8 @@ _Encode = Callable[[str, bool], list[int]]
 class PromptEncoder:
     """Encodes for one tokenizer, from any thread.
 
-    A tokenizer has one state for texts whose special tokens count, and one for texts whose do not. Each has a copy of
-    its own here, so that no thread changes what another one's text becomes.
+    A tokenizer keeps a state: whether special tokens in texts count. Here each state has its own copy, so that no
+    thread changes another one's result.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -103,7 +103,7 @@ class PromptEncoder:
         """Bytes of each token in a text; special tokens have none."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         steps = _steps(getattr(backend, "pre_tokenizer", None), "pretokenizers")
-        # Such a tokenizer spells a token with a character for each byte.
+        # A ByteLevel tokenizer spells a token with one character for each byte.
         length = len if any(step["type"] == "ByteLevel" for step in steps) else _length_with_fallback
         lengths = {token_id: length(token) for token, token_id in self.tokenizer.get_vocab().items()}
         for token_id, token in self.tokenizer.added_tokens_decoder.items():
@@ -193,7 +193,7 @@ def _encode_with(tokenizer: Any, *, split_special_tokens: bool) -> _Encode:
     own.no_truncation()
     own.no_padding()
     own.encode_special_tokens = split_special_tokens
-    # As `tokenizer(text)` without its overhead, which a server pays for every request.
+    # The same as `tokenizer(text)` without its overhead, which a server would pay for every request.
     return lambda text, outer: list(own.encode_batch_fast([text], add_special_tokens=outer)[0].ids)
 
 

@@ -325,7 +325,7 @@ def check_activation(config: MtLoRAConfig, tasks: Iterable[TaskSpec]) -> None:
             )
 
 
-# Not kept with the spec: copies of it differ.
+# Cached here, not in the spec: a spec with a cached value would differ from its copies.
 @lru_cache(maxsize=4096)
 def _label(labels: tuple[str, ...]) -> Label:
     return Label(labels=labels)

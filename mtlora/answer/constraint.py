@@ -16,7 +16,7 @@ from mtlora.errors import describe
 _TYPES: TypeAdapter[AnswerType] = TypeAdapter(AnswerType)
 # Marks a constraint among the grammars that vLLM's requests carry.
 PREFIX = "mtlora:"
-# Before a list of token ids: the next token is one of them.
+# Stands before a list of token ids: the next token is one of them.
 TOKENS_PREFIX = "mtlora-tokens:"
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 class LabelTree:
     """The token ids of labels as a tree.
 
-    branches: for each place with several ways on, the ids that lead there and the ids that may follow. Places with one
-    way on need no model: there the label is certain.
+    branches: for each place with several ways on, the ids that lead there and the ids that may follow. A place with one
+    way on needs no model.
     """
 
     def __init__(self, tokens: Mapping[str, Sequence[int]]) -> None:

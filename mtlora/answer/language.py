@@ -19,7 +19,7 @@ _UTF8_ENDS = (0x7F, 0x7FF, 0xFFFF, LAST)
 MAX_REPEATS = 10_000
 # States of an automaton: about a kilobyte each.
 MAX_STATES = 30_000
-# Of remembered steps, the states that they lead to: 30 to 60 bytes each. A hostile type leads to hundreds at a step.
+# Limit on remembered steps, in the states that they lead to: 30 to 60 bytes each. A hostile type has hundreds a step.
 _KEPT_STATES = 100_000
 # Remembered states that take as much memory as one state of the automaton.
 _PER_STATE = 8
@@ -52,7 +52,7 @@ class Either(Expression):
 
 @dataclass(frozen=True)
 class Repeat(Expression):
-    """`most=None`: without end."""
+    """`most=None`: no limit."""
 
     inner: Expression
     least: int
@@ -196,7 +196,7 @@ class Automaton:
     def __post_init__(self) -> None:
         """Raises AnswerError for an expression that takes more than `limit` states."""
         self._work = 0
-        # By expression and what follows it. `expression` keeps the identities alive.
+        # States built so far, by expression and next state. `expression` keeps the identities alive.
         self._built: dict[tuple[int, int], int] = {}
         self._steps: dict[tuple[States, int], States] = {}
         self._kept = 0
@@ -214,7 +214,7 @@ class Automaton:
             found = self._closure(
                 target for state in states for low, high, target in self.edges[state] if low <= byte <= high
             )
-            # An entry takes as much as some states.
+            # Count the entry itself as a few states.
             self._kept += 3 + len(found)
             if self._kept > _KEPT_STATES:
                 self._steps.clear()
@@ -224,7 +224,7 @@ class Automaton:
 
     @property
     def size(self) -> int:
-        """Its states, and what it remembers in the memory of so many more."""
+        """Number of states; remembered steps count as the states that take as much memory."""
         return len(self.edges) + self._kept // _PER_STATE
 
     def read(self, states: States, text: bytes) -> States:
@@ -244,7 +244,7 @@ class Automaton:
         return bool(self.read(frozenset(range(len(self.edges))), text.encode()))
 
     def ways_out(self) -> tuple[list[int], list[tuple[int, int] | None]]:
-        """For each state the fewest bytes to the end, and the first of them with the state after it, if any."""
+        """(for each state the fewest bytes to the end, the first of them with the state after it, if any)."""
         before: list[list[tuple[int, int | None]]] = [[] for _ in self.edges]
         for state, targets in enumerate(self.empty):
             for target in targets:
@@ -287,7 +287,7 @@ class Automaton:
                 if target not in seen:
                     seen.add(target)
                     stack.append(target)
-        # The rest of them only led to others.
+        # Keep the end and states that read a byte; the others only led here.
         return frozenset(state for state in seen if state == 0 or self.edges[state])
 
     def _state(self, empty: tuple[int, ...] = (), edges: tuple[tuple[int, int, int], ...] = ()) -> int:
@@ -352,7 +352,7 @@ def _plainest(low: int, high: int) -> int:
 
 @lru_cache(maxsize=1024)
 def _utf8(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Sequences of byte ranges that are the UTF-8 of these code points, and of no other."""
+    """The sequences of byte ranges that are these code points in UTF-8, and no others."""
     found: list[tuple[tuple[int, int], ...]] = []
     for low, high in ranges:
         for end in _UTF8_ENDS:
@@ -367,7 +367,7 @@ def _split_utf8(low: int, high: int, add: Callable[[tuple[tuple[int, int], ...]]
     for size in range(1, len(first)):
         mask = (1 << (6 * size)) - 1
         if low & ~mask != high & ~mask:
-            # Cut where the last `size` bytes begin anew.
+            # Cut at the code points where the last `size` bytes begin again.
             if low & mask:
                 _split_utf8(low, low | mask, add)
                 return _split_utf8((low | mask) + 1, high, add)

@@ -11,9 +11,9 @@ from mtlora.answer.language import DIGIT, NOTHING, AnswerError, Expression, Repe
 # Largest absolute value, and most decimals.
 LARGEST = Decimal(10) ** 15
 MAX_DECIMALS = 9
-# The range of a number that has none of its own.
+# The range of a number that sets none.
 WIDEST = Decimal(10) ** 12
-# Values of a step that is no power of ten, which are listed one by one.
+# Most values of a step that is no power of ten: they are listed one by one.
 MAX_LISTED = 10_000
 
 
@@ -80,7 +80,7 @@ def _signed(low: int, high: int, places: int) -> Iterator[Expression]:
 
 
 def _unsigned(low: int, high: int, places: int) -> Iterator[Expression]:
-    # By length: a number has at least one digit before its point.
+    # Take numbers by their length: at least one digit stands before the point.
     for digits in range(places + 1, len(str(high)) + places + 2):
         first = 0 if digits == places + 1 else 10 ** (digits - 1)
         begin, end = max(low, first), min(high, 10**digits - 1)
@@ -89,7 +89,7 @@ def _unsigned(low: int, high: int, places: int) -> Iterator[Expression]:
 
 
 def _between(low: str, high: str, point: int) -> Expression:
-    """Texts of as many digits, in order; a point stands after the first `point` of them, unless that is all of them."""
+    """Texts from `low` to `high`, of equal length; a point follows the first `point` digits, unless they are all."""
     if not low:
         return NOTHING
     dot = language.literal(".") if point == 0 else NOTHING

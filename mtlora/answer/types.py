@@ -113,7 +113,7 @@ class Date(_Answer):
 
     @property
     def name(self) -> str:
-        """With the format."""
+        """The type's name, with the format."""
         return f"date {self.format}"
 
     @cached_property

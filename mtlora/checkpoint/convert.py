@@ -32,7 +32,7 @@ from mtlora.files import sha256
 from mtlora.task import TaskSpec
 from mtlora.vision.image_input import num_features
 
-# From the authors' published settings, at rank 16. Their files do not hold it.
+# The authors' published setting at rank 16. Their files do not hold it.
 PUBLISHED_ALPHA = 64.0
 
 # A layer or expert number as Python prints it, so that no number has two spellings.

@@ -107,7 +107,7 @@ def _read_manifest(folder: Path) -> AdapterManifest:
         found = reprlib.repr(version) if "format_version" in raw else "none"
         raise CheckpointError(f"{path}: format_version: expected {allowed}, found {found}")
     try:
-        # Strict mode takes "16" for no number and true for no 1. Parse the JSON again: only then may an array be a
+        # Strict mode rejects "16" as a number and true as 1. Parse the JSON again: only from JSON may an array be a
         # tuple.
         return AdapterManifest.model_validate_json(content, strict=True)
     except ValidationError as error:
@@ -135,7 +135,7 @@ def _read_checkpoint(folder: Path, backbone: BackboneArchitecture | None) -> Che
     for name, tensor in tensors.items():
         if bad := count_not_finite(tensor):
             raise CheckpointError(f"{path}: tensor {name}: expected finite values, found {bad} NaN or infinite")
-    # Last: the checks above say what is wrong, this one only that something is.
+    # Check the hash last: it tells that something is wrong, the checks above tell what.
     digest = hashlib.sha256(preamble)
     digest.update(data)
     if digest.hexdigest() != manifest.tensors_sha256:

@@ -104,7 +104,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def _as_json(field: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`value` as JSON gives it back."""
+    """`value` as JSON would return it."""
     try:
         result: dict[str, Any] = json.loads(json.dumps(dict(value or {}), allow_nan=False))
     except (TypeError, ValueError) as error:

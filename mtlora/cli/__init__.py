@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from mtlora import __version__
 
-# In the order in which `--help` lists them.
+# Commands in the order in which `--help` lists them.
 _COMMANDS = (
     "backbone",
     "tasks",

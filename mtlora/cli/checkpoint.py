@@ -103,7 +103,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _shown(task: "TaskSpec") -> tuple[object, ...]:
-    """What a table says of a task of images, or of text."""
+    """A table's cells for a task of images, or of text."""
     if task.image is not None:
         return f"{task.image.size} px", task.image.resize, task.image.pooling, len(task.labels or ())
     answers: str = "any" if task.answer_type is None else task.answer_type.type
@@ -166,7 +166,7 @@ def _publish(args: argparse.Namespace) -> int:
     if args.to is None:
         print(publish(args.checkpoint, Path(args.adapter)))
         return 0
-    # Says what is wrong before anything is sent.
+    # Report a bad checkpoint before anything is sent.
     read_checkpoint(args.checkpoint)
     try:
         with Client(args.to, access_from(args), Retry(attempts=6)) as client:

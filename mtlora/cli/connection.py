@@ -13,7 +13,7 @@ _KEY_VARIABLE = "MTLORA_API_KEY"
 
 def add_access_arguments(parser: argparse.ArgumentParser) -> None:
     """An API key or token, and TLS."""
-    # Not the key itself: other users of the machine can read a process's arguments.
+    # Take a file, not the key itself: other users of the machine can read a process's arguments.
     parser.add_argument(
         "--api-key-file",
         type=Path,

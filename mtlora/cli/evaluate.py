@@ -241,7 +241,7 @@ def _answerers(
 def _image_answerers(
     folder: Path, checkpoint: "Checkpoint | None", tasks: "tuple[TaskEntry, ...]", suite: "Suite", args: Any
 ) -> "tuple[dict[str, Answerer], Labeller | None]":
-    """As `_answerers`, for images."""
+    """Like `_answerers`, for images."""
     import torch
 
     from mtlora.errors import MtLoRAError
@@ -285,7 +285,7 @@ def _examples(suite: "Suite", tasks: "tuple[TaskEntry, ...]", args: argparse.Nam
     known = {task.id for task in tasks}
     asked = [task for task in suite.tasks if task.id in known]
     unknown = ", ".join(task.id for task in suite.tasks if task.id not in known)
-    # Of generated images, an adapter may have learned a part.
+    # An adapter may know only some tasks of generated images.
     if unknown and (suite.finite or not asked or not asked[0].image):
         raise MtLoRAError(
             f"{args.adapter}: the adapter has no task {unknown} of suite {suite.name}; "

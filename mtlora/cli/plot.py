@@ -78,7 +78,7 @@ def _accuracy(evaluation: Mapping[str, Any], source: Path, out: Path) -> None:
 
 
 def _checkpoint_pictures(args: argparse.Namespace, source: Path) -> dict[str, Callable[[], Pictures]]:
-    """What this checkpoint can be drawn as, by name. A function measures, and returns what draws each of its files."""
+    """The pictures of this checkpoint, by name. Each function measures, and returns what draws each of its files."""
     import torch
 
     from mtlora.backbone import identify, resolve

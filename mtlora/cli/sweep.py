@@ -74,7 +74,7 @@ def _sweep(args: argparse.Namespace) -> int:
                 failed.append(f"{run.folder}: {result['error']}")
                 continue
             done[run.folder] = result
-            # After each run, so that a long sweep shows intermediate results; in the order of the command.
+            # Write the report after each run, so that a long sweep shows results early; in the order of the command.
             write_report([result for result in done.values() if result], args.out)
     results = [result for result in done.values() if result]
     if results:

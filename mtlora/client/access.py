@@ -11,10 +11,9 @@ import grpc
 class Access:
     """Credentials of a client; paths are of PEM files.
 
-    api_key: or a token of an issuer that the server knows.
-    ca: authorities for the server's certificate; None means no TLS.
-    certificate, key: the client's own, if the server requires them.
-    server_name: the name in the server's certificate, if it is not the address's.
+    api_key: a key, or a token of an issuer that the server knows. ca: authorities for the server's certificate; None
+    means no TLS. certificate, key: the client's own, if the server requires them. server_name: the name in the server's
+    certificate, if it is not the address's.
     """
 
     api_key: str | None = None

@@ -50,19 +50,19 @@ class AsyncClient(Calls):
         await self._channel.close()
 
     async def watch_adapters(self, adapter: str = "") -> AsyncGenerator[adapters_pb2.AdapterEvent, None]:
-        """As `Client.watch_adapters`: await this, then iterate over its result."""
+        """Like `Client.watch_adapters`: await this, then iterate over its result."""
         call = self._watch(adapter)
         with server_errors():
             await call.wait_for_connection()
         return _read(call)
 
     async def upload_adapter(self, folder: Path, adapter: str, *, timeout: float = UPLOAD_TIMEOUT_S) -> str:
-        """As `Client.upload_adapter`.
+        """Like `Client.upload_adapter`.
 
-        Its calls block a thread, not this loop: where a server refuses an upload while grpc.aio writes to it, half of
-        the refusals are lost (https://github.com/grpc/grpc/issues/36066).
+        Its calls block a thread, not this loop: if a server refuses an upload while grpc.aio writes, half of the
+        refusals are lost (https://github.com/grpc/grpc/issues/36066).
         """
-        # Where this is cancelled, the channel closes and the thread's call ends with it.
+        # If this is cancelled, the channel closes and the thread's call ends with it.
         with Client(*self._place, self._retry) as client:
             return await asyncio.to_thread(client.upload_adapter, folder, adapter, timeout=timeout)
 

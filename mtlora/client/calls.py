@@ -29,7 +29,7 @@ from mtlora.client.usage_report import UsageReport
 
 RETRY = Retry()
 UPLOAD_TIMEOUT_S = 3600.0
-# Calls go to every address of a name in turn. A server that ends cancels a call that crosses its GOAWAY on the way: no
+# Calls go to every address of a name in turn. A stopping server cancels calls that cross its GOAWAY on the way: no
 # other failure of a server is CANCELLED.
 _SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
@@ -154,7 +154,7 @@ class Calls:
         uncalibrated: bool = False,
         routing_key: str = "",
     ) -> Steps[list[Classification]]:
-        """The labels of images by a task or several: image by image in their order, of an image task by task.
+        """The labels of images by one or several tasks, in the images' order, each image task by task.
 
         An image is encoded bytes, a Path, or a prepared numpy array [3, size, size].
         """

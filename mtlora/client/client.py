@@ -58,7 +58,7 @@ class Client(Calls):
 
             call = self._adapters.Upload(requests(), timeout=attempts.left_s, metadata=self._metadata)
             try:
-                # To the end: the server writes the call down before its status.
+                # Read to the end: the server records the call before it sends the status.
                 for reply in _read(call):
                     if reply.version:
                         version = reply.version

@@ -115,24 +115,24 @@ class BatchAnswer:
 
 @dataclass(frozen=True)
 class DocumentAnswer(BatchAnswer):
-    """What became of one task of a document. document_id: names the document in later calls."""
+    """The answer, or the error, of one task of a document. document_id: names the document in later calls."""
 
     document_id: str = ""
 
     @classmethod
     def about(cls, document_id: str, item: pb.BatchItem) -> Self:
-        """Of a reply's item."""
+        """Make one from an item of a reply."""
         return replace(cls.of(item), document_id=document_id)
 
 
-# A task's id, or that and the values of the task's own fields, or the whole message.
+# A task's id; or its id and the values of its own fields; or the whole message.
 DocumentTask = str | tuple[str, Mapping[str, str]] | pb.DocumentTask
 
 
 def make_analysis(
     tasks: Iterable[DocumentTask], document: str | None = None, *, document_id: str = "", **parameters: Any
 ) -> pb.AnalyzeRequest:
-    """The message for many tasks of one document, sent as text or by id. `parameters` go for all but whole messages."""
+    """The message for many tasks of one document, sent as text or by id. Whole messages ignore `parameters`."""
     request = (
         pb.AnalyzeRequest(document=document) if document is not None else pb.AnalyzeRequest(document_id=document_id)
     )
@@ -153,7 +153,7 @@ def make_analysis(
 
 
 def make_batch(items: Iterable[tuple[str, Input] | pb.GenerateRequest], **parameters: Any) -> pb.GenerateBatchRequest:
-    """The message for many inputs: a (task id, input) each, which `parameters` go for, or a whole request."""
+    """The message for many inputs: pairs (task id, input), to which `parameters` apply, or whole requests."""
     return pb.GenerateBatchRequest(
         items=[each if isinstance(each, pb.GenerateRequest) else make_request(*each, **parameters) for each in items]
     )

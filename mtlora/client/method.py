@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-# Yields (rpc, request, timeout in seconds), gets the reply, returns the method's result. An RPC that streams replies
-# with (the first message, an iterator of the others).
+# Yields (rpc, request, timeout in seconds), gets the reply, returns the method's result. The reply of a streaming RPC
+# is (the first message, an iterator of the others).
 Steps = Generator[tuple[Any, Any, float | None], Any, T]
 # (rpc, request, timeout in seconds, what a message becomes)
 Stream = tuple[Any, Any, float | None, Callable[[Any], T]]
 
 
 class Method(Generic[P, T]):
-    """A method of both clients, written once: of Client it returns its result, of AsyncClient what to await."""
+    """A method of both clients, written once: Client's returns the result, AsyncClient's an awaitable."""
 
     def __init__(self, steps: Callable[Concatenate[Any, P], Steps[T]]) -> None:
         self._steps = steps
@@ -47,7 +47,7 @@ class Method(Generic[P, T]):
 
 
 class Streaming(Generic[P, T]):
-    """As `Method`, for a method that gives an iterator. Closing the iterator cancels the call."""
+    """Like `Method`, for a method that gives an iterator. Closing the iterator cancels the call."""
 
     def __init__(self, describe: Callable[Concatenate[Any, P], Stream[T]]) -> None:
         self._describe = describe

@@ -1,7 +1,7 @@
 """Stands for an asynchronous stub of the Inference service: each call goes to the server that a placement chooses.
 
-Every server has a channel of its own. A server whose channel is not connected is passed over, so that calls leave one
-that stopped or was killed; a call that failed there is repeated elsewhere as the client's `Retry` says.
+Every server has a channel of its own. Calls skip a server whose channel is not connected, because it stopped or was
+killed; the client's `Retry` repeats a failed call elsewhere.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from mtlora_pb.v1 import inference_pb2_grpc
 from mtlora.client.access import Access
 from mtlora.client.placement import Keys, Placement, Rendezvous, resolve
 
-# For the first connections: calls before would all go to the server that is connected first.
+# Wait for the first connections: without, early calls would all go to the server that connects first.
 _CONNECT_S = 2.0
 _LIST_TIMEOUT_S = 10.0
 
@@ -66,7 +66,7 @@ class Placed:
             await server.channel.close()
 
     async def begin(self, request: Any, metadata: Any) -> tuple[_Server, str]:
-        """The server of a call, which counts there until its `in_flight` is taken down, and the key that placed it."""
+        """(the call's server, the key that placed it). The call counts there until its `in_flight` is lowered."""
         if self._connected is None:
             self._connected = asyncio.ensure_future(self._connect())
         await asyncio.shield(self._connected)
@@ -75,7 +75,7 @@ class Placed:
             with contextlib.suppress(OSError):
                 self._use(await asyncio.to_thread(resolve, self._address))
                 await self._close_ended()
-        # Calls that begin together wait for one look.
+        # Calls that begin together share one look.
         async with self._learning:
             if self._keys.unknown(request):
                 with contextlib.suppress(grpc.RpcError):

@@ -19,7 +19,7 @@ from mtlora_pb.v1 import inference_pb2 as pb
 
 # Orders of servers remembered.
 _REMEMBERED = 65_536
-# How far above the mean the number of adapters may be that have a server as their first.
+# The most adapters that may have a server as their first, as a multiple of the mean.
 _MOST_ADAPTERS = 1.05
 
 
@@ -27,8 +27,9 @@ _MOST_ADAPTERS = 1.05
 class Placement:
     """Calls about an adapter go to the servers that hold it, instead of to all in turn.
 
-    slack: how far above the mean a server's calls may be. floor: calls in flight at which no server counts as busy.
-    refresh_s: seconds after which a name is resolved again. learn_s: seconds between two looks for an unknown task.
+    slack: the most calls of a server, as a multiple of the mean. floor: calls in flight at which no server counts as
+    busy. refresh_s: seconds after which a name is resolved again. learn_s: seconds between two looks for an unknown
+    task.
     """
 
     slack: float = 2.0
@@ -97,7 +98,7 @@ class Keys:
         self._learnt_at = -math.inf
 
     def unknown(self, request: Any) -> bool:
-        """Whether to ask for the tasks first. The next look is not before `learn_s`."""
+        """Whether to ask for the tasks first; at most once in `learn_s`."""
         task = _task(request)
         if not task or task in self._adapters or self._clock() < self._learnt_at + self._learn_s:
             return False

@@ -23,7 +23,7 @@ class Retry:
     factor: float = 2.0
 
     def wait_s(self, error: ServerError, attempt: int, left_s: float) -> float | None:
-        """Seconds until the next attempt, after so many; None if there is to be none."""
+        """Seconds to wait after the failure of attempt number `attempt`; None to give up."""
         if error.code is not grpc.StatusCode.UNAVAILABLE or attempt >= self.attempts:
             return None
         backoff = min(self.most_s, self.first_s * self.factor ** (attempt - 1)) * random.uniform(0.5, 1.0)
@@ -45,7 +45,7 @@ class Attempts:
         return None if self._until is None else max(0.0, self._until - time.monotonic())
 
     def got_on(self) -> None:
-        """The last attempt has got on: the next ones count anew."""
+        """The last attempt made progress: count attempts anew."""
         self._made = 0
 
     def after(self, error: ServerError) -> float:

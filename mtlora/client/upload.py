@@ -31,7 +31,7 @@ class Upload:
 
     @property
     def bytes(self) -> int:
-        """Of both files."""
+        """Bytes of both files together."""
         return sum(self._sizes)
 
     def begin(self) -> pb.UploadAdapterRequest:
@@ -44,7 +44,7 @@ class Upload:
         )
 
     def chunks(self, reply: pb.UploadAdapterResponse) -> Iterator[pb.UploadAdapterRequest]:
-        """The messages after it, from the byte on that the server has come to."""
+        """The later messages, from the byte that the server has reached."""
         offset, most = reply.received, min(_CHUNK_BYTES, reply.max_chunk_bytes)
         begin = 0
         for path, size in zip(self._paths, self._sizes, strict=True):

@@ -8,7 +8,7 @@ from mtlora_pb.v1 import usage_pb2
 
 
 class UsageReport:
-    """The sums, as they come, of a Client for `for`, of an AsyncClient for `async for`.
+    """The sums as they come: a Client's for `for`, an AsyncClient's for `async for`.
 
     Usage before `counted_since` (UTC) was not counted, and ends with the server's process unless `durable`.
     """

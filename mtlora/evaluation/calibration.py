@@ -15,8 +15,8 @@ Labeller = Callable[[Sequence[Example]], list[Mapping[str, float]]]
 BINS = 15
 # Temperatures that are tried, each a few percent above the last.
 _STEPS = [0.05 * 400 ** (i / 200) for i in range(201)]
-# What it costs to leave the temperature of all tasks, in nats at e times it. Cross-validation on the shipped adapter
-# prefers this to no prior and to one temperature for all; half or twice as much changes little, as does a bias a label.
+# Penalty, in nats, of a temperature that is e times that of all tasks. Cross-validation on the shipped adapter prefers
+# this to no prior and to one temperature for all; half or twice as much changes little, as does a bias a label.
 _PRIOR = 2.0
 _LEAST = 1e-30
 

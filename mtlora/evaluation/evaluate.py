@@ -116,7 +116,7 @@ def few_shot_prompt(suite: Suite, shots: int, seed: int = 0) -> PromptOf:
 
     def prompt(task: TaskSpec, example: Example) -> PromptParts:
         if task.id not in drawn:
-            # One more, in case the input is among them.
+            # Draw one more, in case the input is among them.
             drawn[task.id] = up_to(suite, task.id, "train", shots + 1, seed)
         others = [shot for shot in drawn[task.id] if shot.input != example.input][:shots]
         if len(others) < shots:
@@ -174,7 +174,7 @@ def likelihood_answerer(
     with_adapter: bool = True,
     prompt_of: PromptOf = plain_prompt,
 ) -> Answerer:
-    """As `offline_answerer`, but a multiple choice is answered by its likeliest option."""
+    """Like `offline_answerer`, but the likeliest option answers a multiple choice."""
     by_id = {task.id: task for task in tasks}
     generate = offline_answerer(adapted, tasks, with_adapter=with_adapter, prompt_of=prompt_of)
 

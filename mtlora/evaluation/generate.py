@@ -61,7 +61,7 @@ def read_documents(adapted: AdaptedModel, prompts: Sequence[Prompt]) -> tuple[An
 def greedy_tokens(
     adapted: AdaptedModel, tasks: Sequence[TaskEntry], prompts: Sequence[Prompt], *, with_adapter: bool = True
 ) -> list[list[int]]:
-    """What follows each prompt, up to a stop string of its task, its max_new_tokens or the end-of-sequence token.
+    """The tokens after each prompt, up to a stop string of its task, its max_new_tokens or the end-of-sequence token.
 
     Includes the stop string, but not the end-of-sequence token.
     """

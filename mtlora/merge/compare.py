@@ -75,7 +75,7 @@ def compare(folder: Path, before: Checkpoint, after: Checkpoint, texts: Sequence
 
 @torch.inference_mode()
 def compare_images(folder: Path, before: Checkpoint, after: Checkpoint, examples: Sequence[Example]) -> Comparison:
-    """As `compare`, of every old task's classes on these images."""
+    """Like `compare`, for every old task's classes on these images."""
     old = load_adapted_encoder(folder, before, torch.float32)
     adapters = AdapterSet(
         after.manifest.config, old.backbone.hidden_size, old.backbone.num_layers, len(after.manifest.tasks)
@@ -119,11 +119,11 @@ def _compared(tasks: int, prompts: int, pairs: Iterator[tuple[torch.Tensor, torc
 
 
 def _logits(adapted: AdaptedModel, checkpoint: Checkpoint, prompts: Sequence[_Prompt]) -> torch.Tensor:
-    """Logits at every position; of an activated adapter, from the task's part on: those before are the backbone's."""
+    """Logits at every position; for an activated adapter, from the task's part on: earlier ones are the backbone's."""
     examples = []
     for task_id, ids, document_length in prompts:
         row, own = checkpoint.manifest.task(task_id).bias_index or 0, document_length if adapted.activated else 0
-        # A last token that nothing sees, so that every position before has a next one.
+        # Add a last token, which nothing sees, so that every earlier position has a next one.
         examples.append(Encoded(row, tuple(ids[: own + 1]), (*ids[own + 1 :], 0), own))
     batch = collate_documents(examples) if adapted.activated else collate(examples)
     return adapted.answer_logits(batch.tokens_BL, batch.bias_index, batch.answer_rows_A, batch.documents)

@@ -47,7 +47,7 @@ def starting_point(checkpoint: Checkpoint, new_experts: int, generator: torch.Ge
         lora_A_rD, lora_B_NDr = tensors[f"{name}.lora_A"].float(), tensors[f"{name}.lora_B"].float()
         D = lora_A_rD.shape[1]
         route_GND = tensors[f"{name}.lora_route"].float().view(G, N, D)
-        # As in a fresh adapter: uniform within 1 / sqrt(D).
+        # Start as in a fresh adapter: uniform within 1 / sqrt(D).
         fresh_GMD = (2 * torch.rand(G, new_experts, D, generator=generator) - 1) / math.sqrt(D)
         bias_GN = torch.zeros(G, N)
         if config.task_bias:
@@ -85,7 +85,7 @@ def merged_tensors(checkpoint: Checkpoint, learned: Mapping[str, torch.Tensor]) 
         if config.task_bias:
             bias_bGN = tensors[f"{name}.task_bias"]
         else:
-            # No bias is a bias of zero.
+            # A missing bias equals zero.
             bias_bGN = lora_route.new_zeros(b, G, N)
         closed_bGM = bias_bGN.new_full((b, G, new_route_GMD.shape[1]), CLOSED)
         merged |= {

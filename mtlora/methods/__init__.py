@@ -8,7 +8,7 @@ from mtlora.adapter import Attachment, Nothing
 from mtlora.methods.config import HeadsConfig, HydraLoRAConfig, LoRAConfig
 
 BaselineConfig = HydraLoRAConfig | LoRAConfig | HeadsConfig
-# As a field of a configuration: its `method` tells them apart.
+# The type of a configuration's field; `method` tells the baselines apart.
 AnyBaseline = Annotated[BaselineConfig, Field(discriminator="method")]
 
 __all__ = ["AnyBaseline", "BaselineConfig", "HeadsConfig", "HydraLoRAConfig", "LoRAConfig", "attach_baseline"]

@@ -61,7 +61,7 @@ def bind(table: AdapterTable, plan: StepPlan) -> AddPath:
     address = ctypes.addressof(step)
 
     def run(y_TD: torch.Tensor, x_TD: torch.Tensor, block: int) -> None:
-        # Naming `plan`, whose words the tensors are views of, and `step` keeps them alive as long as this function.
+        # Naming `plan`, whose words the tensors view, and `step` here keeps them alive as long as this function.
         (T, D), (y_stride, y_step), (x_stride, x_step) = x_TD.shape, y_TD.stride(), x_TD.stride()
         if (
             step.hidden != D or y_TD.shape != x_TD.shape or x_TD.dtype is not dtype or y_TD.dtype is not dtype

@@ -15,7 +15,7 @@ from mtlora.ops.cpu_kernel import ISA, KERNEL_DTYPES, kernel_part
 LAYOUT = 1
 
 _ADDRESS, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-# In the order of `TrainingCall` in the kernel's source, which describes each.
+# Tensors in the order of `TrainingCall` in the kernel's source, which describes each.
 _TENSORS = (
     "x", "dropped", "lora_A", "lora_B", "route", "bias", "weights", "h", "delta", "grad_delta", "grad_weights",
     "grad_x", "grad_dropped", "grad_A", "grad_B", "grad_route", "grad_logits",

@@ -78,7 +78,7 @@ def plan_step(row_T: np.ndarray, bias_row_T: np.ndarray, *, num_rows: int, tile_
         raise ValueError(f"rows and bias rows must be one a token, got {row_T.shape} and {bias_row_T.shape}")
     if row_T.size and not (row_T.min() >= -1 and row_T.max() < num_rows):
         raise ValueError(f"rows {row_T.min()}..{row_T.max()}, the table has 0..{num_rows - 1}, and -1 is none")
-    # By row, those without one first.
+    # Sort by row; tokens without a row come first.
     counts_A = np.bincount(row_T + 1, minlength=1)
     order_P = np.argsort(row_T, kind="stable")[counts_A[0] :]
     rows = np.flatnonzero(counts_A[1:])

@@ -99,7 +99,7 @@ class AdapterRows:
         # The event after which the weights are on their device.
         self._arrived: torch.cuda.Event | None = None
         if self.layout is Layout.PADDED:
-            # One tensor of bytes, and none of its own for any block.
+            # One tensor of bytes holds all blocks.
             self._bytes, placed = _in_one_piece(blocks)
             self._held: Sequence[PackedBlock | None] = ()
             self.num_bytes = len(self._bytes)
@@ -137,7 +137,7 @@ class AdapterRows:
         """
         assert self.layout is Layout.PADDED, self.layout
         moved = copy.copy(self)
-        # Of the running stream's memory, which gets it back only after what the stream has been given by then.
+        # Allocate on the running stream; memory returns to it only after the work that it has queued by then.
         moved._bytes = torch.empty_like(self._bytes, device=device)
         if copies is None:
             moved._bytes.copy_(self._bytes)
@@ -158,7 +158,7 @@ class AdapterRows:
         return moved
 
     def arrive(self) -> None:
-        """Make what the running stream does from now on wait until the weights are on their device."""
+        """Make later work of the running stream wait until the weights are on their device."""
         if self._arrived is not None:
             self._arrived.wait()
 

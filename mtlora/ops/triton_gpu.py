@@ -41,7 +41,7 @@ _ITEMS, _RUN = tl.constexpr(Header.ITEMS), tl.constexpr(Header.RUN)
 _SAMPLE_BLOCK, _SAMPLE_TILE = tl.constexpr(Header.SAMPLE_BLOCK), tl.constexpr(Header.SAMPLE_TILE)
 _HEADER_WORDS, _TILE_WORDS = tl.constexpr(HEADER_WORDS), tl.constexpr(TILE_WORDS)
 
-# The inner dimension of a product is at least 16: so many of the rank, times BLOCK_N experts.
+# The inner dimension of a product is at least 16: this many of the rank, times BLOCK_N experts.
 _RANKS = tl.constexpr(16)
 # Experts whose logits are looked at together.
 _LOGITS = tl.constexpr(8)
@@ -54,7 +54,7 @@ _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-# Their values change between launches: nothing may be compiled for them.
+# Do not specialise these arguments: their values change between launches, and each value would be compiled.
 @triton.jit(do_not_specialize=["block", "num_tokens"])
 def _shrink(
     x, s, table, plan, block, num_tokens, x_stride,
@@ -104,9 +104,9 @@ def _sum_parts(s, place, column, mask, parts, planned, S_STRIDE: tl.constexpr, M
     at = s + place.to(tl.int64)[:, None] * S_STRIDE + column[None, :]
     step = planned.to(tl.int64) * S_STRIDE
     total = tl.load(at, mask=mask, other=0.0)
-    # Unrolled, as loads one after the other would each wait for memory.
+    # Unroll: loads in sequence would each wait for memory.
     for part in tl.static_range(1, MAX_PARTS):
-        # Compared as a block: the interpreter takes no other masks.
+        # Compare as a block: the interpreter accepts no other masks.
         there = (tl.zeros_like(column) + part < parts)[None, :]
         total += tl.load(at + part * step, mask=mask & there, other=0.0)
     return total
@@ -160,7 +160,7 @@ def _expand(
             token = tl.load(tokens + place, mask=t < count, other=num_tokens)
             live = token < num_tokens
             token = token.to(tl.int64)
-            # An adapter without biases: no row has one.
+            # Without a table of biases, no token has a bias row.
             bias_row = tl.where(bias_at == 0, -1, tl.load(tokens + planned + place, mask=live, other=-1))
             largest = tl.full((BLOCK_T,), float("-inf"), dtype=tl.float32)
             total = tl.zeros((BLOCK_T,), dtype=tl.float32)

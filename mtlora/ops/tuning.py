@@ -1,7 +1,7 @@
 """How the Triton kernels divide their work: by the engine's config and a step's padded tokens, by nothing else.
 
-So whatever a step's mix of adapters, its launches are those that were compiled, and captured, before. What differs
-between mixes is in the plan's header, on the device: live tiles, and the parts of a sum that fill the card.
+So every mix of adapters uses launches that were compiled, and captured, before. What differs between mixes is in the
+plan's header, on the device: live tiles, and the parts of a sum that fill the card.
 """
 
 import math
@@ -18,17 +18,17 @@ _PROGRAMS_PER_SM = 4
 
 # Steps of more tokens run in tiles of 64.
 _DECODE_TOKENS = 512
-# The smallest steps of each way to cut: others are cut as the largest of these that is not larger.
+# The smallest step of each way to cut: a step is cut like the largest of these that does not exceed it.
 SHAPES = (1, 17, _DECODE_TOKENS + 1)
 # Rows of scratch space, at least; parts times planned tokens never exceed them.
 _SCRATCH_ROWS = 16 * _DECODE_TOKENS
 
-# Sizes of a program's piece of y that there are. The plan's header counts the pieces for each.
+# Sizes of a program's piece of y. The plan's header counts the pieces for each.
 PIECES = (32, 64, 128)
 # Pieces that a program may compute one after the other, with one softmax; the plan's header says how many.
 RUNS = (1, 2, 4, 8, 16)
 
-# The first version of ptxas that assembles pipelined WGMMA with its left operand in registers as it is written.
+# The first ptxas that correctly assembles pipelined WGMMA with its left operand in registers.
 _SOUND_PTXAS = (13, 3)
 
 
@@ -136,7 +136,7 @@ def parts(config: KernelConfig, tiles: int, columns: int, tokens: int) -> int:
 
 
 def on_this_card(device: torch.device, **sizes: Any) -> KernelConfig:
-    """The config for a device and the sizes that it does not tell."""
+    """The config for a device; `sizes` are those that the device does not tell."""
     # Imported here: CPU installations may have no Triton.
     from triton.backends.nvidia.compiler import get_ptxas
 

@@ -7,11 +7,11 @@ from mtlora.answer import AnswerType, Date, Label, Number, Regex
 
 _BRACKETS = Regex(pattern=r"[\])}>]( [\])}>]){0,15}")
 _WORDS = Regex(pattern=r"[a-z]{1,24}( [a-z]{1,24}){0,31}")
-# Of BIG-Bench Hard: they've, at&t, r's.
+# Words as in BIG-Bench Hard: they've, at&t, r's.
 _ALL_WORDS = Regex(pattern=r"[a-z][a-z'&.-]{0,23}( [a-z][a-z'&.-]{0,23}){0,31}")
 _HOUR = "(1[0-2]|[1-9])(am|pm)"
 
-# Those that the suite names with `allowed_answers` are left out.
+# Tasks with `allowed_answers` in the suite are left out.
 BUILTIN: Mapping[str, AnswerType] = {
     "logical_deduction": Regex(pattern=r"[A-Za-z]{2,16}"),
     "bracket_completion": _BRACKETS,

@@ -55,7 +55,7 @@ class Suite(Protocol):
     name: str
     # Whether tasks have a limited number of examples; generators do not.
     finite: bool
-    # In the order of an adapter's bias rows.
+    # Tasks in the order of an adapter's bias rows.
     tasks: Sequence[TaskSpec]
 
     def examples(self, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:

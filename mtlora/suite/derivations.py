@@ -74,7 +74,7 @@ class Walk:
         self._steps.append(_COMPASS[heading])
 
     def take(self, steps: int, heading: int) -> None:
-        """Walk `steps` in a direction, counted the same way."""
+        """Walk `steps` in a direction, counted clockwise from straight ahead."""
         way = _COMPASS[heading]
         before = self._totals[way]
         self._totals[way] += steps

@@ -29,7 +29,7 @@ _LAYOUT = '{"examples": [{"input": "...", "target": "..."}, ...]}'
 class _Entry(BaseModel):
     input: str
     target: str = Field(max_length=MAX_TARGET_CHARS)
-    # Of a task that takes one, by its path from the folder.
+    # The image of a task that takes one, by its path from the folder.
     image: str | None = None
 
     @field_validator("input", "target")

@@ -83,7 +83,7 @@ class MixedSuite:
         pictures = any(task.id == task_id and task.picture for task in self.tasks)
 
         def asked(example: Example) -> object:
-            """What two examples must not share: of a task of text and image, the same text is asked of many."""
+            """What two examples must not share; tasks of text and image ask the same text of many images."""
             return (example.input, example.image) if pictures else example.input
 
         held_out = {

@@ -83,8 +83,8 @@ def _drawn(task_id: str) -> bytes:
 def read_result(run: Run, backbone: Path, settings: dict[str, Any], *, diverged: bool = False) -> dict[str, Any] | None:
     """A finished run's result; None for a run that is not finished or failed.
 
-    diverged: also the result, an error, of a run that diverged, as it would again. Results of 0.1.0 lack the marks of
-    single examples: None, so that the run, which is trained, is scored again.
+    diverged: whether to return also the error of a run that diverged: it would diverge again. Results of 0.1.0 lack the
+    marks of single examples: None, so that the run, which is trained, is scored again.
 
     Raises SweepError if the result is of another configuration or backbone, or was scored with other settings.
     """
@@ -108,7 +108,7 @@ def read_result(run: Run, backbone: Path, settings: dict[str, Any], *, diverged:
 
 
 def _about(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What a result is of."""
+    """What identifies a result."""
     return {
         "name": run.name,
         "seed": run.config.seed,

@@ -26,7 +26,7 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
     return (0.0 if correct == 0 else centre - half), (1.0 if correct == total else centre + half)
 
 
-# For each seed, (digest of the scored examples, "1" or "0" for each of them) of every task, in the same order.
+# One entry a seed: (digest of the scored examples, "1" or "0" for each of them) of every task, in the same order.
 Marks = Sequence[Sequence[tuple[str, str]]]
 
 

@@ -21,7 +21,7 @@ from mtlora.task import TaskSpec
 if TYPE_CHECKING:
     from mtlora.vision.soft_tokens import ImageReader
 
-# So many batches are sorted by length together. More waste less on padding; fewer keep batches mixed.
+# This many batches are sorted by length together. More waste less on padding; fewer keep batches mixed.
 _BUCKET_BATCHES = 16
 
 
@@ -270,7 +270,7 @@ def collate(examples: Sequence[Encoded], length: int | None = None) -> Batch:
 
 
 def collate_documents(examples: Sequence[Encoded]) -> Batch:
-    """As `collate`, but the examples of a document share a row, and the backbone alone reads it once.
+    """Like `collate`, but the examples of a document share a row, and the backbone alone reads it once.
 
     A token attends to its document and to the tokens before it of its own example.
     """

@@ -78,7 +78,7 @@ class Images:
         if isinstance(self.adapters, AdapterSet):
             for paths in self.adapters.layers[: config.frozen_layers]:
                 paths.requires_grad_(False)
-        # Of training examples that are never changed: the states before the first layer that trains.
+        # States before the first layer that trains, for training examples that never change.
         self._entered: dict[int, torch.Tensor] = {}
         learns = any(parameter.requires_grad for parameter in self.adapters.parameters())
         self.batches = self._schedule() if learns else []
@@ -141,7 +141,7 @@ class Images:
 
     @torch.no_grad()
     def _set_head(self, row: int, weight_CF: torch.Tensor, bias_C: torch.Tensor) -> None:
-        """Unfold a checkpoint's head."""
+        """Set a task's head from a checkpoint's folded weights."""
         classes = self.heads.classes[row]
         self.heads.weight[classes] = weight_CF.float() * self.heads.std_F
         self.heads.bias[classes] = bias_C.float() + weight_CF.float() @ self.heads.mean_F
@@ -250,7 +250,7 @@ class Images:
             for places, logits_BK in self._logits(examples, alone=alone):
                 row = self._row[examples[places[0]].task_id]
                 names = dict(zip(self.heads.classes[row], self.tasks[row].labels or (), strict=True))
-                # Another task's class, where the task is not told, is no answer.
+                # Without the task told, another task's class may be likeliest: that is no answer.
                 for place, output in zip(places, logits_BK.argmax(-1).tolist(), strict=True):
                     answers[place] = names.get(output, "")
             return answers
@@ -310,7 +310,7 @@ class Images:
 
 
 def _classes(tasks: Sequence[TaskSpec], heads: str) -> list[list[int]]:
-    """For each task, the outputs that are its labels."""
+    """The outputs that are each task's labels."""
     if heads == "label words":
         words = {
             label: i for i, label in enumerate(dict.fromkeys(label for task in tasks for label in task.labels or ()))

@@ -14,7 +14,7 @@ from mtlora.model import AdaptedModel
 from mtlora.train.data import Batch
 
 _EPSILON = 1e-12
-# Logits in float32 at a time: 8 MiB, which stay in a core's caches.
+# Elements of the logits computed at a time: 8 MiB in float32, which stay in a core's caches.
 _LOSS_ELEMENTS = 2**21
 
 

@@ -1,4 +1,4 @@
-"""What training does otherwise for text than for images: the small interface that the trainer's loop sees."""
+"""The interface between the trainer's loop and its two kinds of data: texts and images."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -75,7 +75,7 @@ class Modality(Protocol):
         ...
 
     def digest(self) -> str:
-        """Of the training examples and the batches that they come in."""
+        """A digest of the training examples and of their batches."""
         ...
 
     def provenance(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Modality(Protocol):
 
 
 def digest(examples: Iterable[object], batches: Iterable[Sequence[int]]) -> str:
-    """Of examples and batches, by how Python prints them."""
+    """A digest of examples and batches, by how Python prints them."""
     found = hashlib.sha256()
     for each in chain(examples, batches):
         found.update(repr(each).encode())
@@ -98,7 +98,7 @@ def digest(examples: Iterable[object], batches: Iterable[Sequence[int]]) -> str:
 def open_modality(
     config: TrainingConfig, suite: Suite, tasks: Sequence[TaskSpec], backbone: Path, vision: Path | None
 ) -> Modality:
-    """Text or images, as the suite's tasks have it. Raises MtLoRAError for what cannot be trained.
+    """Text or images, by the suite's tasks. Raises MtLoRAError for what cannot be trained.
 
     vision: the vision backbone's folder, for tasks of text that take an image.
     """

@@ -77,7 +77,7 @@ class RunFolder:
                 "--out"
             ) from None
         except OSError as error:
-            # Such as NFS without a lock service.
+            # The file system has no locks, such as NFS without a lock service.
             print(f"mtlora: {path}: cannot be locked ({error}): see to it that no other run uses it", file=sys.stderr)
 
     def read_state(self) -> dict[str, Any] | None:

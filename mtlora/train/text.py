@@ -101,10 +101,10 @@ class Text:
         said: dict[str, list[int]] = {}
         for each in self.examples.train:
             if each.image and (each.image.key in said or len(said) < _MOST_IMAGES):
-                # Without the end of the text.
+                # Leave out the end-of-sequence token.
                 said.setdefault(each.image.key, []).extend(each.answer[:-1])
         embed = self.adapted.model.get_input_embeddings()
-        # By the module: some families scale what they look up.
+        # Look up by the module: some families scale the rows.
         embeddings_VD = embed(torch.arange(embed.num_embeddings, device=embed.weight.device))
         words_D = [embeddings_VD[ids].float().mean(0) for ids in said.values()]
         words_PD = torch.cat(
@@ -185,5 +185,5 @@ def _checkpoint_layers(model: Any) -> None:
     """Let each decoder layer keep only its input; only the layers then count as training."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in decoder_layers(model):
-        # Not layer.train(): modules inside, such as dropout, stay in evaluation mode.
+        # Do not call layer.train(): modules inside, such as dropout, stay in evaluation mode.
         layer.training = True

@@ -60,7 +60,7 @@ class Trainer:
         self.clock = Clock()
         if config.threads:
             torch.set_num_threads(config.threads)
-        # For the same weights after a resume: index_add in the task biases' gradient would race.
+        # A resume must give the same weights: index_add in the task biases' gradient would race.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -74,7 +74,7 @@ class Trainer:
         self.work.move(self.ranks.device)
         self.optimizer = make_optimizer(self.work.trained, config)
         self.step = 0
-        # What a state goes on with, beside the configuration.
+        # What a saved state must match, beside the configuration.
         self.inputs = {"backbone": self.adapted.backbone.weights_fingerprint, "examples": self.work.digest()}
         # Each process draws its own dropout; all drew the same weights above.
         torch.manual_seed(config.seed + self.ranks.rank)
@@ -127,7 +127,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             self.optimizer.zero_grad(set_to_none=True)
-        # For the layers that gradient checkpointing computes again.
+        # In use for the backward pass too, where gradient checkpointing computes layers again.
         with work.adapters.context.use(part.bias_index):
             with clock("forward"):
                 loss = part.answers * part.loss()

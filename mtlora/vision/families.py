@@ -83,7 +83,7 @@ class VisionConfig:
 
     @property
     def traits(self) -> Family:
-        """Those of its family."""
+        """Its family's traits."""
         return FAMILIES[self.family]
 
     @property
@@ -185,7 +185,7 @@ def vision_config(config: Any) -> VisionConfig:
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
-        # As DINOv2 does it: two thirds, rounded up to a multiple of 8.
+        # Like DINOv2: two thirds, rounded up to a multiple of 8.
         intermediate_size=(int(middle * 2 / 3) + 7) // 8 * 8 if gated else middle,
         patch_size=patch,
         grid_size=grid,

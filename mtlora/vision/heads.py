@@ -38,7 +38,7 @@ class Heads(nn.Module):
         self.bias = nn.Parameter(torch.zeros(K))
         self.register_buffer("mean_F", torch.zeros(features))
         self.register_buffer("std_F", torch.ones(features))
-        # The probe's, to compare with.
+        # The probe's weights, to compare with.
         self.register_buffer("probe_weight_KF", torch.zeros(K, features))
         self.register_buffer("probe_bias_K", torch.zeros(K))
         self.register_buffer("classes_TK", torch.zeros(len(self.classes), K, dtype=torch.bool), persistent=False)
@@ -63,7 +63,7 @@ class Heads(nn.Module):
     def fit(self, features_NF: torch.Tensor, tasks_N: torch.Tensor, targets_N: torch.Tensor) -> None:
         """Start from a linear probe of these examples' features. targets_N: outputs, 0 to K-1."""
         self.mean_F.copy_(features_NF.mean(0))
-        # One example has no deviation.
+        # The deviation of one example is 0.
         self.std_F.copy_(features_NF.std(0, correction=min(1, len(features_NF) - 1)).clamp_min(_LEAST))
         standard_NF = (features_NF - self.mean_F) / self.std_F
         groups = [[task] for task in range(len(self.classes))] if self._apart() else [list(range(len(self.classes)))]

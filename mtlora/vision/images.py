@@ -30,11 +30,11 @@ from mtlora.errors import MtLoRAError
 from mtlora.vision.image_input import ImagePreparation
 
 FORMATS = ("PNG", "JPEG", "WebP")
-# A larger JPEG is decoded at a half, a quarter or an eighth of its size, as long as so many times S are left.
+# A larger JPEG is decoded at a half, a quarter or an eighth of its size, if its sides keep this many times S.
 _SPARE = 2
 # Each scan of a progressive JPEG passes over the whole image. Encoders write a dozen; a small file may have more.
 _MAX_SCANS = 100
-# Before a JPEG's dimensions. Cameras write a dozen.
+# Most segments before a JPEG's dimensions. Cameras write a dozen.
 _MAX_SEGMENTS = 512
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -46,7 +46,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# How other files begin: what was found can be named.
+# Beginnings of other files, to name what was found.
 _OTHERS = (
     (b"GIF8", "a GIF"),
     (b"BM", "a BMP"),
@@ -110,7 +110,7 @@ def read_header(data: bytes, limits: ImageLimits = LIMITS) -> Header:
 def held_pixels(header: Header, size: int) -> int:
     """Pixels that are in memory while an image is decoded for an input of a size.
 
-    Of a JPEG that is decoded smaller, its coefficients: they take no more than half of its pixels would.
+    A JPEG that is decoded smaller holds its coefficients, which take at most half of the memory of its pixels.
     """
     reduced = header.format == "JPEG" and min(header.width, header.height) >= 2 * _SPARE * size
     return header.pixels // 2 if reduced else header.pixels
@@ -128,7 +128,7 @@ def decode(data: bytes, limits: ImageLimits = LIMITS, *, size: int | None = None
         return np.asarray(_decoded(data, header, size))
     except (ImageError, MemoryError):
         raise
-    # Pillow raises whatever its parsers come upon.
+    # Pillow's parsers may raise any exception.
     except Exception as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise ImageError(f"found a {header.format} that cannot be decoded: {reason}; allowed: a whole file") from None
@@ -220,7 +220,7 @@ def _header(data: bytes) -> Header:
 
 
 def _named(data: bytes) -> str:
-    """What a file is that is no image of the allowed formats."""
+    """Name what a refused file is."""
     if not data:
         return "no bytes"
     for magic, name in _OTHERS:
@@ -236,7 +236,7 @@ def _named(data: bytes) -> str:
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
     for kind, at in _jpeg_segments(data):
-        # Beginnings of a frame; three of the row of markers are something else.
+        # Markers that begin a frame; three in this range mean something else.
         if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
             height, width = struct.unpack_from(">HH", data, at + 3)
             return width, height
@@ -255,7 +255,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
         while data[at] == 0xFF:
             at += 1
         yield data[at], at + 1
-        # A stuffed byte, and markers without a segment.
+        # Skip a stuffed byte, and markers without a segment.
         if data[at] in (0x00, 0x01) or 0xD0 <= data[at] <= 0xD8:
             at += 1
         else:

@@ -126,7 +126,7 @@ class ImageReader:
 
     @torch.inference_mode()
     def _look(self, new: dict[str, tuple[Example, ImagePreparation]]) -> None:
-        # A batch has one size.
+        # All images of a batch have one size.
         order = sorted(new, key=lambda key: new[key][1].size)
         device = self.projector.weight.device
         self._encoder.to(device)

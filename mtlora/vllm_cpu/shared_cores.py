@@ -13,9 +13,9 @@ from functools import cache
 from typing import Self
 
 ENVIRONMENT = "MTLORA_SHARED_CORES"
-# Between two steps of requests that run, an engine rests no longer.
+# An engine pauses at most this long between two steps of running requests.
 _PAUSE_S = 0.02
-# No step takes so long: this one's engine was killed in it.
+# No step takes this long: its engine was killed.
 _LONGEST_S = 10.0
 
 
@@ -35,7 +35,7 @@ def sharing_environment(place: int) -> dict[str, str]:
 class SharedCores:
     """One engine's side of a board. Enter it for a part of a step.
 
-    threads: of a step that has all cores. With an odd number, place 0 gets the one more.
+    threads: for a step that has all cores. Place 0 gets the odd one.
     """
 
     def __init__(self, path: str, place: int, threads: int) -> None:

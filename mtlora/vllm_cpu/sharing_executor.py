@@ -2,7 +2,7 @@
 
 from typing import Any
 
-# Before vLLM's workers replace torch's by a function that does nothing.
+# Import these first: vLLM's workers replace torch's by a function that does nothing.
 from torch import get_num_threads, set_num_threads
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 

@@ -46,7 +46,7 @@ def masked(
 
 
 def key_blocks() -> None:
-    """Key prefix-cache blocks by what computed them; in the engine's core."""
+    """Key prefix-cache blocks by the adapter that computed them. Runs in the engine's core."""
     from vllm.v1.core import block_pool, kv_cache_utils
 
     stock = kv_cache_utils.generate_block_hash_extra_keys
@@ -69,12 +69,12 @@ def key_blocks() -> None:
             request.lora_request = adapter
 
     kv_cache_utils.generate_block_hash_extra_keys = generate_block_hash_extra_keys
-    # For its events alone.
+    # The block pool needs it for its events alone.
     block_pool.generate_block_hash_extra_keys = generate_block_hash_extra_keys
 
 
 def check_requests() -> None:
-    """Refuse requests with a wrong activation point, or without one where the adapter needs it; in the front end."""
+    """Refuse requests with a wrong activation point, or without one that the adapter needs. Runs in the front end."""
     from vllm.v1.engine.input_processor import InputProcessor
 
     stock = InputProcessor.process_inputs
@@ -83,7 +83,8 @@ def check_requests() -> None:
     def process_inputs(self: Any, *arguments: Any, **named: Any) -> Any:
         request = stock(self, *arguments, **named)
         if request.sampling_params is not None:
-            # Without an adapter too: the engine reads both keys of every request, and an error there ends it.
+            # Check requests without an adapter too: the engine reads both keys of every request, and an error there
+            # ends it.
             _check(request.lora_request, request.sampling_params.extra_args, len(request.prompt_token_ids or ()))
         return request
 
@@ -121,13 +122,13 @@ def _is_lease(value: Any) -> bool:
 
 @lru_cache(maxsize=65536)
 def _activation(lora_path: str) -> str:
-    """Of an adapter. Raises OSError, ValueError or LookupError for a manifest that cannot be used."""
+    """An adapter's activation. Raises OSError, ValueError or LookupError for a manifest that cannot be used."""
     folder, _ = parse_slot_path(lora_path)
     return str(json.loads((folder / MANIFEST_FILE).read_text())["config"].get("activation", "all"))
 
 
 def leave_rows_bare() -> None:
-    """Give tokens before their request's point no slot in a step; in a worker, once its model runner is imported."""
+    """Give tokens before their request's point no slot in a step. Runs in a worker, after its model runner's import."""
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
     if hasattr(LoRAModelRunnerMixin, "_mtlora_activation"):
@@ -162,7 +163,7 @@ def leave_rows_bare() -> None:
 
 
 def _leave_rows_bare_in_v2(runner: Any) -> None:
-    """As `leave_rows_bare`, for vLLM's second model runner, which keeps slots in a `LoraState`."""
+    """Like `leave_rows_bare`, for vLLM's second model runner, which keeps slots in a `LoraState`."""
     from vllm.v1.worker.gpu.lora_utils import LoraState
 
     add, make, remove = runner.add_requests, LoraState.make_lora_inputs, LoraState.remove_request

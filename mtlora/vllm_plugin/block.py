@@ -22,7 +22,7 @@ from vllm.utils.torch_utils import (
 
 from mtlora.vllm_plugin.step import StepMapping
 
-# Kept for the process's life: an operator ends with its library.
+# Kept for the life of the process: operators end with their library.
 _LIBRARY = torch.library.Library("mtlora", "FRAGMENT")
 
 

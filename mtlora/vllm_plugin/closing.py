@@ -1,4 +1,4 @@
-"""How many tokens an answer still needs: what lets it end in time, whatever is sampled.
+"""How many tokens an answer still needs, so that it can end in time.
 
 Legend: states are those of an `Automaton`; a token is an id of the vocabulary.
 """
@@ -10,7 +10,7 @@ import numpy as np
 from mtlora.answer.language import Automaton, States
 from mtlora.vllm_plugin.vocabulary import LONGEST_TOKEN, Vocabulary
 
-# Bytes of a token that ends an answer.
+# Longest piece of a shortest way, in bytes, that is tried as one token.
 _LONGEST_STRIDE = 12
 
 
@@ -42,7 +42,7 @@ class Closing:
         return min(needs[state] for state in states)
 
     def worst(self, states: States) -> int:
-        """The most that `needs` may be after one more token, whichever it is."""
+        """The most that `needs` may be after one more token, whichever token that is."""
         worst = self._worst
         return max(worst[state] for state in states)
 
@@ -56,7 +56,7 @@ def _worst(automaton: Automaton, needs: list[int]) -> list[int]:
         [(state, target) for state, edges in enumerate(automaton.edges) for _, _, target in edges], dtype=np.int64
     ).reshape(-1, 2)
     empty_steps = _last_first(automaton.empty)
-    # After a number of bytes; -1 where no such text exists.
+    # The most `needs` after a number of bytes; -1 if no text has that many.
     after = np.array(needs, dtype=np.int64)
     worst = np.full(len(needs), -1, dtype=np.int64)
     for _ in range(LONGEST_TOKEN):
@@ -64,7 +64,7 @@ def _worst(automaton: Automaton, needs: list[int]) -> list[int]:
         np.maximum.at(after, byte_steps[:, 0], before[byte_steps[:, 1]])
         reached: list[int] = after.tolist()
         changed = True
-        # Once, and again only where repetitions nest.
+        # One pass is enough, unless repetitions nest.
         while changed:
             changed = False
             for state, target in empty_steps:

@@ -114,7 +114,7 @@ class GpuStep(StepMapping):
         if last is not None:
             self._copy(last)
         self._sample_due = self.sampler.next_step()
-        # After a sample, its flag must leave the plan.
+        # After a sample, a new plan must clear its flag.
         return self._sample_due or last is not None
 
     def _choose_sample(self, plan: StepPlan, slots: dict[int, Slot]) -> tuple[int, int] | None:

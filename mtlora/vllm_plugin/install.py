@@ -39,9 +39,9 @@ def install() -> None:
     if current_platform.is_cpu():
         _install_on_cpu()
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = MtLoRAWorkerManager
-    # What is imported by now stays: without this, vLLM's start searches all of it for garbage half a dozen times.
+    # Objects imported by now stay: without this, vLLM's start searches all of them for garbage half a dozen times.
     gc.freeze()
-    # Triton's bindings count what is left of theirs at the interpreter's exit, and write it: frozen objects are left.
+    # Triton's bindings report objects that are left at the interpreter's exit; frozen ones are left.
     atexit.register(gc.unfreeze)
 
 

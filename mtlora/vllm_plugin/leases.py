@@ -23,12 +23,12 @@ class _Lease:
 
 
 class Leases:
-    """Of one KV cache manager of vLLM's."""
+    """The leases of one KV cache manager of vLLM's."""
 
     def __init__(self, manager: Any, clock: Callable[[], float] = time.monotonic) -> None:
         self._manager = manager
         self._clock = clock
-        # By the key of a document's last block; least recently used first.
+        # Leases by the key of a document's last block; least recently used first.
         self._held: OrderedDict[Any, _Lease] = OrderedDict()
 
     def keep(self, request: Any) -> None:

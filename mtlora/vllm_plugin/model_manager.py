@@ -34,7 +34,7 @@ class MtLoRAModelManager(LRUCacheLoRAModelManager):
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
         self.supports_mm = False
         self._max_tokens = max_num_batched_tokens
-        # The registered slots, beside vLLM's cache: that one counts what is looked up.
+        # The registered slots; vLLM's cache has them too, but counts every look-up.
         self._slots: dict[int, Slot] = {}
         self._applied: Set[tuple[int, str]] | None = None
         self.options = Options.of(vllm_config.additional_config)
@@ -63,7 +63,7 @@ class MtLoRAModelManager(LRUCacheLoRAModelManager):
             self.blocks.append(block)
 
     def _kernel_config(self, num_blocks: int) -> KernelConfig | None:
-        """What a GPU's kernels are started for; None on a CPU."""
+        """The config of a GPU's kernels; None on a CPU."""
         if self.device.type != "cuda":
             return None
         return tuning.on_this_card(

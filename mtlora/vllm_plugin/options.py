@@ -35,7 +35,7 @@ class Options:
 
     @staticmethod
     def of(additional_config: Any) -> "Options":
-        """Those of a vLLM config's `additional_config`. Raises ValueError for an unknown or wrong one."""
+        """The options in a vLLM config's `additional_config`. Raises ValueError for an unknown or wrong one."""
         given = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
         names = [field.name for field in fields(Options)]
         if unknown := sorted(given.keys() - set(names)):
@@ -43,5 +43,5 @@ class Options:
         return Options(**given)
 
     def as_config(self) -> dict[str, Any]:
-        """As `additional_config` holds them."""
+        """The options in the form of `additional_config`."""
         return {KEY: asdict(self)}

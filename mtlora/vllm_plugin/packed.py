@@ -20,7 +20,8 @@ from mtlora.vllm_plugin.naming import adapter_version
 class PackedAdapter:
     """One adapter version on the engine's device.
 
-    rows: its blocks in the order of this worker's, in the engine's dtype, with their task biases [T, G, N] if any.
+    rows: its blocks in the order of this worker's blocks, in the engine's dtype, with their task biases [T, G, N] if
+    any.
     """
 
     folder: Path

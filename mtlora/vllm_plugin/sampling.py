@@ -1,8 +1,8 @@
 """Samples how tokens are routed: entropy, and the use of each expert.
 
-Off unless MTLORA_ROUTING_SAMPLE_STEPS is set. Every so many steps, one block's routing of a few tokens is sampled. On a
-CPU, torch operations compute it again, beside the kernel that serves them. On a GPU the kernel itself writes it down
-(`gpu_step.py`). Blocks take turns.
+Off unless MTLORA_ROUTING_SAMPLE_STEPS is set. Once in that number of steps, one block's routing of a few tokens is
+sampled. On a CPU, torch operations compute it again, beside the kernel that serves them. On a GPU the kernel itself
+writes it down (`gpu_step.py`). Blocks take turns.
 
 Shape suffixes: T tokens, D hidden size, G groups, N experts.
 """
@@ -28,7 +28,7 @@ _TOKENS = 8
 
 @dataclass
 class RoutingSums:
-    """Sums over sampled rows, each a token and a group: of entropy as a share of log N, and of the weights."""
+    """Sums over sampled rows, each a token and a group: entropy as a share of log N, and the weights."""
 
     rows: int = 0
     entropy: float = 0.0

@@ -22,12 +22,12 @@ from mtlora.vllm_plugin.typed import constraint_of
 
 ENVIRONMENT_SWITCH = "MTLORA_TYPED_REQUESTS"
 FREE = "mtlora_free"
-# What may end an answer, or keep it from ending, against its type.
+# Parameters that may end an answer, or keep it from ending, against its type.
 _AGAINST_TYPES = ("structured_outputs", "stop_token_ids", "min_tokens", "allowed_token_ids", "bad_words", "ignore_eos")
 
-# Adapters whose tasks are kept.
+# Adapters whose tasks are remembered.
 _KEPT = 1024
-# By folder, as last read.
+# Tasks by folder, as last read.
 _last: dict[str, dict[str, TaskSpec]] = {}
 
 _processed = InputProcessor.process_inputs
@@ -83,7 +83,7 @@ def _task(lora_request: LoRARequest) -> TaskSpec | None:
         tasks = _tasks(str(folder), (folder / MANIFEST_FILE).stat().st_mtime_ns)
         _last[str(folder)] = tasks
     except (OSError, CheckpointError):
-        # An adapter in the engine outlives its files. One of another format has no types.
+        # An adapter in the engine outlives its files. An adapter of another format has no types.
         tasks = _last.get(str(folder), {})
     if len(_last) > _KEPT:
         del _last[next(iter(_last))]

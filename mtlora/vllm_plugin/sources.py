@@ -24,7 +24,7 @@ class Sources:
             raise SourcesError(f"{path}: no package vllm in it")
 
     def find(self, module: str, attribute: str) -> Signature | None:
-        """As `seams.find_imported` finds it in a process. Raises LookupError where there is no such name."""
+        """A name's signature, like `seams.find_imported` in a process. Raises LookupError if there is no such name."""
         name, *rest = attribute.split(".")
         home, node = self._definition(module, name)
         for part in rest:

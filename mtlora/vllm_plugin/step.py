@@ -87,7 +87,7 @@ class StepMapping(ABC):
             self._free.append(row)
 
     def _place(self, wanted: Set[AdapterRows]) -> None:
-        """Put the step's adapters in the table, each where it is already, if it is."""
+        """Put the step's adapters in the table; those that are there keep their rows."""
         if len(wanted) > self._table.num_rows:
             raise IndexError(f"{len(wanted)} adapters in a step, the table has {self._table.num_rows} rows")
         for rows in wanted & self._row_of.keys():
@@ -119,7 +119,7 @@ class CpuStep(StepMapping):
             self._add_path_: AddPath = bind(self._table, plan)
 
     def begin(self, x_TD: torch.Tensor, block: int, *, beside: bool) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def finish_(self, y_TD: torch.Tensor, x_TD: torch.Tensor, block: int) -> None:
         """Add to `y_TD`, in place, the path of block number `block` for every row that has an adapter."""

@@ -84,7 +84,7 @@ class AdapterStore:
         return sum(adapter.num_bytes for adapter in self._adapters.values())
 
     def register(self, request: LoRARequest) -> Slot:
-        """The slot of a request, reading its adapter where its weights are not here; with `load_inplace`, read anew.
+        """The slot of a request. Reads its adapter if its weights are not here, or if `load_inplace` is set.
 
         Raises CheckpointError for an adapter that cannot be used and ValueError for a task that it does not have, or
         for an id that another path has; nothing has changed then.

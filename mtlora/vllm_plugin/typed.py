@@ -31,7 +31,7 @@ from mtlora.vllm_plugin.vocabulary import Row, Vocabulary
 # Compiled constraints kept, and the size of all their automata, in states.
 _KEPT, _KEPT_STATES = 4096, 2_000_000
 _numbers = itertools.count()
-# With tokens running short, candidates are tried one by one up to this many.
+# When tokens run short, try up to this many candidates one by one.
 _TRIED = 512
 
 
@@ -47,7 +47,7 @@ class Compiled:
         self.marker_tokens = vocabulary.encode(f" {constraint.marker}") if constraint.marker else []
         self.stops = vocabulary.marks(constraint.stop if constraint.marker else (), False)
         self.markers = vocabulary.marks((constraint.marker,) if constraint.marker else (), True)
-        # Its rows' place among those of all.
+        # Tells this constraint's rows from those of others in the vocabulary.
         self._number = next(_numbers)
         grammar = llguidance.grammar_from("regex", pattern(constraint.expression))
         self._matcher = llguidance.LLMatcher(vocabulary.matchers, grammar, log_level=0)
@@ -57,7 +57,7 @@ class Compiled:
 
     @property
     def fewest_with_marker(self) -> int:
-        """`fewest`, and the marker."""
+        """`fewest`, plus the marker's tokens."""
         return self.fewest + len(self.marker_tokens)
 
     @property
@@ -120,7 +120,7 @@ class TypedGrammar(StructuredOutputGrammar):
         """See StructuredOutputGrammar."""
         accepted = 0
         for token in tokens:
-            # What comes after an end takes no place.
+            # Tokens after an end do not count.
             if self.is_terminated() or not self._accept(token):
                 break
             accepted += 1
@@ -182,7 +182,7 @@ class TypedGrammar(StructuredOutputGrammar):
         return True
 
     def _in_time(self, place: _Place) -> _Place:
-        """A place of the working, with the marker to come where no more is left than it and an answer take."""
+        """Force the marker once the tokens left hold only the marker and a shortest answer."""
         # Room for the shortest answer alone: more would cut off working whose answer still fits.
         if not place.forced and place.left - 1 < self._compiled.fewest_with_marker:
             return replace(place, forced=tuple(self._compiled.marker_tokens))
@@ -219,7 +219,7 @@ class TypedGrammar(StructuredOutputGrammar):
         """The tokens that the type allows next."""
         if self._matcher is None:
             self._matcher = self._compiled.matcher()
-        # Rows that were kept for a state need no matcher, so it may lie behind.
+        # The matcher may lag behind: rows kept for a state need none.
         self._matcher.consume_tokens(self._answer[self._read :])
         self._read = len(self._answer)
         row = np.zeros((1, len(self._compiled.vocabulary.short)), dtype=np.int32)
@@ -228,7 +228,7 @@ class TypedGrammar(StructuredOutputGrammar):
         return allowed | self._end_row if self._compiled.automaton.accepts(answer) else allowed
 
     def _short_row(self, row: Row, answer: States, left: int) -> Row:
-        """Those of a row after which an end still fits in `left` tokens."""
+        """The tokens of a row after which an end still fits in `left` tokens."""
         vocabulary, automaton, closing = (
             self._compiled.vocabulary,
             self._compiled.automaton,
@@ -250,7 +250,7 @@ class TypedGrammar(StructuredOutputGrammar):
 
 
 class OneOf(StructuredOutputGrammar):
-    """Holds every token of a sequence to one set, for what has one token alone."""
+    """Holds a sequence's tokens to one set; for sequences of one token."""
 
     def __init__(self, row: Row) -> None:
         self._allowed = row
@@ -295,7 +295,7 @@ class TypedOutputs:
         made = Compiled(read(text), self.vocabulary)
         with self._lock:
             self._compiled.setdefault(text, made)
-            # They grow while they are used.
+            # Automata grow while they are used.
             states = sum(each.automaton.size for each in self._compiled.values())
             while len(self._compiled) > _KEPT or (states > _KEPT_STATES and len(self._compiled) > 1):
                 _, dropped = self._compiled.popitem(last=False)
@@ -346,7 +346,7 @@ def _check(self: Any, model_config: Any, structured_outputs_config: Any, tokeniz
 
 
 def _grammar_init(self: Any, request: Any) -> None:
-    """What is compiled already is there at once: a request that waits for its grammar misses a step."""
+    """Take a compiled constraint at once: a request that waits for its grammar misses a step."""
     text = constraint_of(request.sampling_params)
     if text is None:
         return _begun(self, request)
@@ -379,7 +379,7 @@ def _outputs(manager: Any) -> TypedOutputs:
             config = manager.vllm_config
             made = TypedOutputs(manager.tokenizer, config.model_config.get_vocab_size())
             if manager._grammar_bitmask is None:
-                # Its backends make the bitmask, and no backend exists yet.
+                # vLLM's backends make the bitmask, and none exists yet.
                 rows = config.scheduler_config.max_num_seqs * (1 + config.num_speculative_tokens)
                 manager._grammar_bitmask = torch.full((rows, len(made.vocabulary.ordinary)), -1, dtype=torch.int32)
             manager._mtlora_outputs = made

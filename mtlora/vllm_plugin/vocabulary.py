@@ -21,7 +21,7 @@ LONGEST_TOKEN = 32
 
 
 class Vocabulary:
-    """Of one tokenizer. `size` may exceed the tokenizer's own: embeddings are padded."""
+    """The vocabulary of one tokenizer. `size` may exceed the tokenizer's own: embeddings are padded."""
 
     def __init__(self, tokenizer: Any, size: int) -> None:
         self.size = size = max(size, len(tokenizer))
@@ -31,13 +31,13 @@ class Vocabulary:
         self.texts = [b"" if special[token] else self.matchers.decode_bytes([token]) for token in range(size)]
         self.ids = {text: token for token, text in enumerate(self.texts) if text}
         self.eos = int(tokenizer.eos_token_id)
-        # Without special tokens.
+        # All tokens but special ones.
         self.ordinary = self.row(lambda text: bool(text))
         self.short = self.row(lambda text: 0 < len(text) <= LONGEST_TOKEN)
         self._kept: OrderedDict[Any, Row] = OrderedDict()
         self._most_kept = max(1, _KEPT_BYTES // self.ordinary.nbytes)
         self._lock = threading.Lock()
-        # Tasks have few different ones, and each takes a walk through the vocabulary.
+        # Tasks share few sets of marks, and each set takes a walk through the vocabulary.
         self.marks = lru_cache(maxsize=1024)(self._marks)
         self._encode: Callable[[str], list[int]] = lambda text: tokenizer.encode(text, add_special_tokens=False)
 
@@ -91,7 +91,7 @@ class Marks:
         self._marks = [mark.encode() for mark in marks]
         self._ends = ends
         self.row = lru_cache(maxsize=256)(self._row)
-        # Before a request needs them.
+        # Make the rows before a request needs them.
         for begun in ((), *(((i, size),) for i, mark in enumerate(self._marks) for size in range(1, len(mark)))):
             self.row(begun)
 

@@ -65,7 +65,7 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
             on_drop=lambda adapter: step.release(adapter.rows),
         )
         self._stager = ThreadPoolExecutor(1, "stage-adapter", initializer=_stand_back)
-        # Its thread begins now, before any other that may call PyTorch, such as the one that compiles constraints.
+        # Start its thread now, before any other that may call PyTorch, such as the one that compiles constraints.
         self._stager.submit(int).result()
         self._staging: dict[str, Future[None]] = {}
         return wrapped
@@ -161,9 +161,9 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
 
 def _stand_back() -> None:
     """Give running steps precedence over this thread."""
-    # Here, and in every thread that begins later. A second OpenMP team beside that of the steps makes more threads than
-    # cores. From then on, libgomp puts the steps' threads to sleep at every barrier. `torch.set_num_threads` would not
-    # do: vLLM disables it in CPU workers.
+    # Use one OpenMP thread here, and in every thread that begins later. A second OpenMP team beside that of the steps
+    # makes more threads than cores: from then on, libgomp puts the steps' threads to sleep at every barrier.
+    # `torch.set_num_threads` would not do: vLLM disables it in CPU workers.
     torch._C.set_num_threads(1)
     # Allow every core: this thread inherits the one core of the engine's first thread.
     with contextlib.suppress(OSError):

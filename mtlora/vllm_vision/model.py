@@ -160,7 +160,7 @@ class ImagePooler(Pooler):
 
 
 @attn_type("encoder_only")
-# vLLM takes it for a sign that an image runs in one step, and that no two share a prefix.
+# vLLM takes it to mean that an image runs in one step, and that no two share a prefix.
 @default_pooling_type(seq_pooling_type="CLS")
 class VisionModel(nn.Module, SupportsLoRA):
     """The model in vLLM's registry. Its prompts are embeddings, made outside."""

@@ -4,7 +4,7 @@
 
 constexpr int LANES = MTLORA_VECTOR_BYTES / 4;
 typedef float Floats __attribute__((vector_size(MTLORA_VECTOR_BYTES)));
-// As they lie in memory.
+// The same in memory, where a vector is aligned like its floats.
 typedef float FloatsAt __attribute__((vector_size(MTLORA_VECTOR_BYTES), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(MTLORA_VECTOR_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(MTLORA_VECTOR_BYTES)));

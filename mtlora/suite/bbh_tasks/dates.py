@@ -44,9 +44,9 @@ def _second_time(groups: tuple[str, ...]) -> datetime.date:
     return datetime.date(int(groups[2]), int(groups[0]), int(groups[1]))
 
 
-# Patterns that tell today's date, and the date from their groups. The first match counts.
+# (pattern, today's date from its groups). The first match counts.
 _TELLINGS: tuple[tuple[str, Callable[[tuple[str, ...]], datetime.date]], ...] = (
-    # Three of the benchmark's texts whose targets assume another day than the text says.
+    # Three texts of the benchmark whose targets assume another day than the text says.
     (r"^2015 is coming in 36 hours", lambda g: datetime.date(2014, 12, 29)),
     (r"married on Jan 2, 1958\. It is their 5-year anniversary", lambda g: datetime.date(1961, 1, 2)),
     (r"Today is the US Thanksgiving of 2001", lambda g: datetime.date(2002, 11, 22)),

@@ -12,7 +12,7 @@ _HYPERBATON = "Which sentence has the correct adjective order:"
 
 
 def solve_word_sorting(text: str) -> Solution:
-    """Has no working: a model cannot read a word's letters off its tokens, whatever it writes first."""
+    """Gives no working: a model cannot read a word's letters off its tokens."""
     words = matched(r"^Sort the following words alphabetically: List: (.*)$", text)[1].split()
     return Solution("", " ".join(sorted(words)))
 

@@ -10,7 +10,7 @@ from mtlora.suite.bbh_tasks.task import BBHTask, Solution, UnsolvedError, choose
 _OPTIONS = (
     "circle", "heptagon", "hexagon", "kite", "line", "octagon", "pentagon", "rectangle", "sector", "triangle",
 )  # fmt: skip
-# By the number of lines. Four lines are a kite, or the trapezoid if there is an eleventh option.
+# Shapes by their number of lines. Four lines are a kite, or the trapezoid if there is an eleventh option.
 _POLYGONS = {1: "line", 3: "triangle", 4: "kite", 5: "pentagon", 6: "hexagon", 7: "heptagon", 8: "octagon"}
 _EXTRA = ("trapezoid", "ellipse")
 

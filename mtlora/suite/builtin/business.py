@@ -53,7 +53,7 @@ def amount_normalisation(rng: random.Random) -> tuple[str, str]:
         value = Decimal(rng.randint(1_000, 99_999))
         number = f"{value:,}"
     else:
-        # At most one decimal: 3, 4.5, 12. Millions stay below ten, because their zeros must be counted.
+        # The number has at most one decimal: 3, 4.5, 12. Millions stay below ten, because their zeros must be counted.
         largest = 99 if kind == "k" else 9
         tenths = rng.choice((rng.randint(1, largest) * 10, rng.randint(11, largest * 10 + 9)))
         digits = f"{tenths // 10}.{tenths % 10}" if tenths % 10 else str(tenths // 10)

@@ -66,6 +66,6 @@ def _spec(task: PictureTask) -> TaskSpec:
         id=task.id,
         description=task.description,
         answer=Label(labels=task.labels),
-        # Every picture is drawn anew, so none needs to be changed.
+        # No augmentation: training draws new pictures anyway.
         image=ImageInput(size=SIZE, augment=()),
     )

@@ -71,7 +71,7 @@ def _colours(rng: random.Random, label: str, split: Split) -> np.ndarray:
 
 
 def _spots(rng: random.Random, number: int, apart: float, margin: float = 0.14) -> list[Point]:
-    """Places at least `apart` from each other, or as far as many tries bring."""
+    """Places at least `apart` from each other, or as far as many attempts get."""
     while True:
         found: list[Point] = []
         for _ in range(200):

@@ -66,7 +66,7 @@ def is_image_folder(folder: Path) -> bool:
 
 
 class ImageFolderSuite:
-    """Lists all files at once, to find a wrong layout before any work starts; reads a task's when asked for them."""
+    """Lists all files at once, to find a wrong layout before any work starts; reads a task's when asked for it."""
 
     finite = True
 
@@ -122,7 +122,7 @@ def _divided(task_id: str, files: Sequence[_File]) -> dict[Split, list[Example]]
     """The distinct images of every split. The same image under two labels, or in two splits, is told."""
     has_validation = any(file.split == "validation" for file in files)
     found: dict[str, tuple[Example, Split]] = {}
-    # Test first: what is there is nowhere else.
+    # Test first: what it holds is in no other split.
     order = {"test": 0, "validation": 1, "train": 2, None: 3}
     for file in sorted(files, key=lambda file: (order[file.split], file.path)):
         try:

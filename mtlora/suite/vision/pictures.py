@@ -28,7 +28,7 @@ QUARTERS = {
     "bottom right": (0.73, 0.73),
 }
 _NUMBERS = ("one", "two", "three")
-# Of the tasks' pictures, 20 kB each.
+# Pictures kept in memory, 20 kB each.
 _KEPT = 1024
 
 
@@ -63,7 +63,7 @@ def _draw(rng: random.Random, scene: Scene) -> bytes:
 
 @lru_cache(maxsize=_KEPT)
 def _picture(split: Split, seed: int, index: int) -> tuple[Scene, bytes]:
-    """The picture of a number, by which seeds and splits differ in their noise at least."""
+    """The picture with this number; pictures of other seeds and splits differ at least in their noise."""
     rng = seeded("builtin-pictures", split, seed, index)
     scene = _scene(rng)
     return scene, _draw(rng, scene)
@@ -110,7 +110,7 @@ def _there(rng: random.Random, scene: Scene) -> tuple[str, str]:
 
 
 def _both(rng: random.Random, scene: Scene) -> tuple[str, str]:
-    """Whether a shape of a colour is there; where it is not, another of its colour or its shape is."""
+    """Whether a shape of a colour is there; if not, one with the same shape or the same colour is."""
     chosen, wanted = rng.choice(scene), rng.random() < 0.5
     shape, colour = chosen.shape, chosen.colour
     if not wanted and rng.random() < 0.5:

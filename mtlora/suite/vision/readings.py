@@ -14,7 +14,7 @@ _SEGMENTS = dict(
         strict=True,
     )
 )
-# Of seven segments: whether it lies flat, and its middle in half-heights of the digit.
+# The seven segments: whether one lies flat, and its middle in half-heights of the digit.
 _PLACES = {"a": (True, 0, -1), "b": (False, 0.5, -0.5), "c": (False, 0.5, 0.5), "d": (True, 0, 1),
            "e": (False, -0.5, 0.5), "f": (False, -0.5, -0.5), "g": (True, 0, 0)}  # fmt: skip
 _PIPS: dict[str, list[Point]] = {

@@ -1,4 +1,4 @@
-"""Generated tasks about whole surfaces: patterns, defects, pages, faults of a photograph."""
+"""Generated tasks about whole surfaces: patterns, defects, pages, photographic faults."""
 
 import math
 import random
