@@ -19,7 +19,7 @@ logger = get_logger("request")
 
 # A client's deadline starts before the server's, so its cancellation can come a moment before the server's deadline.
 DEADLINE_SLACK_S = 0.1
-# What the server itself failed is nobody's usage.
+# Failures of the server count as no tenant's usage.
 _SERVERS_OWN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL}
 
 
@@ -53,7 +53,7 @@ class Call:
             usage.record(self.tenant.id, self.task, counts)
 
     def settle(self, code: grpc.StatusCode, usage: Usage) -> None:
-        """Count the usage of a call that has ended so."""
+        """Count the usage of a call that ended with this status."""
         if code not in _SERVERS_OWN:
             self.count_in(usage)
 

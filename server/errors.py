@@ -16,7 +16,7 @@ _MAX_MESSAGE = 600
 _MAX_DESCRIPTION = 240
 _MAX_VIOLATIONS_BYTES = 2500
 _SHOWN = 128
-# Ids compared at length with one that does not exist.
+# Known ids that are compared in full with an unknown one.
 _COMPARED = 6
 # Roughly what a restart of the engine takes.
 RESTART_RETRY_S = 20.0
@@ -67,9 +67,9 @@ class AdapterError(Exception):
 
 
 def task_not_found(task_id: str, known: Iterable[str]) -> RequestFailedError:
-    """`known`: ids of which the nearest are named."""
+    """No such task; names the nearest of the `known` ids."""
     shown = shorten(task_id, _SHOWN)
-    # difflib's ratio takes up to milliseconds a pair, and clients choose how often: for the likeliest alone.
+    # difflib's ratio takes up to milliseconds a pair, and clients choose how often: compare only the likeliest.
     likeliest = heapq.nlargest(_COMPARED, known, key=lambda each: _alike(shown, each))
     near = difflib.get_close_matches(shown, likeliest, n=3, cutoff=0.6)
     message = f"no task {shown!r}" + (f"; near: {', '.join(near)}" if near else "; ListTasks has them all")
@@ -91,7 +91,7 @@ def _common(one: str, other: str) -> int:
 
 
 def not_found(kind: str, name: str, message: str) -> RequestFailedError:
-    """`kind`: the resource's message in the contract."""
+    """No such resource. `kind`: the resource's message in the contract."""
     info = error_details_pb2.ResourceInfo(
         resource_type=kind, resource_name=shorten(name, _SHOWN), description=shorten(message, _MAX_MESSAGE)
     )
@@ -120,7 +120,7 @@ def resource_exhausted(message: str, retry_after_s: float) -> RequestFailedError
 def quota_exceeded(subject: str, quota: str, retry_after_s: float | None) -> RequestFailedError:
     """A request beyond a limit of `subject`, such as `tenant:NAME`; `quota` names the limit and its value.
 
-    `retry_after_s` is None for a request that no wait helps.
+    `retry_after_s` is None if no wait helps the request.
     """
     violation = error_details_pb2.QuotaFailure.Violation(subject=subject, description=quota)
     details: list[Message] = [error_details_pb2.QuotaFailure(violations=[violation])]

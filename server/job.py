@@ -1,7 +1,7 @@
 """What a valid request asks of the engine, and what the engine returns. Knows neither gRPC nor vLLM.
 
-Nothing changes them once they are made. Those that are made for each request or token are not frozen: making a frozen
-one takes eight times as long.
+Nothing changes them once they are made. Classes of which each request or token makes one are not frozen: a frozen one
+takes eight times as long to make.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ from mtlora.task import TaskSpec
 
 FinishReason = Literal["stop", "length"]
 
-# Tokens that the engine gives log-probabilities of at a time: the labels that Score tells apart.
+# Tokens whose log-probabilities the engine gives at a time: the labels that Score tells apart.
 MAX_SCORED_TOKENS = 1001
 
 
 class Lane(IntEnum):
-    """Which engine a request waits for: those of one keep none of the other's places."""
+    """The engine that a request waits for. Requests for one engine take no places of the other's."""
 
     TEXT = 0
     IMAGES = 1
@@ -47,7 +47,7 @@ class ServedTask:
 
 @dataclass(frozen=True)
 class MoreSampling:
-    """What few requests set; see the contract's GenerationParameters."""
+    """Sampling parameters that few requests set; see the contract's GenerationParameters."""
 
     min_p: float = 0.0
     presence_penalty: float = 0.0
@@ -98,8 +98,8 @@ class GenerationJob:
     # Answers to template prompts lose their outer blanks; a chat's answer keeps them.
     strip: bool = True
     include_reasoning: bool = False
-    # Tokens that may gather before the engine hands them out. An answer that fits comes in one piece; of others the
-    # first token and the last ones never wait.
+    # Tokens that may gather before the engine hands them out. An answer that fits comes in one piece; in a longer one,
+    # the first token and the last ones never wait.
     delta_tokens: int = 1
     # The name of the type that its answer is held to.
     answer_type: str = ""
@@ -109,19 +109,19 @@ class GenerationJob:
     n: int = 1
     best_of: int = 1
     return_token_ids: bool = False
-    # Among the tenant's own requests that wait, higher first.
+    # Order among the tenant's own waiting requests, higher first.
     priority: int = 0
-    # Of the prompt's tokens, those before the adapter acts; None if it acts on all.
+    # Prompt tokens before the adapter acts; None if it acts on all.
     activation: int | None = None
     # (seconds, most tokens of the tenant): how long the engine keeps the blocks before `activation`, and of how many.
     lease: tuple[float, int] | None = None
-    # Of the prompt's tokens, those that another request of the same call computes.
+    # Prompt tokens that another request of the same call computes.
     shared: int = 0
-    # Of a prompt with an image, once it was looked at.
+    # Soft tokens of the prompt's image, once the engine has looked at it.
     soft: SoftTokens | None = None
 
     lane: ClassVar = Lane.TEXT
-    # What a token of the prompt costs, as the fair queue counts it.
+    # The cost of a prompt token, as the fair queue counts it.
     position_cost: ClassVar[float] = 1.0
 
 
@@ -176,12 +176,12 @@ class Delta:
     # engine keeps no statistics.
     scheduled_at: float | None = None
     first_token_at: float | None = None
-    # Of the prompt's tokens, those that the engine found in its prefix cache.
+    # Prompt tokens found in the prefix cache.
     cached_tokens: int = 0
     token_ids: Sequence[int] = ()
-    # Of the prompt's tokens but the first, in the first delta.
+    # Log-probabilities of all prompt tokens but the first, in the first delta.
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    # Of all tokens so far; None unless asked for.
+    # Sum over all tokens so far; None unless asked for.
     cumulative_logprob: float | None = None
     # The working, until the marker comes. `Generation` sets it; the engine does not know the marker.
     reasoning: str = ""

@@ -60,7 +60,9 @@ class Settings(BaseSettings):
     storage_timeout_s: float = Field(
         30.0, gt=0, le=3600, description="seconds in which the adapters' storage must get on with a listing or a file"
     )
-    adapter_slots: int = Field(256, ge=1, description="adapter versions in the engine at the same time")
+    adapter_slots: int = Field(
+        256, ge=1, description="adapter versions resident in the engine; each has a slot for each of its tasks"
+    )
     adapter_blocks: Literal["ffn", "attention", "both"] = Field(
         "both", description="blocks beside which adapters may have paths; adapters with others are refused"
     )
@@ -281,7 +283,7 @@ class Settings(BaseSettings):
     @field_validator("host", "metrics_host")
     @classmethod
     def _is_address(cls, host: str) -> str:
-        """Without the brackets that an IPv6 address may have."""
+        """The host without the brackets of an IPv6 address."""
         bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
         try:
             if ":" in bare:
@@ -325,7 +327,7 @@ class Settings(BaseSettings):
 
     @property
     def in_flight_limit(self) -> int:
-        """Of requests for one engine."""
+        """Requests in flight for one engine."""
         return self.max_in_flight or 4 * max(self.max_num_seqs, self.vision_max_num_seqs if self.vision_backbone else 1)
 
     @property
@@ -375,7 +377,7 @@ def load_settings(flags: Mapping[str, Any], config: Path | None = None) -> Setti
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    # Not pydantic-settings' YAML source: it takes a missing file for an empty one, and names no file in its errors.
+    # Do not use pydantic-settings' YAML source: it takes a missing file for an empty one, and its errors name no file.
     import yaml
 
     try:

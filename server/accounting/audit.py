@@ -25,9 +25,9 @@ from server.tenants import Tenant
 logger = get_logger("audit")
 
 STDERR = "stderr"
-# Methods whose calls are written down.
+# The log has the calls of these methods.
 AUDITED = ("/mtlora.v1.Adapters/", "/mtlora.v1.Usage/", "/inference.GRPCInferenceService/Repository")
-# Calls that change something, and the one that may last for days.
+# Calls that change something get a line "received", and so does the one that may last for days.
 _RECEIVED_TOO = {
     *(
         f"/mtlora.v1.Adapters/{name}"
@@ -35,7 +35,7 @@ _RECEIVED_TOO = {
     ),
     *(f"/inference.GRPCInferenceService/{name}" for name in ("RepositoryModelLoad", "RepositoryModelUnload")),
 }
-# Of what a caller sent.
+# Limits on what a line repeats of the request.
 _MAX_TEXT, _MAX_ENTRIES, _MAX_REFUSED_ENTRIES = 256, 1000, 16
 
 
@@ -54,7 +54,7 @@ class AuditLog:
         self._metrics = metrics
         self._thread = ThreadPoolExecutor(1, "audit") if path else None
         self._file = 2
-        # A full disk took a part of the last line.
+        # Whether a full disk cut the last line short.
         self._torn = False
         if self._path:
             try:
@@ -94,7 +94,7 @@ class AuditLog:
             os.fsync(self._file)
 
     def _follow_rotation(self, path: Path) -> None:
-        """Open the file anew if it was renamed or removed."""
+        """Reopen the file if it was renamed or removed."""
         try:
             if os.path.samestat(os.stat(path), os.fstat(self._file)):
                 return
@@ -137,7 +137,7 @@ class AuditedCall:
         entry = self._entry("completed", tenant) | {"status": status}
         if reason:
             entry["reason"] = shorten(reason, _MAX_TEXT)
-        # Which version a call has chosen.
+        # The version that a call has chosen.
         if response is not None and "serving" in response.DESCRIPTOR.fields_by_name:
             entry["version"] = response.serving.version  # type: ignore[attr-defined]
         try:

@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 _NAME = "journal-"
-# A new file after so many bytes: files whose records are summed up are removed.
+# Size at which a new file begins; files whose records are summed up are removed.
 SEGMENT_BYTES = 16 << 20
 # Bytes that may wait while the disk takes none: some 20,000 records.
 _MAX_UNWRITTEN = 1 << 20
@@ -77,7 +77,7 @@ class Journal:
         self._folder = folder
         self._segment_bytes = segment_bytes
         self._files: dict[int, int] = {}
-        # What could not be written, or not whole: it goes before the next record.
+        # Records, or the rest of one, that could not be written: they go before the next record.
         self._unwritten = b""
         for path in folder.glob(_NAME + "[0-9]" * 10) if folder else ():
             self._open(int(path.name.removeprefix(_NAME)))

@@ -62,7 +62,7 @@ def periods(at: int) -> tuple[str, str]:
 
 
 class Totals:
-    """In a folder, or in memory. All methods in one thread. Raises sqlite3.Error."""
+    """Sums in a folder's database, or in memory. Call all methods in one thread. Raises sqlite3.Error."""
 
     def __init__(self, folder: Path | None, now: int) -> None:
         self._in_memory = folder is None

@@ -26,9 +26,9 @@ from server.tenants import Tenant
 logger = get_logger("usage")
 
 _SUM_UP_S = 1.0
-# Without a folder no power can be lost that usage would outlive, so the database rests.
+# Without a folder, usage ends with the process whatever happens: sum up seldom.
 _SUM_UP_IN_MEMORY_S = 10.0
-# How long the end waits for the last records to be summed up; the next start does it otherwise.
+# How long the shutdown waits to sum up the last records; otherwise the next start does it.
 _FINISH_S = 5.0
 
 
@@ -49,7 +49,7 @@ class Usage:
         # The database's own thread.
         self._thread = ThreadPoolExecutor(1, "usage")
         self._closed = False
-        # As many records wait for the disk as may.
+        # Whether too many records wait for the disk.
         self.stuck = False
         try:
             if folder:

@@ -47,10 +47,10 @@ from server.tenants.authentication import Authenticator
 
 logger = get_logger("app")
 
-# Until background work that ended is started again.
+# Seconds until background work that ended starts again.
 _RESTART_S = 1.0
 _SUPERVISOR = "supervisor"
-# Running requests get their status before the process ends.
+# Seconds in which running requests get their status before the process ends.
 _LAST_STATUSES_S = 0.5
 
 
@@ -69,7 +69,7 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> int:
             return 1
         return await app.run(ready)
 
-    # It takes less processor time a request than asyncio's own loop.
+    # uvloop takes less processor time a request than asyncio's own loop.
     return uvloop.run(run())
 
 
@@ -99,7 +99,7 @@ class App:
             min(engine_turns(most), settings.in_flight_limit)
             for most in (settings.max_num_seqs, settings.vision_max_num_seqs)
         )
-        # Above what the queue takes, so the fair queue picks whom to refuse; a tenant's part too.
+        # Above what the queue takes, so the fair queue picks whom to refuse. A tenant's part is above its queue too.
         self._admission = Admission(
             settings.in_flight_limit + max(turns, image_turns), self._metrics, spare=min(turns, image_turns) // 2
         )
@@ -184,7 +184,7 @@ class App:
             logger.info("stopped while starting")
             self._exit(0)
         starting.result()
-        # Not before: clients of several servers would take a server that answers for one that serves.
+        # Answer only now: clients take a server that answers for one that serves.
         await listening.server.start()
         seconds = round(time.monotonic() - began, 1)
         tasks = len(self._inference.catalog.tasks)
@@ -211,7 +211,7 @@ class App:
         self._metrics.serving.set(False)
         await listening.drain(self._health, self._admission)
         if self._engines.starting:
-            # Its launch cannot be cancelled.
+            # An engine's launch cannot be cancelled.
             self._exit(0)
         for task in beside:
             task.cancel()
@@ -267,7 +267,7 @@ class App:
     async def _listen_for_probes(self) -> Any | None:
         if (port := self._settings.health_port) is None:
             return None
-        # Its own count: probes must pass whatever strangers hold open on the main port.
+        # Probes have a count of their own: they must pass whatever strangers hold open on the main port.
         anonymous = AnonymousCalls(self._settings)
         interceptor = AnonymousInterceptor(anonymous, self._settings)
         server, bound = await listen_for_probes(self._settings, port, self._health, interceptor)
@@ -337,7 +337,7 @@ class App:
         except (BackboneError, EngineStartError, SpoolError) as error:
             raise StartError(str(error)) from error
         except OSError as error:
-            # A volume that is not there, full, or read-only though it is a cache.
+            # A volume may be missing, full, or read-only though it is a cache.
             raise StartError(f"the start failed: {error}") from error
         except EngineDeadError:
             raise StartError("the engine died while it loaded its adapters; the log above says why") from None
@@ -399,6 +399,6 @@ class App:
 
 
 def _print_error(error: Exception) -> None:
-    # After the log lines that the message may refer to.
+    # Print after the log lines that the message may refer to.
     if finish_logging():
         print(f"mtlora-server: {error}", file=sys.stderr, flush=True)

@@ -44,8 +44,8 @@ class SetHealth(Protocol):
 class Engines:
     """`start` them once `adapters` is set; then `supervise` and `poll` each one's lane beside the requests.
 
-    One may be lost while the other serves. stopping: set once the server drains; nothing is served anew then. give_up:
-    called when the last one that served has failed too often.
+    One may be lost while the other serves. stopping: set once the server drains, after which no engine begins to serve.
+    give_up: called when the last engine that served has failed too often.
     """
 
     adapters: Adapters
@@ -82,7 +82,7 @@ class Engines:
         Raises StartError, EngineStartError, or EngineDeadError.
         """
         self._verifying = asyncio.ensure_future(self._verify_adapters())
-        # Together: if nothing can be served, the start fails without waiting for the engine.
+        # Do both together: if nothing can be served, the start fails without waiting for the engine.
         await asyncio.gather(*(each.start() for each in self.supervisors.values()), self._verifying)
 
     async def supervise(self, lane: Lane) -> None:
@@ -112,7 +112,7 @@ class Engines:
 
     @property
     def starting(self) -> bool:
-        """Whether one starts: it cannot be stopped then."""
+        """Whether an engine is starting, which cannot be stopped."""
         return any(each.starting for each in self.supervisors.values())
 
     def shutdown(self) -> None:
@@ -182,7 +182,7 @@ class Engines:
 
 @dataclass(frozen=True)
 class _Listener:
-    """Hears of one engine."""
+    """Passes one engine's events on, with its lane."""
 
     engines: Engines
     lane: Lane
@@ -198,5 +198,5 @@ def _freeze_objects() -> None:
     """Leave what is alive now out of garbage collections, which would hold up the streams."""
     gc.collect()
     gc.freeze()
-    # Tells the collector how little is left: it runs in full once a quarter as much has been added.
+    # This full collection tells the collector how little is left: the next comes once a quarter as much is added.
     gc.collect()

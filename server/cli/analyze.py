@@ -62,7 +62,7 @@ def print_answers(client: Client, tasks: list[str], document: str, *, timeout: f
             live.refresh()
     seconds = time.monotonic() - began
     if not console.is_terminal:
-        # There `Live` ends without a line's end.
+        # Without a terminal, `Live` does not end its last line.
         console.print()
     got = [each.answer.summary for each in answers if each.answer]
     prompts, cached = (sum(getattr(each, name) for each in got) for name in ("prompt_tokens", "cached_tokens"))

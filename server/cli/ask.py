@@ -8,10 +8,10 @@ from mtlora.client import Client, Input
 from server.cli import CommandError
 from server.cli.connection import add_address, connect
 
-# Of type float and int, as flags.
+# Flags of type float, and of type int.
 _FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _INTS = ("max_new_tokens", "min_new_tokens", "top_k", "seed", "n", "best_of", "priority")
-# Repeatable.
+# Flags that may be repeated.
 _TOKENS = ("allowed_tokens", "banned_tokens", "stop_token_ids")
 _PARAMETERS = (*_FLOATS, *_INTS, *_TOKENS, "stop")
 

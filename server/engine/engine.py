@@ -1,4 +1,4 @@
-"""Thin asynchronous wrappers around vLLM's AsyncLLM: of any engine, and of one with a language backbone."""
+"""Thin asynchronous wrappers around vLLM's AsyncLLM, for any engine and for one with a language backbone."""
 
 import asyncio
 import time
@@ -20,7 +20,7 @@ from server.telemetry.logs import get_logger
 
 logger = get_logger("engine")
 
-# Between polls of an adapter that is being staged.
+# Seconds between polls of an adapter that is being staged.
 _STAGING_POLL_S = 0.02
 
 
@@ -77,7 +77,7 @@ class BaseEngine:
         # The longest wait comes first.
         self._sequences: dict[_Wait, None] = {}
         self._calls: dict[_Wait, None] = {}
-        # They may take long, beside steps that go on.
+        # Compilations may take long, while steps go on.
         self._compilations: dict[_Wait, None] = {}
         self._lost = False
         self._last_step = time.monotonic()
@@ -208,7 +208,8 @@ class BaseEngine:
         """Stop the engine's processes. Blocks for a few seconds at most."""
         if self._llm is not None:
             if self._lost:
-                # First: vLLM looks for the children of processes that live, and fails if one of these ends meanwhile.
+                # Clean up first: vLLM looks for the children of living processes, and fails if one of these ends
+                # meanwhile.
                 self._processes.clean_up()
             self._llm.shutdown(timeout=0 if self._lost else 5)
             # Collect it now: at the interpreter's exit its finalizer would fail and log that.
@@ -228,13 +229,13 @@ class Engine(BaseEngine):
 
     @property
     def vocab_size(self) -> int:
-        """Token ids below it are tokens. The model's own vocabulary may be padded."""
+        """Token ids are below it. The model's own vocabulary may be padded."""
         known = max(self.prompts.tokenizer.get_vocab().values()) + 1
         return min(known, int(self._llm.model_config.get_vocab_size()))
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """Tokens that end an answer, whatever a request says."""
+        """Tokens that end an answer, whatever a request sets."""
         found = self._llm.model_config.try_get_generation_config().get("eos_token_id")
         more = found if isinstance(found, list) else [found]
         return frozenset(each for each in (self.prompts.tokenizer.eos_token_id, *more) if each is not None)
@@ -276,7 +277,7 @@ class Engine(BaseEngine):
         )
 
     def _rank_of(self, document_ids: list[int]) -> dict[str, int]:
-        """Of several engines, the one that reads a document: its tasks meet its blocks there."""
+        """With several engines, choose the one that reads a document: its tasks find its blocks there."""
         engines = self._settings.data_parallel_size
         if engines == 1 or not document_ids:
             return {}

@@ -32,7 +32,7 @@ VISION_CACHE_BYTES = 64 << 20
 _launching = threading.Lock()
 # What the last launch changed of the variables that place threads: their values before it.
 _before: dict[str, str | None] = {}
-# On a CPU, unless a setting says otherwise.
+# GiB of KV cache on a CPU, unless a setting says otherwise.
 CPU_KV_CACHE_GIB = 1.0
 
 # Even in an eager engine, vLLM compiles two sampling functions in the first request that needs them, for seconds.
@@ -47,7 +47,7 @@ def launch(settings: Settings, backbone: Path, on_stats: Callable[[EngineStats],
 
 
 def launch_vision(settings: Settings, backbone: Path, on_stats: Callable[[EngineStats], None]) -> Any:
-    """As `launch`, for a vision backbone."""
+    """Like `launch`, for a vision backbone."""
     with _launching:
         environment = partial(engine_environment, settings, settings.vision_omp_threads_bind, 1, place=1)
         return _launch(environment, partial(_vision_engine_args, settings, backbone), on_stats)
@@ -67,7 +67,7 @@ def _launch(
     _before.clear()
     placing = environment.keys() & {BIND, "OMP_NUM_THREADS", shared_cores.ENVIRONMENT}
     _before.update({name: os.environ.get(name) for name in placing})
-    # Before the import of vLLM, which reads some variables at once.
+    # Set them before the import of vLLM, which reads some variables at once.
     os.environ.update(environment)
     # vLLM's variable would override the setting silently.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
@@ -80,7 +80,7 @@ def _launch(
     if available("environment read once"):
         from vllm.envs import disable_envs_cache
 
-        # Of an engine that was launched before.
+        # The cache may hold the environment of an earlier launch.
         disable_envs_cache()
     arguments = make_arguments()
     if arguments["enforce_eager"]:
@@ -92,7 +92,7 @@ def _launch(
     if available("environment read once"):
         from vllm.envs import enable_envs_cache
 
-        # vLLM reads its environment variables anew for every request. In the engine's processes it stops that itself.
+        # vLLM reads its environment variables again for every request; its engine processes stop that themselves.
         enable_envs_cache()
     return engine
 
@@ -195,7 +195,7 @@ def engine_environment(
         # The backbone is a local folder by now.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
-        # For the plugins in the engine's processes.
+        # Variables of the plugins in the engine's processes.
         "MTLORA_ADAPTER_BACKBONE_CHECK": settings.adapter_backbone_check,
         "MTLORA_ROUTING_SAMPLE_STEPS": str(settings.routing_sample_steps),
         orphans.ENVIRONMENT_SWITCH: "1",

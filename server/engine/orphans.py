@@ -1,6 +1,6 @@
 """An engine's process ends with the server that started it: entry point `mtlora-server` of `vllm.general_plugins`.
 
-vLLM's own lives on after a server that was killed, and keeps its memory, though no one can ask it anything.
+An engine process of vLLM outlives a killed server and keeps its memory.
 """
 
 import multiprocessing

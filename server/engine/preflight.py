@@ -11,18 +11,18 @@ from server.job import Lane
 from server.settings import Settings
 
 _GIB = 1 << 30
-# What processes hold without weights and KV cache: interpreters, libraries, activations of the warm-up. Measured on a
-# server just ready, with the default backbones and the shipped adapters, as proportional set sizes (psutil's
+# GiB that processes hold without weights and KV cache: interpreters, libraries, activations of the warm-up. Measured on
+# a server just ready, with the default backbones and the shipped adapters, as proportional set sizes (psutil's
 # memory_full_info), and rounded up: server and verifier 0.79, an engine of texts 2.09 less 1.25 of weights and cache,
 # one of images 0.64 less 0.14.
 SERVER_GIB = 0.8
 ENGINE_GIB = {Lane.TEXT: 0.9, Lane.IMAGES: 0.6}
-# Of a pixel that is being decoded, at most: 287 MB for a grey PNG with alpha of 25 megapixels.
+# Most bytes of a pixel that is being decoded: 287 MB for a grey PNG with alpha of 25 megapixels.
 DECODED_BYTES = 12
 
 
 def check_machine(settings: Settings, backbones: Mapping[Lane, Path]) -> None:
-    """Raise EngineStartError if this is no machine for this build of the engine, or its memory limit is too small."""
+    """Raise EngineStartError if this machine cannot run this build of the engine, or its memory limit is too small."""
     import torch
     from vllm.platforms import current_platform
 
@@ -58,11 +58,11 @@ def memory_needed(settings: Settings, backbone: Path, lane: Lane = Lane.TEXT) ->
 
     stored = sum(file.stat().st_size for file in backbone.glob("*.safetensors"))
     if lane is Lane.IMAGES:
-        # Its weights keep their dtype.
+        # A vision backbone's weights keep their dtype.
         return stored + VISION_CACHE_BYTES + int(ENGINE_GIB[lane] * _GIB)
     dtype = engine_dtype(settings.dtype, backbone, quantised=settings.quantization is not None)
     config = json.loads((backbone / "config.json").read_text())
-    # Weights of two bytes become four.
+    # Weights of two bytes grow to four.
     if dtype == "float32" and config.get("dtype", config.get("torch_dtype")) != "float32":
         stored *= 2
     return settings.data_parallel_size * (stored + int((_kv_cache_gib(settings) + ENGINE_GIB[lane]) * _GIB))

@@ -20,7 +20,7 @@ def exit_at_once(status: int) -> NoReturn:
 
 
 class EngineProcesses:
-    """Found while all of them live, because the children of a dead parent cannot be found.
+    """Look for them while all live: the children of a dead parent cannot be found.
 
     shared: names in shared memory that they have mapped and this process has not.
     """

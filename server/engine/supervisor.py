@@ -15,7 +15,7 @@ from server.telemetry.logs import get_logger
 
 logger = get_logger("engine")
 
-# How often a hang is looked for. Rarely: every time the event loop wakes up it delays the next step.
+# How often to look for a hang. Seldom: every wake-up of the event loop delays the next step.
 _LOOK_INTERVAL_S = 2.0
 
 
@@ -79,15 +79,15 @@ class Supervisor:
             logger.info("engine restarted", extra={"fields": {"seconds": round(time.monotonic() - began, 1)}})
 
     async def load(self, folder: Path, slots: Sequence[Any]) -> None:
-        """As `BaseEngine.load`."""
+        """See `BaseEngine.load`."""
         await self._running.load(folder, slots)
 
     async def unload(self, slots: Sequence[Any]) -> None:
-        """As `BaseEngine.unload`."""
+        """See `BaseEngine.unload`."""
         await self._running.unload(slots)
 
     async def warm_up(self, slot: Any | None, *, short: bool = False) -> None:
-        """As the engine's."""
+        """See `BaseEngine.warm_up`."""
         await self._running.warm_up(slot, short=short)
 
     @property
@@ -123,13 +123,13 @@ class Supervisor:
                 failure = EngineFailure("died", "it died while its adapters were loaded")
 
     async def _or_failure(self, work: Awaitable[None]) -> None:
-        """Wait for `work`. An engine that fails first is marked as lost: EngineDeadError."""
+        """Wait for `work`. If the engine fails first, mark it as lost and raise EngineDeadError."""
         working, failing = asyncio.ensure_future(work), asyncio.create_task(self._failure())
         try:
             await asyncio.wait({working, failing}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             failing.cancel()
-            # Until it has stopped watching the engine, which `run` is about to watch.
+            # Wait until this watch of the engine has ended: `run` is about to watch it.
             await asyncio.wait({failing})
         if not working.done():
             self._running.lose()

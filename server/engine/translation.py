@@ -47,7 +47,7 @@ def sampling_params(sampling: Sampling, delta_tokens: int, extra: Mapping[str, A
         output_kind=RequestOutputKind.FINAL_ONLY if in_one_piece else RequestOutputKind.DELTA,
         stream_interval=delta_tokens,
         extra_args=extra,
-        # No deep copy: nothing else holds this object.
+        # Copy nothing: no one else holds this object.
         skip_clone=True,
         **(_more(sampling.more) if sampling.more else {}),
     )
@@ -102,7 +102,7 @@ def delta(output: Any, sampling: Sampling, text_of: Callable[[Sequence[int]], st
         raise EngineAbortedError(reason)
     times, text = output.metrics, completion.text
     if text_of is not None:
-        # As vLLM does, without the token that ended it.
+        # Like vLLM, leave out the token that ended it.
         text = text_of(completion.token_ids[:-1] if reason == "stop" else completion.token_ids)
     return Delta(
         text=text,
@@ -113,7 +113,7 @@ def delta(output: Any, sampling: Sampling, text_of: Callable[[Sequence[int]], st
         first_token_at=(times.first_token_ts or None) if times else None,
         cached_tokens=output.num_cached_tokens or 0,
         token_ids=completion.token_ids,
-        # The first token of a prompt has none.
+        # A prompt's first token has no log-probabilities.
         prompt_logprobs=_logprobs(
             output.prompt_token_ids[1:], output.prompt_logprobs[1:], sampling.more.prompt_logprobs
         )
@@ -135,6 +135,6 @@ def _token_logprobs(token_id: int, position: dict[int, Any], most: int) -> Token
     tokens = {
         each: TokenLogprob(each, entry.decoded_token or "", float(entry.logprob)) for each, entry in position.items()
     }
-    # The chosen token is there too, whatever its rank.
+    # vLLM lists the chosen token too, at any rank.
     ranked = sorted((entry.rank, each) for each, entry in position.items())
     return TokenLogprobs(tokens[token_id], tuple(tokens[each] for _, each in ranked[:most]))

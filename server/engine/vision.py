@@ -26,7 +26,7 @@ class VisionEngine(BaseEngine):
         from mtlora.vision.encoder import load_encoder
         from mtlora.vllm_vision import feature_params, image_prompt, state_params
 
-        # In this process, a few small products an image: more threads would wait for each other beside the engine's.
+        # Use one thread here: its few small products would make more threads wait beside the engine's.
         torch.set_num_threads(1)
         encoder = load_encoder(self._backbone)
         self._embeddings, self._config = encoder.embeddings, encoder.config
@@ -36,7 +36,7 @@ class VisionEngine(BaseEngine):
         return llm
 
     def positions(self, size: int) -> int:
-        """Of the sequence of an image of size x size pixels."""
+        """Positions of the sequence of an image of size x size pixels."""
         return self._config.num_positions(size)
 
     def embed(self, pixels_CSS: NDArray[np.float32]) -> Any:
@@ -52,7 +52,7 @@ class VisionEngine(BaseEngine):
         return self._config.num_prefix
 
     def soft_tokens(self, size: int, merge: int) -> int:
-        """Of an image of size x size pixels; see `VisionConfig`."""
+        """Soft tokens of an image of size x size pixels; see `VisionConfig`."""
         return self._config.num_soft_tokens(size, merge)
 
     async def encode(self, embeds_TD: Any, slot: Any | None) -> NDArray[np.float32]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# Each would be imported anew in every child.
+# Import these once; every child would import them again.
 _CONTEXT.set_forkserver_preload(
     ["mtlora.checkpoint.read", "server.registry.check", "server.tenants.file", "server.tenants.jwks"]
 )
@@ -66,7 +66,7 @@ def in_child(
 ) -> list[bytes]:
     """What `work(*arguments)` yields, each pickled. Blocks. Raises ChildError.
 
-    running: holds the process while it runs, for whoever may want to end it.
+    running: holds the process while it runs, so that a caller can end it.
     """
     running = set() if running is None else running
     until = time.monotonic() + limits.timeout_s

@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 
 class AdapterEngine(LoadsSlots, Protocol):
-    """What the registry needs of an engine, whichever its kind."""
+    """What the registry needs of an engine of either kind."""
 
     async def warm_up(self, slot: Any | None, *, short: bool = False) -> None: ...
 
 
-# Types in one call of the engine.
+# Types that one call of the engine compiles.
 _COMPILED_AT_ONCE = 16
 
-# Of the engine of texts that runs: `Engine.compile`.
+# `Engine.compile` of the running engine of texts.
 Compile = Callable[[Sequence[str]], Awaitable[list[int]]]
 
 
@@ -118,7 +118,7 @@ def open_adapters(
         storage,
         max_bytes=max_bytes,
         max_uploads=settings.max_uploads,
-        # What is left for the rest of a message.
+        # Room for the rest of a message.
         max_chunk_bytes=settings.max_message_bytes - 256,
     )
     return Adapters(registry, residencies, spool, verifier, uploads)
@@ -136,7 +136,7 @@ def _residency(engine: AdapterEngine, prepare: Prepare | None, settings: Setting
 
 
 def _identity(backbone: Path, settings: Settings) -> "BackboneArchitecture":
-    """What adapters must have been made beside."""
+    """The backbone beside which adapters must have been made."""
     from mtlora.backbone import identify
 
     made_beside = identify(backbone)
@@ -144,7 +144,7 @@ def _identity(backbone: Path, settings: Settings) -> "BackboneArchitecture":
 
 
 def _normalising(vision: Path) -> Callable[["TaskSpec"], "TaskSpec"]:
-    """What gives a task that takes an image the mean and spread of the backbone, unless it has its own."""
+    """A function that fills in the backbone's mean and spread for a task that takes an image and has none."""
     from mtlora.vision.families import read_normalisation
 
     mean, std = read_normalisation(vision)
@@ -164,7 +164,7 @@ async def _compile_types(compile: Compile, version: AdapterVersion) -> None:
     texts = {task: found.text for task, spec in version.specs.items() if (found := spec.constraint())}
     distinct = list(dict.fromkeys(texts.values()))
     fewest: dict[str, int] = {}
-    # A few at a time, for others' types wait meanwhile.
+    # Compile a few at a time: other adapters' types wait meanwhile.
     for start in range(0, len(distinct), _COMPILED_AT_ONCE):
         some = distinct[start : start + _COMPILED_AT_ONCE]
         fewest |= zip(some, await compile(some), strict=True)

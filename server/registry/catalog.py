@@ -23,8 +23,8 @@ _NEAR = 24
 class Catalog:
     """What can be asked. `tasks` is sorted by task id.
 
-    splits: the share of each version, for tasks with a canary. `tasks` has their serving version.
-    visible: the ids, in order, that lists of patterns allow; whoever asks fills it in.
+    splits: the share of each version, for tasks with a canary. `tasks` has their serving version. visible: the ids, in
+    order, that lists of patterns allow; filled in by callers.
     """
 
     tasks: Mapping[str, ServedTask] = field(default_factory=dict)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mtlora.checkpoint.format import AdapterManifest, ProjectorConfig
     from mtlora.vision.families import VisionConfig
 
-    # By lane; a server has one, or both.
+    # Backbones by lane; a server has one, or both.
     Backbones = Mapping[Lane, BackboneArchitecture]
 
 _CHUNK = 1 << 20
@@ -36,9 +36,9 @@ class NoEngineError(Exception):
 class VerificationLimits:
     """Limits of one verification.
 
-    max_bytes: of both files together. timeout_s: seconds, both of the clock and of one core.
-    headroom_bytes: memory for reading, beside two copies of the files. tokens: of the backbone's vocabulary.
-    vision: the architecture of the vision backbone, if there is one. image_size: of the largest input of a task.
+    max_bytes: limit of both files together. timeout_s: seconds, both of the clock and of one core. headroom_bytes:
+    memory for reading, beside two copies of the files. tokens: size of the backbone's vocabulary. vision: the
+    architecture of the vision backbone, if there is one. image_size: side of a task's largest input.
     """
 
     max_bytes: int = 1 << 30

@@ -56,7 +56,8 @@ class Folder:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(changed.set)
 
-        # Not watchfiles' awatch: it sets up the watch on the event loop, where a storage that hangs would hold up all.
+        # Do not use watchfiles' awatch: it sets up the watch on the event loop, where a hanging storage would hold up
+        # all.
         threading.Thread(target=self._watch, args=(notify, stop, poll_s), name="adapters-watch", daemon=True).start()
         try:
             while True:

@@ -29,7 +29,7 @@ class Verifies(Protocol):
 
 @dataclass
 class Lifecycle:
-    """root: the folder of adapters. residencies: of each engine. warm: runs a short sequence on a version.
+    """root: the folder of adapters. residencies: one for each engine. warm: runs a short sequence on a version.
 
     prepare_images: fills in what a task that takes an image leaves to the backbone.
     """
@@ -90,14 +90,14 @@ class Lifecycle:
         version.content, version.folder = verified.content, verified.folder
         version.copied = True
         if version not in record.versions:
-            # Its files vanished meanwhile.
+            # The version's files vanished meanwhile.
             record.versions.append(version)
         self._reach(version, Stage.VERIFIED)
         return version
 
     async def _warm(self, version: AdapterVersion) -> None:
         if version.leaving:
-            # Wanted again before it has left.
+            # The version is wanted again before it has left.
             version.enter(Stage.VERIFIED)
         residency = self.residencies[version.lane]
         with residency.hold(version):

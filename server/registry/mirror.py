@@ -33,7 +33,7 @@ class Mirror:
         self._folder = folder
         # The state of the files that each mirrored version was copied from.
         self._seen: dict[tuple[str, str], Any] = {}
-        # A call that was given up as hung may still run.
+        # A call that was given up as hung may still run: one sync at a time.
         self._syncing = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -55,7 +55,7 @@ class Mirror:
         try:
             listed = dict(self._list())
         except Exception as error:
-            # Credentials may have been rotated: the next attempt reads them anew.
+            # Credentials may have been rotated: the next attempt reads them again.
             self._open()
             raise MirrorError(f"{self._url}: {error or type(error).__name__}") from error
         for key, files in listed.items():

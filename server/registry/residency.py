@@ -37,12 +37,12 @@ class LoadsSlots(Protocol):
 
 
 class Residency:
-    """At most `capacity` versions at a time, whatever their tasks. Pinned versions make no room for others.
+    """At most `capacity` versions at a time, with any number of tasks. Pinned versions make no room for others.
 
-    prepare: makes ready, in the engine, what a version's answers are held to; once a version and engine.
-    on_cold: gets the seconds that a request waited for its version. on_load: gets the seconds of a load, without its
-    wait for room. on_evict: called for each version that makes room. room_s: seconds after which
-    a version that waits for room fails.
+    prepare: compiles, in the engine, what a version's answers are held to; called once a version and engine. on_cold:
+    gets the seconds that a request waited for its version. on_load: gets the seconds of a load, without its wait for
+    room. on_evict: called for each version that makes room. room_s: seconds after which a version that waits for room
+    fails.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Residency:
         # The load, running or done, of every version that is not OUT.
         self._loads: dict[AdapterVersion, asyncio.Task[None]] = {}
         self._changed = asyncio.Condition()
-        # Held by the version that is next to get room.
+        # The version that is next to get room holds this.
         self._line = asyncio.Lock()
         self._draining: set[AdapterVersion] = set()
         self._background: set[asyncio.Task[None]] = set()
@@ -98,7 +98,7 @@ class Residency:
 
     @contextmanager
     def hold(self, version: AdapterVersion) -> Iterator[None]:
-        """Keep a version's copy, so that it can be loaded whatever is published meanwhile."""
+        """Keep a version's copy, so that it can be loaded even if others are published meanwhile."""
         version.holds += 1
         try:
             yield
@@ -172,7 +172,7 @@ class Residency:
         try:
             async with self._room():
                 if self._loads.get(version) is not loading:
-                    # Reset while an eviction, which hides the cancellation, made room.
+                    # `reset` ran while an eviction made room; the eviction swallowed the cancellation.
                     raise EngineDeadError
                 version.move(Place.LOADING)
             began = time.monotonic()

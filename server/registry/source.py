@@ -11,7 +11,7 @@ TENSORS_FILE = "adapter.safetensors"
 # Hidden: no look at the folder sees it.
 UPLOADS_FOLDER = ".uploads"
 
-# Of both files: device, inode, size, change time, the link's inode. Equal signatures mean equal content.
+# Signature of both files: device, inode, size, change time, the link's inode. Equal signatures mean equal content.
 Signature = tuple[tuple[int, int, int, int, int], ...]
 
 

@@ -1,7 +1,7 @@
 """Copies of verified versions, by content, in a local folder that only this server writes.
 
-The engine loads from here alone, so it loads what was verified, even after an eviction and whatever happened to the
-folder of adapters since.
+The engine loads from here alone, so it loads what was verified, even after an eviction and after changes in the folder
+of adapters.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ class Spool:
             raise SpoolError(f"{parent}: no copies of adapters can be written: {error} (adapter_cache)") from None
         self._lock = _try_lock(self.root)
         self._max_bytes = max_bytes
-        # By name in `root`. Verifying threads change them beside the event loop.
+        # Sizes by name in `root`. Verifying threads change them beside the event loop.
         self._sizes: dict[str, int] = {}
         self._users: Counter[str] = Counter()
         self._changing = threading.RLock()

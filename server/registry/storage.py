@@ -12,7 +12,7 @@ _T = TypeVar("_T")
 # Calls at a time. One that hangs keeps its thread.
 _THREADS = 4
 
-# Work calls it whenever it has got on.
+# Work calls it whenever it makes progress.
 Beat = Callable[[], None]
 
 
@@ -46,7 +46,7 @@ def in_thread(work: Callable[[], _T], name: str) -> "asyncio.Future[_T]":
 
 
 class Storage:
-    """Runs calls to one storage. `on_timeout` is called for each that did not get on for `timeout_s` seconds."""
+    """Runs calls to one storage. `on_timeout` is called for each that made no progress for `timeout_s` seconds."""
 
     def __init__(self, timeout_s: float = 30.0, on_timeout: Callable[[], None] = lambda: None) -> None:
         self._timeout_s = timeout_s
@@ -54,7 +54,7 @@ class Storage:
         self._free = asyncio.Semaphore(_THREADS)
 
     async def call(self, work: Callable[[Beat], _T]) -> _T:
-        """What `work` returns. Raises TimeoutError, an OSError, if it does not get on; its thread is left then."""
+        """What `work` returns. Raises TimeoutError, an OSError, without progress; its thread is then left behind."""
         last = time.monotonic()
 
         def beat() -> None:

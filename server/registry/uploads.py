@@ -48,7 +48,7 @@ class Announced:
         return self.manifest_bytes + self.tensors_bytes
 
     def violations(self, max_bytes: int) -> Iterator[Violation]:
-        """What is wrong with it."""
+        """The violations in it."""
         if not NAME.fullmatch(self.adapter):
             yield Violation("begin.adapter", f"found {self.adapter[:32]!r}; allowed: what matches {NAME.pattern}")
         if not _CONTENT.fullmatch(self.content):
@@ -83,7 +83,7 @@ class Uploads:
         self._storage = storage
         self._max_bytes = max_bytes
         self._max_uploads = max_uploads
-        # The call that goes on with an upload: a later one takes over from one whose connection was cut.
+        # The call that continues an upload: a later one takes over from one whose connection was cut.
         self.owners: dict[str, Incoming] = {}
 
     async def begin(self, announced: Announced) -> "Incoming":
@@ -177,7 +177,7 @@ class Incoming:
                 self.version = await self.call(self._put_in_place)
             except (StageError, RequestFailedError) as error:
                 if isinstance(error, StageError) or error.code is grpc.StatusCode.INVALID_ARGUMENT:
-                    # Its bytes will not become better.
+                    # Drop these bytes: a new attempt would find the same fault.
                     await self.call(self.clear)
                 raise
         self.leave()

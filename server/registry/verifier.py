@@ -32,7 +32,7 @@ _AT_ONCE = 2
 class Verified:
     """A version that passed: its content's hash, its copy in the spool, its manifest, and what the server keeps of it.
 
-    heads: of tasks of images. projector: of tasks of text and image.
+    heads: for tasks of images. projector: for tasks of text and image.
     """
 
     content: str
@@ -67,7 +67,7 @@ class Verifier:
             raise
 
     def verify_now(self, root: Path, found: Found) -> Verified:
-        """As `verify`, in this thread."""
+        """Like `verify`, in this thread."""
         from mtlora.checkpoint.read import read_manifest
 
         try:

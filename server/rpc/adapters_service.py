@@ -22,7 +22,7 @@ from server.tenants.authentication import require_admin
 
 
 class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
-    """For admins alone. `registry` and `uploads` are set before admission opens."""
+    """Serves admins alone. `registry` and `uploads` are set before admission opens."""
 
     registry: Registry
     uploads: Uploads
@@ -119,7 +119,7 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
 
     async def Watch(self, request: pb.WatchAdaptersRequest, context: Any) -> AsyncIterator[pb.AdapterEvent]:
         self._admit()
-        # At once: from then on, the client sees every event.
+        # Send metadata at once: from then on, the client sees every event.
         await context.send_initial_metadata(())
         try:
             async for event in self.registry.events.watch():

@@ -65,7 +65,7 @@ class Analysis:
 
     @asynccontextmanager
     async def document_of(self, asked: Asked) -> AsyncIterator[None]:
-        """Have the document of a call, and its items about it. Encoding may wait: the call has its places by then.
+        """Set the document of a call and of its items. Encoding may wait: the call already has its places.
 
         Raises INVALID_ARGUMENT.
         """
@@ -95,7 +95,7 @@ class Analysis:
 
 
 def _request(task: pb.DocumentTask) -> pb.GenerateRequest:
-    """A task of a document as the request that it is, without the document."""
+    """The GenerateRequest of a document's task, without the document."""
     request = pb.GenerateRequest(
         task_id=task.task_id,
         parameters=task.parameters,
@@ -110,7 +110,7 @@ def _request(task: pb.DocumentTask) -> pb.GenerateRequest:
 
 
 def led(asked: Asked) -> Expand[Generation]:
-    """Of a call's sequences, all but the first are charged for their own part: the first computes the document."""
+    """The first sequence of a call computes the document; the others are charged for their own part."""
     leads = True
 
     def expand(first: Generation) -> list[Generation]:

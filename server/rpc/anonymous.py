@@ -21,7 +21,7 @@ _REFLECTION_S = 60.0
 
 
 class AnonymousCalls:
-    """Counts the open ones by peer; all peers together may hold as many streams as connections."""
+    """Counts open calls by peer; all peers together may hold as many streams as connections."""
 
     def __init__(self, settings: Settings) -> None:
         self._most_of_a_peer = settings.max_anonymous_calls
@@ -31,7 +31,7 @@ class AnonymousCalls:
 
     @asynccontextmanager
     async def held(self, context: Any, seconds: float | None, *, stream: bool = False) -> AsyncIterator[None]:
-        """Count a call inside. Raises RESOURCE_EXHAUSTED above the limits, UNAVAILABLE after so many seconds."""
+        """Count a call inside. Raises RESOURCE_EXHAUSTED above the limits, UNAVAILABLE after `seconds`."""
         peer = peer_of(context.peer())
         if self._open[peer] >= self._most_of_a_peer:
             raise resource_exhausted(f"{self._open[peer]} calls without a tenant are open from {peer}", 1.0)
@@ -52,7 +52,7 @@ class AnonymousCalls:
 
 
 class AnonymousInterceptor(grpc.aio.ServerInterceptor):
-    """Around health and reflection."""
+    """Limits calls of health and reflection."""
 
     def __init__(self, calls: AnonymousCalls, settings: Settings) -> None:
         self._calls = calls
@@ -72,7 +72,7 @@ class AnonymousInterceptor(grpc.aio.ServerInterceptor):
     def _wrap(self, handler: Any) -> Any:
         calls = self._calls
 
-        # As handlers of streams: gRPC would read a unary call's message first, and wait for it for ever.
+        # Wrap unary calls as streams: for a unary handler, gRPC reads the message first and waits for it for ever.
         async def unary(_: Any, context: Any) -> Any:
             async with _ended_by_status(context), calls.held(context, self._request_timeout_s):
                 return await handler.unary_unary(await _read(context), context)
@@ -81,7 +81,7 @@ class AnonymousInterceptor(grpc.aio.ServerInterceptor):
             async with _ended_by_status(context):
                 async with calls.held(context, self._request_timeout_s):
                     request = await _read(context)
-                # As long as the connection: a client that watches would take an end for an unhealthy server.
+                # Hold it as long as the connection: a client that watches would take an end for an unhealthy server.
                 async with calls.held(context, None, stream=True):
                     await handler.unary_stream(request, context)
 
@@ -117,7 +117,7 @@ async def _read(context: Any) -> Any:
 
 async def end_of_messages() -> NoReturn:
     """End a call that has sent no message with INVALID_ARGUMENT."""
-    # A cancelled call reads so too; its cancellation lands here.
+    # A cancelled call reads the same; let its cancellation arrive.
     await asyncio.sleep(0.01)
     raise invalid_argument([Violation("", "found no message")])
 

@@ -19,19 +19,19 @@ from server.isolation import ChildError, Limits, in_child
 from server.scheduling.fair_thread import FairThread
 from server.tenants import Tenant
 
-# Of a request's own type, as a message.
+# Most bytes of a request's own type, as a message.
 _MAX_BYTES = 64 << 10
-# Of its automaton, which the engine compiles beside its steps.
+# Most states of its automaton, which the engine compiles beside its steps.
 _MAX_STATES = 10_000
 _CHECK_S = 5.0
 _KEPT = 1024
-# Requests of one tenant at a time: each holds a place of the server while its type is checked.
+# Requests of one tenant that may wait: each holds a place of the server while its type is checked.
 _MOST_WAITING = 32
 
 
 @dataclass(frozen=True)
 class Held:
-    """What an answer is held to: as the engine reads it, the type's name, and the fewest tokens that it takes."""
+    """What holds an answer: a constraint for the engine, the type's name, and the fewest tokens that it takes."""
 
     constraint: str
     name: str
@@ -75,7 +75,7 @@ class OwnTypes:
         if self._waiting[tenant.id] >= _MOST_WAITING:
             raise resource_exhausted(f"{_MOST_WAITING} requests of this tenant wait for checks of their types", 1.0)
         if key not in self._checks:
-            # Not this request's own: others may wait for it when this one has ended.
+            # The check outlives this request: others may wait for it.
             check = asyncio.create_task(self._check(key, _as_data(request.answer), tenant, engine))
             self._checks[key] = check
             # Retrieve the exception, or asyncio logs it as never retrieved.
@@ -95,7 +95,7 @@ class OwnTypes:
         def check() -> Held:
             (found,) = in_child(checked, data, marker, stop, _MAX_STATES, limits=Limits(_CHECK_S))
             constraint, name = pickle.loads(found)
-            # In the tenant's turn: the engine compiles in the order of the calls.
+            # Compile in the tenant's turn: the engine compiles in the order of the calls.
             (fewest,) = asyncio.run_coroutine_threadsafe(engine.compile([constraint]), loop).result()
             return Held(constraint, name, fewest)
 

@@ -24,7 +24,7 @@ from server.telemetry.metrics import Metrics
 
 # Unary calls get tokens in batches: each hand-over delays the next step. Tenants' counts follow batch by batch.
 UNARY_DELTA_TOKENS = 64
-# Above this many bytes, tokenizing takes long enough to hold up other streams.
+# Above this many bytes, tokenizing would hold up other streams.
 TOKENIZE_APART_BYTES = 8192
 # Sequences of one call.
 MAX_BATCH = 1024
@@ -48,7 +48,7 @@ class Run(Protocol):
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R", bound=Run)
-# Makes what an item runs of its valid request.
+# Turns an item's valid request into the sequences that it runs.
 Expand = Callable[[R], Sequence[R]]
 
 
@@ -56,8 +56,8 @@ Expand = Callable[[R], Sequence[R]]
 class Item(Generic[M, R]):
     """One input of a call, and what became of it.
 
-    document: what it is about, in a call about one document.
-    samples: sequences that it asks for. generations: one each. failure: why it has no answer.
+    document: in a call about one document, that document. samples: sequences that it asks for. generations: one each.
+    failure: why it has no answer.
     """
 
     request: M
@@ -74,7 +74,7 @@ TextItem = Item[pb.GenerateRequest, Generation]
 
 
 def answering(generations: Sequence[Generation]) -> Sequence[Generation]:
-    """Of a request's generations, those that answer: all in order, or the likeliest first."""
+    """The generations that answer: all in order, or the likeliest first."""
     n = generations[0].job.n
     if n == len(generations):
         return generations
@@ -86,7 +86,7 @@ def text_items(
 ) -> list[TextItem]:
     """A call's inputs, each a call of its own for usage, metrics and the log. Raises INVALID_ARGUMENT.
 
-    find: of the Inference service. name: the field that they come in.
+    find: the Inference service's. name: the field that they come in.
     """
     call = current_call.get()
     if not 1 <= len(requests) <= MAX_BATCH:
@@ -101,7 +101,7 @@ def text_items(
     return items
 
 
-# What needs no preparation.
+# The context of items that need no preparation.
 _AS_THEY_ARE: AbstractAsyncContextManager[None] = nullcontext()
 
 
@@ -216,7 +216,8 @@ class Batches(Generic[M, R]):
     ) -> AsyncGenerator[Item[M, R], None]:
         """Run the items of the current call, and account for each at its end.
 
-        `expand` makes what an item runs of its valid request. `prepared`: entered once the call has its places.
+        `expand` turns an item's valid request into the sequences that it runs. `prepared` is entered once the call has
+        its places.
         """
         call = current_call.get()
         places = self._scheduler.places(call.tenant, sum(item.samples for item in items), self._lane)
@@ -263,7 +264,7 @@ class Batches(Generic[M, R]):
             self._scheduler.count_batch(call.tenant, size)
             await held.enter_async_context(prepared)
             apart = sum(item.request.ByteSize() for item in items) > TOKENIZE_APART_BYTES
-            # All are chosen before the next wait.
+            # Choose all versions before the next wait.
             for item in items:
                 chosen = self._service.version_for(item.request, item.task, prefetch=item.index < places)
                 item.task = held.enter_context(chosen)

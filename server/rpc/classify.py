@@ -38,7 +38,7 @@ MAX_CLASSIFIED = 256
 class Classification:
     """Runs a job once; afterwards holds the probabilities of the labels. Times are seconds from the receipt.
 
-    probabilities: of every label, likeliest first.
+    probabilities: (label, probability) of every label, likeliest first.
     """
 
     job: ImageJob
@@ -115,7 +115,7 @@ ImageItem = Item[Picture, Classification]
 class Classifier:
     """What batches of images run through, as those of texts run through the Inference service.
 
-    engine: set, like residency, before admission opens; without, no task of images is served. position_cost: see
+    engine: set, like residency, before admission opens; without it, no task of images is served. position_cost: see
     ImageJob.
     """
 
@@ -196,7 +196,7 @@ class Classifier:
         embeds_TD = await picture.embeds(preparation, call.tenant, engine, self._decoding)
         self._metrics.image_decode.observe(time.monotonic() - began)
         job = ImageJob(task, range(engine.positions(preparation.size)), self._position_cost)
-        # Quotas count soft tokens, as tokens of the prompt: the image's positions cost a place in line alone.
+        # Quotas count soft tokens as tokens of the prompt; the image's own positions only cost a place in line.
         async with self._scheduler.turn(call.tenant, job, call.deadline, Reservation(0)) as turn:
             turn.submitted()
             states_TD = await engine.states(embeds_TD)
@@ -206,12 +206,12 @@ class Classifier:
     # For Batches.
 
     def admitted(self, call: Call, requests: int, places: int) -> AbstractContextManager[None]:
-        """As of the Inference service."""
+        """See the Inference service."""
         return self._service.admitted(call, requests, places, Lane.IMAGES)
 
     @contextmanager
     def version_for(self, picture: Picture, task: ServedTask | None, *, prefetch: bool = True) -> Iterator[ServedTask]:
-        """As of the Inference service."""
+        """See the Inference service."""
         assert task is not None
         catalog = self._service.catalog
         if task.spec.id in catalog.splits:

@@ -32,7 +32,7 @@ class Document:
 
 
 class Documents:
-    """Kept for `lifetime_s` after their last use; a tenant's least recently used go above its limits.
+    """Keeps documents for `lifetime_s` after their last use; above its limits, a tenant's least recently used ones go.
 
     max_documents, max_mib, max_leased: a tenant's limits, where its own entry has none; max_leased: tokens whose blocks
     the engine keeps.
@@ -49,7 +49,7 @@ class Documents:
         self._lifetime_s = lifetime_s
         self._max_documents, self._max_mib, self._max_leased = max_documents, max_mib, max_leased
         self._clock = clock
-        # By tenant and id, least recently used first; a lifetime is the same for all.
+        # End of life by tenant and id, least recently used first; all documents have the same lifetime.
         self._until: OrderedDict[tuple[str, str], float] = OrderedDict()
         self._held: dict[str, OrderedDict[str, Document]] = {}
         self._bytes: dict[str, int] = {}

@@ -88,7 +88,7 @@ def item_response(item: TextItem) -> pb.GenerateResponse:
     message = response(best[0])
     if len(item.generations) > 1:
         _sum_up(message.summary, item.generations)
-        # Reported by the first that was drawn, which need not be the best.
+        # The first sample drawn reports the prompt's, and it need not be the best.
         del message.prompt_logprobs[:]
         message.prompt_logprobs.extend(token_logprobs(token) for token in item.generations[0].prompt_logprobs)
     if len(best) > 1:

@@ -58,7 +58,7 @@ class Generation:
     job: GenerationJob
     call: Call
     metrics: Metrics
-    # Of a task that takes an image.
+    # The image of a task that takes one.
     sight: "Sight | None" = None
     text: str = ""
     reasoning: str = ""
@@ -73,7 +73,7 @@ class Generation:
     queue_s: float = 0.0
     ttft_s: float = 0.0
     total_s: float = 0.0
-    # In time.monotonic()'s seconds.
+    # A time of time.monotonic().
     first_token_at: float = 0.0
 
     async def run(
@@ -105,7 +105,7 @@ class Generation:
                     aclosing(engine.generate(job)) as deltas,
                 ):
                     turn.submitted()
-                    # Several generations may answer one call.
+                    # Count an input once: several generations may answer one call.
                     if not job.further:
                         call.sequences += 1
                         call.prompt_tokens += len(job.prompt_ids)

@@ -254,7 +254,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 f"found {task.spec.id!r}, a task of images; allowed: tasks of texts (Classify and Score take images)"
             )
             raise invalid_argument([Violation("task_id", found)])
-        # Tenants share no cached blocks, unless their file says so: answer times would tell of another's prompts.
+        # Tenants share no cached blocks, unless their file says so: answer times would reveal another tenant's prompts.
         cache_salt = None if self._directory.current.share_prefix_cache else call.tenant.id
         own = None
         if request.HasField("answer"):
@@ -289,7 +289,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """
         if task is not None and task.spec.id in self.catalog.splits:
             task = self.catalog.choose(task, _routing_key(request))
-        # One of images is refused in a moment.
+        # A request for a task of images is refused in a moment.
         if task is None or task.version is None or task.spec.image is not None or request.without_adapter:
             yield task
             return

@@ -1,8 +1,7 @@
 """Around every RPC of the contracts: request id, tenant, one log line, one count, a status for every exception.
 
-A call is authenticated by its headers. Only then is it counted, and its message read: a stranger's call ends at once,
-whatever it sends or does not. The two probes of the Open Inference Protocol need no key; health and reflection pass
-unchanged.
+A call is authenticated by its headers. Only then is it counted, and its message read: a stranger's call ends at once.
+The two probes of the Open Inference Protocol need no key; health and reflection pass unchanged.
 
 Usage and the audit log's line are on file before a call's status is sent.
 """
@@ -91,11 +90,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return self._wrapped[rpc]
 
     def _wrap(self, rpc: str, handler: Any) -> Any:
-        # As handlers of streams: gRPC would read a unary call's message first, and wait for it for ever.
+        # Wrap unary calls as streams: for a unary handler, gRPC reads the message first and waits for it for ever.
         async def unary(_: Any, context: Any) -> Any:
             return await self._answer(rpc, context, handler.unary_unary)
 
-        # A coroutine that writes, not a generator: a cancellation lands in it and closes the handler's generator.
+        # Write in a coroutine, not a generator: a cancellation lands in it and closes the handler's generator.
         async def stream(_: Any, context: Any) -> None:
             await self._answer(rpc, context, write_all)
 
@@ -155,7 +154,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         request_id = _request_id(metadata)
         deadline = None if left is None else time.monotonic() + left
         call = Call(request_id, rpc.rpartition("/")[2], deadline=deadline)
-        # Probes come every few seconds: no traces of them.
+        # Do not trace probes: they come every few seconds.
         if self._tracer and not is_open:
             call.trace, call.genai = self._tracer.begin(rpc, request_id, metadata), self._tracer.metrics
         if rpc.startswith(AUDITED):
@@ -209,10 +208,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             async with asyncio.timeout(self._slow_reader_s):
                 await context.abort(failure.code, failure.message, (*trailer, (DETAILS_KEY, failure.status_details())))
         except grpc.aio.AbortError:
-            # `abort` always ends so.
+            # `abort` always raises this.
             raise
         except (TimeoutError, grpc.aio.BaseError):
-            # The reader takes no status. After a cancellation gRPC does not send one of its own.
+            # The reader takes no status. After a cancellation gRPC sends none of its own.
             raise asyncio.CancelledError from None
 
     async def _record(self, call: Call, code: grpc.StatusCode, reason: str = "", response: Any = None) -> None:
@@ -229,7 +228,7 @@ def _request_id(metadata: Any) -> str:
     for key, value in metadata or ():
         if key == REQUEST_ID_KEY and isinstance(value, str) and _SANE_ID.fullmatch(value):
             return value
-    # Not a secret: no system call for random numbers.
+    # No system call for random numbers: the id is no secret.
     return f"{random.getrandbits(128):032x}"
 
 

@@ -23,9 +23,9 @@ from server.telemetry.logs import get_logger
 logger = get_logger("listening")
 
 _MAX_PENDING = 1 << 16
-# For calls that have come to be admitted, and for aborted ones to get their status.
+# Time to admit calls that have come, and for aborted ones to get their status.
 _LAST_ADMISSIONS_S = 0.2
-# For calls that crossed the GOAWAY, on a busy loop. A server whose calls have all ended does not wait.
+# Time for calls that crossed the GOAWAY, on a busy loop. A server whose calls have all ended does not wait.
 _LAST_CALLS_S = 1.0
 _LAST_STATUSES_S = 5.0
 
@@ -86,7 +86,7 @@ class Listening:
             admission.abort_running()
             await admission.drained(_LAST_STATUSES_S)
         admission.state = State.DRAINING
-        # What is left are streams of events, which have no end.
+        # Only streams of events are left, which have no end.
         await self.server.stop(_LAST_CALLS_S)
         await stopping
         logger.info("drained")
@@ -131,7 +131,7 @@ def channel_options(settings: Settings) -> list[tuple[str, int]]:
     """gRPC's own limits."""
     return [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
-        # Without so_reuseport=0, two servers would share a port unknowingly.
+        # With so_reuseport=1, two servers would share a port unknowingly.
         ("grpc.so_reuseport", 0),
         ("grpc.max_allowed_incoming_connections", settings.max_connections),
         ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
@@ -145,6 +145,6 @@ def channel_options(settings: Settings) -> list[tuple[str, int]]:
         # gRPC refuses calls at random where this many wait for the event loop: a tenant's too, in a stranger's flood.
         ("grpc.server.max_pending_requests", _MAX_PENDING),
         ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING),
-        # For TLS and the first frames of HTTP/2.
+        # Time for TLS and the first frames of HTTP/2.
         ("grpc.server_handshake_timeout_ms", round(settings.request_timeout_s * 1e3)),
     ]

@@ -122,13 +122,13 @@ def _wrong_biases(biases: Mapping[int, float], vocab_size: int) -> Iterator[Viol
 
 
 def no_token(where: str, token: int, vocab_size: int) -> Violation:
-    """An id above the vocabulary's."""
+    """The violation by an id that is no token."""
     return Violation(where, f"found {token}, which is no token; allowed: 0 to {vocab_size - 1}")
 
 
 def _nothing_left(values: Mapping[str, Any], vocab_size: int, end_tokens: Set[int]) -> Iterator[Violation]:
     banned = set(values.get("banned_tokens", ()))
-    # The engine has room for so many changed logits of a sequence.
+    # The engine has room for this many changed logits of a sequence.
     if (changed := len(banned | values.get("logit_bias", {}).keys())) > MAX_LISTED:
         yield Violation(
             "parameters.logit_bias.values",

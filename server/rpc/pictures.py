@@ -39,7 +39,7 @@ def decoding_threads() -> int:
 
 
 class Decoding:
-    """Where images are decoded: beside the event loop, in a few threads. One for a server.
+    """Decodes images beside the event loop, in a few threads. A server has one.
 
     All threads together hold no more pixels than the largest image has: each takes up to 12 bytes.
     """
@@ -51,11 +51,11 @@ class Decoding:
         self._pixels = 0
 
     async def run(self, tenant: Tenant, pixels: int, held: int, work: Callable[[], Any]) -> Any:
-        """The result of work on so many pixels, of which `held` are in memory at a time."""
+        """The result of work that costs `pixels`; `held` of them are in memory at a time."""
         return await self._threads.run(tenant, pixels, partial(self._in_memory, held, work))
 
     def _in_memory(self, pixels: int, work: Callable[[], Any]) -> Any:
-        # Behind a large image that waits for room, others wait too: it comes to its turn.
+        # Others wait behind a large image that waits for room, so that it gets its turn.
         with self._next, self._changed:
             self._changed.wait_for(lambda: not self._pixels or self._pixels + pixels <= self.limits.max_pixels)
             self._pixels += pixels
@@ -85,11 +85,11 @@ class Picture:
 
     @cached_property
     def digest(self) -> bytes:
-        """Of its content."""
+        """The content's digest."""
         return hashlib.blake2b(self.image.SerializeToString(deterministic=True), digest_size=16).digest()
 
     def ByteSize(self) -> int:
-        """As of the message."""
+        """The message's size."""
         return int(self.image.ByteSize())
 
     def check(self, spec: ImagePreparation, limits: ImageLimits) -> None:
@@ -136,7 +136,7 @@ class Picture:
     def _make(self, spec: ImagePreparation, engine: Embeds, limits: ImageLimits) -> Any:
         if self.image.WhichOneof("content") == "tensor":
             pixels_CSS = np.frombuffer(self.image.tensor.data, "<f4").reshape(3, spec.size, spec.size)
-            # False for a NaN too.
+            # This comparison is false for a NaN too.
             if not (np.abs(pixels_CSS) <= MAX_VALUE).all():
                 allowed = f"finite ones, {-MAX_VALUE:g} to {MAX_VALUE:g}"
                 raise self._failure("tensor.data", f"found other values than allowed; allowed: {allowed}")

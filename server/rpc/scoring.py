@@ -25,7 +25,7 @@ MAX_SCORED = 256
 class Scoring(Generation):
     """Runs like a Generation, whose answer is held to the labels; afterwards also holds their probabilities.
 
-    probabilities: of every label, likeliest first.
+    probabilities: (label, probability) of every label, likeliest first.
     """
 
     probabilities: Sequence[tuple[str, float]] = ()
@@ -50,7 +50,7 @@ class Scoring(Generation):
         prompt_ids = self.job.prompt_ids
         if worked:
             await super().run(*services, **named)
-            # The marker was cut off, so the text went for an answer.
+            # The marker was cut off, so the text was taken for an answer.
             if self.token_ids[-1] != self._prompts.tokenizer.eos_token_id:
                 self.reasoning = self.text
                 prompt_ids += tuple(self._prompts.text(f" {self.text.strip()} {self.marker}"))

@@ -31,7 +31,7 @@ class Certificates:
         self._seen = self._signatures()
         self._not_after = 0.0
         self._first = self._read()
-        # Read, and not yet given to gRPC.
+        # A configuration that was read and not yet given to gRPC.
         self._fresh: Any = None
 
     def credentials(self) -> Any:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MAX_STOP_STRINGS = 8
 _ROLES = ("system", "user", "assistant")
-# Of GenerationParameters: the highest number of a field that is looked at here.
+# The highest number of a field of GenerationParameters that is checked here.
 _LAST_PLAIN = pb.GenerationParameters.LOGPROBS_FIELD_NUMBER
 _PLAIN = ("temperature", "top_p", "top_k", "seed", "logprobs")
 
@@ -255,7 +255,7 @@ def _chat_violations(chat: pb.Chat, prompts: PromptEncoder) -> Iterator[Violatio
 def _token_violations(
     ids: Sequence[int], prompts: PromptEncoder, limits: PromptLimits, tenant: Tenant
 ) -> Iterator[Violation]:
-    """Special tokens are what no other input can say either: a turn of a chat, an end of a text."""
+    """Special tokens are refused: no other input can say a chat's turn or a text's end either."""
     if not tenant.token_ids:
         yield Violation("token_ids", "found in a request of a tenant without `token_ids`; allowed: text, chat, fields")
     elif len(ids) >= limits.max_model_len:
@@ -348,7 +348,7 @@ def _sampling(
 
 
 def _with_more(job: GenerationJob, values: Mapping[str, Any], vocab_size: int) -> GenerationJob | list[Violation]:
-    """The job with values that few requests set. They are valid, but for their relation to `max_new_tokens`."""
+    """The job with values that few requests set. They are valid; their relation to `max_new_tokens` is checked here."""
     most, least = job.sampling.max_new_tokens, values.get("min_new_tokens", 0)
     if least > most:
         return [Violation("parameters.min_new_tokens", f"found {least}; allowed: 0 to {most}, max_new_tokens")]

@@ -38,7 +38,7 @@ class Admission:
         self._most_of_tenant = max_in_flight - spare
         self._metrics = metrics
         self._running: set[asyncio.Task[Any]] = set()
-        # By lane.
+        # Requests in flight by lane.
         self._in_flight = [0] * len(Lane)
         self._of_tenant: Counter[tuple[str, Lane]] = Counter()
         metrics.in_flight.set_function(lambda: sum(self._in_flight))

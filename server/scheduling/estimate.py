@@ -24,8 +24,8 @@ class _Measured:
 class ServiceTimes:
     """Times inside the engine, from the hand-over of a sequence, by the number of sequences beside it.
 
-    Estimates err towards short ones: a deadline that they call impossible is. They need measurements of the last
-    seconds.
+    Estimates err towards short times: no deadline that they call impossible could be met. They need measurements of the
+    last seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -47,7 +47,7 @@ class ServiceTimes:
             held.first_token += _MEMORY * (first_token_s - held.first_token)
             held.whole += _MEMORY * (whole_s - held.whole)
         if tokens > 1:
-            # From 0 upwards, by each token's step: that of a short sequence may have been one long prefill of others.
+            # Grow from 0 with each token: a short sequence's steps may have been one long prefill of others.
             share = 1 - (1 - _MEMORY) ** (tokens - 1)
             held.per_token += share * ((whole_s - first_token_s) / (tokens - 1) - held.per_token)
         self._tokens[task] = self._tokens.get(task, tokens) + _MEMORY * (tokens - self._tokens.get(task, tokens))

@@ -28,7 +28,7 @@ class _Flow(Generic[Item]):
         self.rank = 0
         # The lane and the priority of each item that waits.
         self.items: dict[Item, tuple[int, int]] = {}
-        # By lane, then by priority. A dict keeps the order and removes from the middle in constant time.
+        # Lines by lane, then by priority. A dict keeps the order and removes from the middle in constant time.
         self.lines: list[dict[int, dict[Item, None]]] = [{} for _ in range(lanes)]
         self.blocked = False
 
@@ -53,7 +53,7 @@ class FairQueue(Generic[Key, Item]):
         self._lanes = lanes
         self._flows: dict[Key, _Flow[Item]] = {}
         self._lens = [0] * lanes
-        # By class, the counter of the tenant that left last: a newcomer to an empty class is lifted to it.
+        # Counter of the tenant that left last, by class: a newcomer to an empty class is lifted to it.
         self._last: dict[int, float] = {}
 
     def __len__(self) -> int:

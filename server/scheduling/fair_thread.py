@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 class FairThread:
-    """Runs one piece of work at a time in each of `threads`; the next one by the same fairness as turns in the engine.
+    """Runs one piece of work at a time in each of `threads`, in an order as fair as that of turns in the engine.
 
     All methods run on the event loop.
     """

@@ -18,9 +18,9 @@ from server.tenants import Priority, Tenant
 # A tenant's requests of one class. A trusted proxy may lower a request below its tenant's class, so a tenant may have
 # several.
 Line = tuple[str, Priority]
-# What a generated token costs, a prompt's being 1, as in the paper: it takes a step of its own.
+# Cost of a generated token, a prompt token's being 1, as in the paper: it takes a step of its own.
 COMPLETION_COST = 2.0
-# Prompt tokens of batches that the engine may get between two steps. A step of so many computes at its full speed.
+# Prompt tokens of batches that the engine may get between two steps. A step with this many computes at full speed.
 _STEP_TOKENS = 512
 _MIN_RETRY_S = 0.05
 
@@ -63,7 +63,7 @@ class Turn:
     _prompt: int = 0
     _submitted: bool = False
     _away: bool = False
-    # Of a batch, and the engine's step before it got its turn.
+    # Whether it belongs to a batch, and the engine's step before it got its turn.
     _batch: bool = False
     _step: int = -1
 
@@ -76,11 +76,11 @@ class Turn:
         """
         self._scheduler.step_aside(self)
         yield
-        # A request that fails inside does not come back.
+        # No `finally`: a request that fails inside gives up its turn for good.
         await self._scheduler.come_back(self)
 
     def submitted(self) -> None:
-        """The engine has it: its prompt stays charged, however it ends."""
+        """The engine has the request: its prompt stays charged, however it ends."""
         self._submitted = True
 
     def found(self, cached: int) -> None:
@@ -101,7 +101,7 @@ class Turn:
 
     @property
     def line(self) -> Line:
-        """Where it waits and what it is charged to."""
+        """The line that it waits in and is charged to."""
         return self.tenant.id, self.tenant.priority
 
     @property
@@ -167,7 +167,7 @@ class _Turns:
         self.running -= 1
         if turn._batch:
             self.batch -= 1
-            # The engine may have made no step with it, and none may come.
+            # The engine may have made no step since it got the turn, and none may come.
             if turn._step == self.steps:
                 self.fresh -= 1
                 self.fresh_tokens -= _computed(turn.job)
@@ -201,7 +201,7 @@ class Scheduler:
     ) -> None:
         self.clock = clock
         self._metrics = metrics
-        # By lane.
+        # Turns by lane.
         self._turns = [
             _Turns(turns, min(turns, most_batch or turns), ServiceTimes(clock)),
             _Turns(image_turns, image_turns, ServiceTimes(clock)),
@@ -297,7 +297,8 @@ class Scheduler:
         """
         own = self._reserve(tenant, (job,)) if reserved is None else Reservation(0)
         turn = Turn(tenant, job, deadline, reserved or own, self, asyncio.get_running_loop().create_future())
-        # A further sequence of an input finds its prompt in the cache. An image takes one step, whatever comes beside.
+        # Do not limit two kinds like batches: a further sequence finds its prompt in the cache, and an image takes one
+        # step.
         turn._batch = reserved is not None and isinstance(job, GenerationJob) and not job.further
         try:
             self._check_deadline(turn)
@@ -367,7 +368,7 @@ class Scheduler:
         lane = newcomer.job.lane
         longest = self._queue.longest(lane)
         assert longest is not None
-        # Between equals the newcomer goes.
+        # Among equals, refuse the newcomer.
         if self._queue.length_by_weight(newcomer.line, lane) >= self._queue.length_by_weight(longest, lane):
             longest = newcomer.line
         dropped = self._queue.drop_newest(longest, lane)
@@ -435,7 +436,7 @@ class Scheduler:
             turns.times.observe(turn.job.task.spec.id, turn._tokens, first, whole, turn._beside)
         self._dispatch(turn.job.lane)
         if limited:
-            # Its requests of the other engine were held back too.
+            # The tenant's requests for the other engine were held back too.
             self._dispatch(Lane.IMAGES if turn.job.lane is Lane.TEXT else Lane.TEXT)
 
     def _block(self, tenant: Tenant) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from server.job import ImageJob, Job
 
 PROVIDER = "mtlora"
-# As the conventions advise.
+# Bounds that the conventions advise.
 _SECONDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 _SECONDS_PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 _TOKENS = tuple(4**power for power in range(14))
@@ -56,7 +56,7 @@ def request_attributes(job: Job, *, stream: bool) -> dict[str, Any]:
 
 
 def response_attributes(request_id: str, finish_reasons: list[str], tokens: Mapping[str, int]) -> dict[str, Any]:
-    """What became of it. tokens: input, output, cached, working."""
+    """Attributes of the outcome. tokens: input, output, cached, working."""
     from opentelemetry.semconv._incubating.attributes import gen_ai_attributes as names
 
     return {

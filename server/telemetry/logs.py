@@ -88,7 +88,7 @@ class _Waiting(logging.Handler):
             self._urgent.wait(_GATHER_S)
             self._urgent.clear()
             ended = self._ending
-            # Before the lines are taken: one that comes meanwhile wakes this thread again.
+            # Clear it before taking the lines: one that comes meanwhile wakes this thread again.
             self._some.clear()
             lines = []
             while self._lines:
@@ -97,7 +97,7 @@ class _Waiting(logging.Handler):
                     lines.append(self._writes.format(record) + "\n")
                 except Exception:
                     self._writes.handleError(record)
-            # Nobody reads a stderr that is closed.
+            # A closed stderr has no reader.
             with contextlib.suppress(OSError, ValueError):
                 self._writes.stream.write("".join(lines))
                 self._writes.flush()
@@ -129,7 +129,7 @@ def finish_logging() -> bool:
 
 def get_logger(name: str) -> logging.Logger:
     logger = logging.getLogger(f"{_PREFIX}.{name}")
-    # Lines do not show where they were logged; walking the stack for it would cost a fifth of a line.
+    # Lines do not show where they were logged: walking the stack would cost a fifth of a line's time.
     logger.findCaller = lambda *_, **__: ("", 0, "", None)  # type: ignore[method-assign]
     return logger
 

@@ -120,7 +120,7 @@ class Metrics:
         self._accounting_failures = self._counts(
             "mtlora_accounting_failures", "Writes of the audit log or of usage that failed.", "log"
         )
-        # From the start: `increase` is 0 for a series that begins with its first failure.
+        # Create both series now: `increase` is 0 for a series that begins with its first failure.
         for log in ("audit", "usage"):
             self._accounting_failures.inc(0, (log,))
         self.jwks_failures = self._counts(
@@ -306,7 +306,7 @@ class Metrics:
         return self._top_tasks.claim(task)
 
     def observe_queue(self, seconds: float, exemplar: dict[str, str]) -> None:
-        """From receipt until first scheduled."""
+        """Record the seconds from a request's receipt until the engine first schedules it."""
         self._queue.observe(seconds, exemplar=exemplar if self._exemplars else None)
 
     def observe_ttft(self, tenant: str, seconds: float, exemplar: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""The HTTP port of the metrics: one thread, whatever callers hold open."""
+"""The HTTP port of the metrics: one thread, however many connections callers hold open."""
 
 import asyncio
 import socket
@@ -11,9 +11,9 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-# For a request to come whole and an answer to be taken.
+# Time for a whole request to come and for its answer to be taken.
 _TIMEOUT_S = 5.0
-# Connections open at a time; for one more, the oldest is closed.
+# Connections open at a time; one more closes the oldest.
 _MAX_CONNECTIONS = 64
 _MAX_REQUEST_BYTES = 16 << 10
 # Connections that wait to be accepted.
@@ -51,7 +51,7 @@ def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> tuple[in
 class _Port:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._app: Any = make_wsgi_app(registry)
-        # In the order of their connections.
+        # Open connections, oldest first.
         self._open: dict[asyncio.StreamWriter, None] = {}
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

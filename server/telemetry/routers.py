@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-# Adapters that are named, the most recently used first: a page stays small whatever `adapter_slots` is.
+# Adapters named on a page, most recently used first: the page stays small with any `adapter_slots`.
 MAX_NAMED = 512
-# By name: the labels besides `model_name`, and the meaning.
+# Gauges by name: the labels besides `model_name`, and the meaning.
 GAUGES = {
     "vllm:num_requests_running": ((), "Sequences that the engine runs."),
     "vllm:num_requests_waiting": ((), "Requests that wait for their turn, and sequences that wait in the engine."),

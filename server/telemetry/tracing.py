@@ -61,7 +61,7 @@ class Tracer:
         self._provider = TracerProvider(
             sampler=ParentBasedTraceIdRatio(sample_ratio),
             resource=resource,
-            # `close` does it before the interpreter exits.
+            # `close` does this before the interpreter exits.
             shutdown_on_exit=False,
         )
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
@@ -116,7 +116,7 @@ class RequestTrace:
 
     @property
     def trace_id(self) -> str:
-        """As collectors write it: 32 hexadecimal digits."""
+        """32 hexadecimal digits, the form that collectors write."""
         return f"{self._span.get_span_context().trace_id:032x}"
 
     def submitted(self, job: Job) -> None:

@@ -35,7 +35,7 @@ class Authenticator:
     ) -> Tenant:
         """The caller's tenant. Raises UNAUTHENTICATED without saying which part of a key is wrong.
 
-        `auth_context` is called only if there is no key or token, as it copies the connection's certificates.
+        `auth_context` is called only without key and token, because it copies the connection's certificates.
         """
         tenants = self._directory.current
         if tenants.open:

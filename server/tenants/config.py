@@ -45,7 +45,7 @@ class Priority(StrEnum):
 
 
 def _moment(text: object) -> datetime:
-    """A date means its last moment in UTC."""
+    """A moment; a date means its last moment in UTC."""
     try:
         return datetime.combine(date.fromisoformat(str(text)), time_of_day.max, UTC)
     except ValueError:
@@ -150,7 +150,7 @@ class Tenant(BaseModel):
     burst_seconds: float = Field(1.0, ge=0.1, le=3600)
     max_in_flight: int | None = Field(None, ge=1)
     max_queue: int | None = Field(None, ge=0)
-    # What one request may ask for. Characters: of its stop strings together.
+    # Limits of one request. Characters: those of its stop strings together.
     max_new_tokens: int | None = Field(None, ge=1)
     max_stop_characters: int | None = Field(None, ge=0)
     # Documents that it can name by id; None means the server's settings of the same names.
@@ -194,7 +194,7 @@ class Tenant(BaseModel):
         return self.model_copy(update={"priority": priority}) if priority.rank > self.priority.rank else self
 
     def share(self, replicas: int) -> "Tenant":
-        """The tenant as one of so many servers treats it: its quotas divided, whole numbers rounded up."""
+        """The tenant as one of `replicas` servers treats it: its quotas divided, whole numbers rounded up."""
         rates = {name: getattr(self, name) for name in ("requests_per_second", "tokens_per_second")}
         budgets = [f"{period}_{what}" for period in ("daily", "monthly") for what in ("requests", "tokens")]
         numbers = {name: getattr(self, name) for name in ("max_in_flight", "max_queue", *budgets)}

@@ -12,7 +12,7 @@ from mtlora.errors import describe
 from server.tenants.config import Tenant, TenantsError, TenantsFile
 
 _MAX_FILE_BYTES = 16 << 20
-# Pickled together: about a millisecond of the event loop's.
+# Tenants that are pickled together: about a millisecond of the event loop's time.
 TENANTS_A_PART = 100
 
 
@@ -20,7 +20,7 @@ _TAG = "tag:yaml.org,2002:"
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """No numbers, booleans and dates: `id: 12345678` is a text, and what a wrong date is the field `expires` says."""
+    """Reads all scalars as texts: `id: 12345678` is a text, and the field `expires` says what is wrong with a date."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
     yaml_constructors: ClassVar[dict[str | None, Any]] = {
@@ -59,7 +59,7 @@ def read_file(path: Path, replicas: int | None = None) -> TenantsFile:
 
 
 def read_parts(path: Path, replicas: int | None = None) -> Iterator[TenantsFile | tuple[Tenant, ...]]:
-    """As `read_file`, in parts: the file without tenants, then its tenants, some at a time."""
+    """Like `read_file`, in parts: the file without tenants, then its tenants, some at a time."""
     file = read_file(path, replicas)
     yield file.model_copy(update={"tenants": ()})
     for start in range(0, len(file.tenants), TENANTS_A_PART):

@@ -54,12 +54,12 @@ def read_jwks(source: str) -> Iterator[list[dict[str, Any]]]:
 
 
 def read_keys_of(issuer: Issuer) -> Iterator[list[dict[str, Any]]]:
-    """As `read_jwks`, for an issuer whose keys' place is given or is to be found. Raises JWKSError."""
+    """Like `read_jwks`, for an issuer whose keys' place is given or is to be found. Raises JWKSError."""
     yield from read_jwks(_discovered(issuer.issuer) if issuer.jwks is None else issuer.jwks)
 
 
 def public_key(jwk: Mapping[str, Any]) -> PublicKey:
-    """The key of what `read_jwks` gives."""
+    """The key of an entry that `read_jwks` yields."""
     return PublicKey(jwt.PyJWK({name: jwk[name] for name in _PUBLIC if name in jwk}).key, frozenset(jwk["algorithms"]))
 
 
@@ -74,7 +74,7 @@ def _discovered(issuer: str) -> str:
     # Another issuer's keys would sign for this one.
     if said != issuer:
         raise JWKSError(f"{source}: found issuer {said!r}; allowed: {issuer!r}")
-    # An issuer elsewhere names no address of this machine.
+    # A remote issuer may not name an address of this machine.
     local = issuer.startswith("http://")
     if not isinstance(jwks, str) or not is_fetched_safely(jwks) or not (local or jwks.startswith("https://")):
         raise JWKSError(f"{source}: found jwks_uri {jwks!r}; allowed: an https:// URL")

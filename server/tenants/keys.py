@@ -9,14 +9,14 @@ import re
 import secrets
 
 KEY_ID_PATTERN = r"^[0-9a-z]{8,32}$"
-# Secrets of `new_key` alone: a digest would not protect keys that people choose themselves, should the file leak.
+# Only `new_key` makes secrets: a digest would not protect keys that people choose, should the file leak.
 KEY = re.compile(r"mtk_(?P<id>[0-9a-z]{8,32})_[A-Za-z0-9_\-]{43}", re.ASCII)
 _HASH = re.compile(r"sha256\$[0-9a-f]{64}", re.ASCII)
 
 
 def new_key() -> tuple[str, str, str]:
     """(the key to hand out, its id, its hash for tenants.yaml)."""
-    # YAML reads hexadecimal digits alone as a number at times, such as 12345678 or 1e10.
+    # YAML reads some hexadecimal ids as numbers, such as 12345678 or 1e10.
     key_id = f"k{secrets.token_hex(8)}"
     key = f"mtk_{key_id}_{secrets.token_urlsafe(32)}"
     return key, key_id, hash_key(key)

@@ -1,8 +1,7 @@
 """The tenant and the class of a request that a trusted proxy forwards: by the headers of the Gateway API's inference
 extension.
 
-Only a caller whose own entry has `speaks_for` is asked for them. Everybody else's headers mean nothing here: a gateway
-may let a client's pass.
+Only headers of a caller whose own entry has `speaks_for` count: a gateway may let a client's headers pass.
 """
 
 from collections.abc import Iterable

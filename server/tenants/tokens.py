@@ -26,13 +26,13 @@ logger = get_logger("tokens")
 
 _REMEMBERED = 65_536
 _TICK_S = 1.0
-# Without an issuer. The first token of a new one fetches its keys.
+# Interval without an issuer. The first token of a new one fetches its keys.
 _IDLE_TICK_S = 30.0
 _REFRESH_S = 300.0
-# After a failure; doubled at each further one, up to _REFRESH_S.
+# Wait after a failure; doubled at each further one, up to _REFRESH_S.
 _RETRY_S = 5.0
 _FETCH_S = 10.0
-# Tokens with unknown key ids cause one refresh in so many seconds, and so many calls may wait for it.
+# Tokens with unknown key ids cause one refresh in this many seconds; at most _MAX_WAITING calls wait for it.
 _UNKNOWN_KEY_S = 10.0
 _MAX_WAITING = 256
 # What PyJWT may raise for the claims of a token, beside its own errors: an expiry of infinity, JSON nested deeply.

@@ -49,7 +49,7 @@ def apply(given: Mapping[str, pb.InferParameter], request: native.GenerateReques
             except ValueError:
                 yield Violation(where, f"found {str(value)[:32]!r}; allowed: {allowed}")
         elif name in _STRINGS and kind == "string_param":
-            # An empty one takes the task's own values away.
+            # An empty string removes the task's own values.
             message = getattr(request.parameters, name)
             message.SetInParent()
             try:

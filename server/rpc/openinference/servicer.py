@@ -161,7 +161,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
     def _model_to_change(self, request: pb.RepositoryModelLoadRequest | pb.RepositoryModelUnloadRequest) -> str:
         # KServe's clients put the name where Triton's put the repository's.
         name = request.model_name or request.repository_name
-        # For the call's label: the model may be an adapter too.
+        # This labels the call; the model may be an adapter instead of a task.
         self._service.find(name)
         require_admin(current_call.get().tenant)
         self._admission.check_serving()

@@ -14,9 +14,9 @@ from server.errors import Violation
 MAX_BATCH = 64
 TEXT_INPUT = "text_input"
 TEXT_OUTPUT = "text_output"
-# Of tasks of labels: the likeliest label of each element, the probabilities of all, and their names in that order.
+# Outputs of label tasks: the likeliest label, all probabilities, and the labels in the same order.
 LABEL_OUTPUT, PROBABILITIES_OUTPUT, LABELS_OUTPUT = "label", "probabilities", "labels"
-# Of tasks of images: encoded images as BYTES [n], or prepared ones as FP32 [n, 3, size, size].
+# Input of image tasks: encoded images as BYTES [n], or prepared ones as FP32 [n, 3, size, size].
 IMAGE_INPUT = "image"
 
 
@@ -25,7 +25,7 @@ _TWICE = "contents: found some beside raw_input_contents; allowed: one of the tw
 
 
 class TensorError(Exception):
-    """Tensors that hold no texts or no images, with every reason."""
+    """Tensors without texts or images; has every reason."""
 
     def __init__(self, violations: Sequence[Violation]) -> None:
         super().__init__(violations[0].description)
