@@ -1,4 +1,4 @@
-"""pyproject.toml names every package that the code imports, in the extra of whoever imports it."""
+"""pyproject.toml names every package that the code imports, in the extra of the code that imports it."""
 
 import ast
 import re

@@ -65,7 +65,7 @@ def test_secrets_of_the_pod_are_those_that_the_deployment_mounts(tmp_path: Path)
 @pytest.mark.parametrize(
     ("text", "number"), [("2", 2), ("500m", 0.5), ("6Gi", 6 * 2**30), ("512Mi", 2**29), ("1.5", 1.5), ("4Ki", 4096)]
 )
-def test_quantities(text: str, number: float) -> None:
+def test_parses_kubernetes_quantities(text: str, number: float) -> None:
     assert quantity(text) == number
 
 

@@ -23,7 +23,7 @@ def running_engine(model: Any, **arguments: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def running_bare_engine(model: Any, **arguments: Any) -> Iterator[Any]:
-    """As `running_engine`, with a `vllm.LLMEngine` alone as `llm_engine`: a `vllm.LLM` wants a tokenizer."""
+    """Like `running_engine`, with a `vllm.LLMEngine` alone as `llm_engine`: a `vllm.LLM` wants a tokenizer."""
     from vllm import EngineArgs, LLMEngine
 
     def start(settings: dict[str, Any]) -> SimpleNamespace:

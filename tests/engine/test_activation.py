@@ -105,7 +105,7 @@ class Engine:
                 continue
             count = min(left, each.request.num_tokens - each.computed)
             while count and self.manager.allocate_slots(each.request, count) is None:
-                # The last, which this step has not scheduled yet.
+                # Preempt the last running sequence; this step has not scheduled it yet.
                 victim = self.running[-1]
                 self.preempt(victim)
                 if victim is each:
@@ -162,7 +162,7 @@ class Engine:
                     self.manager.free(each.request)
                     self.running.remove(each)
                 else:
-                    # As a model's answer, it follows from what was read.
+                    # Like a model's answer, the token follows from what was read.
                     each.request.append_output_token_ids(self.at(each, each.computed - 1) % 2)
 
     def check(self, each: Sequence) -> None:
@@ -213,7 +213,7 @@ def mixed_load(seed: int, block_size: int) -> Engine:
     for i in range(total):
         document = rng.choice(documents)
         prompt = [*document, *(rng.randrange(2) for _ in range(rng.randint(1, block_size)))]
-        # Of adapters that act on every token, and, from a client, points inside the document or after the prompt.
+        # Adapters may act on every token; a client may also set points inside the document or after the prompt.
         point = rng.choice([0, len(document), len(document), len(document), rng.randrange(2 * len(prompt))])
         salt = rng.choice([None, None, "one", "two"])
         lease = rng.choice([None, (1e9, 10**6), (1e9, 3 * block_size), (0.0, 10**6)])

@@ -21,7 +21,7 @@ from mtlora.config import MtLoRAConfig
 from tests.engine._engine import lora_manager_of, running_engine
 from tests.engine._models import VOCABULARY, make_adapter, make_model, path_reference
 
-# Of the norm of a token's path, as in test_formula.py; and bfloat16's rounding of the sum.
+# Relative to the norm of a token's path, as in test_formula.py; and bfloat16's rounding of the sum.
 TOLERANCE = 1e-2
 ROUNDING = 2**-8
 # Least change of a log-probability by the adapter: one that changes nothing tests nothing.

@@ -11,7 +11,7 @@ from tests.faults.scenario import Options, Row
 
 ORDER = 15
 MAX_UNHEALTHY_AFTER_S = 2.0
-# As a multiple of what the server took to start, without load.
+# A multiple of the time that the server took to start, without load.
 MAX_STARTS = 2.0
 # A request in flight at the kill must end within this time: it ends with the engine, and takes no step.
 _MAX_END_S = 10.0

@@ -30,7 +30,7 @@ _FLOOD_QUOTAS = 10
 _PER_TURN = 10
 _ROUNDS = 8
 _EQUAL = ("equal-0", "equal-1", "equal-2", "equal-3")
-# Answers of all equal tenants together, first while shares even out: whoever comes first gets all turns at once.
+# Answers of all equal tenants together, first while shares even out: the first to come gets all turns at once.
 _SETTLING, _BACKLOG = 100, 250
 _ANSWER: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "stop": [], "free": True}
 

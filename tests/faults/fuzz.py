@@ -129,7 +129,7 @@ class Fuzzer:
     def _fill(self, message: Message, depth: int = 0) -> None:
         """Set fields at random, by the message's descriptor."""
         rng, fields = self._rng, message.DESCRIPTOR.fields
-        # Of the many parameters a few, so that some requests are right.
+        # Set few of the many parameters, so that some requests are right.
         left_out = 0.3 if len(fields) < 15 else 0.9
         for field in fields:
             if rng.random() < left_out or depth > 4:

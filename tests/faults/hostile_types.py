@@ -24,7 +24,7 @@ from tests.faults._tenanted import has_task, tenanted
 from tests.faults.scenario import Options, Row
 
 ORDER = 56
-# With both tenants at equal shares: half of the machine, and a core for the checks.
+# Allow 4: the other tenant takes half of the machine (2), and the checks one of two cores (2).
 P99_GOAL = 4.0
 MAX_GROWTH_BYTES = 256 << 20
 _TASK = "hostile.free"

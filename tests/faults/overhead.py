@@ -22,7 +22,7 @@ from tests.faults.scenario import Options, Row
 ORDER = 60
 GOAL = 0.95
 _TENANTS = 5
-# Of both. Without the prefix cache, which keeps other blocks from round to round, every round is the same work.
+# Settings of both servers. Without the prefix cache, which keeps other blocks each round, every round is the same work.
 SETTINGS: dict[str, Any] = {"max_num_seqs": 64, "kv_cache_gib": 1.0, "enable_prefix_caching": False}
 # A side of a round: waves of as many requests as run at once. One alone would measure mostly how it begins and ends.
 _ROUND_S = 3.0

@@ -23,7 +23,7 @@ from tests.faults.scenario import Options, Row
 ORDER = 100
 P99_GOAL = 1.25
 _IN_FLIGHT = 8
-# Of the strangers' connections and calls: the server ends some, and they come again.
+# Share of the strangers' connections and calls that stay open: the server ends some, and they come again.
 _HELD = 0.9
 # Idle connections, half-open calls and slow connections.
 Open = tuple[int, int, int]

@@ -21,7 +21,7 @@ async def test_strangers_count_what_the_server_holds(tmp_path: Path, monkeypatch
     async with secured(tmp_path, request_timeout_s=2, max_anonymous_calls=8) as (service, _):
         strangers = Strangers(service.address)
         await strangers.open()
-        # Of ten calls of each of eight peers, the server refuses two.
+        # Each of eight peers opens ten calls; the server refuses two of them.
         await eventually(lambda: sum(service.anonymous._open.values()) == 64)
         await eventually(lambda: strangers.count() == (50, 64, 5))
         # The server ends them after a while; they come again.

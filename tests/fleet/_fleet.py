@@ -184,7 +184,7 @@ class Balancer:
         return ["haproxy", "-db", "-f", str(BALANCERS / "haproxy.cfg")]
 
     def _nginx(self) -> list[str]:
-        """As `envsubst` and nginx's image would, with what a user without rights needs besides."""
+        """Configure nginx like its image with `envsubst`, plus what a user without rights needs."""
         text = (BALANCERS / "nginx.conf.template").read_text()
         path = self._fleet.folder / "nginx.conf"
         path.write_text(_VARIABLE.sub(lambda found: self._variables[found[1]], text))

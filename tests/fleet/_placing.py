@@ -13,7 +13,7 @@ from mtlora.config import MtLoRAConfig
 from tests.fleet._drills import load
 from tests.fleet._fleet import Fleet
 
-# Of the cold loads in turn: the most that may be left.
+# Most cold loads, as a share of those in turn.
 MOST_OF_ROUND_ROBIN = 0.2
 _CONFIG = MtLoRAConfig(r=2, num_experts=2, num_groups=2)
 # Times that every adapter is asked for.

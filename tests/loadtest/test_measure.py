@@ -38,7 +38,7 @@ def test_merging_histograms_loses_nothing(parts: list[list[float]]) -> None:
         for seconds in part:
             latency.record(seconds)
             whole.record(seconds)
-        # As a result keeps it.
+        # Merge the form that a result keeps.
         merged.merge(Latency.decode(latency.to_json()["hdr"]))
     assert merged.points() == whole.points()
     assert merged.count == sum(map(len, parts))

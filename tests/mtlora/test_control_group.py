@@ -46,7 +46,7 @@ def made(tmp_path: Path, own: str, files: Mapping[str, object]) -> tuple[Path, P
         ("0::/\n", {}, None),
     ],
 )
-def test_processor_time(tmp_path: Path, own: str, files: Mapping[str, object], cores: float | None) -> None:
+def test_reads_the_processor_quota(tmp_path: Path, own: str, files: Mapping[str, object], cores: float | None) -> None:
     assert cpu_cores(*made(tmp_path, own, files)) == cores
 
 
@@ -85,7 +85,7 @@ def test_processor_time(tmp_path: Path, own: str, files: Mapping[str, object], c
         ("0::/\n", {}, None),
     ],
 )  # fmt: skip
-def test_memory(tmp_path: Path, own: str, files: Mapping[str, object], left: int | None) -> None:
+def test_reads_the_memory_limit(tmp_path: Path, own: str, files: Mapping[str, object], left: int | None) -> None:
     assert memory_left(*made(tmp_path, own, files)) == left
 
 

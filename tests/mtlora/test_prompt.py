@@ -271,7 +271,7 @@ TEXTS = (
 def test_an_answer_decoded_at_once_reads_as_one_decoded_token_by_token(
     encoders: dict[str, PromptEncoder], name: str, data: Any
 ) -> None:
-    """As vLLM's detokenizer does it, behind a prompt. An answer of a type ends in no half of a character."""
+    """Decode like vLLM's detokenizer, behind a prompt. An answer of a type ends in no half of a character."""
     prompts = encoders[name]
     tokens = st.text(max_size=24).map(prompts.text)
     if name == "qwen":

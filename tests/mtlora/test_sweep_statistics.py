@@ -108,7 +108,7 @@ def test_intervals_equal_those_of_a_plain_bootstrap() -> None:
 
 
 def test_95_of_100_intervals_of_a_difference_hold_it() -> None:
-    """Of methods whose answers depend on the image's difficulty: paired intervals are as wide as they say, no wider."""
+    """Answers of both methods depend on the image's difficulty: paired intervals are as wide as they say, no wider."""
     rng = np.random.default_rng(0)
     held, paired, apart = [], [], []
     for trial in range(300):

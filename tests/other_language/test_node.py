@@ -17,7 +17,7 @@ from tests.server.adapters import entry, write_adapter
 
 HERE = Path(__file__).parent
 PROTO = HERE.parents[1] / "proto" / "mtlora" / "v1" / "inference.proto"
-# Of the image's task.
+# Side of the image that the task takes.
 _SIZE = 28
 
 pytestmark = [

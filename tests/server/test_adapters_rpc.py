@@ -168,7 +168,7 @@ async def test_a_refused_version_says_why(service: Service) -> None:
         (lambda client: client.set_adapter_weights({"1": 1}, task="nope"), grpc.StatusCode.NOT_FOUND, "no task"),
     ],
 )
-async def test_wrong_calls(service: Service, call: Any, code: grpc.StatusCode, said: str) -> None:
+async def test_rejects_wrong_calls(service: Service, call: Any, code: grpc.StatusCode, said: str) -> None:
     with pytest.raises(ServerError) as raised:
         await asyncio.to_thread(call, service.client)
     assert raised.value.code is code

@@ -133,7 +133,7 @@ async def test_the_commands_administer_adapters(
         (["--api-key-file", "/nowhere"], "No such file"),
     ],
 )
-def test_wrong_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rejects_wrong_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tasks", *flags]) == 2
     assert message in capsys.readouterr().err
 

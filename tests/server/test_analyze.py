@@ -192,7 +192,7 @@ async def test_the_command_prints_a_row_a_task(tmp_path: Path, capsys: pytest.Ca
         def run(*arguments: str) -> int:
             return main(["analyze", *arguments, "--address", service.address])
 
-        # Of the two templates, the one with more tasks; `about` needs another field.
+        # The more common of two templates is asked; `about` needs another field.
         assert await asyncio.to_thread(run, str(file)) == 0
         printed = capsys.readouterr().out
         assert "who" in printed

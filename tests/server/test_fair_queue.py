@@ -122,7 +122,7 @@ def test_priorities_reorder_a_tenants_own_line_alone() -> None:
 
 
 class AgainstAModel(RuleBasedStateMachine):
-    """Whatever happens: nothing is lost, order holds within a tenant, and nothing idles while somebody may go."""
+    """After any operations: nothing is lost, order holds within a tenant, and nothing idles while somebody may go."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -336,7 +336,7 @@ def test_any_parameters_become_a_job_that_the_engine_can_run_or_violations(
     sampled = sampling.more or MoreSampling()
     assert made.best_of == 1 or sampling.temperature > 0
     assert sampled.min_new_tokens <= sampling.max_new_tokens
-    # Whatever was asked for, a token is left to choose.
+    # Every request leaves a token to choose.
     left = (set(sampled.allowed_tokens) or set(range(300))) - set(sampled.banned_tokens)
     assert left
     if sampled.min_new_tokens:

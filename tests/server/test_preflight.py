@@ -110,7 +110,7 @@ def test_weights_that_are_widened_need_twice_their_size(monkeypatch: pytest.Monk
         ({"avx2": False, "gpu": True}, None),
     ],
 )
-def test_the_wrong_machine(
+def test_rejects_the_wrong_machine(
     monkeypatch: pytest.MonkeyPatch, backbone: Path, found: dict[str, Any], message: str | None
 ) -> None:
     machine(monkeypatch, **found)
@@ -138,7 +138,7 @@ def test_processes_killed_at_the_limit(tmp_path: Path, own: str, file: str, text
     assert control_group.out_of_memory_kills(tmp_path / "root", tmp_path / "own") == kills
 
 
-def test_a_folder_for_copies_that_cannot_be_made(tmp_path: Path) -> None:
+def test_rejects_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SpoolError, match=r"file/copies: no copies of adapters can be written: .*adapter_cache"):
         Spool(tmp_path / "file" / "copies")

@@ -55,7 +55,7 @@ async def test_a_proxy_names_the_tenants_that_it_speaks_for(tmp_path: Path) -> N
     async with fleet.service.running():
         assert await fleet.tasks((FAIRNESS_ID, "acme"), key="gateway") == {"one"}
         assert fleet.service.value("mtlora_tenant_requests_total", tenant="acme", status="OK") == 1
-        # Without a name the call is the proxy's own, which may ask nothing.
+        # Without the header, the call belongs to the proxy itself, which may ask no task.
         assert await fleet.tasks(key="gateway") == set()
 
 

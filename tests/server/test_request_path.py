@@ -43,7 +43,7 @@ class Recorder:
             self.files.add(str(file.relative_to(ROOT)))
 
 
-# As much of vLLM as a request imports: the whole takes seconds.
+# The part of vLLM that a request imports: the whole takes seconds.
 VLLM: dict[str, dict[str, Any]] = {
     "vllm": {},
     "vllm.inputs": {"tokens_input": lambda prompt_ids, cache_salt: prompt_ids},
@@ -66,7 +66,7 @@ def _vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def async_llm(recorder: Recorder) -> Any:
-    """As much of AsyncLLM as the engine calls for a sequence: one that ends with its first token."""
+    """The part of AsyncLLM that the engine calls for a sequence: one that ends with its first token."""
 
     async def generate(prompt: Any, params: Any, request_id: str, *, lora_request: Any) -> AsyncIterator[Any]:
         recorder.end()

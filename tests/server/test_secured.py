@@ -93,7 +93,7 @@ def test_prompts_of_two_tenants_share_no_cached_block(secured: Secured) -> None:
     assert hits("b", 50)
 
 
-def test_a_quota(secured: Secured) -> None:
+def test_refuses_a_request_above_its_quota(secured: Secured) -> None:
     with secured.client("slow") as slow:
         slow.generate("open", "x", max_new_tokens=1)
         with pytest.raises(ServerError) as raised:
@@ -103,7 +103,7 @@ def test_a_quota(secured: Secured) -> None:
     assert raised.value.retry_after_s == pytest.approx(10, abs=2)
 
 
-def test_the_command_line(secured: Secured, tmp_path: Path) -> None:
+def test_commands_take_keys_and_tls(secured: Secured, tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text(secured.keys["a"] + "\n")
     command = [sys.executable, "-m", "server", "ask", "open", "Once", "--address", secured.server.address]

@@ -31,7 +31,7 @@ from server.tenants.jwks import JWKSError, read_jwks, read_keys_of
 from tests.server.fakes import Service, eventually
 
 ISSUER = "https://login.example.com/"
-# Of an issuer's configuration: any value, and objects with its members.
+# An issuer's configuration: any value, and objects with its members.
 _SCALARS = st.none() | st.booleans() | st.integers() | st.text(max_size=8)
 CONFIGURATIONS = st.fixed_dictionaries({}, optional={"issuer": _SCALARS | st.just(ISSUER), "jwks_uri": _SCALARS})
 

@@ -83,7 +83,7 @@ async def test_a_request_is_one_tree_at_the_collector() -> None:
 
 
 async def test_metrics_have_the_names_of_the_conventions() -> None:
-    """Of every request, sampled or not; a batch's items are requests of their models."""
+    """Metrics count every request, sampled or not; a batch's items are requests of their models."""
     tracer, reader = Tracer("", sample_ratio=0.0, exporter=InMemorySpanExporter()), InMemoryMetricReader()
     service = Service()
     tracer.metrics = GenAIMetrics("", Resource.create(), service.metrics.task_label, reader)

@@ -333,7 +333,7 @@ async def test_says_why_there_is_no_place(
     assert said[why] in error.message
 
 
-async def test_a_manifest_that_is_not_there(service: Service, home: Home, made: Path) -> None:
+async def test_download_of_a_missing_manifest_is_not_found(service: Service, home: Home, made: Path) -> None:
     async with AsyncClient(service.address) as client:
         for arguments in (("nobody",), ("a", "9")):
             with pytest.raises(ServerError, match="NOT_FOUND"):

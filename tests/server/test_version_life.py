@@ -39,7 +39,7 @@ from tests.server.test_residency import Loads
 
 CAPACITY = 2
 ROOM_S = 50 * PATIENCE_S
-# Of one byte each. There are four contents, and a copy in the making counts too.
+# Each copy has one byte. There are four contents, and a copy in the making counts too.
 COPIES = 4
 # Adapters a and b both claim y.
 TASKS = {"a": ("x", "y"), "b": ("y", "z"), "c": ("w",)}
@@ -78,7 +78,7 @@ class FolderInMemory:
 
 
 class Verifier:
-    """A version's content is in its signature; that of bad versions is 0."""
+    """Reads a version's content from its signature; 0 marks a bad version."""
 
     def __init__(self, spool: Spool) -> None:
         self._spool = spool
@@ -391,6 +391,6 @@ class Life(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
-def test_the_life_of_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_lives_keep_the_invariants(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residency_module, "time", SimpleNamespace(monotonic=lambda: VirtualTime.now))
     run_state_machine_as_test(Life, settings=settings(max_examples=100, stateful_step_count=30, deadline=None))

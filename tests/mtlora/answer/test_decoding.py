@@ -193,7 +193,7 @@ def test_speculation_leaves_a_sequence_where_its_tokens_have_it(kind: str, worke
         valid = grammar.validate_tokens(draft)
         assert valid == draft[: len(valid)]
         assert follow(accepted + valid[:-1]).is_terminated() is False
-        # As vLLM fills the masks of a step.
+        # Like vLLM when it fills the masks of a step.
         for token in valid:
             assert grammar.accept_tokens("x", [token])
         grammar.rollback(len(valid))

@@ -49,7 +49,7 @@ def test_a_projector_is_read_as_written(folder: Path) -> None:
     assert read_checkpoint(folder).manifest.projector == PROJECTOR
 
 
-def test_commands_take_it(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_take_a_projector(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(folder)]) == 0
     assert main(["inspect", str(folder)]) == 0
     assert "200 of projector" in capsys.readouterr().out
@@ -94,7 +94,7 @@ def test_tensors_that_do_not_fit_are_refused(changed: dict[str, Any], message: s
         read_checkpoint(folder)
 
 
-def test_merge_and_convert_refuse_it(folder: Path, tmp_path: Path) -> None:
+def test_merge_and_convert_refuse_a_projector(folder: Path, tmp_path: Path) -> None:
     config = TrainingConfig(adapter=CONFIG, suite="builtin", tasks=("navigate",))
     with pytest.raises(MergeError, match="tasks that take text and an image"):
         merge(read_checkpoint(folder), tmp_path, tmp_path / "out", config)

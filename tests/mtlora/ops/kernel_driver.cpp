@@ -10,7 +10,7 @@ extern "C" int mtlora_supported(int isa);
 extern "C" int mtlora_add_routed(const void* step, const void* table, void* y, const void* x, int64_t y_stride,
                                  int64_t x_stride, int64_t num_tokens);
 
-// As in serving.cpp.
+// The same as in serving.cpp.
 struct Adapter {
   int64_t shrink, expand, bias, rank, experts, groups, bias_rows, dtype, hidden, in_units;
 };

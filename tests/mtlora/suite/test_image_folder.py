@@ -78,7 +78,7 @@ def test_an_image_of_the_test_split_is_in_no_other(tmp_path: Path) -> None:
     assert not tested & trained
 
 
-def test_a_manifest(tmp_path: Path) -> None:
+def test_reads_a_manifest(tmp_path: Path) -> None:
     lines = []
     for i in range(30):
         _image(tmp_path / "files" / f"{i}.png", i)

@@ -103,7 +103,7 @@ def test_finite_parts_fill_no_others_place_and_hold_out_for_all(tmp_path: Path) 
     assert not inputs["validation"] & inputs["test"]
     assert len(set.union(*inputs.values())) == 60
     assert {e.input for e in alone.examples("leaves", "test", None)} <= inputs["test"]
-    # As many as asked for of each part: the first does not fill the place of the second.
+    # Each part gives the number asked for: the first does not fill the place of the second.
     sources = [str(e.source) for e in up_to(mix, "leaves", "train", 8)]
     assert sum("split" in source for source in sources) == 8
     assert any("hashed" in source for source in sources)

@@ -93,7 +93,7 @@ def test_no_answer_that_does_not_know_the_map_is_above_the_ceiling() -> None:
         suite = load_suite(f"vision-maps-{number}")
         assert isinstance(suite, LabelMapSuite)
         assert suite.ceiling == pytest.approx(ceiling, abs=5e-4)
-        # Of balanced pictures, the best answer to each is right for as many maps.
+        # With balanced pictures, the best answer to each is right for an equal number of maps.
         drawn = [suite.examples(task.id, "test", 20) for task in suite.tasks]
         words_of_pictures = zip(*([e.target for e in each] for each in drawn), strict=True)
         best = [Counter(words).most_common(1)[0][1] / number for words in words_of_pictures]

@@ -22,7 +22,7 @@ from tests.mtlora.vision.models import SIZE, write_model
 def test_plain_attention_equals_torch(B: int, K: int, per_key: int, L: int, seed: int, causal: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (
-        # As in a model: heads after positions in memory.
+        # Like a model's tensors: heads after positions in memory.
         torch.randn(B, L, heads, 4, generator=generator, dtype=torch.float64).transpose(1, 2).requires_grad_()
         for heads in (K * per_key, K, K)
     )

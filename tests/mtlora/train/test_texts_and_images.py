@@ -82,7 +82,7 @@ def test_a_run_is_read_back_and_resumes_to_the_same_bits(tiny_backbone: Path, vi
 
 
 def test_it_learns_from_the_image(tiny_backbone: Path, vision: Path, tmp_path: Path) -> None:
-    """Of few examples, by heart: the same texts stand beside other images with other answers."""
+    """It learns a few examples by heart: the same texts stand beside other images with other answers."""
     config = _config(
         tasks=["picture_number"],
         examples_per_task=8,

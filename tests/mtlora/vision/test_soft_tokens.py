@@ -60,7 +60,7 @@ def test_a_soft_token_is_a_square_of_neighbouring_patches(side: int, merge: int,
 
 
 def test_a_projector_starts_like_embeddings_and_folds_and_unfolds() -> None:
-    """Of two kinds of patches, each is near the word that is said of images where it is."""
+    """With two kinds of patches, each soft token is near the word that is said of images with its kind."""
     generator = torch.Generator().manual_seed(0)
     kinds_P = torch.arange(400) % 2
     states_PK = 5 + 3 * torch.randn(400, 64, generator=generator)

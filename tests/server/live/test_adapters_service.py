@@ -176,7 +176,7 @@ def test_pin_and_list(gamma: Path, client: Client) -> None:
     assert "broken" in {adapter.name for adapter in client.adapters()}
 
 
-def test_the_command(gamma: Path, server: ServerProcess) -> None:
+def test_the_adapters_command_changes_a_server(gamma: Path, server: ServerProcess) -> None:
     address = ("adapters", "--address", server.address)
     assert "gamma" in run_cli(*address, "list").stdout
     assert run_cli(*address, "load", "gamma").stdout.strip() == "gamma/1 serves"

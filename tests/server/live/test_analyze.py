@@ -18,7 +18,7 @@ TASKS = [
     for name in ("who", "what", "when", "why")
 ]
 IDS = [task.id for task in TASKS]
-# Of the engine's cache.
+# Tokens of a block of the engine's cache.
 BLOCK = 32
 
 

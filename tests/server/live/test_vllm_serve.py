@@ -27,7 +27,7 @@ def base_url(adapters: Path, backbone: Path) -> Iterator[str]:
         sys.executable, "-m", "vllm.entrypoints.openai.api_server",
         "--model", str(backbone), "--served-model-name", "backbone",
         "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8",
-        # As the native service chooses it.
+        # The dtype that the native service chooses.
         "--dtype", engine_dtype("auto", backbone),
         "--enable-lora", "--max-loras", "8", "--lora-modules", f"count_words={alpha}", f"two-fields={alpha}#pair",
         f"open={adapters / 'beta' / '10'}",

@@ -177,7 +177,7 @@ def test_versions_of_images_come_and_split(client: Client, adapters: Path, visio
 
 
 def test_an_engine_that_dies_leaves_the_other_alone(server: ServerProcess, client: Client) -> None:
-    """Whichever of the two it is. It is started again meanwhile."""
+    """Either engine may die. The server starts it again meanwhile."""
 
     def texts() -> None:
         client.generate("echo", "x", timeout=30)
