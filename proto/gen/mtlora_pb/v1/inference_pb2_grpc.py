@@ -97,7 +97,7 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """As Generate, in pieces as they are made; the last message carries the summary.
+        """Like Generate, in pieces as they are made; the last message carries the summary.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,7 +112,7 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateBatchStream(self, request, context):
-        """As GenerateBatch, each item as soon as it ends.
+        """Like GenerateBatch, each item as soon as it ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,7 +128,7 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AnalyzeStream(self, request, context):
-        """As Analyze, each answer as soon as it ends.
+        """Like Analyze, each answer as soon as it ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
