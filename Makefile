@@ -28,7 +28,7 @@ ISA_ENV_avx512      := ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE
 ISA_ENV_avx512_bf16 := ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16
 MASK := $(if $(ISA),env MTLORA_ISA=$(ISA) PYTHONPATH=tests/instruction_sets $(or $(ISA_ENV_$(ISA)),$(error ISA=$(ISA): \
   allowed: avx2, avx512, avx512_bf16)))
-# Of pytest-xdist. tests/conftest.py says which tests run in one process, and in what order.
+# Flags of pytest-xdist. tests/conftest.py says which tests run in one process, and in what order.
 WORKERS  ?= 2
 PARALLEL := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
