@@ -12,7 +12,7 @@ from mtlora.ops.plan import DevicePlan
 from mtlora.ops.table import Layout
 from tests.mtlora.ops.cases import SHAPE_CLASSES, TOLERANCE, Batch, Case, Shape, mixed, random_rows
 
-# Rows behind a step's tokens, as a captured size has them: NaN in x, to be left alone in y.
+# Padding rows after a step's tokens, as in a captured size: NaN in x; y must keep its own.
 PADDING = 3
 
 _SIZES = (
@@ -52,7 +52,7 @@ def cases() -> dict[str, Case]:
 
 
 def dtypes_of(name: str) -> tuple[torch.dtype, ...]:
-    """bfloat16 for every case; a compilation is a second, so the others for some."""
+    """bfloat16 for every case, the others for some: a compilation takes a second."""
     further = {"rank-64": torch.float16, "ragged-sizes": torch.float32, "many-tokens-of-one": torch.float32}
     if name.startswith("hidden-4096"):
         return torch.bfloat16, torch.float16

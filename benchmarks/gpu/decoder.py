@@ -207,7 +207,7 @@ class Step:
             self._capture()
 
     def run(self) -> None:
-        """Run the step. hidden_TD: before the output layer, whose logits of a prompt are its last token's alone."""
+        """Run the step. hidden_TD: states before the output layer; a prompt gets logits for its last token alone."""
         decoder = self.decoder
         x_TD, residual_TD = self.inputs_TD, torch.zeros_like(self.inputs_TD)
         for layer, cache in zip(decoder.layers, self._caches, strict=True):

@@ -70,7 +70,7 @@ def of_block(config: KernelConfig, shape: AdapterShape, tokens: int, live: int) 
     run = min(int(header[Header.RUN + size]), pieces_of_group)
     chunks = -(-shape.rank // 16)
     passes = chunks * -(-shape.experts // way.block_n)
-    # Sectors of s of a token: for an item the largest logits; for a piece h, and for each pass the logits anew.
+    # Sectors of s that a token loads: an item loads the logits once, a piece loads h, and each pass its logits again.
     of_item, of_piece = -(-shape.experts // 8), -(-shape.rank // 8) + passes * -(-min(way.block_n, shape.experts) // 8)
     sectors = of_item * int(header[Header.ITEMS + size]) + of_piece * pieces
     expand = Work(

@@ -12,7 +12,7 @@ def p99(values: Sequence[float]) -> float:
 
 
 def p99_name(values: Sequence[float]) -> str:
-    """The name of `p99`, which is the greatest of a hundred values or fewer."""
+    """The name of what `p99` gives: of a hundred values or fewer, the greatest."""
     return "p99" if len(values) > 100 else "slowest"
 
 

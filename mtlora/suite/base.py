@@ -79,7 +79,7 @@ def seeded(*parts: object) -> random.Random:
 
 
 def drawn(examples: Iterable[Example], task_id: str, split: Split, count: int | None, seed: int) -> list[Example]:
-    """`count` of a finite split's examples, all for None, in an order by hash: changes of others leave it as it is.
+    """`count` of a finite split's examples, all for None, in an order by hash, which other examples do not change.
 
     A smaller `count` gives a prefix of what a larger one gives. Raises SuiteError for a wrong split or count.
     """
@@ -103,7 +103,7 @@ def check_split(split: str) -> None:
 
 
 def up_to(suite: Suite, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
-    """`count` examples, or all of a finite suite that has fewer; of a mix, so many of each part.
+    """`count` examples, or all of a finite suite that has fewer; of a mix, `count` of each part.
 
     Raises SuiteError as `Suite.examples` does.
     """

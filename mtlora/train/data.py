@@ -83,11 +83,11 @@ def encode(
     skipped: Counter[str] | None = None,
     reader: "ImageReader | None" = None,
 ) -> list[tuple[Example, Encoded]]:
-    """Examples with what they become, with their working where they have it.
+    """Pairs of each example and its encoding, with its working if it has one.
 
     An example longer than `max_length` tokens, or whose prompt and its task's max_new_tokens are more than `room`, is
     counted in `skipped` under its task, or raises SuiteError if `skipped` is None. An answer longer than its task's
-    max_new_tokens always raises SuiteError. reader: of the images, if a task takes any.
+    max_new_tokens always raises SuiteError. reader: reads the images, if a task takes any.
     """
     index = {task.id: i for i, task in enumerate(tasks)}
     encoded = []

@@ -9,7 +9,7 @@ from mtlora.train.config import TrainingConfig
 
 
 def make_optimizer(trained: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over what is trained. Routers with task biases, which have no decay, heads and projector have own rates."""
+    """AdamW. Routers and task biases have a rate of their own and no decay; heads and projector have own rates."""
     routing: list[nn.Parameter] = []
     heads: list[nn.Parameter] = []
     projector: list[nn.Parameter] = []

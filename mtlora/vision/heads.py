@@ -92,7 +92,7 @@ class Heads(nn.Module):
 def linear_probe(features_NF: torch.Tensor, targets_N: torch.Tensor, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(weight [C, F], bias [C]) of a multinomial regression on standardised features, by L-BFGS.
 
-    The penalty is the one that serves every fifth example best, after which all are fitted.
+    The penalty is the one that predicts every fifth example best; then all examples are fitted.
     """
     penalty, held = _PENALTIES[1], torch.arange(len(targets_N)) % _HELD_OUT == 0
     if len(targets_N) >= 2 * _HELD_OUT:

@@ -18,7 +18,7 @@ def num_features(pooling: Pooling, hidden_size: int) -> int:
 
 
 def task_feature(feature: Any, pooling: Pooling, F: int) -> Any:
-    """A task's part [F] of what an engine gives of an image: class token [D] and mean of patches [D], or that alone."""
+    """A task's part [F] of an engine's feature: class token [D] and mean of patches [D], or the mean alone."""
     return feature[:F] if pooling == "cls" else feature[-F:]
 
 

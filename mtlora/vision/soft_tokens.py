@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _BATCH = 16
 _LEAST = 1e-6
-# The regression's penalty on squared weights, as a share of a standardised number's.
+# The regression's penalty on squared weights, as a share of a standardised number's sum of squares.
 _RIDGE = 0.1
 
 

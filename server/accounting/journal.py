@@ -33,7 +33,7 @@ class Counts:
 
     @property
     def tokens(self) -> int:
-        """What budgets count."""
+        """The tokens that budgets count."""
         return self.prompt_tokens + self.completion_tokens
 
 

@@ -127,7 +127,7 @@ class Totals:
     def read(
         self, since: int, until: int, granularity: str, tenant: str | None = None, task: str | None = None
     ) -> Generator[list[Row], None, None]:
-        """Sums by period, tenant and task of the hours that begin in a span, as of the first page, in pages."""
+        """Sums by period, tenant and task of the hours that begin in a span, in pages, all as of the first page."""
         self._reads += 1
         name = f"read_{self._reads}"
         period = PERIODS[granularity]

@@ -59,7 +59,7 @@ class OwnTypes:
     async def hold(
         self, request: pb.GenerateRequest, task: TaskSpec | None, tenant: Tenant, engine: CompilesAnswers
     ) -> Held | None:
-        """What the request's own type holds its answer to. Raises INVALID_ARGUMENT or RESOURCE_EXHAUSTED.
+        """What holds the answer to the request's own type. Raises INVALID_ARGUMENT or RESOURCE_EXHAUSTED.
 
         None without a task. A task with a type takes a subset of its labels, or its own type again.
         """

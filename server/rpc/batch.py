@@ -164,7 +164,7 @@ RCo = TypeVar("RCo", covariant=True)
 
 
 class Service(Protocol[MContra, RCo]):
-    """What items of a kind run through: see the Inference service."""
+    """What runs the items of a kind; see the Inference service."""
 
     @property
     def engine(self) -> Any: ...

@@ -113,7 +113,7 @@ ImageItem = Item[Picture, Classification]
 
 
 class Classifier:
-    """What batches of images run through, as those of texts run through the Inference service.
+    """Runs batches of images, like the Inference service those of texts.
 
     engine: set, like residency, before admission opens; without it, no task of images is served. position_cost: see
     ImageJob.

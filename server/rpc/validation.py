@@ -53,8 +53,8 @@ def validate(
 ) -> GenerationJob | list[Violation]:
     """The job that a request asks for, or every violation in it. `task` is None if the request names none.
 
-    own: what the request's own type holds its answer to, if it brings one. document: the document part of its prompt,
-    whose fields are then the task part's alone. sight: of the image that the task takes; its place is set here.
+    own: what holds the answer to the request's own type, if it brings one. document: the document part of its prompt,
+    whose fields are then the task part's alone. sight: the image that the task takes; its place is set here.
     """
     violations = [] if task else [Violation("task_id", "found none; ListTasks has those that can be asked")]
     if document is not None and task is not None:

@@ -69,7 +69,8 @@ class Turn:
 
     @asynccontextmanager
     async def aside(self) -> AsyncIterator[None]:
-        """Lend the turn to other requests while the block runs; at its end, wait for one ahead of all that queue.
+        """Lend the turn to other requests while the block runs; at its end, wait for a turn ahead of all queued
+        requests.
 
         The tenant's limits count the request all the while. As many requests as there are turns may be aside; further
         ones keep their turns.
@@ -237,7 +238,7 @@ class Scheduler:
             self._take_requests(tenant, rate, size - 1, until=size)
 
     def places(self, tenant: Tenant, size: int, lane: Lane = Lane.TEXT) -> int:
-        """Places that a batch takes whose sequences wait outside: enough for its turns, and few in the queue."""
+        """Places that a batch holds while its other sequences wait: enough for its turns, and few in the queue."""
         return min(size, self._turns[lane].most_batch, self._most_inside(tenant, lane))
 
     def check_batch(self, tenant: Tenant, size: int, places: int | None = None, lane: Lane = Lane.TEXT) -> None:
@@ -340,7 +341,7 @@ class Scheduler:
         await back
 
     def charge(self, turn: Turn, tokens: int, cost: float) -> None:
-        """Count a request's tokens against what is reserved for it, and its tenant's place in the queue."""
+        """Charge a request's tokens to its reservation, and to its tenant in the fair queue."""
         self._queue.charge(turn.line, tokens * cost)
         turn._reserved.tokens -= tokens
 

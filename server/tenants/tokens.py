@@ -41,7 +41,7 @@ _BAD_TOKEN = (jwt.PyJWTError, ValueError, TypeError, ArithmeticError, RecursionE
 
 @dataclass(frozen=True)
 class _Verified:
-    """A token that passed: until when (seconds since 1970), and what it passed by."""
+    """A verified token: when it expires (seconds since 1970), and what verified it."""
 
     tenant_id: str
     expires: float
