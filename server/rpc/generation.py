@@ -91,46 +91,58 @@ class Generation:
         `reserved`: see `Scheduler.turn`.
         The caller holds the version. Raises AdapterError where it cannot be loaded.
         """
-        job, call, sight = self.job, self.call, self.sight
-        version = None if job.without_adapter else job.task.version
-        splitter = AnswerSplitter(self.marker)
+        call = self.call
         try:
-            if sight is not None:
-                job = self.job = replace(job, soft=await sight.look(call))
-            async with scheduler.turn(call.tenant, job, call.deadline, reserved) as turn:
-                if call.trace:
-                    call.trace.submitted(job)
-                async with (
-                    residency.lease(version, turn.aside) if version else nullcontext(),
-                    aclosing(engine.generate(job)) as deltas,
-                ):
-                    turn.submitted()
-                    # Count an input once: several generations may answer one call.
-                    if not job.further:
-                        call.sequences += 1
-                        call.prompt_tokens += len(job.prompt_ids)
-                    async for delta in deltas:
-                        if self.marker is not None:
-                            reasoning, text = splitter.feed(delta.text, last=delta.finish_reason is not None)
-                            delta = replace(delta, text=text, reasoning=reasoning)
-                            self.reasoning = splitter.working
-                        self._observe(delta)
-                        if delta.finish_reason and splitter.working:
-                            self.working_tokens = engine.prompts.working_tokens(self.token_ids, splitter.working)
-                        if delta.tokens and not turn.begun:
-                            turn.found(self.cached_tokens)
-                        if delta.tokens:
-                            turn.served(delta.tokens, self.first_token_at)
-                        emit(delta)
+            await self._run(engine, scheduler, residency, emit, reserved)
         except BaseException as error:
             if call.genai:
-                call.genai.failed(job, call.error_type(error), time.monotonic() - call.received)
+                call.genai.failed(self.job, call.error_type(error), time.monotonic() - call.received)
             raise
         self.metrics.observe_e2e(call.tenant.id, self.total_s, call.exemplar)
         if call.trace:
             call.trace.answered(self.finish_reason, self.cached_tokens, self.working_tokens)
         if call.genai:
-            call.genai.answered(job, self.completion_tokens, self.ttft_s, self.total_s)
+            call.genai.answered(self.job, self.completion_tokens, self.ttft_s, self.total_s)
+
+    async def _run(
+        self,
+        engine: Engine,
+        scheduler: Scheduler,
+        residency: Residency,
+        emit: Callable[[Delta], None],
+        reserved: Reservation | None,
+    ) -> None:
+        """The job's sequence; `run` accounts for the whole answer."""
+        job, call, sight = self.job, self.call, self.sight
+        version = None if job.without_adapter else job.task.version
+        splitter = AnswerSplitter(self.marker)
+        if sight is not None:
+            job = self.job = replace(job, soft=await sight.look(call))
+        async with scheduler.turn(call.tenant, job, call.deadline, reserved) as turn:
+            if call.trace and not job.further:
+                call.trace.submitted(job)
+            async with (
+                residency.lease(version, turn.aside) if version else nullcontext(),
+                aclosing(engine.generate(job)) as deltas,
+            ):
+                turn.submitted()
+                # Count an input once: several generations may answer one call.
+                if not job.further:
+                    call.sequences += 1
+                    call.prompt_tokens += len(job.prompt_ids)
+                async for delta in deltas:
+                    if self.marker is not None:
+                        reasoning, text = splitter.feed(delta.text, last=delta.finish_reason is not None)
+                        delta = replace(delta, text=text, reasoning=reasoning)
+                        self.reasoning = splitter.working
+                    self._observe(delta)
+                    if delta.finish_reason and splitter.working:
+                        self.working_tokens = engine.prompts.working_tokens(self.token_ids, splitter.working)
+                    if delta.tokens and not turn.begun:
+                        turn.found(self.cached_tokens)
+                    if delta.tokens:
+                        turn.served(delta.tokens, self.first_token_at)
+                    emit(delta)
 
     @property
     def marker(self) -> str | None:
@@ -145,7 +157,8 @@ class Generation:
     def _observe(self, delta: Delta) -> None:
         if not self.queue_s and delta.scheduled_at is not None:
             self.queue_s = max(0.0, delta.scheduled_at - self.call.received)
-            self.metrics.observe_queue(self.queue_s, self.call.exemplar)
+            if not self.job.further:
+                self.metrics.observe_queue(self.queue_s, self.call.exemplar)
             if self.call.trace:
                 self.call.trace.scheduled(delta.scheduled_at)
         if delta.tokens:
@@ -164,12 +177,13 @@ class Generation:
         call, now, tokens = self.call, time.monotonic(), delta.tokens
         if not self.completion_tokens:
             self.cached_tokens = delta.cached_tokens
-            call.cached_tokens += delta.cached_tokens
             # The first token of a piece came before the others; the engine knows when, by a clock of its own.
             came = delta.first_token_at if tokens > 1 and delta.first_token_at is not None else now
             self.first_token_at = min(now, max(call.received, came))
             self.ttft_s = self.total_s = self.first_token_at - call.received
-            self.metrics.observe_ttft(call.tenant.id, self.ttft_s, call.exemplar)
+            if not self.job.further:
+                call.cached_tokens += delta.cached_tokens
+                self.metrics.observe_ttft(call.tenant.id, self.ttft_s, call.exemplar)
             if call.trace:
                 call.trace.step(1, self.first_token_at)
             tokens -= 1

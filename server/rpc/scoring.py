@@ -44,12 +44,12 @@ class Scoring(Generation):
         made._prompts, made._max_model_len, made._calibrated = prompts, max_model_len, calibrated
         return made
 
-    async def run(self, *services: Any, **named: Any) -> None:
-        """See Generation.run. Each of the input's sequences waits for its own turn."""
+    async def _run(self, *services: Any) -> None:
+        """See Generation._run. Each of the sequences waits for its own turn; `run` counts them as one request."""
         task, worked = self.job.task, self.marker is not None
         prompt_ids = self.job.prompt_ids
         if worked:
-            await super().run(*services, **named)
+            await super()._run(*services)
             # The marker was cut off, so the text was taken for an answer.
             if self.token_ids[-1] != self._prompts.tokenizer.eos_token_id:
                 self.reasoning = self.text
@@ -66,7 +66,7 @@ class Scoring(Generation):
         try:
             async with asyncio.TaskGroup() as running:
                 for branch in branches:
-                    running.create_task(branch.run(*services, **named))
+                    running.create_task(branch._run(*services))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         logprobs = [_of_tokens(branch.logprobs[0]) for branch in branches]
@@ -75,9 +75,12 @@ class Scoring(Generation):
         self.text = self.probabilities[0][0]
         self.finish_reason = "stop"
         self.completion_tokens += sum(branch.completion_tokens for branch in branches)
+        self.total_s = max(branch.total_s for branch in branches)
         if not worked:
-            self.queue_s, self.ttft_s, self.total_s = branches[0].queue_s, branches[0].ttft_s, branches[0].total_s
-            self.cached_tokens = branches[0].cached_tokens
+            # The sequence that the call counts: the labels' common beginning is of its prompt.
+            first = branches[0]
+            self.job, self.cached_tokens = first.job, first.cached_tokens
+            self.queue_s, self.ttft_s = first.queue_s, first.ttft_s
 
     def _job(self, prompt_ids: tuple[int, ...], tokens: Sequence[int], *, further: bool) -> GenerationJob:
         constraint = next_token(tokens)
