@@ -148,6 +148,8 @@ def make_analysis(
             parameters=made.parameters,
             include_reasoning=made.include_reasoning,
             routing_key=made.routing_key,
+            free=made.free,
+            answer=made.answer if made.HasField("answer") else None,
         )
     return request
 

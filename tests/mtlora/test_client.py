@@ -10,7 +10,7 @@ from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 from mtlora_pb.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
-from mtlora.client import Access, AsyncClient, Client, Retry, ServerError, make_batch, make_request
+from mtlora.client import Access, AsyncClient, Client, Retry, ServerError, make_analysis, make_batch, make_request
 from mtlora.client.retry import Attempts
 
 
@@ -214,3 +214,11 @@ def test_a_request_holds_its_parameters() -> None:
     assert list(request.token_ids.values) == [5, 6]
     assert request.parameters.HasField("banned_tokens")
     assert dict(request.parameters.logit_bias.values) == {7: 1.5}
+
+
+def test_a_documents_task_holds_its_parameters() -> None:
+    own = inference_pb2.AnswerType(regex="a+")
+    (held,) = make_analysis(["t"], "text", answer=own, seed=1).tasks
+    assert (held.answer, held.free, held.parameters.seed) == (own, False, 1)
+    (free,) = make_analysis([("t", {"x": "y"})], "text", free=True).tasks
+    assert (free.free, free.HasField("answer"), dict(free.fields.values)) == (True, False, {"x": "y"})
