@@ -56,7 +56,7 @@ class AsyncClient(Calls):
             await call.wait_for_connection()
         return _read(call)
 
-    async def upload_adapter(self, folder: Path, adapter: str, *, timeout: float = UPLOAD_TIMEOUT_S) -> str:
+    async def upload_adapter(self, folder: Path | str, adapter: str, *, timeout: float = UPLOAD_TIMEOUT_S) -> str:
         """Like `Client.upload_adapter`.
 
         Its calls block a thread, not this loop: if a server refuses an upload while grpc.aio writes, half of the

@@ -42,7 +42,7 @@ class Client(Calls):
             call.initial_metadata()
         return _read(call)
 
-    def upload_adapter(self, folder: Path, adapter: str, *, timeout: float = UPLOAD_TIMEOUT_S) -> str:
+    def upload_adapter(self, folder: Path | str, adapter: str, *, timeout: float = UPLOAD_TIMEOUT_S) -> str:
         """Put a checkpoint into the server's folder as the adapter's next version, which is returned.
 
         Goes on after a cut, within the timeout. Raises OSError if the checkpoint cannot be read.

@@ -16,8 +16,8 @@ _CHUNK_BYTES = 256 << 10
 class Upload:
     """One checkpoint for one adapter. Raises OSError if its files cannot be read."""
 
-    def __init__(self, folder: Path, adapter: str) -> None:
-        self._paths = [folder / name for name in _FILES]
+    def __init__(self, folder: Path | str, adapter: str) -> None:
+        self._paths = [Path(folder, name) for name in _FILES]
         self._sizes = [path.stat().st_size for path in self._paths]
         self._adapter = adapter
         self._received = 0

@@ -115,7 +115,7 @@ async def test_what_is_uploaded_serves(service: Service, home: Home, made: Path)
 
     def blocking() -> str:
         with Client(service.address) as client:
-            return client.upload_adapter(made, "b")
+            return client.upload_adapter(str(made), "b")
 
     assert await asyncio.to_thread(blocking) == "1"
 
