@@ -1,6 +1,7 @@
 """The calls of both clients: requests, and what becomes of replies. They depend only on the gRPC contract."""
 
 import json
+import time
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
@@ -175,62 +176,70 @@ class Calls:
         return list(map(Score.of, reply.scores))
 
     @Method
-    def tasks(self, page_size: int = 0) -> Steps[list[pb.Task]]:
-        """All tasks that can be asked."""
+    def tasks(self, page_size: int = 0, *, timeout: float | None = None) -> Steps[list[pb.Task]]:
+        """All tasks that can be asked; the timeout is for all pages."""
         tasks: list[pb.Task] = []
+        until = None if timeout is None else time.monotonic() + timeout
         token = ""
         while True:
-            page = yield self._stub.ListTasks, pb.ListTasksRequest(page_size=page_size, page_token=token), None
+            left_s = None if until is None else max(0.0, until - time.monotonic())
+            page = yield self._stub.ListTasks, pb.ListTasksRequest(page_size=page_size, page_token=token), left_s
             tasks += page.tasks
             if not (token := page.next_page_token):
                 return tasks
 
     @Method
-    def task(self, task_id: str) -> Steps[pb.Task]:
+    def task(self, task_id: str, *, timeout: float | None = None) -> Steps[pb.Task]:
         """One task."""
-        return (yield self._stub.GetTask, pb.GetTaskRequest(task_id=task_id), None).task
+        return (yield self._stub.GetTask, pb.GetTaskRequest(task_id=task_id), timeout).task
 
     @Method
-    def adapters(self) -> Steps[list[adapters_pb2.Adapter]]:
+    def adapters(self, *, timeout: float | None = None) -> Steps[list[adapters_pb2.Adapter]]:
         """Every adapter and its versions."""
-        return list((yield self._adapters.List, adapters_pb2.ListAdaptersRequest(), None).adapters)
+        return list((yield self._adapters.List, adapters_pb2.ListAdaptersRequest(), timeout).adapters)
 
     @Method
-    def load_adapter(self, adapter: str, version: str = "") -> Steps[adapters_pb2.AdapterVersion]:
+    def load_adapter(
+        self, adapter: str, version: str = "", *, timeout: float | None = None
+    ) -> Steps[adapters_pb2.AdapterVersion]:
         """Let a version, the highest by default, serve; returns when it does."""
         request = adapters_pb2.LoadAdapterRequest(adapter=adapter, version=version)
-        return (yield self._adapters.Load, request, None).serving
+        return (yield self._adapters.Load, request, timeout).serving
 
     @Method
-    def unload_adapter(self, adapter: str) -> Steps[None]:
+    def unload_adapter(self, adapter: str, *, timeout: float | None = None) -> Steps[None]:
         """Stop serving an adapter."""
-        yield self._adapters.Unload, adapters_pb2.UnloadAdapterRequest(adapter=adapter), None
+        yield self._adapters.Unload, adapters_pb2.UnloadAdapterRequest(adapter=adapter), timeout
 
     @Method
-    def rollback_adapter(self, adapter: str) -> Steps[adapters_pb2.AdapterVersion]:
-        """Let the previous version serve again."""
-        return (yield self._adapters.Rollback, adapters_pb2.RollbackAdapterRequest(adapter=adapter), None).serving
+    def rollback_adapter(self, adapter: str, *, timeout: float | None = None) -> Steps[adapters_pb2.AdapterVersion]:
+        """Let the previous version serve again. Not repeated: a second rollback goes further back."""
+        request = adapters_pb2.RollbackAdapterRequest(adapter=adapter)
+        return (yield _once(self._adapters.Rollback, timeout), request, None).serving
 
     @Method
-    def pin_adapter(self, adapter: str, pinned: bool = True) -> Steps[None]:
+    def pin_adapter(self, adapter: str, pinned: bool = True, *, timeout: float | None = None) -> Steps[None]:
         """Keep an adapter in the engine's memory, or stop keeping it."""
         if pinned:
-            yield self._adapters.Pin, adapters_pb2.PinAdapterRequest(adapter=adapter), None
+            yield self._adapters.Pin, adapters_pb2.PinAdapterRequest(adapter=adapter), timeout
         else:
-            yield self._adapters.Unpin, adapters_pb2.UnpinAdapterRequest(adapter=adapter), None
+            yield self._adapters.Unpin, adapters_pb2.UnpinAdapterRequest(adapter=adapter), timeout
 
     @Method
-    def set_adapter_weights(self, weights: Mapping[str, int], *, adapter: str = "", task: str = "") -> Steps[None]:
+    def set_adapter_weights(
+        self, weights: Mapping[str, int], *, adapter: str = "", task: str = "", timeout: float | None = None
+    ) -> Steps[None]:
         """Split the requests of an adapter, or of one task, among versions; no weights end the split."""
         target = {"task": task} if task else {"adapter": adapter}
-        yield self._adapters.SetWeights, adapters_pb2.SetAdapterWeightsRequest(weights=weights, **target), None
+        yield self._adapters.SetWeights, adapters_pb2.SetAdapterWeightsRequest(weights=weights, **target), timeout
 
     @Method
-    def download_manifest(self, adapter: str, version: str = "") -> Steps[adapters_pb2.DownloadAdapterResponse]:
+    def download_manifest(
+        self, adapter: str, version: str = "", *, timeout: float | None = None
+    ) -> Steps[adapters_pb2.DownloadAdapterResponse]:
         """The manifest of a version, by default of the serving one."""
-        return (
-            yield self._adapters.Download, adapters_pb2.DownloadAdapterRequest(adapter=adapter, version=version), None
-        )
+        request = adapters_pb2.DownloadAdapterRequest(adapter=adapter, version=version)
+        return (yield self._adapters.Download, request, timeout)
 
     @Method
     def usage(
@@ -241,12 +250,13 @@ class Calls:
         tenant: str = "",
         task: str = "",
         by: str = "day",
+        timeout: float | None = None,
     ) -> Steps[UsageReport]:
         """What tenants used of tasks in a span, summed up by hour, day, month or "total"; iterate over it."""
         request = usage_pb2.ReadUsageRequest(
             since=since, until=until, tenant=tenant, task=task, granularity=f"USAGE_GRANULARITY_{by.upper()}"
         )
-        return UsageReport(*(yield self._usage.Read, request, None))
+        return UsageReport(*(yield self._usage.Read, request, timeout))
 
     def _watch(self, adapter: str) -> Any:
         return self._adapters.Watch(adapters_pb2.WatchAdaptersRequest(adapter=adapter), metadata=self._metadata)
@@ -255,6 +265,11 @@ class Calls:
 def same(message: Any) -> Any:
     """A message as it came."""
     return message
+
+
+def _once(rpc: Any, timeout: float | None) -> Any:
+    """An RPC with a deadline that is not repeated within it."""
+    return lambda request, metadata, **_: rpc(request, timeout=timeout, metadata=metadata)
 
 
 def streams(rpc: Any) -> bool:

@@ -21,11 +21,20 @@ class Server(adapters_pb2_grpc.AdaptersServicer, inference_pb2_grpc.InferenceSer
         self.keys: list[str] = []
         # RetryInfo, in seconds, of each call that fails before one answers.
         self.failures: list[float] = []
+        # Of the last rollback's deadline.
+        self.left_s: float | None = None
         self.address = ""
 
     def List(self, request: Any, context: Any) -> Any:
         self._called(context)
+        self._fail(context)
         return adapters_pb2.ListAdaptersResponse()
+
+    def Rollback(self, request: Any, context: Any) -> Any:
+        self._called(context)
+        self._fail(context)
+        self.left_s = context.time_remaining()
+        return adapters_pb2.RollbackAdapterResponse()
 
     def Watch(self, request: Any, context: Any) -> Iterator[Any]:
         self._called(context)
@@ -34,6 +43,7 @@ class Server(adapters_pb2_grpc.AdaptersServicer, inference_pb2_grpc.InferenceSer
 
     def ListTasks(self, request: Any, context: Any) -> Any:
         self._called(context)
+        self._fail(context)
         if request.page_token:
             return inference_pb2.ListTasksResponse(tasks=[inference_pb2.Task(id="two")])
         return inference_pb2.ListTasksResponse(tasks=[inference_pb2.Task(id="one")], next_page_token="2")
@@ -45,10 +55,7 @@ class Server(adapters_pb2_grpc.AdaptersServicer, inference_pb2_grpc.InferenceSer
 
     def Generate(self, request: Any, context: Any) -> Any:
         self._called(context)
-        if self.failures:
-            seconds = self.failures.pop(0)
-            context.set_trailing_metadata((("grpc-status-details-bin", unavailable(seconds)),))
-            context.abort(grpc.StatusCode.UNAVAILABLE, "not yet")
+        self._fail(context)
         return inference_pb2.GenerateResponse(text="answer")
 
     def GenerateBatchStream(self, request: Any, context: Any) -> Iterator[Any]:
@@ -61,6 +68,12 @@ class Server(adapters_pb2_grpc.AdaptersServicer, inference_pb2_grpc.InferenceSer
             yield inference_pb2.GenerateBatchStreamResponse(
                 item=inference_pb2.BatchItem(index=index, response=response)
             )
+
+    def _fail(self, context: Any) -> None:
+        if self.failures:
+            seconds = self.failures.pop(0)
+            context.set_trailing_metadata((("grpc-status-details-bin", unavailable(seconds)),))
+            context.abort(grpc.StatusCode.UNAVAILABLE, "not yet")
 
     def _called(self, context: Any) -> None:
         self.keys.append(dict(context.invocation_metadata()).get("authorization", ""))
@@ -148,6 +161,33 @@ async def test_calls_are_repeated_within_their_deadline(server: Server) -> None:
         answers = [each.result().text async for each in asynchronous.generate_batch([("t", "a")], timeout=10)]
         assert answers == ["a"]
     assert len(server.keys) == 3 + 2 + 3 + 2
+
+
+async def test_calls_of_tasks_and_adapters_are_repeated_too(server: Server) -> None:
+    with Client(server.address, retry=FAST) as client:
+        server.failures = [0.0]
+        assert client.adapters(timeout=10) == []
+        server.failures = [0.0]
+        assert [task.id for task in client.tasks(timeout=10)] == ["one", "two"]
+    async with AsyncClient(server.address, retry=FAST) as asynchronous:
+        server.failures = [0.0]
+        assert await asynchronous.adapters(timeout=10) == []
+
+
+async def test_a_rollback_has_a_deadline_and_one_attempt(server: Server) -> None:
+    """A second one goes further back."""
+    with Client(server.address, retry=FAST) as client:
+        client.rollback_adapter("a", timeout=10)
+        assert server.left_s is not None
+        assert 0 < server.left_s < 20
+        server.failures = [0.0]
+        with pytest.raises(ServerError, match="not yet"):
+            client.rollback_adapter("a", timeout=10)
+    async with AsyncClient(server.address, retry=FAST) as asynchronous:
+        server.failures = [0.0]
+        with pytest.raises(ServerError, match="not yet"):
+            await asynchronous.rollback_adapter("a", timeout=10)
+    assert len(server.keys) == 3
 
 
 @pytest.mark.parametrize(
