@@ -170,10 +170,11 @@ class Calls:
         *,
         timeout: float | None = None,
         uncalibrated: bool = False,
+        routing_key: str = "",
     ) -> Steps[list[Score]]:
         """The probabilities of a task's labels for many inputs, in their order."""
-        reply = yield self._stub.Score, make_score(task_id, inputs, uncalibrated=uncalibrated), timeout
-        return list(map(Score.of, reply.scores))
+        request = make_score(task_id, inputs, uncalibrated=uncalibrated, routing_key=routing_key)
+        return list(map(Score.of, (yield self._stub.Score, request, timeout).scores))
 
     @Method
     def tasks(self, page_size: int = 0, *, timeout: float | None = None) -> Steps[list[pb.Task]]:

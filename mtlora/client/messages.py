@@ -78,16 +78,18 @@ class Score:
         return cls(score.label, found, score.reasoning, score.summary)
 
 
-def make_score(task_id: str, inputs: Iterable[Any], *, uncalibrated: bool = False) -> pb.ScoreRequest:
-    """The message for many inputs, texts or images."""
+def make_score(
+    task_id: str, inputs: Iterable[Any], *, uncalibrated: bool = False, routing_key: str = ""
+) -> pb.ScoreRequest:
+    """The message for many inputs, texts or images; the key goes for all."""
     made = pb.ScoreRequest(task_id=task_id, uncalibrated=uncalibrated)
     for each in inputs:
         if is_image(each):
-            made.inputs.add(image=make_image(each))
+            made.inputs.add(image=make_image(each), routing_key=routing_key)
             continue
         request = make_request(task_id, each)
         if given := request.WhichOneof("input"):
-            made.inputs.append(pb.ScoreInput(**{given: getattr(request, given)}))
+            made.inputs.add(**{given: getattr(request, given)}, routing_key=routing_key)
     return made
 
 

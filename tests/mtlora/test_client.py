@@ -11,6 +11,7 @@ from google.rpc import error_details_pb2, status_pb2
 from mtlora_pb.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 from mtlora.client import Access, AsyncClient, Client, Retry, ServerError, make_analysis, make_batch, make_request
+from mtlora.client.messages import make_score
 from mtlora.client.retry import Attempts
 
 
@@ -57,6 +58,12 @@ class Server(adapters_pb2_grpc.AdaptersServicer, inference_pb2_grpc.InferenceSer
         self._called(context)
         self._fail(context)
         return inference_pb2.GenerateResponse(text="answer")
+
+    def Score(self, request: Any, context: Any) -> Any:
+        self._called(context)
+        return inference_pb2.ScoreResponse(
+            scores=[inference_pb2.InputScore(label=each.routing_key) for each in request.inputs]
+        )
 
     def GenerateBatchStream(self, request: Any, context: Any) -> Iterator[Any]:
         self._called(context)
@@ -262,3 +269,10 @@ def test_a_documents_task_holds_its_parameters() -> None:
     assert (held.answer, held.free, held.parameters.seed) == (own, False, 1)
     (free,) = make_analysis([("t", {"x": "y"})], "text", free=True).tasks
     assert (free.free, free.HasField("answer"), dict(free.fields.values)) == (True, False, {"x": "y"})
+
+
+def test_a_scores_inputs_share_a_routing_key(server: Server) -> None:
+    image = b"\x89PNG"
+    assert [each.WhichOneof("input") for each in make_score("t", ["x", image]).inputs] == ["text", "image"]
+    with Client(server.address) as client:
+        assert [score.label for score in client.score("t", ["x", {"a": "y"}, image], routing_key="u")] == ["u"] * 3
