@@ -10,10 +10,12 @@ from mtlora.client.messages import (
     BatchAnswer,
     DocumentAnswer,
     Input,
+    Sample,
     Score,
     make_analysis,
     make_batch,
     make_request,
+    value_of,
 )
 from mtlora.client.metrics_page import MetricsPage
 from mtlora.client.placement import Placement
@@ -33,10 +35,12 @@ __all__ = [
     "MetricsPage",
     "Placement",
     "Retry",
+    "Sample",
     "Score",
     "ServerError",
     "make_analysis",
     "make_batch",
     "make_classification",
     "make_request",
+    "value_of",
 ]

@@ -17,6 +17,58 @@ Input = str | Mapping[str, str] | Sequence[Mapping[str, str]] | Sequence[int]
 _LISTS = ("allowed_tokens", "banned_tokens", "stop_token_ids")
 
 
+def value_of(text: str, answer_type: str) -> Any:
+    """What a text of a type stands for: a Decimal, a date, what JSON holds, or the text itself.
+
+    answer_type: of the reply; of a stream's, its last message has it.
+    """
+    kind, _, format = answer_type.partition(" ")
+    match kind:
+        case "":
+            return text
+        case "number":
+            return Decimal(text.strip())
+        case "date":
+            return datetime.strptime(text.strip(), format).date()
+        case "json":
+            return json.loads(text)
+    return text.strip()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One of several answers; see the contract's Sample. answer_type: as of its Answer."""
+
+    text: str
+    finish_reason: pb.FinishReason
+    logprobs: list[pb.TokenLogprobs]
+    reasoning: str
+    token_ids: list[int]
+    cumulative_logprob: float | None
+    working_tokens: int
+    completion_tokens: int
+    answer_type: str = ""
+
+    @property
+    def value(self) -> Any:
+        """See `value_of`."""
+        return value_of(self.text, self.answer_type)
+
+    @classmethod
+    def of(cls, sample: pb.Sample, answer_type: str) -> Self:
+        return cls(
+            sample.text,
+            sample.finish_reason,
+            list(sample.logprobs),
+            sample.reasoning,
+            list(sample.token_ids),
+            sample.cumulative_logprob if sample.HasField("cumulative_logprob") else None,
+            sample.working_tokens,
+            sample.completion_tokens,
+            answer_type,
+        )
+
+
 @dataclass(frozen=True)
 class Answer:
     """reasoning: what the model wrote before its answer, if it was asked for.
@@ -28,23 +80,15 @@ class Answer:
     summary: pb.Summary
     logprobs: list[pb.TokenLogprobs] = field(default_factory=list)
     reasoning: str = ""
-    samples: list[pb.Sample] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[pb.TokenLogprobs] = field(default_factory=list)
     answer_type: str = ""
 
     @property
     def value(self) -> Any:
-        """What the text stands for: a Decimal, a date, what JSON holds, or the text itself."""
-        kind, _, format = self.answer_type.partition(" ")
-        match kind:
-            case "number":
-                return Decimal(self.text)
-            case "date":
-                return datetime.strptime(self.text, format).date()
-            case "json":
-                return json.loads(self.text)
-        return self.text
+        """See `value_of`."""
+        return value_of(self.text, self.answer_type)
 
     @classmethod
     def of(cls, reply: pb.GenerateResponse) -> Self:
@@ -53,7 +97,7 @@ class Answer:
             reply.summary,
             list(reply.logprobs),
             reply.reasoning,
-            list(reply.samples),
+            [Sample.of(each, reply.answer_type) for each in reply.samples],
             list(reply.token_ids),
             list(reply.prompt_logprobs),
             reply.answer_type,

@@ -125,6 +125,7 @@ def stream_response(delta: Delta, generation: Generation) -> pb.GenerateStreamRe
         reasoning=delta.reasoning if generation.job.include_reasoning else "",
         token_ids=delta.token_ids if generation.job.return_token_ids else (),
         prompt_logprobs=[token_logprobs(token) for token in delta.prompt_logprobs],
+        answer_type=generation.job.answer_type if delta.finish_reason else "",
     )
 
 

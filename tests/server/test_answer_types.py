@@ -20,7 +20,7 @@ from openinference_pb import grpc_predict_v2_pb2_grpc
 
 from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.answer.constraint import TOKENS_PREFIX, read
-from mtlora.client import Access, Answer, AsyncClient, ServerError
+from mtlora.client import Access, Answer, AsyncClient, ServerError, value_of
 from server.errors import EngineDeadError
 from server.isolation import Limits, in_child
 from server.job import Delta, GenerationJob, ServedTask, TokenLogprob, TokenLogprobs
@@ -129,6 +129,16 @@ async def test_the_engine_is_held_to_the_tasks_type(service: Service, client: As
 )
 def test_values_of_answers(answer_type: str, text: str, value: object) -> None:
     assert Answer(text, pb.Summary(), answer_type=answer_type).value == value
+
+
+async def test_samples_and_streams_have_values(service: Service, client: AsyncClient) -> None:
+    service.engine.text = " 42 "
+    answer = await client.generate("number", "x", n=2, temperature=1.0)
+    assert [sample.value for sample in answer.samples] == [Decimal(42)] * 2
+    pieces = [piece async for piece in client.stream("number", "x")]
+    assert value_of("".join(piece.text for piece in pieces), pieces[-1].answer_type) == Decimal(42)
+    free = [piece async for piece in client.stream("number", "x", free=True)]
+    assert value_of(free[-1].text, free[-1].answer_type) == " 42 "
 
 
 async def test_a_request_brings_its_own_type(service: Service, client: AsyncClient) -> None:
