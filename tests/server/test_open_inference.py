@@ -23,6 +23,7 @@ from server.rpc.openinference import Repository, parameters, tensors
 from server.scheduling.admission import State
 from tests.server.adapters import entry
 from tests.server.fakes import Service
+from tests.server.test_answer_types import with_types
 
 
 @pytest.fixture
@@ -167,6 +168,41 @@ async def test_names_what_is_no_sampling_parameter(stub: Any, given: Any, found:
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
     assert error.violations[0][0] == f"parameters[{next(iter(given))}]"
     assert error.violations[0][1].startswith(found)
+
+
+def scored(*texts: str, outputs: tuple[str, ...] = ("label", "probabilities"), **given: Any) -> Any:
+    """A request for outputs of a task of labels."""
+    request = infer(*texts, model="label", **given)
+    for name in outputs:
+        request.outputs.add(name=name)
+    return request
+
+
+@pytest.mark.parametrize("outputs", [("label",), ("probabilities",), ("text_output", "labels")])
+async def test_scored_outputs_take_no_sampling(service: Service, stub: Any, outputs: tuple[str, ...]) -> None:
+    with_types(service)
+    given = {"temperature": {"doubleParam": 0.5}, "best_of": {"int64Param": 4}, "stop": {"stringParam": "!"}}
+    error = await failure(stub, scored("x", outputs=outputs, **given))
+    assert [field for field, _ in error.violations] == [f"parameters[{name}]" for name in sorted(given)]
+    assert error.violations[0][1].endswith("allowed: max_tokens, priority, without_adapter")
+    kept = {"max_tokens": {"int64Param": 5}, "priority": {"int64Param": 2}, "without_adapter": {"boolParam": True}}
+    await stub.ModelInfer(scored("x", outputs=outputs, **kept))
+    assert {(job.priority, job.without_adapter) for job in service.engine.jobs} == {(2, True)}
+
+
+async def test_a_scored_element_takes_one_place(tmp_path: Path) -> None:
+    """The task's own best_of counts for generated answers alone."""
+    key, entry_a = tenant("a", requests_per_second=0.01, burst_seconds=300)
+    async with Service(tenants=write_tenants(tmp_path / "tenants.yaml", entry_a)).running() as service:
+        with_types(service)
+        tasks = service.servicer.catalog.tasks
+        spec = entry("label", answer=tasks["label"].spec.answer, defaults={"temperature": 1.0, "n": 2, "best_of": 8})
+        several = ServedTask(spec, "alpha", "1", slot=None)
+        object.__setattr__(service.servicer.catalog, "tasks", MappingProxyType({**tasks, "label": several}))
+        async with grpc.aio.insecure_channel(service.address) as channel:
+            stub = grpc_predict_v2_pb2_grpc.GRPCInferenceServiceStub(channel)
+            reply = await stub.ModelInfer(scored("x", "y"), metadata=[("authorization", f"Bearer {key}")])
+    assert [each.name for each in reply.outputs] == ["label", "probabilities"]
 
 
 async def test_names_all_violations_at_once(stub: Any) -> None:

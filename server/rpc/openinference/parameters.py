@@ -31,15 +31,21 @@ _FIELDS: dict[str, tuple[str, tuple[str, ...], type[int] | type[float], str]] = 
 _LISTS = ("allowed_tokens", "banned_tokens", "stop_token_ids")
 _STRINGS = ("stop", "logit_bias", *_LISTS)
 ALLOWED = (*_FIELDS, *_STRINGS, "without_adapter")
+# Scores are of the model's own probabilities, after a greedy working.
+SCORED = ("max_tokens", "priority", "without_adapter")
 _EXAMPLES = {"logit_bias": "token ids and biases, such as 5:-1.5, 17:2", "": "token ids, such as 5, 17"}
 
 
-def apply(given: Mapping[str, pb.InferParameter], request: native.GenerateRequest) -> Iterator[Violation]:
-    """Set the parameters in `request`; yields what is wrong with them."""
+def apply(
+    given: Mapping[str, pb.InferParameter], request: native.GenerateRequest, *, scored: bool = False
+) -> Iterator[Violation]:
+    """Set the parameters in `request`; yields what is wrong with them. scored: the outputs asked for are."""
     for name in sorted(given):
         where, kind = f"parameters[{name[:32]}]", given[name].WhichOneof("parameter_choice")
         value: Any = getattr(given[name], kind) if kind else None
-        if name in _FIELDS:
+        if scored and name not in SCORED:
+            yield Violation(where, f"found beside an output that is scored; allowed: {', '.join(SCORED)}")
+        elif name in _FIELDS:
             field, kinds, convert, allowed = _FIELDS[name]
             if kind not in kinds:
                 yield Violation(where, f"found {kind}; allowed: {', '.join(kinds)}")

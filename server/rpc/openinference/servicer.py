@@ -1,6 +1,5 @@
 """The GRPCInferenceService: each method turns its request into one of the native service, and the answer back."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from mtlora_pb.v1 import inference_pb2 as native
@@ -76,7 +75,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
             raise invalid_argument([Violation("model_name", refused)])
         wanted = [tensor.name for tensor in request.outputs] or [tensors.output_names(task.spec)[0]]
         generations = await (
-            self._generate(request, task, wanted) if task.spec.image is None else self._classify(request, task)
+            self._generate(request, task) if task.spec.image is None else self._classify(request, task)
         )
         response = pb.ModelInferResponse(
             model_name=task.spec.id, model_version=generations[0].job.task.adapter_version, id=request.id
@@ -93,14 +92,15 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
                 tensors.write_texts(response, name, [each.answer for each in generations], shape, raw=raw)
         return response
 
-    async def _generate(self, request: pb.ModelInferRequest, task: ServedTask, wanted: Sequence[str]) -> list[Any]:
+    async def _generate(self, request: pb.ModelInferRequest, task: ServedTask) -> list[Any]:
         """A generation, or a scoring, for each element."""
-        call, requests = current_call.get(), _requests(request, task)
-        items = [TextItem(each, task, call, samples_of(each, task), index) for index, each in enumerate(requests)]
-        scored = any(name != tensors.TEXT_OUTPUT for name in wanted)
+        call, requests, scored = current_call.get(), _requests(request, task), tensors.scored(request)
+        items = [
+            TextItem(each, task, call, 1 if scored else samples_of(each, task), index)
+            for index, each in enumerate(requests)
+        ]
         score = scoring(self._service.prompts, self._service.limits.max_model_len, calibrated=True)
-        expand = score if scored else samples
-        await self._service.batches.whole(items, expand)
+        await self._service.batches.whole(items, score if scored else samples)
         return [answering(item.generations)[0] for item in items]
 
     async def _classify(self, request: pb.ModelInferRequest, task: ServedTask) -> list[Any]:
@@ -177,7 +177,7 @@ def _requests(request: pb.ModelInferRequest, task: ServedTask) -> list[native.Ge
     if task.spec.defaults:
         # An output has one answer for each element.
         common.parameters.n = 1
-    violations = list(parameters.apply(request.parameters, common))
+    violations = list(parameters.apply(request.parameters, common, scored=tensors.scored(request)))
     try:
         texts = tensors.read_texts(request, names, tensors.output_names(task.spec))
     except tensors.TensorError as error:

@@ -46,6 +46,11 @@ def output_names(task: TaskSpec) -> tuple[str, ...]:
     return (TEXT_OUTPUT, LABEL_OUTPUT, PROBABILITIES_OUTPUT, LABELS_OUTPUT) if task.labels else (TEXT_OUTPUT,)
 
 
+def scored(request: pb.ModelInferRequest) -> bool:
+    """Whether an output is asked for that takes the labels' probabilities."""
+    return any(tensor.name in (LABEL_OUTPUT, PROBABILITIES_OUTPUT, LABELS_OUTPUT) for tensor in request.outputs)
+
+
 def read_texts(
     request: pb.ModelInferRequest, names: Sequence[str], outputs: Sequence[str] = (TEXT_OUTPUT,)
 ) -> dict[str, list[str]]:
