@@ -430,6 +430,7 @@ async def test_open_inference_takes_images(service: Service, raw: bool) -> None:
 
 async def answers(stub: Any, request: Any) -> list[str]:
     response = await stub.ModelInfer(request)
+    assert response.parameters["prompt_tokens"].int64_param == 2 * POSITIONS
     assert response.outputs[0].name == "label"
     if response.raw_output_contents:
         found, data = [], response.raw_output_contents[0]

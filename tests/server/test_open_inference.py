@@ -170,6 +170,30 @@ async def test_names_what_is_no_sampling_parameter(stub: Any, given: Any, found:
     assert error.violations[0][1].startswith(found)
 
 
+async def test_free_leaves_a_typed_answer_free(service: Service, stub: Any) -> None:
+    with_types(service)
+    await stub.ModelInfer(infer("x", model="number"))
+    await stub.ModelInfer(infer("x", model="number", free={"boolParam": True}))
+    held, free = service.engine.jobs
+    assert (held.answer_type, free.answer_type, free.sampling.constraint) == ("number", "", None)
+
+
+def counts(reply: Any) -> dict[str, int]:
+    return {name.removesuffix("_tokens"): each.int64_param for name, each in reply.parameters.items()}
+
+
+async def test_a_response_counts_tokens_as_usage_does(service: Service, stub: Any) -> None:
+    reply = await stub.ModelInfer(infer("x", "yz", best_of={"int64Param": 2}, temperature={"doubleParam": 1}))
+    prompt = 2 * sum(len(f"{text}\nAnswer:") for text in ("x", "yz"))
+    assert counts(reply) == {"prompt": prompt, "cached": 0, "completion": 8, "working": 0}
+    with_types(service)
+    request = scored("x")
+    request.model_name = "worked"
+    # The working's two tokens, and one at each of the two places where labels part.
+    reply = await stub.ModelInfer(request)
+    assert counts(reply) == {"prompt": len("x\nAnswer:"), "cached": 0, "completion": 4, "working": 0}
+
+
 def scored(*texts: str, outputs: tuple[str, ...] = ("label", "probabilities"), **given: Any) -> Any:
     """A request for outputs of a task of labels."""
     request = infer(*texts, model="label", **given)
@@ -323,4 +347,4 @@ def test_any_parameters_apply_or_become_violations(given: dict[str, pb.InferPara
     request = native.GenerateRequest()
     violations = list(parameters.apply(given, request))
     assert len(violations) <= len(given)
-    assert request.SerializeToString() or violations or not given or set(given) <= {"stop", "without_adapter"}
+    assert request.SerializeToString() or violations or not given or set(given) <= {"stop", "without_adapter", "free"}

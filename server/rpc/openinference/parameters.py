@@ -30,7 +30,8 @@ _FIELDS: dict[str, tuple[str, tuple[str, ...], type[int] | type[float], str]] = 
 }
 _LISTS = ("allowed_tokens", "banned_tokens", "stop_token_ids")
 _STRINGS = ("stop", "logit_bias", *_LISTS)
-ALLOWED = (*_FIELDS, *_STRINGS, "without_adapter")
+_FLAGS = ("without_adapter", "free")
+ALLOWED = (*_FIELDS, *_STRINGS, *_FLAGS)
 # Scores are of the model's own probabilities, after a greedy working.
 SCORED = ("max_tokens", "priority", "without_adapter")
 _EXAMPLES = {"logit_bias": "token ids and biases, such as 5:-1.5, 17:2", "": "token ids, such as 5, 17"}
@@ -68,8 +69,8 @@ def apply(
                     message.values.append(value)
             except ValueError:
                 yield Violation(where, f"found {value[:32]!r}; allowed: {_EXAMPLES.get(name, _EXAMPLES[''])}")
-        elif name == "without_adapter" and kind == "bool_param":
-            request.without_adapter = bool(value)
+        elif name in _FLAGS and kind == "bool_param":
+            setattr(request, name, value)
         elif name in ALLOWED:
             yield Violation(where, f"found {kind}; allowed: {'string' if name in _STRINGS else 'bool'}_param")
         else:

@@ -1,5 +1,6 @@
 """The GRPCInferenceService: each method turns its request into one of the native service, and the answer back."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from mtlora_pb.v1 import inference_pb2 as native
@@ -73,27 +74,11 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
             allowed = "those of texts or of images (Generate of mtlora.v1 asks this one)"
             refused = f"found {task.spec.id!r}, a task of text and image; allowed: {allowed}"
             raise invalid_argument([Violation("model_name", refused)])
-        wanted = [tensor.name for tensor in request.outputs] or [tensors.output_names(task.spec)[0]]
-        generations = await (
-            self._generate(request, task) if task.spec.image is None else self._classify(request, task)
-        )
-        response = pb.ModelInferResponse(
-            model_name=task.spec.id, model_version=generations[0].job.task.adapter_version, id=request.id
-        )
-        raw, labels = bool(request.raw_input_contents), task.spec.labels or ()
-        shape = request.inputs[0].shape if task.spec.image is None else [len(generations)]
-        for name in wanted:
-            if name == tensors.PROBABILITIES_OUTPUT:
-                found = [dict(each.probabilities) for each in generations]
-                tensors.write_numbers(response, name, [[each[label] for label in labels] for each in found], raw=raw)
-            elif name == tensors.LABELS_OUTPUT:
-                tensors.write_texts(response, name, labels, [len(labels)], raw=raw)
-            else:
-                tensors.write_texts(response, name, [each.answer for each in generations], shape, raw=raw)
-        return response
+        items = await (self._generate(request, task) if task.spec.image is None else self._classify(request, task))
+        return _response(request, task, items)
 
-    async def _generate(self, request: pb.ModelInferRequest, task: ServedTask) -> list[Any]:
-        """A generation, or a scoring, for each element."""
+    async def _generate(self, request: pb.ModelInferRequest, task: ServedTask) -> list[TextItem]:
+        """The elements, generated or scored."""
         call, requests, scored = current_call.get(), _requests(request, task), tensors.scored(request)
         items = [
             TextItem(each, task, call, 1 if scored else samples_of(each, task), index)
@@ -101,10 +86,10 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         ]
         score = scoring(self._service.prompts, self._service.limits.max_model_len, calibrated=True)
         await self._service.batches.whole(items, score if scored else samples)
-        return [answering(item.generations)[0] for item in items]
+        return items
 
-    async def _classify(self, request: pb.ModelInferRequest, task: ServedTask) -> list[Any]:
-        """A classification for each element."""
+    async def _classify(self, request: pb.ModelInferRequest, task: ServedTask) -> list[ImageItem]:
+        """The elements, classified."""
         violations = [
             Violation(f"parameters[{name[:32]}]", "unknown; allowed: none for a task of images")
             for name in sorted(request.parameters)
@@ -118,7 +103,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         call = current_call.get()
         items = [ImageItem(Picture(image, f"inputs[0][{i}]", ""), task, call, 1, i) for i, image in enumerate(images)]
         await self._service.classifier.batches.whole(items, classifying(calibrated=True))
-        return [item.generations[0] for item in items]
+        return items
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Any) -> pb.RepositoryIndexResponse:
         state = "READY" if self._admission.state is State.SERVING else "UNAVAILABLE"
@@ -168,6 +153,33 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         if not name:
             raise invalid_argument([Violation("model_name", "found none; allowed: a model's name")])
         return name
+
+
+def _response(request: pb.ModelInferRequest, task: ServedTask, items: Sequence[Any]) -> pb.ModelInferResponse:
+    """The outputs that a request asks for, and the tokens of all elements."""
+    generations: list[Any] = [
+        answering(item.generations)[0] if len(item.generations) > 1 else item.generations[0] for item in items
+    ]
+    version = generations[0].job.task.adapter_version
+    response = pb.ModelInferResponse(model_name=task.spec.id, model_version=version, id=request.id)
+    wanted = [tensor.name for tensor in request.outputs] or [tensors.output_names(task.spec)[0]]
+    raw, labels = bool(request.raw_input_contents), task.spec.labels or ()
+    shape = request.inputs[0].shape if task.spec.image is None else [len(generations)]
+    for name in wanted:
+        if name == tensors.PROBABILITIES_OUTPUT:
+            found = [dict(each.probabilities) for each in generations]
+            tensors.write_numbers(response, name, [[each[label] for label in labels] for each in found], raw=raw)
+        elif name == tensors.LABELS_OUTPUT:
+            tensors.write_texts(response, name, labels, [len(labels)], raw=raw)
+        else:
+            tensors.write_texts(response, name, [each.answer for each in generations], shape, raw=raw)
+    # As usage counts them: of every sample that was drawn. An image's label takes no working.
+    call, drawn = current_call.get(), [each for item in items for each in item.generations]
+    response.parameters["prompt_tokens"].int64_param = call.prompt_tokens
+    response.parameters["cached_tokens"].int64_param = call.cached_tokens
+    response.parameters["completion_tokens"].int64_param = call.completion_tokens
+    response.parameters["working_tokens"].int64_param = sum(getattr(each, "working_tokens", 0) for each in drawn)
+    return response
 
 
 def _requests(request: pb.ModelInferRequest, task: ServedTask) -> list[native.GenerateRequest]:
