@@ -431,7 +431,9 @@ async def test_open_inference_takes_images(service: Service, raw: bool) -> None:
 async def answers(stub: Any, request: Any) -> list[str]:
     response = await stub.ModelInfer(request)
     assert response.parameters["prompt_tokens"].int64_param == 2 * POSITIONS
-    assert response.outputs[0].name == "label"
+    # All, as the request names none.
+    assert [each.name for each in response.outputs] == ["label", "probabilities", "labels"]
+    assert [list(each.shape) for each in response.outputs] == [[2], [2, 3], [3]]
     if response.raw_output_contents:
         found, data = [], response.raw_output_contents[0]
         while data:

@@ -162,10 +162,9 @@ def _response(request: pb.ModelInferRequest, task: ServedTask, items: Sequence[A
     ]
     version = generations[0].job.task.adapter_version
     response = pb.ModelInferResponse(model_name=task.spec.id, model_version=version, id=request.id)
-    wanted = [tensor.name for tensor in request.outputs] or [tensors.output_names(task.spec)[0]]
     raw, labels = bool(request.raw_input_contents), task.spec.labels or ()
     shape = request.inputs[0].shape if task.spec.image is None else [len(generations)]
-    for name in wanted:
+    for name in tensors.wanted(request, task.spec):
         if name == tensors.PROBABILITIES_OUTPUT:
             found = [dict(each.probabilities) for each in generations]
             tensors.write_numbers(response, name, [[each[label] for label in labels] for each in found], raw=raw)

@@ -40,10 +40,20 @@ def input_names(task: TaskSpec) -> tuple[str, ...]:
 
 
 def output_names(task: TaskSpec) -> tuple[str, ...]:
-    """The output tensors that a task gives; the first one if none is asked for by name."""
+    """The output tensors that a task gives."""
     if task.image is not None:
         return (LABEL_OUTPUT, PROBABILITIES_OUTPUT, LABELS_OUTPUT)
     return (TEXT_OUTPUT, LABEL_OUTPUT, PROBABILITIES_OUTPUT, LABELS_OUTPUT) if task.labels else (TEXT_OUTPUT,)
+
+
+def wanted(request: pb.ModelInferRequest, task: TaskSpec) -> Sequence[str]:
+    """The output tensors that a request asks for.
+
+    Without names, a task of texts gives its text alone: the others are scored, and scores take no sampling parameters.
+    """
+    if names := [tensor.name for tensor in request.outputs]:
+        return names
+    return output_names(task) if task.image is not None else (TEXT_OUTPUT,)
 
 
 def scored(request: pb.ModelInferRequest) -> bool:
