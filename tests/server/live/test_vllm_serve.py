@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,8 @@ import pytest
 
 from mtlora.client import Client
 from mtlora.vllm_cpu.precision import engine_dtype
-from tests.server.helpers import free_port
+from tests.server.adapters import entry, write_adapter
+from tests.server.helpers import eventually, free_port
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,42 @@ def test_answers_an_openai_client(base_url: str, client: Client) -> None:
         chat = http.chat.completions.create(model="open", messages=messages, max_tokens=16, temperature=0)
     native = client.generate("open", messages, stop=[], max_new_tokens=16)
     assert chat.choices[0].message.content == native.text
+
+
+@pytest.fixture
+def typed(adapters: Path, client: Client) -> Iterator[Path]:
+    """An adapter of a task of labels and one of JSON, which the native server serves."""
+    properties = {"open": {"type": "boolean"}, "size": {"enum": ["small", "large"]}}
+    schema = {"type": "object", "properties": properties, "required": [*properties]}
+    record = entry("record", answer={"type": "json", "schema": schema}, max_new_tokens=48)
+    folder = adapters / "typed" / "1"
+    write_adapter(folder, [entry("choice", allowed_answers=("left", "right", "straight on")), record])
+    eventually(lambda: {"choice", "record"} <= {task.id for task in client.tasks()}, 60)
+    yield folder
+    # Other tests count the adapters of the folder.
+    client.unload_adapter("typed")
+    shutil.rmtree(folder.parent)
+    eventually(lambda: "typed" not in {adapter.name for adapter in client.adapters()}, 60)
+
+
+def test_an_openai_client_reads_typed_answers(base_url: str, client: Client, typed: Path) -> None:
+    openai = pytest.importorskip("openai")
+    text = "The door is ajar."
+    with openai.OpenAI(base_url=base_url, api_key="none") as http:
+        for task in ("choice", "record"):
+            post(f"{base_url}/load_lora_adapter", lora_name=task, lora_path=str(typed))
+            try:
+                given = {"model": task, "prompt": f"{text}\nAnswer:", "stop": ["\n"], "max_tokens": 48}
+                found = http.completions.create(**given, temperature=0).choices[0].text.strip()
+                drawn = http.completions.create(**given, temperature=2, n=8).choices
+            finally:
+                post(f"{base_url}/unload_lora_adapter", lora_name=task)
+            assert found == client.generate(task, text).text
+            texts = {choice.text.strip() for choice in drawn}
+            if task == "choice":
+                assert {found, *texts} <= {"left", "right", "straight on"}
+            else:
+                assert {frozenset(json.loads(each)) for each in (found, *texts)} == {frozenset({"open", "size"})}
 
 
 def test_an_engine_process_refuses_a_bad_adapter_and_lives(base_url: str, adapters: Path) -> None:
