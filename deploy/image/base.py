@@ -59,7 +59,7 @@ def make(engine: Engine, epoch: int) -> str:
 
 def _debootstrap(suite: str, archive: Path, epoch: int) -> None:
     own = Path(sys.base_prefix) != Path("/usr")
-    packages = _LIBRARIES if own else f"{_LIBRARIES},python3,python3-venv,python3-dev,python-is-python3"
+    packages = _LIBRARIES if own else f"{_LIBRARIES},python3,python3-venv,python-is-python3"
     options = [f"--dpkgopt=path-exclude={path}" for path in _UNWANTED]
     options += ["--dpkgopt=path-include=/usr/share/doc/*/copyright"]
     sources = [str(path) for path in (Path("/etc/apt/sources.list.d/debian.sources"),) if path.exists()]

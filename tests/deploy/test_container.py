@@ -151,7 +151,8 @@ def test_images_fit_the_pods() -> None:
     text = (manifests.FOLDER / "Dockerfile").read_text()
     assert f"USER {pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}" in text
     stages = text.split("\nFROM ")[1:]
-    assert [stage.splitlines()[0] for stage in stages if "g++" in stage] == ["runtime AS build"]
+    for package in ("g++", "python3-dev"):
+        assert [stage.splitlines()[0] for stage in stages if package in stage] == ["runtime AS build"]
     assert not any(word in stages[-1] for word in ("g++", "gcc", "make", "build-essential"))
     assert "HEALTHCHECK" in stages[-1]
     assert "STOPSIGNAL SIGTERM" in stages[-1]

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from deploy import image
 from deploy.image import __main__ as command
-from deploy.image import engines, left_out
+from deploy.image import base, engines, left_out
 
 REQUIREMENTS = left_out.ROOT / "requirements"
 
@@ -98,6 +99,23 @@ def test_an_engine_that_is_not_there_is_named(
     assert "no container engine: not installed; allowed: buildah, podman, docker" in capsys.readouterr().out
     assert command.main(["--engine", "podman"]) == 2
     assert "podman: not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prefix", ["/usr", "/opt/python"])
+def test_a_base_has_no_package_for_development(prefix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Such packages bring static libraries; Debian's own Python is a package too."""
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        ran.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(base.subprocess, "run", run)
+    monkeypatch.setattr(base.sys, "base_prefix", prefix)
+    base._debootstrap("trixie", tmp_path / "base.tar", 7)
+    (packages,) = (each.removeprefix("--include=").split(",") for each in ran[0] if each.startswith("--include="))
+    assert not [each for each in packages if each.endswith("-dev")]
+    assert ("python3" in packages) is (prefix == "/usr")
 
 
 def test_wheels_and_certificates_of_this_machine_go_into_the_build(tmp_path: Path) -> None:
