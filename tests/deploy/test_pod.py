@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import math
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,10 +88,16 @@ class Checks:
         return self.__dict__.setdefault(name, check)
 
 
-@pytest.mark.parametrize(("broken", "met"), [("", 12), ("new_version", 11), ("ready", 0)])
-def test_checks_are_counted(broken: str, met: int, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("broken", "throughput", "met", "count"),
+    [("", False, 12, 12), ("new_version", False, 11, 12), ("ready", False, 0, 12), ("", True, 13, 13),
+     ("throughput", True, 12, 13)],
+)  # fmt: skip
+def test_checks_are_counted(
+    broken: str, throughput: bool, met: int, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     checks: Any = Checks(broken, PodError("broken"))
-    assert command.run_checks(checks, throughput=False) == (met, 12)
+    assert command.run_checks(checks, throughput=throughput) == (met, count)
     assert capsys.readouterr().out.count("NOT met") == bool(broken)
 
 
@@ -155,6 +163,41 @@ def test_a_limit_that_is_not_in_force_is_not_held(
     for name in ("memory", "processor"):
         with contextlib.nullcontext() if name != refused else pytest.raises(PodError, match="by the manifest"):
             checks._of_load(name)
+
+
+@pytest.mark.parametrize(("inside", "refused"), [(99.0, False), (97.0, True)])
+def test_throughput_is_compared_with_a_server_of_the_same_secrets_and_cores(
+    inside: float, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def native_server(**settings: Any) -> Iterator[SimpleNamespace]:
+        found.update(settings, cores=os.sched_getaffinity(0))
+        yield SimpleNamespace(address="outside")
+
+    monkeypatch.setattr(module, "native_server", native_server)
+    monkeypatch.setattr(module, "questions", lambda _: [])
+    monkeypatch.setattr(module.Checks, "_rate", lambda _, address, __: inside if address == "inside" else 100.0)
+    pod: Any = SimpleNamespace(
+        server={"resources": {"limits": {"cpu": "1"}}},
+        settings={"MTLORA_KV_CACHE_GIB": "2", "MTLORA_GRACE_PERIOD_S": "60"},
+        volume=lambda name: tmp_path / name,
+        address="inside",
+    )
+    every = os.sched_getaffinity(0)
+    with pytest.raises(PodError, match=r"0\.970") if refused else contextlib.nullcontext():
+        assert module.Checks(pod, tmp_path, tmp_path).throughput().startswith("0.990")
+    assert os.sched_getaffinity(0) == every
+    assert found == {
+        "adapters": tmp_path,
+        "kv_cache_gib": "2",
+        "grace_period_s": "60",
+        "tenants": tmp_path / "mtlora-tenants" / "tenants.yaml",
+        "tls_certificate": tmp_path / "mtlora-tls" / "tls.crt",
+        "tls_key": tmp_path / "mtlora-tls" / "tls.key",
+        "cores": {min(every)},
+    }
 
 
 def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
