@@ -28,6 +28,15 @@ CONTAINER = "mtlora-pod-server"
 # The certificate's name, as in overlay's Certificate.
 _SERVER_NAME = "mtlora.mtlora.svc"
 _LOOK_S = 0.2
+# Runs in the container, beside the server.
+_TAKE_MEMORY = """
+from mtlora.control_group import memory_left, out_of_memory_kills
+before, taken = out_of_memory_kills(), []
+while out_of_memory_kills() == before:
+    if memory_left() is None:
+        raise SystemExit("no limit of memory")
+    taken.append(b"x" * (16 << 20))
+"""
 
 
 class PodError(RuntimeError):
@@ -65,6 +74,7 @@ class Pod:
         self._file.write_text(yaml.safe_dump_all(self.documents))
         self.ports = {each["name"]: free_port() for each in self.server["ports"]}
         self._adapters = adapters
+        self.kubelet = Kubelet(self)
 
     @property
     def image(self) -> str:
@@ -89,12 +99,14 @@ class Pod:
             f"--publish=127.0.0.1:{self.ports[each['name']]}:{each['containerPort']}" for each in self.server["ports"]
         ]
         run("kube", "play", *publish, str(self._file))
+        self.kubelet = Kubelet(self)
+        self.kubelet.start()
         return time.monotonic()
 
-    def serving(self, service: str = manifests.SERVICE) -> bool:
+    def serving(self, service: str = manifests.SERVICE, timeout: float = 3.0) -> bool:
         """The kubelet's gRPC probe of the health port."""
         try:
-            return health(f"127.0.0.1:{self.ports['health']}", service, timeout=3.0) == "SERVING"
+            return health(f"127.0.0.1:{self.ports['health']}", service, timeout) == "SERVING"
         except grpc.RpcError:
             return False
 
@@ -106,8 +118,8 @@ class Pod:
         """Wait for a condition; returns the `time.monotonic` at which it held. Raises PodError."""
         until = time.monotonic() + timeout
         while not condition():
-            if time.monotonic() > until or self.inspect()["RestartCount"]:
-                raise PodError(f"{problem}; the end of its log:\n{self.log()[-3000:]}")
+            if time.monotonic() > until or self.restarts():
+                raise PodError(f"{problem}; {self.restarts()} restarts, the end of its log:\n{self.log()[-3000:]}")
             time.sleep(_LOOK_S)
         return time.monotonic()
 
@@ -116,6 +128,8 @@ class Pod:
 
         `podman kube down` alone takes the network away at once. The volumes stay.
         """
+        # The kubelet probes no pod that it deletes.
+        self.kubelet.stop()
         run("stop", CONTAINER)
         status = int(self.inspect()["State"]["ExitCode"])
         run("kube", "down", str(self._file))
@@ -123,6 +137,7 @@ class Pod:
 
     def remove(self) -> None:
         """Delete what is left of the pod and all its volumes."""
+        self.kubelet.stop()
         subprocess.run([*podman(), "kube", "down", "--force", str(self._file)], capture_output=True)
         # Podman keeps the volumes of secrets, with their old contents.
         names = [each["secret"]["secretName"] for each in self.spec["volumes"] if "secret" in each]
@@ -138,9 +153,19 @@ class Pod:
         found: dict[str, Any] = json.loads(run("inspect", CONTAINER))[0]
         return found
 
+    def restarts(self) -> int:
+        """How often the container ended or a probe failed too often, and it was started again."""
+        return self.kubelet.restarts + int(self.inspect()["RestartCount"])
+
     def python(self, program: str) -> str:
         """What a program prints, run by the container's Python beside the server."""
         return run("exec", CONTAINER, "python", "-c", program)
+
+    def take_memory(self) -> None:
+        """Take all memory that the container may still have, until the kernel ends its engine. Raises PodError."""
+        # Otherwise the kernel may choose the server, or what takes the memory.
+        Path(f"/proc/{self.engine().pid}/oom_score_adj").write_text("1000")
+        self.python(_TAKE_MEMORY)
 
     def volume(self, name: str) -> Path:
         """Where this machine sees a volume."""
@@ -221,27 +246,40 @@ class Pod:
 
 
 class Kubelet(threading.Thread):
-    """The kubelet's liveness probe, which podman does not make; counts what it finds until `stop`."""
+    """The kubelet's startup and liveness probes, which podman does not make, from `start` to `stop`.
+
+    restarts: how often a probe failed as often as the manifest allows. passed: liveness probes that did not fail.
+    """
 
     def __init__(self, pod: Pod) -> None:
         super().__init__(daemon=True)
         self._pod = pod
-        self._probe = pod.server["livenessProbe"]
         self._done = threading.Event()
-        self.passed, self.in_a_row, self.restarts = 0, 0, 0
+        self.passed, self.restarts = 0, 0
 
     def run(self) -> None:
-        while not self._done.wait(self._probe["periodSeconds"]):
-            live = self._pod.serving(self._probe["grpc"]["service"])
-            self.passed += live
-            self.in_a_row = 0 if live else self.in_a_row + 1
-            if self.in_a_row == self._probe["failureThreshold"]:
+        while not self._done.is_set():
+            if self._failed("startupProbe", once=True) or self._failed("livenessProbe"):
                 self.restarts += 1
                 run("restart", CONTAINER)
 
     def stop(self) -> None:
         self._done.set()
-        self.join()
+        if self.is_alive():
+            self.join()
+
+    def _failed(self, name: str, *, once: bool = False) -> bool:
+        """Whether a probe failed as often in a row as it may, before it passed `once`, or before `stop`."""
+        probe, in_a_row = self._pod.server[name], 0
+        while in_a_row < probe["failureThreshold"]:
+            if self._done.wait(probe["periodSeconds"]):
+                return False
+            passes = self._pod.serving(probe["grpc"]["service"], probe["timeoutSeconds"])
+            if passes and once:
+                return False
+            self.passed += passes
+            in_a_row = 0 if passes else in_a_row + 1
+        return True
 
 
 def free_port() -> int:

@@ -5,7 +5,7 @@ import copy
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ from deploy import manifests
 from deploy.pod import __main__ as command
 from deploy.pod import checks as module
 from deploy.pod import refusals
-from deploy.pod.pod import FOLDER, Pod, PodError, quantity
+from deploy.pod.pod import CONTAINER, FOLDER, Kubelet, Pod, PodError, quantity
 
 needs_kustomize = pytest.mark.skipif(not shutil.which("kustomize"), reason="kustomize is not installed")
 # What `podman kube play` reads.
@@ -142,8 +142,8 @@ def test_the_processors_limit_is_that_of_the_containers_process(
 def test_a_limit_that_is_not_in_force_is_not_held(
     limits: tuple[float, float], refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def no_load(*_: Any) -> int:
-        return 0
+    async def no_load(*_: Any) -> set[str]:
+        return set()
 
     monkeypatch.setattr(module, "ask", no_load)
     spent = SimpleNamespace(id=1, user_time=1.0, system_time=0.0)
@@ -160,9 +160,89 @@ def test_a_limit_that_is_not_in_force_is_not_held(
     )
     checks = module.Checks(pod, tmp_path, tmp_path)
     checks._load()
+    assert checks._found["processor"][1].endswith("has no more") is (len(os.sched_getaffinity(0)) <= 2)
     for name in ("memory", "processor"):
         with contextlib.nullcontext() if name != refused else pytest.raises(PodError, match="by the manifest"):
             checks._of_load(name)
+
+
+@pytest.mark.parametrize("silent", ["", "navigate"])
+def test_every_task_must_answer_with_a_text(silent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class AsyncClient(contextlib.nullcontext[Any]):
+        async def __aenter__(self) -> Any:
+            return self
+
+        async def generate(self, task: str, *_: Any, **__: Any) -> SimpleNamespace:
+            return SimpleNamespace(text=" \n" if task == silent else "yes")
+
+    client: Any = SimpleNamespace(
+        analyze=lambda *_, **__: [SimpleNamespace(answer="yes")], score=lambda *_: [SimpleNamespace()]
+    )
+    monkeypatch.setattr(module, "AsyncClient", lambda *_, **__: AsyncClient())
+    monkeypatch.setattr(module, "shared_tasks", lambda _: [])
+    monkeypatch.setattr(module.Checks, "_client", lambda _: contextlib.nullcontext(client))
+    pod: Any = SimpleNamespace(address="", access=lambda _: None)
+    with pytest.raises(PodError, match="no answer: navigate") if silent else contextlib.nullcontext():
+        assert module.Checks(pod, tmp_path, tmp_path).every_task() == "25 tasks, 1 about a document, 1 scored"
+
+
+@pytest.mark.parametrize(
+    ("log", "problem"),
+    [
+        (["killed at this container's memory limit", "engine restarted"], ""),
+        (["a process of it has died", "engine restarted"], "its log names no memory limit"),
+        (["killed at this container's memory limit"], "it has no other engine"),
+    ],
+)
+def test_an_engine_without_memory_must_be_named_in_the_log(
+    log: list[str], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(condition: Callable[[], bool], problem: str, timeout: float = 60.0) -> None:
+        if not condition():
+            raise PodError(problem)
+
+    taken: list[bool] = []
+    pod: Any = SimpleNamespace(log=lambda: "\n".join(log), wait=wait, take_memory=lambda: taken.append(True))
+    monkeypatch.setattr(module.Checks, "_load", lambda checks: checks._found.update(memory=(True, "held")))
+    monkeypatch.setattr(module.Checks, "_refusal", lambda *_: "")
+    with pytest.raises(PodError, match=problem) if problem else contextlib.nullcontext():
+        assert module.Checks(pod, tmp_path, tmp_path).memory_limit().startswith("held; ")
+    assert taken
+
+
+@pytest.mark.parametrize(
+    ("startup", "live", "restarts"),
+    # Of the probes: failures in a row as often as allowed, or one less.
+    [([False, False, True], [True], 0), ([False] * 3, [True], 1), ([True], [False, True, False, True], 0),
+     ([True], [False, False], 1)],
+)  # fmt: skip
+def test_probes_restart_the_container_as_the_manifest_says(
+    startup: list[bool], live: list[bool], restarts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restarted: list[tuple[str, ...]] = []
+    monkeypatch.setattr("deploy.pod.pod.run", lambda *arguments: restarted.append(arguments))
+    probes: dict[str, Any] = {
+        "startupProbe": {"grpc": {"service": "ready"}, "failureThreshold": 3},
+        "livenessProbe": {"grpc": {"service": "live"}, "failureThreshold": 2},
+    }
+    left = {"ready": startup, "live": live}
+
+    def serving(service: str, timeout: float) -> bool:
+        assert timeout == 7
+        if not left[service]:
+            kubelet._done.set()
+        return left[service].pop(0) if left[service] else True
+
+    pod: Any = SimpleNamespace(
+        serving=serving,
+        server={name: {"periodSeconds": 0, "timeoutSeconds": 7, **each} for name, each in probes.items()},
+    )
+    kubelet = Kubelet(pod)
+    kubelet.start()
+    kubelet.join(10)
+    assert not kubelet.is_alive()
+    assert kubelet.restarts == restarts
+    assert restarted == [("restart", CONTAINER)] * restarts
 
 
 @pytest.mark.parametrize(("inside", "refused"), [(99.0, False), (97.0, True)])
