@@ -165,3 +165,18 @@ def test_what_is_not_met_fails_the_build(monkeypatch: pytest.MonkeyPatch, capsys
         monkeypatch.setattr(engines.Engine, "python", lambda *_, answer=answer: answer)
         assert command.main([]) == status
         assert f"2 checks, {2 - status} met" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("minutes", "said"), [(7.9, "7.9 min (goal with packages cached: 8), "), (8.1, "8, missed), ")])
+def test_a_build_says_how_long_it_may_take(
+    minutes: float, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter((0.0, 60 * minutes))
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(command, "find", lambda name: engines.Engine("podman"))
+    monkeypatch.setattr(command, "build", lambda *_: None)
+    monkeypatch.setattr(command, "check", lambda *_: {})
+    monkeypatch.setattr(command, "write_bill", lambda *_: 3)
+    monkeypatch.setattr(engines.Engine, "size", lambda *_: int(1.9e9))
+    assert command.main([]) == 0
+    assert said in capsys.readouterr().out
