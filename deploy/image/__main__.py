@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from deploy.image import base, left_out
+from deploy.image import base, left_out, reproduced
 from deploy.image.engines import Engine, EngineError, find
 
 ROOT = Path(__file__).parents[2]
@@ -39,15 +39,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("out/image"), help="for the bill of materials; default: %(default)s"
     )
+    parser.add_argument("--twice", action="store_true", help="build again on the same base, and compare all layers")
     options = parser.parse_args(argv)
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     tag = options.tag or f"localhost/mtlora-server:{version}-{options.device}"
     began = time.monotonic()
     try:
         engine = find(options.engine)
-        build(engine, options.device, tag, options.base)
+        base_image = build(engine, options.device, tag, options.base)
         seconds = time.monotonic() - began
         found = check(engine, options.device, tag)
+        if options.twice:
+            again = f"{tag}-again"
+            build(engine, options.device, again, base_image, cached=False)
+            found["the same layers when built again"] = reproduced.differing(engine, tag, again)
+            engine.remove(again)
         gigabytes = engine.size(tag) / 1e9
         components = write_bill(engine, tag, options.out / f"sbom-{options.device}.cdx.json")
     except EngineError as error:
@@ -68,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(met < len(found))
 
 
-def build(engine: Engine, device: str, tag: str, base_image: str | None) -> None:
-    """Build the image. Raises EngineError."""
+def build(engine: Engine, device: str, tag: str, base_image: str | None, *, cached: bool = True) -> str:
+    """Build the image; returns what it is based on. Raises EngineError."""
     epoch = int(os.environ.get("SOURCE_DATE_EPOCH", EPOCH))
     base_image = base_image or ("debian" if shutil.which("mmdebstrap") else PULLED_BASE)
     if base_image == "debian":
@@ -77,7 +83,8 @@ def build(engine: Engine, device: str, tag: str, base_image: str | None) -> None
     with tempfile.TemporaryDirectory() as temporary:
         host = Path(temporary)
         arguments = {"PYTHON_IMAGE": base_image, "DEVICE": device, **pip_arguments(host, os.environ)}
-        engine.build(ROOT / "deploy" / "Dockerfile", ROOT, tag, arguments, {"host": host}, epoch)
+        engine.build(ROOT / "deploy" / "Dockerfile", ROOT, tag, arguments, {"host": host}, epoch, cached=cached)
+    return base_image
 
 
 def pip_arguments(host: Path, environment: Mapping[str, str]) -> dict[str, str]:

@@ -33,11 +33,17 @@ class Engine:
         arguments: Mapping[str, str],
         contexts: Mapping[str, Path],
         epoch: int,
+        *,
+        cached: bool = True,
     ) -> None:
-        """Build `tag`. contexts: further folders, by the name of the stage that they replace. epoch: of every file."""
+        """Build `tag`. contexts: further folders, by the name of the stage that they replace. epoch: of every file.
+
+        cached: layers of an earlier build may be taken, where the engine keeps them.
+        """
         command = [self.name, "build", "--file", str(file), "--tag", tag, "--build-arg", f"SOURCE_DATE_EPOCH={epoch}"]
         if self.name == "docker":
             command += ["--output", f"type=docker,name={tag},rewrite-timestamp=true"]
+            command += [] if cached else ["--no-cache"]
         else:
             # OCI's format has no HEALTHCHECK.
             command += ["--format", "docker", "--layers=false", "--timestamp", str(epoch), *_CHROOT]
@@ -51,6 +57,18 @@ class Engine:
         """Whether the image is in this machine's store."""
         command = ["inspect", "--type", "image", image]
         return subprocess.run([self.name, *command], capture_output=True).returncode == 0
+
+    def layers(self, image: str) -> list[str]:
+        """The digests of the image's layers, unpacked, from the base on."""
+        if self.name == "buildah":
+            found = json.loads(_output(["buildah", "inspect", "--type", "image", image]))["OCIv1"]["rootfs"]["diff_ids"]
+        else:
+            found = json.loads(_output([self.name, "image", "inspect", image]))[0]["RootFS"]["Layers"]
+        return [str(layer) for layer in found]
+
+    def remove(self, image: str) -> None:
+        """Delete the image from this machine's store."""
+        _output([self.name, "rmi", image])
 
     def size(self, image: str) -> int:
         """Bytes of the image's layers, unpacked, as the engine counts them."""

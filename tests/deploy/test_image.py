@@ -83,7 +83,11 @@ def test_every_engine_dates_all_files_alike(name: str, monkeypatch: pytest.Monke
     ran: list[list[str]] = []
     monkeypatch.setattr(engines, "_run", lambda command: ran.append(list(command)))
     engines.Engine(name).build(tmp_path / "Dockerfile", tmp_path, "tag", {"A": "b"}, {"host": tmp_path / "host"}, 7)
-    (command,) = ran
+    engines.Engine(name).build(tmp_path / "Dockerfile", tmp_path, "tag", {}, {}, 7, cached=False)
+    command, again = ran
+    # The others keep no layers of a build.
+    assert {"--no-cache", "--layers=false"} & set(again)
+    assert "--no-cache" not in command
     assert (command[:2], command[-1]) == ([name, "build"], str(tmp_path))
     assert {"A=b", f"host={tmp_path / 'host'}", "SOURCE_DATE_EPOCH=7"} <= set(command)
     text = " ".join(command)
@@ -167,7 +171,44 @@ def test_what_is_not_met_fails_the_build(monkeypatch: pytest.MonkeyPatch, capsys
         assert f"2 checks, {2 - status} met" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("minutes", "said"), [(7.9, "7.9 min (goal with packages cached: 8), "), (8.1, "8, missed), ")])
+@pytest.mark.parametrize(
+    ("second", "files", "problem"),
+    [
+        (["base", "own"], {}, ""),
+        (["base", "other"], {"/opt/a": "2", "/opt/b": "3"}, "layers [1] of 2 and 2: /opt/a /opt/b"),
+        (["base", "other"], {"/opt/a": "1"}, "layers [1] of 2 and 2: no readable file's content"),
+        (["base"], {"/opt/a": "1"}, "layers [] of 2 and 1"),
+    ],
+)
+def test_builds_that_differ_name_layers_and_files(
+    second: list[str], files: dict[str, str], problem: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    built: list[tuple[Any, ...]] = []
+
+    def build(engine: Any, device: str, tag: str, base_image: str | None, cached: bool = True) -> str:
+        built.append((tag, base_image, cached))
+        return base_image or "debian-base"
+
+    monkeypatch.setattr(command, "find", lambda name: engines.Engine("buildah"))
+    monkeypatch.setattr(command, "build", build)
+    monkeypatch.setattr(command, "check", lambda *_: {})
+    monkeypatch.setattr(command, "write_bill", lambda *_: 3)
+    monkeypatch.setattr(engines.Engine, "size", lambda *_: int(1.9e9))
+    monkeypatch.setattr(engines.Engine, "remove", lambda *_: None)
+    monkeypatch.setattr(engines.Engine, "layers", lambda _, tag: second if tag == "tag-again" else ["base", "own"])
+    monkeypatch.setattr(
+        engines.Engine, "python", lambda _, tag, __: json.dumps(files if tag == "tag-again" else {"/opt/a": "1"})
+    )
+    assert command.main(["--tag", "tag", "--twice"]) == int(bool(problem))
+    assert built == [("tag", None, True), ("tag-again", "debian-base", False)]
+    written = capsys.readouterr().out
+    assert f"the same layers when built again: {problem}" in written if problem else "2 checks, 2 met" in written
+
+
+@pytest.mark.parametrize(
+    ("minutes", "said"), [(7.9, "7.9 min (goal with packages cached: 8), "), (8.1, "8, missed), ")]
+)
 def test_a_build_says_how_long_it_may_take(
     minutes: float, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
