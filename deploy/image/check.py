@@ -4,6 +4,7 @@ argv[1]: JSON of the requirements that it meets, and of the distributions that i
 what was found wrong by check, empty where it is met.
 """
 
+import hashlib
 import importlib
 import json
 import os
@@ -42,17 +43,23 @@ def writable() -> list[str]:
     return [folder for folder in found if not folder.startswith(allowed) and not Path(folder).is_symlink()]
 
 
-def bill(installed: set[str]) -> str:
+def bill(installed: set[str], root: Path = Path("/")) -> str:
     """What the bill of materials lacks, or has too much."""
-    components = json.loads(Path("/opt/mtlora/sbom.cdx.json").read_text())["components"]
+    components = json.loads((root / "opt/mtlora/sbom.cdx.json").read_text())["components"]
+    models = [each for each in components if each["type"] == "machine-learning-model"]
     # What was installed from a folder has no address.
-    addresses = (each.get("purl", f"pkg:pypi/{normal(each['name'])}") for each in components)
-    listed = {address.split("@")[0].partition("?")[0] for address in addresses}
-    python = {f"pkg:pypi/{name}" for name in installed}
-    status = Path("/var/lib/dpkg/status").read_text()
-    debian = {f"pkg:deb/debian/{name}" for name in re.findall(r"^Package: (.*)$", status, re.MULTILINE)}
-    differing = {name.replace("%2B", "+") for name in listed} ^ (python | debian)
-    return " ".join(sorted(differing))
+    addresses = (each.get("purl", f"pkg:pypi/{normal(each['name'])}") for each in components if each not in models)
+    listed = {address.split("@")[0].partition("?")[0].replace("%2B", "+") for address in addresses}
+    listed |= {hashed["content"] for each in models for hashed in each["hashes"]}
+    there = {f"pkg:pypi/{name}" for name in installed}
+    status = (root / "var/lib/dpkg/status").read_text()
+    there |= {f"pkg:deb/debian/{name}" for name in re.findall(r"^Package: (.*)$", status, re.MULTILINE)}
+    # Debian's own Python is one of its packages.
+    there |= {"pkg:generic/python"} if sys.base_prefix != "/usr" else set()
+    for pattern in ("backbone/*.safetensors", "adapters/*/*/*.safetensors"):
+        files = (root / "opt/mtlora").glob(pattern)
+        there |= {hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return " ".join(sorted(listed ^ there))
 
 
 def kernel() -> str:

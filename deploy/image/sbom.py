@@ -1,6 +1,9 @@
-"""The image's bill of materials, CycloneDX: `python -m deploy.image.sbom PYTHON DPKG_STATUS FILE`, while it is built.
+"""The image's bill of materials, CycloneDX, while it is built:
 
-cyclonedx-bom lists what the interpreter PYTHON can import; Debian's packages are added from dpkg's status file.
+python -m deploy.image.sbom PYTHON DPKG_STATUS BACKBONE ADAPTERS FILE
+
+cyclonedx-bom lists what the interpreter PYTHON can import. This adds the interpreter, Debian's packages (from dpkg's
+status file), and the weights in the two folders.
 """
 
 import json
@@ -15,6 +18,8 @@ from cyclonedx.model.bom import Bom
 from cyclonedx.model.component import Component, ComponentType
 from cyclonedx.output.json import JsonV1Dot6
 from packageurl import PackageURL
+
+from deploy.image import parts
 
 
 def python_packages(interpreter: str) -> Bom:
@@ -47,15 +52,20 @@ def debian_packages(status: str) -> Iterator[Component]:
 
 def main(argv: Sequence[str]) -> int:
     """Write the file."""
-    interpreter, status, file = argv
+    interpreter, status, backbone, adapters, file = argv
     bom = python_packages(interpreter)
     for component in debian_packages(Path(status).read_text()):
         bom.components.add(component)
     document = json.loads(JsonV1Dot6(bom).output_as_string())
+    program = "import platform, sys; print(platform.python_version(), sys.base_prefix)"
+    version, prefix = subprocess.run(
+        [interpreter, "-c", program], check=True, capture_output=True, text=True
+    ).stdout.split()
+    document["components"] += [*parts.interpreter(version, prefix), *parts.models(Path(backbone), Path(adapters))]
     # The same inputs give the same file.
     del document["serialNumber"], document["metadata"]["timestamp"]
     Path(file).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
-    print(f"sbom: {len(bom.components)} components")
+    print(f"sbom: {len(document['components'])} components")
     return 0
 
 

@@ -1,5 +1,6 @@
 """`make image` without an engine: what is left out, the engines' command lines, pip's arguments, the exit status."""
 
+import hashlib
 import importlib.metadata
 import json
 from pathlib import Path
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 
 from deploy import image
 from deploy.image import __main__ as command
-from deploy.image import base, engines, left_out
+from deploy.image import base, engines, left_out, parts
+from deploy.image import check as inside
+from mtlora.backbone import LANGUAGE
 
 REQUIREMENTS = left_out.ROOT / "requirements"
 
@@ -141,6 +144,44 @@ def test_wheels_and_certificates_of_this_machine_go_into_the_build(tmp_path: Pat
     assert command.pip_arguments(tmp_path / "nothing", {"PIP_INDEX_URL": "https://example.com"}) == {
         "PIP_INDEX_URL": "https://example.com"
     }
+
+
+@pytest.mark.parametrize(
+    ("prefix", "lost", "extra", "problem"),
+    [
+        ("/usr/local", "", {}, ""),
+        ("/usr", "", {}, ""),
+        ("/usr/local", "cpython", {}, "pkg:generic/python"),
+        ("/usr/local", "SmolLM2-135M-Instruct", {}, hashlib.sha256(b"backbone").hexdigest()),
+        ("/usr/local", "", {"opt/mtlora/adapters/b/1/adapter.safetensors": "b"}, hashlib.sha256(b"b").hexdigest()),
+    ],
+)
+def test_the_bill_of_materials_has_the_interpreter_and_all_weights(
+    prefix: str, lost: str, extra: dict[str, str], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {"backbone/model.safetensors": "backbone", "adapters/a/1/adapter.safetensors": "1"}
+    written = {f"opt/mtlora/{name}": text for name, text in weights.items()}
+    for name, text in {**written, "var/lib/dpkg/status": "Package: libstdc++6\nVersion: 1\n"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    folder = tmp_path / "opt" / "mtlora"
+    components = [
+        {"type": "library", "name": "mtlora"},
+        {"type": "library", "name": "libstdc++6", "purl": "pkg:deb/debian/libstdc%2B%2B6@1?arch=amd64"},
+        *parts.interpreter("3.11.14", prefix),
+        *parts.models(folder / "backbone", folder / "adapters"),
+    ]
+    kept = [each for each in components if each["name"] != lost]
+    (folder / "sbom.cdx.json").write_text(json.dumps({"components": kept}))
+    for name, text in extra.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(inside.sys, "base_prefix", prefix)
+    assert inside.bill({"mtlora"}, tmp_path) == problem
+
+
+def test_the_bill_names_the_backbone_that_is_prepared() -> None:
+    assert (LANGUAGE.title, LANGUAGE.wheel) == (parts.BACKBONE, parts.BACKBONE_SOURCE)
 
 
 def test_the_build_runs_with_the_standard_library_alone() -> None:
