@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--base", help=f'"debian": made from Debian\'s packages, the default where mmdebstrap is; else {PULLED_BASE}'
     )
+    parser.add_argument("--refresh", action="store_true", help="make the base from Debian's packages again")
     parser.add_argument("--engine", help="buildah, podman or docker; default: the first that is installed")
     parser.add_argument("--tag", help="default: localhost/mtlora-server:VERSION-DEVICE")
     parser.add_argument(
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     try:
         engine = find(options.engine)
-        base_image = build(engine, options.device, tag, options.base)
+        base_image = build(engine, options.device, tag, options.base, refresh=options.refresh)
         seconds = time.monotonic() - began
         found = check(engine, options.device, tag)
         if options.twice:
@@ -74,12 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(met < len(found))
 
 
-def build(engine: Engine, device: str, tag: str, base_image: str | None, *, cached: bool = True) -> str:
+def build(
+    engine: Engine, device: str, tag: str, base_image: str | None, *, refresh: bool = False, cached: bool = True
+) -> str:
     """Build the image; returns what it is based on. Raises EngineError."""
     epoch = int(os.environ.get("SOURCE_DATE_EPOCH", EPOCH))
     base_image = base_image or ("debian" if shutil.which("mmdebstrap") else PULLED_BASE)
     if base_image == "debian":
-        base_image = base.make(engine, epoch)
+        base_image = base.make(engine, epoch, refresh=refresh)
     with tempfile.TemporaryDirectory() as temporary:
         host = Path(temporary)
         arguments = {"PYTHON_IMAGE": base_image, "DEVICE": device, **pip_arguments(host, os.environ)}

@@ -1,5 +1,7 @@
 """A base image without a registry: Debian's packages, and the Python that runs this."""
 
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -37,12 +39,12 @@ CMD ["python3"]
 """
 
 
-def make(engine: Engine, epoch: int) -> str:
-    """The image's name; made unless this machine has it. Raises EngineError."""
-    release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
+def make(engine: Engine, epoch: int, *, refresh: bool = False) -> str:
+    """The image's name; made unless this machine has it, or to `refresh` Debian's packages. Raises EngineError."""
+    release = platform.freedesktop_os_release()
     suite = release.get("VERSION_CODENAME", "")
     name = f"localhost/mtlora-base:{suite}-python{sys.version.split()[0]}"
-    if engine.has(name):
+    if engine.has(name) and not refresh:
         return name
     if release.get("ID") != "debian":
         raise EngineError(
@@ -64,9 +66,9 @@ def _debootstrap(suite: str, archive: Path, epoch: int) -> None:
     options += ["--dpkgopt=path-include=/usr/share/doc/*/copyright"]
     sources = [str(path) for path in (Path("/etc/apt/sources.list.d/debian.sources"),) if path.exists()]
     command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={packages}", *options, suite, str(archive)]
-    done = subprocess.run(
-        [*command, *sources], env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "SOURCE_DATE_EPOCH": str(epoch)}
-    )
+    environment = {name: os.environ[name] for name in ("http_proxy", "https_proxy", "no_proxy") if name in os.environ}
+    environment |= {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "SOURCE_DATE_EPOCH": str(epoch)}
+    done = subprocess.run([*command, *sources], env=environment)
     if done.returncode:
         raise EngineError(f"mmdebstrap ended with status {done.returncode}")
 

@@ -109,20 +109,47 @@ def test_an_engine_that_is_not_there_is_named(
 
 
 @pytest.mark.parametrize("prefix", ["/usr", "/opt/python"])
-def test_a_base_has_no_package_for_development(prefix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_base_has_proxies_and_no_package_for_development(
+    prefix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Such packages bring static libraries; Debian's own Python is a package too."""
     ran: list[list[str]] = []
+    given: dict[str, str] = {}
 
-    def run(command: list[str], **_: Any) -> SimpleNamespace:
+    def run(command: list[str], env: dict[str, str]) -> SimpleNamespace:
         ran.append(command)
+        given.update(env)
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(base.subprocess, "run", run)
+    monkeypatch.setenv("https_proxy", "http://proxy.example.com")
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     monkeypatch.setattr(base.sys, "base_prefix", prefix)
     base._debootstrap("trixie", tmp_path / "base.tar", 7)
     (packages,) = (each.removeprefix("--include=").split(",") for each in ran[0] if each.startswith("--include="))
     assert not [each for each in packages if each.endswith("-dev")]
     assert ("python3" in packages) is (prefix == "/usr")
+    assert given["https_proxy"] == "http://proxy.example.com"
+    assert "PYTHONPATH" not in given
+
+
+@pytest.mark.parametrize(("there", "options", "made"), [(False, [], 1), (True, [], 0), (True, ["--refresh"], 1)])
+def test_a_base_is_kept_until_it_is_refreshed(
+    there: bool, options: list[str], made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[str] = []
+    monkeypatch.setattr(command, "find", lambda name: engines.Engine("podman"))
+    monkeypatch.setattr(command, "check", lambda *_: {})
+    monkeypatch.setattr(command, "write_bill", lambda *_: 3)
+    monkeypatch.setattr(engines.Engine, "has", lambda *_: there)
+    monkeypatch.setattr(engines.Engine, "size", lambda *_: 1)
+    monkeypatch.setattr(engines.Engine, "build", lambda _, file, __, tag, *___, **____: built.append(tag))
+    release = {"ID": "debian", "VERSION_CODENAME": "trixie"}
+    monkeypatch.setattr(base.platform, "freedesktop_os_release", lambda: release)
+    monkeypatch.setattr(base, "_debootstrap", lambda *_: None)
+    monkeypatch.setattr(base, "_copy_python", lambda *_: None)
+    assert command.main(["--base", "debian", *options, "--tag", "server"]) == 0
+    assert [tag.partition("-python")[0] for tag in built] == ["localhost/mtlora-base:trixie"] * made + ["server"]
 
 
 def test_wheels_and_certificates_of_this_machine_go_into_the_build(tmp_path: Path) -> None:
@@ -202,7 +229,7 @@ def test_the_build_runs_with_the_standard_library_alone() -> None:
 def test_what_is_not_met_fails_the_build(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Size and checks decide the exit status."""
     monkeypatch.setattr(command, "find", lambda name: engines.Engine("podman"))
-    monkeypatch.setattr(command, "build", lambda *_: None)
+    monkeypatch.setattr(command, "build", lambda *_, **__: None)
     monkeypatch.setattr(command, "write_bill", lambda *_: 3)
     for size, problem, status in ((1.9, "", 0), (2.1, "", 1), (1.9, "gcc", 1)):
         monkeypatch.setattr(engines.Engine, "size", lambda *_, size=size: int(size * 1e9))
@@ -227,7 +254,9 @@ def test_builds_that_differ_name_layers_and_files(
 ) -> None:  # fmt: skip
     built: list[tuple[Any, ...]] = []
 
-    def build(engine: Any, device: str, tag: str, base_image: str | None, cached: bool = True) -> str:
+    def build(
+        engine: Any, device: str, tag: str, base_image: str | None, refresh: bool = False, cached: bool = True
+    ) -> str:
         built.append((tag, base_image, cached))
         return base_image or "debian-base"
 
@@ -256,7 +285,7 @@ def test_a_build_says_how_long_it_may_take(
     clock = iter((0.0, 60 * minutes))
     monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(command, "find", lambda name: engines.Engine("podman"))
-    monkeypatch.setattr(command, "build", lambda *_: None)
+    monkeypatch.setattr(command, "build", lambda *_, **__: None)
     monkeypatch.setattr(command, "check", lambda *_: {})
     monkeypatch.setattr(command, "write_bill", lambda *_: 3)
     monkeypatch.setattr(engines.Engine, "size", lambda *_: int(1.9e9))
