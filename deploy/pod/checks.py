@@ -227,7 +227,9 @@ class Checks:
         """Containers that cannot serve say why."""
         wrong = list(wrong_ends(self.pod, self.folder))
         expect(not wrong, "; ".join(wrong))
-        return "memory, adapters, tenants, a writable volume, a taken port: one line each, status not 0"
+        return (
+            "memory, adapters, tenants, a writable volume, a taken port, another processor: one line each, status not 0"
+        )
 
     def throughput(self, rounds: int = 5) -> str:
         """Requests a second in the container ÷ outside of it: same settings, TLS, tenants and cores, in turn."""

@@ -5,6 +5,7 @@ import copy
 import math
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -287,19 +288,35 @@ def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 @pytest.mark.parametrize(
-    ("status", "written", "problems"),
+    ("status", "written", "foreign", "problems"),
     [
-        (1, '{"level": "info"}\nmtlora-server: SAID\n', 0),
-        (0, "mtlora-server: SAID\n", 1),
-        (1, "Traceback\nmtlora-server: SAID\n", 1),
-        (1, "mtlora-server: something else\n", 1),
-        (1, "", 1),
+        (1, '{"level": "info"}\nmtlora-server: SAID\n', False, 0),
+        (0, "mtlora-server: SAID\n", False, 1),
+        (1, "Traceback\nmtlora-server: SAID\n", False, 1),
+        (1, "mtlora-server: something else\n", False, 1),
+        (1, "SAID\n", False, 1),
+        (1, "", False, 1),
+        # As runc and crun write it.
+        (1, "exec /opt/mtlora/entrypoint.sh: SAID\n", True, 0),
+        (1, '{"msg":"exec container process: SAID","level":"error"}\n', True, 0),
+        (1, '{"level": "info"}\nSAID\n', True, 1),
     ],
 )
 def test_ends_that_are_not_one_clear_line_are_found(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int, written: str, problems: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int, written: str, foreign: bool, problems: int
 ) -> None:
-    case = refusals.Case("a case", "SAID")
+    case = refusals.Case("a case", "SAID", foreign=foreign)
     monkeypatch.setattr(refusals, "CASES", (case,))
     monkeypatch.setattr(refusals, "_run", lambda *_: (status, written))
     assert len(list(refusals.wrong_ends(None, tmp_path))) == problems  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(
+    Path("/proc/sys/fs/binfmt_misc/qemu-aarch64").exists(), reason="this machine emulates the other processor"
+)
+def test_the_kernel_refuses_a_program_of_another_processor(tmp_path: Path) -> None:
+    program = tmp_path / "foreign"
+    program.write_bytes(refusals.foreign_program())
+    program.chmod(0o755)
+    with pytest.raises(OSError, match="Exec format error"):
+        subprocess.run([program], check=True)
