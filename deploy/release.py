@@ -3,11 +3,14 @@
 An empty one gets what the package index gives for extras server and loadtest, and runs the commands. One of the lock's
 packages, those of the Python that runs this, has all extras, loads the kernels and answers a request.
 
+auditwheel names the oldest Linux on which the kernels load.
+
 --installed: only run the commands of what this Python has installed, as cibuildwheel does with each of its wheels.
 """
 
 import argparse
 import contextlib
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Extra train needs torch: the lock's environment has that.
 EXTRAS = "server,loadtest"
+AUDITWHEEL = "auditwheel==6.8.2"
 # What a user types first.
 COMMANDS = (
     ["mtlora", "tasks"],
@@ -99,6 +103,7 @@ def main() -> int:
     # The wheel is built from the sdist, so a file that the sdist lacks is found.
     subprocess.run([uv, "build", "-q", "--out-dir", options.out, ROOT], check=True)
     wheel = max(options.out.glob("mtlora-*.whl"), key=lambda path: path.stat().st_mtime)
+    tag = platform_tag(uv, wheel)
     with tempfile.TemporaryDirectory() as folder:
         empty, locked = (environment(uv, Path(folder, name)) for name in ("empty", "locked"))
         named = f"mtlora[{EXTRAS}] @ {wheel.resolve().as_uri()}"
@@ -107,10 +112,19 @@ def main() -> int:
         borrow_packages(locked)
         subprocess.run([uv, "pip", "install", "-q", "--no-deps", "--python", locked, wheel], check=True)
         attempt(locked, "--locked", Path(folder))
-    print(
-        f"release: {wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB, tried in an empty environment and in the lock's"
-    )
+    size = f"{wheel.stat().st_size / 1e6:.1f} MB"
+    print(f"release: {wheel.name}, {size}, {tag}, tried in an empty environment and in the lock's")
     return 0
+
+
+def platform_tag(uv: str, wheel: Path) -> str:
+    """The oldest manylinux that the wheel's kernels fit. Raises SystemExit if they fit none."""
+    command = [uv, "tool", "run", "-q", "--python", sys.executable, AUDITWHEEL, "show", str(wheel)]
+    said = " ".join(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    found = re.search(r'platform tag: "(manylinux_\w+)"', said)
+    if not found:
+        raise SystemExit(f"release: fits no manylinux: {said}")
+    return found[1]
 
 
 def environment(uv: str, folder: Path) -> Path:

@@ -1,14 +1,19 @@
 """`make dist` without building: what it tries of the wheel, and in which environment."""
 
+import contextlib
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import tomllib
 import venv
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import yaml
 
 from deploy import release
 
@@ -49,6 +54,14 @@ def test_requirements_that_are_not_met(
     assert list(release.unmet()) == unmet
 
 
+@pytest.mark.parametrize(("tag", "refused"), [("manylinux_2_17_x86_64", False), ("linux_x86_64", True)])
+def test_a_wheel_fits_a_manylinux(tag: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = f'\na.whl is consistent with the\nfollowing platform tag: "{tag}".\n\nThe wheel references'
+    monkeypatch.setattr(release.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=said))
+    with pytest.raises(SystemExit, match="no manylinux") if refused else contextlib.nullcontext():
+        assert release.platform_tag("uv", Path("a.whl")) == tag
+
+
 def test_borrowed_packages_come_after_the_environments_own(tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", symlinks=True)
     python = tmp_path / "venv" / "bin" / "python"
@@ -64,3 +77,17 @@ def test_borrowed_packages_come_after_the_environments_own(tmp_path: Path) -> No
     # This project, installed as editable here, must be the wheel's there.
     done = subprocess.run([python, "-c", "import mtlora"], cwd=tmp_path, capture_output=True, env=environment)
     assert done.returncode != 0
+
+
+def test_nothing_is_published_before_every_other_job_has_passed() -> None:
+    jobs: dict[str, Any] = yaml.safe_load((release.ROOT / ".github/workflows/release.yml").read_text())["jobs"]
+    needed, new = set[str](), {"publish"}
+    while new:
+        needed |= new
+        new = {name for job in new for name in jobs[job].get("needs", [])} - needed
+    assert needed == set(jobs)
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert ".ci/run" in commands
+    installed = [line for line in commands if "pip install" in line]
+    assert installed
+    assert all(re.search(r"pip install [\w-]+==[\d.]+ ", line) for line in installed)
