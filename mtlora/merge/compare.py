@@ -13,10 +13,10 @@ import torch
 from mtlora.adapter import AdapterSet
 from mtlora.checkpoint.format import Checkpoint
 from mtlora.evaluation.images import pixels
-from mtlora.model import AdaptedModel, load_adapted_model
+from mtlora.model.language import AdaptedModel, load_adapted_model
+from mtlora.model.vision import AdaptedEncoder, load_adapted_encoder
 from mtlora.suite.base import Example
 from mtlora.train.data import Encoded, collate, collate_documents
-from mtlora.vision.model import AdaptedEncoder, load_adapted_encoder
 
 # Task, token ids, how many of them are the document's.
 _Prompt = tuple[str, list[int], int]

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import mtlora
 from mtlora.checkpoint.format import AdapterManifest
-from mtlora.methods.checkpoint import BaselineManifest
+from mtlora.model.baseline import BaselineManifest
 from mtlora.suite import load_suite
 from mtlora.train.config import DivergedError, TrainingConfig
 from mtlora.train.examples import chosen_tasks

@@ -141,7 +141,7 @@ def linear_heads_alone(
 
     from mtlora.evaluation.images import answers_of, image_labeller, linear_heads
     from mtlora.methods import HeadsConfig
-    from mtlora.vision.model import new_adapted_encoder
+    from mtlora.model.vision import new_adapted_encoder
 
     adapted = new_adapted_encoder(resolve(backbone), HeadsConfig(), len(tasks), torch.float32)
     train = [each for task in tasks for each in suite.examples(task.id, "train", per_task, seed)]

@@ -22,7 +22,7 @@ from mtlora.checkpoint.read import read_checkpoint
 from mtlora.cli import main as run_mtlora
 from mtlora.client import AsyncClient, Client, ServerError
 from mtlora.client.messages import make_request
-from mtlora.model import Placed, load_adapted_model
+from mtlora.model.language import Placed, load_adapted_model
 from mtlora.suite.base import Example
 from mtlora.vision.encoder import load_encoder, pool
 from mtlora.vision.families import read_normalisation
