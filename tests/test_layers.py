@@ -43,6 +43,8 @@ FORBIDDEN = {
     "mtlora": ("server", "loadtest", "benchmarks", "tests", "deploy"),
     "loadtest": ("server", "benchmarks", "tests"),
     "server": ("loadtest", "benchmarks", "tests", "deploy"),
+    "benchmarks": ("tests", "deploy"),
+    "deploy": ("tests",),
 }
 
 

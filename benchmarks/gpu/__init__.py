@@ -1,6 +1,7 @@
 """`make bench-gpu`: the routed path on one GPU, and what can be said of it without one.
 
     correctness.py     the kernels against the formula in float64, over every class of shapes
+    cases.py           random batches of every class of shapes, which the tests use too
     serving.py         a decoder's graph with the path beside the same without, checked and timed
     decoder.py         the Llama-shaped decoder
     adapters.py        random adapters in a table, their launches, their oracle
