@@ -11,8 +11,7 @@
     Without a card:
     assembly.py        what a kernel becomes for a card
     generated_code.py  holds every class of launches to bounds
-    traffic.py         bytes that the kernels move, counted in Triton's interpreter
-    work.py            what both launches do for a plan, as numbers; tests hold it to traffic.py
+    work.py            what both launches do for a plan, as numbers; tests hold it to tests/benchmarks/traffic.py
     step_model.py      a step's time predicted for A100, H100 and B200
     backbones.py       sizes of backbones
 
