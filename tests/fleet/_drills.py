@@ -2,14 +2,14 @@
 
 import asyncio
 import itertools
-import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.harness.asking import closed_loop
+from benchmarks.harness.waiting import eventually
 from mtlora.client import Access, AsyncClient, Placement, Retry, ServerError
 from tests.fleet._fleet import Fleet, Member
 
@@ -91,7 +91,7 @@ async def kill_one(fleet: Fleet, found: Load, calls_between: int) -> int:
     ran = await asyncio.to_thread(_in_flight, victim)
     await asyncio.to_thread(victim.kill)
     before = found.calls
-    await _until(lambda: found.calls >= before + calls_between)
+    await eventually(lambda: found.calls >= before + calls_between, _TIMEOUT_S)
     await asyncio.to_thread(_start, victim)
     await _go_on(fleet, found, calls_between)
     return ran
@@ -110,15 +110,7 @@ async def _go_on(fleet: Fleet, found: Load, calls: int) -> None:
     """Wait for more calls, and until every server answers some."""
     before = found.calls
     answered = [await asyncio.to_thread(member.answered) for member in fleet.members]
-    await _until(lambda: found.calls >= before + calls)
+    await eventually(lambda: found.calls >= before + calls, _TIMEOUT_S)
     for member, had in zip(fleet.members, answered, strict=True):
         while await asyncio.to_thread(member.answered) <= had:
             await asyncio.sleep(0.2)
-
-
-async def _until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + _TIMEOUT_S
-    while not condition():
-        if time.monotonic() > until:
-            raise TimeoutError(f"nothing went on for {_TIMEOUT_S:g} s")
-        await asyncio.sleep(0.05)

@@ -23,6 +23,7 @@ from openinference_pb import grpc_predict_v2_pb2 as oi
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
 from benchmarks.harness.tenants import tenant, write_tenants
+from benchmarks.harness.waiting import eventually
 from mtlora.client import Access, AsyncClient, Client, ServerError
 from server.accounting import Counts, Usage, UsageError
 from server.accounting.journal import Journal, Record, parse
@@ -33,7 +34,7 @@ from server.rpc import encoding
 from server.rpc.generation import Generation
 from server.telemetry.metrics import Metrics
 from server.tenants import Tenant
-from tests.server.fakes import Service, eventually
+from tests.server.fakes import Service
 
 NOON = int(datetime(2026, 11, 30, 12, tzinfo=UTC).timestamp())
 DAY = 86400
