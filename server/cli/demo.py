@@ -26,7 +26,7 @@ _CONCURRENCY = 64
 
 
 @dataclass(frozen=True)
-class Asked:
+class DemoAnswer:
     """One example and its answer, or the error."""
 
     example: Example
@@ -109,11 +109,11 @@ def _show_document(server: ServerProcess, seed: int) -> int:
         return print_answers(client, tasks, str(example.input), timeout=300)
 
 
-async def ask_all(address: str, examples: Sequence[Example], *, without_adapter: bool = False) -> list[Asked]:
+async def ask_all(address: str, examples: Sequence[Example], *, without_adapter: bool = False) -> list[DemoAnswer]:
     """Ask every example, `_CONCURRENCY` at a time, in order."""
     room = asyncio.Semaphore(_CONCURRENCY)
 
-    async def ask(client: AsyncClient, example: Example) -> Asked:
+    async def ask(client: AsyncClient, example: Example) -> DemoAnswer:
         async with room:
             began = time.monotonic()
             try:
@@ -121,14 +121,14 @@ async def ask_all(address: str, examples: Sequence[Example], *, without_adapter:
                     example.task_id, example.input, timeout=300, without_adapter=without_adapter
                 )
             except ServerError as error:
-                return Asked(example, None, str(error), time.monotonic() - began)
-            return Asked(example, answer, "", time.monotonic() - began)
+                return DemoAnswer(example, None, str(error), time.monotonic() - began)
+            return DemoAnswer(example, answer, "", time.monotonic() - began)
 
     async with AsyncClient(address, retry=None) as client:
         return await asyncio.gather(*(ask(client, example) for example in examples))
 
 
-def _accuracy(asked: Sequence[Asked]) -> float:
+def _accuracy(asked: Sequence[DemoAnswer]) -> float:
     return sum(each.correct for each in asked) / len(asked)
 
 
@@ -138,7 +138,7 @@ def _shortened(text: str, width: int) -> str:
     return line if len(line) <= width else "…" + line[-(width - 1) :]
 
 
-def _print_table(asked: Sequence[Asked], alone: Sequence[Asked]) -> None:
+def _print_table(asked: Sequence[DemoAnswer], alone: Sequence[DemoAnswer]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)

@@ -33,7 +33,7 @@ _IMAGES = 8
 
 
 @dataclass(frozen=True)
-class Asked:
+class ImageAnswer:
     """One image, what was answered, or the error, and the label by a linear head on the backbone alone."""
 
     example: Example
@@ -106,14 +106,14 @@ def _demonstrate(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-async def ask_all(address: str, examples: Sequence[Example]) -> list[Asked]:
+async def ask_all(address: str, examples: Sequence[Example]) -> list[ImageAnswer]:
     """Ask every image, in order: `_CONCURRENCY` calls at a time, each of images of one task."""
     room = asyncio.Semaphore(_CONCURRENCY)
     by_task: dict[str, list[int]] = {}
     for place, example in enumerate(examples):
         by_task.setdefault(example.task_id, []).append(place)
     calls = [places[i : i + _IMAGES] for places in by_task.values() for i in range(0, len(places), _IMAGES)]
-    answers: dict[int, Asked] = {}
+    answers: dict[int, ImageAnswer] = {}
 
     async def ask(client: AsyncClient, places: Sequence[int]) -> None:
         asked = [examples[place] for place in places]
@@ -126,7 +126,7 @@ async def ask_all(address: str, examples: Sequence[Example]) -> list[Asked]:
             seconds = time.monotonic() - began
         for place, example, each in zip(places, asked, found, strict=True):
             probability = each.probabilities.get(each.label, 0.0)
-            answers[place] = Asked(example, each.label, probability, str(each.error or ""), seconds)
+            answers[place] = ImageAnswer(example, each.label, probability, str(each.error or ""), seconds)
 
     async with AsyncClient(address, retry=None) as client:
         await asyncio.gather(*(ask(client, places) for places in calls))
@@ -152,7 +152,7 @@ def _is_target(example: Example, label: str) -> bool:
     return label == example.target
 
 
-def _print_table(asked: Sequence[Asked], alone: Sequence[str]) -> None:
+def _print_table(asked: Sequence[ImageAnswer], alone: Sequence[str]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)

@@ -19,7 +19,7 @@ _TIMEOUT_S = 120.0
 
 
 @dataclass
-class Load:
+class FleetCalls:
     """How calls ended: gRPC's status, and its message where that is not OK. running: in flight now."""
 
     ends: Counter[str] = field(default_factory=Counter)
@@ -49,9 +49,9 @@ async def load(
     placement: Placement | None = None,
     in_flight: int = IN_FLIGHT,
     **asked: Any,
-) -> AsyncIterator[Load]:
+) -> AsyncIterator[FleetCalls]:
     """A closed loop of unary calls, of as many as are in flight; the block's end waits for the last."""
-    found, stopping = Load(), asyncio.Event()
+    found, stopping = FleetCalls(), asyncio.Event()
 
     async def ask(task: str) -> None:
         found.running += 1
@@ -75,7 +75,7 @@ async def load(
             await running
 
 
-async def rolling_restart(fleet: Fleet, found: Load, calls_between: int) -> None:
+async def rolling_restart(fleet: Fleet, found: FleetCalls, calls_between: int) -> None:
     """Restart each server once the load has gone on and each server has answered some of it."""
     for member in fleet.members:
         await _go_on(fleet, found, calls_between)
@@ -84,7 +84,7 @@ async def rolling_restart(fleet: Fleet, found: Load, calls_between: int) -> None
     await _go_on(fleet, found, calls_between)
 
 
-async def kill_one(fleet: Fleet, found: Load, calls_between: int) -> int:
+async def kill_one(fleet: Fleet, found: FleetCalls, calls_between: int) -> int:
     """Kill a server under load, go on without it, start it again; returns the calls that ran there."""
     await _go_on(fleet, found, calls_between)
     victim = fleet.members[0]
@@ -106,7 +106,7 @@ def _in_flight(member: Member) -> int:
     return int(member.page().value("mtlora_requests_in_flight"))
 
 
-async def _go_on(fleet: Fleet, found: Load, calls: int) -> None:
+async def _go_on(fleet: Fleet, found: FleetCalls, calls: int) -> None:
     """Wait for more calls, and until every server answers some."""
     before = found.calls
     answered = [await asyncio.to_thread(member.answered) for member in fleet.members]
