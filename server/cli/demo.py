@@ -138,15 +138,27 @@ def _shortened(text: str, width: int) -> str:
     return line if len(line) <= width else "…" + line[-(width - 1) :]
 
 
-def _print_table(asked: Sequence[DemoAnswer], alone: Sequence[DemoAnswer]) -> None:
+def results_table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    """An empty table with columns of texts, then of numbers."""
+    table = Table(title=title, title_justify="left")
+    for name in texts:
+        table.add_column(name, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def print_whole(table: Table) -> None:
+    """Print a table, in a width of its own where the output is no terminal."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    table = Table(title="One backbone, one adapter, every task in the same batches", title_justify="left")
-    for name in ("task", "an input", "answer", ""):
-        table.add_column(name, no_wrap=True)
-    for name in ("accuracy", "backbone\nalone", "median\nlatency"):
-        table.add_column(name, justify="right", no_wrap=True)
+    console.print(table)
+
+
+def _print_table(asked: Sequence[DemoAnswer], alone: Sequence[DemoAnswer]) -> None:
+    title = "One backbone, one adapter, every task in the same batches"
+    table = results_table(title, ("task", "an input", "answer", ""), ("accuracy", "backbone\nalone", "median\nlatency"))
     for task_id in sorted({each.example.task_id for each in asked}):
         mine = [each for each in asked if each.example.task_id == task_id]
         theirs = [each for each in alone if each.example.task_id == task_id]
@@ -160,4 +172,4 @@ def _print_table(asked: Sequence[DemoAnswer], alone: Sequence[DemoAnswer]) -> No
             f"{_accuracy(theirs):.2f}",
             f"{statistics.median(each.seconds for each in mine):.1f} s",
         )
-    console.print(table)
+    print_whole(table)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from mtlora.backbone import resolve
@@ -22,6 +21,7 @@ from mtlora.client import AsyncClient, Classification, ServerError
 from mtlora.suite import Suite, load_suite
 from mtlora.suite.base import Example
 from server.cli import CommandError
+from server.cli.demo import print_whole, results_table
 from server.cli.process import ServerFailedError, ServerProcess, exit_on_sigterm
 
 if TYPE_CHECKING:
@@ -153,14 +153,11 @@ def _is_target(example: Example, label: str) -> bool:
 
 
 def _print_table(asked: Sequence[ImageAnswer], alone: Sequence[str]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
-    table = Table(title="One vision backbone, one adapter, every task in the same batches", title_justify="left")
-    for name in ("task", "an image of", "answer", "most errors"):
-        table.add_column(name, no_wrap=True)
-    for name in ("accuracy", "linear\nheads alone", "median\nlatency"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = results_table(
+        "One vision backbone, one adapter, every task in the same batches",
+        ("task", "an image of", "answer", "most errors"),
+        ("accuracy", "linear\nheads alone", "median\nlatency"),
+    )
     for task_id in sorted({each.example.task_id for each in asked}):
         mine = [(each, label) for each, label in zip(asked, alone, strict=True) if each.example.task_id == task_id]
         first = mine[0][0]
@@ -174,4 +171,4 @@ def _print_table(asked: Sequence[ImageAnswer], alone: Sequence[str]) -> None:
             f"{statistics.fmean(_is_target(each.example, label) for each, label in mine):.2f}",
             f"{statistics.median(each.seconds for each, _ in mine):.1f} s",
         )
-    console.print(table)
+    print_whole(table)
