@@ -20,7 +20,7 @@ from mtlora.cli.output import print_table
 from mtlora.evaluation.evaluate import offline_answerer, score
 from mtlora.merge.extend import extended_config
 from mtlora.merge.merge import NEW_EXPERTS, SETTINGS, Mode, merge
-from mtlora.model import load_adapted_model
+from mtlora.model.language import load_adapted_model
 from mtlora.suite import load_suite
 from mtlora.suite.base import Example
 from mtlora.train.config import TrainingConfig

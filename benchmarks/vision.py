@@ -25,7 +25,8 @@ from benchmarks.harness.processes import halted
 from benchmarks.harness.worker import WorkerProcess
 from benchmarks.vision_report import Ratio, make_report, print_report
 from benchmarks.vision_serving import TASKS, Served, image_server, photographs, print_front, tensors, text_beside_images
-from mtlora.backbone import BackboneError, identify, packaged, resolve
+from mtlora.backbone import identify, packaged, resolve
+from mtlora.errors import BackboneError
 from server.cli.process import ServerProcess
 
 BATCHES = (1, 4, 16, 64)

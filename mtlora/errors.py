@@ -11,6 +11,10 @@ class MtLoRAError(ValueError):
     """Says in one line what is wrong and where, what was expected and what was found; the CLI prints that line."""
 
 
+class BackboneError(MtLoRAError):
+    """A backbone that cannot be used. Names the folder or file, what was found and what is needed."""
+
+
 def differences(one: "BaseModel", other: "BaseModel") -> dict[str, tuple[object, object]]:
     """The fields of `one`'s model in which two models differ, with the values of both."""
     pairs = {name: (getattr(one, name), getattr(other, name)) for name in type(one).model_fields}

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from server.accounting import AuditedCall, Counts, Usage
+from server.accounting import AuditedCall, Usage, UsageCounts
 from server.errors import from_exception
 from server.telemetry.genai import GenAIMetrics
 from server.telemetry.logs import get_logger
@@ -49,7 +49,7 @@ class Call:
         """Count what the engine did for this call, once: before the client can have the whole answer."""
         if self.sequences and not self.counted:
             self.counted = True
-            counts = Counts(self.sequences, self.prompt_tokens, self.cached_tokens, self.completion_tokens)
+            counts = UsageCounts(self.sequences, self.prompt_tokens, self.cached_tokens, self.completion_tokens)
             usage.record(self.tenant.id, self.task, counts)
 
     def settle(self, code: grpc.StatusCode, usage: Usage) -> None:

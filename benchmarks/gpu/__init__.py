@@ -1,6 +1,7 @@
 """`make bench-gpu`: the routed path on one GPU, and what can be said of it without one.
 
     correctness.py     the kernels against the formula in float64, over every class of shapes
+    cases.py           random batches of every class of shapes, which the tests use too
     serving.py         a decoder's graph with the path beside the same without, checked and timed
     decoder.py         the Llama-shaped decoder
     adapters.py        random adapters in a table, their launches, their oracle
@@ -10,8 +11,7 @@
     Without a card:
     assembly.py        what a kernel becomes for a card
     generated_code.py  holds every class of launches to bounds
-    traffic.py         bytes that the kernels move, counted in Triton's interpreter
-    work.py            what both launches do for a plan, as numbers; tests hold it to traffic.py
+    work.py            what both launches do for a plan, as numbers; tests hold it to tests/benchmarks/traffic.py
     step_model.py      a step's time predicted for A100, H100 and B200
     backbones.py       sizes of backbones
 

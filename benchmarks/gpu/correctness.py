@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.adapters import config_for
+from benchmarks.gpu.cases import SHAPE_CLASSES, TOLERANCE, Batch, Case, Shape, mixed, random_rows
 from mtlora.ops import tuning
 from mtlora.ops.plan import DevicePlan
 from mtlora.ops.table import Layout
-from tests.mtlora.ops.cases import SHAPE_CLASSES, TOLERANCE, Batch, Case, Shape, mixed, random_rows
 
 # Padding rows after a step's tokens, as in a captured size: NaN in x; y must keep its own.
 PADDING = 3
@@ -37,7 +37,7 @@ class Result:
 
 
 def cases() -> dict[str, Case]:
-    """Every class of shapes: the tests' own, and hidden sizes up to 8,192 in steps of one, some and many tokens."""
+    """Every class of shapes: those of cases.py, and hidden sizes up to 8,192 in steps of one, some and many tokens."""
     found = dict(SHAPE_CLASSES)
     for hidden in (576, 896, 3584, 4096, 8192):
         fitting = tuple(shape for shape in _SIZES if shape is None or hidden % shape.G == 0)

@@ -7,7 +7,7 @@
     loads               weights, and x, come by 16 bytes a thread
     bytes               a pass of a product's loop loads the tiles it multiplies, and nothing twice
 
-How many bytes all passes load is counted by `traffic.py`.
+How many bytes all passes load is counted by `tests/benchmarks/traffic.py`.
 """
 
 import itertools

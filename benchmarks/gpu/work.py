@@ -1,7 +1,7 @@
 """What a block's two launches do for a plan: items, bytes, products.
 
-It follows the loops of `mtlora/ops/triton_gpu.py`; a test holds it to what `traffic.py` counts. Bytes are those of a
-program's own loads and stores, which pass the L2 cache; memory delivers each adapter's weights once.
+It follows the loops of `mtlora/ops/triton_gpu.py`; a test holds it to what `tests/benchmarks/traffic.py` counts. Bytes
+are those of a program's own loads and stores, which pass the L2 cache; memory delivers each adapter's weights once.
 """
 
 from dataclasses import dataclass

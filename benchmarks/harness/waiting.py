@@ -1,5 +1,6 @@
 """Waiting for a condition."""
 
+import asyncio
 import time
 from collections.abc import Callable
 
@@ -11,3 +12,10 @@ def wait_until(condition: Callable[[], object], timeout_s: float, *, every_s: fl
         if time.monotonic() > until:
             raise TimeoutError(f"not true after {timeout_s:g} s")
         time.sleep(every_s)
+
+
+async def eventually(condition: Callable[[], object], timeout_s: float = 5.0, *, every_s: float = 0.01) -> None:
+    """`wait_until` beside the event loop's other tasks. Raises TimeoutError."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(every_s)

@@ -200,8 +200,7 @@ class Automaton:
         self._built: dict[tuple[int, int], int] = {}
         self._steps: dict[tuple[States, int], States] = {}
         self._kept = 0
-        self.first = self._build(self.expression, 0)
-        self.start = self._closure((self.first,))
+        self.start = self._closure((self._build(self.expression, 0),))
 
     def accepts(self, states: States) -> bool:
         """Whether the text so far is a whole answer."""
@@ -269,15 +268,6 @@ class Automaton:
                     way[origin] = way[state] if byte is None else (byte, state)
                     (queue.appendleft if byte is None else queue.append)(origin)
         return bytes_left, way
-
-    def shortest(self) -> str:
-        """A shortest answer."""
-        _, way = self.ways_out()
-        found, state = bytearray(), self.first
-        while step := way[state]:
-            found.append(step[0])
-            state = step[1]
-        return found.decode()
 
     def _closure(self, states: Iterable[int]) -> States:
         seen = set(states)

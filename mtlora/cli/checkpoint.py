@@ -113,9 +113,10 @@ def _shown(task: "TaskSpec") -> tuple[object, ...]:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from mtlora.backbone import BackboneError, identify, resolve
+    from mtlora.backbone import identify, resolve
     from mtlora.checkpoint.format import CheckpointError
     from mtlora.checkpoint.read import check_answers, read_checkpoint
+    from mtlora.errors import BackboneError
     from mtlora.vision.families import read_config
 
     folder = None if args.backbone is None else resolve(args.backbone)
@@ -124,7 +125,7 @@ def _verify(args: argparse.Namespace) -> int:
         checkpoint = read_checkpoint(args.folder, backbone)
         check_answers(args.folder, checkpoint.manifest)
         if folder is not None and checkpoint.manifest.images:
-            read_config(folder).check(checkpoint.manifest.tasks)
+            read_config(folder).check({task.id: task.image for task in checkpoint.manifest.tasks if task.image})
     except (CheckpointError, BackboneError) as error:
         print(f"mtlora: error: {error}", file=sys.stderr)
         return 1

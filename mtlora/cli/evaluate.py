@@ -218,7 +218,7 @@ def _answerers(
     import torch
 
     from mtlora.config import MtLoRAConfig
-    from mtlora.model import load_adapted_model, new_adapted_model
+    from mtlora.model.language import load_adapted_model, new_adapted_model
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -247,9 +247,9 @@ def _image_answerers(
     from mtlora.errors import MtLoRAError
     from mtlora.evaluation.images import answers_of, checkpoint_labeller, image_labeller, linear_heads
     from mtlora.methods import HeadsConfig
+    from mtlora.model.vision import load_adapted_encoder, new_adapted_encoder
     from mtlora.suite import up_to
     from mtlora.suite.mix import count_for
-    from mtlora.vision.model import load_adapted_encoder, new_adapted_encoder
 
     if args.shots or args.through or args.scoring != "generate":
         raise MtLoRAError("--shots, --scoring and --through are for text; this suite is of images")

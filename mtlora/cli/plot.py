@@ -83,10 +83,10 @@ def _checkpoint_pictures(args: argparse.Namespace, source: Path) -> dict[str, Ca
 
     from mtlora.backbone import identify, resolve
     from mtlora.checkpoint.read import read_checkpoint
-    from mtlora.evaluation.diagnosis import routing_by_task, spectra
-    from mtlora.model import load_adapted_model
+    from mtlora.model.language import load_adapted_model
     from mtlora.plot.curves import plot_curves, read_log
     from mtlora.plot.diagnosis import plot_gradients, plot_groups, plot_routing, plot_spectra, plot_use
+    from mtlora.train.diagnosis import routing_by_task, spectra
     from mtlora.train.state import LOG
 
     folder = resolve(args.backbone)
@@ -151,10 +151,10 @@ def _gradient_cosines(args: argparse.Namespace, folder: Path, checkpoint: "Check
     """Cosines of this checkpoint beside a trained baseline's, or beside both levels before training."""
     import torch
 
-    from mtlora.evaluation.diagnosis import cosines, task_gradients
     from mtlora.methods import HydraLoRAConfig
-    from mtlora.methods.checkpoint import load_baseline
-    from mtlora.model import load_adapted_model, new_adapted_model
+    from mtlora.model.baseline import load_baseline
+    from mtlora.model.language import load_adapted_model, new_adapted_model
+    from mtlora.train.diagnosis import cosines, task_gradients
 
     config, tasks = checkpoint.manifest.config, _in_order_of_bias(checkpoint)
     examples = _examples(args, checkpoint)

@@ -1,1 +1,1 @@
-"""Scores of an adapter or a backbone: generated answers, likelihoods, diagnosis."""
+"""Scores of an adapter or a backbone: generated answers, likelihoods."""

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from mtlora.batches import cut
 from mtlora.checkpoint.format import TaskEntry
 from mtlora.errors import MtLoRAError
 from mtlora.evaluation.calibration import Labeller
 from mtlora.evaluation.generate import Prompt, greedy_answers
 from mtlora.evaluation.likelihood import label_probabilities, likeliest, options_of
-from mtlora.model import AdaptedModel, Placed
+from mtlora.model.language import AdaptedModel, Placed
 from mtlora.suite.base import Example, Suite, SuiteError, up_to
 from mtlora.task import PromptParts, TaskSpec, is_correct, normalise_answer
-from mtlora.train.data import cut
 
 if TYPE_CHECKING:
     from mtlora.client import Access

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mtlora.checkpoint.format import TaskEntry
-from mtlora.model import AdaptedModel, Placed
+from mtlora.model.language import AdaptedModel, Placed
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:

@@ -13,11 +13,11 @@ from mtlora.checkpoint.format import Checkpoint
 from mtlora.errors import MtLoRAError
 from mtlora.evaluation.calibration import Labeller
 from mtlora.evaluation.evaluate import Answerer
+from mtlora.model.vision import AdaptedEncoder
 from mtlora.suite.base import Example
 from mtlora.task import TaskSpec
 from mtlora.vision.heads import Heads
 from mtlora.vision.images import ImageError, decode, prepare
-from mtlora.vision.model import AdaptedEncoder
 
 _BATCH = 64
 # A task's (weight [C, F], bias [C]).

@@ -12,7 +12,7 @@ import torch
 from mtlora.answer.labels import LabelTree
 from mtlora.checkpoint.format import TaskEntry
 from mtlora.evaluation.generate import Prompt, greedy_tokens, read_documents
-from mtlora.model import AdaptedModel, Placed
+from mtlora.model.language import AdaptedModel, Placed
 from mtlora.task import TaskSpec
 
 _LETTERED = re.compile(r"^(\([A-Z]\)) ", re.MULTILINE)

@@ -13,10 +13,10 @@ import torch
 from mtlora.adapter import AdapterSet
 from mtlora.checkpoint.format import Checkpoint
 from mtlora.evaluation.images import pixels
-from mtlora.model import AdaptedModel, load_adapted_model
+from mtlora.model.language import AdaptedModel, load_adapted_model
+from mtlora.model.vision import AdaptedEncoder, load_adapted_encoder
 from mtlora.suite.base import Example
 from mtlora.train.data import Encoded, collate, collate_documents
-from mtlora.vision.model import AdaptedEncoder, load_adapted_encoder
 
 # Task, token ids, how many of them are the document's.
 _Prompt = tuple[str, list[int], int]
@@ -48,11 +48,7 @@ class Comparison:
 def compare(folder: Path, before: Checkpoint, after: Checkpoint, texts: Sequence[str]) -> Comparison:
     """Compare two adapters' logits for every old task, on its prompts for `texts`, at every position."""
     old = load_adapted_model(folder, before, torch.float32)
-    adapters = AdapterSet(
-        after.manifest.config, old.backbone.hidden_size, old.backbone.num_layers, len(after.manifest.tasks)
-    )
-    adapters.load_state_dict({name: tensor.float() for name, tensor in after.tensors.items()})
-    adapters.eval().attach(old.model)
+    adapters = _attached(after, old)
     new = AdaptedModel(old.model, old.tokenizer, adapters, old.backbone)
     per_task = max(1, min(len(texts), _COMPARED_PROMPTS // len(before.manifest.tasks)))
     prompts = [
@@ -77,11 +73,7 @@ def compare(folder: Path, before: Checkpoint, after: Checkpoint, texts: Sequence
 def compare_images(folder: Path, before: Checkpoint, after: Checkpoint, examples: Sequence[Example]) -> Comparison:
     """Like `compare`, for every old task's classes on these images."""
     old = load_adapted_encoder(folder, before, torch.float32)
-    adapters = AdapterSet(
-        after.manifest.config, old.backbone.hidden_size, old.backbone.num_layers, len(after.manifest.tasks)
-    )
-    adapters.load_state_dict({name: tensor.float() for name, tensor in after.paths.items()})
-    adapters.eval().attach(old.encoder)
+    adapters = _attached(after, old)
     new = replace(old, adapters=adapters)
 
     def logits(
@@ -105,6 +97,15 @@ def compare_images(folder: Path, before: Checkpoint, after: Checkpoint, examples
 
     tasks = len(before.manifest.tasks)
     return _compared(tasks, tasks * len(examples), pairs())
+
+
+def _attached(checkpoint: Checkpoint, old: AdaptedModel | AdaptedEncoder) -> AdapterSet:
+    """A checkpoint's adapter, beside the one that a backbone has."""
+    manifest, backbone = checkpoint.manifest, old.backbone
+    adapters = AdapterSet(manifest.config, backbone.hidden_size, backbone.num_layers, len(manifest.tasks))
+    adapters.load_state_dict({name: tensor.float() for name, tensor in checkpoint.paths.items()})
+    adapters.eval().attach(old.model)
+    return adapters
 
 
 def _compared(tasks: int, prompts: int, pairs: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> Comparison:

@@ -6,27 +6,10 @@
 
 (arXiv 2603.01526, section 3; b is this project's per-task router bias.)
 
-Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups of D/G dimensions, b rows of a bias table.
+Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups of D/G dimensions.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
-
-
-class ReferenceAdapter(NamedTuple):
-    """One adapter's weights for one block, as in a checkpoint.
-
-    bias_bGN: the router biases of its tasks, or None.
-    """
-
-    lora_A_rD: torch.Tensor
-    lora_B_NDr: torch.Tensor
-    lora_route: torch.Tensor
-    bias_bGN: torch.Tensor | None
-    num_groups: int
-    scaling: float
 
 
 def routed_lora_reference(
@@ -55,26 +38,4 @@ def routed_lora_reference(
             rows = slice(j * group_size, (j + 1) * group_size)
             for i in range(num_experts):
                 out_TD[t, rows] += scaling * weights_N[i] * (B[i, rows] @ h_r)
-    return out_TD
-
-
-def routed_lora_batch_reference(
-    x_TD: torch.Tensor,
-    adapters: Sequence[ReferenceAdapter | None],
-    rows: Sequence[int],
-    bias_rows: Sequence[int],
-) -> torch.Tensor:
-    """The path's output [T, D] in float64 for a batch of many adapters.
-
-    rows: index into `adapters` per token, -1 for none; an empty row (None) adds nothing.
-    bias_rows: row of the adapter's bias table per token, -1 for none.
-    """
-    out_TD = torch.zeros(x_TD.shape, dtype=torch.float64)
-    for t, (row, bias_row) in enumerate(zip(rows, bias_rows, strict=True)):
-        adapter = adapters[row] if row >= 0 else None
-        if adapter is None:
-            continue
-        A, B, R, table, num_groups, scaling = adapter
-        bias_TGN = None if table is None or bias_row < 0 else table[bias_row : bias_row + 1]
-        out_TD[t] = routed_lora_reference(x_TD[t : t + 1], A, B, R, bias_TGN, num_groups=num_groups, scaling=scaling)[0]
     return out_TD

@@ -1,4 +1,4 @@
-"""Pictures of what `mtlora.evaluation.diagnosis` finds: routing, the experts' singular values, task gradients."""
+"""Pictures of what `mtlora.train.diagnosis` finds: routing, the experts' singular values, task gradients."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mtlora.evaluation.diagnosis import Routing, Spectra
 from mtlora.plot.figure import COLOURS, HEAT, clean, figure, label
+from mtlora.train.diagnosis import Routing, Spectra
 
 _COLUMNS = 6
 _LAYERS, _GROUPS = 5, 8

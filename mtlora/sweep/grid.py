@@ -83,8 +83,7 @@ def _drawn(task_id: str) -> bytes:
 def read_result(run: Run, backbone: Path, settings: dict[str, Any], *, diverged: bool = False) -> dict[str, Any] | None:
     """A finished run's result; None for a run that is not finished or failed.
 
-    diverged: whether to return also the error of a run that diverged: it would diverge again. Results of 0.1.0 lack the
-    marks of single examples: None, so that the run, which is trained, is scored again.
+    diverged: whether to return also the error of a run that diverged: it would diverge again.
 
     Raises SweepError if the result is of another configuration or backbone, or was scored with other settings.
     """
@@ -96,14 +95,11 @@ def read_result(run: Run, backbone: Path, settings: dict[str, Any], *, diverged:
         raise SweepError(f"{run.result_file}: {error}") from None
     if "error" in result and not (diverged and result.get("diverged")):
         return None
-    # Results of 0.1.0 do not name the backbone.
-    if other := [name for name, value in _about(run, backbone, settings).items() if result.get(name, value) != value]:
+    if other := [name for name, value in _about(run, backbone, settings).items() if result.get(name) != value]:
         raise SweepError(
             f"{run.result_file}: of another configuration ({', '.join(other)}); choose another --out, or remove "
             f"{run.folder}"
         )
-    if "error" not in result and not all("right" in task for task in result["tasks"].values()):
-        return None
     return result
 
 

@@ -7,19 +7,20 @@ A answer tokens.
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from mtlora.model import Documents, Placed
+from mtlora.batches import cut
+from mtlora.model.language import Documents, Placed
 from mtlora.prompt import PromptEncoder
 from mtlora.suite.base import Example, SuiteError
 from mtlora.task import TaskSpec
 
 if TYPE_CHECKING:
-    from mtlora.vision.soft_tokens import ImageReader
+    from mtlora.model.soft_tokens import ImageReader
 
 # This many batches are sorted by length together. More waste less on padding; fewer keep batches mixed.
 _BUCKET_BATCHES = 16
@@ -223,27 +224,6 @@ def batches(examples: Sequence[Encoded], size: int, *, documents: bool) -> Itera
     for start in range(0, len(order), size):
         chosen = [examples[i] for i in order[start : start + size]]
         yield collate_documents(chosen) if documents else collate(chosen)
-
-
-def cut(
-    order: Iterable[int], lengths: Sequence[int], batch_size: int, batch_tokens: int | None = None
-) -> list[list[int]]:
-    """Cut indices into batches of at most `batch_size` and, padded to their longest, `batch_tokens`; at least one each.
-
-    lengths: tokens of each index.
-    """
-    batches: list[list[int]] = []
-    longest = 0
-    for index in order:
-        longest = max(longest, lengths[index])
-        if (
-            not batches or len(batches[-1]) >= batch_size
-            or (batch_tokens is not None and (len(batches[-1]) + 1) * longest > batch_tokens)
-        ):  # fmt: skip
-            batches.append([])
-            longest = lengths[index]
-        batches[-1].append(index)
-    return batches
 
 
 def collate(examples: Sequence[Encoded], length: int | None = None) -> Batch:

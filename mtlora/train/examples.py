@@ -13,7 +13,7 @@ from mtlora.train.config import TrainingConfig
 from mtlora.train.data import Encoded, encode
 
 if TYPE_CHECKING:
-    from mtlora.vision.soft_tokens import ImageReader
+    from mtlora.model.soft_tokens import ImageReader
 
 
 class RunExamples:

@@ -19,8 +19,9 @@ from mtlora.checkpoint.read import read_checkpoint
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.evaluation.evaluate import Answerer, score
 from mtlora.evaluation.images import features, pixels, same_input
-from mtlora.methods.checkpoint import BaselineManifest, write_baseline
-from mtlora.model import adapter_tensors
+from mtlora.model.baseline import BaselineManifest, write_baseline
+from mtlora.model.language import adapter_tensors
+from mtlora.model.vision import new_adapted_encoder
 from mtlora.suite.base import Example, Split, Suite, SuiteError, up_to
 from mtlora.suite.mix import count_for
 from mtlora.task import TaskSpec
@@ -35,7 +36,6 @@ from mtlora.vision.encoder import pool
 from mtlora.vision.heads import Heads
 from mtlora.vision.image_input import num_features
 from mtlora.vision.images import decode, prepare
-from mtlora.vision.model import new_adapted_encoder
 
 
 class _Trained(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mtlora.model import AdaptedModel
+from mtlora.model.language import AdaptedModel
 from mtlora.train.data import Batch
 
 _EPSILON = 1e-12

@@ -10,8 +10,8 @@ from mtlora.checkpoint.format import PROJECTOR_NAMES, AdapterManifest, TaskEntry
 from mtlora.checkpoint.read import read_manifest
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.evaluation.evaluate import offline_answerer, score
-from mtlora.methods.checkpoint import BaselineManifest, read_baseline_manifest, write_baseline
-from mtlora.model import AdaptedModel, adapter_tensors
+from mtlora.model.baseline import BaselineManifest, read_baseline_manifest, write_baseline
+from mtlora.model.language import AdaptedModel, adapter_tensors
 from mtlora.suite.base import Example
 from mtlora.task import TaskSpec
 from mtlora.train.config import TrainingConfig

@@ -11,7 +11,7 @@ from mtlora.checkpoint.format import Checkpoint
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.errors import differences
-from mtlora.model import AdaptedModel
+from mtlora.model.language import AdaptedModel
 from mtlora.task import TaskSpec
 from mtlora.train.config import TrainingError
 

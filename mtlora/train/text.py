@@ -12,7 +12,7 @@ from mtlora.adapter import Attachment
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.evaluation.evaluate import Answerer, offline_answerer
 from mtlora.families import decoder_layers
-from mtlora.model import new_adapted_model
+from mtlora.model.language import new_adapted_model
 from mtlora.suite.base import Suite
 from mtlora.task import TaskSpec, check_activation
 from mtlora.train.config import TrainingConfig, TrainingError
@@ -63,7 +63,7 @@ class Text:
                 raise TrainingError("baseline: found one; allowed with tasks that take an image: the adapter alone")
             if vision is None:
                 raise TrainingError("tasks take images: found no vision backbone; one is needed")
-            from mtlora.vision.soft_tokens import ImageReader
+            from mtlora.model.soft_tokens import ImageReader
 
             self.adapted.reader = ImageReader(vision, config.merge_patches, self.adapted.backbone.hidden_size)
             self.trained = _Trained(self.adapted.adapters, self.adapted.reader.projector)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import mtlora
 from mtlora.checkpoint.format import AdapterManifest
-from mtlora.methods.checkpoint import BaselineManifest
+from mtlora.model.baseline import BaselineManifest
 from mtlora.suite import load_suite
 from mtlora.train.config import DivergedError, TrainingConfig
 from mtlora.train.examples import chosen_tasks
@@ -235,8 +235,7 @@ class Trainer:
         return sum(parameter.numel() for parameter in self.work.adapters.parameters())
 
     def _restore(self, state: dict[str, Any]) -> None:
-        # States of 0.1.0 do not name them.
-        was = state.get("inputs", self.inputs)
+        was = state["inputs"]
         if changed := [f"{name}: was {was[name]}, now {now}" for name, now in self.inputs.items() if was[name] != now]:
             raise RunError(
                 f"{self.folder.state_file}: --resume needs the same backbone and examples; {'; '.join(changed)}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from mtlora.model import AdaptedModel
+from mtlora.model.language import AdaptedModel
 from mtlora.task import TaskSpec
 from mtlora.train.data import Encoded, batches
 

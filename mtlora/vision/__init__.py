@@ -6,7 +6,5 @@ families.py     the families of vision backbones: their configurations and weigh
 encoder.py      one plain torch encoder for all families
 onnx_file.py    tensors of an ONNX file, which the default backbone comes in
 prepare.py      the default backbone's folder
-model.py        an encoder with an adapter beside it
 heads.py        linear heads of many tasks
-soft_tokens.py  images in the prompts of text tasks
 """

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mtlora.backbone import BackboneError
+from mtlora.errors import BackboneError
 from mtlora.vision.families import VisionConfig, encoder_tensors, read_config
 from mtlora.vision.image_input import Pooling
 

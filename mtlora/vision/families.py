@@ -14,15 +14,15 @@ Shape suffixes: D hidden size, P pixels of a patch's side, G patches of the posi
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from mtlora.backbone import BackboneError
-from mtlora.task import TaskSpec
+from mtlora.errors import BackboneError
+from mtlora.vision.image_input import ImageInput
 
 
 @dataclass(frozen=True)
@@ -110,18 +110,16 @@ class VisionConfig:
             )
         return squares**2
 
-    def check(self, tasks: Iterable[TaskSpec]) -> None:
-        """Raise BackboneError for a task of images whose size or pooling this backbone does not allow."""
-        for task in tasks:
-            if task.image is None:
-                continue
+    def check(self, inputs: Mapping[str, ImageInput]) -> None:
+        """Raise BackboneError for a task of images, by its id, whose size or pooling this backbone does not allow."""
+        for task, image in inputs.items():
             try:
-                self.num_positions(task.image.size)
+                self.num_positions(image.size)
             except BackboneError as error:
-                raise BackboneError(f"task {task.id}: {error}") from None
-            if task.image.pooling != "mean" and not self.traits.class_token:
+                raise BackboneError(f"task {task}: {error}") from None
+            if image.pooling != "mean" and not self.traits.class_token:
                 raise BackboneError(
-                    f"task {task.id}: pooling: found {task.image.pooling!r}; "
+                    f"task {task}: pooling: found {image.pooling!r}; "
                     f"allowed: 'mean', as {self.family} has no class token"
                 )
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mtlora.backbone import BackboneError, Packaged, Step, give_permissions
+from mtlora.errors import BackboneError
+from mtlora.packaged import Packaged, Step, give_permissions
 from mtlora.vision.families import IMAGENET
 from mtlora.vision.onnx_file import OnnxFile
 

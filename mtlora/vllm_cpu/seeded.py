@@ -9,15 +9,9 @@ from typing import Any
 
 import torch
 
-from mtlora.vllm_plugin.seams import require
-
 
 def rewind_cpu_generators() -> None:
-    """Have model runners on CPUs rewind generators by their state. Takes effect for this process, once.
-
-    Raises RuntimeError if vLLM lacks the seam.
-    """
-    require("seeded requests on CPUs")
+    """Have model runners on CPUs rewind generators by their state. Takes effect for this process, once."""
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     # The base class defines both, and other devices' runners share it: change the CPU's own class alone.

@@ -15,13 +15,15 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
-from mtlora.backbone import BackboneError, identify
-from mtlora.vllm_cpu.pipeline import warm_up_stages
+from mtlora.backbone import identify
+from mtlora.errors import BackboneError
+from mtlora.vllm_cpu.pipeline import skips_warm_up, warm_up_stages
 from mtlora.vllm_cpu.seeded import rewind_cpu_generators
 from mtlora.vllm_plugin.activation import leave_rows_bare
 from mtlora.vllm_plugin.compilation import check_config
 from mtlora.vllm_plugin.model_manager import MtLoRAModelManager
 from mtlora.vllm_plugin.packed import Slot
+from mtlora.vllm_plugin.seams import require
 from mtlora.vllm_plugin.store import AdapterStore
 
 logger = init_logger(__name__)
@@ -49,9 +51,12 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         Raises ValueError for a model or a config that cannot work, RuntimeError for a vLLM that lacks a seam.
         """
         check_config(vllm_config)
-        warm_up_stages(vllm_config)
+        if skips_warm_up(vllm_config):
+            require("pipeline stages on CPUs")
+            warm_up_stages()
         leave_rows_bare()
         if self.device.type == "cpu":
+            require("seeded requests on CPUs")
             rewind_cpu_generators()
         wrapped = super().create_lora_manager(model, vllm_config)
         step = self._adapter_manager.step

@@ -5,7 +5,7 @@ journal.py   a record for every answered call          totals.py   the records' 
 """
 
 from server.accounting.audit import AUDITED, AuditedCall, AuditError, AuditLog
-from server.accounting.journal import Counts
+from server.accounting.journal import UsageCounts
 from server.accounting.usage import Usage, UsageError
 
-__all__ = ["AUDITED", "AuditError", "AuditLog", "AuditedCall", "Counts", "Usage", "UsageError"]
+__all__ = ["AUDITED", "AuditError", "AuditLog", "AuditedCall", "Usage", "UsageCounts", "UsageError"]

@@ -17,7 +17,7 @@ _MAX_UNWRITTEN = 1 << 20
 
 
 @dataclass(slots=True)
-class Counts:
+class UsageCounts:
     """requests: sequences, so a batch of several inputs counts each. cached_tokens are among the prompt_tokens."""
 
     requests: int = 0
@@ -25,7 +25,7 @@ class Counts:
     cached_tokens: int = 0
     completion_tokens: int = 0
 
-    def add(self, other: "Counts") -> None:
+    def add(self, other: "UsageCounts") -> None:
         self.requests += other.requests
         self.prompt_tokens += other.prompt_tokens
         self.cached_tokens += other.cached_tokens
@@ -44,7 +44,7 @@ class Record:
     at: int
     tenant: str
     task: str
-    counts: Counts
+    counts: UsageCounts
 
     def line(self) -> bytes:
         # Ids of tenants and tasks hold no blanks.
@@ -60,7 +60,7 @@ def parse(lines: bytes) -> Iterator[Record]:
     for line in lines.split(b"\n")[:-1]:
         try:
             at, tenant, task, *counts = line.decode("ascii").split(" ")
-            record = Record(int(at), tenant, task, Counts(*map(int, counts)))
+            record = Record(int(at), tenant, task, UsageCounts(*map(int, counts)))
         except (ValueError, TypeError):
             continue
         if len(counts) == len(astuple(record.counts)):

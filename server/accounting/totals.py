@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from server.accounting.journal import Counts, Journal, Record, parse
+from server.accounting.journal import Journal, Record, UsageCounts, parse
 
 HOUR_S, DAY_S = 3600, 86400
 # Hours older than this are kept as days.
@@ -52,7 +52,7 @@ PERIODS = {
     "total": "0",
 }
 
-Row = tuple[int, str, str, Counts]
+Row = tuple[int, str, str, UsageCounts]
 
 
 def periods(at: int) -> tuple[str, str]:
@@ -103,10 +103,10 @@ class Totals:
             if number < summed:
                 journal.remove(number)
 
-    def spent(self, since: str) -> dict[tuple[str, str], Counts]:
+    def spent(self, since: str) -> dict[tuple[str, str], UsageCounts]:
         """What tenants used by day and by month, of periods not before `since` ("2026-11")."""
         rows = self._database.execute("SELECT * FROM spent WHERE period >= ?", (since,))
-        return {(tenant, period): Counts(requests, tokens) for tenant, period, requests, tokens in rows}
+        return {(tenant, period): UsageCounts(requests, tokens) for tenant, period, requests, tokens in rows}
 
     def fold(self, now: int) -> None:
         """Keep old hours as days, and in memory no more than a number of rows."""
@@ -144,15 +144,17 @@ class Totals:
                 f"SELECT * FROM {name} WHERE rowid > ? ORDER BY rowid LIMIT ?", (at, _PAGE_ROWS)
             ).fetchall():
                 at += len(rows)
-                yield [(begins, row_tenant, row_task, Counts(*sums)) for begins, row_tenant, row_task, *sums in rows]
+                yield [
+                    (begins, row_tenant, row_task, UsageCounts(*sums)) for begins, row_tenant, row_task, *sums in rows
+                ]
         finally:
             self._database.execute(f"DROP TABLE {name}")
 
     def _add(self, records: Iterable[Record], place: tuple[int, int]) -> None:
-        usage: defaultdict[tuple[int, str, str], Counts] = defaultdict(Counts)
+        usage: defaultdict[tuple[int, str, str], UsageCounts] = defaultdict(UsageCounts)
         for record in records:
             usage[record.at // HOUR_S * HOUR_S, record.tenant, record.task].add(record.counts)
-        spent: defaultdict[tuple[str, str], Counts] = defaultdict(Counts)
+        spent: defaultdict[tuple[str, str], UsageCounts] = defaultdict(UsageCounts)
         for (hour, tenant, _), counts in usage.items():
             for period in periods(hour):
                 spent[tenant, period].add(counts)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mtlora.files import lock_for_this_process
-from server.accounting.journal import Counts, Journal, Record
+from server.accounting.journal import Journal, Record, UsageCounts
 from server.accounting.totals import DAY_S, HOUR_S, Row, Totals, periods
 from server.errors import quota_exceeded, unavailable
 from server.telemetry.logs import get_logger
@@ -71,7 +71,7 @@ class Usage:
         """Whether usage outlives this process."""
         return self._folder is not None
 
-    def record(self, tenant: str, task: str, counts: Counts) -> None:
+    def record(self, tenant: str, task: str, counts: UsageCounts) -> None:
         """Count a finished call. When it returns, a kill of the process loses nothing.
 
         If the disk takes nothing, the record waits in memory; `check` refuses calls once too many wait.
@@ -80,7 +80,7 @@ class Usage:
         for period in self._periods_of(at):
             spent = self._spent.get((tenant, period))
             if spent is None:
-                spent = self._spent[tenant, period] = Counts()
+                spent = self._spent[tenant, period] = UsageCounts()
             spent.add(counts)
         self._append(Record(at, tenant, task, counts).line())
         self._grown = True

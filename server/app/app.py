@@ -12,7 +12,8 @@ from typing import Any
 
 import uvloop
 
-from mtlora.backbone import BackboneError, resolve
+from mtlora.backbone import resolve
+from mtlora.errors import BackboneError
 from mtlora.vision.images import ImageLimits
 from server.accounting import AuditError, AuditLog, Usage, UsageError
 from server.app.engines import Engines, StartError

@@ -26,7 +26,7 @@ _CONCURRENCY = 64
 
 
 @dataclass(frozen=True)
-class Asked:
+class DemoAnswer:
     """One example and its answer, or the error."""
 
     example: Example
@@ -109,11 +109,11 @@ def _show_document(server: ServerProcess, seed: int) -> int:
         return print_answers(client, tasks, str(example.input), timeout=300)
 
 
-async def ask_all(address: str, examples: Sequence[Example], *, without_adapter: bool = False) -> list[Asked]:
+async def ask_all(address: str, examples: Sequence[Example], *, without_adapter: bool = False) -> list[DemoAnswer]:
     """Ask every example, `_CONCURRENCY` at a time, in order."""
     room = asyncio.Semaphore(_CONCURRENCY)
 
-    async def ask(client: AsyncClient, example: Example) -> Asked:
+    async def ask(client: AsyncClient, example: Example) -> DemoAnswer:
         async with room:
             began = time.monotonic()
             try:
@@ -121,14 +121,14 @@ async def ask_all(address: str, examples: Sequence[Example], *, without_adapter:
                     example.task_id, example.input, timeout=300, without_adapter=without_adapter
                 )
             except ServerError as error:
-                return Asked(example, None, str(error), time.monotonic() - began)
-            return Asked(example, answer, "", time.monotonic() - began)
+                return DemoAnswer(example, None, str(error), time.monotonic() - began)
+            return DemoAnswer(example, answer, "", time.monotonic() - began)
 
     async with AsyncClient(address, retry=None) as client:
         return await asyncio.gather(*(ask(client, example) for example in examples))
 
 
-def _accuracy(asked: Sequence[Asked]) -> float:
+def _accuracy(asked: Sequence[DemoAnswer]) -> float:
     return sum(each.correct for each in asked) / len(asked)
 
 
@@ -138,15 +138,27 @@ def _shortened(text: str, width: int) -> str:
     return line if len(line) <= width else "…" + line[-(width - 1) :]
 
 
-def _print_table(asked: Sequence[Asked], alone: Sequence[Asked]) -> None:
+def results_table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    """An empty table with columns of texts, then of numbers."""
+    table = Table(title=title, title_justify="left")
+    for name in texts:
+        table.add_column(name, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def print_whole(table: Table) -> None:
+    """Print a table, in a width of its own where the output is no terminal."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    table = Table(title="One backbone, one adapter, every task in the same batches", title_justify="left")
-    for name in ("task", "an input", "answer", ""):
-        table.add_column(name, no_wrap=True)
-    for name in ("accuracy", "backbone\nalone", "median\nlatency"):
-        table.add_column(name, justify="right", no_wrap=True)
+    console.print(table)
+
+
+def _print_table(asked: Sequence[DemoAnswer], alone: Sequence[DemoAnswer]) -> None:
+    title = "One backbone, one adapter, every task in the same batches"
+    table = results_table(title, ("task", "an input", "answer", ""), ("accuracy", "backbone\nalone", "median\nlatency"))
     for task_id in sorted({each.example.task_id for each in asked}):
         mine = [each for each in asked if each.example.task_id == task_id]
         theirs = [each for each in alone if each.example.task_id == task_id]
@@ -160,4 +172,4 @@ def _print_table(asked: Sequence[Asked], alone: Sequence[Asked]) -> None:
             f"{_accuracy(theirs):.2f}",
             f"{statistics.median(each.seconds for each in mine):.1f} s",
         )
-    console.print(table)
+    print_whole(table)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from mtlora.backbone import resolve
@@ -22,6 +21,7 @@ from mtlora.client import AsyncClient, Classification, ServerError
 from mtlora.suite import Suite, load_suite
 from mtlora.suite.base import Example
 from server.cli import CommandError
+from server.cli.demo import print_whole, results_table
 from server.cli.process import ServerFailedError, ServerProcess, exit_on_sigterm
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _IMAGES = 8
 
 
 @dataclass(frozen=True)
-class Asked:
+class ImageAnswer:
     """One image, what was answered, or the error, and the label by a linear head on the backbone alone."""
 
     example: Example
@@ -106,14 +106,14 @@ def _demonstrate(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-async def ask_all(address: str, examples: Sequence[Example]) -> list[Asked]:
+async def ask_all(address: str, examples: Sequence[Example]) -> list[ImageAnswer]:
     """Ask every image, in order: `_CONCURRENCY` calls at a time, each of images of one task."""
     room = asyncio.Semaphore(_CONCURRENCY)
     by_task: dict[str, list[int]] = {}
     for place, example in enumerate(examples):
         by_task.setdefault(example.task_id, []).append(place)
     calls = [places[i : i + _IMAGES] for places in by_task.values() for i in range(0, len(places), _IMAGES)]
-    answers: dict[int, Asked] = {}
+    answers: dict[int, ImageAnswer] = {}
 
     async def ask(client: AsyncClient, places: Sequence[int]) -> None:
         asked = [examples[place] for place in places]
@@ -126,7 +126,7 @@ async def ask_all(address: str, examples: Sequence[Example]) -> list[Asked]:
             seconds = time.monotonic() - began
         for place, example, each in zip(places, asked, found, strict=True):
             probability = each.probabilities.get(each.label, 0.0)
-            answers[place] = Asked(example, each.label, probability, str(each.error or ""), seconds)
+            answers[place] = ImageAnswer(example, each.label, probability, str(each.error or ""), seconds)
 
     async with AsyncClient(address, retry=None) as client:
         await asyncio.gather(*(ask(client, places) for places in calls))
@@ -141,7 +141,7 @@ def linear_heads_alone(
 
     from mtlora.evaluation.images import answers_of, image_labeller, linear_heads
     from mtlora.methods import HeadsConfig
-    from mtlora.vision.model import new_adapted_encoder
+    from mtlora.model.vision import new_adapted_encoder
 
     adapted = new_adapted_encoder(resolve(backbone), HeadsConfig(), len(tasks), torch.float32)
     train = [each for task in tasks for each in suite.examples(task.id, "train", per_task, seed)]
@@ -152,15 +152,12 @@ def _is_target(example: Example, label: str) -> bool:
     return label == example.target
 
 
-def _print_table(asked: Sequence[Asked], alone: Sequence[str]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
-    table = Table(title="One vision backbone, one adapter, every task in the same batches", title_justify="left")
-    for name in ("task", "an image of", "answer", "most errors"):
-        table.add_column(name, no_wrap=True)
-    for name in ("accuracy", "linear\nheads alone", "median\nlatency"):
-        table.add_column(name, justify="right", no_wrap=True)
+def _print_table(asked: Sequence[ImageAnswer], alone: Sequence[str]) -> None:
+    table = results_table(
+        "One vision backbone, one adapter, every task in the same batches",
+        ("task", "an image of", "answer", "most errors"),
+        ("accuracy", "linear\nheads alone", "median\nlatency"),
+    )
     for task_id in sorted({each.example.task_id for each in asked}):
         mine = [(each, label) for each, label in zip(asked, alone, strict=True) if each.example.task_id == task_id]
         first = mine[0][0]
@@ -174,4 +171,4 @@ def _print_table(asked: Sequence[Asked], alone: Sequence[str]) -> None:
             f"{statistics.fmean(_is_target(each.example, label) for each, label in mine):.2f}",
             f"{statistics.median(each.seconds for each, _ in mine):.1f} s",
         )
-    console.print(table)
+    print_whole(table)

@@ -12,9 +12,6 @@ from numpy.typing import NDArray
 from server.engine.engine import BaseEngine
 from server.engine.launch import launch_vision
 from server.errors import EngineDeadError
-from server.telemetry.logs import get_logger
-
-logger = get_logger("engine")
 
 
 class VisionEngine(BaseEngine):

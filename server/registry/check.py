@@ -149,8 +149,8 @@ def _check_projector(folder: Path, projector: "ProjectorConfig", backbones: "Bac
 
 def _check_images(folder: Path, manifest: "AdapterManifest", vision: "VisionConfig", largest: int) -> None:
     """Raise CheckpointError for a task whose images the backbone cannot take."""
-    from mtlora.backbone import BackboneError
     from mtlora.checkpoint.format import CheckpointError
+    from mtlora.errors import BackboneError
 
     for task in manifest.tasks:
         name, prepared = ("image", task.image) if task.image else ("picture", task.picture)

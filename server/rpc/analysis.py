@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Asked:
+class DocumentCall:
     """A call about a document. text: what is to be encoded, unless the call names a `known` document.
 
     document: set inside `Analysis.document_of`.
@@ -42,7 +42,7 @@ class Analysis:
         self._tokenizing = tokenizing
         self._documents = documents
 
-    def asked(self, request: pb.AnalyzeRequest) -> Asked:
+    def asked(self, request: pb.AnalyzeRequest) -> DocumentCall:
         """A call's tasks as items. Raises INVALID_ARGUMENT or NOT_FOUND."""
         source = request.WhichOneof("source")
         if source is None or (source == "document" and not request.document.strip()):
@@ -61,10 +61,10 @@ class Analysis:
             raise invalid_argument(violations)
         if not tasks:
             raise self._service.not_found(items[0].request.task_id)
-        return Asked(items, template, request.document, known)
+        return DocumentCall(items, template, request.document, known)
 
     @asynccontextmanager
-    async def document_of(self, asked: Asked) -> AsyncIterator[None]:
+    async def document_of(self, asked: DocumentCall) -> AsyncIterator[None]:
         """Set the document of a call and of its items. Encoding may wait: the call already has its places.
 
         Raises INVALID_ARGUMENT.
@@ -109,7 +109,7 @@ def _request(task: pb.DocumentTask) -> pb.GenerateRequest:
     return request
 
 
-def led(asked: Asked) -> Expand[Generation]:
+def led(asked: DocumentCall) -> Expand[Generation]:
     """The first sequence of a call computes the document; the others are charged for their own part."""
     leads = True
 

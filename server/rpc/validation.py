@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 from mtlora_pb.v1 import inference_pb2 as pb
@@ -70,42 +70,11 @@ def validate(
         violations += more.violations(values, limits.vocab_size, limits.end_tokens, stream=stream)
     if task is None or violations:
         return violations
-    given, longest = request.WhichOneof("input") or "image", limits.max_model_len - 1
-    prompt_ids: Sequence[int]
-    point = 0
-    if given == "token_ids":
-        prompt_ids = request.token_ids.values
-    elif given == "chat":
-        try:
-            text = _render_chat(request, prompts)
-        except TemplateError as error:
-            return [Violation("chat.messages", f"the backbone's chat template refuses them: {error}")]
-        # Encoding a text that cannot fit would take long.
-        if (fewest := prompts.fewest_tokens(text)) > longest:
-            return [_too_long(given, f"at least {fewest}", longest)]
-        prompt_ids = prompts.chat(text)
-    elif document is not None:
-        point = len(document.ids)
-        text = task.spec.template.format_map(dict(request.fields.values))
-        if (fewest := point + prompts.fewest_tokens(text)) > longest:
-            return [_too_long(given, f"at least {fewest}", longest)]
-        prompt_ids = (*document.ids, *prompts.text(text))
-    elif sight is not None:
-        texts = task.spec.around_image(dict(request.fields.values) if given == "fields" else request.text)
-        if (fewest := sight.soft_tokens + sum(map(prompts.fewest_tokens, texts))) > longest:
-            return [_too_long(given, f"at least {fewest}", longest)]
-        prompt_ids, sight.at = prompts.around_image(texts, sight.soft_tokens)
-    else:
-        parts = task.spec.parts(dict(request.fields.values) if given == "fields" else request.text)
-        if (fewest := prompts.fewest_tokens(parts.document) + prompts.fewest_tokens(parts.task)) > longest:
-            return [_too_long(given, f"at least {fewest}", longest)]
-        prompt_ids, point = prompts.parts(parts)
-    room = limits.max_model_len - len(prompt_ids)
-    if not prompt_ids:
-        return [Violation(given, "found 0 tokens; allowed: at least 1")]
-    if room < 1:
-        return [_too_long(given, str(len(prompt_ids)), longest)]
-    if values and (violation := more.prompt_violation(values, len(prompt_ids), limits.vocab_size)):
+    prompt = _prompt(request, task.spec, prompts, document, sight, limits.max_model_len - 1)
+    if isinstance(prompt, Violation):
+        return [prompt]
+    room = limits.max_model_len - len(prompt.ids)
+    if values and (violation := more.prompt_violation(values, len(prompt.ids), limits.vocab_size)):
         return [violation]
     if values and sight and values.get("prompt_logprobs"):
         found = f"found {values['prompt_logprobs']}; allowed: 0, as the prompt has an image"
@@ -115,7 +84,7 @@ def validate(
         return [
             Violation(
                 "parameters.max_new_tokens",
-                f"found {asked}; allowed: 1 to {room}, what {len(prompt_ids)} prompt tokens leave of the context "
+                f"found {asked}; allowed: 1 to {room}, what {len(prompt.ids)} prompt tokens leave of the context "
                 f"of {limits.max_model_len}",
             )
         ]
@@ -123,21 +92,70 @@ def validate(
     most = min(room, tenant.max_new_tokens or room)
     plain = GenerationJob(
         task=task,
-        prompt_ids=tuple(prompt_ids),
+        prompt_ids=tuple(prompt.ids),
         sampling=_sampling(request.parameters, task.spec, most, limits.vocab_size, held),
         without_adapter=request.without_adapter,
         cache_salt=cache_salt,
         delta_tokens=delta_tokens,
-        strip=given != "chat" or held is not None,
+        strip=request.WhichOneof("input") != "chat" or held is not None,
         include_reasoning=request.include_reasoning,
         answer_type=held.name if held else "",
-        activation=point if task.activation == "task" else None,
+        activation=prompt.point if task.activation == "task" else None,
         lease=document.lease if document is not None else None,
     )
     job = plain if values is None else _with_more(plain, values, limits.vocab_size)
     if held and not isinstance(job, list):
         return list(_type_violations(job.sampling, task.spec, held)) or job
     return job
+
+
+class _Prompt(NamedTuple):
+    """Token ids; the first `point` of them are the document's part."""
+
+    ids: Sequence[int]
+    point: int = 0
+
+
+def _prompt(
+    request: pb.GenerateRequest,
+    task: TaskSpec,
+    prompts: PromptEncoder,
+    document: Document | None,
+    sight: "Sight | None",
+    longest: int,
+) -> _Prompt | Violation:
+    """The prompt of a request without violations, or why it cannot be asked; sets the place of its image."""
+    given, fields = request.WhichOneof("input") or "image", dict(request.fields.values)
+    if given == "token_ids":
+        found = _Prompt(request.token_ids.values)
+    elif given == "chat":
+        try:
+            text = _render_chat(request, prompts)
+        except TemplateError as error:
+            return Violation("chat.messages", f"the backbone's chat template refuses them: {error}")
+        # Encoding a text that cannot fit would take long.
+        if (fewest := prompts.fewest_tokens(text)) > longest:
+            return _too_long(given, f"at least {fewest}", longest)
+        found = _Prompt(prompts.chat(text))
+    elif document is not None:
+        text = task.template.format_map(fields)
+        if (fewest := len(document.ids) + prompts.fewest_tokens(text)) > longest:
+            return _too_long(given, f"at least {fewest}", longest)
+        found = _Prompt((*document.ids, *prompts.text(text)), len(document.ids))
+    elif sight is not None:
+        texts = task.around_image(fields if given == "fields" else request.text)
+        if (fewest := sight.soft_tokens + sum(map(prompts.fewest_tokens, texts))) > longest:
+            return _too_long(given, f"at least {fewest}", longest)
+        ids, sight.at = prompts.around_image(texts, sight.soft_tokens)
+        found = _Prompt(ids)
+    else:
+        parts = task.parts(fields if given == "fields" else request.text)
+        if (fewest := prompts.fewest_tokens(parts.document) + prompts.fewest_tokens(parts.task)) > longest:
+            return _too_long(given, f"at least {fewest}", longest)
+        found = _Prompt(*prompts.parts(parts))
+    if not found.ids:
+        return Violation(given, "found 0 tokens; allowed: at least 1")
+    return _too_long(given, str(len(found.ids)), longest) if len(found.ids) > longest else found
 
 
 def samples_of(request: pb.GenerateRequest, task: ServedTask | None) -> int:

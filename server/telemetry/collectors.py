@@ -1,6 +1,6 @@
 """Metric types missing from prometheus-client; names live in metrics.py.
 
-`Counts` and `Histograms` cost a dict update for every request, token or engine step that they count, where
+`CounterFamily` and `Histograms` cost a dict update for every request, token or engine step that they count, where
 prometheus-client's counters and histograms look up a child, take locks and walk the buckets. One thread counts; any
 thread reads.
 """
@@ -21,7 +21,7 @@ from prometheus_client.utils import floatToGoString
 _T = TypeVar("_T")
 
 
-class Counts(Collector):
+class CounterFamily(Collector):
     """A counter with labels."""
 
     def __init__(
@@ -149,7 +149,7 @@ class GaugeByLabel(Collector):
 class CounterOf:
     """A counter that follows a count kept in another process, across that process's restarts."""
 
-    def __init__(self, counter: Counts) -> None:
+    def __init__(self, counter: CounterFamily) -> None:
         self._counter = counter
         self._seen = 0.0
 

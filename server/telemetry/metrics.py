@@ -12,10 +12,10 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from mtlora import __version__
 from server.job import Lane
-from server.telemetry.collectors import CounterOf, Counts, GaugeByLabel, Histograms
+from server.telemetry.collectors import CounterFamily, CounterOf, GaugeByLabel, Histograms
 from server.telemetry.engine_stats import EngineStats, RoutingSums, WorkerStats
 from server.telemetry.port import serve_metrics
-from server.telemetry.routers import GAUGES, AdapterMemory, Load, RouterMetrics
+from server.telemetry.routers import GAUGES, AdapterMemory, EngineLoad, RouterMetrics
 from server.telemetry.top import OTHER, TopLabels
 
 UNKNOWN_TASK = "unknown"
@@ -248,17 +248,17 @@ class Metrics:
         self.registry.register(self._routers)
         self.labels |= {name: ("model_name", *labels) for name, (labels, _) in GAUGES.items()}
 
-    def _engine_load(self) -> Load:
+    def _engine_load(self) -> EngineLoad:
         engines = self._engines()
-        return Load(
+        return EngineLoad(
             running=sum(each.running for each in engines),
             waiting=sum(each.waiting for each in engines) + self._tenant_queued.total(),
             kv_cache_usage=max((each.kv_cache_usage for each in engines), default=0.0),
         )
 
-    def _counts(self, name: str, documentation: str, *labels: str) -> Counts:
+    def _counts(self, name: str, documentation: str, *labels: str) -> CounterFamily:
         self.labels[name] = labels
-        return Counts(name, documentation, labels, registry=self.registry)
+        return CounterFamily(name, documentation, labels, registry=self.registry)
 
     def _histograms(self, name: str, documentation: str, *labels: str, buckets: Sequence[float]) -> Histograms:
         self.labels[name] = labels

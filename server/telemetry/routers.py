@@ -57,7 +57,7 @@ def joined_memory(memories: Iterable[AdapterMemory]) -> AdapterMemory:
 
 
 @dataclass(frozen=True)
-class Load:
+class EngineLoad:
     """Sequences that the engine runs, requests that wait, and the share of the KV cache in use."""
 
     running: int
@@ -68,7 +68,7 @@ class Load:
 class RouterMetrics(Collector):
     """The gauges of `GAUGES`, read at each scrape. `load` and `memory` are called from any thread."""
 
-    def __init__(self, load: Callable[[], Load], clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, load: Callable[[], EngineLoad], clock: Callable[[], float] = time.time) -> None:
         self._load = load
         self._clock = clock
         self.model_name = ""

@@ -11,12 +11,13 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import correctness, traffic, work
+from benchmarks.gpu import correctness, work
 from benchmarks.gpu.adapters import Adapters
 from benchmarks.gpu.backbones import AdapterShape
+from benchmarks.gpu.cases import SHAPE_CLASSES
 from mtlora.ops import triton_gpu  # noqa: F401  these tests run the interpreter, which makes them slow ones
 from mtlora.ops.tuning import KernelConfig
-from tests.mtlora.ops.cases import SHAPE_CLASSES
+from tests.benchmarks import traffic
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so no interpreter")

@@ -17,7 +17,7 @@ from benchmarks.vision_serving import (
     TASKS,
     Both,
     Served,
-    Turns,
+    TextTimes,
     beside_report,
     photographs,
     print_beside,
@@ -131,7 +131,7 @@ async def test_images_are_in_flight_from_the_first_text_to_the_last() -> None:
     both = Both([os.getpid()], client, vision_serving.classifying(client, [b"one"]))
     await both.warm_up()
     client.beside.clear()
-    alone, beside = Turns(), Turns()
+    alone, beside = TextTimes(), TextTimes()
     await both.turn(0, alone, with_images=False)
     assert set(client.beside) == {0}
     client.beside.clear()
@@ -146,8 +146,8 @@ async def test_images_are_in_flight_from_the_first_text_to_the_last() -> None:
 def test_text_beside_images_has_a_ratio_of_99th_percentiles_and_of_processor_times(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    alone = Turns([0.1] * 99 + [0.2, 9.0], wall_s=10, text_s=20)
-    beside = Turns([0.2] * 99 + [0.3, 9.0], wall_s=20, text_s=18, images_s=20, images=400)
+    alone = TextTimes([0.1] * 99 + [0.2, 9.0], wall_s=10, text_s=20)
+    beside = TextTimes([0.2] * 99 + [0.3, 9.0], wall_s=20, text_s=18, images_s=20, images=400)
     report = beside_report(alone, beside)
     assert report["p99_ratio"] == pytest.approx(1.5)
     assert report["processor_text_by_images"] == pytest.approx(0.9)

@@ -213,7 +213,7 @@ def test_an_engine_without_memory_must_be_named_in_the_log(
 
 @pytest.mark.parametrize(
     ("startup", "live", "restarts"),
-    # Of the probes: failures in a row as often as allowed, or one less.
+    # Failures of a probe in a row: as many as allowed, or one less.
     [([False, False, True], [True], 0), ([False] * 3, [True], 1), ([True], [False, True, False, True], 0),
      ([True], [False, False], 1)],
 )  # fmt: skip
@@ -296,7 +296,7 @@ def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         (1, "mtlora-server: something else\n", False, 1),
         (1, "SAID\n", False, 1),
         (1, "", False, 1),
-        # As runc and crun write it.
+        # What runc and crun write.
         (1, "exec /opt/mtlora/entrypoint.sh: SAID\n", True, 0),
         (1, '{"msg":"exec container process: SAID","level":"error"}\n', True, 0),
         (1, '{"level": "info"}\nSAID\n', True, 1),

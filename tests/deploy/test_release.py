@@ -29,7 +29,7 @@ def test_wheels_of_a_release_are_tried_with_the_same_extras() -> None:
 
 
 def test_the_environment_meets_every_extra_of_the_installed_package() -> None:
-    """As `make dist` asks of the lock's."""
+    """Asks what `make dist` asks of the lock's environment."""
     assert list(release.unmet()) == []
 
 

@@ -54,6 +54,13 @@ def installed() -> Sources:
     return Sources(Path(spec.origin).parent)
 
 
+def test_the_table_in_the_docs_has_every_seam() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text()
+    table = text.partition("\n| seam | ")[2].partition("\n\n")[0]
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]]
+    assert sorted(rows) == sorted(seam.name for seam in SEAMS)
+
+
 @every_seam
 def test_installed_vllm_has_every_seam(seam: Seam, installed: Sources) -> None:
     assert list(missing_points(seam, find_imported)) == []

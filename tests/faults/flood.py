@@ -36,7 +36,7 @@ _ANSWER: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "stop": [],
 
 
 @dataclass
-class Turns:
+class GentleTimes:
     """Seconds of every gentle request, and those that it waited for the engine."""
 
     seconds: list[float] = field(default_factory=list)
@@ -97,7 +97,7 @@ class Flood:
     def __init__(
         self, server: Tenanted, access: Mapping[str, Access], asked: list[Question], capacity: float, seed: int
     ) -> None:
-        self.quiet, self.flooded = Turns(), Turns()
+        self.quiet, self.flooded = GentleTimes(), GentleTimes()
         self.statuses: Counter[str] = Counter()
         self._server = server
         self._access = access
@@ -113,7 +113,7 @@ class Flood:
     async def rounds(self, number: int) -> None:
         """Raises RuntimeError if the flood gets another status than OK and RESOURCE_EXHAUSTED."""
         async with _clients(self._server, self._access, (*_GENTLE, "flooder")) as clients:
-            await self._turn(clients, Turns(), with_flood=True)
+            await self._turn(clients, GentleTimes(), with_flood=True)
             for _ in range(number):
                 self._number += 1
                 # Which turn comes first alternates.
@@ -122,7 +122,7 @@ class Flood:
         if set(self.statuses) - {"OK", "RESOURCE_EXHAUSTED"}:
             raise RuntimeError(f"the flood ended in {dict(self.statuses)}")
 
-    async def _turn(self, clients: Mapping[str, AsyncClient], into: Turns, *, with_flood: bool) -> None:
+    async def _turn(self, clients: Mapping[str, AsyncClient], into: GentleTimes, *, with_flood: bool) -> None:
         async def gentle(client: AsyncClient, question: Question) -> None:
             began = time.perf_counter()
             answer = await client.generate(question.task_id, question.text, **_ANSWER)

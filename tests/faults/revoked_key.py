@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.tenants import tenant, write_tenants
+from benchmarks.harness.waiting import wait_until
 from mtlora.client import Access, Client, MetricsPage
 from tests.faults._load import BackgroundLoad, failures, questions
 from tests.faults._tenanted import accepted, tenanted
@@ -128,8 +129,8 @@ def _refused(metrics: str) -> float:
 def _wait(condition: Callable[[], bool], polls: int) -> float | None:
     """Seconds until a condition holds; None if that takes more than some looks of the server at its file."""
     began = time.monotonic()
-    while not condition():
-        if time.monotonic() - began > polls * _POLL_S:
-            return None
-        time.sleep(0.1)
+    try:
+        wait_until(condition, polls * _POLL_S, every_s=0.1)
+    except TimeoutError:
+        return None
     return time.monotonic() - began

@@ -16,7 +16,7 @@ from typing import Any
 
 from mtlora.client import Access, Retry
 from tests.factories import write_tiny_backbone
-from tests.fleet._drills import IN_FLIGHT, Load, kill_one, load, rolling_restart
+from tests.fleet._drills import IN_FLIGHT, FleetCalls, kill_one, load, rolling_restart
 from tests.fleet._fleet import Balancer, Fleet, RealMember, StandIn, installed, running_fleet
 from tests.fleet._placing import MOST_OF_ROUND_ROBIN, compare, write_adapters
 
@@ -83,10 +83,10 @@ def main() -> int:
 
 
 async def _under_load(
-    ways: list[Way], tasks: list[str], drill: Callable[[Load], Awaitable[Any]], *, twice: bool = False
-) -> dict[str, Load]:
+    ways: list[Way], tasks: list[str], drill: Callable[[FleetCalls], Awaitable[Any]], *, twice: bool = False
+) -> dict[str, FleetCalls]:
     """A drill under a closed loop of 32 through every way; twice: half of each makes calls once, half repeats them."""
-    loads: dict[str, Load] = {}
+    loads: dict[str, FleetCalls] = {}
     async with AsyncExitStack() as stack:
         for way in ways:
             for suffix, retry in (("", None), (", repeated", Retry()))[: 2 if twice else 1]:
@@ -102,16 +102,16 @@ def _tasks(fleet: Fleet) -> list[str]:
         return [task.id for task in client.tasks() if task.id.startswith("task-")]
 
 
-def _print(what: str, loads: dict[str, Load]) -> None:
+def _print(what: str, loads: dict[str, FleetCalls]) -> None:
     for name, found in loads.items():
         print(f"{what}, {name:<24} {_failed(found)} {found.failed or ''}", flush=True)
 
 
-def _all(loads: dict[str, Load]) -> str:
+def _all(loads: dict[str, FleetCalls]) -> str:
     return ", ".join(f"{name} {_failed(found)}" for name, found in loads.items())
 
 
-def _failed(found: Load) -> str:
+def _failed(found: FleetCalls) -> str:
     return f"{sum(found.failed.values())} failed of {found.calls:,}"
 
 

@@ -2,14 +2,14 @@
 
 import asyncio
 import itertools
-import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.harness.asking import closed_loop
+from benchmarks.harness.waiting import eventually
 from mtlora.client import Access, AsyncClient, Placement, Retry, ServerError
 from tests.fleet._fleet import Fleet, Member
 
@@ -19,7 +19,7 @@ _TIMEOUT_S = 120.0
 
 
 @dataclass
-class Load:
+class FleetCalls:
     """How calls ended: gRPC's status, and its message where that is not OK. running: in flight now."""
 
     ends: Counter[str] = field(default_factory=Counter)
@@ -49,9 +49,9 @@ async def load(
     placement: Placement | None = None,
     in_flight: int = IN_FLIGHT,
     **asked: Any,
-) -> AsyncIterator[Load]:
+) -> AsyncIterator[FleetCalls]:
     """A closed loop of unary calls, of as many as are in flight; the block's end waits for the last."""
-    found, stopping = Load(), asyncio.Event()
+    found, stopping = FleetCalls(), asyncio.Event()
 
     async def ask(task: str) -> None:
         found.running += 1
@@ -75,7 +75,7 @@ async def load(
             await running
 
 
-async def rolling_restart(fleet: Fleet, found: Load, calls_between: int) -> None:
+async def rolling_restart(fleet: Fleet, found: FleetCalls, calls_between: int) -> None:
     """Restart each server once the load has gone on and each server has answered some of it."""
     for member in fleet.members:
         await _go_on(fleet, found, calls_between)
@@ -84,14 +84,14 @@ async def rolling_restart(fleet: Fleet, found: Load, calls_between: int) -> None
     await _go_on(fleet, found, calls_between)
 
 
-async def kill_one(fleet: Fleet, found: Load, calls_between: int) -> int:
+async def kill_one(fleet: Fleet, found: FleetCalls, calls_between: int) -> int:
     """Kill a server under load, go on without it, start it again; returns the calls that ran there."""
     await _go_on(fleet, found, calls_between)
     victim = fleet.members[0]
     ran = await asyncio.to_thread(_in_flight, victim)
     await asyncio.to_thread(victim.kill)
     before = found.calls
-    await _until(lambda: found.calls >= before + calls_between)
+    await eventually(lambda: found.calls >= before + calls_between, _TIMEOUT_S)
     await asyncio.to_thread(_start, victim)
     await _go_on(fleet, found, calls_between)
     return ran
@@ -106,19 +106,11 @@ def _in_flight(member: Member) -> int:
     return int(member.page().value("mtlora_requests_in_flight"))
 
 
-async def _go_on(fleet: Fleet, found: Load, calls: int) -> None:
+async def _go_on(fleet: Fleet, found: FleetCalls, calls: int) -> None:
     """Wait for more calls, and until every server answers some."""
     before = found.calls
     answered = [await asyncio.to_thread(member.answered) for member in fleet.members]
-    await _until(lambda: found.calls >= before + calls)
+    await eventually(lambda: found.calls >= before + calls, _TIMEOUT_S)
     for member, had in zip(fleet.members, answered, strict=True):
         while await asyncio.to_thread(member.answered) <= had:
             await asyncio.sleep(0.2)
-
-
-async def _until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + _TIMEOUT_S
-    while not condition():
-        if time.monotonic() > until:
-            raise TimeoutError(f"nothing went on for {_TIMEOUT_S:g} s")
-        await asyncio.sleep(0.05)

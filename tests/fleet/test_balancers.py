@@ -14,7 +14,7 @@ import pytest
 from benchmarks.harness.tenants import tenant, write_tenants
 from deploy.balancers.health_check import SERVICE, health_check
 from mtlora.client import AsyncClient, Retry
-from tests.fleet._drills import IN_FLIGHT, Load, kill_one, load, rolling_restart
+from tests.fleet._drills import IN_FLIGHT, FleetCalls, kill_one, load, rolling_restart
 from tests.fleet._fleet import BALANCERS, Balancer, Fleet, StandIn, installed, running_fleet
 from tests.fleet._placing import MOST_OF_ROUND_ROBIN, compare
 
@@ -27,7 +27,7 @@ class Balanced:
     balancer: Balancer
     keys: list[str]
 
-    def load(self, **asked: Any) -> AbstractAsyncContextManager[Load]:
+    def load(self, **asked: Any) -> AbstractAsyncContextManager[FleetCalls]:
         """Calls of the first tenant."""
         named = {"tasks": ["task-0", "task-1"], "max_new_tokens": 20, **asked}
         return load(self.balancer.address, self.balancer.access(self.keys[0]), **named)

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mtlora.backbone
-from mtlora.backbone import LANGUAGE, BackboneError, identify, packaged, prepare, resolve
+from mtlora.backbone import LANGUAGE, identify, packaged, prepare, resolve
+from mtlora.errors import BackboneError
 from mtlora.files import sha256
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 8, "num_hidden_layers": 2}

@@ -22,7 +22,7 @@ class Server(adapters_pb2_grpc.AdaptersServicer, inference_pb2_grpc.InferenceSer
         self.keys: list[str] = []
         # RetryInfo, in seconds, of each call that fails before one answers.
         self.failures: list[float] = []
-        # Of the last rollback's deadline.
+        # The deadline of the last rollback.
         self.left_s: float | None = None
         self.address = ""
 

@@ -1,7 +1,7 @@
 """The service without an engine: the real servicer and interceptor around deltas that a test decides on."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -187,10 +187,3 @@ class Service:
             yield self
         finally:
             await listening.server.stop(0)
-
-
-async def eventually(condition: Callable[[], bool], timeout: float = 5.0) -> None:
-    """Wait until a condition holds. Raises TimeoutError."""
-    async with asyncio.timeout(timeout):
-        while not condition():
-            await asyncio.sleep(0.01)

@@ -11,6 +11,7 @@ import pytest
 from mtlora_pb.v1 import adapters_pb2 as pb
 from mtlora_pb.v1 import adapters_pb2_grpc
 
+from benchmarks.harness.waiting import eventually
 from mtlora.client import Client, ServerError
 from server.accounting import AuditLog, Usage
 from server.cli import adapters as adapters_cli
@@ -22,7 +23,6 @@ from server.scheduling.admission import Admission, State
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
 from server.tenants import Tenant
-from tests.server.fakes import eventually
 from tests.server.test_registry import Home, home, write
 
 __all__ = ["home"]

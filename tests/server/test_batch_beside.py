@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.tenants import tenant, write_tenants
+from benchmarks.harness.waiting import eventually
 from mtlora.client import Access, AsyncClient, make_request
 from server.job import Delta, GenerationJob
 from server.rpc.validation import PromptLimits
 from server.scheduling.scheduler import batch_turns, engine_turns
-from tests.server.fakes import FakeEngine, Service, eventually
+from tests.server.fakes import FakeEngine, Service
 
 SEQUENCES, STEP_TOKENS = 64, 2048
 # Seconds of a step: its own, of each sequence and of each token of a prompt.

@@ -12,6 +12,7 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from mtlora_pb.v1 import inference_pb2_grpc
 
 from benchmarks.harness.tenants import tenant, write_tenants
+from benchmarks.harness.waiting import eventually
 from mtlora.client import Access, AsyncClient, BatchAnswer, ServerError, make_batch, make_request
 from server.errors import EngineAbortedError, EngineDeadError
 from server.job import Delta, GenerationJob
@@ -19,7 +20,7 @@ from server.rpc.batch import MAX_BATCH
 from server.scheduling.admission import State
 from server.scheduling.fair_queue import FairQueue
 from server.tenants import UNAUTHENTICATED
-from tests.server.fakes import FakeEngine, Service, eventually
+from tests.server.fakes import FakeEngine, Service
 
 LOW = -50.0
 

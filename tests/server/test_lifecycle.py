@@ -14,13 +14,14 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from benchmarks.harness.waiting import wait_until
 from mtlora.backbone import identify
 from mtlora.client import ServerError
 from server.app import App, StartError
 from server.cli.process import ServerProcess
 from server.settings import load_settings
 from tests.server.adapters import entry, write_adapter
-from tests.server.helpers import LONG, eventually
+from tests.server.helpers import LONG
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_a_signal_while_starting_ends_everything(small: dict[str, Any]) -> None:
     with ServerProcess(wait=False, **small) as server:
         root = psutil.Process(server.process.pid)
         # The first child tracks resources; the second is the engine.
-        eventually(lambda: len(root.children()) > 1, 60)
+        wait_until(lambda: len(root.children()) > 1, 60)
         children = root.children(recursive=True)
         began = time.monotonic()
         assert server.stop() == 0
@@ -139,7 +140,7 @@ def test_an_engine_that_dies_or_hangs_is_replaced(failing: ServerProcess) -> Non
                 list(stream)
             assert raised.value.code is grpc.StatusCode.UNAVAILABLE
             assert raised.value.retry_after_s
-            eventually(lambda: not client.is_serving("mtlora.v1.Inference"), 20)
+            wait_until(lambda: not client.is_serving("mtlora.v1.Inference"), 20)
             assert client.is_serving("live")
             # Generous: a busy machine.
             assert time.monotonic() - began < 3 * limit
@@ -154,9 +155,9 @@ def test_an_engine_that_dies_or_hangs_is_replaced(failing: ServerProcess) -> Non
 def test_an_engine_that_keeps_dying_ends_the_server(failing: ServerProcess) -> None:
     _engine(failing).kill()
     with failing.client() as client:
-        eventually(lambda: not client.is_serving(), 20)
+        wait_until(lambda: not client.is_serving(), 20)
     # The next one dies while it starts.
-    eventually(lambda: any("EngineCore" in child.name() for child in _children(failing)), 60)
+    wait_until(lambda: any("EngineCore" in child.name() for child in _children(failing)), 60)
     _engine(failing).kill()
     assert failing.process.wait(120) == 1
     assert "failed 4 times within 10000 s" in failing.log()

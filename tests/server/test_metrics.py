@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from prometheus_client.openmetrics.exposition import generate_latest as openmetrics
 
 from server.engine import EngineStats, RoutingSums, WorkerStats
-from server.telemetry.collectors import Counts, Histograms
+from server.telemetry.collectors import CounterFamily, Histograms
 from server.telemetry.metrics import TOP_TASKS, TOP_TENANTS, UNKNOWN_TASK, Metrics
 from server.telemetry.routers import GAUGES
 from server.telemetry.top import OTHER, TopLabels
@@ -225,7 +225,7 @@ def test_histograms_look_like_those_of_prometheus_client(observed: list[tuple[st
 @given(OBSERVED, st.booleans())
 def test_counts_look_like_counters_of_prometheus_client(observed: list[tuple[str, float, int]], drop: bool) -> None:
     ours, theirs = CollectorRegistry(), CollectorRegistry()
-    counts, plain = Counts("c", "text", ["label", "n"], registry=ours), Counts("p", "text", registry=ours)
+    counts, plain = CounterFamily("c", "text", ["label", "n"], registry=ours), CounterFamily("p", "text", registry=ours)
     expected = Counter("c", "text", ["label", "n"], registry=theirs)
     expected_plain = Counter("p", "text", registry=theirs)
     for label, amount, n in observed:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.harness.waiting import eventually
 from mtlora.client import AsyncClient, ServerError
 from mtlora.vision.image_input import ImageInput
 from server.errors import AdapterError
@@ -30,7 +31,7 @@ from server.registry.version import AdapterVersion, ElsewhereError, NoRoomError,
 from server.registry.weights import choose
 from server.telemetry.metrics import Metrics
 from tests.server.adapters import entry, write_adapter
-from tests.server.fakes import Service, eventually
+from tests.server.fakes import Service
 from tests.server.slots import TINY, make_slots
 from tests.server.test_residency import Loads
 

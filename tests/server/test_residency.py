@@ -9,11 +9,11 @@ from typing import Any, cast
 import grpc
 import pytest
 
+from benchmarks.harness.waiting import eventually
 from server.errors import AdapterError, EngineDeadError, from_exception
 from server.registry import residency as module
 from server.registry.residency import Residency
 from server.registry.version import AdapterVersion, NoRoomError, Stage, StageError
-from tests.server.fakes import eventually
 from tests.server.slots import serving_version
 
 

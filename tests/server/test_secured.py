@@ -14,11 +14,11 @@ import psutil
 import pytest
 
 from benchmarks.harness.tenants import tenant, write_tenants
+from benchmarks.harness.waiting import wait_until
 from mtlora.client import Access, Client, ServerError
 from mtlora.client.metrics_page import MetricsPage
 from server.cli.process import ServerProcess
 from tests.faults._certificates import authority, issue
-from tests.server.helpers import eventually
 
 
 @dataclass
@@ -84,7 +84,7 @@ def test_prompts_of_two_tenants_share_no_cached_block(secured: Secured) -> None:
         with secured.client(tenant_id) as client:
             client.generate("open", text, max_new_tokens=2)
         time.sleep(0.5)
-        eventually(lambda: value() - before >= at_least)
+        wait_until(lambda: value() - before >= at_least, 10)
         return value() - before
 
     assert hits("a", 0) == 0
@@ -131,10 +131,10 @@ def test_a_revoked_key_is_refused_while_others_go_on(secured: Secured) -> None:
                 return error.code is grpc.StatusCode.UNAUTHENTICATED
             return False
 
-        eventually(refused)
+        wait_until(refused, 10)
         secured.tenants.write_text("tenants: nonsense")
         page = secured.server.metrics
-        eventually(lambda: MetricsPage.fetch(page).value("mtlora_tenants_reload_failures_total") == 1)
+        wait_until(lambda: MetricsPage.fetch(page).value("mtlora_tenants_reload_failures_total") == 1, 10)
         b.generate("open", "x", max_new_tokens=1)
     log = secured.server.log()
     assert "tenants file refused" in log

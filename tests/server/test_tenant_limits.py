@@ -13,6 +13,7 @@ from openinference_pb import grpc_predict_v2_pb2 as pb
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
 from benchmarks.harness.tenants import tenant, write_tenants
+from benchmarks.harness.waiting import eventually
 from mtlora.client import Access, AsyncClient, ServerError, make_request
 from mtlora.prompt import PromptEncoder
 from server.errors import RequestFailedError
@@ -23,7 +24,7 @@ from server.scheduling.admission import Admission, State
 from server.telemetry.metrics import Metrics
 from server.tenants import OPEN_TENANT, Tenant, TenantsError, read_tenants
 from tests.server.adapters import entry
-from tests.server.fakes import FakeTokenizer, Service, eventually
+from tests.server.fakes import FakeTokenizer, Service
 
 # Above this, inputs are tokenized beside the event loop.
 LARGE = 9000

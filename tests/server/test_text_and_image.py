@@ -14,12 +14,13 @@ from openinference_pb import grpc_predict_v2_pb2_grpc
 from PIL import Image
 
 from benchmarks.harness.tenants import tenant, write_tenants
+from benchmarks.harness.waiting import eventually
 from mtlora.client import Access, AsyncClient, Client, ServerError
 from mtlora.client.messages import make_request
 from server.cli import main
 from server.errors import EngineDeadError
 from tests.mtlora.vision.pictures import bomb, encoded
-from tests.server.fakes import FakeEngine, Service, eventually
+from tests.server.fakes import FakeEngine, Service
 from tests.server.pictures import FakeVisionEngine, described_task, with_pictures
 
 RED, GREEN = (encoded(Image.new("RGB", (9, 7), colour)) for colour in ("red", "lime"))

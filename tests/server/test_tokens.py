@@ -22,13 +22,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.harness.tenants import tenant, write_tenants
+from benchmarks.harness.waiting import eventually
 from mtlora.client import Access, AsyncClient, ServerError
 from server.errors import RequestFailedError
 from server.tenants import Directory, TenantsError, read_tenants
 from server.tenants.authentication import Authenticator
 from server.tenants.config import Issuer
 from server.tenants.jwks import JWKSError, read_jwks, read_keys_of
-from tests.server.fakes import Service, eventually
+from tests.server.fakes import Service
 
 ISSUER = "https://login.example.com/"
 # An issuer's configuration: any value, and objects with its members.

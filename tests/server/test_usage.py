@@ -23,8 +23,9 @@ from openinference_pb import grpc_predict_v2_pb2 as oi
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
 from benchmarks.harness.tenants import tenant, write_tenants
+from benchmarks.harness.waiting import eventually
 from mtlora.client import Access, AsyncClient, Client, ServerError
-from server.accounting import Counts, Usage, UsageError
+from server.accounting import Usage, UsageCounts, UsageError
 from server.accounting.journal import Journal, Record, parse
 from server.accounting.totals import Row
 from server.cli import main
@@ -33,14 +34,14 @@ from server.rpc import encoding
 from server.rpc.generation import Generation
 from server.telemetry.metrics import Metrics
 from server.tenants import Tenant
-from tests.server.fakes import Service, eventually
+from tests.server.fakes import Service
 
 NOON = int(datetime(2026, 11, 30, 12, tzinfo=UTC).timestamp())
 DAY = 86400
 ALWAYS = (0, 2**40)
 ids = st.from_regex(r"[a-z0-9_.\-]{1,20}", fullmatch=True)
 records = st.builds(
-    Record, st.integers(0, 2**33), ids, ids, st.builds(Counts, *(st.integers(0, 2**40) for _ in range(4)))
+    Record, st.integers(0, 2**33), ids, ids, st.builds(UsageCounts, *(st.integers(0, 2**40) for _ in range(4)))
 )
 
 
@@ -72,14 +73,14 @@ def test_a_file_torn_at_any_byte_gives_every_whole_record(written: list[Record],
 
 
 def test_damaged_lines_are_passed_over() -> None:
-    good = Record(1, "a", "one", Counts(1, 2, 3, 4))
+    good = Record(1, "a", "one", UsageCounts(1, 2, 3, 4))
     for damage in (b"\0" * 100, b"\xff", b"1 a one 1 2 3", b"1 a one 1 2 3 4 5", b"x a one 1 2 3 4", b""):
         assert list(parse(good.line() + damage + b"\n" + good.line())) == [good, good]
 
 
 def test_what_a_full_disk_refuses_is_written_later(monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(None, 1)
-    lines = [Record(n, "a", "one", Counts(1)).line() for n in range(4)]
+    lines = [Record(n, "a", "one", UsageCounts(1)).line() for n in range(4)]
     write = os.write
     for line, taken in ((lines[0], 5), (lines[1], 0)):
         monkeypatch.setattr(os, "write", lambda file, data, taken=taken: write(file, data[:taken]))
@@ -101,13 +102,13 @@ async def test_every_record_counts_once_across_restarts_and_files(
     for summing_up in range(8):
         usage = Usage(tmp_path, Metrics(), Clock())
         for number in range(10):
-            usage.record("a", "one", Counts(1, 10, 5, 2))
+            usage.record("a", "one", UsageCounts(1, 10, 5, 2))
             recorded += 1
             if number == summing_up:
                 await usage._in_thread(usage._totals.sum_up, usage._journal)
-        assert await total(usage) == [(0, "a", "one", Counts(recorded, 10 * recorded, 5 * recorded, 2 * recorded))]
+        assert await total(usage) == [(0, "a", "one", UsageCounts(recorded, 10 * recorded, 5 * recorded, 2 * recorded))]
         if summing_up % 2:
-            usage.record("a", "one", Counts(1, 10, 5, 2))
+            usage.record("a", "one", UsageCounts(1, 10, 5, 2))
             recorded += 1
         # No `close`, as after a kill; but this process must not keep the database open.
         await usage._in_thread(usage._totals.close)
@@ -117,22 +118,22 @@ async def test_every_record_counts_once_across_restarts_and_files(
 
 async def test_a_failure_while_summing_up_counts_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = Usage(tmp_path, Metrics(), Clock())
-    usage.record("a", "one", Counts(1, 2, 0, 3))
+    usage.record("a", "one", UsageCounts(1, 2, 0, 3))
     with monkeypatch.context() as patch:
         patch.setattr("server.accounting.totals._ADD_SPENT", "INSERT INTO nowhere VALUES (?, ?, ?, ?)")
         with pytest.raises(Exception, match="nowhere"):
             await total(usage)
-    assert await total(usage) == [(0, "a", "one", Counts(1, 2, 0, 3))]
+    assert await total(usage) == [(0, "a", "one", UsageCounts(1, 2, 0, 3))]
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from server.accounting import Counts, Usage
+from server.accounting import UsageCounts, Usage
 from server.telemetry.metrics import Metrics
 usage = Usage(Path(sys.argv[1]), Metrics())
 for _ in range(int(sys.argv[2])):
-    usage.record("a", "one", Counts(1, 3, 1, 2))
+    usage.record("a", "one", UsageCounts(1, 3, 1, 2))
 print("recorded", flush=True)
 sys.stdin.readline()
 os.kill(os.getpid(), signal.SIGKILL)
@@ -159,7 +160,7 @@ async def test_usage_outlives_a_kill_and_a_folder_has_one_server(tmp_path: Path)
     process.communicate("\n")
     assert process.returncode == -9
     usage = Usage(folder, Metrics())
-    assert await total(usage) == [(0, "a", "one", Counts(1000, 3000, 1000, 2000))]
+    assert await total(usage) == [(0, "a", "one", UsageCounts(1000, 3000, 1000, 2000))]
     usage.close()
 
 
@@ -168,10 +169,10 @@ async def test_periods_are_those_of_utc_at_the_time_of_each_call(tmp_path: Path)
     usage = Usage(tmp_path, Metrics(), clock)
     for hours in (0, 11.99, 12, 12.5, 36):
         clock.now = NOON + hours * 3600
-        usage.record("a", "one", Counts(1, 1, 0, 1))
+        usage.record("a", "one", UsageCounts(1, 1, 0, 1))
     # A clock that goes back counts in the earlier hour.
     clock.now = NOON - 3600
-    usage.record("a", "two", Counts(1, 1, 0, 1))
+    usage.record("a", "two", UsageCounts(1, 1, 0, 1))
     midnight = NOON + 12 * 3600
     one = [(row[0], row[3].requests) for row in await total(usage, "day") if row[2] == "one"]
     assert one == [(midnight - DAY, 2), (midnight, 2), (midnight + DAY, 1)]
@@ -191,7 +192,7 @@ async def test_many_pairs_come_in_pages_and_memory_keeps_the_newest(monkeypatch:
     clock = Clock()
     usage = Usage(None, Metrics(), clock)
     for number in range(2500):
-        usage.record("a", f"task-{number}", Counts(1))
+        usage.record("a", f"task-{number}", UsageCounts(1))
     pages = [len(page) async for page in usage.read(*ALWAYS, "day")]
     assert pages == [1000, 1000, 500]
     # A reader that goes away leaves nothing behind.
@@ -200,7 +201,7 @@ async def test_many_pairs_come_in_pages_and_memory_keeps_the_newest(monkeypatch:
     left = await usage._in_thread(lambda: list(usage._totals._database.execute("SELECT * FROM sqlite_temp_master")))
     assert not left
     clock.now += 3600
-    usage.record("a", "late", Counts(1))
+    usage.record("a", "late", UsageCounts(1))
     assert len(await total(usage)) == 2501
     monkeypatch.setattr("server.accounting.totals._MAX_ROWS_IN_MEMORY", 2000)
     await usage._in_thread(usage._totals.fold, int(clock.now))
@@ -226,7 +227,7 @@ async def test_a_budget_is_refused_until_its_period_ends_also_after_a_restart(
     clock.now -= 3 * DAY if quota.startswith("monthly") else 0
     usage = Usage(tmp_path, metrics, clock)
     limited = Tenant.model_validate({"id": "a", quota: 10})
-    per_call = Counts(1, 3, 0, 2) if quota.endswith("tokens") else Counts(5)
+    per_call = UsageCounts(1, 3, 0, 2) if quota.endswith("tokens") else UsageCounts(5)
     for _ in range(2):
         usage.check(limited)
         usage.record("a", "one", per_call)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.harness.waiting import eventually
 from mtlora.checkpoint.format import ProjectorConfig
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.vision.families import VisionConfig
@@ -27,7 +28,6 @@ from server.registry.verifier import Verifier
 from server.registry.version import ElsewhereError, StageError
 from tests.faults._bad_files import KINDS
 from tests.server.adapters import entry, write_adapter
-from tests.server.fakes import eventually
 from tests.server.slots import TINY
 
 

@@ -172,7 +172,7 @@ def _response(request: pb.ModelInferRequest, task: ServedTask, items: Sequence[A
             tensors.write_texts(response, name, labels, [len(labels)], raw=raw)
         else:
             tensors.write_texts(response, name, [each.answer for each in generations], shape, raw=raw)
-    # As usage counts them: of every sample that was drawn. An image's label takes no working.
+    # Counts like those of usage: over every sample that was drawn. An image's label takes no working.
     call, drawn = current_call.get(), [each for item in items for each in item.generations]
     response.parameters["prompt_tokens"].int64_param = call.prompt_tokens
     response.parameters["cached_tokens"].int64_param = call.cached_tokens

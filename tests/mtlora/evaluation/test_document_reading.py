@@ -7,15 +7,15 @@ import torch
 
 from mtlora.checkpoint.format import AdapterManifest, Checkpoint, TaskEntry, format_version
 from mtlora.config import MtLoRAConfig
-from mtlora.evaluation.diagnosis import routing_by_task
 from mtlora.evaluation.evaluate import offline_answerer
 from mtlora.evaluation.generate import Prompt, greedy_tokens
 from mtlora.evaluation.lengths import by_document_length
 from mtlora.evaluation.likelihood import label_probabilities, likeliest
 from mtlora.merge.compare import compare
-from mtlora.model import AdaptedModel, adapter_tensors, new_adapted_model
+from mtlora.model.language import AdaptedModel, adapter_tensors, new_adapted_model
 from mtlora.prompt import PromptEncoder
 from mtlora.suite import Example
+from mtlora.train.diagnosis import routing_by_task
 
 CONFIG = MtLoRAConfig(r=4, num_experts=3, num_groups=2, blocks="both", activation="task")
 TASKS = tuple(

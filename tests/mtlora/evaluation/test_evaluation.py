@@ -30,7 +30,7 @@ from mtlora.evaluation.evaluate import (
 )
 from mtlora.evaluation.generate import Prompt, greedy_answers, greedy_tokens
 from mtlora.evaluation.likelihood import label_probabilities, likeliest, options_of
-from mtlora.model import AdaptedModel, adapter_tensors, new_adapted_model
+from mtlora.model.language import AdaptedModel, adapter_tensors, new_adapted_model
 from mtlora.suite import Example, FolderSuite
 
 CONFIG = MtLoRAConfig(r=4, num_experts=2, num_groups=2)

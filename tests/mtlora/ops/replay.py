@@ -14,14 +14,13 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
+from benchmarks.gpu.cases import TOLERANCE, ReferenceAdapter, Shape, routed_lora_batch_reference
 from mtlora.ops import tuning
 from mtlora.ops.packed_block import pack_block
 from mtlora.ops.plan import DevicePlan, plan_step
-from mtlora.ops.reference import ReferenceAdapter, routed_lora_batch_reference
 from mtlora.ops.table import AdapterRows, AdapterTable, Field, Layout
 from mtlora.ops.triton_gpu import Buffers, Launch, Path
 from mtlora.ops.tuning import KernelConfig
-from tests.mtlora.ops.cases import TOLERANCE, Shape
 
 NAN = float("nan")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.gpu.cases import SHAPE_CLASSES, Batch, Case, Shape, random_rows
 from mtlora.ops import cpu, cpu_kernel
 from mtlora.ops.table import Layout
-from tests.mtlora.ops.cases import SHAPE_CLASSES, Batch, Case, Shape, random_rows
 
 KERNEL = cpu_kernel.compiled_kernel()
 BACKENDS = {"torch": cpu.in_torch_ops, "best": cpu.add_mixed_paths_}

@@ -11,10 +11,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from benchmarks.gpu.cases import Shape
 from mtlora.ops import triton_gpu  # noqa: F401  these tests run the interpreter, which makes them slow ones
 from mtlora.ops.plan import Header
 from mtlora.ops.tuning import KernelConfig
-from tests.mtlora.ops.cases import Shape
 from tests.mtlora.ops.replay import Adapter, Engine
 
 

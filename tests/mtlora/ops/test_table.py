@@ -8,13 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.gpu.cases import SHAPE_CLASSES, Batch
 from mtlora.ops import cpu, tuning
 from mtlora.ops.mix import Mix
 from mtlora.ops.packed_block import PackedBlock
 from mtlora.ops.plan import DevicePlan, Header, counts_of, plan_step
 from mtlora.ops.table import AdapterRows, AdapterTable, Field, Layout
 from mtlora.ops.tuning import KernelConfig
-from tests.mtlora.ops.cases import SHAPE_CLASSES, Batch
 
 CPU = torch.device("cpu")
 

@@ -7,12 +7,12 @@ import torch
 GPU = torch.cuda.is_available()
 triton = pytest.importorskip("triton")
 
+from benchmarks.gpu.cases import SHAPE_CLASSES, Batch, Case, Shape, mixed, random_rows  # noqa: E402
 from mtlora.ops import triton_gpu  # noqa: E402
 from mtlora.ops.plan import DevicePlan  # noqa: E402
 from mtlora.ops.table import Layout  # noqa: E402
 from mtlora.ops.triton_gpu import Buffers, Path  # noqa: E402
 from mtlora.ops.tuning import KernelConfig  # noqa: E402
-from tests.mtlora.ops.cases import SHAPE_CLASSES, Batch, Case, Shape, mixed, random_rows  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 INTERPRETED = not isinstance(triton_gpu._shrink, triton.JITFunction)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtlora.model import load_backbone
+from mtlora.model.language import load_backbone
 from mtlora.ops import cpu_elementwise
 from mtlora.train.cpu_backbone import PlainAttention, RMSNorm, SwiGLU, speed_up_image_training, speed_up_training
 from mtlora.vision.encoder import load_encoder

@@ -93,7 +93,7 @@ def test_encode_refuses_a_template_of_several_fields() -> None:
 
 def test_padding_does_not_change_logits(tiny_backbone) -> None:
     from mtlora.config import MtLoRAConfig
-    from mtlora.model import new_adapted_model
+    from mtlora.model.language import new_adapted_model
 
     adapted = new_adapted_model(tiny_backbone, MtLoRAConfig(r=4, num_experts=2, num_groups=2), 3, torch.float32)
     for parameter in adapted.adapters.parameters():

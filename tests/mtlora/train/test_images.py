@@ -14,12 +14,12 @@ from mtlora.checkpoint.read import read_checkpoint
 from mtlora.cli import main
 from mtlora.errors import MtLoRAError
 from mtlora.evaluation.images import checkpoint_labeller, linear_heads, pixels
+from mtlora.model.vision import load_adapted_encoder
 from mtlora.suite import load_suite
 from mtlora.train.augment import augmented
 from mtlora.train.config import TrainingConfig
 from mtlora.train.trainer import Trainer
 from mtlora.vision.heads import Heads, linear_probe
-from mtlora.vision.model import load_adapted_encoder
 from tests.mtlora.vision.models import SIZE, write_model
 
 SMALL: dict[str, Any] = {

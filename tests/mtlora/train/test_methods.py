@@ -8,9 +8,9 @@ import torch
 from mtlora.config import MtLoRAConfig, adapter_parameters
 from mtlora.errors import MtLoRAError
 from mtlora.methods import HydraLoRAConfig, LoRAConfig
-from mtlora.methods.checkpoint import load_baseline
 from mtlora.methods.hydralora import HydraLinear
-from mtlora.model import new_adapted_model
+from mtlora.model.baseline import load_baseline
+from mtlora.model.language import new_adapted_model
 from mtlora.train.config import TrainingConfig
 from mtlora.train.trainer import Trainer
 

@@ -16,7 +16,7 @@ from mtlora.checkpoint.read import read_checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.merge.extend import MergeError
 from mtlora.merge.merge import merge
-from mtlora.model import AdaptedModel, new_adapted_model
+from mtlora.model.language import AdaptedModel, new_adapted_model
 from mtlora.task import TemplateError
 from mtlora.train.config import TrainingConfig, TrainingError
 from mtlora.train.data import Encoded, by_document, collate, collate_documents, row_length, schedule

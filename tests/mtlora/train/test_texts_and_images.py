@@ -12,7 +12,7 @@ from mtlora.backbone import identify
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.errors import MtLoRAError
 from mtlora.evaluation.evaluate import offline_answerer, offline_labeller, with_other_images
-from mtlora.model import load_adapted_model
+from mtlora.model.language import load_adapted_model
 from mtlora.train.config import TrainingConfig
 from mtlora.train.trainer import Trainer
 from tests.mtlora.vision.models import write_model

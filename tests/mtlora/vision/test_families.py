@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mtlora.backbone import BackboneError, identify
+from mtlora.backbone import identify
+from mtlora.errors import BackboneError
 from mtlora.vision.encoder import VisionEncoder, load_encoder, pool
 from mtlora.vision.families import encoder_name, encoder_tensors, read_config, read_normalisation
 from tests.mtlora.vision.models import MODELS, PATCH, SIZE, new_model, write_model

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtlora.backbone import BackboneError
+from mtlora.errors import BackboneError
 from mtlora.vision import prepare
 from mtlora.vision.onnx_file import OnnxFile, _model_class
 

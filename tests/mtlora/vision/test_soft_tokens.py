@@ -1,6 +1,6 @@
 """From an image to soft tokens: patches joined, projected, and put between tokens.
 
-Shape suffixes: see mtlora/vision/soft_tokens.py.
+Shape suffixes: see mtlora/model/soft_tokens.py.
 """
 
 from pathlib import Path
@@ -12,15 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtlora.backbone import BackboneError
-from mtlora.errors import MtLoRAError
-from mtlora.model import Placed
+from mtlora.errors import BackboneError, MtLoRAError
+from mtlora.model.language import Placed
+from mtlora.model.soft_tokens import ImageReader, Projector
 from mtlora.suite import load_suite
 from mtlora.suite.base import Example
 from mtlora.task import TaskSpec
 from mtlora.vision.image_input import ImagePreparation, merged
 from mtlora.vision.images import ImageError, decode, prepare
-from mtlora.vision.soft_tokens import ImageReader, Projector
 from tests.mtlora.vision.models import SIZE, write_model
 
 D = 12

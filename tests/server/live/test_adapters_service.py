@@ -10,11 +10,11 @@ import grpc
 import pytest
 from mtlora_pb.v1 import adapters_pb2 as pb
 
+from benchmarks.harness.waiting import wait_until
 from mtlora.client import Client, ServerError
 from mtlora.client.metrics_page import MetricsPage
 from server.cli.process import ServerProcess
 from tests.server.adapters import entry, write_adapter
-from tests.server.helpers import eventually
 from tests.server.live.test_serving import run_cli
 
 TEXT = "The quick brown fox"
@@ -29,7 +29,7 @@ def gamma(adapters: Path, client: Client) -> Iterator[Path]:
     yield adapters / "gamma"
     client.unload_adapter("gamma")
     shutil.rmtree(adapters / "gamma")
-    eventually(lambda: "gamma" not in {adapter.name for adapter in client.adapters()})
+    wait_until(lambda: "gamma" not in {adapter.name for adapter in client.adapters()}, 10)
 
 
 def version(client: Client, **parameters: Any) -> str:
@@ -44,7 +44,7 @@ def test_a_new_version_is_noticed_and_rolled_back(gamma: Path, client: Client) -
     events = client.watch_adapters("gamma")
     first = client.generate("gamma_one", TEXT, logprobs=1)
     write_adapter(gamma / "2", TASKS, seed=2)
-    eventually(lambda: version(client) == "2")
+    wait_until(lambda: version(client) == "2", 10)
     second = client.generate("gamma_one", TEXT, logprobs=1)
     assert second.logprobs != first.logprobs
     seen = []
@@ -79,7 +79,7 @@ def test_cached_blocks_do_not_cross_contents_of_one_version(gamma: Path, client:
     first = client.generate("gamma_one", text, logprobs=1)
     content = served(client, "gamma").versions[0].content
     write_adapter(gamma / "1", TASKS, seed=3)
-    eventually(lambda: served(client, "gamma").versions[0].content != content)
+    wait_until(lambda: served(client, "gamma").versions[0].content != content, 10)
     other = client.generate("gamma_one", text, logprobs=1)
     write_adapter(gamma / "2", TASKS, seed=3)
     client.load_adapter("gamma", "2")
@@ -111,7 +111,7 @@ def test_a_bad_version_is_refused_and_said_why(gamma: Path, client: Client, serv
 
 def test_weights_are_sticky_by_key_else_by_input(gamma: Path, client: Client) -> None:
     write_adapter(gamma / "2", TASKS, seed=2)
-    eventually(lambda: version(client) == "2")
+    wait_until(lambda: version(client) == "2", 10)
     client.set_adapter_weights({"1": 50, "2": 50}, adapter="gamma")
     by_key = {key: version(client, routing_key=key) for key in map(str, range(12))}
     assert set(by_key.values()) == {"1", "2"}

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.waiting import wait_until
 from mtlora.client import Answer, Client
 from server.cli.process import ServerProcess
 from tests.server.adapters import entry, write_adapter
-from tests.server.helpers import eventually
 from tests.server.live.test_serving import run_cli
 
 DOCUMENT = " ".join(f"Item {i}: {i * 7 % 31} boxes of part {i * 13 % 97}." for i in range(30))
@@ -30,7 +30,7 @@ def papers(adapters: Path, client: Client) -> Iterator[Path]:
     yield adapters / "papers"
     client.unload_adapter("papers")
     shutil.rmtree(adapters / "papers")
-    eventually(lambda: "papers" not in {adapter.name for adapter in client.adapters()})
+    wait_until(lambda: "papers" not in {adapter.name for adapter in client.adapters()}, 10)
 
 
 def begun(answer: Answer) -> float:
@@ -49,7 +49,7 @@ def test_a_document_is_read_once_for_all_tasks_calls_and_versions(papers: Path, 
     alone = [client.generate(task, DOCUMENT, logprobs=1) for task in IDS]
     assert [begun(each) for each in alone] == pytest.approx([begun(each.result()) for each in first], abs=0.2)
     write_adapter(papers / "2", TASKS, seed=2, activation="task")
-    eventually(lambda: client.task(IDS[0]).adapter_version == "2")
+    wait_until(lambda: client.task(IDS[0]).adapter_version == "2", 10)
     named = client.analyze_all(IDS, document_id=first[0].document_id, logprobs=1)
     assert {each.result().summary.adapter_version for each in named} == {"2"}
     assert all(each.result().summary.cached_tokens >= cached[1] for each in named)

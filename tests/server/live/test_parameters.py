@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from mtlora_pb.v1 import inference_pb2 as pb
 
+from benchmarks.harness.waiting import wait_until
 from mtlora.client import AsyncClient, Client, ServerError
 from server.cli.process import ServerProcess
 from tests.server.adapters import entry, write_adapter
-from tests.server.helpers import eventually
 
 PROMPT = "Once upon a time"
 ALONE = {"without_adapter": True}
@@ -92,7 +92,7 @@ def no_upload_stays(client: Client, adapters: Path) -> Iterator[None]:
     client.unload_adapter("uploaded")
     shutil.rmtree(adapters / "uploaded")
     (adapters / ".uploads").rmdir()
-    eventually(lambda: "uploaded" not in {adapter.name for adapter in client.adapters()}, 20)
+    wait_until(lambda: "uploaded" not in {adapter.name for adapter in client.adapters()}, 20)
 
 
 @pytest.mark.usefixtures("no_upload_stays")
@@ -105,7 +105,7 @@ def test_an_uploaded_adapter_serves_with_its_own_defaults(
     write_adapter(tmp_path / "made", [marked])
     version = client.upload_adapter(tmp_path / "made", "uploaded")
     assert version == "1"
-    eventually(lambda: any(each.id == "marked" for each in client.tasks()), 20)
+    wait_until(lambda: any(each.id == "marked" for each in client.tasks()), 20)
     assert client.task("marked").defaults.temperature == 2.0
     answer = client.generate("marked", PROMPT, seed=1, include_reasoning=True)
     assert set(answer.token_ids) <= {a, x}

@@ -14,10 +14,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from mtlora_pb.v1 import inference_pb2 as pb
 
+from benchmarks.harness.waiting import wait_until
 from mtlora.client import AsyncClient, Client, ServerError
 from mtlora.client.metrics_page import MetricsPage
 from server.cli.process import ServerProcess
-from tests.server.helpers import LONG, eventually
+from tests.server.helpers import LONG
 from tests.server.live.conftest import StartingObservations
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -272,14 +273,14 @@ def test_cancelling_a_stream_frees_the_engine(server: ServerProcess, client: Cli
         next(stream)
     assert not engine_is_idle(server)
     stream.close()
-    eventually(lambda: engine_is_idle(server))
+    wait_until(lambda: engine_is_idle(server), 10)
 
 
 def test_a_deadline_frees_the_engine(server: ServerProcess, client: Client) -> None:
     with pytest.raises(ServerError) as raised:
         client.generate("open", "Once", timeout=1.0, **LONG)
     assert raised.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
-    eventually(lambda: engine_is_idle(server))
+    wait_until(lambda: engine_is_idle(server), 10)
     assert MetricsPage.fetch(server.metrics).value("mtlora_requests_total", status="DEADLINE_EXCEEDED")
 
 
@@ -336,7 +337,7 @@ def test_metrics_count_a_request(server: ServerProcess, client: Client) -> None:
 
 def test_logs_json_without_prompts(server: ServerProcess, client: Client) -> None:
     answer = client.generate("echo", "zanzibar")
-    eventually(lambda: answer.summary.request_id in server.log())
+    wait_until(lambda: answer.summary.request_id in server.log(), 10)
     line = next(line for line in server.log().splitlines() if answer.summary.request_id in line)
     assert json.loads(line)["task"] == "echo"
     assert "zanzibar" not in server.log()

@@ -1,12 +1,7 @@
 """vLLM's OpenAI server with the plugin gives the native service's greedy texts. One start."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,53 +10,27 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.vllm_server import vllm_server
+from benchmarks.harness.waiting import wait_until
 from mtlora.client import Client
 from mtlora.vllm_cpu.precision import engine_dtype
 from tests.server.adapters import entry, write_adapter
-from tests.server.helpers import eventually, free_port
 
 
 @pytest.fixture(scope="module")
 def base_url(adapters: Path, backbone: Path) -> Iterator[str]:
     alpha = adapters / "alpha" / "1"
-    port = free_port()
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
-        "--model", str(backbone), "--served-model-name", "backbone",
-        "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8",
+    modules = {"count_words": alpha, "two-fields": Path(f"{alpha}#pair"), "open": adapters / "beta" / "10"}
+    settings = {
+        "served_model_name": "backbone", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 8,
         # The dtype that the native service chooses.
-        "--dtype", engine_dtype("auto", backbone),
-        "--enable-lora", "--max-loras", "8", "--lora-modules", f"count_words={alpha}", f"two-fields={alpha}#pair",
-        f"open={adapters / 'beta' / '10'}",
-    ]  # fmt: skip
-    environment = {
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
-        **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "dtype": engine_dtype("auto", backbone),
+        "enable_lora": True, "max_loras": 8,
     }  # fmt: skip
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            until = time.monotonic() + 300
-            while not _answers(f"{url}/health"):
-                if process.poll() is not None or time.monotonic() > until:
-                    log.seek(0)
-                    pytest.fail(f"vLLM's server is not ready:\n{log.read().decode(errors='replace')[-4000:]}")
-                time.sleep(0.5)
-            yield f"{url}/v1"
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+        with vllm_server(backbone, modules, **settings) as server:
+            yield f"{server.url}/v1"
 
 
 def post(url: str, **body: Any) -> bytes:
@@ -109,12 +78,12 @@ def typed(adapters: Path, client: Client) -> Iterator[Path]:
     record = entry("record", answer={"type": "json", "schema": schema}, max_new_tokens=48)
     folder = adapters / "typed" / "1"
     write_adapter(folder, [entry("choice", allowed_answers=("left", "right", "straight on")), record])
-    eventually(lambda: {"choice", "record"} <= {task.id for task in client.tasks()}, 60)
+    wait_until(lambda: {"choice", "record"} <= {task.id for task in client.tasks()}, 60)
     yield folder
     # Other tests count the adapters of the folder.
     client.unload_adapter("typed")
     shutil.rmtree(folder.parent)
-    eventually(lambda: "typed" not in {adapter.name for adapter in client.adapters()}, 60)
+    wait_until(lambda: "typed" not in {adapter.name for adapter in client.adapters()}, 60)
 
 
 def test_an_openai_client_reads_typed_answers(base_url: str, client: Client, typed: Path) -> None:

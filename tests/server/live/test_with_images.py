@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.harness.processes import process_tree
+from benchmarks.harness.waiting import wait_until
 from mtlora.adapter import AdapterSet
 from mtlora.answer import Label
 from mtlora.backbone import identify
@@ -22,7 +23,7 @@ from mtlora.checkpoint.read import read_checkpoint
 from mtlora.cli import main as run_mtlora
 from mtlora.client import AsyncClient, Client, ServerError
 from mtlora.client.messages import make_request
-from mtlora.model import Placed, load_adapted_model
+from mtlora.model.language import Placed, load_adapted_model
 from mtlora.suite.base import Example
 from mtlora.vision.encoder import load_encoder, pool
 from mtlora.vision.families import read_normalisation
@@ -31,7 +32,6 @@ from mtlora.vision.images import decode, prepare
 from server.cli.process import ServerProcess
 from tests.mtlora.vision.pictures import bomb, encoded, photograph
 from tests.server.adapters import entry, write_adapter
-from tests.server.helpers import eventually
 from tests.server.live.conftest import SIGHTS
 
 IMAGES = {
@@ -96,7 +96,7 @@ def test_a_text_with_an_image_is_answered_as_by_hugging_face(
     )
     write_adapter(folder.with_name(".1"), [ASK, either], backbone=identify(backbone), projector=projector)
     folder.with_name(".1").rename(folder)
-    eventually(lambda: ASK.id in {task.id for task in client.tasks()}, timeout=60)
+    wait_until(lambda: ASK.id in {task.id for task in client.tasks()}, 60)
     adapted = load_adapted_model(backbone, read_checkpoint(folder), torch.float32, vision_backbone)
     assert adapted.reader is not None
     found: dict[str, Any] = {}
@@ -165,7 +165,7 @@ def test_versions_of_images_come_and_split(client: Client, adapters: Path, visio
         assert not any(each.error for each in found)
         return Counter(each.summary.adapter_version for each in found if each.summary)
 
-    eventually(lambda: versions(1) == {"2": 1}, timeout=60)
+    wait_until(lambda: versions(1) == {"2": 1}, 60)
     expected = probabilities(vision_backbone, adapters / "eyes" / "2", task_id, IMAGES["small"])
     (found,) = client.classify(task_id, [IMAGES["small"]])
     assert dict(found.probabilities) == pytest.approx(expected, abs=2e-4)
@@ -200,9 +200,9 @@ def test_an_engine_that_dies_leaves_the_other_alone(server: ServerProcess, clien
     assert len(engines) == 2
     engines[0].kill()
     psutil.wait_procs(engines[:1])
-    eventually(lambda: works(texts) + works(images) == 1)
+    wait_until(lambda: works(texts) + works(images) == 1, 10)
     healthy = texts if works(texts) else images
     for _ in range(10):
         assert works(healthy)
     assert client.is_serving()
-    eventually(lambda: works(texts) and works(images), timeout=120)
+    wait_until(lambda: works(texts) and works(images), 120)

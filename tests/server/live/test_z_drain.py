@@ -6,9 +6,10 @@ import grpc
 import pytest
 
 from benchmarks.harness.processes import process_tree
+from benchmarks.harness.waiting import wait_until
 from mtlora.client import Client, ServerError
 from server.cli.process import ServerProcess
-from tests.server.helpers import LONG, eventually
+from tests.server.helpers import LONG
 
 
 def test_sigterm_lets_a_long_stream_finish(server: ServerProcess, client: Client) -> None:
@@ -21,7 +22,7 @@ def test_sigterm_lets_a_long_stream_finish(server: ServerProcess, client: Client
         child.send_signal(signal.SIGINT)
     pieces.append(next(stream))
     with server.client() as other:
-        eventually(lambda: not other.is_serving(), 20)
+        wait_until(lambda: not other.is_serving(), 20)
         with pytest.raises(ServerError) as raised:
             other.generate("open", "too late")
     assert raised.value.code is grpc.StatusCode.UNAVAILABLE

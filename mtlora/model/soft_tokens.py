@@ -24,7 +24,7 @@ from mtlora.vision.image_input import ImagePreparation, merged
 from mtlora.vision.images import ImageError, decode, prepare
 
 if TYPE_CHECKING:
-    from mtlora.model import Placed
+    from mtlora.model.language import Placed
 
 _BATCH = 16
 _LEAST = 1e-6

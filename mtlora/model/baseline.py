@@ -15,7 +15,7 @@ from mtlora.checkpoint.format import CheckpointError, TaskEntry
 from mtlora.errors import describe
 from mtlora.files import folder_in_the_making, put_in_place, write_durably
 from mtlora.methods import AnyBaseline
-from mtlora.model import AdaptedModel, new_adapted_model
+from mtlora.model.language import AdaptedModel, new_adapted_model
 
 MANIFEST_FILE = "baseline.json"
 TENSORS_FILE = "baseline.safetensors"

@@ -53,7 +53,7 @@ class AdaptedEncoder:
 def new_adapted_encoder(
     folder: Path, config: MtLoRAConfig | BaselineConfig, num_tasks: int, dtype: torch.dtype
 ) -> AdaptedEncoder:
-    """A backbone with a fresh adapter or baseline, as `mtlora.model.new_adapted_model` makes it. Raises MtLoRAError."""
+    """A backbone with a fresh adapter or baseline, as `language.new_adapted_model` makes it. Raises MtLoRAError."""
     encoder, backbone = load_encoder(folder, dtype), identify(folder)
     if isinstance(config, MtLoRAConfig):
         adapters = AdapterSet(config, backbone.hidden_size, backbone.num_layers, num_tasks)

@@ -5,6 +5,7 @@ Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups, b rows of 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch
 from mtlora.ops.mix import Mix
 from mtlora.ops.packed_block import PackedBlock, pack_block
 from mtlora.ops.plan import plan_step
-from mtlora.ops.reference import ReferenceAdapter, routed_lora_batch_reference
+from mtlora.ops.reference import routed_lora_reference
 from mtlora.ops.table import AdapterRows, AdapterTable, Layout
 from mtlora.ops.tuning import KernelConfig
 
@@ -38,6 +39,42 @@ class Case:
     rows: tuple[int, ...]
     bias_rows: tuple[int, ...]
     seed: int = 0
+
+
+class ReferenceAdapter(NamedTuple):
+    """One adapter's weights for one block, as in a checkpoint.
+
+    bias_bGN: the router biases of its tasks, or None.
+    """
+
+    lora_A_rD: torch.Tensor
+    lora_B_NDr: torch.Tensor
+    lora_route: torch.Tensor
+    bias_bGN: torch.Tensor | None
+    num_groups: int
+    scaling: float
+
+
+def routed_lora_batch_reference(
+    x_TD: torch.Tensor,
+    adapters: Sequence[ReferenceAdapter | None],
+    rows: Sequence[int],
+    bias_rows: Sequence[int],
+) -> torch.Tensor:
+    """The path's output [T, D] in float64 for a batch of many adapters.
+
+    rows: index into `adapters` per token, -1 for none; an empty row (None) adds nothing.
+    bias_rows: row of the adapter's bias table per token, -1 for none.
+    """
+    out_TD = torch.zeros(x_TD.shape, dtype=torch.float64)
+    for t, (row, bias_row) in enumerate(zip(rows, bias_rows, strict=True)):
+        adapter = adapters[row] if row >= 0 else None
+        if adapter is None:
+            continue
+        A, B, R, table, num_groups, scaling = adapter
+        bias_TGN = None if table is None or bias_row < 0 else table[bias_row : bias_row + 1]
+        out_TD[t] = routed_lora_reference(x_TD[t : t + 1], A, B, R, bias_TGN, num_groups=num_groups, scaling=scaling)[0]
+    return out_TD
 
 
 def random_rows(shapes: Sequence[Shape | None], tokens: int, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -21,7 +21,7 @@ from mtlora.methods import BaselineConfig, attach_baseline
 from mtlora.prompt import PromptEncoder
 
 if TYPE_CHECKING:
-    from mtlora.vision.soft_tokens import ImageReader
+    from mtlora.model.soft_tokens import ImageReader
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def load_adapted_model(
     adapted.adapters.load_state_dict({name: tensor.float() for name, tensor in checkpoint.paths.items()})
     adapted.adapters.eval()
     if checkpoint.manifest.projector is not None and vision is not None:
-        from mtlora.vision.soft_tokens import load_reader
+        from mtlora.model.soft_tokens import load_reader
 
         adapted.reader = load_reader(vision, checkpoint)
     return adapted

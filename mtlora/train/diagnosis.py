@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mtlora.adapter import AdapterSet, BlockAdapter
-from mtlora.model import AdaptedModel
+from mtlora.model.language import AdaptedModel
 from mtlora.suite.base import Example
 from mtlora.task import TaskSpec
 from mtlora.train.data import Batch, collate, collate_documents, encode

@@ -9,10 +9,10 @@ import torch
 
 from mtlora.cli import main
 from mtlora.config import MtLoRAConfig
-from mtlora.evaluation.diagnosis import Routing, cosines, routing_by_task, spectra, task_gradients
-from mtlora.model import new_adapted_model
+from mtlora.model.language import new_adapted_model
 from mtlora.suite import load_suite
 from mtlora.train.config import TrainingConfig
+from mtlora.train.diagnosis import Routing, cosines, routing_by_task, spectra, task_gradients
 from mtlora.train.trainer import Trainer
 
 TASKS = ("boolean_expressions", "navigate", "object_counting")

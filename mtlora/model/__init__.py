@@ -1,0 +1,7 @@
+"""A frozen backbone with what is attached to it.
+
+language.py     a language backbone
+vision.py       a vision encoder
+soft_tokens.py  images in the prompts of text tasks
+baseline.py     a trained baseline on disk
+"""
