@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A room imports rooms of lower levels alone, never one of its own level.
 LEVELS = {
     "mtlora": (
-        ("errors", "files", "families", "parameters", "batches", "control_group", "client", "ops"),
+        ("errors", "files", "families", "parameters", "control_group", "client", "ops"),
         ("config", "answer", "packaged", "vllm_cpu"),
         ("adapter", "vision"),
         ("methods", "backbone", "task", "vllm_vision"),

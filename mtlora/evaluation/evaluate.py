@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from mtlora.batches import cut
 from mtlora.checkpoint.format import TaskEntry
 from mtlora.errors import MtLoRAError
+from mtlora.evaluation.batches import cut
 from mtlora.evaluation.calibration import Labeller
 from mtlora.evaluation.generate import Prompt, greedy_answers
 from mtlora.evaluation.likelihood import label_probabilities, likeliest, options_of

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mtlora.batches import cut
+from mtlora.evaluation.batches import cut
 from mtlora.model.language import Documents, Placed
 from mtlora.prompt import PromptEncoder
 from mtlora.suite.base import Example, SuiteError
