@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.engine import EngineStats
 from server.registry.residency import Residency
 from server.telemetry.metrics import Metrics
-from server.telemetry.routers import MAX_NAMED, AdapterMemory, Load, LoadedAdapter, RouterMetrics
+from server.telemetry.routers import MAX_NAMED, AdapterMemory, EngineLoad, LoadedAdapter, RouterMetrics
 from tests.server.slots import serving_version
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}", fullmatch=True)
@@ -70,7 +70,7 @@ def test_a_router_reads_what_the_server_knows(
     loaded: dict[str, bool], loading: list[str], running: int, waiting: int, kv_cache: float
 ) -> None:
     registry = CollectorRegistry()
-    metrics = RouterMetrics(lambda: Load(running, waiting, kv_cache))
+    metrics = RouterMetrics(lambda: EngineLoad(running, waiting, kv_cache))
     metrics.memory = lambda: AdapterMemory(
         300, tuple(LoadedAdapter(name, pinned) for name, pinned in loaded.items()), tuple(loading)
     )

@@ -11,7 +11,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes as names
 
 from mtlora.client import AsyncClient
-from server.accounting import Counts
+from server.accounting import UsageCounts
 from server.job import Delta, GenerationJob
 from server.telemetry.genai import GenAIMetrics
 from server.telemetry.tracing import Tracer
@@ -45,7 +45,7 @@ async def test_every_account_counts_one_request(task: str) -> None:
     prompt, completion = summary.prompt_tokens, summary.completion_tokens
     assert summary.cached_tokens == prompt - 1
     used = [row async for page in service.usage.read(0, 2**40, "total") for row in page]
-    assert [row[3] for row in used] == [Counts(1, prompt, prompt - 1, completion)]
+    assert [row[3] for row in used] == [UsageCounts(1, prompt, prompt - 1, completion)]
     assert service.value("mtlora_prompt_tokens_total", task=task) == prompt
     assert service.value("mtlora_completion_tokens_total", task=task) == completion
     for histogram in ("queue", "time_to_first_token", "request"):
