@@ -11,7 +11,7 @@ import argparse
 import importlib
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ KUBERNETES_VERSION = "1.34"
 # Seconds after the grace period in which the server aborts the remaining requests and stops the engine.
 _STOP_SECONDS = 10
 SERVICE = "mtlora.v1.Inference"
-# The key of the ConfigMap that configures an InferencePool's endpoint picker.
+# Keys of the ConfigMap that configures an InferencePool's endpoint picker: its configuration, its chart's values.
 PICKER = "endpoint-picker.yaml"
+PICKER_CHART = "chart-values.yaml"
 
 
 @dataclass(frozen=True)
@@ -294,8 +295,13 @@ def _routers_find_the_pods(manifests: Sequence[Manifest]) -> Iterator[str]:
             yield f"InferencePool {name}: selects no pod"
         if {port["number"] for port in pool["targetPorts"]} != ports:
             yield f"InferencePool {name}: has other ports than gRPC's, {sorted(ports)}"
-        if not any(PICKER in m.get("data", {}) for m in manifests):
+        if pool.get("appProtocol") != "kubernetes.io/h2c":
+            yield f"InferencePool {name}: a gateway speaks HTTP/1.1 to its pods, which serve gRPC"
+        pickers = [m["data"] for m in manifests if PICKER in m.get("data", {})]
+        if not pickers:
             yield f"InferencePool {name}: no configuration of its endpoint picker"
+        for picker in pickers:
+            yield from _picker_reads_the_pods(name, pool, picker, manifests)
     for manifest in manifests:
         wanted = []
         if manifest["kind"] == "InferenceObjective":
@@ -307,6 +313,23 @@ def _routers_find_the_pods(manifests: Sequence[Manifest]) -> Iterator[str]:
                 yield f"GRPCRoute {manifest['metadata']['name']}: passes the InferencePool by"
         for each in set(wanted) - pools.keys():
             yield f"{manifest['kind']} {manifest['metadata']['name']}: names InferencePool {each}, which is nowhere"
+
+
+def _picker_reads_the_pods(
+    name: str, pool: Manifest, picker: Mapping[str, str], manifests: Sequence[Manifest]
+) -> Iterator[str]:
+    """The endpoint picker passes protobuf on unread, and finds the pods' metrics."""
+    parser = yaml.safe_load(picker[PICKER]).get("parser", {}).get("pluginRef", "openai-parser")
+    if parser != "passthrough-parser":
+        yield f"InferencePool {name}: {parser} of its endpoint picker cannot read protobuf"
+    values = yaml.safe_load(picker.get(PICKER_CHART, "{}"))
+    asked = values.get("inferenceExtension", {}).get("flags", {}).get("model-server-metrics-port")
+    ports = {p["containerPort"] for c in _servers(manifests) for p in c.spec["ports"] if p["name"] == "metrics"}
+    if {asked} != ports:
+        yield f"InferencePool {name}: its endpoint picker asks port {asked} for metrics, not {sorted(ports)}"
+    charted = values.get("inferencePool", {})
+    if charted.get("targetPorts") != pool["targetPorts"] or charted.get("modelServers") != pool["selector"]:
+        yield f"InferencePool {name}: the picker's chart has other ports or labels"
 
 
 def _names_are_found(manifests: Sequence[Manifest]) -> Iterator[str]:

@@ -86,6 +86,7 @@ class _EndpointPickerRef(_Strict):
 class _InferencePoolSpec(_Strict):
     selector: _Labels
     targetPorts: list[_Port] = Field(min_length=1, max_length=8)
+    appProtocol: Literal["http", "kubernetes.io/h2c"] = "http"
     endpointPickerRef: _EndpointPickerRef
 
 
@@ -126,18 +127,24 @@ class _Profile(_Strict):
     plugins: list[_ProfilePlugin]
 
 
+class _PluginRef(_Strict):
+    pluginRef: str
+
+
 class EndpointPickerConfig(_Strict):
-    """The file that configures an endpoint picker: its plugins, and their weights in a profile."""
+    """The file that configures an endpoint picker: its plugins, their weights in a profile, what reads requests."""
 
     apiVersion: Literal["inference.networking.x-k8s.io/v1alpha1"]
     kind: Literal["EndpointPickerConfig"]
     plugins: list[_Plugin]
     schedulingProfiles: list[_Profile]
+    parser: _PluginRef | None = None
 
     @model_validator(mode="after")
-    def _profiles_name_plugins(self) -> Self:
+    def _references_name_plugins(self) -> Self:
         known = {plugin.type for plugin in self.plugins}
-        if unknown := {each.pluginRef for profile in self.schedulingProfiles for each in profile.plugins} - known:
+        named = {each.pluginRef for profile in self.schedulingProfiles for each in profile.plugins}
+        if unknown := (named | ({self.parser.pluginRef} if self.parser else set())) - known:
             raise ValueError(f"pluginRef: found {sorted(unknown)}; allowed: {sorted(known)}")
         return self
 

@@ -99,6 +99,13 @@ def one(found: list[dict[str, Any]], kind: str) -> dict[str, Any]:
     return next(manifest for manifest in found if manifest["kind"] == kind)
 
 
+def rewrite(found: list[dict[str, Any]], file: str, old: str, new: str) -> None:
+    """Text of a file of the endpoint picker."""
+    data = next(each for each in found if manifests.PICKER in each.get("data", {}))["data"]
+    assert old in data[file]
+    data[file] = data[file].replace(old, new)
+
+
 Damage = Callable[[list[dict[str, Any]]], Any]
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "root": (lambda m: pod(m)["securityContext"].pop("runAsNonRoot"), "runs as root"),
@@ -143,6 +150,16 @@ POOL_DAMAGES: dict[str, tuple[Damage, str]] = {
         "other ports than gRPC's",
     ),
     "picker": (lambda m: m.remove(next(each for each in m if manifests.PICKER in each.get("data", {}))), "no config"),
+    "protocol": (lambda m: one(m, "InferencePool")["spec"].pop("appProtocol"), "speaks HTTP/1.1"),
+    "parser": (lambda m: rewrite(m, manifests.PICKER, "parser: {", "#"), "openai-parser of its endpoint picker cannot"),
+    "metrics port": (
+        lambda m: rewrite(m, manifests.PICKER_CHART, "model-server-metrics-port: 9090", "v: 2"),
+        "asks port None for metrics, not [9090]",
+    ),
+    "labels": (
+        lambda m: rewrite(m, manifests.PICKER_CHART, "component: server", "component: x"),
+        "chart has other ports or labels",
+    ),
     "route": (lambda m: one(m, "GRPCRoute")["spec"]["rules"].clear(), "passes the InferencePool by"),
     "objective": (lambda m: one(m, "InferenceObjective")["spec"]["poolRef"].update(name="x"), "which is nowhere"),
 }
@@ -173,6 +190,7 @@ def test_policy_finds_violations(overlay: str, name: str, request: pytest.Fixtur
 
 INVALID_POOL: dict[str, tuple[str, Damage]] = {
     "port": ("InferencePool", lambda m: m["spec"]["targetPorts"][0].update(number="50051")),
+    "protocol": ("InferencePool", lambda m: m["spec"].update(appProtocol="grpc")),
     "old reference": ("InferencePool", lambda m: m["spec"].update(extensionRef=m["spec"].pop("endpointPickerRef"))),
     "priority": ("InferenceObjective", lambda m: m["spec"].update(priority="high")),
     "backend": ("GRPCRoute", lambda m: m["spec"]["rules"][0]["backendRefs"][0].update(kind="Service")),
@@ -190,7 +208,7 @@ def test_validation_finds_errors_of_an_inference_pool(name: str, pool: list[dict
 
 
 @needs_kustomize
-@pytest.mark.parametrize("text", ["weight: heavy", "pluginRef: lora-afinity-scorer"])
+@pytest.mark.parametrize("text", ["weight: heavy", "pluginRef: lora-afinity-scorer", "parser: {pluginRef: openai}"])
 def test_validation_finds_errors_of_an_endpoint_picker(text: str, pool: list[dict[str, Any]]) -> None:
     config = copy.deepcopy(next(each for each in pool if manifests.PICKER in each.get("data", {})))
     key = text.partition(":")[0]
