@@ -73,6 +73,10 @@ def test_dashboard_names_existing_metrics() -> None:
         assert names_in(expression) <= served() | recorded()
 
 
+def test_every_recorded_series_is_on_the_dashboard() -> None:
+    assert recorded() - names_in(" ".join(queries())) == set()
+
+
 def test_every_metric_is_on_the_dashboard_or_in_a_rule() -> None:
     """Except what routers read: the same figures have names of the server's own."""
     text = dashboard.text() + manifests.RULES.read_text()
