@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,7 +23,9 @@ from tests.fleet._fleet import free_port
 
 # How much faster time goes than in the rules.
 SCALE = 60
-SCRAPE_S = 0.5
+SCRAPE_S, SCRAPE_TIMEOUT_S = 0.5, 0.4
+# Ends what hangs.
+_START_S = 120.0
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _WINDOW = re.compile(r"\[(\d+)([smhd])\]")
 ALERTMANAGER = "prometheus-alertmanager"
@@ -89,7 +91,12 @@ class Monitoring:
         })  # fmt: skip
         self._write("rules.yml", scaled_rules())
         self._write("prometheus.yml", {
-            "global": {"scrape_interval": f"{round(1000 * SCRAPE_S)}ms", "scrape_timeout": "400ms"},
+            "global": {
+                "scrape_interval": f"{round(1000 * SCRAPE_S)}ms",
+                "scrape_timeout": f"{round(1000 * SCRAPE_TIMEOUT_S)}ms",
+                # Rules read only scrapes that have ended: a later query would find a sample that came after them.
+                "rule_query_offset": f"{round(1000 * SCRAPE_TIMEOUT_S) + 50}ms",
+            },
             "rule_files": ["rules.yml"],
             "alerting": {"alertmanagers": [{"static_configs": [{"targets": [self._alertmanager]}]}]},
             "scrape_configs": [{
@@ -97,15 +104,16 @@ class Monitoring:
                 "static_configs": [{"targets": [self._target], "labels": {"namespace": "mtlora", "pod": "mtlora-0"}}],
             }],
         })  # fmt: skip
+        # Before Prometheus: an alert that it cannot send waits for the next time.
         self._start(
-            ALERTMANAGER, f"--config.file={self._folder}/alertmanager.yml",
+            self._alertmanager, ALERTMANAGER, f"--config.file={self._folder}/alertmanager.yml",
             f"--storage.path={self._folder}/alertmanager",
             f"--web.listen-address={self._alertmanager}", "--cluster.listen-address=",
         )  # fmt: skip
         self._start(
-            "prometheus", f"--config.file={self._folder}/prometheus.yml",
+            self.address, "prometheus", f"--config.file={self._folder}/prometheus.yml",
             f"--storage.tsdb.path={self._folder}/prometheus",
-            f"--web.listen-address={self.address}",
+            f"--web.listen-address={self.address}", f"--rules.alert.resend-delay={_scaled('1m')}",
         )  # fmt: skip
         return self
 
@@ -113,7 +121,7 @@ class Monitoring:
         self._running.close()
 
     def query(self, expression: str, at: float | None = None) -> list[dict[str, Any]]:
-        """The series of an instant query. Raises OSError while Prometheus starts."""
+        """The series of an instant query."""
         asked = {"query": expression} | ({"time": f"{at:.3f}"} if at else {})
         return self._ask("query", asked)
 
@@ -122,18 +130,27 @@ class Monitoring:
         asked = {"query": expression, "start": f"{since:.3f}", "end": f"{time.time():.3f}", "step": "2s"}
         return bool(self._ask("query_range", asked))
 
-    def compare_recorded(self) -> tuple[list[str], int]:
-        """Recorded series that are not their expression at the moment of their last sample; how many there are."""
-        unequal, count = [], 0
+    def wrong_records(self, wanted: Collection[str], seconds: float) -> list[str]:
+        """What is wrong with recorded series, by name, once nothing is or after so many seconds.
+
+        Each needs a series, and each series its expression's value at the moment of its last sample.
+        """
+        until = time.monotonic() + seconds
+        while (found := list(self._wrong_records(wanted))) and time.monotonic() < until:
+            time.sleep(SCRAPE_S)
+        return found
+
+    def _wrong_records(self, wanted: Collection[str]) -> Iterator[str]:
         for rule in rules("record"):
-            for series in self.query(f"{rule['record']}[3s]"):
+            recorded = self.query(f"{rule['record']}[3s]")
+            if not recorded and rule["record"] in wanted:
+                yield f"{rule['record']}: recorded nothing"
+            for series in recorded:
                 at, value = series["values"][-1]
                 labels = {name: text for name, text in series["metric"].items() if name != "__name__"}
                 found = [each["value"][1] for each in self.query(rule["expr"], at) if each["metric"] == labels]
-                count += 1
                 if len(found) != 1 or not _equal(float(found[0]), float(value)):
-                    unequal.append(f"{rule['record']} {labels}: recorded {value}, found {found}")
-        return unequal, count
+                    yield f"{rule['record']} {labels}: recorded {value}, found {found}"
 
     def wait_for(self, alert: str, seconds: float) -> bool:
         """Whether an alert has come, or comes within so many seconds."""
@@ -151,11 +168,18 @@ class Monitoring:
     def _write(self, name: str, content: dict[str, Any]) -> None:
         (self._folder / name).write_text(yaml.safe_dump(content))
 
-    def _start(self, *command: str) -> None:
-        log = self._running.enter_context((self._folder / f"{command[0]}.log").open("wb"))
+    def _start(self, address: str, *command: str) -> None:
+        """Start a program and wait until it is ready. Raises RuntimeError with the last line of its log."""
+        path = self._folder / f"{command[0]}.log"
+        log = self._running.enter_context(path.open("wb"))
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         self._running.callback(process.wait, 30)
         self._running.callback(process.terminate)
+        until = time.monotonic() + _START_S
+        while not _answers(f"http://{address}/-/ready"):
+            if process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError(f"{command[0]} does not start: {path.read_text().rstrip().rpartition(chr(10))[2]}")
+            time.sleep(0.1)
 
     def _hook(self) -> type[BaseHTTPRequestHandler]:
         fired = self.fired
@@ -172,6 +196,14 @@ class Monitoring:
                 pass
 
         return Hook
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def _equal(a: float, b: float) -> bool:
