@@ -75,6 +75,13 @@ async def load(
             await running
 
 
+def only_what_ran_failed(once: Iterable[FleetCalls], ran: int) -> bool:
+    """Whether calls that are not repeated failed, with UNAVAILABLE, and no more than ran on the killed server."""
+    loads = list(once)
+    failed = sum(count for found in loads for count in found.failed.values())
+    return 0 < failed <= ran and all(found.codes <= {"UNAVAILABLE"} for found in loads)
+
+
 async def rolling_restart(fleet: Fleet, found: FleetCalls, calls_between: int) -> None:
     """Restart each server once the load has gone on and each server has answered some of it."""
     for member in fleet.members:
