@@ -118,6 +118,7 @@ async def _go_on(fleet: Fleet, found: FleetCalls, calls: int) -> None:
     before = found.calls
     answered = [await asyncio.to_thread(member.answered) for member in fleet.members]
     await eventually(lambda: found.calls >= before + calls, _TIMEOUT_S)
-    for member, had in zip(fleet.members, answered, strict=True):
-        while await asyncio.to_thread(member.answered) <= had:
-            await asyncio.sleep(0.2)
+    async with asyncio.timeout(_TIMEOUT_S):
+        for member, had in zip(fleet.members, answered, strict=True):
+            while await asyncio.to_thread(member.answered) <= had:
+                await asyncio.sleep(0.2)
