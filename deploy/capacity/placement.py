@@ -1,11 +1,11 @@
-"""Placement by adapter against round robin, simulated: hit rates of adapters, and waits."""
+"""Placement by adapter, the client's and an endpoint picker's, against round robin, simulated: hit rates and waits."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from deploy.capacity.plan import LOAD_SECONDS
-from deploy.capacity.routing import AdapterAware, RoundRobin, Router
+from deploy.capacity.routing import AdapterAware, EndpointPicker, RoundRobin, Router
 from deploy.capacity.service import ServiceModel
 from deploy.capacity.simulate import Memory, Outcome, poisson, simulate
 from mtlora.client import Placement
@@ -23,13 +23,18 @@ _SECONDS, _WARM_UP = 60.0, 30.0
 
 @dataclass(frozen=True)
 class Row:
-    """One fleet, under both policies."""
+    """One fleet, under each policy."""
 
     replicas: int
     adapters: int
     rate: float
     round_robin: Outcome
     placed: Outcome
+    picked: Outcome
+
+    @property
+    def outcomes(self) -> tuple[Outcome, ...]:
+        return self.round_robin, self.placed, self.picked
 
 
 def compare(
@@ -43,16 +48,18 @@ def compare(
     """Simulate every fleet. The adapters' popularity follows Zipf's law."""
     prompt, completion = (sum(each) / len(LENGTHS) for each in zip(*LENGTHS, strict=True))
     by = Placement()
-    routers: tuple[Callable[[int], Router], ...] = (
-        RoundRobin,
-        lambda count: AdapterAware(count, slack=by.slack, floor=by.floor),
+    routers: tuple[Callable[[int, int], Router], ...] = (
+        lambda count, _: RoundRobin(count),
+        lambda count, number: AdapterAware(count, adapters=number, slack=by.slack, floor=by.floor),
+        lambda count, _: EndpointPicker(count),
     )
     for count in replicas:
         rate = UTILISATION * count * model.saturated_rate(prompt, completion)
         for number in adapters:
             outcomes = [
                 simulate(
-                    poisson(rate, seconds, tasks=number, adapters=number, lengths=LENGTHS), count, model, router(count),
+                    poisson(rate, seconds, tasks=number, adapters=number, lengths=LENGTHS), count, model,
+                    router(count, number),
                     memory=Memory(slots, LOAD_SECONDS), warm_up=seconds * _WARM_UP / _SECONDS,
                 )
                 for router in routers
@@ -62,22 +69,37 @@ def compare(
 
 def page(rows: Iterator[Row], command: str) -> str:
     """deploy/placement.md."""
+    found = list(rows)
+    above = [_p99(row.placed) / _p99(row.round_robin) for row in found if row.adapters <= SLOTS]
+    names = ("round robin", "placed", "picker")
+    heads = [f"{what}, {name}" for what in ("hit rate", "p99 TTFT (ms)") for name in names]
     lines = [
         "# Adapters placed over replicas",
         "",
         f"Made by `{command}` on {time.strftime('%Y-%m-%d')}: the service model of [capacity](capacity.md), simulated, "
         f"with {UTILISATION:.0%} of what the replicas can answer. A replica holds {SLOTS} adapters; a step waits "
         f"{LOAD_SECONDS:g} s for another. Adapters' popularity follows a Zipf law; figures are of the second half of "
-        f"{_SECONDS:g} s, from a cold start. Placed: `AsyncClient(..., placement=Placement())`, one client for all.",
+        f"{_SECONDS:g} s, from a cold start. Placed: `AsyncClient(..., placement=Placement())`, one client for all. "
+        "Picker: the scores and weights of overlay inference-pool's endpoint picker, on metrics up to 50 ms old.",
         "",
-        "| replicas | adapters | requests/s | hit rate, round robin | hit rate, placed | p99 TTFT, round robin, ms "
-        "| p99 TTFT, placed, ms |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in rows:
-        waits = [1e3 * each.percentiles(each.ttft)[2] for each in (row.round_robin, row.placed)]
-        lines.append(
-            f"| {row.replicas} | {row.adapters:,} | {row.rate:.0f} | {row.round_robin.hit_rate:.3f} "
-            f"| {row.placed.hit_rate:.3f} | {waits[0]:,.0f} | {waits[1]:,.0f} |"
-        )
+    if above:
+        lines += [
+            "Placement is for more adapters than a replica holds. With fewer, it saves little and gathers popular "
+            f"adapters' calls on few replicas: there its p99 TTFT is {min(above):.1f} to {max(above):.1f} times round "
+            "robin's.",
+            "",
+        ]
+    lines += [
+        f"| {' | '.join(['replicas', 'adapters', 'requests/s', *heads])} |",
+        "| --- " * (3 + len(heads)) + "|",
+    ]
+    for row in found:
+        hits = [f"{each.hit_rate:.3f}" for each in row.outcomes]
+        waits = [f"{1e3 * _p99(each):,.0f}" for each in row.outcomes]
+        lines.append(f"| {' | '.join([str(row.replicas), f'{row.adapters:,}', f'{row.rate:.0f}', *hits, *waits])} |")
     return "\n".join([*lines, ""])
+
+
+def _p99(outcome: Outcome) -> float:
+    return outcome.percentiles(outcome.ttft)[2]

@@ -7,6 +7,7 @@ If an adapter's weights are not in memory, it loads them first and evicts the le
 
 import heapq
 import random
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -70,7 +71,8 @@ class Replica:
         self._step = 0
         self._order = 0
         self._adapters: dict[int, int] = {}
-        self._resident: OrderedDict[int, None] = OrderedDict()
+        self.resident: OrderedDict[int, None] = OrderedDict()
+        self.slots = memory.adapters if memory else sys.maxsize
         self.busy = False
         self.loads = 0
 
@@ -111,6 +113,16 @@ class Replica:
         return done
 
     @property
+    def queued(self) -> int:
+        """Requests that wait."""
+        return len(self.waiting)
+
+    @property
+    def fill(self) -> float:
+        """Sequences that run, of those that may."""
+        return len(self._running) / self._model.max_num_seqs
+
+    @property
     def idle(self) -> bool:
         """Whether nothing runs or waits."""
         return not self._running and not self.waiting
@@ -119,13 +131,13 @@ class Replica:
         """Use an adapter's weights; return the seconds to load them."""
         if self._memory is None:
             return 0.0
-        if adapter in self._resident:
-            self._resident.move_to_end(adapter)
+        if adapter in self.resident:
+            self.resident.move_to_end(adapter)
             return 0.0
-        self._resident[adapter] = None
+        self.resident[adapter] = None
         self.loads += 1
-        if len(self._resident) > self._memory.adapters:
-            self._resident.popitem(last=False)
+        if len(self.resident) > self._memory.adapters:
+            self.resident.popitem(last=False)
         return self._memory.load_seconds
 
 
@@ -161,6 +173,7 @@ def simulate(
     while arriving is not None or events:
         if arriving is not None and (not events or arriving.arrival + half <= events[0][0]):
             last_arrival = arriving.arrival
+            router.observe(last_arrival, engines)
             index = router.choose(arriving.adapter, in_flight)
             in_flight[index] += 1
             engines[index].waiting.append(arriving)

@@ -7,6 +7,7 @@ import heapq
 import json
 import random
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +29,7 @@ from deploy.capacity.placement import compare, page
 from deploy.capacity.plan import Demand, Sizes, make_plan
 from deploy.capacity.report import compared
 from deploy.capacity.result import Answered, Level, document, read_levels
-from deploy.capacity.routing import ROUTERS, AdapterAware, RoundRobin
+from deploy.capacity.routing import ROUTERS, AdapterAware, EndpointPicker, RoundRobin
 from deploy.capacity.service import ServiceModel, fit, read_model
 from deploy.capacity.simulate import Memory, Replica, Request, poisson, simulate
 
@@ -129,8 +130,49 @@ def test_placement_holds_adapters_where_round_robin_loads_them_everywhere() -> N
     model = read_model(Path(service.__file__).with_name("model.json"))
     (row,) = compare(model, [8], [1_000], seconds=6.0)
     assert row.placed.hit_rate > row.round_robin.hit_rate + 0.1
-    text = page(iter([row]), "a command")
-    assert f"| 8 | 1,000 | {row.rate:.0f} | {row.round_robin.hit_rate:.3f} | {row.placed.hit_rate:.3f} |" in text
+    assert row.picked.hit_rate > row.round_robin.hit_rate + 0.1
+    hits = " | ".join(f"{each.hit_rate:.3f}" for each in (row.round_robin, row.placed, row.picked))
+    assert f"| 8 | 1,000 | {row.rate:.0f} | {hits} |" in page(iter([row]), "a command")
+
+
+def test_simulated_placement_deals_out_adapters_as_the_client_does() -> None:
+    router = AdapterAware(8, adapters=1_000, slack=2.0, floor=8)
+    firsts = Counter(router.choose(adapter, [0] * 8) for adapter in range(1_000))
+    assert max(firsts.values()) <= 1.05 * 1_000 / 8 + 1
+
+
+@dataclasses.dataclass
+class Seen:
+    """A replica's metrics."""
+
+    resident: set[int]
+    queued: int = 0
+    fill: float = 0.0
+    slots: int = 2
+
+
+def test_endpoint_picker_weighs_adapters_queues_and_caches() -> None:
+    def picked(adapter: int, *replicas: Seen) -> int:
+        router = EndpointPicker(len(replicas))
+        router.observe(0.0, replicas)
+        return router.choose(adapter, [0] * len(replicas))
+
+    assert picked(1, Seen({2, 3}), Seen({1, 2}, queued=1)) == 1
+    # Room for the adapter and no queue against a queue.
+    assert picked(1, Seen({2}), Seen({1}, queued=1)) == 0
+    assert picked(1, Seen({2, 3}), Seen({2})) == 1
+    assert picked(1, Seen({1}, fill=0.9), Seen({1}, fill=0.1)) == 1
+
+
+def test_endpoint_picker_sees_metrics_of_fifty_milliseconds_ago() -> None:
+    router = EndpointPicker(2)
+    replicas = [Seen({1}), Seen({2})]
+    router.observe(0.0, replicas)
+    replicas.reverse()
+    router.observe(0.04, replicas)
+    assert router.choose(1, [0, 0]) == 0
+    router.observe(0.06, replicas)
+    assert router.choose(1, [0, 0]) == 1
 
 
 def test_adding_a_replica_moves_few_adapters() -> None:
