@@ -1,4 +1,7 @@
-"""Adapters on an S3 server: whole, torn, listed late, behind rotated credentials, away. By fsspec, and by rclone."""
+"""Adapters on an S3 server: whole, torn, listed late, behind rotated credentials, away, refusing connections.
+
+By fsspec, as the server copies them, and by rclone, as the overlays do.
+"""
 
 import os
 import re
@@ -7,6 +10,7 @@ import subprocess
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +34,8 @@ _KEY_ID = re.compile(r"Credential=([^/]+)/")
 class S3:
     """moto's S3 server behind what can go wrong with one.
 
-    key_id: the only one that is let in. away: every call gets 503. stale: listings are those of before. torn: parts of
-    keys whose objects end half-way.
+    key_id: the only one that is let in. stale: listings are those of before. torn: parts of keys whose objects end
+    half-way.
     """
 
     def __init__(self, credentials: Path) -> None:
@@ -40,12 +44,23 @@ class S3:
 
         self._app: Any = DomainDispatcherApplication(create_backend_app)
         self._credentials = credentials
-        self.away, self.stale, self.torn = False, False, ""
+        self._serve = partial(make_server, "127.0.0.1", app=self, threaded=True)
+        self._away, self.stale, self.torn = False, False, ""
         self._listings: dict[str, tuple[Any, ...]] = {}
-        self._server = make_server("127.0.0.1", 0, self, threaded=True)
+        self._listen(port=0)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self.rotate("FIRST")
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def leave(self, how: str) -> None:
+        """Be away: "slow down" answers each call with 503, "refused" takes no connection."""
+        self._away = True
+        if how == "refused":
+            self._close()
+
+    def come_back(self) -> None:
+        self._away = False
+        if self._server is None:
+            self._listen(port=int(self.url.rpartition(":")[2]))
 
     def rotate(self, key_id: str) -> None:
         """Let in another key, which a Secret's file has."""
@@ -55,21 +70,30 @@ class S3:
     def close(self) -> None:
         """Stop, and forget all buckets, which moto keeps for the whole process."""
         let_in = {"Authorization": f"Credential={self.key_id}/"}
-        self.away = False
+        self.come_back()
         urllib.request.urlopen(urllib.request.Request(f"{self.url}/moto-api/reset", method="POST", headers=let_in))
+        self._close()
+
+    def _listen(self, port: int) -> None:
+        self._server: Any = self._serve(port=port)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def _close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+        self._server = None
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         shown = _KEY_ID.search(environ.get("HTTP_AUTHORIZATION", ""))
-        if self.away:
+        if self._away:
             return _error(start_response, "503 Slow Down", "SlowDown")
         if shown is None or shown[1] != self.key_id:
             return _error(start_response, "403 Forbidden", "InvalidAccessKeyId")
         said: list[Any] = []
         body = b"".join(self._app(environ, lambda *given: said.extend(given)))
         status, headers = said[:2]
-        if environ["REQUEST_METHOD"] == "GET" and "list-type" in environ["QUERY_STRING"]:
+        # Both versions of ListObjects.
+        if environ["REQUEST_METHOD"] == "GET" and "prefix=" in environ["QUERY_STRING"]:
             kept = self._listings.setdefault(environ["QUERY_STRING"], (status, headers, body))
             if not self.stale:
                 kept = self._listings[environ["QUERY_STRING"]] = (status, headers, body)
@@ -118,16 +142,35 @@ def versions(tmp_path: Path) -> set[str]:
     return {f"{each.name}/{each.version}" for each in scan(tmp_path / "mirror")[0]}
 
 
-def test_versions_come_change_and_go(mirror: Mirror, tmp_path: Path) -> None:
+Copy = Callable[[], bool]
+
+
+@pytest.fixture(params=["fsspec", pytest.param("rclone", marks=needs_rclone)])
+def copy(request: pytest.FixtureRequest, s3: S3, mirror: Mirror, tmp_path: Path) -> Copy:
+    """Copies what the bucket has to the folder `mirror`; whether it could."""
+
+    def sync() -> bool:
+        if request.param == "rclone":
+            return rclone(s3, tmp_path / "mirror").returncode == 0
+        try:
+            mirror.sync()
+        except MirrorError:
+            return False
+        return True
+
+    return sync
+
+
+def test_versions_come_change_and_go(copy: Copy, tmp_path: Path) -> None:
     put("a/1", "one")
-    mirror.sync()
+    assert copy()
     assert versions(tmp_path) == {"a/1"}
     put("a/1", "other")
     put("a/2", "two")
-    mirror.sync()
+    assert copy()
     assert (tmp_path / "mirror/a/1/adapter.json").read_text().startswith("adapter.json other")
     _files().rm(f"{BUCKET}/a/1", recursive=True)
-    mirror.sync()
+    assert copy()
     assert versions(tmp_path) == {"a/2"}
 
 
@@ -143,14 +186,26 @@ def test_a_torn_object_is_not_taken_and_comes_later(s3: S3, mirror: Mirror, tmp_
     assert (tmp_path / "mirror/b/1/adapter.safetensors").stat().st_size == len(b"adapter.safetensors one") * 50
 
 
-def test_a_listing_that_comes_late_shows_versions_late(s3: S3, mirror: Mirror, tmp_path: Path) -> None:
+def test_a_listing_that_comes_late_shows_versions_late(s3: S3, copy: Copy, tmp_path: Path) -> None:
     put("a/1", "one")
-    mirror.sync()
+    assert copy()
     s3.stale = True
     put("a/2", "two")
+    assert copy()
+    assert versions(tmp_path) == {"a/1"}
+    s3.stale = False
+    assert copy()
+    assert versions(tmp_path) == {"a/1", "a/2"}
+
+
+def test_a_version_removed_but_still_listed_leaves_with_the_listing(s3: S3, mirror: Mirror, tmp_path: Path) -> None:
+    put("a/1", "one")
+    put("a/2", "two")
+    mirror.sync()
+    s3.stale = True
     _files().rm(f"{BUCKET}/a/1", recursive=True)
     mirror.sync()
-    assert versions(tmp_path) == {"a/1"}
+    assert versions(tmp_path) == {"a/1", "a/2"}
     s3.stale = False
     mirror.sync()
     assert versions(tmp_path) == {"a/2"}
@@ -168,21 +223,36 @@ def test_credentials_are_read_again_once_they_are_refused(s3: S3, mirror: Mirror
     assert versions(tmp_path) == {"a/1", "a/2"}
 
 
-def test_storage_that_is_away_removes_nothing(s3: S3, mirror: Mirror, tmp_path: Path) -> None:
+@needs_rclone
+def test_rclone_keeps_what_it_has_until_it_gets_the_rotated_credentials(s3: S3, tmp_path: Path) -> None:
+    """A pod's Secret is read when its container starts: the kubelet's restart brings the new one."""
+    folder, old = tmp_path / "mirror", s3.key_id
     put("a/1", "one")
-    mirror.sync()
-    s3.away = True
-    for _ in range(2):
-        with pytest.raises(MirrorError):
-            mirror.sync()
-    assert versions(tmp_path) == {"a/1"}
-    s3.away = False
+    assert rclone(s3, folder).returncode == 0
+    s3.rotate("SECOND")
     put("a/2", "two")
-    mirror.sync()
+    assert rclone(s3, folder, key_id=old).returncode != 0
+    assert versions(tmp_path) == {"a/1"}
+    assert rclone(s3, folder).returncode == 0
     assert versions(tmp_path) == {"a/1", "a/2"}
 
 
-def rclone(s3: S3, folder: Path) -> "subprocess.CompletedProcess[str]":
+@pytest.mark.parametrize("how", ["slow down", "refused"])
+def test_storage_that_is_away_removes_nothing(how: str, s3: S3, copy: Copy, tmp_path: Path) -> None:
+    """For several polls, as when it is away for minutes."""
+    put("a/1", "one")
+    assert copy()
+    s3.leave(how)
+    for _ in range(4):
+        assert not copy()
+        assert versions(tmp_path) == {"a/1"}
+    s3.come_back()
+    put("a/2", "two")
+    assert copy()
+    assert versions(tmp_path) == {"a/1", "a/2"}
+
+
+def rclone(s3: S3, folder: Path, key_id: str = "") -> "subprocess.CompletedProcess[str]":
     """The overlays' init container, without its retries' waits."""
     component = manifests.FOLDER / "kubernetes" / "components" / "adapters-from-object-storage" / "deployment.yaml"
     (container,) = yaml.safe_load(component.read_text())["spec"]["template"]["spec"]["initContainers"]
@@ -191,7 +261,8 @@ def rclone(s3: S3, folder: Path) -> "subprocess.CompletedProcess[str]":
         "RCLONE_CONFIG_ADAPTERS_TYPE": "s3",
         "RCLONE_CONFIG_ADAPTERS_PROVIDER": "Other",
         "RCLONE_CONFIG_ADAPTERS_ENDPOINT": s3.url,
-        "RCLONE_CONFIG_ADAPTERS_ACCESS_KEY_ID": s3.key_id,
+        "RCLONE_CONFIG_ADAPTERS_REGION": "us-east-1",
+        "RCLONE_CONFIG_ADAPTERS_ACCESS_KEY_ID": key_id or s3.key_id,
         "RCLONE_CONFIG_ADAPTERS_SECRET_ACCESS_KEY": "secret",
     }
     arguments = [each.replace("$(ADAPTERS_BUCKET)", BUCKET) for each in container["args"]]
@@ -212,9 +283,7 @@ def test_rclone_copies_what_is_whole_and_fails_on_the_rest(s3: S3, tmp_path: Pat
     s3.torn = "a/2/adapter.safetensors"
     assert rclone(s3, folder).returncode != 0
     assert not (folder / "a/2/adapter.safetensors").exists()
-    s3.torn, s3.away = "", True
-    assert rclone(s3, folder).returncode != 0
     assert all((folder / "a/1" / name).exists() for name in FILES)
-    s3.away = False
+    s3.torn = ""
     assert rclone(s3, folder).returncode == 0
     assert versions(tmp_path) == {"a/1", "a/2"}
