@@ -21,11 +21,11 @@ ADAPTER  ?= $(shell ls -d adapters/builtin/*/ | sort -V | tail -1 | sed 's,/$$,,
 SEED     ?= $(shell date +%s)
 ADAPTERS ?= adapters
 # Masks what a processor has above avx2, avx512 or avx512_bf16 in a run of the tests or of a benchmark, for our kernels,
-# torch, oneDNN and vLLM. Without it AMX is used where it is.
+# torch, oneDNN, MKL and vLLM. Without it AMX is used where it is. MKL obeys on Intel's processors alone.
 ISA      ?=
-ISA_ENV_avx2        := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
-ISA_ENV_avx512      := ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI
-ISA_ENV_avx512_bf16 := ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16
+ISA_ENV_avx2        := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+ISA_ENV_avx512      := ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI MKL_ENABLE_INSTRUCTIONS=AVX512
+ISA_ENV_avx512_bf16 := ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 MKL_ENABLE_INSTRUCTIONS=AVX512
 MASK := $(if $(ISA),env MTLORA_ISA=$(ISA) PYTHONPATH=tests/instruction_sets $(or $(ISA_ENV_$(ISA)),$(error ISA=$(ISA): \
   allowed: avx2, avx512, avx512_bf16)))
 # Flags of pytest-xdist. tests/conftest.py says which tests run in one process, and in what order.

@@ -1,7 +1,7 @@
 """Masks instruction sets in every Python process of a test run: `make test ISA=avx2`, or avx512, avx512_bf16.
 
-Our kernels, torch and oneDNN read environment variables, which the Makefile sets. vLLM asks `torch.cpu`, whose answers
-are masked here, as soon as that module is imported: Python imports this file at its start, from PYTHONPATH.
+Our kernels, torch, oneDNN and MKL read environment variables, which the Makefile sets. vLLM asks `torch.cpu`, whose
+answers are masked here, as soon as that module is imported: Python imports this file at its start, from PYTHONPATH.
 """
 
 import importlib.machinery
