@@ -96,9 +96,6 @@ extern "C" {
 // Version of `TrainingCall`: raise it when that changes.
 int mtlora_training_layout() { return 1; }
 
-// 1 if this processor can run both; isa as in MTLORA_CHOOSE.
-int mtlora_training_supported(int isa) { return choose_run(true, 0, isa) != nullptr; }
-
 int mtlora_training_forward(const TrainingCall* call) { return run(*call, true); }
 
 int mtlora_training_backward(const TrainingCall* call) { return run(*call, false); }

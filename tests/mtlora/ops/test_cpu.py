@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from benchmarks.gpu.cases import SHAPE_CLASSES, Batch, Case, Shape, random_rows
 from mtlora.ops import cpu, cpu_kernel
 from mtlora.ops.table import Layout
+from tests.mtlora.ops.instruction_sets import KERNEL, lacks
 
-KERNEL = cpu_kernel.compiled_kernel()
 BACKENDS = {"torch": cpu.in_torch_ops, "best": cpu.add_mixed_paths_}
 if KERNEL is not None:
-    for isa in (1, 2, 512, 516):
-        if KERNEL.mtlora_supported(isa):
-            BACKENDS[f"avx{isa}"] = partial(cpu.run_kernel, KERNEL, isa)
+    BACKENDS |= {name: partial(cpu.run_kernel, KERNEL, isa) for name, isa in cpu_kernel.INSTRUCTION_SETS.items()}
 
-every_backend = pytest.mark.parametrize("backend", list(BACKENDS))
+every_backend = pytest.mark.parametrize(
+    "backend", ["torch", "best", *(pytest.param(name, marks=lacks(name)) for name in cpu_kernel.INSTRUCTION_SETS)]
+)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 

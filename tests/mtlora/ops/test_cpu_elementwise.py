@@ -1,4 +1,4 @@
-"""The backbone's compiled operations, in every instruction set of this processor, against torch in float64."""
+"""The backbone's compiled operations, in every instruction set that this processor has, against torch in float64."""
 
 import numpy as np
 import pytest
@@ -6,13 +6,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mtlora.ops import cpu_elementwise, cpu_kernel
+from mtlora.ops import cpu_elementwise
+from tests.mtlora.ops.instruction_sets import KERNEL, every_set
 
-KERNEL = cpu_kernel.compiled_kernel()
 pytestmark = pytest.mark.skipif(KERNEL is None, reason="the kernel is not built here")
-SETS = [isa for isa in (1, 2, 512, 516) if KERNEL is not None and KERNEL.mtlora_supported(isa)]
-
-every_set = pytest.mark.parametrize("isa", SETS)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 SHAPES = {"rows": st.integers(1, 5), "size": st.integers(1, 70), "seed": st.integers(0, 2**31)}
 

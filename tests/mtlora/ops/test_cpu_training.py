@@ -5,13 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtlora.ops import cpu_kernel, cpu_training, training
+from mtlora.ops import cpu_training, training
 from mtlora.ops.cpu_training import PathInputs, Saved
 from mtlora.ops.training import path_with_gradients
+from tests.mtlora.ops.instruction_sets import KERNEL, every_set
 
-KERNEL = cpu_kernel.compiled_kernel()
 pytestmark = pytest.mark.skipif(KERNEL is None, reason="the kernel is not built here")
-SETS = [isa for isa in (1, 2, 512, 516) if KERNEL is not None and KERNEL.mtlora_training_supported(isa)]
 # Relative to the largest value: sums in float32, and one rounding of bfloat16 outputs.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 8e-3}
 
@@ -29,7 +28,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("isa", SETS)
+@every_set
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @given(shape=SHAPES)
 @settings(max_examples=25, deadline=None)
