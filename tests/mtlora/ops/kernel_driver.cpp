@@ -20,6 +20,26 @@ struct Step {
   int32_t isa, dtype, threads;
 };
 
+// As in elementwise.cpp.
+struct ElementwiseCall {
+  int64_t rows, size;
+  float number;
+  int32_t dtype, threads, isa;
+  const void *first, *second, *third;
+  float* inverse;
+  void *out, *also_out;
+};
+extern "C" void mtlora_rms_norm(const ElementwiseCall* call);
+extern "C" void mtlora_rms_norm_backward(const ElementwiseCall* call);
+extern "C" void mtlora_swiglu_backward(const ElementwiseCall* call);
+extern "C" void mtlora_causal_softmax(const ElementwiseCall* call);
+extern "C" void mtlora_add_rms_norm(void* x, void* residual, const void* weight, int64_t rows, int64_t size,
+                                    float epsilon, int32_t dtype, int32_t threads, int32_t isa);
+extern "C" void mtlora_silu_and_mul(const void* in, void* out, int64_t rows, int64_t size, int32_t dtype,
+                                    int32_t threads, int32_t isa);
+extern "C" void mtlora_mask(void* logits, const uint32_t* bits, const int64_t* places, int64_t rows, int64_t size,
+                            int64_t words, int32_t dtype);
+
 static uint32_t state = 1;
 static float next() {
   state = state * 1664525u + 1013904223u;
@@ -48,6 +68,11 @@ static std::vector<W> made(int64_t size) {
 }
 
 template <class W>
+static void print(const std::vector<W>& values) {
+  for (W value : values) printf("%.6g\n", get(value));
+}
+
+template <class W>
 static int routed(int dtype) {
   const int64_t D = 96, rank = 4, N = 4, G = 2, T = 5, columns = rank + G * N, K = N * rank, E = D / G;
   const auto padded = [](int64_t size) { return (size + 15) / 16 * 16; };
@@ -59,8 +84,48 @@ static int routed(int dtype) {
   const int32_t tokens[] = {0, 1, 2, 3, 4}, bias_rows[] = {0, 0, 0, 0, 0}, tiles[] = {0, 0, 5};
   const Step step = {tokens, bias_rows, tiles, T, 1, 1, D, 1, dtype, 1};
   const int error = mtlora_add_routed(&step, &adapter, y.data(), x.data(), D, D, T);
-  for (W value : y) printf("%.6g\n", get(value));
+  print(y);
   return error;
 }
 
-int main() { return !mtlora_supported(0) || !mtlora_supported(1) || routed<float>(0) || routed<uint16_t>(1); }
+// Rows end within a vector.
+template <class W>
+static void elementwise(int dtype) {
+  const int64_t rows = 37, size = 37, all = rows * size;
+  const auto x = made<W>(all), grad = made<W>(all), weight = made<W>(size), side_by_side = made<W>(2 * all);
+  std::vector<W> out(all), also_out(all);
+  std::vector<float> inverse(rows);
+  ElementwiseCall call = {rows, size, 1e-2f, dtype, 1, 1, x.data(), weight.data(), nullptr, inverse.data(), out.data(),
+                          also_out.data()};
+  mtlora_rms_norm(&call);
+  print(out);
+  print(inverse);
+  call.first = grad.data();
+  call.third = x.data();
+  mtlora_rms_norm_backward(&call);
+  print(out);
+  call.second = side_by_side.data();
+  mtlora_swiglu_backward(&call);
+  print(out);
+  print(also_out);
+  call.first = x.data();
+  mtlora_causal_softmax(&call);
+  print(out);
+  auto sum = x, residual = grad;
+  mtlora_add_rms_norm(sum.data(), residual.data(), weight.data(), rows, size, 1e-2f, dtype, 1, 1);
+  print(sum);
+  print(residual);
+  mtlora_silu_and_mul(side_by_side.data(), out.data(), rows, size, dtype, 1, 1);
+  print(out);
+  const uint32_t bits[] = {0x0F0F1234u, 0xFFFFFFFFu};
+  const int64_t places[] = {1};
+  auto logits = x;
+  mtlora_mask(logits.data(), bits, places, 1, size, 2, dtype);
+  print(logits);
+}
+
+int main() {
+  if (!mtlora_supported(0) || !mtlora_supported(1) || routed<float>(0) || routed<uint16_t>(1)) return 1;
+  elementwise<float>(0);
+  elementwise<uint16_t>(1);
+}
