@@ -1,5 +1,5 @@
 """The tenant and the class of a request that a trusted proxy forwards: by the headers of the Gateway API's inference
-extension.
+extension, or by llm-d's names of the same.
 
 Only headers of a caller whose own entry has `speaks_for` count: a gateway may let a client's headers pass.
 """
@@ -14,20 +14,29 @@ from server.tenants.directory import Tenants
 
 FAIRNESS_ID = "x-gateway-inference-fairness-id"
 OBJECTIVE = "x-gateway-inference-objective"
+# What each header is, by its names.
+_MEANINGS = {
+    FAIRNESS_ID: FAIRNESS_ID,
+    "x-llm-d-inference-fairness-id": FAIRNESS_ID,
+    OBJECTIVE: OBJECTIVE,
+    "x-llm-d-inference-objective": OBJECTIVE,
+}
 
 
 def named_tenant(proxy: Tenant, tenants: Tenants, metadata: Iterable[tuple[str, str | bytes]]) -> Tenant:
     """The tenant that the fairness id names, else the proxy itself, in the objective's class if that is less urgent.
 
     An objective that the tenants file does not list changes nothing. Raises PERMISSION_DENIED for a tenant that the
-    proxy may not name, and for a header that comes twice: one of them may be the client's.
+    proxy may not name, for a header that comes twice, and for two names of it with two values: one may be the client's.
     """
     found: dict[str, str | bytes] = {}
+    seen = set[str]()
     for name, value in metadata:
-        if name in (FAIRNESS_ID, OBJECTIVE):
-            if name in found:
+        if meaning := _MEANINGS.get(name):
+            if name in seen or found.get(meaning, value) != value:
                 raise _denied(proxy, f"sent {name} twice; allowed: once, set by the proxy, without the client's")
-            found[name] = value
+            seen.add(name)
+            found[meaning] = value
     tenant = proxy
     if named := found.get(FAIRNESS_ID):
         other = tenants.by_id.get(str(named))

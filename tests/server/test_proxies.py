@@ -118,7 +118,30 @@ def test_an_objective_lowers_a_request_and_never_raises_it() -> None:
     assert priority((OBJECTIVE, "unheard-of")) is Priority.STANDARD
 
 
-HEADERS = st.sampled_from([FAIRNESS_ID, OBJECTIVE, "authorization", "x-request-id"])
+LLM_D = ("x-llm-d-inference-fairness-id", "x-llm-d-inference-objective")
+HEADERS = st.sampled_from([FAIRNESS_ID, OBJECTIVE, *LLM_D, "authorization", "x-request-id"])
+
+
+def test_names_of_llm_d_mean_the_same_and_may_come_beside_the_others() -> None:
+    proxy = Tenant(id="gateway", api_keys=(), speaks_for=("*",))
+    known = {name: Tenant(id=name, priority=Priority.STANDARD) for name in ("acme", "bolt")}
+    tenants = Tenants(known, objectives={"nightly": Priority.BATCH})
+    fairness_id, objective = LLM_D
+    for headers in (
+        ((fairness_id, "acme"), (objective, "nightly")),
+        ((FAIRNESS_ID, "acme"), (fairness_id, "acme"), (OBJECTIVE, "nightly"), (objective, "nightly")),
+    ):
+        found = named_tenant(proxy, tenants, headers)
+        assert (found.id, found.priority) == ("acme", Priority.BATCH)
+    # One of two values may be the client's.
+    for headers in (
+        ((FAIRNESS_ID, "acme"), (fairness_id, "bolt")),
+        ((fairness_id, "acme"), (FAIRNESS_ID, "bolt")),
+        ((fairness_id, "acme"), (fairness_id, "acme")),
+    ):
+        with pytest.raises(RequestFailedError, match="twice") as refused:
+            named_tenant(proxy, tenants, headers)
+        assert refused.value.code is grpc.StatusCode.PERMISSION_DENIED
 
 
 @given(st.lists(st.tuples(HEADERS, st.sampled_from(["acme", "root", "", "nightly"]) | st.binary(max_size=8))))
