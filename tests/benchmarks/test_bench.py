@@ -23,8 +23,16 @@ ROWS = {
 }  # fmt: skip
 
 
-def report(rows: dict[str, list[float]] = ROWS):
-    return make_report(REFERENCE, {name: 50 if name.startswith("peft") else 100 for name in rows}, rows)
+def report(rows: dict[str, list[float]] = ROWS, dtype: str = "bfloat16"):
+    return make_report(REFERENCE, {name: 50 if name.startswith("peft") else 100 for name in rows}, rows, dtype)
+
+
+def test_goals_follow_the_dtype() -> None:
+    goals = {
+        dtype: [each["goal"] for each in report(dtype=dtype)["ratios"].values() if each["contract"]][:2]
+        for dtype in ("bfloat16", "float32")
+    }
+    assert goals == {"bfloat16": [0.97, 0.90], "float32": [0.97, 0.95]}
 
 
 def test_ratios_are_taken_round_by_round() -> None:
