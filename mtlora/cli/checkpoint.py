@@ -12,6 +12,8 @@ from mtlora.cli.evaluate import print_scores
 from mtlora.cli.output import print_fields, print_json, print_table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mtlora.task import TaskSpec
 
 
@@ -113,6 +115,7 @@ def _shown(task: "TaskSpec") -> tuple[object, ...]:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from mtlora.answer import AnswerError
     from mtlora.backbone import identify, resolve
     from mtlora.checkpoint.format import CheckpointError
     from mtlora.checkpoint.read import check_answers, read_checkpoint
@@ -126,13 +129,37 @@ def _verify(args: argparse.Namespace) -> int:
         check_answers(args.folder, checkpoint.manifest)
         if folder is not None and checkpoint.manifest.images:
             read_config(folder).check({task.id: task.image for task in checkpoint.manifest.tasks if task.image})
-    except (CheckpointError, BackboneError) as error:
+        if folder is not None:
+            _check_masks(folder, checkpoint.manifest.tasks)
+    except (CheckpointError, BackboneError, AnswerError) as error:
         print(f"mtlora: error: {error}", file=sys.stderr)
         return 1
     parameters = sum(tensor.numel() for tensor in checkpoint.tensors.values())
     beside = "no backbone compared" if args.backbone is None else f"backbone {args.backbone} matches"
     print(f"ok: {args.folder}: {len(checkpoint.manifest.tasks)} tasks, {parameters:,} parameters, {beside}")
     return 0
+
+
+def _check_masks(backbone: Path, tasks: "Sequence[TaskSpec]") -> None:
+    """Raise AnswerError for a type that llguidance, where it is installed, cannot mask."""
+    from importlib.util import find_spec
+
+    constraints = {found: task.id for task in tasks if (found := task.constraint())}
+    if not constraints or find_spec("llguidance") is None:
+        return
+    from transformers import AutoTokenizer
+
+    from mtlora.answer import AnswerError
+    from mtlora.vllm_plugin.lexer import Lexer
+    from mtlora.vllm_plugin.vocabulary import Vocabulary
+
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    vocabulary = Vocabulary(tokenizer, len(tokenizer))
+    for constraint, task in constraints.items():
+        try:
+            Lexer(constraint.expression, vocabulary)
+        except ValueError as error:
+            raise AnswerError(f"task {task}: answer: {error}") from None
 
 
 def _convert(args: argparse.Namespace) -> int:

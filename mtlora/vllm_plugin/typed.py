@@ -15,17 +15,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import llguidance
-import llguidance.numpy
-import numpy as np
 import torch
 from vllm.sampling_params import SamplingParams
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from mtlora.answer.constraint import PREFIX, TOKENS_PREFIX, Constraint, read
-from mtlora.answer.language import States, pattern
+from mtlora.answer.language import States
 from mtlora.vllm_plugin.closing import Closing
+from mtlora.vllm_plugin.lexer import Lexer, Walk
 from mtlora.vllm_plugin.vocabulary import Row, Vocabulary
 
 # Compiled constraints kept, and the size of all their automata, in states.
@@ -49,11 +47,7 @@ class Compiled:
         self.markers = vocabulary.marks((constraint.marker,) if constraint.marker else (), True)
         # Tells this constraint's rows from those of others in the vocabulary.
         self._number = next(_numbers)
-        grammar = llguidance.grammar_from("regex", pattern(constraint.expression))
-        self._matcher = llguidance.LLMatcher(vocabulary.matchers, grammar, log_level=0)
-        if error := self._matcher.get_error():
-            raise ValueError(error)
-        self._lock = threading.Lock()
+        self.lexer = Lexer(constraint.expression, vocabulary)
 
     @property
     def fewest_with_marker(self) -> int:
@@ -64,11 +58,6 @@ class Compiled:
     def fewest(self) -> int:
         """Tokens that a shortest answer takes, with the end-of-sequence token."""
         return self.closing.needs(self.automaton.start) + 1
-
-    def matcher(self) -> Any:
-        """A matcher at the beginning of an answer."""
-        with self._lock:
-            return self._matcher.deep_copy()
 
     def row(self, key: Any) -> Row | None:
         """A row kept for a state."""
@@ -108,9 +97,7 @@ class TypedGrammar(StructuredOutputGrammar):
         else:
             self._places = [_Place(left, answer=start)]
         self._answer: list[int] = []
-        self._matcher: Any = None
-        # Tokens of the answer that the matcher has read.
-        self._read = 0
+        self._walk = Walk(compiled.lexer)
 
     def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
         """See StructuredOutputGrammar."""
@@ -134,7 +121,7 @@ class TypedGrammar(StructuredOutputGrammar):
             # An end is no token of the answer.
             if self._places[-1].answer is not None and not dropped.ended:
                 self._answer.pop()
-        self._matcher, self._read = None, 0
+        self._walk.restart()
 
     def fill_bitmask(self, bitmask: Any, batch_index: int) -> None:
         """See StructuredOutputGrammar."""
@@ -211,21 +198,21 @@ class TypedGrammar(StructuredOutputGrammar):
         key = (answer, self._ends, None if enough else place.left)
         row = compiled.row(key)
         if row is None:
-            row = self._types_row(answer)
+            # Rows that were kept for a state need no walk, so it may lie behind.
+            row = self._walk.row(self._answer)
+            if row is None:
+                return self._closing_row(answer)
+            if compiled.automaton.accepts(answer):
+                row = row | self._end_row
             row = compiled.keep(key, row if enough else self._short_row(row, answer, place.left))
         return row
 
-    def _types_row(self, answer: States) -> Row:
-        """The tokens that the type allows next."""
-        if self._matcher is None:
-            self._matcher = self._compiled.matcher()
-        # The matcher may lag behind: rows kept for a state need none.
-        self._matcher.consume_tokens(self._answer[self._read :])
-        self._read = len(self._answer)
-        row = np.zeros((1, len(self._compiled.vocabulary.short)), dtype=np.int32)
-        llguidance.numpy.fill_next_token_bitmask(self._matcher, row, 0)
-        allowed: Row = row[0] & self._compiled.vocabulary.short
-        return allowed | self._end_row if self._compiled.automaton.accepts(answer) else allowed
+    def _closing_row(self, answer: States) -> Row:
+        """The end, or the token that comes closer to it."""
+        compiled = self._compiled
+        if compiled.automaton.accepts(answer):
+            return self._end_row
+        return compiled.vocabulary.row_of([compiled.closing.next(answer)])
 
     def _short_row(self, row: Row, answer: States, left: int) -> Row:
         """The tokens of a row after which an end still fits in `left` tokens."""
@@ -240,9 +227,7 @@ class TypedGrammar(StructuredOutputGrammar):
             if token in self._ends
             or ((after := automaton.read(answer, vocabulary.texts[token])) and closing.needs(after) <= left - 2)
         ]
-        if not fitting:
-            return self._end_row if automaton.accepts(answer) else vocabulary.row_of([closing.next(answer)])
-        return vocabulary.row_of(fitting)
+        return vocabulary.row_of(fitting) if fitting else self._closing_row(answer)
 
     @cached_property
     def _end_row(self) -> Row:
