@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -67,7 +67,6 @@ def checked(
     yield constraint.text, constraint.type.name
 
 
-@lru_cache(maxsize=4096)
 def read(text: str) -> Constraint:
     """The constraint of `Constraint.text`. Raises ValueError for any other text."""
     kind, marker, stop = json.loads(text.removeprefix(PREFIX))

@@ -26,8 +26,11 @@ from mtlora.vllm_plugin.closing import Closing
 from mtlora.vllm_plugin.lexer import Lexer, Walk
 from mtlora.vllm_plugin.vocabulary import Row, Vocabulary
 
-# Compiled constraints kept, and the size of all their automata, in states.
-_KEPT, _KEPT_STATES = 4096, 2_000_000
+# Compiled constraints kept, by their size in states of about a kilobyte: of tasks, and of requests. Running sequences
+# hold theirs beyond that.
+_TASKS_STATES, _REQUESTS_STATES = 1_500_000, 500_000
+# States of a lexer that take as much memory as one of an automaton.
+_PER_STATE = 2
 _numbers = itertools.count()
 # When tokens run short, try up to this many candidates one by one.
 _TRIED = 512
@@ -48,6 +51,11 @@ class Compiled:
         # Tells this constraint's rows from those of others in the vocabulary.
         self._number = next(_numbers)
         self.lexer = Lexer(constraint.expression, vocabulary)
+
+    @property
+    def size(self) -> int:
+        """The states of its automaton, and the memory of the rest in so many more."""
+        return self.automaton.size + self.lexer.states // _PER_STATE
 
     @property
     def fewest_with_marker(self) -> int:
@@ -263,33 +271,58 @@ class OneOf(StructuredOutputGrammar):
         """See StructuredOutputGrammar."""
 
 
+class _Kept:
+    """The compiled constraints used last, up to a size."""
+
+    def __init__(self, states: int) -> None:
+        self._states = states
+        self._all: OrderedDict[str, Compiled] = OrderedDict()
+
+    def __contains__(self, text: str) -> bool:
+        return text in self._all
+
+    def get(self, text: str) -> Compiled | None:
+        if text in self._all:
+            self._all.move_to_end(text)
+        return self._all.get(text)
+
+    def add(self, text: str, made: Compiled) -> Compiled:
+        """Keep it, or what is kept already, and drop the oldest beyond the size."""
+        made = self._all.setdefault(text, made)
+        # They grow while they are used.
+        states = sum(each.size for each in self._all.values())
+        while states > self._states and len(self._all) > 1:
+            _, dropped = self._all.popitem(last=False)
+            states -= dropped.size
+        return made
+
+
 class TypedOutputs:
     """The compiled constraints of one engine core."""
 
     def __init__(self, tokenizer: Any, vocabulary_size: int) -> None:
         self.vocabulary = Vocabulary(tokenizer, vocabulary_size)
-        self._compiled: OrderedDict[str, Compiled] = OrderedDict()
+        # Apart: types that requests bring cost no task its own.
+        self._of_tasks, self._of_requests = _Kept(_TASKS_STATES), _Kept(_REQUESTS_STATES)
         self._lock = threading.Lock()
 
-    def compiled(self, text: str) -> Compiled:
+    def compiled(self, text: str, *, of_task: bool = False) -> Compiled:
         """The compiled form of a constraint; made where it is not kept. Raises AnswerError or ValueError."""
         with self._lock:
-            if text in self._compiled:
-                self._compiled.move_to_end(text)
-                return self._compiled[text]
+            found = self._of_tasks.get(text)
+            if found is None:
+                found = self._of_requests.get(text)
+                if found is not None and of_task:
+                    self._of_tasks.add(text, found)
+        if found is not None:
+            return found
         made = Compiled(read(text), self.vocabulary)
         with self._lock:
-            self._compiled.setdefault(text, made)
-            # Automata grow while they are used.
-            states = sum(each.automaton.size for each in self._compiled.values())
-            while len(self._compiled) > _KEPT or (states > _KEPT_STATES and len(self._compiled) > 1):
-                _, dropped = self._compiled.popitem(last=False)
-                states -= dropped.automaton.size
-        return made
+            return (self._of_tasks if of_task else self._of_requests).add(text, made)
 
     def has(self, text: str) -> bool:
         """Whether a sequence's grammar can be made at once."""
-        return text in self._compiled or text.startswith(TOKENS_PREFIX)
+        return text in self._of_tasks or text in self._of_requests or text.startswith(TOKENS_PREFIX)
 
     def grammar(self, text: str, left: int, ends: set[int] | None) -> StructuredOutputGrammar:
         """A sequence's grammar. Raises ValueError where `left` tokens hold no answer."""
@@ -346,11 +379,11 @@ def _grammar_init(self: Any, request: Any) -> None:
     return None
 
 
-def _compile(self: Any, texts: list[str]) -> "Future[list[int]]":
+def _compile(self: Any, texts: list[str], of_tasks: bool) -> "Future[list[int]]":
     """Compile constraints beside the running steps, before a request needs them; gives the fewest tokens of each."""
     manager = self.structured_output_manager
     future: Future[list[int]] = manager.executor.submit(
-        lambda: [_outputs(manager).compiled(text).fewest_with_marker for text in texts]
+        lambda: [_outputs(manager).compiled(text, of_task=of_tasks).fewest_with_marker for text in texts]
     )
     return future
 

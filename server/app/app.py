@@ -321,7 +321,7 @@ class App:
                 backbones,
                 engines.supervisors,
                 # An adapter's types are compiled while it is loaded, so an engine has started.
-                lambda constraints: self._inference.engine.compile(constraints),
+                lambda constraints: self._inference.engine.compile(constraints, of_tasks=True),
                 self._metrics,
                 self._set_catalog,
             )

@@ -240,17 +240,18 @@ class Engine(BaseEngine):
         more = found if isinstance(found, list) else [found]
         return frozenset(each for each in (self.prompts.tokenizer.eos_token_id, *more) if each is not None)
 
-    async def compile(self, constraints: Sequence[str]) -> list[int]:
+    async def compile(self, constraints: Sequence[str], *, of_tasks: bool = False) -> list[int]:
         """Compile what answers will be held to, in every engine, beside the running steps.
 
-        Returns the fewest tokens that each takes. Raises AdapterError if the engine refuses one.
+        `of_tasks`: kept apart from those that requests bring. Returns the fewest tokens that each takes. Raises
+        AdapterError if the engine refuses one.
         """
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
         call = self._running.engine_core.call_utility_all_async
         with self._waiting(self._compilations):
             try:
-                fewest, *_ = await call("mtlora_compile", list(constraints))
+                fewest, *_ = await call("mtlora_compile", list(constraints), of_tasks)
             except VllmEngineDeadError:
                 raise EngineDeadError from None
             except Exception as error:

@@ -37,7 +37,7 @@ class AdapterEngine(LoadsSlots, Protocol):
 # Types that one call of the engine compiles.
 _COMPILED_AT_ONCE = 16
 
-# `Engine.compile` of the running engine of texts.
+# `Engine.compile` of the running engine of texts, for tasks' constraints.
 Compile = Callable[[Sequence[str]], Awaitable[list[int]]]
 
 

@@ -222,14 +222,35 @@ def test_memory_of_compiled_types_is_bounded_while_they_are_used(monkeypatch: py
             assert sum(map(len, automaton._steps.values())) <= 100_000
         return automaton
 
-    built = used(0, 0).size
-    monkeypatch.setattr(typed, "_KEPT_STATES", 6 * built)
+    built = outputs.compiled(Constraint(Regex(pattern=".*a.{200}0")).text).size
+    monkeypatch.setattr(outputs, "_of_requests", typed._Kept(4 * built))
     grown = [used(number, 15) for number in (1, 2)]
-    assert all(2 * built < each.size for each in grown)
+    assert all(2 * built < outputs.compiled(Constraint(Regex(pattern=f".*a.{{200}}{n}")).text).size for n in (1, 2))
     last = used(3, 200)
-    kept = [each.automaton for each in outputs._compiled.values()]
-    # Six of this size fit, but for what two of them remember.
-    assert kept == [grown[1], last]
+    kept = [each.automaton for each in outputs._of_requests._all.values()]
+    # Four of this size fit, but for what two of them remember.
+    assert all(a is b for a, b in zip(kept, [grown[1], last], strict=True))
+
+
+def test_lexers_count_among_what_is_kept() -> None:
+    outputs = typed.TypedOutputs(_tokenizer("byte-level"), len(_tokenizer("byte-level")) + 5)
+    made = outputs.compiled(Constraint(Regex(pattern="[a-z]{3}")).text)
+    assert made.size >= made.automaton.size + made.lexer.states // 2
+
+
+def test_types_of_requests_cost_no_task_its_own() -> None:
+    outputs = typed.TypedOutputs(_tokenizer("byte-level"), len(_tokenizer("byte-level")) + 5)
+    outputs._of_requests = typed._Kept(1)
+    task, request = (Constraint(Regex(pattern=f"a{name}")).text for name in "tr")
+    made = outputs.compiled(task, of_task=True)
+    for number in range(3):
+        outputs.compiled(Constraint(Regex(pattern=f"b{number}")).text)
+    assert outputs.compiled(task) is made
+    # A request may have brought it first.
+    own = outputs.compiled(request)
+    assert outputs.compiled(request, of_task=True) is own
+    outputs.compiled(Constraint(Regex(pattern="c")).text)
+    assert outputs.compiled(request) is own
 
 
 class _Steps(NamedTuple):
