@@ -7,6 +7,8 @@ character but `"`, `\\` and the controls.
 import json
 from collections.abc import Mapping
 from decimal import Decimal
+from itertools import combinations
+from math import isfinite
 from typing import Any
 
 from mtlora.answer import language, numbers
@@ -71,6 +73,8 @@ def _refuse_constant(name: str) -> None:
 class _Reader:
     def __init__(self, root: Any) -> None:
         self._root = root
+        # By what refers to them: many references to one place are one expression.
+        self._read: dict[str, Expression] = {}
 
     def value(self, schema: Any, place: str, inside: tuple[str, ...]) -> Expression:
         """The values that a schema allows. `inside`: the references that led here."""
@@ -83,20 +87,21 @@ class _Reader:
             return self._reference(schema["$ref"], words, place, inside)
         if "const" in words:
             self._only(words, {"const", "type"}, place)
-            return literal(_dump(schema["const"]))
+            return language.choice([_dump(value) for value in self._listed([schema["const"]], schema, place)])
         if "enum" in words:
             self._only(words, {"enum", "type"}, place)
             if not isinstance(schema["enum"], list) or not schema["enum"]:
                 raise _wrong(place, "enum: allowed: a list of at least one value")
-            return language.choice([_dump(value) for value in schema["enum"]])
+            return language.choice([_dump(value) for value in self._listed(schema["enum"], schema, place)])
         for word in ("anyOf", "oneOf"):
             if word in words:
                 self._only(words, {word}, place)
                 if not isinstance(schema[word], list) or not schema[word]:
                     raise _wrong(place, f"{word}: allowed: a list of at least one schema")
-                return language.either(
-                    self.value(each, f"{place}.{word}[{i}]", inside) for i, each in enumerate(schema[word])
-                )
+                options = [self.value(each, f"{place}.{word}[{i}]", inside) for i, each in enumerate(schema[word])]
+                if word == "oneOf":
+                    self._refuse_overlaps(schema[word], place)
+                return language.either(options)
         kind = schema.get("type")
         if isinstance(kind, list) and kind:
             own = {word for one in kind if isinstance(one, str) for word in _ALLOWED.get(one, set())}
@@ -129,27 +134,69 @@ class _Reader:
         if unknown := sorted(words - allowed):
             raise _wrong(place, f"found {unknown[0]!r}; allowed here: {', '.join(sorted(allowed))}")
 
+    def _listed(self, values: list[Any], schema: Mapping[str, Any], place: str) -> list[Any]:
+        """Those of the values that are of the schema's type, if it has one beside them."""
+        if "type" not in schema:
+            return values
+        kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        if wrong := [kind for kind in kinds if not isinstance(kind, str) or kind not in _ALLOWED]:
+            raise _wrong(place, f"type: found {_shown(wrong[0])}; allowed: {', '.join(_ALLOWED)}")
+        found = [value for value in values if any(_is_of(value, kind) for kind in kinds)]
+        if not found:
+            raise _wrong(place, f"no value is of type {', '.join(kinds)}")
+        return found
+
+    def _refuse_overlaps(self, options: list[Any], place: str) -> None:
+        """A value that two options of oneOf allow is not allowed by the whole; only plain cases are told apart."""
+        for one, other in combinations(map(self._told_apart_by, options), 2):
+            values = one[1] is not None and other[1] is not None and not any(each in other[1] for each in one[1])
+            if one[0] & other[0] and not values:
+                raise _wrong(place, "oneOf: allowed: options of different types, or values; anyOf takes any options")
+
+    def _told_apart_by(self, schema: Any) -> tuple[set[str], list[Any] | None]:
+        """The types of a schema's values, and the values where they are listed. `value` has read the schema."""
+        if "$ref" in schema:
+            return self._told_apart_by(self._found(schema["$ref"], ""))
+        if "const" in schema or "enum" in schema:
+            listed = schema["enum"] if "enum" in schema else [schema["const"]]
+            listed = self._listed(listed, schema, "")
+            return {kind for each in listed for kind in _ALLOWED if _is_of(each, kind)}, listed
+        if inner := schema.get("anyOf", schema.get("oneOf")):
+            return set().union(*(self._told_apart_by(each)[0] for each in inner)), None
+        kinds = set(schema["type"] if isinstance(schema["type"], list) else [schema["type"]])
+        return kinds | ({"integer"} if "number" in kinds else set()), None
+
     def _reference(self, target: Any, words: set[str], place: str, inside: tuple[str, ...]) -> Expression:
         self._only(words, {"$ref"}, place)
+        if not isinstance(target, str):
+            raise _wrong(place, f"$ref: found {_shown(target)}; allowed: a place in this schema, such as #/$defs/name")
         if target in inside:
             raise _wrong(place, f"recurses through {target}")
+        if target not in self._read:
+            self._read[target] = self.value(self._found(target, place), place, (*inside, target))
+        return self._read[target]
+
+    def _found(self, target: str, place: str) -> Any:
+        """What a reference names."""
         found = self._root
-        if not isinstance(target, str) or not target.startswith("#/"):
+        if not target.startswith("#/"):
             raise _wrong(place, f"$ref: found {_shown(target)}; allowed: a place in this schema, such as #/$defs/name")
         for name in target[2:].split("/"):
             name = name.replace("~1", "/").replace("~0", "~")
             if not isinstance(found, Mapping) or name not in found:
                 raise _wrong(place, f"$ref: the schema has no {target}")
             found = found[name]
-        return self.value(found, place, (*inside, target))
+        return found
 
     def _object(self, schema: Mapping[str, Any], place: str, inside: tuple[str, ...]) -> Expression:
-        properties, required = schema.get("properties", {}), schema.get("required", [])
+        if "properties" not in schema:
+            raise _wrong(place, "an object needs properties")
+        properties, required = schema["properties"], schema.get("required", [])
         if not isinstance(properties, Mapping) or not isinstance(required, list):
             raise _wrong(place, "properties must be an object, and required a list")
         if unknown := [name for name in required if name not in properties]:
             raise _wrong(place, f"required: found {_shown(unknown[0])}, which is no property")
-        if schema.get("additionalProperties", False) not in (False, True):
+        if schema.get("additionalProperties", False) is not False:
             raise _wrong(place, "additionalProperties: allowed: false (an answer never has any)")
         members = [
             sequence(literal(_dump(name)), literal(":"), _BLANK, self.value(each, f"{place}.{name}", inside))
@@ -244,9 +291,29 @@ def _dump(value: Any) -> str:
         raise AnswerError(f"json: {error}") from None
 
 
+def _is_of(value: Any, kind: str) -> bool:
+    """Whether a value is of a type, as JSON Schema has it: 1.0 is an integer."""
+    match value:
+        case bool():
+            return kind == "boolean"
+        case None:
+            return kind == "null"
+        case int():
+            return kind in ("integer", "number")
+        case Decimal():
+            return kind == "number" or (kind == "integer" and value % 1 == 0)
+        case str():
+            return kind == "string"
+        case list():
+            return kind == "array"
+    return kind == "object"
+
+
 def _decimal(value: Any) -> float:
     if isinstance(value, Decimal):
-        return float(value)
+        if not isfinite(found := float(value)):
+            raise AnswerError(f"json: found {value}; allowed: numbers that a double holds")
+        return found
     raise TypeError(f"{value!r} is no JSON")
 
 

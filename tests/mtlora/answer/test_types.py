@@ -2,14 +2,16 @@
 
 import calendar
 import json
+import random
 import re
 import time
 from datetime import date
 from decimal import Decimal
 from typing import Any
 
+import jsonschema
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -104,6 +106,84 @@ def test_json_allows_what_its_schema_does(value: dict[str, Any]) -> None:
         assert answer.value(text) == value
     for wrong in ({**in_order, "more": 1}, {**in_order, "size": 51}, {**in_order, "kind": "b"}, {"name": "x"}):
         assert not answer.check(json.dumps(wrong))
+
+
+_STRINGS = st.sampled_from(["", "a", "b/c", "é", '"\\'])
+_PLAIN = st.one_of(st.none(), st.booleans(), st.integers(-3, 3), st.sampled_from([0.5, 1.0, -2.0]), _STRINGS)
+_KINDS = st.sampled_from(["string", "integer", "number", "boolean", "null"])
+_LEAVES: st.SearchStrategy[dict[str, Any]] = st.one_of(
+    st.fixed_dictionaries({"type": st.one_of(_KINDS, st.lists(_KINDS, min_size=1, max_size=3, unique=True))}),
+    st.fixed_dictionaries({"enum": st.lists(_PLAIN, min_size=1, max_size=4)}, optional={"type": _KINDS}),
+    st.fixed_dictionaries({"const": _PLAIN}, optional={"type": _KINDS}),
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["integer", "number"])},
+        optional={"minimum": st.integers(-5, 5), "exclusiveMaximum": st.integers(-5, 9)},
+    ),
+    st.fixed_dictionaries({"type": st.just("string")}, optional={"maxLength": st.integers(0, 3)}),
+    st.just({"type": "object"}),
+    st.just({"$ref": "#/$defs/some"}),
+)
+_SCHEMAS = st.recursive(
+    _LEAVES,
+    lambda inner: st.one_of(
+        st.fixed_dictionaries({"type": st.just("array"), "items": inner, "maxItems": st.integers(0, 3)}),
+        st.fixed_dictionaries(
+            {"type": st.just("object"), "properties": st.dictionaries(st.sampled_from("pqr"), inner, max_size=3)},
+            optional={"required": st.just(["p"]), "additionalProperties": st.booleans()},
+        ),
+        st.builds(
+            lambda word, options: {word: options}, st.sampled_from(["anyOf", "oneOf"]), st.lists(inner, min_size=1)
+        ),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300)
+@given(_SCHEMAS, st.randoms(use_true_random=False))
+def test_what_a_schema_lets_through_is_valid(schema: dict[str, Any], rng: random.Random) -> None:
+    """Held against another implementation: a schema is refused, or every answer is one of its instances."""
+    schema = {**schema, "$defs": {"some": {"enum": ["x", 7]}}}
+    try:
+        automaton = Json.model_validate({"schema": schema}).automaton
+    except (AnswerError, ValidationError):
+        return
+    bytes_left, way = automaton.ways_out()
+    for _ in range(5):
+        text, states = bytearray(), automaton.start
+        for _ in range(rng.randrange(40)):
+            if not (edges := [edge for state in sorted(states) for edge in automaton.edges[state]]):
+                break
+            low, high, _target = rng.choice(edges)
+            text.append(rng.randint(low, high))
+            states = automaton.step(states, text[-1])
+        state = min(states, key=bytes_left.__getitem__)
+        while step := way[state]:
+            text.append(step[0])
+            state = step[1]
+        jsonschema.validate(json.loads(text.decode()), schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ('{"type": "integer", "enum": ["a"]}', "no value is of type integer"),
+        ('{"type": "string", "const": 5}', "no value is of type string"),
+        ('{"oneOf": [{"type": "integer"}, {"type": "number"}]}', "oneOf"),
+        ('{"oneOf": [{"enum": [1, 2]}, {"const": 1.0}]}', "oneOf"),
+        ('{"const": 1e999}', "numbers that a double holds"),
+        ('{"type": "object"}', "needs properties"),
+        ('{"type": "object", "properties": {}, "additionalProperties": true}', "additionalProperties"),
+    ],
+)
+def test_schemas_whose_answers_would_be_invalid(schema: str, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Json.model_validate({"schema": schema})
+
+
+def test_enums_keep_the_values_of_their_type() -> None:
+    answer = Json.model_validate({"schema": {"type": ["string", "null"], "enum": ["a", None, 1]}})
+    assert [text for text in ('"a"', "null", "1") if answer.check(text)] == ['"a"', "null"]
 
 
 def test_a_grammar_of_rules() -> None:
