@@ -40,6 +40,7 @@ class Constraint:
 
     def compile(self, limit: int = language.MAX_STATES) -> Automaton:
         """The automaton of `expression`. Raises AnswerError where an answer may contain a stop string."""
+        language.check_written(self.expression)
         automaton = Automaton(self.expression, limit)
         for stop in self.stop:
             if automaton.may_contain(stop):

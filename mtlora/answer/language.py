@@ -17,6 +17,8 @@ _SURROGATES = (0xD800, 0xDFFF)
 _UTF8_ENDS = (0x7F, 0x7FF, 0xFFFF, LAST)
 
 MAX_REPEATS = 10_000
+# Classes of characters in an expression that is written out, as for llguidance.
+MAX_WRITTEN = 200_000
 # States of an automaton: about a kilobyte each.
 MAX_STATES = 30_000
 # Limit on remembered steps, in the states that they lead to: 30 to 60 bytes each. A hostile type has hundreds a step.
@@ -30,7 +32,14 @@ class AnswerError(MtLoRAError):
 
 
 class Expression:
-    """A regular expression, as data."""
+    """A regular expression, as data. Parts may be the same object in many places."""
+
+    def __hash__(self) -> int:
+        """Kept: without, a part would be hashed once for each way that leads to it."""
+        kept = self.__dict__
+        if "hash" not in kept:
+            kept["hash"] = hash(tuple(-1 if each is None else each for each in kept.values()))
+        return int(kept["hash"])
 
 
 @dataclass(frozen=True)
@@ -39,15 +48,21 @@ class Chars(Expression):
 
     ranges: tuple[tuple[int, int], ...]
 
+    __hash__ = Expression.__hash__
+
 
 @dataclass(frozen=True)
 class InOrder(Expression):
     parts: tuple[Expression, ...]
 
+    __hash__ = Expression.__hash__
+
 
 @dataclass(frozen=True)
 class Either(Expression):
     options: tuple[Expression, ...]
+
+    __hash__ = Expression.__hash__
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,8 @@ class Repeat(Expression):
     inner: Expression
     least: int
     most: int | None
+
+    __hash__ = Expression.__hash__
 
 
 NOTHING = InOrder(())
@@ -90,7 +107,9 @@ def optional(inner: Expression) -> Expression:
 
 
 def literal(text: str) -> Expression:
-    """Exactly this text."""
+    """Exactly this text. Raises AnswerError for a lone surrogate, which UTF-8 has no bytes for."""
+    if wrong := next((char for char in text if _SURROGATES[0] <= ord(char) <= _SURROGATES[1]), None):
+        raise AnswerError(f"found the lone surrogate {wrong!r}; allowed: characters")
     return sequence(*(Chars(((ord(char), ord(char)),)) for char in text)) if text else NOTHING
 
 
@@ -149,6 +168,25 @@ def _trie(texts: Sequence[str], depth: int) -> Expression:
         by_next.setdefault(text[depth : depth + 1], []).append(text)
     options = [_trie(group, depth) if char else NOTHING for char, group in by_next.items()]
     return sequence(shared, either(options))
+
+
+def check_written(expression: Expression) -> None:
+    """Raise AnswerError for an expression of few objects that is long when it is written out."""
+    sizes: dict[int, int] = {}
+
+    def size(part: Expression) -> int:
+        if id(part) not in sizes:
+            match part:
+                case Chars(ranges=ranges):
+                    sizes[id(part)] = len(ranges)
+                case InOrder(parts=inner) | Either(options=inner):
+                    sizes[id(part)] = sum(map(size, inner))
+                case Repeat(inner=one):
+                    sizes[id(part)] = size(one)
+        return sizes[id(part)]
+
+    if size(expression) > MAX_WRITTEN:
+        raise AnswerError(f"takes more than {MAX_WRITTEN} characters or classes when it is written out")
 
 
 def pattern(expression: Expression) -> str:

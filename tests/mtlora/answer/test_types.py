@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mtlora.answer import AnswerError, Date, Grammar, Json, Label, Number, Regex, Text
-from mtlora.answer.constraint import Constraint, read
+from mtlora.answer.constraint import Constraint, checked, read
 from mtlora.answer.language import LAST, Automaton, chars
 
 _PATTERNS = (
@@ -181,6 +181,13 @@ def test_schemas_whose_answers_would_be_invalid(schema: str, message: str) -> No
         Json.model_validate({"schema": schema})
 
 
+def test_lone_surrogates_are_refused() -> None:
+    """No tokens spell them."""
+    for data in ({"type": "json", "schema": '{"const": "\\ud800"}'}, {"type": "label", "labels": ["\ud800", "b"]}):
+        with pytest.raises(AnswerError, match="surrogate"):
+            list(checked(data, None, (), 1000))
+
+
 def test_enums_keep_the_values_of_their_type() -> None:
     answer = Json.model_validate({"schema": {"type": ["string", "null"], "enum": ["a", None, 1]}})
     assert [text for text in ('"a"', "null", "1") if answer.check(text)] == ['"a"', "null"]
@@ -202,6 +209,25 @@ def test_text_is_one_line() -> None:
     assert not Text().check("a\nb")
     assert Text(max_length=3).check("abc")
     assert not Text(max_length=3).check("abcd")
+
+
+def test_what_many_places_refer_to_is_read_once() -> None:
+    defs: dict[str, Any] = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 30} for i in range(7)}
+    began = time.monotonic()
+    answer = Json.model_validate({"schema": {"$ref": "#/$defs/d0", "$defs": {**defs, "d7": {"type": "integer"}}}})
+    assert answer.check("7")
+    # 30^7 reads take hours.
+    assert time.monotonic() - began < 2
+
+
+def test_a_short_grammar_that_is_long_when_written_out() -> None:
+    rules = [f'r{i} ::= "x" r{i + 1} | "y" r{i + 1}' for i in range(40)]
+    began = time.monotonic()
+    answer = Grammar(rules="\n".join(["root ::= r0", *rules, 'r40 ::= "a"']))
+    assert answer.automaton.size < 200
+    with pytest.raises(AnswerError, match="written out"):
+        Constraint(answer).compile()
+    assert time.monotonic() - began < 2
 
 
 # Few rules, and a sequence of 2^40 parts.
