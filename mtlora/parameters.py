@@ -18,6 +18,8 @@ MAX_BIAS: Final = 100.0
 MAX_LISTED: Final = 1024
 MAX_STOP_TOKENS: Final = 64
 MAX_PRIORITY: Final = 100
+# What contradicts a type of answer.
+AGAINST_TYPES: Final = ("allowed_tokens", "banned_tokens", "stop_token_ids", "min_new_tokens")
 
 _TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 _Tokens = Annotated[tuple[_TokenId, ...], Field(max_length=MAX_LISTED)]

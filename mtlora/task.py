@@ -25,7 +25,7 @@ from mtlora.answer import AnswerError, AnswerType, Label
 from mtlora.answer.constraint import Constraint
 from mtlora.config import MtLoRAConfig
 from mtlora.errors import MtLoRAError
-from mtlora.parameters import TaskDefaults
+from mtlora.parameters import AGAINST_TYPES, TaskDefaults
 from mtlora.vision.image_input import ImageInput, ImagePreparation
 
 TASK_ID_PATTERN = r"^[a-z0-9][a-z0-9_.\-]{0,127}$"
@@ -186,6 +186,13 @@ class TaskSpec(BaseModel):
         least = self.defaults.min_new_tokens if self.defaults else None
         if least is not None and least > self.max_new_tokens:
             raise ValueError(f"defaults: min_new_tokens: found {least}, above max_new_tokens, {self.max_new_tokens}")
+        return self
+
+    @model_validator(mode="after")
+    def _defaults_fit_the_type(self) -> "TaskSpec":
+        given = self.defaults.given if self.defaults and self.answer_type else {}
+        if found := next((name for name in AGAINST_TYPES if given.get(name)), None):
+            raise ValueError(f"defaults: {found}: found one beside a type of answer, which it contradicts")
         return self
 
     @model_validator(mode="after")

@@ -141,25 +141,38 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _check_masks(backbone: Path, tasks: "Sequence[TaskSpec]") -> None:
-    """Raise AnswerError for a type that llguidance, where it is installed, cannot mask."""
+    """Raise AnswerError for a type that llguidance, where it is installed, cannot mask, or whose answers do not fit."""
     from importlib.util import find_spec
 
-    constraints = {found: task.id for task in tasks if (found := task.constraint())}
+    constraints = {task.id: found for task in tasks if (found := task.constraint())}
     if not constraints or find_spec("llguidance") is None:
         return
     from transformers import AutoTokenizer
 
     from mtlora.answer import AnswerError
+    from mtlora.vllm_plugin.closing import Closing
     from mtlora.vllm_plugin.lexer import Lexer
     from mtlora.vllm_plugin.vocabulary import Vocabulary
 
     tokenizer = AutoTokenizer.from_pretrained(backbone)
     vocabulary = Vocabulary(tokenizer, len(tokenizer))
-    for constraint, task in constraints.items():
-        try:
-            Lexer(constraint.expression, vocabulary)
-        except ValueError as error:
-            raise AnswerError(f"task {task}: answer: {error}") from None
+    fewest: dict[str, int] = {}
+    for task in tasks:
+        if (constraint := constraints.get(task.id)) is None:
+            continue
+        if constraint.text not in fewest:
+            try:
+                Lexer(constraint.expression, vocabulary)
+            except ValueError as error:
+                raise AnswerError(f"task {task.id}: answer: {error}") from None
+            automaton = constraint.compile()
+            marker = vocabulary.encode(f" {constraint.marker}") if constraint.marker else []
+            # And the end.
+            fewest[constraint.text] = Closing(automaton, vocabulary).needs(automaton.start) + len(marker) + 1
+        if (least := fewest[constraint.text]) > task.max_new_tokens:
+            raise AnswerError(
+                f"task {task.id}: max_new_tokens: found {task.max_new_tokens}; its shortest answer takes {least}"
+            )
 
 
 def _convert(args: argparse.Namespace) -> int:

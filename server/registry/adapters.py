@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from server.errors import AdapterError
 from server.job import Lane
 from server.registry.catalog import Catalog
 from server.registry.check import VerificationLimits
@@ -161,6 +162,7 @@ def _normalising(vision: Path) -> Callable[["TaskSpec"], "TaskSpec"]:
 
 
 async def _compile_types(compile: Compile, version: AdapterVersion) -> None:
+    """Raises AdapterError for a type that the engine refuses, or whose shortest answer exceeds a task's limit."""
     texts = {task: found.text for task, spec in version.specs.items() if (found := spec.constraint())}
     distinct = list(dict.fromkeys(texts.values()))
     fewest: dict[str, int] = {}
@@ -168,6 +170,9 @@ async def _compile_types(compile: Compile, version: AdapterVersion) -> None:
     for start in range(0, len(distinct), _COMPILED_AT_ONCE):
         some = distinct[start : start + _COMPILED_AT_ONCE]
         fewest |= zip(some, await compile(some), strict=True)
+    for task, text in texts.items():
+        if fewest[text] > (most := version.specs[task].max_new_tokens):
+            raise AdapterError(f"task {task}: max_new_tokens: found {most}; its shortest answer takes {fewest[text]}")
     version.fewest = {task: fewest[text] for task, text in texts.items()}
 
 

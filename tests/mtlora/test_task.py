@@ -209,3 +209,13 @@ def test_refuses_a_document_part_that_depends_on_more(
 ) -> None:
     with pytest.raises(ValidationError, match=message):
         spec(document_template=document_template, template=template)
+
+
+@pytest.mark.parametrize(
+    "defaults", [{"allowed_tokens": [1]}, {"banned_tokens": [5]}, {"stop_token_ids": [3]}, {"min_new_tokens": 4}]
+)
+@pytest.mark.parametrize("answer", [{"answer": {"type": "date"}}, {"allowed_answers": ["a", "b"]}])
+def test_defaults_that_contradict_a_type_are_refused(defaults: dict[str, object], answer: dict[str, object]) -> None:
+    assert spec(defaults=defaults)
+    with pytest.raises(ValidationError, match=f"defaults: {next(iter(defaults))}"):
+        spec(defaults=defaults, **answer)

@@ -12,8 +12,10 @@ import pytest
 from benchmarks.harness.waiting import eventually
 from server.errors import AdapterError, EngineDeadError, from_exception
 from server.registry import residency as module
+from server.registry.adapters import _compile_types
 from server.registry.residency import Residency
 from server.registry.version import AdapterVersion, NoRoomError, Stage, StageError
+from tests.server.adapters import entry
 from tests.server.slots import serving_version
 
 
@@ -236,6 +238,21 @@ async def test_types_are_compiled_once_a_version_and_engine(engine: Loads) -> No
     a.fewest = None
     await use(residency, b, a)
     assert compiled == [a, b, a, b, a]
+
+
+async def test_a_limit_below_the_shortest_answer_fails_the_load(engine: Loads) -> None:
+    async def compile(texts: Sequence[str]) -> list[int]:
+        return [7] * len(texts)
+
+    def version(max_new_tokens: int) -> AdapterVersion:
+        version = serving_version("a")
+        version.specs = {"a": entry("a", answer={"type": "date"}, max_new_tokens=max_new_tokens)}
+        return version
+
+    residency = Residency(engine, 1, prepare=lambda version: _compile_types(compile, version))
+    await use(residency, version(7))
+    with pytest.raises(AdapterError, match="task a: max_new_tokens: found 6; its shortest answer takes 7"):
+        await use(residency, version(6))
 
 
 async def test_prefetching_loads_before_anyone_waits(engine: Loads) -> None:

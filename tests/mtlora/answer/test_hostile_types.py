@@ -64,6 +64,14 @@ def test_verify_refuses_it(tmp_path: Path, backbone: Path, capsys: pytest.Captur
     assert "task one: answer: too complex" in capsys.readouterr().err
 
 
+def test_verify_refuses_a_limit_below_the_shortest_answer(
+    tmp_path: Path, backbone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_adapter(tmp_path / "1", [entry("one", answer={"type": "date"}, max_new_tokens=1)])
+    assert main(["verify", str(tmp_path / "1"), "--backbone", str(backbone)]) == 1
+    assert "task one: max_new_tokens: found 1; its shortest answer takes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("pattern", _EXPLODING)
 def test_every_answer_of_an_exploding_type_lies_within_it(outputs: Any, pattern: str) -> None:
     rng = random.Random(0)
