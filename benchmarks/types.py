@@ -16,20 +16,25 @@ import asyncio
 import itertools
 import json
 import random
+import re
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
+import jsonschema  # type: ignore[import-untyped]
 import psutil
 
 from benchmarks.harness.adapters import CONFIG, random_tensors
 from benchmarks.harness.asking import closed_loop
 from benchmarks.harness.native_server import native_server
-from mtlora.answer import Json
+from mtlora.answer import AnswerType, Date, Json, Label, Number, Regex, Text
 from mtlora.backbone import identify, resolve
 from mtlora.checkpoint.format import AdapterManifest, TaskEntry
 from mtlora.checkpoint.read import read_manifest
@@ -64,7 +69,7 @@ class Question:
 
 
 def main() -> int:
-    """Measure and print; always returns 0."""
+    """Measure and print; 1 if an answer lies outside its type."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.types")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="default: the highest version in adapters/builtin")
     parser.add_argument("--backbone", default="default")
@@ -78,12 +83,12 @@ def main() -> int:
         shutil.copytree(adapter, adapters / "builtin" / adapter.name)
         settings = {"backbone": args.backbone, "adapters": adapters, "max_num_seqs": 64, "max_model_len": 1024}
         with native_server(**settings) as server:
-            asyncio.run(measure(server, adapters, adapter, args))
-    return 0
+            outside = asyncio.run(measure(server, adapters, adapter, args))
+    return 1 if outside else 0
 
 
-async def measure(server: ServerProcess, adapters: Path, adapter: Path, args: argparse.Namespace) -> None:
-    """All parts, and the line at the end."""
+async def measure(server: ServerProcess, adapters: Path, adapter: Path, args: argparse.Namespace) -> int:
+    """All parts, and the line at the end; how many answers lie outside their types."""
     manifest = read_manifest(adapter)
     questions = list(_questions(args.bbh))
     tasks = list(dict.fromkeys(each.task for each in questions))
@@ -109,6 +114,7 @@ async def measure(server: ServerProcess, adapters: Path, adapter: Path, args: ar
         f"types: {len(tasks)} tasks, {args.requests} requests, {outside} outside, typed/free {typed_by_free:.2f}, "
         f"score/generate {score_by_generate:.2f}, calibration {calibration:.3f}"
     )
+    return outside
 
 
 def _questions(bbh: Path) -> Iterator[Question]:
@@ -130,6 +136,34 @@ def _questions(bbh: Path) -> Iterator[Question]:
     return (each for turn in turns for each in turn if each is not None)
 
 
+def is_of_type(answer: AnswerType, text: str) -> bool:
+    """Whether a text is an answer, by other code than the decoder's; a grammar has no other."""
+    text = text.strip()
+    try:
+        match answer:
+            case Label(labels=labels):
+                return text in labels
+            case Number(minimum=least, maximum=most, step=step):
+                return least <= Decimal(text) <= most and not Decimal(text) % step
+            case Date(format=format):
+                return datetime.strptime(text, format).strftime(format) == text
+            case Regex(pattern=pattern):
+                return bool(re.fullmatch(pattern, text, re.ASCII))
+            case Json(json_schema=schema):
+                jsonschema.validate(json.loads(text, parse_constant=_refuse_constant), json.loads(schema))
+                return True
+            case Text(max_length=most):
+                return 0 < len(text) <= (most or len(text)) and len(text.splitlines()) == 1
+    except (ValueError, InvalidOperation, jsonschema.ValidationError):
+        return False
+    return answer.check(text)
+
+
+def _refuse_constant(name: str) -> None:
+    """JSON has neither NaN nor Infinity."""
+    raise ValueError(name)
+
+
 async def count_outside(
     client: AsyncClient, manifest: AdapterManifest, questions: Sequence[Question], requests: int
 ) -> int:
@@ -145,7 +179,7 @@ async def count_outside(
         answer = await client.generate(example.task_id, example.input, temperature=temperature, seed=number)
         answer_type = manifest.task(example.task_id).answer_type
         assert answer_type is not None
-        if not answer_type.check(answer.text):
+        if not is_of_type(answer_type, answer.text):
             outside += 1
             print(f"outside: {question.task}, temperature {temperature}: {answer.text[:200]!r}", flush=True)
 
@@ -201,6 +235,8 @@ async def compare_with_free(client: AsyncClient, pid: int, questions: Sequence[Q
         if sum(each) != sum(right[True][task])
     ]
     print_table("tasks whose accuracy changes", ("task", "free", "typed", "examples"), changed)
+    gained = sum(sum(each) > sum(right[True][task]) for task, each in right[False].items())
+    print(f"tasks with types: {gained} gain, {len(changed) - gained} lose, {len(right[False]) - len(changed)} stay")
     for suite in ("builtin", "bbh"):
         without, with_types = accuracy(True, suite), accuracy(False, suite)
         ratio = with_types / without
@@ -211,17 +247,31 @@ async def compare_with_free(client: AsyncClient, pid: int, questions: Sequence[Q
     return statistics.geometric_mean(ratios)
 
 
+def by_working(questions: Sequence[Question], labels: Mapping[str, bool]) -> dict[str, list[Question]]:
+    """Questions of tasks of labels: of each task half among all mixed, the rest by whether the task has working.
+
+    labels: whether the task has working, by task. No question comes twice: its prompt would be in the cache.
+    """
+    parts: dict[str, list[Question]] = {"mixed": [], "without working": [], "with working": []}
+    seen: Counter[str] = Counter()
+    for each in questions:
+        if (worked := labels.get(each.example.task_id)) is not None:
+            apart = "with working" if worked else "without working"
+            parts[apart if seen[each.task] % 2 else "mixed"].append(each)
+            seen[each.task] += 1
+    return parts
+
+
 async def compare_score(
     client: AsyncClient, manifest: AdapterManifest, questions: Sequence[Question], pairs: int
 ) -> float:
-    """Requests a second of Score ÷ Generate, for tasks of labels without working; prints those with working too.
+    """Requests a second of Score ÷ Generate, for all tasks of labels mixed; prints those with and without working too.
 
     Each question is asked one way alone: the second time its prompt would be in the cache.
     """
     labels = {task.id: task.answer_marker is not None for task in manifest.tasks if task.labels}
-    ratios: dict[bool, list[float]] = {}
-    for worked in (False, True):
-        asked = [each for each in questions if labels.get(each.example.task_id) is worked]
+    ratios: dict[str, list[float]] = {}
+    for name, asked in by_working(questions, labels).items():
         each_way = min(pairs, len(asked) // (2 * _ROUNDS))
         waiting = iter(asked)
         for number in range(_ROUNDS):
@@ -235,14 +285,16 @@ async def compare_score(
 
             for way in (generate, score) if number % 2 else (score, generate):
                 seconds[way] = await _timed(list(itertools.islice(waiting, each_way)), way)
-            ratios.setdefault(worked, []).append(seconds[generate] / seconds[score])
-        rounds = ", ".join(f"{each:.2f}" for each in ratios[worked])
-        print(f"score/generate {'with' if worked else 'without'} working, rounds of {each_way}: {rounds}", flush=True)
-    by_way = {worked: statistics.geometric_mean(each) for worked, each in ratios.items()}
-    plain = sum(not worked for worked in labels.values())
-    print(f"score/generate: {plain} tasks of labels without working {by_way[False]:.2f}, ", end="")
-    print(f"{len(labels) - plain} with working {by_way[True]:.2f}")
-    return by_way[False]
+            ratios.setdefault(name, []).append(seconds[generate] / seconds[score])
+        print(f"score/generate {name}, rounds of {each_way}: {', '.join(f'{each:.2f}' for each in ratios[name])}")
+    means = {name: statistics.geometric_mean(each) for name, each in ratios.items()}
+    worked = sum(labels.values())
+    print(
+        f"score/generate: {len(labels)} tasks of labels mixed {means['mixed']:.2f}, {len(labels) - worked} without "
+        f"working {means['without working']:.2f}, {worked} with working {means['with working']:.2f}",
+        flush=True,
+    )
+    return means["mixed"]
 
 
 async def scored(client: AsyncClient, example: Example) -> Score:
