@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 MAX_SAMPLES: Final = 16
 MAX_TEMPERATURE: Final = 2.0
 # Likely tokens beside each token of an answer, or of a prompt.
-MAX_LOGPROBS: Final = 5
+MAX_LOGPROBS: Final = 20
 MAX_PENALTY: Final = 2.0
 # Nearer to 0 or further from it, logits would leave the range of float32.
 REPETITION_PENALTIES: Final = (0.01, 10.0)

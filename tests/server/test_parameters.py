@@ -94,7 +94,7 @@ HOT = {"temperature": 1.0}
         ({"frequency_penalty": math.inf}, "frequency_penalty", "found inf; allowed: -2 to 2"),
         ({"repetition_penalty": 0.0}, "repetition_penalty", "found 0; allowed: 0.01 to 10"),
         ({"repetition_penalty": NAN}, "repetition_penalty", "found nan; allowed: 0.01 to 10"),
-        ({"prompt_logprobs": 6}, "prompt_logprobs", "found 6; allowed: 0 to 5"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs", "found 21; allowed: 0 to 20"),
         ({"priority": 101}, "priority", "found 101; allowed: -100 to 100"),
         ({"priority": -(2**31)}, "priority", "found -2.14748e+09; allowed: -100 to 100"),
         ({"logit_bias": {300: 1.0}}, "logit_bias.values[300]", "found 300, which is no token; allowed: 0 to 299"),
@@ -159,12 +159,12 @@ def test_a_valid_request_reaches_the_job_whole() -> None:
     made = job(
         n=2, best_of=3, temperature=1.0, seed=2**63 - 1, min_p=0.5, presence_penalty=-2.0, frequency_penalty=2.0,
         repetition_penalty=1.5, logit_bias={7: -100.0}, allowed_tokens=[7, 8], banned_tokens=[9], stop_token_ids=[8],
-        min_new_tokens=1, prompt_logprobs=5, return_token_ids=True, priority=-3,
+        min_new_tokens=1, prompt_logprobs=20, return_token_ids=True, priority=-3,
     )  # fmt: skip
     assert (made.n, made.best_of, made.return_token_ids, made.priority) == (2, 3, True, -3)
     assert made.sampling.more == MoreSampling(
         min_p=0.5, presence_penalty=-2.0, frequency_penalty=2.0, repetition_penalty=1.5, logit_bias={7: -100.0},
-        allowed_tokens=(7, 8), banned_tokens=(9,), stop_token_ids=(8,), min_new_tokens=1, prompt_logprobs=5,
+        allowed_tokens=(7, 8), banned_tokens=(9,), stop_token_ids=(8,), min_new_tokens=1, prompt_logprobs=20,
         cumulative_logprob=True,
     )  # fmt: skip
     first, *others = [each.job for each in samples(Generation(made, Call("id", "Generate"), Metrics()))]
@@ -316,8 +316,8 @@ PARAMETERS = st.fixed_dictionaries(
         "min_p": FLOATS, "presence_penalty": FLOATS, "frequency_penalty": FLOATS, "repetition_penalty": FLOATS,
         "allowed_tokens": LISTS,
         "banned_tokens": LISTS, "stop_token_ids": LISTS, "min_new_tokens": st.integers(0, 70),
-        "logit_bias": st.dictionaries(st.integers(0, 310), FLOATS, max_size=5), "prompt_logprobs": st.integers(0, 7),
-        "priority": st.integers(-200, 200), "logprobs": st.integers(0, 7),
+        "logit_bias": st.dictionaries(st.integers(0, 310), FLOATS, max_size=5), "prompt_logprobs": st.integers(0, 22),
+        "priority": st.integers(-200, 200), "logprobs": st.integers(0, 22),
     },
 )  # fmt: skip
 

@@ -53,14 +53,14 @@ def test_defaults_come_from_the_task(prompts: PromptEncoder) -> None:
 
 def test_parameters_replace_defaults(prompts: PromptEncoder) -> None:
     request = make_request(
-        "one", "hello", max_new_tokens=3, temperature=0.5, top_p=0.5, top_k=10**6, seed=0, stop=[], logprobs=5,
+        "one", "hello", max_new_tokens=3, temperature=0.5, top_p=0.5, top_k=10**6, seed=0, stop=[], logprobs=20,
         without_adapter=True,
     )  # fmt: skip
     made = job(validate(request, ONE, prompts, LIMITS))
     assert made.without_adapter
     sampling = made.sampling
     assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p) == (3, 0.5, 0.5)
-    assert (sampling.top_k, sampling.seed, sampling.stop, sampling.logprobs) == (LIMITS.vocab_size, 0, (), 5)
+    assert (sampling.top_k, sampling.seed, sampling.stop, sampling.logprobs) == (LIMITS.vocab_size, 0, (), 20)
 
 
 def test_chats_use_the_backbones_template(prompts: PromptEncoder) -> None:
@@ -110,7 +110,7 @@ def test_names_the_violations_of_an_input(
         {"top_p": 1.1},
         {"top_p": float("nan")},
         {"seed": 2**63},
-        {"logprobs": 6},
+        {"logprobs": 21},
     ],
 )
 def test_names_the_violation_of_a_parameter(prompts: PromptEncoder, parameters: dict[str, Any]) -> None:
@@ -127,7 +127,7 @@ def test_names_the_violations_of_stop_strings(prompts: PromptEncoder) -> None:
 
 
 def test_names_all_violations_at_once(prompts: PromptEncoder) -> None:
-    request = make_request("", "", temperature=3.0, top_p=2.0, logprobs=9, max_new_tokens=0)
+    request = make_request("", "", temperature=3.0, top_p=2.0, logprobs=29, max_new_tokens=0)
     assert fields(validate(request, None, prompts, LIMITS)) == [
         "task_id", "text", "parameters.max_new_tokens", "parameters.temperature", "parameters.top_p",
         "parameters.logprobs",
@@ -200,7 +200,7 @@ PARAMETERS = st.fixed_dictionaries(
         "top_p": FLOATS,
         "top_k": UINT32,
         "seed": st.integers(0, 2**64 - 1),
-        "logprobs": st.integers(0, 7) | UINT32,
+        "logprobs": st.integers(0, 22) | UINT32,
         "stop": st.builds(pb.StopStrings, values=st.lists(st.text(max_size=10), max_size=12)),
     },
 )
@@ -243,7 +243,7 @@ def test_any_request_becomes_a_job_within_the_limits_or_violations(
     assert sampling.seed is None or 0 <= sampling.seed < 2**63
     assert len(sampling.stop) <= MAX_STOP_STRINGS
     assert all(sampling.stop)
-    assert 0 <= sampling.logprobs <= 5
+    assert 0 <= sampling.logprobs <= 20
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
