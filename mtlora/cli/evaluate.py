@@ -114,12 +114,10 @@ def _eval(args: argparse.Namespace) -> int:
     calibration = dict(checkpoint.manifest.calibration) if checkpoint else {}
     if labeller is not None:
         fitted = _calibrate(labeller, tasks, examples, calibration, evaluation)
-        if evaluation["split"] in ("validation", "test"):
+        if evaluation["split"] == "validation":
             calibration |= fitted
         elif args.record and fitted:
-            print(
-                "the temperatures fitted on these examples are not kept, as they may be of its training: name a --split"
-            )
+            print("the temperatures fitted on these examples are not kept: only --split validation gives ones to keep")
     if args.json:
         records = [
             {"task_id": e.task_id, "input": e.input, "target": e.target, **{n: a[i] for n, a in answers.items()}}

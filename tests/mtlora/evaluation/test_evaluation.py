@@ -234,14 +234,20 @@ def test_labels_are_scored_and_their_temperature_recorded(
         logits_V = adapted.model(input_ids=torch.tensor([[*prompt.ids, *before]])).logits[0, -1]
     expected = logits_V[list(after)].softmax(-1).tolist()
     assert list(found.values()) == pytest.approx(expected, abs=1e-5)
+    # Enough for each split.
+    examples = [{"input": f"{n} {CHOICE}", "target": "(A)"} for n in range(60)]
+    (folder / "letters.json").write_text(json.dumps({"examples": examples}))
     arguments = ["eval", "--backbone", str(tiny_backbone), "--adapter", str(tmp_path / "typed"), "--suite", str(folder)]
     assert main([*arguments, "--examples", "6", "--record", "--adapter-only"]) == 0
     printed = capsys.readouterr().out
     assert "expected calibration error of 6 labels: " in printed
     # Most of a whole folder is its training split.
     assert "not kept" in printed
-    assert not read_manifest(tmp_path / "typed").calibration
+    # A temperature fitted on the test split would flatter the calibration error there.
     assert main([*arguments, "--split", "test", "--record", "--adapter-only"]) == 0
+    assert "not kept" in capsys.readouterr().out
+    assert not read_manifest(tmp_path / "typed").calibration
+    assert main([*arguments, "--split", "validation", "--record", "--adapter-only"]) == 0
     assert "not kept" not in capsys.readouterr().out
     manifest = read_manifest(tmp_path / "typed")
     assert list(manifest.calibration) == ["letters"]
