@@ -120,11 +120,19 @@ def _violations(request: pb.GenerateRequest, task: TaskSpec) -> Iterator[Violati
         yield Violation("answer.label.labels", f"found {found}; allowed: 2 to {MAX_LABELS}")
     elif (size := request.answer.ByteSize()) > _MAX_BYTES:
         yield Violation("answer", f"found {size} bytes; allowed: {_MAX_BYTES}")
-    elif task.answer_type is not None and message(task.answer_type) != request.answer:
+    elif task.answer_type is not None and not _same(task.answer_type, request.answer):
         if task.labels is None:
             yield Violation("answer", f"task {task.id} has a type, {task.answer_type.type}; allowed: none, or the same")
         elif not request.answer.HasField("label") or not set(request.answer.label.labels) <= set(task.labels):
             yield Violation("answer", f"task {task.id} has labels; allowed: a subset of them")
+
+
+def _same(own: AnswerType, asked: pb.AnswerType) -> bool:
+    """Whether a request names the task's own type; what it leaves out has its default."""
+    if message(own) == asked:
+        return True
+    data = _as_data(asked)
+    return all(data.get(name, field.default) == getattr(own, name) for name, field in type(own).model_fields.items())
 
 
 def message(answer: AnswerType) -> pb.AnswerType:

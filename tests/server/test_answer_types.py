@@ -119,6 +119,20 @@ async def test_the_engine_is_held_to_the_tasks_type(service: Service, client: As
 
 
 @pytest.mark.parametrize(
+    ("asked", "same"),
+    [({}, True), ({"step": 1}, True), ({"step": 2}, False), ({"minimum": 10}, False)],
+)
+async def test_a_tasks_own_type_may_leave_defaults_out(
+    client: AsyncClient, asked: dict[str, float], same: bool
+) -> None:
+    answer = pb.AnswerType(number=pb.NumberType(**{"minimum": 0, "maximum": 99, **asked}))
+    if same:
+        assert (await client.generate("number", "x", answer=answer)).answer_type == "number"
+    else:
+        assert "has a type, number" in str(await refused(client.generate("number", "x", answer=answer)))
+
+
+@pytest.mark.parametrize(
     ("answer_type", "text", "value"),
     [
         ("number", "3.50", Decimal("3.50")),
