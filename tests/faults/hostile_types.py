@@ -32,6 +32,8 @@ _TASK = "hostile.free"
 _IN_FLIGHT, _DIFFERENT = 4, 200.0
 # The neighbour's requests in a turn; in a round, a turn without the hostile tenant and one with it.
 _PER_TURN, _MIN_ROUNDS, _TOKENS = 5, 4, 8
+# Of the hostile tenant: enough for most of its types to be sampled to an end, and far from the likeliest one.
+_HOSTILE_TOKENS, _TEMPERATURE = 256, 2.0
 _PROPER = {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"}
 _LOAD_TIMEOUT_S = 60.0
 
@@ -93,6 +95,7 @@ class Hostility:
         self._address, self._access, self._asked, self._patience_s = address, access, asked, patience_s
         self._expensive = _expensive(random.Random(seed))
         self._different = itertools.count()
+        self._turns = itertools.count()
 
     async def rounds(self, number: int) -> None:
         async with (
@@ -120,17 +123,27 @@ class Hostility:
             yield next(types)
 
     async def _turn(self, client: AsyncClient, into: list[float]) -> None:
+        # New in each turn, so its first request waits for a check.
+        answer = pb.AnswerType(regex=f"[a-z]{{1,12}} {next(self._turns)}")
         for question in self._asked:
             began = time.monotonic()
             try:
-                await client.generate(question.task_id, question.text, max_new_tokens=_TOKENS, free=True, stop=[])
+                await client.generate(_TASK, question.text, max_new_tokens=_TOKENS, answer=answer)
             except ServerError:
                 self.failed += 1
             into.append(time.monotonic() - began)
 
     async def _attack(self, client: AsyncClient, answer: pb.AnswerType) -> None:
         try:
-            await client.generate(_TASK, "x", answer=answer, max_new_tokens=64, timeout=self._patience_s)
+            await client.generate(
+                _TASK,
+                "x",
+                answer=answer,
+                max_new_tokens=_HOSTILE_TOKENS,
+                temperature=_TEMPERATURE,
+                seed=0,
+                timeout=self._patience_s,
+            )
             self.statuses["OK"] += 1
         except ServerError as error:
             self.statuses[error.code.name] += 1
@@ -144,8 +157,11 @@ def _expensive(rng: random.Random) -> Iterator[pb.AnswerType]:
         n = rng.randrange(1, 1 << 30)
         yield pb.AnswerType(regex=f"(a{{1000}}){{1000}}{n}")
         yield pb.AnswerType(regex=f"(.*a.{{12}}|.*b.{{11}}){n}")
-        # Hundreds of states at every byte, each time others.
+        # Hundreds of states at every byte, each time others: in Python's automaton, and in llguidance's lexer.
+        yield pb.AnswerType(regex=f".*a.{{60}}{n}")
         yield pb.AnswerType(regex=f"(.*a.{{200}}|.*b.{{199}}){n}")
+        # No first mask within llguidance's limits.
+        yield pb.AnswerType(regex=f"(.{{0,9}}[a-m]){{0,10}}{n}")
         yield pb.AnswerType(regex=f"([a-z]{{1,60}}-){{1,60}}{n}")
         fields = {f"f{i}": {"const": 1} for i in range(3000)}
         yield pb.AnswerType(json=json.dumps({"type": "object", "title": str(n), "properties": fields}))
