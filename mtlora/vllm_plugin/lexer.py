@@ -24,7 +24,7 @@ _REST_S = 10.0
 
 
 class Lexer:
-    """Of one type; all its sequences share it. `states`: the most that it may hold."""
+    """The lexer of one type, which all its sequences share. `states`: the most that it may hold."""
 
     def __init__(self, expression: Expression, vocabulary: Vocabulary) -> None:
         """Raises ValueError where llguidance refuses the type, or knows no first token within its limits."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import TemplateError
 from mtlora_pb.v1 import inference_pb2 as pb
 
-from mtlora.parameters import MAX_LOGPROBS, MAX_SAMPLES, MAX_TEMPERATURE, samples
+from mtlora.parameters import AGAINST_TYPES, MAX_LOGPROBS, MAX_SAMPLES, MAX_TEMPERATURE, samples
 from mtlora.prompt import PromptEncoder
 from mtlora.task import TaskSpec, template_fields
 from server.errors import Violation
@@ -330,10 +330,6 @@ def _held(request: pb.GenerateRequest, task: ServedTask) -> Held | None:
     return Held(constraint.text, constraint.type.name, fewest[task.spec.id] if fewest else 1)
 
 
-# What may end an answer, or keep it from ending, against its type.
-_AGAINST_TYPES = ("allowed_tokens", "banned_tokens", "stop_token_ids", "min_new_tokens")
-
-
 def _type_violations(sampling: Sampling, task: TaskSpec, held: Held) -> Iterator[Violation]:
     """What would cut an answer before its type lets it end."""
     if sampling.max_new_tokens < held.fewest:
@@ -345,7 +341,7 @@ def _type_violations(sampling: Sampling, task: TaskSpec, held: Held) -> Iterator
     if other := [stop for stop in sampling.stop if stop not in task.stop]:
         allowed = f"those of the task, {', '.join(map(repr, task.stop))}, as the answer has a type; or set free"
         yield Violation("parameters.stop.values", f"found {other[0][:64]!r}; allowed: {allowed}")
-    for name in _AGAINST_TYPES if sampling.more else ():
+    for name in AGAINST_TYPES if sampling.more else ():
         if getattr(sampling.more, name):
             yield Violation(f"parameters.{name}", "found, though the answer has a type; allowed: one of them, or free")
 
