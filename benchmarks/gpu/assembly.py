@@ -19,6 +19,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _OF_ANY_VALUE = ("block", "num_tokens")
 # An access in PTX and how many bytes each thread moves by it.
 _ASYNC_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global[^;]*?\],\s*\[[^\]]*\],\s*(0x[0-9a-f]+|\d+)")
+_WAIT = re.compile(r"cp\.async\.wait_group\s+(0x[0-9a-f]+|\d+)")
 _LOAD = re.compile(r"\bld\.global\S*?(?:\.v(\d))?\.[bufs](\d+)\s")
 _LABEL = re.compile(r"^\s*(\$\S+):")
 _BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$[^;\s]+)")
@@ -148,6 +149,13 @@ def overlaps_register_products(ptx: str) -> bool:
     from_registers = re.search(r"wgmma\.mma_async[^;]*?\{[^}]*\},\s*\{[^}]*\}", ptx)
     waits = [int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", ptx)]
     return bool(from_registers) and any(waits)
+
+
+def stages(ptx: str) -> int:
+    """Stages of a loop's loads: 1 if it waits for each, 2 if a pass loads the next one's, 3 if more stay in flight."""
+    if not _ASYNC_COPY.search(ptx):
+        return 1
+    return 3 if any(int(number, 0) for number in _WAIT.findall(ptx)) else 2
 
 
 def loaded_bytes(ptx: str, warps: int, width: int) -> int:

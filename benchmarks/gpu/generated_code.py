@@ -5,6 +5,8 @@
     products            16-bit products are on tensor cores
     WGMMA               no product with A in registers is left running, unless the assembler is sound (13.3 and newer)
     loads               weights, and x, come by 16 bytes a thread
+    stages              the shrink has a pass's loads in flight while it waits for older ones; the expand loads one pass
+                        ahead, but for tiles of 64 tokens where products are not pipelined
     bytes               a pass of a product's loop loads the tiles it multiplies, and nothing twice
 
 How many bytes all passes load is counted by `tests/benchmarks/traffic.py`.
@@ -16,7 +18,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.gpu.assembly import Assembly, assemble, assembler_version, loaded_bytes, overlaps_register_products
+from benchmarks.gpu.assembly import (
+    Assembly,
+    assemble,
+    assembler_version,
+    loaded_bytes,
+    overlaps_register_products,
+    stages,
+)
 from mtlora.ops import tuning
 from mtlora.ops.triton_gpu import Launch, launches
 from mtlora.ops.tuning import KernelConfig
@@ -31,6 +40,8 @@ TOKENS = (16, 512, 8192)
 PROGRAMS = {16: (4, 3), 512: (4, 3), 8192: (3, 1)}
 # The same for the expand in decode steps, where it accesses y by few numbers at a time.
 NARROW_PROGRAMS = 2
+# Of the shrink's and the expand's loads, at least.
+STAGES = (3, 2)
 
 
 @dataclass(frozen=True)
@@ -69,12 +80,13 @@ def faults(one: Class, mutate: Callable[[Launch], Launch] = lambda launch: launc
     size = config.dtype.itemsize
     bytes_of_pass = (way.block_t + way.block_s) * way.block_d * size, way.block_n * 16 * way.block_e * size
     sound = config.capability != 90 or (config.pipelined and tuning.may_pipeline(90, _version(90)))
+    of_stages = STAGES if config.pipelined or tuning.tile_size(one.tokens) == 16 else (STAGES[0], 1)
     found, codes = [], []
     of_shrink, of_expand = PROGRAMS[one.tokens]
     if config.alignment < tuning.ALIGNMENT:
         of_expand = min(of_expand, NARROW_PROGRAMS)
-    for launch, needed, programs in zip(
-        launches(config, one.tokens), bytes_of_pass, (of_shrink, of_expand), strict=True
+    for launch, needed, programs, loads in zip(
+        launches(config, one.tokens), bytes_of_pass, (of_shrink, of_expand), of_stages, strict=True
     ):
         code, name = assemble(mutate(launch), config.capability), launch.kernel.__name__
         codes.append(code)
@@ -89,6 +101,8 @@ def faults(one: Class, mutate: Callable[[Launch], Launch] = lambda launch: launc
             found.append(f"{name}: no tensor cores")
         if overlaps_register_products(code.ptx) and not sound:
             found.append(f"{name}: WGMMA with A in registers is left running")
+        if (seen := max(stages(loop) for loop in code.loops)) < loads:
+            found.append(f"{name}: loads in {seen} stages, {loads} are needed")
         wide = {loaded_bytes(loop, code.warps, width=16) for loop in code.loops}
         if max(wide) != needed:
             found.append(

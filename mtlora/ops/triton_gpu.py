@@ -100,7 +100,7 @@ def _shrink(
 
 @triton.jit
 def _sum_parts(s, place, column, mask, parts, planned, S_STRIDE: tl.constexpr, MAX_PARTS: tl.constexpr):
-    """Sum over the parts of s[:, place, column], 0 where masked."""
+    """Sum over the parts of s[:, place, column], at most MAX_PARTS; 0 where masked."""
     at = s + place.to(tl.int64)[:, None] * S_STRIDE + column[None, :]
     step = planned.to(tl.int64) * S_STRIDE
     total = tl.load(at, mask=mask, other=0.0)
@@ -137,7 +137,7 @@ def _expand(
 ):  # fmt: skip
     """y += softmax(logits) (x) h Bcat_j for every live tile; item: (tile, a run of pieces of a group's columns)."""
     tiles, planned = tl.load(plan + _TILES), tl.load(plan + _TOKENS)
-    parts = tl.minimum(tl.load(plan + _PARTS), MAX_PARTS)
+    parts = tl.load(plan + _PARTS)
     run = tl.load(plan + _RUN + SIZE)
     for item in range(tl.program_id(0), tiles * tl.load(plan + _ITEMS + SIZE), tl.num_programs(0)):
         tile, nth = item % tiles, item // tiles

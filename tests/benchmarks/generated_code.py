@@ -26,7 +26,8 @@ def main() -> None:
     found["overlaps"] = [
         overlaps_register_products(assemble(replace(expand, num_stages=stages), 90).ptx) for stages in (1, 2)
     ]
-    found["a stage too many"] = faults(unsound, lambda launch: replace(launch, num_stages=2))[0]
+    found["a stage too many"] = faults(unsound, lambda launch: replace(launch, num_stages=max(2, launch.num_stages)))[0]
+    found["one stage"] = faults(some[0], lambda launch: replace(launch, num_stages=1))[0]
     odd = replace(shrink, constants=shrink.constants | {"HIDDEN": 4097})
     found["wide loads"] = [
         max(loaded_bytes(loop, code.warps, width=16) for loop in code.loops)

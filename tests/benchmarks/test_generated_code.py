@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu.assembly import loaded_bytes, overlaps_register_products
+from benchmarks.gpu.assembly import loaded_bytes, overlaps_register_products, stages
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,13 @@ def test_every_card_gets_sound_code_without_spills(found: dict[str, list]) -> No
 def test_a_stage_too_many_for_an_unsound_assembler_is_found(found: dict[str, list]) -> None:
     assert found["overlaps"] == [False, True]
     assert found["a stage too many"] == ["_expand: WGMMA with A in registers is left running"]
+
+
+@pytest.mark.slow
+def test_a_stage_too_few_is_found(found: dict[str, list]) -> None:
+    assert found["one stage"] == [
+        "_shrink: loads in 1 stages, 3 are needed", "_expand: loads in 1 stages, 2 are needed",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -71,3 +78,10 @@ def test_loads_are_counted_by_width() -> None:
     """
     assert loaded_bytes(ptx, 4, width=16) == 2 * 16 * 128
     assert loaded_bytes(ptx, 4, width=4) == 4 * 128
+
+
+def test_stages_are_told_by_the_copies_that_a_wait_leaves_running() -> None:
+    copy = "cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;\n"
+    found = {n: stages(f"{copy}cp.async.wait_group {n};") for n in ("0", "2", "0x1")}
+    assert found == {"0": 2, "2": 3, "0x1": 3}
+    assert stages("ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];") == 1

@@ -26,6 +26,8 @@ NAN = float("nan")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # What lies behind a plan: no place in any buffer.
 STALE = 2**30
+# Columns behind every row of x and y: their rows are further apart than they are long.
+MARGIN = 16
 
 
 class Graph:
@@ -127,10 +129,11 @@ class Engine:
         self.plan = DevicePlan(config, DEVICE)
         self.path = Path(config, Buffers.of(config, self.plan.words_W, self.table.rows_LAF.transpose(0, 1)))
         self.adapters: list[Adapter | None] = [None] * A
-        # Rows of other tensors follow those of x and y in memory.
-        self.x_LTD, self.y_LTD = (
-            torch.zeros(L, padded_tokens + rows_behind, D, dtype=config.dtype, device=DEVICE) for _ in range(2)
+        # Rows of other tensors follow those of x and y in memory, columns of others every row.
+        self._wide_x, self._wide_y = (
+            torch.zeros(L, padded_tokens + rows_behind, D + MARGIN, dtype=config.dtype, device=DEVICE) for _ in range(2)
         )
+        self.x_LTD, self.y_LTD = self._wide_x[..., :D], self._wide_y[..., :D]
         self.static = [*self.path.buffers, *self.x_LTD, *self.y_LTD]
         self.graph = Graph()
         with self.graph.capture():
@@ -170,7 +173,8 @@ class Engine:
         given = [tensor for _, values in self.graph.launched for name, tensor in values.items() if name in ("x", "y")]
         tensors = [used, *buffers, *held, *given]
         starts = np.array([t.data_ptr() for t in tensors], dtype=np.uint64)
-        ends = starts + np.array([t.numel() * t.itemsize for t in tensors], dtype=np.uint64)
+        lengths = [1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) for t in tensors]
+        ends = starts + np.array([n * t.itemsize for n, t in zip(lengths, tensors, strict=True)], dtype=np.uint64)
         stock = interpreter._interpreter
 
         def check(pointers: np.ndarray, mask: np.ndarray) -> None:
@@ -196,14 +200,16 @@ class Engine:
         T, planned = self.T, min(self.T, len(self.rows))
         generator = torch.Generator().manual_seed(seed)
         self.path.buffers.scratch_QC.fill_(NAN)
+        self._wide_x.fill_(NAN)
+        self._wide_y.fill_(7)
         for tensor in (self.x_LTD, self.y_LTD):
             tensor[:, :planned] = torch.randn(
                 len(tensor), planned, tensor.shape[2], generator=generator
             ).to(tensor.dtype).to(DEVICE)  # fmt: skip
-        self.x_LTD[:, planned:], self.y_LTD[:, planned:] = NAN, 7
         before_LTD = self.y_LTD.cpu().clone()
         with self.checked_addresses():
             self.graph.replay()
+        assert (self._wide_y[..., self.config.hidden_size :] == 7).all(), "a kernel wrote behind a row's end"
         for block in range(self.config.num_blocks):
             x_TD, y_TD, before_TD = (t[block].cpu() for t in (self.x_LTD, self.y_LTD, before_LTD))
             adapters = [adapter and adapter.references[block] for adapter in self.adapters]
