@@ -127,7 +127,8 @@ def test_largest_adapters_fill_the_scratch_space() -> None:
 @pytest.mark.parametrize("padded", [16, 600])
 def test_the_kernel_writes_down_the_routing_of_the_sampled_tile(padded: int) -> None:
     shape = Shape(4, 20, 3, 2)
-    config = config_for(96, [shape], torch.float32, max_tokens=padded)
+    # More experts than the adapter's: rows of samples are longer than its routing.
+    config = config_for(96, [shape], torch.float32, max_tokens=padded, max_experts=24)
     engine = Engine(config, padded)
     adapter = Adapter([shape, shape], 96, torch.float32, seed=0)
     engine.place(1, adapter)
@@ -144,6 +145,7 @@ def test_the_kernel_writes_down_the_routing_of_the_sampled_tile(padded: int) -> 
         if (bias_row := engine.bias_rows[1 + t]) >= 0:
             logits_TGN[t] += reference.bias_bGN[bias_row]
     torch.testing.assert_close(samples[:, :60].cpu().view(8, 3, 20), logits_TGN.softmax(-1), atol=1e-5, rtol=0)
+    assert samples[:, 60:].numel()
     assert (samples[:, 60:] == -1).all()
     samples.fill_(-1)
     engine.set([-1] + [1] * 12, [0] * 13)
