@@ -89,7 +89,7 @@ bench-vision: $(STAMP) ## images a second with adapters against the bare vision 
 documents: $(STAMP) ## many tasks about one document, computed once, against each task by itself; the adapter's accuracy
 	$(BIN)/python -m benchmarks.documents --backbone $(BACKBONE) $(DOCUMENTS)
 
-bench-ops: $(STAMP) ## a layer of the routed path on this CPU, in microseconds
+bench-ops: $(STAMP) ## a layer of the routed path on this CPU, in microseconds; Python between steps on a GPU
 	$(BIN)/python -m benchmarks.ops
 
 # SMOKE=1 runs the same code small, MODEL=1 predicts, CODE=1 holds the kernels' machine code to its bounds.

@@ -1,4 +1,4 @@
-"""`make bench-ops`: time of the routed path on the CPU, a layer in serving and in training.
+"""`make bench-ops`: time of the routed path on the CPU, a layer in serving and in training; Python between GPU steps.
 
     python -m benchmarks.ops [--rounds 40] [--json FILE]
 
@@ -9,11 +9,12 @@ Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups.
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -142,6 +143,25 @@ def _report(title: str, seconds: dict[str, list[float]], layers: int) -> dict[st
     return {**{f"{name}, us": value for name, value in row.items()}, "ratio": ratio}
 
 
+def _between_steps(rounds: int) -> dict[str, dict[str, float]]:
+    # Imported here: it imports vLLM, which training and a bare machine with a GPU do without.
+    from benchmarks.mapping import mapping_variants, plan_of, processor_seconds
+
+    print("Python between steps on a GPU, without one: ms of processor time, median (best)")
+    variants = {
+        f"64 tokens, {adapters} adapters, changed: {what}": run
+        for adapters in (1, 25)
+        for what, run in mapping_variants(64, adapters).items()
+    }
+    results = {}
+    for name, run in {**variants, "plan_step, 256 tokens, 25 adapters": plan_of(256, 25)}.items():
+        seconds = processor_seconds(run, rounds)
+        median, best = statistics.median(seconds) * 1e3, min(seconds) * 1e3
+        print(f"{name:<56}{median:>8.3f} ({best:.3f})")
+        results[name] = {"median, ms": median, "best, ms": best}
+    return results
+
+
 def main() -> None:
     """Print the table, and write it to a file if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -149,11 +169,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     options = parser.parse_args()
+    # For the kernels of the steps on a GPU. Triton reads it at its import, which PyTorch may bring about.
+    os.environ["TRITON_INTERPRET"] = "1"
     torch.manual_seed(0)
     kernel = "the compiled kernel" if cpu_kernel.compiled_kernel() else "torch ops: the kernel is not built"
     print(f"{torch.get_num_threads()} threads, {kernel}; us a layer, median (best) of {options.rounds} rounds")
     print(f"{'':<34}{'operator':>16}{'loop':>16}{'':>10}")
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for tokens, adapters in SERVING:
         layers = options.layers if tokens <= 64 else max(1, options.layers // 10)
         title = f"serving, {tokens} tokens, {adapters} adapters"
@@ -166,6 +188,7 @@ def main() -> None:
     ours, loop = memory.values()
     print(f"training, peak extra memory: {ours / 2**20:.1f} MiB, loop {loop / 2**20:.1f} MiB: {ours / loop:.3f}")
     results["training, peak extra bytes"] = {**memory, "ratio": ours / loop}
+    results |= _between_steps(10 * options.rounds)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -36,7 +36,8 @@ class MtLoRAModelManager(LRUCacheLoRAModelManager):
         self._max_tokens = max_num_batched_tokens
         # The registered slots; vLLM's cache has them too, but counts every look-up.
         self._slots: dict[int, Slot] = {}
-        self._applied: Set[tuple[int, str]] | None = None
+        # Those of the last step, each (id, path), as far as they are registered and active still.
+        self.applied: Set[tuple[int, str]] = frozenset()
         self.options = Options.of(vllm_config.additional_config)
         self._hidden_size = vllm_config.model_config.get_hidden_size()
         self._dtype = vllm_config.model_config.dtype
@@ -94,17 +95,14 @@ class MtLoRAModelManager(LRUCacheLoRAModelManager):
         if self.step.next_step():
             self._last_mapping = None
 
-    def applied(self, slots: Set[tuple[int, str]]) -> bool:
-        """Whether a step's slots, each (id, path), were registered and active in the last step, and nothing changed."""
-        return self._applied == slots
-
-    def set_applied(self, slots: Set[tuple[int, str]]) -> None:
-        """Say that a step's slots are registered and active."""
-        self._applied = slots
+    def touch(self, slot_id: int) -> None:
+        """Make a registered, active slot the most recently used."""
+        self._registered_adapters.touch(slot_id)
+        self._active_adapters.touch(slot_id)
 
     def _add_adapter(self, slot: Slot) -> None:
         self._registered_adapters[slot.id] = slot
-        self._slots[slot.id], self._applied = slot, None
+        self._slots[slot.id], self.applied = slot, frozenset()
         # An id can return with other weights in its old place: drop the mapping made before.
         self._last_mapping = None
 
@@ -115,7 +113,7 @@ class MtLoRAModelManager(LRUCacheLoRAModelManager):
     def deactivate_adapter(self, adapter_id: int) -> bool:
         """Take a slot out of the active ones; its removal from the registered ones comes here too."""
         self._slots.pop(adapter_id, None)
-        self._applied = None
+        self.applied = frozenset()
         deactivated: bool = super().deactivate_adapter(adapter_id)
         return deactivated
 
@@ -123,5 +121,5 @@ class MtLoRAModelManager(LRUCacheLoRAModelManager):
         """Empty the caches."""
         super().remove_all_adapters()
         self._slots.clear()
-        self._applied = None
+        self.applied = frozenset()
         self.step.clear()

@@ -110,14 +110,19 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         requests = [request for request in lora_requests if request]
         if len(requests) > self._adapter_manager.lora_slots:
             raise RuntimeError(f"{len(requests)} slots in a step of at most {self._adapter_manager.lora_slots}")
-        self._adapter_manager.next_step()
-        slots = {(request.lora_int_id, request.lora_path) for request in requests}
-        if self._adapter_manager.applied(slots):
+        manager = self._adapter_manager
+        manager.next_step()
+        slots = {(request.lora_int_id, request.lora_path): request for request in requests}
+        applied = manager.applied
+        if applied == slots.keys():
             return
+        # First, so that none of them is the oldest when another slot needs room.
+        for slot_id, _ in applied & slots.keys():
+            manager.touch(slot_id)
         with gpu_sync_allowed():
-            for request in requests:
-                self._place(self._slot_in_step(request))
-        self._adapter_manager.set_applied(slots)
+            for slot in slots.keys() - applied:
+                self._place(self._slot_in_step(slots[slot]))
+        manager.applied = slots.keys()
 
     def _slot_in_step(self, request: LoRARequest) -> Slot:
         placed = self._adapter_manager.get_adapter(request.lora_int_id)

@@ -18,6 +18,7 @@ from torch import nn
 
 pytest.importorskip("triton")
 
+from benchmarks.mapping import mapping_variants, processor_seconds, runner_over
 from mtlora.backbone import BackboneIdentity
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.config import MtLoRAConfig
@@ -62,46 +63,18 @@ class Model(nn.Module):
 
 
 def make_runner(**changes: Any) -> Any:
-    """vLLM's LoRA mixin over this project's managers, as far as a runner uses them."""
-    from vllm.config.lora import LoRAConfig
-    from vllm.lora.model_manager import AdapterLRUCache
-    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
-
-    from mtlora.vllm_plugin.model_manager import MtLoRAModelManager
-    from mtlora.vllm_plugin.options import Options
+    """vLLM's LoRA mixin over this project's managers and a store that reads adapters from the disk."""
     from mtlora.vllm_plugin.store import AdapterStore
-    from mtlora.vllm_plugin.worker_manager import MtLoRAWorkerManager
 
-    class Manager(MtLoRAModelManager):
-        def _kernel_config(self, num_blocks: int) -> KernelConfig:
-            sizes = {"num_blocks": num_blocks, "max_adapters": self.lora_slots, "max_tokens": TOKENS} | changes
-            return KernelConfig(D, torch.float32, num_sms=1, max_parts=2, **sizes)
+    sizes = {"num_blocks": LAYERS, "max_adapters": SLOTS, "max_tokens": TOKENS, "num_sms": 1, "max_parts": 2} | changes
 
-    runner: Any = LoRAModelRunnerMixin()
-    runner.lora_config = LoRAConfig(max_loras=SLOTS, max_cpu_loras=SLOTS)
-    runner.model = Model()
-    manager: Any = object.__new__(Manager)
-    manager.model, manager.device, manager.lora_config = runner.model, torch.device("cpu"), runner.lora_config
-    manager._registered_adapters = AdapterLRUCache(manager.capacity, manager.deactivate_adapter)
-    manager._active_adapters = AdapterLRUCache(manager.lora_slots, manager._deactivate_adapter)
-    manager.lora_index_to_id, manager.modules = [None] * SLOTS, {}
-    manager._last_mapping = manager._last_slot_layout = None
-    model_config = SimpleNamespace(get_hidden_size=lambda: D, dtype=torch.float32)
-    options = Options(blocks="ffn").as_config()
-    config = SimpleNamespace(
-        model_config=model_config, additional_config=options,
-        compilation_config=SimpleNamespace(static_forward_context={}),
-    )  # fmt: skip
-    manager._init_punica_wrapper(TOKENS, config)
-    manager._create_lora_modules()
-    worker: Any = object.__new__(MtLoRAWorkerManager)
-    worker._adapter_manager, worker.device, worker._cached_dummy_lora = manager, manager.device, False
-    worker.store = AdapterStore(
-        BACKBONE.model_dump(), [block.block_name for block in manager.blocks], device=manager.device,
-        dtype=torch.float32, gpu=manager.gpu, on_drop=lambda adapter: manager.step.release(adapter.rows),
-    )  # fmt: skip
-    runner.lora_manager = worker
-    return runner
+    def store_of(manager: Any) -> AdapterStore:
+        return AdapterStore(
+            BACKBONE.model_dump(), [block.block_name for block in manager.blocks], device=manager.device,
+            dtype=torch.float32, gpu=manager.gpu, on_drop=lambda adapter: manager.step.release(adapter.rows),
+        )  # fmt: skip
+
+    return runner_over(Model(), KernelConfig(D, torch.float32, **sizes), store_of)
 
 
 class Fleet:
@@ -298,6 +271,32 @@ def test_weights_leave_memory_and_the_table_with_their_last_slot(fleet: Fleet) -
     assert not manager.step._row_of
     assert not manager.step._table.rows_LAF.any()
     assert rows() is None
+
+
+def test_a_step_places_the_slots_that_the_last_one_lacked(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = fleet.runner.lora_manager
+    placed: list[int] = []
+    place = worker._place
+    monkeypatch.setattr(worker, "_place", lambda slot: (placed.append(slot.id), place(slot)))
+    steps = [([1, 2], {1, 2}), ([2, 1], set()), ([1, 3], {3}), ([1], set()), ([1, 2, 3], {2, 3})]
+    for ids, expected in steps:
+        placed.clear()
+        fleet.map(ids)
+        assert set(placed) == expected
+    fleet.map([1, 2])
+    fleet.map([1])
+    # A slot that a step kept is more recently used than one that it lacked.
+    assert list(worker._adapter_manager._registered_adapters.order)[-2:] == [2, 1]
+    fleet.add(1, seed=7)  # other weights under an id of the last step
+    fleet.map([1])
+    fleet.check([1], lambda: fleet.runner.model(1), 1, 0)
+
+
+def test_python_between_steps_is_short() -> None:
+    """Four times what a step may take, for a busy machine."""
+    run = mapping_variants(64, 25)["one adapter"]
+    processor_seconds(run, 5)
+    assert min(processor_seconds(run, 50)) < 0.6e-3
 
 
 @pytest.mark.parametrize("broken", [False, True])
