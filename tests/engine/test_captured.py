@@ -22,7 +22,8 @@ from benchmarks.mapping import mapping_variants, processor_seconds, runner_over
 from mtlora.backbone import BackboneIdentity
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.config import MtLoRAConfig
-from mtlora.ops import triton_gpu  # noqa: F401  these tests run the interpreter, which makes them slow ones
+from mtlora.ops import triton_gpu, tuning  # these tests run the interpreter, which makes them slow ones
+from mtlora.ops.table import AdapterTable
 from mtlora.ops.tuning import KernelConfig
 from tests.engine._models import make_adapter, path_reference
 from tests.mtlora.ops.replay import Graph
@@ -271,6 +272,26 @@ def test_weights_leave_memory_and_the_table_with_their_last_slot(fleet: Fleet) -
     assert not manager.step._row_of
     assert not manager.step._table.rows_LAF.any()
     assert rows() is None
+
+
+@pytest.mark.parametrize("max_tokens", [16, 500, 1024])
+def test_whatever_a_step_launches_was_compiled_at_the_start(max_tokens: int) -> None:
+    from mtlora.vllm_plugin.gpu_step import GpuStep
+
+    config = KernelConfig(D, torch.bfloat16, num_blocks=1, max_adapters=1, max_tokens=max_tokens)
+    table = AdapterTable(
+        1, 1, hidden_size=D, dtype=config.dtype, device=torch.device("cpu"), config=config
+    )  # fmt: skip
+    start = Graph()
+    with start.capture():
+        GpuStep(table, config)
+
+    def compiled(launch: triton_gpu.Launch) -> tuple[object, ...]:
+        constants = tuple(sorted((name, str(value)) for name, value in launch.constants.items()))
+        return launch.kernel.fn.__name__, constants, launch.num_warps, launch.num_stages, launch.max_registers
+
+    needed = {compiled(launch) for n in range(1, max_tokens + 1) for launch in triton_gpu.launches(config, n)}
+    assert {compiled(launch) for launch, _ in start.launched} == needed
 
 
 def test_a_step_places_the_slots_that_the_last_one_lacked(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
