@@ -1,6 +1,7 @@
 """What tables, plans and the operator refuse, before any kernel runs; and what placing an adapter does."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -206,6 +207,26 @@ def test_products_of_many_tokens_are_pipelined_where_the_assembler_is_sound() ->
     assert {key: tuning.may_pipeline(*key) for key in sound} == sound
     config = KernelConfig(4096, torch.bfloat16, num_blocks=1, max_adapters=1, max_tokens=1, pipelined=False)
     assert tuning.cut(config, 1024).expand_stages == 1
+
+
+@pytest.mark.parametrize(("ptxas", "pipelined"), [("12.8", False), ("13.4", True)])
+def test_the_config_of_a_card_has_its_sizes_and_its_assembler(
+    monkeypatch: pytest.MonkeyPatch, ptxas: str, pipelined: bool
+) -> None:
+    compiler = pytest.importorskip("triton.backends.nvidia.compiler")
+    asked = []
+
+    def get_ptxas(capability: int) -> SimpleNamespace:
+        asked.append(capability)
+        return SimpleNamespace(version=ptxas)
+
+    card = SimpleNamespace(major=9, minor=0, multi_processor_count=114)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(compiler, "get_ptxas", get_ptxas)
+    sizes = {"hidden_size": 96, "dtype": torch.float16, "num_blocks": 2, "max_adapters": 3, "max_tokens": 600}
+    found = tuning.on_this_card(torch.device("cuda"), **sizes)
+    assert found == KernelConfig(**sizes, num_sms=114, capability=90, pipelined=pipelined)
+    assert asked == [90]
 
 
 @given(
