@@ -22,7 +22,7 @@ from benchmarks.mapping import mapping_variants, processor_seconds, runner_over
 from mtlora.backbone import BackboneIdentity
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.config import MtLoRAConfig
-from mtlora.ops import triton_gpu, tuning  # these tests run the interpreter, which makes them slow ones
+from mtlora.ops import triton_gpu  # these tests run the interpreter, which makes them slow ones
 from mtlora.ops.table import AdapterTable
 from mtlora.ops.tuning import KernelConfig
 from tests.engine._models import make_adapter, path_reference

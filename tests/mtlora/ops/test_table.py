@@ -1,5 +1,7 @@
 """What tables, plans and the operator refuse, before any kernel runs; and what placing an adapter does."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -166,6 +168,87 @@ def test_device_plan_copies_what_is_used_to_one_place() -> None:
         assert step.words_W[Header.SAMPLE_BLOCK] == -1
     with pytest.raises(ValueError, match="9 tokens"):
         plan.set(plan_step(np.zeros(9, int), np.zeros(9, int), num_rows=3, tile_size=4), counts_AC)
+
+
+def test_a_pinned_buffer_is_written_only_after_its_last_copy() -> None:
+    """Events and buffers are stubs that write down their calls."""
+    calls: list[str] = []
+
+    class Buffer:
+        def __init__(self, turn: int) -> None:
+            self.turn = turn
+
+        def __getitem__(self, used: slice) -> "Buffer":
+            return self
+
+        def __setitem__(self, used: slice, words_W: np.ndarray) -> None:
+            calls.append(f"written {self.turn}")
+
+    class OnDevice:
+        def __getitem__(self, used: slice) -> "OnDevice":
+            return self
+
+        def copy_(self, staged: Buffer, *, non_blocking: bool) -> None:
+            assert non_blocking
+            calls.append(f"copied {staged.turn}")
+
+    def event(turn: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            synchronize=lambda: calls.append(f"awaited {turn}"), record=lambda: calls.append(f"recorded {turn}")
+        )
+
+    config = KernelConfig(12, torch.float32, num_blocks=1, max_adapters=1, max_tokens=8)
+    plan = DevicePlan(config, CPU, ring=3)
+    plan._arrays, plan._staged, plan._copied = ([f(i) for i in range(3)] for f in (Buffer, Buffer, event))  # type: ignore[assignment]
+    plan.words_W = OnDevice()  # type: ignore[assignment]
+    counts_AC, first = counts_of([(2, 3, 2)], 12)[None], plan._next + 1
+    for _ in range(5):
+        plan.set(plan_step(np.zeros(2, int), np.zeros(2, int), num_rows=1, tile_size=16), counts_AC)
+    turns = [(first + i) % 3 for i in range(5)]
+    assert calls == [f"{what} {turn}" for turn in turns for what in ("awaited", "written", "copied", "recorded")]
+
+
+def test_weights_are_copied_beside_the_steps_and_rows_written_after_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams and events are stubs that write down their calls."""
+    calls: list[str] = []
+    copies = SimpleNamespace(wait_stream=lambda stream: calls.append(f"copies wait for {stream}"))
+    event = SimpleNamespace(
+        record=lambda: calls.append("arrival recorded"), wait=lambda: calls.append("arrival awaited")
+    )
+
+    @contextlib.contextmanager
+    def stream(other: object) -> Iterator[None]:
+        assert other is copies
+        calls.append("to copies")
+        yield
+        calls.append("back")
+
+    copy_ = torch.Tensor.copy_
+
+    def noted_copy_(tensor: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        calls.append(f"{'weights' if tensor.dtype == torch.uint8 else 'rows'} copied, non-blocking {non_blocking}")
+        return copy_(tensor, source)
+
+    rows = AdapterRows([block()], layout=Layout.PADDED)
+    on_gpu = table(config=KernelConfig(12, torch.float32, num_blocks=1, max_adapters=2, max_tokens=8))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the steps")
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.Tensor, "copy_", noted_copy_)
+    # Their memory is the steps' stream's: without this it could be given out again while the copy runs.
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, of: calls.append(f"kept for {of is copies}"))
+    moved = rows.to(CPU, copies)  # type: ignore[arg-type]
+    weights = [
+        "copies wait for the steps",
+        "to copies",
+        "weights copied, non-blocking True",
+        "arrival recorded",
+        "back",
+    ]
+    assert calls == [*weights, "kept for True"]
+    calls.clear()
+    on_gpu.place(0, moved)
+    assert calls == ["arrival awaited", "rows copied, non-blocking True"]
 
 
 @given(st.lists(st.integers(-1, 5), max_size=200), st.sampled_from([8, 16, 64]))
