@@ -28,7 +28,7 @@ def on_a_card(*, small: bool) -> bool:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     load = serving.SMALL if small else serving.Load()
-    counts = [correctness.check_all(device, small=small), serving.check_all(load, device, seconds_left)]
+    counts = [correctness.check_all(device, seconds_left, small=small), serving.check_all(load, device, seconds_left)]
     print(f"{time.monotonic() - begin:.0f} s for the checks", flush=True)
     lines = []
     ratios = serving.measure_all(load, device, seconds_left)

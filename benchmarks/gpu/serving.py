@@ -28,6 +28,8 @@ TOLERANCE = 3e-2
 ROWS = 32
 # Seconds that the measurements need.
 TO_MEASURE = 240
+# What replays of a step are checked over.
+MIXES = ("as captured", "another mix", "an adapter swapped", "no adapter")
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,11 @@ class Serving:
         with self.steps(tokens, decode=decode) as (with_path, step):
             for way, captured in with_path.items():
                 decoder.run_with(self.halves()[way])
-                mixes = {
-                    "as captured": np.arange(tokens) % most,
-                    "another mix": rng.integers(-1, most, tokens),
-                    "an adapter swapped": np.arange(tokens) % most,
-                    "no adapter": np.full(tokens, -1),
-                }
-                for mix, row_T in mixes.items():
+                rows = (
+                    np.arange(tokens) % most, rng.integers(-1, most, tokens), np.arange(tokens) % most,
+                    np.full(tokens, -1),
+                )  # fmt: skip
+                for mix, row_T in zip(MIXES, rows, strict=True):
                     if mix == "an adapter swapped":
                         self.adapters.place(0, seed=int(rng.integers(1000, 2000)))
                     self.plan(row_T)
@@ -181,20 +181,23 @@ def layers_that_fit(load: Load) -> int:
 
 
 def check_all(load: Load, device: torch.device, seconds_left: Callable[[], float]) -> tuple[int, int]:
-    """(right, all) of the checks of replays, over two layers; prints what is wrong."""
+    """(right, all) of the checks of replays, over two layers; prints what is wrong. One without time is not right."""
     serving = Serving(load, device, min(2, load.layers))
-    found = []
+    found: list[tuple[str, float]] = []
+    skipped = 0
     for tokens, decode in load.steps:
         if seconds_left() < TO_MEASURE:
             print(f"no time to check steps of {tokens} tokens")
+            skipped += len(serving.halves()) * len(MIXES)
             continue
         found += serving.check(tokens, decode=decode)
     wrong = [(what, error) for what, error in found if not error < TOLERANCE]
     for what, error in wrong:
         print(f"wrong: {what}: relative error {error:.1e}")
-    worst = max(error for _, error in found)
-    print(f"decoder: {len(found) - len(wrong)} of {len(found)} replays right, largest relative error {worst:.1e}")
-    return len(found) - len(wrong), len(found)
+    worst = max((error for _, error in found), default=0.0)
+    right, count = len(found) - len(wrong), len(found) + skipped
+    print(f"decoder: {right} of {count} replays right, {skipped} skipped, largest relative error {worst:.1e}")
+    return right, count
 
 
 def measure_all(load: Load, device: torch.device, seconds_left: Callable[[], float]) -> dict[str, float]:

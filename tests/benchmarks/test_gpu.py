@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import correctness, work
+from benchmarks.gpu import correctness, serving, work
 from benchmarks.gpu.adapters import Adapters
 from benchmarks.gpu.backbones import AdapterShape
 from benchmarks.gpu.cases import SHAPE_CLASSES
@@ -91,6 +91,12 @@ def test_a_wrong_adapter_fails_the_check() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(correctness, "Batch", Wrong)
         assert not correctness.run("", case, torch.bfloat16, CPU).right
+
+
+def test_checks_without_time_are_not_right(capsys: pytest.CaptureFixture[str]) -> None:
+    assert correctness.check_all(CPU, lambda: 0.0, small=True) == (0, 4)
+    assert serving.check_all(serving.SMALL, CPU, lambda: 0.0) == (0, 8)
+    assert "4 skipped" in capsys.readouterr().out
 
 
 def test_the_model_prefers_less_work() -> None:
