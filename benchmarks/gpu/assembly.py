@@ -21,6 +21,7 @@ _OF_ANY_VALUE = ("block", "num_tokens")
 _ASYNC_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global[^;]*?\],\s*\[[^\]]*\],\s*(0x[0-9a-f]+|\d+)")
 _WAIT = re.compile(r"cp\.async\.wait_group\s+(0x[0-9a-f]+|\d+)")
 _LOAD = re.compile(r"\bld\.global\S*?(?:\.v(\d))?\.[bufs](\d+)\s")
+_STORE = re.compile(r"\bst\.global\S*?(?:\.v(\d))?\.[bufs](\d+)\s")
 _LABEL = re.compile(r"^\s*(\$\S+):")
 _BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$[^;\s]+)")
 
@@ -156,6 +157,11 @@ def stages(ptx: str) -> int:
     if not _ASYNC_COPY.search(ptx):
         return 1
     return 3 if any(int(number, 0) for number in _WAIT.findall(ptx)) else 2
+
+
+def widest_store(ptx: str) -> int:
+    """Most bytes that a thread stores to global memory at once."""
+    return max(int(count or 1) * int(bits) // 8 for count, bits in _STORE.findall(ptx))
 
 
 def loaded_bytes(ptx: str, warps: int, width: int) -> int:

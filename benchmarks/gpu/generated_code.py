@@ -5,6 +5,7 @@
     products            16-bit products are on tensor cores
     WGMMA               no product with A in registers is left running, unless the assembler is sound (13.3 and newer)
     loads               weights, and x, come by 16 bytes a thread
+    stores              of y are no wider than every adapter's groups are aligned
     stages              the shrink has a pass's loads in flight while it waits for older ones; the expand loads one pass
                         ahead, but for tiles of 64 tokens where products are not pipelined
     bytes               a pass of a product's loop loads the tiles it multiplies, and nothing twice
@@ -25,14 +26,18 @@ from benchmarks.gpu.assembly import (
     loaded_bytes,
     overlaps_register_products,
     stages,
+    widest_store,
 )
 from mtlora.ops import tuning
 from mtlora.ops.triton_gpu import Launch, launches
 from mtlora.ops.tuning import KernelConfig
 
 CAPABILITIES = (80, 90, 100)
-HIDDEN = (576, 3584, 4096, 8192)
+# Of which groups are multiples of 2 (576), 4 (896), 8 (2304) and 16 columns.
+HIDDEN = (576, 896, 2304, 3584, 4096, 8192)
 DTYPES = (torch.bfloat16, torch.float16)
+# The largest rank, experts and groups of an adapter: the server's defaults, and the largest that tests run.
+LARGEST = ((64, 32, 32), (128, 64, 32))
 # A size of each class of steps.
 TOKENS = (16, 512, 8192)
 # Fewest programs of (shrink, expand) that must fit on a multiprocessor, by size of step. A grid has four for each;
@@ -55,18 +60,22 @@ class Class:
         """Its name in reports."""
         of = self.config
         stages = "" if of.pipelined else ", one stage"
-        return f"sm_{of.capability}, hidden {of.hidden_size}, {of.dtype}, {self.tokens} tokens{stages}"
+        of_step = f"{of.dtype}, {self.tokens} tokens, rank to {of.max_rank}{stages}"
+        return f"sm_{of.capability}, hidden {of.hidden_size}, {of_step}"
 
 
 def classes(
     capabilities: tuple[int, ...] = CAPABILITIES, hidden: tuple[int, ...] = HIDDEN,
     dtypes: tuple[torch.dtype, ...] = DTYPES, tokens: tuple[int, ...] = TOKENS,
+    largest: tuple[tuple[int, int, int], ...] = LARGEST,
 ) -> Iterator[Class]:  # fmt: skip
     """Every class; for sm_90 also as an unsound assembler would have it."""
-    for capability, size, dtype, step in itertools.product(capabilities, hidden, dtypes, tokens):
+    for capability, size, dtype, step, (rank, experts, groups) in itertools.product(
+        capabilities, hidden, dtypes, tokens, largest
+    ):
         config = KernelConfig(
-            hidden_size=size, dtype=dtype, num_blocks=32, max_adapters=256, max_tokens=8192, max_rank=128,
-            max_experts=64, max_groups=32, capability=capability,
+            hidden_size=size, dtype=dtype, num_blocks=32, max_adapters=256, max_tokens=8192, max_rank=rank,
+            max_experts=experts, max_groups=groups, capability=capability,
             pipelined=tuning.may_pipeline(capability, _version(capability)),
         )  # fmt: skip
         yield Class(config, step)
@@ -101,6 +110,9 @@ def faults(one: Class, mutate: Callable[[Launch], Launch] = lambda launch: launc
             found.append(f"{name}: no tensor cores")
         if overlaps_register_products(code.ptx) and not sound:
             found.append(f"{name}: WGMMA with A in registers is left running")
+        # Those of sampled routing are of 4 bytes.
+        if name == "_expand" and (stored := widest_store(code.ptx)) > max(4, config.alignment * size):
+            found.append(f"{name}: stores of {stored} bytes, y is aligned to {config.alignment * size}")
         if (seen := max(stages(loop) for loop in code.loops)) < loads:
             found.append(f"{name}: loads in {seen} stages, {loads} are needed")
         wide = {loaded_bytes(loop, code.warps, width=16) for loop in code.loops}
@@ -118,7 +130,8 @@ def _version(capability: int) -> str:
 def report() -> bool:
     """Print every class and what is wrong with it; whether nothing is."""
     right = count = 0
-    for one in classes():
+    # The largest sizes are strides of the code and no more: the defaults' are seen for one hidden size.
+    for one in (*classes(largest=LARGEST[1:]), *classes(hidden=(4096,), dtypes=DTYPES[:1], largest=LARGEST[:1])):
         found, (shrink, expand) = faults(one)
         count += 1
         right += not found
