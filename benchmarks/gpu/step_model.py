@@ -11,7 +11,12 @@ How a launch's time is made up:
 
 On a side stream the shrink runs beside F, which is longer: only its memory time and the join remain. Piecewise is how
 it ran before: the processor launches 65 pieces of graphs and an operator a layer, and the longer of processor and
-device counts. The KV cache is left out; reading it makes the backbone slower, and every ratio larger.
+device counts. Both: one stream with attention blocks wrapped too (`--adapter-blocks both`), beside which no adapter has
+a path: two empty launches a layer. Code for sm_90 is that of the GPU lock's assembler, without pipelined products in
+prefill.
+
+Under tensor parallelism a rank has its share of the backbone's weights and the whole path; all-reduces are left out.
+The KV cache is left out too; reading it makes the backbone slower, and every ratio larger.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +36,9 @@ SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 LIVE = (1, 25)
 PROMPT = 1024
 PICTURE = Path("docs/gpu-model.png")
+RANKS = (2, 4, 8)
+# The assembler of the GPU lock's Triton.
+PTXAS = "12.8"
 
 
 @dataclass(frozen=True)
@@ -111,15 +119,18 @@ def _config(backbone: Backbone, card: Card) -> KernelConfig:
     return KernelConfig(
         hidden_size=backbone.hidden, dtype=torch.bfloat16, num_blocks=backbone.layers, max_adapters=256,
         max_tokens=8192, num_sms=card.num_sms, capability=card.capability,
+        pipelined=tuning.may_pipeline(card.capability, PTXAS),
     )  # fmt: skip
 
 
-def backbone_seconds(backbone: Backbone, card: Card, tokens: int, outputs: int, by: Assumptions = ASSUMED) -> float:
-    """A step of the backbone alone, whose output layer computes `outputs` rows."""
+def backbone_seconds(
+    backbone: Backbone, card: Card, tokens: int, outputs: int, by: Assumptions = ASSUMED, ranks: int = 1
+) -> float:
+    """A step of the backbone alone, split over `ranks`, whose output layer computes `outputs` rows."""
     memory, operations = card.memory * by.memory_share, card.operations * by.operations_share
 
     def product(weights: int, rows: int) -> float:
-        return max(2 * weights / memory, 2 * weights * rows / operations)
+        return max(2 * weights / memory, 2 * weights * rows / operations) / ranks
 
     small = (by.kernels_per_layer - 4) * by.small_kernel
     layer = product(backbone.layer_weights, tokens) + small + by.kernels_per_layer * by.gap
@@ -148,9 +159,10 @@ def launch_seconds(
 
 
 def predict(
-    backbone: Backbone, card: Card, tokens: int, live: int, *, decode: bool = True, by: Assumptions = ASSUMED
-) -> Prediction:
-    """A step with `live` adapters among its tokens, one beside every FFN block."""
+    backbone: Backbone, card: Card, tokens: int, live: int, *, decode: bool = True, by: Assumptions = ASSUMED,
+    ranks: int = 1,
+) -> Prediction:  # fmt: skip
+    """A step of one of `ranks` with `live` adapters among its tokens, one beside every FFN block."""
     config, D = _config(backbone, card), backbone.hidden
     live = min(live, tokens)
     # One program serves all steps of a class.
@@ -161,11 +173,12 @@ def predict(
         shrink, codes[0], card, config, 2 * rows * D * tuning.padded(SHAPE.columns), by
     )
     whole_expand, _ = launch_seconds(expand, codes[1], card, config, 2 * rows * D * SHAPE.experts * SHAPE.rank, by)
-    alone = backbone_seconds(backbone, card, tokens, tokens if decode else 1, by)
+    alone = backbone_seconds(backbone, card, tokens, tokens if decode else 1, by, ranks)
     layers = backbone.layers
     one_stream = layers * (whole_shrink + whole_expand)
     of_f = 2 * 3 * D * backbone.intermediate
     beside = max(of_f / (card.memory * by.memory_share), of_f * tokens / (card.operations * by.operations_share))
+    beside /= ranks
     if decode:
         hidden = bytes_of_shrink + max(0.0, whole_shrink - beside)
     else:  # products fill the card, so nothing is free
@@ -175,6 +188,7 @@ def predict(
         alone,
         {
             "piecewise": max(one_stream + layers * by.piecewise_gaps, layers * by.piecewise_per_layer - alone),
+            "both": one_stream + 2 * layers * (by.gap + by.small_kernel),
             "one stream": one_stream,
             "side stream": side_stream,
         },
@@ -217,11 +231,11 @@ def rows() -> list[Row]:
 def table(some: list[Row]) -> str:
     """Predictions as Markdown. bound: the ratio if the path took only the time in which memory delivers its weights."""
     lines = [
-        "| backbone | card | step | adapters | alone, ms | piecewise | one stream | side stream | bound |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| backbone | card | step | adapters | alone, ms | piecewise | both | one stream | side stream | bound |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in some:
-        ways = " | ".join(f"{row.found.ratio(way):.3f}" for way in ("piecewise", "one stream", "side stream"))
+        ways = " | ".join(f"{row.found.ratio(way):.3f}" for way in ("piecewise", "both", "one stream", "side stream"))
         step = f"prefill {PROMPT:,}" if row.tokens == PROMPT else f"decode {row.tokens}"
         lines.append(
             f"| {row.backbone} | {row.card} | {step} | {row.live} | {row.found.backbone * 1e3:.2f} | {ways} "
@@ -271,6 +285,16 @@ def sensitivity() -> str:
     return "\n".join(lines)
 
 
+def by_ranks() -> str:
+    """The bars' ratios under tensor parallelism."""
+    lines = [f"{'ranks':<8}{'one stream: 1, 25 adapters':>28}{'side stream: 1, 25 adapters':>28}"]
+    for ranks in RANKS:
+        found = [predict(LLAMA_3_8B, CARDS[1], 64, live, ranks=ranks) for live in LIVE]
+        cells = ("  ".join(f"{of.ratio(way):.3f}" for of in found) for way in ("one stream", "side stream"))
+        lines.append(f"{ranks:<8}{''.join(f'{cell:>28}' for cell in cells)}")
+    return "\n".join(lines)
+
+
 def report() -> None:
     """Print the assumptions, the table and what it says of the bars; draw the picture."""
     print(__doc__)
@@ -287,7 +311,7 @@ def report() -> None:
         ratio = found.found.ratio("side stream")
         verdict = "reached" if ratio >= bar else "missed"
         print(f"{LLAMA_3_8B.name}, H100, 64 sequences, {live} adapters: {ratio:.4f}; bar {bar:.2f}: {verdict}")
-    print(f"\n{sensitivity()}\n")
+    print(f"\n{sensitivity()}\n\n{by_ranks()}\n")
     read = 2 * LLAMA_3_8B.layers * 25 * SHAPE.block_weights(LLAMA_3_8B.hidden) / 1e9
     beside = 2 * (LLAMA_3_8B.layers * LLAMA_3_8B.layer_weights + LLAMA_3_8B.vocabulary * LLAMA_3_8B.hidden) / 1e9
     print(f"25 adapters beside FFN blocks read {read:.2f} GB a step, the backbone {beside:.1f} GB: no kernel avoids it")
