@@ -1,8 +1,11 @@
 """`make bench-gpu` where there is no GPU: what it counts, predicts and imports, and its smoke run."""
 
+import contextlib
+import io
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +14,10 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import correctness, serving, work
+from benchmarks.gpu import correctness, serving, step_model, work
 from benchmarks.gpu.adapters import Adapters
-from benchmarks.gpu.backbones import AdapterShape
+from benchmarks.gpu.assembly import Assembly
+from benchmarks.gpu.backbones import LLAMA_3_8B, AdapterShape
 from benchmarks.gpu.cases import SHAPE_CLASSES
 from mtlora.ops import triton_gpu  # noqa: F401  these tests run the interpreter, which makes them slow ones
 from mtlora.ops.tuning import KernelConfig
@@ -105,6 +109,50 @@ def test_the_model_prefers_less_work() -> None:
     for few, many in zip(work.of_block(config, shape, 64, 1), work.of_block(config, shape, 64, 25), strict=True):
         assert many.memory == 25 * few.memory
         assert many.weights > few.weights
+
+
+CODE = Assembly(90, 4, registers=96, shared=40960, stack=0, instructions=1000, in_product_loop=100, ptx="")
+
+
+def test_a_prediction_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_model, "_assembled", lambda *_: (CODE, CODE))
+    card, by = step_model.CARDS[1], step_model.ASSUMED
+    found = step_model.predict(LLAMA_3_8B, card, 64, 1)
+    # Bytes of bfloat16 weights through 90 % of the memory's rate; 7 small kernels and 11 gaps a layer, of 1 µs each.
+    weights = 2 * (32 * (4096 * (6144 + 4096) + 3 * 4096 * 14336) + 128256 * 4096)
+    assert found.backbone == pytest.approx(weights / (0.9 * 3.35e12) + 32 * 18e-6)
+    # Two launches a layer: gap, three loads from the L2 cache, two from memory, a thousand instructions and more.
+    least = 32 * 2 * (by.gap + 3 * by.l2_latency + 2 * by.memory_latency + 1000 * 3 / card.clock)
+    assert least < found.path["one stream"] < 1.5 * least
+    assert found.path["both"] == pytest.approx(found.path["one stream"] + 32 * 2 * 2e-6)
+    assert found.path["side stream"] < found.path["one stream"] < found.path["piecewise"]
+    alone = step_model.predict(LLAMA_3_8B, card, 64, 1, ranks=2)
+    assert alone.path["one stream"] == found.path["one stream"]
+    assert alone.ratio("one stream") < found.ratio("one stream")
+
+
+def test_the_documents_table_is_the_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its columns that need no compiler; and the rows above it are the table's."""
+    monkeypatch.setattr(step_model, "_assembled", lambda *_: (CODE, CODE))
+    monkeypatch.setattr(step_model, "PICTURE", tmp_path / "model.png")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        step_model.report()
+    assert (tmp_path / "model.png").stat().st_size > 10_000
+
+    def cells(line: str) -> list[str]:
+        return [cell.strip() for cell in line.strip("|").split("|")]
+
+    model = {tuple(row[1:4]): row[4:] for row in map(cells, printed.getvalue().splitlines()) if row[0] == "Llama-3-8B"}
+    text = Path("docs/benchmarks.md").read_text()
+    rows = [cells(line) for line in text.splitlines() if line.startswith(("| A100 |", "| H100 |", "| B200 |"))]
+    assert len(rows) > 20
+    for card, step, live, alone, *ways, bound in rows:
+        found = model[card, step, live]
+        assert [alone, bound] == [found[0], found[-1]]
+        assert len(ways) == len(found) - 2
+    both, one_stream = next(row[5:7] for row in rows if row[:3] == ["H100", "decode 64", "1"])
+    assert f"| the same on one stream, `--adapter-blocks ffn` | {one_stream} |" in text
+    assert f"| the same on one stream, `--adapter-blocks both`, as by default | {both} |" in text
 
 
 BARE = """
