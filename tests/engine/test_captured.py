@@ -294,6 +294,15 @@ def test_whatever_a_step_launches_was_compiled_at_the_start(max_tokens: int) -> 
     assert {compiled(launch) for launch, _ in start.launched} == needed
 
 
+def test_micro_batches_are_refused_before_the_model_is_touched() -> None:
+    from mtlora.vllm_plugin.worker_manager import MtLoRAWorkerManager
+
+    worker: Any = object.__new__(MtLoRAWorkerManager)
+    config: Any = SimpleNamespace(parallel_config=SimpleNamespace(use_ubatching=True))
+    with pytest.raises(ValueError, match="cannot run with use_ubatching"):
+        worker.create_lora_manager(None, config)
+
+
 def test_a_step_places_the_slots_that_the_last_one_lacked(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = fleet.runner.lora_manager
     placed: list[int] = []
