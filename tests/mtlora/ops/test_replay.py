@@ -60,7 +60,8 @@ def test_replays_equal_the_formula(name: str) -> None:
         rows = rng.choice(choices, tokens).tolist()
         held = [engine.adapters[row].references[0] if row >= 0 else None for row in rows]
         most = [0 if a is None or a.bias_bGN is None else len(a.bias_bGN) for a in held]
-        return rows, [int(rng.integers(-1, n)) if n else -1 for n in most]
+        # Of an adapter without biases, as of a task whose slot names a row, no row is read.
+        return rows, [int(rng.integers(-1, n)) if n else 1 for n in most]
 
     engine.set([], [])
     engine.step(0)  # as captured: an empty plan over an empty table
