@@ -303,7 +303,11 @@ def launches(config: KernelConfig, padded_tokens: int) -> tuple[Launch, Launch]:
 
 
 class Path:
-    """Launches a block's path over an engine's buffers. T, the rows of x and y, are the padded tokens."""
+    """Launches a block's path over an engine's buffers. T, the rows of x and y, are the padded tokens.
+
+    A launch of 16 tokens a program would drop the rest of a tile of 64. No step has both: T is never less than the
+    tokens that its plan was made for.
+    """
 
     def __init__(self, config: KernelConfig, buffers: Buffers) -> None:
         self.config, self.buffers = config, buffers
