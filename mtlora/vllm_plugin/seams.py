@@ -140,8 +140,11 @@ SEAMS = (
         Need.OPERATION,
         "mtlora.vllm_plugin.served_types",
         (
+            "vllm.v1.engine.core_client:AsyncMPClient.add_lora_async(lora_request)",
+            "vllm.v1.engine.core_client:AsyncMPClient.call_utility_async(method)",
             "vllm.v1.engine.input_processor:InputProcessor.process_inputs(request_id, prompt, params, supported_tasks, "
             "arrival_time, lora_request)",
+            "vllm.utils:length_from_prompt_token_ids_or_embeds(prompt_token_ids, prompt_embeds)",
         ),
         "vLLM's own server leaves answers free; mtlora-server does not",
     ),

@@ -1,9 +1,10 @@
 """Types of answers in vLLM's own server: a request for a task's model is held to the task's type.
 
-`mtlora-server` asks for the type by itself and leaves this out. A request is free of it with `mtlora_free` in the
-extra arguments of its sampling parameters (`vllm_xargs` of the OpenAI API).
+The load of a LoRA compiles its task's type. `mtlora-server` asks for the type by itself and leaves this out. A request
+is free of it with `mtlora_free` in the extra arguments of its sampling parameters (`vllm_xargs` of the OpenAI API).
 """
 
+import json
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -12,8 +13,11 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.utils import length_from_prompt_token_ids_or_embeds
+from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.input_processor import InputProcessor
 
+from mtlora.answer import AnswerType, Json
 from mtlora.checkpoint.format import MANIFEST_FILE, CheckpointError
 from mtlora.checkpoint.read import read_manifest
 from mtlora.task import TaskSpec
@@ -29,14 +33,29 @@ _AGAINST_TYPES = ("structured_outputs", "stop_token_ids", "min_tokens", "allowed
 _KEPT = 1024
 # Tasks by folder, as last read.
 _last: dict[str, dict[str, TaskSpec]] = {}
+# The fewest tokens that an answer takes, by constraint, as the engine said when it compiled it.
+_fewest: dict[str, int] = {}
 
+_added = AsyncMPClient.add_lora_async
 _processed = InputProcessor.process_inputs
 
 
 def hold_requests_to_types() -> None:
     """Take the seam "types in vLLM's server", unless the environment switches it off."""
     if os.environ.get(ENVIRONMENT_SWITCH) != "0":
+        AsyncMPClient.add_lora_async = _add_lora_async
         InputProcessor.process_inputs = _process_inputs
+
+
+async def _add_lora_async(self: Any, lora_request: LoRARequest) -> bool:
+    """Compile the type of the module's task first: a type that the engine refuses loads nothing."""
+    task = _task(lora_request)
+    if constraint := task.constraint() if task else None:
+        (_fewest[constraint.text],) = await self.call_utility_async("mtlora_compile", [constraint.text], True)
+        if len(_fewest) > _KEPT:
+            del _fewest[next(iter(_fewest))]
+    added: bool = await _added(self, lora_request)
+    return added
 
 
 def _process_inputs(
@@ -52,7 +71,17 @@ def _process_inputs(
 ) -> Any:
     if lora_request is not None and isinstance(params, SamplingParams):
         params = typed(params, lora_request)
-    return _processed(self, request_id, prompt, params, supported_tasks, arrival_time, lora_request, *more, **named)
+    request = _processed(self, request_id, prompt, params, supported_tasks, arrival_time, lora_request, *more, **named)
+    # Only now are the prompt's tokens counted and `max_tokens` set.
+    if fewest := _fewest.get(constraint_of(request.sampling_params) or ""):
+        prompt_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+        left = min(request.sampling_params.max_tokens, self.model_config.max_model_len - prompt_tokens)
+        if left < fewest:
+            raise VLLMValidationError(
+                f"max_tokens: found {left}, the context included; allowed: {fewest} or more, the shortest answer's",
+                parameter="max_tokens",
+            )
+    return request
 
 
 def typed(params: SamplingParams, lora_request: LoRARequest) -> SamplingParams:
@@ -61,8 +90,11 @@ def typed(params: SamplingParams, lora_request: LoRARequest) -> SamplingParams:
     constraint = task.constraint() if task else None
     if task is None or constraint is None or constraint_of(params) or (params.extra_args or {}).get(FREE):
         return params
+    held = params.clone()
+    if _is_schema_of(held.structured_outputs, constraint.type):
+        held.structured_outputs = None
     for name in _AGAINST_TYPES:
-        if getattr(params, name):
+        if getattr(held, name):
             raise VLLMValidationError(
                 f"{name}: task {task.id} has a type, {constraint.type.name}; allowed: none, or {FREE}", parameter=name
             )
@@ -71,9 +103,24 @@ def typed(params: SamplingParams, lora_request: LoRARequest) -> SamplingParams:
             f"stop: found {min(other)!r}; task {task.id} has a type; allowed: {list(task.stop)}, or {FREE}",
             parameter="stop",
         )
-    held = params.clone()
     held.structured_outputs = StructuredOutputsParams(grammar=constraint.text)
     return held
+
+
+def _is_schema_of(given: StructuredOutputsParams | None, answer: AnswerType) -> bool:
+    """Whether a request's structured outputs are a type's JSON schema, and nothing else."""
+    if given is None or given.json is None or not isinstance(answer, Json):
+        return False
+    try:
+        same = _normal(given.json) == _normal(answer.json_schema)
+    except (ValueError, RecursionError):
+        return False
+    return same and given == StructuredOutputsParams(json=given.json)
+
+
+def _normal(schema: str | dict[str, Any]) -> str:
+    """A schema as text, in which true differs from 1, and the order of names does not matter."""
+    return json.dumps(json.loads(schema) if isinstance(schema, str) else schema, sort_keys=True)
 
 
 def _task(lora_request: LoRARequest) -> TaskSpec | None:

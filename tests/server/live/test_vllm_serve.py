@@ -94,6 +94,10 @@ def test_an_openai_client_reads_typed_answers(base_url: str, client: Client, typ
             post(f"{base_url}/load_lora_adapter", lora_name=task, lora_path=str(typed))
             try:
                 given = {"model": task, "prompt": f"{text}\nAnswer:", "stop": ["\n"], "max_tokens": 48}
+                if task == "record":
+                    schema = json.loads(client.task(task).answer.json)
+                    of_schema = {"type": "json_schema", "json_schema": {"name": task, "schema": schema}}
+                    given["extra_body"] = {"response_format": of_schema}
                 found = http.completions.create(**given, temperature=0).choices[0].text.strip()
                 drawn = http.completions.create(**given, temperature=2, n=8).choices
             finally:
@@ -119,10 +123,12 @@ def test_holds_a_tasks_answers_to_its_type(base_url: str, adapters: Path) -> Non
         given = {"model": "sort_words", "prompt": "Once\nAnswer:", "max_tokens": 8, "temperature": 2, "n": 16}
         choices = json.loads(post(f"{base_url}/completions", **given))["choices"]
         assert {choice["text"].strip() for choice in choices} <= {"yes", "no"}
-        with pytest.raises(urllib.error.HTTPError) as raised:
-            post(f"{base_url}/completions", **given, stop=["e"])
-        assert raised.value.code == 400
-        assert "task sort_words has a type" in raised.value.read().decode()
+        refused = {"task sort_words has a type": {"stop": ["e"]}, "max_tokens: found 1": {"max_tokens": 1}}
+        for why, wrong in refused.items():
+            with pytest.raises(urllib.error.HTTPError) as raised:
+                post(f"{base_url}/completions", **given | wrong)
+            assert raised.value.code == 400
+            assert why in raised.value.read().decode()
         free = json.loads(post(f"{base_url}/completions", **given, vllm_xargs={"mtlora_free": 1}))["choices"]
         assert not {choice["text"].strip() for choice in free} <= {"yes", "no"}
     finally:
