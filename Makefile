@@ -79,6 +79,15 @@ test-node: $(STAMP) ## a client in JavaScript against a server; needs node and n
 	cd tests/other_language && npm ci --ignore-scripts --no-audit --no-fund
 	$(BIN)/python -m pytest tests/other_language
 
+TRITON := tests/other_language/.venv
+test-triton: $(STAMP) $(TRITON)/.installed ## Triton's own client, in an environment of its own, against a server
+	$(BIN)/python -m pytest tests/other_language/test_triton.py
+
+$(TRITON)/.installed: requirements/triton.lock
+	test -x $(TRITON)/bin/python || $(PYTHON) -m venv $(TRITON)
+	$(TRITON)/bin/python -m pip --disable-pip-version-check -q install --no-deps --only-binary :all: --require-hashes -r $<
+	touch $@
+
 bench: $(STAMP) ## start-up and memory of the server; throughput with adapters against the bare backbone and the field
 	status=0; $(MASK) $(BIN)/python -m benchmarks.startup --backbone $(BACKBONE) --adapters $(ADAPTERS) || status=$$?; \
 	$(MASK) $(BIN)/python -m benchmarks.throughput --backbone $(BACKBONE) $(BENCH) && exit $$status
@@ -185,19 +194,20 @@ scaling: $(STAMP) ## accuracy of the methods against the number of tasks
 	  --task-counts 5 10 15 20 25 --backbone $(BACKBONE) --out out/scaling $(SWEEP)
 
 # What the images keep: the same versions, without the extras that only training, load tests and development need.
-COMPILE = $(BIN)/uv pip compile -q --universal --python-version 3.11 --custom-compile-command "make lock" pyproject.toml
+COMPILE = $(BIN)/uv pip compile -q --universal --python-version 3.11 --custom-compile-command "make lock"
 lock: $(STAMP) ## compile pyproject.toml and requirements/*.in into the lock files
 	for device in cpu gpu; do \
-	  $(COMPILE) requirements/$$device.in --all-extras --excludes requirements/exclude-$$device.txt --generate-hashes \
-	    -o requirements/$$device.lock && \
-	  $(COMPILE) requirements/$$device.in --extra server --excludes requirements/exclude-$$device.txt --no-annotate \
-	    --constraint requirements/$$device.lock -o requirements/$$device-server.txt || exit 1; \
+	  $(COMPILE) pyproject.toml requirements/$$device.in --all-extras --excludes requirements/exclude-$$device.txt \
+	    --generate-hashes -o requirements/$$device.lock && \
+	  $(COMPILE) pyproject.toml requirements/$$device.in --extra server --excludes requirements/exclude-$$device.txt \
+	    --no-annotate --constraint requirements/$$device.lock -o requirements/$$device-server.txt || exit 1; \
 	done
-	$(BIN)/uv pip compile -q --universal --python-version 3.11 --custom-compile-command "make lock" requirements/image.in \
-	  --excludes requirements/exclude-cpu.txt --constraint requirements/cpu.lock --generate-hashes -o requirements/image.txt
+	$(COMPILE) requirements/image.in --excludes requirements/exclude-cpu.txt --constraint requirements/cpu.lock \
+	  --generate-hashes -o requirements/image.txt
+	$(COMPILE) requirements/triton.in --generate-hashes -o requirements/triton.lock
 
 claim: $(STAMP) ## the paper's claim on images: methods, task counts, seeds; goes on where it was stopped (CLAIM="--smoke": minutes)
 	$(BIN)/python -m benchmarks.claim $(CLAIM)
 
 clean: ## remove what was built
-	rm -rf $(VENV) build *.egg-info out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) build *.egg-info out .mypy_cache .ruff_cache .pytest_cache .hypothesis

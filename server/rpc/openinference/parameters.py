@@ -8,7 +8,7 @@ from openinference_pb import grpc_predict_v2_pb2 as pb
 
 from server.errors import Violation
 
-# KServe's Python client sends floats as strings.
+# KServe's Python client refuses floats, so its users send strings.
 _INTEGERS = ("int64_param", "uint64_param", "string_param")
 _NUMBERS = (*_INTEGERS, "double_param")
 
