@@ -5,6 +5,7 @@ import math
 import os
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -292,7 +293,11 @@ def free_port() -> int:
 def run(*arguments: str, timeout: float = 180.0) -> str:
     """Podman's output. Raises PodError."""
     environment = {**os.environ, "PODMAN_IGNORE_CGROUPSV1_WARNING": "1", "DISABLE_HC_SYSTEMD": "true"}
-    done = subprocess.run([*podman(), *arguments], capture_output=True, text=True, timeout=timeout, env=environment)
+    # Podman's monitor of a container writes a file `oom` into its working folder when memory runs out.
+    done = subprocess.run(
+        [*podman(), *arguments], capture_output=True, text=True, timeout=timeout, env=environment,
+        cwd=tempfile.gettempdir(),
+    )  # fmt: skip
     if done.returncode:
         raise PodError(f"podman {' '.join(arguments[:3])}: {done.stderr.strip()[-1500:]}")
     return done.stdout + done.stderr
