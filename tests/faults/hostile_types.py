@@ -32,7 +32,9 @@ _TASK = "hostile.free"
 _IN_FLIGHT, _DIFFERENT = 4, 200.0
 # The neighbour's requests in a turn; in a round, a turn without the hostile tenant and one with it.
 _PER_TURN, _MIN_ROUNDS, _TOKENS = 5, 4, 8
-# Of the hostile tenant: enough for most of its types to be sampled to an end, and far from the likeliest one.
+# The beginning of the neighbour's type, a regex.
+NEIGHBOURS_TYPE = "[a-z]{1,12} "
+# Tokens of the hostile tenant: most of its types are sampled to an end, far from the likeliest one.
 _HOSTILE_TOKENS, _TEMPERATURE = 256, 2.0
 _PROPER = {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"}
 _LOAD_TIMEOUT_S = 60.0
@@ -124,7 +126,7 @@ class Hostility:
 
     async def _turn(self, client: AsyncClient, into: list[float]) -> None:
         # New in each turn, so its first request waits for a check.
-        answer = pb.AnswerType(regex=f"[a-z]{{1,12}} {next(self._turns)}")
+        answer = pb.AnswerType(regex=f"{NEIGHBOURS_TYPE}{next(self._turns)}")
         for question in self._asked:
             began = time.monotonic()
             try:

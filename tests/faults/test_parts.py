@@ -17,7 +17,7 @@ from tests.faults.__main__ import scenarios, shared_servers
 from tests.faults._load import Question
 from tests.faults.flood import jain
 from tests.faults.fuzz import METHODS, PROPER, Fuzzer, send
-from tests.faults.hostile_types import Hostility
+from tests.faults.hostile_types import NEIGHBOURS_TYPE, Hostility
 from tests.faults.many_tasks import bound_of
 from tests.faults.usage import Asking
 
@@ -40,12 +40,12 @@ def test_fuzzer_repeats_its_requests_for_a_seed_and_calls_every_method() -> None
 
 
 class HangingServer(inference_pb2_grpc.InferenceServicer):
-    """Answers at once, but for one kind of type."""
+    """Answers at once, but for one kind of type and for the neighbour."""
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         if request.answer.WhichOneof("type") == "grammar":
             await asyncio.sleep(60)
-        if request.task_id != "hostile.free":
+        if request.answer.regex.startswith(NEIGHBOURS_TYPE):
             await asyncio.sleep(0.1)
         return pb.GenerateResponse(text="x")
 

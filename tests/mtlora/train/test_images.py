@@ -191,8 +191,11 @@ def test_eval_from_the_command_line(
     manifest = read_checkpoint(tmp_path / "run" / "adapter").manifest
     assert manifest.evaluation["split"] == "test"
     assert set(manifest.evaluation["backbone_alone"]["tasks"]) == {"bright", "half"}
-    assert set(manifest.calibration) == {"bright", "half"}
     assert len(json.loads((tmp_path / "x.json").read_text())["answers"]) == 32
+    # Temperatures come from the validation split alone.
+    assert not manifest.calibration
+    assert main([*arguments, "--adapter", str(tmp_path / "run" / "adapter"), "--split", "validation"]) == 0
+    assert set(read_checkpoint(tmp_path / "run" / "adapter").manifest.calibration) == {"bright", "half"}
 
 
 def test_linear_heads_are_those_of_the_probe(backbone: Path, folder: Path, tmp_path: Path) -> None:
