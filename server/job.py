@@ -74,6 +74,8 @@ class Sampling:
     logprobs: int = 0
     # What the answer is held to, as the engine reads it; see mtlora.answer.constraint.
     constraint: str | None = None
+    # Whether a stop string may occur all the same: a constraint lets none of the task's own occur.
+    stops_occur: bool = False
     more: MoreSampling | None = None
 
 

@@ -25,7 +25,7 @@ def sampling_params(sampling: Sampling, delta_tokens: int, extra: Mapping[str, A
     """vLLM's SamplingParams for output in pieces of `delta_tokens` tokens, or in one piece if it is no longer.
 
     An answer of a type that comes in one piece is not detokenized token by token: `delta` gets its text at once. No
-    stop string has to be looked for, as a constraint lets none occur.
+    stop string has to be looked for, as a constraint lets none occur, unless `stops_occur`.
 
     extra: what `extra_args` gives of a job.
     """
@@ -33,7 +33,8 @@ def sampling_params(sampling: Sampling, delta_tokens: int, extra: Mapping[str, A
 
     in_one_piece = sampling.max_new_tokens <= delta_tokens
     # Log-probabilities come with their tokens' texts.
-    tokens_alone = in_one_piece and sampling.constraint is not None and not sampling.logprobs and sampling.more is None
+    plain = not sampling.logprobs and sampling.more is None and not sampling.stops_occur
+    tokens_alone = in_one_piece and sampling.constraint is not None and plain
     return SamplingParams(
         max_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,

@@ -37,9 +37,9 @@ class Scoring(Generation):
     def of(cls, generation: Generation, prompts: PromptEncoder, max_model_len: int, *, calibrated: bool) -> "Scoring":
         """Scores the labels instead of generating one. calibrated: by the task's temperature."""
         job, task = generation.job, generation.job.task.spec
-        # The marker ends the working; an answer without working ends by itself.
+        # The marker, which the type lets occur, ends the working; an answer without working ends by itself.
         stop = (*task.stop, task.answer_marker) if task.answer_marker else task.stop
-        sampling = replace(job.sampling, temperature=0.0, stop=stop, logprobs=0, more=None)
+        sampling = replace(job.sampling, temperature=0.0, stop=stop, stops_occur=True, logprobs=0, more=None)
         made = cls(replace(job, sampling=sampling, n=1, best_of=1), generation.call, generation.metrics)
         made._prompts, made._max_model_len, made._calibrated = prompts, max_model_len, calibrated
         return made

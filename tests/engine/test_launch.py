@@ -66,6 +66,7 @@ def test_vllm_takes_what_is_valid() -> None:
         ({"logprobs": 1}, False),
         ({"more": MoreSampling()}, False),
         ({"constraint": None}, False),
+        ({"stops_occur": True}, False),
     ],
 )
 def test_a_whole_answer_of_a_type_is_decoded_at_once(change: dict[str, Any], at_once: bool) -> None:

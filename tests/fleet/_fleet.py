@@ -126,7 +126,7 @@ class Fleet:
 
 @contextmanager
 def running_fleet(kind: type[Member], folder: Path, number: int = 3, **settings: Any) -> Iterator[Fleet]:
-    """Start the servers together, wait until each serves, and kill them at the end."""
+    """Start the servers one after the other, so that they share no cores while they start; kill them at the end."""
     ca = authority(folder)
     served = issue(ca, folder, SERVER_NAME)
     tls = {"tls_certificate": served.pem, "tls_key": served.key}
@@ -135,7 +135,6 @@ def running_fleet(kind: type[Member], folder: Path, number: int = 3, **settings:
         for member in members:
             member.start()
             stack.callback(member.kill)
-        for member in members:
             member.wait_ready()
         yield Fleet(folder, members, ca)
 

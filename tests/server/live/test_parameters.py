@@ -102,7 +102,8 @@ def test_an_uploaded_adapter_serves_with_its_own_defaults(
     a, x = words["a"], words["x"]
     defaults = {"allowed_tokens": [a, x], "temperature": 2.0, "return_token_ids": True}
     marked = entry("marked", answer_marker="x", stop=(), max_new_tokens=40, defaults=defaults)
-    write_adapter(tmp_path / "made", [marked])
+    judged = entry("judged", answer_marker="=>", allowed_answers=("left", "right"), stop=(), max_new_tokens=16)
+    write_adapter(tmp_path / "made", [marked, judged])
     version = client.upload_adapter(tmp_path / "made", "uploaded")
     assert version == "1"
     wait_until(lambda: any(each.id == "marked" for each in client.tasks()), 20)
@@ -111,6 +112,9 @@ def test_an_uploaded_adapter_serves_with_its_own_defaults(
     assert set(answer.token_ids) <= {a, x}
     # A token for each letter of the working.
     assert answer.summary.working_tokens == answer.token_ids.index(x) == len(answer.reasoning)
+    # The working of a score ends at its marker, and leaves the label open.
+    (score,) = client.score("judged", [PROMPT])
+    assert score.reasoning
     found = client.download_manifest("uploaded")
     assert json.loads(found.manifest)["tasks"][0]["defaults"]["allowed_tokens"] == [a, x]
     # The last reply was lost: the same upload again finds its version.
