@@ -85,7 +85,7 @@ class EndpointPicker:
         self._seen = [
             (
                 set(each.resident),
-                # The scorer's values: 0.8 where there is room for one more, 0 where there is none.
+                # The affinity scorer gives a replica without the adapter 0.8 if it has a free slot, else 0.
                 0.8 * self._affinity if len(each.resident) < each.slots else 0.0,
                 self._queue * (most - each.queued) / spread + self._cache * (1 - each.fill),
             )

@@ -105,7 +105,7 @@ class Engine:
                 continue
             count = min(left, each.request.num_tokens - each.computed)
             while count and self.manager.allocate_slots(each.request, count) is None:
-                # Preempt the last running sequence; this step has not scheduled it yet.
+                # Preempt the sequence at the end of the running ones: it is not yet scheduled in this step.
                 victim = self.running[-1]
                 self.preempt(victim)
                 if victim is each:

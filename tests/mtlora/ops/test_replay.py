@@ -37,7 +37,7 @@ SIZES = {
     "prefill": (288, [Shape(16, 4, 2, 1), Shape(4, 2, 1)], torch.float16, 600, 70),
     "prefill-in-parts": (640, [Shape(4, 2, 2)], torch.bfloat16, 600, 10),
 }
-# Of those for which `config_for` is too small: here a plan asks for more parts than tiles of 64 tokens allow.
+# More multiprocessors than `config_for` gives: the plan then asks for more parts than tiles of 64 tokens allow.
 CHANGES = {"prefill-in-parts": {"num_sms": 16, "max_parts": 8}}
 sizes = pytest.mark.parametrize("name", list(SIZES))
 
