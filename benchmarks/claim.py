@@ -6,7 +6,7 @@ The same command goes on where it was stopped. Every cell is a run of the sweep'
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.claim_cells import LOWER, UPPER
 from benchmarks.claim_decisions import BLOCK, COLLAPSING, DECIDING, MAP_METHODS, MAPS, PLAIN, ROUTING, TOLD, WHOLE
 from benchmarks.claim_report import write_claim
+from benchmarks.claim_results import KEPT, keep, restore
 from mtlora.backbone import resolve
 from mtlora.suite.vision.maps import PREFIX
 from mtlora.sweep.grid import Run, do, read_result, run_folder, task_order
@@ -92,10 +93,20 @@ SMOKE = Size((2, 3), (0,), (7e-4,), (2,), (COLLAPSING, TOLD), examples=16, test=
 class Claim:
     """The cells in order: for each seed the decisive ones, then the others. Each half first chooses rates."""
 
-    def __init__(self, out: Path, backbone: Path, size: Size, jobs: int, *, train: bool = True) -> None:
+    def __init__(
+        self,
+        out: Path,
+        backbone: Path,
+        size: Size,
+        jobs: int,
+        *,
+        train: bool = True,
+        chosen: Mapping[str, float] | None = None,
+    ) -> None:
+        """chosen: rates of methods that are not to be tried again."""
         self.out, self.backbone, self.size, self.jobs, self.train = out, backbone, size, jobs, train
         self.order = task_order(SUITE)
-        self._rates: dict[str, float] = {}
+        self._rates: dict[str, float] = {LOWER: _NO_RATE, **(chosen or {})}
 
     def config(self, name: str, rate: float, tasks: Sequence[str], **changed: Any) -> TrainingConfig:
         """A cell's configuration. A second cell gains more than a second thread, because steps are small."""
@@ -141,7 +152,6 @@ class Claim:
         Without training, a method that lacks a trial has none.
         """
         rates = self.size.rates
-        self._rates[LOWER] = _NO_RATE
         new = [name for name in names if name not in self._rates]
         if len(rates) == 1:
             self._rates |= dict.fromkeys(new, rates[0])
@@ -243,8 +253,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--counts", type=int, nargs="+", help="numbers of tasks; default: 5 10 15 20 25")
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), help="default: all")
     parser.add_argument("--rates", type=float, nargs="+", help="default: 2e-4 7e-4 2e-3; one: no choice of rates")
+    parser.add_argument(
+        "--rate",
+        type=_rate,
+        action="append",
+        default=[],
+        metavar="METHOD=RATE",
+        help="a rate chosen before; repeatable",
+    )
     parser.add_argument("--maps", type=int, nargs="*", help="numbers of label maps; default: 4 16 64")
+    parser.add_argument("--keep", action="store_true", help=f"at the end, write all finished cells into {KEPT.name}")
     args = parser.parse_args(argv)
+    if args.keep and args.smoke:
+        parser.error("--keep is for whole cells; --smoke makes small ones")
     size = SMOKE if args.smoke else Size()
     chosen = {
         name: tuple(value) if isinstance(value, list) else value
@@ -252,7 +273,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         if (value := getattr(args, name)) is not None
     }
     out = args.out or Path("out/claim-smoke" if args.smoke else "out/claim")
-    Claim(out, resolve(args.backbone), Size(**{**vars(size), **chosen}), args.jobs, train=not args.report).run()
+    if not args.smoke:
+        restore(KEPT, out)
+    size = Size(**{**vars(size), **chosen})
+    Claim(out, resolve(args.backbone), size, args.jobs, train=not args.report, chosen=dict(args.rate)).run()
+    if args.keep:
+        keep(out, KEPT)
+
+
+def _rate(text: str) -> tuple[str, float]:
+    """A method and its rate. Raises ArgumentTypeError."""
+    name, _, rate = text.rpartition("=")
+    if name not in METHODS | _BOUNDS:
+        raise argparse.ArgumentTypeError(f"{name!r} is no method; allowed are {', '.join(METHODS | _BOUNDS)}")
+    try:
+        return name, float(rate)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{rate!r} is no rate") from None
 
 
 if __name__ == "__main__":

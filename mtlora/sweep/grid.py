@@ -20,7 +20,7 @@ from mtlora.suite import Example, SuitePart, load_suite, up_to
 from mtlora.task import is_correct
 from mtlora.train.config import DivergedError, TrainingConfig
 
-_RESULT = "result.json"
+RESULT = "result.json"
 
 
 class SweepError(MtLoRAError):
@@ -43,7 +43,7 @@ class Run:
     @property
     def result_file(self) -> Path:
         """Where the result of a finished run is."""
-        return self.folder / _RESULT
+        return self.folder / RESULT
 
 
 def grid(

@@ -28,7 +28,8 @@ from server.telemetry.metrics import Metrics
 
 logger = get_logger("app")
 
-_POLL_INTERVAL_S = 5.0
+# The routers and the alerts read what is polled; their shortest window must see it change.
+_POLL_INTERVAL_S = 2.0
 
 
 class StartError(Exception):

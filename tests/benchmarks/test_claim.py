@@ -12,6 +12,7 @@ from benchmarks.claim import BATCH, METHODS, RATES, SMOKE, Cell, Claim, Size, ma
 from benchmarks.claim_cells import LOWER, UPPER, Cells
 from benchmarks.claim_decisions import decide
 from benchmarks.claim_report import decided, markdown, summarise, write_claim
+from benchmarks.claim_results import keep, restore
 from mtlora.train.config import TrainingConfig
 from tests.benchmarks.test_claim_decisions import result
 
@@ -161,6 +162,52 @@ def test_a_rate_that_diverges_is_not_chosen_and_a_cell_that_does_is_named(
         claim.run()
 
 
+def test_a_rate_chosen_before_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    def do(run: Any, *_: Any) -> dict[str, Any]:
+        made.append(run)
+        return {"mean_accuracy": 0.5}
+
+    monkeypatch.setattr(module, "do", do)
+    monkeypatch.setattr(module, "write_claim", lambda *_: None)
+    (tmp_path / "claim.md").write_text("")
+    size = Size(counts=(5,), seeds=(0,), maps=(), methods=("LoRA q,v",))
+    Claim(tmp_path, tmp_path, size, 1, chosen={"LoRA q,v": 2e-3, UPPER: 2e-4}).run()
+    assert {run.config.learning_rate for run in made if run.name == "LoRA q,v"} == {2e-3}
+    assert {run.config.learning_rate for run in made if run.name == UPPER} == {2e-4}
+    assert not any("rates" in run.folder.parts for run in made)
+
+
+@pytest.mark.parametrize("value", ["LoRA=1e-3", "LoRA q,v", "LoRA q,v=much"])
+def test_refuses_a_rate_of_no_method_or_no_number(value: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["--rate", value, "--report"])
+
+
+def test_finished_cells_go_on_in_another_folder(tmp_path: Path) -> None:
+    results = {
+        "told/LoRA-qv-0.002/5-tasks/seed-0": {"mean_accuracy": 0.5},
+        "told/block-0.002/5-tasks/seed-0": {"error": "loss is nan", "diverged": True},
+        "told/heads-0.002/5-tasks/seed-0": {"error": "the disk is full"},
+    }
+    for folder, about in results.items():
+        (tmp_path / "here" / folder).mkdir(parents=True)
+        (tmp_path / "here" / folder / "result.json").write_text(json.dumps(about))
+    keep(tmp_path / "here", tmp_path / "kept.jsonl")
+    own = tmp_path / "there/told/LoRA-qv-0.002/5-tasks/seed-0/result.json"
+    own.parent.mkdir(parents=True)
+    own.write_text('{"mean_accuracy": 0.6}')
+    restore(tmp_path / "kept.jsonl", tmp_path / "there")
+    found = {
+        str(file.parent.relative_to(tmp_path / "there")): json.loads(file.read_text())
+        for file in (tmp_path / "there").rglob("result.json")
+    }
+    # What failed is done again, and a result that is there stays.
+    del results["told/heads-0.002/5-tasks/seed-0"]
+    assert found == results | {"told/LoRA-qv-0.002/5-tasks/seed-0": {"mean_accuracy": 0.6}}
+
+
 def test_smoke_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[Path, Size]] = []
 
@@ -170,6 +217,7 @@ def test_smoke_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "Claim", Spy)
     monkeypatch.setattr(module, "resolve", Path)
+    monkeypatch.setattr(module, "restore", lambda *_: None)
     for arguments in (["--smoke"], [], ["--smoke", "--out", "mine"]):
         main(arguments)
     assert made == [(Path("out/claim-smoke"), SMOKE), (Path("out/claim"), Size()), (Path("mine"), SMOKE)]
