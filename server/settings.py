@@ -181,7 +181,13 @@ class Settings(BaseSettings):
         description="requests for one engine admitted at once; unset: 4 x the larger of max_num_seqs and, with a "
         "vision backbone, vision_max_num_seqs",
     )
-    max_message_bytes: int = Field(1 << 20, ge=1024, le=1 << 28, description="bytes of the largest request message")
+    max_message_bytes: int | None = Field(
+        None,
+        ge=1024,
+        le=1 << 28,
+        description="bytes of the largest request message; unset: 16 MiB with a vision backbone, for photographs, and "
+        "1 MiB without",
+    )
     document_lifetime_s: float = Field(
         600.0, ge=0, allow_inf_nan=False, description="seconds after its last use that a document_id is known"
     )
@@ -329,6 +335,11 @@ class Settings(BaseSettings):
     def in_flight_limit(self) -> int:
         """Requests in flight for one engine."""
         return self.max_in_flight or 4 * max(self.max_num_seqs, self.vision_max_num_seqs if self.vision_backbone else 1)
+
+    @property
+    def message_limit(self) -> int:
+        """Bytes of the largest request message."""
+        return self.max_message_bytes or (16 << 20 if self.vision_backbone else 1 << 20)
 
     @property
     def language_backbone(self) -> str | None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mtlora.evaluation.calibration import Labeller
     from mtlora.evaluation.evaluate import Answerer, Scores
     from mtlora.suite import Example, Suite
+    from mtlora.task import TaskSpec
 
 # Examples of each task of a generated suite, without --examples.
 _GENERATED_EXAMPLES = 40
@@ -87,7 +88,10 @@ def _eval(args: argparse.Namespace) -> int:
     _check(args)
     if args.json:
         # Fail now, not after minutes of work.
-        args.json.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MtLoRAError(f"--json {args.json}: {error.strerror}") from None
     suite = load_suite(args.suite)
     folder = resolve(backbone_for(args.backbone, suite))
     checkpoint = read_checkpoint(args.adapter, identify(folder)) if args.adapter else None
@@ -95,6 +99,10 @@ def _eval(args: argparse.Namespace) -> int:
     examples = _examples(suite, tasks, args)
     if args.gallery and examples[0].image is None:
         raise MtLoRAError("--gallery: needs a suite of images")
+    if sizes := {task.id: task.image.size for task in tasks if task.image}:
+        from mtlora.suite.vision.pixels import check_readable
+
+        check_readable((example, sizes[example.task_id]) for example in examples)
     answerers, labeller = _answerers(folder, checkpoint, tasks, suite, args)
     answers = {name: answer(examples) for name, answer in answerers.items()}
     scores = {name: score(examples, found) for name, found in answers.items()}
@@ -278,7 +286,7 @@ def _image_answerers(
 
 def _examples(suite: "Suite", tasks: "tuple[TaskEntry, ...]", args: argparse.Namespace) -> "list[Example]":
     from mtlora.errors import MtLoRAError
-    from mtlora.suite import FolderSuite
+    from mtlora.suite import SPLITS, FolderSuite
 
     known = {task.id for task in tasks}
     asked = [task for task in suite.tasks if task.id in known]
@@ -291,14 +299,40 @@ def _examples(suite: "Suite", tasks: "tuple[TaskEntry, ...]", args: argparse.Nam
         )
     if unknown:
         print(f"not scored, as the adapter lacks them: {unknown}")
+    if args.adapter:
+        _check_labels(suite, asked, tasks)
     found: list[Example] = []
+    without: list[str] = []
     for task in asked:
         if isinstance(suite, FolderSuite) and not args.split:
-            found += suite.all_examples(task.id)[: args.examples]
+            examples = suite.all_examples(task.id)[: args.examples]
         else:
             count = args.examples or (None if suite.finite else _GENERATED_EXAMPLES)
-            found += suite.examples(task.id, args.split or "test", count, args.seed)
+            examples = suite.examples(task.id, args.split or "test", count, args.seed)
+        found += examples
+        without += [] if examples else [task.id]
+    split = args.split or "test"
+    if not found:
+        others = " or ".join(f"--split {each}" for each in SPLITS if each != split)
+        raise MtLoRAError(f"suite {suite.name}: found no {split} examples; allowed: {others}")
+    if without:
+        print(f"not scored, as they have no {split} examples: {', '.join(without)}")
     return found
+
+
+def _check_labels(suite: "Suite", asked: "Sequence[TaskSpec]", tasks: "tuple[TaskEntry, ...]") -> None:
+    """Refuse a suite of images with labels that the adapter's heads lack."""
+    from mtlora.errors import MtLoRAError
+
+    known = {task.id: task.labels or () for task in tasks}
+    for task in asked:
+        if not task.image:
+            continue
+        if lacking := [label for label in task.labels or () if label not in known[task.id]]:
+            raise MtLoRAError(
+                f"task {task.id}: suite {suite.name} has labels {', '.join(lacking)}; allowed are the adapter's: "
+                f"{', '.join(known[task.id])}"
+            )
 
 
 def summary(scores: "Mapping[str, Scores]") -> str:

@@ -14,6 +14,8 @@ _DETAILS = (
     error_details_pb2.ResourceInfo,
     error_details_pb2.RetryInfo,
 )
+# How gRPC's library begins its refusal of a message, in C++, Python and Go.
+_TOO_LARGE = "message larger than max"
 
 
 class ServerError(Exception):
@@ -25,6 +27,9 @@ class ServerError(Exception):
     def __init__(self, error: Any) -> None:
         self.code: grpc.StatusCode = error.code()
         self.message: str = error.details() or ""
+        # gRPC's own refusal names no setting.
+        if _TOO_LARGE in self.message:
+            self.message += "; the server's max_message_bytes allows no larger one: send a smaller input, or raise it"
         trailer = dict(error.trailing_metadata() or ())
         self.request_id = str(trailer.get("x-request-id", ""))
         self.violations: list[tuple[str, str]] = []

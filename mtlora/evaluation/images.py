@@ -15,9 +15,10 @@ from mtlora.evaluation.calibration import Labeller
 from mtlora.evaluation.evaluate import Answerer
 from mtlora.model.vision import AdaptedEncoder
 from mtlora.suite.base import Example
+from mtlora.suite.vision.pixels import read_pixels
 from mtlora.task import TaskSpec
 from mtlora.vision.heads import Heads
-from mtlora.vision.images import ImageError, decode, prepare
+from mtlora.vision.images import prepare
 
 _BATCH = 64
 # A task's (weight [C, F], bias [C]).
@@ -27,11 +28,8 @@ Head = tuple[torch.Tensor, torch.Tensor]
 def pixels(adapted: AdaptedEncoder, task: TaskSpec, example: Example) -> torch.Tensor:
     """An example as the encoder's input [3, S, S]. Raises ImageError naming the example."""
     assert task.image is not None
-    try:
-        decoded = decode(example.encoded_image(), size=task.image.size)
-    except ImageError as error:
-        raise ImageError(f"{example.source or f'task {task.id}'}: {error}") from None
-    return torch.from_numpy(prepare(decoded, task.image, adapted.mean, adapted.std))
+    pixels_HWC = read_pixels(example, task.image.size)
+    return torch.from_numpy(prepare(pixels_HWC, task.image, adapted.mean, adapted.std))
 
 
 @torch.inference_mode()

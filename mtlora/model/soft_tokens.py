@@ -17,11 +17,12 @@ from mtlora.backbone import BackboneIdentity, identify
 from mtlora.checkpoint.format import Checkpoint, ProjectorConfig
 from mtlora.errors import MtLoRAError, differences
 from mtlora.suite.base import Example
+from mtlora.suite.vision.pixels import read_pixels
 from mtlora.task import TaskSpec
 from mtlora.vision.encoder import load_encoder
 from mtlora.vision.families import read_config, read_normalisation
 from mtlora.vision.image_input import ImagePreparation, merged
-from mtlora.vision.images import ImageError, decode, prepare
+from mtlora.vision.images import prepare
 
 if TYPE_CHECKING:
     from mtlora.model.language import Placed
@@ -144,11 +145,7 @@ class ImageReader:
                     bar.update(len(keys))
 
     def _pixels(self, example: Example, preparation: ImagePreparation) -> torch.Tensor:
-        try:
-            decoded = decode(example.encoded_image(), size=preparation.size)
-        except ImageError as error:
-            raise ImageError(f"{example.source or f'task {example.task_id}'}: {error}") from None
-        return torch.from_numpy(prepare(decoded, preparation, self._mean, self._std))
+        return torch.from_numpy(prepare(read_pixels(example, preparation.size), preparation, self._mean, self._std))
 
     def states(self, keys: Iterable[str]) -> torch.Tensor:
         """States [P, K] of images that were read, one image behind the other, in float32."""

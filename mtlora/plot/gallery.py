@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mtlora.plot.figure import COLOURS, INK, figure, label
 from mtlora.suite.base import Example
-from mtlora.vision.images import decode
+from mtlora.suite.vision.pixels import read_pixels
 
 _COLUMNS = 7
 
@@ -20,7 +20,7 @@ def plot_gallery(examples: Sequence[Example], answers: Sequence[str], out: Path)
         for panel in axes.flat:
             panel.axis("off")
         for panel, (example, answer) in zip(axes.flat, first.values(), strict=False):
-            panel.imshow(decode(example.encoded_image()))
+            panel.imshow(read_pixels(example))
             panel.set_title(label(example.task_id), fontsize=8, color=INK)
             right = answer == example.target
             told = answer if right else f"{answer} ({example.target})"

@@ -1,5 +1,6 @@
 """Task suites: built-in, of text or images, files of published forms, or a mix. No torch."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from mtlora.suite.base import SPLITS, Example, Split, Suite, SuiteError, split_o
 from mtlora.suite.bbh_generated import GeneratedBBHSuite
 from mtlora.suite.builtin import BuiltinSuite
 from mtlora.suite.documents import DocumentsSuite
-from mtlora.suite.folder import FolderSuite
+from mtlora.suite.folder import FolderSuite, has_texts
 from mtlora.suite.instructions import InstructionSuite
 from mtlora.suite.mix import MixedSuite, SuitePart
 from mtlora.suite.mmlu import MMLUSuite, is_mmlu_folder
@@ -42,6 +43,10 @@ BUILT_IN = (
     "vision-maps-N",
 )
 
+_FOLDERS = (
+    "a folder of JSON files in the layout of BIG-Bench Hard, of MMLU's CSV files or of images, or a file of JSON lines"
+)
+
 
 def load_suite(name_or_path: str | Sequence[SuitePart]) -> Suite:
     """The suite of a name in `BUILT_IN`, the one in a folder or a file, or a mix of parts.
@@ -74,18 +79,26 @@ def load_suite(name_or_path: str | Sequence[SuitePart]) -> Suite:
 
         return LabelMapSuite(name_or_path)
     path = Path(name_or_path)
-    if path.is_file():
+    # `Path.is_file` raises for a name too long.
+    if os.path.isfile(path):
         return InstructionSuite(path)
-    if not name_or_path or not path.is_dir():
-        raise SuiteError(
-            f"no suite {name_or_path!r}: allowed are {', '.join(BUILT_IN)}, a folder of JSON files in the layout of "
-            "BIG-Bench Hard, of MMLU's CSV files or of images, or a file of JSON lines"
-        )
-    if is_mmlu_folder(path):
-        return MMLUSuite(path)
-    if any(path.glob("*.json")) and not (path / "manifest.jsonl").exists():
-        return FolderSuite(path)
+    if not name_or_path or not os.path.isdir(path):
+        raise SuiteError(f"no suite {name_or_path!r}: allowed are {', '.join(BUILT_IN)}, {_FOLDERS}")
+    return _of_folder(path)
+
+
+def _of_folder(folder: Path) -> Suite:
+    if is_mmlu_folder(folder):
+        return MMLUSuite(folder)
+    # Texts may have images beside them, and images JSON files.
+    if not (folder / "manifest.jsonl").exists() and has_texts(folder):
+        return FolderSuite(folder)
     # Images need packages that text does not.
     from mtlora.suite.vision.folder import ImageFolderSuite, is_image_folder
+    from mtlora.suite.vision.layout import LAYOUTS, READ, found_in
 
-    return ImageFolderSuite(path) if is_image_folder(path) else FolderSuite(path)
+    if is_image_folder(folder):
+        return ImageFolderSuite(folder)
+    if any(folder.glob("*.json")):
+        return FolderSuite(folder)
+    raise SuiteError(f"{folder}: {found_in(folder)}; allowed: {_FOLDERS}. Of images the layouts are {LAYOUTS}; {READ}")

@@ -71,6 +71,14 @@ class _File(BaseModel):
         return self
 
 
+def has_texts(folder: Path) -> bool:
+    """Whether a JSON file directly in a folder has `examples`, well-formed or not."""
+    try:
+        return any(b'"examples"' in file.read_bytes() for file in folder.iterdir() if file.suffix.lower() == ".json")
+    except OSError:
+        return False
+
+
 class FolderSuite:
     """Reads every `*.json` of a folder at once, to find a wrong file before any work starts.
 

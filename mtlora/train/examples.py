@@ -1,13 +1,14 @@
 """The examples that a run trains on and validates with, encoded."""
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mtlora.prompt import PromptEncoder
-from mtlora.suite.base import Example, Split, Suite, SuiteError
-from mtlora.suite.mix import count_for
+from mtlora.suite.base import Example, Split, Suite, SuiteError, up_to
+from mtlora.suite.mix import MixedSuite, count_for
 from mtlora.task import TaskSpec
 from mtlora.train.config import TrainingConfig
 from mtlora.train.data import Encoded, encode
@@ -45,17 +46,6 @@ class RunExamples:
         self.evaluated = [example for example, _ in held_out]
         self._check_tasks_have_examples()
 
-    def _of(self, split: Split) -> list[Example]:
-        """The split's examples as the configuration asks for them, task by task."""
-        config, found = self._config, []
-        for task in self._tasks:
-            count: int | None = config.validation_per_task
-            if split == "train":
-                count = count_for(config.examples_per_task, task.id)
-            if count != 0:
-                found += self._suite.examples(task.id, split, count, config.seed)
-        return found
-
     def tokens_by_task(self, batches: Sequence[Sequence[int]]) -> dict[str, int]:
         """Tokens of prompts and answers in `batches` of training examples, without padding."""
         tokens = dict.fromkeys((task.id for task in self._tasks), 0)
@@ -65,8 +55,9 @@ class RunExamples:
 
     def _encode(self, split: Split, skipped: Counter[str], room: float = math.inf) -> list[tuple[Example, Encoded]]:
         config = self._config
+        chosen = wanted_examples(config, self._suite, self._tasks, split)
         return encode(
-            self._prompts, self._tasks, self._of(split), max_length=config.max_length, room=room,
+            self._prompts, self._tasks, chosen, max_length=config.max_length, room=room,
             skipped=skipped if config.longer_examples == "skip" else None, reader=self._reader,
         )  # fmt: skip
 
@@ -81,6 +72,26 @@ class RunExamples:
             raise SuiteError(f"suite {suite}: task {task.id} has no training example ({cause})")
         if not self.train:
             raise SuiteError(f"suite {suite}: no training examples; examples_per_task asks for none")
+
+
+def wanted_examples(config: TrainingConfig, suite: Suite, tasks: Sequence[TaskSpec], split: Split) -> list[Example]:
+    """The split's examples as the configuration asks for them, task by task; all of a task that has fewer."""
+    found: list[Example] = []
+    fewer = []
+    for task in tasks:
+        count = count_for(config.examples_per_task, task.id) if split == "train" else config.validation_per_task
+        examples = up_to(suite, task.id, split, count, config.seed) if count != 0 else []
+        if count is not None and len(examples) < count:
+            fewer.append(f"{task.id} ({len(examples)})")
+        found += examples
+    # A mix counts for each of its parts, so less than the number is no surprise there.
+    if fewer and split == "train" and not isinstance(suite, MixedSuite):
+        warnings.warn(
+            f"suite {suite.name}: fewer train examples than examples_per_task asks for, so all are used: "
+            f"{', '.join(fewer)}",
+            stacklevel=2,
+        )
+    return found
 
 
 def chosen_tasks(suite: Suite, chosen: Sequence[str] | None) -> list[TaskSpec]:

@@ -22,12 +22,14 @@ from mtlora.evaluation.images import features, pixels, same_input
 from mtlora.model.baseline import BaselineManifest, write_baseline
 from mtlora.model.language import adapter_tensors
 from mtlora.model.vision import new_adapted_encoder
-from mtlora.suite.base import Example, Split, Suite, SuiteError, up_to
+from mtlora.suite.base import Example, Split, Suite, SuiteError
 from mtlora.suite.mix import count_for
+from mtlora.suite.vision.pixels import check_readable, read_pixels
 from mtlora.task import TaskSpec
 from mtlora.train.augment import augmented
 from mtlora.train.config import TrainingConfig, TrainingError
 from mtlora.train.cpu_backbone import speed_up_image_training
+from mtlora.train.examples import wanted_examples
 from mtlora.train.modality import Part, digest
 from mtlora.train.parallel import Ranks
 from mtlora.train.result import task_table
@@ -35,7 +37,7 @@ from mtlora.train.start import load_paths
 from mtlora.vision.encoder import pool
 from mtlora.vision.heads import Heads
 from mtlora.vision.image_input import num_features
-from mtlora.vision.images import decode, prepare
+from mtlora.vision.images import prepare
 
 
 class _Trained(nn.Module):
@@ -67,6 +69,7 @@ class Images:
         self.train, self.validation = self.of("train"), self.of("validation")
         if not self.train:
             raise SuiteError(f"suite {suite.name}: no training examples; examples_per_task asks for none")
+        self._check_files()
         self._start: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if config.init_from is not None:
             self._warm_start(Path(config.init_from))
@@ -90,14 +93,19 @@ class Images:
 
     def of(self, split: Split) -> list[Example]:
         """The split's examples as the configuration asks for them, task by task. Raises SuiteError."""
-        config, found = self.config, []
-        for task in self.tasks:
-            count = count_for(config.examples_per_task, task.id) if split == "train" else config.validation_per_task
-            examples = up_to(self.suite, task.id, split, count, config.seed) if count != 0 else []
-            if not examples and split == "train" and count != 0:
+        found = wanted_examples(self.config, self.suite, self.tasks, split)
+        having = {example.task_id for example in found}
+        for task in self.tasks if split == "train" else ():
+            if task.id not in having and count_for(self.config.examples_per_task, task.id) != 0:
                 raise SuiteError(f"suite {self.suite.name}: task {task.id} has no training example (none found)")
-            found += examples
         return found
+
+    def _check_files(self) -> None:
+        """Refuse a file that cannot be read before the run writes anything. Test images count: `eval` needs them."""
+        held = [*self.train, *self.validation]
+        for task in self.tasks if self.suite.finite else ():
+            held += self.suite.examples(task.id, "test", None)
+        check_readable((example, self.input.size) for example in held)
 
     def _schedule(self) -> list[list[int]]:
         config, size = self.config, self.config.batch_size
@@ -217,7 +225,7 @@ class Images:
         if not task.image.augment:
             return pixels(self.adapted, task, example)
         rng = random.Random(f"{self.config.seed}/{step}/{index}")
-        changed = augmented(decode(example.encoded_image(), size=task.image.size), task.image.augment, rng)
+        changed = augmented(read_pixels(example, task.image.size), task.image.augment, rng)
         return torch.from_numpy(prepare(changed, task.image, self.adapted.mean, self.adapted.std))
 
     def validate(self) -> dict[str, Any]:

@@ -69,6 +69,14 @@ class ImageError(MtLoRAError):
     """An image that is not taken: what was found, what is allowed."""
 
 
+class FormatError(ImageError):
+    """A file of another format; `found` names it."""
+
+    def __init__(self, found: str, allowed: Sequence[str] = FORMATS) -> None:
+        super().__init__(f"found {found}; allowed: {', '.join(allowed)}")
+        self.found = found
+
+
 @dataclass(frozen=True)
 class ImageLimits:
     """What an encoded image may be: bytes of the file, and pixels before any reduction."""
@@ -166,6 +174,11 @@ def _decoded(data: bytes, header: Header, size: int | None) -> Image.Image:
         raise ImageError(f"found {getattr(image, 'n_frames', 0)} frames; allowed: 1")
     if size is not None:
         image.draft(None, (_SPARE * size, _SPARE * size))
+    return upright(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An opened image, loaded, in three channels, turned as its metadata say. Raises any exception."""
     image.load()
     orientation = _orientation(image)
     rgb = _rgb(image)
@@ -216,7 +229,7 @@ def _header(data: bytes) -> Header:
         return Header("JPEG", *_jpeg_size(data))
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return Header("WebP", *_webp_size(data))
-    raise ImageError(f"found {_named(data)}; allowed: {', '.join(FORMATS)}")
+    raise FormatError(_named(data))
 
 
 def _named(data: bytes) -> str:

@@ -140,7 +140,7 @@ class App:
                 settings.max_leased_tokens,
             ),
             Decoding(
-                ImageLimits(settings.max_message_bytes, settings.max_image_pixels),
+                ImageLimits(settings.message_limit, settings.max_image_pixels),
                 settings.image_threads or decoding_threads(),
             ),
             position_cost=settings.vision_position_cost,

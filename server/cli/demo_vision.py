@@ -18,7 +18,7 @@ from rich.text import Text
 
 from mtlora.backbone import resolve
 from mtlora.client import AsyncClient, Classification, ServerError
-from mtlora.suite import Suite, load_suite
+from mtlora.suite import Suite, load_suite, up_to
 from mtlora.suite.base import Example
 from server.cli import CommandError
 from server.cli.demo import print_whole, results_table
@@ -72,14 +72,12 @@ def run(options: argparse.Namespace) -> int:
 def _demonstrate(options: argparse.Namespace) -> int:
     console, suite = Console(), load_suite(options.suite)
     console.print(f"Starting one server: vision backbone {options.backbone}, adapters {options.adapters} ...")
-    with ServerProcess(
-        backbone="none", vision_backbone=options.backbone, adapters=options.adapters, max_message_bytes=16 << 20
-    ) as server:
+    with ServerProcess(backbone="none", vision_backbone=options.backbone, adapters=options.adapters) as server:
         console.print(f"Serving on {server.address} after {server.start_seconds:.0f} s.")
         with server.client() as client:
             served = {task.id for task in client.tasks()}
         tasks = [task for task in suite.tasks if task.id in served]
-        examples = [each for task in tasks for each in suite.examples(task.id, "test", options.per_task, options.seed)]
+        examples = [each for task in tasks for each in up_to(suite, task.id, "test", options.per_task, options.seed)]
         if not examples:
             console.print("The server has no task of the suite.")
             return 1
@@ -144,7 +142,7 @@ def linear_heads_alone(
     from mtlora.model.vision import new_adapted_encoder
 
     adapted = new_adapted_encoder(resolve(backbone), HeadsConfig(), len(tasks), torch.float32)
-    train = [each for task in tasks for each in suite.examples(task.id, "train", per_task, seed)]
+    train = [each for task in tasks for each in up_to(suite, task.id, "train", per_task, seed)]
     return list(answers_of(image_labeller(adapted, tasks, linear_heads(adapted, tasks, train), None))(examples))
 
 

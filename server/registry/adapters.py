@@ -120,7 +120,7 @@ def open_adapters(
         max_bytes=max_bytes,
         max_uploads=settings.max_uploads,
         # Room for the rest of a message.
-        max_chunk_bytes=settings.max_message_bytes - 256,
+        max_chunk_bytes=settings.message_limit - 256,
     )
     return Adapters(registry, residencies, spool, verifier, uploads)
 

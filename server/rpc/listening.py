@@ -130,7 +130,7 @@ async def listen_for_probes(
 def channel_options(settings: Settings) -> list[tuple[str, int]]:
     """gRPC's own limits."""
     return [
-        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_receive_message_length", settings.message_limit),
         # With so_reuseport=1, two servers would share a port unknowingly.
         ("grpc.so_reuseport", 0),
         ("grpc.max_allowed_incoming_connections", settings.max_connections),

@@ -137,7 +137,7 @@ class Service:
             self.directory,
             self.usage,
             Documents(self.settings.document_lifetime_s, self.settings.max_documents, self.settings.max_document_mib),
-            Decoding(ImageLimits(self.settings.max_message_bytes, self.settings.max_image_pixels), threads=2),
+            Decoding(ImageLimits(self.settings.message_limit, self.settings.max_image_pixels), threads=2),
             log_prompts=log_prompts,
         )
         # Without a registry: a test that calls it sets one.

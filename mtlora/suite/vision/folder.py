@@ -1,37 +1,33 @@
-"""Folders of image files as a suite.
+"""Folders of image files as a suite, in a layout of `layout.py` or by a manifest.
 
-    task/{train,test}/class/*.png    or jpg, jpeg, webp; validation beside train and test, if there is one
-    task/class/*.png                 split by content
-    {train,test}/class/*.png         one task, named as the folder
-    manifest.jsonl                   lines of {"task": ..., "image": file, "label": ..., "split": "train" or "test"}
-
-`task.json` in a task's folder, or `tasks.json` beside the manifest with such an object for each task, sets
-`description` and `image` (see `ImageInput`): `{"image": {"augment": ["crop", "flip"]}}`.
+`task.json` in a task's folder, or for all tasks in the suite's, sets `description` and `image` (see `ImageInput`):
+`{"image": {"augment": ["crop", "flip"]}}`. `tasks.json` in the suite's folder has such an object by task id.
 
 Where there is no validation split, a tenth of training, by content, is it. An image of the test split is in no other.
 """
 
+import codecs
 import hashlib
-import json
-import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from mtlora.answer import Label
 from mtlora.errors import describe
 from mtlora.suite.base import SPLITS, Example, Split, SuiteError, check_split, drawn, split_of, unknown_task
-from mtlora.task import TaskId, TaskSpec
+from mtlora.suite.vision.layout import ImageFile, has_images, list_folders
+from mtlora.suite.vision.manifest import MANIFEST, read_manifest
+from mtlora.task import TaskSpec
 from mtlora.vision.image_input import ImageInput
 
-MANIFEST = "manifest.jsonl"
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _SETTINGS = "task.json"
 _ALL_SETTINGS = "tasks.json"
-_LAYOUT = f"task/{{train,test}}/class/*.png, task/class/*.png or {MANIFEST}"
+# Most classes in a message.
+_MOST = 5
+_T = TypeVar("_T")
 
 
 class _Settings(BaseModel):
@@ -41,28 +37,9 @@ class _Settings(BaseModel):
     image: ImageInput = ImageInput()
 
 
-class _Line(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    task: TaskId
-    image: str = Field(min_length=1)
-    label: str = Field(min_length=1)
-    split: Split | None = None
-
-
-@dataclass(frozen=True)
-class _File:
-    path: Path
-    label: str
-    split: Split | None
-
-
 def is_image_folder(folder: Path) -> bool:
-    """Whether a folder holds a suite of images rather than one of text."""
-    if (folder / MANIFEST).is_file():
-        return True
-    levels = [folder.glob(f"{'*/' * depth}*") for depth in (2, 3)]
-    return any(path.suffix.lower() in _SUFFIXES for level in levels for path in level)
+    """Whether a folder holds images at any depth, or a manifest of them."""
+    return (folder / MANIFEST).is_file() or has_images(folder)
 
 
 class ImageFolderSuite:
@@ -74,10 +51,12 @@ class ImageFolderSuite:
         self.folder = Path(folder)
         self.name = self.folder.resolve().name
         manifest = self.folder / MANIFEST
-        self._files = _manifest(manifest) if manifest.is_file() else _folders(self.folder)
-        if not self._files:
-            raise SuiteError(f"{folder}: no image in it; the layout is {_LAYOUT}")
-        settings = _all_settings(self.folder) if manifest.is_file() else {}
+        self._files = read_manifest(manifest) if manifest.is_file() else list_folders(self.folder)
+        settings = _all_settings(self.folder)
+        if unknown := sorted(settings.keys() - self._files.keys()):
+            raise SuiteError(
+                f"{self.folder / _ALL_SETTINGS}: found task {unknown[0]}; allowed: {', '.join(sorted(self._files))}"
+            )
         specs = []
         for task_id, files in sorted(self._files.items()):
             own = settings.get(task_id) or _settings(self._settings_file(task_id))
@@ -92,7 +71,7 @@ class ImageFolderSuite:
                 return folder / _SETTINGS
         return self.folder / _SETTINGS
 
-    def _spec(self, task_id: str, files: Sequence[_File], settings: _Settings) -> TaskSpec:
+    def _spec(self, task_id: str, files: Sequence[ImageFile], settings: _Settings) -> TaskSpec:
         try:
             labels = tuple(sorted({file.label for file in files}))
             return TaskSpec(
@@ -118,7 +97,7 @@ class ImageFolderSuite:
         return [example for split in SPLITS for example in self.examples(task_id, split, None)]
 
 
-def _divided(task_id: str, files: Sequence[_File]) -> dict[Split, list[Example]]:
+def _divided(task_id: str, files: Sequence[ImageFile]) -> dict[Split, list[Example]]:
     """The distinct images of every split. The same image under two labels, or in two splits, is told."""
     has_validation = any(file.split == "validation" for file in files)
     found: dict[str, tuple[Example, Split]] = {}
@@ -140,70 +119,26 @@ def _divided(task_id: str, files: Sequence[_File]) -> dict[Split, list[Example]]
                 f"{file.path}: the same image as {first.source} ({where}, {first.target}); only that one is used",
                 stacklevel=2,
             )
+    trained = {example.target for example, split in found.values() if split == "train"}
+    if untrained := sorted({file.label for file in files} - trained):
+        more = f" and {len(untrained) - _MOST} more" if len(untrained) > _MOST else ""
+        warnings.warn(f"task {task_id}: no training image of class {', '.join(untrained[:_MOST])}{more}", stacklevel=2)
     return {split: [example for example, where in found.values() if where == split] for split in SPLITS}
 
 
-def _folders(folder: Path) -> dict[str, list[_File]]:
-    if any((folder / split).is_dir() for split in SPLITS):
-        return {_task_id(folder.resolve().name, folder): list(_of_task(folder))}
-    tasks: dict[str, list[_File]] = {}
-    for child in sorted(path for path in folder.iterdir() if path.is_dir()):
-        if files := list(_of_task(child)):
-            task_id = _task_id(child.name, child)
-            if task_id in tasks:
-                raise SuiteError(
-                    f"{child}: a second folder of task {task_id}; names differ in more than case and marks"
-                )
-            tasks[task_id] = files
-    return tasks
-
-
-def _of_task(folder: Path) -> Iterator[_File]:
-    parts: list[tuple[Path, Split | None]] = [(folder / split, split) for split in SPLITS if (folder / split).is_dir()]
-    for part, split in parts or [(folder, None)]:
-        for label in sorted(path for path in part.iterdir() if path.is_dir()):
-            for path in sorted(label.iterdir()):
-                if path.suffix.lower() in _SUFFIXES and path.is_file():
-                    yield _File(path, label.name, split)
-
-
-def _task_id(name: str, folder: Path) -> str:
-    task_id = re.sub(r"[^a-z0-9_.\-]+", "-", name.lower()).strip("-_.")
-    if not task_id:
-        raise SuiteError(f"{folder}: its name gives no task id: letters and digits are needed")
-    return task_id
-
-
-def _manifest(file: Path) -> dict[str, list[_File]]:
-    tasks: dict[str, list[_File]] = {}
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = _Line.model_validate_json(line)
-        except ValidationError as error:
-            raise SuiteError(f"{file}: line {number}: {describe(error)}") from None
-        path = file.parent / entry.image
-        if not path.is_file():
-            raise SuiteError(f"{file}: line {number}: image: no file {path}")
-        tasks.setdefault(entry.task, []).append(_File(path, entry.label, entry.split))
-    return tasks
-
-
 def _settings(file: Path) -> _Settings:
-    try:
-        return _Settings.model_validate_json(file.read_bytes()) if file.is_file() else _Settings()
-    except ValidationError as error:
-        raise SuiteError(f"{file}: {describe(error)}") from None
+    return _read(file, TypeAdapter(_Settings)) if file.is_file() else _Settings()
 
 
 def _all_settings(folder: Path) -> Mapping[str, _Settings]:
     file = folder / _ALL_SETTINGS
-    if not file.is_file():
-        return {}
+    return _read(file, TypeAdapter(dict[str, _Settings])) if file.is_file() else {}
+
+
+def _read(file: Path, adapter: TypeAdapter[_T]) -> _T:
     try:
-        return TypeAdapter(dict[str, _Settings]).validate_python(json.loads(file.read_bytes()))
+        return adapter.validate_json(file.read_bytes().removeprefix(codecs.BOM_UTF8))
+    except OSError as error:
+        raise SuiteError(f"{file}: cannot be read: {error.strerror}") from None
     except ValidationError as error:
         raise SuiteError(f"{file}: {describe(error)}") from None
-    except ValueError as error:
-        raise SuiteError(f"{file}: {error}") from None

@@ -1,7 +1,11 @@
 """Folders and manifests of images: what loads, how splits come about, and how others are refused."""
 
 import json
+import os
 import re
+import warnings
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mtlora.suite import SPLITS, FolderSuite, SuiteError, load_suite
-from mtlora.suite.vision.folder import _Line
+from mtlora.suite import SPLITS, Example, FolderSuite, Suite, SuiteError, load_suite
+from mtlora.suite.vision.pixels import check_readable, read_pixels
+from mtlora.vision.images import ImageError, decode
 
 
 def _image(path: Path, shade: int) -> None:
@@ -101,10 +106,13 @@ def test_reads_a_manifest(tmp_path: Path) -> None:
         ('{"task": "a", "image": "x.png"}', "line 1: label: "),
         ('{"task": "a", "image": "x.png", "label": "y", "split": "dev"}', "line 1: split: "),
         ('{"task": "a", "image": "x.png", "label": "y"}', "line 1: image: no file "),
+        ('{"task": "a", "image": "' + "x" * 5000 + '", "label": "y"}', "line 1: image: no file "),
+        ("\n{\xe9", "line 2: found bytes that are not UTF-8"),
+        ("\n\n", "found no line"),
     ],
 )
 def test_wrong_manifests_name_the_line(tmp_path: Path, line: str, reason: str) -> None:
-    (tmp_path / "manifest.jsonl").write_text(line + "\n")
+    (tmp_path / "manifest.jsonl").write_bytes(line.encode("latin-1") + b"\n")
     with pytest.raises(SuiteError, match=re.escape(reason)):
         load_suite(str(tmp_path))
 
@@ -129,11 +137,191 @@ def test_a_folder_of_texts_stays_one(tmp_path: Path) -> None:
     assert isinstance(load_suite(str(tmp_path)), FolderSuite)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.text(max_size=200) | st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=5).map(json.dumps))
-def test_any_manifest_line_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory, line: str) -> None:
+def _warned(folder: Path) -> tuple[Suite, str]:
+    """A suite, and all that loading and reading it warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        suite = load_suite(str(folder))
+        for task in suite.tasks:
+            suite.examples(task.id, "train", None)
+    return suite, "\n".join(str(each.message) for each in caught)
+
+
+def _classes(folder: Path, count: int = 6, classes: Iterable[str] = "ab") -> None:
+    """`count` images of each class, no two alike."""
+    for name in classes:
+        for i in range(count):
+            _image(folder / name / f"{i}.png", zlib.crc32(f"{folder}{name}{i}".encode()) % 65536)
+
+
+def test_splits_by_other_names(tmp_path: Path) -> None:
+    for task, names in (("one", ("Train", "val", "TEST")), ("two", ("training", "Valid", "testing"))):
+        for name in names:
+            _classes(tmp_path / task / name)
+    suite, warned = _warned(tmp_path)
+    assert [len(suite.examples(t, split, None)) for t in ("one", "two") for split in SPLITS] == [12] * 6
+    assert not warned
+    (tmp_path / "one" / "dev").mkdir()
+    with pytest.raises(SuiteError, match="one: found dev and val for the split validation; allowed: one of them"):
+        load_suite(str(tmp_path))
+
+
+def test_classes_alone_are_one_task_even_where_one_is_called_train(tmp_path: Path) -> None:
+    _classes(tmp_path / "vehicles", classes=("bus", "car", "train"))
+    suite, _ = _warned(tmp_path / "vehicles")
+    assert [(task.id, task.labels) for task in suite.tasks] == [("vehicles", ("bus", "car", "train"))]
+
+
+def test_json_beside_images_does_not_make_a_suite_of_texts(tmp_path: Path) -> None:
+    _classes(tmp_path / "leaf")
+    (tmp_path / "classes.json").write_text('["a", "b"]')
+    (tmp_path / "task.json").write_bytes(b'\xef\xbb\xbf{"description": "Leaves."}')
+    assert [task.description for task in load_suite(str(tmp_path)).tasks] == ["Leaves."]
+    assert [task.description for task in load_suite(str(tmp_path / "leaf")).tasks] == ["Images of leaf: leaf."]
+    (tmp_path / "tasks.json").write_text('{"leaf": {"description": "Own."}}')
+    assert [task.description for task in load_suite(str(tmp_path)).tasks] == ["Own."]
+    (tmp_path / "tasks.json").write_text('{"laef": {}}')
+    with pytest.raises(SuiteError, match=r"tasks\.json: found task laef; allowed: leaf"):
+        load_suite(str(tmp_path))
+    (tmp_path / "tasks.json").write_text("[" * 100_000)
+    with pytest.raises(SuiteError, match=r"tasks\.json: "):
+        load_suite(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("images", "reason"),
+    [
+        (["t/a/1", "t/b/2", "u/1"], r"u: found \S*u/1.png, and no image in a class folder; the layouts are task/"),
+        (["t/a/1", "t/b/2", "u/a/b/c/1"], r"u/a: found an image below a class folder, \S*u/a/b/c/1.png; allowed: "),
+        (["train/a/1", "train/b/2", "test/1"], r"test: found \S*test/1.png, and no image in a class folder"),
+        (["train/1", "test/2"], r"test: found \S*test/2.png, and no image in a class folder"),
+        (["t/train/a/1", "t/train/b/2", "t/more/a/3"], r"t/more: found a folder with images .* beside splits; allowed"),
+    ],
+)
+def test_images_in_no_layout_are_refused(tmp_path: Path, images: list[str], reason: str) -> None:
+    for i, name in enumerate(images):
+        _image(tmp_path / f"{name}.png", i)
+    with pytest.raises(SuiteError, match=reason):
+        load_suite(str(tmp_path))
+
+
+def test_what_is_not_used_is_told(tmp_path: Path) -> None:
+    _classes(tmp_path / "leaf" / "train")
+    _classes(tmp_path / "leaf" / "test", classes="abc")
+    _image(tmp_path / "leaf" / "preview.png", 1)
+    for name in ("leaf/train/a/1.gif", "leaf/train/d/2.heic", "notes/readme.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"?")
+    # What systems and editors leave behind is no class and no image.
+    for name in ("leaf/train/a/._1.jpg", "leaf/train/.ipynb_checkpoints/1.png", "__MACOSX/leaf/a/1.png"):
+        _image(tmp_path / name.replace("._1.jpg", "x.png"), 9)
+        (tmp_path / name.replace("._1.jpg", "x.png")).rename(tmp_path / name)
+    suite, warned = _warned(tmp_path)
+    (task,) = suite.tasks
+    assert task.labels == ("a", "b", "c")
+    assert "1 images outside any class folder, such as " in warned
+    assert "2 files such as " in warned
+    assert "(1 of .gif, 1 of .heic); read are .png" in warned
+    assert "2 folders without an image: " in warned
+    assert "task leaf: no training image of class c" in warned
+    assert "MACOSX" not in warned
+    assert "ipynb" not in warned
+
+
+def test_nothing_readable_names_what_is_there_and_every_layout(tmp_path: Path) -> None:
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "1.gif").write_bytes(b"GIF89a")
+    found = r"found 1 files such as \S*1.gif \(1 of .gif\); allowed: a folder of JSON files .* class/\*.png; read are"
+    with pytest.raises(SuiteError, match=found):
+        load_suite(str(tmp_path))
+    with pytest.raises(SuiteError, match="no suite 'aaa"):
+        load_suite("a" * 5000)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _classes(tmp_path / "leaf")
+    whole = os.scandir
+
+    def scandir(path: Path) -> object:
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied")
+        return whole(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(SuiteError, match="leaf/b: cannot be listed: Permission denied"):
+        load_suite(str(tmp_path))
+
+
+def test_a_manifest_of_any_editor(tmp_path: Path) -> None:
+    lines = []
+    for i in range(8):
+        _image(tmp_path / f"{i}.png", i)
+        lines.append(
+            json.dumps({"task": "t", "image": f"{i}.png", "label": "a\u2028b" if i % 2 else "c"}, ensure_ascii=False)
+        )
+    (tmp_path / "manifest.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert load_suite(str(tmp_path)).tasks[0].labels == ("a\u2028b", "c")
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "suffix"),
+    [
+        ("TIFF", "RGB", "tif"),
+        ("TIFF", "I;16", "tiff"),
+        ("BMP", "RGB", "BMP"),
+        ("PPM", "RGB", "ppm"),
+        ("PPM", "L", "pgm"),
+    ],
+)
+def test_formats_of_published_data_sets(tmp_path: Path, kind: str, mode: str, suffix: str) -> None:
+    for i, name in enumerate("ab"):
+        (tmp_path / "t" / name).mkdir(parents=True)
+        Image.new(mode, (5, 4), 200 + i if mode in ("L", "I;16") else (200, 100, i)).save(
+            tmp_path / "t" / name / f"1.{suffix}", kind
+        )
+    suite = load_suite(str(tmp_path))
+    found = [e for split in SPLITS for e in suite.examples("t", split, None)]
+    assert len(found) == 2
+    assert {read_pixels(example, 8).shape for example in found} == {(4, 5, 3)}
+    # A server's clients send no such files.
+    with pytest.raises(ImageError, match=r"allowed: PNG, JPEG, WebP$"):
+        decode(found[0].encoded_image())
+
+
+def test_every_unreadable_file_is_listed(tmp_path: Path) -> None:
+    _classes(tmp_path / "t")
+    (tmp_path / "t" / "a" / "0.png").write_bytes(b"GIF89a")
+    (tmp_path / "t" / "b" / "1.png").write_bytes((tmp_path / "t" / "b" / "1.png").read_bytes()[:-30])
+    Image.new("F", (3, 3)).save(tmp_path / "t" / "b" / "2.png", "TIFF")
+    Image.new("L", (3, 3)).save(
+        tmp_path / "t" / "b" / "3.png", "TIFF", save_all=True, append_images=[Image.new("L", (3, 3))]
+    )
+    suite = load_suite(str(tmp_path))
+    with pytest.raises(SuiteError) as caught:
+        check_readable((e, 8) for split in SPLITS for e in suite.examples("t", split, None))
+    told = str(caught.value)
+    assert told.startswith("4 of 12 images cannot be read; mend or remove them: ")
+    for reason in (
+        "a/0.png: found a GIF; allowed: PNG, JPEG, WebP, TIFF, PPM, BMP",
+        "b/1.png: found a PNG that cannot be decoded",
+        "b/2.png: found a TIFF of values without a known range; allowed: 8 or 16 bits a channel",
+        "b/3.png: found a TIFF of 2 pages; allowed: 1",
+    ):
+        assert reason in told
+
+
+def test_a_photograph_beyond_a_clients_limits_is_read(tmp_path: Path) -> None:
+    Image.new("1", (6000, 5000)).save(tmp_path / "large.png")
+    example = Example("t", "x", "y", source="large.png", image=tmp_path / "large.png")
+    assert read_pixels(example, 8).shape == (5000, 6000, 3)
+    with pytest.raises(ImageError, match="found 6000 x 5000 pixels; allowed: 1 to 25000000 in all"):
+        decode(example.encoded_image())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: json.dumps(text).encode()))
+def test_any_manifest_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     folder = tmp_path_factory.mktemp("manifest")
-    (folder / "manifest.jsonl").write_text(line, encoding="utf-8", errors="replace")
+    (folder / "manifest.jsonl").write_bytes(content)
     with pytest.raises(SuiteError):
         load_suite(str(folder))
-    assert set(_Line.model_fields) == {"task", "image", "label", "split"}
