@@ -502,3 +502,13 @@ async def test_the_demo_asks_every_image_in_order(service: Service) -> None:
     assert [each.example for each in asked] == examples
     assert [each.correct for each in asked] == [True, True, False] * 8
     assert all("INVALID_ARGUMENT" in each.error for each in asked[2::3])
+
+
+async def test_an_image_above_the_limit_of_messages_names_the_setting() -> None:
+    service = Service(max_message_bytes=4096)
+    with_pictures(service)
+    async with service.running(), AsyncClient(service.address, retry=None) as client:
+        with pytest.raises(
+            ServerError, match=r"RESOURCE_EXHAUSTED: .*; the server's max_message_bytes allows no larger"
+        ):
+            await client.classify("colour", [bytes(5000)])

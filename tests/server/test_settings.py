@@ -34,6 +34,13 @@ def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
+    ("flags", "limit"), [({}, 1 << 20), ({"vision_backbone": "v"}, 16 << 20), ({"max_message_bytes": 4096}, 4096)]
+)
+def test_the_limit_of_messages_has_room_for_photographs(flags: dict[str, object], limit: int) -> None:
+    assert load_settings({"allow_no_tasks": True, **flags}).message_limit == limit
+
+
+@pytest.mark.parametrize(
     ("flags", "name", "found", "allowed"),
     [
         ({"max_num_seqs": "0"}, "max_num_seqs", "'0' (flag --max-num-seqs)", "greater than or equal to 1"),
