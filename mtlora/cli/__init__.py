@@ -7,7 +7,9 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from mtlora import __version__
 
@@ -28,6 +30,7 @@ _COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 1 for a failed check, 2 for a user's error, 130 for Ctrl-C."""
     args = _parser().parse_args(argv)
+    warnings.formatwarning = _format_warning
     try:
         status: int = args.run(args)
         sys.stdout.flush()
@@ -38,6 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (`| head`) is gone: keep the interpreter's flush at exit from failing too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # A file or folder that cannot be read or written, a full disk.
+        print(
+            f"mtlora: error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}",
+            file=sys.stderr,
+        )
+        return 2
     except ValueError as error:
         if (message := _message(error)) is None:
             raise
@@ -52,6 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     for name in _COMMANDS:
         importlib.import_module(f"mtlora.cli.{name}").add_parser(subparsers)
     return parser
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A line in a user's words for this package's warnings."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        return f"mtlora: warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _message(error: ValueError) -> str | None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mtlora.backbone import identify
 from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE
@@ -228,3 +229,24 @@ def test_refuses_a_wrong_settings_file_by_name(tmp_path: Path, content: str | No
         file.write_text(content)
     with pytest.raises(MtLoRAError, match=f"over.json.*{expected}"):
         read_settings(None, [f"@{file}"])
+
+
+def test_tasks_saves_an_image_of_each_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "ab":
+        (tmp_path / "leaf" / "train" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (3, 3), (i, ord(name), 0)).save(tmp_path / "leaf" / "train" / name / f"{i}.jpg")
+    assert main(["tasks", "--suite", str(tmp_path), "--save", str(tmp_path / "out")]) == 0
+    assert str(tmp_path / "out" / "leaf.jpg") in capsys.readouterr().out.replace("\n", "")
+    assert Image.open(tmp_path / "out" / "leaf.jpg").size == (3, 3)
+    assert main(["tasks", "--save", str(tmp_path / "out")]) == 2
+    assert "without an image; allowed: a suite of images" in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    settings = ["--suite", str(tmp_path / "file" / "x"), "--out", str(tmp_path / "file" / "run")]
+    assert main(["train", "--config", str(tmp_path), *settings]) == 2
+    assert capsys.readouterr().err.startswith("mtlora: error: ")
+    assert main(["tasks", "--suite", "builtin-vision", "--save", str(tmp_path / "file" / "x")]) == 2
+    assert "Not a directory" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtlora.cli import main
 from mtlora.evaluation.evaluate import few_shot_prompt
 from mtlora.evaluation.likelihood import options_of
 from mtlora.suite import InstructionSuite, MMLUSuite, SuiteError, load_suite
@@ -105,6 +106,20 @@ def test_training_takes_such_a_file(tiny_backbone: Path, tmp_path: Path) -> None
     manifest = Trainer(config, tiny_backbone, tmp_path / "run").fit()
     assert [task.id for task in manifest.tasks] == ["qa", "summary"]
     assert manifest.training["steps"] == 2
+
+
+def test_dollys_lines_train_by_the_documented_command(
+    tmp_path: Path, tiny_backbone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "dolly.jsonl"
+    lines = [_line(i, "qa") for i in range(30)] + [{**_line(30, "qa"), "context": "word " * 2000}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["train", "--suite", str(file), "--set", "longer_examples=skip", "--out", str(tmp_path / "run")]
+    tiny = ["--backbone", str(tiny_backbone), "--max-steps", "1", "--set", "validation_per_task=0", "--threads", "1"]
+    # The default asks for 1,000 examples of a task.
+    with pytest.warns(UserWarning, match=r"fewer train examples .*: qa \(\d+\)"):
+        assert main([*command, *tiny]) == 0
+    assert capsys.readouterr().out.strip().endswith("adapter")
 
 
 @settings(max_examples=80, deadline=None)

@@ -1,6 +1,8 @@
 """Training on images with a tiny encoder: heads start from a probe, adapters learn, runs resume to the same bits."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ from mtlora.cli import main
 from mtlora.errors import MtLoRAError
 from mtlora.evaluation.images import checkpoint_labeller, linear_heads, pixels
 from mtlora.model.vision import load_adapted_encoder
-from mtlora.suite import load_suite
+from mtlora.suite import SuiteError, load_suite
 from mtlora.train.augment import augmented
 from mtlora.train.config import TrainingConfig
 from mtlora.train.trainer import Trainer
 from mtlora.vision.heads import Heads, linear_probe
+from mtlora.vision.images import ImageError
 from tests.mtlora.vision.models import SIZE, write_model
 
 SMALL: dict[str, Any] = {
@@ -175,6 +178,61 @@ def test_what_cannot_be_trained_is_refused(backbone: Path, folder: Path, tmp_pat
         (tmp_path / task / "task.json").write_text(json.dumps({"image": {"size": size}}))
     with pytest.raises(MtLoRAError, match=r"need one size and one pooling; found 56 px .*, 112 px"):
         Trainer(_config(tmp_path), backbone, tmp_path / "run")
+
+
+def _copy(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to))
+
+
+def test_unreadable_files_of_all_splits_stop_a_run_before_it_writes(
+    backbone: Path, folder: Path, tmp_path: Path
+) -> None:
+    suite = _copy(folder, tmp_path / "suite")
+    files = [next((suite / "half" / split).rglob("*.png")) for split in ("train", "test")]
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(SuiteError, match=r"2 of .* images cannot be read; ") as caught:
+        Trainer(_config(suite, examples_per_task=None), backbone, tmp_path / "run")
+    assert all(str(file) in str(caught.value) for file in files)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_breaks_during_a_run_is_named(backbone: Path, folder: Path, tmp_path: Path) -> None:
+    suite = _copy(folder, tmp_path / "suite")
+    work = Trainer(_config(suite), backbone, tmp_path / "run").work
+    file = work.train[0].image  # type: ignore[attr-defined]
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ImageError, match=re.escape(f"{file}: found a PNG that cannot be decoded")):
+        work._augmented(0, 0)  # type: ignore[attr-defined]
+
+
+def test_fewer_examples_than_asked_for_are_told(backbone: Path, folder: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"fewer train examples .* so all are used: bright \(\d+\), half \(\d+\)"):
+        Trainer(_config(folder, examples_per_task=1000), backbone, tmp_path / "run")
+
+
+def test_eval_refuses_what_it_cannot_score(
+    backbone: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Trainer(_config(folder, max_steps=1), backbone, tmp_path / "run").fit()
+    suite = _copy(folder, tmp_path / "suite")
+    arguments = ["eval", "--backbone", str(backbone), "--suite", str(suite), "--adapter", str(tmp_path / "run/adapter")]
+    file = next((suite / "half" / "test").rglob("*.png"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-40])
+    assert main(arguments) == 2
+    assert f"1 of 32 images cannot be read; mend or remove them: {file}: " in capsys.readouterr().err
+    file.write_bytes(whole)
+    (suite / "half" / "train" / "left").rename(suite / "half" / "train" / "west")
+    assert main(arguments) == 2
+    assert "task half: suite suite has labels west; allowed are the adapter's: left, right" in capsys.readouterr().err
+    (suite / "half" / "train" / "west").rename(suite / "half" / "train" / "left")
+    shutil.rmtree(suite / "half" / "test")
+    assert main([*arguments, "--adapter-only"]) == 0
+    assert "not scored, as they have no test examples: half" in capsys.readouterr().out
+    shutil.rmtree(suite / "bright" / "test")
+    assert main([*arguments, "--gallery", str(tmp_path / "x.png")]) == 2
+    assert "found no test examples; allowed: --split train or --split validation" in capsys.readouterr().err
 
 
 def test_eval_from_the_command_line(
