@@ -14,7 +14,6 @@ import uvloop
 
 from mtlora.backbone import resolve
 from mtlora.errors import BackboneError
-from mtlora.vision.images import ImageLimits
 from server.accounting import AuditError, AuditLog, Usage, UsageError
 from server.app.engines import Engines, StartError
 from server.engine import EngineGaveUpError, EngineStartError, check_machine, exit_at_once
@@ -31,12 +30,10 @@ from server.rpc.inference_service import InferenceServicer
 from server.rpc.interceptor import CallInterceptor
 from server.rpc.listening import Listening, listen_for_probes
 from server.rpc.openinference import OpenInferenceServicer, Repository
-from server.rpc.pictures import Decoding, decoding_threads
+from server.rpc.pictures import Decoding
 from server.rpc.tls import TLSError
 from server.rpc.usage_service import UsageServicer
-from server.scheduling import Scheduler
-from server.scheduling.admission import Admission
-from server.scheduling.scheduler import batch_turns, engine_turns
+from server.scheduling import Admission, Quotas, Scheduler, Turns, batch_turns, engine_turns
 from server.settings import Settings, is_loopback, joined
 from server.telemetry.logs import finish_logging, get_logger, set_level
 from server.telemetry.loop_delay import watch_loop
@@ -87,30 +84,7 @@ class App:
         self._settings = settings
         self._stop = asyncio.Event()
         self._metrics = Metrics(exemplars=settings.metrics_exemplars)
-        self._tracer = (
-            Tracer(
-                settings.otlp_endpoint,
-                sample_ratio=settings.trace_sample_ratio,
-                label_of=self._metrics.task_label if settings.otlp_metrics else None,
-            )
-            if settings.otlp_endpoint
-            else None
-        )
-        turns, image_turns = (
-            min(engine_turns(most), settings.in_flight_limit)
-            for most in (settings.max_num_seqs, settings.vision_max_num_seqs)
-        )
-        # Above what the queue takes, so the fair queue picks whom to refuse. A tenant's part is above its queue too.
-        self._admission = Admission(
-            settings.in_flight_limit + max(turns, image_turns), self._metrics, spare=min(turns, image_turns) // 2
-        )
-        self._scheduler = Scheduler(
-            turns,
-            max(1, settings.in_flight_limit - turns),
-            self._metrics,
-            image_turns=image_turns,
-            most_batch=batch_turns(settings.max_num_seqs),
-        )
+        self._tracer = _tracer(settings, self._metrics)
         try:
             self._directory = Directory(
                 settings.tenants,
@@ -123,30 +97,32 @@ class App:
             self._usage = Usage(settings.usage_dir, self._metrics)
         except (TenantsError, AuditError, UsageError) as error:
             raise StartError(str(error)) from None
-        self._on_tenants(self._directory.current)
         self._authenticator = Authenticator(
             self._directory, lambda issuer: self._metrics.jwks_failures.inc(labels=(issuer,))
         )
+        turns = _turns(settings)
+        most = [each.most for each in turns.values()]
+        self._quotas = Quotas(self._metrics)
+        max_queued = max(1, settings.in_flight_limit - turns[Lane.TEXT].most)
+        self._scheduler = Scheduler(turns, max_queued, self._quotas, self._metrics)
+        # Above what the queue takes, so the fair queue picks whom to refuse. A tenant's part is above its queue too.
+        max_in_flight, spare = settings.in_flight_limit + max(most), min(most) // 2
+        self._admission = Admission(
+            max_in_flight, self._scheduler, self._quotas, self._usage, self._metrics, spare=spare
+        )
+        self._on_tenants(self._directory.current)
         self._inference = InferenceServicer(
             self._admission,
             self._metrics,
             self._scheduler,
             self._directory,
             self._usage,
-            Documents(
-                settings.document_lifetime_s,
-                settings.max_documents,
-                settings.max_document_mib,
-                settings.max_leased_tokens,
-            ),
-            Decoding(
-                ImageLimits(settings.message_limit, settings.max_image_pixels),
-                settings.image_threads or decoding_threads(),
-            ),
+            Documents.from_settings(settings),
+            Decoding.from_settings(settings),
             position_cost=settings.vision_position_cost,
             log_prompts=settings.log_prompts,
+            generates=settings.language_backbone is not None,
         )
-        self._inference.generates = settings.language_backbone is not None
         self._adapters_service = AdaptersServicer(self._admission)
         repository = Repository(lambda: self._adapters_service.registry)
         self._open_inference = OpenInferenceServicer(self._inference, self._admission, repository)
@@ -243,7 +219,7 @@ class App:
             self._settings,
             self._metrics,
             self._authenticator.tenant,
-            self._scheduler.count_request,
+            self._quotas.count_request,
             anonymous,
             self._tracer,
             usage=self._usage,
@@ -321,16 +297,12 @@ class App:
                 backbones,
                 engines.supervisors,
                 # An adapter's types are compiled while it is loaded, so an engine has started.
-                lambda constraints: self._inference.engine.compile(constraints, of_tasks=True),
+                lambda constraints: self._inference.backend.engine.compile(constraints, of_tasks=True),
                 self._metrics,
                 self._set_catalog,
             )
             self._on_disk.callback(adapters.close)
             residencies = adapters.residencies
-            if Lane.TEXT in backbones:
-                self._inference.residency = residencies[Lane.TEXT]
-            if Lane.IMAGES in backbones:
-                self._inference.classifier.residency = residencies[Lane.IMAGES]
             self._metrics.follow_memory(lambda: joined_memory(each.memory() for each in residencies.values()))
             self._adapters_service.registry = adapters.registry
             self._adapters_service.uploads = adapters.uploads
@@ -374,7 +346,7 @@ class App:
 
     def _on_tenants(self, tenants: Tenants) -> None:
         self._metrics.tenants.set(len(tenants.by_id))
-        self._scheduler.keep_only(tenants.by_id.keys())
+        self._admission.keep_only(tenants.by_id.keys())
 
     def _set_health(self, *, serving: bool, live: bool = True) -> None:
         self._metrics.serving.set(serving)
@@ -397,6 +369,23 @@ class App:
         self._on_disk.close()
         finish_logging()
         exit_at_once(status)
+
+
+def _tracer(settings: Settings, metrics: Metrics) -> Tracer | None:
+    if not settings.otlp_endpoint:
+        return None
+    label_of = metrics.task_label if settings.otlp_metrics else None
+    return Tracer(settings.otlp_endpoint, sample_ratio=settings.trace_sample_ratio, label_of=label_of)
+
+
+def _turns(settings: Settings) -> dict[Lane, Turns]:
+    """Turns of each engine, whether the server starts it or not."""
+    texts, images = (
+        min(engine_turns(most), settings.in_flight_limit)
+        for most in (settings.max_num_seqs, settings.vision_max_num_seqs)
+    )
+    batches = min(texts, batch_turns(settings.max_num_seqs))
+    return {Lane.TEXT: Turns(texts, batches), Lane.IMAGES: Turns(images, images)}
 
 
 def _print_error(error: Exception) -> None:

@@ -18,10 +18,10 @@ from server.engine import (
 )
 from server.job import Lane
 from server.registry.adapters import Adapters
-from server.rpc.inference_service import InferenceServicer
+from server.rpc.classify import ImageBackend
+from server.rpc.inference_service import InferenceServicer, TextBackend
 from server.rpc.validation import PromptLimits
-from server.scheduling import Scheduler
-from server.scheduling.admission import Admission, State
+from server.scheduling import Admission, Scheduler, State
 from server.settings import Settings
 from server.telemetry.logs import get_logger
 from server.telemetry.metrics import Metrics
@@ -128,8 +128,7 @@ class Engines:
 
         def on_stats(stats: EngineStats) -> None:
             self._metrics.record_engine(stats, lane)
-            if lane is Lane.TEXT:
-                self._scheduler.stepped()
+            self._scheduler.stepped(lane)
 
         return Supervisor(
             lambda: kind(settings, backbone, on_stats),
@@ -150,16 +149,16 @@ class Engines:
     async def started(self, lane: Lane, engine: BaseEngine) -> None:
         """Load into a new engine what served before it, and serve once every engine has started."""
         await self._verifying
+        residency = self.adapters.residencies[lane]
         if isinstance(engine, Engine):
-            self._inference.engine = engine
-            self._inference.prompts = engine.prompts
-            self._inference.limits = PromptLimits(self._settings.max_model_len, engine.vocab_size, engine.end_tokens)
+            limits = PromptLimits(self._settings.max_model_len, engine.vocab_size, engine.end_tokens)
+            self._inference.backend = TextBackend(engine, residency, limits)
         elif isinstance(engine, VisionEngine):
-            self._inference.classifier.engine = engine
+            self._inference.classifier.backend = ImageBackend(engine, residency)
         await self.adapters.registry.load_all(lane)
         if self._admission.state is State.STARTING:
             self._check_catalog()
-        resident = self.adapters.residencies[lane].resident
+        resident = residency.resident
         await self.supervisors[lane].warm_up(resident[-1].distinct_slots[0] if resident else None)
         self._serving.add(lane)
         starting = self._admission.state is State.STARTING and self._serving < self.supervisors.keys()

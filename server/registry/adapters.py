@@ -69,33 +69,19 @@ def open_adapters(
 
     A server has the engine of a lane, or of both. Raises BackboneError.
     """
-    from mtlora.backbone import vocabulary
-    from mtlora.vision.families import read_config
     from mtlora.vllm_plugin.requests import slot_requests
 
-    max_bytes = settings.max_adapter_mib << 20
     prepare: dict[Lane, Prepare] = {Lane.TEXT: lambda version: _compile_types(compile, version)}
     residencies = {lane: _residency(engine, prepare.get(lane), settings, metrics) for lane, engine in engines.items()}
-    limit_gib = settings.adapter_cache_gib
-    spool = Spool(settings.adapter_cache, None if limit_gib is None else int(limit_gib * (1 << 30)))
+    spool = Spool.from_settings(settings)
     metrics.adapter_cache_bytes.set_function(lambda: spool.bytes)
     metrics.adapters_resident.set_function(lambda: sum(len(each.resident) for each in residencies.values()))
-    language, vision = backbones.get(Lane.TEXT), backbones.get(Lane.IMAGES)
-    verifier = Verifier(
-        spool,
-        {lane: _identity(backbone, settings) for lane, backbone in backbones.items()},
-        VerificationLimits(
-            max_bytes,
-            settings.verify_timeout_s,
-            tokens=vocabulary(language) if language else None,
-            vision=read_config(vision) if vision else None,
-            image_size=settings.vision_max_size,
-        ),
-    )
-    root, mirror = _root(settings.adapters, spool, max_bytes)
+    verifier = _verifier(spool, settings, backbones)
+    root, mirror = _root(settings, spool)
     events = Events(
         lambda event: metrics.record_stage(event.stage.value, event.failed_stage.value if event.failed_stage else None)
     )
+    vision = backbones.get(Lane.IMAGES)
     lifecycle = Lifecycle(
         root=root,
         verifier=verifier,
@@ -113,15 +99,7 @@ def open_adapters(
         spool.release((await verifier.verify(root, found)).content)
 
     own = None if mirror or settings.adapters is None else root
-    uploads = Uploads(
-        own,
-        verify,
-        storage,
-        max_bytes=max_bytes,
-        max_uploads=settings.max_uploads,
-        # Room for the rest of a message.
-        max_chunk_bytes=settings.message_limit - 256,
-    )
+    uploads = Uploads.from_settings(settings, own, verify, storage)
     return Adapters(registry, residencies, spool, verifier, uploads)
 
 
@@ -134,6 +112,21 @@ def _residency(engine: AdapterEngine, prepare: Prepare | None, settings: Setting
         on_evict=metrics.adapter_evictions.inc,
         prepare=prepare,
     )
+
+
+def _verifier(spool: Spool, settings: Settings, backbones: Mapping[Lane, Path]) -> Verifier:
+    from mtlora.backbone import vocabulary
+    from mtlora.vision.families import read_config
+
+    language, vision = backbones.get(Lane.TEXT), backbones.get(Lane.IMAGES)
+    limits = VerificationLimits(
+        settings.max_adapter_mib << 20,
+        settings.verify_timeout_s,
+        tokens=vocabulary(language) if language else None,
+        vision=read_config(vision) if vision else None,
+        image_size=settings.vision_max_size,
+    )
+    return Verifier(spool, {lane: _identity(backbone, settings) for lane, backbone in backbones.items()}, limits)
 
 
 def _identity(backbone: Path, settings: Settings) -> "BackboneArchitecture":
@@ -176,9 +169,11 @@ async def _compile_types(compile: Compile, version: AdapterVersion) -> None:
     version.fewest = {task: fewest[text] for task, text in texts.items()}
 
 
-def _root(adapters: str | None, spool: Spool, max_bytes: int) -> tuple[Path, Mirror | None]:
+def _root(settings: Settings, spool: Spool) -> tuple[Path, Mirror | None]:
+    """The folder of adapters, and what fills it where they come from a URL."""
+    adapters = settings.adapters
     if adapters is not None and not is_url(adapters):
         return Path(adapters), None
     local = spool.root / "mirror"
     local.mkdir()
-    return local, Mirror(adapters, local, max_bytes, spool) if adapters is not None else None
+    return local, Mirror(adapters, local, settings.max_adapter_mib << 20, spool) if adapters is not None else None

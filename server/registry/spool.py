@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from server.errors import AdapterError
+from server.settings import Settings
 
 _PREFIX = "mtlora-adapters-"
 
@@ -48,6 +49,11 @@ class Spool:
         self._sizes: dict[str, int] = {}
         self._users: Counter[str] = Counter()
         self._changing = threading.RLock()
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> "Spool":
+        limit_gib = settings.adapter_cache_gib
+        return cls(settings.adapter_cache, None if limit_gib is None else int(limit_gib * (1 << 30)))
 
     @property
     def bytes(self) -> int:

@@ -23,6 +23,7 @@ from server.errors import RequestFailedError, Violation, invalid_argument, resou
 from server.registry.source import MANIFEST_FILE, NAME, TENSORS_FILE, UPLOADS_FOLDER, Found, signature_of
 from server.registry.storage import Storage
 from server.registry.version import StageError
+from server.settings import Settings
 
 _KEPT_S = 86400.0
 _CONTENT = re.compile(r"[0-9a-f]{64}")
@@ -85,6 +86,18 @@ class Uploads:
         self._max_uploads = max_uploads
         # The call that continues an upload: a later one takes over from one whose connection was cut.
         self.owners: dict[str, Incoming] = {}
+
+    @classmethod
+    def from_settings(cls, settings: Settings, root: Path | None, verify: Verify, storage: Storage) -> "Uploads":
+        return cls(
+            root,
+            verify,
+            storage,
+            max_bytes=settings.max_adapter_mib << 20,
+            max_uploads=settings.max_uploads,
+            # Room for the rest of a message.
+            max_chunk_bytes=settings.message_limit - 256,
+        )
 
     async def begin(self, announced: Announced) -> "Incoming":
         """An upload, at the byte up to which it has come."""

@@ -71,7 +71,7 @@ class Analysis:
         """
         with ExitStack() as held:
             for version in {item.task.version for item in asked.items if item.task and item.task.version}:
-                held.enter_context(self._service.residency.hold(version))
+                held.enter_context(self._service.backend.residency.hold(version))
             asked.document = document = asked.known or await self._encoded(asked.text, asked.template)
             for item in asked.items:
                 item.document = document
@@ -80,17 +80,16 @@ class Analysis:
 
     async def _encoded(self, text: str, template: str) -> Document:
         """Encode a document of the current call, and keep it. Raises INVALID_ARGUMENT if it leaves a task no room."""
-        tenant, longest = current_call.get().tenant, self._service.limits.max_model_len - 2
-        rendered = template.format(document=text)
-        if (found := self._service.prompts.fewest_tokens(rendered)) <= longest:
-            encode = partial(self._service.prompts.prompt, rendered)
+        tenant, prompts = current_call.get().tenant, self._service.backend.engine.prompts
+        context = self._service.backend.limits.max_model_len
+        longest, rendered = context - 2, template.format(document=text)
+        if (found := prompts.fewest_tokens(rendered)) <= longest:
+            encode = partial(prompts.prompt, rendered)
             apart = len(rendered) > TOKENIZE_APART_BYTES
             ids = await self._tokenizing.run(tenant, len(rendered), encode) if apart else encode()
             if (found := len(ids)) <= longest:
                 return self._documents.keep(tenant, template, ids)
-        allowed = (
-            f"up to {longest}, which leaves room for a task and its answer in {self._service.limits.max_model_len}"
-        )
+        allowed = f"up to {longest}, which leaves room for a task and its answer in {context}"
         raise invalid_argument([Violation("document", f"found {found} tokens or more; allowed: {allowed}")])
 
 

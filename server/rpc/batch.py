@@ -19,7 +19,7 @@ from server.rpc.failures import failure_of
 from server.rpc.generation import Generation
 from server.rpc.pieces import in_pieces
 from server.rpc.validation import samples_of
-from server.scheduling import Reservation, Scheduler
+from server.scheduling import Admission, Reservation, Scheduler
 from server.telemetry.metrics import Metrics
 
 # Unary calls get tokens in batches: each hand-over delays the next step. Tenants' counts follow batch by batch.
@@ -167,10 +167,7 @@ class Service(Protocol[MContra, RCo]):
     """What runs the items of a kind; see the Inference service."""
 
     @property
-    def engine(self) -> Any: ...
-    @property
-    def residency(self) -> Residency: ...
-    def admitted(self, call: Call, requests: int, places: int, /) -> AbstractContextManager[None]: ...
+    def backend(self) -> Any: ...
     def version_for(
         self, request: MContra, task: ServedTask | None, /, *, prefetch: bool
     ) -> AbstractContextManager[ServedTask | None]: ...
@@ -193,6 +190,7 @@ class Batches(Generic[M, R]):
     def __init__(
         self,
         service: Service[M, R],
+        admission: Admission,
         scheduler: Scheduler,
         usage: Usage,
         metrics: Metrics,
@@ -200,6 +198,7 @@ class Batches(Generic[M, R]):
     ) -> None:
         self._service = service
         self._lane = lane
+        self._admission = admission
         self._scheduler = scheduler
         self._usage = usage
         self._metrics = metrics
@@ -258,10 +257,8 @@ class Batches(Generic[M, R]):
         They are admitted and charged as a whole before anything starts. `strict`: the first failure ends all.
         """
         call, size = current_call.get(), sum(item.samples for item in items)
-        self._scheduler.check_batch(call.tenant, size, places, self._lane)
         async with AsyncExitStack() as held:
-            held.enter_context(self._service.admitted(call, size, places))
-            self._scheduler.count_batch(call.tenant, size)
+            held.enter_context(self._admission.admit_batch(call.tenant, size, places, self._lane))
             await held.enter_async_context(prepared)
             apart = sum(item.request.ByteSize() for item in items) > TOKENIZE_APART_BYTES
             # Choose all versions before the next wait.
@@ -278,8 +275,8 @@ class Batches(Generic[M, R]):
 
                 async def run(sequence: R) -> None:
                     # A long batch may outlive an engine.
-                    engine, residency = self._service.engine, self._service.residency
-                    await sequence.run(engine, self._scheduler, residency, reserved=reserved)
+                    backend = self._service.backend
+                    await sequence.run(backend.engine, self._scheduler, backend.residency, reserved=reserved)
 
                 async with aclosing(side_by_side(ready, places, run)) as ended:
                     async for item in ended:

@@ -6,7 +6,7 @@ An image is an item of a batch, as an input of text is; a call with one image is
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from server.job import FinishReason, ImageJob, Lane, ServedTask
 from server.registry.residency import Residency
 from server.rpc.batch import Batches, Expand, Item
 from server.rpc.pictures import Decoding, Picture
-from server.scheduling import Reservation, Scheduler
+from server.scheduling import Admission, Reservation, Scheduler
 from server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -112,19 +112,26 @@ class Classification:
 ImageItem = Item[Picture, Classification]
 
 
+@dataclass(frozen=True)
+class ImageBackend:
+    """What answers images: the engine that runs, and the versions in it."""
+
+    engine: VisionEngine
+    residency: Residency
+
+
 class Classifier:
     """Runs batches of images, like the Inference service those of texts.
 
-    engine: set, like residency, before admission opens; without it, no task of images is served. position_cost: see
-    ImageJob.
+    Each engine that starts sets `backend`. position_cost: see ImageJob.
     """
 
-    engine: VisionEngine | None = None
-    residency: Residency
+    backend: ImageBackend | None = None
 
     def __init__(
         self,
         service: "InferenceServicer",
+        admission: Admission,
         scheduler: Scheduler,
         usage: Usage,
         metrics: Metrics,
@@ -137,7 +144,7 @@ class Classifier:
         self._metrics = metrics
         self._decoding = decoding
         self._position_cost = position_cost
-        self.batches = Batches(self, scheduler, usage, metrics, Lane.IMAGES)
+        self.batches = Batches(self, admission, scheduler, usage, metrics, Lane.IMAGES)
 
     def items(self, request: pb.ClassifyRequest) -> list[ImageItem]:
         """Every task of every image, each a call of its own for usage, metrics and the log.
@@ -175,11 +182,11 @@ class Classifier:
 
     # For the images of text tasks.
 
-    def running(self) -> VisionEngine:
-        """The engine. Raises EngineDeadError before the first has started."""
-        if self.engine is None:
+    def running(self) -> ImageBackend:
+        """The backend. Raises EngineDeadError before the first engine has started."""
+        if self.backend is None:
             raise EngineDeadError
-        return self.engine
+        return self.backend
 
     def check(self, picture: Picture, preparation: ImagePreparation) -> None:
         """Look at all of an image but its content. Raises INVALID_ARGUMENT."""
@@ -192,7 +199,7 @@ class Classifier:
 
         Raises INVALID_ARGUMENT for an image that cannot be decoded, and EngineDeadError.
         """
-        engine, began = self.running(), time.monotonic()
+        engine, began = self.running().engine, time.monotonic()
         embeds_TD = await picture.embeds(preparation, call.tenant, engine, self._decoding)
         self._metrics.image_decode.observe(time.monotonic() - began)
         job = ImageJob(task, range(engine.positions(preparation.size)), self._position_cost)
@@ -205,10 +212,6 @@ class Classifier:
 
     # For Batches.
 
-    def admitted(self, call: Call, requests: int, places: int) -> AbstractContextManager[None]:
-        """See the Inference service."""
-        return self._service.admitted(call, requests, places, Lane.IMAGES)
-
     @contextmanager
     def version_for(self, picture: Picture, task: ServedTask | None, *, prefetch: bool = True) -> Iterator[ServedTask]:
         """See the Inference service."""
@@ -217,16 +220,16 @@ class Classifier:
         if task.spec.id in catalog.splits:
             key = picture.routing_key.encode() or picture.digest
             task = catalog.choose(task, key)
-        with self.residency.hold(task.version):
+        with self.running().residency.hold(task.version):
             if prefetch:
-                self.residency.prefetch(task.version)
+                self.running().residency.prefetch(task.version)
             yield task
 
     async def generation(
         self, picture: Picture, task: ServedTask | None, _: int, *, call: Call, **beside: Any
     ) -> Classification:
         """A valid image, ready to run. Raises INVALID_ARGUMENT."""
-        engine = self.running()
+        engine = self.running().engine
         assert task is not None
         assert task.spec.image is not None
         picture.check(task.spec.image, self._decoding.limits)

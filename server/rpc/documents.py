@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.errors import RequestFailedError, not_found
+from server.settings import Settings
 from server.tenants import Tenant
 
 _MIB = 1 << 20
@@ -53,6 +54,15 @@ class Documents:
         self._until: OrderedDict[tuple[str, str], float] = OrderedDict()
         self._held: dict[str, OrderedDict[str, Document]] = {}
         self._bytes: dict[str, int] = {}
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> "Documents":
+        return cls(
+            settings.document_lifetime_s,
+            settings.max_documents,
+            settings.max_document_mib,
+            settings.max_leased_tokens,
+        )
 
     def keep(self, tenant: Tenant, template: str, ids: Any) -> Document:
         """Keep a document, or use it again."""

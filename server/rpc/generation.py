@@ -138,7 +138,7 @@ class Generation:
                     self._observe(delta)
                     if delta.finish_reason and splitter.working:
                         self.working_tokens = engine.prompts.working_tokens(self.token_ids, splitter.working)
-                    if delta.tokens and not turn.begun:
+                    if delta.tokens and not turn.tokens:
                         turn.found(self.cached_tokens)
                     if delta.tokens:
                         turn.served(delta.tokens, self.first_token_at)

@@ -3,18 +3,18 @@
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from mtlora_pb.v1 import inference_pb2 as pb
 from mtlora_pb.v1 import inference_pb2_grpc
 
-from mtlora.prompt import PromptEncoder
 from server.accounting import Usage
 from server.call import Call, current_call
 from server.engine import Engine
 from server.errors import RequestFailedError, Violation, invalid_argument, task_not_found
-from server.job import Lane, ServedTask
+from server.job import ServedTask
 from server.registry.catalog import Catalog
 from server.registry.residency import Residency
 from server.rpc import encoding
@@ -39,9 +39,8 @@ from server.rpc.pieces import in_pieces
 from server.rpc.scoring import scored_items, scored_pictures, scoring
 from server.rpc.seeing import Sight
 from server.rpc.stream import unhurried
-from server.rpc.validation import PromptLimits, samples_of, validate
-from server.scheduling import Scheduler
-from server.scheduling.admission import Admission
+from server.rpc.validation import PromptLimits, Received, samples_of, validate
+from server.scheduling import Admission, Scheduler
 from server.scheduling.fair_thread import FairThread
 from server.telemetry.logs import get_logger
 from server.telemetry.metrics import UNKNOWN_TASK, Metrics
@@ -53,19 +52,23 @@ logger = get_logger("prompt")
 _KEPT_LISTS = 64
 
 
-class InferenceServicer(inference_pb2_grpc.InferenceServicer):
-    """`catalog` may be replaced at any time. The other attributes are set before admission opens.
-
-    A tenant sees the tasks that it may ask, and no sign of the others.
-    """
+@dataclass(frozen=True)
+class TextBackend:
+    """What answers texts: the engine that runs, the versions in it, and what both allow of a prompt."""
 
     engine: Engine
     residency: Residency
-    prompts: PromptEncoder
     limits: PromptLimits
 
-    # Without a language backbone, every task takes images.
-    generates = True
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """`catalog` may be replaced at any time. Each engine that starts sets `backend`, the first before admission opens.
+
+    generates: whether there is a language backbone; without one, every task takes images.
+    A tenant sees the tasks that it may ask, and no sign of the others.
+    """
+
+    backend: TextBackend
 
     def __init__(
         self,
@@ -79,6 +82,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         *,
         position_cost: float = 1.0,
         log_prompts: bool = False,
+        generates: bool = True,
     ) -> None:
         self.catalog = Catalog()
         self._admission = admission
@@ -87,11 +91,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._usage = usage
         self._metrics = metrics
         self._log_prompts = log_prompts
+        self._generates = generates
         self._tokenizing = FairThread("tokenize")
         self._own_types = OwnTypes()
-        self.batches = Batches(self, scheduler, usage, metrics)
+        self.batches = Batches(self, admission, scheduler, usage, metrics)
         self._analysis = Analysis(self, self._tokenizing, documents)
-        self.classifier = Classifier(self, scheduler, usage, metrics, decoding, position_cost)
+        self.classifier = Classifier(self, admission, scheduler, usage, metrics, decoding, position_cost)
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         call, task = current_call.get(), self.find(request.task_id)
@@ -99,9 +104,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             item: TextItem = Item(request, task, call, count)
             await self.batches.whole([item], samples)
             return encoding.item_response(item)
-        with self.admitted(call), self.version_for(request, task) as task:
+        with self._admission.admit(call.tenant), self.version_for(request, task) as task:
             generation = await self.generation(request, task, UNARY_DELTA_TOKENS)
-            await generation.run(self.engine, self._scheduler, self.residency)
+            await generation.run(self.backend.engine, self._scheduler, self.backend.residency)
             return encoding.response(generation)
 
     async def GenerateBatch(self, request: pb.GenerateBatchRequest, context: Any) -> pb.GenerateBatchResponse:
@@ -151,7 +156,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             await finish(self.classifier.batches.run(pictures, classifying(calibrated=not request.uncalibrated)))
             return pb.ScoreResponse(scores=[encoding.score(item) async for item in in_pieces(pictures)])
         texts = scored_items(request, task, current_call.get())
-        score = scoring(self.prompts, self.limits.max_model_len, calibrated=not request.uncalibrated)
+        backend = self.backend
+        score = scoring(backend.engine.prompts, backend.limits.max_model_len, calibrated=not request.uncalibrated)
         await finish(self.batches.run(texts, score))
         return pb.ScoreResponse(scores=[encoding.score(item) async for item in in_pieces(texts)])
 
@@ -159,9 +165,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, request: pb.GenerateRequest, context: Any
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         call, task = current_call.get(), self.find(request.task_id)
-        with self.admitted(call), self.version_for(request, task) as task:
+        with self._admission.admit(call.tenant), self.version_for(request, task) as task:
             generation = await self.generation(request, task, delta_tokens=1, stream=True)
-            async with unhurried(partial(generation.run, self.engine, self._scheduler, self.residency)) as deltas:
+            run = partial(generation.run, self.backend.engine, self._scheduler, self.backend.residency)
+            async with unhurried(run) as deltas:
                 async for delta in deltas:
                     if delta.finish_reason:
                         call.count_in(self._usage)
@@ -223,14 +230,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             catalog.visible[tenant.tasks] = ids
         return ids
 
-    @contextmanager
-    def admitted(self, call: Call, requests: int = 1, places: int = 1, lane: Lane = Lane.TEXT) -> Iterator[None]:
-        """Hold places for requests of a call, from receipt to end."""
-        with self._admission.admit(call.tenant, places, lane), self._scheduler.admit(call.tenant, places, lane):
-            if call.tenant.has_budget or self._usage.stuck:
-                self._usage.check(call.tenant, requests)
-            yield
-
     async def generation(
         self,
         request: pb.GenerateRequest,
@@ -247,7 +246,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         Raises NOT_FOUND or INVALID_ARGUMENT.
         """
         call = call or current_call.get()
-        if task is None and (request.task_id or not self.generates):
+        if task is None and (request.task_id or not self._generates):
             raise self.not_found(request.task_id)
         if task is not None and task.spec.image is not None:
             found = (
@@ -258,24 +257,32 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         cache_salt = None if self._directory.current.share_prefix_cache else call.tenant.id
         own = None
         if request.HasField("answer"):
-            own = await self._own_types.hold(request, task.spec if task else None, call.tenant, self.engine)
+            own = await self._own_types.hold(request, task.spec if task else None, call.tenant, self.backend.engine)
         sight = None
         if task is not None and task.spec.picture is not None and not request.without_adapter:
             sight = Sight(request, task, self.classifier)
-        arguments = (
-            request, task, self.prompts, self.limits, call.tenant, cache_salt, delta_tokens, own, document, sight,
-        )  # fmt: skip
+        received = Received(
+            request,
+            task,
+            call.tenant,
+            cache_salt=cache_salt,
+            delta_tokens=delta_tokens,
+            stream=stream,
+            own=own,
+            document=document,
+            sight=sight,
+        )
+        work = partial(validate, received, self.backend.engine.prompts, self.backend.limits)
         if apart or request.ByteSize() > TOKENIZE_APART_BYTES:
-            work = partial(validate, *arguments, stream=stream)
             job = await self._tokenizing.run(call.tenant, request.ByteSize(), work)
         else:
-            job = validate(*arguments, stream=stream)
+            job = work()
         if isinstance(job, list):
             raise invalid_argument(job)
         if sight is not None:
             sight.check()
         if self._log_prompts:
-            prompt = self.prompts.tokenizer.decode(job.prompt_ids)
+            prompt = self.backend.engine.prompts.tokenizer.decode(job.prompt_ids)
             logger.info("prompt", extra={"fields": {"request_id": call.request_id, "prompt": prompt}})
         return Generation(job, call, self._metrics, sight)
 
@@ -293,9 +300,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         if task is None or task.version is None or task.spec.image is not None or request.without_adapter:
             yield task
             return
-        with self.residency.hold(task.version):
+        with self.backend.residency.hold(task.version):
             if prefetch:
-                self.residency.prefetch(task.version)
+                self.backend.residency.prefetch(task.version)
             yield task
 
 

@@ -168,7 +168,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     response = await handle(await self._read(context), context)
             else:
                 call.tenant = tenant = await self._authenticate(metadata, context.auth_context)
-                self._count_request(tenant)
+                if tenant.has_quotas:
+                    self._count_request(tenant)
                 self._enter(tenant)
                 try:
                     request = await self._read(context)

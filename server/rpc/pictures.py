@@ -19,6 +19,7 @@ from mtlora.vision.image_input import ImageInput, ImagePreparation
 from mtlora.vision.images import Header, ImageError, ImageLimits, decode, held_pixels, prepare, read_header
 from server.errors import RequestFailedError, Violation, invalid_argument
 from server.scheduling.fair_thread import FairThread
+from server.settings import Settings
 from server.tenants import Tenant
 
 # The normalised values of any image are within a few units of 0.
@@ -49,6 +50,11 @@ class Decoding:
         self._threads = FairThread("decode", threads)
         self._next, self._changed = threading.Lock(), threading.Condition()
         self._pixels = 0
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> "Decoding":
+        limits = ImageLimits(settings.message_limit, settings.max_image_pixels)
+        return cls(limits, settings.image_threads or decoding_threads())
 
     async def run(self, tenant: Tenant, pixels: int, held: int, work: Callable[[], Any]) -> Any:
         """The result of work that costs `pixels`; `held` of them are in memory at a time."""

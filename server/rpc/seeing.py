@@ -30,7 +30,7 @@ class Sight:
         self._picture = Picture(request.image, "image", "")
         self._lock = asyncio.Lock()
         self._seen: SoftTokens | None = None
-        self.soft_tokens = classifier.running().soft_tokens(self._preparation.size, task.version.projector.merge)
+        self.soft_tokens = classifier.running().engine.soft_tokens(self._preparation.size, task.version.projector.merge)
         self.at = 0
 
     def check(self) -> None:
@@ -42,7 +42,7 @@ class Sight:
         async with self._lock:
             if self._seen is None:
                 states_TD = await self._classifier.states(self._picture, self._preparation, self._task, call)
-                num_prefix = self._classifier.running().num_prefix
+                num_prefix = self._classifier.running().engine.num_prefix
                 rows_SD = self._task.version.projector.soft_tokens(states_TD, num_prefix)
                 if not np.isfinite(rows_SD).all():
                     raise EngineAbortedError("its numbers are not finite")

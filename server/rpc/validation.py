@@ -37,76 +37,88 @@ class PromptLimits:
     end_tokens: frozenset[int] = frozenset()
 
 
-def validate(
-    request: pb.GenerateRequest,
-    task: ServedTask | None,
-    prompts: PromptEncoder,
-    limits: PromptLimits,
-    tenant: Tenant = OPEN_TENANT,
-    cache_salt: str | None = None,
-    delta_tokens: int = 1,
-    own: Held | None = None,
-    document: Document | None = None,
-    sight: "Sight | None" = None,
-    *,
-    stream: bool = False,
-) -> GenerationJob | list[Violation]:
-    """The job that a request asks for, or every violation in it. `task` is None if the request names none.
+@dataclass(slots=True)
+class Received:
+    """A request, and what its job depends on besides.
 
-    own: what holds the answer to the request's own type, if it brings one. document: the document part of its prompt,
-    whose fields are then the task part's alone. sight: the image that the task takes; its place is set here.
+    task: None if the request names none. own: what holds the answer to the request's own type, if it brings one.
+    document: the document part of its prompt; its fields are then the task part's alone. sight: the image that the task
+    takes.
     """
-    violations = [] if task else [Violation("task_id", "found none; ListTasks has those that can be asked")]
-    if document is not None and task is not None:
-        violations += _task_violations(request.fields, task, document)
-    else:
-        violations += _input_violations(request, task.spec if task else None, prompts, limits, tenant)
-    if task and (task.spec.picture is not None or request.HasField("image")):
-        violations += _image_violations(request, task.spec)
-    violations += _parameter_violations(request.parameters, tenant)
-    values = None
-    if task and (task.spec.defaults or any(f.number > _LAST_PLAIN for f, _ in request.parameters.ListFields())):
-        values = more.values_of(request.parameters, task.spec.defaults, stream=stream)
-        violations += more.violations(values, limits.vocab_size, limits.end_tokens, stream=stream)
+
+    request: pb.GenerateRequest
+    task: ServedTask | None
+    tenant: Tenant = OPEN_TENANT
+    cache_salt: str | None = None
+    delta_tokens: int = 1
+    stream: bool = False
+    own: Held | None = None
+    document: Document | None = None
+    sight: "Sight | None" = None
+
+
+def validate(received: Received, prompts: PromptEncoder, limits: PromptLimits) -> GenerationJob | list[Violation]:
+    """The job that a request asks for, or every violation in it. Sets the place of its image."""
+    task, values = received.task, _rare_values(received)
+    violations = list(_violations(received, values, prompts, limits))
     if task is None or violations:
         return violations
-    prompt = _prompt(request, task.spec, prompts, document, sight, limits.max_model_len - 1)
+    prompt = _prompt(received, task.spec, prompts, limits.max_model_len - 1)
     if isinstance(prompt, Violation):
         return [prompt]
-    room = limits.max_model_len - len(prompt.ids)
-    if values and (violation := more.prompt_violation(values, len(prompt.ids), limits.vocab_size)):
+    if violation := _violation_beside(received, values, len(prompt.ids), limits):
         return [violation]
-    if values and sight and values.get("prompt_logprobs"):
-        found = f"found {values['prompt_logprobs']}; allowed: 0, as the prompt has an image"
-        return [Violation("parameters.prompt_logprobs", found)]
-    asked = request.parameters.max_new_tokens
-    if asked > room:
-        return [
-            Violation(
-                "parameters.max_new_tokens",
-                f"found {asked}; allowed: 1 to {room}, what {len(prompt.ids)} prompt tokens leave of the context "
-                f"of {limits.max_model_len}",
-            )
-        ]
-    held = own or _held(request, task)
-    most = min(room, tenant.max_new_tokens or room)
-    plain = GenerationJob(
-        task=task,
-        prompt_ids=tuple(prompt.ids),
-        sampling=_sampling(request.parameters, task.spec, most, limits.vocab_size, held),
-        without_adapter=request.without_adapter,
-        cache_salt=cache_salt,
-        delta_tokens=delta_tokens,
-        strip=request.WhichOneof("input") != "chat" or held is not None,
-        include_reasoning=request.include_reasoning,
-        answer_type=held.name if held else "",
-        activation=prompt.point if task.activation == "task" else None,
-        lease=document.lease if document is not None else None,
-    )
+    held = received.own or _held(received.request, task)
+    plain = _job(received, task, prompt, held, limits)
     job = plain if values is None else _with_more(plain, values, limits.vocab_size)
     if held and not isinstance(job, list):
         return list(_type_violations(job.sampling, task.spec, held)) or job
     return job
+
+
+def _rare_values(received: Received) -> Mapping[str, Any] | None:
+    """The request's and the task's values of rare parameters; None if neither has any."""
+    parameters, task = received.request.parameters, received.task
+    if task and (task.spec.defaults or any(f.number > _LAST_PLAIN for f, _ in parameters.ListFields())):
+        return more.values_of(parameters, task.spec.defaults, stream=received.stream)
+    return None
+
+
+def _violations(
+    received: Received, values: Mapping[str, Any] | None, prompts: PromptEncoder, limits: PromptLimits
+) -> Iterator[Violation]:
+    """What can be said before the prompt is encoded."""
+    request, task = received.request, received.task
+    if task is None:
+        yield Violation("task_id", "found none; ListTasks has those that can be asked")
+    if received.document is not None and task is not None:
+        yield from _task_violations(request.fields, task, received.document)
+    else:
+        yield from _input_violations(request, task.spec if task else None, prompts, limits, received.tenant)
+    if task and (task.spec.picture is not None or request.HasField("image")):
+        yield from _image_violations(request, task.spec)
+    yield from _parameter_violations(request.parameters, received.tenant)
+    if values is not None:
+        yield from more.violations(values, limits.vocab_size, limits.end_tokens, stream=received.stream)
+
+
+def _violation_beside(
+    received: Received, values: Mapping[str, Any] | None, prompt_tokens: int, limits: PromptLimits
+) -> Violation | None:
+    """A parameter that does not go with the prompt."""
+    if values and (violation := more.prompt_violation(values, prompt_tokens, limits.vocab_size)):
+        return violation
+    if values and received.sight and values.get("prompt_logprobs"):
+        found = f"found {values['prompt_logprobs']}; allowed: 0, as the prompt has an image"
+        return Violation("parameters.prompt_logprobs", found)
+    asked, room = received.request.parameters.max_new_tokens, limits.max_model_len - prompt_tokens
+    if asked > room:
+        return Violation(
+            "parameters.max_new_tokens",
+            f"found {asked}; allowed: 1 to {room}, what {prompt_tokens} prompt tokens leave of the context of "
+            f"{limits.max_model_len}",
+        )
+    return None
 
 
 class _Prompt(NamedTuple):
@@ -116,15 +128,9 @@ class _Prompt(NamedTuple):
     point: int = 0
 
 
-def _prompt(
-    request: pb.GenerateRequest,
-    task: TaskSpec,
-    prompts: PromptEncoder,
-    document: Document | None,
-    sight: "Sight | None",
-    longest: int,
-) -> _Prompt | Violation:
+def _prompt(received: Received, task: TaskSpec, prompts: PromptEncoder, longest: int) -> _Prompt | Violation:
     """The prompt of a request without violations, or why it cannot be asked; sets the place of its image."""
+    request, document, sight = received.request, received.document, received.sight
     given, fields = request.WhichOneof("input") or "image", dict(request.fields.values)
     if given == "token_ids":
         found = _Prompt(request.token_ids.values)
@@ -344,6 +350,28 @@ def _type_violations(sampling: Sampling, task: TaskSpec, held: Held) -> Iterator
     for name in AGAINST_TYPES if sampling.more else ():
         if getattr(sampling.more, name):
             yield Violation(f"parameters.{name}", "found, though the answer has a type; allowed: one of them, or free")
+
+
+def _job(
+    received: Received, task: ServedTask, prompt: _Prompt, held: Held | None, limits: PromptLimits
+) -> GenerationJob:
+    """The job of a request without violations, but for its rare parameters."""
+    request, document = received.request, received.document
+    room = limits.max_model_len - len(prompt.ids)
+    most = min(room, received.tenant.max_new_tokens or room)
+    return GenerationJob(
+        task=task,
+        prompt_ids=tuple(prompt.ids),
+        sampling=_sampling(request.parameters, task.spec, most, limits.vocab_size, held),
+        without_adapter=request.without_adapter,
+        cache_salt=received.cache_salt,
+        delta_tokens=received.delta_tokens,
+        strip=request.WhichOneof("input") != "chat" or held is not None,
+        include_reasoning=request.include_reasoning,
+        answer_type=held.name if held else "",
+        activation=prompt.point if task.activation == "task" else None,
+        lease=document.lease if document is not None else None,
+    )
 
 
 def _sampling(

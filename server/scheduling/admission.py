@@ -1,14 +1,17 @@
-"""Whether a request may enter: the server's state, and the number of requests in flight."""
+"""The door of the server: whether a request may enter, and its place from receipt to end."""
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
+from server.accounting import Usage
 from server.errors import RESTART_RETRY_S, RequestFailedError, resource_exhausted, unavailable
 from server.job import Lane
+from server.scheduling.quotas import Quotas
+from server.scheduling.scheduler import Scheduler
 from server.telemetry.metrics import Metrics
 from server.tenants import OPEN_TENANT, Tenant
 
@@ -31,14 +34,26 @@ class Admission:
     are being started again while another serves.
     """
 
-    def __init__(self, max_in_flight: int, metrics: Metrics, spare: int = 0) -> None:
+    def __init__(
+        self,
+        max_in_flight: int,
+        scheduler: Scheduler,
+        quotas: Quotas,
+        usage: Usage,
+        metrics: Metrics,
+        *,
+        spare: int = 0,
+    ) -> None:
         self.state = State.STARTING
         self.lost: set[Lane] = set()
         self._max_in_flight = max_in_flight
         self._most_of_tenant = max_in_flight - spare
+        self._scheduler = scheduler
+        self._quotas = quotas
+        self._usage = usage
         self._metrics = metrics
         self._running: set[asyncio.Task[Any]] = set()
-        # Requests in flight by lane.
+        # Requests in flight, by lane.
         self._in_flight = [0] * len(Lane)
         self._of_tenant: Counter[tuple[str, Lane]] = Counter()
         metrics.in_flight.set_function(lambda: sum(self._in_flight))
@@ -52,28 +67,61 @@ class Admission:
             raise unavailable(self.state.value, _RETRY_AFTER_S[self.state])
 
     @contextmanager
-    def admit(self, tenant: Tenant, requests: int = 1, lane: Lane = Lane.TEXT) -> Iterator[None]:
-        """Count the current task, which runs this many requests of a tenant, as in flight.
+    def admit_batch(self, tenant: Tenant, size: int, places: int, lane: Lane) -> Iterator[None]:
+        """Admit a batch of this many requests, which holds so many places; see `admit`."""
+        # A batch that takes its places in turns is never too large for them.
+        most = self._scheduler.most_inside(tenant, lane) if places >= size else size
+        self._quotas.check_batch(tenant, size, most)
+        with self.admit(tenant, size, places, lane):
+            self._quotas.count_batch(tenant, size)
+            yield
 
-        Raises UNAVAILABLE or RESOURCE_EXHAUSTED.
+    @contextmanager
+    def admit(self, tenant: Tenant, requests: int = 1, places: int = 1, lane: Lane = Lane.TEXT) -> Iterator[None]:
+        """Hold places for requests of a tenant, which the current task runs, from receipt to end.
+
+        Raises UNAVAILABLE; RESOURCE_EXHAUSTED where the server is full, or a quota or budget of the tenant is used up.
         """
         self.check_serving()
         if lane in self.lost:
             raise unavailable(State.RESTARTING.value, RESTART_RETRY_S)
-        if self._in_flight[lane] + requests > self._max_in_flight:
+        self._check_room(tenant, places, lane)
+        if tenant.has_quotas:
+            self._check_quotas(tenant, places, lane)
+        if tenant.has_budget or self._usage.stuck:
+            self._usage.check(tenant, requests)
+        with self._place(tenant, places, lane):
+            yield
+
+    def keep_only(self, tenant_ids: Collection[str]) -> None:
+        """Forget each tenant that is not among these and has no request here."""
+        kept = {*tenant_ids, *(tenant_id for tenant_id, _ in self._of_tenant)}
+        self._quotas.keep_only(kept)
+        self._scheduler.keep_only(kept)
+
+    def _check_room(self, tenant: Tenant, places: int, lane: Lane) -> None:
+        if self._in_flight[lane] + places > self._max_in_flight:
             self._metrics.record_shed(tenant.id, "in_flight")
             raise resource_exhausted(f"{self._max_in_flight} requests are in flight, the most this server admits", 1.0)
-        line = tenant.id, lane
-        if self._of_tenant[line] + requests > self._most_of_tenant and tenant.id != OPEN_TENANT.id:
+        if self._of_tenant[tenant.id, lane] + places > self._most_of_tenant and tenant.id != OPEN_TENANT.id:
             self._metrics.record_shed(tenant.id, "in_flight")
             raise resource_exhausted(
                 f"{self._most_of_tenant} requests of this tenant are in flight, the most of one", 1.0
             )
-        task = asyncio.current_task()
+
+    def _check_quotas(self, tenant: Tenant, places: int, lane: Lane) -> None:
+        scheduler, inside = self._scheduler, sum(self._of_tenant[tenant.id, each] for each in Lane)
+        waiting = inside + places - scheduler.running(tenant) - scheduler.free(tenant, lane)
+        self._quotas.check_queue(tenant, waiting, lambda: scheduler.retry_s(tenant, lane))
+        self._quotas.check_tokens(tenant)
+
+    @contextmanager
+    def _place(self, tenant: Tenant, places: int, lane: Lane) -> Iterator[None]:
+        task, line = asyncio.current_task(), (tenant.id, lane)
         assert task is not None
         self._running.add(task)
-        self._in_flight[lane] += requests
-        self._of_tenant[line] += requests
+        self._in_flight[lane] += places
+        self._of_tenant[line] += places
         self._idle.clear()
         try:
             yield
@@ -83,8 +131,8 @@ class Admission:
             raise
         finally:
             self._running.discard(task)
-            self._in_flight[lane] -= requests
-            self._of_tenant[line] -= requests
+            self._in_flight[lane] -= places
+            self._of_tenant[line] -= places
             if not self._of_tenant[line]:
                 del self._of_tenant[line]
             if not self._running:

@@ -181,6 +181,12 @@ class Tenant(BaseModel):
         budgets = (self.daily_requests, self.daily_tokens, self.monthly_requests, self.monthly_tokens)
         return any(budget is not None for budget in budgets)
 
+    @cached_property
+    def has_quotas(self) -> bool:
+        """Whether its rates or its queue are limited."""
+        quotas = (self.requests_per_second, self.tokens_per_second, self.max_queue)
+        return any(quota is not None for quota in quotas)
+
     def allows(self, task_id: str) -> bool:
         """Whether the tenant may ask this task."""
         return self._allowed.fullmatch(task_id) is not None

@@ -25,7 +25,7 @@ def start(given: dict[str, Any]) -> Handle:
     from server.engine import Engine
     from server.job import GenerationJob, ServedTask
     from server.registry.version import version_key
-    from server.rpc.validation import PromptLimits, validate
+    from server.rpc.validation import PromptLimits, Received, validate
     from server.settings import load_settings
 
     adapters = Path(given["adapters"])
@@ -57,7 +57,7 @@ def start(given: dict[str, Any]) -> Handle:
     limits = PromptLimits(settings.max_model_len, engine.vocab_size)
 
     def job(task_id: str, text: str) -> GenerationJob:
-        made = validate(make_request(task_id, text, **PARAMETERS), tasks[task_id], engine.prompts, limits)
+        made = validate(Received(make_request(task_id, text, **PARAMETERS), tasks[task_id]), engine.prompts, limits)
         assert isinstance(made, GenerationJob), made
         return made
 

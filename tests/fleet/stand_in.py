@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from server.job import Delta, GenerationJob, ServedTask
 from server.registry.catalog import Catalog
@@ -59,15 +59,12 @@ def stand_in(settings: Mapping[str, Any], ready: Connection) -> None:
 
 async def _serve(settings: Mapping[str, Any], ready: Connection) -> None:
     service = Service(max_in_flight=64, **settings)
-    service.servicer.engine = service.engine = cast(Any, _Slow())
-    service.engine.prompts = service.servicer.prompts
+    slots, on_load = service.settings.adapter_slots, service.metrics.adapter_load.observe
+    service.use(_Slow(), residency=Residency(FakeMemory(), slots, on_load=on_load))
     service.servicer.catalog = Catalog(dict(_tasks()))
     root = service.settings.adapters
     service.adapters.uploads = Uploads(
         Path(root) if root else None, _verify, Storage(), max_bytes=64 << 20, max_uploads=8, max_chunk_bytes=256 << 10
-    )
-    service.servicer.residency = Residency(
-        FakeMemory(), service.settings.adapter_slots, on_load=service.metrics.adapter_load.observe
     )
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

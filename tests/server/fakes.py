@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
@@ -17,21 +18,21 @@ from server.rpc.adapters_service import AdaptersServicer
 from server.rpc.anonymous import AnonymousCalls, AnonymousInterceptor
 from server.rpc.documents import Documents
 from server.rpc.health import Health
-from server.rpc.inference_service import InferenceServicer
+from server.rpc.inference_service import InferenceServicer, TextBackend
 from server.rpc.interceptor import CallInterceptor
 from server.rpc.listening import Listening
 from server.rpc.openinference import OpenInferenceServicer
 from server.rpc.pictures import Decoding
 from server.rpc.usage_service import UsageServicer
 from server.rpc.validation import PromptLimits
-from server.scheduling import Scheduler
-from server.scheduling.admission import Admission, State
+from server.scheduling import State
 from server.settings import is_loopback, load_settings
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracer
 from server.tenants import Directory
 from server.tenants.authentication import Authenticator
 from tests.server.adapters import entry
+from tests.server.front import Front
 
 
 class FakeTokenizer:
@@ -123,10 +124,18 @@ class Service:
             self.settings.tenants, replicas=self.settings.replicas, open_admin=is_loopback(self.settings.host)
         )
         self.metrics = Metrics()
-        self.admission = Admission(max_in_flight, self.metrics)
-        turns = turns or max_in_flight
-        self.scheduler = Scheduler(turns, max_in_flight, self.metrics, image_turns=turns, most_batch=most_batch)
         self.usage = Usage(self.settings.usage_dir, self.metrics)
+        turns = turns or max_in_flight
+        self.front = Front(
+            turns,
+            max_in_flight,
+            image_turns=turns,
+            most_batch=most_batch,
+            max_in_flight=max_in_flight,
+            usage=self.usage,
+            metrics=self.metrics,
+        )
+        self.scheduler, self.admission = self.front.scheduler, self.front.admission
         self.audit = AuditLog(self.settings.audit_log, self.metrics)
         self.engine = cast(Any, FakeEngine())
         self.repository = cast(Any, FakeRepository())
@@ -143,14 +152,20 @@ class Service:
         # Without a registry: a test that calls it sets one.
         self.adapters = AdaptersServicer(self.admission)
         self.open_inference = OpenInferenceServicer(self.servicer, self.admission, self.repository)
-        self.servicer.engine = self.engine
-        self.servicer.residency = Residency(FakeMemory(), capacity=2)
-        self.servicer.prompts = self.engine.prompts = PromptEncoder(FakeTokenizer())
-        self.servicer.limits = PromptLimits(max_model_len=64, vocab_size=300)
+        self.engine.prompts = PromptEncoder(FakeTokenizer())
+        self.servicer.backend = TextBackend(
+            self.engine, Residency(FakeMemory(), capacity=2), PromptLimits(max_model_len=64, vocab_size=300)
+        )
         self.servicer.catalog = Catalog(
             MappingProxyType({name: ServedTask(entry(name), "alpha", "1", slot=None) for name in ("one", "two")})
         )
         self.address = ""
+
+    def use(self, engine: Any, **changes: Any) -> None:
+        """Let another engine answer texts."""
+        engine.prompts = self.engine.prompts
+        self.engine = engine
+        self.servicer.backend = replace(self.servicer.backend, engine=engine, **changes)
 
     def value(self, name: str, **labels: str) -> float:
         """A metric's value; 0 if it has none yet."""
@@ -168,7 +183,7 @@ class Service:
             self.settings,
             self.metrics,
             authenticate,
-            self.scheduler.count_request,
+            self.front.quotas.count_request,
             anonymous,
             tracer,
             usage=self.usage,

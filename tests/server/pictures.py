@@ -12,6 +12,7 @@ from server.job import Lane, ServedTask
 from server.registry.catalog import Catalog
 from server.registry.heads import Head, Projector
 from server.registry.residency import Residency
+from server.rpc.classify import ImageBackend
 from tests.server.adapters import entry
 from tests.server.fakes import FakeMemory, Service
 from tests.server.slots import serving_version
@@ -80,8 +81,7 @@ def described_task(name: str, template: str = "{image} {input}?", *, adapter: st
 def with_pictures(service: Service, *more: ServedTask) -> FakeVisionEngine:
     """Let a service serve tasks of images beside its two of texts."""
     engine: Any = FakeVisionEngine()
-    classifier = service.servicer.classifier
-    classifier.engine, classifier.residency = engine, Residency(FakeMemory(), capacity=4)
+    service.servicer.classifier.backend = ImageBackend(engine, Residency(FakeMemory(), capacity=4))
     tasks = {task.spec.id: task for task in (picture_task("colour"), picture_task("tint", adapter="tints"), *more)}
     service.servicer.catalog = Catalog(MappingProxyType({**service.servicer.catalog.tasks, **tasks}))
     return engine

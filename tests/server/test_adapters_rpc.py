@@ -19,10 +19,10 @@ from server.registry.version import Stage
 from server.rpc.adapters_service import AdaptersServicer
 from server.rpc.anonymous import AnonymousCalls
 from server.rpc.interceptor import CallInterceptor
-from server.scheduling.admission import Admission, State
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
 from server.tenants import Tenant
+from tests.server.front import Front
 from tests.server.test_registry import Home, home, write
 
 __all__ = ["home"]
@@ -50,9 +50,7 @@ async def service(home: Home) -> AsyncIterator[Service]:
         return Tenant(id="a", admin=not refused)
 
     metrics = Metrics()
-    admission = Admission(1, metrics)
-    admission.state = State.SERVING
-    servicer = AdaptersServicer(admission)
+    servicer = AdaptersServicer(Front(metrics=metrics).admission)
     servicer.registry = home.registry
     usage, audit = Usage(None, metrics), AuditLog(None, metrics)
     settings = Settings(allow_no_tasks=True)

@@ -83,9 +83,7 @@ async def service() -> AsyncIterator[Service]:
 
 def with_types(made: Service) -> None:
     """Serve tasks with types, by the scripted engine."""
-    made.engine = Scripted()
-    made.servicer.engine = made.engine
-    made.engine.prompts = made.servicer.prompts
+    made.use(Scripted())
     tasks = {name: ServedTask(entry(name, **fields), "alpha", "1", slot=None) for name, fields in _TASKS.items()}
     object.__setattr__(made.servicer.catalog, "tasks", MappingProxyType({**made.servicer.catalog.tasks, **tasks}))
 

@@ -12,9 +12,9 @@ import pytest
 from benchmarks.harness.tenants import tenant, write_tenants
 from benchmarks.harness.waiting import eventually
 from mtlora.client import Access, AsyncClient, make_request
-from server.job import Delta, GenerationJob
+from server.job import Delta, GenerationJob, Lane
 from server.rpc.validation import PromptLimits
-from server.scheduling.scheduler import batch_turns, engine_turns
+from server.scheduling import batch_turns, engine_turns
 from tests.server.fakes import FakeEngine, Service
 
 SEQUENCES, STEP_TOKENS = 64, 2048
@@ -74,7 +74,7 @@ class Stepped(FakeEngine):
             sequence.ended.set()
             if sequence.tenant == "b":
                 self.ends.append(self.now)
-        self._scheduler.stepped()
+        self._scheduler.stepped(Lane.TEXT)
 
 
 @asynccontextmanager
@@ -87,8 +87,8 @@ async def serving(folder: Path) -> AsyncIterator[tuple[Service, Stepped, AsyncCl
         most_batch=batch_turns(SEQUENCES),
         tenants=write_tenants(folder / "tenants.yaml", entry_a, entry_b),
     )
-    service.servicer.limits = PromptLimits(max_model_len=400, vocab_size=300)
-    service.engine = service.servicer.engine = engine = Stepped(service)
+    engine = Stepped(service)
+    service.use(engine, limits=PromptLimits(max_model_len=400, vocab_size=300))
     async with (
         service.running(),
         AsyncClient(service.address, Access(key_a)) as many,

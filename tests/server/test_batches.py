@@ -63,7 +63,7 @@ class Echo(FakeEngine):
 async def service() -> AsyncIterator[Service]:
     service = Service(max_in_flight=64, turns=8)
     prompts = service.engine.prompts
-    service.engine = service.servicer.engine = Echo()
+    service.use(Echo())
     service.engine.prompts = prompts
     async with service.running():
         yield service
@@ -80,7 +80,7 @@ def with_tenants(folder: Path, **limits: Any) -> tuple[Service, Access, Access]:
     (key_a, entry_a), (key_b, entry_b) = tenant("a", **limits), tenant("b")
     service = Service(max_in_flight=64, turns=8, tenants=write_tenants(folder / "tenants.yaml", entry_a, entry_b))
     prompts = service.engine.prompts
-    service.engine = service.servicer.engine = Echo()
+    service.use(Echo())
     service.engine.prompts = prompts
     return service, Access(key_a), Access(key_b)
 
@@ -190,7 +190,7 @@ async def test_a_batch_goes_on_with_the_next_engine(service: Service, client: As
     successor.prompts, successor.hold = lost.prompts, lost.hold
     asked = asyncio.create_task(client.generate_all([("one", "a?")] * 20))
     await eventually(lambda: lost.running == 8)
-    service.servicer.engine = successor
+    service.use(successor)
     lost.hold.set()
     ends = [outcome(each) for each in await asked]
     assert (ends.count("UNAVAILABLE"), ends.count("a")) == (8, 12)
@@ -314,7 +314,7 @@ async def test_a_tenants_priorities_order_its_own_requests(service: Service, cli
     await eventually(lambda: service.engine.running == 8)
     for count, (text, priority) in enumerate([("l", -1), ("n", 0), ("h", 5), ("m", 0)], 1):
         asked.append(asyncio.create_task(client.generate("one", text, priority=priority)))
-        await eventually(lambda count=count: service.scheduler.occupancy.queued == count)  # type: ignore[misc]
+        await eventually(lambda count=count: service.front.queued == count)  # type: ignore[misc]
     service.engine.hold.set()
     await asyncio.gather(*asked)
     assert service.engine.begun[8:] == ["h", "n", "m", "l"]

@@ -183,7 +183,7 @@ async def test_orientation_is_honoured(service: Service, client: AsyncClient) ->
     two = Image.new("RGB", (30, 10), "red")
     two.paste("lime", (0, 0, 30, 4))
     plain, turned = encoded(two), encoded(two, exif=exif.tobytes())
-    engine: Any = service.servicer.classifier.engine
+    engine: Any = service.servicer.classifier.running().engine
     seen: list[Any] = []
     engine.embed = lambda pixels_CSS: seen.append(pixels_CSS) or pixels_CSS
     for image in (plain, turned):
@@ -282,7 +282,7 @@ async def test_images_are_charged_by_their_positions(tmp_path: Path) -> None:
 async def test_a_lost_engine_of_images_leaves_texts_alone_and_the_reverse(
     service: Service, client: AsyncClient
 ) -> None:
-    engine: Any = service.servicer.classifier.engine
+    engine: Any = service.servicer.classifier.running().engine
     engine.error = EngineDeadError()
     (dead,) = await client.classify("colour", [RED])
     assert dead.error is not None
@@ -304,12 +304,12 @@ async def test_a_lost_engine_of_images_leaves_texts_alone_and_the_reverse(
 
 
 async def test_a_cancelled_call_leaves_nothing(service: Service, client: AsyncClient) -> None:
-    engine: Any = service.servicer.classifier.engine
+    engine: Any = service.servicer.classifier.running().engine
     engine.hold = asyncio.Event()
     with pytest.raises(ServerError) as caught:
         await client.classify("colour", [RED] * 3, timeout=0.5)
     assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
-    await eventually(lambda: engine.running == 0 and service.scheduler.occupancy.running == 0)
+    await eventually(lambda: engine.running == 0 and service.front.running == 0)
     engine.hold = None
     assert labels(await client.classify("colour", [RED])) == ["red"]
 

@@ -9,8 +9,8 @@ from server.job import Delta, GenerationJob
 from server.registry.residency import Residency
 from server.registry.version import AdapterVersion
 from server.rpc.generation import Generation
-from server.scheduling import Scheduler
 from server.telemetry.metrics import Metrics
+from tests.server.front import Front
 from tests.server.slots import serving_version
 from tests.server.test_residency import Loads
 from tests.server.test_scheduler import JOB
@@ -25,11 +25,11 @@ async def test_a_full_engines_worth_of_cold_requests_does_not_delay_a_warm_one()
     warm, cold = serving_version("a"), serving_version("b")
     loads, metrics = Loads(), Metrics()
     loads.gate["b"] = asyncio.Event()
-    scheduler, residency, engine = Scheduler(4, 100, metrics), Residency(loads, 2), OneTokenEngine()
+    front, residency, engine = Front(4, 100, metrics=metrics), Residency(loads, 2), OneTokenEngine()
 
     async def ask(wanted: AdapterVersion) -> str:
         generation = Generation(replace(JOB, task=replace(JOB.task, version=wanted)), Call("r", "Generate"), metrics)
-        await generation.run(engine, scheduler, residency)  # type: ignore[arg-type]
+        await generation.run(engine, front.scheduler, residency)  # type: ignore[arg-type]
         return generation.text
 
     assert await ask(warm) == "x"
@@ -41,4 +41,4 @@ async def test_a_full_engines_worth_of_cold_requests_does_not_delay_a_warm_one()
     loads.gate["b"].set()
     async with asyncio.timeout(1):
         assert await asyncio.gather(*waiting) == ["x"] * 4
-    assert (scheduler.occupancy.running, scheduler.occupancy.queued) == (0, 0)
+    assert (front.running, front.queued) == (0, 0)

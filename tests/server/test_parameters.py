@@ -22,7 +22,7 @@ from server.rpc import encoding
 from server.rpc.batch import samples
 from server.rpc.generation import Generation
 from server.rpc.parameters import _MAX_PROMPT_LOGITS
-from server.rpc.validation import PromptLimits, samples_of, validate
+from server.rpc.validation import PromptLimits, Received, samples_of, validate
 from server.telemetry.metrics import Metrics
 from server.tenants import Tenant
 from tests.server.adapters import entry, write_adapter
@@ -60,7 +60,7 @@ def served(**fields: Any) -> ServedTask:
 
 def result(task: ServedTask | None = None, input: Any = "x", *, stream: bool = False, **parameters: Any) -> Any:
     request = make_request("one", input, **parameters)
-    return validate(request, task or served(), PROMPTS, LIMITS, stream=stream)
+    return validate(Received(request, task or served(), stream=stream), PROMPTS, LIMITS)
 
 
 def job(*arguments: Any, **named: Any) -> GenerationJob:
@@ -137,11 +137,11 @@ def test_the_engine_has_room_for_so_many_changed_logits() -> None:
     """Biases and bans share it, and a worker that has none left ends the engine."""
     limits = PromptLimits(max_model_len=64, vocab_size=5000)
     request = make_request("one", "x", logit_bias=dict.fromkeys(range(1000), 1.0), banned_tokens=list(range(990, 1025)))
-    assert validate(request, served(), PROMPTS, limits) == [
+    assert validate(Received(request, served()), PROMPTS, limits) == [
         Violation("parameters.logit_bias.values", "found 1025 tokens together with banned_tokens; allowed: up to 1024")
     ]
     request.parameters.banned_tokens.values.pop()
-    assert isinstance(validate(request, served(), PROMPTS, limits), GenerationJob)
+    assert isinstance(validate(Received(request, served()), PROMPTS, limits), GenerationJob)
 
 
 def test_bounds_the_logits_of_a_prompt() -> None:
@@ -149,8 +149,8 @@ def test_bounds_the_logits_of_a_prompt() -> None:
     limits = PromptLimits(max_model_len=64, vocab_size=vocab_size)
     task = served(template="{input}")
     fits, long = (make_request("one", text, prompt_logprobs=1) for text in ("xyz", "wxyz"))
-    assert isinstance(validate(fits, task, PROMPTS, limits), GenerationJob)
-    assert validate(long, task, PROMPTS, limits) == [
+    assert isinstance(validate(Received(fits, task), PROMPTS, limits), GenerationJob)
+    assert validate(Received(long, task), PROMPTS, limits) == [
         Violation("parameters.prompt_logprobs", "found a prompt of 5 tokens; allowed: up to 4")
     ]
 
@@ -263,7 +263,7 @@ def test_a_version_that_names_tokens_beyond_the_vocabulary_is_refused(tmp_path: 
 def of_ids(ids: list[int], tenant: Tenant | None = None) -> Any:
     request = pb.GenerateRequest(task_id="one")
     request.token_ids.values.extend(ids)
-    return validate(request, served(), PROMPTS, LIMITS, tenant or Tenant(id="a", token_ids=True))
+    return validate(Received(request, served(), tenant or Tenant(id="a", token_ids=True)), PROMPTS, LIMITS)
 
 
 @pytest.mark.parametrize(

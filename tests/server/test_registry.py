@@ -477,7 +477,8 @@ async def test_a_queued_request_keeps_the_version_chosen_at_its_receipt(home: Ho
     await home.open()
     home.follow()
     service = Service(turns=1)
-    service.servicer.residency, service.servicer.catalog = home.residency, home.tables[-1]
+    service.use(service.engine, residency=home.residency)
+    service.servicer.catalog = home.tables[-1]
     service.engine.hold = asyncio.Event()
 
     async def ask(client: AsyncClient) -> str:
@@ -507,7 +508,8 @@ async def test_a_request_that_ends_before_its_turn_gives_up_its_version(home: Ho
     write(home.root / "a" / "1", "x")
     await home.open()
     service = Service()
-    service.servicer.residency, service.servicer.catalog = home.residency, home.tables[-1]
+    service.use(service.engine, residency=home.residency)
+    service.servicer.catalog = home.tables[-1]
     async with service.running(), AsyncClient(service.address) as client:
         with pytest.raises(ServerError, match="max_new_tokens"):
             await client.generate("x", "input", max_new_tokens=10_000)

@@ -33,8 +33,7 @@ async def test_every_account_counts_one_request(task: str) -> None:
     tracer, service = Tracer("", exporter=spans), Service()
     tracer.metrics = GenAIMetrics("", Resource.create(), service.metrics.task_label, reader)
     with_types(service)
-    service.engine = service.servicer.engine = Caching()
-    service.engine.prompts = service.servicer.prompts
+    service.use(Caching())
     async with service.running(tracer) as running, AsyncClient(running.address) as client:
         (score,) = await client.score(task, ["a"])
     measured = reader.get_metrics_data()

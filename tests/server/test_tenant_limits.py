@@ -19,12 +19,11 @@ from mtlora.prompt import PromptEncoder
 from server.errors import RequestFailedError
 from server.job import Lane, ServedTask
 from server.registry.catalog import Catalog
-from server.rpc.validation import PromptLimits, validate
-from server.scheduling.admission import Admission, State
-from server.telemetry.metrics import Metrics
+from server.rpc.validation import PromptLimits, Received, validate
 from server.tenants import OPEN_TENANT, Tenant, TenantsError, read_tenants
 from tests.server.adapters import entry
 from tests.server.fakes import FakeTokenizer, Service
+from tests.server.front import Front
 
 # Above this, inputs are tokenized beside the event loop.
 LARGE = 9000
@@ -53,7 +52,7 @@ class Limited:
         path = write_tenants(folder / "tenants.yaml", entry_a, entry_b)
         self.service = Service(max_in_flight=500, turns=turns, tenants=path)
         self.gate = Gate()
-        self.service.servicer.prompts = PromptEncoder(self.gate)
+        self.service.engine.prompts = PromptEncoder(self.gate)
 
     def client(self, key: str) -> AsyncClient:
         return AsyncClient(self.service.address, Access(api_key=key))
@@ -113,7 +112,7 @@ async def test_a_document_is_tokenized_once_its_call_has_a_place(tmp_path: Path)
 
 async def test_refuses_what_cannot_fit_before_tokenizing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limited = Limited(tmp_path)
-    monkeypatch.setattr(limited.service.servicer.prompts, "_most_bytes_per_token", 10)
+    monkeypatch.setattr(limited.service.engine.prompts, "_most_bytes_per_token", 10)
     async with limited.service.running(), limited.client(limited.key_a) as a:
         with pytest.raises(ServerError) as raised:
             await a.generate("one", "a" * LARGE)
@@ -215,7 +214,7 @@ def test_a_tenants_caps_are_violations() -> None:
     limits, prompts = PromptLimits(max_model_len=128, vocab_size=300), PromptEncoder(FakeTokenizer())
 
     def check(**parameters: Any) -> Any:
-        return validate(make_request("one", "x", **parameters), task, prompts, limits, capped)
+        return validate(Received(make_request("one", "x", **parameters), task, capped), prompts, limits)
 
     violations = check(max_new_tokens=17, stop=["abcd", "efg"])
     assert [(each.field, each.description) for each in violations] == [
@@ -248,18 +247,17 @@ def test_quotas_of_a_fleet_are_divided_by_its_replicas(tmp_path: Path) -> None:
 
 async def test_one_tenant_leaves_places_to_others() -> None:
     """Also where its requests wait in no line of the scheduler."""
-    admission = Admission(16, Metrics(), spare=2)
-    admission.state = State.SERVING
+    admission = Front(16, max_in_flight=16, spare=2).admission
     a, b = (Tenant(id=name) for name in "ab")
     with ExitStack() as held:
-        held.enter_context(admission.admit(a, 14))
+        held.enter_context(admission.admit(a, 14, 14))
         with pytest.raises(RequestFailedError, match="14 requests of this tenant are in flight"):
             held.enter_context(admission.admit(a))
-        held.enter_context(admission.admit(a, 14, Lane.IMAGES))
-        held.enter_context(admission.admit(b, 2))
+        held.enter_context(admission.admit(a, 14, 14, Lane.IMAGES))
+        held.enter_context(admission.admit(b, 2, 2))
         with pytest.raises(RequestFailedError, match="16 requests are in flight"):
             held.enter_context(admission.admit(b))
-    with admission.admit(a, 14), admission.admit(b):
+    with admission.admit(a, 14, 14), admission.admit(b):
         pass
-    with admission.admit(OPEN_TENANT, 16):
+    with admission.admit(OPEN_TENANT, 16, 16):
         pass

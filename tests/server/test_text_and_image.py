@@ -47,7 +47,7 @@ async def client(service: Service) -> AsyncIterator[AsyncClient]:
 
 
 def engines(service: Service) -> tuple[FakeEngine, FakeVisionEngine]:
-    vision: Any = service.servicer.classifier.engine
+    vision: Any = service.servicer.classifier.running().engine
     return service.engine, vision
 
 
@@ -185,7 +185,7 @@ async def test_a_lost_engine_of_images_leaves_texts_alone(service: Service, clie
     assert not text.jobs
     assert (await client.generate("one", "x")).text == "ab"
     images.error = None
-    service.servicer.classifier.engine = None
+    service.servicer.classifier.backend = None
     with pytest.raises(ServerError) as none:
         await client.generate("ask", "x", image=RED)
     assert none.value.code is grpc.StatusCode.UNAVAILABLE
@@ -197,7 +197,7 @@ async def test_a_cancelled_call_leaves_no_image_behind(service: Service, client:
     call = asyncio.create_task(client.generate("ask", "x", image=RED))
     await eventually(lambda: images.running == 1)
     call.cancel()
-    await eventually(lambda: images.running == 0 and service.scheduler.occupancy.running == 0)
+    await eventually(lambda: images.running == 0 and service.front.running == 0)
     assert not text.jobs
     images.hold.set()
     assert (await client.generate("ask", "x", image=RED)).text == "ab"

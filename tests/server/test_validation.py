@@ -15,7 +15,7 @@ from mtlora.prompt import PromptEncoder
 from server.errors import Violation
 from server.job import GenerationJob, ServedTask
 from server.rpc.listing import page_of, page_token
-from server.rpc.validation import MAX_STOP_STRINGS, PromptLimits, validate
+from server.rpc.validation import MAX_STOP_STRINGS, PromptLimits, Received, validate
 from tests.server.adapters import entry
 
 LIMITS = PromptLimits(max_model_len=128, vocab_size=49152)
@@ -40,7 +40,7 @@ def job(result: GenerationJob | list[Violation]) -> GenerationJob:
 
 
 def test_defaults_come_from_the_task(prompts: PromptEncoder) -> None:
-    made = job(validate(make_request("one", "hello"), ONE, prompts, LIMITS))
+    made = job(validate(Received(make_request("one", "hello"), ONE), prompts, LIMITS))
     assert list(made.prompt_ids) == prompts.prompt("hello\nAnswer:")
     # The task's default of 200 tokens does not fit and is cut; only a request's own number is refused.
     assert made.sampling.max_new_tokens == 128 - len(made.prompt_ids)
@@ -56,7 +56,7 @@ def test_parameters_replace_defaults(prompts: PromptEncoder) -> None:
         "one", "hello", max_new_tokens=3, temperature=0.5, top_p=0.5, top_k=10**6, seed=0, stop=[], logprobs=20,
         without_adapter=True,
     )  # fmt: skip
-    made = job(validate(request, ONE, prompts, LIMITS))
+    made = job(validate(Received(request, ONE), prompts, LIMITS))
     assert made.without_adapter
     sampling = made.sampling
     assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p) == (3, 0.5, 0.5)
@@ -65,13 +65,13 @@ def test_parameters_replace_defaults(prompts: PromptEncoder) -> None:
 
 def test_chats_use_the_backbones_template(prompts: PromptEncoder) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    made = job(validate(make_request("one", messages), ONE, prompts, LIMITS))
+    made = job(validate(Received(make_request("one", messages), ONE), prompts, LIMITS))
     assert list(made.prompt_ids) == prompts.chat(prompts.render_chat(messages))
     assert not made.strip
 
 
 def test_fields_fill_the_template(prompts: PromptEncoder) -> None:
-    made = job(validate(make_request("two", {"x": "1", "y": ""}), TWO, prompts, LIMITS))
+    made = job(validate(Received(make_request("two", {"x": "1", "y": ""}), TWO), prompts, LIMITS))
     assert list(made.prompt_ids) == prompts.prompt("1 and ")
 
 
@@ -94,7 +94,7 @@ def test_fields_fill_the_template(prompts: PromptEncoder) -> None:
 def test_names_the_violations_of_an_input(
     prompts: PromptEncoder, task: ServedTask, given_input: Any, expected: list[str]
 ) -> None:
-    assert fields(validate(make_request(task.spec.id, given_input), task, prompts, LIMITS)) == expected
+    assert fields(validate(Received(make_request(task.spec.id, given_input), task), prompts, LIMITS)) == expected
 
 
 @pytest.mark.parametrize(
@@ -115,30 +115,30 @@ def test_names_the_violations_of_an_input(
 )
 def test_names_the_violation_of_a_parameter(prompts: PromptEncoder, parameters: dict[str, Any]) -> None:
     (name,) = parameters
-    result = validate(make_request("one", "hello", **parameters), ONE, prompts, LIMITS)
+    result = validate(Received(make_request("one", "hello", **parameters), ONE), prompts, LIMITS)
     assert fields(result) == [f"parameters.{name}"]
 
 
 def test_names_the_violations_of_stop_strings(prompts: PromptEncoder) -> None:
-    result = validate(make_request("one", "x", stop=["a", ""]), ONE, prompts, LIMITS)
+    result = validate(Received(make_request("one", "x", stop=["a", ""]), ONE), prompts, LIMITS)
     assert fields(result) == ["parameters.stop.values[1]"]
-    result = validate(make_request("one", "x", stop=["a"] * 9), ONE, prompts, LIMITS)
+    result = validate(Received(make_request("one", "x", stop=["a"] * 9), ONE), prompts, LIMITS)
     assert fields(result) == ["parameters.stop.values"]
 
 
 def test_names_all_violations_at_once(prompts: PromptEncoder) -> None:
     request = make_request("", "", temperature=3.0, top_p=2.0, logprobs=29, max_new_tokens=0)
-    assert fields(validate(request, None, prompts, LIMITS)) == [
+    assert fields(validate(Received(request, None), prompts, LIMITS)) == [
         "task_id", "text", "parameters.max_new_tokens", "parameters.temperature", "parameters.top_p",
         "parameters.logprobs",
     ]  # fmt: skip
-    assert fields(validate(pb.GenerateRequest(), None, prompts, LIMITS)) == ["task_id", "input"]
+    assert fields(validate(Received(pb.GenerateRequest(), None), prompts, LIMITS)) == ["task_id", "input"]
 
 
 def test_refuses_a_long_prompt_with_tokens_found_and_allowed(prompts: PromptEncoder) -> None:
     text = "word " * 300
     found = len(prompts.prompt(f"{text}\nAnswer:"))
-    (violation,) = validate(make_request("one", text), ONE, prompts, LIMITS)
+    (violation,) = validate(Received(make_request("one", text), ONE), prompts, LIMITS)
     assert violation.field == "text"
     assert f"found {found} tokens" in violation.description
     assert "allowed: 127" in violation.description
@@ -151,7 +151,7 @@ def test_refuses_chats_without_a_chat_template(prompts: PromptEncoder) -> None:
         added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     assert fields(
-        validate(make_request("one", [{"role": "user", "content": "x"}]), ONE, PromptEncoder(Plain()), LIMITS)
+        validate(Received(make_request("one", [{"role": "user", "content": "x"}]), ONE), PromptEncoder(Plain()), LIMITS)
     ) == ["chat"]
 
 
@@ -167,7 +167,7 @@ def test_names_the_templates_refusal_of_a_chat(prompts: PromptEncoder) -> None:
             raise TemplateError("roles must alternate")
 
     (violation,) = validate(
-        make_request("one", [{"role": "user", "content": "x"}]), ONE, PromptEncoder(Strict()), LIMITS
+        Received(make_request("one", [{"role": "user", "content": "x"}]), ONE), PromptEncoder(Strict()), LIMITS
     )
     assert violation.field == "chat.messages"
     assert "roles must alternate" in violation.description
@@ -227,7 +227,7 @@ def test_any_request_becomes_a_job_within_the_limits_or_violations(
     prompts: PromptEncoder, request: pb.GenerateRequest
 ) -> None:
     task = {"one": ONE, "two": TWO}.get(request.task_id)
-    result = validate(request, task, prompts, LIMITS)
+    result = validate(Received(request, task), prompts, LIMITS)
     if isinstance(result, list):
         assert result
         assert all(violation.field and violation.description for violation in result)
@@ -256,4 +256,4 @@ def test_any_bytes_that_parse_become_a_job_or_violations(prompts: PromptEncoder,
         request.ParseFromString(data)
     except DecodeError:
         return
-    assert validate(request, ONE, prompts, LIMITS)
+    assert validate(Received(request, ONE), prompts, LIMITS)

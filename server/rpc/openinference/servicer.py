@@ -84,7 +84,8 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
             TextItem(each, task, call, 1 if scored else samples_of(each, task), index)
             for index, each in enumerate(requests)
         ]
-        score = scoring(self._service.prompts, self._service.limits.max_model_len, calibrated=True)
+        backend = self._service.backend
+        score = scoring(backend.engine.prompts, backend.limits.max_model_len, calibrated=True)
         await self._service.batches.whole(items, score if scored else samples)
         return items
 
