@@ -35,8 +35,20 @@ def value_of(text: str, answer_type: str) -> Any:
     return text.strip()
 
 
+class _Typed:
+    """What a text of a type stands for."""
+
+    text: str
+    answer_type: str
+
+    @property
+    def value(self) -> Any:
+        """See `value_of`."""
+        return value_of(self.text, self.answer_type)
+
+
 @dataclass(frozen=True)
-class Sample:
+class Sample(_Typed):
     """One of several answers; see the contract's Sample. answer_type: as of its Answer."""
 
     text: str
@@ -48,11 +60,6 @@ class Sample:
     working_tokens: int
     completion_tokens: int
     answer_type: str = ""
-
-    @property
-    def value(self) -> Any:
-        """See `value_of`."""
-        return value_of(self.text, self.answer_type)
 
     @classmethod
     def of(cls, sample: pb.Sample, answer_type: str) -> Self:
@@ -70,7 +77,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Answer(_Typed):
     """reasoning: what the model wrote before its answer, if it was asked for.
     samples: every answer if several were asked for, the one of this object first. token_ids, prompt_logprobs: if asked
     for. answer_type: what the text was held to, empty if it was free.
@@ -84,11 +91,6 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[pb.TokenLogprobs] = field(default_factory=list)
     answer_type: str = ""
-
-    @property
-    def value(self) -> Any:
-        """See `value_of`."""
-        return value_of(self.text, self.answer_type)
 
     @classmethod
     def of(cls, reply: pb.GenerateResponse) -> Self:

@@ -27,6 +27,8 @@ PromptOf = Callable[[TaskSpec, Example], PromptParts]
 
 # A task counts as learned this far above the accuracy of always giving the most frequent answer.
 FLOOR_MARGIN = 0.10
+# Requests to a server at a time.
+_CONCURRENCY = 32
 
 
 class PromptError(MtLoRAError):
@@ -267,7 +269,7 @@ def _bar(total: int, what: str, with_adapter: bool) -> "tqdm[Any]":
 
 
 def server_answerer(
-    address: str, access: "Access | None" = None, *, without_adapter: bool = False, concurrency: int = 32
+    address: str, access: "Access | None" = None, *, without_adapter: bool = False, concurrency: int = _CONCURRENCY
 ) -> Answerer:
     """Answers from a running server, `concurrency` requests at a time. Raises ServerError if one fails."""
     from concurrent.futures import ThreadPoolExecutor
@@ -293,7 +295,7 @@ def server_answerer(
     return answer
 
 
-def server_labeller(address: str, access: "Access | None" = None, *, concurrency: int = 32) -> Labeller:
+def server_labeller(address: str, access: "Access | None" = None) -> Labeller:
     """Probabilities of labels from a running server, not calibrated. Raises ServerError if an input fails."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -306,7 +308,7 @@ def server_labeller(address: str, access: "Access | None" = None, *, concurrency
                 raise score.error
             return score.probabilities
 
-        with Client(address, access or OPEN) as client, ThreadPoolExecutor(concurrency) as pool:
+        with Client(address, access or OPEN) as client, ThreadPoolExecutor(_CONCURRENCY) as pool:
             return list(pool.map(ask, examples))
 
     return label

@@ -73,9 +73,8 @@ class Journal:
     Files have numbers that never come back: a reader that remembers a number and an offset reads each record once.
     """
 
-    def __init__(self, folder: Path | None, first: int, segment_bytes: int = SEGMENT_BYTES) -> None:
+    def __init__(self, folder: Path | None, first: int) -> None:
         self._folder = folder
-        self._segment_bytes = segment_bytes
         self._files: dict[int, int] = {}
         # Records, or the rest of one, that could not be written: they go before the next record.
         self._unwritten = b""
@@ -91,7 +90,7 @@ class Journal:
         if self._unwritten:
             raise OSError(f"{written} of {len(data)} bytes were written")
         self._size += written
-        if self._size >= self._segment_bytes:
+        if self._size >= SEGMENT_BYTES:
             self._open(self._number + 1)
 
     @property

@@ -103,12 +103,12 @@ class _Waiting(logging.Handler):
                 self._writes.flush()
 
 
-def configure_logging(level: str, most_waiting: int = MAX_WAITING) -> None:
+def configure_logging(level: str) -> None:
     """Send this server's logs to stderr; call `finish_logging` before the end. Other loggers stay as they are."""
     stderr = logging.StreamHandler(sys.stderr)
     stderr.setFormatter(JsonFormatter())
     root = logging.getLogger(_PREFIX)
-    root.handlers = [_Waiting(stderr, most_waiting)]
+    root.handlers = [_Waiting(stderr, MAX_WAITING)]
     root.propagate = False
     root.setLevel(level.upper())
 

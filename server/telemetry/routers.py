@@ -68,9 +68,8 @@ class EngineLoad:
 class RouterMetrics(Collector):
     """The gauges of `GAUGES`, read at each scrape. `load` and `memory` are called from any thread."""
 
-    def __init__(self, load: Callable[[], EngineLoad], clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, load: Callable[[], EngineLoad]) -> None:
         self._load = load
-        self._clock = clock
         self.model_name = ""
         self.memory: Callable[[], AdapterMemory] = lambda: AdapterMemory(0)
 
@@ -83,7 +82,7 @@ class RouterMetrics(Collector):
             "vllm:num_requests_running": [((), load.running)],
             "vllm:num_requests_waiting": [((), load.waiting)],
             "vllm:kv_cache_usage_perc": [((), load.kv_cache_usage)],
-            "vllm:lora_requests_info": [((str(memory.capacity), loaded, loading), self._clock())],
+            "vllm:lora_requests_info": [((str(memory.capacity), loaded, loading), time.time())],
             "vllm:lora_adapter_loaded": [((each.name, "gpu", str(each.pinned).lower()), 1) for each in named],
             "vllm:num_gpu_loaded_lora_adapters": [((), len(memory.loaded))],
             "vllm:max_gpu_lora_adapters": [((), memory.capacity)],

@@ -12,8 +12,10 @@ import pytest
 LINES, WAITING = 5000, 100
 SCRIPT = f"""
 import sys
+from server.telemetry import logs
 from server.telemetry.logs import configure_logging, finish_logging, get_logger
-configure_logging("info", most_waiting={WAITING})
+logs.MAX_WAITING = {WAITING}
+configure_logging("info")
 logger = get_logger("test")
 for i in range({LINES}):
     logger.info("line %d", i, extra={{"fields": {{"padding": "x" * 1000}}}})

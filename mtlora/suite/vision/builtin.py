@@ -27,9 +27,9 @@ class VisionSuite:
     name = "builtin-vision"
     finite = False
 
-    def __init__(self, tasks: Sequence[PictureTask] = _TASKS) -> None:
-        self._tasks = {task.id: task for task in tasks}
-        self.tasks: Sequence[TaskSpec] = tuple(_spec(task) for task in tasks)
+    def __init__(self) -> None:
+        self._tasks = {task.id: task for task in _TASKS}
+        self.tasks: Sequence[TaskSpec] = tuple(map(_spec, _TASKS))
 
     def examples(self, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
         """See `Suite.examples`. Generated tasks have no end, so `count` must be a number here.
