@@ -1,12 +1,13 @@
 """Adapters that several servers serve, and connections to servers that come and go."""
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mtlora.backbone import BackboneIdentity, identify
-from mtlora.client import Access
+from mtlora.client import Access, AsyncClient
 from tests.server.adapters import entry, write_adapter
 
 
@@ -19,6 +20,13 @@ def connections_of_their_own() -> None:
         return channel(self, kind, address, [*options, ("grpc.use_local_subchannel_pool", 1)])
 
     Access.channel = apart  # type: ignore[method-assign]
+
+
+@pytest.fixture
+async def client(service: Any) -> AsyncIterator[AsyncClient]:
+    """A client of the test's own `service` that repeats no call."""
+    async with AsyncClient(service.address, retry=None) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

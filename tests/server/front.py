@@ -12,8 +12,8 @@ from server.telemetry.metrics import Metrics
 class Clock:
     """Seconds, as a test sets them."""
 
-    def __init__(self) -> None:
-        self.now = 100.0
+    def __init__(self, now: float = 100.0) -> None:
+        self.now = now
 
     def __call__(self) -> float:
         return self.now

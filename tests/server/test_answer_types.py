@@ -88,12 +88,6 @@ def with_types(made: Service) -> None:
     object.__setattr__(made.servicer.catalog, "tasks", MappingProxyType({**made.servicer.catalog.tasks, **tasks}))
 
 
-@pytest.fixture
-async def client(service: Service) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(service.address, retry=None) as client:
-        yield client
-
-
 async def refused(call: Any) -> ServerError:
     with pytest.raises(ServerError) as raised:
         await call

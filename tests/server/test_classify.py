@@ -49,12 +49,6 @@ async def service() -> AsyncIterator[Service]:
         yield service
 
 
-@pytest.fixture
-async def client(service: Service) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(service.address, retry=None) as client:
-        yield client
-
-
 def labels(found: list[Classification]) -> list[str]:
     return [each.label for each in found]
 

@@ -40,12 +40,6 @@ async def service() -> AsyncIterator[Service]:
         yield service
 
 
-@pytest.fixture
-async def client(service: Service) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(service.address, retry=None) as client:
-        yield client
-
-
 def engines(service: Service) -> tuple[FakeEngine, FakeVisionEngine]:
     vision: Any = service.servicer.classifier.running().engine
     return service.engine, vision

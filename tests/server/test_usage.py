@@ -35,6 +35,7 @@ from server.rpc.generation import Generation
 from server.telemetry.metrics import Metrics
 from server.tenants import Tenant
 from tests.server.fakes import Service
+from tests.server.front import Clock
 
 NOON = int(datetime(2026, 11, 30, 12, tzinfo=UTC).timestamp())
 DAY = 86400
@@ -43,14 +44,6 @@ ids = st.from_regex(r"[a-z0-9_.\-]{1,20}", fullmatch=True)
 records = st.builds(
     Record, st.integers(0, 2**33), ids, ids, st.builds(UsageCounts, *(st.integers(0, 2**40) for _ in range(4)))
 )
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = float(NOON)
-
-    def __call__(self) -> float:
-        return self.now
 
 
 async def total(usage: Usage, granularity: str = "total", span: tuple[int, int] = ALWAYS) -> list[Row]:
@@ -97,10 +90,10 @@ async def test_every_record_counts_once_across_restarts_and_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Servers that end without a word, at every stage of summing up, with a file for every few records."""
-    monkeypatch.setattr("server.accounting.journal.Journal.__init__.__defaults__", (100,))
+    monkeypatch.setattr("server.accounting.journal.SEGMENT_BYTES", 100)
     recorded = 0
     for summing_up in range(8):
-        usage = Usage(tmp_path, Metrics(), Clock())
+        usage = Usage(tmp_path, Metrics(), Clock(NOON))
         for number in range(10):
             usage.record("a", "one", UsageCounts(1, 10, 5, 2))
             recorded += 1
@@ -117,7 +110,7 @@ async def test_every_record_counts_once_across_restarts_and_files(
 
 
 async def test_a_failure_while_summing_up_counts_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = Usage(tmp_path, Metrics(), Clock())
+    usage = Usage(tmp_path, Metrics(), Clock(NOON))
     usage.record("a", "one", UsageCounts(1, 2, 0, 3))
     with monkeypatch.context() as patch:
         patch.setattr("server.accounting.totals._ADD_SPENT", "INSERT INTO nowhere VALUES (?, ?, ?, ?)")
@@ -165,7 +158,7 @@ async def test_usage_outlives_a_kill_and_a_folder_has_one_server(tmp_path: Path)
 
 
 async def test_periods_are_those_of_utc_at_the_time_of_each_call(tmp_path: Path) -> None:
-    clock = Clock()
+    clock = Clock(NOON)
     usage = Usage(tmp_path, Metrics(), clock)
     for hours in (0, 11.99, 12, 12.5, 36):
         clock.now = NOON + hours * 3600
@@ -189,7 +182,7 @@ async def test_periods_are_those_of_utc_at_the_time_of_each_call(tmp_path: Path)
 
 
 async def test_many_pairs_come_in_pages_and_memory_keeps_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
+    clock = Clock(NOON)
     usage = Usage(None, Metrics(), clock)
     for number in range(2500):
         usage.record("a", f"task-{number}", UsageCounts(1))
@@ -223,7 +216,7 @@ async def test_many_pairs_come_in_pages_and_memory_keeps_the_newest(monkeypatch:
 async def test_a_budget_is_refused_until_its_period_ends_also_after_a_restart(
     tmp_path: Path, quota: str, until: str
 ) -> None:
-    clock, metrics = Clock(), Metrics()
+    clock, metrics = Clock(NOON), Metrics()
     clock.now -= 3 * DAY if quota.startswith("monthly") else 0
     usage = Usage(tmp_path, metrics, clock)
     limited = Tenant.model_validate({"id": "a", quota: 10})
