@@ -153,6 +153,7 @@ class Engines:
         if isinstance(engine, Engine):
             limits = PromptLimits(self._settings.max_model_len, engine.vocab_size, engine.end_tokens)
             self._inference.backend = TextBackend(engine, residency, limits)
+            self._metrics.record_kv_cache(engine.kv_cache)
         elif isinstance(engine, VisionEngine):
             self._inference.classifier.backend = ImageBackend(engine, residency)
         await self.adapters.registry.load_all(lane)

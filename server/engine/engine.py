@@ -16,6 +16,7 @@ from server.engine.stats import EngineStats, WorkerStats, worker_stats
 from server.errors import AdapterError, EngineDeadError
 from server.job import Delta, GenerationJob, Sampling, SoftTokens
 from server.settings import Settings
+from server.telemetry.engine_stats import KvCache
 from server.telemetry.logs import get_logger
 
 logger = get_logger("engine")
@@ -232,6 +233,12 @@ class Engine(BaseEngine):
         """Token ids are below it. The model's own vocabulary may be padded."""
         known = max(self.prompts.tokenizer.get_vocab().values()) + 1
         return min(known, int(self._llm.model_config.get_vocab_size()))
+
+    @property
+    def kv_cache(self) -> KvCache:
+        """What it has once it has started."""
+        config = self._llm.vllm_config.cache_config
+        return KvCache(config.block_size, config.num_gpu_blocks)
 
     @property
     def end_tokens(self) -> frozenset[int]:

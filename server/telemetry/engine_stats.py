@@ -24,6 +24,14 @@ class EngineStats:
 
 
 @dataclass(frozen=True)
+class KvCache:
+    """The KV cache of an engine, all data-parallel ranks together. No blocks: there is none, or the engine starts."""
+
+    block_tokens: int = 0
+    blocks: int = 0
+
+
+@dataclass(frozen=True)
 class RoutingSums:
     """Sums over sampled routing; fields as in `mtlora.vllm_plugin.sampling.RoutingSums`."""
 

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from mtlora import __version__
 from server.job import Lane
 from server.telemetry.collectors import CounterFamily, CounterOf, GaugeByLabel, Histograms
-from server.telemetry.engine_stats import EngineStats, RoutingSums, WorkerStats
+from server.telemetry.engine_stats import EngineStats, KvCache, RoutingSums, WorkerStats
 from server.telemetry.port import serve_metrics
 from server.telemetry.routers import GAUGES, AdapterMemory, EngineLoad, RouterMetrics
 from server.telemetry.top import OTHER, TopLabels
@@ -356,6 +356,10 @@ class Metrics:
         """Show version and backbones; empty for none."""
         self._build.labels(__version__, platform.python_version(), backbone, vision_backbone).set(1)
         self._routers.model_name = backbone or vision_backbone
+
+    def record_kv_cache(self, cache: KvCache) -> None:
+        """Show the language engine's KV cache to routers."""
+        self._routers.kv_cache = cache
 
     def record_engine(self, stats: EngineStats, lane: Lane = Lane.TEXT) -> None:
         """Show one engine's state after a step; with data parallelism there are several engines."""

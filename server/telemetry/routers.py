@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from server.telemetry.engine_stats import KvCache
+
 # Adapters named on a page, most recently used first: the page stays small with any `adapter_slots`.
 MAX_NAMED = 512
 # Gauges by name: the labels besides `model_name`, and the meaning.
@@ -18,6 +20,10 @@ GAUGES = {
     "vllm:num_requests_running": ((), "Sequences that the engine runs."),
     "vllm:num_requests_waiting": ((), "Requests that wait for their turn, and sequences that wait in the engine."),
     "vllm:kv_cache_usage_perc": ((), "Share of the KV cache in use, 0 to 1, of the fullest engine."),
+    "vllm:cache_config_info": (
+        ("block_size", "num_gpu_blocks"),
+        "1; tokens of a block of the KV cache, and its blocks.",
+    ),
     "vllm:lora_requests_info": (
         ("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
         "Time of the scrape; adapters in the engine and adapters being loaded as labels, separated by commas.",
@@ -71,6 +77,7 @@ class RouterMetrics(Collector):
     def __init__(self, load: Callable[[], EngineLoad]) -> None:
         self._load = load
         self.model_name = ""
+        self.kv_cache = KvCache()
         self.memory: Callable[[], AdapterMemory] = lambda: AdapterMemory(0)
 
     def collect(self) -> Iterable[Metric]:
@@ -82,6 +89,7 @@ class RouterMetrics(Collector):
             "vllm:num_requests_running": [((), load.running)],
             "vllm:num_requests_waiting": [((), load.waiting)],
             "vllm:kv_cache_usage_perc": [((), load.kv_cache_usage)],
+            "vllm:cache_config_info": [((str(self.kv_cache.block_tokens), str(self.kv_cache.blocks)), 1)],
             "vllm:lora_requests_info": [((str(memory.capacity), loaded, loading), time.time())],
             "vllm:lora_adapter_loaded": [((each.name, "gpu", str(each.pinned).lower()), 1) for each in named],
             "vllm:num_gpu_loaded_lora_adapters": [((), len(memory.loaded))],

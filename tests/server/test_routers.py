@@ -13,11 +13,22 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine import EngineStats
 from server.registry.residency import Residency
+from server.telemetry.engine_stats import KvCache
 from server.telemetry.metrics import Metrics
 from server.telemetry.routers import MAX_NAMED, AdapterMemory, EngineLoad, LoadedAdapter, RouterMetrics
 from tests.server.slots import serving_version
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}", fullmatch=True)
+
+
+# What the extension's parser asks of every server by default: without one of them it keeps nothing of the page.
+FAMILIES = (
+    "vllm:num_requests_waiting",
+    "vllm:num_requests_running",
+    "vllm:kv_cache_usage_perc",
+    "vllm:lora_requests_info",
+    "vllm:cache_config_info",
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,8 @@ class Endpoint:
     waiting_queue: int
     running: int
     kv_cache: float
+    block_tokens: int
+    blocks: int
     active: list[str]
     waiting: list[str]
     max_active: int
@@ -38,6 +51,7 @@ class Endpoint:
 def scrape(page: bytes) -> Endpoint:
     """The rules of the extension's model server protocol: of `lora_requests_info` the sample with the highest value."""
     families = {family.name: family for family in text_string_to_metric_families(page.decode())}
+    assert [name for name in FAMILIES if not families[name].samples] == []
     assert {family.type for name, family in families.items() if name.startswith("vllm:")} == {"gauge"}
 
     def value(name: str) -> float:
@@ -45,11 +59,14 @@ def scrape(page: bytes) -> Endpoint:
         return sample.value
 
     info = max(families["vllm:lora_requests_info"].samples, key=lambda sample: sample.value).labels
+    (cache,) = families["vllm:cache_config_info"].samples
     loaded = families["vllm:lora_adapter_loaded"].samples
     return Endpoint(
         waiting_queue=int(value("vllm:num_requests_waiting")),
         running=int(value("vllm:num_requests_running")),
         kv_cache=value("vllm:kv_cache_usage_perc"),
+        block_tokens=int(cache.labels["block_size"]),
+        blocks=int(cache.labels["num_gpu_blocks"]),
         active=[name for name in info["running_lora_adapters"].split(",") if name],
         waiting=[name for name in info["waiting_lora_adapters"].split(",") if name],
         max_active=int(info["max_lora"]),
@@ -71,13 +88,15 @@ def test_a_router_reads_what_the_server_knows(
 ) -> None:
     registry = CollectorRegistry()
     metrics = RouterMetrics(lambda: EngineLoad(running, waiting, kv_cache))
+    metrics.kv_cache = KvCache(16, 5000)
     metrics.memory = lambda: AdapterMemory(
         300, tuple(LoadedAdapter(name, pinned) for name, pinned in loaded.items()), tuple(loading)
     )
     registry.register(metrics)
     assert scrape(generate_latest(registry)) == Endpoint(
-        waiting_queue=waiting, running=running, kv_cache=kv_cache, active=list(loaded), waiting=loading,
-        max_active=300, loaded={(name, "gpu", str(pinned).lower()) for name, pinned in loaded.items()},
+        waiting_queue=waiting, running=running, kv_cache=kv_cache, block_tokens=16, blocks=5000,
+        active=list(loaded), waiting=loading, max_active=300,
+        loaded={(name, "gpu", str(pinned).lower()) for name, pinned in loaded.items()},
         num_loaded=len(loaded), max_loaded=300,
     )  # fmt: skip
 
@@ -114,6 +133,7 @@ async def test_adapters_of_the_engine_not_versions_or_tasks() -> None:
     engine, metrics = HeldUp("cold"), Metrics()
     residency = Residency(engine, 3)
     metrics.follow_memory(residency.memory)
+    metrics.record_kv_cache(KvCache(32, 100))
     metrics.record_engine(EngineStats(5, 2, 0.25, prefix_cache_queries=0, prefix_cache_hits=0))
     metrics.follow_turns(dict, lambda: {"a": 3, "b": 1})
     old, new, other, cold = serving_version("a"), serving_version("a"), serving_version("b"), serving_version("cold")
@@ -124,8 +144,8 @@ async def test_adapters_of_the_engine_not_versions_or_tasks() -> None:
     residency.prefetch(cold)
     await asyncio.sleep(0)
     assert scrape(generate_latest(metrics.registry)) == Endpoint(
-        waiting_queue=6, running=5, kv_cache=0.25, active=["b", "a"], waiting=["cold"], max_active=3,
-        loaded={("a", "gpu", "false"), ("b", "gpu", "true")}, num_loaded=2, max_loaded=3,
+        waiting_queue=6, running=5, kv_cache=0.25, block_tokens=32, blocks=100, active=["b", "a"], waiting=["cold"],
+        max_active=3, loaded={("a", "gpu", "false"), ("b", "gpu", "true")}, num_loaded=2, max_loaded=3,
     )  # fmt: skip
     engine.let.set()
     async with residency.lease(cold):

@@ -222,6 +222,12 @@ def test_leaves_out_a_broken_adapter(server: ServerProcess, client: Client) -> N
     assert any("adapter not served" in line and "broken" in line for line in server.log().splitlines())
 
 
+def test_routers_see_the_size_of_the_kv_cache(server: ServerProcess) -> None:
+    cache = MetricsPage.fetch(server.metrics).labels("vllm:cache_config_info")
+    assert int(cache["block_size"]) > 0
+    assert int(cache["num_gpu_blocks"]) > 0
+
+
 def test_a_client_can_call_by_reflection_alone(server: ServerProcess, client: Client) -> None:
     with grpc.insecure_channel(server.address) as channel:
         pool = descriptor_pool.DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
