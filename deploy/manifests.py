@@ -29,9 +29,13 @@ KUBERNETES_VERSION = "1.34"
 # Seconds after the grace period in which the server aborts the remaining requests and stops the engine.
 _STOP_SECONDS = 10
 SERVICE = "mtlora.v1.Inference"
-# Keys of the ConfigMap that configures an InferencePool's endpoint picker: its configuration, its chart's values.
+# Keys of the ConfigMap that configures an InferencePool's endpoint picker: its configuration, and the values of its
+# chart, which is the Gateway API inference extension's or llm-d's.
 PICKER = "endpoint-picker.yaml"
 PICKER_CHART = "chart-values.yaml"
+PICKER_CHART_LLM_D = "chart-values-llm-d.yaml"
+# Labels that the charts give to the picker's pods; their value is the name of its Service.
+_PICKER_LABELS = ("inferencepool", "llm-d-router-gateway")
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ _MODELS = {
     ("monitoring.coreos.com", "ServiceMonitor"): "cloudcoil.models.prometheus_operator.v1",
     ("monitoring.coreos.com", "PrometheusRule"): "cloudcoil.models.prometheus_operator.v1",
     ("gateway.networking.k8s.io", "GRPCRoute"): "deploy.schemas",
+    ("gateway.networking.k8s.io", "HTTPRoute"): "deploy.schemas",
     ("gateway.networking.k8s.io", "BackendTLSPolicy"): "deploy.schemas",
     ("inference.networking.k8s.io", "InferencePool"): "deploy.schemas",
     ("inference.networking.x-k8s.io", "InferenceObjective"): "deploy.schemas",
@@ -306,11 +311,13 @@ def _routers_find_the_pods(manifests: Sequence[Manifest]) -> Iterator[str]:
         wanted = []
         if manifest["kind"] == "InferenceObjective":
             wanted = [manifest["spec"]["poolRef"]["name"]]
-        elif manifest["kind"] == "GRPCRoute":
+        elif manifest["kind"] in ("GRPCRoute", "HTTPRoute"):
             refs = [ref for rule in manifest["spec"]["rules"] for ref in rule["backendRefs"]]
             wanted = [ref["name"] for ref in refs if ref.get("kind") == "InferencePool"]
             if pools and not wanted:
-                yield f"GRPCRoute {manifest['metadata']['name']}: passes the InferencePool by"
+                yield f"{manifest['kind']} {manifest['metadata']['name']}: passes the InferencePool by"
+            if wanted and manifest["kind"] == "GRPCRoute":
+                yield f"GRPCRoute {manifest['metadata']['name']}: gateways document HTTPRoutes alone for an InferencePool"
         for each in set(wanted) - pools.keys():
             yield f"{manifest['kind']} {manifest['metadata']['name']}: names InferencePool {each}, which is nowhere"
 
@@ -322,14 +329,38 @@ def _picker_reads_the_pods(
     parser = yaml.safe_load(picker[PICKER]).get("parser", {}).get("pluginRef", "openai-parser")
     if parser != "passthrough-parser":
         yield f"InferencePool {name}: {parser} of its endpoint picker cannot read protobuf"
-    values = yaml.safe_load(picker.get(PICKER_CHART, "{}"))
-    asked = values.get("inferenceExtension", {}).get("flags", {}).get("model-server-metrics-port")
     ports = {p["containerPort"] for c in _servers(manifests) for p in c.spec["ports"] if p["name"] == "metrics"}
-    if {asked} != ports:
-        yield f"InferencePool {name}: its endpoint picker asks port {asked} for metrics, not {sorted(ports)}"
-    charted = values.get("inferencePool", {})
-    if charted.get("targetPorts") != pool["targetPorts"] or charted.get("modelServers") != pool["selector"]:
-        yield f"InferencePool {name}: the picker's chart has other ports or labels"
+    for file, configured, target_ports, labels in _charted(picker):
+        asked = configured.get("flags", {}).get("model-server-metrics-port")
+        if {asked} != ports:
+            yield f"InferencePool {name}: {file} asks port {asked} for metrics, not {sorted(ports)}"
+        if configured.get("pluginsConfigFile") != PICKER:
+            yield f"InferencePool {name}: {file} does not name {PICKER}"
+        if target_ports != pool["targetPorts"] or labels != pool["selector"]["matchLabels"]:
+            yield f"InferencePool {name}: {file} has other ports or labels"
+    for label in _PICKER_LABELS:
+        pods = {"matchLabels": {label: pool["endpointPickerRef"]["name"]}}
+        if not any(_admits(m, pods, port) for m in manifests if m["kind"] == "NetworkPolicy" for port in ports):
+            yield f"InferencePool {name}: no NetworkPolicy admits pods with label {label} to the metrics"
+
+
+def _charted(picker: Mapping[str, str]) -> Iterator[tuple[str, Manifest, Any, Any]]:
+    """A chart's file of values, and in it what configures the picker, the pods' ports, the pods' labels."""
+    extension, llm_d = (yaml.safe_load(picker.get(file, "{}")) for file in (PICKER_CHART, PICKER_CHART_LLM_D))
+    pool, router = extension.get("inferencePool", {}), llm_d.get("router", {})
+    for file, configured, servers in (
+        (PICKER_CHART, extension.get("inferenceExtension", {}), {**pool, **pool.get("modelServers", {})}),
+        (PICKER_CHART_LLM_D, router.get("epp", {}), router.get("modelServers", {})),
+    ):
+        yield file, configured, servers.get("targetPorts"), servers.get("matchLabels")
+
+
+def _admits(policy: Manifest, pods: Manifest, port: int) -> bool:
+    """Whether a NetworkPolicy lets pods of this selector, in its namespace, connect to the port."""
+    return any(
+        {"podSelector": pods} in rule["from"] and port in (each["port"] for each in rule["ports"])
+        for rule in policy["spec"]["ingress"]
+    )
 
 
 def _names_are_found(manifests: Sequence[Manifest]) -> Iterator[str]:
@@ -356,7 +387,7 @@ def _everything_is_there(manifests: Sequence[Manifest]) -> Iterator[str]:
     kinds = {m["kind"] for m in manifests}
     wanted = {
         "Namespace", "ServiceAccount", "Service", "NetworkPolicy", "ServiceMonitor", "PrometheusRule", "Certificate",
-        "GRPCRoute", "ConfigMap",
+        "HTTPRoute" if "InferencePool" in kinds else "GRPCRoute", "ConfigMap",
     }  # fmt: skip
     if "RayCluster" not in kinds:
         wanted |= {"StatefulSet" if "StatefulSet" in kinds else "Deployment"}

@@ -69,6 +69,33 @@ class GRPCRoute(_Resource):
     spec: _GRPCRouteSpec
 
 
+class _PathMatch(_Strict):
+    type: Literal["Exact", "PathPrefix", "RegularExpression"] = "PathPrefix"
+    value: str = Field(pattern="^/")
+
+
+class _HTTPRouteMatch(_Strict):
+    path: _PathMatch
+
+
+class _HTTPRouteRule(_Strict):
+    matches: list[_HTTPRouteMatch]
+    backendRefs: list[_BackendRef]
+
+
+class _HTTPRouteSpec(_Strict):
+    parentRefs: list[_ParentRef]
+    hostnames: list[str]
+    rules: list[_HTTPRouteRule]
+
+
+class HTTPRoute(_Resource):
+    """A route of the Gateway API by paths."""
+
+    apiVersion: Literal["gateway.networking.k8s.io/v1"]
+    spec: _HTTPRouteSpec
+
+
 class _Port(_Strict):
     number: StrictInt
 

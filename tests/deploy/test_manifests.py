@@ -81,10 +81,14 @@ def test_with_a_volume_for_usage_each_replica_has_one_of_its_own(tmp_path: Path)
 
 @needs_kustomize
 def test_the_gateway_passes_both_contracts_and_health(built: list[dict[str, Any]]) -> None:
-    (rule,) = one(built, "GRPCRoute")["spec"]["rules"]
+    (route,) = (each for each in built if each["kind"] in ("GRPCRoute", "HTTPRoute"))
+    (rule,) = route["spec"]["rules"]
     modules = {inference_pb2: "Inference", grpc_predict_v2_pb2: "GRPCInferenceService", health_pb2: "Health"}
-    names = {module.DESCRIPTOR.services_by_name[name].full_name for module, name in modules.items()}
-    assert {match["method"]["service"] for match in rule["matches"]} == names
+    names = [module.DESCRIPTOR.services_by_name[name].full_name for module, name in modules.items()]
+    if route["kind"] == "GRPCRoute":
+        assert rule["matches"] == [{"method": {"service": name}} for name in names]
+    else:
+        assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": f"/{name}/"}} for name in names]
 
 
 def pod(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -158,9 +162,24 @@ POOL_DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "labels": (
         lambda m: rewrite(m, manifests.PICKER_CHART, "component: server", "component: x"),
-        "chart has other ports or labels",
+        "chart-values.yaml has other ports or labels",
     ),
-    "route": (lambda m: one(m, "GRPCRoute")["spec"]["rules"].clear(), "passes the InferencePool by"),
+    "labels of llm-d": (
+        lambda m: rewrite(m, manifests.PICKER_CHART_LLM_D, "component: server", "component: x"),
+        "chart-values-llm-d.yaml has other ports or labels",
+    ),
+    "configuration": (
+        lambda m: rewrite(
+            m, manifests.PICKER_CHART_LLM_D, "pluginsConfigFile: endpoint-picker", "pluginsConfigFile: x"
+        ),
+        "does not name endpoint-picker.yaml",
+    ),
+    "network": (
+        lambda m: [each["spec"]["ingress"].clear() for each in m if each["kind"] == "NetworkPolicy"],
+        "no NetworkPolicy admits pods with label llm-d-router-gateway",
+    ),
+    "route": (lambda m: one(m, "HTTPRoute")["spec"]["rules"].clear(), "passes the InferencePool by"),
+    "kind of route": (lambda m: one(m, "HTTPRoute").update(kind="GRPCRoute"), "HTTPRoutes alone"),
     "objective": (lambda m: one(m, "InferenceObjective")["spec"]["poolRef"].update(name="x"), "which is nowhere"),
 }
 
@@ -193,7 +212,8 @@ INVALID_POOL: dict[str, tuple[str, Damage]] = {
     "protocol": ("InferencePool", lambda m: m["spec"].update(appProtocol="grpc")),
     "old reference": ("InferencePool", lambda m: m["spec"].update(extensionRef=m["spec"].pop("endpointPickerRef"))),
     "priority": ("InferenceObjective", lambda m: m["spec"].update(priority="high")),
-    "backend": ("GRPCRoute", lambda m: m["spec"]["rules"][0]["backendRefs"][0].update(kind="Service")),
+    "path": ("HTTPRoute", lambda m: m["spec"]["rules"][0]["matches"][0]["path"].update(value="mtlora.v1.Inference/")),
+    "backend": ("HTTPRoute", lambda m: m["spec"]["rules"][0]["backendRefs"][0].update(kind="Service")),
 }
 
 
@@ -205,6 +225,39 @@ def test_validation_finds_errors_of_an_inference_pool(name: str, pool: list[dict
     assert manifests.validate(damaged) == []
     damage(damaged)
     assert manifests.validate(damaged) != []
+
+
+# What the charts make for the endpoint picker, as far as it matters here.
+_CHARTED = """
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: mtlora-epp}
+spec:
+  template:
+    metadata: {labels: {inferencepool: mtlora-epp}}
+    spec:
+      serviceAccountName: mtlora-epp
+      containers: [{name: epp, image: "registry.example.com/epp:1"}]
+---
+apiVersion: inference.networking.k8s.io/v1
+kind: InferencePool
+metadata: {name: mtlora}
+"""
+
+
+@needs_kustomize
+def test_the_namespace_admits_the_endpoint_picker_and_the_pool_has_one_owner(
+    pool: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    shutil.copy(manifests.OVERLAYS / "inference-pool" / "picker" / "kustomization.yaml", tmp_path)
+    (tmp_path / "chart.yaml").write_text(_CHARTED)
+    found = manifests.build(tmp_path)
+    assert [each["kind"] for each in found] == ["Deployment"]
+    assert one(pool, "Namespace")["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    # Pod Security's level allows what is left.
+    allowed = ["has a token", "would set MTLORA_PORT", "root file system can be written"]
+    wrong = [*manifests._pods_are_restricted(found), *manifests._containers_are_confined(found)]
+    assert [each for each in wrong if not any(text in each for text in allowed)] == []
 
 
 @needs_kustomize
