@@ -245,23 +245,71 @@ def _probes_fit(manifests: Sequence[Manifest]) -> Iterator[str]:
             grpc = container.spec.get(probe, {}).get("grpc")
             if grpc != {"port": health, "service": service}:
                 yield f"{container.where}: {probe} asks {grpc}, not {service} on {health}"
-        startup = container.spec.get("startupProbe", {})
-        if startup.get("periodSeconds", 10) * startup.get("failureThreshold", 3) < 300:
+        if _startup_seconds(container) < 300:
             yield f"{container.where}: startup has less than five minutes"
     for container in containers([manifest for manifest in manifests if manifest["kind"] == "RayCluster"]):
         for probe in {"readinessProbe", "livenessProbe"} - container.spec.keys():
             yield f"{container.where}: no {probe}, so KubeRay adds its own, which needs wget"
 
 
+def _startup_seconds(container: Container) -> int:
+    probe = container.spec.get("startupProbe", {})
+    return int(probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3))
+
+
+def _roll_outs_go_on(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """A Deployment waits as long as a pod may start, and needs no GPU that its pods do not have already."""
+    for deployment in (m for m in manifests if m["kind"] == "Deployment"):
+        name, spec = deployment["metadata"]["name"], deployment["spec"]
+        servers = _servers([deployment])
+        deadline = spec.get("progressDeadlineSeconds", 600)
+        if (startup := max(map(_startup_seconds, servers), default=0)) >= deadline:
+            yield f"{name}: a roll-out counts as failed after {deadline} s, a pod may take {startup} s to start"
+        gpus = any("nvidia.com/gpu" in each.spec["resources"]["limits"] for each in servers)
+        if gpus and spec.get("strategy", {}).get("rollingUpdate", {}).get("maxSurge", "25%") != 0:
+            yield f"{name}: a roll-out needs a GPU that is free"
+        for constraint in spec["template"]["spec"].get("topologySpreadConstraints", ()):
+            if constraint.get("matchLabelKeys") != ["pod-template-hash"]:
+                yield f"{name}: old replicas count when new ones are spread over {constraint['topologyKey']}"
+
+
 def _drains_end(manifests: Sequence[Manifest]) -> Iterator[str]:
     settings = server_settings(manifests)
     grace = float(settings["MTLORA_GRACE_PERIOD_S"]) + float(settings.get("MTLORA_DRAIN_DELAY_S", 1))
-    for container in _servers(manifests):
-        wait = container.spec.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+    servers = _servers(manifests)
+    for container in servers:
+        wait = _pre_stop_seconds(container)
         if wait < 5:
             yield f"{container.where}: SIGTERM comes before balancers have stopped sending"
         if container.pod.get("terminationGracePeriodSeconds", 30) < wait + grace + _STOP_SECONDS:
             yield f"{container.where}: is killed before its drain of {wait} + {grace:g} + {_STOP_SECONDS} s ends"
+    drain = max((_pre_stop_seconds(each) + grace for each in servers), default=0)
+    for container in containers([m for m in manifests if m["kind"] == "RayCluster"]):
+        # Ranks run in the workers too.
+        if not _is_server(container) and not container.init:
+            wait = _pre_stop_seconds(container)
+            if wait < drain:
+                yield f"{container.where}: ends after {wait} s, while the server drains for {drain:g} s"
+            if container.pod.get("terminationGracePeriodSeconds", 30) < wait + _STOP_SECONDS:
+                yield f"{container.where}: is killed before {wait} + {_STOP_SECONDS} s have passed"
+
+
+def _pre_stop_seconds(container: Container) -> int:
+    return int(container.spec.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0))
+
+
+def _names_resolve(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Pods may ask the cluster's DNS, and a node's own cache of it."""
+    cache = {"ipBlock": {"cidr": "169.254.20.10/32"}}
+    policies = [m["spec"] for m in manifests if m["kind"] == "NetworkPolicy"]
+    dns = [
+        rule["to"]
+        for policy in policies
+        for rule in policy.get("egress", ())
+        if {("UDP", 53), ("TCP", 53)} <= {(port["protocol"], port["port"]) for port in rule.get("ports", ())}
+    ]
+    if not any("podSelector" in peer for to in dns for peer in to) or not any(cache in to for to in dns):
+        yield "NetworkPolicy: no way to kube-dns, or to NodeLocal DNSCache at 169.254.20.10"
 
 
 def _ranks_have_their_gpus(manifests: Sequence[Manifest]) -> Iterator[str]:
@@ -317,7 +365,7 @@ def _routers_find_the_pods(manifests: Sequence[Manifest]) -> Iterator[str]:
             if pools and not wanted:
                 yield f"{manifest['kind']} {manifest['metadata']['name']}: passes the InferencePool by"
             if wanted and manifest["kind"] == "GRPCRoute":
-                yield f"GRPCRoute {manifest['metadata']['name']}: gateways document HTTPRoutes alone for an InferencePool"
+                yield f"GRPCRoute {manifest['metadata']['name']}: gateways take HTTPRoutes alone for a pool"
         for each in set(wanted) - pools.keys():
             yield f"{manifest['kind']} {manifest['metadata']['name']}: names InferencePool {each}, which is nowhere"
 
@@ -412,6 +460,8 @@ POLICY: tuple[Callable[[Sequence[Manifest]], Iterator[str]], ...] = (
     _volumes_fit,
     _images_are_pinned,
     _probes_fit,
+    _roll_outs_go_on,
+    _names_resolve,
     _drains_end,
     _ranks_have_their_gpus,
     _services_select_servers,
@@ -422,7 +472,11 @@ POLICY: tuple[Callable[[Sequence[Manifest]], Iterator[str]], ...] = (
 
 def _servers(manifests: Sequence[Manifest]) -> list[Container]:
     """Containers that run the server: they have a port named grpc."""
-    return [c for c in containers(manifests) if any(p["name"] == "grpc" for p in c.spec.get("ports", ()))]
+    return [container for container in containers(manifests) if _is_server(container)]
+
+
+def _is_server(container: Container) -> bool:
+    return any(port["name"] == "grpc" for port in container.spec.get("ports", ()))
 
 
 def prometheus_rule() -> str:

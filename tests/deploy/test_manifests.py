@@ -38,6 +38,11 @@ def pool() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
+def gpu() -> list[dict[str, Any]]:
+    return manifests.build(manifests.OVERLAYS / "gpu")
+
+
+@pytest.fixture(scope="module")
 def multi_node() -> list[dict[str, Any]]:
     return manifests.build(manifests.OVERLAYS / "multi-node")
 
@@ -139,6 +144,18 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "startup": (lambda m: server(m)["startupProbe"].update(failureThreshold=3), "less than five minutes"),
     "no pre-stop": (lambda m: server(m).pop("lifecycle"), "before balancers"),
     "short grace": (lambda m: pod(m).update(terminationGracePeriodSeconds=60), "is killed before its drain"),
+    "deadline": (
+        lambda m: one(m, "Deployment")["spec"].pop("progressDeadlineSeconds"),
+        "a roll-out counts as failed after 600 s, a pod may take 900 s to start",
+    ),
+    "spread": (
+        lambda m: pod(m)["topologySpreadConstraints"][1].pop("matchLabelKeys"),
+        "old replicas count when new ones are spread over kubernetes.io/hostname",
+    ),
+    "name cache": (
+        lambda m: one(m, "NetworkPolicy")["spec"]["egress"][0]["to"].pop(),
+        "no way to kube-dns, or to NodeLocal DNSCache",
+    ),
     "gpus": (lambda m: server(m)["resources"]["limits"].update({"nvidia.com/gpu": "2"}), "2 GPUs for 1 x 1"),
     "selector": (lambda m: one(m, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"].update(x="y"), "no pod"),
     "volume": (lambda m: pod(m)["volumes"][0]["persistentVolumeClaim"].update(claimName="lost"), "which is nowhere"),
@@ -187,6 +204,14 @@ POOL_DAMAGES: dict[str, tuple[Damage, str]] = {
 RAY_DAMAGES: dict[str, tuple[Damage, str]] = {
     "budget": (lambda m: m.append({"kind": "PodDisruptionBudget", "metadata": {"name": "x"}, "spec": {"selector": {
         "matchLabels": {}}}}), "allow no eviction"),
+    "worker's drain": (
+        lambda m: worker(m)["lifecycle"]["preStop"]["sleep"].update(seconds=60),
+        "ends after 60 s, while the server drains for 71 s",
+    ),
+    "worker's grace": (
+        lambda m: worker(m)["lifecycle"]["preStop"]["sleep"].update(seconds=85),
+        "is killed before 85 + 10 s have passed",
+    ),
     "worker's probe": (lambda m: worker(m).pop("livenessProbe"), "no livenessProbe, so KubeRay"),
 }  # fmt: skip
 
@@ -195,7 +220,12 @@ def worker(found: list[dict[str, Any]]) -> dict[str, Any]:
     return one(found, "RayCluster")["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
 
 
-_ALL_DAMAGES = {"cpu": DAMAGES, "pool": POOL_DAMAGES, "multi_node": RAY_DAMAGES}
+GPU_DAMAGES: dict[str, tuple[Damage, str]] = {
+    "surge": (lambda m: one(m, "Deployment")["spec"].pop("strategy"), "a roll-out needs a GPU that is free"),
+}
+
+
+_ALL_DAMAGES = {"cpu": DAMAGES, "pool": POOL_DAMAGES, "multi_node": RAY_DAMAGES, "gpu": GPU_DAMAGES}
 
 
 @needs_kustomize
@@ -310,6 +340,17 @@ def test_says_how_to_install_kustomize(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setenv("PATH", "")
     assert manifests.main([]) == 2
     assert "apt-get install kustomize" in capsys.readouterr().out
+
+
+@needs_kustomize
+def test_the_rule_for_storage_inside_the_cluster_is_valid_without_its_comment_signs(gpu: list[dict[str, Any]]) -> None:
+    file = manifests.FOLDER / "kubernetes" / "components" / "adapters-from-object-storage" / "networkpolicy.yaml"
+    _, _, commented = file.read_text().partition("# - op")
+    (operation,) = yaml.safe_load("- op" + commented.replace("\n# ", "\n"))
+    policy = copy.deepcopy(one(gpu, "NetworkPolicy"))
+    policy["spec"]["egress"].append(operation["value"])
+    assert operation["path"] == "/spec/egress/-"
+    assert manifests.validate(policy) == []
 
 
 def test_prometheus_rule_equals_the_rules() -> None:
