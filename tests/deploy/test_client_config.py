@@ -1,5 +1,6 @@
 """The clients' service config balances calls and avoids servers that refuse."""
 
+import asyncio
 import json
 
 import grpc
@@ -28,6 +29,7 @@ def test_names_existing_services() -> None:
     service = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
     assert config["methodConfig"][0]["name"] == [{"service": service}]
     assert config["healthCheckConfig"]["serviceName"] == service
+    assert config["retryThrottling"] == {"maxTokens": 100, "tokenRatio": 0.1}
 
 
 async def test_balances_calls_over_servers() -> None:
@@ -49,3 +51,16 @@ async def test_retries_unavailable_on_another_server() -> None:
             reply = await stub.Generate(inference_pb2.GenerateRequest(task_id="one", text="x"), wait_for_ready=True)
             assert reply.text
         assert len(good.engine.jobs) == 6
+
+
+async def test_gives_up_retries_where_all_servers_refuse() -> None:
+    """Retries must not add three calls to each that overloads the servers."""
+    calls = 60
+    async with Service().running() as service, channel(service) as open_channel:
+        service.admission.state = State.DRAINING
+        stub = inference_pb2_grpc.InferenceStub(open_channel)
+        request = inference_pb2.GenerateRequest(task_id="one", text="x")
+        await asyncio.gather(*(stub.Generate(request) for _ in range(calls)), return_exceptions=True)
+        asked = service.value("mtlora_requests_total", method="Generate", task="one", status="UNAVAILABLE")
+    # The tokens allow 49 retries.
+    assert asked == calls + 49
