@@ -45,7 +45,9 @@ def writable() -> list[str]:
 
 def bill(installed: set[str], root: Path = Path("/")) -> str:
     """What the bill of materials lacks, or has too much."""
-    components = json.loads((root / "opt/mtlora/sbom.cdx.json").read_text())["components"]
+    document = json.loads((root / "opt/mtlora/sbom.cdx.json").read_text())
+    components = document["components"]
+    unsaid = {"component", "timestamp"} - document["metadata"].keys()
     models = [each for each in components if each["type"] == "machine-learning-model"]
     # What was installed from a folder has no address.
     addresses = (each.get("purl", f"pkg:pypi/{normal(each['name'])}") for each in components if each not in models)
@@ -59,7 +61,7 @@ def bill(installed: set[str], root: Path = Path("/")) -> str:
     for pattern in ("backbone/*.safetensors", "adapters/*/*/*.safetensors"):
         files = (root / "opt/mtlora").glob(pattern)
         there |= {hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    return " ".join(sorted(listed ^ there))
+    return " ".join(sorted(unsaid | (listed ^ there)))
 
 
 def kernel() -> str:

@@ -2,21 +2,29 @@
 
 import contextlib
 import json
+import resource
 import shutil
 import subprocess
+import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Chroot isolation needs no namespaces, so that a build also works inside a container; it raises limits to its defaults,
-# which fails where the machine's are lower.
-_LIMITS = ("--ulimit", "nofile=20000:20000", "--ulimit", "nproc=90000:90000")
-_CHROOT = ("--isolation", "chroot", "--network", "host", *_LIMITS)
+# The most that a build needs of them.
+_LIMITS = {"nofile": (resource.RLIMIT_NOFILE, 20000), "nproc": (resource.RLIMIT_NPROC, 90000)}
+# BuildKit's answer where docker keeps its images in containerd's store.
+_NO_REWRITE = 'exporter option "rewrite-timestamp" conflicts'
+_KEPT_LINES = 50
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
 class EngineError(RuntimeError):
-    """No engine, or one whose command failed; the message says which and how."""
+    """No engine, or one whose command failed; the message says which and how, `said` has the end of its output."""
+
+    def __init__(self, message: str, said: str = "") -> None:
+        super().__init__(message)
+        self.said = said
 
 
 @dataclass(frozen=True)
@@ -42,16 +50,26 @@ class Engine:
         """
         command = [self.name, "build", "--file", str(file), "--tag", tag, "--build-arg", f"SOURCE_DATE_EPOCH={epoch}"]
         if self.name == "docker":
-            command += ["--output", f"type=docker,name={tag},rewrite-timestamp=true"]
             command += [] if cached else ["--no-cache"]
         else:
             # OCI's format has no HEALTHCHECK.
-            command += ["--format", "docker", "--layers=false", "--timestamp", str(epoch), *_CHROOT]
+            command += ["--format", "docker", "--layers=false", "--timestamp", str(epoch)]
+            # Chroot isolation needs no namespaces, so that a build also works inside a container.
+            command += ["--isolation", "chroot", "--network", "host", *limits()]
         for name, value in arguments.items():
             command += ["--build-arg", f"{name}={value}"]
         for name, folder in contexts.items():
             command += ["--build-context", f"{name}={folder}"]
-        _run([*command, str(context)])
+        if self.name != "docker":
+            _run([*command, str(context)])
+            return
+        try:
+            _run([*command, "--output", f"type=docker,name={tag},rewrite-timestamp=true", str(context)])
+        except EngineError as error:
+            if _NO_REWRITE not in error.said:
+                raise
+            print("image: layers are not reproducible with this docker: its image store cannot rewrite files' dates")
+            _run([*command, str(context)])
 
     def has(self, image: str) -> bool:
         """Whether the image is in this machine's store."""
@@ -78,9 +96,9 @@ class Engine:
         return int(_output([self.name, "image", "inspect", "--format", "{{.Size}}", image]))
 
     def python(self, image: str, program: str, *arguments: str) -> str:
-        """What a program prints that the image's Python runs, as the image's user and without a network."""
+        """What a program prints that the image's Python runs, as its user. Podman and docker give it no network."""
         if self.name == "buildah":
-            container = _output(["buildah", "from", *_LIMITS, image]).strip()
+            container = _output(["buildah", "from", *limits(), image]).strip()
             with contextlib.ExitStack() as after:
                 after.callback(_output, ["buildah", "rm", container])
                 command = ["buildah", "run", "--isolation", "chroot", container, "--", "python", "-", *arguments]
@@ -90,6 +108,16 @@ class Engine:
 
     def _runtime(self) -> list[str]:
         return podman() if self.name == "podman" else [self.name]
+
+
+def limits() -> list[str]:
+    """Options for limits. Engines raise them to defaults of their own, which fails where this machine's are lower."""
+    options = []
+    for name, (number, wanted) in _LIMITS.items():
+        hard = resource.getrlimit(number)[1]
+        least = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        options += ["--ulimit", f"{name}={least}:{least}"]
+    return options
 
 
 def podman() -> list[str]:
@@ -110,8 +138,15 @@ def find(name: str | None) -> Engine:
 
 
 def _run(command: Sequence[str]) -> None:
-    if status := subprocess.run(command).returncode:
-        raise EngineError(f"{command[0]} {command[1]} ended with status {status}")
+    """Run it, and pass its stderr on as it comes."""
+    kept: deque[str] = deque(maxlen=_KEPT_LINES)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        for line in running.stderr:
+            sys.stderr.write(line)
+            kept.append(line)
+    if running.returncode:
+        raise EngineError(f"{command[0]} {command[1]} ended with status {running.returncode}", "".join(kept))
 
 
 def _output(command: Sequence[str], stdin: str = "") -> str:

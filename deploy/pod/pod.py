@@ -25,7 +25,11 @@ from server.probe import health
 from server.tenants.keys import new_key
 
 FOLDER = Path(__file__).parent
-CONTAINER = "mtlora-pod-server"
+POD = "mtlora-pod"
+CONTAINER = f"{POD}-server"
+_ADAPTERS = "mtlora-adapters"
+# Label of the volume of adapters. All that is there beside it is of `make pod`, which may delete it.
+_MARK = "mtlora.io/made-by=make-pod"
 # The certificate's name, as in overlay's Certificate.
 _SERVER_NAME = "mtlora.mtlora.svc"
 _LOOK_S = 0.2
@@ -93,9 +97,9 @@ class Pod:
 
     def play(self) -> float:
         """Play the manifests; returns the `time.monotonic` of the container's start."""
-        if not self._exists("mtlora-adapters"):
-            run("volume", "create", "mtlora-adapters")
-            subprocess.run(["cp", "-r", f"{self._adapters}/.", self.volume("mtlora-adapters")], check=True)
+        if not self._exists(_ADAPTERS):
+            run("volume", "create", "--label", _MARK, _ADAPTERS)
+            subprocess.run(["cp", "-r", f"{self._adapters}/.", self.volume(_ADAPTERS)], check=True)
         publish = [
             f"--publish=127.0.0.1:{self.ports[each['name']]}:{each['containerPort']}" for each in self.server["ports"]
         ]
@@ -136,13 +140,22 @@ class Pod:
         run("kube", "down", str(self._file))
         return status
 
+    def foreign(self) -> list[str]:
+        """What podman has under the names of the pod, its secrets and volumes, unless an earlier `make pod` made it."""
+        if self._exists(_ADAPTERS):
+            labels = json.loads(run("volume", "inspect", _ADAPTERS))[0]["Labels"] or {}
+            if _MARK in (f"{name}={value}" for name, value in labels.items()):
+                return []
+        names = [("pod", POD), ("volume", _ADAPTERS)]
+        names += [(kind, name) for name in self._secret_names() for kind in ("secret", "volume")]
+        return [f"{kind} {name}" for kind, name in names if self._exists(name, kind)]
+
     def remove(self) -> None:
         """Delete what is left of the pod and all its volumes."""
         self.kubelet.stop()
         subprocess.run([*podman(), "kube", "down", "--force", str(self._file)], capture_output=True)
         # Podman keeps the volumes of secrets, with their old contents.
-        names = [each["secret"]["secretName"] for each in self.spec["volumes"] if "secret" in each]
-        subprocess.run([*podman(), "volume", "rm", "--force", *names], capture_output=True)
+        subprocess.run([*podman(), "volume", "rm", "--force", *self._secret_names()], capture_output=True)
 
     # Inside.
 
@@ -238,6 +251,9 @@ class Pod:
             {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": data}
             for name, data in contents.items()
         ]
+
+    def _secret_names(self) -> list[str]:
+        return [each["secret"]["secretName"] for each in self.spec["volumes"] if "secret" in each]
 
     def _tenants(self, names: Sequence[str]) -> str:
         return yaml.safe_dump({"tenants": [self.tenants[name].entry for name in names]})

@@ -1,8 +1,11 @@
 """`make image` without an engine: what is left out, the engines' command lines, pip's arguments, the exit status."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,6 +101,35 @@ def test_every_engine_dates_all_files_alike(name: str, monkeypatch: pytest.Monke
     assert ("rewrite-timestamp=true" in text) is (name == "docker")
 
 
+_CONFLICT = 'ERROR: failed to solve: exporter option "rewrite-timestamp" conflicts with "unpack"\n'
+
+
+@pytest.mark.parametrize(("said", "builds"), [("", 1), (_CONFLICT, 2), ("ERROR: no space left on device\n", 1)])
+def test_a_docker_that_cannot_rewrite_dates_builds_without_and_says_so(
+    said: str, builds: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A program in docker's place fails like docker where it must rewrite dates."""
+    docker = tmp_path / "docker"
+    docker.write_text(
+        f"#!{sys.executable}\nimport sys\nprint('RAN')\nif 'rewrite' in str(sys.argv) and {said!r}:\n"
+        f"    sys.exit({said!r})\n"
+    )
+    docker.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with contextlib.nullcontext() if said in ("", _CONFLICT) else pytest.raises(engines.EngineError, match="status 1"):
+        engines.Engine("docker").build(tmp_path / "Dockerfile", tmp_path, "tag", {}, {}, 7)
+    written = capfd.readouterr()
+    assert written.out.count("RAN") == builds
+    assert ("layers are not reproducible with this docker" in written.out) is (said == _CONFLICT)
+    assert said in written.err
+
+
+@pytest.mark.parametrize(("hard", "given"), [(-1, "nofile=20000:20000"), (1024, "nofile=1024:1024")])
+def test_limits_are_not_above_those_of_the_machine(hard: int, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines.resource, "getrlimit", lambda _: (1, hard))
+    assert given in engines.limits()
+
+
 def test_an_engine_that_is_not_there_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,6 +210,7 @@ def test_wheels_and_certificates_of_this_machine_go_into_the_build(tmp_path: Pat
     [
         ("/usr/local", "", {}, ""),
         ("/usr", "", {}, ""),
+        ("/usr/local", "metadata", {}, "component timestamp"),
         ("/usr/local", "cpython", {}, "pkg:generic/python"),
         ("/usr/local", "SmolLM2-135M-Instruct", {}, hashlib.sha256(b"backbone").hexdigest()),
         ("/usr/local", "", {"opt/mtlora/adapters/b/1/adapter.safetensors": "b"}, hashlib.sha256(b"b").hexdigest()),
@@ -188,23 +221,37 @@ def test_the_bill_of_materials_has_the_interpreter_and_all_weights(
 ) -> None:
     weights = {"backbone/model.safetensors": "backbone", "adapters/a/1/adapter.safetensors": "1"}
     written = {f"opt/mtlora/{name}": text for name, text in weights.items()}
-    for name, text in {**written, "var/lib/dpkg/status": "Package: libstdc++6\nVersion: 1\n"}.items():
+    packages = "Package: libstdc++6\nStatus: install ok installed\nVersion: 1\nArchitecture: amd64\n"
+    for name, text in {**written, "var/lib/dpkg/status": packages}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     folder = tmp_path / "opt" / "mtlora"
     components = [
         {"type": "library", "name": "mtlora"},
-        {"type": "library", "name": "libstdc++6", "purl": "pkg:deb/debian/libstdc%2B%2B6@1?arch=amd64"},
+        *parts.debian_packages(packages, "13"),
         *parts.interpreter("3.11.14", prefix),
         *parts.models(folder / "backbone", folder / "adapters"),
     ]
     kept = [each for each in components if each["name"] != lost]
-    (folder / "sbom.cdx.json").write_text(json.dumps({"components": kept}))
+    metadata = {} if lost == "metadata" else parts.about("0.1.0", 0)
+    (folder / "sbom.cdx.json").write_text(json.dumps({"components": kept, "metadata": metadata}))
     for name, text in extra.items():
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(inside.sys, "base_prefix", prefix)
     assert inside.bill({"mtlora"}, tmp_path) == problem
+
+
+def test_the_bill_says_of_which_image_when_and_which_debian() -> None:
+    about = parts.about("0.1.0", command.EPOCH)
+    assert about["timestamp"] == "1980-01-01T00:00:00+00:00"
+    assert (about["component"]["name"], about["component"]["version"]) == ("mtlora-server", "0.1.0")
+    status = (
+        "Package: libstdc++6\nStatus: install ok installed\nArchitecture: amd64\nVersion: 1:14.2.0-19+b1\n\n"
+        "Package: gone\nStatus: deinstall ok config-files\nArchitecture: all\nVersion: 1\n"
+    )
+    (package,) = parts.debian_packages(status, "13")
+    assert package["purl"] == "pkg:deb/debian/libstdc%2B%2B6@1:14.2.0-19%2Bb1?arch=amd64&distro=debian-13"
 
 
 def test_the_bill_names_the_backbone_that_is_prepared() -> None:

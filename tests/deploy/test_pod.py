@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import math
 import os
 import shutil
@@ -63,6 +64,52 @@ def test_secrets_of_the_pod_are_those_that_the_deployment_mounts(tmp_path: Path)
     assert [each["id"] for each in yaml.safe_load(pod._tenants(["operator"]))["tenants"]] == ["operator"]
     assert all(pod.tenants[name].key not in yaml.safe_dump(secrets) for name in pod.tenants)
     assert set(pod.ports) == {"grpc", "health", "metrics"}
+
+
+@needs_kustomize
+@pytest.mark.parametrize(
+    ("there", "labels", "foreign"),
+    [
+        (set(), None, []),
+        ({"mtlora-pod", "mtlora-adapters"}, None, ["pod mtlora-pod", "volume mtlora-adapters"]),
+        ({"mtlora-adapters", "mtlora-tenants"}, {"mtlora.io/made-by": "make-pod"}, []),
+        ({"mtlora-tenants"}, None, ["secret mtlora-tenants", "volume mtlora-tenants"]),
+    ],
+)
+def test_a_pod_and_volumes_of_somebody_else_are_found(
+    there: set[str], labels: Any, foreign: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pod, "_secrets", lambda _: [])
+    monkeypatch.setattr(Pod, "_exists", lambda _, name, kind="volume": name in there)
+    monkeypatch.setattr("deploy.pod.pod.run", lambda *_: json.dumps([{"Labels": labels}]))
+    assert Pod(tmp_path, tmp_path).foreign() == foreign
+
+
+def test_nothing_of_somebody_else_is_deleted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`remove` would fail here."""
+    pod = SimpleNamespace(image="image", foreign=lambda: ["volume mtlora-tenants"])
+    monkeypatch.setattr(command, "Pod", lambda *_: pod)
+    monkeypatch.setattr(command, "exit_on_sigterm", lambda: None)
+    monkeypatch.setattr(command.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(command.shutil, "which", lambda name: name)
+    monkeypatch.setattr(command.Engine, "has", lambda *_: True)
+    assert command.main([]) == 2
+    assert "pod: found volume mtlora-tenants, not made by make pod" in capsys.readouterr().out
+    monkeypatch.setattr(command.Engine, "has", lambda *_: False)
+    assert command.main([]) == 2
+    assert "pod: podman has no image image; make image ENGINE=buildah" in capsys.readouterr().out
+
+
+def test_an_ordinary_user_is_told_that_it_needs_root(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.shutil, "which", lambda name: name)
+    monkeypatch.setattr(command.os, "geteuid", lambda: 1000)
+    assert command.main([]) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("pod: needs root")
 
 
 @pytest.mark.parametrize(
