@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.harness.tenants import tenant, write_tenants
 from deploy.balancers.health_check import SERVICE, health_check
-from mtlora.client import AsyncClient, Retry
+from mtlora.client import AsyncClient, Retry, ServerError
 from tests.fleet._drills import IN_FLIGHT, FleetCalls, kill_one, load, only_what_ran_failed, rolling_restart
 from tests.fleet._fleet import BALANCERS, Balancer, Fleet, StandIn, installed, running_fleet
 from tests.fleet._placing import MOST_OF_ROUND_ROBIN, compare
@@ -62,6 +62,15 @@ def balanced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         yield Balanced(fleet, balancer, keys)
 
 
+@pytest.fixture(params=DRAIN_DELAY_S)
+def open_servers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Balanced]:
+    """Servers without a tenants file, which ask for no key."""
+    if not installed(request.param):
+        pytest.skip(f"{request.param} is not installed")
+    with running_fleet(StandIn, tmp_path) as fleet, Balancer(request.param, fleet) as balancer:
+        yield Balanced(fleet, balancer, [])
+
+
 def test_haproxy_sends_the_health_check_that_the_protocol_asks_for() -> None:
     sent = re.search(r"send-binary (\w+)", (BALANCERS / "haproxy.cfg").read_text())
     assert sent is not None
@@ -108,16 +117,35 @@ async def test_calls_about_a_document_stay_with_the_server_that_read_it(balanced
     assert sum(count > 0 for count in asked) > 1
 
 
-async def test_an_adapter_of_eight_megabytes_is_uploaded_through_the_balancer(
-    balanced: Balanced, tmp_path: Path
-) -> None:
-    (tmp_path / "adapter.json").write_text("{}")
-    (tmp_path / "adapter.safetensors").write_bytes(bytes(8 << 20))
+async def test_documents_of_callers_without_a_key_stay_with_a_server_too(open_servers: Balanced) -> None:
+    """By the client's address."""
+    balancer = open_servers.balancer
+    async with AsyncClient(balancer.address, balancer.access(), retry=None) as client:
+        (first,) = await client.analyze_all(["who"], "a document", timeout=30)
+        for _ in range(6):
+            (answer,) = await client.analyze_all(["who"], document_id=first.document_id, timeout=30)
+            assert answer.document_id == first.document_id
+
+
+async def test_messages_of_two_megabytes_reach_the_servers(balanced: Balanced) -> None:
+    """nginx alone refuses them; the servers' own limit is a setting."""
     access = balanced.balancer.access(balanced.keys[0])
     async with AsyncClient(balanced.balancer.address, access, retry=None) as client:
+        with pytest.raises(ServerError, match="larger than max"):
+            await client.generate("task-0", "x" * (2 << 20), timeout=30)
+
+
+async def test_administration_stays_inside(balanced: Balanced, tmp_path: Path) -> None:
+    """The first tenant is an administrator: a server itself takes its adapter."""
+    (tmp_path / "adapter.json").write_text("{}")
+    (tmp_path / "adapter.safetensors").write_bytes(bytes(1000))
+    access, key = balanced.balancer.access, balanced.keys[0]
+    async with AsyncClient(balanced.balancer.address, access(key), retry=None) as client:
+        with pytest.raises(ServerError, match="UNIMPLEMENTED: not served here"):
+            await client.upload_adapter(tmp_path, "mine", timeout=60)
+    member = balanced.fleet.members[0].address
+    async with AsyncClient(member, balanced.fleet.access(key), retry=None) as client:
         assert await client.upload_adapter(tmp_path, "mine", timeout=60) == "1"
-    arrived = balanced.fleet.folder / "adapters" / "mine" / "1" / "adapter.safetensors"
-    assert arrived.stat().st_size == 8 << 20
 
 
 async def test_haproxy_passes_over_a_server_whose_health_says_so(balanced: Balanced) -> None:
