@@ -17,6 +17,7 @@ import yaml
 
 from deploy import release
 
+WORKFLOW: dict[str, Any] = yaml.safe_load((release.ROOT / ".github/workflows/release.yml").read_text())
 PROJECT = tomllib.loads((release.ROOT / "pyproject.toml").read_text())
 
 
@@ -80,7 +81,7 @@ def test_borrowed_packages_come_after_the_environments_own(tmp_path: Path) -> No
 
 
 def test_nothing_is_published_before_every_other_job_has_passed() -> None:
-    jobs: dict[str, Any] = yaml.safe_load((release.ROOT / ".github/workflows/release.yml").read_text())["jobs"]
+    jobs = WORKFLOW["jobs"]
     needed, new = set[str](), {"publish"}
     while new:
         needed |= new
@@ -91,3 +92,17 @@ def test_nothing_is_published_before_every_other_job_has_passed() -> None:
     installed = [line for line in commands if "pip install" in line]
     assert installed
     assert all(re.search(r"pip install [\w-]+==[\d.]+ ", line) for line in installed)
+
+
+def test_wheels_are_built_from_the_sdist_that_is_published() -> None:
+    """The sdist has the file that each wheel is tried with."""
+    wheels = WORKFLOW["jobs"]["wheels"]
+    assert "sdist" in wheels["needs"]
+    assert any(each.get("run", "").endswith(" dist/*.tar.gz") for each in wheels["steps"])
+    (tried,) = re.findall(r"\{project\}/(\S+)", PROJECT["tool"]["cibuildwheel"]["test-command"])
+    assert f"include {tried}" in (release.ROOT / "MANIFEST.in").read_text().splitlines()
+
+
+def test_no_job_of_a_release_hangs_or_is_cut_short_by_another() -> None:
+    assert all(job["timeout-minutes"] <= 240 for job in WORKFLOW["jobs"].values())
+    assert WORKFLOW["concurrency"]["cancel-in-progress"] is False
