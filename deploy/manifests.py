@@ -2,7 +2,7 @@
 
 Validated against schemas: Kubernetes' own kinds (kubernetes-validate, strictly: unknown fields are errors),
 cert-manager's and the Prometheus operator's (models generated from their own definitions). No package carries those of
-the Gateway API and KubeRay; schemas.py has the fields of those that are in use.
+the Gateway API, its inference extension and KubeRay; schemas.py has the fields of those that are in use.
 
 With --write-rules, first write prometheusrule.yaml from rules.yaml.
 """
@@ -387,8 +387,8 @@ def _picker_reads_the_pods(
         if target_ports != pool["targetPorts"] or labels != pool["selector"]["matchLabels"]:
             yield f"InferencePool {name}: {file} has other ports or labels"
     for label in _PICKER_LABELS:
-        pods = {"matchLabels": {label: pool["endpointPickerRef"]["name"]}}
-        if not any(_admits(m, pods, port) for m in manifests if m["kind"] == "NetworkPolicy" for port in ports):
+        selector = {"matchLabels": {label: pool["endpointPickerRef"]["name"]}}
+        if not any(_admits(m, selector, port) for m in manifests if m["kind"] == "NetworkPolicy" for port in ports):
             yield f"InferencePool {name}: no NetworkPolicy admits pods with label {label} to the metrics"
 
 
@@ -403,10 +403,10 @@ def _charted(picker: Mapping[str, str]) -> Iterator[tuple[str, Manifest, Any, An
         yield file, configured, servers.get("targetPorts"), servers.get("matchLabels")
 
 
-def _admits(policy: Manifest, pods: Manifest, port: int) -> bool:
+def _admits(policy: Manifest, selector: Manifest, port: int) -> bool:
     """Whether a NetworkPolicy lets pods of this selector, in its namespace, connect to the port."""
     return any(
-        {"podSelector": pods} in rule["from"] and port in (each["port"] for each in rule["ports"])
+        {"podSelector": selector} in rule["from"] and port in (each["port"] for each in rule["ports"])
         for rule in policy["spec"]["ingress"]
     )
 
