@@ -95,7 +95,10 @@ def _eval(args: argparse.Namespace) -> int:
     suite = load_suite(args.suite)
     folder = resolve(backbone_for(args.backbone, suite))
     checkpoint = read_checkpoint(args.adapter, identify(folder)) if args.adapter else None
-    tasks = checkpoint.manifest.tasks if checkpoint else tuple(TaskEntry(**task.model_dump()) for task in suite.tasks)
+    if checkpoint:
+        tasks = checkpoint.manifest.tasks
+    else:
+        tasks = tuple(TaskEntry(**task.model_dump()) for task in _fitted(suite, folder))
     examples = _examples(suite, tasks, args)
     if args.gallery and examples[0].image is None:
         raise MtLoRAError("--gallery: needs a suite of images")
@@ -140,6 +143,16 @@ def _eval(args: argparse.Namespace) -> int:
         record_evaluation(args.adapter, evaluation, calibration)
     print(summary(scores))
     return 0
+
+
+def _fitted(suite: "Suite", backbone: Path) -> "Sequence[TaskSpec]":
+    """The suite's tasks, those of images as the backbone sees them."""
+    if not any(task.image for task in suite.tasks):
+        return suite.tasks
+    from mtlora.model.vision import fitted_tasks
+    from mtlora.vision.families import read_config
+
+    return fitted_tasks(suite.tasks, read_config(backbone))
 
 
 def _calibrate(

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,10 @@ from mtlora.cli.output import print_table
 from mtlora.cli.settings import add_set_argument, read_settings
 
 if TYPE_CHECKING:
+    from mtlora.checkpoint.format import AdapterManifest
+    from mtlora.model.baseline import BaselineManifest
     from mtlora.train.config import TrainingConfig
+    from mtlora.train.trainer import Trainer
 
 # The settings that users change most have flags; --set covers the rest.
 _SHORTCUTS = ("suite", "examples_per_task", "epochs", "batch_size", "learning_rate", "seed", "threads", "max_steps")
@@ -52,6 +56,7 @@ def _train(args: argparse.Namespace) -> int:
     from mtlora.errors import MtLoRAError
     from mtlora.suite import load_suite
     from mtlora.train.config import TrainingConfig
+    from mtlora.train.defaults import training_config
     from mtlora.train.examples import chosen_tasks
     from mtlora.train.trainer import Trainer
 
@@ -60,18 +65,56 @@ def _train(args: argparse.Namespace) -> int:
     if args.profile is not None and args.profile < 1:
         raise MtLoRAError(f"--profile {args.profile}: allowed are 1 and more")
     flags = [f"{name}={getattr(args, name)}" for name in _SHORTCUTS if getattr(args, name) is not None]
-    config = TrainingConfig.model_validate(read_settings(args.config, flags + args.set))
-    suite = load_suite(config.suite)
+    settings = read_settings(args.config, flags + args.set)
+    suite = load_suite(TrainingConfig.model_validate(settings).suite)
+    config = training_config(settings, suite)
     folder = resolve(backbone_for(args.backbone, suite))
     vision = vision_for(args.vision_backbone, chosen_tasks(suite, config.tasks))
     if args.profile is not None:
         return _profile(config, folder, vision, args.profile)
     trainer = Trainer(config, folder, args.out, vision=vision, resume=args.resume)
-    manifest = trainer.fit()
+    if trainer.ranks.first:
+        _print_plan(trainer)
+    manifest = trainer.fit(lines=True)
     if trainer.ranks.first:
         print_scores(manifest.evaluation)
+        _compare_with_heads(manifest)
         print(trainer.folder.checkpoint)
     return 0
+
+
+def _print_plan(trainer: "Trainer") -> None:
+    """Print what the run is about to do; of images, how many there are of each task."""
+    config, images = trainer.config, trainer.work.images()
+    rates = f"learning rate {config.learning_rate:g}"
+    if images:
+        rows = [
+            (task.id, len(task.labels or ()), *("any" if count is None else count for count in images[task.id]))
+            for task in trainer.tasks
+        ]
+        print_table("images", ("task", "classes", "train", "validation", "test"), rows)
+        rates += f", of heads {config.learning_rate * config.head_learning_rate_scale:g}"
+    print(
+        f"{len(trainer.tasks)} tasks, {len(trainer.batches)} steps of up to {config.batch_size} examples, "
+        f"epochs {config.epochs}, {rates}",
+        flush=True,
+    )
+
+
+def _compare_with_heads(manifest: "AdapterManifest | BaselineManifest") -> None:
+    """Print how an adapter for images compares with linear heads; warn where it is not above them."""
+    found = manifest.evaluation
+    if not found or not any(task.image for task in manifest.tasks):
+        return
+    with_adapter, alone = (found[name]["mean_accuracy"] for name in ("adapter", "backbone_alone"))
+    best = manifest.training.get("best_step")
+    print(f"validation: adapter {with_adapter:.3f} (step {best}), linear heads alone {alone:.3f}")
+    if with_adapter <= alone:
+        print(
+            "mtlora: the adapter is not above linear heads: try more steps (--epochs), another --learning-rate, or "
+            "--set validation_per_task=100 to compare on more images",
+            file=sys.stderr,
+        )
 
 
 def _profile(config: "TrainingConfig", backbone: Path, vision: Path | None, steps: int) -> int:

@@ -3,6 +3,7 @@
 Shape suffixes: B images, C channels, H rows and W columns of pixels, F size of a feature.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from mtlora.backbone import BackboneIdentity, identify
 from mtlora.checkpoint.format import Checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.methods import BaselineConfig, attach_baseline
+from mtlora.task import TaskSpec
 from mtlora.vision.encoder import VisionEncoder, load_encoder
-from mtlora.vision.families import read_normalisation
+from mtlora.vision.families import VisionConfig, read_normalisation
 from mtlora.vision.image_input import Pooling
 
 Channels = tuple[float, float, float]
@@ -48,6 +50,13 @@ class AdaptedEncoder:
         bias_index_B = None if bias_index_B is None else bias_index_B.to(self.device)
         with self.adapters.context.use(bias_index_B):
             return self.encoder.features(pixels_BCHW.to(self.device), pooling).float()
+
+
+def fitted_tasks(tasks: Iterable[TaskSpec], config: VisionConfig) -> list[TaskSpec]:
+    """Tasks of images with a size and a pooling that the backbone allows, where the tasks leave these open."""
+    return [
+        task if task.image is None else task.model_copy(update={"image": config.fitted(task.image)}) for task in tasks
+    ]
 
 
 def new_adapted_encoder(

@@ -21,7 +21,7 @@ from mtlora.evaluation.evaluate import Answerer, score
 from mtlora.evaluation.images import features, pixels, same_input
 from mtlora.model.baseline import BaselineManifest, write_baseline
 from mtlora.model.language import adapter_tensors
-from mtlora.model.vision import new_adapted_encoder
+from mtlora.model.vision import fitted_tasks, new_adapted_encoder
 from mtlora.suite.base import Example, Split, Suite, SuiteError
 from mtlora.suite.mix import count_for
 from mtlora.suite.vision.pixels import check_readable, read_pixels
@@ -29,6 +29,7 @@ from mtlora.task import TaskSpec
 from mtlora.train.augment import augmented
 from mtlora.train.config import TrainingConfig, TrainingError
 from mtlora.train.cpu_backbone import speed_up_image_training
+from mtlora.train.defaults import most_shown
 from mtlora.train.examples import wanted_examples
 from mtlora.train.modality import Part, digest
 from mtlora.train.parallel import Ranks
@@ -56,10 +57,10 @@ class Images:
         if text := [task.id for task in tasks if task.image is None]:
             raise TrainingError(f"tasks: found images and text; allowed: one of them; of text is {text[0]}")
         self.config = config
-        self.tasks = tasks
         self.suite = suite
-        self.input = same_input(tasks)
         self.adapted = new_adapted_encoder(backbone, config.method, len(tasks), config.torch_dtype)
+        self.tasks = tasks = fitted_tasks(tasks, self.adapted.encoder.config)
+        self.input = same_input(tasks)
         self.positions = self.adapted.encoder.config.num_positions(self.input.size)
         classes = _classes(tasks, config.heads)
         F = num_features(self.input.pooling, self.adapted.backbone.hidden_size)
@@ -67,6 +68,7 @@ class Images:
         self.trained = _Trained(self.adapted.adapters, self.heads)
         self._row = {task.id: row for row, task in enumerate(tasks)}
         self.train, self.validation = self.of("train"), self.of("validation")
+        self.ends_with_best = bool(self.validation)
         if not self.train:
             raise SuiteError(f"suite {suite.name}: no training examples; examples_per_task asks for none")
         self._check_files()
@@ -109,12 +111,27 @@ class Images:
 
     def _schedule(self) -> list[list[int]]:
         config, size = self.config, self.config.batch_size
+        counts = Counter(example.task_id for example in self.train)
+        # A task with more images than that shows other ones in every epoch.
+        most = most_shown(config, counts.values())
         batches: list[list[int]] = []
         for epoch in range(config.epochs):
             order = list(range(len(self.train)))
             random.Random(f"{config.seed}/{epoch}").shuffle(order)
+            if max(counts.values()) > most:
+                order = self._at_most(order, most)
             batches += [order[start : start + size] for start in range(0, len(order), size)]
         return batches[: config.max_steps]
+
+    def _at_most(self, order: Sequence[int], most: float) -> list[int]:
+        """The first `most` training examples of each task in this order."""
+        seen: Counter[str] = Counter()
+        found = []
+        for i in order:
+            seen[self.train[i].task_id] += 1
+            if seen[self.train[i].task_id] <= most:
+                found.append(i)
+        return found
 
     def move(self, device: torch.device) -> None:
         """See `Modality`."""
@@ -125,27 +142,20 @@ class Images:
     def begin(self) -> None:
         """Start heads from a linear probe of the backbone's features, or from the checkpoint of `init_from`."""
         self.adapters.eval()
-        shown = self._first(self.config.probe_examples)
-        found_NF = [torch.empty(0)] * len(shown)
-        for places, features_BF in features(self.adapted, {t.id: t for t in self.tasks}, shown, None):
+        found_NF = [torch.empty(0)] * len(self.train)
+        for places, features_BF in features(self.adapted, {t.id: t for t in self.tasks}, self.train, None):
             for place, feature_F in zip(places, features_BF, strict=True):
                 found_NF[place] = feature_F
+        features_NF, tasks_N, targets_N = torch.stack(found_NF), self._tasks(self.train), self._targets(self.train)
         device = self.heads.weight.device
-        self.heads.to("cpu").fit(torch.stack(found_NF), self._tasks(shown), self._targets(shown))
+        self.heads.to("cpu").fit(features_NF, tasks_N, targets_N)
+        if self.config.probe_examples is not None:
+            first = self._at_most(range(len(self.train)), self.config.probe_examples)
+            self.heads.start(features_NF[first], tasks_N[first], targets_N[first])
         self.heads.to(device)
         for task in self.tasks:
             if task.id in self._start:
                 self._set_head(self._row[task.id], *self._start[task.id])
-
-    def _first(self, count: int | None) -> list[Example]:
-        """Up to `count` training examples of each task."""
-        seen: Counter[str] = Counter()
-        found = []
-        for example in self.train:
-            seen[example.task_id] += 1
-            if count is None or seen[example.task_id] <= count:
-                found.append(example)
-        return found
 
     @torch.no_grad()
     def _set_head(self, row: int, weight_CF: torch.Tensor, bias_C: torch.Tensor) -> None:
@@ -228,13 +238,31 @@ class Images:
         changed = augmented(read_pixels(example, task.image.size), task.image.augment, rng)
         return torch.from_numpy(prepare(changed, task.image, self.adapted.mean, self.adapted.std))
 
+    def images(self) -> dict[str, tuple[int, int, int | None]]:
+        """See `Modality`."""
+        train, validation = (Counter(each.task_id for each in split) for split in (self.train, self.validation))
+        suite = self.suite
+        return {
+            task.id: (
+                train[task.id],
+                validation[task.id],
+                len(suite.examples(task.id, "test", None)) if suite.finite else None,
+            )
+            for task in self.tasks
+        }
+
+    def speed(self, num_tokens: int, seconds: float) -> str:
+        """See `Modality`."""
+        return f"{num_tokens / self.positions / seconds:.1f} images/s"
+
     def validate(self) -> dict[str, Any]:
         """See `Modality`."""
         if not self.validation:
             return {}
-        scores = score(self.validation, self.answerer()(self.validation))
+        answers, loss = self._answers(self.validation, alone=False)
+        scores = score(self.validation, answers)
         return {
-            "loss": round(self._loss(self.validation), 5),
+            "loss": round(loss, 5),
             "accuracy": round(scores.mean, 4),
             "accuracy_by_task": {task.task_id: round(task.accuracy, 4) for task in scores.tasks},
         }
@@ -253,17 +281,19 @@ class Images:
     def answerer(self, *, alone: bool = False) -> Answerer:
         """See `Modality`. alone: by the linear probe of the backbone's features."""
 
-        def answer(examples: Sequence[Example]) -> list[str]:
-            answers = [""] * len(examples)
-            for places, logits_BK in self._logits(examples, alone=alone):
-                row = self._row[examples[places[0]].task_id]
-                names = dict(zip(self.heads.classes[row], self.tasks[row].labels or (), strict=True))
-                # Without the task told, another task's class may be likeliest: that is no answer.
-                for place, output in zip(places, logits_BK.argmax(-1).tolist(), strict=True):
-                    answers[place] = names.get(output, "")
-            return answers
+        return lambda examples: self._answers(examples, alone=alone)[0]
 
-        return answer
+    def _answers(self, examples: Sequence[Example], *, alone: bool) -> tuple[list[str], float]:
+        """Each example's answer, and the mean loss."""
+        answers, targets_N, total = [""] * len(examples), self._targets(examples), 0.0
+        for places, logits_BK in self._logits(examples, alone=alone):
+            row = self._row[examples[places[0]].task_id]
+            names = dict(zip(self.heads.classes[row], self.tasks[row].labels or (), strict=True))
+            # Without the task told, another task's class may be likeliest: that is no answer.
+            for place, output in zip(places, logits_BK.argmax(-1).tolist(), strict=True):
+                answers[place] = names.get(output, "")
+            total += cross_entropy(logits_BK, targets_N[places], reduction="sum").item()
+        return answers, total / max(1, len(examples))
 
     @torch.inference_mode()
     def _logits(self, examples: Sequence[Example], *, alone: bool) -> Any:
@@ -276,12 +306,6 @@ class Images:
             )
             head = self.heads.alone if alone else self.heads
             yield places, head(features_BF.to(self.heads.weight.device), tasks_B).cpu()
-
-    def _loss(self, examples: Sequence[Example]) -> float:
-        targets_N, total = self._targets(examples), 0.0
-        for places, logits_BK in self._logits(examples, alone=False):
-            total += cross_entropy(logits_BK, targets_N[places], reduction="sum").item()
-        return total / len(examples)
 
     def digest(self) -> str:
         """See `Modality`."""

@@ -39,6 +39,8 @@ class Modality(Protocol):
     adapted: Any
     # The examples' indices of every batch of the run.
     batches: list[list[int]]
+    # Whether a run ends with its best state by validation, not with its last.
+    ends_with_best: bool
 
     @property
     def adapters(self) -> Attachment:
@@ -60,6 +62,14 @@ class Modality(Protocol):
 
     def part(self, step: int, ranks: Ranks) -> Part:
         """This process' part of a batch."""
+        ...
+
+    def images(self) -> dict[str, tuple[int, int, int | None]]:
+        """Of tasks of images: how many there are for training, for validation and for the test; None: any number."""
+        ...
+
+    def speed(self, num_tokens: int, seconds: float) -> str:
+        """A step's speed in the unit that its examples are counted in."""
         ...
 
     def validate(self) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class Text:
     ) -> None:
         self.config = config
         self.tasks = tasks
+        self.ends_with_best = False
         if config.baseline is None:
             check_activation(config.adapter, tasks)
         self.adapted = new_adapted_model(backbone, config.method, len(tasks), config.torch_dtype)
@@ -142,6 +143,14 @@ class Text:
             return ranks.share(whole)
         units, counts = ranks.share(by_document(whole))
         return [whole[i] for unit in units for i in unit], counts
+
+    def images(self) -> dict[str, tuple[int, int, int | None]]:
+        """See `Modality`."""
+        return {}
+
+    def speed(self, num_tokens: int, seconds: float) -> str:
+        """See `Modality`."""
+        return f"{num_tokens / seconds:.0f} tokens/s"
 
     def validate(self) -> dict[str, Any]:
         """See `Modality`. The evaluation at a run's end generates answers."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import mtlora
 from mtlora.checkpoint.format import AdapterManifest
@@ -20,6 +19,7 @@ from mtlora.train.modality import open_modality
 from mtlora.train.optimizer import learning_rate, make_optimizer
 from mtlora.train.parallel import Ranks
 from mtlora.train.profile import Clock
+from mtlora.train.progress import Progress
 from mtlora.train.result import read_result
 from mtlora.train.start import StartingPoint
 from mtlora.train.state import RunError, RunFolder
@@ -74,6 +74,8 @@ class Trainer:
         self.work.move(self.ranks.device)
         self.optimizer = make_optimizer(self.work.trained, config)
         self.step = 0
+        # Of a run that ends with its best state: step and scores of that state, and the state.
+        self.best: dict[str, Any] | None = None
         # What a saved state must match, beside the configuration.
         self.inputs = {"backbone": self.adapted.backbone.weights_fingerprint, "examples": self.work.digest()}
         # Each process draws its own dropout; all drew the same weights above.
@@ -89,27 +91,27 @@ class Trainer:
         else:
             self.work.begin()
 
-    def fit(self) -> AdapterManifest | BaselineManifest:
+    def fit(self, *, lines: bool = False) -> AdapterManifest | BaselineManifest:
         """Train to the end, evaluate, write the checkpoint; returns its manifest.
 
-        Does nothing for a complete run. Raises DivergedError if loss or gradients are not finite.
+        lines: whether to tell progress in lines where stderr is no terminal. Does nothing for a complete run. Raises
+        DivergedError if loss or gradients are not finite.
         """
         if self.folder.checkpoint.exists() and self.step == len(self.batches):
             return read_result(self.folder.checkpoint, self.config)
         started = time.monotonic()
-        with tqdm(
-            total=len(self.batches), initial=self.step, desc="train", unit="step", disable=not self.ranks.first or None
-        ) as bar:
+        with Progress(len(self.batches), self.step, silent=not self.ranks.first, lines=lines) as progress:
             while self.step < len(self.batches):
                 begin = time.monotonic()
                 report = self.train_step()
                 seconds = time.monotonic() - begin
                 self.log_step(report, seconds)
-                bar.set_postfix(loss=f"{report.loss:.3f}", tok_s=f"{report.num_tokens / seconds:.0f}")
-                bar.update()
+                progress.step(report.loss, self.work.speed(report.num_tokens, seconds))
                 last = self.step == len(self.batches)
                 if (self.step % self.config.validate_every == 0 or last) and self.ranks.first:
-                    self.folder.log({"step": self.step, **self.validate()})
+                    found = self.validate()
+                    self.folder.log({"step": self.step, **found})
+                    self._keep_best(found)
                 if self.step % self.config.save_every == 0 or last:
                     self.save()
         if self.ranks.first:
@@ -183,6 +185,7 @@ class Trainer:
                         "adapter": self.work.trained.state_dict(),
                         "optimizer": self.optimizer.state_dict(),
                         "generators": generators,
+                        "best": self.best,
                     }
                 )
 
@@ -215,13 +218,25 @@ class Trainer:
         self.work.trained.eval()
         return {f"validation_{name}": value for name, value in self.work.validate().items()}
 
+    def _keep_best(self, found: dict[str, Any]) -> None:
+        """Keep this step's state if it is the best one so far. Of equal accuracy, the lower loss is better."""
+        if not self.work.ends_with_best:
+            return
+        accuracy, loss = found["validation_accuracy"], found["validation_loss"]
+        if self.best is None or (accuracy, -loss) > (self.best["accuracy"], -self.best["loss"]):
+            state = {name: tensor.detach().cpu().clone() for name, tensor in self.work.trained.state_dict().items()}
+            self.best = {"step": self.step, "accuracy": accuracy, "loss": loss, "state": state}
+
     def _finish(self, seconds: float) -> None:
         self.work.trained.eval()
+        if self.best:
+            self.work.trained.load_state_dict(self.best["state"])
         training = {
             "mtlora_version": mtlora.__version__,
             "torch_version": torch.__version__,
             "config": self.config.model_dump(mode="json"),
             "steps": len(self.batches),
+            **({"best_step": self.best["step"]} if self.best else {}),
             **self.work.provenance(),
             "trainable_parameters": self.num_parameters,
             "seconds_since_last_start": round(seconds, 1),
@@ -245,6 +260,8 @@ class Trainer:
         if self.ranks.rank < len(state["generators"]):
             _set_random_state(state["generators"][self.ranks.rank], self.ranks.device)
         self.step = state["step"]
+        # States of earlier releases have none.
+        self.best = state.get("best")
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -58,6 +58,8 @@ FAMILIES = {
     "siglip_vision_model": Family(nested="siglip", class_token=False),
     "siglip2_vision_model": Family(nested="siglip2", class_token=False, interpolation="bilinear", antialias=True),
 }
+# Patches of a side of an image whose task leaves its size open.
+_PATCHES = 8
 _FAMILY_OF = {family.nested: name for name, family in FAMILIES.items() if family.nested}
 
 
@@ -109,6 +111,18 @@ class VisionConfig:
                 f"{self.patch_size}, {merge * self.patch_size}"
             )
         return squares**2
+
+    def fitted(self, image: ImageInput) -> ImageInput:
+        """An input whose size and pooling this backbone allows, where the task leaves them open.
+
+        size: the default if patches divide it, else 8 patches a side, or as many as the backbone was trained with.
+        """
+        found: dict[str, object] = {}
+        if "size" not in image.model_fields_set and image.size % self.patch_size:
+            found["size"] = min(_PATCHES, self.grid_size) * self.patch_size
+        if "pooling" not in image.model_fields_set and not self.traits.class_token:
+            found["pooling"] = "mean"
+        return image.model_copy(update=found) if found else image
 
     def check(self, inputs: Mapping[str, ImageInput]) -> None:
         """Raise BackboneError for a task of images, by its id, whose size or pooling this backbone does not allow."""

@@ -61,10 +61,17 @@ class Heads(nn.Module):
 
     @torch.no_grad()
     def fit(self, features_NF: torch.Tensor, tasks_N: torch.Tensor, targets_N: torch.Tensor) -> None:
-        """Start from a linear probe of these examples' features. targets_N: outputs, 0 to K-1."""
+        """Start from a linear probe of these examples' features, and keep it. targets_N: outputs, 0 to K-1."""
         self.mean_F.copy_(features_NF.mean(0))
         # The deviation of one example is 0.
         self.std_F.copy_(features_NF.std(0, correction=min(1, len(features_NF) - 1)).clamp_min(_LEAST))
+        self.start(features_NF, tasks_N, targets_N)
+        self.probe_weight_KF.copy_(self.weight)
+        self.probe_bias_K.copy_(self.bias)
+
+    @torch.no_grad()
+    def start(self, features_NF: torch.Tensor, tasks_N: torch.Tensor, targets_N: torch.Tensor) -> None:
+        """Start from a probe of some of the examples that were fitted."""
         standard_NF = (features_NF - self.mean_F) / self.std_F
         groups = [[task] for task in range(len(self.classes))] if self._apart() else [list(range(len(self.classes)))]
         for group in groups:
@@ -75,9 +82,7 @@ class Heads(nn.Module):
             place_K = torch.zeros(len(self.bias), dtype=torch.int64)
             place_K[outputs] = torch.arange(len(outputs))
             weight_CF, bias_C = linear_probe(standard_NF[chosen], place_K[targets_N[chosen]], len(outputs))
-            self.probe_weight_KF[outputs], self.probe_bias_K[outputs] = weight_CF, bias_C
-        self.weight.copy_(self.probe_weight_KF)
-        self.bias.copy_(self.probe_bias_K)
+            self.weight[outputs], self.bias[outputs] = weight_CF, bias_C
 
     def _apart(self) -> bool:
         """Whether every task's head is its own."""
