@@ -1,4 +1,4 @@
-"""`mtlora tasks`: list a suite's tasks with one example each."""
+"""`mtlora tasks`: list a suite's tasks: of text with an example each, of images with their numbers."""
 
 import argparse
 from pathlib import Path
@@ -12,22 +12,29 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: Any) -> None:
     """Contribute `tasks`."""
-    parser = subparsers.add_parser("tasks", help="list a suite's tasks with one example each")
-    parser.add_argument("--suite", default="builtin", metavar="S", help="'builtin' or a folder of task files")
+    parser = subparsers.add_parser("tasks", help="list a suite's tasks")
+    parser.add_argument("--suite", default="builtin", metavar="S", help="a built-in suite, a folder or a file")
     parser.add_argument("--save", type=Path, metavar="DIR", help="of images: write each task's example to DIR/TASK.png")
     parser.set_defaults(run=_tasks)
 
 
 def _tasks(args: argparse.Namespace) -> int:
-    from mtlora.suite import load_suite
+    from mtlora.suite import SPLITS, load_suite
 
     suite = load_suite(args.suite)
-    rows = []
+    title = f"suite {suite.name}: {len(suite.tasks)} tasks"
+    rows: list[tuple[object, ...]] = []
+    if not args.save and all(task.image for task in suite.tasks):
+        for task in suite.tasks:
+            counts = [len(suite.examples(task.id, split, None)) if suite.finite else "any" for split in SPLITS]
+            rows.append((task.id, task.description, len(task.labels or ()), *counts))
+        print_table(title, ("task", "description", "classes", *SPLITS), rows)
+        return 0
     for task in suite.tasks:
         example = suite.examples(task.id, "train", 1)[0]
         shown = _save(example, args.save) if args.save else example.input
         rows.append((task.id, task.description, shown, example.target))
-    print_table(f"suite {suite.name}: {len(rows)} tasks", ("task", "description", "example input", "answer"), rows)
+    print_table(title, ("task", "description", "example input", "answer"), rows)
     return 0
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mtlora.model.vision import load_adapted_encoder
 from mtlora.suite import SuiteError, load_suite
 from mtlora.train.augment import augmented
 from mtlora.train.config import TrainingConfig
-from mtlora.train.trainer import Trainer
+from mtlora.train.trainer import StepReport, Trainer
 from mtlora.vision.heads import Heads, linear_probe
 from mtlora.vision.images import ImageError
 from tests.mtlora.vision.models import SIZE, write_model
@@ -233,6 +234,102 @@ def test_eval_refuses_what_it_cannot_score(
     shutil.rmtree(suite / "bright" / "test")
     assert main([*arguments, "--gallery", str(tmp_path / "x.png")]) == 2
     assert "found no test examples; allowed: --split train or --split validation" in capsys.readouterr().err
+
+
+def test_a_run_ends_with_its_best_state_also_when_it_was_stopped(
+    backbone: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The accuracy that validation finds after each step.
+    found = {1: 0.5, 2: 0.9, 3: 0.9, 4: 0.7, 5: 0.6, 6: 0.6}
+
+    def validate(trainer: Trainer) -> dict[str, Any]:
+        return {"validation_accuracy": found[trainer.step], "validation_loss": trainer.step / 10}
+
+    monkeypatch.setattr(Trainer, "validate", validate)
+    config = _config(folder, validation_per_task=2, validate_every=1, examples_per_task=24)
+    whole = Trainer(config, backbone, tmp_path / "whole")
+    at_two: dict[str, torch.Tensor] = {}
+    step = whole.train_step
+
+    def train_step() -> StepReport:
+        report = step()
+        if whole.step == 2:
+            at_two.update({name: value.clone() for name, value in whole.work.trained.state_dict().items()})
+        return report
+
+    monkeypatch.setattr(whole, "train_step", train_step)
+    manifest = whole.fit()
+    assert manifest.training["best_step"] == 2
+    assert all(torch.equal(value, at_two[name]) for name, value in whole.work.trained.state_dict().items())
+    # Stop after the best step and after the state that keeps it.
+    monkeypatch.setattr(Trainer, "log_step", _stop_after_five)
+    with pytest.raises(KeyboardInterrupt):
+        (stopped := Trainer(config, backbone, tmp_path / "stopped")).fit()
+    stopped.folder._lock.close()  # type: ignore[union-attr]
+    monkeypatch.undo()
+    monkeypatch.setattr(Trainer, "validate", validate)
+    resumed = Trainer(config, backbone, tmp_path / "stopped", resume=True)
+    assert resumed.step == 4
+    resumed.fit()
+    files = [load_file(run / "adapter" / "adapter.safetensors") for run in (tmp_path / "whole", tmp_path / "stopped")]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+
+def _stop_after_five(trainer: Trainer, *_: object) -> None:
+    if trainer.step == 5:
+        raise KeyboardInterrupt
+
+
+def test_an_epoch_shows_a_large_task_in_parts(backbone: Path, folder: Path, tmp_path: Path) -> None:
+    # Tasks of 3, 3 and 64 images.
+    for task, source, count in (("a", "bright", 3), ("b", "half", 3), ("c", "half", 64)):
+        for path in sorted((folder / source / "train").glob("*/*.png"), key=lambda path: int(path.stem))[-count:]:
+            copy = tmp_path / "suite" / task / path.parent.name / path.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.symlink_to(path)
+        (tmp_path / "suite" / task / "task.json").write_text(json.dumps({"image": {"size": SIZE}}))
+    trainer = Trainer(_config(tmp_path / "suite", examples_per_task=None, epochs=2), backbone, tmp_path / "run")
+    train = trainer.work.train  # type: ignore[attr-defined]
+    whole = Counter(each.task_id for each in train)
+    half = len(trainer.batches) // 2
+    epochs = [[i for batch in part for i in batch] for part in (trainer.batches[:half], trainer.batches[half:])]
+    most = 4 * sorted(whole.values())[1]
+    assert [Counter(train[i].task_id for i in epoch) for epoch in epochs] == [{**whole, "c": most}] * 2
+    assert set(epochs[0]) != set(epochs[1])
+
+
+def test_the_command_tells_its_plan_its_progress_and_what_linear_heads_reach(
+    backbone: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "--suite", str(folder), "--backbone", str(backbone), "--out", str(tmp_path / "run")]
+    sets = ("adapter.r=2", "adapter.num_experts=2", "adapter.num_groups=2", "threads=1", "validation_per_task=4")
+    assert main([*arguments, "--max-steps", "2", *(word for each in sets for word in ("--set", each))]) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"bright +│ 2 +│ \d+ +│ [1-4] +│ 16 ", out)
+    assert "2 tasks, 2 steps of up to 32 examples, epochs 1, learning rate 0.0005, of heads 0.0001" in out
+    assert "train: step 1 of 2, loss " in err
+    assert " images/s, " in err
+    assert re.search(r"validation: adapter [\d.]+ \(step 2\), linear heads alone [\d.]+", out)
+    settings = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert (settings["head_learning_rate_scale"], settings["examples_per_task"]) == (0.2, None)
+    assert main(["tasks", "--suite", str(folder)]) == 0
+    assert re.search(r"bright .* │ 2 +│ \d+ +│ \d+ +│ 16 ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "size", "pooling"),
+    [("siglip", {}, 112, "mean"), ("clip", {"patch_size": 32, "image_size": 224}, 224, "cls_mean")],
+)
+def test_size_and_pooling_follow_the_backbone(
+    folder: Path, tmp_path: Path, name: str, changes: dict[str, int], size: int, pooling: str
+) -> None:
+    for task in ("bright", "half"):
+        (tmp_path / "suite" / task).mkdir(parents=True)
+        (tmp_path / "suite" / task / "train").symlink_to(folder / task / "train")
+    other = write_model(tmp_path / "backbone", name, **changes)
+    trainer = Trainer(_config(tmp_path / "suite", max_steps=1, examples_per_task=8), other, tmp_path / "run")
+    manifest = trainer.fit()
+    assert {(task.image.size, task.image.pooling) for task in manifest.tasks if task.image} == {(size, pooling)}
 
 
 def test_eval_from_the_command_line(

@@ -24,19 +24,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def new_model(name: str) -> Any:
-    """A model of transformers. Every weight is random: biases, norms, scales and tokens too."""
+def new_model(name: str, **changes: Any) -> Any:
+    """A changed model of transformers. Every weight is random: biases, norms, scales and tokens too."""
     from transformers import AutoConfig, AutoModel
 
-    family, changes = MODELS[name]
-    model = AutoModel.from_config(AutoConfig.for_model(family, **_SIZES | changes)).eval()
+    family, own = MODELS[name]
+    model = AutoModel.from_config(AutoConfig.for_model(family, **_SIZES | own | changes)).eval()
     torch.manual_seed(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.25)
     return model
 
 
-def write_model(folder: Path, name: str = "dinov2") -> Path:
+def write_model(folder: Path, name: str = "dinov2", **changes: Any) -> Path:
     """Save a model; returns its folder."""
-    new_model(name).save_pretrained(folder)
+    new_model(name, **changes).save_pretrained(folder)
     return folder

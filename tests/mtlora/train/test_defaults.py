@@ -1,0 +1,50 @@
+"""Settings that a user leaves open: texts have TrainingConfig's own, images have theirs."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mtlora.suite import load_suite
+from mtlora.train.config import TrainingConfig
+from mtlora.train.defaults import IMAGES, most_shown, training_config
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """One task of 80 images for training, of which some are for validation."""
+    for i in range(80):
+        path = tmp_path / "photos" / "leaf" / "train" / ("oak", "elm")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 3 * i, 90)).save(path)
+    return tmp_path / "photos"
+
+
+def test_texts_keep_the_configurations_defaults() -> None:
+    assert training_config({"seed": 3}, load_suite("builtin")) == TrainingConfig(seed=3)
+
+
+def test_a_folder_of_images_gets_defaults_of_its_own(photos: Path) -> None:
+    suite = load_suite(str(photos))
+    config = training_config({"suite": str(photos), "learning_rate": 1e-3}, suite)
+    assert config.learning_rate == 1e-3
+    assert config.head_learning_rate_scale == IMAGES["head_learning_rate_scale"]
+    assert config.examples_per_task is None
+    # Few images are seen until there are enough steps.
+    images = len(suite.examples("leaf", "train", None))
+    batches = -(-images // config.batch_size)
+    assert (config.epochs - 1) * batches < 400 <= config.epochs * batches
+    assert training_config({"suite": str(photos), "epochs": 3}, suite).epochs == 3
+    assert training_config({"suite": str(photos), "max_steps": 2}, suite).epochs == 1
+
+
+def test_generated_images_have_a_number() -> None:
+    config = training_config(
+        {"suite": "builtin-vision", "tasks": ["shapes"], "epochs": 1}, load_suite("builtin-vision")
+    )
+    assert config.examples_per_task == TrainingConfig().examples_per_task
+
+
+def test_a_large_task_shows_four_times_the_median() -> None:
+    assert most_shown(TrainingConfig(examples_per_task=None), [10, 20, 5000]) == 80
+    assert most_shown(TrainingConfig(examples_per_task=5000), [10, 20, 5000]) > 5000
