@@ -67,8 +67,8 @@ def _train(args: argparse.Namespace) -> int:
     flags = [f"{name}={getattr(args, name)}" for name in _SHORTCUTS if getattr(args, name) is not None]
     settings = read_settings(args.config, flags + args.set)
     suite = load_suite(TrainingConfig.model_validate(settings).suite)
-    config = training_config(settings, suite)
     folder = resolve(backbone_for(args.backbone, suite))
+    config = training_config(settings, suite, folder)
     vision = vision_for(args.vision_backbone, chosen_tasks(suite, config.tasks))
     if args.profile is not None:
         return _profile(config, folder, vision, args.profile)
@@ -93,7 +93,8 @@ def _print_plan(trainer: "Trainer") -> None:
             for task in trainer.tasks
         ]
         print_table("images", ("task", "classes", "train", "validation", "test"), rows)
-        rates += f", of heads {config.learning_rate * config.head_learning_rate_scale:g}"
+        rates += f", of heads {config.learning_rate * config.head_learning_rate_scale:g}; "
+        rates += f"paths from layer {config.frozen_layers} on"
     print(
         f"{len(trainer.tasks)} tasks, {len(trainer.batches)} steps of up to {config.batch_size} examples, "
         f"epochs {config.epochs}, {rates}",

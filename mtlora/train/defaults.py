@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -10,6 +11,7 @@ from mtlora.suite.base import up_to
 from mtlora.suite.mix import count_for
 from mtlora.train.config import TrainingConfig
 from mtlora.train.examples import chosen_tasks
+from mtlora.vision.families import read_config
 
 # Images, beside `TrainingConfig`'s own defaults, which are for texts. Heads start well: a high rate would spoil them.
 IMAGES: dict[str, Any] = {
@@ -25,10 +27,11 @@ _MOST_OF_MEDIAN = 4
 _STEPS = 400
 
 
-def training_config(settings: Mapping[str, Any], suite: Suite) -> TrainingConfig:
+def training_config(settings: Mapping[str, Any], suite: Suite, backbone: Path) -> TrainingConfig:
     """The configuration of settings, completed by what suits the suite's kind of input.
 
-    Raises ValidationError for wrong settings, SuiteError for tasks that the suite lacks.
+    Raises ValidationError for wrong settings, SuiteError for tasks that the suite lacks, BackboneError for a backbone
+    that sees no images.
     """
     config = TrainingConfig.model_validate(settings)
     tasks = chosen_tasks(suite, config.tasks)
@@ -37,6 +40,9 @@ def training_config(settings: Mapping[str, Any], suite: Suite) -> TrainingConfig
     completed = {**IMAGES, **settings}
     if suite.finite:
         completed = {"examples_per_task": None, **completed}
+    if config.baseline is None:
+        # The first half's features suit most images, and a step takes little more than half of the time.
+        completed = {"frozen_layers": read_config(backbone).num_layers // 2, **completed}
     config = TrainingConfig.model_validate(completed)
     if "epochs" in settings:
         return config

@@ -40,6 +40,9 @@ from mtlora.vision.heads import Heads
 from mtlora.vision.image_input import num_features
 from mtlora.vision.images import prepare
 
+# Values of states that are kept: a gigabyte in bfloat16.
+_KEPT_VALUES = 2**29
+
 
 class _Trained(nn.Module):
     """Adapters and heads; their names are those of the state."""
@@ -85,6 +88,7 @@ class Images:
                 paths.requires_grad_(False)
         # States before the first layer that trains, for training examples that never change.
         self._entered: dict[int, torch.Tensor] = {}
+        self._most_entered = _KEPT_VALUES // (self.positions * self.adapted.backbone.hidden_size)
         learns = any(parameter.requires_grad for parameter in self.adapters.parameters())
         self.batches = self._schedule() if learns else []
 
@@ -211,7 +215,7 @@ class Images:
                 for layer in encoder.model.layers[:frozen]:
                     x_BTD = layer(x_BTD)
             made = dict(zip(new, x_BTD, strict=True))
-        if frozen:
+        if frozen and len(self._entered) < self._most_entered:
             self._entered |= {i: x for i, x in made.items() if not self._changes(i)}
         return torch.stack([made[i] if i in made else self._entered[i] for i in share])
 

@@ -1,4 +1,4 @@
-"""Every command of docs/tutorial.md runs and prints what the page shows, numbers aside."""
+"""Every command of a tutorial runs and prints what its page shows, numbers aside."""
 
 import json
 import os
@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from server.cli.process import ServerProcess
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "tutorial.md"
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
+_, _, _IMAGES = (ROOT / "docs" / "images.md").read_text().partition("\n## Your own photographs\n")
+PHOTOGRAPHS = _IMAGES.partition("\n## ")[0]
 BLOCK = re.compile(r"^```(python|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Training is cut short: what it prints is checked, not what it learns.
 STEPS = ("--set", "max_steps=2", "--set", "validation_per_task=1")
@@ -60,7 +63,7 @@ class Reader:
 
     def type(self, command: str) -> str:
         if command.startswith("mtlora-server serve"):
-            return self.serve()
+            return self.serve(shlex.split(command.removesuffix("&"))[2:])
         words = shlex.split(command)
         if words[0] == "mtlora":
             return self.run_mtlora(words[1:])
@@ -83,8 +86,10 @@ class Reader:
         assert status == 0, f"mtlora {arguments}\n{printed}"
         return str(printed)
 
-    def serve(self) -> str:
-        self.server = ServerProcess(adapters=self.folder / "adapters").__enter__()
+    def serve(self, flags: list[str]) -> str:
+        settings = {name[2:].replace("-", "_"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
+        settings["adapters"] = str(self.folder / settings["adapters"])
+        self.server = ServerProcess(**settings).__enter__()
         self.environment["MTLORA_ADDRESS"] = self.server.address
         return f"serving on {self.server.address}, metrics on {self.server.metrics}, {self.server.num_tasks} tasks"
 
@@ -99,6 +104,16 @@ class Reader:
 FREE = {"shipping"}
 
 
+def write_photographs(folder: Path) -> None:
+    """Two tasks of few small images, named as those that the page shows."""
+    for task, labels in (("clothing", ("pants", "t-shirt")), ("greek", ("character01", "character02"))):
+        for split, count in (("train", 24), ("test", 2)):
+            for i in range(count):
+                path = folder / task / split / labels[i % 2] / f"{i + 1}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (40, 30), (90 + 60 * (i % 2), 3 * i, len(task))).save(path)
+
+
 @pytest.fixture
 def reader(tmp_path: Path, backbone: Path) -> Iterator[Reader]:
     reader = Reader(tmp_path)
@@ -109,8 +124,10 @@ def reader(tmp_path: Path, backbone: Path) -> Iterator[Reader]:
         reader.server.__exit__()
 
 
-def test_every_command_prints_what_the_page_shows(reader: Reader) -> None:
-    for language, block in BLOCK.findall(PAGE.read_text()):
+@pytest.mark.parametrize("page", [TUTORIAL, PHOTOGRAPHS], ids=["texts", "photographs"])
+def test_every_command_prints_what_the_page_shows(reader: Reader, page: str) -> None:
+    write_photographs(reader.folder / "my-photos")
+    for language, block in BLOCK.findall(page):
         if language == "python":
             name = re.match(r"# (\w+\.py)\n", block)
             if name:
@@ -122,3 +139,14 @@ def test_every_command_prints_what_the_page_shows(reader: Reader) -> None:
             printed = {shape(line) for line in reader.type(command).splitlines()}
             missing = [line for line in shown if line not in FREE and shape(line) not in printed]
             assert not missing, f"{command}\nshows {missing}\nprinted {sorted(printed)}"
+
+
+def test_the_readme_has_the_same_commands_for_photographs() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    typed = [
+        line.partition("#")[0].strip().removeprefix(".venv/bin/") for line in lines if line.startswith("    .venv")
+    ]
+    of_photographs = [line for line in typed if "photos" in line or "--vision-backbone" in line]
+    assert len(of_photographs) == 5
+    shown = [command for _, block in BLOCK.findall(PHOTOGRAPHS) for command, _ in commands(block)]
+    assert of_photographs == [command.removesuffix("&").strip() for command in shown]

@@ -8,6 +8,7 @@ from PIL import Image
 from mtlora.suite import load_suite
 from mtlora.train.config import TrainingConfig
 from mtlora.train.defaults import IMAGES, most_shown, training_config
+from tests.mtlora.vision.models import write_model
 
 
 @pytest.fixture
@@ -20,27 +21,36 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone of two layers."""
+    return write_model(tmp_path_factory.mktemp("backbone"))
+
+
 def test_texts_keep_the_configurations_defaults() -> None:
-    assert training_config({"seed": 3}, load_suite("builtin")) == TrainingConfig(seed=3)
+    assert training_config({"seed": 3}, load_suite("builtin"), Path("nowhere")) == TrainingConfig(seed=3)
 
 
-def test_a_folder_of_images_gets_defaults_of_its_own(photos: Path) -> None:
+def test_a_folder_of_images_gets_defaults_of_its_own(photos: Path, vision: Path) -> None:
     suite = load_suite(str(photos))
-    config = training_config({"suite": str(photos), "learning_rate": 1e-3}, suite)
+    config = training_config({"suite": str(photos), "learning_rate": 1e-3}, suite, vision)
     assert config.learning_rate == 1e-3
     assert config.head_learning_rate_scale == IMAGES["head_learning_rate_scale"]
     assert config.examples_per_task is None
+    assert config.frozen_layers == 1
+    heads = {"suite": str(photos), "baseline": {"method": "heads"}}
+    assert training_config(heads, suite, vision).frozen_layers == 0
     # Few images are seen until there are enough steps.
     images = len(suite.examples("leaf", "train", None))
     batches = -(-images // config.batch_size)
     assert (config.epochs - 1) * batches < 400 <= config.epochs * batches
-    assert training_config({"suite": str(photos), "epochs": 3}, suite).epochs == 3
-    assert training_config({"suite": str(photos), "max_steps": 2}, suite).epochs == 1
+    assert training_config({"suite": str(photos), "epochs": 3}, suite, vision).epochs == 3
+    assert training_config({"suite": str(photos), "max_steps": 2}, suite, vision).epochs == 1
 
 
-def test_generated_images_have_a_number() -> None:
+def test_generated_images_have_a_number(vision: Path) -> None:
     config = training_config(
-        {"suite": "builtin-vision", "tasks": ["shapes"], "epochs": 1}, load_suite("builtin-vision")
+        {"suite": "builtin-vision", "tasks": ["shapes"], "epochs": 1}, load_suite("builtin-vision"), vision
     )
     assert config.examples_per_task == TrainingConfig().examples_per_task
 

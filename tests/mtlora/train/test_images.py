@@ -306,7 +306,10 @@ def test_the_command_tells_its_plan_its_progress_and_what_linear_heads_reach(
     assert main([*arguments, "--max-steps", "2", *(word for each in sets for word in ("--set", each))]) == 0
     out, err = capsys.readouterr()
     assert re.search(r"bright +│ 2 +│ \d+ +│ [1-4] +│ 16 ", out)
-    assert "2 tasks, 2 steps of up to 32 examples, epochs 1, learning rate 0.0005, of heads 0.0001" in out
+    assert (
+        "2 tasks, 2 steps of up to 32 examples, epochs 1, learning rate 0.0005, of heads 0.0001; paths from layer 1 on"
+        in out
+    )
     assert "train: step 1 of 2, loss " in err
     assert " images/s, " in err
     assert re.search(r"validation: adapter [\d.]+ \(step 2\), linear heads alone [\d.]+", out)
