@@ -72,9 +72,7 @@ def _train(args: argparse.Namespace) -> int:
     vision = vision_for(args.vision_backbone, chosen_tasks(suite, config.tasks))
     if args.profile is not None:
         return _profile(config, folder, vision, args.profile)
-    trainer = Trainer(config, folder, args.out, vision=vision, resume=args.resume)
-    if trainer.ranks.first:
-        _print_plan(trainer)
+    trainer = Trainer(config, folder, args.out, vision=vision, resume=args.resume, announce=_print_plan)
     manifest = trainer.fit(lines=True)
     if trainer.ranks.first:
         print_scores(manifest.evaluation)
@@ -95,6 +93,7 @@ def _print_plan(trainer: "Trainer") -> None:
         print_table("images", ("task", "classes", "train", "validation", "test"), rows)
         rates += f", of heads {config.learning_rate * config.head_learning_rate_scale:g}; "
         rates += f"paths from layer {config.frozen_layers} on"
+        print(f"a new run first fits linear heads to {sum(train for train, _, _ in images.values())} images' features")
     print(
         f"{len(trainer.tasks)} tasks, {len(trainer.batches)} steps of up to {config.batch_size} examples, "
         f"epochs {config.epochs}, {rates}",
@@ -104,11 +103,11 @@ def _print_plan(trainer: "Trainer") -> None:
 
 def _compare_with_heads(manifest: "AdapterManifest | BaselineManifest") -> None:
     """Print how an adapter for images compares with linear heads; warn where it is not above them."""
-    found = manifest.evaluation
-    if not found or not any(task.image for task in manifest.tasks):
+    found, best = manifest.evaluation, manifest.training.get("best_step")
+    # Runs on texts, and of linear heads alone, have no best step.
+    if not found or best is None:
         return
     with_adapter, alone = (found[name]["mean_accuracy"] for name in ("adapter", "backbone_alone"))
-    best = manifest.training.get("best_step")
     print(f"validation: adapter {with_adapter:.3f} (step {best}), linear heads alone {alone:.3f}")
     if with_adapter <= alone:
         print(

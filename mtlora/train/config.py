@@ -20,7 +20,10 @@ class DivergedError(TrainingError):
 
 
 class TrainingConfig(BaseModel):
-    """One training run. The same config, code, machine, thread and process count give the same weights, bit for bit."""
+    """One training run. The same config, code, machine, thread and process count give the same weights, bit for bit.
+
+    Defaults are those of texts; `mtlora.train.defaults` has those of images.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

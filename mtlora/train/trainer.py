@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ class StepReport:
 class Trainer:
     """One run. `fit` trains, or resumes training, and writes the checkpoint.
 
-    vision: the vision backbone's folder, for tasks that take text and an image.
+    vision: the vision backbone's folder, for tasks that take text and an image. announce: called with the trainer when
+    all is checked and before any work is done.
 
     With torchrun, each process makes its own Trainer of the same configuration; the first one writes.
     """
@@ -54,6 +56,7 @@ class Trainer:
         vision: Path | None = None,
         resume: bool = False,
         start: StartingPoint | None = None,
+        announce: Callable[["Trainer"], None] | None = None,
     ) -> None:
         self.config = config
         self.ranks = Ranks()
@@ -84,6 +87,8 @@ class Trainer:
         self.folder = RunFolder(out)
         state = self.folder.open(config, resume=resume) if self.ranks.first else None
         self.ranks.wait()
+        if announce and self.ranks.first:
+            announce(self)
         if not self.ranks.first:
             state = self.folder.read_state()
         if state:
@@ -98,6 +103,7 @@ class Trainer:
         DivergedError if loss or gradients are not finite.
         """
         if self.folder.checkpoint.exists() and self.step == len(self.batches):
+            self._take_best()
             return read_result(self.folder.checkpoint, self.config)
         started = time.monotonic()
         with Progress(len(self.batches), self.step, silent=not self.ranks.first, lines=lines) as progress:
@@ -227,10 +233,13 @@ class Trainer:
             state = {name: tensor.detach().cpu().clone() for name, tensor in self.work.trained.state_dict().items()}
             self.best = {"step": self.step, "accuracy": accuracy, "loss": loss, "state": state}
 
-    def _finish(self, seconds: float) -> None:
-        self.work.trained.eval()
+    def _take_best(self) -> None:
         if self.best:
             self.work.trained.load_state_dict(self.best["state"])
+
+    def _finish(self, seconds: float) -> None:
+        self.work.trained.eval()
+        self._take_best()
         training = {
             "mtlora_version": mtlora.__version__,
             "torch_version": torch.__version__,

@@ -273,6 +273,11 @@ def test_a_run_ends_with_its_best_state_also_when_it_was_stopped(
     resumed.fit()
     files = [load_file(run / "adapter" / "adapter.safetensors") for run in (tmp_path / "whole", tmp_path / "stopped")]
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    # A complete run has its result's state too.
+    resumed.folder._lock.close()  # type: ignore[union-attr]
+    complete = Trainer(config, backbone, tmp_path / "stopped", resume=True)
+    complete.fit()
+    assert all(torch.equal(value, at_two[name]) for name, value in complete.work.trained.state_dict().items())
 
 
 def _stop_after_five(trainer: Trainer, *_: object) -> None:
