@@ -1,7 +1,7 @@
 """`BlockAdapter`, the trainable path beside one block, and its attachment to a Hugging Face model.
 
-Shape suffixes: B sequences, L positions, T = B*L tokens, or the P of them with a path, D hidden size, r rank,
-N experts, G groups, J = G*N.
+Shape suffixes: B sequences, L positions, T = B*L tokens, P tokens with a path (all T, or some of them), D hidden size,
+r rank, N experts, G groups, J = G*N.
 """
 
 import math
@@ -21,8 +21,8 @@ from mtlora.ops.training import path_with_gradients
 class TaskContext:
     """Which task each token of the running batch belongs to, and which tokens have a path; shared by a model's blocks.
 
-    bias_index: int64, rows of the task biases, one a sequence [B] or one a token [B, L]; None outside `use`.
-    path_P: int64, flat positions b*L + l of the tokens that the path is added for; None for all.
+    bias_index: int64, a row of the task biases for each sequence [B] or each token [B, L]; None outside `use`.
+    path_P: int64, flat positions b*L + l of the tokens that get the path's output; None means all.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class TaskContext:
 
     @contextmanager
     def use(self, bias_index: torch.Tensor | None, path_P: torch.Tensor | None = None) -> Iterator[None]:
-        """Set them for the passes inside: forward and, with gradient checkpointing, backward."""
+        """Set the tasks for passes in this block: forward and, with gradient checkpointing, backward."""
         previous = self.bias_index, self.path_P
         self.bias_index, self.path_P = bias_index, path_P
         try:
@@ -42,7 +42,7 @@ class TaskContext:
 
     @contextmanager
     def backbone_alone(self) -> Iterator[None]:
-        """Switch every path off inside: the model is the backbone alone."""
+        """Disable every path in this block: the model is then the backbone alone."""
         previous, self.enabled = self.enabled, False
         try:
             yield
@@ -70,14 +70,14 @@ class BlockAdapter(nn.Module):
         self.dropout = nn.Dropout(config.lora_dropout)
         # Mean routing weights [G, N] of the last training forward, for the balance loss.
         self.mean_routing_GN: torch.Tensor | None = None
-        # Like PEFT's A.
+        # Initialise A as PEFT does.
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.lora_route, a=math.sqrt(5))
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
         """The path's output, shape and dtype of `x_BLD`; the products run in the parameters' dtype.
 
-        Zero for tokens without a path, which no routing statistics see.
+        The output is zero for tokens without a path; routing statistics leave these tokens out.
         """
         config, (B, L, D), path_P = self.config, x_BLD.shape, self.context.path_P
         x_TD = self._with_path(x_BLD.reshape(B * L, D))
@@ -99,14 +99,14 @@ class BlockAdapter(nn.Module):
 
     @torch.no_grad()
     def routing(self, x_BLD: torch.Tensor) -> torch.Tensor:
-        """The routing weights [T, G, N] that `forward` mixes the experts with, in float32; T tokens have a path."""
+        """Return the routing weights [T, G, N] that `forward` mixes experts with, float32, for T tokens with a path."""
         (B, L, _), G = x_BLD.shape, self.config.num_groups
         x_TD = self._with_path(x_BLD.flatten(0, 1))
         logits_TJ = nn.functional.linear(x_TD.to(self.lora_route.dtype), self.lora_route)
         return route(logits_TJ.view(len(x_TD), G, -1), self._bias_TGN(B, L))
 
     def _with_path(self, rows: torch.Tensor) -> torch.Tensor:
-        """Select the tokens that have a path; `rows` has one row a token."""
+        """Select the tokens that have a path; `rows` has one row per token."""
         return rows if self.context.path_P is None else rows.index_select(0, self.context.path_P)
 
     def _bias_TGN(self, B: int, L: int) -> torch.Tensor | None:
@@ -120,7 +120,7 @@ class BlockAdapter(nn.Module):
 
 
 class Attachment(nn.Module):
-    """What is trained beside a frozen backbone. Its parameters and its state are the method's alone."""
+    """The trained modules beside a frozen backbone. Its parameters and state do not include the backbone's."""
 
     context: TaskContext
 
@@ -170,8 +170,8 @@ class AdapterSet(Attachment):
     def attach(self, model: nn.Module) -> list[Any]:
         """Add every path to its block's output by forward hooks; returns their handles (call `.remove()` to detach).
 
-        `model`: a transformers model of the layout in `mtlora.families`. Raises ValueError, with nothing attached,
-        where it has another number of layers.
+        `model`: a transformers model of the layout in `mtlora.families`. Raises ValueError, and attaches nothing, if
+        its number of layers differs.
         """
         layers = decoder_layers(model)
         if len(layers) != len(self.layers):

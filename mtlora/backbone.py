@@ -18,12 +18,12 @@ DEFAULT_BACKBONE = "default"
 VISION_BACKBONE = "vision"
 _RECEIPT = "prepared.json"
 _RECEIPT_VERSION = 1
-# Bytes hashed at the start, middle and end of every tensor: a changed layer cannot hide, a 100 GB model stays quick.
+# Bytes hashed at the start, middle and end of every tensor: finds a changed layer, and stays fast for 100 GB.
 _SAMPLE = 4096
 
 
 class BackboneArchitecture(BaseModel):
-    """What an adapter needs to fit a backbone at all. Enough for a quantised form of the same weights."""
+    """The sizes that must match for an adapter to fit a backbone. A quantised form of the weights has the same."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,7 +33,7 @@ class BackboneArchitecture(BaseModel):
 
 
 class BackboneIdentity(BackboneArchitecture):
-    """The backbone that an adapter was trained beside, as its manifest names it."""
+    """The backbone that an adapter was trained beside, as recorded in its manifest."""
 
     weights_fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")
 
@@ -43,7 +43,7 @@ class BackboneIdentity(BackboneArchitecture):
 
 
 def packaged(name: str) -> Packaged | None:
-    """The packaged backbone of a name, DEFAULT_BACKBONE or VISION_BACKBONE; None for any other."""
+    """The packaged backbone with this name (DEFAULT_BACKBONE or VISION_BACKBONE); None for other names."""
     if name == VISION_BACKBONE:
         from mtlora.vision.prepare import VISION
 
@@ -52,9 +52,9 @@ def packaged(name: str) -> Packaged | None:
 
 
 def resolve(backbone: str) -> Path:
-    """The folder behind `--backbone`: "default", "vision", a Hugging Face folder, or a hub id where there is a network.
+    """The folder behind `--backbone`: "default", "vision", a Hugging Face folder, or a hub id if there is a network.
 
-    Prepares a packaged backbone on first use. Raises BackboneError if nothing usable is there.
+    Prepares a packaged backbone on first use. Raises BackboneError if there is no usable backbone.
     """
     if found := packaged(backbone):
         return prepare(found.folder(), found).resolve()
@@ -99,7 +99,7 @@ def identify(folder: Path) -> BackboneIdentity:
 
 
 def vocabulary(folder: Path) -> int:
-    """How many tokens a backbone's config allows for. Raises BackboneError if it does not say."""
+    """The vocabulary size in a backbone's config. Raises BackboneError if the config has none."""
     try:
         return int(json.loads((folder / "config.json").read_text())["vocab_size"])
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -107,7 +107,7 @@ def vocabulary(folder: Path) -> int:
 
 
 def _weights_fingerprint(folder: Path) -> str:
-    """sha256 over every tensor's name, shape, dtype and sampled bytes, however files divide the tensors."""
+    """sha256 over every tensor's name, shape, dtype and sampled bytes; does not depend on the split into files."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise BackboneError(f"{folder}: no *.safetensors weights")
@@ -141,9 +141,9 @@ def prepare(out: Path, source: Packaged | None = None, *, force: bool = False) -
     """Turn a packaged backbone, by default the language one, into a Hugging Face folder at `out`; returns `out`.
 
     Idempotent: keeps a folder whose files match their recorded checksums, unless `force` is set. Otherwise makes a new
-    folder and exchanges the two in one step, so a reader never sees half a folder. One of several processes prepares
-    and the others wait. Raises BackboneError if the wheel is missing or its file is not the expected one, if `out`
-    cannot be written, or if it holds anything but a prepared backbone.
+    folder and exchanges the two in one step, so a reader never sees half a folder. If several processes call this, one
+    prepares and the others wait. Raises BackboneError if the wheel is missing or its file is not the expected one, if
+    `out` cannot be written, or if it holds anything but a prepared backbone.
     """
     source = source or LANGUAGE
     if not force and _is_prepared(out, source):
@@ -199,7 +199,7 @@ def _convert_language(source: Path, out: Path, step: Step) -> None:
         config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     with step("dequantise"):
-        # Use the meta device: random weights would be overwritten anyway, and cost time.
+        # Use the meta device: initialising random weights takes time, and they would be overwritten.
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         tensors = load_gguf_checkpoint(source, return_tensors=True, model_to_load=model)["tensors"]

@@ -36,7 +36,7 @@ class MtLoRAConfig(BaseModel):
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Names of the wrapped submodules of a decoder layer, in the order in which the layer runs them."""
+        """Names of a decoder layer's submodules that have a path, in the order in which the layer runs them."""
         return BLOCK_MODULES[self.blocks]
 
     @property

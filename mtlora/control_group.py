@@ -1,4 +1,4 @@
-"""Limits of this process' control groups, version 1 and 2: those of its own group and of every group above it."""
+"""Limits of this process's control groups (version 1 and 2): its own group and every parent group."""
 
 import contextlib
 import os
@@ -10,21 +10,21 @@ _OWN = Path("/proc/self/cgroup")
 
 
 def cpu_cores(root: Path = _ROOT, own: Path = _OWN) -> float | None:
-    """Cores' worth of processor time that the groups allow; None without a limit."""
+    """Processor time that the groups allow, in cores; None without a limit."""
     allowed = []
     for folder in _groups("cpu", root, own):
         limit = _words(folder / "cpu.max") or [
             *_words(folder / "cpu.cfs_quota_us"),
             *_words(folder / "cpu.cfs_period_us"),
         ]
-        # Version 1 has a quota of -1 for none.
+        # In version 1, a quota of -1 means no limit.
         if len(limit) == 2 and limit[0] > 0:
             allowed.append(limit[0] / limit[1])
     return min(allowed, default=None)
 
 
 def memory_left(root: Path = _ROOT, own: Path = _OWN) -> int | None:
-    """Bytes that the groups still allow; file pages not used lately count as free. None without a limit."""
+    """Bytes that the groups still allow; inactive file pages count as free. None without a limit."""
     left = []
     for folder in _groups("memory", root, own):
         limit = _words(folder / "memory.max") or _words(folder / "memory.limit_in_bytes")
@@ -35,7 +35,7 @@ def memory_left(root: Path = _ROOT, own: Path = _OWN) -> int | None:
 
 
 def out_of_memory_kills(root: Path = _ROOT, own: Path = _OWN) -> int:
-    """Processes of this process' own group that the kernel has ended because the group was at its memory limit."""
+    """Number of processes in this process's own group that the kernel killed at the group's memory limit."""
     for folder in _groups("memory", root, own):
         for name in ("memory.events", "memory.oom_control"):
             with contextlib.suppress(OSError, ValueError):
@@ -45,7 +45,7 @@ def out_of_memory_kills(root: Path = _ROOT, own: Path = _OWN) -> int:
 
 
 def _groups(controller: str, root: Path, own: Path) -> Iterator[Path]:
-    """The folders of this process' groups and of those above them, as far as they are mounted at `root`."""
+    """The folders of this process's groups and their parents that are mounted under `root`."""
     try:
         lines = own.read_text().splitlines()
     except OSError:
@@ -58,14 +58,14 @@ def _groups(controller: str, root: Path, own: Path) -> Iterator[Path]:
             mounts = [root / controllers, root / controller]
         else:
             continue
-        # In a container the path may be the host's; then the container's own group is the mount itself.
+        # In a container the path may be the host's; then the mount point itself is the container's group.
         below = Path(os.path.normpath(path).lstrip("/"))
         for mount in mounts:
             yield from (mount / each for each in (below, *below.parents))
 
 
 def _words(file: Path) -> list[int]:
-    """The numbers in a file; none if it cannot be read, or has no limit ("max")."""
+    """The numbers in a file; empty if it cannot be read or holds no limit ("max")."""
     try:
         return [int(word) for word in file.read_text().split()]
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The base of every error that a user can fix, and one line for a failed validation."""
+"""The base class of errors that a user can fix, and a one-line form of validation errors."""
 
 import reprlib
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 class MtLoRAError(ValueError):
-    """Says in one line what is wrong and where, what was expected and what was found; the CLI prints that line."""
+    """An error that a user can fix. Its one line says what is wrong, where, and what is allowed; the CLI prints it."""
 
 
 class BackboneError(MtLoRAError):
@@ -16,17 +16,18 @@ class BackboneError(MtLoRAError):
 
 
 def differences(one: "BaseModel", other: "BaseModel") -> dict[str, tuple[object, object]]:
-    """The fields of `one`'s model in which two models differ, with the values of both."""
+    """The fields of `one`'s class in which two models differ, with both values."""
     pairs = {name: (getattr(one, name), getattr(other, name)) for name in type(one).model_fields}
     return {name: (ours, theirs) for name, (ours, theirs) in pairs.items() if ours != theirs}
 
 
 def describe(error: "ValidationError") -> str:
-    """The first few violations in one line: field, cause, what was found."""
+    """The first violations in one line: field, cause, value found."""
     parts = []
     for item in error.errors(include_url=False)[:3]:
         where = ".".join(str(part) for part in item["loc"])
-        # For a missing field or a rule about several, pydantic gives the whole object; for bad JSON, the whole text.
+        # Omit large values: pydantic gives the whole object for a missing field or a rule about several fields, and the
+        # whole text for invalid JSON.
         found = "" if isinstance(item["input"], dict | bytes) else f" (found {reprlib.repr(item['input'])})"
         parts.append((f"{where}: " if where else "") + item["msg"].removeprefix("Value error, ") + found)
     more = error.error_count() - len(parts)

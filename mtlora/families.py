@@ -1,17 +1,19 @@
 """Backbone families: the one place where a new family is added.
 
-A family is a `model_type` of transformers whose causal language model vLLM runs too. To add one:
+A family is a `model_type` of transformers whose causal language model vLLM runs too. To add a family:
 
 1. Check its layout, in transformers and in vLLM. Decoder layers are at `model.layers[l]`, and each has the blocks
    `self_attn` and `mlp`, whose forward takes the layer's input as `hidden_states` or `x`. An adapter needs nothing
    else: `AdapterSet.attach` (training) and `MtLoRAModelManager` (serving) find the blocks by these names, and refuse a
    model without them. In transformers, `model.model` gives the hidden states and `model.lm_head` the logits.
-2. Add an entry to `FAMILIES`. Name a class only where it computes what `mtlora/train/cpu_backbone.py` does, which then
+2. Add an entry to `FAMILIES`. Name a class only if it computes the same as `mtlora/train/cpu_backbone.py` does, which
+then
    takes its place while training on a CPU. `None` keeps the family's own operation.
-3. Run `pytest tests/engine/test_parity.py`: for every entry, it holds the engine's log-probabilities with adapters to
+3. Run `pytest tests/engine/test_parity.py`: for every entry, it compares the engine's log-probabilities with adapters
+to
    those of transformers.
 
-A model of another family runs too if it has this layout; it only trains more slowly on a CPU, and no test covers it.
+A model of another family also runs if it has this layout, but it trains more slowly on a CPU and no test covers it.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -38,13 +40,13 @@ FAMILIES = {
 
 Blocks = Literal["ffn", "attention", "both"]
 
-# The blocks of a decoder layer that may get a path, by the name that a configuration gives them.
+# The blocks of a decoder layer that may get a path, by their names in a configuration.
 BLOCK_MODULES: dict[Blocks, tuple[str, ...]] = {
     "ffn": ("mlp",),
     "attention": ("self_attn",),
     "both": ("self_attn", "mlp"),
 }
-# A block's path in a model, without what stands before the stack of decoder layers; also its name in a checkpoint.
+# A block's module name without the prefix before `layers`; also its name in a checkpoint.
 BLOCK_PATTERN = rf"layers\.\d+\.(?:{'|'.join(BLOCK_MODULES['both'])})"
 
 

@@ -1,4 +1,4 @@
-"""Folders that are replaced whole (made beside the old one, exchanged in one step), and files that change."""
+"""Replaces whole folders in one step, writes files durably, locks files and detects changes."""
 
 import ctypes
 import errno
@@ -14,7 +14,7 @@ from typing import IO
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-# Errors of file systems (NFS, some overlays) and old kernels that cannot exchange two folders.
+# Error numbers of file systems (NFS, some overlays) and old kernels that cannot exchange two folders.
 _NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV}
 
 
@@ -32,7 +32,7 @@ def folder_in_the_making(folder: Path) -> Iterator[Path]:
 
 
 def put_in_place(made: Path, folder: Path) -> None:
-    """Move the folder `made` to `folder`; what was at `folder` ends up beside where `made` was.
+    """Move the folder `made` to `folder`; an old `folder` moves to the place of `made`.
 
     At every moment, `folder` is the old one or the new one. Exception: if the file system cannot exchange two folders,
     `folder` is absent between two renames; if the second fails, the first is undone. Raises OSError.
@@ -58,7 +58,7 @@ def put_in_place(made: Path, folder: Path) -> None:
 
 
 def make_folders(folder: Path) -> None:
-    """Make a folder, and those above it, that every user may read, whatever the umask."""
+    """Make a folder and its parents, readable for every user, whatever the umask."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for each in missing:
@@ -73,7 +73,7 @@ def let_all_read(folder: Path) -> None:
 
 
 def signature(path: Path) -> tuple[int, ...] | None:
-    """Differs whenever the file behind the path was written or replaced; None where there is none."""
+    """A value that changes whenever the file at the path is written or replaced; None if there is no file."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -91,7 +91,7 @@ def _exchange(one: Path, other: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock among processes. The lock file stays; the lock ends with its process."""
+    """Hold an exclusive lock among processes. The lock file is not removed; the lock ends with its process."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -100,8 +100,8 @@ def locked(path: Path) -> Iterator[None]:
 def lock_for_this_process(path: Path) -> IO[str]:
     """Lock a file until the returned one is closed, or this process ends in any way.
 
-    Raises BlockingIOError, with what the holder wrote to the file, if another process holds it; another OSError where
-    the file system has no locks. The lock is POSIX's: child processes do not inherit it, and NFS passes it on.
+    Raises BlockingIOError, with what the holder wrote to the file, if another process holds it; another OSError if the
+    file system has no locks. It is a POSIX lock: child processes do not inherit it, and it works over NFS.
     """
     file = path.open("a+")
     try:
@@ -120,7 +120,7 @@ def lock_for_this_process(path: Path) -> IO[str]:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
+    """Write a file and wait until it is on disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -135,7 +135,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file's content, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -144,6 +144,6 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """SHA-256 of a file, as hexadecimal text."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,7 @@ import platformdirs
 
 from mtlora.errors import BackboneError
 
-# Announces a step of a preparation while it runs.
+# Context manager that reports a step of a preparation while it runs.
 Step = Callable[[str], AbstractContextManager[None]]
 
 
@@ -35,14 +35,14 @@ class Packaged:
     steps: int
 
     def folder(self) -> Path:
-        """The folder where it is kept by default."""
+        """Its default folder."""
         if override := os.environ.get(self.variable):
             return Path(override).expanduser()
         return Path(platformdirs.user_cache_dir("mtlora")) / "backbones" / self.title
 
     def source(self) -> Path:
-        """Its file. Raises BackboneError if the package is not installed."""
-        # find_spec, not import: such modules import packages that nothing here needs.
+        """The packaged file. Raises BackboneError if the package is not installed."""
+        # Use find_spec: importing the module would import packages that are not needed here.
         spec = importlib.util.find_spec(self.module)
         for location in (spec.submodule_search_locations if spec else None) or ():
             if (path := Path(location) / self.file).is_file():
@@ -51,6 +51,6 @@ class Packaged:
 
 
 def give_permissions(out: Path) -> None:
-    """safetensors makes files readable for their owner alone: give the weights the configuration's permissions."""
+    """Give the weights the configuration's permissions: safetensors makes files that only their owner can read."""
     for path in out.glob("*.safetensors"):
         shutil.copymode(out / "config.json", path)

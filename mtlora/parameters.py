@@ -1,4 +1,4 @@
-"""Parameters of generation: their limits, what contradicts what, and a task's own values for them."""
+"""Generation parameters: limits, contradictions between them, and a task's default values."""
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -8,17 +8,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_SAMPLES: Final = 16
 MAX_TEMPERATURE: Final = 2.0
-# Likely tokens beside each token of an answer, or of a prompt.
+# Most alternative tokens reported per token of an answer or a prompt.
 MAX_LOGPROBS: Final = 20
 MAX_PENALTY: Final = 2.0
-# Nearer to 0 or further from it, logits would leave the range of float32.
+# Bounds of a positive temperature: beyond them, logits would leave the range of float32.
 REPETITION_PENALTIES: Final = (0.01, 10.0)
 MAX_BIAS: Final = 100.0
-# Token ids in one list. The engine looks at each of them in every step.
+# Most token ids in one list: the engine goes through all of them in every step.
 MAX_LISTED: Final = 1024
 MAX_STOP_TOKENS: Final = 64
 MAX_PRIORITY: Final = 100
-# What contradicts a type of answer.
+# Parameters that contradict a type of answer.
 AGAINST_TYPES: Final = ("allowed_tokens", "banned_tokens", "stop_token_ids", "min_new_tokens")
 
 _TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -29,7 +29,7 @@ _Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
 class TaskDefaults(BaseModel):
-    """A task's own values, in the words of the contract's GenerationParameters; None: the server's."""
+    """A task's default values; names as in the contract's GenerationParameters; None means the server's default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -80,7 +80,7 @@ def samples(values: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def contradictions(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(parameter, reason) of each value that does not go with the others; each alone is within its limits."""
+    """(parameter, reason) of each value that contradicts another one; each value alone must be within its limits."""
     n, best_of = samples(values)
     if best_of < n:
         yield "best_of", f"found {best_of}; allowed: n, {n}, or more"

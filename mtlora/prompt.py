@@ -1,4 +1,4 @@
-"""Token ids of prompts and answers: the same rule while training, evaluating and serving."""
+"""Encodes prompts and answers into token ids, in the same way in training, evaluation and serving."""
 
 import copy
 import json
@@ -10,22 +10,22 @@ from typing import Any
 
 from mtlora.task import PromptParts, TaskSpec
 
-# What a chat template puts around turns where it uses no special tokens: [INST], <<SYS>>, <|user|>.
+# Marks around turns in chat templates that use no special tokens for them: [INST], <<SYS>>, <|user|>.
 _MARK = re.compile(r"<<[^<>\s]+>>|<[^<>\s]+>|\[[^\[\]\s]+\]")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-# How many times shorter a text in UTF-8 may become: U+212A, three bytes, becomes the letter K.
+# By which factor normalisation may shorten a text in UTF-8: U+212A, three bytes, becomes the letter K.
 _NFC_SHRINKS = 3
 _LOSSLESS_PRE_TOKENIZERS = {"ByteLevel", "Digits", "Metaspace"}
 
-# (text, with the tokens that the tokenizer puts around a text) -> ids.
+# (text, whether to add the tokens that the tokenizer puts around a text) -> ids.
 _Encode = Callable[[str, bool], list[int]]
 
 
 class PromptEncoder:
     """Encodes for one tokenizer, from any thread.
 
-    A tokenizer keeps a state: whether special tokens in texts count. Here each state has its own copy, so that no
-    thread changes another one's result.
+    A tokenizer has a mode: whether it recognises special tokens in texts. Each mode has its own copy here, so that
+    threads do not change each other's results.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -50,9 +50,9 @@ class PromptEncoder:
     def parts(self, parts: PromptParts, document: Sequence[int] | None = None) -> tuple[list[int], int]:
         """(token ids of a rendered prompt, how many of them are the document part's: the activation point).
 
-        Each part is encoded apart, so the document's ids are the same before every task. The special tokens that the
-        tokenizer puts before a text count as the document's. Without a document part, the point is 0. document: the
-        ids of that part, if they are known.
+        Each part is encoded separately, so the document's ids are the same for every task. They include the special
+        tokens that the tokenizer puts before a text. Without a document part, the point is 0. document: the document
+        part's ids, if already known.
         """
         if not parts.document:
             return self.prompt(parts.task), 0
@@ -60,18 +60,18 @@ class PromptEncoder:
         return [*document, *self.text(parts.task)], len(document)
 
     def around_image(self, texts: tuple[str, str], soft_tokens: int) -> tuple[list[int], int]:
-        """(token ids of a prompt with an image, place of its first soft token), whose ids stand for nothing.
+        """(token ids of a prompt with an image, position of its first soft token). Soft tokens have placeholder ids.
 
-        texts: before and after the image, each encoded apart, so that the tokens of neither depend on the image.
+        texts: before and after the image; each is encoded separately, so its tokens do not depend on the image.
         """
         before = self.prompt(texts[0])
         return [*before, *[self.placeholder] * soft_tokens, *self.text(texts[1])], len(before)
 
     @cached_property
     def placeholder(self) -> int:
-        """The id in a soft token's place: the last of the vocabulary without added tokens, which few answers have.
+        """The id at a soft token's position: the last id before added tokens, which is rare in answers.
 
-        A repetition penalty counts it as the prompt's.
+        A repetition penalty counts it as a token of the prompt.
         """
         added = self.tokenizer.added_tokens_decoder
         return max(token_id for token_id in self.tokenizer.get_vocab().values() if token_id not in added)
@@ -91,7 +91,7 @@ class PromptEncoder:
         return frozenset(named | set(getattr(self.tokenizer, "all_special_ids", ())))
 
     def working_tokens(self, ids: Sequence[int], working: str) -> int:
-        """How many of the first generated ids wrote the working."""
+        """How many of the first generated ids belong to the working."""
         size, tokens = len(working.encode()), 0
         while size > 0 and tokens < len(ids):
             size -= self._byte_lengths.get(ids[tokens], 0)
@@ -113,13 +113,13 @@ class PromptEncoder:
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """A conversation in the backbone's chat template, ready for the assistant's turn. Raises TemplateError.
 
-        The template spells out special tokens as text, so contents must hold none: see `reserved_in`.
+        The template writes special tokens as text, so contents must not contain any: see `reserved_in`.
         """
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return str(text)
 
     def chat(self, rendered: str) -> list[int]:
-        """Token ids of what `render_chat` gives."""
+        """Token ids of the result of `render_chat`."""
         return self._with_special(rendered, False)
 
     def text(self, text: str) -> list[int]:
@@ -138,7 +138,7 @@ class PromptEncoder:
     def answer(self, target: str) -> list[int]:
         """Token ids that a model should generate after the prompt: a blank, the answer, the end-of-sequence token.
 
-        Encoded apart from the prompt: inference encodes the prompt alone, which fixes its last token.
+        Encodes the answer separately from the prompt: at inference the prompt is encoded alone, too.
         """
         return [*self.text(" " + target), self.tokenizer.eos_token_id]
 
@@ -153,7 +153,7 @@ class PromptEncoder:
     ) -> tuple[list[int], int, list[int]]:
         """(prompt ids, activation point, answer ids) of one training example; the answer includes its working.
 
-        document_ids: document parts encoded before, to which this one is added.
+        document_ids: a cache of encoded document parts; this example's part is added.
         """
         parts, known = task.parts(text), None
         if document_ids is not None and parts.document:
@@ -163,7 +163,7 @@ class PromptEncoder:
         return *self.parts(parts, known), self.answer(task.worked_answer(working, target))
 
     def reserved_in(self, text: str) -> list[str]:
-        """What a chat's content must not spell out but does, as written or after the tokenizer's normalization.
+        """Reserved texts in a chat's content, as written or after the tokenizer's normalization.
 
         Reserved: every special token, and the bracketed marks that the chat template puts around turns.
         """
@@ -185,7 +185,7 @@ def _length_with_fallback(token: str) -> int:
 def _encode_with(tokenizer: Any, *, split_special_tokens: bool) -> _Encode:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        # Tokenizers in Python take the mode with each call and keep no state.
+        # Tokenizers in Python take the mode as an argument of each call.
         return lambda text, outer: list(
             tokenizer(text, add_special_tokens=outer, split_special_tokens=split_special_tokens)["input_ids"]
         )
@@ -193,7 +193,7 @@ def _encode_with(tokenizer: Any, *, split_special_tokens: bool) -> _Encode:
     own.no_truncation()
     own.no_padding()
     own.encode_special_tokens = split_special_tokens
-    # The same as `tokenizer(text)` without its overhead, which a server would pay for every request.
+    # Same result as `tokenizer(text)` without its overhead per request.
     return lambda text, outer: list(own.encode_batch_fast([text], add_special_tokens=outer)[0].ids)
 
 
@@ -211,7 +211,7 @@ def _reserved(tokenizer: Any, normalize: Callable[[str], str] | None) -> tuple[s
 
 
 def _marks(tokenizer: Any) -> Iterator[str]:
-    """The marks around the turns of conversations with and without a system message."""
+    """The template's marks around turns, found in conversations with and without a system message."""
     from jinja2 import TemplateError
 
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
@@ -224,7 +224,7 @@ def _marks(tokenizer: Any) -> Iterator[str]:
 
 
 def _token_bytes(tokenizer: Any) -> tuple[float, bytes]:
-    """(most bytes of a text in one token, bytes that become none); infinity where more may be dropped."""
+    """(most bytes of a text that one token covers, bytes that may be dropped); infinity without a bound."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -1,8 +1,8 @@
-"""A task: how its input, with an image or without, becomes a prompt, and when its answer ends.
+"""A task defines how its input, with or without an image, becomes a prompt, and when its answer ends.
 
-A task of images has no text: an image becomes its input, and a label its answer.
+An image task has no text: its input is an image and its answer a label.
 
-One rule for trainer, evaluation and server.
+Trainer, evaluation and server all use this module.
 """
 
 import string
@@ -34,7 +34,7 @@ TaskId = Annotated[str, StringConstraints(pattern=TASK_ID_PATTERN)]
 
 # The only field of a document part.
 DOCUMENT: Final = "document"
-# The place of the image in the template of a text task that takes one.
+# The field that marks the image's position in the template of a text task that takes one.
 IMAGE: Final = "image"
 # Fields that mean nothing to a task of images.
 _OF_TEXT: Final = ("document_template", "template", "stop", "max_new_tokens", "answer_marker", "defaults", "picture")
@@ -87,7 +87,7 @@ class PromptParts(NamedTuple):
 
 
 class TaskSpec(BaseModel):
-    """What a task is, apart from any weights: the entry of a suite and of a checkpoint's task table."""
+    """The definition of a task without weights, used in suites and in checkpoints' task tables."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -109,7 +109,7 @@ class TaskSpec(BaseModel):
     answer: AnswerType | None = Field(
         None, description="what an answer may be; null for any text", exclude_if=lambda answer: answer is None
     )
-    # Left out of JSON if unset.
+    # Fields left out of JSON if unset.
     answer_marker: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = Field(
         None,
         description="the mark between working and answer in a generated text; null if all of it is the answer",
@@ -218,7 +218,7 @@ class TaskSpec(BaseModel):
 
     @property
     def answer_type(self) -> AnswerType | None:
-        """What an answer may be; None for any text."""
+        """The type of the answers; None for any text."""
         return _label(self.allowed_answers) if self.allowed_answers else self.answer
 
     @property
@@ -228,12 +228,12 @@ class TaskSpec(BaseModel):
         return answer.labels if isinstance(answer, Label) else None
 
     def constraint(self, *, without_adapter: bool = False) -> Constraint | None:
-        """What holds a decoder to the type of answer. The backbone alone was taught no marker. None for images."""
+        """The constraint for the decoder; for the backbone alone, without the marker. None for images."""
         answer = None if self.image else self.answer_type
         return _constraint(answer, None if without_adapter else self.answer_marker, self.stop) if answer else None
 
     def check_answers(self) -> None:
-        """Raise AnswerError if no decoder can be held to the type of answer."""
+        """Raise AnswerError if the decoder cannot enforce the answer type."""
         if constraint := self.constraint():
             try:
                 constraint.compile()
@@ -249,10 +249,10 @@ class TaskSpec(BaseModel):
         return own if self.document_template is None else (DOCUMENT, *own)
 
     def split_answer(self, text: str) -> tuple[str, str]:
-        """(working, answer) of a generated text: what precedes the first marker, and what follows it.
+        """(working, answer) of a generated text: the text before the first marker, and the text after it.
 
-        Without a marker, all of the text is the answer. The first marker counts, so that the answer can be streamed
-        from there on. Blanks stay.
+        Without a marker, all of the text is the answer. Splits at the first marker, so that the answer can be streamed
+        from there on. Keeps blanks.
         """
         if self.answer_marker is None:
             return "", text
@@ -296,7 +296,7 @@ class TaskSpec(BaseModel):
         return PromptParts(document, self.template.format_map(values))
 
     def around_image(self, values: str | Mapping[str, str]) -> tuple[str, str]:
-        """The prompt's texts before and after the image; a task without other fields passes over a bare string.
+        """The prompt's texts before and after the image; a task without other fields ignores a bare string.
 
         Raises TemplateError as `parts` does.
         """
@@ -332,7 +332,7 @@ def check_activation(config: MtLoRAConfig, tasks: Iterable[TaskSpec]) -> None:
             )
 
 
-# Cached here, not in the spec: a spec with a cached value would differ from its copies.
+# Cached outside the spec: a spec with a cached value would not equal its copies.
 @lru_cache(maxsize=4096)
 def _label(labels: tuple[str, ...]) -> Label:
     return Label(labels=labels)

@@ -1,4 +1,4 @@
-"""What a task may answer: types, and the regular languages behind them."""
+"""Answer types of tasks, and the regular languages that implement them."""
 
 from mtlora.answer.language import AnswerError
 from mtlora.answer.types import AnswerType, Date, Grammar, Json, Label, Number, Regex, Text, Value

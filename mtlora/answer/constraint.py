@@ -1,4 +1,4 @@
-"""What holds a decoder to a type: one text, which travels with a request and names the compiled form in a cache."""
+"""A constraint makes a decoder keep to a type. It is one text: sent with a request, and the key of a cache."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,15 +14,15 @@ from mtlora.answer.types import AnswerType
 from mtlora.errors import describe
 
 _TYPES: TypeAdapter[AnswerType] = TypeAdapter(AnswerType)
-# Marks a constraint among the grammars that vLLM's requests carry.
+# Prefix that tells a constraint from other grammars in vLLM's requests.
 PREFIX = "mtlora:"
-# Stands before a list of token ids: the next token is one of them.
+# Prefix of a list of token ids that the next token must come from.
 TOKENS_PREFIX = "mtlora-tokens:"
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """An answer's type, the marker before the answer if there is working, and strings that occur nowhere."""
+    """An answer's type, the marker between working and answer (if any), and strings that must not occur."""
 
     type: AnswerType
     marker: str | None = None
@@ -35,7 +35,7 @@ class Constraint:
 
     @cached_property
     def expression(self) -> Expression:
-        """What is decoded after the marker: an answer after a blank, as trained answers have it, or without."""
+        """The expression to decode after the marker: an answer, with or without a blank before it."""
         return language.sequence(language.optional(language.literal(" ")), self.type.expression)
 
     def compile(self, limit: int = language.MAX_STATES) -> Automaton:
@@ -49,16 +49,16 @@ class Constraint:
 
 
 def next_token(tokens: Sequence[int]) -> str:
-    """The text that holds one token to a set: its log-probabilities are then those within the set."""
+    """The text that restricts one token to a set; log-probabilities are then relative to the set."""
     return TOKENS_PREFIX + json.dumps(list(tokens))
 
 
 def checked(
     data: Mapping[str, Any], marker: str | None, stop: tuple[str, ...], limit: int
 ) -> Iterator[tuple[str, str]]:
-    """The text of a constraint, and its type's name. Raises AnswerError for data of no type, or of too large a one.
+    """The text of a constraint, and its type's name. Raises AnswerError for an invalid or too large type.
 
-    For a child process, which imports this module alone.
+    Runs in a child process that imports only this module.
     """
     try:
         constraint = Constraint(_TYPES.validate_python(data), marker, stop)

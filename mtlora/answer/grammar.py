@@ -3,7 +3,7 @@
     root   ::= amount " " ("EUR" | "USD")
     amount ::= [0-9]{1,6} ("." [0-9] [0-9])?
 
-An answer is a `root`, or what the first rule says if no rule is called that. `#` begins a comment.
+An answer must match the rule `root`, or the first rule if none has this name. `#` begins a comment.
 """
 
 import re
@@ -54,7 +54,7 @@ class _Reader:
     def __init__(self, rules: Mapping[str, list[tuple[str, str]]]) -> None:
         self._rules = rules
         self._read: dict[str, Expression] = {}
-        # Rules being read, outermost first.
+        # Rules that are being read, outermost first; finds recursion.
         self._inside: list[str] = []
 
     def rule(self, name: str) -> Expression:

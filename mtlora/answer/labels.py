@@ -1,4 +1,4 @@
-"""Probabilities of a closed set of labels, from one token's probabilities at each place where their texts part."""
+"""Label probabilities from next-token probabilities at each position where the labels' tokens differ."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 class LabelTree:
     """The token ids of labels as a tree.
 
-    branches: for each place with several ways on, the ids that lead there and the ids that may follow. A place with one
-    way on needs no model.
+    branches: for each prefix that several tokens may follow, the ids of the prefix and the ids that may follow. Where
+    only one token may follow, no model call is needed.
     """
 
     def __init__(self, tokens: Mapping[str, Sequence[int]]) -> None:
-        """tokens: the ids of each label, with one at the end that ends it, such as the end-of-sequence token."""
+        """tokens: the ids of each label, with an end token last, such as the end-of-sequence token."""
         self._tokens = {label: tuple(ids) for label, ids in tokens.items()}
         following: dict[tuple[int, ...], dict[int, None]] = {}
         for ids in self._tokens.values():
@@ -23,7 +23,7 @@ class LabelTree:
     def probabilities(self, logprobs: Sequence[Mapping[int, float]], temperature: float = 1.0) -> dict[str, float]:
         """The probability of every label; they add up to 1.
 
-        logprobs: for each branch the log-probabilities, up to a constant, of the ids that may follow.
+        logprobs: for each branch, the log-probabilities of the ids that may follow; a constant may be added to all.
         """
         steps: dict[tuple[int, ...], dict[int, float]] = {}
         for (before, after), found in zip(self.branches, logprobs, strict=True):
@@ -37,7 +37,7 @@ class LabelTree:
 
 
 def tempered(logs: Sequence[float], temperature: float) -> list[float]:
-    """Probabilities of log-probabilities at a temperature: above 1 they lie closer together."""
+    """Turn log-probabilities into probabilities at a temperature; a temperature above 1 makes them more even."""
     scaled = [log / temperature for log in logs]
     total = _log_sum(scaled)
     return [math.exp(log - total) for log in scaled]

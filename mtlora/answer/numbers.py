@@ -13,15 +13,15 @@ LARGEST = Decimal(10) ** 15
 MAX_DECIMALS = 9
 # The range of a number that sets none.
 WIDEST = Decimal(10) ** 12
-# Most values of a step that is no power of ten: they are listed one by one.
+# Most values if the step is not a power of ten: such values are listed one by one.
 MAX_LISTED = 10_000
 
 
 @lru_cache(maxsize=1024)
 def number(minimum: Decimal, maximum: Decimal, step: Decimal) -> Expression:
-    """Every multiple of `step` from `minimum` to `maximum`, without needless zeros in front.
+    """Every multiple of `step` from `minimum` to `maximum`, without leading zeros.
 
-    Decimals: as many as the step has, or fewer. Raises AnswerError.
+    A value has at most as many decimals as the step. Raises AnswerError.
     """
     if not all(value.is_finite() for value in (minimum, maximum, step)):
         raise AnswerError("number: minimum, maximum and step must be finite")
@@ -55,7 +55,7 @@ def number(minimum: Decimal, maximum: Decimal, step: Decimal) -> Expression:
 
 
 def _unlimited(decimals: int) -> Expression:
-    """Up to twelve digits before the point."""
+    """A number without a range: up to twelve digits before the point."""
     fraction = language.sequence(language.literal("."), Repeat(DIGIT, 1, decimals)) if decimals else NOTHING
     whole = language.sequence(language.chars([(49, 57)]), Repeat(DIGIT, 0, 11), language.optional(fraction))
     zero = [language.sequence(language.literal("0"), fraction)] if decimals else []
@@ -72,7 +72,7 @@ def _ceiling(value: Decimal) -> int:
 
 
 def _signed(low: int, high: int, places: int) -> Iterator[Expression]:
-    """The numbers `low` to `high`, their last `places` digits behind a point."""
+    """The integers `low` to `high`, with a decimal point before the last `places` digits."""
     if high >= 0:
         yield from _unsigned(max(0, low), high, places)
     if low < 0 and (options := list(_unsigned(max(1, -high), -low, places))):
@@ -80,7 +80,7 @@ def _signed(low: int, high: int, places: int) -> Iterator[Expression]:
 
 
 def _unsigned(low: int, high: int, places: int) -> Iterator[Expression]:
-    # Take numbers by their length: at least one digit stands before the point.
+    # Group numbers by their length: at least one digit stands before the point.
     for digits in range(places + 1, len(str(high)) + places + 2):
         first = 0 if digits == places + 1 else 10 ** (digits - 1)
         begin, end = max(low, first), min(high, 10**digits - 1)
@@ -89,7 +89,7 @@ def _unsigned(low: int, high: int, places: int) -> Iterator[Expression]:
 
 
 def _between(low: str, high: str, point: int) -> Expression:
-    """Texts from `low` to `high`, of equal length; a point follows the first `point` digits, unless they are all."""
+    """Digit texts from `low` to `high`, equally long; a point follows the first `point` digits, if more follow."""
     if not low:
         return NOTHING
     dot = language.literal(".") if point == 0 else NOTHING

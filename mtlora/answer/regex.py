@@ -1,4 +1,4 @@
-"""Regular expressions in Python's syntax, for the whole answer."""
+"""Regular expressions in Python's syntax that match the whole answer."""
 
 import re
 import warnings
@@ -8,7 +8,7 @@ from typing import Any
 from mtlora.answer import language
 from mtlora.answer.language import LAST, MAX_REPEATS, AnswerError, Chars, Expression, Repeat
 
-# Python's own parser: what it takes is what `re` takes.
+# Python's own parser accepts exactly the syntax of `re`.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     import sre_constants
@@ -35,7 +35,7 @@ _NEWLINE = ((10, 10),)
 def parse(text: str) -> Expression:
     """The expression of a pattern; \\d, \\w and \\s are ASCII. Raises AnswerError.
 
-    Takes no look-around, back-references, flags, word boundaries, or anchors but at the outer ends.
+    Refuses look-around, back-references, flags, word boundaries, and anchors that are not at the outer ends.
     """
     if len(text) > MAX_CHARACTERS:
         raise AnswerError(f"regex: found {len(text)} characters; allowed: {MAX_CHARACTERS}")

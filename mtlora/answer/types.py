@@ -1,6 +1,6 @@
-"""Types of answers, as a task's entry and a request name them.
+"""Types of answers, as fields of a task's entry and of a request.
 
-Each has its `expression`, which the decoder is held to, and gives the value that a text stands for.
+Each type has an `expression` that constrains the decoder, and converts an answer's text into a value.
 """
 
 import json
@@ -25,17 +25,17 @@ class _Answer(BaseModel):
 
     @property
     def expression(self) -> Expression:
-        """The answers, without outer blanks. Raises AnswerError."""
+        """The expression of all answers, without outer blanks. Raises AnswerError."""
         raise NotImplementedError
 
     @cached_property
     def automaton(self) -> Automaton:
-        """What reads an answer. Raises AnswerError if it is too large."""
+        """The automaton of `expression`. Raises AnswerError if it is too large."""
         return _automaton(self.expression)
 
     @property
     def name(self) -> str:
-        """The type in a word or two, which tell what value a text stands for."""
+        """The type's name for clients, which tells them how to convert a text into a value."""
         return str(self.type)  # type: ignore[attr-defined]
 
     def check(self, text: str) -> bool:
@@ -43,7 +43,7 @@ class _Answer(BaseModel):
         return self.automaton.matches(text.strip())
 
     def value(self, text: str) -> Value:
-        """What an answer stands for. Raises AnswerError for a text of another type."""
+        """The value of an answer's text. Raises AnswerError for a text that is not of this type."""
         if not self.check(text):
             raise AnswerError(f"{text[:80]!r} is no answer of this type")
         return self._value(text.strip())
@@ -66,7 +66,7 @@ def _automaton(expression: Expression) -> Automaton:
 
 
 class Label(_Answer):
-    """One of a closed set."""
+    """One label of a closed set."""
 
     type: Literal["label"] = "label"
     labels: tuple[str, ...] = Field(description=f"2 to {MAX_LABELS} distinct, non-empty answers")
@@ -125,7 +125,7 @@ class Date(_Answer):
 
 
 class Regex(_Answer):
-    """What a regular expression matches as a whole."""
+    """A text that a regular expression matches completely."""
 
     type: Literal["regex"] = "regex"
     pattern: str
@@ -136,17 +136,17 @@ class Regex(_Answer):
 
 
 class Json(_Answer):
-    """JSON after a schema."""
+    """JSON that follows a schema."""
 
     type: Literal["json"] = "json"
-    # `schema` is a method of pydantic's.
+    # Use an alias: pydantic's models have a method `schema`.
     json_schema: str = Field(alias="schema", description="the schema, as JSON")
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
 
     @model_validator(mode="before")
     @classmethod
     def _schema_as_text(cls, data: Any) -> Any:
-        """A suite's file may hold the schema itself."""
+        """A suite's file may hold the schema as JSON instead of text."""
         if isinstance(data, dict) and isinstance(data.get("schema"), dict):
             return {**data, "schema": json.dumps(data["schema"], ensure_ascii=False)}
         return data
@@ -161,7 +161,7 @@ class Json(_Answer):
 
 
 class Grammar(_Answer):
-    """A grammar in EBNF, without recursion."""
+    """A text that matches an EBNF grammar without recursion."""
 
     type: Literal["grammar"] = "grammar"
     rules: str

@@ -7,22 +7,23 @@ Tensors of layer l and module m (`self_attn` or `mlp`), where T = tasks, N = exp
     layers.{l}.{m}.lora_route   [g*N, d]     router, group-major: row j*N + i is expert i in group j
     layers.{l}.{m}.task_bias    [T, g, N]    router bias per task, if the config has task_bias
 
-An adapter of images has a head for each task, whose place in the manifest's `tasks` is the row. Classes are in the
-order of the task's labels, F is the length of a feature (`ImageInput.pooling`). Weights standardise features too:
+An adapter for images has a head for each task; `row` is the task's index in the manifest's `tasks`. Classes are in the
+order of the task's labels, F is the length of a feature (`ImageInput.pooling`). The weights include the features'
+standardisation:
 
     heads.{row}.weight          [classes, F]
     heads.{row}.bias            [classes]
 
-An adapter with text tasks that take an image has a projector. It turns the last states of merge x merge neighbouring
-patches, row by row one behind the other, K numbers, into a soft token: a row of the language backbone's embeddings.
-Soft tokens stand in a prompt row by row. Weights standardise states too:
+An adapter with text tasks that take an image has a projector. It maps the last states of merge x merge neighbouring
+patches, concatenated row by row to K numbers, to a soft token: an input embedding of the language backbone. A prompt
+holds the soft tokens row by row. The weights include the states' standardisation:
 
     projector.weight            [d, K]       K = merge² times the vision backbone's hidden size
     projector.bias              [d]
 
 Version 2 is version 1 with documents (`activation` in the config, `document_template` in a task), images (`image` in
-every task) or texts with images (`picture` in a task, `projector`). It is written only for adapters with any of these,
-so readers of version 1 refuse those alone.
+every task) or texts with images (`picture` in a task, `projector`). Only adapters with any of these are written as
+version 2, so readers of version 1 still read all others.
 """
 
 import reprlib
@@ -50,7 +51,7 @@ class CheckpointError(MtLoRAError):
 
 
 class TaskEntry(TaskSpec):
-    """A row of the task table."""
+    """An entry of the task table."""
 
     bias_index: int | None = Field(None, ge=0, description="row of the router's task biases; null without task biases")
 
@@ -62,9 +63,9 @@ def format_version(config: MtLoRAConfig, tasks: Sequence[TaskSpec]) -> Literal[1
 
 
 class ProjectorConfig(BaseModel):
-    """What turns an image into soft tokens of a language backbone.
+    """How the projector turns an image into soft tokens of a language backbone.
 
-    backbone: the vision backbone whose states it was trained on.
+    backbone: the vision backbone that the projector was trained with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -145,7 +146,7 @@ class AdapterManifest(BaseModel):
         raise KeyError(task_id)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that this manifest requires."""
+        """Names and shapes of all tensors that this manifest requires."""
         config, d = self.config, self.backbone.hidden_size
         shapes: dict[str, tuple[int, ...]] = {}
         for layer in range(self.backbone.num_layers):
@@ -177,7 +178,7 @@ class Checkpoint:
 
     @property
     def paths(self) -> dict[str, torch.Tensor]:
-        """The tensors of the paths beside the blocks: all but heads and projector."""
+        """The tensors of the paths beside the blocks: all except heads and projector."""
         return {name: tensor for name, tensor in self.tensors.items() if name.startswith("layers.")}
 
     @property
@@ -187,12 +188,12 @@ class Checkpoint:
         return self.tensors[weight], self.tensors[bias]
 
     def head(self, task_id: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(weight [classes, F], bias [classes]) of a task of images. Raises KeyError for any other task."""
+        """(weight [classes, F], bias [classes]) of an image task. Raises KeyError for any other task."""
         row = next((row for row, task in enumerate(self.manifest.tasks) if task.id == task_id), -1)
         weight, bias = head_names(row)
         return self.tensors[weight], self.tensors[bias]
 
 
 def and_more(names: Sequence[object]) -> str:
-    """The end of a message that names only the first of `names`."""
+    """The end of an error message that lists only the first of `names`."""
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

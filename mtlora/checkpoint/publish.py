@@ -1,4 +1,4 @@
-"""Put a checkpoint where a server finds it: `ADAPTERS/NAME/VERSION/`."""
+"""Publishes a checkpoint in a server's adapters folder: `ADAPTERS/NAME/VERSION/`."""
 
 import os
 from pathlib import Path
@@ -12,8 +12,9 @@ from mtlora.files import folder_in_the_making, let_all_read, make_folders, sync,
 def publish(checkpoint: Path, adapter: Path) -> Path:
     """Copy a valid checkpoint to the next free version of an adapter's folder; returns the new folder.
 
-    Every user may read it, whatever the umask. It appears by a rename: a watching server never sees half of it. Raises
-    CheckpointError for a checkpoint that cannot be read, MtLoRAError if `adapter` is itself a checkpoint.
+    Every user may read the copy, whatever the umask. A rename puts it in place, so a server never sees half of it.
+    Raises CheckpointError for a checkpoint that cannot be read, MtLoRAError if the folder `adapter` is itself a
+    checkpoint.
     """
     read_checkpoint(checkpoint)
     if (adapter / MANIFEST_FILE).exists():

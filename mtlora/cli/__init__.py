@@ -1,6 +1,6 @@
 """The `mtlora` command. Each command group is a module with `add_parser(subparsers)`, which sets `run(args) -> int`.
 
-Command modules import torch, transformers and the like inside `run`, so that `mtlora --help` answers at once.
+Command modules import torch, transformers and the like inside `run`, so `mtlora --help` is fast.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader (`| head`) is gone: keep the interpreter's flush at exit from failing too.
+        # The reader of a pipe (`| head`) is gone: prevent a second error when the interpreter flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
@@ -74,7 +74,7 @@ def _format_warning(
 
 
 def _message(error: ValueError) -> str | None:
-    """The line to print for a user's error; None for a defect, which keeps its traceback."""
+    """The line to print for a user's error; None for a bug, whose traceback is shown."""
     from pydantic import ValidationError
 
     from mtlora.errors import MtLoRAError, describe

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_parser(subparsers: Any) -> None:
-    """Contribute `backbone prepare` and `backbone show`."""
+    """Add the commands `backbone prepare` and `backbone show`."""
     parser = subparsers.add_parser("backbone", help="prepare or show the frozen backbone")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def add_backbone_argument(parser: argparse.ArgumentParser, default: str | None = "default") -> None:
-    """`--backbone B`, the same in every command."""
+    """Add `--backbone B`, the same in every command."""
     names = "'default', 'vision', a Hugging Face folder, or a hub id OWNER/NAME"
     if default is None:
         names += " (default: that of the suite's kind of input)"
@@ -46,7 +46,7 @@ def add_backbone_argument(parser: argparse.ArgumentParser, default: str | None =
 
 
 def add_vision_argument(parser: argparse.ArgumentParser) -> None:
-    """`--vision-backbone B`, for tasks of text that take an image."""
+    """Add `--vision-backbone B`, for text tasks that take an image."""
     parser.add_argument(
         "--vision-backbone", default="vision", metavar="B",
         help="of the images of text tasks that take one: 'vision' (the default), a folder or a hub id",
@@ -54,14 +54,14 @@ def add_vision_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def vision_for(vision: str, tasks: "Iterable[TaskSpec]") -> Path | None:
-    """The vision backbone's folder, if a text task takes an image. Raises BackboneError."""
+    """The vision backbone's folder if a text task takes an image, else None. Raises BackboneError."""
     from mtlora.backbone import resolve
 
     return resolve(vision) if any(task.picture for task in tasks) else None
 
 
 def backbone_for(backbone: str | None, suite: "Suite") -> str:
-    """The backbone of a command line, or the built-in one for a suite's kind of input."""
+    """The backbone given by a flag, or else the built-in one for the suite's kind of input."""
     return backbone or ("vision" if any(task.image for task in suite.tasks) else "default")
 
 

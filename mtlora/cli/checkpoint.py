@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_parser(subparsers: Any) -> None:
-    """Contribute `inspect`, `verify`, `convert` and `publish`."""
+    """Add the commands `inspect`, `verify`, `convert` and `publish`."""
     inspect = subparsers.add_parser("inspect", help="print a checkpoint's configuration, tasks and provenance")
     inspect.add_argument("folder", type=Path, metavar="DIR")
     inspect.add_argument("--json", action="store_true", help="print JSON")
@@ -66,7 +66,7 @@ def _inspect(args: argparse.Namespace) -> int:
     parameters = adapter_parameters(config, backbone.hidden_size, backbone.num_layers, len(manifest.tasks))
     sizes = {name: math.prod(shape) for name, shape in manifest.tensor_shapes().items()}
     parts = {part: sum(n for name, n in sizes.items() if name.startswith(part)) for part in ("heads", "projector")}
-    # The tensors may be absent or damaged; `verify` reports that.
+    # Count only files that exist; `verify` reports missing or damaged ones.
     size = sum(path.stat().st_size for name in (MANIFEST_FILE, TENSORS_FILE) if (path := args.folder / name).is_file())
     if args.json:
         print_json({"parameters": parameters, "bytes": size, **manifest.model_dump(mode="json")})
@@ -105,7 +105,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _shown(task: "TaskSpec") -> tuple[object, ...]:
-    """A table's cells for a task of images, or of text."""
+    """The table cells of an image task or a text task."""
     if task.image is not None:
         return f"{task.image.size} px", task.image.resize, task.image.pooling, len(task.labels or ())
     answers: str = "any" if task.answer_type is None else task.answer_type.type
@@ -141,7 +141,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _check_masks(backbone: Path, tasks: "Sequence[TaskSpec]") -> None:
-    """Raise AnswerError for a type that llguidance, where it is installed, cannot mask, or whose answers do not fit."""
+    """Raise AnswerError if a type's answers do not fit or, where llguidance is installed, it cannot mask the type."""
     from importlib.util import find_spec
 
     constraints = {task.id: found for task in tasks if (found := task.constraint())}
@@ -167,7 +167,7 @@ def _check_masks(backbone: Path, tasks: "Sequence[TaskSpec]") -> None:
                 raise AnswerError(f"task {task.id}: answer: {error}") from None
             automaton = constraint.compile()
             marker = vocabulary.encode(f" {constraint.marker}") if constraint.marker else []
-            # And the end.
+            # Count the end-of-sequence token too.
             fewest[constraint.text] = Closing(automaton, vocabulary).needs(automaton.start) + len(marker) + 1
         if (least := fewest[constraint.text]) > task.max_new_tokens:
             raise AnswerError(

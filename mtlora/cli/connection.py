@@ -1,4 +1,4 @@
-"""The flags of commands that ask a running server, here and in `mtlora-server`: how it lets the caller in."""
+"""Credential flags of all commands that call a running server, here and in `mtlora-server`."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ _KEY_VARIABLE = "MTLORA_API_KEY"
 
 
 def add_access_arguments(parser: argparse.ArgumentParser) -> None:
-    """An API key or token, and TLS."""
+    """Add flags for an API key or token, and for TLS."""
     # Take a file, not the key itself: other users of the machine can read a process's arguments.
     parser.add_argument(
         "--api-key-file",
@@ -27,7 +27,7 @@ def add_access_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def access_from(options: argparse.Namespace) -> "Access":
-    """What the flags of `add_access_arguments` and the environment give. Raises OSError, or ValueError for flags."""
+    """The credentials in the flags and the environment. Raises OSError; ValueError for contradictory flags."""
     from mtlora.client import Access
 
     for flag in ("tls_certificate", "tls_key", "tls_server_name"):

@@ -1,4 +1,4 @@
-"""`mtlora merge`: add a task to an adapter without moving its other tasks."""
+"""`mtlora merge`: add a task to an adapter without changing its other tasks."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ _VALIDATION = 16
 
 
 def add_parser(subparsers: Any) -> None:
-    """Contribute `merge`."""
+    """Add the command `merge`."""
     parser = subparsers.add_parser(
         "merge",
         help="add a task to an adapter without moving its other tasks",
@@ -37,7 +37,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    # Threads that wait without spinning cost little. Spinning beside other work costs a factor of ten.
+    # Let waiting threads sleep. Threads that spin beside other work make training ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from mtlora.backbone import identify, resolve
     from mtlora.checkpoint.read import read_checkpoint
@@ -84,7 +84,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _counts(suite: Any, task_id: str) -> dict[str, Any]:
-    """Example counts: the usual number from a generator, all that a folder has."""
+    """Example counts: a default number for a generated suite, all examples of a folder."""
     if not suite.finite:
         return {"examples_per_task": _EXAMPLES, "validation_per_task": _VALIDATION}
     validation = len(suite.examples(task_id, "validation", None))

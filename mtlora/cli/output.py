@@ -1,4 +1,4 @@
-"""What the commands print: tables for people, JSON for programs."""
+"""Output of the commands: tables for people, JSON for programs."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def printable(value: object) -> str:
-    """`value` as text that cannot control a terminal: a checkpoint's texts are not trusted."""
+    """`value` as text without terminal control characters: texts in a checkpoint are untrusted."""
     text = value if isinstance(value, str) else str(value)
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
@@ -19,7 +19,7 @@ def print_json(value: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table. Cells are plain text, never markup; output that is no terminal is never cut."""
+    """Print a table. Cells are plain text, not markup. Output to a file or pipe is not truncated."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -32,7 +32,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         table.add_column(Text(column), overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    # Capture, then print: rich ends the process by itself when a pipe's reader is gone.
+    # Capture, then print: rich itself would exit the process when a pipe's reader is gone.
     with console.capture() as captured:
         console.print(table)
     print(captured.get(), end="")

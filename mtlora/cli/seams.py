@@ -1,4 +1,4 @@
-"""`mtlora seams`: which seams of the plugin hold in a release of vLLM, by its sources."""
+"""`mtlora seams`: check in a vLLM release's sources which of the plugin's seams it has."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ from mtlora.cli.output import print_table
 
 
 def add_parser(subparsers: Any) -> None:
-    """Contribute `seams`."""
+    """Add the command `seams`."""
     seams = subparsers.add_parser(
         "seams",
         help="say which seams of the plugin hold in a release of vLLM, by its sources",
@@ -56,7 +56,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _label(path: Path) -> str:
-    """Name and version of a distribution by its file's name."""
+    """Name and version of a distribution, from its file name."""
     return "-".join(path.name.removesuffix(".whl").removesuffix(".tar.gz").split("-")[:2])
 
 

@@ -1,4 +1,4 @@
-"""A training configuration from a file and flags."""
+"""Reads a training configuration from a file and flags."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from mtlora.errors import MtLoRAError
 
 
 def add_set_argument(parser: argparse.ArgumentParser) -> None:
-    """`--set KEY=JSON`, the same in every command."""
+    """Add `--set KEY=JSON`, the same in every command."""
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=JSON",
         help="any other setting, such as adapter.r=32; @FILE: all settings of a JSON file",
@@ -18,7 +18,7 @@ def add_set_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def read_settings(file: Path | None, flags: Sequence[str]) -> dict[str, Any]:
-    """The file's settings, then flags of the form `a.b=JSON` or `@FILE`; later ones win.
+    """Settings of the file, then of flags `a.b=JSON` or `@FILE`; later ones override earlier ones.
 
     Raises MtLoRAError naming file or flag.
     """
@@ -32,7 +32,7 @@ def read_settings(file: Path | None, flags: Sequence[str]) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises MtLoRAError naming the file."""
+    """Read a JSON object from a file. Raises MtLoRAError naming the file."""
     try:
         settings = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:

@@ -9,11 +9,11 @@ import grpc
 
 @dataclass(frozen=True)
 class Access:
-    """Credentials of a client; paths are of PEM files.
+    """Credentials of a client; certificates and keys are paths of PEM files.
 
-    api_key: a key, or a token of an issuer that the server knows. ca: authorities for the server's certificate; None
-    means no TLS. certificate, key: the client's own, if the server requires them. server_name: the name in the server's
-    certificate, if it is not the address's.
+    api_key: an API key, or a token of an issuer that the server knows. ca: the authorities that sign the server's
+    certificate; None means no TLS. certificate, key: the client's own, if the server requires them. server_name: the
+    name in the server's certificate, if it differs from the host in the address.
     """
 
     api_key: str | None = None
@@ -23,11 +23,11 @@ class Access:
     server_name: str | None = None
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Metadata for every call."""
+        """The metadata to send with every call."""
         return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
 
     def channel(self, kind: Any, address: str, options: list[tuple[str, Any]]) -> Any:
-        """A channel of `kind`: grpc or grpc.aio. Raises OSError for a file that cannot be read."""
+        """Open a channel with `kind`, the module grpc or grpc.aio. Raises OSError for a file that cannot be read."""
         if self.ca is None:
             return kind.insecure_channel(address, options=options)
         credentials = grpc.ssl_channel_credentials(

@@ -22,7 +22,7 @@ from mtlora.client.retry import Attempts, Retry
 class AsyncClient(Calls):
     """`Client` for asyncio, without health checks; an asynchronous context manager.
 
-    placement: chooses the server of each Inference call; None: all in turn.
+    placement: chooses the server of each Inference call; None: servers take turns.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class AsyncClient(Calls):
     async def upload_adapter(self, folder: Path | str, adapter: str, *, timeout: float = UPLOAD_TIMEOUT_S) -> str:
         """Like `Client.upload_adapter`.
 
-        Its calls block a thread, not this loop: if a server refuses an upload while grpc.aio writes, half of the
-        refusals are lost (https://github.com/grpc/grpc/issues/36066).
+        Runs blocking calls in a thread: if a server refuses an upload while grpc.aio writes, half of the refusals are
+        lost (https://github.com/grpc/grpc/issues/36066).
         """
-        # If this is cancelled, the channel closes and the thread's call ends with it.
+        # On cancellation the channel closes, which also ends the thread's call.
         with Client(*self._place, self._retry) as client:
             return await asyncio.to_thread(client.upload_adapter, folder, adapter, timeout=timeout)
 

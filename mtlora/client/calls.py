@@ -1,4 +1,4 @@
-"""The calls of both clients: requests, and what becomes of replies. They depend only on the gRPC contract."""
+"""The calls of both clients: how requests are made and replies converted. They depend only on the gRPC contract."""
 
 import json
 import time
@@ -30,8 +30,8 @@ from mtlora.client.usage_report import UsageReport
 
 RETRY = Retry()
 UPLOAD_TIMEOUT_S = 3600.0
-# Calls go to every address of a name in turn. A stopping server cancels calls that cross its GOAWAY on the way: no
-# other failure of a server is CANCELLED.
+# Send calls to a name's addresses in turn. A stopping server cancels calls that arrive after its GOAWAY; no other
+# server failure gives CANCELLED.
 _SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [
@@ -50,16 +50,16 @@ _SERVICE_CONFIG = {
 OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-    # A server that was restarted is asked again soon; gRPC's own longest wait is two minutes.
+    # Reconnect soon to a restarted server: gRPC itself waits up to two minutes.
     ("grpc.max_reconnect_backoff_ms", 5000),
 ]
 
 
 class Calls:
-    """A channel of `kind`, grpc or grpc.aio, and the calls of both clients. Every method raises ServerError.
+    """A channel of `kind` (grpc or grpc.aio) and the calls that both clients have. Every method raises ServerError.
 
-    retry: repeats calls that a timeout leaves time for; None: no call is repeated. A stream is not repeated once a
-    piece of it has come.
+    retry: repeats failed calls while their timeout allows; None: no call is repeated. A stream is not repeated after
+    its first piece has arrived.
     """
 
     def __init__(self, kind: Any, address: str, access: Access, retry: Retry | None) -> None:
@@ -81,7 +81,7 @@ class Calls:
     def stream(
         self, task_id: str, input: Input = "", *, timeout: float | None = None, **parameters: Any
     ) -> Stream[pb.GenerateStreamResponse]:
-        """The answer in pieces; the last one carries the summary."""
+        """The answer in pieces; the last piece carries the summary."""
         return self._stub.GenerateStream, make_request(task_id, input, **parameters), timeout, same
 
     @Streaming
@@ -92,7 +92,7 @@ class Calls:
         timeout: float | None = None,
         **parameters: Any,
     ) -> Stream[BatchAnswer]:
-        """The answers to many inputs as they come; items as for `make_batch`."""
+        """The answers to many inputs, each as soon as it is complete; items as for `make_batch`."""
 
         def answer(message: pb.GenerateBatchStreamResponse) -> BatchAnswer:
             return BatchAnswer.of(message.item)
@@ -107,7 +107,7 @@ class Calls:
         timeout: float | None = None,
         **parameters: Any,
     ) -> Steps[list[BatchAnswer]]:
-        """The answers to many inputs, in their order; items as for `make_batch`."""
+        """The answers to many inputs, in the inputs' order; items as for `make_batch`."""
         reply = yield self._stub.GenerateBatch, make_batch(items, **parameters), timeout
         return [BatchAnswer.of(item) for item in reply.items]
 
@@ -121,7 +121,7 @@ class Calls:
         timeout: float | None = None,
         **parameters: Any,
     ) -> Stream[DocumentAnswer]:
-        """The answers of many tasks about one document as they come; arguments as for `make_analysis`."""
+        """The answers of many tasks about one document, each once complete; arguments as for `make_analysis`."""
         request = make_analysis(tasks, document, document_id=document_id, **parameters)
         return (
             self._stub.AnalyzeStream,
@@ -140,7 +140,7 @@ class Calls:
         timeout: float | None = None,
         **parameters: Any,
     ) -> Steps[list[DocumentAnswer]]:
-        """The answers of many tasks about one document, in their order; arguments as for `make_analysis`."""
+        """The answers of many tasks about one document, in the tasks' order; arguments as for `make_analysis`."""
         request = make_analysis(tasks, document, document_id=document_id, **parameters)
         reply = yield self._stub.Analyze, request, timeout
         return [DocumentAnswer.about(reply.document_id, item) for item in reply.items]
@@ -172,13 +172,13 @@ class Calls:
         uncalibrated: bool = False,
         routing_key: str = "",
     ) -> Steps[list[Score]]:
-        """The probabilities of a task's labels for many inputs, in their order."""
+        """The probabilities of a task's labels for many inputs, in the inputs' order."""
         request = make_score(task_id, inputs, uncalibrated=uncalibrated, routing_key=routing_key)
         return list(map(Score.of, (yield self._stub.Score, request, timeout).scores))
 
     @Method
     def tasks(self, page_size: int = 0, *, timeout: float | None = None) -> Steps[list[pb.Task]]:
-        """All tasks that can be asked; the timeout is for all pages."""
+        """All tasks that are served; the timeout covers all pages."""
         tasks: list[pb.Task] = []
         until = None if timeout is None else time.monotonic() + timeout
         token = ""
@@ -203,7 +203,7 @@ class Calls:
     def load_adapter(
         self, adapter: str, version: str = "", *, timeout: float | None = None
     ) -> Steps[adapters_pb2.AdapterVersion]:
-        """Let a version, the highest by default, serve; returns when it does."""
+        """Let a version serve, by default the highest; returns once it serves."""
         request = adapters_pb2.LoadAdapterRequest(adapter=adapter, version=version)
         return (yield self._adapters.Load, request, timeout).serving
 
@@ -220,7 +220,7 @@ class Calls:
 
     @Method
     def pin_adapter(self, adapter: str, pinned: bool = True, *, timeout: float | None = None) -> Steps[None]:
-        """Keep an adapter in the engine's memory, or stop keeping it."""
+        """Pin an adapter in the engine's memory, or unpin it."""
         if pinned:
             yield self._adapters.Pin, adapters_pb2.PinAdapterRequest(adapter=adapter), timeout
         else:
@@ -230,7 +230,7 @@ class Calls:
     def set_adapter_weights(
         self, weights: Mapping[str, int], *, adapter: str = "", task: str = "", timeout: float | None = None
     ) -> Steps[None]:
-        """Split the requests of an adapter, or of one task, among versions; no weights end the split."""
+        """Split the requests of an adapter, or of one task, among versions; empty weights end the split."""
         target = {"task": task} if task else {"adapter": adapter}
         yield self._adapters.SetWeights, adapters_pb2.SetAdapterWeightsRequest(weights=weights, **target), timeout
 
@@ -253,7 +253,7 @@ class Calls:
         by: str = "day",
         timeout: float | None = None,
     ) -> Steps[UsageReport]:
-        """What tenants used of tasks in a span, summed up by hour, day, month or "total"; iterate over it."""
+        """Tenants' usage by task in a time span, summed by hour, day, month or "total"; iterate over it."""
         request = usage_pb2.ReadUsageRequest(
             since=since, until=until, tenant=tenant, task=task, granularity=f"USAGE_GRANULARITY_{by.upper()}"
         )
@@ -264,15 +264,15 @@ class Calls:
 
 
 def same(message: Any) -> Any:
-    """A message as it came."""
+    """Return a message unchanged."""
     return message
 
 
 def _once(rpc: Any, timeout: float | None) -> Any:
-    """An RPC with a deadline that is not repeated within it."""
+    """Call an RPC once, with a deadline."""
     return lambda request, metadata, **_: rpc(request, timeout=timeout, metadata=metadata)
 
 
 def streams(rpc: Any) -> bool:
-    """Whether an RPC answers with several messages."""
+    """Whether an RPC's response is a stream."""
     return isinstance(rpc, grpc.UnaryStreamMultiCallable | grpc.aio.UnaryStreamMultiCallable)

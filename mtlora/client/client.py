@@ -35,17 +35,17 @@ class Client(Calls):
         self._channel.close()
 
     def watch_adapters(self, adapter: str = "") -> Iterator[adapters_pb2.AdapterEvent]:
-        """What happens to adapters from this call on. Closing the iterator ends it."""
+        """Iterate over adapter events from this call on. Closing the iterator ends the call."""
         call = self._watch(adapter)
         with server_errors():
-            # The server sends its metadata once it watches, so no later event is missed.
+            # Wait for the initial metadata: the server sends it once it watches, so no later event is missed.
             call.initial_metadata()
         return _read(call)
 
     def upload_adapter(self, folder: Path | str, adapter: str, *, timeout: float = UPLOAD_TIMEOUT_S) -> str:
-        """Put a checkpoint into the server's folder as the adapter's next version, which is returned.
+        """Upload a checkpoint as the adapter's next version; returns the version.
 
-        Goes on after a cut, within the timeout. Raises OSError if the checkpoint cannot be read.
+        Resumes after a broken connection, within the timeout. Raises OSError if the checkpoint cannot be read.
         """
         upload, attempts, version = Upload(folder, adapter), Attempts(self._retry, timeout), ""
         while True:
@@ -58,7 +58,7 @@ class Client(Calls):
 
             call = self._adapters.Upload(requests(), timeout=attempts.left_s, metadata=self._metadata)
             try:
-                # Read to the end: the server records the call before it sends the status.
+                # Read up to the status: the server records the call before it sends the status.
                 for reply in _read(call):
                     if reply.version:
                         version = reply.version

@@ -1,4 +1,4 @@
-"""A failed request, with the details that the server gives in its status."""
+"""The error of a failed request, with the details in the server's status."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +49,7 @@ class ServerError(Exception):
 
 
 class StatusOf:
-    """An item's google.rpc.Status, as gRPC gives that of a call."""
+    """An item's google.rpc.Status with the interface of a call's grpc.RpcError."""
 
     def __init__(self, status: status_pb2.Status) -> None:
         self._status = status
@@ -66,7 +66,7 @@ class StatusOf:
 
 @contextmanager
 def server_errors() -> Iterator[None]:
-    """Raise ServerError for what gRPC raises inside."""
+    """Turn gRPC errors raised in this block into ServerError."""
     try:
         yield
     except grpc.RpcError as error:

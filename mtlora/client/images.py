@@ -1,4 +1,4 @@
-"""What a request of images says and what its answer holds."""
+"""Messages of image requests, and their answers."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,15 +9,15 @@ from mtlora_pb.v1 import inference_pb2 as pb
 
 from mtlora.client.errors import ServerError, StatusOf
 
-# An encoded image, the file of one, or a prepared one: a numpy array of float32, [3, size, size].
+# An encoded image, a path of its file, or a prepared image: a numpy array of float32, [3, size, size].
 ImageSource = bytes | Path | Any
 
 
 @dataclass(frozen=True)
 class Classification:
-    """What became of one image by one task: the likeliest label and the probability of each, or an error.
+    """The result of one image and one task: the likeliest label and each label's probability, or an error.
 
-    image: the image's place in the request. probabilities: likeliest first.
+    image: the image's index in the request. probabilities: likeliest first.
     """
 
     image: int
@@ -46,14 +46,14 @@ def make_image(image: ImageSource) -> pb.Image:
 
 
 def is_image(input: Any) -> bool:
-    """Whether an input is an image, and not a text, fields or a chat."""
+    """Whether an input is an image rather than a text, fields or a chat."""
     return isinstance(input, bytes | Path) or hasattr(input, "tobytes")
 
 
 def make_classification(
     tasks: str | Iterable[str], images: Iterable[ImageSource], *, uncalibrated: bool = False, routing_key: str = ""
 ) -> pb.ClassifyRequest:
-    """The message for many images, each to be answered by one task or by several."""
+    """The message for many images, each classified by one or several tasks."""
     return pb.ClassifyRequest(
         task_ids=[tasks] if isinstance(tasks, str) else tasks,
         images=map(make_image, images),

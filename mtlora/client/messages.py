@@ -1,4 +1,4 @@
-"""What a request says and what an answer holds."""
+"""Messages of text requests, and their answers."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,15 +12,15 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from mtlora.client.errors import ServerError, StatusOf
 from mtlora.client.images import ImageSource, is_image, make_image
 
-# A text for a one-field template, named fields, the messages of a chat, or the token ids of a whole prompt.
+# A text for a template with one field, named fields, the messages of a chat, or a whole prompt's token ids.
 Input = str | Mapping[str, str] | Sequence[Mapping[str, str]] | Sequence[int]
 _LISTS = ("allowed_tokens", "banned_tokens", "stop_token_ids")
 
 
 def value_of(text: str, answer_type: str) -> Any:
-    """What a text of a type stands for: a Decimal, a date, what JSON holds, or the text itself.
+    """Convert an answer's text to a value: a Decimal, a date, a JSON value, or the text itself.
 
-    answer_type: of the reply; of a stream's, its last message has it.
+    answer_type: from the reply; in a stream, the last message has it.
     """
     kind, _, format = answer_type.partition(" ")
     match kind:
@@ -49,7 +49,7 @@ class _Typed:
 
 @dataclass(frozen=True)
 class Sample(_Typed):
-    """One of several answers; see the contract's Sample. answer_type: as of its Answer."""
+    """One of several answers; see Sample in the gRPC contract. answer_type: that of its Answer."""
 
     text: str
     finish_reason: pb.FinishReason
@@ -78,7 +78,7 @@ class Sample(_Typed):
 
 @dataclass(frozen=True)
 class Answer(_Typed):
-    """reasoning: what the model wrote before its answer, if it was asked for.
+    """reasoning: the model's text before its answer, if requested.
     samples: every answer if several were asked for, the one of this object first. token_ids, prompt_logprobs: if asked
     for. answer_type: what the text was held to, empty if it was free.
     """
@@ -108,7 +108,7 @@ class Answer(_Typed):
 
 @dataclass(frozen=True)
 class Score:
-    """What became of one input: the likeliest label and the probability of each, likeliest first, or an error."""
+    """The result of one input: the likeliest label and each label's probability, likeliest first, or an error."""
 
     label: str = ""
     probabilities: Mapping[str, float] = field(default_factory=dict)
@@ -127,7 +127,7 @@ class Score:
 def make_score(
     task_id: str, inputs: Iterable[Any], *, uncalibrated: bool = False, routing_key: str = ""
 ) -> pb.ScoreRequest:
-    """The message for many inputs, texts or images; the key goes for all."""
+    """The message for many inputs, texts or images; the key applies to all of them."""
     made = pb.ScoreRequest(task_id=task_id, uncalibrated=uncalibrated)
     for each in inputs:
         if is_image(each):
@@ -141,7 +141,7 @@ def make_score(
 
 @dataclass(frozen=True)
 class BatchAnswer:
-    """What became of one item of a batch: an answer, or an error. index: the item's place in the batch."""
+    """The result of one batch item: an answer, or an error. index: the item's index in the batch."""
 
     index: int
     answer: Answer | None = None
@@ -169,11 +169,11 @@ class DocumentAnswer(BatchAnswer):
 
     @classmethod
     def about(cls, document_id: str, item: pb.BatchItem) -> Self:
-        """Make one from an item of a reply."""
+        """Make the object from an item of a reply."""
         return replace(cls.of(item), document_id=document_id)
 
 
-# A task's id; or its id and the values of its own fields; or the whole message.
+# A task's id, or its id and the values of its own fields, or a complete message.
 DocumentTask = str | tuple[str, Mapping[str, str]] | pb.DocumentTask
 
 
@@ -203,7 +203,7 @@ def make_analysis(
 
 
 def make_batch(items: Iterable[tuple[str, Input] | pb.GenerateRequest], **parameters: Any) -> pb.GenerateBatchRequest:
-    """The message for many inputs: pairs (task id, input), to which `parameters` apply, or whole requests."""
+    """The message for many inputs: pairs (task id, input), to which `parameters` apply, or complete requests."""
     return pb.GenerateBatchRequest(
         items=[each if isinstance(each, pb.GenerateRequest) else make_request(*each, **parameters) for each in items]
     )
@@ -223,9 +223,9 @@ def make_request(
 ) -> pb.GenerateRequest:
     """The message for one input. `parameters` are those of GenerationParameters.
 
-    image: for a task of text and image; one that takes nothing else has no input. Raises OSError for a file that cannot
-    be read.
-    `stop` is a list of strings, `logit_bias` a mapping from token ids, lists of tokens are lists of ids.
+    image: for a task of text and image; without other fields, the task needs no `input`. Raises OSError for a file that
+    cannot be read. `stop` is a list of strings, `logit_bias` a mapping from token ids, lists of tokens are lists of
+    ids.
     """
     request = pb.GenerateRequest(
         task_id=task_id,

@@ -1,6 +1,7 @@
-"""The methods that both clients share, written once.
+"""The methods that both clients share.
 
-A method yields its calls and turns the replies into a result; each client adds how it waits for a reply.
+A method is a generator: it yields calls and turns replies into a result. Each client makes the calls in its own way,
+blocking or awaiting.
 """
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
@@ -12,15 +13,15 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-# Yields (rpc, request, timeout in seconds), gets the reply, returns the method's result. The reply of a streaming RPC
-# is (the first message, an iterator of the others).
+# Yields (rpc, request, timeout in seconds), receives the reply, returns the method's result. The reply of a streaming
+# RPC is (first message, iterator over the others).
 Steps = Generator[tuple[Any, Any, float | None], Any, T]
-# (rpc, request, timeout in seconds, what a message becomes)
+# (rpc, request, timeout in seconds, conversion of each message)
 Stream = tuple[Any, Any, float | None, Callable[[Any], T]]
 
 
 class Method(Generic[P, T]):
-    """A method of both clients, written once: Client's returns the result, AsyncClient's an awaitable."""
+    """A method of both clients: Client returns the result, AsyncClient an awaitable."""
 
     def __init__(self, steps: Callable[Concatenate[Any, P], Steps[T]]) -> None:
         self._steps = steps
@@ -47,7 +48,7 @@ class Method(Generic[P, T]):
 
 
 class Streaming(Generic[P, T]):
-    """Like `Method`, for a method that gives an iterator. Closing the iterator cancels the call."""
+    """Like `Method`, for a method that returns an iterator. Closing the iterator cancels the call."""
 
     def __init__(self, describe: Callable[Concatenate[Any, P], Stream[T]]) -> None:
         self._describe = describe

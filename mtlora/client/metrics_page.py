@@ -1,4 +1,4 @@
-"""A server's metrics page, read through prometheus-client's parser."""
+"""Reads a server's metrics page with prometheus-client's parser."""
 
 import math
 import urllib.parse
@@ -11,7 +11,7 @@ class MetricsPage:
     """One reading of a page in Prometheus' text format. `samples` has (labels, value) by sample name."""
 
     def __init__(self, text: str) -> None:
-        # Imported late: most clients read no metrics.
+        # Import here: most clients read no metrics.
         from prometheus_client.parser import text_string_to_metric_families
 
         self.samples: dict[str, list[tuple[Mapping[str, str], float]]] = {}
@@ -36,7 +36,7 @@ class MetricsPage:
         return series[0][0] if series else {}
 
     def buckets(self, name: str, **labels: str) -> dict[float, float]:
-        """Cumulative counts of a histogram by upper bound, rising, summed over all other labels."""
+        """A histogram's cumulative counts by upper bound, ascending, summed over all other labels."""
         counts: dict[float, float] = {}
         for found, value in self.samples.get(f"{name}_bucket", ()):
             if labels.items() <= found.items():
@@ -46,6 +46,6 @@ class MetricsPage:
 
 
 def metrics_url(address: str) -> str:
-    """`HOST:PORT` or a URL, as a URL with a path."""
+    """The URL of a metrics page; `address` is `HOST:PORT` or a URL. Adds `/metrics` if there is no path."""
     url = address if "//" in address else f"http://{address}"
     return url if urllib.parse.urlparse(url).path.strip("/") else f"{url.rstrip('/')}/metrics"

@@ -1,7 +1,7 @@
-"""Stands for an asynchronous stub of the Inference service: each call goes to the server that a placement chooses.
+"""Replaces an asynchronous stub of the Inference service: sends each call to the server that a placement chooses.
 
-Every server has a channel of its own. Calls skip a server whose channel is not connected, because it stopped or was
-killed; the client's `Retry` repeats a failed call elsewhere.
+Every server has a channel of its own. Calls skip a server whose channel is not connected, for example because it
+stopped; the client's `Retry` repeats a failed call elsewhere.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from mtlora_pb.v1 import inference_pb2_grpc
 from mtlora.client.access import Access
 from mtlora.client.placement import Keys, Placement, Rendezvous, resolve
 
-# Wait for the first connections: without, early calls would all go to the server that connects first.
+# Wait this long for the first connections: else all early calls would go to the first connected server.
 _CONNECT_S = 2.0
 _LIST_TIMEOUT_S = 10.0
 
@@ -32,19 +32,19 @@ class _Server:
 
     @property
     def ready(self) -> bool:
-        """Whether it is connected; if not, it connects."""
+        """Whether the channel is connected; if not, this starts connecting."""
         return bool(self.channel.get_state(try_to_connect=True) is grpc.ChannelConnectivity.READY)
 
 
 class Placed:
-    """Has a callable for each RPC, as a stub has. All methods run on the event loop.
+    """Has a callable for each RPC, like a stub. All methods run on the event loop.
 
     Raises OSError for a name that cannot be resolved.
     """
 
     def __init__(self, address: str, access: Access, options: list[tuple[str, Any]], by: Placement) -> None:
         if access.ca and not access.server_name and not address.startswith(("ipv4:", "ipv6:")):
-            # Servers are reached by their addresses; their certificates have the name.
+            # Connect to addresses, but expect the name in the certificates.
             access = replace(access, server_name=address.rpartition("/")[2].rpartition(":")[0])
         self._address, self._access, self._options, self._by = address, access, options, by
         self._keys = Keys(by.learn_s)
@@ -66,7 +66,7 @@ class Placed:
             await server.channel.close()
 
     async def begin(self, request: Any, metadata: Any) -> tuple[_Server, str]:
-        """(the call's server, the key that placed it). The call counts there until its `in_flight` is lowered."""
+        """(the call's server, its placement key). The caller must lower the server's `in_flight` after the call."""
         if self._connected is None:
             self._connected = asyncio.ensure_future(self._connect())
         await asyncio.shield(self._connected)
@@ -75,7 +75,7 @@ class Placed:
             with contextlib.suppress(OSError):
                 self._use(await asyncio.to_thread(resolve, self._address))
                 await self._close_ended()
-        # Calls that begin together share one look.
+        # Calls that start together share one look-up.
         async with self._learning:
             if self._keys.unknown(request):
                 with contextlib.suppress(grpc.RpcError):
@@ -84,7 +84,7 @@ class Placed:
         return self._choose(key), key
 
     def note(self, request: Any, key: str, reply: Any) -> None:
-        """Learn from an answer."""
+        """Learn a document's key or a task's adapter from an answer."""
         self._keys.note(request, key, reply)
 
     async def _reply(self, rpc: str, request: Any, *, timeout: float | None, metadata: Any) -> Any:
@@ -97,7 +97,7 @@ class Placed:
         return reply
 
     async def _connect(self) -> None:
-        """Wait for the servers' connections; not for ever."""
+        """Wait for the servers' connections, for a limited time."""
         ready = [asyncio.ensure_future(server.channel.channel_ready()) for server in self._servers.values()]
         try:
             await asyncio.wait(ready, timeout=_CONNECT_S)
@@ -127,7 +127,7 @@ class Placed:
             server.in_flight -= 1
 
     def _use(self, addresses: tuple[str, ...]) -> None:
-        """Keep, add and retire servers."""
+        """Update the servers to these addresses: keep known ones, add new ones, retire the rest."""
         old = self._servers
         self._servers = {each: old.get(each) or self._open(each) for each in addresses}
         self._retired += [server for address, server in old.items() if address not in self._servers]
@@ -147,7 +147,7 @@ class Placed:
 
 
 class _Messages:
-    """A stream of replies; its call begins with the first one that is asked for."""
+    """A stream of replies; the call begins when the first reply is awaited."""
 
     def __init__(self, placed: Placed, rpc: str, request: Any, *, timeout: float | None, metadata: Any) -> None:
         self._placed, self._rpc, self._request = placed, rpc, request

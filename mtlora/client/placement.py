@@ -1,9 +1,9 @@
-"""Which server a call goes to: the one that holds its adapter, by rendezvous hashing with bounded load.
+"""Chooses a server that holds the call's adapter, by rendezvous hashing with bounded load.
 
-Each adapter has an order of its own of all servers (Thaler and Ravishankar, 1998). A call goes to the first one whose
-calls in flight are not far above the mean (Mirrokni, Thorup and Zadimoghaddam, 2018). So an adapter's calls meet on few
-servers, a popular adapter spreads, and a server more or less moves few adapters. Known adapters are dealt out evenly: a
-server that is the first one of too many would have to evict some while others have room.
+Each adapter orders the servers by a hash (Thaler and Ravishankar, 1998). A call goes to the first server whose calls in
+flight are not far above the mean (Mirrokni, Thorup and Zadimoghaddam, 2018). So few servers get an adapter's calls, a
+popular adapter spreads to more of them, and adding or removing a server moves few adapters. Known adapters are divided
+evenly: otherwise one server might evict adapters while others have room.
 """
 
 import functools
@@ -17,19 +17,19 @@ from typing import Any
 
 from mtlora_pb.v1 import inference_pb2 as pb
 
-# Orders of servers remembered.
+# Number of cached orders.
 _REMEMBERED = 65_536
-# The most adapters that may have a server as their first, as a multiple of the mean.
+# The most adapters that may have the same server first, as a multiple of the mean.
 _MOST_ADAPTERS = 1.05
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Calls about an adapter go to the servers that hold it, instead of to all in turn.
+    """Sends an adapter's calls to the servers that hold it, instead of to all servers in turn.
 
-    slack: the most calls of a server, as a multiple of the mean. floor: calls in flight at which no server counts as
-    busy. refresh_s: seconds after which a name is resolved again. learn_s: seconds between two looks for an unknown
-    task.
+    slack: the most calls in flight of a server, as a multiple of the mean. floor: with at most this many calls in
+    flight, a server never counts as busy. refresh_s: seconds after which a name is resolved again. learn_s: seconds
+    between two look-ups of unknown tasks.
     """
 
     slack: float = 2.0
@@ -39,7 +39,7 @@ class Placement:
 
 
 class Rendezvous:
-    """Chooses among servers, which are named by anything that stays the same."""
+    """Chooses among servers by stable names, such as addresses."""
 
     def __init__(self, servers: Sequence[str], *, slack: float = 1.25, floor: int = 1) -> None:
         self._servers, self._slack, self._floor = servers, slack, floor
@@ -47,7 +47,7 @@ class Rendezvous:
         self.order = functools.lru_cache(_REMEMBERED)(self._order)
 
     def deal_out(self, keys: Collection[str]) -> None:
-        """Give each server about as many keys as others; the same for every client that knows the same keys."""
+        """Divide keys evenly among servers; clients that know the same keys divide them in the same way."""
         most = math.ceil(_MOST_ADAPTERS * len(keys) / len(self._servers))
         counts, homes = [0] * len(self._servers), dict[str, int]()
         self._homes = {}
@@ -68,14 +68,14 @@ class Rendezvous:
         return min(usable, key=in_flight.__getitem__)
 
     def _order(self, key: str) -> tuple[int, ...]:
-        """All servers, a key's favourite first."""
+        """All servers in the key's order."""
         scores = [hashlib.blake2b(f"{server}\0{key}".encode(), digest_size=8).digest() for server in self._servers]
         home = self._homes.get(key)
         return tuple(sorted(range(len(scores)), key=lambda index: (index != home, scores[index])))
 
 
 def resolve(address: str) -> tuple[str, ...]:
-    """The servers behind a gRPC target, HOST:PORT each: ipv4:A:1,B:2, ipv6:[A]:1, dns:///NAME:PORT or NAME:PORT.
+    """The servers behind a gRPC target, each as HOST:PORT: ipv4:A:1,B:2, ipv6:[A]:1, dns:///NAME:PORT or NAME:PORT.
 
     Raises OSError for a name that cannot be resolved.
     """
@@ -88,17 +88,17 @@ def resolve(address: str) -> tuple[str, ...]:
 
 
 class Keys:
-    """The key by which each request is placed: its task's adapter, or its document."""
+    """The placement key of each request: its task's adapter, or its document."""
 
     def __init__(self, learn_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._learn_s, self._clock = learn_s, clock
         self._adapters: dict[str, str] = {}
-        # The key that a document's text gave, by the id that its server gave.
+        # Keys derived from documents' texts, by the document id that a server returned.
         self._documents: dict[str, str] = {}
         self._learnt_at = -math.inf
 
     def unknown(self, request: Any) -> bool:
-        """Whether to ask for the tasks first; at most once in `learn_s`."""
+        """Whether the request's task is unknown and should be looked up; true at most once in `learn_s`."""
         task = _task(request)
         if not task or task in self._adapters or self._clock() < self._learnt_at + self._learn_s:
             return False
@@ -107,11 +107,11 @@ class Keys:
 
     @property
     def adapters(self) -> set[str]:
-        """Every adapter that is known."""
+        """All known adapters."""
         return set(self._adapters.values())
 
     def learn(self, adapters: Mapping[str, str]) -> None:
-        """Note tasks' adapters."""
+        """Store the tasks' adapters."""
         self._adapters |= adapters
 
     def key(self, request: Any) -> str:
@@ -124,7 +124,7 @@ class Keys:
         return self._adapters.get(task, task)
 
     def note(self, request: Any, key: str, reply: Any) -> None:
-        """Learn from an answer: which adapter gave it, or what a document is called."""
+        """Learn from an answer which adapter a task has, or which id a document got."""
         if isinstance(request, pb.AnalyzeRequest):
             if reply.document_id not in self._documents:
                 self._documents[reply.document_id] = key

@@ -1,4 +1,4 @@
-"""When a call is repeated, and after how long."""
+"""Decides whether a call is repeated, and after which wait."""
 
 import random
 import time
@@ -11,10 +11,10 @@ from mtlora.client.errors import ServerError
 
 @dataclass(frozen=True)
 class Retry:
-    """Repeats calls that end in UNAVAILABLE, within their deadline: without one, a call is not repeated.
+    """Repeats calls that end in UNAVAILABLE, within their deadline. Calls without a deadline are not repeated.
 
     The wait before the next attempt grows by `factor` from `first_s` to `most_s`, half of it at random. It is never
-    shorter than the server's RetryInfo; if that ends after the deadline, the call fails at once.
+    shorter than the server's RetryInfo; if that wait would end after the deadline, the call fails at once.
     """
 
     attempts: int = 10
@@ -45,11 +45,11 @@ class Attempts:
         return None if self._until is None else max(0.0, self._until - time.monotonic())
 
     def got_on(self) -> None:
-        """The last attempt made progress: count attempts anew."""
+        """The last attempt made progress: restart the count of attempts."""
         self._made = 0
 
     def after(self, error: ServerError) -> float:
-        """Seconds to wait after a failed attempt. Raises the error if it is final."""
+        """Seconds to wait after a failed attempt. Raises the error if there is no further attempt."""
         self._made += 1
         left = self.left_s
         wait = None if self._retry is None or left is None else self._retry.wait_s(error, self._made, left)

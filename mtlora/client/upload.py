@@ -1,4 +1,4 @@
-"""A checkpoint's files as the messages of an upload."""
+"""Turns a checkpoint's files into the messages of an upload."""
 
 import hashlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from mtlora_pb.v1 import adapters_pb2 as pb
 
 from mtlora.client.retry import Attempts
 
-# The names of checkpoint format 1. The client imports no torch.
+# File names of checkpoint format 1, repeated here because `mtlora.checkpoint` imports torch and the client must not.
 _FILES = ("adapter.json", "adapter.safetensors")
 _CHUNK_BYTES = 256 << 10
 
@@ -24,14 +24,14 @@ class Upload:
         self._content = hashlib.sha256(self._paths[0].read_bytes()).hexdigest()
 
     def note(self, reply: pb.UploadAdapterResponse, attempts: Attempts) -> None:
-        """Note how far the server has come."""
+        """Store the position up to which the server has received data."""
         if reply.received > self._received:
             self._received = reply.received
             attempts.got_on()
 
     @property
     def bytes(self) -> int:
-        """Bytes of both files together."""
+        """Total bytes of both files."""
         return sum(self._sizes)
 
     def begin(self) -> pb.UploadAdapterRequest:
@@ -44,7 +44,7 @@ class Upload:
         )
 
     def chunks(self, reply: pb.UploadAdapterResponse) -> Iterator[pb.UploadAdapterRequest]:
-        """The later messages, from the byte that the server has reached."""
+        """The later messages, starting at the server's position."""
         offset, most = reply.received, min(_CHUNK_BYTES, reply.max_chunk_bytes)
         begin = 0
         for path, size in zip(self._paths, self._sizes, strict=True):

@@ -1,4 +1,4 @@
-"""What tenants used, as the server sends it."""
+"""Tenants' usage in the order in which the server sends it."""
 
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
@@ -8,9 +8,9 @@ from mtlora_pb.v1 import usage_pb2
 
 
 class UsageReport:
-    """The sums as they come: a Client's for `for`, an AsyncClient's for `async for`.
+    """Iterates over the sums: with `for` from a Client, with `async for` from an AsyncClient.
 
-    Usage before `counted_since` (UTC) was not counted, and ends with the server's process unless `durable`.
+    Usage before `counted_since` (UTC) is missing. Counts are lost when the server's process ends, unless `durable`.
     """
 
     def __init__(self, first: usage_pb2.ReadUsageResponse, messages: Any) -> None:

@@ -1,4 +1,4 @@
-"""Old tasks' logits before and after a merge.
+"""Compares old tasks' logits before and after a merge.
 
 Shape suffixes: B sequences or images, L positions, A compared positions, V vocabulary or a task's classes, S pixels of
 a side.
@@ -18,7 +18,7 @@ from mtlora.model.vision import AdaptedEncoder, load_adapted_encoder
 from mtlora.suite.base import Example
 from mtlora.train.data import Encoded, collate, collate_documents
 
-# Task, token ids, how many of them are the document's.
+# (task, token ids, how many of them belong to the document)
 _Prompt = tuple[str, list[int], int]
 _COMPARED_PROMPTS = 128
 _COMPARED_AT_ONCE = 8
@@ -26,9 +26,9 @@ _COMPARED_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Comparison:
-    """Old tasks' logits before and after, in float32: how many there are, how many differ, and by how much at most.
+    """Old tasks' float32 logits before and after: their number, how many differ, and the largest difference.
 
-    prompts: how many inputs there were, images too.
+    prompts: the number of inputs, prompts or images.
     """
 
     tasks: int
@@ -40,7 +40,7 @@ class Comparison:
 
     @property
     def identical(self) -> bool:
-        """Whether every bit is the same."""
+        """Whether all bits are equal."""
         return self.differing == 0
 
 
@@ -71,7 +71,7 @@ def compare(folder: Path, before: Checkpoint, after: Checkpoint, texts: Sequence
 
 @torch.inference_mode()
 def compare_images(folder: Path, before: Checkpoint, after: Checkpoint, examples: Sequence[Example]) -> Comparison:
-    """Like `compare`, for every old task's classes on these images."""
+    """Like `compare`, for the class logits of every old task on these images."""
     old = load_adapted_encoder(folder, before, torch.float32)
     adapters = _attached(after, old)
     new = replace(old, adapters=adapters)
@@ -100,7 +100,7 @@ def compare_images(folder: Path, before: Checkpoint, after: Checkpoint, examples
 
 
 def _attached(checkpoint: Checkpoint, old: AdaptedModel | AdaptedEncoder) -> AdapterSet:
-    """A checkpoint's adapter, beside the one that a backbone has."""
+    """Attach a checkpoint's adapter to a backbone that already has another one."""
     manifest, backbone = checkpoint.manifest, old.backbone
     adapters = AdapterSet(manifest.config, backbone.hidden_size, backbone.num_layers, len(manifest.tasks))
     adapters.load_state_dict({name: tensor.float() for name, tensor in checkpoint.paths.items()})
@@ -109,7 +109,7 @@ def _attached(checkpoint: Checkpoint, old: AdaptedModel | AdaptedEncoder) -> Ada
 
 
 def _compared(tasks: int, prompts: int, pairs: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> Comparison:
-    """pairs: logits before and after."""
+    """Compare pairs of logits before and after."""
     logits, differing, difference, largest = 0, 0, 0.0, 0.0
     for expected_AV, found_AV in pairs:
         logits += expected_AV.numel()
@@ -120,11 +120,11 @@ def _compared(tasks: int, prompts: int, pairs: Iterator[tuple[torch.Tensor, torc
 
 
 def _logits(adapted: AdaptedModel, checkpoint: Checkpoint, prompts: Sequence[_Prompt]) -> torch.Tensor:
-    """Logits at every position; for an activated adapter, from the task's part on: earlier ones are the backbone's."""
+    """Logits at every position; of an activated adapter, only from the task's part on, where it acts."""
     examples = []
     for task_id, ids, document_length in prompts:
         row, own = checkpoint.manifest.task(task_id).bias_index or 0, document_length if adapted.activated else 0
-        # Add a last token, which nothing sees, so that every earlier position has a next one.
+        # Append a token, which no earlier position attends to, so that every earlier position has a next one.
         examples.append(Encoded(row, tuple(ids[: own + 1]), (*ids[own + 1 :], 0), own))
     batch = collate_documents(examples) if adapted.activated else collate(examples)
     return adapted.answer_logits(batch.tokens_BL, batch.bias_index, batch.answer_rows_A, batch.documents)

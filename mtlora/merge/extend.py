@@ -1,4 +1,4 @@
-"""An adapter's config, tensors and task table with room for one more task.
+"""Extends an adapter's config, tensors and task table by one task.
 
 Shape suffixes: N experts, M new experts, D hidden size, r rank, G groups, b tasks.
 """
@@ -22,7 +22,7 @@ CLOSED = -32768.0
 
 
 class MergeError(MtLoRAError):
-    """A task that cannot be added, and why."""
+    """A task that cannot be added; the message says why."""
 
 
 def extended_config(checkpoint: Checkpoint, new_experts: int) -> MtLoRAConfig:
@@ -38,7 +38,7 @@ def extended_config(checkpoint: Checkpoint, new_experts: int) -> MtLoRAConfig:
 
 
 def starting_point(checkpoint: Checkpoint, new_experts: int, generator: torch.Generator) -> StartingPoint:
-    """An adapter of one task to start from: zero new experts, random new router rows, the old tasks' mean bias."""
+    """A one-task adapter to train: new experts zero, new router rows random, bias the mean of the old tasks'."""
     config, tensors = checkpoint.manifest.config, checkpoint.tensors
     N, G = config.num_experts, config.num_groups
     start: dict[str, torch.Tensor] = {}
@@ -47,7 +47,7 @@ def starting_point(checkpoint: Checkpoint, new_experts: int, generator: torch.Ge
         lora_A_rD, lora_B_NDr = tensors[f"{name}.lora_A"].float(), tensors[f"{name}.lora_B"].float()
         D = lora_A_rD.shape[1]
         route_GND = tensors[f"{name}.lora_route"].float().view(G, N, D)
-        # Start as in a fresh adapter: uniform within 1 / sqrt(D).
+        # Initialise as in a fresh adapter: uniform within 1 / sqrt(D).
         fresh_GMD = (2 * torch.rand(G, new_experts, D, generator=generator) - 1) / math.sqrt(D)
         bias_GN = torch.zeros(G, N)
         if config.task_bias:
@@ -73,7 +73,7 @@ def starting_point(checkpoint: Checkpoint, new_experts: int, generator: torch.Ge
 def merged_tensors(checkpoint: Checkpoint, learned: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The adapter's tensors followed by the learned ones, each in its old dtype.
 
-    learned: an adapter of one task, from a `starting_point` of this checkpoint; of images, with its head.
+    learned: the trained `starting_point` of this checkpoint; for an image task, also its head.
     """
     config, tensors = checkpoint.manifest.config, checkpoint.tensors
     N, G, b = config.num_experts, config.num_groups, len(checkpoint.manifest.tasks)
@@ -85,7 +85,7 @@ def merged_tensors(checkpoint: Checkpoint, learned: Mapping[str, torch.Tensor]) 
         if config.task_bias:
             bias_bGN = tensors[f"{name}.task_bias"]
         else:
-            # A missing bias equals zero.
+            # A missing bias means zero.
             bias_bGN = lora_route.new_zeros(b, G, N)
         closed_bGM = bias_bGN.new_full((b, G, new_route_GMD.shape[1]), CLOSED)
         merged |= {

@@ -1,4 +1,4 @@
-"""Baselines to compare mtLoRA with: other methods, trained beside the same backbone by the same trainer."""
+"""Baselines for comparison with mtLoRA: other methods, trained beside the same backbone with the same trainer."""
 
 from typing import Annotated, Any
 
@@ -8,7 +8,7 @@ from mtlora.adapter import Attachment, Nothing
 from mtlora.methods.config import HeadsConfig, HydraLoRAConfig, LoRAConfig
 
 BaselineConfig = HydraLoRAConfig | LoRAConfig | HeadsConfig
-# The type of a configuration's field; `method` tells the baselines apart.
+# The type of a configuration field; `method` selects the baseline.
 AnyBaseline = Annotated[BaselineConfig, Field(discriminator="method")]
 
 __all__ = ["AnyBaseline", "BaselineConfig", "HeadsConfig", "HydraLoRAConfig", "LoRAConfig", "attach_baseline"]

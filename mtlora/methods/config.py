@@ -28,7 +28,7 @@ class LoRAConfig(_LinearLayers):
 
 
 class HydraLoRAConfig(_LinearLayers):
-    """HydraLoRA (Tian et al., 2024) at component level: per linear layer one A, N experts B and a router."""
+    """HydraLoRA (Tian et al., 2024) at component level: each linear layer has one A, N experts B and a router."""
 
     method: Literal["hydralora"] = "hydralora"
     num_experts: int = Field(8, ge=2, le=256)
@@ -38,7 +38,7 @@ class HydraLoRAConfig(_LinearLayers):
 
 
 class HeadsConfig(BaseModel):
-    """Nothing beside the backbone: linear heads alone, of images."""
+    """No adapter: linear heads on the backbone's features, for images only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -15,7 +15,7 @@ _NAME = "default"
 
 
 class _PeftContext(TaskContext):
-    """Switches PEFT's layers off by their own means; tasks do not differ here."""
+    """Disables PEFT's layers through PEFT's own interface; the task makes no difference here."""
 
     def __init__(self, layers: list[Any]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A frozen backbone with what is attached to it.
+"""A frozen backbone with an adapter or a baseline.
 
 language.py     a language backbone
 vision.py       a vision encoder

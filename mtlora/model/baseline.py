@@ -1,4 +1,4 @@
-"""A trained baseline on disk: a folder of `baseline.json` and `baseline.safetensors`. No server loads it."""
+"""Stores a trained baseline as a folder with `baseline.json` and `baseline.safetensors`. Servers cannot load it."""
 
 import json
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ class BaselineManifest(BaseModel):
 
 
 def write_baseline(folder: Path, manifest: BaselineManifest, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a baseline, whole or not at all. Raises CheckpointError if it cannot be written."""
+    """Write a baseline, completely or not at all. Raises CheckpointError if it cannot be written."""
     stored = save({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()})
     try:
         with folder_in_the_making(folder) as made:

@@ -1,4 +1,4 @@
-"""The frozen backbone as a Hugging Face model, with an adapter beside it.
+"""The frozen language backbone as a Hugging Face model, with an adapter beside it.
 
 Shape suffixes: B sequences, L positions, S positions of documents, C = S + L, P tokens with a path, D hidden size,
 A answer tokens, V vocabulary.
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Documents:
-    """What the rows of a batch continue: a document each, which the backbone alone reads.
+    """The documents of a batch: each row continues one, which the backbone reads without the adapter.
 
-    tokens_BS: int64, right-padded. positions_BL: int64, of the rows' tokens after their document. mask_BLC: bool,
-    whether a token attends to one of the document or of its row. path_P: see `TaskContext`.
+    tokens_BS: int64, right-padded. positions_BL: int64, position ids of the rows' tokens after their document.
+    mask_BLC: bool, whether a token attends to each token of its document and its row. path_P: see `TaskContext`.
     """
 
     tokens_BS: torch.Tensor
@@ -39,7 +39,7 @@ class Documents:
 
 
 class Placed(NamedTuple):
-    """An image in a prompt or, flat, in a batch: the place of its first soft token, and its key in the reader."""
+    """An image in a prompt or batch: its first soft token's position (flat in a batch), and its key in the reader."""
 
     at: int
     key: str
@@ -47,9 +47,9 @@ class Placed(NamedTuple):
 
 @dataclass
 class AdaptedModel:
-    """A backbone with its tokenizer and what is attached to it.
+    """A backbone with its tokenizer and an adapter or a baseline.
 
-    reader: reads the images of tasks that take text and an image.
+    reader: reads images for tasks that take text and an image.
     """
 
     model: Any
@@ -60,17 +60,17 @@ class AdaptedModel:
 
     @cached_property
     def prompts(self) -> PromptEncoder:
-        """Makes token ids of prompts and answers."""
+        """The encoder of prompts and answers into token ids."""
         return PromptEncoder(self.tokenizer)
 
     @property
     def activated(self) -> bool:
-        """Whether the path is added from the task's own part of a prompt on."""
+        """Whether the adapter is active only from the task's own part of a prompt on."""
         return isinstance(self.adapters, AdapterSet) and self.adapters.config.activation == "task"
 
     @torch.no_grad()
     def read(self, tokens_BS: torch.Tensor, **inputs: torch.Tensor) -> Any:
-        """The keys and values of documents, as the backbone alone computes them: a cache of transformers."""
+        """Run documents through the backbone without adapter; returns keys and values as a transformers cache."""
         with self.adapters.context.backbone_alone():
             return self.model.model(input_ids=tokens_BS, use_cache=True, **inputs).past_key_values
 
@@ -89,10 +89,10 @@ class AdaptedModel:
         documents: Documents | None = None,
         images: Sequence[Placed] = (),
     ) -> torch.Tensor:
-        """Last hidden states [A, D] at flat positions `rows_A`: the vocabulary product runs for these alone.
+        """Last hidden states [A, D] at flat positions `rows_A`, so that the vocabulary product runs only for these.
 
         bias_index: one for each sequence [B], or for each token [B, L]. The inputs may be on any device. With gradient
-        checkpointing, the caller must keep the tasks in use for the backward pass too.
+        checkpointing, the caller must keep the tasks set during the backward pass too.
         """
         device = self.model.device
         inputs: dict[str, Any] = {}
@@ -118,7 +118,7 @@ class AdaptedModel:
         documents: Documents | None = None,
         images: Sequence[Placed] = (),
     ) -> torch.Tensor:
-        """Logits [A, vocabulary] of `answer_states`."""
+        """Logits [A, V] of `answer_states`."""
         states_AD = self.answer_states(tokens_BL, bias_index, rows_A, documents, images)
         logits_AV: torch.Tensor = self.model.lm_head(states_AD)
         return logits_AV
@@ -138,7 +138,7 @@ def load_backbone(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 def new_adapted_model(
     folder: Path, config: MtLoRAConfig | BaselineConfig, num_tasks: int, dtype: torch.dtype
 ) -> AdaptedModel:
-    """A backbone with a fresh adapter or baseline: B and biases are zero, A and routers come from torch's generator."""
+    """A backbone with a new adapter or baseline: B and biases are zero, A and routers random by torch's generator."""
     model, tokenizer = load_backbone(folder, dtype)
     if not isinstance(config, MtLoRAConfig):
         return AdaptedModel(model, tokenizer, attach_baseline(config, model), identify(folder))

@@ -1,4 +1,4 @@
-"""Images in prompts of text: a frozen encoder's patches, a trained projector, and the soft tokens between tokens.
+"""Images in text prompts: a frozen encoder's patch states, a trained projector, soft tokens among token embeddings.
 
 Shape suffixes: B images, T positions of an image, D_v hidden size of the vision backbone, D of the language backbone,
 S soft tokens, K = merge² * D_v numbers of a soft token's patches, P soft tokens of several images, L positions.
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 _BATCH = 16
 _LEAST = 1e-6
-# The regression's penalty on squared weights, as a share of a standardised number's sum of squares.
+# Ridge penalty, relative to the sum of squares of one standardised input.
 _RIDGE = 0.1
 
 
 class Projector(nn.Module):
-    """One linear layer from patches' states, standardised first, to rows of the language backbone's embeddings."""
+    """Standardises patches' states, then maps them to input embeddings of the language backbone by a linear layer."""
 
     mean_K: torch.Tensor
     std_K: torch.Tensor
@@ -52,10 +52,10 @@ class Projector(nn.Module):
 
     @torch.no_grad()
     def fit(self, states_PK: torch.Tensor, words_PD: torch.Tensor, embeddings_VD: torch.Tensor) -> None:
-        """Start from a ridge regression: a soft token is near the words that are said of images with such patches.
+        """Initialise by ridge regression: patches map near the words of the answers about such images.
 
-        words_PD: for each soft token, the mean embedding of what is said of its image. Results get the embeddings'
-        mean and spread.
+        words_PD: for each soft token, the mean embedding of its image's answers. Soft tokens get the embeddings' mean
+        and standard deviation.
         """
         self.mean_K.copy_(states_PK.mean(0))
         self.std_K.copy_(states_PK.std(0).clamp_min(_LEAST))
@@ -69,20 +69,20 @@ class Projector(nn.Module):
         self.bias.copy_(mean_D)
 
     def folded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(weight [D, K], bias [D]) for states that are not standardised."""
+        """(weight [D, K], bias [D]) that apply to states directly, with the standardisation included."""
         weight_DK = self.weight.detach() / self.std_K
         return weight_DK, self.bias.detach() - weight_DK @ self.mean_K
 
     @torch.no_grad()
     def unfold(self, weight_DK: torch.Tensor, bias_D: torch.Tensor) -> None:
-        """Take what `folded` gives."""
+        """Set weight and bias from the form that `folded` returns."""
         weight_DK, bias_D = weight_DK.float(), bias_D.float()
         self.weight.copy_(weight_DK * self.std_K)
         self.bias.copy_(bias_D + weight_DK @ self.mean_K)
 
 
 class ImageReader:
-    """Images as soft tokens. The encoder sees an image once; its states are kept, in float16.
+    """Turns images into soft tokens. Encodes each image once and caches its states in float16.
 
     Raises BackboneError for a folder without a vision backbone.
     """
@@ -98,15 +98,15 @@ class ImageReader:
 
     @property
     def projector_config(self) -> ProjectorConfig:
-        """What a checkpoint's manifest says of the projector."""
+        """The projector's entry in a checkpoint's manifest."""
         return ProjectorConfig(backbone=self.backbone, merge=self.merge)
 
     def num_soft_tokens(self, preparation: ImagePreparation) -> int:
-        """S of an image of a task. Raises BackboneError for a size that patches and their squares do not divide."""
+        """S for an image of a task. Raises BackboneError if squares of merge x merge patches do not divide its size."""
         return self.config.num_soft_tokens(preparation.size, self.merge)
 
     def read(self, tasks: Iterable[TaskSpec], examples: Sequence[Example]) -> list[str | None]:
-        """The key of each example's image; None for tasks without. Looks at images that are new.
+        """The key of each example's image, None for tasks without image. Encodes new images.
 
         Raises ImageError naming the example, SuiteError for an example without an image.
         """
@@ -148,11 +148,11 @@ class ImageReader:
         return torch.from_numpy(prepare(read_pixels(example, preparation.size), preparation, self._mean, self._std))
 
     def states(self, keys: Iterable[str]) -> torch.Tensor:
-        """States [P, K] of images that were read, one image behind the other, in float32."""
+        """States [P, K] of read images, concatenated, in float32."""
         return torch.cat([self._states[key] for key in keys]).float()
 
     def embedded(self, embeds_BLD: torch.Tensor, images: "Sequence[Placed]") -> torch.Tensor:
-        """Embeddings [B, L, D] with the images' soft tokens at their places, which count positions of all rows."""
+        """Embeddings [B, L, D] with the images' soft tokens at their flat positions in the batch."""
         device = embeds_BLD.device
         rows_P = torch.cat([image.at + torch.arange(len(self._states[image.key])) for image in images])
         soft_PD = self.projector(self.states([image.key for image in images]).to(device)).to(embeds_BLD.dtype)
@@ -160,7 +160,7 @@ class ImageReader:
 
 
 def load_reader(folder: Path, checkpoint: Checkpoint) -> ImageReader:
-    """The reader of a checkpoint with a projector. Raises MtLoRAError for another backbone than it was trained with."""
+    """The reader of a checkpoint with a projector. Raises MtLoRAError for a different vision backbone."""
     config = checkpoint.manifest.projector
     assert config is not None
     for field, (expected, found) in differences(config.backbone, identify(folder)).items():

@@ -1,6 +1,6 @@
 """A frozen vision encoder with an adapter beside it.
 
-Shape suffixes: B images, C channels, H rows and W columns of pixels, F size of a feature.
+Shape suffixes: B images, C channels, H rows and W columns of pixels, F length of a feature.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ Channels = tuple[float, float, float]
 
 @dataclass
 class AdaptedEncoder:
-    """An encoder, what is attached to it, and the mean and spread of the pixels that it was trained with."""
+    """An encoder with an adapter or a baseline, and the pixel mean and standard deviation that it was trained with."""
 
     encoder: VisionEncoder
     adapters: Attachment
@@ -39,13 +39,13 @@ class AdaptedEncoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the encoder is."""
+        """The encoder's device."""
         return next(self.encoder.parameters()).device
 
     def features(self, pixels_BCHW: torch.Tensor, bias_index_B: torch.Tensor | None, pooling: Pooling) -> torch.Tensor:
         """Features [B, F] in float32, with the adapter. The inputs may be on any device.
 
-        bias_index_B: the task of each image; None if it is not told.
+        bias_index_B: the task of each image; None if the adapter does not get the task.
         """
         bias_index_B = None if bias_index_B is None else bias_index_B.to(self.device)
         with self.adapters.context.use(bias_index_B):
@@ -62,7 +62,7 @@ def fitted_tasks(tasks: Iterable[TaskSpec], config: VisionConfig) -> list[TaskSp
 def new_adapted_encoder(
     folder: Path, config: MtLoRAConfig | BaselineConfig, num_tasks: int, dtype: torch.dtype
 ) -> AdaptedEncoder:
-    """A backbone with a fresh adapter or baseline, as `language.new_adapted_model` makes it. Raises MtLoRAError."""
+    """A backbone with a new adapter or baseline, initialised as in `language.new_adapted_model`. Raises MtLoRAError."""
     encoder, backbone = load_encoder(folder, dtype), identify(folder)
     if isinstance(config, MtLoRAConfig):
         adapters = AdapterSet(config, backbone.hidden_size, backbone.num_layers, num_tasks)

@@ -1,19 +1,19 @@
-"""The routed low-rank path, computed here alone: y = F(x) + path(x), for any mix of adapters.
+"""Computes the routed low-rank path, y = F(x) + path(x), for any mix of adapters. No other package computes it.
 
-    reference.py     the formula, float64, slow: the oracle of everything else
+    reference.py     the formula in float64: slow, every other implementation is tested against it
     packed_block.py  one block's weights, packed, and the path of one adapter in torch ops
 
     Serving: a step's whole mix of adapters
     table.py         which adapter is in which row: a table of pointers for each block
     plan.py          which token belongs to which row: sorted into tiles once a step, read by every block
     cpu.py           the CPU backend: a compiled kernel, or torch ops without it
-    mix.py           its tensors and what they must be
-    triton_gpu.py    the GPU backend: two launches a block for any mix, fit for captured graphs
-    tuning.py        what its launches depend on, and how they cut the work
+    mix.py           its tensors and the checks of them
+    triton_gpu.py    the GPU backend: two launches per block for any mix, usable in captured graphs
+    tuning.py        its launch configuration: how the work is divided
 
     Training: `mtlora::path_with_gradients`, one adapter
-    training.py      the registered operator, and both its passes in torch ops
-    cpu_training.py  both passes by the compiled kernel
+    training.py      the registered operator; forward and backward in torch ops
+    cpu_training.py  forward and backward by the compiled kernel
     cpu_elementwise.py  the backbone's norms, gates and softmax on a CPU, also in serving
 
     csrc             the kernels for CPUs, in C++

@@ -1,4 +1,4 @@
-"""The CPU backend: y += path(x) for a step's whole mix of adapters.
+"""The CPU backend computes y += path(x) for all adapters of a step together.
 
 The compiled kernel computes a step's whole mix in one call. Without it, torch ops compute one adapter after another,
 which is slower.
@@ -18,7 +18,7 @@ from mtlora.ops.packed_block import PackedBlock, packed_path
 from mtlora.ops.plan import StepPlan
 from mtlora.ops.table import DTYPES, AdapterTable, Field
 
-# Adds to y [T, D], in place, the path of x [T, D] in a block, by its number.
+# Function of (y [T, D], x [T, D], block number): adds the block's path of x to y, in place.
 AddPath = Callable[[torch.Tensor, torch.Tensor, int], None]
 
 _ERRORS = {
@@ -34,7 +34,7 @@ def add_mixed_paths_(mix: Mix) -> None:
     """Add the path of every planned token to `mix.y_TD`, in place.
 
     Raises ValueError, before anything is written, for wrong tensors, or if table and plan do not fit each other or x.
-    `AdapterRows` has checked the weights when they were packed, and `plan_step` the rows when it planned the step.
+    Weights and rows are not checked here: `AdapterRows` checks weights when they are packed, `plan_step` the rows.
     """
     mix.check()
     kernel = compiled_kernel()
@@ -45,10 +45,10 @@ def add_mixed_paths_(mix: Mix) -> None:
 
 
 def bind(table: AdapterTable, plan: StepPlan) -> AddPath:
-    """`run(y_TD, x_TD, block)` for a step's plan, with everything prepared that is the same for all blocks.
+    """Return `run(y_TD, x_TD, block)` for a step's plan; prepares once what is the same for all blocks.
 
-    `run` raises ValueError, before anything is written, for y or x that do not fit. A small model's layer takes tens of
-    microseconds, so each microsecond here counts.
+    `run` raises ValueError, before anything is written, if y or x do not fit. Speed matters here: a small model's layer
+    takes only tens of microseconds.
     """
     kernel = compiled_kernel()
     dtype, _, hidden = table.kind
@@ -61,7 +61,7 @@ def bind(table: AdapterTable, plan: StepPlan) -> AddPath:
     address = ctypes.addressof(step)
 
     def run(y_TD: torch.Tensor, x_TD: torch.Tensor, block: int) -> None:
-        # Naming `plan`, whose words the tensors view, and `step` here keeps them alive as long as this function.
+        # The closure keeps `step` and `plan` alive: the kernel reads their memory by address.
         (T, D), (y_stride, y_step), (x_stride, x_step) = x_TD.shape, y_TD.stride(), x_TD.stride()
         if (
             step.hidden != D or y_TD.shape != x_TD.shape or x_TD.dtype is not dtype or y_TD.dtype is not dtype
@@ -86,7 +86,7 @@ def _step(
     bias_rows_P: torch.Tensor,
     tiles_M3: torch.Tensor,
 ) -> Step:
-    """The kernel's arguments for all blocks of a step. Holds only addresses: the tensors must outlive it."""
+    """The kernel's arguments for all blocks of a step. It holds only addresses, so the tensors must outlive it."""
     return Step(
         tokens=tokens_P.data_ptr(), bias_rows=bias_rows_P.data_ptr(), tiles=tiles_M3.data_ptr(),
         num_planned=len(tokens_P), num_tiles=len(tiles_M3), num_rows=num_rows, hidden=hidden, isa=instruction_set,
@@ -95,7 +95,7 @@ def _step(
 
 
 def _failure(error: int) -> Exception:
-    """The exception for a status of the kernel."""
+    """The exception for the kernel's error code."""
     if error == 1:
         return MemoryError("no memory for the scratch space of the routed path")
     return ValueError(_ERRORS[error])
@@ -139,7 +139,7 @@ def in_torch_ops(mix: Mix) -> None:
 
 
 def _spans(tiles_M3: torch.Tensor) -> list[list[int]]:
-    """[row, first, count] for every row of the table: merges a row's neighbouring tiles."""
+    """[row, first, count] of every used row of the table: merges a row's neighbouring tiles."""
     spans: list[list[int]] = []
     for row, first, count in tiles_M3.tolist():
         if count == 0:

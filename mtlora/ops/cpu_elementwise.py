@@ -1,6 +1,6 @@
-"""A backbone's elementwise operations on a CPU, compiled (`csrc/elementwise.cpp`): each one pass over memory.
+"""A backbone's elementwise operations in compiled code (`csrc/elementwise.cpp`), each in one pass over memory.
 
-Tensors are float32 or bfloat16, all of one call alike; everything is computed in float32.
+Tensors are float32 or bfloat16, the same dtype within a call; arithmetic is in float32.
 
 Shape suffixes: R rows (all leading dimensions), d their size, W = 2*d, M matrices, L positions, V vocabulary, N masks,
 U = ceil(V/32) words of a mask.
@@ -23,7 +23,7 @@ _ADDRESS, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32,
 
 
 class ElementwiseCall(ctypes.Structure):
-    """One call's sizes and tensors; `ElementwiseCall` in the kernel's source."""
+    """One call's sizes and tensors; mirrors `ElementwiseCall` in the kernel's source."""
 
     _fields_ = (
         ("rows", _LONG),
@@ -54,7 +54,7 @@ def _library() -> Any:
 
 
 def runs(*tensors: torch.Tensor) -> bool:
-    """Whether the operations take these tensors on this machine."""
+    """Whether the operations support these tensors on this machine."""
     dtype = tensors[0].dtype
     alike = all(tensor.dtype is dtype and tensor.is_cpu for tensor in tensors)
     return alike and dtype in KERNEL_DTYPES and _library() is not None
@@ -105,7 +105,7 @@ def swiglu_backward(
 
 
 def norm(x_Rd: torch.Tensor, weight_d: torch.Tensor, epsilon: float, isa: int = ISA) -> torch.Tensor:
-    """`rms_norm` of a contiguous x, without the inverse for a backward pass."""
+    """`rms_norm` of a contiguous x for inference: does not return the inverse."""
     out_Rd = torch.empty_like(x_Rd)
     _library().mtlora_norm(
         x_Rd.data_ptr(), weight_d.data_ptr(), out_Rd.data_ptr(), *_rows(x_Rd), epsilon, *_how(x_Rd, isa)
@@ -127,14 +127,14 @@ def add_rms_norm_(
 
 
 def silu_and_mul(gate_up_RW: torch.Tensor, isa: int = ISA) -> torch.Tensor:
-    """silu(gate) * up of a contiguous tensor that holds gate and up side by side, as in serving."""
+    """silu(gate) * up of a contiguous tensor with gate and up side by side, as vLLM stores them."""
     out_Rd = torch.empty((*gate_up_RW.shape[:-1], gate_up_RW.shape[-1] // 2), dtype=gate_up_RW.dtype)
     _library().mtlora_silu_and_mul(gate_up_RW.data_ptr(), out_Rd.data_ptr(), *_rows(out_Rd), *_how(gate_up_RW, isa))
     return out_Rd
 
 
 def causal_softmax_(scores_MLL: torch.Tensor, scaling: float, isa: int = ISA) -> torch.Tensor:
-    """softmax(scaling * scores) over the last dimension's keys up to each query's own position, in place.
+    """Causal softmax(scaling * scores) over the last dimension, in place.
 
     scores: contiguous, queries by keys; keys after a query get zero. scaling: positive.
     """

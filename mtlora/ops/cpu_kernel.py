@@ -17,19 +17,20 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Tokens of a tile: as many as the serving kernel's inner loop keeps in registers.
+# Tokens of a tile: the number that the serving kernel's inner loop keeps in registers.
 TILE_SIZE = 8
 
 # Columns of a unit.
 UNIT = 16
 
-# Version of what the kernel reads, `mtlora_layout` in its source: a kernel built before a change gives wrong numbers.
+# Version of the memory layout (`mtlora_layout` in the source): a kernel built for another layout would give wrong
+# numbers.
 LAYOUT = 3
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
-# The kernels' instruction set: 0 for the best that the processor has; or the one named by MTLORA_ISA, which masks those
-# above it in tests and measurements.
+# The kernels' instruction set: 0 for the processor's best, or the one that MTLORA_ISA names, for tests and measurements
+# of older sets.
 INSTRUCTION_SETS = {"portable": 1, "avx2": 2, "avx512": 512, "avx512_bf16": 516}
 ISA = INSTRUCTION_SETS[os.environ["MTLORA_ISA"]] if os.environ.get("MTLORA_ISA") else 0
 
@@ -89,7 +90,7 @@ def kernel_part(part: str, layout: int) -> ctypes.CDLL | None:
 
 
 def to_units(weights: torch.Tensor) -> torch.Tensor:
-    """Weights [..., K, C] as the kernel reads them: [..., U, K, 16, 1], in bfloat16 [..., U, K/2, 16, 2].
+    """Weights [..., K, C] in the kernel's layout: [..., U, K, 16, 1], or [..., U, K/2, 16, 2] in bfloat16.
 
     Zeros fill incomplete units.
     """
@@ -115,5 +116,5 @@ def units_shape(K: int, C: int, dtype: torch.dtype) -> tuple[int, int, int, int]
 
 
 def _rows(dtype: torch.dtype) -> int:
-    """Rows of weights stored side by side."""
+    """Number of neighbouring rows that are stored interleaved: 2 in bfloat16, else 1."""
     return 2 if dtype == torch.bfloat16 else 1

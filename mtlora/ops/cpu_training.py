@@ -28,7 +28,7 @@ Gradients = tuple[
 
 
 class PathInputs(NamedTuple):
-    """The inputs of one adapter's path; lora_route is [G*N, D], dropped_TD is x after dropout if there is any."""
+    """The inputs of one adapter's path; lora_route is [G*N, D], dropped_TD is x after dropout, None without dropout."""
 
     x_TD: torch.Tensor
     dropped_TD: torch.Tensor | None
@@ -41,7 +41,7 @@ class PathInputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs of the forward pass: the first five inputs, the routing weights, h = A x."""
+    """Tensors saved for the backward pass: the first five inputs, the routing weights, h = A x."""
 
     x_TD: torch.Tensor
     dropped_TD: torch.Tensor | None
@@ -75,7 +75,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def runs(x_TD: torch.Tensor, lora_A_rD: torch.Tensor) -> bool:
-    """Whether the kernel takes an input and parameters of these dtypes, on this machine."""
+    """Whether the kernel supports an input and parameters of these dtypes on this machine."""
     return (
         x_TD.device.type == "cpu"
         and x_TD.dtype in KERNEL_DTYPES
@@ -109,7 +109,7 @@ def backward(
     needs_dropped: bool,
     isa: int = ISA,
 ) -> Gradients:
-    """Gradients of x, dropped, A, B, R and the logits [T, G, N]; of x and dropped only if needed."""
+    """Gradients of x, dropped, A, B, R and the logits [T, G, N]; those of x and dropped only if needed."""
     x_TD, dropped_TD, lora_A_rD, lora_B_NDr, lora_route, weights_TGN, h_Tr = saved
     grad_x_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype) if needs_x else None
     grad_dropped_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype) if needs_dropped else None

@@ -1,4 +1,4 @@
-"""The tensors of one call of the CPU backend: a block's path for a step's whole mix of adapters.
+"""The tensors of one call of the CPU backend: one block, all adapters of a step.
 
 Shape suffixes: T tokens, D hidden size, A rows of the table, F fields of a row, P planned tokens, M tiles.
 """
@@ -23,7 +23,7 @@ class Mix(NamedTuple):
 
     @staticmethod
     def of(y_TD: torch.Tensor, x_TD: torch.Tensor, table: AdapterTable, block: int, plan: StepPlan) -> "Mix":
-        """What adds to `y_TD` the path of block number `block`."""
+        """The arguments that add the path of block number `block` to `y_TD`."""
         return Mix(y_TD, x_TD, table.rows_LAF[block], plan.tokens_P, plan.bias_rows_P, plan.tiles_M3)
 
     def check(self) -> None:

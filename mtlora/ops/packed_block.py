@@ -13,11 +13,11 @@ import torch
 
 
 class PackedBlock(NamedTuple):
-    """One block's weights, as every backend reads them: row by row along the dimension that is summed over.
+    """One block's weights in the layout of all backends: each row is one index of the summed dimension.
 
     shrink_DS: [A; R] transposed, [D, r + G*N].
     expand_GKE: the experts times alpha/r, [G, N*r, D/G], in the same dtype.
-    rank: r, where A ends in shrink_DS.
+    rank: r; the first r columns of shrink_DS are A, the rest R.
     bias_bGN: router biases, float32 [b, G, N], if the adapter has any.
     """
 
@@ -72,7 +72,7 @@ def route(logits_TGN: torch.Tensor, bias_TGN: torch.Tensor | None) -> torch.Tens
 
 
 def outer(h_Tr: torch.Tensor, weights_TGN: torch.Tensor) -> torch.Tensor:
-    """z [G, T, K]: the hidden vector times every expert's weight, in h's dtype."""
+    """z [G, T, K], in h's dtype: h scaled by each expert's routing weight."""
     T, G, N = weights_TGN.shape
     weights_GTN1 = weights_TGN.to(h_Tr.dtype).transpose(0, 1).unsqueeze(-1)
     return (weights_GTN1 * h_Tr.view(1, T, 1, -1)).view(G, T, N * h_Tr.shape[1])

@@ -1,9 +1,9 @@
-"""Which tokens belong to which row of the table: sorted into tiles once a step, read by every block.
+"""A step's tokens sorted by row of the table and cut into tiles: made once per step, read by every block.
 
 A tile is up to `tile_size` tokens of one row. Tokens without an adapter are in no tile.
 
-A plan is one array of integers: a header, the tiles, the tokens, their bias rows. A step without adapters has a plan
-too, an empty one: a captured graph may replay launches that read it.
+A plan is one array of integers: a header, the tiles, the tokens, their bias rows. A step without adapters has an empty
+plan, because a captured graph may replay launches that read it.
 
 Shape suffixes: T tokens, P planned tokens (those with an adapter), M tiles, W words of a plan, A rows of the table,
 C counts of a row.
@@ -21,7 +21,7 @@ from mtlora.ops.tuning import PIECES, RUNS, KernelConfig
 
 
 class Header(IntEnum):
-    """The first words of a plan. `triton_gpu.py` reads them by these numbers."""
+    """Indices of a plan's first words; `triton_gpu.py` uses the same numbers."""
 
     TILES = 0
     TOKENS = 1  # planned ones
@@ -42,8 +42,8 @@ class StepPlan:
     """A step's tokens by row of the table, on the host; int32.
 
     words_W: the plan as kernels on a GPU read it; num_tiles: M; num_planned: P.
-    tokens_P: place in the batch, row by row of the table.
-    bias_rows_P: row of the adapter's bias table for each of these tokens, -1 for none.
+    tokens_P: the tokens' positions in the batch, sorted by row of the table.
+    bias_rows_P: for each of these tokens, its row of the adapter's bias table, -1 for none.
     tiles_M3: (row, first place in tokens_P, count).
     """
 
@@ -53,25 +53,25 @@ class StepPlan:
 
     @property
     def tiles_M3(self) -> torch.Tensor:
-        """The tiles."""
+        """(row, first index in tokens_P, count) of every tile."""
         end = HEADER_WORDS + TILE_WORDS * self.num_tiles
         return torch.from_numpy(self.words_W[HEADER_WORDS:end]).view(-1, TILE_WORDS)
 
     @property
     def tokens_P(self) -> torch.Tensor:
-        """The tokens."""
+        """The tokens' positions in the batch."""
         return torch.from_numpy(self.words_W[len(self.words_W) - 2 * self.num_planned :][: self.num_planned])
 
     @property
     def bias_rows_P(self) -> torch.Tensor:
-        """Their bias rows."""
+        """The tokens' rows in their adapter's bias table."""
         return torch.from_numpy(self.words_W[len(self.words_W) - self.num_planned :])
 
 
 def plan_step(row_T: np.ndarray, bias_row_T: np.ndarray, *, num_rows: int, tile_size: int) -> StepPlan:
     """Sort a step's tokens into tiles, on the host. row_T, bias_row_T: integers [T], -1 for none.
 
-    A row's tiles are of one size, give or take a token. The header's counts for a GPU are zeros. Raises ValueError for
+    The tiles of a row differ by at most one token. The header's counts for a GPU are zeros. Raises ValueError for
     rows out of range.
     """
     if row_T.shape != bias_row_T.shape or row_T.ndim != 1:
@@ -102,9 +102,9 @@ def plan_step(row_T: np.ndarray, bias_row_T: np.ndarray, *, num_rows: int, tile_
 
 
 def counts_of(sizes: Sequence[tuple[int, int, int]], hidden_size: int) -> np.ndarray:
-    """What a GPU's header counts of an adapter whose blocks have these (rank, experts, groups), int32 [C].
+    """Counts of one adapter for a GPU's header, int32 [C]; sizes: (rank, experts, groups) of its blocks.
 
-    The most columns of [A; R]; then, for each size of `PIECES` and each of `RUNS`, the most runs of pieces of y.
+    First the most columns of [A; R]; then, for each of `PIECES` and each of `RUNS`, the most runs of pieces of y.
     """
     if not sizes:
         return np.zeros(1 + len(PIECES) * len(RUNS), dtype=np.int32)
@@ -125,7 +125,7 @@ def count_for_gpu(plan: StepPlan, counts_AC: np.ndarray, config: KernelConfig) -
     programs = tuning.num_programs(config)
     for i in range(len(PIECES)):
         of_runs = items[i * len(RUNS) : (i + 1) * len(RUNS)]
-        # Longer runs only where there are more items than programs.
+        # Use longer runs only if there are more items than programs.
         at = next((at for at, number in enumerate(of_runs) if tiles * number <= programs), len(RUNS) - 1)
         words_W[Header.ITEMS + i], words_W[Header.RUN + i] = of_runs[at], RUNS[at]
 
@@ -133,12 +133,12 @@ def count_for_gpu(plan: StepPlan, counts_AC: np.ndarray, config: KernelConfig) -
 class DevicePlan:
     """A plan in a buffer of fixed address on a GPU, for captured graphs, and the pinned buffers that feed it.
 
-    words_W: the buffer. A step's plan is shorter; what is behind it is of older steps, and not read.
+    words_W: the buffer. A plan is usually shorter; kernels do not read the old words behind it.
     """
 
     def __init__(self, config: KernelConfig, device: torch.device, ring: int = 4) -> None:
         self._config = config
-        # Tokens of a tile are at least 1.
+        # A tile has at least one token, so there are at most `max_tokens` tiles.
         size = HEADER_WORDS + TILE_WORDS * config.max_tokens + 2 * config.max_tokens
         self.words_W = torch.zeros(size, dtype=torch.int32, device=device)
         on_gpu = device.type == "cuda"
@@ -149,10 +149,11 @@ class DevicePlan:
         self.set(plan_step(np.empty(0, int), np.empty(0, int), num_rows=0, tile_size=1), np.zeros((0, 0), np.int32))
 
     def set(self, plan: StepPlan, counts_AC: np.ndarray, sample: tuple[int, int] | None = None) -> None:
-        """Copy a plan to the device, in order with its work, and return at once.
+        """Queue a copy of the plan on the running stream, and return at once.
 
-        counts_AC: `counts_of` the adapter in each row of the table. sample: block and tile whose routing to write down.
-        Raises ValueError for a plan of more tokens than the config allows, and leaves the buffer unchanged.
+        counts_AC: `counts_of` the adapter in each row of the table. sample: block and tile whose routing the kernel
+        writes to `samples`. Raises ValueError for a plan of more tokens than the config allows, and leaves the buffer
+        unchanged.
         """
         words_W = plan.words_W
         if plan.num_planned > self._config.max_tokens:
@@ -164,7 +165,7 @@ class DevicePlan:
         turn = self._next = (self._next + 1) % len(self._staged)
         copied = self._copied[turn]
         if copied is not None:
-            # Waits only where the device is a whole ring of steps behind.
+            # This waits only if the device is a full ring of steps behind.
             copied.synchronize()
         self._arrays[turn][: len(words_W)] = words_W
         self.words_W[: len(words_W)].copy_(self._staged[turn][: len(words_W)], non_blocking=True)

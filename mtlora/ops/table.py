@@ -1,7 +1,7 @@
-"""Which adapter is in which row of a table, as the kernels read it: for every block a row of integers per adapter.
+"""The table of adapters that kernels read: for every block, each adapter has a row of integers.
 
-A row points at an adapter's own weights. Placing an adapter writes rows in place: no weight moves, nothing is
-allocated, and the table keeps its address, which compiled or captured graphs hold.
+A row holds the addresses of an adapter's weights. Placing an adapter writes rows in place: no weight moves and no
+memory is allocated. The table's address never changes, because compiled or captured graphs hold it.
 
 Shape suffixes: L blocks, A rows (adapters), F fields of a row.
 """
@@ -19,7 +19,7 @@ from mtlora.ops.packed_block import PackedBlock
 from mtlora.ops.plan import counts_of
 from mtlora.ops.tuning import PIECES, RUNS, KernelConfig, padded
 
-# Bytes between the starts of tensors in one piece of memory.
+# Alignment, in bytes, of tensors in one piece of memory.
 _APART = 256
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,7 +41,7 @@ class Field(IntEnum):
 
 
 class Layout(Enum):
-    """How weights lie in memory: as in a `PackedBlock`; in units, for the kernel of CPUs; in padded rows, for GPUs."""
+    """Memory layout of weights: as in a `PackedBlock`; in units for the CPU kernel; in padded rows for GPUs."""
 
     GIVEN = "given"
     UNITS = "units"
@@ -74,15 +74,14 @@ def check_block(block: PackedBlock) -> None:
 
 
 class AdapterRows:
-    """One adapter's row for every block, checked once. Keeps the weights alive that the rows point at.
+    """One adapter's rows, one per block, checked once. Keeps the weights alive that the rows point to.
 
-    blocks: one entry per block of the model, None for a block without a path. layout: by default what the CPU reads.
-    In padded rows, all weights are in one piece of memory, pinned where there is a GPU, so that they can move to a
-    device in one copy. Raises ValueError as `check_block` does, and for blocks of several dtypes, devices or hidden
-    sizes.
+    blocks: one entry per block of the model, None for a block without a path. layout: by default the CPU's. With padded
+    rows, all weights are in one piece of memory, pinned if there is a GPU, so that one copy moves them to a device.
+    Raises ValueError as `check_block` does, and if blocks differ in dtype, device or hidden size.
 
     kind: dtype, device and hidden size, None without any path. sizes: (rank, experts, groups) of the blocks with a
-    path. active: their numbers.
+    path. active: the numbers of these blocks.
     """
 
     def __init__(self, blocks: Sequence[PackedBlock | None], *, layout: Layout | None = None) -> None:
@@ -119,7 +118,7 @@ class AdapterRows:
             row[Field.IN_UNITS] = self.layout is Layout.UNITS
 
     def block(self, number: int) -> PackedBlock | None:
-        """A block's weights as they were given, of an adapter for a CPU; None for a block without a path."""
+        """A block's weights in their original layout, for adapters on a CPU; None for a block without a path."""
         held = self._held[number]
         if held is None or self.layout is Layout.GIVEN:
             return held
@@ -131,13 +130,13 @@ class AdapterRows:
         )
 
     def to(self, device: torch.device, copies: "torch.cuda.Stream | None" = None) -> "AdapterRows":
-        """The adapter, in padded rows, on another device: one copy, on the stream `copies` of a GPU.
+        """Copy the adapter, which must have padded rows, to another device: one copy, on a GPU in the stream `copies`.
 
-        Returns at once; `arrive` makes later work of a stream wait for the weights.
+        Returns at once; `arrive` makes the running stream wait for the weights.
         """
         assert self.layout is Layout.PADDED, self.layout
         moved = copy.copy(self)
-        # Allocate on the running stream; memory returns to it only after the work that it has queued by then.
+        # Allocate on the running stream: freed memory is then reused only after that stream's queued work.
         moved._bytes = torch.empty_like(self._bytes, device=device)
         if copies is None:
             moved._bytes.copy_(self._bytes)
@@ -175,7 +174,7 @@ def _laid_out(block: PackedBlock | None, layout: Layout) -> PackedBlock | None:
 
 
 def _in_one_piece(blocks: Sequence[PackedBlock | None]) -> tuple[torch.Tensor, list[PackedBlock | None]]:
-    """The blocks with padded rows, and the memory that holds them all: pinned, if a GPU may take it from the host."""
+    """(one memory with all blocks' weights in padded rows, the blocks as views of it); pinned if there is a GPU."""
     tensors: list[tuple[torch.Tensor, int]] = []
     for block in filter(None, blocks):
         tensors += [(t, padded(t.shape[-1])) for t in (block.shrink_DS, block.expand_GKE)]
@@ -201,10 +200,10 @@ def _in_one_piece(blocks: Sequence[PackedBlock | None]) -> tuple[torch.Tensor, l
 class AdapterTable:
     """The rows of all adapters, preallocated, at an address that never changes.
 
-    config: for a table that a GPU reads, which holds no larger adapters. There an adapter's rows are one piece of
-    memory; the CPU's kernel reads a block's rows together.
+    config: for a GPU's table, limits the adapters' sizes. On a GPU an adapter's rows are contiguous; on a CPU a block's
+    rows are, because the kernel reads them together.
 
-    rows_LAF: the rows. counts_AC: on the host, `counts_of` the adapter in each row.
+    rows_LAF: the rows. counts_AC: `counts_of` the adapter in each row, kept on the host.
     """
 
     def __init__(
@@ -231,11 +230,11 @@ class AdapterTable:
         return len(self._held)
 
     def held(self, row: int) -> AdapterRows | None:
-        """The adapter in a row; None where the row is empty."""
+        """The adapter in a row; None if the row is empty."""
         return self._held[row]
 
     def place(self, row: int, adapter: AdapterRows | None) -> None:
-        """Put an adapter in a row, or empty it; in place, and in order with the work that the device already has.
+        """Put an adapter in a row, or empty the row; in place, after the device's queued work.
 
         Raises IndexError for a row out of range and ValueError for an adapter that does not fit the table.
         """

@@ -1,8 +1,8 @@
 """The registered operator of training, `mtlora::path_with_gradients`: the path of one adapter, with gradients.
 
-Between forward and backward it keeps x, h and the routing weights; there is never a tensor [T, D] per expert. On a CPU,
-the compiled kernel computes both passes. Otherwise torch ops do: they compute z and its gradient, both [G, T, K], again
-in the backward pass of a block, and free them after it.
+It saves x, h and the routing weights for the backward pass; it never makes a tensor [T, D] per expert. On a CPU, the
+compiled kernel computes both passes. Otherwise torch ops do; in a block's backward pass they recompute z and its
+gradient, both [G, T, K], and free them afterwards.
 
 Shape suffixes: T tokens, D hidden size, r rank, N experts, G groups, E = D/G dimensions of a group, K = N*r,
 J = G*N, S = r + J.
@@ -30,9 +30,9 @@ def path_with_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(the path's output [T, D], the routing weights [T, G, N]), both differentiable in every tensor.
 
-    lora_A_rD, lora_B_NDr, lora_route [G*N, D] (group-major): one floating dtype, in which everything is computed. x_TD:
-    any floating dtype, which is also the output's. bias_TGN: router bias per token. dropped_TD: x after dropout, the
-    input of A in place of x. All on one device. Raises ValueError for anything else.
+    lora_A_rD, lora_B_NDr, lora_route [G*N, D] (group-major): one floating dtype, also used for the computation. x_TD:
+    any floating dtype; the output has it too. bias_TGN: router bias per token. dropped_TD: x after dropout, which A
+    reads instead of x. All tensors are on one device. Raises ValueError for anything else.
     """
     delta_TD, weights_TGN, _ = torch.ops.mtlora.path_with_gradients(
         x_TD, dropped_TD, lora_A_rD, lora_B_NDr, lora_route, bias_TGN, num_groups, scaling

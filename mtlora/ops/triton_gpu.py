@@ -1,13 +1,13 @@
-"""The GPU backend: two Triton launches a block for any mix of adapters, none of which the mix changes.
+"""The GPU backend: two Triton launches per block, which are the same for any mix of adapters.
 
-`_shrink` computes s = x [A; R] for every tile of tokens, in parts: it splits x's dimensions so that a decode step fills
-the card. `_expand` sums the parts, takes the softmax over experts, forms z in registers, and adds z Bcat_j to y; each
-piece of y belongs to one program. Only s goes through memory: r + G*N floats per token; z would take G*N*r.
+`_shrink` computes s = x [A; R] for every tile of tokens. It splits x's dimensions into parts, so that a decode step
+uses the whole GPU. `_expand` sums the parts, takes the softmax over experts, forms z in registers, and adds z Bcat_j to
+y; each piece of y belongs to one program. Only s goes through memory: r + G*N floats per token; z would take G*N*r.
 
 Grids are a few programs for each multiprocessor, which loop over the live work that the plan's header counts. Rank,
-experts and groups are read from the table, the plan from a buffer of fixed address. So a launch depends on the padded
-tokens and the engine's config alone (`launches`): nothing is compiled after the warm-up, and a captured graph serves
-any later mix.
+experts and groups are read from the table, the plan from a buffer of fixed address. So a launch depends only on the
+padded tokens and the engine's config (`launches`): nothing is compiled after the warm-up, and a captured graph works
+for any later mix.
 
 Products take the adapters' dtype and accumulate in float32.
 
@@ -41,12 +41,12 @@ _ITEMS, _RUN = tl.constexpr(Header.ITEMS), tl.constexpr(Header.RUN)
 _SAMPLE_BLOCK, _SAMPLE_TILE = tl.constexpr(Header.SAMPLE_BLOCK), tl.constexpr(Header.SAMPLE_TILE)
 _HEADER_WORDS, _TILE_WORDS = tl.constexpr(HEADER_WORDS), tl.constexpr(TILE_WORDS)
 
-# The inner dimension of a product is at least 16: this many of the rank, times BLOCK_N experts.
+# Rank columns per product. A product's inner dimension must be at least 16: this number times BLOCK_N experts.
 _RANKS = tl.constexpr(16)
-# Experts whose logits are looked at together.
+# Experts whose logits are loaded together.
 _LOGITS = tl.constexpr(8)
 
-# Most tokens of a sample of the routing.
+# Most tokens of a routing sample.
 SAMPLE_TOKENS = 8
 _SAMPLE_TOKENS = tl.constexpr(SAMPLE_TOKENS)
 
@@ -54,7 +54,7 @@ _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-# Do not specialise these arguments: their values change between launches, and each value would be compiled.
+# Do not specialise these arguments: their values change between launches, and each value would need a compilation.
 @triton.jit(do_not_specialize=["block", "num_tokens"])
 def _shrink(
     x, s, table, plan, block, num_tokens, x_stride,
@@ -74,7 +74,7 @@ def _shrink(
         rank = tl.load(row + _RANK).to(tl.int32)
         size = rank + tl.load(row + _GROUPS).to(tl.int32) * tl.load(row + _EXPERTS).to(tl.int32)
         if (rank > 0) & (col < size):
-            # Columns up to the row's padded end are read, and written to s, where nothing reads them.
+            # Columns up to the row's padded end are computed and written to s too, but never read from there.
             size = tl.cdiv(size, 16) * 16
             cols = col + tl.arange(0, BLOCK_S)
             weights = tl.multiple_of(tl.load(row + _SHRINK).to(tl.pointer_type(x.dtype.element_ty)), 16)
@@ -104,9 +104,9 @@ def _sum_parts(s, place, column, mask, parts, planned, S_STRIDE: tl.constexpr, M
     at = s + place.to(tl.int64)[:, None] * S_STRIDE + column[None, :]
     step = planned.to(tl.int64) * S_STRIDE
     total = tl.load(at, mask=mask, other=0.0)
-    # Unroll: loads in sequence would each wait for memory.
+    # Unroll: otherwise each load would wait for the one before.
     for part in tl.static_range(1, MAX_PARTS):
-        # Compare as a block: the interpreter accepts no other masks.
+        # Compare as a block: the interpreter does not accept scalar masks.
         there = (tl.zeros_like(column) + part < parts)[None, :]
         total += tl.load(at + part * step, mask=mask & there, other=0.0)
     return total
@@ -172,7 +172,7 @@ def _expand(
                 larger = tl.maximum(largest, tl.max(logits, axis=1))
                 total = total * tl.exp(largest - larger) + tl.sum(tl.exp(logits - larger[:, None]), axis=1)
                 largest = larger
-            # Rows of weights have a padded length: columns up to it are read, and their sums dropped.
+            # Rows of weights are padded: padding columns are read too, and their sums are dropped.
             length = tl.cdiv(width, 16) * 16
             inner = tl.arange(0, BLOCK_N * _RANKS)
             for piece in range(first_piece, tl.minimum(first_piece + run, pieces)):
@@ -213,12 +213,12 @@ def _expand(
                     )
 
 
-# The interpreter multiplies bfloat16's bits as if they were integers, so products take float32 there.
+# The interpreter multiplies bfloat16's bits as if they were integers, so use float32 products there.
 _COMPILED = isinstance(_shrink, triton.JITFunction)
 
 
 class Buffers(NamedTuple):
-    """What an engine's launches share, at addresses that never change.
+    """The buffers that all launches of an engine share; their addresses never change.
 
     plan_W: a `DevicePlan`'s words. rows_ALF: an `AdapterTable`'s rows. scratch_QC: float32, of the config's
     `scratch_rows` and `columns`; samples: float32 [SAMPLE_TOKENS, G*N], the routing of the tile that a plan samples.
@@ -239,9 +239,9 @@ class Buffers(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel's launch, without the tensors and numbers that it is given.
+    """A kernel's launch configuration, without the arguments of a single launch.
 
-    arguments: its parameters that are no constants, and their types as Triton names them. constants: the others.
+    arguments: names and Triton types of the non-constant parameters. constants: values of the others.
     """
 
     kernel: Any
@@ -303,10 +303,10 @@ def launches(config: KernelConfig, padded_tokens: int) -> tuple[Launch, Launch]:
 
 
 class Path:
-    """Launches a block's path over an engine's buffers. T, the rows of x and y, are the padded tokens.
+    """Launches a block's path over an engine's buffers. T, the number of rows of x and y, includes padding.
 
-    A launch of 16 tokens a program would drop the rest of a tile of 64. No step has both: T is never less than the
-    tokens that its plan was made for.
+    A launch for tiles of 16 tokens would drop the rest of a tile of 64. This cannot happen, because T is never less
+    than the tokens of its plan.
     """
 
     def __init__(self, config: KernelConfig, buffers: Buffers) -> None:
@@ -314,7 +314,7 @@ class Path:
         self._launches: dict[int, tuple[Launch, Launch]] = {}
 
     def begin(self, x_TD: torch.Tensor, block: int) -> None:
-        """Compute s of block number `block` into the scratch space, for `finish_`."""
+        """Compute s of block number `block` into the scratch space, which `finish_` reads."""
         plan_W, rows_ALF, scratch_QC, _ = self.buffers
         self._of(len(x_TD))[0].run(
             {
@@ -334,7 +334,7 @@ class Path:
         )  # fmt: skip
 
     def warm_up(self) -> None:
-        """Compile every kernel that a step can need: over an empty plan, they do nothing."""
+        """Compile every kernel that a step can need, by launching it with an empty plan."""
         for tokens in SHAPES:
             if tokens <= self.config.max_tokens:
                 nothing_TD = torch.zeros(

@@ -1,7 +1,7 @@
-"""How the Triton kernels divide their work: by the engine's config and a step's padded tokens, by nothing else.
+"""How the Triton kernels divide their work. It depends only on the engine's config and a step's padded tokens.
 
-So every mix of adapters uses launches that were compiled, and captured, before. What differs between mixes is in the
-plan's header, on the device: live tiles, and the parts of a sum that fill the card.
+So every mix of adapters uses launches that were compiled and captured before. Values that differ between mixes are in
+the plan's header on the device: the live tiles, and the parts of a sum.
 """
 
 import math
@@ -10,22 +10,22 @@ from typing import Any
 
 import torch
 
-# Rows of packed weights are padded to this many numbers: every row begins at an address that wide loads need.
+# Rows of packed weights are padded to a multiple of this, so that every row is aligned for wide loads.
 ALIGNMENT = 16
 
-# Programs of a launch for each multiprocessor.
+# Programs per multiprocessor in a launch.
 _PROGRAMS_PER_SM = 4
 
-# Steps of more tokens run in tiles of 64.
+# Steps with more tokens than this use tiles of 64.
 _DECODE_TOKENS = 512
-# The smallest step of each way to cut: a step is cut like the largest of these that does not exceed it.
+# Step sizes that have an own way to cut: a step uses that of the largest size up to its own.
 SHAPES = (1, 17, _DECODE_TOKENS + 1)
-# Rows of scratch space, at least; parts times planned tokens never exceed them.
+# Minimum rows of scratch space; parts times planned tokens never exceed its rows.
 _SCRATCH_ROWS = 16 * _DECODE_TOKENS
 
-# Sizes of a program's piece of y. The plan's header counts the pieces for each.
+# Columns of y per piece. The plan's header has the number of pieces for each size.
 PIECES = (32, 64, 128)
-# Pieces that a program may compute one after the other, with one softmax; the plan's header says how many.
+# Numbers of pieces that a program may compute in sequence with one softmax; the plan's header chooses one.
 RUNS = (1, 2, 4, 8, 16)
 
 # The first ptxas that correctly assembles pipelined WGMMA with its left operand in registers.
@@ -34,11 +34,11 @@ _SOUND_PTXAS = (13, 3)
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """What launches depend on besides a step's padded tokens: fixed when the engine starts.
+    """Sizes that launches depend on besides a step's padded tokens; fixed when the engine starts.
 
     num_blocks, max_adapters: blocks and rows of the table. max_rank, max_experts, max_groups: the largest adapter.
-    max_tokens: the largest step. max_parts: the most sums that a decode step splits x's dimensions into. capability: 90
-    for sm_90. pipelined: whether products of 64 tokens may be pipelined.
+    max_tokens: the largest step. max_parts: the most parts that a decode step splits x's dimensions into. capability:
+    90 means sm_90. pipelined: whether products of 64 tokens may be pipelined.
     """
 
     hidden_size: int
@@ -56,7 +56,7 @@ class KernelConfig:
 
     @property
     def columns(self) -> int:
-        """Columns of the scratch space: those of the largest adapter's [A; R], padded."""
+        """Columns of the scratch space: the padded columns of the largest adapter's [A; R]."""
         return padded(self.max_rank + self.max_groups * self.max_experts)
 
     @property
@@ -71,7 +71,7 @@ class KernelConfig:
         return math.gcd(ALIGNMENT, *widths)
 
     def check(self, rank: int, experts: int, groups: int) -> None:
-        """Raise ValueError for an adapter that is larger than the largest."""
+        """Raise ValueError for an adapter that exceeds the configured sizes."""
         for name, found, largest in (
             ("rank", rank, self.max_rank),
             ("experts", experts, self.max_experts),
@@ -83,10 +83,10 @@ class KernelConfig:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a launch's work is cut. max_parts: the most sums that x's dimensions are split into.
+    """How a launch's work is divided. max_parts: the most parts that x's dimensions are split into.
 
     block_*: a program's share of tokens T, dimensions D, columns S of [A; R], experts N and columns of y E; it takes 16
-    of the rank at a time. expand_registers: the most of a thread; ptxas by itself settles for fewer, and spills.
+    of the rank at a time. expand_registers: the most registers of a thread; without it ptxas uses fewer and spills.
     """
 
     block_t: int
@@ -108,7 +108,7 @@ def padded(columns: int) -> int:
 
 
 def tile_size(num_tokens: int) -> int:
-    """Tokens of a tile on a GPU: 16, the least that a matrix product takes, in decode steps; 64 in prefill."""
+    """Tokens of a tile on a GPU: 16 in decode steps (the minimum of a matrix product), 64 in prefill."""
     return 16 if num_tokens <= _DECODE_TOKENS else 64
 
 
@@ -116,7 +116,7 @@ def cut(config: KernelConfig, padded_tokens: int) -> Cut:
     """How the kernels cut a step of so many tokens, padding included."""
     if tile_size(padded_tokens) == 16:
         block_e = 32 if padded_tokens < SHAPES[1] else 64
-        # Narrow accesses to y take more addresses.
+        # Narrow accesses to y need more address registers.
         registers = 168 if config.alignment == ALIGNMENT else 216
         return Cut(block_t=16, max_parts=config.max_parts, block_e=block_e, block_n=8, expand_registers=registers)
     few, stages = min(4, config.max_parts), 2 if config.pipelined else 1
@@ -124,19 +124,19 @@ def cut(config: KernelConfig, padded_tokens: int) -> Cut:
 
 
 def num_programs(config: KernelConfig) -> int:
-    """Programs of a launch; they loop over the live work."""
+    """Number of programs in a launch; they loop over the live work."""
     return config.num_sms * _PROGRAMS_PER_SM
 
 
 def parts(config: KernelConfig, tiles: int, columns: int, tokens: int) -> int:
-    """Parts of x's dimensions that fill the card with a plan's live tiles, and fit the scratch space."""
+    """Number of parts of x's dimensions: enough to use the whole GPU, and few enough for the scratch space."""
     wanted = config.num_sms // max(1, tiles * -(-columns // Cut.block_s))
     room = min(config.scratch_rows // max(1, tokens), config.hidden_size // Cut.block_d)
     return max(1, min(config.max_parts, wanted, room))
 
 
 def on_this_card(device: torch.device, **sizes: Any) -> KernelConfig:
-    """The config for a device; `sizes` are those that the device does not tell."""
+    """The config for a device; `sizes` holds the fields that do not follow from the device."""
     # Imported here: CPU installations may have no Triton.
     from triton.backends.nvidia.compiler import get_ptxas
 
@@ -151,5 +151,5 @@ def on_this_card(device: torch.device, **sizes: Any) -> KernelConfig:
 
 
 def may_pipeline(capability: int, ptxas: str) -> bool:
-    """Whether products of 64 tokens may be pipelined: on sm_90 only with a sound assembler, by its version."""
+    """Whether products of 64 tokens may be pipelined: on sm_90 only if ptxas is new enough."""
     return capability // 10 != 9 or tuple(map(int, ptxas.split("."))) >= _SOUND_PTXAS

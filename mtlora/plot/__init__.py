@@ -1,1 +1,1 @@
-"""Pictures of checkpoints, training runs and sweeps. matplotlib is imported only when one is drawn."""
+"""Charts of checkpoints, training runs and sweeps. matplotlib is imported only when a chart is drawn."""

@@ -1,4 +1,4 @@
-"""A picture of a checkpoint's scores."""
+"""A chart of a checkpoint's scores."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,9 +8,9 @@ from mtlora.plot.figure import COLOURS, GRID, INK, MUTED, figure, label
 
 
 def plot_accuracy(evaluation: Mapping[str, Any], out: Path) -> None:
-    """A bar per task: accuracy with the adapter and of the backbone alone, a mark at the most frequent answer's rate.
+    """Draw, per task, the accuracy of adapter and backbone alone as bars, and of the most frequent answer as a mark.
 
-    `evaluation` is a manifest's, or what `mtlora eval --json` writes. The format follows `out`'s suffix.
+    `evaluation` comes from a manifest or from `mtlora eval --json`. The format follows `out`'s suffix.
     """
     adapter, alone = evaluation["adapter"], evaluation.get("backbone_alone")
     tasks = sorted(adapter["tasks"], key=lambda task: (adapter["tasks"][task]["accuracy"], task))

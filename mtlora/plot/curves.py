@@ -1,4 +1,4 @@
-"""A picture of a training run's log."""
+"""A chart of a training run's log."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def read_log(file: Path) -> list[dict[str, Any]]:
 
 
 def plot_curves(records: list[dict[str, Any]], out: Path) -> None:
-    """Loss, accuracy, regularizers, learning rate and gradient norm against the step."""
+    """Loss, accuracy, regularizers, learning rate and gradient norm over the steps."""
     steps = [record for record in records if "loss" in record]
     checks = [record for record in records if "validation_loss" in record]
     with figure(out, 2, 3, size=(13, 6.4), sharex=True) as (_, axes):

@@ -1,4 +1,4 @@
-"""Pictures of what `mtlora.train.diagnosis` finds: routing, the experts' singular values, task gradients."""
+"""Charts of the results of `mtlora.train.diagnosis`: routing, the experts' singular values, task gradients."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,7 +78,7 @@ def plot_use(routing: Routing, out: Path) -> None:
 
 
 def _heat(panel: Any, weights: Any, top: float) -> Any:
-    """Draw weights [rows, N] as multiples of an even share, in one colour above it and another below."""
+    """Draw weights [rows, N] as multiples of 1/N, with different colours above and below 1."""
     from matplotlib.colors import TwoSlopeNorm
 
     N = weights.shape[-1]
@@ -125,7 +125,7 @@ def plot_spectra(found: Spectra, out: Path) -> None:
 
 
 def plot_gradients(found: Mapping[str, torch.Tensor], tasks: Sequence[str], out: Path) -> None:
-    """A panel per matrix of cosines [T, T], with its mean over pairs and the share of pairs below zero."""
+    """Draw a panel for each matrix of cosines [T, T], with its mean over pairs and the share of negative pairs."""
     count = len(tasks)
     side = max(3.2, 0.17 * count)
     with figure(out, 1, len(found), size=(side * len(found) + 2.6, side + 0.9)) as (made, axes):

@@ -1,4 +1,4 @@
-"""What the pictures share: a backend without a screen, colours, and style."""
+"""Shared by all charts: a backend that needs no screen, colours, and style."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 INK, GRID, MUTED = "#222222", "#e5e7ea", "#c7ccd1"
-# Distinct for colour-blind readers too (Okabe and Ito, 2008), the project's blue first.
+# Colours that colour-blind readers can tell apart (Okabe and Ito, 2008); the project's blue first.
 COLOURS = ("#1f6f8b", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8d979f", "#f0e442")
 HEAT = "viridis"
 _SMOOTHED_STEPS = 50
@@ -32,7 +32,7 @@ def figure(out: Path, rows: int = 1, columns: int = 1, *, size: tuple[float, flo
 
 
 def clean(axes: Any, title: str, x_label: str = "") -> None:
-    """A title, a light grid, no box."""
+    """Set the title, a light grid and no box."""
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel(x_label)
     axes.grid(color=GRID, zorder=0)
@@ -42,11 +42,11 @@ def clean(axes: Any, title: str, x_label: str = "") -> None:
 
 
 def label(task: str) -> str:
-    """A task id as a label."""
+    """A task id in the form of an axis label."""
     return task.replace("_", " ")
 
 
 def smoothed(values: Sequence[float]) -> np.ndarray:
-    """The running mean over a tenth of the steps, at most 50; shorter by that window, less one."""
+    """The running mean over a tenth of the steps, at most 50; the result is shorter by window - 1."""
     window = min(_SMOOTHED_STEPS, max(1, len(values) // 10))
     return np.convolve(values, np.ones(window) / window, mode="valid")

@@ -1,4 +1,4 @@
-"""A picture of images with their answers: one of each task."""
+"""A picture with one example image of each task and its answer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ _COLUMNS = 7
 
 
 def plot_gallery(examples: Sequence[Example], answers: Sequence[str], out: Path) -> None:
-    """The first example of each task, with its answer; a wrong one names what was right."""
+    """Draw the first example of each task with its answer; a wrong answer is shown with the correct one."""
     first: dict[str, tuple[Example, str]] = {}
     for example, answer in zip(examples, answers, strict=True):
         first.setdefault(example.task_id, (example, answer))

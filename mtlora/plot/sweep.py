@@ -1,4 +1,4 @@
-"""Pictures of a sweep: the methods side by side, their losses, and accuracy against the number of tasks."""
+"""Charts of a sweep: the methods side by side, their losses, and accuracy against the number of tasks."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +40,7 @@ def plot_methods(rows: Sequence[Row], out: Path) -> None:
 
 
 def plot_losses(logs: Mapping[str, Sequence[Sequence[Row]]], out: Path) -> None:
-    """Training loss against the step, smoothed: each configuration's seeds faintly, and their mean.
+    """Draw the smoothed training loss over steps: each configuration's seeds in light colour, and their mean.
 
     logs: the records of each seed's log, by configuration.
     """
@@ -63,7 +63,7 @@ def plot_losses(logs: Mapping[str, Sequence[Sequence[Row]]], out: Path) -> None:
 
 
 def plot_scaling(rows: Sequence[Row], out: Path) -> None:
-    """Accuracy against the number of tasks: over all of them, and over those that every run has."""
+    """Accuracy against the number of tasks: over all tasks, and over the tasks that every run has."""
     names = list(dict.fromkeys(row["name"] for row in rows))
     fewest = min(row["num_tasks"] for row in rows)
     panels = [("accuracy", "mean over all tasks"), ("common", f"mean over the same {fewest} tasks")]
@@ -75,7 +75,7 @@ def plot_scaling(rows: Sequence[Row], out: Path) -> None:
                 means = [row[key]["mean"] for row in shown]
                 below = [max(0.0, row[key]["mean"] - row[key]["interval"][0]) for row in shown]
                 above = [max(0.0, row[key]["interval"][1] - row[key]["mean"]) for row in shown]
-                # Beside each other, not on top of each other.
+                # Shift the points, so that they do not cover each other.
                 shift = 0.25 * (i - (len(names) - 1) / 2)
                 panel.errorbar(
                     [row["num_tasks"] + shift for row in shown], means, yerr=[below, above], marker="o", markersize=4,

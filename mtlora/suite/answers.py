@@ -1,4 +1,4 @@
-"""Types of the answers of the built-in suite's tasks and of BIG-Bench Hard's."""
+"""Answer types of the tasks in the built-in suite and in BIG-Bench Hard."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ _WORDS = Regex(pattern=r"[a-z]{1,24}( [a-z]{1,24}){0,31}")
 _ALL_WORDS = Regex(pattern=r"[a-z][a-z'&.-]{0,23}( [a-z][a-z'&.-]{0,23}){0,31}")
 _HOUR = "(1[0-2]|[1-9])(am|pm)"
 
-# Tasks with `allowed_answers` in the suite are left out.
+# Tasks whose suite sets `allowed_answers` need no entry.
 BUILTIN: Mapping[str, AnswerType] = {
     "logical_deduction": Regex(pattern=r"[A-Za-z]{2,16}"),
     "bracket_completion": _BRACKETS,
@@ -58,7 +58,7 @@ BBH: Mapping[str, AnswerType] = {
     "object_counting": Number(minimum=0, maximum=99),
     "penguins_in_a_table": _options("E"),
     "reasoning_about_colored_objects": _options("R"),
-    # Two of its published targets spell the option out.
+    # Two published targets contain the option's text.
     "ruin_names": Regex(pattern=r"\([A-D]\)|[a-z][a-z,& ]{0,38}[a-z]"),
     "salient_translation_error_detection": _options("F"),
     "snarks": _options("B"),
@@ -73,7 +73,7 @@ BBH: Mapping[str, AnswerType] = {
 
 
 def joined(types: Iterable[AnswerType | None]) -> AnswerType | None:
-    """A type that allows what each of some tasks' types allows; None if it cannot be named, or one of them is None."""
+    """A type that allows all answers of all these types; None if there is no such type, or if one of them is None."""
     first, *others = types
     for other in others:
         first = _joined(first, other)

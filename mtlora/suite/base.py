@@ -13,7 +13,8 @@ from mtlora.task import TaskSpec
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
-# The mark between working and answer in every suite here: one token of the default backbone, in no task's text.
+# The marker between working and answer in all generated suites: one token of the default backbone, absent from tasks'
+# texts.
 ANSWER_MARKER = "=>"
 
 
@@ -25,9 +26,9 @@ class SuiteError(MtLoRAError):
 class Example:
     """One input of a task and its exact answer.
 
-    `working` is a short derivation that a model may learn to write before the answer; scoring ignores it. `source` is
-    where the example was read, for errors. `image`: the encoded image or its file, of a task that takes one; `input` is
-    then the digest of its content for a task of images, and the text beside it, maybe empty, for a task of text.
+    `working` is a short derivation that a model may learn to write before the answer; scoring ignores it. `source` says
+    where the example was read, for errors. `image`: the encoded image or its file, if the task takes one. `input` is
+    then the digest of the image for an image task, and the text beside the image (may be empty) for a text task.
     """
 
     task_id: str
@@ -50,10 +51,10 @@ class Example:
 
 
 class Suite(Protocol):
-    """What trainer, evaluation, demo and load test need from a suite."""
+    """The interface of a suite for trainer, evaluation, demo and load test."""
 
     name: str
-    # Whether tasks have a limited number of examples; generators do not.
+    # Whether the number of examples is limited; generated suites are unlimited.
     finite: bool
     # Tasks in the order of an adapter's bias rows.
     tasks: Sequence[TaskSpec]

@@ -1,4 +1,4 @@
-"""Generated inputs in the form of BIG-Bench Hard's algorithmic tasks, worked out by their solvers."""
+"""Generated inputs in the form of BIG-Bench Hard's algorithmic tasks; solvers give answer and working."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -48,7 +48,7 @@ class GeneratedBBHSuite:
         self.tasks: Sequence[TaskSpec] = tuple(map(bbh_spec, BBH_TASKS.values()))
 
     def examples(self, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
-        """See `Suite.examples`. Generated tasks have no end, so `count` must be a number here."""
+        """See `Suite.examples`. Generated tasks are unlimited, so `count` must be a number."""
         if (task := BBH_TASKS.get(task_id)) is None:
             raise unknown_task(self, task_id)
         rng = seeded(self.name, task_id, split, seed)

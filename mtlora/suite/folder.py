@@ -1,7 +1,7 @@
 """A folder of JSON files in the layout of BIG-Bench Hard as a suite: one task a file.
 
-A file with `picture` (see `ImagePreparation`; `{}` will do) is a task of text and image: each of its examples names an
-`image`, a file beside it.
+A file with `picture` (see `ImagePreparation`; may be `{}`) is a task of text and image: each of its examples names an
+`image`, the path of an image file.
 """
 
 import codecs
@@ -29,7 +29,7 @@ _LAYOUT = '{"examples": [{"input": "...", "target": "..."}, ...]}'
 class _Entry(BaseModel):
     input: str
     target: str = Field(max_length=MAX_TARGET_CHARS)
-    # The image of a task that takes one, by its path from the folder.
+    # The image's path relative to the folder, if the task takes one.
     image: str | None = None
 
     @field_validator("input", "target")
@@ -82,8 +82,8 @@ def has_texts(folder: Path) -> bool:
 class FolderSuite:
     """Reads every `*.json` of a folder at once, to find a wrong file before any work starts.
 
-    Ignores other files, and keys that are not in the layout. A repeated input is in its split once, with its first
-    target; different targets give only a warning, because published files have them and must be scorable as a whole.
+    Ignores other files, and keys that are not in the layout. A repeated input is used once, with its first target.
+    Different targets give only a warning, because published files have them.
     """
 
     finite = True
@@ -189,8 +189,8 @@ def _examples(task_id: str, file: Path, read: _File) -> tuple[Example, ...]:
 def estimated_tokens(targets: Sequence[str]) -> int:
     """An upper estimate of the longest target's tokens, with room for answers that the folder does not contain.
 
-    There is no tokenizer here. Byte-level vocabularies use one token for a digit or mark, at most one per byte for
-    other scripts, and rarely less than two letters per token.
+    An estimate, because no tokenizer is available here: one token per digit or mark, one per byte of other scripts, and
+    one per two letters.
     """
 
     def estimate(target: str) -> int:

@@ -55,7 +55,7 @@ class InstructionSuite:
             TaskSpec(
                 id=task_id,
                 description=f"Instructions of category {task_id}.",
-                # An answer has many lines: its end is the backbone's own.
+                # An answer may have several lines, so only the backbone's end-of-sequence token ends it.
                 stop=(),
                 max_new_tokens=min(_MAX_NEW_TOKENS, estimated_tokens([e.target for e in found[task_id].values()])),
             )

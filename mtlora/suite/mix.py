@@ -1,4 +1,4 @@
-"""A suite made of parts, each with its own number of training examples a task."""
+"""A suite made of parts; each part sets its number of training examples per task."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -11,13 +11,13 @@ from mtlora.suite.bbh_generated import bbh_spec, with_working
 from mtlora.suite.bbh_tasks import BBH_TASKS
 from mtlora.task import TaskSpec
 
-# One number for every task, numbers by task id ("*" for the rest), or null: all of a finite suite.
+# A number for every task, numbers by task id ("*" for the rest), or null for all examples of a finite suite.
 Count = Annotated[int, Field(ge=0)]
 ExampleCounts = Count | dict[str, Count | None] | None
 
 
 def count_for(counts: int | Mapping[str, int | None] | None, task_id: str) -> int | None:
-    """How many examples of a task are wanted. A task that a mapping without "*" leaves out gets none."""
+    """How many examples of a task are wanted. A task that a mapping does not name gets none, unless it has "*"."""
     return counts.get(task_id, counts.get("*", 0)) if isinstance(counts, Mapping) else counts
 
 
@@ -73,8 +73,8 @@ class MixedSuite:
     def examples(self, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
         """Training: each part's own number, at most `count`. Other splits: up to `count` of each part.
 
-        An input of two parts is taken once, from the first; one that a finite part holds out more strictly, for
-        validation or for the test, is left out. Raises SuiteError for an unknown task.
+        An input that occurs in two parts is used once, from the first part. It is left out if a finite part reserves it
+        for validation or test while this split is less strict. Raises SuiteError for an unknown task.
         """
         parts = [(part, suite) for part, suite, ids in self._parts if task_id in ids]
         if not parts:
@@ -83,7 +83,7 @@ class MixedSuite:
         pictures = any(task.id == task_id and task.picture for task in self.tasks)
 
         def asked(example: Example) -> object:
-            """What two examples must not share; tasks of text and image ask the same text of many images."""
+            """The key of duplicates: the input and, if the task takes text and image, the image."""
             return (example.input, example.image) if pictures else example.input
 
         held_out = {

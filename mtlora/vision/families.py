@@ -27,7 +27,7 @@ from mtlora.vision.image_input import ImageInput
 
 @dataclass(frozen=True)
 class Family:
-    """What the configuration of a family does not say.
+    """Traits of a family that its configurations do not contain.
 
     nested: the `model_type` of image-text models whose `vision_config` is of this family.
     class_token: whether sequences begin with one. input_norm: a norm between embeddings and layers.
@@ -219,11 +219,11 @@ def _side(name: str, value: Any) -> int | None:
     return value
 
 
-# What a model with a head, or of image and text, puts before its tower's names.
+# Prefixes of the vision tower's tensor names in models with a head, or of image and text.
 _PREFIX = r"(?:(?:vit|dinov2|dinov2_with_registers|vision_model)\.)?"
 _LAYER = r"(?:encoder\.)?layers?\.(\d+)\."
 _END = r"\.(weight|bias)"
-# Names in files, of all families, and in the encoder. None of one family's names means another thing in a second one.
+# Tensor names in files of all families, and in the encoder. No name has different meanings in two families.
 _NAMES = [
     (re.compile(_PREFIX + source), target)
     for source, target in (
@@ -262,8 +262,8 @@ def encoder_name(name: str) -> str | None:
 def encoder_tensors(config: VisionConfig, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The encoder's state of a file's tensors.
 
-    LayerScale is folded into the last linear layer of its block, so that a block's output is F(x); what a family has no
-    bias for gets a bias of zero. Raises BackboneError for missing tensors or wrong shapes.
+    LayerScale is folded into the last linear layer of its block, so that a block's output is F(x); a missing bias
+    becomes zero. Raises BackboneError for missing tensors or wrong shapes.
     """
     found = {name: tensor for source, tensor in tensors if (name := encoder_name(source))}
     for name in [name for name in found if ".weights_in." in name]:

@@ -85,7 +85,7 @@ class Heads(nn.Module):
             self.weight[outputs], self.bias[outputs] = weight_CF, bias_C
 
     def _apart(self) -> bool:
-        """Whether every task's head is its own."""
+        """Whether the tasks' heads share no outputs."""
         return self.told and sum(map(len, self.classes)) == len(self.bias)
 
     def folded(self, task: int) -> tuple[torch.Tensor, torch.Tensor]:

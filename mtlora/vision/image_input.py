@@ -1,4 +1,4 @@
-"""How an image becomes a task's input: one rule for trainer, evaluation and server."""
+"""How an image becomes a task's input, for trainer, evaluation and server."""
 
 from typing import Annotated, Any, Literal
 
@@ -35,7 +35,7 @@ def merged(states: Any, num_prefix: int, merge: int) -> Any:
 
 
 class ImagePreparation(BaseModel):
-    """How an image becomes what a vision backbone sees, whose patches divide `size` evenly."""
+    """How an image is prepared for a vision backbone. The backbone's patches must divide `size` evenly."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -49,7 +49,7 @@ class ImagePreparation(BaseModel):
 
 
 class ImageInput(ImagePreparation):
-    """The input of a task of images."""
+    """The input of an image task."""
 
     pooling: Pooling = Field(
         "cls_mean",

@@ -1,8 +1,9 @@
 """Norms and gates of an eager backbone on a CPU, in one call each.
 
-vLLM leaves them to its compiler on CPUs. Eagerly, RMSNorm takes nine calls and passes over memory, and the gate of a
-feed-forward block two. vLLM's CPU build has kernels for them, but does not call them on x86: those for bfloat16 cut off
-the bits that they should round on processors without bfloat16, and the gate's is slower than two calls.
+On CPUs, vLLM relies on its compiler to fuse them. Eagerly, RMSNorm takes nine calls and passes over memory, and the
+gate of a feed-forward block two. vLLM's CPU build has kernels for them, but does not call them on x86: those for
+bfloat16 cut off the bits that they should round on processors without bfloat16, and the gate's is slower than two
+calls.
 """
 
 from typing import Any
@@ -31,7 +32,7 @@ class OneCallSiluAndMul(SiluAndMul):
 
 
 def use_single_calls() -> None:
-    """Have vLLM's next engines use them."""
+    """Make engines that start later in this process use them."""
     CustomOp.register_oot(OneCallSiluAndMul, name=SiluAndMul.__name__)
     platform: Any = type(current_platform)
     stock_import, stock_priority = platform.import_ir_kernels, platform.get_default_ir_op_priority

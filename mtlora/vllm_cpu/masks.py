@@ -1,7 +1,7 @@
 """On CPUs, mask logits in place, in one pass over the masks' words.
 
-vLLM turns all logits into float32 and back, and xgrammar visits every token that a mask forbids: of 49,000, a task's
-type mostly forbids all but a few.
+vLLM converts all logits to float32 and back, and xgrammar visits every forbidden token. A task's type mostly forbids
+all of 49,000 tokens except a few.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ _stock = gpu_model_runner.apply_grammar_bitmask
 
 
 def mask_in_place() -> None:
-    """Have the model runners of this process do so."""
+    """Make the model runners of this process mask in place."""
     gpu_model_runner.apply_grammar_bitmask = _apply
 
 

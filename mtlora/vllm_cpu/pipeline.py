@@ -14,11 +14,11 @@ def skips_warm_up(vllm_config: VllmConfig) -> bool:
 
 
 def warm_up_stages() -> None:
-    """Have this worker warm its model up.
+    """Make this worker run its model's warm-up.
 
-    A stage after the first makes its buffer for incoming hidden states in a warm-up run alone. vLLM 0.32 skips that run
-    on a CPU that does not compile, and the first step ends the engine. Takes effect for this process; call it while the
-    model loads.
+    Stages after the first allocate their buffer for incoming hidden states only in a warm-up run. vLLM 0.32 skips that
+    run on a CPU that does not compile, and the first step ends the engine. Takes effect for this process; call it while
+    the model loads.
     """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.cpu_worker import CPUWorker

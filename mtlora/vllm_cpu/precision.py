@@ -1,7 +1,7 @@
 """The default dtype of a backbone on a CPU.
 
-vLLM takes the weights' dtype. An x86 processor without instructions for bfloat16 products makes them out of float32
-products, and takes several times as long as in float32.
+vLLM uses the weights' dtype. An x86 processor without bfloat16 product instructions emulates bfloat16 products with
+float32, several times slower than float32 itself.
 """
 
 import json
@@ -46,7 +46,7 @@ def free_memory(*cgroup: Path) -> int:
 def multiplies_bfloat16(capabilities: Mapping[str, Any]) -> bool:
     """Whether a processor with these capabilities, `torch.cpu`'s, has such instructions.
 
-    True on other architectures than x86, for which torch does not say: vLLM's own choice stands there.
+    True on architectures other than x86, where torch does not report it: vLLM's choice is kept there.
     """
     if capabilities["architecture"] != "x86_64":
         return True

@@ -1,9 +1,9 @@
-"""Two engines on the same cores of a CPU: each has all of them while the other rests, half of them while both run.
+"""Two engines on the same CPU cores: an engine uses all cores while the other is idle, and half of them while both run.
 
-With threads of both engines on every core, each waits at every product for a thread that the other engine keeps from
-its core, and spins meanwhile. A step keeps the threads that it begins with.
+If both engines had threads on every core, each would spin at every product until its last thread gets a core. The
+number of threads does not change within a step.
 
-Without imports of vLLM, which reads environment variables at once.
+This module does not import vLLM, which reads environment variables at import.
 """
 
 import mmap
@@ -21,7 +21,7 @@ _LONGEST_S = 10.0
 
 @cache
 def board() -> str:
-    """The path of this process's memory in which two engines tell each other of their steps. Gone with the process."""
+    """The path of the shared memory in which two engines publish their steps. It disappears with this process."""
     descriptor = os.memfd_create("mtlora-shared-cores")
     os.ftruncate(descriptor, mmap.PAGESIZE)
     return f"/proc/{os.getpid()}/fd/{descriptor}"
@@ -35,7 +35,7 @@ def sharing_environment(place: int) -> dict[str, str]:
 class SharedCores:
     """One engine's side of a board. Enter it for a part of a step.
 
-    threads: for a step that has all cores. Place 0 gets the odd one.
+    threads: number of threads of a step that has all cores. If it is odd, place 0 gets the larger half.
     """
 
     def __init__(self, path: str, place: int, threads: int) -> None:
@@ -48,7 +48,7 @@ class SharedCores:
 
     @classmethod
     def of_environment(cls, threads: int) -> Self:
-        """The side that the environment names."""
+        """The board's side given by the environment."""
         place, _, path = os.environ[ENVIRONMENT].partition(":")
         return cls(path, int(place), threads)
 

@@ -10,7 +10,7 @@ from mtlora.vllm_cpu.shared_cores import SharedCores
 
 
 class SharingExecutor(UniProcExecutor):
-    """An engine's only rank, in its own process, beside another engine's."""
+    """Runs an engine's only rank in the engine's process, and shares cores with another engine."""
 
     def _init_executor(self) -> None:
         super()._init_executor()

@@ -3,7 +3,7 @@
 `register` runs in every vLLM process. It replaces vLLM's LoRA managers by this package's: `LoRARequest`, slots,
 `add_lora` and the prefix cache work as before, with checkpoints of this project's format.
 
-A process serves one kind of adapter. With `MTLORA_PLUGIN=0` in its environment the plugin stays out, and vLLM's own
+A process serves one kind of adapter. With `MTLORA_PLUGIN=0` in its environment the plugin does nothing, and vLLM's own
 multi-LoRA serves PEFT adapters.
 """
 
@@ -30,8 +30,8 @@ def register() -> None:
 def engine_overrides(max_num_seqs: int, options: Options = Options()) -> dict[str, Any]:  # noqa: B008  it is frozen
     """Arguments of vLLM's `EngineArgs` that suit mtLoRA adapters, for up to `max_num_seqs` sequences at a time.
 
-    A slot is a pointer and a row of biases, so every sequence that can run has one and none waits. `max_lora_rank` has
-    no effect. The plugin adapts the settings for compiling by itself.
+    A slot takes little memory (a pointer and a row of biases), so there is one for every sequence that can run.
+    `max_lora_rank` has no effect. The plugin sets the compilation settings by itself.
     """
     return {
         "enable_lora": True,

@@ -5,8 +5,8 @@ are the bare backbone's. Prefix-cache blocks wholly before it are keyed as such,
 all adapters share them. The first block with a later token is keyed by the adapter, and by the point if that lies
 inside the block; so are all after it, as a block's key covers the one before it.
 
-Rows and keys follow from the same number, cut to the prompt's length. So a wrong number gives wrong answers to its own
-request, and never blocks under a wrong key.
+Rows and keys use the same number, limited to the prompt's length. So a wrong number makes only its own request's answer
+wrong and never stores blocks under a wrong key.
 """
 
 import functools
@@ -69,7 +69,7 @@ def key_blocks() -> None:
             request.lora_request = adapter
 
     kv_cache_utils.generate_block_hash_extra_keys = generate_block_hash_extra_keys
-    # The block pool needs it for its events alone.
+    # The block pool uses it only for its events.
     block_pool.generate_block_hash_extra_keys = generate_block_hash_extra_keys
 
 
@@ -99,7 +99,7 @@ def _check(adapter: Any, extra: dict[str, Any] | None, prompt_tokens: int) -> No
         try:
             needed = adapter is not None and _activation(adapter.lora_path) == "task"
         except (OSError, ValueError, LookupError):
-            # The worker that loads the adapter reports the error.
+            # Ignore the error here: the worker that loads the adapter reports it.
             return
         if needed:
             raise _refused(

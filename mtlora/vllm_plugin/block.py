@@ -22,7 +22,7 @@ from vllm.utils.torch_utils import (
 
 from mtlora.vllm_plugin.step import StepMapping
 
-# Kept for the life of the process: operators end with their library.
+# Keep the library for the life of the process, because its operators end with it.
 _LIBRARY = torch.library.Library("mtlora", "FRAGMENT")
 
 
@@ -37,7 +37,7 @@ class RoutedBlock(BaseLayerWithLoRA):
     def __init__(self, base_layer: nn.Module, index: int, name: str, layer_name: str, step: StepMapping) -> None:
         super().__init__()
         self.base_layer = base_layer
-        # Called without the module's own call: a small model's layer takes tens of microseconds.
+        # Call `forward` directly: `__call__` costs time, and a small model's layer takes only tens of microseconds.
         self._base_forward = base_layer.forward
         self.index = index
         self.block_name = name
@@ -70,7 +70,7 @@ class RoutedBlock(BaseLayerWithLoRA):
         return y_TD
 
     def begin(self, x_TD: torch.Tensor) -> None:
-        """What of the path can run before the block, or beside it."""
+        """Compute the part of the path that needs only the block's input; it may run beside the block."""
         self.step.begin(x_TD, self.index, beside=self.beside)
 
     def finish_(self, y_TD: torch.Tensor, x_TD: torch.Tensor) -> None:

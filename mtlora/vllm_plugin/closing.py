@@ -10,14 +10,14 @@ import numpy as np
 from mtlora.answer.language import Automaton, States
 from mtlora.vllm_plugin.vocabulary import LONGEST_TOKEN, Vocabulary
 
-# Longest piece of a shortest way, in bytes, that is tried as one token.
+# Longest part of a shortest path, in bytes, that is tried as one token.
 _LONGEST_STRIDE = 12
 
 
 class Closing:
     """The tokens to an answer's end from each state of an automaton, along one shortest way.
 
-    A vocabulary has a token for every byte, so there always is a way.
+    A vocabulary has a token for every byte, so a path always exists.
     """
 
     def __init__(self, automaton: Automaton, vocabulary: Vocabulary) -> None:
@@ -78,9 +78,9 @@ def _worst(automaton: Automaton, needs: list[int]) -> list[int]:
 
 
 def _last_first(empty: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """Steps that read nothing, as (state, target), in an order in which a target's own steps come before.
+    """Empty transitions (state, target), sorted so that transitions from the target come first.
 
-    Cycles have no such order; theirs is that of a search in depth.
+    For cycles, which have no such order, the order is that of a depth-first search.
     """
     steps, seen = [], [False] * len(empty)
     for first in range(len(empty)):

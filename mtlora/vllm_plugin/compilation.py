@@ -1,4 +1,4 @@
-"""vLLM's config and the operators: CPUs compile them, no stale graph comes from disk. CUDA graphs are vLLM's own."""
+"""Adapts vLLM's config: allows compilation on CPUs, and keeps stale compiled graphs out. CUDA graphs need no change."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from vllm.platforms import current_platform
 
 import mtlora
 
-# Raise it with every change to the operators' schemas or the blocks' names: compiled graphs hold both.
+# Increase it with every change of the operators' schemas or the blocks' names: compiled graphs contain both.
 LAYOUT_VERSION = 3
 
 

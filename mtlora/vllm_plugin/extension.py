@@ -1,7 +1,7 @@
 """Methods that a server calls in every worker through vLLM's `collective_rpc`: load adapters beside steps, count.
 
-Arguments and results are types of msgpack. A failure is a value, because vLLM logs an exception with its traceback as
-the engine's own.
+Arguments and results are types of msgpack. A failure is returned as a value, because vLLM would log an exception with
+its traceback as an engine error.
 """
 
 from typing import Any

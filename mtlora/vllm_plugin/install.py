@@ -1,4 +1,4 @@
-"""Takes the seams that every process of vLLM needs; the model's own are taken as it loads (worker_manager.py)."""
+"""Installs the seams that every vLLM process needs; worker_manager.py installs the model's seams."""
 
 import atexit
 import gc
@@ -7,10 +7,10 @@ from mtlora.vllm_plugin.seams import available, require
 
 
 def install() -> None:
-    """Take them, once. Raises RuntimeError where one that correctness needs is missing."""
+    """Install the seams, once. Raises RuntimeError where one that correctness needs is missing."""
     for name in ("adapters", "operators", "compile cache key", "engine config", "typed answers", "activation"):
         require(name)
-    # Imported only now: these modules take the names that the seams check.
+    # Import after the check: these modules import names that the seams check.
     from vllm.platforms import current_platform
     from vllm.v1.worker import lora_model_runner_mixin
 
@@ -39,9 +39,9 @@ def install() -> None:
     if current_platform.is_cpu():
         _install_on_cpu()
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = MtLoRAWorkerManager
-    # Objects imported by now stay: without this, vLLM's start searches all of them for garbage half a dozen times.
+    # Freeze imported objects: else garbage collections during vLLM's start search all of them about six times.
     gc.freeze()
-    # Triton's bindings report objects that are left at the interpreter's exit; frozen ones are left.
+    # Unfreeze at exit: Triton's bindings report objects that are never freed.
     atexit.register(gc.unfreeze)
 
 

@@ -1,8 +1,9 @@
 """Keeps the blocks of documents in the KV cache for a while, whatever else runs; in the engine's core.
 
-A request that carries a lease leaves its document's blocks referenced when it ends. A tenant, known by its cache salt,
-holds so many tokens of documents, all tenants together half of the cache; the least recently used go first. Where a
-request finds no free block, leases end before anything is preempted, so none keeps a request from running.
+A request that carries a lease leaves its document's blocks referenced when it ends. Each tenant (known by its cache
+salt) has a limit of document tokens, and all tenants together half of the cache; least recently used documents lose
+their lease first. If a request finds no free block, leases end before any request is preempted, so leases never block
+requests.
 """
 
 import time
@@ -32,7 +33,7 @@ class Leases:
         self._held: OrderedDict[Any, _Lease] = OrderedDict()
 
     def keep(self, request: Any) -> None:
-        """Hold the document's blocks of a request that ends, or hold them longer."""
+        """Start or extend the lease on the document's blocks of a request that ends."""
         extra = request.sampling_params.extra_args if request.sampling_params is not None else None
         if not extra or LEASE_KEY not in extra or not self._manager.enable_caching:
             return
@@ -47,7 +48,7 @@ class Leases:
         size = first.block_size
         count = min(point_of(request.sampling_params, request.num_prompt_tokens), request.num_computed_tokens) // size
         blocks = list(self._manager.get_blocks(request.request_id).blocks[0][:count])
-        # Models whose layers differ in what they cache have several groups of blocks.
+        # Models with different kinds of cache layers have several groups of blocks.
         if others or not blocks or blocks[-1].block_hash is None:
             return
         key = blocks[-1].block_hash
@@ -78,7 +79,7 @@ class Leases:
         return len(self._held[key].blocks)
 
     def _end(self, key: Any) -> None:
-        # The last blocks of a document are of no use without the first.
+        # Free the last blocks first: a prefix is useful without them, but not the reverse.
         self._manager.block_pool.free_blocks(reversed(self._held.pop(key).blocks))
 
 

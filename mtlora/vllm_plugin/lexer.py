@@ -1,7 +1,7 @@
 """The tokens that llguidance allows next, within bounds of time and memory.
 
-llguidance never raises: a lexer that is full gives masks without a token from then on, and all copies of a matcher
-share one lexer. So a full one is replaced here, and a type that fills the largest in a few masks rests for a while.
+llguidance does not raise an error when its lexer is full: its masks are then empty, for all copies of the matcher. So
+this module replaces a full lexer, and pauses a type that fills the largest lexer within a few masks.
 """
 
 import threading
@@ -16,9 +16,9 @@ import numpy as np
 from mtlora.answer.language import Expression, pattern
 from mtlora.vllm_plugin.vocabulary import Row, Vocabulary
 
-# States of a lexer, at first and at most: of a dozen ordinary types, the largest takes 7,000. A state takes 400 bytes.
+# Initial and largest number of a lexer's states, 400 bytes each. The largest of a dozen ordinary types takes 7,000.
 _FEW, _MOST = 2_500, 20_000
-# A lexer that is full after fewer masks is not worth another one at once.
+# If a lexer is full after fewer masks, wait before making another one.
 _WORTHWHILE = 100
 _REST_S = 10.0
 
@@ -51,7 +51,7 @@ class Lexer:
         self._masks += 1
 
     def replace(self, failed: Any) -> None:
-        """Put a new lexer in the place of one that failed, unless another sequence did, or the type must rest."""
+        """Replace a failed lexer, unless another sequence already did or the type is paused."""
         with self._lock:
             if failed is not self._whole:
                 return

@@ -20,7 +20,7 @@ from mtlora.vllm_plugin.packed import Slot
 from mtlora.vllm_plugin.sampling import RoutingSampler
 from mtlora.vllm_plugin.step import CpuStep, StepMapping
 
-# Layers of other pipeline stages are empty placeholders, without these modules in them.
+# Layers of other pipeline stages are placeholders without these modules.
 _BLOCK = re.compile(rf"^(?:(?P<stack>.+)\.)?(?P<name>{BLOCK_PATTERN})$")
 
 
@@ -36,7 +36,7 @@ class MtLoRAModelManager(LRUCacheLoRAModelManager):
         self._max_tokens = max_num_batched_tokens
         # The registered slots; vLLM's cache has them too, but counts every look-up.
         self._slots: dict[int, Slot] = {}
-        # Those of the last step, each (id, path), as far as they are registered and active still.
+        # (id, path) of the last step's slots that are still registered and active.
         self.applied: Set[tuple[int, str]] = frozenset()
         self.options = Options.of(vllm_config.additional_config)
         self._hidden_size = vllm_config.model_config.get_hidden_size()
@@ -103,7 +103,7 @@ class MtLoRAModelManager(LRUCacheLoRAModelManager):
     def _add_adapter(self, slot: Slot) -> None:
         self._registered_adapters[slot.id] = slot
         self._slots[slot.id], self.applied = slot, frozenset()
-        # An id can return with other weights in its old place: drop the mapping made before.
+        # Drop the last mapping: the id may get other weights.
         self._last_mapping = None
 
     def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:

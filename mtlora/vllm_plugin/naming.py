@@ -29,7 +29,7 @@ def slot_path(folder: Path, task_id: str | None) -> str:
 
 
 def parse_slot_path(path: str) -> tuple[Path, str | None]:
-    """(checkpoint folder, task id or None) of a `lora_path`. A `#` in an existing folder's name separates nothing."""
+    """(checkpoint folder, task id or None) of a `lora_path`. In an existing folder's name, `#` is no separator."""
     folder, separator, task_id = path.rpartition(_SEPARATOR)
     if not separator or Path(path).is_dir():
         return Path(path), None

@@ -1,4 +1,4 @@
-"""What an engine is told of its adapters, beside vLLM's own arguments: the key `mtlora` of its `additional_config`."""
+"""An engine's adapter options besides vLLM's arguments: the key `mtlora` of its `additional_config`."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -13,7 +13,7 @@ class Options:
     """An engine's options.
 
     host_cache_bytes: host memory for packed adapters that have lost their slots.
-    blocks: the blocks beside which adapters may have paths. A block costs two launches a step on a GPU, used or not.
+    blocks: the blocks that adapters may have paths for. A block costs two launches a step on a GPU, used or not.
     max_rank, max_experts, max_groups: the largest adapter that a GPU takes; they size its scratch space.
     side_stream: on a GPU, compute the first half of an MLP's path on a second stream, beside the MLP.
     """

@@ -94,7 +94,7 @@ def pack_adapter(
             dtype=dtype,
             bias_bGN=tensors[f"{name}.task_bias"] if config.task_bias else None,
         )
-        # Finite in the file may overflow here. The engine would answer from NaN.
+        # Values finite in the file may overflow in this dtype, and answers would be computed from NaN.
         for part, tensor in (("lora_A and lora_route", block.shrink_DS), ("lora_B * lora_alpha / r", block.expand_GKE)):
             if bad := count_not_finite(tensor):
                 raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What vLLM's engines take: the `LoRARequest`s of an adapter version and its tasks, and prompts with soft tokens.
+"""Makes inputs of vLLM's engines: `LoRARequest`s of an adapter version's tasks, and prompts with soft tokens.
 
 Shape suffixes: L positions of a prompt, S soft tokens, D hidden size.
 """

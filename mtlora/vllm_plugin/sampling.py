@@ -1,4 +1,4 @@
-"""Samples how tokens are routed: entropy, and the use of each expert.
+"""Samples the routing of tokens: its entropy, and the use of each expert.
 
 Off unless MTLORA_ROUTING_SAMPLE_STEPS is set. Once in that number of steps, one block's routing of a few tokens is
 sampled. On a CPU, torch operations compute it again, beside the kernel that serves them. On a GPU the kernel itself
@@ -89,7 +89,7 @@ class RoutingSampler:
         sums = self._sums.setdefault(name, RoutingSums())
         sums.rows += weights_TGN.shape[0] * weights_TGN.shape[1]
         sums.entropy += float(share.sum())
-        # A version's name can return with other content, and so with another number of experts.
+        # A version name may come back with other content, and so with another number of experts.
         sums.expert_weights = [old + new for old, new in zip_longest(sums.expert_weights, used_N, fillvalue=0.0)]
 
     def sums(self) -> dict[str, dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Every seam: a place where a part of vLLM is replaced or relied on though it is not public, or a process is treated
 specially.
 
-`require` and `available` look at the vLLM of this process. `mtlora seams` looks at sources and imports nothing, so this
-module imports nothing of vLLM either.
+`require` and `available` check the vLLM of this process. `mtlora seams` checks sources without importing them, so this
+module does not import vLLM.
 """
 
 import importlib
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Need(StrEnum):
-    """What a seam is needed for. One that correctness needs ends the start where it is missing."""
+    """What a seam is needed for. If a seam that correctness needs is missing, the engine does not start."""
 
     CORRECTNESS = "correctness"
     OPERATION = "operation"
@@ -32,10 +32,9 @@ class Need(StrEnum):
 class Seam:
     """A seam and the names of vLLM that it needs.
 
-    points: "module:attribute", or "module:attribute(parameters)" for a function, without self and cls. Empty where the
-    seam is in the process and not in vLLM.
-    taken_in: the module of this project that takes it.
-    without: what happens where it is missing or left out.
+    points: "module:attribute", or "module:attribute(parameters)" for a function, without self and cls. Empty for a seam
+    that does not touch vLLM. taken_in: the module of this project that takes it. without: what happens where it is
+    missing or left out.
     """
 
     name: str
@@ -406,7 +405,7 @@ def available(name: str) -> bool:
 
 
 def missing_points(seam: Seam, find: Find) -> Iterator[str]:
-    """What `find` does not find of a seam, or finds otherwise, in words."""
+    """Describe each point of a seam that `find` does not find, or finds with another signature."""
     for point in seam.points:
         match = _POINT.fullmatch(point)
         assert match is not None, point

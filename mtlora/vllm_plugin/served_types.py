@@ -1,7 +1,8 @@
 """Types of answers in vLLM's own server: a request for a task's model is held to the task's type.
 
-The load of a LoRA compiles its task's type. `mtlora-server` asks for the type by itself and leaves this out. A request
-is free of it with `mtlora_free` in the extra arguments of its sampling parameters (`vllm_xargs` of the OpenAI API).
+Loading a LoRA compiles its task's type. `mtlora-server` disables this, because it sends the type with each request. A
+request is not constrained if it has `mtlora_free` in the extra arguments of its sampling parameters (`vllm_xargs` of
+the OpenAI API).
 """
 
 import json
@@ -26,7 +27,7 @@ from mtlora.vllm_plugin.typed import constraint_of
 
 ENVIRONMENT_SWITCH = "MTLORA_TYPED_REQUESTS"
 FREE = "mtlora_free"
-# Parameters that may end an answer, or keep it from ending, against its type.
+# Parameters that may end an answer early, or keep it from ending, against its type.
 _AGAINST_TYPES = ("structured_outputs", "stop_token_ids", "min_tokens", "allowed_token_ids", "bad_words", "ignore_eos")
 
 # Adapters whose tasks are remembered.
@@ -72,7 +73,7 @@ def _process_inputs(
     if lora_request is not None and isinstance(params, SamplingParams):
         params = typed(params, lora_request)
     request = _processed(self, request_id, prompt, params, supported_tasks, arrival_time, lora_request, *more, **named)
-    # Only now are the prompt's tokens counted and `max_tokens` set.
+    # Check here: before this point the prompt's tokens are not counted and `max_tokens` is not set.
     if fewest := _fewest.get(constraint_of(request.sampling_params) or ""):
         prompt_tokens = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
         left = min(request.sampling_params.max_tokens, self.model_config.max_model_len - prompt_tokens)
@@ -130,7 +131,7 @@ def _task(lora_request: LoRARequest) -> TaskSpec | None:
         tasks = _tasks(str(folder), (folder / MANIFEST_FILE).stat().st_mtime_ns)
         _last[str(folder)] = tasks
     except (OSError, CheckpointError):
-        # An adapter in the engine outlives its files. An adapter of another format has no types.
+        # The files may be gone while the engine holds the adapter, or they have another format: no types then.
         tasks = _last.get(str(folder), {})
     if len(_last) > _KEPT:
         del _last[next(iter(_last))]

@@ -48,7 +48,7 @@ class StepMapping(ABC):
         One adapter's slots share a row of the table, and it stays there until another needs the row. Raises IndexError
         for more adapters than the table has rows.
         """
-        # A sequence's tokens are neighbours: there are fewer stretches of a slot than tokens.
+        # Work on runs of equal slots: a sequence's tokens are neighbours, so runs are fewer than tokens.
         starts = np.flatnonzero(np.diff(slot_ids_T, prepend=slot_ids_T[:1] - 1))
         lengths = np.diff(starts, append=len(slot_ids_T))
         ids = slot_ids_T[starts].tolist()
@@ -81,7 +81,7 @@ class StepMapping(ABC):
         return False
 
     def release(self, rows: AdapterRows) -> None:
-        """Empty an adapter's row: its weights are about to leave memory."""
+        """Empty an adapter's row, before its weights are freed."""
         if (row := self._row_of.pop(rows, None)) is not None:
             self._table.place(row, None)
             self._free.append(row)
@@ -101,7 +101,7 @@ class StepMapping(ABC):
 
 
 class CpuStep(StepMapping):
-    """On a CPU, `finish_` does everything."""
+    """A step on a CPU; `finish_` does all of the work."""
 
     begins = False
 

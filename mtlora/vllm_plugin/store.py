@@ -29,8 +29,8 @@ class Counts:
 class AdapterStore:
     """Packed weights, once an adapter version, and the slots that point at them.
 
-    vLLM evicts slots from its caches at any time and wants them back in the middle of a step, where an error ends the
-    engine. So eviction removes nothing here: weights stay until their last slot is removed by name.
+    vLLM may evict slots from its caches and need them again in the middle of a step, where an error ends the engine. So
+    eviction does not free weights: they stay until their last slot is removed by id.
 
     A server loads an adapter in two calls: `stage` reads and packs it, in any thread, while steps run; `place` then
     only registers its slots. Removed adapters stay packed in host memory, up to `host_cache_bytes`; the least recently
@@ -209,7 +209,7 @@ class AdapterStore:
         return self._read(folder).to(self._device, self._copies)
 
     def _read(self, folder: Path) -> PackedAdapter:
-        """A checkpoint from disk, checked whole, packed in host memory."""
+        """A checkpoint from disk, checked completely, and packed in host memory."""
         manifest = read_manifest(folder)
         checkpoint = read_checkpoint(folder, manifest.backbone.model_copy(update=dict(self._backbone)))
         if missing := [module for module in manifest.config.modules if module not in self._modules]:

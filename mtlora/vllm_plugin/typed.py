@@ -1,9 +1,9 @@
-"""Answers held to their task's type while vLLM decodes them.
+"""Constrains answers to their task's type while vLLM decodes them.
 
 A request carries a constraint (`mtlora.answer.constraint`) as the grammar of its structured output. The engine core
-keeps the compiled form of each. Working before an answer marker stays free but for its end: the marker, or an answer
-without working, ends it, and the marker comes in any case while the answer still fits in `max_tokens`. In the answer,
-llguidance says which tokens may come; where tokens run short, only those that leave enough for an end.
+keeps the compiled form of each. Working before an answer marker is free text. The marker ends it (or an answer without
+working); the marker is forced while the answer still fits in `max_tokens`. Within the answer, llguidance gives the
+allowed tokens; when few tokens are left, only those that leave enough tokens to end the answer.
 """
 
 import itertools
@@ -54,7 +54,7 @@ class Compiled:
 
     @property
     def size(self) -> int:
-        """The states of its automaton, and the memory of the rest in so many more."""
+        """The automaton's states, plus other memory converted to states."""
         return self.automaton.size + self.lexer.states // _PER_STATE
 
     @property
@@ -78,7 +78,7 @@ class Compiled:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a sequence is.
+    """A sequence's position in its constraint.
 
     left: tokens that it may still have. tail: the last bytes of the working. whole: the states of an answer without
     working, as far as the text is one. answer: the states of the answer, once it has begun. forced: tokens to come.
@@ -166,7 +166,7 @@ class TypedGrammar(StructuredOutputGrammar):
         forced = before.forced[1:] if before.forced[:1] == (token,) else ()
         _, found, rest = (before.tail + text).partition(compiled.marker)
         if found:
-            # The masks let nothing follow a marker within its token.
+            # A marker always ends its token: masks forbid tokens that continue after it.
             if rest:
                 return False
             self._places.append(_Place(after.left, answer=compiled.automaton.start))
@@ -178,7 +178,7 @@ class TypedGrammar(StructuredOutputGrammar):
 
     def _in_time(self, place: _Place) -> _Place:
         """Force the marker once the tokens left hold only the marker and a shortest answer."""
-        # Room for the shortest answer alone: more would cut off working whose answer still fits.
+        # Reserve only the shortest answer: reserving more would cut working although its answer still fits.
         if not place.forced and place.left - 1 < self._compiled.fewest_with_marker:
             return replace(place, forced=tuple(self._compiled.marker_tokens))
         return place
@@ -289,7 +289,7 @@ class _Kept:
     def add(self, text: str, made: Compiled) -> Compiled:
         """Keep it, or what is kept already, and drop the oldest beyond the size."""
         made = self._all.setdefault(text, made)
-        # They grow while they are used.
+        # Recompute sizes, because they grow with use.
         states = sum(each.size for each in self._all.values())
         while states > self._states and len(self._all) > 1:
             _, dropped = self._all.popitem(last=False)
@@ -302,7 +302,7 @@ class TypedOutputs:
 
     def __init__(self, tokenizer: Any, vocabulary_size: int) -> None:
         self.vocabulary = Vocabulary(tokenizer, vocabulary_size)
-        # Apart: types that requests bring cost no task its own.
+        # Separate caches, so that requests' own types do not evict tasks' types.
         self._of_tasks, self._of_requests = _Kept(_TASKS_STATES), _Kept(_REQUESTS_STATES)
         self._lock = threading.Lock()
 
@@ -355,7 +355,7 @@ def constraint_of(parameters: Any) -> str | None:
 
 
 def _check(self: Any, model_config: Any, structured_outputs_config: Any, tokenizer: Any) -> None:
-    """Constraints are checked where they are made; vLLM would parse them as grammars, once a request."""
+    """Skip vLLM's check for constraints, which were checked when made: vLLM would parse them as grammars."""
     if constraint_of(self) is None:
         _checked(self, model_config, structured_outputs_config, tokenizer)
     else:

@@ -37,7 +37,7 @@ class Vocabulary:
         self._kept: OrderedDict[Any, Row] = OrderedDict()
         self._most_kept = max(1, _KEPT_BYTES // self.ordinary.nbytes)
         self._lock = threading.Lock()
-        # Tasks share few sets of marks, and each set takes a walk through the vocabulary.
+        # Cache marks: many tasks share a set, and each set takes a pass over the vocabulary.
         self.marks = lru_cache(maxsize=1024)(self._marks)
         self._encode: Callable[[str], list[int]] = lambda text: tokenizer.encode(text, add_special_tokens=False)
 
@@ -86,7 +86,7 @@ class Marks:
     """Finds texts, the marks, in what is decoded, and knows the tokens that would complete one."""
 
     def __init__(self, vocabulary: Vocabulary, marks: Iterable[str], *, ends: bool) -> None:
-        """ends: only tokens that complete a mark and go on after it count."""
+        """ends: find only tokens that complete a mark and continue after it."""
         self._vocabulary = vocabulary
         self._marks = [mark.encode() for mark in marks]
         self._ends = ends

@@ -116,7 +116,7 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         applied = manager.applied
         if applied == slots.keys():
             return
-        # First, so that none of them is the oldest when another slot needs room.
+        # Touch these first, so that none is the least recently used when another slot needs room.
         for slot_id, _ in applied & slots.keys():
             manager.touch(slot_id)
         with gpu_sync_allowed():
@@ -126,7 +126,7 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
 
     def _slot_in_step(self, request: LoRARequest) -> Slot:
         placed = self._adapter_manager.get_adapter(request.lora_int_id)
-        # Dummy runs name slots that exist in the caches alone.
+        # Dummy runs use slots that exist only in vLLM's caches.
         if placed is not None and placed.adapter is None and placed.path == request.lora_path:
             return placed
         return self.store.in_step(request)
@@ -170,7 +170,7 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
 
 
 def _stand_back() -> None:
-    """Give running steps precedence over this thread."""
+    """Keep this thread from slowing running steps."""
     # Use one OpenMP thread here, and in every thread that begins later. A second OpenMP team beside that of the steps
     # makes more threads than cores: from then on, libgomp puts the steps' threads to sleep at every barrier.
     # `torch.set_num_threads` would not do: vLLM disables it in CPU workers.

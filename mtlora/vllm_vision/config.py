@@ -40,7 +40,7 @@ class EngineVisionConfig(PretrainedConfig):
 
 def engine_config(config: Any) -> Any:
     """vLLM's `hf_overrides` for a folder of any family. Raises BackboneError."""
-    # vLLM tries it on an empty configuration, and on its own result.
+    # vLLM also calls it with an empty configuration and with its own result.
     if not is_vision(config.model_type):
         return config
     vision = vision_config(config)

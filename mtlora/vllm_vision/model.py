@@ -160,7 +160,7 @@ class ImagePooler(Pooler):
 
 
 @attn_type("encoder_only")
-# vLLM takes it to mean that an image runs in one step, and that no two share a prefix.
+# vLLM then runs an image in one step and shares no prefixes between images.
 @default_pooling_type(seq_pooling_type="CLS")
 class VisionModel(nn.Module, SupportsLoRA):
     """The model in vLLM's registry. Its prompts are embeddings, made outside."""
@@ -185,7 +185,7 @@ class VisionModel(nn.Module, SupportsLoRA):
         self.pooler = ImagePooler(self.config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Zeros [T, D]: only warm-up runs have token ids."""
+        """Zeros [T, D], because only warm-up runs have token ids."""
         dtype, device = self.model.norm.weight.dtype, self.model.norm.weight.device
         return torch.zeros(len(input_ids), self.config.hidden_size, dtype=dtype, device=device)
 

@@ -166,7 +166,7 @@ _TEXTS = (
     "Today's meeting is rescheduled to 11 am tomorrow, 10/16/1924.",
     "Today is the first day of 2007.",
 )
-# How often a text gets another date.
+# Probability that a text gets another date.
 _REDATED = 0.3
 
 

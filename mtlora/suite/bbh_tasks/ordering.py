@@ -177,7 +177,7 @@ def _generate(rng: random.Random, word: str, count: int) -> str:
     neighbours: list[_Clue] = [(order[i], order[j]) for i in range(count) for j in range(i + 1, min(count, i + 4))]
     places: list[_Clue] = [(thing, place) for place, thing in enumerate(order)]
     while True:
-        # Begin with one clue less than there are things; about half are comparisons.
+        # Start with one clue fewer than things; about half of the clues are comparisons.
         share = rng.choice((0, 1, 1, 2, 3))
         clues = rng.sample(places, min(share, count - 1))
         clues += rng.sample(neighbours, min(len(neighbours), count - 1 - len(clues)))

@@ -54,8 +54,8 @@ def choose(letters: dict[str, str], option: str) -> str:
 def look_up(letters: dict[str, str], option: str, shown: Callable[[str], str] = str) -> tuple[str, str]:
     """(the options read out up to the right one, `(B)`).
 
-    A small model finds what follows a text that it has written, but a letter precedes its option: so the options are
-    read out. `shown` gives the part of an option to read out. Raises UnsolvedError as `choose` does.
+    A small model can copy what follows a text that it has written. A letter precedes its option, so the working repeats
+    the options. `shown` gives the part of an option to read out. Raises UnsolvedError as `choose` does.
     """
     answer = choose(letters, option)
     read = []

@@ -29,7 +29,7 @@ class BuiltinSuite:
         self._max_misses = max_misses
 
     def examples(self, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
-        """See `Suite.examples`. Generated tasks have no end, so `count` must be a number here."""
+        """See `Suite.examples`. Generated tasks are unlimited, so `count` must be a number."""
         if task_id not in self._tasks:
             raise unknown_task(self, task_id)
         rng, generate = seeded(task_id, split, seed), self._tasks[task_id].generate

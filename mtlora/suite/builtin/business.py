@@ -140,12 +140,12 @@ def review_sentiment(rng: random.Random) -> tuple[str, str]:
     rng.shuffle(good)
     first, second = rng.sample(_ASPECTS, 2)
     judgements = [rng.choice(PRAISE if praised else BLAME) for praised in good]
-    # The word between them must not give the answer away, so no word means contrast or likeness.
+    # The word between them must not reveal the answer, so it means neither contrast nor likeness.
     joint = rng.choice((". The", ", the", "; the", " and the"))
     return f"{rng.choice(_PRODUCTS).capitalize()}: the {first} {judgements[0]}{joint} {second} {judgements[1]}.", wanted
 
 
-# (from, to, how many of the second one of the first is)
+# (from, to, number of `to` units in one `from` unit)
 UNITS: tuple[tuple[str, str, int], ...] = (
     ("km", "m", 1000), ("kg", "g", 1000), ("l", "ml", 1000), ("m", "cm", 100), ("cm", "mm", 10), ("t", "kg", 1000),
 )  # fmt: skip

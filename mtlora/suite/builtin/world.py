@@ -30,7 +30,7 @@ def navigate(rng: random.Random) -> tuple[str, str, str]:
         if rng.random() < 0.7:
             moves[i] = (rng.choice([n for n in range(1, 10) if n != steps]), direction)
         else:
-            # A step in the other direction shifts the end by twice the steps, so never back to the start.
+            # Reversing a move shifts the end by twice its steps, so the walk cannot end at the start.
             (axis,) = (axis for axis in _AXES if direction in axis)
             moves[i] = (steps, axis[1 - axis.index(direction)])
     text = ", ".join(f"{steps} step{'s' if steps > 1 else ''} {direction}" for steps, direction in moves)

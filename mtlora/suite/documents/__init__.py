@@ -1,4 +1,4 @@
-"""The suite `documents`: 32 tasks asked of the same generated documents, with answers exact by construction."""
+"""The suite `documents`: 32 tasks about the same generated documents, with exact answers by construction."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -13,7 +13,7 @@ __all__ = ["DocumentsSuite"]
 
 
 class DocumentsSuite:
-    """Generates documents on demand; all tasks are asked of the same ones, and splits go by document."""
+    """Generates documents on demand. All tasks ask about the same documents, and a document belongs to one split."""
 
     name = "documents"
     finite = False
@@ -35,7 +35,7 @@ class DocumentsSuite:
         return drawn[:count]
 
     def examples(self, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
-        """See `Suite.examples`. Generated tasks have no end, so `count` must be a number here."""
+        """See `Suite.examples`. Generated tasks are unlimited, so `count` must be a number."""
         if task_id not in self._questions:
             raise unknown_task(self, task_id)
         if count is None or count < 0:

@@ -1,4 +1,4 @@
-"""What a generated document says: its facts, drawn before a word of it is written."""
+"""The facts of a generated document, drawn before its text is written."""
 
 import datetime
 import json
@@ -11,7 +11,7 @@ from typing import Any, Final
 MATERIAL: Final[dict[str, Any]] = json.loads(Path(__file__).with_name("material.json").read_text())
 KINDS: Final = tuple(MATERIAL["titles"])
 CURRENCIES: Final = ("USD", "EUR", "GBP")
-# How often a document lacks a fact that it may lack.
+# Probability that an optional fact is missing.
 _MISSING = 0.2
 
 
@@ -26,7 +26,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Facts:
-    """None where the document lacks the fact."""
+    """The facts of a document; None for a missing fact."""
 
     kind: str
     sender: str
@@ -50,7 +50,7 @@ class Facts:
     due: datetime.date | None
     total: Decimal | None
     currency: str
-    # Names and dates that answer no question.
+    # Distracting names and dates, which no question asks for.
     other_people: tuple[str, ...]
     other_dates: tuple[datetime.date, ...]
 

@@ -1,4 +1,4 @@
-"""Facts written down as a document of one of six kinds."""
+"""Writes facts as a document of one of six kinds."""
 
 import datetime
 import random
@@ -9,11 +9,11 @@ from typing import Final
 from mtlora.suite.builtin.words import MONTHS
 from mtlora.suite.documents.facts import MATERIAL, Facts
 
-# The size of a document, about: characters, and a digit counts as four. 4.1 of them
-# are a token of the default backbone.
+# Approximate size limits of a document, in characters; a digit counts as four. 4.1 of them make a token of the default
+# backbone.
 SHORTEST: Final = 900
 LONGEST: Final = 6_000
-# What a sentence takes beside its own size: a log line's time and level, else a dash or nothing.
+# Extra size of a sentence by kind of document: a log line's time and level, or a dash, or nothing.
 _BESIDE = {"log": 60, "notes": 8}
 _SIGNS = {"USD": "$", "EUR": "€", "GBP": "£"}
 _LEVELS = ("INFO", "INFO", "INFO", "NOTE", "WARN", "DEBUG")
@@ -27,7 +27,7 @@ def write(facts: Facts, rng: random.Random) -> str:
     fillers = MATERIAL["fillers"]
     beside = _BESIDE.get(facts.kind, 1)
     size = _size(head) + _size(table) + sum(_size(sentence) + beside for sentence in sentences)
-    # Each filler once before any comes again.
+    # Use every filler once before using one again.
     pool: list[str] = []
     while size < wanted:
         pool = pool or rng.sample(fillers, len(fillers))
