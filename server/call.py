@@ -1,4 +1,4 @@
-"""The RPC that the current asyncio task answers: the interceptor sets it, the services read it."""
+"""The RPC of the current asyncio task: the interceptor sets it, the services read it."""
 
 import time
 from contextvars import ContextVar
@@ -17,9 +17,9 @@ from server.tenants import UNAUTHENTICATED, Tenant
 
 logger = get_logger("request")
 
-# A client's deadline starts before the server's, so its cancellation can come a moment before the server's deadline.
+# Tolerance: a client's deadline starts earlier, so its cancellation may arrive just before the server's deadline.
 DEADLINE_SLACK_S = 0.1
-# Failures of the server count as no tenant's usage.
+# Statuses that are the server's fault; such calls do not count as usage.
 _SERVERS_OWN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL}
 
 
@@ -29,7 +29,7 @@ class Call:
 
     request_id: str
     method: str
-    # Label of metrics: the task's id if it is served, else "unknown"; empty for methods that take no task.
+    # Task label of metrics: the task's id if it is served, else "unknown"; empty for methods without a task.
     task: str = ""
     received: float = field(default_factory=time.monotonic)
     tenant: Tenant = UNAUTHENTICATED
@@ -38,7 +38,7 @@ class Call:
     trace: RequestTrace | None = None
     genai: GenAIMetrics | None = None
     audited: AuditedCall | None = None
-    # What the engine took of the call, and made for it: sequences, and their tokens.
+    # The engine's work for the call: sequences, and tokens read and generated.
     sequences: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -46,19 +46,19 @@ class Call:
     counted: bool = False
 
     def count_in(self, usage: Usage) -> None:
-        """Count what the engine did for this call, once: before the client can have the whole answer."""
+        """Count the engine's work for this call, once, before the client gets the end of the answer."""
         if self.sequences and not self.counted:
             self.counted = True
             counts = UsageCounts(self.sequences, self.prompt_tokens, self.cached_tokens, self.completion_tokens)
             usage.record(self.tenant.id, self.task, counts)
 
     def settle(self, code: grpc.StatusCode, usage: Usage) -> None:
-        """Count the usage of a call that ended with this status."""
+        """Count the usage of a call that has ended with this status."""
         if code not in _SERVERS_OWN:
             self.count_in(usage)
 
     def record(self, code: grpc.StatusCode, metrics: Metrics) -> None:
-        """Count a call that has ended, and write its line."""
+        """Update the metrics for a call that has ended, and write its log line."""
         known: dict[str, Any] = {
             "tenant": self.tenant.id,
             "task": self.task,
@@ -83,12 +83,12 @@ class Call:
 
     @property
     def expired(self) -> bool:
-        """Whether the deadline has come, or will in a moment: the client's clock starts before the server's."""
+        """Whether the deadline has passed or is about to: the client's clock starts before the server's."""
         return self.deadline is not None and time.monotonic() >= self.deadline - DEADLINE_SLACK_S
 
     @property
     def exemplar(self) -> dict[str, str]:
-        """The id that a histogram's sample carries: the trace's, or the request's if there is no trace."""
+        """The id for a histogram's exemplar: the trace's, or the request's if there is no trace."""
         return {"trace_id": self.trace.trace_id} if self.trace else {"request_id": self.request_id}
 
 

@@ -1,4 +1,4 @@
-"""Failures, and the gRPC status with google.rpc details that each becomes."""
+"""Errors of requests, and their gRPC statuses with google.rpc details."""
 
 import difflib
 import heapq
@@ -11,20 +11,20 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 DETAILS_KEY = "grpc-status-details-bin"
-# A status travels in HTTP/2 trailers, which clients cap at 8 KiB altogether.
+# A status is sent in HTTP/2 trailers, which clients limit to 8 KiB in total.
 _MAX_MESSAGE = 600
 _MAX_DESCRIPTION = 240
 _MAX_VIOLATIONS_BYTES = 2500
 _SHOWN = 128
-# Known ids that are compared in full with an unknown one.
+# Most known ids that are fully compared with an unknown one.
 _COMPARED = 6
-# Roughly what a restart of the engine takes.
+# Rough seconds of an engine's restart.
 RESTART_RETRY_S = 20.0
 
 
 @dataclass(frozen=True)
 class Violation:
-    """One thing wrong with one field of a request."""
+    """One error in one field of a request."""
 
     field: str
     description: str
@@ -57,7 +57,7 @@ class EngineDeadError(Exception):
 
 
 class EngineAbortedError(Exception):
-    """The engine gave up on one sequence."""
+    """The engine aborted one sequence by itself."""
 
 
 class AdapterError(Exception):
@@ -69,7 +69,8 @@ class AdapterError(Exception):
 def task_not_found(task_id: str, known: Iterable[str]) -> RequestFailedError:
     """No such task; names the nearest of the `known` ids."""
     shown = shorten(task_id, _SHOWN)
-    # difflib's ratio takes up to milliseconds a pair, and clients choose how often: compare only the likeliest.
+    # Compare only the likeliest ids: difflib's ratio takes up to milliseconds per pair, and clients choose how often it
+    # runs.
     likeliest = heapq.nlargest(_COMPARED, known, key=lambda each: _alike(shown, each))
     near = difflib.get_close_matches(shown, likeliest, n=3, cutoff=0.6)
     message = f"no task {shown!r}" + (f"; near: {', '.join(near)}" if near else "; ListTasks has them all")
@@ -77,7 +78,7 @@ def task_not_found(task_id: str, known: Iterable[str]) -> RequestFailedError:
 
 
 def _alike(one: str, other: str) -> float:
-    """The share of two ids that is in their common beginning and end."""
+    """The share of two ids' characters in their common prefix and suffix."""
     begin = _common(one, other)
     end = _common(one[begin:][::-1], other[begin:][::-1])
     return 2 * (begin + end) / (len(one) + len(other))
@@ -118,9 +119,9 @@ def resource_exhausted(message: str, retry_after_s: float) -> RequestFailedError
 
 
 def quota_exceeded(subject: str, quota: str, retry_after_s: float | None) -> RequestFailedError:
-    """A request beyond a limit of `subject`, such as `tenant:NAME`; `quota` names the limit and its value.
+    """A request exceeds a limit of `subject`, such as `tenant:NAME`; `quota` names the limit and its value.
 
-    `retry_after_s` is None if no wait helps the request.
+    `retry_after_s` is None if waiting does not help.
     """
     violation = error_details_pb2.QuotaFailure.Violation(subject=subject, description=quota)
     details: list[Message] = [error_details_pb2.QuotaFailure(violations=[violation])]
@@ -138,12 +139,12 @@ def unauthenticated(message: str) -> RequestFailedError:
 
 
 def slow_reader(message: str) -> RequestFailedError:
-    """A stream that ends because its reader takes no messages."""
+    """The error of a stream whose reader does not read."""
     return RequestFailedError(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
 
 
 def late_message(message: str) -> RequestFailedError:
-    """A call whose headers came, but not its message."""
+    """The error of a call whose message did not arrive after its headers."""
     return RequestFailedError(grpc.StatusCode.DEADLINE_EXCEEDED, message)
 
 

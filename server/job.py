@@ -1,7 +1,7 @@
-"""What a valid request asks of the engine, and what the engine returns. Knows neither gRPC nor vLLM.
+"""Data classes for valid requests to the engine and for its results. Does not depend on gRPC or vLLM.
 
-Nothing changes them once they are made. Classes of which each request or token makes one are not frozen: a frozen one
-takes eight times as long to make.
+Treat all of them as immutable. Classes made per request or token are not frozen, because a frozen one takes eight times
+as long to make.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ from mtlora.task import TaskSpec
 
 FinishReason = Literal["stop", "length"]
 
-# Tokens whose log-probabilities the engine gives at a time: the labels that Score tells apart.
+# Most tokens whose log-probabilities the engine returns at once: a limit for Score's labels.
 MAX_SCORED_TOKENS = 1001
 
 
 class Lane(IntEnum):
-    """The engine that a request waits for. Requests for one engine take no places of the other's."""
+    """The engine that a request waits for. Each engine has its own turns and places."""
 
     TEXT = 0
     IMAGES = 1
@@ -37,7 +37,7 @@ class ServedTask:
     version: Any = None
     # The temperature of the probabilities of its labels.
     calibration: float | None = None
-    # Whether its adapter acts on all tokens, or from the task's own part of the prompt on.
+    # Whether its adapter acts on all tokens, or only from the task's own part of the prompt on.
     activation: Literal["all", "task"] = "all"
 
     @property
@@ -72,16 +72,16 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int = 0
-    # What the answer is held to, as the engine reads it; see mtlora.answer.constraint.
+    # The answer's constraint in the engine's form; see mtlora.answer.constraint.
     constraint: str | None = None
-    # Whether a stop string may occur all the same: a constraint lets none of the task's own occur.
+    # Whether a stop string may still occur: a constraint excludes the task's own stop strings.
     stops_occur: bool = False
     more: MoreSampling | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class SoftTokens:
-    """An image in a prompt, as the language backbone reads it: rows [S, D] of its embeddings, from position `at` on."""
+    """An image in a prompt: input embeddings [S, D] of the language backbone, from position `at` on."""
 
     at: int
     rows_SD: Any
@@ -100,39 +100,39 @@ class GenerationJob:
     # Answers to template prompts lose their outer blanks; a chat's answer keeps them.
     strip: bool = True
     include_reasoning: bool = False
-    # Tokens that may gather before the engine hands them out. An answer that fits comes in one piece; in a longer one,
-    # the first token and the last ones never wait.
+    # Most tokens that the engine collects before it returns them. A shorter answer comes in one piece; of a longer one,
+    # the first token and the last ones are returned at once.
     delta_tokens: int = 1
-    # The name of the type that its answer is held to.
+    # The name of the answer's type.
     answer_type: str = ""
-    # A further sequence for an input that was counted already.
+    # Whether this is a further sequence for an input that was already counted.
     further: bool = False
-    # Samples to answer with, and samples to draw.
+    # Number of samples to return, and to draw.
     n: int = 1
     best_of: int = 1
     return_token_ids: bool = False
-    # Order among the tenant's own waiting requests, higher first.
+    # Priority among the tenant's own waiting requests; higher first.
     priority: int = 0
     # Prompt tokens before the adapter acts; None if it acts on all.
     activation: int | None = None
     # (seconds, most tokens of the tenant): how long the engine keeps the blocks before `activation`, and of how many.
     lease: tuple[float, int] | None = None
-    # Prompt tokens that another request of the same call computes.
+    # Prompt tokens that another request of the same call already computes.
     shared: int = 0
     # Soft tokens of the prompt's image, once the engine has looked at it.
     soft: SoftTokens | None = None
 
     lane: ClassVar = Lane.TEXT
-    # The cost of a prompt token, as the fair queue counts it.
+    # The fair queue's cost of a prompt token.
     position_cost: ClassVar[float] = 1.0
 
 
 @dataclass(frozen=True)
 class ImageJob:
-    """An image that a task is asked about, before it is decoded.
+    """One image for one task, before it is decoded.
 
-    prompt_ids: the positions of its sequence in the engine, in place of tokens. position_cost: what one costs, in
-    prompt tokens of the language backbone.
+    prompt_ids: one entry per position of its sequence in the engine, instead of tokens. position_cost: what one costs,
+    in prompt tokens of the language backbone.
     """
 
     task: ServedTask
@@ -140,11 +140,11 @@ class ImageJob:
     position_cost: float
 
     lane: ClassVar = Lane.IMAGES
-    # A tenant's images run in the order in which they came.
+    # A tenant's images run in order of arrival.
     priority: ClassVar = 0
-    # Every position is computed.
+    # Nothing is cached.
     shared: ClassVar = 0
-    # The positions' own step gives the label: the answer has no tokens.
+    # No token is generated: the label follows from the prefill step.
     sampling: ClassVar[None] = None
 
 
@@ -185,5 +185,5 @@ class Delta:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     # Sum over all tokens so far; None unless asked for.
     cumulative_logprob: float | None = None
-    # The working, until the marker comes. `Generation` sets it; the engine does not know the marker.
+    # Text of the working, up to the marker. `Generation` sets it, because the engine does not know the marker.
     reasoning: str = ""

@@ -1,4 +1,4 @@
-"""`python -m server.probe`: ask a server's health, for a container's health check. Exit status 0: it is serving."""
+"""`python -m server.probe`: a container's health check. Exit status 0 means that the server is serving."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """0 if the service is SERVING, 1 if it is not or cannot be reached."""
     host = os.environ.get("MTLORA_HOST", "").strip("[]")
-    # A server on every address is on this one too.
+    # A server that listens on all addresses is reachable on this one.
     host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
     port = os.environ.get("MTLORA_HEALTH_PORT") or os.environ.get("MTLORA_PORT") or 50051
     default = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -20,7 +20,7 @@ NO_BACKBONE = "none"
 
 
 class SettingsError(ValueError):
-    """Wrong settings: a line for each, with what was found, where, and what is allowed."""
+    """Invalid settings; one line for each with the value found, its source, and what is allowed."""
 
 
 class Settings(BaseSettings):
@@ -31,7 +31,7 @@ class Settings(BaseSettings):
         env_ignore_empty=True,
         extra="forbid",
         frozen=True,
-        # How `mtlora-server serve --help` shows them.
+        # Groups of settings in `mtlora-server serve --help`.
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
@@ -343,7 +343,7 @@ class Settings(BaseSettings):
 
     @property
     def language_backbone(self) -> str | None:
-        """None for a server of images alone."""
+        """The language backbone; None for a server with image tasks only."""
         return None if self.backbone == NO_BACKBONE else self.backbone
 
 
@@ -362,7 +362,7 @@ def variable_of(setting: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
+    """Whether the address is reachable only from this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -370,7 +370,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_url(adapters: str) -> bool:
-    """Whether `adapters` names storage by URL, rather than a folder."""
+    """Whether `adapters` is the URL of a storage and not a folder."""
     return "://" in adapters
 
 

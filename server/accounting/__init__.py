@@ -1,4 +1,4 @@
-"""What is kept of calls for others to read later: who changed which adapter, and what each tenant used.
+"""Records of calls: who changed which adapter, and what each tenant used.
 
 audit.py     a line for every administrative call      usage.py    what each tenant used, and its budgets
 journal.py   a record for every answered call          totals.py   the records' sums by hour, tenant and task

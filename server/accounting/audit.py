@@ -1,8 +1,8 @@
-"""A line for every administrative call: who asked what of which adapter, from where, and what came of it.
+"""The audit log: a line for every administrative call with caller, method, adapter, peer and result.
 
 A call that changes something gets two lines, as in Kubernetes' audit: "received" before anything is changed, and
-"completed" before the caller gets the status. Without the first the call is refused, so no change goes unrecorded.
-Other calls get the second alone.
+"completed" before the caller gets the status. If the first cannot be written, the call is refused, so every change is
+recorded. Other calls get only "completed".
 """
 
 import asyncio
@@ -25,9 +25,9 @@ from server.tenants import Tenant
 logger = get_logger("audit")
 
 STDERR = "stderr"
-# The log has the calls of these methods.
+# Calls of these methods are logged.
 AUDITED = ("/mtlora.v1.Adapters/", "/mtlora.v1.Usage/", "/inference.GRPCInferenceService/Repository")
-# Calls that change something get a line "received", and so does the one that may last for days.
+# Methods with a "received" line: those that change something, and one whose calls may last for days.
 _RECEIVED_TOO = {
     *(
         f"/mtlora.v1.Adapters/{name}"
@@ -35,7 +35,7 @@ _RECEIVED_TOO = {
     ),
     *(f"/inference.GRPCInferenceService/{name}" for name in ("RepositoryModelLoad", "RepositoryModelUnload")),
 }
-# Limits on what a line repeats of the request.
+# Limits on values copied from the request.
 _MAX_TEXT, _MAX_ENTRIES, _MAX_REFUSED_ENTRIES = 256, 1000, 16
 
 
@@ -46,7 +46,7 @@ class AuditError(RuntimeError):
 class AuditLog:
     """Appends to `path`, or to stderr; with None it writes nothing. No line is dropped.
 
-    A thread writes, so that a slow disk holds up audited calls alone. Raises AuditError if the file cannot be opened.
+    A thread writes, so that a slow disk delays only audited calls. Raises AuditError if the file cannot be opened.
     """
 
     def __init__(self, path: str | None, metrics: Metrics) -> None:
@@ -54,7 +54,7 @@ class AuditLog:
         self._metrics = metrics
         self._thread = ThreadPoolExecutor(1, "audit") if path else None
         self._file = 2
-        # Whether a full disk cut the last line short.
+        # Whether the last line is incomplete, because the disk was full.
         self._torn = False
         if self._path:
             try:
@@ -69,10 +69,10 @@ class AuditLog:
         return AuditedCall(self, rpc, {"request_id": request_id, "method": rpc[1:], "peer": context.peer()})
 
     async def write(self, entry: Mapping[str, Any], *, durable: bool) -> None:
-        """Append a line; `durable`: a loss of power leaves it. Raises OSError."""
+        """Append a line; `durable`: wait until it is on disk. Raises OSError."""
         assert self._thread is not None
         line = (json.dumps(entry, ensure_ascii=False) + "\n").encode()
-        # Shielded: a line that has been queued is written, also if its caller goes away.
+        # Shield the write: a queued line must be written even if its caller is cancelled.
         loop = asyncio.get_running_loop()
         try:
             await asyncio.shield(loop.run_in_executor(self._thread, self._append, line, durable))
@@ -114,10 +114,10 @@ class AuditedCall:
         self._known = dict(known)
 
     async def received(self, tenant: Tenant, request: Message) -> None:
-        """Write down that a call came, if it may change something. Raises UNAVAILABLE if that is not possible.
+        """Write the "received" line, if the call may change something. Raises UNAVAILABLE if it cannot be written.
 
-        A tenant that is no admin will be refused, so its call changes nothing and gets one short line at its end: a
-        flood of such calls would fill the disk.
+        Skips tenants that are not admins: their calls will be refused. One short line at the end is enough, so that a
+        flood of such calls does not fill the disk.
         """
         entries = _MAX_ENTRIES if tenant.admin else _MAX_REFUSED_ENTRIES
         self._known["request"] = _shown(MessageToDict(request, preserving_proto_field_name=True), entries)
@@ -129,7 +129,7 @@ class AuditedCall:
                 raise unavailable("the audit log cannot be written; nothing was changed", 10.0) from None
 
     def chose(self, version: str) -> None:
-        """Note which version a stream is about, for its second line."""
+        """Store the version that a stream is about, for its "completed" line."""
         self._known["version"] = version
 
     async def completed(self, tenant: str, status: str, reason: str = "", response: Message | None = None) -> None:
@@ -137,7 +137,7 @@ class AuditedCall:
         entry = self._entry("completed", tenant) | {"status": status}
         if reason:
             entry["reason"] = shorten(reason, _MAX_TEXT)
-        # The version that a call has chosen.
+        # The version that the call chose, if the request names none.
         if response is not None and "serving" in response.DESCRIPTOR.fields_by_name:
             entry["version"] = response.serving.version  # type: ignore[attr-defined]
         try:

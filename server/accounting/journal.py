@@ -1,7 +1,7 @@
-"""Append-only files of records, a line each: what was written outlives a kill of the process.
+"""Append-only files of records, one per line. Written records survive a kill of the process.
 
-A write to a file lies in the kernel's page cache when it returns, so a killed process loses nothing that it wrote; a
-machine without power may lose what `Totals` has not summed up yet, about the last second.
+A completed write is in the kernel's page cache, so a killed process loses nothing. A power failure may lose records
+that `Totals` has not summed up yet, about the last second.
 """
 
 import os
@@ -10,9 +10,9 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 _NAME = "journal-"
-# Size at which a new file begins; files whose records are summed up are removed.
+# Size at which a new file is started; files whose records are summed up are removed.
 SEGMENT_BYTES = 16 << 20
-# Bytes that may wait while the disk takes none: some 20,000 records.
+# Most bytes that wait in memory while the disk refuses writes: some 20,000 records.
 _MAX_UNWRITTEN = 1 << 20
 
 
@@ -39,7 +39,7 @@ class UsageCounts:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What one call used. at: seconds since 1970."""
+    """The usage of one call. at: seconds since 1970."""
 
     at: int
     tenant: str
@@ -47,7 +47,7 @@ class Record:
     counts: UsageCounts
 
     def line(self) -> bytes:
-        # Ids of tenants and tasks hold no blanks.
+        # Separate fields by blanks: ids of tenants and tasks contain none.
         counts = self.counts
         return (
             f"{self.at} {self.tenant} {self.task} {counts.requests} {counts.prompt_tokens} {counts.cached_tokens} "
@@ -56,7 +56,7 @@ class Record:
 
 
 def parse(lines: bytes) -> Iterator[Record]:
-    """The records of whole lines. Others, which a full disk cut short or a loss of power damaged, are passed over."""
+    """The records of valid lines. Ignores lines that a full disk or a power failure has damaged."""
     for line in lines.split(b"\n")[:-1]:
         try:
             at, tenant, task, *counts = line.decode("ascii").split(" ")
@@ -76,14 +76,14 @@ class Journal:
     def __init__(self, folder: Path | None, first: int) -> None:
         self._folder = folder
         self._files: dict[int, int] = {}
-        # Records, or the rest of one, that could not be written: they go before the next record.
+        # Records, or the rest of one, that could not be written yet; written before the next record.
         self._unwritten = b""
         for path in folder.glob(_NAME + "[0-9]" * 10) if folder else ():
             self._open(int(path.name.removeprefix(_NAME)))
         self._open(max((first - 1, *self._files)) + 1)
 
     def append(self, line: bytes = b"") -> None:
-        """Write a line, and first what could not be written before. Raises OSError if some is not on file yet."""
+        """Write earlier unwritten records, then this one. Raises OSError if not everything could be written."""
         self._unwritten = data = self._unwritten + line
         written = os.write(self._file, data)
         self._unwritten = data[written:]
@@ -109,14 +109,14 @@ class Journal:
         return sorted(self._files)
 
     def read(self, number: int, offset: int) -> bytes:
-        """The whole lines of a file behind an offset."""
+        """The complete lines of a file after an offset."""
         data = bytearray()
         while piece := os.pread(self._files[number], 1 << 20, offset + len(data)):
             data += piece
         return bytes(data[: data.rfind(b"\n") + 1])
 
     def remove(self, number: int) -> None:
-        """Drop a file that is no longer written to."""
+        """Remove a file that is no longer written to."""
         if self._folder:
             self._path(number).unlink(missing_ok=True)
         os.close(self._files.pop(number))

@@ -1,7 +1,7 @@
 """Usage by hour, tenant and task, summed up from the journal in a database (SQLite) of the same folder.
 
-One transaction adds records and moves the place up to which the journal is summed up, so each record counts once
-whenever the process ends.
+One transaction adds records and stores the journal position reached, so each record counts exactly once, even if the
+process is killed.
 """
 
 import sqlite3
@@ -16,7 +16,7 @@ from server.accounting.journal import Journal, Record, UsageCounts, parse
 HOUR_S, DAY_S = 3600, 86400
 # Hours older than this are kept as days.
 _HOURS_KEPT_S = 62 * DAY_S
-# Rows kept in memory, about 100 bytes each; beyond, the oldest go.
+# Most rows kept in memory, about 100 bytes each; above this, the oldest are dropped.
 _MAX_ROWS_IN_MEMORY = 1_000_000
 _PAGE_ROWS = 1000
 _SCHEMA = """
@@ -44,7 +44,7 @@ INSERT INTO usage SELECT hour / 86400 * 86400, tenant, task, sum(requests), sum(
     ON CONFLICT DO UPDATE SET requests = requests + excluded.requests,
     prompt = prompt + excluded.prompt, cached = cached + excluded.cached, completion = completion + excluded.completion
 """
-# Where a row's period begins, by granularity.
+# SQL for the start of a row's period, by granularity.
 PERIODS = {
     "hour": "hour",
     "day": "hour / 86400 * 86400",
@@ -69,7 +69,7 @@ class Totals:
         self._database = sqlite3.connect(
             folder / "usage.db" if folder else ":memory:", isolation_level=None, check_same_thread=False
         )
-        # WAL: a backup that reads the file does not hold up the writer. FULL: a commit survives a loss of power.
+        # WAL: a backup that reads the file does not block the writer. FULL: a commit survives a power failure.
         self._database.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;" + _SCHEMA)
         if not self._database.execute("SELECT 1 FROM since").fetchone():
             with self._transaction():
@@ -82,17 +82,17 @@ class Totals:
 
     @property
     def place(self) -> tuple[int, int]:
-        """The journal's file, and the offset in it, up to which records are summed up."""
+        """The journal position, (file, offset), up to which records are summed up."""
         file, offset = self._database.execute("SELECT file, offset FROM journal").fetchone()
         return file, offset
 
     @property
     def since(self) -> int:
-        """Seconds since 1970 from which on all usage is here."""
+        """The time, in seconds since 1970, from which usage is complete."""
         return int(self._database.execute("SELECT time FROM since").fetchone()[0])
 
     def sum_up(self, journal: Journal) -> None:
-        """Add the records that the journal has got since the last call, and remove files that are summed up."""
+        """Add the journal's new records, and remove files that are summed up."""
         summed, offset = self.place
         for number in journal.numbers:
             if number >= summed and (lines := journal.read(number, offset if number == summed else 0)):
@@ -104,12 +104,12 @@ class Totals:
                 journal.remove(number)
 
     def spent(self, since: str) -> dict[tuple[str, str], UsageCounts]:
-        """What tenants used by day and by month, of periods not before `since` ("2026-11")."""
+        """Tenants' usage by day and by month, for periods from `since` ("2026-11") on."""
         rows = self._database.execute("SELECT * FROM spent WHERE period >= ?", (since,))
         return {(tenant, period): UsageCounts(requests, tokens) for tenant, period, requests, tokens in rows}
 
     def fold(self, now: int) -> None:
-        """Keep old hours as days, and in memory no more than a number of rows."""
+        """Merge old hours into days; in memory, also drop the oldest rows above the limit."""
         until = (now - _HOURS_KEPT_S) // DAY_S * DAY_S
         with self._transaction():
             self._database.execute(_TO_DAYS, {"until": until})

@@ -1,8 +1,8 @@
-"""What each tenant used of which task, exact over a restart and a kill; and the budgets that it is held to.
+"""Counts usage by tenant and task, exactly even after a restart or kill, and enforces budgets.
 
-`record` puts a call into the journal before the call's status is sent, so what a client got an answer for is counted.
-A thread sums the journal up once a second, in memory every ten. What tenants used this day and month is in memory
-besides, for budgets.
+`record` writes a call to the journal before the call's status is sent, so every answered call is counted. A thread sums
+up the journal every second, or every ten seconds if usage is kept in memory. Usage of the current day and month is also
+in memory, for budgets.
 """
 
 import asyncio
@@ -26,14 +26,14 @@ from server.tenants import Tenant
 logger = get_logger("usage")
 
 _SUM_UP_S = 1.0
-# Without a folder, usage ends with the process whatever happens: sum up seldom.
+# Without a folder, usage is lost with the process anyway, so sum up rarely.
 _SUM_UP_IN_MEMORY_S = 10.0
-# How long the shutdown waits to sum up the last records; otherwise the next start does it.
+# Seconds that the shutdown waits for the last sums; if they take longer, the next start makes them.
 _FINISH_S = 5.0
 
 
 class UsageError(RuntimeError):
-    """Usage cannot be counted in this folder; the message says why."""
+    """Usage cannot be kept in this folder; the message says why."""
 
 
 class Usage:
@@ -54,7 +54,7 @@ class Usage:
         try:
             if folder:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                # Open as long as this process.
+                # The lock file; open until this process ends.
                 self._lock = _lock(folder)
             self._totals = self._thread.submit(Totals, folder, int(clock())).result()
             self._journal = Journal(folder, self._thread.submit(lambda: self._totals.place[0] + 1).result())
@@ -63,7 +63,7 @@ class Usage:
         except (OSError, sqlite3.Error) as error:
             raise UsageError(f"usage_dir: {folder}: {error}") from None
         self._hour, self._periods = -1, ("", "")
-        # Whether the journal has got records since it was last summed up.
+        # Whether the journal has new records since the last sums.
         self._grown = False
 
     @property
@@ -72,9 +72,9 @@ class Usage:
         return self._folder is not None
 
     def record(self, tenant: str, task: str, counts: UsageCounts) -> None:
-        """Count a finished call. When it returns, a kill of the process loses nothing.
+        """Count a finished call. After it returns, the record survives a kill of the process.
 
-        If the disk takes nothing, the record waits in memory; `check` refuses calls once too many wait.
+        If the disk refuses the write, the record waits in memory; `check` refuses calls once too many records wait.
         """
         at = int(self._clock())
         for period in self._periods_of(at):
@@ -88,7 +88,7 @@ class Usage:
     def check(self, tenant: Tenant, requests: int = 1) -> None:
         """Raise RESOURCE_EXHAUSTED if a budget of the tenant has no room, UNAVAILABLE if usage cannot be recorded.
 
-        What runs may exceed a budget: a call counts at its end.
+        Running calls may exceed a budget, because a call counts at its end.
         """
         if self.stuck:
             raise unavailable("the server cannot record usage", 10.0)
@@ -116,11 +116,11 @@ class Usage:
             await self._in_thread(pages.close)
 
     async def counted_since(self) -> int:
-        """Seconds since 1970 from which on all usage is there."""
+        """The time, in seconds since 1970, from which usage is complete."""
         return int(await self._in_thread(lambda: self._totals.since))
 
     async def run(self) -> None:
-        """Sum up what the journal has got, once a second, until cancelled."""
+        """Sum up the journal's new records once a second, until cancelled."""
         folded = 0
         while True:
             await asyncio.sleep(_SUM_UP_S if self.durable else _SUM_UP_IN_MEMORY_S)
@@ -137,13 +137,13 @@ class Usage:
                     self._forget_periods()
                     await self._in_thread(self._totals.fold, int(self._clock()))
             except (OSError, sqlite3.Error) as error:
-                # The journal has the records; the next round tries again.
+                # The records are still in the journal; the next round tries again.
                 self._grown = True
                 self._metrics.record_accounting_failure("usage")
                 logger.error("usage not summed up", extra={"fields": {"reason": str(error)}})
 
     def close(self) -> None:
-        """Sum up the rest, within some seconds. Later records wait for the next start. The folder stays taken."""
+        """Sum up the rest within a few seconds. The next start sums up later records. The folder stays locked."""
         if self._closed:
             return
         self._closed = True
@@ -167,21 +167,21 @@ class Usage:
         self.stuck = self._journal.full
 
     def _periods_of(self, at: int) -> tuple[str, str]:
-        """The day and the month; a clock that goes back finds its earlier day's usage again."""
+        """Start new counts when the day or month changes. Keeps old ones for a clock that is set back."""
         hour = at // HOUR_S
         if hour != self._hour:
             self._hour, self._periods = hour, periods(at)
         return self._periods
 
     def _forget_periods(self) -> None:
-        # A month and a day longer than needed, for clocks that go back.
+        # Keep one more month and day than needed, for a clock that is set back.
         oldest = periods(int(self._clock()) - 31 * DAY_S)
         kept = {7: oldest[1], 10: periods(int(self._clock()) - DAY_S)[0]}
         self._spent = {key: counts for key, counts in self._spent.items() if key[1] >= kept[len(key[1])]}
 
 
 def _lock(folder: Path) -> IO[str]:
-    """Take the folder for this process, until it ends. Raises UsageError, or OSError where files cannot be locked."""
+    """Lock the folder until this process ends. Raises UsageError; OSError if files cannot be locked."""
     try:
         return lock_for_this_process(folder / "lock")
     except BlockingIOError as error:

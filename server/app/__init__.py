@@ -1,4 +1,4 @@
-"""One server process: its life (`app`), and that of its engines (`engines`)."""
+"""Starts and stops one server process (`app`) and its engines (`engines`)."""
 
 from server.app.app import App, serve
 from server.app.engines import StartError

@@ -1,4 +1,4 @@
-"""The server's life: listen, start the engine, serve, drain, stop."""
+"""The life of a server: listen, start the engines, serve, drain, stop."""
 
 import asyncio
 import contextlib
@@ -45,17 +45,17 @@ from server.tenants.authentication import Authenticator
 
 logger = get_logger("app")
 
-# Seconds until background work that ended starts again.
+# Seconds until background work that ended is started again.
 _RESTART_S = 1.0
 _SUPERVISOR = "supervisor"
-# Seconds in which running requests get their status before the process ends.
+# Seconds in which aborted requests get their status before the process ends.
 _LAST_STATUSES_S = 0.5
 
 
 def serve(settings: Settings, ready: Callable[[str], None]) -> int:
     """Run a server in this process; returns its exit status. `ready` gets the ready line once requests are served."""
 
-    # Each connection is a file; the usual soft limit, for programs that use `select`, is far below `max_connections`.
+    # Raise the limit of open files: each connection is one, and the usual soft limit is far below `max_connections`.
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
 
@@ -67,15 +67,15 @@ def serve(settings: Settings, ready: Callable[[str], None]) -> int:
             return 1
         return await app.run(ready)
 
-    # uvloop takes less processor time a request than asyncio's own loop.
+    # uvloop takes less processor time per request than asyncio's own loop.
     return uvloop.run(run())
 
 
 class App:
     """One server process: `run` it once.
 
-    The constructor makes what answers calls, `_start` the engines and their adapters. Events come back here: from the
-    registry (`_set_catalog`), the tenants' directory (`_on_tenants`), and from the engines (`_give_up`).
+    The constructor makes everything that answers calls; `_start` starts engines and loads adapters. This class receives
+    events of the registry (`_set_catalog`), of the tenants' directory (`_on_tenants`), and of the engines (`_give_up`).
     """
 
     _engines: Engines
@@ -105,7 +105,8 @@ class App:
         self._quotas = Quotas(self._metrics)
         max_queued = max(1, settings.in_flight_limit - turns[Lane.TEXT].most)
         self._scheduler = Scheduler(turns, max_queued, self._quotas, self._metrics)
-        # Above what the queue takes, so the fair queue picks whom to refuse. A tenant's part is above its queue too.
+        # Allow more than the queue's limit, so that the fair queue chooses which request to refuse. The same holds for
+        # one tenant's part.
         max_in_flight, spare = settings.in_flight_limit + max(most), min(most) // 2
         self._admission = Admission(
             max_in_flight, self._scheduler, self._quotas, self._usage, self._metrics, spare=spare
@@ -127,7 +128,7 @@ class App:
         repository = Repository(lambda: self._adapters_service.registry)
         self._open_inference = OpenInferenceServicer(self._inference, self._admission, repository)
         self._health = Health(settings.slow_reader_s)
-        # Closed at every end, an early one too.
+        # Close these at the end, even if the start fails.
         self._on_disk = contextlib.ExitStack()
         self._on_disk.callback(self._usage.close)
 
@@ -161,7 +162,7 @@ class App:
             logger.info("stopped while starting")
             self._exit(0)
         starting.result()
-        # Answer only now: clients take a server that answers for one that serves.
+        # Start to answer only now: clients assume that a server that answers is serving.
         await listening.server.start()
         seconds = round(time.monotonic() - began, 1)
         tasks = len(self._inference.catalog.tasks)
@@ -244,7 +245,7 @@ class App:
     async def _listen_for_probes(self) -> Any | None:
         if (port := self._settings.health_port) is None:
             return None
-        # Probes have a count of their own: they must pass whatever strangers hold open on the main port.
+        # Count probes separately, so that they pass even if strangers fill the main port.
         anonymous = AnonymousCalls(self._settings)
         interceptor = AnonymousInterceptor(anonymous, self._settings)
         server, bound = await listen_for_probes(self._settings, port, self._health, interceptor)
@@ -296,7 +297,7 @@ class App:
                 settings,
                 backbones,
                 engines.supervisors,
-                # An adapter's types are compiled while it is loaded, so an engine has started.
+                # An engine runs by now, because types are compiled when an adapter is loaded.
                 lambda constraints: self._inference.backend.engine.compile(constraints, of_tasks=True),
                 self._metrics,
                 self._set_catalog,
@@ -310,15 +311,15 @@ class App:
         except (BackboneError, EngineStartError, SpoolError) as error:
             raise StartError(str(error)) from error
         except OSError as error:
-            # A volume may be missing, full, or read-only though it is a cache.
+            # The folder may be missing, full or read-only.
             raise StartError(f"the start failed: {error}") from error
         except EngineDeadError:
             raise StartError("the engine died while it loaded its adapters; the log above says why") from None
 
-    # What runs beside the requests.
+    # Background work.
 
     def _run_beside(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> "asyncio.Task[None]":
-        """Run `work` until cancelled. Whenever it ends, that is logged and counted, and it is started again.
+        """Run `work` until cancelled. If it ends, log and count that, and start it again.
 
         Without its supervisor the server exits.
         """
@@ -352,7 +353,7 @@ class App:
         self._metrics.serving.set(serving)
         self._health.set(serving=serving, live=live)
 
-    # The end.
+    # The shutdown.
 
     def _shut_down(self) -> None:
         self._on_disk.close()
@@ -389,6 +390,6 @@ def _turns(settings: Settings) -> dict[Lane, Turns]:
 
 
 def _print_error(error: Exception) -> None:
-    # Print after the log lines that the message may refer to.
+    # Print after the log is written, because the message may refer to its lines.
     if finish_logging():
         print(f"mtlora-server: {error}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The engines of a server, one a lane: what follows when one starts, is lost, or fails for good."""
+"""The engines of a server, one per lane, and what happens when one starts, is lost or fails for good."""
 
 import asyncio
 import gc
@@ -28,7 +28,7 @@ from server.telemetry.metrics import Metrics
 
 logger = get_logger("app")
 
-# The routers and the alerts read what is polled; their shortest window must see it change.
+# Seconds between polls. Routers and alerts read these values, so the interval must be below their shortest window.
 _POLL_INTERVAL_S = 2.0
 
 
@@ -37,16 +37,16 @@ class StartError(Exception):
 
 
 class SetHealth(Protocol):
-    """Tells clients and probes whether the server serves, and whether it may yet."""
+    """Sets what clients and probes are told: whether the server serves, and whether it is alive."""
 
     def __call__(self, *, serving: bool, live: bool = True) -> None: ...
 
 
 class Engines:
-    """`start` them once `adapters` is set; then `supervise` and `poll` each one's lane beside the requests.
+    """Set `adapters`, then call `start`, then run `supervise` and `poll` for each lane beside the requests.
 
-    One may be lost while the other serves. stopping: set once the server drains, after which no engine begins to serve.
-    give_up: called when the last engine that served has failed too often.
+    If one engine is lost, the other continues to serve. stopping: set when the server drains; no engine starts to serve
+    after that. give_up: called when the last engine that served has failed too often.
     """
 
     adapters: Adapters
@@ -74,11 +74,11 @@ class Engines:
         self._stopping = stopping
         self._give_up = give_up
         self.supervisors = {lane: self._supervisor(lane, backbone) for lane, backbone in backbones.items()}
-        # Lanes whose engine serves.
+        # Lanes whose engine is serving.
         self._serving: set[Lane] = set()
 
     async def start(self) -> None:
-        """Start them and, meanwhile, verify the adapters; then load these and open the admission.
+        """Start the engines and meanwhile verify the adapters; then load the adapters and open the admission.
 
         Raises StartError, EngineStartError, or EngineDeadError.
         """
@@ -95,7 +95,7 @@ class Engines:
                 logger.error("giving up", extra={"fields": {"reason": str(error)}})
                 if not self._serving:
                     await self._give_up(error)
-                # The other engine serves on.
+                # The other engine continues to serve.
                 await asyncio.sleep(self._settings.engine_failure_window_s)
 
     async def poll(self, lane: Lane) -> None:
@@ -107,7 +107,7 @@ class Engines:
                 try:
                     self._metrics.record_workers(await engine.worker_stats(), lane)
                 except Exception as error:
-                    # The supervisor handles a dying engine.
+                    # Ignore it here: the supervisor replaces a dead engine.
                     logger.warning("no statistics from the engine", extra={"fields": {"reason": str(error)}})
             await asyncio.sleep(_POLL_INTERVAL_S)
 
@@ -147,7 +147,7 @@ class Engines:
             raise StartError(f"{self._settings.adapters}: no adapter there can be served; the log above says why")
 
     async def started(self, lane: Lane, engine: BaseEngine) -> None:
-        """Load into a new engine what served before it, and serve once every engine has started."""
+        """Load the serving versions into a new engine; start to serve once every engine has started."""
         await self._verifying
         residency = self.adapters.residencies[lane]
         if isinstance(engine, Engine):
@@ -170,7 +170,7 @@ class Engines:
             self._set_health(serving=True)
 
     async def lost(self, lane: Lane, failure: EngineFailure) -> None:
-        """Serve nothing of an engine until another one runs."""
+        """Stop serving an engine's tasks until another engine runs."""
         self._serving.discard(lane)
         self._admission.lost.add(lane)
         if not self._serving:
@@ -183,7 +183,7 @@ class Engines:
 
 @dataclass(frozen=True)
 class _Listener:
-    """Passes one engine's events on, with its lane."""
+    """Forwards one engine's events together with its lane."""
 
     engines: Engines
     lane: Lane
@@ -196,8 +196,8 @@ class _Listener:
 
 
 def _freeze_objects() -> None:
-    """Leave what is alive now out of garbage collections, which would hold up the streams."""
+    """Exclude all living objects from garbage collections, which would delay streams."""
     gc.collect()
     gc.freeze()
-    # This full collection tells the collector how little is left: the next comes once a quarter as much is added.
+    # Collect once more: the threshold of the next full collection follows from the number of objects left here.
     gc.collect()

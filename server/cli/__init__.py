@@ -1,4 +1,4 @@
-"""`mtlora-server`: a command a module, each imported when it runs."""
+"""`mtlora-server`: each command is a module, imported only when it runs."""
 
 import argparse
 import gc
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-# Each is a module here, with `add_arguments` and `run`.
+# Each command is a module here with `add_arguments` and `run`.
 _COMMANDS = {
     "serve": "run the server",
     "ask": "ask a running server",
@@ -19,8 +19,9 @@ _COMMANDS = {
     "new-key": "make an API key, and its entry for the tenants file",
 }
 
-# Importing vLLM makes millions of lasting objects. With Python's own threshold, a fifth of the import time goes to
-# garbage collections. The engine's processes import this module first, so this holds for them too.
+# Raise the threshold of garbage collections: importing vLLM makes millions of lasting objects, and with Python's own
+# threshold collections take a fifth of the import time. The engine's processes import this module first, so it applies
+# to them too.
 gc.set_threshold(50_000, 20, 20)
 
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser(named: str) -> argparse.ArgumentParser:
-    """The parser of all commands; only the one that is named has its arguments."""
+    """The parser of all commands; adds arguments only for the command that is called."""
     from mtlora import __version__
 
     parser = argparse.ArgumentParser(

@@ -13,7 +13,7 @@ from server.cli.connection import add_address, connect
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The actions and their arguments."""
+    """Add the actions and their arguments."""
     add_address(parser)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="every adapter and its versions")
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Take the action; returns 0."""
+    """Execute the action; returns 0."""
     try:
         with connect(options) as client:
             _act(client, options)

@@ -1,4 +1,4 @@
-"""`mtlora-server analyze`: ask a running server many tasks about one file, and print the answers as they come."""
+"""`mtlora-server analyze`: ask a running server many tasks about one file, and print each answer when it arrives."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ from server.cli.connection import add_address, connect
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The document, and which tasks."""
+    """Add arguments for the document and the tasks."""
     parser.add_argument("file", help="the document, text in UTF-8; - reads stdin")
     parser.add_argument(
         "--task", action="append", metavar="ID", help="may be given several times; default: all that share a document"
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the table and a line on the whole; returns 1 if a task failed, else 0."""
+    """Print the table and a summary line; returns 1 if a task failed, else 0."""
     try:
         document = sys.stdin.read() if options.file == "-" else Path(options.file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -40,14 +40,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def shared_tasks(client: Client) -> list[str]:
-    """The tasks that can be asked about one document, without further fields: those of the most common template."""
+    """Tasks that share the most common document template and need no other fields."""
     tasks = [task for task in client.tasks() if task.activation == "task" and len(task.fields) == 1]
     templates = [task.document_template for task in tasks]
     return [task.id for task in tasks if task.document_template == max(templates, key=templates.count)]
 
 
 def print_answers(client: Client, tasks: list[str], document: str, *, timeout: float) -> int:
-    """A row for each answer as it comes, and a line on the whole; returns how many tasks failed."""
+    """Print a row for each answer when it arrives, and a summary line; returns how many tasks failed."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
@@ -62,7 +62,7 @@ def print_answers(client: Client, tasks: list[str], document: str, *, timeout: f
             live.refresh()
     seconds = time.monotonic() - began
     if not console.is_terminal:
-        # Without a terminal, `Live` does not end its last line.
+        # `Live` does not end its last line if the output is not a terminal.
         console.print()
     got = [each.answer.summary for each in answers if each.answer]
     prompts, cached = (sum(getattr(each, name) for each in got) for name in ("prompt_tokens", "cached_tokens"))

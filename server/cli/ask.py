@@ -1,4 +1,4 @@
-"""`mtlora-server ask`: put one input, a text, an image or both, to a running server and print the answer."""
+"""`mtlora-server ask`: send one input (a text, an image or both) to a running server and print the answer."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ _PARAMETERS = (*_FLOATS, *_INTS, *_TOKENS, "stop")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The input, how to generate, and what to print."""
+    """Add arguments for the input, the generation and the output."""
     parser.add_argument("task_id", help="which task answers; `tasks` lists them")
     parser.add_argument("input", nargs="?", help="fills the only field of the task's template; - reads stdin")
     parser.add_argument("--field", action="append", default=[], metavar="NAME=VALUE", help="fills one named field")
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Ask; returns 0, or 1 if an image has no label."""
+    """Send the request; returns 0, or 1 if an image has no label."""
     given = _input(options)
     with connect(options) as client:
         if options.image and not given and client.task(options.task_id).HasField("image"):
@@ -67,7 +67,7 @@ def _generate(client: Client, options: argparse.Namespace, given: Input) -> int:
             summary = piece.summary
         else:
             answer = client.generate(options.task_id, given, **parameters)
-            # Several samples, each in a line of its own.
+            # Print several samples on a line each.
             for text in [sample.text for sample in answer.samples] or [answer.text]:
                 print(text)
             summary = answer.summary

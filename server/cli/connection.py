@@ -1,4 +1,4 @@
-"""How commands reach a running server."""
+"""Connects commands to a running server."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ _ADDRESS_VARIABLE = "MTLORA_ADDRESS"
 
 
 def add_address(parser: argparse.ArgumentParser) -> None:
-    """Arguments for where the server is and how it lets the caller in."""
+    """Add arguments for the server's address and the caller's credentials."""
     parser.add_argument(
         "--address",
         default=os.environ.get(_ADDRESS_VARIABLE, "127.0.0.1:50051"),

@@ -1,4 +1,4 @@
-"""`mtlora-server demo`: start a server, ask it every task of the built-in suite at once, print its accuracy."""
+"""`mtlora-server demo`: start a server, send examples of all built-in tasks concurrently, print its accuracy."""
 
 import argparse
 import asyncio
@@ -40,7 +40,7 @@ class DemoAnswer:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to serve, and which questions to ask."""
+    """Add arguments for the adapters to serve and the questions to ask."""
     parser.add_argument("--backbone", default="default", help="default: %(default)s")
     parser.add_argument("--adapters", type=Path, default=Path("adapters"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--per-task", type=int, default=10, help="questions a task; default: %(default)s")
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print a row a task and the summary line; returns 1 if a request failed, else 0."""
+    """Print a row per task and the summary line; returns 1 if a request failed, else 0."""
     exit_on_sigterm()
     try:
         return _demonstrate(options.backbone, options.adapters, options.per_task, options.seed)
@@ -100,7 +100,7 @@ def _demonstrate(backbone: str, adapters: Path, per_task: int, seed: int) -> int
 
 
 def _show_document(server: ServerProcess, seed: int) -> int:
-    """All tasks that share a document, asked of one; returns how many failed."""
+    """Ask all tasks that share a document about one document; returns how many failed."""
     with server.client() as client:
         if not (tasks := shared_tasks(client)):
             return 0
@@ -110,7 +110,7 @@ def _show_document(server: ServerProcess, seed: int) -> int:
 
 
 async def ask_all(address: str, examples: Sequence[Example], *, without_adapter: bool = False) -> list[DemoAnswer]:
-    """Ask every example, `_CONCURRENCY` at a time, in order."""
+    """Send all examples, `_CONCURRENCY` at a time; returns results in order."""
     room = asyncio.Semaphore(_CONCURRENCY)
 
     async def ask(client: AsyncClient, example: Example) -> DemoAnswer:
@@ -149,7 +149,7 @@ def results_table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> T
 
 
 def print_whole(table: Table) -> None:
-    """Print a table, in a width of its own where the output is no terminal."""
+    """Print a table without truncation: at its full width if the output is not a terminal."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)

@@ -27,14 +27,14 @@ from server.cli.process import ServerFailedError, ServerProcess, exit_on_sigterm
 if TYPE_CHECKING:
     from mtlora.task import TaskSpec
 
-# Calls in flight, and images of a call.
+# Calls in flight, and images per call.
 _CONCURRENCY = 16
 _IMAGES = 8
 
 
 @dataclass(frozen=True)
 class ImageAnswer:
-    """One image, what was answered, or the error, and the label by a linear head on the backbone alone."""
+    """One image, its answer or error, and the label that a linear head on the backbone alone gives."""
 
     example: Example
     label: str
@@ -49,7 +49,7 @@ class ImageAnswer:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to serve, and which images to ask."""
+    """Add arguments for the adapters to serve and the images to classify."""
     parser.add_argument("--backbone", default="vision", help="vision backbone; default: %(default)s")
     parser.add_argument("--adapters", type=Path, default=Path("adapters"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--suite", default="builtin-vision", help="of images; default: %(default)s")
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print a row a task and the summary line; returns 1 if an image has no answer, else 0."""
+    """Print a row per task and the summary line; returns 1 if an image has no answer, else 0."""
     exit_on_sigterm()
     try:
         return _demonstrate(options)
@@ -105,7 +105,7 @@ def _demonstrate(options: argparse.Namespace) -> int:
 
 
 async def ask_all(address: str, examples: Sequence[Example]) -> list[ImageAnswer]:
-    """Ask every image, in order: `_CONCURRENCY` calls at a time, each of images of one task."""
+    """Classify all images, `_CONCURRENCY` calls at a time, each for one task; returns results in order."""
     room = asyncio.Semaphore(_CONCURRENCY)
     by_task: dict[str, list[int]] = {}
     for place, example in enumerate(examples):

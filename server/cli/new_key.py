@@ -7,7 +7,7 @@ from server.tenants.keys import new_key
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None."""
+    """Add no arguments."""
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""A server in a process of its own, for demos, tests and benchmarks."""
+"""Runs a server in a child process, for demos, tests and benchmarks."""
 
 import contextlib
 import os
@@ -20,12 +20,12 @@ _READY = re.compile(r"serving on (?P<address>\S+), metrics on (?P<metrics>\S+), 
 
 
 def exit_on_sigterm() -> None:
-    """From now on SIGTERM ends this program as Ctrl-C does: its servers are stopped, its folders removed."""
+    """Make SIGTERM end this program as Ctrl-C does: it stops its servers and removes its folders."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 class ServerFailedError(RuntimeError):
-    """The server ended before it was ready, or took too long; carries the end of its log."""
+    """The server ended before it was ready, or took too long; the message contains the end of its log."""
 
 
 class ServerProcess:
@@ -56,9 +56,9 @@ class ServerProcess:
 
     def __enter__(self) -> Self:
         began = time.monotonic()
-        # In its own group, the server gets no Ctrl-C meant for the parent, and `kill` reaches all its processes. It has
-        # no session of its own: Linux schedules sessions as groups (autogroups), and the import of PyTorch, which moves
-        # its thread over all cores, was seen to wait for minutes beside another session's busy engine.
+        # The server gets its own process group, so that Ctrl-C for the parent does not reach it and `kill` reaches all
+        # of its processes. It gets no session of its own: Linux schedules sessions as groups (autogroups), and beside
+        # another session's busy engine the import of PyTorch was seen to wait for minutes.
         self.process = subprocess.Popen(
             self._command, env=self._environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log,
             text=True, process_group=0,

@@ -11,7 +11,7 @@ from server.settings import Settings, SettingsError, load_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A flag for every setting; flags that are not given stay out of the options."""
+    """Add a flag for every setting; options contain only flags that are given."""
     parser.description = (
         "Every setting can be given as a flag, as an environment variable (MTLORA_ and the name in capitals, such as "
         "MTLORA_MAX_NUM_SEQS), or in a YAML file (--config). A flag wins over the environment, that over the file, "
@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_from(options: argparse.Namespace) -> Settings:
-    """The settings that the options, the environment and the file give. Raises CommandError."""
-    # CliSettingsSource would drop flags with an empty value.
+    """The settings from options, environment and file. Raises CommandError."""
+    # Add flags with an empty value here, because CliSettingsSource drops them.
     flags = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
     try:
         return load_settings(flags, options.config)
@@ -42,5 +42,5 @@ def run(options: argparse.Namespace) -> int:
         status = serve(settings, lambda line: print(line, flush=True))
     finally:
         finish_logging()
-    # Skip the interpreter's exit: there, vLLM's bindings count what is left and write it to stderr.
+    # Skip the interpreter's normal exit: vLLM's bindings would write a list of objects left to stderr.
     os._exit(status)

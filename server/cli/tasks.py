@@ -9,7 +9,7 @@ from server.cli.connection import add_address, connect
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which server to ask."""
+    """Add arguments for the server's address."""
     add_address(parser)
 
 

@@ -1,4 +1,4 @@
-"""`mtlora-server usage`: what the tenants of a running server used, a JSON object a line."""
+"""`mtlora-server usage`: print the usage of a running server's tenants, one JSON object per line."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from server.cli.connection import add_address, connect
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which server to ask, for what."""
+    """Add arguments for the server's address and the query."""
     add_address(parser)
     parser.add_argument("--since", type=_time, metavar="TIME", help="UTC, such as 2026-11-01; default: all there is")
     parser.add_argument("--until", type=_time, metavar="TIME", help="hours that begin before it; default: now")
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the sums; returns 0. On stderr: what is missing from them."""
+    """Print the sums on stdout, and what they do not include on stderr; returns 0."""
     with connect(options) as client:
         usage = client.usage(
             since=options.since, until=options.until, tenant=options.tenant, task=options.task, by=options.by

@@ -2,8 +2,8 @@
 when an engine starts.
 
 `preflight` says whether this machine can run one. `Supervisor` keeps one engine running: an `Engine` of a language
-backbone, or a `VisionEngine`. `launch` starts its processes, `threads` places them on cores, `translation` has the
-words of both sides, `stats` what an engine counts.
+backbone, or a `VisionEngine`. `launch` starts its processes, `threads` places them on cores, `translation` converts
+between the server's types and vLLM's, `stats` reads an engine's statistics.
 """
 
 from server.engine.engine import BaseEngine, Engine, EngineStartError

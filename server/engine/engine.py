@@ -32,7 +32,7 @@ class EngineStartError(RuntimeError):
 class _Wait:
     """A wait of the current task for the engine: for a sequence's next tokens, or for an answer from between two steps.
 
-    It enters itself into `waits`. `lose` ends it with EngineDeadError.
+    It registers itself in `waits`. `lose` ends it with EngineDeadError.
     """
 
     __slots__ = ("_lost", "_task", "_waits", "since")
@@ -72,13 +72,13 @@ class BaseEngine:
         self._llm: Any = None
         self._count = 0
         self._processes = EngineProcesses()
-        # One for each engine core: readable once its process has ended.
+        # A file descriptor for each engine core, readable once its process has ended.
         self._sentinels: list[int] = []
         self._ended = asyncio.Event()
-        # The longest wait comes first.
+        # Ordered by age: the longest wait is first.
         self._sequences: dict[_Wait, None] = {}
         self._calls: dict[_Wait, None] = {}
-        # Compilations may take long, while steps go on.
+        # Compilations, which may take long while steps continue; not watched for a hang.
         self._compilations: dict[_Wait, None] = {}
         self._lost = False
         self._last_step = time.monotonic()
@@ -126,10 +126,10 @@ class BaseEngine:
 
     @property
     def stalled_s(self) -> float:
-        """Seconds of the longest wait without progress. A slow reader is not a wait.
+        """Seconds of the longest wait without progress. Waiting for a slow reader does not count.
 
-        A sequence may wait as long as the engine makes steps. An answer from between steps needs one step of every
-        engine, so one of several that hangs is noticed while the others go on.
+        A sequence may wait while the engine makes steps. A worker call needs one step of every engine, so it reveals a
+        hang of one engine while the others continue.
         """
         now = time.monotonic()
         call, sequence = next(iter(self._calls), None), next(iter(self._sequences), None)
@@ -163,7 +163,7 @@ class BaseEngine:
             named = [[slot.lora_int_id, slot.lora_name, slot.lora_path] for slot in slots]
             _check_loaded(await self._call("mtlora_place", str(folder), named))
         except AdapterError:
-            # Other ranks may have taken it.
+            # Other ranks may have loaded it.
             await self._call("mtlora_remove", [slot.lora_int_id for slot in slots])
             await self._call("mtlora_unstage", str(folder))
             raise
@@ -173,7 +173,7 @@ class BaseEngine:
         await self._call("mtlora_remove", [slot.lora_int_id for slot in slots])
 
     async def worker_stats(self) -> list[WorkerStats]:
-        """The counts of every rank of every engine, answered between two steps."""
+        """The counts of every rank of every engine, collected between two steps."""
         return [worker_stats(rank) for rank in await self._call("mtlora_statistics")]
 
     async def _call(self, method: str, *arguments: Any) -> list[Any]:
@@ -182,7 +182,7 @@ class BaseEngine:
 
         with self._waiting(self._calls):
             try:
-                # vLLM's own `collective_rpc` returns the results of the first engine alone.
+                # vLLM's own `collective_rpc` returns only the first engine's results.
                 call = self._running.engine_core.call_utility_all_async
                 engines = await call("collective_rpc", method, None, arguments, {})
                 return [result for ranks in engines for result in ranks]
@@ -213,14 +213,14 @@ class BaseEngine:
                 # meanwhile.
                 self._processes.clean_up()
             self._llm.shutdown(timeout=0 if self._lost else 5)
-            # Collect it now: at the interpreter's exit its finalizer would fail and log that.
+            # Collect it now: at the interpreter's exit its finalizer would fail and log an error.
             self._llm = None
 
 
 class Engine(BaseEngine):
     """An engine with a language backbone: it generates."""
 
-    # Set by `start`.
+    # `start` sets these.
     prompts: PromptEncoder
 
     def _launch(self) -> Any:
@@ -230,7 +230,7 @@ class Engine(BaseEngine):
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below it. The model's own vocabulary may be padded."""
+        """Upper bound of token ids (exclusive). The model's vocabulary may be padded beyond it."""
         known = max(self.prompts.tokenizer.get_vocab().values()) + 1
         return min(known, int(self._llm.model_config.get_vocab_size()))
 
@@ -248,10 +248,10 @@ class Engine(BaseEngine):
         return frozenset(each for each in (self.prompts.tokenizer.eos_token_id, *more) if each is not None)
 
     async def compile(self, constraints: Sequence[str], *, of_tasks: bool = False) -> list[int]:
-        """Compile what answers will be held to, in every engine, beside the running steps.
+        """Compile answer constraints in every engine, beside the running steps.
 
-        `of_tasks`: kept apart from those that requests bring. Returns the fewest tokens that each takes. Raises
-        AdapterError if the engine refuses one.
+        `of_tasks`: cache them separately from requests' own constraints. Returns the fewest tokens of an answer for
+        each. Raises AdapterError if the engine refuses one.
         """
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
@@ -268,11 +268,11 @@ class Engine(BaseEngine):
     async def warm_up(self, slot: Any | None, *, short: bool = False) -> None:
         """Run short sequences through prefill, decode and sampling, so that no user's request pays for first calls.
 
-        `short`: one step of prefill, for a new slot in a warm engine, where decoding runs the same code as for others.
+        `short`: only one prefill step, for a new slot in a warm engine, whose decoding code has already run.
         """
         sampled = Sampling(max_new_tokens=2, temperature=1.0, top_p=0.9, top_k=10, seed=0, logprobs=1)
         for sampling in (Sampling(max_new_tokens=1),) if short else (Sampling(max_new_tokens=2), sampled):
-            # An adapter that acts from a token on needs a number of them.
+            # An activated adapter needs an activation point.
             async for _ in self._generate([1] * 8, sampling, slot, extra={ACTIVATION_KEY: 0}):
                 pass
 
@@ -285,7 +285,7 @@ class Engine(BaseEngine):
         )
 
     def _rank_of(self, document_ids: list[int]) -> dict[str, int]:
-        """With several engines, choose the one that reads a document: its tasks find its blocks there."""
+        """With several engines, send all tasks of a document to the same one, which has its blocks cached."""
         engines = self._settings.data_parallel_size
         if engines == 1 or not document_ids:
             return {}

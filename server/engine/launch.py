@@ -1,4 +1,4 @@
-"""How an engine is started: vLLM's arguments and the environment of its processes."""
+"""Starts an engine: vLLM's arguments and the environment of its processes."""
 
 import contextlib
 import os
@@ -24,18 +24,19 @@ logger = get_logger("engine")
 
 # Tokens of a block of the KV cache.
 CPU_BLOCK_TOKENS = 32
-# A step of images has room for `vision_max_num_seqs` of this size.
+# Image size for which one step has room for `vision_max_num_seqs` images.
 _IMAGE_SIZE = 112
-# vLLM wants some, though an encoder caches nothing.
+# vLLM requires a KV cache, although an encoder does not use it.
 VISION_CACHE_BYTES = 64 << 20
-# vLLM's processes inherit the environment: two engines start one after the other.
+# Start engines one after the other, because vLLM's processes inherit the environment.
 _launching = threading.Lock()
-# What the last launch changed of the variables that place threads: their values before it.
+# Earlier values of the thread variables that the last launch changed.
 _before: dict[str, str | None] = {}
 # GiB of KV cache on a CPU, unless a setting says otherwise.
 CPU_KV_CACHE_GIB = 1.0
 
-# Even in an eager engine, vLLM compiles two sampling functions in the first request that needs them, for seconds.
+# Disable compilation: even in an eager engine, vLLM compiles two sampling functions at their first use, which takes
+# seconds.
 _EAGER = {"TORCHDYNAMO_DISABLE": "1"}
 
 
@@ -69,7 +70,7 @@ def _launch(
     _before.update({name: os.environ.get(name) for name in placing})
     # Set them before the import of vLLM, which reads some variables at once.
     os.environ.update(environment)
-    # vLLM's variable would override the setting silently.
+    # Reject vLLM's variable, which would silently override the setting.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -80,7 +81,7 @@ def _launch(
     if available("environment read once"):
         from vllm.envs import disable_envs_cache
 
-        # The cache may hold the environment of an earlier launch.
+        # Clear the cache, which may hold the environment of an earlier launch.
         disable_envs_cache()
     arguments = make_arguments()
     if arguments["enforce_eager"]:
@@ -92,7 +93,8 @@ def _launch(
     if available("environment read once"):
         from vllm.envs import enable_envs_cache
 
-        # vLLM reads its environment variables again for every request; its engine processes stop that themselves.
+        # Cache environment variables: vLLM would read them again for every request. Engine processes do this
+        # themselves.
         enable_envs_cache()
     return engine
 
@@ -116,14 +118,15 @@ def _engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "kv_cache_memory_bytes": int(kv_cache_gib * (1 << 30)) if kv_cache_gib else None,
         "enable_prefix_caching": settings.enable_prefix_caching,
-        # Only whole blocks are shared; vLLM's 128 tokens on CPUs leave a document's last ones to each of its tasks.
+        # Use small blocks: only full blocks are shared, and with vLLM's 128 tokens on CPUs each task would recompute a
+        # document's last tokens.
         "block_size": CPU_BLOCK_TOKENS if on_cpu else None,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "pipeline_parallel_size": settings.pipeline_parallel_size,
         "data_parallel_size": settings.data_parallel_size,
         "quantization": settings.quantization,
         "max_logprobs": MAX_SCORED_TOKENS,
-        # Text tasks may then take images, whose soft tokens stand in their prompts.
+        # Text tasks may then take images, as soft tokens in their prompts.
         "enable_prompt_embeds": settings.vision_backbone is not None and available("soft tokens"),
         **_both(settings, settings.max_num_seqs, on_cpu),
     }
@@ -152,7 +155,7 @@ def _vision_engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
 
 
 def _both(settings: Settings, max_num_seqs: int, on_cpu: bool) -> dict[str, Any]:
-    """Arguments of both engines."""
+    """Arguments that both kinds of engine share."""
     from mtlora.vllm_plugin import engine_overrides
     from mtlora.vllm_plugin.options import Options
 
@@ -180,26 +183,26 @@ def engine_environment(
 ) -> dict[str, str]:
     """Environment variables for vLLM and its processes, which inherit them.
 
-    bind: the cores of its threads, ranks: its workers; by default those of the language backbone's engine. place: that
-    of the engine among two which share the cores.
+    bind: the cores of its threads. ranks: its number of workers. Defaults are for the language backbone's engine.
+    place: 0 or 1 for two engines that share cores.
     """
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
     wanted = {} if settings.log_level == "debug" else {k: os.environ.get(k, v) for k, v in quiet.items()}
     sharing = _engines_share_cores(settings)
     return {
         **wanted,
-        # stdout is for the ready line.
+        # Keep logs off stdout, which has only the ready line.
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        # The backbone is a local folder by now.
+        # No network is needed: the backbone is a local folder by now.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         # Variables of the plugins in the engine's processes.
         "MTLORA_ADAPTER_BACKBONE_CHECK": settings.adapter_backbone_check,
         "MTLORA_ROUTING_SAMPLE_STEPS": str(settings.routing_sample_steps),
         orphans.ENVIRONMENT_SWITCH: "1",
-        # This server says itself what an answer is held to.
+        # This server sends constraints itself.
         "MTLORA_TYPED_REQUESTS": "0",
         **memory_environment(),
         **(shared_cores.sharing_environment(place) if sharing else {}),
@@ -213,7 +216,7 @@ def engine_environment(
 
 
 def _engines_share_cores(settings: Settings) -> bool:
-    """Whether threads of two engines would run on the same cores, and nobody has placed them."""
+    """Whether two engines would use the same cores, and no setting places their threads."""
     both = settings.language_backbone is not None and settings.vision_backbone is not None
     placed = settings.omp_threads_bind or settings.vision_omp_threads_bind or BIND in os.environ
     return both and settings.ranks == 1 and not placed
@@ -222,9 +225,9 @@ def _engines_share_cores(settings: Settings) -> bool:
 def _default_executor(settings: Settings, on_cpu: bool) -> type | None:
     """The executor if the settings name none; None leaves the choice to vLLM.
 
-    One rank on a CPU runs in the engine's own process. vLLM would start a second process, to place its threads by
-    environment variables, and both would poll for messages on the cores that the model needs. Only the class prevents
-    that: vLLM overrides the name "uni" (vllm/platforms/cpu.py).
+    One rank on a CPU runs in the engine's own process. vLLM would start a second process to place its threads, and both
+    processes would poll for messages on the cores that the model needs. Passing the class prevents that; vLLM overrides
+    the name "uni" (vllm/platforms/cpu.py).
     """
     if not on_cpu or settings.ranks > 1 or not available("one process an engine on CPUs"):
         return None
@@ -248,7 +251,7 @@ def _rank_environment(config: Any) -> Iterator[None]:
     with OMPProcessManager(config).configure_omp_envs(0, 0):
         cores = os.environ[BIND].replace(",", " ")
         if "GOMP_CPU_AFFINITY" in os.environ and cores.replace(" ", "").isdigit():
-            # vLLM sorts them.
+            # Sort them as vLLM does.
             os.environ["GOMP_CPU_AFFINITY"] = cores
         yield
 
@@ -256,7 +259,7 @@ def _rank_environment(config: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _no_interrupts_in_children() -> Iterator[None]:
     """Block Ctrl-C, which reaches every process of a terminal: the engine's must live until running requests finish."""
-    # Start the tracker first: its start unblocks the signal.
+    # Start multiprocessing's resource tracker first, because its start unblocks the signal.
     resource_tracker.ensure_running()
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

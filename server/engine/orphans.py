@@ -7,12 +7,12 @@ import multiprocessing
 import os
 import threading
 
-# Set by the server for its engines' processes: other programs that run vLLM decide for themselves.
+# The server sets it for its engines' processes only; other programs that run vLLM are not affected.
 ENVIRONMENT_SWITCH = "MTLORA_ENGINES_END_WITH_SERVER"
 
 
 def register() -> None:
-    """Watch this process's parent, in an engine of a server. Workers end with their engine, as vLLM has it."""
+    """In a server's engine process, watch the parent. Workers need no watch: vLLM ends them with their engine."""
     parent = multiprocessing.parent_process()
     if parent is None or os.environ.get(ENVIRONMENT_SWITCH) != "1":
         return

@@ -1,4 +1,4 @@
-"""Before an engine starts: can this machine, or this container, run it at all?"""
+"""Checks, before an engine starts, that this machine or container can run it."""
 
 import json
 from collections.abc import Mapping
@@ -11,13 +11,12 @@ from server.job import Lane
 from server.settings import Settings
 
 _GIB = 1 << 30
-# GiB that processes hold without weights and KV cache: interpreters, libraries, activations of the warm-up. Measured on
-# a server just ready, with the default backbones and the shipped adapters, as proportional set sizes (psutil's
-# memory_full_info), and rounded up: server and verifier 0.79, an engine of texts 2.09 less 1.25 of weights and cache,
-# one of images 0.64 less 0.14.
+# GiB of processes besides weights and KV cache: interpreters, libraries, activations of the warm-up. Measured after
+# start with the default backbones and shipped adapters as proportional set sizes (psutil's memory_full_info), rounded
+# up: server and verifier 0.79; text engine 2.09 minus 1.25 of weights and cache; image engine 0.64 minus 0.14.
 SERVER_GIB = 0.8
 ENGINE_GIB = {Lane.TEXT: 0.9, Lane.IMAGES: 0.6}
-# Most bytes of a pixel that is being decoded: 287 MB for a grey PNG with alpha of 25 megapixels.
+# Most bytes per pixel while decoding: a grey PNG with alpha of 25 megapixels took 287 MB.
 DECODED_BYTES = 12
 
 
@@ -62,7 +61,7 @@ def memory_needed(settings: Settings, backbone: Path, lane: Lane = Lane.TEXT) ->
         return stored + VISION_CACHE_BYTES + int(ENGINE_GIB[lane] * _GIB)
     dtype = engine_dtype(settings.dtype, backbone, quantised=settings.quantization is not None)
     config = json.loads((backbone / "config.json").read_text())
-    # Weights of two bytes grow to four.
+    # Two-byte weights are converted to four bytes.
     if dtype == "float32" and config.get("dtype", config.get("torch_dtype")) != "float32":
         stored *= 2
     return settings.data_parallel_size * (stored + int((_kv_cache_gib(settings) + ENGINE_GIB[lane]) * _GIB))

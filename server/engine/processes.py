@@ -20,9 +20,9 @@ def exit_at_once(status: int) -> NoReturn:
 
 
 class EngineProcesses:
-    """Look for them while all live: the children of a dead parent cannot be found.
+    """Find them while all are alive, because children of a dead parent cannot be found.
 
-    shared: names in shared memory that they have mapped and this process has not.
+    shared: names of shared memory that they have mapped and this process has not.
     """
 
     def __init__(self, processes: Iterable[psutil.Process] = ()) -> None:
@@ -37,7 +37,7 @@ class EngineProcesses:
         return cls(process for core in cores for process in (*core.children(recursive=True), core))
 
     def kill(self) -> None:
-        """End them at once, stopped ones too."""
+        """Kill them, even if they are stopped."""
         for process in self._processes:
             with contextlib.suppress(psutil.Error):
                 process.kill()

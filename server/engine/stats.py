@@ -1,4 +1,4 @@
-"""An engine's statistics: of a step, and of its processes."""
+"""Converts vLLM's statistics of steps and processes to the server's types."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +15,8 @@ def worker_stats(rank: dict[str, Any]) -> WorkerStats:
 def stat_logger(on_stats: Callable[[EngineStats], None]) -> type:
     """A logger class for vLLM that passes each step's statistics on.
 
-    vLLM adds its own Prometheus logger unless it is given one of that class. That logger takes time in every step and
-    keeps a series for every combination of adapters that ever ran together, so this class replaces it.
+    It subclasses vLLM's Prometheus logger, which vLLM would otherwise add. That logger takes time in every step and
+    keeps a series for every combination of adapters that ever ran together.
     """
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 

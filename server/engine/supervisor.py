@@ -15,13 +15,13 @@ from server.telemetry.logs import get_logger
 
 logger = get_logger("engine")
 
-# How often to look for a hang. Seldom: every wake-up of the event loop delays the next step.
+# Seconds between checks for a hang. Rarely, because every wake-up of the event loop delays the next step.
 _LOOK_INTERVAL_S = 2.0
 
 
 @dataclass(frozen=True)
 class EngineFailure:
-    """How an engine was lost: its kind, and the reason in words."""
+    """Why an engine was lost: the kind of failure, and the reason in words."""
 
     kind: Literal["died", "hung", "not_started"]
     reason: str
@@ -56,7 +56,7 @@ class Supervisor:
         self._window_s = window_s
         self._failures: deque[float] = deque()
         self._kills = 0
-        # An engine cannot be stopped while it starts.
+        # While an engine starts, it cannot be stopped.
         self.starting = False
 
     async def start(self) -> None:
@@ -129,7 +129,7 @@ class Supervisor:
             await asyncio.wait({working, failing}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             failing.cancel()
-            # Wait until this watch of the engine has ended: `run` is about to watch it.
+            # Wait until this watch has ended, because `run` will watch the engine next.
             await asyncio.wait({failing})
         if not working.done():
             self._running.lose()

@@ -1,7 +1,7 @@
-"""The cores of the engine's OpenMP threads, on a machine without a GPU.
+"""Places the engine's OpenMP threads on cores, on a machine without a GPU.
 
 By default, vLLM keeps a core for its framework and refuses more ranks than NUMA nodes. On two cores, the kept core
-costs two fifths of the throughput. So the default here is every core that this process may use, dealt out among the
+costs two fifths of the throughput. So the default here is to divide all cores that this process may use among the
 ranks.
 """
 
@@ -39,7 +39,7 @@ def thread_environment(
 
 
 def deal(cores: Sequence[int], ranks: int) -> list[Sequence[int]]:
-    """Contiguous shares of the cores, one a rank; if ranks outnumber cores, they share."""
+    """Divide the cores into contiguous shares, one per rank; more ranks than cores share cores."""
     if ranks >= len(cores):
         return [[cores[rank % len(cores)]] for rank in range(ranks)]
     bounds = [rank * len(cores) // ranks for rank in range(ranks + 1)]
@@ -47,6 +47,6 @@ def deal(cores: Sequence[int], ranks: int) -> list[Sequence[int]]:
 
 
 def quota_cores(*cgroup: Path) -> int | None:
-    """Cores' worth of CPU time that the control groups allow, rounded down, at least 1; None without a limit."""
+    """CPU time that the control groups allow, in whole cores, rounded down but at least 1; None without a limit."""
     cores = cpu_cores(*cgroup)
     return None if cores is None else max(1, int(cores))

@@ -1,4 +1,4 @@
-"""From this server's types to vLLM's, and back."""
+"""Converts this server's types to vLLM's, and back."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,17 +22,17 @@ _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", 
 
 
 def sampling_params(sampling: Sampling, delta_tokens: int, extra: Mapping[str, Any] | None = None) -> Any:
-    """vLLM's SamplingParams for output in pieces of `delta_tokens` tokens, or in one piece if it is no longer.
+    """vLLM's SamplingParams for output in pieces of `delta_tokens` tokens; a shorter answer comes in one piece.
 
-    An answer of a type that comes in one piece is not detokenized token by token: `delta` gets its text at once. No
-    stop string has to be looked for, as a constraint lets none occur, unless `stops_occur`.
+    A typed answer that comes in one piece is not detokenized token by token; `delta` decodes it at once. This needs no
+    search for stop strings, because a constraint excludes them unless `stops_occur`.
 
-    extra: what `extra_args` gives of a job.
+    extra: the result of `extra_args` for the job.
     """
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     in_one_piece = sampling.max_new_tokens <= delta_tokens
-    # Log-probabilities come with their tokens' texts.
+    # Detokenize if log-probabilities are requested: they include their tokens' texts.
     plain = not sampling.logprobs and sampling.more is None and not sampling.stops_occur
     tokens_alone = in_one_piece and sampling.constraint is not None and plain
     return SamplingParams(
@@ -48,7 +48,7 @@ def sampling_params(sampling: Sampling, delta_tokens: int, extra: Mapping[str, A
         output_kind=RequestOutputKind.FINAL_ONLY if in_one_piece else RequestOutputKind.DELTA,
         stream_interval=delta_tokens,
         extra_args=extra,
-        # Copy nothing: no one else holds this object.
+        # Skip vLLM's copy, because no other code uses this object.
         skip_clone=True,
         **(_more(sampling.more) if sampling.more else {}),
     )
@@ -64,7 +64,7 @@ def soft_prompt(prompt_ids: Sequence[int], soft: SoftTokens, cache_salt: str | N
 
 
 def extra_args(job: GenerationJob) -> dict[str, Any] | None:
-    """What the plugin reads of a job whose adapter acts from a token on; None for others."""
+    """The plugin's arguments for a job with an activated adapter; None for other jobs."""
     if job.activation is None:
         return None
     return {ACTIVATION_KEY: job.activation} | ({LEASE_KEY: list(job.lease)} if job.lease else {})
@@ -83,7 +83,7 @@ def _more(more: MoreSampling) -> dict[str, Any]:
         "presence_penalty": more.presence_penalty,
         "frequency_penalty": more.frequency_penalty,
         "repetition_penalty": more.repetition_penalty,
-        # A bias of minus infinity leaves a token no probability, whatever else changes its logit.
+        # A bias of minus infinity gives a token probability zero, whatever else changes its logit.
         "logit_bias": {**more.logit_bias, **dict.fromkeys(more.banned_tokens, -math.inf)} or None,
         "allowed_token_ids": list(more.allowed_tokens) or None,
         "stop_token_ids": list(more.stop_token_ids),
@@ -103,7 +103,7 @@ def delta(output: Any, sampling: Sampling, text_of: Callable[[Sequence[int]], st
         raise EngineAbortedError(reason)
     times, text = output.metrics, completion.text
     if text_of is not None:
-        # Like vLLM, leave out the token that ended it.
+        # Like vLLM, omit the token that ended the answer.
         text = text_of(completion.token_ids[:-1] if reason == "stop" else completion.token_ids)
     return Delta(
         text=text,
@@ -136,6 +136,6 @@ def _token_logprobs(token_id: int, position: dict[int, Any], most: int) -> Token
     tokens = {
         each: TokenLogprob(each, entry.decoded_token or "", float(entry.logprob)) for each, entry in position.items()
     }
-    # vLLM lists the chosen token too, at any rank.
+    # vLLM also lists the chosen token, whatever its rank.
     ranked = sorted((entry.rank, each) for each, entry in position.items())
     return TokenLogprobs(tokens[token_id], tuple(tokens[each] for _, each in ranked[:most]))

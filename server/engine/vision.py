@@ -1,4 +1,4 @@
-"""An engine with a vision backbone: an image's patches in, its feature or its states out.
+"""An engine with a vision backbone: takes an image's patches, returns its feature or its states.
 
 Shape suffixes: C colours, S pixels of a side, T positions, D hidden size, F size of a feature.
 """
@@ -23,7 +23,7 @@ class VisionEngine(BaseEngine):
         from mtlora.vision.encoder import load_encoder
         from mtlora.vllm_vision import feature_params, image_prompt, state_params
 
-        # Use one thread here: its few small products would make more threads wait beside the engine's.
+        # Use one thread for these small products: more threads would compete with the engine's.
         torch.set_num_threads(1)
         encoder = load_encoder(self._backbone)
         self._embeddings, self._config = encoder.embeddings, encoder.config
@@ -37,7 +37,7 @@ class VisionEngine(BaseEngine):
         return self._config.num_positions(size)
 
     def embed(self, pixels_CSS: NDArray[np.float32]) -> Any:
-        """Patches with positions, [T, D], of normalised pixels. In any thread."""
+        """Patches with positions, [T, D], of normalised pixels. Callable from any thread."""
         import torch
 
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Work on what others wrote, in a child process under limits: it may take long, fail or be killed."""
+"""Processes untrusted data in a child process under limits: it may take long, fail or be killed."""
 
 from server.isolation.child import ChildEndedError, ChildError, in_child
 from server.isolation.limits import Limits

@@ -1,6 +1,6 @@
 """Runs a function in a child process under limits.
 
-The server's event loop stands still while one of its threads holds the interpreter's lock, as parsers do. The fork
+A child is needed because parsers hold the interpreter's lock, which would stop the server's event loop. The fork
 server of multiprocessing imports what the work needs once, and forks a child for each call.
 """
 
@@ -16,11 +16,11 @@ from typing import Any
 from server.isolation.limits import Limits
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# Import these once; every child would import them again.
+# Import these in the fork server; otherwise every child would import them again.
 _CONTEXT.set_forkserver_preload(
     ["mtlora.checkpoint.read", "server.registry.check", "server.tenants.file", "server.tenants.jwks"]
 )
-# A process that waits for storage may outlive its end for as long as the kernel waits.
+# Seconds to wait for a killed process: one that waits for storage does not end before the kernel's wait does.
 _KILL_S = 5.0
 _RESULT, _REFUSAL, _NO_MEMORY, _END = b"+", b"-", b"m", b"."
 
@@ -30,13 +30,13 @@ class ChildError(Exception):
 
 
 class ChildEndedError(ChildError):
-    """The work exceeded a limit, or ended its process."""
+    """The child exceeded a limit or ended without a result."""
 
 
 def in_child(
     work: Callable[..., Iterable[Any]], *arguments: Any, limits: Limits, running: set[BaseProcess] | None = None
 ) -> list[bytes]:
-    """What `work(*arguments)` yields, each pickled. Blocks. Raises ChildError.
+    """Run `work(*arguments)` in a child and yield each pickled result. Blocks. Raises ChildError.
 
     running: holds the process while it runs, so that a caller can end it.
     """
@@ -77,7 +77,7 @@ def in_child(
 
 def _run(sender: Connection, limits: Limits, work: Callable[..., Iterable[Any]], arguments: tuple[Any, ...]) -> None:
     limits.apply()
-    # The server closes the pipe when it stops waiting.
+    # The server has stopped waiting and closed the pipe.
     with contextlib.suppress(BrokenPipeError):
         try:
             for result in work(*arguments):

@@ -11,8 +11,8 @@ from pathlib import Path
 class Limits:
     """Limits of a child.
 
-    timeout_s: seconds, both of the clock and of one core. memory_bytes: address space that it may add to what it starts
-    with. file_bytes: the size of a file that it writes. niceness: by how much others come first.
+    timeout_s: seconds of wall time, and of processor time. memory_bytes: address space in addition to that at its
+    start. file_bytes: largest file that it may write. niceness: as for `os.nice`.
     """
 
     timeout_s: float

@@ -1,4 +1,4 @@
-"""The registry of one server, put together from its settings."""
+"""Builds a server's registry from its settings."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 
 class AdapterEngine(LoadsSlots, Protocol):
-    """What the registry needs of an engine of either kind."""
+    """The engine methods that the registry uses, for both kinds of engine."""
 
     async def warm_up(self, slot: Any | None, *, short: bool = False) -> None: ...
 
 
-# Types that one call of the engine compiles.
+# Most types that one engine call compiles.
 _COMPILED_AT_ONCE = 16
 
 # `Engine.compile` of the running engine of texts, for tasks' constraints.
@@ -44,7 +44,7 @@ Compile = Callable[[Sequence[str]], Awaitable[list[int]]]
 
 @dataclass
 class Adapters:
-    """`close` removes what the registry wrote to the disk."""
+    """The registry and its parts; `close` removes the registry's files."""
 
     registry: Registry
     residencies: Mapping[Lane, Residency]
@@ -65,9 +65,9 @@ def open_adapters(
     metrics: Metrics,
     publish: Callable[[Catalog], None],
 ) -> Adapters:
-    """A registry over `settings.adapters`, or over an empty folder if that is not set. Reads no adapter yet.
+    """Make a registry over `settings.adapters`, or over an empty folder if that is unset. Does not read adapters yet.
 
-    A server has the engine of a lane, or of both. Raises BackboneError.
+    A server has an engine for one lane or for both. Raises BackboneError.
     """
     from mtlora.vllm_plugin.requests import slot_requests
 
@@ -130,7 +130,7 @@ def _verifier(spool: Spool, settings: Settings, backbones: Mapping[Lane, Path]) 
 
 
 def _identity(backbone: Path, settings: Settings) -> "BackboneArchitecture":
-    """The backbone beside which adapters must have been made."""
+    """The backbone that adapters must have been trained beside."""
     from mtlora.backbone import identify
 
     made_beside = identify(backbone)
@@ -138,7 +138,7 @@ def _identity(backbone: Path, settings: Settings) -> "BackboneArchitecture":
 
 
 def _normalising(vision: Path) -> Callable[["TaskSpec"], "TaskSpec"]:
-    """A function that fills in the backbone's mean and spread for a task that takes an image and has none."""
+    """A function that sets the backbone's mean and standard deviation in a task that takes an image and has none."""
     from mtlora.vision.families import read_normalisation
 
     mean, std = read_normalisation(vision)
@@ -159,7 +159,7 @@ async def _compile_types(compile: Compile, version: AdapterVersion) -> None:
     texts = {task: found.text for task, spec in version.specs.items() if (found := spec.constraint())}
     distinct = list(dict.fromkeys(texts.values()))
     fewest: dict[str, int] = {}
-    # Compile a few at a time: other adapters' types wait meanwhile.
+    # Compile a few at a time, so that other adapters' types need not wait for all of them.
     for start in range(0, len(distinct), _COMPILED_AT_ONCE):
         some = distinct[start : start + _COMPILED_AT_ONCE]
         fewest |= zip(some, await compile(some), strict=True)

@@ -1,7 +1,6 @@
 """The task table: which adapter version answers which task.
 
-A catalog is an immutable snapshot. One assignment puts a new one in its place, and a request sees one table from start
-to end.
+A catalog is an immutable snapshot, replaced in one assignment, so a request uses the same table from start to end.
 """
 
 from bisect import bisect_right
@@ -21,10 +20,10 @@ _NEAR = 24
 
 @dataclass(frozen=True)
 class Catalog:
-    """What can be asked. `tasks` is sorted by task id.
+    """All served tasks. `tasks` is sorted by task id.
 
-    splits: the share of each version, for tasks with a canary. `tasks` has their serving version. visible: the ids, in
-    order, that lists of patterns allow; filled in by callers.
+    splits: the share of each version, for tasks with a canary; `tasks` has their serving version. visible: a cache of
+    the sorted ids that lists of patterns allow; callers fill it.
     """
 
     tasks: Mapping[str, ServedTask] = field(default_factory=dict)
@@ -34,7 +33,7 @@ class Catalog:
     visible: dict[tuple[str, ...], Sequence[str]] = field(init=False, default_factory=dict)
 
     def choose(self, task: ServedTask, key: bytes) -> ServedTask:
-        """The row, of the version that answers a request with this routing key."""
+        """The task's row for the version that answers a request with this routing key."""
         split = self.splits.get(task.spec.id)
         return choose(split, task.adapter_name, key) if split else task
 
@@ -44,7 +43,7 @@ class Catalog:
         return tuple(self.tasks)
 
     def near(self, task_id: str) -> Sequence[str]:
-        """A few ids that come right before and after one in order: those that begin alike."""
+        """A few ids next to this one in sorted order, which share a prefix with it."""
         place = bisect_right(self.ids, task_id)
         return self.ids[max(0, place - _NEAR) : place + _NEAR]
 
@@ -52,7 +51,7 @@ class Catalog:
 def build_catalog(
     records: Iterable[AdapterRecord], before: Catalog, failures: Iterable[AdapterFailure] = ()
 ) -> Catalog:
-    """The table of what serves now, with the `failures` known already and those of claims.
+    """The table of serving versions, with the given `failures` and those of claims.
 
     A task that several adapters claim stays with the one that had it `before`, or else goes to the first by name. Every
     other claim is a failure.

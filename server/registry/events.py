@@ -1,4 +1,4 @@
-"""Events of adapters: each goes to the log, to the metrics, and to every watcher."""
+"""Adapter events: each is logged, counted in metrics and sent to every watcher."""
 
 import asyncio
 import logging
@@ -12,7 +12,7 @@ from server.telemetry.logs import get_logger
 
 logger = get_logger("adapters")
 
-# A watcher that has more unread events than this is dropped.
+# A watcher with more unread events than this is dropped.
 _WATCHER_BACKLOG = 1024
 
 
@@ -20,7 +20,7 @@ _WATCHER_BACKLOG = 1024
 class Event:
     """`failed_stage`: the stage that a FAILED version did not reach; None if this server has no engine for it.
 
-    `content` is empty until it is known.
+    `content` is empty before verification.
     """
 
     name: str
@@ -33,12 +33,12 @@ class Event:
 
     @classmethod
     def of(cls, version: AdapterVersion, stage: Stage) -> Self:
-        """A version reached a stage."""
+        """The event of a version that reached a stage."""
         return cls(version.name, version.version, stage, version.content)
 
     @classmethod
     def failure(cls, name: str, version: str, error: StageError, content: str = "") -> Self:
-        """A version did not reach a stage."""
+        """The event of a version that did not reach a stage."""
         failed_stage = None if isinstance(error, ElsewhereError) else error.stage
         return cls(name, version, Stage.FAILED, content, error.reason, failed_stage)
 

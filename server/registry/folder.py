@@ -20,18 +20,18 @@ from server.telemetry.logs import get_logger
 
 logger = get_logger("adapters")
 
-# Files are read once they have not changed for the first time, and refused only after the second: a writer may pause.
+# Seconds without change before files are read, and before bad files are refused, because a writer may pause.
 _SETTLE_S = 0.05
 _WRITING_S = 1.0
 
 
 def _not_an_upload(_: Any, path: str) -> bool:
-    """Each piece of an upload would be a reason to look."""
+    """Ignore changes by uploads: each piece would cause a look."""
     return f"/{UPLOADS_FOLDER}/" not in path
 
 
 class Folder:
-    """`misnamed`: folders that cannot be adapters, seen by the first look or by two looks in a row."""
+    """`misnamed`: folders that cannot be adapters, if the first look or two consecutive looks saw them."""
 
     def __init__(
         self, root: Path, events: Events, mirror: Mirror | None = None, storage: Storage | None = None
@@ -56,8 +56,7 @@ class Folder:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(changed.set)
 
-        # Do not use watchfiles' awatch: it sets up the watch on the event loop, where a hanging storage would hold up
-        # all.
+        # Do not use watchfiles' awatch: it sets up the watch on the event loop, which a hanging storage would block.
         threading.Thread(target=self._watch, args=(notify, stop, poll_s), name="adapters-watch", daemon=True).start()
         try:
             while True:
@@ -75,16 +74,16 @@ class Folder:
 
         while not stop.is_set():
             try:
-                # The watching thread wakes up at every step, and takes the interpreter from the event loop.
+                # A long step: the watching thread wakes up at each one and takes the interpreter from the event loop.
                 for _ in watch(self._root, watch_filter=_not_an_upload, step=100, debounce=400, stop_event=stop):
                     notify()
             except (OSError, RuntimeError) as error:
-                # No watches left, a file system without them, or a folder that is gone for now.
+                # The kernel has no watches left, the file system has none, or the folder is missing at the moment.
                 logger.warning("no notice of changes, polling", extra={"fields": {"reason": str(error)}})
             stop.wait(retry_s)
 
     async def look(self) -> dict[str, dict[str, Found]] | None:
-        """What lies there, by name and version; None, with a line in the log, if it cannot be listed."""
+        """List the folder by name and version; logs a line and returns None if that fails."""
         async with self._looking:
             try:
                 if self._mirror is not None:
@@ -93,7 +92,7 @@ class Folder:
             except (OSError, MirrorError) as error:
                 logger.warning("adapters cannot be listed", extra={"fields": {"reason": str(error)}})
                 return None
-        # The first look takes folders as they are; a later one may see a folder half made, so two must agree.
+        # Report at the first look; later, a folder may be incomplete, so two consecutive looks must agree.
         still = set(misnamed) if self._suspects is None else set(misnamed) & self._suspects
         self._suspects = set(misnamed)
         for each in still - self.misnamed:

@@ -31,7 +31,7 @@ class Verifies(Protocol):
 class Lifecycle:
     """root: the folder of adapters. residencies: one for each engine. warm: runs a short sequence on a version.
 
-    prepare_images: fills in what a task that takes an image leaves to the backbone.
+    prepare_images: sets a task's image normalisation to the backbone's if the task has none.
     """
 
     root: Path
@@ -46,10 +46,10 @@ class Lifecycle:
     _draining: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def bring(self, version: AdapterVersion) -> AdapterVersion:
-        """Verify, load and warm a version, unless it serves already.
+        """Verify, load and warm a version, unless it is already serving.
 
-        Returns the version to serve: another one if it is known already with the same content. Raises StageError; the
-        version drains then.
+        Returns the version to serve: an already known one if it has the same content. Raises StageError; the version is
+        then drained.
         """
         version = await self.verify(version)
         if version.stage is Stage.SERVING:
@@ -68,7 +68,7 @@ class Lifecycle:
         files, record = version.found, version.adapter
         verified = await self.verifier.verify(self.root, files)
         for twin in record.versions:
-            # The engine tells versions apart by name, version and content alone.
+            # The engine identifies versions only by name, version and content.
             if twin.copied and (twin.version, twin.content) == (version.version, verified.content):
                 self.spool.release(verified.content)
                 if version.present:
@@ -76,7 +76,7 @@ class Lifecycle:
                     twin.be_present(files)
                 return twin
         if version.content != verified.content:
-            # The engine and its prefix cache know a version by this label.
+            # This label identifies a version in the engine and its prefix cache.
             label = f"{version.version}@{verified.content[:16]}"
             manifest = verified.manifest
             version.slots = self.make_slots(version.name, label, verified.folder, manifest, self._next_id)
@@ -90,14 +90,14 @@ class Lifecycle:
         version.content, version.folder = verified.content, verified.folder
         version.copied = True
         if version not in record.versions:
-            # The version's files vanished meanwhile.
+            # The version's files have vanished meanwhile.
             record.versions.append(version)
         self._reach(version, Stage.VERIFIED)
         return version
 
     async def _warm(self, version: AdapterVersion) -> None:
         if version.leaving:
-            # The version is wanted again before it has left.
+            # The version is needed again before its drain has ended.
             version.enter(Stage.VERIFIED)
         residency = self.residencies[version.lane]
         with residency.hold(version):

@@ -1,4 +1,4 @@
-"""Adapters in object storage, by fsspec URL, copied to a local folder of the same layout."""
+"""Copies adapters from object storage (an fsspec URL) to a local folder of the same layout."""
 
 import shutil
 import threading
@@ -22,7 +22,7 @@ class MirrorError(Exception):
 class Mirror:
     """Makes `folder` follow `url`: a version appears whole, changes in one step, and goes when `url` loses it.
 
-    `spool` counts its bytes.
+    `spool` includes the copies in its limit.
     """
 
     def __init__(self, url: str, folder: Path, max_bytes: int, spool: Spool | None = None) -> None:
@@ -33,12 +33,12 @@ class Mirror:
         self._folder = folder
         # The state of the files that each mirrored version was copied from.
         self._seen: dict[tuple[str, str], Any] = {}
-        # A call that was given up as hung may still run: one sync at a time.
+        # Run one sync at a time: a call that was abandoned as hung may still be running.
         self._syncing = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
 
     def _open(self) -> None:
-        """A client of the storage, with the credentials of now."""
+        """Open the storage with the current credentials."""
         import fsspec
 
         self._files, self._root = fsspec.core.url_to_fs(self._url, skip_instance_cache=True)
@@ -46,7 +46,7 @@ class Mirror:
     def sync(self, beat: Callable[[], None] = lambda: None) -> None:
         """Make the folder equal to the storage. Blocks. Raises MirrorError if that cannot be read, and removes nothing.
 
-        Calls `beat` whenever bytes have come. Logs a version that cannot be fetched, and tries it again next time.
+        Calls `beat` whenever bytes arrive. Logs a version that cannot be fetched, and tries it again next time.
         """
         with self._syncing:
             self._sync(beat)
@@ -55,7 +55,7 @@ class Mirror:
         try:
             listed = dict(self._list())
         except Exception as error:
-            # Credentials may have been rotated: the next attempt reads them again.
+            # Reopen at the next attempt, because credentials may have changed.
             self._open()
             raise MirrorError(f"{self._url}: {error or type(error).__name__}") from error
         for key, files in listed.items():
@@ -79,7 +79,7 @@ class Mirror:
 
     def _list(self) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
         """Every version, as ((name, version), {file name: listing entry})."""
-        # Object stores cache listings.
+        # Discard fsspec's cached listings.
         self._files.invalidate_cache()
         root = self._root.rstrip("/")
         versions: dict[tuple[str, str], dict[str, Any]] = {}
@@ -95,7 +95,7 @@ class Mirror:
         from mtlora.files import folder_in_the_making, put_in_place
 
         if len(files) < len(_FILES):
-            # Still being uploaded.
+            # Skip a version that is still being uploaded.
             raise FileNotFoundError(f"no {next(file for file in _FILES if file not in files)} yet")
         if (size := sum(int(entry.get("size") or 0) for entry in files.values())) > self._max_bytes:
             raise ValueError(f"expected at most {self._max_bytes} bytes in all, found {size}")

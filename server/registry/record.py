@@ -1,4 +1,4 @@
-"""What the registry knows of one adapter, and which of its versions should serve."""
+"""The registry's record of one adapter; decides which of its versions should serve."""
 
 import asyncio
 from collections.abc import Mapping
@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 from server.registry.source import Found
 from server.registry.version import AdapterVersion, Stage, version_key
 
-# How many earlier versions stay for rollbacks.
+# Number of earlier versions kept for rollbacks.
 KEPT = 2
 
 
 @dataclass(eq=False)
 class AdapterRecord:
-    """versions: all with files in the folder or a copy in the spool.
+    """versions: all that have files in the folder or a copy in the spool.
     previous: versions kept for rollbacks, the latest last.
     canary: versions with weights, beside the serving one, by version.
     weights: by scope (a task's id, or "" for the whole adapter) and version.
     unloaded: nothing serves until a Load by name. pinned: the serving version stays in the engine.
-    changing: held while what serves changes. following: the task that follows the folder.
+    changing: a lock, held while the serving versions change. following: the task that follows the folder.
     """
 
     name: str
@@ -39,11 +39,11 @@ class AdapterRecord:
 
     @property
     def active(self) -> list[AdapterVersion]:
-        """Versions that new requests may go to."""
+        """Versions that new requests may use: serving and canaries."""
         return [*([self.serving] if self.serving else []), *self.canary.values()]
 
     def note(self, found: Mapping[str, Found]) -> list[tuple[AdapterVersion, Stage]]:
-        """Take note of what lies in the folder now, by version. Returns what appeared (FOUND) and what VANISHED."""
+        """Update the record by the folder's versions. Returns versions that appeared (FOUND) and that VANISHED."""
         changes = []
         known = self.found
         for name, files in found.items():
@@ -52,7 +52,7 @@ class AdapterRecord:
                 if before.found == files:
                     continue
                 before.present = False
-            # The same files may be back.
+            # The same files may have come back.
             version = next((each for each in self.versions if each.found == files), None)
             if version is None:
                 version = AdapterVersion(self, files)
@@ -67,10 +67,10 @@ class AdapterRecord:
         return changes
 
     def candidate(self) -> AdapterVersion | None:
-        """The version that should serve but does not: the highest that neither FAILED nor was passed over.
+        """The version that should replace the serving one: the highest that neither FAILED nor was passed over.
 
-        None while weights split the adapter, or while it is unloaded. A version below the serving one never takes over
-        by itself, even if the serving version's folder vanishes.
+        None while weights split the adapter, or while it is unloaded. A version below the serving one never starts to
+        serve by itself, even if the serving version's folder vanishes.
         """
         if self.unloaded or self.weights:
             return None
@@ -94,7 +94,7 @@ class AdapterRecord:
         return dropped
 
     def stop(self) -> list[AdapterVersion]:
-        """Keep the serving version for rollbacks alone. Returns versions that are no longer kept."""
+        """Stop serving; keep the version only for rollbacks. Returns versions that are no longer kept."""
         if self.serving is not None:
             self.previous.append(self.serving)
         self.serving = None
@@ -102,7 +102,7 @@ class AdapterRecord:
         return dropped
 
     def pass_over_above(self, version: str) -> None:
-        """Pass over every version above this one: only what is published later takes over by itself."""
+        """Pass over every version above this one: only versions published later start to serve by themselves."""
         for each in self.found.values():
             if version_key(each.version) > version_key(version):
                 each.passed_over = True

@@ -1,7 +1,7 @@
-"""Decides which adapter versions serve: by the folder, by calls, and after the engine was lost.
+"""Decides which adapter versions serve: after changes of the folder, calls of admins, and the loss of an engine.
 
-All that can fail comes before the task table changes, in one assignment. So a failure changes nothing that serves: it
-is an event, a metric and a log line. All methods run on the event loop.
+Every step that can fail comes before the task table changes, which is one assignment. So a failure does not change what
+serves; it becomes an event, a metric and a log line. All methods run on the event loop.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ _LOADS_AT_ONCE = 8
 
 
 class UnknownAdapterError(Exception):
-    """The adapter, or the version of it, does not exist; the message lists what does."""
+    """The adapter or version does not exist; the message lists existing ones."""
 
 
 class NotPossibleError(Exception):
@@ -35,7 +35,8 @@ class NotPossibleError(Exception):
 class Registry:
     """A server's adapters. Call `verify_all`, then `load_all`, then `run` beside the server.
 
-    publish: gets each new table. on_swap: gets the seconds from a version's appearance in the folder until it serves.
+    publish: called with each new table. on_swap: called with the seconds from a version's appearance in the folder
+    until it serves.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Registry:
                     async with at_once, residency.lease(version):
                         self.events.emit(Event.of(version, Stage.LOADED))
             except NoRoomError:
-                # Requests for it try again.
+                # Requests for it will try to load it again.
                 pass
             except StageError as error:
                 self._drop(version, error)
@@ -102,7 +103,7 @@ class Registry:
                     record.following = asyncio.create_task(self._follow(record))
 
     async def load(self, name: str, version: str = "") -> AdapterVersion:
-        """Let a version, by default the highest, serve now, and pass over those above it.
+        """Make a version (by default the highest) serve now, and pass over all higher versions.
 
         Raises UnknownAdapterError, or StageError if the version cannot serve.
         """
@@ -133,7 +134,7 @@ class Registry:
             self._retire(gone)
 
     async def rollback(self, name: str) -> AdapterVersion:
-        """Let the version that served before serve again. Raises NotPossibleError if there is none."""
+        """Make the previously serving version serve again. Raises NotPossibleError if there is none."""
         record = self._record(name)
         async with record.changing:
             left = record.serving
@@ -143,7 +144,7 @@ class Registry:
             self._flip(record, brought)
             if left is not None:
                 left.passed_over = True
-                # A second call goes further back.
+                # Remove it from the list, so that a second call goes further back.
                 if left in record.previous:
                     record.previous.remove(left)
         return brought
@@ -152,7 +153,7 @@ class Registry:
         """Split an adapter's requests, or those of one task, among versions. Empty weights end the split.
 
         Raises UnknownAdapterError for an unknown version, NotPossibleError for one without the task, and StageError for
-        one that cannot serve. The split does not change then.
+        one that cannot serve. After an error, the split is unchanged.
         """
         await self._look()
         record = self._record(name)
@@ -194,7 +195,7 @@ class Registry:
         pinned = sum(
             each.pinned for each in self.records.values() if each.serving is not None and each.serving.lane is lane
         )
-        # Leave room for one version without a pin, so that every other can be loaded.
+        # Leave room for one version without a pin, so that all other versions can still be loaded.
         if not record.pinned and pinned >= residency.capacity - 1:
             raise NotPossibleError(f"{pinned} adapters are pinned; adapter_slots allows no more")
         record.pinned = True
@@ -217,7 +218,7 @@ class Registry:
             raise UnknownAdapterError(f"{found}: {error}") from None
 
     async def _look(self) -> None:
-        """Note what lies in the folder now."""
+        """Update all records by the folder's content."""
         if (found := await self._folder.look()) is None:
             return
         for name in [*found, *(name for name in self.records if name not in found)]:
@@ -229,7 +230,7 @@ class Registry:
     def _forget(self, record: AdapterRecord) -> None:
         """Drop an adapter that has no files and does not serve, once its last request has ended.
 
-        Until then the engine knows its versions' names: files that come back must find these versions.
+        Until then the engine has its versions' names, so files that come back must map to these versions.
         """
         kept, record.previous = record.previous, []
         self._retire(kept)
@@ -237,7 +238,7 @@ class Registry:
             del self.records[record.name]
 
     async def _follow(self, record: AdapterRecord) -> None:
-        """Bring up what should serve, or the best below it that can."""
+        """Start the version that should serve, or else the highest lower one that can."""
         try:
             while (version := record.candidate()) is not None:
                 if not await self._folder.settled(version):
@@ -246,7 +247,7 @@ class Registry:
                     if record.candidate() is version:
                         await self._swap(record, version)
         except EngineDeadError:
-            # The version has not failed; try again with the next engine.
+            # The engine failed, not the version: try again with the next engine.
             pass
         except NoRoomError as error:
             fields = {"adapter": record.name, "reason": error.reason, "taken_by": error.taken}
@@ -257,7 +258,7 @@ class Registry:
             record.following = None
 
     async def _swap(self, record: AdapterRecord, version: AdapterVersion) -> None:
-        """Let a version from the folder serve, unless it fails."""
+        """Make a version from the folder serve, unless it fails."""
         try:
             brought = await self._lifecycle.bring(version)
         except NoRoomError:
@@ -271,7 +272,7 @@ class Registry:
             self._on_swap(time.monotonic() - brought.seen)
 
     def _flip(self, record: AdapterRecord, version: AdapterVersion) -> None:
-        """Send new requests to `version` from now on, and drain what served before."""
+        """Send new requests to `version` from now on, and drain the version that served before."""
         gone = [each for each in record.active if each is not version]
         begins = record.serving is not version
         self._serve(record, version)

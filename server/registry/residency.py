@@ -1,9 +1,9 @@
-"""Loads adapter versions into the engine's memory, and evicts the least recently used that no request runs on.
+"""Loads adapter versions into the engine's memory, and evicts the least recently used one without running requests.
 
 A request holds its version from the choice to its end, and takes a lease on it before it reaches the engine. If the
 version is not resident, it is loaded beside the running steps; requests for resident versions do not wait.
 
-Each version's `place` says where it is; only `Residency` moves it.
+A version's `place` is its state here; only `Residency` changes it.
 """
 
 import asyncio
@@ -19,13 +19,13 @@ from server.errors import AdapterError, EngineDeadError
 from server.registry.version import AdapterVersion, NoRoomError, Place, Stage, StageError
 from server.telemetry.routers import AdapterMemory, LoadedAdapter
 
-# If all residents are busy for this long, the least recently used one closes: it takes no new request and leaves with
-# its last. With less patience, swapping versions would cost more than waiting.
+# If all residents are busy for this many seconds, close the least recently used one: it takes no new requests and is
+# evicted after its last. With a shorter time, swapping versions would cost more than waiting.
 PATIENCE_S = 1.0
-# A version that waits longer for room fails. Nothing but running requests keeps it waiting.
+# A version that waits longer than this for room fails. It waits only for running requests to end.
 ROOM_S = 30.0
 
-# A request waits for its version inside this.
+# The context in which a request waits for its version.
 Aside = Callable[[], AbstractAsyncContextManager[None]]
 
 Prepare = Callable[[AdapterVersion], Awaitable[None]]
@@ -37,11 +37,11 @@ class LoadsSlots(Protocol):
 
 
 class Residency:
-    """At most `capacity` versions at a time, with any number of tasks. Pinned versions make no room for others.
+    """At most `capacity` versions at a time, with any number of tasks. Pinned versions are not evicted.
 
-    prepare: compiles, in the engine, what a version's answers are held to; called once a version and engine. on_cold:
-    gets the seconds that a request waited for its version. on_load: gets the seconds of a load, without its wait for
-    room. on_evict: called for each version that makes room. room_s: seconds after which a version that waits for room
+    prepare: compiles a version's answer constraints in the engine; called once per version and engine. on_cold: called
+    with the seconds that a request waited for its version. on_load: called with the seconds of a load, without its wait
+    for room. on_evict: called for each evicted version. room_s: seconds after which a version that waits for room
     fails.
     """
 
@@ -67,7 +67,7 @@ class Residency:
         # The load, running or done, of every version that is not OUT.
         self._loads: dict[AdapterVersion, asyncio.Task[None]] = {}
         self._changed = asyncio.Condition()
-        # The version that is next to get room holds this.
+        # The version that gets the next room holds this lock.
         self._line = asyncio.Lock()
         self._draining: set[AdapterVersion] = set()
         self._background: set[asyncio.Task[None]] = set()
@@ -78,7 +78,7 @@ class Residency:
         return sorted((each for each in list(self._loads) if each.resident), key=lambda each: each.last_used)
 
     def memory(self) -> AdapterMemory:
-        """What routers should know, by adapter: its versions are one. From any thread."""
+        """The adapters in memory, for routers; an adapter's versions count as one. From any thread."""
         latest = sorted(self._loads, key=lambda version: version.last_used, reverse=True)
         loaded: dict[str, bool] = {}
         for version in latest:
@@ -98,7 +98,7 @@ class Residency:
 
     @contextmanager
     def hold(self, version: AdapterVersion) -> Iterator[None]:
-        """Keep a version's copy, so that it can be loaded even if others are published meanwhile."""
+        """Keep a version's copy on disk, so that it can be loaded even if newer versions are published meanwhile."""
         version.holds += 1
         try:
             yield
@@ -108,7 +108,7 @@ class Residency:
 
     @asynccontextmanager
     async def lease(self, version: AdapterVersion, aside: Aside = contextlib.nullcontext) -> AsyncIterator[None]:
-        """Wait, inside `aside`, until a version is resident, then keep it so. The caller holds the version.
+        """Wait inside `aside` until a version is resident, then keep it resident. The caller must hold the version.
 
         Raises StageError if it cannot be loaded, EngineDeadError if the engine is lost meanwhile.
         """
@@ -118,7 +118,7 @@ class Residency:
                 await self._until(lambda: version.place not in (Place.CLOSING, Place.UNLOADING))
         version.leases += 1
         try:
-            # The engine may be lost while `aside` ends; load again then.
+            # The engine may be lost while `aside` ends: then load again.
             while version.place in (Place.OUT, Place.QUEUED, Place.LOADING):
                 async with aside():
                     await self._load(version, began)
@@ -129,7 +129,7 @@ class Residency:
             self._given_up(version)
 
     async def drain(self, version: AdapterVersion) -> None:
-        """Evict a version after its last request. Returns then, or once the version is wanted again."""
+        """Evict a version after its last request. Returns after that, or as soon as the version is needed again."""
         self._draining.add(version)
         try:
             await self._settle(version)
@@ -140,7 +140,7 @@ class Residency:
             self._draining.discard(version)
 
     def reset(self) -> None:
-        """Forget every resident: the engine is lost."""
+        """Forget all residents, because the engine is lost."""
         for version, loading in self._loads.items():
             loading.cancel()
             version.move(Place.OUT)
@@ -151,7 +151,7 @@ class Residency:
     async def _load(self, version: AdapterVersion, began: float) -> None:
         loading = self._loads.get(version) or self._begin(version)
         try:
-            # A cancelled request leaves the load to others that wait for it.
+            # Shield the load: other requests may wait for it when this one is cancelled.
             await asyncio.shield(loading)
         except asyncio.CancelledError:
             if loading.cancelled():
@@ -191,7 +191,7 @@ class Residency:
 
     @asynccontextmanager
     async def _room(self) -> AsyncIterator[None]:
-        """Stand in line, and make room for one more. Raises NoRoomError."""
+        """Queue for room and make it, by an eviction if needed. Raises NoRoomError."""
         until = time.monotonic() + self._room_s
         try:
             async with asyncio.timeout(self._room_s):
@@ -250,14 +250,14 @@ class Residency:
         loading = self._loads[version]
         version.move(Place.UNLOADING)
         try:
-            # A dead engine holds nothing.
+            # A dead engine needs no unload.
             with contextlib.suppress(EngineDeadError):
                 await self._engine.unload(version.distinct_slots)
         finally:
             await self._forget(version, loading)
 
     async def _forget(self, version: AdapterVersion, loading: "asyncio.Task[None]") -> None:
-        """Move a version OUT, unless a new engine has begun to load it since."""
+        """Move a version OUT, unless a new engine has started to load it meanwhile."""
         if self._loads.get(version) is loading:
             del self._loads[version]
             version.move(Place.OUT)

@@ -1,4 +1,4 @@
-"""What lies in a folder of adapters, NAME/VERSION/, at this moment. Reads names and file attributes alone."""
+"""Lists a folder of adapters (NAME/VERSION/) at one moment. Reads only names and file attributes."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
 MANIFEST_FILE = "adapter.json"
 TENSORS_FILE = "adapter.safetensors"
-# Hidden: no look at the folder sees it.
+# The leading dot hides it from the scan.
 UPLOADS_FOLDER = ".uploads"
 
 # Signature of both files: device, inode, size, change time, the link's inode. Equal signatures mean equal content.
@@ -36,7 +36,7 @@ class Found:
 
 @dataclass(frozen=True)
 class AdapterFailure:
-    """What is not served, and why: an adapter, a version of it, or a task that it claims."""
+    """An adapter, version or claimed task that is not served, and the reason."""
 
     name: str
     version: str
@@ -58,7 +58,7 @@ def scan(root: Path, beat: Callable[[], None] = lambda: None) -> tuple[list[Foun
         try:
             versions = list(_folders(adapter))
         except OSError:
-            # Removed meanwhile.
+            # The folder was removed meanwhile.
             continue
         if not versions:
             misnamed.append(AdapterFailure(adapter.name, "", "no version folder; an adapter is NAME/VERSION/"))
@@ -77,12 +77,12 @@ def signature_of(folder: Path) -> Signature:
     for name in (MANIFEST_FILE, TENSORS_FILE):
         path = folder / name
         try:
-            # The link's own inode counts too: a mounted ConfigMap changes by a flipped link.
+            # Include the link's own inode, because a mounted ConfigMap changes by a new link.
             status, target = path.stat(), path.lstat()
         except (OSError, ValueError):
             if not path.is_symlink():
                 return ()
-            # A link to nowhere counts as a file; verification refuses it.
+            # Count a broken link as a file, so that verification refuses it with a message.
             status = target = path.lstat()
         result.append((status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns, target.st_ino))
     return tuple(result)

@@ -1,7 +1,7 @@
-"""Copies of verified versions, by content, in a local folder that only this server writes.
+"""Keeps copies of verified versions, named by content, in a local folder that only this server writes.
 
-The engine loads from here alone, so it loads what was verified, even after an eviction and after changes in the folder
-of adapters.
+The engine loads only these copies. So it loads exactly the verified bytes, even if the folder of adapters has changed
+since.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ class SpoolError(Exception):
 
 
 class SpoolFullError(AdapterError):
-    """The copy of a version would pass the spool's limit."""
+    """The copy of a version would exceed the spool's limit."""
 
 
 class Spool:
     """A folder of its own in `parent`, by default the system's temporary folder; `close` removes it.
 
-    Versions with equal bytes share a copy; the last `release` removes it. A server that starts removes the spools of
-    servers that died: their locks ended with them. `max_bytes` bounds all copies together, those in the making too;
+    Versions with equal bytes share a copy; the last `release` removes it. At start, a server removes spools of dead
+    servers, recognised by their released locks. `max_bytes` bounds all copies together, including unfinished ones;
     None: no limit. Raises SpoolError.
     """
 
@@ -45,7 +45,7 @@ class Spool:
             raise SpoolError(f"{parent}: no copies of adapters can be written: {error} (adapter_cache)") from None
         self._lock = _try_lock(self.root)
         self._max_bytes = max_bytes
-        # Sizes by name in `root`. Verifying threads change them beside the event loop.
+        # Sizes by name in `root`. The lock is needed because verifying threads change them too.
         self._sizes: dict[str, int] = {}
         self._users: Counter[str] = Counter()
         self._changing = threading.RLock()
@@ -57,12 +57,12 @@ class Spool:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all copies, and those reserved for copies that are being made."""
+        """Bytes of all copies, including bytes reserved for unfinished ones."""
         with self._changing:
             return sum(self._sizes.values())
 
     def reserve(self, name: str, size: int) -> None:
-        """Count `size` bytes for what will lie under `name`. Raises SpoolFullError."""
+        """Reserve `size` bytes for a copy with this name. Raises SpoolFullError."""
         with self._changing:
             used = self.bytes - self._sizes.get(name, 0)
             if self._max_bytes is not None and used + size > self._max_bytes:
@@ -73,7 +73,7 @@ class Spool:
             self._sizes[name] = size
 
     def free(self, name: str) -> None:
-        """Count no bytes for `name` any more."""
+        """Release the bytes reserved for `name`."""
         with self._changing:
             self._sizes.pop(name, None)
 
@@ -90,7 +90,7 @@ class Spool:
     def keep(self, incoming: Path, content: str) -> Path:
         """Keep a verified copy; returns the folder to load from. Each call needs one `release`.
 
-        Raises SpoolFullError if the files have grown since and pass the limit.
+        Raises SpoolFullError if the files have grown since then and exceed the limit.
         """
         folder = self.root / content
         with self._changing:

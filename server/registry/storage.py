@@ -9,15 +9,15 @@ from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
-# Calls at a time. One that hangs keeps its thread.
+# Most calls at a time. A hanging call keeps its thread.
 _THREADS = 4
 
-# Work calls it whenever it makes progress.
+# Called by work whenever it makes progress.
 Beat = Callable[[], None]
 
 
 def in_thread(work: Callable[[], _T], name: str) -> "asyncio.Future[_T]":
-    """Run blocking work in a daemon thread: neither the event loop nor the process waits for it at their end."""
+    """Run blocking work in a daemon thread: neither the event loop nor the process waits for it when they end."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[_T] = loop.create_future()
 
@@ -54,7 +54,7 @@ class Storage:
         self._free = asyncio.Semaphore(_THREADS)
 
     async def call(self, work: Callable[[Beat], _T]) -> _T:
-        """What `work` returns. Raises TimeoutError, an OSError, without progress; its thread is then left behind."""
+        """Return the result of `work`. Without progress, raises TimeoutError (an OSError) and abandons the thread."""
         last = time.monotonic()
 
         def beat() -> None:

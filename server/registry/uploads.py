@@ -1,7 +1,7 @@
-"""Checkpoints that come in pieces, into the folder of adapters: `.uploads/ADAPTER--CONTENT/` until they are whole.
+"""Receives checkpoints in pieces, in `.uploads/ADAPTER--CONTENT/` of the folder of adapters until they are complete.
 
-What came is kept over a cut and over the server's end, for a day. A whole checkpoint is verified as the folder's are,
-then becomes the adapter's next version by a rename.
+Received bytes are kept for a day, even over a broken connection or the server's restart. A complete checkpoint is
+verified like those in the folder, then a rename makes it the adapter's next version.
 """
 
 import asyncio
@@ -31,13 +31,13 @@ _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 _T = TypeVar("_T")
 
-# Verifies what was found under the root. Raises StageError.
+# Verifies a version found under the root. Raises StageError.
 Verify = Callable[[Path, Found], Awaitable[None]]
 
 
 @dataclass(frozen=True)
 class Announced:
-    """What an upload says of itself. content: sha256 of the manifest."""
+    """An upload as announced by its first message. content: sha256 of the manifest."""
 
     adapter: str
     content: str
@@ -49,7 +49,7 @@ class Announced:
         return self.manifest_bytes + self.tensors_bytes
 
     def violations(self, max_bytes: int) -> Iterator[Violation]:
-        """The violations in it."""
+        """Violations in its fields."""
         if not NAME.fullmatch(self.adapter):
             yield Violation("begin.adapter", f"found {self.adapter[:32]!r}; allowed: what matches {NAME.pattern}")
         if not _CONTENT.fullmatch(self.content):
@@ -84,7 +84,7 @@ class Uploads:
         self._storage = storage
         self._max_bytes = max_bytes
         self._max_uploads = max_uploads
-        # The call that continues an upload: a later one takes over from one whose connection was cut.
+        # The call that currently continues each upload: a later call takes over from one whose connection broke.
         self.owners: dict[str, Incoming] = {}
 
     @classmethod
@@ -95,12 +95,12 @@ class Uploads:
             storage,
             max_bytes=settings.max_adapter_mib << 20,
             max_uploads=settings.max_uploads,
-            # Room for the rest of a message.
+            # Leave room for the rest of the message.
             max_chunk_bytes=settings.message_limit - 256,
         )
 
     async def begin(self, announced: Announced) -> "Incoming":
-        """An upload, at the byte up to which it has come."""
+        """Begin or resume an upload at the byte up to which it was received."""
         if violations := list(announced.violations(self._max_bytes)):
             raise invalid_argument(violations)
         if self._root is None or not self._max_uploads:
@@ -111,7 +111,7 @@ class Uploads:
         self.owners[upload.key] = upload
         try:
             if before is not None:
-                # Its last piece may be on its way to the disk.
+                # The earlier call's last piece may still be being written.
                 async with before.writing:
                     pass
             await upload.call(partial(self._open, self._root, upload))
@@ -180,7 +180,7 @@ class Incoming:
         self.received += len(data)
 
     async def finish(self) -> str:
-        """Verify the whole, and let it be found as the adapter's next version, which is returned."""
+        """Verify the checkpoint and publish it as the adapter's next version; returns the version."""
         async with self.writing:
             try:
                 await self.call(self._check_content)
@@ -190,19 +190,19 @@ class Incoming:
                 self.version = await self.call(self._put_in_place)
             except (StageError, RequestFailedError) as error:
                 if isinstance(error, StageError) or error.code is grpc.StatusCode.INVALID_ARGUMENT:
-                    # Drop these bytes: a new attempt would find the same fault.
+                    # Delete these bytes: another attempt with them would fail again.
                     await self.call(self.clear)
                 raise
         self.leave()
         return self.version
 
     def leave(self) -> None:
-        """The call has ended."""
+        """Note that the call has ended."""
         if self._owners.get(self.key) is self:
             del self._owners[self.key]
 
     async def call(self, work: Callable[[], _T]) -> _T:
-        """Do work on the disk, beside the event loop."""
+        """Run disk work in a thread."""
         try:
             return await self._storage.call(lambda _: work())
         except OSError as error:
@@ -211,7 +211,7 @@ class Incoming:
             raise resource_exhausted(f"the folder of adapters takes nothing: {error}", 10.0) from None
 
     def clear(self) -> None:
-        """Forget what has come."""
+        """Delete the received bytes."""
         self.received = 0
         for path in self.files:
             path.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from server.registry.version import version_key
 MAX_WEIGHT = 10_000
 _T = TypeVar("_T")
 
-# (weight, what gets that share), in an order that does not depend on when the weights were set.
+# (weight, version), in an order that does not depend on when the weights were set.
 Split = tuple[tuple[int, _T], ...]
 
 
@@ -19,7 +19,7 @@ def ordered(weights: Mapping[str, int]) -> list[tuple[str, int]]:
 
 
 def choose(split: Sequence[tuple[int, _T]], salt: str, key: bytes) -> _T:
-    """What gets `key`'s share. `salt`, such as an adapter's name, makes splits independent of each other."""
+    """The version for this key. `salt`, such as an adapter's name, makes splits independent of each other."""
     total = sum(weight for weight, _ in split)
     digest = hashlib.blake2b(key, digest_size=8, key=salt.encode()[:64]).digest()
     point = int.from_bytes(digest, "big") * total >> 64

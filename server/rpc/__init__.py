@@ -1,12 +1,12 @@
-"""The gRPC side, by the way of a request.
+"""The gRPC side, in the order in which a request passes through it.
 
 listening.py     the port and its limits, tls.py the certificates
 interceptor.py   around each call: tenant, status, log line, counts, trace; anonymous.py around health and reflection
 inference_service.py, adapters_service.py, usage_service.py, openinference/, health.py: the services
-validation.py    a request's message to a job; parameters.py the parameters that few requests set
+validation.py    a request's message to a job; parameters.py rare sampling parameters
 batch.py         samples of a request and items of a batch, side by side
-generation.py    the job's way: turn, adapter version, engine; seeing.py the image of a text task before it
-stream.py        between a generation and a reader that lags
-pieces.py        long lists beside other calls
+generation.py    runs a job: turn, adapter version, engine; seeing.py first, the image of a text task
+stream.py        buffer between a generation and a slow reader
+pieces.py        long lists without blocking other calls
 encoding.py      answers to messages; failures.py exceptions to statuses
 """

@@ -22,7 +22,7 @@ from server.tenants.authentication import require_admin
 
 
 class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
-    """Serves admins alone. `registry` and `uploads` are set before admission opens."""
+    """For admins only. `registry` and `uploads` are set before admission opens."""
 
     registry: Registry
     uploads: Uploads
@@ -119,7 +119,7 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
 
     async def Watch(self, request: pb.WatchAdaptersRequest, context: Any) -> AsyncIterator[pb.AdapterEvent]:
         self._admit()
-        # Send metadata at once: from then on, the client sees every event.
+        # Send the initial metadata now: it tells the client that it will see every later event.
         await context.send_initial_metadata(())
         try:
             async for event in self.registry.events.watch():
@@ -201,7 +201,7 @@ def _weights(weights: Mapping[str, int]) -> dict[str, int]:
 
 @contextmanager
 def statuses(name: str) -> Iterator[None]:
-    """Turn what the registry raises into statuses."""
+    """Turn the registry's errors into statuses."""
     try:
         yield
     except UnknownAdapterError as error:

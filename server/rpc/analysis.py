@@ -1,4 +1,4 @@
-"""Calls about one document: their tasks as the items of a batch, which share the document's part of the prompt."""
+"""Calls about one document: each task is an item of a batch, and all items share the document's part of the prompt."""
 
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class DocumentCall:
-    """A call about a document. text: what is to be encoded, unless the call names a `known` document.
+    """A call about a document. text: the document to encode; empty if the call names a `known` document.
 
     document: set inside `Analysis.document_of`.
     """
@@ -43,7 +43,7 @@ class Analysis:
         self._documents = documents
 
     def asked(self, request: pb.AnalyzeRequest) -> DocumentCall:
-        """A call's tasks as items. Raises INVALID_ARGUMENT or NOT_FOUND."""
+        """The items of a call, one per task. Raises INVALID_ARGUMENT or NOT_FOUND."""
         source = request.WhichOneof("source")
         if source is None or (source == "document" and not request.document.strip()):
             found = "none" if source is None else "nothing but blanks"
@@ -79,7 +79,7 @@ class Analysis:
             yield
 
     async def _encoded(self, text: str, template: str) -> Document:
-        """Encode a document of the current call, and keep it. Raises INVALID_ARGUMENT if it leaves a task no room."""
+        """Encode and keep a document of the current call. Raises INVALID_ARGUMENT if it leaves no room for a task."""
         tenant, prompts = current_call.get().tenant, self._service.backend.engine.prompts
         context = self._service.backend.limits.max_model_len
         longest, rendered = context - 2, template.format(document=text)

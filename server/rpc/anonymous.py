@@ -1,6 +1,7 @@
-"""Calls that need no key, health and reflection above all: how many of them may be open, and for how long.
+"""Limits number and duration of calls that need no key, such as health and reflection.
 
-A peer is an address without its port, or an IPv6 address's first 64 bits: one machine has all addresses behind them.
+A peer is an IPv4 address without port, or the first 64 bits of an IPv6 address, because one machine may use all
+addresses with this prefix.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ _REFLECTION_S = 60.0
 
 
 class AnonymousCalls:
-    """Counts open calls by peer; all peers together may hold as many streams as connections."""
+    """Counts open calls by peer; all peers together may hold as many streams as the server allows connections."""
 
     def __init__(self, settings: Settings) -> None:
         self._most_of_a_peer = settings.max_anonymous_calls
@@ -72,7 +73,8 @@ class AnonymousInterceptor(grpc.aio.ServerInterceptor):
     def _wrap(self, handler: Any) -> Any:
         calls = self._calls
 
-        # Wrap unary calls as streams: for a unary handler, gRPC reads the message first and waits for it for ever.
+        # Wrap unary calls as streams: for a unary handler, gRPC waits without limit for the message before it calls the
+        # handler.
         async def unary(_: Any, context: Any) -> Any:
             async with _ended_by_status(context), calls.held(context, self._request_timeout_s):
                 return await handler.unary_unary(await _read(context), context)
@@ -81,7 +83,7 @@ class AnonymousInterceptor(grpc.aio.ServerInterceptor):
             async with _ended_by_status(context):
                 async with calls.held(context, self._request_timeout_s):
                     request = await _read(context)
-                # Hold it as long as the connection: a client that watches would take an end for an unhealthy server.
+                # Do not end a watch: the client would take that for an unhealthy server.
                 async with calls.held(context, None, stream=True):
                     await handler.unary_stream(request, context)
 
@@ -117,7 +119,7 @@ async def _read(context: Any) -> Any:
 
 async def end_of_messages() -> NoReturn:
     """End a call that has sent no message with INVALID_ARGUMENT."""
-    # A cancelled call reads the same; let its cancellation arrive.
+    # A cancelled call looks the same: let its cancellation arrive first.
     await asyncio.sleep(0.01)
     raise invalid_argument([Violation("", "found no message")])
 

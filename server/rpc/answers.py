@@ -1,4 +1,4 @@
-"""Types of answers in messages: what a task's entry shows, and what a request brings of its own."""
+"""Answer types in messages: in a task's entry, and in a request that brings its own."""
 
 import asyncio
 import pickle
@@ -21,17 +21,17 @@ from server.tenants import Tenant
 
 # Most bytes of a request's own type, as a message.
 _MAX_BYTES = 64 << 10
-# Most states of its automaton, which the engine compiles beside its steps.
+# Most states of its automaton, which the engine compiles while steps run.
 _MAX_STATES = 10_000
 _CHECK_S = 5.0
 _KEPT = 1024
-# Requests of one tenant that may wait: each holds a place of the server while its type is checked.
+# Most requests of one tenant that may wait for a check: each holds a place of the server meanwhile.
 _MOST_WAITING = 32
 
 
 @dataclass(frozen=True)
 class Held:
-    """What holds an answer: a constraint for the engine, the type's name, and the fewest tokens that it takes."""
+    """The constraint of an answer: its text for the engine, the type's name, and the fewest tokens of an answer."""
 
     constraint: str
     name: str
@@ -42,7 +42,7 @@ class CompilesAnswers(Protocol):
     def compile(self, constraints: Sequence[str]) -> Coroutine[Any, Any, list[int]]: ...
 
 
-# A type, and the task's marker and stop strings.
+# Key: a type, and the task's marker and stop strings.
 _Key = tuple[bytes, str | None, tuple[str, ...]]
 
 
@@ -59,9 +59,9 @@ class OwnTypes:
     async def hold(
         self, request: pb.GenerateRequest, task: TaskSpec | None, tenant: Tenant, engine: CompilesAnswers
     ) -> Held | None:
-        """What holds the answer to the request's own type. Raises INVALID_ARGUMENT or RESOURCE_EXHAUSTED.
+        """The constraint for the request's own type. Raises INVALID_ARGUMENT or RESOURCE_EXHAUSTED.
 
-        None without a task. A task with a type takes a subset of its labels, or its own type again.
+        None without a task. If the task has a type, the request's may be a subset of its labels, or the same type.
         """
         if task is None:
             return None
@@ -75,7 +75,7 @@ class OwnTypes:
         if self._waiting[tenant.id] >= _MOST_WAITING:
             raise resource_exhausted(f"{_MOST_WAITING} requests of this tenant wait for checks of their types", 1.0)
         if key not in self._checks:
-            # The check outlives this request: others may wait for it.
+            # Shield the check: other requests may wait for it when this one ends.
             check = asyncio.create_task(self._check(key, _as_data(request.answer), tenant, engine))
             self._checks[key] = check
             # Retrieve the exception, or asyncio logs it as never retrieved.
@@ -95,7 +95,7 @@ class OwnTypes:
         def check() -> Held:
             (found,) = in_child(checked, data, marker, stop, _MAX_STATES, limits=Limits(_CHECK_S))
             constraint, name = pickle.loads(found)
-            # Compile in the tenant's turn: the engine compiles in the order of the calls.
+            # Compile in the tenant's turn, because the engine compiles in the order of calls.
             (fewest,) = asyncio.run_coroutine_threadsafe(engine.compile([constraint]), loop).result()
             return Held(constraint, name, fewest)
 
@@ -128,7 +128,7 @@ def _violations(request: pb.GenerateRequest, task: TaskSpec) -> Iterator[Violati
 
 
 def _same(own: AnswerType, asked: pb.AnswerType) -> bool:
-    """Whether a request names the task's own type; what it leaves out has its default."""
+    """Whether a request's type equals the task's; missing fields have their defaults."""
     if message(own) == asked:
         return True
     data = _as_data(asked)
@@ -155,7 +155,7 @@ def message(answer: AnswerType) -> pb.AnswerType:
 
 
 def _as_data(answer: pb.AnswerType) -> dict[str, Any]:
-    """A message as the data of a type, not checked yet."""
+    """A message as data for a type; not validated yet."""
     kind = answer.WhichOneof("type")
     value = getattr(answer, kind)
     data: dict[str, Any] = {"type": kind}
@@ -163,7 +163,7 @@ def _as_data(answer: pb.AnswerType) -> dict[str, Any]:
         case "label":
             data["labels"] = list(value.labels)
         case "number":
-            # The shortest decimal of a double is what its writer meant.
+            # Use the double's shortest decimal form, which is the number that the client wrote.
             data |= {name.name: Decimal(repr(number)) for name, number in value.ListFields()}
         case "date":
             data |= {"format": value.format} if value.format else {}

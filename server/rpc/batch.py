@@ -1,4 +1,4 @@
-"""Several sequences of one call, side by side: the samples of a request, the items of a batch."""
+"""Runs several sequences of one call concurrently: the samples of a request, the items of a batch."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
@@ -22,11 +22,12 @@ from server.rpc.validation import samples_of
 from server.scheduling import Admission, Reservation, Scheduler
 from server.telemetry.metrics import Metrics
 
-# Unary calls get tokens in batches: each hand-over delays the next step. Tenants' counts follow batch by batch.
+# Unary calls get tokens in batches: each hand-over delays the next step. Tenants' counts are updated once per such
+# batch.
 UNARY_DELTA_TOKENS = 64
-# Above this many bytes, tokenizing would hold up other streams.
+# Texts with more bytes than this are tokenized in a thread, so that they do not delay other streams.
 TOKENIZE_APART_BYTES = 8192
-# Sequences of one call.
+# Most sequences of one call.
 MAX_BATCH = 1024
 
 
@@ -37,7 +38,7 @@ class Message(Protocol):
 
 
 class Run(Protocol):
-    """What an input asks of an engine, to run once: a Generation, or a Classification."""
+    """The work of one input in an engine, run once: a Generation or a Classification."""
 
     @property
     def job(self) -> Job: ...
@@ -48,16 +49,16 @@ class Run(Protocol):
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R", bound=Run)
-# Turns an item's valid request into the sequences that it runs.
+# Makes an item's sequences from its valid request.
 Expand = Callable[[R], Sequence[R]]
 
 
 @dataclass(eq=False)
 class Item(Generic[M, R]):
-    """One input of a call, and what became of it.
+    """One input of a call, and its result.
 
-    document: in a call about one document, that document. samples: sequences that it asks for. generations: one each.
-    failure: why it has no answer.
+    document: the document, in a call about one. samples: number of requested sequences. generations: one per sample.
+    failure: why there is no answer.
     """
 
     request: M
@@ -74,7 +75,7 @@ TextItem = Item[pb.GenerateRequest, Generation]
 
 
 def answering(generations: Sequence[Generation]) -> Sequence[Generation]:
-    """The generations that answer: all in order, or the likeliest first."""
+    """The generations to return: all in order, or the likeliest first."""
     n = generations[0].job.n
     if n == len(generations):
         return generations
@@ -86,7 +87,7 @@ def text_items(
 ) -> list[TextItem]:
     """A call's inputs, each a call of its own for usage, metrics and the log. Raises INVALID_ARGUMENT.
 
-    find: the Inference service's. name: the field that they come in.
+    find: `InferenceServicer.find`. name: the field of the inputs, for messages.
     """
     call = current_call.get()
     if not 1 <= len(requests) <= MAX_BATCH:
@@ -125,7 +126,7 @@ async def side_by_side(
 ) -> AsyncGenerator[Item[M, R], None]:
     """Run the items' generations in order, `places` at a time; gives an item when all its generations have ended.
 
-    A failure goes to its item. Closing the iterator cancels what runs.
+    A failure is stored in its item. Closing the iterator cancels running generations.
     """
     waiting = iter([(item, generation) for item in items for generation in item.generations])
     left = {item: len(item.generations) for item in items}
@@ -153,7 +154,7 @@ async def side_by_side(
 
 
 async def finish(ended: AsyncGenerator[Item[M, R], None]) -> None:
-    """Run items to their ends."""
+    """Run all items to the end."""
     async with aclosing(ended):
         async for _ in ended:
             pass
@@ -164,7 +165,7 @@ RCo = TypeVar("RCo", covariant=True)
 
 
 class Service(Protocol[MContra, RCo]):
-    """What runs the items of a kind; see the Inference service."""
+    """The interface to run one kind of items; see InferenceServicer."""
 
     @property
     def backend(self) -> Any: ...
@@ -204,7 +205,7 @@ class Batches(Generic[M, R]):
         self._metrics = metrics
 
     async def whole(self, items: Sequence[Item[M, R]], expand: Expand[R]) -> None:
-        """Run the items of the current call as one: the first failure ends all."""
+        """Run the items of the current call; the first failure ends all of them."""
         await finish(self._run(items, places=sum(item.samples for item in items), strict=True, expand=expand))
 
     async def run(
@@ -215,8 +216,8 @@ class Batches(Generic[M, R]):
     ) -> AsyncGenerator[Item[M, R], None]:
         """Run the items of the current call, and account for each at its end.
 
-        `expand` turns an item's valid request into the sequences that it runs. `prepared` is entered once the call has
-        its places.
+        `expand` turns an item's valid request into the sequences that it runs. `prepared` is entered after the call has
+        got its places.
         """
         call = current_call.get()
         places = self._scheduler.places(call.tenant, sum(item.samples for item in items), self._lane)
@@ -261,7 +262,7 @@ class Batches(Generic[M, R]):
             held.enter_context(self._admission.admit_batch(call.tenant, size, places, self._lane))
             await held.enter_async_context(prepared)
             apart = sum(item.request.ByteSize() for item in items) > TOKENIZE_APART_BYTES
-            # Choose all versions before the next wait.
+            # Choose all versions before the next await, so that they come from one catalog.
             for item in items:
                 chosen = self._service.version_for(item.request, item.task, prefetch=item.index < places)
                 item.task = held.enter_context(chosen)
@@ -274,7 +275,7 @@ class Batches(Generic[M, R]):
             with self._scheduler.reserve(call.tenant, jobs) as reserved:
 
                 async def run(sequence: R) -> None:
-                    # A long batch may outlive an engine.
+                    # The engine may be replaced while a long batch runs.
                     backend = self._service.backend
                     await sequence.run(backend.engine, self._scheduler, backend.residency, reserved=reserved)
 

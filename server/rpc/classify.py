@@ -1,6 +1,6 @@
-"""Images to labels: an image's way through decoding, scheduler, residency and engine, and its head.
+"""Classifies images: decoding, scheduler, residency, engine, then the task's head.
 
-An image is an item of a batch, as an input of text is; a call with one image is a batch of one.
+Each image is an item of a batch; a call with one image is a batch of one.
 """
 
 import math
@@ -30,13 +30,13 @@ from server.telemetry.metrics import Metrics
 if TYPE_CHECKING:
     from server.rpc.inference_service import InferenceServicer
 
-# Images of one call, times its tasks.
+# Most items of one call: its images times its tasks.
 MAX_CLASSIFIED = 256
 
 
 @dataclass(eq=False)
 class Classification:
-    """Runs a job once; afterwards holds the probabilities of the labels. Times are seconds from the receipt.
+    """Runs a job once, then holds the labels' probabilities. Times are seconds since the request was received.
 
     probabilities: (label, probability) of every label, likeliest first.
     """
@@ -57,7 +57,7 @@ class Classification:
     ) -> None:
         """Decode the image, wait for the job's turn and its adapter version, then ask the engine.
 
-        The caller holds the version. Raises AdapterError where it cannot be loaded, INVALID_ARGUMENT for an image that
+        The caller must hold the version. Raises AdapterError if it cannot be loaded, INVALID_ARGUMENT if the image
         cannot be decoded.
         """
         job, call = self.job, self.call
@@ -121,7 +121,7 @@ class ImageBackend:
 
 
 class Classifier:
-    """Runs batches of images, like the Inference service those of texts.
+    """Runs batches of images, like InferenceServicer for texts.
 
     Each engine that starts sets `backend`. position_cost: see ImageJob.
     """
@@ -147,7 +147,7 @@ class Classifier:
         self.batches = Batches(self, admission, scheduler, usage, metrics, Lane.IMAGES)
 
     def items(self, request: pb.ClassifyRequest) -> list[ImageItem]:
-        """Every task of every image, each a call of its own for usage, metrics and the log.
+        """An item for every task of every image; each counts as its own call in usage, metrics and log.
 
         Raises INVALID_ARGUMENT or NOT_FOUND.
         """
@@ -180,7 +180,7 @@ class Classifier:
             raise invalid_argument([Violation(where, found)])
         return task
 
-    # For the images of text tasks.
+    # Methods for the images of text tasks.
 
     def running(self) -> ImageBackend:
         """The backend. Raises EngineDeadError before the first engine has started."""
@@ -189,13 +189,13 @@ class Classifier:
         return self.backend
 
     def check(self, picture: Picture, preparation: ImagePreparation) -> None:
-        """Look at all of an image but its content. Raises INVALID_ARGUMENT."""
+        """Check everything of an image except its content. Raises INVALID_ARGUMENT."""
         picture.check(preparation, self._decoding.limits)
 
     async def states(
         self, picture: Picture, preparation: ImagePreparation, task: ServedTask, call: Call
     ) -> NDArray[np.float32]:
-        """All states [T, D] that the backbone alone gives of an image, after a turn of its engine.
+        """All states [T, D] of an image from the backbone alone; waits for a turn of its engine.
 
         Raises INVALID_ARGUMENT for an image that cannot be decoded, and EngineDeadError.
         """
@@ -203,14 +203,15 @@ class Classifier:
         embeds_TD = await picture.embeds(preparation, call.tenant, engine, self._decoding)
         self._metrics.image_decode.observe(time.monotonic() - began)
         job = ImageJob(task, range(engine.positions(preparation.size)), self._position_cost)
-        # Quotas count soft tokens as tokens of the prompt; the image's own positions only cost a place in line.
+        # Charge no quota here: quotas count the soft tokens in the prompt; the image's own positions count only in the
+        # fair queue.
         async with self._scheduler.turn(call.tenant, job, call.deadline, Reservation(0)) as turn:
             turn.submitted()
             states_TD = await engine.states(embeds_TD)
             turn.served(0, time.monotonic())
         return states_TD
 
-    # For Batches.
+    # Methods for Batches.
 
     @contextmanager
     def version_for(self, picture: Picture, task: ServedTask | None, *, prefetch: bool = True) -> Iterator[ServedTask]:
@@ -238,7 +239,7 @@ class Classifier:
 
 
 def classifying(*, calibrated: bool) -> Expand[Classification]:
-    """What an item runs to classify its image, with its task's temperature or without."""
+    """The function that makes an item's classification, with or without its task's temperature."""
 
     def expand(first: Classification) -> list[Classification]:
         first.calibrated = calibrated

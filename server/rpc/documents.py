@@ -1,4 +1,4 @@
-"""The documents that tenants may name instead of sending them again."""
+"""Keeps documents, so that tenants can send an id instead of the document again."""
 
 import hashlib
 import time
@@ -35,7 +35,7 @@ class Document:
 class Documents:
     """Keeps documents for `lifetime_s` after their last use; above its limits, a tenant's least recently used ones go.
 
-    max_documents, max_mib, max_leased: a tenant's limits, where its own entry has none; max_leased: tokens whose blocks
+    max_documents, max_mib, max_leased: limits of a tenant whose own entry sets none; max_leased: tokens whose blocks
     the engine keeps.
     """
 
@@ -50,7 +50,7 @@ class Documents:
         self._lifetime_s = lifetime_s
         self._max_documents, self._max_mib, self._max_leased = max_documents, max_mib, max_leased
         self._clock = clock
-        # End of life by tenant and id, least recently used first; all documents have the same lifetime.
+        # Expiry by tenant and id, least recently used first, which is also the order of expiry.
         self._until: OrderedDict[tuple[str, str], float] = OrderedDict()
         self._held: dict[str, OrderedDict[str, Document]] = {}
         self._bytes: dict[str, int] = {}
@@ -65,7 +65,7 @@ class Documents:
         )
 
     def keep(self, tenant: Tenant, template: str, ids: Any) -> Document:
-        """Keep a document, or use it again."""
+        """Keep a document, or extend its lifetime."""
         packed = array("I", ids)
         digest = hashlib.sha256(b"\0".join((tenant.id.encode(), template.encode(), packed.tobytes())))
         leased = self._max_leased if tenant.max_leased_tokens is None else tenant.max_leased_tokens
@@ -83,7 +83,7 @@ class Documents:
         return document
 
     def get(self, tenant: Tenant, document_id: str) -> Document:
-        """A tenant's document. Raises the same NOT_FOUND for unknown, forgotten and others' ones."""
+        """A tenant's document. Raises the same NOT_FOUND for unknown, expired and other tenants' documents."""
         self._drop_expired()
         held = self._held.get(tenant.id)
         document = held.get(document_id) if held else None
@@ -114,5 +114,5 @@ class Documents:
 
 
 def document_not_found(document_id: str) -> RequestFailedError:
-    """The failure of an id that names no document of the caller's now."""
+    """The failure for an id that names none of the caller's documents."""
     return not_found("mtlora.v1.Document", document_id, "no such document now; send its text again")

@@ -1,4 +1,4 @@
-"""From the server's data to the messages of the contract."""
+"""Converts the server's data to messages of the gRPC contract."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -88,7 +88,7 @@ def item_response(item: TextItem) -> pb.GenerateResponse:
     message = response(best[0])
     if len(item.generations) > 1:
         _sum_up(message.summary, item.generations)
-        # The first sample drawn reports the prompt's, and it need not be the best.
+        # The first drawn sample has the prompt's values; it may not be the best one.
         del message.prompt_logprobs[:]
         message.prompt_logprobs.extend(token_logprobs(token) for token in item.generations[0].prompt_logprobs)
     if len(best) > 1:
@@ -117,7 +117,7 @@ def _sample(generation: Generation) -> pb.Sample:
 
 
 def stream_response(delta: Delta, generation: Generation) -> pb.GenerateStreamResponse:
-    """One message of a stream; the last delta's carries the summary."""
+    """One message of a stream; that of the last delta carries the summary."""
     return pb.GenerateStreamResponse(
         text=delta.text,
         logprobs=[token_logprobs(token) for token in delta.logprobs],
@@ -150,7 +150,7 @@ def summary(generation: Generation) -> pb.Summary:
 
 
 def _sum_up(message: pb.Summary, drawn: Sequence[Generation]) -> None:
-    """Let a summary count every sample that was drawn."""
+    """Make a summary count all samples that were drawn."""
     message.prompt_tokens = sum(len(each.job.prompt_ids) for each in drawn)
     message.cached_tokens = sum(each.cached_tokens for each in drawn)
     message.working_tokens = sum(each.working_tokens for each in drawn)
@@ -161,7 +161,7 @@ def _sum_up(message: pb.Summary, drawn: Sequence[Generation]) -> None:
 
 
 def score(item: TextItem | ImageItem) -> pb.InputScore:
-    """One input's labels, or why it has none."""
+    """The message with one input's labels, or with its error."""
     if item.failure is not None:
         return pb.InputScore(status=item.failure.status())
     (scoring,) = item.generations
@@ -172,7 +172,7 @@ def score(item: TextItem | ImageItem) -> pb.InputScore:
 
 
 def classification(item: ImageItem, image: int) -> pb.Classification:
-    """An image's labels by one task, or why it has none. image: its place in the request."""
+    """The message with an image's labels by one task, or with its error. image: its index in the request."""
     assert item.task is not None
     task_id = item.task.spec.id
     if item.failure is not None:

@@ -1,4 +1,4 @@
-"""The status of a failed request; failures that nobody foresaw get a line in the log."""
+"""The status of a failed request; unexpected errors are logged."""
 
 import traceback
 
@@ -11,10 +11,10 @@ logger = get_logger("request")
 
 
 def failure_of(error: Exception, request_id: str) -> RequestFailedError:
-    """The failure that the caller sees. Logs what nobody foresaw."""
+    """The failure that the caller sees. Logs unexpected errors."""
     failure = from_exception(error)
     if failure.code is grpc.StatusCode.INTERNAL and not isinstance(error, RequestFailedError):
-        # Log the place alone: an exception's message may hold what a tenant sent.
+        # Log only the place in the code: an exception's message may contain a tenant's data.
         fields = {"request_id": request_id, "error": type(error).__name__, "where": _where(error)}
         logger.error("internal error", extra={"fields": fields})
     return failure

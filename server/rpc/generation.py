@@ -1,4 +1,4 @@
-"""One request's way through scheduler, residency and engine; afterwards, its whole answer."""
+"""Runs one request through scheduler, residency and engine, and collects its answer."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class AnswerSplitter:
     """Splits a growing text into working and answer at the first marker.
 
-    `working` is the working handed out so far; empty when the text ended without a marker.
+    `working` is the working returned so far; empty if the text ended without a marker.
     """
 
     def __init__(self, marker: str | None) -> None:
@@ -31,7 +31,8 @@ class AnswerSplitter:
     def feed(self, text: str, *, last: bool) -> tuple[str, str]:
         """(working, text of the answer) that the next piece adds.
 
-        A text without a marker is all answer: its last piece brings it whole, with what was handed out as working.
+        A text without a marker is all answer: the last call returns it completely, including parts returned as working
+        before.
         """
         if self._marker is None:
             return "", text
@@ -44,7 +45,7 @@ class AnswerSplitter:
         if last:
             whole, self.working = self.working + self._held, ""
             return "", whole
-        # The end of the text may be the beginning of the marker.
+        # The end of the text may be a part of the marker: hold it back.
         kept = max(n for n in range(len(self._marker)) if self._held.endswith(self._marker[:n]))
         working, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
         self.working += working
@@ -53,7 +54,7 @@ class AnswerSplitter:
 
 @dataclass
 class Generation:
-    """Runs a job once; afterwards holds the whole answer. Times are seconds from the receipt of the request."""
+    """Runs a job once, then holds the complete answer. Times are seconds since the request was received."""
 
     job: GenerationJob
     call: Call
@@ -87,9 +88,9 @@ class Generation:
     ) -> None:
         """Wait for the job's turn and its adapter version, then run it to its end; cancelling aborts it in the engine.
 
-        `emit` gets every delta as the engine makes it, with working and answer apart. What it raises ends the job.
+        `emit` is called with every delta, with working and answer separated. An exception from it ends the job.
         `reserved`: see `Scheduler.turn`.
-        The caller holds the version. Raises AdapterError where it cannot be loaded.
+        The caller must hold the version. Raises AdapterError if it cannot be loaded.
         """
         call = self.call
         try:
@@ -126,7 +127,7 @@ class Generation:
                 aclosing(engine.generate(job)) as deltas,
             ):
                 turn.submitted()
-                # Count an input once: several generations may answer one call.
+                # Count an input once, although several generations may answer one call.
                 if not job.further:
                     call.sequences += 1
                     call.prompt_tokens += len(job.prompt_ids)
@@ -146,12 +147,12 @@ class Generation:
 
     @property
     def marker(self) -> str | None:
-        """What separates working from answer; the backbone alone was never taught it."""
+        """The marker between working and answer; None for the backbone alone, which was not trained to write it."""
         return None if self.job.without_adapter else self.job.task.spec.answer_marker
 
     @property
     def answer(self) -> str:
-        """The whole text, in the form that a unary reply gives it."""
+        """The whole text, in the form of a unary reply."""
         return self.text.strip() if self.job.strip else self.text
 
     def _observe(self, delta: Delta) -> None:
@@ -177,7 +178,7 @@ class Generation:
         call, now, tokens = self.call, time.monotonic(), delta.tokens
         if not self.completion_tokens:
             self.cached_tokens = delta.cached_tokens
-            # The first token of a piece came before the others; the engine knows when, by a clock of its own.
+            # In a piece of several tokens, the first came earlier: use the engine's time of it.
             came = delta.first_token_at if tokens > 1 and delta.first_token_at is not None else now
             self.first_token_at = min(now, max(call.received, came))
             self.ttft_s = self.total_s = self.first_token_at - call.received

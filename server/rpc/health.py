@@ -1,9 +1,9 @@
-"""The health protocol: what each service name means.
+"""The health protocol and its service names.
 
 | name | SERVING while |
 | --- | --- |
 | "" and "mtlora.v1.Inference" | requests are served |
-| "live" | the process may yet serve, or finishes what runs: while it starts, serves, replaces its engine, drains |
+| "live" | the process is alive: it starts, serves, replaces its engine, or drains |
 
 After too many engine failures nothing is SERVING, and the process exits.
 
@@ -28,8 +28,8 @@ LIVE = "live"
 class Health(health_pb2_grpc.HealthServicer):
     """The health of one server. `set` it whenever its state changes. slow_reader_s: for a watcher to take a status.
 
-    The servicer of grpcio-health-checking writes to a watcher under the lock that its `set` waits for: a stranger who
-    takes no message would hold up restarts and the end of the server.
+    grpcio-health-checking's servicer is not used: it writes to watchers while it holds the lock that `set` needs, so a
+    stranger who does not read would block restarts and shutdown.
     """
 
     SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name

@@ -1,4 +1,4 @@
-"""The gRPC ports: services, TLS, and limits on what connections may hold of the server."""
+"""The gRPC ports: services, TLS, and limits on the resources of connections."""
 
 import asyncio
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ from server.telemetry.logs import get_logger
 logger = get_logger("listening")
 
 _MAX_PENDING = 1 << 16
-# Time to admit calls that have come, and for aborted ones to get their status.
+# Seconds to admit calls that have arrived, and for aborted calls to get their status.
 _LAST_ADMISSIONS_S = 0.2
-# Time for calls that crossed the GOAWAY, on a busy loop. A server whose calls have all ended does not wait.
+# Seconds for calls that arrive after the GOAWAY, on a busy loop. A server without open calls does not wait.
 _LAST_CALLS_S = 1.0
 _LAST_STATUSES_S = 5.0
 
@@ -33,7 +33,7 @@ _LAST_STATUSES_S = 5.0
 class Listening:
     """The gRPC server before its start. Call `add`, then `bind`, then `server.start()`. Raises TLSError.
 
-    Its interceptors bound the calls, not gRPC's `maximum_concurrent_rpcs`: that one counts strangers' calls too.
+    Interceptors limit open calls. gRPC's `maximum_concurrent_rpcs` is not used, because it counts strangers' calls too.
     """
 
     def __init__(self, settings: Settings, interceptors: Sequence[grpc.aio.ServerInterceptor]) -> None:
@@ -45,8 +45,8 @@ class Listening:
         if settings.tls_certificate is not None and settings.tls_key is not None:
             self.certificates = Certificates(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
         self.server = cast(Any, grpc.aio.server(interceptors=interceptors, options=channel_options(settings)))
-        # Methods are found by name, by their generic handlers. gRPC waits for the next call of every registered method
-        # apart, so each call would cost as much as there are methods.
+        # Use generic handlers, which find methods by name. For registered methods, gRPC keeps a pending request for
+        # each, so a call costs more the more methods there are.
         self.server.add_registered_method_handlers = lambda service, handlers: None
 
     def add(
@@ -71,22 +71,22 @@ class Listening:
         reflection.enable_server_reflection((*names, Health.SERVICE, reflection.SERVICE_NAME), server)
 
     async def drain(self, health: Health, admission: Admission) -> None:
-        """Send clients elsewhere and let what runs finish, for the grace period; end the rest with UNAVAILABLE.
+        """Send clients elsewhere, let running calls finish for the grace period, and end the rest with UNAVAILABLE.
 
-        Health says so first, while calls are still answered: clients and balancers that watch it leave in time. Then
-        connections get a GOAWAY. gRPC cancels the calls that cross it on their way.
+        First the health changes while calls are still answered, so that watching clients and balancers leave in time.
+        Then connections get a GOAWAY; gRPC cancels calls that arrive after it.
         """
         health.set(serving=False)
         await asyncio.sleep(self._drain_delay_s)
         stopping = asyncio.create_task(self.server.stop(self._grace_s + _LAST_STATUSES_S))
-        # Calls that have come are admitted meanwhile.
+        # Calls that have already arrived are admitted meanwhile.
         await asyncio.sleep(_LAST_ADMISSIONS_S)
         if not await admission.drained(self._grace_s):
             logger.warning("grace period over, aborting running requests")
             admission.abort_running()
             await admission.drained(_LAST_STATUSES_S)
         admission.state = State.DRAINING
-        # Only streams of events are left, which have no end.
+        # Only event streams are left, which never end by themselves.
         await self.server.stop(_LAST_CALLS_S)
         await stopping
         logger.info("drained")
@@ -142,9 +142,10 @@ def channel_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.max_connection_idle_ms", round(settings.max_connection_idle_s * 1e3)),
         ("grpc.max_connection_age_ms", round(settings.max_connection_age_s * 1e3)),
         ("grpc.max_connection_age_grace_ms", round(settings.max_connection_age_grace_s * 1e3)),
-        # gRPC refuses calls at random where this many wait for the event loop: a tenant's too, in a stranger's flood.
+        # gRPC refuses random calls if more than this many wait for the event loop, so a stranger's flood would also hit
+        # tenants.
         ("grpc.server.max_pending_requests", _MAX_PENDING),
         ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING),
-        # Time for TLS and the first frames of HTTP/2.
+        # Milliseconds for TLS and the first frames of HTTP/2.
         ("grpc.server_handshake_timeout_ms", round(settings.request_timeout_s * 1e3)),
     ]

@@ -1,4 +1,4 @@
-"""Pages of a list: which one a request asks for, and the token of the next."""
+"""Pages of a list: the requested page, and the token of the next one."""
 
 import base64
 import binascii
@@ -11,7 +11,7 @@ MAX_PAGE_SIZE = 1000
 
 
 def page_of(request: pb.ListTasksRequest) -> tuple[list[Violation], int, str]:
-    """(what is wrong with it, how many tasks the page holds, the id that the page begins after)."""
+    """(violations, number of tasks on the page, id after which the page begins)."""
     violations, after = [], ""
     if request.page_size > MAX_PAGE_SIZE:
         violations.append(Violation("page_size", f"found {request.page_size}; allowed: 0 to {MAX_PAGE_SIZE}"))
@@ -24,5 +24,5 @@ def page_of(request: pb.ListTasksRequest) -> tuple[list[Violation], int, str]:
 
 
 def page_token(last: str) -> str:
-    """The token of the page after the one that ends with this id."""
+    """The token of the page that follows this id."""
     return base64.urlsafe_b64encode(last.encode()).decode()

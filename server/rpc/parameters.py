@@ -21,10 +21,10 @@ from mtlora.parameters import (
 from server.errors import Violation
 from server.job import MoreSampling
 
-# Logits of a prompt's tokens that the engine may hold for one request: 128 MiB, three times for a moment.
+# Most logits of a prompt's tokens for one request: 128 MiB, and for a moment three times that.
 _MAX_PROMPT_LOGITS = 1 << 25
 _LISTS = ("allowed_tokens", "banned_tokens", "stop_token_ids")
-# Name -> (least, most); both allowed. Comparisons refuse NaN.
+# Name -> (minimum, maximum), inclusive. Comparisons are written so that they refuse NaN.
 _RANGES: Mapping[str, tuple[float, float]] = {
     "n": (1, MAX_SAMPLES),
     "best_of": (1, MAX_SAMPLES),
@@ -39,7 +39,7 @@ _MORE = frozenset(MoreSampling.__dataclass_fields__)
 
 
 def values_of(parameters: pb.GenerationParameters, defaults: TaskDefaults | None, *, stream: bool) -> dict[str, Any]:
-    """What a request sets, in Python's types, over what its task sets; stop strings are left out."""
+    """A request's values in Python types, over its task's values; without stop strings."""
     given: dict[str, Any] = {}
     for field, value in parameters.ListFields():
         if field.name in _LISTS:
@@ -50,7 +50,7 @@ def values_of(parameters: pb.GenerationParameters, defaults: TaskDefaults | None
             given[field.name] = value
     values = {**defaults.given, **given} if defaults else given
     if stream or "n" in given:
-        # The task's numbers of samples are not for streams, and its best_of is at least what the request answers with.
+        # Ignore the task's numbers of samples in streams, and raise its best_of to the request's n.
         for name in {"n", "best_of"} - given.keys():
             if name in values:
                 values[name] = 1 if stream else max(values["n"], values[name])
@@ -60,7 +60,7 @@ def values_of(parameters: pb.GenerationParameters, defaults: TaskDefaults | None
 def violations(
     values: Mapping[str, Any], vocab_size: int, end_tokens: Set[int], *, stream: bool
 ) -> Iterator[Violation]:
-    """What is wrong with values, of the request or of its task."""
+    """Violations of the request's or its task's values."""
     wrong = [
         *_out_of_range(values),
         *(each for name in _LISTS for each in _wrong_tokens(name, values.get(name, ()), vocab_size)),
@@ -87,7 +87,7 @@ def prompt_violation(values: Mapping[str, Any], prompt_tokens: int, vocab_size: 
 
 
 def more_sampling(values: Mapping[str, Any]) -> MoreSampling:
-    """Valid values as the engine takes them."""
+    """Convert valid values for the engine."""
     n, best_of = samples(values)
     given = {name: value for name, value in values.items() if name in _MORE}
     return MoreSampling(**given, cumulative_logprob=best_of > n or bool(values.get("logprobs")))
@@ -122,13 +122,13 @@ def _wrong_biases(biases: Mapping[int, float], vocab_size: int) -> Iterator[Viol
 
 
 def no_token(where: str, token: int, vocab_size: int) -> Violation:
-    """The violation by an id that is no token."""
+    """The violation of an id that is not in the vocabulary."""
     return Violation(where, f"found {token}, which is no token; allowed: 0 to {vocab_size - 1}")
 
 
 def _nothing_left(values: Mapping[str, Any], vocab_size: int, end_tokens: Set[int]) -> Iterator[Violation]:
     banned = set(values.get("banned_tokens", ()))
-    # The engine has room for this many changed logits of a sequence.
+    # The engine supports this many changed logits per sequence.
     if (changed := len(banned | values.get("logit_bias", {}).keys())) > MAX_LISTED:
         yield Violation(
             "parameters.logit_bias.values",

@@ -22,25 +22,25 @@ from server.scheduling.fair_thread import FairThread
 from server.settings import Settings
 from server.tenants import Tenant
 
-# The normalised values of any image are within a few units of 0.
+# Limit for prepared images: normalised values of any image are within a few units of 0.
 MAX_VALUE = 100.0
 _MAX_THREADS = 8
 
 
 class Embeds(Protocol):
-    """What a picture needs of the engine: patches and positions, [T, D], of normalised pixels [3, S, S]."""
+    """The engine's function from normalised pixels [3, S, S] to patches with positions [T, D]."""
 
     def embed(self, pixels_CSS: NDArray[np.float32]) -> Any: ...
 
 
 def decoding_threads() -> int:
-    """Half of the cores that this process may use, at least one: the other half runs engines."""
+    """Number of threads: half of this process's cores, at least one; the other half is for engines."""
     cores = min(len(os.sched_getaffinity(0)), cpu_cores() or math.inf)
     return min(_MAX_THREADS, max(1, int(cores / 2)))
 
 
 class Decoding:
-    """Decodes images beside the event loop, in a few threads. A server has one.
+    """Decodes images in a few threads. A server has one such object.
 
     All threads together hold no more pixels than the largest image has: each takes up to 12 bytes.
     """
@@ -57,11 +57,11 @@ class Decoding:
         return cls(limits, settings.image_threads or decoding_threads())
 
     async def run(self, tenant: Tenant, pixels: int, held: int, work: Callable[[], Any]) -> Any:
-        """The result of work that costs `pixels`; `held` of them are in memory at a time."""
+        """Run work that costs `pixels` and keeps `held` pixels in memory."""
         return await self._threads.run(tenant, pixels, partial(self._in_memory, held, work))
 
     def _in_memory(self, pixels: int, work: Callable[[], Any]) -> Any:
-        # Others wait behind a large image that waits for room, so that it gets its turn.
+        # While a large image waits for room, later ones wait behind it, so that it is not starved.
         with self._next, self._changed:
             self._changed.wait_for(lambda: not self._pixels or self._pixels + pixels <= self.limits.max_pixels)
             self._pixels += pixels
@@ -75,9 +75,9 @@ class Decoding:
 
 @dataclass(eq=False)
 class Picture:
-    """An image of a call. Tasks that prepare it alike share the result; after the last of `uses` it is dropped.
+    """An image of a call. Tasks with the same preparation share the result, which is dropped after the last of `uses`.
 
-    where: the field that it comes in, for messages. pixels: what its decoding costs.
+    where: the image's field, for messages. pixels: the cost of decoding it.
     """
 
     image: pb.Image
@@ -99,7 +99,7 @@ class Picture:
         return int(self.image.ByteSize())
 
     def check(self, spec: ImagePreparation, limits: ImageLimits) -> None:
-        """Look at all but the content. Raises INVALID_ARGUMENT."""
+        """Check everything except the content. Raises INVALID_ARGUMENT."""
         match self.image.WhichOneof("content"):
             case "encoded":
                 try:
@@ -158,6 +158,6 @@ class Picture:
 
 
 def _of(values: Sequence[float] | None) -> Sequence[float]:
-    """The mean or spread of a served task, which has its own: the registry fills in the backbone's."""
+    """The mean or std of a served task; it is never None, because the registry sets the backbone's."""
     assert values is not None
     return values

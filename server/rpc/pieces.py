@@ -1,4 +1,4 @@
-"""Long lists in pieces, so that the event loop runs in between."""
+"""Yields long lists in pieces, so that the event loop runs in between."""
 
 import asyncio
 import time

@@ -18,12 +18,12 @@ from server.rpc.batch import Expand, TextItem
 from server.rpc.generation import Generation
 from server.rpc.pictures import Picture
 
-# Inputs of one call.
+# Most inputs of one call.
 MAX_SCORED = 256
 
 
 class Scoring(Generation):
-    """Runs like a Generation, whose answer is held to the labels; afterwards also holds their probabilities.
+    """A Generation whose answer is constrained to the labels; afterwards also holds their probabilities.
 
     probabilities: (label, probability) of every label, likeliest first.
     """
@@ -35,9 +35,10 @@ class Scoring(Generation):
 
     @classmethod
     def of(cls, generation: Generation, prompts: PromptEncoder, max_model_len: int, *, calibrated: bool) -> "Scoring":
-        """Scores the labels instead of generating one. calibrated: by the task's temperature."""
+        """Make the scoring for a job. calibrated: apply the task's temperature."""
         job, task = generation.job, generation.job.task.spec
-        # The marker, which the type lets occur, ends the working; an answer without working ends by itself.
+        # Stop at the marker, which ends the working; the type allows it as a stop string. An answer without working
+        # ends by itself.
         stop = (*task.stop, task.answer_marker) if task.answer_marker else task.stop
         sampling = replace(job.sampling, temperature=0.0, stop=stop, stops_occur=True, logprobs=0, more=None)
         made = cls(replace(job, sampling=sampling, n=1, best_of=1), generation.call, generation.metrics)
@@ -45,12 +46,12 @@ class Scoring(Generation):
         return made
 
     async def _run(self, *services: Any) -> None:
-        """See Generation._run. Each of the sequences waits for its own turn; `run` counts them as one request."""
+        """See Generation._run. Each sequence waits for its own turn; `run` counts all of them as one request."""
         task, worked = self.job.task, self.marker is not None
         prompt_ids = self.job.prompt_ids
         if worked:
             await super()._run(*services)
-            # The marker was cut off, so the text was taken for an answer.
+            # Without the marker, which was cut off, the text was treated as answer: correct that.
             if self.token_ids[-1] != self._prompts.tokenizer.eos_token_id:
                 self.reasoning = self.text
                 prompt_ids += tuple(self._prompts.text(f" {self.text.strip()} {self.marker}"))
@@ -77,7 +78,7 @@ class Scoring(Generation):
         self.completion_tokens += sum(branch.completion_tokens for branch in branches)
         self.total_s = max(branch.total_s for branch in branches)
         if not worked:
-            # The sequence that the call counts: the labels' common beginning is of its prompt.
+            # The sequence that usage counts: its prompt includes the labels' common prefix.
             first = branches[0]
             self.job, self.cached_tokens = first.job, first.cached_tokens
             self.queue_s, self.ttft_s = first.queue_s, first.ttft_s
@@ -89,12 +90,12 @@ class Scoring(Generation):
 
 
 def scoring(prompts: PromptEncoder, max_model_len: int, *, calibrated: bool) -> Expand[Generation]:
-    """What an item runs to score its task's labels."""
+    """The function that makes an item's scoring of its task's labels."""
     return lambda first: [Scoring.of(first, prompts, max_model_len, calibrated=calibrated)]
 
 
 def scored_pictures(request: pb.ScoreRequest, task: ServedTask) -> list[tuple[ServedTask, Picture]]:
-    """The inputs of a task of images. Raises INVALID_ARGUMENT."""
+    """The inputs of an image task. Raises INVALID_ARGUMENT."""
     _check_inputs(request, "image")
     return [
         (task, Picture(each.image, f"inputs[{i}].image", each.routing_key)) for i, each in enumerate(request.inputs)
@@ -102,7 +103,7 @@ def scored_pictures(request: pb.ScoreRequest, task: ServedTask) -> list[tuple[Se
 
 
 def scored_items(request: pb.ScoreRequest, task: ServedTask, call: Call) -> list[TextItem]:
-    """The inputs, each a call of its own for usage, metrics and the log. Raises INVALID_ARGUMENT."""
+    """An item per input; each counts as its own call in usage, metrics and log. Raises INVALID_ARGUMENT."""
     if task.spec.picture is not None:
         allowed = "tasks of texts, or of images (Generate asks this one)"
         found = f"task {task.spec.id} takes text and an image; allowed: {allowed}"
@@ -127,7 +128,7 @@ def _check_inputs(request: pb.ScoreRequest, *allowed: str) -> None:
     if not 1 <= len(request.inputs) <= MAX_SCORED:
         raise invalid_argument([Violation("inputs", f"found {len(request.inputs)}; allowed: 1 to {MAX_SCORED}")])
     for index, each in enumerate(request.inputs):
-        # An input without any kind gets a status of its own.
+        # An input of no kind fails later, with its own status.
         if (found := each.WhichOneof("input")) not in (None, *allowed):
             raise invalid_argument([Violation(f"inputs[{index}]", f"found {found}; allowed: {', '.join(allowed)}")])
 

@@ -1,4 +1,4 @@
-"""The image of a text task: through the engine of images and the adapter's projector, to soft tokens of its prompt."""
+"""Turns the image of a text task into soft tokens: first the vision engine, then the adapter's projector."""
 
 import asyncio
 from typing import TYPE_CHECKING
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class Sight:
-    """The image of one request; all of its sequences share what is seen.
+    """The image of one request; all of its sequences share the soft tokens.
 
-    soft_tokens: how many it becomes. at: the place of the first, set before `look`. Raises EngineDeadError before the
+    soft_tokens: their number. at: position of the first one, set before `look`. Raises EngineDeadError before the
     first engine of images has started.
     """
 
@@ -34,11 +34,11 @@ class Sight:
         self.at = 0
 
     def check(self) -> None:
-        """Look at all but the content. Raises INVALID_ARGUMENT."""
+        """Check everything except the content. Raises INVALID_ARGUMENT."""
         self._classifier.check(self._picture, self._preparation)
 
     async def look(self, call: Call) -> SoftTokens:
-        """The soft tokens, once the image had a turn of its engine. Raises as `Classifier.states` does."""
+        """Compute the soft tokens, after a turn of the vision engine. Raises the errors of `Classifier.states`."""
         async with self._lock:
             if self._seen is None:
                 states_TD = await self._classifier.states(self._picture, self._preparation, self._task, call)

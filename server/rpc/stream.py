@@ -1,4 +1,4 @@
-"""A stream's buffer: it joins deltas until the reader takes them, up to a limit."""
+"""A stream's buffer: merges deltas until the reader takes them, up to a limit."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,7 +14,7 @@ MAX_UNREAD_TOKENS = 4096
 async def unhurried(
     produce: Callable[[Callable[[Delta], None]], Awaitable[None]], max_unread: int = MAX_UNREAD_TOKENS
 ) -> AsyncIterator[AsyncIterator[Delta]]:
-    """The deltas that `produce` hands to its argument, for a reader that may lag: it gets several as one.
+    """Yield the deltas that `produce` passes to its argument; a slow reader gets several merged into one.
 
     `produce` runs to its end at its own pace, so that a slow reader keeps its place in the engine no longer than a
     fast one. More than `max_unread` unread tokens end it, and the reader gets RESOURCE_EXHAUSTED.

@@ -31,7 +31,7 @@ class Certificates:
         self._seen = self._signatures()
         self._not_after = 0.0
         self._first = self._read()
-        # A configuration that was read and not yet given to gRPC.
+        # A new configuration that gRPC has not fetched yet.
         self._fresh: Any = None
 
     def credentials(self) -> Any:
@@ -43,7 +43,7 @@ class Certificates:
         return self._paths[0]
 
     def not_after(self) -> float:
-        """When the certificate in use expires, in seconds since 1970. From any thread."""
+        """Expiry of the certificate in use, in seconds since 1970. From any thread."""
         with self._lock:
             self._refresh()
             return self._not_after

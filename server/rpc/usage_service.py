@@ -1,4 +1,4 @@
-"""The Usage service: what each tenant used, for admins."""
+"""The Usage service: tenants' usage, for admins only."""
 
 import time
 from collections.abc import AsyncIterator

@@ -1,1 +1,1 @@
-"""What operators see of the server: logs, metrics, traces."""
+"""Logs, metrics and traces for operators."""

@@ -1,8 +1,7 @@
 """Metric types missing from prometheus-client; names live in metrics.py.
 
-`CounterFamily` and `Histograms` cost a dict update for every request, token or engine step that they count, where
-prometheus-client's counters and histograms look up a child, take locks and walk the buckets. One thread counts; any
-thread reads.
+`CounterFamily` and `Histograms` need one dict update per observation. prometheus-client's own classes look up a child,
+take locks and search the buckets. Only one thread may count; any thread may read.
 """
 
 import time
@@ -40,11 +39,11 @@ class CounterFamily(Collector):
         self._values = _without(self._values, self._labels.index(label), value)
 
     def replace(self, values: Mapping[tuple[str, ...], float]) -> None:
-        """Take all series from counts kept elsewhere, by the labels' values."""
+        """Replace all series by counts kept elsewhere; keys are the labels' values."""
         self._values = dict(values)
 
     def collect(self) -> Iterable[Metric]:
-        """One sample a series."""
+        """One sample per series."""
         family = CounterMetricFamily(self._name, self._documentation, labels=self._labels)
         for labels, value in self._values.copy().items():
             family.add_metric(labels, value)
@@ -112,7 +111,7 @@ class _Series:
 
 
 class GaugeByLabel(Collector):
-    """A gauge of many ids, read and summed by the label's values at each scrape.
+    """A gauge over many ids; at each scrape, values are read and summed by label.
 
     `read` gives the values by id, from any thread; it may be replaced.
     """
@@ -131,7 +130,7 @@ class GaugeByLabel(Collector):
         registry.register(self)
 
     def total(self) -> int:
-        """Sum over all ids. From any thread."""
+        """The sum over all ids. Callable from any thread."""
         return sum(self.read().values())
 
     def collect(self) -> Iterable[Metric]:
@@ -154,13 +153,13 @@ class CounterOf:
         self._seen = 0.0
 
     def set(self, value: float) -> None:
-        """The count as it is now."""
-        # A smaller value than before is a new process's.
+        """Set the count of the other process."""
+        # A smaller value means a new process.
         self._counter.inc(value - self._seen if value >= self._seen else value)
         self._seen = value
 
     def restart(self) -> None:
-        """Take the next count for a new process's."""
+        """Treat the next count as that of a new process."""
         self._seen = 0.0
 
 

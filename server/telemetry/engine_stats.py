@@ -1,4 +1,4 @@
-"""Statistics of an engine: plain values that the engine fills in and the metrics show."""
+"""Data classes of engine statistics: the engine's process fills them, metrics export them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class EngineStats:
-    """The scheduler's state after its last step, and what happened since the one before."""
+    """The scheduler's state after a step, and counts since the step before."""
 
     running: int
     waiting: int

@@ -1,6 +1,6 @@
 """OpenTelemetry's semantic conventions for generative AI: attributes of a request's span, and metrics over OTLP.
 
-The names come from the package of the conventions. A task is a model; its adapter's version is the model that answered.
+Names come from the conventions' package. The requested model is the task; the answering model is the adapter's version.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,7 +1,7 @@
-"""Logs: one JSON object a line on stderr, formatted and written by a thread.
+"""Logs: one JSON object per line on stderr, formatted and written by a thread.
 
-A slow reader of stderr, a disk or a container runtime, must not hold up requests. So lines wait in memory, up to a
-number; lines beyond it are counted and left out.
+A slow reader of stderr (a disk or a container runtime) must not delay requests. So lines wait in memory up to a limit;
+further lines are dropped and counted.
 """
 
 import contextlib
@@ -15,9 +15,9 @@ from typing import Any, TextIO
 
 _PREFIX = "mtlora.server"
 MAX_WAITING = 10_000
-# How long a line waits for others.
+# Seconds that a line waits for others.
 _GATHER_S = 0.2
-# How long the end waits for the last lines to be written.
+# Seconds that the shutdown waits for the last lines to be written.
 _FINISH_S = 2.0
 _to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
@@ -39,10 +39,10 @@ class JsonFormatter(logging.Formatter):
 
 
 class _Waiting(logging.Handler):
-    """Keeps records for the thread that writes them, and counts those it leaves out because too many wait.
+    """Queue of records for the writing thread; counts records dropped because the queue is full.
 
-    The thread wakes up once for all lines of a moment: each time, it takes the interpreter from the event loop. A
-    warning does not wait for the others.
+    The thread wakes up once for several lines, because each wake-up takes the interpreter from the event loop. A
+    warning is written without this wait.
     """
 
     def __init__(self, writes: "logging.StreamHandler[TextIO]", most: int) -> None:
@@ -88,7 +88,7 @@ class _Waiting(logging.Handler):
             self._urgent.wait(_GATHER_S)
             self._urgent.clear()
             ended = self._ending
-            # Clear it before taking the lines: one that comes meanwhile wakes this thread again.
+            # Clear the event before taking the lines, so that a line added meanwhile wakes this thread again.
             self._some.clear()
             lines = []
             while self._lines:
@@ -97,7 +97,7 @@ class _Waiting(logging.Handler):
                     lines.append(self._writes.format(record) + "\n")
                 except Exception:
                     self._writes.handleError(record)
-            # A closed stderr has no reader.
+            # Ignore it: stderr is closed, so nobody reads it.
             with contextlib.suppress(OSError, ValueError):
                 self._writes.stream.write("".join(lines))
                 self._writes.flush()
@@ -122,14 +122,14 @@ def set_level(level: str) -> None:
 def finish_logging() -> bool:
     """Write the lines that still wait, for two seconds at most; later lines are written at once.
 
-    False if nobody reads stderr. Writing there would then block, in the interpreter's own exit too.
+    False if nobody reads stderr. Writing to it would then block, even in the interpreter's exit.
     """
     return all(each.finish() for each in logging.getLogger(_PREFIX).handlers if isinstance(each, _Waiting))
 
 
 def get_logger(name: str) -> logging.Logger:
     logger = logging.getLogger(f"{_PREFIX}.{name}")
-    # Lines do not show where they were logged: walking the stack would cost a fifth of a line's time.
+    # Do not look up the caller: walking the stack would take a fifth of a line's time.
     logger.findCaller = lambda *_, **__: ("", 0, "", None)  # type: ignore[method-assign]
     return logger
 

@@ -26,7 +26,7 @@ TOP_ADAPTERS = 20
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _ITL_BUCKETS = (0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 _QUEUE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-# Fewer buckets: every tenant has a histogram.
+# Fewer buckets, because every tenant has its own histogram.
 _TENANT_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _DELAY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -43,7 +43,8 @@ class Metrics:
 
     def __init__(self, *, exemplars: bool = False, top_tasks: int = TOP_TASKS, top_tenants: int = TOP_TENANTS) -> None:
         self.registry = CollectorRegistry()
-        # Label names by metric name, without the `_total` of counters. The registry's families do not have them.
+        # Label names by metric name, without the `_total` of counters. Kept here because the registry's families do not
+        # store them.
         self.labels: dict[str, tuple[str, ...]] = {}
         self._exemplars = exemplars
         self._top_tasks = TopLabels(top_tasks, self._drop_task)
@@ -412,7 +413,7 @@ class Metrics:
         self._show_routing()
 
     def _show_routing(self) -> None:
-        # Ranks get the same inputs and so the same routing: the first that sampled stands for all.
+        # All ranks have the same inputs and so the same routing: use the first rank with samples.
         sampled = [next((each.routing for each in ranks if each.routing), {}) for ranks in self._workers.values()]
         routing: Mapping[str, RoutingSums] = {name: sums for each in sampled for name, sums in each.items()}
         ranked = sorted(routing.items(), key=lambda item: item[1].rows, reverse=True)

@@ -11,9 +11,9 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-# Time for a whole request to come and for its answer to be taken.
+# Seconds to receive a request, and to send its answer.
 _TIMEOUT_S = 5.0
-# Connections open at a time; one more closes the oldest.
+# Most open connections; a further one closes the oldest.
 _MAX_CONNECTIONS = 64
 _MAX_REQUEST_BYTES = 16 << 10
 # Connections that wait to be accepted.
@@ -69,10 +69,10 @@ class _Port:
                 writer.close()
                 await writer.wait_closed()
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, HTTPException):
-            # Late, gone, or no request of HTTP.
+            # The request is late or not HTTP, or the client is gone.
             pass
         except asyncio.CancelledError:
-            # The port closes. Streams of asyncio log a task that ends cancelled.
+            # The port is closing. Do not re-raise: asyncio's streams would log the cancelled task.
             pass
         finally:
             writer.transport.abort()

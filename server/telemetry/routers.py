@@ -1,7 +1,7 @@
-"""What routers read of a server, under vLLM's names: llm-d, the Gateway API's inference extension, KServe.
+"""Metrics for routers (llm-d, the Gateway API's inference extension, KServe), under vLLM's names.
 
 A router knows adapters, not tasks or versions, so an adapter's versions count as one. `lora_requests_info` lists the
-adapters that the engine holds, whether requests run on them or not: routers take it for what is loaded.
+adapters that the engine holds, whether requests run on them or not: routers interpret it as the loaded adapters.
 """
 
 import time
@@ -81,7 +81,7 @@ class RouterMetrics(Collector):
         self.memory: Callable[[], AdapterMemory] = lambda: AdapterMemory(0)
 
     def collect(self) -> Iterable[Metric]:
-        """One sample a gauge; of `lora_adapter_loaded`, one an adapter."""
+        """One sample per gauge; for `lora_adapter_loaded`, one per adapter."""
         load, memory = self._load(), self.memory()
         named = memory.loaded[:MAX_NAMED]
         loaded, loading = ",".join(each.name for each in named), ",".join(memory.loading[:MAX_NAMED])

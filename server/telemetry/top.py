@@ -1,4 +1,4 @@
-"""Bounds a metric's label: the busiest ids have a value of their own, the rest share one."""
+"""Bounds the number of a label's values: the busiest ids have their own value, the rest share one."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces, if a collector is set: one tree of spans a request, from the RPC to the engine's steps.
+"""OpenTelemetry traces, if a collector is set: a tree of spans per request, from the RPC to the engine's steps.
 
     mtlora.v1.Inference/Generate     from receipt to status
       admission                      until the engine is asked: authorisation, tokenization, the tenant's queue
@@ -6,11 +6,11 @@
       engine.prefill                 until its first token
       engine.decode                  until its last, with an event a step
 
-A call may have several sequences: the first three spans end when the first of them is asked, scheduled, has a token;
-the last ends with the last step of any. The call's span has the GenAI attributes of its first sequence, and the tokens
-of all.
+A call may have several sequences: the first three spans end when its first sequence is handed over, is scheduled, has a
+token; the last span ends with the last step of any sequence. The call's span has the GenAI attributes of its first
+sequence, and the tokens of all.
 
-The spans are made when the request ends, from times noted on its way: a token costs one list append.
+Spans are made when the request ends, from recorded times, so a token costs only one list append.
 """
 
 import time
@@ -20,7 +20,7 @@ from typing import Any
 from server.job import Job
 from server.telemetry.genai import GenAIMetrics, request_attributes, response_attributes
 
-# The most events that a span holds; a longer answer's last steps have none.
+# Most events of a span; further steps of a longer answer have no event.
 _MAX_STEPS = 120
 # Both clocks at one moment: spans need wall time, the engine gives monotonic time.
 _WALL_MINUS_MONOTONIC_NS = time.time_ns() - time.monotonic_ns()

@@ -1,4 +1,4 @@
-"""Which tenant a call is from: by an API key or a token in its metadata, or by its connection's certificate."""
+"""Finds a call's tenant by an API key or token in its metadata, or by its connection's certificate."""
 
 import time
 from collections import OrderedDict
@@ -15,7 +15,7 @@ from server.tenants.proxies import named_tenant
 from server.tenants.tokens import Tokens
 
 _SCHEME = "bearer "
-# Certificates remembered.
+# Number of cached certificates.
 _REMEMBERED = 65_536
 
 
@@ -50,7 +50,7 @@ class Authenticator:
         auth_context: Callable[[], Mapping[str, Sequence[bytes]]],
     ) -> Tenant:
         if (bearer := _bearer(metadata)) is not None:
-            # A token has two dots, a key none.
+            # A token contains two dots, a key none.
             return await self.tokens.tenant(bearer) if "." in bearer and tenants.issuers else self._by_key(bearer)
         if pem := auth_context().get("x509_pem_cert"):
             return self._by_certificate(pem[0])
@@ -70,7 +70,7 @@ class Authenticator:
         if certificate is None:
             certificate = Certificate.read(pem)
             _remember(self._certificates, pem, certificate)
-        # A connection may outlive its certificate.
+        # Check expiry per call, because a connection may outlive its certificate.
         if certificate.not_after < time.time():
             raise unauthenticated("the client certificate has expired")
         by_name = self._directory.current.by_certificate

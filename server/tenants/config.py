@@ -22,7 +22,7 @@ MAX_ISSUERS = 16
 _ID = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
 _TASK_PATTERN = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_.\-*?\[\]!]{1,128}$")]
 _TENANT_PATTERN = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-*?\[\]!]{1,128}$")]
-# An InferenceObjective's name in Kubernetes.
+# Name of an InferenceObjective in Kubernetes.
 _OBJECTIVE = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.\-]{0,251}[a-z0-9])?$")]
 _CERTIFICATE = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
@@ -40,12 +40,12 @@ class Priority(StrEnum):
 
     @cached_property
     def rank(self) -> int:
-        """0 for the most urgent."""
+        """The class's rank; 0 is the most urgent."""
         return list(Priority).index(self)
 
 
 def _moment(text: object) -> datetime:
-    """A moment; a date means its last moment in UTC."""
+    """Parse a time; a date means its last moment in UTC."""
     try:
         return datetime.combine(date.fromisoformat(str(text)), time_of_day.max, UTC)
     except ValueError:
@@ -78,7 +78,7 @@ class ApiKey(BaseModel):
 
 
 _RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
-# The signature algorithms that a public key can check, by its kind.
+# The signature algorithms for each kind of public key.
 ALGORITHMS = {"RSA": _RSA, "P-256": ("ES256",), "P-384": ("ES384",), "P-521": ("ES512",), "Ed25519": ("EdDSA",)}
 _Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
 
@@ -89,7 +89,7 @@ def is_url(jwks: str) -> bool:
 
 
 def is_fetched_safely(url: str) -> bool:
-    """Whether nobody can read or change what a URL gives on its way: by TLS, or on this machine."""
+    """Whether a URL's content is protected in transit: by TLS, or because the URL is on this machine."""
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -105,17 +105,17 @@ def _fetched_safely(jwks: str) -> str:
 
 
 class Issuer(BaseModel):
-    """Whose signed tokens (JWT) name tenants. A token must state issuer, audience and expiry."""
+    """An issuer of signed tokens (JWT) that name tenants. A token must contain issuer, audience and expiry."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     issuer: str = Field(min_length=1, max_length=512)
     audience: str = Field(min_length=1, max_length=512)
-    # The issuer's public keys: a URL, or a file beside the tenants file; None: where its openid-configuration says.
+    # The issuer's public keys: a URL, or a file beside the tenants file; None: the URL in its openid-configuration.
     jwks: Annotated[str, AfterValidator(_fetched_safely)] | None = Field(None, min_length=1, max_length=2048)
     algorithms: tuple[_Algorithm, ...] = Field(("RS256", "ES256", "EdDSA"), min_length=1)
     tenant_claim: str = Field("sub", min_length=1, max_length=256)
-    # Seconds that the clocks of issuer and server may differ.
+    # Most seconds by which the clocks of issuer and server may differ.
     leeway_s: float = Field(30.0, ge=0, le=300)
 
     @model_validator(mode="after")
@@ -146,14 +146,14 @@ class Tenant(BaseModel):
     priority: Priority = Priority.STANDARD
     requests_per_second: float | None = Field(None, gt=0, le=1e6)
     tokens_per_second: float | None = Field(None, gt=0, le=1e9)
-    # Seconds of a rate that may be spent at once.
+    # Burst: seconds' worth of a rate that may be used at once.
     burst_seconds: float = Field(1.0, ge=0.1, le=3600)
     max_in_flight: int | None = Field(None, ge=1)
     max_queue: int | None = Field(None, ge=0)
-    # Limits of one request. Characters: those of its stop strings together.
+    # Limits of one request. Characters: total of its stop strings.
     max_new_tokens: int | None = Field(None, ge=1)
     max_stop_characters: int | None = Field(None, ge=0)
-    # Documents that it can name by id; None means the server's settings of the same names.
+    # Limits of documents kept for use by id; None means the server's settings of the same names.
     max_documents: int | None = Field(None, ge=0)
     max_document_mib: float | None = Field(None, ge=0, le=65536)
     max_leased_tokens: int | None = Field(None, ge=0)
@@ -162,10 +162,10 @@ class Tenant(BaseModel):
     daily_tokens: int | None = Field(None, ge=0)
     monthly_requests: int | None = Field(None, ge=0)
     monthly_tokens: int | None = Field(None, ge=0)
-    # Whether it may send prompts as token ids.
+    # Whether the tenant may send prompts as token ids.
     token_ids: bool = False
     admin: bool = False
-    # The other tenants, never an admin, that this one, a trusted proxy, may name in its requests' headers.
+    # For a trusted proxy: the tenants that it may name in its requests' headers; never an admin.
     speaks_for: tuple[_TENANT_PATTERN, ...] = Field((), max_length=256)
 
     @cached_property
@@ -192,11 +192,11 @@ class Tenant(BaseModel):
         return self._allowed.fullmatch(task_id) is not None
 
     def may_name(self, tenant: "Tenant") -> bool:
-        """Whether a request of this tenant may be another one's by its headers."""
+        """Whether headers of this tenant's requests may name another tenant."""
         return not tenant.admin and self._named.fullmatch(tenant.id) is not None
 
     def lowered(self, priority: Priority) -> "Tenant":
-        """The tenant in another class, if that is less urgent than its own."""
+        """The tenant with this class if it is less urgent than its own, else unchanged."""
         return self.model_copy(update={"priority": priority}) if priority.rank > self.priority.rank else self
 
     def share(self, replicas: int) -> "Tenant":
@@ -209,14 +209,15 @@ class Tenant(BaseModel):
         return self.model_copy(update=shares)
 
 
-# The tenant of a call until the caller has authenticated.
+# The tenant of a call before authentication.
 UNAUTHENTICATED = Tenant(id="unauthenticated", tasks=())
-# Every caller's tenant if there is no tenants file. An admin only if it listens on this machine alone.
+# The tenant of every caller if there is no tenants file. It is an admin only if the server listens on this machine
+# only.
 OPEN_TENANT = Tenant(id="open", token_ids=True)
 
 
 class TenantsFile(BaseModel):
-    """The whole file."""
+    """The tenants file, tenants.yaml."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -226,7 +227,7 @@ class TenantsFile(BaseModel):
     share_prefix_cache: bool = False
     # The class of the requests for which a trusted proxy names an objective.
     objectives: dict[_OBJECTIVE, Priority] = Field({}, max_length=256)
-    # Whether each server grants the quotas, or all servers together.
+    # Whether quotas apply to each server or to all servers together.
     quotas: Literal["replica", "fleet"] = "replica"
 
     def tenants_of_replica(self, replicas: int | None) -> tuple[Tenant, ...]:

@@ -32,7 +32,7 @@ class Tenants:
 
 
 class _Snapshot:
-    """A snapshot in the making."""
+    """A snapshot that is being built."""
 
     def __init__(self) -> None:
         self._by_id: dict[str, Tenant] = {}
@@ -68,7 +68,7 @@ def read_tenants(path: Path, replicas: int | None = None) -> Tenants:
 
 
 async def read_tenants_aside(path: Path, replicas: int | None = None) -> Tenants:
-    """Like `read_tenants`, in a child process; blocks the event loop only part by part. Raises ChildError."""
+    """Like `read_tenants`, in a child process; blocks the event loop only for one part at a time. Raises ChildError."""
     first, *parts = await asyncio.to_thread(in_child, read_parts, path, replicas, limits=_LIMITS)
     snapshot = _Snapshot()
     for part in parts:
@@ -110,7 +110,7 @@ class Directory:
         try:
             tenants = await read_tenants_aside(self._path, self._replicas)
         except ChildEndedError as error:
-            # Memory, processes or time ran out: the file may be good, and may revoke a key.
+            # Memory, processes or time ran out. Retry, because the file may be valid and revoke a key.
             self._seen = None
             logger.error("tenants file not read, trying again", extra={"fields": {"reason": str(error)}})
             self._on_failure()
@@ -123,7 +123,7 @@ class Directory:
         self.current = tenants
         self._on_change(tenants)
         logger.info("tenants read again", extra={"fields": {"tenants": len(tenants.by_id)}})
-        # Free the old tenants in parts too: thousands at once hold up the event loop.
+        # Free the old tenants in parts too: freeing thousands at once would block the event loop.
         while old:
             del old[-TENANTS_A_PART:]
             await asyncio.sleep(0)

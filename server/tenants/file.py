@@ -1,4 +1,4 @@
-"""Reads a tenants file: YAML whose scalars are texts, so that the fields' types alone say what a text means."""
+"""Reads a tenants file: all YAML scalars are read as texts, so that only the fields' types decide how to parse them."""
 
 import re
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from mtlora.errors import describe
 from server.tenants.config import Tenant, TenantsError, TenantsFile
 
 _MAX_FILE_BYTES = 16 << 20
-# Tenants that are pickled together: about a millisecond of the event loop's time.
+# Tenants per pickle: reading one takes about a millisecond of the event loop.
 TENANTS_A_PART = 100
 
 
@@ -20,7 +20,7 @@ _TAG = "tag:yaml.org,2002:"
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads all scalars as texts: `id: 12345678` is a text, and the field `expires` says what is wrong with a date."""
+    """Reads all scalars as texts: `id: 12345678` stays a text, and the field `expires` reports a wrong date."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
     yaml_constructors: ClassVar[dict[str | None, Any]] = {

@@ -1,6 +1,6 @@
 """A token issuer's public keys (JWKS, RFC 7517), from a URL or a file. Runs in a child process: issuers may lie.
 
-The URL may be found in what an issuer says of itself: OpenID Connect Discovery 1.0.
+The URL may come from the issuer's configuration (OpenID Connect Discovery 1.0).
 """
 
 import json
@@ -19,7 +19,7 @@ from server.tenants.config import ALGORITHMS, Issuer, is_fetched_safely, is_url
 _MAX_BYTES = 1 << 19
 _MAX_KEYS = 100
 _TIMEOUT_S = 5.0
-# A larger key or exponent makes a check of a forged token expensive.
+# With a larger key or exponent, checking a forged token would be expensive.
 _RSA_BITS = range(2048, 4097)
 _MAX_RSA_EXPONENT = 1 << 32
 _PUBLIC = ("kty", "kid", "crv", "n", "e", "x", "y")
@@ -38,7 +38,7 @@ class PublicKey:
 
 
 def read_jwks(source: str) -> Iterator[list[dict[str, Any]]]:
-    """The usable keys, without their private parts: each is one for `public_key`. Raises JWKSError."""
+    """The usable keys, without their private parts: `public_key` reads each of them. Raises JWKSError."""
     try:
         content = _fetch(source) if is_url(source) else _read(Path(source))
         found = json.loads(content)
@@ -54,7 +54,7 @@ def read_jwks(source: str) -> Iterator[list[dict[str, Any]]]:
 
 
 def read_keys_of(issuer: Issuer) -> Iterator[list[dict[str, Any]]]:
-    """Like `read_jwks`, for an issuer whose keys' place is given or is to be found. Raises JWKSError."""
+    """Like `read_jwks`, from the issuer's given URL, or from the discovered one. Raises JWKSError."""
     yield from read_jwks(_discovered(issuer.issuer) if issuer.jwks is None else issuer.jwks)
 
 
@@ -71,10 +71,10 @@ def _discovered(issuer: str) -> str:
     except (OSError, ValueError, RecursionError) as error:
         raise JWKSError(f"{source}: {error}") from None
     said, jwks = (found.get("issuer"), found.get("jwks_uri")) if isinstance(found, dict) else (None, None)
-    # Another issuer's keys would sign for this one.
+    # Reject another issuer's configuration, whose keys could sign for this one.
     if said != issuer:
         raise JWKSError(f"{source}: found issuer {said!r}; allowed: {issuer!r}")
-    # A remote issuer may not name an address of this machine.
+    # Refuse addresses of this machine from a remote issuer.
     local = issuer.startswith("http://")
     if not isinstance(jwks, str) or not is_fetched_safely(jwks) or not (local or jwks.startswith("https://")):
         raise JWKSError(f"{source}: found jwks_uri {jwks!r}; allowed: an https:// URL")
@@ -94,7 +94,7 @@ def _usable(jwk: Any) -> dict[str, Any] | None:
         key = public_key(public).key
         if kind == "RSA" and (key.key_size not in _RSA_BITS or key.public_numbers().e > _MAX_RSA_EXPONENT):
             return None
-    # The libraries raise many errors for bad keys. Each means that the key cannot be used.
+    # Catch everything: the libraries raise many kinds of errors for bad keys, and each means an unusable key.
     except Exception:
         return None
     return public
@@ -106,7 +106,7 @@ def _read(path: Path) -> bytes:
 
 
 def _fetch(url: str) -> bytes:
-    # A redirection could lead to a server without TLS.
+    # Refuse redirections, which could lead to a server without TLS.
     opener = urllib.request.build_opener(_NoRedirect, urllib.request.HTTPSHandler(context=ssl.create_default_context()))
     request = urllib.request.Request(url, headers={"Accept": "application/json"})
     with opener.open(request, timeout=_TIMEOUT_S) as reply:

@@ -1,7 +1,7 @@
 """API keys: 256 random bits each, stored as SHA-256 digests, found by the public id inside them.
 
-A key is `mtk_ID_SECRET`. Nobody guesses the secret, so no slow hash is needed: checking a key costs a microsecond, a
-wrong one as little as a right one.
+A key is `mtk_ID_SECRET`. The secret cannot be guessed, so no slow hash is needed. A check takes a microsecond, whether
+the key is right or wrong.
 """
 
 import hashlib
@@ -9,14 +9,14 @@ import re
 import secrets
 
 KEY_ID_PATTERN = r"^[0-9a-z]{8,32}$"
-# Only `new_key` makes secrets: a digest would not protect keys that people choose, should the file leak.
+# Only `new_key` makes secrets: if the file leaks, a fast digest would not protect secrets that people chose.
 KEY = re.compile(r"mtk_(?P<id>[0-9a-z]{8,32})_[A-Za-z0-9_\-]{43}", re.ASCII)
 _HASH = re.compile(r"sha256\$[0-9a-f]{64}", re.ASCII)
 
 
 def new_key() -> tuple[str, str, str]:
     """(the key to hand out, its id, its hash for tenants.yaml)."""
-    # YAML reads some hexadecimal ids as numbers, such as 12345678 or 1e10.
+    # Retry ids that YAML would read as numbers, such as 12345678 or 1e10.
     key_id = f"k{secrets.token_hex(8)}"
     key = f"mtk_{key_id}_{secrets.token_urlsafe(32)}"
     return key, key_id, hash_key(key)

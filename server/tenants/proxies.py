@@ -1,7 +1,7 @@
 """The tenant and the class of a request that a trusted proxy forwards: by the headers of the Gateway API's inference
 extension, or by llm-d's names of the same.
 
-Only headers of a caller whose own entry has `speaks_for` count: a gateway may let a client's headers pass.
+Only headers of a caller whose own entry has `speaks_for` count: a gateway may forward a client's own headers.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from server.tenants.directory import Tenants
 
 FAIRNESS_ID = "x-gateway-inference-fairness-id"
 OBJECTIVE = "x-gateway-inference-objective"
-# What each header is, by its names.
+# Each header's names.
 _MEANINGS = {
     FAIRNESS_ID: FAIRNESS_ID,
     "x-llm-d-inference-fairness-id": FAIRNESS_ID,
@@ -27,7 +27,8 @@ def named_tenant(proxy: Tenant, tenants: Tenants, metadata: Iterable[tuple[str, 
     """The tenant that the fairness id names, else the proxy itself, in the objective's class if that is less urgent.
 
     An objective that the tenants file does not list changes nothing. Raises PERMISSION_DENIED for a tenant that the
-    proxy may not name, for a header that comes twice, and for two names of it with two values: one may be the client's.
+    proxy may not name, for a header that comes twice, and if two names of a header have different values, because one
+    may come from the client.
     """
     found: dict[str, str | bytes] = {}
     seen = set[str]()

@@ -1,4 +1,4 @@
-"""Request parameters of the Open Inference Protocol to those of the native contract."""
+"""Converts request parameters of the Open Inference Protocol to the native contract."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,7 +32,8 @@ _LISTS = ("allowed_tokens", "banned_tokens", "stop_token_ids")
 _STRINGS = ("stop", "logit_bias", *_LISTS)
 _FLAGS = ("without_adapter", "free")
 ALLOWED = (*_FIELDS, *_STRINGS, *_FLAGS)
-# Scores are of the model's own probabilities, after a greedy working.
+# Parameters allowed with scores; others would not apply, because the working is greedy and probabilities are the
+# model's own.
 SCORED = ("max_tokens", "priority", "without_adapter")
 _EXAMPLES = {"logit_bias": "token ids and biases, such as 5:-1.5, 17:2", "": "token ids, such as 5, 17"}
 
@@ -40,7 +41,7 @@ _EXAMPLES = {"logit_bias": "token ids and biases, such as 5:-1.5, 17:2", "": "to
 def apply(
     given: Mapping[str, pb.InferParameter], request: native.GenerateRequest, *, scored: bool = False
 ) -> Iterator[Violation]:
-    """Set the parameters in `request`; yields what is wrong with them. scored: the outputs asked for are."""
+    """Set the parameters in `request`; yields violations. scored: whether the requested outputs are scores."""
     for name in sorted(given):
         where, kind = f"parameters[{name[:32]}]", given[name].WhichOneof("parameter_choice")
         value: Any = getattr(given[name], kind) if kind else None
@@ -56,7 +57,7 @@ def apply(
             except ValueError:
                 yield Violation(where, f"found {str(value)[:32]!r}; allowed: {allowed}")
         elif name in _STRINGS and kind == "string_param":
-            # An empty string removes the task's own values.
+            # An empty string means an empty list, which removes the task's own values.
             message = getattr(request.parameters, name)
             message.SetInParent()
             try:

@@ -1,4 +1,4 @@
-"""The GRPCInferenceService: each method turns its request into one of the native service, and the answer back."""
+"""The GRPCInferenceService: each method converts its request to the native service and the answer back."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +28,7 @@ _EXTENSIONS = ("model_repository",)
 
 
 class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceServicer):
-    """Calls run through `service`: they meet the same tenants, quotas, validation and queue as native ones."""
+    """Calls run through `service`: tenants, quotas, validation and queue are the same as for native calls."""
 
     def __init__(self, service: InferenceServicer, admission: Admission, repository: Repository) -> None:
         self._service = service
@@ -53,7 +53,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         task = self._task(request.name, request.version)
 
         def tensor(name: str) -> pb.ModelMetadataResponse.TensorMetadata:
-            # An image may come as FP32 too; the protocol has one type for a name.
+            # An image may also be sent as FP32, but the protocol allows one type per name.
             datatype, shape = "BYTES", [-1]
             if name == tensors.PROBABILITIES_OUTPUT:
                 datatype, shape = "FP32", [-1, len(task.spec.labels or ())]
@@ -78,7 +78,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         return _response(request, task, items)
 
     async def _generate(self, request: pb.ModelInferRequest, task: ServedTask) -> list[TextItem]:
-        """The elements, generated or scored."""
+        """Generate or score the elements."""
         call, requests, scored = current_call.get(), _requests(request, task), tensors.scored(request)
         items = [
             TextItem(each, task, call, 1 if scored else samples_of(each, task), index)
@@ -90,7 +90,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         return items
 
     async def _classify(self, request: pb.ModelInferRequest, task: ServedTask) -> list[ImageItem]:
-        """The elements, classified."""
+        """Classify the elements."""
         violations = [
             Violation(f"parameters[{name[:32]}]", "unknown; allowed: none for a task of images")
             for name in sorted(request.parameters)
@@ -157,7 +157,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
 
 
 def _response(request: pb.ModelInferRequest, task: ServedTask, items: Sequence[Any]) -> pb.ModelInferResponse:
-    """The outputs that a request asks for, and the tokens of all elements."""
+    """The response with the requested outputs, and the tokens of all elements."""
     generations: list[Any] = [
         answering(item.generations)[0] if len(item.generations) > 1 else item.generations[0] for item in items
     ]
@@ -173,7 +173,7 @@ def _response(request: pb.ModelInferRequest, task: ServedTask, items: Sequence[A
             tensors.write_texts(response, name, labels, [len(labels)], raw=raw)
         else:
             tensors.write_texts(response, name, [each.answer for each in generations], shape, raw=raw)
-    # Counts like those of usage: over every sample that was drawn. An image's label takes no working.
+    # Count all samples that were drawn, as usage does. An image's label has no working.
     call, drawn = current_call.get(), [each for item in items for each in item.generations]
     response.parameters["prompt_tokens"].int64_param = call.prompt_tokens
     response.parameters["cached_tokens"].int64_param = call.cached_tokens
@@ -187,7 +187,7 @@ def _requests(request: pb.ModelInferRequest, task: ServedTask) -> list[native.Ge
     names = tensors.input_names(task.spec)
     common = native.GenerateRequest(task_id=task.spec.id)
     if task.spec.defaults:
-        # An output has one answer for each element.
+        # Outputs hold one answer per element, so refuse several samples.
         common.parameters.n = 1
     violations = list(parameters.apply(request.parameters, common, scored=tensors.scored(request)))
     try:

@@ -1,4 +1,4 @@
-"""Tensors, as contents or raw, to texts and images, and answers back."""
+"""Converts tensors (typed or raw contents) to texts and images, and answers to tensors."""
 
 import math
 import struct
@@ -10,7 +10,7 @@ from openinference_pb import grpc_predict_v2_pb2 as pb
 from mtlora.task import TaskSpec
 from server.errors import Violation
 
-# Elements of one request; each becomes a sequence in the engine.
+# Most elements of one request; each becomes a sequence in the engine.
 MAX_BATCH = 64
 TEXT_INPUT = "text_input"
 TEXT_OUTPUT = "text_output"
@@ -25,7 +25,7 @@ _TWICE = "contents: found some beside raw_input_contents; allowed: one of the tw
 
 
 class TensorError(Exception):
-    """Tensors without texts or images; has every reason."""
+    """Invalid tensors; holds every violation."""
 
     def __init__(self, violations: Sequence[Violation]) -> None:
         super().__init__(violations[0].description)
@@ -33,23 +33,24 @@ class TensorError(Exception):
 
 
 def input_names(task: TaskSpec) -> tuple[str, ...]:
-    """The input tensors that a task takes."""
+    """The names of a task's input tensors."""
     if task.image is not None:
         return (IMAGE_INPUT,)
     return (TEXT_INPUT,) if len(task.fields) == 1 else task.fields
 
 
 def output_names(task: TaskSpec) -> tuple[str, ...]:
-    """The output tensors that a task gives."""
+    """The names of a task's output tensors."""
     if task.image is not None:
         return (LABEL_OUTPUT, PROBABILITIES_OUTPUT, LABELS_OUTPUT)
     return (TEXT_OUTPUT, LABEL_OUTPUT, PROBABILITIES_OUTPUT, LABELS_OUTPUT) if task.labels else (TEXT_OUTPUT,)
 
 
 def wanted(request: pb.ModelInferRequest, task: TaskSpec) -> Sequence[str]:
-    """The output tensors that a request asks for.
+    """The output tensors that a request wants.
 
-    Without names, a task of texts gives its text alone: the others are scored, and scores take no sampling parameters.
+    If a request for a text task names none, only the text is returned: other outputs need scores, which allow no
+    sampling parameters.
     """
     if names := [tensor.name for tensor in request.outputs]:
         return names
@@ -57,7 +58,7 @@ def wanted(request: pb.ModelInferRequest, task: TaskSpec) -> Sequence[str]:
 
 
 def scored(request: pb.ModelInferRequest) -> bool:
-    """Whether an output is asked for that takes the labels' probabilities."""
+    """Whether a requested output needs the labels' probabilities."""
     return any(tensor.name in (LABEL_OUTPUT, PROBABILITIES_OUTPUT, LABELS_OUTPUT) for tensor in request.outputs)
 
 
@@ -115,7 +116,7 @@ def _prepared(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) 
 def write_texts(
     response: pb.ModelInferResponse, name: str, texts: Sequence[str], shape: Sequence[int], *, raw: bool
 ) -> None:
-    """Add an output tensor of texts, in the form of the inputs."""
+    """Add an output tensor of texts, in the form (typed or raw) of the inputs."""
     tensor = response.outputs.add(name=name, datatype="BYTES", shape=shape)
     elements = [text.encode() for text in texts]
     if raw:
