@@ -48,7 +48,7 @@ from server.tenants import Directory
 
 logger = get_logger("prompt")
 
-# Lists of visible tasks kept with a catalog.
+# Most cached lists of visible tasks per catalog.
 _KEPT_LISTS = 64
 
 
@@ -65,7 +65,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     """`catalog` may be replaced at any time. Each engine that starts sets `backend`, the first before admission opens.
 
     generates: whether there is a language backbone; without one, every task takes images.
-    A tenant sees the tasks that it may ask, and no sign of the others.
+    A tenant sees only the tasks that it may ask; all others look as if they did not exist.
     """
 
     backend: TextBackend
@@ -173,7 +173,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                     if delta.finish_reason:
                         call.count_in(self._usage)
                     message = encoding.stream_response(delta, generation)
-                    # Most deltas of working have nothing for the reader.
+                    # Skip deltas without text for the reader, such as most deltas of working.
                     if message.ByteSize() or generation.marker is None:
                         yield message
 
@@ -198,9 +198,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return pb.GetTaskResponse(task=encoding.task(task))
 
     def find(self, task_id: str, call: Call | None = None) -> ServedTask | None:
-        """A task that the tenant of a call may ask; the one place where this is checked. Labels the call.
+        """Return a task that the call's tenant may ask; permission is checked only here. Labels the call.
 
-        By default that is the current call.
+        By default, for the current call.
         """
         call = call or current_call.get()
         task = self.catalog.tasks.get(task_id)
@@ -211,14 +211,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return task
 
     def not_found(self, task_id: str) -> RequestFailedError:
-        """The failure of a task that `find` does not give: the same whether it is absent or not the tenant's."""
+        """The failure for a task that `find` refuses; the same for a missing task and for a forbidden one."""
         if not task_id:
             return invalid_argument([Violation("task_id", "found none; ListTasks has those that can be asked")])
         tenant = current_call.get().tenant
         return task_not_found(task_id, filter(tenant.allows, self.catalog.near(task_id)))
 
     async def visible(self) -> Sequence[str]:
-        """The ids that the current call's tenant may know, in order."""
+        """The sorted ids of tasks that the current call's tenant may see."""
         catalog, tenant = self.catalog, current_call.get().tenant
         if "*" in tenant.tasks:
             return catalog.ids
@@ -241,7 +241,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         call: Call | None = None,
         document: Document | None = None,
     ) -> Generation:
-        """A valid request, ready to run. A large one is tokenized beside the event loop, and so are all with `apart`.
+        """Make a generation from a request. A large one, or any with `apart`, is tokenized in a thread.
 
         Raises NOT_FOUND or INVALID_ARGUMENT.
         """
@@ -253,7 +253,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 f"found {task.spec.id!r}, a task of images; allowed: tasks of texts (Classify and Score take images)"
             )
             raise invalid_argument([Violation("task_id", found)])
-        # Tenants share no cached blocks, unless their file says so: answer times would reveal another tenant's prompts.
+        # Tenants do not share cached blocks by default, because answer times would reveal another tenant's prompts.
         cache_salt = None if self._directory.current.share_prefix_cache else call.tenant.id
         own = None
         if request.HasField("answer"):
@@ -290,13 +290,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     def version_for(
         self, request: pb.GenerateRequest, task: ServedTask | None, *, prefetch: bool = True
     ) -> Iterator[ServedTask | None]:
-        """Give the task on the version that answers this request, held until the end.
+        """The task with the version that answers this request; holds the version while the block runs.
 
-        A version that is not in the engine begins to load, unless not `prefetch`.
+        With `prefetch`, a version that is not in the engine starts to load.
         """
         if task is not None and task.spec.id in self.catalog.splits:
             task = self.catalog.choose(task, _routing_key(request))
-        # A request for a task of images is refused in a moment.
+        # Do not load for a text request to an image task, which will be refused.
         if task is None or task.version is None or task.spec.image is not None or request.without_adapter:
             yield task
             return

@@ -1,4 +1,4 @@
-"""Whose request the engine gets next.
+"""Decides whose request the engine gets next.
 
 admission.py     the server's door                          scheduler.py     turns, deadlines
 quotas.py        what a tenant may take                     bucket.py        a rate limit with bursts

@@ -2,9 +2,10 @@
 
 
 class TokenBucket:
-    """Fills at a rate up to a capacity. It may go into debt, which it pays back before it gives anything again.
+    """Fills at a rate up to a capacity. Its content may become negative; it must then refill before it gives anything.
 
-    Debt is for amounts above the capacity, which need a full bucket. The rate comes with every call: it may change.
+    That happens for amounts above the capacity, which need only a full bucket. The rate is an argument of every call,
+    because it may change.
     """
 
     def __init__(self, now: float) -> None:
@@ -17,11 +18,11 @@ class TokenBucket:
         return max(0.0, missing / rate)
 
     def take(self, amount: float, rate: float, capacity: float, now: float) -> None:
-        """Take `amount`, into debt if need be."""
+        """Take `amount`; the content may become negative."""
         self._level = self._refill(rate, capacity, now) - amount
 
     def give_back(self, amount: float, rate: float, capacity: float, now: float) -> None:
-        """Return what was taken and not used."""
+        """Return an unused amount."""
         self._level = min(capacity, self._refill(rate, capacity, now) + amount)
 
     def _refill(self, rate: float, capacity: float, now: float) -> float:

@@ -1,4 +1,4 @@
-"""How long a request will take, from how long others took lately."""
+"""Estimates how long a request will take, from recent requests."""
 
 import time
 from collections import OrderedDict
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 _MEMORY = 0.1
 _MAX_TASKS = 4096
-# The engine may be faster or slower than at older measurements.
+# Seconds after which measurements are ignored: the engine's speed may have changed.
 _STALE_S = 10.0
 
 
@@ -22,10 +22,10 @@ class _Measured:
 
 
 class ServiceTimes:
-    """Times inside the engine, from the hand-over of a sequence, by the number of sequences beside it.
+    """Times in the engine since the hand-over of a sequence, by the number of concurrent sequences.
 
-    Estimates err towards short times: no deadline that they call impossible could be met. They need measurements of the
-    last seconds.
+    Estimates are rather too short, so that a request is refused only if its deadline is really out of reach. They need
+    measurements of the last seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -34,9 +34,9 @@ class ServiceTimes:
         self._tokens: OrderedDict[str, float] = OrderedDict()
 
     def observe(self, task: str, tokens: int, first_token_s: float, whole_s: float, running: int) -> None:
-        """Count a finished sequence: its generated tokens, and how many sequences ran when it began, with itself.
+        """Count a finished sequence: its generated tokens, and how many sequences (itself included) ran when it began.
 
-        One without tokens has its answer after `first_token_s`.
+        A sequence without tokens ended after `first_token_s`.
         """
         now, load = self._clock(), running.bit_length()
         held = self._by_load.get(load)
@@ -47,7 +47,7 @@ class ServiceTimes:
             held.first_token += _MEMORY * (first_token_s - held.first_token)
             held.whole += _MEMORY * (whole_s - held.whole)
         if tokens > 1:
-            # Grow from 0 with each token: a short sequence's steps may have been one long prefill of others.
+            # Weigh by tokens: a short sequence's steps may have been slow because of another one's prefill.
             share = 1 - (1 - _MEMORY) ** (tokens - 1)
             held.per_token += share * ((whole_s - first_token_s) / (tokens - 1) - held.per_token)
         self._tokens[task] = self._tokens.get(task, tokens) + _MEMORY * (tokens - self._tokens.get(task, tokens))

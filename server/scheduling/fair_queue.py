@@ -2,13 +2,13 @@
 
 Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024, algorithm 2, with weights. Every tenant has a
 counter of the service it got, divided by its weight; the tenant with the lowest counter goes next. A tenant that was
-idle is lifted to the lowest counter of those that wait, so that idling saves up no credit. Counters compare within a
-priority class: a class is served while no more urgent one waits.
+idle is lifted to the lowest counter of those that wait, so that it collects no credit while idle. Counters are compared
+within a priority class; a class is served only while no more urgent one waits.
 
 Invariant: the service by weight of two tenants that wait all the time never differs by more than a constant.
 
-Items may wait in several lanes, each for something else; a lane is served alone. A tenant has one counter for all of
-them: service in one lane counts in the others. The invariant holds among tenants that wait in the same lanes.
+Items may wait in several lanes, one per engine, and each lane is served separately. A tenant has one counter for all
+lanes, so service in one lane counts in the others. The invariant holds among tenants that wait in the same lanes.
 """
 
 from collections.abc import Callable, Hashable
@@ -26,7 +26,7 @@ class _Flow(Generic[Item]):
         self.counter = 0.0
         self.weight = 1.0
         self.rank = 0
-        # The lane and the priority of each item that waits.
+        # The lane and priority of each waiting item.
         self.items: dict[Item, tuple[int, int]] = {}
         # Lines by lane, then by priority. A dict keeps the order and removes from the middle in constant time.
         self.lines: list[dict[int, dict[Item, None]]] = [{} for _ in range(lanes)]
@@ -41,7 +41,7 @@ class _Flow(Generic[Item]):
         return sum(map(len, self.lines[lane].values()))
 
     def first(self, lane: int) -> Item:
-        """A lane's next item. There is one."""
+        """A lane's next item; the lane must not be empty."""
         lines = self.lines[lane]
         return next(iter(lines[max(lines)]))
 
@@ -75,7 +75,7 @@ class FairQueue(Generic[Key, Item]):
         """
         flow = self._flow(tenant)
         if flow.rank != rank:
-            # Counters of two classes do not compare.
+            # Start anew, because counters of two classes are not comparable.
             flow.rank, flow.counter = rank, 0.0
             self._lift(flow)
         elif not flow.active:
@@ -88,7 +88,7 @@ class FairQueue(Generic[Key, Item]):
     def pop(self, lane: int = 0, fits: Callable[[Item], bool] | None = None) -> tuple[Key, Item] | None:
         """Take out a lane's next item; None if only blocked tenants wait there.
 
-        A line whose first item does not fit is passed over, and loses nothing of what it is owed.
+        Skips a line whose first item does not fit; its tenant's counter does not change.
         """
         tenant, flow = min(
             (
@@ -106,7 +106,7 @@ class FairQueue(Generic[Key, Item]):
         return tenant, item
 
     def remove(self, tenant: Key, item: Item) -> bool:
-        """Take an item out of the middle; False if it has left already."""
+        """Remove an item; False if it has already left."""
         flow = self._flows.get(tenant)
         if flow is None or item not in flow.items:
             return False
@@ -114,7 +114,7 @@ class FairQueue(Generic[Key, Item]):
         return True
 
     def drop_newest(self, tenant: Key, lane: int = 0) -> Item:
-        """Take out the last item of a tenant's line. The tenant has one."""
+        """Remove and return the last item of a tenant's line, which must not be empty."""
         flow = self._flows[tenant]
         lines = flow.lines[lane]
         item = next(reversed(lines[min(lines)]))
@@ -122,7 +122,7 @@ class FairQueue(Generic[Key, Item]):
         return item
 
     def longest(self, lane: int = 0) -> Key | None:
-        """The tenant with the most items for its weight, in the least urgent class that waits; None if none waits."""
+        """The tenant with the most items by weight in the least urgent waiting class; None if no item waits."""
         waiting = [(self.length_by_weight(name, lane), name) for name, flow in self._flows.items() if flow.lines[lane]]
         return max(waiting, key=lambda entry: entry[0])[1] if waiting else None
 
@@ -132,12 +132,12 @@ class FairQueue(Generic[Key, Item]):
         return flow.rank, flow.queued(lane) / flow.weight
 
     def charge(self, tenant: Key, service: float) -> None:
-        """Count service to a tenant."""
+        """Add service to a tenant's counter."""
         if flow := self._flows.get(tenant):
             flow.counter += service / flow.weight
 
     def block(self, tenant: Key, blocked: bool) -> None:
-        """Stop serving a tenant, or serve it again. A blocked tenant counts as idle."""
+        """Block or unblock a tenant. A blocked tenant is not served and counts as idle."""
         flow = self._flow(tenant)
         if flow.blocked == blocked:
             return
@@ -146,7 +146,7 @@ class FairQueue(Generic[Key, Item]):
         flow.blocked = blocked
 
     def ahead_of(self, tenant: Key, *, weight: float, rank: int, lane: int = 0) -> int:
-        """Roughly how many items go before one that this tenant pushes now."""
+        """Estimate how many items would be served before one that this tenant pushes now."""
         own = self._flows[tenant].queued(lane) if tenant in self._flows else 0
         ahead = own
         for name, flow in self._flows.items():
@@ -164,7 +164,7 @@ class FairQueue(Generic[Key, Item]):
             del self._flows[tenant]
 
     def counter(self, tenant: Key) -> float:
-        """Service by weight, lifts included."""
+        """A tenant's counter: service by weight, including lifts."""
         return self._flows[tenant].counter
 
     def _flow(self, tenant: Key) -> _Flow[Item]:

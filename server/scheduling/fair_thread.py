@@ -1,4 +1,4 @@
-"""One thread, or a few, for the work of many tenants."""
+"""Runs the work of many tenants in one or a few threads, fairly."""
 
 import asyncio
 import time
@@ -13,13 +13,13 @@ Result = TypeVar("Result")
 
 
 class FairThread:
-    """Runs one piece of work at a time in each of `threads`, in an order as fair as that of turns in the engine.
+    """Runs one piece of work at a time in each of `threads`; the order is fair, as for turns in the engine.
 
     All methods run on the event loop.
     """
 
     def __init__(self, name: str, threads: int = 1) -> None:
-        # Bounds the cores that the work of all tenants takes: one for each thread.
+        # The number of threads limits the cores that this work uses.
         self._executor = ThreadPoolExecutor(threads, name)
         self._queue: FairQueue[tuple[str, int], asyncio.Future[None]] = FairQueue()
         self._free = threads
@@ -27,7 +27,7 @@ class FairThread:
     async def run(self, tenant: Tenant, cost: float | None, work: Callable[[], Result]) -> Result:
         """Wait for the tenant's turn, then for the work's result.
 
-        `cost` in any unit, the same for all; None: the seconds that it took, where they cannot be told before.
+        `cost` is in any unit, the same for all work; None means the measured seconds, if the cost is not known before.
         """
         loop = asyncio.get_running_loop()
         turn = loop.create_future()
@@ -53,7 +53,7 @@ class FairThread:
     def _next(self) -> None:
         while self._free and (entry := self._queue.pop()):
             _, turn = entry
-            # A caller that is cancelled leaves the line only when it runs next.
+            # The work of a cancelled caller stays in the line until it is next; skip it then.
             if not turn.done():
                 self._free -= 1
                 turn.set_result(None)

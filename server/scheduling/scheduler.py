@@ -18,28 +18,29 @@ from server.tenants import Priority, Tenant
 # A tenant's requests of one class. A trusted proxy may lower a request below its tenant's class, so a tenant may have
 # several.
 Line = tuple[str, Priority]
-# Cost of a generated token, a prompt token's being 1, as in the paper: it takes a step of its own.
+# Cost of a generated token relative to a prompt token, as in the paper: each generated token needs a step.
 COMPLETION_COST = 2.0
-# Prompt tokens of batches that the engine may get between two steps. A step with this many computes at full speed.
+# Most prompt tokens of batches handed to the engine between two steps; enough for a step at full speed.
 _STEP_TOKENS = 512
 
 
 def engine_turns(max_num_seqs: int) -> int:
-    """Turns at a time: the sequences that the engine runs, and a few more so that it never waits for the next one.
+    """Turns at a time: the sequences that the engine runs, and a few more, so that it need not wait for the next one.
 
-    Answers of a dozen tokens end five at a time in a full step of 64, and the next step begins before this side knows.
+    With answers of a dozen tokens, five sequences end in each full step of 64, and the next step begins before the
+    server gets these answers.
     """
     return max_num_seqs + max(2, max_num_seqs // 8)
 
 
 def batch_turns(max_num_seqs: int) -> int:
-    """Turns that sequences of batches may hold, all together: the engine keeps room for a request that comes beside."""
+    """Most turns of all batches together: the rest is room for single requests."""
     return max(1, max_num_seqs - max(1, max_num_seqs // 32))
 
 
 @dataclass(eq=False)
 class Turn:
-    """A request's stay in the engine. `served` counts its tokens, `aside` lets others run while it waits.
+    """A request's turn in the engine. `served` counts its tokens; `aside` lends the turn while the request waits.
 
     batch: whether the request belongs to a batch whose turns are limited.
     """
@@ -55,7 +56,7 @@ class Turn:
     beside: int = 0
     first_token_at: float = 0.0
     tokens: int = 0
-    # Positions of the prompt that it was charged for.
+    # Prompt positions charged so far.
     _prompt: int = 0
     _submitted: bool = False
     _granted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -67,26 +68,26 @@ class Turn:
         """Lend the turn to other requests while the block runs; at its end, wait for a turn ahead of all queued
         requests.
 
-        The tenant's limits count the request all the while. As many requests as there are turns may be aside; further
-        ones keep their turns.
+        The request still counts in the tenant's limits. At most as many requests as there are turns may be aside;
+        further ones keep their turns.
         """
         self._scheduler.step_aside(self)
         yield
-        # No `finally`: a request that fails inside gives up its turn for good.
+        # Do not use `finally`: a request that fails in the block must not get its turn back.
         await self._scheduler.come_back(self)
 
     def submitted(self) -> None:
-        """The engine has the request: its prompt stays charged, however it ends."""
+        """Note that the engine has the request: its prompt stays charged, however the request ends."""
         self._submitted = True
 
     def found(self, cached: int) -> None:
-        """Charge what was computed of the prompt: `cached` of its tokens were not."""
+        """Correct the charge for the prompt: `cached` of its tokens were not computed."""
         self._charge_prompt(len(self.job.prompt_ids) - cached)
 
     def served(self, tokens: int, first_token_at: float) -> None:
         """Count generated tokens; the request's first one came at `first_token_at`, in the clock's seconds.
 
-        An answer without tokens, such as an image's label, came whole then.
+        An answer without tokens, such as an image's label, was complete at this time.
         """
         self._submitted = True
         self.first_token_at = first_token_at
@@ -97,7 +98,7 @@ class Turn:
 
     @property
     def line(self) -> Line:
-        """The line that it waits in and is charged to."""
+        """The line in which it waits and whose counter is charged."""
         return self.tenant.id, self.tenant.priority
 
     @property
@@ -165,7 +166,7 @@ class Turns:
 
     @property
     def full_of_batches(self) -> bool:
-        """Whether batches have to wait for a step, or for an end of one of their sequences."""
+        """Whether batches must wait for the next step or for the end of one of their sequences."""
         shown = len(self.fresh) >= max(1, self.most // 8) and sum(self.fresh.values()) >= _STEP_TOKENS
         return shown or self.batch >= self.most_batch
 
@@ -182,15 +183,15 @@ class Turns:
         self.running -= 1
         if turn.batch:
             self.batch -= 1
-            # The engine may have made no step since it got the turn, and none may come.
+            # Undo the count since the last step: the engine may not have made a step, and may not make one.
             self.fresh.pop(turn, None)
 
 
 class Scheduler:
     """All methods run on the event loop.
 
-    lanes: the turns of each engine. max_queued: requests that may wait for one engine, all tenants together; when more
-    come, the tenant with the longest line for its weight loses its newest.
+    lanes: the turns of each engine. max_queued: most requests that may wait for one engine, of all tenants together;
+    above it, the tenant with the longest line by weight loses its newest request.
     """
 
     def __init__(
@@ -238,7 +239,7 @@ class Scheduler:
         return self._most_running(tenant, lane) + waiting
 
     def places(self, tenant: Tenant, size: int, lane: Lane) -> int:
-        """Places that a batch holds while its other sequences wait: enough for its turns, and few in the queue."""
+        """Places that a batch holds at a time: enough for its turns, plus a few in the queue."""
         return min(size, self._lanes[lane].most_batch, self.most_inside(tenant, lane))
 
     def retry_s(self, tenant: Tenant, lane: Lane) -> float:
@@ -260,8 +261,8 @@ class Scheduler:
         `reserved` is the reservation that the request shares; without one it reserves for itself.
         Raises DEADLINE_EXCEEDED for a deadline out of reach, and RESOURCE_EXHAUSTED when a line is full.
         """
-        # Do not limit two kinds like batches: a further sequence finds its prompt in the cache, and an image takes one
-        # step.
+        # Two kinds are not limited like batches: a further sequence, whose prompt is cached, and an image, which takes
+        # one step.
         batch = reserved is not None and isinstance(job, GenerationJob) and not job.further
         with self.reserve(tenant, (job,)) if reserved is None else nullcontext(reserved) as held:
             turn = Turn(tenant, job, deadline, held, batch, self)
@@ -294,7 +295,7 @@ class Scheduler:
         if turn not in turns.aside:
             return
         back = asyncio.get_running_loop().create_future()
-        # `_dispatch` passes over a future that was cancelled.
+        # `_dispatch` skips a cancelled future.
         turns.returning.append((turn, back))
         self._dispatch(turn.job.lane)
         await back
@@ -305,7 +306,7 @@ class Scheduler:
         turn.reserved.tokens -= tokens
 
     def keep_only(self, tenant_ids: Collection[str]) -> None:
-        """Forget each tenant that is not among these and has no request here."""
+        """Forget all other tenants that have no open request."""
         for name in self._lines.keys() - set(tenant_ids):
             if not self._running[name] and not self._queued(name):
                 for line in self._lines.pop(name):
@@ -328,7 +329,7 @@ class Scheduler:
         lane = newcomer.job.lane
         longest = self._queue.longest(lane)
         assert longest is not None
-        # Among equals, refuse the newcomer.
+        # If the lines are equally long, refuse the new request.
         if self._queue.length_by_weight(newcomer.line, lane) >= self._queue.length_by_weight(longest, lane):
             longest = newcomer.line
         dropped = self._queue.drop_newest(longest, lane)
@@ -338,7 +339,7 @@ class Scheduler:
         )
         if dropped is newcomer:
             raise failure
-        # A request that was cancelled just now has made room by itself.
+        # A request that was just cancelled has already made room.
         if not dropped.decided:
             dropped.refuse(failure)
 
@@ -408,7 +409,7 @@ class Scheduler:
         return self._times[job.lane].service_s(job.task.spec.id, _longest(job), min(turns.running, turns.most))
 
     def _wait_s(self, tenant: Tenant, lane: Lane) -> float:
-        """Seconds until a request that comes now would get its turn; 0 when nothing was measured lately."""
+        """Seconds until a new request would get its turn; 0 without recent measurements."""
         turns = self._lanes[lane]
         if turns.free > 0 and not self._queue.length(lane):
             return 0.0
@@ -445,10 +446,10 @@ def _is_single(turn: Turn) -> bool:
 
 
 def _computed(job: Job) -> int:
-    """Positions of a prompt that the engine will compute, as far as is known before."""
+    """Prompt positions that the engine will compute, as known before it runs."""
     return len(job.prompt_ids) - job.shared
 
 
 def _longest(job: Job) -> int:
-    """Tokens of the longest answer."""
+    """Tokens of the longest possible answer."""
     return job.sampling.max_new_tokens if job.sampling else 0
