@@ -1,13 +1,13 @@
-"""Whether answers were right: inputs whose answer is not the task's exact one are asked again, alone.
+"""Checks answers: if an answer is not the task's exact one, its input is sent again, alone, for comparison.
 
 A model's greedy answer to an input is fixed, but it is not always the task's exact answer. So an answer is right if it
-is the exact one, or the one that the server gives to the same input alone. The inputs are asked again after the run:
-asked before it, they would be in the server's prefix cache, and the run would be faster than a real one.
+equals the exact one, or the server's answer to the same input alone. Inputs are sent again after the run: if they were
+sent before it, the prefix cache would make the run faster than a real one.
 
 In bfloat16 the last bits of a sum depend on the batch, which can flip the choice between two tokens that are almost as
-likely. An answer that departs from the one alone at such a choice, within `tie_nats` of log-probability, counts as a
-tie, not as wrong; the report says how many there were. Everything else is wrong: the text of another request, broken
-text, or an answer by other weights.
+likely. An answer that differs from the answer alone first at such a choice, within `tie_nats` of log-probability,
+counts as a tie, not as wrong; the report says how many there were. Everything else is wrong: the text of another
+request, broken text, or an answer by other weights.
 """
 
 import time

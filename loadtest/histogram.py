@@ -50,7 +50,7 @@ class Latency:
         self._histogram.add(other._histogram)
 
     def points(self) -> list[tuple[float, int]]:
-        """(seconds, count) of every recorded value, rising."""
+        """(seconds, count) of every recorded value, ascending."""
         if not self.count:
             return []
         # The library's own iterator also visits every empty bucket.

@@ -1,4 +1,4 @@
-"""How requests are spread over tasks or tenants: uniformly, by a Zipf law, or with one hot name."""
+"""Distributes requests over tasks or tenants: uniformly, by a Zipf law, or with one hot name."""
 
 import difflib
 from collections.abc import Sequence

@@ -20,7 +20,7 @@ from loadtest.tenants import Tenant
 from loadtest.trace import Entry, read_trace
 from loadtest.workload import Request, Workload
 
-# Further tasks, or tenants, share one group: thousands of histograms would take gigabytes.
+# Most tasks, or tenants, with an own group; the others share one, because thousands of histograms would take gigabytes.
 MAX_GROUPS = 128
 # Interval at which the generator checks its own delay.
 _LOOK_S = 0.05
@@ -132,7 +132,7 @@ def _window(load: PhaseSettings, entries: list[Entry]) -> tuple[float, float]:
 
 
 async def _watch_own_delay(recorder: Recorder) -> None:
-    """Record this process's own delay: every latency it measures meanwhile is longer by as much."""
+    """Record this process's own delay, which lengthens every latency that it measures meanwhile."""
     while True:
         due = time.monotonic() + _LOOK_S
         await asyncio.sleep(_LOOK_S)

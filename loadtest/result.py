@@ -15,7 +15,7 @@ from loadtest.recorder import CUT_OFF, Group
 from loadtest.settings import PhaseSettings
 
 FORMAT = 1
-# Statuses of an overloaded server. They are right when a load is meant to be too high.
+# Statuses of an overloaded server; they are expected when the load is deliberately too high.
 OVERLOAD = frozenset({"RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"})
 _PACKAGES = ("grpcio", "protobuf", "hdrhistogram", "mtlora")
 

@@ -50,7 +50,7 @@ class Session:
 
     @property
     def over(self) -> bool:
-        """Whether another phase makes no sense."""
+        """Whether no further phase should run."""
         return self.interrupted or self.gone
 
     def interrupt(self) -> None:
@@ -59,7 +59,7 @@ class Session:
         self._generator.stop()
 
     def take(self, count: int) -> list[Request]:
-        """The workload's next requests."""
+        """Take the workload's next requests."""
         return [next(self._generator.workload) for _ in range(count)]
 
     async def run(
@@ -144,7 +144,7 @@ class Session:
 
     @property
     def _unchecked(self) -> int:
-        """Answers that were to be asked again, and could not."""
+        """Number of answers that should have been checked again, but could not be."""
         made = self.result["check"]
         return made["unchecked"] if made and made["how"] == "alone" else 0
 

@@ -1,9 +1,9 @@
-"""Traces: JSONL files that say what was asked when, so that it can be asked again.
+"""Traces: JSONL files of requests and their times, which can be replayed.
 
     {"at": 0.25, "task": "navigate", "input": "Take 2 steps.", "tenant": "acme", "max_new_tokens": 8, "target": "No"}
 
-`at` is in seconds, from any origin, and never falls. All other keys are optional: what is left out is drawn as the
-workload's settings say. `input` may be a text, an object of named fields, or a list of chat messages.
+`at` is in seconds, from any origin, and never falls. All other keys are optional: missing values are drawn by the
+workload's settings. `input` may be a text, an object of named fields, or a list of chat messages.
 """
 
 from collections.abc import Iterable, Iterator

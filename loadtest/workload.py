@@ -1,4 +1,4 @@
-"""What is asked: an endless, repeatable sequence of requests, drawn according to the settings."""
+"""The workload: an endless, repeatable sequence of requests, drawn by the settings."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ class Request:
 class Workload:
     """Draws requests. The sequence continues from phase to phase.
 
-    A task's inputs come in shuffled order, and none repeats before all were asked: a repeated input would be found in
+    A task's inputs come in shuffled order, and none repeats before all were sent, because a repeated input would be in
     the server's prefix cache.
     """
 

@@ -1,4 +1,4 @@
-"""Fixtures of every test. What a test uses decides whether it is slow; where it is decides its group.
+"""Fixtures of every test. A test's fixtures decide whether it is slow; its folder decides its group.
 
 A group runs in one worker of pytest-xdist, in order: its tests share servers, engines and imports.
 """
@@ -17,22 +17,22 @@ LONG = (
     "ServerProcess", "running_fleet", "LyingServer", "WorkerProcess", "running_engine", "running_bare_engine",
     "EngineProcesses", "triton_gpu",
 )  # fmt: skip
-# Making the default backbone takes half of what `make test-fast` may take.
+# Making the default backbone takes half of the time limit of `make test-fast`.
 SLOW_FIXTURES = {"backbone", "short_backbone", "tiny_backbone", "server"}
 # Folders whose tests run in one worker of xdist, in order.
 TOGETHER = ("tests/server/live/", "tests/engine/")
 
 os.environ["TQDM_DISABLE"] = "1"
-# A test passes on a machine of any speed.
-# In CI the same examples each time: a change is judged by itself. Elsewhere new ones, which find more.
+# No deadline: tests must pass on a machine of any speed. In CI, the same examples each time, so that only the change
+# decides; elsewhere new ones, which find more.
 hypothesis.settings.register_profile("any machine", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("any machine")
-# Nothing watches the health of the servers that tests stop.
+# Do not wait for watchers to notice: nothing watches the health of servers in tests.
 os.environ["MTLORA_DRAIN_DELAY_S"] = "0"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A worker of xdist has a core for engines and PyTorch: two threads would wait for other workers' threads."""
+    """Give each xdist worker one core for engines and PyTorch: more threads would wait for other workers' threads."""
     if config.getoption("numprocesses", None):
         # This process starts the workers and runs no test.
         return
@@ -40,13 +40,13 @@ def pytest_configure(config: pytest.Config) -> None:
         cores = sorted(os.sched_getaffinity(0))
         core = cores[int(worker.removeprefix("gw")) % len(cores)]
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
-        # Read when PyTorch is imported. Threads that some tests ask for do not spin while they wait.
+        # PyTorch reads these when it is imported. Waiting threads must not spin.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     if not torch.cuda.is_available():
-        # Triton reads it at its import, which any test may bring about.
+        # Triton reads it when it is imported, which any test may cause.
         os.environ["TRITON_INTERPRET"] = "1"
 
 
@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if any(hasattr(item.module, name) for name in LONG) or SLOW_FIXTURES & set(item.fixturenames):
             item.add_marker("slow")
     if "PYTEST_XDIST_WORKER" in os.environ:
-        # Groups with slow tests first, so that no worker is left with one at the end.
+        # Run groups with slow tests first, so that none is left for the end.
         slow = {_group(item.nodeid) for item in items if item.get_closest_marker("slow")}
         items.sort(key=lambda item: (_group(item.nodeid) not in TOGETHER, _group(item.nodeid) not in slow))
 

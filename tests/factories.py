@@ -20,7 +20,7 @@ CONFIG = MtLoRAConfig(r=2, lora_alpha=4, num_experts=3, num_groups=2)
 
 
 def task_table(num_tasks: int, *, biased: bool = True, document_template: str | None = None) -> tuple[TaskEntry, ...]:
-    """`num_tasks` tasks; the bias indices run against the order of the table, so that one cannot pass for the other."""
+    """`num_tasks` tasks; bias indices are in reverse order, so that a mistaken index is noticed."""
     return tuple(
         TaskEntry(
             id=f"task-{i}",
@@ -110,7 +110,7 @@ def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
 
 
 def replace_tensors(folder: Path, content: bytes) -> None:
-    """Replace the tensor file and record its checksum, so that nothing but its content can be at fault."""
+    """Replace the tensor file and its checksum, so that only its content can be wrong."""
     (folder / TENSORS_FILE).write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
     edit_manifest(folder, lambda manifest: manifest.update(tensors_sha256=digest))

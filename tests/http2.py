@@ -1,4 +1,4 @@
-"""Frames of HTTP/2, for callers that keep to none of a client's manners."""
+"""HTTP/2 frames, for callers that break a client's rules."""
 
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
 # Flags. ACK is of SETTINGS and PING, END_STREAM of DATA and HEADERS.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Lowest first. A room imports rooms of lower levels alone, never one of its own level.
+# Lowest first. A room may import only rooms of lower levels, not of its own level.
 LEVELS = {
     "mtlora": (
         ("errors", "files", "families", "parameters", "control_group", "client", "ops"),

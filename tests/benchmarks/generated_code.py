@@ -1,4 +1,4 @@
-"""A few classes of launches compiled, and some made wrong, as JSON: what `faults` finds in each.
+"""Compiles a few classes of launches, some deliberately wrong, and prints as JSON what `faults` finds in each.
 
 Run as a separate program, because tests choose Triton's interpreter, which compiles nothing.
 """
@@ -14,7 +14,7 @@ from mtlora.ops.triton_gpu import Launch, launches
 
 
 def main() -> None:
-    """Print {class: faults}, and what is seen of launches made wrong."""
+    """Print {class: faults}, and the faults found in wrong launches."""
     bf16, fp16 = torch.bfloat16, torch.float16
     # Every card and class of steps; hidden sizes of every alignment.
     some = [

@@ -42,7 +42,7 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert ratios["25-adapters/backbone"]["min"] == pytest.approx(0.8)
     assert ratios["1000-tasks/25-tasks"]["median"] == pytest.approx(1)
     assert ratios["256-adapters-zipf/32-adapters"]["median"] == pytest.approx(0.5)
-    # One round is compared with the first of two; half the requests are compared by their rate.
+    # A case with one round is compared with the first of two rounds; a case with half of the requests, by its rate.
     assert ratios["25-adapters/vllm-multi-lora"]["median"] == pytest.approx(8)
     assert ratios["backbone/vllm-backbone"]["median"] == pytest.approx(1.25)
     assert ratios["25-adapters/peft-mixed-batches"]["median"] == pytest.approx(8)

@@ -46,7 +46,7 @@ def test_recovery_lies_between_the_bounds_of_the_same_tasks(tmp_path: Path) -> N
     assert mean == pytest.approx(0.5)
     assert low < 0.5 < high
     assert rows["told", LOWER]["recovery"][0] == 0
-    # Without its lower bound, a part has accuracies alone.
+    # Without its lower bound, a part has only accuracies.
     assert "recovery" not in rows["shared", "LoRA q,v"]
     assert rows["shared", "LoRA q,v"]["accuracy"][0] == pytest.approx(0.6)
     text = markdown(list(rows.values()))
@@ -81,12 +81,12 @@ def test_every_cell_is_a_configuration_that_training_takes(tmp_path: Path) -> No
 def test_steps_and_pictures_are_the_same_whatever_the_number_of_tasks_or_maps(tmp_path: Path) -> None:
     claim = _claim(tmp_path, Size())
     cells = _cells(claim)
-    # So is the number of images in each step: no epoch ends in a smaller batch.
+    # The number of images per step is constant too: no epoch ends with a smaller batch.
     assert {config.examples_per_task for _, _, config in cells} == {192}
     assert 192 % BATCH == 0
     assert {_steps(config) for name in METHODS for config in claim.trials(name, 2e-3)} == {360}
     assert {_steps(config) for config in claim.trials(UPPER, 2e-3)} == {120}
-    # What the documentation says it costs.
+    # The cost stated in the documentation.
     trained = sum(_steps(config) for _, name, config in cells if name != LOWER)
     tried = sum(_steps(config) for name in (UPPER, *METHODS) for rate in RATES for config in claim.trials(name, rate))
     assert f"{trained + tried:,} steps" in DOC.read_text()
@@ -108,7 +108,7 @@ def test_the_first_seed_decides_before_another_starts(tmp_path: Path) -> None:
 
 
 def test_what_part_is_run_changes_no_other_cell(tmp_path: Path) -> None:
-    """A folder has one configuration, so that a partial run's results serve the whole one."""
+    """A folder has one configuration, so that a complete run can use a partial run's results."""
     configs: dict[Path, TrainingConfig] = {}
     for size, scale in (
         (Size(), 1.0), (Size(methods=("block",)), 1.0), (Size(counts=(5,)), 1.0), (Size(seeds=(2,)), 1.0),
@@ -152,7 +152,7 @@ def test_a_rate_that_diverges_is_not_chosen_and_a_cell_that_does_is_named(
     results, diverged, _ = written[-1]
     assert {each["name"] for each in results} == {UPPER, LOWER, "LoRA q,v"}
     assert diverged == [f"{part}, block, 5 tasks, seed 0: diverged, loss is nan" for part in ("shared", "told")]
-    # Without training, nothing is done that is not there, and a method without its trials has no cells.
+    # Without training, only existing results are used, and a method without its trials has no cells.
     monkeypatch.setattr(module, "do", lambda *each: pytest.fail("trained"))
     monkeypatch.setattr(module, "read_result", lambda run, *each, **_: None)
     Claim(tmp_path, tmp_path, size, 2, train=False).run()
@@ -203,7 +203,7 @@ def test_finished_cells_go_on_in_another_folder(tmp_path: Path) -> None:
         str(file.parent.relative_to(tmp_path / "there")): json.loads(file.read_text())
         for file in (tmp_path / "there").rglob("result.json")
     }
-    # What failed is done again, and a result that is there stays.
+    # Failed cells run again, and existing results stay.
     del results["told/heads-0.002/5-tasks/seed-0"]
     assert found == results | {"told/LoRA-qv-0.002/5-tasks/seed-0": {"mean_accuracy": 0.6}}
 

@@ -61,7 +61,7 @@ def _estimate(low: float, high: float, value: float | None = None) -> Estimate:
         ((0.8, 1.0), (0.0, 0.3), (-1.0, -0.7), "degradation"),
         ((0.8, 1.0), (0.7, 0.9), (-0.14, 0.1), "no collapse"),
         ((0.8, 1.0), (0.7, 0.9), (-0.16, 0.1), "undecided"),
-        # With nothing to lose at few tasks, neither is shown.
+        # If there is nothing to lose at few tasks, neither outcome is shown.
         ((0.1, 0.3), (0.0, 0.1), (-0.1, 0.1), "undecided"),
         ((0.3, 0.5), (0.0, 0.1), (-0.4, -0.2), "degradation"),
     ],
@@ -113,9 +113,9 @@ def test_decisions_hold_their_numbers() -> None:
     assert collapsed["seeds"] == [0, 1, 2]
     assert (whole["verdict"], whole["value"]) == ("helps", pytest.approx(0.25))
     assert whole["numbers"][PLAIN][0] == pytest.approx(0.5)
-    # The same answers to the same images: no draw tells them apart.
+    # The same answers to the same images differ in no draw.
     assert (routing["verdict"], routing["value"], routing["interval"]) == ("null result", 0.0, (0.0, 0.0))
-    # Every other seed still decides; without any, nothing does.
+    # The other seeds still decide; without any seed, there is no decision.
     some = [r for r in found if (r["name"], r["seed"]) != (WHOLE, 1)]
     assert decide(Cells(some))[1]["seeds"] == [0, 2]
     bound = [r for r in found if r["name"] != UPPER or "t20" not in r["tasks"]]

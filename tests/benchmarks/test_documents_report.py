@@ -23,7 +23,7 @@ def test_last_line_has_what_was_measured() -> None:
 
 
 class Told:
-    """An engine that keeps what it was asked, and takes 2 s, or 1 s if few tasks were."""
+    """An engine that stores its requests. It takes 2 s, or 1 s for few tasks."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []

@@ -132,7 +132,7 @@ def test_a_prediction_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_documents_table_is_the_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its columns that need no compiler; and the rows above it are the table's."""
+    """Compares the columns that need no compiler, and the rows above it."""
     monkeypatch.setattr(step_model, "_assembled", lambda *_: (CODE, CODE))
     monkeypatch.setattr(step_model, "PICTURE", tmp_path / "model.png")
     with contextlib.redirect_stdout(io.StringIO()) as printed:

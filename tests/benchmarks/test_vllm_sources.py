@@ -1,4 +1,4 @@
-"""What can be tested without a card of the trial of vLLM's Python sources."""
+"""The trial of vLLM's Python sources, as far as it can be tested without a GPU."""
 
 import importlib.metadata
 import importlib.util

@@ -1,4 +1,4 @@
-"""`make image` without an engine: what is left out, the engines' command lines, pip's arguments, the exit status."""
+"""`make image` without a container engine: omitted packages, command lines, pip's arguments, the exit status."""
 
 import contextlib
 import hashlib
@@ -34,7 +34,7 @@ def installed_mb(name: str) -> float | None:
 
 @pytest.mark.parametrize("name", sorted(left_out.packages("cpu")))
 def test_sizes_of_what_is_left_out(name: str) -> None:
-    """The list is of packages that a server would install otherwise, and says how large they are."""
+    """The list has packages that a server would otherwise install, with their sizes."""
     listed, reason = left_out.packages("cpu")[name]
     assert name in left_out.names((REQUIREMENTS / "cpu-server.txt").read_text()), "not in the server's packages"
     assert reason
@@ -146,7 +146,7 @@ def test_an_engine_that_is_not_there_is_named(
 def test_a_base_has_proxies_and_no_package_for_development(
     prefix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Such packages bring static libraries; Debian's own Python is a package too."""
+    """Development packages contain static libraries; Debian's own Python is a package too."""
     ran: list[list[str]] = []
     given: dict[str, str] = {}
 

@@ -78,7 +78,7 @@ def test_every_recorded_series_is_on_the_dashboard() -> None:
 
 
 def test_every_metric_is_on_the_dashboard_or_in_a_rule() -> None:
-    """Except what routers read: the same figures have names of the server's own."""
+    """Except metrics for routers, because the same figures exist under the server's own names."""
     text = dashboard.text() + manifests.RULES.read_text()
     used = names_in(text)
     unused = {f.name for f in families() if not any(name.startswith(f.name) for name in used)}
@@ -171,7 +171,7 @@ def test_rules_pass_promtool(arguments: tuple[str, ...]) -> None:
 
 @needs_promtool
 def test_alerts_fire_on_what_an_overloaded_server_exported(tmp_path: Path) -> None:
-    """`deploy/prometheus/record.py` recorded it; the load is taken to go on like that for twenty minutes."""
+    """Uses the series recorded by `deploy/prometheus/record.py`, repeated for twenty minutes."""
     recorded = yaml.safe_load(record.FILE.read_text())
     repeats = 20 * 60 // (recorded["interval_s"] * len(recorded["series"]["mtlora_serving"]))
     series = []

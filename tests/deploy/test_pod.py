@@ -1,4 +1,4 @@
-"""`make pod` without podman: the manifests that it plays are overlay cpu's, but for what its patches name."""
+"""`make pod` without podman: its manifests are overlay cpu's, except for the fields that its patches name."""
 
 import contextlib
 import copy
@@ -132,7 +132,7 @@ class Checks:
                 raise self._error
             return "found"
 
-        # Bound methods compare equal; so must these.
+        # Must compare equal, like bound methods.
         return self.__dict__.setdefault(name, check)
 
 

@@ -19,7 +19,7 @@ TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
 _, _, _IMAGES = (ROOT / "docs" / "images.md").read_text().partition("\n## Your own photographs\n")
 PHOTOGRAPHS = _IMAGES.partition("\n## ")[0]
 BLOCK = re.compile(r"^```(python|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# Training is cut short: what it prints is checked, not what it learns.
+# Training is shortened: only its output is checked, not its result.
 STEPS = ("--set", "max_steps=2", "--set", "validation_per_task=1")
 
 # Runs `mtlora` commands, one a line, in one process: each would import PyTorch and the models again.
@@ -47,7 +47,7 @@ def shape(line: str) -> str:
 
 
 class Reader:
-    """Types what the page says, in an empty folder. The server listens on free ports."""
+    """Runs the page's commands in an empty folder. The server listens on free ports."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -100,7 +100,7 @@ class Reader:
         return self.type("python snippet.py")
 
 
-# What an adapter answers that was hardly trained, and lines that say how well it does.
+# Output that depends on training: answers of the adapter, and its scores.
 FREE = {"shipping"}
 
 

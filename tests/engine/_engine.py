@@ -53,7 +53,8 @@ def _running(start: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) 
         # vLLM writes over both.
         patch.setenv("VLLM_DIST_IDENT", "")
         patch.setattr(torch, "set_num_threads", torch.set_num_threads)
-        # vLLM freezes and unfreezes all that is alive, and collects eight times in an engine's short life.
+        # Disable vLLM's gc calls: it freezes and unfreezes all objects, and collects eight times in an engine's short
+        # life.
         patch.setattr("vllm.v1.engine.core.freeze_gc_heap", lambda: None)
         patch.setattr(gc, "unfreeze", lambda: None)
         engine = start(defaults | engine_overrides(16) | arguments)
@@ -67,10 +68,10 @@ def _running(start: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) 
 
 @functools.cache
 def _leave_imports_to_themselves() -> None:
-    """Garbage is looked for among what comes from now on: half a second a collection otherwise, most of an engine."""
+    """Freeze objects that exist now: otherwise each collection takes half a second, most of an engine's time."""
     gc.collect()
     gc.freeze()
-    # At the interpreter's exit some bindings count what is left, and say so.
+    # Unfreeze at exit: some bindings report objects that are left then.
     atexit.register(gc.unfreeze)
 
 

@@ -24,7 +24,7 @@ HIDDEN_SIZE = 64
 
 
 def make_model(folder: Path, family: str, *, num_layers: int = 2, hidden_size: int = HIDDEN_SIZE) -> Path:
-    """Write a random model of a family, large weights and all, so that every block has its say in the logits."""
+    """Write a random model of a family with large weights, so that every block affects the logits."""
     transformers.logging.disable_progress_bar()
     torch.manual_seed(len(family))
     config = AutoConfig.for_model(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# For this package alone: other tests start engines as in production.
+# Only for this package: other tests start engines as in production.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",

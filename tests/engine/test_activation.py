@@ -1,4 +1,4 @@
-"""Adapters that act from a token on: nothing that was computed under one adapter is read by another."""
+"""Activated adapters: a request never reads cached blocks that another adapter computed."""
 
 import json
 import random
@@ -48,7 +48,7 @@ class Sequence:
 
 
 def state(before: int, token: int, row: int) -> int:
-    """Stands for a position's keys and values: they follow from all tokens and rows up to it."""
+    """A stand-in for a position's keys and values, which depend on all tokens and rows up to it."""
     return hash((before, token, row))
 
 
@@ -145,7 +145,7 @@ class Engine:
         }
         slots = [each.adapter for each, count in scheduled for _ in range(count)]
         rows = iter(masked(slots, counts, computed, points))
-        # All of a step's keys and values are written, layer by layer, before any is read.
+        # Write all of a step's keys and values before reading any, as each layer does.
         for each, count in scheduled:
             for position in range(each.computed, each.computed + count):
                 before = self.at(each, position - 1) if position else 0
@@ -162,7 +162,7 @@ class Engine:
                     self.manager.free(each.request)
                     self.running.remove(each)
                 else:
-                    # Like a model's answer, the token follows from what was read.
+                    # As in a model, the token depends on the positions read.
                     each.request.append_output_token_ids(self.at(each, each.computed - 1) % 2)
 
     def check(self, each: Sequence) -> None:
@@ -243,7 +243,7 @@ def test_the_load_shares_blocks_and_preempts() -> None:
 
 @pytest.mark.parametrize("fault", ["keys", "rows"])
 def test_the_load_finds_blocks_of_another_adapter(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without one of its two sides, the plugin fails the test above."""
+    """With one of the plugin's two parts disabled, the test above must fail."""
     from vllm.v1.core import kv_cache_utils
 
     if fault == "keys":
@@ -266,7 +266,7 @@ def test_salts_stay_in_the_keys() -> None:
 
 
 def filled(engine: Engine, name: str) -> None:
-    """Other traffic, as much as the cache holds."""
+    """Send other traffic that fills the cache."""
     size = engine.block_size * (engine.manager.block_pool.num_gpu_blocks - 1)
     ask(engine, name, random.Random(name).choices((0, 1), k=size - 4))
 

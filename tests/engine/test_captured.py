@@ -1,6 +1,6 @@
 """vLLM's own dispatchers and LoRA mixin drive captured graphs, as both of its model runners do, without a card.
 
-A graph is what `Graph` writes down and the interpreter replays. The managers, the store, the step and the kernels are
+A graph is recorded by `Graph` and replayed in the interpreter. The managers, the store, the step and the kernels are
 the real ones, on the CPU's memory.
 
 Shape suffixes: T rows of the batch, D hidden size.
@@ -323,7 +323,7 @@ def test_a_step_places_the_slots_that_the_last_one_lacked(fleet: Fleet, monkeypa
 
 
 def test_python_between_steps_is_short() -> None:
-    """Four times what a step may take, for a busy machine."""
+    """Allows four times the limit of a step, for a busy machine."""
     run = mapping_variants(64, 25)["one adapter"]
     processor_seconds(run, 5)
     assert min(processor_seconds(run, 50)) < 0.6e-3

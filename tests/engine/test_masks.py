@@ -42,7 +42,7 @@ def test_logits_are_masked_as_by_vllm(
     from mtlora.vllm_cpu import masks
 
     assert gpu_model_runner.apply_grammar_bitmask is masks._apply
-    # Requests without a mask, masks of requests that have left, and both in any order.
+    # Includes requests without a mask and masks of requests that have left, in any order.
     drafts = {"b": [1, 2]} if drafted else {}
     arguments = step(ids, masked[:some], seed, drafts)
     rows = sum(1 + len(drafts.get(each, ())) for each in ids)

@@ -26,7 +26,7 @@ def adds_in_order() -> bool:
 
 
 def add_task(folder, out, new_experts: int):
-    """A merge with random numbers in the place of training."""
+    """Merge a task, with random tensors instead of training."""
     checkpoint = read_checkpoint(folder)
     generator = torch.Generator().manual_seed(new_experts)
     start = starting_point(checkpoint, new_experts, generator)
@@ -84,7 +84,8 @@ def test_old_tasks_keep_their_bits(tmp_path, dtype):
                 if name == "bias" or (dtype == "bfloat16" and adds_in_order()):
                     assert torch.equal(found, before[i]), f"{name}: task t{i} has moved"
                 else:
-                    # The added terms are zero, but the order of adding changes: last bits differ, and all that follows.
+                    # The added terms are zero, but the order of additions changes, so last bits differ, and later
+                    # values too.
                     torch.testing.assert_close(found, before[i], atol=5e-5 if dtype == "float32" else 0.05, rtol=0)
             added[name] = logprobs(name, "added", next(ids))
     assert not torch.equal(added["bias"], added["experts"])

@@ -1,4 +1,4 @@
-"""The default dtype of a backbone."""
+"""The default dtype of a backbone in the engine."""
 
 import json
 

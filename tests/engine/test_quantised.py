@@ -24,7 +24,7 @@ from tests.engine._models import VOCABULARY, make_adapter, make_model, path_refe
 # Relative to the norm of a token's path, as in test_formula.py; and bfloat16's rounding of the sum.
 TOLERANCE = 1e-2
 ROUNDING = 2**-8
-# Least change of a log-probability by the adapter: one that changes nothing tests nothing.
+# Smallest change of a log-probability by the adapter; an adapter without effect would test nothing.
 EFFECT = 1.4
 
 

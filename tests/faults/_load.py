@@ -22,7 +22,7 @@ _WORDS = (
     "seven", "apples", "7/30/2018", "walked", "north", "before", "the", "old", "bridge", "cost", "$12.50", "nobody",
     "answered", "twice",
 )  # fmt: skip
-# Ends what hangs. No answer takes nearly as long on any machine.
+# Deadline that ends hanging calls; no answer takes nearly as long on any machine.
 _TIMEOUT_S = 90.0
 
 
@@ -119,7 +119,7 @@ class BackgroundLoad:
 
     def _until_stopped(self) -> Iterator[Question]:
         while not self._stopping.is_set():
-            # Each once before any is asked again, with its prompt in the engine's cache.
+            # Send each question once before any is repeated, because a repeated prompt is in the engine's cache.
             for question in self._rng.sample(self._questions, len(self._questions)):
                 if self._stopping.is_set():
                     return

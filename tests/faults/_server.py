@@ -45,7 +45,7 @@ class Target:
         self.name = source.parent.name
         self.contents = [self._home / "content" / "0", self._home / "content" / "1"]
         shutil.copytree(source, self.contents[0])
-        # Other answers to most inputs.
+        # The second content: gives other answers to most inputs.
         write_scaled_adapter(source, self.contents[1], 0.5)
         self.version = 1
         # The answers of both contents, once a scenario has asked for them.

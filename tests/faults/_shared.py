@@ -14,7 +14,7 @@ Server = TypeVar("Server", bound=Closes)
 
 
 class Shared(Generic[Server]):
-    """Calling it gives the server. The first call starts it, `close` stops it."""
+    """Call it to get the server. The first call starts the server, `close` stops it."""
 
     def __init__(self, start: Callable[[Options], Server]) -> None:
         self._start = start

@@ -21,7 +21,7 @@ SLOW = 200
 _PEERS = [f"127.0.0.{number}" for number in range(2, 10)]
 # Needs no key, so the server waits for its message.
 _HALF_OPEN = "/grpc.health.v1.Health/Check"
-# A call that the server ended is opened again, but not at once if it ended at once: it was refused.
+# Reopen a call that the server ended, but wait if it ended at once, because it was refused.
 _REFUSED_S, _AGAIN_S = 1.0, 5.0
 _OPEN_TIMEOUT_S = 60.0
 
@@ -90,7 +90,7 @@ class Strangers:
                 await asyncio.gather(*(self._connect() for _ in range(50)))
             self._running += [asyncio.create_task(self._dawdle(number)) for number in range(SLOW)]
             await asyncio.gather(*(self._connect(HALF_OPEN // len(_PEERS), peer) for peer in _PEERS))
-        # Those that dawdle begin one after the other.
+        # Start slow connections one after the other.
         await asyncio.sleep(1.5)
 
     async def close(self) -> None:

@@ -13,8 +13,8 @@ from tests.faults._server import Target
 
 SERVING = adapters_pb2.ADAPTER_STAGE_SERVING
 FAILED = adapters_pb2.ADAPTER_STAGE_FAILED
-# Most requests are new to the engine's cache, as users' are. With few questions, the prompts of a steady load came from
-# the cache and those after a swap did not: that was most of the difference.
+# Most requests are new to the engine's cache, as users' are. With few questions, prompts of the steady load came from
+# the cache and those after a swap did not, which caused most of the difference.
 _QUESTIONS = 80
 
 

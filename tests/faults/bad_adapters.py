@@ -32,7 +32,7 @@ def run(options: Options) -> Row:
             for kind, write in rng.sample([*KINDS.items()] * times, len(KINDS) * times):
                 version, content = target.next_version()
                 folder = target.root / target.name / version
-                # By a rename: the server must not see the healthy copy before it is damaged.
+                # Publish by a rename, so that the server does not see the healthy copy before it is damaged.
                 hidden = folder.with_name(f".{version}")
                 write(content, hidden, rng)
                 hidden.rename(folder)

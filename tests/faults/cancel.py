@@ -32,7 +32,7 @@ def run(options: Options) -> Row:
         tasks = [task.id for task in client.tasks() if len(task.fields) == 1]
         before = _answers(client, tasks)
         ends = asyncio.run(_cancel(target.address, target.pace, tasks, streams, options.seed))
-        # The engine reports statistics with its steps, and these requests cause some.
+        # The engine reports statistics only with a step, so make it step.
         after = _answers(client, tasks)
     left = what_is_left(target.server)
     wrong = sum(one != other for one, other in zip(before, after, strict=True))
@@ -52,7 +52,7 @@ def _answers(client: Client, tasks: list[str]) -> list[str]:
 
 
 async def _cancel(address: str, pace: Pace, tasks: list[str], streams: int, seed: int) -> Counter[str]:
-    """How many streams ended in each status. The deadline is far beyond what an answer takes: it ends what hangs."""
+    """The number of streams by status. The deadline is far longer than an answer takes; it ends hanging streams."""
     rng = random.Random(seed)
     ends: Counter[str] = Counter()
     deadline_s = max(600.0, 20 * _LONG["max_new_tokens"] * pace.step_s)

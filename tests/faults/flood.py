@@ -30,7 +30,7 @@ _FLOOD_QUOTAS = 10
 _PER_TURN = 10
 _ROUNDS = 8
 _EQUAL = ("equal-0", "equal-1", "equal-2", "equal-3")
-# Answers of all equal tenants together, first while shares even out: the first to come gets all turns at once.
+# Answers of all equal tenants before the measurement, and in it: at first, the first tenant gets all turns.
 _SETTLING, _BACKLOG = 100, 250
 _ANSWER: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "stop": [], "free": True}
 
@@ -58,7 +58,7 @@ def run(options: Options) -> Row:
     flood = Flood(server, access, asked, capacity, options.seed)
     asyncio.run(flood.rounds(rounds))
     if flood.ratio > P99_GOAL:
-        # The 99th percentile of some hundred requests is the second or third slowest: is it chance?
+        # The 99th percentile of some hundred requests is the second or third slowest, so estimate its uncertainty.
         asyncio.run(flood.rounds(rounds))
     # Their answers have 8 or 24 tokens.
     mixed = server.pace.answers_per_s(16)

@@ -24,7 +24,7 @@ from tests.faults.scenario import Options, Row
 
 ORDER = 55
 _IN_FLIGHT = 32
-# A call whose own deadline ends it hung: the server got its whole message, and time for it.
+# A call that its own deadline ends was hanging: the server had its whole message and enough time.
 PROPER = {
     "OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED",
     "UNIMPLEMENTED", "OUT_OF_RANGE",
@@ -58,7 +58,7 @@ def run(options: Options) -> Row:
         fuzzer = Fuzzer(options.seed, str(access.api_key), [task.id for task in client.tasks()])
         ask_many_lengths(client)
     failed_before = _failed(server)
-    # Until caches are full and pools have their size.
+    # Warm up until caches are full and pools have their size.
     patience_s = shared.pace.patience_s
     asyncio.run(send(server.address, fuzzer, max(1_500, count // 20), patience_s))
     before = resident_bytes(server.process.pid)

@@ -120,7 +120,7 @@ class Hostility:
                 self._over = False
 
     def _while_on(self, types: Iterator[pb.AnswerType]) -> Iterator[pb.AnswerType]:
-        """Types until the turn is over."""
+        """Send types until the turn is over."""
         while not self._over:
             yield next(types)
 
@@ -152,7 +152,7 @@ class Hostility:
 
 
 def _expensive(rng: random.Random) -> Iterator[pb.AnswerType]:
-    """Types that explode, are large, recurse, or are none; every one is another."""
+    """Types that explode, are large, are recursive or invalid; all are different."""
     # More than a message may hold.
     too_many = pb.AnswerType(label=pb.LabelType(labels=[str(i) for i in range(100_000)]))
     while True:

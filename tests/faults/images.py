@@ -1,4 +1,4 @@
-"""Mutated images: the server must answer each with a label or a clear status, beside a neighbour who feels nothing."""
+"""Mutated images: the server must answer each with a label or a clear status, without slowing a neighbour."""
 
 import asyncio
 import random
@@ -28,8 +28,7 @@ from tests.faults.scenario import Options, Row
 from tests.mtlora.vision.pictures import SVG, animated, bomb, encoded, jpeg_bomb, many_scans, photograph, webp_bomb
 
 ORDER = 105
-# What the neighbour may wait, in steps of as many images as one takes: for the step that runs when its image comes, and
-# for the one that takes it.
+# Most steps that the neighbour may wait: the step that runs when its image arrives, and the step that computes it.
 STEPS_GOAL = 2.0
 _STEP = 16
 _CALLS, _IMAGES = 4, 8
@@ -52,7 +51,7 @@ def run(options: Options) -> Row:
         mutator = Mutator(options.seed, [task.id for task in tasks])
         neighbour = Neighbour(server.address, Access(own_key), tasks[1].id)
         alone, steps = neighbour.ask_for(10.0), neighbour.ask_for(10.0, images=_STEP)
-        # Until pools have their size. They count, but not to the 20,000.
+        # Warm up until pools have their size. These images are checked, but not counted among the 20,000.
         warm_up = asyncio.run(_send(server.address, key, mutator, max(200, count // 20)))
         before = resident_bytes(server.process.pid)
         statuses, beside = asyncio.run(_beside(server.address, key, mutator, count, neighbour))
@@ -135,7 +134,7 @@ class Mutator:
         for _ in range(rng.choice((0, 1, 1, 2, 5, 20))):
             if not damaged:
                 break
-            # Headers decide more than pixels.
+            # Damage mostly headers, which affect more code than pixels.
             at = rng.randrange(min(64, len(damaged)) if rng.random() < 0.3 else len(damaged))
             match rng.randrange(4):
                 case 0:

@@ -29,14 +29,14 @@ from tests.faults.scenario import Options, Row
 ORDER = 58
 TENANTS = 1000
 MAX_DELAY_S = 0.05
-# A late sample is one, however late, so the slowest has a goal of its own.
+# The share of late samples does not show how late they are, so the slowest has its own goal.
 MAX_STALL_S = 0.5
 _PERCENTILE = 0.999
 _RELOAD_EVERY_S = 5.0
 # Requests a second of the tenant that asks for tasks that do not exist: its whole quota.
 _QUOTA = 50.0
 _IN_FLIGHT = 8
-# Small, so that the number of its tasks alone makes the adapter large.
+# Small sizes, so that only the number of tasks makes the adapter large.
 _CONFIG = MtLoRAConfig(r=1, num_experts=2, num_groups=1)
 # Ends a load that hangs.
 _LOAD_TIMEOUT_S = 180.0

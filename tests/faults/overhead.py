@@ -24,7 +24,7 @@ GOAL = 0.95
 _TENANTS = 5
 # Settings of both servers. Without the prefix cache, which keeps other blocks each round, every round is the same work.
 SETTINGS: dict[str, Any] = {"max_num_seqs": 64, "kv_cache_gib": 1.0, "enable_prefix_caching": False}
-# A side of a round: waves of as many requests as run at once. One alone would measure mostly how it begins and ends.
+# Waves of requests per side and round. With one wave, mostly its start and end would be measured.
 _ROUND_S = 3.0
 _MIN_WAVES = 2
 # The server admits no more.

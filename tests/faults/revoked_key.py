@@ -41,7 +41,7 @@ def _yaml(entries: Entries, **changes: Any) -> str:
 
 
 def _without_permission(path: Path, entries: Entries) -> None:
-    # Root reads it all the same, so it is no tenants file either.
+    # Root ignores file permissions, so make the content invalid too.
     _text(lambda _: "tenants: no")(path, entries)
     path.chmod(0)
 
@@ -90,7 +90,7 @@ def run(options: Options) -> Row:
             key, entry = made[way]
             refused = _refused(server.server.metrics)
             with Client(server.address, Access(api_key=key)) as revoked:
-                # The server then knows the key, and needs to compare it no more.
+                # The server then has verified the key and caches it.
                 if not accepted(revoked):
                     raise RuntimeError(f"{way}: the key is refused before it is revoked")
                 break_file(server.file, entries)

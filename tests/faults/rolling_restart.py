@@ -1,6 +1,6 @@
 """Two servers behind one client channel are restarted in turn under load: no call may fail.
 
-Each has cores of its own, as replicas on two nodes have: one that starts takes none of the other's.
+Each has its own cores, like replicas on two nodes, so that a starting server does not slow the other.
 """
 
 import asyncio
@@ -76,7 +76,7 @@ def run(options: Options) -> Row:
 
 
 async def _restart_under_load(servers: list[Restarted], restarts: int, asked: list[Question]) -> Counter[str]:
-    """How many calls had which end."""
+    """The number of calls by status."""
     ends: Counter[str] = Counter()
     stopping = False
 

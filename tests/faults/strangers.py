@@ -1,4 +1,4 @@
-"""Strangers hold thousands of connections and calls; a tenant must not feel it."""
+"""Strangers hold thousands of connections and calls; a tenant's latency must not change."""
 
 import asyncio
 import contextlib
@@ -78,7 +78,7 @@ def run(options: Options) -> Row:
 
 
 def were_open(found: Open) -> bool:
-    """Whether the strangers held what they should."""
+    """Whether the strangers held enough connections and calls."""
     return all(each >= _HELD * wanted for each, wanted in zip(found, (IDLE, HALF_OPEN, SLOW), strict=True))
 
 

@@ -104,7 +104,7 @@ def test_measurements_read_metrics_that_exist() -> None:
 
 
 def test_scenarios_that_share_a_server_are_neighbours() -> None:
-    # Else the server would be started anew, or stay beside others that are measured.
+    # Otherwise the server would start again, or run beside others that are measured.
     order = [frozenset(map(id, shared_servers(run))) for run in scenarios().values()]
     groups = [servers for servers, _ in itertools.groupby(order) if servers]
     assert len(groups) == len(set(groups))

@@ -1,4 +1,4 @@
-"""`kill -9` of the server under load: afterwards its usage is what the clients' summaries say.
+"""`kill -9` of the server under load: afterwards its usage equals the sum of the clients' summaries.
 
 Exact means: a call whose summary came is counted once, with its tokens; a call that the kill left without a summary is
 counted once or not at all.
@@ -36,7 +36,7 @@ class Asking:
     access: Access
     question: Question
     summaries: list[pb.Summary] = field(default_factory=list)
-    # Calls without a summary; those of other causes than a kill besides.
+    # Calls without a summary because of a kill, and for other reasons.
     unanswered: int = 0
     failures: list[str] = field(default_factory=list)
 

@@ -14,7 +14,7 @@ from mtlora.client import Access, AsyncClient, Placement, Retry, ServerError
 from tests.fleet._fleet import Fleet, Member
 
 IN_FLIGHT = 32
-# Ends what hangs.
+# Deadline of calls that hang.
 _TIMEOUT_S = 120.0
 
 
@@ -114,7 +114,7 @@ def _in_flight(member: Member) -> int:
 
 
 async def _go_on(fleet: Fleet, found: FleetCalls, calls: int) -> None:
-    """Wait for more calls, and until every server answers some."""
+    """Wait until more calls have ended and every server has answered some."""
     before = found.calls
     answered = [await asyncio.to_thread(member.answered) for member in fleet.members]
     await eventually(lambda: found.calls >= before + calls, _TIMEOUT_S)

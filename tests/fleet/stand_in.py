@@ -22,7 +22,7 @@ from tests.server.adapters import entry
 from tests.server.fakes import FakeEngine, FakeMemory, Service
 from tests.server.slots import serving_version
 
-# What an answer takes, for each token that it may have.
+# Seconds of an answer per allowed token.
 _SECONDS = 0.02
 _ADAPTERS = 100
 _ABOUT_A_DOCUMENT = ServedTask(

@@ -98,7 +98,7 @@ async def test_a_killed_server_fails_what_ran_there_and_the_client_repeats_it(ba
         ran = await kill_one(balanced.fleet, once, calls_between=32)
     assert only_what_ran_failed([once], ran), (ran, once.failed)
     assert repeated.failed == {}
-    # The others failed none.
+    # The other servers failed no call.
     for member in balanced.fleet.members:
         assert member.page().value("mtlora_requests_total") == member.answered()
 

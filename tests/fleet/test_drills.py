@@ -1,4 +1,4 @@
-"""What the drills wait for, and what they call a success."""
+"""The drills' waits and their conditions of success."""
 
 import asyncio
 from collections import Counter

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-# What a processor has at most, by the mask's name: functions and capabilities of `torch.cpu`.
+# Functions and capabilities of `torch.cpu` to deny, by the mask's name.
 _HIDDEN_BY = {
     "avx2": ("avx512", "avx10", "amx"),
     "avx512": ("avx512_bf16", "avx512_fp16", "avx10", "amx"),
@@ -21,7 +21,7 @@ _HIDDEN_BY = {
 
 
 def mask(module: Any, hidden: Sequence[str]) -> None:
-    """Let `torch.cpu` deny the instruction sets whose names begin so."""
+    """Make `torch.cpu` deny instruction sets with these prefixes."""
     for name in vars(module).copy():
         if name.startswith(tuple(f"_is_{each}" for each in hidden)):
             setattr(module, name, lambda: False)
@@ -51,7 +51,7 @@ class _Finder:
 
 
 def _run_the_next() -> None:
-    """This file hides another of its name: run that one too."""
+    """This file hides another sitecustomize.py on the path, so run that one too."""
     here = os.path.dirname(__file__)
     others = [folder for folder in sys.path if os.path.abspath(folder or ".") != here]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", others)

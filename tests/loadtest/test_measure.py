@@ -1,4 +1,4 @@
-"""What is computed from requests: histograms, records, the knee, fairness, the server's figures, the check."""
+"""Computations on requests: histograms, records, the knee, fairness, the server's figures, the check."""
 
 import math
 from dataclasses import replace

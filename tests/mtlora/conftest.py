@@ -1,4 +1,4 @@
-"""Training sets torch's threads and determinism for the whole process; the next test gets them back."""
+"""Restore torch's threads and determinism after each test, because training changes them for the whole process."""
 
 from collections.abc import Iterator
 

@@ -145,5 +145,5 @@ def test_gradients_reach_every_parameter(model: Any, attach: Callable[..., Adapt
     for name, parameter in adapters.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
-    # No sequence has the third task.
+    # No sequence belongs to the third task.
     assert all(block.task_bias.grad[2].abs().sum() == 0 for block in adapters.blocks())

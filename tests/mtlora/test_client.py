@@ -1,4 +1,4 @@
-"""The clients, against a server that answers nothing but what a test needs."""
+"""The clients, against a server with only the answers that the tests need."""
 
 from collections.abc import Iterator
 from concurrent import futures
@@ -182,7 +182,7 @@ async def test_calls_of_tasks_and_adapters_are_repeated_too(server: Server) -> N
 
 
 async def test_a_rollback_has_a_deadline_and_one_attempt(server: Server) -> None:
-    """A second one goes further back."""
+    """A repeated rollback would go further back."""
     with Client(server.address, retry=FAST) as client:
         client.rollback_adapter("a", timeout=10)
         assert server.left_s is not None

@@ -183,7 +183,7 @@ async def test_a_new_task_is_looked_up_once_and_learnt_from_its_answers() -> Non
         for _ in range(3):
             await client.generate("late", "x")
         await client.generate("t0", "x")
-        # Its first call went by its own id; its answer named adapter a0.
+        # The first call is placed by task id; its answer teaches the client adapter a0.
         home = next(server for server in servers if server.asked["t0"])
         assert home.asked["late"] >= 2
         assert sum(server.listed for server in servers) == 1

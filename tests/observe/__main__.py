@@ -28,7 +28,7 @@ from tests.fleet._fleet import free_port
 from tests.fleet._placing import write_adapters
 from tests.observe._monitoring import Monitoring, dashboard_queries, missing, rules
 
-# What one machine does not bring about at will, and why.
+# Alerts that cannot be provoked on one machine, and why.
 NOT_PROVOKED = {
     "MtloraStorageHangs": "needs a file system that hangs",
     "MtloraKvCacheFull": "the small backbone's sequences do not fill a cache",
@@ -100,7 +100,7 @@ def main() -> int:
         folder, since = Path(name), time.time()
         observed = Observed(folder)
         with Monitoring(folder, observed.metrics) as monitoring, observed.process as server:
-            # While it starts, nothing serves.
+            # No server serves while this one starts.
             server.wait_ready()
             records = {rule["record"] for rule in rules("record")}
             wrong = asyncio.run(_provoke(observed, monitoring, records))

@@ -21,10 +21,10 @@ from deploy.grafana.dashboard import dashboard
 from deploy.manifests import RULES
 from tests.fleet._fleet import free_port
 
-# How much faster time goes than in the rules.
+# By which factor times are shorter than in the rules.
 SCALE = 60
 SCRAPE_S, SCRAPE_TIMEOUT_S = 0.5, 0.4
-# Ends what hangs.
+# Seconds after which hanging calls fail.
 _START_S = 120.0
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _WINDOW = re.compile(r"\[(\d+)([smhd])\]")
@@ -104,7 +104,7 @@ class Monitoring:
                 "static_configs": [{"targets": [self._target], "labels": {"namespace": "mtlora", "pod": "mtlora-0"}}],
             }],
         })  # fmt: skip
-        # Before Prometheus: an alert that it cannot send waits for the next time.
+        # Start it before Prometheus: an alert that cannot be sent waits for the next interval.
         self._start(
             self._alertmanager, ALERTMANAGER, f"--config.file={self._folder}/alertmanager.yml",
             f"--storage.path={self._folder}/alertmanager",
@@ -131,7 +131,7 @@ class Monitoring:
         return bool(self._ask("query_range", asked))
 
     def wrong_records(self, wanted: Collection[str], seconds: float) -> list[str]:
-        """What is wrong with recorded series, by name, once nothing is or after so many seconds.
+        """Wrong recorded series by name; waits up to `seconds` until there is none.
 
         Each needs a series, and each series its expression's value at the moment of its last sample.
         """

@@ -51,7 +51,7 @@ def test_a_javascript_client(tmp_path: Path) -> None:
     assert [each["code"] for each in found["images"]] == [0, 0, 3]
     assert [each["label"] for each in found["images"]] == [each.label for each in images]
     for theirs, ours in zip(found["images"], images, strict=True):
-        # Batches differ, and so do last bits.
+        # Batches differ, so last bits of sums differ.
         assert theirs["probabilities"] == pytest.approx(ours.probabilities, abs=1e-5)
     assert found["error"]["code"] == "NOT_FOUND"
     assert found["error"]["request_id"]

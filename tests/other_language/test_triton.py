@@ -38,7 +38,7 @@ def test_tritons_client(tmp_path: Path) -> None:
     assert found["labels"] == list(LABELS)
     assert found["datatype"] == "float32"
     for theirs, ours in zip(found["probabilities"], scores, strict=True):
-        # Batches differ, and so do last bits.
+        # Batches differ, so last bits of sums differ.
         assert theirs == pytest.approx([ours.probabilities[label] for label in LABELS], abs=1e-2)
     assert found["json"] == [record.text]
     assert json.loads(record.text).keys() == properties.keys()

@@ -31,7 +31,7 @@ def write_adapter(
     projector: ProjectorConfig | None = None,
 ) -> None:
     """A random adapter. Its answers mean nothing, but differ from the backbone's."""
-    # Late: torch takes seconds to import, and servers without an engine need none.
+    # Import here: torch takes seconds to import, and tests without an engine do not need it.
     from benchmarks.harness.adapters import random_tensors
 
     backbone = backbone or backbone_identity()

@@ -71,7 +71,7 @@ class FakeEngine:
         self.running += 1
         try:
             yield self.deltas[0]
-            # A step of the real engine: the first delta can be read before the second comes.
+            # Yield like a real engine's step, so that the first delta can be read before the second exists.
             await asyncio.sleep(0.01)
             if self.error:
                 raise self.error
@@ -149,7 +149,7 @@ class Service:
             Decoding(ImageLimits(self.settings.message_limit, self.settings.max_image_pixels), threads=2),
             log_prompts=log_prompts,
         )
-        # Without a registry: a test that calls it sets one.
+        # There is no registry; a test that needs one sets it.
         self.adapters = AdaptersServicer(self.admission)
         self.open_inference = OpenInferenceServicer(self.servicer, self.admission, self.repository)
         self.engine.prompts = PromptEncoder(FakeTokenizer())
@@ -172,7 +172,7 @@ class Service:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
     async def drain(self) -> None:
-        """What SIGTERM does."""
+        """Drain the server as SIGTERM does."""
         await self.listening.drain(self.health, self.admission)
 
     @asynccontextmanager

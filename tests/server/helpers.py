@@ -1,4 +1,4 @@
-"""What several test modules use."""
+"""Helpers of several test modules."""
 
 import socket
 from typing import Any

@@ -1,4 +1,4 @@
-"""A tiny backbone that exists in name alone, slots without vLLM, and versions without files."""
+"""A fake backbone without files, slots without vLLM, and versions without files."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -54,7 +54,7 @@ async def serving(**settings: Any) -> AsyncIterator[tuple[Service, AsyncClient]]
 
 
 async def failure(client: AsyncClient, tasks: list[DocumentTask], *about: str, **named: Any) -> ServerError:
-    """What both forms of a call end in."""
+    """The failure of both forms of a call."""
     with pytest.raises(ServerError) as unary:
         await client.analyze_all(tasks, *about, **named)
     with pytest.raises(ServerError) as streamed:
@@ -167,7 +167,7 @@ async def test_a_document_is_charged_once_and_what_was_cached_is_refunded(tmp_pa
             answers = await client.analyze_all(tasks, "x" * 47)
             assert all(each.answer for each in answers)
             assert [job.shared for job in service.engine.jobs] == [0, 50, 50, 50]
-            # The engine says that nothing was cached: all of it was computed, and is charged.
+            # The engine reports that nothing was cached, so the whole document is charged.
             error = await failure(client, tasks, "x" * 47)
             assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
 

@@ -104,7 +104,7 @@ async def test_the_engine_is_held_to_the_tasks_type(service: Service, client: As
     assert service.engine.jobs[1].sampling.constraint is None
     assert (free.answer_type, free.value) == ("", "working")
     await client.generate("worked", "x", without_adapter=True)
-    # The backbone was taught no marker.
+    # The bare backbone was not trained to write a marker.
     assert read(service.engine.jobs[2].sampling.constraint).marker is None
     task = await client.task("number")
     assert (task.answer.number.maximum, list((await client.task("label")).allowed_answers)) == (99, _LABEL["labels"])
@@ -239,7 +239,7 @@ async def test_scores_every_label_in_one_step(service: Service, client: AsyncCli
         assert score.summary.completion_tokens == 2
     assert len(service.engine.jobs) == 6
     assert {job.sampling.max_new_tokens for job in service.engine.jobs} == {1}
-    # Once an input, whatever it took.
+    # Counted once per input, however many sequences it took.
     assert service.value("mtlora_requests_total", method="ScoreItem", task="label", status="OK") == 3
 
 

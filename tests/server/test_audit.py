@@ -117,7 +117,7 @@ async def test_reads_and_refused_calls_get_one_line(tmp_path: Path) -> None:
                 "UNAUTHENTICATED",
             )
             assert wrong not in json.dumps(line)
-        # A refused change is a change asked for, but none that could be made.
+        # A refused change was requested, so it has a line, but nothing was received for execution.
         assert await here.call(lambda channel: stub(channel).Load, load, here.keys["a"]) is (
             grpc.StatusCode.PERMISSION_DENIED
         )

@@ -18,7 +18,7 @@ from server.scheduling import batch_turns, engine_turns
 from tests.server.fakes import FakeEngine, Service
 
 SEQUENCES, STEP_TOKENS = 64, 2048
-# Seconds of a step: its own, of each sequence and of each token of a prompt.
+# Seconds of a step: a fixed part, a part per sequence, a part per prompt token.
 STEP_S, SEQUENCE_S, PROMPT_S = 0.03, 0.001, 0.0004
 PROMPT, ANSWER_TOKENS = "x" * 100, (7, 20, 4, 13, 16, 10, 18, 5)
 
@@ -150,7 +150,7 @@ async def test_a_neighbour_waits_beside_a_batch_as_beside_single_requests(tmp_pa
         batch = asyncio.create_task(many.generate_all(items))
         await eventually(lambda: engine.inside > 0)
         beside_batch = await slowest(service, engine, single, items_follow)
-        # The engine is full, but for the sequences that the batch leaves to others.
+        # The engine is full, except for the sequences that a batch must leave to others.
         assert engine.inside >= batch_turns(SEQUENCES) - 1
         assert not batch.done()
         batch.cancel()

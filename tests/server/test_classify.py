@@ -426,7 +426,7 @@ async def test_open_inference_takes_images(service: Service, raw: bool) -> None:
 async def answers(stub: Any, request: Any) -> list[str]:
     response = await stub.ModelInfer(request)
     assert response.parameters["prompt_tokens"].int64_param == 2 * POSITIONS
-    # All, as the request names none.
+    # All outputs, because the request names none.
     assert [each.name for each in response.outputs] == ["label", "probabilities", "labels"]
     assert [list(each.shape) for each in response.outputs] == [[2], [2, 3], [3]]
     if response.raw_output_contents:

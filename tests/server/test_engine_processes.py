@@ -45,7 +45,7 @@ def test_kill_ends_every_process_and_frees_shared_memory() -> None:
         assert left in processes.shared
         assert left.exists()
         child.send_signal(signal.SIGSTOP)
-        # The child is an orphan when `kill` comes.
+        # The child is an orphan when `kill` is called.
         parent.kill()
         parent.wait()
         processes.kill()

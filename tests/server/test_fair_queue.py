@@ -28,7 +28,7 @@ def test_waiting_tenants_get_service_by_weight(weights: list[float], costs: list
     served = [0.0] * len(weights)
     for turn in range(200):
         for i, weight in enumerate(weights):
-            # Never without something to do.
+            # Every tenant always has waiting items.
             while queue.queued(str(i)) < 2:
                 push(queue, str(i), len(served) * 1000 * turn + i * 100 + queue.queued(str(i)), weight)
         tenant, _ = queue.pop() or pytest.fail("nothing came although everybody waits")

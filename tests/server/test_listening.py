@@ -78,7 +78,7 @@ def test_the_certificates_expiry_follows_the_file(tmp_path: Path) -> None:
     assert shown() == first.certificate.not_valid_after_utc.timestamp()
     replace(first, second)
     assert shown() == second.certificate.not_valid_after_utc.timestamp()
-    # gRPC gets it with the next handshake all the same.
+    # gRPC still gets it with the next handshake.
     assert certificates._fetch() is not None
     assert certificates._fetch() is None
 

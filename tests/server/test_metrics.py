@@ -77,7 +77,7 @@ def test_a_scrape_of_many_tasks_and_tenants_is_small_and_quick() -> None:
     metrics.record_workers([worker(routing=routing)])
     page = generate_latest(metrics.registry)
     assert len(page) <= 1_000_000
-    # A million rounds of a loop are the measure, as a fixed time would depend on the machine.
+    # Compared with a million rounds of a loop, because a fixed time would depend on the machine.
     assert least_time(lambda: generate_latest(metrics.registry)) <= 1.25 * least_time(lambda: sum(i for i in LOOP))
     labels = {s.labels["task"] for m in metrics.registry.collect() for s in m.samples if "task" in s.labels}
     assert len(labels) == TOP_TASKS + 1

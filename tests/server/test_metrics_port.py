@@ -58,7 +58,7 @@ def test_an_unfinished_request_ends(port: int, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(metrics_port, "_TIMEOUT_S", 0.2)
     with socket.create_connection(("127.0.0.1", port), timeout=10) as held:
         held.sendall(b"GET /metrics")
-        # An aborted connection reads so or so.
+        # A client may see an aborted connection in either way.
         with contextlib.suppress(ConnectionResetError):
             assert held.recv(1) == b""
 

@@ -147,7 +147,7 @@ Copy = Callable[[], bool]
 
 @pytest.fixture(params=["fsspec", pytest.param("rclone", marks=needs_rclone)])
 def copy(request: pytest.FixtureRequest, s3: S3, mirror: Mirror, tmp_path: Path) -> Copy:
-    """Copies what the bucket has to the folder `mirror`; whether it could."""
+    """Copies the bucket to the folder `mirror`; returns whether that succeeded."""
 
     def sync() -> bool:
         if request.param == "rclone":

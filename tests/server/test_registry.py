@@ -487,7 +487,7 @@ async def test_a_queued_request_keeps_the_version_chosen_at_its_receipt(home: Ho
         return (await client.generate("x", "input")).summary.adapter_version
 
     async with service.running(), AsyncClient(service.address) as client:
-        # It has the only turn, and needs no version.
+        # This request has the only turn and needs no version.
         first = asyncio.create_task(client.generate("x", "input", without_adapter=True))
         await eventually(lambda: service.engine.running == 1)
         queued = asyncio.create_task(ask(client))

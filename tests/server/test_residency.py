@@ -108,7 +108,7 @@ async def test_a_busy_adapter_makes_room_in_the_end(engine: Loads, monkeypatch: 
     stop = False
 
     async def keep_busy() -> None:
-        # Overlapping requests: never a moment without one.
+        # Overlapping requests: at any time, at least one runs.
         while not stop:
             async with AsyncExitStack() as stack:
                 await stack.enter_async_context(residency.lease(a))

@@ -32,7 +32,7 @@ from server.tenants.jwks import JWKSError, read_jwks, read_keys_of
 from tests.server.fakes import Service
 
 ISSUER = "https://login.example.com/"
-# An issuer's configuration: any value, and objects with its members.
+# Strategies for an issuer's configuration: any JSON value, and objects with the right members.
 _SCALARS = st.none() | st.booleans() | st.integers() | st.text(max_size=8)
 CONFIGURATIONS = st.fixed_dictionaries({}, optional={"issuer": _SCALARS | st.just(ISSUER), "jwks_uri": _SCALARS})
 
@@ -225,7 +225,7 @@ async def test_forged_tokens_are_unauthenticated(tmp_path: Path, rsa_key: Key, k
         assert (await refusal(who, token)).code is grpc.StatusCode.UNAUTHENTICATED, name
     # Within the leeway for clocks.
     assert await ask(who, rsa_key.token(exp=time.time() - 5, nbf=time.time() + 5)) == "a"
-    # Unknown key ids cause no request each.
+    # Tokens with unknown key ids share one fetch.
     assert len(key_server.paths) == 1
 
 
@@ -301,7 +301,7 @@ async def test_rotated_keys_are_picked_up_and_withdrawn_ones_refused(
     key_server.serve(new)
     third = Key("ES256", "three")
     assert (await refusal(who, third.token())).code is grpc.StatusCode.UNAUTHENTICATED
-    # It was verified, by a key that is gone.
+    # The token was verified by a key that no longer exists.
     assert (await refusal(who, before)).code is grpc.StatusCode.UNAUTHENTICATED
 
 
@@ -354,7 +354,7 @@ async def test_a_server_of_keys_that_lies_or_fails_changes_nothing(
 
 
 def configuration(key_server: KeyServer, key: Key, **said: Any) -> dict[str, Any]:
-    """What an issuer on this machine says of itself, and its keys: the server gives the same for every path."""
+    """An issuer's configuration and keys in one document, because the test server returns the same for every path."""
     issuer = key_server.url.removesuffix("/jwks.json")
     return {"issuer": issuer, "jwks_uri": key_server.url, "keys": [key.jwk], **said}
 

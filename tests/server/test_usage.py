@@ -89,7 +89,7 @@ def test_what_a_full_disk_refuses_is_written_later(monkeypatch: pytest.MonkeyPat
 async def test_every_record_counts_once_across_restarts_and_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Servers that end without a word, at every stage of summing up, with a file for every few records."""
+    """Servers are killed at every stage of summing up, with a new file for every few records."""
     monkeypatch.setattr("server.accounting.journal.SEGMENT_BYTES", 100)
     recorded = 0
     for summing_up in range(8):
@@ -188,7 +188,7 @@ async def test_many_pairs_come_in_pages_and_memory_keeps_the_newest(monkeypatch:
         usage.record("a", f"task-{number}", UsageCounts(1))
     pages = [len(page) async for page in usage.read(*ALWAYS, "day")]
     assert pages == [1000, 1000, 500]
-    # A reader that goes away leaves nothing behind.
+    # An abandoned reader leaves no open transaction.
     async with aclosing(usage.read(*ALWAYS, "day")) as read:
         await anext(read)
     left = await usage._in_thread(lambda: list(usage._totals._database.execute("SELECT * FROM sqlite_temp_master")))

@@ -56,7 +56,7 @@ class Engine(Loads):
 
 
 class FolderInMemory:
-    """What lies there is what a test puts there."""
+    """An adapters folder in memory, filled by the test."""
 
     def __init__(self, events: Events) -> None:
         self.found: dict[str, dict[str, Found]] = {}
@@ -118,7 +118,7 @@ def make_slots(name: str, label: str, folder: Path, manifest: Any, first_id: int
 
 
 class VirtualTime(asyncio.SelectorEventLoop):
-    """Time passes only while nothing else is to do, and then at once: the machine's speed changes nothing."""
+    """A loop clock that jumps to the next timer when the loop is idle, so the machine's speed has no effect."""
 
     now = 0.0
 
@@ -171,7 +171,7 @@ class Life(RuleBasedStateMachine):
         self.catalog = catalog
 
     def _begin(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Begin some work, and let the loop go on for a little."""
+        """Start some work, then let the loop run for a moment."""
 
         async def guarded() -> None:
             try:

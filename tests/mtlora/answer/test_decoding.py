@@ -1,4 +1,4 @@
-"""A decoder held to a type: whatever is sampled, the text lies within it and ends in time."""
+"""A decoder constrained to a type: any sampled text is of the type and ends in time."""
 
 import itertools
 import random
@@ -164,7 +164,7 @@ def test_rolling_back_and_validating_leave_no_trace() -> None:
 def test_speculation_leaves_a_sequence_where_its_tokens_have_it(kind: str, worked: bool, name: str, seed: int) -> None:
     """Drafts that are accepted, validated and rolled back, past an end too, as vLLM's scheduler does it."""
     outputs, rng = _outputs(kind), random.Random(seed)
-    # It keeps rows of its own.
+    # This grammar has its own cache of rows.
     plain = typed.TypedOutputs(_tokenizer(kind), len(_tokenizer(kind)) + 5)
     vocabulary = outputs.vocabulary
     text = Constraint(_TYPES[name], "=>" if worked else None, ("\n",)).text
@@ -228,7 +228,7 @@ def test_memory_of_compiled_types_is_bounded_while_they_are_used(monkeypatch: py
     assert all(2 * built < outputs.compiled(Constraint(Regex(pattern=f".*a.{{200}}{n}")).text).size for n in (1, 2))
     last = used(3, 200)
     kept = [each.automaton for each in outputs._of_requests._all.values()]
-    # Four of this size fit, but for what two of them remember.
+    # Four of this size would fit, but two of them grow by their caches.
     assert all(a is b for a, b in zip(kept, [grown[1], last], strict=True))
 
 

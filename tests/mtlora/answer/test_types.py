@@ -1,4 +1,4 @@
-"""Types of answers: what they allow, what they stand for, what is refused, and how soon."""
+"""Types of answers: allowed texts, their values, refused types, and limits on time."""
 
 import calendar
 import json
@@ -142,7 +142,7 @@ _SCHEMAS = st.recursive(
 @settings(max_examples=300)
 @given(_SCHEMAS, st.randoms(use_true_random=False))
 def test_what_a_schema_lets_through_is_valid(schema: dict[str, Any], rng: random.Random) -> None:
-    """Held against another implementation: a schema is refused, or every answer is one of its instances."""
+    """Compared with another implementation: a schema is refused, or every answer is one of its instances."""
     schema = {**schema, "$defs": {"some": {"enum": ["x", 7]}}}
     try:
         automaton = Json.model_validate({"schema": schema}).automaton
@@ -182,7 +182,7 @@ def test_schemas_whose_answers_would_be_invalid(schema: str, message: str) -> No
 
 
 def test_lone_surrogates_are_refused() -> None:
-    """No tokens spell them."""
+    """No token sequence can produce them."""
     for data in ({"type": "json", "schema": '{"const": "\\ud800"}'}, {"type": "label", "labels": ["\ud800", "b"]}):
         with pytest.raises(AnswerError, match="surrogate"):
             list(checked(data, None, (), 1000))

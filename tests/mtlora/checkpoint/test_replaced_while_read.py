@@ -81,7 +81,7 @@ def test_refuses_a_file_that_grows_or_shrinks_while_it_is_read(
         return layout
 
     monkeypatch.setattr(mtlora.checkpoint.read, "_layout", resized)
-    # It is read again because it changed; by then it does not fit its header.
+    # The reader tries again because the file changed; then the file does not match its header.
     with pytest.raises(CheckpointError, match="bytes of tensors, found"):
         read_checkpoint(tmp_path)
 

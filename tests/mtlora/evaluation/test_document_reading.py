@@ -35,7 +35,7 @@ def adapted(tiny_backbone: Path) -> AdaptedModel:
     torch.manual_seed(1)
     for parameter in made.adapters.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    # Attention weighs as much as a token itself, so that the documents' keys and values decide what follows.
+    # Scale attention up, so that the documents' keys and values matter for later tokens.
     for layer in made.model.model.layers:
         layer.self_attn.v_proj.weight.mul_(30)
     made.adapters.eval()

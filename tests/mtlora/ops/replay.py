@@ -1,4 +1,4 @@
-"""A captured graph without a card: launches written down as they are given, and run again later with nothing changed.
+"""A captured graph without a GPU: records launches and replays them later unchanged.
 
 Shape suffixes: T rows of x and y (tokens and padding), D hidden size, A rows of the table, L blocks, r rank, N experts,
 G groups.
@@ -24,9 +24,9 @@ from mtlora.ops.tuning import KernelConfig
 
 NAN = float("nan")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# What lies behind a plan: no place in any buffer.
+# Value of poisoned words behind a plan: an index outside every buffer.
 STALE = 2**30
-# Columns behind every row of x and y: their rows are further apart than they are long.
+# Extra columns behind every row of x and y, so that the row stride exceeds the row length.
 MARGIN = 16
 
 
@@ -55,14 +55,14 @@ class Graph:
 
     @staticmethod
     def do(work: Callable[[], object]) -> None:
-        """Do some work that is no launch of this project's, or write it down."""
+        """Do other work than launches of this project, or record it while capturing."""
         if Graph.capturing is None:
             work()
         else:
             Graph.capturing.work.append(work)
 
     def replay(self) -> None:
-        """Run all of it, with what was written down and nothing else."""
+        """Run the recorded work with the recorded arguments."""
         for run in self.work:
             run()
 
@@ -140,7 +140,7 @@ class Engine:
             self.launch()
 
     def launch(self) -> None:
-        """Give every block's launches."""
+        """Launch every block."""
         for block in range(self.config.num_blocks):
             self.path.begin(self.x_LTD[block, : self.T], block)
             self.path.finish_(self.y_LTD[block, : self.T], block)

@@ -60,7 +60,7 @@ def test_replays_equal_the_formula(name: str) -> None:
         rows = rng.choice(choices, tokens).tolist()
         held = [engine.adapters[row].references[0] if row >= 0 else None for row in rows]
         most = [0 if a is None or a.bias_bGN is None else len(a.bias_bGN) for a in held]
-        # Of an adapter without biases, as of a task whose slot names a row, no row is read.
+        # An adapter without biases never reads a bias row, even if a slot names one.
         return rows, [int(rng.integers(-1, n)) if n else 1 for n in most]
 
     engine.set([], [])
@@ -156,7 +156,7 @@ def test_the_kernel_writes_down_the_routing_of_the_sampled_tile(padded: int) -> 
 
 @pytest.mark.parametrize("padded", [16, 1024])
 def test_256_slots_cost_what_one_does(padded: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loop turns that load weights, and turns at all, with one live adapter."""
+    """Counts loop iterations that load weights, and all iterations, with one live adapter."""
     shape, turns = Shape(4, 2, 2), {}
     for slots in (1, 256):
         config = config_for(256, [shape], torch.bfloat16, num_blocks=1, max_adapters=slots, max_tokens=padded)

@@ -235,7 +235,7 @@ def test_weights_are_copied_beside_the_steps_and_rows_written_after_them(monkeyp
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(torch.Tensor, "copy_", noted_copy_)
-    # Their memory is the steps' stream's: without this it could be given out again while the copy runs.
+    # Their memory belongs to the steps' stream; without this, it could be reused while the copy runs.
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, of: calls.append(f"kept for {of is copies}"))
     moved = rows.to(CPU, copies)  # type: ignore[arg-type]
     weights = [

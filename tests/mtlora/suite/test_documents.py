@@ -78,7 +78,7 @@ def _sums(text: str) -> set[Decimal]:
 
 
 def test_documents_say_their_facts_and_nothing_that_contradicts_them() -> None:
-    """A reader that knows nothing of the writer finds every value, and no second one of its form."""
+    """An independent reader finds every value in the text exactly once in its form."""
     kinds = Counter()
     for text, facts in TRAIN:
         kinds[facts.kind] += 1

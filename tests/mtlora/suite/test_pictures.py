@@ -43,7 +43,7 @@ def test_the_same_seed_draws_the_same_and_splits_share_no_picture(task: Any) -> 
 
 
 def test_answers_agree_with_each_other_and_with_the_pixels() -> None:
-    """What the list of figures says of a picture, the other tasks say; a figure's pixels have its colour."""
+    """All tasks agree with the list of figures of a picture, and a figure's pixels have its colour."""
     asked = {task.id: SUITE.examples(task.id, "test", 60) for task in SUITE.tasks}
     for i, listed in enumerate(asked["picture_list"]):
         figures = [each.split(" ") for each in listed.target.split(", ")]

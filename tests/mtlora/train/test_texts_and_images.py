@@ -69,7 +69,7 @@ def test_a_run_is_read_back_and_resumes_to_the_same_bits(tiny_backbone: Path, vi
     )(examples[3:])
     assert all(sum(each.values()) == pytest.approx(1, abs=1e-4) for each in probabilities)
     assert all(found != json.loads(other) for found, other in zip(probabilities, others, strict=True))
-    # In batches of one or many: padding moves an image's place.
+    # Compare batches of one and of many, because padding moves an image's position.
     together = offline_answerer(adapted, manifest.tasks)(examples)
     assert together == offline_answerer(adapted, manifest.tasks, batch_size=1)(examples)
     assert len(offline_answerer(adapted, manifest.tasks, with_adapter=False)(examples)) == 6

@@ -1,4 +1,4 @@
-"""The trainer on a tiny backbone: it learns, resumes to the same bits after a kill, and refuses what is wrong."""
+"""The trainer on a tiny backbone: it learns, resumes bit-identically after a kill, and refuses invalid input."""
 
 import contextlib
 import errno
@@ -86,7 +86,7 @@ for line in sys.stdin:
 
 
 class Runs:
-    """Training runs in processes of their own, one after another, each without the seconds that imports take."""
+    """Training runs, one after another, each in a process forked after the slow imports."""
 
     def __init__(self, backbone: Path, config: Path) -> None:
         self._command = ["train", "--backbone", str(backbone), "--config", str(config), "--resume", "--out"]

@@ -37,6 +37,6 @@ def test_transformers_takes_the_folder_and_computes_the_same(folder: Path) -> No
 def test_identity_and_normalisation(folder: Path) -> None:
     identity = identify(folder)
     assert (identity.architecture, identity.hidden_size, identity.num_layers) == ("Dinov2Model", 384, 12)
-    # Adapters name it: another reader of the same file must give the same weights under the same names.
+    # Adapters store this fingerprint, so another reader of the file must give the same weights and names.
     assert identity.weights_fingerprint == "5984cc501f7d3335367141f046a24052aec6f859d4092709f6c9b78c8af959d4"
     assert read_normalisation(folder) == IMAGENET

@@ -68,7 +68,7 @@ def server(adapters: Path, vision_backbone: Path, starting: StartingObservations
         # The last stream's, on a machine of any speed.
         grace_period_s=300,
         wait=False,
-        # Two engines on a machine of any speed.
+        # Long enough for two engines on a machine of any speed.
         timeout=600,
     ) as process:
         _observe(f"127.0.0.1:{port}", f"127.0.0.1:{health_port}", process, starting)

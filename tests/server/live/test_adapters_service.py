@@ -84,7 +84,7 @@ def test_cached_blocks_do_not_cross_contents_of_one_version(gamma: Path, client:
     write_adapter(gamma / "2", TASKS, seed=3)
     client.load_adapter("gamma", "2")
     assert first.logprobs != other.logprobs
-    # The same weights under another name have no block in common with it, and say the same.
+    # The same weights under another name share no cached block with it and give the same answer.
     again = client.generate("gamma_one", text, logprobs=1)
     assert again.text == other.text
     assert [each.chosen.token_id for each in again.logprobs] == [each.chosen.token_id for each in other.logprobs]

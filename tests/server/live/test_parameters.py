@@ -117,7 +117,7 @@ def test_an_uploaded_adapter_serves_with_its_own_defaults(
     assert score.reasoning
     found = client.download_manifest("uploaded")
     assert json.loads(found.manifest)["tasks"][0]["defaults"]["allowed_tokens"] == [a, x]
-    # The last reply was lost: the same upload again finds its version.
+    # As if the last reply was lost: repeating the upload finds its version.
     assert client.upload_adapter(tmp_path / "made", "uploaded") == "1"
     write_adapter(tmp_path / "other", [marked], seed=1)
 

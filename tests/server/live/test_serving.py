@@ -322,7 +322,7 @@ async def test_answers_lie_within_their_types(server: ServerProcess) -> None:
             await many.generate("open", "x", answer=own, max_new_tokens=3)
         assert "the shortest answer of this type takes" in raised.value.message
         scores = await many.score("sort_words", ["one", "two", "three"])
-    # A random adapter gives neither label any weight; among the two, it has a preference.
+    # A random adapter gives both labels almost no probability, but prefers one of the two.
     assert all(sum(score.probabilities.values()) == pytest.approx(1, abs=1e-5) for score in scores)
     assert {tuple(sorted(score.probabilities)) for score in scores} == {("no", "yes")}
 

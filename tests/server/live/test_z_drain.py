@@ -1,4 +1,4 @@
-"""How this folder's server ends. The last file by its name: no server answers afterwards."""
+"""How this folder's server ends. This file must be the last by name, because the server is gone afterwards."""
 
 import signal
 
