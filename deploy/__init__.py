@@ -1,1 +1,1 @@
-"""Images, Kubernetes, monitoring, capacity: what a deployment needs beside the server."""
+"""Images, Kubernetes, monitoring, capacity: parts of a deployment besides the server."""

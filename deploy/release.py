@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 # Extra train needs torch: the lock's environment has that.
 EXTRAS = "server,loadtest"
 AUDITWHEEL = "auditwheel==6.8.2"
-# What a user types first.
+# Commands that a user runs first.
 COMMANDS = (
     ["mtlora", "tasks"],
     ["mtlora-server", "serve", "--help"],
@@ -140,7 +140,7 @@ def borrow_packages(python: Path) -> None:
 
 
 def attempt(python: Path, option: str, folder: Path) -> None:
-    """Try what an environment has, away from the sources, which Python would import instead."""
+    """Run code in an environment, outside the source folder, from which Python would import instead."""
     subprocess.run([python, ROOT / "deploy" / "release.py", option], check=True, cwd=folder)
 
 

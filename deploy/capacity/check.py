@@ -1,8 +1,8 @@
-"""The simulation against a real run: two server processes with a core each are calibrated, then loaded at random.
+"""Compares the simulation with a real run: two servers, one core each, are calibrated and then get random load.
 
-The servers are measured while both are loaded, in closed loops of several concurrencies. The model fitted to that then
-predicts what it has not seen: how many requests a second full servers answer, and the latencies of an open loop over
-both, round robin. Lengths of that loop come from the calibration alone.
+The servers are measured while both are loaded, in closed loops of several concurrencies. The fitted model then predicts
+two new measurements: the throughput of full servers, and the latencies of an open loop over both, round robin. The
+lengths for that loop come only from the calibration.
 """
 
 import asyncio
@@ -68,7 +68,7 @@ async def _check(addresses: Sequence[str], seconds: float, utilisation: float, s
             requests = max(30, 4 * in_flight)
             levels += await asyncio.gather(*(_closed_loop(c, examples, in_flight, requests, rng) for c in clients))
         model = fit(levels)
-        # More than a step runs.
+        # More requests than a step runs.
         full = 3 * model.max_num_seqs // 2
         held_out = await asyncio.gather(
             *(_closed_loop(c, examples, full, _FULL_TIMES * full, rng, steady=True) for c in clients)
@@ -155,7 +155,7 @@ async def _ask(client: AsyncClient, example: Example, rng: random.Random) -> Ans
     ttft = summary.timings.time_to_first_token.ToTimedelta().total_seconds()
     total = summary.timings.total.ToTimedelta().total_seconds()
     seconds = time.perf_counter() - began
-    # Time that the server does not see counts as time before the first token.
+    # Count time outside the server as time before the first token.
     return Answered(
         ttft=ttft + seconds - total, seconds=seconds, prompt_tokens=summary.prompt_tokens,
         completion_tokens=summary.completion_tokens,
@@ -177,7 +177,7 @@ def _server(adapters: Path, core: int) -> Iterator[str]:
     """The address of a server that runs on one core."""
     usable = os.sched_getaffinity(0)
     with contextlib.ExitStack() as stack:
-        # A process inherits the cores that it may use.
+        # Set this process's cores, which the server inherits.
         os.sched_setaffinity(0, {core})
         try:
             server = stack.enter_context(

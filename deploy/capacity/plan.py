@@ -25,7 +25,7 @@ MEMORY_GIB = 8.0
 # Time to load an adapter that is not in memory.
 LOAD_SECONDS = 0.05
 MAX_REPLICAS = 100
-# Long enough for stable tails; short enough that a search over replicas ends within a minute.
+# Simulated seconds: long enough for stable tails, and short enough to search over replicas within a minute.
 _SECONDS, _WARM_UP = 60.0, 15.0
 _MAX_REQUESTS = 60_000
 

@@ -1,7 +1,7 @@
 """`make image`: build the server's image, check it, write its bill of materials. The standard library alone.
 
-Inputs that are the same give layers that are the same: every file has one date, byte code holds hashes in place of
-dates, and packages are pinned by their hashes.
+Equal inputs give equal layers: all files have the same date, byte code contains hashes instead of dates, and packages
+are pinned by hash.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from deploy.image.engines import Engine, EngineError, find
 ROOT = Path(__file__).parents[2]
 # Decimal gigabytes, as container engines count.
 LARGEST_GB = {"cpu": 2.0, "gpu": 12.0}
-# With pip's packages cached: a download's time says nothing about the build.
+# Limit with pip's packages cached, because download times do not depend on the build.
 LONGEST_MIN = 8.0
 # The date of every file unless SOURCE_DATE_EPOCH gives another: the first day of zip files.
 EPOCH = 315532800
@@ -107,7 +107,7 @@ def pip_arguments(host: Path, environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def check(engine: Engine, device: str, tag: str) -> dict[str, str]:
-    """What is wrong by check, empty where it is met."""
+    """Findings by check; empty if the check passes."""
     every = left_out.names((ROOT / "requirements" / f"{device}.lock").read_text())
     lock = left_out.server_lock(device)
     program = (Path(__file__).parent / "check.py").read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deploy.image.engines import Engine, EngineError
 
-# What the standard library and the engine link to.
+# Libraries that the standard library and the engine link to.
 _LIBRARIES = (
     "ca-certificates,libbz2-1.0,libexpat1,libffi8,libgomp1,liblzma5,libnuma1,libsqlite3-0,libssl3t64,libuuid1,zlib1g"
 )
@@ -74,7 +74,7 @@ def _debootstrap(suite: str, archive: Path, epoch: int) -> None:
 
 
 def _copy_python(to: Path) -> None:
-    """The tree of the Python that runs this, for /usr/local; nothing where it is one of Debian's packages."""
+    """The tree of the Python that runs this, for /usr/local; nothing if that Python is a Debian package."""
     prefix, version = Path(sys.base_prefix), f"python{sys.version_info.major}.{sys.version_info.minor}"
     to.mkdir()
     if prefix == Path("/usr"):

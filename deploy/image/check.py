@@ -1,4 +1,4 @@
-"""What a server's image must and must not have. `make image` runs this text with the image's own Python.
+"""Checks the content of a server's image. `make image` runs this file with the image's own Python.
 
 argv[1]: JSON of the requirements that it meets, and of the distributions that it must not have. Prints JSON: a line of
 what was found wrong by check, empty where it is met.

@@ -1,4 +1,4 @@
-"""What the image leaves out, and why: left_out.toml. Run while an image is built, with the standard library alone.
+"""Leaves packages and files out of the image, as listed with reasons in left_out.toml. Uses only the standard library.
 
 python -m deploy.image.left_out lock DEVICE      the lock's entries of what a server needs
 python -m deploy.image.left_out remove FOLDER    delete and strip what the list names in this site-packages

@@ -121,7 +121,7 @@ class Checks:
         peak, bytes_allowed = self.pod.memory_peak(), self.pod.memory_limit()
         cores_allowed = self.pod.processor_limit()
         killed = self.pod.inspect()["State"]["OOMKilled"]
-        # Nothing uses more cores than the machine has: then only the limit's value is checked.
+        # If the machine has fewer cores than the limit, check only the limit's value.
         more = "" if len(os.sched_getaffinity(0)) > cores else ", and the machine has no more"
         self._found = {
             "memory": (
@@ -324,7 +324,7 @@ async def ask(address: str, access: Access, examples: Sequence[Example]) -> set[
 
 
 def expect(met: bool, problem: str) -> None:
-    """Raise PodError unless `met`."""
+    """Raise PodError if `met` is false."""
     if not met:
         raise PodError(problem)
 

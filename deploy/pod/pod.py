@@ -93,7 +93,7 @@ class Pod:
         """A tenant's key, over TLS."""
         return Access(self.tenants[tenant].key, ca=self._folder / "tls.crt", server_name=_SERVER_NAME)
 
-    # Life.
+    # Methods that start and stop the pod.
 
     def play(self) -> float:
         """Play the manifests; returns the `time.monotonic` of the container's start."""
@@ -133,7 +133,7 @@ class Pod:
 
         `podman kube down` alone takes the network away at once. The volumes stay.
         """
-        # The kubelet probes no pod that it deletes.
+        # Stop probing, as the kubelet does for a pod that it deletes.
         self.kubelet.stop()
         run("stop", CONTAINER)
         status = int(self.inspect()["State"]["ExitCode"])
@@ -157,7 +157,7 @@ class Pod:
         # Podman keeps the volumes of secrets, with their old contents.
         subprocess.run([*podman(), "volume", "rm", "--force", *self._secret_names()], capture_output=True)
 
-    # Inside.
+    # Methods that look inside the container.
 
     def log(self) -> str:
         done = subprocess.run([*podman(), "logs", CONTAINER], capture_output=True, text=True)
@@ -177,7 +177,7 @@ class Pod:
 
     def take_memory(self) -> None:
         """Take all memory that the container may still have, until the kernel ends its engine. Raises PodError."""
-        # Otherwise the kernel may choose the server, or what takes the memory.
+        # Otherwise the kernel may kill the server, or the process that takes the memory.
         Path(f"/proc/{self.engine().pid}/oom_score_adj").write_text("1000")
         self.python(_TAKE_MEMORY)
 
