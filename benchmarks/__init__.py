@@ -1,1 +1,1 @@
-"""Benchmarks, a module each. They report ratios that one run on one machine measures."""
+"""Benchmarks; each is a module. They report ratios measured in one run on one machine."""

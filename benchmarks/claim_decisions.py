@@ -1,4 +1,4 @@
-"""What decides the claim: the outcomes of docs/claim.md, each with its numbers, interval and verdict."""
+"""The decisions of the claim, as defined in docs/claim.md, each with its numbers, interval and verdict."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -59,7 +59,7 @@ def helps(difference: Estimate) -> str:
 
 
 def told_apart(accuracy: Estimate, ceiling: float) -> str:
-    """The outcome of an accuracy against that of answers which do not know the map."""
+    """The outcome of comparing an accuracy with that of answers that do not depend on the map."""
     low, high = accuracy.interval
     bar = ceiling + TOLD_MARGIN
     return "told apart" if low > bar else "not told apart" if high < bar else UNDECIDED
@@ -72,7 +72,7 @@ def maps_kept(fall: Estimate) -> str:
 
 
 def map_ceiling(number: int) -> float:
-    """The most that answers which do not know the map can score."""
+    """The highest accuracy of answers that do not depend on the map."""
     return LabelMapSuite(f"{PREFIX}{number}").ceiling
 
 

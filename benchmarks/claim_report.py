@@ -72,7 +72,7 @@ def _text(numbers: float | Sequence[float]) -> str:
 
 
 def markdown(rows: Sequence[Result]) -> str:
-    """A table for each part: a row for each method, a column for each number of tasks."""
+    """A table for each part: a row per method, a column per number of tasks."""
     lines: list[str] = []
     for part in dict.fromkeys(row["part"] for row in rows):
         own = [row for row in rows if row["part"] == part]

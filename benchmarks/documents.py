@@ -1,7 +1,8 @@
 """`make documents`: many tasks about one document, computed once, against each task by itself; the adapter's accuracy.
 
-Documents and adapters are random, but for the accuracy: neither changes what a token costs. Every engine is a process
-that lives through the whole run, with a prefix cache. Rows take turns, and a ratio is the median of the rounds.
+Documents and adapters are random, except for accuracy, because their content does not change a token's cost. Every
+engine is a process that lives through the whole run, with a prefix cache. Rows take turns, and a ratio is the median of
+the rounds.
 """
 
 import argparse
@@ -30,10 +31,10 @@ TASKS, MANY_TASKS = 25, 1000
 DOCUMENT_TOKENS, OWN_TOKENS, NEW_TOKENS = 1000, 24, 8
 # Rounds that compare many tasks with few: their 2,000 requests take a minute or two.
 MANY_ROUNDS = 2
-# Length of the documents whose times another tenant compares.
+# Length of the documents for the ratios with another tenant's traffic.
 GUESSED_TOKENS = 200
 BATCH = 64
-# Other traffic between two calls about a document, in tokens: more than the cache's gibibyte holds.
+# Tokens of other traffic between two calls about a document; more than the cache of one gibibyte holds.
 FLOOD_TOKENS = 60_000
 LEASE = (600.0, 8192)
 _ENGINE = {
@@ -46,7 +47,7 @@ Slot = tuple[str, int, str]
 
 @dataclass
 class Bench:
-    """The engines, and random documents that none of them has seen."""
+    """The engines, and random documents that are new to them."""
 
     ours: WorkerProcess
     stock: WorkerProcess | None
@@ -68,7 +69,7 @@ class Bench:
         new_tokens: int = NEW_TOKENS,
         **more: Any,
     ) -> dict[str, Any]:
-        """Ask each slot's task of a document, all at once."""
+        """Send each slot's task about a document, all at once."""
         prompts = [[*document, *self.tokens(OWN_TOKENS)] for _ in slots]
         reply = worker.ask({"prompts": prompts, "new_tokens": new_tokens, "slots": slots, **more})
         if reply["tokens"] != len(slots) * new_tokens:
@@ -76,7 +77,7 @@ class Bench:
         return reply
 
     def shared(self, document: list[int], slots: Sequence[Slot], new_tokens: int = NEW_TOKENS, **more: Any) -> Any:
-        """Like `ask`, for adapters that act from the document's end on."""
+        """Like `ask`, for activated adapters, which act only after the document."""
         return self.ask(self.ours, document, slots, new_tokens, point=len(document), **more)
 
 
@@ -126,7 +127,7 @@ def newest(adapters: Path) -> Path:
 
 
 def last_line(report: dict[str, Any]) -> str:
-    """What was measured, in one line; leaves out what was skipped."""
+    """One line of results, without skipped ones."""
     rows, accuracy = report["rows"], report["accuracy"]
     parts = [f"{TASKS} tasks", f"shared/apart {rows['shared/apart']['median']:.1f}"]
     if "shared/vllm-multi-lora" in rows:
@@ -197,7 +198,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         cached = [bench.shared(document, [slot], 1)["seconds"] for slot in few[1:]]
         note("first token, cached/not", statistics.median(cached) / first["seconds"])
         note("a task of a cached document, s", statistics.median(cached))
-        # What both sides should take: the tokens that they compute, at the rate of one document, and the same decoding.
+        # Expected seconds of both sides: their computed tokens at the speed of one document, plus the same decoding.
         decoding = bench.shared(document, few)["seconds"] - bench.shared(document, few, 1)["seconds"]
         prompt = DOCUMENT_TOKENS + OWN_TOKENS
         per_token, prompts = first["seconds"] / prompt, TASKS * prompt

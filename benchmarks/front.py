@@ -1,15 +1,15 @@
 """`make bench-front`: the server's own cost beside vLLM's own HTTP server, with the same plugin and requests.
 
-Product against product: each starts its engine by its own defaults. On CPUs ours runs its one rank in the engine's own
-process, with blocks of 32 tokens, vLLM's server in one more process, with blocks of 128. So throughput, unlike cost,
-includes settings of the engine. `--same-engine` gives both vLLM's executor and our blocks.
+Each server starts its engine with its own defaults. On CPUs, ours runs its one rank in the engine's process with blocks
+of 32 tokens; vLLM's server runs it in a further process with blocks of 128. So the engine's settings affect throughput,
+but not cost. `--same-engine` gives both vLLM's executor and our blocks.
 
-Both serve the built-in tasks of one adapter. In every round each is asked for whole answers to the same requests, 16 in
-flight, while the other is halted. Cost is the processor time a request of the process that speaks gRPC or HTTP, with
-all its threads and without the engine's processes. Ratios are geometric means of the rounds' own.
+Both serve the built-in tasks of one adapter. In every round, each gets the same requests for whole answers, 16 in
+flight, while the other is halted. Cost is the processor time per request of the process that speaks gRPC or HTTP,
+including its threads but not the engine's processes. Ratios are geometric means over rounds.
 
-The server started first took a quarter more processor time on some machines, even of two equal ones. So each is started
-first in half of the rounds.
+On some machines, the server that was started first took a quarter more processor time, even if both were equal. So each
+is started first in half of the rounds.
 """
 
 import argparse
@@ -47,7 +47,7 @@ IN_FLIGHT = 16
 OURS, THEIRS = "mtlora-server", "vllm serve"
 MAX_NUM_SEQS = 64
 MAX_MODEL_LEN = 1024
-# Requests to each server in the first round, which does not count.
+# Requests to each server in the warm-up round, which does not count.
 _WARM_UP_REQUESTS = 64
 _EXAMPLES_PER_TASK = 40
 _NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
@@ -110,10 +110,10 @@ def main() -> int:
     print(f"engines: {f'the same, {theirs}' if args.same_engine else 'by the defaults of their servers'}", flush=True)
 
     def start_ours(stack: ExitStack) -> Side:
-        # A newer version beside it would be served instead.
+        # Serve this version alone: a newer version in the folder would be served instead.
         served = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         shutil.copytree(adapter, served / adapter.parent.name / adapter.name)
-        # While it is halted, the engine answers nothing: that is no hang.
+        # Do not watch for hangs: the engine does not answer while it is halted.
         settings = {"backbone": args.backbone, "adapters": served, "engine_hang_s": 3600}
         server = stack.enter_context(native_server(**settings, **engine, **ours))
         return Side(OURS, server.process.pid, lambda: _grpc(server.address))

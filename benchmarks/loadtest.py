@@ -2,14 +2,14 @@
 
 A round sends the same requests through the server and through the engine in process, one after the other, so that the
 rest of the machine's load affects both alike. The order changes from round to round, and a ratio is the median over
-rounds. Each round's requests are new to both sides, so neither finds them in its prefix cache.
+rounds. Each round uses new requests, so neither side has them in its prefix cache.
 
 The ratio of the last line comes from a loop that keeps as many requests under way as there were at the knee on average
 (Little's law: load times mean latency). It asks for whole answers, like the engine in process. Two more loops are
 reported: streams, in which each token is a message, and a loop with 1.5 times as many requests as a step runs
 sequences, which keeps the engine's batch full on both sides, as in `make bench`. With fewer requests, the server's
 engine runs one step without a successor for each ended request, because its answer is still on its way to the client;
-in process the next request is there before that step.
+in process, the next request arrives before that step.
 """
 
 import asyncio

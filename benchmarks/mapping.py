@@ -1,7 +1,7 @@
-"""Python between two steps on a GPU: what a changed mapping costs the processor, from vLLM's runner to the plan.
+"""Processor time of Python between two GPU steps when the mapping changes, from vLLM's runner to the plan.
 
-The runner's LoRA mixin, both managers, the table and the plan are the real ones. The plan's copy goes to the CPU's
-memory: the launch of a copy to a device is not in it.
+The runner's LoRA mixin, both managers, the table and the plan are the real ones. The plan is copied within CPU memory,
+so the launch of a copy to a device is not included.
 """
 
 import time
@@ -19,7 +19,7 @@ from mtlora.ops.plan import plan_step
 from mtlora.ops.table import AdapterRows, Layout
 from mtlora.ops.tuning import KernelConfig
 
-# The default backbone's and its adapters'.
+# Sizes of the default backbone and its adapters.
 _LAYERS, _D, _R, _N, _G = 30, 576, 16, 8, 4
 
 Variant = Callable[[], object]

@@ -144,7 +144,7 @@ def _report(title: str, seconds: dict[str, list[float]], layers: int) -> dict[st
 
 
 def _between_steps(rounds: int) -> dict[str, dict[str, float]]:
-    # Imported here: it imports vLLM, which training and a bare machine with a GPU do without.
+    # Import here: it imports vLLM, which the training benchmark and a bare GPU machine do not need.
     from benchmarks.mapping import mapping_variants, plan_of, processor_seconds
 
     print("Python between steps on a GPU, without one: ms of processor time, median (best)")
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     options = parser.parse_args()
-    # For the kernels of the steps on a GPU. Triton reads it at its import, which PyTorch may bring about.
+    # For the GPU steps' kernels. Set it first: Triton reads it when it is imported, which PyTorch may cause.
     os.environ["TRITON_INTERPRET"] = "1"
     torch.manual_seed(0)
     kernel = "the compiled kernel" if cpu_kernel.compiled_kernel() else "torch ops: the kernel is not built"

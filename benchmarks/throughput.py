@@ -40,8 +40,8 @@ _ENGINE = {
 class Case:
     """One row: an engine's worker, and the slots that its requests ask for.
 
-    weights: chances of the slots, which are then drawn. sample: requests of the load that it gets, if not all. rounds:
-    rounds in which it runs, if not all.
+    weights: probabilities to draw slots by; None: slots in turn. sample: number of the load's requests to run; None:
+    all. rounds: number of rounds to run in; None: all.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Case:
     def warm_up(self, load: RandomPrompts, vocabulary: int) -> None:
         """A few requests of the load's prompts; then one for every slot, so that the engine knows them all.
 
-        Not where slots are drawn: there are more than the engine keeps.
+        Skips the second part if slots are drawn, because the engine cannot keep all of them.
         """
         self.seconds(RandomPrompts("warm-up", 8, load.prompt_tokens, 4), vocabulary, seed=0)
         if not self.weights:
@@ -118,7 +118,7 @@ RATIOS = (
     Ratio("1000-tasks", "one-adapter-25-tasks", 0.97, name="1000-tasks/25-tasks"),
     Ratio("25-adapters", "vllm-multi-lora", 7.0),
 )
-# Rounds of rows that are slow, or whose ratios are far from their goals.
+# Rounds of slow cases, and of cases whose ratios are far from their goals.
 _FEW_ROUNDS = 2
 
 
@@ -133,7 +133,7 @@ def main() -> int:
     args = parser.parse_args()
     load = LOADS[args.load]
     folder = resolve(args.backbone)
-    # The server's choice; PEFT's worker needs a name.
+    # Use the server's dtype; PEFT's worker needs its name.
     dtype = engine_dtype("auto", folder).replace("auto", "bfloat16")
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -192,7 +192,7 @@ def _cases(stack: ExitStack, folder: Path, dtype: str, temporary: Path, *, field
         slots = [(f"peft-{i}", i + 1, str(temporary / f"peft-{i}")) for i in range(25)]
         stock = engine(without_plugin, enable_lora=True, max_loras=25, max_cpu_loras=25, max_lora_rank=16)
         peft = worker("benchmarks.peft_worker", {"batch": BATCH})
-        # One full batch, PEFT's best case: the loop over adapters is shared among the most requests.
+        # One full batch, PEFT's best case: its loop over adapters runs for as many requests as possible.
         cases += [
             Case("vllm-multi-lora", stock, slots, rounds=_FEW_ROUNDS),
             Case("peft-mixed-batches", peft, slots, sample=BATCH, rounds=1),

@@ -3,9 +3,9 @@
     python -m benchmarks.training configs/methods/full.json configs/methods/hydralora-qv.json
 
 HydraLoRA is measured twice: with its experts one after the other, as its authors publish it, and as one product, as
-this project computes blocks. An activated adapter is measured twice: eight tasks share a document's pass, and each task
-has its document read for it alone; tokens count for every example. Configurations take turns, and ratios are medians
-over turns, so that other load on the machine affects all of them alike.
+this project computes blocks. An activated adapter is measured twice: once with eight tasks sharing a document's pass,
+once with a pass per task; tokens are counted for every example. Configurations take turns, and ratios are medians over
+turns, so that other load on the machine affects all of them alike.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def variants(files: list[Path], flags: list[str]) -> dict[str, TrainingConfig]:
                 found[f"{file.stem} ({products})"] = config.model_copy(update={"baseline": baseline})
         elif config.adapter.activation == "task":
             for tasks in (_SHARING, 1):
-                # A step without sharing reads a document an example: fewer of them take as long.
+                # Without sharing, a step reads a document per example, so fewer examples take as long.
                 changed = {"document_tasks": tasks, "batch_size": 4 * tasks}
                 told = f"{tasks} tasks a document" if tasks > 1 else "each by itself"
                 found[f"{file.stem} ({told})"] = config.model_copy(update=changed)
@@ -56,7 +56,7 @@ def measure(configs: dict[str, TrainingConfig], backbone: Path, steps: int) -> d
         steps_of: dict[str, list[tuple[float, int]]] = {name: [] for name in trainers}
         for turn in range(_WARM_UP + steps):
             order = list(trainers.items())
-            # The order changes, so that none always runs on the caches that another left.
+            # The order changes, so that no configuration always runs after the same one.
             for name, trainer in order if turn % 2 else order[::-1]:
                 begin = time.perf_counter()
                 tokens = trainer.train_step().num_tokens

@@ -1,8 +1,8 @@
-"""`make types`: answers held to their types, and labels scored without generating them, against a real server.
+"""`make types`: typed answers, and labels scored without generation, on a real server.
 
 One server serves the shipped adapter. Its 25 built-in tasks and the 27 of BIG-Bench Hard are asked
 
-- at temperatures from 0 to 2, mixed: how many answers lie outside their task's type;
+- at temperatures from 0 to 2, mixed: how many answers are not of their task's type;
 - greedily, typed and free in turn, each round the same requests: throughput and accuracy of both;
 - the tasks of labels: probabilities by `Score` and labels by `Generate` in turn; and how well the probabilities are
   calibrated, on test examples.
@@ -52,11 +52,11 @@ from server.registry.version import version_key
 # Requests in flight: in the parts that compare speeds, and in the others, which fill the engine.
 IN_FLIGHT, FULL = 16, 64
 TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)
-# Share of the requests for each part after the first.
+# Each later part uses this share of the requests.
 _SHARE_OF_PAIRS = 0.2
 _ROUNDS = 4
 _SCHEMAS = 5
-# Examples of a task for calibration: with fewer, chance decides the error.
+# Examples per task for calibration; with fewer, the error is mostly chance.
 _CALIBRATED = 40
 
 
@@ -137,7 +137,7 @@ def _questions(bbh: Path) -> Iterator[Question]:
 
 
 def is_of_type(answer: AnswerType, text: str) -> bool:
-    """Whether a text is an answer, by other code than the decoder's; a grammar has no other."""
+    """Whether a text is an answer, checked by other code than the decoder's, except for grammars."""
     text = text.strip()
     try:
         match answer:
@@ -160,14 +160,14 @@ def is_of_type(answer: AnswerType, text: str) -> bool:
 
 
 def _refuse_constant(name: str) -> None:
-    """JSON has neither NaN nor Infinity."""
+    """Raise, because JSON has neither NaN nor Infinity."""
     raise ValueError(name)
 
 
 async def count_outside(
     client: AsyncClient, manifest: AdapterManifest, questions: Sequence[Question], requests: int
 ) -> int:
-    """How many of the answers lie outside their task's type; prints them."""
+    """Count and print answers that are not of their task's type."""
     outside = 0
     began = time.monotonic()
 
@@ -183,7 +183,7 @@ async def count_outside(
             outside += 1
             print(f"outside: {question.task}, temperature {temperature}: {answer.text[:200]!r}", flush=True)
 
-    # Ask one question at several temperatures in a row: the engine then has its prompt in the cache.
+    # Send one question at several temperatures in a row, so that its prompt is in the cache.
     times = min(len(TEMPERATURES), max(1, requests // len(questions)))
     every = (each for each in itertools.cycle(questions) for _ in range(times))
     await closed_loop(enumerate(itertools.islice(every, requests)), FULL, ask)
@@ -250,7 +250,7 @@ async def compare_with_free(client: AsyncClient, pid: int, questions: Sequence[Q
 def by_working(questions: Sequence[Question], labels: Mapping[str, bool]) -> dict[str, list[Question]]:
     """Questions of tasks of labels: of each task half among all mixed, the rest by whether the task has working.
 
-    labels: whether the task has working, by task. No question comes twice: its prompt would be in the cache.
+    labels: whether the task has working, by task. No question occurs twice, because its prompt would be in the cache.
     """
     parts: dict[str, list[Question]] = {"mixed": [], "without working": [], "with working": []}
     seen: Counter[str] = Counter()
@@ -267,7 +267,7 @@ async def compare_score(
 ) -> float:
     """Requests a second of Score ÷ Generate, for all tasks of labels mixed; prints those with and without working too.
 
-    Each question is asked one way alone: the second time its prompt would be in the cache.
+    Each question is sent in only one way, because the second time its prompt would be in the cache.
     """
     labels = {task.id: task.answer_marker is not None for task in manifest.tasks if task.labels}
     ratios: dict[str, list[float]] = {}

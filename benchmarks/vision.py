@@ -1,8 +1,8 @@
 """`make bench-vision`: images a second of a vision engine with adapters, against the bare backbone and the field.
 
-Every system is a process that lives through the whole run. Cases take turns, so that other load on the machine affects
-all of them alike. Tables follow: JPEGs through a server against the engine in process, and texts beside images on one
-server.
+Every system is a process that runs during the whole benchmark. Cases take turns, so that other load on the machine
+affects all of them alike. Further tables compare JPEGs through a server with the engine in process, and texts with and
+without images on one server.
 """
 
 import argparse
@@ -174,7 +174,7 @@ def _run(cases: Sequence[Case | Served], images: int, size: int, rounds: int) ->
     seconds: dict[str, dict[int, list[float]]] = {}
     with tqdm(total=rounds * len(cases), unit="case", desc="bench-vision") as bar:
         for round_number in range(rounds):
-            # Systems of one batch size beside each other: a ratio's two measurements are close in time.
+            # Run systems of one batch size one after the other, so that a ratio's two measurements are close in time.
             for batch in sorted({case.batch for case in cases}):
                 turn = [case for case in cases if case.batch == batch]
                 random.Random(round_number).shuffle(turn)

@@ -112,14 +112,14 @@ def image_server(backbone: Path, folder: Path, size: int, dtype: str) -> Iterato
 
 
 def print_front(served: Sequence[Served]) -> None:
-    """What the server's own process takes for an image."""
+    """Print the processor time per image of the server's own process."""
     each = ", ".join(f"{case.name} {case.batch}: {1e3 * statistics.median(case.front_s):.1f}" for case in served)
     print(f"processor time of the server's process, ms an image: {each}", flush=True)
 
 
 @dataclass
 class TextTimes:
-    """What one tenant's texts took. text_s, images_s: processor time of the two engines. images: answered meanwhile."""
+    """Times of one tenant's texts. text_s, images_s: processor time of the two engines. images: answered meanwhile."""
 
     seconds: list[float] = field(default_factory=list)
     wall_s: float = 0.0
@@ -162,7 +162,7 @@ async def _in_turns(server: ServerProcess, access: dict[str, Access], rounds: in
         await both.warm_up()
         alone, beside = TextTimes(), TextTimes()
         for number in range(rounds):
-            # Which turn comes first alternates.
+            # Alternate the order of turns.
             for with_images in (False, True) if number % 2 else (True, False):
                 await both.turn(number, beside if with_images else alone, with_images=with_images)
     report = beside_report(alone, beside)

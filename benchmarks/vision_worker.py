@@ -2,8 +2,8 @@
 
 Settings: {"model": folder, "kind": "engine" | "transformers" | "onnx", "dtype": name, and for an engine "arguments" of
 vLLM's EngineArgs, for ONNX Runtime "file" and "threads"}. Message: {"images": n, "size": pixels, "batch": b, "slots":
-[[lora_name, lora_int_id, lora_path] or null, ...] or absent}. Reply: {"seconds": s, "features": n}. The clock sees the
-embedding of patches too. Image i has slots[i % len(slots)].
+[[lora_name, lora_int_id, lora_path] or null, ...] or absent}. Reply: {"seconds": s, "features": n}. The time includes
+the embedding of patches. Image i has slots[i % len(slots)].
 
 Shape suffixes: B images, C channels, S pixels of a side.
 """

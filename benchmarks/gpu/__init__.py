@@ -1,17 +1,17 @@
-"""`make bench-gpu`: the routed path on one GPU, and what can be said of it without one.
+"""`make bench-gpu`: the routed path on one GPU, and predictions without one.
 
     correctness.py     the kernels against the formula in float64, over every class of shapes
     cases.py           random batches of every class of shapes, which the tests use too
-    serving.py         a decoder's graph with the path beside the same without, checked and timed
+    serving.py         a decoder's graph with and without the path, checked and timed
     decoder.py         the Llama-shaped decoder
     adapters.py        random adapters in a table, their launches, their oracle
     timing.py          seconds between events on a device, ceilings of a card
     training.py        a training step of one layer beside the loop over experts
 
     Without a card:
-    assembly.py        what a kernel becomes for a card
-    generated_code.py  holds every class of launches to bounds
-    work.py            what both launches do for a plan, as numbers; tests hold it to tests/benchmarks/traffic.py
+    assembly.py        a kernel's machine code for a card
+    generated_code.py  checks bounds for every class of launches
+    work.py            counts of both launches' work for a plan; tests compare it with tests/benchmarks/traffic.py
     step_model.py      a step's time predicted for A100, H100 and B200
     backbones.py       sizes of backbones
 

@@ -1,4 +1,4 @@
-"""`make bench-gpu`: what this card does, its last lines for machines.
+"""`make bench-gpu`: measures this GPU; the last lines are for programs.
 
 python -m benchmarks.gpu            on a GPU: correctness, then a decoder with the path ÷ without, then training
 python -m benchmarks.gpu --smoke    the same code small, through Triton's interpreter where there is no GPU
@@ -13,7 +13,7 @@ import time
 
 import torch
 
-# Seconds that all of it may take, a margin for the last part included.
+# Seconds for everything, including a margin for the last part.
 BUDGET = 510
 
 
@@ -40,7 +40,7 @@ def on_a_card(*, small: bool) -> bool:
             ("decode-64-25-adapters", "decode 64, 25 adapters"),
             ("prefill", "prefill 1024, 1 adapters"),
         ):
-            # A switch of the engine chooses the side stream; one stream is the default.
+            # Report the side stream separately: it is an option of the engine, off by default.
             default, other = (ratios.get(f"{step}, {way}") for way in ("one stream", "side stream"))
             if other is not None:
                 print(f"{step}, side stream: {other:.3f}")
@@ -57,7 +57,7 @@ def main() -> None:
     for flag in ("--smoke", "--model", "--code"):
         chosen.add_argument(flag, action="store_true")
     options = parser.parse_args()
-    # Triton reads it at its import.
+    # Triton reads it when it is imported.
     if options.code or options.model or torch.cuda.is_available():
         os.environ.pop("TRITON_INTERPRET", None)
     else:

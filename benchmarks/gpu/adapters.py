@@ -13,12 +13,12 @@ from mtlora.ops.plan import DevicePlan, plan_step
 from mtlora.ops.table import AdapterRows, AdapterTable, Layout
 from mtlora.ops.tuning import KernelConfig
 
-# Scaling of the experts: a path's output is as large as its input, so that a wrong adapter shows.
+# Scaling of the experts: makes a path's output as large as its input, so that a wrong adapter is noticed.
 _SCALING = 1.0
 
 
 def config_for(device: torch.device, **sizes: object) -> KernelConfig:
-    """The config of a device; of a small card in the interpreter, which is slow."""
+    """The config of a device; in the interpreter, which is slow, that of a small card."""
     if device.type == "cuda":
         return tuning.on_this_card(device, **sizes)
     return KernelConfig(**sizes, num_sms=1, max_parts=2)  # type: ignore[arg-type]
@@ -31,7 +31,7 @@ class Adapters:
     """
 
     def __init__(self, config: KernelConfig, device: torch.device, shape: AdapterShape) -> None:
-        # Imported here: the interpreter must have been chosen before.
+        # Import here: the interpreter must be chosen before Triton is imported.
         from mtlora.ops import triton_gpu
 
         self.config, self.device, self.shape = config, device, shape
@@ -41,7 +41,7 @@ class Adapters:
         self.plan = DevicePlan(config, device)
         self.buffers = triton_gpu.Buffers.of(config, self.plan.words_W, self.table.rows_LAF.transpose(0, 1))
         self.path = triton_gpu.Path(config, self.buffers)
-        # Begin with NaN: a value read before it is written shows.
+        # Start with NaN, so that reading a value before it is written is noticed.
         self.buffers.scratch_QC.fill_(float("nan"))
 
     def place(self, row: int, seed: int) -> None:

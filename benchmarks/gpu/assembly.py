@@ -1,4 +1,4 @@
-"""What a Triton kernel becomes for a card: registers, shared memory, spills, products, loads of its machine code.
+"""Assembles a Triton kernel for a card and reads registers, shared memory, spills, products and loads of the code.
 
 Compiling needs no card: Triton brings NVIDIA's assembler and disassembler.
 """
@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Arguments whose values no kernel is compiled for.
+# Arguments that kernels are not specialised for.
 _OF_ANY_VALUE = ("block", "num_tokens")
 # An access in PTX and how many bytes each thread moves by it.
 _ASYNC_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global[^;]*?\],\s*\[[^\]]*\],\s*(0x[0-9a-f]+|\d+)")
@@ -33,7 +33,7 @@ class Multiprocessor:
     shared_bytes: int
     registers: int = 65536
     warps: int = 64
-    # CUDA keeps this much shared memory for itself in each program.
+    # Shared memory of each program that CUDA reserves.
     reserved_bytes: int = 1024
 
 
@@ -143,7 +143,7 @@ def assembler_version(capability: int) -> tuple[int, int]:
 
 
 def overlaps_register_products(ptx: str) -> bool:
-    """Whether WGMMA products that take A from registers are left running while the loop goes on.
+    """Whether WGMMA products with A in registers are still running when the loop continues.
 
     Assemblers before 13.3 may then reload A's registers too early (triton-lang/triton#9433, #11781).
     """

@@ -131,7 +131,7 @@ class Batch:
 
     @property
     def mix(self) -> Mix:
-        """What every backend takes."""
+        """The arguments of the CPU backend."""
         return Mix.of(self.y_TD, self.x_TD, self.table, 0, self.plan)
 
     def check(self) -> None:

@@ -12,7 +12,7 @@ from mtlora.ops import tuning
 from mtlora.ops.plan import DevicePlan
 from mtlora.ops.table import Layout
 
-# Padding rows after a step's tokens, as in a captured size: NaN in x; y must keep its own.
+# Padding rows after a step's tokens, as in a captured graph: x holds NaN there, and y must not change.
 PADDING = 3
 # Seconds that a decoder's checks and measurements need.
 TO_SERVE = 300
@@ -44,7 +44,7 @@ def cases() -> dict[str, Case]:
     for hidden in (576, 896, 3584, 4096, 8192):
         fitting = tuple(shape for shape in _SIZES if shape is None or hidden % shape.G == 0)
         for tokens in (1, 40, 600):
-            # The oracle is slow: few of a large step's tokens have an adapter.
+            # Give only a few tokens of a large step an adapter, because the oracle is slow.
             rows, bias_rows = np.array(random_rows(fitting, tokens, tokens))
             rows[200:] = -1
             found[f"hidden-{hidden}-tokens-{tokens}"] = Case(
@@ -69,7 +69,7 @@ def small_cases() -> dict[str, Case]:
 
 def run(name: str, case: Case, dtype: torch.dtype, device: torch.device, padded_tokens: int | None = None) -> Result:
     """Run one case in a step of `padded_tokens`, by default a few more than it has."""
-    # Imported here: the interpreter must have been chosen before.
+    # Import here: the interpreter must be chosen before Triton is imported.
     from mtlora.ops.triton_gpu import Buffers, Path
 
     T = len(case.rows)

@@ -1,6 +1,6 @@
 """A Llama-shaped decoder with the path beside every FFN block: compiled layer by layer, captured in one graph.
 
-It is what an engine runs in a step, without the engine: norms, rotary embedding, a KV cache of fixed size, products,
+It runs the work of an engine's step without an engine: norms, rotary embedding, a KV cache of fixed size, products,
 the output layer. Weights are random. Layers share one compiled function, which takes a layer's weights as arguments.
 
 Shape suffixes: T tokens, D hidden size, H heads, K KV heads, C positions of the cache, E size of a head.
@@ -18,7 +18,7 @@ from benchmarks.gpu.backbones import Backbone
 
 _EPSILON = 1e-5
 
-# Kept for the life of the process: operators end with their library.
+# Keep the library for the life of the process, because its operators end with it.
 _LIBRARY = torch.library.Library("bench_gpu", "FRAGMENT")
 _LIBRARY.define("begin(Tensor x, Tensor(a!) scratch, Tensor block) -> ()")
 _LIBRARY.define("finish_(Tensor(a!) y, Tensor x, Tensor(b!) scratch, Tensor block) -> ()")
@@ -40,12 +40,12 @@ def run_with(halves: Halves) -> None:
 
 
 def on_one_stream(adapters: Adapters) -> Halves:
-    """The kernels of both halves, in order with F."""
+    """The kernels of both halves, on the same stream as F."""
     return Halves(adapters.path.begin, lambda y_TD, x_TD, block: adapters.path.finish_(y_TD, block))
 
 
 def on_two_streams(adapters: Adapters) -> Halves:
-    """The shrink beside F, on a stream of its own."""
+    """The shrink on a second stream, beside F."""
     side = torch.cuda.Stream()
 
     def begin(x_TD: torch.Tensor, block: int) -> None:

@@ -1,12 +1,10 @@
-"""Every class of launches, compiled for sm_80, sm_90 and sm_100, held to bounds; no card needed.
+"""Compiles every class of launches for sm_80, sm_90 and sm_100 and checks bounds; needs no card.
 
-    no spills           no thread keeps anything in local memory
-    programs            enough fit on a multiprocessor at once to hide the latency of a program's loads (`PROGRAMS`)
-    products            16-bit products are on tensor cores
-    WGMMA               no product with A in registers is left running, unless the assembler is sound (13.3 and newer)
-    loads               weights, and x, come by 16 bytes a thread
-    stores              of y are no wider than every adapter's groups are aligned
-    stages              the shrink has a pass's loads in flight while it waits for older ones; the expand loads one pass
+    no spills no thread uses local memory programs enough fit on a multiprocessor at once to hide the latency of a
+    program's loads (`PROGRAMS`) products 16-bit products are on tensor cores WGMMA no product with A in registers is
+    still running at the end of a pass, unless the assembler is 13.3 or newer loads a thread loads weights and x in
+    units of 16 bytes stores stores of y are no wider than the alignment of every adapter's groups stages the shrink has
+    a pass's loads in flight while it waits for older ones; the expand loads one pass
                         ahead, but for tiles of 64 tokens where products are not pipelined
     bytes               a pass of a product's loop loads the tiles it multiplies, and nothing twice
 
@@ -33,25 +31,25 @@ from mtlora.ops.triton_gpu import Launch, launches
 from mtlora.ops.tuning import KernelConfig
 
 CAPABILITIES = (80, 90, 100)
-# Of which groups are multiples of 2 (576), 4 (896), 8 (2304) and 16 columns.
+# Hidden sizes, by the largest power of two that divides a group's columns: 2 (576), 4 (896), 8 (2304) and 16.
 HIDDEN = (576, 896, 2304, 3584, 4096, 8192)
 DTYPES = (torch.bfloat16, torch.float16)
 # The largest rank, experts and groups of an adapter: the server's defaults, and the largest that tests run.
 LARGEST = ((64, 32, 32), (128, 64, 32))
-# A size of each class of steps.
+# One number of tokens for each class of steps.
 TOKENS = (16, 512, 8192)
 # Fewest programs of (shrink, expand) that must fit on a multiprocessor, by size of step. A grid has four for each;
-# those that do not fit wait their turn.
+# those that do not fit run later.
 PROGRAMS = {16: (4, 3), 512: (4, 3), 8192: (3, 1)}
 # The same for the expand in decode steps, where it accesses y by few numbers at a time.
 NARROW_PROGRAMS = 2
-# Of the shrink's and the expand's loads, at least.
+# Fewest stages of the shrink's and the expand's loads.
 STAGES = (3, 2)
 
 
 @dataclass(frozen=True)
 class Class:
-    """A config and a size of step: what fixes both launches."""
+    """A config and a number of tokens, which together determine both launches."""
 
     config: KernelConfig
     tokens: int
@@ -84,7 +82,7 @@ def classes(
 
 
 def faults(one: Class, mutate: Callable[[Launch], Launch] = lambda launch: launch) -> tuple[list[str], list[Assembly]]:
-    """(what is wrong with a class, its two kernels). mutate: changes a launch first, to see whether it is noticed."""
+    """(faults of a class, its two kernels). mutate: first changes a launch, for tests of the checks."""
     config, way = one.config, tuning.cut(one.config, one.tokens)
     size = config.dtype.itemsize
     bytes_of_pass = (way.block_t + way.block_s) * way.block_d * size, way.block_n * 16 * way.block_e * size
@@ -128,7 +126,7 @@ def _version(capability: int) -> str:
 
 
 def report() -> bool:
-    """Print every class and what is wrong with it; whether nothing is."""
+    """Print every class with its faults; returns whether there are none."""
     right = count = 0
     # The largest sizes are strides of the code and no more: the defaults' are seen for one hidden size.
     for one in (*classes(largest=LARGEST[1:]), *classes(hidden=(4096,), dtypes=DTYPES[:1], largest=LARGEST[:1])):

@@ -1,4 +1,4 @@
-"""Serving on a card: a decoder's graph with the path beside the same without, checked and timed.
+"""Serving on a card: a decoder's graph with and without the path, checked and timed.
 
 Shape suffixes: T tokens, D hidden size.
 """
@@ -25,11 +25,11 @@ from mtlora.ops.tuning import tile_size
 # Relative error of the final hidden state: a compiled step against plain torch ops with the path in float64. The step's
 # own rounding to bfloat16 is a third of it; a wrong adapter gives ten times as much.
 TOLERANCE = 3e-2
-# A table's rows, more than any step uses.
+# Rows of the table; more than any step uses.
 ROWS = 32
 # Seconds that the measurements need.
 TO_MEASURE = 240
-# What replays of a step are checked over.
+# Scenarios in which replays of a step are checked.
 MIXES = ("as captured", "another mix", "an adapter swapped", "no adapter")
 
 
@@ -178,7 +178,7 @@ def layers_that_fit(load: Load) -> int:
     free, _ = torch.cuda.mem_get_info()
     of = load.backbone
     context = max(load.tokens) * 256 * 4 * of.kv_heads * of.head
-    # Count adapters twice: the oracle reads them too.
+    # Count adapters twice, because the oracle holds a copy.
     a_layer = 2 * of.layer_weights + context + 4 * max(load.adapters) * load.shape.block_weights(of.hidden)
     fixed = 2 * of.vocabulary * of.hidden + 4 * 2**30
     return max(1, min(load.layers, (free - fixed) // a_layer))

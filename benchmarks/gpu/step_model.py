@@ -1,13 +1,13 @@
 """`make bench-gpu MODEL=1`: a decode step's time predicted from bytes, operations, launches and counted instructions.
 
-No figure of it was measured on a card. It is for two questions: whether a bar can be reached at all, and what limits.
-How a launch's time is made up:
+None of its figures was measured on a card. It answers two questions: can a goal be reached at all, and what is the
+limit? The parts of a launch's time:
 
     gap       from the end of the launch before it to its first instruction, in a graph
     chain     loads that wait for each other: header, tile and tokens from the L2 cache, the table's row and the first
               weights from memory
     work      the largest of: weights from memory; bytes through the L2 cache; products; instructions of all programs
-    one item  instructions of one program, which nothing hides if every program has one item
+    one item  instructions of one program, which are not hidden if every program has one item
 
 On a side stream the shrink runs beside F, which is longer: only its memory time and the join remain. Piecewise is how
 it ran before: the processor launches 65 pieces of graphs and an operator a layer, and the longer of processor and
@@ -83,7 +83,7 @@ class Assumptions:
     instructions_per_cycle: float = 2.0
     # Kernels of a layer in vLLM: two norms, four products, rotary embedding, cache, attention in two, gate.
     kernels_per_layer: int = 11
-    # A small kernel's own time.
+    # Time of a small kernel.
     small_kernel: float = 1.0e-6
     # Processor time of a step of 32 layers before the graphs held the path, from reading vLLM 0.32 (5 to 6.5 ms).
     piecewise_per_layer: float = 5.75e-3 / 32
@@ -108,7 +108,7 @@ class Prediction:
 
 @cache
 def _assembled(backbone: Backbone, card: Card, tokens: int) -> tuple[Assembly, Assembly]:
-    # Imported here: it must not be the interpreter's.
+    # Import here: imported at the top, Triton would load as its interpreter.
     from mtlora.ops.triton_gpu import launches
 
     shrink, expand = launches(_config(backbone, card), tokens)
@@ -165,7 +165,7 @@ def predict(
     """A step of one of `ranks` with `live` adapters among its tokens, one beside every FFN block."""
     config, D = _config(backbone, card), backbone.hidden
     live = min(live, tokens)
-    # One program serves all steps of a class.
+    # A launch configuration depends only on the class of the step.
     codes = _assembled(backbone, card, next(size for size in (16, 512, config.max_tokens) if tokens <= size))
     shrink, expand = work.of_block(config, SHAPE, tokens, live)
     rows = work.step_plan(config, SHAPE, tokens, live).num_tiles * tuning.cut(config, tokens).block_t
@@ -196,7 +196,7 @@ def predict(
 
 
 def least_path_seconds(backbone: Backbone, card: Card, tokens: int, live: int) -> float:
-    """What physics demands of the path: its weights from memory, once."""
+    """A lower bound of the path's time: its weights are read from memory once."""
     moved = 2 * backbone.layers * min(tokens, live) * SHAPE.block_weights(backbone.hidden)
     return moved / (card.memory * ASSUMED.memory_share)
 

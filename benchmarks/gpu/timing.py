@@ -34,7 +34,7 @@ def event_seconds(run: Run) -> float:
 def interleaved(variants: Mapping[str, tuple[Run, Run]], rounds: int) -> dict[str, list[float]]:
     """Seconds of every variant in every round; they take turns. Up to three rounds before them do not count.
 
-    variants: (what comes before, not timed; what is timed).
+    variants: (untimed preparation, timed work).
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(-min(3, rounds - 1), rounds):

@@ -1,14 +1,14 @@
-"""vLLM on a card from its Python sources alone, with this plugin: how far it comes without a compiled extension.
+"""Runs vLLM with this plugin on a card from Python sources only, to see how far it works without compiled extensions.
 
     python -m benchmarks.gpu.vllm_sources pack     where vLLM is installed: into out/vllm, small enough to carry
     python3 -m benchmarks.gpu.vllm_sources run     on a card, with no network: an engine over a small random Llama
 
 `pack` takes vLLM's Python files, and wheels of the packages that it needs and a machine with torch and transformers may
 lack. `run` tries, each in a process of its own: an eager engine, one with adapters, one with adapters and full CUDA
-graphs. It prints every stage, ends with how far each came, and never fails with a bare traceback.
+graphs. It prints every stage and at the end the last stage of each kind; failures are printed, not raised.
 
-What the compiled extension would do and a small Llama needs is done in torch ops here (`provide_operators`); attention
-is vLLM's own Triton kernel. So it shows whether plugin and engine work together, not how fast.
+Operators of the compiled extension that a small Llama needs are replaced by torch ops here (`provide_operators`);
+attention is vLLM's own Triton kernel. So it shows whether plugin and engine work together, not how fast.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def zip_sources(package: Path, target: Path, version: str) -> None:
 
 
 def unpack(folder: Path, target: Path) -> str:
-    """Put what was packed on the path, behind what is installed. Returns what was found."""
+    """Put the packed packages on the path, after installed ones. Returns the packages found."""
     archives = sorted(folder.glob("*.zip")) + sorted(folder.glob("*.whl"))
     if not archives:
         raise FileNotFoundError(f"{folder} holds no archives; `pack` makes them where vLLM is installed")
@@ -163,7 +163,7 @@ def provide_operators() -> None:
     import torch
 
     library = torch.library.Library("_C", "FRAGMENT")
-    # Operators go with their library.
+    # Keep the library, because its operators end with it.
     sys.modules[__name__].__dict__["_library"] = library
 
     def silu_and_mul(out: torch.Tensor, input: torch.Tensor) -> None:

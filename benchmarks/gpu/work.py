@@ -1,7 +1,7 @@
-"""What a block's two launches do for a plan: items, bytes, products.
+"""Counts the work of a block's two launches for a plan: items, bytes, products.
 
-It follows the loops of `mtlora/ops/triton_gpu.py`; a test holds it to what `tests/benchmarks/traffic.py` counts. Bytes
-are those of a program's own loads and stores, which pass the L2 cache; memory delivers each adapter's weights once.
+It mirrors the loops of `mtlora/ops/triton_gpu.py`; a test compares it with the counts of `tests/benchmarks/traffic.py`.
+Bytes are a program's loads and stores through the L2 cache; memory delivers each adapter's weights once.
 """
 
 from dataclasses import dataclass

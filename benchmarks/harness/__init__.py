@@ -1,1 +1,1 @@
-"""The parts that benchmarks and fault scenarios share: workers, servers, loops, adapters, measuring processes."""
+"""Shared by benchmarks and fault scenarios: workers, servers, load loops, adapters, measurement of processes."""

@@ -20,7 +20,7 @@ async def closed_loop(items: Iterable[Item], in_flight: int, ask: Callable[[Item
 
 
 async def open_loop(items: Iterable[Item], gaps_s: Iterable[float], ask: Callable[[Item], Awaitable[None]]) -> None:
-    """Ask an item, wait for a gap, ask the next, however long the answers take. Wait for all answers at the end."""
+    """Send items with fixed gaps, without waiting for answers; at the end, wait for all answers."""
     due = time.monotonic()
     async with asyncio.TaskGroup() as running:
         for item, gap_s in zip(items, gaps_s, strict=False):

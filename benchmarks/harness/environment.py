@@ -11,7 +11,7 @@ def usable_cores() -> list[int]:
 
 
 def engine_environment(kv_cache_gib: float = 1.0) -> dict[str, str]:
-    """An engine inside the process itself, on every core, without network, with `kv_cache_gib` of KV cache."""
+    """Environment variables for an engine inside its process: all cores, no network, `kv_cache_gib` of KV cache."""
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": f"{kv_cache_gib:g}",

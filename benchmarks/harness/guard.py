@@ -1,4 +1,4 @@
-"""Ends a process with the one that started it, even if SIGTERM or SIGKILL ends that one before it can clean up.
+"""Ends a process when its parent ends, even if SIGTERM or SIGKILL ends the parent before it can clean up.
 
 A guard is a process of its own. It waits until either of the two ends, then kills the process group of the started one.
 """

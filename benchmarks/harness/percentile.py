@@ -12,10 +12,10 @@ def p99(values: Sequence[float]) -> float:
 
 
 def p99_name(values: Sequence[float]) -> str:
-    """The name of what `p99` gives: of a hundred values or fewer, the greatest."""
+    """The name of the result of `p99`, which is the maximum for up to a hundred values."""
     return "p99" if len(values) > 100 else "slowest"
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median of some values, and their ends."""
+    """The median, minimum and maximum of some values."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}

@@ -24,7 +24,7 @@ def peak_bytes(pid: int) -> int:
     total = 0
     for process in process_tree(pid):
         found = re.search(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
-        # A zombie has no such line.
+        # A zombie process has no such line.
         total += int(found[1]) * 1024 if found else 0
     return total
 

@@ -42,7 +42,7 @@ def vllm_server(
         *flags({"model": backbone, "host": "127.0.0.1", "port": port, **settings}),
         "--lora-modules", *(f"{name}={folder}" for name, folder in modules.items()),
     ]  # fmt: skip
-    # Like the native server: the engine is a process of its own, and compiles nothing while it serves.
+    # As in the native server, the engine has its own process and does not compile while it serves.
     environment = engine_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TORCHDYNAMO_DISABLE": "1"}
     with (
         tempfile.NamedTemporaryFile(prefix="mtlora-vllm-", suffix=".log") as log,

@@ -15,7 +15,7 @@ def wait_until(condition: Callable[[], object], timeout_s: float, *, every_s: fl
 
 
 async def eventually(condition: Callable[[], object], timeout_s: float = 5.0, *, every_s: float = 0.01) -> None:
-    """`wait_until` beside the event loop's other tasks. Raises TimeoutError."""
+    """Asynchronous `wait_until`. Raises TimeoutError."""
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(every_s)

@@ -1,4 +1,4 @@
-"""Workers: processes that answer JSON messages, a line each. Most hold an engine.
+"""Workers: processes that answer JSON messages, one per line. Most run an engine.
 
 A worker is a module that ends in
 
@@ -114,7 +114,7 @@ class WorkerProcess:
 def serve(start: Callable[[Message], Handle]) -> None:
     """Run a worker until stdin ends. `start` takes the settings and returns the function that answers a message.
 
-    Stdout carries replies alone: output of libraries goes to stderr.
+    Stdout carries only replies; output of libraries goes to stderr.
     """
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
