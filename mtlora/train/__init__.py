@@ -1,4 +1,4 @@
 """Training adapters and baselines beside a frozen backbone; `trainer.py` reads from top to bottom.
 
-diagnosis.py says what a trained adapter does inside.
+diagnosis.py measures how a trained adapter routes tokens and uses its experts.
 """

@@ -1,4 +1,4 @@
-"""What training may do to its images, as far as their task allows it (`ImageInput.augment`).
+"""Augments training images in the ways that their task allows (`ImageInput.augment`).
 
 Shape suffixes: H height, W width, C channels.
 """

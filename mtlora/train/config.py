@@ -1,4 +1,4 @@
-"""The configuration of a training run: everything that decides what it does, kept as the checkpoint's provenance."""
+"""The configuration of a training run, complete and stored in the checkpoint as provenance."""
 
 from typing import Annotated, Literal
 
@@ -108,12 +108,12 @@ class TrainingConfig(BaseModel):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The frozen backbone's."""
+        """The dtype of the frozen backbone."""
         return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
 
     @property
     def method(self) -> MtLoRAConfig | BaselineConfig:
-        """What is trained beside the backbone."""
+        """The configuration of the adapter or baseline that is trained."""
         return self.adapter if self.baseline is None else self.baseline
 
     @model_validator(mode="after")

@@ -31,7 +31,7 @@ _GATED_MLPS = {family.gated_mlp for family in FAMILIES.values()}
 
 
 def speed_up_training(model: Any) -> None:
-    """Make a transformers causal language model use them for tensors on a CPU that need gradients."""
+    """Make a transformers causal language model use these operations for tensors on a CPU that need gradients."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -47,7 +47,7 @@ def speed_up_training(model: Any) -> None:
 
 
 def speed_up_image_training(encoder: VisionEncoder) -> None:
-    """Make an encoder use the attention for tensors on a CPU that need gradients."""
+    """Make an encoder use this attention for tensors on a CPU that need gradients."""
     for module in encoder.modules():
         if isinstance(module, SelfAttention):
             module.attend = _attend_all
@@ -87,7 +87,7 @@ def _attention(
 
 
 class PlainAttention(torch.autograd.Function):
-    """softmax(scaling q k^T) v, [B, H, L, d], causal or not, in plain products; key heads are never repeated.
+    """softmax(scaling q k^T) v, [B, H, L, d], causal or not, by plain matrix products; does not repeat key heads.
 
     Keeps the weights [B, H, L, L] for the backward pass.
     """

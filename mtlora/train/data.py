@@ -22,7 +22,7 @@ from mtlora.task import TaskSpec
 if TYPE_CHECKING:
     from mtlora.model.soft_tokens import ImageReader
 
-# This many batches are sorted by length together. More waste less on padding; fewer keep batches mixed.
+# Number of batches that are sorted by length together. More of them reduce padding; fewer keep batches mixed.
 _BUCKET_BATCHES = 16
 
 
@@ -30,8 +30,8 @@ _BUCKET_BATCHES = 16
 class Encoded:
     """One example as token ids; `task_index` is the row of its task in the task table.
 
-    document_length: how many of the prompt's first tokens are the document's part. image: of a prompt with one, whose
-    soft tokens' ids in `prompt` stand for nothing.
+    document_length: how many of the prompt's first tokens are the document's part. image: the prompt's image, if any;
+    its soft tokens have placeholder ids in `prompt`.
     """
 
     task_index: int
@@ -53,10 +53,10 @@ class Encoded:
 class Batch:
     """A right-padded batch. With a causal mask, padding changes nothing before it, so padding needs no mask.
 
-    All are int64. task_index_E: of each example. answer_rows_A: flat positions b*L + l whose next token is an answer
-    token; answer_targets_A: that token; answer_owner_A: its example. A row is an example; with `documents`, it holds
-    all examples of a document one after the other, without it, and task_index_BL is that of each token. images: at flat
-    positions.
+    All are int64. task_index_E: task index of each example. answer_rows_A: flat positions b*L + l whose next token is
+    an answer token; answer_targets_A: that token; answer_owner_A: its example. A row is an example; with `documents`,
+    it holds all examples of a document one after the other, without it, and task_index_BL is that of each token.
+    images: the batch's images, at flat positions.
     """
 
     tokens_BL: torch.Tensor
@@ -92,7 +92,7 @@ def encode(
     """
     index = {task.id: i for i, task in enumerate(tasks)}
     encoded = []
-    # All tasks of a document tokenize it once.
+    # Cache documents' tokens, which all tasks of a document share.
     document_ids: dict[str, list[int]] = {}
     keys = reader.read(tasks, examples) if reader else [None] * len(examples)
     for example, key in zip(examples, keys, strict=True):
@@ -143,7 +143,7 @@ def schedule(
     """The examples' indices of every batch of a run: each example once per epoch, similar lengths together.
 
     A batch has at most `batch_size` examples and, with padding, `batch_tokens` tokens, but at least one example.
-    document_tasks: up to so many examples of a document come together, and their document counts once.
+    document_tasks: up to this many examples of a document are put together, and their document's tokens count once.
     """
     batches: list[list[int]] = []
     for epoch in range(epochs):
@@ -172,7 +172,7 @@ def schedule(
 
 
 def by_document(examples: Sequence[Encoded]) -> list[list[int]]:
-    """The examples' indices, those of a document together."""
+    """The examples' indices, grouped by document."""
     found: dict[tuple[int, ...], list[int]] = {}
     for index, example in enumerate(examples):
         found.setdefault(example.document, []).append(index)
@@ -197,7 +197,7 @@ def _fits(examples: Sequence[Encoded], units: Sequence[Sequence[int]], batch_tok
 
 
 def _apart(examples: Sequence[Encoded], units: Sequence[list[int]]) -> list[list[list[int]]]:
-    """Batches of these units, none with two of a document."""
+    """Batches of these units, never two units of one document in a batch."""
     batches: list[list[list[int]]] = []
     seen: Counter[tuple[int, ...]] = Counter()
     for unit in units:
@@ -210,7 +210,7 @@ def _apart(examples: Sequence[Encoded], units: Sequence[list[int]]) -> list[list
 
 
 def row_length(examples: Sequence[Encoded]) -> int:
-    """Tokens of examples that share a document, which counts once."""
+    """Tokens of examples that share a document; the document counts once."""
     shared = examples[0].document_length
     return shared + sum(len(example) - shared for example in examples)
 
@@ -262,7 +262,7 @@ def collate_documents(examples: Sequence[Encoded]) -> Batch:
     S = max(examples[unit[0]].document_length for unit in units)
     tokens_BL, positions_BL, task_index_BL = (torch.zeros(B, L, dtype=torch.int64) for _ in range(3))
     documents_BS = torch.zeros(B, S, dtype=torch.int64)
-    # Padding is an example by itself: every token attends to something.
+    # Treat padding as an own example, because every token must attend to at least one.
     owner_BL = torch.full((B, L), -1)
     answer_rows: list[int] = []
     targets: list[int] = []

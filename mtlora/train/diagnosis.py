@@ -1,4 +1,4 @@
-"""What a trained adapter does inside: which experts tasks use, how experts differ, where tasks' gradients disagree.
+"""Measures a trained adapter: which experts tasks use, how experts differ, where tasks' gradients disagree.
 
 Shape suffixes: T tasks, M blocks (or matrices), G groups, N experts, D hidden size, r rank, K = N*r, P parameters.
 """
@@ -45,7 +45,7 @@ class Routing:
         return _divergence(self.weights_TMGN, 0).mean(1)
 
     def between_groups(self) -> torch.Tensor:
-        """How differently the groups of one task route, likewise; 0 if one group would do: [M]."""
+        """The same measure between the groups of one task; 0 if all groups route alike: [M]."""
         return _divergence(self.weights_TMGN, 2).mean(0)
 
 

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class RunExamples:
     """`train` and `validation`, encoded, and in `skipped` how many of each task are too long to train on.
 
-    evaluated: the examples of `validation`. They leave their task room to answer in the backbone's positions. Raises
-    SuiteError for an example that the configuration does not allow, and for a task without a training example.
+    evaluated: the examples of `validation`. They are short enough that the task's longest answer fits into the
+    backbone's positions. Raises SuiteError for an example that the configuration does not allow, and for a task without
+    a training example.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class RunExamples:
         self._prompts = prompts
         self._reader = reader
         self.skipped: Counter[str] = Counter()
-        # Validation leaves out the same kind of example, but the run reports only what training lacks.
+        # Validation leaves out too long examples as well, but only training's are reported.
         self.train = [encoded for _, encoded in self._encode("train", self.skipped)]
         held_out = self._encode("validation", Counter(), room)
         self.validation = [encoded for _, encoded in held_out]

@@ -45,7 +45,7 @@ _KEPT_VALUES = 2**29
 
 
 class _Trained(nn.Module):
-    """Adapters and heads; their names are those of the state."""
+    """All trained modules: adapters and heads. Their names are keys in the saved state."""
 
     def __init__(self, adapters: Attachment, heads: Heads) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Images:
         if isinstance(self.adapters, AdapterSet):
             for paths in self.adapters.layers[: config.frozen_layers]:
                 paths.requires_grad_(False)
-        # States before the first layer that trains, for training examples that never change.
+        # Cached states before the first trained layer, for training examples that are not augmented.
         self._entered: dict[int, torch.Tensor] = {}
         self._most_entered = _KEPT_VALUES // (self.positions * self.adapted.backbone.hidden_size)
         learns = any(parameter.requires_grad for parameter in self.adapters.parameters())
@@ -98,7 +98,7 @@ class Images:
         return self.adapted.adapters
 
     def of(self, split: Split) -> list[Example]:
-        """The split's examples as the configuration asks for them, task by task. Raises SuiteError."""
+        """The split's examples by the configuration, task by task. Raises SuiteError."""
         found = wanted_examples(self.config, self.suite, self.tasks, split)
         having = {example.task_id for example in found}
         for task in self.tasks if split == "train" else ():
@@ -181,7 +181,7 @@ class Images:
         return torch.tensor([self._row[example.task_id] for example in examples])
 
     def _targets(self, examples: Sequence[Example]) -> torch.Tensor:
-        """The output that is each example's label."""
+        """The head output of each example's label."""
         targets = []
         for example in examples:
             row = self._row[example.task_id]
@@ -205,7 +205,7 @@ class Images:
 
     @torch.no_grad()
     def _enter(self, share: Sequence[int], step: int, device: torch.device) -> torch.Tensor:
-        """States [B, T, D] before the first layer that trains, of training examples."""
+        """States [B, T, D] of training examples before the first trained layer."""
         encoder, frozen = self.adapted.encoder, self.config.frozen_layers
         new = [i for i in share if i not in self._entered]
         made: dict[int, torch.Tensor] = {}
@@ -220,7 +220,7 @@ class Images:
         return torch.stack([made[i] if i in made else self._entered[i] for i in share])
 
     def _leave(self, x_BTD: torch.Tensor, told_B: torch.Tensor | None) -> torch.Tensor:
-        """Features [B, F] in float32 of states before the first layer that trains."""
+        """Features [B, F] in float32, from states before the first trained layer."""
         encoder = self.adapted.encoder
         with self.adapters.context.use(told_B):
             for layer in encoder.model.layers[self.config.frozen_layers :]:
@@ -346,7 +346,7 @@ class Images:
 
 
 def _classes(tasks: Sequence[TaskSpec], heads: str) -> list[list[int]]:
-    """The outputs that are each task's labels."""
+    """The head outputs of each task's labels."""
     if heads == "label words":
         words = {
             label: i for i, label in enumerate(dict.fromkeys(label for task in tasks for label in task.labels or ()))

@@ -1,4 +1,4 @@
-"""What training minimises: the answer's tokens, the routers' balance, and the experts' spectra.
+"""The training losses: of the answer's tokens, the routers' balance, and the experts' spectra.
 
 Shape suffixes: M matrices (blocks), N experts, D hidden size, r rank, G groups, A answer tokens, R of them at
 a time, V vocabulary, K = N*r.
@@ -77,14 +77,14 @@ def balance_loss(mean_routing: Sequence[torch.Tensor]) -> torch.Tensor:
 def _spectra(gram_MNrr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Singular values [M, N, r] and right singular vectors [M, N, r, r] of experts, from their Gram matrices B^T B.
 
-    No gradient flows through them. A rank-16 expert needs no factorisation of its D rows.
+    Returned without gradient. From the Gram matrix, a rank-16 expert needs only a 16 x 16 factorisation.
     """
     squares, vectors = torch.linalg.eigh(gram_MNrr)
     return squares.clamp_min(0).sqrt(), vectors
 
 
 class _Gram(torch.autograd.Function):
-    """X^T X of a batch. Its gradient takes one product; autograd takes two, not knowing that both sides are equal."""
+    """X^T X of a batch. Its gradient needs one product; autograd's needs two, because it ignores the symmetry."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:

@@ -18,11 +18,11 @@ from mtlora.train.parallel import Ranks
 
 
 class Part(NamedTuple):
-    """A process' part of a step's batch.
+    """One process's part of a step's batch.
 
-    bias_index: the row of the task biases of each sequence, image or token; None if tasks are not told. loss: its mean
-    loss, when called. answers, tokens: its share of what the loss is a mean over, and of the tokens with a path.
-    num_tokens: of the whole batch.
+    bias_index: the row of the task biases of each sequence, image or token; None if the adapter does not get the tasks.
+    loss: a function that returns the mean loss of this part. answers, tokens: this part's share of the terms in the
+    loss's mean, and of the tokens with a path. num_tokens: tokens of the whole batch.
     """
 
     bias_index: torch.Tensor | None
@@ -35,7 +35,7 @@ class Part(NamedTuple):
 class Modality(Protocol):
     """The examples of a run with the model that learns them."""
 
-    # The backbone with what is attached to it.
+    # The backbone with its adapter or baseline.
     adapted: Any
     # The examples' indices of every batch of the run.
     batches: list[list[int]]
@@ -44,7 +44,7 @@ class Modality(Protocol):
 
     @property
     def adapters(self) -> Attachment:
-        """What is attached to the backbone."""
+        """The adapter or baseline at the backbone."""
         ...
 
     @property
@@ -53,7 +53,7 @@ class Modality(Protocol):
         ...
 
     def move(self, device: torch.device) -> None:
-        """Move the model to where it trains."""
+        """Move the model to the training device."""
         ...
 
     def begin(self) -> None:
@@ -81,7 +81,7 @@ class Modality(Protocol):
         ...
 
     def answerer(self) -> Answerer:
-        """Answers of the model as trained so far."""
+        """An answerer with the model as trained so far."""
         ...
 
     def digest(self) -> str:
@@ -89,7 +89,7 @@ class Modality(Protocol):
         ...
 
     def provenance(self) -> dict[str, Any]:
-        """What the manifest's `training` says of the examples."""
+        """The examples' part of the manifest's `training`."""
         ...
 
     def write(self, folder: Path, training: dict[str, Any], evaluation: dict[str, Any]) -> None:
@@ -98,7 +98,7 @@ class Modality(Protocol):
 
 
 def digest(examples: Iterable[object], batches: Iterable[Sequence[int]]) -> str:
-    """A digest of examples and batches, by how Python prints them."""
+    """A digest of the Python representation of examples and batches."""
     found = hashlib.sha256()
     for each in chain(examples, batches):
         found.update(repr(each).encode())
@@ -108,7 +108,7 @@ def digest(examples: Iterable[object], batches: Iterable[Sequence[int]]) -> str:
 def open_modality(
     config: TrainingConfig, suite: Suite, tasks: Sequence[TaskSpec], backbone: Path, vision: Path | None
 ) -> Modality:
-    """Text or images, by the suite's tasks. Raises MtLoRAError for what cannot be trained.
+    """The modality, text or images, of the suite's tasks. Raises MtLoRAError if they cannot be trained.
 
     vision: the vision backbone's folder, for tasks of text that take an image.
     """

@@ -1,7 +1,7 @@
 """Data parallel training with torchrun: every process has the whole schedule and works on its share of each batch.
 
-Processes exchange sums, not means. Each divides its loss by the answer tokens of the whole batch first, so that shares
-of different size weigh as in one process.
+Processes exchange sums, not means: each first divides its loss by the answer tokens of the whole batch, so that results
+equal those of one process.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes."""
+"""Measures how a training step's time is divided."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from mtlora.train.config import TrainingError
 if TYPE_CHECKING:
     from mtlora.train.trainer import Trainer
 
-# The sections that are the model's own work. Every other one should take at most 5 % of a step.
+# Sections of the model's own work. Every other section should take at most 5 % of a step.
 MODEL_SECTIONS = ("forward", "backward")
 _WARM_UP = 3
 _OPERATORS = 15

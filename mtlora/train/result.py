@@ -1,4 +1,4 @@
-"""What a run leaves behind: a checkpoint of the adapter, or of a baseline, with its provenance and its scores."""
+"""Writes a run's result: a checkpoint of the adapter or baseline, with provenance and scores."""
 
 from collections.abc import Sequence
 from pathlib import Path

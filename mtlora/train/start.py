@@ -1,4 +1,4 @@
-"""Training that starts from given weights: another checkpoint's, or weights of which a part stays frozen."""
+"""Starts training from given weights: those of another checkpoint, or partly frozen ones."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ def warm_start(adapted: AdaptedModel, config: MtLoRAConfig, tasks: Sequence[Task
 def load_paths(
     adapters: nn.Module, found: Checkpoint, config: MtLoRAConfig, tasks: Sequence[TaskSpec], where: Path
 ) -> None:
-    """Load what a checkpoint has beside the blocks; `where` is its folder. Raises TrainingError."""
+    """Load a checkpoint's paths; `where` is its folder. Raises TrainingError."""
     differing = differences(found.manifest.config, config)
     differing.pop("lora_dropout", None)
     if differing:

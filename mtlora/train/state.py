@@ -77,7 +77,7 @@ class RunFolder:
                 "--out"
             ) from None
         except OSError as error:
-            # The file system has no locks, such as NFS without a lock service.
+            # The file system has no locks, for example NFS without a lock service.
             print(f"mtlora: {path}: cannot be locked ({error}): see to it that no other run uses it", file=sys.stderr)
 
     def read_state(self) -> dict[str, Any] | None:
@@ -94,7 +94,7 @@ class RunFolder:
         return state
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the saved state, whole or not at all."""
+        """Replace the saved state, completely or not at all."""
         temporary = self.state_file.with_suffix(".tmp")
         torch.save(state, temporary)
         sync(temporary)
@@ -106,7 +106,7 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def _cut_log(self, step: int) -> None:
-        """Drop lines of steps that will run again, and a line that a kill cut off."""
+        """Remove lines of steps that will run again, and a line that a kill left incomplete."""
         if not self.log_file.exists():
             return
         kept = []

@@ -26,12 +26,12 @@ from mtlora.train.result import evaluate, task_table, write_result
 from mtlora.train.start import warm_start
 from mtlora.train.validation import held_out
 
-# Images that the projector starts from.
+# Most images whose states initialise the projector.
 _MOST_IMAGES = 2048
 
 
 class _Trained(nn.Module):
-    """Adapters and projector; their names are those of the state."""
+    """All trained modules: adapters and projector. Their names are keys in the saved state."""
 
     def __init__(self, adapters: Attachment, projector: nn.Module) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Text:
                 # Leave out the end-of-sequence token.
                 said.setdefault(each.image.key, []).extend(each.answer[:-1])
         embed = self.adapted.model.get_input_embeddings()
-        # Look up by the module: some families scale the rows.
+        # Call the embedding module, because some families scale the rows.
         embeddings_VD = embed(torch.arange(embed.num_embeddings, device=embed.weight.device))
         words_D = [embeddings_VD[ids].float().mean(0) for ids in said.values()]
         words_PD = torch.cat(
@@ -186,7 +186,7 @@ class Text:
 
 
 def _own_length(example: Encoded) -> int:
-    """Tokens after the document's part."""
+    """Number of tokens after the document's part."""
     return len(example) - example.document_length
 
 

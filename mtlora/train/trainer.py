@@ -1,4 +1,4 @@
-"""The training loop: a readable script over its parts."""
+"""The training loop."""
 
 import os
 import time
@@ -28,7 +28,7 @@ from mtlora.train.state import RunError, RunFolder
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step measured, over all processes."""
+    """One step's measurements, over all processes."""
 
     loss: float
     balance: float
@@ -81,9 +81,9 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         # What a saved state must match, beside the configuration.
         self.inputs = {"backbone": self.adapted.backbone.weights_fingerprint, "examples": self.work.digest()}
-        # Each process draws its own dropout; all drew the same weights above.
+        # Seed each process differently for dropout; all of them drew the same weights above.
         torch.manual_seed(config.seed + self.ranks.rank)
-        # Write files only now: everything that can be refused has been checked.
+        # Write files only after all checks.
         self.folder = RunFolder(out)
         state = self.folder.open(config, resume=resume) if self.ranks.first else None
         self.ranks.wait()
@@ -135,7 +135,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             self.optimizer.zero_grad(set_to_none=True)
-        # In use for the backward pass too, where gradient checkpointing computes layers again.
+        # Keep the tasks set in the backward pass too, because gradient checkpointing recomputes layers there.
         with work.adapters.context.use(part.bias_index):
             with clock("forward"):
                 loss = part.answers * part.loss()
@@ -148,7 +148,7 @@ class Trainer:
                 (loss + config.balance_weight * balance).backward()
         if spectral.requires_grad:
             with clock("spectral"):
-                # The same in every process, so each contributes its part of the sum.
+                # This loss is the same in every process, so each contributes an equal part of the sum.
                 (spectral * (config.spectral_weight / ranks.world)).backward()
         with clock("exchange"):
             ranks.sum_gradients(work.trained.parameters())
