@@ -1,4 +1,4 @@
-"""How far probabilities can be trusted: their expected error, and the temperature that makes it small."""
+"""Calibration of probabilities: their expected error, and temperatures that reduce it."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ Labeller = Callable[[Sequence[Example]], list[Mapping[str, float]]]
 BINS = 15
 # Temperatures that are tried, each a few percent above the last.
 _STEPS = [0.05 * 400 ** (i / 200) for i in range(201)]
-# Penalty, in nats, of a temperature that is e times that of all tasks. Cross-validation on the shipped adapter prefers
+# Penalty, in nats, of a temperature e times the common one. Cross-validation on the shipped adapter prefers
 # this to no prior and to one temperature for all; half or twice as much changes little, as does a bias a label.
 _PRIOR = 2.0
 _LEAST = 1e-30
@@ -34,7 +34,7 @@ def expected_calibration_error(outcomes: Sequence[tuple[float, bool]]) -> float:
 
 
 def error_by_chance(confidences: Sequence[float]) -> float:
-    """The expected calibration error that perfect probabilities show on so few examples: its mean, exactly.
+    """The exact mean of the expected calibration error that perfect probabilities would have on this few examples.
 
     confidences: the probability of the likeliest label of each example.
     """

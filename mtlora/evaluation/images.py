@@ -1,4 +1,4 @@
-"""Answers of tasks of images: by an adapter with its heads, and by linear heads on the backbone alone.
+"""Answerers of image tasks: an adapter with its heads, and linear heads on the backbone alone.
 
 Shape suffixes: B images, C classes, F size of a feature, N examples.
 """
@@ -43,7 +43,8 @@ def features(
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """(places of examples of one task, their features [B, F]), batch by batch.
 
-    bias_rows: each task's row of the task biases; None for the backbone alone. told: whether the adapter is told tasks.
+    bias_rows: each task's row of the task biases; None for the backbone alone. told: whether the adapter gets the
+    tasks.
     """
     by_task: dict[str, list[int]] = {}
     for place, example in enumerate(examples):
@@ -74,7 +75,7 @@ def image_labeller(
 ) -> Labeller:
     """Probabilities of labels, not calibrated. bias_rows: see `features`."""
     by_id = {task.id: task for task in tasks}
-    # An image is looked at once, for its answer and for its probabilities.
+    # Cache results, so that an image is computed once for its answer and its probabilities.
     known: dict[tuple[str, str], Mapping[str, float]] = {}
 
     def label(examples: Sequence[Example]) -> list[Mapping[str, float]]:

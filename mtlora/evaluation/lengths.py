@@ -1,4 +1,4 @@
-"""Accuracy by the length of the documents that tasks are asked of."""
+"""Accuracy by document length."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise

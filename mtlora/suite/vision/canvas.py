@@ -1,4 +1,4 @@
-"""What generated pictures are drawn with: a canvas with a ground of its own, colours that stand out on it, and fonts.
+"""Drawing tools of generated pictures: a canvas with a background, contrasting colours, and fonts.
 
 Coordinates and lengths are shares of the picture's side, from its top left.
 """
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from mtlora.suite.base import Split
 
 SIZE = 112
-# Drawn finer and reduced, so that edges are smooth.
+# Draw at a higher resolution and reduce it, so that edges are smooth.
 _FINE = 2 * SIZE
 
 Colour = tuple[int, int, int]
@@ -39,7 +39,7 @@ class PictureTask:
 
 
 def colour(hue: float, saturation: float, value: float) -> Colour:
-    """Degrees, and two numbers from 0 to 1."""
+    """An RGB colour from hue in degrees, and saturation and value (HSV) from 0 to 1."""
     red, green, blue = colorsys.hsv_to_rgb(hue % 360 / 360, saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)
 
@@ -79,7 +79,7 @@ def font(name: str, size: float) -> ImageFont.FreeTypeFont:
 
 @dataclass
 class Canvas:
-    """A picture under way. dark: whether its ground is."""
+    """A picture that is being drawn. dark: whether its background is dark."""
 
     rng: random.Random
     dark: bool = False
@@ -88,7 +88,7 @@ class Canvas:
     def __post_init__(self) -> None:
         rng, value = self.rng, self.rng.uniform(0.08, 0.3) if self.dark else self.rng.uniform(0.8, 1)
         self.ground = colour(rng.uniform(0, 360), rng.uniform(0, 0.3 if self.dark else 0.18), value)
-        # A ground that is a little uneven, as under a lamp.
+        # A slightly uneven background, as under a lamp.
         shade = np.array([[rng.uniform(-14, 14) for _ in range(3)] for _ in range(3)], dtype=np.float32)
         uneven = np.asarray(Image.fromarray(shade).resize((_FINE, _FINE), Image.Resampling.BILINEAR))
         pixels = np.clip(np.array(self.ground, np.float32) + uneven[..., None], 0, 255).astype(np.uint8)
@@ -97,11 +97,11 @@ class Canvas:
 
     @classmethod
     def any(cls, rng: random.Random) -> "Canvas":
-        """A light ground, or at times a dark one."""
+        """A canvas with a light or, sometimes, a dark background."""
         return cls(rng, dark=rng.random() < 0.3)
 
     def ink(self) -> Colour:
-        """A colour that stands out from the ground."""
+        """A colour with contrast to the background."""
         rng = self.rng
         if self.dark:
             return colour(rng.uniform(0, 360), rng.uniform(0, 0.8), rng.uniform(0.8, 1))
@@ -186,7 +186,7 @@ class Canvas:
         self.image, self.pen = image, ImageDraw.Draw(image)
 
     def specks(self, number: int) -> None:
-        """Small marks that mean nothing."""
+        """Draw small random marks as distractions."""
         for _ in range(number):
             x, y, length, angle = (self.rng.random() for _ in range(4))
             end = (x + 0.06 * length * math.cos(6.3 * angle), y + 0.06 * length * math.sin(6.3 * angle))

@@ -3,7 +3,8 @@
 `task.json` in a task's folder, or for all tasks in the suite's, sets `description` and `image` (see `ImageInput`):
 `{"image": {"augment": ["crop", "flip"]}}`. `tasks.json` in the suite's folder has such an object by task id.
 
-Where there is no validation split, a tenth of training, by content, is it. An image of the test split is in no other.
+Without a validation split, a tenth of training, chosen by content, becomes validation. A test image is in no other
+split.
 """
 
 import codecs
@@ -101,7 +102,7 @@ def _divided(task_id: str, files: Sequence[ImageFile]) -> dict[Split, list[Examp
     """The distinct images of every split. The same image under two labels, or in two splits, is told."""
     has_validation = any(file.split == "validation" for file in files)
     found: dict[str, tuple[Example, Split]] = {}
-    # Test first: what it holds is in no other split.
+    # Read the test split first, because its images are excluded from the others.
     order = {"test": 0, "validation": 1, "train": 2, None: 3}
     for file in sorted(files, key=lambda file: (order[file.split], file.path)):
         try:

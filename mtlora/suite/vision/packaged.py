@@ -48,7 +48,7 @@ class PackagedSuite:
                 id=_TASK,
                 description="The digit, written by hand.",
                 answer=Label(labels=tuple("0123456789")),
-                # A digit is not mirrored.
+                # No flips, because a mirrored digit is not a digit.
                 image=ImageInput(augment=("crop",)),
             ),
         )

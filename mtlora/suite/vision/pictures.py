@@ -28,7 +28,7 @@ QUARTERS = {
     "bottom right": (0.73, 0.73),
 }
 _NUMBERS = ("one", "two", "three")
-# Pictures kept in memory, 20 kB each.
+# Number of cached pictures, 20 kB each.
 _KEPT = 1024
 
 
@@ -95,7 +95,7 @@ def _where(rng: random.Random, scene: Scene) -> tuple[str, str]:
 
 
 def _what(rng: random.Random, scene: Scene) -> tuple[str, str]:
-    """What stands in a quarter; at times nothing."""
+    """What is in a quarter; sometimes nothing."""
     quarter = rng.choice(list(QUARTERS)) if rng.random() < 0.3 else rng.choice(scene).quarter
     found = next((each for each in scene if each.quarter == quarter), None)
     return quarter, f"{found.colour} {found.shape}" if found else "nothing"
@@ -110,7 +110,7 @@ def _there(rng: random.Random, scene: Scene) -> tuple[str, str]:
 
 
 def _both(rng: random.Random, scene: Scene) -> tuple[str, str]:
-    """Whether a shape of a colour is there; if not, one with the same shape or the same colour is."""
+    """Whether a shape of a colour is there; if not, another figure has the shape or the colour."""
     chosen, wanted = rng.choice(scene), rng.random() < 0.5
     shape, colour = chosen.shape, chosen.colour
     if not wanted and rng.random() < 0.5:

@@ -25,7 +25,7 @@ from mtlora.suite.vision.canvas import (
 )
 from mtlora.suite.vision.figures import OUTLINES
 
-# Letters are learned in these fonts and asked in others.
+# Fonts of training pictures; tests use other fonts.
 _SEEN = (
     SANS, BOLD, SERIF, MONO, "DejaVuSans-Oblique", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralItalic", "cmr10",
     "DejaVuSansMono-Oblique",
