@@ -16,11 +16,12 @@ from loadtest.settings import PhaseSettings, RampSettings, Settings
 from mtlora.errors import describe
 
 PROGRAM = "mtlora-loadtest"
-# A generator later than this measures its own delay; a server later than this measures too little.
+# Warn above this delay of the generator, which then measures itself, or of the server's event loop, whose own times are
+# then too short.
 _LATE_S = 0.1
 
 
-class _Measurement(Settings):
+class _Measuring(Settings):
     async def measure(self, session: Session) -> int:
         """Load the server; returns the exit status."""
         raise NotImplementedError
@@ -30,7 +31,7 @@ class _Measurement(Settings):
         return asyncio.run(in_session(self, command, self.measure))
 
 
-class Run(PhaseSettings, _Measurement):
+class Measurement(PhaseSettings, _Measuring):
     """One load, open or closed loop, against a running server. The load is one of --rate, --in-flight, --trace."""
 
     async def measure(self, session: Session) -> int:
@@ -43,7 +44,7 @@ class Run(PhaseSettings, _Measurement):
         return session.finish()
 
 
-class Knee(RampSettings, _Measurement):
+class Knee(RampSettings, _Measuring):
     """Raise the load until the service level breaks."""
 
     async def measure(self, session: Session) -> int:
@@ -74,7 +75,7 @@ class Report(BaseModel):
 
 
 class FlagSettings(BaseSettings):
-    """Settings that come from flags alone."""
+    """Settings that come only from flags."""
 
     model_config = SettingsConfigDict(
         cli_kebab_case=True, cli_implicit_flags="toggle", cli_hide_none_type=True, cli_avoid_json=True,
@@ -88,9 +89,9 @@ class FlagSettings(BaseSettings):
 
 
 class _Commands(FlagSettings, cli_prog_name=PROGRAM):
-    """Load a server and say how it did."""
+    """Load a server and report the results."""
 
-    run: CliSubCommand[Run] = Field(description=Run.__doc__)
+    run: CliSubCommand[Measurement] = Field(description=Measurement.__doc__)
     knee: CliSubCommand[Knee] = Field(description=Knee.__doc__)
     report: CliSubCommand[Report] = Field(description=Report.__doc__)
 

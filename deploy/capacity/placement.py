@@ -13,8 +13,8 @@ from mtlora.client import Placement
 REPLICAS = (8, 16, 32, 64)
 ADAPTERS = (100, 1_000, 10_000)
 # Adapters that a replica holds: the default of `adapter_slots`.
-SLOTS = 256
-# Share of what the replicas can answer that is offered.
+RESIDENT = 256
+# Offered load as a share of the replicas' capacity.
 UTILISATION = 0.6
 # (prompt, completion) tokens, 35 and 11 on average as in capacity.md.
 LENGTHS = tuple((prompt, completion) for prompt in (20, 35, 50) for completion in (6, 11, 16))
@@ -42,7 +42,7 @@ def compare(
     replicas: Sequence[int] = REPLICAS,
     adapters: Sequence[int] = ADAPTERS,
     *,
-    slots: int = SLOTS,
+    max_resident: int = RESIDENT,
     seconds: float = _SECONDS,
 ) -> Iterator[Row]:
     """Simulate every fleet. The adapters' popularity follows Zipf's law."""
@@ -60,7 +60,7 @@ def compare(
                 simulate(
                     poisson(rate, seconds, tasks=number, adapters=number, lengths=LENGTHS), count, model,
                     router(count, number),
-                    memory=Memory(slots, LOAD_SECONDS), warm_up=seconds * _WARM_UP / _SECONDS,
+                    memory=Memory(max_resident, LOAD_SECONDS), warm_up=seconds * _WARM_UP / _SECONDS,
                 )
                 for router in routers
             ]  # fmt: skip
@@ -70,14 +70,14 @@ def compare(
 def page(rows: Iterator[Row], command: str) -> str:
     """deploy/placement.md."""
     found = list(rows)
-    above = [_p99(row.placed) / _p99(row.round_robin) for row in found if row.adapters <= SLOTS]
+    above = [_p99(row.placed) / _p99(row.round_robin) for row in found if row.adapters <= RESIDENT]
     names = ("round robin", "placed", "picker")
     heads = [f"{what}, {name}" for what in ("hit rate", "p99 TTFT (ms)") for name in names]
     lines = [
         "# Adapters placed over replicas",
         "",
         f"Made by `{command}` on {time.strftime('%Y-%m-%d')}: the service model of [capacity](capacity.md), simulated, "
-        f"with {UTILISATION:.0%} of what the replicas can answer. A replica holds {SLOTS} adapters; a step waits "
+        f"with {UTILISATION:.0%} of what the replicas can answer. A replica holds {RESIDENT} adapters; a step waits "
         f"{LOAD_SECONDS:g} s for another. Adapters' popularity follows a Zipf law; figures are of the second half of "
         f"{_SECONDS:g} s, from a cold start. Placed: `AsyncClient(..., placement=Placement())`, one client for all. "
         "Picker: the scores and weights of overlay inference-pool's endpoint picker, on metrics up to 50 ms old.",

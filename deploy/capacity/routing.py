@@ -14,9 +14,9 @@ _REFRESH_S = 0.05
 
 
 class Observed(Protocol):
-    """A replica as its metrics show it. slots: adapters that it holds at most."""
+    """A replica as its metrics show it. max_resident: most adapters that it holds."""
 
-    slots: int
+    max_resident: int
 
     @property
     def resident(self) -> Collection[int]:
@@ -32,7 +32,7 @@ class Observed(Protocol):
 
 
 class RoundRobin:
-    """One after the other, like gRPC's round_robin."""
+    """Choose replicas in turn, like gRPC's round_robin."""
 
     def __init__(self, replicas: int) -> None:
         self._replicas = replicas
@@ -73,7 +73,7 @@ class EndpointPicker:
         self._queue, self._cache = weights["queue-scorer"], weights["kv-cache-utilization-scorer"]
         self._random = random.Random(seed)
         self._next = 0.0
-        # Of each replica: adapters, score of one that it does not hold, score of its load.
+        # Per replica: adapters, score without the adapter, score of its load.
         self._seen: list[tuple[set[int], float, float]] = []
 
     def observe(self, now: float, replicas: Sequence[Observed]) -> None:
@@ -86,7 +86,7 @@ class EndpointPicker:
             (
                 set(each.resident),
                 # The affinity scorer gives a replica without the adapter 0.8 if it has a free slot, else 0.
-                0.8 * self._affinity if len(each.resident) < each.slots else 0.0,
+                0.8 * self._affinity if len(each.resident) < each.max_resident else 0.0,
                 self._queue * (most - each.queued) / spread + self._cache * (1 - each.fill),
             )
             for each in replicas

@@ -72,7 +72,7 @@ class Replica:
         self._order = 0
         self._adapters: dict[int, int] = {}
         self.resident: OrderedDict[int, None] = OrderedDict()
-        self.slots = memory.adapters if memory else sys.maxsize
+        self.max_resident = memory.adapters if memory else sys.maxsize
         self.busy = False
         self.loads = 0
 

@@ -1,7 +1,7 @@
-"""What the server itself applies of an adapter: heads, from a feature to logits, and projectors, to soft tokens.
+"""Parts of an adapter that the server applies itself: heads (feature to logits) and projectors (states to soft tokens).
 
-Shape suffixes: C classes, D hidden size, F size of a task's feature, T positions of an image, S soft tokens, K numbers
-of the patches of one.
+Shape suffixes: C classes, D hidden size, F size of a task's feature, T positions of an image, S soft tokens, K length
+of a soft token's patch states.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,14 +28,14 @@ class Head:
     pooling: Pooling
 
     def logits(self, feature: NDArray[np.float32]) -> Sequence[float]:
-        """The logits of an engine's feature."""
+        """The logits for a feature that the engine returned."""
         feature_F = task_feature(feature, self.pooling, self.weight_CF.shape[1])
         logits: list[float] = (self.weight_CF @ feature_F + self.bias_C).tolist()
         return logits
 
 
 @dataclass(frozen=True, eq=False)
-class Projector:
+class ServedProjector:
     """Turns an image's states into soft tokens of the language backbone."""
 
     weight_DK: NDArray[np.float32]
@@ -43,12 +43,12 @@ class Projector:
     merge: int
 
     def soft_tokens(self, states_TD: NDArray[np.float32], num_prefix: int) -> NDArray[np.float32]:
-        """[S, D] of the engine's states; see `merged`."""
+        """Soft tokens [S, D] from the engine's states; see `merged`."""
         rows_SD: NDArray[np.float32] = merged(states_TD, num_prefix, self.merge) @ self.weight_DK.T + self.bias_D
         return rows_SD
 
 
-def read_projector(folder: Path, manifest: "AdapterManifest") -> Projector | None:
+def read_projector(folder: Path, manifest: "AdapterManifest") -> ServedProjector | None:
     """The projector of a verified adapter, if it has one."""
     from safetensors import safe_open
 
@@ -58,7 +58,7 @@ def read_projector(folder: Path, manifest: "AdapterManifest") -> Projector | Non
         return None
     with safe_open(folder / TENSORS_FILE, framework="pt") as tensors:
         weight_DK, bias_D = (tensors.get_tensor(name).float().numpy() for name in PROJECTOR_NAMES)
-    return Projector(weight_DK, bias_D, manifest.projector.merge)
+    return ServedProjector(weight_DK, bias_D, manifest.projector.merge)
 
 
 def read_heads(folder: Path, manifest: "AdapterManifest") -> Mapping[str, Head]:

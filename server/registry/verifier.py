@@ -1,7 +1,7 @@
-"""Verifies each version in a child process under limits, so that reading a bad file cannot harm the server.
+"""Verifies each version in a child process under limits, so that a malicious file cannot harm the server.
 
 The child copies the two files to the spool, up to the limits, and reads the copy as the engine will. The server reads
-only what passed.
+only verified copies.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from server.isolation import ChildEndedError, ChildError, in_child
 from server.registry.check import NoEngineError, VerificationLimits, run_check
-from server.registry.heads import Head, Projector, read_heads, read_projector
+from server.registry.heads import Head, ServedProjector, read_heads, read_projector
 from server.registry.source import Found
 from server.registry.spool import Spool, SpoolFullError
 from server.registry.storage import in_thread
@@ -30,20 +30,20 @@ _AT_ONCE = 2
 
 @dataclass(frozen=True)
 class Verified:
-    """A version that passed: its content's hash, its copy in the spool, its manifest, and what the server keeps of it.
+    """A verified version: its content's hash, its copy in the spool, its manifest, and its heads and projector.
 
-    heads: for tasks of images. projector: for tasks of text and image.
+    heads: for image tasks. projector: for tasks of text and image.
     """
 
     content: str
     folder: Path
     manifest: "AdapterManifest"
     heads: Mapping[str, Head] = field(default_factory=dict)
-    projector: Projector | None = None
+    projector: ServedProjector | None = None
 
 
 class Verifier:
-    """Verifies versions for the backbones; `spool` keeps the copies that pass."""
+    """Verifies versions for these backbones; `spool` keeps verified copies."""
 
     def __init__(self, spool: Spool, backbones: "Backbones", limits: VerificationLimits) -> None:
         self._spool = spool
@@ -53,7 +53,7 @@ class Verifier:
         self._processes: set[BaseProcess] = set()
 
     async def verify(self, root: Path, found: Found) -> Verified:
-        """Verify what was found under `root`. Raises StageError with the reason of a refusal.
+        """Verify a version found under `root`. Raises StageError with the reason if it is refused.
 
         The caller releases the copy by `Spool.release`.
         """

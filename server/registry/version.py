@@ -1,6 +1,6 @@
 """The states of an adapter version: its stage, its place in the engine, and every move between them.
 
-The adapter's record says which version should serve; a version's stage says how far it has come.
+The adapter's record decides which version should serve; a version's stage is its progress towards that.
 
     FOUND ───► VERIFIED ───► LOADED ───► WARMED ───► SERVING
       │         ▲ ▲ │          │           │            │
@@ -44,14 +44,14 @@ from server.registry.source import Found
 
 if TYPE_CHECKING:
     from mtlora.task import TaskSpec
-    from server.registry.heads import Head, Projector
+    from server.registry.heads import Head, ServedProjector
     from server.registry.record import AdapterRecord
 
 _NUMBERS = re.compile(r"v?(\d+(?:\.\d+)*)", re.ASCII)
 
 
 class Stage(Enum):
-    """How far a version has come, and what an event tells of it."""
+    """The progress of a version; also the kind of an event."""
 
     FOUND = "found"
     VERIFIED = "verified"
@@ -69,11 +69,11 @@ class Place(Enum):
     """Where a version is in the engine's memory."""
 
     OUT = "out"
-    # Waits for room.
+    # It waits for room.
     QUEUED = "queued"
     LOADING = "loading"
     RESIDENT = "resident"
-    # Makes room for another: takes no new lease, and leaves with its last.
+    # It will make room for another version: takes no new lease, and is evicted after its last.
     CLOSING = "closing"
     UNLOADING = "unloading"
 
@@ -84,7 +84,7 @@ _MOVES: Mapping[Enum, set[Enum]] = {
     Stage.LOADED: {Stage.WARMED, Stage.DRAINING},
     Stage.WARMED: {Stage.SERVING, Stage.DRAINING},
     Stage.SERVING: {Stage.DRAINING},
-    # VERIFIED: kept for a rollback, or wanted again before its last request.
+    # VERIFIED: kept for a rollback, or needed again before its last request.
     Stage.DRAINING: {Stage.VERIFIED, Stage.FOUND, Stage.DRAINED, Stage.FAILED},
     Stage.DRAINED: set(),
     Stage.FAILED: {Stage.VERIFIED},
@@ -108,7 +108,7 @@ class StageError(AdapterError):
 
 
 class ElsewhereError(StageError):
-    """A version is for an engine that this server does not have. Nothing is wrong with it."""
+    """A valid version, but this server has no engine for it."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(Stage.VERIFIED, reason)
@@ -117,7 +117,7 @@ class ElsewhereError(StageError):
 class NoRoomError(StageError):
     """The engine had no room for a version in time; the next attempt may find some.
 
-    taken: the versions that filled it. The message names no version: tenants read it too.
+    taken: the versions that filled the engine. The message does not name them, because tenants see it.
     """
 
     def __init__(self, reason: str, taken: Sequence[str]) -> None:
@@ -130,13 +130,13 @@ class NoRoomError(StageError):
 class AdapterVersion:
     """The files of one NAME/VERSION.
 
-    Other bytes under the same name are another AdapterVersion, with its own copy and slots, so that cached blocks of
-    one never serve the other.
+    Changed files under the same name become a new AdapterVersion with its own copy and slots, so that cached blocks of
+    the old one are never used for the new one.
 
     found, present: its files as last seen, and whether they still lie in the folder.
     seen: time.monotonic() when these files appeared.
-    passed_over: a Rollback, or a Load of a lower version, chose not to serve these files.
-    reason: why it FAILED. elsewhere: because this server does not have its engine, which is no failure.
+    passed_over: a Rollback, or a Load of a lower version, decided not to serve these files.
+    reason: why it FAILED. elsewhere: whether the reason is only that this server has no engine for it.
     content: sha256 of its manifest, which holds the tensors' sha256. Set, like all below, from VERIFIED on.
     copied, folder: whether the spool has a copy, and where.
     specs: its tasks by id.
@@ -145,7 +145,7 @@ class AdapterVersion:
     calibration: the temperature of the probabilities of a task's labels, for tasks that have one.
     lane: which engine holds it. heads: of its tasks, if they take images. projector: if its tasks take text and images.
     fewest: the fewest tokens that a typed task's answer takes, by task; None until an engine has compiled the types.
-    holds: requests that it was chosen for, until they end. leases: those that keep it resident.
+    holds: number of running requests that chose this version. leases: number of those that keep it resident.
     last_used: time.monotonic() of the last lease.
     """
 
@@ -166,7 +166,7 @@ class AdapterVersion:
     calibration: Mapping[str, float] = field(default_factory=dict)
     lane: Lane = Lane.TEXT
     heads: Mapping[str, "Head"] = field(default_factory=dict)
-    projector: "Projector | None" = None
+    projector: "ServedProjector | None" = None
     fewest: Mapping[str, int] | None = None
     place: Place = Place.OUT
     holds: int = 0
@@ -199,7 +199,7 @@ class AdapterVersion:
 
     @property
     def leaving(self) -> bool:
-        """Whether it leaves the engine and the spool after its last request."""
+        """Whether it will leave the engine and the spool after its last request."""
         return self.copied and self.stage in (Stage.DRAINING, Stage.FAILED)
 
     @property
@@ -209,7 +209,7 @@ class AdapterVersion:
 
     @property
     def pinned(self) -> bool:
-        """Whether it never makes room for others: a pin goes for the serving version, not for canaries."""
+        """Whether it is never evicted: a pin applies to the serving version, not to canaries."""
         return self.adapter.pinned and self.adapter.serving is self
 
     @property

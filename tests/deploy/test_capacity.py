@@ -38,7 +38,7 @@ LENGTHS = [(60, 12), (100, 32), (140, 24)]
 
 
 def closed_loop(model: ServiceModel, in_flight: int, requests: int, seed: int = 0) -> Level:
-    """What a load test of `model` records."""
+    """The result of a load test of `model`."""
     rng = random.Random(seed)
     engine, answered, waiting, now = Replica(model, None), [], [], 0.0
 
@@ -148,7 +148,7 @@ class Seen:
     resident: set[int]
     queued: int = 0
     fill: float = 0.0
-    slots: int = 2
+    max_resident: int = 2
 
 
 def test_endpoint_picker_weighs_adapters_queues_and_caches() -> None:
@@ -158,7 +158,7 @@ def test_endpoint_picker_weighs_adapters_queues_and_caches() -> None:
         return router.choose(adapter, [0] * len(replicas))
 
     assert picked(1, Seen({2, 3}), Seen({1, 2}, queued=1)) == 1
-    # Room for the adapter and no queue against a queue.
+    # A replica with room for the adapter and no queue, against one with a queue.
     assert picked(1, Seen({2}), Seen({1}, queued=1)) == 0
     assert picked(1, Seen({2, 3}), Seen({2})) == 1
     assert picked(1, Seen({1}, fill=0.9), Seen({1}, fill=0.1)) == 1
@@ -340,5 +340,5 @@ def test_check_measures_full_servers_and_the_open_loop(monkeypatch: pytest.Monke
 
 
 def test_rate_of_a_loop_leaves_out_its_filling_and_emptying() -> None:
-    # Two in flight: one end a second, but for a slow start and a slow end.
+    # Two in flight: one answer per second, except for a slow start and a slow end.
     assert steady_rate([5.0, 9.0, 10.0, 11.0, 12.0, 20.0], in_flight=2) == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""Tasks of images around a fake engine: it answers by an image's mean colour."""
+"""Image tasks on a fake engine that answers by an image's mean colour."""
 
 import asyncio
 from types import MappingProxyType
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mtlora.vision.image_input import ImageInput, ImagePreparation
 from server.job import Lane, ServedTask
 from server.registry.catalog import Catalog
-from server.registry.heads import Head, Projector
+from server.registry.heads import Head, ServedProjector
 from server.registry.residency import Residency
 from server.rpc.classify import ImageBackend
 from tests.server.adapters import entry
@@ -73,7 +73,7 @@ def picture_task(name: str, *, adapter: str = "sights", size: int = 28, **more: 
 def described_task(name: str, template: str = "{image} {input}?", *, adapter: str = "words", **more: Any) -> ServedTask:
     """A task of text about an image of 4 patches, which is one soft token: 12 numbers of its mean colour."""
     version = serving_version(adapter, name)
-    version.projector = Projector(np.eye(12, dtype=np.float32), np.ones(12, np.float32), 2)
+    version.projector = ServedProjector(np.eye(12, dtype=np.float32), np.ones(12, np.float32), 2)
     spec = entry(name, template=template, picture=ImagePreparation(size=28, **PLAIN), **more)
     return ServedTask(spec, adapter, version.version, version.slots[name], version=version)
 
