@@ -1,6 +1,6 @@
 """The paper's claim on images: accuracy against the number of tasks, by method (docs/claim.md). `make claim`.
 
-The same command goes on where it was stopped. Every cell is a run of the sweep's, a folder with its result.
+After a stop, the same command continues. Every cell is one run of a sweep, with a folder for its result.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from mtlora.train.config import TrainingConfig
 SUITE = "builtin-vision"
 COUNTS, SEEDS, RATES = (5, 10, 15, 20, 25), (0, 1, 2), (2e-4, 7e-4, 2e-3)
 BATCH = 32
-# Linear heads take no steps.
+# Linear heads are fitted without steps.
 _NO_RATE = 7e-4
 # The upper bound's rate is chosen on this many single tasks.
 _SINGLE = 5
@@ -79,7 +79,7 @@ class Size:
     rates: tuple[float, ...] = RATES
     maps: tuple[int, ...] = MAPS
     methods: tuple[str, ...] = tuple(METHODS)
-    # Whole batches: every step of every cell has as many images.
+    # Use only full batches, so that every step of every cell has the same number of images.
     examples: int = 6 * BATCH
     test: int = 80
     map_test: int = 200
@@ -103,7 +103,7 @@ class Claim:
         train: bool = True,
         chosen: Mapping[str, float] | None = None,
     ) -> None:
-        """chosen: rates of methods that are not to be tried again."""
+        """chosen: learning rates of methods that need no trials."""
         self.out, self.backbone, self.size, self.jobs, self.train = out, backbone, size, jobs, train
         self.order = task_order(SUITE)
         self._rates: dict[str, float] = {LOWER: _NO_RATE, **(chosen or {})}
@@ -122,13 +122,13 @@ class Claim:
         )  # fmt: skip
 
     def run(self) -> None:
-        """Run what is not done, unless `train` is off, and write the report after each cell."""
+        """Run missing cells, unless `train` is off, and write the report after each cell."""
         results: list[dict[str, Any]] = []
         diverged: list[str] = []
         for decisive in (True, False):
             self._choose(dict.fromkeys(name for _, name, _ in self.cells(lambda _: _NO_RATE, decisive)))
             cells = [cell for cell in self.cells(self._rate, decisive) if cell[1] in self._rates]
-            # Results in the order of the cells, not of their ends.
+            # Sort results in the order of the cells.
             found: dict[int, dict[str, Any]] = {}
             for place, result in self._results(cells, "test"):
                 part, name, config = cells[place]
@@ -147,9 +147,9 @@ class Claim:
         return self._rates.get(name, _NO_RATE)
 
     def _choose(self, names: Iterable[str]) -> None:
-        """Choose each method's rate: the best on validation images; one that diverges has accuracy 0.
+        """Choose each method's learning rate by accuracy on validation images; a diverged run has accuracy 0.
 
-        Without training, a method that lacks a trial has none.
+        Without training, a method with a missing trial gets no rate.
         """
         rates = self.size.rates
         new = [name for name in names if name not in self._rates]
@@ -166,13 +166,13 @@ class Claim:
                 self._rates[name] = max(rates, key=lambda rate: fmean(judged[name, rate]))
 
     def trials(self, name: str, rate: float) -> list[TrainingConfig]:
-        """The runs that a rate is judged by. They depend on no other run."""
+        """The runs that decide a learning rate. They do not depend on other runs."""
         seed, tasks = SEEDS[0], self.order[: max(COUNTS)]
         groups = [[task] for task in tasks[:_SINGLE]] if name == UPPER else [tasks]
         return [self.config(name, rate, group, seed=seed) for group in groups]
 
     def cells(self, rate_of: Callable[[str], float], decisive: bool) -> Iterator[Cell]:
-        """Every cell that decides, or every other one."""
+        """All deciding cells, or all other cells."""
         for seed in self.size.seeds:
             if decisive:
                 for task in self.order[: max(self.size.counts)]:
@@ -204,7 +204,7 @@ class Claim:
         return Run(name, config, run_folder(self.out / part, where, len(tasks), config.seed))
 
     def _results(self, cells: Sequence[Cell], split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Each cell's place and result, as they end, `jobs` at a time. Raises SystemExit for errors."""
+        """Yield each cell's index and result when it ends; `jobs` run at a time. Raises SystemExit for errors."""
         todo = []
         for place, cell in enumerate(cells):
             if result := self._read(*cell, split):
@@ -221,12 +221,12 @@ class Claim:
             pool.shutdown(cancel_futures=True)
 
     def _do(self, part: str, name: str, config: TrainingConfig, split: str) -> dict[str, Any]:
-        """Run a cell: its result, an error only where it diverged. Raises SystemExit for other errors."""
+        """Run a cell; returns its result, or the error if it diverged. Raises SystemExit for other errors."""
         run = self.run_of(part, name, config)
         result = do(run, self.backbone, self._settings(part, split))
         if "error" in result and "diverged" not in result:
             raise SystemExit(f"{run.folder}: {result['error']}")
-        # The state is no longer needed; hundreds of them would fill a disk.
+        # Remove the state, which is no longer needed; hundreds of states would fill a disk.
         (run.folder / "state.pt").unlink(missing_ok=True)
         about = {"part": part, "name": name, "tasks": run.num_tasks, "seed": config.seed, "rate": config.learning_rate}
         print(json.dumps({**about, "accuracy": result.get("mean_accuracy")}), flush=True)
@@ -285,7 +285,7 @@ def _rate(text: str) -> tuple[str, float]:
     """A method and its rate. Raises ArgumentTypeError."""
     name, _, rate = text.rpartition("=")
     if name not in METHODS | _BOUNDS:
-        raise argparse.ArgumentTypeError(f"{name!r} is no method; allowed are {', '.join(METHODS | _BOUNDS)}")
+        raise argparse.ArgumentTypeError(f"method: found {name!r}; allowed: {', '.join(METHODS | _BOUNDS)}")
     try:
         return name, float(rate)
     except ValueError:

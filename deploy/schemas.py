@@ -47,7 +47,7 @@ class _BackendRef(_Strict):
     def _kind_has_a_port(self) -> Self:
         allowed = {("", "Service"): True, ("inference.networking.k8s.io", "InferencePool"): False}
         if allowed.get((self.group, self.kind)) is not (self.port is not None):
-            raise ValueError("a Service has a port, an InferencePool none")
+            raise ValueError("a backend of kind Service needs a port, one of kind InferencePool must not have one")
         return self
 
 

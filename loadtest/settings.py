@@ -62,7 +62,7 @@ class Target(_Frozen):
     @model_validator(mode="after")
     def _certificate_has_a_key(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("tls_certificate and tls_key: allowed are both or neither")
+            raise ValueError("tls_certificate and tls_key: found one of them; allowed: both or neither")
         return self
 
     @property
@@ -91,7 +91,7 @@ class WorkloadSettings(_Frozen):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.prompts and self.prompt_words:
-            raise ValueError("prompts and prompt_words: allowed is one of them, inputs come from one place")
+            raise ValueError("prompts and prompt_words: found both; allowed: one of them")
         return self
 
 
@@ -165,7 +165,9 @@ class PhaseSettings(_Frozen):
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
         if sum(each is not None for each in (self.rate, self.in_flight, self.trace)) != 1:
-            raise ValueError("allowed is exactly one of rate (open loop), in_flight (closed loop) and trace")
+            raise ValueError(
+                "rate, in_flight and trace: allowed: exactly one of rate (open loop), in_flight (closed loop) and trace"
+            )
         if self.requests is not None and self.in_flight is None:
             raise ValueError("requests: allowed in a closed loop alone; an open loop ends after duration")
         return self

@@ -1,7 +1,7 @@
-"""A regular language: what an answer may be, as an expression and as an automaton over UTF-8 bytes.
+"""A regular language of allowed answers, as an expression and as an automaton over UTF-8 bytes.
 
-Every type of answer becomes an expression, however it is written. So a type's size, its shortest answers, and whether
-an answer can be ended in time are known before anything is decoded.
+Every type of answer becomes an expression. So a type's size and its shortest answers are known before decoding starts,
+and also whether an answer can end within a number of tokens.
 """
 
 from collections import deque
@@ -11,19 +11,19 @@ from functools import lru_cache
 
 from mtlora.errors import MtLoRAError
 
-# Largest code point of a character that a class may hold, and the gap of surrogates before it.
+# The largest allowed code point, and the range of surrogates, which are not allowed.
 LAST = 0x10FFFF
 _SURROGATES = (0xD800, 0xDFFF)
 _UTF8_ENDS = (0x7F, 0x7FF, 0xFFFF, LAST)
 
 MAX_REPEATS = 10_000
-# Classes of characters in an expression that is written out, as for llguidance.
+# Most character classes in an expression written as text, as for llguidance.
 MAX_WRITTEN = 200_000
-# States of an automaton: about a kilobyte each.
+# Most states of an automaton; each takes about a kilobyte.
 MAX_STATES = 30_000
-# Limit on remembered steps, in the states that they lead to: 30 to 60 bytes each. A hostile type has hundreds a step.
+# Limit on cached steps, counted in target states of 30 to 60 bytes each. One step of a hostile type has hundreds.
 _KEPT_STATES = 100_000
-# Remembered states that take as much memory as one state of the automaton.
+# Cached target states that take as much memory as one state of the automaton.
 _PER_STATE = 8
 
 
@@ -32,10 +32,10 @@ class AnswerError(MtLoRAError):
 
 
 class Expression:
-    """A regular expression, as data. Parts may be the same object in many places."""
+    """A regular expression, as data. One object may occur as a part in many places."""
 
     def __hash__(self) -> int:
-        """Kept: without, a part would be hashed once for each way that leads to it."""
+        """Cache the hash: else a shared part is hashed again for each path that leads to it."""
         kept = self.__dict__
         if "hash" not in kept:
             kept["hash"] = hash(tuple(-1 if each is None else each for each in kept.values()))
@@ -44,7 +44,7 @@ class Expression:
 
 @dataclass(frozen=True)
 class Chars(Expression):
-    """One character out of ranges of code points, sorted and disjoint."""
+    """One character from sorted, disjoint ranges of code points."""
 
     ranges: tuple[tuple[int, int], ...]
 
@@ -80,13 +80,13 @@ NOTHING = InOrder(())
 
 
 def too_many_states(limit: int) -> AnswerError:
-    """What is wrong with an expression that takes more states than a limit."""
-    return AnswerError(f"takes more than {limit} states; allowed are fewer repeats or options")
+    """The error for an expression that needs more states than a limit."""
+    return AnswerError(f"takes more than {limit} states; allowed: fewer repeats or options")
 
 
 def sequence(*parts: Expression) -> Expression:
-    """One part after the other. Raises AnswerError for more parts than an automaton may have states."""
-    # Parts may be the same object: a grammar whose rules double each other holds few objects, and many parts.
+    """The parts in sequence. Raises AnswerError for more parts than an automaton may have states."""
+    # Count parts, not objects: in a grammar whose rules double each other, few objects make very many parts.
     if sum(len(part.parts) for part in parts if isinstance(part, InOrder)) > MAX_STATES:
         raise too_many_states(MAX_STATES)
     flat = tuple(each for part in parts for each in (part.parts if isinstance(part, InOrder) else (part,)))
@@ -102,12 +102,12 @@ def either(options: Iterable[Expression]) -> Expression:
 
 
 def optional(inner: Expression) -> Expression:
-    """What `inner` allows, or nothing."""
+    """`inner` or the empty text."""
     return Repeat(inner, 0, 1)
 
 
 def literal(text: str) -> Expression:
-    """Exactly this text. Raises AnswerError for a lone surrogate, which UTF-8 has no bytes for."""
+    """Exactly this text. Raises AnswerError for a lone surrogate, which UTF-8 cannot encode."""
     if wrong := next((char for char in text if _SURROGATES[0] <= ord(char) <= _SURROGATES[1]), None):
         raise AnswerError(f"found the lone surrogate {wrong!r}; allowed: characters")
     return sequence(*(Chars(((ord(char), ord(char)),)) for char in text)) if text else NOTHING
@@ -151,12 +151,12 @@ DIGIT = one_of("0123456789")
 
 
 def choice(texts: Sequence[str]) -> Expression:
-    """One of the texts; common beginnings are shared."""
+    """One of the texts, as a tree that shares common prefixes."""
     return _trie(sorted(set(texts)), 0)
 
 
 def _trie(texts: Sequence[str], depth: int) -> Expression:
-    """`texts` are sorted and alike up to `depth`."""
+    """The tree of `texts`, which are sorted and share their first `depth` characters."""
     start = depth
     while len(texts[0]) > depth and all(len(t) > depth and t[depth] == texts[0][depth] for t in (texts[0], texts[-1])):
         depth += 1
@@ -171,7 +171,7 @@ def _trie(texts: Sequence[str], depth: int) -> Expression:
 
 
 def check_written(expression: Expression) -> None:
-    """Raise AnswerError for an expression of few objects that is long when it is written out."""
+    """Raise AnswerError if the expression's text would be too long: shared objects are written out each time."""
     sizes: dict[int, int] = {}
 
     def size(part: Expression) -> int:
@@ -213,16 +213,16 @@ def _escaped(code: int) -> str:
     return char if char.isascii() and char.isalnum() else f"\\x{{{code:X}}}"
 
 
-# A state of a run: the automaton's states that the text so far may have led to.
+# All automaton states that the text so far can lead to.
 States = frozenset[int]
 
 
 @dataclass
 class Automaton:
-    """Reads bytes. State 0 is the end of an answer.
+    """A nondeterministic automaton over bytes. State 0 is the end of an answer.
 
-    empty: the states that a state passes to without a byte.
-    edges: (lowest byte, highest byte, next state) from each state.
+    empty: for each state, the states that it reaches without reading a byte.
+    edges: for each state, its transitions (lowest byte, highest byte, next state).
     """
 
     expression: Expression
@@ -232,26 +232,27 @@ class Automaton:
     start: States = field(init=False)
 
     def __post_init__(self) -> None:
-        """Raises AnswerError for an expression that takes more than `limit` states."""
+        """Raises AnswerError for an expression that needs more than `limit` states."""
         self._work = 0
-        # States built so far, by expression and next state. `expression` keeps the identities alive.
+        # States built so far, by the expression's identity and the next state. `expression` keeps the objects alive, so
+        # identities stay unique.
         self._built: dict[tuple[int, int], int] = {}
         self._steps: dict[tuple[States, int], States] = {}
         self._kept = 0
         self.start = self._closure((self._build(self.expression, 0),))
 
     def accepts(self, states: States) -> bool:
-        """Whether the text so far is a whole answer."""
+        """Whether the text so far is a complete answer."""
         return 0 in states
 
     def step(self, states: States, byte: int) -> States:
-        """The state after one more byte; empty if no answer begins like that."""
+        """The state after one more byte; empty if no answer begins with this text."""
         found = self._steps.get((states, byte))
         if found is None:
             found = self._closure(
                 target for state in states for low, high, target in self.edges[state] if low <= byte <= high
             )
-            # Count the entry itself as a few states.
+            # The cache entry itself takes as much memory as a few states.
             self._kept += 3 + len(found)
             if self._kept > _KEPT_STATES:
                 self._steps.clear()
@@ -261,7 +262,7 @@ class Automaton:
 
     @property
     def size(self) -> int:
-        """Number of states; remembered steps count as the states that take as much memory."""
+        """Number of states, plus the cached steps converted to states of the same memory."""
         return len(self.edges) + self._kept // _PER_STATE
 
     def read(self, states: States, text: bytes) -> States:
@@ -273,7 +274,7 @@ class Automaton:
         return states
 
     def matches(self, text: str) -> bool:
-        """Whether the text is an answer."""
+        """Whether the text is a complete answer."""
         return 0 in self.read(self.start, text.encode(errors="surrogatepass"))
 
     def may_contain(self, text: str) -> bool:
@@ -281,7 +282,7 @@ class Automaton:
         return bool(self.read(frozenset(range(len(self.edges))), text.encode()))
 
     def ways_out(self) -> tuple[list[int], list[tuple[int, int] | None]]:
-        """(for each state the fewest bytes to the end, the first of them with the state after it, if any)."""
+        """For each state: the fewest bytes to the end, and the first of these bytes with its next state, if any."""
         before: list[list[tuple[int, int | None]]] = [[] for _ in self.edges]
         for state, targets in enumerate(self.empty):
             for target in targets:
@@ -315,7 +316,7 @@ class Automaton:
                 if target not in seen:
                     seen.add(target)
                     stack.append(target)
-        # Keep the end and states that read a byte; the others only led here.
+        # Keep the end and states that read a byte; other states only pass on to them.
         return frozenset(state for state in seen if state == 0 or self.edges[state])
 
     def _state(self, empty: tuple[int, ...] = (), edges: tuple[tuple[int, int, int], ...] = ()) -> int:
@@ -326,7 +327,7 @@ class Automaton:
         return len(self.edges) - 1
 
     def _build(self, expression: Expression, end: int) -> int:
-        """The state from which an answer goes on with the expression, and then from `end`."""
+        """The start state of the expression, after which the answer continues at state `end`."""
         key = (id(expression), end)
         if key not in self._built:
             self._built[key] = self._build_anew(expression, end)
@@ -374,13 +375,13 @@ class Automaton:
 
 
 def _plainest(low: int, high: int) -> int:
-    """A byte of a range; a small letter or a digit where it has one."""
+    """A byte of a range: a lower-case letter or a digit if the range has one."""
     return next((byte for byte in b"a0" if low <= byte <= high), low)
 
 
 @lru_cache(maxsize=1024)
 def _utf8(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """The sequences of byte ranges that are these code points in UTF-8, and no others."""
+    """Sequences of byte ranges that match exactly these code points in UTF-8."""
     found: list[tuple[tuple[int, int], ...]] = []
     for low, high in ranges:
         for end in _UTF8_ENDS:
@@ -395,7 +396,7 @@ def _split_utf8(low: int, high: int, add: Callable[[tuple[tuple[int, int], ...]]
     for size in range(1, len(first)):
         mask = (1 << (6 * size)) - 1
         if low & ~mask != high & ~mask:
-            # Cut at the code points where the last `size` bytes begin again.
+            # Cut at code points where the last `size` bytes start again at their lowest values.
             if low & mask:
                 _split_utf8(low, low | mask, add)
                 return _split_utf8((low | mask) + 1, high, add)

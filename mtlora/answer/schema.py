@@ -1,7 +1,7 @@
 """JSON schemas without recursion, as expressions.
 
-An answer is JSON with its properties in the schema's order, a blank after `:` and `,` or none. Strings spell out every
-character but `"`, `\\` and the controls.
+An answer is JSON. Properties come in the schema's order, with at most one blank after `:` and `,`. Strings escape only
+`"`, `\\` and control characters.
 """
 
 import json
@@ -24,7 +24,7 @@ _ESCAPED = sequence(literal("\\"), language.one_of('"\\/bfnrt'))
 _CHARACTER = language.either([_PLAIN, _ESCAPED])
 _DECIMALS = Decimal("0.000001")
 
-# Words that say nothing of what is allowed.
+# Keywords that do not restrict the values.
 _NOTES = {
     "title",
     "description",
@@ -73,11 +73,11 @@ def _refuse_constant(name: str) -> None:
 class _Reader:
     def __init__(self, root: Any) -> None:
         self._root = root
-        # By what refers to them: many references to one place are one expression.
+        # Expressions by reference: several references to one definition share its expression.
         self._read: dict[str, Expression] = {}
 
     def value(self, schema: Any, place: str, inside: tuple[str, ...]) -> Expression:
-        """The values that a schema allows. `inside`: the references that led here."""
+        """The values that a schema allows. `inside`: the references being followed; finds recursion."""
         if not isinstance(schema, Mapping):
             raise _wrong(place, f"found {_shown(schema)}; allowed: an object with a type")
         if place.count(".") + place.count("[") > _DEEPEST:
@@ -135,7 +135,7 @@ class _Reader:
             raise _wrong(place, f"found {unknown[0]!r}; allowed here: {', '.join(sorted(allowed))}")
 
     def _listed(self, values: list[Any], schema: Mapping[str, Any], place: str) -> list[Any]:
-        """Those of the values that are of the schema's type, if it has one beside them."""
+        """The listed values, without those that the schema's `type` excludes."""
         if "type" not in schema:
             return values
         kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
@@ -147,14 +147,14 @@ class _Reader:
         return found
 
     def _refuse_overlaps(self, options: list[Any], place: str) -> None:
-        """A value that two options of oneOf allow is not allowed by the whole; only plain cases are told apart."""
+        """Raise AnswerError if oneOf's options may share a value; knows only simple disjoint cases."""
         for one, other in combinations(map(self._told_apart_by, options), 2):
             values = one[1] is not None and other[1] is not None and not any(each in other[1] for each in one[1])
             if one[0] & other[0] and not values:
                 raise _wrong(place, "oneOf: allowed: options of different types, or values; anyOf takes any options")
 
     def _told_apart_by(self, schema: Any) -> tuple[set[str], list[Any] | None]:
-        """The types of a schema's values, and the values where they are listed. `value` has read the schema."""
+        """A schema's types, and its values if they are listed. `value` has validated the schema."""
         if "$ref" in schema:
             return self._told_apart_by(self._found(schema["$ref"], ""))
         if "const" in schema or "enum" in schema:
@@ -177,7 +177,7 @@ class _Reader:
         return self._read[target]
 
     def _found(self, target: str, place: str) -> Any:
-        """What a reference names."""
+        """The schema that a reference names."""
         found = self._root
         if not target.startswith("#/"):
             raise _wrong(place, f"$ref: found {_shown(target)}; allowed: a place in this schema, such as #/$defs/name")
@@ -232,7 +232,7 @@ class _Reader:
         least, most = self._counts(schema, "minLength", "maxLength", place)
         sized = "minLength" in schema or "maxLength" in schema
         if sum(("pattern" in schema, "format" in schema, sized)) > 1:
-            raise _wrong(place, "allowed is one of: a length, pattern, format")
+            raise _wrong(place, "allowed: one of a length, pattern, format")
         if "pattern" in schema:
             pattern = schema["pattern"]
             if not isinstance(pattern, str) or not (pattern.startswith("^") and pattern.endswith("$")):
@@ -276,7 +276,7 @@ class _Reader:
 
 
 def _spelt(expression: Expression, place: str) -> Expression:
-    """A pattern inside a JSON string. Raises AnswerError where it needs an escape."""
+    """A pattern inside a JSON string. Raises AnswerError if a match would need an escape."""
     automaton = language.Automaton(expression)
     for char in ('"', "\\", *map(chr, range(32))):
         if automaton.may_contain(char):
@@ -292,7 +292,7 @@ def _dump(value: Any) -> str:
 
 
 def _is_of(value: Any, kind: str) -> bool:
-    """Whether a value is of a type, as JSON Schema has it: 1.0 is an integer."""
+    """Whether a value has a type by JSON Schema's rules: 1.0 is an integer."""
     match value:
         case bool():
             return kind == "boolean"

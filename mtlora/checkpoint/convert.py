@@ -1,14 +1,14 @@
-"""Conversion of other trainers' checkpoints to this format: those of mtLoRA's authors, and block-level HydraLoRA.
+"""Converts checkpoints of mtLoRA's authors, and of block-level HydraLoRA, to this project's format.
 
-Both are a torch file of a state dict. Under any prefix, layer l and block m (`mlp` or `self_attn`) have
+Both are torch files with a state dict. Under any prefix, layer l and block m (`mlp` or `self_attn`) have
 
     layers.{l}.{m}.block_adapter.lora_A.weight      [r, d]
     layers.{l}.{m}.block_adapter.lora_B.{i}.weight  [d, r]     expert i; HydraLoRA writes lora_B{i}
     layers.{l}.{m}.block_adapter.lora_route.weight  [g*N, d]   group-major, as here; absent if N is 1
 
 `block_adapter.` may be missing. Softmax (over experts, float32) and scaling (alpha / r) are the same here, and the
-router has no bias: tensors stay as they are, and all tasks share one slot. A task of images also needs its head, under
-any prefix: `heads.{task}.weight` [classes, F] and `heads.{task}.bias` [classes]. A path inside a block (such as under
+router has no bias: tensors stay as they are, and all tasks share one slot. An image task also needs its head, under any
+prefix: `heads.{task}.weight` [classes, F] and `heads.{task}.bias` [classes]. A path inside a block (such as under
 `q_proj`, where HydraLoRA's own trainer puts it) has no equivalent at the block's output and is refused.
 """
 
@@ -32,10 +32,10 @@ from mtlora.files import sha256
 from mtlora.task import TaskSpec
 from mtlora.vision.image_input import num_features
 
-# The authors' published setting at rank 16. Their files do not hold it.
+# The authors' published alpha at rank 16. Their files do not contain alpha.
 PUBLISHED_ALPHA = 64.0
 
-# A layer or expert number as Python prints it, so that no number has two spellings.
+# A layer or expert number without leading zeros, so each number has one spelling.
 _NUMBER = r"(?:0|[1-9]\d{0,5})"
 _KEY = re.compile(
     rf"(?:.*\.)?layers\.(?P<layer>{_NUMBER})\.(?P<module>mlp|self_attn)\.(?:block_adapter\.)?"
@@ -45,7 +45,7 @@ _COMPONENT = re.compile(
     r"(?:.*\.)?layers\.\d+\.(?:mlp|self_attn)\.(?P<component>(?!block_adapter\.|lora_)\w+)\.lora_.*"
 )
 _LAYOUT = "layers.L.{mlp,self_attn}.block_adapter.{lora_A,lora_B.I,lora_route}.weight"
-# What each floating dtype is converted to; a checkpoint holds no float64.
+# The dtype that each floating dtype becomes; a checkpoint cannot hold float64.
 _DTYPES = {
     torch.float32: torch.float32, torch.float16: torch.float16, torch.bfloat16: torch.bfloat16,
     torch.float64: torch.float32,
@@ -75,7 +75,7 @@ def convert(
 ) -> AdapterManifest:
     """Write the checkpoint in `source` to `out` in this format, with these tasks.
 
-    Raises ConversionError for a file of another layout, or of another backbone; CheckpointError if `out` cannot be
+    Raises ConversionError if the file's layout or the backbone's sizes do not fit; CheckpointError if `out` cannot be
     written.
     """
     if picture := next((task.id for task in tasks if task.picture), None):
@@ -152,7 +152,7 @@ def convert_tensors(
 
 
 def convert_heads(state: Mapping[str, Any], tasks: Sequence[TaskSpec], *, hidden_size: int) -> dict[str, torch.Tensor]:
-    """The heads of tasks of images, under their names in this format. Raises ConversionError naming the key."""
+    """The heads of image tasks, under their names in this format. Raises ConversionError naming the key."""
     tensors = {}
     for row, task in enumerate(tasks):
         if task.image is None:
@@ -192,21 +192,21 @@ def _read_state(source: Path) -> Mapping[str, Any]:
 
             state = load_file(source)
         else:
-            # weights_only: a malicious file cannot run code.
+            # weights_only prevents a malicious file from running code.
             state = torch.load(source, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ConversionError(f"{source}: cannot be read: {error.strerror or error}") from None
     except Exception as error:
-        # torch may raise anything for a file that it did not write.
+        # torch may raise any exception for a file that it did not write.
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConversionError(f"{source}: expected a torch file of tensors alone, found otherwise: {cause}") from None
+        raise ConversionError(f"{source}: cannot be read as a torch file of tensors: {cause}") from None
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise ConversionError(f"{source}: expected a dict of tensors by name, found {reprlib.repr(type(state))}")
     return state
 
 
 def _sort(state: Mapping[str, Any]) -> dict[tuple[int, str], _Block]:
-    """The file's tensors by (layer, module), each checked by itself."""
+    """The file's tensors by (layer, module); checks each tensor alone."""
     blocks: dict[tuple[int, str], _Block] = {}
     for key, value in state.items():
         found = _KEY.fullmatch(key)
@@ -217,7 +217,7 @@ def _sort(state: Mapping[str, Any]) -> dict[tuple[int, str], _Block]:
                     f"HydraLoRA; only a path beside a whole block ({_LAYOUT}) can be converted"
                 )
             if "lora_" in key or "block_adapter." in key:
-                raise ConversionError(f"{key}: no part of a block-level adapter; allowed is {_LAYOUT}, any prefix")
+                raise ConversionError(f"{key}: no part of a block-level adapter; allowed: {_LAYOUT}, any prefix")
             continue
         tensor = _tensor(key, value)
         block = blocks.setdefault((int(found["layer"]), found["module"]), {})

@@ -1,8 +1,8 @@
 """Reading and verifying checkpoints.
 
-Reading trusts nothing. Every failure is a CheckpointError that names the file, the tensor or field, what was expected
-and what was found. Each file is opened once, so what is checked is what is returned. The folder and its files may be
-links, as in a mounted ConfigMap, if they end inside the folder.
+Files are untrusted. Every failure is a CheckpointError that names the file, the tensor or field, what was expected and
+what was found. Each file is opened once, so the bytes that were checked are the bytes returned. The folder and its
+files may be links, as in a mounted ConfigMap, if they end inside the folder.
 """
 
 import hashlib
@@ -44,14 +44,14 @@ _EXPONENTS = {
 MAX_MANIFEST_BYTES = 16 << 20
 # The safetensors header: names, shapes and offsets.
 _MAX_HEADER_BYTES = 8 << 20
-# The published adapter for LLaMA-2-7B has 0.16 GB. Needs a limit: a manifest may claim any size, and a sparse file
-# costs nothing.
+# The published adapter for LLaMA-2-7B has 0.16 GB. The limit is needed because a manifest may claim any size, and a
+# sparse file of that size takes no disk space.
 _MAX_TENSORS_BYTES = 4 << 30
 
 
 def check_answers(folder: Path, manifest: AdapterManifest) -> None:
-    """Raise CheckpointError for a type of answer that no decoder can be held to."""
-    # Tasks share types.
+    """Raise CheckpointError for an answer type that the decoder cannot enforce."""
+    # Check each distinct type once: many tasks share one.
     checked: set[str] = set()
     for task in manifest.tasks:
         if (constraint := task.constraint()) and constraint.text not in checked:
@@ -68,7 +68,7 @@ def read_manifest(folder: Path) -> AdapterManifest:
 
 
 def read_checkpoint(folder: Path, backbone: BackboneArchitecture | None = None) -> Checkpoint:
-    """Read and validate a checkpoint; with `backbone`, also that it was made beside it. Raises CheckpointError.
+    """Read and validate a checkpoint and, if given, that it was made beside `backbone`. Raises CheckpointError.
 
     The tensors of one checkpoint share one buffer.
     """
@@ -76,14 +76,14 @@ def read_checkpoint(folder: Path, backbone: BackboneArchitecture | None = None) 
 
 
 def check_backbone(folder: Path, manifest: AdapterManifest, backbone: BackboneArchitecture) -> None:
-    """Raise CheckpointError unless the adapter was made beside this backbone, or beside one of this architecture."""
+    """Raise CheckpointError unless the adapter's backbone agrees in all fields of `backbone`."""
     for field, (expected, found) in differences(backbone, manifest.backbone).items():
         where = f"{folder / MANIFEST_FILE}: backbone.{field}"
         raise CheckpointError(f"{where}: expected {expected!r} (the backbone in use), found {found!r}")
 
 
 def _unless_replaced(folder: Path, read: Callable[[], _T]) -> _T:
-    """Call `read()`; call it again if it failed because the checkpoint was replaced meanwhile."""
+    """Call `read()`; if it fails because the checkpoint was replaced meanwhile, call it again."""
     for _ in range(3):
         before = [signature(folder / name) for name in (MANIFEST_FILE, TENSORS_FILE)]
         try:
@@ -107,8 +107,8 @@ def _read_manifest(folder: Path) -> AdapterManifest:
         found = reprlib.repr(version) if "format_version" in raw else "none"
         raise CheckpointError(f"{path}: format_version: expected {allowed}, found {found}")
     try:
-        # Strict mode rejects "16" as a number and true as 1. Parse the JSON again: only from JSON may an array be a
-        # tuple.
+        # Strict mode rejects "16" as a number and true as 1. Parse the JSON again: strict mode allows an array for a
+        # tuple only in JSON.
         return AdapterManifest.model_validate_json(content, strict=True)
     except ValidationError as error:
         raise CheckpointError(f"{path}: {describe(error)}") from None
@@ -135,7 +135,7 @@ def _read_checkpoint(folder: Path, backbone: BackboneArchitecture | None) -> Che
     for name, tensor in tensors.items():
         if bad := count_not_finite(tensor):
             raise CheckpointError(f"{path}: tensor {name}: expected finite values, found {bad} NaN or infinite")
-    # Check the hash last: it tells that something is wrong, the checks above tell what.
+    # Check the hash last: the checks above give more exact errors.
     digest = hashlib.sha256(preamble)
     digest.update(data)
     if digest.hexdigest() != manifest.tensors_sha256:
@@ -146,7 +146,7 @@ def _read_checkpoint(folder: Path, backbone: BackboneArchitecture | None) -> Che
 def count_not_finite(tensor: torch.Tensor) -> int:
     """How many elements are NaN or infinite: their exponent is all ones.
 
-    In numpy: torch's parallel reductions wait for threads that a busy engine holds.
+    Uses numpy: torch's parallel reductions would wait for threads that a busy engine uses.
     """
     integers, exponent = _EXPONENTS[tensor.dtype]
     return int(((tensor.view(integers).numpy() & exponent) == exponent).sum())
@@ -169,7 +169,7 @@ def _read_preamble(path: Path, file: BufferedReader) -> bytes:
 def _layout(
     path: Path, header: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], data_size: int
 ) -> dict[str, tuple[torch.dtype, int]]:
-    """(dtype, offset into the data) of each tensor. Together they must fill the data exactly."""
+    """(dtype, offset into the data) of each tensor. The tensors must fill the data exactly."""
     header.pop("__metadata__", None)
     _check_names(path, set(header), set(shapes))
     result: dict[str, tuple[torch.dtype, int]] = {}
@@ -215,4 +215,4 @@ def _check_names(path: Path, found: set[str], expected: set[str]) -> None:
         raise CheckpointError(f"{path}: tensor {missing[0]}: expected by the config, found none{and_more(missing)}")
     if unexpected := sorted(found - expected):
         name = reprlib.repr(unexpected[0])
-        raise CheckpointError(f"{path}: tensor {name}: found, but no part of this config{and_more(unexpected)}")
+        raise CheckpointError(f"{path}: unexpected tensor {name}: this config has no such part{and_more(unexpected)}")

@@ -1,4 +1,4 @@
-"""Untrusted files: opened inside one folder, parsed as strict JSON."""
+"""Opens untrusted files inside one folder only, and parses them as strict JSON."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, CheckpointErro
 
 
 def open_file(folder: Path, name: str) -> BufferedReader:
-    """Open a regular file that is inside `folder` after following links. Raises CheckpointError."""
+    """Open a regular file that lies inside `folder` after links are followed. Raises CheckpointError."""
     path = folder / name
     try:
         if not folder.is_dir():
@@ -22,7 +22,7 @@ def open_file(folder: Path, name: str) -> BufferedReader:
                 + ("a file" if folder.exists() else "nothing")
             )
         root = folder.resolve(strict=True)
-        # O_PATH does not open the content: a pipe cannot block it, a device is not touched, and a link that changes
+        # O_PATH does not open the content, so a pipe cannot block and a device is not touched. A link that changes
         # after the checks has no effect.
         descriptor = os.open(root / name, os.O_PATH | os.O_CLOEXEC)
         try:
@@ -52,9 +52,9 @@ def json_object(path: Path, content: bytes) -> dict[str, Any]:
             object_pairs_hook=_no_duplicates,
         )
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: expected UTF-8, found otherwise: {error}") from None
+        raise CheckpointError(f"{path}: cannot be read as UTF-8: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected JSON, found otherwise: {error}") from None
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(raw).__name__}")
     return raw

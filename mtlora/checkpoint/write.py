@@ -1,4 +1,4 @@
-"""Writing checkpoints: whole or not at all."""
+"""Writes checkpoints completely or not at all."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ def write_checkpoint(
     calibration: Mapping[str, float] | None = None,
     projector: ProjectorConfig | None = None,
 ) -> AdapterManifest:
-    """Write a checkpoint to `folder`, whole or not at all; an old checkpoint there is replaced in one step.
+    """Write a checkpoint to `folder`, completely or not at all; an old checkpoint there is replaced in one step.
 
     A crash at any moment leaves the old checkpoint or the new one (`files.put_in_place` names the only exception). If
     `folder` is a link, its target is replaced. Raises CheckpointError if the checkpoint could not be read back, such as
@@ -80,7 +80,7 @@ def write_checkpoint(
 def record_evaluation(
     folder: Path, evaluation: Mapping[str, Any], calibration: Mapping[str, float] | None = None
 ) -> None:
-    """Replace the scores in a checkpoint's manifest, and the temperatures if given, and nothing else.
+    """Replace only the scores in a checkpoint's manifest and, if given, the temperatures.
 
     Raises CheckpointError.
     """
@@ -94,19 +94,21 @@ def record_evaluation(
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise CheckpointError for a folder that must not be replaced: one that holds anything but a checkpoint."""
+    """Raise CheckpointError if the folder holds anything that is not part of a checkpoint."""
     if not folder.exists():
         return
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a folder or nothing, found a file")
     if others := sorted({path.name for path in folder.iterdir()} - {MANIFEST_FILE, TENSORS_FILE}):
-        raise CheckpointError(f"{folder}: not replaced: {others[0]!r} is no part of a checkpoint{and_more(others)}")
+        raise CheckpointError(
+            f"{folder}: not replaced: holds {others[0]!r}, which is no checkpoint file{and_more(others)}"
+        )
 
 
 def _as_json(field: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`value` as JSON would return it."""
+    """`value` after a round trip through JSON."""
     try:
         result: dict[str, Any] = json.loads(json.dumps(dict(value or {}), allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{field}: expected what JSON can hold, found otherwise: {error}") from None
+        raise CheckpointError(f"{field}: cannot be written as JSON: {error}") from None
     return result

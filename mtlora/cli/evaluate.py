@@ -1,4 +1,4 @@
-"""`mtlora eval`: accuracy of an adapter, per task and overall, beside the backbone alone."""
+"""`mtlora eval`: accuracy of an adapter and of the backbone alone, per task and overall."""
 
 import argparse
 import json
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from mtlora.suite import Example, Suite
     from mtlora.task import TaskSpec
 
-# Examples of each task of a generated suite, without --examples.
+# Default number of examples per task of a generated suite.
 _GENERATED_EXAMPLES = 40
 # Answerers, in the order of the table's columns.
 _SCORED = ("adapter", "another_image", "backbone_alone")
-# Training images of each task that linear heads are fitted to, without an adapter.
+# Training images per task that linear heads are fitted to if there is no adapter.
 _LINEAR_EXAMPLES = 500
 
 
 def add_parser(subparsers: Any) -> None:
-    """Contribute `eval`."""
+    """Add the command `eval`."""
     parser = subparsers.add_parser(
         "eval",
         help="score an adapter on a suite by exact match",
@@ -87,7 +87,7 @@ def _eval(args: argparse.Namespace) -> int:
 
     _check(args)
     if args.json:
-        # Fail now, not after minutes of work.
+        # Fail before the work, which takes minutes.
         try:
             args.json.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -162,7 +162,7 @@ def _calibrate(
     stored: "Mapping[str, float]",
     evaluation: dict[str, Any],
 ) -> dict[str, float]:
-    """Print and enter the calibration errors of labels; returns temperatures fitted on these examples."""
+    """Print the labels' calibration errors and add them to the result; returns fitted temperatures."""
     from mtlora.evaluation.calibration import (
         error_by_chance,
         expected_calibration_error,
@@ -195,9 +195,9 @@ def _check(args: argparse.Namespace) -> None:
     from mtlora.errors import MtLoRAError
 
     if args.shots < 0:
-        raise MtLoRAError(f"--shots {args.shots}: allowed are 0 and more")
+        raise MtLoRAError(f"--shots: found {args.shots}; allowed: 0 or more")
     if args.examples is not None and args.examples < 1:
-        raise MtLoRAError(f"--examples {args.examples}: allowed are 1 and more")
+        raise MtLoRAError(f"--examples: found {args.examples}; allowed: 1 or more")
     if args.through and (args.shots or args.scoring != "generate" or not args.adapter):
         raise MtLoRAError(
             "--through: a server has its own prompts; it needs --adapter, without --shots and --scoring likelihood"
@@ -210,7 +210,7 @@ def _check(args: argparse.Namespace) -> None:
 def _answerers(
     folder: Path, checkpoint: "Checkpoint | None", tasks: "tuple[TaskEntry, ...]", suite: "Suite", args: Any
 ) -> "tuple[dict[str, Answerer], Labeller | None]":
-    """The answerers to score, `adapter`, `backbone_alone` or both; and what scores the adapter's labels."""
+    """The answerers to score (`adapter`, `backbone_alone` or both), and the labeller for the adapter's labels."""
     from mtlora.errors import MtLoRAError
     from mtlora.evaluation import evaluate
 
@@ -245,7 +245,7 @@ def _answerers(
     if checkpoint:
         adapted = load_adapted_model(folder, checkpoint, dtype, vision_for(args.vision_backbone, tasks))
     else:
-        # The smallest possible adapter, which is never used. With `task`, a document is read once.
+        # The smallest possible adapter; its paths are never used. Activation `task` lets a document be read once.
         activation = "task" if all(task.document_template for task in tasks) else "all"
         config = MtLoRAConfig(r=1, num_experts=1, num_groups=1, task_bias=False, activation=activation)
         adapted = new_adapted_model(folder, config, 1, dtype)
@@ -304,7 +304,7 @@ def _examples(suite: "Suite", tasks: "tuple[TaskEntry, ...]", args: argparse.Nam
     known = {task.id for task in tasks}
     asked = [task for task in suite.tasks if task.id in known]
     unknown = ", ".join(task.id for task in suite.tasks if task.id not in known)
-    # An adapter may know only some tasks of generated images.
+    # Score only the tasks that the adapter has: it may be trained on a part of a generated suite.
     if unknown and (suite.finite or not asked or not asked[0].image):
         raise MtLoRAError(
             f"{args.adapter}: the adapter has no task {unknown} of suite {suite.name}; "
@@ -343,13 +343,13 @@ def _check_labels(suite: "Suite", asked: "Sequence[TaskSpec]", tasks: "tuple[Tas
             continue
         if lacking := [label for label in task.labels or () if label not in known[task.id]]:
             raise MtLoRAError(
-                f"task {task.id}: suite {suite.name} has labels {', '.join(lacking)}; allowed are the adapter's: "
+                f"task {task.id}: suite {suite.name} has labels {', '.join(lacking)}; allowed: the adapter's, "
                 f"{', '.join(known[task.id])}"
             )
 
 
 def summary(scores: "Mapping[str, Scores]") -> str:
-    """The summary in one line; leaves out what was not measured."""
+    """One line of summary, without values that were not measured."""
     labels = dict(zip(_SCORED, ("mean", "another image", "backbone alone"), strict=True))
     parts = [f"{len(next(iter(scores.values())).tasks)} tasks"]
     parts += [f"{label} {scores[name].mean:.2f}" for name, label in labels.items() if name in scores]
@@ -361,7 +361,7 @@ def summary(scores: "Mapping[str, Scores]") -> str:
 def print_scores(evaluation: Mapping[str, Any]) -> None:
     """Print a row per task (adapter, backbone alone, most frequent answer) and the means; nothing for no evaluation.
 
-    Raises KeyError, TypeError and the like for anything that `Scores.as_dict` did not make.
+    Raises KeyError, TypeError or similar if `evaluation` does not come from `Scores.as_dict`.
     """
     if not evaluation:
         return

@@ -1,4 +1,4 @@
-"""`mtlora plot`: pictures of a checkpoint."""
+"""`mtlora plot`: charts of a checkpoint."""
 
 import argparse
 import os
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from mtlora.checkpoint.format import Checkpoint
     from mtlora.suite import Example
 
-# Functions that draw into a file, by the file's name without its suffix.
+# Functions that draw to a file, by the file's name without suffix.
 Pictures = dict[str, Callable[[Path], None]]
 
 _PICTURES = ("accuracy", "curves", "spectra", "routing", "gradients")
 
 
 def add_parser(subparsers: Any) -> None:
-    """Contribute `plot`."""
+    """Add the command `plot`."""
     parser = subparsers.add_parser(
         "plot",
         help="draw what a checkpoint's tasks, experts and groups do",
@@ -51,7 +51,7 @@ def _plot(args: argparse.Namespace) -> int:
     from mtlora.errors import MtLoRAError
 
     if args.examples < 1:
-        raise MtLoRAError(f"--examples {args.examples}: allowed are 1 and more")
+        raise MtLoRAError(f"--examples: found {args.examples}; allowed: 1 or more")
     source = args.source / "adapter" if (args.source / "training.json").is_file() else args.source
     if args.out.suffix or not source.is_dir():
         out = args.out if args.out.suffix else args.out / "accuracy.png"
@@ -78,7 +78,7 @@ def _accuracy(evaluation: Mapping[str, Any], source: Path, out: Path) -> None:
 
 
 def _checkpoint_pictures(args: argparse.Namespace, source: Path) -> dict[str, Callable[[], Pictures]]:
-    """The pictures of this checkpoint, by name. Each function measures, and returns what draws each of its files."""
+    """The charts of this checkpoint by name. Each function measures, then returns a drawing function per file."""
     import torch
 
     from mtlora.backbone import identify, resolve
@@ -121,7 +121,7 @@ def _checkpoint_pictures(args: argparse.Namespace, source: Path) -> dict[str, Ca
 
 
 def _in_order_of_bias(checkpoint: "Checkpoint") -> list[Any]:
-    """The task table in the order of the bias rows."""
+    """The tasks in the order of their bias rows."""
     return sorted(checkpoint.manifest.tasks, key=lambda task: -1 if task.bias_index is None else task.bias_index)
 
 
@@ -148,7 +148,7 @@ def _examples(args: argparse.Namespace, checkpoint: "Checkpoint") -> "dict[str, 
 
 
 def _gradient_cosines(args: argparse.Namespace, folder: Path, checkpoint: "Checkpoint") -> dict[str, Any]:
-    """Cosines of this checkpoint beside a trained baseline's, or beside both levels before training."""
+    """Gradient cosines of this checkpoint, and of a trained baseline or else of both levels before training."""
     import torch
 
     from mtlora.methods import HydraLoRAConfig

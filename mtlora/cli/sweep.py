@@ -8,12 +8,12 @@ from typing import Any
 from mtlora.cli.backbone import add_backbone_argument, backbone_for
 from mtlora.cli.settings import add_set_argument, read_settings
 
-# A small budget gives a first table within the hour; --set gives others.
+# A small budget, for a first table within an hour; --set changes it.
 _EXAMPLES_PER_TASK = 100
 
 
 def add_parser(subparsers: Any) -> None:
-    """Contribute `sweep`."""
+    """Add the command `sweep`."""
     parser = subparsers.add_parser(
         "sweep",
         help="train and score many configurations, task counts and seeds; one results table",
@@ -55,15 +55,15 @@ def _sweep(args: argparse.Namespace) -> int:
     if len(set(names)) != len(names):
         raise SweepError(f"configurations need distinct file names: {', '.join(names)}")
     if args.test_examples < 1:
-        raise SweepError(f"--test-examples {args.test_examples}: allowed are 1 and more")
+        raise SweepError(f"--test-examples: found {args.test_examples}; allowed: 1 or more")
     if args.jobs < 1:
-        raise SweepError(f"--jobs {args.jobs}: allowed are 1 and more")
+        raise SweepError(f"--jobs: found {args.jobs}; allowed: 1 or more")
     flags = [f"examples_per_task={args.examples_per_task}", "validation_per_task=0", *args.set]
     configs = {file.stem: TrainingConfig.model_validate(read_settings(file, flags)) for file in args.configs}
     runs = grid(configs, args.out, seeds=list(dict.fromkeys(args.seeds)), task_counts=args.task_counts)
     settings = {"examples": args.test_examples}
     folder = resolve(backbone_for(args.backbone, load_suite(next(iter(configs.values())).suite)))
-    # Read all results first, so that a run which cannot resume is reported before any work.
+    # Read all results first, so that an error about an old result comes before any training.
     done = {run.folder: read_result(run, folder, settings) for run in runs}
     todo = [run for run in runs if not done[run.folder]]
     failed = []
@@ -74,7 +74,7 @@ def _sweep(args: argparse.Namespace) -> int:
                 failed.append(f"{run.folder}: {result['error']}")
                 continue
             done[run.folder] = result
-            # Write the report after each run, so that a long sweep shows results early; in the order of the command.
+            # Write the report after each run, so that a long sweep shows results early. Rows keep the command's order.
             write_report([result for result in done.values() if result], args.out)
     results = [result for result in done.values() if result]
     if results:

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from mtlora.train.config import TrainingConfig
     from mtlora.train.trainer import Trainer
 
-# The settings that users change most have flags; --set covers the rest.
+# Settings that users change most have own flags; --set changes any other.
 _SHORTCUTS = ("suite", "examples_per_task", "epochs", "batch_size", "learning_rate", "seed", "threads", "max_steps")
 
 
 def add_parser(subparsers: Any) -> None:
-    """Contribute `train`."""
+    """Add the command `train`."""
     parser = subparsers.add_parser(
         "train",
         help="train an adapter for a suite of tasks",
@@ -49,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    # Threads that wait without spinning cost little. Spinning beside other work costs a factor of ten.
+    # Let waiting threads sleep. Threads that spin beside other work make training ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from mtlora.backbone import resolve
     from mtlora.cli.evaluate import print_scores
@@ -63,7 +63,7 @@ def _train(args: argparse.Namespace) -> int:
     if (args.out is None) == (args.profile is None):
         raise MtLoRAError("one of --out DIR and --profile STEPS is needed")
     if args.profile is not None and args.profile < 1:
-        raise MtLoRAError(f"--profile {args.profile}: allowed are 1 and more")
+        raise MtLoRAError(f"--profile: found {args.profile}; allowed: 1 or more")
     flags = [f"{name}={getattr(args, name)}" for name in _SHORTCUTS if getattr(args, name) is not None]
     settings = read_settings(args.config, flags + args.set)
     suite = load_suite(TrainingConfig.model_validate(settings).suite)

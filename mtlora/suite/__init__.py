@@ -62,7 +62,7 @@ def load_suite(name_or_path: str | Sequence[SuitePart]) -> Suite:
     if name_or_path == "documents":
         return DocumentsSuite()
     if name_or_path == "builtin-vision":
-        # Drawing needs packages that text does not.
+        # Import here: drawing needs packages that text suites do not need.
         from mtlora.suite.vision.builtin import VisionSuite
 
         return VisionSuite()
@@ -83,7 +83,7 @@ def load_suite(name_or_path: str | Sequence[SuitePart]) -> Suite:
     if os.path.isfile(path):
         return InstructionSuite(path)
     if not name_or_path or not os.path.isdir(path):
-        raise SuiteError(f"no suite {name_or_path!r}: allowed are {', '.join(BUILT_IN)}, {_FOLDERS}")
+        raise SuiteError(f"suite: found {name_or_path!r}; allowed: {', '.join(BUILT_IN)}, {_FOLDERS}")
     return _of_folder(path)
 
 
@@ -93,7 +93,7 @@ def _of_folder(folder: Path) -> Suite:
     # Texts may have images beside them, and images JSON files.
     if not (folder / "manifest.jsonl").exists() and has_texts(folder):
         return FolderSuite(folder)
-    # Images need packages that text does not.
+    # Import here: images need packages that text suites do not need.
     from mtlora.suite.vision.folder import ImageFolderSuite, is_image_folder
     from mtlora.suite.vision.layout import LAYOUTS, READ, found_in
 

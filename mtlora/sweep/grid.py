@@ -1,4 +1,4 @@
-"""The runs of a sweep: their grid, and training and scoring one of them."""
+"""The grid of a sweep's runs, and how one run is trained and scored."""
 
 import hashlib
 import json
@@ -37,12 +37,12 @@ class Run:
 
     @property
     def num_tasks(self) -> int:
-        """How many tasks it trains on."""
+        """Number of tasks of the run."""
         return len(self.config.tasks or ())
 
     @property
     def result_file(self) -> Path:
-        """Where the result of a finished run is."""
+        """The file with a finished run's result."""
         return self.folder / RESULT
 
 
@@ -59,7 +59,7 @@ def grid(
         order = list(config.tasks or task_order(config.suite))
         for count in task_counts or [len(order)]:
             if not 1 <= count <= len(order):
-                raise SweepError(f"--task-counts {count}: {name} has {len(order)} tasks; allowed are 1 to {len(order)}")
+                raise SweepError(f"--task-counts: found {count}; allowed: 1 to {len(order)}, the tasks of {name}")
             for seed in seeds:
                 changed = {"tasks": tuple(order[:count]), "seed": seed}
                 runs.append(Run(name, config.model_copy(update=changed), run_folder(out, name, count, seed)))
@@ -83,7 +83,7 @@ def _drawn(task_id: str) -> bytes:
 def read_result(run: Run, backbone: Path, settings: dict[str, Any], *, diverged: bool = False) -> dict[str, Any] | None:
     """A finished run's result; None for a run that is not finished or failed.
 
-    diverged: whether to return also the error of a run that diverged: it would diverge again.
+    diverged: also return the error of a diverged run, because it would diverge again.
 
     Raises SweepError if the result is of another configuration or backbone, or was scored with other settings.
     """
@@ -104,7 +104,7 @@ def read_result(run: Run, backbone: Path, settings: dict[str, Any], *, diverged:
 
 
 def _about(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What identifies a result."""
+    """The values that a stored result must agree in."""
     return {
         "name": run.name,
         "seed": run.config.seed,
@@ -118,7 +118,7 @@ def _about(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]
 def do_all(
     runs: Sequence[Run], backbone: Path, settings: dict[str, Any], jobs: int
 ) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Each run with what `do` returns for it, as they end, `jobs` at a time."""
+    """Yield each run with the result of `do` once it has ended; `jobs` of them run at a time."""
     # A thread only waits: every run is a process.
     pool = ThreadPoolExecutor(jobs)
     try:
@@ -135,7 +135,8 @@ def do(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
     settings: `examples`, the scored examples of each task at most (of each part of a mix), and `split`, the test split
     unless given.
     """
-    # One process per run: peak memory is measured per process. It is forked from a process with the slow imports done.
+    # One process per run, because peak memory is measured per process. It is forked from a process that has done the
+    # slow imports.
     context = get_context("forkserver")
     context.set_forkserver_preload(["mtlora.train.trainer"])
     with ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_end_with_parent) as pool:
@@ -146,7 +147,7 @@ def do(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _end_with_parent() -> None:
-    """End this run with the sweep, so that the same command can resume it."""
+    """End this run when the sweep ends, so that the same command can resume it."""
     parent = parent_process()
     assert parent is not None
 

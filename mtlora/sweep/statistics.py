@@ -22,7 +22,7 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
     p, z2 = correct / total, _Z**2
     centre = (p + z2 / (2 * total)) / (1 + z2 / total)
     half = _Z / (1 + z2 / total) * math.sqrt(p * (1 - p) / total + z2 / (4 * total**2))
-    # At the ends, the formula gives 0 and 1 up to rounding.
+    # At 0 and `total`, remove the formula's rounding errors.
     return (0.0 if correct == 0 else centre - half), (1.0 if correct == total else centre + half)
 
 
@@ -32,10 +32,10 @@ Marks = Sequence[Sequence[tuple[str, str]]]
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """A value, and what it is in each bootstrap draw [D].
+    """A value, and its value in each bootstrap draw [D].
 
-    All estimates of the same number of seeds share their draws: draw d takes the same seeds, and of the same examples
-    the same ones, for every method. Differences are therefore paired.
+    All estimates of the same number of seeds share their draws: draw d uses the same seeds and the same examples for
+    every method, so differences are paired.
     """
 
     value: float
@@ -57,8 +57,8 @@ class Estimate:
 def accuracy(marks: Marks) -> Estimate:
     """The mean over seeds and tasks of accuracies.
 
-    Seeds are drawn with replacement, and so are examples, once for all seeds: both sources of chance count. With one
-    seed, only the examples do.
+    Draws seeds and examples with replacement, the same examples for all seeds, so that the interval covers both sources
+    of variation. With one seed, it covers only the examples.
     """
     chosen_DS = np.random.default_rng(0).integers(0, len(marks), size=(_DRAWS, len(marks)))
     values, columns = zip(*(_of_seed(tasks) for tasks in marks), strict=True)
@@ -73,9 +73,7 @@ def recovery(method: Estimate, lower: Estimate, upper: Estimate) -> Estimate:
     """
     _check_seeds(method, lower, upper)
     if upper.value <= lower.value:
-        raise ValueError(
-            f"an upper bound of {upper.value:.3f} and a lower one of {lower.value:.3f} leave nothing to recover"
-        )
+        raise ValueError(f"the upper bound {upper.value:.3f} must exceed the lower bound {lower.value:.3f}")
     with np.errstate(divide="ignore", invalid="ignore"):
         draws_D = (method.draws_D - lower.draws_D) / (upper.draws_D - lower.draws_D)
     return Estimate((method.value - lower.value) / (upper.value - lower.value), draws_D, method.seeds)
@@ -88,7 +86,7 @@ def _check_seeds(*estimates: Estimate) -> None:
 
 def _of_seed(tasks: Sequence[tuple[str, str]]) -> tuple[float, np.ndarray]:
     """One seed's mean over tasks, and that of every draw [D]."""
-    # Tasks of the same examples, such as label maps, are one draw.
+    # Tasks with the same examples, such as label maps, share their draws.
     shares: dict[str, np.ndarray] = {}
     for examples, right in tasks:
         right_N = np.frombuffer(right.encode(), dtype=np.uint8) == ord("1")

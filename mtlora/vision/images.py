@@ -1,15 +1,15 @@
-"""From an encoded image to the pixels that an encoder takes: one rule for trainer, evaluation and server.
+"""Decodes an image into an encoder's input pixels, for trainer, evaluation and server.
 
-Files come from strangers. Nothing is decoded before its header's dimensions have passed the limits.
+Files are untrusted. An image is decoded only after its header's dimensions have passed the limits.
 
-| what a file may have | what becomes of it |
+| property of a file | result |
 | --- | --- |
-| orientation in EXIF or XMP | honoured; metadata that cannot be read are passed over |
+| orientation in EXIF or XMP | honoured; unreadable metadata is ignored |
 | alpha, a transparent colour of a palette | composed over white |
 | palette, grey, one bit | three channels |
 | 16 bits a channel | the upper 8 |
 | CMYK | converted without colour profiles; so are all images |
-| a preview or gain map behind a JPEG | passed over |
+| a preview or gain map behind a JPEG | ignored |
 | several frames | refused |
 
 H: height, W: width, C: the three colours red, green, blue, S: side of an encoder's square input, in pixels.
@@ -32,7 +32,8 @@ from mtlora.vision.image_input import ImagePreparation
 FORMATS = ("PNG", "JPEG", "WebP")
 # A larger JPEG is decoded at a half, a quarter or an eighth of its size, if its sides keep this many times S.
 _SPARE = 2
-# Each scan of a progressive JPEG passes over the whole image. Encoders write a dozen; a small file may have more.
+# Most scans of a progressive JPEG: each goes over the whole image. Encoders write a dozen; a small hostile file may
+# have very many.
 _MAX_SCANS = 100
 # Most segments before a JPEG's dimensions. Cameras write a dozen.
 _MAX_SEGMENTS = 512
@@ -46,7 +47,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Beginnings of other files, to name what was found.
+# First bytes of other file formats, to name them in errors.
 _OTHERS = (
     (b"GIF8", "a GIF"),
     (b"BM", "a BMP"),
@@ -61,12 +62,12 @@ _OTHERS = (
     (b"\xff\x4f\xff\x51", "a JPEG 2000"),
 )
 
-# Pillow warns of odd metadata in words of the file: that is nothing for a server's stderr.
+# Pillow's warnings quote the file's metadata; keep them out of the server's stderr.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageError(MtLoRAError):
-    """An image that is not taken: what was found, what is allowed."""
+    """An image that is refused; the message says what was found and what is allowed."""
 
 
 class FormatError(ImageError):
@@ -79,7 +80,7 @@ class FormatError(ImageError):
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What an encoded image may be: bytes of the file, and pixels before any reduction."""
+    """Limits of an encoded image: bytes of the file, and pixels before any reduction."""
 
     max_bytes: int = 16 << 20
     max_pixels: int = 25_000_000
@@ -90,7 +91,7 @@ LIMITS = ImageLimits()
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself: its format, one of FORMATS, and its size in pixels."""
+    """A file's format (one of FORMATS) and its size in pixels, from its header."""
 
     format: str
     width: int
@@ -108,7 +109,9 @@ def read_header(data: bytes, limits: ImageLimits = LIMITS) -> Header:
     try:
         header = _header(data)
     except (struct.error, IndexError):
-        raise ImageError(f"found {len(data)} bytes that end within the header; allowed: a whole file") from None
+        raise ImageError(
+            f"found {len(data)} bytes: the file ends inside its header; allowed: a complete file"
+        ) from None
     if not 1 <= header.pixels <= limits.max_pixels:
         found = f"found {header.width} x {header.height} pixels"
         raise ImageError(f"{found}; allowed: 1 to {limits.max_pixels} in all")
@@ -118,7 +121,7 @@ def read_header(data: bytes, limits: ImageLimits = LIMITS) -> Header:
 def held_pixels(header: Header, size: int) -> int:
     """Pixels that are in memory while an image is decoded for an input of a size.
 
-    A JPEG that is decoded smaller holds its coefficients, which take at most half of the memory of its pixels.
+    A JPEG that is decoded at reduced size needs memory for its coefficients: at most half that of its pixels.
     """
     reduced = header.format == "JPEG" and min(header.width, header.height) >= 2 * _SPARE * size
     return header.pixels // 2 if reduced else header.pixels
@@ -127,7 +130,7 @@ def held_pixels(header: Header, size: int) -> int:
 def decode(data: bytes, limits: ImageLimits = LIMITS, *, size: int | None = None) -> NDArray[np.uint8]:
     """The pixels of an encoded image, [H, W, 3]. Raises ImageError.
 
-    size: S of the input that it is for; a JPEG of more than a few times that is decoded smaller, much faster.
+    size: S of the encoder's input; a much larger JPEG is decoded at reduced size, which is much faster.
     """
     header = read_header(data, limits)
     if header.format == "JPEG" and (scans := data.count(b"\xff\xda")) > _MAX_SCANS:
@@ -145,7 +148,7 @@ def decode(data: bytes, limits: ImageLimits = LIMITS, *, size: int | None = None
 def prepare(
     pixels_HWC: NDArray[np.uint8], spec: ImagePreparation, mean: Sequence[float], std: Sequence[float]
 ) -> NDArray[np.float32]:
-    """An image as the encoder's input, [3, S, S]: resized with antialiasing, values of 0 to 1 less mean, by std.
+    """An image as the encoder's input, [3, S, S]: resized with antialiasing, values in 0 to 1, minus mean, over std.
 
     spec: the task's; its own mean and std, if set, replace the backbone's. Padding has the mean's colour.
     """
@@ -201,7 +204,7 @@ def _open(data: bytes, header: Header) -> Image.Image:
 def _orientation(image: Image.Image) -> Any:
     try:
         return image.getexif().get(_ORIENTATION)
-    # A photograph with broken metadata is a photograph.
+    # Ignore broken metadata: the pixels may be good.
     except Exception:
         return None
 
@@ -233,7 +236,7 @@ def _header(data: bytes) -> Header:
 
 
 def _named(data: bytes) -> str:
-    """Name what a refused file is."""
+    """The format of a refused file, for the message."""
     if not data:
         return "no bytes"
     for magic, name in _OTHERS:
@@ -249,7 +252,7 @@ def _named(data: bytes) -> str:
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
     for kind, at in _jpeg_segments(data):
-        # Markers that begin a frame; three in this range mean something else.
+        # Start-of-frame markers; three markers in this range have another meaning.
         if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
             height, width = struct.unpack_from(">HH", data, at + 3)
             return width, height

@@ -57,7 +57,7 @@ def read_model(path: Path) -> Any:
     try:
         model.ParseFromString(path.read_bytes())
     except DecodeError as error:
-        raise ValueError(f"{path}: expected an ONNX file, found otherwise: {error}") from None
+        raise ValueError(f"{path}: cannot be read as an ONNX file: {error}") from None
     return model
 
 

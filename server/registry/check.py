@@ -1,6 +1,6 @@
-"""Reads an untrusted version: two files within limits, well formed, made beside this backbone.
+"""Checks an untrusted version: two files within limits, well formed, trained beside this backbone.
 
-Runs in a child process of the verifier's, so it imports little: of the server, only the names of the files.
+Runs in the verifier's child process, so it imports little: from the server, only file names.
 """
 
 import hashlib
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     Backbones = Mapping[Lane, BackboneArchitecture]
 
 _CHUNK = 1 << 20
-# The server's catalog holds a row for each.
+# Most tasks: the server's catalog holds a row for each.
 MAX_TASKS = 20_000
 
 
 class NoEngineError(Exception):
-    """A version is sound, but for an engine that this server does not have."""
+    """The version is valid, but this server has no engine for it."""
 
 
 @dataclass(frozen=True)
 class VerificationLimits:
     """Limits of one verification.
 
-    max_bytes: limit of both files together. timeout_s: seconds, both of the clock and of one core. headroom_bytes:
-    memory for reading, beside two copies of the files. tokens: size of the backbone's vocabulary. vision: the
+    max_bytes: limit of both files together. timeout_s: seconds of wall time, and of processor time. headroom_bytes:
+    memory for reading, besides two copies of the files. tokens: size of the backbone's vocabulary. vision: the
     architecture of the vision backbone, if there is one. image_size: side of a task's largest input.
     """
 
@@ -49,8 +49,8 @@ class VerificationLimits:
     image_size: int = 0
 
     def of_child(self) -> Limits:
-        """The limits of the child that reads."""
-        # The engine's steps come first.
+        """Limits for the child process that reads the adapter."""
+        # Give the engine's steps priority.
         return Limits(
             self.timeout_s,
             memory_bytes=2 * self.max_bytes + self.headroom_bytes,
@@ -62,7 +62,7 @@ class VerificationLimits:
 def run_check(
     root: Path, folder: Path, incoming: Path, backbones: "Backbones", limits: VerificationLimits
 ) -> Iterator[str | NoEngineError]:
-    """`check`, as a child runs it."""
+    """`check` as a generator, for `in_child`."""
     import torch
 
     torch.set_num_threads(1)
@@ -75,9 +75,9 @@ def run_check(
 def check(root: Path, folder: Path, incoming: Path, backbones: "Backbones", limits: VerificationLimits) -> str:
     """Copy a version to `incoming` and read the copy; returns its content's hash.
 
-    Raises CheckpointError, or NoEngineError if the version is sound.
+    Raises CheckpointError; NoEngineError for a valid version without an engine here.
 
-    The copy's manifest loses its provenance, which may be any JSON: the server reads only what it serves.
+    Removes the provenance from the copy's manifest: it may be any JSON, and the server does not need it.
     """
     from mtlora.checkpoint.format import CheckpointError
     from mtlora.checkpoint.read import MAX_MANIFEST_BYTES, check_answers, read_checkpoint, read_manifest
@@ -89,16 +89,16 @@ def check(root: Path, folder: Path, incoming: Path, backbones: "Backbones", limi
     left = limits.max_bytes
     for name in (MANIFEST_FILE, TENSORS_FILE):
         with open_file(folder, name) as source, (incoming / name).open("xb") as copy:
-            # Check the size first: a sparse file claims any size at no cost.
+            # Check the size first: a sparse file may claim any size without using disk space.
             size = os.fstat(source.fileno()).st_size
             if name == MANIFEST_FILE and size > MAX_MANIFEST_BYTES:
-                raise CheckpointError(f"{folder / name}: {size} bytes, allowed are {MAX_MANIFEST_BYTES}")
+                raise CheckpointError(f"{folder / name}: found {size} bytes; allowed: up to {MAX_MANIFEST_BYTES}")
             left -= size
             if left < 0:
                 raise CheckpointError(
                     f"{folder}: expected at most {limits.max_bytes} bytes in all, found {limits.max_bytes - left}"
                 )
-            # A file that grows meanwhile ends the child at RLIMIT_FSIZE.
+            # If a file grows meanwhile, RLIMIT_FSIZE ends the child.
             shutil.copyfileobj(source, copy, _CHUNK)
     try:
         backbone = _backbone_of(folder, read_manifest(incoming), backbones)
@@ -126,7 +126,7 @@ def check(root: Path, folder: Path, incoming: Path, backbones: "Backbones", limi
 
 
 def _backbone_of(folder: Path, manifest: "AdapterManifest", backbones: "Backbones") -> "BackboneArchitecture":
-    """The backbone beside which an adapter must have been made. Raises NoEngineError."""
+    """The backbone that an adapter must have been trained beside. Raises NoEngineError."""
     lane, kind = (Lane.IMAGES, "images") if manifest.images else (Lane.TEXT, "texts")
     if lane not in backbones:
         setting = "vision_backbone" if manifest.images else "backbone"
@@ -135,7 +135,7 @@ def _backbone_of(folder: Path, manifest: "AdapterManifest", backbones: "Backbone
 
 
 def _check_projector(folder: Path, projector: "ProjectorConfig", backbones: "Backbones") -> None:
-    """Raise NoEngineError without a vision backbone, CheckpointError for another one than the projector's."""
+    """Raise NoEngineError without a vision backbone, CheckpointError if it is not the projector's."""
     from mtlora.checkpoint.format import CheckpointError
     from mtlora.errors import differences
 

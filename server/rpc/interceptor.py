@@ -1,9 +1,9 @@
-"""Around every RPC of the contracts: request id, tenant, one log line, one count, a status for every exception.
+"""Handles every RPC of the contracts: request id, tenant, log line, metrics, and a status for every exception.
 
-A call is authenticated by its headers. Only then is it counted, and its message read: a stranger's call ends at once.
+A call is authenticated by its headers, before it is counted and its message is read, so a stranger's call ends at once.
 The two probes of the Open Inference Protocol need no key; health and reflection pass unchanged.
 
-Usage and the audit log's line are on file before a call's status is sent.
+Usage and audit lines are written before a call's status is sent.
 """
 
 import asyncio
@@ -39,18 +39,18 @@ _SERVICE_PREFIXES = ("/mtlora.v1.", "/inference.")
 _OPEN = {"/inference.GRPCInferenceService/ServerLive", "/inference.GRPCInferenceService/ServerReady"}
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:\-]{0,63}")
 
-# Calls of one tenant that may be open besides those that admission lets in.
+# Open calls that a tenant may have in addition to those that admission allows.
 _MESSAGES_UNDER_WAY = 512
 
 
-# (metadata, what gives the auth context) -> tenant; raises RequestFailedError.
+# (metadata, function that returns the auth context) -> tenant; raises RequestFailedError.
 Authenticate = Callable[[Any, Any], Awaitable[Tenant]]
 # Counts one request of a tenant against its rate; raises RequestFailedError.
 CountRequest = Callable[[Tenant], None]
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Bounds what a call may hold: seconds without its message or a reader, and how many of a tenant are open."""
+    """Wraps every call; limits seconds without its message or without a reader, and a tenant's open calls."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._audit = audit
         self._request_timeout_s = settings.request_timeout_s
         self._slow_reader_s = settings.slow_reader_s
-        # Twice what admission lets in, so that the fair queue picks whom to refuse.
+        # Twice the limit of admission, so that the fair queue chooses which request to refuse.
         self._max_open = 2 * settings.in_flight_limit + _MESSAGES_UNDER_WAY
         self._open: dict[str, int] = {}
         self._wrapped: dict[str, Any] = {}
@@ -90,11 +90,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return self._wrapped[rpc]
 
     def _wrap(self, rpc: str, handler: Any) -> Any:
-        # Wrap unary calls as streams: for a unary handler, gRPC reads the message first and waits for it for ever.
+        # Wrap unary calls as streams: for a unary handler, gRPC waits without limit for the message before it calls the
+        # handler.
         async def unary(_: Any, context: Any) -> Any:
             return await self._answer(rpc, context, handler.unary_unary)
 
-        # Write in a coroutine, not a generator: a cancellation lands in it and closes the handler's generator.
+        # Use a coroutine, not a generator, so that a cancellation reaches it and it closes the handler's generator.
         async def stream(_: Any, context: Any) -> None:
             await self._answer(rpc, context, write_all)
 
@@ -118,7 +119,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return make(behavior, _forgiving(handler.request_deserializer), handler.response_serializer)
 
     async def _messages(self, first: Any, context: Any) -> AsyncIterator[Any]:
-        """The messages of a call that may have several; each must come in time."""
+        """Yield the messages of a client stream; each must arrive in time."""
         message = first
         while message is not grpc.aio.EOF:
             yield message
@@ -138,11 +139,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except TimeoutError:
             raise late_message(f"no message came within {self._request_timeout_s:g} s of the call") from None
         if isinstance(request, _Malformed):
-            raise invalid_argument([Violation("", "found bytes that are no such message")])
+            raise invalid_argument([Violation("", "the bytes do not decode as this RPC's request")])
         return request
 
     async def _write(self, context: Any, message: Any) -> None:
-        """Send one message; waits while the connection has no room, which holds up this stream alone."""
+        """Send one message; waits while the connection's window is full, which delays only this stream."""
         try:
             async with asyncio.timeout(self._slow_reader_s):
                 await context.write(message)
@@ -194,7 +195,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         open_calls = self._open.get(tenant.id, 0)
         if open_calls >= self._max_open:
             self._metrics.record_shed(tenant.id, "open_calls")
-            raise resource_exhausted(f"{open_calls} calls of the tenant are open, the most this server holds", 1.0)
+            raise resource_exhausted(
+                f"{open_calls} calls of this tenant are open, the most that one tenant may have", 1.0
+            )
         self._open[tenant.id] = open_calls + 1
 
     def _leave(self, tenant: Tenant) -> None:
@@ -204,7 +207,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             del self._open[tenant.id]
 
     async def _abort(self, context: Any, failure: RequestFailedError, trailer: tuple[tuple[str, str], ...]) -> None:
-        """Send a failure's status, or give up where a reader does not take the messages before it."""
+        """Send a failure's status, or give up if the reader does not read the messages before it."""
         try:
             async with asyncio.timeout(self._slow_reader_s):
                 await context.abort(failure.code, failure.message, (*trailer, (DETAILS_KEY, failure.status_details())))
@@ -212,7 +215,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             # `abort` always raises this.
             raise
         except (TimeoutError, grpc.aio.BaseError):
-            # The reader takes no status. After a cancellation gRPC sends none of its own.
+            # The reader does not take the status; after this cancellation, gRPC sends none either.
             raise asyncio.CancelledError from None
 
     async def _record(self, call: Call, code: grpc.StatusCode, reason: str = "", response: Any = None) -> None:
@@ -225,20 +228,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _request_id(metadata: Any) -> str:
-    """The client's own id if it is sane, else a new one."""
+    """The client's own id if it is valid, else a new one."""
     for key, value in metadata or ():
         if key == REQUEST_ID_KEY and isinstance(value, str) and _SANE_ID.fullmatch(value):
             return value
-    # No system call for random numbers: the id is no secret.
+    # A non-cryptographic generator is enough, because the id is not secret, and saves a system call.
     return f"{random.getrandbits(128):032x}"
 
 
 class _Malformed:
-    """Stands for a request whose bytes are no message of its type."""
+    """Placeholder for a request whose bytes cannot be decoded."""
 
 
 def _forgiving(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """Leave a bad message's status to the call: gRPC answers UNKNOWN if a deserializer raises."""
+    """Return `_Malformed` for undecodable bytes, because gRPC answers UNKNOWN if a deserializer raises."""
 
     def attempt(data: bytes) -> Any:
         try:

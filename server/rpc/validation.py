@@ -1,4 +1,4 @@
-"""From a request message to a GenerationJob, or to all its field violations."""
+"""Turns a request message into a GenerationJob, or into all of its field violations."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 MAX_STOP_STRINGS = 8
 _ROLES = ("system", "user", "assistant")
-# The highest number of a field of GenerationParameters that is checked here.
+# Fields of GenerationParameters up to this number are checked here, others in parameters.py.
 _LAST_PLAIN = pb.GenerationParameters.LOGPROBS_FIELD_NUMBER
 _PLAIN = ("temperature", "top_p", "top_k", "seed", "logprobs")
 
 
 @dataclass(frozen=True)
 class PromptLimits:
-    """What the backbone and the engine allow."""
+    """Limits of the backbone and the engine."""
 
     max_model_len: int
     vocab_size: int
@@ -129,7 +129,7 @@ class _Prompt(NamedTuple):
 
 
 def _prompt(received: Received, task: TaskSpec, prompts: PromptEncoder, longest: int) -> _Prompt | Violation:
-    """The prompt of a request without violations, or why it cannot be asked; sets the place of its image."""
+    """The prompt of a request without violations, or its violation; sets the position of its image."""
     request, document, sight = received.request, received.document, received.sight
     given, fields = request.WhichOneof("input") or "image", dict(request.fields.values)
     if given == "token_ids":
@@ -139,7 +139,7 @@ def _prompt(received: Received, task: TaskSpec, prompts: PromptEncoder, longest:
             text = _render_chat(request, prompts)
         except TemplateError as error:
             return Violation("chat.messages", f"the backbone's chat template refuses them: {error}")
-        # Encoding a text that cannot fit would take long.
+        # Refuse a text that cannot fit before encoding it, which would take long.
         if (fewest := prompts.fewest_tokens(text)) > longest:
             return _too_long(given, f"at least {fewest}", longest)
         found = _Prompt(prompts.chat(text))
@@ -165,7 +165,7 @@ def _prompt(received: Received, task: TaskSpec, prompts: PromptEncoder, longest:
 
 
 def samples_of(request: pb.GenerateRequest, task: ServedTask | None) -> int:
-    """Sequences that a request asks for; 1 instead of a number that `validate` refuses."""
+    """Number of requested sequences; 1 for a number that `validate` will refuse."""
     parameters = request.parameters
     if task is not None and task.spec.defaults:
         best_of = samples(more.values_of(parameters, task.spec.defaults, stream=False))[1]
@@ -230,7 +230,7 @@ def _named_violations(fields: pb.TemplateFields, task: TaskSpec, names: Sequence
 
 
 def sharing_violation(task: ServedTask, template: str) -> str | None:
-    """Why a task cannot be asked of a document in this template, if it cannot."""
+    """The violation if a task does not share this document template, else None."""
     spec = task.spec
     if spec.image is not None:
         return f"task {spec.id} takes images; allowed: tasks of texts (Classify and Score take images)"
@@ -303,7 +303,7 @@ def _parameter_violations(parameters: pb.GenerationParameters, tenant: Tenant) -
         yield out_of("max_new_tokens", "1 or more")
     if tenant.max_new_tokens is not None and parameters.max_new_tokens > tenant.max_new_tokens:
         yield out_of("max_new_tokens", f"1 to {tenant.max_new_tokens}, the tenant's max_new_tokens")
-    # This order of comparisons refuses NaN.
+    # This form of the comparison refuses NaN.
     if not 0 <= parameters.temperature <= MAX_TEMPERATURE:
         yield out_of("temperature", f"0 to {MAX_TEMPERATURE:g}")
     if parameters.HasField("top_p") and not 0 < parameters.top_p <= 1:
@@ -328,7 +328,7 @@ def _render_chat(request: pb.GenerateRequest, prompts: PromptEncoder) -> str:
 
 
 def _held(request: pb.GenerateRequest, task: ServedTask) -> Held | None:
-    """What the task's type holds the answer to."""
+    """The constraint of the task's type."""
     constraint = task.spec.constraint(without_adapter=request.without_adapter)
     if constraint is None or request.free:
         return None
@@ -337,7 +337,7 @@ def _held(request: pb.GenerateRequest, task: ServedTask) -> Held | None:
 
 
 def _type_violations(sampling: Sampling, task: TaskSpec, held: Held) -> Iterator[Violation]:
-    """What would cut an answer before its type lets it end."""
+    """Violations that would cut an answer before its type allows an end."""
     if sampling.max_new_tokens < held.fewest:
         yield Violation(
             "parameters.max_new_tokens",
@@ -345,11 +345,16 @@ def _type_violations(sampling: Sampling, task: TaskSpec, held: Held) -> Iterator
             "more, which the shortest answer of this type takes",
         )
     if other := [stop for stop in sampling.stop if stop not in task.stop]:
-        allowed = f"those of the task, {', '.join(map(repr, task.stop))}, as the answer has a type; or set free"
+        allowed = (
+            f"the task's own, {', '.join(map(repr, task.stop))}; others only with `free`, because the answer has a type"
+        )
         yield Violation("parameters.stop.values", f"found {other[0][:64]!r}; allowed: {allowed}")
     for name in AGAINST_TYPES if sampling.more else ():
         if getattr(sampling.more, name):
-            yield Violation(f"parameters.{name}", "found, though the answer has a type; allowed: one of them, or free")
+            yield Violation(
+                f"parameters.{name}",
+                "found beside an answer type; allowed: this parameter with `free`, or the type without it",
+            )
 
 
 def _job(
@@ -390,7 +395,7 @@ def _sampling(
 
 
 def _with_more(job: GenerationJob, values: Mapping[str, Any], vocab_size: int) -> GenerationJob | list[Violation]:
-    """The job with values that few requests set. They are valid; their relation to `max_new_tokens` is checked here."""
+    """Add rare sampling values to a job. They are already valid, except for their relation to `max_new_tokens`."""
     most, least = job.sampling.max_new_tokens, values.get("min_new_tokens", 0)
     if least > most:
         return [Violation("parameters.min_new_tokens", f"found {least}; allowed: 0 to {most}, max_new_tokens")]

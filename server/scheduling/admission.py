@@ -29,9 +29,9 @@ _RETRY_AFTER_S = {State.STARTING: 5.0, State.DRAINING: 1.0, State.RESTARTING: RE
 class Admission:
     """Admits requests while the server is serving and has room; `drained` waits for the last one.
 
-    max_in_flight: requests for one engine. spare: how many of these one tenant must leave to others. A request that is
-    still decoded or checked stands in no queue, so taking from the longest queue does not bound it. lost: engines that
-    are being started again while another serves.
+    max_in_flight: requests for one engine. spare: places that one tenant must leave to others. This limit is needed
+    because a request that is still being decoded or checked is in no queue, so the limit of queues does not apply to
+    it. lost: engines that are being restarted while another one serves.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Admission:
         if self._of_tenant[tenant.id, lane] + places > self._most_of_tenant and tenant.id != OPEN_TENANT.id:
             self._metrics.record_shed(tenant.id, "in_flight")
             raise resource_exhausted(
-                f"{self._most_of_tenant} requests of this tenant are in flight, the most of one", 1.0
+                f"{self._most_of_tenant} requests of this tenant are in flight, the most that one tenant may have", 1.0
             )
 
     def _check_quotas(self, tenant: Tenant, places: int, lane: Lane) -> None:

@@ -18,7 +18,7 @@ MIN_RETRY_S = 0.05
 
 @dataclass
 class Reservation:
-    """Tokens of a tenant's quota that requests may still take."""
+    """Tokens reserved from a tenant's quota that its requests have not used yet."""
 
     tokens: int
 
@@ -47,7 +47,7 @@ class Quotas:
     def count_batch(self, tenant: Tenant, size: int) -> None:
         """Count the others of a batch whose call was counted as one request, all or none."""
         if (rate := tenant.requests_per_second) is not None and size > 1:
-            # The next attempt is counted as a call again.
+            # Uncount the call, because the next attempt counts it again.
             self._take_requests(tenant, rate, size - 1, until=size)
 
     def check_batch(self, tenant: Tenant, size: int, most: int) -> None:
@@ -55,7 +55,9 @@ class Quotas:
         if (rate := tenant.requests_per_second) is not None:
             most = min(most, int(_capacity(tenant, rate)))
         if size > most:
-            raise self._exceeded(tenant, "batch", f"a batch of {size}, its limits let in {most} at once", None)
+            raise self._exceeded(
+                tenant, "batch", f"found a batch of {size}; the tenant's limits allow {most} at once", None
+            )
 
     def check_queue(self, tenant: Tenant, waiting: int, retry_s: Callable[[], float]) -> None:
         """Refuse a request with which more than `max_queue` of the tenant's would wait."""
@@ -107,12 +109,12 @@ class Quotas:
         return account
 
     def _exceeded(self, tenant: Tenant, quota: str, found: str, retry_s: float | None) -> RequestFailedError:
-        """`retry_s` is None where no wait helps."""
+        """`retry_s` is None if waiting does not help."""
         self._metrics.record_quota_refusal(tenant.id, quota)
         retry_s = None if retry_s is None else max(MIN_RETRY_S, retry_s)
         return quota_exceeded(f"tenant:{tenant.id}", found, retry_s)
 
 
 def _capacity(tenant: Tenant, rate: float) -> float:
-    """What a bucket of the tenant holds."""
+    """Capacity of a bucket of the tenant."""
     return max(1.0, rate * tenant.burst_seconds)

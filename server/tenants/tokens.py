@@ -26,16 +26,16 @@ logger = get_logger("tokens")
 
 _REMEMBERED = 65_536
 _TICK_S = 1.0
-# Interval without an issuer. The first token of a new one fetches its keys.
+# Seconds between refreshes while there is no issuer. The first token of a new issuer fetches its keys.
 _IDLE_TICK_S = 30.0
 _REFRESH_S = 300.0
-# Wait after a failure; doubled at each further one, up to _REFRESH_S.
+# Seconds to wait after a failure; doubled after each further one, up to _REFRESH_S.
 _RETRY_S = 5.0
 _FETCH_S = 10.0
-# Tokens with unknown key ids cause one refresh in this many seconds; at most _MAX_WAITING calls wait for it.
+# Tokens with unknown key ids share one refresh in this many seconds; at most _MAX_WAITING calls wait for it.
 _UNKNOWN_KEY_S = 10.0
 _MAX_WAITING = 256
-# What PyJWT may raise for the claims of a token, beside its own errors: an expiry of infinity, JSON nested deeply.
+# Exceptions of PyJWT besides its own, for example for an infinite expiry or deeply nested JSON.
 _BAD_TOKEN = (jwt.PyJWTError, ValueError, TypeError, ArithmeticError, RecursionError)
 
 
@@ -61,7 +61,7 @@ class Tokens:
         self._pepper = secrets.token_bytes(32)
         self._verified: OrderedDict[bytes, _Verified] = OrderedDict()
         self._sources: dict[str, _KeySource] = {}
-        # A thread for each issuer: one that hangs holds up no other.
+        # A thread per issuer, so that a hanging issuer does not delay others.
         self._pool = ThreadPoolExecutor(MAX_ISSUERS, "jwks")
 
     async def run(self) -> None:
@@ -106,12 +106,12 @@ class Tokens:
         if issuer is None:
             raise jwt.InvalidIssuerError("its issuer is not one of this server's")
         if not isinstance(key_id, str | None):
-            raise jwt.InvalidKeyError("its key id is no text")
+            raise jwt.InvalidKeyError("its key id is not a string")
         source = self._source(issuer)
         keys = await source.keys_with(key_id)
         key = keys.get(key_id)
         if key is None:
-            raise jwt.InvalidKeyError("its key is not one of its issuer's")
+            raise jwt.InvalidKeyError("the issuer has no key with this id")
         claims = jwt.decode(
             token,
             key.key,
@@ -136,9 +136,9 @@ class Tokens:
 
 
 class _KeySource:
-    """The keys at one place, by id. A failed refresh changes nothing: tokens go on with the keys read before.
+    """The keys at one URL or file, by id. If a refresh fails, the old keys stay in use.
 
-    If there is only one key, tokens need not name it: it stands under None too.
+    A single key is stored under None too, so tokens need not name it.
     """
 
     def __init__(self, issuer: Issuer, pool: ThreadPoolExecutor, on_failure: Callable[[str], None]) -> None:
@@ -163,7 +163,7 @@ class _KeySource:
             self._begin()
 
     async def keys_with(self, key_id: str | None) -> Mapping[str | None, PublicKey]:
-        """The keys; first they are refreshed if they lack this one. Raises UNAVAILABLE if there are none yet."""
+        """Return the keys, refreshed first if this one is missing. Raises UNAVAILABLE if there are none yet."""
         if key_id not in self.keys:
             now = time.monotonic()
             if self._refreshing is None and now >= self._may_ask:
@@ -193,7 +193,7 @@ class _KeySource:
             self._failures = min(self._failures + 1, 10)
         else:
             self._due, self._failures = time.monotonic() + _REFRESH_S, 0
-            # Tokens verified by keys that have changed are verified again.
+            # Forget tokens that were verified with keys that have changed.
             if found != self._read:
                 self._read, self.keys = found, keys
                 read = {"issuer": self._issuer.issuer, "keys": len(found)}

@@ -197,7 +197,7 @@ def test_reads_inputs_from_files(tmp_path: Path) -> None:
     [
         ({"tasks": ("navigat",)}, "no task 'navigat'.*near: navigate"),
         ({"tasks": ("pair",)}, "no input for task 'pair'"),
-        ({"suite": "nowhere"}, "no suite 'nowhere'"),
+        ({"suite": "nowhere"}, "suite: found 'nowhere'"),
         ({"tenant_mix": "hot:acne"}, "no tenant 'acne'.*near: acme"),
     ],
 )

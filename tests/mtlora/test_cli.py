@@ -174,7 +174,7 @@ def test_tasks_lists_a_suite(capsys: pytest.CaptureFixture[str]) -> None:
     assert "suite builtin: 25 tasks" in out
     assert "web_of_lies" in out
     assert main(["tasks", "--suite", "/nowhere"]) == 2
-    assert capsys.readouterr().err.startswith("mtlora: error: no suite '/nowhere'")
+    assert capsys.readouterr().err.startswith("mtlora: error: suite: found '/nowhere'")
 
 
 def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,7 @@ def test_an_answer_holds_one_end_of_sequence_at_its_end(tokenizer: Any, prompts:
 @given(st.text(max_size=60) | st.sampled_from(["a<|im_end|>b", "<|endoftext|>", " <|im_start|> user\n"]))
 def test_a_prompt_equals_the_tokenizers(tokenizer: Any, prompts: PromptEncoder, text: str) -> None:
     wanted = tokenizer(text, add_special_tokens=True, split_special_tokens=True)["input_ids"]
-    # This call leaves other settings behind.
+    # This call changes the tokenizer's settings.
     tokenizer(text, add_special_tokens=False, split_special_tokens=False, truncation=True, max_length=2)
     assert prompts.prompt(text) == wanted
 
@@ -238,7 +238,7 @@ def test_chats_of_every_family_reserve_what_makes_a_turn(name: str) -> None:
         forged = prompts.prompt(f"a {token} a")
         assert not set(forged) & set(tokenizer.all_special_ids)
         assert tokenizer.convert_tokens_to_ids(token) not in forged
-    # The working that a template begins for the assistant is no turn.
+    # Text that a template adds at the start of the assistant's working is not part of a turn's mark.
     for text in ("a < b [1] {x} | >> <", "list[int]", "<think>"):
         assert prompts.reserved_in(text) == []
 
@@ -260,7 +260,7 @@ def test_a_token_that_normalization_makes_is_reserved() -> None:
 
 TEXTS = (
     st.text(max_size=40)
-    # What NFC shrinks.
+    # Characters that NFC normalisation joins or replaces.
     | st.text("\u212a\u2126e\u0301\u1100\u1161\u11a8 \n\t#", max_size=60)
     | st.text("# \n", max_size=300)
 )
@@ -308,7 +308,7 @@ def encoders(prompts: PromptEncoder) -> dict[str, PromptEncoder]:
         lambda backend: backend.add_tokens([AddedToken("<x>", rstrip=True)]),
     ],
 )
-def test_says_nothing_of_tokenizers_that_drop_parts_of_a_text(change: Callable[[Tokenizer], None]) -> None:
+def test_fewest_tokens_is_zero_if_the_tokenizer_may_drop_text(change: Callable[[Tokenizer], None]) -> None:
     tokenizer = FAMILIES["qwen"]()
     change(tokenizer.backend_tokenizer)
     prompts = PromptEncoder(tokenizer)

@@ -30,7 +30,7 @@ def test_smaller_task_counts_are_prefixes_of_larger(tmp_path: Path) -> None:
     assert len(set(twenty_five)) == 25
     listed = TrainingConfig(tasks=("navigate", "web_of_lies", "syllogisms"))
     assert grid({"a": listed}, tmp_path, seeds=[0], task_counts=[2])[0].config.tasks == ("navigate", "web_of_lies")
-    with pytest.raises(SweepError, match="a has 3 tasks; allowed are 1 to 3"):
+    with pytest.raises(SweepError, match=r"--task-counts: found \d+; allowed: 1 to 3, the tasks of a"):
         grid({"a": listed}, tmp_path, seeds=[0], task_counts=[4])
 
 

@@ -13,7 +13,7 @@ from mtlora.sweep.statistics import Marks, accuracy, recovery, wilson
 
 
 def _marks(*shares: float, total: int = 1000) -> Marks:
-    """Seeds of one task each, with such shares of right answers, the first ones."""
+    """Marks of one task: for each seed, the first `share` of the examples are right."""
     return [[("a", "1" * round(share * total) + "0" * (total - round(share * total)))] for share in shares]
 
 
@@ -43,7 +43,7 @@ def test_an_interval_narrows_with_examples_and_widens_with_seeds() -> None:
 
 
 def test_a_difference_is_of_the_same_seeds_and_the_same_examples() -> None:
-    # Both vary with the seed in the same way; their difference does not.
+    # Both methods vary with the seed in the same way, so their difference does not vary.
     better, worse = _marks(0.4, 0.8), _marks(0.3, 0.7)
     difference = accuracy(better) - accuracy(worse)
     low, high = difference.interval
@@ -52,11 +52,11 @@ def test_a_difference_is_of_the_same_seeds_and_the_same_examples() -> None:
     assert accuracy(better).interval[0] < accuracy(worse).interval[1]
     with pytest.raises(ValueError, match="2 and 1 seeds"):
         accuracy(better) - accuracy(worse[:1])
-    # The same answers differ in no draw, however few examples there are.
+    # Equal answers differ in no draw, even with few examples.
     assert (accuracy([[("a", "1010")]]) - accuracy([[("a", "1010")]])).interval == (0.0, 0.0)
     # One of four differs: it is drawn binomially, of 4 with 1/4. At most 2 have 0.949, at most 3 have 0.996.
     assert (accuracy([[("a", "1110")]]) - accuracy([[("a", "1100")]])).interval == pytest.approx((0.0, 0.75))
-    # Seeds whose differences are opposite: of two drawn seeds, both are the same one in half of the draws.
+    # Two seeds with opposite differences: half of all draws take one seed twice.
     assert (accuracy(_marks(1, 0)) - accuracy(_marks(0, 1))).interval == pytest.approx((-1, 1))
 
 
@@ -70,7 +70,7 @@ def test_tasks_of_the_same_examples_are_drawn_together() -> None:
 
 
 def _plain(cells: list[Marks], statistic: Callable[..., float], rng: random.Random) -> tuple[float, float]:
-    """The interval by a bootstrap written out: a draw is of seeds, and of each task's examples for all of them."""
+    """The interval by a plain bootstrap: each draw takes seeds, and each task's examples once for all seeds."""
     found = []
     for _ in range(4000):
         seeds = [rng.randrange(len(cells[0])) for _ in cells[0]]
@@ -131,13 +131,13 @@ def test_recovery_needs_the_same_seeds_and_something_to_recover() -> None:
     one, two = accuracy(_marks(0.5)), accuracy(_marks(0.5, 0.5))
     with pytest.raises(ValueError, match="1 and 2 and 2 seeds: expected the same seeds"):
         recovery(one, two, two)
-    with pytest.raises(ValueError, match="leave nothing to recover"):
+    with pytest.raises(ValueError, match="must exceed the lower bound"):
         recovery(one, one, one)
 
 
 @given(st.lists(st.lists(st.text("01", min_size=1, max_size=5), min_size=2, max_size=2), min_size=1, max_size=3))
 def test_an_accuracy_is_the_mean_over_seeds_and_tasks(rights: list[list[str]]) -> None:
-    # Examples are named by their number: the same ones have as many marks.
+    # A digest stands for its examples: equal digests need equally many marks.
     found = accuracy([[(f"{task}/{len(right)}", right) for task, right in enumerate(seed)] for seed in rights])
     plain = [right.count("1") / len(right) for seed in rights for right in seed]
     assert found.value == pytest.approx(sum(plain) / len(plain))

@@ -167,13 +167,13 @@ async def test_the_end_of_a_call_ends_its_sequences(
     labels = {"method": "GenerateBatchItem", "task": "one", "status": status}
     await eventually(lambda: service.value("mtlora_requests_total", **labels) == 8)
     await eventually(lambda: service.value("mtlora_requests_in_flight") == 0)
-    # Three never began.
+    # Three items never started.
     assert len(service.engine.jobs) == 9
     rows = [row async for page in service.usage.read(0, 1 << 40, "total") for row in page]
     assert rows[0][3].requests == 9
 
 
-async def test_items_that_nobody_read_are_used_all_the_same(service: Service, client: AsyncClient) -> None:
+async def test_usage_counts_items_that_the_client_did_not_read(service: Service, client: AsyncClient) -> None:
     stub = inference_pb2_grpc.InferenceStub(client._channel)
     call = stub.GenerateBatchStream(make_batch([("one", "a"), ("one", "b?"), *[("two", "c")] * 6]))
     await eventually(lambda: service.engine.begun.count("c") == 6 and service.engine.running == 1)
@@ -184,7 +184,7 @@ async def test_items_that_nobody_read_are_used_all_the_same(service: Service, cl
 
 
 async def test_a_batch_goes_on_with_the_next_engine(service: Service, client: AsyncClient) -> None:
-    """What ran on the engine that was lost fails; what had not begun runs on its successor."""
+    """Items that ran on the lost engine fail; items that had not started run on the next one."""
     lost, successor = service.engine, Echo()
     lost.error_on_hold = EngineDeadError()
     successor.prompts, successor.hold = lost.prompts, lost.hold
@@ -230,7 +230,7 @@ async def test_a_batch_is_charged_whole_or_refused_whole(tmp_path: Path) -> None
         assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert error.quotas == [("tenant:a", "0.01 requests_per_second")]
         assert error.retry_after_s
-        # No wait lets in more than a burst.
+        # A batch larger than the burst can never be admitted.
         never = await failure(client.generate_all([("one", "c")] * 11))
         assert (never.code, never.retry_after_s) == (grpc.StatusCode.RESOURCE_EXHAUSTED, None)
         assert set(service.engine.begun) == {"a"}
@@ -292,7 +292,7 @@ async def test_a_batch_does_not_delay_another_tenants_request(tmp_path: Path, mo
     assert [engine.begun[at:].index("b") <= 8 for at in queued_at] == [True] * 3
 
 
-async def test_a_batch_waits_in_no_ones_way_in_the_queue(tmp_path: Path) -> None:
+async def test_a_queued_batch_leaves_room_for_other_tenants(tmp_path: Path) -> None:
     """The queue holds a few of the batch's items, so others' requests find room and the next turn."""
     service, a, b = with_tenants(tmp_path)
     async with service.running(), AsyncClient(service.address, a) as many, AsyncClient(service.address, b) as single:
@@ -351,7 +351,7 @@ async def test_samples_hold_places_and_count_as_requests(tmp_path: Path) -> None
         await client.generate("one", "a", n=3, temperature=1.0)
         never = await failure(client.generate("one", "a", n=4, temperature=1.0))
         assert (never.code, never.retry_after_s) == (grpc.StatusCode.RESOURCE_EXHAUSTED, None)
-        assert "let in 3 at once" in never.message
+        assert "allow 3 at once" in never.message
         # 8 of a burst, less 3, less the call that was refused: 4 are left.
         await client.generate("one", "a", n=3, temperature=1.0)
         assert (await failure(client.generate("one", "a", n=2, temperature=1.0))).retry_after_s

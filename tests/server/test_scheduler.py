@@ -188,7 +188,7 @@ def test_no_turn_is_lost_or_made_up_when_requests_aside_fail_or_are_cancelled(
                 await asyncio.sleep(0)
             task.cancel()
 
-        # Some end before they are cancelled.
+        # Some requests end before they are cancelled.
         tasks = [asyncio.create_task(ask(*each[:3])) for each in requests]
         await asyncio.gather(*(cancel(task, each[3]) for each, task in zip(requests, tasks, strict=True)))
         results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -357,7 +357,7 @@ def test_reservations_hold_the_rate_and_give_no_credit(
 
 
 async def test_counts_a_tenants_requests_from_receipt(clock: Clock) -> None:
-    """What is tokenized has a place, though it is in no queue yet."""
+    """A request that is being tokenized already holds a place, before it is in a queue."""
     front = Front(turns=8, clock=clock)
     tenant = Tenant(id="a", max_in_flight=2, max_queue=4)
     with ExitStack() as stack:
@@ -393,7 +393,7 @@ async def test_a_batch_is_counted_whole_or_not_at_all(clock: Clock) -> None:
     for limits, largest in (({}, 4), ({"requests_per_second": 100}, 5), ({"burst_seconds": 0.5}, 2)):
         with pytest.raises(RequestFailedError) as raised:
             check_batch(tenant.model_copy(update=limits), largest + 1)
-        assert f"let in {largest} at once" in raised.value.message
+        assert f"allow {largest} at once" in raised.value.message
         assert details(raised.value)[0] == 0
     check_batch(B, 12)
     with pytest.raises(RequestFailedError):
@@ -634,7 +634,7 @@ async def test_a_batch_gets_its_turns_step_by_step(clock: Clock) -> None:
 
     with front.scheduler.reserve(A, [long] * 16) as reserved:
         items = [asyncio.create_task(run(A, long, reserved)) for _ in range(14)]
-        # Its prompt is in the cache by then.
+        # The sample's prompt is in the cache by then.
         items.append(asyncio.create_task(run(A, replace(long, further=True), reserved)))
         await settle()
         assert done == ["a"] * 2

@@ -136,7 +136,7 @@ async def test_a_batch_that_never_fits_starts_nothing(tmp_path: Path, limits: di
         assert isinstance(error, ServerError)
         assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert error.retry_after_s is None
-        assert f"let in {largest} at once" in error.message
+        assert f"allow {largest} at once" in error.message
         assert not limited.service.engine.jobs
     limited = Limited(tmp_path, turns=4, **limits)
     async with limited.service.running():

@@ -144,7 +144,7 @@ def test_limits_the_size_of_a_manifest(verifier: Verifier, home: Path, tmp_path:
     shutil.copytree(home / "healthy", tmp_path / "a" / "1")
     with (tmp_path / "a" / "1" / "adapter.json").open("ab") as manifest:
         manifest.write(b" " * (16 << 20))
-    with pytest.raises(StageError, match=r"adapter.json: \d+ bytes, allowed are 16777216"):
+    with pytest.raises(StageError, match=r"adapter.json: found \d+ bytes; allowed: up to 16777216"):
         verifier.verify_now(tmp_path, found(tmp_path))
 
 

@@ -283,7 +283,7 @@ class Planted:
 def test_a_malicious_file_runs_no_code(tmp_path: Path) -> None:
     planted = tmp_path / "planted"
     torch.save({"layers.0.mlp.lora_A.weight": Planted(planted)}, tmp_path / "x.bin")
-    assert "expected a torch file of tensors alone" in refused(tmp_path / "x.bin", tmp_path / "out")
+    assert "cannot be read as a torch file of tensors" in refused(tmp_path / "x.bin", tmp_path / "out")
     assert not planted.exists()
     torch.save([1, 2], tmp_path / "y.bin")
     assert "expected a dict of tensors" in refused(tmp_path / "y.bin", tmp_path / "out")
@@ -334,6 +334,6 @@ def test_convert_command_writes_a_checkpoint(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("mine")
     assert main([*common[:2], str(tmp_path / "other"), *common[3:], "--task", "a"]) == 2
-    assert "'mine.txt' is no part of a checkpoint" in capsys.readouterr().err
+    assert "'mine.txt', which is no checkpoint file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(common)

@@ -55,20 +55,26 @@ from tests.mtlora.checkpoint.damage import (
 MALFORMED: dict[str, tuple[Damage, list[str]]] = {
     # The manifest as a file.
     "manifest missing": (replaced_by(MANIFEST_FILE, lambda path: None), [MANIFEST_FILE, "No such file"]),
-    "manifest empty": (manifest_bytes(b""), [MANIFEST_FILE, "expected JSON"]),
-    "manifest cut in half": (manifest_bytes(b'{"format_version": 1, "backbo'), [MANIFEST_FILE, "expected JSON"]),
+    "manifest empty": (manifest_bytes(b""), [MANIFEST_FILE, "cannot be read as JSON"]),
+    "manifest cut in half": (
+        manifest_bytes(b'{"format_version": 1, "backbo'),
+        [MANIFEST_FILE, "cannot be read as JSON"],
+    ),
     "manifest with trailing text": (manifest_bytes(b"{} {}"), [MANIFEST_FILE, "Extra data"]),
-    "manifest with single quotes": (manifest_bytes(b"{'format_version': 1}"), [MANIFEST_FILE, "expected JSON"]),
-    "manifest of null bytes": (manifest_bytes(bytes(100)), [MANIFEST_FILE, "expected JSON"]),
+    "manifest with single quotes": (
+        manifest_bytes(b"{'format_version': 1}"),
+        [MANIFEST_FILE, "cannot be read as JSON"],
+    ),
+    "manifest of null bytes": (manifest_bytes(bytes(100)), [MANIFEST_FILE, "cannot be read as JSON"]),
     "manifest an array": (manifest_bytes(b"[1]"), [MANIFEST_FILE, "expected a JSON object, found list"]),
     "manifest a number": (manifest_bytes(b"1"), [MANIFEST_FILE, "expected a JSON object, found int"]),
     "manifest null": (manifest_bytes(b"null"), [MANIFEST_FILE, "expected a JSON object, found NoneType"]),
-    "manifest in Latin-1": (manifest_bytes('{"ä": 1}'.encode("latin-1")), [MANIFEST_FILE, "expected UTF-8"]),
-    "manifest in UTF-16": (manifest_bytes('{"a": 1}'.encode("utf-16")), [MANIFEST_FILE, "expected UTF-8"]),
+    "manifest in Latin-1": (manifest_bytes('{"ä": 1}'.encode("latin-1")), [MANIFEST_FILE, "cannot be read as UTF-8"]),
+    "manifest in UTF-16": (manifest_bytes('{"a": 1}'.encode("utf-16")), [MANIFEST_FILE, "cannot be read as UTF-8"]),
     "manifest with a byte order mark": (manifest_bytes(b"\xef\xbb\xbf{}"), [MANIFEST_FILE, "BOM"]),
     "manifest nested deeply": (
         manifest_bytes(b'{"a":' + b"[" * 200_000),
-        [MANIFEST_FILE, "expected JSON", "recursion"],
+        [MANIFEST_FILE, "cannot be read as JSON", "recursion"],
     ),
     "manifest nested deeply in a free field": (
         manifest_text('"training": {', '"training": {"a": ' + "[" * 500 + "]" * 500 + ", "),
@@ -235,10 +241,13 @@ MALFORMED: dict[str, tuple[Damage, list[str]]] = {
         lambda f: replace_tensors(f, (1 << 20).to_bytes(8, "little") + b"{}"),
         ["expected 1048576 bytes of header, found 2"],
     ),
-    "header no JSON": (header_bytes(b"{nothing}"), [TENSORS_FILE, "expected JSON"]),
-    "header not UTF-8": (header_bytes(b'{"\xff": 1}'), [TENSORS_FILE, "expected UTF-8"]),
+    "header no JSON": (header_bytes(b"{nothing}"), [TENSORS_FILE, "cannot be read as JSON"]),
+    "header not UTF-8": (header_bytes(b'{"\xff": 1}'), [TENSORS_FILE, "cannot be read as UTF-8"]),
     "header an array": (header_bytes(b"[]"), [TENSORS_FILE, "expected a JSON object, found list"]),
-    "header nested deeply": (header_bytes(b'{"a":' + b"[" * 200_000), [TENSORS_FILE, "expected JSON", "recursion"]),
+    "header nested deeply": (
+        header_bytes(b'{"a":' + b"[" * 200_000),
+        [TENSORS_FILE, "cannot be read as JSON", "recursion"],
+    ),
     "header empty": (header_bytes(b"{}"), [TENSORS_FILE, "tensor layers.0.mlp.lora_A", "(and 7 more)"]),
     "header with a duplicate tensor": (
         lambda f: header_bytes(json.dumps(split_tensors(f)[0]).replace("{", f'{{"{NAMED}": 1, ', 1).encode())(f),
@@ -269,8 +278,14 @@ MALFORMED: dict[str, tuple[Damage, list[str]]] = {
     "offsets leave a gap": (gap, [TENSORS_FILE, "expected to begin at 0, found 4"]),
     # The tensors.
     "tensor missing": (tensor_set(NAMED, None), [TENSORS_FILE, NAMED, "expected by the config, found none"]),
-    "tensor too many": (tensor_set("layers.2.mlp.lora_A", torch.zeros(2, 8)), ["'layers.2.mlp.lora_A'", "no part of"]),
-    "tensor name with control characters": (tensor_set("\x1b[31m\n", torch.zeros(1)), [r"'\x1b[31m\n'", "no part of"]),
+    "tensor too many": (
+        tensor_set("layers.2.mlp.lora_A", torch.zeros(2, 8)),
+        ["'layers.2.mlp.lora_A'", "has no such part"],
+    ),
+    "tensor name with control characters": (
+        tensor_set("\x1b[31m\n", torch.zeros(1)),
+        [r"'\x1b[31m\n'", "has no such part"],
+    ),
     "shape transposed": (tensor_set(NAMED, torch.zeros(3, 2, 8)), [NAMED, "expected shape [3, 8, 2], found [3, 2, 8]"]),
     "shape of another rank": (
         tensor_set(NAMED, torch.zeros(3, 8, 4)),

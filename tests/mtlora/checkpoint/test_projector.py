@@ -83,7 +83,7 @@ def test_a_manifest_that_does_not_fit_is_refused(edit: Any, message: str, folder
     ("changed", "message"),
     [
         ({"projector.bias": None}, "projector.bias: expected by the config, found none"),
-        ({"projector.norm": torch.ones(2)}, "'projector.norm': found, but no part"),
+        ({"projector.norm": torch.ones(2)}, "unexpected tensor 'projector.norm': this config has no such part"),
         ({"projector.weight": torch.full((8, 24), float("nan"))}, "projector.weight: expected finite"),
     ],
 )

@@ -241,7 +241,7 @@ def test_labels_are_scored_and_their_temperature_recorded(
     assert main([*arguments, "--examples", "6", "--record", "--adapter-only"]) == 0
     printed = capsys.readouterr().out
     assert "expected calibration error of 6 labels: " in printed
-    # Most of a whole folder is its training split.
+    # With all examples, most are in the training split.
     assert "not kept" in printed
     # A temperature fitted on the test split would flatter the calibration error there.
     assert main([*arguments, "--split", "test", "--record", "--adapter-only"]) == 0
@@ -282,8 +282,8 @@ def test_the_backbone_alone_needs_no_adapter(tiny_backbone: Path, folder: Path, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--shots", "-1"], "--shots -1: allowed are 0 and more"),
-        (["--examples", "0"], "--examples 0: allowed are 1 and more"),
+        (["--shots", "-1"], "--shots: found -1; allowed: 0 or more"),
+        (["--examples", "0"], "--examples: found 0; allowed: 1 or more"),
         (["--through", "127.0.0.1:1", "--shots", "1"], "--through: a server has its own prompts"),
         (["--suite", "bbh-generated"], "the adapter has no task boolean_expressions"),
     ],

@@ -76,7 +76,7 @@ def test_old_tasks_keep_their_outputs_and_the_new_task_its_learned_ones(
     for name in sorted({name.rpartition(".")[0] for name in before.tensors}):
         for old, new in zip(before.manifest.tasks, tasks, strict=False):
             expected, found = path(before, name, old.bias_index, x_TD), path(after, name, new.bias_index, x_TD)
-            # Terms of zero change no sum, but may change torch's order of adding.
+            # Zero terms do not change a sum, but may change torch's order of additions.
             torch.testing.assert_close(found, expected, rtol=1e-12 if new_experts else 0, atol=0)
         trained = {key: value.to(dtype) for key, value in learned.items()}
         expected = formula(extended_config(before, new_experts), trained, name, 0, x_TD)
@@ -182,7 +182,7 @@ def test_merge_command_adds_a_task(
     spoiled = {n: t + 0.01 if n.endswith("0.mlp.lora_A") else t for n, t in after.tensors.items()}
     assert not compare(tiny_backbone, before, Checkpoint(after.manifest, spoiled), ["Why?"]).identical
 
-    # The same task again, into its own place.
+    # The same task again, written to the same folder.
     assert main([*arguments[:1], str(out), *arguments[2:]]) == 2
     assert "the adapter has a task 'odd' already" in capsys.readouterr().err
 
@@ -214,7 +214,7 @@ def test_refuses_to_write_if_an_old_task_changed(
     [
         (["--task", "task-0", "--suite", "builtin"], "the adapter has a task 'task-0' already"),
         (["--task", "nothing", "--suite", "builtin"], "suite builtin has no task 'nothing'"),
-        (["--task", "snarks", "--suite", "/nowhere"], "no suite '/nowhere'"),
+        (["--task", "snarks", "--suite", "/nowhere"], "suite: found '/nowhere'"),
         (["--task", "object_counting", "--suite", "builtin", "--new-experts", "2"], "goes with --mode experts"),
         (
             ["--task", "object_counting", "--suite", "builtin", "--mode", "experts", "--new-experts", "0"],
@@ -265,7 +265,7 @@ def test_refuses_an_output_folder_of_other_files_before_training(tiny_backbone: 
     write_tiny(tiny_backbone, tmp_path / "before", config)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "a.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"'a.txt' is no part of a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"'a.txt', which is no checkpoint file"):
         merge(
             read_checkpoint(tmp_path / "before"), tiny_backbone, tmp_path / "mine",
             TrainingConfig(adapter=config, tasks=("object_counting",)),

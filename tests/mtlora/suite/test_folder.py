@@ -167,7 +167,7 @@ def test_refuses_ids_that_differ_in_case(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "built-in", "/nowhere/at/all", "a\0b"])
 def test_refuses_an_unknown_suite(name: str) -> None:
-    with pytest.raises(SuiteError, match="allowed are builtin, bbh-generated, documents, builtin-vision"):
+    with pytest.raises(SuiteError, match="allowed: builtin, bbh-generated, documents, builtin-vision"):
         load_suite(name)
 
 

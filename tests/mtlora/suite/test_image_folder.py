@@ -234,7 +234,7 @@ def test_nothing_readable_names_what_is_there_and_every_layout(tmp_path: Path) -
     found = r"found 1 files such as \S*1.gif \(1 of .gif\); allowed: a folder of JSON files .* class/\*.png; read are"
     with pytest.raises(SuiteError, match=found):
         load_suite(str(tmp_path))
-    with pytest.raises(SuiteError, match="no suite 'aaa"):
+    with pytest.raises(SuiteError, match="suite: found 'aaa"):
         load_suite("a" * 5000)
 
 

@@ -70,7 +70,7 @@ def test_a_mix_joins_the_tasks_of_its_parts(folder: Path) -> None:
         ([part("builtin", 1, joins=("navigate",))], "joins names navigate, which no earlier part has"),
         ([part("builtin", {"nonesuch": 1})], "examples_per_task of part builtin: it has no task nonesuch"),
         ([part("builtin", 1), part("bbh-generated", 1, joins=("snarks",))], "joins of part bbh-generated: it has no"),
-        ([part("/nowhere", 1)], "no suite '/nowhere'"),
+        ([part("/nowhere", 1)], "suite: found '/nowhere'"),
         ([], "at least one part"),
     ],
 )
@@ -103,7 +103,7 @@ def test_finite_parts_fill_no_others_place_and_hold_out_for_all(tmp_path: Path) 
     assert not inputs["validation"] & inputs["test"]
     assert len(set.union(*inputs.values())) == 60
     assert {e.input for e in alone.examples("leaves", "test", None)} <= inputs["test"]
-    # Each part gives the number asked for: the first does not fill the place of the second.
+    # Each part provides its own number: the first does not fill in for the second.
     sources = [str(e.source) for e in up_to(mix, "leaves", "train", 8)]
     assert sum("split" in source for source in sources) == 8
     assert any("hashed" in source for source in sources)

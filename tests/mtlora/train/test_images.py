@@ -106,7 +106,7 @@ def test_frozen_layers_are_passed_once_and_keep_paths_of_zero(backbone: Path, fo
     config = _config(tmp_path / "suite", frozen_layers=1, probe_examples=12, epochs=2)
     trainer = Trainer(config, backbone, tmp_path / "run")
     work = trainer.work
-    # A batch enters the same whether its images pass the frozen layers now or did before.
+    # States are the same whether a batch passes the frozen layers now or was cached.
     first = work._enter(trainer.batches[0], 0, torch.device("cpu"))  # type: ignore[attr-defined]
     assert torch.equal(first, work._enter(trainer.batches[0], 9, torch.device("cpu")))  # type: ignore[attr-defined]
     state = trainer.adapted.adapters.state_dict()
@@ -226,7 +226,7 @@ def test_eval_refuses_what_it_cannot_score(
     file.write_bytes(whole)
     (suite / "half" / "train" / "left").rename(suite / "half" / "train" / "west")
     assert main(arguments) == 2
-    assert "task half: suite suite has labels west; allowed are the adapter's: left, right" in capsys.readouterr().err
+    assert "task half: suite suite has labels west; allowed: the adapter's, left, right" in capsys.readouterr().err
     (suite / "half" / "train" / "west").rename(suite / "half" / "train" / "left")
     shutil.rmtree(suite / "half" / "test")
     assert main([*arguments, "--adapter-only"]) == 0

@@ -89,7 +89,7 @@ def test_the_encoder_is_frozen_and_of_the_asked_dtype(folder: Path, dtype: torch
     assert encoder.features(torch.randn(1, 3, SIZE, SIZE), "cls_mean").dtype == dtype
 
 
-def test_positions_of_a_size_are_made_once(folder: Path) -> None:
+def test_caches_the_positions_of_an_image_size(folder: Path) -> None:
     encoder = load_encoder(folder)
     first = encoder.embeddings._positions(2)
     assert encoder.embeddings._positions(2) is first

@@ -200,7 +200,7 @@ def test_prepare_takes_any_size(width: int, height: int, size: int, resize: str)
         (encoded(photograph())[:-40], "a PNG that cannot be decoded"),
         (encoded(photograph(), "WEBP")[:-20], "a WebP that cannot be decoded"),
         (encoded(photograph(), "JPEG")[:100], "a JPEG without dimensions"),
-        (b"\xff\xd8\xff\xe0\0", "end within the header"),
+        (b"\xff\xd8\xff\xe0\0", "the file ends inside its header"),
         (b"\xff\xd8\xff" + b"\xe0\0\2\xff" * 10_000, "a JPEG without dimensions"),
         (many_scans(200), "scans"),
         (bytes((16 << 20) + 1), "16777217 bytes"),

@@ -55,5 +55,5 @@ def test_another_model_is_no_backbone(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match=r"m.onnx: not the expected model"):
         prepare._read(tmp_path / "m.onnx")
     (tmp_path / "m.onnx").write_bytes(b"\xff" * 20)
-    with pytest.raises(BackboneError, match=r"not the expected model \(ValueError: .* expected an ONNX file"):
+    with pytest.raises(BackboneError, match=r"not the expected model \(ValueError: .* cannot be read as an ONNX file"):
         prepare._read(tmp_path / "m.onnx")
