@@ -160,7 +160,7 @@ def is_of_type(answer: AnswerType, text: str) -> bool:
 
 
 def _refuse_constant(name: str) -> None:
-    """Raise, because JSON has neither NaN nor Infinity."""
+    """Raise, because Raise, because JSON has neither NaN nor Infinity."""
     raise ValueError(name)
 
 

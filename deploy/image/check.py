@@ -44,7 +44,7 @@ def writable() -> list[str]:
 
 
 def bill(installed: set[str], root: Path = Path("/")) -> str:
-    """What the bill of materials lacks, or has too much."""
+    """Missing and superfluous entries of the bill of materials."""
     document = json.loads((root / "opt/mtlora/sbom.cdx.json").read_text())
     components = document["components"]
     unsaid = {"component", "timestamp"} - document["metadata"].keys()

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from server.telemetry.engine_stats import KvCache
 
-# Adapters named on a page, most recently used first: the page stays small with any `adapter_slots`.
+# Adapters named on a page, most recently used first: this keeps the page small with any `adapter_slots`.
 MAX_NAMED = 512
 # Gauges by name: the labels besides `model_name`, and the meaning.
 GAUGES = {
