@@ -25,7 +25,9 @@ TOGETHER = ("tests/server/live/", "tests/engine/")
 os.environ["TQDM_DISABLE"] = "1"
 # No deadline: tests must pass on a machine of any speed. In CI, the same examples each time, so that only the change
 # decides; elsewhere new ones, which find more.
-hypothesis.settings.register_profile("any machine", deadline=None, derandomize="CI" in os.environ)
+_ANY_MACHINE = hypothesis.settings(deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.register_profile("any machine", _ANY_MACHINE, max_examples=50)
+hypothesis.settings.register_profile("many", _ANY_MACHINE, max_examples=300)
 hypothesis.settings.load_profile("any machine")
 # Do not wait for watchers to notice: nothing watches the health of servers in tests.
 os.environ["MTLORA_DRAIN_DELAY_S"] = "0"

@@ -65,6 +65,8 @@ class Container:
             "MTLORA_METRICS_PORT": str(self.metrics),
             "MTLORA_KV_CACHE_GIB": "0.25",
             "MTLORA_MAX_NUM_SEQS": "8",
+            # The engine keeps to this worker's core.
+            **{name: value for name, value in os.environ.items() if name.startswith(("OMP_", "VLLM_CPU_OMP_"))},
         }
         self.command = [
             "bwrap", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "--unshare-user", "--unshare-pid",
@@ -133,13 +135,13 @@ def test_starts_serves_and_drains_in_the_pod(
         assert client.generate("open", "Once").summary.completion_tokens
         with urllib.request.urlopen(f"http://127.0.0.1:{container.metrics}/metrics", timeout=5) as page:
             assert b"mtlora_serving 1.0" in page.read()
-        stream = client.stream("open", "Once", **LONG | {"max_new_tokens": 200})
+        stream = client.stream("open", "Once", **LONG | {"max_new_tokens": 100})
         next(stream)
         (inside,) = psutil.Process(server.pid).children()
         inside.send_signal(signal.SIGTERM)
         _until(lambda: not container.well(manifests.SERVICE), server, log)
         assert container.well("live"), "a draining server is live, and not ready"
-        assert list(stream)[-1].summary.completion_tokens > 100
+        assert list(stream)[-1].summary.completion_tokens > 50
     assert server.wait(60) == 0
     written = log.read_text()
     assert "Traceback" not in written, written[-4000:]

@@ -1,4 +1,4 @@
-"""200 random adapters and batches: the engine's operator computes the formula.
+"""Random adapters and batches: the engine's operator computes the formula.
 
 The engine's own `add_lora` loads the adapters from disk, and its own mapping gives the batch to the operator. Only the
 tokens' values and the choice of blocks are the test's.
@@ -8,6 +8,7 @@ Shape suffixes: T tokens, D hidden size, G groups, N experts.
 
 import random
 
+import hypothesis
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from mtlora.config import MtLoRAConfig
 from tests.engine._engine import lora_manager_of, running_engine
 from tests.engine._models import HIDDEN_SIZE, make_adapter, make_model, path_reference
 
-DRAWS = 200
+DRAWS = hypothesis.settings().max_examples
 # Largest error as a share of the norm of a token's output.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 

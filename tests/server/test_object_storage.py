@@ -114,7 +114,9 @@ def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     credentials = tmp_path / "credentials"
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    # No retries: their waits are longer than the tests.
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
     server = S3(credentials)
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
     _files().mkdir(BUCKET)
@@ -253,7 +255,7 @@ def test_storage_that_is_away_removes_nothing(how: str, s3: S3, copy: Copy, tmp_
 
 
 def rclone(s3: S3, folder: Path, key_id: str = "") -> "subprocess.CompletedProcess[str]":
-    """The overlays' init container, without its retries' waits."""
+    """The overlays' init container, without retries: S3's client waits before each."""
     component = manifests.FOLDER / "kubernetes" / "components" / "adapters-from-object-storage" / "deployment.yaml"
     (container,) = yaml.safe_load(component.read_text())["spec"]["template"]["spec"]["initContainers"]
     secret = {
@@ -268,8 +270,8 @@ def rclone(s3: S3, folder: Path, key_id: str = "") -> "subprocess.CompletedProce
     arguments = [each.replace("$(ADAPTERS_BUCKET)", BUCKET) for each in container["args"]]
     arguments[arguments.index("/var/lib/mtlora/adapters")] = str(folder)
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder.parent), **secret}
-    fast = ["--low-level-retries=1", "--retries-sleep=0"]
-    return subprocess.run(["rclone", *arguments, *fast], env=environment, capture_output=True, text=True, timeout=120)
+    once = ["--low-level-retries=1", "--retries=1"]
+    return subprocess.run(["rclone", *arguments, *once], env=environment, capture_output=True, text=True, timeout=120)
 
 
 @needs_rclone

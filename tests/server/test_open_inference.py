@@ -318,7 +318,7 @@ TENSORS = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(inputs=st.lists(TENSORS, max_size=3), raw=st.lists(st.binary(max_size=20), max_size=3))
 def test_any_tensors_become_texts_or_violations(inputs: list[Any], raw: list[bytes]) -> None:
     request = pb.ModelInferRequest(inputs=inputs, raw_input_contents=raw)
@@ -330,7 +330,6 @@ def test_any_tensors_become_texts_or_violations(inputs: list[Any], raw: list[byt
     assert [len(texts["text_input"])] == list(request.inputs[0].shape)[:1]
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(parameters.ALLOWED) | st.text(max_size=9),

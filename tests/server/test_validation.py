@@ -221,7 +221,7 @@ def requests(draw: st.DrawFn) -> pb.GenerateRequest:
     return request
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(request=requests())
 def test_any_request_becomes_a_job_within_the_limits_or_violations(
     prompts: PromptEncoder, request: pb.GenerateRequest
@@ -246,7 +246,7 @@ def test_any_request_becomes_a_job_within_the_limits_or_violations(
     assert 0 <= sampling.logprobs <= 20
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=200))
 def test_any_bytes_that_parse_become_a_job_or_violations(prompts: PromptEncoder, data: bytes) -> None:
     from google.protobuf.message import DecodeError

@@ -393,4 +393,4 @@ class Life(RuleBasedStateMachine):
 @pytest.mark.slow
 def test_random_lives_keep_the_invariants(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residency_module, "time", SimpleNamespace(monotonic=lambda: VirtualTime.now))
-    run_state_machine_as_test(Life, settings=settings(max_examples=100, stateful_step_count=30, deadline=None))
+    run_state_machine_as_test(Life, settings=settings(stateful_step_count=30))

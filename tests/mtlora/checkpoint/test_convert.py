@@ -236,7 +236,6 @@ def arbitrary_states(draw: st.DrawFn) -> dict[str, Any]:
 
 @pytest.mark.slow
 @given(arbitrary_states())
-@settings(max_examples=200, deadline=None)
 def test_any_keys_and_shapes_are_converted_or_refused(state: dict[str, Any]) -> None:
     try:
         config, tensors = converted(state)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import save
@@ -367,7 +367,6 @@ def good_copy(temporary: str, data: st.DataObject) -> Path:
 
 @pytest.mark.slow
 @given(st.data())
-@settings(max_examples=200, deadline=None)
 def test_any_damage_is_a_checkpoint_error_or_no_damage(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = good_copy(temporary, data)
@@ -395,7 +394,6 @@ def test_any_damage_is_a_checkpoint_error_or_no_damage(data: st.DataObject) -> N
     st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=3), lambda x: st.lists(x, max_size=3)),
     st.data(),
 )
-@settings(max_examples=100, deadline=None)
 def test_any_json_in_any_field_is_read_or_refused(value: Any, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = good_copy(temporary, data)

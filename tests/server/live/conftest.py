@@ -65,6 +65,8 @@ def server(adapters: Path, vision_backbone: Path, starting: StartingObservations
         port=port,
         health_port=health_port,
         max_message_bytes=65536,
+        # Tests that remove an adapter wait for a scan.
+        adapters_poll_s=0.2,
         # The last stream's, on a machine of any speed.
         grace_period_s=300,
         wait=False,

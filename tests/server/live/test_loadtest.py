@@ -20,7 +20,7 @@ def test_open_loop_agrees_with_the_servers_metrics(
     server: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status = main(
-        ["run", "--address", server.address, "--metrics", server.metrics, "--rate", "5", "--duration", "6",
+        ["run", "--address", server.address, "--metrics", server.metrics, "--rate", "5", "--duration", "3",
          "--warm-up", "1", "--check", "reply", "--out", str(tmp_path), *REQUESTS]
     )  # fmt: skip
     found = json.loads((tmp_path / "result.json").read_text())

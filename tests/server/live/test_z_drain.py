@@ -14,7 +14,7 @@ from tests.server.helpers import LONG
 
 def test_sigterm_lets_a_long_stream_finish(server: ServerProcess, client: Client) -> None:
     logged = len(server.log())
-    stream = client.stream("open", "Once", **LONG | {"max_new_tokens": 200})
+    stream = client.stream("open", "Once", **LONG | {"max_new_tokens": 80})
     pieces = [next(stream)]
     # Ctrl-C in a terminal signals every process; the engines' ignore it.
     server.process.send_signal(signal.SIGTERM)
@@ -27,6 +27,6 @@ def test_sigterm_lets_a_long_stream_finish(server: ServerProcess, client: Client
             other.generate("open", "too late")
     assert raised.value.code is grpc.StatusCode.UNAVAILABLE
     pieces += stream
-    assert pieces[-1].summary.completion_tokens > 100
+    assert pieces[-1].summary.completion_tokens > 40
     assert server.process.wait(60) == 0
     assert "Traceback" not in server.log()[logged:]
