@@ -58,7 +58,7 @@ async def test_no_call_fails_while_servers_are_restarted_in_turn(client: str) ->
         stub: Any = inference_pb2_grpc.InferenceStub(channel)
         stopping = False
         workers = [asyncio.create_task(work()) for _ in range(16)]
-        for number in range(6):
+        for number in range(4):
             place = number % 2
             # Both serve, and get calls.
             for service in services:

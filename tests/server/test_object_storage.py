@@ -10,7 +10,7 @@ import subprocess
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +125,15 @@ def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
 
 
 def _files() -> Any:
+    return _client(os.environ["AWS_ENDPOINT_URL"], Path(os.environ["AWS_SHARED_CREDENTIALS_FILE"]).read_text())
+
+
+@lru_cache(1)
+def _client(url: str, credentials: str) -> Any:
+    """A client takes long to make, and reads the credentials once."""
     import s3fs
 
-    return s3fs.S3FileSystem(skip_instance_cache=True)
+    return s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
 
 
 def put(version: str, content: str) -> None:

@@ -82,9 +82,8 @@ def test_a_baseline_trains_and_loads_again(tiny_backbone: Path, tmp_path: Path, 
     assert read.training["trainable_parameters"] == trainer.num_parameters
 
 
-@pytest.mark.parametrize("baseline", BASELINES, ids=lambda config: config.method)
-def test_a_baseline_resumes_to_the_same_bits(tiny_backbone: Path, tmp_path: Path, baseline) -> None:
-    config = SMALL.model_copy(update={"baseline": baseline})
+def test_a_baseline_resumes_to_the_same_bits(tiny_backbone: Path, tmp_path: Path) -> None:
+    config = SMALL.model_copy(update={"baseline": LoRAConfig(r=4, lora_dropout=0.1)})
     whole = Trainer(config, tiny_backbone, tmp_path / "whole")
     for _ in range(6):
         whole.train_step()
