@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,16 +136,29 @@ def join_tensors(header: bytes, data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data
 
 
+def _write_tokenizer(folder: Path, num_tokens: int = 16384) -> None:
+    """Few tokens, because each training run reads them all. A merge comes after those of its parts."""
+    from mtlora.backbone import resolve
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(resolve("default") / name, folder)
+    tokenizer = json.loads((resolve("default") / "tokenizer.json").read_text())
+    vocabulary = {token: i for token, i in tokenizer["model"]["vocab"].items() if i < num_tokens}
+    merges = [merge for merge in tokenizer["model"]["merges"] if "".join(merge) in vocabulary]
+    tokenizer["model"] |= {"vocab": vocabulary, "merges": merges}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
 def write_tiny_backbone(folder: Path, *, hidden_size: int = 48, heads: int = 4) -> Path:
-    """A backbone of random weights with the default backbone's tokenizer; returns the folder.
+    """A backbone of random weights with the first tokens of the default backbone's tokenizer; returns the folder.
 
     vLLM's attention on CPUs takes heads of 32, 64 and more dimensions.
     """
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from mtlora.backbone import resolve
-
-    tokenizer = AutoTokenizer.from_pretrained(resolve("default"))
+    _write_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=2,

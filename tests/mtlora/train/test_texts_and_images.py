@@ -87,12 +87,12 @@ def test_it_learns_from_the_image(tiny_backbone: Path, vision: Path, tmp_path: P
         tasks=["picture_number"],
         examples_per_task=8,
         validation_per_task=0,
-        epochs=60,
-        max_steps=60,
+        epochs=100,
+        max_steps=100,
         learning_rate=1e-2,
     )
     trainer = Trainer(config, tiny_backbone, tmp_path / "run", vision=vision)
-    losses = [trainer.train_step().loss for _ in range(60)]
+    losses = [trainer.train_step().loss for _ in range(100)]
     examples = trainer.suite.examples("picture_number", "train", 8)
     # Without the image, no answer is better than a guess between two: 0.6.
     assert len({example.target for example in examples}) == 2
