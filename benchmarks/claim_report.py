@@ -129,4 +129,5 @@ def _plot(rows: Sequence[Result], key: str, label: str, out: Path) -> None:
                 panel.errorbar(at, means, spread, color=colour, marker="o", markersize=4, capsize=2, label=name,
                                linestyle="--" if i >= len(COLOURS) else "-")  # fmt: skip
             clean(panel, f"{label}, {part}", "tasks")
+            panel.set_xticks(sorted({row["num_tasks"] for row in rows if row["part"] == part}))
         axes[0][-1].legend(frameon=False, fontsize=7)
