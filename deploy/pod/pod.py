@@ -35,11 +35,16 @@ _SERVER_NAME = "mtlora.mtlora.svc"
 _LOOK_S = 0.2
 # Runs in the container, beside the server.
 _TAKE_MEMORY = """
+import os
 from mtlora.control_group import memory_left, out_of_memory_kills
+if memory_left() is None:
+    raise SystemExit("no limit of memory")
+# The kernel may kill the child too: the memory of a killed engine is not free at once.
+if child := os.fork():
+    os.waitpid(child, 0)
+    raise SystemExit
 before, taken = out_of_memory_kills(), []
 while out_of_memory_kills() == before:
-    if memory_left() is None:
-        raise SystemExit("no limit of memory")
     taken.append(b"x" * (16 << 20))
 """
 
