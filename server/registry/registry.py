@@ -134,7 +134,7 @@ class Registry:
             self._retire(gone)
 
     async def rollback(self, name: str) -> AdapterVersion:
-        """Make the previously serving version serve again. Raises NotPossibleError if there is none."""
+        """Serve the version that served before this one. Raises NotPossibleError if no version did."""
         record = self._record(name)
         async with record.changing:
             left = record.serving

@@ -31,7 +31,7 @@ class Certificates:
         self._seen = self._signatures()
         self._not_after = 0.0
         self._first = self._read()
-        # A new configuration that gRPC has not fetched yet.
+        # The newest configuration, until gRPC asks for it.
         self._fresh: Any = None
 
     def credentials(self) -> Any:

@@ -18,7 +18,7 @@ MIN_RETRY_S = 0.05
 
 @dataclass
 class Reservation:
-    """Tokens reserved from a tenant's quota that its requests have not used yet."""
+    """Tokens that a tenant's requests have reserved and not used yet."""
 
     tokens: int
 

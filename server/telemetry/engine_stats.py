@@ -25,7 +25,7 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class KvCache:
-    """The KV cache of an engine, all data-parallel ranks together. No blocks: there is none, or the engine starts."""
+    """The KV cache of an engine, all data-parallel ranks together. It has no blocks while the engine starts, and without a language engine."""
 
     block_tokens: int = 0
     blocks: int = 0

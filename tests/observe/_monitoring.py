@@ -131,7 +131,7 @@ class Monitoring:
         return bool(self._ask("query_range", asked))
 
     def wrong_records(self, wanted: Collection[str], seconds: float) -> list[str]:
-        """Wrong recorded series by name; waits up to `seconds` until there is none.
+        """The wrong recorded series, by name. Waits up to `seconds` for all of them to be right.
 
         Each needs a series, and each series its expression's value at the moment of its last sample.
         """

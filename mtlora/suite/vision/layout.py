@@ -1,4 +1,4 @@
-"""From a folder to the image files of its tasks. Whatever is not used is told, or refused.
+"""From a folder to the image files of its tasks. A file that is not used gives a warning or an error.
 
     task/{train,test}/class/*.png    validation beside train and test, if there is one
     task/class/*.png                 split by content
@@ -100,7 +100,7 @@ def list_folders(folder: Path) -> dict[str, list[ImageFile]]:
     if _splits(root, below) or (not deeper and any(each.images for each in below.values())):
         tasks[_task_id(folder)] = _of_task(root, unused)
     else:
-        _note_files(root, unused)
+        unused.images += root.images
         for path, each in below.items():
             if files := _of_task(each, unused):
                 if (task_id := _task_id(path)) in tasks:
@@ -117,7 +117,8 @@ def list_folders(folder: Path) -> dict[str, list[ImageFile]]:
 def _of_task(task: _Folder, unused: _Unused) -> list[ImageFile]:
     """The files of a task's folder; none for a folder without any image."""
     below = {path: _list(path) for path in task.folders}
-    _note_files(task, unused)
+    # Only images are unused here: settings, licences and tables have their place outside class folders.
+    unused.images += task.images
     parts: list[tuple[_Folder, Split | None]] = [(task, None)]
     if splits := _splits(task, below):
         parts = [(below[path], split) for path, split in splits.items()]
@@ -132,7 +133,7 @@ def _of_task(task: _Folder, unused: _Unused) -> list[ImageFile]:
     for part, split in parts:
         found = _of_classes(part, split, unused)
         if split is not None:
-            _note_files(part, unused)
+            unused.images += part.images
         if not found and (image := _an_image_below(part.path)) is not None:
             raise SuiteError(f"{part.path}: found {image}, and no image in a class folder; the layouts are {LAYOUTS}")
         files += found
@@ -156,11 +157,6 @@ def _of_classes(part: _Folder, split: Split | None, unused: _Unused) -> list[Ima
             unused.empty.append(path)
         found += [ImageFile(image, path.name, split) for image in each.images]
     return found
-
-
-def _note_files(folder: _Folder, unused: _Unused) -> None:
-    """Images outside class folders. Other files have a place there: settings, licences, tables."""
-    unused.images += folder.images
 
 
 def _splits(folder: _Folder, below: Mapping[Path, _Folder]) -> dict[Path, Split]:
