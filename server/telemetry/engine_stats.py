@@ -25,7 +25,10 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class KvCache:
-    """The KV cache of an engine, all data-parallel ranks together. It has no blocks while the engine starts, and without a language engine."""
+    """The KV cache of an engine, all data-parallel ranks together.
+
+    It has no blocks while the engine starts, and without a language engine.
+    """
 
     block_tokens: int = 0
     blocks: int = 0
