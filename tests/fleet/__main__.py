@@ -63,7 +63,9 @@ def main() -> int:
         ways = [Way(each.name, each.address, each.access()) for each in balancers]
         ways.append(Way("round robin", fleet.address, fleet.access()))
         tasks = _tasks(fleet)
+        print(f"{len(fleet.members)} servers serve", flush=True)
         in_turn, placed = asyncio.run(compare(fleet, tasks))
+        print(f"cold loads of {len(tasks)} adapters: placed {placed:,}, in turn {in_turn:,}", flush=True)
         restarted, _ = asyncio.run(_under_load(ways, tasks, lambda found: rolling_restart(fleet, found, options.calls)))
         _print("rolling restart", restarted)
         killed, ran = asyncio.run(
