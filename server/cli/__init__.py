@@ -20,7 +20,7 @@ _COMMANDS = {
 }
 
 # Raise the threshold of garbage collections: importing vLLM makes millions of lasting objects, and with Python's own
-# threshold collections take a fifth of the import time. The engine's processes import this module first, so it applies
+# threshold collections take a tenth of the import time. The engine's processes import this module first, so it applies
 # to them too.
 gc.set_threshold(50_000, 20, 20)
 
