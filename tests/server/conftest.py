@@ -1,4 +1,4 @@
-"""Adapters that several servers serve, and connections to servers that come and go."""
+"""Adapters that several servers serve, connections to servers that come and go, and a clock."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,6 +9,7 @@ import pytest
 from mtlora.backbone import BackboneIdentity, identify
 from mtlora.client import Access, AsyncClient
 from tests.server.adapters import entry, write_adapter
+from tests.server.front import Clock
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,6 +28,12 @@ async def client(service: Any) -> AsyncIterator[AsyncClient]:
     """A client of the test's own `service` that repeats no call."""
     async with AsyncClient(service.address, retry=None) as client:
         yield client
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock that the test moves."""
+    return Clock()
 
 
 @pytest.fixture(scope="session")

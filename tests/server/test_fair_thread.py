@@ -7,9 +7,7 @@ import time
 import pytest
 
 from server.scheduling.fair_thread import FairThread
-from server.tenants import Tenant
-
-A, B = Tenant(id="a"), Tenant(id="b")
+from tests.server.front import A, B, settle
 
 
 class Work:
@@ -23,11 +21,6 @@ class Work:
         self.go.wait(10)
         self.done.append(name)
         return name
-
-
-async def settle() -> None:
-    for _ in range(5):
-        await asyncio.sleep(0)
 
 
 async def test_a_flood_of_one_tenant_delays_another_by_one_piece_of_work() -> None:

@@ -10,10 +10,9 @@ from server.registry.residency import Residency
 from server.registry.version import AdapterVersion
 from server.rpc.generation import Generation
 from server.telemetry.metrics import Metrics
-from tests.server.front import Front
+from tests.server.front import JOB, Front
 from tests.server.slots import serving_version
 from tests.server.test_residency import Loads
-from tests.server.test_scheduler import JOB
 
 
 class OneTokenEngine:
