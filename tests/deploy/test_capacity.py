@@ -102,7 +102,7 @@ def test_full_replica_reaches_its_saturated_rate() -> None:
 
 
 @given(st.integers(1, 5), st.sampled_from(list(ROUTERS)), st.integers(0, 1000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_answers_every_request_after_its_arrival(replicas: int, router: str, seed: int) -> None:
     requests = poisson(30.0, 3.0, tasks=20, adapters=5, lengths=LENGTHS, seed=seed)
     outcome = simulate(requests, replicas, MODEL, ROUTERS[router](replicas), memory=Memory(2, 0.01))

@@ -195,7 +195,7 @@ def ask(engine: Engine, name: str, document: list[int], salt: str | None = None,
     return engine.cached - before
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([8, 16, 32, 64, 128]))
 def test_no_block_is_read_by_another_than_it_was_written_for(seed: int, block_size: int) -> None:
     engine = mixed_load(seed, block_size)

@@ -32,7 +32,7 @@ def step(ids: list[str], masked: list[str], seed: int, drafts: dict[str, list[in
     ids=st.permutations("abcdef"), masked=st.permutations("abcdefgh"), some=st.integers(1, 8), seed=st.integers(0, 999),
     drafted=st.booleans(),
 )  # fmt: skip
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_logits_are_masked_as_by_vllm(
     dtype: torch.dtype, ids: list[str], masked: list[str], some: int, seed: int, drafted: bool
 ) -> None:

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mtlora_pb.v1 import inference_pb2 as pb
 
@@ -30,7 +30,6 @@ def test_quantiles_are_precise_to_two_digits(seconds: list[float], q: float) -> 
 
 @pytest.mark.slow
 @given(st.lists(st.lists(st.floats(1e-4, 100), max_size=30), min_size=1, max_size=4))
-@settings(deadline=None)
 def test_merging_histograms_loses_nothing(parts: list[list[float]]) -> None:
     merged, whole = Latency(), Latency()
     for part in parts:

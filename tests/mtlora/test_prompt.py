@@ -285,7 +285,7 @@ def test_an_answer_decoded_at_once_reads_as_one_decoded_token_by_token(
 
 
 @pytest.mark.parametrize("name", ["default", *FAMILIES])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_text_has_no_fewer_tokens_than_said(encoders: dict[str, PromptEncoder], name: str, data: Any) -> None:
     text = data.draw(TEXTS) * data.draw(st.integers(1, 40))

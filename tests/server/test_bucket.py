@@ -1,12 +1,11 @@
 """The rate limit with bursts."""
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from server.scheduling.bucket import TokenBucket
 
 
-@settings(deadline=None)
 @given(
     rate=st.floats(0.1, 100),
     capacity=st.floats(1, 100),

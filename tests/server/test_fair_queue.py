@@ -18,7 +18,6 @@ def push(queue: FairQueue[str, Any], tenant: str, item: Any, weight: float = 1.0
     queue.push(tenant, item, weight=weight, rank=rank)
 
 
-@settings(deadline=None)
 @given(
     weights=st.lists(st.sampled_from([0.5, 1.0, 2.0, 4.0]), min_size=2, max_size=4),
     costs=st.lists(COSTS, min_size=1, max_size=40),
@@ -40,7 +39,6 @@ def test_waiting_tenants_get_service_by_weight(weights: list[float], costs: list
         assert max(by_weight) - min(by_weight) <= 2 * MOST / min(weights)
 
 
-@settings(deadline=None)
 @given(turns=st.integers(1, 300), costs=st.lists(COSTS, min_size=1, max_size=20))
 def test_idling_saves_up_no_credit(turns: int, costs: list[int]) -> None:
     queue: FairQueue[str, Any] = FairQueue()
@@ -184,4 +182,4 @@ class AgainstAModel(RuleBasedStateMachine):
 
 
 TestAgainstAModel = AgainstAModel.TestCase
-TestAgainstAModel.settings = settings(deadline=None, max_examples=60)
+TestAgainstAModel.settings = settings(max_examples=60)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import RequestFailedError
@@ -165,7 +165,6 @@ async def test_a_request_that_got_no_adapter_costs_no_tokens(clock: Clock) -> No
         pass
 
 
-@settings(deadline=None)
 @given(
     rate=st.floats(0.5, 100),
     burst=st.floats(0.1, 10),

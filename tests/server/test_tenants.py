@@ -55,7 +55,6 @@ def test_a_new_key_matches_its_own_hash_alone() -> None:
     assert not entry.matches(new_key()[0])
 
 
-@settings(deadline=None)
 @given(st.text(max_size=80) | st.from_regex(r"(scrypt|sha256)\$[0-9A-Fa-f]{62,65}"))
 def test_a_malformed_hash_is_refused(text: str) -> None:
     assume(not re.fullmatch(r"sha256\$[0-9a-f]{64}", text))
@@ -195,7 +194,7 @@ def test_any_file_is_read_or_refused(tmp_path: Path, content: bytes) -> None:
         read_tenants(path)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
 def test_reloading_never_raises(tmp_path: Path, content: bytes) -> None:
     path = write_tenants(tmp_path / "tenants.yaml", tenant("a")[1])

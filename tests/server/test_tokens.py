@@ -18,7 +18,7 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.harness.tenants import tenant, write_tenants
@@ -239,7 +239,6 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(
     st.tuples(
         st.fixed_dictionaries({}, optional={"alg": JSON, "kid": JSON, "crit": JSON, "b64": JSON, "typ": JSON}),

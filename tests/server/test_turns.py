@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from server.job import GenerationJob, ImageJob, Lane
@@ -54,7 +54,6 @@ async def test_a_request_aside_gives_up_its_turn_and_returns_before_the_queue(cl
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.booleans(), st.integers(0, 12)), max_size=12))
-@settings(max_examples=50, deadline=None)
 def test_no_turn_is_lost_or_made_up_when_requests_aside_fail_or_are_cancelled(
     requests: list[tuple[int, int, bool, int]],
 ) -> None:

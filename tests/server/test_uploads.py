@@ -129,7 +129,7 @@ def parts(made: Path, cuts: list[int], adapter: str = "a") -> Iterator[pb.Upload
         yield pb.UploadAdapterRequest(chunk=pb.UploadChunk(offset=start, data=data[start:end]))
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.integers(0, 9000), max_size=6), lost=st.integers(0, 6))
 async def test_goes_on_after_a_cut_anywhere(
     service: Service, home: Home, tmp_path: Path, cuts: list[int], lost: int

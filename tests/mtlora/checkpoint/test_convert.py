@@ -56,7 +56,7 @@ def converted(state: dict[str, Any], **changed: Any) -> Any:
     st.booleans(),
     st.randoms(use_true_random=False),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_key_is_converted_to_its_place(
     modules, r, num_experts, num_groups, layers, prefix, hydra, chooser
 ) -> None:
@@ -248,7 +248,7 @@ def test_any_keys_and_shapes_are_converted_or_refused(state: dict[str, Any]) -> 
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_refuses_a_file_that_torch_did_not_write(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "x.bin"

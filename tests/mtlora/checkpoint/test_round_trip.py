@@ -112,7 +112,7 @@ def checkpoints(draw: st.DrawFn) -> dict[str, Any]:
 
 @pytest.mark.slow
 @given(checkpoints())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_checkpoint_is_read_as_written(arguments: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "ädapter"

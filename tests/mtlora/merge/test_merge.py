@@ -51,7 +51,7 @@ def learn(start: StartingPoint, seed: int = 0) -> dict[str, torch.Tensor]:
     st.sampled_from(["ffn", "attention", "both"]), st.booleans(),
     st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.integers(0, 5),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_old_tasks_keep_their_outputs_and_the_new_task_its_learned_ones(
     tmp_path_factory, num_experts, r, num_groups, new_experts, num_tasks, blocks, task_bias, dtype, seed
 ) -> None:

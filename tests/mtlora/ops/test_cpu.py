@@ -36,7 +36,7 @@ def cases(draw: st.DrawFn) -> Case:
 @every_backend
 @every_dtype
 @given(case=cases())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_random_batches_equal_the_formula(backend: str, dtype: torch.dtype, case: Case) -> None:
     batch = Batch(case, dtype)
     BACKENDS[backend](batch.mix)

@@ -26,7 +26,7 @@ def close(found: torch.Tensor, expected: torch.Tensor, roundings: int = 1) -> No
 @every_set
 @every_dtype
 @given(**SHAPES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_rms_norm_equals_torch(isa: int, dtype: torch.dtype, rows: int, size: int, seed: int) -> None:
     x, grad = randn(2, rows, size, seed=seed, dtype=dtype).unbind()
     weight = randn(size, seed=seed + 1, dtype=dtype)
@@ -44,7 +44,7 @@ def test_rms_norm_equals_torch(isa: int, dtype: torch.dtype, rows: int, size: in
 
 @every_dtype
 @given(rows=st.integers(1, 5), size=st.integers(1, 300), held=st.integers(1, 5), seed=st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_masks_forbid_what_their_bits_leave_out(dtype: torch.dtype, rows: int, size: int, held: int, seed: int) -> None:
     draws = np.random.default_rng(seed)
     logits, held = randn(rows, size, seed=seed, dtype=dtype), min(rows, held)
@@ -72,7 +72,7 @@ def test_masks_of_other_sizes_are_refused() -> None:
 @every_set
 @every_dtype
 @given(**SHAPES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_add_rms_norm_equals_torch(isa: int, dtype: torch.dtype, rows: int, size: int, seed: int) -> None:
     x, residual = randn(2, rows, size, seed=seed, dtype=dtype).unbind()
     weight = randn(size, seed=seed + 1, dtype=dtype)
@@ -88,7 +88,7 @@ def test_add_rms_norm_equals_torch(isa: int, dtype: torch.dtype, rows: int, size
 @every_dtype
 @given(**SHAPES)
 @example(rows=5, size=19, seed=18200486)  # a gate gradient near zero
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_swiglu_equals_torch(isa: int, dtype: torch.dtype, rows: int, size: int, seed: int) -> None:
     gate, up, grad = randn(3, rows, size, seed=seed, dtype=dtype).unbind()
     leaves = [t.double().requires_grad_() for t in (gate, up)]
@@ -109,7 +109,7 @@ def test_swiglu_equals_torch(isa: int, dtype: torch.dtype, rows: int, size: int,
 @every_set
 @every_dtype
 @given(heads=st.integers(1, 4), length=st.integers(1, 70), seed=st.integers(0, 2**31))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_causal_softmax_equals_torch(isa: int, dtype: torch.dtype, heads: int, length: int, seed: int) -> None:
     scores = randn(heads, length, length, seed=seed, dtype=dtype)
     future = torch.ones(length, length, dtype=torch.bool).triu(1)

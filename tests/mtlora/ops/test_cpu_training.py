@@ -31,7 +31,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 @every_set
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @given(shape=SHAPES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_values_and_gradients_equal_torch_ops(isa: int, dtype: torch.dtype, shape: dict[str, int]) -> None:
     generator = torch.Generator().manual_seed(shape["seed"])
 

@@ -45,7 +45,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @given(shape=SHAPES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_packed_path_equals_the_formula(dtype: torch.dtype, tolerance: float, shape: dict[str, int]) -> None:
     x, A, B, R, bias = weights(shape, dtype)
     row = bias if shape["biased"] else None
@@ -59,7 +59,7 @@ def test_packed_path_equals_the_formula(dtype: torch.dtype, tolerance: float, sh
 
 
 @given(shape=SHAPES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_block_adapter_equals_the_formula_in_values_and_gradients(shape: dict[str, int]) -> None:
     x, A, B, R, _ = weights(shape, torch.float64)
     config = MtLoRAConfig(

@@ -33,7 +33,7 @@ def inputs(shape: dict[str, int], dtype: torch.dtype = torch.float64) -> list[to
 
 
 @given(shape=SHAPES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_values_and_gradients_equal_the_reference(shape: dict[str, int]) -> None:
     tensors = inputs(shape)
     wanted = [t for t in tensors if t is not None]

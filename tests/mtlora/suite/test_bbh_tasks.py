@@ -206,7 +206,7 @@ def test_generated_inputs_are_solved_and_trainable(task_id: str, seed: int) -> N
 
 
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_boolean_answers_equal_pythons(seed: int) -> None:
     rng = random.Random(seed)
     for task_id, ending in (("boolean_expressions", " is"), ("multistep_arithmetic_two", " =")):
@@ -217,7 +217,7 @@ def test_boolean_answers_equal_pythons(seed: int) -> None:
 
 
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_orders_equal_a_search_over_permutations(seed: int) -> None:
     """Tries every permutation against the working's clues: one fits, and it is the one in the working."""
     for word in ("three", "five"):
@@ -243,7 +243,7 @@ def test_orders_equal_a_search_over_permutations(seed: int) -> None:
 
 
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_tracking_equals_following_swaps_backwards(seed: int) -> None:
     """Follows the swaps back from the person asked for to who held the thing first."""
     for word in ("three", "five", "seven"):
@@ -255,7 +255,7 @@ def test_tracking_equals_following_swaps_backwards(seed: int) -> None:
 
 
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_generated_dates_match_their_options(seed: int) -> None:
     (example,) = SUITE.examples("date_understanding", "train", 1, seed)
     days, _, read = (example.working or "").partition(": ")
@@ -268,7 +268,7 @@ def test_generated_dates_match_their_options(seed: int) -> None:
 
 
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_shapes_equal_a_count_of_corners(seed: int) -> None:
     """From the path's points alone: a polygon has one per corner; other shapes have arcs."""
     (example,) = SUITE.examples("geometric_shapes", "train", 1, seed)
@@ -285,7 +285,7 @@ def test_shapes_equal_a_count_of_corners(seed: int) -> None:
 
 
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_penguins_equal_counts_from_the_text(seed: int) -> None:
     (example,) = SUITE.examples("penguins_in_a_table", "train", 1, seed)
     (found,) = [text for text, letter in read_options(example.input).items() if example.target == f"({letter})"]

@@ -318,7 +318,7 @@ def test_a_photograph_beyond_a_clients_limits_is_read(tmp_path: Path) -> None:
         decode(example.encoded_image())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: json.dumps(text).encode()))
 def test_any_manifest_is_taken_or_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     folder = tmp_path_factory.mktemp("manifest")

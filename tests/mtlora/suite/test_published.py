@@ -122,7 +122,7 @@ def test_dollys_lines_train_by_the_documented_command(
     assert capsys.readouterr().out.strip().endswith("adapter")
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused_by_line(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     file = tmp_path_factory.mktemp("lines") / "x.jsonl"

@@ -14,7 +14,7 @@ from mtlora.vision.encoder import load_encoder
 from tests.mtlora.vision.models import SIZE, write_model
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     B=st.integers(1, 3), K=st.integers(1, 3), per_key=st.integers(1, 3), L=st.integers(1, 9), seed=st.integers(0, 99),
     causal=st.booleans(),

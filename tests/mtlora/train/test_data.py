@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mtlora.prompt import PromptEncoder
@@ -20,7 +20,6 @@ encoded = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=50)
 @given(st.lists(encoded, min_size=1, max_size=200), st.integers(1, 17), st.integers(1, 3), st.integers(0, 9))
 def test_schedule_uses_every_example_once_an_epoch(examples, batch_size, epochs, seed) -> None:
     batches = schedule(examples, batch_size=batch_size, epochs=epochs, seed=seed)
@@ -37,7 +36,6 @@ def test_schedule_depends_on_the_seed_and_buckets_by_length() -> None:
     assert padded < 1.1 * sum(len(example) for example in examples)
 
 
-@settings(deadline=None, max_examples=50)
 @given(st.lists(encoded, min_size=1, max_size=8))
 def test_collate_marks_the_token_before_each_answer_token(examples) -> None:
     batch = collate(examples)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -106,7 +106,6 @@ def test_no_gradient_or_statistic_comes_from_the_document(adapted: AdaptedModel)
 
 @example(seed=0, batch_size=4, tasks=1, limit=39)  # Two examples of a document, each in a unit of its own.
 @given(seed=st.integers(0, 10_000), batch_size=st.integers(1, 9), tasks=st.integers(1, 6), limit=st.integers(8, 90))
-@settings(deadline=None)
 def test_the_schedule_keeps_a_documents_examples_together(seed: int, batch_size: int, tasks: int, limit: int) -> None:
     examples = _examples(seed, documents=5, tasks=6)
     batches = schedule(examples, batch_size=batch_size, epochs=2, seed=seed, batch_tokens=limit, document_tasks=tasks)
