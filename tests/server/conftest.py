@@ -1,6 +1,7 @@
-"""Adapters that several servers serve, connections to servers that come and go, and a clock."""
+"""Adapters, a registry, a clock and a log of several modules, and connections to servers that come and go."""
 
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from mtlora.backbone import BackboneIdentity, identify
 from mtlora.client import Access, AsyncClient
 from tests.server.adapters import entry, write_adapter
 from tests.server.front import Clock
+from tests.server.home import Home
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,9 +33,26 @@ async def client(service: Any) -> AsyncIterator[AsyncClient]:
 
 
 @pytest.fixture
+def server_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.LogCaptureFixture]:
+    """What the server logs, from level info."""
+    monkeypatch.setattr(logging.getLogger("mtlora.server"), "propagate", True)
+    with caplog.at_level(logging.INFO, "mtlora.server"):
+        yield caplog
+
+
+@pytest.fixture
 def clock() -> Clock:
     """A clock that the test moves."""
     return Clock()
+
+
+@pytest.fixture
+async def home(tmp_path: Path) -> AsyncIterator[Home]:
+    """A registry over an empty folder."""
+    (tmp_path / "adapters").mkdir()
+    made = Home(tmp_path / "adapters", tmp_path / "scratch")
+    yield made
+    await made.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,19 @@
 """The service without an engine: the real servicer and interceptor around deltas that a test decides on."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
+from benchmarks.harness.tenants import tenant, write_tenants
+from mtlora.client import Access, AsyncClient
 from mtlora.prompt import PromptEncoder
 from mtlora.vision.images import ImageLimits
 from server.accounting import AuditLog, Usage
+from server.accounting.totals import Row
 from server.job import Delta, GenerationJob, ServedTask
 from server.registry.catalog import Catalog
 from server.registry.residency import Residency
@@ -107,8 +110,16 @@ class FakeRepository:
         self.asked.append(("unload", model))
 
 
+async def usage_rows(usage: Usage, granularity: str = "total", span: tuple[int, int] = (0, 2**40)) -> list[Row]:
+    """(period's begin, tenant, task, counts) of everything recorded."""
+    return [row async for page in usage.read(*span, granularity) for row in page]
+
+
 class Service:
-    """A gRPC server in this process, serving two tasks."""
+    """A gRPC server in this process, serving two tasks.
+
+    keys, entries: API key and entry in the tenants file of each tenant by id, where `with_tenants` made it.
+    """
 
     def __init__(
         self,
@@ -119,6 +130,8 @@ class Service:
         most_batch: int | None = None,
         **settings: Any,
     ) -> None:
+        self.keys: dict[str, str] = {}
+        self.entries: dict[str, dict[str, Any]] = {}
         self.settings = load_settings({"allow_no_tasks": True, "port": 0, "metrics_port": 0, **settings})
         self.directory = Directory(
             self.settings.tenants, replicas=self.settings.replicas, open_admin=is_loopback(self.settings.host)
@@ -161,6 +174,39 @@ class Service:
         )
         self.address = ""
 
+    @classmethod
+    def with_tenants(
+        cls,
+        folder: Path,
+        tenants: Mapping[str, dict[str, Any]],
+        *arguments: Any,
+        objectives: Mapping[str, str] | None = None,
+        **settings: Any,
+    ) -> "Service":
+        """A server with these tenants, by id, and the fields of their entries; `folder` gets their file."""
+        keys, entries = {}, {}
+        for name, fields in tenants.items():
+            keys[name], entries[name] = tenant(name, **fields)
+        more = {"objectives": dict(objectives)} if objectives else {}
+        path = write_tenants(folder / "tenants.yaml", *entries.values(), **more)
+        service = cls(*arguments, tenants=path, **settings)
+        service.keys, service.entries = keys, entries
+        return service
+
+    def access(self, tenant_id: str) -> Access:
+        """The access of a tenant with its key."""
+        return Access(api_key=self.keys[tenant_id])
+
+    def client(self, tenant_id: str) -> AsyncClient:
+        """A tenant's client, which repeats no call."""
+        return AsyncClient(self.address, self.access(tenant_id), retry=None)
+
+    def serve(self, *tasks: ServedTask) -> None:
+        """Serve these tasks too, or in place of those of the same ids."""
+        catalog = self.servicer.catalog
+        served = {**catalog.tasks, **{task.spec.id: task for task in tasks}}
+        self.servicer.catalog = replace(catalog, tasks=MappingProxyType(served))
+
     def use(self, engine: Any, **changes: Any) -> None:
         """Let another engine answer texts."""
         engine.prompts = self.engine.prompts
@@ -170,6 +216,10 @@ class Service:
     def value(self, name: str, **labels: str) -> float:
         """A metric's value; 0 if it has none yet."""
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    async def used(self) -> list[Row]:
+        """(0, tenant, task, counts) of all usage so far."""
+        return await usage_rows(self.usage)
 
     async def drain(self) -> None:
         """Drain the server as SIGTERM does."""

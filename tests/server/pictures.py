@@ -1,7 +1,6 @@
 """Image tasks on a fake engine that answers by an image's mean colour."""
 
 import asyncio
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,6 @@ from numpy.typing import NDArray
 
 from mtlora.vision.image_input import ImageInput, ImagePreparation
 from server.job import Lane, ServedTask
-from server.registry.catalog import Catalog
 from server.registry.heads import Head, ServedProjector
 from server.registry.residency import Residency
 from server.rpc.classify import ImageBackend
@@ -82,6 +80,5 @@ def with_pictures(service: Service, *more: ServedTask) -> FakeVisionEngine:
     """Let a service serve tasks of images beside its two of texts."""
     engine: Any = FakeVisionEngine()
     service.servicer.classifier.backend = ImageBackend(engine, Residency(FakeMemory(), capacity=4))
-    tasks = {task.spec.id: task for task in (picture_task("colour"), picture_task("tint", adapter="tints"), *more)}
-    service.servicer.catalog = Catalog(MappingProxyType({**service.servicer.catalog.tasks, **tasks}))
+    service.serve(picture_task("colour"), picture_task("tint", adapter="tints"), *more)
     return engine

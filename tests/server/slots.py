@@ -1,11 +1,14 @@
-"""A fake backbone without files, slots without vLLM, and versions without files."""
+"""A fake backbone without files, slots without vLLM, versions without files, and an engine's memory without engine."""
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mtlora.backbone import BackboneIdentity
 from mtlora.checkpoint.format import AdapterManifest
+from server.errors import AdapterError
 from server.registry.record import AdapterRecord
 from server.registry.source import Found
 from server.registry.version import AdapterVersion, Stage
@@ -32,3 +35,27 @@ def serving_version(name: str, task: str = "task") -> AdapterVersion:
     version = record.serving = AdapterVersion(record, Found(name, "1", Path(name), ()), stage=Stage.SERVING)
     version.copied, version.folder, version.slots = True, Path(name), {task: Slot(1, name)}
     return version
+
+
+class Loads:
+    """An engine's memory: what is in it, and loads that a test holds up or lets fail."""
+
+    def __init__(self) -> None:
+        self.held: list[str] = []
+        self.most = 0
+        self.gate: dict[str, asyncio.Event] = {}
+        self.refuse: set[str] = set()
+
+    async def load(self, folder: Path, slots: Sequence[Any]) -> None:
+        name = slots[0].lora_name
+        if name in self.gate:
+            await self.gate[name].wait()
+        await asyncio.sleep(0)
+        if name in self.refuse:
+            raise AdapterError("no")
+        assert name not in self.held
+        self.held.append(name)
+        self.most = max(self.most, len(self.held))
+
+    async def unload(self, slots: Sequence[Any]) -> None:
+        self.held.remove(slots[0].lora_name)

@@ -23,9 +23,7 @@ from server.settings import Settings
 from server.telemetry.metrics import Metrics
 from server.tenants import Tenant
 from tests.server.front import Front
-from tests.server.test_registry import Home, home, write
-
-__all__ = ["home"]
+from tests.server.home import Home, write
 
 
 @dataclass

@@ -9,29 +9,25 @@ from pathlib import Path
 import grpc
 import pytest
 
-from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, AsyncClient, Client, ServerError
 from mtlora.evaluation.evaluate import server_answerer
 from mtlora.suite.base import Example
 from server import cli
 from tests.faults._certificates import Issued, authority, issue
 from tests.server.fakes import Service
-from tests.server.test_registry import Home, home, write
-
-__all__ = ["home"]
+from tests.server.home import Home, write
 
 
 @dataclass
 class Secured:
-    """keys: of an admin, and of a tenant without that right. The certificate is for `server`, not for an address."""
+    """A server with an admin and a tenant `other`. The certificate is for `server`, not for an address."""
 
     service: Service
-    keys: dict[str, str]
     ca: Issued
     own: Issued
 
     def access(self, tenant_id: str = "admin") -> Access:
-        return Access(self.keys[tenant_id], self.ca.pem, self.own.pem, self.own.key, "server")
+        return Access(self.service.keys[tenant_id], self.ca.pem, self.own.pem, self.own.key, "server")
 
 
 @pytest.fixture
@@ -40,21 +36,18 @@ async def secured(home: Home, tmp_path: Path) -> AsyncIterator[Secured]:
         write(home.root / "a" / str(number), "x", "y", seed=number)
     await home.open()
     home.follow()
-    keys, entries = {}, []
-    for name, admin in (("admin", True), ("other", False)):
-        keys[name], entry = tenant(name, admin=admin)
-        entries.append(entry)
     ca = authority(tmp_path)
     server, own = issue(ca, tmp_path, "server"), issue(ca, tmp_path, "client")
-    service = Service(
-        tenants=write_tenants(tmp_path / "tenants.yaml", *entries),
+    service = Service.with_tenants(
+        tmp_path,
+        {"admin": {"admin": True}, "other": {}},
         tls_certificate=server.pem,
         tls_key=server.key,
         tls_client_ca=ca.pem,
     )
     service.adapters.registry = home.registry
     async with service.running():
-        yield Secured(service, keys, ca, own)
+        yield Secured(service, ca, own)
 
 
 async def test_the_asynchronous_client_administers_adapters(secured: Secured, home: Home) -> None:
@@ -108,14 +101,14 @@ async def test_the_commands_administer_adapters(
 ) -> None:
     flags = ["--address", secured.service.address, "--tls-ca", secured.ca.pem, "--tls-certificate", secured.own.pem]
     flags += ["--tls-key", secured.own.key, "--tls-server-name", "server"]
-    (tmp_path / "key").write_text(secured.keys["admin"] + "\n")
+    (tmp_path / "key").write_text(secured.service.keys["admin"] + "\n")
 
     async def run(*command: object) -> str:
         assert await asyncio.to_thread(cli.main, [str(part) for part in command]) == 0
         return capsys.readouterr().out
 
     assert await run("adapters", *flags, "--api-key-file", tmp_path / "key", "load", "a", "1") == "a/1 serves\n"
-    monkeypatch.setenv("MTLORA_API_KEY", secured.keys["admin"])
+    monkeypatch.setenv("MTLORA_API_KEY", secured.service.keys["admin"])
     assert "serving" in await run("adapters", *flags, "list")
     assert "one" in await run("tasks", *flags)
     assert await run("ask", "one", "x", *flags) == "ab\n"

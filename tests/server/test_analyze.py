@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mtlora_pb.v1 import inference_pb2 as pb
 
-from benchmarks.harness.tenants import tenant, write_tenants
-from mtlora.client import Access, AsyncClient, DocumentAnswer, ServerError
+from mtlora.client import AsyncClient, DocumentAnswer, ServerError
 from mtlora.client.messages import DocumentTask
 from server.cli import main
 from server.errors import RequestFailedError
@@ -26,8 +25,8 @@ from server.tenants import Tenant
 from tests.server.adapters import entry
 from tests.server.fakes import Service
 
-# Tokens that a tenant may take at once; they come back in an hour.
-BUCKET = 90
+# A tenant may take 90 tokens at once; they come back in an hour.
+LIMITS = {"tokens_per_second": 90 / 3600, "burst_seconds": 3600}
 TEMPLATE = "D:{document}\n"
 
 
@@ -43,14 +42,23 @@ TASKS = [
     served("other", document_template="Other: {document}\n"),
     ServedTask(entry("plain"), "alpha", "1", slot=None),
 ]
+CATALOG = Catalog(MappingProxyType({task.spec.id: task for task in TASKS}))
 
 
 @asynccontextmanager
-async def serving(**settings: Any) -> AsyncIterator[tuple[Service, AsyncClient]]:
-    service = Service(max_in_flight=8, **settings)
-    service.servicer.catalog = Catalog(MappingProxyType({task.spec.id: task for task in TASKS}))
+async def serving() -> AsyncIterator[tuple[Service, AsyncClient]]:
+    service = Service(max_in_flight=8)
+    service.servicer.catalog = CATALOG
     async with service.running(), AsyncClient(service.address, retry=None) as client:
         yield service, client
+
+
+@asynccontextmanager
+async def serving_tenants(folder: Path, tenants: dict[str, dict[str, Any]], **settings: Any) -> AsyncIterator[Service]:
+    service = Service.with_tenants(folder, tenants, max_in_flight=8, **settings)
+    service.servicer.catalog = CATALOG
+    async with service.running():
+        yield service
 
 
 async def failure(client: AsyncClient, tasks: list[DocumentTask], *about: str, **named: Any) -> ServerError:
@@ -133,14 +141,8 @@ async def test_a_task_that_fails_harms_no_other() -> None:
 
 
 async def test_unknown_expired_and_other_tenants_ids_look_alike(tmp_path: Path) -> None:
-    path = tmp_path / "tenants.yaml"
-    (key_a, entry_a), (key_b, entry_b) = tenant("a"), tenant("b")
-    write_tenants(path, entry_a, entry_b)
-    async with serving(tenants=path, document_lifetime_s=0.2) as (service, _):
-        async with (
-            AsyncClient(service.address, Access(api_key=key_a), retry=None) as a,
-            AsyncClient(service.address, Access(api_key=key_b), retry=None) as b,
-        ):
+    async with serving_tenants(tmp_path, {"a": {}, "b": {}}, document_lifetime_s=0.2) as service:
+        async with service.client("a") as a, service.client("b") as b:
             (answer,) = await a.analyze_all(["who"], "text")
             named = {"document_id": answer.document_id}
             (again,) = await a.analyze_all(["who"], **named)
@@ -156,13 +158,10 @@ async def test_unknown_expired_and_other_tenants_ids_look_alike(tmp_path: Path) 
 
 
 async def test_a_document_is_charged_once_and_what_was_cached_is_refunded(tmp_path: Path) -> None:
-    path = tmp_path / "tenants.yaml"
-    # Four tasks of 50 + 4 tokens and answers of 4: beyond it, were each charged the document.
-    key, entry_of_a = tenant("a", tokens_per_second=BUCKET / 3600, burst_seconds=3600)
-    write_tenants(path, entry_of_a)
-    async with serving(tenants=path) as (service, _):
+    # Four tasks of 50 + 4 tokens and answers of 4: beyond the bucket, were each charged the document.
+    async with serving_tenants(tmp_path, {"a": LIMITS}) as service:
         service.engine.deltas = [Delta("a", 1), Delta("b", 1, finish_reason="stop")]
-        async with AsyncClient(service.address, Access(api_key=key), retry=None) as client:
+        async with service.client("a") as client:
             tasks: list[DocumentTask] = ["who"] * 4
             answers = await client.analyze_all(tasks, "x" * 47)
             assert all(each.answer for each in answers)
@@ -173,12 +172,9 @@ async def test_a_document_is_charged_once_and_what_was_cached_is_refunded(tmp_pa
 
 
 async def test_cached_tokens_cost_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "tenants.yaml"
-    key, entry_of_a = tenant("a", tokens_per_second=BUCKET / 3600, burst_seconds=3600)
-    write_tenants(path, entry_of_a)
-    async with serving(tenants=path) as (service, _):
+    async with serving_tenants(tmp_path, {"a": LIMITS}) as service:
         service.engine.deltas = [Delta("a", 1, cached_tokens=52), Delta("b", 1, finish_reason="stop")]
-        async with AsyncClient(service.address, Access(api_key=key), retry=None) as client:
+        async with service.client("a") as client:
             for _ in range(4):
                 (answer,) = await client.analyze_all(["who"], "x" * 47)
                 assert answer.result().summary.cached_tokens == 52

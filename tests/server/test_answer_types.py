@@ -5,11 +5,10 @@ import json
 import pickle
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -18,53 +17,16 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from openinference_pb import grpc_predict_v2_pb2 as openinference
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
-from benchmarks.harness.tenants import tenant, write_tenants
 from benchmarks.harness.waiting import eventually
-from mtlora.answer.constraint import TOKENS_PREFIX, read
-from mtlora.client import Access, Answer, AsyncClient, ServerError, value_of
+from mtlora.answer.constraint import read
+from mtlora.client import Answer, AsyncClient, ServerError, value_of
 from server.errors import EngineDeadError
 from server.isolation import Limits, in_child
-from server.job import Delta, GenerationJob, ServedTask, TokenLogprob, TokenLogprobs
+from server.job import Delta, GenerationJob, ServedTask
 from server.rpc import answers
 from tests.server.adapters import entry
-from tests.server.fakes import FakeEngine, Service
-
-_LABEL: dict[str, Any] = {"type": "label", "labels": ["cat", "cow", "dog"]}
-_TASKS: dict[str, dict[str, Any]] = {
-    "label": {"answer": _LABEL},
-    "worked": {"answer": _LABEL, "answer_marker": "=>", "max_new_tokens": 16},
-    "number": {"answer": {"type": "number", "minimum": 0, "maximum": 99}},
-}
-
-
-class Scripted(FakeEngine):
-    """Prefers the first of the tokens it is held to by one nat each; other sequences get `text`, ended by a marker."""
-
-    text, ends_by = "working ", 61
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.compiled: list[str] = []
-        self.fewest = 3
-        self.compiling = self.most_compiling = 0
-
-    async def compile(self, constraints: Sequence[str]) -> list[int]:
-        self.compiled += constraints
-        self.compiling += 1
-        self.most_compiling = max(self.most_compiling, self.compiling)
-        await asyncio.sleep(0.001)
-        self.compiling -= 1
-        return [self.fewest] * len(constraints)
-
-    async def generate(self, job: GenerationJob) -> AsyncGenerator[Delta, None]:
-        self.jobs.append(job)
-        constraint = job.sampling.constraint or ""
-        if constraint.startswith(TOKENS_PREFIX):
-            tokens = json.loads(constraint.removeprefix(TOKENS_PREFIX))
-            top = tuple(TokenLogprob(token, chr(token), -float(i)) for i, token in enumerate(tokens))
-            yield Delta("", 1, (TokenLogprobs(top[0], top),), "length")
-        else:
-            yield Delta(self.text, 2, finish_reason="stop", token_ids=(7, self.ends_by))
+from tests.server.fakes import Service
+from tests.server.typed import LABEL, TYPED, with_types
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,13 +43,6 @@ async def service() -> AsyncIterator[Service]:
         yield made
 
 
-def with_types(made: Service) -> None:
-    """Serve tasks with types, by the scripted engine."""
-    made.use(Scripted())
-    tasks = {name: ServedTask(entry(name, **fields), "alpha", "1", slot=None) for name, fields in _TASKS.items()}
-    object.__setattr__(made.servicer.catalog, "tasks", MappingProxyType({**made.servicer.catalog.tasks, **tasks}))
-
-
 async def refused(call: Any) -> ServerError:
     with pytest.raises(ServerError) as raised:
         await call
@@ -98,7 +53,7 @@ async def refused(call: Any) -> ServerError:
 async def test_the_engine_is_held_to_the_tasks_type(service: Service, client: AsyncClient) -> None:
     answer = await client.generate("number", "x")
     constraint = service.engine.jobs[0].sampling.constraint
-    assert read(constraint) == entry("number", **_TASKS["number"]).constraint()
+    assert read(constraint) == entry("number", **TYPED["number"]).constraint()
     assert answer.answer_type == "number"
     free = await client.generate("number", "x", free=True)
     assert service.engine.jobs[1].sampling.constraint is None
@@ -107,7 +62,7 @@ async def test_the_engine_is_held_to_the_tasks_type(service: Service, client: As
     # The bare backbone was not trained to write a marker.
     assert read(service.engine.jobs[2].sampling.constraint).marker is None
     task = await client.task("number")
-    assert (task.answer.number.maximum, list((await client.task("label")).allowed_answers)) == (99, _LABEL["labels"])
+    assert (task.answer.number.maximum, list((await client.task("label")).allowed_answers)) == (99, LABEL["labels"])
 
 
 @pytest.mark.parametrize(
@@ -171,14 +126,13 @@ async def test_checks_of_one_tenants_types_are_bounded(tmp_path: Path, monkeypat
         return [pickle.dumps((data["pattern"], "regex"))]
 
     monkeypatch.setattr(answers, "in_child", check)
-    (key_a, entry_a), (key_b, entry_b) = tenant("a"), tenant("b")
-    service = Service(64, tenants=write_tenants(tmp_path / "tenants.yaml", entry_a, entry_b))
+    service = Service.with_tenants(tmp_path, {"a": {}, "b": {}}, 64)
     with_types(service)
 
     def ask(client: AsyncClient, pattern: str) -> Any:
         return client.generate("one", "x", answer=pb.AnswerType(regex=pattern))
 
-    async with service.running(), AsyncClient(service.address, Access(key_a)) as a:
+    async with service.running(), service.client("a") as a:
         # The same type twice is one check.
         asked = [asyncio.create_task(ask(a, f"a{i % 31}")) for i in range(32)]
         await eventually(lambda: service.value("mtlora_requests_in_flight") == 32 and len(begun) == 1)
@@ -186,7 +140,7 @@ async def test_checks_of_one_tenants_types_are_bounded(tmp_path: Path, monkeypat
             with pytest.raises(ServerError, match="RESOURCE_EXHAUSTED: 32 requests of this tenant wait for checks"):
                 await ask(a, pattern)
         assert (await a.generate("one", "x")).text == "working"
-        async with AsyncClient(service.address, Access(key_b)) as b:
+        async with service.client("b") as b:
             other = asyncio.create_task(ask(b, "b"))
             await eventually(lambda: service.value("mtlora_requests_in_flight") == 33)
             release.set()
@@ -280,9 +234,8 @@ async def test_a_working_that_leaves_no_room_for_a_label_is_refused(service: Ser
 
 
 async def test_a_calibrated_score_is_tempered(service: Service, client: AsyncClient) -> None:
-    tasks = service.servicer.catalog.tasks
-    calibrated = ServedTask(tasks["label"].spec, "alpha", "1", slot=None, calibration=2.0)
-    object.__setattr__(service.servicer.catalog, "tasks", MappingProxyType({**tasks, "label": calibrated}))
+    spec = service.servicer.catalog.tasks["label"].spec
+    service.serve(ServedTask(spec, "alpha", "1", slot=None, calibration=2.0))
     (plain,) = await client.score("label", ["a"], uncalibrated=True)
     (tempered,) = await client.score("label", ["a"])
     assert 1 / 3 < tempered.probabilities["cat"] < plain.probabilities["cat"]

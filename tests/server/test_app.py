@@ -33,10 +33,9 @@ def test_sigterm_ends_a_program_through_its_cleanup() -> None:
 
 
 async def test_background_work_that_ends_is_logged_counted_and_started_again(
-    app: App, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    app: App, monkeypatch: pytest.MonkeyPatch, server_log: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("server.app.app._RESTART_S", 0.0)
-    monkeypatch.setattr(logging.getLogger("mtlora.server"), "propagate", True)
     starts = 0
 
     async def work() -> None:
@@ -54,7 +53,7 @@ async def test_background_work_that_ends_is_logged_counted_and_started_again(
     running.cancel()
     ends = app._metrics.registry.get_sample_value("mtlora_background_ends_total", {"work": "some work"})
     assert ends == 2
-    lines = [record for record in caplog.records if record.message == "background work ended"]
+    lines = [record for record in server_log.records if record.message == "background work ended"]
     assert [bool(line.exc_info and line.exc_info[0]) for line in lines] == [True, False]
 
 
@@ -93,10 +92,9 @@ async def test_without_its_supervisor_the_server_exits(app: App, monkeypatch: py
     ],
 )  # fmt: skip
 async def test_nobody_is_an_admin_without_a_key_off_this_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, host: str, tenants: bool,
-    tls: bool, admin: bool | None, warning: str | None,
+    tmp_path: Path, server_log: pytest.LogCaptureFixture, host: str, tenants: bool, tls: bool, admin: bool | None,
+    warning: str | None,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(logging.getLogger("mtlora.server"), "propagate", True)
     settings: dict[str, Any] = {"allow_no_tasks": True, "host": host}
     if tenants:
         settings["tenants"] = write_tenants(tmp_path / "tenants.yaml", tenant("a")[1])
@@ -105,7 +103,7 @@ async def test_nobody_is_an_admin_without_a_key_off_this_machine(
         settings |= {"tls_certificate": certificate.pem, "tls_key": certificate.key}
     app = App(load_settings(settings))
     app._warn_of_open_doors()
-    assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == [warning][
+    assert [record.message for record in server_log.records if record.levelno == logging.WARNING] == [warning][
         : bool(warning)
     ]
     if admin is not None:

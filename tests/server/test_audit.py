@@ -3,7 +3,6 @@
 import asyncio
 import errno
 import json
-import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -30,12 +29,8 @@ class Audited:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "audit.jsonl"
-        self.keys = {}
-        entries = []
-        for name, fields in (("a", {}), ("operator", {"admin": True})):
-            self.keys[name], entry = tenant(name, **fields)
-            entries.append(entry)
-        self.service = Service(tenants=write_tenants(folder / "tenants.yaml", *entries), audit_log=str(self.path))
+        self.service = Service.with_tenants(folder, {"a": {}, "operator": {"admin": True}}, audit_log=str(self.path))
+        self.keys = self.service.keys
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.path.read_text().splitlines()]
@@ -92,7 +87,7 @@ async def test_a_change_is_on_file_before_it_is_made_and_before_its_status(tmp_p
             }
         assert completed["status"] == "OK"
         # Asking is not audited.
-        async with AsyncClient(here.service.address, Access(here.keys["a"])) as client:
+        async with here.service.client("a") as client:
             await client.generate("one", "x")
         assert len(here.lines()) == 2
 
@@ -200,13 +195,12 @@ def test_a_log_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
 
 
 async def test_refused_callers_are_unauthenticated_in_logs_and_metrics(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, server_log: pytest.LogCaptureFixture
 ) -> None:
     async with audited(tmp_path) as here, AsyncClient(here.service.address, Access("mtk_00000000_x")) as client:
-        logging.getLogger("mtlora.server").propagate = True
-        with caplog.at_level(logging.INFO, "mtlora.server"), pytest.raises(ServerError, match="UNAUTHENTICATED"):
+        with pytest.raises(ServerError, match="UNAUTHENTICATED"):
             await client.generate("one", "x")
-        (fields,) = [record.fields for record in caplog.records if record.message == "request"]  # type: ignore[attr-defined]
+        (fields,) = [record.fields for record in server_log.records if record.message == "request"]  # type: ignore[attr-defined]
         assert (fields["tenant"], fields["status"]) == ("unauthenticated", "UNAUTHENTICATED")
         labels = {"tenant": "unauthenticated", "status": "UNAUTHENTICATED"}
         assert here.service.value("mtlora_tenant_requests_total", **labels) == 1

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness.tenants import tenant, write_tenants
 from benchmarks.harness.waiting import eventually
-from mtlora.client import Access, AsyncClient, make_request
+from mtlora.client import AsyncClient, make_request
 from server.job import Delta, GenerationJob, Lane
 from server.rpc.validation import PromptLimits
 from server.scheduling import batch_turns, engine_turns
@@ -39,7 +38,6 @@ class Stepped(FakeEngine):
 
     def __init__(self, service: Service) -> None:
         super().__init__()
-        self.prompts = service.engine.prompts
         self.now = 0.0
         self.ends: list[float] = []
         self._waiting: deque[_Sequence] = deque()
@@ -80,20 +78,12 @@ class Stepped(FakeEngine):
 @asynccontextmanager
 async def serving(folder: Path) -> AsyncIterator[tuple[Service, Stepped, AsyncClient, AsyncClient]]:
     """A server, its engine, and clients of two tenants."""
-    (key_a, entry_a), (key_b, entry_b) = tenant("a"), tenant("b")
-    service = Service(
-        256,
-        turns=engine_turns(SEQUENCES),
-        most_batch=batch_turns(SEQUENCES),
-        tenants=write_tenants(folder / "tenants.yaml", entry_a, entry_b),
+    service = Service.with_tenants(
+        folder, {"a": {}, "b": {}}, 256, turns=engine_turns(SEQUENCES), most_batch=batch_turns(SEQUENCES)
     )
     engine = Stepped(service)
     service.use(engine, limits=PromptLimits(max_model_len=400, vocab_size=300))
-    async with (
-        service.running(),
-        AsyncClient(service.address, Access(key_a)) as many,
-        AsyncClient(service.address, Access(key_b)) as single,
-    ):
+    async with service.running(), service.client("a") as many, service.client("b") as single:
         yield service, engine, many, single
 
 

@@ -8,18 +8,15 @@ from typing import Any
 
 import grpc
 import pytest
-from mtlora_pb.v1 import inference_pb2 as pb
 from mtlora_pb.v1 import inference_pb2_grpc
 
-from benchmarks.harness.tenants import tenant, write_tenants
 from benchmarks.harness.waiting import eventually
-from mtlora.client import Access, AsyncClient, BatchAnswer, ServerError, make_batch, make_request
+from mtlora.client import AsyncClient, BatchAnswer, ServerError, make_batch, make_request
 from server.errors import EngineAbortedError, EngineDeadError
 from server.job import Delta, GenerationJob
 from server.rpc.batch import MAX_BATCH
 from server.scheduling.admission import State
 from server.scheduling.fair_queue import FairQueue
-from server.tenants import UNAUTHENTICATED
 from tests.server.fakes import FakeEngine, Service
 
 LOW = -50.0
@@ -62,27 +59,16 @@ class Echo(FakeEngine):
 @pytest.fixture
 async def service() -> AsyncIterator[Service]:
     service = Service(max_in_flight=64, turns=8)
-    prompts = service.engine.prompts
     service.use(Echo())
-    service.engine.prompts = prompts
     async with service.running():
         yield service
 
 
-@pytest.fixture
-async def client(service: Service) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(service.address) as client:
-        yield client
-
-
-def with_tenants(folder: Path, **limits: Any) -> tuple[Service, Access, Access]:
+def with_tenants(folder: Path, **limits: Any) -> Service:
     """A server with tenant a, with these limits, and tenant b, without any."""
-    (key_a, entry_a), (key_b, entry_b) = tenant("a", **limits), tenant("b")
-    service = Service(max_in_flight=64, turns=8, tenants=write_tenants(folder / "tenants.yaml", entry_a, entry_b))
-    prompts = service.engine.prompts
+    service = Service.with_tenants(folder, {"a": limits, "b": {}}, max_in_flight=64, turns=8)
     service.use(Echo())
-    service.engine.prompts = prompts
-    return service, Access(key_a), Access(key_b)
+    return service
 
 
 def outcome(each: BatchAnswer) -> str:
@@ -135,7 +121,7 @@ async def test_items_come_as_they_end(service: Service, client: AsyncClient) -> 
     assert seen[2] == "a"
 
 
-async def test_each_item_is_counted_by_its_task(service: Service, client: AsyncClient, caplog: Any) -> None:
+async def test_each_item_is_counted_by_its_task(service: Service, client: AsyncClient) -> None:
     await client.generate_all(MIXED)
 
     def items(task: str, status: str) -> float:
@@ -145,7 +131,7 @@ async def test_each_item_is_counted_by_its_task(service: Service, client: AsyncC
     assert [items("one", "UNAVAILABLE"), items("one", "INVALID_ARGUMENT")] == [1, 1]
     assert service.value("mtlora_requests_total", method="GenerateBatch", task="", status="OK") == 1
     assert service.value("mtlora_completion_tokens_total", task="one") == 4
-    rows = [row async for page in service.usage.read(0, 1 << 40, "total") for row in page]
+    rows = await service.used()
     used = {row[2]: (row[3].requests, row[3].completion_tokens) for row in rows}
     assert used == {"one": (2, 4), "two": (1, 2)}
     assert service.value("mtlora_requests_in_flight") == 0
@@ -169,7 +155,7 @@ async def test_the_end_of_a_call_ends_its_sequences(
     await eventually(lambda: service.value("mtlora_requests_in_flight") == 0)
     # Three items never started.
     assert len(service.engine.jobs) == 9
-    rows = [row async for page in service.usage.read(0, 1 << 40, "total") for row in page]
+    rows = await service.used()
     assert rows[0][3].requests == 9
 
 
@@ -179,7 +165,7 @@ async def test_usage_counts_items_that_the_client_did_not_read(service: Service,
     await eventually(lambda: service.engine.begun.count("c") == 6 and service.engine.running == 1)
     call.cancel()
     await eventually(lambda: service.value("mtlora_requests_in_flight") == 0)
-    rows = [row async for page in service.usage.read(0, 1 << 40, "total") for row in page]
+    rows = await service.used()
     assert {row[2]: (row[3].requests, row[3].completion_tokens) for row in rows} == {"one": (2, 2), "two": (6, 12)}
 
 
@@ -204,7 +190,7 @@ async def test_a_stop_of_the_server_is_nobodys_usage(service: Service, client: A
     service.admission.abort_running()
     assert (await failure(asked)).code is grpc.StatusCode.UNAVAILABLE
     assert service.engine.running == 0
-    assert not [row async for page in service.usage.read(0, 1 << 40, "total") for row in page]
+    assert not await service.used()
 
 
 @pytest.mark.parametrize(
@@ -223,8 +209,8 @@ async def test_bounds_the_items_of_a_call(service: Service, client: AsyncClient,
 
 
 async def test_a_batch_is_charged_whole_or_refused_whole(tmp_path: Path) -> None:
-    service, a, _ = with_tenants(tmp_path, requests_per_second=0.01, burst_seconds=1000)
-    async with service.running(), AsyncClient(service.address, a) as client:
+    service = with_tenants(tmp_path, requests_per_second=0.01, burst_seconds=1000)
+    async with service.running(), service.client("a") as client:
         assert len(await client.generate_all([("one", "a")] * 6)) == 6
         error = await failure(client.generate_all([("one", "b")] * 5))
         assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -238,8 +224,8 @@ async def test_a_batch_is_charged_whole_or_refused_whole(tmp_path: Path) -> None
 
 async def test_a_batch_takes_its_places_from_a_tenants_limits(tmp_path: Path) -> None:
     """More items than the tenant may have inside wait outside, and none is refused."""
-    service, a, _ = with_tenants(tmp_path, max_in_flight=2, max_queue=1)
-    async with service.running(), AsyncClient(service.address, a) as client:
+    service = with_tenants(tmp_path, max_in_flight=2, max_queue=1)
+    async with service.running(), service.client("a") as client:
         asked = asyncio.create_task(client.generate_all([("one", "a?")] * 20))
         await eventually(lambda: service.engine.running == 2)
         assert service.value("mtlora_requests_in_flight") == 3
@@ -249,8 +235,8 @@ async def test_a_batch_takes_its_places_from_a_tenants_limits(tmp_path: Path) ->
 
 @pytest.mark.parametrize("items", [2, 3])
 async def test_a_budget_has_room_for_the_whole_batch_or_refuses_it(tmp_path: Path, items: int) -> None:
-    service, a, _ = with_tenants(tmp_path, daily_requests=3)
-    async with service.running(), AsyncClient(service.address, a) as client:
+    service = with_tenants(tmp_path, daily_requests=3)
+    async with service.running(), service.client("a") as client:
         await client.generate("one", "a")
         asked = client.generate_all([("one", "b")] * items)
         if items == 2:
@@ -261,9 +247,9 @@ async def test_a_budget_has_room_for_the_whole_batch_or_refuses_it(tmp_path: Pat
 
 async def test_tokens_are_reserved_for_every_sample(tmp_path: Path) -> None:
     """Ten prompt tokens and ten new ones: a burst of 80 holds four samples, not five."""
-    service, a, _ = with_tenants(tmp_path, tokens_per_second=0.08, burst_seconds=1000)
+    service = with_tenants(tmp_path, tokens_per_second=0.08, burst_seconds=1000)
     sampled: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 11}
-    async with service.running(), AsyncClient(service.address, a) as client:
+    async with service.running(), service.client("a") as client:
         await client.generate("one", "a", n=4, **sampled)
         assert service.engine.running == 0
         error = await failure(client.generate("one", "b", n=4, **sampled))
@@ -272,7 +258,7 @@ async def test_tokens_are_reserved_for_every_sample(tmp_path: Path) -> None:
 
 
 async def test_a_batch_does_not_delay_another_tenants_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    service, a, b = with_tenants(tmp_path)
+    service = with_tenants(tmp_path)
     engine, queued_at, push = service.engine, list[int](), FairQueue.push
 
     def noted(queue: Any, line: Any, *arguments: Any, **named: Any) -> None:
@@ -281,7 +267,7 @@ async def test_a_batch_does_not_delay_another_tenants_request(tmp_path: Path, mo
         push(queue, line, *arguments, **named)
 
     monkeypatch.setattr(FairQueue, "push", noted)
-    async with service.running(), AsyncClient(service.address, a) as many, AsyncClient(service.address, b) as single:
+    async with service.running(), service.client("a") as many, service.client("b") as single:
         asked = asyncio.create_task(many.generate_all([("one", "a")] * 1000))
         await eventually(lambda: len(engine.begun) > 40)
         for _ in range(3):
@@ -294,8 +280,8 @@ async def test_a_batch_does_not_delay_another_tenants_request(tmp_path: Path, mo
 
 async def test_a_queued_batch_leaves_room_for_other_tenants(tmp_path: Path) -> None:
     """The queue holds a few of the batch's items, so others' requests find room and the next turn."""
-    service, a, b = with_tenants(tmp_path)
-    async with service.running(), AsyncClient(service.address, a) as many, AsyncClient(service.address, b) as single:
+    service = with_tenants(tmp_path)
+    async with service.running(), service.client("a") as many, service.client("b") as single:
         asked = asyncio.create_task(many.generate_all([("one", "a?")] * 1000))
         await eventually(lambda: service.engine.running == 8)
         assert service.scheduler.queued_by_tenant() == {}
@@ -329,7 +315,7 @@ async def test_n_samples_answer_one_request(service: Service, client: AsyncClien
     summary = answer.summary
     assert (summary.prompt_tokens, summary.completion_tokens) == (3 * len("a\nAnswer:"), 6)
     assert service.value("mtlora_requests_total", method="Generate", task="one", status="OK") == 1
-    rows = [row async for page in service.usage.read(0, 1 << 40, "total") for row in page]
+    rows = await service.used()
     assert (rows[0][3].requests, rows[0][3].completion_tokens) == (3, 6)
     # A single answer has no list of samples.
     assert not (await client.generate("one", "a")).samples
@@ -346,8 +332,8 @@ async def test_the_likeliest_samples_answer(service: Service, client: AsyncClien
 
 
 async def test_samples_hold_places_and_count_as_requests(tmp_path: Path) -> None:
-    service, a, _ = with_tenants(tmp_path, max_in_flight=2, max_queue=1, requests_per_second=0.01, burst_seconds=800)
-    async with service.running(), AsyncClient(service.address, a) as client:
+    service = with_tenants(tmp_path, max_in_flight=2, max_queue=1, requests_per_second=0.01, burst_seconds=800)
+    async with service.running(), service.client("a") as client:
         await client.generate("one", "a", n=3, temperature=1.0)
         never = await failure(client.generate("one", "a", n=4, temperature=1.0))
         assert (never.code, never.retry_after_s) == (grpc.StatusCode.RESOURCE_EXHAUSTED, None)
@@ -385,16 +371,11 @@ async def test_samples_in_a_batch(service: Service, client: AsyncClient) -> None
 
 
 async def test_a_batch_of_a_tenant_without_rights_says_so_for_each_item(tmp_path: Path) -> None:
-    service, a, _ = with_tenants(tmp_path, tasks=["t*"])
-    async with service.running(), AsyncClient(service.address, a) as client:
+    service = with_tenants(tmp_path, tasks=["t*"])
+    async with service.running(), service.client("a") as client:
         answers = await client.generate_all([("one", "a"), ("two", "b")])
         assert [outcome(each) for each in answers] == ["NOT_FOUND", "b"]
     async with service.running(), AsyncClient(service.address) as stranger:
         assert (await failure(stranger.generate_all([("two", "a")]))).code is grpc.StatusCode.UNAUTHENTICATED
     labels = {"method": "GenerateBatch", "task": "", "status": "UNAUTHENTICATED"}
     assert service.value("mtlora_requests_total", **labels) == 1
-    assert UNAUTHENTICATED.id == "unauthenticated"
-
-
-def test_the_contract_of_an_item() -> None:
-    assert pb.BatchItem.DESCRIPTOR.fields_by_name["status"].message_type.full_name == "google.rpc.Status"

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mtlora_pb.v1 import inference_pb2 as pb
+from mtlora_pb.v1 import inference_pb2_grpc
 from openinference_pb import grpc_predict_v2_pb2 as oip
 from openinference_pb import grpc_predict_v2_pb2_grpc
 from PIL import Image
 
-from benchmarks.harness.tenants import tenant, write_tenants
 from benchmarks.harness.waiting import eventually
-from mtlora.client import Access, AsyncClient, Classification, ServerError
+from mtlora.client import AsyncClient, Classification, ServerError
 from mtlora.suite.base import Example
 from mtlora.vision.images import ImageLimits
 from server.cli import main
@@ -82,8 +82,6 @@ async def test_several_tasks_answer_each_image(client: AsyncClient) -> None:
 async def test_tasks_that_prepare_alike_decode_once(
     service: Service, client: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from server.rpc import pictures
-
     sizes: list[int | None] = []
     decode = pictures.decode
 
@@ -225,36 +223,29 @@ async def test_usage_and_metrics_count_images(service: Service, client: AsyncCli
 
 
 async def test_quotas_come_before_any_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (key, limited), (other_key, free) = tenant("a", tokens_per_second=20, burst_seconds=1), tenant("b")
-    service = Service(max_in_flight=64, tenants=write_tenants(tmp_path / "tenants.yaml", limited, free))
+    limits = {"tokens_per_second": 20, "burst_seconds": 1}
+    service = Service.with_tenants(tmp_path, {"a": limits, "b": {}}, max_in_flight=64)
     with_pictures(service)
     decoded: list[int] = []
-    from server.rpc import pictures
-
     decode = pictures.decode
     monkeypatch.setattr(pictures, "decode", lambda *a, **b: decoded.append(1) or decode(*a, **b))
-    async with service.running(), AsyncClient(service.address, Access(key), retry=None) as client:
+    async with service.running(), service.client("a") as client:
         # Five positions an image: the first call empties the bucket.
         assert labels(await client.classify("colour", [RED] * 5)) == ["red"] * 5
         with pytest.raises(ServerError, match="tokens_per_second") as caught:
             await client.classify("colour", [RED])
         assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert len(decoded) == 5
-        async with AsyncClient(service.address, Access(other_key), retry=None) as other:
+        async with service.client("b") as other:
             assert labels(await other.classify("colour", [RED])) == ["red"]
 
 
 async def test_a_tenants_flood_of_images_does_not_keep_texts_waiting(tmp_path: Path) -> None:
     """Each engine has turns of its own."""
-    (key_a, entry_a), (key_b, entry_b) = tenant("a"), tenant("b")
-    service = Service(max_in_flight=4, tenants=write_tenants(tmp_path / "tenants.yaml", entry_a, entry_b))
+    service = Service.with_tenants(tmp_path, {"a": {}, "b": {}}, max_in_flight=4)
     engine = with_pictures(service)
     engine.hold = asyncio.Event()
-    async with (
-        service.running(),
-        AsyncClient(service.address, Access(key_a), retry=None) as flooding,
-        AsyncClient(service.address, Access(key_b), retry=None) as writing,
-    ):
+    async with service.running(), service.client("a") as flooding, service.client("b") as writing:
         flood = [asyncio.create_task(flooding.classify("colour", [RED])) for _ in range(5)]
         await eventually(lambda: engine.running == 4)
         assert (await writing.generate("one", "x", timeout=5)).text == "ab"
@@ -264,11 +255,10 @@ async def test_a_tenants_flood_of_images_does_not_keep_texts_waiting(tmp_path: P
 
 
 async def test_images_are_charged_by_their_positions(tmp_path: Path) -> None:
-    (key, entry_a) = tenant("a")
-    service = Service(max_in_flight=4, tenants=write_tenants(tmp_path / "tenants.yaml", entry_a))
+    service = Service.with_tenants(tmp_path, {"a": {}}, max_in_flight=4)
     service.servicer.classifier._position_cost = 0.5
     with_pictures(service)
-    async with service.running(), AsyncClient(service.address, Access(key)) as client:
+    async with service.running(), service.client("a") as client:
         await client.classify("colour", [RED, GREEN])
         assert service.value("mtlora_tenant_service_total", tenant="a") == pytest.approx(2 * POSITIONS * 0.5)
 
@@ -370,10 +360,6 @@ async def test_an_image_is_read_once_for_all_items_of_a_split_task(
 async def test_the_event_loop_goes_on_while_images_are_decoded(
     service: Service, client: AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import threading
-
-    from server.rpc import pictures
-
     go = threading.Event()
 
     def slow(*arguments: Any, **named: Any) -> Any:
@@ -460,8 +446,6 @@ async def refused(stub: Any, request: Any, reason: str) -> None:
 )
 async def test_any_image_has_an_answer_or_a_status(service: Service, image: pb.Image) -> None:
     async with grpc.aio.insecure_channel(service.address) as channel:
-        from mtlora_pb.v1 import inference_pb2_grpc
-
         stub = inference_pb2_grpc.InferenceStub(channel)
         reply = await stub.Classify(pb.ClassifyRequest(task_ids=["colour"], images=[image]))
     (found,) = reply.results

@@ -114,6 +114,7 @@ async def test_what_outlasts_the_grace_period_is_aborted() -> None:
             with pytest.raises(ServerError, match="UNAVAILABLE: the server stopped before the answer was complete"):
                 await unary
             assert await stream.code() is grpc.StatusCode.UNAVAILABLE
+        assert service.engine.running == 0
 
 
 @pytest.mark.slow

@@ -11,8 +11,7 @@ from server.registry.version import AdapterVersion
 from server.rpc.generation import Generation
 from server.telemetry.metrics import Metrics
 from tests.server.front import JOB, Front
-from tests.server.slots import serving_version
-from tests.server.test_residency import Loads
+from tests.server.slots import Loads, serving_version
 
 
 class OneTokenEngine:

@@ -3,7 +3,6 @@
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from server.app import App, StartError
 from server.cli.process import ServerProcess
 from server.settings import load_settings
 from tests.server.adapters import entry, write_adapter
+from tests.server.helpers import run_cli
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +29,8 @@ def adapters(short_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "server", "serve", "--port", "0", "--metrics-port", "0", *arguments],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return run_cli("serve", "--port", "0", "--metrics-port", "0", *arguments, timeout_s=120)
 
 
 def app(folder: Path, **settings: Any) -> App:

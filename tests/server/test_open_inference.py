@@ -3,7 +3,6 @@
 import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -15,7 +14,6 @@ from mtlora_pb.v1 import inference_pb2 as native
 from openinference_pb import grpc_predict_v2_pb2 as pb
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
-from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import ServerError
 from server.job import ServedTask
 from server.rpc.adapters_service import AdaptersServicer
@@ -23,15 +21,13 @@ from server.rpc.openinference import Repository, parameters, tensors
 from server.scheduling.admission import State
 from tests.server.adapters import entry
 from tests.server.fakes import Service
-from tests.server.test_answer_types import with_types
+from tests.server.typed import LABEL, with_types
 
 
 @pytest.fixture
 async def service() -> AsyncIterator[Service]:
     async with Service().running() as service:
-        pair = ServedTask(entry("pair", template="{first} {second}"), "alpha", "1", slot=None)
-        catalog = service.servicer.catalog
-        object.__setattr__(catalog, "tasks", MappingProxyType({**catalog.tasks, "pair": pair}))
+        service.serve(ServedTask(entry("pair", template="{first} {second}"), "alpha", "1", slot=None))
         yield service
 
 
@@ -216,16 +212,14 @@ async def test_scored_outputs_take_no_sampling(service: Service, stub: Any, outp
 
 async def test_a_scored_element_takes_one_place(tmp_path: Path) -> None:
     """The task's own best_of counts for generated answers alone."""
-    key, entry_a = tenant("a", requests_per_second=0.01, burst_seconds=300)
-    async with Service(tenants=write_tenants(tmp_path / "tenants.yaml", entry_a)).running() as service:
+    limits = {"requests_per_second": 0.01, "burst_seconds": 300}
+    async with Service.with_tenants(tmp_path, {"a": limits}).running() as service:
         with_types(service)
-        tasks = service.servicer.catalog.tasks
-        spec = entry("label", answer=tasks["label"].spec.answer, defaults={"temperature": 1.0, "n": 2, "best_of": 8})
-        several = ServedTask(spec, "alpha", "1", slot=None)
-        object.__setattr__(service.servicer.catalog, "tasks", MappingProxyType({**tasks, "label": several}))
+        spec = entry("label", answer=LABEL, defaults={"temperature": 1.0, "n": 2, "best_of": 8})
+        service.serve(ServedTask(spec, "alpha", "1", slot=None))
         async with grpc.aio.insecure_channel(service.address) as channel:
             stub = grpc_predict_v2_pb2_grpc.GRPCInferenceServiceStub(channel)
-            reply = await stub.ModelInfer(scored("x", "y"), metadata=[("authorization", f"Bearer {key}")])
+            reply = await stub.ModelInfer(scored("x", "y"), metadata=service.access("a").metadata())
     assert [each.name for each in reply.outputs] == ["label", "probabilities"]
 
 
@@ -265,13 +259,12 @@ async def test_refuses_what_the_native_service_refuses(stub: Any) -> None:
 
 
 async def test_tenants_see_their_models_and_admins_change_them(tmp_path: Path) -> None:
-    key, entry_a = tenant("a", tasks=["one"], requests_per_second=0.01, burst_seconds=400)
-    admin_key, entry_admin = tenant("root", admin=True)
-    path = write_tenants(tmp_path / "tenants.yaml", entry_a, entry_admin)
+    tenants = {"a": {"tasks": ["one"], "requests_per_second": 0.01, "burst_seconds": 400}, "root": {"admin": True}}
     load, unload = pb.RepositoryModelLoadRequest, pb.RepositoryModelUnloadRequest
-    async with Service(tenants=path).running() as service, grpc.aio.insecure_channel(service.address) as channel:
+    made = Service.with_tenants(tmp_path, tenants)
+    async with made.running() as service, grpc.aio.insecure_channel(service.address) as channel:
         stub = grpc_predict_v2_pb2_grpc.GRPCInferenceServiceStub(channel)
-        a, admin = ((("authorization", f"Bearer {each}"),) for each in (key, admin_key))
+        a, admin = (service.access(name).metadata() for name in ("a", "root"))
         assert (await stub.ServerReady(pb.ServerReadyRequest())).ready
         assert (await failure(stub, infer("x"))).code is grpc.StatusCode.UNAUTHENTICATED
         index = await stub.RepositoryIndex(pb.RepositoryIndexRequest(), metadata=a)

@@ -24,22 +24,17 @@ class Fleet:
     """A server behind a gateway, with a tenant, a stranger and an admin who have keys of their own."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
-        self.keys: dict[str, str] = {}
-        entries = []
-        for name, fields in {
+        tenants: dict[str, dict[str, Any]] = {
             "gateway": {"tasks": [], "speaks_for": ["acme*", "root"], "certificates": ["URI:spiffe://cluster/gateway"]},
             "acme": {"tasks": ["one"]},
             "bolt": {},
             "root": {"admin": True},
-        }.items():
-            self.keys[name], entry = tenant(name, **fields)
-            entries.append(entry)
-        path = write_tenants(folder / "tenants.yaml", *entries, objectives=OBJECTIVES)
-        self.service = Service(tenants=path, **settings)
+        }
+        self.service = Service.with_tenants(folder, tenants, objectives=OBJECTIVES, **settings)
 
     async def tasks(self, *headers: tuple[str, str], key: str = "", channel: Any = None) -> set[str] | grpc.StatusCode:
         """The tasks that a caller sees, or the status that it gets."""
-        authorization = (("authorization", f"Bearer {self.keys[key]}"),) if key else ()
+        authorization = self.service.access(key).metadata() if key else ()
         try:
             async with channel or grpc.aio.insecure_channel(self.service.address) as open_channel:
                 stub = inference_pb2_grpc.InferenceStub(open_channel)

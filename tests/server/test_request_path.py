@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness.tenants import tenant, write_tenants
-from mtlora.client import Access, Client
+from mtlora.client import Client
 from server.engine import Engine
 from server.job import ServedTask
 from server.registry.catalog import Catalog
@@ -88,8 +87,7 @@ async def test_a_request_passes_few_files(
 ) -> None:
     """A unary call of a tenant with a key, on a server that has answered one before. One with limits has a deadline."""
     recorder = Recorder()
-    key, tenant_entry = tenant("a", **limits)
-    service = Service(tenants=write_tenants(tmp_path / "tenants.yaml", tenant_entry))
+    service = Service.with_tenants(tmp_path, {"a": limits})
     engine = Engine(service.settings, tmp_path, lambda _: None)
     engine._llm = async_llm(recorder)
     service.use(engine)
@@ -105,7 +103,7 @@ async def test_a_request_passes_few_files(
 
     monkeypatch.setattr(CallInterceptor, "_answer", recorded)
     async with service.running():
-        with Client(service.address, Access(key)) as client:
+        with Client(service.address, service.access("a")) as client:
             for _ in range(2):
                 reply = await asyncio.to_thread(client.generate, "one", "x", timeout=10 if limits else None)
     assert reply.text == "x"

@@ -3,8 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import grpc
 import pytest
@@ -16,31 +15,7 @@ from server.registry.adapters import _compile_types
 from server.registry.residency import Residency
 from server.registry.version import AdapterVersion, NoRoomError, Stage, StageError
 from tests.server.adapters import entry
-from tests.server.slots import serving_version
-
-
-class Loads:
-    """An engine's memory: what is in it, and loads that a test holds up or lets fail."""
-
-    def __init__(self) -> None:
-        self.held: list[str] = []
-        self.most = 0
-        self.gate: dict[str, asyncio.Event] = {}
-        self.refuse: set[str] = set()
-
-    async def load(self, folder: Path, slots: Sequence[Any]) -> None:
-        name = slots[0].lora_name
-        if name in self.gate:
-            await self.gate[name].wait()
-        await asyncio.sleep(0)
-        if name in self.refuse:
-            raise AdapterError("no")
-        assert name not in self.held
-        self.held.append(name)
-        self.most = max(self.most, len(self.held))
-
-    async def unload(self, slots: Sequence[Any]) -> None:
-        self.held.remove(slots[0].lora_name)
+from tests.server.slots import Loads, serving_version
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from server.job import Delta, GenerationJob
 from server.telemetry.genai import GenAIMetrics
 from server.telemetry.tracing import Tracer
 from tests.server.fakes import Service
-from tests.server.test_answer_types import Scripted, with_types
+from tests.server.typed import Scripted, with_types
 
 
 class Caching(Scripted):
@@ -43,8 +43,7 @@ async def test_every_account_counts_one_request(task: str) -> None:
     assert len(service.engine.jobs) > 1
     prompt, completion = summary.prompt_tokens, summary.completion_tokens
     assert summary.cached_tokens == prompt - 1
-    used = [row async for page in service.usage.read(0, 2**40, "total") for row in page]
-    assert [row[3] for row in used] == [UsageCounts(1, prompt, prompt - 1, completion)]
+    assert [row[3] for row in await service.used()] == [UsageCounts(1, prompt, prompt - 1, completion)]
     assert service.value("mtlora_prompt_tokens_total", task=task) == prompt
     assert service.value("mtlora_completion_tokens_total", task=task) == completion
     for histogram in ("queue", "time_to_first_token", "request"):

@@ -3,11 +3,9 @@
 import asyncio
 import contextlib
 import json
-import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from itertools import pairwise
-from types import MappingProxyType
 
 import grpc
 import pytest
@@ -31,12 +29,6 @@ from tests.server.fakes import Service
 async def service() -> AsyncIterator[Service]:
     async with Service().running() as service:
         yield service
-
-
-@pytest.fixture
-async def client(service: Service) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(service.address) as client:
-        yield client
 
 
 async def ask(client: AsyncClient, *, stream: bool, timeout: float | None = None) -> None:
@@ -77,8 +69,7 @@ def with_marker(service: Service) -> None:
     """Give task one an answer marker, and the engine an answer with working."""
     served = service.servicer.catalog.tasks["one"]
     spec = served.spec.model_copy(update={"answer_marker": "=>"})
-    tasks = {**service.servicer.catalog.tasks, "one": replace(served, spec=spec)}
-    service.servicer.catalog = replace(service.servicer.catalog, tasks=MappingProxyType(tasks))
+    service.serve(replace(served, spec=spec))
     service.engine.deltas = list(WORKED)
 
 
@@ -239,24 +230,6 @@ async def test_a_deadline_aborts_the_sequence(service: Service, client: AsyncCli
     )
 
 
-async def test_requests_beyond_the_grace_period_are_aborted(service: Service, client: AsyncClient) -> None:
-    service.engine.hold = asyncio.Event()
-    unary = asyncio.create_task(client.generate("one", "x"))
-    stub = inference_pb2_grpc.InferenceStub(client._channel)
-    stream = stub.GenerateStream(make_request("one", "x"))
-    await stream.read()
-    await eventually(lambda: service.engine.running == 2)
-    service.admission.state = State.DRAINING
-    assert not await service.admission.drained(0.05)
-    service.admission.abort_running()
-    assert await service.admission.drained(5)
-    with pytest.raises(ServerError) as raised:
-        await unary
-    assert raised.value.code is grpc.StatusCode.UNAVAILABLE
-    assert await stream.code() is grpc.StatusCode.UNAVAILABLE
-    assert service.engine.running == 0
-
-
 @pytest.mark.parametrize(("given", "kept"), [("my-id.1", True), ("x" * 65, False), ("-dash first", False), ("", False)])
 async def test_keeps_sane_request_ids_and_replaces_others(client: AsyncClient, given: str, kept: bool) -> None:
     stub = inference_pb2_grpc.InferenceStub(client._channel)
@@ -293,16 +266,10 @@ async def test_a_large_input_is_counted_in_full(client: AsyncClient) -> None:
 
 
 @pytest.mark.parametrize("log_prompts", [False, True])
-async def test_logs_prompts_only_on_demand(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, log_prompts: bool
-) -> None:
-    root = logging.getLogger("mtlora.server")
-    monkeypatch.setattr(root, "propagate", True)
-    monkeypatch.setattr(root, "level", logging.INFO)
-    logging.getLogger("mtlora.server.request").manager._clear_cache()  # type: ignore[attr-defined]
+async def test_logs_prompts_only_on_demand(server_log: pytest.LogCaptureFixture, log_prompts: bool) -> None:
     async with Service(log_prompts=log_prompts).running() as service, AsyncClient(service.address) as client:
         answer = await client.generate("one", "confidential")
-    lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
+    lines = [json.loads(JsonFormatter().format(record)) for record in server_log.records]
     assert ("confidential" in json.dumps(lines)) is log_prompts
     (line,) = [line for line in lines if line["message"] == "request"]
     assert line["request_id"] == answer.summary.request_id

@@ -1,9 +1,6 @@
 """One real server with TLS and tenants, on the real engine, which fails at last. The tests run in this order."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +17,7 @@ from mtlora.client import Access, Client, ServerError
 from mtlora.client.metrics_page import MetricsPage
 from server.cli.process import ServerProcess
 from tests.faults._certificates import authority, issue
-from tests.server.helpers import LONG
+from tests.server.helpers import LONG, run_cli
 
 
 @dataclass
@@ -110,14 +107,11 @@ def test_refuses_a_request_above_its_quota(secured: Secured) -> None:
 def test_commands_take_keys_and_tls(secured: Secured, tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text(secured.keys["a"] + "\n")
-    command = [sys.executable, "-m", "server", "ask", "open", "Once", "--address", secured.server.address]
-    command += ["--tls-ca", str(secured.ca)]
+    command = ("ask", "open", "Once", "--address", secured.server.address, "--tls-ca", str(secured.ca))
     with secured.client("b") as b:
         expected = b.generate("open", "Once").text
-    done = subprocess.run([*command, "--api-key-file", str(file)], capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == expected
-    environment = {**os.environ, "MTLORA_API_KEY": "mtk_00000000_nonsense-nonsense"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert run_cli(*command, "--api-key-file", str(file)).stdout.strip() == expected
+    done = run_cli(*command, MTLORA_API_KEY="mtk_00000000_nonsense-nonsense")
     assert done.returncode == 1
     assert "UNAUTHENTICATED" in done.stderr
 

@@ -13,9 +13,7 @@ import pytest
 from server.registry.mirror import Mirror
 from server.registry.source import scan
 from server.registry.storage import Beat, Storage
-from tests.server.test_registry import Home, home, write
-
-__all__ = ["home"]
+from tests.server.home import Home, write
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from mtlora_pb.v1 import inference_pb2_grpc
 from openinference_pb import grpc_predict_v2_pb2 as open_pb
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
-from benchmarks.harness.tenants import tenant, write_tenants
 from benchmarks.harness.waiting import eventually
 from mtlora.client import Access, AsyncClient
 from server.errors import task_not_found
@@ -53,9 +52,8 @@ async def secured(folder: Path, **fields: Any) -> AsyncIterator[tuple[Service, A
         for name in ("request_timeout_s", "max_anonymous_calls", "max_num_seqs")
         if name in fields
     }
-    key, written = tenant("a", **fields)
-    async with Service(tenants=write_tenants(folder / "tenants.yaml", written), **settings).running() as service:
-        yield service, Access(api_key=key)
+    async with Service.with_tenants(folder, {"a": fields}, **settings).running() as service:
+        yield service, service.access("a")
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from openinference_pb import grpc_predict_v2_pb2_grpc
 
 from benchmarks.harness.tenants import tenant, write_tenants
 from benchmarks.harness.waiting import eventually
-from mtlora.client import Access, AsyncClient, ServerError, make_request
+from mtlora.client import ServerError, make_request
 from mtlora.prompt import PromptEncoder
 from server.errors import RequestFailedError
 from server.job import Lane, ServedTask
@@ -47,15 +47,9 @@ class Limited:
     """A server with tenant a, with these limits, and tenant b, without any."""
 
     def __init__(self, folder: Path, turns: int = 8, **limits: Any) -> None:
-        self.key_a, entry_a = tenant("a", **limits)
-        self.key_b, entry_b = tenant("b")
-        path = write_tenants(folder / "tenants.yaml", entry_a, entry_b)
-        self.service = Service(max_in_flight=500, turns=turns, tenants=path)
+        self.service = Service.with_tenants(folder, {"a": limits, "b": {}}, max_in_flight=500, turns=turns)
         self.gate = Gate()
         self.service.engine.prompts = PromptEncoder(self.gate)
-
-    def client(self, key: str) -> AsyncClient:
-        return AsyncClient(self.service.address, Access(api_key=key))
 
     async def infer(self, *texts: str, **parameters: int) -> ServerError | pb.ModelInferResponse:
         """What a batch of tenant a's ends in."""
@@ -67,7 +61,7 @@ class Limited:
         async with grpc.aio.insecure_channel(self.service.address) as channel:
             stub = grpc_predict_v2_pb2_grpc.GRPCInferenceServiceStub(channel)
             try:
-                return await stub.ModelInfer(request, metadata=[("authorization", f"Bearer {self.key_a}")])
+                return await stub.ModelInfer(request, metadata=self.service.access("a").metadata())
             except grpc.aio.AioRpcError as error:
                 return ServerError(error)
 
@@ -82,7 +76,7 @@ async def code_of(call: Any) -> grpc.StatusCode:
 
 async def test_tokenizing_is_bounded_and_fair_among_tenants(tmp_path: Path) -> None:
     limited = Limited(tmp_path, max_in_flight=2, max_queue=4)
-    async with limited.service.running(), limited.client(limited.key_a) as a, limited.client(limited.key_b) as b:
+    async with limited.service.running(), limited.service.client("a") as a, limited.service.client("b") as b:
         flood = [asyncio.create_task(code_of(a.generate("one", "a" * LARGE))) for _ in range(60)]
         await eventually(lambda: sum(each.done() for each in flood) == 54)
         assert {each.result() for each in flood if each.done()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
@@ -101,7 +95,7 @@ async def test_a_document_is_tokenized_once_its_call_has_a_place(tmp_path: Path)
     spec = entry("who", document_template="D:{document}", template="?", max_new_tokens=4)
     task = ServedTask(spec, "alpha", "1", slot=None, activation="task")
     limited.service.servicer.catalog = Catalog(MappingProxyType({"who": task}))
-    async with limited.service.running(), limited.client(limited.key_a) as a:
+    async with limited.service.running(), limited.service.client("a") as a:
         flood = [asyncio.create_task(code_of(a.analyze_all(["who"], "a" * LARGE))) for _ in range(20)]
         await eventually(lambda: sum(each.done() for each in flood) == 14)
         assert {each.result() for each in flood if each.done()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
@@ -113,7 +107,7 @@ async def test_a_document_is_tokenized_once_its_call_has_a_place(tmp_path: Path)
 async def test_refuses_what_cannot_fit_before_tokenizing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limited = Limited(tmp_path)
     monkeypatch.setattr(limited.service.engine.prompts, "_most_bytes_per_token", 10)
-    async with limited.service.running(), limited.client(limited.key_a) as a:
+    async with limited.service.running(), limited.service.client("a") as a:
         with pytest.raises(ServerError) as raised:
             await a.generate("one", "a" * LARGE)
     assert raised.value.code is grpc.StatusCode.INVALID_ARGUMENT
@@ -175,7 +169,7 @@ async def test_long_answers_are_paid_for_before_they_begin(tmp_path: Path, strea
     limited = Limited(tmp_path, turns=32, tokens_per_second=0.02, burst_seconds=2000)
     service = limited.service
     service.engine.hold = asyncio.Event()
-    async with service.running(), limited.client(limited.key_a) as a:
+    async with service.running(), limited.service.client("a") as a:
 
         async def ask() -> None:
             if stream:
@@ -198,7 +192,7 @@ async def test_a_cancelled_call_returns_its_places_and_tokens(tmp_path: Path) ->
     limited = Limited(tmp_path, tokens_per_second=0.04, burst_seconds=2500, max_in_flight=1, max_queue=0)
     service = limited.service
     service.engine.hold = asyncio.Event()
-    async with service.running(), limited.client(limited.key_a) as a:
+    async with service.running(), limited.service.client("a") as a:
         for _ in range(3):
             asked = asyncio.create_task(a.generate("one", "x", max_new_tokens=50))
             await eventually(lambda: service.engine.running == 1)

@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import re
 import secrets
@@ -298,18 +297,9 @@ def test_an_expiry_is_a_date_or_a_moment_with_a_zone(tmp_path: Path, expires: st
         read_tenants(path)
 
 
-class Two:
+def two_tenants(folder: Path, **fields: Any) -> Service:
     """A server with tenants a, which may ask `one`, and b, which may ask everything."""
-
-    def __init__(self, folder: Path, **fields: Any) -> None:
-        self.path = folder / "tenants.yaml"
-        self.key_a, self.entry_a = tenant("a", tasks=["one"], **fields)
-        self.key_b, self.entry_b = tenant("b", tasks=["*"])
-        write_tenants(self.path, self.entry_a, self.entry_b)
-        self.service = Service(tenants=self.path)
-
-    def client(self, key: str | None) -> AsyncClient:
-        return AsyncClient(self.service.address, Access(api_key=key))
+    return Service.with_tenants(folder, {"a": {"tasks": ["one"], **fields}, "b": {"tasks": ["*"]}})
 
 
 async def refusal(client: AsyncClient, task_id: str = "one", **parameters: Any) -> ServerError:
@@ -319,16 +309,16 @@ async def refusal(client: AsyncClient, task_id: str = "one", **parameters: Any) 
 
 
 async def test_wrong_keys_are_unauthenticated(tmp_path: Path) -> None:
-    two = Two(tmp_path)
-    async with two.service.running():
-        for key in (None, "nonsense", two.key_a[:-1] + "-", new_key()[0]):
-            async with two.client(key) as client:
+    two = two_tenants(tmp_path)
+    async with two.running():
+        for key in (None, "nonsense", two.keys["a"][:-1] + "-", new_key()[0]):
+            async with AsyncClient(two.address, Access(key), retry=None) as client:
                 assert (await refusal(client)).code is grpc.StatusCode.UNAUTHENTICATED
-        for key in (two.key_a, two.key_b):
-            async with two.client(key) as client:
+        for key in (two.keys["a"], two.keys["b"]):
+            async with AsyncClient(two.address, Access(key), retry=None) as client:
                 assert (await client.generate("one", "x")).text == "ab"
-    assert two.service.value("mtlora_tenant_requests_total", tenant="a", status="OK") == 1
-    tokens = [two.service.value("mtlora_tenant_tokens_total", tenant="a", kind=k) for k in ("prompt", "completion")]
+    assert two.value("mtlora_tenant_requests_total", tenant="a", status="OK") == 1
+    tokens = [two.value("mtlora_tenant_tokens_total", tenant="a", kind=k) for k in ("prompt", "completion")]
     assert tokens == [len("x\nAnswer:"), 2]
 
 
@@ -337,14 +327,14 @@ async def test_wrong_keys_are_unauthenticated(tmp_path: Path) -> None:
 )
 async def test_every_method_but_probes_needs_a_key(tmp_path: Path, method: Any) -> None:
     path = f"/{method.containing_service.full_name}/{method.name}"
-    async with Two(tmp_path).service.running() as service, grpc.aio.insecure_channel(service.address) as channel:
+    async with two_tenants(tmp_path).running() as service, grpc.aio.insecure_channel(service.address) as channel:
         call = (channel.unary_stream if method.server_streaming else channel.unary_unary)(path)(b"")
         assert (await call.code() is grpc.StatusCode.UNAUTHENTICATED) == (path not in PROBES)
 
 
 async def test_a_forbidden_task_looks_like_an_unknown_one(tmp_path: Path) -> None:
-    two = Two(tmp_path)
-    async with two.service.running(), two.client(two.key_a) as a, two.client(two.key_b) as b:
+    two = two_tenants(tmp_path)
+    async with two.running(), two.client("a") as a, two.client("b") as b:
         # `two` is served, `tow` is not. For tenant a, the errors differ in the id alone.
         errors = [await refusal(a, task_id) for task_id in ("two", "tow")]
         said = [(e.code, e.message.replace(e.resource or "?", "ID"), e.violations, e.quotas) for e in errors]
@@ -355,26 +345,26 @@ async def test_a_forbidden_task_looks_like_an_unknown_one(tmp_path: Path) -> Non
         listing = inference_pb2.ListTasksRequest()
         tasks = [list((await client._stub.ListTasks(listing, metadata=client._metadata)).tasks) for client in (a, b)]
         assert [[task.id for task in each] for each in tasks] == [["one"], ["one", "two"]]
-    assert two.service.value("mtlora_requests_total", method="Generate", task="two", status="NOT_FOUND") == 0
-    assert two.service.value("mtlora_requests_total", method="Generate", task="unknown", status="NOT_FOUND") == 3
+    assert two.value("mtlora_requests_total", method="Generate", task="two", status="NOT_FOUND") == 0
+    assert two.value("mtlora_requests_total", method="Generate", task="unknown", status="NOT_FOUND") == 3
 
 
 async def test_a_revoked_key_is_refused_after_the_reload(tmp_path: Path) -> None:
-    two = Two(tmp_path)
-    async with two.service.running(), two.client(two.key_a) as a, two.client(two.key_b) as b:
+    two = two_tenants(tmp_path)
+    async with two.running(), two.client("a") as a, two.client("b") as b:
         await a.generate("one", "x")
         key, entry = tenant("a", tasks=["one", "two"])
-        write_tenants(two.path, entry, two.entry_b)
-        await two.service.directory.reload_if_changed()
+        write_tenants(tmp_path / "tenants.yaml", entry, two.entries["b"])
+        await two.directory.reload_if_changed()
         assert (await refusal(a)).code is grpc.StatusCode.UNAUTHENTICATED
         await b.generate("one", "x")
-        async with two.client(key) as fresh:
+        async with AsyncClient(two.address, Access(key), retry=None) as fresh:
             await fresh.generate("two", "x")
 
 
 async def test_a_quota_refusal_names_the_quota_and_when_to_retry(tmp_path: Path) -> None:
-    two = Two(tmp_path, requests_per_second=0.5, burst_seconds=2)
-    async with two.service.running(), two.client(two.key_a) as a, two.client(two.key_b) as b:
+    two = two_tenants(tmp_path, requests_per_second=0.5, burst_seconds=2)
+    async with two.running(), two.client("a") as a, two.client("b") as b:
         await a.generate("one", "x")
         error = await refusal(a)
         assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -385,14 +375,14 @@ async def test_a_quota_refusal_names_the_quota_and_when_to_retry(tmp_path: Path)
 
 
 async def test_each_tenant_has_its_own_salt_for_the_prefix_cache(tmp_path: Path) -> None:
-    two = Two(tmp_path)
-    async with two.service.running(), two.client(two.key_a) as a, two.client(two.key_b) as b:
+    two = two_tenants(tmp_path)
+    async with two.running(), two.client("a") as a, two.client("b") as b:
         for client in (a, b):
             await client.generate("one", "x")
-        write_tenants(two.path, two.entry_a, two.entry_b, share_prefix_cache=True)
-        await two.service.directory.reload_if_changed()
+        write_tenants(tmp_path / "tenants.yaml", two.entries["a"], two.entries["b"], share_prefix_cache=True)
+        await two.directory.reload_if_changed()
         await a.generate("one", "x")
-    assert [job.cache_salt for job in two.service.engine.jobs] == ["a", "b", None]
+    assert [job.cache_salt for job in two.engine.jobs] == ["a", "b", None]
 
 
 async def test_without_a_file_every_caller_is_the_open_tenant() -> None:
@@ -402,27 +392,21 @@ async def test_without_a_file_every_caller_is_the_open_tenant() -> None:
     assert service.value("mtlora_tenant_requests_total", tenant="open", status="OK") == 1
 
 
-async def test_neither_keys_nor_texts_reach_the_log(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = logging.getLogger("mtlora.server")
-    monkeypatch.setattr(root, "propagate", True)
-    monkeypatch.setattr(root, "level", logging.INFO)
-    root.manager._clear_cache()  # type: ignore[attr-defined]
-    two = Two(tmp_path)
-    async with two.service.running(), two.client(two.key_a) as a, two.client(two.key_b) as b:
+async def test_neither_keys_nor_texts_reach_the_log(tmp_path: Path, server_log: pytest.LogCaptureFixture) -> None:
+    two = two_tenants(tmp_path)
+    async with two.running(), two.client("a") as a, two.client("b") as b:
         await a.generate("one", "confidential")
         # An exception's message may contain the text that a tenant sent.
-        two.service.engine.error = RuntimeError("could not do 'confidential'")
+        two.engine.error = RuntimeError("could not do 'confidential'")
         assert (await refusal(b)).code is grpc.StatusCode.INTERNAL
-    lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
+    lines = [json.loads(JsonFormatter().format(record)) for record in server_log.records]
     assert [line["tenant"] for line in lines if line["message"] == "request"] == ["a", "b"]
     (internal,) = [line for line in lines if line["message"] == "internal error"]
     assert internal["error"] == "RuntimeError"
     assert any("fakes.py" in where for where in internal["where"])
     written = json.dumps(lines)
     assert "confidential" not in written
-    assert two.key_a[-20:] not in written
+    assert two.keys["a"][-20:] not in written
 
 
 async def test_client_certificates_name_tenants(tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ from openinference_pb import grpc_predict_v2_pb2 as oip
 from openinference_pb import grpc_predict_v2_pb2_grpc
 from PIL import Image
 
-from benchmarks.harness.tenants import tenant, write_tenants
 from benchmarks.harness.waiting import eventually
-from mtlora.client import Access, AsyncClient, Client, ServerError
+from mtlora.client import AsyncClient, Client, ServerError
 from mtlora.client.messages import make_request
 from server.cli import main
 from server.errors import EngineDeadError
@@ -154,18 +153,17 @@ async def test_tasks_say_what_they_take(client: AsyncClient) -> None:
 
 
 async def test_quotas_and_usage_count_soft_tokens_as_tokens_of_the_prompt(tmp_path: Path) -> None:
-    key, entry_a = tenant("a", tokens_per_second=0.02, burst_seconds=2500)
-    admin_key, admin_entry = tenant("root", admin=True)
-    service = Service(max_in_flight=4, tenants=write_tenants(tmp_path / "tenants.yaml", entry_a, admin_entry))
+    limits = {"tokens_per_second": 0.02, "burst_seconds": 2500}
+    service = Service.with_tenants(tmp_path, {"a": limits, "root": {"admin": True}}, max_in_flight=4)
     with_pictures(service, described_task("ask", max_new_tokens=8))
-    async with service.running(), AsyncClient(service.address, Access(key), retry=None) as client:
+    async with service.running(), service.client("a") as client:
         # 50 tokens in the bucket: 7 of the prompt and 2 of the answer a request, 15 set aside before.
         for _ in range(4):
             assert (await client.generate("ask", "What", image=RED)).summary.prompt_tokens == 7
         with pytest.raises(ServerError) as refused:
             await client.generate("ask", "What", image=RED)
         assert refused.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    async with service.running(), AsyncClient(service.address, Access(admin_key)) as admin:
+    async with service.running(), service.client("root") as admin:
         (row,) = [each async for each in await admin.usage(by="total")]
         assert (row.requests, row.prompt_tokens, row.completion_tokens) == (4, 28, 8)
 

@@ -17,19 +17,16 @@ from hypothesis import strategies as st
 from mtlora_pb.v1 import adapters_pb2 as pb
 from mtlora_pb.v1 import adapters_pb2_grpc
 
-from benchmarks.harness.tenants import tenant, write_tenants
 from benchmarks.harness.waiting import eventually
 from mtlora.cli import main
-from mtlora.client import Access, AsyncClient, Client, ServerError
+from mtlora.client import AsyncClient, Client, ServerError
 from mtlora.client.errors import server_errors
 from mtlora.client.upload import Upload
 from server import cli
 from server.registry.storage import Storage
 from server.registry.uploads import Uploads
 from tests.server.fakes import Service
-from tests.server.test_registry import Home, home, write
-
-__all__ = ["home"]
+from tests.server.home import Home, write
 
 MAX_BYTES = 1 << 20
 
@@ -345,17 +342,16 @@ async def test_download_of_a_missing_manifest_is_not_found(service: Service, hom
 
 async def test_only_admins_upload_and_each_upload_is_written_down(home: Home, made: Path, tmp_path: Path) -> None:
     await home.open()
-    (admin, admins), (other, others) = tenant("operator", admin=True), tenant("other")
-    path = write_tenants(tmp_path / "tenants.yaml", admins, others)
-    service = Service(tenants=path, audit_log=str(tmp_path / "audit"))
+    tenants = {"operator": {"admin": True}, "other": {}}
+    service = Service.with_tenants(tmp_path, tenants, audit_log=str(tmp_path / "audit"))
     service.adapters.registry, service.adapters.uploads = home.registry, uploads(home)
     async with service.running():
-        async with AsyncClient(service.address, Access(other)) as client:
+        async with service.client("other") as client:
             for call in (client.upload_adapter(made, "a"), client.download_manifest("a")):
                 with pytest.raises(ServerError, match="PERMISSION_DENIED"):
                     await call
         assert unfinished(home) == []
-        async with AsyncClient(service.address, Access(admin)) as client:
+        async with service.client("operator") as client:
             await client.upload_adapter(made, "a")
     lines = [json.loads(line) for line in (tmp_path / "audit").read_text().splitlines()]
     mine = [line for line in lines if line["method"].endswith("Upload") and line["tenant"] == "operator"]

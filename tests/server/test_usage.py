@@ -22,19 +22,17 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from openinference_pb import grpc_predict_v2_pb2 as oi
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
-from benchmarks.harness.tenants import tenant, write_tenants
 from benchmarks.harness.waiting import eventually
-from mtlora.client import Access, AsyncClient, Client, ServerError
+from mtlora.client import Client, ServerError
 from server.accounting import Usage, UsageCounts, UsageError
 from server.accounting.journal import Journal, Record, parse
-from server.accounting.totals import Row
 from server.cli import main
 from server.job import Delta
 from server.rpc import encoding
 from server.rpc.generation import Generation
 from server.telemetry.metrics import Metrics
 from server.tenants import Tenant
-from tests.server.fakes import Service
+from tests.server.fakes import Service, usage_rows
 from tests.server.front import Clock
 
 NOON = int(datetime(2026, 11, 30, 12, tzinfo=UTC).timestamp())
@@ -44,11 +42,6 @@ ids = st.from_regex(r"[a-z0-9_.\-]{1,20}", fullmatch=True)
 records = st.builds(
     Record, st.integers(0, 2**33), ids, ids, st.builds(UsageCounts, *(st.integers(0, 2**40) for _ in range(4)))
 )
-
-
-async def total(usage: Usage, granularity: str = "total", span: tuple[int, int] = ALWAYS) -> list[Row]:
-    """(period's begin, tenant, task, counts) of everything recorded."""
-    return [row async for page in usage.read(*span, granularity) for row in page]
 
 
 @given(st.lists(records, max_size=8), st.data())
@@ -99,7 +92,9 @@ async def test_every_record_counts_once_across_restarts_and_files(
             recorded += 1
             if number == summing_up:
                 await usage._in_thread(usage._totals.sum_up, usage._journal)
-        assert await total(usage) == [(0, "a", "one", UsageCounts(recorded, 10 * recorded, 5 * recorded, 2 * recorded))]
+        assert await usage_rows(usage) == [
+            (0, "a", "one", UsageCounts(recorded, 10 * recorded, 5 * recorded, 2 * recorded))
+        ]
         if summing_up % 2:
             usage.record("a", "one", UsageCounts(1, 10, 5, 2))
             recorded += 1
@@ -115,8 +110,8 @@ async def test_a_failure_while_summing_up_counts_nothing_twice(tmp_path: Path, m
     with monkeypatch.context() as patch:
         patch.setattr("server.accounting.totals._ADD_SPENT", "INSERT INTO nowhere VALUES (?, ?, ?, ?)")
         with pytest.raises(Exception, match="nowhere"):
-            await total(usage)
-    assert await total(usage) == [(0, "a", "one", UsageCounts(1, 2, 0, 3))]
+            await usage_rows(usage)
+    assert await usage_rows(usage) == [(0, "a", "one", UsageCounts(1, 2, 0, 3))]
 
 
 KILLED = """
@@ -153,7 +148,7 @@ async def test_usage_outlives_a_kill_and_a_folder_has_one_server(tmp_path: Path)
     process.communicate("\n")
     assert process.returncode == -9
     usage = Usage(folder, Metrics())
-    assert await total(usage) == [(0, "a", "one", UsageCounts(1000, 3000, 1000, 2000))]
+    assert await usage_rows(usage) == [(0, "a", "one", UsageCounts(1000, 3000, 1000, 2000))]
     usage.close()
 
 
@@ -167,17 +162,21 @@ async def test_periods_are_those_of_utc_at_the_time_of_each_call(tmp_path: Path)
     clock.now = NOON - 3600
     usage.record("a", "two", UsageCounts(1, 1, 0, 1))
     midnight = NOON + 12 * 3600
-    one = [(row[0], row[3].requests) for row in await total(usage, "day") if row[2] == "one"]
+    one = [(row[0], row[3].requests) for row in await usage_rows(usage, "day") if row[2] == "one"]
     assert one == [(midnight - DAY, 2), (midnight, 2), (midnight + DAY, 1)]
-    months = [(row[0], row[2], row[3].requests) for row in await total(usage, "month")]
+    months = [(row[0], row[2], row[3].requests) for row in await usage_rows(usage, "month")]
     november, december = (int(datetime(2026, month, 1, tzinfo=UTC).timestamp()) for month in (11, 12))
     assert months == [(november, "one", 2), (november, "two", 1), (december, "one", 3)]
-    assert [row[0] for row in await total(usage, "hour", (NOON, midnight + 1))] == [NOON, midnight - 3600, midnight]
-    before = await total(usage, "day")
+    assert [row[0] for row in await usage_rows(usage, "hour", (NOON, midnight + 1))] == [
+        NOON,
+        midnight - 3600,
+        midnight,
+    ]
+    before = await usage_rows(usage, "day")
     # Old hours become days and sums stay.
     await usage._in_thread(usage._totals.fold, NOON + 100 * DAY)
-    assert await total(usage, "day") == before
-    assert {row[0] for row in await total(usage, "hour")} == {midnight - DAY, midnight, midnight + DAY}
+    assert await usage_rows(usage, "day") == before
+    assert {row[0] for row in await usage_rows(usage, "hour")} == {midnight - DAY, midnight, midnight + DAY}
     usage.close()
 
 
@@ -195,10 +194,10 @@ async def test_many_pairs_come_in_pages_and_memory_keeps_the_newest(monkeypatch:
     assert not left
     clock.now += 3600
     usage.record("a", "late", UsageCounts(1))
-    assert len(await total(usage)) == 2501
+    assert len(await usage_rows(usage)) == 2501
     monkeypatch.setattr("server.accounting.totals._MAX_ROWS_IN_MEMORY", 2000)
     await usage._in_thread(usage._totals.fold, int(clock.now))
-    assert [row[2] for row in await total(usage)] == ["late"]
+    assert [row[2] for row in await usage_rows(usage)] == ["late"]
     assert await usage.counted_since() == NOON + 3600
     assert not usage.durable
     usage.close()
@@ -248,24 +247,22 @@ async def test_a_budget_is_refused_until_its_period_ends_also_after_a_restart(
 
 
 @asynccontextmanager
-async def serving(folder: Path, **fields: object) -> AsyncIterator[tuple[Service, str, str]]:
-    """A server with a durable usage, the key of tenant a and that of an admin."""
-    key, entry = tenant("a", **fields)
-    admin_key, admin = tenant("admin", admin=True)
-    service = Service(tenants=write_tenants(folder / "tenants.yaml", entry, admin), usage_dir=folder / "usage")
+async def serving(folder: Path, **fields: object) -> AsyncIterator[Service]:
+    """A server with a durable usage, tenant a and an admin."""
+    service = Service.with_tenants(folder, {"a": fields, "admin": {"admin": True}}, usage_dir=folder / "usage")
     # Three of the prompt's tokens came from the prefix cache.
     service.engine.deltas = [replace(each, cached_tokens=3) for each in service.engine.deltas]
     async with service.running():
-        yield service, key, admin_key
+        yield service
     service.usage.close()
 
 
 async def test_answers_are_counted_as_their_summaries_say_and_the_command_prints_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with serving(tmp_path) as (service, key, admin_key):
+    async with serving(tmp_path) as service:
         expected: Counter[str] = Counter()
-        async with AsyncClient(service.address, Access(key)) as client:
+        async with service.client("a") as client:
             for text in ("abc", "abcdef"):
                 summary = (await client.generate("one", text)).summary
                 assert summary.cached_tokens == 3
@@ -283,13 +280,13 @@ async def test_answers_are_counted_as_their_summaries_say_and_the_command_prints
             async with grpc.aio.insecure_channel(service.address) as channel:
                 await grpc_predict_v2_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(
                     oi.ModelInferRequest(model_name="two", inputs=[tensor]),
-                    metadata=(("authorization", f"Bearer {key}"),),
+                    metadata=service.access("a").metadata(),
                 )
-            with pytest.raises(ServerError, match="not an admin"), Client(service.address, Access(key)) as own:
+            with pytest.raises(ServerError, match="not an admin"), Client(service.address, service.access("a")) as own:
                 await asyncio.to_thread(own.usage)
             with pytest.raises(ServerError, match="not an admin"):
                 await client.usage()
-        monkeypatch.setenv("MTLORA_API_KEY", admin_key)
+        monkeypatch.setenv("MTLORA_API_KEY", service.keys["admin"])
         assert await asyncio.to_thread(main, ["usage", "--address", service.address, "--by", "total"]) == 0
         printed = capsys.readouterr()
         one, two = map(json.loads, printed.out.splitlines())
@@ -297,9 +294,9 @@ async def test_answers_are_counted_as_their_summaries_say_and_the_command_prints
         assert (two["task"], two["requests"]) == ("two", 2)
         assert "was not counted" in printed.err
         (day,) = await asyncio.to_thread(
-            lambda: list(Client(service.address, Access(admin_key)).usage(tenant="a", task="one", by="day"))
+            lambda: list(Client(service.address, service.access("admin")).usage(tenant="a", task="one", by="day"))
         )
-        async with AsyncClient(service.address, Access(admin_key)) as admin:
+        async with service.client("admin") as admin:
             report = await admin.usage(tenant="a", task="one", by="day")
             assert [each async for each in report] == [day]
             assert report.durable
@@ -308,7 +305,7 @@ async def test_answers_are_counted_as_their_summaries_say_and_the_command_prints
 
 
 async def test_a_stream_is_counted_before_its_summary_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with serving(tmp_path) as (service, key, _), AsyncClient(service.address, Access(key)) as client:
+    async with serving(tmp_path) as service, service.client("a") as client:
         on_file: list[tuple[bool, int]] = []
         encode = encoding.stream_response
 
@@ -321,15 +318,15 @@ async def test_a_stream_is_counted_before_its_summary_is_sent(tmp_path: Path, mo
         # A slow reader gets several deltas as one.
         assert on_file[-1] == (True, 1)
         assert not any(records for last, records in on_file if not last)
-        assert [row[3].requests for row in await total(service.usage)] == [1]
+        assert [row[3].requests for row in await service.used()] == [1]
 
 
 async def test_cancelled_calls_count_what_was_made_and_the_servers_own_failures_nothing(tmp_path: Path) -> None:
-    async with serving(tmp_path) as (service, key, _), AsyncClient(service.address, Access(key)) as client:
+    async with serving(tmp_path) as service, service.client("a") as client:
         service.engine.error = RuntimeError("broken")
         with pytest.raises(ServerError, match="internal"):
             await client.generate("one", "abc")
-        assert not await total(service.usage)
+        assert not await service.used()
         service.engine.error, service.engine.hold = None, asyncio.Event()
         stream = client.stream("one", "abc")
         await anext(stream)
@@ -338,14 +335,14 @@ async def test_cancelled_calls_count_what_was_made_and_the_servers_own_failures_
         await eventually(
             lambda: service.value("mtlora_requests_total", method="GenerateStream", task="one", status="CANCELLED") == 1
         )
-        ((_, _, _, counts),) = await total(service.usage)
+        ((_, _, _, counts),) = await service.used()
         assert counts.requests == 1
         assert counts.completion_tokens == 1
 
 
 async def test_a_tenant_over_its_budget_is_refused_at_receipt(tmp_path: Path) -> None:
-    async with serving(tmp_path, daily_requests=1) as (service, key, _):
-        async with AsyncClient(service.address, Access(key)) as client:
+    async with serving(tmp_path, daily_requests=1) as service:
+        async with service.client("a") as client:
             await client.generate("one", "abc")
             with pytest.raises(ServerError) as refused:
                 await client.generate("one", "abc")
@@ -360,7 +357,7 @@ async def test_a_tenant_over_its_budget_is_refused_at_receipt(tmp_path: Path) ->
 async def test_calls_are_refused_while_too_many_records_wait_for_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with serving(tmp_path) as (service, key, _), AsyncClient(service.address, Access(key)) as client:
+    async with serving(tmp_path) as service, service.client("a") as client:
         write = os.write
 
         def full(file: int, data: bytes) -> int:
@@ -382,7 +379,7 @@ async def test_calls_are_refused_while_too_many_records_wait_for_the_disk(
         await eventually(lambda: not service.usage.stuck)
         watching.cancel()
         await client.generate("one", "abc")
-        assert [row[3].requests for row in await total(service.usage)] == [answered + 1]
+        assert [row[3].requests for row in await service.used()] == [answered + 1]
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:

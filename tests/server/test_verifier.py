@@ -32,15 +32,16 @@ from tests.server.slots import TINY
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("verified")
-    write_adapter(folder / "healthy", [entry("x")], backbone=TINY)
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that passes."""
+    folder = tmp_path_factory.mktemp("verified") / "healthy"
+    write_adapter(folder, [entry("x")], backbone=TINY)
     return folder
 
 
 @pytest.fixture(scope="module")
-def verifier(home: Path) -> Iterator[Verifier]:
-    spool = Spool(home / "spool")
+def verifier(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Verifier]:
+    spool = Spool(tmp_path_factory.mktemp("spool"))
     yield Verifier(spool, {Lane.TEXT: TINY}, VerificationLimits(max_bytes=1 << 20, timeout_s=20))
     spool.close()
 
@@ -50,8 +51,10 @@ def found(root: Path) -> Found:
     return version
 
 
-def test_a_copy_does_not_depend_on_the_folder_it_was_made_from(verifier: Verifier, home: Path, tmp_path: Path) -> None:
-    shutil.copytree(home / "healthy", tmp_path / "a" / "1")
+def test_a_copy_does_not_depend_on_the_folder_it_was_made_from(
+    verifier: Verifier, healthy: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(healthy, tmp_path / "a" / "1")
     verified = verifier.verify_now(tmp_path, found(tmp_path))
     again = verifier.verify_now(tmp_path, found(tmp_path))
     assert (again.content, again.folder) == (verified.content, verified.folder)
@@ -63,18 +66,18 @@ def test_a_copy_does_not_depend_on_the_folder_it_was_made_from(verifier: Verifie
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"vanishing"}))
 @pytest.mark.parametrize("seed", [0, 1])
 def test_bad_files_are_refused_with_a_reason(
-    verifier: Verifier, home: Path, tmp_path: Path, kind: str, seed: int
+    verifier: Verifier, healthy: Path, tmp_path: Path, kind: str, seed: int
 ) -> None:
     (tmp_path / "a").mkdir()
-    KINDS[kind](home / "healthy", tmp_path / "a" / "1", random.Random(f"{kind}-{seed}"))
+    KINDS[kind](healthy, tmp_path / "a" / "1", random.Random(f"{kind}-{seed}"))
     with pytest.raises(StageError) as raised:
         verifier.verify_now(tmp_path, found(tmp_path))
     assert raised.value.reason.startswith(f"{tmp_path / 'a' / '1'}")
     assert not list(verifier._spool.root.glob(".incoming-*"))
 
 
-def test_refuses_a_version_that_vanished(verifier: Verifier, home: Path, tmp_path: Path) -> None:
-    shutil.copytree(home / "healthy", tmp_path / "a" / "1")
+def test_refuses_a_version_that_vanished(verifier: Verifier, healthy: Path, tmp_path: Path) -> None:
+    shutil.copytree(healthy, tmp_path / "a" / "1")
     version = found(tmp_path)
     shutil.rmtree(tmp_path / "a")
     with pytest.raises(StageError, match="found nothing"):
@@ -103,9 +106,9 @@ print(*pickle.loads(modules))
     assert not {"vllm", "transformers", "grpc"} & modules
 
 
-async def test_a_cancelled_verification_leaves_no_copy(home: Path, tmp_path: Path) -> None:
+async def test_a_cancelled_verification_leaves_no_copy(healthy: Path, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
-    shutil.copytree(home / "healthy", tmp_path / "adapters" / "a" / "1")
+    shutil.copytree(healthy, tmp_path / "adapters" / "a" / "1")
     verifier = Verifier(spool, {Lane.TEXT: TINY}, VerificationLimits())
     checking = asyncio.create_task(verifier.verify(tmp_path / "adapters", found(tmp_path / "adapters")))
     await eventually(lambda: any(spool.root.iterdir()))
@@ -116,9 +119,9 @@ async def test_a_cancelled_verification_leaves_no_copy(home: Path, tmp_path: Pat
     spool.close()
 
 
-def test_time_is_limited(home: Path, tmp_path: Path) -> None:
+def test_time_is_limited(healthy: Path, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
-    shutil.copytree(home / "healthy", tmp_path / "adapters" / "a" / "1")
+    shutil.copytree(healthy, tmp_path / "adapters" / "a" / "1")
     with pytest.raises(StageError, match=r"not done within 0\.001 s"):
         Verifier(spool, {Lane.TEXT: TINY}, VerificationLimits(timeout_s=0.001)).verify_now(
             tmp_path / "adapters", found(tmp_path / "adapters")
@@ -126,10 +129,10 @@ def test_time_is_limited(home: Path, tmp_path: Path) -> None:
     spool.close()
 
 
-def test_memory_is_limited(home: Path, tmp_path: Path) -> None:
+def test_memory_is_limited(healthy: Path, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
     folder = tmp_path / "adapters" / "a" / "1"
-    shutil.copytree(home / "healthy", folder)
+    shutil.copytree(healthy, folder)
     # Provenance may hold any JSON: megabytes of text become many times that in objects.
     manifest = json.loads((folder / "adapter.json").read_text())
     manifest["training"] = {"list": [[]] * 1_500_000}
@@ -140,16 +143,16 @@ def test_memory_is_limited(home: Path, tmp_path: Path) -> None:
     spool.close()
 
 
-def test_limits_the_size_of_a_manifest(verifier: Verifier, home: Path, tmp_path: Path) -> None:
-    shutil.copytree(home / "healthy", tmp_path / "a" / "1")
+def test_limits_the_size_of_a_manifest(verifier: Verifier, healthy: Path, tmp_path: Path) -> None:
+    shutil.copytree(healthy, tmp_path / "a" / "1")
     with (tmp_path / "a" / "1" / "adapter.json").open("ab") as manifest:
         manifest.write(b" " * (16 << 20))
     with pytest.raises(StageError, match=r"adapter.json: found \d+ bytes; allowed: up to 16777216"):
         verifier.verify_now(tmp_path, found(tmp_path))
 
 
-def test_a_copy_has_no_provenance(verifier: Verifier, home: Path, tmp_path: Path) -> None:
-    shutil.copytree(home / "healthy", tmp_path / "a" / "1")
+def test_a_copy_has_no_provenance(verifier: Verifier, healthy: Path, tmp_path: Path) -> None:
+    shutil.copytree(healthy, tmp_path / "a" / "1")
     plain = verifier.verify_now(tmp_path, found(tmp_path))
     manifest = json.loads((tmp_path / "a" / "1" / "adapter.json").read_text())
     (tmp_path / "a" / "1" / "adapter.json").write_text(json.dumps(manifest | {"training": {"long": [0] * 100_000}}))
@@ -170,9 +173,9 @@ def test_spools_of_dead_servers_are_removed_and_those_of_living_ones_are_not(tmp
     assert os.listdir(tmp_path) == []
 
 
-def test_copies_stay_within_the_spools_limit(home: Path, tmp_path: Path) -> None:
+def test_copies_stay_within_the_spools_limit(healthy: Path, tmp_path: Path) -> None:
     root = tmp_path / "adapters"
-    shutil.copytree(home / "healthy", root / "a" / "1")
+    shutil.copytree(healthy, root / "a" / "1")
     version = found(root)
     spool = Spool(tmp_path / "spool", int(1.5 * version.size))
     verifier = Verifier(spool, {Lane.TEXT: TINY}, VerificationLimits())
@@ -200,13 +203,13 @@ def test_files_that_grow_do_not_pass_the_limit(tmp_path: Path) -> None:
     spool.close()
 
 
-def test_a_mirror_counts_in_the_spool(home: Path, tmp_path: Path) -> None:
-    shutil.copytree(home / "healthy", tmp_path / "storage" / "a" / "1")
+def test_a_mirror_counts_in_the_spool(healthy: Path, tmp_path: Path) -> None:
+    shutil.copytree(healthy, tmp_path / "storage" / "a" / "1")
     spool = Spool(tmp_path / "spool", found(tmp_path / "storage").size)
     mirror = Mirror(f"file://{tmp_path}/storage", spool.root / "mirror", 1 << 30, spool)
     mirror.sync()
     assert spool.bytes == found(tmp_path / "storage").size
-    shutil.copytree(home / "healthy", tmp_path / "storage" / "a" / "2")
+    shutil.copytree(healthy, tmp_path / "storage" / "a" / "2")
     mirror.sync()
     assert [path.name for path in (spool.root / "mirror" / "a").iterdir()] == ["1"]
     shutil.rmtree(tmp_path / "storage" / "a")
@@ -277,9 +280,9 @@ def test_texts_with_images_need_both_backbones(tmp_path: Path) -> None:
     spool.close()
 
 
-def test_texts_are_refused_without_a_language_backbone(home: Path, tmp_path: Path) -> None:
+def test_texts_are_refused_without_a_language_backbone(healthy: Path, tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
-    shutil.copytree(home / "healthy", tmp_path / "root" / "a" / "1")
+    shutil.copytree(healthy, tmp_path / "root" / "a" / "1")
     with pytest.raises(StageError, match=r"tasks of texts: expected a server with a backbone for them \(backbone\)"):
         Verifier(spool, {Lane.IMAGES: TINY}, VerificationLimits()).verify_now(
             tmp_path / "root", found(tmp_path / "root")

@@ -34,8 +34,7 @@ from server.registry.source import AdapterFailure, Found
 from server.registry.spool import Spool, SpoolFullError
 from server.registry.verifier import Verified
 from server.registry.version import AdapterVersion, Place, Stage, StageError
-from tests.server.slots import Slot
-from tests.server.test_residency import Loads
+from tests.server.slots import Loads, Slot
 
 CAPACITY = 2
 ROOM_S = 50 * PATIENCE_S

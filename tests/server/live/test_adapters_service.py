@@ -15,7 +15,7 @@ from mtlora.client import Client, ServerError
 from mtlora.client.metrics_page import MetricsPage
 from server.cli.process import ServerProcess
 from tests.server.adapters import entry, write_adapter
-from tests.server.live.test_serving import run_cli
+from tests.server.helpers import run_cli
 
 TEXT = "The quick brown fox"
 TASKS = [entry("gamma_one", stop=(), max_new_tokens=8), entry("gamma_two", stop=(), max_new_tokens=8)]

@@ -10,7 +10,7 @@ from benchmarks.harness.waiting import wait_until
 from mtlora.client import Answer, Client
 from server.cli.process import ServerProcess
 from tests.server.adapters import entry, write_adapter
-from tests.server.live.test_serving import run_cli
+from tests.server.helpers import run_cli
 
 DOCUMENT = " ".join(f"Item {i}: {i * 7 % 31} boxes of part {i * 13 % 97}." for i in range(30))
 TASKS = [

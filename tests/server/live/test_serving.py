@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import subprocess
-import sys
 from typing import Any
 
 import grpc
@@ -18,7 +16,7 @@ from benchmarks.harness.waiting import wait_until
 from mtlora.client import AsyncClient, Client, ServerError
 from mtlora.client.metrics_page import MetricsPage
 from server.cli.process import ServerProcess
-from tests.server.helpers import LONG
+from tests.server.helpers import LONG, run_cli
 from tests.server.live.conftest import StartingObservations
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -353,10 +351,6 @@ def test_all_processes_stay_below_four_gib(server: ServerProcess) -> None:
     root = psutil.Process(server.process.pid)
     resident = sum(process.memory_info().rss for process in (root, *root.children(recursive=True)))
     assert resident < 4 << 30
-
-
-def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "server", *arguments], capture_output=True, text=True, timeout=60)
 
 
 def test_the_ask_command(server: ServerProcess, client: Client) -> None:
