@@ -14,7 +14,7 @@ from benchmarks.claim_decisions import decide
 from benchmarks.claim_report import decided, markdown, summarise, write_claim
 from benchmarks.claim_results import keep, restore
 from mtlora.train.config import TrainingConfig
-from tests.benchmarks.test_claim_decisions import result
+from tests.benchmarks.claim_results import result
 
 DOC = Path(__file__).parents[2] / "docs" / "claim.md"
 

@@ -22,19 +22,7 @@ from benchmarks.claim_decisions import (
     told_apart,
 )
 from mtlora.sweep.statistics import Estimate
-
-_TOTAL = 40
-
-
-def result(part: str, name: str, accuracy: float, tasks: tuple[str, ...], seed: int) -> dict[str, Any]:
-    """A result whose first examples are right."""
-    right = round(_TOTAL * accuracy)
-    found = {"correct": right, "total": _TOTAL, "right": "1" * right + "0" * (_TOTAL - right)}
-    return {
-        "part": part, "name": name, "num_tasks": len(tasks), "seed": seed, "parameters": 1000,
-        "config": {"learning_rate": 7e-4},
-        "tasks": {task: {**found, "examples": "pictures" if part.startswith("maps") else task} for task in tasks},
-    }  # fmt: skip
+from tests.benchmarks.claim_results import result
 
 
 def results(accuracies: dict[tuple[str, int], float], seeds: tuple[int, ...] = (0, 1, 2)) -> list[dict[str, Any]]:

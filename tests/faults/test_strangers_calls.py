@@ -11,14 +11,16 @@ from tests import http2
 from tests.faults import _strangers
 from tests.faults._strangers import HALF_OPEN, IDLE, SLOW, Strangers
 from tests.faults.strangers import were_open
-from tests.server.test_strangers import secured
+from tests.server.fakes import Service
 
 
 @pytest.mark.slow
 async def test_strangers_count_what_the_server_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, number in {"IDLE": 50, "HALF_OPEN": 80, "SLOW": 5, "_REFUSED_S": 0.5, "_AGAIN_S": 0.1}.items():
         monkeypatch.setattr(_strangers, name, number)
-    async with secured(tmp_path, request_timeout_s=2, max_anonymous_calls=8) as (service, _):
+    async with Service.with_tenants(
+        tmp_path, {"a": {}}, request_timeout_s=2, max_anonymous_calls=8
+    ).running() as service:
         strangers = Strangers(service.address)
         await strangers.open()
         # Each of eight peers opens ten calls; the server refuses two of them.
@@ -39,7 +41,7 @@ async def test_strangers_count_what_the_server_holds(tmp_path: Path, monkeypatch
 async def test_a_connection_that_the_server_closes_is_not_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, number in {"IDLE": 50, "HALF_OPEN": 8, "SLOW": 0}.items():
         monkeypatch.setattr(_strangers, name, number)
-    async with secured(tmp_path) as (service, _):
+    async with Service.with_tenants(tmp_path, {"a": {}}).running() as service:
         strangers = Strangers(service.address)
         await strangers.open()
         assert strangers.count() == (50, 8, 0)

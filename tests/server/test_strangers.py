@@ -4,8 +4,7 @@ import asyncio
 import contextlib
 import difflib
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +19,6 @@ from openinference_pb import grpc_predict_v2_pb2 as open_pb
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
 from benchmarks.harness.waiting import eventually
-from mtlora.client import Access, AsyncClient
 from server.errors import task_not_found
 from server.job import ServedTask
 from server.registry.catalog import Catalog
@@ -44,23 +42,11 @@ def half_open(channel: Any, path: str, metadata: Any = None) -> Any:
     return channel.stream_stream(path)(metadata=metadata)
 
 
-@asynccontextmanager
-async def secured(folder: Path, **fields: Any) -> AsyncIterator[tuple[Service, Access]]:
-    """A server with one tenant; `fields` go to its entry, but for those of Service."""
-    settings = {
-        name: fields.pop(name)
-        for name in ("request_timeout_s", "max_anonymous_calls", "max_num_seqs")
-        if name in fields
-    }
-    async with Service.with_tenants(folder, {"a": fields}, **settings).running() as service:
-        yield service, service.access("a")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [GENERATE, STREAM])
 async def test_a_call_without_a_key_ends_before_its_message(tmp_path: Path, path: str) -> None:
     """More of them than gRPC lets wait by default; a tenant's calls among them are answered."""
-    async with secured(tmp_path) as (service, access), contextlib.AsyncExitStack() as stack:
+    async with Service.with_tenants(tmp_path, {"a": {}}).running() as service, contextlib.AsyncExitStack() as stack:
         # Connections of their own: one carries 1024 calls.
         channels = [
             await stack.enter_async_context(
@@ -70,7 +56,7 @@ async def test_a_call_without_a_key_ends_before_its_message(tmp_path: Path, path
             )
             for number in range(3)
         ]
-        client = await stack.enter_async_context(AsyncClient(service.address, access))
+        client = await stack.enter_async_context(service.client("a"))
         for channel in (*channels, client._channel):
             await channel.channel_ready()
         calls = [half_open(channel, path) for _ in range(800) for channel in channels]
@@ -82,14 +68,14 @@ async def test_a_call_without_a_key_ends_before_its_message(tmp_path: Path, path
 @pytest.mark.parametrize("path", [GENERATE, STREAM])
 async def test_a_tenants_call_without_a_message_ends(tmp_path: Path, path: str) -> None:
     async with (
-        secured(tmp_path, request_timeout_s=0.3) as (service, access),
+        Service.with_tenants(tmp_path, {"a": {}}, request_timeout_s=0.3).running() as service,
         grpc.aio.insecure_channel(service.address) as channel,
     ):
-        call = half_open(channel, path, access.metadata())
+        call = half_open(channel, path, service.access("a").metadata())
         async with asyncio.timeout(10):
             assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert "no message" in await call.details()
-        empty = half_open(channel, path, access.metadata())
+        empty = half_open(channel, path, service.access("a").metadata())
         await empty.done_writing()
         assert await empty.code() is grpc.StatusCode.INVALID_ARGUMENT
 
@@ -97,10 +83,10 @@ async def test_a_tenants_call_without_a_message_ends(tmp_path: Path, path: str) 
 async def test_a_tenant_holds_so_many_calls_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interceptor, "_MESSAGES_UNDER_WAY", 0)
     async with (
-        secured(tmp_path, request_timeout_s=60, max_num_seqs=1) as (service, access),
-        AsyncClient(service.address, access) as client,
+        Service.with_tenants(tmp_path, {"a": {}}, request_timeout_s=60, max_num_seqs=1).running() as service,
+        service.client("a") as client,
     ):
-        calls = [half_open(client._channel, GENERATE, access.metadata()) for _ in range(9)]
+        calls = [half_open(client._channel, GENERATE, service.access("a").metadata()) for _ in range(9)]
         codes = [asyncio.ensure_future(call.code()) for call in calls]
         (refused,), _ = await asyncio.wait(codes, return_when=asyncio.FIRST_COMPLETED)
         assert await refused is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -115,7 +101,7 @@ async def test_a_tenant_holds_so_many_calls_open(tmp_path: Path, monkeypatch: py
 @pytest.mark.slow
 async def test_one_peer_holds_so_many_calls_without_a_key(tmp_path: Path) -> None:
     async with (
-        secured(tmp_path, max_anonymous_calls=8) as (service, access),
+        Service.with_tenants(tmp_path, {"a": {}}, max_anonymous_calls=8).running() as service,
         grpc.aio.insecure_channel(service.address) as channel,
     ):
         watch = health_pb2_grpc.HealthStub(channel).Watch
@@ -129,7 +115,7 @@ async def test_one_peer_holds_so_many_calls_without_a_key(tmp_path: Path) -> Non
             async with asyncio.timeout(5):
                 assert await refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         # Calls of a tenant at the same address do not count as anonymous.
-        async with AsyncClient(service.address, access) as client:
+        async with service.client("a") as client:
             await client.generate("one", "x")
         for call in held:
             call.cancel()
@@ -140,7 +126,7 @@ async def test_one_peer_holds_so_many_calls_without_a_key(tmp_path: Path) -> Non
 async def test_half_open_calls_without_a_key_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(anonymous, "_REFLECTION_S", 0.3)
     async with (
-        secured(tmp_path, request_timeout_s=0.3) as (service, _),
+        Service.with_tenants(tmp_path, {"a": {}}, request_timeout_s=0.3).running() as service,
         grpc.aio.insecure_channel(service.address) as channel,
     ):
         calls = [half_open(channel, path) for path in (WATCH, CHECK, REFLECT)]
@@ -219,11 +205,11 @@ def test_a_peer_is_an_address_or_a_network(name: str, peer: str) -> None:
 
 
 async def test_every_call_counts_against_the_rate(tmp_path: Path) -> None:
-    rate = {"requests_per_second": 0.001, "burst_seconds": 3000}
-    async with secured(tmp_path, **rate) as (service, access), grpc.aio.insecure_channel(service.address) as channel:
+    made = Service.with_tenants(tmp_path, {"a": {"requests_per_second": 0.001, "burst_seconds": 3000}})
+    async with made.running() as service, grpc.aio.insecure_channel(service.address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
         models = grpc_predict_v2_pb2_grpc.GRPCInferenceServiceStub(channel)
-        metadata = access.metadata()
+        metadata = service.access("a").metadata()
         await stub.ListTasks(pb.ListTasksRequest(), metadata=metadata)
         with pytest.raises(grpc.aio.AioRpcError):
             await stub.GetTask(pb.GetTaskRequest(task_id="no"), metadata=metadata)
@@ -239,15 +225,15 @@ async def test_every_call_counts_against_the_rate(tmp_path: Path) -> None:
                 await ask(request, metadata=metadata)
 
 
-async def test_lists_of_many_tasks(tmp_path: Path) -> None:
+async def test_many_tasks_are_listed_and_near_ones_found(tmp_path: Path) -> None:
     ids = [f"team_{number:05}_long_name_of_a_task" for number in range(20_000)]
     task = entry("one")
     catalog = Catalog(MappingProxyType({each: ServedTask(task, "alpha", "1", slot=None) for each in ids}))
-    async with secured(tmp_path, tasks=["team_*", "*_other"]) as (service, access):
+    async with Service.with_tenants(tmp_path, {"a": {"tasks": ["team_*", "*_other"]}}).running() as service:
         service.servicer.catalog = catalog
-        async with AsyncClient(service.address, access) as client:
+        async with service.client("a") as client:
             models = grpc_predict_v2_pb2_grpc.GRPCInferenceServiceStub(client._channel)
-            metadata = access.metadata()
+            metadata = service.access("a").metadata()
             index = await models.RepositoryIndex(open_pb.RepositoryIndexRequest(), metadata=metadata)
             assert [each.name for each in index.models] == ids
             page = await client._stub.ListTasks(pb.ListTasksRequest(page_size=3), metadata=metadata)

@@ -215,9 +215,7 @@ def _hangs(path: Path) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("work", "message"), [(_dies, "exit status 7"), (_hangs, r"not done within 0\.5 s")])
-async def test_a_reader_that_dies_or_hangs_is_a_refused_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Any, message: str
-) -> None:
+async def test_a_child_that_dies_or_hangs_raises(tmp_path: Path, work: Any, message: str) -> None:
     with pytest.raises(ChildError, match=message):
         await asyncio.to_thread(in_child, work, tmp_path, limits=Limits(0.5 if work is _hangs else 30))
 

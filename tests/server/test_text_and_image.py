@@ -8,7 +8,6 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from mtlora_pb.v1 import inference_pb2 as pb
 from openinference_pb import grpc_predict_v2_pb2 as oip
 from openinference_pb import grpc_predict_v2_pb2_grpc
 from PIL import Image
@@ -18,6 +17,7 @@ from mtlora.client import AsyncClient, Client, ServerError
 from mtlora.client.messages import make_request
 from server.cli import main
 from server.errors import EngineDeadError
+from server.rpc.inference_service import _routing_key
 from tests.mtlora.vision.pictures import bomb, encoded
 from tests.server.fakes import FakeEngine, Service
 from tests.server.pictures import FakeVisionEngine, described_task, with_pictures
@@ -234,12 +234,13 @@ async def test_the_command_asks_with_an_image(
         assert message in err
 
 
-async def test_versions_split_by_image_too(service: Service, client: AsyncClient) -> None:
-    from server.rpc.inference_service import _routing_key
-
+def test_the_routing_key_covers_the_image() -> None:
     red, green = (make_request("look", image=image) for image in (RED, GREEN))
     assert _routing_key(red) != _routing_key(green)
     assert _routing_key(make_request("one", "x")) == b"x"
+
+
+async def test_the_blocking_client_sends_an_image(service: Service) -> None:
     with Client(service.address) as blocking:
         answer = await asyncio.to_thread(blocking.generate, "look", image=RED)
-    assert isinstance(answer.summary, pb.Summary)
+    assert (answer.text, answer.summary.prompt_tokens) == ("ab", len("See {image}.") + 1)
