@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,7 +14,11 @@ from mtlora.backbone import BackboneIdentity
 from mtlora.checkpoint.format import MANIFEST_FILE, TENSORS_FILE, AdapterManifest, ProjectorConfig, TaskEntry
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
+from mtlora.train.start import StartingPoint
 from mtlora.vision.image_input import ImageInput, ImagePreparation, Pooling
+
+if TYPE_CHECKING:
+    from mtlora.model.language import AdaptedModel
 
 IDENTITY = BackboneIdentity(architecture="LlamaForCausalLM", hidden_size=8, num_layers=2, weights_fingerprint="ab" * 32)
 CONFIG = MtLoRAConfig(r=2, lora_alpha=4, num_experts=3, num_groups=2)
@@ -93,6 +97,15 @@ def random_tensors(
     return {name: tensor.to(dtype) for name, tensor in made.items()}
 
 
+def learned(start: StartingPoint, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Tensors of a starting point of `mtlora merge`, after the most that training may change in them."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.where(start.trainable[name], torch.randn(tensor.shape, generator=generator), tensor)
+        for name, tensor in start.tensors.items()
+    }
+
+
 def write_random(folder: Path, *, seed: int = 0, **kwargs: Any) -> AdapterManifest:
     """Write a checkpoint of three tasks; `kwargs` replace arguments of `write_checkpoint`."""
     arguments: dict[str, Any] = {
@@ -134,6 +147,18 @@ def split_tensors(folder: Path) -> tuple[dict[str, Any], bytes]:
 def join_tensors(header: bytes, data: bytes) -> bytes:
     """A safetensors file."""
     return len(header).to_bytes(8, "little") + header + data
+
+
+def random_adapted(backbone: Path, config: MtLoRAConfig, num_tasks: int) -> "AdaptedModel":
+    """A backbone with a random adapter, in float32, whose answers differ from the backbone's."""
+    from mtlora.model.language import new_adapted_model
+
+    made = new_adapted_model(backbone, config, num_tasks, torch.float32)
+    torch.manual_seed(1)
+    for parameter in made.adapters.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    made.adapters.eval()
+    return made
 
 
 def _write_tokenizer(folder: Path, num_tokens: int = 16384) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any
 
 from benchmarks.harness.environment import engine_environment
 from benchmarks.harness.guard import guarded_process
+from benchmarks.harness.ports import free_port
 from benchmarks.harness.waiting import wait_until
 from server.cli.process import flags
 
@@ -35,7 +35,7 @@ def vllm_server(
 
     modules: an adapter's folder by the id of the task that it answers. settings: vLLM's own.
     """
-    port = _free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server",
@@ -62,9 +62,3 @@ def _is_healthy(url: str) -> bool:
             return True
     except (urllib.error.URLError, OSError):
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])

@@ -8,12 +8,10 @@ import json
 import random
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -32,6 +30,7 @@ from deploy.capacity.result import Answered, Level, document, read_levels
 from deploy.capacity.routing import ROUTERS, AdapterAware, EndpointPicker, RoundRobin
 from deploy.capacity.service import ServiceModel, fit, read_model
 from deploy.capacity.simulate import Memory, Replica, Request, poisson, simulate
+from tests.servicers import serving
 
 MODEL = ServiceModel(base=0.02, per_sequence=0.001, per_prompt_token=0.0002, overhead=0.004)
 LENGTHS = [(60, 12), (100, 32), (140, 24)]
@@ -326,11 +325,8 @@ def test_check_measures_full_servers_and_the_open_loop(monkeypatch: pytest.Monke
     with contextlib.ExitStack() as stack:
         addresses = []
         for _ in range(2):
-            server = grpc.server(ThreadPoolExecutor(64))
-            inference_pb2_grpc.add_InferenceServicer_to_server(PacedServer(), server)
-            addresses.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
-            server.start()
-            stack.callback(server.stop, None)
+            paced = serving(PacedServer(), inference_pb2_grpc.add_InferenceServicer_to_server, threads=64)
+            addresses.append(stack.enter_context(paced)[0])
         found = asyncio.run(check._check(addresses, seconds=1.0, utilisation=0.05, seed=0))
     assert [level.in_flight for level in found.levels] == [1, 1, 8, 8]
     # 64 requests of 24 tokens on average, and the machine may be slower.

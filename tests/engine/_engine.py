@@ -75,6 +75,19 @@ def _leave_imports_to_themselves() -> None:
     atexit.register(gc.unfreeze)
 
 
+def noted_preemptions(engine: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The requests that the engine's scheduler preempts from now on."""
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    preempt, preempted = scheduler._preempt_request, list[Any]()
+
+    def noted(request: Any, *more: Any, **named: Any) -> None:
+        preempted.append(request)
+        preempt(request, *more, **named)
+
+    monkeypatch.setattr(scheduler, "_preempt_request", noted)
+    return preempted
+
+
 def worker_of(engine: Any) -> Any:
     """The model runner of an engine inside this process."""
     return engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner

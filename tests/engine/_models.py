@@ -3,6 +3,7 @@
 Shape suffixes: L positions of a prompt, V vocabulary, T tokens, D hidden size, G groups, N experts.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,11 @@ def path_reference(checkpoint: Checkpoint, task_id: str | None, name: str, x_TD:
         num_groups=config.num_groups,
         scaling=1.0,
     )
+
+
+def all_logprobs(positions: Iterable[Any]) -> torch.Tensor:
+    """vLLM's log-probabilities [L, V] of the whole vocabulary at these positions."""
+    return torch.tensor([[each[token].logprob for token in range(VOCABULARY)] for each in positions])
 
 
 class HuggingFace:

@@ -21,8 +21,8 @@ from mtlora.vllm_plugin.activation import _check, masked
 from mtlora.vllm_plugin.leases import Leases
 from mtlora.vllm_plugin.naming import ACTIVATION_KEY as KEY
 from mtlora.vllm_plugin.naming import LEASE_KEY
-from tests.engine._engine import running_engine
-from tests.engine._models import VOCABULARY, HuggingFace, make_adapter, make_model
+from tests.engine._engine import noted_preemptions, running_engine
+from tests.engine._models import VOCABULARY, HuggingFace, all_logprobs, make_adapter, make_model
 
 ADAPTERS = 3
 
@@ -453,7 +453,7 @@ def serving(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def scores(output: Any) -> torch.Tensor:
     """Log-probabilities of the whole vocabulary for each new token."""
-    return torch.tensor([[each[token].logprob for token in range(VOCABULARY)] for each in output.outputs[0].logprobs])
+    return all_logprobs(output.outputs[0].logprobs)
 
 
 def test_engine_answers_as_one_without_prefix_cache(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,14 +467,7 @@ def test_engine_answers_as_one_without_prefix_cache(serving: Serving, monkeypatc
         work.append(
             ([*document, *(rng.randrange(3, VOCABULARY) for _ in range(rng.randint(1, 6)))], rng.randrange(3), point)
         )
-    scheduler = serving.engine.llm_engine.engine_core.engine_core.scheduler
-    preempt, preempted = scheduler._preempt_request, []
-
-    def noted(request: Any, *more: Any, **named: Any) -> None:
-        preempted.append(request)
-        preempt(request, *more, **named)
-
-    monkeypatch.setattr(scheduler, "_preempt_request", noted)
+    preempted = noted_preemptions(serving.engine, monkeypatch)
     mixed = serving.run(work, 24)
     assert preempted
     assert sum(output.num_cached_tokens for output in mixed) > 8 * BLOCK

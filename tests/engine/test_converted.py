@@ -6,7 +6,7 @@ from torch import nn
 from mtlora.checkpoint.convert import convert
 from mtlora.task import TaskSpec
 from tests.engine._engine import running_engine
-from tests.engine._models import HIDDEN_SIZE, VOCABULARY, HuggingFace, make_model
+from tests.engine._models import HIDDEN_SIZE, VOCABULARY, HuggingFace, all_logprobs, make_model
 from tests.mtlora.authors import AuthorsBlockAdapter, attach_authors, authors_state
 
 TOLERANCE = 5e-5
@@ -54,8 +54,7 @@ def test_logprobs_equal_the_authors_loop(tmp_path):
 
     for prompt, adapters, output in zip(prompts, theirs, outputs, strict=True):
         tokens = prompt + list(output.outputs[0].token_ids)[:-1]
-        found = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
-        found_LV = torch.tensor([[position[v].logprob for v in range(VOCABULARY)] for position in found])
+        found_LV = all_logprobs([*output.prompt_logprobs[1:], *output.outputs[0].logprobs])
         bare_LV = reference.logprobs(tokens)
         handles = attach_authors(reference.model, adapters)
         expected_LV = reference.logprobs(tokens)

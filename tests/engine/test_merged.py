@@ -10,7 +10,8 @@ from mtlora.merge.extend import extended_config, merged_tasks, merged_tensors, s
 from mtlora.ops.cpu_kernel import compiled_kernel
 from mtlora.task import TaskSpec
 from tests.engine._engine import running_engine
-from tests.engine._models import VOCABULARY, HuggingFace, make_adapter, make_model
+from tests.engine._models import VOCABULARY, HuggingFace, all_logprobs, make_adapter, make_model
+from tests.factories import learned
 
 NUM_TASKS = 3
 CONFIG = MtLoRAConfig(r=16, num_experts=4, num_groups=2, blocks="both")
@@ -28,18 +29,13 @@ def adds_in_order() -> bool:
 def add_task(folder, out, new_experts: int):
     """Merge a task, with random tensors instead of training."""
     checkpoint = read_checkpoint(folder)
-    generator = torch.Generator().manual_seed(new_experts)
-    start = starting_point(checkpoint, new_experts, generator)
-    learned = {
-        name: torch.where(start.trainable[name], torch.randn(tensor.shape, generator=generator), tensor)
-        for name, tensor in start.tensors.items()
-    }
+    start = starting_point(checkpoint, new_experts, torch.Generator().manual_seed(new_experts))
     write_checkpoint(
         out,
         backbone=checkpoint.manifest.backbone,
         config=extended_config(checkpoint, new_experts),
         tasks=merged_tasks(checkpoint, TaskSpec(id="added", description="a test's task")),
-        tensors=merged_tensors(checkpoint, learned),
+        tensors=merged_tensors(checkpoint, learned(start, new_experts)),
     )
 
 
@@ -67,12 +63,8 @@ def test_old_tasks_keep_their_bits(tmp_path, dtype):
                 lora_request=LoRARequest(f"{adapter}-{task}", number, slot_path(tmp_path / adapter, task)),
                 use_tqdm=False,
             )
-            return torch.tensor(
-                [
-                    [position[v].logprob for v in range(VOCABULARY)]
-                    for output in outputs
-                    for position in [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
-                ]
+            return torch.cat(
+                [all_logprobs([*output.prompt_logprobs[1:], *output.outputs[0].logprobs]) for output in outputs]
             )
 
         ids = iter(range(1, 100))

@@ -8,7 +8,7 @@ import torch
 from mtlora.config import MtLoRAConfig
 from mtlora.families import FAMILIES
 from tests.engine._engine import running_engine
-from tests.engine._models import VOCABULARY, HuggingFace, make_adapter, make_model
+from tests.engine._models import VOCABULARY, HuggingFace, all_logprobs, make_adapter, make_model
 
 # float32 differs by rounding alone. A bfloat16 engine is compared with Hugging Face in float32.
 TOLERANCE = {"float32": 5e-5, "bfloat16": 0.25}
@@ -56,8 +56,7 @@ def test_logprobs_equal_hugging_face(family, dtype, tmp_path):
     effects = []
     for prompt, (adapter, task), output in zip(prompts, wanted, outputs, strict=True):
         generated = list(output.outputs[0].token_ids)
-        found = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
-        found_LV = torch.tensor([[position[v].logprob for v in range(VOCABULARY)] for position in found])
+        found_LV = all_logprobs([*output.prompt_logprobs[1:], *output.outputs[0].logprobs])
         tokens = prompt + generated[:-1]
         expected_LV = reference.logprobs(tokens, adapter, task)
         torch.testing.assert_close(found_LV, expected_LV, atol=TOLERANCE[dtype], rtol=0)

@@ -19,7 +19,7 @@ from mtlora.backbone import identify
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.config import MtLoRAConfig
 from tests.engine._engine import lora_manager_of, running_engine
-from tests.engine._models import VOCABULARY, make_adapter, make_model, path_reference
+from tests.engine._models import VOCABULARY, all_logprobs, make_adapter, make_model, path_reference
 
 # Relative to the norm of a token's path, as in test_formula.py; and bfloat16's rounding of the sum.
 TOLERANCE = 1e-2
@@ -132,4 +132,4 @@ def logprobs(engine: Any, prompt: list[int], request: Any) -> torch.Tensor:
         lora_request=request,
         use_tqdm=False,
     )
-    return torch.tensor([[position[v].logprob for v in range(VOCABULARY)] for position in output.prompt_logprobs[1:]])
+    return all_logprobs(output.prompt_logprobs[1:])

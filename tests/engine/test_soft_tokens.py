@@ -12,7 +12,7 @@ import torch
 
 from mtlora.backbone import identify
 from mtlora.config import MtLoRAConfig
-from tests.engine._engine import running_engine
+from tests.engine._engine import noted_preemptions, running_engine
 from tests.engine._models import HuggingFace, make_adapter
 
 CONFIG = MtLoRAConfig(r=8, num_experts=4, num_groups=2, blocks="both")
@@ -152,14 +152,7 @@ def test_chunks_hits_and_preemptions_change_no_answer(serving: Serving, monkeypa
     for _ in range(12):
         ids, soft_SD = rng.choice(prompts), rng.choice([*images, None])
         work.append((ids, rng.choice([3, 40]), soft_SD, rng.randrange(2)))
-    scheduler = serving.engine.llm_engine.engine_core.engine_core.scheduler
-    preempt, preempted = scheduler._preempt_request, []
-
-    def noted(request: Any, *more: Any, **named: Any) -> None:
-        preempted.append(request)
-        preempt(request, *more, **named)
-
-    monkeypatch.setattr(scheduler, "_preempt_request", noted)
+    preempted = noted_preemptions(serving.engine, monkeypatch)
     outputs = serving.run(work, 12)
     assert any(request.prompt_embeds is not None for request in preempted)
     assert sum(output.num_cached_tokens for output in outputs) > 2 * BLOCK

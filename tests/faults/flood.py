@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.harness.asking import closed_loop, open_loop
 from benchmarks.harness.percentile import p99
+from loadtest.result import jain
 from mtlora.client import Access, AsyncClient, Client, MetricsPage, ServerError
 from tests.faults._load import Question, questions
 from tests.faults._tenanted import Tenanted, tenanted
@@ -75,11 +76,6 @@ def run(options: Options) -> Row:
         f"Jain {fairness:.4f}",
         met=flood.ratio <= P99_GOAL and fairness >= JAIN_GOAL,
     )
-
-
-def jain(values: list[float]) -> float:
-    """Jain's fairness index: 1 if all are equal, 1/n if one has everything."""
-    return sum(values) ** 2 / (len(values) * sum(value**2 for value in values))
 
 
 @contextlib.asynccontextmanager

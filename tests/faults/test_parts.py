@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 from mtlora_pb.v1 import inference_pb2 as pb
 from mtlora_pb.v1 import inference_pb2_grpc
@@ -15,16 +14,11 @@ from mtlora_pb.v1 import inference_pb2_grpc
 from mtlora.client import OPEN
 from tests.faults.__main__ import scenarios, shared_servers
 from tests.faults._load import Question
-from tests.faults.flood import jain
 from tests.faults.fuzz import METHODS, PROPER, Fuzzer, send
 from tests.faults.hostile_types import NEIGHBOURS_TYPE, Hostility
 from tests.faults.many_tasks import bound_of
 from tests.faults.usage import Asking
-
-
-def test_jains_index_of_equal_and_unequal_shares() -> None:
-    assert jain([3.0, 3.0, 3.0]) == pytest.approx(1)
-    assert jain([5.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
+from tests.servicers import serving_here
 
 
 @pytest.mark.slow
@@ -52,14 +46,10 @@ class HangingServer(inference_pb2_grpc.InferenceServicer):
 
 @pytest.mark.slow
 async def test_types_that_never_get_an_answer_are_counted() -> None:
-    server = grpc.aio.server()
-    inference_pb2_grpc.add_InferenceServicer_to_server(HangingServer(), server)
-    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    await server.start()
     access = {"hostile": OPEN, "neighbour": OPEN}
-    hostility = Hostility(address, access, [Question("one", "x")] * 3, 0, patience_s=1.0)
-    await hostility.rounds(2)
-    await server.stop(None)
+    async with serving_here(HangingServer(), inference_pb2_grpc.add_InferenceServicer_to_server) as (address, _):
+        hostility = Hostility(address, access, [Question("one", "x")] * 3, 0, patience_s=1.0)
+        await hostility.rounds(2)
     assert hostility.statuses["DEADLINE_EXCEEDED"] >= 2
     assert hostility.statuses["OK"] > hostility.statuses["DEADLINE_EXCEEDED"]
     assert hostility.failed == 0
@@ -72,12 +62,8 @@ async def test_a_request_that_hangs_gets_no_proper_status() -> None:
             await asyncio.sleep(60)
             raise AssertionError
 
-    server = grpc.aio.server()
-    inference_pb2_grpc.add_InferenceServicer_to_server(Hangs(), server)
-    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    await server.start()
-    statuses = await send(address, Fuzzer(0, "mtk_00000000_secret", ["one"]), 60, patience_s=0.5)
-    await server.stop(None)
+    async with serving_here(Hangs(), inference_pb2_grpc.add_InferenceServicer_to_server) as (address, _):
+        statuses = await send(address, Fuzzer(0, "mtk_00000000_secret", ["one"]), 60, patience_s=0.5)
     assert set(statuses) - PROPER == {"DEADLINE_EXCEEDED"} | set(statuses) & {"INTERNAL", "UNKNOWN"}
 
 

@@ -62,13 +62,11 @@ def balanced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         yield Balanced(fleet, balancer, keys)
 
 
-@pytest.fixture(params=DRAIN_DELAY_S)
-def open_servers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Balanced]:
-    """Servers without a tenants file, which ask for no key."""
-    if not installed(request.param):
-        pytest.skip(f"{request.param} is not installed")
-    with running_fleet(StandIn, tmp_path) as fleet, Balancer(request.param, fleet) as balancer:
-        yield Balanced(fleet, balancer, [])
+@pytest.fixture(scope="module")
+def open_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Servers of 40 slots, without a tenants file: they ask for no key."""
+    with running_fleet(StandIn, tmp_path_factory.mktemp("open"), adapter_slots=40) as fleet:
+        yield fleet
 
 
 def test_haproxy_sends_the_health_check_that_the_protocol_asks_for() -> None:
@@ -77,10 +75,9 @@ def test_haproxy_sends_the_health_check_that_the_protocol_asks_for() -> None:
     assert bytes.fromhex(sent[1]) == health_check(SERVICE)
 
 
-async def test_placed_calls_load_a_fifth_of_the_adapters_at_most(tmp_path: Path) -> None:
+async def test_placed_calls_load_a_fifth_of_the_adapters_at_most(open_fleet: Fleet) -> None:
     """100 adapters on three servers of 40 slots."""
-    with running_fleet(StandIn, tmp_path, adapter_slots=40) as fleet:
-        in_turn, placed = await compare(fleet, [f"task-{number}" for number in range(100)], rounds=10)
+    in_turn, placed = await compare(open_fleet, [f"task-{number}" for number in range(100)], rounds=10)
     assert placed >= 100
     assert placed <= MOST_OF_ROUND_ROBIN * in_turn
 
@@ -117,14 +114,17 @@ async def test_calls_about_a_document_stay_with_the_server_that_read_it(balanced
     assert sum(count > 0 for count in asked) > 1
 
 
-async def test_documents_of_callers_without_a_key_stay_with_a_server_too(open_servers: Balanced) -> None:
+@pytest.mark.parametrize("name", DRAIN_DELAY_S)
+async def test_documents_of_callers_without_a_key_stay_with_a_server_too(open_fleet: Fleet, name: str) -> None:
     """By the client's address."""
-    balancer = open_servers.balancer
-    async with AsyncClient(balancer.address, balancer.access(), retry=None) as client:
-        (first,) = await client.analyze_all(["who"], "a document", timeout=30)
-        for _ in range(6):
-            (answer,) = await client.analyze_all(["who"], document_id=first.document_id, timeout=30)
-            assert answer.document_id == first.document_id
+    if not installed(name):
+        pytest.skip(f"{name} is not installed")
+    with Balancer(name, open_fleet) as balancer:
+        async with AsyncClient(balancer.address, balancer.access(), retry=None) as client:
+            (first,) = await client.analyze_all(["who"], "a document", timeout=30)
+            for _ in range(6):
+                (answer,) = await client.analyze_all(["who"], document_id=first.document_id, timeout=30)
+                assert answer.document_id == first.document_id
 
 
 async def test_messages_of_two_megabytes_reach_the_servers(balanced: Balanced) -> None:

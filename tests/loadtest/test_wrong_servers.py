@@ -4,7 +4,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from mtlora_pb.v1 import inference_pb2_grpc
 
 from loadtest import connection, driver
 from loadtest.cli import main
+from tests.servicers import serving
 
 Answer = Callable[[pb.GenerateRequest, Any, pb.Summary], Iterator[pb.GenerateStreamResponse]]
 
@@ -55,15 +55,9 @@ class LyingServer(inference_pb2_grpc.InferenceServicer):
 
 @contextmanager
 def lying(answer: Answer) -> Iterator[tuple[str, LyingServer, grpc.Server]]:
-    server = grpc.server(ThreadPoolExecutor(16))
     servicer = LyingServer(answer)
-    inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield f"127.0.0.1:{port}", servicer, server
-    finally:
-        server.stop(None).wait()
+    with serving(servicer, inference_pb2_grpc.add_InferenceServicer_to_server) as (address, server):
+        yield address, servicer, server
 
 
 def load(address: str, out: Path, *flags: str) -> tuple[int, dict[str, Any]]:

@@ -1,7 +1,6 @@
 """The clients, against a server with only the answers that the tests need."""
 
 from collections.abc import Iterator
-from concurrent import futures
 from typing import Any
 
 import grpc
@@ -13,6 +12,7 @@ from mtlora_pb.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inferen
 from mtlora.client import Access, AsyncClient, Client, Retry, ServerError, make_analysis, make_batch, make_request
 from mtlora.client.messages import make_score
 from mtlora.client.retry import Attempts
+from tests.servicers import serving
 
 
 class Server(adapters_pb2_grpc.AdaptersServicer, inference_pb2_grpc.InferenceServicer):
@@ -98,14 +98,10 @@ def unavailable(seconds: float) -> bytes:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
+    adds = (adapters_pb2_grpc.add_AdaptersServicer_to_server, inference_pb2_grpc.add_InferenceServicer_to_server)
     servicer = Server()
-    server = grpc.server(futures.ThreadPoolExecutor(2))
-    adapters_pb2_grpc.add_AdaptersServicer_to_server(servicer, server)
-    inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
-    servicer.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    server.start()
-    yield servicer
-    server.stop(0).wait()
+    with serving(servicer, *adds, threads=2) as (servicer.address, _):
+        yield servicer
 
 
 def test_every_call_carries_the_api_key(server: Server) -> None:

@@ -17,6 +17,7 @@ from mtlora_pb.v1 import inference_pb2_grpc
 
 from mtlora.client import AsyncClient, Placement, Retry, ServerError
 from mtlora.client.placement import Keys, Rendezvous, resolve
+from tests.servicers import serving_here
 
 SERVERS = [f"10.0.0.{index}:50051" for index in range(20)]
 
@@ -139,16 +140,13 @@ class Server(inference_pb2_grpc.InferenceServicer):
 @asynccontextmanager
 async def three(**by: Any) -> AsyncIterator[tuple[list[Server], list[Any], AsyncClient]]:
     async with AsyncExitStack() as stack:
-        servers, running, ports = [], [], []
-        for _ in range(3):
-            server, at = Server(), grpc.aio.server()
-            inference_pb2_grpc.add_InferenceServicer_to_server(server, at)
-            ports.append(at.add_insecure_port("127.0.0.1:0"))
-            await at.start()
-            stack.push_async_callback(at.stop, 0)
-            servers.append(server)
+        servers, running, addresses = [Server() for _ in range(3)], [], []
+        for server in servers:
+            served = serving_here(server, inference_pb2_grpc.add_InferenceServicer_to_server)
+            address, at = await stack.enter_async_context(served)
+            addresses.append(address)
             running.append(at)
-        address = "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in ports)
+        address = "ipv4:" + ",".join(addresses)
         client = AsyncClient(address, placement=Placement(**by), retry=Retry(first_s=0.01))
         yield servers, running, await stack.enter_async_context(client)
 

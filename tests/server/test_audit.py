@@ -22,6 +22,7 @@ from server.accounting import AuditError, AuditLog
 from server.telemetry.metrics import Metrics
 from server.tenants import TenantsError, read_tenants
 from tests.server.fakes import FakeRepository, Service
+from tests.server.helpers import code_of
 
 
 class Audited:
@@ -39,11 +40,7 @@ class Audited:
         """The status of a call; `rpc` gives it from a channel."""
         metadata = (("authorization", f"Bearer {key}"), ("x-request-id", "the-call")) if key else ()
         async with grpc.aio.insecure_channel(self.service.address) as channel:
-            try:
-                await rpc(channel)(request, metadata=metadata)
-            except grpc.aio.AioRpcError as error:
-                return error.code()
-        return grpc.StatusCode.OK
+            return await code_of(rpc(channel)(request, metadata=metadata))
 
     async def change(self, name: str | None = "operator", model: str = "one") -> grpc.StatusCode:
         """Load a model through the Open Inference Protocol; `name`: whose key, or a key itself."""

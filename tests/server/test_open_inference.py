@@ -21,6 +21,7 @@ from server.rpc.openinference import Repository, parameters, tensors
 from server.scheduling.admission import State
 from tests.server.adapters import entry
 from tests.server.fakes import Service
+from tests.server.helpers import code_of
 from tests.server.typed import LABEL, with_types
 
 
@@ -271,11 +272,7 @@ async def test_tenants_see_their_models_and_admins_change_them(tmp_path: Path) -
         assert [each.name for each in index.models] == ["one"]
 
         async def code(method: str, request: Any, metadata: Any) -> grpc.StatusCode:
-            try:
-                await getattr(stub, method)(request, metadata=metadata)
-            except grpc.aio.AioRpcError as error:
-                return error.code()
-            return grpc.StatusCode.OK
+            return await code_of(getattr(stub, method)(request, metadata=metadata))
 
         assert await code("ModelInfer", infer("x", model="two"), a) is grpc.StatusCode.NOT_FOUND
         assert await code("RepositoryModelLoad", load(model_name="m"), a) is grpc.StatusCode.PERMISSION_DENIED

@@ -24,6 +24,7 @@ from server.tenants import OPEN_TENANT, Tenant, TenantsError, read_tenants
 from tests.server.adapters import entry
 from tests.server.fakes import FakeTokenizer, Service
 from tests.server.front import Front
+from tests.server.helpers import code_of
 
 # Above this, inputs are tokenized beside the event loop.
 LARGE = 9000
@@ -64,14 +65,6 @@ class Limited:
                 return await stub.ModelInfer(request, metadata=self.service.access("a").metadata())
             except grpc.aio.AioRpcError as error:
                 return ServerError(error)
-
-
-async def code_of(call: Any) -> grpc.StatusCode:
-    try:
-        await call
-    except ServerError as error:
-        return error.code
-    return grpc.StatusCode.OK
 
 
 async def test_tokenizing_is_bounded_and_fair_among_tenants(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from server.tenants.directory import Tenants
 from server.tenants.keys import checked_hash, hash_key, new_key
 from tests.faults._certificates import authority, issue
 from tests.server.fakes import Service
+from tests.server.helpers import code_of
 
 CONTRACTS = [
     inference_pb2.DESCRIPTOR.services_by_name["Inference"],
@@ -425,11 +426,7 @@ async def test_client_certificates_name_tenants(tmp_path: Path) -> None:
     async def ask(who: Any, task_id: str) -> grpc.StatusCode:
         access = Access(ca=ca.pem, certificate=who and who.pem, key=who and who.key)
         async with AsyncClient(service.address, access, retry=None) as client:
-            try:
-                await client.generate(task_id, "x", timeout=5)
-            except ServerError as error:
-                return error.code
-            return grpc.StatusCode.OK
+            return await code_of(client.generate(task_id, "x", timeout=5))
 
     async with service.running():
         assert await ask(a, "one") is grpc.StatusCode.OK

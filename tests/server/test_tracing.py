@@ -1,7 +1,6 @@
 """One tree of spans a request, delivered to a collector over OTLP."""
 
 import asyncio
-from concurrent import futures
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +19,7 @@ from server.job import Delta
 from server.telemetry.genai import GenAIMetrics
 from server.telemetry.tracing import Tracer
 from tests.server.fakes import Service
+from tests.servicers import serving
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -36,18 +36,13 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
 
 
 async def test_a_request_is_one_tree_at_the_collector() -> None:
-    collector = Collector()
-    sink = grpc.server(futures.ThreadPoolExecutor(1))
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, sink)
-    port = sink.add_insecure_port("127.0.0.1:0")
-    sink.start()
-    tracer = Tracer(f"127.0.0.1:{port}")
-    service = Service()
+    collector, service = Collector(), Service()
     loop = asyncio.get_running_loop()
     service.engine.deltas = [
         Delta(" a", 1, scheduled_at=loop.time()), Delta("b", 1), Delta("c", 2, finish_reason="stop"),
     ]  # fmt: skip
-    try:
+    with serving(collector, trace_service_pb2_grpc.add_TraceServiceServicer_to_server) as (address, _):
+        tracer = Tracer(address)
         async with service.running(tracer) as running, grpc.aio.insecure_channel(running.address) as channel:
             stub = inference_pb2_grpc.InferenceStub(channel)
             request = inference_pb2.GenerateRequest(task_id="one", text="x")
@@ -55,8 +50,6 @@ async def test_a_request_is_one_tree_at_the_collector() -> None:
             with pytest.raises(grpc.aio.AioRpcError):
                 await stub.Generate(inference_pb2.GenerateRequest(task_id="none", text="x"))
         await asyncio.to_thread(tracer.close)
-    finally:
-        sink.stop(0).wait()
     mine = {span.name: span for span in collector.spans if span.trace_id.hex() == TRACE}
     root = mine["mtlora.v1.Inference/Generate"]
     assert root.parent_span_id.hex() == PARENT

@@ -27,6 +27,7 @@ from server.registry.storage import Storage
 from server.registry.uploads import Uploads
 from tests.server.fakes import Service
 from tests.server.home import Home, write
+from tests.servicers import serving_here
 
 MAX_BYTES = 1 << 20
 
@@ -169,15 +170,13 @@ async def test_a_refusal_while_the_client_writes_is_not_lost(tmp_path: Path) -> 
 
     (tmp_path / "adapter.json").write_text("{}")
     (tmp_path / "adapter.safetensors").write_bytes(bytes(8 << 20))
-    server = grpc.aio.server()
-    adapters_pb2_grpc.add_AdaptersServicer_to_server(Refusing(), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    async with AsyncClient(f"127.0.0.1:{port}") as client:
+    async with (
+        serving_here(Refusing(), adapters_pb2_grpc.add_AdaptersServicer_to_server) as (address, _),
+        AsyncClient(address) as client,
+    ):
         for _ in range(10):
             with pytest.raises(ServerError, match="RESOURCE_EXHAUSTED: full"):
                 await client.upload_adapter(tmp_path, "a")
-    await server.stop(None)
 
 
 async def test_a_cancelled_upload_ends_its_call(service: Service, home: Home, made: Path) -> None:

@@ -2,13 +2,12 @@
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mtlora.answer import AnswerType, Date, Grammar, Json, Label, Number, Regex, Text
 from mtlora.answer.constraint import Constraint, next_token
+from tests.mtlora.answer.sampling import allowed_tokens, sample
 
 pytest.importorskip("llguidance")
 typed = pytest.importorskip("mtlora.vllm_plugin.typed")
@@ -76,28 +76,9 @@ def _outputs(kind: str) -> Any:
     return typed.TypedOutputs(_tokenizer(kind), len(_tokenizer(kind)) + 5)
 
 
-def _allowed(outputs: Any, grammar: Any) -> Sequence[int]:
-    row = torch.zeros(1, len(outputs.vocabulary.ordinary), dtype=torch.int32)
-    grammar.fill_bitmask(row, 0)
-    found: list[int] = outputs.vocabulary.tokens_of(row[0].numpy(), 1 << 20)
-    return found
-
-
 def _sample(kind: str, constraint: Constraint, left: int, rng: random.Random) -> str:
-    """A text of tokens drawn evenly from those allowed, an end now and then."""
-    outputs = _outputs(kind)
-    vocabulary = outputs.vocabulary
-    grammar = outputs.grammar(constraint.text, left, None)
-    text = b""
-    for _ in range(left):
-        allowed = _allowed(outputs, grammar)
-        token = vocabulary.eos if vocabulary.eos in allowed and rng.random() < 0.1 else rng.choice(allowed)
-        assert grammar.accept_tokens("x", [token])
-        if grammar.is_terminated():
-            # Working may hold any bytes.
-            return text.decode(errors="replace")
-        text += vocabulary.texts[token]
-    raise AssertionError(f"{text!r} has not ended after {left} tokens")
+    # Working may hold any bytes.
+    return sample(_outputs(kind), constraint.text, left, rng, ends=0.1).decode(errors="replace")
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
@@ -126,13 +107,13 @@ def test_working_stays_free_but_for_its_end() -> None:
     outputs = _outputs("byte-level")
     vocabulary = outputs.vocabulary
     grammar = outputs.grammar(Constraint(_TYPES["label"], "=>", ("\n",)).text, 50, None)
-    shut_out = set(range(len(vocabulary.texts))) - set(_allowed(outputs, grammar))
+    shut_out = set(range(len(vocabulary.texts))) - set(allowed_tokens(outputs, grammar))
     # Special and unknown tokens, stop strings, and what goes on after a marker within its token.
     assert {vocabulary.texts[token] for token in shut_out} == {b"", b"\n", b" \n", b"=>x"}
     for text in (b"ref", b"und"):
         grammar.accept_tokens("x", [vocabulary.ids[text]])
     # An answer without working may end.
-    assert vocabulary.eos in _allowed(outputs, grammar)
+    assert vocabulary.eos in allowed_tokens(outputs, grammar)
 
 
 def test_a_marker_in_two_tokens_begins_the_answer() -> None:
@@ -140,7 +121,7 @@ def test_a_marker_in_two_tokens_begins_the_answer() -> None:
     ids = outputs.vocabulary.ids
     grammar = outputs.grammar(Constraint(_TYPES["label"], "=>", ("\n",)).text, 50, None)
     assert grammar.accept_tokens("x", [ids[b"abc"], ids[b"="], ids[b">"]])
-    begins = {bytes(outputs.vocabulary.texts[token][:2]) for token in _allowed(outputs, grammar)}
+    begins = {bytes(outputs.vocabulary.texts[token][:2]) for token in allowed_tokens(outputs, grammar)}
     assert begins <= {b" ", b" Y", b" N", b" r", b"Y", b"Ye", b"N", b"No", b"r", b"re", b"d", b"de"}
 
 
@@ -148,13 +129,13 @@ def test_rolling_back_and_validating_leave_no_trace() -> None:
     outputs = _outputs("byte-level")
     ids = outputs.vocabulary.ids
     grammar = outputs.grammar(Constraint(_TYPES["label"], None, ("\n",)).text, 20, None)
-    before = list(_allowed(outputs, grammar))
+    before = list(allowed_tokens(outputs, grammar))
     assert grammar.validate_tokens([ids[b"ref"], ids[b"und"], ids[b"Yes"]]) == [ids[b"ref"], ids[b"und"]]
-    assert list(_allowed(outputs, grammar)) == before
+    assert list(allowed_tokens(outputs, grammar)) == before
     assert grammar.accept_tokens("x", [ids[b"ref"]])
     assert not grammar.accept_tokens("x", [ids[b"Yes"]])
     grammar.rollback(1)
-    assert list(_allowed(outputs, grammar)) == before
+    assert list(allowed_tokens(outputs, grammar)) == before
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
@@ -177,7 +158,7 @@ def test_speculation_leaves_a_sequence_where_its_tokens_have_it(kind: str, worke
 
     def drafts(grammar: Any) -> Iterator[int]:
         while True:
-            allowed = _allowed(plain, grammar)
+            allowed = allowed_tokens(plain, grammar)
             likely = vocabulary.eos if vocabulary.eos in allowed and rng.random() < 0.4 else rng.choice(allowed)
             yield likely if rng.random() < 0.8 else rng.randrange(len(vocabulary.texts))
 
@@ -197,18 +178,18 @@ def test_speculation_leaves_a_sequence_where_its_tokens_have_it(kind: str, worke
         for token in valid:
             assert grammar.accept_tokens("x", [token])
         grammar.rollback(len(valid))
-        assert list(_allowed(outputs, grammar)) == list(_allowed(plain, follow(accepted)))
-        taken = valid[: rng.randint(0, len(valid))] or [rng.choice(_allowed(outputs, grammar))]
+        assert list(allowed_tokens(outputs, grammar)) == list(allowed_tokens(plain, follow(accepted)))
+        taken = valid[: rng.randint(0, len(valid))] or [rng.choice(allowed_tokens(outputs, grammar))]
         assert grammar.accept_tokens("x", taken)
         accepted += taken
         if not grammar.is_terminated():
-            assert list(_allowed(outputs, grammar)) == list(_allowed(plain, follow(accepted)))
+            assert list(allowed_tokens(outputs, grammar)) == list(allowed_tokens(plain, follow(accepted)))
 
 
 def test_tokens_of_a_set_alone() -> None:
     outputs = _outputs("byte-level")
     grammar = outputs.grammar(next_token([3, 5]), 1, None)
-    assert np.array_equal(_allowed(outputs, grammar), [3, 5])
+    assert np.array_equal(allowed_tokens(outputs, grammar), [3, 5])
 
 
 def test_memory_of_compiled_types_is_bounded_while_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from mtlora.answer import Regex
 from mtlora.answer.constraint import Constraint
 from mtlora.cli import main
+from tests.mtlora.answer.sampling import sample
 from tests.server.adapters import entry, write_adapter
 
 typed = pytest.importorskip("mtlora.vllm_plugin.typed")
@@ -38,27 +38,15 @@ def _text(pattern: str) -> str:
     return Constraint(Regex(pattern=pattern)).text
 
 
-def _sample(outputs: Any, text: str, left: int, rng: random.Random) -> str:
-    """A text of tokens drawn evenly from those allowed."""
-    grammar, found = outputs.grammar(text, left, None), b""
-    row = torch.zeros(1, len(outputs.vocabulary.ordinary), dtype=torch.int32)
-    while not grammar.is_terminated():
-        grammar.fill_bitmask(row, 0)
-        allowed = outputs.vocabulary.tokens_of(row[0].numpy(), 1 << 20)
-        assert allowed, f"nothing may follow {found!r}"
-        token = rng.choice(allowed)
-        assert grammar.accept_tokens("x", [token])
-        found += outputs.vocabulary.texts[token]
-    return found.decode()
-
-
 def test_a_type_without_a_first_mask_is_refused(outputs: Any) -> None:
     with pytest.raises(ValueError, match=r"too complex: .*too many expressions"):
         outputs.compiled(_text(_NO_FIRST_TOKEN))
     assert not outputs.has(_text(_NO_FIRST_TOKEN))
 
 
-def test_verify_refuses_it(tmp_path: Path, backbone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_refuses_a_type_without_a_first_mask(
+    tmp_path: Path, backbone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_adapter(tmp_path / "1", [entry("one", answer={"type": "regex", "pattern": _NO_FIRST_TOKEN})])
     assert main(["verify", str(tmp_path / "1"), "--backbone", str(backbone)]) == 1
     assert "task one: answer: too complex" in capsys.readouterr().err
@@ -76,7 +64,7 @@ def test_verify_refuses_a_limit_below_the_shortest_answer(
 def test_every_answer_of_an_exploding_type_lies_within_it(outputs: Any, pattern: str) -> None:
     rng = random.Random(0)
     for _ in range(3):
-        assert Regex(pattern=pattern).check(_sample(outputs, _text(pattern), 500, rng))
+        assert Regex(pattern=pattern).check(sample(outputs, _text(pattern), 500, rng).decode())
 
 
 def test_a_lexer_that_many_masks_filled_is_replaced(outputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +73,7 @@ def test_a_lexer_that_many_masks_filled_is_replaced(outputs: Any, monkeypatch: p
     monkeypatch.setattr(lexer, "_WORTHWHILE", 1)
     text = _text(".*a.{60}8")
     first = outputs.compiled(text).lexer.whole()
-    _sample(outputs, text, 100, random.Random(0))
+    sample(outputs, text, 100, random.Random(0))
     assert outputs.compiled(text).lexer.whole() is not first
 
 
@@ -94,7 +82,7 @@ def test_a_type_that_fills_its_lexer_at_once_rests(outputs: Any, monkeypatch: py
     now = [100.0]
     monkeypatch.setattr(lexer.time, "monotonic", lambda: now[0])
     text = _text(".*a.{60}9")
-    _sample(outputs, text, 100, random.Random(0))
+    sample(outputs, text, 100, random.Random(0))
     assert outputs.compiled(text).lexer.whole() is None
     now[0] += lexer._REST_S
     assert outputs.compiled(text).lexer.whole() is not None
@@ -104,5 +92,5 @@ def test_a_lexer_grows_with_its_type(outputs: Any) -> None:
     text = _text(r"([^:]{1,20}: [^;]{1,30}; ?){1,12}")
     small = outputs.compiled(text).lexer.states
     for seed in range(8):
-        _sample(outputs, text, 400, random.Random(seed))
+        sample(outputs, text, 400, random.Random(seed))
     assert small < outputs.compiled(text).lexer.states < lexer._MOST

@@ -12,10 +12,11 @@ from mtlora.evaluation.generate import Prompt, greedy_tokens
 from mtlora.evaluation.lengths import by_document_length
 from mtlora.evaluation.likelihood import label_probabilities, likeliest
 from mtlora.merge.compare import compare
-from mtlora.model.language import AdaptedModel, adapter_tensors, new_adapted_model
+from mtlora.model.language import AdaptedModel, adapter_tensors
 from mtlora.prompt import PromptEncoder
 from mtlora.suite import Example
 from mtlora.train.diagnosis import routing_by_task
+from tests.factories import random_adapted
 
 CONFIG = MtLoRAConfig(r=4, num_experts=3, num_groups=2, blocks="both", activation="task")
 TASKS = tuple(
@@ -31,14 +32,10 @@ EXAMPLES = [Example(task.id, text, "x") for text in TEXTS for task in TASKS]
 
 @pytest.fixture(scope="module")
 def adapted(tiny_backbone: Path) -> AdaptedModel:
-    made = new_adapted_model(tiny_backbone, CONFIG, len(TASKS), torch.float32)
-    torch.manual_seed(1)
-    for parameter in made.adapters.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    made = random_adapted(tiny_backbone, CONFIG, len(TASKS))
     # Scale attention up, so that the documents' keys and values matter for later tokens.
     for layer in made.model.model.layers:
         layer.self_attn.v_proj.weight.mul_(30)
-    made.adapters.eval()
     return made
 
 

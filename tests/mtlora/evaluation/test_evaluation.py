@@ -30,8 +30,9 @@ from mtlora.evaluation.evaluate import (
 )
 from mtlora.evaluation.generate import Prompt, greedy_answers, greedy_tokens
 from mtlora.evaluation.likelihood import label_probabilities, likeliest, options_of
-from mtlora.model.language import AdaptedModel, adapter_tensors, new_adapted_model
+from mtlora.model.language import AdaptedModel, adapter_tensors
 from mtlora.suite import Example, FolderSuite
+from tests.factories import random_adapted
 
 CONFIG = MtLoRAConfig(r=4, num_experts=2, num_groups=2)
 TASKS = (
@@ -43,12 +44,7 @@ CHOICE = "Which?\nOptions:\n(A) one\n(B) two\n(C) three"
 
 @pytest.fixture(scope="module")
 def adapted(tiny_backbone: Path) -> AdaptedModel:
-    made = new_adapted_model(tiny_backbone, CONFIG, len(TASKS), torch.float32)
-    torch.manual_seed(1)
-    for parameter in made.adapters.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    made.adapters.eval()
-    return made
+    return random_adapted(tiny_backbone, CONFIG, len(TASKS))
 
 
 @pytest.fixture

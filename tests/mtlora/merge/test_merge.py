@@ -21,9 +21,8 @@ from mtlora.merge.merge import _with_scores
 from mtlora.ops.reference import routed_lora_reference
 from mtlora.task import TaskSpec
 from mtlora.train.config import TrainingConfig
-from mtlora.train.start import StartingPoint
 from mtlora.train.trainer import Trainer
-from tests.factories import CONFIG, IDENTITY, random_tensors, task_table, write_random
+from tests.factories import CONFIG, IDENTITY, learned, random_tensors, task_table, write_random
 
 NEW = TaskSpec(id="added", description="Added.")
 
@@ -34,15 +33,6 @@ def in_memory(folder: Path, config: MtLoRAConfig, num_tasks: int, dtype: torch.d
         tensors=random_tensors(config, num_tasks=num_tasks, dtype=dtype, seed=seed),
     )  # fmt: skip
     return read_checkpoint(folder)
-
-
-def learn(start: StartingPoint, seed: int = 0) -> dict[str, torch.Tensor]:
-    """The most that training may change in a starting point."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.where(start.trainable[name], torch.randn(tensor.shape, generator=generator), tensor)
-        for name, tensor in start.tensors.items()
-    }
 
 
 @pytest.mark.slow
@@ -63,11 +53,11 @@ def test_old_tasks_keep_their_outputs_and_the_new_task_its_learned_ones(
     folder = tmp_path_factory.mktemp("merge")
     before = in_memory(folder / "before", config, num_tasks, dtype, seed)
     start = starting_point(before, new_experts, torch.Generator().manual_seed(seed))
-    learned = learn(start, seed)
+    trained = learned(start, seed)
     tasks = merged_tasks(before, NEW)
     write_checkpoint(
         folder / "after", backbone=IDENTITY, config=extended_config(before, new_experts), tasks=tasks,
-        tensors=merged_tensors(before, learned),
+        tensors=merged_tensors(before, trained),
     )  # fmt: skip
     after = read_checkpoint(folder / "after")
     assert [task.id for task in tasks] == [*(task.id for task in before.manifest.tasks), "added"]
@@ -78,8 +68,8 @@ def test_old_tasks_keep_their_outputs_and_the_new_task_its_learned_ones(
             expected, found = path(before, name, old.bias_index, x_TD), path(after, name, new.bias_index, x_TD)
             # Zero terms do not change a sum, but may change torch's order of additions.
             torch.testing.assert_close(found, expected, rtol=1e-12 if new_experts else 0, atol=0)
-        trained = {key: value.to(dtype) for key, value in learned.items()}
-        expected = formula(extended_config(before, new_experts), trained, name, 0, x_TD)
+        rounded = {key: value.to(dtype) for key, value in trained.items()}
+        expected = formula(extended_config(before, new_experts), rounded, name, 0, x_TD)
         assert torch.equal(path(after, name, tasks[-1].bias_index, x_TD), expected)
 
 
@@ -98,10 +88,10 @@ def formula(config: MtLoRAConfig, tensors: Any, name: str, row: int | None, x_TD
 
 def test_a_second_merge_starts_from_the_biases_of_open_experts(tmp_path: Path) -> None:
     before = in_memory(tmp_path / "a", CONFIG, 2, torch.float32)
-    learned = learn(starting_point(before, 2, torch.Generator()))
+    trained = learned(starting_point(before, 2, torch.Generator()))
     write_checkpoint(
         tmp_path / "b", backbone=IDENTITY, config=extended_config(before, 2), tasks=merged_tasks(before, NEW),
-        tensors=merged_tensors(before, learned),
+        tensors=merged_tensors(before, trained),
     )  # fmt: skip
     once = read_checkpoint(tmp_path / "b")
     bias = once.tensors["layers.0.mlp.task_bias"]

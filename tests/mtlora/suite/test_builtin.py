@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any
 
 import pytest
-from builtin_solvers import SOLVERS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from mtlora.suite import SPLITS, BuiltinSuite, Example, Split, SuiteError, load_
 from mtlora.suite.builtin.task import split_sum, task
 from mtlora.suite.builtin.words import KINDS, WORDS
 from mtlora.task import TaskSpec
+from tests.mtlora.suite.builtin_solvers import SOLVERS
 
 SUITE = BuiltinSuite()
 SPECS = {spec.id: spec for spec in SUITE.tasks}

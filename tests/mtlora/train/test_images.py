@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.cli import main
@@ -24,6 +23,7 @@ from mtlora.train.config import TrainingConfig
 from mtlora.train.trainer import StepReport, Trainer
 from mtlora.vision.heads import Heads, linear_probe
 from mtlora.vision.images import ImageError
+from tests.mtlora.train.runs import same_adapters
 from tests.mtlora.vision.models import SIZE, write_model
 
 SMALL: dict[str, Any] = {
@@ -93,9 +93,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(backbone: Path, folder: Path, tm
     resumed = Trainer(config, backbone, tmp_path / "stopped", resume=True)
     assert resumed.step == 2
     resumed.fit()
-    files = [load_file(run / "adapter" / "adapter.safetensors") for run in (tmp_path / "whole", tmp_path / "stopped")]
-    assert files[0].keys() == files[1].keys()
-    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    assert same_adapters(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_frozen_layers_are_passed_once_and_keep_paths_of_zero(backbone: Path, folder: Path, tmp_path: Path) -> None:
@@ -271,8 +269,7 @@ def test_a_run_ends_with_its_best_state_also_when_it_was_stopped(
     resumed = Trainer(config, backbone, tmp_path / "stopped", resume=True)
     assert resumed.step == 4
     resumed.fit()
-    files = [load_file(run / "adapter" / "adapter.safetensors") for run in (tmp_path / "whole", tmp_path / "stopped")]
-    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    assert same_adapters(tmp_path / "whole", tmp_path / "stopped")
     # A complete run has its result's state too.
     resumed.folder._lock.close()  # type: ignore[union-attr]
     complete = Trainer(config, backbone, tmp_path / "stopped", resume=True)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mtlora.backbone import identify
 from mtlora.checkpoint.read import read_checkpoint
@@ -15,6 +14,7 @@ from mtlora.evaluation.evaluate import offline_answerer, offline_labeller, with_
 from mtlora.model.language import load_adapted_model
 from mtlora.train.config import TrainingConfig
 from mtlora.train.trainer import Trainer
+from tests.mtlora.train.runs import same_adapters
 from tests.mtlora.vision.models import write_model
 
 SMALL: dict[str, Any] = {
@@ -52,9 +52,7 @@ def test_a_run_is_read_back_and_resumes_to_the_same_bits(tiny_backbone: Path, vi
     resumed = Trainer(config, tiny_backbone, tmp_path / "stopped", vision=vision, resume=True)
     assert resumed.step == 2
     resumed.fit()
-    files = [load_file(run / "adapter" / "adapter.safetensors") for run in (tmp_path / "whole", tmp_path / "stopped")]
-    assert files[0].keys() == files[1].keys()
-    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    assert same_adapters(tmp_path / "whole", tmp_path / "stopped")
 
     # The folded projector gives the trainer's soft tokens, and the checkpoint its losses, but for the paths' float16.
     checkpoint = read_checkpoint(tmp_path / "whole" / "adapter")

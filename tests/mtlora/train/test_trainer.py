@@ -28,6 +28,7 @@ from mtlora.train.config import TrainingConfig, TrainingError
 from mtlora.train.optimizer import learning_rate
 from mtlora.train.state import RunError, RunFolder
 from mtlora.train.trainer import Trainer
+from tests.mtlora.train.runs import same_adapters
 
 SMALL = TrainingConfig(
     adapter=MtLoRAConfig(r=4, num_experts=3, num_groups=2, lora_dropout=0.1),
@@ -144,10 +145,7 @@ def test_kill_at_any_moment_then_resume_gives_the_same_bits(tiny_backbone: Path,
         assert struck, "every run had ended before its kill"
         runs.start(broken)
         assert runs.wait() == 0
-    expected = load_file(whole / "adapter" / "adapter.safetensors")
-    found = load_file(broken / "adapter" / "adapter.safetensors")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert same_adapters(whole, broken)
     assert logged_steps(broken) == sorted(logged_steps(broken))
 
 
